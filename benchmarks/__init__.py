@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.NAME`; each writes its table to docs/benchmarks/."""

@@ -1,0 +1,8 @@
+"""The error a user can act on. Imports nothing of ours."""
+
+
+class AnybatchError(ValueError):
+    """Bad input: the message says what was given, what was expected and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

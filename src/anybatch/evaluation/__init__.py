@@ -1,0 +1,1 @@
+"""Measure: retrieval metrics on ranked ids. Imports errors."""
