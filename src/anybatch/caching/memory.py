@@ -61,7 +61,7 @@ class GraphBudget:
         self._bytes_per_token = 0.0
 
     def has_room(self, slicer: RowSlicer, rows: Tensor) -> bool:
-        """Whether the graph of these rows fits beside what is kept and one working set. Unknown before a measurement: no."""
+        """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
         if self._bytes_per_token == 0.0:
             return False
         predicted = self._predict(slicer, rows)
@@ -130,7 +130,7 @@ def warn_split(rows: Tensor, error: BaseException | None) -> list[Tensor]:
         ) from error
     halves = list(rows.tensor_split(2))
     warnings.warn(
-        f"Out of memory with a micro-batch of {len(rows)} rows: it was split into {len(halves[0])} and {len(halves[1])}. "
+        f"Out of memory with a micro-batch of {len(rows)} rows: split into {len(halves[0])} and {len(halves[1])}. "
         "Lower micro_batch or max_tokens to avoid the failed attempts.",
         stacklevel=2,
     )

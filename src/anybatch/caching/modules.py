@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,7 @@ def modules_of(encode: Callable[..., Any]) -> list[nn.Module]:
     """The modules that a callable is or visibly holds, each once.
 
     Looks at the callable itself, the object of a bound method and its attributes, the arguments of a
-    `functools.partial`, and the variables that a function refers to. What hides deeper is not found; name it
+    `functools.partial`, and the variables and defaults of a function. What hides deeper is not found; name it
     with `modules=`.
     """
     found: dict[nn.Module, None] = {}
@@ -34,7 +35,8 @@ def modules_of(encode: Callable[..., Any]) -> list[nn.Module]:
             add(value.__func__, depth)
         elif inspect.isfunction(value) and depth > 0:
             names = inspect.getclosurevars(value)
-            for item in (*names.nonlocals.values(), *names.globals.values()):
+            defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            for item in (*names.nonlocals.values(), *names.globals.values(), *defaults):
                 add(item, depth - 1)
         elif isinstance(value, (list, tuple)) and depth > 0:
             for item in value:
@@ -62,11 +64,11 @@ def refuse_batch_statistics(modules: Iterable[nn.Module]) -> None:
                 continue
             if child.training or child.running_mean is None:
                 raise AnybatchError(
-                    f"{name or type(child).__name__} is a {type(child).__name__} that normalises with the statistics of "
-                    "its batch. Under caching it sees micro-batches, so the gradient cannot equal that of the whole "
-                    "batch, and its running statistics would be updated twice. Put it in evaluation mode "
-                    f"(module.{name or 'bn'}.eval(), after every model.train()), or replace it by LayerNorm or GroupNorm, "
-                    "or train without caching."
+                    f"{name or type(child).__name__} is a {type(child).__name__} that normalises with the statistics "
+                    "of its batch. Under caching it sees micro-batches, so the gradient cannot equal that of the "
+                    "whole batch, and its running statistics would be updated twice. Put it in evaluation mode "
+                    f"(module.{name or 'bn'}.eval(), after every model.train()), or replace it by LayerNorm or "
+                    "GroupNorm, or train without caching."
                 )
 
 
@@ -87,6 +89,34 @@ def distributed_modules(modules: Iterable[nn.Module]) -> list[DistributedDataPar
                     )
                 found[child] = None
     return list(found)
+
+
+@contextlib.contextmanager
+def refuse_hidden_distributed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Watch a call in which no module could be found beforehand, and refuse if it runs a DistributedDataParallel.
+
+    Unknown to us it would reduce after every micro-batch, adding up what was reduced before.
+
+    Raises:
+        AnybatchError: Inside, where such a module is called.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks == 1 or any(True for _ in modules):
+        yield
+        return
+
+    def check(module: nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel):
+            raise AnybatchError(
+                "The encoder runs a DistributedDataParallel module that cannot be found by looking at it, so its "
+                "gradient reduction cannot be held back until the last micro-batch. Name it: modules=[module]."
+            )
+
+    hook = nn.modules.module.register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -12,26 +12,23 @@ embeddings: d loss / d theta = sum over micro-batches of (d embeddings_m / d the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, warn_split
-from anybatch.caching.modules import distributed_modules, modules_of, no_reduction, refuse_batch_statistics
+from anybatch.caching.forward import Encoder, encode_rows
+from anybatch.caching.memory import out_of_memory_as_none, warn_split
+from anybatch.caching.modules import no_reduction
 from anybatch.caching.rows import RowSlicer
-from anybatch.caching.schedule import count_kept
 from anybatch.caching.state import AutocastState, ModeState, RandomState, without_autocast
 from anybatch.errors import AnybatchError
 
-Encoder = Callable[[Any], Tensor | tuple[Tensor, ...]]
-
 
 @dataclass(kw_only=True)
-class _Piece:
+class Piece:
     """One recorded micro-batch."""
 
     rows: Tensor  # (b,) int64, CPU
@@ -46,7 +43,7 @@ class _Job:
     """One replay: a forward pass with a graph, and its backward pass."""
 
     recording: Recording
-    piece: _Piece
+    piece: Piece
     zero: bool = False  # nothing to add; only lets a DistributedDataParallel reduce
     reduce: tuple[DistributedDataParallel, ...] = ()
 
@@ -56,14 +53,14 @@ class Recording:
     """The embeddings of a batch, cut off from the encoder, and what is needed to get back into it.
 
     Attributes:
-        leaves: One tensor `(B, ...)` for each tensor that the encoder returns, in the row order of the batch; float32 or
-            float64. They require grad where the encoder's did.
+        leaves: One tensor `(B, ...)` for each tensor that the encoder returns, in the row order of the batch; float32
+            or float64. They require grad where the encoder's did.
     """
 
     leaves: tuple[Tensor, ...]
     _encode: Encoder
     _slicer: RowSlicer
-    _pieces: list[_Piece]
+    _pieces: list[Piece]
     _autocast: AutocastState
     _modes: ModeState
     _wrapped: tuple[DistributedDataParallel, ...] = ()
@@ -95,122 +92,6 @@ class Recording:
     def backward(self, *grads: Tensor | None, scale: Tensor | float = 1.0) -> None:
         """`replay` for this recording alone; one gradient for each leaf."""
         replay([self], [grads], scale=scale)
-
-
-def record(
-    encode: Encoder,
-    inputs: Any,
-    *,
-    micro_batches: Sequence[Tensor],
-    keep_graphs: int | float | GraphBudget = 0,
-    modules: Sequence[nn.Module] | None = None,
-) -> Recording:
-    """Run the encoder over every micro-batch and keep the embeddings, but not (all of) the graphs.
-
-    The first micro-batch runs with a graph even where none is kept: its output tells whether the encoder trains at
-    all. A frozen encoder is recognised that way and is never replayed.
-
-    Args:
-        encode: Takes a micro-batch in the form of `inputs`, returns a floating tensor `(b, ...)` or a tuple of them. A
-            row's embedding must not depend on the other rows.
-        inputs: The batch (see `RowSlicer`), or a `RowSlicer` of it.
-        micro_batches: Row indices as `plan_micro_batches` makes them; every row exactly once.
-        keep_graphs: How many micro-batches, from the first, keep their graph: an int counts them, a float is a
-            fraction, a `GraphBudget` keeps them while memory allows. 0 is pure GradCache, 1.0 plain training.
-        modules: The modules that `encode` runs, where they cannot be found by looking at it (see `modules_of`).
-
-    Returns:
-        The recording. Under `torch.no_grad()` its leaves need no gradient and nothing can be replayed.
-
-    Raises:
-        AnybatchError: BatchNorm in training mode, rows missing or twice, outputs of another shape than promised.
-
-    Warns:
-        UserWarning: Memory ran out and a micro-batch was split.
-
-    Cost: one forward pass of the batch, and the memory of one micro-batch's graph beside the kept ones.
-
-    Reference: Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (arXiv 2101.06983), section 3.2.
-    """
-    slicer = inputs if isinstance(inputs, RowSlicer) else RowSlicer(inputs)
-    _check_rows(micro_batches, slicer.num_rows)
-    held = modules_of(encode) if modules is None else list(modules)
-    refuse_batch_statistics(held)
-    wrapped = distributed_modules(held)
-    called: set[DistributedDataParallel] = set()
-    hooks = [module.register_forward_pre_hook(lambda this, _: called.add(this)) for module in wrapped]
-    torch.clear_autocast_cache()  # a weight cast under no_grad earlier would reach our graphs without its gradient
-    try:
-        with no_reduction(wrapped):
-            pieces, leaves = _run(encode, slicer, deque(micro_batches), keep_graphs)
-    finally:
-        torch.clear_autocast_cache()
-        for hook in hooks:
-            hook.remove()
-    return Recording(
-        leaves=leaves,
-        _encode=encode,
-        _slicer=slicer,
-        _pieces=pieces,
-        _autocast=AutocastState(),
-        _modes=ModeState(held),
-        # A compiled encoder may not fire hooks; then every module found counts as called.
-        _wrapped=tuple(module for module in wrapped if not called or module in called),
-    )
-
-
-def _run(
-    encode: Encoder, slicer: RowSlicer, queue: deque[Tensor], keep_graphs: int | float | GraphBudget
-) -> tuple[list[_Piece], tuple[Tensor, ...]]:
-    budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
-    to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(queue))
-    training = torch.is_grad_enabled()
-    pieces: list[_Piece] = []
-    flats: list[Tensor] = []
-    trains = [False]  # for each tensor that the encoder returns
-    while queue:
-        piece = _Piece(rows=queue.popleft(), random=RandomState() if training else None)
-        wanted = len(pieces) < to_keep if budget is None else budget.has_room(slicer, piece.rows)
-        # Until some output needs a gradient, a graph costs nothing if there is nothing to train, and tells if there is.
-        with_graph = training and (wanted or not any(trains))
-        with torch.set_grad_enabled(with_graph), out_of_memory_as_none() as attempt:
-            measuring = budget.measure(slicer, piece.rows) if budget is not None and with_graph else None
-            attempt.result = _encoded(encode, slicer, piece.rows, measuring)
-        outputs = attempt.result
-        if outputs is None:
-            if piece.random is not None:
-                piece.random.restore()
-            if with_graph and any(trains):  # room for the micro-batch, but not beside the graphs already kept
-                to_keep, budget = 0, None
-                queue.appendleft(piece.rows)
-            else:
-                queue.extendleft(reversed(warn_split(piece.rows, attempt.error)))
-            continue
-        if not flats:
-            flats = [_flat_like(output, slicer.num_rows) for output in outputs]
-            trains = [False] * len(outputs)
-        _check_same(outputs, flats)
-        for flat, output in zip(flats, outputs):
-            flat.index_copy_(0, piece.rows.to(flat.device), output.detach().to(flat.dtype))
-        if with_graph:
-            needs = [output.requires_grad for output in outputs]
-            trains = [before or now for before, now in zip(trains, needs)]
-            piece.trains = any(needs)
-            # Without a budget of its own to prove room, the graph of the first is dropped unless asked for.
-            if piece.trains and (wanted or (budget is not None and budget.has_room(slicer, piece.rows))):
-                piece.outputs = outputs
-                if budget is not None:
-                    budget.spend(slicer, piece.rows)
-        else:
-            piece.trains = any(trains)
-        if piece.trains and piece.random is not None:
-            piece.drew = not piece.random.equals(RandomState())
-        else:
-            piece.random = None
-        pieces.append(piece)
-    for flat, needs in zip(flats, trains):
-        flat.requires_grad_(needs)
-    return pieces, tuple(flats)
 
 
 def replay(
@@ -266,7 +147,7 @@ def _plan_jobs(recordings: Sequence[Recording], gradient_of: dict[int, list[Tens
         due = tuple(module for module in recording._wrapped if reducing[module] and module not in later)
         if due and not own:
             last = recording._pieces[-1]  # the shortest
-            own = [_Job(recording=recording, piece=_Piece(rows=last.rows[-1:]), zero=True)]
+            own = [_Job(recording=recording, piece=Piece(rows=last.rows[-1:]), zero=True)]
         if own:
             own[-1].reduce = due
         jobs += own
@@ -283,17 +164,17 @@ def _replay_piece(jobs: deque[_Job], gradient_of: dict[int, list[Tensor | None]]
         if piece.random is not None:
             piece.random.restore()
         with out_of_memory_as_none() as attempt:
-            attempt.result = _encoded(recording._encode, recording._slicer, piece.rows, None)
+            attempt.result = encode_rows(recording._encode, recording._slicer, piece.rows)
         outputs = attempt.result
         if outputs is None:
-            if piece.drew or job.reduce:
+            if piece.drew:
                 raise AnybatchError(
-                    f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split now: "
-                    "its dropout masks (or its gradient reduction) belong to the whole. Lower micro_batch or max_tokens."
+                    f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split "
+                    "now: its random numbers (dropout) belong to the whole. Lower micro_batch or max_tokens."
                 ) from attempt.error
-            for rows in reversed(warn_split(piece.rows, attempt.error)):
-                part = _Piece(rows=rows, random=piece.random, drew=False, trains=True)
-                jobs.appendleft(_Job(recording=recording, piece=part))
+            halves = [Piece(rows=rows, drew=False, trains=True) for rows in warn_split(piece.rows, attempt.error)]
+            jobs.appendleft(_Job(recording=recording, piece=halves[1], reduce=job.reduce))
+            jobs.appendleft(_Job(recording=recording, piece=halves[0]))
             return
         with without_autocast():
             _backward(outputs, gradient_of[id(recording)], piece.rows, zero=job.zero)
@@ -310,42 +191,6 @@ def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Ten
         torch.autograd.backward([output for output, _ in pairs], values)
 
 
-def _encoded(encode: Encoder, slicer: RowSlicer, rows: Tensor, context: Any) -> tuple[Tensor, ...]:
-    if context is None:
-        outputs = encode(slicer.take(rows))
-    else:
-        with context:
-            outputs = encode(slicer.take(rows))
-    several = (outputs,) if isinstance(outputs, Tensor) else outputs
-    if not isinstance(several, (tuple, list)) or not all(isinstance(output, Tensor) for output in several):
-        raise AnybatchError(
-            f"The encoder returned {type(outputs).__name__}; a Tensor (b, D) or a tuple of Tensors is expected. Pick the "
-            'embedding inside, for instance lambda batch: model(batch)["sentence_embedding"].'
-        )
-    for output in several:
-        if output.ndim == 0 or output.shape[0] != len(rows) or not output.is_floating_point():
-            raise AnybatchError(
-                f"The encoder returned a {output.dtype} tensor of shape {tuple(output.shape)} for {len(rows)} rows; a "
-                "floating tensor with one embedding a row is expected."
-            )
-    return tuple(several)
-
-
-def _flat_like(output: Tensor, num_rows: int) -> Tensor:
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    return torch.empty((num_rows, *output.shape[1:]), dtype=dtype, device=output.device)
-
-
-def _check_same(outputs: tuple[Tensor, ...], flats: list[Tensor]) -> None:
-    if [output.shape[1:] for output in outputs] != [flat.shape[1:] for flat in flats]:
-        raise AnybatchError(
-            f"The encoder returned shapes {[tuple(o.shape) for o in outputs]} for one micro-batch and "
-            f"{[(len(outputs[0]), *f.shape[1:]) for f in flats]} would fit the first. Embeddings must have the same "
-            "shape in every micro-batch; token embeddings, whose width follows the longest row, must be padded to a "
-            "fixed width inside the encoder."
-        )
-
-
 def _checked_grads(recording: Recording, given: Sequence[Tensor | None], scale: Tensor | float) -> list[Tensor | None]:
     if recording._spent:
         raise AnybatchError("This recording was already back-propagated; record the batch again for another pass.")
@@ -355,14 +200,3 @@ def _checked_grads(recording: Recording, given: Sequence[Tensor | None], scale: 
         if grad is not None and grad.shape != leaf.shape:
             raise AnybatchError(f"A gradient of shape {tuple(grad.shape)} for a leaf of shape {tuple(leaf.shape)}.")
     return [None if grad is None else grad.detach() * scale for grad in given]
-
-
-def _check_rows(micro_batches: Sequence[Tensor], num_rows: int) -> None:
-    rows = torch.cat(list(micro_batches)) if micro_batches else torch.empty(0, dtype=torch.int64)
-    if num_rows == 0:
-        raise AnybatchError("The batch has no rows; skip the step.")
-    if not torch.equal(rows.sort().values, torch.arange(num_rows)):
-        raise AnybatchError(
-            f"The micro-batches name {len(rows)} rows of a batch of {num_rows}; every row must occur exactly once. Plan "
-            "them with plan_micro_batches on the same inputs."
-        )

@@ -80,10 +80,10 @@ class RowSlicer:
         if isinstance(value, Tensor):
             if value.ndim > 0 and value.shape[0] != self.num_rows:
                 raise AnybatchError(
-                    f"{name} has shape {tuple(value.shape)}, but the batch has {self.num_rows} rows. Caching cuts every "
-                    "tensor along its first dimension, so inputs that flatten several rows into one axis (image patches "
-                    "of Qwen2-VL and the like, packed sequences) are not supported. Give each tensor the batch as its "
-                    "first dimension, or pass one item a row and flatten inside the encoder."
+                    f"{name} has shape {tuple(value.shape)}, but the batch has {self.num_rows} rows. Caching cuts "
+                    "every tensor along its first dimension, so inputs that flatten several rows into one axis "
+                    "(image patches of Qwen2-VL and the like, packed sequences) are not supported. Give each tensor "
+                    "the batch as its first dimension, or pass one item a row and flatten inside the encoder."
                 )
             if value.requires_grad and not value.is_leaf:
                 raise AnybatchError(
@@ -94,8 +94,8 @@ class RowSlicer:
             for key in _FLATTENED:
                 if value.get(key) is not None:
                     raise AnybatchError(
-                        f"{name} holds {key!r}: flattened (unpadded) sequences are not supported by caching, which cuts "
-                        "by rows. Use a collator that pads; the padding is trimmed for every micro-batch."
+                        f"{name} holds {key!r}: flattened (unpadded) sequences are not supported by caching, which "
+                        "cuts by rows. Use a collator that pads; the padding is trimmed for every micro-batch."
                     )
             known = _lengths_of(value, self.num_rows)
             if known is not None:
@@ -134,7 +134,7 @@ def _lengths_of(value: Mapping[str, Any], num_rows: int) -> tuple[Tensor, int] |
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != num_rows or mask.shape[1] == 0:
         return None
     width = mask.shape[1]
-    active = mask.bool()
+    active: Tensor = mask.bool()
     for key, item in value.items():
         if not isinstance(item, Tensor) or key == _MASK or width not in item.shape[1:]:
             continue

@@ -47,7 +47,8 @@ def plan_micro_batches(
     lengths = slicer.lengths
     if max_tokens is not None and lengths is None:
         raise AnybatchError(
-            "max_tokens counts tokens, but these inputs have no two-dimensional attention_mask to count. Use micro_batch."
+            "max_tokens counts tokens, but these inputs have no two-dimensional attention_mask to count. Use "
+            "micro_batch."
         )
     if lengths is None:
         assert micro_batch is not None

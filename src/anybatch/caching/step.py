@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from anybatch.caching.forward import Encoder
 from anybatch.caching.memory import GraphBudget
-from anybatch.caching.replay import Encoder, Recording, record, replay
+from anybatch.caching.record import record
+from anybatch.caching.replay import Recording, replay
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.state import without_autocast
@@ -62,16 +64,19 @@ def cached_step(
         AnybatchError: Towers and encoders differ in number, BatchNorm in training mode, a tower that the loss ignores.
 
     Cost: with f the fraction of kept graphs, 4 - f units where a plain step takes 3 (forward 1, backward 2), less what
-        sorting by length saves. Memory: embeddings of the batch, one micro-batch's graph and the kept ones. Collectives:
-        those of the loss, and one gradient reduction for each DistributedDataParallel encoder.
+        sorting by length saves. Memory: embeddings of the batch, one micro-batch's graph and the kept ones.
+        Collectives: those of the loss, and one gradient reduction for each DistributedDataParallel encoder.
 
     Reference: arXiv 2101.06983 (GradCache), section 3.2; keeping graphs and sorting are additions.
     """
-    towers = list(encoders) if isinstance(encoders, (list, tuple)) else [encoders] * len(inputs)
+    if callable(encoders) and not isinstance(encoders, nn.ModuleList):
+        towers: list[Encoder] = [encoders] * len(inputs)
+    else:
+        towers = [*encoders]
     if len(towers) != len(inputs) or not towers:
         raise AnybatchError(
-            f"{len(towers)} encoders for {len(inputs)} towers; give one input batch a tower, and one encoder for all or "
-            "one for each."
+            f"{len(towers)} encoders for {len(inputs)} towers; give one input batch a tower, and one encoder for all "
+            "or one for each."
         )
     slicers = [RowSlicer(batch) for batch in inputs]
     keep = _graphs_to_keep(keep_graphs, memory, [*inputs, *towers])
@@ -115,16 +120,16 @@ def backward_to_leaves(
         raise AnybatchError(f"The loss returned {given}; a scalar tensor is expected. Reduce it (mean) inside.")
     if not value.requires_grad:
         raise AnybatchError(
-            "The loss needs no gradient: every encoder is frozen (or gradients are off) and the loss has no parameter to "
-            "train. Unfreeze something, or call the loss on the embeddings directly."
+            "The loss needs no gradient: every encoder is frozen (or gradients are off) and the loss has no parameter "
+            "to train. Unfreeze something, or call the loss on the embeddings directly."
         )
     with without_autocast():
         (value * scale).backward()
     unused = [str(tower) for tower, leaf in enumerate(leaves) if leaf.requires_grad and leaf.grad is None]
     if unused:
         raise AnybatchError(
-            f"The loss did not use tower(s) {', '.join(unused)} (0 is the anchors): their embeddings received no gradient, "
-            "though encoding them costs time. Remove these inputs, or use a loss that reads them."
+            f"The loss did not use tower(s) {', '.join(unused)} (0 is the anchors): their embeddings received no "
+            "gradient, though encoding them costs time. Remove these inputs, or use a loss that reads them."
         )
     return value.detach()
 
