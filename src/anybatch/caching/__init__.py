@@ -6,15 +6,18 @@ from anybatch.caching.replay import Recording, replay
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.step import average_gradients, backward_to_leaves, cached_step
+from anybatch.caching.verify import Verification, verify
 
 __all__ = [
     "GraphBudget",
     "Recording",
     "RowSlicer",
+    "Verification",
     "average_gradients",
     "backward_to_leaves",
     "cached_step",
     "plan_micro_batches",
     "record",
     "replay",
+    "verify",
 ]

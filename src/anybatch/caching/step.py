@@ -69,15 +69,7 @@ def cached_step(
 
     Reference: arXiv 2101.06983 (GradCache), section 3.2; keeping graphs and sorting are additions.
     """
-    if callable(encoders) and not isinstance(encoders, nn.ModuleList):
-        towers: list[Encoder] = [encoders] * len(inputs)
-    else:
-        towers = [*encoders]
-    if len(towers) != len(inputs) or not towers:
-        raise AnybatchError(
-            f"{len(towers)} encoders for {len(inputs)} towers; give one input batch a tower, and one encoder for all "
-            "or one for each."
-        )
+    towers = paired_encoders(encoders, inputs)
     slicers = [RowSlicer(batch) for batch in inputs]
     keep = _graphs_to_keep(keep_graphs, memory, [*inputs, *towers])
     recordings: list[Recording] = []
@@ -87,6 +79,24 @@ def cached_step(
     value = backward_to_leaves(loss, [r.embeddings for r in recordings], loss_kwargs=loss_kwargs, scale=scale)
     replay(recordings, [[r.embeddings.grad] for r in recordings])
     return value
+
+
+def paired_encoders(encoders: Encoder | Sequence[Encoder], inputs: Sequence[Any]) -> list[Encoder]:
+    """One encoder for each tower: the only one given for all, or as many as there are towers.
+
+    Raises:
+        AnybatchError: Neither.
+    """
+    if callable(encoders) and not isinstance(encoders, nn.ModuleList):
+        towers: list[Encoder] = [encoders] * len(inputs)
+    else:
+        towers = [*encoders]
+    if len(towers) != len(inputs) or not towers:
+        raise AnybatchError(
+            f"{len(towers)} encoders for {len(inputs)} towers; give one input batch a tower, and one encoder for all "
+            "or one for each."
+        )
+    return towers
 
 
 def backward_to_leaves(

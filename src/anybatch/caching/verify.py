@@ -1,0 +1,253 @@
+"""Check on the user's own model that the cached step and the plain step agree, and say what is in the way if not."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anybatch.caching.forward import Encoder, encode_rows
+from anybatch.caching.modules import modules_of
+from anybatch.caching.rows import RowSlicer
+from anybatch.caching.schedule import plan_micro_batches
+from anybatch.caching.state import ModeState, RandomState, without_autocast
+from anybatch.caching.step import cached_step, paired_encoders
+from anybatch.errors import AnybatchError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The two gradients of one batch, compared.
+
+    Attributes:
+        error: Norm of the difference of all gradients over the norm of the plain gradient.
+        tolerance: What rounding allows in the coarsest dtype that took part.
+        errors: The same ratio for every parameter, by name.
+        loss_error: Relative difference of the two losses.
+        findings: What stands in the way of exactness, in sentences; empty where nothing was found.
+    """
+
+    error: float
+    tolerance: float
+    errors: dict[str, float]
+    loss_error: float
+    findings: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the gradients agree within the tolerance and nothing was found in the way."""
+        return self.error <= self.tolerance and not self.findings
+
+    def __str__(self) -> str:
+        worst = sorted(self.errors.items(), key=lambda item: -item[1])[:3]
+        lines = [f"relative error {self.error:.2e} (tolerance {self.tolerance:.0e}), loss {self.loss_error:.2e}"]
+        lines += [f"  {name}: {error:.2e}" for name, error in worst]
+        return "\n".join([*lines, *(f"! {finding}" for finding in self.findings)])
+
+
+def verify(
+    encoders: Encoder | Sequence[Encoder],
+    inputs: Sequence[Any],
+    loss: Callable[..., Tensor],
+    *,
+    micro_batch: int = 4,
+    keep_graphs: int | float = 0,
+    loss_kwargs: Mapping[str, Any] | None = None,
+    modules: Sequence[nn.Module] | None = None,
+) -> Verification:
+    """Take one batch both ways and compare every gradient.
+
+    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) it is the same micro-batches
+    in one graph, so that the masks are the same. Gradients, buffers and random generators are put back afterwards,
+    those of the loss included.
+
+    Args:
+        encoders: As in `cached_step`.
+        inputs: One small batch a tower, more rows than `micro_batch`.
+        loss: As in `cached_step`.
+        micro_batch: Rows in a forward pass.
+        keep_graphs: As in `cached_step`.
+        loss_kwargs: As in `cached_step`.
+        modules: As in `cached_step`.
+
+    Returns:
+        The comparison; print it.
+
+    Raises:
+        AnybatchError: Every tower fits in one micro-batch (the comparison would prove nothing), or what `cached_step`
+            refuses (BatchNorm in training mode).
+
+    Cost: two steps, and a copy of the gradients and of the buffers.
+    """
+    towers = paired_encoders(encoders, inputs)
+    slicers = [RowSlicer(batch) for batch in inputs]
+    plans = [plan_micro_batches(slicer, micro_batch=micro_batch) for slicer in slicers]
+    if all(len(plan) == 1 for plan in plans):
+        raise AnybatchError(
+            f"Every tower fits in one micro-batch of {micro_batch} rows, so there is nothing to compare. Pass more "
+            "rows or a smaller micro_batch."
+        )
+    held = list(dict.fromkeys([m for tower in towers for m in modules_of(tower)])) if modules is None else list(modules)
+    parts = [*held, loss] if isinstance(loss, nn.Module) else held
+    names = _parameter_names(parts)
+    findings: list[str] = []
+    options: dict[str, Any] = {"loss_kwargs": loss_kwargs, "modules": modules}
+    with _untouched(parts, list(names)) as changed:
+        start, foreign = RandomState(), _ForeignState()
+        cached_value = cached_step(loss, towers, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, **options)
+        draws = not start.equals(RandomState())
+        findings += foreign.findings()
+        cached = _take_gradients(names)
+        findings += [
+            f"The forward pass writes to {name}, so a replay starts from another value than the recording did."
+            for name in changed(held)
+        ]
+    with _untouched(parts, list(names)):
+        start.restore()
+        foreign.restore()
+        # With dropout the masks belong to the micro-batches; without, the whole batch in one pass says more.
+        split = plans if draws else [[torch.arange(slicer.num_rows)] for slicer in slicers]
+        embedded = [_embedded(tower, slicer, plan) for tower, slicer, plan in zip(towers, slicers, split)]
+        value = loss(embedded[0], *([torch.cat(embedded[1:])] if len(embedded) > 1 else []), **(loss_kwargs or {}))
+        with without_autocast():
+            value.backward()
+        plain = _take_gradients(names)
+    with _untouched(parts, list(names)), torch.no_grad(), _evaluating(held):
+        for number, (tower, slicer, plan, trained) in enumerate(zip(towers, slicers, plans, embedded)):
+            pieces, whole = _embedded(tower, slicer, plan), _embedded(tower, slicer, [torch.arange(slicer.num_rows)])
+            if pieces.dtype != trained.dtype:
+                findings.append(
+                    f"Tower {number} returns {trained.dtype} with gradients and {pieces.dtype} without: the recording "
+                    "and the replay compute in different dtypes."
+                )
+            gap = float((pieces - whole).double().norm() / whole.double().norm().clamp_min(1e-300))
+            if gap > _tolerance([whole]) and (held or not draws):
+                findings.append(
+                    f"Tower {number}: a row's embedding depends on the rows that go through with it (relative change "
+                    f"{gap:.1e} when the batch is split), so micro-batches cannot give the gradient of the whole batch."
+                )
+    start.restore()
+    foreign.restore()
+    findings += [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
+    return _compare(cached, plain, cached_value, value.detach(), _tolerance([*embedded, *plain.values()]), findings)
+
+
+def _embedded(tower: Encoder, slicer: RowSlicer, plan: Sequence[Tensor]) -> Tensor:
+    """The embeddings of a batch, micro-batch by micro-batch, in the row order of the batch."""
+    pieces = [encode_rows(tower, slicer, rows)[0] for rows in plan]
+    whole = torch.cat(pieces)
+    return whole[torch.argsort(torch.cat(list(plan))).to(whole.device)]
+
+
+def _tolerance(tensors: Sequence[Tensor]) -> float:
+    return 200 * max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+
+
+def _compare(
+    cached: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    cached_value: Tensor,
+    value: Tensor,
+    tolerance: float,
+    found: list[str],
+) -> Verification:
+    errors: dict[str, float] = {}
+    difference = reference = product = 0.0
+    for name in plain.keys() & cached.keys():
+        wanted, got = plain[name].double(), cached[name].double()
+        gap, size = float((got - wanted).norm()), float(wanted.norm())
+        errors[name] = gap / size if size > 0 else float(gap > 0)
+        difference, reference = difference + gap**2, reference + size**2
+        product += float((got * wanted).sum())
+    error = (difference / reference) ** 0.5 if reference > 0 else float(difference > 0)
+    ratio = product / reference if reference > 0 else 1.0
+    remainder = (max(0.0, difference - (ratio - 1) ** 2 * reference) / reference) ** 0.5 if reference > 0 else 0.0
+    if error > tolerance and remainder <= tolerance:
+        found.append(f"The gradient has the right direction and {ratio:.4g} times the right size: a scale is wrong.")
+    elif error > tolerance and not found:
+        found.append(
+            "The gradients differ and nothing known explains it. Look for state that a forward pass changes (caches, "
+            "counters), for generators of its own, and for rows that see the other rows of their micro-batch."
+        )
+    loss_error = abs(float(cached_value) - float(value)) / max(abs(float(value)), torch.finfo(torch.float64).tiny)
+    return Verification(
+        error=error, tolerance=tolerance, errors=errors, loss_error=loss_error, findings=tuple(dict.fromkeys(found))
+    )
+
+
+class _ForeignState:
+    """Generators that the replay does not put back: Python's and NumPy's."""
+
+    def __init__(self) -> None:
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()  # noqa: NPY002 (the legacy generator is what we watch)
+
+    def findings(self) -> list[str]:
+        found = []
+        advice = "is not replayed: draw with torch, or outside the encoder."
+        if random.getstate() != self.python:
+            found.append(f"The step draws from Python's random module, which {advice}")
+        now = np.random.get_state()  # noqa: NPY002
+        if any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(now, self.numpy)):
+            found.append(f"The step draws from NumPy's global generator, which {advice}")
+        return found
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+
+
+def _parameter_names(parts: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
+    names: dict[nn.Parameter, str] = {}
+    for number, part in enumerate(parts):
+        prefix = f"{type(part).__name__}[{number}]" if len(parts) > 1 else ""
+        for name, parameter in part.named_parameters():
+            names.setdefault(parameter, f"{prefix}.{name}".lstrip("."))
+    return names
+
+
+def _take_gradients(names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for parameter, name in names.items() if parameter.grad is not None}
+
+
+@contextlib.contextmanager
+def _untouched(
+    parts: Sequence[nn.Module], parameters: Sequence[nn.Parameter]
+) -> Iterator[Callable[[Sequence[nn.Module]], list[str]]]:
+    """Start without gradients; put gradients and buffers back. Yields a function that names the buffers changed."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+    buffers = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
+
+    def changed(modules: Sequence[nn.Module]) -> list[str]:
+        before = {id(buffer): copy for buffer, copy in buffers}
+        named = [item for module in modules for item in module.named_buffers()]
+        return [name for name, buffer in named if id(buffer) in before and not torch.equal(buffer, before[id(buffer)])]
+
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield changed
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    modes = ModeState(modules)
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, flag in modes.flags.items():
+            module.training = flag
