@@ -1,0 +1,162 @@
+"""Cut a batch of inputs by rows, without the padding that the chosen rows do not need.
+
+A batch is a Tensor, a (nested) mapping of Tensors, or a list with one item a row. Cutting copies, so an encoder that
+writes into its inputs cannot change what the replay will see.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.errors import AnybatchError
+
+_MASK = "attention_mask"
+_FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+
+
+class RowSlicer:
+    """Reads the shape of a batch once, then hands out any subset of its rows.
+
+    Trailing columns are cut where no chosen row has a token: in a mapping with a two-dimensional `attention_mask`
+    `(B, T)`, every integer or boolean tensor `(B, T)` and `inputs_embeds` `(B, T, D)` lose the columns past the last
+    one in which the mask, or any boolean tensor `(B, T)`, is set. Leading padding stays, because positions are often
+    counted from the left. A mapping that holds another tensor with an axis of length T is left at its full width:
+    whether that axis is the sequence cannot be known.
+
+    Args:
+        inputs: A Tensor `(B, ...)`; a mapping whose tensors all have B as their first dimension, nested at will (other
+            values and zero-dimensional tensors are passed through); or a list with one item a row.
+
+    Attributes:
+        num_rows: B.
+        lengths: `(B,)` int64 on the CPU, the tokens a row needs up to its last one (summed over nested mappings), or
+            None where nothing tells.
+
+    Raises:
+        AnybatchError: A tensor's first dimension is not B; flattened (unpadded) inputs; no tensor at all.
+
+    Cost: one copy of each attention mask to the host.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs = inputs
+        self.num_rows = _count_rows(inputs)
+        self._mask_lengths: dict[tuple[str, ...], tuple[Tensor, int]] = {}
+        self._check(inputs, ())
+        parts = [lengths for lengths, _ in self._mask_lengths.values()]
+        self.lengths: Tensor | None = torch.stack(parts).sum(dim=0) if parts else None
+
+    def take(self, rows: Tensor) -> Any:
+        """The rows `rows` `(b,)` int64 (on the CPU) of the batch, in that order, trimmed."""
+        return self._take(self.inputs, rows, (), None)
+
+    def _take(self, value: Any, rows: Tensor, path: tuple[str, ...], trim: tuple[int, int] | None) -> Any:
+        if isinstance(value, Tensor):
+            if value.ndim == 0:
+                return value
+            part = value.index_select(0, rows.to(value.device))
+            if trim is not None and value.ndim >= 2 and value.shape[1] == trim[0]:
+                part = part[:, : trim[1]]
+            return part
+        if isinstance(value, Mapping):
+            known = self._mask_lengths.get(path)
+            here = None
+            if known is not None:
+                lengths, width = known
+                here = (width, max(1, int(lengths[rows].max())))
+            taken = {key: self._take(item, rows, (*path, str(key)), here) for key, item in value.items()}
+            return _rebuilt(value, taken)
+        if not path and isinstance(value, (list, tuple)):
+            return [value[row] for row in rows.tolist()]
+        return value
+
+    def _check(self, value: Any, path: tuple[str, ...]) -> None:
+        name = ".".join(path) or "the input"
+        if isinstance(value, Tensor):
+            if value.ndim > 0 and value.shape[0] != self.num_rows:
+                raise AnybatchError(
+                    f"{name} has shape {tuple(value.shape)}, but the batch has {self.num_rows} rows. Caching cuts every "
+                    "tensor along its first dimension, so inputs that flatten several rows into one axis (image patches "
+                    "of Qwen2-VL and the like, packed sequences) are not supported. Give each tensor the batch as its "
+                    "first dimension, or pass one item a row and flatten inside the encoder."
+                )
+            if value.requires_grad and not value.is_leaf:
+                raise AnybatchError(
+                    f"{name} requires a gradient and was computed by earlier operations, whose graph a replay would "
+                    "run through several times. Move those operations into the encoder, or detach the input."
+                )
+        elif isinstance(value, Mapping):
+            for key in _FLATTENED:
+                if value.get(key) is not None:
+                    raise AnybatchError(
+                        f"{name} holds {key!r}: flattened (unpadded) sequences are not supported by caching, which cuts "
+                        "by rows. Use a collator that pads; the padding is trimmed for every micro-batch."
+                    )
+            known = _lengths_of(value, self.num_rows)
+            if known is not None:
+                self._mask_lengths[path] = known
+            for key, item in value.items():
+                self._check(item, (*path, str(key)))
+
+
+def _count_rows(inputs: Any) -> int:
+    """B: of the input itself, else of `attention_mask` or `input_ids`, else of the first tensor found."""
+    first = _first_tensor(inputs)
+    if first is not None:
+        return int(first.shape[0])
+    if isinstance(inputs, (list, tuple)):
+        return len(inputs)
+    raise AnybatchError(
+        f"The batch ({type(inputs).__name__}) holds no tensor with a first dimension, so it cannot be cut into "
+        "micro-batches. Pass a Tensor, a mapping of Tensors, or a list with one item a row."
+    )
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value if value.ndim > 0 else None
+    if isinstance(value, Mapping):
+        preferred = [value[key] for key in (_MASK, "input_ids") if key in value]
+        for item in [*preferred, *value.values()]:
+            if not isinstance(item, (list, tuple)) and (found := _first_tensor(item)) is not None:
+                return found
+    return None
+
+
+def _lengths_of(value: Mapping[str, Any], num_rows: int) -> tuple[Tensor, int] | None:
+    """The tokens each row needs and the width T, or None where trimming is not known to be safe."""
+    mask = value.get(_MASK)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != num_rows or mask.shape[1] == 0:
+        return None
+    width = mask.shape[1]
+    active = mask.bool()
+    for key, item in value.items():
+        if not isinstance(item, Tensor) or key == _MASK or width not in item.shape[1:]:
+            continue
+        flags = item.ndim == 2 and item.dtype == torch.bool
+        tokens = item.ndim == 2 and not item.is_floating_point() and not item.is_complex()
+        embedded = key == "inputs_embeds" and item.ndim == 3 and item.shape[1] == width
+        if not (flags or tokens or embedded):
+            return None
+        if flags and item.shape == mask.shape:
+            active = active | item
+    columns = torch.arange(1, width + 1, device=mask.device)
+    return (active * columns).amax(dim=1).cpu(), width
+
+
+def _rebuilt(value: Mapping[str, Any], taken: dict[str, Any]) -> Any:
+    """`taken` in the type of `value` where that can be copied and written (dict, BatchEncoding), else a dict."""
+    if type(value) is dict:
+        return taken
+    try:
+        same = copy.copy(value)
+        for key, item in taken.items():
+            same[key] = item  # type: ignore[index]
+    except TypeError:
+        return taken
+    return same
