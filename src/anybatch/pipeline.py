@@ -243,7 +243,7 @@ def evaluate_model(
         return pair_metrics(anchors, positives, anchor_id=data.anchor_id, positive_id=data.positive_id)
     queries = embed_texts(model, data.query_texts, batch_size=batch_size, prompt=prompts[0])
     corpus = embed_texts(model, data.corpus_texts, batch_size=batch_size, prompt=prompts[1])
-    return retrieval_metrics(queries, corpus, data.relevance)
+    return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
 
 
 def read_evaluation(config: RunConfig) -> PairData | RetrievalData | None:
@@ -351,7 +351,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     )
     loss = CachedLoss(
         model,
-        build_loss(config.loss, num_rows=len(pairs), epochs=config.train.epochs),
+        build_loss(config.loss, num_rows=len(pairs)),
         rows=rows.to(model.device),
         micro_batch=config.train.micro_batch,
         max_tokens=config.train.max_tokens,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.losses import inclusion_log_weight
+from anybatch.losses import ClusterLogWeight, inclusion_log_weights
 from anybatch.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
@@ -30,7 +30,7 @@ class RowTable(nn.Module):
         negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives; None for none.
         plan: Needed by `weights="inclusion"`.
         weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined batches).
-        weight_cap: Upper limit on the total weight of the other clusters' rows; None for the exact, unbiased weights.
+        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact, unbiased weights.
 
     Cost: 8 bytes a row and id; a look-up a step.
     """
@@ -82,8 +82,12 @@ class RowTable(nn.Module):
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }
         if self.weights == "inclusion":
-            assert self.plan is not None and self.cluster is not None
-            arguments["log_weight"] = inclusion_log_weight(
-                self.plan, self.cluster[index], num_negatives=num_negatives * len(index), cap=self.weight_cap
+            assert self.plan is not None
+            assert self.cluster is not None
+            plan, cluster = self.plan, self.cluster[index]
+            same, other = inclusion_log_weights(plan.num_rows, plan.num_clusters, plan.clusters_per_batch, cap=self.weight_cap)
+            explicit = torch.full_like(negatives, -2)
+            arguments["log_weight"] = ClusterLogWeight(
+                row_cluster=cluster, column_cluster=torch.cat([cluster, explicit]), same=same, other=other
             )
         return arguments

@@ -23,7 +23,7 @@ class LossConfig:
         gamma: SogCLR: weight of the new batch in an example's running denominator; 1 forgets everything else.
         eps: SogCLR: added to the running denominator; None for 1 / (rows - 1), which makes it an estimate of full-data InfoNCE.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
-        weight_cap: Upper limit on the correction's total weight; None for the exact one.
+        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
     """
 
     name: Literal["infonce", "decoupled", "count_corrected", "sogclr"] = "infonce"
@@ -45,3 +45,22 @@ class LossConfig:
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "
                 "Use loss.name=count_corrected (no memory) or sogclr."
             )
+
+
+def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
+    """The Module that `config` names, for a data set of `num_rows` rows."""
+    from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
+
+    shared = {
+        "temperature": config.temperature,
+        "learnable_temperature": config.learnable_temperature,
+        "direction": config.direction,
+    }
+    if config.name == "infonce":
+        return InfoNCE(**shared)
+    if config.name == "decoupled":
+        return DecoupledInfoNCE(**shared)
+    if config.name == "count_corrected":
+        return CountCorrectedInfoNCE(num_rows, **shared)
+    eps = 1.0 / (num_rows - 1) if config.eps is None else config.eps
+    return SogCLR(num_rows, gamma=config.gamma, eps=eps, **shared)
