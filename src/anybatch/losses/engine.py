@@ -217,7 +217,8 @@ def _solve(
             logits = (anchors_all[rows] @ candidates.T).mul_(inverse).sub_(reference_all[rows, None])
             if log_weight is not None:
                 logits += log_weight.tile(rows, columns).to(logits.dtype)
-            own = torch.arange(max(rows.start, first_row), min(rows.stop, first_row + num_rows), device=device)
+            first_own = max(rows.start, first_row)
+            own = torch.arange(first_own, max(first_own, min(rows.stop, first_row + num_rows)), device=device)
             logits[own - rows.start, own - first_row] = -torch.inf
             d_candidates.addmm_(logits.exp_().T, anchors_all[rows])
         totals = (log_sum - _finite(log_denominator)).exp()
