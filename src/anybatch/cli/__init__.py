@@ -1,1 +1,20 @@
 """The command line: one thin file a verb; parse, call the library, print. Imports every room."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the `anybatch` command: exit code 0, or 2 with a message for what the user can mend."""
+    from anybatch.cli.app import app
+    from anybatch.errors import AnybatchError
+
+    try:
+        app()
+    except AnybatchError as error:
+        print(f"anybatch: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("anybatch: stopped; finished work is kept. Add --resume to go on.", file=sys.stderr)
+        sys.exit(130)

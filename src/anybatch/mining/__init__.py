@@ -1,1 +1,27 @@
-"""Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, files and plan; no training code."""
+"""Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan and resources; no training code."""
+
+from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
+from anybatch.mining.graph import MiningGraph, build_graph
+from anybatch.mining.mine import MiningConfig, MiningReport, MiningResult, mine_plan
+from anybatch.mining.negatives import sample_negatives
+from anybatch.mining.neighbors import Neighbors, exact_neighbors, ivf_neighbors
+from anybatch.mining.partition import equal_clusters, kaminpar_clusters, metis_clusters
+
+__all__ = [
+    "Audit",
+    "MiningConfig",
+    "MiningGraph",
+    "MiningReport",
+    "MiningResult",
+    "Neighbors",
+    "audit_clusters",
+    "build_graph",
+    "equal_clusters",
+    "exact_neighbors",
+    "ivf_neighbors",
+    "kaminpar_clusters",
+    "metis_clusters",
+    "mine_plan",
+    "sample_negatives",
+    "suspect_pairs",
+]

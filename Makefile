@@ -1,0 +1,38 @@
+# make demo: the main job on the embedded default.  make test: the tests.  Both make .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint docs clean
+demo: $(VENV)/.installed-demo
+	$(BIN)/anybatch demo
+
+test: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/pip install -q -c constraints.txt '.[lint]'
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/pyright
+
+docs: $(VENV)/.installed-test
+	$(BIN)/pip install -q -c constraints.txt '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+# torch goes first and alone: with its pin in place nothing below can pull another build of it.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,44 @@
+"""All three levers inside sentence-transformers' own Trainer: mined batches, a batch of 64 in the memory of 16, SogCLR's memory.
+
+Usage: python examples/sentence_transformers_all.py MODEL [PAIRS], where MODEL is a folder or a hub name.
+"""
+
+import sys
+
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+from anybatch import MiningConfig, RowTable, SogCLR, mine_plan, sample
+from anybatch.integrations.sentence_transformers import CachedLoss, LossStateCallback, PlanBatches, embed_texts, with_index
+
+model = SentenceTransformer(sys.argv[1], device="cpu")
+pairs = sample.load("train", limit=int(sys.argv[2]) if len(sys.argv) > 2 else 512)
+
+# Choose: the untrained model is its own teacher here; a stronger one is better.
+plan = mine_plan(
+    embed_texts(model, pairs.anchors),
+    embed_texts(model, pairs.positives),
+    config=MiningConfig(batch_size=64, cluster_size=16, skip=2, take=32),
+    anchor_id=pairs.anchor_id,
+    positive_id=pairs.positive_id,
+    data_digest=pairs.digest,
+).plan
+
+# Outlive: a remembered denominator a row, corrected for mined batches. Grow: 16 rows at a time through the encoder.
+rows = RowTable(pairs.anchor_id, pairs.positive_id, plan=plan, weights="inclusion")
+loss = CachedLoss(model, SogCLR(num_rows=len(pairs), temperature=0.05, gamma=0.8), rows=rows, micro_batch=16)
+
+args = SentenceTransformerTrainingArguments(
+    output_dir="st-run",
+    num_train_epochs=1,
+    learning_rate=1e-4,
+    per_device_train_batch_size=plan.batch_size,
+    batch_sampler=PlanBatches(plan),
+    logging_steps=2,
+    report_to="none",
+    use_cpu=True,
+    dataloader_pin_memory=False,
+)
+trainer = SentenceTransformerTrainer(
+    model=model, args=args, train_dataset=with_index(pairs.to_dataset()), loss=loss, callbacks=[LossStateCallback(loss)]
+)
+trainer.train()  # resume_from_checkpoint=True goes on where a killed run stopped, memory included

@@ -1,0 +1,5 @@
+"""`python -m anybatch` is the `anybatch` command."""
+
+from anybatch.cli import main
+
+main()

@@ -1,0 +1,56 @@
+"""Progress on the terminal: one bar a stage; plain lines where the output is no terminal."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+SHOWN = ("loss", "eval_ndcg@10")
+
+
+class Bars(AbstractContextManager["Bars"]):
+    """A `Progress` of the pipeline: call it with (stage, done, total, figures)."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self._tasks: dict[str, TaskID] = {}
+        self._printed: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
+        """Move the stage's bar to `done` of `total`."""
+        text = "  ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if figures and name in figures)
+        name = self.prefix + stage
+        if not console.is_terminal:
+            self._print(name, done, total, text)
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, figures="")
+        self._progress.update(self._tasks[name], completed=done, total=total, figures=text)
+
+    def _print(self, name: str, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if done >= total or now - self._printed.get(name, -60.0) >= 20.0:
+            self._printed[name] = now
+            console.print(f"{name}: {done}/{total} {text}".rstrip(), highlight=False, markup=False)

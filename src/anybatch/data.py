@@ -1,0 +1,301 @@
+"""Read training pairs and retrieval sets, and refuse what cannot be trained on. Imports errors and files.
+
+Cost: the texts in memory once, and one pass for ids and digest (about 2 seconds a million short texts).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from anybatch.errors import AnybatchError
+from anybatch.files import digest_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMATS = ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, or a folder saved by datasets' save_to_disk"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairData:
+    """Training pairs in row order.
+
+    Attributes:
+        anchors, positives: n texts each.
+        negatives: One sequence of n texts for each column of explicit negatives.
+        source: Where they were read, for messages.
+    """
+
+    anchors: Sequence[str]
+    positives: Sequence[str]
+    negatives: tuple[Sequence[str], ...] = ()
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.anchors)
+
+    @cached_property
+    def anchor_id(self) -> np.ndarray:
+        """(n,) int64: equal where the anchors are the same text (white space at the ends aside)."""
+        return _identify([self.anchors])[0]
+
+    @property
+    def positive_id(self) -> np.ndarray:
+        """(n,) int64: equal where the positives are the same text."""
+        return self._candidate_ids[0]
+
+    @property
+    def negative_id(self) -> np.ndarray | None:
+        """(n, h) int64 in the id space of `positive_id`, or None without explicit negatives."""
+        return np.stack(self._candidate_ids[1:], axis=1) if self.negatives else None
+
+    @cached_property
+    def digest(self) -> str:
+        """Over all texts in row order; the same for the same texts in any file format."""
+        columns = [self.anchors, self.positives, *self.negatives]
+        return digest_of(chain([str(len(columns)).encode()], (text.encode() for column in columns for text in column)))
+
+    def to_dataset(self) -> Dataset:
+        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..."""
+        from datasets import Dataset
+
+        columns = {"anchor": list(self.anchors), "positive": list(self.positives)}
+        columns |= {f"negative_{number}": list(column) for number, column in enumerate(self.negatives, start=1)}
+        return Dataset.from_dict(columns)
+
+    @cached_property
+    def _candidate_ids(self) -> list[np.ndarray]:
+        return _identify([self.positives, *self.negatives])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RetrievalData:
+    """Queries, documents and which documents are relevant to which query.
+
+    Attributes:
+        query_ids, query_texts: Queries, judged ones only.
+        corpus_ids, corpus_texts: Documents (title and text joined by a space).
+        relevance: Query id to document id to grade.
+    """
+
+    query_ids: Sequence[str]
+    query_texts: Sequence[str]
+    corpus_ids: Sequence[str]
+    corpus_texts: Sequence[str]
+    relevance: Mapping[str, Mapping[str, int]]
+
+
+def read_pairs(
+    path: str | os.PathLike[str],
+    *,
+    anchor: str = "anchor",
+    positive: str = "positive",
+    negatives: Sequence[str] = (),
+    limit: int | None = None,
+) -> PairData:
+    """Read pairs from a file or folder.
+
+    Args:
+        path: JSONL, CSV or TSV (each also `.gz`), Parquet, or a folder saved by `datasets`.
+        anchor, positive: Names of the text columns.
+        negatives: Names of columns with explicit negatives.
+        limit: Read only the first rows; None for all.
+
+    Raises:
+        AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there (with the
+            nearest name), a text that is empty or no text (with its row, counted from 1).
+    """
+    path = Path(path)
+    names = [anchor, positive, *negatives]
+    if limit is not None and limit < 1:
+        raise AnybatchError(f"The limit is {limit}; expected at least 1 row.")
+    if len(set(names)) < len(names):
+        raise AnybatchError(f"The columns {', '.join(names)} name one column twice; anchor, positive and negatives must differ.")
+    columns: list[list[str]] = [[] for _ in names]
+    for row, record in enumerate(islice(_records(path, names), limit), start=1):
+        for name, column in zip(names, columns, strict=True):
+            if name not in record:
+                raise _no_column(name, list(record), f"row {row} of {path}")
+            text = record[name]
+            if not isinstance(text, str) or not text.strip():
+                what = "empty" if text is None or isinstance(text, str) else f"{text!r:.60}, which is no text"
+                raise AnybatchError(f"Row {row} of {path}: '{name}' is {what}. Every row needs a text there: fill it or leave the row out.")
+            column.append(text)
+    if not columns[0]:
+        raise AnybatchError(f"{path} is empty: it has no rows. Expected pairs in the columns '{anchor}' and '{positive}'.")
+    return PairData(anchors=columns[0], positives=columns[1], negatives=tuple(columns[2:]), source=str(path))
+
+
+def read_retrieval(
+    corpus: str | os.PathLike[str], queries: str | os.PathLike[str], qrels: str | os.PathLike[str], *, split: str | None = None
+) -> RetrievalData:
+    """Read a retrieval set in BEIR's layout.
+
+    Args:
+        corpus: JSONL with `id` (or `_id`), `text` and optionally `title`.
+        queries: JSONL with `id` (or `_id`) and `text`, optionally `split`.
+        qrels: TSV with a header: query id, document id, grade, optionally `split`.
+        split: Keep only this split, where `qrels` has several.
+
+    Raises:
+        AnybatchError: Missing files or columns; judgements of unknown queries or documents; nothing left.
+    """
+    documents = {_id(record, corpus): f"{record.get('title') or ''} {_text(record, corpus)}".strip() for record in _records(Path(corpus), ["text"])}
+    texts = {_id(record, queries): _text(record, queries) for record in _records(Path(queries), ["text"])}
+    relevance: dict[str, dict[str, int]] = {}
+    seen_splits = set()
+    for row, record in enumerate(_records(Path(qrels), ["score"]), start=1):
+        if "split" in record:
+            seen_splits.add(record["split"])
+            if split is not None and record["split"] != split:
+                continue
+        query = _first(record, ("query_id", "query-id", "qid"), qrels)
+        document = _first(record, ("doc_id", "corpus-id", "corpus_id", "docid"), qrels)
+        if query not in texts or document not in documents:
+            unknown = f"query {query}" if query not in texts else f"document {document}"
+            raise AnybatchError(f"Row {row} of {qrels} judges {unknown}, which is not in the set. Give the files of one set.")
+        relevance.setdefault(query, {})[document] = int(record["score"])
+    if split is None and len(seen_splits) > 1:
+        raise AnybatchError(f"{qrels} has the splits {', '.join(sorted(seen_splits))}. Choose one with split (--split).")
+    if not relevance:
+        found = f"; it has the splits {', '.join(sorted(seen_splits))}" if seen_splits else ""
+        raise AnybatchError(f"{qrels} has no judgements{f' of split {split!r}' if split else ''}{found}.")
+    return RetrievalData(
+        query_ids=list(relevance),
+        query_texts=[texts[query] for query in relevance],
+        corpus_ids=list(documents),
+        corpus_texts=list(documents.values()),
+        relevance=relevance,
+    )
+
+
+def _records(path: Path, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Rows of any supported file as mappings; columns are checked where the format states them up front."""
+    if not path.exists():
+        raise AnybatchError(f"There is no file {path}. Check the path; expected {FORMATS}.")
+    if path.is_dir():
+        return _folder_records(path, names)
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    kind = suffixes[-1].lower() if suffixes else ""
+    if path.stat().st_size == 0:
+        raise AnybatchError(f"{path} is empty (0 bytes). Expected {FORMATS}.")
+    if kind in (".jsonl", ".ndjson", ".json"):
+        return _json_records(path)
+    if kind in (".csv", ".tsv"):
+        return _csv_records(path, names, "\t" if kind == ".tsv" else ",")
+    if kind == ".parquet":
+        return _parquet_records(path, names)
+    raise AnybatchError(f"Cannot tell the format of {path} from its name. Expected {FORMATS}.")
+
+
+def _open(path: Path, newline: str | None = None) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open("rt", encoding="utf-8-sig", newline=newline)
+
+
+def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
+    with _open(path) as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise AnybatchError(f"Line {number} of {path} holds a {type(record).__name__}; expected one JSON object a line.")
+                yield record
+        except json.JSONDecodeError as error:
+            raise AnybatchError(f"Line {number} of {path} is no JSON ({error.msg}, column {error.colno}). Expected one object a line.") from error
+        except (UnicodeDecodeError, EOFError, OSError) as error:
+            raise AnybatchError(f"Cannot read {path}: {error}. Expected UTF-8 text{' in a whole gzip file' if path.suffix == '.gz' else ''}.") from error
+
+
+def _csv_records(path: Path, names: Sequence[str], delimiter: str) -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with _open(path, newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
+        try:
+            _check_columns(names, list(reader.fieldnames or []), str(path))
+            for record in reader:
+                if "" in record or None in record.values():
+                    raise AnybatchError(
+                        f"Line {reader.line_num} of {path} has another number of fields than the header ({len(reader.fieldnames or [])}). "
+                        "Quote fields that hold the separator or a line break."
+                    )
+                yield record
+        except (csv.Error, UnicodeDecodeError, EOFError, OSError) as error:
+            raise AnybatchError(f"Cannot read line {reader.line_num} of {path}: {error}.") from error
+
+
+def _parquet_records(path: Path, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(names, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(columns=list(names)):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise AnybatchError(f"Cannot read {path} as Parquet: {error}.") from error
+
+
+def _folder_records(path: Path, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise AnybatchError(f"{path} is no folder saved by datasets' save_to_disk ({error}).") from error
+    if isinstance(dataset, DatasetDict):
+        raise AnybatchError(f"{path} holds the splits {', '.join(dataset)}; give the folder of one of them, such as {path / next(iter(dataset))}.")
+    _check_columns(names, dataset.column_names, str(path))
+    yield from dataset.select_columns(list(names))
+
+
+def _check_columns(names: Sequence[str], present: list[str], where: str) -> None:
+    for name in names:
+        if name not in present:
+            raise _no_column(name, present, where)
+
+
+def _no_column(name: str, present: list[str], where: str) -> AnybatchError:
+    close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return AnybatchError(f"There is no column '{name}' in {where}; it has {', '.join(map(repr, present)) or 'none'}.{hint}")
+
+
+def _identify(columns: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    """Number the distinct texts of all columns together, in order of first appearance."""
+    numbers: dict[str, int] = {}
+    return [np.fromiter((numbers.setdefault(text.strip(), len(numbers)) for text in column), np.int64, len(column)) for column in columns]
+
+
+def _first(record: Mapping[str, Any], names: Sequence[str], where: object) -> str:
+    for name in names:
+        if record.get(name) is not None:
+            return str(record[name])
+    raise _no_column(names[0], list(record), str(where))
+
+
+def _id(record: Mapping[str, Any], where: object) -> str:
+    return _first(record, ("id", "_id"), where)
+
+
+def _text(record: Mapping[str, Any], where: object) -> str:
+    if not isinstance(record.get("text"), str):
+        raise _no_column("text", list(record), str(where))
+    return record["text"]

@@ -1,0 +1,60 @@
+"""Gather once, reduce once. Everything is decided when called: without a process group of several ranks these are identities.
+
+Nothing here takes part in autograd: gradients of gathered tensors are formed by their owner, without a collective.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_active() -> bool:
+    """Whether a process group of more than one rank exists at this moment."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if is_active() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if is_active() else 0
+
+
+def gather_sizes(num_rows: int, device: torch.device) -> list[int]:
+    """Every rank's number of rows. One collective of 8 bytes a rank."""
+    if not is_active():
+        return [num_rows]
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    sizes[rank()] = num_rows
+    dist.all_reduce(sizes)
+    return sizes.tolist()
+
+
+def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
+    """All ranks' rows, one rank after the other: (sum of sizes, ...). One collective; ranks may hold unequal numbers of rows.
+
+    Args:
+        rows: (sizes[rank], ...) any dtype; detached here.
+        sizes: From `gather_sizes`.
+    """
+    rows = rows.detach()
+    if not is_active():
+        return rows
+    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum over all ranks, in a new tensor. One collective."""
+    value = value.detach().clone()
+    if is_active():
+        dist.all_reduce(value)
+    return value

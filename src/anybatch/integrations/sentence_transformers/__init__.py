@@ -1,0 +1,27 @@
+"""sentence-transformers: our cached step, plans and memory inside its Trainer. Imports its guest lazily, and every room below."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "CachedLoss": "loss",
+    "PlanBatches": "batches",
+    "with_index": "batches",
+    "LossStateCallback": "callback",
+    "last_whole_checkpoint": "callback",
+    "TrainConfig": "training",
+    "train_model": "training",
+    "ModelConfig": "model",
+    "load_model": "model",
+    "embed_texts": "embed",
+    "embed_to_file": "embed",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

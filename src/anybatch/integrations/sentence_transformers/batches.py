@@ -1,0 +1,60 @@
+"""A plan as sentence-transformers' `batch_sampler`, and row numbers as its `label` column."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import BatchSampler, RandomSampler
+
+from anybatch import distributed
+from anybatch.errors import AnybatchError
+from anybatch.plan import BatchPlan, PlanSampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def with_index(dataset: Dataset) -> Dataset:
+    """`dataset` with a column `label` that holds each row's number, which is how the row index reaches the loss.
+
+    Raises:
+        AnybatchError: The data set already has a label or score column, which these losses would never read.
+    """
+    from sentence_transformers.util.dataset import DEFAULT_LABEL_COLUMNS
+
+    taken = [name for name in DEFAULT_LABEL_COLUMNS if name in dataset.column_names]
+    if taken:
+        raise AnybatchError(f"The data set has the column '{taken[0]}', which contrastive losses do not use. Remove or rename it.")
+    return dataset.add_column("label", np.arange(len(dataset)), new_fingerprint=f"{dataset._fingerprint}-indexed")
+
+
+class PlanBatches:
+    """`batch_sampler=PlanBatches(plan)`: batches of the plan for the training set, plain ones for anything else.
+
+    The Trainer sends its evaluation sets through the same argument; they are told from the training set by the row
+    numbers that `with_index` put into it, not by trust. `LossStateCallback` checks that the training set did get the plan.
+
+    Args:
+        plan: Its rows are those of the training set.
+    """
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self.plan = plan
+
+    def __call__(self, dataset: Dataset, *, batch_size: int, drop_last: bool, **settings: Any) -> BatchSampler:
+        """The protocol's factory; `settings` are the generator, seed and label columns that a plan does not need."""
+        if not self._is_training_set(dataset):
+            return BatchSampler(RandomSampler(dataset, generator=settings.get("generator")), batch_size=batch_size, drop_last=drop_last)
+        world_size = distributed.world_size()
+        if batch_size * world_size != self.plan.batch_size:
+            raise AnybatchError(
+                f"The plan has batches of {self.plan.batch_size}; the Trainer asks for {batch_size} rows on each of {world_size} process(es). "
+                f"Set per_device_train_batch_size to {self.plan.batch_size // world_size}."
+            )
+        return PlanSampler(self.plan, world_size=world_size)
+
+    def _is_training_set(self, dataset: Dataset) -> bool:
+        if "label" not in dataset.column_names or len(dataset) != self.plan.num_rows:
+            return False
+        return bool(np.array_equal(np.asarray(dataset.with_format("numpy")["label"]), np.arange(len(dataset))))

@@ -1,0 +1,93 @@
+"""What the Trainer's checkpoints leave out: the loss's state, the sampler's epoch, and whether the checkpoint is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from anybatch.errors import AnybatchError
+from anybatch.files import write_atomically
+from anybatch.integrations.sentence_transformers.batches import PlanBatches
+from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.plan import PlanSampler
+
+LOSS_STATE = "anybatch_loss.safetensors"  # written last: a checkpoint without it was cut short
+
+
+class LossStateCallback(TrainerCallback):
+    """Saves and restores the state of the loss, sets the epoch of loss and plan, adds the loss's figures to the log.
+
+    Args:
+        loss: The loss given to the Trainer.
+        resume_from: The checkpoint given to `trainer.train(resume_from_checkpoint=...)` when it is not in the Trainer's output folder.
+
+    Raises:
+        AnybatchError: Resuming from a checkpoint without a loss state (memory would silently start from nothing); the plan given as
+            `batch_sampler` did not reach the training set.
+    """
+
+    def __init__(self, loss: CachedLoss, resume_from: str | Path | None = None) -> None:
+        self.loss = loss
+        self.resume_from = resume_from
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check the plan; restore the loss."""
+        sampler = _innermost_sampler(kwargs.get("train_dataloader"))
+        if isinstance(getattr(args, "batch_sampler", None), PlanBatches) and not isinstance(sampler, PlanSampler):
+            raise AnybatchError(
+                "The plan was not used: the training set is not the one it was made for, or has no row numbers. "
+                "Give the Trainer with_index(dataset), with the rows in the plan's order."
+            )
+        if state.global_step == 0:
+            return
+        folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        if not (folder / LOSS_STATE).exists():
+            raise AnybatchError(
+                f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would restart "
+                "the memory of the loss from nothing. Resume from an older checkpoint."
+            )
+        self.loss.loss.load_state_dict(load_file(folder / LOSS_STATE))
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell the plan and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
+        epoch = int(state.epoch or 0)
+        sampler = _innermost_sampler(kwargs.get("train_dataloader"))
+        if isinstance(sampler, PlanSampler):
+            sampler.set_epoch(epoch)
+        if hasattr(self.loss.loss, "set_epoch"):
+            self.loss.loss.set_epoch(epoch)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the loss to the checkpoint, atomically and last."""
+        if state.is_world_process_zero:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loss.loss.state_dict().items()}
+            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / LOSS_STATE
+            write_atomically(path, lambda temporary: save_file(tensors, temporary))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the loss's own figures to the trainer's log."""
+        figures = getattr(self.loss.loss, "last_stats", None)
+        if logs is None or "loss" not in logs or not figures:
+            return
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+
+def last_whole_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint under `folder` that was written to its end, or None."""
+    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{LOSS_STATE}")]
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _innermost_sampler(dataloader: Any) -> Any:
+    """Walk down through Accelerate's and the Trainer's wrappers to the sampler that makes the batches."""
+    sampler = getattr(dataloader, "batch_sampler", None)
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    return sampler

@@ -1,0 +1,122 @@
+"""Embed texts with a sentence-transformers model: in shards, onto disk, resumable. Replaces one long `encode` call.
+
+Cost: one forward pass per text; memory is one shard, whatever the number of texts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anybatch.errors import AnybatchError
+from anybatch.files import digest_of, write_text
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+SHARD = 2048  # texts between two records of progress
+
+
+def embed_texts(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    prompt: str = "",
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """L2-normalised embeddings of `texts`, in memory.
+
+    Args:
+        model: Any sentence-transformers model whose output is one vector a text.
+        texts: N texts; each is embedded as `prompt + text`.
+        batch_size: Texts per forward pass; inside a shard they are sorted by length.
+        prompt: Text put in front of each, for models trained with instructions.
+        progress: Called with the number of texts embedded since the last call.
+
+    Returns:
+        float32 (N, D).
+    """
+    parts = []
+    for start in range(0, len(texts), SHARD):
+        shard = list(texts[start : start + SHARD])
+        parts.append(_encode(model, shard, batch_size, prompt))
+        if progress is not None:
+            progress(len(shard))
+    return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
+
+
+def embed_to_file(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    identity: dict[str, Any],
+    batch_size: int = 64,
+    prompt: str = "",
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """As `embed_texts`, onto `path` (.npy, float32), going on where a killed run stopped.
+
+    Args:
+        model, texts, batch_size, prompt, progress: See `embed_texts`.
+        path: The final file. While work is under way it is `path.partial` with its progress in `path.progress`.
+        identity: What made the embeddings (model, lengths, data digest): work of another identity is not resumed, and a
+            finished file of another identity is refused.
+
+    Returns:
+        The memory-mapped array (N, D).
+
+    Raises:
+        AnybatchError: `path` exists and was made by another model or of other texts.
+    """
+    path = Path(path)
+    partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".progress")
+    identity = json.loads(json.dumps({**identity, "prompt": prompt, "texts": digest_of(text.encode() for text in texts)}))
+    record = _read_journal(journal)
+    if path.exists():
+        if record is None or record["identity"] != identity:
+            raise AnybatchError(
+                f"{path} holds embeddings of another model or of other texts. Choose another output folder, or delete that file."
+            )
+        if progress is not None:
+            progress(len(texts))
+        return np.load(path, mmap_mode="r")
+    width = model.get_embedding_dimension()
+    if width is None:
+        raise AnybatchError("The teacher does not state its embedding dimension; give precomputed embeddings (.npy) instead.")
+    done = record["done"] if record is not None and record["identity"] == identity and partial.exists() else 0
+    mode = "r+" if done else "w+"
+    rows = np.lib.format.open_memmap(partial, mode=mode, dtype=None if done else np.float32, shape=None if done else (len(texts), width))
+    if progress is not None and done:
+        progress(done)
+    for start in range(done, len(texts), SHARD):
+        shard = list(texts[start : start + SHARD])
+        rows[start : start + len(shard)] = _encode(model, shard, batch_size, prompt)
+        rows.flush()
+        write_text(journal, json.dumps({"identity": identity, "done": start + len(shard)}))
+        if progress is not None:
+            progress(len(shard))
+    del rows
+    os.replace(partial, path)
+    return np.load(path, mmap_mode="r")
+
+
+def _encode(model: SentenceTransformer, texts: list[str], batch_size: int, prompt: str) -> np.ndarray:
+    # encode() sorts by length itself, so a shard costs little more than its real tokens.
+    vectors = model.encode(
+        texts, batch_size=batch_size, prompt=prompt or None, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+    )
+    return np.asarray(vectors, dtype=np.float32)
+
+
+def _read_journal(journal: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(journal.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,145 @@
+"""Our cached step behind sentence-transformers' protocol for cached losses.
+
+What it replaces: `CachedMultipleNegativesRankingLoss`. The Trainer, `MatryoshkaLoss`, PEFT and trackers see the same
+protocol (`uses_gradient_cache`, `calculate_loss`, a backward pass deferred to a hook on the returned loss); underneath are
+length-sorted micro-batches, replay inside the caller's autocast, graphs kept while asked, and any loss of `anybatch.losses`.
+
+Cost: one more forward pass than the plain step for the micro-batches whose graph is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.caching.replay import Recording, record, replay
+from anybatch.caching.schedule import plan_micro_batches
+from anybatch.errors import AnybatchError
+from anybatch.losses import InfoNCE
+from anybatch.rows import RowTable
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class CachedLoss(nn.Module):
+    """Any anybatch loss as a sentence-transformers loss, with gradient caching.
+
+    Args:
+        model: The model that is trained. It must be the one given to the Trainer.
+        loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
+        rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
+        micro_batch: Rows per forward pass; the memory of the encoder is that of this many rows, whatever the batch size.
+        max_tokens: Padded tokens per forward pass, in place of a fixed number of rows; None to go by `micro_batch` alone.
+        keep_graphs: Fraction of the micro-batches, longest first, whose graph is kept so that no second forward
+            is needed: 0.0 is GradCache, 1.0 is plain training.
+
+    Inputs:
+        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label` column
+        holding the row number (`anybatch.integrations.sentence_transformers.with_index`) is required by a loss with memory and
+        by `rows`.
+
+    Raises:
+        AnybatchError: Fewer than two columns; row numbers missing where they are needed.
+
+    Relations:
+        With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`, except
+        that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does not enlarge
+        the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
+
+    Reference:
+        Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983, section 3.
+    """
+
+    uses_gradient_cache = True
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        loss: nn.Module,
+        *,
+        rows: RowTable | None = None,
+        micro_batch: int = 32,
+        max_tokens: int | None = None,
+        keep_graphs: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model = model  # a child, else the Trainer would not train it
+        self.loss = loss
+        self.rows = rows
+        self.micro_batch = micro_batch
+        self.max_tokens = max_tokens
+        self.keep_graphs = keep_graphs
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """The loss of one batch; its backward pass replays the encoder. Without gradients: plain InfoNCE, memory untouched."""
+        features = list(sentence_features)
+        if len(features) < 2:
+            raise AnybatchError(f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order.")
+        recordings = [self._record(column) for column in features]
+        embeddings = [[recording.embeddings] for recording in recordings]
+        if not torch.is_grad_enabled():
+            return self.calculate_loss(embeddings, labels)
+        loss = self.calculate_loss(embeddings, labels, with_backward=True).detach().requires_grad_()
+        gradients = []
+        for column, [leaf] in enumerate(embeddings):
+            if leaf.grad is None and leaf.requires_grad:
+                raise AnybatchError(f"Input column {column} received no gradient: the loss never read it. Remove it from the data set.")
+            gradients.append([leaf.grad])
+        loss.register_hook(partial(_replay, recordings=recordings, gradients=gradients))
+        return loss
+
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
+        """The loss on embeddings already computed: one list of blocks a column. `MatryoshkaLoss` wraps this method.
+
+        Args:
+            reps: For each column the blocks of its embeddings, (rows, D) each.
+            labels: (B,) row numbers, or None.
+            with_backward: Leave the gradient in the blocks' `.grad` and return the loss detached.
+        """
+        columns = [torch.cat(blocks) if len(blocks) > 1 else blocks[0] for blocks in reps]
+        anchors, candidates = columns[0], torch.cat(columns[1:])
+        if not torch.is_grad_enabled():
+            # Evaluation rows are not training rows: their numbers mean nothing to the memory or to the table.
+            return InfoNCE(temperature=float(getattr(self.loss, "temperature", 0.05)), normalize=True)(anchors, candidates)
+        arguments: dict[str, Any] = {}
+        if labels is not None:
+            index = labels.to(anchors.device, torch.int64)
+            arguments["index"] = index
+            if self.rows is not None:
+                arguments.update(self.rows.arguments(index, num_negatives=len(columns) - 2))
+        elif self.rows is not None:
+            raise AnybatchError("Row numbers are missing: add them as the column 'label' with with_index(dataset) before training.")
+        value = self.loss(anchors, candidates, **arguments)
+        if with_backward:
+            value.backward()
+            return value.detach()
+        return value
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of this loss."""
+        return {"loss": type(self.loss).__name__, "micro_batch": self.micro_batch, "max_tokens": self.max_tokens}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the caching method."""
+        return (
+            "@misc{gao2021scaling, title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}, "
+            "author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan}, year={2021}, eprint={2101.06983}}"
+        )
+
+    def _record(self, features: dict[str, Any]) -> Recording:
+        micro_batches = plan_micro_batches(features, micro_batch=self.micro_batch, max_tokens=self.max_tokens)
+        return record(self._encode, features, micro_batches=micro_batches, keep_graphs=self.keep_graphs, modules=[self.model])
+
+    def _encode(self, features: dict[str, Any]) -> Tensor:
+        return self.model(features)["sentence_embedding"]
+
+
+def _replay(outer: Tensor, *, recordings: list[Recording], gradients: list[list[Tensor | None]]) -> None:
+    """The deferred backward pass: `outer` is the gradient that reached the loss (1 / accumulation steps, a scaler)."""
+    replay(recordings, gradients, scale=outer)

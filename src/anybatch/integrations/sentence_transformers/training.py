@@ -1,0 +1,212 @@
+"""Train a sentence-transformers model on pairs with a plan and a loss: the Trainer, set up so that a killed run resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from anybatch import distributed
+from anybatch.errors import AnybatchError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+
+    from anybatch.integrations.sentence_transformers.loss import CachedLoss
+    from anybatch.plan import BatchPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how fast.
+
+    Attributes:
+        epochs: Passes over the data.
+        max_steps: Stop after this many steps; None for `epochs`.
+        learning_rate: Peak learning rate of AdamW. Tune it for each batch size.
+        warmup: Fraction of the steps over which the learning rate rises.
+        schedule: Shape of the learning rate after warm-up.
+        weight_decay: AdamW's.
+        max_grad_norm: Gradients are clipped to this norm, once a step; 0 for no clipping.
+        micro_batch: Rows per encoder forward pass.
+        max_tokens: Padded tokens per encoder forward pass; None for no limit but `micro_batch`.
+        keep_graphs: Fraction of the micro-batches that need no second forward pass, because memory allows it.
+        bf16: Run the encoder under bfloat16 autocast.
+        save_steps: Steps between checkpoints (the two newest whole ones are kept).
+        log_steps: Steps between lines of the log.
+        eval_steps: Steps between evaluations on the held-out pairs; None for the end only.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    learning_rate: float = 5e-5
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_batch: int = 32
+    max_tokens: int | None = None
+    keep_graphs: float = 0.0
+    bf16: bool = False
+    save_steps: int = 200
+    log_steps: int = 10
+    eval_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "micro_batch", "save_steps", "log_steps"):
+            if getattr(self, name) < 1:
+                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected at least 1.")
+        for name in ("max_steps", "max_tokens", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise AnybatchError(f"train.{name} is {value}; expected at least 1, or nothing.")
+        if self.learning_rate <= 0:
+            raise AnybatchError(f"train.learning_rate is {self.learning_rate}; expected a positive number such as 5e-5.")
+        for name in ("warmup", "keep_graphs"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected a fraction between 0 and 1.")
+
+
+def train_model(
+    model: SentenceTransformer,
+    loss: CachedLoss,
+    dataset: Dataset,
+    plan: BatchPlan,
+    config: TrainConfig,
+    *,
+    output: str | Path,
+    seed: int = 0,
+    prompts: dict[str, str] | None = None,
+    resume: bool = False,
+    evaluate: Callable[[SentenceTransformer], dict[str, float]] | None = None,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
+
+    Args:
+        model, loss: The encoder, and the loss around it.
+        dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here.
+        plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
+        config: See `TrainConfig`.
+        output: Folder of the run; must exist.
+        seed: Dropout and the like. The batches follow the plan's own seed.
+        prompts: Column name to the text put before it.
+        resume: Go on from the last whole checkpoint; with none, start from the beginning.
+        evaluate: Called with the model every `eval_steps`; its figures go into the log.
+        progress: Called after every step with (steps done, steps in all, latest figures).
+
+    Returns:
+        The log: one dictionary a line, with `step` and `epoch`.
+
+    Raises:
+        AnybatchError: Batch size not divisible by the number of processes; a plan for other data.
+
+    Notes:
+        On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
+    """
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
+    from anybatch.integrations.sentence_transformers.callback import LossStateCallback, last_whole_checkpoint
+
+    output = Path(output)
+    world_size = distributed.world_size()
+    if plan.batch_size % world_size:
+        raise AnybatchError(f"The batch size {plan.batch_size} cannot be shared equally by {world_size} processes. Use a multiple of {world_size}.")
+    checkpoints = output / "checkpoints"
+    checkpoint = last_whole_checkpoint(checkpoints) if resume else None
+    for path in checkpoints.glob("checkpoint-*"):  # cut short by the kill: nothing in it can be trusted
+        if checkpoint is None or int(path.name.rsplit("-", 1)[1]) > int(checkpoint.name.rsplit("-", 1)[1]):
+            shutil.rmtree(path)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=plan.batch_size // world_size,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup,
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        logging_steps=config.log_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=3,  # the newest may be cut short, so one more than two
+        batch_sampler=PlanBatches(plan),
+        prompts=prompts,
+        seed=seed,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type == "cuda",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    recorder = _make_recorder(output / "log.jsonl", config.eval_steps, evaluate, progress)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=with_index(dataset),
+        loss=loss,
+        callbacks=[LossStateCallback(loss), recorder],
+    )
+    _silence(trainer)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    return recorder.lines
+
+
+def _make_recorder(
+    path: Path,
+    eval_steps: int | None,
+    evaluate: Callable[[SentenceTransformer], dict[str, float]] | None,
+    progress: Callable[[int, int, dict[str, float]], None] | None,
+) -> Any:
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        """Writes the log, runs the evaluations, reports progress."""
+
+        def __init__(self) -> None:
+            self.lines: list[dict[str, Any]] = []
+            self.latest: dict[str, float] = {}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step and path.exists():  # lines after the checkpoint will be written again
+                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+                self.lines = [line for line in lines if line["step"] <= state.global_step]
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                self._write(state, {name: value for name, value in logs.items() if isinstance(value, (int, float))})
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if evaluate is not None and eval_steps and state.global_step % eval_steps == 0 and state.is_world_process_zero:
+                training = model.training
+                model.eval()
+                self._write(state, {f"eval_{name}": value for name, value in evaluate(model).items()})
+                model.train(training)
+            if progress is not None:
+                progress(state.global_step, state.max_steps, self.latest)
+
+        def _write(self, state: Any, figures: dict[str, Any]) -> None:
+            if not state.is_world_process_zero:
+                return
+            self.latest = {**self.latest, **figures}
+            line = {"step": state.global_step, "epoch": state.epoch, **figures}
+            self.lines.append(line)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    return Recorder()
+
+
+def _silence(trainer: Any) -> None:
+    """Our progress replaces the Trainer's printing of every log line."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)

@@ -1,0 +1,162 @@
+"""What all losses share: arguments checked, embeddings normalised, ids turned into masks, one or two directions, figures for logs."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.errors import AnybatchError
+from anybatch.losses.engine import TILE_BYTES, Rule, SoftmaxStats, softmax_loss
+from anybatch.losses.log_weights import IdMask, LogWeight, SumLogWeight, as_log_weight
+
+Direction = Literal["one_way", "both"]
+
+
+class ContrastiveLoss(nn.Module):
+    """Base of the losses; a method supplies `_rule`.
+
+    Args:
+        temperature: Similarities are divided by it.
+        learnable_temperature: Train it, through its logarithm, so that it stays positive.
+        direction: "one_way": anchors against candidates. "both": the mean of that and of positives against anchors.
+        normalize: L2-normalise the embeddings first, in float32 or better.
+        tile_bytes: Memory for scores at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise AnybatchError(f"temperature is {temperature}; expected a positive number such as 0.05.")
+        if direction not in ("one_way", "both"):
+            raise AnybatchError(f"direction is {direction!r}; expected 'one_way' or 'both'.")
+        self.direction = direction
+        self.normalize = normalize
+        self.tile_bytes = tile_bytes
+        self._temperature = temperature
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable_temperature else None
+        self._stats: tuple[Tensor, SoftmaxStats] | None = None
+
+    @property
+    def temperature(self) -> float:
+        """The temperature at this moment."""
+        return self._temperature if self.log_temperature is None else math.exp(self.log_temperature.item())
+
+    @property
+    def last_stats(self) -> dict[str, float]:
+        """Figures of the last call as plain floats: objective, log_denominator, negatives an anchor, temperature. Empty before it."""
+        if self._stats is None:
+            return {}
+        loss, stats = self._stats
+        seen = stats.log_denominator[stats.num_negatives > 0]
+        return {
+            "objective": loss.item(),
+            "log_denominator": seen.mean().item() if len(seen) else 0.0,
+            "num_negatives": stats.num_negatives.mean().item(),
+            "temperature": self.temperature,
+        }
+
+    def forward(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        *,
+        index: Tensor | None = None,
+        log_weight: LogWeight | Tensor | None = None,
+        anchor_id: Tensor | None = None,
+        candidate_id: Tensor | None = None,
+    ) -> Tensor:
+        """The mean objective over the batch of all ranks.
+
+        Args:
+            anchors: (B, D) float.
+            candidates: (M, D) float, M >= B: the positives in the anchors' order, then explicit negatives.
+            index: (B,) int64 rows of the data set; needed by losses with memory.
+            log_weight: b_ij: a `LogWeight`, or a tensor broadcastable to (B, M); -inf removes a pair.
+            anchor_id: (B,) int; equal for identical anchors. Goes with `candidate_id`.
+            candidate_id: (M,) int; equal for identical candidates.
+
+        Returns:
+            Scalar, float32 (float64 for float64 embeddings), differentiable in the embeddings and the temperature.
+
+        Raises:
+            AnybatchError: Shapes that do not fit, an index that is missing or out of range.
+
+        Cost: see `engine`. Collectives a direction: six in the forward pass, none in the backward pass.
+        """
+        _check_shapes(anchors, candidates, index, anchor_id, candidate_id)
+        dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+        anchors, candidates = anchors.to(dtype), candidates.to(dtype)
+        if self.normalize:
+            anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
+        weight = self._weight(len(anchors), len(candidates), log_weight, anchor_id, candidate_id)
+        if self.log_temperature is None:
+            temperature = torch.tensor(self._temperature, dtype=dtype, device=anchors.device)
+        else:
+            temperature = self.log_temperature.to(dtype).exp()
+        loss, stats = self._one_way(anchors, candidates, temperature, weight, index, direction=0)
+        if self.direction == "both":
+            back = weight.reversed(len(anchors)) if weight is not None else None
+            other, _ = self._one_way(candidates[: len(anchors)], anchors, temperature, back, index, direction=1)
+            loss = (loss + other) / 2
+        self._stats = loss.detach(), stats
+        return loss
+
+    def _one_way(
+        self, anchors: Tensor, candidates: Tensor, temperature: Tensor, weight: LogWeight | None, index: Tensor | None, *, direction: int
+    ) -> tuple[Tensor, SoftmaxStats]:
+        normalised = weight is not None and weight.normalised
+        rule = self._rule(index, direction=direction, normalised=normalised, dimensions=anchors.shape[1])
+        return softmax_loss(
+            anchors, candidates, temperature=temperature, rule=rule, log_weight=weight, tile_bytes=self.tile_bytes
+        )
+
+    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
+        """The method's rule for one call.
+
+        Args:
+            index: Rows of the data set.
+            direction: 0 for anchors against candidates, 1 for the way back.
+            normalised: Whether the log-weights already make the log-sum an estimate of the log-mean over the data.
+            dimensions: Width of the embeddings.
+        """
+        raise NotImplementedError
+
+    def _weight(
+        self, num_rows: int, num_columns: int, log_weight: LogWeight | Tensor | None, anchor_id: Tensor | None, candidate_id: Tensor | None
+    ) -> LogWeight | None:
+        terms: list[LogWeight] = []
+        if log_weight is not None:
+            terms.append(as_log_weight(log_weight, num_rows, num_columns))
+        if anchor_id is not None and candidate_id is not None:
+            owner = torch.full_like(candidate_id, -1)
+            owner[:num_rows] = anchor_id
+            terms.append(
+                IdMask(row_positive=candidate_id[:num_rows], row_anchor=anchor_id, column_id=candidate_id, column_anchor=owner)
+            )
+        return None if not terms else terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
+
+
+def _check_shapes(
+    anchors: Tensor, candidates: Tensor, index: Tensor | None, anchor_id: Tensor | None, candidate_id: Tensor | None
+) -> None:
+    if anchors.ndim != 2 or candidates.ndim != 2 or anchors.shape[1] != candidates.shape[1] or len(candidates) < len(anchors):
+        raise AnybatchError(
+            f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, D) and (M, D) with M >= B: "
+            "the positives in the anchors' order, then explicit negatives."
+        )
+    if (anchor_id is None) != (candidate_id is None):
+        raise AnybatchError("anchor_id and candidate_id go together; one of them is missing.")
+    for name, ids, length in (("index", index, len(anchors)), ("anchor_id", anchor_id, len(anchors)), ("candidate_id", candidate_id, len(candidates))):
+        if ids is not None and (ids.shape != (length,) or ids.is_floating_point()):
+            raise AnybatchError(f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; expected integers of shape ({length},).")

@@ -1,0 +1,114 @@
+"""Losses without memory: InfoNCE, decoupled InfoNCE, count-corrected InfoNCE."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anybatch.errors import AnybatchError
+from anybatch.losses.base import ContrastiveLoss, Direction
+from anybatch.losses.engine import TILE_BYTES, Rule
+
+
+class InfoNCE(ContrastiveLoss):
+    """The batch's own softmax: cross-entropy of the positive among the candidates.
+
+        log_denominator_i = logaddexp(log_sum_i, 0)
+        loss = mean_i log(1 + sum_j exp((s_ij - s_ip) / tau + b_ij))
+
+    Args:
+        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    Log-weights are added to the logits as they are. Temperatures seen: .01 to .07 for text, .07 to .1 for images.
+
+    Cost: no state. Reference: van den Oord et al. 2018, arXiv 1807.03748, equation 4.
+    """
+
+    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
+        return _WithPositive()
+
+
+class DecoupledInfoNCE(ContrastiveLoss):
+    """InfoNCE without the positive in the denominator, which takes away its weight on easy positives in small batches.
+
+        log_denominator_i = log_sum_i
+
+    Args:
+        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    An anchor without any negative contributes 0.
+
+    Cost: no state. Reference: Yeh et al. 2022, "Decoupled Contrastive Learning", arXiv 2110.06848, equation 6.
+    """
+
+    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
+        return _WithoutPositive()
+
+
+class CountCorrectedInfoNCE(ContrastiveLoss):
+    """InfoNCE over the whole data set, estimated from the batch: each of its k negatives stands for (n - 1) / k rows.
+
+        log_denominator_i = logaddexp(log_mean_i + log(n - 1), 0),   log_mean_i = log_sum_i - log k_i
+
+    With normalised log-weights (mined batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself.
+    It needs no memory, and is the baseline that every memory has to beat.
+
+    Args:
+        num_rows: n, rows of the data set.
+        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, arXiv 2202.12387.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        super().__init__(
+            temperature=temperature, learnable_temperature=learnable_temperature, direction=direction, normalize=normalize, tile_bytes=tile_bytes
+        )
+        if num_rows < 2:
+            raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")
+        self.num_rows = num_rows
+
+    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
+        return _CountCorrected(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
+
+
+class _WithPositive:
+    row_wise = True
+
+    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
+        return log_denominator, log_denominator
+
+
+class _WithoutPositive:
+    row_wise = True
+
+    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return log_sum, torch.where(log_sum.isneginf(), 0.0, log_sum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CountCorrected:
+    log_num_others: float
+    normalised: bool
+    row_wise: bool = True
+
+    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        if self.normalised:
+            correction = torch.full_like(log_sum, self.log_num_others)
+        else:
+            correction = self.log_num_others - num_negatives.clamp(min=1).log()
+        objective = torch.logaddexp(log_sum + correction, torch.zeros_like(log_sum))
+        return objective - correction, objective

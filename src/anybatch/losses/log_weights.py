@@ -1,0 +1,230 @@
+"""Log-weights of pairs, b_ij, without ever holding all of them: masks by id, weights of mined batches, plain tensors.
+
+A log-weight is added to the logit of the pair; -inf removes the pair. Each is described by features of rows and columns
+(ids, clusters), so that ranks can exchange the features rather than B x M numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from anybatch import distributed
+from anybatch.errors import AnybatchError
+
+
+@runtime_checkable
+class LogWeight(Protocol):
+    """b_ij for tiles of pairs.
+
+    Attributes:
+        normalised: True if `sum_j exp(b_ij) x_j` estimates the mean of x over the data set, so that a loss adds no
+            correction for the number of negatives; False for masks, whose finite values are 0.
+    """
+
+    normalised: bool
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """The log-weights of these rows and columns: float, broadcastable to (rows, columns)."""
+        ...
+
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> LogWeight:
+        """The same over the rows and columns of all ranks."""
+        ...
+
+    def reversed(self, num_rows: int) -> LogWeight:
+        """The same from the first `num_rows` candidates, the positives, to the anchors."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdMask:
+    """-inf where the candidate is a positive of the anchor under another row: identical content is never a negative.
+
+    Attributes:
+        row_positive: (B,) id of each row's own positive.
+        row_anchor: (B,) id of each row's anchor.
+        column_id: (M,) id of each candidate, in the id space of `row_positive`.
+        column_anchor: (M,) id of the anchor that the candidate is a positive of; -1 for explicit negatives.
+    """
+
+    row_positive: Tensor
+    row_anchor: Tensor
+    column_id: Tensor
+    column_anchor: Tensor
+    normalised: bool = False
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """See `LogWeight.tile`."""
+        same = self.row_positive[rows, None] == self.column_id[None, columns]
+        same |= self.row_anchor[rows, None] == self.column_anchor[None, columns]
+        return torch.zeros(same.shape, device=same.device).masked_fill_(same, -torch.inf)
+
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> IdMask:
+        """See `LogWeight.gathered`."""
+        return IdMask(
+            row_positive=distributed.gather_rows(self.row_positive, row_sizes),
+            row_anchor=distributed.gather_rows(self.row_anchor, row_sizes),
+            column_id=distributed.gather_rows(self.column_id, column_sizes),
+            column_anchor=distributed.gather_rows(self.column_anchor, column_sizes),
+        )
+
+    def reversed(self, num_rows: int) -> IdMask:
+        """See `LogWeight.reversed`."""
+        return IdMask(
+            row_positive=self.row_anchor, row_anchor=self.row_positive, column_id=self.row_anchor, column_anchor=self.row_positive
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterLogWeight:
+    """Weights of a mined batch: `same` where anchor and candidate belong to one cluster, `other` elsewhere.
+
+    Attributes:
+        row_cluster: (B,) cluster of each row; -1 (a remainder row) belongs to none.
+        column_cluster: (M,) cluster of each candidate; -2 marks an explicit negative, which is there for certain as
+            a member of the cluster is.
+        same, other: Log-weights.
+    """
+
+    row_cluster: Tensor
+    column_cluster: Tensor
+    same: float
+    other: float
+    normalised: bool = True
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """See `LogWeight.tile`."""
+        row, column = self.row_cluster[rows, None], self.column_cluster[None, columns]
+        certain = ((row == column) & (row >= 0)) | (column == -2)
+        return torch.where(certain, self.same, self.other)
+
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> ClusterLogWeight:
+        """See `LogWeight.gathered`."""
+        return ClusterLogWeight(
+            row_cluster=distributed.gather_rows(self.row_cluster, row_sizes),
+            column_cluster=distributed.gather_rows(self.column_cluster, column_sizes),
+            same=self.same,
+            other=self.other,
+        )
+
+    def reversed(self, num_rows: int) -> ClusterLogWeight:
+        """See `LogWeight.reversed`."""
+        return ClusterLogWeight(
+            row_cluster=self.column_cluster[:num_rows], column_cluster=self.row_cluster, same=self.same, other=self.other
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorLogWeight:
+    """A tensor broadcastable to (B, M): a mask, or any log-weights.
+
+    Attributes:
+        values: Dimensions (B, M), (1, M) or (B, 1).
+        normalised: See `LogWeight`.
+    """
+
+    values: Tensor
+    normalised: bool
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """See `LogWeight.tile`."""
+        values = self.values if self.values.shape[0] == 1 else self.values[rows]
+        return values if values.shape[1] == 1 else values[:, columns]
+
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> TensorLogWeight:
+        """See `LogWeight.gathered`.
+
+        Raises:
+            AnybatchError: A (B, M) tensor, which says nothing of the pairs across ranks.
+        """
+        if 1 not in self.values.shape:
+            raise AnybatchError(
+                f"log_weight is a tensor of shape {tuple(self.values.shape)}, which does not cover the candidates of the other ranks. "
+                "Give a LogWeight made of ids or clusters, or a tensor of shape (1, M) or (B, 1)."
+            )
+        rows_vary = self.values.shape[0] > 1
+        if rows_vary or self.values.shape[1] > 1:
+            flat = distributed.gather_rows(self.values.reshape(-1), row_sizes if rows_vary else column_sizes)
+            return TensorLogWeight(values=flat[:, None] if rows_vary else flat[None], normalised=self.normalised)
+        return self
+
+    def reversed(self, num_rows: int) -> TensorLogWeight:
+        """See `LogWeight.reversed`."""
+        return TensorLogWeight(values=self.values[:, :num_rows].T, normalised=self.normalised)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumLogWeight:
+    """Several log-weights at once."""
+
+    terms: tuple[LogWeight, ...]
+
+    @property
+    def normalised(self) -> bool:
+        """One normalised term makes the sum so: masks only remove pairs."""
+        return any(term.normalised for term in self.terms)
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """See `LogWeight.tile`."""
+        total = self.terms[0].tile(rows, columns)
+        for term in self.terms[1:]:
+            total = total + term.tile(rows, columns)
+        return total
+
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> SumLogWeight:
+        """See `LogWeight.gathered`."""
+        return SumLogWeight(terms=tuple(term.gathered(row_sizes, column_sizes) for term in self.terms))
+
+    def reversed(self, num_rows: int) -> SumLogWeight:
+        """See `LogWeight.reversed`."""
+        return SumLogWeight(terms=tuple(term.reversed(num_rows) for term in self.terms))
+
+
+def as_log_weight(log_weight: LogWeight | Tensor, num_rows: int, num_columns: int) -> LogWeight:
+    """Accept a tensor in place of a LogWeight; one that holds only 0 and -inf is a mask, any other is taken as normalised.
+
+    Raises:
+        AnybatchError: A shape that does not broadcast to (B, M), NaN or +inf.
+    """
+    if not isinstance(log_weight, Tensor):
+        return log_weight
+    values = log_weight.detach()
+    while values.ndim < 2:
+        values = values[None]
+    if values.ndim != 2 or values.shape[0] not in (1, num_rows) or values.shape[1] not in (1, num_columns):
+        raise AnybatchError(f"log_weight has shape {tuple(log_weight.shape)}; expected something broadcastable to ({num_rows}, {num_columns}).")
+    if bool((values.isnan() | (values == torch.inf)).any()):
+        raise AnybatchError("log_weight holds NaN or +inf; expected finite numbers, or -inf to remove a pair.")
+    return TensorLogWeight(values=values, normalised=not bool(((values == 0) | values.isneginf()).all()))
+
+
+def inclusion_log_weights(num_rows: int, num_clusters: int, clusters_per_batch: int, *, cap: float | None = None) -> tuple[float, float]:
+    """Log of one over the chance of sharing a batch, divided by n - 1, for a plan whose clusters are combined at random.
+
+        same cluster:   log(1 / (n - 1))
+        other cluster:  log((C - 1) / (m - 1)) + log(1 / (n - 1))
+
+    With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows.
+
+    Args:
+        num_rows: n.
+        num_clusters: C.
+        clusters_per_batch: m. With m = 1 rows of other clusters never come, and no weight can stand for them.
+        cap: Upper limit on the weight of another cluster's row relative to one of the own cluster; None for the exact
+            weight. A cap trades variance for bias.
+
+    Returns:
+        (same, other).
+    """
+    if num_rows < 2:
+        raise AnybatchError(f"Inclusion weights need at least 2 rows; got {num_rows}.")
+    if cap is not None and cap < 1:
+        raise AnybatchError(f"The cap on the weights is {cap}; expected at least 1, the weight of a row of the own cluster.")
+    same = -math.log(num_rows - 1)
+    ratio = (num_clusters - 1) / (clusters_per_batch - 1) if clusters_per_batch > 1 else 1.0
+    return same, same + math.log(max(1.0, ratio if cap is None else min(ratio, cap)))

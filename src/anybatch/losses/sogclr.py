@@ -1,0 +1,104 @@
+"""SogCLR: the global contrastive objective, with a running denominator for each example."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anybatch.errors import AnybatchError
+from anybatch.losses.base import ContrastiveLoss, Direction
+from anybatch.losses.engine import TILE_BYTES, Rule
+from anybatch.losses.memory import ExampleMemory
+
+
+class SogCLR(ContrastiveLoss):
+    """The objective over all data, followed from small batches.
+
+        u_i <- (1 - gamma) u_i + gamma * mean over the batch's negatives of exp((s_ij - s_ip) / tau)
+        loss = mean_i log(eps + u_i),    p_ij = exp((s_ij - s_ip) / tau) / (k_i (eps + u_i))
+
+    in the log domain. With normalised log-weights (mined batches) the mean is the weighted sum. The published loss is tau
+    times this; with a fixed temperature that is a factor on the learning rate. With a learnable temperature the derivative is
+    that of the batch's own term with u_i held, as for the embeddings.
+
+    gamma = 1 gives, without memory, InfoNCE for eps = 1 / k, decoupled InfoNCE for eps = 0 and count-corrected InfoNCE for
+    eps = 1 / (n - 1) (gradients; the values differ by a constant).
+
+    Args:
+        num_rows: n, rows of the data set.
+        gamma: Weight of the new batch, in (0, 1]. Published: .9 constant; FastCLIP lowers it to .2 along a cosine.
+        eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
+        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    Memory is updated once a call, in training mode with gradients enabled, and is part of `state_dict`.
+
+    Raises:
+        AnybatchError: gamma or eps out of range; in a call: `index` missing or out of range, embeddings of another width.
+
+    Cost: 4 bytes a row and direction. Reference: Yuan et al. 2022, "Provable Stochastic Optimization for Global Contrastive
+    Learning", arXiv 2202.12387, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        gamma: float = 0.9,
+        eps: float | None = None,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        super().__init__(
+            temperature=temperature, learnable_temperature=learnable_temperature, direction=direction, normalize=normalize, tile_bytes=tile_bytes
+        )
+        if not 0 < gamma <= 1:
+            raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1.")
+        if eps is not None and eps < 0:
+            raise AnybatchError(f"eps is {eps}; expected 0 or more, or None for 1 / (num_rows - 1).")
+        self.memory = ExampleMemory(num_rows, num_directions=2 if direction == "both" else 1)
+        self.gamma = gamma
+        self.eps = 1.0 / (num_rows - 1) if eps is None else eps
+
+    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
+        return _Remembering(
+            memory=self.memory,
+            index=self.memory.check(index, dimensions),
+            direction=direction,
+            gamma=self.gamma,
+            log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
+            normalised=normalised,
+            update=self.training and torch.is_grad_enabled(),
+            dimensions=dimensions,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Remembering:
+    memory: ExampleMemory
+    index: Tensor
+    direction: int
+    gamma: float
+    log_eps: float
+    normalised: bool
+    update: bool
+    dimensions: int
+    row_wise: bool = False  # a row may occur twice in the batch, and then shares its state
+
+    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        correction = torch.zeros_like(log_sum) if self.normalised else num_negatives.clamp(min=1).log()
+        log_mean = self.memory.blend(
+            self.index[rows],
+            log_sum - correction,
+            direction=self.direction,
+            gamma=self.gamma,
+            update=self.update,
+            dimensions=self.dimensions,
+        )
+        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
+        return objective + correction, torch.where(objective.isneginf(), 0.0, objective)

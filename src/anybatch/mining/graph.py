@@ -1,0 +1,81 @@
+"""From rankings to one signed graph: wanted edges positive, probable false negatives negative. CSR, no Python objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import sparse
+
+from anybatch.mining.neighbors import Neighbors
+
+Edges = Literal["union", "mutual"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MiningGraph:
+    """Who wants to sit beside whom, and who must not.
+
+    Attributes:
+        window: (n, n) CSR, 1.0 where j is in i's rank window: a wanted negative of i.
+        conflict: (n, n) CSR, 1.0 where j is among i's excluded top ranks: probably a false negative.
+        weight: (n, n) symmetric CSR of what a partitioner maximises inside clusters: wanted edges, weighted.
+    """
+
+    window: sparse.csr_matrix
+    conflict: sparse.csr_matrix
+    weight: sparse.csr_matrix
+
+    def signed(self, conflict_weight: float) -> sparse.csr_matrix:
+        """The one objective's matrix: `weight - conflict_weight * (conflict + its transpose)`, symmetric, float32."""
+        total = self.weight - conflict_weight * (self.conflict + self.conflict.T)
+        total = sparse.csr_matrix(total, dtype=np.float32)
+        total.sort_indices()
+        return total
+
+
+def build_graph(
+    neighbors: Neighbors, *, skip: int, take: int, margin: float | None = None, edges: Edges = "union", hub_weight: float = 0.0
+) -> MiningGraph:
+    """Cut the rank windows and join them.
+
+    Args:
+        neighbors: At least `skip + take` ranks.
+        skip: The first ranks, which are probably false negatives.
+        take: The ranks after them, which are wanted.
+        margin: Also a conflict: whatever scores above `margin` times the row's own positive (NV-Retriever: 0.95). None: ranks alone.
+        edges: "union": wanted by either side (twice the weight if by both); "mutual": wanted by both sides, as published.
+        hub_weight: Each wanted edge i -> j weighs in_degree(j) ** -hub_weight; 0 counts edges.
+
+    Cost: 12 bytes an edge and side.
+    """
+    num_rows = len(neighbors.ids)
+    ids = neighbors.ids[:, : skip + take]
+    present = ids >= 0
+    rank = np.arange(ids.shape[1])
+    bad = present & (rank < skip)[None]
+    if margin is not None:
+        # Relative to a positive score only: times a negative one, the margin would forbid everything.
+        limit = np.where(neighbors.own_score > 0, margin * neighbors.own_score, np.inf)
+        bad |= present & (neighbors.scores[:, : skip + take] > limit[:, None])
+    wanted = present & ~bad
+    window, conflict = (_csr(ids, chosen, num_rows) for chosen in (wanted, bad))
+    weighted = window
+    if hub_weight:
+        in_degree = np.maximum(np.bincount(window.indices, minlength=num_rows), 1)
+        weighted = sparse.csr_matrix((window.data * in_degree[window.indices] ** -hub_weight, window.indices, window.indptr), shape=window.shape)
+    both = weighted + weighted.T
+    if edges == "mutual":
+        both = both.multiply(window.multiply(window.T))
+    weight = sparse.csr_matrix(both, dtype=np.float32)
+    weight.sort_indices()
+    return MiningGraph(window=window, conflict=conflict, weight=weight)
+
+
+def _csr(ids: np.ndarray, chosen: np.ndarray, num_rows: int) -> sparse.csr_matrix:
+    pointers = np.zeros(num_rows + 1, np.int64)
+    np.cumsum(chosen.sum(axis=1), out=pointers[1:])
+    matrix = sparse.csr_matrix((np.ones(int(pointers[-1]), np.float32), ids[chosen], pointers), shape=(num_rows, num_rows))
+    matrix.sort_indices()
+    return matrix

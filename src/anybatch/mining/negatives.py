@@ -1,0 +1,84 @@
+"""Explicit hard negatives (B3++): drawn from what the members of a cluster want, the most wanted items most often."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from anybatch.mining.graph import MiningGraph
+
+
+def sample_negatives(
+    graph: MiningGraph, cluster: np.ndarray, num_negatives: int, *, anchor_id: np.ndarray, positive_id: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """Hard negatives for each row, from its own rank window.
+
+    An item of the window is drawn with probability proportional to the number of windows of the row's cluster that it is in,
+    without repetition; rows of the cluster itself are left out, being in the batch already.
+
+    Args:
+        graph: From `build_graph`.
+        cluster: (n,) int; -1 for none (such rows count their own window alone).
+        num_negatives: h.
+        anchor_id, positive_id: (n,) int; identical content is never drawn.
+        seed: Of the draws.
+
+    Returns:
+        (n, h) int32 row numbers; -1 where a window has too few.
+
+    Reference: B3, arXiv 2505.11293, section 3 (B3++).
+    """
+    order = np.argsort(cluster, kind="stable").astype(np.int64)
+    window = graph.window
+    result = np.full((len(cluster), num_negatives), -1, np.int32)
+    _draw(
+        order, cluster.astype(np.int64), window.indptr.astype(np.int64), window.indices.astype(np.int64),
+        np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), seed, result,
+    )  # fmt: skip
+    return result
+
+
+@numba.njit(cache=True)
+def _draw(order, cluster, indptr, indices, anchor_id, positive_id, seed, result):  # pragma: no cover - compiled
+    np.random.seed(seed)  # noqa: NPY002 - numba's own generator, not NumPy's
+    num_rows = len(cluster)
+    count = np.zeros(num_rows, np.int64)
+    start = 0
+    while start < num_rows:
+        stop = start + 1
+        while stop < num_rows and cluster[order[stop]] == cluster[order[start]] and cluster[order[start]] >= 0:
+            stop += 1
+        for place in range(start, stop):
+            for edge in range(indptr[order[place]], indptr[order[place] + 1]):
+                count[indices[edge]] += 1
+        for place in range(start, stop):
+            row = order[place]
+            total = 0
+            for edge in range(indptr[row], indptr[row + 1]):
+                item = indices[edge]
+                beside = cluster[item] == cluster[row] and cluster[row] >= 0
+                if not beside and anchor_id[item] != anchor_id[row] and positive_id[item] != positive_id[row]:
+                    total += count[item]
+            for drawn in range(result.shape[1]):
+                if total <= 0:
+                    break
+                mark = np.random.randint(0, total)  # noqa: NPY002
+                for edge in range(indptr[row], indptr[row + 1]):
+                    item = indices[edge]
+                    beside = cluster[item] == cluster[row] and cluster[row] >= 0
+                    if beside or anchor_id[item] == anchor_id[row] or positive_id[item] == positive_id[row]:
+                        continue
+                    taken = False
+                    for earlier in range(drawn):
+                        taken = taken or result[row, earlier] == item
+                    if taken:
+                        continue
+                    mark -= count[item]
+                    if mark < 0:
+                        result[row, drawn] = item
+                        total -= count[item]
+                        break
+        for place in range(start, stop):
+            for edge in range(indptr[order[place]], indptr[order[place] + 1]):
+                count[indices[edge]] = 0
+        start = stop

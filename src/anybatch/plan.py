@@ -1,0 +1,280 @@
+"""Batches chosen before training: `BatchPlan`, on disk and bound to its data, and `PlanSampler`, which deals them.
+
+Cost: 4 bytes a row, and one permutation of the clusters an epoch. Imports errors and files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import BatchSampler
+
+from anybatch.errors import AnybatchError
+from anybatch.files import digest_of, write_atomically
+
+FORMAT = "anybatch-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchPlan:
+    """Equal batches over the rows of one data set, made of clusters that are combined anew every epoch.
+
+    In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size / cluster_size` whole
+    clusters, drawn at random, one after the other. Rows in no cluster (`cluster == -1`: what is left when the rows are cut
+    into clusters of exactly equal size) take the places of randomly chosen rows, so that none is lost for ever; who
+    sits out an epoch is in `rows_left_out(epoch)`. All of it depends on nothing but the plan and the epoch.
+
+    Attributes:
+        num_rows: Rows of the data set.
+        batch_size: Rows of a batch, over all ranks.
+        cluster_size: Rows of a cluster; 1 makes plain random batches.
+        cluster: (num_rows,) int32, each row's cluster 0, 1, ...; -1 for remainder rows.
+        seed: Of the combination of clusters.
+        data_digest: Digest of the texts (`PairData.digest`).
+        suspects: (p, 2) int32 row pairs that may share a batch and may be false negatives, or None.
+        negatives: (num_rows, h) int32 rows mined as hard negatives of each anchor, -1 for none, or None.
+        meta: How the plan was made; anything that JSON holds.
+
+    Raises:
+        AnybatchError: Sizes that do not fit; clusters that are not all of `cluster_size`; fewer rows than a batch.
+    """
+
+    num_rows: int
+    batch_size: int
+    cluster_size: int
+    cluster: np.ndarray
+    seed: int
+    data_digest: str
+    suspects: np.ndarray | None = None
+    negatives: np.ndarray | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.num_rows, self.batch_size, self.cluster_size)
+        if self.cluster.shape != (self.num_rows,):
+            raise AnybatchError(f"cluster has shape {self.cluster.shape}; expected ({self.num_rows},), one number a row.")
+        placed = self.cluster[self.cluster >= 0]
+        sizes = np.bincount(placed) if len(placed) else np.zeros(0, np.int64)
+        if len(placed) and (self.cluster.min() < -1 or np.any(sizes != self.cluster_size)):
+            raise AnybatchError(f"Clusters have {sizes.min()} to {sizes.max()} rows; expected exactly {self.cluster_size} in each.")
+        if len(sizes) < self.clusters_per_batch:
+            raise AnybatchError(
+                f"{len(sizes)} clusters of {self.cluster_size} rows do not fill one batch of {self.batch_size}. Lower the batch size."
+            )
+
+    @classmethod
+    def random(cls, num_rows: int, batch_size: int, *, seed: int = 0, data_digest: str = "") -> BatchPlan:
+        """Plain random batches: every row its own cluster."""
+        _check_sizes(num_rows, batch_size, 1)
+        return cls(
+            num_rows=num_rows,
+            batch_size=batch_size,
+            cluster_size=1,
+            cluster=np.arange(num_rows, dtype=np.int32),
+            seed=seed,
+            data_digest=data_digest,
+            meta={"method": "random"},
+        )
+
+    @property
+    def clusters_per_batch(self) -> int:
+        """Clusters in a batch."""
+        return self.batch_size // self.cluster_size
+
+    @cached_property
+    def num_clusters(self) -> int:
+        """Clusters in all."""
+        return int(self.cluster.max(initial=-1)) + 1
+
+    @property
+    def num_batches(self) -> int:
+        """Batches an epoch."""
+        return self.num_clusters // self.clusters_per_batch
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the plan itself: sizes, clusters, seed and data."""
+        numbers = [self.num_rows, self.batch_size, self.cluster_size, self.seed]
+        return digest_of([json.dumps(numbers).encode(), self.data_digest.encode(), np.ascontiguousarray(self.cluster, np.int32).tobytes()])
+
+    def epoch_batches(self, epoch: int) -> np.ndarray:
+        """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster within a batch."""
+        generator = np.random.default_rng([self.seed, epoch])
+        members = self._members.copy()
+        order = generator.permutation(self.num_clusters)[: self.num_batches * self.clusters_per_batch]
+        remainder = self._remainder
+        if len(remainder):
+            # Only clusters that are dealt this epoch give up places, so every remainder row is really trained on.
+            places = generator.choice(len(order) * self.cluster_size, size=min(len(remainder), len(order) * self.cluster_size), replace=False)
+            members[order[places // self.cluster_size], places % self.cluster_size] = remainder[: len(places)]
+        return members[order].reshape(self.num_batches, self.batch_size)
+
+    def rows_left_out(self, epoch: int) -> np.ndarray:
+        """The rows that are in no batch of this epoch, ascending, int64."""
+        present = np.zeros(self.num_rows, bool)
+        present[self.epoch_batches(epoch).reshape(-1)] = True
+        return np.flatnonzero(~present)
+
+    def check(self, *, num_rows: int, data_digest: str) -> None:
+        """Refuse the plan for other data.
+
+        Raises:
+            AnybatchError: Another number of rows, or other texts.
+        """
+        if num_rows != self.num_rows:
+            raise AnybatchError(f"The plan was made for other data: it has {self.num_rows} rows, the data has {num_rows}. Mine these data anew.")
+        if data_digest != self.data_digest:
+            raise AnybatchError(
+                f"The plan was made for other data: the row counts agree ({num_rows}), the texts do not (digest {self.data_digest[:12]} in the "
+                f"plan, {data_digest[:12]} in the data). Give the file that was mined, rows in the same order, or mine these data anew."
+            )
+
+    def stats(self) -> dict[str, Any]:
+        """What `anybatch inspect` shows."""
+        return {
+            "rows": self.num_rows,
+            "batch_size": self.batch_size,
+            "batches_per_epoch": self.num_batches,
+            "cluster_size": self.cluster_size,
+            "clusters": self.num_clusters,
+            "clusters_per_batch": self.clusters_per_batch,
+            "remainder_rows": len(self._remainder),
+            "rows_left_out_each_epoch": self.num_rows - self.num_batches * self.batch_size,
+            "suspect_pairs": 0 if self.suspects is None else len(self.suspects),
+            "hard_negatives_per_row": 0 if self.negatives is None else self.negatives.shape[1],
+            "seed": self.seed,
+            "data_digest": self.data_digest,
+            **{f"made.{name}": value for name, value in self.meta.items()},
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan: safetensors with a JSON header, atomically.
+
+        Raises:
+            AnybatchError: It cannot be written; a file that was there is unchanged.
+        """
+        from safetensors.numpy import save_file
+
+        arrays = {"cluster": self.cluster.astype(np.int32)}
+        for name, array in (("suspects", self.suspects), ("negatives", self.negatives)):
+            if array is not None:
+                arrays[name] = np.ascontiguousarray(array, dtype=np.int32)
+        header = {"num_rows": self.num_rows, "batch_size": self.batch_size, "cluster_size": self.cluster_size, "seed": self.seed}
+        header |= {"data_digest": self.data_digest, "meta": dict(self.meta)}
+        metadata = {"format": FORMAT, "version": str(VERSION), "plan": json.dumps(header)}
+        write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BatchPlan:
+        """Read a plan.
+
+        Raises:
+            AnybatchError: No such file, no plan, cut short, or of a newer version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise AnybatchError(f"There is no plan at {path}. Make one with `anybatch mine`, or check the path.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AnybatchError(f"{path} is no plan or was cut short ({error}). Make it again with `anybatch mine`.") from error
+        if metadata.get("format") != FORMAT:
+            raise AnybatchError(f"{path} is a safetensors file but no plan of anybatch. Give the plan.safetensors that `anybatch mine` wrote.")
+        if int(metadata["version"]) > VERSION:
+            raise AnybatchError(f"{path} has plan format {metadata['version']}; this anybatch reads up to {VERSION}. Update anybatch.")
+        return cls(**json.loads(metadata["plan"]), **arrays)
+
+    @cached_property
+    def _members(self) -> np.ndarray:
+        order = np.argsort(self.cluster, kind="stable")
+        return order[np.count_nonzero(self.cluster < 0) :].reshape(self.num_clusters, self.cluster_size)
+
+    @cached_property
+    def _remainder(self) -> np.ndarray:
+        return np.flatnonzero(self.cluster < 0)
+
+
+class PlanSampler(BatchSampler):
+    """The batches of a plan, for a `DataLoader` (`batch_sampler=`) or any loop.
+
+    Args:
+        plan: What to deal.
+        rank: Deal only this rank's share of each global batch; None deals the shares of all ranks one after the other, which
+            is what Accelerate's batch sampler shards expect (and, with one rank, simply the batches).
+        world_size: Ranks that share a batch. A cluster lies within one rank's share where the share is a multiple of its size.
+        epoch: The first epoch to deal.
+
+    Raises:
+        AnybatchError: A batch that the ranks cannot share equally.
+    """
+
+    def __init__(self, plan: BatchPlan, *, rank: int | None = None, world_size: int = 1, epoch: int = 0) -> None:
+        if plan.batch_size % world_size:
+            raise AnybatchError(
+                f"The plan's batches of {plan.batch_size} rows cannot be shared equally by {world_size} ranks. Use a multiple of {world_size}."
+            )
+        if rank is not None and not 0 <= rank < world_size:
+            raise AnybatchError(f"rank is {rank}; expected 0 to {world_size - 1}.")
+        self.plan = plan
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = plan.batch_size // world_size
+        self.drop_last = True
+        self.epoch = epoch
+        self.position = 0  # global batches of this epoch already dealt
+        self._start = 0  # where the next iteration begins; only a loaded state sets it
+
+    def set_epoch(self, epoch: int) -> None:
+        """Deal this epoch next: from its beginning, or from a loaded state's position if the state is of this epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.position, self._start = epoch, 0, 0
+
+    def __len__(self) -> int:
+        return self.plan.num_batches * (self.world_size if self.rank is None else 1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self.plan.epoch_batches(self.epoch)
+        shares = range(self.world_size) if self.rank is None else (self.rank,)
+        start, self._start = self._start, 0
+        for number in range(start, len(batches)):
+            self.position = number + 1
+            for share in shares:
+                yield batches[number, share * self.batch_size : (share + 1) * self.batch_size].tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and position. A prefetching loader runs ahead of training: set `position` to the steps really taken."""
+        return {"plan": self.plan.digest, "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; the next `iter` deals exactly the rest of its epoch.
+
+        Raises:
+            AnybatchError: The state of another plan, or a position outside it.
+        """
+        if state["plan"] != self.plan.digest:
+            raise AnybatchError("The state belongs to another plan. Resume with the plan that the run was started with.")
+        if not 0 <= state["position"] <= self.plan.num_batches:
+            raise AnybatchError(f"The position {state['position']} is outside the plan's {self.plan.num_batches} batches.")
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self._start = self.position
+
+
+def _check_sizes(num_rows: int, batch_size: int, cluster_size: int) -> None:
+    if cluster_size < 1 or batch_size < 2:
+        raise AnybatchError(f"batch_size is {batch_size} and cluster_size {cluster_size}; expected at least 2 and 1.")
+    if batch_size % cluster_size:
+        raise AnybatchError(f"batch_size {batch_size} is not a multiple of cluster_size {cluster_size}; choose one that is.")
+    if num_rows < batch_size:
+        raise AnybatchError(f"The data has {num_rows} rows, fewer than one batch of {batch_size}. Lower the batch size to at most {num_rows}.")

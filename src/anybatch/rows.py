@@ -1,0 +1,93 @@
+"""What a loss may know of a data-set row: identical texts, mined clusters. Turns row numbers into arguments of a loss.
+
+Imports errors, losses and plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anybatch.errors import AnybatchError
+from anybatch.losses import ClusterLogWeight, inclusion_log_weights
+from anybatch.plan import BatchPlan
+
+Weights = Literal["none", "inclusion"]
+
+
+class RowTable(nn.Module):
+    """Look-up from row numbers to the arguments `anchor_id`, `candidate_id` and `log_weight` of a loss.
+
+    Identical texts are legal data, and must never be each other's negatives; rows of a mined plan are not a uniform
+    sample of the data, and `weights="inclusion"` corrects for that.
+
+    Args:
+        anchor_id: (n,) int; equal where the anchors are the same text.
+        positive_id: (n,) int; equal where the positives are the same text.
+        negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives; None for none.
+        plan: Needed by `weights="inclusion"`.
+        weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined batches).
+        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact, unbiased weights.
+
+    Cost: 8 bytes a row and id; a look-up a step.
+    """
+
+    def __init__(
+        self,
+        anchor_id: np.ndarray,
+        positive_id: np.ndarray,
+        *,
+        negative_id: np.ndarray | None = None,
+        plan: BatchPlan | None = None,
+        weights: Weights = "none",
+        weight_cap: float | None = None,
+    ) -> None:
+        super().__init__()
+        if len(anchor_id) != len(positive_id) or (negative_id is not None and len(negative_id) != len(anchor_id)):
+            raise AnybatchError(f"The ids cover {len(anchor_id)} anchors and {len(positive_id)} positives; expected one of each a row.")
+        if weights == "inclusion" and plan is None:
+            raise AnybatchError("weights='inclusion' needs the plan that made the batches.")
+        # Not persistent: the table is made from data and plan, which have their own files and digests.
+        self.anchor_id: Tensor
+        self.positive_id: Tensor
+        self.register_buffer("anchor_id", torch.as_tensor(np.asarray(anchor_id, dtype=np.int64)), persistent=False)
+        self.register_buffer("positive_id", torch.as_tensor(np.asarray(positive_id, dtype=np.int64)), persistent=False)
+        negatives = np.empty((len(anchor_id), 0), np.int64) if negative_id is None else np.asarray(negative_id, dtype=np.int64)
+        self.negative_id: Tensor
+        self.register_buffer("negative_id", torch.as_tensor(negatives), persistent=False)
+        self.cluster: Tensor | None
+        self.register_buffer("cluster", torch.as_tensor(plan.cluster.astype(np.int64)) if plan is not None else None, persistent=False)
+        self.plan = plan
+        self.weights = weights
+        self.weight_cap = weight_cap
+
+    def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
+        """Arguments for a batch.
+
+        Args:
+            index: (B,) int64 row numbers.
+            num_negatives: Explicit negatives a row in this batch; their columns come one after the other behind the positives.
+
+        Raises:
+            AnybatchError: More explicit negatives than the table knows of.
+        """
+        if num_negatives > self.negative_id.shape[1]:
+            raise AnybatchError(f"The batch has {num_negatives} negatives a row; the table was made for {self.negative_id.shape[1]}.")
+        negatives = self.negative_id[index, :num_negatives].T.reshape(-1)
+        arguments: dict[str, Any] = {
+            "anchor_id": self.anchor_id[index],
+            "candidate_id": torch.cat([self.positive_id[index], negatives]),
+        }
+        if self.weights == "inclusion":
+            assert self.plan is not None
+            assert self.cluster is not None
+            plan, cluster = self.plan, self.cluster[index]
+            same, other = inclusion_log_weights(plan.num_rows, plan.num_clusters, plan.clusters_per_batch, cap=self.weight_cap)
+            explicit = torch.full_like(negatives, -2)
+            arguments["log_weight"] = ClusterLogWeight(
+                row_cluster=cluster, column_cluster=torch.cat([cluster, explicit]), same=same, other=other
+            )
+        return arguments

@@ -1,0 +1,191 @@
+"""The command line end to end on a tiny real transformer, in its own process where exit codes and kills matter."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from anybatch.cli.app import app
+from anybatch.errors import AnybatchError
+
+runner = CliRunner()
+
+
+def run(*arguments: str) -> None:
+    """Run a verb in this process; the exception of a refused input comes through."""
+    result = runner.invoke(app, list(arguments))
+    if result.exception is not None:
+        raise result.exception
+
+
+def settings(pairs: Path, model: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("--data", str(pairs), "--model", str(model), "--output", str(output), "--batch-size", "8"),
+        *("--set", "train.save_steps=3", "--set", "train.log_steps=1", "--set", "model.device=cpu", "--set", "train.micro_batch=3"),
+        *("--set", "train.epochs=2", "--set", "train.learning_rate=1e-3", "--set", f"evaluation.path={pairs}"),
+        *(item for value in more for item in ("--set", value)),
+    ]
+
+
+METHODS = {
+    "random infonce": ("mining.method=random",),
+    "mined infonce": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6"),
+    "random sogclr": ("mining.method=random", "loss.name=sogclr", "loss.gamma=0.6", "loss.learnable_temperature=false"),
+    "mined sogclr weights": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6", "loss.name=sogclr", "loss.weights=inclusion"),
+}
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder, tmp_path):
+    out = tmp_path / "run"
+    teacher = [] if "random" in method else ["--teacher", str(tiny_model_folder)]
+    run("train", *settings(pairs_file, tiny_model_folder, out, *METHODS[method]), *teacher)
+    names = {path.name for path in out.iterdir()}
+    assert {"config.yaml", "plan.safetensors", "log.jsonl", "metrics.json", "model"} <= names
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == sorted(line["step"] for line in log)
+    assert all(np.isfinite(line["loss"]) for line in log if "loss" in line)
+    run("inspect", str(out))
+    run("evaluate", str(out / "model"), "--data", str(pairs_file), "--output", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    trained = json.loads((out / "metrics.json").read_text())["metrics"]
+    assert figures["ndcg@10"] == pytest.approx(trained["ndcg@10"], abs=1e-6)
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "anybatch", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, tmp_path):
+    """Kill -9 in mid-epoch after a checkpoint; the memory of SogCLR, the optimiser, the dropout and the batches must all come back."""
+    more = ("mining.cluster_size=4", "mining.skip=1", "mining.take=6", "loss.name=sogclr", "loss.gamma=0.6", "train.epochs=4")
+    teacher = ["--teacher", str(tiny_model_folder)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = command("train", *settings(pairs_file, tiny_model_folder, whole, *more), *teacher)
+    assert process.wait() == 0, process.stderr.read() if process.stderr else ""
+
+    process = command("train", *settings(pairs_file, tiny_model_folder, killed, *more), *teacher)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("checkpoints/checkpoint-*/anybatch_loss.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "metrics.json").exists(), "the run ended before it could be killed: make it longer"
+
+    process = command("train", "--resume", "--output", str(killed))
+    assert process.wait() == 0, process.stderr.read() if process.stderr else ""
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    lines = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, killed)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    assert [line["loss"] for line in lines[0] if "loss" in line] == [line["loss"] for line in lines[1] if "loss" in line]
+
+
+def test_resume_after_the_end_only_reads(pairs_file, tiny_model_folder, tmp_path):
+    out = tmp_path / "run"
+    run("train", *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "train.epochs=1"))
+    before = (out / "model" / "model.safetensors").stat().st_mtime_ns
+    run("train", "--resume", "--output", str(out))
+    assert (out / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+class TestMistakes:
+    """Each is refused with a message that says what to do, and leaves nothing behind."""
+
+    @pytest.fixture
+    def out(self, tmp_path):
+        return tmp_path / "out"
+
+    def refuse(self, match, *arguments):
+        with pytest.raises(AnybatchError, match=match):
+            run(*arguments)
+
+    def test_exit_code(self, tmp_path, tiny_model_folder):
+        process = command("train", *settings(tmp_path / "absent.jsonl", tiny_model_folder, tmp_path / "out"))
+        _, message = process.communicate()
+        assert process.returncode == 2
+        assert "absent.jsonl" in message
+        assert "Traceback" not in message
+        assert not (tmp_path / "out").exists()
+
+    def test_empty_file(self, tmp_path, tiny_model_folder, out):
+        path = tmp_path / "empty.jsonl"
+        path.write_text("")
+        self.refuse("empty", "train", *settings(path, tiny_model_folder, out))
+        assert not out.exists()
+
+    def test_misspelt_column(self, pairs_file, tiny_model_folder, out):
+        self.refuse("positive", "train", *settings(pairs_file, tiny_model_folder, out), "--positive", "positve")
+        assert not out.exists()
+
+    def test_empty_text(self, tmp_path, tiny_model_folder, out):
+        path = tmp_path / "pairs.jsonl"
+        path.write_text('{"anchor": "a", "positive": "b"}\n{"anchor": "a", "positive": " "}\n')
+        self.refuse("2", "train", *settings(path, tiny_model_folder, out))
+        assert not out.exists()
+
+    def test_fewer_rows_than_a_batch(self, pairs_file, tiny_model_folder, out):
+        self.refuse("97 rows, fewer than one batch of 128", "train", *settings(pairs_file, tiny_model_folder, out), "--batch-size", "128")
+        assert not out.exists()
+
+    @pytest.mark.parametrize("flaw", ["nan", "inf", "zero", "rows", "shape", "not numpy"])
+    def test_bad_teacher_embeddings(self, flaw, pairs_file, tiny_model_folder, tmp_path, out):
+        rng = np.random.default_rng(0)
+        rows = rng.normal(size=(97 - (flaw == "rows"), 8)).astype(np.float32)
+        if flaw in ("nan", "inf", "zero"):
+            rows[13] = {"nan": np.nan, "inf": np.inf, "zero": 0.0}[flaw]
+        if flaw == "shape":
+            rows = rows.reshape(-1)
+        path = tmp_path / "vectors.npy"
+        np.save(path, rows)
+        if flaw == "not numpy":
+            path.write_text("no array")
+        match = {"nan": "13", "inf": "13", "zero": "13", "rows": "97", "shape": "shape", "not numpy": "Cannot read"}[flaw]
+        vectors = (f"teacher.anchor_embeddings={path}", f"teacher.positive_embeddings={path}", "mining.cluster_size=4")
+        self.refuse(match, "mine", *settings(pairs_file, tiny_model_folder, out, *vectors))
+        assert not (out / "plan.safetensors").exists()
+
+    def test_no_teacher(self, pairs_file, tiny_model_folder, out):
+        self.refuse("needs a teacher", "train", *settings(pairs_file, tiny_model_folder, out))
+
+    def test_plan_of_other_data_and_truncated_plan(self, pairs_file, tiny_model_folder, tmp_path, out):
+        run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "mined", "mining.method=random"))
+        plan = tmp_path / "mined" / "plan.safetensors"
+        other = tmp_path / "other.jsonl"
+        other.write_text(pairs_file.read_text().replace("mata", "mato"))
+        self.refuse("other data|another data", "train", *settings(other, tiny_model_folder, out), "--plan", str(plan))
+        cut = tmp_path / "cut.safetensors"
+        cut.write_bytes(plan.read_bytes()[:-40])
+        self.refuse("cut.safetensors", "train", *settings(pairs_file, tiny_model_folder, tmp_path / "out2"), "--plan", str(cut))
+
+    def test_folder_that_holds_a_run(self, pairs_file, tiny_model_folder, out):
+        run("mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        self.refuse("already holds a run", "mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))
+        self.refuse("another configuration.*loss.name", "train", "--resume", *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "loss.name=sogclr"))
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    def test_folder_with_other_things(self, pairs_file, tiny_model_folder, out):
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+        self.refuse("not empty", "train", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))
+        assert os.listdir(out) == ["thesis.txt"]
+
+    def test_unknown_key_and_unknown_model(self, pairs_file, tiny_model_folder, tmp_path, out):
+        self.refuse("did you mean 'temperature'", "train", *settings(pairs_file, tiny_model_folder, out, "loss.temprature=0.1"))
+        self.refuse("Cannot load the model", "train", *settings(pairs_file, tmp_path / "no-model", out, "mining.method=random"))
+        assert not out.exists()

@@ -1,0 +1,128 @@
+"""The adapter against sentence-transformers' own losses, in float64 on a tiny real transformer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
+
+from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers import CachedLoss
+from anybatch.losses import InfoNCE, SogCLR
+from anybatch.rows import RowTable
+
+from ..conftest import sentence
+
+
+@pytest.fixture
+def model(tiny_model_folder):
+    return SentenceTransformer(str(tiny_model_folder), device="cpu").double()
+
+
+def columns(model, rows=11, negatives=1):
+    texts = [[sentence(row + 40 * column, 2 + (row * (column + 2)) % 9) for row in range(rows)] for column in range(2 + negatives)]
+    return [model.preprocess(column) for column in texts]
+
+
+def gradients(loss, features, labels=None, outer=1.0):
+    loss.zero_grad()
+    torch.manual_seed(5)
+    value = loss([dict(feature) for feature in features], labels)
+    (value * outer).backward()
+    return value.item(), {name: parameter.grad.clone() for name, parameter in loss.named_parameters() if parameter.grad is not None}
+
+
+def worst(ours, theirs):
+    """Largest difference relative to the largest gradient (some gradients, such as a key's bias, are zero but for rounding)."""
+    scale = max(theirs[name].norm() for name in theirs)
+    assert set(ours) == set(theirs)
+    return max(((ours[name] - theirs[name]).norm() / scale).item() for name in theirs)
+
+
+@pytest.mark.parametrize("negatives", [0, 1, 2])
+@pytest.mark.parametrize("micro_batch", [1, 4, 100])
+def test_equals_the_plain_loss_without_dropout(model, negatives, micro_batch):
+    model.eval()  # the plain loss draws other dropout masks, so compare without them
+    features = columns(model, negatives=negatives)
+    value, ours = gradients(CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=micro_batch), features)
+    expected, theirs = gradients(MultipleNegativesRankingLoss(model, scale=20.0), features)
+    assert value == pytest.approx(expected, rel=1e-12)
+    assert worst(ours, theirs) < 1e-12
+
+
+def test_equals_the_cached_loss_it_replaces(model):
+    model.eval()
+    features = columns(model)
+    _, ours = gradients(CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=3), features, outer=0.25)
+    _, theirs = gradients(CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=3), features, outer=0.25)
+    assert worst(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("keep_graphs", [0.0, 0.5, 1.0])
+def test_dropout_is_replayed(model, keep_graphs):
+    model.train()
+    features = columns(model)
+    _, all_replayed = gradients(CachedLoss(model, InfoNCE(), micro_batch=4), features)
+    _, ours = gradients(CachedLoss(model, InfoNCE(), micro_batch=4, keep_graphs=keep_graphs), features)
+    assert worst(ours, all_replayed) < 1e-12
+
+
+def test_matryoshka(model):
+    model.eval()
+    features = columns(model)
+    dims = [32, 16, 8]
+    _, ours = gradients(MatryoshkaLoss(model, CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=4), dims), features)
+    _, theirs = gradients(MatryoshkaLoss(model, MultipleNegativesRankingLoss(model, scale=20.0), dims), features)
+    assert worst(ours, {name.replace("loss.model", "loss.model"): value for name, value in theirs.items()}) < 1e-12
+
+
+def test_evaluation_leaves_memory_alone(model):
+    loss = CachedLoss(model, SogCLR(num_rows=30), micro_batch=4)
+    features = columns(model, negatives=0)
+    before = {name: value.clone() for name, value in loss.loss.state_dict().items()}
+    with torch.no_grad():
+        value = loss(features, torch.arange(500, 511))  # rows of another data set, out of range here
+    assert torch.isfinite(value)
+    assert all(torch.equal(value, before[name]) or value.isnan().all() for name, value in loss.loss.state_dict().items())
+    gradients(loss, features, torch.arange(11))
+    assert any(not torch.equal(value, before[name]) for name, value in loss.loss.state_dict().items())
+
+
+def test_memory_does_not_depend_on_micro_batches(model):
+    model.eval()
+    features = columns(model, negatives=0)
+    states = []
+    for micro_batch in (2, 50):
+        loss = CachedLoss(model, SogCLR(num_rows=30, gamma=0.5), micro_batch=micro_batch)
+        for _ in range(2):
+            gradients(loss, features, torch.arange(11))
+        states.append(loss.loss.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_identical_texts_are_not_negatives(model):
+    model.eval()
+    features = columns(model, negatives=0)
+    ids = np.arange(11)
+    same = ids.copy()
+    same[7] = same[3]
+    plain = CachedLoss(model, InfoNCE(), rows=RowTable(ids, ids), micro_batch=4)
+    masked = CachedLoss(model, InfoNCE(), rows=RowTable(ids, same), micro_batch=4)
+    full, _ = gradients(plain, features, torch.arange(11))
+    less, _ = gradients(masked, features, torch.arange(11))
+    assert less < full - 1e-6
+
+
+def test_mistakes(model):
+    features = columns(model, negatives=0)
+    with pytest.raises(AnybatchError, match="1 input column"):
+        CachedLoss(model, InfoNCE())(features[:1])
+    with pytest.raises(AnybatchError, match="with_index"):
+        CachedLoss(model, InfoNCE(), rows=RowTable(np.arange(11), np.arange(11)))(features)

@@ -1,0 +1,367 @@
+"""Every loss against its naive float64 twin, on ragged shapes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anybatch.errors import AnybatchError
+from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR, inclusion_log_weights
+
+from .. import reference
+
+
+def draw_batch(seed, rows, extra, width=5, repeated=True):
+    generator = torch.Generator().manual_seed(seed)
+    anchors = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    candidates = torch.randn(rows + extra, width, generator=generator, dtype=torch.float64)
+    high = max(2, rows if repeated else 10_000)
+    anchor_id = torch.randint(high, (rows,), generator=generator)
+    candidate_id = torch.randint(high, (rows + extra,), generator=generator)
+    return anchors, candidates, anchor_id, candidate_id
+
+
+def gradients(value, *tensors):
+    return torch.autograd.grad(value, tensors, allow_unused=True)
+
+
+def close(ours, theirs, tolerance=1e-10):
+    for mine, other in zip(ours, theirs, strict=True):
+        other = torch.zeros_like(mine) if other is None else other
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+shapes = st.tuples(st.integers(0, 9999), st.integers(1, 9), st.integers(0, 7))
+LOSSES = {
+    "infonce": (lambda **k: InfoNCE(**k), lambda a, c, t, m: reference.infonce(a, c, t, m)),
+    "decoupled": (lambda **k: DecoupledInfoNCE(**k), lambda a, c, t, m: reference.decoupled(a, c, t, m)),
+    "count corrected": (lambda **k: CountCorrectedInfoNCE(50, **k), lambda a, c, t, m: reference.count_corrected(a, c, t, m, 50)),
+}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+@settings(deadline=None, max_examples=40)
+@given(shape=shapes, tau=st.sampled_from([0.05, 0.3, 1.0]), ids=st.booleans(), tile=st.sampled_from([1, 200, 10**7]), both=st.booleans())
+def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both):
+    make, twin = LOSSES[name]
+    anchors, candidates, anchor_id, candidate_id = draw_batch(*shape)
+    rows = len(anchors)
+    known = {"anchor_id": anchor_id, "candidate_id": candidate_id} if ids else {}
+    loss = make(temperature=tau, learnable_temperature=True, tile_bytes=tile, direction="both" if both else "one_way").double()
+    with torch.no_grad():
+        loss.log_temperature.fill_(math.log(tau))  # in float64, after it was made in float32
+    for tensor in (anchors, candidates):
+        tensor.requires_grad_()
+    value = loss(anchors, candidates, **known)
+    temperature = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+    allowed = reference.pairs_allowed(rows, len(candidates), **known)
+    expected = twin(anchors, candidates, temperature, allowed)
+    if both:
+        back = reference.pairs_allowed(rows, rows, candidate_id[:rows] if ids else None, anchor_id if ids else None)
+        expected = (expected + twin(candidates[:rows], anchors, temperature, back)) / 2
+    if not isinstance(expected, torch.Tensor) or not expected.requires_grad:
+        assert value.item() == pytest.approx(float(expected))
+        return
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    ours = gradients(value, anchors, candidates, loss.log_temperature)
+    theirs = gradients(expected, anchors, candidates, temperature)
+    close(ours[:2], theirs[:2])
+    if theirs[2] is not None:
+        torch.testing.assert_close(ours[2], theirs[2] * tau, rtol=1e-9, atol=1e-9)  # d/d log tau = tau d/d tau
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=shapes,
+    gamma=st.sampled_from([0.2, 0.9, 1.0]),
+    eps=st.sampled_from([None, 0.0, 1e-3]),
+    ids=st.booleans(),
+    tile=st.sampled_from([1, 200, 10**7]),
+    steps=st.integers(1, 4),
+)
+def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, ids, tile, steps):
+    seed, rows, extra = shape
+    loss = SogCLR(12, gamma=gamma, eps=eps, temperature=0.5, tile_bytes=tile)
+    loss.memory.double()
+    twin = reference.NaiveSogCLR(12, gamma, eps)
+    for step in range(steps):
+        anchors, candidates, anchor_id, candidate_id = draw_batch(seed + step, rows, extra)
+        index = torch.randint(12, (rows,), generator=torch.Generator().manual_seed(seed + step))  # with repetitions
+        known = {"anchor_id": anchor_id, "candidate_id": candidate_id} if ids else {}
+        for tensor in (anchors, candidates):
+            tensor.requires_grad_()
+        value = loss(anchors, candidates, index=index, **known)
+        surrogate, objective = twin.step(anchors, candidates, 0.5, reference.pairs_allowed(rows, rows + extra, **known), index.tolist())
+        assert value.item() == pytest.approx(objective, abs=1e-9)
+        if isinstance(surrogate, torch.Tensor):
+            close(gradients(value, anchors, candidates), gradients(surrogate, anchors, candidates), 1e-9)
+        else:
+            assert all(gradient.abs().max() == 0 for gradient in gradients(value, anchors, candidates))
+        for row in range(12):
+            assert bool(loss.memory.visited[0, row]) == (row in twin.u)
+            if row in twin.u:
+                assert loss.memory.log_mean[0, row].exp().item() == pytest.approx(twin.u[row], rel=1e-9)
+
+
+@pytest.mark.parametrize("eps_of", ["one over k", "zero", "one over n - 1"])
+def test_gamma_one_needs_no_memory(eps_of):
+    rows, n = 7, 40
+    anchors, candidates, *_ = draw_batch(1, rows, 0)
+    eps, stateless = {
+        "one over k": (1 / (rows - 1), InfoNCE(temperature=0.1)),
+        "zero": (0.0, DecoupledInfoNCE(temperature=0.1)),
+        "one over n - 1": (1 / (n - 1), CountCorrectedInfoNCE(n, temperature=0.1)),
+    }[eps_of]
+    memory = SogCLR(n, gamma=1.0, eps=eps, temperature=0.1)
+    anchors.requires_grad_()
+    ours = gradients(memory(anchors, candidates, index=torch.arange(rows)), anchors)
+    theirs = gradients(stateless(anchors, candidates), anchors)
+    close(ours, theirs, 1e-10)
+
+
+def test_infonce_is_cross_entropy():
+    anchors, candidates, *_ = draw_batch(2, 6, 4)
+    scores = reference.unit(anchors) @ reference.unit(candidates).T / 0.07
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(6))
+    assert InfoNCE(temperature=0.07)(anchors, candidates).item() == pytest.approx(expected.item(), rel=1e-13)
+
+
+class TestState:
+    def step(self, loss, seed=0, rows=4, index=(0, 1, 2, 3)):
+        anchors, candidates, *_ = draw_batch(seed, rows, 0)
+        anchors = anchors.float().requires_grad_()
+        loss(anchors, candidates.float(), index=torch.tensor(index)).backward()
+
+    def test_first_visit_is_decided_row_by_row(self):
+        loss = SogCLR(8, gamma=0.1)
+        self.step(loss, 0)
+        before = loss.memory.log_mean.clone()
+        self.step(loss, 1, index=(0, 1, 6, 7))  # two known rows and two new ones
+        fresh = SogCLR(8, gamma=0.1)
+        self.step(fresh, 1, index=(0, 1, 6, 7))
+        assert torch.equal(loss.memory.log_mean[0, 6:], fresh.memory.log_mean[0, 6:])
+        moved = (loss.memory.log_mean - before)[0, :2]
+        assert moved.abs().max() > 0
+
+    def test_only_training_updates(self):
+        loss = SogCLR(8)
+        anchors, candidates, *_ = draw_batch(0, 4, 0)
+        with torch.no_grad():
+            loss(anchors, candidates, index=torch.arange(4))
+        loss.eval()
+        loss(anchors.requires_grad_(), candidates, index=torch.arange(4))
+        assert not loss.memory.visited.any()
+        loss.train()
+        loss(anchors, candidates, index=torch.arange(4))
+        assert loss.memory.visited.sum() == 4
+
+    def test_resume_equals_uninterrupted(self):
+        whole, first = SogCLR(8, direction="both"), SogCLR(8, direction="both")
+        for seed in range(4):
+            self.step(whole, seed)
+        for seed in range(2):
+            self.step(first, seed)
+        buffer = io.BytesIO()
+        torch.save(first.state_dict(), buffer)
+        buffer.seek(0)
+        second = SogCLR(8, direction="both")
+        second.load_state_dict(torch.load(buffer))
+        for seed in range(2, 4):
+            self.step(second, seed)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value.nan_to_num(-99.0), second.state_dict()[name].nan_to_num(-99.0)), name
+
+    def test_foreign_state_is_refused(self):
+        with pytest.raises(AnybatchError, match=r"shape \(1, 9\)"):
+            SogCLR(8).load_state_dict(SogCLR(9).state_dict())
+        newer = SogCLR(8).state_dict()
+        newer["memory.version"] += 1
+        with pytest.raises(AnybatchError, match="version 2"):
+            SogCLR(8).load_state_dict(newer)
+
+    def test_memory_stays_float32_under_bfloat16(self):
+        loss = SogCLR(8, gamma=0.01)
+        for seed in range(3):
+            anchors, candidates, *_ = draw_batch(seed, 4, 0)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                value = loss(anchors.bfloat16().requires_grad_(), candidates.bfloat16(), index=torch.arange(4))
+            assert value.dtype == torch.float32
+            value.backward()
+        assert loss.memory.log_mean.dtype == torch.float32
+        assert loss.memory.log_mean[0, :4].unique().numel() == 4
+
+    def test_order_of_duplicates_does_not_matter_much_and_is_reproducible(self):
+        states = []
+        for _ in range(2):
+            loss = SogCLR(8)
+            self.step(loss, 0, rows=6, index=(5, 1, 5, 5, 2, 1))
+            states.append(loss.memory.log_mean.clone())
+        assert torch.equal(states[0].nan_to_num(0), states[1].nan_to_num(0))
+
+    def test_a_running_value_can_fall(self):
+        loss = SogCLR(4, gamma=0.5, temperature=0.1, normalize=False)
+        far, near = torch.eye(4), torch.ones(4, 4)
+        anchor = torch.eye(4).requires_grad_()
+        loss(anchor, near + far, index=torch.arange(4))
+        high = loss.memory.log_mean.clone()
+        for _ in range(20):
+            loss(anchor, far * 3, index=torch.arange(4))
+        assert (loss.memory.log_mean < high - 5).all()
+
+    def test_mistakes(self):
+        loss = SogCLR(8)
+        with pytest.raises(AnybatchError, match="give index="):
+            loss(torch.ones(2, 3), torch.ones(2, 3))
+        with pytest.raises(AnybatchError, match="runs from 0 to 8"):
+            loss(torch.ones(2, 3), torch.ones(2, 3), index=torch.tensor([0, 8]))
+        self.step(loss)
+        with pytest.raises(AnybatchError, match="5 dimensions, these have 3"):
+            loss(torch.ones(2, 3), torch.ones(2, 3), index=torch.tensor([0, 1]))
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("make", [InfoNCE, DecoupledInfoNCE, lambda **k: CountCorrectedInfoNCE(100, **k), lambda **k: SogCLR(100, **k)])
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    def test_hostile_similarities_stay_finite(self, make, sign):
+        """tau = .005: logits of +-200, where exp overflows float32."""
+        anchors = torch.eye(4).requires_grad_()
+        candidates = (sign * torch.eye(4)).roll(1, 0).requires_grad_()
+        loss = make(temperature=0.005, learnable_temperature=True)
+        for _ in range(3):
+            value = loss(anchors, candidates, index=torch.arange(4))
+            value.backward()
+        assert math.isfinite(value.item())
+        for tensor in (anchors, candidates, loss.log_temperature):
+            assert tensor.grad.isfinite().all()
+
+    @pytest.mark.parametrize("make", [InfoNCE, DecoupledInfoNCE, lambda **k: CountCorrectedInfoNCE(100, **k), lambda **k: SogCLR(100, **k)])
+    def test_rows_without_any_negative(self, make):
+        anchors, candidates = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+        mask = torch.zeros(3, 3)
+        mask[1] = -torch.inf
+        value = make()(anchors, candidates, index=torch.arange(3), log_weight=mask)
+        value.backward()
+        assert value.isfinite()
+        assert anchors.grad[1].abs().max() == 0
+        assert anchors.grad[0].abs().max() > 0
+
+    def test_masks_and_weights(self):
+        anchors, candidates, *_ = draw_batch(3, 5, 2)
+        weight = torch.randn(5, 7, dtype=torch.float64)
+        weight[2, 4] = -torch.inf
+        allowed = reference.pairs_allowed(5, 7, removed=weight.isneginf())
+        expected = reference.infonce(anchors, candidates, 0.1, allowed, weight)
+        assert InfoNCE(temperature=0.1)(anchors, candidates, log_weight=weight).item() == pytest.approx(expected.item(), rel=1e-12)
+        columns = torch.randn(7, dtype=torch.float64)
+        expected = reference.infonce(anchors, candidates, 0.1, reference.pairs_allowed(5, 7), columns.expand(5, 7))
+        assert InfoNCE(temperature=0.1)(anchors, candidates, log_weight=columns).item() == pytest.approx(expected.item(), rel=1e-12)
+
+    def test_learnable_temperature_is_positive_and_trains(self):
+        loss = InfoNCE(temperature=0.5, learnable_temperature=True)
+        optimizer = torch.optim.SGD(loss.parameters(), lr=5.0)
+        anchors = torch.randn(8, 4)
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss(anchors, anchors).backward()
+            optimizer.step()
+        assert 0 < loss.temperature < 0.5
+        assert loss.last_stats["temperature"] == loss.temperature
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ((torch.ones(3, 2), torch.ones(2, 2)), "M >= B"),
+            ((torch.ones(3, 2), torch.ones(3, 4)), "expected"),
+        ],
+    )
+    def test_shapes(self, arguments, match):
+        with pytest.raises(AnybatchError, match=match):
+            InfoNCE()(*arguments)
+        with pytest.raises(AnybatchError, match="go together"):
+            InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), anchor_id=torch.arange(2))
+        with pytest.raises(AnybatchError, match="broadcastable"):
+            InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), log_weight=torch.ones(3, 3))
+        with pytest.raises(AnybatchError, match="NaN"):
+            InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), log_weight=torch.full((2, 2), math.nan))
+
+    def test_settings(self):
+        for make, match in (
+            (lambda: InfoNCE(temperature=0.0), "temperature is 0"),
+            (lambda: InfoNCE(direction="sideways"), "direction"),
+            (lambda: SogCLR(10, gamma=0.0), "gamma is 0"),
+            (lambda: SogCLR(10, eps=-1.0), "eps is -1"),
+            (lambda: SogCLR(1), "num_rows is 1"),
+            (lambda: CountCorrectedInfoNCE(1), "num_rows is 1"),
+        ):
+            with pytest.raises(AnybatchError, match=match):
+                make()
+
+
+def test_inclusion_weights_are_unbiased_on_mined_batches():
+    """Enumerate every batch of a small plan: the weighted sum over the batch must average to the mean over all other rows."""
+    import itertools
+
+    num_clusters, size, per_batch = 5, 3, 2
+    n = num_clusters * size
+    cluster = torch.arange(n) // size
+    values = torch.randn(n, n, dtype=torch.float64)
+    same, other = inclusion_log_weights(n, num_clusters, per_batch)
+    for row in (0, 7):
+        estimates = []
+        for companions in itertools.combinations([c for c in range(num_clusters) if c != cluster[row]], per_batch - 1):
+            columns = torch.cat([torch.nonzero(cluster == c)[:, 0] for c in (int(cluster[row]), *companions)])
+            columns = columns[columns != row]
+            weight = ClusterLogWeight(row_cluster=cluster[row : row + 1], column_cluster=cluster[columns], same=same, other=other)
+            estimates.append((weight.tile(slice(0, 1), slice(0, len(columns))).double().exp()[0] * values[row, columns]).sum())
+        others = [j for j in range(n) if j != row]
+        torch.testing.assert_close(torch.stack(estimates).mean(), values[row, others].mean(), rtol=1e-6, atol=1e-6)
+
+
+def test_inclusion_weights_at_the_edges():
+    assert inclusion_log_weights(11, 5, 5)[0] == inclusion_log_weights(11, 5, 5)[1]  # every cluster in every batch
+    uniform = inclusion_log_weights(100, 100, 10)  # clusters of one row: plain random batches
+    assert uniform[1] == pytest.approx(-math.log(9))
+    assert inclusion_log_weights(100, 10, 2, cap=3.0)[1] == pytest.approx(math.log(3 / 99))
+    assert inclusion_log_weights(100, 10, 1) == (-math.log(99), -math.log(99))
+    with pytest.raises(AnybatchError, match="cap"):
+        inclusion_log_weights(100, 10, 2, cap=0.5)
+
+
+def test_weighted_sogclr_and_count_corrected_equal_their_twins():
+    anchors, candidates, *_ = draw_batch(5, 6, 2)
+    cluster = torch.tensor([0, 0, 1, 1, -1, 2])
+    same, other = inclusion_log_weights(60, 10, 3)
+    weight = ClusterLogWeight(row_cluster=cluster, column_cluster=torch.cat([cluster, torch.tensor([-2, -2])]), same=same, other=other)
+    linear = torch.full((6, 8), math.exp(other), dtype=torch.float64)
+    for i in range(6):
+        for j in range(8):
+            if j >= 6 or (cluster[i] == cluster[j] and cluster[i] >= 0):
+                linear[i, j] = math.exp(same)
+    allowed = reference.pairs_allowed(6, 8)
+    anchors.requires_grad_()
+    twin = reference.NaiveSogCLR(60, 0.7, None)
+    loss = SogCLR(60, gamma=0.7, temperature=0.2)
+    loss.memory.double()
+    for _ in range(2):
+        value = loss(anchors, candidates, index=torch.arange(6), log_weight=weight)
+        surrogate, objective = twin.step(anchors, candidates, 0.2, allowed, list(range(6)), linear)
+        assert value.item() == pytest.approx(objective, rel=1e-6)
+        close(gradients(value, anchors), gradients(surrogate, anchors), 1e-6)
+    scores = reference.unit(anchors) @ reference.unit(candidates).T / 0.2
+    d = (scores - scores.diagonal()[:, None]).exp() * linear * allowed
+    expected = torch.log(1 + 59 * d.sum(1)).mean()
+    value = CountCorrectedInfoNCE(60, temperature=0.2)(anchors, candidates, log_weight=weight)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_deep_copies_and_pickles():
+    loss = SogCLR(8, learnable_temperature=True)
+    TestState().step(loss)
+    again = copy.deepcopy(loss)
+    assert torch.equal(again.memory.log_mean.nan_to_num(0), loss.memory.log_mean.nan_to_num(0))

@@ -1,0 +1,85 @@
+"""W gloo ranks with uneven shares equal one process with the same global batch: loss, gradients, temperature, memory."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, InfoNCE, SogCLR
+
+SHARES = {2: [3, 5], 3: [4, 1, 3]}
+EXTRA = {2: [2, 1], 3: [0, 2, 1]}
+MAKE = {
+    "infonce": lambda tile: InfoNCE(temperature=0.2, learnable_temperature=True, tile_bytes=tile),
+    "infonce both": lambda tile: InfoNCE(temperature=0.2, learnable_temperature=True, tile_bytes=tile, direction="both"),
+    "count corrected": lambda tile: CountCorrectedInfoNCE(40, temperature=0.2, learnable_temperature=True, tile_bytes=tile),
+    "sogclr both": lambda tile: SogCLR(40, gamma=0.4, temperature=0.2, learnable_temperature=True, direction="both", tile_bytes=tile),
+    "sogclr weights": lambda tile: SogCLR(40, gamma=0.4, temperature=0.2, learnable_temperature=True, tile_bytes=tile),
+}
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    anchors = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    positives = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    negatives = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    index = torch.tensor([3, 9, 3, 11, 0, 9, 20, 5])  # row 3 twice on one rank, row 9 on two
+    anchor_id = torch.tensor([0, 1, 0, 3, 4, 1, 6, 7])
+    positive_id, negative_id = torch.tensor([0, 1, 2, 3, 2, 5, 6, 7]), torch.tensor([7, 8, 0])
+    cluster = torch.tensor([0, 0, 1, 1, -1, 0, 2, 2])
+    return anchors, positives, negatives, index, anchor_id, positive_id, negative_id, cluster
+
+
+def run(name, tile, rows, extras):
+    """Three steps on the share `rows` of the rows and `extras` of the negatives; with slices of everything this is one process."""
+    loss = MAKE[name](tile).double()
+    results = []
+    for step in range(3):
+        anchors, positives, negatives, index, anchor_id, positive_id, negative_id, cluster = batch(step)
+        mine = [side[rows].clone().requires_grad_() for side in (anchors, positives)] + [negatives[extras].clone().requires_grad_()]
+        known = {"anchor_id": anchor_id[rows], "candidate_id": torch.cat([positive_id[rows], negative_id[extras]])}
+        if name == "sogclr weights":
+            columns = torch.cat([cluster[rows], torch.full((len(mine[2]),), -2)])
+            known["log_weight"] = ClusterLogWeight(row_cluster=cluster[rows], column_cluster=columns, same=-3.0, other=-1.5)
+        loss.zero_grad()
+        value = loss(mine[0], torch.cat(mine[1:]), index=index[rows], **known)
+        value.backward()
+        results.append((value.detach(), [side.grad for side in mine], loss.log_temperature.grad.clone()))
+    return results, {key: item.clone() for key, item in loss.state_dict().items()}
+
+
+def worker(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    first, first_extra = sum(SHARES[world_size][:rank]), sum(EXTRA[world_size][:rank])
+    rows = slice(first, first + SHARES[world_size][rank])
+    extras = slice(first_extra, first_extra + EXTRA[world_size][rank])
+    torch.save({(name, tile): run(name, tile, rows, extras) for name in MAKE for tile in (1, 10**7)}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_equal_one_process(world_size):
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+    for name in MAKE:
+        alone, alone_state = run(name, 10**7, slice(0, 8), slice(0, 3))
+        for tile in (1, 10**7):
+            for step in range(3):
+                value, gradients, temperature = alone[step]
+                for column in range(3):
+                    together = torch.cat([rank[name, tile][0][step][1][column] for rank in ranks]) / world_size
+                    torch.testing.assert_close(together, gradients[column], rtol=1e-10, atol=1e-12)
+                for rank in ranks:
+                    torch.testing.assert_close(rank[name, tile][0][step][0], value, rtol=1e-12, atol=1e-12)
+                    torch.testing.assert_close(rank[name, tile][0][step][2], temperature, rtol=1e-9, atol=1e-12)
+            for rank in ranks:
+                for key, state in rank[name, tile][1].items():
+                    torch.testing.assert_close(state, alone_state[key], rtol=1e-10, atol=1e-12, equal_nan=True)

@@ -1,0 +1,272 @@
+"""Mining against naive twins, and its promises as properties."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anybatch.errors import AnybatchError
+from anybatch.mining import (
+    MiningConfig,
+    audit_clusters,
+    build_graph,
+    equal_clusters,
+    exact_neighbors,
+    ivf_neighbors,
+    metis_clusters,
+    mine_plan,
+    sample_negatives,
+    suspect_pairs,
+)
+from anybatch.mining import neighbors as neighbors_module
+from anybatch.plan import BatchPlan
+
+
+def embeddings(num_rows, seed=0, width=8, topics=5):
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(topics, width))
+    anchors = centres[generator.integers(topics, size=num_rows)] + 0.7 * generator.normal(size=(num_rows, width))
+    positives = anchors + 0.3 * generator.normal(size=(num_rows, width))
+    return tuple((side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float32) for side in (anchors, positives))
+
+
+def ids(num_rows, seed=0, distinct=None):
+    generator = np.random.default_rng(seed)
+    distinct = distinct or num_rows
+    return generator.integers(distinct, size=num_rows), generator.integers(distinct, size=num_rows)
+
+
+def naive_neighbors(queries, documents, k, anchor_id, positive_id):
+    scores = queries.astype(np.float64) @ documents.astype(np.float64).T
+    result = []
+    for row, line in enumerate(scores):
+        order = sorted(range(len(line)), key=lambda other: (-line[other], other))
+        result.append([o for o in order if o != row and anchor_id[o] != anchor_id[row] and positive_id[o] != positive_id[row]][:k])
+    return result
+
+
+@pytest.mark.parametrize("distinct", [None, 20])
+@pytest.mark.parametrize(("num_rows", "k"), [(37, 5), (150, 149), (203, 17)])
+def test_exact_neighbors_equal_a_full_sort(num_rows, k, distinct, monkeypatch):
+    monkeypatch.setattr(neighbors_module, "TILE_BYTES", 20_000)  # several tiles of rows
+    anchors, positives = embeddings(num_rows)
+    anchor_id, positive_id = ids(num_rows, distinct=distinct) if distinct else (np.arange(num_rows),) * 2
+    found = exact_neighbors(anchors, positives, k, anchor_id=anchor_id, positive_id=positive_id)
+    for line, expected in zip(found.ids, naive_neighbors(anchors, positives, k, anchor_id, positive_id)):
+        assert [i for i in line if i >= 0] == expected
+        assert all(i == -1 for i in line[len(expected) :])
+    np.testing.assert_allclose(found.own_score, (anchors * positives).sum(1), rtol=1e-5)
+
+
+def test_equal_scores_go_to_the_lower_row():
+    anchors = np.ones((30, 4), np.float32)
+    documents = np.repeat(np.array([[1, 0, 0, 0], [2, 0, 0, 0]], np.float32), 15, axis=0)
+    found = exact_neighbors(anchors, documents, 20, anchor_id=np.arange(30), positive_id=np.arange(30))
+    for row, line in enumerate(found.ids):
+        expected = [i for i in [*range(15, 30), *range(15)] if i != row][:20]
+        assert line.tolist() == expected
+
+
+def test_inverted_file_states_a_recall_it_has():
+    anchors, positives = embeddings(3000, topics=40, width=16)
+    same = {"anchor_id": np.arange(3000), "positive_id": np.arange(3000)}
+    approximate, exact = ivf_neighbors(anchors, positives, 20, target_recall=0.9, **same), exact_neighbors(anchors, positives, 20, **same)
+    recall = np.mean([len(np.intersect1d(a, b)) / 20 for a, b in zip(approximate.ids, exact.ids)])
+    assert approximate.recall >= 0.9
+    assert recall == pytest.approx(approximate.recall, abs=0.05)
+
+
+def test_half_precision_files_are_enough(tmp_path):
+    anchors, positives = embeddings(200)
+    np.save(tmp_path / "a.npy", anchors.astype(np.float16))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    same = {"anchor_id": np.arange(200), "positive_id": np.arange(200)}
+    found, exact = exact_neighbors(mapped, positives, 10, **same), exact_neighbors(anchors, positives, 10, **same)
+    assert np.mean(found.ids == exact.ids) > 0.95
+
+
+def small_graph(num_rows=90, seed=0, **options):
+    anchors, positives = embeddings(num_rows, seed)
+    same = {"anchor_id": np.arange(num_rows), "positive_id": np.arange(num_rows)}
+    found = exact_neighbors(anchors, positives, 20, **same)
+    return found, build_graph(found, **{"skip": 4, "take": 10, **options})
+
+
+def test_graph_windows():
+    found, graph = small_graph()
+    for row in range(90):
+        assert set(graph.conflict[row].indices) == set(found.ids[row, :4])
+        assert set(graph.window[row].indices) == set(found.ids[row, 4:14])
+    dense = graph.window.toarray()
+    np.testing.assert_allclose(graph.weight.toarray(), dense + dense.T)
+    mutual = small_graph(edges="mutual")[1]
+    np.testing.assert_allclose(mutual.weight.toarray(), (dense + dense.T) * (dense * dense.T))
+    hubs = small_graph(hub_weight=1.0)[1].weight.toarray()
+    share = dense / np.maximum(dense.sum(0), 1)[None]
+    np.testing.assert_allclose(hubs, share + share.T, rtol=1e-6)
+
+
+def test_margin_makes_conflicts():
+    found, graph = small_graph(skip=0, take=20, margin=0.8)
+    for row in range(90):
+        above = {i for i, s in zip(found.ids[row], found.scores[row]) if s > 0.8 * found.own_score[row]}
+        assert set(graph.conflict[row].indices) == above
+    signed = graph.signed(2.0).toarray()
+    expected = graph.weight.toarray() - 2.0 * (graph.conflict.toarray() + graph.conflict.toarray().T)
+    np.testing.assert_allclose(signed, expected, rtol=1e-6)
+
+
+def objective(signed, cluster):
+    dense = signed.toarray()
+    inside = (cluster[:, None] == cluster[None]) & (cluster >= 0)[:, None]
+    return dense[inside].sum()
+
+
+@settings(deadline=None, max_examples=30)
+@given(num_rows=st.integers(12, 120), size=st.integers(2, 7), seed=st.integers(0, 99), distinct=st.sampled_from([None, 0.3, 0.9]))
+def test_clusters_are_exactly_equal_and_keep_identical_content_apart(num_rows, size, seed, distinct):
+    anchors, positives = embeddings(num_rows, seed)
+    known = dict(zip(("anchor_id", "positive_id"), ids(num_rows, seed, max(2, int(num_rows * distinct))) if distinct else [np.arange(num_rows)] * 2))
+    found = exact_neighbors(anchors, positives, 12, **known)
+    graph = build_graph(found, skip=2, take=10)
+    signed = graph.signed(3.0)
+    num_clusters = num_rows // size
+    start = np.random.default_rng(seed).integers(num_clusters, size=num_rows)
+    cluster = equal_clusters(start, signed, size, seed=seed, **known)
+    sizes = np.bincount(cluster[cluster >= 0], minlength=num_clusters)
+    assert (sizes == size).all()
+    assert (cluster == -1).sum() == num_rows % size
+    np.testing.assert_array_equal(cluster, equal_clusters(start, signed, size, seed=seed, **known))
+    audit = audit_clusters(graph, cluster, **known)
+    naive = sum(
+        cluster[i] == cluster[j] >= 0 and (known["anchor_id"][i] == known["anchor_id"][j] or known["positive_id"][i] == known["positive_id"][j])
+        for i in range(num_rows)
+        for j in range(i)
+    )
+    assert audit.hard_pairs == naive
+    if distinct != 0.3 and num_clusters >= 6:  # with few identical texts they can always be kept apart
+        assert naive == 0
+    repaired = equal_clusters(start, signed, size, sweeps=0, seed=seed, **known)
+    hard_before = audit_clusters(graph, repaired, **known).hard_pairs
+    assert (audit.hard_pairs, -objective(signed, cluster)) <= (hard_before, -objective(signed, repaired) + 1e-3)
+
+
+def test_audit_counts_what_a_loop_counts():
+    _, graph = small_graph()
+    cluster = np.random.default_rng(1).permutation(np.repeat(np.arange(-1, 8), 10))
+    audit = audit_clusters(graph, cluster, anchor_id=np.arange(90), positive_id=np.arange(90))
+    inside = [(i, j) for i in range(90) for j in range(90) if i != j and cluster[i] == cluster[j] >= 0]
+    assert audit.window_per_anchor == pytest.approx(sum(graph.window[i, j] for i, j in inside) / 90)
+    assert audit.conflicts_per_anchor == pytest.approx(sum(graph.conflict[i, j] for i, j in inside) / 90)
+    assert audit.remainder_rows == 10
+    expected = {tuple(sorted(pair)) for pair in inside if graph.conflict[pair]}
+    assert {tuple(pair) for pair in suspect_pairs(graph, cluster).tolist()} == expected
+
+
+def test_refinement_keeps_conflicts_apart_and_beats_the_start():
+    _, graph = small_graph(600, skip=4, take=12)
+    same = {"anchor_id": np.arange(600), "positive_id": np.arange(600)}
+    start = metis_clusters(graph.weight, 600 // 8, recursive=True)
+    ours = audit_clusters(graph, equal_clusters(start, graph.signed(5.0), 8, **same), **same)
+    plain = audit_clusters(graph, equal_clusters(start, graph.signed(0.0), 8, sweeps=0, **same), **same)
+    assert ours.conflicts_per_anchor < 0.2 * plain.conflicts_per_anchor
+    assert ours.window_per_anchor > 0.8 * plain.window_per_anchor > 5 * ours.random_window_per_anchor
+
+
+@pytest.mark.parametrize("method", ["anybatch", "published", "random"])
+def test_mine_plan(method):
+    anchors, positives = embeddings(333)
+    config = MiningConfig(method=method, batch_size=24, cluster_size=8, skip=3, take=12, num_negatives=2, seed=4)
+    stages = []
+    results = [mine_plan(anchors, positives, config=config, data_digest="x", progress=lambda name, done: stages.append((name, done))) for _ in range(2)]
+    plan = results[0].plan
+    assert isinstance(plan, BatchPlan)
+    assert plan.digest == results[1].plan.digest
+    assert plan.data_digest == "x"
+    json.dumps(results[0].report.as_dict())
+    if method == "random":
+        return
+    assert {name for name, _ in stages} == {"neighbors", "graph", "communities", "refinement", "audit"}
+    assert all(0 <= done <= 1 for _, done in stages)
+    audit = results[0].report.audit
+    assert audit.smallest == audit.largest == 8
+    assert audit.remainder_rows == 333 % 8
+    assert audit.window_per_anchor > 3 * audit.random_window_per_anchor
+
+
+def test_symmetric_score_is_both_ways():
+    anchors, positives = embeddings(120)
+    config = MiningConfig(batch_size=8, cluster_size=4, skip=2, take=5, score="symmetric")
+    graph = mine_plan(anchors, positives, config=config).graph
+    scores = anchors @ positives.T
+    scores = scores + scores.T
+    np.fill_diagonal(scores, -np.inf)
+    for row in range(120):
+        order = np.argsort(-scores[row], kind="stable")
+        assert set(graph.conflict[row].indices) == set(order[:2])
+
+
+def test_negatives_come_from_the_window_and_never_repeat_content():
+    _, graph = small_graph(120, take=10)
+    anchor_id, positive_id = ids(120, distinct=60)
+    cluster = np.arange(120) // 6
+    drawn = sample_negatives(graph, cluster, 3, anchor_id=anchor_id, positive_id=positive_id, seed=1)
+    np.testing.assert_array_equal(drawn, sample_negatives(graph, cluster, 3, anchor_id=anchor_id, positive_id=positive_id, seed=1))
+    assert (drawn >= 0).any()
+    for row, line in enumerate(drawn):
+        items = [item for item in line if item >= 0]
+        assert len(set(items)) == len(items)
+        for item in items:
+            assert item in graph.window[row].indices
+            assert cluster[item] != cluster[row]
+            assert anchor_id[item] != anchor_id[row]
+            assert positive_id[item] != positive_id[row]
+
+
+def test_frequent_items_are_drawn_more_often():
+    _, graph = small_graph(400, take=10)
+    cluster = np.arange(400) // 8
+    same = {"anchor_id": np.arange(400), "positive_id": np.arange(400)}
+    windows = [set(graph.window[row].indices.tolist()) for row in range(400)]
+    frequency = [
+        {item: sum(item in windows[other] for other in np.flatnonzero(cluster == cluster[row])) for item in windows[row] if cluster[item] != cluster[row]}
+        for row in range(400)
+    ]
+    expected = sum(sum(count for count in items.values() if count > 1) / sum(items.values()) for items in frequency)
+    often = 0
+    for seed in range(20):
+        drawn = sample_negatives(graph, cluster, 1, seed=seed, **same)[:, 0]
+        often += sum(frequency[row][item] > 1 for row, item in enumerate(drawn) if item >= 0)
+    assert often / 20 == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("num_rows", [16, 40])
+def test_tiny_data_is_mined_with_a_warning(num_rows):
+    anchors, positives = embeddings(num_rows)
+    with pytest.warns(UserWarning, match="wider than"):
+        plan = mine_plan(anchors, positives, config=MiningConfig(batch_size=8, cluster_size=4)).plan
+    assert plan.num_batches == num_rows // 8
+
+
+def test_mistakes():
+    anchors, positives = embeddings(50)
+    config = MiningConfig(batch_size=8, cluster_size=4, skip=1, take=4)
+    for value, match in ((np.nan, "NaN or infinite; the first is row 7"), (0.0, "all zero; the first is row 7")):
+        bad = positives.copy()
+        bad[7] = value
+        with pytest.raises(AnybatchError, match=match):
+            mine_plan(anchors, bad, config=config)
+    with pytest.raises(AnybatchError, match=r"expected \(50, dim"):
+        mine_plan(anchors, positives[:-1], config=config)
+    with pytest.raises(AnybatchError, match="expected the same"):
+        mine_plan(anchors, positives[:, :4], config=config)
+    with pytest.raises(AnybatchError, match="not a multiple"):
+        mine_plan(anchors, positives, config=MiningConfig(batch_size=10, cluster_size=4))
+    with pytest.raises(AnybatchError, match="fewer than one batch"):
+        mine_plan(anchors, positives, config=MiningConfig(batch_size=64, cluster_size=4))
+    with pytest.raises(AnybatchError, match=r"mining\.take is 0"):
+        MiningConfig(take=0)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from anybatch.data import PairData, read_pairs, read_retrieval
+from anybatch.errors import AnybatchError
+
+ROWS = [
+    {"q": "first question", "a": "an answer, with a comma", "n": "wrong"},
+    {"q": "second\nquestion", "a": 'a "quoted" answer', "n": "an answer, with a comma"},
+    {"q": " first question ", "a": "übrigens", "n": "other"},
+]
+
+
+@pytest.fixture(params=["pairs.jsonl", "pairs.jsonl.gz", "pairs.csv", "pairs.tsv", "pairs.csv.gz", "pairs.parquet", "folder"])
+def any_format(request, tmp_path):
+    path = tmp_path / request.param
+    if "jsonl" in request.param:
+        text = "".join(json.dumps(row) + "\n" for row in ROWS)
+        path.write_bytes(gzip.compress(text.encode()) if request.param.endswith("gz") else text.encode())
+    elif "csv" in request.param or "tsv" in request.param:
+        import io
+
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(ROWS[0]), delimiter="\t" if "tsv" in request.param else ",")
+        writer.writeheader()
+        writer.writerows(ROWS)
+        path.write_bytes(gzip.compress(buffer.getvalue().encode()) if request.param.endswith("gz") else buffer.getvalue().encode())
+    elif request.param == "pairs.parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        from datasets import Dataset
+
+        Dataset.from_list(ROWS).save_to_disk(str(path))
+    return path
+
+
+def test_every_format_gives_the_same(any_format):
+    data = read_pairs(any_format, anchor="q", positive="a", negatives=["n"])
+    assert list(data.anchors) == [row["q"] for row in ROWS]
+    assert list(data.positives) == [row["a"] for row in ROWS]
+    assert list(data.negatives[0]) == [row["n"] for row in ROWS]
+    expected = PairData(anchors=[r["q"] for r in ROWS], positives=[r["a"] for r in ROWS], negatives=([r["n"] for r in ROWS],))
+    assert data.digest == expected.digest
+    assert data.to_dataset().column_names == ["anchor", "positive", "negative_1"]
+    assert len(read_pairs(any_format, anchor="q", positive="a", limit=2)) == 2
+
+
+def test_every_format_names_a_misspelt_column(any_format):
+    with pytest.raises(AnybatchError, match=r"no column 'qq'.*'q'"):
+        read_pairs(any_format, anchor="qq", positive="a")
+
+
+def test_ids_and_digest():
+    data = PairData(anchors=["x", "y", " x"], positives=["p", "q", "q "], negatives=(["q", "r", "p"],))
+    np.testing.assert_array_equal(data.anchor_id, [0, 1, 0])
+    np.testing.assert_array_equal(data.positive_id, [0, 1, 1])
+    np.testing.assert_array_equal(data.negative_id, [[1], [2], [0]])
+    assert PairData(anchors=["x"], positives=["y"]).negative_id is None
+    swapped = PairData(anchors=["y", "x", " x"], positives=["p", "q", "q "], negatives=(["q", "r", "p"],))
+    assert swapped.digest != data.digest
+    moved = PairData(anchors=["x", "y", " x", "p"], positives=["q", "q ", "q", "r"])
+    assert moved.digest != data.digest
+
+
+def refuse(path, content, match, **options):
+    path.write_text(content, encoding="utf-8") if isinstance(content, str) else path.write_bytes(content)
+    with pytest.raises(AnybatchError, match=match):
+        read_pairs(path, **options)
+
+
+def test_mistakes_are_named(tmp_path):
+    jsonl = tmp_path / "p.jsonl"
+    good = '{"anchor": "a", "positive": "b"}\n'
+    refuse(jsonl, "", "empty")
+    refuse(jsonl, "\n\n", "no rows")
+    refuse(jsonl, good + "{oops\n", "Line 2 .*no JSON")
+    refuse(jsonl, good + "[1]\n", "Line 2 .*holds a list")
+    refuse(jsonl, good + '{"anchor": "a", "positive": "  "}\n', "Row 2 .*'positive' is empty")
+    refuse(jsonl, good + '{"anchor": null, "positive": "b"}\n', "Row 2 .*'anchor' is empty")
+    refuse(jsonl, good + '{"anchor": 7, "positive": "b"}\n', "Row 2 .*'anchor' is 7, which is no text")
+    refuse(jsonl, good + '{"anchor": "a", "postive": "b"}\n', "no column 'positive' in row 2.*Did you mean 'postive'")
+    refuse(jsonl, b'{"anchor": "\xff", "positive": "b"}\n', "Cannot read.*UTF-8")
+    refuse(tmp_path / "p.csv", "anchor,positive\na,b,c\n", "Line 2 .*number of fields")
+    refuse(tmp_path / "p.csv", "anchor,positive\na\n", "Line 2 .*number of fields")
+    refuse(tmp_path / "p.csv", "anchor,positive\n", "no rows")
+    refuse(tmp_path / "p.jsonl.gz", gzip.compress(good.encode() * 50)[:-9], "Cannot read")
+    refuse(tmp_path / "p.parquet", "no parquet", "as Parquet")
+    refuse(tmp_path / "p.xlsx", "x", "Cannot tell the format")
+    refuse(jsonl, good, "name one column twice", anchor="positive")
+    refuse(jsonl, good, "limit is 0", limit=0)
+    with pytest.raises(AnybatchError, match="There is no file"):
+        read_pairs(tmp_path / "absent.jsonl")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(AnybatchError, match="no folder saved by datasets"):
+        read_pairs(tmp_path / "plain")
+
+
+@pytest.fixture
+def retrieval(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"id": 4, "title": "T", "text": "four"}\n{"id": "5", "text": "five"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "one"}\n{"_id": "2", "text": "two"}\n')
+    (tmp_path / "qrels.tsv").write_text("query_id\tdoc_id\tscore\tsplit\n1\t4\t1\ttest\n2\t5\t2\ttrain\n")
+    return [tmp_path / name for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv")]
+
+
+def test_retrieval(retrieval):
+    data = read_retrieval(*retrieval, split="test")
+    assert data.query_ids == ["1"]
+    assert data.query_texts == ["one"]
+    assert data.corpus_texts == ["T four", "five"]
+    assert data.relevance == {"1": {"4": 1}}
+    with pytest.raises(AnybatchError, match="splits test, train"):
+        read_retrieval(*retrieval)
+    with pytest.raises(AnybatchError, match="no judgements of split 'dev'"):
+        read_retrieval(*retrieval, split="dev")
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t9\t1\n")
+    with pytest.raises(AnybatchError, match="judges document 9"):
+        read_retrieval(*retrieval)

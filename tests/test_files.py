@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+
+from anybatch.errors import AnybatchError
+from anybatch.files import digest_of, write_atomically, write_text
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two"
+    assert os.listdir(tmp_path) == ["a.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) & stat.S_IRUSR
+
+
+def test_disk_full_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fill(temporary):
+        temporary.write_text("half of the new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(AnybatchError, match=r"No space left.*unchanged"):
+        write_atomically(path, fill)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_interrupt_leaves_nothing_behind(tmp_path):
+    def stop(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a.txt", stop)
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(AnybatchError, match="Cannot write"):
+        write_text(tmp_path / "absent" / "a.txt", "x")
+
+
+def test_digest_counts_boundaries():
+    assert digest_of([b"ab", b"c"]) != digest_of([b"a", b"bc"])
+    assert digest_of([b"ab", b"c"]) == digest_of(iter([b"ab", b"c"]))

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anybatch.errors import AnybatchError
+from anybatch.plan import BatchPlan, PlanSampler
+
+
+def clustered(num_rows: int, cluster_size: int, clusters_per_batch: int, seed: int = 0) -> BatchPlan:
+    rows = np.random.default_rng(seed).permutation(num_rows)
+    whole = num_rows // cluster_size * cluster_size
+    cluster = np.full(num_rows, -1, np.int32)
+    cluster[rows[:whole]] = np.repeat(np.arange(whole // cluster_size), cluster_size)
+    return BatchPlan(
+        num_rows=num_rows, batch_size=cluster_size * clusters_per_batch, cluster_size=cluster_size, cluster=cluster, seed=seed, data_digest="d"
+    )
+
+
+@st.composite
+def plans(draw):
+    size, per_batch = draw(st.integers(1, 6)), draw(st.integers(2, 4))
+    num_rows = draw(st.integers(size * per_batch, size * per_batch * 6 + 5))
+    return clustered(num_rows, size, per_batch, draw(st.integers(0, 99)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(plan=plans(), epoch=st.integers(0, 5))
+def test_every_row_at_most_once_and_the_rest_is_reported(plan, epoch):
+    batches = plan.epoch_batches(epoch)
+    assert batches.shape == (plan.num_batches, plan.batch_size)
+    rows = batches.reshape(-1)
+    assert len(np.unique(rows)) == len(rows)
+    left = plan.rows_left_out(epoch)
+    assert sorted([*rows, *left]) == list(range(plan.num_rows))
+    assert len(left) == plan.stats()["rows_left_out_each_epoch"]
+    np.testing.assert_array_equal(batches, plan.epoch_batches(epoch))
+
+
+@settings(deadline=None, max_examples=30)
+@given(plan=plans())
+def test_no_row_is_lost_for_ever(plan):
+    seen = np.zeros(plan.num_rows, bool)
+    for epoch in range(400):
+        seen[plan.epoch_batches(epoch).reshape(-1)] = True
+        if seen.all():
+            return
+    raise AssertionError(f"rows {np.flatnonzero(~seen)} were never dealt in 400 epochs")
+
+
+def test_clusters_stay_and_their_combination_changes():
+    plan = clustered(64, 4, 4)
+    first, second = (plan.epoch_batches(epoch).reshape(-1, 4) for epoch in (0, 1))
+    for batches in (first, second):
+        assert all(len(set(plan.cluster[rows])) == 1 for rows in batches)
+    assert not np.array_equal(first, second)
+    neighbours = [{tuple(sorted(set(plan.cluster[batch]))) for batch in plan.epoch_batches(epoch)} for epoch in (0, 1)]
+    assert neighbours[0] != neighbours[1]
+
+
+def test_seed_decides():
+    assert not np.array_equal(BatchPlan.random(100, 10, seed=1).epoch_batches(0), BatchPlan.random(100, 10, seed=2).epoch_batches(0))
+
+
+def test_save_and_load(tmp_path):
+    plan = clustered(50, 4, 3)
+    full = BatchPlan(
+        **{
+            **{name: getattr(plan, name) for name in ("num_rows", "batch_size", "cluster_size", "cluster", "seed", "data_digest")},
+            "suspects": np.array([[0, 3], [4, 7]]),
+            "negatives": np.full((50, 2), -1),
+            "meta": {"method": "test", "window": [1, 2]},
+        }
+    )
+    full.save(tmp_path / "plan.safetensors")
+    again = BatchPlan.load(tmp_path / "plan.safetensors")
+    assert again.digest == full.digest
+    assert again.meta == full.meta
+    np.testing.assert_array_equal(again.suspects, full.suspects)
+    np.testing.assert_array_equal(again.negatives, full.negatives)
+    np.testing.assert_array_equal(again.epoch_batches(3), full.epoch_batches(3))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_cut_short_on_disk(tmp_path, keep):
+    path = tmp_path / "plan.safetensors"
+    clustered(50, 4, 3).save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(AnybatchError, match=r"plan\.safetensors is no plan or was cut short"):
+        BatchPlan.load(path)
+
+
+def test_foreign_files(tmp_path):
+    from safetensors.numpy import save_file
+
+    with pytest.raises(AnybatchError, match="no plan at"):
+        BatchPlan.load(tmp_path / "absent")
+    save_file({"a": np.zeros(3)}, tmp_path / "weights.safetensors")
+    with pytest.raises(AnybatchError, match="no plan of anybatch"):
+        BatchPlan.load(tmp_path / "weights.safetensors")
+
+
+def test_other_data_is_refused():
+    plan = clustered(50, 4, 3)
+    plan.check(num_rows=50, data_digest="d")
+    with pytest.raises(AnybatchError, match="50 rows, the data has 51"):
+        plan.check(num_rows=51, data_digest="d")
+    with pytest.raises(AnybatchError, match="the texts do not"):
+        plan.check(num_rows=50, data_digest="e")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [((10, 16), "fewer than one batch"), ((10, 1), "at least 2")],
+)
+def test_sizes_that_do_not_fit(arguments, match):
+    with pytest.raises(AnybatchError, match=match):
+        BatchPlan.random(*arguments)
+
+
+def test_unequal_clusters_are_refused():
+    with pytest.raises(AnybatchError, match="expected exactly 2"):
+        BatchPlan(num_rows=5, batch_size=4, cluster_size=2, cluster=np.array([0, 0, 0, 1, 1]), seed=0, data_digest="")
+    with pytest.raises(AnybatchError, match="not a multiple"):
+        BatchPlan(num_rows=8, batch_size=5, cluster_size=2, cluster=np.arange(8) // 2, seed=0, data_digest="")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_together_make_the_global_batches(world_size):
+    plan = clustered(80, 4, 3)
+    batches = plan.epoch_batches(2)
+    ranks = [list(PlanSampler(plan, rank=rank, world_size=world_size, epoch=2)) for rank in range(world_size)]
+    for number, batch in enumerate(batches):
+        assert sum((rank[number] for rank in ranks), []) == batch.tolist()
+    in_turns = list(PlanSampler(plan, world_size=world_size, epoch=2))
+    assert in_turns == [rank[number] for number in range(len(batches)) for rank in ranks]
+    assert len(in_turns) == len(PlanSampler(plan, world_size=world_size))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 5])
+def test_sampler_resumes_in_mid_epoch(stop):
+    plan = clustered(80, 4, 3)
+    sampler = PlanSampler(plan, epoch=1)
+    whole = list(PlanSampler(plan, epoch=1))
+    iterator = iter(sampler)
+    begun = [next(iterator) for _ in range(stop)]
+    state = pickle.loads(pickle.dumps(sampler.state_dict()))
+    resumed = PlanSampler(plan)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(1)
+    assert begun + list(resumed) == whole
+    assert list(resumed) == whole, "only the first epoch after a resume is shortened"
+    assert list(sampler) == whole, "an abandoned loop does not shorten the next"
+
+
+def test_sampler_refuses_a_foreign_state():
+    state = PlanSampler(clustered(80, 4, 3)).state_dict()
+    with pytest.raises(AnybatchError, match="another plan"):
+        PlanSampler(clustered(80, 4, 3, seed=1)).load_state_dict(state)
+    with pytest.raises(AnybatchError, match="shared equally by 5"):
+        PlanSampler(clustered(80, 4, 3), world_size=5)
+    with pytest.raises(AnybatchError, match="rank is 2"):
+        PlanSampler(clustered(80, 4, 3), rank=2, world_size=2)
+
+
+def test_sampler_pickles():
+    sampler = PlanSampler(clustered(80, 4, 3))
+    assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)
