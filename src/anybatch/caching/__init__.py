@@ -1,8 +1,8 @@
 """Grow the batch: record embeddings, take the loss, replay. Imports errors and distributed."""
 
 from anybatch.caching.memory import GraphBudget
-from anybatch.caching.record import record
-from anybatch.caching.replay import Recording, replay
+from anybatch.caching.recording import Recording
+from anybatch.caching.replay import record, replay
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.step import average_gradients, backward_to_leaves, cached_step

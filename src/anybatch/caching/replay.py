@@ -13,29 +13,94 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.memory import out_of_memory_as_none, warn_split
-from anybatch.caching.modules import no_reduction
+from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, warn_split
+from anybatch.caching.modules import (
+    distributed_modules,
+    modules_of,
+    no_reduction,
+    refuse_batch_statistics,
+    refuse_hidden_distributed,
+)
+from anybatch.caching.recording import Piece, Recording, RecordingPass
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.state import AutocastState, ModeState, RandomState, without_autocast
 from anybatch.errors import AnybatchError
 
 
-@dataclass(kw_only=True)
-class Piece:
-    """One recorded micro-batch."""
+def record(
+    encode: Encoder,
+    inputs: Any,
+    *,
+    micro_batches: Sequence[Tensor],
+    keep_graphs: int | float | GraphBudget = 0,
+    modules: Sequence[nn.Module] | None = None,
+) -> Recording:
+    """Run the encoder over every micro-batch and keep the embeddings, but not (all of) the graphs.
 
-    rows: Tensor  # (b,) int64, CPU
-    random: RandomState | None = None  # before its forward pass; None where nothing will be replayed
-    drew: bool = True  # whether the forward pass drew random numbers
-    outputs: tuple[Tensor, ...] | None = None  # with their graph, where it is kept
-    trains: bool = False  # whether a gradient must reach the encoder through it
+    The first micro-batch runs with a graph even where none is kept: its output tells whether the encoder trains at
+    all. A frozen encoder is recognised that way and is never replayed.
+
+    Args:
+        encode: Takes a micro-batch in the form of `inputs`, returns a floating tensor `(b, ...)` or a tuple of them. A
+            row's embedding must not depend on the other rows.
+        inputs: The batch (see `RowSlicer`), or a `RowSlicer` of it.
+        micro_batches: Row indices as `plan_micro_batches` makes them; every row exactly once.
+        keep_graphs: How many micro-batches, from the first, keep their graph: an int counts them, a float is a
+            fraction, a `GraphBudget` keeps them while memory allows. 0 is pure GradCache, 1.0 plain training.
+        modules: The modules that `encode` runs, where they cannot be found by looking at it (see `modules_of`).
+
+    Returns:
+        The recording. Under `torch.no_grad()` its leaves need no gradient and nothing can be replayed.
+
+    Raises:
+        AnybatchError: BatchNorm in training mode, rows missing or twice, outputs of another shape than promised.
+
+    Warns:
+        UserWarning: Memory ran out and a micro-batch was split.
+
+    Cost: one forward pass of the batch, and the memory of one micro-batch's graph beside the kept ones.
+
+    Reference: Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (arXiv 2101.06983), section 3.2.
+    """
+    slicer = inputs if isinstance(inputs, RowSlicer) else RowSlicer(inputs)
+    _check_rows(micro_batches, slicer.num_rows)
+    held = modules_of(encode) if modules is None else list(modules)
+    refuse_batch_statistics(held)
+    wrapped = distributed_modules(held)
+    called: set[DistributedDataParallel] = set()
+
+    def note(module: nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel):
+            called.add(module)
+
+    hooks = [module.register_forward_pre_hook(note) for module in wrapped]
+    torch.clear_autocast_cache()  # a weight cast under no_grad earlier would reach our graphs without its gradient
+    try:
+        with no_reduction(wrapped), refuse_hidden_distributed(held):
+            recorded = RecordingPass(encode, slicer, deque(micro_batches), keep_graphs)
+            recorded.run()
+    finally:
+        torch.clear_autocast_cache()
+        for hook in hooks:
+            hook.remove()
+    return Recording(
+        leaves=tuple(recorded.flats),
+        _encode=encode,
+        _slicer=slicer,
+        _pieces=recorded.pieces,
+        _autocast=AutocastState(),
+        _modes=ModeState(held),
+        # A compiled encoder may not fire hooks; then every module found counts as called.
+        _wrapped=tuple(module for module in wrapped if not called or module in called),
+    )
 
 
 @dataclass(kw_only=True)
@@ -46,52 +111,6 @@ class _Job:
     piece: Piece
     zero: bool = False  # nothing to add; only lets a DistributedDataParallel reduce
     reduce: tuple[DistributedDataParallel, ...] = ()
-
-
-@dataclass(kw_only=True)
-class Recording:
-    """The embeddings of a batch, cut off from the encoder, and what is needed to get back into it.
-
-    Attributes:
-        leaves: One tensor `(B, ...)` for each tensor that the encoder returns, in the row order of the batch; float32
-            or float64. They require grad where the encoder's did.
-    """
-
-    leaves: tuple[Tensor, ...]
-    _encode: Encoder
-    _slicer: RowSlicer
-    _pieces: list[Piece]
-    _autocast: AutocastState
-    _modes: ModeState
-    _wrapped: tuple[DistributedDataParallel, ...] = ()
-    _spent: bool = field(default=False)
-
-    @property
-    def embeddings(self) -> Tensor:
-        """The one leaf `(B, D)`.
-
-        Raises:
-            AnybatchError: The encoder returns several tensors; read `leaves`.
-        """
-        if len(self.leaves) != 1:
-            raise AnybatchError(
-                f"The encoder returned {len(self.leaves)} tensors; read .leaves instead of .embeddings."
-            )
-        return self.leaves[0]
-
-    @property
-    def trains(self) -> bool:
-        """False for a frozen encoder, which is never replayed."""
-        return any(piece.trains for piece in self._pieces)
-
-    @property
-    def num_kept(self) -> int:
-        """How many micro-batches hold their graph at this moment."""
-        return sum(piece.outputs is not None for piece in self._pieces)
-
-    def backward(self, *grads: Tensor | None, scale: Tensor | float = 1.0) -> None:
-        """`replay` for this recording alone; one gradient for each leaf."""
-        replay([self], [grads], scale=scale)
 
 
 def replay(
@@ -200,3 +219,14 @@ def _checked_grads(recording: Recording, given: Sequence[Tensor | None], scale: 
         if grad is not None and grad.shape != leaf.shape:
             raise AnybatchError(f"A gradient of shape {tuple(grad.shape)} for a leaf of shape {tuple(leaf.shape)}.")
     return [None if grad is None else grad.detach() * scale for grad in given]
+
+
+def _check_rows(micro_batches: Sequence[Tensor], num_rows: int) -> None:
+    rows = torch.cat(list(micro_batches)) if micro_batches else torch.empty(0, dtype=torch.int64)
+    if num_rows == 0:
+        raise AnybatchError("The batch has no rows; skip the step.")
+    if not torch.equal(rows.sort().values, torch.arange(num_rows)):
+        raise AnybatchError(
+            f"The micro-batches name {len(rows)} rows of a batch of {num_rows}; every row must occur exactly once. "
+            "Plan them with plan_micro_batches on the same inputs."
+        )

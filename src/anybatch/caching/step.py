@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from anybatch.caching.forward import Encoder
 from anybatch.caching.memory import GraphBudget
-from anybatch.caching.record import record
-from anybatch.caching.replay import Recording, replay
+from anybatch.caching.recording import Recording
+from anybatch.caching.replay import record, replay
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.state import without_autocast
