@@ -1,0 +1,160 @@
+"""Graphs kept while memory allows; micro-batches split when it runs out."""
+
+import pytest
+import torch
+
+from anybatch.caching import GraphBudget, cached_step, plan_micro_batches, record
+from anybatch.caching.memory import parse_memory
+from anybatch.errors import AnybatchError
+from tests.caching.helpers import (
+    Mlp,
+    Softmax,
+    TextEncoder,
+    clone,
+    gradients,
+    plain_step,
+    relative_error,
+    texts,
+    vectors,
+)
+
+
+def test_parse_memory():
+    assert parse_memory("8GiB", 0) == 8 * 2**30
+    assert parse_memory("500 MB", 0) == 500_000_000
+    assert parse_memory("80%", 1000) == 800
+    assert parse_memory(4096, 0) == 4096
+    for wrong in ("lots", "0%", "120%", "8 Gi", -1):
+        with pytest.raises(AnybatchError, match="memory is"):
+            parse_memory(wrong, 1000)
+
+
+def budget_of(spare: int) -> GraphBudget:
+    """A budget with `spare` bytes beyond what the process uses now."""
+    budget = GraphBudget("100%")
+    budget.limit = budget.start + spare
+    return budget
+
+
+def test_a_budget_keeps_what_fits():
+    encoder, batch = TextEncoder(), texts(24, 30, 1)
+    plan = plan_micro_batches(batch, micro_batch=4)
+    everything = record(encoder, batch, micro_batches=plan, keep_graphs=budget_of(2**40))
+    assert everything.num_kept == len(plan)  # when everything fits it is plain training
+    assert record(encoder, batch, micro_batches=plan, keep_graphs=budget_of(0)).num_kept == 0
+    probe = budget_of(2**40)
+    record(encoder, batch, micro_batches=plan[:1] + plan[1:], keep_graphs=probe)
+    middle = budget_of(int(probe.spent * 0.5) + probe.largest)
+    kept = record(encoder, batch, micro_batches=plan, keep_graphs=middle).num_kept
+    assert 0 < kept < len(plan)
+    assert middle.spent + middle.largest <= middle.limit - middle.start
+
+
+def test_one_budget_serves_all_towers():
+    encoder, batch = TextEncoder(), texts(24, 30, 1)
+    plan = plan_micro_batches(batch, micro_batch=4)
+    probe = budget_of(2**40)
+    record(encoder, batch, micro_batches=plan, keep_graphs=probe)
+    shared = budget_of(probe.spent + 2 * probe.largest)
+    kept = [record(encoder, batch, micro_batches=plan, keep_graphs=shared).num_kept for _ in range(2)]
+    assert kept[0] == len(plan)
+    assert kept[1] < len(plan)
+
+
+def test_the_measurement_counts_what_autograd_saves():
+    """A linear layer and a tanh save the input and the output: 4 bytes * rows * (6 + 5)."""
+    layer = torch.nn.Linear(6, 5)
+    budget = budget_of(2**40)
+    batch = torch.randn(8, 6)
+    record(lambda x: layer(x).tanh(), batch, micro_batches=[torch.arange(8)], keep_graphs=budget)
+    assert budget.largest == 4 * 8 * (6 + 5)
+
+
+class Limited(torch.nn.Module):
+    """An encoder on a device with room for so many rows."""
+
+    def __init__(self, room: int, *, dropout: float = 0.0):
+        super().__init__()
+        self.inner, self.room, self.only_replays, self.calls = Mlp(dropout=dropout).double(), room, False, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if len(x) > self.room and not (self.only_replays and self.calls <= 3):
+            raise torch.OutOfMemoryError("no room")
+        return self.inner(x)
+
+
+def test_out_of_memory_splits_the_micro_batch_and_warns():
+    encoder = Limited(2).double()
+    reference, loss = clone(encoder.inner), Softmax().double()
+    inputs = [vectors(9), vectors(9, seed=1)]
+    plain_step(Softmax().double(), [reference] * 2, inputs)
+    with pytest.warns(UserWarning, match="split into 2 and 2"):
+        cached_step(loss, encoder, inputs, micro_batch=4)
+    assert relative_error(gradients(encoder.inner), gradients(reference)) < 1e-12
+
+
+def test_dropout_masks_survive_a_split_while_recording():
+    encoder = Limited(2, dropout=0.5).train()
+    reference = clone(encoder.inner)
+    batch = vectors(8)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="split"):
+        recording = record(encoder, batch, micro_batches=list(torch.arange(8).split(4)))
+    recording.backward(torch.ones_like(recording.embeddings))
+    torch.manual_seed(1)
+    torch.cat([reference(part) for part in batch.split(2)]).sum().backward()
+    assert relative_error(gradients(encoder.inner), gradients(reference)) < 1e-12
+
+
+def test_out_of_memory_while_replaying():
+    batch = vectors(9)
+    encoder = Limited(2)
+    encoder.only_replays = True
+    reference = clone(encoder.inner)
+    recording = record(encoder, batch, micro_batches=list(torch.arange(9).split(3)))
+    with pytest.warns(UserWarning, match="split"):
+        recording.backward(torch.ones_like(recording.embeddings))
+    reference(batch).sum().backward()
+    assert relative_error(gradients(encoder.inner), gradients(reference)) < 1e-12
+    noisy = Limited(2, dropout=0.5).train()
+    noisy.only_replays = True
+    recording = record(noisy, batch, micro_batches=list(torch.arange(9).split(3)))
+    with pytest.raises(AnybatchError, match=r"dropout.*Lower micro_batch"):
+        recording.backward(torch.ones_like(recording.embeddings))
+
+
+def test_kept_graphs_give_way_before_the_micro_batch_does():
+    kept = []
+
+    def crowded(x):
+        if len(kept) >= 2 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("no room beside two graphs")
+        if torch.is_grad_enabled():
+            kept.append(True)
+        return inner(x)
+
+    inner = Mlp().double()
+    recording = record(crowded, vectors(12), micro_batches=list(torch.arange(12).split(3)), keep_graphs=1.0)
+    assert recording.num_kept == 2
+
+
+def test_a_single_row_that_does_not_fit():
+    with (
+        pytest.warns(UserWarning, match="split"),
+        pytest.raises(AnybatchError, match="single row"),
+    ):
+        cached_step(Softmax().double(), Limited(0), [vectors(4), vectors(4)], micro_batch=2)
+
+
+def test_other_errors_pass():
+    def broken(x):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        record(broken, vectors(4), micro_batches=[torch.arange(4)])
+
+
+def test_auto_needs_the_right_word():
+    with pytest.raises(AnybatchError, match='"auto"'):
+        cached_step(Softmax(), Mlp(), [vectors(4), vectors(4)], keep_graphs="all")
