@@ -82,7 +82,7 @@ def record(
             called.add(module)
 
     hooks = [module.register_forward_pre_hook(note) for module in wrapped]
-    torch.clear_autocast_cache()  # a weight cast under no_grad earlier would reach our graphs without its gradient
+    torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
     try:
         with no_reduction(wrapped), refuse_hidden_distributed(held):
             recorded = RecordingPass(encode, slicer, deque(micro_batches), keep_graphs)
