@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -381,7 +381,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         train_peak_bytes=measure.peak_bytes,
         num_steps=log[-1]["step"] if log else 0,
     )
-    write_text(folder / "metrics.json", json.dumps(result.__dict__, indent=2))  # last: its presence says that the run is finished
+    write_text(folder / "metrics.json", json.dumps(asdict(result), indent=2))  # last: its presence says that the run is finished
     return result
 
 
