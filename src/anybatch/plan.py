@@ -169,7 +169,8 @@ class BatchPlan:
                 arrays[name] = np.ascontiguousarray(array, dtype=np.int32)
         header = {"num_rows": self.num_rows, "batch_size": self.batch_size, "cluster_size": self.cluster_size, "seed": self.seed}
         header |= {"data_digest": self.data_digest, "meta": dict(self.meta)}
-        metadata = {"format": FORMAT, "version": str(VERSION), "plan": json.dumps(header)}
+        # One key, because safetensors writes several in no fixed order, and equal plans should be equal files.
+        metadata = {FORMAT: json.dumps({"version": VERSION, "plan": header})}
         write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
 
     @classmethod
@@ -190,11 +191,12 @@ class BatchPlan:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, OSError, ValueError) as error:
             raise AnybatchError(f"{path} is no plan or was cut short ({error}). Make it again with `anybatch mine`.") from error
-        if metadata.get("format") != FORMAT:
+        if FORMAT not in metadata:
             raise AnybatchError(f"{path} is a safetensors file but no plan of anybatch. Give the plan.safetensors that `anybatch mine` wrote.")
-        if int(metadata["version"]) > VERSION:
-            raise AnybatchError(f"{path} has plan format {metadata['version']}; this anybatch reads up to {VERSION}. Update anybatch.")
-        return cls(**json.loads(metadata["plan"]), **arrays)
+        header = json.loads(metadata[FORMAT])
+        if header["version"] > VERSION:
+            raise AnybatchError(f"{path} has plan format {header['version']}; this anybatch reads up to {VERSION}. Update anybatch.")
+        return cls(**header["plan"], **arrays)
 
     @cached_property
     def _members(self) -> np.ndarray:

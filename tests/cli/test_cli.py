@@ -70,24 +70,26 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def finish(process: subprocess.Popen[str]) -> None:
+    _, messages = process.communicate()
+    assert process.returncode == 0, messages
+
+
 def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, tmp_path):
     """Kill -9 in mid-epoch after a checkpoint; the memory of SogCLR, the optimiser, the dropout and the batches must all come back."""
     more = ("mining.cluster_size=4", "mining.skip=1", "mining.take=6", "loss.name=sogclr", "loss.gamma=0.6", "train.epochs=4")
     teacher = ["--teacher", str(tiny_model_folder)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = command("train", *settings(pairs_file, tiny_model_folder, whole, *more), *teacher)
-    assert process.wait() == 0, process.stderr.read() if process.stderr else ""
-
+    finish(command("train", *settings(pairs_file, tiny_model_folder, whole, *more), *teacher))
     process = command("train", *settings(pairs_file, tiny_model_folder, killed, *more), *teacher)
     deadline = time.monotonic() + 120
     while not list(killed.glob("checkpoints/checkpoint-*/anybatch_loss.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (killed / "metrics.json").exists(), "the run ended before it could be killed: make it longer"
 
-    process = command("train", "--resume", "--output", str(killed))
-    assert process.wait() == 0, process.stderr.read() if process.stderr else ""
+    finish(command("train", "--resume", "--output", str(killed)))
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     lines = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, killed)]

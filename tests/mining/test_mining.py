@@ -244,6 +244,20 @@ def test_frequent_items_are_drawn_more_often():
     assert often / 20 == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_mining_leaves_the_number_of_threads_alone(threads):
+    """numba's OpenMP layer changed torch's, and a resumed run no longer equalled the uninterrupted one."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        mine_plan(*embeddings(60), config=MiningConfig(batch_size=8, cluster_size=4, skip=1, take=4))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("num_rows", [16, 40])
 def test_tiny_data_is_mined_with_a_warning(num_rows):
     anchors, positives = embeddings(num_rows)

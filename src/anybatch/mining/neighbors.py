@@ -5,7 +5,8 @@ Memory: one tile of scores (`TILE_BYTES`) and 8 bytes for each kept neighbour; n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,16 +89,18 @@ def exact_neighbors(
     height = max(1, TILE_BYTES // (4 * width))
     for start in range(0, len(rows), height):
         chosen = rows[start : start + height]
-        block = torch.from_numpy(np.ascontiguousarray(queries[chosen], dtype=np.float32))
+        block = torch.from_numpy(np.array(queries[chosen], dtype=np.float32))
         own[start : start + height] = np.einsum("ij,ij->i", block.numpy(), np.asarray(documents[chosen], dtype=np.float32))
         kept = slice(start, start + len(chosen))
         for first in range(0, len(documents), width):
-            other = torch.from_numpy(np.ascontiguousarray(documents[first : first + width], dtype=np.float32))
+            other = torch.from_numpy(np.array(documents[first : first + width], dtype=np.float32))  # a copy: files are read-only
             tile = (block @ other.T).numpy()
-            _keep_best(tile, first, chosen, anchor_id, positive_id, ids[kept], scores[kept])
+            with _torch_threads():
+                _keep_best(tile, first, chosen, anchor_id, positive_id, ids[kept], scores[kept])
         if progress is not None:
             progress((start + len(chosen)) / len(rows))
-    _sort_best(ids, scores)
+    with _torch_threads():
+        _sort_best(ids, scores)
     return Neighbors(ids=ids, scores=scores, own_score=own, recall=1.0)
 
 
@@ -151,6 +154,21 @@ def ivf_neighbors(
         if progress is not None:
             progress((start + len(rows)) / num_rows)
     return Neighbors(ids=ids, scores=scores, own_score=own, recall=recall)
+
+
+@contextmanager
+def _torch_threads() -> Iterator[None]:
+    """Run compiled code on as many threads as torch uses, and leave torch's number as it was.
+
+    numba's OpenMP layer sets the number of threads of the whole process, so that a training run after mining would sum in
+    another order than the same run resumed from a checkpoint, and ignore the limit that its user set.
+    """
+    before = torch.get_num_threads()
+    numba.set_num_threads(max(1, min(before, numba.config.NUMBA_NUM_THREADS)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _search(
