@@ -262,11 +262,11 @@ def page(errors: dict[tuple[str, str, str, int], float]) -> str:
     lines = [
         "# Exactness of the cached step",
         "",
-        f"Relative error of all gradients together, `|cached - plain| / |plain|`, in the last of {STEPS} steps, against",
-        "the plain step in float64 (each tower whole, one graph, one process). Ranks hold uneven shares (8 + 5 and",
-        "5 + 2 + 6 of 13 rows) under DistributedDataParallel; the worst rank counts. The column *float32 plain* is what",
-        "float32 itself costs without caching. With dropout the reference is one graph over the same micro-batches,",
-        "because a mask has the shape of what goes through together; it is compared on one rank.",
+        f"Relative error of all gradients together, `|cached - plain| / |plain|`, in the last of {STEPS} steps.",
+        "The reference is the plain step in float64 (each tower whole, one graph, one process). Ranks hold uneven",
+        "shares (8 + 5 and 5 + 2 + 6 of 13 rows) under DistributedDataParallel; the worst rank counts. The column",
+        "*float32 plain* is what float32 itself costs without caching. With dropout the reference is one graph over",
+        "the same micro-batches, because a mask has the shape of what goes through together; one rank.",
         "",
         f"Largest float64 error: **{worst:.1e}**. Made by `python -m benchmarks.exactness` on a "
         f"{os.cpu_count()}-core {platform.machine().replace('_64', '')} CPU, torch {torch.__version__.split('+')[0]}.",
