@@ -29,7 +29,9 @@ def main() -> None:
     """Run, append, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of arxiv-title-abstract")
-    parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2: teacher, and student cut to one layer")
+    parser.add_argument(
+        "--model", required=True, help="folder of all-MiniLM-L6-v2: teacher, and student cut to one layer"
+    )
     parser.add_argument("--anchor-embeddings", help="teacher embeddings of the titles, if they exist already")
     parser.add_argument("--positive-embeddings")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs go")
@@ -47,12 +49,31 @@ def main() -> None:
             *METHODS[name],
         ]
         if options.anchor_embeddings:
-            settings += [f"teacher.anchor_embeddings={options.anchor_embeddings}", f"teacher.positive_embeddings={options.positive_embeddings}"]
+            settings += [
+                f"teacher.anchor_embeddings={options.anchor_embeddings}",
+                f"teacher.positive_embeddings={options.positive_embeddings}",
+            ]
         resume = ["--resume"] if (folder / "config.yaml").exists() else []
         arguments = [item for setting in settings for item in ("--set", setting)]
-        subprocess.run([sys.executable, "-m", "anybatch", "train", "--config", "benchmarks/configs/arxiv.yaml", *arguments, *resume], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "anybatch",
+                "train",
+                "--config",
+                "benchmarks/configs/arxiv.yaml",
+                *arguments,
+                *resume,
+            ],
+            check=True,
+        )
         line = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        line = {"method": name, "threads": os.environ.get("OMP_NUM_THREADS", "all"), **{key: value for key, value in line.items() if key != "log"}}
+        line = {
+            "method": name,
+            "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+            **{key: value for key, value in line.items() if key != "log"},
+        }
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         write_table(results)

@@ -6,7 +6,9 @@ from torch import nn
 from anybatch import InfoNCE, cached_step
 
 torch.manual_seed(0)
-encoder = nn.Sequential(nn.EmbeddingBag(5_000, 128), nn.Linear(128, 512), nn.GELU(), nn.Dropout(0.1), nn.Linear(512, 64))
+encoder = nn.Sequential(
+    nn.EmbeddingBag(5_000, 128), nn.Linear(128, 512), nn.GELU(), nn.Dropout(0.1), nn.Linear(512, 64)
+)
 loss = InfoNCE(temperature=0.05)
 optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
 

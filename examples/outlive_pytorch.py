@@ -7,7 +7,10 @@ from anybatch import BatchPlan, PlanSampler, RowTable, SogCLR, sample
 
 torch.manual_seed(0)
 pairs = sample.load("train", limit=512)
-vocabulary = {word: number for number, word in enumerate(sorted({word for text in pairs.positives for word in text.lower().split()}))}
+vocabulary = {
+    word: number
+    for number, word in enumerate(sorted({word for text in pairs.positives for word in text.lower().split()}))
+}
 
 
 def bags(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,4 +42,6 @@ for epoch in range(5):
         total += value.item()
     print(f"epoch {epoch}: estimated objective over all rows {total / len(sampler):.3f}")
 
-torch.save({"encoder": encoder.state_dict(), "loss": loss.state_dict()}, "checkpoint.pt")  # the memory is part of the state
+torch.save(
+    {"encoder": encoder.state_dict(), "loss": loss.state_dict()}, "checkpoint.pt"
+)  # the memory is part of the state

@@ -8,7 +8,13 @@ import sys
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
 from anybatch import MiningConfig, RowTable, SogCLR, mine_plan, sample
-from anybatch.integrations.sentence_transformers import CachedLoss, LossStateCallback, PlanBatches, embed_texts, with_index
+from anybatch.integrations.sentence_transformers import (
+    CachedLoss,
+    LossStateCallback,
+    PlanBatches,
+    embed_texts,
+    with_index,
+)
 
 model = SentenceTransformer(sys.argv[1], device="cpu")
 pairs = sample.load("train", limit=int(sys.argv[2]) if len(sys.argv) > 2 else 512)

@@ -11,7 +11,11 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = [f"{stem}{ending}" for stem in ("mat", "gra", "nod", "bat", "sof", "ten", "rul", "plan") for ending in ("a", "o", "is", "er", "ing", "ed")]
+WORDS = [
+    f"{stem}{ending}"
+    for stem in ("mat", "gra", "nod", "bat", "sof", "ten", "rul", "plan")
+    for ending in ("a", "o", "is", "er", "ing", "ed")
+]
 
 
 def sentence(number: int, length: int) -> str:
@@ -38,11 +42,21 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])  # pyright: ignore
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
     )
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
     )
     BertModel(config).save_pretrained(folder / "bert")
     fast.save_pretrained(folder / "bert")
@@ -59,5 +73,13 @@ def pairs_file(tmp_path: Path) -> Path:
         for row in range(97):
             number = row % 90  # rows 90..96 repeat the anchors of rows 0..6
             positive = row if row not in (20, 21) else 19  # rows 19, 20 and 21 share a positive
-            file.write(json.dumps({"anchor": sentence(number, 2 + number % 5), "positive": sentence(positive, 3 + positive % 9) + f" {WORDS[positive % 48]}"}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "anchor": sentence(number, 2 + number % 5),
+                        "positive": sentence(positive, 3 + positive % 9) + f" {WORDS[positive % 48]}",
+                    }
+                )
+                + "\n"
+            )
     return path

@@ -34,7 +34,11 @@ def infonce(anchors, candidates, tau, allowed, log_weight=None):
     total = 0.0
     for i in range(len(anchors)):
         terms = [scores[i, i]]
-        terms += [scores[i, j] + (0.0 if log_weight is None else log_weight[i, j]) for j in range(len(candidates)) if allowed[i, j]]
+        terms += [
+            scores[i, j] + (0.0 if log_weight is None else log_weight[i, j])
+            for j in range(len(candidates))
+            if allowed[i, j]
+        ]
         total = total + torch.logsumexp(torch.stack(terms), 0) - scores[i, i]
     return total / len(anchors)
 
@@ -54,7 +58,9 @@ def count_corrected(anchors, candidates, tau, allowed, num_rows):
     total = 0.0
     for i in range(len(anchors)):
         negatives = [j for j in range(len(candidates)) if allowed[i, j]]
-        estimate = sum((scores[i, j] - scores[i, i]).exp() for j in negatives) * ((num_rows - 1) / max(1, len(negatives)))
+        estimate = sum((scores[i, j] - scores[i, i]).exp() for j in negatives) * (
+            (num_rows - 1) / max(1, len(negatives))
+        )
         total = total + torch.log(1 + estimate) if negatives else total
     return total / len(anchors)
 
@@ -72,7 +78,11 @@ class NaiveSogCLR:
         for i, row in enumerate(index):
             negatives = [j for j in range(len(candidates)) if allowed[i, j]]
             if negatives:
-                g = sum((scores[i, j] - scores[i, i]).exp().item() * (1 / len(negatives) if weight is None else weight[i, j]) for j in negatives)
+                g = sum(
+                    (scores[i, j] - scores[i, i]).exp().item()
+                    * (1 / len(negatives) if weight is None else weight[i, j])
+                    for j in negatives
+                )
                 batch.setdefault(row, []).append(g)
         for row, values in batch.items():
             mean = sum(values) / len(values)

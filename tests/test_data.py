@@ -17,7 +17,9 @@ ROWS = [
 ]
 
 
-@pytest.fixture(params=["pairs.jsonl", "pairs.jsonl.gz", "pairs.csv", "pairs.tsv", "pairs.csv.gz", "pairs.parquet", "folder"])
+@pytest.fixture(
+    params=["pairs.jsonl", "pairs.jsonl.gz", "pairs.csv", "pairs.tsv", "pairs.csv.gz", "pairs.parquet", "folder"]
+)
 def any_format(request, tmp_path):
     path = tmp_path / request.param
     if "jsonl" in request.param:
@@ -30,7 +32,9 @@ def any_format(request, tmp_path):
         writer = csv.DictWriter(buffer, list(ROWS[0]), delimiter="\t" if "tsv" in request.param else ",")
         writer.writeheader()
         writer.writerows(ROWS)
-        path.write_bytes(gzip.compress(buffer.getvalue().encode()) if request.param.endswith("gz") else buffer.getvalue().encode())
+        path.write_bytes(
+            gzip.compress(buffer.getvalue().encode()) if request.param.endswith("gz") else buffer.getvalue().encode()
+        )
     elif request.param == "pairs.parquet":
         import pyarrow
         import pyarrow.parquet
@@ -48,7 +52,9 @@ def test_every_format_gives_the_same(any_format):
     assert list(data.anchors) == [row["q"] for row in ROWS]
     assert list(data.positives) == [row["a"] for row in ROWS]
     assert list(data.negatives[0]) == [row["n"] for row in ROWS]
-    expected = PairData(anchors=[r["q"] for r in ROWS], positives=[r["a"] for r in ROWS], negatives=([r["n"] for r in ROWS],))
+    expected = PairData(
+        anchors=[r["q"] for r in ROWS], positives=[r["a"] for r in ROWS], negatives=([r["n"] for r in ROWS],)
+    )
     assert data.digest == expected.digest
     assert data.to_dataset().column_names == ["anchor", "positive", "negative_1"]
     assert len(read_pairs(any_format, anchor="q", positive="a", limit=2)) == 2

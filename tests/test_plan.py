@@ -17,7 +17,12 @@ def clustered(num_rows: int, cluster_size: int, clusters_per_batch: int, seed: i
     cluster = np.full(num_rows, -1, np.int32)
     cluster[rows[:whole]] = np.repeat(np.arange(whole // cluster_size), cluster_size)
     return BatchPlan(
-        num_rows=num_rows, batch_size=cluster_size * clusters_per_batch, cluster_size=cluster_size, cluster=cluster, seed=seed, data_digest="d"
+        num_rows=num_rows,
+        batch_size=cluster_size * clusters_per_batch,
+        cluster_size=cluster_size,
+        cluster=cluster,
+        seed=seed,
+        data_digest="d",
     )
 
 
@@ -63,14 +68,19 @@ def test_clusters_stay_and_their_combination_changes():
 
 
 def test_seed_decides():
-    assert not np.array_equal(BatchPlan.random(100, 10, seed=1).epoch_batches(0), BatchPlan.random(100, 10, seed=2).epoch_batches(0))
+    assert not np.array_equal(
+        BatchPlan.random(100, 10, seed=1).epoch_batches(0), BatchPlan.random(100, 10, seed=2).epoch_batches(0)
+    )
 
 
 def test_save_and_load(tmp_path):
     plan = clustered(50, 4, 3)
     full = BatchPlan(
         **{
-            **{name: getattr(plan, name) for name in ("num_rows", "batch_size", "cluster_size", "cluster", "seed", "data_digest")},
+            **{
+                name: getattr(plan, name)
+                for name in ("num_rows", "batch_size", "cluster_size", "cluster", "seed", "data_digest")
+            },
             "suspects": np.array([[0, 3], [4, 7]]),
             "negatives": np.full((50, 2), -1),
             "meta": {"method": "test", "window": [1, 2]},

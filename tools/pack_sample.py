@@ -31,9 +31,18 @@ def main() -> None:
             with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
                 rows += [row for row in map(json.loads, file) if row["cat"] in CATEGORIES]
         rows = random.Random(0).sample(rows, min(size, len(rows)))
-        lines = [json.dumps({"title": row["title"], "abstract": shorten(row["abstract"]), "category": row["cat"], "id": row["id"]}, ensure_ascii=False) for row in rows]
+        lines = [
+            json.dumps(
+                {"title": row["title"], "abstract": shorten(row["abstract"]), "category": row["cat"], "id": row["id"]},
+                ensure_ascii=False,
+            )
+            for row in rows
+        ]
         target = TARGET / f"{split}.jsonl.gz"
-        with target.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=9, mtime=0, filename="") as packed:
+        with (
+            target.open("wb") as raw,
+            gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=9, mtime=0, filename="") as packed,
+        ):
             packed.write(("\n".join(lines) + "\n").encode())
         print(f"{target.name}: {len(rows)} pairs, {target.stat().st_size:,} bytes")
 

@@ -33,11 +33,15 @@ def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ())
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
-            raise AnybatchError(f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config.") from error
+            raise AnybatchError(
+                f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
+            ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise AnybatchError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
-            raise AnybatchError(f"{path} holds a {type(tree).__name__}; expected sections such as 'data:' and 'model:'.")
+            raise AnybatchError(
+                f"{path} holds a {type(tree).__name__}; expected sections such as 'data:' and 'model:'."
+            )
     for override in overrides:
         _apply(tree, override)
     return from_mapping(kind, tree)
@@ -77,7 +81,11 @@ def to_yaml(config: Any) -> str:
 def differences(old: Any, new: Any) -> list[str]:
     """The dotted keys in which two configurations of one kind differ, with both values."""
     flat_old, flat_new = (_flatten(_plain(dataclasses.asdict(config))) for config in (old, new))
-    return [f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}" for key in flat_new if flat_old.get(key) != flat_new[key]]
+    return [
+        f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
+        for key in flat_new
+        if flat_old.get(key) != flat_new[key]
+    ]
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -94,7 +102,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = tree[parent] = {}
         if not isinstance(child, dict):
-            raise AnybatchError(f"Cannot apply --set {override!r}: '{'.'.join(parents[: depth + 1])}' is a value, not a section.")
+            raise AnybatchError(
+                f"Cannot apply --set {override!r}: '{'.'.join(parents[: depth + 1])}' is a value, not a section."
+            )
         tree = child
     tree[last] = value
 

@@ -123,7 +123,9 @@ def read_pairs(
     if limit is not None and limit < 1:
         raise AnybatchError(f"The limit is {limit}; expected at least 1 row.")
     if len(set(names)) < len(names):
-        raise AnybatchError(f"The columns {', '.join(names)} name one column twice; anchor, positive and negatives must differ.")
+        raise AnybatchError(
+            f"The columns {', '.join(names)} name one column twice; anchor, positive and negatives must differ."
+        )
     columns: list[list[str]] = [[] for _ in names]
     for row, record in enumerate(islice(_records(path, names), limit), start=1):
         for name, column in zip(names, columns, strict=True):
@@ -132,15 +134,23 @@ def read_pairs(
             text = record[name]
             if not isinstance(text, str) or not text.strip():
                 what = "empty" if text is None or isinstance(text, str) else f"{text!r:.60}, which is no text"
-                raise AnybatchError(f"Row {row} of {path}: '{name}' is {what}. Every row needs a text there: fill it or leave the row out.")
+                raise AnybatchError(
+                    f"Row {row} of {path}: '{name}' is {what}. Every row needs a text there: fill it or leave the row out."
+                )
             column.append(text)
     if not columns[0]:
-        raise AnybatchError(f"{path} is empty: it has no rows. Expected pairs in the columns '{anchor}' and '{positive}'.")
+        raise AnybatchError(
+            f"{path} is empty: it has no rows. Expected pairs in the columns '{anchor}' and '{positive}'."
+        )
     return PairData(anchors=columns[0], positives=columns[1], negatives=tuple(columns[2:]), source=str(path))
 
 
 def read_retrieval(
-    corpus: str | os.PathLike[str], queries: str | os.PathLike[str], qrels: str | os.PathLike[str], *, split: str | None = None
+    corpus: str | os.PathLike[str],
+    queries: str | os.PathLike[str],
+    qrels: str | os.PathLike[str],
+    *,
+    split: str | None = None,
 ) -> RetrievalData:
     """Read a retrieval set in BEIR's layout.
 
@@ -153,7 +163,10 @@ def read_retrieval(
     Raises:
         AnybatchError: Missing files or columns; judgements of unknown queries or documents; nothing left.
     """
-    documents = {_id(record, corpus): f"{record.get('title') or ''} {_text(record, corpus)}".strip() for record in _records(Path(corpus), ["text"])}
+    documents = {
+        _id(record, corpus): f"{record.get('title') or ''} {_text(record, corpus)}".strip()
+        for record in _records(Path(corpus), ["text"])
+    }
     texts = {_id(record, queries): _text(record, queries) for record in _records(Path(queries), ["text"])}
     relevance: dict[str, dict[str, int]] = {}
     seen_splits = set()
@@ -166,10 +179,14 @@ def read_retrieval(
         document = _first(record, ("doc_id", "corpus-id", "corpus_id", "docid"), qrels)
         if query not in texts or document not in documents:
             unknown = f"query {query}" if query not in texts else f"document {document}"
-            raise AnybatchError(f"Row {row} of {qrels} judges {unknown}, which is not in the set. Give the files of one set.")
+            raise AnybatchError(
+                f"Row {row} of {qrels} judges {unknown}, which is not in the set. Give the files of one set."
+            )
         relevance.setdefault(query, {})[document] = int(record["score"])
     if split is None and len(seen_splits) > 1:
-        raise AnybatchError(f"{qrels} has the splits {', '.join(sorted(seen_splits))}. Choose one with split (--split).")
+        raise AnybatchError(
+            f"{qrels} has the splits {', '.join(sorted(seen_splits))}. Choose one with split (--split)."
+        )
     if not relevance:
         found = f"; it has the splits {', '.join(sorted(seen_splits))}" if seen_splits else ""
         raise AnybatchError(f"{qrels} has no judgements{f' of split {split!r}' if split else ''}{found}.")
@@ -215,12 +232,18 @@ def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
                     continue
                 record = json.loads(line)
                 if not isinstance(record, dict):
-                    raise AnybatchError(f"Line {number} of {path} holds a {type(record).__name__}; expected one JSON object a line.")
+                    raise AnybatchError(
+                        f"Line {number} of {path} holds a {type(record).__name__}; expected one JSON object a line."
+                    )
                 yield record
         except json.JSONDecodeError as error:
-            raise AnybatchError(f"Line {number} of {path} is no JSON ({error.msg}, column {error.colno}). Expected one object a line.") from error
+            raise AnybatchError(
+                f"Line {number} of {path} is no JSON ({error.msg}, column {error.colno}). Expected one object a line."
+            ) from error
         except (UnicodeDecodeError, EOFError, OSError) as error:
-            raise AnybatchError(f"Cannot read {path}: {error}. Expected UTF-8 text{' in a whole gzip file' if path.suffix == '.gz' else ''}.") from error
+            raise AnybatchError(
+                f"Cannot read {path}: {error}. Expected UTF-8 text{' in a whole gzip file' if path.suffix == '.gz' else ''}."
+            ) from error
 
 
 def _csv_records(path: Path, names: Sequence[str], delimiter: str) -> Iterator[Mapping[str, Any]]:
@@ -261,7 +284,9 @@ def _folder_records(path: Path, names: Sequence[str]) -> Iterator[Mapping[str, A
     except (OSError, ValueError) as error:
         raise AnybatchError(f"{path} is no folder saved by datasets' save_to_disk ({error}).") from error
     if isinstance(dataset, DatasetDict):
-        raise AnybatchError(f"{path} holds the splits {', '.join(dataset)}; give the folder of one of them, such as {path / next(iter(dataset))}.")
+        raise AnybatchError(
+            f"{path} holds the splits {', '.join(dataset)}; give the folder of one of them, such as {path / next(iter(dataset))}."
+        )
     _check_columns(names, dataset.column_names, str(path))
     yield from dataset.select_columns(list(names))
 
@@ -275,13 +300,18 @@ def _check_columns(names: Sequence[str], present: list[str], where: str) -> None
 def _no_column(name: str, present: list[str], where: str) -> AnybatchError:
     close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return AnybatchError(f"There is no column '{name}' in {where}; it has {', '.join(map(repr, present)) or 'none'}.{hint}")
+    return AnybatchError(
+        f"There is no column '{name}' in {where}; it has {', '.join(map(repr, present)) or 'none'}.{hint}"
+    )
 
 
 def _identify(columns: Sequence[Sequence[str]]) -> list[np.ndarray]:
     """Number the distinct texts of all columns together, in order of first appearance."""
     numbers: dict[str, int] = {}
-    return [np.fromiter((numbers.setdefault(text.strip(), len(numbers)) for text in column), np.int64, len(column)) for column in columns]
+    return [
+        np.fromiter((numbers.setdefault(text.strip(), len(numbers)) for text in column), np.int64, len(column))
+        for column in columns
+    ]
 
 
 def _first(record: Mapping[str, Any], names: Sequence[str], where: object) -> str:

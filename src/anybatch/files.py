@@ -28,7 +28,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
-        raise AnybatchError(f"Cannot write {path}: {error.strerror or error}. Check that its folder exists and is writable.") from error
+        raise AnybatchError(
+            f"Cannot write {path}: {error.strerror or error}. Check that its folder exists and is writable."
+        ) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -39,7 +41,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         os.replace(temporary, path)
     except OSError as error:
         kept = "the file that was there is unchanged" if path.exists() else "nothing was written"
-        raise AnybatchError(f"Cannot write {path}: {error.strerror or error}; {kept}. Free some space or choose another folder.") from error
+        raise AnybatchError(
+            f"Cannot write {path}: {error.strerror or error}; {kept}. Free some space or choose another folder."
+        ) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

@@ -152,7 +152,9 @@ def read_training_pairs(config: RunConfig) -> PairData:
     return pairs
 
 
-def teacher_embeddings(config: RunConfig, pairs: PairData, progress: Progress = no_progress) -> tuple[np.ndarray, np.ndarray]:
+def teacher_embeddings(
+    config: RunConfig, pairs: PairData, progress: Progress = no_progress
+) -> tuple[np.ndarray, np.ndarray]:
     """Teacher embeddings of anchors and positives, from files or computed into the run folder.
 
     Returns:
@@ -165,7 +167,9 @@ def teacher_embeddings(config: RunConfig, pairs: PairData, progress: Progress = 
     files = (teacher.anchor_embeddings, teacher.positive_embeddings)
     if any(files):
         if not all(files):
-            raise AnybatchError("Precomputed embeddings need both teacher.anchor_embeddings and teacher.positive_embeddings; one is missing.")
+            raise AnybatchError(
+                "Precomputed embeddings need both teacher.anchor_embeddings and teacher.positive_embeddings; one is missing."
+            )
         return _read_embeddings(str(files[0]), len(pairs)), _read_embeddings(str(files[1]), len(pairs))
     if teacher.name is None:
         raise AnybatchError(
@@ -178,11 +182,16 @@ def teacher_embeddings(config: RunConfig, pairs: PairData, progress: Progress = 
     folder = Path(config.output)
     identity = {"model": teacher.name, "max_length": model.max_seq_length, "data": pairs.digest}
     columns = []
-    for side, texts, prompt in (("anchor", pairs.anchors, teacher.anchor_prompt), ("positive", pairs.positives, teacher.positive_prompt)):
+    for side, texts, prompt in (
+        ("anchor", pairs.anchors, teacher.anchor_prompt),
+        ("positive", pairs.positives, teacher.positive_prompt),
+    ):
         report = _counter(progress, f"teacher: {side}s", len(texts))
         path = folder / f"teacher_{side}.npy"
         columns.append(
-            embed_to_file(model, texts, path, identity=identity, batch_size=teacher.batch_size, prompt=prompt, progress=report)
+            embed_to_file(
+                model, texts, path, identity=identity, batch_size=teacher.batch_size, prompt=prompt, progress=report
+            )
         )
     return columns[0], columns[1]
 
@@ -201,7 +210,9 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
         plan = BatchPlan.load(path)
         plan.check(num_rows=len(pairs), data_digest=pairs.digest)
         if plan.batch_size != config.batch_size:
-            raise AnybatchError(f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal.")
+            raise AnybatchError(
+                f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
+            )
         return plan
     if config.mining.method == "random":
         plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
@@ -224,7 +235,11 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
 
 
 def evaluate_model(
-    model: SentenceTransformer, data: PairData | RetrievalData, *, prompts: tuple[str, str] = ("", ""), batch_size: int = 128
+    model: SentenceTransformer,
+    data: PairData | RetrievalData,
+    *,
+    prompts: tuple[str, str] = ("", ""),
+    batch_size: int = 128,
 ) -> dict[str, float]:
     """Retrieval figures of a model: recall@1, recall@10, MRR@10, nDCG@10 and so on.
 
@@ -251,7 +266,9 @@ def read_evaluation(config: RunConfig) -> PairData | RetrievalData | None:
     held_out = config.evaluation
     if held_out.corpus or held_out.queries or held_out.qrels:
         if not (held_out.corpus and held_out.queries and held_out.qrels):
-            raise AnybatchError("A retrieval set needs all of evaluation.corpus, evaluation.queries and evaluation.qrels.")
+            raise AnybatchError(
+                "A retrieval set needs all of evaluation.corpus, evaluation.queries and evaluation.qrels."
+            )
         return read_retrieval(held_out.corpus, held_out.queries, held_out.qrels, split=held_out.split)
     if held_out.path is None:
         return None
@@ -262,7 +279,9 @@ def _read_embeddings(path: str, num_rows: int) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise AnybatchError(f"Cannot read the embeddings {path}: {error}. Expected a .npy file of shape (rows, dimensions).") from error
+        raise AnybatchError(
+            f"Cannot read the embeddings {path}: {error}. Expected a .npy file of shape (rows, dimensions)."
+        ) from error
     if array.ndim != 2 or len(array) != num_rows or not np.issubdtype(array.dtype, np.floating):
         raise AnybatchError(
             f"{path} holds a {array.dtype} array of shape {array.shape}; expected floats of shape ({num_rows}, dimensions), one row for each row "
@@ -292,8 +311,12 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
     written = folder / "config.yaml"
     if written.exists():
         if not resume:
-            raise AnybatchError(f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it.")
-        changed = [line for line in differences(load_config(RunConfig, written), config) if not line.startswith("output:")]
+            raise AnybatchError(
+                f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it."
+            )
+        changed = [
+            line for line in differences(load_config(RunConfig, written), config) if not line.startswith("output:")
+        ]
         if changed:
             raise AnybatchError(
                 f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the configuration in "
@@ -301,11 +324,15 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
             )
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AnybatchError(f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder.")
+        raise AnybatchError(
+            f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AnybatchError(f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder.") from error
+        raise AnybatchError(
+            f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder."
+        ) from error
     write_text(written, to_yaml(config))
     return folder
 
@@ -381,7 +408,9 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         train_peak_bytes=measure.peak_bytes,
         num_steps=log[-1]["step"] if log else 0,
     )
-    write_text(folder / "metrics.json", json.dumps(asdict(result), indent=2))  # last: its presence says that the run is finished
+    write_text(
+        folder / "metrics.json", json.dumps(asdict(result), indent=2)
+    )  # last: its presence says that the run is finished
     return result
 
 
@@ -393,7 +422,9 @@ def save_model(model: SentenceTransformer, folder: Path) -> None:
     try:
         model.save_pretrained(str(temporary))
     except OSError as error:
-        raise AnybatchError(f"Cannot save the model to {folder}: {error.strerror or error}. Free some space, then run again with --resume.") from error
+        raise AnybatchError(
+            f"Cannot save the model to {folder}: {error.strerror or error}. Free some space, then run again with --resume."
+        ) from error
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)

@@ -60,11 +60,15 @@ class BatchPlan:
     def __post_init__(self) -> None:
         _check_sizes(self.num_rows, self.batch_size, self.cluster_size)
         if self.cluster.shape != (self.num_rows,):
-            raise AnybatchError(f"cluster has shape {self.cluster.shape}; expected ({self.num_rows},), one number a row.")
+            raise AnybatchError(
+                f"cluster has shape {self.cluster.shape}; expected ({self.num_rows},), one number a row."
+            )
         placed = self.cluster[self.cluster >= 0]
         sizes = np.bincount(placed) if len(placed) else np.zeros(0, np.int64)
         if len(placed) and (self.cluster.min() < -1 or np.any(sizes != self.cluster_size)):
-            raise AnybatchError(f"Clusters have {sizes.min()} to {sizes.max()} rows; expected exactly {self.cluster_size} in each.")
+            raise AnybatchError(
+                f"Clusters have {sizes.min()} to {sizes.max()} rows; expected exactly {self.cluster_size} in each."
+            )
         if len(sizes) < self.clusters_per_batch:
             raise AnybatchError(
                 f"{len(sizes)} clusters of {self.cluster_size} rows do not fill one batch of {self.batch_size}. Lower the batch size."
@@ -103,7 +107,13 @@ class BatchPlan:
     def digest(self) -> str:
         """Identifies the plan itself: sizes, clusters, seed and data."""
         numbers = [self.num_rows, self.batch_size, self.cluster_size, self.seed]
-        return digest_of([json.dumps(numbers).encode(), self.data_digest.encode(), np.ascontiguousarray(self.cluster, np.int32).tobytes()])
+        return digest_of(
+            [
+                json.dumps(numbers).encode(),
+                self.data_digest.encode(),
+                np.ascontiguousarray(self.cluster, np.int32).tobytes(),
+            ]
+        )
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster within a batch."""
@@ -113,7 +123,9 @@ class BatchPlan:
         remainder = self._remainder
         if len(remainder):
             # Only clusters that are dealt this epoch give up places, so every remainder row is really trained on.
-            places = generator.choice(len(order) * self.cluster_size, size=min(len(remainder), len(order) * self.cluster_size), replace=False)
+            places = generator.choice(
+                len(order) * self.cluster_size, size=min(len(remainder), len(order) * self.cluster_size), replace=False
+            )
             members[order[places // self.cluster_size], places % self.cluster_size] = remainder[: len(places)]
         return members[order].reshape(self.num_batches, self.batch_size)
 
@@ -130,7 +142,9 @@ class BatchPlan:
             AnybatchError: Another number of rows, or other texts.
         """
         if num_rows != self.num_rows:
-            raise AnybatchError(f"The plan was made for other data: it has {self.num_rows} rows, the data has {num_rows}. Mine these data anew.")
+            raise AnybatchError(
+                f"The plan was made for other data: it has {self.num_rows} rows, the data has {num_rows}. Mine these data anew."
+            )
         if data_digest != self.data_digest:
             raise AnybatchError(
                 f"The plan was made for other data: the row counts agree ({num_rows}), the texts do not (digest {self.data_digest[:12]} in the "
@@ -167,7 +181,12 @@ class BatchPlan:
         for name, array in (("suspects", self.suspects), ("negatives", self.negatives)):
             if array is not None:
                 arrays[name] = np.ascontiguousarray(array, dtype=np.int32)
-        header = {"num_rows": self.num_rows, "batch_size": self.batch_size, "cluster_size": self.cluster_size, "seed": self.seed}
+        header = {
+            "num_rows": self.num_rows,
+            "batch_size": self.batch_size,
+            "cluster_size": self.cluster_size,
+            "seed": self.seed,
+        }
         header |= {"data_digest": self.data_digest, "meta": dict(self.meta)}
         # One key, because safetensors writes several in no fixed order, and equal plans should be equal files.
         metadata = {FORMAT: json.dumps({"version": VERSION, "plan": header})}
@@ -190,12 +209,18 @@ class BatchPlan:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, OSError, ValueError) as error:
-            raise AnybatchError(f"{path} is no plan or was cut short ({error}). Make it again with `anybatch mine`.") from error
+            raise AnybatchError(
+                f"{path} is no plan or was cut short ({error}). Make it again with `anybatch mine`."
+            ) from error
         if FORMAT not in metadata:
-            raise AnybatchError(f"{path} is a safetensors file but no plan of anybatch. Give the plan.safetensors that `anybatch mine` wrote.")
+            raise AnybatchError(
+                f"{path} is a safetensors file but no plan of anybatch. Give the plan.safetensors that `anybatch mine` wrote."
+            )
         header = json.loads(metadata[FORMAT])
         if header["version"] > VERSION:
-            raise AnybatchError(f"{path} has plan format {header['version']}; this anybatch reads up to {VERSION}. Update anybatch.")
+            raise AnybatchError(
+                f"{path} has plan format {header['version']}; this anybatch reads up to {VERSION}. Update anybatch."
+            )
         return cls(**header["plan"], **arrays)
 
     @cached_property
@@ -266,9 +291,13 @@ class PlanSampler(BatchSampler):
             AnybatchError: The state of another plan, or a position outside it.
         """
         if state["plan"] != self.plan.digest:
-            raise AnybatchError("The state belongs to another plan. Resume with the plan that the run was started with.")
+            raise AnybatchError(
+                "The state belongs to another plan. Resume with the plan that the run was started with."
+            )
         if not 0 <= state["position"] <= self.plan.num_batches:
-            raise AnybatchError(f"The position {state['position']} is outside the plan's {self.plan.num_batches} batches.")
+            raise AnybatchError(
+                f"The position {state['position']} is outside the plan's {self.plan.num_batches} batches."
+            )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._start = self.position
 
@@ -277,6 +306,10 @@ def _check_sizes(num_rows: int, batch_size: int, cluster_size: int) -> None:
     if cluster_size < 1 or batch_size < 2:
         raise AnybatchError(f"batch_size is {batch_size} and cluster_size {cluster_size}; expected at least 2 and 1.")
     if batch_size % cluster_size:
-        raise AnybatchError(f"batch_size {batch_size} is not a multiple of cluster_size {cluster_size}; choose one that is.")
+        raise AnybatchError(
+            f"batch_size {batch_size} is not a multiple of cluster_size {cluster_size}; choose one that is."
+        )
     if num_rows < batch_size:
-        raise AnybatchError(f"The data has {num_rows} rows, fewer than one batch of {batch_size}. Lower the batch size to at most {num_rows}.")
+        raise AnybatchError(
+            f"The data has {num_rows} rows, fewer than one batch of {batch_size}. Lower the batch size to at most {num_rows}."
+        )

@@ -47,7 +47,9 @@ class RowTable(nn.Module):
     ) -> None:
         super().__init__()
         if len(anchor_id) != len(positive_id) or (negative_id is not None and len(negative_id) != len(anchor_id)):
-            raise AnybatchError(f"The ids cover {len(anchor_id)} anchors and {len(positive_id)} positives; expected one of each a row.")
+            raise AnybatchError(
+                f"The ids cover {len(anchor_id)} anchors and {len(positive_id)} positives; expected one of each a row."
+            )
         if weights == "inclusion" and plan is None:
             raise AnybatchError("weights='inclusion' needs the plan that made the batches.")
         # Not persistent: the table is made from data and plan, which have their own files and digests.
@@ -55,11 +57,15 @@ class RowTable(nn.Module):
         self.positive_id: Tensor
         self.register_buffer("anchor_id", torch.as_tensor(np.asarray(anchor_id, dtype=np.int64)), persistent=False)
         self.register_buffer("positive_id", torch.as_tensor(np.asarray(positive_id, dtype=np.int64)), persistent=False)
-        negatives = np.empty((len(anchor_id), 0), np.int64) if negative_id is None else np.asarray(negative_id, dtype=np.int64)
+        negatives = (
+            np.empty((len(anchor_id), 0), np.int64) if negative_id is None else np.asarray(negative_id, dtype=np.int64)
+        )
         self.negative_id: Tensor
         self.register_buffer("negative_id", torch.as_tensor(negatives), persistent=False)
         self.cluster: Tensor | None
-        self.register_buffer("cluster", torch.as_tensor(plan.cluster.astype(np.int64)) if plan is not None else None, persistent=False)
+        self.register_buffer(
+            "cluster", torch.as_tensor(plan.cluster.astype(np.int64)) if plan is not None else None, persistent=False
+        )
         self.plan = plan
         self.weights = weights
         self.weight_cap = weight_cap
@@ -75,7 +81,9 @@ class RowTable(nn.Module):
             AnybatchError: More explicit negatives than the table knows of.
         """
         if num_negatives > self.negative_id.shape[1]:
-            raise AnybatchError(f"The batch has {num_negatives} negatives a row; the table was made for {self.negative_id.shape[1]}.")
+            raise AnybatchError(
+                f"The batch has {num_negatives} negatives a row; the table was made for {self.negative_id.shape[1]}."
+            )
         negatives = self.negative_id[index, :num_negatives].T.reshape(-1)
         arguments: dict[str, Any] = {
             "anchor_id": self.anchor_id[index],
@@ -85,7 +93,9 @@ class RowTable(nn.Module):
             assert self.plan is not None
             assert self.cluster is not None
             plan, cluster = self.plan, self.cluster[index]
-            same, other = inclusion_log_weights(plan.num_rows, plan.num_clusters, plan.clusters_per_batch, cap=self.weight_cap)
+            same, other = inclusion_log_weights(
+                plan.num_rows, plan.num_clusters, plan.clusters_per_batch, cap=self.weight_cap
+            )
             explicit = torch.full_like(negatives, -2)
             arguments["log_weight"] = ClusterLogWeight(
                 row_cluster=cluster, column_cluster=torch.cat([cluster, explicit]), same=same, other=other

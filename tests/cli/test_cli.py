@@ -32,7 +32,16 @@ def run(*arguments: str) -> None:
 def settings(pairs: Path, model: Path, output: Path, *more: str) -> list[str]:
     return [
         *("--data", str(pairs), "--model", str(model), "--output", str(output), "--batch-size", "8"),
-        *("--set", "train.save_steps=3", "--set", "train.log_steps=1", "--set", "model.device=cpu", "--set", "train.micro_batch=3"),
+        *(
+            "--set",
+            "train.save_steps=3",
+            "--set",
+            "train.log_steps=1",
+            "--set",
+            "model.device=cpu",
+            "--set",
+            "train.micro_batch=3",
+        ),
         *("--set", "train.epochs=2", "--set", "train.learning_rate=1e-3", "--set", f"evaluation.path={pairs}"),
         *(item for value in more for item in ("--set", value)),
     ]
@@ -42,7 +51,13 @@ METHODS = {
     "random infonce": ("mining.method=random",),
     "mined infonce": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6"),
     "random sogclr": ("mining.method=random", "loss.name=sogclr", "loss.gamma=0.6", "loss.learnable_temperature=false"),
-    "mined sogclr weights": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6", "loss.name=sogclr", "loss.weights=inclusion"),
+    "mined sogclr weights": (
+        "mining.cluster_size=4",
+        "mining.skip=1",
+        "mining.take=6",
+        "loss.name=sogclr",
+        "loss.weights=inclusion",
+    ),
 }
 
 
@@ -66,7 +81,11 @@ def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder,
 def command(*arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "anybatch", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "anybatch", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
@@ -77,7 +96,14 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, tmp_path):
     """Kill -9 in mid-epoch after a checkpoint; the memory of SogCLR, the optimiser, the dropout and the batches must all come back."""
-    more = ("mining.cluster_size=4", "mining.skip=1", "mining.take=6", "loss.name=sogclr", "loss.gamma=0.6", "train.epochs=4")
+    more = (
+        "mining.cluster_size=4",
+        "mining.skip=1",
+        "mining.take=6",
+        "loss.name=sogclr",
+        "loss.gamma=0.6",
+        "train.epochs=4",
+    )
     teacher = ["--teacher", str(tiny_model_folder)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(command("train", *settings(pairs_file, tiny_model_folder, whole, *more), *teacher))
@@ -92,9 +118,13 @@ def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, 
     finish(command("train", "--resume", "--output", str(killed)))
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    lines = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, killed)]
+    lines = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, killed)
+    ]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
-    assert [line["loss"] for line in lines[0] if "loss" in line] == [line["loss"] for line in lines[1] if "loss" in line]
+    assert [line["loss"] for line in lines[0] if "loss" in line] == [
+        line["loss"] for line in lines[1] if "loss" in line
+    ]
 
 
 def test_resume_after_the_end_only_reads(pairs_file, tiny_model_folder, tmp_path):
@@ -141,7 +171,13 @@ class TestMistakes:
         assert not out.exists()
 
     def test_fewer_rows_than_a_batch(self, pairs_file, tiny_model_folder, out):
-        self.refuse("97 rows, fewer than one batch of 128", "train", *settings(pairs_file, tiny_model_folder, out), "--batch-size", "128")
+        self.refuse(
+            "97 rows, fewer than one batch of 128",
+            "train",
+            *settings(pairs_file, tiny_model_folder, out),
+            "--batch-size",
+            "128",
+        )
         assert not out.exists()
 
     @pytest.mark.parametrize("flaw", ["nan", "inf", "zero", "rows", "shape", "not numpy"])
@@ -156,7 +192,9 @@ class TestMistakes:
         np.save(path, rows)
         if flaw == "not numpy":
             path.write_text("no array")
-        match = {"nan": "13", "inf": "13", "zero": "13", "rows": "97", "shape": "shape", "not numpy": "Cannot read"}[flaw]
+        match = {"nan": "13", "inf": "13", "zero": "13", "rows": "97", "shape": "shape", "not numpy": "Cannot read"}[
+            flaw
+        ]
         vectors = (f"teacher.anchor_embeddings={path}", f"teacher.positive_embeddings={path}", "mining.cluster_size=4")
         self.refuse(match, "mine", *settings(pairs_file, tiny_model_folder, out, *vectors))
         assert not (out / "plan.safetensors").exists()
@@ -172,13 +210,22 @@ class TestMistakes:
         self.refuse("other data|another data", "train", *settings(other, tiny_model_folder, out), "--plan", str(plan))
         cut = tmp_path / "cut.safetensors"
         cut.write_bytes(plan.read_bytes()[:-40])
-        self.refuse("cut.safetensors", "train", *settings(pairs_file, tiny_model_folder, tmp_path / "out2"), "--plan", str(cut))
+        self.refuse(
+            "cut.safetensors", "train", *settings(pairs_file, tiny_model_folder, tmp_path / "out2"), "--plan", str(cut)
+        )
 
     def test_folder_that_holds_a_run(self, pairs_file, tiny_model_folder, out):
         run("mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))
         before = {path.name: path.read_bytes() for path in out.iterdir()}
-        self.refuse("already holds a run", "mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))
-        self.refuse("another configuration.*loss.name", "train", "--resume", *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "loss.name=sogclr"))
+        self.refuse(
+            "already holds a run", "mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random")
+        )
+        self.refuse(
+            "another configuration.*loss.name",
+            "train",
+            "--resume",
+            *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "loss.name=sogclr"),
+        )
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
     def test_folder_with_other_things(self, pairs_file, tiny_model_folder, out):
@@ -188,6 +235,10 @@ class TestMistakes:
         assert os.listdir(out) == ["thesis.txt"]
 
     def test_unknown_key_and_unknown_model(self, pairs_file, tiny_model_folder, tmp_path, out):
-        self.refuse("did you mean 'temperature'", "train", *settings(pairs_file, tiny_model_folder, out, "loss.temprature=0.1"))
-        self.refuse("Cannot load the model", "train", *settings(pairs_file, tmp_path / "no-model", out, "mining.method=random"))
+        self.refuse(
+            "did you mean 'temperature'", "train", *settings(pairs_file, tiny_model_folder, out, "loss.temprature=0.1")
+        )
+        self.refuse(
+            "Cannot load the model", "train", *settings(pairs_file, tmp_path / "no-model", out, "mining.method=random")
+        )
         assert not out.exists()

@@ -18,7 +18,9 @@ def trec(run, relevance):
     mean = {name: np.mean([figures[name] for figures in per_query.values()]) for name in next(iter(per_query.values()))}
     expected = {f"recall@{k}": mean[f"recall_{k}"] for k in KS} | {f"ndcg@{k}": mean[f"ndcg_cut_{k}"] for k in KS}
     for k in KS:  # trec_eval has no cut-off for the reciprocal rank, so a rank beyond k is told from the value
-        expected[f"mrr@{k}"] = np.mean([value if (value := figures["recip_rank"]) >= 1 / k - 1e-12 else 0.0 for figures in per_query.values()])
+        expected[f"mrr@{k}"] = np.mean(
+            [value if (value := figures["recip_rank"]) >= 1 / k - 1e-12 else 0.0 for figures in per_query.values()]
+        )
     return expected
 
 
@@ -52,7 +54,10 @@ def test_embeddings_agree_with_trec_eval_ties_included(seed, levels):
     queries = generator.integers(-levels, levels + 1, (6, 3)).astype(np.float32)
     corpus = generator.integers(-levels, levels + 1, (30, 3)).astype(np.float32)
     query_ids, corpus_ids = [f"q{n}" for n in range(6)], [str(n) for n in generator.permutation(30)]
-    relevance = {query: {str(document): int(generator.integers(0, 3)) for document in generator.choice(30, 4, replace=False)} for query in query_ids}
+    relevance = {
+        query: {str(document): int(generator.integers(0, 3)) for document in generator.choice(30, 4, replace=False)}
+        for query in query_ids
+    }
     run = {
         query: {document: float(score) for document, score in zip(corpus_ids, line)}
         for query, line in zip(query_ids, queries @ corpus.T)
@@ -65,7 +70,10 @@ def test_embeddings_agree_with_trec_eval_ties_included(seed, levels):
 def test_ranking_is_that_of_a_stable_sort(monkeypatch):
     monkeypatch.setattr("anybatch.evaluation.retrieval.BLOCK_BYTES", 500)  # several blocks
     generator = np.random.default_rng(0)
-    queries, corpus = generator.integers(-1, 2, (23, 4)).astype(np.float32), generator.integers(-1, 2, (41, 4)).astype(np.float32)
+    queries, corpus = (
+        generator.integers(-1, 2, (23, 4)).astype(np.float32),
+        generator.integers(-1, 2, (41, 4)).astype(np.float32),
+    )
     rows, scores = rank_embeddings(queries, corpus, top_k=7)
     similarity = queries @ corpus.T
     np.testing.assert_array_equal(rows, np.argsort(-similarity, axis=1, kind="stable")[:, :7])
@@ -77,7 +85,9 @@ def test_pairs_with_repeated_texts():
     # Anchors 0 and 2 are one text with two positives; positives 1 and 3 are one text.
     anchors = np.array([[1.0, 0], [0, 1], [1, 0], [0.9, 0.1]], np.float32)
     positives = np.array([[1.0, 0], [0, 1], [0.99, 0.0], [0, 1]], np.float32)
-    figures = pair_metrics(anchors, positives, anchor_id=np.array([0, 1, 0, 3]), positive_id=np.array([0, 1, 2, 1]), ks=(1, 2))
+    figures = pair_metrics(
+        anchors, positives, anchor_id=np.array([0, 1, 0, 3]), positive_id=np.array([0, 1, 2, 1]), ks=(1, 2)
+    )
     assert figures["num_queries"] == 3
     assert figures["recall@1"] == pytest.approx((0.5 + 1 + 0) / 3)
     assert figures["recall@2"] == pytest.approx((1 + 1 + 0) / 3)

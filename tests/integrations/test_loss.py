@@ -26,7 +26,10 @@ def model(tiny_model_folder):
 
 
 def columns(model, rows=11, negatives=1):
-    texts = [[sentence(row + 40 * column, 2 + (row * (column + 2)) % 9) for row in range(rows)] for column in range(2 + negatives)]
+    texts = [
+        [sentence(row + 40 * column, 2 + (row * (column + 2)) % 9) for row in range(rows)]
+        for column in range(2 + negatives)
+    ]
     return [model.preprocess(column) for column in texts]
 
 
@@ -35,7 +38,9 @@ def gradients(loss, features, labels=None, outer=1.0):
     torch.manual_seed(5)
     value = loss([dict(feature) for feature in features], labels)
     (value * outer).backward()
-    return value.item(), {name: parameter.grad.clone() for name, parameter in loss.named_parameters() if parameter.grad is not None}
+    return value.item(), {
+        name: parameter.grad.clone() for name, parameter in loss.named_parameters() if parameter.grad is not None
+    }
 
 
 def worst(ours, theirs):
@@ -60,7 +65,9 @@ def test_equals_the_cached_loss_it_replaces(model):
     model.eval()
     features = columns(model)
     _, ours = gradients(CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=3), features, outer=0.25)
-    _, theirs = gradients(CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=3), features, outer=0.25)
+    _, theirs = gradients(
+        CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=3), features, outer=0.25
+    )
     assert worst(ours, theirs) < 1e-12
 
 
@@ -77,7 +84,9 @@ def test_matryoshka(model):
     model.eval()
     features = columns(model)
     dims = [32, 16, 8]
-    _, ours = gradients(MatryoshkaLoss(model, CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=4), dims), features)
+    _, ours = gradients(
+        MatryoshkaLoss(model, CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=4), dims), features
+    )
     _, theirs = gradients(MatryoshkaLoss(model, MultipleNegativesRankingLoss(model, scale=20.0), dims), features)
     assert worst(ours, {name.replace("loss.model", "loss.model"): value for name, value in theirs.items()}) < 1e-12
 
@@ -89,7 +98,9 @@ def test_evaluation_leaves_memory_alone(model):
     with torch.no_grad():
         value = loss(features, torch.arange(500, 511))  # rows of another data set, out of range here
     assert torch.isfinite(value)
-    assert all(torch.equal(value, before[name]) or value.isnan().all() for name, value in loss.loss.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) or value.isnan().all() for name, value in loss.loss.state_dict().items()
+    )
     gradients(loss, features, torch.arange(11))
     assert any(not torch.equal(value, before[name]) for name, value in loss.loss.state_dict().items())
 

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.errors import AnybatchError
-from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR, inclusion_log_weights
+from anybatch.losses import (
+    ClusterLogWeight,
+    CountCorrectedInfoNCE,
+    DecoupledInfoNCE,
+    InfoNCE,
+    SogCLR,
+    inclusion_log_weights,
+)
 
 from .. import reference
 
@@ -41,19 +48,30 @@ shapes = st.tuples(st.integers(0, 9999), st.integers(1, 9), st.integers(0, 7))
 LOSSES = {
     "infonce": (lambda **k: InfoNCE(**k), lambda a, c, t, m: reference.infonce(a, c, t, m)),
     "decoupled": (lambda **k: DecoupledInfoNCE(**k), lambda a, c, t, m: reference.decoupled(a, c, t, m)),
-    "count corrected": (lambda **k: CountCorrectedInfoNCE(50, **k), lambda a, c, t, m: reference.count_corrected(a, c, t, m, 50)),
+    "count corrected": (
+        lambda **k: CountCorrectedInfoNCE(50, **k),
+        lambda a, c, t, m: reference.count_corrected(a, c, t, m, 50),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
 @settings(deadline=None, max_examples=40)
-@given(shape=shapes, tau=st.sampled_from([0.05, 0.3, 1.0]), ids=st.booleans(), tile=st.sampled_from([1, 200, 10**7]), both=st.booleans())
+@given(
+    shape=shapes,
+    tau=st.sampled_from([0.05, 0.3, 1.0]),
+    ids=st.booleans(),
+    tile=st.sampled_from([1, 200, 10**7]),
+    both=st.booleans(),
+)
 def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both):
     make, twin = LOSSES[name]
     anchors, candidates, anchor_id, candidate_id = draw_batch(*shape)
     rows = len(anchors)
     known = {"anchor_id": anchor_id, "candidate_id": candidate_id} if ids else {}
-    loss = make(temperature=tau, learnable_temperature=True, tile_bytes=tile, direction="both" if both else "one_way").double()
+    loss = make(
+        temperature=tau, learnable_temperature=True, tile_bytes=tile, direction="both" if both else "one_way"
+    ).double()
     with torch.no_grad():
         loss.log_temperature.fill_(math.log(tau))  # in float64, after it was made in float32
     for tensor in (anchors, candidates):
@@ -97,7 +115,9 @@ def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, ids, tile,
         for tensor in (anchors, candidates):
             tensor.requires_grad_()
         value = loss(anchors, candidates, index=index, **known)
-        surrogate, objective = twin.step(anchors, candidates, 0.5, reference.pairs_allowed(rows, rows + extra, **known), index.tolist())
+        surrogate, objective = twin.step(
+            anchors, candidates, 0.5, reference.pairs_allowed(rows, rows + extra, **known), index.tolist()
+        )
         assert value.item() == pytest.approx(objective, abs=1e-9)
         if isinstance(surrogate, torch.Tensor):
             close(gradients(value, anchors, candidates), gradients(surrogate, anchors, candidates), 1e-9)
@@ -226,7 +246,9 @@ class TestState:
 
 
 class TestNumbers:
-    @pytest.mark.parametrize("make", [InfoNCE, DecoupledInfoNCE, lambda **k: CountCorrectedInfoNCE(100, **k), lambda **k: SogCLR(100, **k)])
+    @pytest.mark.parametrize(
+        "make", [InfoNCE, DecoupledInfoNCE, lambda **k: CountCorrectedInfoNCE(100, **k), lambda **k: SogCLR(100, **k)]
+    )
     @pytest.mark.parametrize("sign", [1.0, -1.0])
     def test_hostile_similarities_stay_finite(self, make, sign):
         """tau = .005: logits of +-200, where exp overflows float32."""
@@ -240,7 +262,9 @@ class TestNumbers:
         for tensor in (anchors, candidates, loss.log_temperature):
             assert tensor.grad.isfinite().all()
 
-    @pytest.mark.parametrize("make", [InfoNCE, DecoupledInfoNCE, lambda **k: CountCorrectedInfoNCE(100, **k), lambda **k: SogCLR(100, **k)])
+    @pytest.mark.parametrize(
+        "make", [InfoNCE, DecoupledInfoNCE, lambda **k: CountCorrectedInfoNCE(100, **k), lambda **k: SogCLR(100, **k)]
+    )
     def test_rows_without_any_negative(self, make):
         anchors, candidates = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
         mask = torch.zeros(3, 3)
@@ -257,10 +281,14 @@ class TestNumbers:
         weight[2, 4] = -torch.inf
         allowed = reference.pairs_allowed(5, 7, removed=weight.isneginf())
         expected = reference.infonce(anchors, candidates, 0.1, allowed, weight)
-        assert InfoNCE(temperature=0.1)(anchors, candidates, log_weight=weight).item() == pytest.approx(expected.item(), rel=1e-12)
+        assert InfoNCE(temperature=0.1)(anchors, candidates, log_weight=weight).item() == pytest.approx(
+            expected.item(), rel=1e-12
+        )
         columns = torch.randn(7, dtype=torch.float64)
         expected = reference.infonce(anchors, candidates, 0.1, reference.pairs_allowed(5, 7), columns.expand(5, 7))
-        assert InfoNCE(temperature=0.1)(anchors, candidates, log_weight=columns).item() == pytest.approx(expected.item(), rel=1e-12)
+        assert InfoNCE(temperature=0.1)(anchors, candidates, log_weight=columns).item() == pytest.approx(
+            expected.item(), rel=1e-12
+        )
 
     def test_learnable_temperature_is_positive_and_trains(self):
         loss = InfoNCE(temperature=0.5, learnable_temperature=True)
@@ -317,8 +345,12 @@ def test_inclusion_weights_are_unbiased_on_mined_batches():
         for companions in itertools.combinations([c for c in range(num_clusters) if c != cluster[row]], per_batch - 1):
             columns = torch.cat([torch.nonzero(cluster == c)[:, 0] for c in (int(cluster[row]), *companions)])
             columns = columns[columns != row]
-            weight = ClusterLogWeight(row_cluster=cluster[row : row + 1], column_cluster=cluster[columns], same=same, other=other)
-            estimates.append((weight.tile(slice(0, 1), slice(0, len(columns))).double().exp()[0] * values[row, columns]).sum())
+            weight = ClusterLogWeight(
+                row_cluster=cluster[row : row + 1], column_cluster=cluster[columns], same=same, other=other
+            )
+            estimates.append(
+                (weight.tile(slice(0, 1), slice(0, len(columns))).double().exp()[0] * values[row, columns]).sum()
+            )
         others = [j for j in range(n) if j != row]
         torch.testing.assert_close(torch.stack(estimates).mean(), values[row, others].mean(), rtol=1e-6, atol=1e-6)
 
@@ -337,7 +369,9 @@ def test_weighted_sogclr_and_count_corrected_equal_their_twins():
     anchors, candidates, *_ = draw_batch(5, 6, 2)
     cluster = torch.tensor([0, 0, 1, 1, -1, 2])
     same, other = inclusion_log_weights(60, 10, 3)
-    weight = ClusterLogWeight(row_cluster=cluster, column_cluster=torch.cat([cluster, torch.tensor([-2, -2])]), same=same, other=other)
+    weight = ClusterLogWeight(
+        row_cluster=cluster, column_cluster=torch.cat([cluster, torch.tensor([-2, -2])]), same=same, other=other
+    )
     linear = torch.full((6, 8), math.exp(other), dtype=torch.float64)
     for i in range(6):
         for j in range(8):

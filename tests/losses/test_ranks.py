@@ -16,9 +16,15 @@ SHARES = {2: [3, 5], 3: [4, 1, 3]}
 EXTRA = {2: [2, 1], 3: [0, 2, 1]}
 MAKE = {
     "infonce": lambda tile: InfoNCE(temperature=0.2, learnable_temperature=True, tile_bytes=tile),
-    "infonce both": lambda tile: InfoNCE(temperature=0.2, learnable_temperature=True, tile_bytes=tile, direction="both"),
-    "count corrected": lambda tile: CountCorrectedInfoNCE(40, temperature=0.2, learnable_temperature=True, tile_bytes=tile),
-    "sogclr both": lambda tile: SogCLR(40, gamma=0.4, temperature=0.2, learnable_temperature=True, direction="both", tile_bytes=tile),
+    "infonce both": lambda tile: InfoNCE(
+        temperature=0.2, learnable_temperature=True, tile_bytes=tile, direction="both"
+    ),
+    "count corrected": lambda tile: CountCorrectedInfoNCE(
+        40, temperature=0.2, learnable_temperature=True, tile_bytes=tile
+    ),
+    "sogclr both": lambda tile: SogCLR(
+        40, gamma=0.4, temperature=0.2, learnable_temperature=True, direction="both", tile_bytes=tile
+    ),
     "sogclr weights": lambda tile: SogCLR(40, gamma=0.4, temperature=0.2, learnable_temperature=True, tile_bytes=tile),
 }
 
@@ -41,11 +47,15 @@ def run(name, tile, rows, extras):
     results = []
     for step in range(3):
         anchors, positives, negatives, index, anchor_id, positive_id, negative_id, cluster = batch(step)
-        mine = [side[rows].clone().requires_grad_() for side in (anchors, positives)] + [negatives[extras].clone().requires_grad_()]
+        mine = [side[rows].clone().requires_grad_() for side in (anchors, positives)] + [
+            negatives[extras].clone().requires_grad_()
+        ]
         known = {"anchor_id": anchor_id[rows], "candidate_id": torch.cat([positive_id[rows], negative_id[extras]])}
         if name == "sogclr weights":
             columns = torch.cat([cluster[rows], torch.full((len(mine[2]),), -2)])
-            known["log_weight"] = ClusterLogWeight(row_cluster=cluster[rows], column_cluster=columns, same=-3.0, other=-1.5)
+            known["log_weight"] = ClusterLogWeight(
+                row_cluster=cluster[rows], column_cluster=columns, same=-3.0, other=-1.5
+            )
         loss.zero_grad()
         value = loss(mine[0], torch.cat(mine[1:]), index=index[rows], **known)
         value.backward()
@@ -59,7 +69,9 @@ def worker(rank, world_size, folder):
     first, first_extra = sum(SHARES[world_size][:rank]), sum(EXTRA[world_size][:rank])
     rows = slice(first, first + SHARES[world_size][rank])
     extras = slice(first_extra, first_extra + EXTRA[world_size][rank])
-    torch.save({(name, tile): run(name, tile, rows, extras) for name in MAKE for tile in (1, 10**7)}, f"{folder}/{rank}.pt")
+    torch.save(
+        {(name, tile): run(name, tile, rows, extras) for name in MAKE for tile in (1, 10**7)}, f"{folder}/{rank}.pt"
+    )
     dist.destroy_process_group()
 
 

@@ -31,7 +31,9 @@ def embeddings(num_rows, seed=0, width=8, topics=5):
     centres = generator.normal(size=(topics, width))
     anchors = centres[generator.integers(topics, size=num_rows)] + 0.7 * generator.normal(size=(num_rows, width))
     positives = anchors + 0.3 * generator.normal(size=(num_rows, width))
-    return tuple((side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float32) for side in (anchors, positives))
+    return tuple(
+        (side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float32) for side in (anchors, positives)
+    )
 
 
 def ids(num_rows, seed=0, distinct=None):
@@ -45,7 +47,9 @@ def naive_neighbors(queries, documents, k, anchor_id, positive_id):
     result = []
     for row, line in enumerate(scores):
         order = sorted(range(len(line)), key=lambda other: (-line[other], other))
-        result.append([o for o in order if o != row and anchor_id[o] != anchor_id[row] and positive_id[o] != positive_id[row]][:k])
+        result.append(
+            [o for o in order if o != row and anchor_id[o] != anchor_id[row] and positive_id[o] != positive_id[row]][:k]
+        )
     return result
 
 
@@ -74,7 +78,10 @@ def test_equal_scores_go_to_the_lower_row():
 def test_inverted_file_states_a_recall_it_has():
     anchors, positives = embeddings(3000, topics=40, width=16)
     same = {"anchor_id": np.arange(3000), "positive_id": np.arange(3000)}
-    approximate, exact = ivf_neighbors(anchors, positives, 20, target_recall=0.9, **same), exact_neighbors(anchors, positives, 20, **same)
+    approximate, exact = (
+        ivf_neighbors(anchors, positives, 20, target_recall=0.9, **same),
+        exact_neighbors(anchors, positives, 20, **same),
+    )
     recall = np.mean([len(np.intersect1d(a, b)) / 20 for a, b in zip(approximate.ids, exact.ids)])
     assert approximate.recall >= 0.9
     assert recall == pytest.approx(approximate.recall, abs=0.05)
@@ -127,10 +134,20 @@ def objective(signed, cluster):
 
 
 @settings(deadline=None, max_examples=30)
-@given(num_rows=st.integers(12, 120), size=st.integers(2, 7), seed=st.integers(0, 99), distinct=st.sampled_from([None, 0.3, 0.9]))
+@given(
+    num_rows=st.integers(12, 120),
+    size=st.integers(2, 7),
+    seed=st.integers(0, 99),
+    distinct=st.sampled_from([None, 0.3, 0.9]),
+)
 def test_clusters_are_exactly_equal_and_keep_identical_content_apart(num_rows, size, seed, distinct):
     anchors, positives = embeddings(num_rows, seed)
-    known = dict(zip(("anchor_id", "positive_id"), ids(num_rows, seed, max(2, int(num_rows * distinct))) if distinct else [np.arange(num_rows)] * 2))
+    known = dict(
+        zip(
+            ("anchor_id", "positive_id"),
+            ids(num_rows, seed, max(2, int(num_rows * distinct))) if distinct else [np.arange(num_rows)] * 2,
+        )
+    )
     found = exact_neighbors(anchors, positives, 12, **known)
     graph = build_graph(found, skip=2, take=10)
     signed = graph.signed(3.0)
@@ -143,7 +160,8 @@ def test_clusters_are_exactly_equal_and_keep_identical_content_apart(num_rows, s
     np.testing.assert_array_equal(cluster, equal_clusters(start, signed, size, seed=seed, **known))
     audit = audit_clusters(graph, cluster, **known)
     naive = sum(
-        cluster[i] == cluster[j] >= 0 and (known["anchor_id"][i] == known["anchor_id"][j] or known["positive_id"][i] == known["positive_id"][j])
+        cluster[i] == cluster[j] >= 0
+        and (known["anchor_id"][i] == known["anchor_id"][j] or known["positive_id"][i] == known["positive_id"][j])
         for i in range(num_rows)
         for j in range(i)
     )
@@ -182,7 +200,12 @@ def test_mine_plan(method):
     anchors, positives = embeddings(333)
     config = MiningConfig(method=method, batch_size=24, cluster_size=8, skip=3, take=12, num_negatives=2, seed=4)
     stages = []
-    results = [mine_plan(anchors, positives, config=config, data_digest="x", progress=lambda name, done: stages.append((name, done))) for _ in range(2)]
+    results = [
+        mine_plan(
+            anchors, positives, config=config, data_digest="x", progress=lambda name, done: stages.append((name, done))
+        )
+        for _ in range(2)
+    ]
     plan = results[0].plan
     assert isinstance(plan, BatchPlan)
     assert plan.digest == results[1].plan.digest
@@ -215,7 +238,9 @@ def test_negatives_come_from_the_window_and_never_repeat_content():
     anchor_id, positive_id = ids(120, distinct=60)
     cluster = np.arange(120) // 6
     drawn = sample_negatives(graph, cluster, 3, anchor_id=anchor_id, positive_id=positive_id, seed=1)
-    np.testing.assert_array_equal(drawn, sample_negatives(graph, cluster, 3, anchor_id=anchor_id, positive_id=positive_id, seed=1))
+    np.testing.assert_array_equal(
+        drawn, sample_negatives(graph, cluster, 3, anchor_id=anchor_id, positive_id=positive_id, seed=1)
+    )
     assert (drawn >= 0).any()
     for row, line in enumerate(drawn):
         items = [item for item in line if item >= 0]
@@ -233,7 +258,11 @@ def test_frequent_items_are_drawn_more_often():
     same = {"anchor_id": np.arange(400), "positive_id": np.arange(400)}
     windows = [set(graph.window[row].indices.tolist()) for row in range(400)]
     frequency = [
-        {item: sum(item in windows[other] for other in np.flatnonzero(cluster == cluster[row])) for item in windows[row] if cluster[item] != cluster[row]}
+        {
+            item: sum(item in windows[other] for other in np.flatnonzero(cluster == cluster[row]))
+            for item in windows[row]
+            if cluster[item] != cluster[row]
+        }
         for row in range(400)
     ]
     expected = sum(sum(count for count in items.values() if count > 1) / sum(items.values()) for items in frequency)

@@ -11,7 +11,14 @@ FIGURES = {"recall@1": 0.5, "recall@10": 0.8, "mrr@10": 0.6, "ndcg@10": 0.65}
 
 
 def result(name, ndcg, seconds, **more):
-    return MethodResult(name=name, description=f"what {name} is", metrics={**FIGURES, "ndcg@10": ndcg}, seconds=seconds, peak_bytes=2**30, **more)
+    return MethodResult(
+        name=name,
+        description=f"what {name} is",
+        metrics={**FIGURES, "ndcg@10": ndcg},
+        seconds=seconds,
+        peak_bytes=2**30,
+        **more,
+    )
 
 
 RESULTS = [

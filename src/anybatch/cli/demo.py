@@ -39,27 +39,29 @@ class Method:
 
 
 METHODS = (
-    Method(name=f"InfoNCE, batch {SMALL}", description="Plain in-batch negatives: the baseline."),
+    Method(name=f"InfoNCE {SMALL}", description="Plain in-batch negatives: the baseline."),
     Method(
-        name=f"InfoNCE, batch {LARGE} (grown)",
+        name=f"InfoNCE {LARGE} (grown)",
         description=f"The same loss at {LARGE // SMALL} times the batch, in the memory of the small one through caching. It takes {LARGE // SMALL} "
         "times fewer steps for the same pairs, so its learning rate is higher.",
         batch_size=LARGE,
         learning_rate=5e-4,
     ),
     Method(
-        name=f"count-corrected, batch {SMALL}",
+        name=f"count-corrected {SMALL}",
         description="The batch's negatives stand for the whole data set. No memory: the bar that memory must clear.",
         loss=LossConfig(name="count_corrected"),
     ),
-    Method(name=f"mined, batch {SMALL} (chosen)", description="InfoNCE on batches chosen by the teacher.", mined=True),
     Method(
-        name=f"SogCLR, batch {SMALL} (outlived)",
+        name=f"InfoNCE {SMALL}, mined (chosen)", description="InfoNCE on batches chosen by the teacher.", mined=True
+    ),
+    Method(
+        name=f"SogCLR {SMALL} (outlived)",
         description="Each example remembers its denominator.",
         loss=LossConfig(name="sogclr", gamma=0.8),
     ),
     Method(
-        name=f"mined + SogCLR, batch {SMALL}",
+        name=f"SogCLR {SMALL}, mined (both)",
         description="Chosen batches and remembered denominators, with inclusion weights for the mined batches.",
         mined=True,
         loss=LossConfig(name="sogclr", gamma=0.8, weights="inclusion"),
@@ -68,8 +70,10 @@ METHODS = (
 
 
 def command(
-    output: Annotated[Path | None, typer.Option("--output", help="A new folder; by default demo-run, or the next free name.")] = None,
-    pairs: Annotated[int, typer.Option("--pairs", help="Training pairs, out of the sample's.", min=2 * LARGE)] = 768,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A new folder; by default demo-run, or the next free name.")
+    ] = None,
+    pairs: Annotated[int, typer.Option("--pairs", help="Training pairs, out of the sample's.", min=2 * LARGE)] = 1024,
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over the pairs.", min=1)] = 2,
 ) -> None:
     """Train the same student six ways on the same pairs and compare: table, HTML report, models. Offline, minutes on two cores."""
@@ -78,7 +82,9 @@ def command(
         raise AnybatchError(f"{folder} exists. Choose another folder for --output.")
     folder.mkdir(parents=True)
     base = _base_config(folder, pairs, epochs)
-    console.print(f"anybatch demo: {pairs} title/abstract pairs, {len(METHODS)} methods, everything in {folder}/", highlight=False)
+    console.print(
+        f"anybatch demo: {pairs} title/abstract pairs, {len(METHODS)} methods, everything in {folder}/", highlight=False
+    )
     results: dict[str, RunResult] = {}
     with Bars() as bars:
         plan_path = folder / "mined" / "plan.safetensors"
@@ -95,7 +101,11 @@ def command(
                 mining=MiningConfig(method="random") if not method.mined else base.mining,
                 loss=method.loss,
                 # What fits is trained plainly; the large batch runs in the memory of the small one.
-                train=replace(base.train, learning_rate=method.learning_rate, keep_graphs=1.0 if method.batch_size == SMALL else 0.0),
+                train=replace(
+                    base.train,
+                    learning_rate=method.learning_rate,
+                    keep_graphs=1.0 if method.batch_size == SMALL else 0.0,
+                ),
             )
             results[method.name] = pipeline.train(config, progress=bars)
     _report(folder, base, results, plan)
@@ -168,11 +178,18 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: 
             "What its clusters hold": mining["audit"],
             "Seconds of each mining stage": {name: f"{seconds:.2f}" for name, seconds in mining["seconds"].items()},
         },
-        examples={"Some clusters: rows that sit together": [[titles[row] for row in np.flatnonzero(plan.cluster == number)] for number in range(3)]},
+        examples={
+            "Some clusters: rows that sit together": [
+                [titles[row] for row in np.flatnonzero(plan.cluster == number)] for number in range(3)
+            ]
+        },
     )
     write_text(folder / "report.html", render_report(report))
-    write_text(folder / "results.json", json.dumps({name: asdict(result) for name, result in results.items()}, indent=2))
+    write_text(
+        folder / "results.json", json.dumps({name: asdict(result) for name, result in results.items()}, indent=2)
+    )
     terminal = Console()
+    terminal = Console(width=max(108, terminal.width))  # a table whose cells wrap cannot be read
     terminal.print(comparison_table(rows, METHODS[0].name))
     terminal.print("One seed, minutes of training: differences of a hundredth mean little.", highlight=False)
     terminal.print(f"Report: {folder / 'report.html'}   models: {folder}/a/model to {folder}/f/model", highlight=False)

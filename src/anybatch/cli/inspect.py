@@ -35,7 +35,10 @@ def command(
         result = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
         if result["metrics"]:
             console.print(metrics_table({"untrained": result["metrics_untrained"], "trained": result["metrics"]}))
-        console.print(f"{result['num_steps']} steps in {result['train_seconds']:.0f} s, peak memory {result['train_peak_bytes'] / 2**30:.2f} GiB", highlight=False)
+        console.print(
+            f"{result['num_steps']} steps in {result['train_seconds']:.0f} s, peak memory {result['train_peak_bytes'] / 2**30:.2f} GiB",
+            highlight=False,
+        )
 
 
 def _show(title: str, figures: dict[str, Any], prefix: str = "") -> None:

@@ -56,5 +56,8 @@ def command(
     folder = open_run(settings, resume=resume)
     with Bars() as bars:
         plan = make_plan(settings, pairs, bars)
-    console.print(f"{folder / 'plan.safetensors'}: {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch.", highlight=False)
+    console.print(
+        f"{folder / 'plan.safetensors'}: {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch.",
+        highlight=False,
+    )
     console.print(f"See what is in it with: anybatch inspect {folder}", highlight=False)

@@ -12,13 +12,24 @@ from anybatch.configuration import load_config
 from anybatch.errors import AnybatchError
 from anybatch.pipeline import RunConfig
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML file; `anybatch train --show-config` prints every key.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value, such as loss.name=sogclr. Repeatable.")]
-OutputOption = Annotated[str | None, typer.Option("--output", help="Folder of the run. Must be new, or hold the run to resume.")]
-DataOption = Annotated[str | None, typer.Option("--data", help="Pairs: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="A YAML file; `anybatch train --show-config` prints every key.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one value, such as loss.name=sogclr. Repeatable."),
+]
+OutputOption = Annotated[
+    str | None, typer.Option("--output", help="Folder of the run. Must be new, or hold the run to resume.")
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="Pairs: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`.")
+]
 AnchorOption = Annotated[str | None, typer.Option("--anchor", help="Name of the anchor column.")]
 PositiveOption = Annotated[str | None, typer.Option("--positive", help="Name of the positive column.")]
-NegativeOption = Annotated[list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")]
+NegativeOption = Annotated[
+    list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="The contrastive batch, over all processes.")]
@@ -35,7 +46,9 @@ def resolve(config: Path | None, sets: list[str] | None, **short_cuts: Any) -> R
     overrides = list(sets or [])
     for key, value in short_cuts.items():
         if value not in (None, []):
-            overrides.append(f"{key.replace('__', '.')}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}")
+            overrides.append(
+                f"{key.replace('__', '.')}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"
+            )
     return load_config(RunConfig, config, overrides)
 
 

@@ -37,9 +37,13 @@ def command(
     model: ModelOption = None,
     teacher: TeacherOption = None,
     batch_size: BatchSizeOption = None,
-    plan: Annotated[str | None, typer.Option("--plan", help="A plan made by `anybatch mine`; without one it is made here.")] = None,
+    plan: Annotated[
+        str | None, typer.Option("--plan", help="A plan made by `anybatch mine`; without one it is made here.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
-    show_config: Annotated[bool, typer.Option("--show-config", help="Print the resolved configuration and stop.")] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the resolved configuration and stop.")
+    ] = False,
 ) -> None:
     """Train a model: choose the batches (unless a plan is given), fine-tune, evaluate; everything lands in OUTPUT."""
     if resume and config is None:
@@ -62,6 +66,9 @@ def command(
         return
     with Bars() as bars:
         result = pipeline.train(settings, resume=resume, progress=bars)
-    console.print(f"Model: {settings.output}/model   log: {settings.output}/log.jsonl   figures: {settings.output}/metrics.json", highlight=False)
+    console.print(
+        f"Model: {settings.output}/model   log: {settings.output}/log.jsonl   figures: {settings.output}/metrics.json",
+        highlight=False,
+    )
     if result.metrics:
         console.print(metrics_table({"untrained": result.metrics_untrained, "trained": result.metrics}))

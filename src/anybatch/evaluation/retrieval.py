@@ -35,7 +35,9 @@ def evaluate_run(
     """
     queries = [query for query in run if relevance.get(query)]
     if not queries:
-        raise AnybatchError(f"None of the {len(run)} queries of the run is among the {len(relevance)} judged ones. Check the ids.")
+        raise AnybatchError(
+            f"None of the {len(run)} queries of the run is among the {len(relevance)} judged ones. Check the ids."
+        )
     depth = max(ks)
     totals = np.zeros((3, len(ks)))
     for query in queries:
@@ -110,7 +112,12 @@ def retrieval_metrics(
 
 
 def pair_metrics(
-    anchors: np.ndarray, positives: np.ndarray, *, anchor_id: np.ndarray, positive_id: np.ndarray, ks: Sequence[int] = KS
+    anchors: np.ndarray,
+    positives: np.ndarray,
+    *,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    ks: Sequence[int] = KS,
 ) -> dict[str, float]:
     """Figures of embeddings on pairs: each distinct anchor must find its positives among all distinct positives.
 
@@ -151,14 +158,22 @@ def _figures(gains: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> np.n
 
 
 def _named(figures: np.ndarray, ks: Sequence[int], num_queries: int) -> dict[str, float]:
-    named = {f"{name}@{k}": float(figures[row, column]) for row, name in enumerate(("recall", "mrr", "ndcg")) for column, k in enumerate(ks)}
+    named = {
+        f"{name}@{k}": float(figures[row, column])
+        for row, name in enumerate(("recall", "mrr", "ndcg"))
+        for column, k in enumerate(ks)
+    }
     return {**named, "num_queries": float(num_queries)}
 
 
 def _check_embeddings(queries: np.ndarray, corpus: np.ndarray) -> None:
     if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
-        raise AnybatchError(f"Embeddings have shapes {queries.shape} and {corpus.shape}; expected (rows, D) with one D.")
+        raise AnybatchError(
+            f"Embeddings have shapes {queries.shape} and {corpus.shape}; expected (rows, D) with one D."
+        )
     for name, array in (("query", queries), ("document", corpus)):
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
         if len(bad):
-            raise AnybatchError(f"{len(bad)} {name} embeddings are NaN or infinite, the first in row {bad[0]}. The model has diverged or its input is broken.")
+            raise AnybatchError(
+                f"{len(bad)} {name} embeddings are NaN or infinite, the first in row {bad[0]}. The model has diverged or its input is broken."
+            )

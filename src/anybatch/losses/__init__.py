@@ -2,7 +2,14 @@
 
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.infonce import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE
-from anybatch.losses.log_weights import ClusterLogWeight, IdMask, LogWeight, SumLogWeight, TensorLogWeight, inclusion_log_weights
+from anybatch.losses.log_weights import (
+    ClusterLogWeight,
+    IdMask,
+    LogWeight,
+    SumLogWeight,
+    TensorLogWeight,
+    inclusion_log_weights,
+)
 from anybatch.losses.sogclr import SogCLR
 
 __all__ = [

@@ -113,7 +113,14 @@ class ContrastiveLoss(nn.Module):
         return loss
 
     def _one_way(
-        self, anchors: Tensor, candidates: Tensor, temperature: Tensor, weight: LogWeight | None, index: Tensor | None, *, direction: int
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        temperature: Tensor,
+        weight: LogWeight | None,
+        index: Tensor | None,
+        *,
+        direction: int,
     ) -> tuple[Tensor, SoftmaxStats]:
         normalised = weight is not None and weight.normalised
         rule = self._rule(index, direction=direction, normalised=normalised, dimensions=anchors.shape[1])
@@ -133,7 +140,12 @@ class ContrastiveLoss(nn.Module):
         raise NotImplementedError
 
     def _weight(
-        self, num_rows: int, num_columns: int, log_weight: LogWeight | Tensor | None, anchor_id: Tensor | None, candidate_id: Tensor | None
+        self,
+        num_rows: int,
+        num_columns: int,
+        log_weight: LogWeight | Tensor | None,
+        anchor_id: Tensor | None,
+        candidate_id: Tensor | None,
     ) -> LogWeight | None:
         terms: list[LogWeight] = []
         if log_weight is not None:
@@ -142,7 +154,12 @@ class ContrastiveLoss(nn.Module):
             owner = torch.full_like(candidate_id, -1)
             owner[:num_rows] = anchor_id
             terms.append(
-                IdMask(row_positive=candidate_id[:num_rows], row_anchor=anchor_id, column_id=candidate_id, column_anchor=owner)
+                IdMask(
+                    row_positive=candidate_id[:num_rows],
+                    row_anchor=anchor_id,
+                    column_id=candidate_id,
+                    column_anchor=owner,
+                )
             )
         return None if not terms else terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
 
@@ -150,13 +167,24 @@ class ContrastiveLoss(nn.Module):
 def _check_shapes(
     anchors: Tensor, candidates: Tensor, index: Tensor | None, anchor_id: Tensor | None, candidate_id: Tensor | None
 ) -> None:
-    if anchors.ndim != 2 or candidates.ndim != 2 or anchors.shape[1] != candidates.shape[1] or len(candidates) < len(anchors):
+    if (
+        anchors.ndim != 2
+        or candidates.ndim != 2
+        or anchors.shape[1] != candidates.shape[1]
+        or len(candidates) < len(anchors)
+    ):
         raise AnybatchError(
             f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, D) and (M, D) with M >= B: "
             "the positives in the anchors' order, then explicit negatives."
         )
     if (anchor_id is None) != (candidate_id is None):
         raise AnybatchError("anchor_id and candidate_id go together; one of them is missing.")
-    for name, ids, length in (("index", index, len(anchors)), ("anchor_id", anchor_id, len(anchors)), ("candidate_id", candidate_id, len(candidates))):
+    for name, ids, length in (
+        ("index", index, len(anchors)),
+        ("anchor_id", anchor_id, len(anchors)),
+        ("candidate_id", candidate_id, len(candidates)),
+    ):
         if ids is not None and (ids.shape != (length,) or ids.is_floating_point()):
-            raise AnybatchError(f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; expected integers of shape ({length},).")
+            raise AnybatchError(
+                f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; expected integers of shape ({length},)."
+            )

@@ -141,7 +141,9 @@ class _SoftmaxLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         scaled = [gradient * grad_output for gradient in ctx.saved_tensors]
-        return *(gradient if needed else None for gradient, needed in zip(scaled, ctx.needs_input_grad, strict=False)), None
+        return *(
+            gradient if needed else None for gradient, needed in zip(scaled, ctx.needs_input_grad, strict=False)
+        ), None
 
 
 def _solve(
@@ -157,7 +159,13 @@ def _solve(
         candidates_all = distributed.gather_rows(candidates, column_sizes)
         log_weight = problem.log_weight.gathered(row_sizes, column_sizes) if problem.log_weight is not None else None
     else:
-        row_sizes, first_column, first_row, candidates_all, log_weight = [num_rows], 0, 0, candidates, problem.log_weight
+        row_sizes, first_column, first_row, candidates_all, log_weight = (
+            [num_rows],
+            0,
+            0,
+            candidates,
+            problem.log_weight,
+        )
     num_rows_all, num_columns = sum(row_sizes), len(candidates_all)
     positive = (anchors * candidates[:num_rows]).sum(dim=1) * inverse
 
@@ -173,7 +181,11 @@ def _solve(
 
     tiles = _tiles(num_rows, num_columns, anchors.element_size(), problem.tile_bytes)
     log_sum, num_negatives, log_denominator, objective = (positive.new_empty(num_rows) for _ in range(4))
-    d_anchors, d_candidates, d_log_temperature = torch.zeros_like(anchors), torch.zeros_like(candidates), positive.new_zeros(())
+    d_anchors, d_candidates, d_log_temperature = (
+        torch.zeros_like(anchors),
+        torch.zeros_like(candidates),
+        positive.new_zeros(()),
+    )
 
     def measure(rows: slice, logits: Tensor) -> None:
         log_sum[rows] = logits.logsumexp(dim=1)
@@ -225,7 +237,9 @@ def _solve(
         d_candidates[:num_rows] -= totals[:, None] * anchors
     loss = distributed.sum_over_ranks(objective.sum()) / num_rows_all
     scale = inverse * (distributed.world_size() / num_rows_all)
-    d_temperature = distributed.sum_over_ranks(d_log_temperature) * inverse / num_rows_all if wanted else d_log_temperature
+    d_temperature = (
+        distributed.sum_over_ranks(d_log_temperature) * inverse / num_rows_all if wanted else d_log_temperature
+    )
     stats = SoftmaxStats(log_sum=log_sum, log_denominator=log_denominator, num_negatives=num_negatives)
     return loss, (d_anchors * scale, d_candidates * scale, d_temperature), stats
 

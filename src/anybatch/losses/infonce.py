@@ -74,7 +74,11 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
         tile_bytes: int = TILE_BYTES,
     ) -> None:
         super().__init__(
-            temperature=temperature, learnable_temperature=learnable_temperature, direction=direction, normalize=normalize, tile_bytes=tile_bytes
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            direction=direction,
+            normalize=normalize,
+            tile_bytes=tile_bytes,
         )
         if num_rows < 2:
             raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")

@@ -76,7 +76,10 @@ class IdMask:
     def reversed(self, num_rows: int) -> IdMask:
         """See `LogWeight.reversed`."""
         return IdMask(
-            row_positive=self.row_anchor, row_anchor=self.row_positive, column_id=self.row_anchor, column_anchor=self.row_positive
+            row_positive=self.row_anchor,
+            row_anchor=self.row_positive,
+            column_id=self.row_anchor,
+            column_anchor=self.row_positive,
         )
 
 
@@ -115,7 +118,10 @@ class ClusterLogWeight:
     def reversed(self, num_rows: int) -> ClusterLogWeight:
         """See `LogWeight.reversed`."""
         return ClusterLogWeight(
-            row_cluster=self.column_cluster[:num_rows], column_cluster=self.row_cluster, same=self.same, other=self.other
+            row_cluster=self.column_cluster[:num_rows],
+            column_cluster=self.row_cluster,
+            same=self.same,
+            other=self.other,
         )
 
 
@@ -197,13 +203,17 @@ def as_log_weight(log_weight: LogWeight | Tensor, num_rows: int, num_columns: in
     while values.ndim < 2:
         values = values[None]
     if values.ndim != 2 or values.shape[0] not in (1, num_rows) or values.shape[1] not in (1, num_columns):
-        raise AnybatchError(f"log_weight has shape {tuple(log_weight.shape)}; expected something broadcastable to ({num_rows}, {num_columns}).")
+        raise AnybatchError(
+            f"log_weight has shape {tuple(log_weight.shape)}; expected something broadcastable to ({num_rows}, {num_columns})."
+        )
     if bool((values.isnan() | (values == torch.inf)).any()):
         raise AnybatchError("log_weight holds NaN or +inf; expected finite numbers, or -inf to remove a pair.")
     return TensorLogWeight(values=values, normalised=not bool(((values == 0) | values.isneginf()).all()))
 
 
-def inclusion_log_weights(num_rows: int, num_clusters: int, clusters_per_batch: int, *, cap: float | None = None) -> tuple[float, float]:
+def inclusion_log_weights(
+    num_rows: int, num_clusters: int, clusters_per_batch: int, *, cap: float | None = None
+) -> tuple[float, float]:
     """Log of one over the chance of sharing a batch, divided by n - 1, for a plan whose clusters are combined at random.
 
         same cluster:   log(1 / (n - 1))
@@ -224,7 +234,9 @@ def inclusion_log_weights(num_rows: int, num_clusters: int, clusters_per_batch: 
     if num_rows < 2:
         raise AnybatchError(f"Inclusion weights need at least 2 rows; got {num_rows}.")
     if cap is not None and cap < 1:
-        raise AnybatchError(f"The cap on the weights is {cap}; expected at least 1, the weight of a row of the own cluster.")
+        raise AnybatchError(
+            f"The cap on the weights is {cap}; expected at least 1, the weight of a row of the own cluster."
+        )
     same = -math.log(num_rows - 1)
     ratio = (num_clusters - 1) / (clusters_per_batch - 1) if clusters_per_batch > 1 else 1.0
     return same, same + math.log(max(1.0, ratio if cap is None else min(ratio, cap)))

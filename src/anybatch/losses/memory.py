@@ -54,7 +54,9 @@ class ExampleMemory(nn.Module):
         """
         num_rows = self.log_mean.shape[1]
         if index is None:
-            raise AnybatchError("This loss remembers each row: give index=, the row numbers of the batch in the data set.")
+            raise AnybatchError(
+                "This loss remembers each row: give index=, the row numbers of the batch in the data set."
+            )
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= num_rows):
             raise AnybatchError(
                 f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {num_rows - 1}. "
@@ -67,7 +69,9 @@ class ExampleMemory(nn.Module):
             )
         return index
 
-    def blend(self, index: Tensor, batch: Tensor, *, direction: int, gamma: float, update: bool, dimensions: int) -> Tensor:
+    def blend(
+        self, index: Tensor, batch: Tensor, *, direction: int, gamma: float, update: bool, dimensions: int
+    ) -> Tensor:
         """The new state of the batch's rows, stored if `update`.
 
         Args:
@@ -106,7 +110,9 @@ class ExampleMemory(nn.Module):
             )
         version = state_dict.get(prefix + "version")
         if version is not None and int(version) > VERSION:
-            raise AnybatchError(f"The saved memory has version {int(version)}; this anybatch reads up to {VERSION}. Update anybatch.")
+            raise AnybatchError(
+                f"The saved memory has version {int(version)}; this anybatch reads up to {VERSION}. Update anybatch."
+            )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 

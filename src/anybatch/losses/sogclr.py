@@ -55,7 +55,11 @@ class SogCLR(ContrastiveLoss):
         tile_bytes: int = TILE_BYTES,
     ) -> None:
         super().__init__(
-            temperature=temperature, learnable_temperature=learnable_temperature, direction=direction, normalize=normalize, tile_bytes=tile_bytes
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            direction=direction,
+            normalize=normalize,
+            tile_bytes=tile_bytes,
         )
         if not 0 < gamma <= 1:
             raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1.")

@@ -94,7 +94,9 @@ def _hard_pairs(cluster: np.ndarray, anchor_id: np.ndarray, positive_id: np.ndar
     placed = cluster >= 0
 
     def pairs(*keys: np.ndarray) -> int:
-        _, counts = np.unique(np.stack([cluster[placed], *(key[placed] for key in keys)], axis=1), axis=0, return_counts=True)
+        _, counts = np.unique(
+            np.stack([cluster[placed], *(key[placed] for key in keys)], axis=1), axis=0, return_counts=True
+        )
         return int(np.sum(counts * (counts - 1) // 2))
 
     return pairs(anchor_id) + pairs(positive_id) - pairs(anchor_id, positive_id)

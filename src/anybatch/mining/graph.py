@@ -36,7 +36,13 @@ class MiningGraph:
 
 
 def build_graph(
-    neighbors: Neighbors, *, skip: int, take: int, margin: float | None = None, edges: Edges = "union", hub_weight: float = 0.0
+    neighbors: Neighbors,
+    *,
+    skip: int,
+    take: int,
+    margin: float | None = None,
+    edges: Edges = "union",
+    hub_weight: float = 0.0,
 ) -> MiningGraph:
     """Cut the rank windows and join them.
 
@@ -64,7 +70,9 @@ def build_graph(
     weighted = window
     if hub_weight:
         in_degree = np.maximum(np.bincount(window.indices, minlength=num_rows), 1)
-        weighted = sparse.csr_matrix((window.data * in_degree[window.indices] ** -hub_weight, window.indices, window.indptr), shape=window.shape)
+        weighted = sparse.csr_matrix(
+            (window.data * in_degree[window.indices] ** -hub_weight, window.indices, window.indptr), shape=window.shape
+        )
     both = weighted + weighted.T
     if edges == "mutual":
         both = both.multiply(window.multiply(window.T))
@@ -76,6 +84,8 @@ def build_graph(
 def _csr(ids: np.ndarray, chosen: np.ndarray, num_rows: int) -> sparse.csr_matrix:
     pointers = np.zeros(num_rows + 1, np.int64)
     np.cumsum(chosen.sum(axis=1), out=pointers[1:])
-    matrix = sparse.csr_matrix((np.ones(int(pointers[-1]), np.float32), ids[chosen], pointers), shape=(num_rows, num_rows))
+    matrix = sparse.csr_matrix(
+        (np.ones(int(pointers[-1]), np.float32), ids[chosen], pointers), shape=(num_rows, num_rows)
+    )
     matrix.sort_indices()
     return matrix

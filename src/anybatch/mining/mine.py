@@ -63,7 +63,14 @@ class MiningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("cluster_size", 2), ("skip", 0), ("take", 1), ("num_negatives", 0), ("sweeps", 0), ("conflict_weight", 0)):
+        for name, least in (
+            ("cluster_size", 2),
+            ("skip", 0),
+            ("take", 1),
+            ("num_negatives", 0),
+            ("sweeps", 0),
+            ("conflict_weight", 0),
+        ):
             if getattr(self, name) < least:
                 raise AnybatchError(f"mining.{name} is {getattr(self, name)}; expected at least {least}.")
 
@@ -137,7 +144,9 @@ def mine_plan(
     check_embeddings("anchor", anchor_embeddings)
     check_embeddings("positive", positive_embeddings, num_rows)
     if anchor_embeddings.shape[1] != positive_embeddings.shape[1]:
-        raise AnybatchError(f"Anchors have {anchor_embeddings.shape[1]} dimensions, positives {positive_embeddings.shape[1]}; expected the same.")
+        raise AnybatchError(
+            f"Anchors have {anchor_embeddings.shape[1]} dimensions, positives {positive_embeddings.shape[1]}; expected the same."
+        )
     report = MiningReport()
     plan_settings: dict[str, Any] = {"seed": config.seed, "data_digest": data_digest}
     if config.method == "random":
@@ -147,7 +156,9 @@ def mine_plan(
             f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {config.cluster_size}; choose one that is."
         )
     if num_rows < config.batch_size:
-        raise AnybatchError(f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size.")
+        raise AnybatchError(
+            f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
+        )
     anchor_id = np.arange(num_rows) if anchor_id is None else np.asarray(anchor_id)
     positive_id = np.arange(num_rows) if positive_id is None else np.asarray(positive_id)
     skip, take = _fitting_window(config, num_rows, report)
@@ -158,7 +169,9 @@ def mine_plan(
     with _stage(report, "graph", progress):
         published = config.method == "published"
         edges: Edges = config.edges or ("mutual" if published else "union")
-        graph = build_graph(neighbors, skip=skip, take=take, margin=config.margin, edges=edges, hub_weight=config.hub_weight)
+        graph = build_graph(
+            neighbors, skip=skip, take=take, margin=config.margin, edges=edges, hub_weight=config.hub_weight
+        )
     with _stage(report, "communities", progress):
         num_clusters = num_rows // config.cluster_size
         if config.partitioner == "kaminpar" and not published:

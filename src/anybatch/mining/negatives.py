@@ -9,7 +9,13 @@ from anybatch.mining.graph import MiningGraph
 
 
 def sample_negatives(
-    graph: MiningGraph, cluster: np.ndarray, num_negatives: int, *, anchor_id: np.ndarray, positive_id: np.ndarray, seed: int = 0
+    graph: MiningGraph,
+    cluster: np.ndarray,
+    num_negatives: int,
+    *,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    seed: int = 0,
 ) -> np.ndarray:
     """Hard negatives for each row, from its own rank window.
 

@@ -45,7 +45,9 @@ def check_embeddings(name: str, embeddings: np.ndarray, num_rows: int | None = N
     """
     if embeddings.ndim != 2 or (num_rows is not None and len(embeddings) != num_rows):
         expected = "(rows, dimensions)" if num_rows is None else f"({num_rows}, dimensions)"
-        raise AnybatchError(f"The {name} embeddings have shape {embeddings.shape}; expected {expected}, one row for each row of the data.")
+        raise AnybatchError(
+            f"The {name} embeddings have shape {embeddings.shape}; expected {expected}, one row for each row of the data."
+        )
     for start in range(0, len(embeddings), 65536):  # in blocks: the array may be a file larger than memory
         block = np.asarray(embeddings[start : start + 65536], dtype=np.float32)
         for what, bad in (("NaN or infinite", ~np.isfinite(block).all(axis=1)), ("all zero", ~block.any(axis=1))):
@@ -90,10 +92,14 @@ def exact_neighbors(
     for start in range(0, len(rows), height):
         chosen = rows[start : start + height]
         block = torch.from_numpy(np.array(queries[chosen], dtype=np.float32))
-        own[start : start + height] = np.einsum("ij,ij->i", block.numpy(), np.asarray(documents[chosen], dtype=np.float32))
+        own[start : start + height] = np.einsum(
+            "ij,ij->i", block.numpy(), np.asarray(documents[chosen], dtype=np.float32)
+        )
         kept = slice(start, start + len(chosen))
         for first in range(0, len(documents), width):
-            other = torch.from_numpy(np.array(documents[first : first + width], dtype=np.float32))  # a copy: files are read-only
+            other = torch.from_numpy(
+                np.array(documents[first : first + width], dtype=np.float32)
+            )  # a copy: files are read-only
             tile = (block @ other.T).numpy()
             with _torch_threads():
                 _keep_best(tile, first, chosen, anchor_id, positive_id, ids[kept], scores[kept])
@@ -134,7 +140,9 @@ def ivf_neighbors(
     index.train(data)
     index.add(data)
     sample = np.sort(np.random.default_rng(seed).choice(num_rows, min(SAMPLE, num_rows), replace=False))
-    truth = exact_neighbors(queries, documents, num_neighbors, anchor_id=anchor_id, positive_id=positive_id, rows=sample)
+    truth = exact_neighbors(
+        queries, documents, num_neighbors, anchor_id=anchor_id, positive_id=positive_id, rows=sample
+    )
     spare = 32  # room for the row's own texts, which are left out afterwards
     recall, probes = 0.0, 4
     while recall < target_recall and probes < num_cells:
@@ -172,7 +180,13 @@ def _torch_threads() -> Iterator[None]:
 
 
 def _search(
-    index: Any, queries: np.ndarray, rows: np.ndarray, num_neighbors: int, spare: int, anchor_id: np.ndarray, positive_id: np.ndarray
+    index: Any,
+    queries: np.ndarray,
+    rows: np.ndarray,
+    num_neighbors: int,
+    spare: int,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     scores, found = index.search(np.ascontiguousarray(queries[rows], dtype=np.float32), num_neighbors + spare)
     ids = np.full((len(rows), num_neighbors), -1, np.int32)
@@ -201,7 +215,9 @@ def _keep_best(tile, first, rows, anchor_id, positive_id, ids, scores):  # pragm
                     if child >= depth:
                         break
                     right = child + 1
-                    if right < depth and (heap[right] < heap[child] or (heap[right] == heap[child] and heap_ids[right] > heap_ids[child])):
+                    if right < depth and (
+                        heap[right] < heap[child] or (heap[right] == heap[child] and heap_ids[right] > heap_ids[child])
+                    ):
                         child = right
                     if heap[child] < score or (heap[child] == score and heap_ids[child] > other):
                         heap[place], heap_ids[place] = heap[child], heap_ids[child]
@@ -228,7 +244,12 @@ def _drop_own(found, found_scores, rows, anchor_id, positive_id, ids, scores):  
         row, kept = rows[line], 0
         for column in range(found.shape[1]):
             other = found[line, column]
-            if other < 0 or other == row or anchor_id[other] == anchor_id[row] or positive_id[other] == positive_id[row]:
+            if (
+                other < 0
+                or other == row
+                or anchor_id[other] == anchor_id[row]
+                or positive_id[other] == positive_id[row]
+            ):
                 continue
             if kept == ids.shape[1]:
                 break

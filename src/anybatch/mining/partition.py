@@ -58,12 +58,16 @@ def kaminpar_clusters(weight: sparse.csr_matrix, num_clusters: int, *, seed: int
     try:
         import kaminpar
     except ImportError as error:
-        raise AnybatchError("The partitioner 'kaminpar' is not installed. pip install 'anybatch[kaminpar]', or use 'metis'.") from error
+        raise AnybatchError(
+            "The partitioner 'kaminpar' is not installed. pip install 'anybatch[kaminpar]', or use 'metis'."
+        ) from error
     unit = float(weight.data.mean()) / 16 if weight.nnz else 1.0
     whole = np.maximum(1, np.rint(weight.data / unit)).astype(np.int32)
     kaminpar.reseed(seed)
     graph = kaminpar.graph_from_csr(weight.indptr.astype(np.int64), weight.indices.astype(np.int32), edge_weights=whole)  # pyright: ignore
-    instance = kaminpar.KaMinPar(num_threads=1, ctx=kaminpar.context_by_name("largek"))  # one thread: the same answer every time
+    instance = kaminpar.KaMinPar(
+        num_threads=1, ctx=kaminpar.context_by_name("largek")
+    )  # one thread: the same answer every time
     return np.asarray(instance.compute_partition(graph, k=num_clusters, eps=0.03), dtype=np.int32)
 
 
@@ -98,7 +102,11 @@ def equal_clusters(
     """
     num_rows = len(start)
     num_clusters = num_rows // cluster_size
-    indptr, indices, data = signed.indptr.astype(np.int64), signed.indices.astype(np.int32), signed.data.astype(np.float32)
+    indptr, indices, data = (
+        signed.indptr.astype(np.int64),
+        signed.indices.astype(np.int32),
+        signed.data.astype(np.float32),
+    )
     twins = np.zeros(num_rows, np.bool_)
     for ids in (anchor_id, positive_id):
         _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -110,7 +118,9 @@ def equal_clusters(
     generator = np.random.default_rng(seed)
     for sweep in range(sweeps):
         order = generator.permutation(num_rows).astype(np.int32)
-        gain, total = _sweep(order, cluster, members, num_clusters, indptr, indices, data, twins, anchor_id, positive_id)
+        gain, total = _sweep(
+            order, cluster, members, num_clusters, indptr, indices, data, twins, anchor_id, positive_id
+        )
         if progress is not None:
             progress((sweep + 1) / sweeps)
         if gain <= 1e-3 * max(abs(total), 1.0):
@@ -152,7 +162,9 @@ def _links(row, one, two, cluster, indptr, indices, data):  # pragma: no cover -
 
 
 @numba.njit(cache=True)
-def _repair(cluster, members, num_clusters, size, indptr, indices, data, twins, anchor_id, positive_id):  # pragma: no cover - compiled
+def _repair(
+    cluster, members, num_clusters, size, indptr, indices, data, twins, anchor_id, positive_id
+):  # pragma: no cover - compiled
     """Evict the worst rows of clusters that are too large, place all evicted where they fit best; the rest go to the pool C."""
     num_rows = len(cluster)
     counts = np.zeros(num_clusters + 1, np.int64)
@@ -189,7 +201,11 @@ def _repair(cluster, members, num_clusters, size, indptr, indices, data, twins, 
         for edge in range(indptr[row], indptr[row + 1]):
             where = cluster[indices[edge]]
             if where < num_clusters and link[where] != 0.0:
-                if filled[where] < size and link[where] > best_value and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id) == 0:
+                if (
+                    filled[where] < size
+                    and link[where] > best_value
+                    and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id) == 0
+                ):
                     best, best_value = where, link[where]
         for edge in range(indptr[row], indptr[row + 1]):
             where = cluster[indices[edge]]
@@ -214,7 +230,10 @@ def _repair(cluster, members, num_clusters, size, indptr, indices, data, twins, 
             else:
                 for offset in range(num_clusters - free):
                     where = free + offset
-                    if filled[where] < size and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id) == 0:
+                    if (
+                        filled[where] < size
+                        and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id) == 0
+                    ):
                         place = where
                         break
             if place >= 0:
@@ -232,7 +251,9 @@ def _repair(cluster, members, num_clusters, size, indptr, indices, data, twins, 
 
 
 @numba.njit(cache=True)
-def _sweep(order, cluster, members, num_clusters, indptr, indices, data, twins, anchor_id, positive_id):  # pragma: no cover - compiled
+def _sweep(
+    order, cluster, members, num_clusters, indptr, indices, data, twins, anchor_id, positive_id
+):  # pragma: no cover - compiled
     """One pass: each row is offered the two clusters that attract it most, and takes the best exchange with a member of them."""
     link = np.zeros(num_clusters + 1, np.float64)
     gained, total = 0.0, 0.0
@@ -271,7 +292,9 @@ def _sweep(order, cluster, members, num_clusters, indptr, indices, data, twins, 
                     if indices[edge] == other:
                         between = data[edge]
                         break
-                gain = link[target] - at_home - between - (between if home < num_clusters else 0.0) + to_home - to_target
+                gain = (
+                    link[target] - at_home - between - (between if home < num_clusters else 0.0) + to_home - to_target
+                )
                 if gain + HARD * leaving_clashes <= best_gain and not twins[other]:
                     continue
                 clashes = _clashes(row, other, members[target], twins, anchor_id, positive_id) - leaving_clashes

@@ -19,7 +19,9 @@ def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], *, bas
     for number, (label, value) in enumerate(zip(labels, values, strict=True)):
         y = number * line + 8
         parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{escape(label)}</text>')
-        parts.append(f'<rect x="{left}" y="{y}" width="{max(0.0, value * scale):.1f}" height="{line - 10}" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        parts.append(
+            f'<rect x="{left}" y="{y}" width="{max(0.0, value * scale):.1f}" height="{line - 10}" fill="{COLOURS[number % len(COLOURS)]}"/>'
+        )
         parts.append(f'<text x="{left + value * scale + 6:.1f}" y="{y + 14}">{value:.4g}</text>')
     if baseline is not None:
         x = left + baseline * scale
@@ -49,8 +51,12 @@ def line_chart(title: str, x_title: str, series: Sequence[tuple[str, Sequence[tu
         parts.append(f'<line x1="{LEFT}" y1="{vertical}" x2="{WIDTH - RIGHT}" y2="{vertical}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{float(vertical) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
     for x in (low_x, (low_x + high_x) / 2, high_x):
-        parts.append(f'<text x="{place(x, low_y).split(",")[0]}" y="{height - 22}" text-anchor="middle">{x:,.0f}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">{escape(x_title)}</text>')
+        parts.append(
+            f'<text x="{place(x, low_y).split(",")[0]}" y="{height - 22}" text-anchor="middle">{x:,.0f}</text>'
+        )
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">{escape(x_title)}</text>'
+    )
     for row, (number, name, points) in enumerate(shown):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(place(x, y) for x, y in points)

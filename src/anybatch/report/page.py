@@ -36,7 +36,9 @@ class Report:
 
 def render_report(report: Report) -> str:
     """The page as text. All of the user's text is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string(files("anybatch.report").joinpath("page.html").read_text(encoding="utf-8"))
     header: list[str] = []
     lines: list[list[str]] = []
@@ -48,16 +50,28 @@ def render_report(report: Report) -> str:
         base = ndcg[names.index(report.baseline)]
         trained = [(result.name, result.seconds) for result in report.results if result.seconds is not None]
         drawn = [
-            ("nDCG@10 on held-out pairs (dashed: the baseline)", bar_chart("nDCG@10 of each method", names, ndcg, baseline=base)),
-            ("Training time in seconds", bar_chart("Training seconds of each method", [n for n, _ in trained], [s for _, s in trained])),
+            (
+                "nDCG@10 on held-out pairs (dashed: the baseline)",
+                bar_chart("nDCG@10 of each method", names, ndcg, baseline=base),
+            ),
+            (
+                "Training time in seconds",
+                bar_chart("Training seconds of each method", [n for n, _ in trained], [s for _, s in trained]),
+            ),
             (
                 "nDCG@10 along the way",
-                line_chart("nDCG@10 by pairs seen", "pairs seen", [(result.name, result.curve) for result in report.results]),
+                line_chart(
+                    "nDCG@10 by pairs seen", "pairs seen", [(result.name, result.curve) for result in report.results]
+                ),
             ),
             (
                 "Training loss (each method has its own scale: compare shapes, not heights)",
-                line_chart("Training loss by pairs seen", "pairs seen", [(result.name, result.loss) for result in report.results]),
+                line_chart(
+                    "Training loss by pairs seen",
+                    "pairs seen",
+                    [(result.name, result.loss) for result in report.results],
+                ),
             ),
         ]
-        charts = [(title, Markup(drawing)) for title, drawing in drawn if drawing]  # noqa: S704 - made by our own functions, which escape
+        charts = [(title, Markup(drawing)) for title, drawing in drawn if drawing]
     return template.render(report=report, header=header, lines=lines, charts=charts)

@@ -53,7 +53,7 @@ def comparison_rows(results: Sequence[MethodResult], baseline: str) -> tuple[lis
         baseline: The name of the one the others are compared with.
     """
     base = next(result for result in results if result.name == baseline)
-    header = ["method", *(TITLES[name] for name in SHOWN), "nDCG@10 against baseline", "train seconds", "peak memory"]
+    header = ["method", *(TITLES[name] for name in SHOWN), "against baseline", "seconds", "peak memory"]
     lines = []
     for result in results:
         difference = result.metrics["ndcg@10"] - base.metrics["ndcg@10"]

@@ -25,7 +25,9 @@ def with_index(dataset: Dataset) -> Dataset:
 
     taken = [name for name in DEFAULT_LABEL_COLUMNS if name in dataset.column_names]
     if taken:
-        raise AnybatchError(f"The data set has the column '{taken[0]}', which contrastive losses do not use. Remove or rename it.")
+        raise AnybatchError(
+            f"The data set has the column '{taken[0]}', which contrastive losses do not use. Remove or rename it."
+        )
     return dataset.add_column("label", np.arange(len(dataset)), new_fingerprint=f"{dataset._fingerprint}-indexed")
 
 
@@ -45,7 +47,9 @@ class PlanBatches:
     def __call__(self, dataset: Dataset, *, batch_size: int, drop_last: bool, **settings: Any) -> BatchSampler:
         """The protocol's factory; `settings` are the generator, seed and label columns that a plan does not need."""
         if not self._is_training_set(dataset):
-            return BatchSampler(RandomSampler(dataset, generator=settings.get("generator")), batch_size=batch_size, drop_last=drop_last)
+            return BatchSampler(
+                RandomSampler(dataset, generator=settings.get("generator")), batch_size=batch_size, drop_last=drop_last
+            )
         world_size = distributed.world_size()
         if batch_size * world_size != self.plan.batch_size:
             raise AnybatchError(

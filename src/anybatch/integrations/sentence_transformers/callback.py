@@ -33,7 +33,9 @@ class LossStateCallback(TrainerCallback):
         self.loss = loss
         self.resume_from = resume_from
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Check the plan; restore the loss."""
         sampler = _innermost_sampler(kwargs.get("train_dataloader"))
         if isinstance(getattr(args, "batch_sampler", None), PlanBatches) and not isinstance(sampler, PlanSampler):
@@ -51,7 +53,9 @@ class LossStateCallback(TrainerCallback):
             )
         self.loss.loss.load_state_dict(load_file(folder / LOSS_STATE))
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Tell the plan and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
         epoch = int(state.epoch or 0)
         sampler = _innermost_sampler(kwargs.get("train_dataloader"))
@@ -68,7 +72,12 @@ class LossStateCallback(TrainerCallback):
             write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Add the loss's own figures to the trainer's log."""
         figures = getattr(self.loss.loss, "last_stats", None)

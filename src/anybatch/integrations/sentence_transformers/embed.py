@@ -77,7 +77,9 @@ def embed_to_file(
     """
     path = Path(path)
     partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".progress")
-    identity = json.loads(json.dumps({**identity, "prompt": prompt, "texts": digest_of(text.encode() for text in texts)}))
+    identity = json.loads(
+        json.dumps({**identity, "prompt": prompt, "texts": digest_of(text.encode() for text in texts)})
+    )
     record = _read_journal(journal)
     if path.exists():
         if record is None or record["identity"] != identity:
@@ -89,10 +91,14 @@ def embed_to_file(
         return np.load(path, mmap_mode="r")
     width = model.get_embedding_dimension()
     if width is None:
-        raise AnybatchError("The teacher does not state its embedding dimension; give precomputed embeddings (.npy) instead.")
+        raise AnybatchError(
+            "The teacher does not state its embedding dimension; give precomputed embeddings (.npy) instead."
+        )
     done = record["done"] if record is not None and record["identity"] == identity and partial.exists() else 0
     mode = "r+" if done else "w+"
-    rows = np.lib.format.open_memmap(partial, mode=mode, dtype=None if done else np.float32, shape=None if done else (len(texts), width))
+    rows = np.lib.format.open_memmap(
+        partial, mode=mode, dtype=None if done else np.float32, shape=None if done else (len(texts), width)
+    )
     if progress is not None and done:
         progress(done)
     for start in range(done, len(texts), SHARD):
@@ -110,7 +116,12 @@ def embed_to_file(
 def _encode(model: SentenceTransformer, texts: list[str], batch_size: int, prompt: str) -> np.ndarray:
     # encode() sorts by length itself, so a shard costs little more than its real tokens.
     vectors = model.encode(
-        texts, batch_size=batch_size, prompt=prompt or None, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+        texts,
+        batch_size=batch_size,
+        prompt=prompt or None,
+        normalize_embeddings=True,
+        convert_to_numpy=True,
+        show_progress_bar=False,
     )
     return np.asarray(vectors, dtype=np.float32)
 

@@ -79,7 +79,9 @@ class CachedLoss(nn.Module):
         """The loss of one batch; its backward pass replays the encoder. Without gradients: plain InfoNCE, memory untouched."""
         features = list(sentence_features)
         if len(features) < 2:
-            raise AnybatchError(f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order.")
+            raise AnybatchError(
+                f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order."
+            )
         recordings = [self._record(column) for column in features]
         embeddings = [[recording.embeddings] for recording in recordings]
         if not torch.is_grad_enabled():
@@ -88,12 +90,16 @@ class CachedLoss(nn.Module):
         gradients = []
         for column, [leaf] in enumerate(embeddings):
             if leaf.grad is None and leaf.requires_grad:
-                raise AnybatchError(f"Input column {column} received no gradient: the loss never read it. Remove it from the data set.")
+                raise AnybatchError(
+                    f"Input column {column} received no gradient: the loss never read it. Remove it from the data set."
+                )
             gradients.append([leaf.grad])
         loss.register_hook(partial(_replay, recordings=recordings, gradients=gradients))
         return loss
 
-    def calculate_loss(self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
         """The loss on embeddings already computed: one list of blocks a column. `MatryoshkaLoss` wraps this method.
 
         Args:
@@ -105,7 +111,9 @@ class CachedLoss(nn.Module):
         anchors, candidates = columns[0], torch.cat(columns[1:])
         if not torch.is_grad_enabled():
             # Evaluation rows are not training rows: their numbers mean nothing to the memory or to the table.
-            return InfoNCE(temperature=float(getattr(self.loss, "temperature", 0.05)), normalize=True)(anchors, candidates)
+            return InfoNCE(temperature=float(getattr(self.loss, "temperature", 0.05)), normalize=True)(
+                anchors, candidates
+            )
         arguments: dict[str, Any] = {}
         if labels is not None:
             index = labels.to(anchors.device, torch.int64)
@@ -113,7 +121,9 @@ class CachedLoss(nn.Module):
             if self.rows is not None:
                 arguments.update(self.rows.arguments(index, num_negatives=len(columns) - 2))
         elif self.rows is not None:
-            raise AnybatchError("Row numbers are missing: add them as the column 'label' with with_index(dataset) before training.")
+            raise AnybatchError(
+                "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
+            )
         value = self.loss(anchors, candidates, **arguments)
         if with_backward:
             value.backward()
@@ -134,7 +144,9 @@ class CachedLoss(nn.Module):
 
     def _record(self, features: dict[str, Any]) -> Recording:
         micro_batches = plan_micro_batches(features, micro_batch=self.micro_batch, max_tokens=self.max_tokens)
-        return record(self._encode, features, micro_batches=micro_batches, keep_graphs=self.keep_graphs, modules=[self.model])
+        return record(
+            self._encode, features, micro_batches=micro_batches, keep_graphs=self.keep_graphs, modules=[self.model]
+        )
 
     def _encode(self, features: dict[str, Any]) -> Tensor:
         return self.model(features)["sentence_embedding"]

@@ -10,6 +10,7 @@ from anybatch.errors import AnybatchError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which encoder, and how much of it.
@@ -67,9 +68,13 @@ def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
     config = getattr(backbone, "config", None)
     total = getattr(config, "num_hidden_layers", None)
     if backbone is None or total is None:
-        raise AnybatchError("model.num_layers needs a transformer with a 'num_hidden_layers' setting; this model has none. Leave it unset.")
+        raise AnybatchError(
+            "model.num_layers needs a transformer with a 'num_hidden_layers' setting; this model has none. Leave it unset."
+        )
     if not 1 <= num_layers <= total:
-        raise AnybatchError(f"model.num_layers is {num_layers}; expected 1 to {total}, the number of layers of this model.")
+        raise AnybatchError(
+            f"model.num_layers is {num_layers}; expected 1 to {total}, the number of layers of this model."
+        )
     stacks = [
         (parent, name)
         for parent in backbone.modules()
@@ -77,8 +82,9 @@ def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
         if isinstance(child, nn.ModuleList) and len(child) == total
     ]
     if len(stacks) != 1:
-        raise AnybatchError(f"Found {len(stacks)} stacks of {total} layers in this model, expected one. Leave model.num_layers unset.")
+        raise AnybatchError(
+            f"Found {len(stacks)} stacks of {total} layers in this model, expected one. Leave model.num_layers unset."
+        )
     parent, name = stacks[0]
     setattr(parent, name, getattr(parent, name)[:num_layers])
     config.num_hidden_layers = num_layers
-

@@ -65,7 +65,9 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise AnybatchError(f"train.{name} is {value}; expected at least 1, or nothing.")
         if self.learning_rate <= 0:
-            raise AnybatchError(f"train.learning_rate is {self.learning_rate}; expected a positive number such as 5e-5.")
+            raise AnybatchError(
+                f"train.learning_rate is {self.learning_rate}; expected a positive number such as 5e-5."
+            )
         for name in ("warmup", "keep_graphs"):
             if not 0 <= getattr(self, name) <= 1:
                 raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected a fraction between 0 and 1.")
@@ -116,7 +118,9 @@ def train_model(
     output = Path(output)
     world_size = distributed.world_size()
     if plan.batch_size % world_size:
-        raise AnybatchError(f"The batch size {plan.batch_size} cannot be shared equally by {world_size} processes. Use a multiple of {world_size}.")
+        raise AnybatchError(
+            f"The batch size {plan.batch_size} cannot be shared equally by {world_size} processes. Use a multiple of {world_size}."
+        )
     checkpoints = output / "checkpoints"
     checkpoint = last_whole_checkpoint(checkpoints) if resume else None
     for path in checkpoints.glob("checkpoint-*"):  # cut short by the kill: nothing in it can be trusted
@@ -175,16 +179,25 @@ def _make_recorder(
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step and path.exists():  # lines after the checkpoint will be written again
-                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+                lines = [
+                    json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+                ]
                 self.lines = [line for line in lines if line["step"] <= state.global_step]
             path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
             if logs and "loss" in logs:
                 self._write(state, {name: value for name, value in logs.items() if isinstance(value, (int, float))})
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if evaluate is not None and eval_steps and state.global_step % eval_steps == 0 and state.is_world_process_zero:
+            if (
+                evaluate is not None
+                and eval_steps
+                and state.global_step % eval_steps == 0
+                and state.is_world_process_zero
+            ):
                 training = model.training
                 model.eval()
                 self._write(state, {f"eval_{name}": value for name, value in evaluate(model).items()})
