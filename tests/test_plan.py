@@ -145,7 +145,7 @@ def test_ranks_together_make_the_global_batches(world_size):
     batches = plan.epoch_batches(2)
     ranks = [list(PlanSampler(plan, rank=rank, world_size=world_size, epoch=2)) for rank in range(world_size)]
     for number, batch in enumerate(batches):
-        assert sum((rank[number] for rank in ranks), []) == batch.tolist()
+        assert [row for rank in ranks for row in rank[number]] == batch.tolist()
     in_turns = list(PlanSampler(plan, world_size=world_size, epoch=2))
     assert in_turns == [rank[number] for number in range(len(batches)) for rank in ranks]
     assert len(in_turns) == len(PlanSampler(plan, world_size=world_size))
