@@ -147,7 +147,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if hint is Any or (isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)):
+    if hint is Any or (
+        isinstance(value, typing.cast(type, hint)) and not (isinstance(value, bool) and hint is not bool)
+    ):
         return value
     raise AnybatchError(f"'{name}' is {value!r} ({type(value).__name__}); expected {getattr(hint, '__name__', hint)}.")
 

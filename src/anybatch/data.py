@@ -226,6 +226,7 @@ def _open(path: Path, newline: str | None = None) -> IO[str]:
 
 def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
     with _open(path) as file:
+        number = 0
         try:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
@@ -284,11 +285,13 @@ def _folder_records(path: Path, names: Sequence[str]) -> Iterator[Mapping[str, A
     except (OSError, ValueError) as error:
         raise AnybatchError(f"{path} is no folder saved by datasets' save_to_disk ({error}).") from error
     if isinstance(dataset, DatasetDict):
+        splits = [str(name) for name in dataset]
         raise AnybatchError(
-            f"{path} holds the splits {', '.join(dataset)}; give the folder of one of them, such as {path / next(iter(dataset))}."
+            f"{path} holds the splits {', '.join(splits)}; give the folder of one of them, such as {path / splits[0]}."
         )
     _check_columns(names, dataset.column_names, str(path))
-    yield from dataset.select_columns(list(names))
+    for record in dataset.select_columns(list(names)):
+        yield dict(record)
 
 
 def _check_columns(names: Sequence[str], present: list[str], where: str) -> None:

@@ -51,7 +51,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def digest_of(parts: Iterable[bytes]) -> str:

@@ -129,7 +129,9 @@ class RunResult:
 class Progress(Protocol):
     """How long work tells where it is: `progress(stage, done, total, figures)`; None figures when there are none."""
 
-    def __call__(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None: ...
+    def __call__(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
+        """Work in `stage` is at `done` of `total`."""
+        ...
 
 
 def no_progress(stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
@@ -232,6 +234,19 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
         write_text(folder / "mining.json", json.dumps(result.report.as_dict(), indent=2))
     plan.save(path)
     return plan
+
+
+def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
+    """The pairs with the plan's hard negatives (B3++) as further negative columns; the pairs themselves if it has none.
+
+    Where a window had too few, the next row's positive stands in: an ordinary candidate, and no negative if it is identical.
+    """
+    if plan.negatives is None or plan.negatives.shape[1] == 0:
+        return pairs
+    stand_in = (np.arange(len(pairs)) + 1) % len(pairs)
+    rows = np.where(plan.negatives >= 0, plan.negatives, stand_in[:, None])
+    mined = [[pairs.positives[int(row)] for row in column] for column in rows.T]
+    return replace(pairs, negatives=(*pairs.negatives, *mined))
 
 
 def evaluate_model(
@@ -362,6 +377,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     if (folder / "metrics.json").exists():
         return RunResult(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
     plan = make_plan(config, pairs, progress)
+    pairs = with_mined_negatives(pairs, plan)
     prompts = (config.model.anchor_prompt, config.model.positive_prompt)
 
     def evaluate(current: SentenceTransformer) -> dict[str, float]:

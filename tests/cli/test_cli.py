@@ -50,6 +50,7 @@ def settings(pairs: Path, model: Path, output: Path, *more: str) -> list[str]:
 METHODS = {
     "random infonce": ("mining.method=random",),
     "mined infonce": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6"),
+    "mined negatives": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6", "mining.num_negatives=2"),
     "random sogclr": ("mining.method=random", "loss.name=sogclr", "loss.gamma=0.6", "loss.learnable_temperature=false"),
     "mined sogclr weights": (
         "mining.cluster_size=4",

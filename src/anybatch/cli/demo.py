@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +34,7 @@ class Method:
     description: str
     batch_size: int = SMALL
     mined: bool = False
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = field(default_factory=LossConfig)
     learning_rate: float = 2e-4
 
 
@@ -180,7 +180,7 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: 
         },
         examples={
             "Some clusters: rows that sit together": [
-                [titles[row] for row in np.flatnonzero(plan.cluster == number)] for number in range(3)
+                [titles[int(row)] for row in np.flatnonzero(plan.cluster == number)] for number in range(3)
             ]
         },
     )

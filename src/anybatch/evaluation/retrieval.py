@@ -104,8 +104,8 @@ def retrieval_metrics(
     # Documents in descending order of id, so that "the lower row first" is trec_eval's order among ties.
     order = sorted(range(len(corpus_ids)), key=lambda row: corpus_ids[row], reverse=True)
     rows, scores = rank_embeddings(queries, corpus[np.asarray(order, dtype=np.int64)], top_k=max(ks))
-    run = {
-        query: {corpus_ids[order[row]]: float(score) for row, score in zip(line, values, strict=True)}
+    run: dict[str, dict[str, float]] = {
+        str(query): {str(corpus_ids[order[int(row)]]): float(score) for row, score in zip(line, values, strict=True)}
         for query, line, values in zip(query_ids, rows, scores, strict=True)
     }
     return evaluate_run(run, relevance, ks=ks)

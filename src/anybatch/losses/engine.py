@@ -39,7 +39,10 @@ class Rule(Protocol):
         row_wise: Whether a row's answer depends on that row alone, so that rows can be answered tile by tile.
     """
 
-    row_wise: bool
+    @property
+    def row_wise(self) -> bool:
+        """See the class."""
+        ...
 
     def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Answer for some rows.

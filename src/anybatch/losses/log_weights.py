@@ -26,7 +26,10 @@ class LogWeight(Protocol):
             correction for the number of negatives; False for masks, whose finite values are 0.
     """
 
-    normalised: bool
+    @property
+    def normalised(self) -> bool:
+        """See the class."""
+        ...
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """The log-weights of these rows and columns: float, broadcastable to (rows, columns)."""

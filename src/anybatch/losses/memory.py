@@ -101,7 +101,9 @@ class ExampleMemory(nn.Module):
         first = sum(sizes[: distributed.rank()])
         return new[inverse[first : first + len(index)]]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
         state = state_dict.get(prefix + "log_mean")
         if state is not None and state.shape != self.log_mean.shape:
             raise AnybatchError(

@@ -5,7 +5,7 @@ from anybatch.mining.graph import MiningGraph, build_graph
 from anybatch.mining.mine import MiningConfig, MiningReport, MiningResult, mine_plan
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, exact_neighbors, ivf_neighbors
-from anybatch.mining.partition import equal_clusters, kaminpar_clusters, metis_clusters
+from anybatch.mining.partition import equal_clusters, metis_clusters
 
 __all__ = [
     "Audit",
@@ -19,7 +19,6 @@ __all__ = [
     "equal_clusters",
     "exact_neighbors",
     "ivf_neighbors",
-    "kaminpar_clusters",
     "metis_clusters",
     "mine_plan",
     "sample_negatives",

@@ -83,10 +83,11 @@ def suspect_pairs(graph: MiningGraph, cluster: np.ndarray) -> np.ndarray:
 
 def _inside(matrix: sparse.csr_matrix, cluster: np.ndarray) -> sparse.csr_matrix:
     """The entries whose row and column share a cluster."""
-    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    num_rows = len(matrix.indptr) - 1
+    rows = np.repeat(np.arange(num_rows), np.diff(matrix.indptr))
     keep = (cluster[rows] == cluster[matrix.indices]) & (cluster[rows] >= 0)
-    pointers = np.concatenate([[0], np.cumsum(np.bincount(rows[keep], minlength=matrix.shape[0]))])
-    return sparse.csr_matrix((matrix.data[keep], matrix.indices[keep], pointers), shape=matrix.shape)
+    pointers = np.concatenate([[0], np.cumsum(np.bincount(rows[keep], minlength=num_rows))])
+    return sparse.csr_matrix((matrix.data[keep], matrix.indices[keep], pointers), shape=(num_rows, num_rows))
 
 
 def _hard_pairs(cluster: np.ndarray, anchor_id: np.ndarray, positive_id: np.ndarray) -> int:

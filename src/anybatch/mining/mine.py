@@ -15,7 +15,7 @@ from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, check_embeddings, exact_neighbors, ivf_neighbors
-from anybatch.mining.partition import equal_clusters, kaminpar_clusters, metis_clusters
+from anybatch.mining.partition import equal_clusters, metis_clusters
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
 
@@ -39,7 +39,6 @@ class MiningConfig:
         edges: "union" or "mutual"; None for what the method uses.
         hub_weight: Wanted edges weigh the wanted row's in-degree to minus this power; 0 counts edges.
         conflict_weight: What a probable false negative in the cluster costs, in wanted edges.
-        partitioner: "metis" or "kaminpar" (optional package), the start of the swap search.
         neighbors: "exact", "ivf", or "auto" by the number of rows.
         num_negatives: Explicit hard negatives drawn for each row (B3++).
         sweeps: Passes of the swap search, at most.
@@ -56,7 +55,6 @@ class MiningConfig:
     edges: Edges | None = None
     hub_weight: float = 0.0
     conflict_weight: float = 3.0
-    partitioner: Literal["metis", "kaminpar"] = "metis"
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: int = 0
     sweeps: int = 10
@@ -174,10 +172,7 @@ def mine_plan(
         )
     with _stage(report, "communities", progress):
         num_clusters = num_rows // config.cluster_size
-        if config.partitioner == "kaminpar" and not published:
-            start = kaminpar_clusters(graph.weight, num_clusters, seed=config.seed)
-        else:
-            start = metis_clusters(graph.weight, num_clusters, recursive=not published, seed=config.seed)
+        start = metis_clusters(graph.weight, num_clusters, recursive=not published, seed=config.seed)
     with _stage(report, "refinement", progress) as advance:
         cluster = equal_clusters(
             start,

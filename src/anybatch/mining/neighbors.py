@@ -172,7 +172,8 @@ def _torch_threads() -> Iterator[None]:
     another order than the same run resumed from a checkpoint, and ignore the limit that its user set.
     """
     before = torch.get_num_threads()
-    numba.set_num_threads(max(1, min(before, numba.config.NUMBA_NUM_THREADS)))
+    most: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    numba.set_num_threads(max(1, min(before, most)))
     try:
         yield
     finally:

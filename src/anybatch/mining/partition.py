@@ -7,12 +7,11 @@ here. Leaving conflicts out of the graph does not keep such rows apart, so they 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
 from scipy import sparse
-
-from anybatch.errors import AnybatchError
 
 HARD = 1e6  # a pair that must not share a batch outweighs any sum of wanted edges
 
@@ -31,44 +30,25 @@ def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: b
     """
     import pymetis
 
+    num_rows = len(weight.indptr) - 1
     if num_clusters == 1:
-        return np.zeros(weight.shape[0], np.int32)
+        return np.zeros(num_rows, np.int32)
     if weight.nnz == 0:
-        return (np.arange(weight.shape[0]) % num_clusters).astype(np.int32)
-    # METIS takes whole numbers. Sixteenths of the mean weight resolve hub weighting well enough.
-    unit = float(weight.data.mean()) / 16
-    whole = np.maximum(1, np.rint(weight.data / unit)).astype(np.int32)
+        return (np.arange(num_rows) % num_clusters).astype(np.int32)
+    pointers: Any = weight.indptr.astype(np.int32)
+    indices: Any = weight.indices.astype(np.int32)
+    whole: Any = _whole_weights(weight)
+    options = pymetis.Options(seed=seed)
     _, parts = pymetis.part_graph(
-        num_clusters,
-        xadj=weight.indptr.astype(np.int32),
-        adjncy=weight.indices.astype(np.int32),
-        eweights=whole,
-        recursive=recursive,
-        options=pymetis.Options(seed=seed),
+        num_clusters, xadj=pointers, adjncy=indices, eweights=whole, recursive=recursive, options=options
     )
     return np.asarray(parts, dtype=np.int32)
 
 
-def kaminpar_clusters(weight: sparse.csr_matrix, num_clusters: int, *, seed: int = 0) -> np.ndarray:
-    """KaMinPar's large-k preset, where the optional package is installed; see `metis_clusters`.
-
-    Raises:
-        AnybatchError: The package kaminpar is missing.
-    """
-    try:
-        import kaminpar
-    except ImportError as error:
-        raise AnybatchError(
-            "The partitioner 'kaminpar' is not installed. pip install 'anybatch[kaminpar]', or use 'metis'."
-        ) from error
-    unit = float(weight.data.mean()) / 16 if weight.nnz else 1.0
-    whole = np.maximum(1, np.rint(weight.data / unit)).astype(np.int32)
-    kaminpar.reseed(seed)
-    graph = kaminpar.graph_from_csr(weight.indptr.astype(np.int64), weight.indices.astype(np.int32), edge_weights=whole)  # pyright: ignore
-    instance = kaminpar.KaMinPar(
-        num_threads=1, ctx=kaminpar.context_by_name("largek")
-    )  # one thread: the same answer every time
-    return np.asarray(instance.compute_partition(graph, k=num_clusters, eps=0.03), dtype=np.int32)
+def _whole_weights(weight: sparse.csr_matrix) -> np.ndarray:
+    """Partitioners take whole numbers: sixteenths of the mean weight resolve hub weighting well enough."""
+    data = np.asarray(weight.data, dtype=np.float64)
+    return np.maximum(1, np.rint(data * (16 / data.mean()))).astype(np.int32) if len(data) else data.astype(np.int32)
 
 
 def equal_clusters(
@@ -200,13 +180,10 @@ def _repair(
                 link[where] += data[edge]
         for edge in range(indptr[row], indptr[row + 1]):
             where = cluster[indices[edge]]
-            if where < num_clusters and link[where] != 0.0:
-                if (
-                    filled[where] < size
-                    and link[where] > best_value
-                    and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id) == 0
-                ):
-                    best, best_value = where, link[where]
+            # Cheap tests first; a link of 0 was looked at already or attracts nothing.
+            fits = where < num_clusters and link[where] > best_value and filled[where] < size
+            if fits and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id) == 0:
+                best, best_value = where, link[where]
         for edge in range(indptr[row], indptr[row + 1]):
             where = cluster[indices[edge]]
             if where < num_clusters:
@@ -244,10 +221,8 @@ def _repair(
                 waiting[left] = row
                 left += 1
         num_waiting = left
-    pool = 0
     for position in range(num_waiting):
-        members[num_clusters, pool] = waiting[position]
-        pool += 1
+        members[num_clusters, position] = waiting[position]
 
 
 @numba.njit(cache=True)
@@ -266,7 +241,7 @@ def _sweep(
         total += at_home
         for edge in range(indptr[row], indptr[row + 1]):
             where = cluster[indices[edge]]
-            if where == home or where == num_clusters or where == first or where == second:
+            if where in (home, num_clusters, first, second):
                 continue
             if first < 0 or link[where] > link[first]:
                 first, second = where, first

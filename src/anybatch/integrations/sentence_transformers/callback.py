@@ -61,8 +61,9 @@ class LossStateCallback(TrainerCallback):
         sampler = _innermost_sampler(kwargs.get("train_dataloader"))
         if isinstance(sampler, PlanSampler):
             sampler.set_epoch(epoch)
-        if hasattr(self.loss.loss, "set_epoch"):
-            self.loss.loss.set_epoch(epoch)
+        set_epoch = getattr(self.loss.loss, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the loss to the checkpoint, atomically and last."""
@@ -96,7 +97,7 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
 
 def _innermost_sampler(dataloader: Any) -> Any:
     """Walk down through Accelerate's and the Trainer's wrappers to the sampler that makes the batches."""
-    sampler = getattr(dataloader, "batch_sampler", None)
+    sampler: Any = getattr(dataloader, "batch_sampler", None)
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     return sampler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from anybatch.errors import AnybatchError
 
@@ -64,8 +64,8 @@ def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
     """
     from torch import nn
 
-    backbone = model[0].model if hasattr(model[0], "model") else getattr(model[0], "auto_model", None)
-    config = getattr(backbone, "config", None)
+    backbone: Any = model[0].model if hasattr(model[0], "model") else getattr(model[0], "auto_model", None)
+    config: Any = getattr(backbone, "config", None)
     total = getattr(config, "num_hidden_layers", None)
     if backbone is None or total is None:
         raise AnybatchError(

@@ -141,7 +141,7 @@ def train_model(
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=3,  # the newest may be cut short, so one more than two
-        batch_sampler=PlanBatches(plan),
+        batch_sampler=PlanBatches(plan),  # pyright: ignore[reportArgumentType] - any such callable is accepted
         prompts=prompts,
         seed=seed,
         use_cpu=model.device.type == "cpu",
