@@ -241,7 +241,7 @@ def _sweep(
         total += at_home
         for edge in range(indptr[row], indptr[row + 1]):
             where = cluster[indices[edge]]
-            if where in (home, num_clusters, first, second):
+            if where == home or where == num_clusters or where == first or where == second:  # noqa: SIM109 - compiled
                 continue
             if first < 0 or link[where] > link[first]:
                 first, second = where, first
