@@ -370,6 +370,11 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     from anybatch.losses.config import build_loss
     from anybatch.rows import RowTable
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AnybatchError(
+            "`anybatch train` runs in one process so far. Under torchrun use sentence-transformers' Trainer with CachedLoss, PlanBatches and "
+            "LossStateCallback (docs/sentence_transformers.md); the plan that `anybatch mine` makes serves any number of processes."
+        )
     pairs = read_training_pairs(config)  # before the folder: bad data leaves nothing behind
     held_out = read_evaluation(config)
     model = load_model(config.model)

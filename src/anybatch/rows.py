@@ -19,7 +19,7 @@ Weights = Literal["none", "inclusion"]
 
 
 class RowTable(nn.Module):
-    """Look-up from row numbers to the arguments `anchor_id`, `candidate_id` and `log_weight` of a loss.
+    """Look-up from row numbers to the arguments `index`, `anchor_id`, `candidate_id` and `log_weight` of a loss.
 
     Identical texts are legal data, and must never be each other's negatives; rows of a mined plan are not a uniform
     sample of the data, and `weights="inclusion"` corrects for that.
@@ -86,6 +86,7 @@ class RowTable(nn.Module):
             )
         negatives = self.negative_id[index, :num_negatives].T.reshape(-1)
         arguments: dict[str, Any] = {
+            "index": index,
             "anchor_id": self.anchor_id[index],
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }

@@ -1,0 +1,157 @@
+"""Inside sentence-transformers' Trainer: the plan is dealt, evaluation gets plain batches, and two processes equal one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+
+from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers import CachedLoss, LossStateCallback, PlanBatches, with_index
+from anybatch.losses import SogCLR
+from anybatch.plan import BatchPlan
+from anybatch.rows import RowTable
+
+from ..conftest import sentence
+
+ROWS, BATCH = 40, 8
+
+
+def dataset(rows=ROWS, offset=0):
+    return Dataset.from_dict(
+        {
+            "anchor": [sentence(row + offset, 2 + row % 5) for row in range(rows)],
+            "positive": [sentence(row + 50 + offset, 3 + row % 7) for row in range(rows)],
+        }
+    )
+
+
+def trainer(folder, output, *, seen, train=None, evaluation=None, world_size=1, batch_size=BATCH, **settings):
+    """A trainer without dropout, so that the number of processes cannot matter; `seen` collects the rows of each step."""
+    model = SentenceTransformer(str(folder), device="cpu")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model[0].model.config.attention_probs_dropout_prob = 0.0
+    plan = BatchPlan.random(ROWS, BATCH, seed=3, data_digest="")
+    table = RowTable(np.arange(ROWS), np.arange(ROWS) % 30)
+    loss = CachedLoss(model, SogCLR(ROWS, gamma=0.5, learnable_temperature=True), rows=table, micro_batch=3)
+    forward = loss.forward
+
+    def watched(features, labels=None):
+        seen.append((torch.is_grad_enabled(), None if labels is None else labels.tolist()))
+        return forward(features, labels)
+
+    loss.forward = watched
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=batch_size // world_size,
+        per_device_eval_batch_size=4,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        batch_sampler=PlanBatches(plan),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_backend="gloo" if world_size > 1 else None,
+        dataloader_pin_memory=False,
+        **settings,
+    )
+    return SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=with_index(dataset()) if train is None else train,
+        eval_dataset=evaluation,
+        loss=loss,
+        callbacks=[LossStateCallback(loss)],
+    ), loss
+
+
+def test_plan_is_dealt_and_evaluation_is_left_alone(tiny_model_folder, tmp_path):
+    seen: list = []
+    # As many rows as the training set, so that only the row numbers tell them apart.
+    training, loss = trainer(
+        tiny_model_folder, tmp_path, seen=seen, evaluation=dataset(offset=7), eval_strategy="steps", eval_steps=3
+    )
+    training.train()
+    plan = BatchPlan.random(ROWS, BATCH, seed=3, data_digest="")
+    expected = [rows.tolist() for epoch in range(2) for rows in plan.epoch_batches(epoch)]
+    assert [rows for training_step, rows in seen if training_step] == expected
+    evaluations = [rows for training_step, rows in seen if not training_step]
+    assert len(evaluations) == 4 * 10  # after steps 3, 6, 9 and at the end, ten batches each
+    assert all(rows is None for rows in evaluations)
+    assert loss.loss.memory.visited.all()
+
+
+def test_a_plan_that_is_not_used_is_an_error(tiny_model_folder, tmp_path):
+    unnumbered, _ = trainer(tiny_model_folder, tmp_path, seen=[], train=dataset())
+    with pytest.raises(AnybatchError, match="plan was not used"):
+        unnumbered.train()
+    other_size, _ = trainer(tiny_model_folder, tmp_path, seen=[], batch_size=4)
+    with pytest.raises(AnybatchError, match="Set per_device_train_batch_size to 8"):
+        other_size.train()
+    with pytest.raises(AnybatchError, match="has the column 'label'"):
+        with_index(with_index(dataset()))
+
+
+SCRIPT = """
+import json, os, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from tests.integrations.test_trainer import trainer
+seen = []
+training, loss = trainer(Path(sys.argv[1]), Path(sys.argv[2]), seen=seen, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+training.train()
+rank = os.environ.get("RANK", "0")
+from safetensors.torch import save_file
+model = training.accelerator.unwrap_model(training.model)
+save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, f"{sys.argv[2]}/model-{rank}.safetensors")
+save_file({name: tensor.clone() for name, tensor in loss.loss.state_dict().items()}, f"{sys.argv[2]}/loss-{rank}.safetensors")
+Path(f"{sys.argv[2]}/seen-{rank}.json").write_text(json.dumps(seen))
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(tiny_model_folder, tmp_path):
+    root = Path(__file__).parent.parent.parent
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}",
+    }
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        (tmp_path / name).mkdir()
+        done = subprocess.run(
+            [*command, str(script), str(tiny_model_folder), str(tmp_path / name)],
+            env=environment, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())
+    assert [a[1] + b[1] for a, b in zip(*ranks, strict=True)] == [rows for _, rows in alone]
+    for part in ("model", "loss"):
+        expected = load_file(tmp_path / "one" / f"{part}-0.safetensors")
+        for rank in (0, 1):
+            state = load_file(tmp_path / "two" / f"{part}-{rank}.safetensors")
+            for name, value in expected.items():
+                torch.testing.assert_close(
+                    state[name], value, rtol=2e-4, atol=2e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+                )
