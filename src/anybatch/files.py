@@ -49,13 +49,18 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
             temporary.unlink()
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content`, atomically."""
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
     write_atomically(path, write)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def digest_of(parts: Iterable[bytes]) -> str:

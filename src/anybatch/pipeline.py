@@ -442,9 +442,11 @@ def save_model(model: SentenceTransformer, folder: Path) -> None:
         shutil.rmtree(temporary)
     try:
         model.save_pretrained(str(temporary))
-    except OSError as error:
+    except Exception as error:  # disk full comes as OSError or as the SafetensorError of the writer
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
         raise AnybatchError(
-            f"Cannot save the model to {folder}: {error.strerror or error}. Free some space, then run again with --resume."
+            f"Cannot save the model to {folder}: {error}. Free some space, then run again with --resume."
         ) from error
     if folder.exists():
         shutil.rmtree(folder)

@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import BatchSampler
 
 from anybatch.errors import AnybatchError
-from anybatch.files import digest_of, write_atomically
+from anybatch.files import digest_of, write_bytes
 
 FORMAT = "anybatch-plan"
 VERSION = 1
@@ -175,7 +175,7 @@ class BatchPlan:
         Raises:
             AnybatchError: It cannot be written; a file that was there is unchanged.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         arrays = {"cluster": self.cluster.astype(np.int32)}
         for name, array in (("suspects", self.suspects), ("negatives", self.negatives)):
@@ -190,7 +190,7 @@ class BatchPlan:
         header |= {"data_digest": self.data_digest, "meta": dict(self.meta)}
         # One key, because safetensors writes several in no fixed order, and equal plans should be equal files.
         metadata = {FORMAT: json.dumps({"version": VERSION, "plan": header})}
-        write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
+        write_bytes(path, save(arrays, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BatchPlan:

@@ -128,6 +128,27 @@ def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, 
     ]
 
 
+def test_disk_full_while_training(pairs_file, tiny_model_folder, tmp_path):
+    """Files may not grow past 60 kB, as on a full disk: the first checkpoint fails, what was there stays, and the run resumes."""
+    out = tmp_path / "run"
+    arguments = settings(pairs_file, tiny_model_folder, out, "mining.method=random", "train.epochs=1")
+    limit = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv[0] = 'anybatch'; "
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", limit + "from anybatch.cli import main; main()", "train", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    _, messages = process.communicate()
+    assert process.returncode == 2, messages
+    assert "go on with --resume" in messages
+    assert "Traceback" not in messages
+    plan = (out / "plan.safetensors").read_bytes()
+    run("train", "--resume", "--output", str(out))
+    assert (out / "plan.safetensors").read_bytes() == plan
+    assert (out / "metrics.json").exists()
+
+
 def test_resume_after_the_end_only_reads(pairs_file, tiny_model_folder, tmp_path):
     out = tmp_path / "run"
     run("train", *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "train.epochs=1"))

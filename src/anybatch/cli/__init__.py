@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Entry point of the `anybatch` command: exit code 0, or 2 with a message for what the user can mend."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below would cut into ours
+
     from anybatch.cli.app import app
     from anybatch.errors import AnybatchError
 

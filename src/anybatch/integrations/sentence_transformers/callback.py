@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anybatch.errors import AnybatchError
-from anybatch.files import write_atomically
+from anybatch.files import write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.plan import PlanSampler
@@ -70,7 +70,7 @@ class LossStateCallback(TrainerCallback):
         if state.is_world_process_zero:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loss.loss.state_dict().items()}
             path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / LOSS_STATE
-            write_atomically(path, lambda temporary: save_file(tensors, temporary))
+            write_bytes(path, save(tensors))
 
     def on_log(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -158,7 +159,16 @@ def train_model(
         callbacks=[LossStateCallback(loss), recorder],
     )
     _silence(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    except AnybatchError:
+        raise
+    except Exception as error:
+        if not _is_write_failure(error):
+            raise
+        raise AnybatchError(
+            f"Writing under {output} failed: {error}. Older whole checkpoints are unchanged: free some space, then go on with --resume."
+        ) from error
     return recorder.lines
 
 
@@ -215,6 +225,14 @@ def _make_recorder(
                 file.write(json.dumps(line) + "\n")
 
     return Recorder()
+
+
+def _is_write_failure(error: Exception) -> bool:
+    """Disk full and the like, in the three forms that the writers of a checkpoint give it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        return True
+    text = str(error)
+    return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text or "No space left" in text
 
 
 def _silence(trainer: Any) -> None:
