@@ -157,6 +157,23 @@ def test_resume_after_the_end_only_reads(pairs_file, tiny_model_folder, tmp_path
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_explicit_negatives(pairs_file, tiny_model_folder, tmp_path):
+    """A negative column reaches the loss, and one that is the positive's own text is no negative."""
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    losses = []
+    for name, offset in (("own", 0), ("other", 5)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(
+            "".join(
+                json.dumps({**row, "wrong": rows[(n + offset) % 97]["positive"]}) + "\n" for n, row in enumerate(rows)
+            )
+        )
+        more = ("mining.method=random", "train.max_steps=1", "train.warmup=0")
+        run("train", *settings(path, tiny_model_folder, tmp_path / name, *more), "--negative", "wrong")
+        losses.append(json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["num_negatives"])
+    assert losses[1] > losses[0] >= 7
+
+
 class TestMistakes:
     """Each is refused with a message that says what to do, and leaves nothing behind."""
 

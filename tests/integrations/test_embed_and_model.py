@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers import ModelConfig, embed_texts, embed_to_file, load_model
+from anybatch.integrations.sentence_transformers import embed as embed_module
+
+from ..conftest import sentence
+
+TEXTS = [sentence(number, 2 + number % 7) for number in range(23)]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_embedding_goes_on_after_a_kill(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed_module, "SHARD", 5)
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    whole = embed_texts(model, TEXTS, prompt="mata ")
+    calls = []
+
+    def count(texts):
+        calls.append(texts)
+        if len(calls) == 3 and not (tmp_path / "again").exists():
+            raise Killed
+
+    path = tmp_path / "teacher.npy"
+    with pytest.raises(Killed):
+        embed_to_file(model, TEXTS, path, identity={"model": "m"}, prompt="mata ", progress=count)
+    assert not path.exists()
+    (tmp_path / "again").touch()
+    calls.clear()
+    rows = embed_to_file(model, TEXTS, path, identity={"model": "m"}, prompt="mata ", progress=count)
+    assert calls[0] == 15, "three shards were done; they are not made again"
+    assert sum(calls) == len(TEXTS)
+    np.testing.assert_allclose(rows, whole, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+
+
+def test_work_of_another_teacher_is_not_resumed_and_not_overwritten(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed_module, "SHARD", 5)
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    path = tmp_path / "teacher.npy"
+    embed_to_file(model, TEXTS, path, identity={"model": "one"})
+    before = path.read_bytes()
+    for identity, texts in (({"model": "two"}, TEXTS), ({"model": "one"}, [*TEXTS[:-1], "changed"])):
+        with pytest.raises(AnybatchError, match="another model or of other texts"):
+            embed_to_file(model, texts, path, identity=identity)
+    assert path.read_bytes() == before
+    np.testing.assert_array_equal(embed_to_file(model, TEXTS, path, identity={"model": "one"}), np.load(path))
+
+
+def test_first_layers_survive_saving(tiny_model_folder, tmp_path):
+    model = load_model(ModelConfig(name=str(tiny_model_folder), num_layers=1, max_length=9, device="cpu"))
+    assert model.max_seq_length == 9
+    model.save_pretrained(str(tmp_path / "cut"))
+    again = SentenceTransformer(str(tmp_path / "cut"), device="cpu")
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+    np.testing.assert_array_equal(again.encode(TEXTS[:3]), model.encode(TEXTS[:3]))
+    whole = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    assert sum(p.numel() for p in whole.parameters()) > sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"num_layers": 3}, "expected 1 to 2"), ({"num_layers": 0}, "expected 1 to 2"), ({"max_length": 1}, "at least 2")],
+)
+def test_mistakes(tiny_model_folder, settings, match):
+    with pytest.raises(AnybatchError, match=match):
+        load_model(ModelConfig(name=str(tiny_model_folder), device="cpu", **settings))
+    with pytest.raises(AnybatchError, match="Cannot load the model"):
+        load_model(ModelConfig(name=str(tiny_model_folder / "absent"), device="cpu"))
