@@ -9,9 +9,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,110 +20,12 @@ from anybatch.data import PairData, RetrievalData, read_pairs, read_retrieval
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
-from anybatch.integrations.sentence_transformers.training import TrainConfig
-from anybatch.losses.config import LossConfig
-from anybatch.mining import MiningConfig
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
+from anybatch.run_config import RunConfig, RunResult
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The training pairs.
-
-    Attributes:
-        path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`.
-        anchor, positive: Names of the text columns.
-        negatives: Names of columns with explicit negatives.
-        limit: Use only the first rows; None for all.
-    """
-
-    path: str
-    anchor: str = "anchor"
-    positive: str = "positive"
-    negatives: tuple[str, ...] = ()
-    limit: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """The held-out data: pairs in the training columns, or a retrieval set with relevance judgements.
-
-    Attributes:
-        path: Held-out pairs; each anchor must find its positive among all of them.
-        limit: Use only the first pairs.
-        corpus, queries, qrels: Files of a retrieval set instead of pairs (BEIR's layout).
-        split: Which split of `queries` and `qrels`, if they have several.
-    """
-
-    path: str | None = None
-    limit: int | None = None
-    corpus: str | None = None
-    queries: str | None = None
-    qrels: str | None = None
-    split: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """Who ranks the data for mining: a model, or embeddings that exist already.
-
-    Attributes:
-        name: A sentence-transformers model; None with precomputed embeddings, or when no mining is asked for.
-        max_length: Tokens a text is cut at.
-        batch_size: Texts per forward pass.
-        anchor_prompt, positive_prompt: Text put before each text.
-        anchor_embeddings, positive_embeddings: `.npy` files, (rows, dimensions), in the rows' order.
-    """
-
-    name: str | None = None
-    max_length: int | None = None
-    batch_size: int = 64
-    anchor_prompt: str = ""
-    positive_prompt: str = ""
-    anchor_embeddings: str | None = None
-    positive_embeddings: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One run. `batch_size` is the contrastive batch over all processes; `seed` fixes batches, initialisation and dropout."""
-
-    output: str
-    data: DataConfig
-    model: ModelConfig
-    batch_size: int = 64
-    seed: int = 0
-    plan: str | None = None
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    mining: MiningConfig = field(default_factory=MiningConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run left behind.
-
-    Attributes:
-        metrics: Figures of the trained model on the held-out data; empty without such data.
-        metrics_untrained: The same of the model before training.
-        log: The lines of `log.jsonl`.
-        train_seconds: Wall time of training, without embedding, mining and evaluation; of the last session if resumed.
-        train_peak_bytes: Peak resident memory while training.
-        num_steps: Optimiser steps.
-    """
-
-    metrics: dict[str, float]
-    metrics_untrained: dict[str, float]
-    log: list[dict[str, Any]]
-    train_seconds: float
-    train_peak_bytes: int
-    num_steps: int
 
 
 class Progress(Protocol):

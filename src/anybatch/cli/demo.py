@@ -19,9 +19,9 @@ from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import LossConfig
 from anybatch.mining import MiningConfig
-from anybatch.pipeline import DataConfig, EvaluationConfig, RunConfig, RunResult, TeacherConfig
 from anybatch.plan import BatchPlan
 from anybatch.report import MethodResult, Report, comparison_table, render_report
+from anybatch.run_config import DataConfig, EvaluationConfig, RunConfig, RunResult, TeacherConfig
 
 SMALL, LARGE = 32, 128
 

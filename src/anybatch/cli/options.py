@@ -10,7 +10,7 @@ import yaml
 
 from anybatch.configuration import load_config
 from anybatch.errors import AnybatchError
-from anybatch.pipeline import RunConfig
+from anybatch.run_config import RunConfig
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="A YAML file; `anybatch train --show-config` prints every key.")
