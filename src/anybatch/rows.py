@@ -5,6 +5,7 @@ Imports errors, losses and plan.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +53,12 @@ class RowTable(nn.Module):
             )
         if weights == "inclusion" and plan is None:
             raise AnybatchError("weights='inclusion' needs the plan that made the batches.")
+        if weights == "inclusion" and plan is not None and plan.clusters_per_batch == 1:
+            warnings.warn(
+                f"A batch of {plan.batch_size} is a single cluster, so rows of other clusters never come and no weight can stand for them: the "
+                "loss will follow the clusters, not the data. Use a batch of at least two clusters.",
+                stacklevel=2,
+            )
         # Not persistent: the table is made from data and plan, which have their own files and digests.
         self.anchor_id: Tensor
         self.positive_id: Tensor

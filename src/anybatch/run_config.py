@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import LossConfig
@@ -87,6 +88,19 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seed"):
+            own, default, run = getattr(self.mining, name), getattr(MiningConfig(), name), getattr(self, name)
+            if own not in (default, run):
+                raise AnybatchError(
+                    f"mining.{name} is {own} and {name} is {run}; set {name} alone, which holds for the whole run."
+                )
+        retrieval = self.evaluation.corpus or self.evaluation.queries or self.evaluation.qrels
+        if self.evaluation.path and retrieval:
+            raise AnybatchError(
+                "evaluation names pairs (path) and a retrieval set (corpus, queries, qrels); give one of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -273,6 +273,13 @@ class TestMistakes:
         self.refuse("not empty", "train", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))
         assert os.listdir(out) == ["thesis.txt"]
 
+    def test_settings_that_contradict_each_other(self, pairs_file, tiny_model_folder, out):
+        given = settings(pairs_file, tiny_model_folder, out, "mining.method=random")
+        self.refuse("set batch_size alone", "train", *given, "--set", "mining.batch_size=16")
+        self.refuse("give one of them", "train", *given, "--set", "evaluation.corpus=x.jsonl")
+        self.refuse("does not define", "train", *given, "--set", "loss.weights=inclusion")
+        assert not out.exists()
+
     def test_unknown_key_and_unknown_model(self, pairs_file, tiny_model_folder, tmp_path, out):
         self.refuse(
             "did you mean 'temperature'", "train", *settings(pairs_file, tiny_model_folder, out, "loss.temprature=0.1")

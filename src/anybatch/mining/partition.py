@@ -205,7 +205,7 @@ def _repair(
             if attempt == 1 or not twins[row]:
                 place = free if free < num_clusters else -1
             else:
-                for offset in range(num_clusters - free):
+                for offset in range(min(num_clusters - free, 64)):  # a bounded search: half of all rows may be twins
                     where = free + offset
                     if (
                         filled[where] < size
