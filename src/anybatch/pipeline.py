@@ -307,16 +307,17 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         max_tokens=config.train.max_tokens,
         keep_graphs=config.train.keep_graphs,
     )
+    dataset = pairs.to_dataset()
     with Measure() as measure:
         log = train_model(
             model,
             loss,
-            pairs.to_dataset(),
+            dataset,
             plan,
             config.train,
             output=folder,
             seed=config.seed,
-            prompts=_column_prompts(config, pairs) or None,
+            prompts=_column_prompts(config, dataset.column_names) or None,
             resume=resume,
             evaluate=evaluate if held_out is not None else None,
             progress=lambda done, total, figures: progress("training", done, total, figures),
@@ -361,8 +362,8 @@ def _remember(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, 
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _column_prompts(config: RunConfig, pairs: PairData) -> dict[str, str]:
+def _column_prompts(config: RunConfig, columns: list[str]) -> dict[str, str]:
     prompts = {"anchor": config.model.anchor_prompt}
-    for name in pairs.to_dataset().column_names[1:]:
+    for name in columns[1:]:
         prompts[name] = config.model.positive_prompt
     return {name: prompt for name, prompt in prompts.items() if prompt}

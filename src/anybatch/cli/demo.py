@@ -188,8 +188,7 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: 
     write_text(
         folder / "results.json", json.dumps({name: asdict(result) for name, result in results.items()}, indent=2)
     )
-    terminal = Console()
-    terminal = Console(width=max(108, terminal.width))  # a table whose cells wrap cannot be read
+    terminal = Console(width=max(108, Console().width))  # a table whose cells wrap cannot be read
     terminal.print(comparison_table(rows, METHODS[0].name))
     terminal.print("One seed, minutes of training: differences of a hundredth mean little.", highlight=False)
     terminal.print(f"Report: {folder / 'report.html'}   models: {folder}/a/model to {folder}/f/model", highlight=False)

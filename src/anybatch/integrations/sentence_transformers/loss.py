@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.caching.replay import Recording, record, replay
+from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.errors import AnybatchError
 from anybatch.losses import InfoNCE
@@ -117,9 +118,9 @@ class CachedLoss(nn.Module):
         arguments: dict[str, Any] = {}
         if labels is not None:
             index = labels.to(anchors.device, torch.int64)
-            arguments["index"] = index
+            arguments = {"index": index}
             if self.rows is not None:
-                arguments.update(self.rows.arguments(index, num_negatives=len(columns) - 2))
+                arguments = self.rows.arguments(index, num_negatives=len(columns) - 2)
         elif self.rows is not None:
             raise AnybatchError(
                 "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
@@ -143,9 +144,10 @@ class CachedLoss(nn.Module):
         )
 
     def _record(self, features: dict[str, Any]) -> Recording:
-        micro_batches = plan_micro_batches(features, micro_batch=self.micro_batch, max_tokens=self.max_tokens)
+        slicer = RowSlicer(features)  # reads the masks once, for the plan and for the recording
+        micro_batches = plan_micro_batches(slicer, micro_batch=self.micro_batch, max_tokens=self.max_tokens)
         return record(
-            self._encode, features, micro_batches=micro_batches, keep_graphs=self.keep_graphs, modules=[self.model]
+            self._encode, slicer, micro_batches=micro_batches, keep_graphs=self.keep_graphs, modules=[self.model]
         )
 
     def _encode(self, features: dict[str, Any]) -> Tensor:
