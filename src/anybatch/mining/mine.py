@@ -41,7 +41,7 @@ class MiningConfig:
         conflict_weight: What a probable false negative in the cluster costs, in wanted edges.
         neighbors: "exact", "ivf", or "auto" by the number of rows.
         num_negatives: Explicit hard negatives drawn for each row (B3++).
-        sweeps: Passes of the swap search, at most.
+        sweeps: Passes of the exchange search; each doubling gains a little more.
         seed: Of everything random.
     """
 
@@ -57,7 +57,7 @@ class MiningConfig:
     conflict_weight: float = 3.0
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: int = 0
-    sweeps: int = 10
+    sweeps: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -172,7 +172,8 @@ def mine_plan(
         )
     with _stage(report, "communities", progress):
         num_clusters = num_rows // config.cluster_size
-        start = metis_clusters(graph.weight, num_clusters, recursive=not published, seed=config.seed)
+        wanted = graph.weight if published else graph.attraction(config.conflict_weight)
+        start = metis_clusters(wanted, num_clusters, recursive=not published, seed=config.seed)
     with _stage(report, "refinement", progress) as advance:
         cluster = equal_clusters(
             start,
