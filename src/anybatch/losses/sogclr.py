@@ -83,9 +83,7 @@ class SogCLR(ContrastiveLoss):
             dimensions=dimensions,
         )
 
-    def _finish(
-        self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor
-    ) -> Tensor:
+    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         if self._updating and isinstance(self.gamma, GammaSchedule):
             self.gamma.advance()
         return super()._finish(batch, sides, stats, loss)
