@@ -36,6 +36,7 @@ STATEFUL = {
     "nuclr": lambda **k: NUCLR(ROWS, gamma=0.4, margin_lr=0.05, margin_start=1, **k),
     "glofnd": lambda **k: GloFND(ROWS, gamma=0.4, alpha=0.3, threshold_start=1, **k),
     "emc2": lambda **k: EMC2(ROWS, learnable_temperature=True, **k),
+    "emc2 with states": lambda **k: EMC2(ROWS, dimensions=WIDTH, learnable_temperature=True, **k),
     "scent": lambda **k: SCENT(ROWS, alpha=0.3, **k),
 }
 ALL = {**STATELESS, **STATEFUL}

@@ -145,7 +145,7 @@ class ContrastiveLoss(nn.Module):
                 log_weight=forward.log_weight,
                 row_weight=forward.row_weight,
                 adjust=forward.adjust,
-                column_pull=forward.column_pull,
+                column_weight=forward.column_weight,
                 tile_bytes=self.tile_bytes,
             )
             stats = (one,)

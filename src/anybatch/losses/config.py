@@ -22,7 +22,7 @@ KNOWN: dict[str, frozenset[str]] = {
     "tempnet": frozenset({"dimensions", *_OWN_TEMPERATURES}),
     "nuclr": frozenset({"margin", "margin_lr", "margin_start", *_GLOBAL}),
     "glofnd": frozenset({"learnable_temperature", "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
-    "emc2": frozenset({"learnable_temperature", "burn_in", "seed"}),
+    "emc2": frozenset({"learnable_temperature", "dimensions", "burn_in", "seed"}),
     "scent": frozenset({"learnable_temperature", "eps", "alpha"}),
 }
 # Denominators that are the batch's own, which inclusion weights would turn into something else.
@@ -50,7 +50,7 @@ class LossConfig:
         rho: fastclip, isogclr, tempnet: radius of the robust objective.
         temperature_range: fastclip, isogclr, tempnet: lowest and highest temperature.
         temperature_lr: fastclip v2, isogclr: step of an example's temperature.
-        dimensions: tempnet: width of the embeddings.
+        dimensions: tempnet: width of the embeddings. emc2: likewise, to keep the embeddings of the chains' states.
         margin: infonce: added to negatives' similarities. nuclr: the first margin of every row.
         margin_lr, margin_start: nuclr: step of the margins, and steps before they are learned.
         hardness: infonce: weight negatives by exp(hardness * similarity).

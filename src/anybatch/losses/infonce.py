@@ -142,7 +142,7 @@ class _Hardness:
     def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
         negative = ~logits.isneginf()
         tilted = (self.beta * scores).masked_fill_(~negative, -torch.inf)
-        log_mean = tilted.logsumexp(dim=1) - negative.sum(dim=1).clamp(min=1).log()
+        log_mean = tilted.logsumexp(dim=1) - negative.sum(dim=1).clamp(min=1).to(tilted.dtype).log()
         return torch.where(negative, logits + tilted - log_mean[:, None], -torch.inf)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -92,7 +92,16 @@ class NUCLR(SogCLR):
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
         rule = super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)
         assert isinstance(rule, Remembering)
-        return replace(rule, log_eps=self._log_eps(direction))
+        assert index is not None
+        margins = self.margins.of(index, direction=direction, dtype=torch.float64)
+        known = {field.name: getattr(rule, field.name) for field in fields(rule)}
+        own = -margins / self._temperature - math.log(self.num_rows - 1)
+        return _Margined(
+            **{**known, "log_eps": self._log_eps(direction)},
+            log_own=own,
+            factor=torch.zeros_like(own),
+            positive=torch.zeros_like(own),
+        )
 
     def _side(self, batch: Batch, *, direction: int) -> Side:
         side = super()._side(batch, direction=direction)
@@ -104,7 +113,8 @@ class NUCLR(SogCLR):
         term: LogWeight = TensorLogWeight(values=-margins[None] / self._temperature, normalised=False)
         if side.log_weight is not None:
             term = SumLogWeight(terms=(side.log_weight, term))
-        return replace(side, log_weight=term, column_pull=self._updating)
+        assert isinstance(side.rule, _Margined)
+        return replace(side, log_weight=term, column_weight=side.rule.weight if self._updating else None)
 
     def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         loss = super()._finish(batch, sides, stats, loss)
@@ -113,32 +123,50 @@ class NUCLR(SogCLR):
         assert batch.index is not None
         if int(self.num_steps) >= self.margin_start:
             # Before any margin moves: the derivatives of both directions belong to the margins that the loss was made with.
-            derivatives = [
-                self._derivative(batch, side, figures, d) for d, (side, figures) in enumerate(zip(sides, stats))
-            ]
+            derivatives = [self._derivative(side, figures) for side, figures in zip(sides, stats, strict=True)]
             for direction, derivative in enumerate(derivatives):
                 said = derivative.isfinite()
                 self.margins.update(batch.index[said], derivative[said], direction=direction)
         self.num_steps += 1
         return loss
 
-    def _derivative(self, batch: Batch, side: Side, figures: SoftmaxStats, direction: int) -> Tensor:
+    def _derivative(self, side: Side, figures: SoftmaxStats) -> Tensor:
         """(B,) 1 - sum_i P_ij for the positives of this rank's rows; NaN where the batch says nothing."""
         assert figures.column_pull is not None
-        assert batch.index is not None
+        assert isinstance(side.rule, _Margined)
         num_rows = len(figures.objective)
-        totals = torch.stack([figures.num_negatives.sum(), figures.objective.new_tensor(num_rows)])
-        num_negatives, num_rows_all = distributed.sum_over_ranks(totals).tolist()
+        num_rows_all = int(distributed.sum_over_ranks(figures.objective.new_tensor(num_rows)))
         if num_rows_all < 2:
             return torch.full_like(figures.objective, torch.nan)
-        assert isinstance(side.rule, Remembering)
-        # p_ij is a share among the batch's k negatives, so k / (n - 1) of it is the share among all the data's.
-        scale = 1.0 if side.rule.normalised else num_negatives / num_rows_all / (num_rows_all - 1)
-        margins = self.margins.of(batch.index, direction=direction, dtype=figures.objective.dtype)
-        own = -margins / self._temperature - math.log(self.num_rows - 1)
-        # The objective is log(u + e) with e of the largest margin; the positive's share is taken with the row's own.
-        share = -torch.expm1(side.rule.log_eps - figures.objective)  # u / (u + e)
-        log_mean = figures.objective + share.clamp(min=1e-30).log()
-        positive = (own - torch.logaddexp(log_mean, own)).exp()
-        derivative = 1 - figures.column_pull[:num_rows] * scale - positive
+        # With normalised log-weights the batch's sum stands for that over all the data already.
+        others = figures.column_pull[:num_rows] / (1 if side.rule.normalised else num_rows_all - 1)
+        derivative = 1 - others - side.rule.positive.to(others.dtype)
         return torch.where(figures.num_negatives > 0, derivative, torch.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Margined(Remembering):
+    """SogCLR's rule with the largest margin in the positive's place; notes the shares that each positive's own margin gives.
+
+    Attributes:
+        log_own: (B,) log of the positive's term with its own margin.
+        factor: (B,) filled in a call: p_ij times this is the share of j among the k negatives and the positive.
+        positive: (B,) filled in a call: the share of the positive.
+    """
+
+    log_own: Tensor
+    factor: Tensor
+    positive: Tensor
+
+    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_mean, correction = self.remember(log_sum, num_negatives, rows)
+        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
+        own = self.log_own[rows]
+        exact = torch.logaddexp(log_mean.to(own.dtype), own)
+        self.factor[rows] = (objective - exact).exp() * (1 if self.normalised else num_negatives)
+        self.positive[rows] = (own - exact).exp()
+        return objective + correction, objective
+
+    def weight(self, rows: slice) -> Tensor:
+        """Weights of the rows in the pulls of the columns."""
+        return self.factor[rows]

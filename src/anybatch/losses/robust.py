@@ -119,7 +119,7 @@ class RobustSogCLR(SogCLR):
             temperature = sides[0].temperature
             return loss + (temperature - temperature.detach()) * (loss.detach() / temperature.detach())
         value, means = loss.detach(), []
-        for direction, (side, figures) in enumerate(zip(sides, stats, strict=True)):
+        for direction, figures in enumerate(stats):
             assert figures.temperature_gradient is not None
             gradient = figures.objective + figures.temperature_gradient
             gradient = torch.where(figures.num_negatives > 0, gradient, 0.0)

@@ -106,6 +106,12 @@ class Remembering:
 
     def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
+        log_mean, correction = self.remember(log_sum, num_negatives, rows)
+        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
+        return objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant)
+
+    def remember(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both (b,)."""
         correction = torch.zeros_like(log_sum) if self.normalised else num_negatives.clamp(min=1).log()
         log_mean = self.memory.blend(
             self.index[rows],
@@ -115,5 +121,4 @@ class Remembering:
             update=self.update,
             dimensions=self.dimensions,
         )
-        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
-        return objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant)
+        return log_mean, correction
