@@ -10,9 +10,11 @@ from anybatch.losses.log_weights import (
     TensorLogWeight,
     inclusion_log_weights,
 )
+from anybatch.losses.pairwise import AUCCL, SigLIP
 from anybatch.losses.sogclr import SogCLR
 
 __all__ = [
+    "AUCCL",
     "ClusterLogWeight",
     "ContrastiveLoss",
     "CountCorrectedInfoNCE",
@@ -20,6 +22,7 @@ __all__ = [
     "IdMask",
     "InfoNCE",
     "LogWeight",
+    "SigLIP",
     "SogCLR",
     "SumLogWeight",
     "TensorLogWeight",

@@ -16,22 +16,27 @@ class LossConfig:
 
     Attributes:
         name: "infonce", "decoupled" (no positive in the denominator), "count_corrected" (the batch's negatives stand for the
-            whole data set; no memory), "sogclr" (a running denominator for each example).
+            whole data set; no memory), "sogclr" (a running denominator for each example), "siglip" (a yes-or-no question a pair; published with
+            temperature 0.1, learned), "auc_cl" (positives outscore negatives by a margin).
         temperature: Similarities are divided by it. 0.01 to 0.07 for text, 0.07 to 0.1 for images.
         learnable_temperature: Train it as a parameter.
         direction: "one_way" (anchor to candidates), or "both" (also positive to anchors).
         gamma: SogCLR: weight of the new batch in an example's running denominator; 1 forgets everything else.
         eps: SogCLR: added to the running denominator; None for 1 / (rows - 1), which makes it an estimate of full-data InfoNCE.
+        bias: SigLIP: the bias at first; it is learned.
+        margin: AUC-CL: wanted lead of a positive, in cosine similarity.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
     """
 
-    name: Literal["infonce", "decoupled", "count_corrected", "sogclr"] = "infonce"
+    name: Literal["infonce", "decoupled", "count_corrected", "sogclr", "siglip", "auc_cl"] = "infonce"
     temperature: float = 0.05
     learnable_temperature: bool = False
     direction: Literal["one_way", "both"] = "one_way"
     gamma: float = 0.9
     eps: float | None = None
+    bias: float = -10.0
+    margin: float = 1.0
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: float | None = None
 
@@ -40,17 +45,29 @@ class LossConfig:
             raise AnybatchError(f"loss.temperature is {self.temperature}; expected a positive number such as 0.05.")
         if not 0 < self.gamma <= 1:
             raise AnybatchError(f"loss.gamma is {self.gamma}; expected a number above 0 and at most 1.")
-        if self.weights == "inclusion" and self.name in ("infonce", "decoupled"):
+        if self.weights == "inclusion" and self.name in ("infonce", "decoupled", "siglip"):
             raise AnybatchError(
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "
                 "Use loss.name=count_corrected (no memory) or sogclr."
             )
+        if self.name in ("siglip", "auc_cl") and self.direction == "both":
+            raise AnybatchError(
+                f"loss.direction is 'both'; '{self.name}' judges pairs and has one direction. Leave it at 'one_way'."
+            )
+        if self.name == "auc_cl" and (self.temperature != 0.05 or self.learnable_temperature):
+            raise AnybatchError("loss.name 'auc_cl' has no temperature; set loss.margin instead.")
 
 
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
     """The Module that `config` names, for a data set of `num_rows` rows."""
-    from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
+    from anybatch.losses import AUCCL, CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SigLIP, SogCLR
 
+    if config.name == "siglip":
+        return SigLIP(
+            temperature=config.temperature, learnable_temperature=config.learnable_temperature, bias=config.bias
+        )
+    if config.name == "auc_cl":
+        return AUCCL(margin=config.margin)
     shared = {
         "temperature": config.temperature,
         "learnable_temperature": config.learnable_temperature,
