@@ -214,6 +214,7 @@ class ExampleMemory(nn.Module):
             raise AnybatchError(f"To grow this memory give {wanted}.")
         if keys is not None:
             slot = _slots(keys).to(self.log_mean.device)
+            assert self.slot is not None
             if len(slot) < self.num_rows or not torch.equal(slot[: self.num_rows], self.slot):
                 raise AnybatchError(
                     "The keys do not begin with those of the rows that the memory has. New rows go behind the old ones."
@@ -275,7 +276,7 @@ class ExampleMemory(nn.Module):
         own = slots % ranks == rank
         return own, slots[own] // ranks
 
-    def _save_to_state_dict(self, *arguments: Any) -> None:
+    def _save_to_state_dict(self, *arguments: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.settle()
         super()._save_to_state_dict(*arguments)
 
