@@ -42,7 +42,7 @@ class Rows:
 
     @property
     def log_mean(self) -> Tensor:
-        """log of the mean of exp(relative logit) over the negatives: what a memory keeps."""
+        """Log of the mean of exp(relative logit) over the negatives: what a memory keeps."""
         return self.log_sum - self.num_negatives.clamp(min=1).log()
 
     @property
