@@ -232,3 +232,67 @@ def test_a_sharded_memory_waits_for_its_process_group():
     memory.shard[1] = 4  # as if it came from a run of four ranks
     with pytest.raises(AnybatchError, match="shard 0 of 4; this is rank 0 of 1"):
         visit(memory, [1], [0.5])
+
+
+class TestKeyedSogCLR:
+    """Four rows a query with positives of very different similarity: the shared state is the query's, not a positive's."""
+
+    def draw(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        query = torch.arange(12) // 4
+        anchors = torch.nn.functional.normalize(torch.randn(3, 5, generator=generator, dtype=torch.float64), dim=1)[
+            query
+        ]
+        positives = (
+            torch.randn(12, 5, generator=generator, dtype=torch.float64) + 2 * torch.arange(12)[:, None] % 4 * anchors
+        )
+        return query, anchors, positives
+
+    def test_equals_the_loop(self):
+        tau, gamma = 0.5, 0.4
+        query, anchors, positives = self.draw(0)
+        loss = SogCLR(12, gamma=gamma, eps=0.01, temperature=tau, memory=ExampleMemory.from_keys(query.numpy()))
+        loss.memory.double()
+        shared: dict[int, float] = {}
+        for rows in ([0, 1, 5, 8], [2, 6, 7, 11], [0, 3, 9, 10]):
+            batch = torch.tensor(rows)
+            a, p = anchors[batch].clone().requires_grad_(), positives[batch]
+            value = loss(a, p, index=batch, anchor_id=query[batch], candidate_id=batch)
+            scores = torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(p, dim=1).T / tau
+            groups: dict[int, list[float]] = {}
+            for i in range(4):
+                others = [scores[i, j].exp().item() for j in range(4) if query[batch[j]] != query[batch[i]]]
+                groups.setdefault(int(query[batch[i]]), []).append(sum(others) / len(others))
+            for key, said in groups.items():
+                mean = sum(said) / len(said)
+                shared[key] = mean if key not in shared else (1 - gamma) * shared[key] + gamma * mean
+            surrogate, objective = 0.0, 0.0
+            for i in range(4):
+                others = [j for j in range(4) if query[batch[j]] != query[batch[i]]]
+                u = shared[int(query[batch[i]])] / scores[i, i].exp().item()
+                objective += math.log(0.01 + u)
+                for j in others:
+                    gap = scores[i, j] - scores[i, i]
+                    surrogate = surrogate + gap.detach().exp() / (len(others) * (0.01 + u)) * gap
+            assert value.item() == pytest.approx(objective / 4, rel=1e-9)
+            ours, theirs = torch.autograd.grad(value, a)[0], torch.autograd.grad(surrogate / 4, a)[0]
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        assert loss.memory.log_mean[0].exp().tolist() == pytest.approx([shared[key] for key in range(3)], rel=1e-9)
+
+    def test_without_repeated_keys_nothing_changes_but_the_fresh_positive(self):
+        """With every key once and the same embeddings at each visit, relative and absolute states say the same."""
+        _, anchors, positives = self.draw(1)
+        plain, keyed = SogCLR(12, gamma=0.3), SogCLR(12, gamma=0.3, memory=ExampleMemory.from_keys(np.arange(12)))
+        for loss in (plain, keyed):
+            loss.memory.double()
+        for _ in range(3):
+            index = torch.randperm(12)[:6]
+            values = [loss(anchors[index].requires_grad_(), positives[index], index=index) for loss in (plain, keyed)]
+            assert values[0].item() == pytest.approx(values[1].item(), rel=1e-9)
+
+    def test_mistakes(self):
+        memory = ExampleMemory.from_keys(KEYS, 2)
+        with pytest.raises(AnybatchError, match=r"7 rows and 2 direction\(s\); expected 7 and 1"):
+            SogCLR(7, memory=memory)
+        with pytest.raises(AnybatchError, match="name anchors"):
+            SogCLR(7, memory=memory, direction="both")(torch.eye(3), torch.eye(3), index=torch.arange(3))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
+from anybatch.losses.base import Batch, ContrastiveLoss
 from anybatch.losses.engine import TILE_BYTES
 
 Embeddings: TypeAlias = "np.ndarray | Tensor"
@@ -63,7 +64,6 @@ class Table:
     Attributes:
         queries, targets: (n, D) arrays, memory maps or tensors; row i of the one belongs to row i of the other.
         query_id, target_id: (n,) int64; equal for equal content. None if all differ.
-        temperature: Similarities are divided by it.
         normalize: L2-normalise rows when they are read.
         device: Where to compute.
     """
@@ -72,7 +72,6 @@ class Table:
     targets: Embeddings
     query_id: Tensor | None
     target_id: Tensor | None
-    temperature: float
     normalize: bool
     device: torch.device
 
@@ -83,7 +82,6 @@ class Table:
             targets=self.queries,
             query_id=self.target_id,
             target_id=self.query_id,
-            temperature=self.temperature,
             normalize=self.normalize,
             device=self.device,
         )
@@ -102,7 +100,6 @@ def make_table(
     *,
     anchor_id: np.ndarray | Tensor | None,
     positive_id: np.ndarray | Tensor | None,
-    temperature: float,
     normalize: bool,
     device: torch.device,
 ) -> Table:
@@ -128,14 +125,40 @@ def make_table(
         targets=positives,
         query_id=ids[0],
         target_id=ids[1],
-        temperature=temperature,
         normalize=normalize,
         device=device,
     )
 
 
+def temperatures_of(
+    loss: ContrastiveLoss, table: Table, rows: slice | np.ndarray, index: Tensor, *, direction: int
+) -> Tensor:
+    """The temperature at which the loss would score these rows at this moment: a scalar tensor, or one a row (R,).
+
+    Args:
+        loss: The loss; one with learned temperatures of rows may look them up, or compute them from the embeddings.
+        table: Anchors against positives, whatever the direction.
+        rows: Which of the table's rows.
+        index: (R,) int64 their numbers in the data set.
+        direction: 0 for anchors against positives, 1 for the way back.
+    """
+    batch = Batch(
+        anchors=table.take(table.queries, rows),
+        candidates=table.take(table.targets, rows),
+        index=index,
+        log_weight=None,
+    )
+    with torch.no_grad():
+        return loss._temperatures(batch, direction=direction)
+
+
 def exact_rows(
-    table: Table, rows: slice | np.ndarray, *, columns: np.ndarray | None = None, tile_bytes: int = TILE_BYTES
+    table: Table,
+    rows: slice | np.ndarray,
+    *,
+    temperature: Tensor | float,
+    columns: np.ndarray | None = None,
+    tile_bytes: int = TILE_BYTES,
 ) -> Rows:
     """The figures of some rows against all targets, or some.
 
@@ -145,6 +168,7 @@ def exact_rows(
     Args:
         table: The data set.
         rows: Which rows; few enough that (rows, D) and a column or so of scores fit.
+        temperature: Similarities are divided by it: a number, or (R,) one a row.
         columns: (m,) int64 ascending: the targets to count; None for all n.
         tile_bytes: Memory for scores.
     """
@@ -153,7 +177,8 @@ def exact_rows(
     number = torch.as_tensor(
         np.arange(len(table.queries))[rows] if isinstance(rows, slice) else rows, device=table.device
     )
-    positive = (queries * positives).sum(dim=1) / table.temperature
+    inverse = (1.0 / torch.as_tensor(temperature, device=table.device)).to(queries.dtype).expand(len(queries))
+    positive = (queries * positives).sum(dim=1) * inverse
     height = len(queries)
     width = max(1, tile_bytes // max(1, height * queries.element_size()))
     wide = {"dtype": torch.float64, "device": table.device}
@@ -162,7 +187,7 @@ def exact_rows(
     for start in range(0, total, width):
         chosen = slice(start, min(start + width, total)) if columns is None else columns[start : start + width]
         targets = table.take(table.targets, chosen)
-        logits = (queries @ targets.T).div_(table.temperature).sub_(positive[:, None])
+        logits = (queries @ targets.T).mul_(inverse[:, None]).sub_(positive[:, None])
         logits.masked_fill_(_removed(table, number, chosen), -torch.inf)
         top = logits.amax(dim=1)
         share = (logits - _finite(top)[:, None]).exp_()

@@ -7,20 +7,20 @@ its figures, measured on some probe rows against all targets, or a sample of the
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
+from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.engine import TILE_BYTES
-from anybatch.losses.exact_rows import Embeddings, exact_rows, make_table
-from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.exact_rows import Embeddings, exact_rows, make_table, temperatures_of
+from anybatch.losses.warm_start import memory_of
 
 
 def memory_figures(
-    loss: Any,
+    loss: ContrastiveLoss,
     anchors: Embeddings,
     positives: Embeddings,
     *,
@@ -38,14 +38,14 @@ def memory_figures(
         memory_visited        share of the probe rows that have a state
         memory_log_rmse       root mean square of m_i - nu_i over those
         memory_log_bias       mean of m_i - nu_i: the part of it that is only a factor on the learning rate
-        objective_true        mean_i tau log(eps + u_i), as the papers write it
-        objective_memory      mean_i tau log(eps + exp(m_i)): what the loss believes of it
-        surrogate             mean_i tau sum_j w_ij d_ij / tau with w_ij from the memory: its gradient is the one followed, its value is not the objective
+        objective_true        mean_i tau_i log(eps + u_i), as the papers write it
+        objective_memory      mean_i tau_i log(eps + exp(m_i)): what the loss believes of it
+        surrogate             mean_i sum_j w_ij (s_ij - s_ip(i)) with w_ij from the memory: its gradient is the one followed, its value is not the objective
         effective_negatives   mean_i exp(entropy of p_i)
-        temperature           tau
+        temperature           mean_i tau_i
 
     Args:
-        loss: A loss with `memory`, `temperature`, `normalize` and, for the objectives, `eps` (0 if it has none).
+        loss: A loss with `memory` and, for the objectives, `eps` (0 if it has none).
         anchors, positives: (N, D) embeddings of N rows by the model as it is now: all rows of the data set, or a sample.
         index: (N,) int64 which row of the data set each is.
         probe: Which of the N rows to probe: positions, or a number of the first ones; None for all. The others only serve as targets.
@@ -62,17 +62,14 @@ def memory_figures(
     Cost: one product of probe x N x D, a read of the probe's states. Under ranks give the same arguments on every rank. With a sample of N
     targets nu_i has the standard error that `Rows.standard_error` states, which is part of the rmse.
     """
-    memory = getattr(loss, "memory", None)
-    if not isinstance(memory, ExampleMemory):
-        raise AnybatchError(f"{type(loss).__name__} has no memory to watch. Monitoring is for losses such as SogCLR.")
-    device, tau = memory.log_mean.device, float(loss.temperature)
+    memory = memory_of(loss)
+    device = memory.log_mean.device
     table = make_table(
         anchors,
         positives,
         anchor_id=anchor_id,
         positive_id=positive_id,
-        temperature=tau,
-        normalize=bool(loss.normalize),
+        normalize=loss.normalize,
         device=device,
     )
     rows = torch.as_tensor(index).to(device, torch.int64)
@@ -83,19 +80,23 @@ def memory_figures(
         if not isinstance(probe, np.ndarray)
         else probe
     )
-    exact = exact_rows(table if direction == 0 else table.reversed(), chosen, tile_bytes=tile_bytes)
+    numbers = rows[torch.as_tensor(chosen, device=device)]
+    tau = temperatures_of(loss, table, chosen, numbers, direction=direction)
+    side = table if direction == 0 else table.reversed()
+    exact = exact_rows(side, chosen, temperature=tau, tile_bytes=tile_bytes)
+    tau = tau.double().expand(len(numbers))
     eps = float(getattr(loss, "eps", 0.0) or 0.0)
     log_eps = torch.tensor(math.log(eps) if eps > 0 else -math.inf, dtype=torch.float64, device=device)
     truth = exact.log_mean
-    said = memory.read(rows[torch.as_tensor(chosen, device=device)], direction=direction).double()
+    said = memory.read(numbers, direction=direction).double()
     if memory.keyed:
         said = said - exact.positive
     usable, visited = truth.isfinite(), ~said.isnan()
     figures = {
         "memory_visited": visited.double().mean().item(),
-        "objective_true": tau * _mean(torch.logaddexp(truth, log_eps)[usable]),
+        "objective_true": _mean((tau * torch.logaddexp(truth, log_eps))[usable]),
         "effective_negatives": _mean(exact.entropy.exp()[usable]),
-        "temperature": tau,
+        "temperature": _mean(tau),
     }
     both = usable & visited
     if bool(both.any()):
@@ -105,8 +106,8 @@ def memory_figures(
         figures |= {
             "memory_log_rmse": error.square().mean().sqrt().item(),
             "memory_log_bias": error.mean().item(),
-            "objective_memory": tau * _mean(believed),
-            "surrogate": tau * _mean(total * exact.mean_logit[both]),
+            "objective_memory": _mean(tau[both] * believed),
+            "surrogate": _mean(tau[both] * total * exact.mean_logit[both]),
         }
     return figures
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of, write_bytes
+from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.engine import TILE_BYTES
-from anybatch.losses.exact_rows import Embeddings, exact_rows, make_table
+from anybatch.losses.exact_rows import Embeddings, Table, exact_rows, make_table, temperatures_of
 from anybatch.losses.memory import ExampleMemory
 
 BLOCK_ROWS = 4096  # rows a rank answers between two gathers
@@ -49,7 +49,7 @@ class WarmStart:
 
 
 def warm_start(
-    loss: nn.Module,
+    loss: ContrastiveLoss,
     anchors: Embeddings,
     positives: Embeddings,
     *,
@@ -65,7 +65,7 @@ def warm_start(
 
         memory_i <- log mean_{j allowed} exp((s_ij - s_ip(i)) / tau)
 
-    in each direction that the memory has (direction 1: positives against anchors). A memory with keys gets the absolute log-mean, and rows of one
+    with tau the row's own where the loss learns one a row, in each direction that the memory has (direction 1: positives against anchors). A memory with keys gets the absolute log-mean, and rows of one
     key the mean of theirs. Explicit negatives are not counted: they are not a sample of the data set.
 
     Args:
@@ -89,24 +89,21 @@ def warm_start(
     Cost: see the module. Collectives: one gather of the block's values a block; every rank needs all embeddings.
     """
     began = time.perf_counter()
-    memory = getattr(loss, "memory", None)
-    if not isinstance(memory, ExampleMemory):
-        raise AnybatchError(f"{type(loss).__name__} has no memory to fill. A warm start is for losses such as SogCLR.")
+    memory = memory_of(loss)
     device = memory.log_mean.device
     table = make_table(
         anchors,
         positives,
         anchor_id=anchor_id,
         positive_id=positive_id,
-        temperature=float(loss.temperature),  # pyright: ignore[reportArgumentType]
-        normalize=bool(loss.normalize),
+        normalize=loss.normalize,
         device=device,
     )
     num_rows, num_directions = len(anchors), len(memory.log_mean)
     if num_rows != memory.num_rows:
         raise AnybatchError(f"Got embeddings of {num_rows} rows; the memory was made for {memory.num_rows}.")
     columns = _draw(num_rows, sample, seed)
-    identity = _identity(table, num_directions, sample, seed, memory.keyed) if file is not None else ""
+    identity = _identity(loss, table, num_directions, sample, seed) if file is not None else ""
     values, done = _open(file, identity, num_directions, num_rows, device)
     errors: list[Tensor] = []
     saved = time.perf_counter()
@@ -116,9 +113,10 @@ def warm_start(
         side = table if direction == 0 else table.reversed()
         sizes = _shares(stop - start)
         first = start + sum(sizes[: distributed.rank()])
-        figures = exact_rows(
-            side, slice(first, first + sizes[distributed.rank()]), columns=columns, tile_bytes=tile_bytes
-        )
+        rows = slice(first, first + sizes[distributed.rank()])
+        numbers = torch.arange(rows.start, rows.stop, device=device)
+        temperature = temperatures_of(loss, table, rows, numbers, direction=direction)
+        figures = exact_rows(side, rows, temperature=temperature, columns=columns, tile_bytes=tile_bytes)
         answer = figures.log_mean + (figures.positive if memory.keyed else 0.0)
         values[direction, start:stop] = distributed.gather_rows(answer.float(), sizes)
         if columns is not None:
@@ -138,6 +136,18 @@ def warm_start(
         standard_error=0.0 if columns is None else float(torch.cat(errors).mean()) if errors else float("nan"),
         seconds=time.perf_counter() - began,
     )
+
+
+def memory_of(loss: nn.Module) -> ExampleMemory:
+    """The memory of a loss.
+
+    Raises:
+        AnybatchError: It has none.
+    """
+    memory = getattr(loss, "memory", None)
+    if not isinstance(memory, ExampleMemory):
+        raise AnybatchError(f"{type(loss).__name__} has no memory; this is for losses that have one, such as SogCLR.")
+    return memory
 
 
 def _fill(memory: ExampleMemory, values: Tensor, direction: int, dimensions: int) -> None:
@@ -178,12 +188,20 @@ def _shares(num_rows: int) -> list[int]:
     return [num_rows // world_size + (rank < num_rows % world_size) for rank in range(world_size)]
 
 
-def _identity(table: Any, num_directions: int, sample: int | None, seed: int, keyed: bool) -> str:
+def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: int | None, seed: int) -> str:
     """What made a file: settings, ids, and every n/256-th embedding, since reading all of them costs as much as a tile or two."""
     stride = max(1, len(table.queries) // 256)
     parts = [np.ascontiguousarray(np.asarray(side[::stride])).tobytes() for side in (table.queries, table.targets)]
     parts += [b"" if ids is None else ids.cpu().numpy().tobytes() for ids in (table.query_id, table.target_id)]
-    settings = [list(table.queries.shape), num_directions, table.temperature, table.normalize, sample, seed, keyed]
+    settings = [
+        list(table.queries.shape),
+        num_directions,
+        loss.temperature,
+        loss.normalize,
+        sample,
+        seed,
+        memory_of(loss).keyed,
+    ]
     return json.dumps({"settings": settings, "digest": digest_of(parts)})
 
 
