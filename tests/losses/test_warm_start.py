@@ -14,9 +14,9 @@ import torch.multiprocessing as multiprocessing
 
 from anybatch.errors import AnybatchError
 from anybatch.losses import InfoNCE, SogCLR
-from anybatch.losses.isogclr import ISogCLR, TempNet
 from anybatch.losses import warm_start as room
 from anybatch.losses.exact_rows import exact_rows, make_table
+from anybatch.losses.isogclr import ISogCLR, TempNet
 from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.monitoring import memory_figures
 from anybatch.losses.warm_start import warm_start

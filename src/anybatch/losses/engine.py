@@ -169,7 +169,9 @@ def _run(
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, candidates: Tensor, problem: _Problem, *temperatures: Tensor) -> Tensor:
-        solution = solve(anchors, candidates, problem.sides, tile_bytes=problem.tile_bytes, gradients=problem.gradients)
+        solution = solve(
+            anchors, candidates, problem.sides, tile_bytes=problem.tile_bytes, gradients=problem.gradients
+        )
         problem.solution = solution
         ctx.save_for_backward(solution.d_anchors, solution.d_candidates, *solution.d_temperatures)
         return solution.loss

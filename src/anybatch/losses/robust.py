@@ -108,7 +108,9 @@ class RobustSogCLR(SogCLR):
             return side
         return replace(side, row_weight=side.temperature.detach().expand(len(batch.anchors)))
 
-    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+    def _finish(
+        self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor
+    ) -> Tensor:
         loss = super()._finish(batch, sides, stats, loss)
         if self.rho is None or not torch.is_grad_enabled():
             return loss

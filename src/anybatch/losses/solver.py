@@ -305,9 +305,7 @@ class _Columns(_Direction):
 
 
 def _gathered(log_weight: LogWeight | None, row_sizes: list[int], column_sizes: list[int]) -> LogWeight | None:
-    if (
-        log_weight is None or not distributed.is_active()
-    ):  # one rank alone may have log-weights that cannot be exchanged
+    if log_weight is None or not distributed.is_active():  # one rank alone may have log-weights that cannot be exchanged
         return log_weight
     return log_weight.gathered(row_sizes, column_sizes)
 
