@@ -9,6 +9,8 @@ from torch import nn
 
 from anybatch.errors import AnybatchError
 
+WITH_MEMORY = ("sogclr",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -27,6 +29,10 @@ class LossConfig:
         margin: AUC-CL: wanted lead of a positive, in cosine similarity.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
+        warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once (docs/memory.md).
+        warm_start_steps: Fill it anew every so many steps as well.
+        warm_start_sample: Fill it from so many targets drawn at random instead of all.
+        probe_steps: Every so many steps compare it with the truth on a few rows; the figures go into the log.
     """
 
     name: Literal["infonce", "decoupled", "count_corrected", "sogclr", "siglip", "auc_cl"] = "infonce"
@@ -39,6 +45,10 @@ class LossConfig:
     margin: float = 1.0
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: float | None = None
+    warm_start: bool = False
+    warm_start_steps: int | None = None
+    warm_start_sample: int | None = None
+    probe_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -50,6 +60,14 @@ class LossConfig:
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "
                 "Use loss.name=count_corrected (no memory) or sogclr."
             )
+        for name in ("warm_start", "warm_start_steps", "warm_start_sample", "probe_steps"):
+            value = getattr(self, name)
+            if value and self.name not in WITH_MEMORY:
+                raise AnybatchError(
+                    f"loss.{name} is {value}, but '{self.name}' has no running denominator. It is for {', '.join(WITH_MEMORY)}."
+                )
+            if value is not None and value is not False and value < 1:
+                raise AnybatchError(f"loss.{name} is {value}; expected at least 1, or nothing.")
         if self.name in ("siglip", "auc_cl") and self.direction == "both":
             raise AnybatchError(
                 f"loss.direction is 'both'; '{self.name}' judges pairs and has one direction. Leave it at 'one_way'."

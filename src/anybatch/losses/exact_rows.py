@@ -89,7 +89,9 @@ class Table:
     def take(self, side: Embeddings, rows: slice | np.ndarray) -> Tensor:
         """Rows of `side` on the device, in float32 (float64 if it is), normalised if wanted."""
         part = side[rows]
-        block = torch.as_tensor(np.ascontiguousarray(part)) if isinstance(part, np.ndarray) else part.detach()
+        block = (
+            torch.as_tensor(np.array(part)) if isinstance(part, np.ndarray) else part.detach()
+        )  # a memory map may be read-only
         block = block.to(self.device, torch.float64 if block.dtype == torch.float64 else torch.float32)
         return nn.functional.normalize(block, dim=1) if self.normalize else block
 

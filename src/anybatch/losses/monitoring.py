@@ -38,6 +38,7 @@ def memory_figures(
         memory_visited        share of the probe rows that have a state
         memory_log_rmse       root mean square of m_i - nu_i over those
         memory_log_bias       mean of m_i - nu_i: the part of it that is only a factor on the learning rate
+        memory_log_rmse_floor root mean square of the standard error of nu_i, where the N rows are a sample of the memory's; 0 for all of them
         objective_true        mean_i tau_i log(eps + u_i), as the papers write it
         objective_memory      mean_i tau_i log(eps + exp(m_i)): what the loss believes of it
         surrogate             mean_i sum_j w_ij (s_ij - s_ip(i)) with w_ij from the memory: its gradient is the one followed, its value is not the objective
@@ -59,8 +60,7 @@ def memory_figures(
     Raises:
         AnybatchError: A loss without memory, shapes that do not fit.
 
-    Cost: one product of probe x N x D, a read of the probe's states. Under ranks give the same arguments on every rank. With a sample of N
-    targets nu_i has the standard error that `Rows.standard_error` states, which is part of the rmse.
+    Cost: one product of probe x N x D, a read of the probe's states. Under ranks give the same arguments on every rank.
     """
     memory = memory_of(loss)
     device = memory.log_mean.device
@@ -101,11 +101,14 @@ def memory_figures(
     both = usable & visited
     if bool(both.any()):
         error = (said - truth)[both]
+        standard_error = exact.standard_error(memory.num_rows - 1)[both]
+        floor = standard_error.square().mean().sqrt().item() if len(anchors) < memory.num_rows else 0.0
         believed = torch.logaddexp(said, log_eps)[both]
         total = (truth[both] - believed).exp()  # sum_j w_ij
         figures |= {
             "memory_log_rmse": error.square().mean().sqrt().item(),
             "memory_log_bias": error.mean().item(),
+            "memory_log_rmse_floor": floor,
             "objective_memory": _mean(tau[both] * believed),
             "surrogate": _mean(tau[both] * total * exact.mean_logit[both]),
         }
