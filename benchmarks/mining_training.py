@@ -6,7 +6,7 @@ FOLDER of --data holds arxiv-title-abstract and scifact; --model is all-MiniLM-L
 dimensions, mean, residual layer), "words" (the same over MiniLM's own token table of 384 dimensions: pretrained), "layer1" (MiniLM cut
 to its first layer). Teachers: "good" (MiniLM, 64 tokens), "weak" (tf-idf and 32 singular vectors).
 
-The learning rate of each set, student and loss is the best of three or four on a validation split, with random batches. Every finished run is
+The learning rate of each set, student and loss is the best of three on a validation split, with random batches. Every finished run is
 appended to docs/benchmarks/mining_training.jsonl, and skipped when the command is given again; the table is mining_training.md.
 """
 
@@ -39,7 +39,7 @@ RESULTS = FOLDER / "mining_training.jsonl"
 TEMPERATURE = 0.05
 ARMS = ("random", "kmeans", "published", "ours", "ours+mask", "ours+negatives")
 LOSSES = ("infonce", "corrected")
-RATES = {"scratch": (3e-4, 1e-3, 3e-3, 1e-2), "words": (1e-4, 3e-4, 1e-3, 3e-3), "layer1": (5e-5, 1e-4, 2e-4)}
+RATES = {"scratch": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "words": (1e-4, 3e-4, 1e-3, 3e-3), "layer1": (5e-5, 1e-4, 2e-4)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,13 @@ from anybatch.losses.log_weights import (
     inclusion_log_weights,
 )
 from anybatch.losses.nuclr import NUCLR
+from anybatch.losses.pairwise import AUCCL, SigLIP
 from anybatch.losses.scent import SCENT
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import SogCLR
 
 __all__ = [
+    "AUCCL",
     "EMC2",
     "NUCLR",
     "SCENT",
@@ -35,6 +37,7 @@ __all__ = [
     "IdMask",
     "InfoNCE",
     "LogWeight",
+    "SigLIP",
     "SogCLR",
     "SumLogWeight",
     "SuspectMask",
