@@ -12,7 +12,7 @@ from anybatch.errors import AnybatchError
 
 ROWS = [
     {"q": "first question", "a": "an answer, with a comma", "n": "wrong"},
-    {"q": "second\nquestion", "a": 'a "quoted" answer', "n": "an answer, with a comma"},
+    {"q": "second question", "a": 'a "quoted" answer', "n": "an answer, with a comma"},
     {"q": " first question ", "a": "übrigens", "n": "other"},
 ]
 
@@ -25,11 +25,13 @@ def any_format(request, tmp_path):
     if "jsonl" in request.param:
         text = "".join(json.dumps(row) + "\n" for row in ROWS)
         path.write_bytes(gzip.compress(text.encode()) if request.param.endswith("gz") else text.encode())
-    elif "csv" in request.param or "tsv" in request.param:
+    elif "tsv" in request.param:
+        path.write_text("".join("\t".join(row) + "\n" for row in ([*ROWS[0]], *(row.values() for row in ROWS))))
+    elif "csv" in request.param:
         import io
 
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(ROWS[0]), delimiter="\t" if "tsv" in request.param else ",")
+        writer = csv.DictWriter(buffer, list(ROWS[0]))
         writer.writeheader()
         writer.writerows(ROWS)
         path.write_bytes(
@@ -58,6 +60,23 @@ def test_every_format_gives_the_same(any_format):
     assert data.digest == expected.digest
     assert data.to_dataset().column_names == ["anchor", "positive", "negative_1"]
     assert len(read_pairs(any_format, anchor="q", positive="a", limit=2)) == 2
+
+
+def test_quotes_in_a_tsv_are_characters(tmp_path):
+    """A measure in inches opened a quoted field, which swallowed the rows up to the next quote."""
+    path = tmp_path / "p.tsv"
+    path.write_text('anchor\tpositive\n"inch\tp1\na2"\tp2\n5" disk\t"p3"\n')
+    data = read_pairs(path)
+    assert list(data.anchors) == ['"inch', 'a2"', '5" disk']
+    assert list(data.positives) == ["p1", "p2", '"p3"']
+    refuse(path, 'anchor\tpositive\n"two\nlines"\tp\n', "Line 2 .*number of fields.*plain characters")
+
+
+def test_line_breaks_and_separators_in_a_quoted_csv_field(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('anchor,positive\n"two\nlines","a, b"\n')
+    assert list(read_pairs(path).anchors) == ["two\nlines"]
+    assert list(read_pairs(path).positives) == ["a, b"]
 
 
 def test_every_format_names_a_misspelt_column(any_format):
@@ -131,3 +150,9 @@ def test_retrieval(retrieval):
     retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t9\t1\n")
     with pytest.raises(AnybatchError, match="judges document 9"):
         read_retrieval(*retrieval)
+
+
+def test_quotes_in_judgements_are_characters(retrieval):
+    retrieval[1].write_text(r'{"id": "\"1", "text": "one"}' + "\n" + r'{"id": "2\"", "text": "two"}' + "\n")
+    retrieval[2].write_text('query_id\tdoc_id\tscore\n"1\t4\t1\n2"\t5\t2\n')
+    assert read_retrieval(*retrieval).relevance == {'"1': {"4": 1}, '2"': {"5": 2}}

@@ -109,7 +109,7 @@ def read_pairs(
     """Read pairs from a file or folder.
 
     Args:
-        path: JSONL, CSV or TSV (each also `.gz`), Parquet, or a folder saved by `datasets`.
+        path: JSONL, CSV or TSV (each also `.gz`; a TSV has no quoting), Parquet, or a folder saved by `datasets`.
         anchor, positive: Names of the text columns.
         negatives: Names of columns with explicit negatives.
         limit: Read only the first rows; None for all.
@@ -250,14 +250,20 @@ def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
 def _csv_records(path: Path, names: Sequence[str], delimiter: str) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(path, newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
+        # In a TSV a quote is a character like any other (5" disk); read as an opening quote it would swallow whole rows.
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             _check_columns(names, list(reader.fieldnames or []), str(path))
             for record in reader:
-                if "" in record or None in record.values():
+                if None in record or None in record.values():
+                    remedy = (
+                        "A TSV field cannot hold a tab or a line break, and quotes are plain characters there; use CSV or JSONL for such texts."
+                        if delimiter == "\t"
+                        else "Quote fields that hold the separator or a line break."
+                    )
                     raise AnybatchError(
-                        f"Line {reader.line_num} of {path} has another number of fields than the header ({len(reader.fieldnames or [])}). "
-                        "Quote fields that hold the separator or a line break."
+                        f"Line {reader.line_num} of {path} has another number of fields than the header ({len(reader.fieldnames or [])}). {remedy}"
                     )
                 yield record
         except (csv.Error, UnicodeDecodeError, EOFError, OSError) as error:
