@@ -156,3 +156,52 @@ def test_quotes_in_judgements_are_characters(retrieval):
     retrieval[1].write_text(r'{"id": "\"1", "text": "one"}' + "\n" + r'{"id": "2\"", "text": "two"}' + "\n")
     retrieval[2].write_text('query_id\tdoc_id\tscore\n"1\t4\t1\n2"\t5\t2\n')
     assert read_retrieval(*retrieval).relevance == {'"1': {"4": 1}, '2"': {"5": 2}}
+
+
+def test_a_csv_with_the_unnamed_index_column_of_pandas(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(",anchor,positive\n0,a,b\n1,c,d\n")
+    assert list(read_pairs(path).positives) == ["b", "d"]
+    refuse(path, ",anchor,positive\n0,a,b,c\n", "Line 2 .*number of fields")
+
+
+def test_flaws_of_files_are_named(tmp_path):
+    good = '{"anchor": "a", "positive": "b"}\n'
+    refuse(tmp_path / "p.jsonl", good + r'{"anchor": "a \ud83d b", "positive": "b"}', "Line 2 .*surrogate pair")
+    (tmp_path / "p.jsonl").write_text(r'{"anchor": "\ud83d\ude00", "positive": "b"}')
+    assert list(read_pairs(tmp_path / "p.jsonl").anchors) == ["😀"]
+    refuse(tmp_path / "p.csv", "anchor,anchor,positive\na,b,c\n", "column 'anchor' more than once")
+    for name, content in (("p.jsonl.gz", good), ("p.csv.gz", "anchor,positive\na,b\n")):
+        packed = bytearray(gzip.compress((content * 500).encode()))
+        packed[12] ^= 0xFF
+        refuse(tmp_path / name, bytes(packed), "Cannot read")
+
+
+@pytest.mark.parametrize("grade", ["", "high", "1.5", "nan", "inf"])
+def test_grades_that_are_no_whole_number(retrieval, grade):
+    retrieval[2].write_text(f"query_id\tdoc_id\tscore\n2\t5\t1\n1\t4\t{grade}\n")
+    with pytest.raises(AnybatchError, match="Row 2 .*grade.*whole number"):
+        read_retrieval(*retrieval)
+
+
+def test_grades_written_as_floats(retrieval):
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1.0\n1\t4\t1\n")
+    assert read_retrieval(*retrieval).relevance == {"1": {"4": 1}}
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1.0\n1\t4\t2\n")
+    with pytest.raises(AnybatchError, match="Row 2 .*differently"):
+        read_retrieval(*retrieval)
+
+
+def test_ids_that_occur_twice_and_a_split_that_does_not_exist(retrieval):
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1\n")
+    with pytest.raises(AnybatchError, match="no column 'split'"):
+        read_retrieval(*retrieval, split="nonsense")
+    for path, line in (
+        (retrieval[0], '{"id": "4", "text": "again"}\n'),
+        (retrieval[1], '{"id": 2, "text": "again"}\n'),
+    ):
+        before = path.read_text()
+        path.write_text(before + line)
+        with pytest.raises(AnybatchError, match="Row 3 .*again"):
+            read_retrieval(*retrieval)
+        path.write_text(before)
