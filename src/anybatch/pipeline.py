@@ -101,23 +101,26 @@ def teacher_embeddings(
 
 
 def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progress) -> BatchPlan:
-    """The plan of the run: the one given, the one already in the folder, or a new one, saved there.
+    """The plan of the run: the one given (copied into the folder), the one already in the folder, or a new one, saved there.
 
     Raises:
-        AnybatchError: A plan made for other data or another batch size.
+        AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
     """
     from anybatch.mining import mine_plan
 
-    folder = Path(config.output)
-    path = Path(config.plan) if config.plan is not None else folder / "plan.safetensors"
-    if config.plan is not None or path.exists():
-        plan = BatchPlan.load(path)
-        plan.check(num_rows=len(pairs), data_digest=pairs.digest)
-        if plan.batch_size != config.batch_size:
+    path = Path(config.output) / "plan.safetensors"
+    if config.plan is not None:
+        given = _load_plan(Path(config.plan), config, pairs)
+        if not path.exists():
+            given.save(path)  # the run's own copy: the file given may change or go
+        elif (digest := BatchPlan.load(path).digest) != given.digest:
             raise AnybatchError(
-                f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
+                f"{config.plan} is another plan than the one this run was started with, of which {path} is a copy (digest {given.digest[:12]}, "
+                f"the run's {digest[:12]}). Put the old plan back, or start a new run in another output folder."
             )
-        return plan
+        return given
+    if path.exists():
+        return _load_plan(path, config, pairs)
     if config.mining.method == "random":
         plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
     else:
@@ -133,8 +136,18 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
             progress=lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
         )
         plan = result.plan
-        write_text(folder / "mining.json", json.dumps(result.report.as_dict(), indent=2))
+        write_text(path.with_name("mining.json"), json.dumps(result.report.as_dict(), indent=2))
     plan.save(path)
+    return plan
+
+
+def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
+    plan = BatchPlan.load(path)
+    plan.check(num_rows=len(pairs), data_digest=pairs.digest)
+    if plan.batch_size != config.batch_size:
+        raise AnybatchError(
+            f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
+        )
     return plan
 
 

@@ -105,15 +105,15 @@ class BatchPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies the plan itself: sizes, clusters, seed and data."""
+        """Identifies what the plan makes of its data: sizes, clusters, seed, data and hard negatives."""
         numbers = [self.num_rows, self.batch_size, self.cluster_size, self.seed]
-        return digest_of(
-            [
-                json.dumps(numbers).encode(),
-                self.data_digest.encode(),
-                np.ascontiguousarray(self.cluster, np.int32).tobytes(),
-            ]
-        )
+        parts = [json.dumps(numbers).encode(), self.data_digest.encode()]
+        parts += [
+            np.ascontiguousarray(array, np.int32).tobytes()
+            for array in (self.cluster, self.negatives)
+            if array is not None
+        ]
+        return digest_of(parts)
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster within a batch."""

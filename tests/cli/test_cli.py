@@ -253,6 +253,22 @@ class TestMistakes:
             "cut.safetensors", "train", *settings(pairs_file, tiny_model_folder, tmp_path / "out2"), "--plan", str(cut)
         )
 
+    def test_another_plan_on_resume(self, pairs_file, tiny_model_folder, tmp_path, out):
+        """The plan lies outside the run's folder and is made anew, with another seed, between the run and its resumption."""
+        from anybatch.plan import BatchPlan
+
+        run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "mined", "mining.method=random"))
+        path = tmp_path / "mined" / "plan.safetensors"
+        first = BatchPlan.load(path)
+        run("train", *settings(pairs_file, tiny_model_folder, out, "train.max_steps=3"), "--plan", str(path))
+        run("inspect", str(out))
+        assert BatchPlan.load(out / "plan.safetensors").digest == first.digest
+        (out / "metrics.json").unlink()  # as if the run had been cut short
+        BatchPlan.random(first.num_rows, first.batch_size, seed=5, data_digest=first.data_digest).save(path)
+        self.refuse("another plan than the one this run was started with", "train", "--resume", "--output", str(out))
+        first.save(path)
+        run("train", "--resume", "--output", str(out))
+
     def test_folder_that_holds_a_run(self, pairs_file, tiny_model_folder, out):
         run("mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))
         before = {path.name: path.read_bytes() for path in out.iterdir()}

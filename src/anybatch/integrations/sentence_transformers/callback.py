@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anybatch.errors import AnybatchError
@@ -25,8 +26,8 @@ class LossStateCallback(TrainerCallback):
         resume_from: The checkpoint given to `trainer.train(resume_from_checkpoint=...)` when it is not in the Trainer's output folder.
 
     Raises:
-        AnybatchError: Resuming from a checkpoint without a loss state (memory would silently start from nothing); the plan given as
-            `batch_sampler` did not reach the training set.
+        AnybatchError: Resuming from a checkpoint without a loss state (memory would silently start from nothing), or of a run with
+            another plan; the plan given as `batch_sampler` did not reach the training set.
     """
 
     def __init__(self, loss: CachedLoss, resume_from: str | Path | None = None) -> None:
@@ -51,7 +52,16 @@ class LossStateCallback(TrainerCallback):
                 f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would restart "
                 "the memory of the loss from nothing. Resume from an older checkpoint."
             )
-        self.loss.loss.load_state_dict(load_file(folder / LOSS_STATE))
+        with safe_open(folder / LOSS_STATE, framework="pt") as file:
+            saved = (file.metadata() or {}).get("plan")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if isinstance(sampler, PlanSampler) and saved != sampler.plan.digest:
+            was = f"with the plan {saved[:12]}" if saved else "without a plan"
+            raise AnybatchError(
+                f"{folder} was trained {was}; the plan given now is {sampler.plan.digest[:12]} (digests). "
+                "Resume with the plan that the run was started with, or start a new run."
+            )
+        self.loss.loss.load_state_dict(tensors)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,7 +80,8 @@ class LossStateCallback(TrainerCallback):
         if state.is_world_process_zero:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loss.loss.state_dict().items()}
             path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / LOSS_STATE
-            write_bytes(path, save(tensors))
+            sampler = _innermost_sampler(kwargs.get("train_dataloader"))
+            write_bytes(path, save(tensors, {"plan": sampler.plan.digest} if isinstance(sampler, PlanSampler) else None))
 
     def on_log(
         self,
