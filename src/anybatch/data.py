@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -66,8 +66,7 @@ class PairData:
     @cached_property
     def digest(self) -> str:
         """Over all texts in row order; the same for the same texts in any file format."""
-        columns = [self.anchors, self.positives, *self.negatives]
-        return digest_of(chain([str(len(columns)).encode()], (text.encode() for column in columns for text in column)))
+        return text_digest([self.anchors, self.positives, *self.negatives])
 
     def to_dataset(self) -> Dataset:
         """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..."""
@@ -97,6 +96,11 @@ class RetrievalData:
     corpus_ids: Sequence[str]
     corpus_texts: Sequence[str]
     relevance: Mapping[str, Mapping[str, int]]
+
+
+def text_digest(columns: Sequence[Iterable[str]]) -> str:
+    """The digest of anchors, positives and negatives, column after column in row order: what binds a plan to its data."""
+    return digest_of(chain([str(len(columns)).encode()], (text.encode() for column in columns for text in column)))
 
 
 def read_pairs(

@@ -29,7 +29,7 @@ class RowTable(nn.Module):
         anchor_id: (n,) int; equal where the anchors are the same text.
         positive_id: (n,) int; equal where the positives are the same text.
         negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives; None for none.
-        plan: Needed by `weights="inclusion"`.
+        plan: Of these rows; needed by `weights="inclusion"`.
         weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined batches).
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact, unbiased weights.
 
@@ -50,6 +50,10 @@ class RowTable(nn.Module):
         if len(anchor_id) != len(positive_id) or (negative_id is not None and len(negative_id) != len(anchor_id)):
             raise AnybatchError(
                 f"The ids cover {len(anchor_id)} anchors and {len(positive_id)} positives; expected one of each a row."
+            )
+        if plan is not None and plan.num_rows != len(anchor_id):
+            raise AnybatchError(
+                f"The plan was made for other data: it has {plan.num_rows} rows, the ids cover {len(anchor_id)}. Give the plan of these data."
             )
         if weights == "inclusion" and plan is None:
             raise AnybatchError("weights='inclusion' needs the plan that made the batches.")

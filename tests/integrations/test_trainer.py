@@ -19,10 +19,18 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 
+from anybatch.data import PairData
 from anybatch.errors import AnybatchError
-from anybatch.integrations.sentence_transformers import CachedLoss, LossStateCallback, PlanBatches, with_index
+from anybatch.integrations.sentence_transformers import (
+    CachedLoss,
+    LossStateCallback,
+    PlanBatches,
+    TrainConfig,
+    train_model,
+    with_index,
+)
 from anybatch.losses import SogCLR
-from anybatch.plan import BatchPlan
+from anybatch.plan import BatchPlan, PlanSampler
 from anybatch.rows import RowTable
 
 from ..conftest import sentence
@@ -108,6 +116,33 @@ def test_a_plan_that_is_not_used_is_an_error(tiny_model_folder, tmp_path):
         other_size.train()
     with pytest.raises(AnybatchError, match="has the column 'label'"):
         with_index(with_index(dataset()))
+
+
+def test_a_plan_of_other_texts_is_an_error(tiny_model_folder, tmp_path):
+    texts = dataset()
+    pairs = PairData(anchors=texts["anchor"], positives=texts["positive"])
+    batches = PlanBatches(BatchPlan.random(ROWS, BATCH, seed=3, data_digest=pairs.digest))
+    settings = {"batch_size": BATCH, "drop_last": True}
+    more = texts.add_column("negative_1", texts["anchor"][::-1])  # as mined negatives are added
+    for fitting in (texts, more):
+        assert isinstance(batches(with_index(fitting), **settings), PlanSampler)
+    swapped = texts.select([1, 0, *range(2, ROWS)])
+    with pytest.raises(AnybatchError, match="made for other data: the row counts agree"):
+        batches(with_index(swapped), **settings)
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    loss = CachedLoss(model, SogCLR(ROWS))
+    for wrong, match in ((swapped, "texts do not"), (texts.select(range(ROWS - 1)), "40 rows, the data has 39")):
+        with pytest.raises(AnybatchError, match=match):
+            train_model(model, loss, wrong, batches.plan, TrainConfig(), output=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_that_cannot_be_compared_are_left_to_the_row_numbers():
+    numbers = Dataset.from_dict(
+        {"anchor": [[row, row] for row in range(ROWS)], "positive": [[0, row] for row in range(ROWS)]}
+    )
+    batches = PlanBatches(BatchPlan.random(ROWS, BATCH, seed=3, data_digest="of something"))
+    assert isinstance(batches(with_index(numbers), batch_size=BATCH, drop_last=True), PlanSampler)
 
 
 def test_resuming_with_another_plan_is_an_error(tiny_model_folder, tmp_path):

@@ -81,7 +81,9 @@ class LossStateCallback(TrainerCallback):
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loss.loss.state_dict().items()}
             path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / LOSS_STATE
             sampler = _innermost_sampler(kwargs.get("train_dataloader"))
-            write_bytes(path, save(tensors, {"plan": sampler.plan.digest} if isinstance(sampler, PlanSampler) else None))
+            write_bytes(
+                path, save(tensors, {"plan": sampler.plan.digest} if isinstance(sampler, PlanSampler) else None)
+            )
 
     def on_log(
         self,

@@ -122,6 +122,8 @@ def train_model(
         raise AnybatchError(
             f"The batch size {plan.batch_size} cannot be shared equally by {world_size} processes. Use a multiple of {world_size}."
         )
+    indexed, batches = with_index(dataset), PlanBatches(plan)
+    batches.check(indexed)
     checkpoints = output / "checkpoints"
     checkpoint = last_whole_checkpoint(checkpoints) if resume else None
     for path in checkpoints.glob("checkpoint-*"):  # cut short by the kill: nothing in it can be trusted
@@ -142,7 +144,7 @@ def train_model(
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=3,  # the newest may be cut short, so one more than two
-        batch_sampler=PlanBatches(plan),  # pyright: ignore[reportArgumentType] - any such callable is accepted
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any such callable is accepted
         prompts=prompts,
         seed=seed,
         use_cpu=model.device.type == "cpu",
@@ -154,7 +156,7 @@ def train_model(
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
-        train_dataset=with_index(dataset),
+        train_dataset=indexed,
         loss=loss,
         callbacks=[LossStateCallback(loss), recorder],
     )
