@@ -102,10 +102,16 @@ class LossStateCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
 
+def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
+    """The checkpoints under `folder`, whole or not, and their steps; `checkpoint-best` and the like are not among them."""
+    found = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
+    return {path: int(number) for path, number in found.items() if number.isdecimal()}
+
+
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint under `folder` that was written to its end, or None."""
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{LOSS_STATE}")]
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    whole = {path: step for path, step in checkpoint_steps(folder).items() if (path / LOSS_STATE).exists()}
+    return max(whole, key=lambda path: whole[path], default=None)
 
 
 def _innermost_sampler(dataloader: Any) -> Any:

@@ -106,7 +106,8 @@ def train_model(
         The log: one dictionary a line, with `step` and `epoch`.
 
     Raises:
-        AnybatchError: Batch size not divisible by the number of processes; a plan for other data.
+        AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds checkpoints
+            or a log, and `resume` is off.
 
     Notes:
         On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
@@ -114,7 +115,11 @@ def train_model(
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
-    from anybatch.integrations.sentence_transformers.callback import LossStateCallback, last_whole_checkpoint
+    from anybatch.integrations.sentence_transformers.callback import (
+        LossStateCallback,
+        checkpoint_steps,
+        last_whole_checkpoint,
+    )
 
     output = Path(output)
     world_size = distributed.world_size()
@@ -125,10 +130,14 @@ def train_model(
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed)
     checkpoints = output / "checkpoints"
+    if not resume and (checkpoint_steps(checkpoints) or (output / "log.jsonl").exists()):
+        raise AnybatchError(
+            f"{output} already holds checkpoints or a log. Go on with that training (resume=True), or choose another folder."
+        )
     checkpoint = last_whole_checkpoint(checkpoints) if resume else None
-    for path in checkpoints.glob("checkpoint-*"):  # cut short by the kill: nothing in it can be trusted
-        if checkpoint is None or int(path.name.rsplit("-", 1)[1]) > int(checkpoint.name.rsplit("-", 1)[1]):
-            shutil.rmtree(path)
+    if distributed.rank() == 0:
+        _remove_cut_short(checkpoints, checkpoint)
+    distributed.barrier()  # nobody trains, or writes, before all have looked
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=plan.batch_size // world_size,
@@ -172,6 +181,17 @@ def train_model(
             f"Writing under {output} failed: {error}. Older whole checkpoints are unchanged: free some space, then go on with --resume."
         ) from error
     return recorder.lines
+
+
+def _remove_cut_short(checkpoints: Path, checkpoint: Path | None) -> None:
+    """Delete what a kill left unfinished after `checkpoint`: nothing in it can be trusted, and the Trainer counts it."""
+    from anybatch.integrations.sentence_transformers.callback import checkpoint_steps
+
+    steps = checkpoint_steps(checkpoints)
+    newest = steps[checkpoint] if checkpoint is not None else -1
+    for path, step in steps.items():
+        if step > newest:
+            shutil.rmtree(path)
 
 
 def _make_recorder(
