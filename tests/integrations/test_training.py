@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from sentence_transformers import SentenceTransformer
 
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig, last_whole_checkpoint, train_model
+from anybatch.integrations.sentence_transformers import callback as callback_module
+from anybatch.integrations.sentence_transformers.training import _make_recorder
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.plan import BatchPlan
 
@@ -57,3 +60,31 @@ def test_resuming_deletes_only_what_was_cut_short(tiny_model_folder, tmp_path):
     assert not (checkpoints / "checkpoint-9").exists()
     assert [line["step"] for line in log] == [2, 4, 6]
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == log
+
+
+def test_only_the_first_rank_writes_the_log(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [{"step": step, "epoch": 0.1 * step, "loss": 1.0} for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "ep')
+    before = path.read_text()
+    state = SimpleNamespace(global_step=2, epoch=0.2, is_world_process_zero=False)
+    other = _make_recorder(path, None, None, None)
+    other.on_train_begin(None, state, None)
+    other.on_log(None, state, None, logs={"loss": 1.0})
+    assert path.read_text() == before
+    state.is_world_process_zero = True
+    first = _make_recorder(path, None, None, None)
+    first.on_train_begin(None, state, None)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2] == first.lines
+
+
+def test_a_checkpoint_is_declared_whole_after_all_ranks_have_written(tiny_model_folder, tmp_path, monkeypatch):
+    """Every rank passes the barrier of on_save after its own rng_state; the file that says "whole" must come later."""
+    whole = []
+
+    def barrier():
+        whole.append(len(list(tmp_path.glob(f"checkpoints/*/{callback_module.LOSS_STATE}"))))
+
+    monkeypatch.setattr(callback_module.distributed, "barrier", barrier)
+    train(tiny_model_folder, tmp_path)
+    assert whole == [0, 0, 1], "the barriers of the start, of checkpoint-2 and of checkpoint-3"

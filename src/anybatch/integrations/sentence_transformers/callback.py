@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.files import write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches
@@ -76,7 +77,8 @@ class LossStateCallback(TrainerCallback):
             set_epoch(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint, atomically and last."""
+        """Add the loss to the checkpoint, atomically and last: after every rank has written its share. One barrier."""
+        distributed.barrier()
         if state.is_world_process_zero:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loss.loss.state_dict().items()}
             path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / LOSS_STATE

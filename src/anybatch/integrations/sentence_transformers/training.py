@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
+from anybatch.files import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,7 +104,7 @@ def train_model(
         progress: Called after every step with (steps done, steps in all, latest figures).
 
     Returns:
-        The log: one dictionary a line, with `step` and `epoch`.
+        The log: one dictionary a line, with `step` and `epoch`; empty on all ranks but the first, which alone writes.
 
     Raises:
         AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds checkpoints
@@ -210,12 +211,14 @@ def _make_recorder(
             self.latest: dict[str, float] = {}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not state.is_world_process_zero:
+                return
             if state.global_step and path.exists():  # lines after the checkpoint will be written again
                 lines = [
                     json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
                 ]
                 self.lines = [line for line in lines if line["step"] <= state.global_step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
