@@ -32,7 +32,7 @@ class TrainConfig:
         learning_rate: Peak learning rate of AdamW. Tune it for each batch size.
         warmup: Fraction of the steps over which the learning rate rises.
         schedule: Shape of the learning rate after warm-up.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, on the encoder's matrices; never on the loss's own parameters.
         max_grad_norm: Gradients are clipped to this norm, once a step; 0 for no clipping.
         micro_batch: Rows per encoder forward pass.
         max_tokens: Padded tokens per encoder forward pass; None for no limit but `micro_batch`.
@@ -163,7 +163,16 @@ def train_model(
         disable_tqdm=True,
     )
     recorder = _make_recorder(output / "log.jsonl", config.eval_steps, evaluate, progress)
-    trainer = SentenceTransformerTrainer(
+
+    class Trainer(SentenceTransformerTrainer):
+        """Decays the encoder alone: decay would pull a learned log-temperature to 0, the temperature to 1."""
+
+        def get_decay_parameter_names(self, model: Any) -> list[str]:
+            own = {id(parameter) for parameter in loss.loss.parameters()}
+            free = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+            return [name for name in super().get_decay_parameter_names(model) if name not in free]
+
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=indexed,
