@@ -322,7 +322,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     )
     dataset = pairs.to_dataset()
     with Measure() as measure:
-        log = train_model(
+        trained = train_model(
             model,
             loss,
             dataset,
@@ -340,10 +340,10 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     result = RunResult(
         metrics=evaluate(model),
         metrics_untrained=untrained,
-        log=log,
-        train_seconds=measure.seconds,
+        log=trained.log,
+        train_seconds=measure.seconds - trained.evaluation_seconds,
         train_peak_bytes=measure.peak_bytes,
-        num_steps=log[-1]["step"] if log else 0,
+        num_steps=trained.num_steps,
     )
     write_text(
         folder / "metrics.json", json.dumps(asdict(result), indent=2)

@@ -149,6 +149,24 @@ def test_disk_full_while_training(pairs_file, tiny_model_folder, tmp_path):
     assert (out / "metrics.json").exists()
 
 
+def test_figures_of_a_run(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
+    """Five steps, logged every fourth; two evaluations while training, and one before and one after it."""
+    from anybatch import pipeline
+
+    def slow(*arguments, **settings):
+        time.sleep(0.5)
+        return {"ndcg@10": 0.5}
+
+    monkeypatch.setattr(pipeline, "evaluate_model", slow)
+    more = ("mining.method=random", "train.max_steps=5", "train.log_steps=4", "train.eval_steps=2")
+    started = time.monotonic()
+    run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
+    seconds = time.monotonic() - started
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert figures["num_steps"] == 5
+    assert figures["train_seconds"] < seconds - 2.0
+
+
 def test_resume_after_the_end_only_reads(pairs_file, tiny_model_folder, tmp_path):
     out = tmp_path / "run"
     run("train", *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "train.epochs=1"))

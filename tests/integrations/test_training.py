@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -28,15 +29,15 @@ DATA = {
 
 
 def train(folder, output, *, loss=None, resume=False, evaluate=None, **settings):
-    """Train three steps (or as `settings` say); returns the log, the model and the loss."""
+    """Train three steps (or as `settings` say); returns the result, the model and the loss."""
     torch.manual_seed(0)
     model = SentenceTransformer(str(folder), device="cpu")
     cached = CachedLoss(model, SogCLR(ROWS) if loss is None else loss, micro_batch=8)
     config = TrainConfig(**{"learning_rate": 1e-3, "save_steps": 2, "log_steps": 2, **settings})
-    log = train_model(
+    result = train_model(
         model, cached, Dataset.from_dict(DATA), PLAN, config, output=output, resume=resume, evaluate=evaluate
     )
-    return log, model, cached
+    return result, model, cached
 
 
 def test_a_folder_with_checkpoints_or_a_log_is_left_alone_without_resume(tiny_model_folder, tmp_path):
@@ -55,11 +56,11 @@ def test_resuming_deletes_only_what_was_cut_short(tiny_model_folder, tmp_path):
         (checkpoints / name).mkdir()
         (checkpoints / name / "something").write_text("x")
     assert last_whole_checkpoint(checkpoints) == checkpoints / "checkpoint-3"
-    log, _, _ = train(tiny_model_folder, tmp_path, resume=True, epochs=2)
+    result, _, _ = train(tiny_model_folder, tmp_path, resume=True, epochs=2)
     assert (checkpoints / "checkpoint-best" / "something").read_text() == "x"
     assert not (checkpoints / "checkpoint-9").exists()
-    assert [line["step"] for line in log] == [2, 4, 6]
-    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == log
+    assert [line["step"] for line in result.log] == [2, 4, 6]
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == result.log
 
 
 def test_only_the_first_rank_writes_the_log(tmp_path):
@@ -101,3 +102,16 @@ def test_weight_decay_leaves_the_temperature_alone(tiny_model_folder, tmp_path):
         weights.append(model[0].model.encoder.layer[0].output.dense.weight.norm().item())
     assert temperatures[0] == temperatures[1] != torch.tensor(0.05).log().item()
     assert weights[1] < 0.97 * weights[0], "the encoder does decay"
+
+
+def test_steps_and_seconds_are_those_of_training(tiny_model_folder, tmp_path):
+    """Five steps, logged every second: the last logged step is the fourth."""
+
+    def evaluate(model):
+        time.sleep(0.2)
+        return {"figure": 1.0}
+
+    result, _, _ = train(tiny_model_folder, tmp_path, evaluate=evaluate, epochs=2, max_steps=5, eval_steps=2)
+    assert result.num_steps == 5
+    assert [line["step"] for line in result.log if "loss" in line] == [2, 4]
+    assert 0.4 <= result.evaluation_seconds < 5.0

@@ -12,6 +12,7 @@ _HOME = {
     "LossStateCallback": "callback",
     "last_whole_checkpoint": "callback",
     "TrainConfig": "training",
+    "TrainResult": "training",
     "train_model": "training",
     "ModelConfig": "model",
     "load_model": "model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,22 @@ class TrainConfig:
                 raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected a fraction between 0 and 1.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What `train_model` did.
+
+    Attributes:
+        log: The lines of `log.jsonl`: one dictionary a line, with `step` and `epoch`. Empty on all ranks but the first, which
+            alone writes.
+        num_steps: Optimiser steps, those before a resume included.
+        evaluation_seconds: Wall time spent in `evaluate`, in this session.
+    """
+
+    log: list[dict[str, Any]]
+    num_steps: int
+    evaluation_seconds: float
+
+
 def train_model(
     model: SentenceTransformer,
     loss: CachedLoss,
@@ -88,7 +105,7 @@ def train_model(
     resume: bool = False,
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> TrainResult:
     """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
 
     Args:
@@ -104,7 +121,7 @@ def train_model(
         progress: Called after every step with (steps done, steps in all, latest figures).
 
     Returns:
-        The log: one dictionary a line, with `step` and `epoch`; empty on all ranks but the first, which alone writes.
+        The log, the steps and the cost of evaluating.
 
     Raises:
         AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds checkpoints
@@ -190,7 +207,9 @@ def train_model(
         raise AnybatchError(
             f"Writing under {output} failed: {error}. Older whole checkpoints are unchanged: free some space, then go on with --resume."
         ) from error
-    return recorder.lines
+    return TrainResult(
+        log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=recorder.evaluation_seconds
+    )
 
 
 def _remove_cut_short(checkpoints: Path, checkpoint: Path | None) -> None:
@@ -218,6 +237,7 @@ def _make_recorder(
         def __init__(self) -> None:
             self.lines: list[dict[str, Any]] = []
             self.latest: dict[str, float] = {}
+            self.evaluation_seconds = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not state.is_world_process_zero:
@@ -242,10 +262,11 @@ def _make_recorder(
                 and state.global_step % eval_steps == 0
                 and state.is_world_process_zero
             ):
-                training = model.training
+                training, started = model.training, time.perf_counter()
                 model.eval()
                 self._write(state, {f"eval_{name}": value for name, value in evaluate(model).items()})
                 model.train(training)
+                self.evaluation_seconds += time.perf_counter() - started
             if progress is not None:
                 progress(state.global_step, state.max_steps, self.latest)
 
