@@ -43,13 +43,21 @@ def test_boolean_flags_hold_their_columns():
     """Expansion tokens of multi-vector models are masked for attention and scored all the same."""
     flags = torch.zeros(2, 4, dtype=torch.bool)
     flags[0, 2] = True
-    part = RowSlicer(padded([1, 1], 4, expansion=flags)).take(torch.tensor([0, 1]))
+    part = RowSlicer(padded([1, 1], 4, query_expansion_positions=flags)).take(torch.tensor([0, 1]))
     assert part["input_ids"].shape == (2, 3)
-    assert part["expansion"].shape == (2, 3)
+    assert part["query_expansion_positions"].shape == (2, 3)
 
 
 @pytest.mark.parametrize(
-    "extra", [torch.zeros(2, 4), torch.zeros(2, 4, 4), torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 4).long()]
+    "extra",
+    [
+        torch.zeros(2, 4),
+        torch.zeros(2, 4, 4),
+        torch.zeros(2, 1, 4, 4),
+        torch.zeros(2, 3, 4).long(),
+        torch.zeros(2, 4).long(),  # four categories of each row, say, and by chance four tokens
+        torch.ones(2, 4, dtype=torch.bool),
+    ],
 )
 def test_no_trimming_where_an_axis_may_or_may_not_be_the_sequence(extra):
     slicer = RowSlicer(padded([1, 2], 4, extra=extra))
