@@ -7,6 +7,7 @@ writes into its inputs cannot change what the replay will see.
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,13 +156,9 @@ def _lengths_of(value: Mapping[str, Any], num_rows: int) -> tuple[Tensor, int] |
 
 
 def _rebuilt(value: Mapping[str, Any], taken: dict[str, Any]) -> Any:
-    """`taken` in the type of `value` where that can be copied and written (dict, BatchEncoding), else a dict."""
-    if type(value) is dict:
-        return taken
-    try:
-        same = copy.copy(value)
-        for key, item in taken.items():
-            same[key] = item  # type: ignore[index]
-    except TypeError:
-        return taken
+    """`taken` in the type of `value` where a copy is known to be one of its own (dict, UserDict, BatchEncoding), else a dict."""
+    if type(value) is dict or not isinstance(value, (dict, UserDict)):
+        return taken  # copy.copy of any other mapping may share its contents, and writing into it would reach the caller's
+    same = copy.copy(value)
+    same.update(taken)
     return same
