@@ -44,7 +44,7 @@ class BatchPlan:
         meta: How the plan was made; anything that JSON holds.
 
     Raises:
-        AnybatchError: Sizes that do not fit; clusters that are not all of `cluster_size`; fewer rows than a batch.
+        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows than a batch.
     """
 
     num_rows: int
@@ -59,6 +59,8 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         _check_sizes(self.num_rows, self.batch_size, self.cluster_size)
+        if self.seed < 0:
+            raise AnybatchError(f"seed is {self.seed}; expected 0 or more.")
         if self.cluster.shape != (self.num_rows,):
             raise AnybatchError(
                 f"cluster has shape {self.cluster.shape}; expected ({self.num_rows},), one number a row."

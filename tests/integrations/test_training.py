@@ -115,3 +115,12 @@ def test_steps_and_seconds_are_those_of_training(tiny_model_folder, tmp_path):
     assert result.num_steps == 5
     assert [line["step"] for line in result.log if "loss" in line] == [2, 4]
     assert 0.4 <= result.evaluation_seconds < 5.0
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"), [(1.0, [0, 1 / 3, 2 / 3]), (0.5, [0, 1 / 2, 1]), (0.0, [1, 2 / 3, 1 / 3])]
+)
+def test_warmup_is_a_fraction_also_when_it_is_one(tiny_model_folder, tmp_path, warmup, expected):
+    """Three steps; all of them of warm-up, two, none."""
+    result, _, _ = train(tiny_model_folder, tmp_path, warmup=warmup, log_steps=1)
+    assert [line["learning_rate"] / 1e-3 for line in result.log if "loss" in line] == pytest.approx(expected)

@@ -149,7 +149,9 @@ def _lengths_of(value: Mapping[str, Any], num_rows: int) -> tuple[Tensor, int] |
         embedded = key == "inputs_embeds" and item.ndim == 3 and item.shape[1] == width
         if not (tokens or embedded):
             return None
-        if item.dtype == torch.bool and item.shape == mask.shape:  # expansion tokens are masked for attention and scored all the same
+        if (
+            item.dtype == torch.bool and item.shape == mask.shape
+        ):  # expansion tokens are masked for attention and scored all the same
             active = active | item
     columns = torch.arange(1, width + 1, device=mask.device)
     return (active * columns).amax(dim=1).cpu(), width
@@ -158,7 +160,9 @@ def _lengths_of(value: Mapping[str, Any], num_rows: int) -> tuple[Tensor, int] |
 def _rebuilt(value: Mapping[str, Any], taken: dict[str, Any]) -> Any:
     """`taken` in the type of `value` where a copy is known to be one of its own (dict, UserDict, BatchEncoding), else a dict."""
     if type(value) is dict or not isinstance(value, (dict, UserDict)):
-        return taken  # copy.copy of any other mapping may share its contents, and writing into it would reach the caller's
+        return (
+            taken  # copy.copy of any other mapping may share its contents, and writing into it would reach the caller's
+        )
     same = copy.copy(value)
     same.update(taken)
     return same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,10 +37,19 @@ class LossConfig:
     weight_cap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:  # nan is neither
             raise AnybatchError(f"loss.temperature is {self.temperature}; expected a positive number such as 0.05.")
         if not 0 < self.gamma <= 1:
             raise AnybatchError(f"loss.gamma is {self.gamma}; expected a number above 0 and at most 1.")
+        if self.eps is not None and not 0 <= self.eps < math.inf:
+            raise AnybatchError(
+                f"loss.eps is {self.eps}; expected 0 or a positive number, or nothing for 1 / (rows - 1)."
+            )
+        if self.weight_cap is not None and not self.weight_cap >= 1:
+            raise AnybatchError(
+                f"loss.weight_cap is {self.weight_cap}; expected at least 1 (a row of another cluster weighs no less than one of the own), "
+                "or nothing for the exact weight."
+            )
         if self.weights == "inclusion" and self.name in ("infonce", "decoupled"):
             raise AnybatchError(
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "

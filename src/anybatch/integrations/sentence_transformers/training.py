@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -67,10 +68,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AnybatchError(f"train.{name} is {value}; expected at least 1, or nothing.")
-        if self.learning_rate <= 0:
+        if not 0 < self.learning_rate < math.inf:  # nan is neither
             raise AnybatchError(
                 f"train.learning_rate is {self.learning_rate}; expected a positive number such as 5e-5."
             )
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected 0 or a positive number.")
         for name in ("warmup", "keep_graphs"):
             if not 0 <= getattr(self, name) <= 1:
                 raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected a fraction between 0 and 1.")
@@ -162,7 +166,7 @@ def train_model(
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
-        warmup_steps=config.warmup,
+        warmup_steps=min(config.warmup, math.nextafter(1, 0)),  # the Trainer takes 1 for one step, less for a fraction
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
