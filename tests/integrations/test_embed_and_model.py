@@ -54,6 +54,15 @@ def test_work_of_another_teacher_is_not_resumed_and_not_overwritten(tiny_model_f
     np.testing.assert_array_equal(embed_to_file(model, TEXTS, path, identity={"model": "one"}), np.load(path))
 
 
+def test_an_empty_prompt_is_no_prompt_also_where_the_model_has_a_default_one(tiny_model_folder):
+    """Training puts nothing before a text unless told to, so embedding must not either."""
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    plain = embed_texts(model, TEXTS)
+    model.prompts, model.default_prompt_name = {"query": "mata nodis "}, "query"
+    np.testing.assert_array_equal(embed_texts(model, TEXTS), plain)
+    assert not np.allclose(embed_texts(model, TEXTS, prompt="mata nodis "), plain, atol=1e-3)
+
+
 def test_first_layers_survive_saving(tiny_model_folder, tmp_path):
     model = load_model(ModelConfig(name=str(tiny_model_folder), num_layers=1, max_length=9, device="cpu"))
     assert model.max_seq_length == 9

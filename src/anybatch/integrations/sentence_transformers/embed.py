@@ -118,7 +118,7 @@ def _encode(model: SentenceTransformer, texts: list[str], batch_size: int, promp
     vectors = model.encode(
         texts,
         batch_size=batch_size,
-        prompt=prompt or None,
+        prompt=prompt,  # also the empty one: for None the model would take its own default prompt, which training does not
         normalize_embeddings=True,
         convert_to_numpy=True,
         show_progress_bar=False,
