@@ -26,7 +26,7 @@ class RowTable(nn.Module):
     sample of the data, and `weights="inclusion"` corrects for that.
 
     Args:
-        anchor_id: (n,) int; equal where the anchors are the same text.
+        anchor_id: (n,) int, 0 or more; equal where the anchors are the same text.
         positive_id: (n,) int; equal where the positives are the same text.
         negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives; None for none.
         plan: Of these rows; needed by `weights="inclusion"`.
@@ -51,6 +51,8 @@ class RowTable(nn.Module):
             raise AnybatchError(
                 f"The ids cover {len(anchor_id)} anchors and {len(positive_id)} positives; expected one of each a row."
             )
+        if len(anchor_id) and int(np.min(anchor_id)) < 0:
+            raise AnybatchError(f"anchor_id goes down to {int(np.min(anchor_id))}; expected 0 or more.")
         if plan is not None and plan.num_rows != len(anchor_id):
             raise AnybatchError(
                 f"The plan was made for other data: it has {plan.num_rows} rows, the ids cover {len(anchor_id)}. Give the plan of these data."
