@@ -104,23 +104,26 @@ def teacher_embeddings(
 
 
 def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progress) -> BatchPlan:
-    """The plan of the run: the one given, the one already in the folder, or a new one, saved there.
+    """The plan of the run: the one given (copied into the folder), the one already in the folder, or a new one, saved there.
 
     Raises:
-        AnybatchError: A plan made for other data or another batch size.
+        AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
     """
     from anybatch.mining import mine_plan
 
-    folder = Path(config.output)
-    path = Path(config.plan) if config.plan is not None else folder / "plan.safetensors"
-    if config.plan is not None or path.exists():
-        plan = BatchPlan.load(path)
-        plan.check(num_rows=len(pairs), data_digest=pairs.digest)
-        if plan.batch_size != config.batch_size:
+    path = Path(config.output) / "plan.safetensors"
+    if config.plan is not None:
+        given = _load_plan(Path(config.plan), config, pairs)
+        if not path.exists():
+            given.save(path)  # the run's own copy: the file given may change or go
+        elif (digest := BatchPlan.load(path).digest) != given.digest:
             raise AnybatchError(
-                f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
+                f"{config.plan} is another plan than the one this run was started with, of which {path} is a copy (digest {given.digest[:12]}, "
+                f"the run's {digest[:12]}). Put the old plan back, or start a new run in another output folder."
             )
-        return plan
+        return given
+    if path.exists():
+        return _load_plan(path, config, pairs)
     if config.mining.method == "random":
         plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
     else:
@@ -136,8 +139,18 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
             progress=lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
         )
         plan = result.plan
-        write_text(folder / "mining.json", json.dumps(result.report.as_dict(), indent=2))
+        write_text(path.with_name("mining.json"), json.dumps(result.report.as_dict(), indent=2))
     plan.save(path)
+    return plan
+
+
+def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
+    plan = BatchPlan.load(path)
+    plan.check(num_rows=len(pairs), data_digest=pairs.digest)
+    if plan.batch_size != config.batch_size:
+        raise AnybatchError(
+            f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
+        )
     return plan
 
 
@@ -313,7 +326,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     callbacks = prepare_memory(config, model, pairs, loss, resume=resume, progress=progress)
     dataset = pairs.to_dataset()
     with Measure() as measure:
-        log = train_model(
+        trained = train_model(
             model,
             loss,
             dataset,
@@ -332,10 +345,10 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     result = RunResult(
         metrics=evaluate(model),
         metrics_untrained=untrained,
-        log=log,
-        train_seconds=measure.seconds,
+        log=trained.log,
+        train_seconds=measure.seconds - trained.evaluation_seconds,
         train_peak_bytes=measure.peak_bytes,
-        num_steps=log[-1]["step"] if log else 0,
+        num_steps=trained.num_steps,
     )
     write_text(
         folder / "metrics.json", json.dumps(asdict(result), indent=2)
