@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -157,6 +157,7 @@ def evaluate_model(
     *,
     prompts: tuple[str, str] = ("", ""),
     batch_size: int = 128,
+    progress: Progress = no_progress,
 ) -> dict[str, float]:
     """Retrieval figures of a model: recall@1, recall@10, MRR@10, nDCG@10 and so on.
 
@@ -165,16 +166,21 @@ def evaluate_model(
         data: Pairs (each anchor must find its positive among all distinct ones) or a retrieval set.
         prompts: Text put before each anchor (query) and each positive (document).
         batch_size: Texts per forward pass.
+        progress: Told how many texts are embedded.
     """
     from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
     from anybatch.integrations.sentence_transformers.embed import embed_texts
 
+    def embed(stage: str, texts: Sequence[str], prompt: str) -> np.ndarray:
+        report = _counter(progress, f"embedding: {stage}", len(texts))
+        return embed_texts(model, texts, batch_size=batch_size, prompt=prompt, progress=report)
+
     if isinstance(data, PairData):
-        anchors = embed_texts(model, data.anchors, batch_size=batch_size, prompt=prompts[0])
-        positives = embed_texts(model, data.positives, batch_size=batch_size, prompt=prompts[1])
+        anchors = embed("anchors", data.anchors, prompts[0])
+        positives = embed("positives", data.positives, prompts[1])
         return pair_metrics(anchors, positives, anchor_id=data.anchor_id, positive_id=data.positive_id)
-    queries = embed_texts(model, data.query_texts, batch_size=batch_size, prompt=prompts[0])
-    corpus = embed_texts(model, data.corpus_texts, batch_size=batch_size, prompt=prompts[1])
+    queries = embed("queries", data.query_texts, prompts[0])
+    corpus = embed("documents", data.corpus_texts, prompts[1])
     return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
 
 

@@ -79,6 +79,14 @@ def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder,
     assert figures["ndcg@10"] == pytest.approx(trained["ndcg@10"], abs=1e-6)
 
 
+def test_evaluate_shows_progress(pairs_file, tiny_model_folder):
+    process = command("evaluate", str(tiny_model_folder), "--data", str(pairs_file))
+    _, messages = process.communicate()
+    assert process.returncode == 0, messages
+    assert "embedding: anchors: 97/97" in messages
+    assert "embedding: positives: 97/97" in messages
+
+
 def command(*arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
