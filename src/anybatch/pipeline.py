@@ -74,7 +74,7 @@ def teacher_embeddings(
             raise AnybatchError(
                 "Precomputed embeddings need both teacher.anchor_embeddings and teacher.positive_embeddings; one is missing."
             )
-        return _read_embeddings(str(files[0]), len(pairs)), _read_embeddings(str(files[1]), len(pairs))
+        return read_embeddings(str(files[0]), len(pairs)), read_embeddings(str(files[1]), len(pairs))
     if teacher.name is None:
         raise AnybatchError(
             f"mining.method is '{config.mining.method}', which needs a teacher: set teacher.name to a sentence-transformers model, or "
@@ -198,7 +198,16 @@ def read_evaluation(config: RunConfig) -> PairData | RetrievalData | None:
     return read_pairs(held_out.path, anchor=config.data.anchor, positive=config.data.positive, limit=held_out.limit)
 
 
-def _read_embeddings(path: str, num_rows: int) -> np.ndarray:
+def read_embeddings(path: str, num_rows: int) -> np.ndarray:
+    """Precomputed embeddings, memory-mapped.
+
+    Args:
+        path: A `.npy` file, (rows, dimensions) of floats.
+        num_rows: Rows of the data, which must be the file's.
+
+    Raises:
+        AnybatchError: No such file, no array, or another shape.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -72,7 +72,7 @@ def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder,
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == sorted(line["step"] for line in log)
     assert all(np.isfinite(line["loss"]) for line in log if "loss" in line)
-    run("inspect", str(out))
+    run("inspect", "run", str(out))
     run("evaluate", str(out / "model"), "--data", str(pairs_file), "--output", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     trained = json.loads((out / "metrics.json").read_text())["metrics"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Annotated
 
@@ -29,4 +30,10 @@ def command(
         f"{folder / 'plan.safetensors'}: {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch.",
         highlight=False,
     )
-    console.print(f"See what is in it with: anybatch inspect {folder}", highlight=False)
+    stored = folder / "mining.json"
+    outlook = json.loads(stored.read_text(encoding="utf-8")).get("outlook") if stored.exists() else None
+    for warning in (outlook or {}).get("warnings", ()):
+        console.print(f"Warning: {warning}", highlight=False, markup=False)
+    console.print(
+        f"See what is in it with: anybatch inspect plan {folder} --html {folder / 'plan.html'}", highlight=False
+    )

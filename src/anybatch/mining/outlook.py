@@ -146,7 +146,7 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Out
         )
     if figures["own_behind_skip"] > limits.own_behind_skip:
         found.append(
-            f"For {figures['own_behind_skip']:.0%} of the anchors more than {skip} rows score above the own positive (good: {limits.own_behind_skip:.0%} "
+            f"For {figures['own_behind_skip']:.0%} of the anchors more than {skip} other rows score above the own positive (good: {limits.own_behind_skip:.0%} "
             "or less): their wanted negatives begin above it. Raise mining.skip, set mining.margin to 0.95, or use a better teacher."
         )
     if not clustered:
