@@ -65,7 +65,7 @@ def test_a_plan_alone_says_what_is_missing_and_which_option_gives_it(mined, tmp_
     said = heard()
     for option in ("--data", "--embeddings ANCHORS.npy POSITIVES.npy", "mining.json"):
         assert option in said
-    assert "expected loss" not in said
+    assert "expected loss at temperature" not in said
     more = ["--data", str(pairs_file), "--embeddings", str(tmp_path / "a.npy"), str(tmp_path / "p.npy")]
     run("inspect", "plan", str(alone), *more, "--temperature", "0.1", "--anchors", "50")
     said = heard()[len(said) :]
@@ -80,7 +80,7 @@ def test_data_that_the_run_names_but_that_is_gone(mined, heard, pairs_file):
     said = heard()
     assert "Not shown: Texts: There is no file" in said
     assert "Repeated texts are not recognised" in said
-    assert "expected loss" in said
+    assert "expected loss at temperature 0.2" in said
 
 
 def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
