@@ -6,6 +6,7 @@ The command line calls this; everything here can be called from Python as well. 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from anybatch.run_config import RunConfig, RunResult
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger("anybatch")
 
 
 class Progress(Protocol):
@@ -133,6 +136,8 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
             progress=lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
         )
         plan = result.plan
+        for warning in result.report.outlook.warnings if result.report.outlook is not None else ():
+            logger.warning("Before you train: %s", warning)  # before training, not after
         write_text(folder / "mining.json", json.dumps(result.report.as_dict(), indent=2))
     plan.save(path)
     return plan

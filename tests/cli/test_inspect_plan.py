@@ -97,14 +97,16 @@ def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
         run("inspect", "run", str(tmp_path / "absent"))
 
 
-def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, heard):
+def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, heard, caplog):
     """A run that embedded its data itself; `mine` and `inspect` warn alike."""
     more = ("mining.cluster_size=4", "mining.skip=1", "mining.take=6")
     folder = tmp_path / "run"
     run("mine", *settings(pairs_file, tiny_model_folder, folder, *more), "--teacher", str(tiny_model_folder))
     run("inspect", "plan", str(folder))
     said = heard()
-    assert "Warning: For " in said  # with skip 1, many positives fall behind it
+    warning = caplog.messages[0].removeprefix("Before you train: ")
+    assert warning.startswith("For ")  # with skip 1, many positives fall behind it
+    assert f"Warning: {warning}" in said
     assert "Not shown" not in said
     assert "rows that repeat an anchor" in said
     assert "14" in next(line for line in said.splitlines() if "rows that repeat an anchor" in line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Annotated
 
@@ -30,10 +29,6 @@ def command(
         f"{folder / 'plan.safetensors'}: {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch.",
         highlight=False,
     )
-    stored = folder / "mining.json"
-    outlook = json.loads(stored.read_text(encoding="utf-8")).get("outlook") if stored.exists() else None
-    for warning in (outlook or {}).get("warnings", ()):
-        console.print(f"Warning: {warning}", highlight=False, markup=False)
     console.print(
         f"See what is in it with: anybatch inspect plan {folder} --html {folder / 'plan.html'}", highlight=False
     )

@@ -140,20 +140,20 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Out
     found = []
     if figures["own_first"] < limits.own_first:
         found.append(
-            f"The teacher finds the own positive first for only {figures['own_first']:.0%} of the anchors (good: {limits.own_first:.0%} or more). "
+            f"The teacher finds the own positive first for only {figures['own_first']:.1%} of the anchors (good: {limits.own_first:.0%} or more). "
             "A teacher that does not know the pairs cannot tell hard negatives from right answers. Use a better teacher, or random batches with "
             "count-corrected InfoNCE."
         )
     if figures["own_behind_skip"] > limits.own_behind_skip:
         found.append(
-            f"For {figures['own_behind_skip']:.0%} of the anchors more than {skip} other rows score above the own positive (good: {limits.own_behind_skip:.0%} "
-            "or less): their wanted negatives begin above it. Raise mining.skip, set mining.margin to 0.95, or use a better teacher."
+            f"For {figures['own_behind_skip']:.1%} of the anchors the teacher ranks the own positive behind the {skip} skipped rows (good: "
+            f"{limits.own_behind_skip:.0%} or less): their wanted negatives begin above it. Raise mining.skip, set mining.margin to 0.95, or use a better teacher."
         )
     if not clustered:
         return found  # random batches: nothing was chosen that could hurt
     if figures["negatives_above_own"] > limits.negatives_above_own:
         found.append(
-            f"{figures['negatives_above_own']:.0%} of the wanted negatives beside an anchor score above its own positive (good: "
+            f"{figures['negatives_above_own']:.1%} of the wanted negatives beside an anchor score above its own positive (good: "
             f"{limits.negatives_above_own:.0%} or less): many are probably right answers. Set mining.margin to 0.95, or raise mining.skip."
         )
     if figures["suspects_per_anchor"] > limits.suspects_per_anchor:
@@ -163,7 +163,7 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Out
         )
     if figures["isolated"] > limits.isolated:
         found.append(
-            f"{figures['isolated']:.0%} of the anchors have no wanted negative beside them (good: {limits.isolated:.0%} or less). "
+            f"{figures['isolated']:.1%} of the anchors have no wanted negative beside them (good: {limits.isolated:.0%} or less). "
             "Raise mining.take or mining.cluster_size, or set mining.edges to 'union'."
         )
     if figures["window_gain"] < limits.window_gain:

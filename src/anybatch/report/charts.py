@@ -74,7 +74,7 @@ def line_chart(
 
 
 def heat_map(title: str, scores: Sequence[Sequence[float]], low: float, high: float) -> str:
-    """A square of scores: the darker, the higher between `low` and `high`; the diagonal is outlined."""
+    """A square of scores: the stronger the colour, the higher between `low` and `high`; the diagonal is outlined."""
     size = 12
     side = size * len(scores)
     parts = [
