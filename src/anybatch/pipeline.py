@@ -138,7 +138,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
         plan = result.plan
         for warning in result.report.outlook.warnings if result.report.outlook is not None else ():
             logger.warning("Before you train: %s", warning)  # before training, not after
-        write_text(folder / "mining.json", json.dumps(result.report.as_dict(), indent=2))
+        write_text(folder / "mining.json", json.dumps({"plan": plan.digest, **result.report.as_dict()}, indent=2))
     plan.save(path)
     return plan
 

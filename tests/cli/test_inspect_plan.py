@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -74,6 +75,23 @@ def test_a_plan_alone_says_what_is_missing_and_which_option_gives_it(mined, tmp_
     assert "Kept weight" in said
 
 
+def test_figures_of_another_plan_are_not_shown(mined, heard):
+    path = mined / "mining.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "plan": "another"}))
+    run("inspect", "plan", str(mined))
+    assert "belongs to another plan" in heard()
+    assert "mining: neighbors" not in heard()
+
+
+def test_a_run_on_a_plan_made_elsewhere(mined, heard, pairs_file, tiny_model_folder, tmp_path):
+    plan = str(mined / "plan.safetensors")
+    given = settings(pairs_file, tiny_model_folder, tmp_path / "trained", "train.max_steps=1", "train.warmup=0")
+    run("train", *given, "--plan", plan)
+    run("inspect", "plan", str(tmp_path / "trained"))
+    assert f"Plan {plan}" in heard()
+    assert "mining: neighbors" in heard()
+
+
 def test_data_that_the_run_names_but_that_is_gone(mined, heard, pairs_file):
     pairs_file.unlink()
     run("inspect", "plan", str(mined))
@@ -81,6 +99,17 @@ def test_data_that_the_run_names_but_that_is_gone(mined, heard, pairs_file):
     assert "Not shown: Texts: There is no file" in said
     assert "Repeated texts are not recognised" in said
     assert "expected loss at temperature 0.2" in said
+
+
+def test_moved_data_is_read_in_the_columns_of_the_run(mined, heard, pairs_file, tmp_path):
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(pairs_file.read_text().replace('"anchor"', '"question"').replace('"positive"', '"answer"'))
+    config = (mined / "config.yaml").read_text()
+    (mined / "config.yaml").write_text(
+        config.replace("anchor: anchor", "anchor: question").replace("positive: positive", "positive: answer")
+    )
+    run("inspect", "plan", str(mined), "--data", str(moved))
+    assert "Not shown" not in heard()
 
 
 def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
@@ -91,6 +120,8 @@ def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
     np.save(tmp_path / "short.npy", np.ones((96, 8), np.float32))
     with pytest.raises(AnybatchError, match=r"shape \(96, 8\); expected floats of shape \(97"):
         run("inspect", "plan", str(mined), "--embeddings", str(tmp_path / "a.npy"), str(tmp_path / "short.npy"))
+    with pytest.raises(AnybatchError, match="Add --data"):
+        run("inspect", "plan", str(mined), "--anchor", "anchor")
     with pytest.raises(AnybatchError, match="There is no plan"):
         run("inspect", "plan", str(tmp_path / "absent"))
     with pytest.raises(AnybatchError, match="holds no run"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,25 +58,19 @@ def command(
     """
     if html is not None and html.exists():
         raise AnybatchError(f"{html} exists. Choose another file for --html.")
-    plan_path = path / "plan.safetensors" if path.is_dir() else path
-    plan = BatchPlan.load(plan_path)
-    folder = plan_path.parent
+    folder = path if path.is_dir() else path.parent
     config = load_config(RunConfig, folder / "config.yaml") if (folder / "config.yaml").exists() else None
+    plan_path = folder / "plan.safetensors" if path.is_dir() else path
+    if path.is_dir() and config is not None and config.plan is not None:
+        plan_path = Path(config.plan)  # the run trained on a plan made elsewhere
+    plan = BatchPlan.load(plan_path)
     missing: list[str] = []
-    given = (
-        None
-        if data is None
-        else DataConfig(
-            path=data,
-            anchor=anchor or "anchor",
-            positive=positive or "positive",
-            negatives=tuple(negative or ()),
-            limit=limit,
-        )
+    given = _given(
+        config, data, {"anchor": anchor, "positive": positive, "negatives": tuple(negative or ()), "limit": limit}
     )
     pairs = _pairs(plan, given, config, missing)
     vectors = _embeddings(plan, embeddings, folder, config, missing)
-    mining = _stored(folder / "mining.json", plan, missing)
+    mining = _stored(plan_path.with_name("mining.json"), plan, missing)
     inspection = None
     if vectors is not None:
         if pairs is None:
@@ -99,6 +94,19 @@ def command(
         )
         write_text(html, page)
         console.print(f"Page: {html}", highlight=False, markup=False)
+
+
+def _given(config: RunConfig | None, path: str | None, settings: dict[str, Any]) -> DataConfig | None:
+    """The data of `--data`, in the run's columns where the options name none."""
+    chosen = {name: value for name, value in settings.items() if value not in (None, ())}
+    if path is None:
+        if chosen:
+            raise AnybatchError(
+                "--anchor, --positive, --negative and --limit describe the file of --data, which is not given. Add --data."
+            )
+        return None
+    base = config.data if config is not None else DataConfig(path=path)
+    return replace(base, path=path, **chosen)
 
 
 def _pairs(plan: BatchPlan, given: DataConfig | None, config: RunConfig | None, missing: list[str]) -> PairData | None:
@@ -150,13 +158,14 @@ def _embeddings(
 
 
 def _stored(path: Path, plan: BatchPlan, missing: list[str]) -> dict[str, Any] | None:
-    """What mining left beside the plan."""
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    """What mining left beside the plan, if it is this plan's."""
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if stored is not None and stored.get("plan", plan.digest) == plan.digest:
+        return stored
     if plan.cluster_size > 1:
         missing.append(
             "Kept weight, isolated rows, exact hubs, time and memory of each stage: mining writes them to mining.json beside the plan, and "
-            f"there is none at {path}. Keep the two files together."
+            f"{path} {'is missing' if stored is None else 'belongs to another plan'}. Keep the two files together."
         )
     return None
 
