@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from anybatch.cli import progress
 from anybatch.cli.app import app
 from anybatch.errors import AnybatchError
 
@@ -79,12 +81,13 @@ def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder,
     assert figures["ndcg@10"] == pytest.approx(trained["ndcg@10"], abs=1e-6)
 
 
-def test_evaluate_shows_progress(pairs_file, tiny_model_folder):
-    process = command("evaluate", str(tiny_model_folder), "--data", str(pairs_file))
-    _, messages = process.communicate()
-    assert process.returncode == 0, messages
-    assert "embedding: anchors: 97/97" in messages
-    assert "embedding: positives: 97/97" in messages
+def test_evaluate_shows_progress(pairs_file, tiny_model_folder, monkeypatch):
+    heard = Console(width=200, record=True, force_terminal=False, stderr=True)
+    monkeypatch.setattr(progress, "console", heard)
+    run("evaluate", str(tiny_model_folder), "--data", str(pairs_file))
+    said = heard.export_text()
+    assert "embedding: anchors: 97/97" in said
+    assert "embedding: positives: 97/97" in said
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:
