@@ -7,6 +7,7 @@ from anybatch.losses.log_weights import (
     IdMask,
     LogWeight,
     SumLogWeight,
+    SuspectMask,
     TensorLogWeight,
     inclusion_log_weights,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "LogWeight",
     "SogCLR",
     "SumLogWeight",
+    "SuspectMask",
     "TensorLogWeight",
     "inclusion_log_weights",
 ]
