@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,7 +71,14 @@ class ExampleMemory(nn.Module):
         return index
 
     def blend(
-        self, index: Tensor, batch: Tensor, *, direction: int, gamma: float, update: bool, dimensions: int
+        self,
+        index: Tensor,
+        batch: Tensor,
+        *,
+        direction: int,
+        gamma: float | Callable[[Tensor], tuple[Tensor, Tensor]],
+        update: bool,
+        dimensions: int,
     ) -> Tensor:
         """The new state of the batch's rows, stored if `update`.
 
@@ -78,7 +86,7 @@ class ExampleMemory(nn.Module):
             index: (B,) int64 rows.
             batch: (B,) what this batch says: the log of a mean; -inf where it says nothing.
             direction: Which state.
-            gamma: Weight of the batch, in (0, 1].
+            gamma: Weight of the batch, in (0, 1]; or a function of the old states that gives log gamma and log(1 - gamma).
             update: Store the result.
             dimensions: Width of the embeddings.
 
@@ -91,8 +99,11 @@ class ExampleMemory(nn.Module):
         combined = _combine(batch_all, inverse, len(rows))
         # The state is float32; the arithmetic is the batch's, so that float64 checks see no rounding but the state's own.
         old = self.log_mean[direction, rows].to(batch.dtype)
-        stay = old + (math.log1p(-gamma) if gamma < 1 else -math.inf)
-        new = torch.where(old.isnan(), combined, torch.logaddexp(stay, combined + math.log(gamma)))
+        if callable(gamma):
+            log_gamma, log_stay = gamma(old)
+        else:
+            log_gamma, log_stay = math.log(gamma), math.log1p(-gamma) if gamma < 1 else -math.inf
+        new = torch.where(old.isnan(), combined, torch.logaddexp(old + log_stay, combined + log_gamma))
         new = torch.where(combined.isneginf(), torch.where(old.isnan(), combined, old), new)
         if update:
             stored = torch.where(new.isneginf(), torch.nan, new)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss, Direction
-from anybatch.losses.engine import TILE_BYTES, Rule
+from anybatch.losses.base import Batch, ContrastiveLoss, Direction
+from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.schedule import GammaSchedule
 
 
 class SogCLR(ContrastiveLoss):
@@ -29,7 +31,7 @@ class SogCLR(ContrastiveLoss):
 
     Args:
         num_rows: n, rows of the data set.
-        gamma: Weight of the new batch, in (0, 1]. Published: .9 constant; FastCLIP lowers it to .2 along a cosine.
+        gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to .2 along a cosine.
         eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
         temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
@@ -46,7 +48,7 @@ class SogCLR(ContrastiveLoss):
         self,
         num_rows: int,
         *,
-        gamma: float = 0.9,
+        gamma: float | GammaSchedule = 0.9,
         eps: float | None = None,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
@@ -61,8 +63,8 @@ class SogCLR(ContrastiveLoss):
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
-        if not 0 < gamma <= 1:
-            raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1.")
+        if not isinstance(gamma, GammaSchedule) and not 0 < gamma <= 1:
+            raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1, or a GammaSchedule.")
         if eps is not None and eps < 0:
             raise AnybatchError(f"eps is {eps}; expected 0 or more, or None for 1 / (num_rows - 1).")
         self.memory = ExampleMemory(num_rows, num_directions=2 if direction == "both" else 1)
@@ -70,31 +72,46 @@ class SogCLR(ContrastiveLoss):
         self.eps = 1.0 / (num_rows - 1) if eps is None else eps
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        return _Remembering(
+        return Remembering(
             memory=self.memory,
             index=self.memory.check(index, dimensions),
             direction=direction,
-            gamma=self.gamma,
+            gamma=self.gamma.value if isinstance(self.gamma, GammaSchedule) else self.gamma,
             log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
             normalised=normalised,
-            update=self.training and torch.is_grad_enabled(),
+            update=self._updating,
             dimensions=dimensions,
         )
 
+    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        if self._updating and isinstance(self.gamma, GammaSchedule):
+            self.gamma.advance()
+        return super()._finish(batch, sides, stats, loss)
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Remembering:
+class Remembering:
+    """The rule of SogCLR: a log-mean that remembers, plus eps. `constant` is added to the objective."""
+
     memory: ExampleMemory
     index: Tensor
     direction: int
-    gamma: float
+    gamma: float | Callable[[Tensor], tuple[Tensor, Tensor]]
     log_eps: float
     normalised: bool
     update: bool
     dimensions: int
+    constant: float = 0.0
     row_wise: bool = False  # a row may occur twice in the batch, and then shares its state
 
     def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """See `Rule`."""
+        log_mean, correction = self.remember(log_sum, num_negatives, rows)
+        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
+        return objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant)
+
+    def remember(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both (b,)."""
         correction = torch.zeros_like(log_sum) if self.normalised else num_negatives.clamp(min=1).log()
         log_mean = self.memory.blend(
             self.index[rows],
@@ -104,5 +121,4 @@ class _Remembering:
             update=self.update,
             dimensions=self.dimensions,
         )
-        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
-        return objective + correction, torch.where(objective.isneginf(), 0.0, objective)
+        return log_mean, correction
