@@ -128,9 +128,7 @@ class RowTable(nn.Module):
                 plan.num_rows, plan.num_clusters, plan.clusters_per_batch, cap=self.weight_cap
             )
             column_cluster = torch.cat([cluster, explicit])
-            terms.append(
-                ClusterLogWeight(row_cluster=cluster, column_cluster=column_cluster, same=same, other=other)
-            )
+            terms.append(ClusterLogWeight(row_cluster=cluster, column_cluster=column_cluster, same=same, other=other))
         if terms:
             arguments["log_weight"] = terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
         return arguments
