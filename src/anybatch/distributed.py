@@ -58,3 +58,9 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if is_active():
         dist.all_reduce(value)
     return value
+
+
+def barrier() -> None:
+    """Wait for all ranks. One collective."""
+    if is_active():
+        dist.barrier()

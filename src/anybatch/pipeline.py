@@ -130,6 +130,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
             anchor_id=pairs.anchor_id,
             positive_id=pairs.positive_id,
             data_digest=pairs.digest,
+            folder=folder / "neighbors",
             progress=lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
         )
         plan = result.plan

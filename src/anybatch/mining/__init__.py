@@ -2,9 +2,10 @@
 
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.graph import MiningGraph, build_graph
-from anybatch.mining.mine import MiningConfig, MiningReport, MiningResult, mine_plan
+from anybatch.mining.inverted import ivf_neighbors
+from anybatch.mining.mine import MiningConfig, MiningReport, MiningResult, mine_plan, rank_rows
 from anybatch.mining.negatives import sample_negatives
-from anybatch.mining.neighbors import Neighbors, exact_neighbors, ivf_neighbors
+from anybatch.mining.neighbors import Neighbors, Stacked, exact_neighbors
 from anybatch.mining.partition import equal_clusters, metis_clusters
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MiningReport",
     "MiningResult",
     "Neighbors",
+    "Stacked",
     "audit_clusters",
     "build_graph",
     "equal_clusters",
@@ -21,6 +23,7 @@ __all__ = [
     "ivf_neighbors",
     "metis_clusters",
     "mine_plan",
+    "rank_rows",
     "sample_negatives",
     "suspect_pairs",
 ]

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +14,9 @@ import numpy as np
 from anybatch.errors import AnybatchError
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
+from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
-from anybatch.mining.neighbors import Neighbors, check_embeddings, exact_neighbors, ivf_neighbors
+from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embeddings, exact_neighbors
 from anybatch.mining.partition import equal_clusters, metis_clusters
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
@@ -113,6 +115,8 @@ def mine_plan(
     anchor_id: np.ndarray | None = None,
     positive_id: np.ndarray | None = None,
     data_digest: str = "",
+    device: str | None = None,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> MiningResult:
     """Choose the batches.
@@ -122,6 +126,8 @@ def mine_plan(
         config: See `MiningConfig`.
         anchor_id, positive_id: (n,) int; equal for identical texts, which are never put together. None: all differ.
         data_digest: `PairData.digest`, which binds the plan to its data.
+        device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
+        folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not repeated.
         progress: Called with (stage, fraction done).
 
     Returns:
@@ -162,7 +168,17 @@ def mine_plan(
     skip, take = _fitting_window(config, num_rows, report)
 
     with _stage(report, "neighbors", progress) as advance:
-        neighbors = _rank(anchor_embeddings, positive_embeddings, config, skip + take, anchor_id, positive_id, advance)
+        neighbors = rank_rows(
+            anchor_embeddings,
+            positive_embeddings,
+            config=config,
+            num_neighbors=skip + take,
+            anchor_id=anchor_id,
+            positive_id=positive_id,
+            device=device,
+            folder=folder,
+            progress=advance,
+        )
         report.recall = neighbors.recall
     with _stage(report, "graph", progress):
         published = config.method == "published"
@@ -206,23 +222,29 @@ def mine_plan(
     return MiningResult(plan=plan, report=report, graph=graph)
 
 
-def _rank(
+def rank_rows(
     anchors: np.ndarray,
     positives: np.ndarray,
+    *,
     config: MiningConfig,
     num_neighbors: int,
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
-    progress: Callable[[float], None],
+    device: str | None = None,
+    folder: Path | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Neighbors:
-    queries, documents = anchors, positives
+    """The neighbours that `config` asks for: its score, and exact or approximate search. Arguments as in `mine_plan`."""
+    queries: Embeddings = anchors
+    documents: Embeddings = positives
     if config.score == "symmetric":  # q_i . p_j + q_j . p_i is one inner product of twice the width
-        queries, documents = np.concatenate([anchors, positives], axis=1), np.concatenate([positives, anchors], axis=1)
-    ids: dict[str, Any] = {"anchor_id": anchor_id, "positive_id": positive_id, "progress": progress}
+        queries, documents = Stacked(anchors, positives), Stacked(positives, anchors)
+    where: dict[str, Any] = {"device": device, "folder": folder, "progress": progress}
+    ids = {"anchor_id": anchor_id, "positive_id": positive_id}
     exact = config.neighbors == "exact" or (config.neighbors == "auto" and len(anchors) <= EXACT_ROWS)
     if exact:
-        return exact_neighbors(queries, documents, num_neighbors, **ids)
-    return ivf_neighbors(queries, documents, num_neighbors, seed=config.seed, **ids)
+        return exact_neighbors(queries, documents, num_neighbors, **ids, **where)
+    return ivf_neighbors(queries, documents, num_neighbors, **ids, seed=config.seed, **where)
 
 
 def _fitting_window(config: MiningConfig, num_rows: int, report: MiningReport) -> tuple[int, int]:
