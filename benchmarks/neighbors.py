@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from anybatch.mining import exact_neighbors
-from anybatch.mining.neighbors import BLOCK_ROWS
 from anybatch.report import markdown_table
 from benchmarks.mining_scale import make_rows
 
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--anchor-embeddings", required=True)
     parser.add_argument("--positive-embeddings", required=True)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--queries", type=int, default=BLOCK_ROWS)
+    parser.add_argument("--queries", type=int, default=4096)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--scratch", type=Path, default=Path("runs/rows"), help="where made rows are kept")
     options = parser.parse_args()
@@ -68,18 +67,18 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     anchors, positives = make_rows(
         options.anchor_embeddings, options.positive_embeddings, options.rows, options.scratch, dtype="float32"
     )
-    documents = np.ascontiguousarray(positives)
+    documents = np.array(positives)
     rows = np.sort(np.random.default_rng(0).choice(len(documents), options.queries, replace=False))
     queries = np.ascontiguousarray(anchors[rows])
     every = np.arange(len(documents))
     index = faiss.IndexFlatIP(documents.shape[1])
     index.add(documents)  # pyright: ignore[reportCallIssue]
-    tile = torch.empty(len(queries), 2048)
+    block, tile = torch.from_numpy(queries), torch.empty(len(queries) * 2048)
 
     def product() -> None:
         for first in range(0, len(documents), 2048):
             part = torch.from_numpy(documents[first : first + 2048])
-            torch.mm(torch.from_numpy(queries), part.T, out=tile[:, : len(part)] if len(part) == 2048 else None)
+            torch.mm(block, part.T, out=tile[: len(block) * len(part)].view(len(block), len(part)))
 
     def ours() -> None:
         exact_neighbors(anchors, documents, NUM_NEIGHBORS, anchor_id=every, positive_id=every, rows=rows)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from anybatch.mining import Stacked, exact_neighbors, ivf_neighbors
-from anybatch.mining import inverted as inverted_module
 from anybatch.mining import neighbors as neighbors_module
 from anybatch.mining import top as top_module
 
@@ -25,7 +24,8 @@ def plain(num_rows):
 @pytest.mark.parametrize("distinct", [None, 20])
 @pytest.mark.parametrize(("num_rows", "k", "tile"), [(37, 5, (8, 16)), (150, 149, (150, 150)), (203, 17, (64, 100))])
 def test_torch_search_equals_the_compiled_one(num_rows, k, tile, distinct, monkeypatch):
-    monkeypatch.setattr(neighbors_module, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(neighbors_module, "UNIT_ROWS", 50)
+    monkeypatch.setattr(neighbors_module, "DEVICE_ROWS", 50)
     monkeypatch.setattr(neighbors_module, "PIECE_ROWS", 70)
     monkeypatch.setattr(top_module._OnDevice, "tile", tile)
     monkeypatch.setattr(top_module._Compiled, "tile", tile)
@@ -70,8 +70,8 @@ def test_symmetric_score_without_a_copy(search):
 
 @pytest.mark.parametrize("search", [exact_neighbors, ivf_neighbors])
 def test_a_killed_search_goes_on(search, tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbors_module, "BLOCK_ROWS", 40)
-    monkeypatch.setattr(inverted_module, "BLOCK_GROUPS", 9)
+    monkeypatch.setattr(neighbors_module, "UNIT_ROWS", 13)
+    monkeypatch.setattr(neighbors_module, "BLOCK_UNITS", 4)
     anchors, positives = (side.astype(np.float16) for side in embeddings(300, topics=30))
     np.save(tmp_path / "a.npy", anchors)
     mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
@@ -87,15 +87,13 @@ def test_a_killed_search_goes_on(search, tmp_path, monkeypatch):
         search(mapped, positives, 10, folder=tmp_path / "work", progress=kill_at_half, **plain(300))
     half = len(seen)
     searched = []
-    work = neighbors_module.SearchWork.search
+    best = neighbors_module.best_columns
     monkeypatch.setattr(
-        neighbors_module.SearchWork,
-        "search",
-        lambda *given, **known: (searched.append(given[2]), work(*given, **known)),
+        neighbors_module, "best_columns", lambda *given, **known: (searched.extend(given[1]), best(*given, **known))[1]
     )
     seen.clear()
     again = search(mapped, positives, 10, folder=tmp_path / "work", progress=seen.append, **plain(300))
-    assert 0 < sum(map(len, searched)) < 300
+    assert 0 < len(searched) < 300
     assert seen[0] > 0.5
     assert seen[-1] == 1.0
     assert half >= 2

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from anybatch.blocks import BlockArrays
-from anybatch.mining.neighbors import Embeddings, Neighbors, SearchWork, as_tensor, exact_neighbors, identity_of
+from anybatch.mining.neighbors import Embeddings, Neighbors, as_tensor, exact_neighbors, identity_of, search_units
 
 SAMPLE = 1024  # queries on which recall is measured
 SAMPLE_GROUPS = 64  # groups they come from
 GROUP_ROWS = 512  # queries that visit the same cells, at most
-BLOCK_GROUPS = 32  # groups between two records of progress
 TRAIN_ROWS = 40  # documents a centroid is made of, about
 ROUNDS = 6  # of k-means
-PIECE_ROWS = 8192  # documents converted to float32 at once
+PIECE_ROWS = 4096  # documents converted to float32 at once
 
 
 def ivf_neighbors(
@@ -69,14 +68,24 @@ def ivf_neighbors(
         identity = identity_of("ivf", num_neighbors, queries, documents, *ids, target_recall, seed)
     cells = _Cells(queries, documents, num_neighbors, ids, seed=seed, device=device, folder=folder, identity=identity)
     recall, num_probes = cells.probes(target_recall)
-    groups = cells.groups()
-    num_blocks = -(-len(groups) // BLOCK_GROUPS)
-    work = SearchWork(len(queries), num_neighbors, num_blocks, folder=folder, identity=f"{identity} {num_probes}")
-    for block in work.blocks(progress):
-        for group in groups[block * BLOCK_GROUPS : (block + 1) * BLOCK_GROUPS]:
-            visited = cells.visits(queries[group])[:num_probes]
-            work.search(group, group, queries, documents, cells.pieces(visited, device), *ids, device=device)
-    return work.result(recall=recall, num_probes=num_probes)
+
+    def pieces(group: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
+        return cells.pieces(cells.visits(group.cpu().numpy())[:num_probes], device)
+
+    found = search_units(
+        queries,
+        documents,
+        num_neighbors,
+        [(group, group) for group in cells.groups()],
+        pieces,
+        ids=ids,
+        num_results=len(queries),
+        device=device,
+        folder=folder,
+        identity=f"{identity} {num_probes}",
+        progress=progress,
+    )
+    return Neighbors(**found, recall=recall, num_probes=num_probes)
 
 
 class _Cells:

@@ -1,8 +1,8 @@
 """The teacher's ranking, exactly: for every row the best other rows.
 
-Memory beside the embeddings, which may be files (float16 or float32; read in blocks): with k neighbours and D dimensions
+Memory beside the embeddings, which may be files (float16 or float32; read in pieces): with k neighbours and D dimensions
 
-    BLOCK_ROWS * (4 D + 16 k)  +  PIECE_ROWS * 4 D  +  4 MB a thread     in work: 40 MB for k = 130, D = 384
+    threads * (UNIT_ROWS * (4 D + 16 k) + PIECE_ROWS * 4 D + 4 MB)       in work: 9 MB a thread for k = 130, D = 384
     n * (8 k + 4)                                                        the result, in `folder` if one is given, else in memory
 
 never n x n. `inverted.py` does the same approximately, for more rows than n * n allows.
@@ -10,7 +10,8 @@ never n x n. `inverted.py` does the same approximately, for more rows than n * n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from torch import Tensor
 from anybatch.blocks import BlockArrays
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of
-from anybatch.mining.top import best_columns, best_columns_on_device
+from anybatch.mining.top import best_columns, best_columns_on_device, workers
 
-BLOCK_ROWS = 4096  # queries whose reservoirs are held at once, and between two records of progress
-PIECE_ROWS = 8192  # documents converted to float32 at once
+UNIT_ROWS = 512  # queries whose reservoirs a thread holds at once
+DEVICE_ROWS = 4096  # the same on an accelerator
+BLOCK_UNITS = 16  # between two records of progress
+PIECE_ROWS = 2048  # documents converted to float32 at once: one tile's
 DIGEST_ROWS = 65536
 
 
@@ -133,78 +136,86 @@ def exact_neighbors(
     """
     rows = np.arange(len(queries)) if rows is None else np.asarray(rows)
     ids = (np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64))
-    identity = "" if folder is None else identity_of("exact", num_neighbors, queries, documents, *ids, rows)
-    work = SearchWork(len(rows), num_neighbors, -(-len(rows) // BLOCK_ROWS), folder=folder, identity=identity)
-    for block in work.blocks(progress):
-        part = slice(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
-        work.search(part, rows[part], queries, documents, _pieces(documents, device), *ids, device=device)
-    return work.result(recall=1.0)
+    height = UNIT_ROWS if device is None else DEVICE_ROWS
+    units = [slice(start, min(start + height, len(rows))) for start in range(0, len(rows), height)]
+
+    def pieces(_: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
+        for first in range(0, len(documents), PIECE_ROWS):
+            last = min(first + PIECE_ROWS, len(documents))
+            yield np.arange(first, last, dtype=np.int32), as_tensor(documents[first:last], device)
+
+    found = search_units(
+        queries,
+        documents,
+        num_neighbors,
+        [(unit, rows[unit]) for unit in units],
+        pieces,
+        ids=ids,
+        num_results=len(rows),
+        device=device,
+        folder=folder,
+        identity="" if folder is None else identity_of("exact", num_neighbors, queries, documents, *ids, rows),
+        progress=progress,
+    )
+    return Neighbors(**found, recall=1.0)
 
 
-def _pieces(documents: Embeddings, device: str | None) -> Iterator[tuple[np.ndarray, Tensor]]:
-    for first in range(0, len(documents), PIECE_ROWS):
-        last = min(first + PIECE_ROWS, len(documents))
-        yield np.arange(first, last, dtype=np.int32), as_tensor(documents[first:last], device)
+Unit = tuple[slice | np.ndarray, np.ndarray]
 
 
-class SearchWork:
-    """A ranking as it grows block by block, in memory or in a folder; what exact and approximate search share.
+def search_units(
+    queries: Embeddings,
+    documents: Embeddings,
+    num_neighbors: int,
+    units: Sequence[Unit],
+    pieces: Callable[[Tensor], Iterator[tuple[np.ndarray, Tensor]]],
+    *,
+    ids: tuple[np.ndarray, np.ndarray],
+    num_results: int,
+    device: str | None,
+    folder: Path | None,
+    identity: str,
+    progress: Callable[[float], None] | None,
+) -> dict[str, np.ndarray]:
+    """What exact and approximate search share: units of queries, several at once, recorded block by block.
 
     Args:
-        num_rows, num_neighbors: Shape of the result.
-        num_blocks, folder, identity: See `BlockArrays`.
+        queries, documents, num_neighbors, device, folder, progress: See `exact_neighbors`.
+        units: (places in the result, query rows) of the queries that are searched together.
+        pieces: From a unit's query embeddings to the documents that it is compared with: (row numbers, embeddings) a few thousand at a time.
+        ids: anchor_id and positive_id.
+        num_results: Rows of the result.
+        identity: Of the folder's contents; see `BlockArrays`.
+
+    Returns:
+        The arrays of `Neighbors`.
     """
+    shapes = {
+        "ids": ((num_results, num_neighbors), np.int32),
+        "scores": ((num_results, num_neighbors), np.float32),
+        "own_score": ((num_results,), np.float32),
+    }
+    num_blocks = -(-len(units) // BLOCK_UNITS)
+    kept = BlockArrays(shapes, num_blocks, folder=folder, identity=identity)
+    best = best_columns if device is None else best_columns_on_device
 
-    def __init__(
-        self, num_rows: int, num_neighbors: int, num_blocks: int, *, folder: Path | None, identity: str
-    ) -> None:
-        shapes = {
-            "ids": ((num_rows, num_neighbors), np.int32),
-            "scores": ((num_rows, num_neighbors), np.float32),
-            "own_score": ((num_rows,), np.float32),
-        }
-        self.kept = BlockArrays(shapes, num_blocks, folder=folder, identity=identity)
+    def search(unit: Unit) -> None:
+        places, rows = unit
+        block = as_tensor(queries[rows], device)
+        found = best(block, rows, pieces(block), num_neighbors, anchor_id=ids[0], positive_id=ids[1])
+        kept.arrays["ids"][places], kept.arrays["scores"][places] = found
+        own = (block * as_tensor(documents[rows], device)).sum(dim=1)
+        kept.arrays["own_score"][places] = own.cpu().numpy()
 
-    def blocks(self, progress: Callable[[float], None] | None) -> Iterator[int]:
-        """This rank's unfinished blocks; each is recorded as finished when the next is asked for."""
-        share, left = self.kept.share(), self.kept.mine()
+    share, left = kept.share(), kept.mine()
+    with workers() if device is None else nullcontext(map) as spread:
         for number, block in enumerate(left, start=len(share) - len(left) + 1):
-            yield block
-            self.kept.finish(block)
+            list(spread(search, units[block * BLOCK_UNITS : (block + 1) * BLOCK_UNITS]))
+            kept.finish(block)
             if progress is not None:
                 progress(number / len(share))
-
-    def search(
-        self,
-        places: slice | np.ndarray,
-        rows: np.ndarray,
-        queries: Embeddings,
-        documents: Embeddings,
-        pieces: Iterator[tuple[np.ndarray, Tensor]],
-        anchor_id: np.ndarray,
-        positive_id: np.ndarray,
-        *,
-        device: str | None,
-    ) -> None:
-        """Rank `pieces` for the queries `rows` and put the result at `places`."""
-        arrays = self.kept.arrays
-        block = as_tensor(queries[rows], device)
-        search = best_columns if device is None else best_columns_on_device
-        found = search(block, rows, pieces, arrays["ids"].shape[1], anchor_id=anchor_id, positive_id=positive_id)
-        arrays["ids"][places], arrays["scores"][places] = found
-        arrays["own_score"][places] = (block * as_tensor(documents[rows], device)).sum(dim=1).cpu().numpy()
-
-    def result(self, *, recall: float, num_probes: int = 0) -> Neighbors:
-        """The whole ranking, when every rank has done its share."""
-        self.kept.wait()
-        arrays = self.kept.arrays
-        return Neighbors(
-            ids=arrays["ids"],
-            scores=arrays["scores"],
-            own_score=arrays["own_score"],
-            recall=recall,
-            num_probes=num_probes,
-        )
+    kept.wait()
+    return kept.arrays
 
 
 def as_tensor(rows: np.ndarray, device: str | None) -> Tensor:

@@ -4,13 +4,18 @@ A row's candidates gather in a reservoir of twice the wanted number; when it is 
 score becomes the bar that a score must pass. So a tile is read once, 64 numbers at a time against one bar, and few numbers are
 looked at twice. This replaced a heap a row, which cost a third of the multiplications' time at 130 neighbours of 100,000.
 
+Each call runs on one thread, without Python's lock: callers search several blocks of rows at once (`workers`). Compiled loops on threads of their own
+beside torch's made both pools wait for each other, and changed torch's number of threads for the rest of the process.
+
 On an accelerator the same is done with torch.topk on each tile, merged with what was kept before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numba
 import numpy as np
@@ -20,6 +25,8 @@ from torch import Tensor
 TILE_ROWS = 512  # x TILE_COLUMNS scores: 4 MB, which stay in the cache between the product and the selection
 TILE_COLUMNS = 2048
 SEGMENT = 64
+
+Unit = TypeVar("Unit")
 
 
 def best_columns(
@@ -99,24 +106,13 @@ class _Compiled:
 
     def add(self, tile: Tensor, lines: slice, columns: np.ndarray) -> None:
         scores = tile.numpy()
-        with torch_threads():
-            _gather(
-                scores,
-                scores.view(np.uint32),
-                columns,
-                self.rows[lines],
-                *self.ids,
-                self.keys[lines],
-                self.counts[lines],
-                self.bars[lines],
-                self.num_kept,
-            )
+        kept = (self.keys[lines], self.counts[lines], self.bars[lines])
+        _gather(scores, scores.view(np.uint32), columns, self.rows[lines], *self.ids, *kept, self.num_kept)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         ids = np.empty((len(self.rows), self.num_kept), np.int32)
         scores = np.empty((len(self.rows), self.num_kept), np.float32)
-        with torch_threads():
-            _decode(self.keys, self.counts, ids, scores.view(np.uint32))
+        _decode(self.keys, self.counts, ids, scores.view(np.uint32))
         scores[ids < 0] = -np.inf
         return ids, scores
 
@@ -154,34 +150,31 @@ class _OnDevice:
 
 
 @contextmanager
-def torch_threads() -> Iterator[None]:
-    """Run compiled code on as many threads as torch uses, and leave torch's number as it was.
-
-    numba's OpenMP layer sets the number of threads of the whole process, so that a training run after mining would sum in
-    another order than the same run resumed from a checkpoint, and ignore the limit that its user set.
-    """
-    before = torch.get_num_threads()
-    most: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
-    numba.set_num_threads(max(1, min(before, most)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def workers() -> Iterator[Callable[[Callable[[Unit], None], Iterable[Unit]], Iterable[None]]]:
+    """A `map` over as many threads as torch uses, each of which computes on one; torch's number is afterwards what it was."""
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(num_threads)
 
 
-@numba.njit(cache=True, parallel=True)
+@numba.njit(cache=True, nogil=True)
 def _gather(
     scores, bits, columns, rows, anchor_id, positive_id, keys, counts, bars, num_kept
 ):  # pragma: no cover - compiled
     """Read a tile: what passes a row's bar goes into its reservoir."""
-    for line in numba.prange(scores.shape[0]):
+    for line in range(scores.shape[0]):
         row, bar, count = rows[line], bars[line], counts[line]
         own_anchor, own_positive = anchor_id[row], positive_id[row]
         for first in range(0, scores.shape[1], SEGMENT):
             last = min(first + SEGMENT, scores.shape[1])
-            passing = 0
-            for place in range(first, last):  # a sum, not a branch: this is what the compiler turns into vector code
-                passing += scores[line, place] >= bar
+            segment = scores[line, first:last]
+            passing = np.int32(0)  # a sum of 32-bit numbers, not a branch: this is what becomes vector code
+            for place in range(len(segment)):
+                passing += np.int32(segment[place] >= bar)
             if passing == 0:
                 continue
             for place in range(first, last):
@@ -246,10 +239,10 @@ def _select(keys, num_kept):  # pragma: no cover - compiled
     return keys[wanted]
 
 
-@numba.njit(cache=True, parallel=True)
+@numba.njit(cache=True, nogil=True)
 def _decode(keys, counts, ids, bits):  # pragma: no cover - compiled
     """The best of each reservoir, best first."""
-    for line in numba.prange(len(keys)):
+    for line in range(len(keys)):
         best = np.sort(keys[line, : counts[line]])[::-1]
         for place in range(ids.shape[1]):
             if place < len(best):
