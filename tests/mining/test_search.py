@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from anybatch.mining import Stacked, exact_neighbors, ivf_neighbors
+from anybatch.mining import inverted as inverted_module
 from anybatch.mining import neighbors as neighbors_module
 from anybatch.mining import top as top_module
 
@@ -50,7 +51,7 @@ def test_keys_order_signs_zeros_and_ties_as_numbers_do(values):
     columns = generator.permutation(501).astype(np.int32)
     for start in range(0, 501, 83):
         part = np.ascontiguousarray(tile[:, columns[start : start + 83]])
-        kept.add(torch.from_numpy(part), slice(0, 7), columns[start : start + 83])
+        kept.add(torch.from_numpy(part), np.arange(7), columns[start : start + 83])
     found, scores = kept.result()
     for line, row in enumerate(found):
         assert row.tolist() == sorted(range(501), key=lambda other: (-tile[line, other], other))[:20]
@@ -71,6 +72,7 @@ def test_symmetric_score_without_a_copy(search):
 @pytest.mark.parametrize("search", [exact_neighbors, ivf_neighbors])
 def test_a_killed_search_goes_on(search, tmp_path, monkeypatch):
     monkeypatch.setattr(neighbors_module, "UNIT_ROWS", 13)
+    monkeypatch.setattr(inverted_module, "QUERY_ROWS", 13)
     monkeypatch.setattr(neighbors_module, "BLOCK_UNITS", 4)
     anchors, positives = (side.astype(np.float16) for side in embeddings(300, topics=30))
     np.save(tmp_path / "a.npy", anchors)

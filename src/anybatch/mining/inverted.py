@@ -1,11 +1,12 @@
-"""The teacher's ranking, approximately: documents sorted into cells, queries of a cell searched together.
+"""The teacher's ranking, approximately: documents are sorted into cells, and a query is compared with the documents of the cells nearest to it.
 
-faiss's inverted file walks its lists query by query. Here the queries that belong to the same cell go through the same cells, those whose
-centroids score highest with their mean, so that the search is a few large matrix products with the exact search's selection; only what
-is looked at differs.
+faiss's inverted file walks the cells query by query. Here a few thousand queries go together: of a cell's documents and those of the queries that
+visit it one matrix product is made, with the exact search's selection. Queries that go together are those whose own documents are neighbours, so that
+they visit the same cells.
 
-Memory beside that of `neighbors.py`: one copy of the documents in the order of their cells, in their own type (2 n D bytes in
-float16), in `folder` if one is given; C centroids, 4 C D bytes, and TRAIN_ROWS times as much while they are made; 8 n bytes.
+Memory beside that of `neighbors.py`: one copy of the documents in the order of their cells, in their own type (2 n D bytes in float16), in
+`folder` if one is given; C centroids, 4 C D bytes, and TRAIN_ROWS times as much while they are made; 8 n bytes. A thread holds
+QUERY_ROWS * (4 D + 16 k) bytes.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from anybatch.blocks import BlockArrays
 from anybatch.mining.neighbors import Embeddings, Neighbors, as_tensor, exact_neighbors, identity_of, search_units
+from anybatch.mining.top import Piece
 
 SAMPLE = 1024  # queries on which recall is measured
-SAMPLE_GROUPS = 64  # groups they come from
-GROUP_ROWS = 512  # queries that visit the same cells, at most
+QUERY_ROWS = 4096  # queries searched together
 TRAIN_ROWS = 40  # documents a centroid is made of, about
 ROUNDS = 6  # of k-means
 PIECE_ROWS = 4096  # documents converted to float32 at once
@@ -43,8 +44,8 @@ def ivf_neighbors(
 ) -> Neighbors:
     """As `exact_neighbors`, approximately, with as many cells visited as the wanted recall needs on a sample.
 
-        C = 4 sqrt(n) unit centroids; every document and every query belongs to the cell whose centroid it has the largest inner product with
-        group = at most GROUP_ROWS queries of one cell; it visits the num_probes cells whose centroids score highest with the mean of its queries
+        C = 4 sqrt(n) unit centroids, by k-means; a document belongs to the cell whose centroid it has the largest inner product with,
+        a query visits the num_probes cells whose centroids it has the largest inner products with
 
     Args:
         queries, documents, num_neighbors, anchor_id, positive_id, device, progress: See `exact_neighbors`.
@@ -59,8 +60,8 @@ def ivf_neighbors(
     Raises:
         AnybatchError: See `exact_neighbors`.
 
-    Cost: multiplications: k-means TRAIN_ROWS * ROUNDS * C * C * D, both assignments 2 n C D, the sample SAMPLE * n * D, the search
-        n * n * D * num_probes / C. Under several ranks the search alone is shared; rank 0 makes the cells.
+    Cost: multiplications: k-means TRAIN_ROWS * ROUNDS * C * C * D, finding cells 2 n C D, the sample SAMPLE * n * D, the search
+        n * n * D * (share of the documents visited). Under several ranks the search alone is shared; rank 0 makes the cells.
     """
     ids = (np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64))
     identity = ""
@@ -69,15 +70,13 @@ def ivf_neighbors(
     cells = _Cells(queries, documents, num_neighbors, ids, seed=seed, device=device, folder=folder, identity=identity)
     recall, num_probes = cells.probes(target_recall)
 
-    def pieces(group: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
-        return cells.pieces(cells.visits(group.cpu().numpy())[:num_probes], device)
-
+    units = [cells.order[start : start + QUERY_ROWS] for start in range(0, len(queries), QUERY_ROWS)]
     found = search_units(
         queries,
         documents,
         num_neighbors,
-        [(group, group) for group in cells.groups()],
-        pieces,
+        [(unit, unit) for unit in units],
+        lambda block: cells.pieces(block, num_probes, device),
         ids=ids,
         num_results=len(queries),
         device=device,
@@ -89,7 +88,7 @@ def ivf_neighbors(
 
 
 class _Cells:
-    """Documents in the order of their cells, queries in the order of theirs.
+    """Documents in the order of their cells.
 
     Args:
         queries, documents, num_neighbors, seed, device, folder: See `ivf_neighbors`.
@@ -116,15 +115,13 @@ class _Cells:
             "documents": ((num_rows, width), documents.dtype.type),
             "order": ((num_rows,), np.int32),
             "starts": ((self.num_cells + 1,), np.int64),
-            "query_order": ((num_rows,), np.int32),
-            "query_starts": ((self.num_cells + 1,), np.int64),
             "recall": ((2, self.num_cells), np.float64),
         }
         kept = BlockArrays(shapes, 1, folder=folder and folder / "cells", identity=identity)
         self.arrays = kept.arrays
-        self.centroids, self.order, self.starts = (kept.arrays[name] for name in ("centroids", "order", "starts"))
+        self.order, self.starts = kept.arrays["order"], kept.arrays["starts"]
         for block in kept.mine():
-            self._sort(queries, documents, seed, device)
+            self._sort(documents, seed, device)
             self.arrays["recall"][:] = self._recall(queries, documents, num_neighbors, ids, seed, device)
             kept.finish(block)
         kept.wait()
@@ -136,39 +133,26 @@ class _Cells:
         last = int(reached[0]) if len(reached) else self.num_cells - 1
         return float(recall[last]), last + 1
 
-    def groups(self) -> list[np.ndarray]:
-        """Query rows that are searched together: those of a cell, at most GROUP_ROWS at a time."""
-        order, starts = self.arrays["query_order"], self.arrays["query_starts"]
-        return [
-            np.asarray(order[first : min(first + GROUP_ROWS, last)])
-            for start, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
-            for first in range(start, last, GROUP_ROWS)
-        ]
+    def pieces(self, block: Tensor, num_probes: int, device: str | None) -> Iterator[Piece]:
+        """For each cell that any query of the block (B, D) visits: its documents, and the queries that do."""
+        centroids = torch.from_numpy(self.arrays["centroids"]).to(block.device)
+        visits = torch.cat([(few @ centroids.T).topk(num_probes, sorted=False).indices for few in block.split(512)])
+        cells, order = visits.flatten().sort(stable=True)
+        lines = (order // num_probes).cpu().numpy()
+        ends = np.cumsum(np.bincount(cells.cpu().numpy(), minlength=self.num_cells)).tolist()
+        starts = self.starts.tolist()
+        for cell, (first, last) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            run = slice(starts[cell], starts[cell + 1])
+            if first < last and run.start < run.stop:
+                documents = as_tensor(self.arrays["documents"][run], device)
+                yield Piece(self.order[run], documents, lines[first:last])
 
-    def visits(self, group: np.ndarray) -> np.ndarray:
-        """All cells, in the order in which a group of queries (g, D) visits them."""
-        scores = self.centroids @ np.asarray(group, np.float32).mean(axis=0)
-        return np.argsort(-scores, kind="stable")
-
-    def pieces(self, cells: np.ndarray, device: str | None) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Row numbers and documents of the cells, a few thousand at a time."""
-        ends = np.cumsum(self.starts[cells + 1] - self.starts[cells])
-        for part in np.split(cells, np.searchsorted(ends, np.arange(PIECE_ROWS, ends[-1], PIECE_ROWS))):
-            runs = [slice(self.starts[cell], self.starts[cell + 1]) for cell in part]
-            if runs:
-                columns = np.concatenate([self.order[run] for run in runs])
-                yield columns, as_tensor(np.concatenate([self.arrays["documents"][run] for run in runs]), device)
-
-    def _sort(self, queries: Embeddings, documents: Embeddings, seed: int, device: str | None) -> None:
+    def _sort(self, documents: Embeddings, seed: int, device: str | None) -> None:
         centroids = _spherical_kmeans(documents, self.num_cells, seed, device)
-        self.centroids[:] = centroids.cpu().numpy()
-        for side, order, starts in (
-            (documents, self.order, self.starts),
-            (queries, self.arrays["query_order"], self.arrays["query_starts"]),
-        ):
-            cell = _assign(side, centroids, device)
-            order[:] = np.argsort(cell, kind="stable")
-            starts[1:] = np.cumsum(np.bincount(cell, minlength=self.num_cells))
+        self.arrays["centroids"][:] = centroids.cpu().numpy()
+        cell = _assign(documents, centroids, device)
+        self.order[:] = np.argsort(cell, kind="stable")
+        self.starts[1:] = np.cumsum(np.bincount(cell, minlength=self.num_cells))
         for start in range(0, len(documents), PIECE_ROWS):
             self.arrays["documents"][start : start + PIECE_ROWS] = documents[self.order[start : start + PIECE_ROWS]]
 
@@ -182,31 +166,22 @@ class _Cells:
         device: str | None,
     ) -> np.ndarray:
         """(2, C): for every number of visited cells the recall on a sample of queries, and the same less its standard error."""
-        generator = np.random.default_rng(seed)
-        groups = self.groups()
-        sizes = np.array([len(group) for group in groups])
-        chosen = generator.choice(len(groups), min(SAMPLE_GROUPS, len(groups)), replace=False, p=sizes / sizes.sum())
-        share = -(-SAMPLE // len(chosen))
-        samples = [generator.permutation(groups[number])[:share] for number in chosen]
-        truth = exact_neighbors(
-            queries,
-            documents,
-            num_neighbors,
-            anchor_id=ids[0],
-            positive_id=ids[1],
-            rows=np.concatenate(samples),
-            device=device,
-        )
-        cell = np.empty(len(self.order), np.int32)
+        num_rows = len(self.order)
+        rows = np.sort(np.random.default_rng(seed).choice(num_rows, min(SAMPLE, num_rows), replace=False))
+        known = {"anchor_id": ids[0], "positive_id": ids[1]}
+        truth = exact_neighbors(queries, documents, num_neighbors, **known, rows=rows, device=device).ids
+        cell = np.empty(num_rows, np.int32)
         cell[self.order] = np.repeat(np.arange(self.num_cells, dtype=np.int32), np.diff(self.starts))
+        scores = np.asarray(queries[rows], np.float32) @ self.arrays["centroids"].T
+        reached = np.empty((len(rows), self.num_cells), np.float32)
         turn = np.empty(self.num_cells, np.int32)
-        reached = []  # for each group the share of true neighbours found with 1, 2, ... cells
-        for number, found in zip(chosen, np.split(truth.ids, np.cumsum([len(s) for s in samples])[:-1]), strict=True):
-            turn[self.visits(queries[groups[number]])] = np.arange(self.num_cells)
+        for place, found in enumerate(truth):  # the share of true neighbours found with 1, 2, ... cells
+            turn[np.argsort(-scores[place], kind="stable")] = np.arange(self.num_cells)
             turns = np.bincount(turn[cell[found[found >= 0]]], minlength=self.num_cells)
-            reached.append(np.cumsum(turns) / max(1, turns.sum()))
-        mean, spread = np.mean(reached, axis=0), np.std(reached, axis=0) / np.sqrt(len(reached))
-        return np.stack([mean, np.where(mean == 1.0, 1.0, mean - spread)])
+            reached[place] = np.cumsum(turns) / turns.sum() if turns.any() else 1.0
+        mean, spread = reached.mean(axis=0, dtype=np.float64), reached.std(axis=0, dtype=np.float64)
+        lower = mean - spread / np.sqrt(len(rows))
+        return np.stack([mean, np.where(spread == 0, mean, lower)])
 
 
 def _spherical_kmeans(documents: Embeddings, num_cells: int, seed: int, device: str | None) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from anybatch.blocks import BlockArrays
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of
-from anybatch.mining.top import best_columns, best_columns_on_device, workers
+from anybatch.mining.top import Piece, best_columns, best_columns_on_device, workers
 
 UNIT_ROWS = 512  # queries whose reservoirs a thread holds at once
 DEVICE_ROWS = 4096  # the same on an accelerator
@@ -40,7 +40,7 @@ class Neighbors:
         scores: (n, k) float32; -inf beside -1.
         own_score: (n,) float32: the score of the row with itself, that is of the anchor with its own positive.
         recall: Of the true top k, measured on a sample; 1.0 for exact search.
-        num_probes: Cells that each block of queries visited; 0 for exact search.
+        num_probes: Cells that each query visited; 0 for exact search.
     """
 
     ids: np.ndarray
@@ -139,10 +139,10 @@ def exact_neighbors(
     height = UNIT_ROWS if device is None else DEVICE_ROWS
     units = [slice(start, min(start + height, len(rows))) for start in range(0, len(rows), height)]
 
-    def pieces(_: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def pieces(_: Tensor) -> Iterator[Piece]:
         for first in range(0, len(documents), PIECE_ROWS):
             last = min(first + PIECE_ROWS, len(documents))
-            yield np.arange(first, last, dtype=np.int32), as_tensor(documents[first:last], device)
+            yield Piece(np.arange(first, last, dtype=np.int32), as_tensor(documents[first:last], device))
 
     found = search_units(
         queries,
@@ -168,7 +168,7 @@ def search_units(
     documents: Embeddings,
     num_neighbors: int,
     units: Sequence[Unit],
-    pieces: Callable[[Tensor], Iterator[tuple[np.ndarray, Tensor]]],
+    pieces: Callable[[Tensor], Iterator[Piece]],
     *,
     ids: tuple[np.ndarray, np.ndarray],
     num_results: int,
@@ -182,7 +182,7 @@ def search_units(
     Args:
         queries, documents, num_neighbors, device, folder, progress: See `exact_neighbors`.
         units: (places in the result, query rows) of the queries that are searched together.
-        pieces: From a unit's query embeddings to the documents that it is compared with: (row numbers, embeddings) a few thousand at a time.
+        pieces: From a unit's query embeddings to the documents that they are compared with, a few thousand at a time.
         ids: anchor_id and positive_id.
         num_results: Rows of the result.
         identity: Of the folder's contents; see `BlockArrays`.

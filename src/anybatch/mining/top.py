@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -29,10 +29,24 @@ SEGMENT = 64
 Unit = TypeVar("Unit")
 
 
+class Piece(NamedTuple):
+    """Some columns, and the rows of the block that they are compared with.
+
+    Attributes:
+        columns: (w,) int32 column numbers.
+        documents: (w, D) float32 on the block's device.
+        lines: (b,) int64 places in the block; None for all.
+    """
+
+    columns: np.ndarray
+    documents: Tensor
+    lines: np.ndarray | None = None
+
+
 def best_columns(
     block: Tensor,
     rows: np.ndarray,
-    pieces: Iterable[tuple[np.ndarray, Tensor]],
+    pieces: Iterable[Piece],
     num_kept: int,
     *,
     anchor_id: np.ndarray,
@@ -45,7 +59,7 @@ def best_columns(
     Args:
         block: (B, D) float32 queries, on the device to compute on.
         rows: (B,) int, the row number of each query.
-        pieces: (column numbers (w,) int32, documents (w, D) float32 on the block's device), no column twice.
+        pieces: What to compare with; no column twice for a row.
         num_kept: k.
         anchor_id, positive_id: (n,) int64, of all rows.
 
@@ -62,7 +76,7 @@ def best_columns(
 def best_columns_on_device(
     block: Tensor,
     rows: np.ndarray,
-    pieces: Iterable[tuple[np.ndarray, Tensor]],
+    pieces: Iterable[Piece],
     num_kept: int,
     *,
     anchor_id: np.ndarray,
@@ -72,19 +86,23 @@ def best_columns_on_device(
     return _search(_OnDevice(rows, num_kept, anchor_id, positive_id, block.device), block, pieces)
 
 
-def _search(
-    kept: _Compiled | _OnDevice, block: Tensor, pieces: Iterable[tuple[np.ndarray, Tensor]]
-) -> tuple[np.ndarray, np.ndarray]:
+def _search(kept: _Compiled | _OnDevice, block: Tensor, pieces: Iterable[Piece]) -> tuple[np.ndarray, np.ndarray]:
     height, width = kept.tile
     room = torch.empty(height * width, device=block.device)
-    for columns, documents in pieces:
-        for left in range(0, len(columns), width):
-            part = documents[left : left + width].T
-            for top in range(0, len(block), height):
-                lines = block[top : top + height]
-                tile = room[: len(lines) * part.shape[1]].view(len(lines), part.shape[1])
-                torch.mm(lines, part, out=tile)
-                kept.add(tile, slice(top, top + len(lines)), columns[left : left + width])
+    every = np.arange(len(block))
+    for columns, documents, some in pieces:
+        lines = every if some is None else some
+        for top in range(0, len(lines), height):
+            few = lines[top : top + height]
+            if some is None:
+                queries = block[top : top + height]
+            else:
+                queries = block.index_select(0, torch.from_numpy(few).to(block.device))
+            for left in range(0, len(columns), width):
+                part = documents[left : left + width]
+                tile = room[: len(few) * len(part)].view(len(few), len(part))
+                torch.mm(queries, part.T, out=tile)
+                kept.add(tile, few, columns[left : left + width])
     return kept.result()
 
 
@@ -104,10 +122,10 @@ class _Compiled:
         self.counts = np.zeros(len(rows), np.int64)
         self.bars = np.full(len(rows), -np.inf, np.float32)
 
-    def add(self, tile: Tensor, lines: slice, columns: np.ndarray) -> None:
+    def add(self, tile: Tensor, lines: np.ndarray, columns: np.ndarray) -> None:
         scores = tile.numpy()
-        kept = (self.keys[lines], self.counts[lines], self.bars[lines])
-        _gather(scores, scores.view(np.uint32), columns, self.rows[lines], *self.ids, *kept, self.num_kept)
+        kept = (self.keys, self.counts, self.bars)
+        _gather(scores, scores.view(np.uint32), columns, lines, self.rows, *self.ids, *kept, self.num_kept)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         ids = np.empty((len(self.rows), self.num_kept), np.int32)
@@ -131,19 +149,20 @@ class _OnDevice:
         self.scores = torch.full((len(rows), num_kept), -torch.inf, device=device)
         self.ids = torch.full((len(rows), num_kept), -1, dtype=torch.int64, device=device)
 
-    def add(self, tile: Tensor, lines: slice, columns: np.ndarray) -> None:
+    def add(self, tile: Tensor, lines: np.ndarray, columns: np.ndarray) -> None:
         columns_here = torch.from_numpy(columns.astype(np.int64)).to(self.device)
-        rows = self.rows[lines]
+        places_here = torch.from_numpy(lines).to(self.device)
+        rows = self.rows[places_here]
         for ids in self.sides:
             tile.masked_fill_(ids[rows][:, None] == ids[columns_here][None], -torch.inf)
         tile.masked_fill_(rows[:, None] == columns_here[None], -torch.inf)
         scores, places = tile.topk(min(self.scores.shape[1], tile.shape[1]), dim=1)
         ids = torch.where(scores > -torch.inf, columns_here[places], -1)
-        scores, ids = torch.cat([self.scores[lines], scores], 1), torch.cat([self.ids[lines], ids], 1)
+        scores, ids = torch.cat([self.scores[places_here], scores], 1), torch.cat([self.ids[places_here], ids], 1)
         by_id = ids.argsort(dim=1)
         order = by_id.gather(1, scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
         best = order[:, : self.scores.shape[1]]
-        self.scores[lines], self.ids[lines] = scores.gather(1, best), ids.gather(1, best)
+        self.scores[places_here], self.ids[places_here] = scores.gather(1, best), ids.gather(1, best)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         return self.ids.to(torch.int32).cpu().numpy(), self.scores.cpu().numpy()
@@ -163,26 +182,27 @@ def workers() -> Iterator[Callable[[Callable[[Unit], None], Iterable[Unit]], Ite
 
 @numba.njit(cache=True, nogil=True)
 def _gather(
-    scores, bits, columns, rows, anchor_id, positive_id, keys, counts, bars, num_kept
+    scores, bits, columns, lines, rows, anchor_id, positive_id, keys, counts, bars, num_kept
 ):  # pragma: no cover - compiled
     """Read a tile: what passes a row's bar goes into its reservoir."""
-    for line in range(scores.shape[0]):
+    for tile_line in range(scores.shape[0]):
+        line = lines[tile_line]
         row, bar, count = rows[line], bars[line], counts[line]
         own_anchor, own_positive = anchor_id[row], positive_id[row]
         for first in range(0, scores.shape[1], SEGMENT):
             last = min(first + SEGMENT, scores.shape[1])
-            segment = scores[line, first:last]
+            segment = scores[tile_line, first:last]
             passing = np.int32(0)  # a sum of 32-bit numbers, not a branch: this is what becomes vector code
             for place in range(len(segment)):
                 passing += np.int32(segment[place] >= bar)
             if passing == 0:
                 continue
             for place in range(first, last):
-                if scores[line, place] >= bar:
+                if scores[tile_line, place] >= bar:
                     other = columns[place]
                     if other == row or anchor_id[other] == own_anchor or positive_id[other] == own_positive:
                         continue
-                    keys[line, count] = _key(bits[line, place], other)
+                    keys[line, count] = _key(bits[tile_line, place], other)
                     count += 1
                     if count == keys.shape[1]:
                         bar = _score(_select(keys[line], num_kept))
