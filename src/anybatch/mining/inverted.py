@@ -20,10 +20,10 @@ from torch import Tensor
 
 from anybatch.blocks import BlockArrays
 from anybatch.mining.neighbors import Embeddings, Neighbors, as_tensor, exact_neighbors, identity_of, search_units
-from anybatch.mining.top import Piece
+from anybatch.mining.top import Piece, best_columns
 
 SAMPLE = 1024  # queries on which recall is measured
-QUERY_ROWS = 4096  # queries searched together
+QUERY_ROWS = 8192  # queries searched together
 TRAIN_ROWS = 40  # documents a centroid is made of, about
 ROUNDS = 6  # of k-means
 PIECE_ROWS = 4096  # documents converted to float32 at once
@@ -135,11 +135,13 @@ class _Cells:
 
     def pieces(self, block: Tensor, num_probes: int, device: str | None) -> Iterator[Piece]:
         """For each cell that any query of the block (B, D) visits: its documents, and the queries that do."""
-        centroids = torch.from_numpy(self.arrays["centroids"]).to(block.device)
-        visits = torch.cat([(few @ centroids.T).topk(num_probes, sorted=False).indices for few in block.split(512)])
-        cells, order = visits.flatten().sort(stable=True)
-        lines = (order // num_probes).cpu().numpy()
-        ends = np.cumsum(np.bincount(cells.cpu().numpy(), minlength=self.num_cells)).tolist()
+        every = np.arange(self.num_cells + 1, dtype=np.int32)
+        centroids = Piece(every[:-1], as_tensor(self.arrays["centroids"], device))
+        nobody = np.full(len(block), self.num_cells)  # no centroid is any query's own
+        visits, _ = best_columns(block, nobody, [centroids], num_probes, anchor_id=every, positive_id=every)
+        order = np.argsort(visits, axis=None, kind="stable")
+        lines, cells = order // num_probes, visits.ravel()
+        ends = np.cumsum(np.bincount(cells, minlength=self.num_cells)).tolist()
         starts = self.starts.tolist()
         for cell, (first, last) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             run = slice(starts[cell], starts[cell + 1])

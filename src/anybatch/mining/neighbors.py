@@ -26,7 +26,7 @@ from anybatch.mining.top import Piece, best_columns, best_columns_on_device, wor
 
 UNIT_ROWS = 512  # queries whose reservoirs a thread holds at once
 DEVICE_ROWS = 4096  # the same on an accelerator
-BLOCK_UNITS = 16  # between two records of progress
+BLOCK_UNITS = 8  # between two records of progress
 PIECE_ROWS = 2048  # documents converted to float32 at once: one tile's
 DIGEST_ROWS = 65536
 
@@ -220,9 +220,9 @@ def search_units(
 
 def as_tensor(rows: np.ndarray, device: str | None) -> Tensor:
     """Rows of an array, which may be a read-only file of any float type, as float32 on the device."""
-    if rows.dtype == np.float32 and rows.flags.writeable:
-        return torch.from_numpy(np.ascontiguousarray(rows)).to(device or "cpu")
-    return torch.from_numpy(np.array(rows, dtype=np.float32)).to(device or "cpu")  # a copy: torch wants writable memory
+    if not rows.flags.writeable:
+        rows = np.array(rows)  # torch wants writable memory
+    return torch.from_numpy(np.ascontiguousarray(rows)).to(device or "cpu", torch.float32)
 
 
 def identity_of(*inputs: object) -> str:
