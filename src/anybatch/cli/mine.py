@@ -21,6 +21,7 @@ from anybatch.cli.options import (
     resumed,
 )
 from anybatch.cli.progress import Bars, console
+from anybatch.distributed import launched_ranks, rank
 from anybatch.pipeline import make_plan, open_run, read_training_pairs
 
 
@@ -37,7 +38,10 @@ def command(
     batch_size: BatchSizeOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the mining in the output folder.")] = False,
 ) -> None:
-    """Choose the batches: rank the data with a teacher and write OUTPUT/plan.safetensors."""
+    """Choose the batches: rank the data with a teacher and write OUTPUT/plan.safetensors.
+
+    Under torchrun (`torchrun --nproc-per-node 4 -m anybatch mine ...`) the processes share embedding and search.
+    """
     if resume and config is None:
         config = resumed(output)
     settings = resolve(
@@ -52,10 +56,13 @@ def command(
         teacher__name=teacher,
         batch_size=batch_size,
     )
-    pairs = read_training_pairs(settings)
-    folder = open_run(settings, resume=resume)
-    with Bars() as bars:
-        plan = make_plan(settings, pairs, bars)
+    with launched_ranks():
+        pairs = read_training_pairs(settings)
+        folder = open_run(settings, resume=resume)
+        with Bars(quiet=rank() > 0) as bars:
+            plan = make_plan(settings, pairs, bars)
+        if rank() > 0:
+            return
     console.print(
         f"{folder / 'plan.safetensors'}: {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch.",
         highlight=False,

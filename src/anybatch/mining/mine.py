@@ -222,6 +222,35 @@ def mine_plan(
     return MiningResult(plan=plan, report=report, graph=graph)
 
 
+def mine_neighbors(
+    anchor_embeddings: np.ndarray,
+    positive_embeddings: np.ndarray,
+    *,
+    config: MiningConfig,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    folder: Path,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """The first stage of `mine_plan` alone, shared by all ranks; rank 0 then finds it finished in `folder`. Arguments as in `mine_plan`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mine_plan warns of the window, once
+        skip, take = _fitting_window(config, len(anchor_embeddings), MiningReport())
+    with _stage(MiningReport(), "neighbors", progress) as advance:
+        rank_rows(
+            anchor_embeddings,
+            positive_embeddings,
+            config=config,
+            num_neighbors=skip + take,
+            anchor_id=anchor_id,
+            positive_id=positive_id,
+            device=device,
+            folder=folder,
+            progress=advance,
+        )
+
+
 def rank_rows(
     anchors: np.ndarray,
     positives: np.ndarray,
