@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anybatch import distributed
 from anybatch.blocks import BlockArrays
 from anybatch.mining.neighbors import Embeddings, Neighbors, as_tensor, exact_neighbors, identity_of, search_units
 from anybatch.mining.top import Piece, best_columns
@@ -120,10 +121,11 @@ class _Cells:
         kept = BlockArrays(shapes, 1, folder=folder and folder / "cells", identity=identity)
         self.arrays = kept.arrays
         self.order, self.starts = kept.arrays["order"], kept.arrays["starts"]
-        for block in kept.mine():
-            self._sort(documents, seed, device)
-            self.arrays["recall"][:] = self._recall(queries, documents, num_neighbors, ids, seed, device)
-            kept.finish(block)
+        with distributed.alone() as chosen:
+            if chosen and kept.mine():
+                self._sort(documents, seed, device)
+                self.arrays["recall"][:] = self._recall(queries, documents, num_neighbors, ids, seed, device)
+                kept.finish(0)
         kept.wait()
 
     def probes(self, target_recall: float) -> tuple[float, int]:
