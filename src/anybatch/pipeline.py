@@ -22,7 +22,7 @@ from anybatch.files import write_text
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
-from anybatch.run_config import RunConfig, RunResult
+from anybatch.run_config import RunConfig, RunResult, resolved
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -125,11 +125,10 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
         plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
     else:
         anchors, positives = teacher_embeddings(config, pairs, progress)
-        mining = replace(config.mining, batch_size=config.batch_size, seed=config.seed)
         result = mine_plan(
             anchors,
             positives,
-            config=mining,
+            config=resolved(config).mining,
             anchor_id=pairs.anchor_id,
             positive_id=pairs.positive_id,
             data_digest=pairs.digest,
@@ -245,7 +244,9 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
                 f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it."
             )
         changed = [
-            line for line in differences(load_config(RunConfig, written), config) if not line.startswith("output:")
+            line
+            for line in differences(resolved(load_config(RunConfig, written)), resolved(config))
+            if not line.startswith("output:")
         ]
         if changed:
             raise AnybatchError(
@@ -263,7 +264,7 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
         raise AnybatchError(
             f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder."
         ) from error
-    write_text(written, to_yaml(config))
+    write_text(written, to_yaml(resolved(config)))
     return folder
 
 

@@ -48,7 +48,7 @@ def command(
         data__anchor=anchor,
         data__positive=positive,
         data__negatives=negative,
-        model__name=model or (None if config else teacher),  # mining alone trains nothing, so a model need not be named
+        model__name=model,
         teacher__name=teacher,
         batch_size=batch_size,
     )

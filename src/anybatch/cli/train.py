@@ -24,6 +24,7 @@ from anybatch.cli.options import (
 from anybatch.cli.progress import Bars, console
 from anybatch.configuration import to_yaml
 from anybatch.report.tables import metrics_table
+from anybatch.run_config import resolved
 
 
 def command(
@@ -62,7 +63,7 @@ def command(
         plan=plan,
     )
     if show_config:
-        typer.echo(to_yaml(settings))
+        typer.echo(to_yaml(resolved(settings)))
         return
     with Bars() as bars:
         result = pipeline.train(settings, resume=resume, progress=bars)
