@@ -180,7 +180,7 @@ def test_flaws_of_files_are_named(tmp_path):
 @pytest.mark.parametrize("grade", ["", "high", "1.5", "nan", "inf"])
 def test_grades_that_are_no_whole_number(retrieval, grade):
     retrieval[2].write_text(f"query_id\tdoc_id\tscore\n2\t5\t1\n1\t4\t{grade}\n")
-    with pytest.raises(AnybatchError, match="Row 2 .*grade.*whole number"):
+    with pytest.raises(AnybatchError, match=r"Row 2 .*grade.*whole number"):
         read_retrieval(*retrieval)
 
 
@@ -188,7 +188,7 @@ def test_grades_written_as_floats(retrieval):
     retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1.0\n1\t4\t1\n")
     assert read_retrieval(*retrieval).relevance == {"1": {"4": 1}}
     retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1.0\n1\t4\t2\n")
-    with pytest.raises(AnybatchError, match="Row 2 .*differently"):
+    with pytest.raises(AnybatchError, match=r"Row 2 .*differently"):
         read_retrieval(*retrieval)
 
 
@@ -202,6 +202,6 @@ def test_ids_that_occur_twice_and_a_split_that_does_not_exist(retrieval):
     ):
         before = path.read_text()
         path.write_text(before + line)
-        with pytest.raises(AnybatchError, match="Row 3 .*again"):
+        with pytest.raises(AnybatchError, match=r"Row 3 .*again"):
             read_retrieval(*retrieval)
         path.write_text(before)

@@ -150,7 +150,7 @@ def test_resuming_with_another_plan_is_an_error(tiny_model_folder, tmp_path):
     trainer(tiny_model_folder, tmp_path, seen=[], **settings)[0].train()
     checkpoint = str(tmp_path / "checkpoint-3")
     other, _ = trainer(tiny_model_folder, tmp_path, seen=[], plan_seed=4, **settings)
-    with pytest.raises(AnybatchError, match="was trained with the plan .*; the plan given now is"):
+    with pytest.raises(AnybatchError, match=r"was trained with the plan .*; the plan given now is"):
         other.train(resume_from_checkpoint=checkpoint)
     seen: list = []
     trainer(tiny_model_folder, tmp_path, seen=seen, **settings)[0].train(resume_from_checkpoint=checkpoint)
