@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from anybatch import distributed
 from anybatch.configuration import differences, load_config, to_yaml
 from anybatch.data import PairData, RetrievalData, read_pairs, read_retrieval
 from anybatch.errors import AnybatchError
@@ -237,6 +238,13 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
         AnybatchError: The folder holds a run (and `resume` is off), holds something else, or holds a run of another configuration.
     """
     folder = Path(config.output)
+    with distributed.alone() as chosen:
+        if chosen:
+            _open_run(folder, config, resume)
+    return folder
+
+
+def _open_run(folder: Path, config: RunConfig, resume: bool) -> None:
     written = folder / "config.yaml"
     if written.exists():
         if not resume:
@@ -253,7 +261,7 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
                 f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the configuration in "
                 f"{written}, or choose another output folder."
             )
-        return folder
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnybatchError(
             f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
@@ -265,13 +273,15 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
             f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder."
         ) from error
     write_text(written, to_yaml(resolved(config)))
-    return folder
 
 
 def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_progress) -> RunResult:
     """The whole run: read, mine, train, save, evaluate.
 
     Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), log.jsonl, checkpoints/, model/, metrics.json.
+
+    Under torchrun the ranks share each batch of `config.batch_size` rows; rank 0 mines, evaluates and writes, the others wait.
+    `train_peak_bytes` is then rank 0's.
 
     Args:
         config: The run.
@@ -281,30 +291,33 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     Raises:
         AnybatchError: See `open_run`, `read_training_pairs`, `make_plan`.
     """
+    with distributed.launched_ranks():
+        return _train(config, resume, progress if distributed.rank() == 0 else no_progress)
+
+
+def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.integrations.sentence_transformers.training import train_model
     from anybatch.losses.config import build_loss
     from anybatch.rows import RowTable
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise AnybatchError(
-            "`anybatch train` runs in one process so far. Under torchrun use sentence-transformers' Trainer with CachedLoss, PlanBatches and "
-            "LossStateCallback (docs/sentence_transformers.md); the plan that `anybatch mine` makes serves any number of processes."
-        )
     pairs = read_training_pairs(config)  # before the folder: bad data leaves nothing behind
     held_out = read_evaluation(config)
     model = load_model(config.model)
     folder = open_run(config, resume=resume)
     if (folder / "metrics.json").exists():
-        return RunResult(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-    plan = make_plan(config, pairs, progress)
+        return _read_result(folder)
+    with distributed.alone() as chosen:
+        plan = make_plan(config, pairs, progress) if chosen else None
+    plan = plan or make_plan(config, pairs, progress)  # the others find it in the folder
     pairs = with_mined_negatives(pairs, plan)
     prompts = (config.model.anchor_prompt, config.model.positive_prompt)
 
     def evaluate(current: SentenceTransformer) -> dict[str, float]:
         return {} if held_out is None else evaluate_model(current, held_out, prompts=prompts)
 
-    untrained = _remember(folder / "metrics_untrained.json", lambda: evaluate(model))
+    with distributed.alone() as chosen:
+        untrained = _remember(folder / "metrics_untrained.json", lambda: evaluate(model)) if chosen else {}
     rows = RowTable(
         pairs.anchor_id,
         pairs.positive_id,
@@ -336,20 +349,25 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             evaluate=evaluate if held_out is not None else None,
             progress=lambda done, total, figures: progress("training", done, total, figures),
         )
-    model.eval()
-    save_model(model, folder / "model")
-    result = RunResult(
-        metrics=evaluate(model),
-        metrics_untrained=untrained,
-        log=trained.log,
-        train_seconds=measure.seconds - trained.evaluation_seconds,
-        train_peak_bytes=measure.peak_bytes,
-        num_steps=trained.num_steps,
-    )
-    write_text(
-        folder / "metrics.json", json.dumps(asdict(result), indent=2)
-    )  # last: its presence says that the run is finished
-    return result
+    with distributed.alone() as chosen:
+        if chosen:
+            model.eval()
+            save_model(model, folder / "model")
+            result = RunResult(
+                metrics=evaluate(model),
+                metrics_untrained=untrained,
+                log=trained.log,
+                train_seconds=measure.seconds - trained.evaluation_seconds,
+                train_peak_bytes=measure.peak_bytes,
+                num_steps=trained.num_steps,
+            )
+            # Last: its presence says that the run is finished.
+            write_text(folder / "metrics.json", json.dumps(asdict(result), indent=2))
+    return _read_result(folder)
+
+
+def _read_result(folder: Path) -> RunResult:
+    return RunResult(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:

@@ -314,9 +314,7 @@ class TestNumbers:
         with pytest.raises(AnybatchError, match="go together"):
             InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), anchor_id=torch.arange(2))
         with pytest.raises(AnybatchError, match="anchor_id goes down to -1"):  # it masked every explicit negative
-            InfoNCE()(
-                torch.ones(2, 2), torch.ones(3, 2), anchor_id=torch.tensor([-1, 0]), candidate_id=torch.arange(3)
-            )
+            InfoNCE()(torch.ones(2, 2), torch.ones(3, 2), anchor_id=torch.tensor([-1, 0]), candidate_id=torch.arange(3))
         with pytest.raises(AnybatchError, match="broadcastable"):
             InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), log_weight=torch.ones(3, 3))
         with pytest.raises(AnybatchError, match="NaN"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -67,6 +68,8 @@ def command(
         return
     with Bars() as bars:
         result = pipeline.train(settings, resume=resume, progress=bars)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # one of several ranks speaks
     console.print(
         f"Model: {settings.output}/model   log: {settings.output}/log.jsonl   figures: {settings.output}/metrics.json",
         highlight=False,
