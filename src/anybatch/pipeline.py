@@ -107,9 +107,17 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
     Raises:
         AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
     """
+    path = Path(config.output) / "plan.safetensors"
+    with distributed.alone() as chosen:
+        if chosen:
+            _settle_plan(config, pairs, path, progress)
+    return BatchPlan.load(path)
+
+
+def _settle_plan(config: RunConfig, pairs: PairData, path: Path, progress: Progress) -> None:
+    """Leave the run's plan at `path`."""
     from anybatch.mining import mine_plan
 
-    path = Path(config.output) / "plan.safetensors"
     if config.plan is not None:
         given = _load_plan(Path(config.plan), config, pairs)
         if not path.exists():
@@ -119,9 +127,10 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
                 f"{config.plan} is another plan than the one this run was started with, of which {path} is a copy (digest {given.digest[:12]}, "
                 f"the run's {digest[:12]}). Put the old plan back, or start a new run in another output folder."
             )
-        return given
+        return
     if path.exists():
-        return _load_plan(path, config, pairs)
+        _load_plan(path, config, pairs)
+        return
     if config.mining.method == "random":
         plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
     else:
@@ -138,7 +147,6 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
         plan = result.plan
         write_text(path.with_name("mining.json"), json.dumps(result.report.as_dict(), indent=2))
     plan.save(path)
-    return plan
 
 
 def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
@@ -307,9 +315,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
     folder = open_run(config, resume=resume)
     if (folder / "metrics.json").exists():
         return _read_result(folder)
-    with distributed.alone() as chosen:
-        plan = make_plan(config, pairs, progress) if chosen else None
-    plan = plan or make_plan(config, pairs, progress)  # the others find it in the folder
+    plan = make_plan(config, pairs, progress)
     pairs = with_mined_negatives(pairs, plan)
     prompts = (config.model.anchor_prompt, config.model.positive_prompt)
 
