@@ -182,6 +182,7 @@ def train_model(
         prompts=prompts,
         seed=seed,
         use_cpu=model.device.type == "cpu",
+        ddp_backend="gloo" if world_size > 1 and model.device.type == "cpu" else None,
         dataloader_pin_memory=model.device.type == "cuda",
         report_to="none",
         disable_tqdm=True,
