@@ -240,7 +240,7 @@ class _Rows(_Direction):
         pull = logits.sub_(reference[:, None]).exp_()
         total = (self.log_sum[rows] - reference).exp()
         if self.learning:
-            gap = torch.einsum("ij,ij->i", pull, scores) - total * self.positive[rows]
+            gap = (pull * scores).sum(dim=1) - total * self.positive[rows]
             self.d_temperature_rows[rows] = -gap / self.temperature[rows]
         if self.column_pull_all is not None:
             assert self.side.column_weight is not None
@@ -308,7 +308,7 @@ class _Columns(_Direction):
         """(b, B_all) derivative of the columns' terms in the scores."""
         pull = self.logits(rows, scores).sub_(self.reference_all).exp_()
         if self.learning:
-            self.gap_all += torch.einsum("ij,ij->j", pull, scores[:, self.layout.positive_columns])
+            self.gap_all += (pull * scores[:, self.layout.positive_columns]).sum(dim=0)
         return pull
 
     def total(self) -> Tensor:
