@@ -25,6 +25,12 @@ def rank() -> int:
     return dist.get_rank() if is_active() else 0
 
 
+def barrier() -> None:
+    """Wait for all ranks. One collective without content."""
+    if is_active():
+        dist.barrier()
+
+
 def gather_sizes(num_rows: int, device: torch.device) -> list[int]:
     """Every rank's number of rows. One collective of 8 bytes a rank."""
     if not is_active():

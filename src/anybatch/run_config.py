@@ -90,6 +90,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise AnybatchError(f"seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}.")
         for name in ("batch_size", "seed"):
             own, default, run = getattr(self.mining, name), getattr(MiningConfig(), name), getattr(self, name)
             if own not in (default, run):

@@ -201,8 +201,8 @@ class TestState:
         with pytest.raises(AnybatchError, match=r"shape \(1, 9\)"):
             SogCLR(8).load_state_dict(SogCLR(9).state_dict())
         newer = SogCLR(8).state_dict()
-        newer["memory.version"] += 1
-        with pytest.raises(AnybatchError, match="version 2"):
+        newer["memory.version"] += 1  # 3
+        with pytest.raises(AnybatchError, match="version 3"):
             SogCLR(8).load_state_dict(newer)
 
     def test_memory_stays_float32_under_bfloat16(self):
@@ -313,6 +313,9 @@ class TestNumbers:
             InfoNCE()(*arguments)
         with pytest.raises(AnybatchError, match="go together"):
             InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), anchor_id=torch.arange(2))
+        with pytest.raises(AnybatchError, match="anchor_id goes down to -1"):  # it masked every explicit negative
+            ids = torch.arange(3)
+            InfoNCE()(torch.ones(2, 2), torch.ones(3, 2), anchor_id=ids[:2] - 1, candidate_id=ids)
         with pytest.raises(AnybatchError, match="broadcastable"):
             InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), log_weight=torch.ones(3, 3))
         with pytest.raises(AnybatchError, match="NaN"):

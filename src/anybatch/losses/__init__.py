@@ -11,15 +11,18 @@ from anybatch.losses.log_weights import (
     IdMask,
     LogWeight,
     SumLogWeight,
+    SuspectMask,
     TensorLogWeight,
     inclusion_log_weights,
 )
 from anybatch.losses.nuclr import NUCLR
+from anybatch.losses.pairwise import AUCCL, SigLIP
 from anybatch.losses.scent import SCENT
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import SogCLR
 
 __all__ = [
+    "AUCCL",
     "EMC2",
     "NUCLR",
     "SCENT",
@@ -34,8 +37,10 @@ __all__ = [
     "IdMask",
     "InfoNCE",
     "LogWeight",
+    "SigLIP",
     "SogCLR",
     "SumLogWeight",
+    "SuspectMask",
     "TempNet",
     "TensorLogWeight",
     "inclusion_log_weights",

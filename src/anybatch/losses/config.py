@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,9 +25,12 @@ KNOWN: dict[str, frozenset[str]] = {
     "glofnd": frozenset({"learnable_temperature", "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
     "emc2": frozenset({"learnable_temperature", "dimensions", "burn_in", "seed"}),
     "scent": frozenset({"learnable_temperature", "eps", "alpha"}),
+    "siglip": frozenset({"learnable_temperature", "bias"}),
+    "auc_cl": frozenset({"margin"}),
 }
 # Denominators that are the batch's own, which inclusion weights would turn into something else.
-_WITHOUT_WEIGHTS = ("infonce", "decoupled")
+_WITHOUT_WEIGHTS = ("infonce", "decoupled", "siglip")
+WITH_MEMORY = ("sogclr",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,8 @@ class LossConfig:
             whole data set; no memory), "sogclr" (a running denominator for each example), "fastclip" (the same in both directions,
             with a temperature of four kinds), "isogclr" (a temperature for each example), "tempnet" (a temperature from the embedding),
             "nuclr" (a margin for each candidate), "glofnd" (drops likely false negatives), "emc2" (a chain of negatives for each
-            example), "scent" (forgetting by a proximal step).
+            example), "scent" (forgetting by a proximal step), "siglip" (a yes-or-no question a pair; published with temperature 0.1, learned),
+            "auc_cl" (positives outscore negatives by a margin).
         temperature: Similarities are divided by it; where it is learned, the first one. 0.01 to 0.07 for text, 0.07 to 0.1 for images.
         learnable_temperature: Train it as a parameter.
         direction: "one_way" (anchor to candidates), or "both" (also positive to anchors).
@@ -51,7 +56,9 @@ class LossConfig:
         temperature_range: fastclip, isogclr, tempnet: lowest and highest temperature.
         temperature_lr: fastclip v2, isogclr: step of an example's temperature.
         dimensions: tempnet: width of the embeddings. emc2: likewise, to keep the embeddings of the chains' states.
-        margin: infonce: added to negatives' similarities. nuclr: the first margin of every row.
+        bias: siglip: the bias at first; it is learned.
+        margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive, in
+            cosine similarity.
         margin_lr, margin_start: nuclr: step of the margins, and steps before they are learned.
         hardness: infonce: weight negatives by exp(hardness * similarity).
         alpha: glofnd: share of negatives to drop. scent: step.
@@ -60,6 +67,10 @@ class LossConfig:
         seed: emc2: of the chains.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
+        warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once (docs/memory.md).
+        warm_start_steps: Fill it anew every so many steps as well.
+        warm_start_sample: Fill it from so many targets drawn at random instead of all.
+        probe_steps: Every so many steps compare it with the truth on a few rows; the figures go into the log.
     """
 
     name: Literal[
@@ -74,6 +85,8 @@ class LossConfig:
         "glofnd",
         "emc2",
         "scent",
+        "siglip",
+        "auc_cl",
     ] = "infonce"
     temperature: float = 0.05
     learnable_temperature: bool = False
@@ -87,6 +100,7 @@ class LossConfig:
     temperature_range: tuple[float, ...] | None = None
     temperature_lr: float | None = None
     dimensions: int | None = None
+    bias: float | None = None
     margin: float | None = None
     margin_lr: float | None = None
     margin_start: int | None = None
@@ -98,12 +112,25 @@ class LossConfig:
     seed: int | None = None
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: float | None = None
+    warm_start: bool = False
+    warm_start_steps: int | None = None
+    warm_start_sample: int | None = None
+    probe_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:  # nan is neither
             raise AnybatchError(f"loss.temperature is {self.temperature}; expected a positive number such as 0.05.")
         if self.gamma is not None and not 0 < self.gamma <= 1:
             raise AnybatchError(f"loss.gamma is {self.gamma}; expected a number above 0 and at most 1.")
+        if self.eps is not None and not 0 <= self.eps < math.inf:
+            raise AnybatchError(
+                f"loss.eps is {self.eps}; expected 0 or a positive number, or nothing for 1 / (rows - 1)."
+            )
+        if self.weight_cap is not None and not self.weight_cap >= 1:
+            raise AnybatchError(
+                f"loss.weight_cap is {self.weight_cap}; expected at least 1 (a row of another cluster weighs no less than one of the own), "
+                "or nothing for the exact weight."
+            )
         if self.temperature_range is not None and len(self.temperature_range) != 2:
             raise AnybatchError(
                 f"loss.temperature_range is {self.temperature_range}; expected two numbers, the lowest and the highest temperature."
@@ -123,6 +150,20 @@ class LossConfig:
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "
                 "Use loss.name=count_corrected (no memory) or sogclr."
             )
+        for name in ("warm_start", "warm_start_steps", "warm_start_sample", "probe_steps"):
+            value = getattr(self, name)
+            if value and self.name not in WITH_MEMORY:
+                raise AnybatchError(
+                    f"loss.{name} is {value}, but '{self.name}' has no running denominator. It is for {', '.join(WITH_MEMORY)}."
+                )
+            if value is not None and value is not False and value < 1:
+                raise AnybatchError(f"loss.{name} is {value}; expected at least 1, or nothing.")
+        if self.name in ("siglip", "auc_cl") and self.direction == "both":
+            raise AnybatchError(
+                f"loss.direction is 'both'; '{self.name}' judges pairs and has one direction. Leave it at 'one_way'."
+            )
+        if self.name == "auc_cl" and (self.temperature != 0.05 or self.learnable_temperature):
+            raise AnybatchError("loss.name 'auc_cl' has no temperature; set loss.margin instead.")
 
     def _given(self) -> dict[str, Any]:
         """The settings of single methods that were given."""
@@ -141,6 +182,11 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
         arguments["gamma"] = losses.GammaSchedule(
             0.2 if config.gamma is None else config.gamma, num_steps=steps, steps_per_epoch=per_epoch
         )
+    if config.name == "auc_cl":
+        return losses.AUCCL(**config._given())
+    if config.name == "siglip":
+        del arguments["direction"]
+        return losses.SigLIP(**arguments)
     make = {
         "infonce": losses.InfoNCE,
         "decoupled": losses.DecoupledInfoNCE,

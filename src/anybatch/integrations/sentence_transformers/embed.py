@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,19 +66,28 @@ def embed_to_file(
     Args:
         model, texts, batch_size, prompt, progress: See `embed_texts`.
         path: The final file. While work is under way it is `path.partial` with its progress in `path.progress`.
-        identity: What made the embeddings (model, lengths, data digest): work of another identity is not resumed, and a
-            finished file of another identity is refused.
+        identity: What made the embeddings (name, lengths, data digest), beside what is seen here: texts, prompt and the model's
+            weights. Work of another identity is not resumed, and a finished file of another identity is refused.
 
     Returns:
         The memory-mapped array (N, D).
 
     Raises:
         AnybatchError: `path` exists and was made by another model or of other texts.
+
+    Cost: as `embed_texts`, and one digest of the model's weights (about 1 GB a second).
     """
     path = Path(path)
     partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".progress")
     identity = json.loads(
-        json.dumps({**identity, "prompt": prompt, "texts": digest_of(text.encode() for text in texts)})
+        json.dumps(
+            {
+                **identity,
+                "prompt": prompt,
+                "texts": digest_of(text.encode() for text in texts),
+                "weights": _weights_digest(model),
+            }
+        )
     )
     record = _read_journal(journal)
     if path.exists():
@@ -118,12 +127,24 @@ def _encode(model: SentenceTransformer, texts: list[str], batch_size: int, promp
     vectors = model.encode(
         texts,
         batch_size=batch_size,
-        prompt=prompt or None,
+        prompt=prompt,  # also the empty one: for None the model would take its own default prompt, which training does not
         normalize_embeddings=True,
         convert_to_numpy=True,
         show_progress_bar=False,
     )
     return np.asarray(vectors, dtype=np.float32)
+
+
+def _weights_digest(model: SentenceTransformer) -> str:
+    """Tells a model from one of the same name that was trained further."""
+    import torch
+
+    def parts() -> Iterator[bytes]:
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return digest_of(parts())
 
 
 def _read_journal(journal: Path) -> dict[str, Any] | None:
