@@ -91,7 +91,7 @@ def test_a_plan_of_other_rows_is_refused():
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 def test_inclusion_weights_are_unbiased_over_each_data_set_and_with_hard_negatives(mixing):
     generator = np.random.default_rng(0)
-    sizes, size, per_batch = (12, 20), 2, 4
+    sizes, size = (12, 20), 2
     task = np.repeat([0, 1], sizes)
     cluster = np.concatenate([np.repeat(np.arange(6), size), 6 + np.repeat(np.arange(10), size)])
     negatives = np.stack(
