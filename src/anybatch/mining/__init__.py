@@ -4,7 +4,15 @@ from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.graph import MiningGraph, build_graph
 from anybatch.mining.inspection import PlanInspection, inspect_plan
 from anybatch.mining.inverted import ivf_neighbors
-from anybatch.mining.mine import MiningConfig, MiningReport, MiningResult, mine_neighbors, mine_plan, rank_rows
+from anybatch.mining.mine import (
+    MiningConfig,
+    MiningReport,
+    MiningResult,
+    MiningSet,
+    mine_neighbors,
+    mine_plan,
+    rank_rows,
+)
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, Stacked, exact_neighbors
 from anybatch.mining.outlook import LIMITS, Outlook, OutlookLimits, mining_outlook
@@ -17,6 +25,7 @@ __all__ = [
     "MiningGraph",
     "MiningReport",
     "MiningResult",
+    "MiningSet",
     "Neighbors",
     "Outlook",
     "OutlookLimits",
