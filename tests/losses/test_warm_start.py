@@ -51,6 +51,18 @@ def test_rows_equal_the_loop(tile_bytes, ids):
     )  # fmt: skip
     expected = naive(anchors, positives, 0.02, *known)
     rows = exact_rows(table, slice(5, 30), temperature=0.02, tile_bytes=tile_bytes)
+    plain = exact_rows(table, slice(5, 30), temperature=0.02, moments=False, tile_bytes=tile_bytes)
+    assert torch.equal(plain.log_sum, rows.log_sum)
+    assert plain.purity.isnan().all()
+    some = np.array([7, 3, 20])  # rows in any order, columns a subset
+    columns = np.array([0, 3, 4, 7, 9, 20, 36])
+    subset = exact_rows(table, some, temperature=0.02, columns=columns, tile_bytes=tile_bytes)
+    scores = reference.unit(anchors) @ reference.unit(positives).T / 0.02
+    allowed = reference.pairs_allowed(N, N, *known)
+    for i, row in enumerate(some):
+        kept = [scores[row, j] - scores[row, row] for j in columns if allowed[row, j]]
+        assert subset.num_negatives[i].item() == len(kept)
+        assert subset.log_sum[i].item() == pytest.approx(torch.stack(kept).logsumexp(0).item(), rel=1e-12)
     for i, row in enumerate(range(5, 30)):
         p = expected[row].softmax(0)
         assert rows.log_sum[i].item() == pytest.approx(expected[row].logsumexp(0).item(), rel=1e-12)

@@ -22,7 +22,6 @@ from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of, write_bytes
 from anybatch.losses.base import ContrastiveLoss
-from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.exact_rows import Embeddings, Table, exact_rows, make_table, temperatures_of
 from anybatch.losses.memory import ExampleMemory
 
@@ -37,8 +36,9 @@ class WarmStart:
     Attributes:
         num_rows: Rows filled, a direction.
         num_columns: Targets that each was scored against.
-        standard_error: Mean over rows of the standard error of the log-denominator; 0 when every target was counted. Of the blocks computed in
-            this call: NaN if a finished file was only read.
+        standard_error: Root mean square over rows of the standard error of the log-denominator, estimated from the sample itself; 0 when every target was
+            counted. A lower bound where a few close targets carry the mean and are mostly not in the sample. Of this rank's rows in this call: NaN if
+            a finished file was only read.
         seconds: Wall time of this call.
     """
 
@@ -58,7 +58,7 @@ def warm_start(
     sample: int | None = None,
     seed: int = 0,
     file: str | Path | None = None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WarmStart:
     """Replace every state of the loss's memory by the log-mean over the data set, at the loss's temperature of this moment.
@@ -74,10 +74,10 @@ def warm_start(
         positives: (n, D), row i the positive of row i.
         anchor_id, positive_id: (n,) int; equal for equal content, which is never a negative. Without them only the row's own positive is left out.
         sample: Score against this many targets drawn at random, the same for all rows, instead of all n. The error of a row's
-            log-mean is about sqrt((x2 - 1) / sample), x2 the mean square over the squared mean of exp(logit); the result states its mean.
+            log-mean is about sqrt((x2 - 1) / sample), x2 the mean square over the squared mean of exp(logit); the result states it.
         seed: Of the sample.
         file: Progress, and at the end the result, are kept here: an interrupted call goes on from it, a finished one is only read.
-        tile_bytes: Memory for scores.
+        tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
         progress: Called with (rows done, rows in all), all directions together.
 
     Returns:
@@ -116,7 +116,9 @@ def warm_start(
         rows = slice(first, first + sizes[distributed.rank()])
         numbers = torch.arange(rows.start, rows.stop, device=device)
         temperature = temperatures_of(loss, table, rows, numbers, direction=direction)
-        figures = exact_rows(side, rows, temperature=temperature, columns=columns, tile_bytes=tile_bytes)
+        figures = exact_rows(
+            side, rows, temperature=temperature, columns=columns, moments=columns is not None, tile_bytes=tile_bytes
+        )
         answer = figures.log_mean + (figures.positive if memory.keyed else 0.0)
         values[direction, start:stop] = distributed.gather_rows(answer.float(), sizes)
         if columns is not None:
@@ -133,9 +135,13 @@ def warm_start(
     return WarmStart(
         num_rows=num_rows,
         num_columns=num_rows if columns is None else len(columns),
-        standard_error=0.0 if columns is None else float(torch.cat(errors).mean()) if errors else float("nan"),
+        standard_error=0.0 if columns is None else _root_mean_square(errors),
         seconds=time.perf_counter() - began,
     )
+
+
+def _root_mean_square(errors: list[Tensor]) -> float:
+    return float(torch.cat(errors).square().mean().sqrt()) if errors else float("nan")
 
 
 def memory_of(loss: nn.Module) -> ExampleMemory:
