@@ -119,7 +119,7 @@ def test_configuration_and_mistakes():
     for settings_, match in (
         ({"name": "siglip", "direction": "both"}, "one direction"),
         ({"name": "auc_cl", "temperature": 0.1}, "no temperature"),
-        ({"name": "auc_cl", "learnable_temperature": True}, "no temperature"),
+        ({"name": "auc_cl", "learnable_temperature": True}, "learnable_temperature is given"),
         ({"name": "siglip", "weights": "inclusion"}, "inclusion"),
         ({"name": "auc_cl", "margin": 0.0}, "margin is 0"),
     ):

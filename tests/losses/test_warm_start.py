@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from anybatch.errors import AnybatchError
-from anybatch.losses import InfoNCE, SogCLR
+from anybatch.losses import EMC2, NUCLR, InfoNCE, SogCLR
 from anybatch.losses import warm_start as room
 from anybatch.losses.exact_rows import exact_rows, make_table
 from anybatch.losses.isogclr import ISogCLR, TempNet
@@ -184,6 +184,8 @@ def test_mistakes():
     anchors, positives, anchor_id, _ = data()
     for make, arguments, match in (
         (lambda: InfoNCE(), {}, "InfoNCE has no memory"),
+        (lambda: EMC2(N), {}, "EMC2 has no memory of plain"),
+        (lambda: NUCLR(N), {}, "NUCLR has no memory of plain"),
         (lambda: SogCLR(N + 1), {}, f"Got embeddings of {N} rows; the memory was made for {N + 1}"),
         (lambda: SogCLR(N), {"anchor_id": anchor_id}, "go together"),
         (lambda: SogCLR(N), {"sample": 1}, "sample is 1"),

@@ -145,7 +145,7 @@ class ContrastiveLoss(nn.Module):
                 log_weight=forward.log_weight,
                 row_weight=forward.row_weight,
                 adjust=forward.adjust,
-                column_pull=forward.column_pull,
+                column_weight=forward.column_weight,
                 tile_bytes=self.tile_bytes,
             )
             stats = (one,)
@@ -175,9 +175,7 @@ class ContrastiveLoss(nn.Module):
             return torch.tensor(self._temperature, dtype=batch.anchors.dtype, device=batch.anchors.device)
         return self.log_temperature.to(batch.anchors.dtype).exp()
 
-    def _finish(
-        self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor
-    ) -> Tensor:
+    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """The loss that the call returns; the place where a method updates what it learns from the engine's figures."""
         return loss
 

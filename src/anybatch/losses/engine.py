@@ -18,6 +18,7 @@ gradient, one sum of the loss and one of a scalar temperature's gradient; both d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +51,7 @@ def softmax_loss(
     log_weight: LogWeight | None = None,
     row_weight: Tensor | None = None,
     adjust: Adjust | None = None,
-    column_pull: bool = False,
+    column_weight: Callable[[slice], Tensor] | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> tuple[Tensor, SoftmaxStats]:
     """The loss of this batch over all ranks.
@@ -63,7 +64,7 @@ def softmax_loss(
         log_weight: b_ij for this rank's rows and columns; None for 0.
         row_weight: (B,) factor of each row's objective, a constant; None for 1.
         adjust: Rewrites the logits of whole rows; None to leave them.
-        column_pull: Also measure `SoftmaxStats.column_pull`.
+        column_weight: Also measure `SoftmaxStats.column_pull`, with these weights of the rows; see `Side`.
         tile_bytes: Memory for scores; the height of a tile follows from it.
 
     Returns:
@@ -77,7 +78,7 @@ def softmax_loss(
         log_weight=log_weight,
         row_weight=row_weight,
         adjust=adjust,
-        column_pull=column_pull,
+        column_weight=column_weight,
     )
     loss, stats = _run(anchors, candidates, (side,), tile_bytes)
     return loss, stats[0]
@@ -101,7 +102,7 @@ def symmetric_softmax_loss(
     Returns:
         As `softmax_loss`; figures of both.
     """
-    if back.adjust is not None or back.column_pull:
+    if back.adjust is not None or back.column_weight is not None:
         one, stats_one = _run(anchors, candidates, (forward,), tile_bytes)
         other, stats_other = _run(candidates[: len(anchors)], anchors, (back,), tile_bytes)
         return (one + other) / 2, (stats_one[0], stats_other[0])
@@ -169,9 +170,7 @@ def _run(
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, candidates: Tensor, problem: _Problem, *temperatures: Tensor) -> Tensor:
-        solution = solve(
-            anchors, candidates, problem.sides, tile_bytes=problem.tile_bytes, gradients=problem.gradients
-        )
+        solution = solve(anchors, candidates, problem.sides, tile_bytes=problem.tile_bytes, gradients=problem.gradients)
         problem.solution = solution
         ctx.save_for_backward(solution.d_anchors, solution.d_candidates, *solution.d_temperatures)
         return solution.loss

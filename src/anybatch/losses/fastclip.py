@@ -7,9 +7,9 @@ from typing import Literal
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.example_values import ExampleValues, Range
 from anybatch.losses.robust import RobustSogCLR
 from anybatch.losses.schedule import GammaSchedule
-from anybatch.losses.temperatures import Range, TemperatureMemory
 
 Version = Literal["v0", "v1", "v2", "v3"]
 
@@ -35,7 +35,7 @@ class FastCLIP(RobustSogCLR):
         eps: Added to u_i; None for 1 / (n - 1).
         temperature: The first (v1: the only) temperature; None for .07 (v0, v3) or .03 (v1, v2).
         temperature_range: Range of a learned temperature.
-        temperature_lr, temperature_momentum: v2: step of each example's temperature, see `TemperatureMemory`.
+        temperature_lr, temperature_momentum: v2: step of each example's temperature, see `ExampleValues`.
         direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
     v0 and v3 learn `log_temperature`, a parameter for the caller's optimizer. Published for v3: a third of the learning
@@ -70,7 +70,7 @@ class FastCLIP(RobustSogCLR):
             temperature = 0.07 if version in ("v0", "v3") else 0.03
         source = None
         if version == "v2":
-            source = TemperatureMemory(
+            source = ExampleValues(
                 num_rows,
                 2 if direction == "both" else 1,
                 initial=temperature,

@@ -6,9 +6,10 @@ from torch import nn
 
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.example_values import ExampleValues, Range
 from anybatch.losses.robust import RobustSogCLR
 from anybatch.losses.schedule import GammaSchedule
-from anybatch.losses.temperatures import Range, TemperatureMemory, TemperatureNet
+from anybatch.losses.temperatures import TemperatureNet
 
 
 class ISogCLR(RobustSogCLR):
@@ -58,7 +59,7 @@ class ISogCLR(RobustSogCLR):
         super().__init__(
             num_rows,
             rho=rho,
-            source=TemperatureMemory(
+            source=ExampleValues(
                 num_rows,
                 2 if direction == "both" else 1,
                 initial=temperature,

@@ -19,9 +19,10 @@ from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import Batch, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
+from anybatch.losses.example_values import ExampleValues, Range
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import Remembering, SogCLR
-from anybatch.losses.temperatures import Range, TemperatureMemory, TemperatureNet, check_limits
+from anybatch.losses.temperatures import TemperatureNet, check_limits
 
 
 class RobustSogCLR(SogCLR):
@@ -48,7 +49,7 @@ class RobustSogCLR(SogCLR):
         num_rows: int,
         *,
         rho: float | None,
-        source: TemperatureMemory | TemperatureNet | None = None,
+        source: ExampleValues | TemperatureNet | None = None,
         temperature_range: Range,
         gamma: float | GammaSchedule,
         eps: float | None,
@@ -71,6 +72,7 @@ class RobustSogCLR(SogCLR):
         if rho is not None and rho < 0:
             raise AnybatchError(f"rho is {rho}; expected 0 or more (published: 6 to 16).")
         if learnable_temperature or source is not None:
+            # before anything is learned, so that a range that excludes the first temperature is not silently applied
             check_limits(temperature_range, temperature)
         self.rho = rho
         self.source = source
@@ -79,8 +81,8 @@ class RobustSogCLR(SogCLR):
     @property
     def temperature(self) -> float:
         """The temperature at this moment; with one a row their mean, with a network that of the last call."""
-        if isinstance(self.source, TemperatureMemory):
-            return self.source.mean()
+        if isinstance(self.source, ExampleValues):
+            return self.source.values.mean().item()
         return super().temperature if self.source is None else self._temperature
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
@@ -89,7 +91,7 @@ class RobustSogCLR(SogCLR):
         return replace(rule, constant=self.rho or 0.0)
 
     def _temperatures(self, batch: Batch, *, direction: int) -> Tensor:
-        if isinstance(self.source, TemperatureMemory):
+        if isinstance(self.source, ExampleValues):
             assert batch.index is not None  # the rule was made first, and it checks
             return self.source.of(batch.index, direction=direction, dtype=batch.anchors.dtype)
         if isinstance(self.source, TemperatureNet):
@@ -108,9 +110,7 @@ class RobustSogCLR(SogCLR):
             return side
         return replace(side, row_weight=side.temperature.detach().expand(len(batch.anchors)))
 
-    def _finish(
-        self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor
-    ) -> Tensor:
+    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         loss = super()._finish(batch, sides, stats, loss)
         if self.rho is None or not torch.is_grad_enabled():
             return loss
@@ -119,7 +119,7 @@ class RobustSogCLR(SogCLR):
             temperature = sides[0].temperature
             return loss + (temperature - temperature.detach()) * (loss.detach() / temperature.detach())
         value, means = loss.detach(), []
-        for direction, (side, figures) in enumerate(zip(sides, stats, strict=True)):
+        for direction, figures in enumerate(stats):
             assert figures.temperature_gradient is not None
             gradient = figures.objective + figures.temperature_gradient
             gradient = torch.where(figures.num_negatives > 0, gradient, 0.0)

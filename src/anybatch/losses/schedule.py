@@ -60,7 +60,7 @@ class GammaSchedule(nn.Module):
 
     @property
     def value(self) -> float:
-        """gamma at this moment."""
+        """Gamma at this moment."""
         if self.kind == "constant" or self.num_steps is None:
             return self.gamma
         steps = int(self.position) // self.steps_per_epoch * self.steps_per_epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,7 +69,8 @@ class Side:
         log_weight: b_ij for this rank's rows and columns; None for 0.
         row_weight: (B,) factor of each row's objective, a constant; None for 1.
         adjust: Rewrites logits; None to leave them.
-        column_pull: Whether `SoftmaxStats.column_pull` is wanted.
+        column_weight: Weight (b,) of some rows in `SoftmaxStats.column_pull`, asked after the rule has answered for them; None if the
+            pulls of the columns are not wanted.
     """
 
     rule: Rule
@@ -76,7 +78,7 @@ class Side:
     log_weight: LogWeight | None = None
     row_weight: Tensor | None = None
     adjust: Adjust | None = None
-    column_pull: bool = False
+    column_weight: Callable[[slice], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,7 +92,7 @@ class SoftmaxStats:
         num_negatives: (B,) negatives not removed.
         temperature_gradient: (B,) derivative of row_weight_i * objective_i with respect to tau_i through the logits,
             `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted.
-        column_pull: (M,) `sum_i row_weight_i p_ij` over the rows of all ranks for each candidate of this rank; None unless asked for.
+        column_pull: (M,) `sum_i column_weight_i p_ij` over the rows of all ranks for each candidate of this rank; None unless asked for.
     """
 
     log_sum: Tensor

@@ -213,7 +213,7 @@ class _Rows(_Direction):
     def __init__(self, side: Side, layout: Layout, positive: Tensor) -> None:
         super().__init__(side, layout, positive)
         self.log_weight = _gathered(side.log_weight, layout.row_sizes, layout.column_sizes)
-        self.column_pull_all = positive.new_zeros(sum(layout.column_sizes)) if side.column_pull else None
+        self.column_pull_all = positive.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
 
     def logits(self, rows: slice, scores: Tensor) -> Tensor:
         """(b, M_all) relative to the positive; -inf where there is no negative."""
@@ -238,7 +238,12 @@ class _Rows(_Direction):
         gap = torch.einsum("ij,ij->i", pull, scores) - total * self.positive[rows]
         self.d_temperature_rows[rows] = -gap / self.temperature[rows]
         if self.column_pull_all is not None:
-            self.column_pull_all += self.temperature[rows] @ pull
+            assert self.side.column_weight is not None
+            # pull is p_ij * row_weight_i / tau_i
+            weight = (
+                self.side.column_weight(rows).to(pull.dtype) * (reference - finite(self.log_denominator[rows])).exp()
+            )
+            self.column_pull_all += weight @ pull
         return pull
 
     def column_pull(self) -> Tensor | None:
@@ -256,7 +261,7 @@ class _Columns(_Direction):
     def __init__(self, side: Side, layout: Layout, positive: Tensor) -> None:
         super().__init__(side, layout, positive)
         assert side.adjust is None
-        assert not side.column_pull
+        assert side.column_weight is None
         sizes = layout.row_sizes
         self.log_weight = _gathered(side.log_weight, sizes, sizes)
         both = distributed.gather_rows(torch.stack([positive, self.temperature], dim=1), sizes)
@@ -305,7 +310,9 @@ class _Columns(_Direction):
 
 
 def _gathered(log_weight: LogWeight | None, row_sizes: list[int], column_sizes: list[int]) -> LogWeight | None:
-    if log_weight is None or not distributed.is_active():  # one rank alone may have log-weights that cannot be exchanged
+    if (
+        log_weight is None or not distributed.is_active()
+    ):  # one rank alone may have log-weights that cannot be exchanged
         return log_weight
     return log_weight.gathered(row_sizes, column_sizes)
 

@@ -1,74 +1,14 @@
-"""Temperatures of single examples: remembered and learned one by one, or read off the embedding by a small network."""
+"""Temperatures read off the embedding by a small network, and the check of a range of temperatures."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.losses.grouping import mean_by_row
-
-Range = tuple[float, float]
-
-
-class TemperatureMemory(nn.Module):
-    """A temperature for each example and direction, moved along the derivative of its own objective.
-
-        velocity_i    <- momentum velocity_i + (1 - momentum) clip(dF_i / d tau_i)
-        temperature_i <- clamp(temperature_i - lr velocity_i, low, high)
-
-    Args:
-        num_rows: n.
-        num_directions: Independent states a row.
-        initial: The first temperature.
-        limits: (low, high), the range that temperatures are kept in.
-        lr: Step.
-        momentum: Weight of the old velocity, in [0, 1).
-        clip: Derivatives are limited to [-clip, clip].
-
-    Cost: 8 bytes a row and direction. Collectives of an update: see `mean_by_row`.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        num_directions: int,
-        *,
-        initial: float,
-        limits: Range,
-        lr: float,
-        momentum: float,
-        clip: float,
-    ) -> None:
-        super().__init__()
-        check_limits(limits, initial)
-        if lr <= 0 or not 0 <= momentum < 1 or clip <= 0:
-            raise AnybatchError(
-                f"temperature_lr is {lr}, momentum {momentum}, clip {clip}; expected positive numbers and a momentum in [0, 1)."
-            )
-        self.limits, self.lr, self.momentum, self.clip = limits, lr, momentum, clip
-        self.values: Tensor
-        self.velocity: Tensor
-        self.register_buffer("values", torch.full((num_directions, num_rows), initial))
-        self.register_buffer("velocity", torch.zeros(num_directions, num_rows))
-
-    def of(self, index: Tensor, *, direction: int, dtype: torch.dtype) -> Tensor:
-        """(B,) the temperatures of these rows."""
-        return self.values[direction, index].to(dtype)
-
-    def update(self, index: Tensor, gradient: Tensor, *, direction: int) -> None:
-        """One step for these rows; a row that occurs several times takes the mean of its derivatives."""
-        rows, mean = mean_by_row(index, gradient.clamp(-self.clip, self.clip).to(self.values.dtype))
-        velocity = self.momentum * self.velocity[direction, rows] + (1 - self.momentum) * mean
-        self.velocity[direction, rows] = velocity
-        self.values[direction, rows] = (self.values[direction, rows] - self.lr * velocity).clamp(*self.limits)
-
-    def mean(self) -> float:
-        """The mean temperature over all rows and directions."""
-        return self.values.mean().item()
+from anybatch.losses.example_values import Range
 
 
 class TemperatureNet(nn.Module):

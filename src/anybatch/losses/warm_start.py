@@ -23,7 +23,10 @@ from anybatch.errors import AnybatchError
 from anybatch.files import digest_of, write_bytes
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.exact_rows import Embeddings, Table, exact_rows, make_table, temperatures_of
+from anybatch.losses.glofnd import GloFND
 from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.nuclr import NUCLR
+from anybatch.losses.sogclr import SogCLR
 
 BLOCK_ROWS = 4096  # rows a rank answers between two gathers
 SAVE_SECONDS = 30.0
@@ -145,15 +148,16 @@ def _root_mean_square(errors: list[Tensor]) -> float:
 
 
 def memory_of(loss: nn.Module) -> ExampleMemory:
-    """The memory of a loss.
+    """The memory of a loss, if it holds the log-mean over all negatives.
 
     Raises:
-        AnybatchError: It has none.
+        AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives (GloFND).
     """
-    memory = getattr(loss, "memory", None)
-    if not isinstance(memory, ExampleMemory):
-        raise AnybatchError(f"{type(loss).__name__} has no memory; this is for losses that have one, such as SogCLR.")
-    return memory
+    if not isinstance(loss, SogCLR) or isinstance(loss, (NUCLR, GloFND)):
+        raise AnybatchError(
+            f"{type(loss).__name__} has no memory of plain denominators; this is for losses that have one, such as SogCLR."
+        )
+    return loss.memory
 
 
 def _fill(memory: ExampleMemory, values: Tensor, direction: int, dimensions: int) -> None:
