@@ -118,8 +118,8 @@ def test_is_where_a_batch_of_everything_would_go():
 
 def test_a_killed_one_goes_on_bit_for_bit(tmp_path, monkeypatch):
     anchors, positives, *_ = data(torch.float32)
-    monkeypatch.setattr(room, "BLOCK_ROWS", 10)
-    monkeypatch.setattr(room, "SAVE_SECONDS", 0.0)
+    for name, value in (("BLOCK_ROWS", 10), ("SAVE_SECONDS", 0.0), ("SAVE_RATIO", 0.0)):
+        monkeypatch.setattr(room, name, value)
     whole = SogCLR(N, direction="both")
     warm_start(whole, anchors, positives)
     file = tmp_path / "state.safetensors"

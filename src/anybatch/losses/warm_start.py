@@ -29,7 +29,8 @@ from anybatch.losses.nuclr import NUCLR
 from anybatch.losses.sogclr import SogCLR
 
 BLOCK_ROWS = 4096  # rows a rank answers between two gathers
-SAVE_SECONDS = 30.0
+SAVE_SECONDS, SAVE_RATIO = 30.0, 20.0  # between two records of progress; or longer, so that writing them takes a twentieth of the time
+FILL_ROWS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def warm_start(
     Raises:
         AnybatchError: A loss without memory, embeddings that do not fit it, a file of other embeddings or settings.
 
-    Cost: see the module. Collectives: one gather of the block's values a block; every rank needs all embeddings.
+    Cost: see the module; 4 bytes a row and direction on each rank while it works. Collectives: one gather of the block's values a block; every rank needs all embeddings.
     """
     began = time.perf_counter()
     memory = memory_of(loss)
@@ -109,7 +110,7 @@ def warm_start(
     identity = _identity(loss, table, num_directions, sample, seed) if file is not None else ""
     values, done = _open(file, identity, num_directions, num_rows, device)
     errors: list[Tensor] = []
-    saved = time.perf_counter()
+    saved, writing = time.perf_counter(), 0.0
     if progress is not None and done:
         progress(done, values.numel())
     for direction, start, stop in _blocks(num_rows, num_directions, done):
@@ -127,10 +128,11 @@ def warm_start(
         if columns is not None:
             errors.append(figures.standard_error(num_rows - 1))
         done = direction * num_rows + stop
-        late = time.perf_counter() - saved > SAVE_SECONDS
+        late = time.perf_counter() - saved > max(SAVE_SECONDS, SAVE_RATIO * writing)
         if file is not None and distributed.rank() == 0 and (late or done == values.numel()):
+            before = time.perf_counter()
             write_bytes(file, save({"log_mean": values.cpu(), "done": torch.tensor(done)}, {"identity": identity}))
-            saved = time.perf_counter()
+            saved, writing = time.perf_counter(), time.perf_counter() - before
         if progress is not None:
             progress(done, values.numel())
     for direction in range(num_directions):
@@ -161,16 +163,17 @@ def memory_of(loss: nn.Module) -> ExampleMemory:
 
 
 def _fill(memory: ExampleMemory, values: Tensor, direction: int, dimensions: int) -> None:
-    rows = torch.arange(len(values), device=values.device)
-    if memory.keyed:  # rows of one key are combined as they are within a batch
+    if memory.keyed:  # rows of one key are combined as they are within a batch, so all at once
+        rows = torch.arange(len(values), device=values.device)
         sizes = _shares(len(values))
         first = sum(sizes[: distributed.rank()])
         share = slice(first, first + sizes[distributed.rank()])
         memory.blend(rows[share], values[share], direction=direction, gamma=1.0, update=True, dimensions=dimensions)
-    else:
-        memory.write(
-            rows, torch.where(values.isneginf(), torch.nan, values), direction=direction, dimensions=dimensions
-        )
+        return
+    for start in range(0, len(values), FILL_ROWS):
+        part = values[start : start + FILL_ROWS]
+        rows = torch.arange(start, start + len(part), device=values.device)
+        memory.write(rows, torch.where(part.isneginf(), torch.nan, part), direction=direction, dimensions=dimensions)
 
 
 def _draw(num_rows: int, sample: int | None, seed: int) -> np.ndarray | None:
