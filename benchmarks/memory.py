@@ -45,7 +45,7 @@ def main() -> None:
     )  # fmt: skip
     parts = [
         "# Memory",
-        "`python -m benchmarks.memory`. "
+        f"`python -m benchmarks.memory --rows {options.rows}`. "
         f"{len(pairs):,} title and abstract pairs of the packed sample, all-MiniLM-L6-v2, temperature {TAU}; the cost on random vectors. "
         f"Machine: {options.device}, {torch.get_num_threads()} thread(s) of a shared 2-core x86.",
         "## What a warm start costs, one direction\n\nEvery row against every row, exactly.\n\n" + cost,

@@ -98,7 +98,9 @@ class ExampleMemory(nn.Module):
     @property
     def num_slots(self) -> int:
         """Slots over all ranks."""
-        return int(self.shard[2]) if self.sharded else self.log_mean.shape[1]  # without a look at the device where it can be
+        return (
+            int(self.shard[2]) if self.sharded else self.log_mean.shape[1]
+        )  # without a look at the device where it can be
 
     @property
     def num_rows(self) -> int:
@@ -244,7 +246,9 @@ class ExampleMemory(nn.Module):
         rank, world_size, known = distributed.rank(), distributed.world_size(), int(self.shard[1])
         if (int(self.shard[0]), known) == (rank, world_size):
             return
-        if known == 0 or not bool(self.visited.any()):  # nothing is lost: somebody saved or copied it before the process group was there
+        if known == 0 or not bool(
+            self.visited.any()
+        ):  # nothing is lost: somebody saved or copied it before the process group was there
             stored = _stored(self.num_slots, rank, world_size)
             self.log_mean = self.log_mean.new_full((len(self.log_mean), stored), torch.nan)
             self.shard[:2] = torch.tensor([rank, world_size])

@@ -29,7 +29,10 @@ from anybatch.losses.nuclr import NUCLR
 from anybatch.losses.sogclr import SogCLR
 
 BLOCK_ROWS = 4096  # rows a rank answers between two gathers
-SAVE_SECONDS, SAVE_RATIO = 30.0, 20.0  # between two records of progress; or longer, so that writing them takes a twentieth of the time
+SAVE_SECONDS, SAVE_RATIO = (
+    30.0,
+    20.0,
+)  # between two records of progress; or longer, so that writing them takes a twentieth of the time
 FILL_ROWS = 2**22
 
 
