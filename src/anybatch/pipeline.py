@@ -116,7 +116,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
     Raises:
         AnybatchError: A plan made for other data or another batch size.
     """
-    from anybatch.mining import mine_neighbors, mine_plan
+    from anybatch.mining import mine_plan, mine_shared
 
     folder = Path(config.output)
     path = Path(config.plan) if config.plan is not None else folder / "plan.safetensors"
@@ -144,7 +144,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
         "progress": lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
     }
     if distributed.is_active():
-        mine_neighbors(anchors, positives, **known)
+        mine_shared(anchors, positives, **known)
     with distributed.alone() as chosen:
         if chosen:
             result = mine_plan(anchors, positives, data_digest=pairs.digest, **known)

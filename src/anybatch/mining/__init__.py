@@ -3,7 +3,7 @@
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.graph import MiningGraph, build_graph
 from anybatch.mining.inverted import ivf_neighbors
-from anybatch.mining.mine import MiningConfig, MiningReport, MiningResult, mine_neighbors, mine_plan, rank_rows
+from anybatch.mining.mine import MiningConfig, MiningReport, MiningResult, mine_plan, mine_shared, rank_rows
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, Stacked, exact_neighbors
 from anybatch.mining.partition import equal_clusters, metis_clusters
@@ -22,8 +22,8 @@ __all__ = [
     "exact_neighbors",
     "ivf_neighbors",
     "metis_clusters",
-    "mine_neighbors",
     "mine_plan",
+    "mine_shared",
     "rank_rows",
     "sample_negatives",
     "suspect_pairs",

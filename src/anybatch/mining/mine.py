@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from anybatch.blocks import release_pages
 from anybatch.errors import AnybatchError
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
+from anybatch.mining.cells import cell_clusters
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
@@ -44,6 +46,7 @@ class MiningConfig:
         neighbors: "exact", "ivf", or "auto" by the number of rows.
         num_negatives: Explicit hard negatives drawn for each row (B3++).
         sweeps: Passes of the swap search, at most.
+        cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all rows at once.
         seed: Of everything random.
     """
 
@@ -60,6 +63,7 @@ class MiningConfig:
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: int = 0
     sweeps: int = 10
+    cells: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +73,7 @@ class MiningConfig:
             ("take", 1),
             ("num_negatives", 0),
             ("sweeps", 0),
+            ("cells", 1),
             ("conflict_weight", 0),
         ):
             if getattr(self, name) < least:
@@ -186,9 +191,19 @@ def mine_plan(
         graph = build_graph(
             neighbors, skip=skip, take=take, margin=config.margin, edges=edges, hub_weight=config.hub_weight
         )
-    with _stage(report, "communities", progress):
+        release_pages(neighbors.ids, neighbors.scores, anchor_embeddings, positive_embeddings)
+    with _stage(report, "communities", progress) as advance:
         num_clusters = num_rows // config.cluster_size
-        start = metis_clusters(graph.weight, num_clusters, recursive=not published, seed=config.seed)
+        if config.cells > 1:
+            known: dict[str, Any] = {
+                "anchor_id": anchor_id,
+                "positive_id": positive_id,
+                "folder": folder,
+                "progress": advance,
+            }
+            start = mine_cells(neighbors, positive_embeddings, (skip, take), config=config, **known)
+        else:
+            start = metis_clusters(graph.weight, num_clusters, recursive=not published, seed=config.seed)
     with _stage(report, "refinement", progress) as advance:
         cluster = equal_clusters(
             start,
@@ -222,7 +237,7 @@ def mine_plan(
     return MiningResult(plan=plan, report=report, graph=graph)
 
 
-def mine_neighbors(
+def mine_shared(
     anchor_embeddings: np.ndarray,
     positive_embeddings: np.ndarray,
     *,
@@ -233,22 +248,58 @@ def mine_neighbors(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """The first stage of `mine_plan` alone, shared by all ranks; rank 0 then finds it finished in `folder`. Arguments as in `mine_plan`."""
+    """The stages of `mine_plan` that all ranks share: neighbours, and the coarse cells' clusters if `config.cells` asks for them.
+
+    Rank 0 then finds them finished in `folder`, and does the rest by itself. Arguments as in `mine_plan`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mine_plan warns of the window, once
         skip, take = _fitting_window(config, len(anchor_embeddings), MiningReport())
+    known: dict[str, Any] = {"config": config, "anchor_id": anchor_id, "positive_id": positive_id, "folder": folder}
     with _stage(MiningReport(), "neighbors", progress) as advance:
-        rank_rows(
+        neighbors = rank_rows(
             anchor_embeddings,
             positive_embeddings,
-            config=config,
             num_neighbors=skip + take,
-            anchor_id=anchor_id,
-            positive_id=positive_id,
             device=device,
-            folder=folder,
             progress=advance,
+            **known,
         )
+    if config.cells > 1:
+        with _stage(MiningReport(), "communities", progress) as advance:
+            mine_cells(neighbors, positive_embeddings, (skip, take), progress=advance, **known)
+
+
+def mine_cells(
+    neighbors: Neighbors,
+    positives: np.ndarray,
+    window: tuple[int, int],
+    *,
+    config: MiningConfig,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    folder: Path | None,
+    progress: Callable[[float], None] | None = None,
+) -> np.ndarray:
+    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them."""
+    return cell_clusters(
+        neighbors,
+        positives,
+        config.cells,
+        cluster_size=config.cluster_size,
+        skip=window[0],
+        take=window[1],
+        margin=config.margin,
+        edges=config.edges or "union",
+        hub_weight=config.hub_weight,
+        conflict_weight=config.conflict_weight,
+        sweeps=config.sweeps,
+        seed=config.seed,
+        anchor_id=anchor_id,
+        positive_id=positive_id,
+        folder=folder and folder / "clusters",
+        progress=progress,
+    )
 
 
 def rank_rows(
