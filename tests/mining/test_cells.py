@@ -46,3 +46,5 @@ def test_left_over_rows_fill_further_clusters():
 def test_no_cells_are_refused():
     with pytest.raises(AnybatchError, match=r"mining\.cells is 0"):
         MiningConfig(cells=0)
+    with pytest.raises(AnybatchError, match="all rows at once"):
+        MiningConfig(cells=2, method="published")

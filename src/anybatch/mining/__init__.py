@@ -1,4 +1,4 @@
-"""Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan and resources; no training code."""
+"""Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan, blocks, files, distributed and resources; no training code."""
 
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.graph import MiningGraph, build_graph

@@ -78,6 +78,10 @@ class MiningConfig:
         ):
             if getattr(self, name) < least:
                 raise AnybatchError(f"mining.{name} is {getattr(self, name)}; expected at least {least}.")
+        if self.cells > 1 and self.method == "published":
+            raise AnybatchError(
+                f"mining.cells is {self.cells} with method 'published', which partitions all rows at once; set mining.cells to 1 or another method."
+            )
 
 
 @dataclass(kw_only=True)
