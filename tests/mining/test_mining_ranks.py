@@ -22,6 +22,7 @@ from anybatch.plan import BatchPlan
 
 from .test_mining import embeddings
 
+CELLS = {2: 1, 3: 3}  # coarse cells for a number of ranks: partition by rank 0, and shared
 KNOWN = {"anchor_id": np.arange(211), "positive_id": np.arange(211)}
 
 
@@ -84,7 +85,9 @@ def worker(rank, world_size, folder, model, pairs, kill):
         found = search(name, folder, progress)
         np.savez(f"{folder}/{name}-{rank}.npz", ids=found.ids, scores=found.scores, own=found.own_score)
     np.save(f"{folder}/blocks-{rank}.npy", len(done))
-    (Path(folder) / f"digest-{rank}").write_text(mine(Path(folder) / "run", model, pairs, cells=world_size).digest)
+    (Path(folder) / f"digest-{rank}").write_text(
+        mine(Path(folder) / "run", model, pairs, cells=CELLS[world_size]).digest
+    )
     dist.destroy_process_group()
 
 
@@ -100,7 +103,7 @@ def keep_sizes(monkeypatch):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_mine_as_one_process_does(world_size, tiny_model_folder, pairs_file, tmp_path, monkeypatch):
     keep_sizes(monkeypatch)
-    alone = mine(tmp_path / "alone", tiny_model_folder, pairs_file, cells=world_size)
+    alone = mine(tmp_path / "alone", tiny_model_folder, pairs_file, cells=CELLS[world_size])
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, tiny_model_folder, pairs_file)
         if world_size == 3:  # two ranks were killed at half of the exact search
