@@ -139,8 +139,10 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
     anchors, positives = teacher_embeddings(config, pairs, progress)
     mining = replace(config.mining, batch_size=config.batch_size, seed=config.seed)
     known: dict[str, Any] = {"config": mining, "anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
+    on_cpu = config.model.device is None or config.model.device.startswith("cpu")  # where the compiled search is faster
     known |= {
         "folder": folder / "neighbors",
+        "device": None if on_cpu else config.model.device,
         "progress": lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
     }
     if distributed.is_active():
