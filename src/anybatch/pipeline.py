@@ -122,7 +122,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
     Raises:
         AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
     """
-    from anybatch.mining import mine_neighbors, mine_plan
+    from anybatch.mining import mine_plan, mine_shared
 
     folder = Path(config.output)
     path = folder / "plan.safetensors"
@@ -154,12 +154,14 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
         "anchor_id": pairs.anchor_id,
         "positive_id": pairs.positive_id,
     }
+    on_cpu = config.model.device is None or config.model.device.startswith("cpu")  # where the compiled search is faster
     known |= {
         "folder": folder / "neighbors",
+        "device": None if on_cpu else config.model.device,
         "progress": lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
     }
     if distributed.is_active():
-        mine_neighbors(anchors, positives, **known)
+        mine_shared(anchors, positives, **known)
     with distributed.alone() as chosen:
         if chosen:
             result = mine_plan(anchors, positives, data_digest=pairs.digest, **known)

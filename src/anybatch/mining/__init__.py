@@ -1,4 +1,4 @@
-"""Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan and resources; no training code."""
+"""Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan, blocks, files, distributed and resources; no training code."""
 
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.graph import MiningGraph, build_graph
@@ -9,8 +9,8 @@ from anybatch.mining.mine import (
     MiningReport,
     MiningResult,
     MiningSet,
-    mine_neighbors,
     mine_plan,
+    mine_shared,
     rank_rows,
 )
 from anybatch.mining.negatives import sample_negatives
@@ -38,8 +38,8 @@ __all__ = [
     "inspect_plan",
     "ivf_neighbors",
     "metis_clusters",
-    "mine_neighbors",
     "mine_plan",
+    "mine_shared",
     "mining_outlook",
     "rank_rows",
     "sample_negatives",

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from anybatch.blocks import release_pages
 from anybatch.errors import AnybatchError
 from anybatch.mining.audit import Audit, audit_clusters, most_wanted, suspect_pairs
+from anybatch.mining.cells import cell_clusters
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
@@ -49,6 +51,7 @@ class MiningConfig:
         sweeps: Passes of the exchange search; each doubling gains a little more.
         mixing: With several data sets: batches "within" one (B3), or "mixed".
         random_shares: For each epoch the share of batches that are shuffled among each other; the last one stays. Empty: none.
+        cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all rows at once.
         seed: Of everything random.
     """
 
@@ -67,6 +70,7 @@ class MiningConfig:
     sweeps: int = 20
     mixing: Literal["within", "mixed"] = "within"
     random_shares: tuple[float, ...] = ()
+    cells: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,10 +80,15 @@ class MiningConfig:
             ("take", 1),
             ("num_negatives", 0),
             ("sweeps", 0),
+            ("cells", 1),
             ("conflict_weight", 0),
         ):
             if getattr(self, name) < least:
                 raise AnybatchError(f"mining.{name} is {getattr(self, name)}; expected at least {least}.")
+        if self.cells > 1 and self.method != "anybatch":
+            raise AnybatchError(
+                f"mining.cells is {self.cells} with method '{self.method}', which partitions all rows at once; set mining.cells to 1, or method to 'anybatch'."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,8 +309,9 @@ class _Part:
             graph = build_graph(
                 neighbors, skip=skip, take=take, margin=config.margin, edges=edges, hub_weight=config.hub_weight
             )
-        with _stage(report, "communities", self.progress):
-            start = self._begin(graph, neighbors)
+            release_pages(neighbors.ids, neighbors.scores, self.anchors, self.positives)
+        with _stage(report, "communities", self.progress) as advance:
+            start = self._begin(graph, neighbors, (skip, take), advance)
         with _stage(report, "refinement", self.progress) as advance:
             ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
             cluster = equal_clusters(
@@ -322,7 +332,9 @@ class _Part:
                 negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **ids)
         return cluster, suspects, negatives, graph
 
-    def _begin(self, graph: MiningGraph, neighbors: Neighbors) -> np.ndarray:
+    def _begin(
+        self, graph: MiningGraph, neighbors: Neighbors, window: tuple[int, int], progress: Callable[[float], None]
+    ) -> np.ndarray:
         """(rows,) clusters of any sizes."""
         config = self.config
         num_clusters = len(self.anchors) // config.cluster_size
@@ -335,6 +347,11 @@ class _Part:
             return bandwidth_clusters(graph.weight, num_clusters)
         if config.method == "loss_ordered":
             return loss_ordered_clusters(neighbors, num_clusters)
+        if config.cells > 1:
+            ids = {"anchor_id": self.anchor_id, "positive_id": self.positive_id}
+            return mine_cells(
+                neighbors, self.positives, window, config=config, folder=self.folder, progress=progress, **ids
+            )
         published = config.method == "published"
         wanted = graph.weight if published else graph.attraction(config.conflict_weight)
         return metis_clusters(wanted, num_clusters, recursive=not published, seed=config.seed)
@@ -366,7 +383,7 @@ def _named(progress: Progress | None, name: str) -> Progress | None:
     return lambda stage, fraction: progress(f"{name}: {stage}", fraction)
 
 
-def mine_neighbors(
+def mine_shared(
     anchor_embeddings: np.ndarray,
     positive_embeddings: np.ndarray,
     *,
@@ -378,23 +395,65 @@ def mine_neighbors(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """The first stage of `mine_plan` alone, shared by all ranks; rank 0 then finds it finished in `folder`. Arguments as in `mine_plan`."""
+    """The stages of `mine_plan` that all ranks share: neighbours, and the coarse cells' clusters if `config.cells` asks for them.
+
+    Rank 0 then finds them finished in `folder`, and does the rest by itself. Arguments as in `mine_plan`.
+    """
     for one, rows in _parts(sets, len(anchor_embeddings)):
         if one.num_rows < config.cluster_size:
             continue
-        own = _windowed(config, one)
-        with _stage(MiningReport(), "neighbors", _named(progress, one.name)) as advance:
-            rank_rows(
+        own, own_progress = _windowed(config, one), _named(progress, one.name)
+        window = fit_window(own.skip, own.take, one.num_rows)
+        known: dict[str, Any] = {
+            "config": own,
+            "anchor_id": anchor_id[rows],
+            "positive_id": positive_id[rows],
+            "folder": folder / one.name if sets else folder,
+        }
+        with _stage(MiningReport(), "neighbors", own_progress) as advance:
+            neighbors = rank_rows(
                 anchor_embeddings[rows],
                 positive_embeddings[rows],
-                config=own,
-                num_neighbors=sum(fit_window(own.skip, own.take, one.num_rows)),
-                anchor_id=anchor_id[rows],
-                positive_id=positive_id[rows],
+                num_neighbors=sum(window),
                 device=device,
-                folder=folder / one.name if sets else folder,
                 progress=advance,
+                **known,
             )
+        if own.cells > 1:
+            with _stage(MiningReport(), "communities", own_progress) as advance:
+                mine_cells(neighbors, positive_embeddings[rows], window, progress=advance, **known)
+
+
+def mine_cells(
+    neighbors: Neighbors,
+    positives: np.ndarray,
+    window: tuple[int, int],
+    *,
+    config: MiningConfig,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    folder: Path | None,
+    progress: Callable[[float], None] | None = None,
+) -> np.ndarray:
+    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them."""
+    return cell_clusters(
+        neighbors,
+        positives,
+        config.cells,
+        cluster_size=config.cluster_size,
+        skip=window[0],
+        take=window[1],
+        margin=config.margin,
+        edges=config.edges or "union",
+        hub_weight=config.hub_weight,
+        conflict_weight=config.conflict_weight,
+        sweeps=config.sweeps,
+        seed=config.seed,
+        anchor_id=anchor_id,
+        positive_id=positive_id,
+        folder=folder and folder / "clusters",
+        progress=progress,
+    )
 
 
 def rank_rows(
