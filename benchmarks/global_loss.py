@@ -80,11 +80,15 @@ METHODS = (
     Method(name="SogCLR .5", make=sogclr(0.5), run_in=5, batches=("random",)),
     Method(name="SogCLR .2", make=sogclr(0.2), run_in=10),
     Method(name="count-corrected, weights", make=count_corrected, weights="inclusion", batches=CLUSTERED),
-    Method(name="count-corrected, weights <= 30", make=count_corrected, weights="inclusion", cap=30, batches=("mined",)),
+    Method(
+        name="count-corrected, weights <= 30", make=count_corrected, weights="inclusion", cap=30, batches=("mined",)
+    ),
     Method(name="count-corrected, weights <= 5", make=count_corrected, weights="inclusion", cap=5, batches=("mined",)),
     Method(name="SogCLR .9, weights", make=sogclr(0.9), weights="inclusion", run_in=3, batches=("mined",)),
     Method(name="SogCLR .2, weights", make=sogclr(0.2), weights="inclusion", run_in=10, batches=("mined",)),
-    Method(name="SogCLR .2, weights <= 30", make=sogclr(0.2), weights="inclusion", cap=30, run_in=10, batches=("mined",)),
+    Method(
+        name="SogCLR .2, weights <= 30", make=sogclr(0.2), weights="inclusion", cap=30, run_in=10, batches=("mined",)
+    ),
     Method(name="cluster centres", make=centres, run_in=2, batches=(*CLUSTERED, "random clusters")),
 )
 
@@ -128,14 +132,21 @@ def main() -> None:
     begun = time.perf_counter()
     pairs = FrozenPairs.prepare(*sides, temperature=options.temperature, num_probes=options.probes)
     print(f"exact gradient of {options.probes} anchors: {time.perf_counter() - begun:.0f} s", flush=True)
-    common = {"rows": len(pairs), "temperature": options.temperature, "probes": len(pairs.probes), "epochs": options.epochs}
+    common = {
+        "rows": len(pairs),
+        "temperature": options.temperature,
+        "probes": len(pairs.probes),
+        "epochs": options.epochs,
+    }
     done = {key_of(line) for line in read_lines(options.out)}
 
     def record(line: dict[str, Any]) -> None:
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**common, **line}) + "\n")
 
-    if not any(line["batches"] == "curve" for line in read_lines(options.out) if key_of(line)[:4] == tuple(common.values())):
+    if not any(
+        line["batches"] == "curve" for line in read_lines(options.out) if key_of(line)[:4] == tuple(common.values())
+    ):
         for size, error in infonce_curve(pairs).items():
             record({"method": "InfoNCE", "batches": "curve", "batch_size": size, **asdict(error)})
     for batch_size in options.batch_sizes:
@@ -191,9 +202,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_table(results: Path, common: tuple[Any, ...]) -> None:
     """The lines of one setting as tables, one a batch size, with the aim's answer first."""
     lines = [line for line in read_lines(results) if key_of(line)[:4] == common]
-    curves = {
-        name: {line["batch_size"]: line[name] for line in lines if line["batches"] == "curve"} for name in ERRORS
-    }
+    curves = {name: {line["batch_size"]: line[name] for line in lines if line["batches"] == "curve"} for name in ERRORS}
     measured = sorted(
         (line for line in lines if line["batches"] != "curve"), key=lambda line: (line["batch_size"], line["rmse"])
     )

@@ -5,7 +5,7 @@ Usage:
     python -m benchmarks.global_training --task emoji --data FOLDER
     python -m benchmarks.global_training --table-only
 
-A method is written BATCHES/LOSS[/WEIGHTS]: "random" or "mined"; a name of `LossConfig`; "inclusion" for the inclusion weights.
+A method is written BATCHES/LOSS[/WEIGHTS]: "random" or "mined"; a name of `LossConfig`, or "cluster_centres"; "inclusion" for the inclusion weights.
 Each (task, method, batch size, budget) is a family: at least three learning rates with seed 0, judged on the development split and extended while
 the best is at the edge; then the best rate with two more seeds. Each finished run is one line of docs/benchmarks/global_training.jsonl; runs
 that are there are skipped, so the command can be stopped and started at will. The table is made of that file.
@@ -27,13 +27,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
+from anybatch.losses import ClusterCentreInfoNCE
 from anybatch.losses.config import LossConfig, build_loss
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plan import BatchPlan
 from anybatch.report import markdown_table
 from anybatch.rows import RowTable
-from benchmarks.small_models import Task, evaluate, load_task, lsa_teacher
+from benchmarks.small_models import WIDTH, Task, evaluate, load_task, lsa_teacher
 
 FOLDER = Path("docs/benchmarks")
 METHODS = (
@@ -43,6 +45,7 @@ METHODS = (
     "mined/infonce",
     "mined/count_corrected/inclusion",
     "mined/sogclr/inclusion",
+    "mined/cluster_centres",
 )
 BATCH_SIZES = (16, 64, 256, 1024)
 SEEDS = (0, 1, 2)
@@ -115,15 +118,10 @@ class Study:
     def _train(self, cell: Cell) -> dict[str, Any]:
         torch.manual_seed(cell.seed)
         task, parts = self.task, cell.method.split("/")
-        config = LossConfig(
-            name=parts[1],  # pyright: ignore[reportArgumentType] - checked by `build_loss`' table of names
-            temperature=task.temperature,
-            direction=task.direction,
-            weights="inclusion" if "inclusion" in parts[2:] else "none",
-        )
-        loss = build_loss(config, num_rows=len(task.train))
-        plan = replace(self._plan(parts[0], cell.batch_size), seed=cell.seed)
-        table = RowTable(task.train.anchor_id, task.train.positive_id, plan=plan, weights=config.weights)
+        plan = replace(self._plan(cell, parts[0]), seed=cell.seed)
+        weights = "inclusion" if "inclusion" in parts[2:] else "none"
+        loss = make_loss(parts[1], weights, task, plan)
+        table = RowTable(task.train.anchor_id, task.train.positive_id, plan=plan, weights=weights)
         model = task.make_model()
         optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], lr=cell.learning_rate, fused=True)
         warm = max(1, cell.num_steps // 10)
@@ -153,19 +151,32 @@ class Study:
             "seconds": time.perf_counter() - begun,
         }
 
-    def _plan(self, batches_by: str, batch_size: int) -> BatchPlan:
-        train = self.task.train
+    def _plan(self, cell: Cell, batches_by: str) -> BatchPlan:
+        train, batch_size = self.task.train, cell.batch_size
         if batches_by == "random":
             return BatchPlan.random(len(train), batch_size)
         size = min(32, batch_size // 2)  # at least two clusters a batch, or no weight can stand for the other clusters
-        teacher = "lsa" if self.given is None else "given"
-        path = self.cache / f"plan-{self.task.name}-{len(train)}-{teacher}-{batch_size}.safetensors"
+        path = self.cache / f"plan-{cell.task}-{cell.rows}-{cell.teacher}-{batch_size}.safetensors"
         if not path.exists():
             anchors, positives = lsa_teacher(train) if self.given is None else self.given
             config = MiningConfig(batch_size=batch_size, cluster_size=size, skip=SKIP[self.task.name])
             ids = {"anchor_id": train.anchor_id, "positive_id": train.positive_id}
             mine_plan(anchors, positives, config=config, **ids).plan.save(path)
         return BatchPlan.load(path)
+
+
+def make_loss(name: str, weights: Literal["none", "inclusion"], task: Task, plan: BatchPlan) -> nn.Module:
+    """A loss by name, with the task's temperature and direction."""
+    if name == "cluster_centres":
+        shared = {"temperature": task.temperature, "direction": task.direction}
+        return ClusterCentreInfoNCE(plan.cluster, dimensions=WIDTH, **shared)
+    config = LossConfig(
+        name=name,  # pyright: ignore[reportArgumentType] - `build_loss` knows the names
+        temperature=task.temperature,
+        direction=task.direction,
+        weights=weights,
+    )
+    return build_loss(config, num_rows=len(task.train))
 
 
 def batches(plan: BatchPlan, num_steps: int) -> Iterator[np.ndarray]:
@@ -214,7 +225,10 @@ def write_table(results: Path, out: Path) -> None:
         sizes = sorted({x["batch_size"] for x in chosen})
         methods = list(dict.fromkeys(x["method"] for x in chosen))
         body = [
-            [method, *(_cell([x for x in chosen if (x["method"], x["batch_size"]) == (method, size)]) for size in sizes)]
+            [
+                method,
+                *(_cell([x for x in chosen if (x["method"], x["batch_size"]) == (method, size)]) for size in sizes),
+            ]
             for method in methods
         ]
         steps = {size: next(x["num_steps"] for x in chosen if x["batch_size"] == size) for size in sizes}
@@ -247,6 +261,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/small"), help="folder for tokens and plans")
     parser.add_argument("--anchor-embeddings", help="a teacher's, for mining; without them, LSA of the training texts")
     parser.add_argument("--positive-embeddings")
+    parser.add_argument("--teacher-name", default="given", help="name of the given embeddings' model, for the table")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=list(BATCH_SIZES))
     parser.add_argument("--pairs", type=int, help="budget in pairs; 240,000 if neither is given")
@@ -279,7 +294,7 @@ def main() -> None:
                         budget=budget,
                         amount=amount,
                         rows=len(task.train),
-                        teacher="given" if all(files) else "lsa",
+                        teacher=options.teacher_name if all(files) else "lsa",
                         seed=SEEDS[0],
                         learning_rate=rounded(CENTRE[task.name] * (batch_size / 64) ** 0.5),
                     )

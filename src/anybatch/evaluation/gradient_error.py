@@ -329,9 +329,7 @@ class _Sums:
         self.length[probes] += gradient.square().sum(dim=1).double()
 
 
-def _run(
-    pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, run_in: int, epochs: int
-) -> _Sums:
+def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, run_in: int, epochs: int) -> _Sums:
     sums = _Sums(pairs)
     place = torch.full((len(pairs),), -1)
     place[pairs.probes] = torch.arange(len(pairs.probes))
@@ -348,7 +346,9 @@ def _run(
     return sums
 
 
-def _batch_gradient(pairs: FrozenPairs, loss: nn.Module, rows: Tensor, candidates: Tensor, **arguments: object) -> Tensor:
+def _batch_gradient(
+    pairs: FrozenPairs, loss: nn.Module, rows: Tensor, candidates: Tensor, **arguments: object
+) -> Tensor:
     """B times the gradient of the batch's mean loss with respect to its anchors, (B, D)."""
     leaves = pairs.anchors[rows].requires_grad_()
     value = loss(leaves, pairs.positives[candidates], **arguments)

@@ -45,7 +45,7 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
         AnybatchError: No clusters; in a call: `index` missing or out of range, another width, log-weights that are no masks.
 
     Cost: C * D numbers a direction for C clusters; a product of B x C x D a step beside the B x M x D of the batch. Collectives:
-    two gathers and two sums beside those of the engine; each rank multiplies with its share of the centres.
+    two gathers and one sum beside those of the engine; each rank multiplies with its share of the centres.
 
     Reference: none; the far field by cluster means is that of N-body codes (Barnes and Hut 1986), with one level.
     """
@@ -71,7 +71,9 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
         clusters = torch.as_tensor(cluster).long()
         num_clusters = int(clusters.max()) + 1 if len(clusters) else 0
         if num_clusters < 1:
-            raise AnybatchError("No row has a cluster; give the `cluster` of a mined plan, or row numbers divided by a size.")
+            raise AnybatchError(
+                "No row has a cluster; give the `cluster` of a mined plan, or row numbers divided by a size."
+            )
         num_directions = 2 if direction == "both" else 1
         self.cluster: Tensor
         self.centre: Tensor
@@ -80,7 +82,9 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
         self.register_buffer("cluster", clusters, persistent=False)  # from the plan, which has its own file and digest
         self.register_buffer("centre", torch.zeros(num_directions, num_clusters, dimensions))
         self.register_buffer("count", torch.zeros(num_directions, num_clusters))  # members in the centre; 0: never seen
-        self.register_buffer("mass", torch.zeros(num_directions, 2))  # running: exact, estimated, of clusters in batches
+        self.register_buffer(
+            "mass", torch.zeros(num_directions, 2)
+        )  # running: exact, estimated, of clusters in batches
 
     @property
     def offset(self) -> Tensor:
@@ -102,8 +106,9 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
         num_rows = len(anchors)
         sizes = distributed.gather_sizes(num_rows, anchors.device)
         present = distributed.gather_rows(own, sizes)
-        if self.training and torch.is_grad_enabled():
-            positives = distributed.gather_rows(candidates[:num_rows].detach(), sizes)
+        update = self.training and torch.is_grad_enabled()
+        positives = distributed.gather_rows(candidates[:num_rows], sizes) if update else None
+        if positives is not None:
             self._remember(present, positives, direction)
         far, far_weight = self._far(present, anchors.dtype, direction)
         columns = anchors.new_zeros(1, len(candidates))
@@ -118,8 +123,15 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
             log_weight=total,
             tile_bytes=self.tile_bytes,
         )
-        if self.training and torch.is_grad_enabled():
-            self._calibrate(anchors.detach(), candidates.detach(), own, temperature.detach(), stats, direction)
+        if positives is not None:
+            first = sum(sizes[: distributed.rank()])
+            some = slice(0, max(0, min(num_rows, CALIBRATION_ROWS - first)))
+            with torch.no_grad():
+                own_score = (anchors[some] * candidates[:num_rows][some]).sum(dim=1) / temperature
+                scaled = anchors[some] / temperature
+                self._calibrate(
+                    scaled, own_score + stats.log_denominator[some], own[some], positives, present, direction
+                )
         return loss, stats
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
@@ -128,7 +140,9 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
     def _check(self, index: Tensor | None, dimensions: int) -> Tensor:
         """The cluster of each row of the batch."""
         if index is None:
-            raise AnybatchError("This loss knows each row's cluster: give index=, the row numbers of the batch in the data set.")
+            raise AnybatchError(
+                "This loss knows each row's cluster: give index=, the row numbers of the batch in the data set."
+            )
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self.cluster)):
             raise AnybatchError(
                 f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {len(self.cluster) - 1}. "
@@ -161,26 +175,27 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
         return self.centre[direction, share].to(dtype), weight.to(dtype)
 
     def _calibrate(
-        self,
-        anchors: Tensor,
-        candidates: Tensor,
-        own: Tensor,
-        temperature: Tensor,
-        stats: SoftmaxStats,
-        direction: int,
+        self, scaled: Tensor, log_total: Tensor, own: Tensor, positives: Tensor, present: Tensor, direction: int
     ) -> None:
-        """Compare the sums over the batch's other clusters with their centres' estimates, weighted by their share of the softmax."""
-        some = slice(0, CALIBRATION_ROWS)
-        clusters, inverse = torch.unique(own, return_inverse=True)
-        reference = (anchors[some] * candidates[some]).sum(dim=1) / temperature + stats.log_denominator[some]
-        exact = (anchors[some] @ candidates[: len(anchors)].T / temperature - reference[:, None]).exp()
-        sums = exact.new_zeros(len(exact), len(clusters)).index_add_(1, inverse, exact)
-        members = torch.bincount(inverse, minlength=len(clusters)).to(exact.dtype)
-        centre = exact.new_zeros(len(clusters), anchors.shape[1]).index_add_(0, inverse, candidates[: len(anchors)])
+        """Compare the sums over the batch's other clusters with their centres' estimates, weighted by their share of the softmax.
+
+        Args:
+            scaled: (b, D) some anchors over the temperature.
+            log_total: (b,) logarithm of their whole denominator.
+            own: (b,) their clusters.
+            positives: (B, D) of all ranks.
+            present: (B,) clusters of `positives`.
+            direction: Whose comparison is kept.
+        """
+        clusters, inverse = torch.unique(present, return_inverse=True)
+        share = (scaled @ positives.T - log_total[:, None]).exp()
+        exact = share.new_zeros(len(share), len(clusters)).index_add_(1, inverse, share)
+        members = torch.bincount(inverse, minlength=len(clusters)).to(share.dtype)
+        centre = share.new_zeros(len(clusters), positives.shape[1]).index_add_(0, inverse, positives)
         centre = centre / members[:, None]
-        estimated = members * (anchors[some] @ centre.T / temperature - reference[:, None]).exp()
-        others = (inverse[some, None] != torch.arange(len(clusters), device=own.device)) & (clusters >= 0)
-        mass = torch.stack([(sums * others).sum(), (estimated * others).sum()])
+        estimated = members * (scaled @ centre.T - log_total[:, None]).exp()
+        others = (own[:, None] != clusters) & (clusters >= 0)
+        mass = torch.stack([(exact * others).sum(), (estimated * others).sum()])
         mass = distributed.sum_over_ranks(mass).to(self.mass.dtype)
         if bool((mass > 0).all()):
             rate = CALIBRATION_RATE if bool((self.mass[direction] > 0).all()) else 1.0
