@@ -183,8 +183,7 @@ def batches(plan: BatchPlan, num_steps: int) -> Iterator[np.ndarray]:
     """The plan's batches, epoch after epoch."""
     epoch = 0
     while num_steps > 0:
-        for batch in plan.epoch_batches(epoch)[:num_steps]:
-            yield batch
+        yield from plan.epoch_batches(epoch)[:num_steps]
         num_steps -= plan.num_batches
         epoch += 1
 

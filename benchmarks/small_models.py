@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -99,7 +100,7 @@ class Pictures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths, layers = (3, 32, 64, 96, 128), []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 4, WIDTH))
 

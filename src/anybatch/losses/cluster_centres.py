@@ -111,18 +111,21 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
         if positives is not None:
             self._remember(present, positives, direction)
         far, far_weight = self._far(present, anchors.dtype, direction)
-        columns = anchors.new_zeros(1, len(candidates))
-        total: LogWeight = TensorLogWeight(values=torch.cat([columns, far_weight[None]], dim=1), normalised=False)
+        share = slice(distributed.rank(), None, distributed.world_size())  # the engine gathers what each rank brings
+        columns = torch.cat([anchors.new_zeros(len(candidates)), far_weight[share]])
+        total: LogWeight = TensorLogWeight(values=columns[None], normalised=False)
         if weight is not None:
-            total = SumLogWeight(terms=(_widened(weight, len(far)), total))
+            total = SumLogWeight(terms=(_widened(weight, len(far[share])), total))
         loss, stats = softmax_loss(
             anchors,
-            torch.cat([candidates, far]),
+            torch.cat([candidates, far[share]]),
             temperature=temperature,
             rule=_WithPositive(),
             log_weight=total,
             tile_bytes=self.tile_bytes,
         )
+        balance = self._balance(anchors.detach(), candidates, far, far_weight, temperature.detach(), stats)
+        loss = loss + balance - balance.detach()
         if positives is not None:
             first = sum(sizes[: distributed.rank()])
             some = slice(0, max(0, min(num_rows, CALIBRATION_ROWS - first)))
@@ -154,6 +157,33 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
             )
         return self.cluster[index]
 
+    def _balance(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        far: Tensor,
+        far_weight: Tensor,
+        temperature: Tensor,
+        stats: SoftmaxStats,
+    ) -> Tensor:
+        """A term whose gradient takes the centres' share out of the pull on each positive.
+
+        The anchor's pull on its positive balances what pushes positives away in the same loss. Centres push no positive, so
+        their share must not pull one either: otherwise positives are drawn together by more than keeps them apart, and collapse.
+        """
+        share = anchors.new_empty(len(anchors))
+        own = candidates[: len(anchors)]
+        height = max(1, self.tile_bytes // (anchors.element_size() * max(1, len(far))))
+        with torch.no_grad():
+            reference = (anchors * own).sum(dim=1) / temperature + stats.log_denominator
+            for start in range(0, len(anchors), height):
+                rows = slice(start, start + height)
+                logits = anchors[rows] @ far.T / temperature + far_weight - reference[rows, None]
+                share[rows] = logits.exp_().sum(dim=1)
+        total = sum(distributed.gather_sizes(len(anchors), anchors.device))
+        push = distributed.sum_over_ranks(share @ anchors) / (temperature * total)
+        return push @ own.sum(dim=0) * (distributed.world_size() / total)
+
     def _remember(self, present: Tensor, positives: Tensor, direction: int) -> None:
         """Put the means of the batch's clusters in place of what was known of them."""
         placed = present >= 0
@@ -165,14 +195,13 @@ class ClusterCentreInfoNCE(ContrastiveLoss):
         self.count[direction, clusters] = count
 
     def _far(self, present: Tensor, dtype: torch.dtype, direction: int) -> tuple[Tensor, Tensor]:
-        """This rank's share of the centres of the clusters that are not in the batch, and their log-weights."""
+        """The centres of the clusters that are not in the batch, and their log-weights."""
         outside = torch.ones_like(self.count[direction], dtype=torch.bool)
         outside[present[present >= 0]] = False
         seen = torch.nonzero(outside & (self.count[direction] > 0))[:, 0]
-        share = seen[distributed.rank() :: distributed.world_size()]
         unseen = math.log(max(1, int(outside.sum())) / max(1, len(seen)))  # those seen stand for all
-        weight = self.count[direction, share].log() + self.offset[direction] + unseen
-        return self.centre[direction, share].to(dtype), weight.to(dtype)
+        weight = self.count[direction, seen].log() + self.offset[direction] + unseen
+        return self.centre[direction, seen].to(dtype), weight.to(dtype)
 
     def _calibrate(
         self, scaled: Tensor, log_total: Tensor, own: Tensor, positives: Tensor, present: Tensor, direction: int
