@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from anybatch.errors import AnybatchError
+from anybatch.losses import InfoNCE
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
 
@@ -52,3 +53,34 @@ def test_mistakes():
         RowTable(ids, ids).arguments(torch.arange(3), num_negatives=2)
     with pytest.warns(UserWarning, match="single cluster"):
         RowTable(ids, ids, plan=plan(clusters_per_batch=1), weights="inclusion")
+
+
+def test_suspected_pairs_are_no_negatives():
+    torch.manual_seed(0)
+    suspects = np.array([[0, 1], [1, 5], [2, 7]], np.int32)
+    plan = BatchPlan(
+        num_rows=8, batch_size=8, cluster_size=4, cluster=np.arange(8, dtype=np.int32) // 4, seed=0, data_digest="",
+        suspects=suspects,
+    )  # fmt: skip
+    ids = np.arange(8)
+    index = torch.tensor([5, 0, 1, 3, 7])
+    negative_id = np.full((8, 1), 100) + ids[:, None]
+    table = RowTable(ids, ids, negative_id=negative_id, plan=plan, mask_suspects=True)
+    arguments = table.arguments(index, num_negatives=1)
+    anchors, candidates = torch.randn(5, 6).double(), torch.randn(10, 6).double()
+    loss = InfoNCE(temperature=0.1, direction="both")(anchors, candidates, **arguments)
+    a, c = (torch.nn.functional.normalize(x, dim=1) for x in (anchors, candidates))
+    mask = torch.zeros(5, 10, dtype=torch.float64)
+    for i, row in enumerate(index.tolist()):
+        for j, other in enumerate(index.tolist()):
+            if [min(row, other), max(row, other)] in suspects.tolist():
+                mask[i, j] = -torch.inf
+    assert mask.isinf().sum() == 4  # (5, 1), (0, 1) and back; 2 is not in the batch
+    forward = torch.nn.functional.cross_entropy(a @ c.T / 0.1 + mask, torch.arange(5))
+    back = torch.nn.functional.cross_entropy((c[:5] @ a.T / 0.1) + mask[:, :5].T, torch.arange(5))
+    torch.testing.assert_close(loss, (forward + back) / 2)
+
+
+def test_a_plan_of_other_rows_is_refused():
+    with pytest.raises(AnybatchError, match="20 rows"):
+        RowTable(np.arange(10), np.arange(10), plan=BatchPlan.random(20, 4))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.losses import ClusterLogWeight, inclusion_log_weights
+from anybatch.losses import ClusterLogWeight, LogWeight, SumLogWeight, SuspectMask, inclusion_log_weights
 from anybatch.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
@@ -32,8 +32,13 @@ class RowTable(nn.Module):
         plan: Needed by `weights="inclusion"`.
         weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined batches).
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact, unbiased weights.
+        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights the rest
+            stands for the data without them: the mean is over the rows that are not suspected.
 
-    Cost: 8 bytes a row and id; a look-up a step.
+    Raises:
+        AnybatchError: Ids of different lengths; a plan that is needed and missing, or that is of another number of rows.
+
+    Cost: 8 bytes a row and id, and as many for each suspect that the most suspected row has; a look-up a step.
     """
 
     def __init__(
@@ -45,14 +50,20 @@ class RowTable(nn.Module):
         plan: BatchPlan | None = None,
         weights: Weights = "none",
         weight_cap: float | None = None,
+        mask_suspects: bool = False,
     ) -> None:
         super().__init__()
         if len(anchor_id) != len(positive_id) or (negative_id is not None and len(negative_id) != len(anchor_id)):
             raise AnybatchError(
                 f"The ids cover {len(anchor_id)} anchors and {len(positive_id)} positives; expected one of each a row."
             )
-        if weights == "inclusion" and plan is None:
-            raise AnybatchError("weights='inclusion' needs the plan that made the batches.")
+        if plan is None and (weights == "inclusion" or mask_suspects):
+            needing = "weights='inclusion'" if weights == "inclusion" else "mask_suspects"
+            raise AnybatchError(f"{needing} needs the plan that made the batches.")
+        if plan is not None and plan.num_rows != len(anchor_id):
+            raise AnybatchError(
+                f"The plan is of {plan.num_rows} rows, the ids of {len(anchor_id)}. Give the plan that was made for these data."
+            )
         if weights == "inclusion" and plan is not None and plan.clusters_per_batch == 1:
             warnings.warn(
                 f"A batch of {plan.batch_size} is a single cluster, so rows of other clusters never come and no weight can stand for them: the "
@@ -73,6 +84,11 @@ class RowTable(nn.Module):
         self.register_buffer(
             "cluster", torch.as_tensor(plan.cluster.astype(np.int64)) if plan is not None else None, persistent=False
         )
+        self.suspects: Tensor | None
+        suspects = None
+        if mask_suspects and plan is not None and plan.suspects is not None and len(plan.suspects):
+            suspects = _suspects_of_rows(plan.suspects, plan.num_rows)
+        self.register_buffer("suspects", suspects, persistent=False)
         self.plan = plan
         self.weights = weights
         self.weight_cap = weight_cap
@@ -97,6 +113,11 @@ class RowTable(nn.Module):
             "anchor_id": self.anchor_id[index],
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }
+        terms: list[LogWeight] = []
+        explicit = torch.full_like(negatives, -2)
+        if self.suspects is not None:
+            column_row = torch.cat([index, explicit])
+            terms.append(SuspectMask(row=index, row_suspects=self.suspects[index], column_row=column_row))
         if self.weights == "inclusion":
             assert self.plan is not None
             assert self.cluster is not None
@@ -104,8 +125,21 @@ class RowTable(nn.Module):
             same, other = inclusion_log_weights(
                 plan.num_rows, plan.num_clusters, plan.clusters_per_batch, cap=self.weight_cap
             )
-            explicit = torch.full_like(negatives, -2)
-            arguments["log_weight"] = ClusterLogWeight(
-                row_cluster=cluster, column_cluster=torch.cat([cluster, explicit]), same=same, other=other
+            column_cluster = torch.cat([cluster, explicit])
+            terms.append(
+                ClusterLogWeight(row_cluster=cluster, column_cluster=column_cluster, same=same, other=other)
             )
+        if terms:
+            arguments["log_weight"] = terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
         return arguments
+
+
+def _suspects_of_rows(pairs: np.ndarray, num_rows: int) -> Tensor:
+    """Each row's suspects: (num_rows, most suspects of a row) int64, -1 fills up."""
+    both = np.concatenate([pairs, pairs[:, ::-1]]).astype(np.int64)
+    both = both[np.argsort(both[:, 0], kind="stable")]
+    count = np.bincount(both[:, 0], minlength=num_rows)
+    place = np.arange(len(both)) - np.repeat(np.cumsum(count) - count, count)
+    table = np.full((num_rows, int(count.max())), -1, np.int64)
+    table[both[:, 0], place] = both[:, 1]
+    return torch.from_numpy(table)

@@ -313,3 +313,19 @@ def test_mistakes():
         mine_plan(anchors, positives, config=MiningConfig(batch_size=64, cluster_size=4))
     with pytest.raises(AnybatchError, match=r"mining\.take is 0"):
         MiningConfig(take=0)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "bandwidth", "loss_ordered"])
+def test_neighbouring_recipes_make_equal_clusters_over_the_same_parts(method):
+    generator = np.random.default_rng(0)
+    anchors = generator.standard_normal((203, 16)).astype(np.float32)
+    positives = anchors + 0.3 * generator.standard_normal((203, 16)).astype(np.float32)
+    config = MiningConfig(method=method, batch_size=16, cluster_size=8, skip=3, take=12)
+    result = mine_plan(anchors, positives, config=config)
+    assert np.bincount(result.plan.cluster[result.plan.cluster >= 0]).tolist() == [8] * 25
+    audit = result.report.audit
+    assert audit is not None
+    if method != "loss_ordered":  # which gathers by loss, not by likeness
+        assert audit.window_per_anchor > 1.5 * audit.random_window_per_anchor
+    again = mine_plan(anchors, positives, config=config)
+    np.testing.assert_array_equal(result.plan.cluster, again.plan.cluster)

@@ -8,6 +8,7 @@ from anybatch.losses.log_weights import (
     IdMask,
     LogWeight,
     SumLogWeight,
+    SuspectMask,
     TensorLogWeight,
     inclusion_log_weights,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "LogWeight",
     "SogCLR",
     "SumLogWeight",
+    "SuspectMask",
     "TensorLogWeight",
     "inclusion_log_weights",
 ]

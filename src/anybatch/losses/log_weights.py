@@ -87,6 +87,42 @@ class IdMask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuspectMask:
+    """-inf where anchor and candidate belong to rows that are suspected of matching each other (GISTEmbed's effect without a guide model).
+
+    Attributes:
+        row: (B,) the rows of the data set.
+        row_suspects: (B, d) the rows that each is suspected of matching, a symmetric relation; -1 fills up.
+        column_row: (M,) row of each candidate that is a positive; -2 for explicit negatives.
+    """
+
+    row: Tensor
+    row_suspects: Tensor
+    column_row: Tensor
+    normalised: bool = False
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """See `LogWeight.tile`."""
+        column_row = self.column_row[None, columns]
+        suspected = torch.zeros(len(self.row[rows]), column_row.shape[1], dtype=torch.bool, device=column_row.device)
+        for number in range(self.row_suspects.shape[1]):  # d is small; a (b, d, M) comparison would not be
+            suspected |= self.row_suspects[rows, number, None] == column_row
+        return torch.zeros(suspected.shape, device=suspected.device).masked_fill_(suspected, -torch.inf)
+
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> SuspectMask:
+        """See `LogWeight.gathered`."""
+        return SuspectMask(
+            row=distributed.gather_rows(self.row, row_sizes),
+            row_suspects=distributed.gather_rows(self.row_suspects, row_sizes),
+            column_row=distributed.gather_rows(self.column_row, column_sizes),
+        )
+
+    def reversed(self, num_rows: int) -> SuspectMask:
+        """See `LogWeight.reversed`."""
+        return SuspectMask(row=self.row, row_suspects=self.row_suspects, column_row=self.row)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterLogWeight:
     """Weights of a mined batch: `same` where anchor and candidate belong to one cluster, `other` elsewhere.
 

@@ -34,6 +34,13 @@ class MiningGraph:
         total.sort_indices()
         return total
 
+    def attraction(self, conflict_weight: float) -> sparse.csr_matrix:
+        """The positive entries of `signed`: what a partitioner, which knows no repulsion, can begin with."""
+        total = self.signed(conflict_weight)
+        total.data = np.maximum(total.data, 0)
+        total.eliminate_zeros()
+        return total
+
 
 def build_graph(
     neighbors: Neighbors,

@@ -16,6 +16,7 @@ from anybatch.mining.graph import Edges, MiningGraph, build_graph
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, check_embeddings, exact_neighbors, ivf_neighbors
 from anybatch.mining.partition import equal_clusters, metis_clusters
+from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
 
@@ -29,7 +30,8 @@ class MiningConfig:
 
     Attributes:
         method: "anybatch" (union of windows, recursive bisection, swap search with conflicts), "published" (B3 as released: mutual
-            edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal sizes, which plans need), "random".
+            edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal sizes, which plans need), "random";
+            to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth" (GCBS), "loss_ordered" (OSGD under the teacher).
         batch_size: Rows of a batch, over all ranks.
         cluster_size: Rows that sit together; the batch is a multiple of it.
         skip: First ranks, taken for false negatives. B3: 30 for retrieval, 70 for short repeated answers. Lower it for small data.
@@ -41,11 +43,11 @@ class MiningConfig:
         conflict_weight: What a probable false negative in the cluster costs, in wanted edges.
         neighbors: "exact", "ivf", or "auto" by the number of rows.
         num_negatives: Explicit hard negatives drawn for each row (B3++).
-        sweeps: Passes of the swap search, at most.
+        sweeps: Passes of the exchange search; each doubling gains a little more.
         seed: Of everything random.
     """
 
-    method: Literal["anybatch", "published", "random"] = "anybatch"
+    method: Literal["anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "anybatch"
     batch_size: int = 64
     cluster_size: int = 32
     skip: int = 30
@@ -57,7 +59,7 @@ class MiningConfig:
     conflict_weight: float = 3.0
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: int = 0
-    sweeps: int = 10
+    sweeps: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -172,15 +174,24 @@ def mine_plan(
         )
     with _stage(report, "communities", progress):
         num_clusters = num_rows // config.cluster_size
-        start = metis_clusters(graph.weight, num_clusters, recursive=not published, seed=config.seed)
+        if config.method == "kmeans":
+            start = kmeans_clusters(anchor_embeddings, positive_embeddings, num_clusters, seed=config.seed)
+        elif config.method == "bandwidth":
+            start = bandwidth_clusters(graph.weight, num_clusters)
+        elif config.method == "loss_ordered":
+            start = loss_ordered_clusters(neighbors, num_clusters)
+        else:
+            wanted = graph.weight if published else graph.attraction(config.conflict_weight)
+            start = metis_clusters(wanted, num_clusters, recursive=not published, seed=config.seed)
     with _stage(report, "refinement", progress) as advance:
+        ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
         cluster = equal_clusters(
             start,
-            graph.signed(0.0 if published else config.conflict_weight),
+            graph.signed(config.conflict_weight if ours else 0.0),
             config.cluster_size,
             anchor_id=anchor_id,
             positive_id=positive_id,
-            sweeps=0 if published else config.sweeps,
+            sweeps=config.sweeps if ours else 0,
             seed=config.seed,
             progress=advance,
         )
