@@ -6,9 +6,10 @@ The command line calls this; everything here can be called from Python as well. 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -26,6 +27,8 @@ from anybatch.run_config import RunConfig, RunResult
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger("anybatch")
 
 
 class Progress(Protocol):
@@ -74,7 +77,7 @@ def teacher_embeddings(
             raise AnybatchError(
                 "Precomputed embeddings need both teacher.anchor_embeddings and teacher.positive_embeddings; one is missing."
             )
-        return _read_embeddings(str(files[0]), len(pairs)), _read_embeddings(str(files[1]), len(pairs))
+        return read_embeddings(str(files[0]), len(pairs)), read_embeddings(str(files[1]), len(pairs))
     if teacher.name is None:
         raise AnybatchError(
             f"mining.method is '{config.mining.method}', which needs a teacher: set teacher.name to a sentence-transformers model, or "
@@ -133,7 +136,9 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
             progress=lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
         )
         plan = result.plan
-        write_text(folder / "mining.json", json.dumps(result.report.as_dict(), indent=2))
+        for warning in result.report.outlook.warnings if result.report.outlook is not None else ():
+            logger.warning("Before you train: %s", warning)  # before training, not after
+        write_text(folder / "mining.json", json.dumps({"plan": plan.digest, **result.report.as_dict()}, indent=2))
     plan.save(path)
     return plan
 
@@ -157,6 +162,7 @@ def evaluate_model(
     *,
     prompts: tuple[str, str] = ("", ""),
     batch_size: int = 128,
+    progress: Progress = no_progress,
 ) -> dict[str, float]:
     """Retrieval figures of a model: recall@1, recall@10, MRR@10, nDCG@10 and so on.
 
@@ -165,16 +171,21 @@ def evaluate_model(
         data: Pairs (each anchor must find its positive among all distinct ones) or a retrieval set.
         prompts: Text put before each anchor (query) and each positive (document).
         batch_size: Texts per forward pass.
+        progress: Told how many texts are embedded.
     """
     from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
     from anybatch.integrations.sentence_transformers.embed import embed_texts
 
+    def embed(stage: str, texts: Sequence[str], prompt: str) -> np.ndarray:
+        report = _counter(progress, f"embedding: {stage}", len(texts))
+        return embed_texts(model, texts, batch_size=batch_size, prompt=prompt, progress=report)
+
     if isinstance(data, PairData):
-        anchors = embed_texts(model, data.anchors, batch_size=batch_size, prompt=prompts[0])
-        positives = embed_texts(model, data.positives, batch_size=batch_size, prompt=prompts[1])
+        anchors = embed("anchors", data.anchors, prompts[0])
+        positives = embed("positives", data.positives, prompts[1])
         return pair_metrics(anchors, positives, anchor_id=data.anchor_id, positive_id=data.positive_id)
-    queries = embed_texts(model, data.query_texts, batch_size=batch_size, prompt=prompts[0])
-    corpus = embed_texts(model, data.corpus_texts, batch_size=batch_size, prompt=prompts[1])
+    queries = embed("queries", data.query_texts, prompts[0])
+    corpus = embed("documents", data.corpus_texts, prompts[1])
     return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
 
 
@@ -192,7 +203,16 @@ def read_evaluation(config: RunConfig) -> PairData | RetrievalData | None:
     return read_pairs(held_out.path, anchor=config.data.anchor, positive=config.data.positive, limit=held_out.limit)
 
 
-def _read_embeddings(path: str, num_rows: int) -> np.ndarray:
+def read_embeddings(path: str, num_rows: int) -> np.ndarray:
+    """Precomputed embeddings, memory-mapped.
+
+    Args:
+        path: A `.npy` file, (rows, dimensions) of floats.
+        num_rows: Rows of the data, which must be the file's.
+
+    Raises:
+        AnybatchError: No such file, no array, or another shape.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

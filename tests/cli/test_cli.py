@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from anybatch.cli import progress
 from anybatch.cli.app import app
 from anybatch.errors import AnybatchError
 
@@ -72,11 +74,20 @@ def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder,
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == sorted(line["step"] for line in log)
     assert all(np.isfinite(line["loss"]) for line in log if "loss" in line)
-    run("inspect", str(out))
+    run("inspect", "run", str(out))
     run("evaluate", str(out / "model"), "--data", str(pairs_file), "--output", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     trained = json.loads((out / "metrics.json").read_text())["metrics"]
     assert figures["ndcg@10"] == pytest.approx(trained["ndcg@10"], abs=1e-6)
+
+
+def test_evaluate_shows_progress(pairs_file, tiny_model_folder, monkeypatch):
+    heard = Console(width=200, record=True, force_terminal=False, stderr=True)
+    monkeypatch.setattr(progress, "console", heard)
+    run("evaluate", str(tiny_model_folder), "--data", str(pairs_file))
+    said = heard.export_text()
+    assert "embedding: anchors: 97/97" in said
+    assert "embedding: positives: 97/97" in said
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.options import AnchorOption, DataOption, PositiveOption
-from anybatch.cli.progress import console
+from anybatch.cli.progress import Bars, console
 from anybatch.data import read_pairs, read_retrieval
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
@@ -54,9 +54,9 @@ def command(
         held_out = read_retrieval(corpus, queries, qrels, split=split)
     else:
         raise AnybatchError("Nothing to measure on: give --data, or all of --corpus, --queries and --qrels.")
-    metrics = evaluate_model(
-        load_model(ModelConfig(name=model, max_length=max_length)), held_out, prompts=(anchor_prompt, positive_prompt)
-    )
+    loaded = load_model(ModelConfig(name=model, max_length=max_length))
+    with Bars() as bars:
+        metrics = evaluate_model(loaded, held_out, prompts=(anchor_prompt, positive_prompt), progress=bars)
     console.print(metrics_table({Path(model).name or model: metrics}))
     if output is not None:
         write_text(output, json.dumps(metrics, indent=2))

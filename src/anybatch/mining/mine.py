@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 
 from anybatch.errors import AnybatchError
-from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
+from anybatch.mining.audit import Audit, audit_clusters, most_wanted, suspect_pairs
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, check_embeddings, exact_neighbors, ivf_neighbors
+from anybatch.mining.outlook import Outlook, mining_outlook
 from anybatch.mining.partition import equal_clusters, metis_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
 from anybatch.plan import BatchPlan
@@ -81,6 +82,8 @@ class MiningReport:
 
     Attributes:
         audit: What the clusters hold; None for random batches.
+        outlook: Whether mining is likely to help, with warnings; None for random batches.
+        hubs: The rows that are in most rank windows, with the number of windows, most wanted first.
         recall: Of the neighbours, measured; 1.0 if exact.
         seconds: Wall time of each stage.
         peak_bytes: Peak resident memory in each stage.
@@ -88,6 +91,8 @@ class MiningReport:
     """
 
     audit: Audit | None = None
+    outlook: Outlook | None = None
+    hubs: list[tuple[int, int]] = field(default_factory=list)
     recall: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -197,6 +202,8 @@ def mine_plan(
         )
     with _stage(report, "audit", progress):
         report.audit = audit_clusters(graph, cluster, anchor_id=anchor_id, positive_id=positive_id)
+        report.outlook = mining_outlook(neighbors, cluster, skip=skip, take=take, margin=config.margin)
+        report.hubs = most_wanted(graph.window.indices)
         suspects = suspect_pairs(graph, cluster)
         negatives = None
         if config.num_negatives:
@@ -226,9 +233,7 @@ def _rank(
     positive_id: np.ndarray,
     progress: Callable[[float], None],
 ) -> Neighbors:
-    queries, documents = anchors, positives
-    if config.score == "symmetric":  # q_i . p_j + q_j . p_i is one inner product of twice the width
-        queries, documents = np.concatenate([anchors, positives], axis=1), np.concatenate([positives, anchors], axis=1)
+    queries, documents = scored_vectors(anchors, positives, config.score)
     ids: dict[str, Any] = {"anchor_id": anchor_id, "positive_id": positive_id, "progress": progress}
     exact = config.neighbors == "exact" or (config.neighbors == "auto" and len(anchors) <= EXACT_ROWS)
     if exact:
@@ -236,9 +241,20 @@ def _rank(
     return ivf_neighbors(queries, documents, num_neighbors, seed=config.seed, **ids)
 
 
-def _fitting_window(config: MiningConfig, num_rows: int, report: MiningReport) -> tuple[int, int]:
+def scored_vectors(anchors: np.ndarray, positives: np.ndarray, score: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays whose inner products are the scores that `MiningConfig.score` names."""
+    if score == "symmetric":  # q_i . p_j + q_j . p_i is one inner product of twice the width
+        return np.concatenate([anchors, positives], axis=1), np.concatenate([positives, anchors], axis=1)
+    return anchors, positives
+
+
+def fit_window(skip: int, take: int, num_rows: int) -> tuple[int, int]:
     """A window that the data can fill: skip at most a tenth of the rows, take at most half of them."""
-    skip, take = min(config.skip, num_rows // 10), min(config.take, max(1, num_rows // 2))
+    return min(skip, num_rows // 10), min(take, max(1, num_rows // 2))
+
+
+def _fitting_window(config: MiningConfig, num_rows: int, report: MiningReport) -> tuple[int, int]:
+    skip, take = fit_window(config.skip, config.take, num_rows)
     if (skip, take) != (config.skip, config.take):
         note = (
             f"The rank window (skip {config.skip}, take {config.take}) is wider than {num_rows} rows allow; using skip {skip}, take {take}. "
