@@ -5,7 +5,7 @@ Usage:
     python -m benchmarks.global_training --task emoji --data FOLDER
     python -m benchmarks.global_training --table-only
 
-A method is written BATCHES/LOSS[/WEIGHTS]: "random" or "mined"; a name of `LossConfig`, or "cluster_centres"; "inclusion" for the inclusion weights.
+A method is written BATCHES/LOSS[/WEIGHTS]: "random" or "mined"; a name of `LossConfig`, or "cluster_centres" (an experiment, one way only); "inclusion" for the inclusion weights.
 Each (task, method, batch size, budget) is a family: at least three learning rates with seed 0, judged on the development split and extended while
 the best is at the edge; then the best rate with two more seeds. Each finished run is one line of docs/benchmarks/global_training.jsonl; runs
 that are there are skipped, so the command can be stopped and started at will. The table is made of that file.
@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from anybatch.losses import ClusterCentreInfoNCE
 from anybatch.losses.config import LossConfig, build_loss
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plan import BatchPlan
 from anybatch.report import markdown_table
 from anybatch.rows import RowTable
+from benchmarks.cluster_centres import ClusterCentres
 from benchmarks.small_models import WIDTH, Task, evaluate, load_task, lsa_teacher
 
 FOLDER = Path("docs/benchmarks")
@@ -45,7 +45,6 @@ METHODS = (
     "mined/infonce",
     "mined/count_corrected/inclusion",
     "mined/sogclr/inclusion",
-    "mined/cluster_centres",
 )
 BATCH_SIZES = (16, 64, 256, 1024)
 SEEDS = (0, 1, 2)
@@ -168,8 +167,7 @@ class Study:
 def make_loss(name: str, weights: Literal["none", "inclusion"], task: Task, plan: BatchPlan) -> nn.Module:
     """A loss by name, with the task's temperature and direction."""
     if name == "cluster_centres":
-        shared = {"temperature": task.temperature, "direction": task.direction}
-        return ClusterCentreInfoNCE(plan.cluster, dimensions=WIDTH, **shared)
+        return ClusterCentres(plan.cluster, dimensions=WIDTH, temperature=task.temperature)
     config = LossConfig(
         name=name,  # pyright: ignore[reportArgumentType] - `build_loss` knows the names
         temperature=task.temperature,

@@ -27,6 +27,9 @@ from anybatch.run_config import RunConfig, RunResult
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import TrainerCallback
+
+    from anybatch.integrations.sentence_transformers.loss import CachedLoss
 
 logger = logging.getLogger("anybatch")
 
@@ -277,7 +280,7 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
 def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_progress) -> RunResult:
     """The whole run: read, mine, train, save, evaluate.
 
-    Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), log.jsonl, checkpoints/, model/, metrics.json.
+    Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), warm_start* (if asked for), log.jsonl, checkpoints/, model/, metrics.json.
 
     Args:
         config: The run.
@@ -327,6 +330,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         max_tokens=config.train.max_tokens,
         keep_graphs=config.train.keep_graphs,
     )
+    callbacks = prepare_memory(config, model, pairs, loss, resume=resume, progress=progress)
     dataset = pairs.to_dataset()
     with Measure() as measure:
         log = train_model(
@@ -341,6 +345,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             resume=resume,
             evaluate=evaluate if held_out is not None else None,
             progress=lambda done, total, figures: progress("training", done, total, figures),
+            callbacks=callbacks,
         )
     model.eval()
     save_model(model, folder / "model")
@@ -356,6 +361,53 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         folder / "metrics.json", json.dumps(asdict(result), indent=2)
     )  # last: its presence says that the run is finished
     return result
+
+
+def prepare_memory(
+    config: RunConfig,
+    model: SentenceTransformer,
+    pairs: PairData,
+    loss: CachedLoss,
+    *,
+    resume: bool = False,
+    progress: Progress = no_progress,
+) -> Sequence[TrainerCallback]:
+    """Fill the memory of the loss as `config.loss` asks, unless a checkpoint will bring it, and make the callback that refills and measures it.
+
+    Returns:
+        Callbacks for `train_model`; none if nothing is asked for while training.
+    """
+    from anybatch.integrations.sentence_transformers.callback import last_whole_checkpoint
+    from anybatch.integrations.sentence_transformers.memory import MemoryCallback, warm_start_from_model
+
+    settings, folder = config.loss, Path(config.output)
+    prompts = (config.model.anchor_prompt, config.model.positive_prompt)
+    resumed = resume and last_whole_checkpoint(folder / "checkpoints") is not None
+    if settings.warm_start and not resumed:
+        loss.to(model.device)
+        warm_start_from_model(
+            model,
+            pairs,
+            loss.loss,  # pyright: ignore[reportArgumentType] - one without memory is refused by name
+            prompts=prompts,
+            sample=settings.warm_start_sample,
+            seed=config.seed,
+            folder=folder,
+            progress=progress,
+        )
+    if settings.warm_start_steps is None and settings.probe_steps is None:
+        return []
+    return [
+        MemoryCallback(
+            model,
+            pairs,
+            loss.loss,  # pyright: ignore[reportArgumentType]
+            prompts=prompts,
+            refill_steps=settings.warm_start_steps,
+            sample=settings.warm_start_sample,
+            probe_steps=settings.probe_steps,
+        )
+    ]
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:

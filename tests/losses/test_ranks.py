@@ -12,6 +12,8 @@ import torch.multiprocessing as multiprocessing
 
 from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, InfoNCE, SogCLR
 
+from .methods import ALL
+
 SHARES = {2: [3, 5], 3: [4, 1, 3]}
 EXTRA = {2: [2, 1], 3: [0, 2, 1]}
 MAKE = {
@@ -27,6 +29,15 @@ MAKE = {
     ),
     "sogclr weights": lambda tile: SogCLR(40, gamma=0.4, temperature=0.2, learnable_temperature=True, tile_bytes=tile),
 }
+# Every method in both directions, on two ranks.
+METHODS = {
+    f"method {name}": lambda tile, make=make: make(temperature=0.2, direction="both", tile_bytes=tile)
+    for name, make in ALL.items()
+}
+
+
+def named(world_size):
+    return {**MAKE, **METHODS} if world_size == 2 else MAKE
 
 
 def batch(step):
@@ -43,7 +54,8 @@ def batch(step):
 
 def run(name, tile, rows, extras):
     """Three steps on the share `rows` of the rows and `extras` of the negatives; with slices of everything this is one process."""
-    loss = MAKE[name](tile).double()
+    torch.manual_seed(0)  # a network starts the same everywhere
+    loss = {**MAKE, **METHODS}[name](tile).double()
     results = []
     for step in range(3):
         anchors, positives, negatives, index, anchor_id, positive_id, negative_id, cluster = batch(step)
@@ -59,7 +71,8 @@ def run(name, tile, rows, extras):
         loss.zero_grad()
         value = loss(mine[0], torch.cat(mine[1:]), index=index[rows], **known)
         value.backward()
-        results.append((value.detach(), [side.grad for side in mine], loss.log_temperature.grad.clone()))
+        own = [parameter.grad.clone() for parameter in loss.parameters()]
+        results.append((value.detach(), [side.grad for side in mine], own))
     return results, {key: item.clone() for key, item in loss.state_dict().items()}
 
 
@@ -70,7 +83,8 @@ def worker(rank, world_size, folder):
     rows = slice(first, first + SHARES[world_size][rank])
     extras = slice(first_extra, first_extra + EXTRA[world_size][rank])
     torch.save(
-        {(name, tile): run(name, tile, rows, extras) for name in MAKE for tile in (1, 10**7)}, f"{folder}/{rank}.pt"
+        {(name, tile): run(name, tile, rows, extras) for name in named(world_size) for tile in (1, 10**7)},
+        f"{folder}/{rank}.pt",
     )
     dist.destroy_process_group()
 
@@ -81,17 +95,18 @@ def test_ranks_equal_one_process(world_size):
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
-    for name in MAKE:
+    for name in named(world_size):
         alone, alone_state = run(name, 10**7, slice(0, 8), slice(0, 3))
         for tile in (1, 10**7):
             for step in range(3):
-                value, gradients, temperature = alone[step]
+                value, gradients, own = alone[step]
                 for column in range(3):
                     together = torch.cat([rank[name, tile][0][step][1][column] for rank in ranks]) / world_size
                     torch.testing.assert_close(together, gradients[column], rtol=1e-10, atol=1e-12)
                 for rank in ranks:
                     torch.testing.assert_close(rank[name, tile][0][step][0], value, rtol=1e-12, atol=1e-12)
-                    torch.testing.assert_close(rank[name, tile][0][step][2], temperature, rtol=1e-9, atol=1e-12)
+                    for mine, expected in zip(rank[name, tile][0][step][2], own, strict=True):
+                        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
             for rank in ranks:
                 for key, state in rank[name, tile][1].items():
                     torch.testing.assert_close(state, alone_state[key], rtol=1e-10, atol=1e-12, equal_nan=True)

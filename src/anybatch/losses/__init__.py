@@ -1,8 +1,11 @@
 """Outlive the batch: one tiled softmax engine, rules and memory over it, one Module a method. Imports errors and distributed."""
 
 from anybatch.losses.base import ContrastiveLoss
-from anybatch.losses.cluster_centres import ClusterCentreInfoNCE
+from anybatch.losses.emc2 import EMC2
+from anybatch.losses.fastclip import FastCLIP
+from anybatch.losses.glofnd import GloFND
 from anybatch.losses.infonce import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE
+from anybatch.losses.isogclr import ISogCLR, TempNet
 from anybatch.losses.log_weights import (
     ClusterLogWeight,
     IdMask,
@@ -12,20 +15,33 @@ from anybatch.losses.log_weights import (
     TensorLogWeight,
     inclusion_log_weights,
 )
+from anybatch.losses.nuclr import NUCLR
+from anybatch.losses.pairwise import AUCCL, SigLIP
+from anybatch.losses.scent import SCENT
+from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import SogCLR
 
 __all__ = [
-    "ClusterCentreInfoNCE",
+    "AUCCL",
+    "EMC2",
+    "NUCLR",
+    "SCENT",
     "ClusterLogWeight",
     "ContrastiveLoss",
     "CountCorrectedInfoNCE",
     "DecoupledInfoNCE",
+    "FastCLIP",
+    "GammaSchedule",
+    "GloFND",
+    "ISogCLR",
     "IdMask",
     "InfoNCE",
     "LogWeight",
+    "SigLIP",
     "SogCLR",
     "SumLogWeight",
     "SuspectMask",
+    "TempNet",
     "TensorLogWeight",
     "inclusion_log_weights",
 ]

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.files import write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.losses.memory import ExampleMemory
 from anybatch.plan import PlanSampler
 
 LOSS_STATE = "anybatch_loss.safetensors"  # written last: a checkpoint without it was cut short
@@ -51,7 +55,15 @@ class LossStateCallback(TrainerCallback):
                 f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would restart "
                 "the memory of the loss from nothing. Resume from an older checkpoint."
             )
-        self.loss.loss.load_state_dict(load_file(folder / LOSS_STATE))
+        tensors = load_file(folder / LOSS_STATE)
+        if "num_shards" in tensors:
+            if int(tensors["num_shards"]) != distributed.world_size():
+                raise AnybatchError(
+                    f"{folder} holds a memory sharded over {int(tensors['num_shards'])} ranks, here are {distributed.world_size()}. Join the shards with "
+                    "anybatch.losses.memory.join_shards, and save the result as that checkpoint's anybatch_loss.safetensors."
+                )
+            tensors = load_file(folder / _shard_file())
+        self.loss.loss.load_state_dict(tensors)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,11 +78,18 @@ class LossStateCallback(TrainerCallback):
             set_epoch(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint, atomically and last."""
-        if state.is_world_process_zero:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loss.loss.state_dict().items()}
-            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / LOSS_STATE
-            write_bytes(path, save(tensors))
+        """Add the loss to the checkpoint, atomically and last; of a memory that is sharded each rank adds its own part before that."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        first = state.is_world_process_zero
+        if not _is_sharded(self.loss):
+            if first:
+                _write(self.loss, folder / LOSS_STATE)
+            return
+        folder.mkdir(parents=True, exist_ok=True)  # another rank makes it, perhaps a moment later or on another machine
+        _write(self.loss, folder / _shard_file())
+        dist.barrier()
+        if first:
+            write_bytes(folder / LOSS_STATE, save({"num_shards": torch.tensor(distributed.world_size())}))
 
     def on_log(
         self,
@@ -93,6 +112,21 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint under `folder` that was written to its end, or None."""
     found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{LOSS_STATE}")]
     return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _is_sharded(loss: CachedLoss) -> bool:
+    """Whether ranks hold different states of the loss."""
+    shared_out = any(isinstance(module, ExampleMemory) and module.sharded for module in loss.loss.modules())
+    return shared_out and distributed.is_active()
+
+
+def _shard_file() -> str:
+    return f"anybatch_loss-{distributed.rank()}-of-{distributed.world_size()}.safetensors"
+
+
+def _write(loss: CachedLoss, path: Path) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in loss.loss.state_dict().items()}
+    write_bytes(path, save(tensors))
 
 
 def _innermost_sampler(dataloader: Any) -> Any:

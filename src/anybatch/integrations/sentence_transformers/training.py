@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ from anybatch.errors import AnybatchError
 if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
+    from transformers import TrainerCallback
 
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.plan import BatchPlan
@@ -87,6 +88,7 @@ def train_model(
     resume: bool = False,
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
     """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
 
@@ -101,6 +103,7 @@ def train_model(
         resume: Go on from the last whole checkpoint; with none, start from the beginning.
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
         progress: Called after every step with (steps done, steps in all, latest figures).
+        callbacks: Further callbacks, which run before the log is written.
 
     Returns:
         The log: one dictionary a line, with `step` and `epoch`.
@@ -156,7 +159,7 @@ def train_model(
         args=arguments,
         train_dataset=with_index(dataset),
         loss=loss,
-        callbacks=[LossStateCallback(loss), recorder],
+        callbacks=[LossStateCallback(loss), *callbacks, recorder],
     )
     _silence(trainer)
     try:
