@@ -159,8 +159,10 @@ class Study:
         if not path.exists():
             anchors, positives = lsa_teacher(train) if self.given is None else self.given
             config = MiningConfig(batch_size=batch_size, cluster_size=size, skip=SKIP[self.task.name])
-            ids = {"anchor_id": train.anchor_id, "positive_id": train.positive_id}
-            mine_plan(anchors, positives, config=config, **ids).plan.save(path)
+            result = mine_plan(
+                anchors, positives, config=config, anchor_id=train.anchor_id, positive_id=train.positive_id
+            )
+            result.plan.save(path)
         return BatchPlan.load(path)
 
 
@@ -280,8 +282,11 @@ def main() -> None:
     study = Study(task, options.results, options.cache, teacher)  # pyright: ignore[reportArgumentType]
     if options.pairs is None and options.steps is None:
         options.pairs = 240_000
-    for budget, amount in (("pairs", options.pairs), ("steps", options.steps)):
-        for batch_size in options.batch_sizes if amount else ():
+    budgets: list[tuple[Literal["pairs", "steps"], int | None]] = [("pairs", options.pairs), ("steps", options.steps)]
+    for budget, amount in budgets:
+        if amount is None:
+            continue
+        for batch_size in options.batch_sizes:
             for method in options.methods:
                 study.family(
                     Cell(

@@ -173,11 +173,14 @@ def lsa_teacher(split: Split, *, dimensions: int = 64) -> tuple[np.ndarray, np.n
         csr_matrix((np.ones(len(bags.words), np.float32), bags.words, bags.starts), shape=(len(bags), BUCKETS))
         for bags in sides
     ]
-    documents = (vstack(counts) > 0).sum(axis=0)
-    idf = diags(np.log(2 * len(split) / np.maximum(1, np.asarray(documents)[0])).astype(np.float32))
-    weighted = [(side.sqrt() @ idf).tocsr() for side in counts]
+    for side in counts:
+        side.sum_duplicates()  # so that an entry is a word of a document, however often it occurs
+    documents = np.bincount(vstack(counts).tocsr().indices, minlength=BUCKETS)
+    idf = diags(np.log(2 * len(split) / np.maximum(1, documents)).astype(np.float32))
+    weighted = [csr_matrix(np.sqrt(side) @ idf) for side in counts]
     start = np.random.default_rng(0).normal(size=min(weighted[1].shape))
-    _, values, vectors = svds(weighted[1], k=dimensions, v0=start)
+    _, values, vectors = svds(weighted[1], k=min(dimensions, len(split) - 1), v0=start)
+    assert vectors is not None
     projected = [np.asarray(side @ vectors.T) / np.sqrt(values + 1e-6) for side in weighted]
     return tuple(side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-9) for side in projected)  # pyright: ignore
 

@@ -27,7 +27,9 @@ def command(
     positive: PositiveOption = None,
     embeddings: Annotated[
         tuple[Path, Path] | None,
-        typer.Option("--embeddings", metavar="ANCHORS POSITIVES", help="Embeddings of the data, two .npy files in row order."),
+        typer.Option(
+            "--embeddings", metavar="ANCHORS POSITIVES", help="Embeddings of the data, two .npy files in row order."
+        ),
     ] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="By default the run's.")] = None,
     anchors: Annotated[
@@ -51,7 +53,11 @@ def command(
     plan = BatchPlan.load(plan_path)
     missing: list[str] = []
     pairs = _pairs(plan, _given(config, data, {"anchor": anchor, "positive": positive}), config, missing)
-    missing = ["Repeated texts: the data is not at hand, so that all rows count as different. Give it with --data."] if pairs is None else []
+    missing = (
+        ["Repeated texts: the data is not at hand, so that all rows count as different. Give it with --data."]
+        if pairs is None
+        else []
+    )
     vectors = _embeddings(plan, embeddings, folder, config, [])
     if vectors is None:
         raise AnybatchError(

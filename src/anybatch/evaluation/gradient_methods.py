@@ -145,17 +145,13 @@ def compare_methods(
     if plan.cluster_size > 1:
         # A batch of one cluster never meets the others, so no weight can stand for them.
         wanted += [
-            ("plan", plan, method)
-            for method in methods
-            if method.weights == "none" or plan.clusters_per_batch > 1
+            ("plan", plan, method) for method in methods if method.weights == "none" or plan.clusters_per_batch > 1
         ]
     few = _fewer(pairs, CURVE_PROBES)
     curve = {size: error.scaled_rmse for size, error in infonce_curve(few, epochs=1).items()}
     lines = []
     for number, (batches, chosen, method) in enumerate(wanted, start=1):
-        table = RowTable(
-            pairs.anchor_id.numpy(), pairs.positive_id.numpy(), plan=chosen, weights=method.weights
-        )
+        table = RowTable(pairs.anchor_id.numpy(), pairs.positive_id.numpy(), plan=chosen, weights=method.weights)
         error = gradient_error(
             pairs,
             method.make(len(pairs), pairs.temperature),
