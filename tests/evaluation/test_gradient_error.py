@@ -67,6 +67,8 @@ def test_the_whole_data_as_one_batch_has_no_error(loss, run_in):
     assert result.rmse < 1e-6  # float32 memory
     assert result.bias < 1e-6
     assert result.scale == pytest.approx(1, abs=1e-6)
+    assert result.shared_bias == pytest.approx(0, abs=1e-6)
+    assert result.shared_cosine == pytest.approx(1, abs=1e-6)
     assert (result.num_anchors, result.num_draws) == (24, 4)
 
 
@@ -128,6 +130,43 @@ def test_noise_is_not_counted_as_bias():
     assert result.bias <= 4 * result.bias_se
     assert result.scale == pytest.approx(0.5, abs=0.03)
     assert result.scaled_rmse == pytest.approx(math.sqrt(0.5), rel=0.03)
+
+
+class Bent(torch.nn.Module):
+    """The exact gradient with an error that all anchors share: the gradient of a common linear map."""
+
+    def __init__(self, pairs, size):
+        super().__init__()
+        self.pairs = pairs
+        error = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        anchors = pairs.anchors
+        error = anchors @ error.T
+        error = error - (error * anchors).sum(1, keepdim=True) * anchors
+        self.error = size * error * pairs.exact.norm() / error.norm()
+
+    def forward(self, anchors, candidates, *, index, anchor_id, candidate_id):
+        return (anchors * (self.pairs.exact[index] + self.error[index])).sum() / len(anchors)
+
+
+def test_errors_in_common_show_in_the_shared_direction():
+    pairs = FrozenPairs.prepare(*embeddings(400), temperature=0.2)
+    loss = Bent(pairs, 0.3)
+    plan = BatchPlan.random(400, 40)
+    result = gradient_error(pairs, loss, plan=plan, epochs=2)
+    assert result.rmse == pytest.approx(0.3, rel=0.05)
+    exact, bent = ((side.T @ pairs.anchors) / 400 for side in (pairs.exact, pairs.exact + loss.error))
+    assert result.shared_bias == pytest.approx(float((bent - exact).norm() / exact.norm()), rel=0.1)
+    assert result.shared_bias > 2 * result.rmse  # it adds up
+    expected = float((bent * exact).sum() / (bent.norm() * exact.norm()))
+    assert result.shared_cosine == pytest.approx(expected, abs=0.05)
+    torch.manual_seed(0)
+    noisy = gradient_error(pairs, NoisyExact(pairs), plan=plan, epochs=4)
+    assert noisy.shared_bias < 4 * max(noisy.shared_bias_se, 0.05)  # it cancels
+    assert noisy.shared_cosine > 0.9
+    # Some anchors, drawn at random, estimate the same.
+    few = FrozenPairs.prepare(*embeddings(400), temperature=0.2, num_probes=200)
+    part = gradient_error(few, loss, plan=plan, epochs=2)
+    assert abs(part.shared_bias - result.shared_bias) < 4 * math.hypot(part.shared_bias_se, result.shared_bias_se)
 
 
 def test_probes_estimate_the_whole():

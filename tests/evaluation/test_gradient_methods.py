@@ -39,8 +39,8 @@ def test_every_method_on_both_kinds_of_batches(comparison):
         *((name, "random") for name in unweighted),
         *((method.name, "plan") for method in METHODS),
     }
-    errors = [line.error.scaled_rmse for line in comparison.lines]
-    assert errors == sorted(errors)
+    cosines = [line.error.shared_cosine for line in comparison.lines]
+    assert cosines == sorted(cosines, reverse=True)
     assert list(comparison.curve) == [8, 16, 32, 64]
     plain = next(line for line in comparison.lines if (line.method, line.batches) == ("infonce", "random"))
     assert plain.effective == pytest.approx(16, rel=0.2)  # it is its own measure
@@ -60,11 +60,11 @@ def test_the_simplest_of_the_equally_good_is_recommended(comparison):
     infonce, corrected = lines["infonce", "random"], lines["count_corrected", "random"]
 
     def with_error(line, value, spread):
-        return replace(line, error=replace(line.error, scaled_rmse=value, scaled_rmse_se=spread))
+        return replace(line, error=replace(line.error, shared_cosine=value, shared_cosine_se=spread))
 
-    near = replace(comparison, lines=(with_error(corrected, 0.50, 0.01), with_error(infonce, 0.52, 0.01)))
+    near = replace(comparison, lines=(with_error(corrected, 0.80, 0.01), with_error(infonce, 0.78, 0.01)))
     assert near.recommended.method == "infonce"
-    far = replace(comparison, lines=(with_error(corrected, 0.50, 0.01), with_error(infonce, 0.60, 0.01)))
+    far = replace(comparison, lines=(with_error(corrected, 0.80, 0.01), with_error(infonce, 0.70, 0.01)))
     assert far.recommended.method == "count_corrected"
 
 

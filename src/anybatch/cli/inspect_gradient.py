@@ -34,7 +34,7 @@ def command(
     temperature: Annotated[float | None, typer.Option("--temperature", help="By default the run's.")] = None,
     anchors: Annotated[
         int, typer.Option("--anchors", help="Anchors measured, drawn at random. More is slower and more exact.", min=2)
-    ] = 1000,
+    ] = 2000,
     html: Annotated[
         Path | None, typer.Option("--html", help="Also write a page that explains itself; the file must be new.")
     ] = None,

@@ -11,6 +11,10 @@ the rest never passes the normalisation. Over anchors i and over draws of the ba
     rmse        = rms_i,draw |g_i - g*_i|                one batch; rmse^2 = bias^2 + noise^2
     scaled_rmse = min_s rms_i,draw |s g_i - g*_i|        the same with the learning rate that suits the method; sqrt(1 - cosine^2)
 
+Parameters are shared, and so an error that all anchors have in common adds up where independent ones cancel. The third kind of figure is that of
+a linear map shared by all anchors, G = mean_i g_i a_i^T, after averaging over batches: its cosine with the exact one, and its bias. A method can be
+near in every single anchor and yet go astray together; in training, this is the figure that told (docs/benchmarks/global_loss.md).
+
 The effective batch size is the size of the random batch for which plain InfoNCE has the same error.
 
 Imports errors, losses, plan and rows.
@@ -33,6 +37,7 @@ from anybatch.losses.engine import TILE_BYTES
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
 
+JACKKNIFE = 20  # groups of anchors
 CURVE_CHUNK = 256  # anchors that share one random batch in `infonce_curve`
 
 
@@ -45,6 +50,8 @@ class GradientError:
         rmse, rmse_se: Of one batch.
         scaled_rmse, scaled_rmse_se: Of one batch after the best common factor.
         scale: That factor; above 1 where the method's gradient is too short.
+        shared_bias, shared_bias_se: |E G - G*| / |G*| of a linear map shared by all anchors.
+        shared_cosine, shared_cosine_se: Of E G with G*; 1 if only the length is wrong.
         num_anchors: Anchors measured.
         num_draws: Batches seen for each anchor, on average.
     """
@@ -56,6 +63,10 @@ class GradientError:
     scaled_rmse: float
     scaled_rmse_se: float
     scale: float
+    shared_bias: float
+    shared_bias_se: float
+    shared_cosine: float
+    shared_cosine_se: float
     num_anchors: int
     num_draws: float
 
@@ -364,6 +375,7 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
     squared = exact.square().sum(dim=1).double()
     means = [half.gradient[seen] / half.count[seen, None].to(exact.dtype) - exact for half in (first, second)]
     bias = (means[0] * means[1]).sum(dim=1).double()
+    shared, shared_se = _shared(*means, exact, pairs.anchors[pairs.probes[seen]], num_rows=len(pairs))
     count = (first.count + second.count)[seen]
     error, along, length = (
         (a + b)[seen] / count
@@ -380,9 +392,65 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
         scaled_rmse=figures[2][0],
         scaled_rmse_se=figures[2][1],
         scale=scale,
+        shared_bias=shared[0],
+        shared_bias_se=shared_se[0],
+        shared_cosine=shared[1],
+        shared_cosine_se=shared_se[1],
         num_anchors=int(seen.sum()),
         num_draws=float(count.mean()),
     )
+
+
+def _shared(
+    first: Tensor, second: Tensor, exact: Tensor, anchors: Tensor, *, num_rows: int
+) -> tuple[list[float], list[float]]:
+    """Bias and cosine of the mean gradient of a shared linear map, and their standard errors by a jackknife over anchors.
+
+    |mean_i e_i a_i^T|^2 over all n rows is the mean of (e_i . e_j)(a_i . a_j) over i and j; of P rows drawn from them, pairs with i = j have weight
+    1 / n, not 1 / P, or the scatter of the draw would count. The two halves' errors stand on the two sides, so that noise does not count either.
+
+    Args:
+        first, second: (P, D) mean errors of the two halves.
+        exact: (P, D).
+        anchors: (P, D), unit rows.
+        num_rows: n.
+    """
+    groups = torch.arange(len(exact)) % min(JACKKNIFE, len(exact))
+    sides = (first, second, exact)
+    parts = []
+    for group in range(int(groups.max()) + 1):
+        rows = groups == group
+        matrices = [(side[rows].T @ anchors[rows]).double() for side in sides]
+        own = [[float((a[rows] * b[rows]).sum()) for b in sides] for a in sides]
+        parts.append((matrices, torch.tensor(own, dtype=torch.float64), int(rows.sum())))
+    total = [torch.stack([part[0][side] for part in parts]).sum(dim=0) for side in range(3)]
+    own_total, count = torch.stack([part[1] for part in parts]).sum(dim=0), len(exact)
+
+    def figures(matrices: list[Tensor], own: Tensor, count: int) -> list[float]:
+        def product(a: int, b: int) -> float:
+            mine = float(own[a, b])
+            others = (float((matrices[a] * matrices[b]).sum()) - mine) / (count * (count - 1))
+            return mine / count / num_rows + others * (1 - 1 / num_rows)
+
+        whole = product(2, 2)
+        if whole <= 0:
+            return [math.nan, math.nan]
+        along = (product(0, 2) + product(1, 2)) / 2 + whole
+        length = product(0, 1) + product(0, 2) + product(1, 2) + whole
+        cosine = along / math.sqrt(length * whole) if length > 0 else math.nan
+        return [math.sqrt(max(0.0, product(0, 1)) / whole), cosine]
+
+    estimate = figures(total, own_total, count)
+    left_out = torch.tensor(
+        [
+            figures([t - m for t, m in zip(total, matrices, strict=True)], own_total - own, count - size)
+            for matrices, own, size in parts
+            if count - size > 1
+        ],
+        dtype=torch.float64,
+    )
+    spread = (left_out - left_out.mean(dim=0)).square().sum(dim=0) * (len(left_out) - 1) / max(1, len(left_out))
+    return estimate, spread.sqrt().tolist()
 
 
 def _root_ratio(part: Tensor, whole: Tensor) -> tuple[float, float]:

@@ -87,7 +87,7 @@ class GradientComparison:
     """All lines, best first, and the measure.
 
     Attributes:
-        lines: By `error.scaled_rmse`.
+        lines: By `error.shared_cosine`, the best first.
         curve: `scaled_rmse` of random InfoNCE by batch size.
         batch_size: Of the plan.
         num_rows: n.
@@ -102,13 +102,16 @@ class GradientComparison:
 
     @property
     def recommended(self) -> MethodError:
-        """The simplest of the methods that are within two standard errors of the best."""
+        """The simplest of the methods whose shared cosine is within two standard errors of the best.
+
+        Not the least error of single anchors: errors that anchors have in common add up in parameters, the others cancel.
+        """
         best = self.lines[0].error
         order = [method.name for method in METHODS]
 
         def close(line: MethodError) -> bool:
-            spread = math.hypot(line.error.scaled_rmse_se, best.scaled_rmse_se)
-            return line.error.scaled_rmse - best.scaled_rmse <= 2 * spread
+            spread = math.hypot(line.error.shared_cosine_se, best.shared_cosine_se)
+            return not best.shared_cosine - line.error.shared_cosine > 2 * spread
 
         candidates = [line for line in self.lines if close(line)]
         return min(candidates, key=lambda line: (order.index(line.method), line.batches == "plan"))
@@ -171,7 +174,7 @@ def compare_methods(
         if progress is not None:
             progress(number, len(wanted))
     return GradientComparison(
-        lines=tuple(sorted(lines, key=lambda line: line.error.scaled_rmse)),
+        lines=tuple(sorted(lines, key=lambda line: (math.isnan(line.error.shared_cosine), -line.error.shared_cosine))),
         curve=curve,
         batch_size=plan.batch_size,
         num_rows=len(pairs),
@@ -181,11 +184,21 @@ def compare_methods(
 
 def comparison_rows(comparison: GradientComparison) -> tuple[list[str], list[list[str]]]:
     """Header and lines, for a table on the terminal or on a page."""
-    header = ["method", "batches", "error", "error, best factor", "bias", "factor", "effective batch"]
+    header = [
+        "method",
+        "batches",
+        "shared direction",
+        "error",
+        "error, best factor",
+        "bias",
+        "factor",
+        "effective batch",
+    ]
     lines = [
         [
             line.method,
             line.batches,
+            f"{line.error.shared_cosine:.2f} ± {line.error.shared_cosine_se:.2f}",
             f"{line.error.rmse:.3f} ± {line.error.rmse_se:.3f}",
             f"{line.error.scaled_rmse:.3f} ± {line.error.scaled_rmse_se:.3f}",
             f"{line.error.bias:.3f} ± {line.error.bias_se:.3f}",
@@ -203,9 +216,10 @@ def recommendation(comparison: GradientComparison) -> list[str]:
     plain = next(line for line in comparison.lines if (line.method, line.batches) == ("infonce", "random"))
     where = "the plan's batches" if chosen.batches == "plan" else "random batches"
     sentences = [
-        f"Closest to the gradient over all {comparison.num_rows:,} rows: loss.name={chosen.method} on {where}. At a batch of {comparison.batch_size} its "
-        f"error is {chosen.error.scaled_rmse:.2f}, that of plain InfoNCE on a random batch of {comparison.size_in_words(chosen.effective)}; plain InfoNCE on "
-        f"random batches of {comparison.batch_size} has {plain.error.scaled_rmse:.2f}."
+        f"Closest to the gradient over all {comparison.num_rows:,} rows: loss.name={chosen.method} on {where} (of what is no worse within two standard "
+        f"errors, the simplest). Its direction for shared parameters has cosine {chosen.error.shared_cosine:.2f} with the exact one; plain InfoNCE on random "
+        f"batches of {comparison.batch_size} has {plain.error.shared_cosine:.2f}. The error of single anchors is {chosen.error.scaled_rmse:.2f}, that of plain "
+        f"InfoNCE on a random batch of {comparison.size_in_words(chosen.effective)}."
     ]
     if chosen.batches == "random" and any(line.batches == "plan" for line in comparison.lines):
         sentences.append("The plan's batches do not bring the gradient nearer than random ones.")

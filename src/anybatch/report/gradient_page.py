@@ -28,10 +28,10 @@ def render_gradient_page(comparison: GradientComparison, *, title: str, missing:
     names = [f"{line.method} ({line.batches})" for line in comparison.lines]
     plain = next(line for line in comparison.lines if (line.method, line.batches) == ("infonce", "random"))
     drawing = bar_chart(
-        "Error of each method after the best factor",
+        "Shared direction of each method",
         names,
-        [line.error.scaled_rmse for line in comparison.lines],
-        baseline=plain.error.scaled_rmse,
+        [max(0.0, line.error.shared_cosine) for line in comparison.lines],
+        baseline=max(0.0, plain.error.shared_cosine),
     )
     sizes = [f"batch of {size:,}" for size in comparison.curve]
     curve = bar_chart("Error of random InfoNCE by batch size", sizes, list(comparison.curve.values()))
