@@ -180,9 +180,7 @@ class Study:
         """The batches of an arm."""
         setting = self.setting(name, student)
         method = {"random": "random", "kmeans": "kmeans", "published": "published"}.get(arm, "anybatch")
-        config = replace(
-            setting.mining, method=method, seed=seed, num_negatives=2 if arm == "ours+negatives" else 0
-        )
+        config = replace(setting.mining, method=method, seed=seed, num_negatives=2 if arm == "ours+negatives" else 0)
         if method == "random":
             return BatchPlan.random(len(setting.train), config.batch_size, seed=seed)
         ids = {"anchor_id": setting.train.anchor_id, "positive_id": setting.train.positive_id}
@@ -220,10 +218,16 @@ class Study:
             weight_cap=30.0 if corrected else None,
             mask_suspects=cell["arm"] == "ours+mask",
         )
-        loss = CountCorrectedInfoNCE(len(train), temperature=TEMPERATURE) if corrected else InfoNCE(temperature=TEMPERATURE)
+        loss = (
+            CountCorrectedInfoNCE(len(train), temperature=TEMPERATURE)
+            if corrected
+            else InfoNCE(temperature=TEMPERATURE)
+        )
         tables = [parameter for name, parameter in model.named_parameters() if name.startswith("table")]
         others = [parameter for name, parameter in model.named_parameters() if not name.startswith("table")]
-        optimizers = [torch.optim.AdamW(others, lr=rate if cell["student"] == "layer1" else rate / 3, weight_decay=0.01)]
+        optimizers = [
+            torch.optim.AdamW(others, lr=rate if cell["student"] == "layer1" else rate / 3, weight_decay=0.01)
+        ]
         if tables:
             optimizers.append(torch.optim.SparseAdam(tables, lr=rate))  # pyright: ignore
         schedules = [
@@ -255,15 +259,18 @@ class Study:
     def score(self, model: nn.Module, data: PairData | RetrievalData, lengths: tuple[int, int]) -> float:
         """nDCG@10."""
         if isinstance(data, PairData):
-            sides = [self.encode(model, side, length) for side, length in zip((data.anchors, data.positives), lengths, strict=True)]
+            sides = [
+                self.encode(model, side, length)
+                for side, length in zip((data.anchors, data.positives), lengths, strict=True)
+            ]
             return pair_metrics(*sides, anchor_id=data.anchor_id, positive_id=data.positive_id)["ndcg@10"]
         queries, corpus = (
             self.encode(model, texts, length)
             for texts, length in zip((data.query_texts, data.corpus_texts), lengths, strict=True)
         )
-        return retrieval_metrics(
-            queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids
-        )["ndcg@10"]
+        return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)[
+            "ndcg@10"
+        ]
 
     @cache  # noqa: B019
     def rate(self, name: str, student: str, loss: str) -> float:
@@ -273,7 +280,9 @@ class Study:
             cell = {"set": name, "student": student, "teacher": "none", "arm": "random", "loss": loss, "seed": 99}
             key = {**cell, "tuning": rate}
             done = [line for line in _lines() if all(line.get(k) == v for k, v in key.items())]
-            value = done[0]["ndcg@10"] if done else self.score(self.train(cell, rate), setting.validation, setting.lengths)
+            value = (
+                done[0]["ndcg@10"] if done else self.score(self.train(cell, rate), setting.validation, setting.lengths)
+            )
             if not done:
                 _append({**key, "ndcg@10": value})
             found[rate] = value
@@ -323,7 +332,8 @@ def write_table() -> None:
     """Mean and standard deviation over seeds, and the difference from random batches with the same loss and seed."""
     lines = [line for line in _lines() if "tuning" not in line]
     scores = {
-        tuple(line[key] for key in ("set", "student", "teacher", "arm", "loss", "seed")): line["ndcg@10"] for line in lines
+        tuple(line[key] for key in ("set", "student", "teacher", "arm", "loss", "seed")): line["ndcg@10"]
+        for line in lines
     }
     rows = []
     for *group, _ in dict.fromkeys((*key[:5], None) for key in scores):
@@ -353,7 +363,9 @@ def _lsa(sides: list[list[np.ndarray]], num_tokens: int) -> tuple[np.ndarray, np
     texts = [*sides[0], *sides[1]]
     sizes = np.array([len(text) for text in texts])
     lines = np.repeat(np.arange(len(texts)), sizes)
-    counts = sparse.csr_matrix((np.ones(len(lines), np.float32), (lines, np.concatenate(texts))), shape=(len(texts), num_tokens))
+    counts = sparse.csr_matrix(
+        (np.ones(len(lines), np.float32), (lines, np.concatenate(texts))), shape=(len(texts), num_tokens)
+    )
     counts.sum_duplicates()
     rarity = np.log(len(texts) / np.maximum(1, np.bincount(counts.indices, minlength=num_tokens)))
     counts.data = (1 + np.log(counts.data)) * rarity[counts.indices]
