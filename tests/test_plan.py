@@ -132,6 +132,11 @@ def test_sizes_that_do_not_fit(arguments, match):
         BatchPlan.random(*arguments)
 
 
+def test_a_negative_seed_is_refused():
+    with pytest.raises(AnybatchError, match="seed is -1"):
+        BatchPlan.random(32, 8, seed=-1)
+
+
 def test_unequal_clusters_are_refused():
     with pytest.raises(AnybatchError, match="expected exactly 2"):
         BatchPlan(num_rows=5, batch_size=4, cluster_size=2, cluster=np.array([0, 0, 0, 1, 1]), seed=0, data_digest="")

@@ -47,6 +47,10 @@ def test_mistakes():
     ids = np.arange(13)
     with pytest.raises(AnybatchError, match="cover 13 anchors and 12 positives"):
         RowTable(ids, ids[:-1])
+    with pytest.raises(AnybatchError, match="goes down to -1"):
+        RowTable(ids - 1, ids)
+    with pytest.raises(AnybatchError, match="of 13 rows, the ids of 12"):
+        RowTable(ids[:-1], ids[:-1], plan=plan())
     with pytest.raises(AnybatchError, match="needs the plan"):
         RowTable(ids, ids, weights="inclusion")
     with pytest.raises(AnybatchError, match="2 negatives a row"):

@@ -12,10 +12,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from anybatch import distributed
 from anybatch.configuration import differences, load_config, to_yaml
 from anybatch.data import PairData, RetrievalData, read_pairs, read_retrieval
 from anybatch.errors import AnybatchError
@@ -100,49 +101,81 @@ def teacher_embeddings(
         path = folder / f"teacher_{side}.npy"
         columns.append(
             embed_to_file(
-                model, texts, path, identity=identity, batch_size=teacher.batch_size, prompt=prompt, progress=report
+                model,
+                texts,
+                path,
+                identity=identity,
+                batch_size=teacher.batch_size,
+                prompt=prompt,
+                precision=teacher.precision,
+                progress=report,
             )
         )
     return columns[0], columns[1]
 
 
 def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progress) -> BatchPlan:
-    """The plan of the run: the one given, the one already in the folder, or a new one, saved there.
+    """The plan of the run: the one given (copied into the folder), the one already in the folder, or a new one, saved there.
+
+    Under torchrun every rank embeds and searches its share; rank 0 does the rest, and all return the same plan.
 
     Raises:
-        AnybatchError: A plan made for other data or another batch size.
+        AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
     """
-    from anybatch.mining import mine_plan
+    from anybatch.mining import mine_neighbors, mine_plan
 
     folder = Path(config.output)
-    path = Path(config.plan) if config.plan is not None else folder / "plan.safetensors"
-    if config.plan is not None or path.exists():
-        plan = BatchPlan.load(path)
-        plan.check(num_rows=len(pairs), data_digest=pairs.digest)
-        if plan.batch_size != config.batch_size:
+    path = folder / "plan.safetensors"
+    exists = path.exists()
+    distributed.barrier()  # before any rank can have written it
+    if config.plan is not None:
+        given = _load_plan(Path(config.plan), config, pairs)
+        if not exists:
+            with distributed.alone() as chosen:
+                if chosen:
+                    given.save(path)  # the run's own copy: the file given may change or go
+        elif (digest := BatchPlan.load(path).digest) != given.digest:
             raise AnybatchError(
-                f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
+                f"{config.plan} is another plan than the one this run was started with, of which {path} is a copy (digest {given.digest[:12]}, "
+                f"the run's {digest[:12]}). Put the old plan back, or start a new run in another output folder."
             )
-        return plan
+        return given
+    if exists:
+        return _load_plan(path, config, pairs)
     if config.mining.method == "random":
-        plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
-    else:
-        anchors, positives = teacher_embeddings(config, pairs, progress)
-        mining = replace(config.mining, batch_size=config.batch_size, seed=config.seed)
-        result = mine_plan(
-            anchors,
-            positives,
-            config=mining,
-            anchor_id=pairs.anchor_id,
-            positive_id=pairs.positive_id,
-            data_digest=pairs.digest,
-            progress=lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
+        with distributed.alone() as chosen:
+            if chosen:
+                plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
+                plan.save(path)
+        return BatchPlan.load(path)
+    anchors, positives = teacher_embeddings(config, pairs, progress)
+    mining = replace(config.mining, batch_size=config.batch_size, seed=config.seed)
+    known: dict[str, Any] = {"config": mining, "anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
+    known |= {
+        "folder": folder / "neighbors",
+        "progress": lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
+    }
+    if distributed.is_active():
+        mine_neighbors(anchors, positives, **known)
+    with distributed.alone() as chosen:
+        if chosen:
+            result = mine_plan(anchors, positives, data_digest=pairs.digest, **known)
+            for warning in result.report.outlook.warnings if result.report.outlook is not None else ():
+                logger.warning("Before you train: %s", warning)  # before training, not after
+            report = {"plan": result.plan.digest, **result.report.as_dict()}
+            write_text(folder / "mining.json", json.dumps(report, indent=2))
+            result.plan.save(path)
+            shutil.rmtree(folder / "neighbors", ignore_errors=True)  # larger than all else in the folder
+    return BatchPlan.load(path)
+
+
+def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
+    plan = BatchPlan.load(path)
+    plan.check(num_rows=len(pairs), data_digest=pairs.digest)
+    if plan.batch_size != config.batch_size:
+        raise AnybatchError(
+            f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
         )
-        plan = result.plan
-        for warning in result.report.outlook.warnings if result.report.outlook is not None else ():
-            logger.warning("Before you train: %s", warning)  # before training, not after
-        write_text(folder / "mining.json", json.dumps({"plan": plan.digest, **result.report.as_dict()}, indent=2))
-    plan.save(path)
     return plan
 
 
@@ -248,6 +281,13 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
         AnybatchError: The folder holds a run (and `resume` is off), holds something else, or holds a run of another configuration.
     """
     folder = Path(config.output)
+    with distributed.alone() as chosen:
+        if chosen:
+            _open_run(folder, config, resume)
+    return folder
+
+
+def _open_run(folder: Path, config: RunConfig, resume: bool) -> None:
     written = folder / "config.yaml"
     if written.exists():
         if not resume:
@@ -262,7 +302,7 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
                 f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the configuration in "
                 f"{written}, or choose another output folder."
             )
-        return folder
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnybatchError(
             f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
@@ -274,7 +314,6 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
             f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder."
         ) from error
     write_text(written, to_yaml(config))
-    return folder
 
 
 def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_progress) -> RunResult:
@@ -333,7 +372,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     callbacks = prepare_memory(config, model, pairs, loss, resume=resume, progress=progress)
     dataset = pairs.to_dataset()
     with Measure() as measure:
-        log = train_model(
+        trained = train_model(
             model,
             loss,
             dataset,
@@ -352,10 +391,10 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     result = RunResult(
         metrics=evaluate(model),
         metrics_untrained=untrained,
-        log=log,
-        train_seconds=measure.seconds,
+        log=trained.log,
+        train_seconds=measure.seconds - trained.evaluation_seconds,
         train_peak_bytes=measure.peak_bytes,
-        num_steps=log[-1]["step"] if log else 0,
+        num_steps=trained.num_steps,
     )
     write_text(
         folder / "metrics.json", json.dumps(asdict(result), indent=2)

@@ -44,7 +44,7 @@ class BatchPlan:
         meta: How the plan was made; anything that JSON holds.
 
     Raises:
-        AnybatchError: Sizes that do not fit; clusters that are not all of `cluster_size`; fewer rows than a batch.
+        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows than a batch.
     """
 
     num_rows: int
@@ -59,6 +59,8 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         _check_sizes(self.num_rows, self.batch_size, self.cluster_size)
+        if self.seed < 0:
+            raise AnybatchError(f"seed is {self.seed}; expected 0 or more.")
         if self.cluster.shape != (self.num_rows,):
             raise AnybatchError(
                 f"cluster has shape {self.cluster.shape}; expected ({self.num_rows},), one number a row."
@@ -105,15 +107,15 @@ class BatchPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies the plan itself: sizes, clusters, seed and data."""
+        """Identifies what the plan makes of its data: sizes, clusters, seed, data and hard negatives."""
         numbers = [self.num_rows, self.batch_size, self.cluster_size, self.seed]
-        return digest_of(
-            [
-                json.dumps(numbers).encode(),
-                self.data_digest.encode(),
-                np.ascontiguousarray(self.cluster, np.int32).tobytes(),
-            ]
-        )
+        parts = [json.dumps(numbers).encode(), self.data_digest.encode()]
+        parts += [
+            np.ascontiguousarray(array, np.int32).tobytes()
+            for array in (self.cluster, self.negatives)
+            if array is not None
+        ]
+        return digest_of(parts)
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster within a batch."""

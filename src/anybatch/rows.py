@@ -26,10 +26,10 @@ class RowTable(nn.Module):
     sample of the data, and `weights="inclusion"` corrects for that.
 
     Args:
-        anchor_id: (n,) int; equal where the anchors are the same text.
+        anchor_id: (n,) int, 0 or more; equal where the anchors are the same text.
         positive_id: (n,) int; equal where the positives are the same text.
         negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives; None for none.
-        plan: Needed by `weights="inclusion"`.
+        plan: Of these rows; needed by `weights="inclusion"`.
         weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined batches).
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact, unbiased weights.
         mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights the rest
@@ -57,6 +57,8 @@ class RowTable(nn.Module):
             raise AnybatchError(
                 f"The ids cover {len(anchor_id)} anchors and {len(positive_id)} positives; expected one of each a row."
             )
+        if len(anchor_id) and int(np.min(anchor_id)) < 0:
+            raise AnybatchError(f"anchor_id goes down to {int(np.min(anchor_id))}; expected 0 or more.")
         if plan is None and (weights == "inclusion" or mask_suspects):
             needing = "weights='inclusion'" if weights == "inclusion" else "mask_suspects"
             raise AnybatchError(f"{needing} needs the plan that made the batches.")
@@ -126,9 +128,7 @@ class RowTable(nn.Module):
                 plan.num_rows, plan.num_clusters, plan.clusters_per_batch, cap=self.weight_cap
             )
             column_cluster = torch.cat([cluster, explicit])
-            terms.append(
-                ClusterLogWeight(row_cluster=cluster, column_cluster=column_cluster, same=same, other=other)
-            )
+            terms.append(ClusterLogWeight(row_cluster=cluster, column_cluster=column_cluster, same=same, other=other))
         if terms:
             arguments["log_weight"] = terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
         return arguments

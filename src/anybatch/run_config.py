@@ -6,7 +6,7 @@ Imports the rooms' configuration classes only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.model import ModelConfig
@@ -61,6 +61,7 @@ class TeacherConfig:
         max_length: Tokens a text is cut at.
         batch_size: Texts per forward pass.
         anchor_prompt, positive_prompt: Text put before each text.
+        precision: Of the embeddings on disk; "float16" halves them and ranks the same but for near ties.
         anchor_embeddings, positive_embeddings: `.npy` files, (rows, dimensions), in the rows' order.
     """
 
@@ -69,6 +70,7 @@ class TeacherConfig:
     batch_size: int = 64
     anchor_prompt: str = ""
     positive_prompt: str = ""
+    precision: Literal["float32", "float16"] = "float32"
     anchor_embeddings: str | None = None
     positive_embeddings: str | None = None
 
@@ -90,6 +92,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise AnybatchError(f"seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}.")
         for name in ("batch_size", "seed"):
             own, default, run = getattr(self.mining, name), getattr(MiningConfig(), name), getattr(self, name)
             if own not in (default, run):

@@ -160,6 +160,24 @@ def test_disk_full_while_training(pairs_file, tiny_model_folder, tmp_path):
     assert (out / "metrics.json").exists()
 
 
+def test_figures_of_a_run(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
+    """Five steps, logged every fourth; two evaluations while training, and one before and one after it."""
+    from anybatch import pipeline
+
+    def slow(*arguments, **settings):
+        time.sleep(0.5)
+        return {"ndcg@10": 0.5}
+
+    monkeypatch.setattr(pipeline, "evaluate_model", slow)
+    more = ("mining.method=random", "train.max_steps=5", "train.log_steps=4", "train.eval_steps=2")
+    started = time.monotonic()
+    run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
+    seconds = time.monotonic() - started
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert figures["num_steps"] == 5
+    assert figures["train_seconds"] < seconds - 2.0
+
+
 def test_resume_after_the_end_only_reads(pairs_file, tiny_model_folder, tmp_path):
     out = tmp_path / "run"
     run("train", *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "train.epochs=1"))
@@ -263,6 +281,22 @@ class TestMistakes:
         self.refuse(
             "cut.safetensors", "train", *settings(pairs_file, tiny_model_folder, tmp_path / "out2"), "--plan", str(cut)
         )
+
+    def test_another_plan_on_resume(self, pairs_file, tiny_model_folder, tmp_path, out):
+        """The plan lies outside the run's folder and is made anew, with another seed, between the run and its resumption."""
+        from anybatch.plan import BatchPlan
+
+        run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "mined", "mining.method=random"))
+        path = tmp_path / "mined" / "plan.safetensors"
+        first = BatchPlan.load(path)
+        run("train", *settings(pairs_file, tiny_model_folder, out, "train.max_steps=3"), "--plan", str(path))
+        run("inspect", str(out))
+        assert BatchPlan.load(out / "plan.safetensors").digest == first.digest
+        (out / "metrics.json").unlink()  # as if the run had been cut short
+        BatchPlan.random(first.num_rows, first.batch_size, seed=5, data_digest=first.data_digest).save(path)
+        self.refuse("another plan than the one this run was started with", "train", "--resume", "--output", str(out))
+        first.save(path)
+        run("train", "--resume", "--output", str(out))
 
     def test_folder_that_holds_a_run(self, pairs_file, tiny_model_folder, out):
         run("mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))

@@ -313,6 +313,9 @@ class TestNumbers:
             InfoNCE()(*arguments)
         with pytest.raises(AnybatchError, match="go together"):
             InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), anchor_id=torch.arange(2))
+        ids = torch.arange(3)
+        with pytest.raises(AnybatchError, match="anchor_id goes down to -1"):  # it masked every explicit negative
+            InfoNCE()(torch.ones(2, 2), torch.ones(3, 2), anchor_id=ids[:2] - 1, candidate_id=ids)
         with pytest.raises(AnybatchError, match="broadcastable"):
             InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), log_weight=torch.ones(3, 3))
         with pytest.raises(AnybatchError, match="NaN"):

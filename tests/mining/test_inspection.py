@@ -11,6 +11,7 @@ import pytest
 from anybatch.errors import AnybatchError
 from anybatch.mining import MiningConfig, OutlookLimits, inspect_plan, mine_plan
 from anybatch.mining import cosines as cosines_module
+from anybatch.mining import outlook as outlook_module
 from anybatch.mining.cosines import BINS
 from anybatch.mining.inspection import DUPLICATE
 from anybatch.plan import BatchPlan
@@ -64,7 +65,8 @@ def different(same, row, other):
 
 
 @pytest.mark.parametrize("margin", [None, 0.9])
-def test_outlook_equals_a_loop(margin):
+def test_outlook_equals_a_loop(margin, monkeypatch):
+    monkeypatch.setattr(outlook_module, "BLOCK", 37)  # several blocks, the last one ragged
     result, anchors, positives, same = mined(margin=margin)
     scores, ranks, wanted, conflicts = windows(anchors, positives, same, margin)
     cluster, num_rows = result.plan.cluster, len(anchors)

@@ -56,7 +56,7 @@ def naive_neighbors(queries, documents, k, anchor_id, positive_id):
 @pytest.mark.parametrize("distinct", [None, 20])
 @pytest.mark.parametrize(("num_rows", "k"), [(37, 5), (150, 149), (203, 17)])
 def test_exact_neighbors_equal_a_full_sort(num_rows, k, distinct, monkeypatch):
-    monkeypatch.setattr(neighbors_module, "TILE_BYTES", 20_000)  # several tiles of rows
+    monkeypatch.setattr(neighbors_module, "UNIT_ROWS", 40)  # several blocks of rows
     anchors, positives = embeddings(num_rows)
     anchor_id, positive_id = ids(num_rows, distinct=distinct) if distinct else (np.arange(num_rows),) * 2
     found = exact_neighbors(anchors, positives, k, anchor_id=anchor_id, positive_id=positive_id)

@@ -9,6 +9,7 @@ import typer
 
 from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import Bars, console
+from anybatch.distributed import launched_ranks, rank
 from anybatch.pipeline import make_plan, open_run, read_training_pairs
 
 
@@ -17,14 +18,20 @@ def command(
     options: RunOptions,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the mining in the output folder.")] = False,
 ) -> None:
-    """Choose the batches: rank the data with a teacher and write OUTPUT/plan.safetensors."""
+    """Choose the batches: rank the data with a teacher and write OUTPUT/plan.safetensors.
+
+    Under torchrun (`torchrun --nproc-per-node 4 -m anybatch mine ...`) the processes share embedding and search.
+    """
     if options.model is None and options.config is None and not resume:
         options = replace(options, model=options.teacher)  # mining alone trains nothing, so a model need not be named
     settings = options.resolve(resume=resume)
-    pairs = read_training_pairs(settings)
-    folder = open_run(settings, resume=resume)
-    with Bars() as bars:
-        plan = make_plan(settings, pairs, bars)
+    with launched_ranks():
+        pairs = read_training_pairs(settings)
+        folder = open_run(settings, resume=resume)
+        with Bars(quiet=rank() > 0) as bars:
+            plan = make_plan(settings, pairs, bars)
+        if rank() > 0:
+            return
     console.print(
         f"{folder / 'plan.safetensors'}: {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch.",
         highlight=False,

@@ -111,14 +111,14 @@ class ContrastiveLoss(nn.Module):
             candidates: (M, D) float, M >= B: the positives in the anchors' order, then explicit negatives.
             index: (B,) int64 rows of the data set; needed by losses with memory.
             log_weight: b_ij: a `LogWeight`, or a tensor broadcastable to (B, M); -inf removes a pair.
-            anchor_id: (B,) int; equal for identical anchors. Goes with `candidate_id`.
+            anchor_id: (B,) int, 0 or more; equal for identical anchors. Goes with `candidate_id`.
             candidate_id: (M,) int; equal for identical candidates.
 
         Returns:
             Scalar, float32 (float64 for float64 embeddings), differentiable in the embeddings and the temperature.
 
         Raises:
-            AnybatchError: Shapes that do not fit, an index that is missing or out of range.
+            AnybatchError: Shapes that do not fit, a negative anchor_id, an index that is missing or out of range.
 
         Cost: see `engine`. Collectives a direction: six in the forward pass, none in the backward pass.
         """
@@ -239,3 +239,7 @@ def _check_shapes(
             raise AnybatchError(
                 f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; expected integers of shape ({length},)."
             )
+    if anchor_id is not None and len(anchor_id) and int(anchor_id.min()) < 0:
+        raise AnybatchError(
+            f"anchor_id goes down to {int(anchor_id.min())}; expected 0 or more (-1 marks explicit negatives, which have no anchor)."
+        )

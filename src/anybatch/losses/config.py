@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,10 +118,19 @@ class LossConfig:
     probe_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:  # nan is neither
             raise AnybatchError(f"loss.temperature is {self.temperature}; expected a positive number such as 0.05.")
         if self.gamma is not None and not 0 < self.gamma <= 1:
             raise AnybatchError(f"loss.gamma is {self.gamma}; expected a number above 0 and at most 1.")
+        if self.eps is not None and not 0 <= self.eps < math.inf:
+            raise AnybatchError(
+                f"loss.eps is {self.eps}; expected 0 or a positive number, or nothing for 1 / (rows - 1)."
+            )
+        if self.weight_cap is not None and not self.weight_cap >= 1:
+            raise AnybatchError(
+                f"loss.weight_cap is {self.weight_cap}; expected at least 1 (a row of another cluster weighs no less than one of the own), "
+                "or nothing for the exact weight."
+            )
         if self.temperature_range is not None and len(self.temperature_range) != 2:
             raise AnybatchError(
                 f"loss.temperature_range is {self.temperature_range}; expected two numbers, the lowest and the highest temperature."

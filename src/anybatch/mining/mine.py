@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +14,9 @@ import numpy as np
 from anybatch.errors import AnybatchError
 from anybatch.mining.audit import Audit, audit_clusters, most_wanted, suspect_pairs
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
+from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
-from anybatch.mining.neighbors import Neighbors, check_embeddings, exact_neighbors, ivf_neighbors
+from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embeddings, exact_neighbors
 from anybatch.mining.outlook import Outlook, mining_outlook
 from anybatch.mining.partition import equal_clusters, metis_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
@@ -120,6 +122,8 @@ def mine_plan(
     anchor_id: np.ndarray | None = None,
     positive_id: np.ndarray | None = None,
     data_digest: str = "",
+    device: str | None = None,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> MiningResult:
     """Choose the batches.
@@ -129,6 +133,8 @@ def mine_plan(
         config: See `MiningConfig`.
         anchor_id, positive_id: (n,) int; equal for identical texts, which are never put together. None: all differ.
         data_digest: `PairData.digest`, which binds the plan to its data.
+        device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
+        folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not repeated.
         progress: Called with (stage, fraction done).
 
     Returns:
@@ -169,7 +175,17 @@ def mine_plan(
     skip, take = _fitting_window(config, num_rows, report)
 
     with _stage(report, "neighbors", progress) as advance:
-        neighbors = _rank(anchor_embeddings, positive_embeddings, config, skip + take, anchor_id, positive_id, advance)
+        neighbors = rank_rows(
+            anchor_embeddings,
+            positive_embeddings,
+            config=config,
+            num_neighbors=skip + take,
+            anchor_id=anchor_id,
+            positive_id=positive_id,
+            device=device,
+            folder=folder,
+            progress=advance,
+        )
         report.recall = neighbors.recall
     with _stage(report, "graph", progress):
         published = config.method == "published"
@@ -224,27 +240,61 @@ def mine_plan(
     return MiningResult(plan=plan, report=report, graph=graph)
 
 
-def _rank(
+def mine_neighbors(
+    anchor_embeddings: np.ndarray,
+    positive_embeddings: np.ndarray,
+    *,
+    config: MiningConfig,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    folder: Path,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """The first stage of `mine_plan` alone, shared by all ranks; rank 0 then finds it finished in `folder`. Arguments as in `mine_plan`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mine_plan warns of the window, once
+        skip, take = _fitting_window(config, len(anchor_embeddings), MiningReport())
+    with _stage(MiningReport(), "neighbors", progress) as advance:
+        rank_rows(
+            anchor_embeddings,
+            positive_embeddings,
+            config=config,
+            num_neighbors=skip + take,
+            anchor_id=anchor_id,
+            positive_id=positive_id,
+            device=device,
+            folder=folder,
+            progress=advance,
+        )
+
+
+def rank_rows(
     anchors: np.ndarray,
     positives: np.ndarray,
+    *,
     config: MiningConfig,
     num_neighbors: int,
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
-    progress: Callable[[float], None],
+    device: str | None = None,
+    folder: Path | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Neighbors:
+    """The neighbours that `config` asks for: its score, and exact or approximate search. Arguments as in `mine_plan`."""
     queries, documents = scored_vectors(anchors, positives, config.score)
-    ids: dict[str, Any] = {"anchor_id": anchor_id, "positive_id": positive_id, "progress": progress}
+    where: dict[str, Any] = {"device": device, "folder": folder, "progress": progress}
+    ids = {"anchor_id": anchor_id, "positive_id": positive_id}
     exact = config.neighbors == "exact" or (config.neighbors == "auto" and len(anchors) <= EXACT_ROWS)
     if exact:
-        return exact_neighbors(queries, documents, num_neighbors, **ids)
-    return ivf_neighbors(queries, documents, num_neighbors, seed=config.seed, **ids)
+        return exact_neighbors(queries, documents, num_neighbors, **ids, **where)
+    return ivf_neighbors(queries, documents, num_neighbors, **ids, seed=config.seed, **where)
 
 
-def scored_vectors(anchors: np.ndarray, positives: np.ndarray, score: str) -> tuple[np.ndarray, np.ndarray]:
+def scored_vectors(anchors: np.ndarray, positives: np.ndarray, score: str) -> tuple[Embeddings, Embeddings]:
     """Two arrays whose inner products are the scores that `MiningConfig.score` names."""
     if score == "symmetric":  # q_i . p_j + q_j . p_i is one inner product of twice the width
-        return np.concatenate([anchors, positives], axis=1), np.concatenate([positives, anchors], axis=1)
+        return Stacked(anchors, positives), Stacked(positives, anchors)
     return anchors, positives
 
 

@@ -6,7 +6,8 @@ A teacher that cannot find the row's own positive can vouch for neither.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from anybatch.mining.graph import cut_windows
 from anybatch.mining.neighbors import Neighbors
 
 NEAR = 0.95  # NV-Retriever's margin: above this share of the own positive's score a negative is suspect
+BLOCK = 65536  # anchors looked at at once: some 60 MB at the default window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,34 +108,62 @@ def mining_outlook(
     Returns:
         The figures, averaged over the anchors looked at.
 
-    Cost: r * (skip + take) comparisons; no scores are computed.
+    Cost: r * (skip + take) comparisons, a block of rows at a time; no scores are computed.
     """
     rows = np.arange(len(cluster)) if rows is None else rows
-    ids, scores, own = neighbors.ids[:, : skip + take], neighbors.scores[:, : skip + take], neighbors.own_score[:, None]
-    wanted, conflict = cut_windows(neighbors, skip=skip, take=take, margin=margin)
-    home = cluster[rows][:, None]
-    inside = (cluster[ids] == home) & (home >= 0)  # ids of -1 are neither wanted nor conflicts
-    above = (ids >= 0) & (scores > own)
-    negatives = wanted & inside
-    count = max(1, int(negatives.sum()))
-    # A ratio of means: the mean of ratios is ruled by the few anchors whose own score is nearly 0.
-    against = float(np.broadcast_to(own, negatives.shape)[negatives].sum(dtype=np.float64))
+    count: Counter[str] = Counter()
+    for start in range(0, len(rows), BLOCK):
+        part = slice(start, start + BLOCK)
+        block = replace(
+            neighbors,
+            ids=neighbors.ids[part, : skip + take],
+            scores=neighbors.scores[part, : skip + take],
+            own_score=neighbors.own_score[part],
+        )
+        count.update(_counts(block, cluster, cluster[rows[part]], skip, take, margin))
+    num_anchors, negatives = len(rows), max(1, count["negatives"])
     sizes = np.bincount(cluster[cluster >= 0])
     companions = float(np.sum(sizes * (sizes - 1.0))) / len(cluster) / max(1, len(cluster) - 1)
-    expected = float(wanted.sum()) / len(rows) * companions
-    window_per_anchor = float(negatives.sum()) / len(rows)
+    expected = count["wanted"] * companions
     figures = {
-        "own_first": float(np.mean(~above.any(axis=1))),
-        "own_behind_skip": float(np.mean(above.sum(axis=1) > skip)),
-        "window_per_anchor": window_per_anchor,
-        "window_gain": window_per_anchor / expected if expected else 0.0,
-        "suspects_per_anchor": float((conflict & inside).sum()) / len(rows),
-        "negatives_above_own": float((negatives & above).sum()) / count,
-        "negatives_near_own": float((negatives & np.where(own > 0, scores > NEAR * own, above)).sum()) / count,
-        "relative_score": float(scores[negatives].sum(dtype=np.float64)) / against if against else 0.0,
-        "isolated": float(np.mean(~negatives.any(axis=1))),
+        "own_first": count["own_first"] / num_anchors,
+        "own_behind_skip": count["own_behind_skip"] / num_anchors,
+        "window_per_anchor": count["negatives"] / num_anchors,
+        "window_gain": count["negatives"] / expected if expected else 0.0,
+        "suspects_per_anchor": count["suspects"] / num_anchors,
+        "negatives_above_own": count["above_own"] / negatives,
+        "negatives_near_own": count["near_own"] / negatives,
+        # A ratio of means: the mean of ratios is ruled by the few anchors whose own score is nearly 0.
+        "relative_score": count["score"] / count["against"] if count["against"] else 0.0,
+        "isolated": count["isolated"] / num_anchors,
     }
-    return Outlook(num_anchors=len(rows), **figures, warnings=tuple(_warnings(figures, bool(companions), skip, limits)))
+    return Outlook(
+        num_anchors=num_anchors, **figures, warnings=tuple(_warnings(figures, bool(companions), skip, limits))
+    )
+
+
+def _counts(
+    neighbors: Neighbors, cluster: np.ndarray, home: np.ndarray, skip: int, take: int, margin: float | None
+) -> dict[str, Any]:
+    """Numbers and sums over some anchors, whose clusters are `home`."""
+    ids, scores, own = neighbors.ids, neighbors.scores, neighbors.own_score[:, None]
+    wanted, conflict = cut_windows(neighbors, skip=skip, take=take, margin=margin)
+    inside = (cluster[ids] == home[:, None]) & (home >= 0)[:, None]  # ids of -1 are neither wanted nor conflicts
+    above = (ids >= 0) & (scores > own)
+    negatives = wanted & inside
+    near = np.where(own > 0, scores > NEAR * own, above)
+    return {
+        "wanted": int(wanted.sum()),
+        "negatives": int(negatives.sum()),
+        "suspects": int((conflict & inside).sum()),
+        "own_first": int((~above.any(axis=1)).sum()),
+        "own_behind_skip": int((above.sum(axis=1) > skip).sum()),
+        "above_own": int((negatives & above).sum()),
+        "near_own": int((negatives & near).sum()),
+        "score": float(scores[negatives].sum(dtype=np.float64)),
+        "against": float((own[:, 0] * negatives.sum(axis=1)).sum(dtype=np.float64)),
+        "isolated": int((~negatives.any(axis=1)).sum()),
+    }
 
 
 def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: OutlookLimits) -> list[str]:

@@ -15,6 +15,7 @@ _HOME = {
     "probe_memory": "memory",
     "warm_start_from_model": "memory",
     "TrainConfig": "training",
+    "TrainResult": "training",
     "train_model": "training",
     "ModelConfig": "model",
     "load_model": "model",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,8 +29,8 @@ class LossStateCallback(TrainerCallback):
         resume_from: The checkpoint given to `trainer.train(resume_from_checkpoint=...)` when it is not in the Trainer's output folder.
 
     Raises:
-        AnybatchError: Resuming from a checkpoint without a loss state (memory would silently start from nothing); the plan given as
-            `batch_sampler` did not reach the training set.
+        AnybatchError: Resuming from a checkpoint without a loss state (memory would silently start from nothing), or of a run with
+            another plan; the plan given as `batch_sampler` did not reach the training set.
     """
 
     def __init__(self, loss: CachedLoss, resume_from: str | Path | None = None) -> None:
@@ -55,7 +55,15 @@ class LossStateCallback(TrainerCallback):
                 f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would restart "
                 "the memory of the loss from nothing. Resume from an older checkpoint."
             )
-        tensors = load_file(folder / LOSS_STATE)
+        with safe_open(folder / LOSS_STATE, framework="pt") as file:
+            saved = (file.metadata() or {}).get("plan")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if isinstance(sampler, PlanSampler) and saved != sampler.plan.digest:
+            was = f"with the plan {saved[:12]}" if saved else "without a plan"
+            raise AnybatchError(
+                f"{folder} was trained {was}; the plan given now is {sampler.plan.digest[:12]} (digests). "
+                "Resume with the plan that the run was started with, or start a new run."
+            )
         if "num_shards" in tensors:
             if int(tensors["num_shards"]) != distributed.world_size():
                 raise AnybatchError(
@@ -78,18 +86,23 @@ class LossStateCallback(TrainerCallback):
             set_epoch(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint, atomically and last; of a memory that is sharded each rank adds its own part before that."""
+        """Add the loss to the checkpoint, atomically and last: after every rank has written its share. One barrier.
+
+        Of a memory that is sharded each rank adds its own part, and the file that says "whole" tells their number.
+        """
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        first = state.is_world_process_zero
-        if not _is_sharded(self.loss):
-            if first:
-                _write(self.loss, folder / LOSS_STATE)
-            return
-        folder.mkdir(parents=True, exist_ok=True)  # another rank makes it, perhaps a moment later or on another machine
-        _write(self.loss, folder / _shard_file())
-        dist.barrier()
-        if first:
-            write_bytes(folder / LOSS_STATE, save({"num_shards": torch.tensor(distributed.world_size())}))
+        sharded = _is_sharded(self.loss)
+        if sharded:
+            folder.mkdir(
+                parents=True, exist_ok=True
+            )  # another rank makes it, perhaps a moment later or on another machine
+            write_bytes(folder / _shard_file(), save(_tensors(self.loss)))
+        distributed.barrier()
+        if state.is_world_process_zero:
+            tensors = {"num_shards": torch.tensor(distributed.world_size())} if sharded else _tensors(self.loss)
+            sampler = _innermost_sampler(kwargs.get("train_dataloader"))
+            metadata = {"plan": sampler.plan.digest} if isinstance(sampler, PlanSampler) else None
+            write_bytes(folder / LOSS_STATE, save(tensors, metadata))
 
     def on_log(
         self,
@@ -108,10 +121,16 @@ class LossStateCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
 
+def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
+    """The checkpoints under `folder`, whole or not, and their steps; `checkpoint-best` and the like are not among them."""
+    found = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
+    return {path: int(number) for path, number in found.items() if number.isdecimal()}
+
+
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint under `folder` that was written to its end, or None."""
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{LOSS_STATE}")]
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    whole = {path: step for path, step in checkpoint_steps(folder).items() if (path / LOSS_STATE).exists()}
+    return max(whole, key=lambda path: whole[path], default=None)
 
 
 def _is_sharded(loss: CachedLoss) -> bool:
@@ -124,9 +143,8 @@ def _shard_file() -> str:
     return f"anybatch_loss-{distributed.rank()}-of-{distributed.world_size()}.safetensors"
 
 
-def _write(loss: CachedLoss, path: Path) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in loss.loss.state_dict().items()}
-    write_bytes(path, save(tensors))
+def _tensors(loss: CachedLoss) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in loss.loss.state_dict().items()}
 
 
 def _innermost_sampler(dataloader: Any) -> Any:
