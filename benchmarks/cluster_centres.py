@@ -6,9 +6,9 @@ mu_c is the mean embedding of cluster c and K_c its number of members, both from
 clusters. The exponential of a mean is less than the mean of exponentials; `offset` makes up for it, measured on the batch's own clusters, where both
 are known. Clusters not seen yet are stood for by those that were.
 
-It is no loss of the library, because it fails where it matters. On embeddings that stand still it is far nearer to the full gradient than anything
-else of this cost (docs/benchmarks/global_loss.md). In training the centres are those of an older model and receive no gradient, so that the model
-lowers the loss by moving away from where everything was: docs/benchmarks/global_training.md.
+It is no loss of the library, because it fails where it matters. For single anchors, on embeddings that stand still, it is far nearer to the full
+gradient than anything else of this cost (docs/benchmarks/global_loss.md). But its errors are common to all anchors, so that they add up in shared parameters: it trains
+worse than plain InfoNCE (docs/benchmarks/shared_direction.md), and from scratch, at usual rates, it collapses.
 
 One process, one direction. Cost: C * D numbers for C clusters, and a product of B x C x D a step.
 """

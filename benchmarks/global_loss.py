@@ -258,7 +258,8 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
         "Mined: clusters of 32 (half a batch where that is less), no ranks skipped, so that the hardest rows sit together; skip 30 keeps the thirty nearest "
         "apart as probable false negatives, though they weigh most in the exact gradient; the weak teacher sees sixteen random directions of the embeddings. "
         "Cluster centres: the experiment in `benchmarks/cluster_centres.py`, the batch exactly and all other clusters by their mean embedding. All embeddings "
-        "stand still, so no memory is ever stale here, and only the anchors' gradient is compared: in training that experiment fails (see its first lines).\n\n## Random InfoNCE, the measure\n\n",
+        "stand still, so no memory is ever stale here, and only the anchors' gradient is compared. In training that experiment fails: [shared direction and "
+        "training](shared_direction.md).\n\n## Random InfoNCE, the measure\n\n",
         markdown_table(
             ["batch", "RMSE", "bias", "RMSE, scaled"],
             [[f"{size:,}", *(f"{curves[name][size]:.3f}" for name in ERRORS)] for size in sorted(curves["rmse"])],

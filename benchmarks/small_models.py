@@ -177,8 +177,10 @@ def lsa_teacher(split: Split, *, dimensions: int = 64) -> tuple[np.ndarray, np.n
         side.sum_duplicates()  # so that an entry is a word of a document, however often it occurs
     documents = np.bincount(vstack(counts).tocsr().indices, minlength=BUCKETS)
     idf = diags(np.log(2 * len(split) / np.maximum(1, documents)).astype(np.float32))
-    weighted = [csr_matrix(np.sqrt(side) @ idf) for side in counts]
-    start = np.random.default_rng(0).normal(size=min(weighted[1].shape))
+    for side in counts:
+        side.data = np.sqrt(side.data)
+    weighted = [csr_matrix(side @ idf) for side in counts]
+    start = np.random.default_rng(0).normal(size=min(len(split), BUCKETS))
     _, values, vectors = svds(weighted[1], k=min(dimensions, len(split) - 1), v0=start)
     assert vectors is not None
     projected = [np.asarray(side @ vectors.T) / np.sqrt(values + 1e-6) for side in weighted]

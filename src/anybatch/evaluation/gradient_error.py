@@ -13,7 +13,7 @@ the rest never passes the normalisation. Over anchors i and over draws of the ba
 
 Parameters are shared, and so an error that all anchors have in common adds up where independent ones cancel. The third kind of figure is that of
 a linear map shared by all anchors, G = mean_i g_i a_i^T, after averaging over batches: its cosine with the exact one, and its bias. A method can be
-near in every single anchor and yet go astray together; in training, this is the figure that told (docs/benchmarks/global_loss.md).
+near in every single anchor and yet go astray together; in training, this is the figure that told (docs/benchmarks/shared_direction.md).
 
 The effective batch size is the size of the random batch for which plain InfoNCE has the same error.
 
@@ -375,7 +375,7 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
     squared = exact.square().sum(dim=1).double()
     means = [half.gradient[seen] / half.count[seen, None].to(exact.dtype) - exact for half in (first, second)]
     bias = (means[0] * means[1]).sum(dim=1).double()
-    shared, shared_se = _shared(*means, exact, pairs.anchors[pairs.probes[seen]], num_rows=len(pairs))
+    shared, shared_se = _shared(means[0], means[1], exact, pairs.anchors[pairs.probes[seen]], num_rows=len(pairs))
     count = (first.count + second.count)[seen]
     error, along, length = (
         (a + b)[seen] / count
