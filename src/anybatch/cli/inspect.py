@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from anybatch.cli import inspect_plan
+from anybatch.cli import inspect_gradient, inspect_plan
 from anybatch.cli.progress import console
 from anybatch.errors import AnybatchError
 from anybatch.plan import BatchPlan
@@ -61,3 +61,4 @@ def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 verbs = typer.Typer(help="What is in a plan or a run.", no_args_is_help=True, rich_markup_mode=None)
 verbs.command(name="plan")(inspect_plan.command)
 verbs.command(name="run")(command)
+verbs.command(name="gradient")(inspect_gradient.command)

@@ -1,5 +1,6 @@
 """One self-contained HTML page (jinja2, inline SVG), and the same results as tables. Shows the types of plan, data and mining."""
 
+from anybatch.report.gradient_page import render_gradient_page
 from anybatch.report.page import Report, render_report
 from anybatch.report.plan_figures import Figure, plan_figures
 from anybatch.report.plan_page import render_plan_page
@@ -13,6 +14,7 @@ __all__ = [
     "markdown_table",
     "metrics_table",
     "plan_figures",
+    "render_gradient_page",
     "render_plan_page",
     "render_report",
 ]

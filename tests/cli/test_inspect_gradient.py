@@ -1,0 +1,50 @@
+"""`anybatch inspect gradient`: the table, the page, and what it needs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from anybatch.cli import inspect_gradient as module
+from anybatch.errors import AnybatchError
+
+from .test_cli import run
+from .test_inspect_plan import mined  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """What the command prints."""
+    from rich.console import Console
+
+    console = Console(width=300, record=True, force_terminal=False, stderr=True)
+    monkeypatch.setattr(module, "console", console)
+    return lambda: console.export_text(clear=False)
+
+
+def test_a_run_folder(mined, tmp_path, heard):  # noqa: F811
+    page = tmp_path / "gradient.html"
+    run("inspect", "gradient", str(mined), "--anchors", "40", "--html", str(page))
+    said = heard()
+    assert "count_corrected, weights=inclusion" in said
+    assert re.search(r"Closest to the gradient over all 97 rows: loss\.name=\w+", said)
+    assert "Not taken into account" not in said
+    text = page.read_text(encoding="utf-8")
+    assert "count_corrected, weights=inclusion" in text
+    assert "temperature 0.2" in text
+    assert not re.search(r"(src|href)=", text)
+    with pytest.raises(AnybatchError, match=r"gradient\.html exists"):
+        run("inspect", "gradient", str(mined), "--html", str(page))
+
+
+def test_a_plan_alone(mined, tmp_path, heard):  # noqa: F811
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(mined / "plan.safetensors", alone)
+    with pytest.raises(AnybatchError, match="--embeddings ANCHORS"):
+        run("inspect", "gradient", str(alone))
+    files = [str(tmp_path / "a.npy"), str(tmp_path / "p.npy")]
+    run("inspect", "gradient", str(alone), "--anchors", "20", "--embeddings", *files)
+    assert "Not taken into account: Repeated texts" in heard()
