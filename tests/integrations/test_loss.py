@@ -137,3 +137,56 @@ def test_mistakes(model):
         CachedLoss(model, InfoNCE())(features[:1])
     with pytest.raises(AnybatchError, match="with_index"):
         CachedLoss(model, InfoNCE(), rows=RowTable(np.arange(11), np.arange(11)))(features)
+
+
+def accumulated(loss, batches, labels=None):
+    """Two backward passes of half the loss each, as under gradient accumulation; the temperature had a gradient before."""
+    loss.zero_grad()
+    loss.loss.log_temperature.grad = torch.tensor(3.0)
+    for features in batches:
+        (loss([dict(column) for column in features], labels) / len(batches)).backward()
+    return {name: parameter.grad.clone() for name, parameter in loss.named_parameters() if parameter.grad is not None}
+
+
+def test_learned_temperature_follows_the_outer_gradient(model):
+    """Accumulation 2 equals the plain loss under autograd, the temperature's gradient included, which is added to what was there."""
+    model.eval()
+    batches = [columns(model, negatives=1), columns(model, rows=7, negatives=1)]
+    cached = CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=3)
+    ours = accumulated(cached, batches)
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.loss = model, cached.loss
+
+        def forward(self, features, labels):
+            anchors, *others = (self.model(column)["sentence_embedding"] for column in features)
+            return self.loss(anchors, torch.cat(others))
+
+    theirs = accumulated(Plain(), batches)
+    assert abs(theirs["loss.log_temperature"] - 3.0) > 1e-3
+    torch.testing.assert_close(ours["loss.log_temperature"], theirs["loss.log_temperature"], rtol=1e-6, atol=0)
+    assert worst(ours, theirs) < 1e-7  # the temperature is a float32 parameter
+
+
+def test_nothing_reaches_the_temperature_before_backward(model):
+    loss = CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=4)
+    value = loss([dict(column) for column in columns(model)])
+    assert loss.loss.log_temperature.grad is None
+    value.backward()
+    assert loss.loss.log_temperature.grad is not None
+
+
+def test_the_loss_is_computed_outside_autocast(model):
+    model.float().eval()
+    seen = []
+
+    class Watching(InfoNCE):
+        def forward(self, anchors, candidates, **arguments):
+            seen.append((anchors.dtype, candidates.dtype, (anchors @ candidates.T).dtype))
+            return super().forward(anchors, candidates, **arguments)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        CachedLoss(model, Watching(), micro_batch=4)(columns(model))
+    assert seen == [(torch.float32,) * 3]

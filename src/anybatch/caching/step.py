@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def backward_to_leaves(
     loss_kwargs: Mapping[str, Any] | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """The loss of recorded embeddings, back-propagated as far as the leaves (and the loss's own parameters).
+    """The loss of recorded embeddings, outside autocast, back-propagated to the leaves (and the loss's own parameters).
 
     Args:
         loss: As in `cached_step`.
@@ -124,7 +125,8 @@ def backward_to_leaves(
         candidates = [torch.cat(list(leaves[1:]))]
     else:
         candidates = list(leaves[1:])  # one tower only: the loss takes the embeddings alone
-    value = loss(leaves[0], *candidates, **(loss_kwargs or {}))
+    with without_autocast():  # the leaves are float32 or better, and so is all that the loss does with them
+        value = loss(leaves[0], *candidates, **(loss_kwargs or {}))
     if not isinstance(value, Tensor) or value.ndim != 0:
         given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise AnybatchError(f"The loss returned {given}; a scalar tensor is expected. Reduce it (mean) inside.")
@@ -142,6 +144,28 @@ def backward_to_leaves(
             "gradient, though encoding them costs time. Remove these inputs, or use a loss that reads them."
         )
     return value.detach()
+
+
+@contextlib.contextmanager
+def taken_aside(parameters: Sequence[nn.Parameter]) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+    """Collect what a backward pass inside gives to `parameters`, and put their `.grad` back as it was.
+
+    For a loss whose backward pass is only a preparation: the outer gradient (1 / accumulation steps, a gradient scaler)
+    that must multiply what it found comes later.
+
+    Yields:
+        A list, filled on leaving: parameter and gradient, where it received one.
+    """
+    before = [parameter.grad for parameter in parameters]
+    found: list[tuple[nn.Parameter, Tensor]] = []
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield found
+        found += [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    finally:
+        for parameter, grad in zip(parameters, before):
+            parameter.grad = grad
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int = 2**25) -> None:

@@ -114,8 +114,9 @@ def verify(
         # With dropout the masks belong to the micro-batches; without, the whole batch in one pass says more.
         split = plans if draws else [[torch.arange(slicer.num_rows)] for slicer in slicers]
         embedded = [_embedded(tower, slicer, plan) for tower, slicer, plan in zip(towers, slicers, split)]
-        value = loss(embedded[0], *([torch.cat(embedded[1:])] if len(embedded) > 1 else []), **(loss_kwargs or {}))
-        with without_autocast():
+        precise = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in embedded]
+        with without_autocast():  # as in the cached step: the loss sees float32 or better, and no autocast
+            value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **(loss_kwargs or {}))
             value.backward()
         plain = _take_gradients(names)
     with _untouched(parts, list(names)), torch.no_grad(), _evaluating(held):

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from anybatch.caching.replay import Recording, record, replay
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
+from anybatch.caching.state import without_autocast
+from anybatch.caching.step import taken_aside
 from anybatch.errors import AnybatchError
 from anybatch.losses import InfoNCE
 from anybatch.rows import RowTable
@@ -87,7 +89,9 @@ class CachedLoss(nn.Module):
         embeddings = [[recording.embeddings] for recording in recordings]
         if not torch.is_grad_enabled():
             return self.calculate_loss(embeddings, labels)
-        loss = self.calculate_loss(embeddings, labels, with_backward=True).detach().requires_grad_()
+        own = _own_parameters(self.loss, self.model)
+        with taken_aside(own) as own_gradients:
+            loss = self.calculate_loss(embeddings, labels, with_backward=True).detach().requires_grad_()
         gradients = []
         for column, [leaf] in enumerate(embeddings):
             if leaf.grad is None and leaf.requires_grad:
@@ -95,7 +99,9 @@ class CachedLoss(nn.Module):
                     f"Input column {column} received no gradient: the loss never read it. Remove it from the data set."
                 )
             gradients.append([leaf.grad])
-        loss.register_hook(partial(_replay, recordings=recordings, gradients=gradients))
+        loss.register_hook(
+            partial(_deferred_backward, recordings=recordings, gradients=gradients, own=own_gradients)
+        )
         return loss
 
     def calculate_loss(
@@ -125,10 +131,11 @@ class CachedLoss(nn.Module):
             raise AnybatchError(
                 "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
             )
-        value = self.loss(anchors, candidates, **arguments)
-        if with_backward:
-            value.backward()
-            return value.detach()
+        with without_autocast():  # the embeddings are float32 or better, and so is all that the loss does with them
+            value = self.loss(anchors, candidates, **arguments)
+            if with_backward:
+                value.backward()
+                return value.detach()
         return value
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -154,6 +161,22 @@ class CachedLoss(nn.Module):
         return self.model(features)["sentence_embedding"]
 
 
-def _replay(outer: Tensor, *, recordings: list[Recording], gradients: list[list[Tensor | None]]) -> None:
+def _own_parameters(loss: nn.Module, model: nn.Module) -> list[nn.Parameter]:
+    """What the loss trains besides the encoder: a temperature, margins."""
+    encoder = set(model.parameters())
+    return [parameter for parameter in loss.parameters() if parameter.requires_grad and parameter not in encoder]
+
+
+@torch.no_grad()
+def _deferred_backward(
+    outer: Tensor,
+    *,
+    recordings: list[Recording],
+    gradients: list[list[Tensor | None]],
+    own: list[tuple[nn.Parameter, Tensor]],
+) -> None:
     """The deferred backward pass: `outer` is the gradient that reached the loss (1 / accumulation steps, a scaler)."""
+    for parameter, gradient in own:
+        scaled = gradient * outer.to(gradient.device, gradient.dtype)
+        parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
     replay(recordings, gradients, scale=outer)
