@@ -306,6 +306,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         micro_batch=config.train.micro_batch,
         max_tokens=config.train.max_tokens,
         keep_graphs=config.train.keep_graphs,
+        memory=config.train.memory,
     )
     dataset = pairs.to_dataset()
     with Measure() as measure:

@@ -12,7 +12,7 @@ embeddings: d loss / d theta = sum over micro-batches of (d embeddings_m / d the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ def record(
     micro_batches: Sequence[Tensor],
     keep_graphs: int | float | GraphBudget = 0,
     modules: Sequence[nn.Module] | None = None,
+    on_split: Callable[[int], None] | None = None,
 ) -> Recording:
     """Run the encoder over every micro-batch and keep the embeddings, but not (all of) the graphs.
 
@@ -56,6 +57,7 @@ def record(
         keep_graphs: How many micro-batches, from the first, keep their graph: an int counts them, a float is a
             fraction, a `GraphBudget` keeps them while memory allows. 0 is pure GradCache, 1.0 plain training.
         modules: The modules that `encode` runs, where they cannot be found by looking at it (see `modules_of`).
+        on_split: Called with the padded tokens that are tried next, when a micro-batch ran out of memory.
 
     Returns:
         The recording. Under `torch.no_grad()` its leaves need no gradient and nothing can be replayed.
@@ -85,7 +87,7 @@ def record(
     torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
     try:
         with no_reduction(wrapped), refuse_hidden_distributed(held):
-            recorded = RecordingPass(encode, slicer, deque(micro_batches), keep_graphs)
+            recorded = RecordingPass(encode, slicer, deque(micro_batches), keep_graphs, on_split)
             recorded.run()
     finally:
         torch.clear_autocast_cache()
@@ -100,6 +102,7 @@ def record(
         _modes=ModeState(held),
         # A compiled encoder may not fire hooks; then every module found counts as called.
         _wrapped=tuple(module for module in wrapped if not called or module in called),
+        _on_split=on_split,
     )
 
 
@@ -116,12 +119,14 @@ class _Job:
 def replay(
     recordings: Sequence[Recording], grads: Sequence[Sequence[Tensor | None]], *, scale: Tensor | float = 1.0
 ) -> None:
-    """Send the gradients of the leaves into the encoders of one step: kept graphs first, then the replays.
+    """Send the gradients of the leaves into the encoders of one step, micro-batch by micro-batch, in recorded order.
+
+    Which graphs were kept changes the time and not one bit of the gradient.
 
     A replayed micro-batch runs under the random state, autocast and training mode of its recording; afterwards the
     random generators are where they were. An encoder wrapped in DistributedDataParallel reduces its gradients in
     the last backward pass of the last recording that calls it, and only if it would do so now (an outer `no_sync`
-    is respected). Where that recording kept every graph, one row more is run, with a zero gradient, to let it reduce.
+    is respected). Where its last graph was kept, one row more is run, with a zero gradient, to let it reduce.
 
     Args:
         recordings: All recordings of the step, in the same order on every rank.
@@ -150,25 +155,19 @@ def replay(
 
 
 def _plan_jobs(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> list[_Job]:
-    """Back-propagate what was kept (which frees it) and list what must be replayed."""
+    """Every micro-batch in recorded order, kept or not: the sum of the gradients is the same to the last bit."""
     reducing = {module: module.require_backward_grad_sync for r in recordings for module in r._wrapped}
     active = [r for r in recordings if r.trains and any(grad is not None for grad in gradient_of[id(r)])]
     jobs: list[_Job] = []
-    for recording in active:
-        with no_reduction(recording._wrapped), without_autocast():
-            for piece in recording._pieces:
-                if piece.outputs is not None:
-                    _backward(piece.outputs, gradient_of[id(recording)], piece.rows)
-                    piece.outputs, piece.trains = None, False
     for position, recording in enumerate(active):
         own = [_Job(recording=recording, piece=piece) for piece in recording._pieces if piece.trains]
         later = {module for other in active[position + 1 :] for module in other._wrapped}
         due = tuple(module for module in recording._wrapped if reducing[module] and module not in later)
-        if due and not own:
-            last = recording._pieces[-1]  # the shortest
-            own = [_Job(recording=recording, piece=Piece(rows=last.rows[-1:]), zero=True)]
-        if own:
-            own[-1].reduce = due
+        if due and own[-1].piece.outputs is not None:
+            # A kept graph was made with the reduction held back, and cannot reduce.
+            rows = recording._pieces[-1].rows[-1:]  # the shortest
+            own.append(_Job(recording=recording, piece=Piece(rows=rows), zero=True))
+        own[-1].reduce = due
         jobs += own
     for recording in recordings:
         recording._spent = True
@@ -180,23 +179,37 @@ def _replay_piece(jobs: deque[_Job], gradient_of: dict[int, list[Tensor | None]]
     recording, piece = job.recording, job.piece
     local = [module for module in recording._wrapped if module not in job.reduce]
     with recording._autocast.apply(), recording._modes.apply(), no_reduction(local):
-        if piece.random is not None:
-            piece.random.restore()
-        with out_of_memory_as_none() as attempt:
-            attempt.result = encode_rows(recording._encode, recording._slicer, piece.rows)
-        outputs = attempt.result
+        outputs, piece.outputs = piece.outputs, None  # a kept graph is freed by its backward pass
         if outputs is None:
-            if piece.drew:
-                raise AnybatchError(
-                    f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split "
-                    "now: its random numbers (dropout) belong to the whole. Lower micro_batch or max_tokens."
-                ) from attempt.error
-            halves = [Piece(rows=rows, drew=False, trains=True) for rows in warn_split(piece.rows, attempt.error)]
-            jobs.appendleft(_Job(recording=recording, piece=halves[1], reduce=job.reduce))
-            jobs.appendleft(_Job(recording=recording, piece=halves[0]))
-            return
-        with without_autocast():
-            _backward(outputs, gradient_of[id(recording)], piece.rows, zero=job.zero)
+            if piece.random is not None:
+                piece.random.restore()
+            with out_of_memory_as_none() as attempt:
+                attempt.result = encode_rows(recording._encode, recording._slicer, piece.rows)
+            outputs = attempt.result
+            if outputs is None:
+                _split(jobs, job, attempt.error)
+                return
+        with without_autocast(), out_of_memory_as_none() as attempt:
+            attempt.result = _backward(outputs, gradient_of[id(recording)], piece.rows, zero=job.zero)
+        if attempt.error is not None:
+            raise AnybatchError(
+                f"Out of memory in the backward pass of a micro-batch of {len(piece.rows)} rows. The gradients of this step "
+                "are incomplete: set them to zero. Lower micro_batch, max_tokens, memory or keep_graphs."
+            ) from attempt.error
+
+
+def _split(jobs: deque[_Job], job: _Job, error: BaseException | None) -> None:
+    """Put the two halves of a replay that did not fit in front of the queue."""
+    recording, piece = job.recording, job.piece
+    if piece.drew:
+        raise AnybatchError(
+            f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split "
+            "now: its random numbers (dropout) belong to the whole. Lower micro_batch or max_tokens."
+        ) from error
+    smaller = warn_split(recording._slicer, piece.rows, error, recording._on_split)
+    halves = [Piece(rows=rows, drew=False, trains=True) for rows in smaller]
+    jobs.appendleft(_Job(recording=recording, piece=halves[1], reduce=job.reduce))
+    jobs.appendleft(_Job(recording=recording, piece=halves[0]))
 
 
 def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Tensor, *, zero: bool = False) -> None:

@@ -17,7 +17,8 @@ from anybatch.caching.modules import modules_of
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.state import ModeState, RandomState, without_autocast
-from anybatch.caching.step import cached_step, paired_encoders
+from anybatch.caching.step import cached_step
+from anybatch.caching.towers import paired_encoders
 from anybatch.errors import AnybatchError
 
 
