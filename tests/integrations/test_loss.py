@@ -190,3 +190,35 @@ def test_the_loss_is_computed_outside_autocast(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         CachedLoss(model, Watching(), micro_batch=4)(columns(model))
     assert seen == [(torch.float32,) * 3]
+
+
+def test_auto_is_plain_training_where_it_fits(model):
+    """One forward pass a column, no replay; the probe of the first step is three rows."""
+    model.train()
+    calls = []
+    model.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0]["input_ids"])))
+    loss = CachedLoss(model, InfoNCE(), micro_batch="auto")
+    features = columns(model)
+    gradients(loss, features)
+    calls.clear()
+    gradients(loss, features)
+    assert calls == [11, 11, 11]
+
+
+def test_running_out_of_memory_is_survived(model):
+    """A device with room for 40 padded tokens: the batch is split, says so, and the gradient is that of the plain loss."""
+    model.eval()
+
+    def crowded(module, inputs):
+        if inputs[0]["input_ids"].numel() > 40:
+            raise torch.OutOfMemoryError("no room")
+
+    features = columns(model)
+    _, theirs = gradients(MultipleNegativesRankingLoss(model, scale=20.0), features)
+    model.register_forward_pre_hook(crowded)
+    loss = CachedLoss(model, InfoNCE(temperature=0.05), micro_batch="auto")
+    with pytest.warns(UserWarning, match="split"):
+        _, ours = gradients(loss, features)
+    assert worst(ours, theirs) < 1e-12
+    assert loss.memory.learned is not None
+    gradients(loss, features)  # warnings are errors: it does not run out again

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, parse_memory, total_memory
 from anybatch.caching.rows import RowSlicer
@@ -30,6 +30,7 @@ class GraphBudget:
         device: Whose memory.
         reserve: Bytes set aside for what comes later in the step (gradients of the parameters, the loss).
         most: The most bytes of kept graphs, where an earlier step has shown it.
+        modules: Their parameters and buffers are there anyway and are not counted.
 
     One object serves all recordings of a step. Make a new one for every step (`StepMemory` does).
 
@@ -48,6 +49,7 @@ class GraphBudget:
         device: torch.device | str = "cpu",
         reserve: int = 0,
         most: int | None = None,
+        modules: Iterable[nn.Module] = (),
     ) -> None:
         self.device = torch.device(device)
         self.limit = parse_memory(memory, total_memory(self.device))
@@ -58,7 +60,12 @@ class GraphBudget:
         self._bytes_per_token = 0.0
         self._measured: RowSlicer | None = None  # the tower that the ratio belongs to
         self._last: dict[int, int] = {}  # storages of the last graph measured
-        self._kept: dict[int, int] = {}  # storages of the kept graphs: alive, so no address comes twice
+        # Storages that cost nothing more: parameters, and what kept graphs hold. They are alive, so no address comes twice.
+        self._there = {
+            tensor.untyped_storage().data_ptr()
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+        }
 
     def has_room(self, slicer: RowSlicer, rows: Tensor) -> bool:
         """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
@@ -72,7 +79,7 @@ class GraphBudget:
         if not self._fits(size):
             return False
         self.spent += size
-        self._kept |= self._last
+        self._there |= self._last.keys()
         return True
 
     @contextlib.contextmanager
@@ -81,15 +88,14 @@ class GraphBudget:
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if not (tensor.is_leaf and tensor.requires_grad):
-                storage = tensor.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
-        self.largest = max(self.largest, sum(sizes.values()))
-        self._last = {place: size for place, size in sizes.items() if place not in self._kept}
+        self._last = {place: size for place, size in sizes.items() if place not in self._there}
+        self.largest = max(self.largest, sum(self._last.values()))
         self._bytes_per_token = sum(self._last.values()) / padded_tokens(slicer, rows)
         self._measured = slicer
 

@@ -59,7 +59,9 @@ class StepMemory:
             self._most_kept = int(0.9 * past.spent)
         device = _device_of([*modules, *inputs])
         reserve = LOSS_RESERVE + _gradient_bytes(modules)
-        self._budget = GraphBudget(self.memory, device=device, reserve=reserve, most=self._most_kept)
+        self._budget = GraphBudget(
+            self.memory, device=device, reserve=reserve, most=self._most_kept, modules=modules
+        )
         return self._budget
 
     def max_tokens(self, encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> int:
@@ -116,7 +118,7 @@ def _graph_bytes(
     encode: Encoder, slicer: RowSlicer, rows: Tensor, modules: Sequence[nn.Module], device: torch.device
 ) -> int | None:
     """What autograd saves for these rows; None if they do not fit. Random generators are put back."""
-    budget, before = GraphBudget(1, device=device), RandomState()
+    budget, before = GraphBudget(1, device=device, modules=modules), RandomState()
     try:
         with torch.enable_grad(), no_reduction(distributed_modules(modules)), out_of_memory_as_none() as attempt:
             attempt.result = encode_rows(encode, slicer, rows, budget.measure(slicer, rows))
