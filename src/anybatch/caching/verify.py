@@ -28,7 +28,7 @@ class Verification:
 
     Attributes:
         error: Norm of the difference of all gradients over the norm of the plain gradient.
-        tolerance: What rounding allows in the coarsest dtype that took part.
+        tolerance: What rounding allows in the coarsest dtype that took part, autocast's included.
         errors: The same ratio for every parameter, by name.
         loss_error: Relative difference of the two losses.
         findings: What stands in the way of exactness, in sentences; empty where nothing was found.
@@ -39,6 +39,11 @@ class Verification:
     errors: dict[str, float]
     loss_error: float
     findings: tuple[str, ...]
+
+    @classmethod
+    def refused(cls, reason: str) -> Verification:
+        """What there is to say when the cached step refuses to run: a finding, and no errors."""
+        return cls(error=float("inf"), tolerance=0.0, errors={}, loss_error=float("inf"), findings=(reason,))
 
     @property
     def exact(self) -> bool:
@@ -148,7 +153,12 @@ def _embedded(tower: Encoder, slicer: RowSlicer, plan: Sequence[Tensor]) -> Tens
 
 
 def _tolerance(tensors: Sequence[Tensor]) -> float:
-    return 200 * max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+    """A multiple of the coarsest rounding; a smaller one in half precision, where 200 roundings would be everything."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    for device in {tensor.device.type for tensor in tensors}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    return max((200 if torch.finfo(dtype).bits >= 32 else 16) * torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _compare(
