@@ -29,7 +29,8 @@ class Verification:
     Attributes:
         error: Norm of the difference of all gradients over the norm of the plain gradient.
         tolerance: What rounding allows in the coarsest dtype that took part, autocast's included.
-        errors: The same ratio for every parameter, by name.
+        errors: The same for every parameter, by name: over its own norm, or a thousandth of that of all where its own is less
+            (some gradients, such as that of a key's bias, are zero but for rounding).
         loss_error: Relative difference of the two losses.
         findings: What stands in the way of exactness, in sentences; empty where nothing was found.
     """
@@ -142,7 +143,10 @@ def verify(
     start.restore()
     foreign.restore()
     findings += [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
-    return _compare(cached, plain, cached_value, value.detach(), _tolerance([*embedded, *plain.values()]), findings)
+    tolerance = _tolerance([*embedded, *plain.values()])
+    encoder = {name for part in held for parameter in part.parameters() if (name := names.get(parameter))}
+    findings += _wrong_sizes({n: g for n, g in plain.items() if n not in encoder}, cached, 100 * tolerance)
+    return _compare(cached, plain, cached_value, value.detach(), tolerance, findings)
 
 
 def _embedded(tower: Encoder, slicer: RowSlicer, plan: Sequence[Tensor]) -> Tensor:
@@ -170,11 +174,12 @@ def _compare(
     found: list[str],
 ) -> Verification:
     errors: dict[str, float] = {}
+    floor = 1e-3 * sum(float(gradient.double().norm()) ** 2 for gradient in plain.values()) ** 0.5
     difference = reference = product = 0.0
-    for name in plain.keys() & cached.keys():
+    for name in sorted(plain.keys() & cached.keys()):
         wanted, got = plain[name].double(), cached[name].double()
         gap, size = float((got - wanted).norm()), float(wanted.norm())
-        errors[name] = gap / size if size > 0 else float(gap > 0)
+        errors[name] = gap / max(size, floor) if max(size, floor) > 0 else float(gap > 0)
         difference, reference = difference + gap**2, reference + size**2
         product += float((got * wanted).sum())
     error = (difference / reference) ** 0.5 if reference > 0 else float(difference > 0)
@@ -191,6 +196,18 @@ def _compare(
     return Verification(
         error=error, tolerance=tolerance, errors=errors, loss_error=loss_error, findings=tuple(dict.fromkeys(found))
     )
+
+
+def _wrong_sizes(plain: dict[str, Tensor], cached: dict[str, Tensor], tolerance: float) -> list[str]:
+    """Parameters of the loss are few and their gradients small: beside an encoder's, a wrong factor would go unseen."""
+    found = []
+    for name in plain.keys() & cached.keys():
+        wanted, got = plain[name].double(), cached[name].double()
+        size = float(wanted.norm())
+        if size > 0 and float((got - wanted).norm()) > tolerance * size:
+            ratio = float((got * wanted).sum()) / size**2
+            found.append(f"The loss's own parameter {name} gets {ratio:.4g} times its gradient: a scale is wrong.")
+    return found
 
 
 class _ForeignState:
