@@ -3,10 +3,28 @@
 import pytest
 import torch
 
-from anybatch.caching import GraphBudget, StepMemory, cached_step, plan_micro_batches, record, record_towers, step_memory
+from anybatch.caching import (
+    GraphBudget,
+    StepMemory,
+    cached_step,
+    plan_micro_batches,
+    record,
+    record_towers,
+    step_memory,
+)
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, total_memory
 from anybatch.errors import AnybatchError
-from tests.caching.helpers import Mlp, Softmax, TextEncoder, clone, gradients, plain_step, relative_error, texts, vectors
+from tests.caching.helpers import (
+    Mlp,
+    Softmax,
+    TextEncoder,
+    clone,
+    gradients,
+    plain_step,
+    relative_error,
+    texts,
+    vectors,
+)
 
 CPU = torch.device("cpu")
 

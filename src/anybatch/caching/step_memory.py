@@ -18,7 +18,7 @@ from anybatch.caching.state import RandomState
 from anybatch.errors import AnybatchError
 
 # Larger micro-batches are not faster: on a CPU they leave the caches, on a GPU the units are busy.
-MOST_TOKENS = {"cpu": 4096}
+MOST_TOKENS = {"cpu": 2048}
 MOST_TOKENS_ACCELERATOR = 32_768
 FEWEST_TOKENS = 64
 LOSS_RESERVE = 2**26  # score tiles and the gradients of the embeddings
