@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, parse_memory, total_memory
 from anybatch.caching.rows import RowSlicer
@@ -65,6 +66,7 @@ class GraphBudget:
             tensor.untyped_storage().data_ptr()
             for module in modules
             for tensor in (*module.parameters(), *module.buffers())
+            if not is_traceable_wrapper_subclass(tensor)
         }
 
     def has_room(self, slicer: RowSlicer, rows: Tensor) -> bool:
@@ -88,8 +90,9 @@ class GraphBudget:
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
+            if not is_traceable_wrapper_subclass(tensor):  # such a tensor (sharded, quantised) has no storage of its own
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -149,6 +152,14 @@ def warn_split(
     if on_split is not None:
         on_split(max(padded_tokens(slicer, half) for half in halves))
     return halves
+
+
+def sharded_out_of_memory(rows: Tensor) -> AnybatchError:
+    """Why a micro-batch of a sharded encoder is not split."""
+    return AnybatchError(
+        f"Out of memory with a micro-batch of {len(rows)} rows of a sharded encoder (fully_shard), which cannot be split now: the "
+        "other ranks take part in each of its passes. Lower micro_batch, max_tokens or keep_graphs on all ranks."
+    )
 
 
 def padded_tokens(slicer: RowSlicer, rows: Tensor) -> int:

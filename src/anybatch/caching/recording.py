@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, warn_split
+from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, sharded_out_of_memory, warn_split
+from anybatch.caching.reduction import Wrapped
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import count_kept
 from anybatch.caching.state import AutocastState, ModeState, RandomState
@@ -45,8 +45,9 @@ class Recording:
     _pieces: list[Piece]
     _autocast: AutocastState
     _modes: ModeState
-    _wrapped: tuple[DistributedDataParallel, ...] = ()
+    _wrapped: tuple[Wrapped, ...] = ()
     _on_split: Callable[[int], None] | None = None
+    _sharded: bool = False  # over ranks, which then must run equally many passes
     _spent: bool = field(default=False)
 
     @property
@@ -89,10 +90,13 @@ class RecordingPass:
         queue: deque[Tensor],
         keep_graphs: int | float | GraphBudget,
         on_split: Callable[[int], None] | None,
+        *,
+        may_split: bool = True,
     ) -> None:
         self.encode, self.slicer, self.queue, self.on_split = encode, slicer, queue, on_split
         self.budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
         self.to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(queue))
+        self.may_split = may_split
         self.training = torch.is_grad_enabled()
         self.pieces: list[Piece] = []
         self.flats: list[Tensor] = []
@@ -115,6 +119,8 @@ class RecordingPass:
             measuring = budget.measure(self.slicer, rows) if budget is not None and with_graph else None
             attempt.result = encode_rows(self.encode, self.slicer, rows, measuring)
         if attempt.error is not None:
+            if not self.may_split:
+                raise sharded_out_of_memory(rows) from attempt.error
             if before is not None:
                 before.restore()
             self._make_room(rows, attempt.error, kept=with_graph and any(self.trains))

@@ -11,6 +11,7 @@ embeddings: d loss / d theta = sum over micro-batches of (d embeddings_m / d the
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,18 +19,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from anybatch import distributed
 from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, warn_split
-from anybatch.caching.modules import (
-    distributed_modules,
-    modules_of,
-    no_reduction,
-    refuse_batch_statistics,
-    refuse_hidden_distributed,
-)
+from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, sharded_out_of_memory, warn_split
+from anybatch.caching.modules import modules_of, refuse_batch_statistics
 from anybatch.caching.recording import Piece, Recording, RecordingPass
+from anybatch.caching.reduction import (
+    Wrapped,
+    distributed_modules,
+    no_reduction,
+    reduces_now,
+    refuse_hidden_distributed,
+    same_number_on_all_ranks,
+)
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.state import AutocastState, ModeState, RandomState, without_autocast
 from anybatch.errors import AnybatchError
@@ -77,17 +82,26 @@ def record(
     held = modules_of(encode) if modules is None else list(modules)
     refuse_batch_statistics(held)
     wrapped = distributed_modules(held)
-    called: set[DistributedDataParallel] = set()
+    sharded = distributed.is_active() and any(isinstance(module, FSDPModule) for module in wrapped)
+    if sharded:
+        micro_batches = same_number_on_all_ranks(slicer, micro_batches)
+        if isinstance(keep_graphs, GraphBudget):
+            warnings.warn(
+                "keep_graphs='auto' is ignored for a sharded encoder (fully_shard), which must run equally often on every rank. "
+                "Give keep_graphs a number.",
+                stacklevel=2,
+            )
+            keep_graphs = 0
+    called: set[nn.Module] = set()
 
     def note(module: nn.Module, _: Any) -> None:
-        if isinstance(module, DistributedDataParallel):
-            called.add(module)
+        called.add(module)
 
-    hooks = [module.register_forward_pre_hook(note) for module in wrapped]
+    hooks = [module.register_forward_pre_hook(note) for module in wrapped]  # type: ignore[union-attr]
     torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
     try:
         with no_reduction(wrapped), refuse_hidden_distributed(held):
-            recorded = RecordingPass(encode, slicer, deque(micro_batches), keep_graphs, on_split)
+            recorded = RecordingPass(encode, slicer, deque(micro_batches), keep_graphs, on_split, may_split=not sharded)
             recorded.run()
     finally:
         torch.clear_autocast_cache()
@@ -103,6 +117,7 @@ def record(
         # A compiled encoder may not fire hooks; then every module found counts as called.
         _wrapped=tuple(module for module in wrapped if not called or module in called),
         _on_split=on_split,
+        _sharded=sharded,
     )
 
 
@@ -113,7 +128,7 @@ class _Job:
     recording: Recording
     piece: Piece
     zero: bool = False  # nothing to add; only lets a DistributedDataParallel reduce
-    reduce: tuple[DistributedDataParallel, ...] = ()
+    reduce: tuple[Wrapped, ...] = ()
 
 
 def replay(
@@ -124,7 +139,7 @@ def replay(
     Which graphs were kept changes the time and not one bit of the gradient.
 
     A replayed micro-batch runs under the random state, autocast and training mode of its recording; afterwards the
-    random generators are where they were. An encoder wrapped in DistributedDataParallel reduces its gradients in
+    random generators are where they were. An encoder wrapped in DistributedDataParallel or `fully_shard` reduces its gradients in
     the last backward pass of the last recording that calls it, and only if it would do so now (an outer `no_sync`
     is respected). Where its last graph was kept, one row more is run, with a zero gradient, to let it reduce.
 
@@ -138,7 +153,7 @@ def replay(
         AnybatchError: A recording used twice, gradients of another number or shape, out of memory in a backward pass.
 
     Cost: forward and backward of every micro-batch that was not kept; one gradient reduction a step for each
-        DistributedDataParallel.
+        DistributedDataParallel and sharded encoder. A sharded one gathers its weights in every pass.
     """
     scaled = [_checked_grads(recording, given, scale) for recording, given in zip(recordings, grads, strict=True)]
     gradient_of = {id(recording): given for recording, given in zip(recordings, scaled)}
@@ -156,14 +171,14 @@ def replay(
 
 def _plan_jobs(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> list[_Job]:
     """Every micro-batch in recorded order, kept or not: the sum of the gradients is the same to the last bit."""
-    reducing = {module: module.require_backward_grad_sync for r in recordings for module in r._wrapped}
+    reducing = {module: reduces_now(module) for r in recordings for module in r._wrapped}
     active = [r for r in recordings if r.trains and any(grad is not None for grad in gradient_of[id(r)])]
     jobs: list[_Job] = []
     for position, recording in enumerate(active):
         own = [_Job(recording=recording, piece=piece) for piece in recording._pieces if piece.trains]
         later = {module for other in active[position + 1 :] for module in other._wrapped}
         due = tuple(module for module in recording._wrapped if reducing[module] and module not in later)
-        if due and own[-1].piece.outputs is not None:
+        if own[-1].piece.outputs is not None and any(isinstance(module, DistributedDataParallel) for module in due):
             # A kept graph was made with the reduction held back, and cannot reduce.
             rows = recording._pieces[-1].rows[-1:]  # the shortest
             own.append(_Job(recording=recording, piece=Piece(rows=rows), zero=True))
@@ -201,6 +216,8 @@ def _replay_piece(jobs: deque[_Job], gradient_of: dict[int, list[Tensor | None]]
 def _split(jobs: deque[_Job], job: _Job, error: BaseException | None) -> None:
     """Put the two halves of a replay that did not fit in front of the queue."""
     recording, piece = job.recording, job.piece
+    if recording._sharded:
+        raise sharded_out_of_memory(piece.rows) from error
     if piece.drew:
         raise AnybatchError(
             f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split "

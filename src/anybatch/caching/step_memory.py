@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from anybatch.caching.device_memory import memory_in_use, parse_memory, total_memory
 from anybatch.caching.forward import Encoder, encode_rows
 from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, padded_tokens
-from anybatch.caching.modules import distributed_modules, modules_of, no_reduction
+from anybatch.caching.modules import modules_of
+from anybatch.caching.reduction import distributed_modules, no_reduction
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.state import RandomState
 from anybatch.errors import AnybatchError
@@ -68,8 +70,13 @@ class StepMemory:
         """Padded tokens of a micro-batch (rows, where there are no lengths) for this encoder and batch.
 
         Raises:
-            AnybatchError: A single row does not fit on the device.
+            AnybatchError: A single row does not fit on the device; a sharded encoder, which cannot run on one rank alone.
         """
+        if any(isinstance(module, FSDPModule) for module in distributed_modules(modules)):
+            raise AnybatchError(
+                'micro_batch="auto" tries rows on each rank by itself, and a sharded encoder (fully_shard) runs on all ranks '
+                "together. Give micro_batch or max_tokens a number."
+            )
         length = int(slicer.lengths.max()) if slicer.lengths is not None else 1
         key = tuple(modules_of(encode)) or (encode,)  # a function may be made anew for every step, its modules are not
         known = self._found.get(key)
