@@ -91,19 +91,19 @@ def same_number_on_all_ranks(slicer: RowSlicer, micro_batches: Sequence[Tensor])
     """Cut the largest micro-batches until every rank has as many: a sharded encoder gathers its weights in each pass.
 
     Raises:
-        AnybatchError: This rank has fewer rows than another has micro-batches.
+        AnybatchError: One rank has fewer rows than another has micro-batches; on all ranks, so that none waits for another.
 
-    Cost: one collective of 8 bytes.
+    Cost: one collective of 16 bytes.
     """
-    most = torch.tensor(len(micro_batches))
+    extremes = torch.tensor([len(micro_batches), -slicer.num_rows])
     if dist.get_backend() == "nccl":
-        most = most.cuda()
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    wanted = int(most)
-    if wanted > slicer.num_rows:
+        extremes = extremes.cuda()
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    wanted, fewest = int(extremes[0]), -int(extremes[1])
+    if wanted > fewest:
         raise AnybatchError(
-            f"Another rank has {wanted} micro-batches and this one {slicer.num_rows} rows, but a sharded encoder (fully_shard) "
-            "must run equally often on every rank. Give all ranks as many rows, or raise micro_batch or max_tokens."
+            f"One rank has {wanted} micro-batches and another {fewest} rows, but a sharded encoder (fully_shard) must run "
+            "equally often on every rank. Give all ranks as many rows, or raise micro_batch or max_tokens."
         )
     pieces = list(micro_batches)
     while len(pieces) < wanted:

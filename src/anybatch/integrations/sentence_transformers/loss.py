@@ -102,7 +102,7 @@ class CachedLoss(nn.Module):
         embeddings = [[recording.embeddings] for recording in recordings]
         if not torch.is_grad_enabled():
             return self.calculate_loss(embeddings, labels)
-        own = _own_parameters(self.loss, self.model)
+        own = own_parameters(self.loss, self.model)
         with taken_aside(own) as own_gradients:
             loss = self.calculate_loss(embeddings, labels, with_backward=True).detach().requires_grad_()
         gradients = []
@@ -113,7 +113,7 @@ class CachedLoss(nn.Module):
                 )
             gradients.append([leaf.grad])
         loss.register_hook(
-            partial(_deferred_backward, recordings=recordings, gradients=gradients, own=own_gradients)
+            partial(deferred_backward, recordings=recordings, gradients=gradients, own=own_gradients)
         )
         return loss
 
@@ -167,14 +167,14 @@ class CachedLoss(nn.Module):
         return self.model(features)["sentence_embedding"]
 
 
-def _own_parameters(loss: nn.Module, model: nn.Module) -> list[nn.Parameter]:
+def own_parameters(loss: nn.Module, model: nn.Module) -> list[nn.Parameter]:
     """What the loss trains besides the encoder: a temperature, margins."""
     encoder = set(model.parameters())
     return [parameter for parameter in loss.parameters() if parameter.requires_grad and parameter not in encoder]
 
 
 @torch.no_grad()
-def _deferred_backward(
+def deferred_backward(
     outer: Tensor,
     *,
     recordings: list[Recording],
