@@ -45,6 +45,6 @@ def _products(anchors: Tensor, candidates: Tensor) -> None:
 def _peer(anchors: Tensor, candidates: Tensor) -> None:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    loss = CachedMultipleNegativesRankingLoss(torch.nn.Identity(), scale=20.0, mini_batch_size=32)  # pyright: ignore[reportArgumentType]
+    loss = CachedMultipleNegativesRankingLoss(torch.nn.Sequential(torch.nn.Identity()), scale=20.0, mini_batch_size=32)  # pyright: ignore[reportArgumentType]
     chunks = [[part.clone().requires_grad_() for part in side.split(32)] for side in (anchors, candidates)]
     loss.calculate_loss(chunks, None, with_backward=True)
