@@ -222,3 +222,26 @@ def test_running_out_of_memory_is_survived(model):
     assert worst(ours, theirs) < 1e-12
     assert loss.memory.learned is not None
     gradients(loss, features)  # warnings are errors: it does not run out again
+
+
+def test_lora_with_gradient_checkpointing(model):
+    """Only the adapters get a gradient, and it is the plain loss's; the frozen weights are not counted as graphs."""
+    from peft import LoraConfig, get_peft_model
+
+    inner = get_peft_model(model[0].model, LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.0)).double()
+    model[0].model = inner
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    inner.enable_input_require_grads()
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    features = columns(model)
+    _, theirs = gradients(MultipleNegativesRankingLoss(model, scale=20.0), features)
+    _, ours = gradients(CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=4, keep_graphs=0.5), features)
+    assert all("lora_" in name for name in ours)
+    assert worst(ours, theirs) < 1e-11
