@@ -175,7 +175,13 @@ def measure_memory(args: argparse.Namespace, lines: Lines) -> None:
     """What one step adds to the process at its peak, by batch size, each in a fresh process."""
     for rows in args.memory:
         for name in IN_MEMORY:
-            key = {"stage": "memory", "name": name, "rows": rows, "length": args.memory_length, "of": args.memory_layers}
+            key = {
+                "stage": "memory",
+                "name": name,
+                "rows": rows,
+                "length": args.memory_length,
+                "of": args.memory_layers,
+            }
             if lines.find(**key) or (name == PLAIN and rows > PLAIN_LIMIT):
                 continue
             command = [sys.executable, "-m", "benchmarks.caching", "--data", str(args.data), "--probe", name]
@@ -331,7 +337,12 @@ def main() -> None:
     if args.probe:
         probe(args)
         return
-    settings = {"batch": args.batch, "max_tokens": args.max_tokens, "layers": args.layers, "threads": torch.get_num_threads()}
+    settings = {
+        "batch": args.batch,
+        "max_tokens": args.max_tokens,
+        "layers": args.layers,
+        "threads": torch.get_num_threads(),
+    }
     lines = Lines(args.out.with_suffix(".jsonl"), settings)
     for stage in (time_steps, measure_loss, measure_memory):
         stage(args, lines)

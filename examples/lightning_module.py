@@ -36,6 +36,7 @@ class Contrastive(lightning.LightningModule):
         self.memory = StepMemory("80%")
 
     def training_step(self, batch):
+        """One optimiser step."""
         optimizer = self.optimizers()
         optimizer.zero_grad()
         value = cached_step(
@@ -46,6 +47,7 @@ class Contrastive(lightning.LightningModule):
         print(f"loss {value.item():.3f}, temperature {self.loss.temperature:.4f}")
 
     def configure_optimizers(self):
+        """The encoder and the temperature."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 

@@ -38,7 +38,9 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     Cost: two training steps on `num_rows` rows.
     """
     if num_rows < 8:
-        raise AnybatchError(f"The check was asked for {num_rows} rows; it needs at least 8 to split them into micro-batches.")
+        raise AnybatchError(
+            f"The check was asked for {num_rows} rows; it needs at least 8 to split them into micro-batches."
+        )
     pairs = read_training_pairs(config)
     rows = min(num_rows, len(pairs))
     model = load_model(config.model).train()

@@ -124,7 +124,11 @@ def test_ranks_that_cannot_run_equally_often(ranks):
 
 
 def test_zero_is_refused_with_what_to_use():
-    engine = type("DeepSpeedEngine", (nn.Module,), {"zero_optimization_stage": lambda self: 2, "__module__": "deepspeed.runtime.engine"})
+    engine = type(
+        "DeepSpeedEngine",
+        (nn.Module,),
+        {"zero_optimization_stage": lambda self: 2, "__module__": "deepspeed.runtime.engine"},
+    )
     with pytest.raises(AnybatchError, match=r"ZeRO-2.*fully_shard.*DistributedDataParallel"):
         distributed_modules([nn.Sequential(engine())])
     engine.zero_optimization_stage = lambda self: 1

@@ -48,7 +48,9 @@ def worst(ours, theirs):
 
 
 @pytest.mark.parametrize("negatives", [0, 1])
-@pytest.mark.parametrize("options", [{"micro_batch": 2, "keep_graphs": 0.0}, {"micro_batch": 4, "keep_graphs": 0.5}, {"micro_batch": "auto"}])
+@pytest.mark.parametrize(
+    "options", [{"micro_batch": 2, "keep_graphs": 0.0}, {"micro_batch": 4, "keep_graphs": 0.5}, {"micro_batch": "auto"}]
+)
 def test_equals_the_plain_loss(model, negatives, options):
     model.eval()
     features = columns(model, negatives=negatives)
@@ -61,7 +63,9 @@ def test_equals_the_plain_loss(model, negatives, options):
 def test_equals_the_cached_loss_it_replaces(model):
     model.eval()
     features = columns(model)
-    _, ours = gradients(CachedLateInteraction(model, LateInteraction(normalize=False), micro_batch=3), features, outer=0.25)
+    _, ours = gradients(
+        CachedLateInteraction(model, LateInteraction(normalize=False), micro_batch=3), features, outer=0.25
+    )
     _, theirs = gradients(CachedMultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=3), features, outer=0.25)
     assert worst(ours, theirs) < 1e-5
 
@@ -72,7 +76,9 @@ def test_dropout_is_replayed_and_the_temperature_waits(model):
     features = columns(model)
     found = {}
     for keep, outer in ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (0.0, 0.5)):
-        loss = CachedLateInteraction(model, LateInteraction(learnable_temperature=True), micro_batch=4, keep_graphs=keep)
+        loss = CachedLateInteraction(
+            model, LateInteraction(learnable_temperature=True), micro_batch=4, keep_graphs=keep
+        )
         found[keep, outer] = gradients(loss, features, outer)[1]
     for keep in (0.5, 1.0):
         assert worst(found[keep, 1.0], found[0.0, 1.0]) < 1e-12

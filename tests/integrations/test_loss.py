@@ -228,7 +228,9 @@ def test_lora_with_gradient_checkpointing(model):
     """Only the adapters get a gradient, and it is the plain loss's; the frozen weights are not counted as graphs."""
     from peft import LoraConfig, get_peft_model
 
-    inner = get_peft_model(model[0].model, LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.0)).double()
+    inner = get_peft_model(
+        model[0].model, LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.0)
+    ).double()
     model[0].model = inner
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

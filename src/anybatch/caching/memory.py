@@ -90,7 +90,9 @@ class GraphBudget:
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if not is_traceable_wrapper_subclass(tensor):  # such a tensor (sharded, quantised) has no storage of its own
+            if not is_traceable_wrapper_subclass(
+                tensor
+            ):  # such a tensor (sharded, quantised) has no storage of its own
                 storage = tensor.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
             return tensor

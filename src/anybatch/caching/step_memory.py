@@ -61,9 +61,7 @@ class StepMemory:
             self._most_kept = int(0.9 * past.spent)
         device = _device_of([*modules, *inputs])
         reserve = LOSS_RESERVE + _gradient_bytes(modules)
-        self._budget = GraphBudget(
-            self.memory, device=device, reserve=reserve, most=self._most_kept, modules=modules
-        )
+        self._budget = GraphBudget(self.memory, device=device, reserve=reserve, most=self._most_kept, modules=modules)
         return self._budget
 
     def max_tokens(self, encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> int:

@@ -197,7 +197,12 @@ def _gathered(candidates: Tensor, mask: Tensor, sizes: list[int]) -> tuple[Tenso
 def _checked_masks(
     anchors: Tensor, candidates: Tensor, anchor_mask: Tensor | None, candidate_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if anchors.ndim != 3 or candidates.ndim != 3 or anchors.shape[2] != candidates.shape[2] or len(candidates) < len(anchors):
+    if (
+        anchors.ndim != 3
+        or candidates.ndim != 3
+        or anchors.shape[2] != candidates.shape[2]
+        or len(candidates) < len(anchors)
+    ):
         raise AnybatchError(
             f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, Tq, D) and (M, Td, D) "
             "with M >= B: the positives in the anchors' order, then explicit negatives."
@@ -207,9 +212,13 @@ def _checked_masks(
         if mask is None:
             mask = torch.ones(side.shape[:2], dtype=torch.bool, device=side.device)
         if mask.shape != side.shape[:2]:
-            raise AnybatchError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(side.shape[:2])}, one entry a token.")
+            raise AnybatchError(
+                f"{name} has shape {tuple(mask.shape)}; expected {tuple(side.shape[:2])}, one entry a token."
+            )
         masks.append(mask.detach().bool())
     if not bool(masks[1].any(dim=1).all()):
         row = int((~masks[1].any(dim=1)).nonzero()[0])
-        raise AnybatchError(f"Candidate {row} has no token that counts, so it has no score. Remove the row, or mend its mask.")
+        raise AnybatchError(
+            f"Candidate {row} has no token that counts, so it has no score. Remove the row, or mend its mask."
+        )
     return masks[0], masks[1]

@@ -135,7 +135,9 @@ class _TokenEncoder:
 def _width(features: dict[str, Any]) -> int:
     mask = features.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise AnybatchError("Late interaction needs padded inputs with a two-dimensional attention_mask. Use a collator that pads.")
+        raise AnybatchError(
+            "Late interaction needs padded inputs with a two-dimensional attention_mask. Use a collator that pads."
+        )
     return mask.shape[1]
 
 

@@ -112,9 +112,7 @@ class CachedLoss(nn.Module):
                     f"Input column {column} received no gradient: the loss never read it. Remove it from the data set."
                 )
             gradients.append([leaf.grad])
-        loss.register_hook(
-            partial(deferred_backward, recordings=recordings, gradients=gradients, own=own_gradients)
-        )
+        loss.register_hook(partial(deferred_backward, recordings=recordings, gradients=gradients, own=own_gradients))
         return loss
 
     def calculate_loss(
