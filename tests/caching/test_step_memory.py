@@ -60,6 +60,22 @@ def test_the_real_device_can_be_read():
     assert 2**20 < memory_in_use(CPU) < total_memory(CPU)
 
 
+def test_what_torch_has_reserved_is_free_to_us(monkeypatch):
+    """An accelerator of 1000 bytes: 700 taken, 400 of them reserved by torch, 150 of those handed out."""
+
+    class Backend:
+        mem_get_info = staticmethod(lambda device: (300, 1000))
+        memory_reserved = staticmethod(lambda device: 400)
+        memory_allocated = staticmethod(lambda device: 150)
+
+    monkeypatch.setattr(torch, "cuda", Backend)
+    device = torch.device("cuda", 0)
+    assert total_memory(device) == 1000
+    assert memory_in_use(device) == 700 - (400 - 150)
+    with pytest.raises(AnybatchError, match="meta device"):
+        total_memory(torch.device("meta"))
+
+
 def test_what_fits_is_plain_training(device):
     encoder, batch = Counting(TextEncoder()), texts(20, 30, 1)
     memory = StepMemory("80%")

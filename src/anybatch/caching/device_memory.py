@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,8 +36,9 @@ def total_memory(device: torch.device) -> int:
     Raises:
         AnybatchError: A device whose memory cannot be read.
     """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "mem_get_info"):  # CUDA (and ROCm), XPU
+        return backend.mem_get_info(device)[1]
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     if device.type == "cpu":
@@ -50,10 +52,11 @@ def total_memory(device: torch.device) -> int:
 
 def memory_in_use(device: torch.device) -> int:
     """Bytes that this process cannot have: its own tensors, and whatever others hold on the device."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "mem_get_info"):
+        free, total = backend.mem_get_info(device)
         # What torch has reserved and not handed out is free to us.
-        return total - free - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+        return total - free - (backend.memory_reserved(device) - backend.memory_allocated(device))
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
     limit = _container_limit()
