@@ -39,13 +39,17 @@ PLAIN = "sentence-transformers, plain"
 OPTIONS: dict[str, dict[str, Any]] = {
     "anybatch, micro_batch 32": {"micro_batch": 32},
     "anybatch, token budget": {"micro_batch": None},
+    "anybatch, token budget, 2 graphs a tower kept": {"micro_batch": None, "keep_graphs": 2},
     "anybatch, token budget, 1/4 kept": {"micro_batch": None, "keep_graphs": 0.25},
     "anybatch, token budget, all kept": {"micro_batch": None, "keep_graphs": 1.0},
     "anybatch, auto": {"micro_batch": "auto", "keep_graphs": "auto"},
 }
 PEERS = ("sentence-transformers, cached, 32", "sentence-transformers, cached, token budget")
 NAMES = (PLAIN, *PEERS, *OPTIONS)
-IN_MEMORY = (PLAIN, *PEERS, "anybatch, micro_batch 32", "anybatch, token budget")
+IN_MEMORY = (
+    *(PLAIN, *PEERS),
+    *("anybatch, micro_batch 32", "anybatch, token budget", "anybatch, token budget, 2 graphs a tower kept"),
+)
 PLAIN_LIMIT = 1024  # rows; the plain step's memory grows with every row, and past this it only takes time
 
 

@@ -65,9 +65,9 @@ class CachedLateInteraction(nn.Module):
         self.model = model  # a child, else the Trainer would not train it
         self.loss = loss
         self.rows = rows
-        self.micro_batch = micro_batch
+        self.micro_batch: int | Auto = micro_batch
         self.max_tokens = max_tokens
-        self.keep_graphs = keep_graphs
+        self.keep_graphs: float | Auto = keep_graphs
         self.memory = StepMemory(memory)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
