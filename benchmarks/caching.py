@@ -71,8 +71,10 @@ class Lines:
         line = {**self.settings, **key, **figures}
         self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        cut_short = before != "" and not before.endswith("\n")  # by a kill in the middle of a line
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" * cut_short + json.dumps(line) + "\n")
 
 
 def load_model(layers: int | None, length: int | None = None) -> Any:
