@@ -7,6 +7,7 @@ import pytest
 
 from anybatch.configuration import differences, from_mapping, load_config, to_yaml
 from anybatch.errors import AnybatchError
+from anybatch.run_config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,44 @@ def test_missing_value_and_bad_files(tmp_path):
     bad.write_text("- just\n- a list\n")
     with pytest.raises(AnybatchError, match="holds a list"):
         load_config(Outer, bad)
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    """YAML would keep the last section alone, so path and rate would be lost without a word."""
+    path = tmp_path / "run.yaml"
+    path.write_text("path: here\ninner:\n  rate: 0.5\nsize: 4\ninner:\n  kind: two\n")
+    with pytest.raises(AnybatchError, match="line 5 has the key 'inner' a second time"):
+        load_config(Outer, path)
+    path.write_text("path: here\ninner: {rate: 0.5, rate: 0.6}\n")
+    with pytest.raises(AnybatchError, match="'rate' a second time"):
+        load_config(Outer, path)
+    path.write_text("path: &p here\ninner: &i {rate: 0.5}\nsize: 4\n")
+    assert load_config(Outer, path).inner.rate == 0.5
+
+
+RUN = {"output": "o", "data": {"path": "d"}, "model": {"name": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("train.learning_rate", value) for value in ("nan", "inf", "0", "-1")),
+        *(("train.weight_decay", value) for value in ("nan", "-5", "inf")),
+        *(("train.max_grad_norm", value) for value in ("nan", "-1")),
+        *(("train.warmup", value) for value in ("nan", "1.5", "-0.1")),
+        *(("loss.temperature", value) for value in ("nan", "0", "inf")),
+        *(("loss.gamma", value) for value in ("nan", "0", "1.1")),
+        *(("loss.eps", value) for value in ("nan", "-1")),
+        *(("loss.weight_cap", value) for value in ("nan", "0.1", "-2")),
+        *(("seed", value) for value in ("-1", str(2**32))),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_written(key, value):
+    number = int(value) if key == "seed" else float(value)
+    section, _, name = key.rpartition(".")
+    tree = {**RUN, **({section: {name: number}} if section else {name: number})}
+    with pytest.raises(AnybatchError, match=rf"{key} is .*expected"):
+        from_mapping(RunConfig, tree)
 
 
 def test_differences_name_the_keys():

@@ -12,7 +12,7 @@ from anybatch.errors import AnybatchError
 
 ROWS = [
     {"q": "first question", "a": "an answer, with a comma", "n": "wrong"},
-    {"q": "second\nquestion", "a": 'a "quoted" answer', "n": "an answer, with a comma"},
+    {"q": "second question", "a": 'a "quoted" answer', "n": "an answer, with a comma"},
     {"q": " first question ", "a": "übrigens", "n": "other"},
 ]
 
@@ -25,11 +25,13 @@ def any_format(request, tmp_path):
     if "jsonl" in request.param:
         text = "".join(json.dumps(row) + "\n" for row in ROWS)
         path.write_bytes(gzip.compress(text.encode()) if request.param.endswith("gz") else text.encode())
-    elif "csv" in request.param or "tsv" in request.param:
+    elif "tsv" in request.param:
+        path.write_text("".join("\t".join(row) + "\n" for row in ([*ROWS[0]], *(row.values() for row in ROWS))))
+    elif "csv" in request.param:
         import io
 
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(ROWS[0]), delimiter="\t" if "tsv" in request.param else ",")
+        writer = csv.DictWriter(buffer, list(ROWS[0]))
         writer.writeheader()
         writer.writerows(ROWS)
         path.write_bytes(
@@ -58,6 +60,23 @@ def test_every_format_gives_the_same(any_format):
     assert data.digest == expected.digest
     assert data.to_dataset().column_names == ["anchor", "positive", "negative_1"]
     assert len(read_pairs(any_format, anchor="q", positive="a", limit=2)) == 2
+
+
+def test_quotes_in_a_tsv_are_characters(tmp_path):
+    """A measure in inches opened a quoted field, which swallowed the rows up to the next quote."""
+    path = tmp_path / "p.tsv"
+    path.write_text('anchor\tpositive\n"inch\tp1\na2"\tp2\n5" disk\t"p3"\n')
+    data = read_pairs(path)
+    assert list(data.anchors) == ['"inch', 'a2"', '5" disk']
+    assert list(data.positives) == ["p1", "p2", '"p3"']
+    refuse(path, 'anchor\tpositive\n"two\nlines"\tp\n', "Line 2 .*number of fields.*plain characters")
+
+
+def test_line_breaks_and_separators_in_a_quoted_csv_field(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('anchor,positive\n"two\nlines","a, b"\n')
+    assert list(read_pairs(path).anchors) == ["two\nlines"]
+    assert list(read_pairs(path).positives) == ["a, b"]
 
 
 def test_every_format_names_a_misspelt_column(any_format):
@@ -131,3 +150,58 @@ def test_retrieval(retrieval):
     retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t9\t1\n")
     with pytest.raises(AnybatchError, match="judges document 9"):
         read_retrieval(*retrieval)
+
+
+def test_quotes_in_judgements_are_characters(retrieval):
+    retrieval[1].write_text(r'{"id": "\"1", "text": "one"}' + "\n" + r'{"id": "2\"", "text": "two"}' + "\n")
+    retrieval[2].write_text('query_id\tdoc_id\tscore\n"1\t4\t1\n2"\t5\t2\n')
+    assert read_retrieval(*retrieval).relevance == {'"1': {"4": 1}, '2"': {"5": 2}}
+
+
+def test_a_csv_with_the_unnamed_index_column_of_pandas(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(",anchor,positive\n0,a,b\n1,c,d\n")
+    assert list(read_pairs(path).positives) == ["b", "d"]
+    refuse(path, ",anchor,positive\n0,a,b,c\n", "Line 2 .*number of fields")
+
+
+def test_flaws_of_files_are_named(tmp_path):
+    good = '{"anchor": "a", "positive": "b"}\n'
+    refuse(tmp_path / "p.jsonl", good + r'{"anchor": "a \ud83d b", "positive": "b"}', "Line 2 .*surrogate pair")
+    (tmp_path / "p.jsonl").write_text(r'{"anchor": "\ud83d\ude00", "positive": "b"}')
+    assert list(read_pairs(tmp_path / "p.jsonl").anchors) == ["😀"]
+    refuse(tmp_path / "p.csv", "anchor,anchor,positive\na,b,c\n", "column 'anchor' more than once")
+    for name, content in (("p.jsonl.gz", good), ("p.csv.gz", "anchor,positive\na,b\n")):
+        packed = bytearray(gzip.compress((content * 500).encode()))
+        packed[12] ^= 0xFF
+        refuse(tmp_path / name, bytes(packed), "Cannot read")
+
+
+@pytest.mark.parametrize("grade", ["", "high", "1.5", "nan", "inf"])
+def test_grades_that_are_no_whole_number(retrieval, grade):
+    retrieval[2].write_text(f"query_id\tdoc_id\tscore\n2\t5\t1\n1\t4\t{grade}\n")
+    with pytest.raises(AnybatchError, match=r"Row 2 .*grade.*whole number"):
+        read_retrieval(*retrieval)
+
+
+def test_grades_written_as_floats(retrieval):
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1.0\n1\t4\t1\n")
+    assert read_retrieval(*retrieval).relevance == {"1": {"4": 1}}
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1.0\n1\t4\t2\n")
+    with pytest.raises(AnybatchError, match=r"Row 2 .*differently"):
+        read_retrieval(*retrieval)
+
+
+def test_ids_that_occur_twice_and_a_split_that_does_not_exist(retrieval):
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1\n")
+    with pytest.raises(AnybatchError, match="no column 'split'"):
+        read_retrieval(*retrieval, split="nonsense")
+    for path, line in (
+        (retrieval[0], '{"id": "4", "text": "again"}\n'),
+        (retrieval[1], '{"id": 2, "text": "again"}\n'),
+    ):
+        before = path.read_text()
+        path.write_text(before + line)
+        with pytest.raises(AnybatchError, match=r"Row 3 .*again"):
+            read_retrieval(*retrieval)
+        path.write_text(before)

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from anybatch.errors import AnybatchError
+from anybatch.losses import InfoNCE
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
 
@@ -33,12 +32,12 @@ def test_ids_and_weights_of_a_batch():
     assert arguments["candidate_id"].tolist() == [100, 101, 104, 112, 200, 201, 204, 212, 300, 301, 304, 312]
     weight = arguments["log_weight"].tile(slice(0, 4), slice(0, 12)).exp()
     same, other = 1 / 12, (4 - 1) / (2 - 1) / 12
-    assert weight[0].tolist() == pytest.approx([same, same, other, other] + [same] * 8)
-    assert weight[3].tolist() == pytest.approx([other, other, other, other] + [same] * 8), (
-        "a remainder row belongs to no cluster"
-    )
+    assert weight[0].tolist() == pytest.approx(
+        [same, same, other, other] * 3
+    )  # explicit negatives come with the row that brings them
+    assert weight[3].tolist() == pytest.approx([other] * 12), "a remainder row belongs to no cluster"
     capped = RowTable(ids, ids, plan=plan(), weights="inclusion", weight_cap=2.0).arguments(index)["log_weight"]
-    assert math.exp(capped.other) == pytest.approx(2 / 12)
+    assert capped.other.exp().tolist() == pytest.approx([2 / 12] * 4)
     assert "log_weight" not in RowTable(ids, ids, plan=plan()).arguments(index)
 
 
@@ -46,9 +45,77 @@ def test_mistakes():
     ids = np.arange(13)
     with pytest.raises(AnybatchError, match="cover 13 anchors and 12 positives"):
         RowTable(ids, ids[:-1])
+    with pytest.raises(AnybatchError, match="goes down to -1"):
+        RowTable(ids - 1, ids)
+    with pytest.raises(AnybatchError, match="of 13 rows, the ids of 12"):
+        RowTable(ids[:-1], ids[:-1], plan=plan())
     with pytest.raises(AnybatchError, match="needs the plan"):
         RowTable(ids, ids, weights="inclusion")
     with pytest.raises(AnybatchError, match="2 negatives a row"):
         RowTable(ids, ids).arguments(torch.arange(3), num_negatives=2)
     with pytest.warns(UserWarning, match="single cluster"):
         RowTable(ids, ids, plan=plan(clusters_per_batch=1), weights="inclusion")
+
+
+def test_suspected_pairs_are_no_negatives():
+    torch.manual_seed(0)
+    suspects = np.array([[0, 1], [1, 5], [2, 7]], np.int32)
+    plan = BatchPlan(
+        num_rows=8, batch_size=8, cluster_size=4, cluster=np.arange(8, dtype=np.int32) // 4, seed=0, data_digest="",
+        suspects=suspects,
+    )  # fmt: skip
+    ids = np.arange(8)
+    index = torch.tensor([5, 0, 1, 3, 7])
+    negative_id = np.full((8, 1), 100) + ids[:, None]
+    table = RowTable(ids, ids, negative_id=negative_id, plan=plan, mask_suspects=True)
+    arguments = table.arguments(index, num_negatives=1)
+    anchors, candidates = torch.randn(5, 6).double(), torch.randn(10, 6).double()
+    loss = InfoNCE(temperature=0.1, direction="both")(anchors, candidates, **arguments)
+    a, c = (torch.nn.functional.normalize(x, dim=1) for x in (anchors, candidates))
+    mask = torch.zeros(5, 10, dtype=torch.float64)
+    for i, row in enumerate(index.tolist()):
+        for j, other in enumerate(index.tolist()):
+            if [min(row, other), max(row, other)] in suspects.tolist():
+                mask[i, j] = -torch.inf
+    assert mask.isinf().sum() == 4  # (5, 1), (0, 1) and back; 2 is not in the batch
+    forward = torch.nn.functional.cross_entropy(a @ c.T / 0.1 + mask, torch.arange(5))
+    back = torch.nn.functional.cross_entropy((c[:5] @ a.T / 0.1) + mask[:, :5].T, torch.arange(5))
+    torch.testing.assert_close(loss, (forward + back) / 2)
+
+
+def test_a_plan_of_other_rows_is_refused():
+    with pytest.raises(AnybatchError, match="20 rows"):
+        RowTable(np.arange(10), np.arange(10), plan=BatchPlan.random(20, 4))
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "within"])
+def test_inclusion_weights_are_unbiased_over_each_data_set_and_with_hard_negatives(mixing):
+    generator = np.random.default_rng(0)
+    sizes, size = (12, 20), 2
+    task = np.repeat([0, 1], sizes)
+    cluster = np.concatenate([np.repeat(np.arange(6), size), 6 + np.repeat(np.arange(10), size)])
+    negatives = np.stack(
+        [(np.arange(32) + generator.integers(1, 9, 32)) % n + start for n, start in ((12, 0), (20, 12))]
+    )
+    negatives = np.where(task == 0, negatives[0], negatives[1])
+    plan = BatchPlan(
+        num_rows=32, batch_size=8, cluster_size=size, cluster=cluster.astype(np.int32), seed=0, data_digest="",
+        task=task.astype(np.int32), task_names=("a", "b"), mixing=mixing,
+    )  # fmt: skip
+    ids = np.arange(32)
+    rows = RowTable(ids, ids, negative_id=ids[negatives][:, None], plan=plan, weights="inclusion")
+    values = torch.tensor(generator.random(32))
+    total, count = np.zeros(32), np.zeros(32)
+    for epoch in range(3000):
+        for batch in torch.from_numpy(plan.epoch_batches(epoch)):
+            arguments = rows.arguments(batch, num_negatives=1)
+            columns = arguments["candidate_id"]
+            weight = arguments["log_weight"].tile(slice(0, 8), slice(0, 16)).exp()
+            weight = weight.masked_fill(batch[:, None] == columns[None], 0.0)  # its own content is no negative
+            total[batch] += (weight * values[columns]).sum(dim=1).numpy()
+            count[batch] += 1
+    for number, n in enumerate(sizes):
+        own = task == number
+        truth = (values[own].sum().item() - values[own].numpy()) / (n - 1)
+        np.testing.assert_allclose((total / count)[own].mean(), truth.mean(), rtol=0.01)
+        np.testing.assert_allclose((total / count)[own], truth, rtol=0.12)

@@ -31,7 +31,7 @@ def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ())
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
         except OSError as error:
             raise AnybatchError(
                 f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
@@ -86,6 +86,23 @@ def differences(old: Any, new: Any) -> list[str]:
         for key in flat_new
         if flat_old.get(key) != flat_new[key]
     ]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML values only, and every key once: YAML itself would let the last of two sections replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(
+                    f"line {line} has the key '{key}' a second time; keep one, with all that belongs to it."
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

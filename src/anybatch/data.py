@@ -11,7 +11,8 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -65,8 +66,7 @@ class PairData:
     @cached_property
     def digest(self) -> str:
         """Over all texts in row order; the same for the same texts in any file format."""
-        columns = [self.anchors, self.positives, *self.negatives]
-        return digest_of(chain([str(len(columns)).encode()], (text.encode() for column in columns for text in column)))
+        return text_digest([self.anchors, self.positives, *self.negatives])
 
     def to_dataset(self) -> Dataset:
         """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..."""
@@ -98,6 +98,11 @@ class RetrievalData:
     relevance: Mapping[str, Mapping[str, int]]
 
 
+def text_digest(columns: Sequence[Iterable[str]]) -> str:
+    """The digest of anchors, positives and negatives, column after column in row order: what binds a plan to its data."""
+    return digest_of(chain([str(len(columns)).encode()], (text.encode() for column in columns for text in column)))
+
+
 def read_pairs(
     path: str | os.PathLike[str],
     *,
@@ -109,7 +114,7 @@ def read_pairs(
     """Read pairs from a file or folder.
 
     Args:
-        path: JSONL, CSV or TSV (each also `.gz`), Parquet, or a folder saved by `datasets`.
+        path: JSONL, CSV or TSV (each also `.gz`; a TSV has no quoting), Parquet, or a folder saved by `datasets`.
         anchor, positive: Names of the text columns.
         negatives: Names of columns with explicit negatives.
         limit: Read only the first rows; None for all.
@@ -158,16 +163,16 @@ def read_retrieval(
         corpus: JSONL with `id` (or `_id`), `text` and optionally `title`.
         queries: JSONL with `id` (or `_id`) and `text`, optionally `split`.
         qrels: TSV with a header: query id, document id, grade, optionally `split`.
-        split: Keep only this split, where `qrels` has several.
+        split: Keep only this split of `qrels`, which must then have a column `split`.
 
     Raises:
-        AnybatchError: Missing files or columns; judgements of unknown queries or documents; nothing left.
+        AnybatchError: Missing files or columns; an id twice; a grade that is no whole number; judgements of unknown queries or
+            documents, or twice with different grades; nothing left.
     """
     documents = {
-        _id(record, corpus): f"{record.get('title') or ''} {_text(record, corpus)}".strip()
-        for record in _records(Path(corpus), ["text"])
+        identity: f"{record.get('title') or ''} {record['text']}".strip() for identity, record in _by_id(Path(corpus))
     }
-    texts = {_id(record, queries): _text(record, queries) for record in _records(Path(queries), ["text"])}
+    texts = {identity: record["text"] for identity, record in _by_id(Path(queries))}
     relevance: dict[str, dict[str, int]] = {}
     seen_splits = set()
     for row, record in enumerate(_records(Path(qrels), ["score"]), start=1):
@@ -182,7 +187,13 @@ def read_retrieval(
             raise AnybatchError(
                 f"Row {row} of {qrels} judges {unknown}, which is not in the set. Give the files of one set."
             )
-        relevance.setdefault(query, {})[document] = int(record["score"])
+        grade = _grade(record, row, qrels)
+        if relevance.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise AnybatchError(
+                f"Row {row} of {qrels} grades document {document} for query {query} a second time, and differently. Keep one grade."
+            )
+    if split is not None and not seen_splits:
+        raise AnybatchError(f"Asked for split {split!r}, but {qrels} has no column 'split'. Leave split (--split) out.")
     if split is None and len(seen_splits) > 1:
         raise AnybatchError(
             f"{qrels} has the splits {', '.join(sorted(seen_splits))}. Choose one with split (--split)."
@@ -232,6 +243,8 @@ def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
                 if not line.strip():
                     continue
                 record = json.loads(line)
+                if "\\ud" in line.lower():
+                    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
                 if not isinstance(record, dict):
                     raise AnybatchError(
                         f"Line {number} of {path} holds a {type(record).__name__}; expected one JSON object a line."
@@ -241,7 +254,12 @@ def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
             raise AnybatchError(
                 f"Line {number} of {path} is no JSON ({error.msg}, column {error.colno}). Expected one object a line."
             ) from error
-        except (UnicodeDecodeError, EOFError, OSError) as error:
+        except UnicodeEncodeError as error:
+            raise AnybatchError(
+                f"Line {number} of {path} holds half of a surrogate pair ({error.object[error.start]!r}), which is no character. "
+                "Write the file anew from its source, or leave the line out."
+            ) from error
+        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise AnybatchError(
                 f"Cannot read {path}: {error}. Expected UTF-8 text{' in a whole gzip file' if path.suffix == '.gz' else ''}."
             ) from error
@@ -250,17 +268,23 @@ def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
 def _csv_records(path: Path, names: Sequence[str], delimiter: str) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(path, newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
+        # In a TSV a quote is a character like any other (5" disk); read as an opening quote it would swallow whole rows.
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             _check_columns(names, list(reader.fieldnames or []), str(path))
             for record in reader:
-                if "" in record or None in record.values():
+                if None in record or None in record.values():
+                    remedy = (
+                        "A TSV field cannot hold a tab or a line break, and quotes are plain characters there; use CSV or JSONL for such texts."
+                        if delimiter == "\t"
+                        else "Quote fields that hold the separator or a line break."
+                    )
                     raise AnybatchError(
-                        f"Line {reader.line_num} of {path} has another number of fields than the header ({len(reader.fieldnames or [])}). "
-                        "Quote fields that hold the separator or a line break."
+                        f"Line {reader.line_num} of {path} has another number of fields than the header ({len(reader.fieldnames or [])}). {remedy}"
                     )
                 yield record
-        except (csv.Error, UnicodeDecodeError, EOFError, OSError) as error:
+        except (csv.Error, UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise AnybatchError(f"Cannot read line {reader.line_num} of {path}: {error}.") from error
 
 
@@ -295,6 +319,9 @@ def _folder_records(path: Path, names: Sequence[str]) -> Iterator[Mapping[str, A
 
 
 def _check_columns(names: Sequence[str], present: list[str], where: str) -> None:
+    twice = next((name for name in present if name and present.count(name) > 1), None)
+    if twice is not None:
+        raise AnybatchError(f"{where} has the column '{twice}' more than once. Rename or remove all but one.")
     for name in names:
         if name not in present:
             raise _no_column(name, present, where)
@@ -324,11 +351,29 @@ def _first(record: Mapping[str, Any], names: Sequence[str], where: object) -> st
     raise _no_column(names[0], list(record), str(where))
 
 
-def _id(record: Mapping[str, Any], where: object) -> str:
-    return _first(record, ("id", "_id"), where)
+def _by_id(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Id and record of each document or query; every id once, every text a string."""
+    seen: set[str] = set()
+    for row, record in enumerate(_records(path, ["text"]), start=1):
+        identity = _first(record, ("id", "_id"), path)
+        if not isinstance(record.get("text"), str):
+            raise _no_column("text", list(record), f"row {row} of {path}")
+        if identity in seen:
+            raise AnybatchError(
+                f"Row {row} of {path} has the id {identity} again. Ids must differ: keep one of the rows."
+            )
+        seen.add(identity)
+        yield identity, record
 
 
-def _text(record: Mapping[str, Any], where: object) -> str:
-    if not isinstance(record.get("text"), str):
-        raise _no_column("text", list(record), str(where))
-    return record["text"]
+def _grade(record: Mapping[str, Any], row: int, where: object) -> int:
+    """The relevance grade of one judgement: a whole number, also written as 1.0."""
+    try:
+        grade = float(record["score"])
+        if grade.is_integer():
+            return int(grade)
+    except (TypeError, ValueError, KeyError):
+        pass
+    raise AnybatchError(
+        f"Row {row} of {where} has the grade {record.get('score')!r}; expected a whole number such as 1."
+    )

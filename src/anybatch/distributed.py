@@ -1,18 +1,25 @@
-"""Gather once, reduce once. Everything is decided when called: without a process group of several ranks these are identities.
+"""Gather once, reduce once; the ranks of torchrun. Everything is decided when called: without a process group of several ranks these are identities.
 
 Nothing here takes part in autograd: gradients of gathered tensors are formed by their owner, without a collective.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_working_alone = False  # see `alone`
+
 
 def is_active() -> bool:
     """Whether a process group of more than one rank exists at this moment."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _working_alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
@@ -58,3 +65,43 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if is_active():
         dist.all_reduce(value)
     return value
+
+
+def barrier() -> None:
+    """Wait for all ranks. One collective."""
+    if is_active():
+        dist.barrier()
+
+
+@contextmanager
+def launched_ranks() -> Iterator[None]:
+    """Join the processes that torchrun started, over gloo, for as long as this is open; nothing outside torchrun.
+
+    The others may wait for hours while one works, so that the limit on waiting is a week, not gloo's half hour.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    yield
+    dist.destroy_process_group()  # not after an error: torchrun ends the other ranks, which would never arrive
+
+
+@contextmanager
+def alone() -> Iterator[bool]:
+    """What rank 0 does by itself: yields whether this is rank 0; inside there is no group, and at the end all ranks meet. One barrier.
+
+    ::
+
+        with alone() as chosen:
+            if chosen:
+                ...
+    """
+    global _working_alone
+    chosen = rank() == 0
+    before, _working_alone = _working_alone, True
+    try:
+        yield chosen
+    finally:
+        _working_alone = before
+    barrier()

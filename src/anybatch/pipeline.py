@@ -6,15 +6,17 @@ The command line calls this; everything here can be called from Python as well. 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from anybatch import distributed
 from anybatch.configuration import differences, load_config, to_yaml
 from anybatch.data import PairData, RetrievalData, read_pairs, read_retrieval
 from anybatch.errors import AnybatchError
@@ -22,10 +24,15 @@ from anybatch.files import write_text
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
-from anybatch.run_config import RunConfig, RunResult
+from anybatch.run_config import RunConfig, RunResult, resolved
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import TrainerCallback
+
+    from anybatch.integrations.sentence_transformers.loss import CachedLoss
+
+logger = logging.getLogger("anybatch")
 
 
 class Progress(Protocol):
@@ -74,7 +81,7 @@ def teacher_embeddings(
             raise AnybatchError(
                 "Precomputed embeddings need both teacher.anchor_embeddings and teacher.positive_embeddings; one is missing."
             )
-        return _read_embeddings(str(files[0]), len(pairs)), _read_embeddings(str(files[1]), len(pairs))
+        return read_embeddings(str(files[0]), len(pairs)), read_embeddings(str(files[1]), len(pairs))
     if teacher.name is None:
         raise AnybatchError(
             f"mining.method is '{config.mining.method}', which needs a teacher: set teacher.name to a sentence-transformers model, or "
@@ -94,47 +101,84 @@ def teacher_embeddings(
         path = folder / f"teacher_{side}.npy"
         columns.append(
             embed_to_file(
-                model, texts, path, identity=identity, batch_size=teacher.batch_size, prompt=prompt, progress=report
+                model,
+                texts,
+                path,
+                identity=identity,
+                batch_size=teacher.batch_size,
+                prompt=prompt,
+                precision=teacher.precision,
+                progress=report,
             )
         )
     return columns[0], columns[1]
 
 
 def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progress) -> BatchPlan:
-    """The plan of the run: the one given, the one already in the folder, or a new one, saved there.
+    """The plan of the run: the one given (copied into the folder), the one already in the folder, or a new one, saved there.
+
+    Under torchrun every rank embeds and searches its share; rank 0 does the rest, and all return the same plan.
 
     Raises:
-        AnybatchError: A plan made for other data or another batch size.
+        AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
     """
-    from anybatch.mining import mine_plan
+    from anybatch.mining import mine_neighbors, mine_plan
 
     folder = Path(config.output)
-    path = Path(config.plan) if config.plan is not None else folder / "plan.safetensors"
-    if config.plan is not None or path.exists():
-        plan = BatchPlan.load(path)
-        plan.check(num_rows=len(pairs), data_digest=pairs.digest)
-        if plan.batch_size != config.batch_size:
+    path = folder / "plan.safetensors"
+    exists = path.exists()
+    distributed.barrier()  # before any rank can have written it
+    if config.plan is not None:
+        given = _load_plan(Path(config.plan), config, pairs)
+        if not exists:
+            with distributed.alone() as chosen:
+                if chosen:
+                    given.save(path)  # the run's own copy: the file given may change or go
+        elif (digest := BatchPlan.load(path).digest) != given.digest:
             raise AnybatchError(
-                f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
+                f"{config.plan} is another plan than the one this run was started with, of which {path} is a copy (digest {given.digest[:12]}, "
+                f"the run's {digest[:12]}). Put the old plan back, or start a new run in another output folder."
             )
-        return plan
+        return given
+    if exists:
+        return _load_plan(path, config, pairs)
     if config.mining.method == "random":
-        plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
-    else:
-        anchors, positives = teacher_embeddings(config, pairs, progress)
-        mining = replace(config.mining, batch_size=config.batch_size, seed=config.seed)
-        result = mine_plan(
-            anchors,
-            positives,
-            config=mining,
-            anchor_id=pairs.anchor_id,
-            positive_id=pairs.positive_id,
-            data_digest=pairs.digest,
-            progress=lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
+        with distributed.alone() as chosen:
+            if chosen:
+                plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
+                plan.save(path)
+        return BatchPlan.load(path)
+    anchors, positives = teacher_embeddings(config, pairs, progress)
+    known: dict[str, Any] = {
+        "config": resolved(config).mining,
+        "anchor_id": pairs.anchor_id,
+        "positive_id": pairs.positive_id,
+    }
+    known |= {
+        "folder": folder / "neighbors",
+        "progress": lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
+    }
+    if distributed.is_active():
+        mine_neighbors(anchors, positives, **known)
+    with distributed.alone() as chosen:
+        if chosen:
+            result = mine_plan(anchors, positives, data_digest=pairs.digest, **known)
+            for warning in result.report.outlook.warnings if result.report.outlook is not None else ():
+                logger.warning("Before you train: %s", warning)  # before training, not after
+            report = {"plan": result.plan.digest, **result.report.as_dict()}
+            write_text(folder / "mining.json", json.dumps(report, indent=2))
+            result.plan.save(path)
+            shutil.rmtree(folder / "neighbors", ignore_errors=True)  # larger than all else in the folder
+    return BatchPlan.load(path)
+
+
+def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
+    plan = BatchPlan.load(path)
+    plan.check(num_rows=len(pairs), data_digest=pairs.digest)
+    if plan.batch_size != config.batch_size:
+        raise AnybatchError(
+            f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
         )
-        plan = result.plan
-        write_text(folder / "mining.json", json.dumps(result.report.as_dict(), indent=2))
-    plan.save(path)
     return plan
 
 
@@ -157,6 +201,7 @@ def evaluate_model(
     *,
     prompts: tuple[str, str] = ("", ""),
     batch_size: int = 128,
+    progress: Progress = no_progress,
 ) -> dict[str, float]:
     """Retrieval figures of a model: recall@1, recall@10, MRR@10, nDCG@10 and so on.
 
@@ -165,16 +210,21 @@ def evaluate_model(
         data: Pairs (each anchor must find its positive among all distinct ones) or a retrieval set.
         prompts: Text put before each anchor (query) and each positive (document).
         batch_size: Texts per forward pass.
+        progress: Told how many texts are embedded.
     """
     from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
     from anybatch.integrations.sentence_transformers.embed import embed_texts
 
+    def embed(stage: str, texts: Sequence[str], prompt: str) -> np.ndarray:
+        report = _counter(progress, f"embedding: {stage}", len(texts))
+        return embed_texts(model, texts, batch_size=batch_size, prompt=prompt, progress=report)
+
     if isinstance(data, PairData):
-        anchors = embed_texts(model, data.anchors, batch_size=batch_size, prompt=prompts[0])
-        positives = embed_texts(model, data.positives, batch_size=batch_size, prompt=prompts[1])
+        anchors = embed("anchors", data.anchors, prompts[0])
+        positives = embed("positives", data.positives, prompts[1])
         return pair_metrics(anchors, positives, anchor_id=data.anchor_id, positive_id=data.positive_id)
-    queries = embed_texts(model, data.query_texts, batch_size=batch_size, prompt=prompts[0])
-    corpus = embed_texts(model, data.corpus_texts, batch_size=batch_size, prompt=prompts[1])
+    queries = embed("queries", data.query_texts, prompts[0])
+    corpus = embed("documents", data.corpus_texts, prompts[1])
     return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
 
 
@@ -192,7 +242,16 @@ def read_evaluation(config: RunConfig) -> PairData | RetrievalData | None:
     return read_pairs(held_out.path, anchor=config.data.anchor, positive=config.data.positive, limit=held_out.limit)
 
 
-def _read_embeddings(path: str, num_rows: int) -> np.ndarray:
+def read_embeddings(path: str, num_rows: int) -> np.ndarray:
+    """Precomputed embeddings, memory-mapped.
+
+    Args:
+        path: A `.npy` file, (rows, dimensions) of floats.
+        num_rows: Rows of the data, which must be the file's.
+
+    Raises:
+        AnybatchError: No such file, no array, or another shape.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -225,6 +284,13 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
         AnybatchError: The folder holds a run (and `resume` is off), holds something else, or holds a run of another configuration.
     """
     folder = Path(config.output)
+    with distributed.alone() as chosen:
+        if chosen:
+            _open_run(folder, config, resume)
+    return folder
+
+
+def _open_run(folder: Path, config: RunConfig, resume: bool) -> None:
     written = folder / "config.yaml"
     if written.exists():
         if not resume:
@@ -232,14 +298,16 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
                 f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it."
             )
         changed = [
-            line for line in differences(load_config(RunConfig, written), config) if not line.startswith("output:")
+            line
+            for line in differences(resolved(load_config(RunConfig, written)), resolved(config))
+            if not line.startswith("output:")
         ]
         if changed:
             raise AnybatchError(
                 f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the configuration in "
                 f"{written}, or choose another output folder."
             )
-        return folder
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnybatchError(
             f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
@@ -250,14 +318,16 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Path:
         raise AnybatchError(
             f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder."
         ) from error
-    write_text(written, to_yaml(config))
-    return folder
+    write_text(written, to_yaml(resolved(config)))
 
 
 def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_progress) -> RunResult:
     """The whole run: read, mine, train, save, evaluate.
 
-    Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), log.jsonl, checkpoints/, model/, metrics.json.
+    Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), warm_start* (if asked for), log.jsonl, checkpoints/, model/, metrics.json.
+
+    Under torchrun the ranks share each batch of `config.batch_size` rows; rank 0 mines, evaluates and writes, the others wait.
+    `train_peak_bytes` is then rank 0's.
 
     Args:
         config: The run.
@@ -267,22 +337,22 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     Raises:
         AnybatchError: See `open_run`, `read_training_pairs`, `make_plan`.
     """
+    with distributed.launched_ranks():
+        return _train(config, resume, progress if distributed.rank() == 0 else no_progress)
+
+
+def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.integrations.sentence_transformers.training import train_model
     from anybatch.losses.config import build_loss
     from anybatch.rows import RowTable
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise AnybatchError(
-            "`anybatch train` runs in one process so far. Under torchrun use sentence-transformers' Trainer with CachedLoss, PlanBatches and "
-            "LossStateCallback (docs/sentence_transformers.md); the plan that `anybatch mine` makes serves any number of processes."
-        )
     pairs = read_training_pairs(config)  # before the folder: bad data leaves nothing behind
     held_out = read_evaluation(config)
     model = load_model(config.model)
     folder = open_run(config, resume=resume)
     if (folder / "metrics.json").exists():
-        return RunResult(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+        return _read_result(folder)
     plan = make_plan(config, pairs, progress)
     pairs = with_mined_negatives(pairs, plan)
     prompts = (config.model.anchor_prompt, config.model.positive_prompt)
@@ -290,7 +360,8 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     def evaluate(current: SentenceTransformer) -> dict[str, float]:
         return {} if held_out is None else evaluate_model(current, held_out, prompts=prompts)
 
-    untrained = _remember(folder / "metrics_untrained.json", lambda: evaluate(model))
+    with distributed.alone() as chosen:
+        untrained = _remember(folder / "metrics_untrained.json", lambda: evaluate(model)) if chosen else {}
     rows = RowTable(
         pairs.anchor_id,
         pairs.positive_id,
@@ -308,9 +379,10 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
     )
+    callbacks = prepare_memory(config, model, pairs, loss, resume=resume, progress=progress)
     dataset = pairs.to_dataset()
     with Measure() as measure:
-        log = train_model(
+        trained = train_model(
             model,
             loss,
             dataset,
@@ -322,21 +394,74 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             resume=resume,
             evaluate=evaluate if held_out is not None else None,
             progress=lambda done, total, figures: progress("training", done, total, figures),
+            callbacks=callbacks,
         )
-    model.eval()
-    save_model(model, folder / "model")
-    result = RunResult(
-        metrics=evaluate(model),
-        metrics_untrained=untrained,
-        log=log,
-        train_seconds=measure.seconds,
-        train_peak_bytes=measure.peak_bytes,
-        num_steps=log[-1]["step"] if log else 0,
-    )
-    write_text(
-        folder / "metrics.json", json.dumps(asdict(result), indent=2)
-    )  # last: its presence says that the run is finished
-    return result
+    with distributed.alone() as chosen:
+        if chosen:
+            model.eval()
+            save_model(model, folder / "model")
+            result = RunResult(
+                metrics=evaluate(model),
+                metrics_untrained=untrained,
+                log=trained.log,
+                train_seconds=measure.seconds - trained.evaluation_seconds,
+                train_peak_bytes=measure.peak_bytes,
+                num_steps=trained.num_steps,
+            )
+            # Last: its presence says that the run is finished.
+            write_text(folder / "metrics.json", json.dumps(asdict(result), indent=2))
+    return _read_result(folder)
+
+
+def _read_result(folder: Path) -> RunResult:
+    return RunResult(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+
+
+def prepare_memory(
+    config: RunConfig,
+    model: SentenceTransformer,
+    pairs: PairData,
+    loss: CachedLoss,
+    *,
+    resume: bool = False,
+    progress: Progress = no_progress,
+) -> Sequence[TrainerCallback]:
+    """Fill the memory of the loss as `config.loss` asks, unless a checkpoint will bring it, and make the callback that refills and measures it.
+
+    Returns:
+        Callbacks for `train_model`; none if nothing is asked for while training.
+    """
+    from anybatch.integrations.sentence_transformers.callback import last_whole_checkpoint
+    from anybatch.integrations.sentence_transformers.memory import MemoryCallback, warm_start_from_model
+
+    settings, folder = config.loss, Path(config.output)
+    prompts = (config.model.anchor_prompt, config.model.positive_prompt)
+    resumed = resume and last_whole_checkpoint(folder / "checkpoints") is not None
+    if settings.warm_start and not resumed:
+        loss.to(model.device)
+        warm_start_from_model(
+            model,
+            pairs,
+            loss.loss,  # pyright: ignore[reportArgumentType] - one without memory is refused by name
+            prompts=prompts,
+            sample=settings.warm_start_sample,
+            seed=config.seed,
+            folder=folder,
+            progress=progress,
+        )
+    if settings.warm_start_steps is None and settings.probe_steps is None:
+        return []
+    return [
+        MemoryCallback(
+            model,
+            pairs,
+            loss.loss,  # pyright: ignore[reportArgumentType]
+            prompts=prompts,
+            refill_steps=settings.warm_start_steps,
+            sample=settings.warm_start_sample,
+            probe_steps=settings.probe_steps,
+        )
+    ]
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:

@@ -12,7 +12,7 @@ class Measure:
     """Context manager that measures wall seconds and the peak resident memory of this process while it is open.
 
     Memory is sampled every `interval` seconds from a thread, because the operating system's own peak never goes down
-    and so cannot tell one stage from the next. `peak_bytes` is absolute; `growth_bytes` is the peak over the value at entry.
+    and so cannot tell one stage from the next. `peak_bytes` is absolute.
 
     Cost: one read of the process's memory count per interval, about 20 microseconds.
     """
@@ -20,16 +20,10 @@ class Measure:
     def __init__(self, interval: float = 0.02) -> None:
         self.interval = interval
         self.seconds = 0.0
-        self.start_bytes = 0
         self.peak_bytes = 0
 
-    @property
-    def growth_bytes(self) -> int:
-        """Peak resident memory over the value at entry."""
-        return max(0, self.peak_bytes - self.start_bytes)
-
     def __enter__(self) -> Measure:
-        self.start_bytes = self.peak_bytes = resident_bytes()
+        self.peak_bytes = resident_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="anybatch-measure")
         self._started = time.perf_counter()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.losses import ClusterLogWeight, inclusion_log_weights
+from anybatch.losses import ClusterLogWeight, LogWeight, SumLogWeight, SuspectMask, inclusion_log_weights
 from anybatch.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
@@ -26,14 +26,19 @@ class RowTable(nn.Module):
     sample of the data, and `weights="inclusion"` corrects for that.
 
     Args:
-        anchor_id: (n,) int; equal where the anchors are the same text.
+        anchor_id: (n,) int, 0 or more; equal where the anchors are the same text.
         positive_id: (n,) int; equal where the positives are the same text.
         negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives; None for none.
-        plan: Needed by `weights="inclusion"`.
+        plan: Of these rows; needed by `weights="inclusion"`.
         weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined batches).
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact, unbiased weights.
+        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights the rest
+            stands for the data without them: the mean is over the rows that are not suspected.
 
-    Cost: 8 bytes a row and id; a look-up a step.
+    Raises:
+        AnybatchError: Ids of different lengths; a plan that is needed and missing, or that is of another number of rows.
+
+    Cost: 8 bytes a row and id, and as many for each suspect that the most suspected row has; a look-up a step.
     """
 
     def __init__(
@@ -45,14 +50,22 @@ class RowTable(nn.Module):
         plan: BatchPlan | None = None,
         weights: Weights = "none",
         weight_cap: float | None = None,
+        mask_suspects: bool = False,
     ) -> None:
         super().__init__()
         if len(anchor_id) != len(positive_id) or (negative_id is not None and len(negative_id) != len(anchor_id)):
             raise AnybatchError(
                 f"The ids cover {len(anchor_id)} anchors and {len(positive_id)} positives; expected one of each a row."
             )
-        if weights == "inclusion" and plan is None:
-            raise AnybatchError("weights='inclusion' needs the plan that made the batches.")
+        if len(anchor_id) and int(np.min(anchor_id)) < 0:
+            raise AnybatchError(f"anchor_id goes down to {int(np.min(anchor_id))}; expected 0 or more.")
+        if plan is None and (weights == "inclusion" or mask_suspects):
+            needing = "weights='inclusion'" if weights == "inclusion" else "mask_suspects"
+            raise AnybatchError(f"{needing} needs the plan that made the batches.")
+        if plan is not None and plan.num_rows != len(anchor_id):
+            raise AnybatchError(
+                f"The plan is of {plan.num_rows} rows, the ids of {len(anchor_id)}. Give the plan that was made for these data."
+            )
         if weights == "inclusion" and plan is not None and plan.clusters_per_batch == 1:
             warnings.warn(
                 f"A batch of {plan.batch_size} is a single cluster, so rows of other clusters never come and no weight can stand for them: the "
@@ -73,6 +86,24 @@ class RowTable(nn.Module):
         self.register_buffer(
             "cluster", torch.as_tensor(plan.cluster.astype(np.int64)) if plan is not None else None, persistent=False
         )
+        self.task: Tensor | None
+        task = None if plan is None or plan.task is None else torch.as_tensor(plan.task.astype(np.int64))
+        self.register_buffer("task", task, persistent=False)
+        inclusion = weights == "inclusion" and plan is not None
+        self.log_weights: Tensor | None
+        self.register_buffer(
+            "log_weights", _task_log_weights(plan, weight_cap) if inclusion else None, persistent=False
+        )
+        self.ways: Tensor | None
+        ways = (
+            _ways(np.asarray(positive_id), np.asarray(negative_id)) if inclusion and negative_id is not None else None
+        )
+        self.register_buffer("ways", ways, persistent=False)
+        self.suspects: Tensor | None
+        suspects = None
+        if mask_suspects and plan is not None and plan.suspects is not None and len(plan.suspects):
+            suspects = _suspects_of_rows(plan.suspects, plan.num_rows)
+        self.register_buffer("suspects", suspects, persistent=False)
         self.plan = plan
         self.weights = weights
         self.weight_cap = weight_cap
@@ -97,15 +128,67 @@ class RowTable(nn.Module):
             "anchor_id": self.anchor_id[index],
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }
+        terms: list[LogWeight] = []
+        explicit = torch.full_like(negatives, -2)
+        if self.suspects is not None:
+            column_row = torch.cat([index, explicit])
+            terms.append(SuspectMask(row=index, row_suspects=self.suspects[index], column_row=column_row))
         if self.weights == "inclusion":
-            assert self.plan is not None
-            assert self.cluster is not None
-            plan, cluster = self.plan, self.cluster[index]
-            same, other = inclusion_log_weights(
-                plan.num_rows, plan.num_clusters, plan.clusters_per_batch, cap=self.weight_cap
-            )
-            explicit = torch.full_like(negatives, -2)
-            arguments["log_weight"] = ClusterLogWeight(
-                row_cluster=cluster, column_cluster=torch.cat([cluster, explicit]), same=same, other=other
-            )
+            terms.append(self._inclusion(index, num_negatives, arguments["candidate_id"]))
+        if terms:
+            arguments["log_weight"] = terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
         return arguments
+
+    def _inclusion(self, index: Tensor, num_negatives: int, candidate_id: Tensor) -> ClusterLogWeight:
+        """One over the chance that a candidate was put beside the anchor; each candidate once, however many ways it has to come."""
+        assert self.plan is not None
+        assert self.cluster is not None
+        assert self.log_weights is not None
+        cluster, task, repeat = self.cluster[index], None, 1 + num_negatives
+        if self.task is not None:
+            task = self.task[index]
+        same, other = (self.log_weights[0 if task is None else task, column].expand(len(index)) for column in (0, 1))
+        return ClusterLogWeight(
+            row_cluster=cluster,
+            column_cluster=cluster.repeat(repeat),
+            same=same,
+            other=other,
+            column_factor=None if self.ways is None or not num_negatives else -self.ways[candidate_id].log(),
+            row_task=task,
+            column_task=None if task is None else task.repeat(repeat),
+        )
+
+
+def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
+    """(data sets, 2) float64: log-weights of a row of the same and of another cluster, for each data set.
+
+    Raises:
+        AnybatchError: A plan whose batches leave no such weights.
+    """
+    if plan.random_shares and any(plan.random_shares):
+        raise AnybatchError(
+            "weights='inclusion' needs clusters that stay together; the plan takes some apart (random_shares). Use weights='none'."
+        )
+    weights = []
+    for number in range(max(1, len(plan.task_names))):
+        num_rows = plan.num_rows if plan.task is None else int(np.count_nonzero(plan.task == number))
+        weights.append(inclusion_log_weights(max(2, num_rows), plan.deal.chance_beside(number), cap=cap))
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def _ways(positive_id: np.ndarray, negative_id: np.ndarray) -> Tensor:
+    """(ids,) float64: for each candidate the ways it has into a batch (rows that bring it) over the rows that it stands for."""
+    size = int(max(positive_id.max(initial=0), negative_id.max(initial=0))) + 1
+    own, explicit = (np.bincount(ids.reshape(-1), minlength=size) for ids in (positive_id, negative_id))
+    return torch.from_numpy((own + explicit) / np.maximum(own, 1)).clamp(min=1.0)  # the clamp: ids that never occur
+
+
+def _suspects_of_rows(pairs: np.ndarray, num_rows: int) -> Tensor:
+    """Each row's suspects: (num_rows, most suspects of a row) int64, -1 fills up."""
+    both = np.concatenate([pairs, pairs[:, ::-1]]).astype(np.int64)
+    both = both[np.argsort(both[:, 0], kind="stable")]
+    count = np.bincount(both[:, 0], minlength=num_rows)
+    place = np.arange(len(both)) - np.repeat(np.cumsum(count) - count, count)
+    table = np.full((num_rows, int(count.max())), -1, np.int64)
+    table[both[:, 0], place] = both[:, 1]
+    return torch.from_numpy(table)

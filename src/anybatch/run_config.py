@@ -5,8 +5,8 @@ Imports the rooms' configuration classes only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.model import ModelConfig
@@ -41,7 +41,7 @@ class EvaluationConfig:
         path: Held-out pairs; each anchor must find its positive among all of them.
         limit: Use only the first pairs.
         corpus, queries, qrels: Files of a retrieval set instead of pairs (BEIR's layout).
-        split: Which split of `queries` and `qrels`, if they have several.
+        split: Which split of `qrels`, if it has several.
     """
 
     path: str | None = None
@@ -61,6 +61,7 @@ class TeacherConfig:
         max_length: Tokens a text is cut at.
         batch_size: Texts per forward pass.
         anchor_prompt, positive_prompt: Text put before each text.
+        precision: Of the embeddings on disk; "float16" halves them and ranks the same but for near ties.
         anchor_embeddings, positive_embeddings: `.npy` files, (rows, dimensions), in the rows' order.
     """
 
@@ -69,6 +70,7 @@ class TeacherConfig:
     batch_size: int = 64
     anchor_prompt: str = ""
     positive_prompt: str = ""
+    precision: Literal["float32", "float16"] = "float32"
     anchor_embeddings: str | None = None
     positive_embeddings: str | None = None
 
@@ -79,7 +81,7 @@ class RunConfig:
 
     output: str
     data: DataConfig
-    model: ModelConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
     batch_size: int = 64
     seed: int = 0
     plan: str | None = None
@@ -90,6 +92,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise AnybatchError(f"seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}.")
         for name in ("batch_size", "seed"):
             own, default, run = getattr(self.mining, name), getattr(MiningConfig(), name), getattr(self, name)
             if own not in (default, run):
@@ -101,6 +105,17 @@ class RunConfig:
             raise AnybatchError(
                 "evaluation names pairs (path) and a retrieval set (corpus, queries, qrels); give one of them."
             )
+        if retrieval and self.evaluation.limit is not None:
+            raise AnybatchError(
+                "evaluation.limit is for pairs (path); a retrieval set is measured whole. Leave it out."
+            )
+        if not retrieval and self.evaluation.split is not None:
+            raise AnybatchError("evaluation.split is for a retrieval set (corpus, queries, qrels). Leave it out.")
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The configuration as the run takes it: mining with the run's own batch_size and seed."""
+    return replace(config, mining=replace(config.mining, batch_size=config.batch_size, seed=config.seed))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,8 @@
 """Cutting by rows: trimmed where that is safe, refused where rows cannot be told apart."""
 
+from collections import OrderedDict
+from collections.abc import MutableMapping
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,13 +46,21 @@ def test_boolean_flags_hold_their_columns():
     """Expansion tokens of multi-vector models are masked for attention and scored all the same."""
     flags = torch.zeros(2, 4, dtype=torch.bool)
     flags[0, 2] = True
-    part = RowSlicer(padded([1, 1], 4, expansion=flags)).take(torch.tensor([0, 1]))
+    part = RowSlicer(padded([1, 1], 4, query_expansion_positions=flags)).take(torch.tensor([0, 1]))
     assert part["input_ids"].shape == (2, 3)
-    assert part["expansion"].shape == (2, 3)
+    assert part["query_expansion_positions"].shape == (2, 3)
 
 
 @pytest.mark.parametrize(
-    "extra", [torch.zeros(2, 4), torch.zeros(2, 4, 4), torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 4).long()]
+    "extra",
+    [
+        torch.zeros(2, 4),
+        torch.zeros(2, 4, 4),
+        torch.zeros(2, 1, 4, 4),
+        torch.zeros(2, 3, 4).long(),
+        torch.zeros(2, 4).long(),  # four categories of each row, say, and by chance four tokens
+        torch.ones(2, 4, dtype=torch.bool),
+    ],
 )
 def test_no_trimming_where_an_axis_may_or_may_not_be_the_sequence(extra):
     slicer = RowSlicer(padded([1, 2], 4, extra=extra))
@@ -77,6 +88,39 @@ def test_the_container_keeps_its_type_and_the_batch_its_values():
     part["input_ids"].zero_()
     assert batch["input_ids"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert part.attention_mask.shape == (1, 2)
+
+
+class Store(MutableMapping):
+    """A mapping of somebody's own; a shallow copy of it shares what it holds."""
+
+    def __init__(self, items):
+        self.items_by_name = dict(items)
+
+    def __getitem__(self, key):
+        return self.items_by_name[key]
+
+    def __setitem__(self, key, value):
+        self.items_by_name[key] = value
+
+    def __delitem__(self, key):
+        del self.items_by_name[key]
+
+    def __iter__(self):
+        return iter(self.items_by_name)
+
+    def __len__(self):
+        return len(self.items_by_name)
+
+
+def test_a_mapping_of_the_callers_own_is_not_written_into():
+    batch = Store(padded([2, 1, 3], 3))
+    part = RowSlicer(batch).take(torch.tensor([1]))
+    assert type(part) is dict
+    assert part["input_ids"].tolist() == [[3]]
+    assert batch["input_ids"].shape == (3, 3)
+    ordered = OrderedDict(padded([2, 1, 3], 3))
+    assert type(RowSlicer(ordered).take(torch.tensor([1]))) is OrderedDict
+    assert ordered["input_ids"].shape == (3, 3)
 
 
 def test_rows_without_a_token_keep_one_column():

@@ -13,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from anybatch.cli import progress
 from anybatch.cli.app import app
+from anybatch.configuration import load_config
 from anybatch.errors import AnybatchError
+from anybatch.run_config import RunConfig
 
 runner = CliRunner()
 
@@ -72,11 +76,20 @@ def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder,
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == sorted(line["step"] for line in log)
     assert all(np.isfinite(line["loss"]) for line in log if "loss" in line)
-    run("inspect", str(out))
+    run("inspect", "run", str(out))
     run("evaluate", str(out / "model"), "--data", str(pairs_file), "--output", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     trained = json.loads((out / "metrics.json").read_text())["metrics"]
     assert figures["ndcg@10"] == pytest.approx(trained["ndcg@10"], abs=1e-6)
+
+
+def test_evaluate_shows_progress(pairs_file, tiny_model_folder, monkeypatch):
+    heard = Console(width=200, record=True, force_terminal=False, stderr=True)
+    monkeypatch.setattr(progress, "console", heard)
+    run("evaluate", str(tiny_model_folder), "--data", str(pairs_file))
+    said = heard.export_text()
+    assert "embedding: anchors: 97/97" in said
+    assert "embedding: positives: 97/97" in said
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:
@@ -149,6 +162,24 @@ def test_disk_full_while_training(pairs_file, tiny_model_folder, tmp_path):
     assert (out / "metrics.json").exists()
 
 
+def test_figures_of_a_run(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
+    """Five steps, logged every fourth; two evaluations while training, and one before and one after it."""
+    from anybatch import pipeline
+
+    def slow(*arguments, **settings):
+        time.sleep(0.5)
+        return {"ndcg@10": 0.5}
+
+    monkeypatch.setattr(pipeline, "evaluate_model", slow)
+    more = ("mining.method=random", "train.max_steps=5", "train.log_steps=4", "train.eval_steps=2")
+    started = time.monotonic()
+    run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
+    seconds = time.monotonic() - started
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert figures["num_steps"] == 5
+    assert figures["train_seconds"] < seconds - 2.0
+
+
 def test_resume_after_the_end_only_reads(pairs_file, tiny_model_folder, tmp_path):
     out = tmp_path / "run"
     run("train", *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "train.epochs=1"))
@@ -172,6 +203,18 @@ def test_explicit_negatives(pairs_file, tiny_model_folder, tmp_path):
         run("train", *settings(path, tiny_model_folder, tmp_path / name, *more), "--negative", "wrong")
         losses.append(json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["num_negatives"])
     assert losses[1] > losses[0] >= 7
+
+
+def test_mine_from_a_file_without_a_model_and_with_the_plan_of_another_folder(pairs_file, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"data: {{path: {pairs_file}}}\nbatch_size: 8\nmining: {{method: random}}\n")
+    run("mine", "--config", str(config), "--output", str(tmp_path / "one"))
+    written = load_config(RunConfig, tmp_path / "one" / "config.yaml")
+    assert written.model.name is None
+    assert written.mining.batch_size == 8, "what is written is what was used"
+    plan = tmp_path / "one" / "plan.safetensors"
+    run("mine", "--config", str(config), "--output", str(tmp_path / "two"), "--set", f"plan={plan}")
+    assert (tmp_path / "two" / "plan.safetensors").read_bytes() == plan.read_bytes(), "the file that was announced"
 
 
 class TestMistakes:
@@ -253,6 +296,36 @@ class TestMistakes:
             "cut.safetensors", "train", *settings(pairs_file, tiny_model_folder, tmp_path / "out2"), "--plan", str(cut)
         )
 
+    def test_evaluate_refuses_what_it_would_ignore(self, pairs_file, tiny_model_folder, tmp_path):
+        model = str(tiny_model_folder)
+        retrieval = ("--corpus", "c.jsonl", "--queries", "q.jsonl", "--qrels", "r.tsv")
+        for option in ("--limit", "--anchor", "--positive"):
+            self.refuse(f"Got {option}.* and --corpus", "evaluate", model, *retrieval, option, "5")
+        for option in ("--queries", "--qrels", "--split"):
+            self.refuse(f"Got --data.* and {option}", "evaluate", model, "--data", str(pairs_file), option, "x")
+        output = tmp_path / "nowhere" / "figures.json"
+        self.refuse("There is no folder", "evaluate", "no-model", "--data", str(pairs_file), "--output", str(output))
+
+    def test_train_without_a_model(self, pairs_file, out):
+        self.refuse("model.name", "train", "--data", str(pairs_file), "--output", str(out))
+        assert not out.exists()
+
+    def test_another_plan_on_resume(self, pairs_file, tiny_model_folder, tmp_path, out):
+        """The plan lies outside the run's folder and is made anew, with another seed, between the run and its resumption."""
+        from anybatch.plan import BatchPlan
+
+        run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "mined", "mining.method=random"))
+        path = tmp_path / "mined" / "plan.safetensors"
+        first = BatchPlan.load(path)
+        run("train", *settings(pairs_file, tiny_model_folder, out, "train.max_steps=3"), "--plan", str(path))
+        run("inspect", str(out))
+        assert BatchPlan.load(out / "plan.safetensors").digest == first.digest
+        (out / "metrics.json").unlink()  # as if the run had been cut short
+        BatchPlan.random(first.num_rows, first.batch_size, seed=5, data_digest=first.data_digest).save(path)
+        self.refuse("another plan than the one this run was started with", "train", "--resume", "--output", str(out))
+        first.save(path)
+        run("train", "--resume", "--output", str(out))
+
     def test_folder_that_holds_a_run(self, pairs_file, tiny_model_folder, out):
         run("mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))
         before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -277,6 +350,13 @@ class TestMistakes:
         given = settings(pairs_file, tiny_model_folder, out, "mining.method=random")
         self.refuse("set batch_size alone", "train", *given, "--set", "mining.batch_size=16")
         self.refuse("give one of them", "train", *given, "--set", "evaluation.corpus=x.jsonl")
+        self.refuse("evaluation.split is for", "train", *given, "--set", "evaluation.split=test")
+        self.refuse(
+            "evaluation.limit is for",
+            "train",
+            *given,
+            *("--set", "evaluation.path=null", "--set", "evaluation.corpus=c", "--set", "evaluation.limit=5"),
+        )
         self.refuse("does not define", "train", *given, "--set", "loss.weights=inclusion")
         assert not out.exists()
 

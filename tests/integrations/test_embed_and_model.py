@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
 from anybatch.errors import AnybatchError
@@ -52,6 +53,35 @@ def test_work_of_another_teacher_is_not_resumed_and_not_overwritten(tiny_model_f
             embed_to_file(model, texts, path, identity=identity)
     assert path.read_bytes() == before
     np.testing.assert_array_equal(embed_to_file(model, TEXTS, path, identity={"model": "one"}), np.load(path))
+
+
+def test_a_teacher_trained_further_is_another_teacher(tiny_model_folder, tmp_path, monkeypatch):
+    """Same name, same lengths, other weights: a half-done file is started anew, a finished one refused."""
+    monkeypatch.setattr(embed_module, "SHARD", 5)
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    path = tmp_path / "teacher.npy"
+
+    def stop(count):
+        raise Killed
+
+    with pytest.raises(Killed):
+        embed_to_file(model, TEXTS, path, identity={"model": "m"}, progress=stop)
+    with torch.no_grad():
+        model[0].model.encoder.layer[1].output.dense.weight[3, 4] += 0.5
+    rows = embed_to_file(model, TEXTS, path, identity={"model": "m"})
+    np.testing.assert_allclose(rows, embed_texts(model, TEXTS), atol=1e-6)
+    model.half().float()  # the same weights to a hundredth, and still others
+    with pytest.raises(AnybatchError, match="another model or of other texts"):
+        embed_to_file(model, TEXTS, path, identity={"model": "m"})
+
+
+def test_an_empty_prompt_is_no_prompt_also_where_the_model_has_a_default_one(tiny_model_folder):
+    """Training puts nothing before a text unless told to, so embedding must not either."""
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    plain = embed_texts(model, TEXTS)
+    model.prompts, model.default_prompt_name = {"query": "mata nodis "}, "query"
+    np.testing.assert_array_equal(embed_texts(model, TEXTS), plain)
+    assert not np.allclose(embed_texts(model, TEXTS, prompt="mata nodis "), plain, atol=1e-3)
 
 
 def test_first_layers_survive_saving(tiny_model_folder, tmp_path):

@@ -19,10 +19,18 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 
+from anybatch.data import PairData
 from anybatch.errors import AnybatchError
-from anybatch.integrations.sentence_transformers import CachedLoss, LossStateCallback, PlanBatches, with_index
+from anybatch.integrations.sentence_transformers import (
+    CachedLoss,
+    LossStateCallback,
+    PlanBatches,
+    TrainConfig,
+    train_model,
+    with_index,
+)
 from anybatch.losses import SogCLR
-from anybatch.plan import BatchPlan
+from anybatch.plan import BatchPlan, PlanSampler
 from anybatch.rows import RowTable
 
 from ..conftest import sentence
@@ -39,14 +47,16 @@ def dataset(rows=ROWS, offset=0):
     )
 
 
-def trainer(folder, output, *, seen, train=None, evaluation=None, world_size=1, batch_size=BATCH, **settings):
+def trainer(
+    folder, output, *, seen, train=None, evaluation=None, world_size=1, batch_size=BATCH, plan_seed=3, **settings
+):
     """A trainer without dropout, so that the number of processes cannot matter; `seen` collects the rows of each step."""
     model = SentenceTransformer(str(folder), device="cpu")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model[0].model.config.attention_probs_dropout_prob = 0.0
-    plan = BatchPlan.random(ROWS, BATCH, seed=3, data_digest="")
+    plan = BatchPlan.random(ROWS, BATCH, seed=plan_seed, data_digest="")
     table = RowTable(np.arange(ROWS), np.arange(ROWS) % 30)
     loss = CachedLoss(model, SogCLR(ROWS, gamma=0.5, learnable_temperature=True), rows=table, micro_batch=3)
     forward = loss.forward
@@ -63,7 +73,7 @@ def trainer(folder, output, *, seen, train=None, evaluation=None, world_size=1, 
         num_train_epochs=2,
         learning_rate=1e-3,
         batch_sampler=PlanBatches(plan),
-        save_strategy="no",
+        save_strategy=settings.pop("save_strategy", "no"),
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -106,6 +116,45 @@ def test_a_plan_that_is_not_used_is_an_error(tiny_model_folder, tmp_path):
         other_size.train()
     with pytest.raises(AnybatchError, match="has the column 'label'"):
         with_index(with_index(dataset()))
+
+
+def test_a_plan_of_other_texts_is_an_error(tiny_model_folder, tmp_path):
+    texts = dataset()
+    pairs = PairData(anchors=texts["anchor"], positives=texts["positive"])
+    batches = PlanBatches(BatchPlan.random(ROWS, BATCH, seed=3, data_digest=pairs.digest))
+    settings = {"batch_size": BATCH, "drop_last": True}
+    more = texts.add_column("negative_1", texts["anchor"][::-1])  # as mined negatives are added
+    for fitting in (texts, more):
+        assert isinstance(batches(with_index(fitting), **settings), PlanSampler)
+    swapped = texts.select([1, 0, *range(2, ROWS)])
+    with pytest.raises(AnybatchError, match="made for other data: the row counts agree"):
+        batches(with_index(swapped), **settings)
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    loss = CachedLoss(model, SogCLR(ROWS))
+    for wrong, match in ((swapped, "texts do not"), (texts.select(range(ROWS - 1)), "40 rows, the data has 39")):
+        with pytest.raises(AnybatchError, match=match):
+            train_model(model, loss, wrong, batches.plan, TrainConfig(), output=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_that_cannot_be_compared_are_left_to_the_row_numbers():
+    numbers = Dataset.from_dict(
+        {"anchor": [[row, row] for row in range(ROWS)], "positive": [[0, row] for row in range(ROWS)]}
+    )
+    batches = PlanBatches(BatchPlan.random(ROWS, BATCH, seed=3, data_digest="of something"))
+    assert isinstance(batches(with_index(numbers), batch_size=BATCH, drop_last=True), PlanSampler)
+
+
+def test_resuming_with_another_plan_is_an_error(tiny_model_folder, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "logging_strategy": "no"}
+    trainer(tiny_model_folder, tmp_path, seen=[], **settings)[0].train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    other, _ = trainer(tiny_model_folder, tmp_path, seen=[], plan_seed=4, **settings)
+    with pytest.raises(AnybatchError, match=r"was trained with the plan .*; the plan given now is"):
+        other.train(resume_from_checkpoint=checkpoint)
+    seen: list = []
+    trainer(tiny_model_folder, tmp_path, seen=seen, **settings)[0].train(resume_from_checkpoint=checkpoint)
+    assert len(seen) == 2
 
 
 SCRIPT = """

@@ -7,6 +7,7 @@ writes into its inputs cannot change what the replay will see.
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,12 @@ from torch import Tensor
 from anybatch.errors import AnybatchError
 
 _MASK = "attention_mask"
+_SEQUENCES = frozenset(
+    (
+        *("input_ids", "token_ids", _MASK, "token_type_ids", "mm_token_type_ids", "position_ids"),
+        *("special_tokens_mask", "global_attention_mask", "query_expansion_positions"),
+    )
+)  # (B, T) by their name: their second axis is the sequence
 _FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -23,10 +30,10 @@ class RowSlicer:
     """Reads the shape of a batch once, then hands out any subset of its rows.
 
     Trailing columns are cut where no chosen row has a token: in a mapping with a two-dimensional `attention_mask`
-    `(B, T)`, every integer or boolean tensor `(B, T)` and `inputs_embeds` `(B, T, D)` lose the columns past the last
-    one in which the mask, or any boolean tensor `(B, T)`, is set. Leading padding stays, because positions are often
-    counted from the left. A mapping that holds another tensor with an axis of length T is left at its full width:
-    whether that axis is the sequence cannot be known.
+    `(B, T)`, the tensors that are sequences by their name (`input_ids`, `token_type_ids`, `position_ids` and the like, all
+    `(B, T)`, and `inputs_embeds` `(B, T, D)`) lose the columns past the last one in which the mask, or a boolean tensor
+    among them, is set. Leading padding stays, because positions are often counted from the left. A mapping that holds
+    another tensor with an axis of length T is left at its full width: whether that axis is the sequence cannot be known.
 
     Args:
         inputs: A Tensor `(B, ...)`; a mapping whose tensors all have B as their first dimension, nested at will (other
@@ -138,25 +145,24 @@ def _lengths_of(value: Mapping[str, Any], num_rows: int) -> tuple[Tensor, int] |
     for key, item in value.items():
         if not isinstance(item, Tensor) or key == _MASK or width not in item.shape[1:]:
             continue
-        flags = item.ndim == 2 and item.dtype == torch.bool
-        tokens = item.ndim == 2 and not item.is_floating_point() and not item.is_complex()
+        tokens = key in _SEQUENCES and item.ndim == 2
         embedded = key == "inputs_embeds" and item.ndim == 3 and item.shape[1] == width
-        if not (flags or tokens or embedded):
+        if not (tokens or embedded):
             return None
-        if flags and item.shape == mask.shape:
+        if (
+            item.dtype == torch.bool and item.shape == mask.shape
+        ):  # expansion tokens are masked for attention and scored all the same
             active = active | item
     columns = torch.arange(1, width + 1, device=mask.device)
     return (active * columns).amax(dim=1).cpu(), width
 
 
 def _rebuilt(value: Mapping[str, Any], taken: dict[str, Any]) -> Any:
-    """`taken` in the type of `value` where that can be copied and written (dict, BatchEncoding), else a dict."""
-    if type(value) is dict:
-        return taken
-    try:
-        same = copy.copy(value)
-        for key, item in taken.items():
-            same[key] = item  # type: ignore[index]
-    except TypeError:
-        return taken
+    """`taken` in the type of `value` where a copy is known to be one of its own (dict, UserDict, BatchEncoding), else a dict."""
+    if type(value) is dict or not isinstance(value, (dict, UserDict)):
+        return (
+            taken  # copy.copy of any other mapping may share its contents, and writing into it would reach the caller's
+        )
+    same = copy.copy(value)
+    same.update(taken)
     return same

@@ -14,5 +14,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, mine, train, evaluate, inspect, doctor):
+for verb in (demo, mine, train, evaluate, doctor):
     app.command(name=verb.__name__.rsplit(".", 1)[1])(verb.command)
+app.add_typer(inspect.verbs, name="inspect")

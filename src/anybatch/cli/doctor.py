@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from anybatch.caching import Verification
-from anybatch.cli.options import (
-    AnchorOption,
-    ConfigOption,
-    DataOption,
-    ModelOption,
-    NegativeOption,
-    PositiveOption,
-    SetOption,
-    resolve,
-)
+from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import console
 from anybatch.doctor import examine
 
 
+@with_run_options
 def command(
-    config: ConfigOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    anchor: AnchorOption = None,
-    positive: PositiveOption = None,
-    negative: NegativeOption = None,
-    model: ModelOption = None,
+    options: RunOptions,
     rows: Annotated[int, typer.Option("--rows", help="Rows of the batch that is taken both ways.")] = 16,
     show_all: Annotated[bool, typer.Option("--all", help="Show every parameter, not the worst ten.")] = False,
 ) -> None:
     """Take one small batch plainly and cached, compare the gradients, and name what breaks exactness. Exit code 1 if not exact."""
-    settings = resolve(
-        config,
-        sets,
-        output="unused" if config is None else None,  # nothing is written
-        data__path=data,
-        data__anchor=anchor,
-        data__positive=positive,
-        data__negatives=negative,
-        model__name=model,
-        batch_size=rows if config is None else None,
-    )
+    if options.config is None:  # nothing is written, so no folder need be named, and no batch of the run need be filled
+        options = replace(options, output=options.output or "unused", batch_size=options.batch_size or rows)
+    settings = options.resolve()
     result = examine(settings, num_rows=rows)
     if result.errors:
         console.print(_table(result, len(result.errors) if show_all else 10))

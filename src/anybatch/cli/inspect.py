@@ -9,29 +9,25 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from anybatch.cli import inspect_plan
 from anybatch.cli.progress import console
 from anybatch.errors import AnybatchError
 from anybatch.plan import BatchPlan
 from anybatch.report.tables import metrics_table
 
 
-def command(
-    path: Annotated[Path, typer.Argument(help="A plan (.safetensors) or the folder of a run.")],
-) -> None:
-    """Show what a plan or a run holds: batches, clusters, mining figures, results."""
-    if path.is_dir():
-        if not any((path / name).exists() for name in ("config.yaml", "plan.safetensors")):
-            raise AnybatchError(f"{path} holds neither a run (config.yaml) nor a plan (plan.safetensors).")
-        plan_path = path / "plan.safetensors"
-    else:
-        plan_path = path
-    if plan_path.exists() or not path.is_dir():
-        _show(f"Plan {plan_path}", BatchPlan.load(plan_path).stats())
-    folder = plan_path.parent
-    for name, title in (("mining.json", "Mining"),):
-        if (folder / name).exists():
-            _show(title, json.loads((folder / name).read_text(encoding="utf-8")))
-    if path.is_dir() and (path / "metrics.json").exists():
+def command(path: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
+    """Show what a run holds: its plan, what mining measured, results."""
+    if not any((path / name).exists() for name in ("config.yaml", "plan.safetensors")):
+        raise AnybatchError(
+            f"{path} holds no run (no config.yaml, no plan.safetensors). Give the folder that `anybatch mine` or `anybatch train` wrote; "
+            "for a plan alone: anybatch inspect plan."
+        )
+    if (path / "plan.safetensors").exists():
+        _show(f"Plan {path / 'plan.safetensors'}", BatchPlan.load(path / "plan.safetensors").stats())
+    if (path / "mining.json").exists():
+        _show("Mining", json.loads((path / "mining.json").read_text(encoding="utf-8")))
+    if (path / "metrics.json").exists():
         result = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
         if result["metrics"]:
             console.print(metrics_table({"untrained": result["metrics_untrained"], "trained": result["metrics"]}))
@@ -60,3 +56,8 @@ def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             rows.append((prefix + name, str(value)))
     return rows
+
+
+verbs = typer.Typer(help="What is in a plan or a run.", no_args_is_help=True, rich_markup_mode=None)
+verbs.command(name="plan")(inspect_plan.command)
+verbs.command(name="run")(command)

@@ -6,58 +6,33 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import (
-    AnchorOption,
-    BatchSizeOption,
-    ConfigOption,
-    DataOption,
-    ModelOption,
-    NegativeOption,
-    OutputOption,
-    PositiveOption,
-    SetOption,
-    TeacherOption,
-    resolve,
-    resumed,
-)
+from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import Bars, console
+from anybatch.distributed import launched_ranks, rank
 from anybatch.pipeline import make_plan, open_run, read_training_pairs
 
 
+@with_run_options
 def command(
-    config: ConfigOption = None,
-    sets: SetOption = None,
-    output: OutputOption = None,
-    data: DataOption = None,
-    anchor: AnchorOption = None,
-    positive: PositiveOption = None,
-    negative: NegativeOption = None,
-    model: ModelOption = None,
-    teacher: TeacherOption = None,
-    batch_size: BatchSizeOption = None,
+    options: RunOptions,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the mining in the output folder.")] = False,
 ) -> None:
-    """Choose the batches: rank the data with a teacher and write OUTPUT/plan.safetensors."""
-    if resume and config is None:
-        config = resumed(output)
-    settings = resolve(
-        config,
-        sets,
-        output=output,
-        data__path=data,
-        data__anchor=anchor,
-        data__positive=positive,
-        data__negatives=negative,
-        model__name=model or (None if config else teacher),  # mining alone trains nothing, so a model need not be named
-        teacher__name=teacher,
-        batch_size=batch_size,
-    )
-    pairs = read_training_pairs(settings)
-    folder = open_run(settings, resume=resume)
-    with Bars() as bars:
-        plan = make_plan(settings, pairs, bars)
+    """Choose the batches: rank the data with a teacher and write OUTPUT/plan.safetensors.
+
+    Under torchrun (`torchrun --nproc-per-node 4 -m anybatch mine ...`) the processes share embedding and search.
+    """
+    settings = options.resolve(resume=resume)
+    with launched_ranks():
+        pairs = read_training_pairs(settings)
+        folder = open_run(settings, resume=resume)
+        with Bars(quiet=rank() > 0) as bars:
+            plan = make_plan(settings, pairs, bars)
+        if rank() > 0:
+            return
     console.print(
         f"{folder / 'plan.safetensors'}: {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch.",
         highlight=False,
     )
-    console.print(f"See what is in it with: anybatch inspect {folder}", highlight=False)
+    console.print(
+        f"See what is in it with: anybatch inspect plan {folder} --html {folder / 'plan.html'}", highlight=False
+    )

@@ -1,9 +1,12 @@
-"""Options that `mine` and `train` share: a configuration file, overrides, and short cuts for the values most people set."""
+"""Options that verbs share: a configuration file, overrides, and short cuts for the values most people set."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 import yaml
@@ -35,21 +38,74 @@ TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model 
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="The contrastive batch, over all processes.")]
 
 
-def resolve(config: Path | None, sets: list[str] | None, **short_cuts: Any) -> RunConfig:
-    """The configuration from file, `--set` and short cuts (which win).
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options of every verb that works from a run's configuration; None where one was not given."""
 
-    Args:
-        config: The file, or None.
-        sets: `--set` values.
-        **short_cuts: Dotted key with `__` for the dot, and its value; None where the option was not given.
+    config: ConfigOption = None
+    sets: SetOption = None
+    output: OutputOption = None
+    data: DataOption = None
+    anchor: AnchorOption = None
+    positive: PositiveOption = None
+    negative: NegativeOption = None
+    model: ModelOption = None
+    teacher: TeacherOption = None
+    batch_size: BatchSizeOption = None
+
+    def resolve(self, *, resume: bool = False, plan: str | None = None) -> RunConfig:
+        """The configuration from file, `--set` and short cuts (which win).
+
+        Args:
+            resume: Without `--config`, take the configuration kept in the run's folder.
+            plan: The short cut of `train` alone.
+        """
+        config = resumed(self.output) if resume and self.config is None else self.config
+        short_cuts: dict[str, Any] = {
+            "output": self.output,
+            "data.path": self.data,
+            "data.anchor": self.anchor,
+            "data.positive": self.positive,
+            "data.negatives": self.negative,
+            "model.name": self.model,
+            "teacher.name": self.teacher,
+            "batch_size": self.batch_size,
+            "plan": plan,
+        }
+        overrides = list(self.sets or [])
+        for key, value in short_cuts.items():
+            if value not in (None, []):
+                text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+                overrides.append(f"{key}={text}")
+        return load_config(RunConfig, config, overrides)
+
+
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options of `RunOptions`, which it receives as its first argument, before its own options.
+
+    Typer reads a function's signature, so the wrapper states the joined one.
     """
-    overrides = list(sets or [])
-    for key, value in short_cuts.items():
-        if value not in (None, []):
-            overrides.append(
-                f"{key.replace('__', '.')}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"
-            )
-    return load_config(RunConfig, config, overrides)
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    hints = get_type_hints(RunOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            entry.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if entry.default is MISSING else entry.default,
+            annotation=hints[entry.name],
+        )
+        for entry in fields(RunOptions)
+    ]
+    joined = [*shared, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
+
+    def verb(**given: Any) -> None:
+        options = RunOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        command(options, **given)
+
+    verb.__signature__ = inspect.Signature(joined)  # pyright: ignore[reportFunctionMemberAccess]
+    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in joined}
+    verb.__doc__ = command.__doc__
+    return verb
 
 
 def resumed(output: str | None) -> Path | None:

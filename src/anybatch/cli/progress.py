@@ -22,10 +22,11 @@ SHOWN = ("loss", "eval_ndcg@10")
 
 
 class Bars(AbstractContextManager["Bars"]):
-    """A `Progress` of the pipeline: call it with (stage, done, total, figures)."""
+    """A `Progress` of the pipeline: call it with (stage, done, total, figures). `quiet` shows nothing: one of several ranks speaks."""
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", *, quiet: bool = False) -> None:
         self.prefix = prefix
+        self.quiet = quiet
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, float] = {}
         self._progress = Progress(
@@ -36,7 +37,7 @@ class Bars(AbstractContextManager["Bars"]):
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=quiet or not console.is_terminal,
         )
 
     def __enter__(self) -> Bars:
@@ -50,6 +51,8 @@ class Bars(AbstractContextManager["Bars"]):
 
     def __call__(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
         """Move the stage's bar to `done` of `total`."""
+        if self.quiet:
+            return
         text = "  ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if figures and name in figures)
         name = self.prefix + stage
         if not console.is_terminal:

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.engine import TILE_BYTES, Rule, SoftmaxStats, softmax_loss
+from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss, symmetric_softmax_loss
 from anybatch.losses.log_weights import IdMask, LogWeight, SumLogWeight, as_log_weight
 
 Direction = Literal["one_way", "both"]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """The arguments of one call, checked and normalised.
+
+    Attributes:
+        anchors: (B, D) float32 or float64.
+        candidates: (M, D).
+        index: (B,) int64 rows of the data set, or None.
+        log_weight: Log-weights and masks from the anchors to the candidates; None for 0.
+    """
+
+    anchors: Tensor
+    candidates: Tensor
+    index: Tensor | None
+    log_weight: LogWeight | None
+
+    def queries(self, direction: int) -> Tensor:
+        """(B, D) what is scored against the others: the anchors (direction 0), or the positives (1)."""
+        return self.anchors if direction == 0 else self.candidates[: len(self.anchors)]
+
+    def log_weight_of(self, direction: int) -> LogWeight | None:
+        """The log-weights as this direction sees them."""
+        if direction == 0 or self.log_weight is None:
+            return self.log_weight
+        return self.log_weight.reversed(len(self.anchors))
+
+
 class ContrastiveLoss(nn.Module):
-    """Base of the losses; a method supplies `_rule`.
+    """Base of the losses; a method supplies `_rule`, or a whole `_side`, and learns in `_finish`.
 
     Args:
         temperature: Similarities are divided by it.
@@ -83,16 +111,16 @@ class ContrastiveLoss(nn.Module):
             candidates: (M, D) float, M >= B: the positives in the anchors' order, then explicit negatives.
             index: (B,) int64 rows of the data set; needed by losses with memory.
             log_weight: b_ij: a `LogWeight`, or a tensor broadcastable to (B, M); -inf removes a pair.
-            anchor_id: (B,) int; equal for identical anchors. Goes with `candidate_id`.
+            anchor_id: (B,) int, 0 or more; equal for identical anchors. Goes with `candidate_id`.
             candidate_id: (M,) int; equal for identical candidates.
 
         Returns:
             Scalar, float32 (float64 for float64 embeddings), differentiable in the embeddings and the temperature.
 
         Raises:
-            AnybatchError: Shapes that do not fit, an index that is missing or out of range.
+            AnybatchError: Shapes that do not fit, a negative anchor_id, an index that is missing or out of range.
 
-        Cost: see `engine`. Collectives a direction: six in the forward pass, none in the backward pass.
+        Cost and collectives: see `engine`; nothing is communicated in the backward pass.
         """
         _check_shapes(anchors, candidates, index, anchor_id, candidate_id)
         dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
@@ -100,33 +128,56 @@ class ContrastiveLoss(nn.Module):
         if self.normalize:
             anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
         weight = self._weight(len(anchors), len(candidates), log_weight, anchor_id, candidate_id)
-        if self.log_temperature is None:
-            temperature = torch.tensor(self._temperature, dtype=dtype, device=anchors.device)
-        else:
-            temperature = self.log_temperature.to(dtype).exp()
-        loss, stats = self._one_way(anchors, candidates, temperature, weight, index, direction=0)
+        batch = Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight)
+        forward = self._side(batch, direction=0)
         if self.direction == "both":
-            back = weight.reversed(len(anchors)) if weight is not None else None
-            other, _ = self._one_way(candidates[: len(anchors)], anchors, temperature, back, index, direction=1)
-            loss = (loss + other) / 2
-        self._stats = loss.detach(), stats
+            sides = (forward, self._side(batch, direction=1))
+            loss, stats = symmetric_softmax_loss(
+                anchors, candidates, forward=sides[0], back=sides[1], tile_bytes=self.tile_bytes
+            )
+        else:
+            sides = (forward,)
+            loss, one = softmax_loss(
+                anchors,
+                candidates,
+                rule=forward.rule,
+                temperature=forward.temperature,
+                log_weight=forward.log_weight,
+                row_weight=forward.row_weight,
+                adjust=forward.adjust,
+                column_weight=forward.column_weight,
+                tile_bytes=self.tile_bytes,
+            )
+            stats = (one,)
+        loss = self._finish(batch, sides, stats, loss)
+        self._stats = loss.detach(), stats[0]
         return loss
 
-    def _one_way(
-        self,
-        anchors: Tensor,
-        candidates: Tensor,
-        temperature: Tensor,
-        weight: LogWeight | None,
-        index: Tensor | None,
-        *,
-        direction: int,
-    ) -> tuple[Tensor, SoftmaxStats]:
-        normalised = weight is not None and weight.normalised
-        rule = self._rule(index, direction=direction, normalised=normalised, dimensions=anchors.shape[1])
-        return softmax_loss(
-            anchors, candidates, temperature=temperature, rule=rule, log_weight=weight, tile_bytes=self.tile_bytes
+    @property
+    def _updating(self) -> bool:
+        """Whether this call may change state."""
+        return self.training and torch.is_grad_enabled()
+
+    def _side(self, batch: Batch, *, direction: int) -> Side:
+        """What the engine is asked in one direction (0: anchors against candidates, 1: the way back)."""
+        weight = batch.log_weight_of(direction)
+        rule = self._rule(
+            batch.index,
+            direction=direction,
+            normalised=weight is not None and weight.normalised,
+            dimensions=batch.anchors.shape[1],
         )
+        return Side(rule=rule, temperature=self._temperatures(batch, direction=direction), log_weight=weight)
+
+    def _temperatures(self, batch: Batch, *, direction: int) -> Tensor:
+        """The temperature as a scalar tensor, or (B,) one a row."""
+        if self.log_temperature is None:
+            return torch.tensor(self._temperature, dtype=batch.anchors.dtype, device=batch.anchors.device)
+        return self.log_temperature.to(batch.anchors.dtype).exp()
+
+    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        """The loss that the call returns; the place where a method updates what it learns from the engine's figures."""
+        return loss
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
         """The method's rule for one call.
@@ -188,3 +239,7 @@ def _check_shapes(
             raise AnybatchError(
                 f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; expected integers of shape ({length},)."
             )
+    if anchor_id is not None and len(anchor_id) and int(anchor_id.min()) < 0:
+        raise AnybatchError(
+            f"anchor_id goes down to {int(anchor_id.min())}; expected 0 or more (-1 marks explicit negatives, which have no anchor)."
+        )

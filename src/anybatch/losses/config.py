@@ -2,65 +2,210 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from anybatch.errors import AnybatchError
 
+_GLOBAL = frozenset({"gamma", "gamma_steps", "gamma_steps_per_epoch"})
+_OWN_TEMPERATURES = frozenset({"rho", "eps", "temperature_range", *_GLOBAL})
+# What each method knows besides temperature, direction, weights and weight_cap.
+KNOWN: dict[str, frozenset[str]] = {
+    "infonce": frozenset({"learnable_temperature", "margin", "hardness"}),
+    "decoupled": frozenset({"learnable_temperature"}),
+    "count_corrected": frozenset({"learnable_temperature"}),
+    "sogclr": frozenset({"learnable_temperature", "eps", *_GLOBAL}),
+    "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
+    "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
+    "tempnet": frozenset({"dimensions", *_OWN_TEMPERATURES}),
+    "nuclr": frozenset({"margin", "margin_lr", "margin_start", *_GLOBAL}),
+    "glofnd": frozenset({"learnable_temperature", "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
+    "emc2": frozenset({"learnable_temperature", "dimensions", "burn_in", "seed"}),
+    "scent": frozenset({"learnable_temperature", "eps", "alpha"}),
+    "siglip": frozenset({"learnable_temperature", "bias"}),
+    "auc_cl": frozenset({"margin"}),
+}
+# Denominators that a warm start can fill, and a probe can check.
+WITH_MEMORY = ("sogclr", "fastclip", "isogclr", "tempnet", "scent")
+# Denominators that are the batch's own, which inclusion weights would turn into something else.
+_WITHOUT_WEIGHTS = ("infonce", "decoupled", "siglip")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """A loss by name.
+    """A loss by name. What is None takes the method's default; what the method does not know is refused.
 
     Attributes:
         name: "infonce", "decoupled" (no positive in the denominator), "count_corrected" (the batch's negatives stand for the
-            whole data set; no memory), "sogclr" (a running denominator for each example).
-        temperature: Similarities are divided by it. 0.01 to 0.07 for text, 0.07 to 0.1 for images.
+            whole data set; no memory), "sogclr" (a running denominator for each example), "fastclip" (the same in both directions,
+            with a temperature of four kinds), "isogclr" (a temperature for each example), "tempnet" (a temperature from the embedding),
+            "nuclr" (a margin for each candidate), "glofnd" (drops likely false negatives), "emc2" (a chain of negatives for each
+            example), "scent" (forgetting by a proximal step), "siglip" (a yes-or-no question a pair; published with temperature 0.1, learned),
+            "auc_cl" (positives outscore negatives by a margin).
+        temperature: Similarities are divided by it; where it is learned, the first one. 0.01 to 0.07 for text, 0.07 to 0.1 for images.
         learnable_temperature: Train it as a parameter.
         direction: "one_way" (anchor to candidates), or "both" (also positive to anchors).
-        gamma: SogCLR: weight of the new batch in an example's running denominator; 1 forgets everything else.
-        eps: SogCLR: added to the running denominator; None for 1 / (rows - 1), which makes it an estimate of full-data InfoNCE.
+        gamma: Methods with a running denominator: weight of the new batch in it; 1 forgets everything else.
+        gamma_steps: Let gamma fall from 1 along a cosine of so many steps; None to keep it constant.
+        gamma_steps_per_epoch: With `gamma_steps`: gamma changes only after so many steps.
+        eps: Added to the running denominator; None for the method's own (sogclr: 1 / (rows - 1), an estimate of full-data InfoNCE).
+        version: fastclip: "v0" to "v3".
+        rho: fastclip, isogclr, tempnet: radius of the robust objective.
+        temperature_range: fastclip, isogclr, tempnet: lowest and highest temperature.
+        temperature_lr: fastclip v2, isogclr: step of an example's temperature.
+        dimensions: tempnet: width of the embeddings. emc2: likewise, to keep the embeddings of the chains' states.
+        margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive.
+        bias: siglip: the bias at first; it is learned.
+        margin_lr, margin_start: nuclr: step of the margins, and steps before they are learned.
+        hardness: infonce: weight negatives by exp(hardness * similarity).
+        alpha: glofnd: share of negatives to drop. scent: step.
+        threshold_lr, threshold_start: glofnd: step of the thresholds, and steps before they are used.
+        burn_in: emc2: share of a visit's steps that do not count.
+        seed: emc2: of the chains.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
+        warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once (docs/memory.md).
+        warm_start_steps: Fill it anew every so many steps as well.
+        warm_start_sample: Fill it from so many targets drawn at random instead of all.
+        probe_steps: Every so many steps compare it with the truth on a few rows; the figures go into the log.
     """
 
-    name: Literal["infonce", "decoupled", "count_corrected", "sogclr"] = "infonce"
+    name: Literal[
+        "infonce",
+        "decoupled",
+        "count_corrected",
+        "sogclr",
+        "fastclip",
+        "isogclr",
+        "tempnet",
+        "nuclr",
+        "glofnd",
+        "emc2",
+        "scent",
+        "siglip",
+        "auc_cl",
+    ] = "infonce"
     temperature: float = 0.05
     learnable_temperature: bool = False
     direction: Literal["one_way", "both"] = "one_way"
-    gamma: float = 0.9
+    gamma: float | None = None
+    gamma_steps: int | None = None
+    gamma_steps_per_epoch: int | None = None
     eps: float | None = None
+    version: Literal["v0", "v1", "v2", "v3"] | None = None
+    rho: float | None = None
+    temperature_range: tuple[float, ...] | None = None
+    temperature_lr: float | None = None
+    dimensions: int | None = None
+    margin: float | None = None
+    bias: float | None = None
+    margin_lr: float | None = None
+    margin_start: int | None = None
+    hardness: float | None = None
+    alpha: float | None = None
+    threshold_lr: float | None = None
+    threshold_start: int | None = None
+    burn_in: float | None = None
+    seed: int | None = None
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: float | None = None
+    warm_start: bool = False
+    warm_start_steps: int | None = None
+    warm_start_sample: int | None = None
+    probe_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:  # nan is neither
             raise AnybatchError(f"loss.temperature is {self.temperature}; expected a positive number such as 0.05.")
-        if not 0 < self.gamma <= 1:
+        if self.gamma is not None and not 0 < self.gamma <= 1:
             raise AnybatchError(f"loss.gamma is {self.gamma}; expected a number above 0 and at most 1.")
-        if self.weights == "inclusion" and self.name in ("infonce", "decoupled"):
+        if self.eps is not None and not 0 <= self.eps < math.inf:
+            raise AnybatchError(
+                f"loss.eps is {self.eps}; expected 0 or a positive number, or nothing for 1 / (rows - 1)."
+            )
+        if self.weight_cap is not None and not self.weight_cap >= 1:
+            raise AnybatchError(
+                f"loss.weight_cap is {self.weight_cap}; expected at least 1 (a row of another cluster weighs no less than one of the own), "
+                "or nothing for the exact weight."
+            )
+        if self.temperature_range is not None and len(self.temperature_range) != 2:
+            raise AnybatchError(
+                f"loss.temperature_range is {self.temperature_range}; expected two numbers, the lowest and the highest temperature."
+            )
+        if self.gamma_steps_per_epoch is not None and self.gamma_steps is None:
+            raise AnybatchError("loss.gamma_steps_per_epoch needs loss.gamma_steps, the length of the cosine.")
+        if self.name == "tempnet" and self.dimensions is None:
+            raise AnybatchError("loss.dimensions is missing; tempnet needs the width of the embeddings, such as 384.")
+        unknown = sorted(set(self._given()) - KNOWN[self.name])
+        if unknown:
+            knowing = sorted(name for name, known in KNOWN.items() if unknown[0] in known)
+            raise AnybatchError(
+                f"loss.{unknown[0]} is given, which '{self.name}' does not know: it is for {', '.join(knowing)}. Remove it, or change loss.name."
+            )
+        if self.weights == "inclusion" and self.name in _WITHOUT_WEIGHTS:
             raise AnybatchError(
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "
                 "Use loss.name=count_corrected (no memory) or sogclr."
             )
+        for name in ("warm_start", "warm_start_steps", "warm_start_sample", "probe_steps"):
+            value = getattr(self, name)
+            if value and self.name not in WITH_MEMORY:
+                raise AnybatchError(
+                    f"loss.{name} is {value}, but '{self.name}' has no running denominator. It is for {', '.join(WITH_MEMORY)}."
+                )
+            if value is not None and value is not False and value < 1:
+                raise AnybatchError(f"loss.{name} is {value}; expected at least 1, or nothing.")
+        if self.name in ("siglip", "auc_cl") and self.direction == "both":
+            raise AnybatchError(
+                f"loss.direction is 'both'; '{self.name}' judges pairs and has one direction. Leave it at 'one_way'."
+            )
+        if self.name == "auc_cl" and self.temperature != 0.05:
+            raise AnybatchError("loss.name 'auc_cl' has no temperature; set loss.margin instead.")
+
+    def _given(self) -> dict[str, Any]:
+        """The settings of single methods that were given."""
+        every = frozenset[str]().union(*KNOWN.values())
+        given = {name: getattr(self, name) for name in sorted(every)}
+        return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
     """The Module that `config` names, for a data set of `num_rows` rows."""
-    from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
+    from anybatch import losses
 
-    shared = {
-        "temperature": config.temperature,
-        "learnable_temperature": config.learnable_temperature,
-        "direction": config.direction,
-    }
-    if config.name == "infonce":
-        return InfoNCE(**shared)
-    if config.name == "decoupled":
-        return DecoupledInfoNCE(**shared)
-    if config.name == "count_corrected":
-        return CountCorrectedInfoNCE(num_rows, **shared)
-    eps = 1.0 / (num_rows - 1) if config.eps is None else config.eps
-    return SogCLR(num_rows, gamma=config.gamma, eps=eps, **shared)
+    arguments = {"temperature": config.temperature, "direction": config.direction, **config._given()}
+    steps, per_epoch = arguments.pop("gamma_steps", None), arguments.pop("gamma_steps_per_epoch", 1)
+    if steps is not None:
+        arguments["gamma"] = losses.GammaSchedule(
+            0.2 if config.gamma is None else config.gamma, num_steps=steps, steps_per_epoch=per_epoch
+        )
+    if config.name == "auc_cl":
+        return losses.AUCCL(**config._given())
+    if config.name == "siglip":
+        del arguments["direction"]
+        return losses.SigLIP(**arguments)
+    make = {
+        "infonce": losses.InfoNCE,
+        "decoupled": losses.DecoupledInfoNCE,
+        "count_corrected": losses.CountCorrectedInfoNCE,
+        "sogclr": losses.SogCLR,
+        "fastclip": losses.FastCLIP,
+        "isogclr": losses.ISogCLR,
+        "tempnet": losses.TempNet,
+        "nuclr": losses.NUCLR,
+        "glofnd": losses.GloFND,
+        "emc2": losses.EMC2,
+        "scent": losses.SCENT,
+        "siglip": losses.SigLIP,
+        "auc_cl": losses.AUCCL,
+    }[config.name]
+    if config.name in ("siglip", "auc_cl"):
+        del arguments["direction"]
+    if config.name == "auc_cl":
+        del arguments["temperature"]
+    if config.name in ("infonce", "decoupled", "siglip", "auc_cl"):
+        return make(**arguments)
+    return make(num_rows, **arguments)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss, Direction
-from anybatch.losses.engine import TILE_BYTES, Rule
+from anybatch.losses.base import Batch, ContrastiveLoss, Direction
+from anybatch.losses.engine import TILE_BYTES, Rule, Side
+from anybatch.losses.log_weights import LogWeight, SumLogWeight, TensorLogWeight
 
 
 class InfoNCE(ContrastiveLoss):
@@ -20,12 +21,56 @@ class InfoNCE(ContrastiveLoss):
         loss = mean_i log(1 + sum_j exp((s_ij - s_ip) / tau + b_ij))
 
     Args:
+        margin: Added to every negative's similarity, so that a positive must win by it: b_ij = margin / tau. Needs a fixed temperature.
+        hardness: beta. Negatives are weighted by exp(beta s_ij), normalised to a mean of 1 over the anchor's negatives:
+            b_ij = beta s_ij - log mean_j exp(beta s_ij), a constant in the derivative. 0 for equal weights.
         temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
     Log-weights are added to the logits as they are. Temperatures seen: .01 to .07 for text, .07 to .1 for images.
 
-    Cost: no state. Reference: van den Oord et al. 2018, arXiv 1807.03748, equation 4.
+    Raises:
+        AnybatchError: A margin with a learnable temperature, a negative hardness.
+
+    Cost: no state. Reference: van den Oord et al. 2018, arXiv 1807.03748, equation 4; hardness: Robinson et al. 2021,
+    "Contrastive Learning with Hard Negative Samples", arXiv 2010.04592, equation 4 with tau+ = 0 (its released code also differentiates
+    the weights, we follow the importance weights of the paper).
     """
+
+    def __init__(
+        self,
+        *,
+        margin: float = 0.0,
+        hardness: float = 0.0,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            direction=direction,
+            normalize=normalize,
+            tile_bytes=tile_bytes,
+        )
+        if margin and learnable_temperature:
+            raise AnybatchError(
+                f"margin is {margin} and the temperature learnable; a margin needs a fixed temperature. Drop one of the two."
+            )
+        if hardness < 0:
+            raise AnybatchError(f"hardness is {hardness}; expected 0 (all negatives alike) or more.")
+        self.margin, self.hardness = margin, hardness
+
+    def _side(self, batch: Batch, *, direction: int) -> Side:
+        side = super()._side(batch, direction=direction)
+        if self.margin:
+            shift = batch.anchors.new_full((1, 1), self.margin / self._temperature)
+            term: LogWeight = TensorLogWeight(values=shift, normalised=False)
+            if side.log_weight is not None:
+                term = SumLogWeight(terms=(side.log_weight, term))
+            side = replace(side, log_weight=term)
+        return replace(side, adjust=_Hardness(self.hardness)) if self.hardness else side
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
         return _WithPositive()
@@ -86,6 +131,19 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
         return _CountCorrected(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
+
+
+@dataclass(frozen=True)
+class _Hardness:
+    """Weights of mean 1 over the negatives of each row, in proportion to exp(beta s_ij)."""
+
+    beta: float
+
+    def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
+        negative = ~logits.isneginf()
+        tilted = (self.beta * scores).masked_fill_(~negative, -torch.inf)
+        log_mean = tilted.logsumexp(dim=1) - negative.sum(dim=1).clamp(min=1).to(tilted.dtype).log()
+        return torch.where(negative, logits + tilted - log_mean[:, None], -torch.inf)
 
 
 class _WithPositive:

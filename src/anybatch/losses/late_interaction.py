@@ -10,12 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
+from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.engine import TILE_BYTES
-from anybatch.losses.infonce import InfoNCE
 from anybatch.losses.log_weights import LogWeight
 
 
-class LateInteraction(InfoNCE):
+class LateInteraction(ContrastiveLoss):
     """InfoNCE between texts that keep one embedding a token.
 
         s_ij = sum_t max_u q_it . d_ju        (t: the anchor's tokens, u: the candidate's)

@@ -1,17 +1,20 @@
-"""Per-example state: one logarithm a row and direction, in buffers, so that a checkpoint holds it."""
+"""Per-example state: one logarithm a slot and direction, in buffers, so that a checkpoint holds it; whole on each rank, or shared out."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
 
-VERSION = 1
+VERSION = 2  # 1: no slots, no shards
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class ExampleMemory(nn.Module):
@@ -20,30 +23,93 @@ class ExampleMemory(nn.Module):
         memory_i <- log((1 - gamma) exp(memory_i) + gamma * mean over the row's occurrences in the batch of exp(x))
 
     Rows never visited are NaN (a flag of its own, not a threshold) and take the batch's value whole. Occurrences of one row in a
-    batch are combined first, in their order, so that the result does not depend on the machine. Under several ranks every rank
-    holds the whole memory, and all make the same update.
+    batch are combined first, in their order, so that the result does not depend on the machine.
 
     Args:
         num_rows: n.
         num_directions: Independent states a row.
+        dtype: "float32", or "float16", which keeps three digits (2^-11 relative): enough for a logarithm that moves by more
+            than that a visit, that is for gamma above 0.05 or so; smaller steps are rounded away.
+        sharded: Each rank stores the slots r with r % world_size == rank, instead of all of them. Decided when the memory is first used, because
+            the process group seldom exists when a loss is made. Equal to the replicated memory bit for bit.
 
-    Cost: 4 bytes a row and direction; an update touches B of them. Collectives: two gathers of B numbers.
+    A slot is a row, unless `from_keys` made rows share slots.
+
+    Cost: 4 (2) bytes a slot and direction, divided by the ranks if sharded; an update touches B of them. Collectives a call with W ranks:
+    one of sizes, two gathers of B numbers; sharded: one sum of B numbers more.
     """
 
-    def __init__(self, num_rows: int, num_directions: int = 1) -> None:
+    def __init__(
+        self, num_rows: int, num_directions: int = 1, *, dtype: str = "float32", sharded: bool = False
+    ) -> None:
         super().__init__()
         if num_rows < 2:
             raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")
+        if dtype not in DTYPES:
+            raise AnybatchError(
+                f"The memory's dtype is {dtype!r}; expected 'float32' or 'float16' (bfloat16 never moves)."
+            )
+        self.sharded = sharded
         self.log_mean: Tensor
         self.version: Tensor
         self.dimensions: Tensor
-        self.register_buffer("log_mean", torch.full((num_directions, num_rows), torch.nan))
+        self.shard: Tensor
+        self.slot: Tensor | None
+        stored = 0 if sharded else num_rows
+        self.register_buffer("log_mean", torch.full((num_directions, stored), torch.nan, dtype=DTYPES[dtype]))
         self.register_buffer("version", torch.tensor(VERSION))
         self.register_buffer("dimensions", torch.tensor(0))  # width of the embeddings it was filled from; 0 before that
+        self.register_buffer(
+            "shard", torch.tensor([0, 0 if sharded else 1, num_rows])
+        )  # rank, ranks (0: not yet known), slots
+        self.register_buffer("slot", None)
+
+    @classmethod
+    def from_keys(
+        cls,
+        keys: np.ndarray | Tensor | Sequence[int],
+        num_directions: int = 1,
+        *,
+        dtype: str = "float32",
+        sharded: bool = False,
+    ) -> ExampleMemory:
+        """A memory in which rows of equal key share a slot: several rows of one query, several views of one image.
+
+        Args:
+            keys: (n,) integers.
+            num_directions, dtype, sharded: See the class.
+
+        Slots are numbered by first appearance, so that appending rows moves none. The map, 8 bytes a row, is a buffer on every rank
+        and part of the state; where keys are 0..k-1 already, save it: make a memory of k rows and give the keys as `index`.
+
+        A shared state must not depend on the row's own positive: keep the absolute log-mean of s_ij / tau in it, as `SogCLR` does, not the
+        one relative to the positive.
+        """
+        slot = _slots(keys)
+        memory = cls(int(slot.max()) + 1 if len(slot) else 0, num_directions, dtype=dtype, sharded=sharded)
+        memory.slot = slot
+        return memory
+
+    @property
+    def keyed(self) -> bool:
+        """Whether rows share slots."""
+        return self.slot is not None
+
+    @property
+    def num_slots(self) -> int:
+        """Slots over all ranks."""
+        return (
+            int(self.shard[2]) if self.sharded else self.log_mean.shape[1]
+        )  # without a look at the device where it can be
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the data set that it covers."""
+        return self.num_slots if self.slot is None else len(self.slot)
 
     @property
     def visited(self) -> Tensor:
-        """(num_directions, num_rows) bool."""
+        """(num_directions, stored slots) bool: of this rank's slots."""
         return ~self.log_mean.isnan()
 
     def check(self, index: Tensor | None, dimensions: int) -> Tensor:
@@ -52,7 +118,7 @@ class ExampleMemory(nn.Module):
         Raises:
             AnybatchError: Missing, out of range, or embeddings of another width than the memory was filled from.
         """
-        num_rows = self.log_mean.shape[1]
+        num_rows = self.num_rows
         if index is None:
             raise AnybatchError(
                 "This loss remembers each row: give index=, the row numbers of the batch in the data set."
@@ -70,7 +136,14 @@ class ExampleMemory(nn.Module):
         return index
 
     def blend(
-        self, index: Tensor, batch: Tensor, *, direction: int, gamma: float, update: bool, dimensions: int
+        self,
+        index: Tensor,
+        batch: Tensor,
+        *,
+        direction: int,
+        gamma: float | Callable[[Tensor], tuple[Tensor, Tensor]],
+        update: bool,
+        dimensions: int,
     ) -> Tensor:
         """The new state of the batch's rows, stored if `update`.
 
@@ -78,7 +151,7 @@ class ExampleMemory(nn.Module):
             index: (B,) int64 rows.
             batch: (B,) what this batch says: the log of a mean; -inf where it says nothing.
             direction: Which state.
-            gamma: Weight of the batch, in (0, 1].
+            gamma: Weight of the batch, in (0, 1]; or a function of the old states that gives log gamma and log(1 - gamma).
             update: Store the result.
             dimensions: Width of the embeddings.
 
@@ -86,36 +159,239 @@ class ExampleMemory(nn.Module):
             (B,) in the dtype of `batch`; -inf for rows never visited of which the batch says nothing.
         """
         sizes = distributed.gather_sizes(len(index), index.device)
-        index_all, batch_all = distributed.gather_rows(index, sizes), distributed.gather_rows(batch, sizes)
-        rows, inverse = torch.unique(index_all, return_inverse=True)
-        combined = _combine(batch_all, inverse, len(rows))
-        # The state is float32; the arithmetic is the batch's, so that float64 checks see no rounding but the state's own.
-        old = self.log_mean[direction, rows].to(batch.dtype)
-        stay = old + (math.log1p(-gamma) if gamma < 1 else -math.inf)
-        new = torch.where(old.isnan(), combined, torch.logaddexp(stay, combined + math.log(gamma)))
+        slot = index if self.slot is None else self.slot[index]
+        index_all, batch_all = distributed.gather_rows(slot, sizes), distributed.gather_rows(batch, sizes)
+        slots, inverse = torch.unique(index_all, return_inverse=True)
+        combined = _combine(batch_all, inverse, len(slots))
+        # The state is float32 (or float16); the arithmetic is the batch's, so that float64 checks see no rounding but the state's own.
+        old = self._read(slots, direction).to(batch.dtype)
+        if callable(gamma):
+            log_gamma, log_stay = gamma(old)
+        else:
+            log_gamma, log_stay = math.log(gamma), math.log1p(-gamma) if gamma < 1 else -math.inf
+        new = torch.where(old.isnan(), combined, torch.logaddexp(old + log_stay, combined + log_gamma))
         new = torch.where(combined.isneginf(), torch.where(old.isnan(), combined, old), new)
         if update:
-            stored = torch.where(new.isneginf(), torch.nan, new)
-            self.log_mean[direction, rows] = stored.to(self.log_mean.dtype)
+            self._write(slots, torch.where(new.isneginf(), torch.nan, new), direction)
             self.dimensions.fill_(dimensions)
         first = sum(sizes[: distributed.rank()])
         return new[inverse[first : first + len(index)]]
 
+    def read(self, rows: Tensor, *, direction: int = 0) -> Tensor:
+        """The state of some rows, NaN where never visited.
+
+        Args:
+            rows: (R,) int64, **the same on every rank**.
+            direction: Which state.
+
+        Returns:
+            (R,) in the memory's dtype. Collectives: none; sharded: one sum of R numbers.
+        """
+        return self._read(rows if self.slot is None else self.slot[rows], direction)
+
+    def write(self, rows: Tensor, values: Tensor, *, direction: int = 0, dimensions: int) -> None:
+        """Replace the state of some rows.
+
+        Args:
+            rows: (R,) int64, **the same on every rank**. Rows of one slot must come with one value.
+            values: (R,) log-means; NaN for never visited.
+            direction: Which state.
+            dimensions: Width of the embeddings the values come from.
+        """
+        self._write(rows if self.slot is None else self.slot[rows], values, direction)
+        self.dimensions.fill_(dimensions)
+
+    def grow(self, num_rows: int | None = None, *, keys: np.ndarray | Tensor | Sequence[int] | None = None) -> None:
+        """Make room for rows appended to the data set; the old ones keep their state, the new ones were never visited.
+
+        Args:
+            num_rows: The new number of rows, for a memory without keys.
+            keys: (n,) keys of all rows, old and new, for a memory with keys.
+
+        Raises:
+            AnybatchError: Fewer rows than before; keys for a memory without them or the other way round; other keys for the old rows.
+        """
+        if (keys is not None) != self.keyed or (num_rows is None) != self.keyed:
+            wanted = "keys=, the keys of all rows" if self.keyed else "num_rows, the new number of rows"
+            raise AnybatchError(f"To grow this memory give {wanted}.")
+        if keys is not None:
+            slot = _slots(keys).to(self.log_mean.device)
+            assert self.slot is not None
+            if len(slot) < self.num_rows or not torch.equal(slot[: self.num_rows], self.slot):
+                raise AnybatchError(
+                    "The keys do not begin with those of the rows that the memory has. New rows go behind the old ones."
+                )
+            self.slot, num_slots = slot, int(slot.max()) + 1
+        else:
+            assert num_rows is not None
+            if num_rows < self.num_slots:
+                raise AnybatchError(
+                    f"num_rows is {num_rows}, fewer than the {self.num_slots} the memory has. It can only grow."
+                )
+            num_slots = num_rows
+        self.shard[2] = num_slots
+        if int(self.shard[1]):  # slot s is the owner's number s // ranks, so that no old slot moves
+            stored = _stored(num_slots, int(self.shard[0]), int(self.shard[1]))
+            added = self.log_mean.new_full((len(self.log_mean), stored - self.log_mean.shape[1]), torch.nan)
+            self.log_mean = torch.cat([self.log_mean, added], dim=1)
+
+    def settle(self) -> None:
+        """Decide, from the process group at this moment, which slots of a sharded memory this rank stores. Every use does so.
+
+        Raises:
+            AnybatchError: It was decided before, for another number of ranks, and something is stored.
+        """
+        if not self.sharded:
+            return
+        rank, world_size, known = distributed.rank(), distributed.world_size(), int(self.shard[1])
+        if (int(self.shard[0]), known) == (rank, world_size):
+            return
+        if known == 0 or not bool(
+            self.visited.any()
+        ):  # nothing is lost: somebody saved or copied it before the process group was there
+            stored = _stored(self.num_slots, rank, world_size)
+            self.log_mean = self.log_mean.new_full((len(self.log_mean), stored), torch.nan)
+            self.shard[:2] = torch.tensor([rank, world_size])
+        else:
+            raise AnybatchError(
+                f"This memory is shard {int(self.shard[0])} of {known}; this is rank {rank} of {world_size}. Join the shards with "
+                "anybatch.losses.memory.join_shards and load the whole state."
+            )
+
+    def _read(self, slots: Tensor, direction: int) -> Tensor:
+        self.settle()
+        if not self.sharded or int(self.shard[1]) == 1:
+            return self.log_mean[direction, slots]
+        own, place = self._own(slots)
+        # One rank adds the number (or NaN), the others zeros: the sum is that number exactly.
+        values = torch.zeros(len(slots), device=slots.device)
+        values[own] = self.log_mean[direction, place].float()
+        return distributed.sum_over_ranks(values).to(self.log_mean.dtype)
+
+    def _write(self, slots: Tensor, values: Tensor, direction: int) -> None:
+        self.settle()
+        if self.sharded:
+            own, place = self._own(slots)
+            self.log_mean[direction, place] = values[own].to(self.log_mean.dtype)
+        else:
+            self.log_mean[direction, slots] = values.to(self.log_mean.dtype)
+
+    def _own(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of `slots` this rank stores (bool), and where."""
+        rank, ranks = int(self.shard[0]), int(self.shard[1])
+        own = slots % ranks == rank
+        return own, slots[own] // ranks
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.settle()
+        super()._save_to_state_dict(*arguments)
+
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        state = state_dict.get(prefix + "log_mean")
-        if state is not None and state.shape != self.log_mean.shape:
-            raise AnybatchError(
-                f"The saved memory has shape {tuple(state.shape)}, this loss {tuple(self.log_mean.shape)} (directions, rows). "
-                "Resume with the loss and the data set that the run was started with."
-            )
+        self.settle()
         version = state_dict.get(prefix + "version")
         if version is not None and int(version) > VERSION:
             raise AnybatchError(
                 f"The saved memory has version {int(version)}; this anybatch reads up to {VERSION}. Update anybatch."
             )
+        state = state_dict.get(prefix + "log_mean")
+        if state is not None:
+            saved = state_dict.get(
+                prefix + "shard", torch.tensor([0, 1, state.shape[1]])
+            ).tolist()  # version 1 was always whole
+            state_dict[prefix + "log_mean"] = self._fitting(state, saved, state_dict.get(prefix + "slot"))
+            state_dict[prefix + "version"] = torch.tensor(VERSION)
+            state_dict[prefix + "shard"] = self.shard.clone()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _fitting(self, state: Tensor, saved: list[int], slot: Tensor | None) -> Tensor:
+        """This rank's part of a saved state."""
+        rank, ranks, num_slots = saved
+        if num_slots != self.num_slots or len(state) != len(self.log_mean):
+            raise AnybatchError(
+                f"The saved memory has shape {(len(state), num_slots)}, this loss {(len(self.log_mean), self.num_slots)} (directions, rows). "
+                "Resume with the loss and the data set that the run was started with, or, if rows were appended, pass the state through "
+                "anybatch.losses.memory.grown_state."
+            )
+        own_slot = None if self.slot is None else self.slot.cpu()
+        if (slot is None) != (own_slot is None) or (slot is not None and not torch.equal(slot.cpu(), own_slot)):  # pyright: ignore[reportArgumentType]
+            raise AnybatchError(
+                "The saved memory shares its slots between other rows. Resume with the keys that the run was started with."
+            )
+        if [rank, ranks] == self.shard[:2].tolist():
+            return state
+        if ranks != 1:
+            raise AnybatchError(
+                f"The saved memory is shard {rank} of {ranks}, wanted is shard {int(self.shard[0])} of {int(self.shard[1])}. Join the shards with "
+                "anybatch.losses.memory.join_shards and load the whole state."
+            )
+        return state[:, int(self.shard[0]) :: int(self.shard[1])]
+
+
+def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One whole state from the state dictionaries of all ranks of a loss (or memory) with sharded memories, in any order.
+
+    It loads into a replicated memory, and into a sharded one of any number of ranks. Needs no process group: read the ranks' files.
+
+    Raises:
+        AnybatchError: A shard is missing or comes twice.
+    """
+    whole = dict(states[0])
+    for name in [name for name in whole if name.endswith("log_mean")]:
+        prefix = name.removesuffix("log_mean")
+        parts = {int(state[prefix + "shard"][0]): state[name] for state in states}
+        ranks, num_slots = int(whole[prefix + "shard"][1]), int(whole[prefix + "shard"][2])
+        if sorted(parts) != list(range(ranks)) or len(states) != ranks:
+            raise AnybatchError(
+                f"Got the shards {sorted(parts)} from {len(states)} states; expected each of 0 to {ranks - 1} once."
+            )
+        joined = parts[0].new_empty((len(parts[0]), num_slots))
+        for rank, part in parts.items():
+            joined[:, rank::ranks] = part
+        whole[name], whole[prefix + "shard"] = joined, torch.tensor([0, 1, num_slots])
+    return whole
+
+
+def grown_state(state: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+    """A whole saved state, made to fit a loss for a data set to which rows were appended: the new rows were never visited.
+
+    For memories without keys. `loss.load_state_dict(grown_state(torch.load(path), num_rows))` is the explicit request without which
+    a state of another size is refused.
+
+    Raises:
+        AnybatchError: The state has more rows, is a shard (join them first), or has keys (load it, then call `grow(keys=...)`).
+    """
+    grown = dict(state)
+    for name in [name for name in grown if name.endswith("log_mean")]:
+        prefix, old = name.removesuffix("log_mean"), grown[name]
+        if prefix + "slot" in grown or int(grown.get(prefix + "shard", torch.tensor([0, 1]))[1]) != 1:
+            raise AnybatchError(
+                "Only a whole state without keys can be grown: join shards first; with keys load, then call memory.grow(keys=...)."
+            )
+        if num_rows < old.shape[1]:
+            raise AnybatchError(
+                f"num_rows is {num_rows}, fewer than the {old.shape[1]} of the saved memory. It can only grow."
+            )
+        grown[name] = torch.cat([old, old.new_full((len(old), num_rows - old.shape[1]), torch.nan)], dim=1)
+        grown[prefix + "shard"] = torch.tensor([0, 1, num_rows])
+    return grown
+
+
+def _stored(num_slots: int, rank: int, world_size: int) -> int:
+    """How many slots s < num_slots have s % world_size == rank."""
+    return (num_slots - rank + world_size - 1) // world_size
+
+
+def _slots(keys: np.ndarray | Tensor | Sequence[int]) -> Tensor:
+    """(n,) int64: for each row the number of its key, keys counted in the order in which they first appear."""
+    array = np.asarray(keys.cpu() if isinstance(keys, Tensor) else keys)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise AnybatchError(f"keys are {array.dtype} of shape {array.shape}; expected one integer a row.")
+    _, first, inverse = np.unique(array, return_index=True, return_inverse=True)
+    number = np.empty(len(first), np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    return torch.as_tensor(number[inverse])
 
 
 def _combine(values: Tensor, inverse: Tensor, num_groups: int) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss, Direction
-from anybatch.losses.engine import TILE_BYTES, Rule
+from anybatch.losses.base import Batch, ContrastiveLoss, Direction
+from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.schedule import GammaSchedule
 
 
 class SogCLR(ContrastiveLoss):
@@ -29,9 +31,13 @@ class SogCLR(ContrastiveLoss):
 
     Args:
         num_rows: n, rows of the data set.
-        gamma: Weight of the new batch, in (0, 1]. Published: .9 constant; FastCLIP lowers it to .2 along a cosine.
+        gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to .2 along a cosine.
         eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
+        memory: The memory to use, for one that is sharded, in float16 or keyed; None for a plain one.
         temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    A memory with keys (`ExampleMemory.from_keys`) holds the absolute log-mean of s_ij / tau, in which rows of one query agree; each row's
+    own positive is taken off when it is used. Keys name anchors, so it has one direction.
 
     Memory is updated once a call, in training mode with gradients enabled, and is part of `state_dict`.
 
@@ -46,8 +52,9 @@ class SogCLR(ContrastiveLoss):
         self,
         num_rows: int,
         *,
-        gamma: float = 0.9,
+        gamma: float | GammaSchedule = 0.9,
         eps: float | None = None,
+        memory: ExampleMemory | None = None,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
         direction: Direction = "one_way",
@@ -61,48 +68,82 @@ class SogCLR(ContrastiveLoss):
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
-        if not 0 < gamma <= 1:
-            raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1.")
+        if not isinstance(gamma, GammaSchedule) and not 0 < gamma <= 1:
+            raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1, or a GammaSchedule.")
         if eps is not None and eps < 0:
             raise AnybatchError(f"eps is {eps}; expected 0 or more, or None for 1 / (num_rows - 1).")
-        self.memory = ExampleMemory(num_rows, num_directions=2 if direction == "both" else 1)
+        num_directions = 2 if direction == "both" else 1
+        self.memory = ExampleMemory(num_rows, num_directions) if memory is None else memory
+        if (self.memory.num_rows, len(self.memory.log_mean)) != (num_rows, num_directions):
+            raise AnybatchError(
+                f"The memory is for {self.memory.num_rows} rows and {len(self.memory.log_mean)} direction(s); expected {num_rows} and {num_directions}."
+            )
         self.gamma = gamma
         self.eps = 1.0 / (num_rows - 1) if eps is None else eps
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        return _Remembering(
+        return Remembering(
             memory=self.memory,
             index=self.memory.check(index, dimensions),
             direction=direction,
-            gamma=self.gamma,
+            gamma=self.gamma.value if isinstance(self.gamma, GammaSchedule) else self.gamma,
             log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
             normalised=normalised,
-            update=self.training and torch.is_grad_enabled(),
+            update=self._updating,
             dimensions=dimensions,
         )
 
+    def _side(self, batch: Batch, *, direction: int) -> Side:
+        side = super()._side(batch, direction=direction)
+        if not self.memory.keyed:
+            return side
+        if self.direction == "both":
+            raise AnybatchError("A memory with keys, which name anchors, has one direction; use direction='one_way'.")
+        assert isinstance(side.rule, Remembering)
+        similarity = (batch.anchors * batch.candidates[: len(batch.anchors)]).sum(dim=1)
+        return replace(side, rule=replace(side.rule, absolute=(similarity / side.temperature).detach()))
+
+    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        if self._updating and isinstance(self.gamma, GammaSchedule):
+            self.gamma.advance()
+        return super()._finish(batch, sides, stats, loss)
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Remembering:
+class Remembering:
+    """The rule of SogCLR: a log-mean that remembers, plus eps. `constant` is added to the objective.
+
+    With `absolute`, (B,) the logits of this rank's positives, the memory holds the absolute log-mean.
+    """
+
     memory: ExampleMemory
     index: Tensor
     direction: int
-    gamma: float
+    gamma: float | Callable[[Tensor], tuple[Tensor, Tensor]]
     log_eps: float
     normalised: bool
     update: bool
     dimensions: int
+    constant: float = 0.0
+    absolute: Tensor | None = None
     row_wise: bool = False  # a row may occur twice in the batch, and then shares its state
 
     def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """See `Rule`."""
+        log_mean, correction = self.remember(log_sum, num_negatives, rows)
+        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
+        return objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant)
+
+    def remember(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both (b,)."""
         correction = torch.zeros_like(log_sum) if self.normalised else num_negatives.clamp(min=1).log()
+        base = torch.zeros_like(log_sum) if self.absolute is None else self.absolute[rows]
         log_mean = self.memory.blend(
             self.index[rows],
-            log_sum - correction,
+            log_sum - correction + base,
             direction=self.direction,
             gamma=self.gamma,
             update=self.update,
             dimensions=self.dimensions,
-        )
-        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
-        return objective + correction, torch.where(objective.isneginf(), 0.0, objective)
+        ).sub(base)
+        return log_mean, correction

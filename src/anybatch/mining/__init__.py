@@ -2,25 +2,46 @@
 
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.graph import MiningGraph, build_graph
-from anybatch.mining.mine import MiningConfig, MiningReport, MiningResult, mine_plan
+from anybatch.mining.inspection import PlanInspection, inspect_plan
+from anybatch.mining.inverted import ivf_neighbors
+from anybatch.mining.mine import (
+    MiningConfig,
+    MiningReport,
+    MiningResult,
+    MiningSet,
+    mine_neighbors,
+    mine_plan,
+    rank_rows,
+)
 from anybatch.mining.negatives import sample_negatives
-from anybatch.mining.neighbors import Neighbors, exact_neighbors, ivf_neighbors
+from anybatch.mining.neighbors import Neighbors, Stacked, exact_neighbors
+from anybatch.mining.outlook import LIMITS, Outlook, OutlookLimits, mining_outlook
 from anybatch.mining.partition import equal_clusters, metis_clusters
 
 __all__ = [
+    "LIMITS",
     "Audit",
     "MiningConfig",
     "MiningGraph",
     "MiningReport",
     "MiningResult",
+    "MiningSet",
     "Neighbors",
+    "Outlook",
+    "OutlookLimits",
+    "PlanInspection",
+    "Stacked",
     "audit_clusters",
     "build_graph",
     "equal_clusters",
     "exact_neighbors",
+    "inspect_plan",
     "ivf_neighbors",
     "metis_clusters",
+    "mine_neighbors",
     "mine_plan",
+    "mining_outlook",
+    "rank_rows",
     "sample_negatives",
     "suspect_pairs",
 ]

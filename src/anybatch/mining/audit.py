@@ -81,6 +81,16 @@ def suspect_pairs(graph: MiningGraph, cluster: np.ndarray) -> np.ndarray:
     return np.unique(pairs, axis=0).astype(np.int32)
 
 
+def most_wanted(wanted: np.ndarray, num: int = 20) -> list[tuple[int, int]]:
+    """Hubs: the rows that occur most often among `wanted` (rows of all windows, one after the other), each with its count, the most wanted first.
+
+    Equal counts: the lower row first.
+    """
+    counts = np.bincount(wanted)
+    order = np.argsort(-counts, kind="stable")[:num]
+    return [(int(row), int(counts[row])) for row in order if counts[row]]
+
+
 def _inside(matrix: sparse.csr_matrix, cluster: np.ndarray) -> sparse.csr_matrix:
     """The entries whose row and column share a cluster."""
     num_rows = len(matrix.indptr) - 1

@@ -34,6 +34,13 @@ class MiningGraph:
         total.sort_indices()
         return total
 
+    def attraction(self, conflict_weight: float) -> sparse.csr_matrix:
+        """The positive entries of `signed`: what a partitioner, which knows no repulsion, can begin with."""
+        total = self.signed(conflict_weight)
+        total.data = np.maximum(total.data, 0)
+        total.eliminate_zeros()
+        return total
+
 
 def build_graph(
     neighbors: Neighbors,
@@ -58,14 +65,7 @@ def build_graph(
     """
     num_rows = len(neighbors.ids)
     ids = neighbors.ids[:, : skip + take]
-    present = ids >= 0
-    rank = np.arange(ids.shape[1])
-    bad = present & (rank < skip)[None]
-    if margin is not None:
-        # Relative to a positive score only: times a negative one, the margin would forbid everything.
-        limit = np.where(neighbors.own_score > 0, margin * neighbors.own_score, np.inf)
-        bad |= present & (neighbors.scores[:, : skip + take] > limit[:, None])
-    wanted = present & ~bad
+    wanted, bad = cut_windows(neighbors, skip=skip, take=take, margin=margin)
     window, conflict = (_csr(ids, chosen, num_rows) for chosen in (wanted, bad))
     weighted = window
     if hub_weight:
@@ -79,6 +79,26 @@ def build_graph(
     weight = sparse.csr_matrix(both, dtype=np.float32)
     weight.sort_indices()
     return MiningGraph(window=window, conflict=conflict, weight=weight)
+
+
+def cut_windows(
+    neighbors: Neighbors, *, skip: int, take: int, margin: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of each row's neighbours are wanted negatives, and which are conflicts.
+
+    Args:
+        neighbors, skip, take, margin: See `build_graph`; of all rows or of some.
+
+    Returns:
+        Two bool arrays (rows, skip + take): wanted, conflict. Missing neighbours are neither.
+    """
+    present = neighbors.ids[:, : skip + take] >= 0
+    bad = present & (np.arange(present.shape[1]) < skip)[None]
+    if margin is not None:
+        # Relative to a positive score only: times a negative one, the margin would forbid everything.
+        limit = np.where(neighbors.own_score > 0, margin * neighbors.own_score, np.inf)
+        bad |= present & (neighbors.scores[:, : skip + take] > limit[:, None])
+    return present & ~bad, bad
 
 
 def _csr(ids: np.ndarray, chosen: np.ndarray, num_rows: int) -> sparse.csr_matrix:

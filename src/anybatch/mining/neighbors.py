@@ -1,23 +1,34 @@
-"""The teacher's ranking: for every row the best other rows, exactly or with an inverted file.
+"""The teacher's ranking, exactly: for every row the best other rows.
 
-Memory: one tile of scores (`TILE_BYTES`) and 8 bytes for each kept neighbour; never n x n.
+Memory beside the embeddings, which may be files (float16 or float32; read in pieces): with k neighbours and D dimensions
+
+    threads * (UNIT_ROWS * (4 D + 16 k) + PIECE_ROWS * 4 D + 4 MB)       in work: 9 MB a thread for k = 130, D = 384
+    n * (8 k + 4)                                                        the result, in `folder` if one is given, else in memory
+
+never n x n. `inverted.py` does the same approximately, for more rows than n * n allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import numba
 import numpy as np
 import torch
+from torch import Tensor
 
+from anybatch.blocks import BlockArrays
 from anybatch.errors import AnybatchError
+from anybatch.files import digest_of
+from anybatch.mining.top import Piece, best_columns, best_columns_on_device, workers
 
-TILE_BYTES = 16 * 2**20
-SAMPLE = 512  # rows on which the recall of the inverted file is measured
+UNIT_ROWS = 512  # queries whose reservoirs a thread holds at once
+DEVICE_ROWS = 4096  # the same on an accelerator
+BLOCK_UNITS = 8  # between two records of progress
+PIECE_ROWS = 2048  # documents converted to float32 at once: one tile's
+DIGEST_ROWS = 65536
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,12 +40,44 @@ class Neighbors:
         scores: (n, k) float32; -inf beside -1.
         own_score: (n,) float32: the score of the row with itself, that is of the anchor with its own positive.
         recall: Of the true top k, measured on a sample; 1.0 for exact search.
+        num_probes: Cells that each query visited; 0 for exact search.
     """
 
     ids: np.ndarray
     scores: np.ndarray
     own_score: np.ndarray
     recall: float
+    num_probes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """Two embedding arrays side by side, joined only for the rows that are read: (n, D) and (n, D) as (n, 2 D).
+
+    The symmetric score q_i . p_j + q_j . p_i is the inner product of Stacked(q, p)[i] and Stacked(p, q)[j].
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, dimensions of both)."""
+        return len(self.left), self.left.shape[1] + self.right.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The wider of the two."""
+        return np.result_type(self.left, self.right)
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return np.concatenate([self.left[rows], self.right[rows]], axis=1)
+
+
+Embeddings = np.ndarray | Stacked
 
 
 def check_embeddings(name: str, embeddings: np.ndarray, num_rows: int | None = None) -> None:
@@ -60,199 +103,139 @@ def check_embeddings(name: str, embeddings: np.ndarray, num_rows: int | None = N
 
 
 def exact_neighbors(
-    queries: np.ndarray,
-    documents: np.ndarray,
+    queries: Embeddings,
+    documents: Embeddings,
     num_neighbors: int,
     *,
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
     rows: np.ndarray | None = None,
+    device: str | None = None,
+    folder: Path | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Neighbors:
     """The exact best documents of each query by inner product, leaving out the row's own texts under any row.
 
-    Scores are made in tiles by matrix products; each tile is read once, a number at a time against the row's k-th best so
-    far, so that selecting costs little beside multiplying. Equal scores: the lower row number first.
+        ids[i] = argsort_j(-queries[i] . documents[j])[:k]   over j that share neither anchor nor positive with i; equal scores: lower j first
 
     Args:
-        queries, documents: (n, D) float, row i's own document being document i; may be memory-mapped.
+        queries, documents: (n, D) float16 or float32, row i's own document being document i; may be memory-mapped, or `Stacked`.
         num_neighbors: k.
         anchor_id, positive_id: (n,) int; a row that shares either with the query's row is left out.
         rows: Only these queries; None for all.
-        progress: Called with the fraction done.
+        device: Where to compute. None: the compiled search on the CPU. A torch device ("cuda"): products and torch.topk there.
+        folder: Finished blocks are kept here: a killed search goes on, a finished one is read, and under torchrun each rank makes its
+            share of the blocks and sees the whole result.
+        progress: Called with the fraction done (of this rank's share).
 
-    Cost: n * n * D multiplications; see the module for memory.
+    Raises:
+        AnybatchError: Several ranks without a folder; a folder that cannot be written.
+
+    Cost: n * n * D multiplications; see the module for memory. With `folder` also one pass over the embeddings for their digest; two
+        barriers under several ranks.
     """
     rows = np.arange(len(queries)) if rows is None else np.asarray(rows)
-    ids = np.full((len(rows), num_neighbors), -1, np.int32)
-    scores = np.full((len(rows), num_neighbors), -np.inf, np.float32)
-    own = np.empty(len(rows), np.float32)
-    width = min(len(documents), 4096)
-    height = max(1, TILE_BYTES // (4 * width))
-    for start in range(0, len(rows), height):
-        chosen = rows[start : start + height]
-        block = torch.from_numpy(np.array(queries[chosen], dtype=np.float32))
-        own[start : start + height] = np.einsum(
-            "ij,ij->i", block.numpy(), np.asarray(documents[chosen], dtype=np.float32)
-        )
-        kept = slice(start, start + len(chosen))
-        for first in range(0, len(documents), width):
-            other = torch.from_numpy(
-                np.array(documents[first : first + width], dtype=np.float32)
-            )  # a copy: files are read-only
-            tile = (block @ other.T).numpy()
-            with _torch_threads():
-                _keep_best(tile, first, chosen, anchor_id, positive_id, ids[kept], scores[kept])
-        if progress is not None:
-            progress((start + len(chosen)) / len(rows))
-    with _torch_threads():
-        _sort_best(ids, scores)
-    return Neighbors(ids=ids, scores=scores, own_score=own, recall=1.0)
+    ids = (np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64))
+    height = UNIT_ROWS if device is None else DEVICE_ROWS
+    units = [slice(start, min(start + height, len(rows))) for start in range(0, len(rows), height)]
+
+    def pieces(_: Tensor) -> Iterator[Piece]:
+        for first in range(0, len(documents), PIECE_ROWS):
+            last = min(first + PIECE_ROWS, len(documents))
+            yield Piece(np.arange(first, last, dtype=np.int32), as_tensor(documents[first:last], device))
+
+    found = search_units(
+        queries,
+        documents,
+        num_neighbors,
+        [(unit, rows[unit]) for unit in units],
+        pieces,
+        ids=ids,
+        num_results=len(rows),
+        device=device,
+        folder=folder,
+        identity="" if folder is None else identity_of("exact", num_neighbors, queries, documents, *ids, rows),
+        progress=progress,
+    )
+    return Neighbors(**found, recall=1.0)
 
 
-def ivf_neighbors(
-    queries: np.ndarray,
-    documents: np.ndarray,
+Unit = tuple[slice | np.ndarray, np.ndarray]
+
+
+def search_units(
+    queries: Embeddings,
+    documents: Embeddings,
     num_neighbors: int,
+    units: Sequence[Unit],
+    pieces: Callable[[Tensor], Iterator[Piece]],
     *,
-    anchor_id: np.ndarray,
-    positive_id: np.ndarray,
-    target_recall: float = 0.95,
-    seed: int = 0,
-    progress: Callable[[float], None] | None = None,
-) -> Neighbors:
-    """As `exact_neighbors`, approximately: faiss's inverted file, with as many cells visited as the wanted recall needs.
+    ids: tuple[np.ndarray, np.ndarray],
+    num_results: int,
+    device: str | None,
+    folder: Path | None,
+    identity: str,
+    progress: Callable[[float], None] | None,
+) -> dict[str, np.ndarray]:
+    """What exact and approximate search share: units of queries, several at once, recorded block by block.
 
     Args:
-        queries, documents, num_neighbors, anchor_id, positive_id, progress: See `exact_neighbors`.
-        target_recall: Wanted share of the true top k; the number of visited cells is doubled until a sample of rows reaches it.
-        seed: Of the sample.
+        queries, documents, num_neighbors, device, folder, progress: See `exact_neighbors`.
+        units: (places in the result, query rows) of the queries that are searched together.
+        pieces: From a unit's query embeddings to the documents that they are compared with, a few thousand at a time.
+        ids: anchor_id and positive_id.
+        num_results: Rows of the result.
+        identity: Of the folder's contents; see `BlockArrays`.
 
-    Cost: a k-means of 4 sqrt(n) cells and a share of the exact search's multiplications.
+    Returns:
+        The arrays of `Neighbors`.
     """
-    import faiss
+    shapes = {
+        "ids": ((num_results, num_neighbors), np.int32),
+        "scores": ((num_results, num_neighbors), np.float32),
+        "own_score": ((num_results,), np.float32),
+    }
+    num_blocks = -(-len(units) // BLOCK_UNITS)
+    kept = BlockArrays(shapes, num_blocks, folder=folder, identity=identity)
+    best = best_columns if device is None else best_columns_on_device
 
-    num_rows, width = documents.shape
-    data = np.ascontiguousarray(documents, dtype=np.float32)
-    num_cells = int(4 * np.sqrt(num_rows))
-    index: Any = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, num_cells, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed, index.cp.niter, index.cp.max_points_per_centroid = seed + 1, 8, 64
-    index.train(data)
-    index.add(data)
-    sample = np.sort(np.random.default_rng(seed).choice(num_rows, min(SAMPLE, num_rows), replace=False))
-    truth = exact_neighbors(
-        queries, documents, num_neighbors, anchor_id=anchor_id, positive_id=positive_id, rows=sample
-    )
-    spare = 32  # room for the row's own texts, which are left out afterwards
-    recall, probes = 0.0, 4
-    while recall < target_recall and probes < num_cells:
-        probes = min(2 * probes, num_cells)
-        index.nprobe = probes
-        found = _search(index, queries, sample, num_neighbors, spare, anchor_id, positive_id)
-        hits = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found[0], truth.ids, strict=True))
-        recall = hits / max(1, int((truth.ids >= 0).sum()))
-    ids = np.empty((num_rows, num_neighbors), np.int32)
-    scores = np.empty((num_rows, num_neighbors), np.float32)
-    own = np.empty(num_rows, np.float32)
-    step = 16384
-    for start in range(0, num_rows, step):
-        rows = np.arange(start, min(start + step, num_rows))
-        ids[rows], scores[rows] = _search(index, queries, rows, num_neighbors, spare, anchor_id, positive_id)
-        own[rows] = np.einsum("ij,ij->i", np.asarray(queries[rows], dtype=np.float32), data[rows])
-        if progress is not None:
-            progress((start + len(rows)) / num_rows)
-    return Neighbors(ids=ids, scores=scores, own_score=own, recall=recall)
+    def search(unit: Unit) -> None:
+        places, rows = unit
+        block = as_tensor(queries[rows], device)
+        found = best(block, rows, pieces(block), num_neighbors, anchor_id=ids[0], positive_id=ids[1])
+        kept.arrays["ids"][places], kept.arrays["scores"][places] = found
+        own = (block * as_tensor(documents[rows], device)).sum(dim=1)
+        kept.arrays["own_score"][places] = own.cpu().numpy()
+
+    share, left = kept.share(), kept.mine()
+    with workers() if device is None else nullcontext(map) as spread:
+        for number, block in enumerate(left, start=len(share) - len(left) + 1):
+            list(spread(search, units[block * BLOCK_UNITS : (block + 1) * BLOCK_UNITS]))
+            kept.finish(block)
+            if progress is not None:
+                progress(number / len(share))
+    kept.wait()
+    return kept.arrays
 
 
-@contextmanager
-def _torch_threads() -> Iterator[None]:
-    """Run compiled code on as many threads as torch uses, and leave torch's number as it was.
-
-    numba's OpenMP layer sets the number of threads of the whole process, so that a training run after mining would sum in
-    another order than the same run resumed from a checkpoint, and ignore the limit that its user set.
-    """
-    before = torch.get_num_threads()
-    most: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
-    numba.set_num_threads(max(1, min(before, most)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def as_tensor(rows: np.ndarray, device: str | None) -> Tensor:
+    """Rows of an array, which may be a read-only file of any float type, as float32 on the device."""
+    if not rows.flags.writeable:
+        rows = np.array(rows)  # torch wants writable memory
+    return torch.from_numpy(np.ascontiguousarray(rows)).to(device or "cpu", torch.float32)
 
 
-def _search(
-    index: Any,
-    queries: np.ndarray,
-    rows: np.ndarray,
-    num_neighbors: int,
-    spare: int,
-    anchor_id: np.ndarray,
-    positive_id: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    scores, found = index.search(np.ascontiguousarray(queries[rows], dtype=np.float32), num_neighbors + spare)
-    ids = np.full((len(rows), num_neighbors), -1, np.int32)
-    best = np.full((len(rows), num_neighbors), -np.inf, np.float32)
-    _drop_own(found, scores, rows, anchor_id, positive_id, ids, best)
-    return ids, best
+def identity_of(*inputs: object) -> str:
+    """Digest of arrays (by content) and of anything else (by its text). Cost: about 1 GB a second."""
 
-
-@numba.njit(cache=True, parallel=True)
-def _keep_best(tile, first, rows, anchor_id, positive_id, ids, scores):  # pragma: no cover - compiled
-    """Scan a tile of scores into each row's heap; the root is the worst kept (lowest score, then highest id)."""
-    depth = ids.shape[1]
-    for line in numba.prange(tile.shape[0]):
-        row = rows[line]
-        heap, heap_ids = scores[line], ids[line]
-        threshold = heap[0]
-        for column in range(tile.shape[1]):
-            score = tile[line, column]
-            if score > threshold:
-                other = first + column
-                if other == row or anchor_id[other] == anchor_id[row] or positive_id[other] == positive_id[row]:
+    def parts() -> Iterator[bytes]:
+        for given in inputs:
+            for array in (given.left, given.right) if isinstance(given, Stacked) else (given,):
+                if not isinstance(array, np.ndarray):
+                    yield repr(array).encode()
                     continue
-                place = 0
-                while True:  # sift the newcomer down from the root
-                    child = 2 * place + 1
-                    if child >= depth:
-                        break
-                    right = child + 1
-                    if right < depth and (
-                        heap[right] < heap[child] or (heap[right] == heap[child] and heap_ids[right] > heap_ids[child])
-                    ):
-                        child = right
-                    if heap[child] < score or (heap[child] == score and heap_ids[child] > other):
-                        heap[place], heap_ids[place] = heap[child], heap_ids[child]
-                        place = child
-                    else:
-                        break
-                heap[place], heap_ids[place] = score, other
-                threshold = heap[0]
+                yield f"{array.shape} {array.dtype}".encode()
+                for start in range(0, len(array), DIGEST_ROWS):
+                    yield np.ascontiguousarray(array[start : start + DIGEST_ROWS]).tobytes()
 
-
-@numba.njit(cache=True, parallel=True)
-def _sort_best(ids, scores):  # pragma: no cover - compiled
-    """Each row by score, descending, then by id."""
-    for line in numba.prange(ids.shape[0]):
-        by_id = np.argsort(ids[line], kind="mergesort")
-        order = by_id[np.argsort(-scores[line][by_id], kind="mergesort")]
-        ids[line] = ids[line][order]
-        scores[line] = scores[line][order]
-
-
-@numba.njit(cache=True)
-def _drop_own(found, found_scores, rows, anchor_id, positive_id, ids, scores):  # pragma: no cover - compiled
-    for line in range(found.shape[0]):
-        row, kept = rows[line], 0
-        for column in range(found.shape[1]):
-            other = found[line, column]
-            if (
-                other < 0
-                or other == row
-                or anchor_id[other] == anchor_id[row]
-                or positive_id[other] == positive_id[row]
-            ):
-                continue
-            if kept == ids.shape[1]:
-                break
-            ids[line, kept], scores[line, kept] = other, found_scores[line, column]
-            kept += 1
+    return digest_of(parts())

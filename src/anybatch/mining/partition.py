@@ -14,6 +14,9 @@ import numpy as np
 from scipy import sparse
 
 HARD = 1e6  # a pair that must not share a batch outweighs any sum of wanted edges
+# Temperatures of the search in mean wanted edges: an exchange that loses that much is taken with chance 1/e.
+HOT, COLD = 1.2, 0.35
+TRIALS = 8  # members looked at before an exchange
 
 
 def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: bool, seed: int = 0) -> np.ndarray:
@@ -58,57 +61,71 @@ def equal_clusters(
     *,
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
-    sweeps: int = 10,
+    sweeps: int = 20,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> np.ndarray:
-    """Make every cluster exactly `cluster_size` rows and raise the signed objective by swapping rows.
+    """Make every cluster exactly `cluster_size` rows and raise the signed objective by exchanging rows.
 
         objective = sum of signed weights inside clusters - HARD * (pairs inside a cluster with the same anchor or positive)
+
+    The first and the last sweep take, for each row, the best exchange with the two clusters that attract it most. Those between
+    anneal: a row is drawn to a cluster by its ties there, changes places with a member that holds little to it, and losses are
+    taken with a chance that falls from sweep to sweep. A single pair of rows is moved at a time; moving groups of 2, 4 or 8 gained
+    nothing over that (docs/mining.md).
 
     Args:
         start: (n,) int clusters 0 .. n // cluster_size - 1 of any sizes.
         signed: (n, n) symmetric CSR: wanted weights minus conflicts.
         cluster_size: K.
         anchor_id, positive_id: (n,) int; rows that share either must not share a cluster.
-        sweeps: Passes over all rows, at most; it stops when a pass gains less than a thousandth.
-        seed: Of the order of the rows.
+        sweeps: Passes over all rows; 0 only makes the sizes equal.
+        seed: Of everything random.
         progress: Called with the fraction of the sweeps done.
 
     Returns:
         (n,) int32; -1 for the n modulo K rows that found no place: those whose absence costs the objective least.
 
-    Cost: a sweep is n * K * (edges a row) additions, on one core.
+    Cost: an annealing sweep is n * 2 * (edges a row) additions, the first and last K times that at most; on one core. Memory: one
+        copy of `signed`.
     """
     num_rows = len(start)
     num_clusters = num_rows // cluster_size
+    # Rows in the order of the partitioner's clusters, which is a walk through the graph: neighbours lie side by side in memory.
+    order = np.argsort(start, kind="stable")
+    signed = sparse.csr_matrix(signed[order][:, order])
     indptr, indices, data = (
         signed.indptr.astype(np.int64),
         signed.indices.astype(np.int32),
         signed.data.astype(np.float32),
     )
+    anchor_id, positive_id = np.asarray(anchor_id, np.int64)[order], np.asarray(positive_id, np.int64)[order]
     twins = np.zeros(num_rows, np.bool_)
     for ids in (anchor_id, positive_id):
         _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
         twins |= counts[inverse] > 1
-    anchor_id, positive_id = np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64)
-    cluster = start.astype(np.int32).copy()
+    cluster = start[order].astype(np.int32)
     members = np.full((num_clusters + 1, max(cluster_size, 1)), -1, np.int32)
     _repair(cluster, members, num_clusters, cluster_size, indptr, indices, data, twins, anchor_id, positive_id)
     generator = np.random.default_rng(seed)
+    scale = float(data[data > 0].mean()) if (data > 0).any() else 1.0
+    graph = (indptr, indices, data, twins, anchor_id, positive_id)
+    tie = np.empty(num_rows, np.float32)
     for sweep in range(sweeps):
-        order = generator.permutation(num_rows).astype(np.int32)
-        gain, total = _sweep(
-            order, cluster, members, num_clusters, indptr, indices, data, twins, anchor_id, positive_id
-        )
+        if sweep in (0, sweeps - 1):  # annealing keeps much of a good beginning, and ends near, not in, an optimum
+            _best_exchanges(generator.permutation(num_rows).astype(np.int32), cluster, members, num_clusters, *graph)
+            _measure_ties(tie, cluster, num_clusters, indptr, indices, data)
+        else:
+            temperature = scale * HOT * (COLD / HOT) ** ((sweep - 1) / max(1, sweeps - 3))
+            _anneal(cluster, members, tie, num_clusters, *graph, temperature, int(generator.integers(2**31)))
         if progress is not None:
             progress((sweep + 1) / sweeps)
-        if gain <= 1e-3 * max(abs(total), 1.0):
-            break
     if progress is not None:
         progress(1.0)
     cluster[cluster == num_clusters] = -1
-    return cluster
+    result = np.empty(num_rows, np.int32)
+    result[order] = cluster
+    return result
 
 
 @numba.njit(cache=True)
@@ -226,7 +243,33 @@ def _repair(
 
 
 @numba.njit(cache=True)
-def _sweep(
+def _measure_ties(tie, cluster, num_clusters, indptr, indices, data):  # pragma: no cover - compiled
+    """Each row's signed weight into its own cluster; 0 for rows without one."""
+    for row in range(len(cluster)):
+        tie[row] = 0.0
+        if cluster[row] < num_clusters:
+            for edge in range(indptr[row], indptr[row + 1]):
+                if cluster[indices[edge]] == cluster[row]:
+                    tie[row] += data[edge]
+
+
+@numba.njit(cache=True)
+def _move(row, home, target, num_clusters, cluster, tie, indptr, indices, data):  # pragma: no cover - compiled
+    """Take the row from one cluster to another, its neighbours' ties with it."""
+    own = 0.0
+    for edge in range(indptr[row], indptr[row + 1]):
+        other = indices[edge]
+        where = cluster[other]
+        if where == home and home < num_clusters:
+            tie[other] -= data[edge]
+        elif where == target and target < num_clusters:
+            tie[other] += data[edge]
+            own += data[edge]
+    cluster[row], tie[row] = target, own
+
+
+@numba.njit(cache=True)
+def _best_exchanges(
     order, cluster, members, num_clusters, indptr, indices, data, twins, anchor_id, positive_id
 ):  # pragma: no cover - compiled
     """One pass: each row is offered the two clusters that attract it most, and takes the best exchange with a member of them."""
@@ -292,3 +335,70 @@ def _sweep(
             cluster[row], cluster[other] = best_cluster, home
             gained += best_gain
     return gained, total
+
+
+@numba.njit(cache=True)
+def _anneal(
+    cluster, members, tie, num_clusters, indptr, indices, data, twins, anchor_id, positive_id, temperature, seed
+):  # pragma: no cover - compiled
+    """One pass: each row is drawn to a cluster by its ties there, and changes places with one of the members that hold least to it.
+
+    An exchange that gains g happens with chance exp(g / temperature), at most 1.
+    """
+    np.random.seed(seed)  # noqa: NPY002 - numba's own generator, not NumPy's
+    size = members.shape[1]
+    link = np.zeros(num_clusters + 1, np.float32)
+    seen = np.empty(num_clusters + 1, np.int32)
+    for _ in range(len(cluster)):
+        row = np.random.randint(len(cluster))  # noqa: NPY002
+        home = cluster[row]
+        num_seen = 0
+        for edge in range(indptr[row], indptr[row + 1]):
+            where = cluster[indices[edge]]
+            if where != home and where < num_clusters:
+                if link[where] == 0.0:
+                    seen[num_seen] = where
+                    num_seen += 1
+                link[where] += data[edge]
+        leaving = _clashes(row, -1, members[home], twins, anchor_id, positive_id) if home < num_clusters else 0
+        target, best, to_target = -1, -np.inf, 0.0
+        for position in range(num_seen):
+            where = seen[position]
+            if link[where] > 0.0:
+                # The largest of the values plus Gumbel noise is a draw from their softmax.
+                noise = -temperature * np.log(-np.log(np.random.random() + 1e-300))  # noqa: NPY002
+                if link[where] + noise > best:
+                    target, best, to_target = where, link[where] + noise, link[where]
+        if target < 0 and leaving > 0:  # nothing attracts it, but it must not stay
+            target = np.random.randint(num_clusters)  # noqa: NPY002
+            to_target = link[target]
+        for position in range(num_seen):
+            link[seen[position]] = 0.0
+        if target < 0 or target == home:
+            continue
+        place = -1
+        for _ in range(TRIALS):
+            trial = np.random.randint(size)  # noqa: NPY002
+            if place < 0 or tie[members[target, trial]] < tie[members[target, place]]:
+                place = trial
+        other = members[target, place]
+        to_home, between = 0.0, 0.0
+        for edge in range(indptr[other], indptr[other + 1]):
+            if indices[edge] == row:
+                between = data[edge]
+            if cluster[indices[edge]] == home and home < num_clusters:
+                to_home += data[edge]
+        gain = to_target - tie[row] + to_home - tie[other] - (2 * between if home < num_clusters else between)
+        clashes = _clashes(row, other, members[target], twins, anchor_id, positive_id) - leaving
+        clashes -= _clashes(other, -1, members[target], twins, anchor_id, positive_id)
+        if home < num_clusters:
+            clashes += _clashes(other, row, members[home], twins, anchor_id, positive_id)
+        gain -= HARD * clashes
+        if gain > temperature * np.log(np.random.random() + 1e-300) + 1e-6:  # noqa: NPY002
+            for old in range(size):
+                if members[home, old] == row:
+                    members[home, old] = other
+                    break
+            members[target, place] = row
+            _move(row, home, target, num_clusters, cluster, tie, indptr, indices, data)
+            _move(other, target, home, num_clusters, cluster, tie, indptr, indices, data)

@@ -1,6 +1,18 @@
-"""One self-contained HTML page (jinja2, inline SVG), and the same results as tables. Imports nothing of ours."""
+"""One self-contained HTML page (jinja2, inline SVG), and the same results as tables. Shows the types of plan, data and mining."""
 
 from anybatch.report.page import Report, render_report
+from anybatch.report.plan_figures import Figure, plan_figures
+from anybatch.report.plan_page import render_plan_page
 from anybatch.report.tables import MethodResult, comparison_table, markdown_table, metrics_table
 
-__all__ = ["MethodResult", "Report", "comparison_table", "markdown_table", "metrics_table", "render_report"]
+__all__ = [
+    "Figure",
+    "MethodResult",
+    "Report",
+    "comparison_table",
+    "markdown_table",
+    "metrics_table",
+    "plan_figures",
+    "render_plan_page",
+    "render_report",
+]

@@ -29,8 +29,10 @@ def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], *, bas
     return "".join([*parts, "</svg>"])
 
 
-def line_chart(title: str, x_title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
-    """Lines through (x, y) points, one a series, with a legend; series without points are left out."""
+def line_chart(
+    title: str, x_title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], *, mark: float | None = None
+) -> str:
+    """Lines through (x, y) points, one a series, with a legend; series without points are left out; a dashed line marks the x of `mark`."""
     shown = [(number, name, points) for number, (name, points) in enumerate(series) if points]
     height = 300
     if not shown:
@@ -50,9 +52,13 @@ def line_chart(title: str, x_title: str, series: Sequence[tuple[str, Sequence[tu
         vertical = place(low_x, y).split(",")[1]
         parts.append(f'<line x1="{LEFT}" y1="{vertical}" x2="{WIDTH - RIGHT}" y2="{vertical}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{float(vertical) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    digits = 0 if span_x >= 10 else 2
+    if mark is not None and low_x <= mark <= high_x:
+        x = place(mark, low_y).split(",")[0]
+        parts.append(f'<line x1="{x}" y1="{TOP}" x2="{x}" y2="{height - BOTTOM}" class="baseline"/>')
     for x in (low_x, (low_x + high_x) / 2, high_x):
         parts.append(
-            f'<text x="{place(x, low_y).split(",")[0]}" y="{height - 22}" text-anchor="middle">{x:,.0f}</text>'
+            f'<text x="{place(x, low_y).split(",")[0]}" y="{height - 22}" text-anchor="middle">{x:,.{digits}f}</text>'
         )
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">{escape(x_title)}</text>'
@@ -64,6 +70,23 @@ def line_chart(title: str, x_title: str, series: Sequence[tuple[str, Sequence[tu
         y = TOP + 6 + row * 20
         parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{y - 4}" width="12" height="4" fill="{colour}"/>')
         parts.append(f'<text x="{WIDTH - RIGHT + 30}" y="{y + 3}">{escape(name)}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def heat_map(title: str, scores: Sequence[Sequence[float]], low: float, high: float) -> str:
+    """A square of scores: the stronger the colour, the higher between `low` and `high`; the diagonal is outlined."""
+    size = 12
+    side = size * len(scores)
+    parts = [
+        f'<svg viewBox="0 0 {side} {side}" role="img" xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>'
+    ]
+    for row, line in enumerate(scores):
+        for column, score in enumerate(line):
+            depth = min(1.0, max(0.0, (score - low) / ((high - low) or 1.0)))
+            outline = ' stroke="#d9730d" stroke-width="2"' if row == column else ""
+            parts.append(
+                f'<rect x="{column * size}" y="{row * size}" width="{size}" height="{size}" fill="{COLOURS[0]}" fill-opacity="{depth:.2f}"{outline}/>'
+            )
     return "".join([*parts, "</svg>"])
 
 

@@ -36,10 +36,6 @@ class Report:
 
 def render_report(report: Report) -> str:
     """The page as text. All of the user's text is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(files("anybatch.report").joinpath("page.html").read_text(encoding="utf-8"))
     header: list[str] = []
     lines: list[list[str]] = []
     charts: list[tuple[str, Markup]] = []
@@ -74,4 +70,18 @@ def render_report(report: Report) -> str:
             ),
         ]
         charts = [(title, Markup(drawing)) for title, drawing in drawn if drawing]
-    return template.render(report=report, header=header, lines=lines, charts=charts)
+    return load_template("page.html").render(
+        title=report.title, report=report, header=header, lines=lines, charts=charts
+    )
+
+
+def load_template(name: str) -> jinja2.Template:
+    """A page of this room; whatever is put into it is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda file: files("anybatch.report").joinpath(file).read_text(encoding="utf-8")),
+    )
+    return environment.get_template(name)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.files import write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.losses.memory import ExampleMemory
 from anybatch.plan import PlanSampler
 
 LOSS_STATE = "anybatch_loss.safetensors"  # written last: a checkpoint without it was cut short
@@ -25,8 +29,8 @@ class LossStateCallback(TrainerCallback):
         resume_from: The checkpoint given to `trainer.train(resume_from_checkpoint=...)` when it is not in the Trainer's output folder.
 
     Raises:
-        AnybatchError: Resuming from a checkpoint without a loss state (memory would silently start from nothing); the plan given as
-            `batch_sampler` did not reach the training set.
+        AnybatchError: Resuming from a checkpoint without a loss state (memory would silently start from nothing), or of a run with
+            another plan; the plan given as `batch_sampler` did not reach the training set.
     """
 
     def __init__(self, loss: CachedLoss, resume_from: str | Path | None = None) -> None:
@@ -51,7 +55,23 @@ class LossStateCallback(TrainerCallback):
                 f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would restart "
                 "the memory of the loss from nothing. Resume from an older checkpoint."
             )
-        self.loss.loss.load_state_dict(load_file(folder / LOSS_STATE))
+        with safe_open(folder / LOSS_STATE, framework="pt") as file:
+            saved = (file.metadata() or {}).get("plan")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if isinstance(sampler, PlanSampler) and saved != sampler.plan.digest:
+            was = f"with the plan {saved[:12]}" if saved else "without a plan"
+            raise AnybatchError(
+                f"{folder} was trained {was}; the plan given now is {sampler.plan.digest[:12]} (digests). "
+                "Resume with the plan that the run was started with, or start a new run."
+            )
+        if "num_shards" in tensors:
+            if int(tensors["num_shards"]) != distributed.world_size():
+                raise AnybatchError(
+                    f"{folder} holds a memory sharded over {int(tensors['num_shards'])} ranks, here are {distributed.world_size()}. Join the shards with "
+                    "anybatch.losses.memory.join_shards, and save the result as that checkpoint's anybatch_loss.safetensors."
+                )
+            tensors = load_file(folder / _shard_file())
+        self.loss.loss.load_state_dict(tensors)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,11 +86,23 @@ class LossStateCallback(TrainerCallback):
             set_epoch(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint, atomically and last."""
+        """Add the loss to the checkpoint, atomically and last: after every rank has written its share. One barrier.
+
+        Of a memory that is sharded each rank adds its own part, and the file that says "whole" tells their number.
+        """
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        sharded = _is_sharded(self.loss)
+        if sharded:
+            folder.mkdir(
+                parents=True, exist_ok=True
+            )  # another rank makes it, perhaps a moment later or on another machine
+            write_bytes(folder / _shard_file(), save(_tensors(self.loss)))
+        distributed.barrier()
         if state.is_world_process_zero:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loss.loss.state_dict().items()}
-            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / LOSS_STATE
-            write_bytes(path, save(tensors))
+            tensors = {"num_shards": torch.tensor(distributed.world_size())} if sharded else _tensors(self.loss)
+            sampler = _innermost_sampler(kwargs.get("train_dataloader"))
+            metadata = {"plan": sampler.plan.digest} if isinstance(sampler, PlanSampler) else None
+            write_bytes(folder / LOSS_STATE, save(tensors, metadata))
 
     def on_log(
         self,
@@ -89,10 +121,30 @@ class LossStateCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
 
+def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
+    """The checkpoints under `folder`, whole or not, and their steps; `checkpoint-best` and the like are not among them."""
+    found = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
+    return {path: int(number) for path, number in found.items() if number.isdecimal()}
+
+
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint under `folder` that was written to its end, or None."""
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{LOSS_STATE}")]
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    whole = {path: step for path, step in checkpoint_steps(folder).items() if (path / LOSS_STATE).exists()}
+    return max(whole, key=lambda path: whole[path], default=None)
+
+
+def _is_sharded(loss: CachedLoss) -> bool:
+    """Whether ranks hold different states of the loss."""
+    shared_out = any(isinstance(module, ExampleMemory) and module.sharded for module in loss.loss.modules())
+    return shared_out and distributed.is_active()
+
+
+def _shard_file() -> str:
+    return f"anybatch_loss-{distributed.rank()}-of-{distributed.world_size()}.safetensors"
+
+
+def _tensors(loss: CachedLoss) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in loss.loss.state_dict().items()}
 
 
 def _innermost_sampler(dataloader: Any) -> Any:

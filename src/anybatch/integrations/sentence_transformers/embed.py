@@ -1,4 +1,4 @@
-"""Embed texts with a sentence-transformers model: in shards, onto disk, resumable. Replaces one long `encode` call.
+"""Embed texts with a sentence-transformers model: in shards, onto disk, resumable, over several ranks. Replaces one long `encode` call.
 
 Cost: one forward pass per text; memory is one shard, whatever the number of texts.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from anybatch import distributed
+from anybatch.blocks import BlockArrays
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of, write_text
 
@@ -59,27 +62,40 @@ def embed_to_file(
     identity: dict[str, Any],
     batch_size: int = 64,
     prompt: str = "",
+    precision: Literal["float32", "float16"] = "float32",
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """As `embed_texts`, onto `path` (.npy, float32), going on where a killed run stopped.
+    """As `embed_texts`, onto `path` (.npy), going on where a killed run stopped; under several ranks each embeds its share of the shards.
 
     Args:
         model, texts, batch_size, prompt, progress: See `embed_texts`.
-        path: The final file. While work is under way it is `path.partial` with its progress in `path.progress`.
-        identity: What made the embeddings (model, lengths, data digest): work of another identity is not resumed, and a
-            finished file of another identity is refused.
+        path: The final file; `path.progress` says whose it is. While work is under way it is in the folder `path.partial`.
+        identity: What made the embeddings (name, lengths, data digest), beside what is seen here: texts, prompt and the model's
+            weights. Work of another identity is not resumed, and a finished file of another identity is refused.
+        precision: Of the file.
 
     Returns:
         The memory-mapped array (N, D).
 
     Raises:
         AnybatchError: `path` exists and was made by another model or of other texts.
+
+    Cost: as `embed_texts`, and one digest of the model's weights (about 1 GB a second).
     """
     path = Path(path)
     partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".progress")
     identity = json.loads(
-        json.dumps({**identity, "prompt": prompt, "texts": digest_of(text.encode() for text in texts)})
+        json.dumps(
+            {
+                **identity,
+                "prompt": prompt,
+                "texts": digest_of(text.encode() for text in texts),
+                "weights": _weights_digest(model),
+            }
+        )
     )
+    if precision != "float32":
+        identity["precision"] = precision
     record = _read_journal(journal)
     if path.exists():
         if record is None or record["identity"] != identity:
@@ -94,22 +110,26 @@ def embed_to_file(
         raise AnybatchError(
             "The teacher does not state its embedding dimension; give precomputed embeddings (.npy) instead."
         )
-    done = record["done"] if record is not None and record["identity"] == identity and partial.exists() else 0
-    mode = "r+" if done else "w+"
-    rows = np.lib.format.open_memmap(
-        partial, mode=mode, dtype=None if done else np.float32, shape=None if done else (len(texts), width)
-    )
+    shapes = {"embeddings": ((len(texts), width), np.dtype(precision).type)}
+    kept = BlockArrays(shapes, -(-len(texts) // SHARD), folder=partial, identity=json.dumps(identity, sort_keys=True))
+    left = kept.mine()
+    done = sum(len(texts[block * SHARD : (block + 1) * SHARD]) for block in kept.share() if block not in left)
     if progress is not None and done:
         progress(done)
-    for start in range(done, len(texts), SHARD):
-        shard = list(texts[start : start + SHARD])
-        rows[start : start + len(shard)] = _encode(model, shard, batch_size, prompt)
-        rows.flush()
-        write_text(journal, json.dumps({"identity": identity, "done": start + len(shard)}))
+    for block in left:
+        shard = list(texts[block * SHARD : (block + 1) * SHARD])
+        kept.arrays["embeddings"][block * SHARD : block * SHARD + len(shard)] = _encode(
+            model, shard, batch_size, prompt
+        )
+        kept.finish(block)
         if progress is not None:
             progress(len(shard))
-    del rows
-    os.replace(partial, path)
+    kept.wait()
+    with distributed.alone() as chosen:
+        if chosen:
+            write_text(journal, json.dumps({"identity": identity}))
+            os.replace(partial / "embeddings.npy", path)
+            shutil.rmtree(partial)
     return np.load(path, mmap_mode="r")
 
 
@@ -118,12 +138,24 @@ def _encode(model: SentenceTransformer, texts: list[str], batch_size: int, promp
     vectors = model.encode(
         texts,
         batch_size=batch_size,
-        prompt=prompt or None,
+        prompt=prompt,  # also the empty one: for None the model would take its own default prompt, which training does not
         normalize_embeddings=True,
         convert_to_numpy=True,
         show_progress_bar=False,
     )
     return np.asarray(vectors, dtype=np.float32)
+
+
+def _weights_digest(model: SentenceTransformer) -> str:
+    """Tells a model from one of the same name that was trained further."""
+    import torch
+
+    def parts() -> Iterator[bytes]:
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return digest_of(parts())
 
 
 def _read_journal(journal: Path) -> dict[str, Any] | None:

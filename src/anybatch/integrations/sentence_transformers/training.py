@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from anybatch import distributed
 from anybatch.caching.device_memory import parse_memory
 from anybatch.errors import AnybatchError
+from anybatch.files import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
+    from transformers import TrainerCallback
 
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.plan import BatchPlan
@@ -32,7 +36,7 @@ class TrainConfig:
         learning_rate: Peak learning rate of AdamW. Tune it for each batch size.
         warmup: Fraction of the steps over which the learning rate rises.
         schedule: Shape of the learning rate after warm-up.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, on the encoder's matrices; never on the loss's own parameters.
         max_grad_norm: Gradients are clipped to this norm, once a step; 0 for no clipping.
         micro_batch: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
         max_tokens: Padded tokens per encoder forward pass; None for no limit but `micro_batch`.
@@ -69,14 +73,33 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AnybatchError(f"train.{name} is {value}; expected at least 1, or nothing.")
-        if self.learning_rate <= 0:
+        if not 0 < self.learning_rate < math.inf:  # nan is neither
             raise AnybatchError(
                 f"train.learning_rate is {self.learning_rate}; expected a positive number such as 5e-5."
             )
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected 0 or a positive number.")
         for name in ("warmup", "keep_graphs"):
             if getattr(self, name) != "auto" and not 0 <= getattr(self, name) <= 1:
                 raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected a fraction between 0 and 1.")
         parse_memory(self.memory, 2**40)  # a wrong form is reported before anything is read
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What `train_model` did.
+
+    Attributes:
+        log: The lines of `log.jsonl`: one dictionary a line, with `step` and `epoch`. Empty on all ranks but the first, which
+            alone writes.
+        num_steps: Optimiser steps, those before a resume included.
+        evaluation_seconds: Wall time spent in `evaluate`, in this session.
+    """
+
+    log: list[dict[str, Any]]
+    num_steps: int
+    evaluation_seconds: float
 
 
 def train_model(
@@ -92,7 +115,8 @@ def train_model(
     resume: bool = False,
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
-) -> list[dict[str, Any]]:
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
     """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
 
     Args:
@@ -106,12 +130,14 @@ def train_model(
         resume: Go on from the last whole checkpoint; with none, start from the beginning.
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
         progress: Called after every step with (steps done, steps in all, latest figures).
+        callbacks: Further callbacks, which run before the log is written.
 
     Returns:
-        The log: one dictionary a line, with `step` and `epoch`.
+        The log, the steps and the cost of evaluating.
 
     Raises:
-        AnybatchError: Batch size not divisible by the number of processes; a plan for other data.
+        AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds checkpoints
+            or a log, and `resume` is off.
 
     Notes:
         On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
@@ -119,7 +145,11 @@ def train_model(
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
-    from anybatch.integrations.sentence_transformers.callback import LossStateCallback, last_whole_checkpoint
+    from anybatch.integrations.sentence_transformers.callback import (
+        LossStateCallback,
+        checkpoint_steps,
+        last_whole_checkpoint,
+    )
 
     output = Path(output)
     world_size = distributed.world_size()
@@ -127,18 +157,24 @@ def train_model(
         raise AnybatchError(
             f"The batch size {plan.batch_size} cannot be shared equally by {world_size} processes. Use a multiple of {world_size}."
         )
+    indexed, batches = with_index(dataset), PlanBatches(plan)
+    batches.check(indexed)
     checkpoints = output / "checkpoints"
+    if not resume and (checkpoint_steps(checkpoints) or (output / "log.jsonl").exists()):
+        raise AnybatchError(
+            f"{output} already holds checkpoints or a log. Go on with that training (resume=True), or choose another folder."
+        )
     checkpoint = last_whole_checkpoint(checkpoints) if resume else None
-    for path in checkpoints.glob("checkpoint-*"):  # cut short by the kill: nothing in it can be trusted
-        if checkpoint is None or int(path.name.rsplit("-", 1)[1]) > int(checkpoint.name.rsplit("-", 1)[1]):
-            shutil.rmtree(path)
+    if distributed.rank() == 0:
+        _remove_cut_short(checkpoints, checkpoint)
+    distributed.barrier()  # nobody trains, or writes, before all have looked
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=plan.batch_size // world_size,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
-        warmup_steps=config.warmup,
+        warmup_steps=min(config.warmup, math.nextafter(1, 0)),  # the Trainer takes 1 for one step, less for a fraction
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -147,21 +183,31 @@ def train_model(
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=3,  # the newest may be cut short, so one more than two
-        batch_sampler=PlanBatches(plan),  # pyright: ignore[reportArgumentType] - any such callable is accepted
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any such callable is accepted
         prompts=prompts,
         seed=seed,
         use_cpu=model.device.type == "cpu",
+        ddp_backend="gloo" if world_size > 1 and model.device.type == "cpu" else None,
         dataloader_pin_memory=model.device.type == "cuda",
         report_to="none",
         disable_tqdm=True,
     )
     recorder = _make_recorder(output / "log.jsonl", config.eval_steps, evaluate, progress)
-    trainer = SentenceTransformerTrainer(
+
+    class Trainer(SentenceTransformerTrainer):
+        """Decays the encoder alone: decay would pull a learned log-temperature to 0, the temperature to 1."""
+
+        def get_decay_parameter_names(self, model: Any) -> list[str]:
+            own = {id(parameter) for parameter in loss.loss.parameters()}
+            free = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+            return [name for name in super().get_decay_parameter_names(model) if name not in free]
+
+    trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=with_index(dataset),
+        train_dataset=indexed,
         loss=loss,
-        callbacks=[LossStateCallback(loss), recorder],
+        callbacks=[LossStateCallback(loss), *callbacks, recorder],
     )
     _silence(trainer)
     try:
@@ -174,7 +220,20 @@ def train_model(
         raise AnybatchError(
             f"Writing under {output} failed: {error}. Older whole checkpoints are unchanged: free some space, then go on with --resume."
         ) from error
-    return recorder.lines
+    return TrainResult(
+        log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=recorder.evaluation_seconds
+    )
+
+
+def _remove_cut_short(checkpoints: Path, checkpoint: Path | None) -> None:
+    """Delete what a kill left unfinished after `checkpoint`: nothing in it can be trusted, and the Trainer counts it."""
+    from anybatch.integrations.sentence_transformers.callback import checkpoint_steps
+
+    steps = checkpoint_steps(checkpoints)
+    newest = steps[checkpoint] if checkpoint is not None else -1
+    for path, step in steps.items():
+        if step > newest:
+            shutil.rmtree(path)
 
 
 def _make_recorder(
@@ -191,14 +250,17 @@ def _make_recorder(
         def __init__(self) -> None:
             self.lines: list[dict[str, Any]] = []
             self.latest: dict[str, float] = {}
+            self.evaluation_seconds = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not state.is_world_process_zero:
+                return
             if state.global_step and path.exists():  # lines after the checkpoint will be written again
                 lines = [
                     json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
                 ]
                 self.lines = [line for line in lines if line["step"] <= state.global_step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -213,10 +275,11 @@ def _make_recorder(
                 and state.global_step % eval_steps == 0
                 and state.is_world_process_zero
             ):
-                training = model.training
+                training, started = model.training, time.perf_counter()
                 model.eval()
                 self._write(state, {f"eval_{name}": value for name, value in evaluate(model).items()})
                 model.train(training)
+                self.evaluation_seconds += time.perf_counter() - started
             if progress is not None:
                 progress(state.global_step, state.max_steps, self.latest)
 

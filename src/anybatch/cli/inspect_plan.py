@@ -1,0 +1,205 @@
+"""`anybatch inspect plan`: what a plan's batches hold, on the terminal and as one HTML page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from anybatch.cli.options import AnchorOption, DataOption, NegativeOption, PositiveOption
+from anybatch.cli.progress import Bars, console
+from anybatch.configuration import load_config
+from anybatch.data import PairData, read_pairs
+from anybatch.errors import AnybatchError
+from anybatch.files import write_text
+from anybatch.losses.config import LossConfig
+from anybatch.mining import PlanInspection, inspect_plan
+from anybatch.pipeline import read_embeddings
+from anybatch.plan import BatchPlan
+from anybatch.report import plan_figures, render_plan_page
+from anybatch.run_config import DataConfig, RunConfig
+
+EXAMPLES = 3  # suspects whose texts are printed; the page has more
+WIDTH = 100  # characters of a printed text
+
+
+def command(
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan (.safetensors), or the folder of its run.")],
+    data: DataOption = None,
+    anchor: AnchorOption = None,
+    positive: PositiveOption = None,
+    negative: NegativeOption = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="The plan was made of the first rows only.")] = None,
+    embeddings: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--embeddings", metavar="ANCHORS POSITIVES", help="The teacher's embeddings, two .npy files in row order."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Of the expected loss; by default the run's.")
+    ] = None,
+    anchors: Annotated[
+        int, typer.Option("--anchors", help="Anchors looked at, drawn at random. More is slower and more exact.", min=1)
+    ] = 2000,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write a page that explains itself; the file must be new.")
+    ] = None,
+) -> None:
+    """Show what a plan holds beside random batches, with warnings where mining is likely to hurt.
+
+    Data, embeddings and temperature are found in the run's folder; the options are for plans kept elsewhere.
+    """
+    if html is not None and html.exists():
+        raise AnybatchError(f"{html} exists. Choose another file for --html.")
+    folder = path if path.is_dir() else path.parent
+    config = load_config(RunConfig, folder / "config.yaml") if (folder / "config.yaml").exists() else None
+    plan_path = folder / "plan.safetensors" if path.is_dir() else path
+    if path.is_dir() and config is not None and config.plan is not None:
+        plan_path = Path(config.plan)  # the run trained on a plan made elsewhere
+    plan = BatchPlan.load(plan_path)
+    missing: list[str] = []
+    given = _given(
+        config, data, {"anchor": anchor, "positive": positive, "negatives": tuple(negative or ()), "limit": limit}
+    )
+    pairs = _pairs(plan, given, config, missing)
+    vectors = _embeddings(plan, embeddings, folder, config, missing)
+    mining = _stored(plan_path.with_name("mining.json"), plan, missing)
+    inspection = None
+    if vectors is not None:
+        if pairs is None:
+            missing.append("Repeated texts are not recognised without the data: their rows count as different.")
+        if temperature is None:
+            temperature = LossConfig().temperature if config is None else config.loss.temperature
+        with Bars() as bars:
+            inspection = inspect_plan(
+                plan,
+                *vectors,
+                anchor_id=None if pairs is None else pairs.anchor_id,
+                positive_id=None if pairs is None else pairs.positive_id,
+                temperature=temperature,
+                num_anchors=anchors,
+                progress=lambda fraction: bars("ranking", round(100 * fraction), 100),
+            )
+    _print(plan_path, plan, pairs, inspection, mining, missing)
+    if html is not None:
+        page = render_plan_page(
+            plan, title=f"Plan {plan_path}", pairs=pairs, inspection=inspection, mining=mining, missing=missing
+        )
+        write_text(html, page)
+        console.print(f"Page: {html}", highlight=False, markup=False)
+
+
+def _given(config: RunConfig | None, path: str | None, settings: dict[str, Any]) -> DataConfig | None:
+    """The data of `--data`, in the run's columns where the options name none."""
+    chosen = {name: value for name, value in settings.items() if value not in (None, ())}
+    if path is None:
+        if chosen:
+            raise AnybatchError(
+                "--anchor, --positive, --negative and --limit describe the file of --data, which is not given. Add --data."
+            )
+        return None
+    base = config.data if config is not None else DataConfig(path=path)
+    return replace(base, path=path, **chosen)
+
+
+def _pairs(plan: BatchPlan, given: DataConfig | None, config: RunConfig | None, missing: list[str]) -> PairData | None:
+    """The plan's data: what was given must fit; what the run names may be gone by now."""
+    source = given or (config.data if config is not None else None)
+    if source is None:
+        missing.append("Texts: the data is not known. Give it with --data (and --anchor, --positive).")
+        return None
+    try:
+        pairs = read_pairs(
+            source.path,
+            anchor=source.anchor,
+            positive=source.positive,
+            negatives=source.negatives,
+            limit=source.limit,
+        )
+        plan.check(num_rows=len(pairs), data_digest=pairs.digest)
+    except AnybatchError as error:
+        if given is not None:
+            raise
+        missing.append(f"Texts: {error} Give the data with --data.")
+        return None
+    return pairs
+
+
+def _embeddings(
+    plan: BatchPlan, given: tuple[Path, Path] | None, folder: Path, config: RunConfig | None, missing: list[str]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The teacher's embeddings: given, in the run's folder, or named by its configuration."""
+    kept = (folder / "teacher_anchor.npy", folder / "teacher_positive.npy")
+    found = given or (kept if all(path.exists() for path in kept) else None)
+    if found is None and config is not None:
+        teacher = config.teacher
+        if teacher.anchor_embeddings and teacher.positive_embeddings:
+            found = (Path(teacher.anchor_embeddings), Path(teacher.positive_embeddings))
+    if found is None:
+        missing.append(
+            "Scores, expected loss, example clusters, and the comparison with random batches: they need the teacher's embeddings. Give them with "
+            "--embeddings ANCHORS.npy POSITIVES.npy."
+        )
+        return None
+    try:
+        return read_embeddings(str(found[0]), plan.num_rows), read_embeddings(str(found[1]), plan.num_rows)
+    except AnybatchError as error:
+        if given is not None:
+            raise
+        missing.append(f"Scores, expected loss, example clusters: {error} Give the embeddings with --embeddings.")
+        return None
+
+
+def _stored(path: Path, plan: BatchPlan, missing: list[str]) -> dict[str, Any] | None:
+    """What mining left beside the plan, if it is this plan's."""
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if stored is not None and stored.get("plan", plan.digest) == plan.digest:
+        return stored
+    if plan.cluster_size > 1:
+        missing.append(
+            "Kept weight, isolated rows, exact hubs, time and memory of each stage: mining writes them to mining.json beside the plan, and "
+            f"{path} {'is missing' if stored is None else 'belongs to another plan'}. Keep the two files together."
+        )
+    return None
+
+
+def _print(
+    path: Path,
+    plan: BatchPlan,
+    pairs: PairData | None,
+    inspection: PlanInspection | None,
+    mining: dict[str, Any] | None,
+    missing: list[str],
+) -> None:
+    stored = (mining or {}).get("outlook") or {}
+    warnings = inspection.outlook.warnings if inspection is not None else stored.get("warnings")
+    for warning in warnings or ():
+        console.print(f"Warning: {warning}", highlight=False, markup=False)
+    table = Table(title=f"Plan {escape(str(path))}", title_justify="left")
+    for name in ("", "this plan", "random", "good"):
+        table.add_column(name, justify="right" if name in ("this plan", "random") else "left")
+    for figure in plan_figures(plan, inspection=inspection, mining=mining):
+        table.add_row(figure.name, figure.plan, figure.random, figure.good)
+    for stage, seconds in (mining or {}).get("seconds", {}).items():
+        peak = (mining or {}).get("peak_bytes", {}).get(stage, 0)
+        table.add_row(f"mining: {stage}", f"{seconds:.1f} s", "", f"peak {peak / 2**30:.2f} GiB")
+    console.print(table)
+    if inspection is not None and pairs is not None and inspection.suspects:
+        console.print("The most suspect pairs (is the second positive a right answer to the anchor?):", highlight=False)
+        for pair in inspection.suspects[:EXAMPLES]:
+            for name, text in (
+                (f"row {pair.row} anchor", pairs.anchors[pair.row]),
+                ("own positive", pairs.positives[pair.row]),
+                (f"row {pair.other} positive", pairs.positives[pair.other]),
+            ):
+                console.print(f"  {name}: {' '.join(text.split())[:WIDTH]}", highlight=False, markup=False)
+            console.print("")
+    for line in missing:
+        console.print(f"Not shown: {line}", highlight=False, markup=False)

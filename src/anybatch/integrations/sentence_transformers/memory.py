@@ -1,0 +1,208 @@
+"""A loss's memory and the model: warm start, refills while training, and the memory beside the truth in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from anybatch.errors import AnybatchError
+from anybatch.files import digest_of
+from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
+from anybatch.losses import ContrastiveLoss
+from anybatch.losses.monitoring import memory_figures
+from anybatch.losses.warm_start import WarmStart, memory_of, warm_start
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from anybatch.data import PairData
+
+PROBE_ROWS, PROBE_TARGETS = 256, 1024
+Report = Callable[[str, int, int], None]
+
+
+def warm_start_from_model(
+    model: SentenceTransformer,
+    pairs: PairData,
+    loss: ContrastiveLoss,
+    *,
+    batch_size: int = 128,
+    prompts: tuple[str, str] = ("", ""),
+    sample: int | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: Report | None = None,
+) -> WarmStart:
+    """Encode all pairs with the model as it is now, without dropout, and fill the memory of the loss from them.
+
+    Args:
+        model: The model that is trained.
+        pairs: The training pairs, in the order of the rows that the loss remembers; equal texts are no negatives of each other.
+        loss: A loss of `anybatch.losses` with memory (not the `CachedLoss` around it).
+        batch_size: Texts per forward pass.
+        prompts: Text put before each anchor and each positive, as in training.
+        sample, seed: See `anybatch.losses.warm_start.warm_start`.
+        folder: Keep embeddings and progress there (warm_start*.npy, warm_start.safetensors): a killed one goes on where it stopped, and
+            memory holds one shard of texts. None: in memory, nothing is kept.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        What was done.
+
+    Raises:
+        AnybatchError: A loss without memory; files of other weights in `folder`.
+
+    Cost: one forward pass a text, then the warm start. Under several processes each encodes everything.
+    """
+    memory_of(loss)
+    sides = []
+    training = model.training
+    for side, texts, prompt in (("anchor", pairs.anchors, prompts[0]), ("positive", pairs.positives, prompts[1])):
+        report = _counted(progress, f"warm start: {side}s", len(texts))
+        if folder is None:
+            sides.append(embed_texts(model, texts, batch_size=batch_size, prompt=prompt, progress=report))
+        else:
+            identity = {"weights": _digest(model), "max_length": model.max_seq_length}
+            path = Path(folder) / f"warm_start_{side}.npy"
+            sides.append(
+                embed_to_file(
+                    model, texts, path, identity=identity, batch_size=batch_size, prompt=prompt, progress=report
+                )
+            )
+    model.train(training)
+    return warm_start(
+        loss,
+        sides[0],
+        sides[1],
+        anchor_id=pairs.anchor_id,
+        positive_id=pairs.positive_id,
+        sample=sample,
+        seed=seed,
+        file=None if folder is None else Path(folder) / "warm_start.safetensors",
+        progress=None if progress is None else lambda done, total: progress("warm start: denominators", done, total),
+    )
+
+
+def probe_memory(
+    model: SentenceTransformer,
+    pairs: PairData,
+    loss: ContrastiveLoss,
+    *,
+    batch_size: int = 128,
+    prompts: tuple[str, str] = ("", ""),
+    seed: int = 0,
+) -> dict[str, float]:
+    """`memory_figures` of 256 rows drawn by `seed` against 1024 targets (all of a smaller data set), encoded by the model as it is now.
+
+    Args:
+        model, pairs, loss, batch_size, prompts: See `warm_start_from_model`.
+        seed: Which rows; the same at every call, so that figures can be compared over a run.
+
+    Cost: 2048 forward passes at most.
+    """
+    memory = memory_of(loss)
+    rows = np.random.default_rng(seed).choice(len(pairs), min(PROBE_TARGETS, len(pairs)), replace=False)
+    training = model.training
+    sides = [
+        embed_texts(model, _pick(texts, rows), batch_size=batch_size, prompt=prompt)
+        for texts, prompt in ((pairs.anchors, prompts[0]), (pairs.positives, prompts[1]))
+    ]
+    model.train(training)
+    figures = {}
+    for direction in range(len(memory.log_mean)):
+        of_direction = memory_figures(
+            loss,
+            sides[0],
+            sides[1],
+            index=torch.as_tensor(rows),
+            probe=PROBE_ROWS,
+            anchor_id=np.asarray(pairs.anchor_id)[rows],
+            positive_id=np.asarray(pairs.positive_id)[rows],
+            direction=direction,
+        )
+        figures |= {f"{name}_back" if direction else name: value for name, value in of_direction.items()}
+    return figures
+
+
+class MemoryCallback(TrainerCallback):
+    """Refills the memory from the model, and puts the memory beside the truth into the log, every so many steps.
+
+    Args:
+        model, pairs, loss, prompts: See `warm_start_from_model`.
+        refill_steps: Steps between warm starts; None for no refill.
+        sample: Targets of a refill; None for all.
+        probe_steps: Steps between measurements (`probe_memory`), which go into the next line of the log; None for none.
+
+    Give it to the Trainer before the callback that writes the log. Nothing of it depends on the time of a kill: a resumed run refills at the same steps.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        pairs: PairData,
+        loss: ContrastiveLoss,
+        *,
+        prompts: tuple[str, str] = ("", ""),
+        refill_steps: int | None = None,
+        sample: int | None = None,
+        probe_steps: int | None = None,
+    ) -> None:
+        for name, steps in (("refill_steps", refill_steps), ("probe_steps", probe_steps)):
+            if steps is not None and steps < 1:
+                raise AnybatchError(f"{name} is {steps}; expected at least 1, or None.")
+        self.model, self.pairs, self.loss, self.prompts = model, pairs, loss, prompts
+        self.refill_steps, self.sample, self.probe_steps = refill_steps, sample, probe_steps
+        self.figures: dict[str, float] = {}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure first, so that the figures show what a refill is about to mend."""
+        if self.probe_steps and state.global_step % self.probe_steps == 0:
+            self.figures = probe_memory(self.model, self.pairs, self.loss, prompts=self.prompts)
+        if self.refill_steps and state.global_step % self.refill_steps == 0:
+            warm_start_from_model(
+                self.model, self.pairs, self.loss, prompts=self.prompts, sample=self.sample, seed=state.global_step
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the newest figures to the trainer's log, once."""
+        if logs is None or "loss" not in logs or not self.figures:
+            return
+        logs.update(self.figures)
+        if state.log_history:
+            state.log_history[-1].update(self.figures)
+        self.figures = {}
+
+
+def _digest(model: SentenceTransformer) -> str:
+    tensors = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in model.state_dict().values())
+    return digest_of(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
+
+
+def _pick(texts: Sequence[str], rows: np.ndarray) -> list[str]:
+    return [texts[int(row)] for row in rows]
+
+
+def _counted(progress: Report | None, stage: str, total: int) -> Callable[[int], None] | None:
+    """A callback that takes increments, for one that takes totals."""
+    if progress is None:
+        return None
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(stage, done, total)
+
+    return add

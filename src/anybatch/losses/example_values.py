@@ -1,0 +1,116 @@
+"""A learned number for each example and direction, in buffers: temperatures, margins, thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from anybatch import distributed
+from anybatch.errors import AnybatchError
+
+Range = tuple[float, float]
+
+
+class ExampleValues(nn.Module):
+    """A number for each example and direction, moved along the derivative of its own objective.
+
+        velocity_i <- momentum velocity_i + (1 - momentum) clip(derivative_i)
+        value_i    <- clamp(value_i - lr velocity_i, low, high)
+
+    Args:
+        num_rows: n.
+        num_directions: Independent values a row.
+        initial: The first value; NaN for none, to be given by `start`.
+        limits: (low, high), the range that values are kept in.
+        lr: Step.
+        momentum: Weight of the old velocity, in [0, 1).
+        clip: Derivatives are limited to [-clip, clip].
+
+    Under several ranks every rank holds all values, and all make the same update. An update happens in float32 or better.
+
+    Raises:
+        AnybatchError: Numbers out of range.
+
+    Cost: 8 bytes a row and direction. Collectives of an update: see `mean_by_row`.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        num_directions: int,
+        *,
+        initial: float,
+        limits: Range,
+        lr: float,
+        momentum: float = 0.0,
+        clip: float = math.inf,
+    ) -> None:
+        super().__init__()
+        if lr <= 0 or not 0 <= momentum < 1 or clip <= 0:
+            raise AnybatchError(
+                f"The learning rate of the examples' values is {lr}, their momentum {momentum}, the clip {clip}; "
+                "expected positive numbers and a momentum in [0, 1)."
+            )
+        self.limits, self.lr, self.momentum, self.clip = limits, lr, momentum, clip
+        self.values: Tensor
+        self.velocity: Tensor
+        self.register_buffer("values", torch.full((num_directions, num_rows), initial))
+        self.register_buffer("velocity", torch.zeros(num_directions, num_rows))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExampleValues:
+        """Casts below float32 leave the values alone: a small step would not move them any more."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in self.named_buffers(recurse=False):
+            if value.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, before[name].to(value.device))
+        return self
+
+    def of(self, index: Tensor, *, direction: int, dtype: torch.dtype) -> Tensor:
+        """(B,) the values of these rows."""
+        return self.values[direction, index].to(dtype)
+
+    def update(self, index: Tensor, gradient: Tensor, *, direction: int) -> None:
+        """One step for these rows; a row that occurs several times takes the mean of its derivatives.
+
+        Args:
+            index: (b,) int64; ranks may hold different numbers of them.
+            gradient: (b,) derivative of each row's own objective.
+            direction: Which values.
+        """
+        rows, mean = mean_by_row(index, gradient.clamp(-self.clip, self.clip).to(self.values.dtype))
+        velocity = self.momentum * self.velocity[direction, rows] + (1 - self.momentum) * mean
+        self.velocity[direction, rows] = velocity
+        self.values[direction, rows] = (self.values[direction, rows] - self.lr * velocity).clamp(*self.limits)
+
+    def start(self, index: Tensor, values: Tensor, *, direction: int) -> None:
+        """Give rows their first value, the mean over their occurrences."""
+        rows, mean = mean_by_row(index, values.to(self.values.dtype))
+        self.values[direction, rows] = mean.clamp(*self.limits)
+
+
+def mean_by_row(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each row's values over its occurrences on all ranks, added in a fixed order.
+
+    Args:
+        index: (b,) int64 rows; ranks may hold different numbers of them.
+        values: (b,) float.
+
+    Returns:
+        rows (r,), ascending and distinct, and means (r,). The same on every rank.
+
+    Cost: O(b log b). Collectives: one of sizes, two gathers of b numbers.
+    """
+    sizes = distributed.gather_sizes(len(index), index.device)
+    index_all, values_all = distributed.gather_rows(index, sizes), distributed.gather_rows(values, sizes)
+    rows, inverse, count = torch.unique(index_all, return_inverse=True, return_counts=True)
+    order = torch.argsort(inverse, stable=True)
+    occurrence = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[inverse[order]]
+    total = values_all.new_zeros(len(rows))
+    for number in range(int(count.max()) if len(rows) else 0):  # one occurrence of each row at a time
+        chosen = order[occurrence == number]
+        total[inverse[chosen]] += values_all[chosen]
+    return rows, total / count

@@ -1,0 +1,104 @@
+"""What the engine is asked and what it answers: a rule, one direction of a loss, figures of the last call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from anybatch.losses.log_weights import LogWeight
+
+TILE_BYTES = 32 * 2**20
+
+
+class Rule(Protocol):
+    """What a method believes of the denominator, given what this batch says.
+
+    Attributes:
+        row_wise: Whether a row's answer depends on that row alone, so that rows can be answered tile by tile.
+    """
+
+    @property
+    def row_wise(self) -> bool:
+        """See the class."""
+        ...
+
+    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Answer for some rows.
+
+        Args:
+            log_sum: (b,) log-sum over the negatives, relative to the positive's logit; -inf without negatives.
+            num_negatives: (b,) negatives that are not masked, in the dtype of `log_sum`.
+            rows: Which of this rank's rows they are.
+
+        Returns:
+            `log_denominator` (b,), relative to the positive's logit, to which p_ij refers, and `objective` (b,).
+        """
+        ...
+
+
+class Adjust(Protocol):
+    """Rewrites the logits of whole rows before anything is summed: what depends on the scores themselves.
+
+    It must give the same answer when asked twice for the same rows, unless the rule is row-wise (then it is asked once).
+    """
+
+    def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
+        """New logits of these rows against the candidates of all ranks.
+
+        Args:
+            rows: Which of this rank's rows they are.
+            scores: (b, M) similarities s_ij. Not to be changed.
+            logits: (b, M) relative to the positive's; -inf where there is no negative. May be changed in place.
+
+        Returns:
+            (b, M), -inf wherever `logits` is. They count as constants in the derivative, except through s_ij / tau_i.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Side:
+    """One direction of a loss.
+
+    Attributes:
+        rule: The method.
+        temperature: Scalar, or (B,) one for each row of this rank. Receives a gradient if it requires one.
+        log_weight: b_ij for this rank's rows and columns; None for 0.
+        row_weight: (B,) factor of each row's objective, a constant; None for 1.
+        adjust: Rewrites logits; None to leave them.
+        column_weight: Weight (b,) of some rows in `SoftmaxStats.column_pull`, asked after the rule has answered for them; None if the
+            pulls of the columns are not wanted.
+    """
+
+    rule: Rule
+    temperature: Tensor
+    log_weight: LogWeight | None = None
+    row_weight: Tensor | None = None
+    adjust: Adjust | None = None
+    column_weight: Callable[[slice], Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SoftmaxStats:
+    """What the loss did in its last call, for logs and for methods that learn from it. Detached.
+
+    Attributes:
+        log_sum: (B,) relative to the positive's logit; -inf without negatives.
+        log_denominator: (B,) the rule's answer.
+        objective: (B,) the rule's answer, before the row weight.
+        num_negatives: (B,) negatives not removed.
+        temperature_gradient: (B,) derivative of row_weight_i * objective_i with respect to tau_i through the logits,
+            `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted, or the temperature is a scalar
+            that needs none.
+        column_pull: (M,) `sum_i column_weight_i p_ij` over the rows of all ranks for each candidate of this rank; None unless asked for.
+    """
+
+    log_sum: Tensor
+    log_denominator: Tensor
+    objective: Tensor
+    num_negatives: Tensor
+    temperature_gradient: Tensor | None = None
+    column_pull: Tensor | None = None

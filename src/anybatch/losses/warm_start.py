@@ -1,0 +1,246 @@
+"""Fill a loss's memory from embeddings before (or during) training, because a moving average over few epochs has nothing to average.
+
+Cost: encoding the data once (not done here), then n x m x D multiply-adds a direction, m = n or the sample; `exact_rows` says what a tile costs. With
+W ranks each takes its share of the rows. docs/memory.md has measured figures.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from anybatch import distributed
+from anybatch.errors import AnybatchError
+from anybatch.files import digest_of, write_bytes
+from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.exact_rows import Embeddings, Table, exact_rows, make_table, temperatures_of
+from anybatch.losses.glofnd import GloFND
+from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.nuclr import NUCLR
+from anybatch.losses.sogclr import SogCLR
+
+BLOCK_ROWS = 4096  # rows a rank answers between two gathers
+SAVE_SECONDS, SAVE_RATIO = (
+    30.0,
+    20.0,
+)  # between two records of progress; or longer, so that writing them takes a twentieth of the time
+FILL_ROWS = 2**22
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """What a warm start did.
+
+    Attributes:
+        num_rows: Rows filled, a direction.
+        num_columns: Targets that each was scored against.
+        standard_error: Root mean square over rows of the standard error of the log-denominator, estimated from the sample itself; 0 when every target was
+            counted. A lower bound where a few close targets carry the mean and are mostly not in the sample. Of this rank's rows in this call: NaN if
+            a finished file was only read.
+        seconds: Wall time of this call.
+    """
+
+    num_rows: int
+    num_columns: int
+    standard_error: float
+    seconds: float
+
+
+def warm_start(
+    loss: ContrastiveLoss,
+    anchors: Embeddings,
+    positives: Embeddings,
+    *,
+    anchor_id: np.ndarray | Tensor | None = None,
+    positive_id: np.ndarray | Tensor | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    file: str | Path | None = None,
+    tile_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> WarmStart:
+    """Replace every state of the loss's memory by the log-mean over the data set, at the loss's temperature of this moment.
+
+        memory_i <- log mean_{j allowed} exp((s_ij - s_ip(i)) / tau)
+
+    with tau the row's own where the loss learns one a row, in each direction that the memory has (direction 1: positives against anchors). A memory with keys gets the absolute log-mean, and rows of one
+    key the mean of theirs. Explicit negatives are not counted: they are not a sample of the data set.
+
+    Args:
+        loss: A loss with an `ExampleMemory` as `loss.memory`.
+        anchors: (n, D) array, memory map or tensor in row order, from the model as it is now. float32, or float64 for checks.
+        positives: (n, D), row i the positive of row i.
+        anchor_id, positive_id: (n,) int; equal for equal content, which is never a negative. Without them only the row's own positive is left out.
+        sample: Score against this many targets drawn at random, the same for all rows, instead of all n. The error of a row's
+            log-mean is about sqrt((x2 - 1) / sample), x2 the mean square over the squared mean of exp(logit); the result states it.
+        seed: Of the sample.
+        file: Progress, and at the end the result, are kept here: an interrupted call goes on from it, a finished one is only read.
+        tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
+        progress: Called with (rows done, rows in all), all directions together.
+
+    Returns:
+        What was done.
+
+    Raises:
+        AnybatchError: A loss without memory, embeddings that do not fit it, a file of other embeddings or settings.
+
+    Cost: see the module; 4 bytes a row and direction on each rank while it works. Collectives: one gather of the block's values a block; every rank needs all embeddings.
+    """
+    began = time.perf_counter()
+    memory = memory_of(loss)
+    device = memory.log_mean.device
+    table = make_table(
+        anchors,
+        positives,
+        anchor_id=anchor_id,
+        positive_id=positive_id,
+        normalize=loss.normalize,
+        device=device,
+    )
+    num_rows, num_directions = len(anchors), len(memory.log_mean)
+    if num_rows != memory.num_rows:
+        raise AnybatchError(f"Got embeddings of {num_rows} rows; the memory was made for {memory.num_rows}.")
+    columns = _draw(num_rows, sample, seed)
+    identity = _identity(loss, table, num_directions, sample, seed) if file is not None else ""
+    values, done = _open(file, identity, num_directions, num_rows, device)
+    errors: list[Tensor] = []
+    saved, writing = time.perf_counter(), 0.0
+    if progress is not None and done:
+        progress(done, values.numel())
+    for direction, start, stop in _blocks(num_rows, num_directions, done):
+        side = table if direction == 0 else table.reversed()
+        sizes = _shares(stop - start)
+        first = start + sum(sizes[: distributed.rank()])
+        rows = slice(first, first + sizes[distributed.rank()])
+        numbers = torch.arange(rows.start, rows.stop, device=device)
+        temperature = temperatures_of(loss, table, rows, numbers, direction=direction)
+        figures = exact_rows(
+            side, rows, temperature=temperature, columns=columns, moments=columns is not None, tile_bytes=tile_bytes
+        )
+        answer = figures.log_mean + (figures.positive if memory.keyed else 0.0)
+        values[direction, start:stop] = distributed.gather_rows(answer.float(), sizes)
+        if columns is not None:
+            errors.append(figures.standard_error(num_rows - 1))
+        done = direction * num_rows + stop
+        late = time.perf_counter() - saved > max(SAVE_SECONDS, SAVE_RATIO * writing)
+        if file is not None and distributed.rank() == 0 and (late or done == values.numel()):
+            before = time.perf_counter()
+            write_bytes(file, save({"log_mean": values.cpu(), "done": torch.tensor(done)}, {"identity": identity}))
+            saved, writing = time.perf_counter(), time.perf_counter() - before
+        if progress is not None:
+            progress(done, values.numel())
+    for direction in range(num_directions):
+        _fill(memory, values[direction], direction, anchors.shape[1])
+    return WarmStart(
+        num_rows=num_rows,
+        num_columns=num_rows if columns is None else len(columns),
+        standard_error=0.0 if columns is None else _root_mean_square(errors),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _root_mean_square(errors: list[Tensor]) -> float:
+    return float(torch.cat(errors).square().mean().sqrt()) if errors else float("nan")
+
+
+def memory_of(loss: nn.Module) -> ExampleMemory:
+    """The memory of a loss, if it holds the log-mean over all negatives.
+
+    Raises:
+        AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives (GloFND).
+    """
+    if not isinstance(loss, SogCLR) or isinstance(loss, (NUCLR, GloFND)):
+        raise AnybatchError(
+            f"{type(loss).__name__} has no memory of plain denominators; this is for losses that have one, such as SogCLR."
+        )
+    return loss.memory
+
+
+def _fill(memory: ExampleMemory, values: Tensor, direction: int, dimensions: int) -> None:
+    if memory.keyed:  # rows of one key are combined as they are within a batch, so all at once
+        rows = torch.arange(len(values), device=values.device)
+        sizes = _shares(len(values))
+        first = sum(sizes[: distributed.rank()])
+        share = slice(first, first + sizes[distributed.rank()])
+        memory.blend(rows[share], values[share], direction=direction, gamma=1.0, update=True, dimensions=dimensions)
+        return
+    for start in range(0, len(values), FILL_ROWS):
+        part = values[start : start + FILL_ROWS]
+        rows = torch.arange(start, start + len(part), device=values.device)
+        memory.write(rows, torch.where(part.isneginf(), torch.nan, part), direction=direction, dimensions=dimensions)
+
+
+def _draw(num_rows: int, sample: int | None, seed: int) -> np.ndarray | None:
+    if sample is None or sample >= num_rows:
+        return None
+    if sample < 2:
+        raise AnybatchError(f"sample is {sample}; expected at least 2 targets, or None for all.")
+    return np.sort(np.random.default_rng(seed).choice(num_rows, sample, replace=False))
+
+
+def _blocks(num_rows: int, num_directions: int, done: int) -> list[tuple[int, int, int]]:
+    """(direction, first row, row after the last) of what is left to do."""
+    height = BLOCK_ROWS * distributed.world_size()
+    begin, inside = divmod(done, num_rows)
+    return [
+        (direction, start, min(start + height, num_rows))
+        for direction in range(begin, num_directions)
+        for start in range(inside if direction == begin else 0, num_rows, height)
+    ]
+
+
+def _shares(num_rows: int) -> list[int]:
+    """Rows of each rank, as equal as can be."""
+    world_size = distributed.world_size()
+    return [num_rows // world_size + (rank < num_rows % world_size) for rank in range(world_size)]
+
+
+def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: int | None, seed: int) -> str:
+    """What made a file: settings, ids, and every n/256-th embedding, since reading all of them costs as much as a tile or two."""
+    stride = max(1, len(table.queries) // 256)
+    parts = [np.ascontiguousarray(np.asarray(side[::stride])).tobytes() for side in (table.queries, table.targets)]
+    parts += [b"" if ids is None else ids.cpu().numpy().tobytes() for ids in (table.query_id, table.target_id)]
+    settings = [
+        list(table.queries.shape),
+        num_directions,
+        loss.temperature,
+        loss.normalize,
+        sample,
+        seed,
+        memory_of(loss).keyed,
+    ]
+    return json.dumps({"settings": settings, "digest": digest_of(parts)})
+
+
+def _open(
+    file: str | Path | None, identity: str, num_directions: int, num_rows: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """The values so far, and how many they are; rank 0 reads, all get them."""
+    values, done = torch.full((num_directions, num_rows), torch.nan, device=device), 0
+    if file is None:
+        return values, done
+    if distributed.rank() == 0 and Path(file).exists():
+        try:
+            with safe_open(str(file), "pt") as opened:
+                found = (opened.metadata() or {}).get("identity")
+                if found == identity:
+                    values, done = opened.get_tensor("log_mean").to(device), int(opened.get_tensor("done"))
+        except (SafetensorError, OSError) as error:
+            raise AnybatchError(f"Cannot read {file}: {error}. Delete it to start over.") from error
+        if found != identity:
+            raise AnybatchError(
+                f"{file} holds a warm start of other embeddings, another temperature or other settings. Delete it, or choose another file."
+            )
+    if distributed.is_active():
+        done = int(distributed.sum_over_ranks(torch.tensor(done, device=device)))
+        values = distributed.sum_over_ranks(values if distributed.rank() == 0 else torch.zeros_like(values))
+    return values, done

@@ -1,0 +1,215 @@
+"""The teacher's ranking, approximately: documents are sorted into cells, and a query is compared with the documents of the cells nearest to it.
+
+faiss's inverted file walks the cells query by query. Here a few thousand queries go together: of a cell's documents and those of the queries that
+visit it one matrix product is made, with the exact search's selection. Queries that go together are those whose own documents are neighbours, so that
+they visit the same cells.
+
+Memory beside that of `neighbors.py`: one copy of the documents in the order of their cells, in their own type (2 n D bytes in float16), in
+`folder` if one is given; C centroids, 4 C D bytes, and TRAIN_ROWS times as much while they are made; 8 n bytes. A thread holds
+QUERY_ROWS * (4 D + 16 k) bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anybatch import distributed
+from anybatch.blocks import BlockArrays
+from anybatch.mining.neighbors import Embeddings, Neighbors, as_tensor, exact_neighbors, identity_of, search_units
+from anybatch.mining.top import Piece, best_columns
+
+SAMPLE = 1024  # queries on which recall is measured
+QUERY_ROWS = 8192  # queries searched together
+TRAIN_ROWS = 40  # documents a centroid is made of, about
+ROUNDS = 6  # of k-means
+PIECE_ROWS = 4096  # documents converted to float32 at once
+
+
+def ivf_neighbors(
+    queries: Embeddings,
+    documents: Embeddings,
+    num_neighbors: int,
+    *,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    target_recall: float = 0.95,
+    seed: int = 0,
+    device: str | None = None,
+    folder: Path | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Neighbors:
+    """As `exact_neighbors`, approximately, with as many cells visited as the wanted recall needs on a sample.
+
+        C = 4 sqrt(n) unit centroids, by k-means; a document belongs to the cell whose centroid it has the largest inner product with,
+        a query visits the num_probes cells whose centroids it has the largest inner products with
+
+    Args:
+        queries, documents, num_neighbors, anchor_id, positive_id, device, progress: See `exact_neighbors`.
+        target_recall: Wanted share of the true top k. For a sample of queries the true neighbours are searched; the cells that they lie in say what
+            recall any number of visited cells gives, without another search. The least number is taken whose recall is a standard error above the target.
+        seed: Of k-means and of the sample.
+        folder: See `exact_neighbors`; it holds the cells and the sorted documents too.
+
+    Returns:
+        The neighbours; `recall` is that of the sample with the cells visited, `num_probes` their number.
+
+    Raises:
+        AnybatchError: See `exact_neighbors`.
+
+    Cost: multiplications: k-means TRAIN_ROWS * ROUNDS * C * C * D, finding cells 2 n C D, the sample SAMPLE * n * D, the search
+        n * n * D * (share of the documents visited). Under several ranks the search alone is shared; rank 0 makes the cells.
+    """
+    ids = (np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64))
+    identity = ""
+    if folder is not None:
+        identity = identity_of("ivf", num_neighbors, queries, documents, *ids, target_recall, seed)
+    cells = _Cells(queries, documents, num_neighbors, ids, seed=seed, device=device, folder=folder, identity=identity)
+    recall, num_probes = cells.probes(target_recall)
+
+    units = [cells.order[start : start + QUERY_ROWS] for start in range(0, len(queries), QUERY_ROWS)]
+    found = search_units(
+        queries,
+        documents,
+        num_neighbors,
+        [(unit, unit) for unit in units],
+        lambda block: cells.pieces(block, num_probes, device),
+        ids=ids,
+        num_results=len(queries),
+        device=device,
+        folder=folder,
+        identity=f"{identity} {num_probes}",
+        progress=progress,
+    )
+    return Neighbors(**found, recall=recall, num_probes=num_probes)
+
+
+class _Cells:
+    """Documents in the order of their cells.
+
+    Args:
+        queries, documents, num_neighbors, seed, device, folder: See `ivf_neighbors`.
+        ids: anchor_id and positive_id.
+        identity: See `BlockArrays`.
+    """
+
+    def __init__(
+        self,
+        queries: Embeddings,
+        documents: Embeddings,
+        num_neighbors: int,
+        ids: tuple[np.ndarray, np.ndarray],
+        *,
+        seed: int,
+        device: str | None,
+        folder: Path | None,
+        identity: str,
+    ) -> None:
+        num_rows, width = documents.shape
+        self.num_cells = max(1, min(int(4 * np.sqrt(num_rows)), num_rows))
+        shapes = {
+            "centroids": ((self.num_cells, width), np.float32),
+            "documents": ((num_rows, width), documents.dtype.type),
+            "order": ((num_rows,), np.int32),
+            "starts": ((self.num_cells + 1,), np.int64),
+            "recall": ((2, self.num_cells), np.float64),
+        }
+        kept = BlockArrays(shapes, 1, folder=folder and folder / "cells", identity=identity)
+        self.arrays = kept.arrays
+        self.order, self.starts = kept.arrays["order"], kept.arrays["starts"]
+        with distributed.alone() as chosen:
+            if chosen and kept.mine():
+                self._sort(documents, seed, device)
+                self.arrays["recall"][:] = self._recall(queries, documents, num_neighbors, ids, seed, device)
+                kept.finish(0)
+        kept.wait()
+
+    def probes(self, target_recall: float) -> tuple[float, int]:
+        """The recall reached and the number of cells to visit for it: the least whose recall is a standard error above the target."""
+        recall, lower = self.arrays["recall"]
+        reached = np.flatnonzero(lower >= target_recall)
+        last = int(reached[0]) if len(reached) else self.num_cells - 1
+        return float(recall[last]), last + 1
+
+    def pieces(self, block: Tensor, num_probes: int, device: str | None) -> Iterator[Piece]:
+        """For each cell that any query of the block (B, D) visits: its documents, and the queries that do."""
+        every = np.arange(self.num_cells + 1, dtype=np.int32)
+        centroids = Piece(every[:-1], as_tensor(self.arrays["centroids"], device))
+        nobody = np.full(len(block), self.num_cells)  # no centroid is any query's own
+        visits, _ = best_columns(block, nobody, [centroids], num_probes, anchor_id=every, positive_id=every)
+        order = np.argsort(visits, axis=None, kind="stable")
+        lines, cells = order // num_probes, visits.ravel()
+        ends = np.cumsum(np.bincount(cells, minlength=self.num_cells)).tolist()
+        starts = self.starts.tolist()
+        for cell, (first, last) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            run = slice(starts[cell], starts[cell + 1])
+            if first < last and run.start < run.stop:
+                documents = as_tensor(self.arrays["documents"][run], device)
+                yield Piece(self.order[run], documents, lines[first:last])
+
+    def _sort(self, documents: Embeddings, seed: int, device: str | None) -> None:
+        centroids = _spherical_kmeans(documents, self.num_cells, seed, device)
+        self.arrays["centroids"][:] = centroids.cpu().numpy()
+        cell = _assign(documents, centroids, device)
+        self.order[:] = np.argsort(cell, kind="stable")
+        self.starts[1:] = np.cumsum(np.bincount(cell, minlength=self.num_cells))
+        for start in range(0, len(documents), PIECE_ROWS):
+            self.arrays["documents"][start : start + PIECE_ROWS] = documents[self.order[start : start + PIECE_ROWS]]
+
+    def _recall(
+        self,
+        queries: Embeddings,
+        documents: Embeddings,
+        num_neighbors: int,
+        ids: tuple[np.ndarray, np.ndarray],
+        seed: int,
+        device: str | None,
+    ) -> np.ndarray:
+        """(2, C): for every number of visited cells the recall on a sample of queries, and the same less its standard error."""
+        num_rows = len(self.order)
+        rows = np.sort(np.random.default_rng(seed).choice(num_rows, min(SAMPLE, num_rows), replace=False))
+        known = {"anchor_id": ids[0], "positive_id": ids[1]}
+        truth = exact_neighbors(queries, documents, num_neighbors, **known, rows=rows, device=device).ids
+        cell = np.empty(num_rows, np.int32)
+        cell[self.order] = np.repeat(np.arange(self.num_cells, dtype=np.int32), np.diff(self.starts))
+        scores = np.asarray(queries[rows], np.float32) @ self.arrays["centroids"].T
+        reached = np.empty((len(rows), self.num_cells), np.float32)
+        turn = np.empty(self.num_cells, np.int32)
+        for place, found in enumerate(truth):  # the share of true neighbours found with 1, 2, ... cells
+            turn[np.argsort(-scores[place], kind="stable")] = np.arange(self.num_cells)
+            turns = np.bincount(turn[cell[found[found >= 0]]], minlength=self.num_cells)
+            reached[place] = np.cumsum(turns) / turns.sum() if turns.any() else 1.0
+        mean, spread = reached.mean(axis=0, dtype=np.float64), reached.std(axis=0, dtype=np.float64)
+        lower = mean - spread / np.sqrt(len(rows))
+        return np.stack([mean, np.where(spread == 0, mean, lower)])
+
+
+def _spherical_kmeans(documents: Embeddings, num_cells: int, seed: int, device: str | None) -> Tensor:
+    """(C, D) unit centroids: each the direction of the mean of the sampled documents nearest to it."""
+    generator = np.random.default_rng(seed)
+    size = min(len(documents), TRAIN_ROWS * num_cells)
+    sample = documents[np.sort(generator.choice(len(documents), size, replace=False))]
+    first = np.sort(generator.choice(size, num_cells, replace=False))
+    centroids = torch.nn.functional.normalize(as_tensor(sample[first], device))
+    for _ in range(ROUNDS):
+        cell = torch.from_numpy(_assign(sample, centroids, device)).to(centroids.device)
+        sums = torch.zeros_like(centroids)
+        for start in range(0, size, PIECE_ROWS):
+            sums.index_add_(0, cell[start : start + PIECE_ROWS], as_tensor(sample[start : start + PIECE_ROWS], device))
+        # A centroid that lost all its documents stays where it was.
+        centroids = torch.where(sums.any(dim=1, keepdim=True), torch.nn.functional.normalize(sums), centroids)
+    return centroids
+
+
+def _assign(rows: Embeddings, centroids: Tensor, device: str | None) -> np.ndarray:
+    """(n,) int64: the centroid with the largest inner product."""
+    cells = []
+    for start in range(0, len(rows), PIECE_ROWS):
+        piece = as_tensor(rows[start : start + PIECE_ROWS], device)
+        # Few rows at a time, so that their scores stay in the cache.
+        cells += [(few @ centroids.T).argmax(dim=1).cpu() for few in piece.split(512)]
+    return torch.cat(cells).numpy()

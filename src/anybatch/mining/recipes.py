@@ -1,0 +1,66 @@
+"""Neighbouring recipes over the same parts, to compare with: k-means cells, bandwidth order, loss order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from anybatch.mining.neighbors import Neighbors
+
+
+def kmeans_clusters(anchors: np.ndarray, positives: np.ndarray, num_clusters: int, *, seed: int = 0) -> np.ndarray:
+    """Cells of k-means over the doubled vectors [anchor; positive]: near anchors or near positives sit together.
+
+    Args:
+        anchors, positives: (n, D) float.
+        num_clusters: Cells.
+        seed: faiss's.
+
+    Returns:
+        (n,) int32 of any sizes.
+
+    Cost: 10 iterations of at most 64 rows a cell, then n * num_clusters * 2 D multiplications; a float32 copy of both sides.
+    Reference: TAS-Balanced, arXiv 2104.06967; the doubled vectors are CDE's, arXiv 2410.02525.
+    """
+    import faiss
+
+    data = np.concatenate([anchors, positives], axis=1).astype(np.float32)
+    means: Any = faiss.Kmeans(
+        data.shape[1], num_clusters, niter=10, seed=seed + 1, max_points_per_centroid=64, min_points_per_centroid=1
+    )
+    means.train(data)
+    return means.index.search(data, 1)[1][:, 0].astype(np.int32)
+
+
+def bandwidth_clusters(weight: sparse.csr_matrix, num_clusters: int) -> np.ndarray:
+    """Consecutive rows of the order that gathers the graph's edges round the diagonal (reverse Cuthill-McKee).
+
+    Returns:
+        (n,) int32; all of equal size but for the last rows, which join the last cluster.
+
+    Reference: GCBS, Sachidananda et al. 2023, "Global Selection of Contrastive Batches via Optimization on Sample Permutations".
+    """
+    order = sparse.csgraph.reverse_cuthill_mckee(weight, symmetric_mode=True)
+    return _consecutive(order, num_clusters)
+
+
+def loss_ordered_clusters(neighbors: Neighbors, num_clusters: int, *, temperature: float = 0.05) -> np.ndarray:
+    """Rows of like loss under the teacher sit together, the hardest with the hardest.
+
+    The loss of row i is logsumexp over its neighbours of (s_ij - s_ii) / temperature.
+
+    Returns:
+        (n,) int32; all of equal size but for the last rows, which join the last cluster.
+
+    Reference: ordered SGD over batches of contrastive losses, arXiv 2307.05906.
+    """
+    relative = (neighbors.scores - neighbors.own_score[:, None]) / temperature
+    return _consecutive(np.argsort(-np.logaddexp.reduce(relative, axis=1), kind="stable"), num_clusters)
+
+
+def _consecutive(order: np.ndarray, num_clusters: int) -> np.ndarray:
+    cluster = np.empty(len(order), np.int32)
+    cluster[order] = np.minimum(np.arange(len(order)) // (len(order) // num_clusters), num_clusters - 1)
+    return cluster

@@ -1,0 +1,143 @@
+"""`anybatch inspect plan`: where it finds its data, and what it says when it does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from anybatch.cli import inspect_plan as module
+from anybatch.errors import AnybatchError
+
+from .test_cli import run, settings
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """What the command prints."""
+    from rich.console import Console
+
+    console = Console(width=500, record=True, force_terminal=False, stderr=True)
+    monkeypatch.setattr(module, "console", console)
+    return lambda: console.export_text(clear=False)
+
+
+@pytest.fixture
+def mined(pairs_file, tiny_model_folder, tmp_path):
+    """A run's folder with a plan mined from embeddings kept elsewhere."""
+    generator = np.random.default_rng(0)
+    anchors = generator.normal(size=(97, 8)).astype(np.float32)
+    for name, rows in (("a", anchors), ("p", anchors + 0.2 * generator.normal(size=(97, 8)).astype(np.float32))):
+        np.save(tmp_path / f"{name}.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    more = (
+        "mining.cluster_size=4",
+        "mining.skip=3",
+        "mining.take=9",
+        "mining.conflict_weight=0",
+        "loss.temperature=0.2",
+    )
+    vectors = tuple(
+        f"teacher.{side}_embeddings={tmp_path / name}.npy" for side, name in (("anchor", "a"), ("positive", "p"))
+    )
+    run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more, *vectors))
+    return tmp_path / "run"
+
+
+def test_a_run_folder_has_everything(mined, tmp_path, heard, pairs_file):
+    run("inspect", "plan", str(mined), "--html", str(tmp_path / "plan.html"))
+    said = heard()
+    assert "Not shown" not in said
+    assert "expected loss at temperature 0.2" in said
+    assert "mining: neighbors" in said
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "Not shown" not in page
+    assert "Suspected false negatives" in page
+    with pytest.raises(AnybatchError, match=r"plan\.html exists"):
+        run("inspect", "plan", str(mined), "--html", str(tmp_path / "plan.html"))
+
+
+def test_a_plan_alone_says_what_is_missing_and_which_option_gives_it(mined, tmp_path, heard, pairs_file):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(mined / "plan.safetensors", alone)
+    run("inspect", "plan", str(alone / "plan.safetensors"))
+    said = heard()
+    for option in ("--data", "--embeddings ANCHORS.npy POSITIVES.npy", "mining.json"):
+        assert option in said
+    assert "expected loss at temperature" not in said
+    more = ["--data", str(pairs_file), "--embeddings", str(tmp_path / "a.npy"), str(tmp_path / "p.npy")]
+    run("inspect", "plan", str(alone), *more, "--temperature", "0.1", "--anchors", "50")
+    said = heard()[len(said) :]
+    assert "expected loss at temperature 0.1" in said
+    assert said.count("Not shown:") == 1
+    assert "Kept weight" in said
+
+
+def test_figures_of_another_plan_are_not_shown(mined, heard):
+    path = mined / "mining.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "plan": "another"}))
+    run("inspect", "plan", str(mined))
+    assert "belongs to another plan" in heard()
+    assert "mining: neighbors" not in heard()
+
+
+def test_a_run_on_a_plan_made_elsewhere(mined, heard, pairs_file, tiny_model_folder, tmp_path):
+    plan = str(mined / "plan.safetensors")
+    given = settings(pairs_file, tiny_model_folder, tmp_path / "trained", "train.max_steps=1", "train.warmup=0")
+    run("train", *given, "--plan", plan)
+    run("inspect", "plan", str(tmp_path / "trained"))
+    assert f"Plan {plan}" in heard()
+    assert "mining: neighbors" in heard()
+
+
+def test_data_that_the_run_names_but_that_is_gone(mined, heard, pairs_file):
+    pairs_file.unlink()
+    run("inspect", "plan", str(mined))
+    said = heard()
+    assert "Not shown: Texts: There is no file" in said
+    assert "Repeated texts are not recognised" in said
+    assert "expected loss at temperature 0.2" in said
+
+
+def test_moved_data_is_read_in_the_columns_of_the_run(mined, heard, pairs_file, tmp_path):
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(pairs_file.read_text().replace('"anchor"', '"question"').replace('"positive"', '"answer"'))
+    config = (mined / "config.yaml").read_text()
+    (mined / "config.yaml").write_text(
+        config.replace("anchor: anchor", "anchor: question").replace("positive: positive", "positive: answer")
+    )
+    run("inspect", "plan", str(mined), "--data", str(moved))
+    assert "Not shown" not in heard()
+
+
+def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
+    other = tmp_path / "other.jsonl"
+    other.write_text(pairs_file.read_text().replace("mata", "mato"))
+    with pytest.raises(AnybatchError, match="made for other data"):
+        run("inspect", "plan", str(mined), "--data", str(other))
+    np.save(tmp_path / "short.npy", np.ones((96, 8), np.float32))
+    with pytest.raises(AnybatchError, match=r"shape \(96, 8\); expected floats of shape \(97"):
+        run("inspect", "plan", str(mined), "--embeddings", str(tmp_path / "a.npy"), str(tmp_path / "short.npy"))
+    with pytest.raises(AnybatchError, match="Add --data"):
+        run("inspect", "plan", str(mined), "--anchor", "anchor")
+    with pytest.raises(AnybatchError, match="There is no plan"):
+        run("inspect", "plan", str(tmp_path / "absent"))
+    with pytest.raises(AnybatchError, match="holds no run"):
+        run("inspect", "run", str(tmp_path / "absent"))
+
+
+def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, heard, caplog):
+    """A run that embedded its data itself; `mine` and `inspect` warn alike."""
+    more = ("mining.cluster_size=4", "mining.skip=1", "mining.take=6")
+    folder = tmp_path / "run"
+    run("mine", *settings(pairs_file, tiny_model_folder, folder, *more), "--teacher", str(tiny_model_folder))
+    run("inspect", "plan", str(folder))
+    said = heard()
+    warning = caplog.messages[0].removeprefix("Before you train: ")
+    assert warning.startswith("For ")  # with skip 1, many positives fall behind it
+    assert f"Warning: {warning}" in said
+    assert "Not shown" not in said
+    assert "rows that repeat an anchor" in said
+    assert "14" in next(line for line in said.splitlines() if "rows that repeat an anchor" in line)

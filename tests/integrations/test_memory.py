@@ -1,0 +1,209 @@
+"""Warm start, refills and the memory's figures with a real model and inside a run; sharded memories in checkpoints."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from anybatch import distributed, pipeline
+from anybatch.data import read_pairs
+from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers import (
+    CachedLoss,
+    LossStateCallback,
+    MemoryCallback,
+    ModelConfig,
+    TrainConfig,
+    last_whole_checkpoint,
+    probe_memory,
+    warm_start_from_model,
+)
+from anybatch.losses import InfoNCE, SogCLR
+from anybatch.losses.config import LossConfig
+from anybatch.losses.memory import ExampleMemory, join_shards
+from anybatch.mining import MiningConfig
+from anybatch.run_config import DataConfig, RunConfig
+
+ROWS = 97
+
+
+@pytest.fixture
+def model(tiny_model_folder):
+    return SentenceTransformer(str(tiny_model_folder), device="cpu")
+
+
+@pytest.fixture
+def pairs(pairs_file):
+    return read_pairs(str(pairs_file))
+
+
+def test_equals_the_loss_on_the_whole_data_set(model, pairs, tmp_path):
+    """Encoded without dropout, one batch of everything with gamma = 1 leaves the same memory, duplicates and all."""
+    trained, warmed, filed = (SogCLR(ROWS, gamma=1.0, direction="both") for _ in range(3))
+    model.train()
+    seen = []
+    done = warm_start_from_model(model, pairs, warmed, progress=lambda *figures: seen.append(figures), batch_size=16)
+    assert model.training
+    assert (done.num_rows, done.standard_error) == (ROWS, 0.0)
+    assert [figures[0] for figures in seen] == [
+        "warm start: anchors",
+        "warm start: positives",
+        "warm start: denominators",
+        "warm start: denominators",
+    ]
+    anchors, positives = (
+        model.encode(list(texts), convert_to_tensor=True) for texts in (pairs.anchors, pairs.positives)
+    )
+    ids = [torch.as_tensor(ids) for ids in (pairs.anchor_id, pairs.positive_id)]
+    trained(
+        anchors.clone().requires_grad_(),
+        positives.clone(),
+        index=torch.arange(ROWS),
+        anchor_id=ids[0],
+        candidate_id=ids[1],
+    )
+    torch.testing.assert_close(warmed.memory.log_mean, trained.memory.log_mean, rtol=1e-4, atol=1e-4)
+    warm_start_from_model(model, pairs, filed, folder=tmp_path, batch_size=16)
+    assert torch.equal(filed.memory.log_mean, warmed.memory.log_mean)
+    seen.clear()
+    warm_start_from_model(
+        model, pairs, SogCLR(ROWS, direction="both"), folder=tmp_path, progress=lambda *f: seen.append(f)
+    )
+    assert seen[-1] == ("warm start: denominators", 2 * ROWS, 2 * ROWS)
+    assert len(seen) == 3  # nothing was computed again
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    with pytest.raises(AnybatchError, match="another model"):
+        warm_start_from_model(model, pairs, filed, folder=tmp_path)
+    with pytest.raises(AnybatchError, match="InfoNCE has no memory"):
+        warm_start_from_model(model, pairs, InfoNCE())
+
+
+def test_the_probe_sees_drift(model, pairs):
+    loss = SogCLR(ROWS, direction="both")
+    assert "memory_log_rmse" not in probe_memory(model, pairs, loss)
+    warm_start_from_model(model, pairs, loss)
+    fresh = probe_memory(model, pairs, loss)
+    assert fresh["memory_log_rmse"] < 1e-3
+    assert fresh["memory_log_rmse_back"] < 1e-3
+    assert fresh["memory_log_rmse_floor"] == 0.0  # 97 rows: all of them are targets
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    drifted = probe_memory(model, pairs, loss)
+    assert drifted["memory_log_rmse"] > 10 * fresh["memory_log_rmse"]
+    assert drifted["objective_true"] != fresh["objective_true"]
+    assert 1 <= drifted["effective_negatives"] <= ROWS
+    with pytest.raises(AnybatchError, match="refill_steps is 0"):
+        MemoryCallback(model, pairs, loss, refill_steps=0)
+
+
+def run_config(pairs_file, folder, output, *, max_steps=12, **loss):
+    return RunConfig(
+        output=str(output),
+        data=DataConfig(path=str(pairs_file)),
+        model=ModelConfig(name=str(folder), device="cpu"),
+        batch_size=8,
+        mining=MiningConfig(method="random"),
+        loss=LossConfig(name="sogclr", gamma=0.6, direction="both", **loss),
+        train=TrainConfig(max_steps=max_steps, learning_rate=1e-3, micro_batch=4, save_steps=3, log_steps=1),
+    )
+
+
+def test_a_run_that_starts_warm_resumes_bit_for_bit(pairs_file, tiny_model_folder, tmp_path):
+    settings = {"warm_start": True, "warm_start_steps": 5, "probe_steps": 4}
+    stages: list[str] = []
+
+    def listen(stage, done, total, figures=None):
+        stages.append(stage)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pipeline.train(run_config(pairs_file, tiny_model_folder, whole, **settings), progress=listen)
+    first = stages.index("training")
+    assert any(stage.startswith("warm start") for stage in stages[:first])
+    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    probed = [line["step"] for line in log if "memory_log_rmse" in line]
+    assert probed == [4, 8, 12]
+    assert log[0]["step"] == 1
+    assert log[3]["memory_visited"] == 1.0  # after four batches of 8, because it started warm
+
+    class KillError(Exception):
+        pass
+
+    def kill(stage, done, total, figures=None):
+        if (
+            stage == "training" and done == 8
+        ):  # after the checkpoint and refill of steps 6 and 5, before those of 9 and 10
+            raise KillError
+
+    with pytest.raises(KillError):
+        pipeline.train(run_config(pairs_file, tiny_model_folder, killed, **settings), progress=kill)
+    assert last_whole_checkpoint(killed / "checkpoints").name == "checkpoint-6"
+    pipeline.train(run_config(pairs_file, tiny_model_folder, killed, **settings), resume=True)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    states = [
+        load_file(last_whole_checkpoint(folder / "checkpoints") / "anybatch_loss.safetensors")
+        for folder in (whole, killed)
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_cold_run_differs(pairs_file, tiny_model_folder, tmp_path):
+    """Else the warm start would not have reached the loss."""
+    losses = []
+    for name, settings in (("cold", {}), ("warm", {"warm_start": True, "warm_start_sample": 60})):
+        pipeline.train(run_config(pairs_file, tiny_model_folder, tmp_path / name, max_steps=1, **settings))
+        losses.append(
+            next(json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines())
+        )
+    assert losses[0] != losses[1]
+
+
+def test_settings():
+    for settings, match in (
+        ({"name": "infonce", "warm_start": True}, "has no running denominator"),
+        ({"name": "siglip", "probe_steps": 5}, "has no running denominator"),
+        ({"name": "sogclr", "warm_start_steps": 0}, "expected at least 1"),
+    ):
+        with pytest.raises(AnybatchError, match=match):
+            LossConfig(**settings)
+
+
+def test_sharded_memory_in_checkpoints(tmp_path, monkeypatch):
+    """Two ranks one after the other; nothing here needs a collective but the barrier. Rank 0 last, whose file marks the checkpoint whole."""
+    arguments = SimpleNamespace(output_dir=str(tmp_path))
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+
+    def be(rank, ranks=2):
+        monkeypatch.setattr(distributed, "is_active", lambda: ranks > 1)
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        loss = CachedLoss(torch.nn.Linear(1, 1), SogCLR(11, memory=ExampleMemory(11, sharded=True)))
+        return loss, SimpleNamespace(global_step=5, is_world_process_zero=rank == 0)
+
+    for rank in (1, 0):
+        assert last_whole_checkpoint(tmp_path) is None
+        loss, state = be(rank)
+        loss.loss.memory.write(torch.arange(11), torch.arange(11.0), dimensions=3)
+        LossStateCallback(loss).on_save(arguments, state, None)
+    checkpoint = last_whole_checkpoint(tmp_path)
+    for rank in range(2):
+        loss, state = be(rank)
+        LossStateCallback(loss).on_train_begin(arguments, state, None)
+        assert loss.loss.memory.log_mean.tolist() == [[float(row) for row in range(rank, 11, 2)]]
+    loss, state = be(0, ranks=1)
+    with pytest.raises(AnybatchError, match="sharded over 2 ranks, here are 1"):
+        LossStateCallback(loss).on_train_begin(arguments, state, None)
+    joined = join_shards([load_file(checkpoint / f"anybatch_loss-{rank}-of-2.safetensors") for rank in range(2)])
+    save_file(joined, checkpoint / "anybatch_loss.safetensors")
+    LossStateCallback(loss).on_train_begin(arguments, state, None)
+    assert loss.loss.memory.log_mean.tolist() == [np.arange(11.0).tolist()]

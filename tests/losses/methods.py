@@ -1,0 +1,42 @@
+"""Every loss by name, as the tests of what all losses promise need them."""
+
+from __future__ import annotations
+
+from anybatch.losses import (
+    EMC2,
+    NUCLR,
+    SCENT,
+    CountCorrectedInfoNCE,
+    DecoupledInfoNCE,
+    FastCLIP,
+    GammaSchedule,
+    GloFND,
+    InfoNCE,
+    ISogCLR,
+    SogCLR,
+    TempNet,
+)
+
+ROWS, WIDTH = 40, 5
+STATELESS = {
+    "infonce": lambda **k: InfoNCE(learnable_temperature=True, **k),
+    "infonce hard": lambda **k: InfoNCE(hardness=2.0, margin=0.1, **k),
+    "decoupled": lambda **k: DecoupledInfoNCE(learnable_temperature=True, **k),
+    "count corrected": lambda **k: CountCorrectedInfoNCE(ROWS, learnable_temperature=True, **k),
+}
+STATEFUL = {
+    "sogclr": lambda **k: SogCLR(ROWS, gamma=0.4, learnable_temperature=True, **k),
+    "sogclr scheduled": lambda **k: SogCLR(ROWS, gamma=GammaSchedule(0.2, num_steps=4, steps_per_epoch=2), **k),
+    "fastclip v0": lambda **k: FastCLIP(ROWS, version="v0", gamma=0.4, temperature_range=(0.002, 1.0), **k),
+    "fastclip v1": lambda **k: FastCLIP(ROWS, version="v1", gamma=GammaSchedule(0.2, num_steps=4), **k),
+    "fastclip v2": lambda **k: FastCLIP(ROWS, version="v2", gamma=0.4, temperature_range=(0.002, 1.0), **k),
+    "fastclip v3": lambda **k: FastCLIP(ROWS, version="v3", gamma=0.4, temperature_range=(0.002, 1.0), **k),
+    "isogclr": lambda **k: ISogCLR(ROWS, gamma=0.4, eps=1e-4, temperature_range=(0.002, 1.0), **k),
+    "tempnet": lambda **k: TempNet(ROWS, WIDTH, gamma=0.4, temperature_range=(0.002, 1.0), hidden=3, **k),
+    "nuclr": lambda **k: NUCLR(ROWS, gamma=0.4, margin_lr=0.05, margin_start=1, **k),
+    "glofnd": lambda **k: GloFND(ROWS, gamma=0.4, alpha=0.3, threshold_start=1, **k),
+    "emc2": lambda **k: EMC2(ROWS, learnable_temperature=True, **k),
+    "emc2 with states": lambda **k: EMC2(ROWS, dimensions=WIDTH, learnable_temperature=True, **k),
+    "scent": lambda **k: SCENT(ROWS, alpha=0.3, **k),
+}
+ALL = {**STATELESS, **STATEFUL}

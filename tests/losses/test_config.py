@@ -1,0 +1,55 @@
+"""Losses by name: every method is built with what it knows, and refuses what it does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anybatch import losses
+from anybatch.configuration import from_mapping
+from anybatch.errors import AnybatchError
+from anybatch.losses.config import KNOWN, LossConfig, build_loss
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_name_builds_and_runs(name):
+    extra = {"dimensions": 4} if name == "tempnet" else {}
+    loss = build_loss(LossConfig(name=name, **extra), num_rows=10)
+    if name != "auc_cl":  # it has none
+        assert loss.temperature == pytest.approx(0.05)
+    value = loss(torch.randn(3, 4, requires_grad=True), torch.randn(5, 4), index=torch.arange(3))
+    value.backward()
+    assert value.isfinite()
+
+
+def test_settings_reach_their_method():
+    loss = build_loss(
+        from_mapping(LossConfig, {"name": "fastclip", "version": "v2", "gamma": 0.3, "gamma_steps": 8, "rho": 7, "temperature_range": [0.01, 0.2]}),
+        num_rows=10,
+    )  # fmt: skip
+    assert isinstance(loss, losses.FastCLIP)
+    assert (loss.version, loss.rho, loss.temperature_range) == ("v2", 7.0, (0.01, 0.2))
+    assert (loss.gamma.gamma, loss.gamma.num_steps) == (0.3, 8)
+    assert build_loss(LossConfig(name="sogclr", gamma=0.3), num_rows=10).gamma == 0.3
+    assert build_loss(LossConfig(name="sogclr"), num_rows=11).eps == pytest.approx(0.1)
+    assert build_loss(LossConfig(name="infonce", hardness=2.0, margin=0.1), num_rows=10).hardness == 2.0
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"name": "infonce", "gamma": 0.5}, "loss.gamma is given, which 'infonce' does not know: it is for fastclip"),
+        ({"name": "sogclr", "rho": 7.0}, "loss.rho is given"),
+        ({"name": "fastclip", "learnable_temperature": True}, "loss.learnable_temperature is given"),
+        ({"name": "nuclr", "eps": 0.0}, "loss.eps is given"),
+        ({"name": "tempnet"}, "loss.dimensions is missing"),
+        ({"name": "isogclr", "temperature_range": (0.1,)}, "expected two numbers"),
+        ({"name": "sogclr", "gamma_steps_per_epoch": 3}, "needs loss.gamma_steps"),
+        ({"name": "sogclr", "gamma": 1.5}, "loss.gamma is 1.5"),
+        ({"name": "infonce", "weights": "inclusion"}, "does not define"),
+        ({"temperature": 0.0}, "loss.temperature"),
+    ],
+)
+def test_mistakes(given, match):
+    with pytest.raises(AnybatchError, match=match):
+        LossConfig(**given)

@@ -1,0 +1,167 @@
+"""The engine against its dense twin and against finite differences: temperatures per row, weights of rows, both directions at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anybatch.losses.engine import Side, dense_softmax_loss, softmax_loss, symmetric_softmax_loss
+from anybatch.losses.log_weights import TensorLogWeight
+
+
+class WithPositive:
+    """InfoNCE, said to be row-wise or not: the second makes the engine pass over the tiles twice."""
+
+    def __init__(self, row_wise=True):
+        self.row_wise = row_wise
+
+    def __call__(self, log_sum, num_negatives, rows):
+        objective = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
+        return objective, objective
+
+
+def draw(seed, rows, extra, width=5):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    weight = make(rows, rows + extra)
+    weight[make(rows, rows + extra) > 1] = -torch.inf
+    return make(rows, width), make(rows + extra, width), 0.2 + make(rows).abs(), 0.1 + make(rows).abs(), weight
+
+
+def assert_all_close(ours, theirs, tolerance=1e-11):
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+shapes = st.tuples(st.integers(0, 9999), st.integers(1, 9), st.integers(0, 6))
+tiles = st.sampled_from([1, 200, 10**7])
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=shapes, tile=tiles, row_wise=st.booleans(), per_row=st.booleans(), weighted=st.booleans())
+def test_one_way_equals_the_dense_twin(shape, tile, row_wise, per_row, weighted):
+    anchors, candidates, tau, row_weight, log_weight = draw(*shape)
+    temperature = tau if per_row else tau[0].clone()
+    known = {
+        "rule": WithPositive(row_wise),
+        "log_weight": TensorLogWeight(values=log_weight, normalised=False),
+        "row_weight": row_weight if weighted else None,
+    }
+    inputs = [side.requires_grad_() for side in (anchors, candidates, temperature)]
+    ours, stats = softmax_loss(anchors, candidates, temperature=temperature, tile_bytes=tile, **known)
+    theirs = dense_softmax_loss(anchors, candidates, temperature=temperature, **known)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    mine = torch.autograd.grad(ours, inputs)
+    assert_all_close(mine, torch.autograd.grad(theirs, inputs))
+    torch.testing.assert_close(
+        stats.temperature_gradient / len(anchors) if per_row else stats.temperature_gradient.mean(), mine[2]
+    )
+
+
+@pytest.mark.parametrize("tile", [1, 200, 10**7])
+def test_temperatures_per_row_equal_finite_differences(tile):
+    anchors, candidates, tau, row_weight, _ = draw(3, 6, 3)
+    function = lambda *inputs: softmax_loss(  # noqa: E731
+        inputs[0], inputs[1], temperature=inputs[2], rule=WithPositive(), row_weight=row_weight, tile_bytes=tile
+    )[0]
+    inputs = [side.requires_grad_() for side in (anchors, candidates, tau)]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes, tile=tiles, row_wise=st.booleans(), per_row=st.booleans(), weighted=st.booleans())
+def test_both_at_once_equal_two_runs(shape, tile, row_wise, per_row, weighted):
+    anchors, candidates, tau, row_weight, log_weight = draw(*shape)
+    rows = len(anchors)
+    weight = TensorLogWeight(values=log_weight, normalised=False)
+    taus = [tau, tau.flip(0).contiguous()] if per_row else [tau[0].clone(), tau[-1].clone()]
+    inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
+    row_weights = [row_weight, 1.5 * row_weight] if weighted else [None, None]
+    sides = [
+        Side(rule=WithPositive(row_wise), temperature=t, log_weight=b, row_weight=w)
+        for t, b, w in zip(taus, (weight, weight.reversed(rows)), row_weights, strict=True)
+    ]
+    ours, stats = symmetric_softmax_loss(anchors, candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
+    one, stats_one = softmax_loss(anchors, candidates, tile_bytes=tile, **arguments(sides[0]))
+    other, stats_other = softmax_loss(candidates[:rows], anchors, tile_bytes=tile, **arguments(sides[1]))
+    theirs = (one + other) / 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert_all_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), 1e-12)
+    for mine, twin in zip(stats, (stats_one, stats_other), strict=True):
+        for name in ("log_sum", "log_denominator", "objective", "num_negatives", "temperature_gradient"):
+            torch.testing.assert_close(getattr(mine, name), getattr(twin, name), rtol=1e-11, atol=1e-11)
+
+
+def arguments(side):
+    return {
+        "rule": side.rule,
+        "temperature": side.temperature,
+        "log_weight": side.log_weight,
+        "row_weight": side.row_weight,
+    }
+
+
+def test_nothing_is_computed_backwards_without_gradients():
+    anchors, candidates, tau, *_ = draw(0, 5, 2)
+    with torch.no_grad():
+        loss, stats = softmax_loss(anchors, candidates, temperature=tau, rule=WithPositive(False), tile_bytes=1)
+    assert loss.isfinite()
+    assert stats.temperature_gradient is None
+
+
+def test_products_of_matrices():
+    """The claim on the cost: products of tiles with the whole, counted; 3 or 4 whether one direction or both."""
+    from anybatch.losses import solver
+
+    anchors, candidates, tau, *_ = draw(1, 8, 4, width=16)
+    products = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                shapes = [side.shape for side in args if isinstance(side, torch.Tensor)]
+                products.append(shapes[-2][0] * shapes[-2][1] * shapes[-1][1])
+            return function(*args, **(kwargs or {}))
+
+    whole = 8 * 12 * 16
+    for sides, tile, expected in ((1, 10**7, 3), (1, 200, 4), (2, 10**7, 3), (2, 200, 4)):
+        products.clear()
+        side = Side(rule=WithPositive(row_wise=False), temperature=tau)
+        with Counting():
+            solver.solve(anchors, candidates, (side,) * sides, tile_bytes=tile, gradients=True)
+        assert sum(products) == expected * whole
+
+
+def test_collectives_are_those_documented(monkeypatch):
+    """Counted where they are called; in one process each is an identity."""
+    from anybatch import distributed
+    from anybatch.losses import solver
+
+    anchors, candidates, tau, *_ = draw(1, 8, 4)
+    counts = {}
+
+    def counting(name):
+        original = getattr(distributed, name)
+
+        def call(*arguments):
+            counts[name] = counts.get(name, 0) + 1
+            return original(*arguments)
+
+        return call
+
+    for name in ("gather_sizes", "gather_rows", "sum_over_ranks"):
+        monkeypatch.setattr(distributed, name, counting(name))
+    learned, fixed = tau[0].clone().requires_grad_(), tau[0].clone()
+    for temperatures, expected in (
+        ([fixed], (2, 1, 2)),
+        ([learned], (2, 1, 3)),
+        ([fixed, fixed], (2, 4, 2)),
+        ([learned, learned], (2, 4, 5)),
+    ):
+        for tile in (200, 10**7):
+            counts.clear()
+            sides = tuple(Side(rule=WithPositive(), temperature=temperature) for temperature in temperatures)
+            solver.solve(anchors, candidates, sides, tile_bytes=tile, gradients=True)
+            assert tuple(counts.values()) == expected

@@ -1,0 +1,238 @@
+"""What every loss promises, whatever its method."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+import torch
+
+from anybatch.caching import cached_step
+from anybatch.losses.example_values import ExampleValues
+
+from .methods import ALL, ROWS, STATEFUL, WIDTH
+
+DIRECTIONS = ["one_way", "both"]
+
+
+def draw(seed, rows=6, extra=2, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    anchors = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    candidates = torch.randn(rows + extra, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    index = torch.randint(ROWS, (rows,), generator=generator)
+    index[-1] = index[0]  # a row twice in the batch
+    return anchors.requires_grad_(), candidates.requires_grad_(), index
+
+
+def state(loss):
+    return {name: value.clone() for name, value in loss.state_dict().items()}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value.double().nan_to_num(-99.0), theirs[name].double().nan_to_num(-99.0)), name
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", ALL)
+def test_tiles_do_not_matter(name, direction):
+    results = []
+    for tile in (1, 200, 10**7):
+        torch.manual_seed(0)
+        loss = ALL[name](temperature=0.3, direction=direction, tile_bytes=tile).double()
+        for step in range(3):
+            anchors, candidates, index = draw(step)
+            loss.zero_grad()
+            value = loss(anchors, candidates, index=index)
+            value.backward()
+        parameters = [parameter.grad for parameter in loss.parameters()]
+        results.append([value.detach(), anchors.grad, candidates.grad, *parameters, *state(loss).values()])
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", ALL)
+def test_only_training_with_gradients_changes_state(name, direction):
+    loss = ALL[name](temperature=0.3, direction=direction)
+    anchors, candidates, index = draw(0, dtype=torch.float32)
+    for _ in range(2):
+        loss(anchors, candidates, index=index)
+    before = state(loss)
+    with torch.no_grad():
+        quiet = loss(*draw(1, dtype=torch.float32)[:2], index=index)
+    loss.eval()
+    loss(*draw(2, dtype=torch.float32)[:2], index=index).backward()
+    assert_same(state(loss), before)
+    assert quiet.isfinite()
+    loss.train()
+    loss(*draw(3, dtype=torch.float32)[:2], index=index)
+    if name in STATEFUL:
+        assert any(
+            not torch.equal(value.nan_to_num(0), before[key].nan_to_num(0)) for key, value in state(loss).items()
+        )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", STATEFUL)
+def test_resume_equals_uninterrupted_bit_for_bit(name, direction):
+    def train(loss, optimizer, steps):
+        for step in steps:
+            anchors, candidates, index = draw(step, dtype=torch.float32)
+            loss.zero_grad()
+            loss(anchors, candidates, index=index).backward()
+            if optimizer is not None:
+                optimizer.step()
+
+    def make():
+        torch.manual_seed(0)
+        loss = STATEFUL[name](temperature=0.3, direction=direction)
+        parameters = list(loss.parameters())
+        return loss, torch.optim.SGD(parameters, lr=0.01) if parameters else None
+
+    whole, whole_optimizer = make()
+    train(whole, whole_optimizer, range(6))
+    first, first_optimizer = make()
+    train(first, first_optimizer, range(3))
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    second, second_optimizer = make()
+    second.load_state_dict(torch.load(buffer))
+    train(second, second_optimizer, range(3, 6))
+    assert_same(state(whole), state(second))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("signs", [(1.0, 1.0, 1.0), (-1.0, -1.0, -1.0), (1.0, -1.0, 1.0)])
+def test_hostile_similarities_stay_finite(name, direction, signs):
+    """tau = .005: logits of +-200, where exp overflows float32."""
+    loss = ALL[name](temperature=0.005, direction=direction)
+    anchors = torch.eye(WIDTH).requires_grad_()
+    for sign in signs:
+        candidates = (sign * torch.eye(WIDTH)).roll(1, 0).requires_grad_()
+        loss.zero_grad()
+        value = loss(anchors, candidates, index=torch.arange(WIDTH))
+        value.backward()
+    assert math.isfinite(value.item())
+    for tensor in (anchors, candidates, *loss.parameters()):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+    assert math.isfinite(loss.temperature)
+    for name_of, values in state(loss).items():
+        assert not values.double().isinf().any(), name_of
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", ALL)
+def test_rows_without_negatives_and_batches_of_one(name, direction):
+    loss = ALL[name](temperature=0.3, direction=direction)
+    mask = torch.zeros(6, 6)
+    mask[1], mask[:, 1] = -torch.inf, -torch.inf
+    for step in range(3):
+        anchors, candidates, index = draw(step, extra=0, dtype=torch.float32)
+        value = loss(anchors, candidates, index=index, log_weight=mask)
+        value.backward()
+        assert value.isfinite()
+        assert anchors.grad[1].abs().max() == 0
+        assert candidates.grad[1].abs().max() == 0
+        assert anchors.grad.abs().max() > 0
+    lonely = loss(anchors[:1], candidates[:1], index=index[:1])
+    lonely.backward()
+    assert lonely.isfinite()
+    for values in state(loss).values():
+        assert not values.double().isinf().any()
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_memory_is_updated_once_a_call(name):
+    """Both directions, many tiles: the state after one call does not depend on how often the rule is asked."""
+    loss = STATEFUL[name](temperature=0.3, direction="both", tile_bytes=1)
+    calls = []
+    original = loss.memory.blend
+    loss.memory.blend = lambda *a, **k: calls.append(k["direction"]) or original(*a, **k)
+    anchors, candidates, index = draw(0, dtype=torch.float32)
+    loss(anchors, candidates, index=index).backward()
+    assert calls == ([] if name.startswith("emc2") else [0, 1])  # EMC2 has no denominator to remember
+    for counter in ("num_steps", "gamma.position"):
+        if counter in loss.state_dict():
+            assert int(loss.state_dict()[counter]) == 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_cached_step_equals_the_plain_one(name):
+    """Gradients of the encoder and of the loss's own parameters, and the state, over several steps."""
+
+    def train(micro_batch):
+        torch.manual_seed(0)
+        encoder = torch.nn.Linear(7, WIDTH).double()
+        loss = ALL[name](temperature=0.3, direction="both").double()
+        for step in range(3):
+            index = draw(step)[2]
+            generator = torch.Generator().manual_seed(step)
+            texts = [torch.randn(6, 7, generator=generator, dtype=torch.float64) for _ in range(2)]
+            encoder.zero_grad()
+            loss.zero_grad()
+            if micro_batch is None:
+                loss(encoder(texts[0]), encoder(texts[1]), index=index).backward()
+            else:
+                cached_step(loss, [encoder, encoder], texts, micro_batch=micro_batch, loss_kwargs={"index": index})
+        return [p.grad for p in (*encoder.parameters(), *loss.parameters())], state(loss)
+
+    (plain, plain_state), (cached, cached_state) = train(None), train(2)
+    for mine, theirs in zip(cached, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+    for key, value in cached_state.items():
+        torch.testing.assert_close(value, plain_state[key], rtol=1e-11, atol=1e-13, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_changes_nothing(name):
+    """Logits, sums and state are float32 or better, whatever runs around the loss."""
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        loss = ALL[name](temperature=0.05, direction="both")
+        for step in range(2):
+            anchors, candidates, index = draw(step, dtype=torch.float32)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                value = loss(anchors, candidates, index=index)
+            value.backward()
+        results.append([value.detach(), anchors.grad, candidates.grad, *state(loss).values()])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["isogclr", "nuclr", "glofnd"])
+def test_values_of_examples_stay_float32(name):
+    loss = STATEFUL[name](temperature=0.3).to(torch.bfloat16)
+    values = next(part.values for part in loss.modules() if isinstance(part, ExampleValues))
+    assert values.dtype == torch.float32
+    assert (
+        next(part for part in loss.double().modules() if isinstance(part, ExampleValues)).values.dtype == torch.float64
+    )
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_index_is_required_and_checked(name):
+    from anybatch.errors import AnybatchError
+
+    loss = STATEFUL[name](temperature=0.3)
+    anchors, candidates, index = draw(0)
+    with pytest.raises(AnybatchError, match="give index="):
+        loss(anchors, candidates)
+    with pytest.raises(AnybatchError, match="expected rows 0 to 39"):
+        loss(anchors, candidates, index=index + ROWS)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_figures_are_plain_floats(name):
+    loss = ALL[name](temperature=0.3)
+    assert loss.last_stats == {}
+    anchors, candidates, index = draw(0)
+    loss(anchors, candidates, index=index)
+    assert all(type(value) is float and math.isfinite(value) for value in loss.last_stats.values())

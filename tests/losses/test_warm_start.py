@@ -1,0 +1,317 @@
+"""Warm start and monitoring against naive float64 loops; resuming; duplicates; samples; ranks."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from anybatch.errors import AnybatchError
+from anybatch.losses import EMC2, NUCLR, InfoNCE, SogCLR
+from anybatch.losses import warm_start as room
+from anybatch.losses.exact_rows import exact_rows, make_table
+from anybatch.losses.isogclr import ISogCLR, TempNet
+from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.monitoring import memory_figures
+from anybatch.losses.warm_start import warm_start
+
+from .. import reference
+
+N, WIDTH = 37, 6
+
+
+def data(dtype=torch.float64, n=N):
+    generator = torch.Generator().manual_seed(2)
+    anchors, positives = (torch.randn(n, WIDTH, generator=generator, dtype=dtype) for _ in range(2))
+    anchor_id, positive_id = torch.randint(n, (n,), generator=generator), torch.randint(n, (n,), generator=generator)
+    return anchors, positives + anchors, anchor_id, positive_id
+
+
+def naive(queries, targets, tau, query_id=None, target_id=None):
+    """One list of relative logits a row."""
+    scores = reference.unit(queries) @ reference.unit(targets).T / tau
+    allowed = reference.pairs_allowed(len(queries), len(targets), query_id, target_id)
+    return [(scores[i][allowed[i]] - scores[i, i]) for i in range(len(queries))]
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 999, 10**7])
+@pytest.mark.parametrize("ids", [False, True])
+def test_rows_equal_the_loop(tile_bytes, ids):
+    anchors, positives, anchor_id, positive_id = data()
+    known = (anchor_id, positive_id) if ids else (None, None)
+    table = make_table(
+        anchors.numpy(), positives.numpy(), anchor_id=known[0], positive_id=known[1],
+        normalize=True, device=torch.device("cpu"),
+    )  # fmt: skip
+    expected = naive(anchors, positives, 0.02, *known)
+    rows = exact_rows(table, slice(5, 30), temperature=0.02, tile_bytes=tile_bytes)
+    plain = exact_rows(table, slice(5, 30), temperature=0.02, moments=False, tile_bytes=tile_bytes)
+    assert torch.equal(plain.log_sum, rows.log_sum)
+    assert plain.purity.isnan().all()
+    some = np.array([7, 3, 20])  # rows in any order, columns a subset
+    columns = np.array([0, 3, 4, 7, 9, 20, 36])
+    subset = exact_rows(table, some, temperature=0.02, columns=columns, tile_bytes=tile_bytes)
+    scores = reference.unit(anchors) @ reference.unit(positives).T / 0.02
+    allowed = reference.pairs_allowed(N, N, *known)
+    for i, row in enumerate(some):
+        kept = [scores[row, j] - scores[row, row] for j in columns if allowed[row, j]]
+        assert subset.num_negatives[i].item() == len(kept)
+        assert subset.log_sum[i].item() == pytest.approx(torch.stack(kept).logsumexp(0).item(), rel=1e-12)
+    for i, row in enumerate(range(5, 30)):
+        p = expected[row].softmax(0)
+        assert rows.log_sum[i].item() == pytest.approx(expected[row].logsumexp(0).item(), rel=1e-12)
+        assert rows.num_negatives[i].item() == len(expected[row])
+        assert rows.log_mean[i].item() == pytest.approx(expected[row].exp().mean().log().item(), rel=1e-12)
+        assert rows.entropy[i].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-9, abs=1e-12)
+        assert rows.purity[i].item() == pytest.approx((p * p).sum().item(), rel=1e-12)
+
+
+def test_rows_that_are_far_below_their_positive_stay_finite():
+    table = make_table(
+        np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32) * 1.0, anchor_id=None, positive_id=None,
+        normalize=True, device=torch.device("cpu"),
+    )  # fmt: skip
+    rows = exact_rows(
+        table, slice(0, 4), temperature=0.002, tile_bytes=1
+    )  # the first tile of row 0 is its own positive alone
+    torch.testing.assert_close(rows.log_mean, torch.full((4,), -500.0, dtype=torch.float64))
+    torch.testing.assert_close(rows.purity, torch.full((4,), 1 / 3, dtype=torch.float64))
+    alone = make_table(
+        np.eye(2), np.eye(2), anchor_id=np.zeros(2, int), positive_id=np.arange(2),
+        normalize=True, device=torch.device("cpu"),
+    )  # fmt: skip
+    rows = exact_rows(alone, slice(0, 2), temperature=0.1)
+    assert rows.log_mean.isneginf().all()
+    assert rows.num_negatives.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_fills_both_directions_exactly(ids):
+    anchors, positives, anchor_id, positive_id = data()
+    known = {"anchor_id": anchor_id.numpy(), "positive_id": positive_id.numpy()} if ids else {}
+    loss = SogCLR(N, temperature=0.07, direction="both")
+    loss.memory.double()
+    done = warm_start(loss, anchors.numpy(), positives.numpy(), tile_bytes=700, **known)
+    assert (done.num_rows, done.num_columns, done.standard_error) == (N, N, 0.0)
+    forward = naive(anchors, positives, 0.07, *((anchor_id, positive_id) if ids else ()))
+    back = naive(positives, anchors, 0.07, *((positive_id, anchor_id) if ids else ()))
+    for direction, rows in enumerate((forward, back)):
+        expected = torch.stack([row.exp().mean().log() for row in rows])
+        torch.testing.assert_close(loss.memory.log_mean[direction], expected, rtol=1e-6, atol=1e-6)
+    assert int(loss.memory.dimensions) == WIDTH
+
+
+def test_is_where_a_batch_of_everything_would_go():
+    """With the whole data set as one batch and gamma = 1 the loss itself writes what the warm start does."""
+    anchors, positives, anchor_id, positive_id = data(torch.float32)
+    trained, warmed = (SogCLR(N, temperature=0.1, gamma=1.0, direction="both") for _ in range(2))
+    trained(anchors.requires_grad_(), positives, index=torch.arange(N), anchor_id=anchor_id, candidate_id=positive_id)
+    warm_start(warmed, anchors, positives, anchor_id=anchor_id, positive_id=positive_id)
+    torch.testing.assert_close(warmed.memory.log_mean, trained.memory.log_mean, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_a_killed_one_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    anchors, positives, *_ = data(torch.float32)
+    for name, value in (("BLOCK_ROWS", 10), ("SAVE_SECONDS", 0.0), ("SAVE_RATIO", 0.0)):
+        monkeypatch.setattr(room, name, value)
+    whole = SogCLR(N, direction="both")
+    warm_start(whole, anchors, positives)
+    file = tmp_path / "state.safetensors"
+
+    def killed(done, total):
+        assert total == 2 * N
+        if done > N:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        warm_start(SogCLR(N, direction="both"), anchors, positives, file=file, progress=killed)
+    seen, again = [], SogCLR(N, direction="both")
+    warm_start(again, anchors, positives, file=file, progress=lambda done, total: seen.append(done))
+    assert seen == [47, 57, 67, 74]  # the first is what was there
+    assert torch.equal(again.memory.log_mean, whole.memory.log_mean)
+    seen.clear()
+    third = SogCLR(N, direction="both")
+    warm_start(third, anchors, positives, file=file, progress=lambda done, total: seen.append(done))
+    assert seen == [74]  # finished: only read
+    assert torch.equal(third.memory.log_mean, whole.memory.log_mean)
+    with pytest.raises(AnybatchError, match="another temperature"):
+        warm_start(SogCLR(N, direction="both", temperature=0.2), anchors, positives, file=file)
+    with pytest.raises(AnybatchError, match="other embeddings"):
+        warm_start(SogCLR(N, direction="both"), anchors + 1, positives, file=file)
+    file.write_bytes(b"cut short")
+    with pytest.raises(AnybatchError, match="Cannot read"):
+        warm_start(SogCLR(N, direction="both"), anchors, positives, file=file)
+
+
+def test_a_sample_states_its_error():
+    n = 1500
+    anchors, positives, *_ = data(torch.float32, n)
+    exact = SogCLR(n, temperature=0.2)
+    warm_start(exact, anchors, positives)
+    errors, stated = [], []
+    for seed in range(5):
+        sampled = SogCLR(n, temperature=0.2)
+        done = warm_start(sampled, anchors, positives, sample=300, seed=seed)
+        errors.append((sampled.memory.log_mean - exact.memory.log_mean).square().mean().sqrt().item())
+        stated.append(done.standard_error)
+        assert done.num_columns == 300
+    assert np.mean(stated) == pytest.approx(np.mean(errors), rel=0.25)
+    assert warm_start(exact, anchors, positives, sample=n).standard_error == 0.0
+
+
+def test_keys_keep_the_absolute_log_mean():
+    anchors, positives, *_ = data()
+    query = torch.arange(N) // 2  # two rows of one query each
+    anchors = anchors[query]
+    loss = SogCLR(N, temperature=0.1)
+    loss.memory = ExampleMemory.from_keys(query.numpy())
+    loss.memory.double()
+    warm_start(loss, anchors, positives, anchor_id=query, positive_id=torch.arange(N))
+    relative = naive(anchors, positives, 0.1, query, torch.arange(N))
+    own = (reference.unit(anchors) * reference.unit(positives)).sum(1) / 0.1
+    for row in range(N):
+        expected = relative[row].exp().mean().log() + own[row]
+        assert loss.memory.log_mean[0, query[row]].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_mistakes():
+    anchors, positives, anchor_id, _ = data()
+    for make, arguments, match in (
+        (lambda: InfoNCE(), {}, "InfoNCE has no memory"),
+        (lambda: EMC2(N), {}, "EMC2 has no memory of plain"),
+        (lambda: NUCLR(N), {}, "NUCLR has no memory of plain"),
+        (lambda: SogCLR(N + 1), {}, f"Got embeddings of {N} rows; the memory was made for {N + 1}"),
+        (lambda: SogCLR(N), {"anchor_id": anchor_id}, "go together"),
+        (lambda: SogCLR(N), {"sample": 1}, "sample is 1"),
+    ):
+        with pytest.raises(AnybatchError, match=match):
+            warm_start(make(), anchors, positives, **arguments)
+    with pytest.raises(AnybatchError, match="two equal shapes"):
+        warm_start(SogCLR(N), anchors, positives[:3])
+
+
+class TestMonitoring:
+    def test_an_exact_memory_has_no_error(self):
+        anchors, positives, anchor_id, positive_id = data()
+        known = {"anchor_id": anchor_id, "positive_id": positive_id}
+        loss = SogCLR(N, temperature=0.1, direction="both")
+        loss.memory.double()
+        before = memory_figures(loss, anchors, positives, index=torch.arange(N), **known)
+        assert before["memory_visited"] == 0
+        assert "memory_log_rmse" not in before
+        warm_start(loss, anchors, positives, **known)
+        for direction in (0, 1):
+            figures = memory_figures(loss, anchors, positives, index=torch.arange(N), direction=direction, **known)
+            assert figures["memory_visited"] == 1
+            assert figures["memory_log_rmse"] < 1e-6
+            assert figures["objective_memory"] == pytest.approx(figures["objective_true"], rel=1e-6)
+            sides = (anchors, positives) if direction == 0 else (positives, anchors)
+            ids = (anchor_id, positive_id) if direction == 0 else (positive_id, anchor_id)
+            rows = naive(*sides, 0.1, *ids)
+            u = torch.stack([row.exp().mean() for row in rows])
+            assert figures["objective_true"] == pytest.approx(0.1 * (loss.eps + u).log().mean().item(), rel=1e-9)
+            entropy = torch.stack([-(row.softmax(0) * row.log_softmax(0)).sum() for row in rows])
+            assert figures["effective_negatives"] == pytest.approx(entropy.exp().mean().item(), rel=1e-9)
+            surrogate = torch.stack(
+                [(row.exp() / len(row) / (loss.eps + u_i) * row * 0.1).sum() for row, u_i in zip(rows, u, strict=True)]
+            )
+            assert figures["surrogate"] == pytest.approx(surrogate.mean().item(), rel=1e-6)
+            assert all(type(value) is float for value in figures.values())
+
+    def test_a_stale_memory_shows(self):
+        anchors, positives, *_ = data()
+        loss = SogCLR(50, temperature=0.1)
+        index = torch.arange(50)[-N:]
+        loss.memory.write(index[:20], torch.zeros(20), dimensions=WIDTH)
+        figures = memory_figures(loss, anchors, positives, index=index, probe=30)
+        truth = torch.stack([row.exp().mean().log() for row in naive(anchors, positives, 0.1)])[:20]
+        assert figures["memory_visited"] == pytest.approx(2 / 3)
+        assert figures["memory_log_rmse"] == pytest.approx(truth.square().mean().sqrt().item(), rel=1e-9)
+        assert figures["memory_log_bias"] == pytest.approx(-truth.mean().item(), rel=1e-9)
+        some = memory_figures(loss, anchors, positives, index=index, probe=np.array([3, 25]))
+        assert some["memory_visited"] == 0.5
+
+    def test_mistakes(self):
+        anchors, positives, *_ = data()
+        with pytest.raises(AnybatchError, match="InfoNCE has no memory"):
+            memory_figures(InfoNCE(), anchors, positives, index=torch.arange(N))
+        with pytest.raises(AnybatchError, match="index has shape"):
+            memory_figures(SogCLR(N), anchors, positives, index=torch.arange(3))
+
+
+def warm_all(folder):
+    """Replicated, sharded, keyed; killed after the first block and resumed."""
+    anchors, positives, anchor_id, positive_id = data(torch.float32)
+    room.BLOCK_ROWS, room.SAVE_SECONDS = 5, 0.0
+    memories = [
+        ExampleMemory(N, 2),
+        ExampleMemory(N, 2, sharded=True),
+        ExampleMemory.from_keys(anchor_id.numpy(), 2, sharded=True),
+    ]
+    states = []
+    for number, memory in enumerate(memories):
+        loss = SogCLR(N, temperature=0.1, direction="both")
+        loss.memory = memory
+        file = Path(folder) / f"{number}-{dist.get_world_size() if dist.is_initialized() else 1}.safetensors"
+
+        def killed(done, total):
+            raise KeyboardInterrupt
+
+        for progress in (killed, None):
+            try:
+                warm_start(
+                    loss, anchors, positives, anchor_id=anchor_id, positive_id=positive_id, file=file, progress=progress
+                )
+            except KeyboardInterrupt:
+                assert progress is killed
+        rows = torch.arange(N)
+        states.append(torch.stack([memory.read(rows, direction=direction) for direction in (0, 1)]))
+    return states
+
+
+def worker(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    torch.save(warm_all(folder), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_equal_one_process(world_size, monkeypatch):
+    monkeypatch.setattr(room, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(room, "SAVE_SECONDS", 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+        alone = warm_all(folder)
+    for states in ranks:
+        for ours, theirs in zip(states, alone, strict=True):
+            assert math.isfinite(ours.nan_to_num(0).sum().item())
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_temperatures_of_single_rows():
+    anchors, positives, *_ = data()
+    for loss in (
+        ISogCLR(N, temperature=0.1, direction="both"),
+        TempNet(N, WIDTH, temperature=0.05, temperature_range=(0.01, 0.1), direction="both"),
+    ):
+        generator = torch.Generator().manual_seed(5)
+        for parameter in loss.parameters():
+            torch.nn.init.normal_(parameter, generator=generator)
+        if isinstance(loss, ISogCLR):
+            loss.source.values.uniform_(0.05, 0.2, generator=generator)
+        loss.memory.double()
+        warm_start(loss, anchors, positives)
+        loss.gamma = 1.0  # the whole data set as one batch says the same
+        warmed = loss.memory.log_mean.clone()
+        loss(anchors.clone().requires_grad_(), positives, index=torch.arange(N))
+        torch.testing.assert_close(warmed, loss.memory.log_mean, rtol=1e-6, atol=1e-6)
+        assert len(warmed.unique()) == 2 * N

@@ -1,0 +1,142 @@
+"""W gloo ranks search, embed and mine as one process does; a search killed on all of them goes on with another number."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from anybatch import distributed
+from anybatch.blocks import BlockArrays
+from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers import ModelConfig
+from anybatch.integrations.sentence_transformers import embed as embed_module
+from anybatch.mining import MiningConfig, exact_neighbors, ivf_neighbors
+from anybatch.mining import inverted as inverted_module
+from anybatch.mining import neighbors as neighbors_module
+from anybatch.pipeline import make_plan, open_run, read_training_pairs
+from anybatch.plan import BatchPlan
+from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
+
+from .test_mining import embeddings
+
+KNOWN = {"anchor_id": np.arange(211), "positive_id": np.arange(211)}
+
+
+def small_blocks():
+    neighbors_module.UNIT_ROWS, neighbors_module.BLOCK_UNITS = 9, 2
+    inverted_module.QUERY_ROWS = 10
+    embed_module.SHARD = 10
+
+
+def run_config(folder, model, pairs, precision="float32"):
+    return RunConfig(
+        output=str(folder),
+        data=DataConfig(path=str(pairs)),
+        model=ModelConfig(name=str(model), device="cpu"),
+        teacher=TeacherConfig(name=str(model), precision=precision),
+        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6),
+        batch_size=8,
+    )
+
+
+def search(name, folder, progress=None):
+    find = {"exact": exact_neighbors, "ivf": ivf_neighbors}[name]
+    anchors, positives = embeddings(211, topics=20)
+    return find(anchors, positives, 12, folder=folder and Path(folder) / name, progress=progress, **KNOWN)
+
+
+def worker(rank, world_size, folder, model, pairs, kill):
+    torch.set_num_threads(1)
+    small_blocks()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world_size}", rank=rank, world_size=world_size)
+    done = []
+
+    def progress(fraction):
+        done.append(fraction)
+        if kill and fraction > 0.5:
+            os._exit(0)  # without a word, as the operating system would
+
+    for name in ("exact", "ivf"):
+        found = search(name, folder, progress)
+        np.savez(f"{folder}/{name}-{rank}.npz", ids=found.ids, scores=found.scores, own=found.own_score)
+    np.save(f"{folder}/blocks-{rank}.npy", len(done))
+    config = run_config(Path(folder) / "run", model, pairs)
+    plan = make_plan(config, read_training_pairs(config), lambda *_: None) if open_run(config) else None
+    (Path(folder) / f"digest-{rank}").write_text(plan.digest)
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_mine_as_one_process_does(world_size, tiny_model_folder, pairs_file, tmp_path, monkeypatch):
+    for module, name in (
+        (neighbors_module, "UNIT_ROWS"),
+        (neighbors_module, "BLOCK_UNITS"),
+        (inverted_module, "QUERY_ROWS"),
+        (embed_module, "SHARD"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    small_blocks()
+    config = run_config(tmp_path / "alone", tiny_model_folder, pairs_file)
+    open_run(config)
+    alone = make_plan(config, read_training_pairs(config))
+    with tempfile.TemporaryDirectory() as folder:
+        given = (folder, tiny_model_folder, pairs_file)
+        if world_size == 3:  # two ranks were killed at half of the exact search
+            multiprocessing.spawn(worker, (2, *given, True), nprocs=2)
+            finished = np.load(Path(folder) / "exact" / "finished.npy")
+            assert 0.4 < finished.mean() < 0.8
+        multiprocessing.spawn(worker, (world_size, *given, False), nprocs=world_size)
+        for name in ("exact", "ivf"):
+            expected = search(name, None)
+            for rank in range(world_size):
+                found = np.load(f"{folder}/{name}-{rank}.npz")
+                np.testing.assert_array_equal(found["ids"], expected.ids)
+                np.testing.assert_array_equal(found["scores"], expected.scores)
+                np.testing.assert_array_equal(found["own"], expected.own_score)
+        shares = [int(np.load(f"{folder}/blocks-{rank}.npy")) for rank in range(world_size)]
+        assert max(shares) - min(shares) <= 2, "every rank searched its share"
+        assert min(shares) > 0
+        digests = {(Path(folder) / f"digest-{rank}").read_text() for rank in range(world_size)}
+        assert digests == {alone.digest}
+        run = Path(folder) / "run"
+        np.testing.assert_allclose(
+            np.load(run / "teacher_anchor.npy"), np.load(tmp_path / "alone" / "teacher_anchor.npy"), atol=1e-6
+        )
+        assert BatchPlan.load(run / "plan.safetensors").digest == alone.digest
+        assert not (run / "neighbors").exists()
+
+
+def test_half_precision_teacher_files(tiny_model_folder, pairs_file, tmp_path):
+    config = run_config(tmp_path / "half", tiny_model_folder, pairs_file, precision="float16")
+    open_run(config)
+    plan = make_plan(config, read_training_pairs(config))
+    assert np.load(tmp_path / "half" / "teacher_positive.npy", mmap_mode="r").dtype == np.float16
+    assert plan.num_rows == 97
+
+
+def test_block_arrays_refuse_what_would_lose_work(tmp_path, monkeypatch):
+    shapes = {"x": ((10, 2), np.float32)}
+    kept = BlockArrays(shapes, 4, folder=tmp_path / "a", identity="one")
+    kept.arrays["x"][:5] = 1
+    kept.finish(1)
+    again = BlockArrays(shapes, 4, folder=tmp_path / "a", identity="one")
+    assert again.mine() == [0, 2, 3]
+    assert again.arrays["x"].sum() == 10
+    with pytest.raises(AnybatchError, match="3 of 4 blocks"):
+        again.wait()
+    with pytest.warns(UserWarning, match="starts again"):
+        assert BlockArrays(shapes, 4, folder=tmp_path / "a", identity="two").mine() == [0, 1, 2, 3]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AnybatchError, match="Cannot write"):
+        BlockArrays(shapes, 4, folder=tmp_path / "file" / "a")
+    monkeypatch.setattr(distributed, "is_active", lambda: True)
+    with pytest.raises(AnybatchError, match="give a folder"):
+        BlockArrays(shapes, 4)
