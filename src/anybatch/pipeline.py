@@ -379,6 +379,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
         micro_batch=config.train.micro_batch,
         max_tokens=config.train.max_tokens,
         keep_graphs=config.train.keep_graphs,
+        memory=config.train.memory,
     )
     callbacks = prepare_memory(config, model, pairs, loss, resume=resume, progress=progress)
     dataset = pairs.to_dataset()
