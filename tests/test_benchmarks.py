@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import loss_stage
 from benchmarks.caching import Lines, measure_loss
+
+from benchmarks import loss_stage
 
 
 def test_lines_survive_a_kill(tmp_path):

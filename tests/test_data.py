@@ -3,11 +3,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from anybatch.data import PairData, read_pairs, read_retrieval
+from anybatch.data import PairData, PairSet, find_sets, join_pairs, read_pairs, read_retrieval, text_digest
 from anybatch.errors import AnybatchError
 
 ROWS = [
@@ -205,3 +206,47 @@ def test_ids_that_occur_twice_and_a_split_that_does_not_exist(retrieval):
         with pytest.raises(AnybatchError, match=r"Row 3 .*again"):
             read_retrieval(*retrieval)
         path.write_text(before)
+
+
+def test_several_data_sets_lie_one_after_the_other(tmp_path):
+    first = PairData(anchors=["a", "b"], positives=["x", "y"], negatives=(["n", "m"],))
+    second = PairData(anchors=["a"], positives=["y"], negatives=(["x"],))
+    sets = [
+        PairSet(name="one", num_rows=2, anchor_prompt="Q: "),
+        PairSet(name="two", num_rows=1, positive_prompt="P: "),
+    ]
+    joined = join_pairs([first, second], sets)
+    assert joined.anchors == ["a", "b", "a"]
+    assert joined.anchor_id.tolist() == [0, 1, 0]  # the same text under two instructions is still the same text
+    assert joined.positive_id.tolist() == [0, 1, 1]
+    assert [list(column) for column in joined.prompted] == [
+        ["Q: a", "Q: b", "a"],
+        ["x", "y", "P: y"],
+        ["n", "m", "P: x"],
+    ]
+    dataset = joined.to_dataset()
+    assert dataset["anchor"][:] == ["Q: a", "Q: b", "a"]
+    assert joined.digest == text_digest([dataset[name] for name in dataset.column_names])
+    assert joined.digest != join_pairs([first, second], [replace(one, anchor_prompt="") for one in sets]).digest
+    with pytest.raises(AnybatchError, match="called 'one'"):
+        join_pairs([first, second], [sets[0], replace(sets[1], name="one")])
+    with pytest.raises(AnybatchError, match="0 and 1 columns of negatives"):
+        join_pairs([first, replace(second, negatives=())], sets)
+
+
+def test_data_sets_of_a_folder(tmp_path):
+    from datasets import DatasetDict
+
+    (tmp_path / "files").mkdir()
+    for name in ("b.jsonl", "a.csv.gz", "notes.txt"):
+        (tmp_path / "files" / name).write_text("")
+    assert list(find_sets(tmp_path / "files")) == ["a", "b"]
+    pairs = PairData(anchors=["a", "b"], positives=["x", "y"])
+    DatasetDict({"train": pairs.to_dataset(), "more": pairs.to_dataset()}).save_to_disk(str(tmp_path / "dict"))
+    found = find_sets(tmp_path / "dict")
+    assert list(found) == ["train", "more"]
+    assert list(read_pairs(found["more"]).anchors) == ["a", "b"]
+    assert find_sets(found["more"]) == {}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AnybatchError, match="without data sets"):
+        find_sets(tmp_path / "empty")

@@ -30,6 +30,22 @@ if TYPE_CHECKING:
 FORMATS = ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, or a folder saved by datasets' save_to_disk"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """One of several data sets, whose rows lie one after the other in a `PairData`.
+
+    Attributes:
+        name: For plans and reports.
+        num_rows: Its rows.
+        anchor_prompt, positive_prompt: Instructions put before its texts in training; a teacher reads the texts without them.
+    """
+
+    name: str
+    num_rows: int
+    anchor_prompt: str = ""
+    positive_prompt: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairData:
     """Training pairs in row order.
@@ -38,12 +54,14 @@ class PairData:
         anchors, positives: n texts each.
         negatives: One sequence of n texts for each column of explicit negatives.
         source: Where they were read, for messages.
+        sets: The data sets that the rows come from, in order; empty for one.
     """
 
     anchors: Sequence[str]
     positives: Sequence[str]
     negatives: tuple[Sequence[str], ...] = ()
     source: str = ""
+    sets: tuple[PairSet, ...] = ()
 
     def __len__(self) -> int:
         return len(self.anchors)
@@ -66,14 +84,31 @@ class PairData:
     @cached_property
     def digest(self) -> str:
         """Over all texts in row order; the same for the same texts in any file format."""
-        return text_digest([self.anchors, self.positives, *self.negatives])
+        return text_digest(self.prompted)
+
+    @property
+    def prompted(self) -> list[Sequence[str]]:
+        """Anchors, positives and negatives as the model reads them: with the instructions of their data sets."""
+        columns = [self.anchors, self.positives, *self.negatives]
+        if not any(one.anchor_prompt or one.positive_prompt for one in self.sets):
+            return columns
+        anchor, positive = (
+            [prompt for one in self.sets for prompt in [getattr(one, f"{side}_prompt")] * one.num_rows]
+            for side in ("anchor", "positive")
+        )
+        sides = [anchor, *[positive] * (len(columns) - 1)]
+        return [
+            [prompt + text for prompt, text in zip(side, column, strict=True)]
+            for side, column in zip(sides, columns, strict=True)
+        ]
 
     def to_dataset(self) -> Dataset:
-        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..."""
+        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included."""
         from datasets import Dataset
 
-        columns = {"anchor": list(self.anchors), "positive": list(self.positives)}
-        columns |= {f"negative_{number}": list(column) for number, column in enumerate(self.negatives, start=1)}
+        anchors, positives, *negatives = self.prompted
+        columns = {"anchor": list(anchors), "positive": list(positives)}
+        columns |= {f"negative_{number}": list(column) for number, column in enumerate(negatives, start=1)}
         return Dataset.from_dict(columns)
 
     @cached_property
@@ -101,6 +136,53 @@ class RetrievalData:
 def text_digest(columns: Sequence[Iterable[str]]) -> str:
     """The digest of anchors, positives and negatives, column after column in row order: what binds a plan to its data."""
     return digest_of(chain([str(len(columns)).encode()], (text.encode() for column in columns for text in column)))
+
+
+def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
+    """Several data sets, one after the other.
+
+    Raises:
+        AnybatchError: Names that occur twice; different numbers of negative columns.
+    """
+    names = [one.name for one in sets]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise AnybatchError(f"Two data sets are called '{twice[0]}'. Give each its own name (data.sets[].name).")
+    widths = sorted({len(part.negatives) for part in parts})
+    if len(widths) > 1:
+        raise AnybatchError(
+            f"The data sets have {' and '.join(map(str, widths))} columns of negatives; expected the same number in each."
+        )
+    negatives = tuple([text for part in parts for text in part.negatives[number]] for number in range(widths[0]))
+    return PairData(
+        anchors=[text for part in parts for text in part.anchors],
+        positives=[text for part in parts for text in part.positives],
+        negatives=negatives,
+        source=", ".join(part.source for part in parts),
+        sets=tuple(sets),
+    )
+
+
+def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """The data sets under a folder, by name: its files, or the splits of a `DatasetDict`. Empty for one file or one saved data set.
+
+    Raises:
+        AnybatchError: A folder that holds neither.
+    """
+    path = Path(path)
+    if not path.is_dir() or (path / "state.json").exists():
+        return {}
+    if (path / "dataset_dict.json").exists():
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return {name: path / name for name in splits}
+    kinds = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+    files = [file for file in sorted(path.iterdir()) if file.name.removesuffix(".gz").endswith(kinds)]
+    folders = [folder for folder in sorted(path.iterdir()) if (folder / "state.json").exists()]
+    if not files and not folders:
+        raise AnybatchError(
+            f"{path} is a folder without data sets. Expected files or folders of these kinds: {FORMATS}."
+        )
+    return {file.name.split(".")[0]: file for file in [*files, *folders]}
 
 
 def read_pairs(

@@ -18,13 +18,14 @@ import numpy as np
 
 from anybatch import distributed
 from anybatch.configuration import differences, load_config, to_yaml
-from anybatch.data import PairData, RetrievalData, read_pairs, read_retrieval
+from anybatch.data import PairData, PairSet, RetrievalData, find_sets, join_pairs, read_pairs, read_retrieval
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
+from anybatch.mining import MiningSet
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
-from anybatch.run_config import RunConfig, RunResult, resolved
+from anybatch.run_config import RunConfig, RunResult, SetConfig, resolved
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -48,19 +49,59 @@ def no_progress(stage: str, done: int, total: int, figures: dict[str, float] | N
 
 
 def read_training_pairs(config: RunConfig) -> PairData:
-    """The training pairs of `config.data`, checked to be enough for one batch."""
-    pairs = read_pairs(
-        config.data.path,
-        anchor=config.data.anchor,
-        positive=config.data.positive,
-        negatives=config.data.negatives,
-        limit=config.data.limit,
-    )
+    """The training pairs of `config.data`, one data set or several, checked to be enough for one batch."""
+    data = config.data
+    found = [(one, Path(one.path)) for one in training_sets(config)]
+    parts = [
+        read_pairs(
+            path,
+            anchor=one.anchor or data.anchor,
+            positive=one.positive or data.positive,
+            negatives=data.negatives,
+            limit=one.limit or data.limit,
+        )
+        for one, path in found
+    ]
+    sets = [
+        PairSet(
+            name=one.name or path.name.split(".")[0],
+            num_rows=len(part),
+            anchor_prompt=one.anchor_prompt,
+            positive_prompt=one.positive_prompt,
+        )
+        for (one, path), part in zip(found, parts, strict=True)
+    ]
+    single = len(parts) == 1 and not data.sets
+    pairs = parts[0] if single else join_pairs(parts, sets)
     if len(pairs) < config.batch_size:
         raise AnybatchError(
-            f"{config.data.path} has {len(pairs)} rows, fewer than one batch of {config.batch_size}. Set batch_size to {len(pairs)} or less."
+            f"{pairs.source or data.path} has {len(pairs)} rows, fewer than one batch of {config.batch_size}. Set batch_size to {len(pairs)} or less."
         )
     return pairs
+
+
+def training_sets(config: RunConfig) -> list[SetConfig]:
+    """The data sets that the configuration names, or that lie in the folder it names."""
+    if config.data.sets:
+        return list(config.data.sets)
+    assert config.data.path is not None
+    found = find_sets(config.data.path) or {"": Path(config.data.path)}
+    return [SetConfig(path=str(path), name=name or None) for name, path in found.items()]
+
+
+def mining_sets(config: RunConfig, pairs: PairData) -> list[MiningSet]:
+    """The data sets of `pairs` with their windows and shares; none for one data set."""
+    return [
+        MiningSet(
+            name=one.name,
+            num_rows=one.num_rows,
+            skip=given.skip,
+            take=given.take,
+            margin=given.margin,
+            share=given.share,
+        )
+        for one, given in zip(pairs.sets, training_sets(config) if pairs.sets else [], strict=True)
+    ]
 
 
 def teacher_embeddings(
@@ -122,7 +163,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
     Raises:
         AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
     """
-    from anybatch.mining import mine_plan, mine_shared
+    from anybatch.mining import mine_plan, mine_shared, random_plan
 
     folder = Path(config.output)
     path = folder / "plan.safetensors"
@@ -145,7 +186,12 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
     if config.mining.method == "random":
         with distributed.alone() as chosen:
             if chosen:
-                plan = BatchPlan.random(len(pairs), config.batch_size, seed=config.seed, data_digest=pairs.digest)
+                plan = random_plan(
+                    len(pairs),
+                    config=resolved(config).mining,
+                    sets=mining_sets(config, pairs),
+                    data_digest=pairs.digest,
+                )
                 plan.save(path)
         return BatchPlan.load(path)
     anchors, positives = teacher_embeddings(config, pairs, progress)
@@ -153,6 +199,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
         "config": resolved(config).mining,
         "anchor_id": pairs.anchor_id,
         "positive_id": pairs.positive_id,
+        "sets": mining_sets(config, pairs),
     }
     on_cpu = config.model.device is None or config.model.device.startswith("cpu")  # where the compiled search is faster
     known |= {
@@ -165,8 +212,9 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
     with distributed.alone() as chosen:
         if chosen:
             result = mine_plan(anchors, positives, data_digest=pairs.digest, **known)
-            for warning in result.report.outlook.warnings if result.report.outlook is not None else ():
-                logger.warning("Before you train: %s", warning)  # before training, not after
+            for name, part in {"": result.report, **result.report.sets}.items():
+                for warning in part.outlook.warnings if part.outlook is not None else ():
+                    logger.warning("Before you train%s: %s", name and f" on {name}", warning)  # not after
             report = {"plan": result.plan.digest, **result.report.as_dict()}
             write_text(folder / "mining.json", json.dumps(report, indent=2))
             result.plan.save(path)
@@ -371,6 +419,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
         plan=plan,
         weights=config.loss.weights,
         weight_cap=config.loss.weight_cap,
+        mask_suspects=config.loss.mask_suspects,
     )
     loss = CachedLoss(
         model,

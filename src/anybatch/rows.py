@@ -89,15 +89,14 @@ class RowTable(nn.Module):
         self.task: Tensor | None
         task = None if plan is None or plan.task is None else torch.as_tensor(plan.task.astype(np.int64))
         self.register_buffer("task", task, persistent=False)
-        inclusion = weights == "inclusion" and plan is not None
+        log_weights, ways = None, None
+        if weights == "inclusion" and plan is not None:
+            log_weights = _task_log_weights(plan, weight_cap)
+            if negative_id is not None:
+                ways = _ways(np.asarray(positive_id), np.asarray(negative_id))
         self.log_weights: Tensor | None
-        self.register_buffer(
-            "log_weights", _task_log_weights(plan, weight_cap) if inclusion else None, persistent=False
-        )
+        self.register_buffer("log_weights", log_weights, persistent=False)
         self.ways: Tensor | None
-        ways = (
-            _ways(np.asarray(positive_id), np.asarray(negative_id)) if inclusion and negative_id is not None else None
-        )
         self.register_buffer("ways", ways, persistent=False)
         self.suspects: Tensor | None
         suspects = None

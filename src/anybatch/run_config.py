@@ -16,21 +16,55 @@ from anybatch.mining import MiningConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class SetConfig:
+    """One of several data sets. What is None is as in `data` and `mining`.
+
+    Attributes:
+        path: As `data.path`, one data set.
+        name: For plans and reports; None for the file's.
+        anchor, positive, limit: As in `data`.
+        anchor_prompt, positive_prompt: Instructions put before its texts in training, behind the model's own.
+        skip, take, margin: Its rank window.
+        share: Of its clusters, how many an epoch deals, in (0, 1]: a large set at .25 weighs a quarter.
+    """
+
+    path: str
+    name: str | None = None
+    anchor: str | None = None
+    positive: str | None = None
+    limit: int | None = None
+    anchor_prompt: str = ""
+    positive_prompt: str = ""
+    skip: int | None = None
+    take: int | None = None
+    margin: float | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The training pairs.
 
     Attributes:
-        path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`.
+        path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`. A folder of such files, or a saved `DatasetDict`, is
+            several data sets with the same columns.
+        sets: Several data sets, each with its own columns, instructions and rank window, instead of `path`.
         anchor, positive: Names of the text columns.
         negatives: Names of columns with explicit negatives.
         limit: Use only the first rows; None for all.
     """
 
-    path: str
+    path: str | None = None
+    sets: tuple[SetConfig, ...] = ()
     anchor: str = "anchor"
     positive: str = "positive"
     negatives: tuple[str, ...] = ()
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (not self.sets):
+            given = "both" if self.sets else "neither"
+            raise AnybatchError(f"The training data need data.path or data.sets; {given} was given.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,7 @@ class LossConfig:
         seed: emc2: of the chains.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
+        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives.
         warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once (docs/memory.md).
         warm_start_steps: Fill it anew every so many steps as well.
         warm_start_sample: Fill it from so many targets drawn at random instead of all.
@@ -112,6 +113,7 @@ class LossConfig:
     seed: int | None = None
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: float | None = None
+    mask_suspects: bool = False
     warm_start: bool = False
     warm_start_steps: int | None = None
     warm_start_sample: int | None = None

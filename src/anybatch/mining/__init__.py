@@ -11,6 +11,7 @@ from anybatch.mining.mine import (
     MiningSet,
     mine_plan,
     mine_shared,
+    random_plan,
     rank_rows,
 )
 from anybatch.mining.negatives import sample_negatives
@@ -41,6 +42,7 @@ __all__ = [
     "mine_plan",
     "mine_shared",
     "mining_outlook",
+    "random_plan",
     "rank_rows",
     "sample_negatives",
     "suspect_pairs",

@@ -200,24 +200,10 @@ def mine_plan(
     parts = _parts(sets, num_rows)
     anchor_id = np.arange(num_rows) if anchor_id is None else np.asarray(anchor_id)
     positive_id = np.arange(num_rows) if positive_id is None else np.asarray(positive_id)
-    settings: dict[str, Any] = {
-        "num_rows": num_rows,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "data_digest": data_digest,
-        "random_shares": config.random_shares,
-    }
-    if sets:
-        settings |= {
-            "task": np.repeat(np.arange(len(sets), dtype=np.int32), [one.num_rows for one in sets]),
-            "task_names": tuple(one.name for one in sets),
-            "task_shares": tuple(one.share for one in sets),
-            "mixing": config.mixing,
-        }
     if config.method == "random":
-        every = np.arange(num_rows, dtype=np.int32)
-        plan = BatchPlan(cluster=every, cluster_size=1, meta={"method": "random"}, **settings)
-        return MiningResult(plan=plan, report=report)
+        return MiningResult(
+            plan=random_plan(num_rows, config=config, sets=sets, data_digest=data_digest), report=report
+        )
     if config.batch_size % config.cluster_size:
         raise AnybatchError(
             f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {config.cluster_size}; choose one that is."
@@ -267,9 +253,39 @@ def mine_plan(
         suspects=np.concatenate(suspects) if suspects else None,
         negatives=negatives,
         meta=meta,
-        **settings,
+        **_plan_settings(num_rows, config, sets, data_digest),
     )
     return MiningResult(plan=plan, report=report, graph=None if sets else graph)
+
+
+def random_plan(
+    num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = (), data_digest: str = ""
+) -> BatchPlan:
+    """Random batches with the data sets, shares and mixing of `config`; every row is its own cluster. Arguments as in `mine_plan`."""
+    return BatchPlan(
+        cluster=np.arange(num_rows, dtype=np.int32),
+        cluster_size=1,
+        meta={"method": "random"},
+        **_plan_settings(num_rows, config, sets, data_digest),
+    )
+
+
+def _plan_settings(num_rows: int, config: MiningConfig, sets: Sequence[MiningSet], data_digest: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "num_rows": num_rows,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "data_digest": data_digest,
+        "random_shares": config.random_shares,
+    }
+    if sets:
+        settings |= {
+            "task": np.repeat(np.arange(len(sets), dtype=np.int32), [one.num_rows for one in sets]),
+            "task_names": tuple(one.name for one in sets),
+            "task_shares": tuple(one.share for one in sets),
+            "mixing": config.mixing,
+        }
+    return settings
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
