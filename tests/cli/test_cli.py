@@ -318,7 +318,7 @@ class TestMistakes:
         path = tmp_path / "mined" / "plan.safetensors"
         first = BatchPlan.load(path)
         run("train", *settings(pairs_file, tiny_model_folder, out, "train.max_steps=3"), "--plan", str(path))
-        run("inspect", str(out))
+        run("inspect", "run", str(out))
         assert BatchPlan.load(out / "plan.safetensors").digest == first.digest
         (out / "metrics.json").unlink()  # as if the run had been cut short
         BatchPlan.random(first.num_rows, first.batch_size, seed=5, data_digest=first.data_digest).save(path)
