@@ -140,7 +140,7 @@ def write_table() -> None:
         "faiss ns",
         "anybatch / product",
         "faiss / product",
-        "the same in CPU time",
+        "anybatch / product, processor time",
         "all rows",
         "load",
     ]

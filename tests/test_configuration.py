@@ -118,3 +118,15 @@ def test_differences_name_the_keys():
     old, new = Outer(path="x"), Outer(path="x", size=9, inner=Inner(kind="two"))
     assert differences(old, new) == ["size: 8 -> 9", "inner.kind: 'one' -> 'two'"]
     assert differences(old, old) == []
+
+
+def test_words_beside_numbers():
+    """Keys that take a number or "auto", and a memory budget in its own words."""
+    from anybatch.integrations.sentence_transformers.training import TrainConfig
+
+    auto = from_mapping(TrainConfig, {"micro_batch": "auto", "keep_graphs": "auto", "memory": "8GiB"})
+    assert (auto.micro_batch, auto.keep_graphs, auto.memory) == ("auto", "auto", "8GiB")
+    assert from_mapping(TrainConfig, {"micro_batch": 8, "keep_graphs": 1}).keep_graphs == 1.0
+    for wrong in ({"memory": "lots"}, {"keep_graphs": 1.5}, {"micro_batch": "many"}, {"micro_batch": 0}):
+        with pytest.raises(AnybatchError):
+            from_mapping(TrainConfig, wrong)

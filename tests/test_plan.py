@@ -185,3 +185,95 @@ def test_sampler_refuses_a_foreign_state():
 def test_sampler_pickles():
     sampler = PlanSampler(clustered(80, 4, 3))
     assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)
+
+
+def several(sizes=(24, 41, 3), cluster_size=4, per_batch=3, **settings) -> BatchPlan:
+    """A plan over several data sets, clusters of the rows' order."""
+    cluster, task, count = [], [], 0
+    for number, size in enumerate(sizes):
+        whole = size // cluster_size
+        cluster += [*(count + np.repeat(np.arange(whole), cluster_size)), *[-1] * (size - whole * cluster_size)]
+        task += [number] * size
+        count += whole
+    return BatchPlan(
+        num_rows=sum(sizes),
+        batch_size=cluster_size * per_batch,
+        cluster_size=cluster_size,
+        cluster=np.array(cluster, np.int32),
+        task=np.array(task, np.int32),
+        task_names=tuple("abc"[: len(sizes)]),
+        seed=1,
+        data_digest="d",
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "within"])
+@pytest.mark.parametrize("shares", [(), (1.0, 0.5, 1.0)])
+@pytest.mark.parametrize("random_shares", [(), (0.5, 0.0)])
+def test_several_data_sets(mixing, shares, random_shares, tmp_path):
+    plan = several(mixing=mixing, task_shares=shares, random_shares=random_shares)
+    seen = np.zeros(plan.num_rows, int)
+    for epoch in range(60):
+        batches = plan.epoch_batches(epoch)
+        assert batches.shape == (plan.num_batches, 12)
+        assert plan.num_batches == (6 + (5 if shares else 10)) // 3
+        rows = batches.reshape(-1)
+        assert len(np.unique(rows)) == len(rows)
+        seen[rows] += 1
+        tasks = plan.task[batches]
+        tasks = tasks[(tasks != 2).all(axis=1)]  # the third set is smaller than a cluster, so its rows are guests
+        pure = (tasks == tasks[:, :1]).all(axis=1)
+        if mixing == "within":
+            assert (~pure).sum() <= 1  # 10 clusters by 3 leave 1, and 6 none
+    assert seen.min() > 0
+    if shares:
+        assert seen[24:65].mean() < 0.65 * seen[:24].mean()
+    plan.save(tmp_path / "plan")
+    again = BatchPlan.load(tmp_path / "plan")
+    assert again.digest == plan.digest
+    np.testing.assert_array_equal(again.epoch_batches(3), plan.epoch_batches(3))
+    assert plan.stats()["rows.b"] == 41
+
+
+def test_shuffled_batches_take_clusters_apart():
+    plan = several(sizes=(48, 48), mixing="within", random_shares=(1.0, 0.5, 0.0))
+    whole = []
+    for epoch in range(4):
+        clusters = plan.cluster[plan.epoch_batches(epoch)].reshape(plan.num_batches, 3, 4)
+        whole.append((clusters == clusters[..., :1]).all(axis=(1, 2)).sum())
+    assert whole[0] == 0
+    assert whole[1] == plan.num_batches // 2
+    assert whole[2:] == [plan.num_batches] * 2
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "within"])
+@pytest.mark.parametrize("shares", [(), (1.0, 0.5)])
+def test_chance_of_sharing_a_batch(mixing, shares):
+    plan = several(sizes=(20, 44), mixing=mixing, task_shares=shares)
+    beside, present = np.zeros((16, 16)), np.zeros(16)
+    for epoch in range(3000):
+        clusters = plan.cluster[plan.epoch_batches(epoch)][:, ::4]
+        for batch in clusters:
+            present[batch] += 1
+            beside[np.ix_(batch, batch)] += 1
+    chance = beside / present[:, None]
+    for task, part in ((0, slice(0, 5)), (1, slice(5, 16))):
+        size = part.stop - part.start
+        measured = (chance[part, part].sum() - size) / (size * (size - 1))
+        assert measured == pytest.approx(plan.deal.chance_beside(task), rel=0.05)
+
+
+def test_mistakes_with_several_data_sets():
+    for settings_, match in (
+        ({"task_shares": (1.0, 2.0, 1.0)}, "above 0 and at most 1"),
+        ({"task_shares": (1.0,)}, "1 task_shares for 3"),
+        ({"random_shares": (1.5,)}, "from 0 to 1"),
+    ):
+        with pytest.raises(AnybatchError, match=match):
+            several(**settings_)
+    with pytest.raises(AnybatchError, match="several data sets"):
+        BatchPlan(
+            num_rows=8, batch_size=8, cluster_size=4, cluster=np.repeat([0, 1], 4), seed=0, data_digest="",
+            task=np.repeat([0, 1], [2, 6]), task_names=("a", "b"),
+        )  # fmt: skip

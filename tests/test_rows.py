@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -34,12 +32,12 @@ def test_ids_and_weights_of_a_batch():
     assert arguments["candidate_id"].tolist() == [100, 101, 104, 112, 200, 201, 204, 212, 300, 301, 304, 312]
     weight = arguments["log_weight"].tile(slice(0, 4), slice(0, 12)).exp()
     same, other = 1 / 12, (4 - 1) / (2 - 1) / 12
-    assert weight[0].tolist() == pytest.approx([same, same, other, other] + [same] * 8)
-    assert weight[3].tolist() == pytest.approx([other, other, other, other] + [same] * 8), (
-        "a remainder row belongs to no cluster"
-    )
+    assert weight[0].tolist() == pytest.approx(
+        [same, same, other, other] * 3
+    )  # explicit negatives come with the row that brings them
+    assert weight[3].tolist() == pytest.approx([other] * 12), "a remainder row belongs to no cluster"
     capped = RowTable(ids, ids, plan=plan(), weights="inclusion", weight_cap=2.0).arguments(index)["log_weight"]
-    assert math.exp(capped.other) == pytest.approx(2 / 12)
+    assert capped.other.exp().tolist() == pytest.approx([2 / 12] * 4)
     assert "log_weight" not in RowTable(ids, ids, plan=plan()).arguments(index)
 
 
@@ -88,3 +86,36 @@ def test_suspected_pairs_are_no_negatives():
 def test_a_plan_of_other_rows_is_refused():
     with pytest.raises(AnybatchError, match="20 rows"):
         RowTable(np.arange(10), np.arange(10), plan=BatchPlan.random(20, 4))
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "within"])
+def test_inclusion_weights_are_unbiased_over_each_data_set_and_with_hard_negatives(mixing):
+    generator = np.random.default_rng(0)
+    sizes, size = (12, 20), 2
+    task = np.repeat([0, 1], sizes)
+    cluster = np.concatenate([np.repeat(np.arange(6), size), 6 + np.repeat(np.arange(10), size)])
+    negatives = np.stack(
+        [(np.arange(32) + generator.integers(1, 9, 32)) % n + start for n, start in ((12, 0), (20, 12))]
+    )
+    negatives = np.where(task == 0, negatives[0], negatives[1])
+    plan = BatchPlan(
+        num_rows=32, batch_size=8, cluster_size=size, cluster=cluster.astype(np.int32), seed=0, data_digest="",
+        task=task.astype(np.int32), task_names=("a", "b"), mixing=mixing,
+    )  # fmt: skip
+    ids = np.arange(32)
+    rows = RowTable(ids, ids, negative_id=ids[negatives][:, None], plan=plan, weights="inclusion")
+    values = torch.tensor(generator.random(32))
+    total, count = np.zeros(32), np.zeros(32)
+    for epoch in range(3000):
+        for batch in torch.from_numpy(plan.epoch_batches(epoch)):
+            arguments = rows.arguments(batch, num_negatives=1)
+            columns = arguments["candidate_id"]
+            weight = arguments["log_weight"].tile(slice(0, 8), slice(0, 16)).exp()
+            weight = weight.masked_fill(batch[:, None] == columns[None], 0.0)  # its own content is no negative
+            total[batch] += (weight * values[columns]).sum(dim=1).numpy()
+            count[batch] += 1
+    for number, n in enumerate(sizes):
+        own = task == number
+        truth = (values[own].sum().item() - values[own].numpy()) / (n - 1)
+        np.testing.assert_allclose((total / count)[own].mean(), truth.mean(), rtol=0.01)
+        np.testing.assert_allclose((total / count)[own], truth, rtol=0.12)

@@ -6,6 +6,7 @@ Imports errors, files, distributed.
 from __future__ import annotations
 
 import json
+import mmap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,3 +123,14 @@ def _prepare(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], type]], i
 def _flush(array: np.ndarray) -> None:
     if isinstance(array, np.memmap):
         array.flush()
+
+
+def release_pages(*arrays: object) -> None:
+    """Let the process drop the pages of mapped files, which it reads again when it needs them; other arrays are left alone.
+
+    They would be reclaimed under pressure anyway, but count as the process's memory, and against a container's limit, until then.
+    """
+    for array in arrays:
+        mapped = getattr(array, "base", None)
+        if isinstance(mapped, mmap.mmap):
+            mapped.madvise(mmap.MADV_DONTNEED)

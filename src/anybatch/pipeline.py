@@ -24,7 +24,7 @@ from anybatch.files import write_text
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
-from anybatch.run_config import RunConfig, RunResult
+from anybatch.run_config import RunConfig, RunResult, resolved
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -122,7 +122,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
     Raises:
         AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
     """
-    from anybatch.mining import mine_neighbors, mine_plan
+    from anybatch.mining import mine_plan, mine_shared
 
     folder = Path(config.output)
     path = folder / "plan.safetensors"
@@ -149,14 +149,19 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
                 plan.save(path)
         return BatchPlan.load(path)
     anchors, positives = teacher_embeddings(config, pairs, progress)
-    mining = replace(config.mining, batch_size=config.batch_size, seed=config.seed)
-    known: dict[str, Any] = {"config": mining, "anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
+    known: dict[str, Any] = {
+        "config": resolved(config).mining,
+        "anchor_id": pairs.anchor_id,
+        "positive_id": pairs.positive_id,
+    }
+    on_cpu = config.model.device is None or config.model.device.startswith("cpu")  # where the compiled search is faster
     known |= {
         "folder": folder / "neighbors",
+        "device": None if on_cpu else config.model.device,
         "progress": lambda stage, fraction: progress(f"mining: {stage}", round(100 * fraction), 100),
     }
     if distributed.is_active():
-        mine_neighbors(anchors, positives, **known)
+        mine_shared(anchors, positives, **known)
     with distributed.alone() as chosen:
         if chosen:
             result = mine_plan(anchors, positives, data_digest=pairs.digest, **known)
@@ -295,7 +300,9 @@ def _open_run(folder: Path, config: RunConfig, resume: bool) -> None:
                 f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it."
             )
         changed = [
-            line for line in differences(load_config(RunConfig, written), config) if not line.startswith("output:")
+            line
+            for line in differences(resolved(load_config(RunConfig, written)), resolved(config))
+            if not line.startswith("output:")
         ]
         if changed:
             raise AnybatchError(
@@ -313,13 +320,16 @@ def _open_run(folder: Path, config: RunConfig, resume: bool) -> None:
         raise AnybatchError(
             f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder."
         ) from error
-    write_text(written, to_yaml(config))
+    write_text(written, to_yaml(resolved(config)))
 
 
 def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_progress) -> RunResult:
     """The whole run: read, mine, train, save, evaluate.
 
     Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), warm_start* (if asked for), log.jsonl, checkpoints/, model/, metrics.json.
+
+    Under torchrun the ranks share each batch of `config.batch_size` rows; rank 0 mines, evaluates and writes, the others wait.
+    `train_peak_bytes` is then rank 0's.
 
     Args:
         config: The run.
@@ -329,22 +339,22 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     Raises:
         AnybatchError: See `open_run`, `read_training_pairs`, `make_plan`.
     """
+    with distributed.launched_ranks():
+        return _train(config, resume, progress if distributed.rank() == 0 else no_progress)
+
+
+def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.integrations.sentence_transformers.training import train_model
     from anybatch.losses.config import build_loss
     from anybatch.rows import RowTable
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise AnybatchError(
-            "`anybatch train` runs in one process so far. Under torchrun use sentence-transformers' Trainer with CachedLoss, PlanBatches and "
-            "LossStateCallback (docs/sentence_transformers.md); the plan that `anybatch mine` makes serves any number of processes."
-        )
     pairs = read_training_pairs(config)  # before the folder: bad data leaves nothing behind
     held_out = read_evaluation(config)
     model = load_model(config.model)
     folder = open_run(config, resume=resume)
     if (folder / "metrics.json").exists():
-        return RunResult(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+        return _read_result(folder)
     plan = make_plan(config, pairs, progress)
     pairs = with_mined_negatives(pairs, plan)
     prompts = (config.model.anchor_prompt, config.model.positive_prompt)
@@ -352,7 +362,8 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     def evaluate(current: SentenceTransformer) -> dict[str, float]:
         return {} if held_out is None else evaluate_model(current, held_out, prompts=prompts)
 
-    untrained = _remember(folder / "metrics_untrained.json", lambda: evaluate(model))
+    with distributed.alone() as chosen:
+        untrained = _remember(folder / "metrics_untrained.json", lambda: evaluate(model)) if chosen else {}
     rows = RowTable(
         pairs.anchor_id,
         pairs.positive_id,
@@ -368,6 +379,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         micro_batch=config.train.micro_batch,
         max_tokens=config.train.max_tokens,
         keep_graphs=config.train.keep_graphs,
+        memory=config.train.memory,
     )
     callbacks = prepare_memory(config, model, pairs, loss, resume=resume, progress=progress)
     dataset = pairs.to_dataset()
@@ -386,20 +398,25 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             progress=lambda done, total, figures: progress("training", done, total, figures),
             callbacks=callbacks,
         )
-    model.eval()
-    save_model(model, folder / "model")
-    result = RunResult(
-        metrics=evaluate(model),
-        metrics_untrained=untrained,
-        log=trained.log,
-        train_seconds=measure.seconds - trained.evaluation_seconds,
-        train_peak_bytes=measure.peak_bytes,
-        num_steps=trained.num_steps,
-    )
-    write_text(
-        folder / "metrics.json", json.dumps(asdict(result), indent=2)
-    )  # last: its presence says that the run is finished
-    return result
+    with distributed.alone() as chosen:
+        if chosen:
+            model.eval()
+            save_model(model, folder / "model")
+            result = RunResult(
+                metrics=evaluate(model),
+                metrics_untrained=untrained,
+                log=trained.log,
+                train_seconds=measure.seconds - trained.evaluation_seconds,
+                train_peak_bytes=measure.peak_bytes,
+                num_steps=trained.num_steps,
+            )
+            # Last: its presence says that the run is finished.
+            write_text(folder / "metrics.json", json.dumps(asdict(result), indent=2))
+    return _read_result(folder)
+
+
+def _read_result(folder: Path) -> RunResult:
+    return RunResult(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
 
 
 def prepare_memory(

@@ -11,16 +11,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import BatchSampler
 
+from anybatch.dealing import Deal
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of, write_bytes
 
 FORMAT = "anybatch-plan"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +56,11 @@ class BatchPlan:
     data_digest: str
     suspects: np.ndarray | None = None
     negatives: np.ndarray | None = None
+    task: np.ndarray | None = None
+    task_names: tuple[str, ...] = ()
+    task_shares: tuple[float, ...] = ()
+    mixing: Literal["mixed", "within"] = "mixed"
+    random_shares: tuple[float, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,7 +77,8 @@ class BatchPlan:
             raise AnybatchError(
                 f"Clusters have {sizes.min()} to {sizes.max()} rows; expected exactly {self.cluster_size} in each."
             )
-        if len(sizes) < self.clusters_per_batch:
+        self._check_tasks()
+        if len(sizes) < self.clusters_per_batch or self.num_batches < 1:
             raise AnybatchError(
                 f"{len(sizes)} clusters of {self.cluster_size} rows do not fill one batch of {self.batch_size}. Lower the batch size."
             )
@@ -103,7 +110,21 @@ class BatchPlan:
     @property
     def num_batches(self) -> int:
         """Batches an epoch."""
-        return self.num_clusters // self.clusters_per_batch
+        return self.deal.num_batches
+
+    @cached_property
+    def deal(self) -> Deal:
+        """How clusters come together."""
+        cluster_task = np.zeros(self.num_clusters, np.int32)
+        if self.task is not None and self.num_clusters:
+            cluster_task = self.task[self._members[:, 0]]
+        num_tasks = 1 if self.task is None else len(self.task_names)
+        return Deal(
+            cluster_task=cluster_task,
+            shares=self.task_shares or (1.0,) * num_tasks,
+            clusters_per_batch=self.clusters_per_batch,
+            within=self.mixing == "within",
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -121,15 +142,12 @@ class BatchPlan:
         """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster within a batch."""
         generator = np.random.default_rng([self.seed, epoch])
         members = self._members.copy()
-        order = generator.permutation(self.num_clusters)[: self.num_batches * self.clusters_per_batch]
-        remainder = self._remainder
-        if len(remainder):
-            # Only clusters that are dealt this epoch give up places, so every remainder row is really trained on.
-            places = generator.choice(
-                len(order) * self.cluster_size, size=min(len(remainder), len(order) * self.cluster_size), replace=False
-            )
-            members[order[places // self.cluster_size], places % self.cluster_size] = remainder[: len(places)]
-        return members[order].reshape(self.num_batches, self.batch_size)
+        order = self.deal.order(generator)
+        self._place_remainder(members, order.reshape(-1), generator)
+        batches = members[order].reshape(len(order), self.batch_size)
+        if self.random_shares:
+            self._shuffle(batches, self.random_shares[min(epoch, len(self.random_shares) - 1)], generator)
+        return batches
 
     def rows_left_out(self, epoch: int) -> np.ndarray:
         """The rows that are in no batch of this epoch, ascending, int64."""
@@ -164,6 +182,10 @@ class BatchPlan:
             "clusters_per_batch": self.clusters_per_batch,
             "remainder_rows": len(self._remainder),
             "rows_left_out_each_epoch": self.num_rows - self.num_batches * self.batch_size,
+            **{
+                f"rows.{name}": int(np.count_nonzero(self.task == number))
+                for number, name in enumerate(self.task_names)
+            },
             "suspect_pairs": 0 if self.suspects is None else len(self.suspects),
             "hard_negatives_per_row": 0 if self.negatives is None else self.negatives.shape[1],
             "seed": self.seed,
@@ -180,7 +202,7 @@ class BatchPlan:
         from safetensors.numpy import save
 
         arrays = {"cluster": self.cluster.astype(np.int32)}
-        for name, array in (("suspects", self.suspects), ("negatives", self.negatives)):
+        for name, array in (("suspects", self.suspects), ("negatives", self.negatives), ("task", self.task)):
             if array is not None:
                 arrays[name] = np.ascontiguousarray(array, dtype=np.int32)
         header = {
@@ -190,8 +212,11 @@ class BatchPlan:
             "seed": self.seed,
         }
         header |= {"data_digest": self.data_digest, "meta": dict(self.meta)}
+        if self.task is not None or self.random_shares:  # version 1 has neither
+            lists = {name: list(getattr(self, name)) for name in ("task_names", "task_shares", "random_shares")}
+            header |= {**lists, "mixing": self.mixing}
         # One key, because safetensors writes several in no fixed order, and equal plans should be equal files.
-        metadata = {FORMAT: json.dumps({"version": VERSION, "plan": header})}
+        metadata = {FORMAT: json.dumps({"version": VERSION if "mixing" in header else 1, "plan": header})}
         write_bytes(path, save(arrays, metadata=metadata))
 
     @classmethod
@@ -223,7 +248,52 @@ class BatchPlan:
             raise AnybatchError(
                 f"{path} has plan format {header['version']}; this anybatch reads up to {VERSION}. Update anybatch."
             )
-        return cls(**header["plan"], **arrays)
+        known = {name: tuple(value) if isinstance(value, list) else value for name, value in header["plan"].items()}
+        return cls(**known, **arrays)
+
+    def _check_tasks(self) -> None:
+        if any(not 0 < share <= 1 for share in self.task_shares):
+            raise AnybatchError(f"task_shares are {self.task_shares}; expected numbers above 0 and at most 1.")
+        if any(not 0 <= share <= 1 for share in self.random_shares):
+            raise AnybatchError(f"random_shares are {self.random_shares}; expected numbers from 0 to 1.")
+        if self.task is None:
+            return
+        if self.task.shape != (self.num_rows,) or self.task.min() < 0 or self.task.max() >= len(self.task_names):
+            raise AnybatchError(
+                f"task has shape {self.task.shape} for {len(self.task_names)} named data sets; expected ({self.num_rows},), one of 0 to "
+                f"{len(self.task_names) - 1} a row."
+            )
+        if self.task_shares and len(self.task_shares) != len(self.task_names):
+            raise AnybatchError(f"There are {len(self.task_shares)} task_shares for {len(self.task_names)} data sets.")
+        tasks = self.task[self._members]
+        if np.any(tasks != tasks[:, :1]):
+            raise AnybatchError("A cluster holds rows of several data sets; expected each within one.")
+
+    def _place_remainder(self, members: np.ndarray, dealt: np.ndarray, generator: np.random.Generator) -> None:
+        """Only clusters that are dealt this epoch give up places, so every remainder row is really trained on."""
+        tasks = np.zeros(self.num_rows, np.int32) if self.task is None else self.task
+        homes = self.deal.cluster_task[dealt]
+        taken = np.zeros((len(dealt), self.cluster_size), bool)
+        for task in np.unique(tasks[self._remainder]):
+            remainder = self._remainder[tasks[self._remainder] == task]
+            own = np.flatnonzero(homes == task)
+            # A data set smaller than a cluster has none of its own: its rows are guests elsewhere.
+            clusters = own if len(own) else np.arange(len(dealt))
+            free = np.argwhere(~taken[clusters])
+            chosen = free[generator.choice(len(free), size=min(len(remainder), len(free)), replace=False)]
+            taken[clusters[chosen[:, 0]], chosen[:, 1]] = True
+            members[dealt[clusters[chosen[:, 0]]], chosen[:, 1]] = remainder[: len(chosen)]
+
+    def _shuffle(self, batches: np.ndarray, share: float, generator: np.random.Generator) -> None:
+        """Take the clusters of a share of the batches apart; batches of one data set stay so."""
+        chosen = generator.permutation(len(batches))[: round(share * len(batches))]
+        label = np.zeros(len(chosen), np.int64)
+        if self.task is not None and self.mixing == "within":
+            tasks = self.task[batches[chosen]]
+            label = np.where((tasks == tasks[:, :1]).all(axis=1), tasks[:, 0], -1)
+        for value in np.unique(label):
+            group = chosen[label == value]
+            batches[group] = generator.permutation(batches[group].reshape(-1)).reshape(len(group), -1)
 
     @cached_property
     def _members(self) -> np.ndarray:

@@ -86,6 +86,19 @@ class RowTable(nn.Module):
         self.register_buffer(
             "cluster", torch.as_tensor(plan.cluster.astype(np.int64)) if plan is not None else None, persistent=False
         )
+        self.task: Tensor | None
+        task = None if plan is None or plan.task is None else torch.as_tensor(plan.task.astype(np.int64))
+        self.register_buffer("task", task, persistent=False)
+        inclusion = weights == "inclusion" and plan is not None
+        self.log_weights: Tensor | None
+        self.register_buffer(
+            "log_weights", _task_log_weights(plan, weight_cap) if inclusion else None, persistent=False
+        )
+        self.ways: Tensor | None
+        ways = (
+            _ways(np.asarray(positive_id), np.asarray(negative_id)) if inclusion and negative_id is not None else None
+        )
+        self.register_buffer("ways", ways, persistent=False)
         self.suspects: Tensor | None
         suspects = None
         if mask_suspects and plan is not None and plan.suspects is not None and len(plan.suspects):
@@ -121,17 +134,53 @@ class RowTable(nn.Module):
             column_row = torch.cat([index, explicit])
             terms.append(SuspectMask(row=index, row_suspects=self.suspects[index], column_row=column_row))
         if self.weights == "inclusion":
-            assert self.plan is not None
-            assert self.cluster is not None
-            plan, cluster = self.plan, self.cluster[index]
-            same, other = inclusion_log_weights(
-                plan.num_rows, plan.num_clusters, plan.clusters_per_batch, cap=self.weight_cap
-            )
-            column_cluster = torch.cat([cluster, explicit])
-            terms.append(ClusterLogWeight(row_cluster=cluster, column_cluster=column_cluster, same=same, other=other))
+            terms.append(self._inclusion(index, num_negatives, arguments["candidate_id"]))
         if terms:
             arguments["log_weight"] = terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
         return arguments
+
+    def _inclusion(self, index: Tensor, num_negatives: int, candidate_id: Tensor) -> ClusterLogWeight:
+        """One over the chance that a candidate was put beside the anchor; each candidate once, however many ways it has to come."""
+        assert self.plan is not None
+        assert self.cluster is not None
+        assert self.log_weights is not None
+        cluster, task, repeat = self.cluster[index], None, 1 + num_negatives
+        if self.task is not None:
+            task = self.task[index]
+        same, other = (self.log_weights[0 if task is None else task, column].expand(len(index)) for column in (0, 1))
+        return ClusterLogWeight(
+            row_cluster=cluster,
+            column_cluster=cluster.repeat(repeat),
+            same=same,
+            other=other,
+            column_factor=None if self.ways is None or not num_negatives else -self.ways[candidate_id].log(),
+            row_task=task,
+            column_task=None if task is None else task.repeat(repeat),
+        )
+
+
+def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
+    """(data sets, 2) float64: log-weights of a row of the same and of another cluster, for each data set.
+
+    Raises:
+        AnybatchError: A plan whose batches leave no such weights.
+    """
+    if plan.random_shares and any(plan.random_shares):
+        raise AnybatchError(
+            "weights='inclusion' needs clusters that stay together; the plan takes some apart (random_shares). Use weights='none'."
+        )
+    weights = []
+    for number in range(max(1, len(plan.task_names))):
+        num_rows = plan.num_rows if plan.task is None else int(np.count_nonzero(plan.task == number))
+        weights.append(inclusion_log_weights(max(2, num_rows), plan.deal.chance_beside(number), cap=cap))
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def _ways(positive_id: np.ndarray, negative_id: np.ndarray) -> Tensor:
+    """(ids,) float64: for each candidate the ways it has into a batch (rows that bring it) over the rows that it stands for."""
+    size = int(max(positive_id.max(initial=0), negative_id.max(initial=0))) + 1
+    own, explicit = (np.bincount(ids.reshape(-1), minlength=size) for ids in (positive_id, negative_id))
+    return torch.from_numpy((own + explicit) / np.maximum(own, 1)).clamp(min=1.0)  # the clamp: ids that never occur
 
 
 def _suspects_of_rows(pairs: np.ndarray, num_rows: int) -> Tensor:

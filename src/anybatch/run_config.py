@@ -5,7 +5,7 @@ Imports the rooms' configuration classes only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from anybatch.errors import AnybatchError
@@ -41,7 +41,7 @@ class EvaluationConfig:
         path: Held-out pairs; each anchor must find its positive among all of them.
         limit: Use only the first pairs.
         corpus, queries, qrels: Files of a retrieval set instead of pairs (BEIR's layout).
-        split: Which split of `queries` and `qrels`, if they have several.
+        split: Which split of `qrels`, if it has several.
     """
 
     path: str | None = None
@@ -81,7 +81,7 @@ class RunConfig:
 
     output: str
     data: DataConfig
-    model: ModelConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
     batch_size: int = 64
     seed: int = 0
     plan: str | None = None
@@ -105,6 +105,17 @@ class RunConfig:
             raise AnybatchError(
                 "evaluation names pairs (path) and a retrieval set (corpus, queries, qrels); give one of them."
             )
+        if retrieval and self.evaluation.limit is not None:
+            raise AnybatchError(
+                "evaluation.limit is for pairs (path); a retrieval set is measured whole. Leave it out."
+            )
+        if not retrieval and self.evaluation.split is not None:
+            raise AnybatchError("evaluation.split is for a retrieval set (corpus, queries, qrels). Leave it out.")
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The configuration as the run takes it: mining with the run's own batch_size and seed."""
+    return replace(config, mining=replace(config.mining, batch_size=config.batch_size, seed=config.seed))
 
 
 @dataclass(frozen=True, kw_only=True)

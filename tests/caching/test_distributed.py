@@ -62,6 +62,8 @@ CASES = {
     "ddp, all kept": (True, {"micro_batch": 2, "keep_graphs": 1.0}, "ddp"),
     "ddp, one rank keeps all, others not": (True, {"micro_batch": 2, "keep_graphs": 2}, "ddp"),
     "ddp, half kept": (True, {"micro_batch": 2, "keep_graphs": 0.5}, "ddp"),
+    "ddp, memory budget": (True, {"micro_batch": "auto", "keep_graphs": "auto"}, "ddp"),
+    "ddp, micro-batches found": (False, {"micro_batch": "auto", "max_tokens": 20}, "ddp"),
     "ddp, untied": (False, {"micro_batch": 3, "keep_graphs": 1}, "ddp"),
     "ddp in a function, token budget": (True, {"micro_batch": None, "max_tokens": 20}, "lambda"),
     "ddp that looks for unused parameters": (True, {"micro_batch": 2}, "find_unused"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anybatch.caching import GraphBudget, cached_step, plan_micro_batches, record
-from anybatch.caching.memory import parse_memory
+from anybatch.caching.device_memory import parse_memory
 from anybatch.errors import AnybatchError
 from tests.caching.helpers import (
     Mlp,
@@ -135,8 +135,9 @@ def test_kept_graphs_give_way_before_the_micro_batch_does():
         return inner(x)
 
     inner = Mlp().double()
-    recording = record(crowded, vectors(12), micro_batches=list(torch.arange(12).split(3)), keep_graphs=1.0)
-    assert recording.num_kept == 2
+    with pytest.warns(UserWarning, match="with 2 graphs kept"):
+        recording = record(crowded, vectors(12), micro_batches=list(torch.arange(12).split(3)), keep_graphs=1.0)
+    assert recording.num_kept == 1  # one gave way to the replays
 
 
 def test_a_single_row_that_does_not_fit():

@@ -107,3 +107,23 @@ def test_batch_norm_is_refused():
 def test_a_batch_of_one_micro_batch_proves_nothing():
     with pytest.raises(AnybatchError, match="nothing to compare"):
         verify(Mlp(), [rows(4), rows(4, seed=1)], Softmax(), micro_batch=4)
+
+
+def test_a_wrong_temperature_gradient_is_named():
+    """Too small beside the encoder's to be seen in the whole: half of the temperature's gradient is lost without history."""
+    encoder = Mlp()
+
+    class Lossy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_temperature = nn.Parameter(torch.tensor(-2.0))
+
+        def forward(self, anchors, candidates):
+            kept = 1.0 if anchors.grad_fn is not None else 0.5
+            log_temperature = kept * self.log_temperature + (1 - kept) * self.log_temperature.detach()
+            a, c = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
+            return nn.functional.cross_entropy(a @ c.T / log_temperature.exp(), torch.arange(len(a)))
+
+    result = verify(encoder, [rows(), rows(seed=1)], Lossy())
+    assert not result.exact
+    assert any("log_temperature gets 0.5 times" in finding for finding in result.findings), str(result)

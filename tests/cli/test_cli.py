@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from anybatch.cli import progress
 from anybatch.cli.app import app
+from anybatch.configuration import load_config
 from anybatch.errors import AnybatchError
+from anybatch.run_config import RunConfig
 
 runner = CliRunner()
 
@@ -203,6 +205,18 @@ def test_explicit_negatives(pairs_file, tiny_model_folder, tmp_path):
     assert losses[1] > losses[0] >= 7
 
 
+def test_mine_from_a_file_without_a_model_and_with_the_plan_of_another_folder(pairs_file, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"data: {{path: {pairs_file}}}\nbatch_size: 8\nmining: {{method: random}}\n")
+    run("mine", "--config", str(config), "--output", str(tmp_path / "one"))
+    written = load_config(RunConfig, tmp_path / "one" / "config.yaml")
+    assert written.model.name is None
+    assert written.mining.batch_size == 8, "what is written is what was used"
+    plan = tmp_path / "one" / "plan.safetensors"
+    run("mine", "--config", str(config), "--output", str(tmp_path / "two"), "--set", f"plan={plan}")
+    assert (tmp_path / "two" / "plan.safetensors").read_bytes() == plan.read_bytes(), "the file that was announced"
+
+
 class TestMistakes:
     """Each is refused with a message that says what to do, and leaves nothing behind."""
 
@@ -282,6 +296,20 @@ class TestMistakes:
             "cut.safetensors", "train", *settings(pairs_file, tiny_model_folder, tmp_path / "out2"), "--plan", str(cut)
         )
 
+    def test_evaluate_refuses_what_it_would_ignore(self, pairs_file, tiny_model_folder, tmp_path):
+        model = str(tiny_model_folder)
+        retrieval = ("--corpus", "c.jsonl", "--queries", "q.jsonl", "--qrels", "r.tsv")
+        for option in ("--limit", "--anchor", "--positive"):
+            self.refuse(f"Got {option}.* and --corpus", "evaluate", model, *retrieval, option, "5")
+        for option in ("--queries", "--qrels", "--split"):
+            self.refuse(f"Got --data.* and {option}", "evaluate", model, "--data", str(pairs_file), option, "x")
+        output = tmp_path / "nowhere" / "figures.json"
+        self.refuse("There is no folder", "evaluate", "no-model", "--data", str(pairs_file), "--output", str(output))
+
+    def test_train_without_a_model(self, pairs_file, out):
+        self.refuse("model.name", "train", "--data", str(pairs_file), "--output", str(out))
+        assert not out.exists()
+
     def test_another_plan_on_resume(self, pairs_file, tiny_model_folder, tmp_path, out):
         """The plan lies outside the run's folder and is made anew, with another seed, between the run and its resumption."""
         from anybatch.plan import BatchPlan
@@ -322,6 +350,13 @@ class TestMistakes:
         given = settings(pairs_file, tiny_model_folder, out, "mining.method=random")
         self.refuse("set batch_size alone", "train", *given, "--set", "mining.batch_size=16")
         self.refuse("give one of them", "train", *given, "--set", "evaluation.corpus=x.jsonl")
+        self.refuse("evaluation.split is for", "train", *given, "--set", "evaluation.split=test")
+        self.refuse(
+            "evaluation.limit is for",
+            "train",
+            *given,
+            *("--set", "evaluation.path=null", "--set", "evaluation.corpus=c", "--set", "evaluation.limit=5"),
+        )
         self.refuse("does not define", "train", *given, "--set", "loss.weights=inclusion")
         assert not out.exists()
 

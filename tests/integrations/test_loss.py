@@ -137,3 +137,113 @@ def test_mistakes(model):
         CachedLoss(model, InfoNCE())(features[:1])
     with pytest.raises(AnybatchError, match="with_index"):
         CachedLoss(model, InfoNCE(), rows=RowTable(np.arange(11), np.arange(11)))(features)
+
+
+def accumulated(loss, batches, labels=None):
+    """Two backward passes of half the loss each, as under gradient accumulation; the temperature had a gradient before."""
+    loss.zero_grad()
+    loss.loss.log_temperature.grad = torch.tensor(3.0)
+    for features in batches:
+        (loss([dict(column) for column in features], labels) / len(batches)).backward()
+    return {name: parameter.grad.clone() for name, parameter in loss.named_parameters() if parameter.grad is not None}
+
+
+def test_learned_temperature_follows_the_outer_gradient(model):
+    """Accumulation 2 equals the plain loss under autograd, the temperature's gradient included, which is added to what was there."""
+    model.eval()
+    batches = [columns(model, negatives=1), columns(model, rows=7, negatives=1)]
+    cached = CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=3)
+    ours = accumulated(cached, batches)
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.loss = model, cached.loss
+
+        def forward(self, features, labels):
+            anchors, *others = (self.model(column)["sentence_embedding"] for column in features)
+            return self.loss(anchors, torch.cat(others))
+
+    theirs = accumulated(Plain(), batches)
+    assert abs(theirs["loss.log_temperature"] - 3.0) > 1e-3
+    torch.testing.assert_close(ours["loss.log_temperature"], theirs["loss.log_temperature"], rtol=1e-6, atol=0)
+    assert worst(ours, theirs) < 1e-7  # the temperature is a float32 parameter
+
+
+def test_nothing_reaches_the_temperature_before_backward(model):
+    loss = CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=4)
+    value = loss([dict(column) for column in columns(model)])
+    assert loss.loss.log_temperature.grad is None
+    value.backward()
+    assert loss.loss.log_temperature.grad is not None
+
+
+def test_the_loss_is_computed_outside_autocast(model):
+    model.float().eval()
+    seen = []
+
+    class Watching(InfoNCE):
+        def forward(self, anchors, candidates, **arguments):
+            seen.append((anchors.dtype, candidates.dtype, (anchors @ candidates.T).dtype))
+            return super().forward(anchors, candidates, **arguments)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        CachedLoss(model, Watching(), micro_batch=4)(columns(model))
+    assert seen == [(torch.float32,) * 3]
+
+
+def test_auto_is_plain_training_where_it_fits(model):
+    """One forward pass a column, no replay; the probe of the first step is three rows."""
+    model.train()
+    calls = []
+    model.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0]["input_ids"])))
+    loss = CachedLoss(model, InfoNCE(), micro_batch="auto")
+    features = columns(model)
+    gradients(loss, features)
+    calls.clear()
+    gradients(loss, features)
+    assert calls == [11, 11, 11]
+
+
+def test_running_out_of_memory_is_survived(model):
+    """A device with room for 40 padded tokens: the batch is split, says so, and the gradient is that of the plain loss."""
+    model.eval()
+
+    def crowded(module, inputs):
+        if inputs[0]["input_ids"].numel() > 40:
+            raise torch.OutOfMemoryError("no room")
+
+    features = columns(model)
+    _, theirs = gradients(MultipleNegativesRankingLoss(model, scale=20.0), features)
+    model.register_forward_pre_hook(crowded)
+    loss = CachedLoss(model, InfoNCE(temperature=0.05), micro_batch="auto")
+    with pytest.warns(UserWarning, match="split"):
+        _, ours = gradients(loss, features)
+    assert worst(ours, theirs) < 1e-12
+    assert loss.memory.learned is not None
+    gradients(loss, features)  # warnings are errors: it does not run out again
+
+
+def test_lora_with_gradient_checkpointing(model):
+    """Only the adapters get a gradient, and it is the plain loss's; the frozen weights are not counted as graphs."""
+    from peft import LoraConfig, get_peft_model
+
+    inner = get_peft_model(
+        model[0].model, LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.0)
+    ).double()
+    model[0].model = inner
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    inner.enable_input_require_grads()
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    features = columns(model)
+    _, theirs = gradients(MultipleNegativesRankingLoss(model, scale=20.0), features)
+    _, ours = gradients(CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=4, keep_graphs=0.5), features)
+    assert all("lora_" in name for name in ours)
+    assert worst(ours, theirs) < 1e-11

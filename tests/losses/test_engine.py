@@ -111,7 +111,7 @@ def test_nothing_is_computed_backwards_without_gradients():
     assert stats.temperature_gradient is None
 
 
-def test_products_of_matrices(monkeypatch):
+def test_products_of_matrices():
     """The claim on the cost: products of tiles with the whole, counted; 3 or 4 whether one direction or both."""
     from anybatch.losses import solver
 
@@ -132,3 +132,36 @@ def test_products_of_matrices(monkeypatch):
         with Counting():
             solver.solve(anchors, candidates, (side,) * sides, tile_bytes=tile, gradients=True)
         assert sum(products) == expected * whole
+
+
+def test_collectives_are_those_documented(monkeypatch):
+    """Counted where they are called; in one process each is an identity."""
+    from anybatch import distributed
+    from anybatch.losses import solver
+
+    anchors, candidates, tau, *_ = draw(1, 8, 4)
+    counts = {}
+
+    def counting(name):
+        original = getattr(distributed, name)
+
+        def call(*arguments):
+            counts[name] = counts.get(name, 0) + 1
+            return original(*arguments)
+
+        return call
+
+    for name in ("gather_sizes", "gather_rows", "sum_over_ranks"):
+        monkeypatch.setattr(distributed, name, counting(name))
+    learned, fixed = tau[0].clone().requires_grad_(), tau[0].clone()
+    for temperatures, expected in (
+        ([fixed], (2, 1, 2)),
+        ([learned], (2, 1, 3)),
+        ([fixed, fixed], (2, 4, 2)),
+        ([learned, learned], (2, 4, 5)),
+    ):
+        for tile in (200, 10**7):
+            counts.clear()
+            sides = tuple(Side(rule=WithPositive(), temperature=temperature) for temperature in temperatures)
+            solver.solve(anchors, candidates, sides, tile_bytes=tile, gradients=True)
+            assert tuple(counts.values()) == expected

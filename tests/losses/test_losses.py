@@ -342,7 +342,7 @@ def test_inclusion_weights_are_unbiased_on_mined_batches():
     n = num_clusters * size
     cluster = torch.arange(n) // size
     values = torch.randn(n, n, dtype=torch.float64)
-    same, other = inclusion_log_weights(n, num_clusters, per_batch)
+    same, other = inclusion_log_weights(n, (per_batch - 1) / (num_clusters - 1))
     for row in (0, 7):
         estimates = []
         for companions in itertools.combinations([c for c in range(num_clusters) if c != cluster[row]], per_batch - 1):
@@ -359,26 +359,25 @@ def test_inclusion_weights_are_unbiased_on_mined_batches():
 
 
 def test_inclusion_weights_at_the_edges():
-    assert inclusion_log_weights(11, 5, 5)[0] == inclusion_log_weights(11, 5, 5)[1]  # every cluster in every batch
-    uniform = inclusion_log_weights(100, 100, 10)  # clusters of one row: plain random batches
+    assert inclusion_log_weights(11, 1.0)[0] == inclusion_log_weights(11, 1.0)[1]  # every cluster in every batch
+    uniform = inclusion_log_weights(100, 9 / 99)  # clusters of one row: plain random batches
     assert uniform[1] == pytest.approx(-math.log(9))
-    assert inclusion_log_weights(100, 10, 2, cap=3.0)[1] == pytest.approx(math.log(3 / 99))
-    assert inclusion_log_weights(100, 10, 1) == (-math.log(99), -math.log(99))
+    assert inclusion_log_weights(100, 1 / 9, cap=3.0)[1] == pytest.approx(math.log(3 / 99))
+    assert inclusion_log_weights(100, 0.0) == (-math.log(99), -math.log(99))
     with pytest.raises(AnybatchError, match="cap"):
-        inclusion_log_weights(100, 10, 2, cap=0.5)
+        inclusion_log_weights(100, 1 / 9, cap=0.5)
 
 
 def test_weighted_sogclr_and_count_corrected_equal_their_twins():
     anchors, candidates, *_ = draw_batch(5, 6, 2)
     cluster = torch.tensor([0, 0, 1, 1, -1, 2])
-    same, other = inclusion_log_weights(60, 10, 3)
-    weight = ClusterLogWeight(
-        row_cluster=cluster, column_cluster=torch.cat([cluster, torch.tensor([-2, -2])]), same=same, other=other
-    )
+    same, other = inclusion_log_weights(60, 2 / 9)
+    columns = torch.cat([cluster, cluster[[0, 3]]])  # explicit negatives belong to the rows that bring them
+    weight = ClusterLogWeight(row_cluster=cluster, column_cluster=columns, same=same, other=other)
     linear = torch.full((6, 8), math.exp(other), dtype=torch.float64)
     for i in range(6):
         for j in range(8):
-            if j >= 6 or (cluster[i] == cluster[j] and cluster[i] >= 0):
+            if cluster[i] == columns[j] and cluster[i] >= 0:
                 linear[i, j] = math.exp(same)
     allowed = reference.pairs_allowed(6, 8)
     anchors.requires_grad_()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.losses import SogCLR
 from anybatch.losses.memory import VERSION, ExampleMemory, grown_state, join_shards
@@ -222,13 +223,19 @@ def test_sharded_equals_replicated_bit_for_bit(world_size):
             join_shards([saved[0]["parts"][number]] * world_size)
 
 
-def test_a_sharded_memory_waits_for_its_process_group():
+def test_a_sharded_memory_waits_for_its_process_group(monkeypatch):
     memory = ExampleMemory(5, sharded=True)
     assert memory.log_mean.shape == (1, 0)
     copied = copy.deepcopy(memory)
     visit(memory, [1, 4], [0.5, 0.25])
     assert memory.log_mean.shape == (1, 5)
     assert copied.log_mean.shape == (1, 0)
+    early = ExampleMemory(5, sharded=True)
+    assert early.state_dict()["log_mean"].shape == (1, 5)  # saved before there is a process group
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    early.settle()
+    assert early.log_mean.shape == (1, 3)
+    monkeypatch.undo()
     memory.shard[1] = 4  # as if it came from a run of four ranks
     with pytest.raises(AnybatchError, match="shard 0 of 4; this is rank 0 of 1"):
         visit(memory, [1], [0.5])

@@ -119,7 +119,7 @@ def test_configuration_and_mistakes():
     for settings_, match in (
         ({"name": "siglip", "direction": "both"}, "one direction"),
         ({"name": "auc_cl", "temperature": 0.1}, "no temperature"),
-        ({"name": "auc_cl", "learnable_temperature": True}, "does not know"),
+        ({"name": "auc_cl", "learnable_temperature": True}, "learnable_temperature is given"),
         ({"name": "siglip", "weights": "inclusion"}, "inclusion"),
         ({"name": "auc_cl", "margin": 0.0}, "margin is 0"),
     ):
@@ -127,6 +127,30 @@ def test_configuration_and_mistakes():
             build_loss(LossConfig(**settings_), num_rows=9)
     with pytest.raises(AnybatchError, match="M >= B"):
         SigLIP()(torch.ones(3, 2), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("make", [lambda: SigLIP(temperature=0.001), AUCCL])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_hostile_similarities_stay_finite_and_float32(make, sign):
+    anchors = torch.eye(4).requires_grad_()
+    loss = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(anchors.bfloat16(), (sign * torch.eye(4)).roll(1, 0).bfloat16())
+    value.backward()
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+    assert anchors.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in loss.parameters())
+    assert all(type(figure) is float for figure in loss.last_stats.values())
+
+
+def test_one_gradient_evaluation_keeps_no_graph():
+    with torch.no_grad():
+        assert not SigLIP()(torch.eye(3), torch.eye(3)).requires_grad
+    frozen = torch.eye(3)
+    trained = torch.randn(3, 3, requires_grad=True)
+    AUCCL()(frozen, trained).backward()  # a frozen tower
+    assert trained.grad.abs().max() > 0
 
 
 SHARES, EXTRA = {2: [3, 5], 3: [4, 1, 3]}, {2: [2, 1], 3: [0, 2, 1]}

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, InfoNCE, SogCLR
+from anybatch.losses.engine import Side, softmax_loss, symmetric_softmax_loss
 
 from .methods import ALL
 
@@ -76,12 +77,54 @@ def run(name, tile, rows, extras):
     return results, {key: item.clone() for key, item in loss.state_dict().items()}
 
 
+def run_engine(tile, rows, extras):
+    """The engine itself, with a learned temperature for each row and direction, weights of rows and pulls of columns."""
+    anchors, positives, negatives, *_, cluster = batch(0)
+    generator = torch.Generator().manual_seed(9)
+    taus = [0.2 + torch.rand(8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    row_weight = torch.rand(8, generator=generator, dtype=torch.float64)
+    mine = [side[rows].clone().requires_grad_() for side in (anchors, positives, *taus)]
+    explicit = negatives[extras].clone().requires_grad_()
+    candidates = torch.cat([mine[1], explicit])
+    columns = torch.cat([cluster[rows], torch.full((len(explicit),), -2)])
+    weight = ClusterLogWeight(row_cluster=cluster[rows], column_cluster=columns, same=-3.0, other=-1.5)
+    weights = (weight, weight.reversed(len(mine[0])))
+    sides = [
+        Side(rule=Halved(), temperature=tau, log_weight=b, row_weight=row_weight[rows])
+        for tau, b in zip(mine[2:], weights, strict=True)
+    ]
+    both, stats = symmetric_softmax_loss(mine[0], candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
+    one, pulls = softmax_loss(
+        mine[0],
+        candidates,
+        rule=Halved(),
+        temperature=mine[2],
+        log_weight=weight,
+        column_weight=lambda part: row_weight[rows][part],
+        tile_bytes=tile,
+    )
+    (both + 0.5 * one).backward()
+    figures = [stats[1].log_sum, stats[1].num_negatives, stats[1].temperature_gradient]
+    gradients = [side.grad for side in (*mine, explicit)]
+    return both.detach(), one.detach(), gradients, figures, pulls.column_pull
+
+
+class Halved:
+    """A rule that is none of the library's, and looks at all rows at once."""
+
+    row_wise = False
+
+    def __call__(self, log_sum, num_negatives, rows):
+        return log_sum + 0.5, log_sum + 0.1 * num_negatives
+
+
 def worker(rank, world_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     first, first_extra = sum(SHARES[world_size][:rank]), sum(EXTRA[world_size][:rank])
     rows = slice(first, first + SHARES[world_size][rank])
     extras = slice(first_extra, first_extra + EXTRA[world_size][rank])
+    torch.save({tile: run_engine(tile, rows, extras) for tile in (1, 10**7)}, f"{folder}/engine{rank}.pt")
     torch.save(
         {(name, tile): run(name, tile, rows, extras) for name in named(world_size) for tile in (1, 10**7)},
         f"{folder}/{rank}.pt",
@@ -95,6 +138,21 @@ def test_ranks_equal_one_process(world_size):
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+        engines = [torch.load(Path(folder) / f"engine{rank}.pt") for rank in range(world_size)]
+    both, one, gradients, figures, pull = run_engine(10**7, slice(0, 8), slice(0, 3))
+    for tile in (1, 10**7):
+        for rank in engines:
+            torch.testing.assert_close(rank[tile][:2], (both, one), rtol=1e-12, atol=1e-12)
+        for place, expected in enumerate(gradients):
+            together = torch.cat([rank[tile][2][place] for rank in engines]) / world_size
+            torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
+        for place, expected in enumerate(figures):
+            together = torch.cat([rank[tile][3][place] for rank in engines])
+            torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
+        starts = [sum(SHARES[world_size][:rank]) for rank in range(world_size)]
+        for rank, (start, size) in enumerate(zip(starts, SHARES[world_size], strict=True)):
+            mine = engines[rank][tile][4][:size]
+            torch.testing.assert_close(mine, pull[start : start + size], rtol=1e-12, atol=1e-12)
     for name in named(world_size):
         alone, alone_state = run(name, 10**7, slice(0, 8), slice(0, 3))
         for tile in (1, 10**7):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from anybatch.errors import AnybatchError
-from anybatch.losses import InfoNCE, SogCLR
+from anybatch.losses import EMC2, NUCLR, InfoNCE, SogCLR
 from anybatch.losses import warm_start as room
 from anybatch.losses.exact_rows import exact_rows, make_table
 from anybatch.losses.isogclr import ISogCLR, TempNet
@@ -51,6 +51,18 @@ def test_rows_equal_the_loop(tile_bytes, ids):
     )  # fmt: skip
     expected = naive(anchors, positives, 0.02, *known)
     rows = exact_rows(table, slice(5, 30), temperature=0.02, tile_bytes=tile_bytes)
+    plain = exact_rows(table, slice(5, 30), temperature=0.02, moments=False, tile_bytes=tile_bytes)
+    assert torch.equal(plain.log_sum, rows.log_sum)
+    assert plain.purity.isnan().all()
+    some = np.array([7, 3, 20])  # rows in any order, columns a subset
+    columns = np.array([0, 3, 4, 7, 9, 20, 36])
+    subset = exact_rows(table, some, temperature=0.02, columns=columns, tile_bytes=tile_bytes)
+    scores = reference.unit(anchors) @ reference.unit(positives).T / 0.02
+    allowed = reference.pairs_allowed(N, N, *known)
+    for i, row in enumerate(some):
+        kept = [scores[row, j] - scores[row, row] for j in columns if allowed[row, j]]
+        assert subset.num_negatives[i].item() == len(kept)
+        assert subset.log_sum[i].item() == pytest.approx(torch.stack(kept).logsumexp(0).item(), rel=1e-12)
     for i, row in enumerate(range(5, 30)):
         p = expected[row].softmax(0)
         assert rows.log_sum[i].item() == pytest.approx(expected[row].logsumexp(0).item(), rel=1e-12)
@@ -106,8 +118,8 @@ def test_is_where_a_batch_of_everything_would_go():
 
 def test_a_killed_one_goes_on_bit_for_bit(tmp_path, monkeypatch):
     anchors, positives, *_ = data(torch.float32)
-    monkeypatch.setattr(room, "BLOCK_ROWS", 10)
-    monkeypatch.setattr(room, "SAVE_SECONDS", 0.0)
+    for name, value in (("BLOCK_ROWS", 10), ("SAVE_SECONDS", 0.0), ("SAVE_RATIO", 0.0)):
+        monkeypatch.setattr(room, name, value)
     whole = SogCLR(N, direction="both")
     warm_start(whole, anchors, positives)
     file = tmp_path / "state.safetensors"
@@ -172,6 +184,8 @@ def test_mistakes():
     anchors, positives, anchor_id, _ = data()
     for make, arguments, match in (
         (lambda: InfoNCE(), {}, "InfoNCE has no memory"),
+        (lambda: EMC2(N), {}, "EMC2 has no memory of plain"),
+        (lambda: NUCLR(N), {}, "NUCLR has no memory of plain"),
         (lambda: SogCLR(N + 1), {}, f"Got embeddings of {N} rows; the memory was made for {N + 1}"),
         (lambda: SogCLR(N), {"anchor_id": anchor_id}, "go together"),
         (lambda: SogCLR(N), {"sample": 1}, "sample is 1"),

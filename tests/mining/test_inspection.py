@@ -179,7 +179,7 @@ def test_a_sample_is_near_the_whole_and_repeatable():
     assert whole.outlook == result.report.outlook
     assert part.num_anchors == 400
     assert part.outlook.window_per_anchor == pytest.approx(whole.outlook.window_per_anchor, rel=0.15)
-    assert part.planned.loss == pytest.approx(whole.planned.loss, rel=0.15)
+    assert part.planned.loss == pytest.approx(whole.planned.loss, rel=0.25)
     assert (part.outlook, part.hubs, part.suspects) == (again.outlook, again.hubs, again.suspects)
 
 

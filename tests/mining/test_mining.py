@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from anybatch.errors import AnybatchError
 from anybatch.mining import (
     MiningConfig,
+    MiningSet,
     audit_clusters,
     build_graph,
     equal_clusters,
@@ -329,3 +330,46 @@ def test_neighbouring_recipes_make_equal_clusters_over_the_same_parts(method):
         assert audit.window_per_anchor > 1.5 * audit.random_window_per_anchor
     again = mine_plan(anchors, positives, config=config)
     np.testing.assert_array_equal(result.plan.cluster, again.plan.cluster)
+
+
+def test_several_data_sets_make_one_plan():
+    generator = np.random.default_rng(1)
+    anchors = generator.standard_normal((310, 16)).astype(np.float32)
+    positives = anchors + 0.3 * generator.standard_normal((310, 16)).astype(np.float32)
+    sets = [
+        MiningSet(name="large", num_rows=203, skip=2, take=20, share=0.5),
+        MiningSet(name="small", num_rows=101),
+        MiningSet(name="tiny", num_rows=6),
+    ]
+    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, num_negatives=2)
+    result = mine_plan(anchors, positives, config=config, sets=sets)
+    plan = result.plan
+    assert plan.num_clusters == 25 + 12
+    assert plan.task_names == ("large", "small", "tiny")
+    assert plan.num_batches == (round(12.5) + 12) // 2
+    # Each set is mined as it would be alone.
+    alone = mine_plan(anchors[203:304], positives[203:304], config=config).plan
+    np.testing.assert_array_equal(plan.cluster[203:304], np.where(alone.cluster >= 0, alone.cluster + 25, -1))
+    np.testing.assert_array_equal(plan.negatives[203:304], np.where(alone.negatives >= 0, alone.negatives + 203, -1))
+    own = plan.suspects[(plan.suspects >= 203).all(axis=1)]
+    np.testing.assert_array_equal(own, alone.suspects + 203)
+    assert plan.task[plan.negatives[plan.negatives >= 0]].max() == 1
+    assert set(result.report.sets) == {"large", "small", "tiny"}
+    assert (
+        result.report.sets["small"].audit == mine_plan(anchors[203:304], positives[203:304], config=config).report.audit
+    )
+    assert "guests" in result.report.sets["tiny"].notes[0]
+    with pytest.raises(AnybatchError, match="310 rows in all"):
+        mine_plan(anchors, positives, config=config, sets=sets[:2])
+
+
+def test_an_earlier_plan_is_a_place_to_start():
+    generator = np.random.default_rng(2)
+    anchors = generator.standard_normal((203, 16)).astype(np.float32)
+    positives = anchors + 0.3 * generator.standard_normal((203, 16)).astype(np.float32)
+    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12)
+    first = mine_plan(anchors, positives, config=config)
+    moved = anchors + 0.05 * generator.standard_normal(anchors.shape).astype(np.float32)
+    second = mine_plan(moved, positives, config=config, start=first.plan.cluster)
+    assert np.bincount(second.plan.cluster[second.plan.cluster >= 0]).tolist() == [8] * 25
+    assert second.report.audit.window_per_anchor > 0.9 * first.report.audit.window_per_anchor

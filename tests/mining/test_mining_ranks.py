@@ -13,37 +13,55 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from anybatch import distributed
-from anybatch.blocks import BlockArrays
+from anybatch.blocks import BlockArrays, release_pages
 from anybatch.errors import AnybatchError
-from anybatch.integrations.sentence_transformers import ModelConfig
-from anybatch.integrations.sentence_transformers import embed as embed_module
 from anybatch.mining import MiningConfig, exact_neighbors, ivf_neighbors
 from anybatch.mining import inverted as inverted_module
 from anybatch.mining import neighbors as neighbors_module
-from anybatch.pipeline import make_plan, open_run, read_training_pairs
 from anybatch.plan import BatchPlan
-from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
 
 from .test_mining import embeddings
 
+CELLS = {2: 1, 3: 3}  # coarse cells for a number of ranks: partition by rank 0, and shared
 KNOWN = {"anchor_id": np.arange(211), "positive_id": np.arange(211)}
 
 
-def small_blocks():
+# The ranks that only search import nothing of the pipeline: a process pays seconds for it.
+
+
+def small_searches():
     neighbors_module.UNIT_ROWS, neighbors_module.BLOCK_UNITS = 9, 2
     inverted_module.QUERY_ROWS = 10
+
+
+def small_blocks():
+    from anybatch.integrations.sentence_transformers import embed as embed_module
+
+    small_searches()
     embed_module.SHARD = 10
 
 
-def run_config(folder, model, pairs, precision="float32"):
+def run_config(folder, model, pairs, *, cells=1, precision="float32"):
+    from anybatch.integrations.sentence_transformers import ModelConfig
+    from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
+
     return RunConfig(
         output=str(folder),
         data=DataConfig(path=str(pairs)),
         model=ModelConfig(name=str(model), device="cpu"),
-        teacher=TeacherConfig(name=str(model), precision=precision),
-        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6),
+        teacher=TeacherConfig(name=str(model), precision=precision),  # pyright: ignore[reportArgumentType]
+        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6, cells=cells),
         batch_size=8,
     )
+
+
+def mine(folder, model, pairs, **options):
+    from anybatch.pipeline import make_plan, open_run, read_training_pairs
+
+    small_blocks()
+    config = run_config(folder, model, pairs, **options)
+    open_run(config)
+    return make_plan(config, read_training_pairs(config))
 
 
 def search(name, folder, progress=None):
@@ -54,7 +72,7 @@ def search(name, folder, progress=None):
 
 def worker(rank, world_size, folder, model, pairs, kill):
     torch.set_num_threads(1)
-    small_blocks()
+    small_searches()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world_size}", rank=rank, world_size=world_size)
     done = []
 
@@ -67,26 +85,25 @@ def worker(rank, world_size, folder, model, pairs, kill):
         found = search(name, folder, progress)
         np.savez(f"{folder}/{name}-{rank}.npz", ids=found.ids, scores=found.scores, own=found.own_score)
     np.save(f"{folder}/blocks-{rank}.npy", len(done))
-    config = run_config(Path(folder) / "run", model, pairs)
-    plan = make_plan(config, read_training_pairs(config), lambda *_: None) if open_run(config) else None
-    (Path(folder) / f"digest-{rank}").write_text(plan.digest)
+    (Path(folder) / f"digest-{rank}").write_text(
+        mine(Path(folder) / "run", model, pairs, cells=CELLS[world_size]).digest
+    )
     dist.destroy_process_group()
+
+
+def keep_sizes(monkeypatch):
+    from anybatch.integrations.sentence_transformers import embed as embed_module
+
+    for module in (neighbors_module, inverted_module, embed_module):
+        for name in {"UNIT_ROWS", "BLOCK_UNITS", "QUERY_ROWS", "SHARD"} & set(vars(module)):
+            monkeypatch.setattr(module, name, getattr(module, name))
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_mine_as_one_process_does(world_size, tiny_model_folder, pairs_file, tmp_path, monkeypatch):
-    for module, name in (
-        (neighbors_module, "UNIT_ROWS"),
-        (neighbors_module, "BLOCK_UNITS"),
-        (inverted_module, "QUERY_ROWS"),
-        (embed_module, "SHARD"),
-    ):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    small_blocks()
-    config = run_config(tmp_path / "alone", tiny_model_folder, pairs_file)
-    open_run(config)
-    alone = make_plan(config, read_training_pairs(config))
+    keep_sizes(monkeypatch)
+    alone = mine(tmp_path / "alone", tiny_model_folder, pairs_file, cells=CELLS[world_size])
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, tiny_model_folder, pairs_file)
         if world_size == 3:  # two ranks were killed at half of the exact search
@@ -114,10 +131,9 @@ def test_ranks_mine_as_one_process_does(world_size, tiny_model_folder, pairs_fil
         assert not (run / "neighbors").exists()
 
 
-def test_half_precision_teacher_files(tiny_model_folder, pairs_file, tmp_path):
-    config = run_config(tmp_path / "half", tiny_model_folder, pairs_file, precision="float16")
-    open_run(config)
-    plan = make_plan(config, read_training_pairs(config))
+def test_half_precision_teacher_files(tiny_model_folder, pairs_file, tmp_path, monkeypatch):
+    keep_sizes(monkeypatch)
+    plan = mine(tmp_path / "half", tiny_model_folder, pairs_file, precision="float16")
     assert np.load(tmp_path / "half" / "teacher_positive.npy", mmap_mode="r").dtype == np.float16
     assert plan.num_rows == 97
 
@@ -140,3 +156,16 @@ def test_block_arrays_refuse_what_would_lose_work(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_active", lambda: True)
     with pytest.raises(AnybatchError, match="give a folder"):
         BlockArrays(shapes, 4)
+
+
+def test_released_pages_leave_memory_and_come_back(tmp_path):
+    from anybatch.resources import resident_bytes
+
+    np.save(tmp_path / "x.npy", np.arange(8_000_000, dtype=np.float32))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r+")
+    total = mapped.sum(dtype=np.float64)
+    mapped[7] = 70.0
+    before = resident_bytes()
+    release_pages(mapped, np.arange(3))
+    assert before - resident_bytes() > 20_000_000
+    assert mapped.sum(dtype=np.float64) == total + 63

@@ -6,18 +6,22 @@ from anybatch.caching.replay import record, replay
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.step import average_gradients, backward_to_leaves, cached_step
+from anybatch.caching.step_memory import StepMemory
+from anybatch.caching.towers import record_towers
 from anybatch.caching.verify import Verification, verify
 
 __all__ = [
     "GraphBudget",
     "Recording",
     "RowSlicer",
+    "StepMemory",
     "Verification",
     "average_gradients",
     "backward_to_leaves",
     "cached_step",
     "plan_micro_batches",
     "record",
+    "record_towers",
     "replay",
     "verify",
 ]

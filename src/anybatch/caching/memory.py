@@ -3,96 +3,111 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, parse_memory, total_memory
 from anybatch.caching.rows import RowSlicer
 from anybatch.errors import AnybatchError
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_memory(memory: str | int, total: int) -> int:
-    """Bytes of `"8GiB"`, `"500MB"`, `"80%"` (of `total` bytes) or a plain number.
-
-    Raises:
-        AnybatchError: Not one of these forms, zero, or more than 100%.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-z]*)\s*", str(memory), flags=re.IGNORECASE)
-    unit = match.group(2).upper() if match else None
-    if match is None or (unit != "%" and unit not in _UNITS):
-        raise AnybatchError(f'memory is {memory!r}; write it as "8GiB", "500MB", "80%" or a number of bytes.')
-    number = float(match.group(1))
-    if number == 0 or (unit == "%" and number > 100):
-        raise AnybatchError(f"memory is {memory!r}; it must be above zero and at most 100%.")
-    return int(total * number / 100) if unit == "%" else int(number * _UNITS[str(unit)])
 
 
 class GraphBudget:
     """Keeps graphs while they fit: all of them for a small batch (plain training), the first few for a large one.
 
-    The tensors that autograd saves for the first micro-batch are counted (each storage once, parameters not). Later
-    micro-batches are no longer than that one, so bytes for each row and token stay below the measured ratio:
+    The tensors that autograd saves for each micro-batch are counted (each storage once, parameters and what a kept graph
+    holds already not). The next micro-batch is no longer than the last, so its bytes for each padded token are no more:
 
-        predicted = measured bytes * padded tokens / padded tokens measured
-        keep if in use + predicted + one more of the largest kind (the replay's working set) <= memory
+        predicted = bytes measured last * padded tokens / padded tokens measured last
+        keep if in use + reserve + kept + predicted + the largest graph (a replay's working set) <= memory
 
     Args:
-        memory: The most memory in use on the device, parameters and optimiser included: "8GiB", "80%", or bytes.
-        device: Whose memory. On CUDA "in use" is what torch has allocated; on the CPU it is the process's resident set.
+        memory: The most memory in use on the device, parameters, optimiser and other processes included: "8GiB", "80%",
+            or bytes.
+        device: Whose memory.
+        reserve: Bytes set aside for what comes later in the step (gradients of the parameters, the loss).
+        most: The most bytes of kept graphs, where an earlier step has shown it.
+        modules: Their parameters and buffers are there anyway and are not counted.
 
-    One object serves all recordings of a step. Make a new one for every step.
+    One object serves all recordings of a step. Make a new one for every step (`StepMemory` does).
 
-    Cost: one Python call for each tensor saved in the first micro-batch.
+    Attributes:
+        spent: Bytes of the graphs kept so far.
+        largest: Bytes of the largest graph measured.
+        overrun: Whether memory ran out beside the kept graphs, in spite of the prediction.
+
+    Cost: one Python call for each tensor that autograd saves.
     """
 
-    def __init__(self, memory: str | int = "80%", *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        memory: str | int = "80%",
+        *,
+        device: torch.device | str = "cpu",
+        reserve: int = 0,
+        most: int | None = None,
+        modules: Iterable[nn.Module] = (),
+    ) -> None:
         self.device = torch.device(device)
-        self.limit = parse_memory(memory, _total_memory(self.device))
-        self.start = _memory_in_use(self.device)
-        self.spent = 0
-        self.largest = 0  # bytes of the largest graph predicted or measured
+        self.limit = parse_memory(memory, total_memory(self.device))
+        self.start = memory_in_use(self.device) + reserve
+        self.most = most
+        self.spent = self.largest = 0
+        self.overrun = False
         self._bytes_per_token = 0.0
+        self._measured: RowSlicer | None = None  # the tower that the ratio belongs to
+        self._last: dict[int, int] = {}  # storages of the last graph measured
+        # Storages that cost nothing more: parameters, and what kept graphs hold. They are alive, so no address comes twice.
+        self._there = {
+            tensor.untyped_storage().data_ptr()
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+            if not is_traceable_wrapper_subclass(tensor)
+        }
 
     def has_room(self, slicer: RowSlicer, rows: Tensor) -> bool:
         """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
-        if self._bytes_per_token == 0.0:
+        if self._measured is not slicer:
             return False
-        predicted = self._predict(slicer, rows)
-        return self.start + self.spent + predicted + max(self.largest, predicted) <= self.limit
+        return self._fits(int(self._bytes_per_token * padded_tokens(slicer, rows)))
 
-    def spend(self, slicer: RowSlicer, rows: Tensor) -> None:
-        """Note that the graph of these rows is kept."""
-        self.spent += self._predict(slicer, rows)
+    def keep_last(self) -> bool:
+        """Note that the graph measured last is kept, if it fits; whether it does."""
+        size = sum(self._last.values())
+        if not self._fits(size):
+            return False
+        self.spent += size
+        self._there |= self._last.keys()
+        return True
 
     @contextlib.contextmanager
     def measure(self, slicer: RowSlicer, rows: Tensor) -> Iterator[None]:
-        """Count the bytes that autograd saves inside, unless an earlier measurement covers these rows."""
-        tokens = _tokens(slicer, rows)
-        if self._bytes_per_token and self._predict(slicer, rows) <= self.largest:
-            yield
-            return
+        """Count the bytes that autograd saves inside."""
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if not (tensor.is_leaf and tensor.requires_grad):
+            if not is_traceable_wrapper_subclass(
+                tensor
+            ):  # such a tensor (sharded, quantised) has no storage of its own
                 storage = tensor.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
-        self._bytes_per_token = max(self._bytes_per_token, sum(sizes.values()) / tokens)
-        self.largest = max(self.largest, sum(sizes.values()))
+        self._last = {place: size for place, size in sizes.items() if place not in self._there}
+        self.largest = max(self.largest, sum(self._last.values()))
+        self._bytes_per_token = sum(self._last.values()) / padded_tokens(slicer, rows)
+        self._measured = slicer
 
-    def _predict(self, slicer: RowSlicer, rows: Tensor) -> int:
-        return int(self._bytes_per_token * _tokens(slicer, rows))
+    def _fits(self, size: int) -> bool:
+        if self.overrun or (self.most is not None and self.spent + size > self.most):
+            return False
+        return self.start + self.spent + size + max(self.largest, size) <= self.limit
 
 
 class Attempt:
@@ -108,8 +123,8 @@ def out_of_memory_as_none() -> Iterator[Attempt]:
     attempt = Attempt()
     try:
         yield attempt
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
             raise
         # The traceback would keep the failed pass's tensors alive.
         attempt.result, attempt.error = None, error.with_traceback(None)
@@ -117,8 +132,10 @@ def out_of_memory_as_none() -> Iterator[Attempt]:
         torch.cuda.empty_cache()
 
 
-def warn_split(rows: Tensor, error: BaseException | None) -> list[Tensor]:
-    """The two halves of a micro-batch that did not fit.
+def warn_split(
+    slicer: RowSlicer, rows: Tensor, error: BaseException | None, on_split: Callable[[int], None] | None
+) -> list[Tensor]:
+    """The two halves of a micro-batch that did not fit; `on_split` is told their padded tokens.
 
     Raises:
         AnybatchError: It has one row only.
@@ -130,35 +147,23 @@ def warn_split(rows: Tensor, error: BaseException | None) -> list[Tensor]:
         ) from error
     halves = list(rows.tensor_split(2))
     warnings.warn(
-        f"Out of memory with a micro-batch of {len(rows)} rows: split into {len(halves[0])} and {len(halves[1])}. "
-        "Lower micro_batch or max_tokens to avoid the failed attempts.",
+        f"Out of memory with a micro-batch of {len(rows)} rows ({padded_tokens(slicer, rows)} padded tokens): split into "
+        f"{len(halves[0])} and {len(halves[1])}. Lower micro_batch or max_tokens to avoid the failed attempts.",
         stacklevel=2,
     )
+    if on_split is not None:
+        on_split(max(padded_tokens(slicer, half) for half in halves))
     return halves
 
 
-def _tokens(slicer: RowSlicer, rows: Tensor) -> int:
-    """Padded tokens of a micro-batch; rows, where there are no lengths."""
-    return len(rows) * (max(1, int(slicer.lengths[rows].max())) if slicer.lengths is not None else 1)
-
-
-def _total_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    raise AnybatchError(
-        f"The memory of a {device.type} device cannot be read; give keep_graphs a number instead of 'auto'."
+def sharded_out_of_memory(rows: Tensor) -> AnybatchError:
+    """Why a micro-batch of a sharded encoder is not split."""
+    return AnybatchError(
+        f"Out of memory with a micro-batch of {len(rows)} rows of a sharded encoder (fully_shard), which cannot be split now: the "
+        "other ranks take part in each of its passes. Lower micro_batch, max_tokens or keep_graphs on all ranks."
     )
 
 
-def _memory_in_use(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError as error:
-        raise AnybatchError(
-            "The memory this process uses cannot be read on this system; give keep_graphs a number instead of 'auto'."
-        ) from error
+def padded_tokens(slicer: RowSlicer, rows: Tensor) -> int:
+    """Padded tokens of a micro-batch; rows, where there are no lengths."""
+    return len(rows) * (max(1, int(slicer.lengths[rows].max())) if slicer.lengths is not None else 1)

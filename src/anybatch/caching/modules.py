@@ -1,16 +1,13 @@
-"""The modules behind an encoder: found, checked for what caching cannot reproduce, and kept from reducing too early."""
+"""The modules behind an encoder: found, and checked for what caching cannot reproduce."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.errors import AnybatchError
 
@@ -70,59 +67,3 @@ def refuse_batch_statistics(modules: Iterable[nn.Module]) -> None:
                     f"(module.{name or 'bn'}.eval(), after every model.train()), or replace it by LayerNorm or "
                     "GroupNorm, or train without caching."
                 )
-
-
-def distributed_modules(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
-    """Every DistributedDataParallel in or below the given modules, each once.
-
-    Raises:
-        AnybatchError: `static_graph=True`, which counts on one forward pass a step.
-    """
-    found: dict[DistributedDataParallel, None] = {}
-    for module in modules:
-        for child in module.modules():
-            if isinstance(child, DistributedDataParallel):
-                if child.static_graph:
-                    raise AnybatchError(
-                        "DistributedDataParallel(static_graph=True) expects the same use of every parameter in each "
-                        "backward pass, and caching makes several. Build it with static_graph=False."
-                    )
-                found[child] = None
-    return list(found)
-
-
-@contextlib.contextmanager
-def refuse_hidden_distributed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Watch a call in which no module could be found beforehand, and refuse if it runs a DistributedDataParallel.
-
-    Unknown to us it would reduce after every micro-batch, adding up what was reduced before.
-
-    Raises:
-        AnybatchError: Inside, where such a module is called.
-    """
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if ranks == 1 or any(True for _ in modules):
-        yield
-        return
-
-    def check(module: nn.Module, _: Any) -> None:
-        if isinstance(module, DistributedDataParallel):
-            raise AnybatchError(
-                "The encoder runs a DistributedDataParallel module that cannot be found by looking at it, so its "
-                "gradient reduction cannot be held back until the last micro-batch. Name it: modules=[module]."
-            )
-
-    hook = nn.modules.module.register_module_forward_pre_hook(check)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
-def no_reduction(wrapped: Iterable[DistributedDataParallel]) -> Iterator[None]:
-    """Accumulate gradients locally: both the forward and the backward pass must run inside."""
-    with contextlib.ExitStack() as stack:
-        for module in wrapped:
-            stack.enter_context(module.no_sync())
-        yield

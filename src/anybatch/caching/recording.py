@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, warn_split
+from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, sharded_out_of_memory, warn_split
+from anybatch.caching.reduction import Wrapped
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import count_kept
 from anybatch.caching.state import AutocastState, ModeState, RandomState
@@ -43,7 +45,9 @@ class Recording:
     _pieces: list[Piece]
     _autocast: AutocastState
     _modes: ModeState
-    _wrapped: tuple[DistributedDataParallel, ...] = ()
+    _wrapped: tuple[Wrapped, ...] = ()
+    _on_split: Callable[[int], None] | None = None
+    _sharded: bool = False  # over ranks, which then must run equally many passes
     _spent: bool = field(default=False)
 
     @property
@@ -80,11 +84,19 @@ class RecordingPass:
     """One pass over the batch: what has been recorded so far, and how many graphs may still be kept."""
 
     def __init__(
-        self, encode: Encoder, slicer: RowSlicer, queue: deque[Tensor], keep_graphs: int | float | GraphBudget
+        self,
+        encode: Encoder,
+        slicer: RowSlicer,
+        queue: deque[Tensor],
+        keep_graphs: int | float | GraphBudget,
+        on_split: Callable[[int], None] | None,
+        *,
+        may_split: bool = True,
     ) -> None:
-        self.encode, self.slicer, self.queue = encode, slicer, queue
+        self.encode, self.slicer, self.queue, self.on_split = encode, slicer, queue, on_split
         self.budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
         self.to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(queue))
+        self.may_split = may_split
         self.training = torch.is_grad_enabled()
         self.pieces: list[Piece] = []
         self.flats: list[Tensor] = []
@@ -107,6 +119,8 @@ class RecordingPass:
             measuring = budget.measure(self.slicer, rows) if budget is not None and with_graph else None
             attempt.result = encode_rows(self.encode, self.slicer, rows, measuring)
         if attempt.error is not None:
+            if not self.may_split:
+                raise sharded_out_of_memory(rows) from attempt.error
             if before is not None:
                 before.restore()
             self._make_room(rows, attempt.error, kept=with_graph and any(self.trains))
@@ -120,19 +134,29 @@ class RecordingPass:
         if piece.trains:
             assert before is not None
             piece.random, piece.drew = before, not before.equals(RandomState())
-            # The first graph was made before there was a measurement, so a budget is asked again.
-            if keep or (with_graph and budget is not None and budget.has_room(self.slicer, rows)):
+            # A budget is asked again: the first graph was made before there was a measurement, the others may be larger.
+            if with_graph and (budget.keep_last() if budget is not None else keep):
                 piece.outputs = outputs
-                if budget is not None:
-                    budget.spend(self.slicer, rows)
         self.pieces.append(piece)
 
     def _make_room(self, rows: Tensor, error: BaseException, *, kept: bool) -> None:
-        if kept:  # there was no room beside the graphs kept so far: keep no more, and run these rows without one
-            self.to_keep, self.budget = 0, None
-            self.queue.appendleft(rows)
-        else:
-            self.queue.extendleft(reversed(warn_split(rows, error)))
+        if not kept:
+            self.queue.extendleft(reversed(warn_split(self.slicer, rows, error, self.on_split)))
+            return
+        # There was no room beside the graphs kept so far: keep no more, and run these rows without one. The last one kept
+        # makes room for the replays, whose micro-batches are no larger.
+        holding = [piece for piece in self.pieces if piece.outputs is not None]
+        if holding:
+            holding[-1].outputs = None
+        warnings.warn(
+            f"Out of memory with {len(holding)} graphs kept: no more are kept in this step. Lower memory or keep_graphs to "
+            "avoid the failed attempts.",
+            stacklevel=2,
+        )
+        self.to_keep = 0
+        if self.budget is not None:
+            self.budget.overrun = True
+        self.queue.appendleft(rows)
 
     def _store(self, rows: Tensor, outputs: tuple[Tensor, ...]) -> None:
         if not self.flats:

@@ -11,25 +11,30 @@ embeddings: d loss / d theta = sum over micro-batches of (d embeddings_m / d the
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from anybatch import distributed
 from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, warn_split
-from anybatch.caching.modules import (
-    distributed_modules,
-    modules_of,
-    no_reduction,
-    refuse_batch_statistics,
-    refuse_hidden_distributed,
-)
+from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, sharded_out_of_memory, warn_split
+from anybatch.caching.modules import modules_of, refuse_batch_statistics
 from anybatch.caching.recording import Piece, Recording, RecordingPass
+from anybatch.caching.reduction import (
+    Wrapped,
+    distributed_modules,
+    no_reduction,
+    reduces_now,
+    refuse_hidden_distributed,
+    same_number_on_all_ranks,
+)
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.state import AutocastState, ModeState, RandomState, without_autocast
 from anybatch.errors import AnybatchError
@@ -42,6 +47,7 @@ def record(
     micro_batches: Sequence[Tensor],
     keep_graphs: int | float | GraphBudget = 0,
     modules: Sequence[nn.Module] | None = None,
+    on_split: Callable[[int], None] | None = None,
 ) -> Recording:
     """Run the encoder over every micro-batch and keep the embeddings, but not (all of) the graphs.
 
@@ -56,6 +62,7 @@ def record(
         keep_graphs: How many micro-batches, from the first, keep their graph: an int counts them, a float is a
             fraction, a `GraphBudget` keeps them while memory allows. 0 is pure GradCache, 1.0 plain training.
         modules: The modules that `encode` runs, where they cannot be found by looking at it (see `modules_of`).
+        on_split: Called with the padded tokens that are tried next, when a micro-batch ran out of memory.
 
     Returns:
         The recording. Under `torch.no_grad()` its leaves need no gradient and nothing can be replayed.
@@ -75,17 +82,26 @@ def record(
     held = modules_of(encode) if modules is None else list(modules)
     refuse_batch_statistics(held)
     wrapped = distributed_modules(held)
-    called: set[DistributedDataParallel] = set()
+    sharded = distributed.is_active() and any(isinstance(module, FSDPModule) for module in wrapped)
+    if sharded:
+        micro_batches = same_number_on_all_ranks(slicer, micro_batches)
+        if isinstance(keep_graphs, GraphBudget):
+            warnings.warn(
+                "keep_graphs='auto' is ignored for a sharded encoder (fully_shard), which must run equally often on every rank. "
+                "Give keep_graphs a number.",
+                stacklevel=2,
+            )
+            keep_graphs = 0
+    called: set[nn.Module] = set()
 
     def note(module: nn.Module, _: Any) -> None:
-        if isinstance(module, DistributedDataParallel):
-            called.add(module)
+        called.add(module)
 
-    hooks = [module.register_forward_pre_hook(note) for module in wrapped]
+    hooks = [module.register_forward_pre_hook(note) for module in wrapped]  # type: ignore[union-attr]
     torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
     try:
         with no_reduction(wrapped), refuse_hidden_distributed(held):
-            recorded = RecordingPass(encode, slicer, deque(micro_batches), keep_graphs)
+            recorded = RecordingPass(encode, slicer, deque(micro_batches), keep_graphs, on_split, may_split=not sharded)
             recorded.run()
     finally:
         torch.clear_autocast_cache()
@@ -100,6 +116,8 @@ def record(
         _modes=ModeState(held),
         # A compiled encoder may not fire hooks; then every module found counts as called.
         _wrapped=tuple(module for module in wrapped if not called or module in called),
+        _on_split=on_split,
+        _sharded=sharded,
     )
 
 
@@ -110,18 +128,20 @@ class _Job:
     recording: Recording
     piece: Piece
     zero: bool = False  # nothing to add; only lets a DistributedDataParallel reduce
-    reduce: tuple[DistributedDataParallel, ...] = ()
+    reduce: tuple[Wrapped, ...] = ()
 
 
 def replay(
     recordings: Sequence[Recording], grads: Sequence[Sequence[Tensor | None]], *, scale: Tensor | float = 1.0
 ) -> None:
-    """Send the gradients of the leaves into the encoders of one step: kept graphs first, then the replays.
+    """Send the gradients of the leaves into the encoders of one step, micro-batch by micro-batch, in recorded order.
+
+    Which graphs were kept changes the time and not one bit of the gradient.
 
     A replayed micro-batch runs under the random state, autocast and training mode of its recording; afterwards the
-    random generators are where they were. An encoder wrapped in DistributedDataParallel reduces its gradients in
+    random generators are where they were. An encoder wrapped in DistributedDataParallel or `fully_shard` reduces its gradients in
     the last backward pass of the last recording that calls it, and only if it would do so now (an outer `no_sync`
-    is respected). Where that recording kept every graph, one row more is run, with a zero gradient, to let it reduce.
+    is respected). Where its last graph was kept, one row more is run, with a zero gradient, to let it reduce.
 
     Args:
         recordings: All recordings of the step, in the same order on every rank.
@@ -133,7 +153,7 @@ def replay(
         AnybatchError: A recording used twice, gradients of another number or shape, out of memory in a backward pass.
 
     Cost: forward and backward of every micro-batch that was not kept; one gradient reduction a step for each
-        DistributedDataParallel.
+        DistributedDataParallel and sharded encoder. A sharded one gathers its weights in every pass.
     """
     scaled = [_checked_grads(recording, given, scale) for recording, given in zip(recordings, grads, strict=True)]
     gradient_of = {id(recording): given for recording, given in zip(recordings, scaled)}
@@ -150,25 +170,19 @@ def replay(
 
 
 def _plan_jobs(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> list[_Job]:
-    """Back-propagate what was kept (which frees it) and list what must be replayed."""
-    reducing = {module: module.require_backward_grad_sync for r in recordings for module in r._wrapped}
+    """Every micro-batch in recorded order, kept or not: the sum of the gradients is the same to the last bit."""
+    reducing = {module: reduces_now(module) for r in recordings for module in r._wrapped}
     active = [r for r in recordings if r.trains and any(grad is not None for grad in gradient_of[id(r)])]
     jobs: list[_Job] = []
-    for recording in active:
-        with no_reduction(recording._wrapped), without_autocast():
-            for piece in recording._pieces:
-                if piece.outputs is not None:
-                    _backward(piece.outputs, gradient_of[id(recording)], piece.rows)
-                    piece.outputs, piece.trains = None, False
     for position, recording in enumerate(active):
         own = [_Job(recording=recording, piece=piece) for piece in recording._pieces if piece.trains]
         later = {module for other in active[position + 1 :] for module in other._wrapped}
         due = tuple(module for module in recording._wrapped if reducing[module] and module not in later)
-        if due and not own:
-            last = recording._pieces[-1]  # the shortest
-            own = [_Job(recording=recording, piece=Piece(rows=last.rows[-1:]), zero=True)]
-        if own:
-            own[-1].reduce = due
+        if own[-1].piece.outputs is not None and any(isinstance(module, DistributedDataParallel) for module in due):
+            # A kept graph was made with the reduction held back, and cannot reduce.
+            rows = recording._pieces[-1].rows[-1:]  # the shortest
+            own.append(_Job(recording=recording, piece=Piece(rows=rows), zero=True))
+        own[-1].reduce = due
         jobs += own
     for recording in recordings:
         recording._spent = True
@@ -180,23 +194,39 @@ def _replay_piece(jobs: deque[_Job], gradient_of: dict[int, list[Tensor | None]]
     recording, piece = job.recording, job.piece
     local = [module for module in recording._wrapped if module not in job.reduce]
     with recording._autocast.apply(), recording._modes.apply(), no_reduction(local):
-        if piece.random is not None:
-            piece.random.restore()
-        with out_of_memory_as_none() as attempt:
-            attempt.result = encode_rows(recording._encode, recording._slicer, piece.rows)
-        outputs = attempt.result
+        outputs, piece.outputs = piece.outputs, None  # a kept graph is freed by its backward pass
         if outputs is None:
-            if piece.drew:
-                raise AnybatchError(
-                    f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split "
-                    "now: its random numbers (dropout) belong to the whole. Lower micro_batch or max_tokens."
-                ) from attempt.error
-            halves = [Piece(rows=rows, drew=False, trains=True) for rows in warn_split(piece.rows, attempt.error)]
-            jobs.appendleft(_Job(recording=recording, piece=halves[1], reduce=job.reduce))
-            jobs.appendleft(_Job(recording=recording, piece=halves[0]))
-            return
-        with without_autocast():
-            _backward(outputs, gradient_of[id(recording)], piece.rows, zero=job.zero)
+            if piece.random is not None:
+                piece.random.restore()
+            with out_of_memory_as_none() as attempt:
+                attempt.result = encode_rows(recording._encode, recording._slicer, piece.rows)
+            outputs = attempt.result
+            if outputs is None:
+                _split(jobs, job, attempt.error)
+                return
+        with without_autocast(), out_of_memory_as_none() as attempt:
+            attempt.result = _backward(outputs, gradient_of[id(recording)], piece.rows, zero=job.zero)
+        if attempt.error is not None:
+            raise AnybatchError(
+                f"Out of memory in the backward pass of a micro-batch of {len(piece.rows)} rows. The gradients of this step "
+                "are incomplete: set them to zero. Lower micro_batch, max_tokens, memory or keep_graphs."
+            ) from attempt.error
+
+
+def _split(jobs: deque[_Job], job: _Job, error: BaseException | None) -> None:
+    """Put the two halves of a replay that did not fit in front of the queue."""
+    recording, piece = job.recording, job.piece
+    if recording._sharded:
+        raise sharded_out_of_memory(piece.rows) from error
+    if piece.drew:
+        raise AnybatchError(
+            f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split "
+            "now: its random numbers (dropout) belong to the whole. Lower micro_batch or max_tokens."
+        ) from error
+    smaller = warn_split(recording._slicer, piece.rows, error, recording._on_split)
+    halves = [Piece(rows=rows, drew=False, trains=True) for rows in smaller]
+    jobs.appendleft(_Job(recording=recording, piece=halves[1], reduce=job.reduce))
+    jobs.appendleft(_Job(recording=recording, piece=halves[0]))
 
 
 def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Tensor, *, zero: bool = False) -> None:

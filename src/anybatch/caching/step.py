@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anybatch.caching.forward import Encoder
-from anybatch.caching.memory import GraphBudget
-from anybatch.caching.recording import Recording
-from anybatch.caching.replay import record, replay
-from anybatch.caching.rows import RowSlicer
-from anybatch.caching.schedule import plan_micro_batches
+from anybatch.caching.replay import replay
 from anybatch.caching.state import without_autocast
+from anybatch.caching.step_memory import StepMemory
+from anybatch.caching.towers import Auto, paired_encoders, record_towers
 from anybatch.errors import AnybatchError
 
 
@@ -24,10 +23,10 @@ def cached_step(
     encoders: Encoder | Sequence[Encoder],
     inputs: Sequence[Any],
     *,
-    micro_batch: int | None = 32,
+    micro_batch: int | Auto | None = 32,
     max_tokens: int | None = None,
-    keep_graphs: int | float | str = 0,
-    memory: str | int = "80%",
+    keep_graphs: int | float | Auto = 0,
+    memory: str | int | StepMemory = "80%",
     sort_by_length: bool = True,
     loss_kwargs: Mapping[str, Any] | None = None,
     scale: float = 1.0,
@@ -47,11 +46,13 @@ def cached_step(
         encoders: One callable for all towers (shared weights), or one for each. Each takes a micro-batch of its tower
             and returns `(b, D)`.
         inputs: One batch a tower: anchors, positives, then explicit negatives (see `RowSlicer` for their form).
-        micro_batch: The most rows in a forward pass; None if `max_tokens` limits it.
+        micro_batch: The most rows in a forward pass; None if `max_tokens` limits it; "auto" finds the padded tokens that
+            `memory` has room for.
         max_tokens: The most padded tokens in a forward pass.
         keep_graphs: How many micro-batches of each tower keep their graph instead of running twice: an int counts
             them, a float is a fraction (1.0: plain training), "auto" keeps what `memory` has room for.
-        memory: For "auto": the most memory in use on the device, "8GiB" or "80%".
+        memory: For "auto": the most memory in use on the device, "8GiB" or "80%". A `StepMemory` given to every step
+            probes once and remembers what did not fit.
         sort_by_length: Group rows of like length; the embeddings keep the order of the batch.
         loss_kwargs: Passed to the loss, for instance `{"index": rows}`.
         scale: Multiplies the loss before the backward pass (a gradient scaler, 1 / accumulation steps).
@@ -69,34 +70,19 @@ def cached_step(
 
     Reference: arXiv 2101.06983 (GradCache), section 3.2; keeping graphs and sorting are additions.
     """
-    towers = paired_encoders(encoders, inputs)
-    slicers = [RowSlicer(batch) for batch in inputs]
-    keep = _graphs_to_keep(keep_graphs, memory, [*inputs, *towers])
-    recordings: list[Recording] = []
-    for encode, slicer in zip(towers, slicers):
-        plan = plan_micro_batches(slicer, micro_batch=micro_batch, max_tokens=max_tokens, sort_by_length=sort_by_length)
-        recordings.append(record(encode, slicer, micro_batches=plan, keep_graphs=keep, modules=modules))
+    recordings = record_towers(
+        paired_encoders(encoders, inputs),
+        inputs,
+        micro_batch=micro_batch,
+        max_tokens=max_tokens,
+        keep_graphs=keep_graphs,
+        memory=memory,
+        sort_by_length=sort_by_length,
+        modules=modules,
+    )
     value = backward_to_leaves(loss, [r.embeddings for r in recordings], loss_kwargs=loss_kwargs, scale=scale)
     replay(recordings, [[r.embeddings.grad] for r in recordings])
     return value
-
-
-def paired_encoders(encoders: Encoder | Sequence[Encoder], inputs: Sequence[Any]) -> list[Encoder]:
-    """One encoder for each tower: the only one given for all, or as many as there are towers.
-
-    Raises:
-        AnybatchError: Neither.
-    """
-    if callable(encoders) and not isinstance(encoders, nn.ModuleList):
-        towers: list[Encoder] = [encoders] * len(inputs)
-    else:
-        towers = [*encoders]
-    if len(towers) != len(inputs) or not towers:
-        raise AnybatchError(
-            f"{len(towers)} encoders for {len(inputs)} towers; give one input batch a tower, and one encoder for all "
-            "or one for each."
-        )
-    return towers
 
 
 def backward_to_leaves(
@@ -106,7 +92,7 @@ def backward_to_leaves(
     loss_kwargs: Mapping[str, Any] | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """The loss of recorded embeddings, back-propagated as far as the leaves (and the loss's own parameters).
+    """The loss of recorded embeddings, outside autocast, back-propagated to the leaves (and the loss's own parameters).
 
     Args:
         loss: As in `cached_step`.
@@ -124,7 +110,8 @@ def backward_to_leaves(
         candidates = [torch.cat(list(leaves[1:]))]
     else:
         candidates = list(leaves[1:])  # one tower only: the loss takes the embeddings alone
-    value = loss(leaves[0], *candidates, **(loss_kwargs or {}))
+    with without_autocast():  # the leaves are float32 or better, and so is all that the loss does with them
+        value = loss(leaves[0], *candidates, **(loss_kwargs or {}))
     if not isinstance(value, Tensor) or value.ndim != 0:
         given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise AnybatchError(f"The loss returned {given}; a scalar tensor is expected. Reduce it (mean) inside.")
@@ -142,6 +129,28 @@ def backward_to_leaves(
             "gradient, though encoding them costs time. Remove these inputs, or use a loss that reads them."
         )
     return value.detach()
+
+
+@contextlib.contextmanager
+def taken_aside(parameters: Sequence[nn.Parameter]) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+    """Collect what a backward pass inside gives to `parameters`, and put their `.grad` back as it was.
+
+    For a loss whose backward pass is only a preparation: the outer gradient (1 / accumulation steps, a gradient scaler)
+    that must multiply what it found comes later.
+
+    Yields:
+        A list, filled on leaving: parameter and gradient, where it received one.
+    """
+    before = [parameter.grad for parameter in parameters]
+    found: list[tuple[nn.Parameter, Tensor]] = []
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield found
+        found += [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    finally:
+        for parameter, grad in zip(parameters, before):
+            parameter.grad = grad
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int = 2**25) -> None:
@@ -183,23 +192,3 @@ def _average(bucket: list[nn.Parameter]) -> None:
     flat /= dist.get_world_size()
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
         grad.copy_(part.view_as(grad))
-
-
-def _graphs_to_keep(keep_graphs: int | float | str, memory: str | int, places: Sequence[Any]) -> Any:
-    if not isinstance(keep_graphs, str):
-        return keep_graphs
-    if keep_graphs != "auto":
-        raise AnybatchError(f'keep_graphs is {keep_graphs!r}; give a number of micro-batches, a fraction, or "auto".')
-    return GraphBudget(memory, device=_device_of(places))
-
-
-def _device_of(places: Sequence[Any]) -> torch.device:
-    """The first device found that is not the CPU, else the CPU."""
-    for place in places:
-        values = place.parameters() if isinstance(place, nn.Module) else [place]
-        if isinstance(place, Mapping):
-            values = place.values()
-        for value in values:
-            if isinstance(value, Tensor) and value.device.type != "cpu":
-                return value.device
-    return torch.device("cpu")

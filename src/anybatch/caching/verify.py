@@ -17,7 +17,8 @@ from anybatch.caching.modules import modules_of
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.state import ModeState, RandomState, without_autocast
-from anybatch.caching.step import cached_step, paired_encoders
+from anybatch.caching.step import cached_step
+from anybatch.caching.towers import paired_encoders
 from anybatch.errors import AnybatchError
 
 
@@ -27,8 +28,9 @@ class Verification:
 
     Attributes:
         error: Norm of the difference of all gradients over the norm of the plain gradient.
-        tolerance: What rounding allows in the coarsest dtype that took part.
-        errors: The same ratio for every parameter, by name.
+        tolerance: What rounding allows in the coarsest dtype that took part, autocast's included.
+        errors: The same for every parameter, by name: over its own norm, or a thousandth of that of all where its own is less
+            (some gradients, such as that of a key's bias, are zero but for rounding).
         loss_error: Relative difference of the two losses.
         findings: What stands in the way of exactness, in sentences; empty where nothing was found.
     """
@@ -38,6 +40,11 @@ class Verification:
     errors: dict[str, float]
     loss_error: float
     findings: tuple[str, ...]
+
+    @classmethod
+    def refused(cls, reason: str) -> Verification:
+        """What there is to say when the cached step refuses to run: a finding, and no errors."""
+        return cls(error=float("inf"), tolerance=0.0, errors={}, loss_error=float("inf"), findings=(reason,))
 
     @property
     def exact(self) -> bool:
@@ -114,8 +121,9 @@ def verify(
         # With dropout the masks belong to the micro-batches; without, the whole batch in one pass says more.
         split = plans if draws else [[torch.arange(slicer.num_rows)] for slicer in slicers]
         embedded = [_embedded(tower, slicer, plan) for tower, slicer, plan in zip(towers, slicers, split)]
-        value = loss(embedded[0], *([torch.cat(embedded[1:])] if len(embedded) > 1 else []), **(loss_kwargs or {}))
-        with without_autocast():
+        precise = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in embedded]
+        with without_autocast():  # as in the cached step: the loss sees float32 or better, and no autocast
+            value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **(loss_kwargs or {}))
             value.backward()
         plain = _take_gradients(names)
     with _untouched(parts, list(names)), torch.no_grad(), _evaluating(held):
@@ -135,7 +143,10 @@ def verify(
     start.restore()
     foreign.restore()
     findings += [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
-    return _compare(cached, plain, cached_value, value.detach(), _tolerance([*embedded, *plain.values()]), findings)
+    tolerance = _tolerance([*embedded, *plain.values()])
+    encoder = {name for part in held for parameter in part.parameters() if (name := names.get(parameter))}
+    findings += _wrong_sizes({n: g for n, g in plain.items() if n not in encoder}, cached, 100 * tolerance)
+    return _compare(cached, plain, cached_value, value.detach(), tolerance, findings)
 
 
 def _embedded(tower: Encoder, slicer: RowSlicer, plan: Sequence[Tensor]) -> Tensor:
@@ -146,7 +157,12 @@ def _embedded(tower: Encoder, slicer: RowSlicer, plan: Sequence[Tensor]) -> Tens
 
 
 def _tolerance(tensors: Sequence[Tensor]) -> float:
-    return 200 * max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+    """A multiple of the coarsest rounding; a smaller one in half precision, where 200 roundings would be everything."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    for device in {tensor.device.type for tensor in tensors}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    return max((200 if torch.finfo(dtype).bits >= 32 else 16) * torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _compare(
@@ -158,11 +174,12 @@ def _compare(
     found: list[str],
 ) -> Verification:
     errors: dict[str, float] = {}
+    floor = 1e-3 * sum(float(gradient.double().norm()) ** 2 for gradient in plain.values()) ** 0.5
     difference = reference = product = 0.0
-    for name in plain.keys() & cached.keys():
+    for name in sorted(plain.keys() & cached.keys()):
         wanted, got = plain[name].double(), cached[name].double()
         gap, size = float((got - wanted).norm()), float(wanted.norm())
-        errors[name] = gap / size if size > 0 else float(gap > 0)
+        errors[name] = gap / max(size, floor) if max(size, floor) > 0 else float(gap > 0)
         difference, reference = difference + gap**2, reference + size**2
         product += float((got * wanted).sum())
     error = (difference / reference) ** 0.5 if reference > 0 else float(difference > 0)
@@ -179,6 +196,18 @@ def _compare(
     return Verification(
         error=error, tolerance=tolerance, errors=errors, loss_error=loss_error, findings=tuple(dict.fromkeys(found))
     )
+
+
+def _wrong_sizes(plain: dict[str, Tensor], cached: dict[str, Tensor], tolerance: float) -> list[str]:
+    """Parameters of the loss are few and their gradients small: beside an encoder's, a wrong factor would go unseen."""
+    found = []
+    for name in plain.keys() & cached.keys():
+        wanted, got = plain[name].double(), cached[name].double()
+        size = float(wanted.norm())
+        if size > 0 and float((got - wanted).norm()) > tolerance * size:
+            ratio = float((got * wanted).sum()) / size**2
+            found.append(f"The loss's own parameter {name} gets {ratio:.4g} times its gradient: a scale is wrong.")
+    return found
 
 
 class _ForeignState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from anybatch.cli import demo, evaluate, inspect, mine, train
+from anybatch.cli import demo, doctor, evaluate, inspect, mine, train
 
 app = typer.Typer(
     name="anybatch",
@@ -14,6 +14,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, mine, train, evaluate):
+for verb in (demo, mine, train, evaluate, doctor):
     app.command(name=verb.__name__.rsplit(".", 1)[1])(verb.command)
 app.add_typer(inspect.verbs, name="inspect")

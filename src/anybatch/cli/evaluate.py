@@ -31,7 +31,7 @@ def command(
     ] = None,
     queries: Annotated[str | None, typer.Option("--queries", help="Queries of the retrieval set.")] = None,
     qrels: Annotated[str | None, typer.Option("--qrels", help="Relevance judgements of the retrieval set.")] = None,
-    split: Annotated[str | None, typer.Option("--split", help="Which split of queries and judgements.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Which split of the judgements.")] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens a text is cut at.")] = None,
     anchor_prompt: Annotated[str, typer.Option("--anchor-prompt", help="Text put before each anchor or query.")] = "",
     positive_prompt: Annotated[
@@ -44,9 +44,15 @@ def command(
     """Measure a model: recall, MRR and nDCG on held-out pairs or on a retrieval set."""
     if output is not None and output.exists():
         raise AnybatchError(f"{output} exists. Choose another file for --output.")
-    if data is not None and corpus is not None:
+    if output is not None and not output.absolute().parent.is_dir():
+        raise AnybatchError(f"There is no folder {output.absolute().parent} for --output. Make it, or choose another.")
+    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--limit": limit}
+    of_retrieval = {"--corpus": corpus, "--queries": queries, "--qrels": qrels, "--split": split}
+    given = [[name for name, value in side.items() if value is not None] for side in (of_pairs, of_retrieval)]
+    if all(given):
         raise AnybatchError(
-            "Got both --data and --corpus. Give pairs (--data) or a retrieval set (--corpus, --queries, --qrels)."
+            f"Got {given[0][0]}, which belongs to pairs, and {given[1][0]}, which belongs to a retrieval set. Give pairs ({', '.join(of_pairs)}) "
+            f"or a retrieval set ({', '.join(of_retrieval)})."
         )
     if data is not None:
         held_out = read_pairs(data, anchor=anchor or "anchor", positive=positive or "positive", limit=limit)

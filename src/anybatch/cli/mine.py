@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -22,8 +21,6 @@ def command(
 
     Under torchrun (`torchrun --nproc-per-node 4 -m anybatch mine ...`) the processes share embedding and search.
     """
-    if options.model is None and options.config is None and not resume:
-        options = replace(options, model=options.teacher)  # mining alone trains nothing, so a model need not be named
     settings = options.resolve(resume=resume)
     with launched_ranks():
         pairs = read_training_pairs(settings)

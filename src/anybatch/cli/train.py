@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import Bars, console
 from anybatch.configuration import to_yaml
 from anybatch.report.tables import metrics_table
+from anybatch.run_config import resolved
 
 
 @with_run_options
@@ -27,10 +29,12 @@ def command(
     """Train a model: choose the batches (unless a plan is given), fine-tune, evaluate; everything lands in OUTPUT."""
     settings = options.resolve(resume=resume, plan=plan)
     if show_config:
-        typer.echo(to_yaml(settings))
+        typer.echo(to_yaml(resolved(settings)))
         return
     with Bars() as bars:
         result = pipeline.train(settings, resume=resume, progress=bars)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # one of several ranks speaks
     console.print(
         f"Model: {settings.output}/model   log: {settings.output}/log.jsonl   figures: {settings.output}/metrics.json",
         highlight=False,

@@ -15,6 +15,7 @@ from anybatch.losses.log_weights import (
     TensorLogWeight,
     inclusion_log_weights,
 )
+from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.nuclr import NUCLR
 from anybatch.losses.pairwise import AUCCL, SigLIP
 from anybatch.losses.scent import SCENT
@@ -30,6 +31,7 @@ __all__ = [
     "ContrastiveLoss",
     "CountCorrectedInfoNCE",
     "DecoupledInfoNCE",
+    "ExampleMemory",
     "FastCLIP",
     "GammaSchedule",
     "GloFND",

@@ -120,7 +120,7 @@ class ContrastiveLoss(nn.Module):
         Raises:
             AnybatchError: Shapes that do not fit, a negative anchor_id, an index that is missing or out of range.
 
-        Cost: see `engine`. Collectives a direction: six in the forward pass, none in the backward pass.
+        Cost and collectives: see `engine`; nothing is communicated in the backward pass.
         """
         _check_shapes(anchors, candidates, index, anchor_id, candidate_id)
         dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32

@@ -28,9 +28,10 @@ KNOWN: dict[str, frozenset[str]] = {
     "siglip": frozenset({"learnable_temperature", "bias"}),
     "auc_cl": frozenset({"margin"}),
 }
+# Denominators that a warm start can fill, and a probe can check.
+WITH_MEMORY = ("sogclr", "fastclip", "isogclr", "tempnet", "scent")
 # Denominators that are the batch's own, which inclusion weights would turn into something else.
 _WITHOUT_WEIGHTS = ("infonce", "decoupled", "siglip")
-WITH_MEMORY = ("sogclr",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,8 @@ class LossConfig:
         temperature_range: fastclip, isogclr, tempnet: lowest and highest temperature.
         temperature_lr: fastclip v2, isogclr: step of an example's temperature.
         dimensions: tempnet: width of the embeddings. emc2: likewise, to keep the embeddings of the chains' states.
+        margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive.
         bias: siglip: the bias at first; it is learned.
-        margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive, in
-            cosine similarity.
         margin_lr, margin_start: nuclr: step of the margins, and steps before they are learned.
         hardness: infonce: weight negatives by exp(hardness * similarity).
         alpha: glofnd: share of negatives to drop. scent: step.
@@ -100,8 +100,8 @@ class LossConfig:
     temperature_range: tuple[float, ...] | None = None
     temperature_lr: float | None = None
     dimensions: int | None = None
-    bias: float | None = None
     margin: float | None = None
+    bias: float | None = None
     margin_lr: float | None = None
     margin_start: int | None = None
     hardness: float | None = None
@@ -162,7 +162,7 @@ class LossConfig:
             raise AnybatchError(
                 f"loss.direction is 'both'; '{self.name}' judges pairs and has one direction. Leave it at 'one_way'."
             )
-        if self.name == "auc_cl" and (self.temperature != 0.05 or self.learnable_temperature):
+        if self.name == "auc_cl" and self.temperature != 0.05:
             raise AnybatchError("loss.name 'auc_cl' has no temperature; set loss.margin instead.")
 
     def _given(self) -> dict[str, Any]:
@@ -199,7 +199,13 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
         "glofnd": losses.GloFND,
         "emc2": losses.EMC2,
         "scent": losses.SCENT,
+        "siglip": losses.SigLIP,
+        "auc_cl": losses.AUCCL,
     }[config.name]
-    if config.name in ("infonce", "decoupled"):
+    if config.name in ("siglip", "auc_cl"):
+        del arguments["direction"]
+    if config.name == "auc_cl":
+        del arguments["temperature"]
+    if config.name in ("infonce", "decoupled", "siglip", "auc_cl"):
         return make(**arguments)
     return make(num_rows, **arguments)

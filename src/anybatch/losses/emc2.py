@@ -200,6 +200,7 @@ class _Chain:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(num_columns, generator=generator).to(start.device)
         self.order = torch.argsort(places)[order]
+        self.columns = self.order.tolist()
         self.draws = torch.randint(2**62, (2,), generator=generator).tolist()
 
     def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ class _Chain:
         state = self.state[rows].nan_to_num(-torch.inf)  # a chain that has not started accepts what comes first
         place = torch.full((len(state),), -1, device=state.device)
         places = place.new_empty(proposals.shape)
-        for step, column in enumerate(self.order.tolist()):
+        for step, column in enumerate(self.columns):
             accepted = enough[step] >= state
             state = torch.where(accepted, proposals[step], state)
             place = torch.where(accepted, column, place)
@@ -226,7 +227,9 @@ class _Chain:
         total = counted.sum(dim=0).clamp(min=1)
         shares = (counted & (places >= 0)).to(logits.dtype) / total
         visits = torch.zeros_like(logits).scatter_add_(1, places.clamp(min=0).T, shares.T)
-        self.outside[rows] = torch.where(self.started[rows], (counted & (places < 0)).sum(dim=0) / total, 0.0)
+        self.outside[rows] = torch.where(
+            self.started[rows], (counted & (places < 0)).sum(dim=0).to(logits.dtype) / total, 0.0
+        )
         return visits.log_()
 
     def _uniform(self, rows: slice, num_steps: int, device: torch.device) -> Tensor:
@@ -238,4 +241,4 @@ class _Chain:
             mixed = (
                 mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))
             ) * factor  # integers wrap around, as hashes do
-        return ((mixed & ((1 << 53) - 1)).double() + 0.5) / 2**53
+        return ((mixed & ((1 << 23) - 1)).float() + 0.5) / 2**23

@@ -12,8 +12,11 @@ Computes exactly, for each anchor i with its positive p(i), without ever holding
 
 Cost: one direction, three matrix products of B x M x D for loss and gradients when the rule works row by row or one tile holds
 everything, four otherwise; both directions the same three or four; `tile_bytes` of scores, times a small number; nothing is kept for
-the backward pass but the two gradients. With W ranks, all in the forward pass: two gathers of sizes, one of the candidates, one sum of their
-gradient, one sum of the loss and one of a scalar temperature's gradient; both directions add three gathers and a sum of (B,) numbers.
+the backward pass but the two gradients.
+
+Collectives, all in the forward pass: two gathers of sizes, a gather of the candidates (M x D numbers a rank), a sum of their gradient (all
+M x D), a sum of one number for the loss, and one for a scalar temperature that learns. Both directions: three gathers of (B,) numbers
+more, and with temperatures that learn a sum of them. The rule's and the log-weights' are theirs.
 """
 
 from __future__ import annotations

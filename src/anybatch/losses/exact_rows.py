@@ -4,7 +4,7 @@
     mean_logit_i = sum_j p_ij (s_ij - s_ip(i)) / tau,     p_ij = exp((s_ij - s_ip(i)) / tau - log_sum_i)
     purity_i     = sum_j p_ij^2
 
-Cost: one matrix product of R x M x D, one exponential a pair and a handful of passes over the tile; `tile_bytes` of scores.
+Cost: one matrix product of R x M x D, one exponential a pair and four passes over the tile; `tile_bytes` of scores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss
-from anybatch.losses.engine import TILE_BYTES
 
 Embeddings: TypeAlias = "np.ndarray | Tensor"
 
@@ -160,7 +159,8 @@ def exact_rows(
     *,
     temperature: Tensor | float,
     columns: np.ndarray | None = None,
-    tile_bytes: int = TILE_BYTES,
+    moments: bool = True,
+    tile_bytes: int | None = None,
 ) -> Rows:
     """The figures of some rows against all targets, or some.
 
@@ -172,33 +172,40 @@ def exact_rows(
         rows: Which rows; few enough that (rows, D) and a column or so of scores fit.
         temperature: Similarities are divided by it: a number, or (R,) one a row.
         columns: (m,) int64 ascending: the targets to count; None for all n.
-        tile_bytes: Memory for scores.
+        moments: Also find `mean_logit` and `purity`, at about the cost of the exponential; else they are NaN.
+        tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
     """
     total = len(table.targets) if columns is None else len(columns)
     queries, positives = table.take(table.queries, rows), table.take(table.targets, rows)
     number = torch.as_tensor(
         np.arange(len(table.queries))[rows] if isinstance(rows, slice) else rows, device=table.device
     )
-    inverse = (1.0 / torch.as_tensor(temperature, device=table.device)).to(queries.dtype).expand(len(queries))
-    positive = (queries * positives).sum(dim=1) * inverse
+    temperature = torch.as_tensor(temperature, dtype=queries.dtype, device=table.device)
+    scaled = queries / temperature.expand(len(queries))[:, None]
+    positive = (scaled * positives).sum(dim=1)
+    remove = _Remover(table, number)
     height = len(queries)
+    if tile_bytes is None:
+        tile_bytes = 2**23 if table.device.type == "cpu" else 2**28
     width = max(1, tile_bytes // max(1, height * queries.element_size()))
     wide = {"dtype": torch.float64, "device": table.device}
     peak = torch.full((height,), -torch.inf, **wide)
-    sums, firsts, squares, counts = (torch.zeros(height, **wide) for _ in range(4))
+    sums, counts = torch.zeros(height, **wide), torch.zeros(height, **wide)
+    firsts, squares = (torch.full((height,), 0.0 if moments else torch.nan, **wide) for _ in range(2))
     for start in range(0, total, width):
         chosen = slice(start, min(start + width, total)) if columns is None else columns[start : start + width]
         targets = table.take(table.targets, chosen)
-        logits = (queries @ targets.T).mul_(inverse[:, None]).sub_(positive[:, None])
-        logits.masked_fill_(_removed(table, number, chosen), -torch.inf)
+        logits = torch.addmm(-positive[:, None], scaled, targets.T)
+        removed = remove(logits, chosen)
+        counts += logits.shape[1] - (logits.isneginf().sum(dim=1) if removed else 0)
         top = logits.amax(dim=1)
-        share = (logits - _finite(top)[:, None]).exp_()
+        share = (logits - _finite(top)[:, None] if moments else logits.sub_(_finite(top)[:, None])).exp_()
         rise = torch.maximum(peak, top.double())
         before, now = (peak - _finite(rise)).exp(), (top.double() - _finite(rise)).exp()
         sums = sums * before + share.sum(dim=1).double() * now
-        squares = squares * before**2 + share.square().sum(dim=1).double() * now**2
-        firsts = firsts * before + (share * logits.clamp_(min=-1e30)).sum(dim=1).double() * now
-        counts += (logits > -1e30).sum(dim=1)
+        if moments:
+            firsts = firsts * before + (share * logits.clamp_(min=-1e30)).sum(dim=1).double() * now
+            squares = squares * before**2 + share.square_().sum(dim=1).double() * now**2
         peak = rise
     some = counts > 0
     safe = torch.where(some, sums, 1.0)
@@ -216,14 +223,28 @@ def _finite(values: Tensor) -> Tensor:
     return torch.where(values.isneginf(), 0.0, values)
 
 
-def _removed(table: Table, rows: Tensor, columns: slice | np.ndarray) -> Tensor:
-    """(rows, columns) bool: pairs that are no negatives."""
-    if isinstance(columns, slice):
-        numbers = torch.arange(columns.start, columns.stop, device=table.device)
-    else:
-        numbers = torch.as_tensor(columns, device=table.device)
-    removed = rows[:, None] == numbers[None]
-    for ids in (table.query_id, table.target_id):
-        if ids is not None:
-            removed |= ids[rows][:, None] == ids[numbers][None]
-    return removed
+class _Remover:
+    """Sets to -inf the logits of pairs that are no negatives, without comparing every pair: most columns have nothing to do with these rows."""
+
+    def __init__(self, table: Table, rows: Tensor) -> None:
+        self.rows = rows
+        given = [ids for ids in (table.query_id, table.target_id) if ids is not None]
+        self.ids = [(ids[rows], ids, torch.isin(ids, ids[rows])) for ids in given]
+
+    def __call__(self, logits: Tensor, columns: slice | np.ndarray) -> bool:
+        """Whether anything may have been removed."""
+        if isinstance(columns, slice):
+            numbers = torch.arange(columns.start, columns.stop, device=logits.device)
+        else:
+            numbers = torch.as_tensor(columns, device=logits.device)
+        place = torch.searchsorted(numbers, self.rows).clamp_(max=len(numbers) - 1)
+        own = (numbers[place] == self.rows).nonzero()[:, 0]
+        logits[own, place[own]] = -torch.inf
+        removed = len(own) > 0
+        for of_rows, of_all, met in self.ids:
+            watched = met[numbers].nonzero()[:, 0]
+            if len(watched):
+                same = of_rows[:, None] == of_all[numbers[watched]][None]
+                logits[:, watched] = logits[:, watched].masked_fill_(same, -torch.inf)
+                removed = True
+        return removed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ class ExampleValues(nn.Module):
         self.velocity: Tensor
         self.register_buffer("values", torch.full((num_directions, num_rows), initial))
         self.register_buffer("velocity", torch.zeros(num_directions, num_rows))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExampleValues:
+        """Casts below float32 leave the values alone: a small step would not move them any more."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in self.named_buffers(recurse=False):
+            if value.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, before[name].to(value.device))
+        return self
 
     def of(self, index: Tensor, *, direction: int, dtype: torch.dtype) -> Tensor:
         """(B,) the values of these rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -128,30 +128,56 @@ class ClusterLogWeight:
 
     Attributes:
         row_cluster: (B,) cluster of each row; -1 (a remainder row) belongs to none.
-        column_cluster: (M,) cluster of each candidate; -2 marks an explicit negative, which is there for certain as
-            a member of the cluster is.
-        same, other: Log-weights.
+        column_cluster: (M,) cluster of each candidate; of an explicit negative, that of the row that brings it.
+        same, other: Log-weights; (B,) tensors where they differ by row (plans over several data sets).
+        column_factor: (M,) added for each candidate: minus the log of how many ways it has to come into a batch. Anchors
+            have one way. None for 0.
+        row_task, column_task: (B,) and (M,) data set of each; others than the row's own are removed. None for one data set.
     """
 
     row_cluster: Tensor
     column_cluster: Tensor
-    same: float
-    other: float
+    same: float | Tensor
+    other: float | Tensor
+    column_factor: Tensor | None = None
+    row_task: Tensor | None = None
+    column_task: Tensor | None = None
     normalised: bool = True
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
         row, column = self.row_cluster[rows, None], self.column_cluster[None, columns]
-        certain = ((row == column) & (row >= 0)) | (column == -2)
-        return torch.where(certain, self.same, self.other)
+        same, other = (
+            value[rows, None]
+            if isinstance(value, Tensor)
+            else torch.tensor(value, dtype=torch.float64, device=row.device)
+            for value in (self.same, self.other)
+        )
+        weights = torch.where((row == column) & (row >= 0), same, other)
+        if self.column_factor is not None:
+            weights = weights + self.column_factor[None, columns]
+        if self.row_task is not None and self.column_task is not None:
+            foreign = self.row_task[rows, None] != self.column_task[None, columns]
+            weights = weights.masked_fill(foreign, -torch.inf)
+        return weights
 
     def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> ClusterLogWeight:
         """See `LogWeight.gathered`."""
+
+        def rows(value: Any) -> Any:
+            return distributed.gather_rows(value, row_sizes) if isinstance(value, Tensor) else value
+
+        def columns(value: Tensor | None) -> Any:
+            return None if value is None else distributed.gather_rows(value, column_sizes)
+
         return ClusterLogWeight(
-            row_cluster=distributed.gather_rows(self.row_cluster, row_sizes),
-            column_cluster=distributed.gather_rows(self.column_cluster, column_sizes),
-            same=self.same,
-            other=self.other,
+            row_cluster=rows(self.row_cluster),
+            column_cluster=columns(self.column_cluster),
+            same=rows(self.same),
+            other=rows(self.other),
+            column_factor=columns(self.column_factor),
+            row_task=rows(self.row_task),
+            column_task=columns(self.column_task),
         )
 
     def reversed(self, num_rows: int) -> ClusterLogWeight:
@@ -161,6 +187,8 @@ class ClusterLogWeight:
             column_cluster=self.row_cluster,
             same=self.same,
             other=self.other,
+            row_task=self.row_task,
+            column_task=self.row_task,
         )
 
 
@@ -250,20 +278,19 @@ def as_log_weight(log_weight: LogWeight | Tensor, num_rows: int, num_columns: in
     return TensorLogWeight(values=values, normalised=not bool(((values == 0) | values.isneginf()).all()))
 
 
-def inclusion_log_weights(
-    num_rows: int, num_clusters: int, clusters_per_batch: int, *, cap: float | None = None
-) -> tuple[float, float]:
+def inclusion_log_weights(num_rows: int, chance_beside: float, *, cap: float | None = None) -> tuple[float, float]:
     """Log of one over the chance of sharing a batch, divided by n - 1, for a plan whose clusters are combined at random.
 
         same cluster:   log(1 / (n - 1))
-        other cluster:  log((C - 1) / (m - 1)) + log(1 / (n - 1))
+        other cluster:  log(1 / chance_beside) + log(1 / (n - 1))
 
-    With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows.
+    With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows, up to the
+    remainder rows, fewer than a cluster, whose chances differ a little.
 
     Args:
-        num_rows: n.
-        num_clusters: C.
-        clusters_per_batch: m. With m = 1 rows of other clusters never come, and no weight can stand for them.
+        num_rows: n, rows that the mean is over.
+        chance_beside: That a given other cluster shares the batch: (m - 1) / (C - 1) for m of C clusters (`Deal.chance_beside`).
+            0 means that rows of other clusters never come, and no weight can stand for them.
         cap: Upper limit on the weight of another cluster's row relative to one of the own cluster; None for the exact
             weight. A cap trades variance for bias.
 
@@ -272,10 +299,12 @@ def inclusion_log_weights(
     """
     if num_rows < 2:
         raise AnybatchError(f"Inclusion weights need at least 2 rows; got {num_rows}.")
+    if not 0 <= chance_beside <= 1:
+        raise AnybatchError(f"chance_beside is {chance_beside}; expected a probability.")
     if cap is not None and cap < 1:
         raise AnybatchError(
             f"The cap on the weights is {cap}; expected at least 1, the weight of a row of the own cluster."
         )
     same = -math.log(num_rows - 1)
-    ratio = (num_clusters - 1) / (clusters_per_batch - 1) if clusters_per_batch > 1 else 1.0
-    return same, same + math.log(max(1.0, ratio if cap is None else min(ratio, cap)))
+    ratio = 1 / chance_beside if chance_beside > 0 else 1.0
+    return same, same + math.log(ratio if cap is None else min(ratio, cap))

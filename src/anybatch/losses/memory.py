@@ -98,7 +98,9 @@ class ExampleMemory(nn.Module):
     @property
     def num_slots(self) -> int:
         """Slots over all ranks."""
-        return int(self.shard[2])
+        return (
+            int(self.shard[2]) if self.sharded else self.log_mean.shape[1]
+        )  # without a look at the device where it can be
 
     @property
     def num_rows(self) -> int:
@@ -237,16 +239,20 @@ class ExampleMemory(nn.Module):
         """Decide, from the process group at this moment, which slots of a sharded memory this rank stores. Every use does so.
 
         Raises:
-            AnybatchError: It was decided before, for another number of ranks.
+            AnybatchError: It was decided before, for another number of ranks, and something is stored.
         """
         if not self.sharded:
             return
         rank, world_size, known = distributed.rank(), distributed.world_size(), int(self.shard[1])
-        if known == 0:
+        if (int(self.shard[0]), known) == (rank, world_size):
+            return
+        if known == 0 or not bool(
+            self.visited.any()
+        ):  # nothing is lost: somebody saved or copied it before the process group was there
             stored = _stored(self.num_slots, rank, world_size)
             self.log_mean = self.log_mean.new_full((len(self.log_mean), stored), torch.nan)
             self.shard[:2] = torch.tensor([rank, world_size])
-        elif (int(self.shard[0]), known) != (rank, world_size):
+        else:
             raise AnybatchError(
                 f"This memory is shard {int(self.shard[0])} of {known}; this is rank {rank} of {world_size}. Join the shards with "
                 "anybatch.losses.memory.join_shards and load the whole state."

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss
-from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.exact_rows import Embeddings, exact_rows, make_table, temperatures_of
 from anybatch.losses.warm_start import memory_of
 
@@ -29,7 +28,7 @@ def memory_figures(
     anchor_id: np.ndarray | Tensor | None = None,
     positive_id: np.ndarray | Tensor | None = None,
     direction: int = 0,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> dict[str, float]:
     """The memory of some rows beside the truth.
 
@@ -52,7 +51,7 @@ def memory_figures(
         probe: Which of the N rows to probe: positions, or a number of the first ones; None for all. The others only serve as targets.
         anchor_id, positive_id: (N,) int; equal for equal content.
         direction: Which state; 1 scores positives against anchors.
-        tile_bytes: Memory for scores.
+        tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
 
     Returns:
         Plain floats. Figures of the memory are left out while no probe row was visited.

@@ -93,7 +93,7 @@ class NUCLR(SogCLR):
         rule = super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)
         assert isinstance(rule, Remembering)
         assert index is not None
-        margins = self.margins.of(index, direction=direction, dtype=torch.float64)
+        margins = self.margins.of(index, direction=direction, dtype=self.margins.values.dtype)
         known = {field.name: getattr(rule, field.name) for field in fields(rule)}
         own = -margins / self._temperature - math.log(self.num_rows - 1)
         return _Margined(

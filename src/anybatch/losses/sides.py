@@ -91,7 +91,8 @@ class SoftmaxStats:
         objective: (B,) the rule's answer, before the row weight.
         num_negatives: (B,) negatives not removed.
         temperature_gradient: (B,) derivative of row_weight_i * objective_i with respect to tau_i through the logits,
-            `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted.
+            `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted, or the temperature is a scalar
+            that needs none.
         column_pull: (M,) `sum_i column_weight_i p_ij` over the rows of all ranks for each candidate of this rank; None unless asked for.
     """
 

@@ -101,7 +101,7 @@ class SogCLR(ContrastiveLoss):
             raise AnybatchError("A memory with keys, which name anchors, has one direction; use direction='one_way'.")
         assert isinstance(side.rule, Remembering)
         similarity = (batch.anchors * batch.candidates[: len(batch.anchors)]).sum(dim=1)
-        return replace(side, rule=replace(side.rule, positive_logit=(similarity / side.temperature).detach()))
+        return replace(side, rule=replace(side.rule, absolute=(similarity / side.temperature).detach()))
 
     def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         if self._updating and isinstance(self.gamma, GammaSchedule):
@@ -113,7 +113,7 @@ class SogCLR(ContrastiveLoss):
 class Remembering:
     """The rule of SogCLR: a log-mean that remembers, plus eps. `constant` is added to the objective.
 
-    With `positive_logit`, (B,) the logits of this rank's positives, the memory holds the absolute log-mean.
+    With `absolute`, (B,) the logits of this rank's positives, the memory holds the absolute log-mean.
     """
 
     memory: ExampleMemory
@@ -125,7 +125,7 @@ class Remembering:
     update: bool
     dimensions: int
     constant: float = 0.0
-    positive_logit: Tensor | None = None
+    absolute: Tensor | None = None
     row_wise: bool = False  # a row may occur twice in the batch, and then shares its state
 
     def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ class Remembering:
     def remember(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both (b,)."""
         correction = torch.zeros_like(log_sum) if self.normalised else num_negatives.clamp(min=1).log()
-        base = torch.zeros_like(log_sum) if self.positive_logit is None else self.positive_logit[rows]
+        base = torch.zeros_like(log_sum) if self.absolute is None else self.absolute[rows]
         log_mean = self.memory.blend(
             self.index[rows],
             log_sum - correction + base,

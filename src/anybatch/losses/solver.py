@@ -171,6 +171,7 @@ class _Direction:
             torch.empty_like(positive) for _ in range(4)
         )
         self.d_temperature_rows = torch.zeros_like(positive)
+        self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
 
     def answer(self, rows: slice) -> None:
         self.log_denominator[rows], self.objective[rows] = self.side.rule(
@@ -188,9 +189,11 @@ class _Direction:
     def objective_sum(self) -> Tensor:
         return (self.objective if self.side.row_weight is None else self.objective * self.side.row_weight).sum()
 
-    def d_temperature(self, scale: float, num_rows_all: int) -> Tensor:
+    def d_temperature(self, scale: float, num_rows_all: int) -> Tensor | None:
         if self.side.temperature.ndim:
             return self.d_temperature_rows * scale
+        if not self.learning:
+            return None
         return distributed.sum_over_ranks(self.d_temperature_rows.sum()) / num_rows_all
 
     def column_pull(self) -> Tensor | None:
@@ -202,7 +205,7 @@ class _Direction:
             log_denominator=self.log_denominator,
             objective=self.objective,
             num_negatives=self.num_negatives,
-            temperature_gradient=self.d_temperature_rows if gradients else None,
+            temperature_gradient=self.d_temperature_rows if gradients and self.learning else None,
             column_pull=self.column_pull() if gradients else None,
         )
 
@@ -213,6 +216,7 @@ class _Rows(_Direction):
     def __init__(self, side: Side, layout: Layout, positive: Tensor) -> None:
         super().__init__(side, layout, positive)
         self.log_weight = _gathered(side.log_weight, layout.row_sizes, layout.column_sizes)
+        self.removing = self.log_weight is not None or side.adjust is not None
         self.column_pull_all = positive.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
 
     def logits(self, rows: slice, scores: Tensor) -> Tensor:
@@ -227,7 +231,7 @@ class _Rows(_Direction):
     def measure(self, rows: slice, scores: Tensor) -> Tensor:
         logits = self.logits(rows, scores)
         self.log_sum[rows] = logits.logsumexp(dim=1)
-        self.num_negatives[rows] = (~logits.isneginf()).sum(dim=1).to(logits.dtype)
+        self.num_negatives[rows] = count(logits, 1) if self.removing else logits.shape[1] - 1
         return logits
 
     def pull(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
@@ -235,8 +239,9 @@ class _Rows(_Direction):
         reference = self.reference()[rows]
         pull = logits.sub_(reference[:, None]).exp_()
         total = (self.log_sum[rows] - reference).exp()
-        gap = torch.einsum("ij,ij->i", pull, scores) - total * self.positive[rows]
-        self.d_temperature_rows[rows] = -gap / self.temperature[rows]
+        if self.learning:
+            gap = (pull * scores).sum(dim=1) - total * self.positive[rows]
+            self.d_temperature_rows[rows] = -gap / self.temperature[rows]
         if self.column_pull_all is not None:
             assert self.side.column_weight is not None
             # pull is p_ij * row_weight_i / tau_i
@@ -284,7 +289,11 @@ class _Columns(_Direction):
     def measure(self, rows: slice, scores: Tensor) -> None:
         logits = self.logits(rows, scores)
         self.parts[0] = torch.logaddexp(self.parts[0], logits.logsumexp(dim=0))
-        self.parts[1] += (~logits.isneginf()).sum(dim=0)
+        if self.log_weight is None:
+            self.parts[1] += len(logits)
+            self.parts[1, self.layout.shifted(rows)] -= 1  # each row's own
+        else:
+            self.parts[1] += count(logits, 0)
 
     def answer(self, rows: slice | None = None) -> None:
         sizes = [1] * distributed.world_size()
@@ -298,14 +307,16 @@ class _Columns(_Direction):
     def pull(self, rows: slice, scores: Tensor) -> Tensor:
         """(b, B_all) derivative of the columns' terms in the scores."""
         pull = self.logits(rows, scores).sub_(self.reference_all).exp_()
-        self.gap_all += torch.einsum("ij,ij->j", pull, scores[:, self.layout.positive_columns])
+        if self.learning:
+            self.gap_all += (pull * scores[:, self.layout.positive_columns]).sum(dim=0)
         return pull
 
     def total(self) -> Tensor:
         # Called once, after the last tile: the moment to close the sums over rows as well.
         total = super().total()
-        gap = distributed.sum_over_ranks(self.gap_all)[self.layout.own_rows] - total * self.positive
-        self.d_temperature_rows = -gap / self.temperature
+        if self.learning:
+            gap = distributed.sum_over_ranks(self.gap_all)[self.layout.own_rows] - total * self.positive
+            self.d_temperature_rows = -gap / self.temperature
         return total
 
 
@@ -315,6 +326,11 @@ def _gathered(log_weight: LogWeight | None, row_sizes: list[int], column_sizes: 
     ):  # one rank alone may have log-weights that cannot be exchanged
         return log_weight
     return log_weight.gathered(row_sizes, column_sizes)
+
+
+def count(logits: Tensor, dim: int) -> Tensor:
+    """Pairs that are not removed, in the dtype of the logits."""
+    return (~logits.isneginf()).sum(dim=dim).to(logits.dtype)
 
 
 def finite(log_denominator: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
@@ -63,7 +64,8 @@ class TemperatureNet(nn.Module):
         embeddings_all = distributed.gather_rows(embeddings, sizes)
         parameter = next(self.net[direction].parameters())
         low, high = self.limits
-        raw = self.net[direction](embeddings_all.to(parameter.dtype)).reshape(-1)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            raw = self.net[direction](embeddings_all.to(parameter.dtype)).reshape(-1)
         first = sum(sizes[: distributed.rank()])
         own = slice(first, first + len(embeddings))
         return (low + (high - low) * raw.sigmoid()).to(embeddings.dtype), own

@@ -22,12 +22,18 @@ from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of, write_bytes
 from anybatch.losses.base import ContrastiveLoss
-from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.exact_rows import Embeddings, Table, exact_rows, make_table, temperatures_of
+from anybatch.losses.glofnd import GloFND
 from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.nuclr import NUCLR
+from anybatch.losses.sogclr import SogCLR
 
 BLOCK_ROWS = 4096  # rows a rank answers between two gathers
-SAVE_SECONDS = 30.0
+SAVE_SECONDS, SAVE_RATIO = (
+    30.0,
+    20.0,
+)  # between two records of progress; or longer, so that writing them takes a twentieth of the time
+FILL_ROWS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +43,9 @@ class WarmStart:
     Attributes:
         num_rows: Rows filled, a direction.
         num_columns: Targets that each was scored against.
-        standard_error: Mean over rows of the standard error of the log-denominator; 0 when every target was counted. Of the blocks computed in
-            this call: NaN if a finished file was only read.
+        standard_error: Root mean square over rows of the standard error of the log-denominator, estimated from the sample itself; 0 when every target was
+            counted. A lower bound where a few close targets carry the mean and are mostly not in the sample. Of this rank's rows in this call: NaN if
+            a finished file was only read.
         seconds: Wall time of this call.
     """
 
@@ -58,7 +65,7 @@ def warm_start(
     sample: int | None = None,
     seed: int = 0,
     file: str | Path | None = None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WarmStart:
     """Replace every state of the loss's memory by the log-mean over the data set, at the loss's temperature of this moment.
@@ -74,10 +81,10 @@ def warm_start(
         positives: (n, D), row i the positive of row i.
         anchor_id, positive_id: (n,) int; equal for equal content, which is never a negative. Without them only the row's own positive is left out.
         sample: Score against this many targets drawn at random, the same for all rows, instead of all n. The error of a row's
-            log-mean is about sqrt((x2 - 1) / sample), x2 the mean square over the squared mean of exp(logit); the result states its mean.
+            log-mean is about sqrt((x2 - 1) / sample), x2 the mean square over the squared mean of exp(logit); the result states it.
         seed: Of the sample.
         file: Progress, and at the end the result, are kept here: an interrupted call goes on from it, a finished one is only read.
-        tile_bytes: Memory for scores.
+        tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
         progress: Called with (rows done, rows in all), all directions together.
 
     Returns:
@@ -86,7 +93,7 @@ def warm_start(
     Raises:
         AnybatchError: A loss without memory, embeddings that do not fit it, a file of other embeddings or settings.
 
-    Cost: see the module. Collectives: one gather of the block's values a block; every rank needs all embeddings.
+    Cost: see the module; 4 bytes a row and direction on each rank while it works. Collectives: one gather of the block's values a block; every rank needs all embeddings.
     """
     began = time.perf_counter()
     memory = memory_of(loss)
@@ -106,7 +113,7 @@ def warm_start(
     identity = _identity(loss, table, num_directions, sample, seed) if file is not None else ""
     values, done = _open(file, identity, num_directions, num_rows, device)
     errors: list[Tensor] = []
-    saved = time.perf_counter()
+    saved, writing = time.perf_counter(), 0.0
     if progress is not None and done:
         progress(done, values.numel())
     for direction, start, stop in _blocks(num_rows, num_directions, done):
@@ -116,16 +123,19 @@ def warm_start(
         rows = slice(first, first + sizes[distributed.rank()])
         numbers = torch.arange(rows.start, rows.stop, device=device)
         temperature = temperatures_of(loss, table, rows, numbers, direction=direction)
-        figures = exact_rows(side, rows, temperature=temperature, columns=columns, tile_bytes=tile_bytes)
+        figures = exact_rows(
+            side, rows, temperature=temperature, columns=columns, moments=columns is not None, tile_bytes=tile_bytes
+        )
         answer = figures.log_mean + (figures.positive if memory.keyed else 0.0)
         values[direction, start:stop] = distributed.gather_rows(answer.float(), sizes)
         if columns is not None:
             errors.append(figures.standard_error(num_rows - 1))
         done = direction * num_rows + stop
-        late = time.perf_counter() - saved > SAVE_SECONDS
+        late = time.perf_counter() - saved > max(SAVE_SECONDS, SAVE_RATIO * writing)
         if file is not None and distributed.rank() == 0 and (late or done == values.numel()):
+            before = time.perf_counter()
             write_bytes(file, save({"log_mean": values.cpu(), "done": torch.tensor(done)}, {"identity": identity}))
-            saved = time.perf_counter()
+            saved, writing = time.perf_counter(), time.perf_counter() - before
         if progress is not None:
             progress(done, values.numel())
     for direction in range(num_directions):
@@ -133,34 +143,40 @@ def warm_start(
     return WarmStart(
         num_rows=num_rows,
         num_columns=num_rows if columns is None else len(columns),
-        standard_error=0.0 if columns is None else float(torch.cat(errors).mean()) if errors else float("nan"),
+        standard_error=0.0 if columns is None else _root_mean_square(errors),
         seconds=time.perf_counter() - began,
     )
 
 
+def _root_mean_square(errors: list[Tensor]) -> float:
+    return float(torch.cat(errors).square().mean().sqrt()) if errors else float("nan")
+
+
 def memory_of(loss: nn.Module) -> ExampleMemory:
-    """The memory of a loss.
+    """The memory of a loss, if it holds the log-mean over all negatives.
 
     Raises:
-        AnybatchError: It has none.
+        AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives (GloFND).
     """
-    memory = getattr(loss, "memory", None)
-    if not isinstance(memory, ExampleMemory):
-        raise AnybatchError(f"{type(loss).__name__} has no memory; this is for losses that have one, such as SogCLR.")
-    return memory
+    if not isinstance(loss, SogCLR) or isinstance(loss, (NUCLR, GloFND)):
+        raise AnybatchError(
+            f"{type(loss).__name__} has no memory of plain denominators; this is for losses that have one, such as SogCLR."
+        )
+    return loss.memory
 
 
 def _fill(memory: ExampleMemory, values: Tensor, direction: int, dimensions: int) -> None:
-    rows = torch.arange(len(values), device=values.device)
-    if memory.keyed:  # rows of one key are combined as they are within a batch
+    if memory.keyed:  # rows of one key are combined as they are within a batch, so all at once
+        rows = torch.arange(len(values), device=values.device)
         sizes = _shares(len(values))
         first = sum(sizes[: distributed.rank()])
         share = slice(first, first + sizes[distributed.rank()])
         memory.blend(rows[share], values[share], direction=direction, gamma=1.0, update=True, dimensions=dimensions)
-    else:
-        memory.write(
-            rows, torch.where(values.isneginf(), torch.nan, values), direction=direction, dimensions=dimensions
-        )
+        return
+    for start in range(0, len(values), FILL_ROWS):
+        part = values[start : start + FILL_ROWS]
+        rows = torch.arange(start, start + len(part), device=values.device)
+        memory.write(rows, torch.where(part.isneginf(), torch.nan, part), direction=direction, dimensions=dimensions)
 
 
 def _draw(num_rows: int, sample: int | None, seed: int) -> np.ndarray | None:

@@ -1,10 +1,18 @@
-"""Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan and resources; no training code."""
+"""Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan, blocks, files, distributed and resources; no training code."""
 
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.graph import MiningGraph, build_graph
 from anybatch.mining.inspection import PlanInspection, inspect_plan
 from anybatch.mining.inverted import ivf_neighbors
-from anybatch.mining.mine import MiningConfig, MiningReport, MiningResult, mine_neighbors, mine_plan, rank_rows
+from anybatch.mining.mine import (
+    MiningConfig,
+    MiningReport,
+    MiningResult,
+    MiningSet,
+    mine_plan,
+    mine_shared,
+    rank_rows,
+)
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, Stacked, exact_neighbors
 from anybatch.mining.outlook import LIMITS, Outlook, OutlookLimits, mining_outlook
@@ -17,6 +25,7 @@ __all__ = [
     "MiningGraph",
     "MiningReport",
     "MiningResult",
+    "MiningSet",
     "Neighbors",
     "Outlook",
     "OutlookLimits",
@@ -29,8 +38,8 @@ __all__ = [
     "inspect_plan",
     "ivf_neighbors",
     "metis_clusters",
-    "mine_neighbors",
     "mine_plan",
+    "mine_shared",
     "mining_outlook",
     "rank_rows",
     "sample_negatives",

@@ -12,6 +12,7 @@ QUERY_ROWS * (4 D + 16 k) bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def ivf_neighbors(
         identity=f"{identity} {num_probes}",
         progress=progress,
     )
-    return Neighbors(**found, recall=recall, num_probes=num_probes)
+    return replace(found, recall=recall, num_probes=num_probes)
 
 
 class _Cells:
@@ -152,9 +153,9 @@ class _Cells:
                 yield Piece(self.order[run], documents, lines[first:last])
 
     def _sort(self, documents: Embeddings, seed: int, device: str | None) -> None:
-        centroids = _spherical_kmeans(documents, self.num_cells, seed, device)
+        centroids = spherical_kmeans(documents, self.num_cells, seed, device)
         self.arrays["centroids"][:] = centroids.cpu().numpy()
-        cell = _assign(documents, centroids, device)
+        cell = assign_cells(documents, centroids, device)
         self.order[:] = np.argsort(cell, kind="stable")
         self.starts[1:] = np.cumsum(np.bincount(cell, minlength=self.num_cells))
         for start in range(0, len(documents), PIECE_ROWS):
@@ -172,8 +173,15 @@ class _Cells:
         """(2, C): for every number of visited cells the recall on a sample of queries, and the same less its standard error."""
         num_rows = len(self.order)
         rows = np.sort(np.random.default_rng(seed).choice(num_rows, min(SAMPLE, num_rows), replace=False))
-        known = {"anchor_id": ids[0], "positive_id": ids[1]}
-        truth = exact_neighbors(queries, documents, num_neighbors, **known, rows=rows, device=device).ids
+        truth = exact_neighbors(
+            queries,
+            documents,
+            num_neighbors,
+            anchor_id=ids[0],
+            positive_id=ids[1],
+            rows=rows,
+            device=device,
+        ).ids
         cell = np.empty(num_rows, np.int32)
         cell[self.order] = np.repeat(np.arange(self.num_cells, dtype=np.int32), np.diff(self.starts))
         scores = np.asarray(queries[rows], np.float32) @ self.arrays["centroids"].T
@@ -188,7 +196,7 @@ class _Cells:
         return np.stack([mean, np.where(spread == 0, mean, lower)])
 
 
-def _spherical_kmeans(documents: Embeddings, num_cells: int, seed: int, device: str | None) -> Tensor:
+def spherical_kmeans(documents: Embeddings, num_cells: int, seed: int, device: str | None) -> Tensor:
     """(C, D) unit centroids: each the direction of the mean of the sampled documents nearest to it."""
     generator = np.random.default_rng(seed)
     size = min(len(documents), TRAIN_ROWS * num_cells)
@@ -196,7 +204,7 @@ def _spherical_kmeans(documents: Embeddings, num_cells: int, seed: int, device: 
     first = np.sort(generator.choice(size, num_cells, replace=False))
     centroids = torch.nn.functional.normalize(as_tensor(sample[first], device))
     for _ in range(ROUNDS):
-        cell = torch.from_numpy(_assign(sample, centroids, device)).to(centroids.device)
+        cell = torch.from_numpy(assign_cells(sample, centroids, device)).to(centroids.device)
         sums = torch.zeros_like(centroids)
         for start in range(0, size, PIECE_ROWS):
             sums.index_add_(0, cell[start : start + PIECE_ROWS], as_tensor(sample[start : start + PIECE_ROWS], device))
@@ -205,7 +213,7 @@ def _spherical_kmeans(documents: Embeddings, num_cells: int, seed: int, device: 
     return centroids
 
 
-def _assign(rows: Embeddings, centroids: Tensor, device: str | None) -> np.ndarray:
+def assign_cells(rows: Embeddings, centroids: Tensor, device: str | None) -> np.ndarray:
     """(n,) int64: the centroid with the largest inner product."""
     cells = []
     for start in range(0, len(rows), PIECE_ROWS):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from anybatch.blocks import release_pages
 from anybatch.errors import AnybatchError
 from anybatch.mining.audit import Audit, audit_clusters, most_wanted, suspect_pairs
+from anybatch.mining.cells import cell_clusters
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
@@ -47,6 +49,9 @@ class MiningConfig:
         neighbors: "exact", "ivf", or "auto" by the number of rows.
         num_negatives: Explicit hard negatives drawn for each row (B3++).
         sweeps: Passes of the exchange search; each doubling gains a little more.
+        mixing: With several data sets: batches "within" one (B3), or "mixed".
+        random_shares: For each epoch the share of batches that are shuffled among each other; the last one stays. Empty: none.
+        cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all rows at once.
         seed: Of everything random.
     """
 
@@ -63,6 +68,9 @@ class MiningConfig:
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: int = 0
     sweeps: int = 20
+    mixing: Literal["within", "mixed"] = "within"
+    random_shares: tuple[float, ...] = ()
+    cells: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,10 +80,34 @@ class MiningConfig:
             ("take", 1),
             ("num_negatives", 0),
             ("sweeps", 0),
+            ("cells", 1),
             ("conflict_weight", 0),
         ):
             if getattr(self, name) < least:
                 raise AnybatchError(f"mining.{name} is {getattr(self, name)}; expected at least {least}.")
+        if self.cells > 1 and self.method != "anybatch":
+            raise AnybatchError(
+                f"mining.cells is {self.cells} with method '{self.method}', which partitions all rows at once; set mining.cells to 1, or method to 'anybatch'."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningSet:
+    """One of several data sets that lie one after the other.
+
+    Attributes:
+        name: For the plan and the report.
+        num_rows: Its rows.
+        skip, take, margin: Its own rank window; None for the configuration's.
+        share: Of its clusters, how many an epoch deals, in (0, 1].
+    """
+
+    name: str
+    num_rows: int
+    skip: int | None = None
+    take: int | None = None
+    margin: float | None = None
+    share: float = 1.0
 
 
 @dataclass(kw_only=True)
@@ -83,7 +115,8 @@ class MiningReport:
     """What mining did and what it cost.
 
     Attributes:
-        audit: What the clusters hold; None for random batches.
+        audit: What the clusters hold; None for random batches and for several data sets.
+        sets: The reports on the data sets, if there are several; times and memory are in each.
         outlook: Whether mining is likely to help, with warnings; None for random batches.
         hubs: The rows that are in most rank windows, with the number of windows, most wanted first.
         recall: Of the neighbours, measured; 1.0 if exact.
@@ -99,6 +132,7 @@ class MiningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sets: dict[str, MiningReport] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -121,7 +155,9 @@ def mine_plan(
     config: MiningConfig,
     anchor_id: np.ndarray | None = None,
     positive_id: np.ndarray | None = None,
+    sets: Sequence[MiningSet] = (),
     data_digest: str = "",
+    start: np.ndarray | None = None,
     device: str | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -132,13 +168,15 @@ def mine_plan(
         anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped. Scores are inner products.
         config: See `MiningConfig`.
         anchor_id, positive_id: (n,) int; equal for identical texts, which are never put together. None: all differ.
+        sets: Several data sets, one after the other in the rows: each is mined by itself with its own window, into one plan.
         data_digest: `PairData.digest`, which binds the plan to its data.
+        start: (n,) int clusters of an earlier plan of the same sizes, from which the search goes on instead of from a partitioner.
         device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
         folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not repeated.
         progress: Called with (stage, fraction done).
 
     Returns:
-        Plan, report and graph.
+        Plan, report and graph (None for several data sets).
 
     Raises:
         AnybatchError: Embeddings that cannot be ranked; sizes that do not fit.
@@ -159,9 +197,27 @@ def mine_plan(
             f"Anchors have {anchor_embeddings.shape[1]} dimensions, positives {positive_embeddings.shape[1]}; expected the same."
         )
     report = MiningReport()
-    plan_settings: dict[str, Any] = {"seed": config.seed, "data_digest": data_digest}
+    parts = _parts(sets, num_rows)
+    anchor_id = np.arange(num_rows) if anchor_id is None else np.asarray(anchor_id)
+    positive_id = np.arange(num_rows) if positive_id is None else np.asarray(positive_id)
+    settings: dict[str, Any] = {
+        "num_rows": num_rows,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "data_digest": data_digest,
+        "random_shares": config.random_shares,
+    }
+    if sets:
+        settings |= {
+            "task": np.repeat(np.arange(len(sets), dtype=np.int32), [one.num_rows for one in sets]),
+            "task_names": tuple(one.name for one in sets),
+            "task_shares": tuple(one.share for one in sets),
+            "mixing": config.mixing,
+        }
     if config.method == "random":
-        return MiningResult(plan=BatchPlan.random(num_rows, config.batch_size, **plan_settings), report=report)
+        every = np.arange(num_rows, dtype=np.int32)
+        plan = BatchPlan(cluster=every, cluster_size=1, meta={"method": "random"}, **settings)
+        return MiningResult(plan=plan, report=report)
     if config.batch_size % config.cluster_size:
         raise AnybatchError(
             f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {config.cluster_size}; choose one that is."
@@ -170,77 +226,164 @@ def mine_plan(
         raise AnybatchError(
             f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
         )
-    anchor_id = np.arange(num_rows) if anchor_id is None else np.asarray(anchor_id)
-    positive_id = np.arange(num_rows) if positive_id is None else np.asarray(positive_id)
-    skip, take = _fitting_window(config, num_rows, report)
-
-    with _stage(report, "neighbors", progress) as advance:
-        neighbors = rank_rows(
-            anchor_embeddings,
-            positive_embeddings,
-            config=config,
-            num_neighbors=skip + take,
-            anchor_id=anchor_id,
-            positive_id=positive_id,
-            device=device,
-            folder=folder,
-            progress=advance,
-        )
-        report.recall = neighbors.recall
-    with _stage(report, "graph", progress):
-        published = config.method == "published"
-        edges: Edges = config.edges or ("mutual" if published else "union")
-        graph = build_graph(
-            neighbors, skip=skip, take=take, margin=config.margin, edges=edges, hub_weight=config.hub_weight
-        )
-    with _stage(report, "communities", progress):
-        num_clusters = num_rows // config.cluster_size
-        if config.method == "kmeans":
-            start = kmeans_clusters(anchor_embeddings, positive_embeddings, num_clusters, seed=config.seed)
-        elif config.method == "bandwidth":
-            start = bandwidth_clusters(graph.weight, num_clusters)
-        elif config.method == "loss_ordered":
-            start = loss_ordered_clusters(neighbors, num_clusters)
-        else:
-            wanted = graph.weight if published else graph.attraction(config.conflict_weight)
-            start = metis_clusters(wanted, num_clusters, recursive=not published, seed=config.seed)
-    with _stage(report, "refinement", progress) as advance:
-        ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
-        cluster = equal_clusters(
-            start,
-            graph.signed(config.conflict_weight if ours else 0.0),
-            config.cluster_size,
-            anchor_id=anchor_id,
-            positive_id=positive_id,
-            sweeps=config.sweeps if ours else 0,
-            seed=config.seed,
-            progress=advance,
-        )
-    with _stage(report, "audit", progress):
-        report.audit = audit_clusters(graph, cluster, anchor_id=anchor_id, positive_id=positive_id)
-        report.outlook = mining_outlook(neighbors, cluster, skip=skip, take=take, margin=config.margin)
-        report.hubs = most_wanted(graph.window.indices)
-        suspects = suspect_pairs(graph, cluster)
-        negatives = None
-        if config.num_negatives:
-            negatives = sample_negatives(
-                graph, cluster, config.num_negatives, anchor_id=anchor_id, positive_id=positive_id, seed=config.seed
+    cluster = np.full(num_rows, -1, np.int32)
+    negatives = np.full((num_rows, config.num_negatives), -1, np.int32) if config.num_negatives else None
+    suspects, windows, graph = [], [], None
+    for one, rows in parts:
+        part = report if not sets else report.sets.setdefault(one.name, MiningReport())
+        if one.num_rows < config.cluster_size:
+            part.notes.append(
+                f"{one.num_rows} rows make no cluster of {config.cluster_size}; they are guests in others."
             )
-    meta = {name: value for name, value in asdict(config).items() if name not in ("seed", "batch_size", "cluster_size")}
+            continue
+        chosen = _Part(
+            config=_windowed(config, one),
+            anchors=anchor_embeddings[rows],
+            positives=positive_embeddings[rows],
+            anchor_id=anchor_id[rows],
+            positive_id=positive_id[rows],
+            start=None if start is None else start[rows],
+            device=device,
+            folder=folder / one.name if sets and folder is not None else folder,
+            progress=_named(progress, one.name if sets else ""),
+        )
+        own, pairs, drawn, graph = chosen.mine(part)
+        first = int(cluster.max()) + 1
+        cluster[rows] = np.where(own >= 0, own + first, -1)
+        suspects.append(pairs + rows.start)
+        if negatives is not None and drawn is not None:
+            negatives[rows] = np.where(drawn >= 0, drawn + rows.start, -1)
+        windows.append(fit_window(chosen.config.skip, chosen.config.take, one.num_rows))
+    meta = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("seed", "batch_size", "cluster_size", "mixing", "random_shares")
+    }
+    if not sets:
+        meta |= dict(zip(("skip", "take"), windows[0], strict=True))
     plan = BatchPlan(
-        num_rows=num_rows,
-        batch_size=config.batch_size,
         cluster_size=config.cluster_size,
         cluster=cluster,
-        suspects=suspects,
+        suspects=np.concatenate(suspects) if suspects else None,
         negatives=negatives,
-        meta={**meta, "skip": skip, "take": take},
-        **plan_settings,
+        meta=meta,
+        **settings,
     )
-    return MiningResult(plan=plan, report=report, graph=graph)
+    return MiningResult(plan=plan, report=report, graph=None if sets else graph)
 
 
-def mine_neighbors(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """One data set on its way to clusters. `config` has its own window."""
+
+    config: MiningConfig
+    anchors: np.ndarray
+    positives: np.ndarray
+    anchor_id: np.ndarray
+    positive_id: np.ndarray
+    start: np.ndarray | None
+    device: str | None
+    folder: Path | None
+    progress: Progress | None
+
+    def mine(self, report: MiningReport) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, MiningGraph]:
+        """Clusters, suspects, hard negatives and graph; what it found and cost goes into `report`."""
+        config, ids = self.config, {"anchor_id": self.anchor_id, "positive_id": self.positive_id}
+        num_rows = len(self.anchors)
+        skip, take = _fitting_window(config, num_rows, report)
+        with _stage(report, "neighbors", self.progress) as advance:
+            neighbors = rank_rows(
+                self.anchors,
+                self.positives,
+                config=config,
+                num_neighbors=skip + take,
+                device=self.device,
+                folder=self.folder,
+                progress=advance,
+                **ids,
+            )
+            report.recall = neighbors.recall
+        with _stage(report, "graph", self.progress):
+            published = config.method == "published"
+            edges: Edges = config.edges or ("mutual" if published else "union")
+            graph = build_graph(
+                neighbors, skip=skip, take=take, margin=config.margin, edges=edges, hub_weight=config.hub_weight
+            )
+            release_pages(neighbors.ids, neighbors.scores, self.anchors, self.positives)
+        with _stage(report, "communities", self.progress) as advance:
+            start = self._begin(graph, neighbors, (skip, take), advance)
+        with _stage(report, "refinement", self.progress) as advance:
+            ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
+            cluster = equal_clusters(
+                start,
+                graph.signed(config.conflict_weight if ours else 0.0),
+                config.cluster_size,
+                sweeps=config.sweeps if ours else 0,
+                seed=config.seed,
+                progress=advance,
+                **ids,
+            )
+        with _stage(report, "audit", self.progress):
+            report.audit = audit_clusters(graph, cluster, **ids)
+            report.outlook = mining_outlook(neighbors, cluster, skip=skip, take=take, margin=config.margin)
+            report.hubs = most_wanted(graph.window.indices)
+            suspects, negatives = suspect_pairs(graph, cluster), None
+            if config.num_negatives:
+                negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **ids)
+        return cluster, suspects, negatives, graph
+
+    def _begin(
+        self, graph: MiningGraph, neighbors: Neighbors, window: tuple[int, int], progress: Callable[[float], None]
+    ) -> np.ndarray:
+        """(rows,) clusters of any sizes."""
+        config = self.config
+        num_clusters = len(self.anchors) // config.cluster_size
+        if self.start is not None:
+            _, start = np.unique(self.start, return_inverse=True)  # -1, the remainder, becomes a cluster that dissolves
+            return np.minimum(start, num_clusters - 1).astype(np.int32)
+        if config.method == "kmeans":
+            return kmeans_clusters(self.anchors, self.positives, num_clusters, seed=config.seed)
+        if config.method == "bandwidth":
+            return bandwidth_clusters(graph.weight, num_clusters)
+        if config.method == "loss_ordered":
+            return loss_ordered_clusters(neighbors, num_clusters)
+        if config.cells > 1:
+            ids = {"anchor_id": self.anchor_id, "positive_id": self.positive_id}
+            return mine_cells(
+                neighbors, self.positives, window, config=config, folder=self.folder, progress=progress, **ids
+            )
+        published = config.method == "published"
+        wanted = graph.weight if published else graph.attraction(config.conflict_weight)
+        return metis_clusters(wanted, num_clusters, recursive=not published, seed=config.seed)
+
+
+def _parts(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, slice]]:
+    """Each data set with its rows.
+
+    Raises:
+        AnybatchError: Names that occur twice; sizes that do not add up to the rows.
+    """
+    chosen = list(sets) or [MiningSet(name="", num_rows=num_rows)]
+    names = [one.name for one in chosen]
+    if len(set(names)) < len(names) or sum(one.num_rows for one in chosen) != num_rows:
+        sizes = ", ".join(f"{one.name}: {one.num_rows}" for one in chosen)
+        raise AnybatchError(f"The data sets are {sizes}; expected different names, and {num_rows} rows in all.")
+    ends = np.cumsum([one.num_rows for one in chosen]).tolist()
+    return [(one, slice(end - one.num_rows, end)) for one, end in zip(chosen, ends, strict=True)]
+
+
+def _windowed(config: MiningConfig, one: MiningSet) -> MiningConfig:
+    own = {name: getattr(one, name) for name in ("skip", "take", "margin") if getattr(one, name) is not None}
+    return replace(config, **own)
+
+
+def _named(progress: Progress | None, name: str) -> Progress | None:
+    if progress is None or not name:
+        return progress
+    return lambda stage, fraction: progress(f"{name}: {stage}", fraction)
+
+
+def mine_shared(
     anchor_embeddings: np.ndarray,
     positive_embeddings: np.ndarray,
     *,
@@ -248,25 +391,69 @@ def mine_neighbors(
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
     folder: Path,
+    sets: Sequence[MiningSet] = (),
     device: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """The first stage of `mine_plan` alone, shared by all ranks; rank 0 then finds it finished in `folder`. Arguments as in `mine_plan`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mine_plan warns of the window, once
-        skip, take = _fitting_window(config, len(anchor_embeddings), MiningReport())
-    with _stage(MiningReport(), "neighbors", progress) as advance:
-        rank_rows(
-            anchor_embeddings,
-            positive_embeddings,
-            config=config,
-            num_neighbors=skip + take,
-            anchor_id=anchor_id,
-            positive_id=positive_id,
-            device=device,
-            folder=folder,
-            progress=advance,
-        )
+    """The stages of `mine_plan` that all ranks share: neighbours, and the coarse cells' clusters if `config.cells` asks for them.
+
+    Rank 0 then finds them finished in `folder`, and does the rest by itself. Arguments as in `mine_plan`.
+    """
+    for one, rows in _parts(sets, len(anchor_embeddings)):
+        if one.num_rows < config.cluster_size:
+            continue
+        own, own_progress = _windowed(config, one), _named(progress, one.name)
+        window = fit_window(own.skip, own.take, one.num_rows)
+        known: dict[str, Any] = {
+            "config": own,
+            "anchor_id": anchor_id[rows],
+            "positive_id": positive_id[rows],
+            "folder": folder / one.name if sets else folder,
+        }
+        with _stage(MiningReport(), "neighbors", own_progress) as advance:
+            neighbors = rank_rows(
+                anchor_embeddings[rows],
+                positive_embeddings[rows],
+                num_neighbors=sum(window),
+                device=device,
+                progress=advance,
+                **known,
+            )
+        if own.cells > 1:
+            with _stage(MiningReport(), "communities", own_progress) as advance:
+                mine_cells(neighbors, positive_embeddings[rows], window, progress=advance, **known)
+
+
+def mine_cells(
+    neighbors: Neighbors,
+    positives: np.ndarray,
+    window: tuple[int, int],
+    *,
+    config: MiningConfig,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    folder: Path | None,
+    progress: Callable[[float], None] | None = None,
+) -> np.ndarray:
+    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them."""
+    return cell_clusters(
+        neighbors,
+        positives,
+        config.cells,
+        cluster_size=config.cluster_size,
+        skip=window[0],
+        take=window[1],
+        margin=config.margin,
+        edges=config.edges or "union",
+        hub_weight=config.hub_weight,
+        conflict_weight=config.conflict_weight,
+        sweeps=config.sweeps,
+        seed=config.seed,
+        anchor_id=anchor_id,
+        positive_id=positive_id,
+        folder=folder and folder / "clusters",
+        progress=progress,
+    )
 
 
 def rank_rows(

@@ -144,7 +144,7 @@ def exact_neighbors(
             last = min(first + PIECE_ROWS, len(documents))
             yield Piece(np.arange(first, last, dtype=np.int32), as_tensor(documents[first:last], device))
 
-    found = search_units(
+    return search_units(
         queries,
         documents,
         num_neighbors,
@@ -157,7 +157,6 @@ def exact_neighbors(
         identity="" if folder is None else identity_of("exact", num_neighbors, queries, documents, *ids, rows),
         progress=progress,
     )
-    return Neighbors(**found, recall=1.0)
 
 
 Unit = tuple[slice | np.ndarray, np.ndarray]
@@ -176,7 +175,7 @@ def search_units(
     folder: Path | None,
     identity: str,
     progress: Callable[[float], None] | None,
-) -> dict[str, np.ndarray]:
+) -> Neighbors:
     """What exact and approximate search share: units of queries, several at once, recorded block by block.
 
     Args:
@@ -188,7 +187,7 @@ def search_units(
         identity: Of the folder's contents; see `BlockArrays`.
 
     Returns:
-        The arrays of `Neighbors`.
+        The neighbours, with the recall of a search of everything.
     """
     shapes = {
         "ids": ((num_results, num_neighbors), np.int32),
@@ -215,7 +214,8 @@ def search_units(
             if progress is not None:
                 progress(number / len(share))
     kept.wait()
-    return kept.arrays
+    ids_found, scores, own_score = (kept.arrays[name] for name in ("ids", "scores", "own_score"))
+    return Neighbors(ids=ids_found, scores=scores, own_score=own_score, recall=1.0)
 
 
 def as_tensor(rows: np.ndarray, device: str | None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 _HOME = {
     "CachedLoss": "loss",
+    "CachedLateInteraction": "late_interaction",
     "PlanBatches": "batches",
     "with_index": "batches",
     "LossStateCallback": "callback",

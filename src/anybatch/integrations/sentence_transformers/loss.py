@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.caching.replay import Recording, record, replay
-from anybatch.caching.rows import RowSlicer
-from anybatch.caching.schedule import plan_micro_batches
+from anybatch.caching.replay import Recording, replay
+from anybatch.caching.state import without_autocast
+from anybatch.caching.step import taken_aside
+from anybatch.caching.step_memory import StepMemory
+from anybatch.caching.towers import Auto, record_towers
 from anybatch.errors import AnybatchError
 from anybatch.losses import InfoNCE
 from anybatch.rows import RowTable
@@ -35,9 +37,12 @@ class CachedLoss(nn.Module):
         loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
         rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
         micro_batch: Rows per forward pass; the memory of the encoder is that of this many rows, whatever the batch size.
+            "auto" finds the padded tokens that `memory` has room for, once, and halves them when memory runs out.
         max_tokens: Padded tokens per forward pass, in place of a fixed number of rows; None to go by `micro_batch` alone.
         keep_graphs: Fraction of the micro-batches, longest first, whose graph is kept so that no second forward
-            is needed: 0.0 is GradCache, 1.0 is plain training.
+            is needed: 0.0 is GradCache, 1.0 is plain training, "auto" keeps what `memory` has room for. The gradient is
+            the same to the last bit.
+        memory: For "auto": the most memory in use on the device, "8GiB" or "80%".
 
     Inputs:
         Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label` column
@@ -64,17 +69,19 @@ class CachedLoss(nn.Module):
         loss: nn.Module,
         *,
         rows: RowTable | None = None,
-        micro_batch: int = 32,
+        micro_batch: int | Auto = 32,
         max_tokens: int | None = None,
-        keep_graphs: float = 0.0,
+        keep_graphs: float | Auto = "auto",
+        memory: str | int = "80%",
     ) -> None:
         super().__init__()
         self.model = model  # a child, else the Trainer would not train it
         self.loss = loss
         self.rows = rows
-        self.micro_batch = micro_batch
+        self.micro_batch: int | Auto = micro_batch
         self.max_tokens = max_tokens
-        self.keep_graphs = keep_graphs
+        self.keep_graphs: float | Auto = keep_graphs
+        self.memory = StepMemory(memory)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The loss of one batch; its backward pass replays the encoder. Without gradients: plain InfoNCE, memory untouched."""
@@ -83,11 +90,21 @@ class CachedLoss(nn.Module):
             raise AnybatchError(
                 f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order."
             )
-        recordings = [self._record(column) for column in features]
+        recordings = record_towers(
+            [self._encode] * len(features),
+            features,
+            micro_batch=self.micro_batch,
+            max_tokens=self.max_tokens,
+            keep_graphs=self.keep_graphs,
+            memory=self.memory,
+            modules=[self.model],
+        )
         embeddings = [[recording.embeddings] for recording in recordings]
         if not torch.is_grad_enabled():
             return self.calculate_loss(embeddings, labels)
-        loss = self.calculate_loss(embeddings, labels, with_backward=True).detach().requires_grad_()
+        own = own_parameters(self.loss, self.model)
+        with taken_aside(own) as own_gradients:
+            loss = self.calculate_loss(embeddings, labels, with_backward=True).detach().requires_grad_()
         gradients = []
         for column, [leaf] in enumerate(embeddings):
             if leaf.grad is None and leaf.requires_grad:
@@ -95,7 +112,7 @@ class CachedLoss(nn.Module):
                     f"Input column {column} received no gradient: the loss never read it. Remove it from the data set."
                 )
             gradients.append([leaf.grad])
-        loss.register_hook(partial(_replay, recordings=recordings, gradients=gradients))
+        loss.register_hook(partial(deferred_backward, recordings=recordings, gradients=gradients, own=own_gradients))
         return loss
 
     def calculate_loss(
@@ -125,10 +142,11 @@ class CachedLoss(nn.Module):
             raise AnybatchError(
                 "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
             )
-        value = self.loss(anchors, candidates, **arguments)
-        if with_backward:
-            value.backward()
-            return value.detach()
+        with without_autocast():  # the embeddings are float32 or better, and so is all that the loss does with them
+            value = self.loss(anchors, candidates, **arguments)
+            if with_backward:
+                value.backward()
+                return value.detach()
         return value
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -143,17 +161,26 @@ class CachedLoss(nn.Module):
             "author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan}, year={2021}, eprint={2101.06983}}"
         )
 
-    def _record(self, features: dict[str, Any]) -> Recording:
-        slicer = RowSlicer(features)  # reads the masks once, for the plan and for the recording
-        micro_batches = plan_micro_batches(slicer, micro_batch=self.micro_batch, max_tokens=self.max_tokens)
-        return record(
-            self._encode, slicer, micro_batches=micro_batches, keep_graphs=self.keep_graphs, modules=[self.model]
-        )
-
     def _encode(self, features: dict[str, Any]) -> Tensor:
         return self.model(features)["sentence_embedding"]
 
 
-def _replay(outer: Tensor, *, recordings: list[Recording], gradients: list[list[Tensor | None]]) -> None:
+def own_parameters(loss: nn.Module, model: nn.Module) -> list[nn.Parameter]:
+    """What the loss trains besides the encoder: a temperature, margins."""
+    encoder = set(model.parameters())
+    return [parameter for parameter in loss.parameters() if parameter.requires_grad and parameter not in encoder]
+
+
+@torch.no_grad()
+def deferred_backward(
+    outer: Tensor,
+    *,
+    recordings: list[Recording],
+    gradients: list[list[Tensor | None]],
+    own: list[tuple[nn.Parameter, Tensor]],
+) -> None:
     """The deferred backward pass: `outer` is the gradient that reached the loss (1 / accumulation steps, a scaler)."""
+    for parameter, gradient in own:
+        scaled = gradient * outer.to(gradient.device, gradient.dtype)
+        parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
     replay(recordings, gradients, scale=outer)

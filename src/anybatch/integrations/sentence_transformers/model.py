@@ -16,7 +16,7 @@ class ModelConfig:
     """Which encoder, and how much of it.
 
     Attributes:
-        name: A folder, or a name on the Hugging Face hub.
+        name: A folder, or a name on the Hugging Face hub; None where no model is loaded, as in mining.
         num_layers: Keep only the first layers of the transformer (a fast student); None keeps all.
         max_length: Tokens a text is cut at; None keeps the model's own limit.
         anchor_prompt: Text put before each anchor (an instruction, with its final space).
@@ -24,7 +24,7 @@ class ModelConfig:
         device: Where it runs; None chooses a GPU if there is one.
     """
 
-    name: str
+    name: str | None = None
     num_layers: int | None = None
     max_length: int | None = None
     anchor_prompt: str = ""
@@ -36,10 +36,12 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     """Load `config.name`, keep `config.num_layers` layers, set the length.
 
     Raises:
-        AnybatchError: The model cannot be found or loaded; it has no list of layers to cut; too few layers.
+        AnybatchError: No name; the model cannot be found or loaded; it has no list of layers to cut; too few layers.
     """
     from sentence_transformers import SentenceTransformer
 
+    if config.name is None:
+        raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
     try:
         model = SentenceTransformer(config.name, device=config.device)
     except (OSError, ValueError, KeyError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from anybatch import distributed
+from anybatch.caching.device_memory import parse_memory
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 
@@ -37,9 +38,11 @@ class TrainConfig:
         schedule: Shape of the learning rate after warm-up.
         weight_decay: AdamW's, on the encoder's matrices; never on the loss's own parameters.
         max_grad_norm: Gradients are clipped to this norm, once a step; 0 for no clipping.
-        micro_batch: Rows per encoder forward pass.
+        micro_batch: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
         max_tokens: Padded tokens per encoder forward pass; None for no limit but `micro_batch`.
-        keep_graphs: Fraction of the micro-batches that need no second forward pass, because memory allows it.
+        keep_graphs: Fraction of the micro-batches whose graph is kept, so that they need no second forward pass; "auto" keeps
+            what `memory` has room for. The gradient is the same to the last bit.
+        memory: The most memory in use on the device, such as "8GiB" or "80%".
         bf16: Run the encoder under bfloat16 autocast.
         save_steps: Steps between checkpoints (the two newest whole ones are kept).
         log_steps: Steps between lines of the log.
@@ -53,9 +56,10 @@ class TrainConfig:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    micro_batch: int = 32
+    micro_batch: int | Literal["auto"] = 32
     max_tokens: int | None = None
-    keep_graphs: float = 0.0
+    keep_graphs: float | Literal["auto"] = "auto"
+    memory: str | int = "80%"
     bf16: bool = False
     save_steps: int = 200
     log_steps: int = 10
@@ -63,7 +67,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "micro_batch", "save_steps", "log_steps"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected at least 1.")
         for name in ("max_steps", "max_tokens", "eval_steps"):
             value = getattr(self, name)
@@ -77,8 +81,9 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected 0 or a positive number.")
         for name in ("warmup", "keep_graphs"):
-            if not 0 <= getattr(self, name) <= 1:
+            if getattr(self, name) != "auto" and not 0 <= getattr(self, name) <= 1:
                 raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected a fraction between 0 and 1.")
+        parse_memory(self.memory, 2**40)  # a wrong form is reported before anything is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +187,7 @@ def train_model(
         prompts=prompts,
         seed=seed,
         use_cpu=model.device.type == "cpu",
+        ddp_backend="gloo" if world_size > 1 and model.device.type == "cpu" else None,
         dataloader_pin_memory=model.device.type == "cuda",
         report_to="none",
         disable_tqdm=True,

@@ -1,0 +1,30 @@
+"""Is caching exact for this encoder? Take one batch both ways, and read what stands in the way."""
+
+import random
+
+import torch
+from torch import nn
+
+from anybatch import InfoNCE
+from anybatch.caching import verify
+
+torch.manual_seed(0)
+anchors = torch.randint(1_000, (32, 12))
+positives = torch.randint(1_000, (32, 12))
+encoder = nn.Sequential(nn.EmbeddingBag(1_000, 64), nn.Linear(64, 128), nn.GELU(), nn.Dropout(0.1), nn.Linear(128, 32))
+loss = InfoNCE(temperature=0.05, learnable_temperature=True)
+
+sound = verify(encoder, [anchors, positives], loss, micro_batch=8)
+print(sound)
+assert sound.exact
+
+
+def augmented(tokens):
+    """Random numbers from Python's generator: a replay draws others than the recording did."""
+    return encoder(tokens.roll(random.randrange(3), dims=1)) * random.choice([0.5, 1.0])
+
+
+faulty = verify(augmented, [anchors, positives], loss, micro_batch=8)
+print(faulty)
+assert not faulty.exact
+# For a run of the command line: anybatch doctor --config run.yaml

@@ -1,0 +1,91 @@
+"""Record all towers of a step: their micro-batches planned, their graphs kept out of one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from anybatch.caching.forward import Encoder
+from anybatch.caching.modules import modules_of
+from anybatch.caching.recording import Recording
+from anybatch.caching.replay import record
+from anybatch.caching.rows import RowSlicer
+from anybatch.caching.schedule import plan_micro_batches
+from anybatch.caching.step_memory import StepMemory
+from anybatch.errors import AnybatchError
+
+Auto = Literal["auto"]
+
+
+def record_towers(
+    encoders: Sequence[Encoder],
+    inputs: Sequence[Any],
+    *,
+    micro_batch: int | Auto | None = 32,
+    max_tokens: int | None = None,
+    keep_graphs: int | float | Auto = 0,
+    memory: str | int | StepMemory = "80%",
+    sort_by_length: bool = True,
+    modules: Sequence[nn.Module] | None = None,
+) -> list[Recording]:
+    """One recording a tower, of one step.
+
+    Args:
+        encoders: One for each tower.
+        inputs: One batch a tower.
+        micro_batch, max_tokens, keep_graphs, memory, sort_by_length, modules: See `cached_step`.
+
+    Raises:
+        AnybatchError: Another word than "auto"; what `plan_micro_batches` and `record` refuse.
+    """
+    for name, value in (("micro_batch", micro_batch), ("keep_graphs", keep_graphs)):
+        if isinstance(value, str) and value != "auto":
+            raise AnybatchError(f'{name} is {value!r}; give a number, or "auto".')
+    step_memory = memory if isinstance(memory, StepMemory) else StepMemory(memory)
+    held = list(modules) if modules is not None else list(dict.fromkeys(m for e in encoders for m in modules_of(e)))
+    keep = step_memory.next_step(held, inputs) if keep_graphs == "auto" else keep_graphs
+    recordings: list[Recording] = []
+    for encode, batch in zip(encoders, inputs, strict=True):
+        slicer = RowSlicer(batch)
+        rows, tokens = micro_batch, max_tokens
+        if micro_batch == "auto":
+            rows, tokens = _found(step_memory.max_tokens(encode, slicer, held), max_tokens, slicer)
+        plan = plan_micro_batches(slicer, micro_batch=rows, max_tokens=tokens, sort_by_length=sort_by_length)  # type: ignore[arg-type]
+        recordings.append(
+            record(
+                encode,
+                slicer,
+                micro_batches=plan,
+                keep_graphs=keep,  # type: ignore[arg-type]
+                modules=modules,
+                on_split=step_memory.note_split,
+            )
+        )
+    return recordings
+
+
+def paired_encoders(encoders: Encoder | Sequence[Encoder], inputs: Sequence[Any]) -> list[Encoder]:
+    """One encoder for each tower: the only one given for all, or as many as there are towers.
+
+    Raises:
+        AnybatchError: Neither.
+    """
+    if callable(encoders) and not isinstance(encoders, nn.ModuleList):
+        towers: list[Encoder] = [encoders] * len(inputs)
+    else:
+        towers = [*encoders]
+    if len(towers) != len(inputs) or not towers:
+        raise AnybatchError(
+            f"{len(towers)} encoders for {len(inputs)} towers; give one input batch a tower, and one encoder for all "
+            "or one for each."
+        )
+    return towers
+
+
+def _found(tokens: int, most: int | None, slicer: RowSlicer) -> tuple[int | None, int | None]:
+    """`micro_batch` and `max_tokens` from the probe's tokens and the caller's own limit."""
+    if slicer.lengths is None:
+        return tokens, None
+    return None, tokens if most is None else min(tokens, most)

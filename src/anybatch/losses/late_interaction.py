@@ -1,0 +1,224 @@
+"""Late interaction (ColBERT): InfoNCE over MaxSim scores of token embeddings, in tiles, with the gradient in closed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from anybatch import distributed
+from anybatch.errors import AnybatchError
+from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.log_weights import LogWeight
+
+
+class LateInteraction(ContrastiveLoss):
+    """InfoNCE between texts that keep one embedding a token.
+
+        s_ij = sum_t max_u q_it . d_ju        (t: the anchor's tokens, u: the candidate's)
+        loss = mean_i ( logsumexp_j (s_ij / tau + b_ij) - s_ip / tau )
+
+    Args:
+        temperature: Scores, which grow with the number of an anchor's tokens, are divided by it.
+        learnable_temperature: Train it, through its logarithm.
+        normalize: L2-normalise each token's embedding first.
+        tile_bytes: Memory for token similarities at a time.
+
+    The maximum's gradient goes to the token that reached it (the first of equals).
+
+    Cost: three matrix products of (B Tq) x (M Td) x D; token similarities of a tile, and 2 or 4 bytes for each token of a
+        tile's anchors and each candidate. Neither all similarities nor all scores are held at once. With W ranks: seven
+        collectives in the forward pass (one as large as all candidates' gradients), none in the backward pass.
+
+    Reference: Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, equation 3.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            normalize=normalize,
+            tile_bytes=tile_bytes,
+        )
+
+    def forward(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        *,
+        anchor_mask: Tensor | None = None,
+        candidate_mask: Tensor | None = None,
+        index: Tensor | None = None,
+        log_weight: LogWeight | Tensor | None = None,
+        anchor_id: Tensor | None = None,
+        candidate_id: Tensor | None = None,
+    ) -> Tensor:
+        """The mean over the batch of all ranks.
+
+        Args:
+            anchors: (B, Tq, D) float, padded.
+            candidates: (M, Td, D) float, padded, M >= B: the positives in the anchors' order, then explicit negatives.
+            anchor_mask: (B, Tq), true or nonzero for tokens that count; None for all.
+            candidate_mask: (M, Td), likewise; every candidate needs one token that counts.
+            index: Not used.
+            log_weight, anchor_id, candidate_id: As in `ContrastiveLoss`.
+
+        Returns:
+            Scalar, float32 (float64 for float64 embeddings), differentiable in the embeddings and the temperature.
+
+        Raises:
+            AnybatchError: Shapes that do not fit; a candidate without tokens.
+        """
+        masks = _checked_masks(anchors, candidates, anchor_mask, candidate_mask)
+        dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+        with torch.autocast(anchors.device.type, enabled=False):
+            sides = [side.to(dtype) for side in (anchors, candidates)]
+            if self.normalize:
+                sides = [torch.nn.functional.normalize(side, dim=-1) for side in sides]
+            weight = self._weight(len(anchors), len(candidates), log_weight, anchor_id, candidate_id)
+            if self.log_temperature is None:
+                temperature = torch.tensor(self._temperature, dtype=dtype, device=anchors.device)
+            else:
+                temperature = self.log_temperature.to(dtype).exp()
+            return _LateInteraction.apply(*sides, temperature, masks, weight, self.tile_bytes)
+
+
+def maxsim(anchors: Tensor, candidates: Tensor, anchor_mask: Tensor, candidate_mask: Tensor) -> Tensor:
+    """The slow twin: all scores (B, M) at once, by autograd. For tests and for reading."""
+    similarity = torch.einsum("itd,jud->ijtu", anchors, candidates)
+    best = similarity.masked_fill(~candidate_mask.bool()[None, :, None, :], -torch.inf).amax(dim=3)
+    return (best * anchor_mask[:, None, :].to(best.dtype)).sum(dim=2)
+
+
+class _LateInteraction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        candidates: Tensor,
+        temperature: Tensor,
+        masks: tuple[Tensor, Tensor],
+        weight: LogWeight | None,
+        tile_bytes: int,
+    ) -> Tensor:
+        loss, gradients = _solve(anchors, candidates, temperature, masks, weight, tile_bytes)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needed = ctx.needs_input_grad[:3]
+        return *(g * grad_output if wanted else None for g, wanted in zip(ctx.saved_tensors, needed)), None, None, None
+
+
+def _solve(
+    anchors: Tensor,
+    candidates: Tensor,
+    temperature: Tensor,
+    masks: tuple[Tensor, Tensor],
+    weight: LogWeight | None,
+    tile_bytes: int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    num_rows, width, dimensions = anchors.shape
+    row_sizes, column_sizes = (distributed.gather_sizes(len(side), anchors.device) for side in (anchors, candidates))
+    first_row, first_column = (sum(sizes[: distributed.rank()]) for sizes in (row_sizes, column_sizes))
+    documents, counts = _gathered(candidates, masks[1], column_sizes)
+    if weight is not None and distributed.is_active():
+        weight = weight.gathered(row_sizes, column_sizes)
+    own_width = candidates.shape[1]
+    total, num_columns = sum(row_sizes), len(documents)
+    item = anchors.element_size()
+    # One row's best tokens against all columns, and its similarities against a tile of columns, must fit.
+    height = max(1, min(num_rows, tile_bytes // max(1, 2 * item * width * num_columns)))
+    columns_at_once = max(1, tile_bytes // max(1, item * height * width * documents.shape[1]))
+    column_tiles = [slice(s, min(s + columns_at_once, num_columns)) for s in range(0, num_columns, columns_at_once)]
+    d_anchors, d_documents = torch.zeros_like(anchors), torch.zeros_like(documents)
+    loss, d_temperature = anchors.new_zeros(()), anchors.new_zeros(())
+    for start in range(0, num_rows, height):
+        rows = slice(start, min(start + height, num_rows))
+        queries = anchors[rows].reshape(-1, dimensions)
+        live = masks[0][rows].to(anchors.dtype)
+        scores = anchors.new_empty(len(live), num_columns)
+        best: list[Tensor] = []
+        for columns in column_tiles:
+            similarity = (queries @ documents[columns].reshape(-1, dimensions).T).view(
+                len(live), width, -1, documents.shape[1]
+            )
+            similarity.masked_fill_(~counts[columns], -torch.inf)
+            highest, where = similarity.max(dim=3)
+            scores[:, columns] = torch.einsum("itj,it->ij", highest, live)
+            best.append(where.to(torch.int32 if documents.shape[1] > 2**15 else torch.int16))
+        logits = scores / temperature
+        if weight is not None:
+            shifted = slice(first_row + rows.start, first_row + rows.stop)
+            logits += weight.tile(shifted, slice(0, num_columns)).to(logits.dtype)
+        local = torch.arange(len(live), device=anchors.device)
+        positive = first_column + rows.start + local
+        logits[local, positive] = scores[local, positive] / temperature  # a weight never touches the positive
+        log_sum = logits.logsumexp(dim=1)
+        loss = loss + (log_sum - logits[local, positive]).sum()
+        pull = (logits - log_sum[:, None]).exp_()
+        pull[local, positive] -= 1.0
+        d_temperature = d_temperature - (pull * scores).sum() / temperature.square()
+        for columns, where in zip(column_tiles, best):
+            share = (pull[:, None, columns] * live[:, :, None])[..., None]
+            spread = share.new_zeros(*share.shape[:3], documents.shape[1]).scatter_(3, where.long()[..., None], share)
+            spread = spread.view(len(queries), -1)
+            flat = documents[columns].reshape(-1, dimensions)
+            d_anchors[rows] += (spread @ flat).view(len(live), width, dimensions)
+            d_documents[columns] += (spread.T @ queries).view(-1, documents.shape[1], dimensions)
+    own = slice(first_column, first_column + len(candidates))
+    d_candidates = distributed.sum_over_ranks(d_documents)[own, :own_width]
+    scale = distributed.world_size() / total / temperature  # W times: the averaging over ranks takes it away again
+    loss, d_temperature = (distributed.sum_over_ranks(value) / total for value in (loss, d_temperature))
+    return loss, (d_anchors * scale, d_candidates * scale, d_temperature)
+
+
+def _gathered(candidates: Tensor, mask: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """All ranks' candidates and masks, padded to the longest."""
+    longest = max(distributed.gather_sizes(candidates.shape[1], candidates.device))
+    missing = longest - candidates.shape[1]
+    padded = torch.nn.functional.pad(candidates, (0, 0, 0, missing))
+    marks = torch.nn.functional.pad(mask.to(torch.uint8), (0, missing))
+    return distributed.gather_rows(padded, sizes), distributed.gather_rows(marks, sizes).bool()
+
+
+def _checked_masks(
+    anchors: Tensor, candidates: Tensor, anchor_mask: Tensor | None, candidate_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if (
+        anchors.ndim != 3
+        or candidates.ndim != 3
+        or anchors.shape[2] != candidates.shape[2]
+        or len(candidates) < len(anchors)
+    ):
+        raise AnybatchError(
+            f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, Tq, D) and (M, Td, D) "
+            "with M >= B: the positives in the anchors' order, then explicit negatives."
+        )
+    masks = []
+    for name, side, mask in (("anchor_mask", anchors, anchor_mask), ("candidate_mask", candidates, candidate_mask)):
+        if mask is None:
+            mask = torch.ones(side.shape[:2], dtype=torch.bool, device=side.device)
+        if mask.shape != side.shape[:2]:
+            raise AnybatchError(
+                f"{name} has shape {tuple(mask.shape)}; expected {tuple(side.shape[:2])}, one entry a token."
+            )
+        masks.append(mask.detach().bool())
+    if not bool(masks[1].any(dim=1).all()):
+        row = int((~masks[1].any(dim=1)).nonzero()[0])
+        raise AnybatchError(
+            f"Candidate {row} has no token that counts, so it has no score. Remove the row, or mend its mask."
+        )
+    return masks[0], masks[1]

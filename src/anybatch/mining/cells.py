@@ -1,0 +1,113 @@
+"""Clusters found in coarse cells that know nothing of each other: a part of the memory each, and each rank takes its share.
+
+A partitioner holds the whole graph, on one core, with 32-bit edge numbers: at 100 neighbours a row that ends near 10 million rows. Here
+k-means cuts the rows into a few cells; inside each cell graph, partition and swap search are those of the whole. What the borders cost
+is mended afterwards by the swap search over all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from anybatch import distributed
+from anybatch.blocks import BlockArrays
+from anybatch.mining.graph import Edges, build_graph
+from anybatch.mining.inverted import assign_cells, spherical_kmeans
+from anybatch.mining.neighbors import Neighbors, identity_of
+from anybatch.mining.partition import equal_clusters, metis_clusters
+
+
+def cell_clusters(
+    neighbors: Neighbors,
+    documents: np.ndarray,
+    num_cells: int,
+    *,
+    cluster_size: int,
+    skip: int,
+    take: int,
+    margin: float | None,
+    edges: Edges,
+    hub_weight: float,
+    conflict_weight: float,
+    sweeps: int,
+    seed: int,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    folder: Path | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> np.ndarray:
+    """A start for `equal_clusters`: clusters of exactly `cluster_size` inside each of `num_cells` cells, the rest dealt out.
+
+    Args:
+        neighbors: Of all rows; may be memory-mapped.
+        documents: (n, D) float, by which the rows are cut into cells.
+        num_cells: Cells; those of k-means, so their sizes differ.
+        cluster_size, skip, take, margin, edges, hub_weight, conflict_weight, sweeps, seed: See `MiningConfig`.
+        anchor_id, positive_id: (n,) int.
+        folder: Where finished cells are kept; needed under several ranks, each of which takes every world_size-th cell.
+        progress: Called with the fraction of this rank's cells done.
+
+    Returns:
+        (n,) int32 clusters 0 .. n // cluster_size - 1; of that size but for the rows that the cells had left over.
+
+    Cost: n * num_cells * D * ROUNDS multiplications for the cells; then the partition of the largest cell at a time. Memory: the graph of one cell.
+    """
+    num_rows = len(neighbors.ids)
+    settings = (num_cells, cluster_size, skip, take, margin, edges, hub_weight, conflict_weight, sweeps, seed)
+    identity = (
+        "" if folder is None else identity_of("cells", *settings, neighbors.ids, documents, anchor_id, positive_id)
+    )
+    shapes = {"cell": ((num_rows,), np.int64), "cluster": ((num_rows,), np.int32)}
+    kept = BlockArrays(shapes, num_cells + 1, folder=folder, identity=identity)  # the last block: the cells themselves
+    with distributed.alone() as chosen:
+        if chosen and not kept.finished[num_cells]:
+            centroids = spherical_kmeans(documents, num_cells, seed, None)
+            kept.arrays["cell"][:] = assign_cells(documents, centroids, None)
+            kept.finish(num_cells)
+    local = np.full(num_rows, -1, np.int32)
+    left = [cell for cell in kept.mine() if cell < num_cells]
+    for number, cell in enumerate(left, start=1):
+        rows = np.flatnonzero(kept.arrays["cell"] == cell)
+        local[:] = -1
+        local[rows] = np.arange(len(rows))
+        found = np.full(len(rows), -1, np.int32)
+        if len(rows) >= cluster_size:
+            ids = neighbors.ids[rows]
+            inside = Neighbors(  # ranks stay what they were: a neighbour in another cell leaves a gap
+                ids=np.where(ids >= 0, local[ids], -1),
+                scores=neighbors.scores[rows],
+                own_score=neighbors.own_score[rows],
+                recall=neighbors.recall,
+            )
+            graph = build_graph(inside, skip=skip, take=take, margin=margin, edges=edges, hub_weight=hub_weight)
+            start = metis_clusters(graph.weight, len(rows) // cluster_size, recursive=True, seed=seed)
+            found = equal_clusters(
+                start,
+                graph.signed(conflict_weight),
+                cluster_size,
+                anchor_id=anchor_id[rows],
+                positive_id=positive_id[rows],
+                sweeps=sweeps,
+                seed=seed,
+            )
+        kept.arrays["cluster"][rows] = found
+        kept.finish(cell)
+        if progress is not None:
+            progress(number / len(left))
+    kept.wait()
+    return _joined(kept.arrays["cell"], kept.arrays["cluster"], num_cells, cluster_size)
+
+
+def _joined(cell: np.ndarray, cluster: np.ndarray, num_cells: int, cluster_size: int) -> np.ndarray:
+    """Number the cells' clusters through; left-over rows fill further clusters in the order of their cells, the last few any."""
+    per_cell = np.bincount(cell, minlength=num_cells) // cluster_size
+    first = np.concatenate([[0], np.cumsum(per_cell)])
+    joined = np.where(cluster >= 0, first[cell] + cluster, -1)
+    spare = np.flatnonzero(joined < 0)
+    spare = spare[np.argsort(cell[spare], kind="stable")]
+    num_clusters = len(cell) // cluster_size
+    joined[spare] = np.minimum(first[-1] + np.arange(len(spare)) // cluster_size, num_clusters - 1)
+    return joined.astype(np.int32)

@@ -1,0 +1,146 @@
+"""A sharded encoder (FSDP2) on two gloo ranks leaves the gradients of one process; what cannot be served is refused."""
+
+import os
+import tempfile
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anybatch.caching import cached_step, record
+from anybatch.caching.reduction import distributed_modules
+from anybatch.errors import AnybatchError
+from tests.caching.helpers import Mlp, TextEncoder, relative_error
+from tests.caching.test_distributed import GatheringSoftmax, reference, share, whole_batch
+
+SHARES = [7, 4]  # three micro-batches of three on one rank, two on the other
+CASES = {
+    "all replayed": {"keep_graphs": 0},
+    "two kept": {"keep_graphs": 2},
+    "all kept": {"keep_graphs": 1.0},
+    "auto": {"keep_graphs": "auto"},
+    "accumulation": {},
+}
+
+
+class CountReductions(TorchDispatchMode):
+    """Counts the collectives that reduce gradients."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def sharded_encoder():
+    encoder = TextEncoder(seed=1)
+    for layer in encoder.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(encoder)
+    return encoder
+
+
+def run_case(rank, name, options):
+    encoder, loss = sharded_encoder(), GatheringSoftmax(SHARES)
+    inputs = [share(batch, rank, SHARES) for batch in whole_batch(SHARES)]
+    value, reductions = torch.tensor(0.0), []
+    for _ in range(2):  # the second step starts from whatever state the first one left
+        encoder.zero_grad()
+        loss.zero_grad()
+        with CountReductions() as seen, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if name == "accumulation":
+                encoder.set_requires_gradient_sync(False)
+                cached_step(loss, encoder, inputs, micro_batch=3, scale=0.25)
+                assert seen.count == 0
+                encoder.set_requires_gradient_sync(True)
+                value = cached_step(loss, encoder, inputs, micro_batch=3, scale=0.75)
+            else:
+                value = cached_step(loss, encoder, inputs, micro_batch=3, **options)
+        ignored = [str(warning.message) for warning in said if "ignored for a sharded encoder" in str(warning.message)]
+        assert bool(ignored) == (name == "auto")
+        reductions.append(seen.count)
+    found = {}
+    for number, module in enumerate((encoder, loss.whole)):
+        for key, parameter in module.named_parameters():
+            gradient = parameter.grad
+            found[f"{number}.{key}"] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return value, found, reductions
+
+
+def on_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    start, limit = f"file://{folder}/rendezvous", timedelta(seconds=90)
+    dist.init_process_group("gloo", init_method=start, rank=rank, world_size=2, timeout=limit)
+    try:
+        results = {name: run_case(rank, name, options) for name, options in CASES.items()}
+        inputs = [share(batch, rank, SHARES) for batch in whole_batch(SHARES)]
+        messages = []
+        for options in ({"micro_batch": "auto"}, {"micro_batch": 1}):
+            # Seven rows one by one on one rank are seven passes, and the other has four rows.
+            with pytest.raises(AnybatchError) as caught:
+                cached_step(GatheringSoftmax(SHARES), sharded_encoder(), inputs, **options)
+            messages.append(str(caught.value))
+        torch.save((results, messages), os.path.join(folder, f"{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(on_rank, args=(folder,), nprocs=2)
+        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_ranks_equal_one_process(ranks, case):
+    torch.set_default_dtype(torch.float64)
+    try:
+        wanted_value, wanted = reference(SHARES, tied=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for results, _ in ranks:
+        value, found, reductions = results[case]
+        torch.testing.assert_close(value, wanted_value, rtol=1e-12, atol=0)
+        assert relative_error(found, wanted) < 1e-12
+        assert reductions == [3, 3]  # two layers and what is left: one each a step
+
+
+def test_ranks_that_cannot_run_equally_often(ranks):
+    for _, (auto, uneven) in ranks:
+        assert "on all ranks together" in auto
+        assert "One rank has 7 micro-batches and another 4 rows" in uneven
+
+
+def test_zero_is_refused_with_what_to_use():
+    engine = type(
+        "DeepSpeedEngine",
+        (nn.Module,),
+        {"zero_optimization_stage": lambda self: 2, "__module__": "deepspeed.runtime.engine"},
+    )
+    with pytest.raises(AnybatchError, match=r"ZeRO-2.*fully_shard.*DistributedDataParallel"):
+        distributed_modules([nn.Sequential(engine())])
+    engine.zero_optimization_stage = lambda self: 1
+    assert distributed_modules([engine()]) == []
+    partitioned = Mlp()
+    partitioned.layers[0].weight.ds_id = 0  # what ZeRO-3 leaves on every parameter
+    with pytest.raises(AnybatchError, match="ZeRO-3"):
+        record(partitioned, torch.randn(4, 6), micro_batches=[torch.arange(4)])
+
+
+def test_the_older_fsdp_is_refused():
+    older = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(older)
+    with pytest.raises(AnybatchError, match="fully_shard"):
+        distributed_modules([older])

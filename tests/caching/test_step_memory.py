@@ -1,0 +1,244 @@
+"""A budget of memory: the micro-batch is found by probing, failures are learned from, and no bit of the gradient depends on it."""
+
+import pytest
+import torch
+
+from anybatch.caching import (
+    GraphBudget,
+    StepMemory,
+    cached_step,
+    plan_micro_batches,
+    record,
+    record_towers,
+    step_memory,
+)
+from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, total_memory
+from anybatch.errors import AnybatchError
+from tests.caching.helpers import (
+    Mlp,
+    Softmax,
+    TextEncoder,
+    clone,
+    gradients,
+    plain_step,
+    relative_error,
+    texts,
+    vectors,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device of a size to be set, on which nothing is in use but what the test says."""
+
+    class Device:
+        total, used = 2**40, 0
+
+    for module in ("step_memory", "memory"):
+        monkeypatch.setattr(f"anybatch.caching.{module}.total_memory", lambda _: Device.total)
+        monkeypatch.setattr(f"anybatch.caching.{module}.memory_in_use", lambda _: Device.used)
+    monkeypatch.setattr(step_memory, "LOSS_RESERVE", 0)
+    monkeypatch.setattr(step_memory, "FEWEST_TOKENS", 1)
+    return Device
+
+
+class Counting(torch.nn.Module):
+    """Counts forward passes with and without a graph."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.rows = inner, []
+
+    def forward(self, batch):
+        self.rows.append((len(batch["input_ids"]), torch.is_grad_enabled()))
+        return self.inner(batch)
+
+
+def test_the_real_device_can_be_read():
+    assert 2**20 < memory_in_use(CPU) < total_memory(CPU)
+
+
+def test_what_torch_has_reserved_is_free_to_us(monkeypatch):
+    """An accelerator of 1000 bytes: 700 taken, 400 of them reserved by torch, 150 of those handed out."""
+
+    class Backend:
+        mem_get_info = staticmethod(lambda device: (300, 1000))
+        memory_reserved = staticmethod(lambda device: 400)
+        memory_allocated = staticmethod(lambda device: 150)
+
+    monkeypatch.setattr(torch, "cuda", Backend)
+    device = torch.device("cuda", 0)
+    assert total_memory(device) == 1000
+    assert memory_in_use(device) == 700 - (400 - 150)
+    with pytest.raises(AnybatchError, match="meta device"):
+        total_memory(torch.device("meta"))
+
+
+def test_what_fits_is_plain_training(device):
+    encoder, batch = Counting(TextEncoder()), texts(20, 30, 1)
+    memory = StepMemory("80%")
+    for step in range(2):
+        encoder.rows.clear()
+        [recording] = record_towers([encoder], [batch], micro_batch="auto", keep_graphs="auto", memory=memory)
+        recording.backward(torch.ones_like(recording.embeddings))
+        probes = [(1, True), (2, True)] if step == 0 else []
+        assert encoder.rows == [*probes, (20, True)]  # one forward pass of everything, no replay, probed once
+
+
+def test_the_micro_batch_follows_the_memory(device):
+    encoder, batch = TextEncoder(), texts(64, 30, 1)
+    tokens = []
+    for megabytes in (64, 16, 4, 1):
+        device.total = megabytes * 2**20
+        plan = record_towers([encoder], [batch], micro_batch="auto", memory=StepMemory("100%"))[0]._pieces
+        tokens.append(max(len(piece.rows) for piece in plan))
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[0] > tokens[-1] > 0
+
+
+def test_the_probed_micro_batch_fits_in_half_of_the_room(device):
+    encoder, batch = TextEncoder(), texts(64, 30, 1)
+    device.total = 8 * 2**20
+    memory = StepMemory("100%")
+    [recording] = record_towers([encoder], [batch], micro_batch="auto", memory=memory)
+    largest = GraphBudget(1, modules=[encoder])
+    record(encoder, batch, micro_batches=[p.rows for p in recording._pieces], keep_graphs=largest)
+    gradient_bytes = sum(4 * p.numel() for p in encoder.parameters())
+    room = (device.total - gradient_bytes) / 2
+    assert room / 4 < largest.largest <= room  # powers of two: within a factor of two, and the rows' raggedness
+
+
+def test_probing_leaves_random_numbers_alone(device):
+    encoder, batch = TextEncoder(dropout=0.3).train(), texts(9, 12, 1)
+    states = []
+    for micro_batch in ("auto", 9):
+        torch.manual_seed(3)
+        states.append(record_towers([encoder], [batch], micro_batch=micro_batch)[0].embeddings)
+    assert torch.equal(*states)
+
+
+def test_inputs_without_lengths(device):
+    encoder = Mlp().double()
+    reference, loss = clone(encoder), Softmax().double()
+    inputs = [vectors(9), vectors(9, seed=1)]
+    plain_step(Softmax().double(), [reference] * 2, inputs)
+    cached_step(loss, encoder, inputs, micro_batch="auto", keep_graphs="auto")
+    assert relative_error(gradients(encoder), gradients(reference)) < 1e-12
+
+
+def test_a_budget_that_holds_no_row_says_so(device):
+    device.total = 1000
+    with pytest.warns(UserWarning, match="will be exceeded"):
+        record_towers([TextEncoder()], [texts(5, 9, 1)], micro_batch="auto", memory=StepMemory("100%"))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_no_bit_depends_on_what_is_kept(dropout):
+    """Two towers, so that the order of kept and replayed micro-batches could mix."""
+    wanted = None
+    for keep in (0, 0.25, 3, 1.0, "auto"):
+        encoder, loss = TextEncoder(dropout=dropout).train(), Softmax()
+        torch.manual_seed(2)
+        cached_step(loss, encoder, [texts(13, 9, 1), texts(13, 20, 2)], micro_batch=3, keep_graphs=keep)
+        found = gradients(encoder, loss)
+        wanted = wanted or found
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), keep
+
+
+class Tight(torch.nn.Module):
+    """An encoder on a device with room for so many padded tokens at a time."""
+
+    def __init__(self, tokens, *, dropout=0.0):
+        super().__init__()
+        self.inner, self.tokens, self.failures = TextEncoder(dropout=dropout), tokens, 0
+
+    def forward(self, batch):
+        if batch["input_ids"].numel() > self.tokens:
+            self.failures += 1
+            raise torch.OutOfMemoryError("no room")
+        return self.inner(batch)
+
+
+def test_later_steps_start_from_what_fitted(device):
+    encoder = Tight(70, dropout=0.2).double().train()
+    batch, memory = texts(16, 30, 1), StepMemory("80%")
+    with pytest.warns(UserWarning, match="padded tokens"):
+        record_towers([encoder], [batch], micro_batch="auto", memory=memory)
+    assert encoder.failures > 0
+    assert memory.learned is not None
+    assert 30 <= memory.learned <= 70
+    encoder.failures = 0
+    [recording] = record_towers([encoder], [batch], micro_batch="auto", memory=memory)
+    assert encoder.failures == 0
+    recording.backward(torch.ones_like(recording.embeddings))
+
+
+def test_overrun_lowers_what_later_steps_keep(device):
+    kept = []
+    inner = Mlp()
+
+    def crowded(x):
+        if torch.is_grad_enabled():
+            if len(kept) >= 3:
+                raise torch.OutOfMemoryError("no room beside three graphs")
+            kept.append(True)
+        return inner(x)
+
+    memory, x = StepMemory("80%"), torch.randn(12, 6)
+    options = {"micro_batch": 2, "keep_graphs": "auto", "memory": memory, "modules": [inner]}
+    with pytest.warns(UserWarning, match="with 3 graphs kept"):
+        first = record_towers([crowded], [x], **options)[0].num_kept
+    kept.clear()
+    [second] = record_towers([crowded], [x], **options)  # warnings are errors: it did not run out again
+    assert first == 2
+    assert second.num_kept == 2
+
+
+def test_out_of_memory_in_the_backward_pass_is_explained():
+    class Heavy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise torch.OutOfMemoryError("no room")
+
+    inner = Mlp()
+    recording = record(lambda x: Heavy.apply(inner(x)), torch.randn(4, 6), micro_batches=[torch.arange(4)])
+    with pytest.raises(AnybatchError, match=r"backward pass of a micro-batch of 4 rows.*set them to zero"):
+        recording.backward(torch.ones(4, 5))
+
+
+def test_graphs_that_share_storage_are_counted_once():
+    """A cast of the weights, made once and saved by every graph, takes its bytes once; the weights themselves take none."""
+    first, second = torch.nn.Linear(6, 7, bias=False), torch.nn.Linear(7, 200, bias=False)
+    cast = second.weight * 1.0  # not a parameter: stands for autocast's cast of a weight
+    budget = GraphBudget(2**40, modules=[first, second])
+
+    def encode(x):
+        return torch.nn.functional.linear(first(x).tanh(), cast).tanh()
+
+    record(encode, torch.randn(8, 6), micro_batches=list(torch.arange(8).split(2)), keep_graphs=budget)
+    # Every graph also saves its x (2 x 6) and the two tanh (2 x 7, 2 x 200).
+    assert budget.spent == 4 * (200 * 7 + 4 * (2 * 6 + 2 * 7 + 2 * 200))
+
+
+def test_mistakes():
+    for options in ({"micro_batch": "many"}, {"keep_graphs": "all"}):
+        with pytest.raises(AnybatchError, match='"auto"'):
+            record_towers([Mlp()], [torch.randn(4, 6)], **options)
+    with pytest.raises(AnybatchError, match="memory is"):
+        StepMemory("lots")
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_the_plan_of_a_mixed_limit():
+    """A limit of the caller's own holds beside the probe's."""
+    batch = texts(12, 9, 1)
+    recordings = record_towers([TextEncoder()], [batch], micro_batch="auto", max_tokens=18)
+    wanted = plan_micro_batches(batch, micro_batch=None, max_tokens=18)
+    assert [piece.rows.tolist() for piece in recordings[0]._pieces] == [rows.tolist() for rows in wanted]
