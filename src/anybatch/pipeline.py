@@ -25,7 +25,7 @@ from anybatch.integrations.sentence_transformers.model import ModelConfig, load_
 from anybatch.mining import MiningSet
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
-from anybatch.run_config import RunConfig, RunResult, SetConfig, resolved
+from anybatch.run_config import DataConfig, RunConfig, RunResult, SetConfig, resolved
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -50,8 +50,17 @@ def no_progress(stage: str, done: int, total: int, figures: dict[str, float] | N
 
 def read_training_pairs(config: RunConfig) -> PairData:
     """The training pairs of `config.data`, one data set or several, checked to be enough for one batch."""
-    data = config.data
-    found = [(one, Path(one.path)) for one in training_sets(config)]
+    pairs = read_data(config.data)
+    if len(pairs) < config.batch_size:
+        raise AnybatchError(
+            f"{pairs.source or config.data.path} has {len(pairs)} rows, fewer than one batch of {config.batch_size}. Set batch_size to {len(pairs)} or less."
+        )
+    return pairs
+
+
+def read_data(data: DataConfig) -> PairData:
+    """The pairs of one data set, or of several, one after the other."""
+    found = [(one, Path(one.path)) for one in training_sets(data)]
     parts = [
         read_pairs(
             path,
@@ -72,20 +81,15 @@ def read_training_pairs(config: RunConfig) -> PairData:
         for (one, path), part in zip(found, parts, strict=True)
     ]
     single = len(parts) == 1 and not data.sets
-    pairs = parts[0] if single else join_pairs(parts, sets)
-    if len(pairs) < config.batch_size:
-        raise AnybatchError(
-            f"{pairs.source or data.path} has {len(pairs)} rows, fewer than one batch of {config.batch_size}. Set batch_size to {len(pairs)} or less."
-        )
-    return pairs
+    return parts[0] if single else join_pairs(parts, sets)
 
 
-def training_sets(config: RunConfig) -> list[SetConfig]:
+def training_sets(data: DataConfig) -> list[SetConfig]:
     """The data sets that the configuration names, or that lie in the folder it names."""
-    if config.data.sets:
-        return list(config.data.sets)
-    assert config.data.path is not None
-    found = find_sets(config.data.path) or {"": Path(config.data.path)}
+    if data.sets:
+        return list(data.sets)
+    assert data.path is not None
+    found = find_sets(data.path) or {"": Path(data.path)}
     return [SetConfig(path=str(path), name=name or None) for name, path in found.items()]
 
 
@@ -100,7 +104,7 @@ def mining_sets(config: RunConfig, pairs: PairData) -> list[MiningSet]:
             margin=given.margin,
             share=given.share,
         )
-        for one, given in zip(pairs.sets, training_sets(config) if pairs.sets else [], strict=True)
+        for one, given in zip(pairs.sets, training_sets(config.data) if pairs.sets else [], strict=True)
     ]
 
 
@@ -430,7 +434,10 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
     )
-    callbacks = prepare_memory(config, model, pairs, loss, resume=resume, progress=progress)
+    callbacks = [
+        *prepare_refresh(config, model, pairs, loss, progress=progress),
+        *prepare_memory(config, model, pairs, loss, resume=resume, progress=progress),
+    ]
     dataset = pairs.to_dataset()
     with Measure() as measure:
         trained = train_model(
@@ -466,6 +473,43 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
 
 def _read_result(folder: Path) -> RunResult:
     return RunResult(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+
+
+def prepare_refresh(
+    config: RunConfig,
+    model: SentenceTransformer,
+    pairs: PairData,
+    loss: CachedLoss,
+    *,
+    progress: Progress = no_progress,
+) -> Sequence[TrainerCallback]:
+    """The callback that mines anew with the student's embeddings, if `config.mining.refresh_epochs` asks for it."""
+    from anybatch.integrations.sentence_transformers.embed import embed_texts
+    from anybatch.integrations.sentence_transformers.refresh import RefreshPlan
+    from anybatch.mining import mine_plan
+
+    if not config.mining.refresh_epochs:
+        return []
+    prompts = (config.model.anchor_prompt, config.model.positive_prompt)
+
+    def make(current: BatchPlan) -> BatchPlan:
+        sides = [
+            embed_texts(model, texts, prompt=prompt, progress=_counter(progress, "refresh: embedding", len(texts)))
+            for texts, prompt in zip(pairs.prompted[:2], prompts, strict=True)
+        ]
+        result = mine_plan(
+            *sides,
+            config=resolved(config).mining,
+            anchor_id=pairs.anchor_id,
+            positive_id=pairs.positive_id,
+            sets=mining_sets(config, pairs),
+            data_digest=pairs.digest,
+            start=current.cluster,
+            progress=lambda stage, fraction: progress(f"refresh: {stage}", round(100 * fraction), 100),
+        )
+        return result.plan
+
+    return [RefreshPlan(loss, make, every=config.mining.refresh_epochs, folder=config.output)]
 
 
 def prepare_memory(

@@ -82,30 +82,33 @@ class RowTable(nn.Module):
         )
         self.negative_id: Tensor
         self.register_buffer("negative_id", torch.as_tensor(negatives), persistent=False)
+        for name in ("cluster", "task", "log_weights", "ways", "suspects"):
+            self.register_buffer(name, None, persistent=False)
         self.cluster: Tensor | None
-        self.register_buffer(
-            "cluster", torch.as_tensor(plan.cluster.astype(np.int64)) if plan is not None else None, persistent=False
-        )
         self.task: Tensor | None
-        task = None if plan is None or plan.task is None else torch.as_tensor(plan.task.astype(np.int64))
-        self.register_buffer("task", task, persistent=False)
-        log_weights, ways = None, None
-        if weights == "inclusion" and plan is not None:
-            log_weights = _task_log_weights(plan, weight_cap)
-            if negative_id is not None:
-                ways = _ways(np.asarray(positive_id), np.asarray(negative_id))
         self.log_weights: Tensor | None
-        self.register_buffer("log_weights", log_weights, persistent=False)
         self.ways: Tensor | None
-        self.register_buffer("ways", ways, persistent=False)
         self.suspects: Tensor | None
-        suspects = None
-        if mask_suspects and plan is not None and plan.suspects is not None and len(plan.suspects):
-            suspects = _suspects_of_rows(plan.suspects, plan.num_rows)
-        self.register_buffer("suspects", suspects, persistent=False)
-        self.plan = plan
         self.weights = weights
         self.weight_cap = weight_cap
+        self.mask_suspects = mask_suspects
+        self.plan: BatchPlan | None = None
+        if weights == "inclusion" and negative_id is not None:
+            self.ways = _ways(np.asarray(positive_id), np.asarray(negative_id))
+        if plan is not None:
+            self.use_plan(plan)
+
+    def use_plan(self, plan: BatchPlan) -> None:
+        """Look up this plan from now on: clusters, weights and suspects. It must be of these rows."""
+        device = self.anchor_id.device
+        self.plan = plan
+        self.cluster = torch.as_tensor(plan.cluster.astype(np.int64), device=device)
+        self.task = None if plan.task is None else torch.as_tensor(plan.task.astype(np.int64), device=device)
+        if self.weights == "inclusion":
+            self.log_weights = _task_log_weights(plan, self.weight_cap).to(device)
+        self.suspects = None
+        if self.mask_suspects and plan.suspects is not None and len(plan.suspects):
+            self.suspects = _suspects_of_rows(plan.suspects, plan.num_rows).to(device)
 
     def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
         """Arguments for a batch.

@@ -15,12 +15,12 @@ from rich.table import Table
 from anybatch.cli.options import AnchorOption, DataOption, NegativeOption, PositiveOption
 from anybatch.cli.progress import Bars, console
 from anybatch.configuration import load_config
-from anybatch.data import PairData, read_pairs
+from anybatch.data import PairData
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 from anybatch.losses.config import LossConfig
 from anybatch.mining import PlanInspection, inspect_plan
-from anybatch.pipeline import read_embeddings
+from anybatch.pipeline import read_data, read_embeddings
 from anybatch.plan import BatchPlan
 from anybatch.report import plan_figures, render_plan_page
 from anybatch.run_config import DataConfig, RunConfig
@@ -72,6 +72,11 @@ def command(
     vectors = _embeddings(plan, embeddings, folder, config, missing)
     mining = _stored(plan_path.with_name("mining.json"), plan, missing)
     inspection = None
+    if vectors is not None and plan.task is not None:
+        missing.append(
+            "Figures from the embeddings: the plan covers several data sets, each ranked by itself; mining.json has what mining measured on each."
+        )
+        vectors = None
     if vectors is not None:
         if pairs is None:
             missing.append("Repeated texts are not recognised without the data: their rows count as different.")
@@ -116,13 +121,7 @@ def _pairs(plan: BatchPlan, given: DataConfig | None, config: RunConfig | None, 
         missing.append("Texts: the data is not known. Give it with --data (and --anchor, --positive).")
         return None
     try:
-        pairs = read_pairs(
-            source.path,
-            anchor=source.anchor,
-            positive=source.positive,
-            negatives=source.negatives,
-            limit=source.limit,
-        )
+        pairs = read_data(source)
         plan.check(num_rows=len(pairs), data_digest=pairs.digest)
     except AnybatchError as error:
         if given is not None:

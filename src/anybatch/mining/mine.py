@@ -51,6 +51,7 @@ class MiningConfig:
         sweeps: Passes of the exchange search; each doubling gains a little more.
         mixing: With several data sets: batches "within" one (B3), or "mixed".
         random_shares: For each epoch the share of batches that are shuffled among each other; the last one stays. Empty: none.
+        refresh_epochs: Mine anew with the student's own embeddings every so many epochs, from the clusters there are; 0 for never.
         cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all rows at once.
         seed: Of everything random.
     """
@@ -70,6 +71,7 @@ class MiningConfig:
     sweeps: int = 20
     mixing: Literal["within", "mixed"] = "within"
     random_shares: tuple[float, ...] = ()
+    refresh_epochs: int = 0
     cells: int = 1
     seed: int = 0
 
@@ -80,11 +82,17 @@ class MiningConfig:
             ("take", 1),
             ("num_negatives", 0),
             ("sweeps", 0),
+            ("refresh_epochs", 0),
             ("cells", 1),
             ("conflict_weight", 0),
         ):
             if getattr(self, name) < least:
                 raise AnybatchError(f"mining.{name} is {getattr(self, name)}; expected at least {least}.")
+        if self.refresh_epochs and (self.method != "anybatch" or self.num_negatives):
+            raise AnybatchError(
+                f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined negatives (num_negatives 0), "
+                f"whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
+            )
         if self.cells > 1 and self.method != "anybatch":
             raise AnybatchError(
                 f"mining.cells is {self.cells} with method '{self.method}', which partitions all rows at once; set mining.cells to 1, or method to 'anybatch'."
@@ -243,7 +251,7 @@ def mine_plan(
     meta = {
         name: value
         for name, value in asdict(config).items()
-        if name not in ("seed", "batch_size", "cluster_size", "mixing", "random_shares")
+        if name not in ("seed", "batch_size", "cluster_size", "mixing", "random_shares", "refresh_epochs")
     }
     if not sets:
         meta |= dict(zip(("skip", "take"), windows[0], strict=True))

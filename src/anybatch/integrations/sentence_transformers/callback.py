@@ -41,7 +41,7 @@ class LossStateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the plan; restore the loss."""
-        sampler = _innermost_sampler(kwargs.get("train_dataloader"))
+        sampler = innermost_sampler(kwargs.get("train_dataloader"))
         if isinstance(getattr(args, "batch_sampler", None), PlanBatches) and not isinstance(sampler, PlanSampler):
             raise AnybatchError(
                 "The plan was not used: the training set is not the one it was made for, or has no row numbers. "
@@ -78,7 +78,7 @@ class LossStateCallback(TrainerCallback):
     ) -> None:
         """Tell the plan and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
         epoch = int(state.epoch or 0)
-        sampler = _innermost_sampler(kwargs.get("train_dataloader"))
+        sampler = innermost_sampler(kwargs.get("train_dataloader"))
         if isinstance(sampler, PlanSampler):
             sampler.set_epoch(epoch)
         set_epoch = getattr(self.loss.loss, "set_epoch", None)
@@ -100,7 +100,7 @@ class LossStateCallback(TrainerCallback):
         distributed.barrier()
         if state.is_world_process_zero:
             tensors = {"num_shards": torch.tensor(distributed.world_size())} if sharded else _tensors(self.loss)
-            sampler = _innermost_sampler(kwargs.get("train_dataloader"))
+            sampler = innermost_sampler(kwargs.get("train_dataloader"))
             metadata = {"plan": sampler.plan.digest} if isinstance(sampler, PlanSampler) else None
             write_bytes(folder / LOSS_STATE, save(tensors, metadata))
 
@@ -147,7 +147,7 @@ def _tensors(loss: CachedLoss) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in loss.loss.state_dict().items()}
 
 
-def _innermost_sampler(dataloader: Any) -> Any:
+def innermost_sampler(dataloader: Any) -> Any:
     """Walk down through Accelerate's and the Trainer's wrappers to the sampler that makes the batches."""
     sampler: Any = getattr(dataloader, "batch_sampler", None)
     while hasattr(sampler, "batch_sampler"):

@@ -130,7 +130,7 @@ def train_model(
         resume: Go on from the last whole checkpoint; with none, start from the beginning.
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
         progress: Called after every step with (steps done, steps in all, latest figures).
-        callbacks: Further callbacks, which run before the log is written.
+        callbacks: Further callbacks, which run before the loss is restored or saved and before the log is written.
 
     Returns:
         The log, the steps and the cost of evaluating.
@@ -207,7 +207,7 @@ def train_model(
         args=arguments,
         train_dataset=indexed,
         loss=loss,
-        callbacks=[LossStateCallback(loss), *callbacks, recorder],
+        callbacks=[*callbacks, LossStateCallback(loss), recorder],
     )
     _silence(trainer)
     try:

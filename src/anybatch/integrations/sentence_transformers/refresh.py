@@ -1,0 +1,92 @@
+"""New plans while training: the student itself, which knows by now what it confuses, takes the teacher's place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from anybatch import distributed
+from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers.callback import innermost_sampler
+from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.plan import BatchPlan, PlanSampler
+
+
+class RefreshPlan(TrainerCallback):
+    """Before every `every`-th epoch, deal a new plan.
+
+    The plan of epoch e is kept as `plan_epoch_e.safetensors`, so that a resumed run deals what the uninterrupted one dealt. Give it
+    to the Trainer before `LossStateCallback`, which checks the plan on resume.
+
+    Args:
+        loss: The loss given to the Trainer; its row table follows the plan.
+        make: Called with the current plan on rank 0; gives the new one, of the same rows and sizes. The others wait.
+        every: Epochs that a plan lasts.
+        folder: Where plans are kept.
+
+    Raises:
+        AnybatchError: A new plan of other sizes; resuming in an epoch whose plan is gone.
+
+    Cost: what `make` costs, every `every` epochs.
+    """
+
+    def __init__(
+        self, loss: CachedLoss, make: Callable[[BatchPlan], BatchPlan], *, every: int, folder: str | Path
+    ) -> None:
+        self.loss = loss
+        self.make = make
+        self.every = every
+        self.folder = Path(folder)
+        self.first: BatchPlan | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """On resume, take up the plan of the last step."""
+        sampler = innermost_sampler(kwargs.get("train_dataloader"))
+        if not isinstance(sampler, PlanSampler):
+            raise AnybatchError("RefreshPlan needs a plan to begin with: batch_sampler=PlanBatches(plan).")
+        self.first = sampler.plan
+        if state.global_step:
+            begun = self._begun(max(0, math.ceil(state.epoch or 0) - 1))
+            if begun and not self._path(begun).exists():
+                raise AnybatchError(
+                    f"{self._path(begun)} is gone, the plan that the run was dealing. Start a new run, or put the file back."
+                )
+            self._use(sampler, BatchPlan.load(self._path(begun)) if begun else self.first)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the plan if it is due, unless an earlier run has made it."""
+        sampler = innermost_sampler(kwargs.get("train_dataloader"))
+        begun = self._begun(int(state.epoch or 0))
+        if not begun:
+            return
+        path = self._path(begun)
+        with distributed.alone() as chosen, torch.random.fork_rng():  # training draws what it would draw without this
+            if chosen and not path.exists():
+                self.make(sampler.plan).save(path)
+        self._use(sampler, BatchPlan.load(path))
+
+    def _begun(self, epoch: int) -> int:
+        return epoch // self.every * self.every
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f"plan_epoch_{epoch}.safetensors"
+
+    def _use(self, sampler: PlanSampler, plan: BatchPlan) -> None:
+        old = sampler.plan
+        if (plan.num_rows, plan.batch_size, plan.num_batches) != (old.num_rows, old.batch_size, old.num_batches):
+            raise AnybatchError(
+                f"The new plan has {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows; the run has "
+                f"{old.num_batches} of {old.batch_size} over {old.num_rows}. Mine with the same sizes."
+            )
+        sampler.plan = plan
+        if self.loss.rows is not None:
+            self.loss.rows.use_plan(plan)

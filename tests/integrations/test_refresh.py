@@ -1,0 +1,90 @@
+"""Plans mined anew while training, and resumed in the middle of one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anybatch import pipeline
+from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers import ModelConfig, TrainConfig, last_whole_checkpoint
+from anybatch.losses.config import LossConfig
+from anybatch.mining import MiningConfig
+from anybatch.plan import BatchPlan
+from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
+
+
+def config(pairs_file, model, output, **mining):
+    return RunConfig(
+        output=str(output),
+        data=DataConfig(path=str(pairs_file), limit=40),
+        model=ModelConfig(name=str(model), device="cpu"),
+        teacher=TeacherConfig(name=str(model)),
+        batch_size=8,
+        mining=MiningConfig(cluster_size=4, skip=1, take=6, **mining),
+        loss=LossConfig(name="count_corrected", weights="inclusion", mask_suspects=True),
+        train=TrainConfig(epochs=4, log_steps=1, save_steps=3, micro_batch=4, learning_rate=1e-2),
+    )
+
+
+def test_new_plans_come_from_the_student_and_a_killed_run_goes_on_with_them(pairs_file, tiny_model_folder, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pipeline.train(config(pairs_file, tiny_model_folder, whole, refresh_epochs=2))
+    first, second = (BatchPlan.load(whole / name) for name in ("plan.safetensors", "plan_epoch_2.safetensors"))
+    assert sorted(path.name for path in whole.glob("plan_epoch*")) == ["plan_epoch_2.safetensors"]
+    assert not np.array_equal(first.cluster, second.cluster)
+    assert (first.num_batches, first.data_digest) == (second.num_batches, second.data_digest)
+
+    class KillError(Exception):
+        pass
+
+    for step in (
+        11,
+        13,
+    ):  # after checkpoint 9, the plan of epoch 2 begins behind step 10; after checkpoint 12 it is in use
+
+        def kill(stage, done, total, figures=None, step=step):
+            if stage == "training" and done == step:
+                raise KillError
+
+        with pytest.raises(KillError):
+            pipeline.train(
+                config(pairs_file, tiny_model_folder, killed, refresh_epochs=2), resume=killed.exists(), progress=kill
+            )
+        assert last_whole_checkpoint(killed / "checkpoints").name == f"checkpoint-{step // 3 * 3}"
+    pipeline.train(config(pairs_file, tiny_model_folder, killed, refresh_epochs=2), resume=True)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = [
+        [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (whole, killed)
+    ]
+    assert logs[0] == logs[1]
+    without = tmp_path / "without"
+    pipeline.train(config(pairs_file, tiny_model_folder, without))
+    plain = [json.loads(line)["loss"] for line in (without / "log.jsonl").read_text().splitlines()]
+    assert plain[:10] == logs[0][:10]
+    assert plain[10:] != logs[0][10:]
+
+
+def test_a_plan_that_is_gone_is_missed(pairs_file, tiny_model_folder, tmp_path):
+    def kill(stage, done, total, figures=None):
+        if stage == "training" and done == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(config(pairs_file, tiny_model_folder, tmp_path / "run", refresh_epochs=2), progress=kill)
+    (tmp_path / "run" / "plan_epoch_2.safetensors").unlink()
+    with pytest.raises(AnybatchError, match="is gone"):
+        pipeline.train(config(pairs_file, tiny_model_folder, tmp_path / "run", refresh_epochs=2), resume=True)
+
+
+def test_settings_that_cannot_be_refreshed():
+    with pytest.raises(AnybatchError, match="no mined negatives"):
+        MiningConfig(refresh_epochs=1, num_negatives=2)
+    with pytest.raises(AnybatchError, match="'kmeans'"):
+        MiningConfig(refresh_epochs=1, method="kmeans")
