@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from anybatch.mining import (
     Audit,
@@ -22,11 +23,13 @@ from anybatch.mining import (
     metis_clusters,
     mine_plan,
 )
+from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
 from anybatch.report import markdown_table
 from anybatch.resources import Measure
 
 SKIP, TAKE, SIZE = 30, 100, 32
-LAMBDAS = (0.0, 1.0, 3.0, 10.0, 30.0)
+LAMBDAS = (0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)
+LONG = 200  # sweeps of the long search, ten times the default
 
 
 def main() -> None:
@@ -34,6 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--anchor-embeddings", required=True)
     parser.add_argument("--positive-embeddings", required=True)
+    parser.add_argument(
+        "--teacher", default="all-MiniLM-L6-v2, 64 tokens", help="what made the embeddings, for the page"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/mining.md"))
     options = parser.parse_args()
     anchors, positives = np.load(options.anchor_embeddings), np.load(options.positive_embeddings)
@@ -72,13 +78,25 @@ def main() -> None:
     record("published: mutual edges, METIS k-way", measure.seconds, audit_clusters(union, published, **same))
     with Measure() as measure:
         start = metis_clusters(union.weight, num_clusters, recursive=True)
-    begun = measure.seconds
-    record("union of edges, recursive bisection", begun, audit_clusters(union, start, **same))
-    for weight in LAMBDAS:
+    record("union of edges, recursive bisection", measure.seconds, audit_clusters(union, start, **same))
+    recipes = {
+        "k-means cells of [anchor; positive]": lambda: kmeans_clusters(anchors, positives, num_clusters),
+        "bandwidth order (GCBS)": lambda: bandwidth_clusters(union.weight, num_clusters),
+        "loss order (OSGD under the teacher)": lambda: loss_ordered_clusters(neighbors, num_clusters),
+    }
+    for name, recipe in recipes.items():
         with Measure() as measure:
-            cluster = equal_clusters(start, union.signed(weight), SIZE, **same)
-        name = f"ours: the same + swap search, conflict weight {weight:g}"
-        record(name, begun + measure.seconds, audit_clusters(union, cluster, **same))
+            cluster = equal_clusters(recipe(), union.signed(0.0), SIZE, sweeps=0, **same)
+        record(f"{name}, made equal", measure.seconds, audit_clusters(union, cluster, **same))
+    for weight in LAMBDAS:
+        for sweeps in (20, LONG) if weight == 3.0 else (20,):
+            with Measure() as measure:
+                begin = metis_clusters(union.attraction(weight), num_clusters, recursive=True)
+                cluster = equal_clusters(begin, union.signed(weight), SIZE, sweeps=sweeps, **same)
+            name = f"ours: signed edges, exchange search, conflict weight {weight:g}" + (
+                f", {sweeps} sweeps" if sweeps == LONG else ""
+            )
+            record(name, measure.seconds, audit_clusters(union, cluster, **same))
     random = np.random.default_rng(0).permutation(num_rows) // SIZE
     record("random", 0.0, audit_clusters(union, np.where(random < num_clusters, random, -1), **same))
     with Measure() as measure:
@@ -87,7 +105,7 @@ def main() -> None:
     header = ["clusters", "window negatives an anchor", "ratio", "conflicts an anchor", "ratio", "sizes", "seconds"]
     options.out.write_text(
         f"# Mining {num_rows:,} pairs\n\n`python -m benchmarks.mining --anchor-embeddings A.npy --positive-embeddings P.npy` on the training pairs of "
-        "arxiv-title-abstract. Teacher: all-MiniLM-L6-v2, 64 tokens. Machine: 2-core x86 CPU, shared.\n\n"
+        f"arxiv-title-abstract. Teacher: {options.teacher}. Machine: 2-core x86 CPU, shared, {torch.get_num_threads()} thread(s).\n\n"
         f"Clusters of {SIZE}, skip {SKIP}, take {TAKE}. Window negatives: rows of ranks {SKIP + 1} to {SKIP + TAKE} in the anchor's own cluster. Conflicts: rows of "
         f"the first {SKIP} ranks there. Ratios are to the published recipe, measured in the same run on the same neighbours.\n\n"
         + markdown_table(header, rows)

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -401,3 +402,31 @@ def test_deep_copies_and_pickles():
     TestState().step(loss)
     again = copy.deepcopy(loss)
     assert torch.equal(again.memory.log_mean.nan_to_num(0), loss.memory.log_mean.nan_to_num(0))
+
+
+def test_a_cast_model_leaves_memory_and_temperature_in_float32():
+    loss = SogCLR(20, learnable_temperature=True)
+    loss(torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), index=torch.arange(4))
+    before = loss.memory.log_mean.clone()
+    nn.Sequential(nn.Linear(2, 2), loss).bfloat16()
+    assert (loss.memory.log_mean.dtype, loss.log_temperature.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(loss.memory.log_mean[:, :4], before[:, :4])
+    assert loss.double().memory.log_mean.dtype == torch.float64
+
+
+def test_a_diverged_step_leaves_the_memory_as_it_was():
+    loss = SogCLR(20, normalize=False)
+    candidates = torch.randn(8, 3)
+    loss(torch.randn(8, 3, requires_grad=True), candidates, index=torch.arange(8))
+    before = loss.memory.log_mean.clone()
+    for bad in (torch.nan, torch.inf):
+        broken = candidates.clone()
+        broken[2, 1] = bad
+        loss(torch.ones(8, 3, requires_grad=True), broken, index=torch.arange(8))
+        assert torch.equal(loss.memory.visited, ~before.isnan())
+        assert loss.memory.log_mean[loss.memory.visited].isfinite().all()
+
+
+def test_a_log_weight_that_wants_a_gradient_is_refused():
+    with pytest.raises(AnybatchError, match="NUCLR"):
+        InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), log_weight=torch.zeros(2, 2, requires_grad=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,6 +75,15 @@ class ContrastiveLoss(nn.Module):
         self._temperature = temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable_temperature else None
         self._stats: tuple[Tensor, SoftmaxStats] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastiveLoss:
+        """Casts of a whole model leave the learned temperature in float32: a small step would not move it any more."""
+        before = None if self.log_temperature is None else self.log_temperature.data
+        super()._apply(fn, recurse)
+        if before is not None and self.log_temperature is not None:
+            if self.log_temperature.dtype in (torch.float16, torch.bfloat16):
+                self.log_temperature.data = before.to(self.log_temperature.device)
+        return self
 
     @property
     def temperature(self) -> float:

@@ -273,9 +273,15 @@ def as_log_weight(log_weight: LogWeight | Tensor, num_rows: int, num_columns: in
         raise AnybatchError(
             f"log_weight has shape {tuple(log_weight.shape)}; expected something broadcastable to ({num_rows}, {num_columns})."
         )
+    if log_weight.requires_grad:
+        raise AnybatchError(
+            "log_weight requires a gradient, and the losses give it none. Detach it; for learned margins there is NUCLR."
+        )
     if bool((values.isnan() | (values == torch.inf)).any()):
         raise AnybatchError("log_weight holds NaN or +inf; expected finite numbers, or -inf to remove a pair.")
-    return TensorLogWeight(values=values, normalised=not bool(((values == 0) | values.isneginf()).all()))
+    weighs = (~((values == 0) | values.isneginf())).any().float()
+    # Every rank must take the tensors for the same thing, whatever its own share happens to hold.
+    return TensorLogWeight(values=values, normalised=bool(distributed.sum_over_ranks(weighs) > 0))
 
 
 def inclusion_log_weights(num_rows: int, chance_beside: float, *, cap: float | None = None) -> tuple[float, float]:

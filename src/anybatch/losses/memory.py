@@ -135,6 +135,14 @@ class ExampleMemory(nn.Module):
             )
         return index
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExampleMemory:
+        """Casts of a whole model below the memory's own precision leave it alone: a state in bfloat16 hardly moves."""
+        before = self.log_mean
+        super()._apply(fn, recurse)
+        if self.log_mean.dtype.itemsize < before.dtype.itemsize or self.log_mean.dtype == torch.bfloat16:
+            self.log_mean = before.to(self.log_mean.device)
+        return self
+
     def blend(
         self,
         index: Tensor,
@@ -172,7 +180,9 @@ class ExampleMemory(nn.Module):
         new = torch.where(old.isnan(), combined, torch.logaddexp(old + log_stay, combined + log_gamma))
         new = torch.where(combined.isneginf(), torch.where(old.isnan(), combined, old), new)
         if update:
-            self._write(slots, torch.where(new.isneginf(), torch.nan, new), direction)
+            # A step that has diverged (NaN, +inf) is the trainer's to skip; the rows keep what they knew.
+            stored = torch.where(new.isneginf(), torch.nan, torch.where(new.isfinite(), new, old))
+            self._write(slots, stored, direction)
             self.dimensions.fill_(dimensions)
         first = sum(sizes[: distributed.rank()])
         return new[inverse[first : first + len(index)]]

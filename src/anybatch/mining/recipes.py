@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from scipy import sparse
 
+from anybatch.mining.inverted import assign_cells, spherical_kmeans
 from anybatch.mining.neighbors import Neighbors
 
 
@@ -16,22 +15,16 @@ def kmeans_clusters(anchors: np.ndarray, positives: np.ndarray, num_clusters: in
     Args:
         anchors, positives: (n, D) float.
         num_clusters: Cells.
-        seed: faiss's.
+        seed: Of the first centroids.
 
     Returns:
         (n,) int32 of any sizes.
 
-    Cost: 10 iterations of at most 64 rows a cell, then n * num_clusters * 2 D multiplications; a float32 copy of both sides.
+    Cost: n * num_clusters * 2 D multiplications, and as many for each round of k-means; a float32 copy of both sides.
     Reference: TAS-Balanced, arXiv 2104.06967; the doubled vectors are CDE's, arXiv 2410.02525.
     """
-    import faiss
-
     data = np.concatenate([anchors, positives], axis=1).astype(np.float32)
-    means: Any = faiss.Kmeans(
-        data.shape[1], num_clusters, niter=10, seed=seed + 1, max_points_per_centroid=64, min_points_per_centroid=1
-    )
-    means.train(data)
-    return means.index.search(data, 1)[1][:, 0].astype(np.int32)
+    return assign_cells(data, spherical_kmeans(data, num_clusters, seed, None), None).astype(np.int32)
 
 
 def bandwidth_clusters(weight: sparse.csr_matrix, num_clusters: int) -> np.ndarray:
