@@ -27,7 +27,8 @@ from anybatch.integrations.sentence_transformers import (
 )
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses.config import LossConfig
-from anybatch.losses.memory import ExampleMemory, join_shards
+from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.memory_states import join_shards
 from anybatch.mining import MiningConfig
 from anybatch.run_config import DataConfig, RunConfig
 

@@ -16,7 +16,8 @@ import torch.multiprocessing as multiprocessing
 from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.losses import SogCLR
-from anybatch.losses.memory import VERSION, ExampleMemory, grown_state, join_shards
+from anybatch.losses.memory import VERSION, ExampleMemory
+from anybatch.losses.memory_states import grown_state, join_shards
 
 KEYS = [7, 3, 7, -2, 3, 3, 9]  # slots 0 1 0 2 1 1 3
 

@@ -293,9 +293,42 @@ class TestSCENT:
         torch.testing.assert_close(loss.memory.log_mean[0, :7], nu, rtol=1e-9, atol=1e-9)
         assert (old - nu).abs().max() > 0.1
 
+    @pytest.mark.parametrize("temperature", [0.02, 0.05, 0.2])
+    def test_the_default_step_follows_on_every_scale(self, temperature):
+        """With standing embeddings the weight of a batch stays near the true one; with a step of 1 at low temperature it explodes."""
+        generator = torch.Generator().manual_seed(5)
+        rows, width = 512, 16
+        anchors = torch.nn.functional.normalize(torch.randn(rows, width, generator=generator), dim=1)
+        noise = torch.randn(rows, width, generator=generator)
+        positives = torch.nn.functional.normalize(anchors + 0.1 * noise, dim=1)
+
+        def pull(loss):
+            """Root mean square of the gradient of single anchors over the second half of ten epochs."""
+            squares = []
+            for epoch in range(10):
+                for index in torch.randperm(rows, generator=generator).split(32):
+                    leaf = anchors[index].clone().requires_grad_()
+                    loss(leaf, positives[index], index=index).backward()
+                    if epoch >= 5:
+                        squares.append((32 * leaf.grad).square().sum(1).mean())
+            return torch.stack(squares).mean().sqrt().item()
+
+        default, memoryless = (
+            pull(SCENT(rows, temperature=temperature)),
+            pull(SogCLR(rows, gamma=1.0, temperature=temperature)),
+        )
+        assert default < 3 * memoryless
+        if temperature < 0.1:
+            assert pull(SCENT(rows, alpha=1.0, eps=0.0, temperature=temperature)) > 10 * memoryless
+
+    def test_default_step(self):
+        assert SCENT(20).alpha == 19
+        assert SCENT(20, alpha=0.5).alpha == 0.5
+        assert SCENT(20).eps == 1 / 19
+
     def test_large_steps_forget(self):
         anchors, candidates = draw(10)
-        loss, plain = SCENT(20, alpha=1e9, temperature=0.3), SogCLR(20, gamma=1.0, eps=0.0, temperature=0.3)
+        loss, plain = SCENT(20, alpha=1e9, eps=0.0, temperature=0.3), SogCLR(20, gamma=1.0, eps=0.0, temperature=0.3)
         for seed in (10, 11):
             anchors, candidates = draw(seed)
             values = [each(anchors, candidates, index=torch.arange(7)).item() for each in (loss, plain)]

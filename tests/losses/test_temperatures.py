@@ -283,3 +283,21 @@ def test_mistakes():
     ):
         with pytest.raises(AnybatchError, match=match):
             make()
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.2])
+def test_isogclr_has_the_scale_of_its_temperature(temperature):
+    """While temperatures stand still the gradient is tau times SogCLR's, no other factor."""
+    generator = torch.Generator().manual_seed(3)
+    losses = (
+        ISogCLR(ROWS, gamma=0.5, temperature=temperature, temperature_lr=1e-12).double(),
+        SogCLR(ROWS, gamma=0.5, eps=0.0, temperature=temperature).double(),
+    )
+    for _ in range(3):
+        sides = torch.randn(2, 8, 6, generator=generator, dtype=torch.float64)
+        gradients = []
+        for loss in losses:
+            leaf = sides[0].clone().requires_grad_()
+            loss(leaf, sides[1], index=torch.arange(8)).backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(gradients[0], temperature * gradients[1], rtol=1e-6, atol=1e-12)

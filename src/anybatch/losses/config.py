@@ -61,7 +61,7 @@ class LossConfig:
         bias: siglip: the bias at first; it is learned.
         margin_lr, margin_start: nuclr: step of the margins, and steps before they are learned.
         hardness: infonce: weight negatives by exp(hardness * similarity).
-        alpha: glofnd: share of negatives to drop. scent: step.
+        alpha: glofnd: share of negatives to drop. scent: step, near one over a typical denominator; None for rows - 1.
         threshold_lr, threshold_start: glofnd: step of the thresholds, and steps before they are used.
         burn_in: emc2: share of a visit's steps that do not count.
         seed: emc2: of the chains.

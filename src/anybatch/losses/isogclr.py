@@ -18,6 +18,9 @@ class ISogCLR(RobustSogCLR):
         F          = mean_i tau_i (log(eps + u_i) + rho)
         dF/d tau_i = log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i      (times 1/B; rho - KL(p_i, uniform) at gamma = 1, eps = 0)
 
+    The factor tau_i is part of the objective, because it is what makes tau_i learnable: at temperatures that stand still the gradient is tau times
+    that of `SogCLR(eps=0)`. With SGD take a learning rate larger by one over the temperature; Adam does not notice.
+
     Temperatures and their momentum are buffers: saved in `state_dict`, updated once a call in training mode with gradients
     enabled, by their own rate, after the gradient of the embeddings was taken at the old temperatures.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
+from anybatch.losses.memory_states import fitted
 
 VERSION = 2  # 1: no slots, no shards
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -265,7 +266,7 @@ class ExampleMemory(nn.Module):
         else:
             raise AnybatchError(
                 f"This memory is shard {int(self.shard[0])} of {known}; this is rank {rank} of {world_size}. Join the shards with "
-                "anybatch.losses.memory.join_shards and load the whole state."
+                "anybatch.losses.memory_states.join_shards and load the whole state."
             )
 
     def _read(self, slots: Tensor, direction: int) -> Tensor:
@@ -310,82 +311,17 @@ class ExampleMemory(nn.Module):
             saved = state_dict.get(
                 prefix + "shard", torch.tensor([0, 1, state.shape[1]])
             ).tolist()  # version 1 was always whole
-            state_dict[prefix + "log_mean"] = self._fitting(state, saved, state_dict.get(prefix + "slot"))
+            state_dict[prefix + "log_mean"] = fitted(
+                state,
+                saved,
+                state_dict.get(prefix + "slot"),
+                num_directions=len(self.log_mean),
+                wanted=self.shard.tolist(),
+                own_slot=self.slot,
+            )
             state_dict[prefix + "version"] = torch.tensor(VERSION)
             state_dict[prefix + "shard"] = self.shard.clone()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-    def _fitting(self, state: Tensor, saved: list[int], slot: Tensor | None) -> Tensor:
-        """This rank's part of a saved state."""
-        rank, ranks, num_slots = saved
-        if num_slots != self.num_slots or len(state) != len(self.log_mean):
-            raise AnybatchError(
-                f"The saved memory has shape {(len(state), num_slots)}, this loss {(len(self.log_mean), self.num_slots)} (directions, rows). "
-                "Resume with the loss and the data set that the run was started with, or, if rows were appended, pass the state through "
-                "anybatch.losses.memory.grown_state."
-            )
-        own_slot = None if self.slot is None else self.slot.cpu()
-        if (slot is None) != (own_slot is None) or (slot is not None and not torch.equal(slot.cpu(), own_slot)):  # pyright: ignore[reportArgumentType]
-            raise AnybatchError(
-                "The saved memory shares its slots between other rows. Resume with the keys that the run was started with."
-            )
-        if [rank, ranks] == self.shard[:2].tolist():
-            return state
-        if ranks != 1:
-            raise AnybatchError(
-                f"The saved memory is shard {rank} of {ranks}, wanted is shard {int(self.shard[0])} of {int(self.shard[1])}. Join the shards with "
-                "anybatch.losses.memory.join_shards and load the whole state."
-            )
-        return state[:, int(self.shard[0]) :: int(self.shard[1])]
-
-
-def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One whole state from the state dictionaries of all ranks of a loss (or memory) with sharded memories, in any order.
-
-    It loads into a replicated memory, and into a sharded one of any number of ranks. Needs no process group: read the ranks' files.
-
-    Raises:
-        AnybatchError: A shard is missing or comes twice.
-    """
-    whole = dict(states[0])
-    for name in [name for name in whole if name.endswith("log_mean")]:
-        prefix = name.removesuffix("log_mean")
-        parts = {int(state[prefix + "shard"][0]): state[name] for state in states}
-        ranks, num_slots = int(whole[prefix + "shard"][1]), int(whole[prefix + "shard"][2])
-        if sorted(parts) != list(range(ranks)) or len(states) != ranks:
-            raise AnybatchError(
-                f"Got the shards {sorted(parts)} from {len(states)} states; expected each of 0 to {ranks - 1} once."
-            )
-        joined = parts[0].new_empty((len(parts[0]), num_slots))
-        for rank, part in parts.items():
-            joined[:, rank::ranks] = part
-        whole[name], whole[prefix + "shard"] = joined, torch.tensor([0, 1, num_slots])
-    return whole
-
-
-def grown_state(state: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
-    """A whole saved state, made to fit a loss for a data set to which rows were appended: the new rows were never visited.
-
-    For memories without keys. `loss.load_state_dict(grown_state(torch.load(path), num_rows))` is the explicit request without which
-    a state of another size is refused.
-
-    Raises:
-        AnybatchError: The state has more rows, is a shard (join them first), or has keys (load it, then call `grow(keys=...)`).
-    """
-    grown = dict(state)
-    for name in [name for name in grown if name.endswith("log_mean")]:
-        prefix, old = name.removesuffix("log_mean"), grown[name]
-        if prefix + "slot" in grown or int(grown.get(prefix + "shard", torch.tensor([0, 1]))[1]) != 1:
-            raise AnybatchError(
-                "Only a whole state without keys can be grown: join shards first; with keys load, then call memory.grow(keys=...)."
-            )
-        if num_rows < old.shape[1]:
-            raise AnybatchError(
-                f"num_rows is {num_rows}, fewer than the {old.shape[1]} of the saved memory. It can only grow."
-            )
-        grown[name] = torch.cat([old, old.new_full((len(old), num_rows - old.shape[1]), torch.nan)], dim=1)
-        grown[prefix + "shard"] = torch.tensor([0, 1, num_rows])
-    return grown
 
 
 def _stored(num_slots: int, rank: int, world_size: int) -> int:

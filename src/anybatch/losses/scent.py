@@ -28,9 +28,14 @@ class SCENT(SogCLR):
 
     Args:
         num_rows: n, rows of the data set.
-        alpha: Step, above 0: gamma is one half where u_i = 1 / alpha.
-        eps: Added to u_i in the loss; 0 is the published objective, None is 1 / (n - 1).
+        alpha: Step, above 0: gamma is one half where u_i = 1 / alpha. u_i has no natural scale: at temperature .05 it is e^-8 for a typical row of
+            a trained encoder and 1 for a fresh one, so alpha must be near one over it. The released code takes e^10. None for n - 1: one half where
+            the negatives of the whole data set weigh as much as the positive.
+        eps: Added to u_i in the loss; None is 1 / (n - 1), the full-data InfoNCE; 0 is the published objective.
         temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the weight of a later near one is
+    as large as 1 / gamma_i (alpha = 1 on the embeddings of docs/benchmarks/global_loss.md: gradients a hundred times too long).
 
     A row's first visit takes the batch's value whole; that is a flag of its own (the released code takes nu = 0 for it).
 
@@ -44,16 +49,16 @@ class SCENT(SogCLR):
         self,
         num_rows: int,
         *,
-        alpha: float = 1.0,
-        eps: float | None = 0.0,
+        alpha: float | None = None,
+        eps: float | None = None,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
-        if not 0 < alpha < math.inf:
-            raise AnybatchError(f"alpha is {alpha}; expected a positive number.")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise AnybatchError(f"alpha is {alpha}; expected a positive number, or None for num_rows - 1.")
         super().__init__(
             num_rows,
             eps=eps,
@@ -63,7 +68,7 @@ class SCENT(SogCLR):
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
-        self.alpha = alpha
+        self.alpha = num_rows - 1.0 if alpha is None else alpha
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
         rule = super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)

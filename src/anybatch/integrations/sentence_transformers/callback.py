@@ -68,7 +68,7 @@ class LossStateCallback(TrainerCallback):
             if int(tensors["num_shards"]) != distributed.world_size():
                 raise AnybatchError(
                     f"{folder} holds a memory sharded over {int(tensors['num_shards'])} ranks, here are {distributed.world_size()}. Join the shards with "
-                    "anybatch.losses.memory.join_shards, and save the result as that checkpoint's anybatch_loss.safetensors."
+                    "anybatch.losses.memory_states.join_shards, and save the result as that checkpoint's anybatch_loss.safetensors."
                 )
             tensors = load_file(folder / _shard_file())
         self.loss.loss.load_state_dict(tensors)
