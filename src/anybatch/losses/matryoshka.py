@@ -83,9 +83,9 @@ class Matryoshka(nn.Module):
         """Figures of the longest prefix, and every prefix's objective as `objective_64` and so on. Empty before the first call."""
         figures = dict(self.widest.last_stats)
         for dimension, loss in zip(self.dimensions, self.losses, strict=True):
-            of_prefix = loss.last_stats
-            if of_prefix:
-                figures[f"objective_{dimension}"] = of_prefix["objective"]  # pyright: ignore[reportIndexIssue]
+            assert isinstance(loss, ContrastiveLoss)
+            if loss.last_stats:
+                figures[f"objective_{dimension}"] = loss.last_stats["objective"]
         return figures
 
     def forward(
