@@ -14,10 +14,10 @@ _GLOBAL = frozenset({"gamma", "gamma_steps", "gamma_steps_per_epoch"})
 _OWN_TEMPERATURES = frozenset({"rho", "eps", "temperature_range", *_GLOBAL})
 # What each method knows besides temperature, direction, weights and weight_cap.
 KNOWN: dict[str, frozenset[str]] = {
-    "infonce": frozenset({"learnable_temperature", "margin", "hardness"}),
-    "decoupled": frozenset({"learnable_temperature"}),
-    "count_corrected": frozenset({"learnable_temperature"}),
-    "sogclr": frozenset({"learnable_temperature", "eps", *_GLOBAL}),
+    "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
+    "decoupled": frozenset({"learnable_temperature", "ring"}),
+    "count_corrected": frozenset({"learnable_temperature", "ring"}),
+    "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
     "tempnet": frozenset({"dimensions", *_OWN_TEMPERATURES}),
@@ -67,6 +67,7 @@ class LossConfig:
         seed: emc2: of the chains.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
+        ring: infonce, decoupled, count_corrected, sogclr: under torchrun let candidates travel from rank to rank, where all would not fit on one.
         matryoshka: Widths of prefixes of the embeddings that must be good embeddings themselves: the loss is the sum over them, each with a
             memory and a learned temperature of its own. The full width is among them only if given. None for the embeddings as they are.
         matryoshka_weights: One weight a prefix; None for 1 each.
@@ -116,6 +117,7 @@ class LossConfig:
     seed: int | None = None
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: float | None = None
+    ring: bool = False
     matryoshka: tuple[int, ...] | None = None
     matryoshka_weights: tuple[float, ...] | None = None
     mask_suspects: bool = False
