@@ -56,6 +56,7 @@ METHODS = {
     "mined infonce": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6"),
     "mined negatives": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6", "mining.num_negatives=2"),
     "random sogclr": ("mining.method=random", "loss.name=sogclr", "loss.gamma=0.6", "loss.learnable_temperature=false"),
+    "prefixes with memory": ("mining.method=random", "loss.name=sogclr", "loss.matryoshka=[32, 8]"),
     "mined sogclr weights": (
         "mining.cluster_size=4",
         "mining.skip=1",

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import CachedLoss
-from anybatch.losses import InfoNCE, SogCLR
+from anybatch.losses import InfoNCE, Matryoshka, SogCLR
 from anybatch.rows import RowTable
 
 from ..conftest import sentence
@@ -89,6 +89,27 @@ def test_matryoshka(model):
     )
     _, theirs = gradients(MatryoshkaLoss(model, MultipleNegativesRankingLoss(model, scale=20.0), dims), features)
     assert worst(ours, {name.replace("loss.model", "loss.model"): value for name, value in theirs.items()}) < 1e-12
+
+
+def test_prefixes_in_one_pass_equal_the_wrapper_around_a_plain_loss(model):
+    model.eval()
+    features, dims, weights = columns(model), [32, 16, 8], [1.0, 0.5, 2.0]
+    plain = MatryoshkaLoss(model, MultipleNegativesRankingLoss(model, scale=20.0), dims, matryoshka_weights=weights)
+    expected, theirs = gradients(plain, features)
+    loss = CachedLoss(model, Matryoshka(InfoNCE(temperature=0.05), dims, weights=weights), micro_batch=4)
+    value, ours = gradients(loss, features)
+    assert value == pytest.approx(expected, rel=1e-12)
+    assert worst(ours, {name.removeprefix("loss."): gradient for name, gradient in theirs.items()}) < 1e-12
+
+
+def test_prefixes_with_memory_replay_the_encoder_once(model, monkeypatch):
+    calls = []
+    loss = CachedLoss(model, Matryoshka(SogCLR(num_rows=30), [32, 8]), micro_batch=100, keep_graphs=0.0)
+    encode = loss._encode
+    monkeypatch.setattr(loss, "_encode", lambda features: calls.append(1) or encode(features))
+    gradients(loss, columns(model, negatives=0), torch.arange(11))
+    assert len(calls) == 4  # two columns: recorded, then replayed
+    assert [int(part.memory.visited.sum()) for part in loss.loss.losses] == [11, 11]
 
 
 def test_evaluation_leaves_memory_alone(model):

@@ -10,8 +10,8 @@ import torch
 from anybatch.errors import AnybatchError
 from anybatch.losses import EMC2, NUCLR, SCENT, DecoupledInfoNCE, GloFND, InfoNCE, SogCLR
 from anybatch.losses.base import Batch
+from anybatch.losses.candidates import Layout
 from anybatch.losses.emc2 import _Chain, _Chained
-from anybatch.losses.solver import Layout
 
 from .. import reference
 

@@ -15,6 +15,7 @@ from anybatch.losses.log_weights import (
     TensorLogWeight,
     inclusion_log_weights,
 )
+from anybatch.losses.matryoshka import Matryoshka
 from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.nuclr import NUCLR
 from anybatch.losses.pairwise import AUCCL, SigLIP
@@ -39,6 +40,7 @@ __all__ = [
     "IdMask",
     "InfoNCE",
     "LogWeight",
+    "Matryoshka",
     "SigLIP",
     "SogCLR",
     "SumLogWeight",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -14,10 +14,10 @@ _GLOBAL = frozenset({"gamma", "gamma_steps", "gamma_steps_per_epoch"})
 _OWN_TEMPERATURES = frozenset({"rho", "eps", "temperature_range", *_GLOBAL})
 # What each method knows besides temperature, direction, weights and weight_cap.
 KNOWN: dict[str, frozenset[str]] = {
-    "infonce": frozenset({"learnable_temperature", "margin", "hardness"}),
-    "decoupled": frozenset({"learnable_temperature"}),
-    "count_corrected": frozenset({"learnable_temperature"}),
-    "sogclr": frozenset({"learnable_temperature", "eps", *_GLOBAL}),
+    "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
+    "decoupled": frozenset({"learnable_temperature", "ring"}),
+    "count_corrected": frozenset({"learnable_temperature", "ring"}),
+    "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
     "tempnet": frozenset({"dimensions", *_OWN_TEMPERATURES}),
@@ -67,6 +67,10 @@ class LossConfig:
         seed: emc2: of the chains.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
+        ring: infonce, decoupled, count_corrected, sogclr: under torchrun let candidates travel from rank to rank, where all would not fit on one.
+        matryoshka: Widths of prefixes of the embeddings that must be good embeddings themselves: the loss is the sum over them, each with a
+            memory and a learned temperature of its own. The full width is among them only if given. None for the embeddings as they are.
+        matryoshka_weights: One weight a prefix; None for 1 each.
         mask_suspects: Pairs that the plan suspects of being false negatives are no negatives.
         warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once (docs/memory.md).
         warm_start_steps: Fill it anew every so many steps as well.
@@ -113,6 +117,9 @@ class LossConfig:
     seed: int | None = None
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: float | None = None
+    ring: bool = False
+    matryoshka: tuple[int, ...] | None = None
+    matryoshka_weights: tuple[float, ...] | None = None
     mask_suspects: bool = False
     warm_start: bool = False
     warm_start_steps: int | None = None
@@ -139,7 +146,8 @@ class LossConfig:
             )
         if self.gamma_steps_per_epoch is not None and self.gamma_steps is None:
             raise AnybatchError("loss.gamma_steps_per_epoch needs loss.gamma_steps, the length of the cosine.")
-        if self.name == "tempnet" and self.dimensions is None:
+        self._check_matryoshka()
+        if self.name == "tempnet" and self.dimensions is None and self.matryoshka is None:
             raise AnybatchError("loss.dimensions is missing; tempnet needs the width of the embeddings, such as 384.")
         unknown = sorted(set(self._given()) - KNOWN[self.name])
         if unknown:
@@ -167,6 +175,29 @@ class LossConfig:
         if self.name == "auc_cl" and self.temperature != 0.05:
             raise AnybatchError("loss.name 'auc_cl' has no temperature; set loss.margin instead.")
 
+    def _check_matryoshka(self) -> None:
+        widths = self.matryoshka
+        if self.matryoshka_weights is not None and (widths is None or len(widths) != len(self.matryoshka_weights)):
+            raise AnybatchError(
+                f"loss.matryoshka_weights is {list(self.matryoshka_weights)} and loss.matryoshka {widths and list(widths)}; expected one weight a prefix."
+            )
+        if widths is None:
+            return
+        if not widths or min(widths) < 1 or len(set(widths)) < len(widths):
+            raise AnybatchError(
+                f"loss.matryoshka is {list(widths)}; expected different positive widths such as [384, 128, 64], or nothing."
+            )
+        for name in ("warm_start", "warm_start_steps", "probe_steps"):
+            if getattr(self, name):
+                raise AnybatchError(
+                    f"loss.{name} is {getattr(self, name)} and loss.matryoshka {list(widths)}: a warm start and a probe are for one memory, and each prefix "
+                    "has its own. Leave out one of the two."
+                )
+        if self.dimensions is not None:
+            raise AnybatchError(
+                f"loss.dimensions is {self.dimensions} and loss.matryoshka {list(widths)}, which says the widths already. Leave out loss.dimensions."
+            )
+
     def _given(self) -> dict[str, Any]:
         """The settings of single methods that were given."""
         every = frozenset[str]().union(*KNOWN.values())
@@ -178,6 +209,13 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
     """The Module that `config` names, for a data set of `num_rows` rows."""
     from anybatch import losses
 
+    if config.matryoshka is not None:
+        parts = []
+        for width in config.matryoshka:
+            own_width = width if config.name == "tempnet" else None
+            of_prefix = replace(config, matryoshka=None, matryoshka_weights=None, dimensions=own_width)
+            parts.append(build_loss(of_prefix, num_rows=num_rows))
+        return losses.Matryoshka(parts, config.matryoshka, weights=config.matryoshka_weights)
     arguments = {"temperature": config.temperature, "direction": config.direction, **config._given()}
     steps, per_epoch = arguments.pop("gamma_steps", None), arguments.pop("gamma_steps_per_epoch", 1)
     if steps is not None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss, Direction
+from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.solver import Layout
 
 
 class EMC2(ContrastiveLoss):

@@ -16,7 +16,8 @@ the backward pass but the two gradients.
 
 Collectives, all in the forward pass: two gathers of sizes, a gather of the candidates (M x D numbers a rank), a sum of their gradient (all
 M x D), a sum of one number for the loss, and one for a scalar temperature that learns. Both directions: three gathers of (B,) numbers
-more, and with temperatures that learn a sum of them. The rule's and the log-weights' are theirs.
+more, and with temperatures that learn a sum of them. In a ring W - 1 sends of a block of candidates and again, with W of their gradient, take the
+place of the gather and the sum of candidates, always with four products. The rule's and the log-weights' are theirs.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def softmax_loss(
     adjust: Adjust | None = None,
     column_weight: Callable[[slice], Tensor] | None = None,
     tile_bytes: int = TILE_BYTES,
+    ring: bool = False,
 ) -> tuple[Tensor, SoftmaxStats]:
     """The loss of this batch over all ranks.
 
@@ -69,6 +71,7 @@ def softmax_loss(
         adjust: Rewrites the logits of whole rows; None to leave them.
         column_weight: Also measure `SoftmaxStats.column_pull`, with these weights of the rows; see `Side`.
         tile_bytes: Memory for scores; the height of a tile follows from it.
+        ring: Under several ranks let the candidates travel from rank to rank, where all of them would not fit on one. The same loss.
 
     Returns:
         The mean objective over the rows of all ranks, a scalar, and figures. Each rank's embeddings, and temperatures of its
@@ -83,12 +86,12 @@ def softmax_loss(
         adjust=adjust,
         column_weight=column_weight,
     )
-    loss, stats = _run(anchors, candidates, (side,), tile_bytes)
+    loss, stats = _run(anchors, candidates, (side,), tile_bytes, ring)
     return loss, stats[0]
 
 
 def symmetric_softmax_loss(
-    anchors: Tensor, candidates: Tensor, *, forward: Side, back: Side, tile_bytes: int = TILE_BYTES
+    anchors: Tensor, candidates: Tensor, *, forward: Side, back: Side, tile_bytes: int = TILE_BYTES, ring: bool = False
 ) -> tuple[Tensor, tuple[SoftmaxStats, SoftmaxStats]]:
     """The mean of both directions, from the same scores: anchors against candidates, and positives against anchors.
 
@@ -100,16 +103,16 @@ def symmetric_softmax_loss(
         anchors: (B, D). candidates: (M, D), M >= B.
         forward: Anchors against candidates.
         back: Positives against anchors; its log-weights have the positives as rows.
-        tile_bytes: Memory for scores.
+        tile_bytes, ring: See `softmax_loss`.
 
     Returns:
         As `softmax_loss`; figures of both.
     """
     if back.adjust is not None or back.column_weight is not None:
-        one, stats_one = _run(anchors, candidates, (forward,), tile_bytes)
-        other, stats_other = _run(candidates[: len(anchors)], anchors, (back,), tile_bytes)
+        one, stats_one = _run(anchors, candidates, (forward,), tile_bytes, ring)
+        other, stats_other = _run(candidates[: len(anchors)], anchors, (back,), tile_bytes, ring)
         return (one + other) / 2, (stats_one[0], stats_other[0])
-    loss, (stats_forward, stats_back) = _run(anchors, candidates, (forward, back), tile_bytes)
+    loss, (stats_forward, stats_back) = _run(anchors, candidates, (forward, back), tile_bytes, ring)
     return loss, (stats_forward, stats_back)
 
 
@@ -152,16 +155,17 @@ class _Problem:
 
     sides: tuple[Side, ...]
     tile_bytes: int
+    ring: bool
     gradients: bool
     solution: Solution | None = None
 
 
 def _run(
-    anchors: Tensor, candidates: Tensor, sides: tuple[Side, ...], tile_bytes: int
+    anchors: Tensor, candidates: Tensor, sides: tuple[Side, ...], tile_bytes: int, ring: bool
 ) -> tuple[Tensor, tuple[SoftmaxStats, ...]]:
     dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
     sides = tuple(replace(side, temperature=side.temperature.to(dtype)) for side in sides)
-    problem = _Problem(sides=sides, tile_bytes=tile_bytes, gradients=torch.is_grad_enabled())
+    problem = _Problem(sides=sides, tile_bytes=tile_bytes, ring=ring, gradients=torch.is_grad_enabled())
     with torch.autocast(anchors.device.type, enabled=False):
         loss = _SoftmaxLoss.apply(
             anchors.to(dtype), candidates.to(dtype), problem, *(side.temperature for side in sides)
@@ -173,7 +177,14 @@ def _run(
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, candidates: Tensor, problem: _Problem, *temperatures: Tensor) -> Tensor:
-        solution = solve(anchors, candidates, problem.sides, tile_bytes=problem.tile_bytes, gradients=problem.gradients)
+        solution = solve(
+            anchors,
+            candidates,
+            problem.sides,
+            tile_bytes=problem.tile_bytes,
+            gradients=problem.gradients,
+            ring=problem.ring,
+        )
         problem.solution = solution
         ctx.save_for_backward(solution.d_anchors, solution.d_candidates, *solution.d_temperatures)
         return solution.loss

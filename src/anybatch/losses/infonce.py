@@ -24,7 +24,7 @@ class InfoNCE(ContrastiveLoss):
         margin: Added to every negative's similarity, so that a positive must win by it: b_ij = margin / tau. Needs a fixed temperature.
         hardness: beta. Negatives are weighted by exp(beta s_ij), normalised to a mean of 1 over the anchor's negatives:
             b_ij = beta s_ij - log mean_j exp(beta s_ij), a constant in the derivative. 0 for equal weights.
-        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
 
     Log-weights are added to the logits as they are. Temperatures seen: .01 to .07 for text, .07 to .1 for images.
 
@@ -46,6 +46,7 @@ class InfoNCE(ContrastiveLoss):
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
+        ring: bool = False,
     ) -> None:
         super().__init__(
             temperature=temperature,
@@ -53,10 +54,15 @@ class InfoNCE(ContrastiveLoss):
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
+            ring=ring,
         )
         if margin and learnable_temperature:
             raise AnybatchError(
                 f"margin is {margin} and the temperature learnable; a margin needs a fixed temperature. Drop one of the two."
+            )
+        if hardness and ring:
+            raise AnybatchError(
+                f"hardness is {hardness} and ring=True: weights of mean 1 over an anchor's negatives need all of them at once. Drop one of the two."
             )
         if hardness < 0:
             raise AnybatchError(f"hardness is {hardness}; expected 0 (all negatives alike) or more.")
@@ -82,7 +88,7 @@ class DecoupledInfoNCE(ContrastiveLoss):
         log_denominator_i = log_sum_i
 
     Args:
-        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
 
     An anchor without any negative contributes 0.
 
@@ -103,7 +109,7 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
 
     Args:
         num_rows: n, rows of the data set.
-        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
 
     Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, arXiv 2202.12387.
     """
@@ -117,6 +123,7 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
+        ring: bool = False,
     ) -> None:
         super().__init__(
             temperature=temperature,
@@ -124,6 +131,7 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
+            ring=ring,
         )
         if num_rows < 2:
             raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")

@@ -132,7 +132,7 @@ class ExampleMemory(nn.Module):
         if int(self.dimensions) not in (0, dimensions):
             raise AnybatchError(
                 f"The memory was filled from embeddings of {int(self.dimensions)} dimensions, these have {dimensions}. Denominators of different "
-                "widths must not be mixed: use one loss a width (under Matryoshka, a loss without memory)."
+                "widths must not be mixed: use one loss a width (anybatch.losses.Matryoshka makes them)."
             )
         return index
 

@@ -34,7 +34,7 @@ class SogCLR(ContrastiveLoss):
         gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to .2 along a cosine.
         eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
         memory: The memory to use, for one that is sharded, in float16 or keyed; None for a plain one.
-        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
 
     A memory with keys (`ExampleMemory.from_keys`) holds the absolute log-mean of s_ij / tau, in which rows of one query agree; each row's
     own positive is taken off when it is used. Keys name anchors, so it has one direction.
@@ -60,6 +60,7 @@ class SogCLR(ContrastiveLoss):
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
+        ring: bool = False,
     ) -> None:
         super().__init__(
             temperature=temperature,
@@ -67,6 +68,7 @@ class SogCLR(ContrastiveLoss):
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
+            ring=ring,
         )
         if not isinstance(gamma, GammaSchedule) and not 0 < gamma <= 1:
             raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1, or a GammaSchedule.")

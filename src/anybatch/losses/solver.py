@@ -7,8 +7,12 @@ A rank computes the block of its own rows against the candidates of all ranks, f
     pass B   the tile again, then d anchors and d candidates     3 products
 
 Pass A and B are one when a single tile holds everything, or when there is one direction whose rule works row by row: 3 products in
-place of 4. With W ranks the candidates are gathered first and the gradient of all candidates is summed over the ranks last; no
-row's temperature, threshold or weight has to travel, because no block is computed on two ranks.
+place of 4. With W ranks the candidates are gathered first and the gradient of all candidates is summed over the ranks last, or both travel
+in a ring (`candidates`); no row's temperature, threshold or weight has to travel, because no block is computed on two ranks.
+
+What is not a product is kept cheap: tiles live in buffers that are made once, a pair has one exponential, exp(logit - peak of its row),
+and what turns that into its pull is a number a row, which is put on the (rows, D) side of the products. The derivative of a temperature of
+one direction is read from d anchors: scores are linear in the anchor, so  d / d tau_i = -(anchor_i . d / d anchor_i) / tau_i.
 
 Shapes: B rows (anchors of this rank), M columns (candidates of this rank), D dimensions; `_all` marks those of all ranks together.
 """
@@ -21,6 +25,8 @@ import torch
 from torch import Tensor
 
 from anybatch import distributed
+from anybatch.errors import AnybatchError
+from anybatch.losses.candidates import Block, Gathered, Layout, Ring
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.sides import Side, SoftmaxStats
 
@@ -44,51 +50,87 @@ class Solution:
 
 
 def solve(
-    anchors: Tensor, candidates: Tensor, sides: tuple[Side, ...], *, tile_bytes: int, gradients: bool
+    anchors: Tensor,
+    candidates: Tensor,
+    sides: tuple[Side, ...],
+    *,
+    tile_bytes: int,
+    gradients: bool,
+    ring: bool = False,
 ) -> Solution:
-    """Loss and gradients of one direction (`sides` of length 1) or of the mean of both (2: anchors to candidates, positives to anchors)."""
+    """Loss and gradients of one direction (`sides` of length 1) or of the mean of both (2: anchors to candidates, positives to anchors).
+
+    With `ring` and several ranks the candidates are not gathered; four products, because no rank sees whole rows at once.
+    """
     layout = Layout.of(len(anchors), len(candidates), anchors.device)
-    candidates_all = distributed.gather_rows(candidates, layout.column_sizes)
+    travelling = ring and distributed.is_active()
+    if travelling and any(side.adjust is not None for side in sides):
+        raise AnybatchError(
+            "ring=True with a loss that looks at whole rows of scores (hardness, GloFND, EMC2): the ring has the candidates of one rank at a time. "
+            "Use ring=False, which gathers the candidates, or another loss."
+        )
+    source = Ring(candidates, layout) if travelling else Gathered(candidates, layout)
     positive = (anchors * candidates[: len(anchors)]).sum(dim=1)
-    forward = _Rows(sides[0], layout, positive)
+    forward = _Rows(sides[0], layout, positive, alone=len(sides) == 1)
     back = _Columns(sides[1], layout, positive) if len(sides) == 2 else None
     directions = (forward,) if back is None else (forward, back)
-    d_anchors, d_candidates_all = torch.zeros_like(anchors), torch.zeros_like(candidates_all)
+    d_anchors = torch.zeros_like(anchors)
+    tiles = _tiles(len(anchors), source.widest, anchors.element_size(), tile_bytes)
+    height = tiles[0].stop if tiles else 0
+    scores_buffer, logits_buffer = (_Buffer(anchors, height * source.widest) for _ in range(2))
 
-    def score(rows: slice) -> Tensor:
-        return anchors[rows] @ candidates_all.T
+    def score(rows: slice, block: Block) -> tuple[Tensor, Tensor]:
+        """The scores of a tile, and where its logits may be put: over them if nobody needs the scores any more."""
+        shape = (rows.stop - rows.start, len(block.candidates))
+        scores = scores_buffer.view(shape)
+        torch.mm(anchors[rows], block.candidates.T, out=scores)
+        keeping = back is not None or sides[0].adjust is not None
+        return scores, logits_buffer.view(shape) if keeping else scores
 
-    def add_gradient(rows: slice, scores: Tensor, logits: Tensor) -> None:
-        pull = forward.pull(rows, scores, logits)
+    def add_gradient(rows: slice, block: Block, scores: Tensor, powers: Tensor, factor: Tensor | None) -> None:
+        """From powers * factor, the pulls of the rows' terms; the powers are consumed."""
+        assert block.gradient is not None
+        forward.note(rows, block, scores, powers, factor)
         if back is not None:
-            pull[:, layout.positive_columns] += back.pull(rows, scores)
-        d_anchors[rows] = pull @ candidates_all
-        d_candidates_all.addmm_(pull.T, anchors[rows])
+            if factor is not None:
+                powers.mul_(factor[:, None])
+            powers[:, block.positives] += back.pull(rows, block, scores)
+            factor = None
+        if factor is None:
+            d_anchors[rows].addmm_(powers, block.candidates)
+            block.gradient.addmm_(powers.T, anchors[rows])
+        else:
+            d_anchors[rows] += (powers @ block.candidates).mul_(factor[:, None])
+            block.gradient.addmm_(powers.T, anchors[rows] * factor[:, None])
 
-    tiles = _tiles(len(anchors), len(candidates_all), anchors.element_size(), tile_bytes)
-    if back is None and (sides[0].rule.row_wise or len(tiles) == 1):
-        for rows in tiles:
-            scores = score(rows)
-            logits = forward.measure(rows, scores)
-            forward.answer(rows)
-            if gradients:
-                add_gradient(rows, scores, logits)
-        if not tiles:  # a rank without rows still takes part in the rule's collectives
-            forward.answer(slice(0, 0))
+    if source.num_blocks == 1 and (len(tiles) == 1 or (back is None and sides[0].rule.row_wise)):
+        for block in source.tour(gradients=gradients):
+            for rows in tiles:
+                scores, room = score(rows, block)
+                powers, peak = forward.measure(rows, block, scores, room)
+                if back is not None:
+                    back.measure(rows, block, scores)
+                forward.answer(rows)
+                if back is not None:
+                    back.answer()
+                if gradients:
+                    add_gradient(rows, block, scores, powers, forward.factor(rows, peak))
+            if not tiles:  # a rank without rows still takes part in the rule's collectives
+                forward.answer(slice(0, 0))
     else:
-        kept = None
-        for rows in tiles:
-            scores = score(rows)
-            logits = forward.measure(rows, scores)
-            if back is not None:
-                back.measure(rows, scores)
-            kept = (scores, logits) if len(tiles) == 1 else None
+        for block in source.tour(gradients=False):
+            for rows in tiles:
+                scores, room = score(rows, block)
+                if back is not None:
+                    back.measure(rows, block, scores)
+                forward.measure(rows, block, scores, room)
         forward.answer(slice(0, len(anchors)))
         if back is not None:
             back.answer()
-        for rows in tiles if gradients else []:
-            scores, logits = kept if kept is not None else (score(rows), None)
-            add_gradient(rows, scores, forward.logits(rows, scores) if logits is None else logits)
+        for block in source.tour(gradients=True) if gradients else ():
+            for rows in tiles:
+                scores, room = score(rows, block)
+                add_gradient(rows, block, scores, forward.pull(rows, block, scores, room), None)
 
     num_rows_all = sum(layout.row_sizes) * len(sides)
     loss = distributed.sum_over_ranks(torch.stack([side.objective_sum() for side in directions]).sum()) / num_rows_all
@@ -101,11 +143,15 @@ def solve(
             stats=tuple(side.stats(gradients=False) for side in directions),
         )
     own = candidates[: len(anchors)]
-    d_candidates = distributed.sum_over_ranks(d_candidates_all)[layout.own_columns]
+    d_candidates = source.gradient()
     for side in directions:
         total = side.total()[:, None]  # the positive's pull is minus the sum of the negatives'
         d_anchors -= total * own
         d_candidates[: len(anchors)] -= total * anchors
+    if back is None:
+        forward.d_temperature_rows = -(anchors * d_anchors).sum(dim=1) / forward.temperature
+    else:
+        forward.d_temperature_rows = -(forward.gap - forward.total() * positive) / forward.temperature
     scale = distributed.world_size() / num_rows_all
     return Solution(
         loss=loss,
@@ -116,50 +162,6 @@ def solve(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Where this rank's rows and columns are among those of all ranks."""
-
-    row_sizes: list[int]
-    column_sizes: list[int]
-    first_row: int
-    first_column: int
-    positive_columns: Tensor | slice  # (B_all,) the columns that are positives, in the order of the rows
-
-    @classmethod
-    def of(cls, num_rows: int, num_columns: int, device: torch.device) -> Layout:
-        """One collective a side under several ranks, none otherwise."""
-        row_sizes = distributed.gather_sizes(num_rows, device)
-        column_sizes = distributed.gather_sizes(num_columns, device)
-        starts = [sum(column_sizes[:number]) for number in range(len(column_sizes))]
-        positive_columns: Tensor | slice = slice(0, num_rows)
-        if len(row_sizes) > 1:
-            parts = [torch.arange(start, start + size) for start, size in zip(starts, row_sizes, strict=True)]
-            positive_columns = torch.cat(parts).to(device)
-        rank = distributed.rank()
-        return cls(
-            row_sizes=row_sizes,
-            column_sizes=column_sizes,
-            first_row=sum(row_sizes[:rank]),
-            first_column=starts[rank],
-            positive_columns=positive_columns,
-        )
-
-    @property
-    def own_rows(self) -> slice:
-        """This rank's rows among all."""
-        return slice(self.first_row, self.first_row + self.row_sizes[distributed.rank()])
-
-    @property
-    def own_columns(self) -> slice:
-        """This rank's columns among all."""
-        return slice(self.first_column, self.first_column + self.column_sizes[distributed.rank()])
-
-    def shifted(self, rows: slice) -> slice:
-        """Rows of this rank, numbered among all."""
-        return slice(self.first_row + rows.start, self.first_row + rows.stop)
-
-
 class _Direction:
     """State of one direction: what was measured, what the rule answered, what the temperature receives. All (B,)."""
 
@@ -167,9 +169,8 @@ class _Direction:
         self.side, self.layout, self.positive = side, layout, positive
         self.num_rows = len(positive)
         self.temperature = side.temperature.detach().expand(self.num_rows)
-        self.log_sum, self.num_negatives, self.log_denominator, self.objective = (
-            torch.empty_like(positive) for _ in range(4)
-        )
+        self.log_sum, self.num_negatives = torch.full_like(positive, -torch.inf), torch.zeros_like(positive)
+        self.log_denominator, self.objective = torch.empty_like(positive), torch.empty_like(positive)
         self.d_temperature_rows = torch.zeros_like(positive)
         self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
 
@@ -211,45 +212,55 @@ class _Direction:
 
 
 class _Rows(_Direction):
-    """Anchors of this rank against the candidates of all."""
+    """Anchors of this rank against the candidates of all. `alone`: there is no other direction."""
 
-    def __init__(self, side: Side, layout: Layout, positive: Tensor) -> None:
+    def __init__(self, side: Side, layout: Layout, positive: Tensor, *, alone: bool) -> None:
         super().__init__(side, layout, positive)
+        self.alone = alone
+        self.gap = torch.zeros_like(positive)  # sum_j pull_ij s_ij, where it cannot be read from d anchors
         self.log_weight = _gathered(side.log_weight, layout.row_sizes, layout.column_sizes)
         self.removing = self.log_weight is not None or side.adjust is not None
         self.column_pull_all = positive.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
 
-    def logits(self, rows: slice, scores: Tensor) -> Tensor:
-        """(b, M_all) relative to the positive; -inf where there is no negative."""
-        logits = (scores - self.positive[rows, None]).div_(self.temperature[rows, None])
+    def logits(self, rows: slice, block: Block, scores: Tensor, room: Tensor) -> Tensor:
+        """(b, m) relative to the positive; -inf where there is no negative. Written to `room`, which may be the scores themselves."""
+        logits = torch.sub(scores, self.positive[rows, None], out=room).div_(self.temperature[rows, None])
         if self.log_weight is not None:
-            logits += self.log_weight.tile(self.layout.shifted(rows), slice(0, scores.shape[1])).to(logits.dtype)
-        local = torch.arange(rows.start, rows.stop, device=logits.device)
-        logits[local - rows.start, self.layout.first_column + local] = -torch.inf
+            logits += self.log_weight.tile(self.layout.shifted(rows), block.columns).to(logits.dtype)
+        if block.own:
+            local = torch.arange(rows.start, rows.stop, device=logits.device)
+            logits[local - rows.start, self.layout.first_column - block.columns.start + local] = -torch.inf
         return logits if self.side.adjust is None else self.side.adjust(rows, scores, logits)
 
-    def measure(self, rows: slice, scores: Tensor) -> Tensor:
-        logits = self.logits(rows, scores)
-        self.log_sum[rows] = logits.logsumexp(dim=1)
-        self.num_negatives[rows] = count(logits, 1) if self.removing else logits.shape[1] - 1
-        return logits
+    def measure(self, rows: slice, block: Block, scores: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the block to the log-sums; returns powers (b, m) and peak (b,), exp(logit) = powers * exp(peak)."""
+        logits = self.logits(rows, block, scores, room)
+        self.num_negatives[rows] += count(logits, 1) if self.removing else logits.shape[1] - block.own
+        powers, peak, log_sum = powers_of(logits, 1)
+        self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], log_sum)
+        return powers, peak
 
-    def pull(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
-        """(b, M_all) derivative of the rows' terms in the scores; consumes the logits."""
-        reference = self.reference()[rows]
-        pull = logits.sub_(reference[:, None]).exp_()
-        total = (self.log_sum[rows] - reference).exp()
-        if self.learning:
-            gap = (pull * scores).sum(dim=1) - total * self.positive[rows]
-            self.d_temperature_rows[rows] = -gap / self.temperature[rows]
+    def factor(self, rows: slice, peak: Tensor) -> Tensor:
+        """(b,) what the powers have to be multiplied by to be the derivative of the rows' terms in the scores."""
+        return (peak - self.reference()[rows]).exp()
+
+    def pull(self, rows: slice, block: Block, scores: Tensor, room: Tensor) -> Tensor:
+        """(b, m) derivative of the rows' terms in the scores, from the scores anew."""
+        return self.logits(rows, block, scores, room).sub_(self.reference()[rows, None]).exp_()
+
+    def note(self, rows: slice, block: Block, scores: Tensor, powers: Tensor, factor: Tensor | None) -> None:
+        """What else is learned from the pulls, powers * factor."""
+        if self.learning and not self.alone:
+            gap = (powers * scores).sum(dim=1)
+            self.gap[rows] += gap if factor is None else gap * factor
         if self.column_pull_all is not None:
             assert self.side.column_weight is not None
-            # pull is p_ij * row_weight_i / tau_i
+            # a pull is p_ij * row_weight_i / tau_i
+            reference = self.reference()[rows]
             weight = (
-                self.side.column_weight(rows).to(pull.dtype) * (reference - finite(self.log_denominator[rows])).exp()
+                self.side.column_weight(rows).to(powers.dtype) * (reference - finite(self.log_denominator[rows])).exp()
             )
-            self.column_pull_all += weight @ pull
-        return pull
+            self.column_pull_all[block.columns] += (weight if factor is None else weight * factor) @ powers
 
     def column_pull(self) -> Tensor | None:
         if self.column_pull_all is None:
@@ -274,26 +285,33 @@ class _Columns(_Direction):
         self.parts = positive.new_empty(2, sum(sizes))  # log-sum and number of negatives over this rank's rows
         self.parts[0], self.parts[1] = -torch.inf, 0
         self.gap_all = torch.zeros_like(self.positive_all)
+        self.room: _Buffer | None = None
         self.reference_all = self.positive_all
 
-    def logits(self, rows: slice, scores: Tensor) -> Tensor:
-        """(b, B_all), transposed: entry (i, j) belongs to positive j."""
-        logits = (scores[:, self.layout.positive_columns] - self.positive_all).div_(self.temperature_all)
+    def logits(self, rows: slice, block: Block, scores: Tensor) -> Tensor:
+        """(b, p), transposed: entry (i, j) belongs to the block's positive j."""
+        scores = scores[:, block.positives]
+        if self.room is None or self.room.size < scores.numel():
+            self.room = _Buffer(scores, scores.numel())
+        logits = torch.sub(scores, self.positive_all[block.rows], out=self.room.view(tuple(scores.shape)))
+        logits.div_(self.temperature_all[block.rows])
         if self.log_weight is not None:
-            everything = slice(0, len(self.positive_all))
-            logits += self.log_weight.tile(everything, self.layout.shifted(rows)).to(logits.dtype).T
-        local = torch.arange(rows.start, rows.stop, device=logits.device)
-        logits[local - rows.start, self.layout.first_row + local] = -torch.inf
+            logits += self.log_weight.tile(block.rows, self.layout.shifted(rows)).to(logits.dtype).T
+        if block.own:
+            local = torch.arange(rows.start, rows.stop, device=logits.device)
+            logits[local - rows.start, self.layout.first_row - block.rows.start + local] = -torch.inf
         return logits
 
-    def measure(self, rows: slice, scores: Tensor) -> None:
-        logits = self.logits(rows, scores)
-        self.parts[0] = torch.logaddexp(self.parts[0], logits.logsumexp(dim=0))
+    def measure(self, rows: slice, block: Block, scores: Tensor) -> None:
+        logits = self.logits(rows, block, scores)
+        log_sums, counts = self.parts[:, block.rows]
         if self.log_weight is None:
-            self.parts[1] += len(logits)
-            self.parts[1, self.layout.shifted(rows)] -= 1  # each row's own
+            counts += len(logits)
+            if block.own:
+                self.parts[1, self.layout.shifted(rows)] -= 1  # each row's own
         else:
-            self.parts[1] += count(logits, 0)
+            counts += count(logits, 0)
+        torch.logaddexp(log_sums, powers_of(logits, 0)[2], out=log_sums)
 
     def answer(self, rows: slice | None = None) -> None:
         sizes = [1] * distributed.world_size()
@@ -304,11 +322,11 @@ class _Columns(_Direction):
         super().answer(slice(0, self.num_rows))
         self.reference_all = distributed.gather_rows(self.reference(), self.layout.row_sizes)
 
-    def pull(self, rows: slice, scores: Tensor) -> Tensor:
-        """(b, B_all) derivative of the columns' terms in the scores."""
-        pull = self.logits(rows, scores).sub_(self.reference_all).exp_()
+    def pull(self, rows: slice, block: Block, scores: Tensor) -> Tensor:
+        """(b, p) derivative of the columns' terms in the scores."""
+        pull = self.logits(rows, block, scores).sub_(self.reference_all[block.rows]).exp_()
         if self.learning:
-            self.gap_all += (pull * scores[:, self.layout.positive_columns]).sum(dim=0)
+            self.gap_all[block.rows] += (pull * scores[:, block.positives]).sum(dim=0)
         return pull
 
     def total(self) -> Tensor:
@@ -330,7 +348,31 @@ def _gathered(log_weight: LogWeight | None, row_sizes: list[int], column_sizes: 
 
 def count(logits: Tensor, dim: int) -> Tensor:
     """Pairs that are not removed, in the dtype of the logits."""
-    return (~logits.isneginf()).sum(dim=dim).to(logits.dtype)
+    return (logits != -torch.inf).sum(dim=dim).to(logits.dtype)
+
+
+def powers_of(logits: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - peak), in place of the logits; peak, the greatest along `dim` (0 where all are removed); and the log-sum, -inf there."""
+    if logits.shape[dim] == 0:
+        none = logits.new_full((logits.shape[1 - dim],), -torch.inf)
+        return logits, torch.zeros_like(none), none
+    peak = finite(logits.amax(dim=dim))
+    powers = logits.sub_(peak.unsqueeze(dim)).exp_()
+    return powers, peak, powers.sum(dim=dim).log_().add_(peak)
+
+
+class _Buffer:
+    """Memory for a tile, made once: fresh pages for every tile cost more than what is computed in them."""
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self.size = size
+        self._memory: Tensor | None = None
+        self._like = like
+
+    def view(self, shape: tuple[int, int]) -> Tensor:
+        if self._memory is None:
+            self._memory = self._like.new_empty(self.size)
+        return self._memory[: shape[0] * shape[1]].view(shape)
 
 
 def finite(log_denominator: Tensor) -> Tensor:

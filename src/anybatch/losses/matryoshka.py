@@ -1,0 +1,128 @@
+"""Matryoshka prefixes: embeddings that stay good when they are cut, trained with any loss and one gradient."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.errors import AnybatchError
+from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.log_weights import LogWeight
+
+
+class Matryoshka(nn.Module):
+    """The weighted sum of a loss over prefixes of the embeddings.
+
+        loss = sum_k weight_k loss_k(anchors[:, :d_k], candidates[:, :d_k])
+
+    The loss normalises each prefix anew (unless it was made with `normalize=False`, which leaves the scores raw dot products). Every prefix has a
+    loss of its own: its own memory, thresholds and learned temperature, because a denominator of one width says nothing of another.
+    What it replaces: a wrapper that calls one loss once a dimension, under which a loss with memory had to be refused.
+
+    Args:
+        loss: A loss of `anybatch.losses`, copied once a dimension as it stands; or one loss a dimension, for those that are made for a width
+            (`TempNet`, `EMC2` with states).
+        dimensions: Widths of the prefixes, all different; the full width is among them only if given.
+        weights: One a dimension, 0 or more; None for 1 each. The sum is not divided by them.
+
+    The embeddings are one leaf and receive one gradient, so that a cached step replays the encoder once.
+
+    Raises:
+        AnybatchError: Dimensions or weights that make no sense; in a call: embeddings narrower than a prefix; what the loss refuses.
+
+    Cost: that of the losses: matrix products over sum_k d_k dimensions, the pointwise part once a dimension, memory and collectives once a
+    dimension. (Accumulating scores from block to block would save products where the dimensions are many and alike, at the price of all
+    tiles of all prefixes held at once; the pointwise part would stay.)
+
+    Reference: Kusupati et al. 2022, "Matryoshka Representation Learning", arXiv 2205.13147, equation 1.
+    """
+
+    def __init__(
+        self,
+        loss: ContrastiveLoss | Sequence[ContrastiveLoss],
+        dimensions: Sequence[int],
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.dimensions = tuple(dimensions)
+        if not self.dimensions or len(set(self.dimensions)) < len(self.dimensions) or min(self.dimensions) < 1:
+            raise AnybatchError(
+                f"dimensions are {list(dimensions)}; expected different positive widths such as [384, 128, 64]."
+            )
+        self.weights = (1.0,) * len(self.dimensions) if weights is None else tuple(weights)
+        if len(self.weights) != len(self.dimensions) or not all(0 <= weight < math.inf for weight in self.weights):
+            raise AnybatchError(
+                f"weights are {list(self.weights)} for dimensions {list(self.dimensions)}; expected one number a dimension, 0 or more."
+            )
+        losses = list(loss) if isinstance(loss, Sequence) else [copy.deepcopy(loss) for _ in self.dimensions]
+        if len(losses) != len(self.dimensions) or len(set(map(id, losses))) < len(losses):
+            raise AnybatchError(
+                f"{len(losses)} losses for {len(self.dimensions)} dimensions; give one loss, which is copied, or a different one for each dimension."
+            )
+        self.losses = nn.ModuleList(losses)
+
+    @property
+    def widest(self) -> ContrastiveLoss:
+        """The loss of the longest prefix."""
+        chosen = self.losses[self.dimensions.index(max(self.dimensions))]
+        assert isinstance(chosen, ContrastiveLoss)
+        return chosen
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the longest prefix at this moment."""
+        return self.widest.temperature
+
+    @property
+    def last_stats(self) -> dict[str, float]:
+        """Figures of the longest prefix, and every prefix's objective as `objective_64` and so on. Empty before the first call."""
+        figures = dict(self.widest.last_stats)
+        for dimension, loss in zip(self.dimensions, self.losses, strict=True):
+            assert isinstance(loss, ContrastiveLoss)
+            if loss.last_stats:
+                figures[f"objective_{dimension}"] = loss.last_stats["objective"]
+        return figures
+
+    def forward(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        *,
+        index: Tensor | None = None,
+        log_weight: LogWeight | Tensor | None = None,
+        anchor_id: Tensor | None = None,
+        candidate_id: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted sum over the prefixes, over the batch of all ranks.
+
+        Args:
+            anchors: (B, D) float, D at least the largest of `dimensions`.
+            candidates: (M, D).
+            index, log_weight, anchor_id, candidate_id: See `ContrastiveLoss.forward`; the same for every prefix.
+
+        Returns:
+            Scalar, float32 (float64 for float64 embeddings).
+        """
+        if anchors.shape[-1] < max(self.dimensions):
+            raise AnybatchError(
+                f"The embeddings have {anchors.shape[-1]} dimensions; the prefixes go up to {max(self.dimensions)}. "
+                "Leave out the dimensions that the model does not have."
+            )
+        terms = [
+            weight
+            * loss(
+                anchors[..., :dimension],
+                candidates[..., :dimension],
+                index=index,
+                log_weight=log_weight,
+                anchor_id=anchor_id,
+                candidate_id=candidate_id,
+            )
+            for dimension, weight, loss in zip(self.dimensions, self.weights, self.losses, strict=True)
+        ]
+        return torch.stack(terms).sum()
