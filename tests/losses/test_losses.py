@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from anybatch.errors import AnybatchError
 from anybatch.losses import (

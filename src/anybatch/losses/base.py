@@ -83,11 +83,11 @@ class ContrastiveLoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastiveLoss:
         """Casts of a whole model leave the learned temperature in float32: a small step would not move it any more."""
-        before = None if self.log_temperature is None else self.log_temperature.data
+        learned = self.log_temperature
+        before = None if learned is None else learned.data
         super()._apply(fn, recurse)
-        if before is not None and self.log_temperature is not None:
-            if self.log_temperature.dtype in (torch.float16, torch.bfloat16):
-                self.log_temperature.data = before.to(self.log_temperature.device)
+        if learned is not None and before is not None and learned.dtype in (torch.float16, torch.bfloat16):
+            learned.data = before.to(learned.device)
         return self
 
     @property
