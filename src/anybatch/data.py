@@ -86,7 +86,7 @@ class PairData:
         """Over all texts in row order; the same for the same texts in any file format."""
         return text_digest(self.prompted)
 
-    @property
+    @cached_property
     def prompted(self) -> list[Sequence[str]]:
         """Anchors, positives and negatives as the model reads them: with the instructions of their data sets."""
         columns = [self.anchors, self.positives, *self.negatives]
@@ -167,22 +167,41 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
     """The data sets under a folder, by name: its files, or the splits of a `DatasetDict`. Empty for one file or one saved data set.
 
     Raises:
-        AnybatchError: A folder that holds neither.
+        AnybatchError: A folder that holds neither, or something else beside; two of one name; splits that are meant for testing.
     """
     path = Path(path)
     if not path.is_dir() or (path / "state.json").exists():
         return {}
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        held_out = [name for name in splits if name.lower().startswith(("test", "dev", "val", "eval"))]
+        if held_out:
+            raise AnybatchError(
+                f"{path} holds the splits {', '.join(splits)}; {', '.join(held_out)} would be trained on. Give the folder of one split, such as "
+                f"{path / splits[0]}, or name those to train on in data.sets."
+            )
         return {name: path / name for name in splits}
-    kinds = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+    kinds = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
     files = [file for file in sorted(path.iterdir()) if file.name.removesuffix(".gz").endswith(kinds)]
-    folders = [folder for folder in sorted(path.iterdir()) if (folder / "state.json").exists()]
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+    foreign = [folder.name for folder in folders if not (folder / "state.json").exists()]
+    if foreign:
+        raise AnybatchError(
+            f"{path} holds the folder {foreign[0]}, which is no data set. Name the data sets in data.sets."
+        )
     if not files and not folders:
         raise AnybatchError(
             f"{path} is a folder without data sets. Expected files or folders of these kinds: {FORMATS}."
         )
-    return {file.name.split(".")[0]: file for file in [*files, *folders]}
+    found: dict[str, Path] = {}
+    for file in [*files, *folders]:
+        name = file.name if file.is_dir() else Path(file.name.removesuffix(".gz")).stem
+        if name in found:
+            raise AnybatchError(
+                f"Two data sets are called '{name}': {found[name].name} and {file.name}. Rename one, or name them in data.sets."
+            )
+        found[name] = file
+    return found
 
 
 def read_pairs(

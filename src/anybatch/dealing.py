@@ -28,7 +28,7 @@ class Deal:
     def quotas(self) -> list[int]:
         """Clusters dealt of each data set."""
         sizes = np.bincount(self.cluster_task, minlength=len(self.shares))
-        return [round(share * int(size)) for share, size in zip(self.shares, sizes, strict=True)]
+        return [max(1, round(share * int(size))) if size else 0 for share, size in zip(self.shares, sizes, strict=True)]
 
     @property
     def num_batches(self) -> int:

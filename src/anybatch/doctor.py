@@ -46,8 +46,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     model = load_model(config.model).train()
     prompts = (config.model.anchor_prompt, *[config.model.positive_prompt] * (1 + len(pairs.negatives)))
     columns = [
-        [prompt + text for text in islice(texts, rows)]
-        for prompt, texts in zip(prompts, (pairs.anchors, pairs.positives, *pairs.negatives), strict=True)
+        [prompt + text for text in islice(texts, rows)] for prompt, texts in zip(prompts, pairs.prompted, strict=True)
     ]
     inputs = [
         {

@@ -67,7 +67,7 @@ def read_data(data: DataConfig) -> PairData:
             anchor=one.anchor or data.anchor,
             positive=one.positive or data.positive,
             negatives=data.negatives,
-            limit=one.limit or data.limit,
+            limit=data.limit if one.limit is None else one.limit,
         )
         for one, path in found
     ]
@@ -490,6 +490,11 @@ def prepare_refresh(
 
     if not config.mining.refresh_epochs:
         return []
+    if config.plan is not None:
+        raise AnybatchError(
+            "mining.refresh_epochs needs a plan that this run mines itself, with the settings of its own configuration; remove plan, or set "
+            "mining.refresh_epochs to 0."
+        )
     prompts = (config.model.anchor_prompt, config.model.positive_prompt)
 
     def make(current: BatchPlan) -> BatchPlan:
@@ -503,7 +508,7 @@ def prepare_refresh(
             anchor_id=pairs.anchor_id,
             positive_id=pairs.positive_id,
             sets=mining_sets(config, pairs),
-            data_digest=pairs.digest,
+            data_digest=current.data_digest,
             start=current.cluster,
             progress=lambda stage, fraction: progress(f"refresh: {stage}", round(100 * fraction), 100),
         )

@@ -40,7 +40,7 @@ class BatchPlan:
         cluster: (num_rows,) int32, each row's cluster 0, 1, ...; -1 for remainder rows.
         seed: Of the combination of clusters.
         data_digest: Digest of the texts (`PairData.digest`).
-        suspects: (p, 2) int32 row pairs that may share a batch and may be false negatives, or None.
+        suspects: (p, 2) int32 row pairs that may be false negatives of each other, or None: those that share a cluster, or all.
         negatives: (num_rows, h) int32 rows mined as hard negatives of each anchor, -1 for none, or None.
         meta: How the plan was made; anything that JSON holds.
 
@@ -131,9 +131,12 @@ class BatchPlan:
         """Identifies what the plan makes of its data: sizes, clusters, seed, data and hard negatives."""
         numbers = [self.num_rows, self.batch_size, self.cluster_size, self.seed]
         parts = [json.dumps(numbers).encode(), self.data_digest.encode()]
+        if self.task is not None or self.random_shares:
+            dealt = [self.task_names, self.task_shares, self.mixing, self.random_shares]
+            parts.append(json.dumps(dealt).encode())
         parts += [
             np.ascontiguousarray(array, np.int32).tobytes()
-            for array in (self.cluster, self.negatives)
+            for array in (self.cluster, self.negatives, self.task)
             if array is not None
         ]
         return digest_of(parts)
@@ -146,7 +149,7 @@ class BatchPlan:
         self._place_remainder(members, order.reshape(-1), generator)
         batches = members[order].reshape(len(order), self.batch_size)
         if self.random_shares:
-            self._shuffle(batches, self.random_shares[min(epoch, len(self.random_shares) - 1)], generator)
+            self._shuffle(batches, self.random_shares[min(epoch, len(self.random_shares) - 1)], order, generator)
         return batches
 
     def rows_left_out(self, epoch: int) -> np.ndarray:
@@ -252,6 +255,8 @@ class BatchPlan:
         return cls(**known, **arrays)
 
     def _check_tasks(self) -> None:
+        if self.mixing not in ("mixed", "within"):
+            raise AnybatchError(f"mixing is {self.mixing!r}; expected 'mixed' or 'within'.")
         if any(not 0 < share <= 1 for share in self.task_shares):
             raise AnybatchError(f"task_shares are {self.task_shares}; expected numbers above 0 and at most 1.")
         if any(not 0 <= share <= 1 for share in self.random_shares):
@@ -284,12 +289,13 @@ class BatchPlan:
             taken[clusters[chosen[:, 0]], chosen[:, 1]] = True
             members[dealt[clusters[chosen[:, 0]]], chosen[:, 1]] = remainder[: len(chosen)]
 
-    def _shuffle(self, batches: np.ndarray, share: float, generator: np.random.Generator) -> None:
+    def _shuffle(self, batches: np.ndarray, share: float, order: np.ndarray, generator: np.random.Generator) -> None:
         """Take the clusters of a share of the batches apart; batches of one data set stay so."""
         chosen = generator.permutation(len(batches))[: round(share * len(batches))]
         label = np.zeros(len(chosen), np.int64)
         if self.task is not None and self.mixing == "within":
-            tasks = self.task[batches[chosen]]
+            # By the clusters dealt, not by the rows: guests of a small data set do not make a batch mixed.
+            tasks = self.deal.cluster_task[order[chosen]]
             label = np.where((tasks == tasks[:, :1]).all(axis=1), tasks[:, 0], -1)
         for value in np.unique(label):
             group = chosen[label == value]

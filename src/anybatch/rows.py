@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.losses import ClusterLogWeight, LogWeight, SumLogWeight, SuspectMask, inclusion_log_weights
+from anybatch.losses import ClusterLogWeight, LogWeight, PairMask, SumLogWeight, inclusion_log_weights
+from anybatch.losses.log_weights import NEVER
 from anybatch.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
@@ -22,7 +23,7 @@ Weights = Literal["none", "inclusion"]
 class RowTable(nn.Module):
     """Look-up from row numbers to the arguments `index`, `anchor_id`, `candidate_id` and `log_weight` of a loss.
 
-    Identical texts are legal data, and must never be each other's negatives; rows of a mined plan are not a uniform
+    Identical texts are legal data, and must never be each other's negatives; nor must a text that another row pairs with the same anchor. Rows of a mined plan are not a uniform
     sample of the data, and `weights="inclusion"` corrects for that.
 
     Args:
@@ -38,7 +39,8 @@ class RowTable(nn.Module):
     Raises:
         AnybatchError: Ids of different lengths; a plan that is needed and missing, or that is of another number of rows.
 
-    Cost: 8 bytes a row and id, and as many for each suspect that the most suspected row has; a look-up a step.
+    Cost: 8 bytes a row and id, 16 a suspect pair; a look-up a step, and a binary search a pair where there are suspects or anchors with
+        several positives.
     """
 
     def __init__(
@@ -82,6 +84,10 @@ class RowTable(nn.Module):
         )
         self.negative_id: Tensor
         self.register_buffer("negative_id", torch.as_tensor(negatives), persistent=False)
+        self.width = 1 + int(max(self.positive_id.max(), negatives.max(initial=0))) if len(self.positive_id) else 1
+        self.known: Tensor
+        known = _known_keys(np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), self.width)
+        self.register_buffer("known", known, persistent=False)
         for name in ("cluster", "task", "log_weights", "ways", "suspects"):
             self.register_buffer(name, None, persistent=False)
         self.cluster: Tensor | None
@@ -108,7 +114,9 @@ class RowTable(nn.Module):
             self.log_weights = _task_log_weights(plan, self.weight_cap).to(device)
         self.suspects = None
         if self.mask_suspects and plan.suspects is not None and len(plan.suspects):
-            self.suspects = _suspects_of_rows(plan.suspects, plan.num_rows).to(device)
+            self.suspects = _pair_keys(plan.suspects, plan.num_rows).to(device)
+        elif self.mask_suspects and plan.suspects is None:
+            warnings.warn("The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2)
 
     def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
         """Arguments for a batch.
@@ -131,10 +139,19 @@ class RowTable(nn.Module):
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }
         terms: list[LogWeight] = []
-        explicit = torch.full_like(negatives, -2)
         if self.suspects is not None:
-            column_row = torch.cat([index, explicit])
-            terms.append(SuspectMask(row=index, row_suspects=self.suspects[index], column_row=column_row))
+            explicit = torch.full_like(negatives, NEVER)
+            terms.append(
+                PairMask(
+                    row_key=index * len(self.anchor_id), column_key=torch.cat([index, explicit]), keys=self.suspects
+                )
+            )
+        if len(self.known):
+            terms.append(
+                PairMask(
+                    row_key=arguments["anchor_id"] * self.width, column_key=arguments["candidate_id"], keys=self.known
+                )
+            )
         if self.weights == "inclusion":
             terms.append(self._inclusion(index, num_negatives, arguments["candidate_id"]))
         if terms:
@@ -185,12 +202,16 @@ def _ways(positive_id: np.ndarray, negative_id: np.ndarray) -> Tensor:
     return torch.from_numpy((own + explicit) / np.maximum(own, 1)).clamp(min=1.0)  # the clamp: ids that never occur
 
 
-def _suspects_of_rows(pairs: np.ndarray, num_rows: int) -> Tensor:
-    """Each row's suspects: (num_rows, most suspects of a row) int64, -1 fills up."""
+def _pair_keys(pairs: np.ndarray, num_rows: int) -> Tensor:
+    """Keys row * num_rows + other of these pairs, both ways round, ascending."""
     both = np.concatenate([pairs, pairs[:, ::-1]]).astype(np.int64)
-    both = both[np.argsort(both[:, 0], kind="stable")]
-    count = np.bincount(both[:, 0], minlength=num_rows)
-    place = np.arange(len(both)) - np.repeat(np.cumsum(count) - count, count)
-    table = np.full((num_rows, int(count.max())), -1, np.int64)
-    table[both[:, 0], place] = both[:, 1]
-    return torch.from_numpy(table)
+    return torch.from_numpy(np.unique(both[:, 0] * num_rows + both[:, 1]))
+
+
+def _known_keys(anchor_id: np.ndarray, positive_id: np.ndarray, width: int) -> Tensor:
+    """Keys anchor * width + positive of the pairs whose anchor has other rows as well, ascending.
+
+    Only such a positive can come beside the anchor without being its own row's: as another row's positive, or as a hard negative.
+    """
+    shared = np.bincount(anchor_id, minlength=1)[anchor_id] > 1
+    return torch.from_numpy(np.unique(anchor_id[shared] * width + positive_id[shared]))

@@ -48,8 +48,8 @@ def command(
     folder = path if path.is_dir() else path.parent
     config = load_config(RunConfig, folder / "config.yaml") if (folder / "config.yaml").exists() else None
     plan_path = folder / "plan.safetensors" if path.is_dir() else path
-    if path.is_dir() and config is not None and config.plan is not None:
-        plan_path = Path(config.plan)  # the run trained on a plan made elsewhere
+    if path.is_dir() and not plan_path.exists() and config is not None and config.plan is not None:
+        plan_path = Path(config.plan)  # a run of before plans were copied into its folder
     plan = BatchPlan.load(plan_path)
     missing: list[str] = []
     pairs = _pairs(plan, _given(config, data, {"anchor": anchor, "positive": positive}), config, missing)

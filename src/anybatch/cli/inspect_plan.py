@@ -61,8 +61,8 @@ def command(
     folder = path if path.is_dir() else path.parent
     config = load_config(RunConfig, folder / "config.yaml") if (folder / "config.yaml").exists() else None
     plan_path = folder / "plan.safetensors" if path.is_dir() else path
-    if path.is_dir() and config is not None and config.plan is not None:
-        plan_path = Path(config.plan)  # the run trained on a plan made elsewhere
+    if path.is_dir() and not plan_path.exists() and config is not None and config.plan is not None:
+        plan_path = Path(config.plan)  # a run of before plans were copied into its folder
     plan = BatchPlan.load(plan_path)
     missing: list[str] = []
     given = _given(
@@ -111,7 +111,7 @@ def _given(config: RunConfig | None, path: str | None, settings: dict[str, Any])
             )
         return None
     base = config.data if config is not None else DataConfig(path=path)
-    return replace(base, path=path, **chosen)
+    return replace(base, path=path, sets=(), **chosen)
 
 
 def _pairs(plan: BatchPlan, given: DataConfig | None, config: RunConfig | None, missing: list[str]) -> PairData | None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from anybatch import distributed
 from anybatch.errors import AnybatchError
 
+NEVER = -(2**62)  # a key that makes no sum a key of `PairMask`
+
 
 @runtime_checkable
 class LogWeight(Protocol):
@@ -87,39 +89,42 @@ class IdMask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuspectMask:
-    """-inf where anchor and candidate belong to rows that are suspected of matching each other (GISTEmbed's effect without a guide model).
+class PairMask:
+    """-inf for pairs on a list: suspected false negatives, or positives that are known from other rows.
+
+    A pair is on the list if `row_key + column_key` is one of `keys`.
 
     Attributes:
-        row: (B,) the rows of the data set.
-        row_suspects: (B, d) the rows that each is suspected of matching, a symmetric relation; -1 fills up.
-        column_row: (M,) row of each candidate that is a positive; -2 for explicit negatives.
+        row_key: (B,) int64.
+        column_key: (M,) int64; `NEVER` for candidates that no list names.
+        keys: (p,) int64, ascending; the same on every rank.
+
+    Cost: a binary search a pair, in a list of p.
     """
 
-    row: Tensor
-    row_suspects: Tensor
-    column_row: Tensor
+    row_key: Tensor
+    column_key: Tensor
+    keys: Tensor
     normalised: bool = False
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
-        column_row = self.column_row[None, columns]
-        suspected = torch.zeros(len(self.row[rows]), column_row.shape[1], dtype=torch.bool, device=column_row.device)
-        for number in range(self.row_suspects.shape[1]):  # d is small; a (b, d, M) comparison would not be
-            suspected |= self.row_suspects[rows, number, None] == column_row
-        return torch.zeros(suspected.shape, device=suspected.device).masked_fill_(suspected, -torch.inf)
+        wanted = self.row_key[rows, None] + self.column_key[None, columns]
+        place = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
+        listed = self.keys[place] == wanted
+        return torch.zeros(listed.shape, device=listed.device).masked_fill_(listed, -torch.inf)
 
-    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> SuspectMask:
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> PairMask:
         """See `LogWeight.gathered`."""
-        return SuspectMask(
-            row=distributed.gather_rows(self.row, row_sizes),
-            row_suspects=distributed.gather_rows(self.row_suspects, row_sizes),
-            column_row=distributed.gather_rows(self.column_row, column_sizes),
+        return PairMask(
+            row_key=distributed.gather_rows(self.row_key, row_sizes),
+            column_key=distributed.gather_rows(self.column_key, column_sizes),
+            keys=self.keys,
         )
 
-    def reversed(self, num_rows: int) -> SuspectMask:
-        """See `LogWeight.reversed`."""
-        return SuspectMask(row=self.row, row_suspects=self.row_suspects, column_row=self.row)
+    def reversed(self, num_rows: int) -> PairMask:
+        """See `LogWeight.reversed`. The pair of anchor i and candidate j is the same pair on the way back."""
+        return PairMask(row_key=self.column_key[:num_rows], column_key=self.row_key, keys=self.keys)
 
 
 @dataclass(frozen=True, kw_only=True)

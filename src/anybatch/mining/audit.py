@@ -74,9 +74,9 @@ def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.nda
     )
 
 
-def suspect_pairs(graph: MiningGraph, cluster: np.ndarray) -> np.ndarray:
-    """Conflicts that still share a cluster: (p, 2) int32 with the lower row first, each pair once, sorted."""
-    inside = _inside(graph.conflict, cluster).tocoo()
+def suspect_pairs(graph: MiningGraph, cluster: np.ndarray | None) -> np.ndarray:
+    """Conflicts that still share a cluster, or all if no clusters are given: (p, 2) int32 with the lower row first, each pair once, sorted."""
+    inside = (graph.conflict if cluster is None else _inside(graph.conflict, cluster)).tocoo()
     pairs = np.stack([np.minimum(inside.row, inside.col), np.maximum(inside.row, inside.col)], axis=1)
     return np.unique(pairs, axis=0).astype(np.int32)
 

@@ -48,6 +48,8 @@ class MiningConfig:
         conflict_weight: What a probable false negative in the cluster costs, in wanted edges.
         neighbors: "exact", "ivf", or "auto" by the number of rows.
         num_negatives: Explicit hard negatives drawn for each row (B3++).
+        suspects: Probable false negatives kept with the plan, for `mask_suspects`: those that share a "cluster", or "all", which may meet in any
+            batch (8 bytes * skip a row).
         sweeps: Passes of the exchange search; each doubling gains a little more.
         mixing: With several data sets: batches "within" one (B3), or "mixed".
         random_shares: For each epoch the share of batches that are shuffled among each other; the last one stays. Empty: none.
@@ -68,6 +70,7 @@ class MiningConfig:
     conflict_weight: float = 3.0
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: int = 0
+    suspects: Literal["cluster", "all"] = "cluster"
     sweeps: int = 20
     mixing: Literal["within", "mixed"] = "within"
     random_shares: tuple[float, ...] = ()
@@ -88,6 +91,12 @@ class MiningConfig:
         ):
             if getattr(self, name) < least:
                 raise AnybatchError(f"mining.{name} is {getattr(self, name)}; expected at least {least}.")
+        if any(not 0 <= share <= 1 for share in self.random_shares):
+            raise AnybatchError(f"mining.random_shares are {self.random_shares}; expected numbers from 0 to 1.")
+        for name in ("margin", "hub_weight"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise AnybatchError(f"mining.{name} is {value}; expected 0 or more.")
         if self.refresh_epochs and (self.method != "anybatch" or self.num_negatives):
             raise AnybatchError(
                 f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined negatives (num_negatives 0), "
@@ -116,6 +125,12 @@ class MiningSet:
     take: int | None = None
     margin: float | None = None
     share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise AnybatchError(
+                f"The share of the data set '{self.name}' is {self.share}; expected above 0 and at most 1."
+            )
 
 
 @dataclass(kw_only=True)
@@ -226,6 +241,11 @@ def mine_plan(
     for one, rows in parts:
         part = report if not sets else report.sets.setdefault(one.name, MiningReport())
         if one.num_rows < config.cluster_size:
+            warnings.warn(
+                f"The data set '{one.name}' has {one.num_rows} rows, no cluster of {config.cluster_size}: its rows are guests in the batches of others, "
+                "whatever its share, and with inclusion weights they have no negatives.",
+                stacklevel=2,
+            )
             part.notes.append(
                 f"{one.num_rows} rows make no cluster of {config.cluster_size}; they are guests in others."
             )
@@ -351,7 +371,7 @@ class _Part:
             report.audit = audit_clusters(graph, cluster, **ids)
             report.outlook = mining_outlook(neighbors, cluster, skip=skip, take=take, margin=config.margin)
             report.hubs = most_wanted(graph.window.indices)
-            suspects, negatives = suspect_pairs(graph, cluster), None
+            suspects, negatives = suspect_pairs(graph, cluster if config.suspects == "cluster" else None), None
             if config.num_negatives:
                 negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **ids)
         return cluster, suspects, negatives, graph
@@ -459,11 +479,11 @@ def mine_cells(
     folder: Path | None,
     progress: Callable[[float], None] | None = None,
 ) -> np.ndarray:
-    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them."""
+    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them. Small data sets get fewer cells."""
     return cell_clusters(
         neighbors,
         positives,
-        config.cells,
+        min(config.cells, max(1, len(positives) // (4 * config.cluster_size))),
         cluster_size=config.cluster_size,
         skip=window[0],
         take=window[1],

@@ -6,6 +6,7 @@ import numba
 import numpy as np
 
 from anybatch.mining.graph import MiningGraph
+from anybatch.mining.partition import known_positives
 
 
 def sample_negatives(
@@ -26,7 +27,7 @@ def sample_negatives(
         graph: From `build_graph`.
         cluster: (n,) int; -1 for none (such rows count their own window alone).
         num_negatives: h.
-        anchor_id, positive_id: (n,) int; identical content is never drawn.
+        anchor_id, positive_id: (n,) int; identical content, and positives of the same anchor in other rows, are never drawn.
         seed: Of the draws.
 
     Returns:
@@ -41,6 +42,10 @@ def sample_negatives(
         order, cluster.astype(np.int64), window.indptr.astype(np.int64), window.indices.astype(np.int64),
         np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), seed, result,
     )  # fmt: skip
+    # What another row pairs with the same anchor is a positive, not a negative.
+    known = known_positives(np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64))
+    pairs = np.asarray(anchor_id, np.int64)[:, None] * known[-1] + np.asarray(positive_id, np.int64)[result]
+    result[(result >= 0) & np.isin(pairs, known[:-1])] = -1
     return result
 
 

@@ -78,7 +78,8 @@ def equal_clusters(
         start: (n,) int clusters 0 .. n // cluster_size - 1 of any sizes.
         signed: (n, n) symmetric CSR: wanted weights minus conflicts.
         cluster_size: K.
-        anchor_id, positive_id: (n,) int; rows that share either must not share a cluster.
+        anchor_id, positive_id: (n,) int; rows that share either must not share a cluster, nor must rows of which one's anchor has the
+            other's positive in a third row.
         sweeps: Passes over all rows; 0 only makes the sizes equal.
         seed: Of everything random.
         progress: Called with the fraction of the sweeps done.
@@ -104,12 +105,13 @@ def equal_clusters(
     for ids in (anchor_id, positive_id):
         _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
         twins |= counts[inverse] > 1
+    known = known_positives(anchor_id, positive_id)
     cluster = start[order].astype(np.int32)
     members = np.full((num_clusters + 1, max(cluster_size, 1)), -1, np.int32)
-    _repair(cluster, members, num_clusters, cluster_size, indptr, indices, data, twins, anchor_id, positive_id)
+    _repair(cluster, members, num_clusters, cluster_size, indptr, indices, data, twins, anchor_id, positive_id, known)
     generator = np.random.default_rng(seed)
     scale = float(data[data > 0].mean()) if (data > 0).any() else 1.0
-    graph = (indptr, indices, data, twins, anchor_id, positive_id)
+    graph = (indptr, indices, data, twins, anchor_id, positive_id, known)
     tie = np.empty(num_rows, np.float32)
     for sweep in range(sweeps):
         if sweep in (0, sweeps - 1):  # annealing keeps much of a good beginning, and ends near, not in, an optimum
@@ -128,19 +130,48 @@ def equal_clusters(
     return result
 
 
-@numba.njit(cache=True)
-def _same_content(row, other, anchor_id, positive_id):  # pragma: no cover - compiled
-    return anchor_id[row] == anchor_id[other] or positive_id[row] == positive_id[other]
+def known_positives(anchor_id: np.ndarray, positive_id: np.ndarray) -> np.ndarray:
+    """The pairs that other rows know to match: ascending keys anchor * width + positive, and the width last. int64.
+
+    Only anchors with several rows matter: the pair of any other is its own row.
+    """
+    width = int(positive_id.max(initial=0)) + 1
+    shared = np.bincount(anchor_id, minlength=1)[anchor_id] > 1
+    return np.append(np.unique(anchor_id[shared] * width + positive_id[shared]), width).astype(np.int64)
 
 
 @numba.njit(cache=True)
-def _clashes(row, without, group, twins, anchor_id, positive_id):  # pragma: no cover - compiled
+def _listed(keys, key):  # pragma: no cover - compiled
+    """Whether an ascending array holds a number."""
+    place = np.searchsorted(keys, key)
+    return place < len(keys) and keys[place] == key
+
+
+@numba.njit(cache=True)
+def _same_content(row, other, anchor_id, positive_id, known):  # pragma: no cover - compiled
+    if anchor_id[row] == anchor_id[other] or positive_id[row] == positive_id[other]:
+        return True
+    if len(known) < 2:  # its last number is the width of the keys
+        return False
+    keys, width = known[:-1], known[-1]
+    return _listed(keys, anchor_id[row] * width + positive_id[other]) or _listed(
+        keys, anchor_id[other] * width + positive_id[row]
+    )
+
+
+@numba.njit(cache=True)
+def _clashes(row, without, group, twins, anchor_id, positive_id, known):  # pragma: no cover - compiled
     """Members of `group` (but `without` and the row itself) whose content the row shares."""
     if not twins[row]:
         return 0
     count = 0
     for other in group:
-        if other >= 0 and other != row and other != without and _same_content(row, other, anchor_id, positive_id):
+        if (
+            other >= 0
+            and other != row
+            and other != without
+            and _same_content(row, other, anchor_id, positive_id, known)
+        ):
             count += 1
     return count
 
@@ -160,7 +191,7 @@ def _links(row, one, two, cluster, indptr, indices, data):  # pragma: no cover -
 
 @numba.njit(cache=True)
 def _repair(
-    cluster, members, num_clusters, size, indptr, indices, data, twins, anchor_id, positive_id
+    cluster, members, num_clusters, size, indptr, indices, data, twins, anchor_id, positive_id, known
 ):  # pragma: no cover - compiled
     """Evict the worst rows of clusters that are too large, place all evicted where they fit best; the rest go to the pool C."""
     num_rows = len(cluster)
@@ -176,7 +207,10 @@ def _repair(
     num_evicted = 0
     for row in order:  # the best rows of each cluster stay, and of rows with the same content only the first
         home = cluster[row]
-        if filled[home] < size and _clashes(row, -1, members[home, : filled[home]], twins, anchor_id, positive_id) == 0:
+        if (
+            filled[home] < size
+            and _clashes(row, -1, members[home, : filled[home]], twins, anchor_id, positive_id, known) == 0
+        ):
             members[home, filled[home]] = row
             filled[home] += 1
         else:
@@ -199,7 +233,7 @@ def _repair(
             where = cluster[indices[edge]]
             # Cheap tests first; a link of 0 was looked at already or attracts nothing.
             fits = where < num_clusters and link[where] > best_value and filled[where] < size
-            if fits and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id) == 0:
+            if fits and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id, known) == 0:
                 best, best_value = where, link[where]
         for edge in range(indptr[row], indptr[row + 1]):
             where = cluster[indices[edge]]
@@ -226,7 +260,8 @@ def _repair(
                     where = free + offset
                     if (
                         filled[where] < size
-                        and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id) == 0
+                        and _clashes(row, -1, members[where, : filled[where]], twins, anchor_id, positive_id, known)
+                        == 0
                     ):
                         place = where
                         break
@@ -270,7 +305,7 @@ def _move(row, home, target, num_clusters, cluster, tie, indptr, indices, data):
 
 @numba.njit(cache=True)
 def _best_exchanges(
-    order, cluster, members, num_clusters, indptr, indices, data, twins, anchor_id, positive_id
+    order, cluster, members, num_clusters, indptr, indices, data, twins, anchor_id, positive_id, known
 ):  # pragma: no cover - compiled
     """One pass: each row is offered the two clusters that attract it most, and takes the best exchange with a member of them."""
     link = np.zeros(num_clusters + 1, np.float64)
@@ -290,7 +325,9 @@ def _best_exchanges(
                 first, second = where, first
             elif second < 0 or link[where] > link[second]:
                 second = where
-        leaving_clashes = _clashes(row, -1, members[home], twins, anchor_id, positive_id) if home < num_clusters else 0
+        leaving_clashes = (
+            _clashes(row, -1, members[home], twins, anchor_id, positive_id, known) if home < num_clusters else 0
+        )
         if first < 0 and leaving_clashes > 0:
             first = (home + 1) % num_clusters  # nothing attracts it, but it must not stay
         best_gain, best_cluster, best_place = 1e-6, -1, -1
@@ -315,10 +352,10 @@ def _best_exchanges(
                 )
                 if gain + HARD * leaving_clashes <= best_gain and not twins[other]:
                     continue
-                clashes = _clashes(row, other, members[target], twins, anchor_id, positive_id) - leaving_clashes
-                clashes -= _clashes(other, -1, members[target], twins, anchor_id, positive_id)
+                clashes = _clashes(row, other, members[target], twins, anchor_id, positive_id, known) - leaving_clashes
+                clashes -= _clashes(other, -1, members[target], twins, anchor_id, positive_id, known)
                 if home < num_clusters:
-                    clashes += _clashes(other, row, members[home], twins, anchor_id, positive_id)
+                    clashes += _clashes(other, row, members[home], twins, anchor_id, positive_id, known)
                 gain -= HARD * clashes
                 if gain > best_gain:
                     best_gain, best_cluster, best_place = gain, target, place
@@ -339,7 +376,7 @@ def _best_exchanges(
 
 @numba.njit(cache=True)
 def _anneal(
-    cluster, members, tie, num_clusters, indptr, indices, data, twins, anchor_id, positive_id, temperature, seed
+    cluster, members, tie, num_clusters, indptr, indices, data, twins, anchor_id, positive_id, known, temperature, seed
 ):  # pragma: no cover - compiled
     """One pass: each row is drawn to a cluster by its ties there, and changes places with one of the members that hold least to it.
 
@@ -360,7 +397,7 @@ def _anneal(
                     seen[num_seen] = where
                     num_seen += 1
                 link[where] += data[edge]
-        leaving = _clashes(row, -1, members[home], twins, anchor_id, positive_id) if home < num_clusters else 0
+        leaving = _clashes(row, -1, members[home], twins, anchor_id, positive_id, known) if home < num_clusters else 0
         target, best, to_target = -1, -np.inf, 0.0
         for position in range(num_seen):
             where = seen[position]
@@ -389,10 +426,10 @@ def _anneal(
             if cluster[indices[edge]] == home and home < num_clusters:
                 to_home += data[edge]
         gain = to_target - tie[row] + to_home - tie[other] - (2 * between if home < num_clusters else between)
-        clashes = _clashes(row, other, members[target], twins, anchor_id, positive_id) - leaving
-        clashes -= _clashes(other, -1, members[target], twins, anchor_id, positive_id)
+        clashes = _clashes(row, other, members[target], twins, anchor_id, positive_id, known) - leaving
+        clashes -= _clashes(other, -1, members[target], twins, anchor_id, positive_id, known)
         if home < num_clusters:
-            clashes += _clashes(other, row, members[home], twins, anchor_id, positive_id)
+            clashes += _clashes(other, row, members[home], twins, anchor_id, positive_id, known)
         gain -= HARD * clashes
         if gain > temperature * np.log(np.random.random() + 1e-300) + 1e-6:  # noqa: NPY002
             for old in range(size):

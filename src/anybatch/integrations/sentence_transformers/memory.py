@@ -62,7 +62,7 @@ def warm_start_from_model(
     memory_of(loss)
     sides = []
     training = model.training
-    for side, texts, prompt in (("anchor", pairs.anchors, prompts[0]), ("positive", pairs.positives, prompts[1])):
+    for side, texts, prompt in zip(("anchor", "positive"), pairs.prompted, prompts, strict=False):
         report = _counted(progress, f"warm start: {side}s", len(texts))
         if folder is None:
             sides.append(embed_texts(model, texts, batch_size=batch_size, prompt=prompt, progress=report))
@@ -110,7 +110,7 @@ def probe_memory(
     training = model.training
     sides = [
         embed_texts(model, _pick(texts, rows), batch_size=batch_size, prompt=prompt)
-        for texts, prompt in ((pairs.anchors, prompts[0]), (pairs.positives, prompts[1]))
+        for texts, prompt in zip(pairs.prompted, prompts, strict=False)
     ]
     model.train(training)
     figures = {}

@@ -52,7 +52,12 @@ class RefreshPlan(TrainerCallback):
         if not isinstance(sampler, PlanSampler):
             raise AnybatchError("RefreshPlan needs a plan to begin with: batch_sampler=PlanBatches(plan).")
         self.first = sampler.plan
-        if state.global_step:
+        if not state.global_step:
+            stale = sorted(self.folder.glob("plan_epoch_*.safetensors"))
+            with distributed.alone() as chosen:
+                for path in stale if chosen else ():  # of a run that got no further than its first checkpoint
+                    path.unlink()
+        else:
             begun = self._begun(max(0, math.ceil(state.epoch or 0) - 1))
             if begun and not self._path(begun).exists():
                 raise AnybatchError(
@@ -82,6 +87,8 @@ class RefreshPlan(TrainerCallback):
 
     def _use(self, sampler: PlanSampler, plan: BatchPlan) -> None:
         old = sampler.plan
+        if plan.data_digest != old.data_digest:
+            raise AnybatchError("The new plan is of other data than the run's. Start in another folder.")
         if (plan.num_rows, plan.batch_size, plan.num_batches) != (old.num_rows, old.batch_size, old.num_batches):
             raise AnybatchError(
                 f"The new plan has {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows; the run has "
