@@ -59,6 +59,11 @@ def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def shares(num_rows: int) -> list[int]:
+    """How many of `num_rows` rows each rank works on, as equal as can be. No collective."""
+    return [num_rows // world_size() + (number < num_rows % world_size()) for number in range(world_size())]
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum over all ranks, in a new tensor. One collective."""
     value = value.detach().clone()

@@ -116,7 +116,9 @@ class RowTable(nn.Module):
         if self.mask_suspects and plan.suspects is not None and len(plan.suspects):
             self.suspects = _pair_keys(plan.suspects, plan.num_rows).to(device)
         elif self.mask_suspects and plan.suspects is None:
-            warnings.warn("The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2)
+            warnings.warn(
+                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
+            )
 
     def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
         """Arguments for a batch.

@@ -8,7 +8,7 @@ import torch
 from anybatch import losses
 from anybatch.configuration import from_mapping
 from anybatch.errors import AnybatchError
-from anybatch.losses.config import KNOWN, LossConfig, build_loss
+from anybatch.losses.config import KNOWN, WITH_MEMORY, LossConfig, build_loss
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -48,8 +48,30 @@ def test_settings_reach_their_method():
         ({"name": "sogclr", "gamma": 1.5}, "loss.gamma is 1.5"),
         ({"name": "infonce", "weights": "inclusion"}, "does not define"),
         ({"temperature": 0.0}, "loss.temperature"),
+        ({"name": "emc2", "memory_dtype": "float16"}, "loss.memory_dtype is given, which 'emc2' does not know"),
+        ({"name": "infonce", "memory_sharded": True}, "loss.memory_sharded is given"),
+        ({"name": "sogclr", "memory_dtype": "float16", "gamma": 0.01}, "rounded away"),
     ],
 )
 def test_mistakes(given, match):
     with pytest.raises(AnybatchError, match=match):
         LossConfig(**given)
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+def test_memory_is_stored_as_asked(name):
+    extra = {"dimensions": 4} if name == "tempnet" else {}
+    plain = build_loss(LossConfig(name=name, direction="both", **extra), num_rows=10)
+    assert (plain.memory.log_mean.dtype, plain.memory.sharded) == (torch.float32, False)
+    loss = build_loss(
+        LossConfig(name=name, direction="both", memory_dtype="float16", memory_sharded=True, **extra), num_rows=10
+    )
+    assert (loss.memory.log_mean.dtype, loss.memory.sharded, len(loss.memory.log_mean)) == (torch.float16, True, 2)
+    if name == "tempnet":  # its networks begin at random
+        plain.source.load_state_dict(loss.source.state_dict())
+    sides = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    for each in (plain, loss):
+        each(sides[0].clone().requires_grad_(), sides[1], index=torch.arange(5))
+    assert loss.memory.visited.sum() == 10
+    rows = torch.arange(5)
+    torch.testing.assert_close(loss.memory.read(rows).float(), plain.memory.read(rows), rtol=2**-10, atol=0)

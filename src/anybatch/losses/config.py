@@ -11,20 +11,21 @@ from torch import nn
 from anybatch.errors import AnybatchError
 
 _GLOBAL = frozenset({"gamma", "gamma_steps", "gamma_steps_per_epoch"})
-_OWN_TEMPERATURES = frozenset({"rho", "eps", "temperature_range", *_GLOBAL})
+_MEMORY = frozenset({"memory_dtype", "memory_sharded"})
+_OWN_TEMPERATURES = frozenset({"rho", "eps", "temperature_range", *_GLOBAL, *_MEMORY})
 # What each method knows besides temperature, direction, weights and weight_cap.
 KNOWN: dict[str, frozenset[str]] = {
     "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
     "decoupled": frozenset({"learnable_temperature", "ring"}),
     "count_corrected": frozenset({"learnable_temperature", "ring"}),
-    "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL}),
+    "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL, *_MEMORY}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
     "tempnet": frozenset({"dimensions", *_OWN_TEMPERATURES}),
     "nuclr": frozenset({"margin", "margin_lr", "margin_start", *_GLOBAL}),
     "glofnd": frozenset({"learnable_temperature", "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
     "emc2": frozenset({"learnable_temperature", "dimensions", "burn_in", "seed"}),
-    "scent": frozenset({"learnable_temperature", "eps", "alpha"}),
+    "scent": frozenset({"learnable_temperature", "eps", "alpha", *_MEMORY}),
     "siglip": frozenset({"learnable_temperature", "bias"}),
     "auc_cl": frozenset({"margin"}),
 }
@@ -65,6 +66,8 @@ class LossConfig:
         threshold_lr, threshold_start: glofnd: step of the thresholds, and steps before they are used.
         burn_in: emc2: share of a visit's steps that do not count.
         seed: emc2: of the chains.
+        memory_dtype: Methods with a running denominator: "float16" halves its bytes; not with gamma below .05 (docs/memory.md).
+        memory_sharded: Each process stores its share of the rows instead of all.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
         ring: infonce, decoupled, count_corrected, sogclr: under torchrun let candidates travel from rank to rank, where all would not fit on one.
@@ -115,6 +118,8 @@ class LossConfig:
     threshold_start: int | None = None
     burn_in: float | None = None
     seed: int | None = None
+    memory_dtype: Literal["float32", "float16"] | None = None
+    memory_sharded: bool = False
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: float | None = None
     ring: bool = False
@@ -131,6 +136,10 @@ class LossConfig:
             raise AnybatchError(f"loss.temperature is {self.temperature}; expected a positive number such as 0.05.")
         if self.gamma is not None and not 0 < self.gamma <= 1:
             raise AnybatchError(f"loss.gamma is {self.gamma}; expected a number above 0 and at most 1.")
+        if self.memory_dtype == "float16" and self.gamma is not None and self.gamma < 0.05:
+            raise AnybatchError(
+                f"loss.memory_dtype is 'float16' and loss.gamma {self.gamma}: steps that small are rounded away. Use float32, or gamma from .05."
+            )
         if self.eps is not None and not 0 <= self.eps < math.inf:
             raise AnybatchError(
                 f"loss.eps is {self.eps}; expected 0 or a positive number, or nothing for 1 / (rows - 1)."
@@ -217,6 +226,7 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
             parts.append(build_loss(of_prefix, num_rows=num_rows))
         return losses.Matryoshka(parts, config.matryoshka, weights=config.matryoshka_weights)
     arguments = {"temperature": config.temperature, "direction": config.direction, **config._given()}
+    dtype, sharded = arguments.pop("memory_dtype", "float32"), arguments.pop("memory_sharded", False)
     steps, per_epoch = arguments.pop("gamma_steps", None), arguments.pop("gamma_steps_per_epoch", 1)
     if steps is not None:
         arguments["gamma"] = losses.GammaSchedule(
@@ -227,9 +237,9 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
     if config.name == "siglip":
         del arguments["direction"]
         return losses.SigLIP(**arguments)
+    if config.name in ("infonce", "decoupled"):
+        return {"infonce": losses.InfoNCE, "decoupled": losses.DecoupledInfoNCE}[config.name](**arguments)
     make = {
-        "infonce": losses.InfoNCE,
-        "decoupled": losses.DecoupledInfoNCE,
         "count_corrected": losses.CountCorrectedInfoNCE,
         "sogclr": losses.SogCLR,
         "fastclip": losses.FastCLIP,
@@ -239,13 +249,8 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
         "glofnd": losses.GloFND,
         "emc2": losses.EMC2,
         "scent": losses.SCENT,
-        "siglip": losses.SigLIP,
-        "auc_cl": losses.AUCCL,
     }[config.name]
-    if config.name in ("siglip", "auc_cl"):
-        del arguments["direction"]
-    if config.name == "auc_cl":
-        del arguments["temperature"]
-    if config.name in ("infonce", "decoupled", "siglip", "auc_cl"):
-        return make(**arguments)
-    return make(num_rows, **arguments)
+    loss = make(num_rows, **arguments)
+    if dtype != "float32" or sharded:  # nothing was remembered yet
+        loss.memory = losses.ExampleMemory(num_rows, len(loss.memory.log_mean), dtype=dtype, sharded=sharded)
+    return loss

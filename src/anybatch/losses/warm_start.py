@@ -118,7 +118,7 @@ def warm_start(
         progress(done, values.numel())
     for direction, start, stop in _blocks(num_rows, num_directions, done):
         side = table if direction == 0 else table.reversed()
-        sizes = _shares(stop - start)
+        sizes = distributed.shares(stop - start)
         first = start + sum(sizes[: distributed.rank()])
         rows = slice(first, first + sizes[distributed.rank()])
         numbers = torch.arange(rows.start, rows.stop, device=device)
@@ -168,7 +168,7 @@ def memory_of(loss: nn.Module) -> ExampleMemory:
 def _fill(memory: ExampleMemory, values: Tensor, direction: int, dimensions: int) -> None:
     if memory.keyed:  # rows of one key are combined as they are within a batch, so all at once
         rows = torch.arange(len(values), device=values.device)
-        sizes = _shares(len(values))
+        sizes = distributed.shares(len(values))
         first = sum(sizes[: distributed.rank()])
         share = slice(first, first + sizes[distributed.rank()])
         memory.blend(rows[share], values[share], direction=direction, gamma=1.0, update=True, dimensions=dimensions)
@@ -196,12 +196,6 @@ def _blocks(num_rows: int, num_directions: int, done: int) -> list[tuple[int, in
         for direction in range(begin, num_directions)
         for start in range(inside if direction == begin else 0, num_rows, height)
     ]
-
-
-def _shares(num_rows: int) -> list[int]:
-    """Rows of each rank, as equal as can be."""
-    world_size = distributed.world_size()
-    return [num_rows // world_size + (rank < num_rows % world_size) for rank in range(world_size)]
 
 
 def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: int | None, seed: int) -> str:

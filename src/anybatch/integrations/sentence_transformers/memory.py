@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
@@ -57,15 +58,17 @@ def warm_start_from_model(
     Raises:
         AnybatchError: A loss without memory; files of other weights in `folder`.
 
-    Cost: one forward pass a text, then the warm start. Under several processes each encodes everything.
+    Cost: one forward pass a text, then the warm start. Under several processes each encodes its share; without `folder` the embeddings are then
+        gathered, with it every process must see the folder.
     """
     memory_of(loss)
     sides = []
     training = model.training
     for side, texts, prompt in zip(("anchor", "positive"), pairs.prompted, prompts, strict=False):
-        report = _counted(progress, f"warm start: {side}s", len(texts))
+        total = len(texts) if folder is not None else distributed.shares(len(texts))[distributed.rank()]
+        report = _counted(progress, f"warm start: {side}s", total)
         if folder is None:
-            sides.append(embed_texts(model, texts, batch_size=batch_size, prompt=prompt, progress=report))
+            sides.append(_embed_shared(model, texts, batch_size=batch_size, prompt=prompt, progress=report))
         else:
             identity = {"weights": _digest(model), "max_length": model.max_seq_length}
             path = Path(folder) / f"warm_start_{side}.npy"
@@ -183,6 +186,24 @@ class MemoryCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(self.figures)
         self.figures = {}
+
+
+def _embed_shared(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    prompt: str,
+    progress: Callable[[int], None] | None,
+) -> np.ndarray:
+    """`embed_texts`, each rank its own texts; the same array on all ranks."""
+    sizes = distributed.shares(len(texts))
+    first = sum(sizes[: distributed.rank()])
+    own = texts[first : first + sizes[distributed.rank()]]
+    embeddings = embed_texts(model, own, batch_size=batch_size, prompt=prompt, progress=progress)
+    if not distributed.is_active():
+        return embeddings
+    return distributed.gather_rows(torch.from_numpy(embeddings).to(model.device), sizes).cpu().numpy()
 
 
 def _digest(model: SentenceTransformer) -> str:
