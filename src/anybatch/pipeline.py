@@ -433,6 +433,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
         max_tokens=config.train.max_tokens,
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
+        pad_to_multiple=config.train.pad_to_multiple,
     )
     callbacks = [
         *prepare_refresh(config, model, pairs, loss, progress=progress),

@@ -112,6 +112,15 @@ def test_prefixes_with_memory_replay_the_encoder_once(model, monkeypatch):
     assert [int(part.memory.visited.sum()) for part in loss.loss.losses] == [11, 11]
 
 
+@pytest.mark.parametrize("multiple", [1, 4, 5])
+def test_padded_widths_change_no_gradient(model, multiple):
+    model.eval()
+    features = columns(model)
+    _, plain = gradients(CachedLoss(model, InfoNCE(), micro_batch=4), features)
+    _, ours = gradients(CachedLoss(model, InfoNCE(), micro_batch=4, pad_to_multiple=multiple), features)
+    assert worst(ours, plain) < 1e-12
+
+
 def test_evaluation_leaves_memory_alone(model):
     loss = CachedLoss(model, SogCLR(num_rows=30), micro_batch=4)
     features = columns(model, negatives=0)

@@ -35,28 +35,42 @@ class RowSlicer:
     among them, is set. Leading padding stays, because positions are often counted from the left. A mapping that holds
     another tensor with an axis of length T is left at its full width: whether that axis is the sequence cannot be known.
 
+    With `pad_to_multiple` the width is that of the longest chosen row rounded up, so that an encoder sees few widths, which is what
+    `torch.compile` wants: columns are cut to it, or added behind with a mask of 0, whose rows' embeddings are the same up to rounding.
+
     Args:
         inputs: A Tensor `(B, ...)`; a mapping whose tensors all have B as their first dimension, nested at will (other
             values and zero-dimensional tensors are passed through); or a list with one item a row.
+        pad_to_multiple: Widths are multiples of it; None for that of the longest row. It should divide the encoder's longest input.
 
     Attributes:
         num_rows: B.
-        lengths: `(B,)` int64 on the CPU, the tokens a row needs up to its last one (summed over nested mappings), or
-            None where nothing tells.
+        lengths: `(B,)` int64 on the CPU, the tokens a row needs up to its last one, rounded up (summed over nested mappings),
+            or None where nothing tells.
 
     Raises:
-        AnybatchError: A tensor's first dimension is not B; flattened (unpadded) inputs; no tensor at all.
+        AnybatchError: A tensor's first dimension is not B; flattened (unpadded) inputs; no tensor at all; `pad_to_multiple` below 1, or for
+            inputs of which nothing tells the lengths.
 
     Cost: one copy of each attention mask to the host.
     """
 
-    def __init__(self, inputs: Any) -> None:
+    def __init__(self, inputs: Any, *, pad_to_multiple: int | None = None) -> None:
+        if pad_to_multiple is not None and pad_to_multiple < 1:
+            raise AnybatchError(f"pad_to_multiple is {pad_to_multiple}; expected at least 1, such as 32, or None.")
         self.inputs = inputs
+        self.pad_to_multiple = pad_to_multiple
         self.num_rows = _count_rows(inputs)
         self._mask_lengths: dict[tuple[str, ...], tuple[Tensor, int]] = {}
+        self._padding: dict[tuple[str, ...], int] = {}
         self._check(inputs, ())
         parts = [lengths for lengths, _ in self._mask_lengths.values()]
         self.lengths: Tensor | None = torch.stack(parts).sum(dim=0) if parts else None
+        if pad_to_multiple is not None and self.lengths is None:
+            raise AnybatchError(
+                f"pad_to_multiple is {pad_to_multiple}, but nothing tells the lengths of these inputs: they have no two-dimensional attention_mask, or "
+                "hold a tensor of unknown meaning with an axis as long as it. Pad in the tokenizer instead."
+            )
 
     def take(self, rows: Tensor) -> Any:
         """The rows `rows` `(b,)` int64 (on the CPU) of the batch, in that order, trimmed."""
@@ -69,6 +83,14 @@ class RowSlicer:
             part = value.index_select(0, rows.to(value.device))
             if trim is not None and value.ndim >= 2 and value.shape[1] == trim[0]:
                 part = part[:, : trim[1]]
+                missing = trim[1] - part.shape[1]
+                if missing > 0:
+                    fill = self._padding.get(path, 0)
+                    part = torch.cat([part, part.new_full((len(part), missing, *part.shape[2:]), fill)], dim=1)
+                elif self.pad_to_multiple is not None:
+                    part = (
+                        part.contiguous()
+                    )  # a view has the strides of the whole batch, and a compiled encoder is compiled anew for them
             return part
         if isinstance(value, Mapping):
             known = self._mask_lengths.get(path)
@@ -106,9 +128,20 @@ class RowSlicer:
                     )
             known = _lengths_of(value, self.num_rows)
             if known is not None:
+                if self.pad_to_multiple is not None:
+                    known = -(-known[0].clamp(min=1) // self.pad_to_multiple) * self.pad_to_multiple, known[1]
+                    self._note_padding(value, path)
                 self._mask_lengths[path] = known
             for key, item in value.items():
                 self._check(item, (*path, str(key)))
+
+    def _note_padding(self, value: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        """The id that the tokenizer pads with, because some encoders count positions from it; 0 where no row is padded."""
+        for key in ("input_ids", "token_ids"):
+            ids, mask = value.get(key), value[_MASK]
+            if isinstance(ids, Tensor) and ids.shape == mask.shape:
+                padded = ids[mask == 0]
+                self._padding[*path, key] = int(padded[0]) if len(padded) else 0
 
 
 def _count_rows(inputs: Any) -> int:

@@ -28,6 +28,7 @@ def record_towers(
     keep_graphs: int | float | Auto = 0,
     memory: str | int | StepMemory = "80%",
     sort_by_length: bool = True,
+    pad_to_multiple: int | None = None,
     modules: Sequence[nn.Module] | None = None,
 ) -> list[Recording]:
     """One recording a tower, of one step.
@@ -35,7 +36,7 @@ def record_towers(
     Args:
         encoders: One for each tower.
         inputs: One batch a tower.
-        micro_batch, max_tokens, keep_graphs, memory, sort_by_length, modules: See `cached_step`.
+        micro_batch, max_tokens, keep_graphs, memory, sort_by_length, pad_to_multiple, modules: See `cached_step`.
 
     Raises:
         AnybatchError: Another word than "auto"; what `plan_micro_batches` and `record` refuse.
@@ -48,7 +49,7 @@ def record_towers(
     keep = step_memory.next_step(held, inputs) if keep_graphs == "auto" else keep_graphs
     recordings: list[Recording] = []
     for encode, batch in zip(encoders, inputs, strict=True):
-        slicer = RowSlicer(batch)
+        slicer = RowSlicer(batch, pad_to_multiple=pad_to_multiple)
         rows, tokens = micro_batch, max_tokens
         if micro_batch == "auto":
             rows, tokens = _found(step_memory.max_tokens(encode, slicer, held), max_tokens, slicer)

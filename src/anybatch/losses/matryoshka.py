@@ -35,8 +35,8 @@ class Matryoshka(nn.Module):
         AnybatchError: Dimensions or weights that make no sense; in a call: embeddings narrower than a prefix; what the loss refuses.
 
     Cost: that of the losses: matrix products over sum_k d_k dimensions, the pointwise part once a dimension, memory and collectives once a
-    dimension. (Accumulating scores from block to block would save products where the dimensions are many and alike, at the price of all
-    tiles of all prefixes held at once; the pointwise part would stay.)
+    dimension. Four prefixes of 384 dimensions cost about two plain losses. Scores accumulated from block to block, s_d2 = s_d1 + block, would
+    bring the products down to those of the longest prefix, at the price of an engine that holds the tiles of all prefixes at once: not done.
 
     Reference: Kusupati et al. 2022, "Matryoshka Representation Learning", arXiv 2205.13147, equation 1.
     """

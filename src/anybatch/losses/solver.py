@@ -293,7 +293,9 @@ class _Columns(_Direction):
         scores = scores[:, block.positives]
         if self.room is None or self.room.size < scores.numel():
             self.room = _Buffer(scores, scores.numel())
-        logits = torch.sub(scores, self.positive_all[block.rows], out=self.room.view(tuple(scores.shape)))
+        logits = torch.sub(
+            scores, self.positive_all[block.rows], out=self.room.view((scores.shape[0], scores.shape[1]))
+        )
         logits.div_(self.temperature_all[block.rows])
         if self.log_weight is not None:
             logits += self.log_weight.tile(block.rows, self.layout.shifted(rows)).to(logits.dtype).T

@@ -43,6 +43,7 @@ class CachedLoss(nn.Module):
             is needed: 0.0 is GradCache, 1.0 is plain training, "auto" keeps what `memory` has room for. The gradient is
             the same to the last bit.
         memory: For "auto": the most memory in use on the device, "8GiB" or "80%".
+        pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled model sees few shapes; None for the longest row's.
 
     Inputs:
         Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label` column
@@ -73,6 +74,7 @@ class CachedLoss(nn.Module):
         max_tokens: int | None = None,
         keep_graphs: float | Auto = "auto",
         memory: str | int = "80%",
+        pad_to_multiple: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model  # a child, else the Trainer would not train it
@@ -82,6 +84,7 @@ class CachedLoss(nn.Module):
         self.max_tokens = max_tokens
         self.keep_graphs: float | Auto = keep_graphs
         self.memory = StepMemory(memory)
+        self.pad_to_multiple = pad_to_multiple
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The loss of one batch; its backward pass replays the encoder. Without gradients: plain InfoNCE, memory untouched."""
@@ -97,6 +100,7 @@ class CachedLoss(nn.Module):
             max_tokens=self.max_tokens,
             keep_graphs=self.keep_graphs,
             memory=self.memory,
+            pad_to_multiple=self.pad_to_multiple,
             modules=[self.model],
         )
         embeddings = [[recording.embeddings] for recording in recordings]

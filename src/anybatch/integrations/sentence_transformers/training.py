@@ -40,6 +40,7 @@ class TrainConfig:
         max_grad_norm: Gradients are clipped to this norm, once a step; 0 for no clipping.
         micro_batch: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
         max_tokens: Padded tokens per encoder forward pass; None for no limit but `micro_batch`.
+        pad_to_multiple: Widths of encoder forward passes are multiples of it, for a compiled model; None for the longest row's.
         keep_graphs: Fraction of the micro-batches whose graph is kept, so that they need no second forward pass; "auto" keeps
             what `memory` has room for. The gradient is the same to the last bit.
         memory: The most memory in use on the device, such as "8GiB" or "80%".
@@ -58,6 +59,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     micro_batch: int | Literal["auto"] = 32
     max_tokens: int | None = None
+    pad_to_multiple: int | None = None
     keep_graphs: float | Literal["auto"] = "auto"
     memory: str | int = "80%"
     bf16: bool = False
@@ -69,7 +71,7 @@ class TrainConfig:
         for name in ("epochs", "micro_batch", "save_steps", "log_steps"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("max_steps", "max_tokens", "eval_steps"):
+        for name in ("max_steps", "max_tokens", "pad_to_multiple", "eval_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AnybatchError(f"train.{name} is {value}; expected at least 1, or nothing.")
