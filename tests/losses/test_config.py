@@ -75,3 +75,8 @@ def test_memory_is_stored_as_asked(name):
     assert loss.memory.visited.sum() == 10
     rows = torch.arange(5)
     torch.testing.assert_close(loss.memory.read(rows).float(), plain.memory.read(rows), rtol=2**-10, atol=0)
+
+
+def test_a_temperature_that_is_not_to_be_learned_is_not():
+    assert build_loss(LossConfig(name="siglip"), num_rows=9).log_temperature is not None
+    assert build_loss(LossConfig(name="siglip", learnable_temperature=False), num_rows=9).log_temperature is None

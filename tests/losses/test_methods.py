@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from anybatch import losses
 from anybatch.errors import AnybatchError
 from anybatch.losses import EMC2, NUCLR, SCENT, DecoupledInfoNCE, GloFND, InfoNCE, SogCLR
 from anybatch.losses.base import Batch
@@ -388,3 +389,17 @@ def test_mistakes():
             make()
     with pytest.raises(AnybatchError, match="keep embeddings of 3"):
         EMC2(20, dimensions=3)(*draw(0), index=torch.arange(7))
+
+
+@pytest.mark.parametrize("make", [lambda: losses.ISogCLR(20), lambda: losses.FastCLIP(20, version="v2")])
+def test_a_diverged_step_leaves_learned_temperatures_alone(make):
+    loss = make()
+    anchors, candidates = torch.randn(6, 4), torch.randn(6, 4)
+    loss(anchors.clone().requires_grad_(), candidates, index=torch.arange(6))
+    broken = candidates.clone()
+    broken[2] = torch.nan
+    loss(anchors.clone().requires_grad_(), broken, index=torch.arange(6))
+    assert all(
+        buffer.isfinite().all() for name, buffer in loss.named_buffers() if "values" in name or "velocity" in name
+    )
+    assert loss(anchors.clone().requires_grad_(), candidates, index=torch.arange(6) + 3).isfinite()

@@ -76,7 +76,9 @@ class StepMemory:
                 "together. Give micro_batch or max_tokens a number."
             )
         length = int(slicer.lengths.max()) if slicer.lengths is not None else 1
-        key = tuple(modules_of(encode)) or (encode,)  # a function may be made anew for every step, its modules are not
+        key = (
+            tuple(modules_of(encode)) or tuple(modules) or (encode,)
+        )  # a function may be made anew for every step, its modules are not
         known = self._found.get(key)
         if known is None or length > known[0]:
             known = length, self._probe(encode, slicer, modules)

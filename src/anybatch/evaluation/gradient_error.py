@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.losses import IdMask, InfoNCE
+from anybatch.losses import EMC2, NUCLR, GammaSchedule, GloFND, IdMask, InfoNCE
 from anybatch.losses.engine import TILE_BYTES
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
@@ -345,14 +345,16 @@ def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, 
     place = torch.full((len(pairs),), -1)
     place[pairs.probes] = torch.arange(len(pairs.probes))
     loss.train()
+    # Batches without a probe can be skipped where all that is remembered belongs to single rows.
+    shared = isinstance(loss, (NUCLR, GloFND, EMC2)) or any(isinstance(m, GammaSchedule) for m in loss.modules())
     for epoch in range(run_in + epochs):
         for batch in torch.from_numpy(plan.epoch_batches(epoch)):
             probes = place[batch]
             present = probes >= 0
-            if not present.any():
-                continue  # memory is kept for each row, so these rows cannot matter to the probes
+            if not present.any() and not shared:
+                continue
             gradient = _batch_gradient(pairs, loss, batch, batch, **table.arguments(batch))
-            if epoch >= run_in:
+            if epoch >= run_in and present.any():
                 sums.add(probes[present], gradient[present])
     return sums
 

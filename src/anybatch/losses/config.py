@@ -47,7 +47,7 @@ class LossConfig:
             example), "scent" (forgetting by a proximal step), "siglip" (a yes-or-no question a pair; published with temperature 0.1, learned),
             "auc_cl" (positives outscore negatives by a margin).
         temperature: Similarities are divided by it; where it is learned, the first one. 0.01 to 0.07 for text, 0.07 to 0.1 for images.
-        learnable_temperature: Train it as a parameter.
+        learnable_temperature: Train it as a parameter; None for what the method does (siglip: yes, all others: no).
         direction: "one_way" (anchor to candidates), or "both" (also positive to anchors).
         gamma: Methods with a running denominator: weight of the new batch in it; 1 forgets everything else.
         gamma_steps: Let gamma fall from 1 along a cosine of so many steps; None to keep it constant.
@@ -97,7 +97,7 @@ class LossConfig:
         "auc_cl",
     ] = "infonce"
     temperature: float = 0.05
-    learnable_temperature: bool = False
+    learnable_temperature: bool | None = None
     direction: Literal["one_way", "both"] = "one_way"
     gamma: float | None = None
     gamma_steps: int | None = None
@@ -211,7 +211,8 @@ class LossConfig:
         """The settings of single methods that were given."""
         every = frozenset[str]().union(*KNOWN.values())
         given = {name: getattr(self, name) for name in sorted(every)}
-        return {name: value for name, value in given.items() if value is not None and value is not False}
+        unset = ("ring", "memory_sharded")  # whose False says nothing; a temperature that is not to be learned does
+        return {name: value for name, value in given.items() if value is not None and not (name in unset and not value)}
 
 
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:

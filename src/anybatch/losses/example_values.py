@@ -81,15 +81,21 @@ class ExampleValues(nn.Module):
             gradient: (b,) derivative of each row's own objective.
             direction: Which values.
         """
-        rows, mean = mean_by_row(index, gradient.clamp(-self.clip, self.clip).to(self.values.dtype))
+        rows, mean = _finite(*mean_by_row(index, gradient.clamp(-self.clip, self.clip).to(self.values.dtype)))
         velocity = self.momentum * self.velocity[direction, rows] + (1 - self.momentum) * mean
         self.velocity[direction, rows] = velocity
         self.values[direction, rows] = (self.values[direction, rows] - self.lr * velocity).clamp(*self.limits)
 
     def start(self, index: Tensor, values: Tensor, *, direction: int) -> None:
         """Give rows their first value, the mean over their occurrences."""
-        rows, mean = mean_by_row(index, values.to(self.values.dtype))
+        rows, mean = _finite(*mean_by_row(index, values.to(self.values.dtype)))
         self.values[direction, rows] = mean.clamp(*self.limits)
+
+
+def _finite(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Those whose value is a number: a step that has diverged is the trainer's to skip, and must leave no NaN behind."""
+    fine = values.isfinite()
+    return rows[fine], values[fine]
 
 
 def mean_by_row(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ class InfoNCE(ContrastiveLoss):
         side = super()._side(batch, direction=direction)
         if self.margin:
             shift = batch.anchors.new_full((1, 1), self.margin / self._temperature)
-            term: LogWeight = TensorLogWeight(values=shift, normalised=False)
+            term: LogWeight = TensorLogWeight(values=shift, normalised=False, by_row=False, by_column=False)
             if side.log_weight is not None:
                 term = SumLogWeight(terms=(side.log_weight, term))
             side = replace(side, log_weight=term)

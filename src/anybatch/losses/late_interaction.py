@@ -50,6 +50,7 @@ class LateInteraction(ContrastiveLoss):
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
+        self._objective: Tensor | None = None
 
     def forward(
         self,
@@ -82,7 +83,11 @@ class LateInteraction(ContrastiveLoss):
         masks = _checked_masks(anchors, candidates, anchor_mask, candidate_mask)
         dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
         with torch.autocast(anchors.device.type, enabled=False):
-            sides = [side.to(dtype) for side in (anchors, candidates)]
+            # Padding may hold anything, NaN included, and 0 * NaN is NaN.
+            sides = [
+                side.to(dtype).masked_fill(~mask.bool()[..., None], 0.0)
+                for side, mask in zip((anchors, candidates), masks, strict=True)
+            ]
             if self.normalize:
                 sides = [torch.nn.functional.normalize(side, dim=-1) for side in sides]
             weight = self._weight(len(anchors), len(candidates), log_weight, anchor_id, candidate_id)
@@ -90,7 +95,16 @@ class LateInteraction(ContrastiveLoss):
                 temperature = torch.tensor(self._temperature, dtype=dtype, device=anchors.device)
             else:
                 temperature = self.log_temperature.to(dtype).exp()
-            return _LateInteraction.apply(*sides, temperature, masks, weight, self.tile_bytes)
+            loss = _LateInteraction.apply(*sides, temperature, masks, weight, self.tile_bytes)
+        self._objective = loss.detach()
+        return loss
+
+    @property
+    def last_stats(self) -> dict[str, float]:
+        """Figures of the last call as plain floats: objective and temperature. Empty before it."""
+        if self._objective is None:
+            return {}
+        return {"objective": self._objective.item(), "temperature": self.temperature}
 
 
 def maxsim(anchors: Tensor, candidates: Tensor, anchor_mask: Tensor, candidate_mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ A log-weight is added to the logit of the pair; -inf removes the pair. Each is d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -204,10 +204,13 @@ class TensorLogWeight:
     Attributes:
         values: Dimensions (B, M), (1, M) or (B, 1).
         normalised: See `LogWeight`.
+        by_row, by_column: Whether values differ by row, and by column. Said, not seen: a rank's share may be a single row.
     """
 
     values: Tensor
     normalised: bool
+    by_row: bool
+    by_column: bool
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
@@ -220,20 +223,25 @@ class TensorLogWeight:
         Raises:
             AnybatchError: A (B, M) tensor, which says nothing of the pairs across ranks.
         """
-        if 1 not in self.values.shape:
+        if self.by_row and self.by_column:
             raise AnybatchError(
                 f"log_weight is a tensor of shape {tuple(self.values.shape)}, which does not cover the candidates of the other ranks. "
                 "Give a LogWeight made of ids or clusters, or a tensor of shape (1, M) or (B, 1)."
             )
-        rows_vary = self.values.shape[0] > 1
-        if rows_vary or self.values.shape[1] > 1:
-            flat = distributed.gather_rows(self.values.reshape(-1), row_sizes if rows_vary else column_sizes)
-            return TensorLogWeight(values=flat[:, None] if rows_vary else flat[None], normalised=self.normalised)
-        return self
+        if not (self.by_row or self.by_column):
+            return self
+        sizes = row_sizes if self.by_row else column_sizes
+        flat = distributed.gather_rows(self.values.expand(*self._shape(sizes)).reshape(-1), sizes)
+        return replace(self, values=flat[:, None] if self.by_row else flat[None])
+
+    def _shape(self, sizes: list[int]) -> tuple[int, int]:
+        """Of this rank's share; a rank whose values are all the same may have given one number."""
+        own = sizes[distributed.rank()]
+        return (own, 1) if self.by_row else (1, own)
 
     def reversed(self, num_rows: int) -> TensorLogWeight:
         """See `LogWeight.reversed`."""
-        return TensorLogWeight(values=self.values[:, :num_rows].T, normalised=self.normalised)
+        return replace(self, values=self.values[:, :num_rows].T, by_row=self.by_column, by_column=self.by_row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,9 +292,11 @@ def as_log_weight(log_weight: LogWeight | Tensor, num_rows: int, num_columns: in
         )
     if bool((values.isnan() | (values == torch.inf)).any()):
         raise AnybatchError("log_weight holds NaN or +inf; expected finite numbers, or -inf to remove a pair.")
-    weighs = (~((values == 0) | values.isneginf())).any().float()
     # Every rank must take the tensors for the same thing, whatever its own share happens to hold.
-    return TensorLogWeight(values=values, normalised=bool(distributed.sum_over_ranks(weighs) > 0))
+    weighs = (~((values == 0) | values.isneginf())).any().float()
+    varies = [torch.tensor(float(size > 1), device=values.device) for size in values.shape]
+    normalised, by_row, by_column = (distributed.sum_over_ranks(torch.stack([weighs, *varies])) > 0).tolist()
+    return TensorLogWeight(values=values, normalised=normalised, by_row=by_row, by_column=by_column)
 
 
 def inclusion_log_weights(num_rows: int, chance_beside: float, *, cap: float | None = None) -> tuple[float, float]:

@@ -110,7 +110,9 @@ class NUCLR(SogCLR):
         margins = self.margins.of(batch.index, direction=direction, dtype=dtype)
         num_explicit = len(batch.candidates) - len(batch.anchors) if direction == 0 else 0
         margins = torch.cat([margins, margins.new_full((num_explicit,), self.margin)])
-        term: LogWeight = TensorLogWeight(values=-margins[None] / self._temperature, normalised=False)
+        term: LogWeight = TensorLogWeight(
+            values=-margins[None] / self._temperature, normalised=False, by_row=False, by_column=True
+        )
         if side.log_weight is not None:
             term = SumLogWeight(terms=(side.log_weight, term))
         assert isinstance(side.rule, _Margined)
