@@ -204,13 +204,19 @@ class TensorLogWeight:
     Attributes:
         values: Dimensions (B, M), (1, M) or (B, 1).
         normalised: See `LogWeight`.
-        by_row, by_column: Whether values differ by row, and by column. Said, not seen: a rank's share may be a single row.
+        by_row, by_column: Whether values differ by row, and by column; None: as the shape says, which is wrong on a rank whose share is a
+            single row.
     """
 
     values: Tensor
     normalised: bool
-    by_row: bool
-    by_column: bool
+    by_row: bool | None = None
+    by_column: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in zip(("by_row", "by_column"), self.values.shape, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, size > 1)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
