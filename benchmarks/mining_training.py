@@ -349,13 +349,45 @@ def write_table() -> None:
         gap = f"{np.mean(gaps):+.4f}" + (f" ± {np.std(gaps, ddof=1) / len(gaps) ** 0.5:.4f}" if len(gaps) > 1 else "")
         rows.append([name, student, teacher, arm, loss, f"{np.mean(values):.4f}{spread}", gap, str(len(values))])
     rows.sort(key=lambda row: (row[0], row[1], row[4], row[2], row[3]))
+    summary = _summary(scores)
     header = ["data", "student", "teacher", "batches", "loss", "nDCG@10 ± sd", "against random ± se", "seeds"]
     (FOLDER / "mining_training.md").write_text(
         "# When does mining help?\n\n`python -m benchmarks.mining_training --data FOLDER --model FOLDER` (see its docstring for students, teachers and tuning). Machine: "
         "2-core x86 CPU. The same number of pairs and of steps in every row of a data set and student; learning rates tuned with random batches.\n\n"
+        + "## In short\n\nDifference from random batches with the same loss, student and seed, over all combinations of data, student and teacher below: "
+        "its mean, the lowest and the highest, and how many are above and below 0 by more than two standard errors.\n\n"
+        + markdown_table(["loss", "batches", "mean", "lowest", "highest", "better / worse / of"], summary)
+        + "\n## Everything\n\n"
         + markdown_table(header, rows),
         encoding="utf-8",
     )
+
+
+def _summary(scores: dict[tuple[Any, ...], float]) -> list[list[str]]:
+    """For each loss and arm the gaps to random batches over data, students and teachers."""
+    gaps: dict[tuple[str, str], dict[tuple[str, ...], list[float]]] = {}
+    for (name, student, teacher, arm, loss, seed), value in scores.items():
+        base = scores.get((name, student, "none", "random", loss, seed))
+        if arm != "random" and base is not None:
+            gaps.setdefault((loss, arm), {}).setdefault((name, student, teacher), []).append(value - base)
+    rows = []
+    for (loss, arm), cells in sorted(gaps.items()):
+        means = [float(np.mean(values)) for values in cells.values()]
+        errors = [np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else np.inf for v in cells.values()]
+        better, worse = (
+            sum(sign * mean > 2 * error for mean, error in zip(means, errors, strict=True)) for sign in (1, -1)
+        )
+        rows.append(
+            [
+                loss,
+                arm,
+                f"{np.mean(means):+.4f}",
+                f"{min(means):+.4f}",
+                f"{max(means):+.4f}",
+                f"{better} / {worse} / {len(means)}",
+            ]
+        )
+    return rows
 
 
 def _lsa(sides: list[list[np.ndarray]], num_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -108,6 +108,11 @@ class BatchPlan:
         return int(self.cluster.max(initial=-1)) + 1
 
     @property
+    def negatives_per_row(self) -> int:
+        """Hard negatives mined for each row."""
+        return 0 if self.negatives is None else self.negatives.shape[1]
+
+    @property
     def num_batches(self) -> int:
         """Batches an epoch."""
         return self.deal.num_batches
@@ -190,7 +195,7 @@ class BatchPlan:
                 for number, name in enumerate(self.task_names)
             },
             "suspect_pairs": 0 if self.suspects is None else len(self.suspects),
-            "hard_negatives_per_row": 0 if self.negatives is None else self.negatives.shape[1],
+            "hard_negatives_per_row": self.negatives_per_row,
             "seed": self.seed,
             "data_digest": self.data_digest,
             **{f"made.{name}": value for name, value in self.meta.items()},

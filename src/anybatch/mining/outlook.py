@@ -26,7 +26,8 @@ class OutlookLimits:
     The first three lie about midway (geometrically) between two teachers measured on 10,000 pairs of arxiv-title-abstract, windows
     (skip 30, take 64) and (5, 40): MiniLM, with which mining helped a pretrained student (`own_first` .70, `own_behind_skip` .07
     and .15, `negatives_above_own` .05 and .08), and LSA of 128 dimensions, a teacher of the kind with which mining hurt a student from scratch
-    (.21; .41 and .61; .35 and .43). Two points make a rule of thumb, not a law.
+    (.21; .41 and .61; .35 and .43). Two points make a rule of thumb, not a law, and a later study (docs/mining.md) did not confirm it:
+    there a weak teacher's batches trained no worse than a good one's. So a warning is a question to look into, not a verdict.
 
     Attributes:
         own_first: Least `own_first`. A teacher that misses most own positives knows topics, not pairs. It falls as the data grow:
