@@ -51,3 +51,16 @@ def test_missing_folder(tmp_path):
 def test_digest_counts_boundaries():
     assert digest_of([b"ab", b"c"]) != digest_of([b"a", b"bc"])
     assert digest_of([b"ab", b"c"]) == digest_of(iter([b"ab", b"c"]))
+
+
+def test_pages_of_parts_of_mapped_arrays_are_released_and_changes_in_memory_are_kept(tmp_path):
+    import numpy as np
+
+    from anybatch.blocks import release_pages
+
+    np.save(tmp_path / "a.npy", np.arange(10.0))
+    read, changed = np.load(tmp_path / "a.npy", mmap_mode="r"), np.load(tmp_path / "a.npy", mmap_mode="c")
+    changed *= 2
+    release_pages(read[2:5], changed[1:], np.ones(3), None)
+    assert read[2:5].tolist() == [2.0, 3.0, 4.0]
+    assert changed[1:3].tolist() == [2.0, 4.0]

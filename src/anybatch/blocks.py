@@ -131,6 +131,10 @@ def release_pages(*arrays: object) -> None:
     They would be reclaimed under pressure anyway, but count as the process's memory, and against a container's limit, until then.
     """
     for array in arrays:
-        mapped = getattr(array, "base", None)
+        mapped = array
+        while isinstance(mapped, np.ndarray):  # a part of a mapped array leads to it, and that to the map
+            if isinstance(mapped, np.memmap) and mapped.mode == "c":
+                break  # what was changed in memory alone would be lost
+            mapped = mapped.base
         if isinstance(mapped, mmap.mmap):
             mapped.madvise(mmap.MADV_DONTNEED)

@@ -539,7 +539,7 @@ def _fitting_window(config: MiningConfig, num_rows: int, report: MiningReport) -
     if (skip, take) != (config.skip, config.take):
         note = (
             f"The rank window (skip {config.skip}, take {config.take}) is wider than {num_rows} rows allow; using skip {skip}, take {take}. "
-            "Set mining.skip and mining.take to choose yourself."
+            "Set mining.skip to at most a tenth of the rows and mining.take to at most half of them."
         )
         report.notes.append(note)
         warnings.warn(note, stacklevel=3)
