@@ -39,7 +39,7 @@ def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: b
     if weight.nnz == 0:
         return (np.arange(num_rows) % num_clusters).astype(np.int32)
     pointers: Any = weight.indptr.astype(np.int32)
-    indices: Any = weight.indices.astype(np.int32)
+    indices: Any = weight.indices.astype(np.int32, copy=False)
     whole: Any = _whole_weights(weight)
     options = pymetis.Options(seed=seed)
     _, parts = pymetis.part_graph(
@@ -50,8 +50,11 @@ def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: b
 
 def _whole_weights(weight: sparse.csr_matrix) -> np.ndarray:
     """Partitioners take whole numbers: sixteenths of the mean weight resolve hub weighting well enough."""
-    data = np.asarray(weight.data, dtype=np.float64)
-    return np.maximum(1, np.rint(data * (16 / data.mean()))).astype(np.int32) if len(data) else data.astype(np.int32)
+    if not len(weight.data):
+        return np.zeros(0, np.int32)
+    whole = weight.data * np.float32(16 / weight.data.mean(dtype=np.float64))
+    np.rint(whole, out=whole)
+    return np.maximum(whole, 1, out=whole).astype(np.int32)
 
 
 def equal_clusters(
@@ -97,8 +100,8 @@ def equal_clusters(
     signed = sparse.csr_matrix(signed[order][:, order])
     indptr, indices, data = (
         signed.indptr.astype(np.int64),
-        signed.indices.astype(np.int32),
-        signed.data.astype(np.float32),
+        signed.indices.astype(np.int32, copy=False),
+        signed.data.astype(np.float32, copy=False),
     )
     anchor_id, positive_id = np.asarray(anchor_id, np.int64)[order], np.asarray(positive_id, np.int64)[order]
     twins = np.zeros(num_rows, np.bool_)
