@@ -70,7 +70,10 @@ def command(
     )
     pairs = _pairs(plan, given, config, missing)
     vectors = _embeddings(plan, embeddings, folder, config, missing)
-    mining = _stored(plan_path.with_name("mining.json"), plan, missing)
+    figures = plan_path.with_name("mining.json")
+    if not figures.exists() and config is not None and config.plan is not None:
+        figures = Path(config.plan).with_name("mining.json")  # a plan made elsewhere left them there
+    mining = _stored(figures, plan, missing)
     inspection = None
     if vectors is not None and plan.task is not None:
         missing.append(
