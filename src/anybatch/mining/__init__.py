@@ -1,14 +1,12 @@
 """Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan, blocks, files, distributed and resources; no training code."""
 
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
+from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import MiningGraph, build_graph
 from anybatch.mining.inspection import PlanInspection, inspect_plan
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.mine import (
-    MiningConfig,
-    MiningReport,
     MiningResult,
-    MiningSet,
     mine_plan,
     mine_shared,
     random_plan,

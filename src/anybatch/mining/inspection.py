@@ -13,9 +13,10 @@ import numpy as np
 
 from anybatch.errors import AnybatchError
 from anybatch.mining.audit import most_wanted
+from anybatch.mining.config import MiningConfig
 from anybatch.mining.cosines import BatchScores, Cosines, unit
 from anybatch.mining.graph import cut_windows
-from anybatch.mining.mine import MiningConfig, fit_window, scored_vectors
+from anybatch.mining.mine import fit_window, scored_vectors
 from anybatch.mining.neighbors import check_embeddings, exact_neighbors
 from anybatch.mining.outlook import Outlook, mining_outlook
 from anybatch.plan import BatchPlan

@@ -5,21 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from anybatch.blocks import release_pages
 from anybatch.errors import AnybatchError
-from anybatch.mining.audit import Audit, audit_clusters, most_wanted, suspect_pairs
+from anybatch.mining.audit import audit_clusters, most_wanted, suspect_pairs
 from anybatch.mining.cells import cell_clusters
+from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embeddings, exact_neighbors
-from anybatch.mining.outlook import Outlook, mining_outlook
+from anybatch.mining.outlook import mining_outlook
 from anybatch.mining.partition import equal_clusters, metis_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
 from anybatch.plan import BatchPlan
@@ -27,139 +28,6 @@ from anybatch.resources import Measure
 
 Progress = Callable[[str, float], None]
 EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
-
-
-@dataclass(frozen=True, kw_only=True)
-class MiningConfig:
-    """How batches are chosen.
-
-    Attributes:
-        method: "anybatch" (union of windows, recursive bisection, swap search with conflicts), "published" (B3 as released: mutual
-            edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal sizes, which plans need), "random";
-            to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth" (GCBS), "loss_ordered" (OSGD under the teacher).
-        batch_size: Rows of a batch, over all ranks.
-        cluster_size: Rows that sit together; the batch is a multiple of it.
-        skip: First ranks, taken for false negatives. B3: 30 for retrieval, 70 for short repeated answers. Lower it for small data.
-        take: Ranks after them that are wanted. More than twice the cluster size shrinks everything and gains nothing.
-        margin: Also a false negative: what scores above this share of the own positive (0.95 is usual); None for ranks alone.
-        score: "query" (anchor to positives, as published) or "symmetric" (both ways, as one inner product).
-        edges: "union" or "mutual"; None for what the method uses.
-        hub_weight: Wanted edges weigh the wanted row's in-degree to minus this power; 0 counts edges.
-        conflict_weight: What a probable false negative in the cluster costs, in wanted edges.
-        neighbors: "exact", "ivf", or "auto" by the number of rows.
-        num_negatives: Explicit hard negatives drawn for each row (B3++).
-        suspects: Probable false negatives kept with the plan, for `mask_suspects`: those that share a "cluster", or "all", which may meet in any
-            batch (8 bytes * skip a row).
-        sweeps: Passes of the exchange search; each doubling gains a little more.
-        mixing: With several data sets: batches "within" one (B3), or "mixed".
-        random_shares: For each epoch the share of batches that are shuffled among each other; the last one stays. Empty: none.
-        refresh_epochs: Mine anew with the student's own embeddings every so many epochs, from the clusters there are; 0 for never.
-        cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all rows at once.
-        seed: Of everything random.
-    """
-
-    method: Literal["anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "anybatch"
-    batch_size: int = 64
-    cluster_size: int = 32
-    skip: int = 30
-    take: int = 64
-    margin: float | None = None
-    score: Literal["query", "symmetric"] = "query"
-    edges: Edges | None = None
-    hub_weight: float = 0.0
-    conflict_weight: float = 3.0
-    neighbors: Literal["auto", "exact", "ivf"] = "auto"
-    num_negatives: int = 0
-    suspects: Literal["cluster", "all"] = "cluster"
-    sweeps: int = 20
-    mixing: Literal["within", "mixed"] = "within"
-    random_shares: tuple[float, ...] = ()
-    refresh_epochs: int = 0
-    cells: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("cluster_size", 2),
-            ("skip", 0),
-            ("take", 1),
-            ("num_negatives", 0),
-            ("sweeps", 0),
-            ("refresh_epochs", 0),
-            ("cells", 1),
-            ("conflict_weight", 0),
-        ):
-            if getattr(self, name) < least:
-                raise AnybatchError(f"mining.{name} is {getattr(self, name)}; expected at least {least}.")
-        if any(not 0 <= share <= 1 for share in self.random_shares):
-            raise AnybatchError(f"mining.random_shares are {self.random_shares}; expected numbers from 0 to 1.")
-        for name in ("margin", "hub_weight"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise AnybatchError(f"mining.{name} is {value}; expected 0 or more.")
-        if self.refresh_epochs and (self.method != "anybatch" or self.num_negatives):
-            raise AnybatchError(
-                f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined negatives (num_negatives 0), "
-                f"whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
-            )
-        if self.cells > 1 and self.method != "anybatch":
-            raise AnybatchError(
-                f"mining.cells is {self.cells} with method '{self.method}', which partitions all rows at once; set mining.cells to 1, or method to 'anybatch'."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MiningSet:
-    """One of several data sets that lie one after the other.
-
-    Attributes:
-        name: For the plan and the report.
-        num_rows: Its rows.
-        skip, take, margin: Its own rank window; None for the configuration's.
-        share: Of its clusters, how many an epoch deals, in (0, 1].
-    """
-
-    name: str
-    num_rows: int
-    skip: int | None = None
-    take: int | None = None
-    margin: float | None = None
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise AnybatchError(
-                f"The share of the data set '{self.name}' is {self.share}; expected above 0 and at most 1."
-            )
-
-
-@dataclass(kw_only=True)
-class MiningReport:
-    """What mining did and what it cost.
-
-    Attributes:
-        audit: What the clusters hold; None for random batches and for several data sets.
-        sets: The reports on the data sets, if there are several; times and memory are in each.
-        outlook: Whether mining is likely to help, with warnings; None for random batches.
-        hubs: The rows that are in most rank windows, with the number of windows, most wanted first.
-        recall: Of the neighbours, measured; 1.0 if exact.
-        seconds: Wall time of each stage.
-        peak_bytes: Peak resident memory in each stage.
-        notes: What had to be changed, in words.
-    """
-
-    audit: Audit | None = None
-    outlook: Outlook | None = None
-    hubs: list[tuple[int, int]] = field(default_factory=list)
-    recall: float = 1.0
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    sets: dict[str, MiningReport] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
