@@ -216,7 +216,6 @@ def spherical_kmeans(documents: Embeddings, num_cells: int, seed: int, device: s
 def assign_cells(rows: Embeddings, centroids: Tensor, device: str | None) -> np.ndarray:
     """(n,) int64: the centroid with the largest inner product."""
     cells = []
-    # One room for all pieces: made anew each time, they left holes in the heap that grew to 15 GB at a million rows.
     room = torch.empty((min(PIECE_ROWS, len(rows)), rows.shape[1]), device=device or "cpu")
     for start in range(0, len(rows), PIECE_ROWS):
         given = np.ascontiguousarray(rows[start : start + PIECE_ROWS])
