@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
+from anybatch.ids import known_positives
 from anybatch.losses import ClusterLogWeight, LogWeight, PairMask, SumLogWeight, inclusion_log_weights
 from anybatch.losses.log_weights import NEVER
 from anybatch.plan import BatchPlan
@@ -86,7 +87,9 @@ class RowTable(nn.Module):
         self.register_buffer("negative_id", torch.as_tensor(negatives), persistent=False)
         self.width = 1 + int(max(self.positive_id.max(), negatives.max(initial=0))) if len(self.positive_id) else 1
         self.known: Tensor
-        known = _known_keys(np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), self.width)
+        known = torch.from_numpy(
+            known_positives(np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), self.width)
+        )
         self.register_buffer("known", known, persistent=False)
         for name in ("cluster", "task", "log_weights", "ways", "suspects"):
             self.register_buffer(name, None, persistent=False)
@@ -208,12 +211,3 @@ def _pair_keys(pairs: np.ndarray, num_rows: int) -> Tensor:
     """Keys row * num_rows + other of these pairs, both ways round, ascending."""
     both = np.concatenate([pairs, pairs[:, ::-1]]).astype(np.int64)
     return torch.from_numpy(np.unique(both[:, 0] * num_rows + both[:, 1]))
-
-
-def _known_keys(anchor_id: np.ndarray, positive_id: np.ndarray, width: int) -> Tensor:
-    """Keys anchor * width + positive of the pairs whose anchor has other rows as well, ascending.
-
-    Only such a positive can come beside the anchor without being its own row's: as another row's positive, or as a hard negative.
-    """
-    shared = np.bincount(anchor_id, minlength=1)[anchor_id] > 1
-    return torch.from_numpy(np.unique(anchor_id[shared] * width + positive_id[shared]))

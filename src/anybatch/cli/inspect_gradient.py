@@ -8,16 +8,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from anybatch.cli.inspect_plan import _embeddings, _given, _pairs
+from anybatch.cli.inspect_plan import _embeddings, _given, _pairs, find_plan
 from anybatch.cli.options import AnchorOption, DataOption, PositiveOption
 from anybatch.cli.progress import Bars, console
-from anybatch.configuration import load_config
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 from anybatch.losses.config import LossConfig
 from anybatch.plan import BatchPlan
 from anybatch.report import render_gradient_page
-from anybatch.run_config import RunConfig
 
 
 def command(
@@ -45,14 +43,9 @@ def command(
 
     if html is not None and html.exists():
         raise AnybatchError(f"{html} exists. Choose another file for --html.")
-    folder = path if path.is_dir() else path.parent
-    config = load_config(RunConfig, folder / "config.yaml") if (folder / "config.yaml").exists() else None
-    plan_path = folder / "plan.safetensors" if path.is_dir() else path
-    if path.is_dir() and not plan_path.exists() and config is not None and config.plan is not None:
-        plan_path = Path(config.plan)  # a run of before plans were copied into its folder
+    folder, config, plan_path = find_plan(path)
     plan = BatchPlan.load(plan_path)
-    missing: list[str] = []
-    pairs = _pairs(plan, _given(config, data, {"anchor": anchor, "positive": positive}), config, missing)
+    pairs = _pairs(plan, _given(config, data, {"anchor": anchor, "positive": positive}), config, [])
     missing = (
         ["Repeated texts: the data is not at hand, so that all rows count as different. Give it with --data."]
         if pairs is None

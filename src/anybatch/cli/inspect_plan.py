@@ -58,11 +58,7 @@ def command(
     """
     if html is not None and html.exists():
         raise AnybatchError(f"{html} exists. Choose another file for --html.")
-    folder = path if path.is_dir() else path.parent
-    config = load_config(RunConfig, folder / "config.yaml") if (folder / "config.yaml").exists() else None
-    plan_path = folder / "plan.safetensors" if path.is_dir() else path
-    if path.is_dir() and not plan_path.exists() and config is not None and config.plan is not None:
-        plan_path = Path(config.plan)  # a run of before plans were copied into its folder
+    folder, config, plan_path = find_plan(path)
     plan = BatchPlan.load(plan_path)
     missing: list[str] = []
     given = _given(
@@ -102,6 +98,16 @@ def command(
         )
         write_text(html, page)
         console.print(f"Page: {html}", highlight=False, markup=False)
+
+
+def find_plan(path: Path) -> tuple[Path, RunConfig | None, Path]:
+    """The folder that a plan's file or a run's folder stands for, the configuration in it if there is one, and the plan's file."""
+    folder = path if path.is_dir() else path.parent
+    config = load_config(RunConfig, folder / "config.yaml") if (folder / "config.yaml").exists() else None
+    plan_path = folder / "plan.safetensors" if path.is_dir() else path
+    if path.is_dir() and not plan_path.exists() and config is not None and config.plan is not None:
+        plan_path = Path(config.plan)  # a run of before plans were copied into its folder
+    return folder, config, plan_path
 
 
 def _given(config: RunConfig | None, path: str | None, settings: dict[str, Any]) -> DataConfig | None:

@@ -105,7 +105,7 @@ def mine_plan(
         )
     cluster = np.full(num_rows, -1, np.int32)
     negatives = np.full((num_rows, config.num_negatives), -1, np.int32) if config.num_negatives else None
-    suspects, windows, graph = [], [], None
+    suspects, graph = [], None
     for one, rows in parts:
         part = report if not sets else report.sets.setdefault(one.name, MiningReport())
         if one.num_rows < config.cluster_size:
@@ -135,14 +135,13 @@ def mine_plan(
         suspects.append(pairs + rows.start)
         if negatives is not None and drawn is not None:
             negatives[rows] = np.where(drawn >= 0, drawn + rows.start, -1)
-        windows.append(fit_window(chosen.config.skip, chosen.config.take, one.num_rows))
     meta = {
         name: value
         for name, value in asdict(config).items()
         if name not in ("seed", "batch_size", "cluster_size", "mixing", "random_shares", "refresh_epochs")
     }
     if not sets:
-        meta |= dict(zip(("skip", "take"), windows[0], strict=True))
+        meta |= dict(zip(("skip", "take"), fit_window(config.skip, config.take, num_rows), strict=True))
     plan = BatchPlan(
         cluster_size=config.cluster_size,
         cluster=cluster,

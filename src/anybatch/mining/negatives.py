@@ -5,8 +5,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from anybatch.ids import known_positives
 from anybatch.mining.graph import MiningGraph
-from anybatch.mining.partition import known_positives
 
 
 def sample_negatives(
@@ -43,9 +43,10 @@ def sample_negatives(
         np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), seed, result,
     )  # fmt: skip
     # What another row pairs with the same anchor is a positive, not a negative.
-    known = known_positives(np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64))
-    pairs = np.asarray(anchor_id, np.int64)[:, None] * known[-1] + np.asarray(positive_id, np.int64)[result]
-    result[(result >= 0) & np.isin(pairs, known[:-1])] = -1
+    anchor, positive = np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64)
+    width = int(positive.max(initial=0)) + 1
+    pairs = anchor[:, None] * width + positive[result]
+    result[(result >= 0) & np.isin(pairs, known_positives(anchor, positive, width))] = -1
     return result
 
 

@@ -13,6 +13,8 @@ import numba
 import numpy as np
 from scipy import sparse
 
+from anybatch.ids import known_positives
+
 HARD = 1e6  # a pair that must not share a batch outweighs any sum of wanted edges
 # Temperatures of the search in mean wanted edges: an exchange that loses that much is taken with chance 1/e.
 HOT, COLD = 1.2, 0.35
@@ -108,7 +110,8 @@ def equal_clusters(
     for ids in (anchor_id, positive_id):
         _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
         twins |= counts[inverse] > 1
-    known = known_positives(anchor_id, positive_id)
+    width = int(positive_id.max(initial=0)) + 1
+    known = np.append(known_positives(anchor_id, positive_id, width), width)
     cluster = start[order].astype(np.int32)
     members = np.full((num_clusters + 1, max(cluster_size, 1)), -1, np.int32)
     _repair(cluster, members, num_clusters, cluster_size, indptr, indices, data, twins, anchor_id, positive_id, known)
@@ -131,16 +134,6 @@ def equal_clusters(
     result = np.empty(num_rows, np.int32)
     result[order] = cluster
     return result
-
-
-def known_positives(anchor_id: np.ndarray, positive_id: np.ndarray) -> np.ndarray:
-    """The pairs that other rows know to match: ascending keys anchor * width + positive, and the width last. int64.
-
-    Only anchors with several rows matter: the pair of any other is its own row.
-    """
-    width = int(positive_id.max(initial=0)) + 1
-    shared = np.bincount(anchor_id, minlength=1)[anchor_id] > 1
-    return np.append(np.unique(anchor_id[shared] * width + positive_id[shared]), width).astype(np.int64)
 
 
 @numba.njit(cache=True)

@@ -93,9 +93,8 @@ class LossStateCallback(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         sharded = _is_sharded(self.loss)
         if sharded:
-            folder.mkdir(
-                parents=True, exist_ok=True
-            )  # another rank makes it, perhaps a moment later or on another machine
+            # Another rank makes it as well, perhaps a moment later or on another machine.
+            folder.mkdir(parents=True, exist_ok=True)
             write_bytes(folder / _shard_file(), save(_tensors(self.loss)))
         distributed.barrier()
         if state.is_world_process_zero:

@@ -42,7 +42,6 @@ class RefreshPlan(TrainerCallback):
         self.make = make
         self.every = every
         self.folder = Path(folder)
-        self.first: BatchPlan | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -51,7 +50,6 @@ class RefreshPlan(TrainerCallback):
         sampler = innermost_sampler(kwargs.get("train_dataloader"))
         if not isinstance(sampler, PlanSampler):
             raise AnybatchError("RefreshPlan needs a plan to begin with: batch_sampler=PlanBatches(plan).")
-        self.first = sampler.plan
         if not state.global_step:
             stale = sorted(self.folder.glob("plan_epoch_*.safetensors"))
             with distributed.alone() as chosen:
@@ -63,7 +61,8 @@ class RefreshPlan(TrainerCallback):
                 raise AnybatchError(
                     f"{self._path(begun)} is gone, the plan that the run was dealing. Start a new run, or put the file back."
                 )
-            self._use(sampler, BatchPlan.load(self._path(begun)) if begun else self.first)
+            if begun:
+                self._use(sampler, BatchPlan.load(self._path(begun)))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
