@@ -20,6 +20,7 @@ from anybatch.errors import AnybatchError
 from anybatch.losses.base import Batch, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.example_values import ExampleValues, Range
+from anybatch.losses.per_example import Keys
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import Remembering, SogCLR
 from anybatch.losses.temperatures import TemperatureNet, check_limits
@@ -77,6 +78,12 @@ class RobustSogCLR(SogCLR):
         self.rho = rho
         self.source = source
         self.temperature_range = temperature_range
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
+        if isinstance(self.source, ExampleValues):
+            self.source.grow_buffers(num_rows)
 
     @property
     def temperature(self) -> float:
