@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -27,12 +27,14 @@ class Batch:
         candidates: (M, D).
         index: (B,) int64 rows of the data set, or None.
         log_weight: Log-weights and masks from the anchors to the candidates; None for 0.
+        kept: By direction, what a method made at the start of the call and needs at its end.
     """
 
     anchors: Tensor
     candidates: Tensor
     index: Tensor | None
     log_weight: LogWeight | None
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
     def queries(self, direction: int) -> Tensor:
         """(B, D) what is scored against the others: the anchors (direction 0), or the positives (1)."""
