@@ -152,12 +152,15 @@ class FrozenPairs:
         if any(len(known) != num_rows for known in ids):
             raise AnybatchError(f"The ids cover {len(ids[0])} and {len(ids[1])} rows; expected {num_rows}.")
         chosen = torch.from_numpy(probes)
+        repeated = any(
+            len(known.unique()) < num_rows for known in ids
+        )  # else there is nothing to mask but the own pair
         exact = (full_gradient if direction == "one_way" else full_gradient_both)(
             *sides,
             temperature=temperature,
             rows=chosen,
-            anchor_id=ids[0],
-            positive_id=ids[1],
+            anchor_id=ids[0] if repeated else None,
+            positive_id=ids[1] if repeated else None,
             tile_bytes=tile_bytes,
         )
         return cls(
@@ -233,7 +236,7 @@ def infonce_curve(
     """The error of plain InfoNCE, in the direction of `pairs`, on random batches of each size, which effective batch sizes are read from.
 
     An anchor's gradient depends on the batch's candidates alone, so up to 256 probes at a time are put through each random batch. Two-way it
-    depends on the whole batch, of which as many are probes.
+    depends on the whole batch, of which as many are probes, or an eighth.
 
     Args:
         pairs: The embeddings and their exact gradient.
@@ -241,7 +244,8 @@ def infonce_curve(
         epochs: Draws for each probe, in each of two independent halves.
         seed: Of the batches.
 
-    Cost: 2 * epochs * P * B * D multiplications a size, three times over; two-way four times, and B * B * D for each 256 probes.
+    Cost: 2 * epochs * P * B * D multiplications a size, three times over; two-way four times, and B * B * D for each 256 probes (B / 8 where
+    that is more).
     """
     num_rows = len(pairs)
     if batch_sizes is None:
@@ -252,11 +256,12 @@ def infonce_curve(
     loss = InfoNCE(temperature=pairs.temperature)
     curve: dict[int, GradientError] = {}
     for size in batch_sizes:
+        at_once = min(size, max(CURVE_CHUNK, size // 8) if pairs.direction == "both" else CURVE_CHUNK)
         sums = [_Sums(pairs), _Sums(pairs)]
         for number, half in enumerate(sums):
             generator = np.random.default_rng([seed, size, number])
             for _ in range(epochs):
-                for chosen in torch.from_numpy(generator.permutation(len(pairs.probes))).split(min(size, CURVE_CHUNK)):
+                for chosen in torch.from_numpy(generator.permutation(len(pairs.probes))).split(at_once):
                     first = pairs.probes[chosen]
                     free = np.ones(num_rows, bool)
                     free[first] = False
