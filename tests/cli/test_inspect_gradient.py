@@ -53,8 +53,9 @@ def test_a_plan_alone(mined, tmp_path, heard):  # noqa: F811
 def test_the_direction_is_the_runs(mined, tmp_path, heard):  # noqa: F811
     """By default that of the run's configuration, which the page says."""
     config = (mined / "config.yaml").read_text(encoding="utf-8")
-    assert "direction: one_way" in config
-    (mined / "config.yaml").write_text(config.replace("direction: one_way", "direction: both"), encoding="utf-8")
+    changed, number = re.subn(r"\bdirection: \w+", "direction: both", config)
+    assert number == 1
+    (mined / "config.yaml").write_text(changed, encoding="utf-8")
     page = tmp_path / "gradient.html"
     run("inspect", "gradient", str(mined), "--anchors", "20", "--html", str(page))
     assert "over all data, both directions" in heard()

@@ -63,7 +63,8 @@ def command(
     if temperature is None:
         temperature = LossConfig().temperature if config is None else config.loss.temperature
     if direction is None:
-        direction = LossConfig().direction if config is None else config.loss.direction
+        configured = LossConfig() if config is None else config.loss
+        direction = configured.direction or ("both" if configured.name == "fastclip" else "one_way")
     if direction not in ("one_way", "both"):
         raise AnybatchError(f"--direction is {direction!r}; expected one_way or both.")
     with Bars() as bars:
