@@ -50,8 +50,9 @@ def naive_gradient(anchors, positives, tau, allowed):
 def test_full_gradient_equals_autograd(num_rows, tile_bytes):
     anchors, positives = embeddings(num_rows)
     anchor_id, positive_id = torch.arange(num_rows), torch.arange(num_rows)
-    anchor_id[5], positive_id[9], positive_id[10] = 2, 1, 1
+    anchor_id[5], positive_id[9], positive_id[10], positive_id[7] = 2, 1, 1, 5
     allowed = reference.pairs_allowed(num_rows, num_rows, anchor_id, positive_id)
+    allowed[2, 7] = False  # the text of row 7 is what row 5 pairs with the same anchor
     expected = naive_gradient(anchors, positives, 0.1, allowed)
     sides = torch.tensor(anchors), torch.tensor(positives)
     ids = {"anchor_id": anchor_id, "positive_id": positive_id}
@@ -69,6 +70,7 @@ def test_full_gradient_equals_autograd(num_rows, tile_bytes):
 def test_the_whole_data_as_one_batch_has_no_error(loss, run_in):
     anchors, positives = embeddings(24)
     ids = {"anchor_id": np.arange(24) // 2, "positive_id": np.arange(24)}
+    ids["positive_id"][4] = 0  # known from row 0 to match the anchor of row 1
     if not isinstance(loss, InfoNCE):  # these count a mask's rows as data, so they agree only without masks
         ids = {}
     pairs = FrozenPairs.prepare(anchors, positives, temperature=0.2, **ids)
@@ -220,7 +222,8 @@ def test_curve_agrees_with_whole_batches_and_falls():
 def test_curve_masks_identical_texts():
     sides = embeddings(40)
     ids = np.arange(40) // 2
-    pairs = FrozenPairs.prepare(*sides, anchor_id=ids, positive_id=np.arange(40))
+    others = np.where(np.arange(40) == 4, 0, np.arange(40))
+    pairs = FrozenPairs.prepare(*sides, anchor_id=ids, positive_id=others)
     assert infonce_curve(pairs, batch_sizes=[40], epochs=1)[40].rmse < 1e-5
 
 
@@ -269,8 +272,10 @@ def naive_both(anchors, positives, tau, allowed):
 def test_the_two_way_gradient_equals_autograd(num_rows, tile_bytes):
     anchors, positives = embeddings(num_rows)
     anchor_id, positive_id = torch.arange(num_rows), torch.arange(num_rows)
-    anchor_id[5], positive_id[9], positive_id[10] = 2, 1, 1
-    expected = naive_both(anchors, positives, 0.1, reference.pairs_allowed(num_rows, num_rows, anchor_id, positive_id))
+    anchor_id[5], positive_id[9], positive_id[10], positive_id[7] = 2, 1, 1, 5
+    allowed = reference.pairs_allowed(num_rows, num_rows, anchor_id, positive_id)
+    allowed[2, 7] = False
+    expected = naive_both(anchors, positives, 0.1, allowed)
     sides = torch.tensor(anchors), torch.tensor(positives)
     ids = {"anchor_id": anchor_id, "positive_id": positive_id}
     ours = full_gradient_both(*sides, temperature=0.1, tile_bytes=tile_bytes, **ids)
@@ -302,7 +307,11 @@ OTHER_OBJECTIVE = ("decoupled", "emc2")  # no positive in the denominator, and c
 
 @pytest.mark.parametrize("name", TWO_WAY)
 def test_the_whole_data_as_one_two_way_batch_has_no_error(name):
-    pairs = FrozenPairs.prepare(*embeddings(24), temperature=0.2, direction="both")
+    ids = {}
+    if name == "infonce":
+        ids = {"anchor_id": np.arange(24) // 2, "positive_id": np.arange(24)}
+        ids["positive_id"][4] = 0
+    pairs = FrozenPairs.prepare(*embeddings(24), temperature=0.2, direction="both", **ids)
     result = gradient_error(pairs, TWO_WAY[name](), plan=BatchPlan.random(24, 24), run_in=2, epochs=2)
     assert (result.num_anchors, result.num_draws) == (24, 4)
     if name in OTHER_OBJECTIVE:
@@ -401,7 +410,8 @@ def test_the_two_way_curve_agrees_with_whole_batches():
         direct = gradient_error(pairs, loss, plan=BatchPlan.random(260, size), epochs=6)
         assert effective_batch_size(direct.rmse, rmse) == pytest.approx(size, rel=0.15)
     ids = np.arange(40) // 2
-    same = FrozenPairs.prepare(*embeddings(40), anchor_id=ids, positive_id=np.arange(40), direction="both")
+    others = np.where(np.arange(40) == 4, 0, np.arange(40))
+    same = FrozenPairs.prepare(*embeddings(40), anchor_id=ids, positive_id=others, direction="both")
     assert infonce_curve(same, batch_sizes=[40], epochs=1)[40].rmse < 1e-5
 
 

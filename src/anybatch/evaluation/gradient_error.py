@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.evaluation.full_gradient import full_gradient, full_gradient_both, tangent
-from anybatch.losses import EMC2, NUCLR, GammaSchedule, GloFND, IdMask, InfoNCE
+from anybatch.evaluation.full_gradient import full_gradient, full_gradient_both, known_pairs, tangent
+from anybatch.losses import EMC2, NUCLR, GammaSchedule, GloFND, IdMask, InfoNCE, LogWeight, PairMask, SumLogWeight
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
 from anybatch.plan import BatchPlan
@@ -253,7 +253,7 @@ def infonce_curve(
     for size in batch_sizes:
         if not 2 <= size <= num_rows:
             raise AnybatchError(f"batch_sizes holds {size}; expected sizes from 2 to the number of rows, {num_rows}.")
-    loss = InfoNCE(temperature=pairs.temperature)
+    loss, known = InfoNCE(temperature=pairs.temperature), known_pairs(pairs.anchor_id, pairs.positive_id)
     curve: dict[int, GradientError] = {}
     for size in batch_sizes:
         at_once = min(size, max(CURVE_CHUNK, size // 8) if pairs.direction == "both" else CURVE_CHUNK)
@@ -268,14 +268,18 @@ def infonce_curve(
                     rest = generator.choice(np.flatnonzero(free), size - len(first), replace=False)
                     candidates = torch.cat([first, torch.from_numpy(rest)])
                     if pairs.direction == "both":
-                        half.add(chosen, _of_random_batch(pairs, candidates, len(first)))
+                        half.add(chosen, _of_random_batch(pairs, candidates, len(first), known))
                         continue
-                    mask = IdMask(
+                    mask: LogWeight = IdMask(
                         row_positive=pairs.positive_id[first],
                         row_anchor=pairs.anchor_id[first],
                         column_id=pairs.positive_id[candidates],
                         column_anchor=pairs.anchor_id[candidates],
                     )
+                    if len(known[0]):
+                        row_key = pairs.anchor_id[first] * known[1]
+                        matching = PairMask(row_key=row_key, column_key=pairs.positive_id[candidates], keys=known[0])
+                        mask = SumLogWeight(terms=(mask, matching))
                     gradient = _batch_gradient(pairs, loss, first, candidates, log_weight=mask)
                     half.add(chosen, gradient)
         curve[size] = _summarise(pairs, *sums)
@@ -359,7 +363,7 @@ def _batch_gradient(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _of_random_batch(pairs: FrozenPairs, batch: Tensor, num_first: int) -> Tensor:
+def _of_random_batch(pairs: FrozenPairs, batch: Tensor, num_first: int, known: tuple[Tensor, int]) -> Tensor:
     """(num_first, 2 D): the two-way gradient of plain InfoNCE on one batch, for its first rows. The batch is its whole data set."""
     return full_gradient_both(
         pairs.anchors[batch],
@@ -368,6 +372,7 @@ def _of_random_batch(pairs: FrozenPairs, batch: Tensor, num_first: int) -> Tenso
         rows=torch.arange(num_first),
         anchor_id=pairs.anchor_id[batch],
         positive_id=pairs.positive_id[batch],
+        known=known,
     )
 
 
