@@ -32,6 +32,8 @@ class MiningConfig:
         num_negatives: Explicit hard negatives drawn for each row (B3++).
         suspects: Probable false negatives kept with the plan, for `mask_suspects`: those that share a "cluster", or "all", which may meet in any
             batch (8 bytes * skip a row).
+        partitioner: What gives the exchange search its start: "metis", or "kaminpar" (optional: anybatch[kaminpar]; docs/mining.md compares them).
+            The published recipe is METIS's.
         sweeps: Passes of the exchange search; each doubling gains a little more.
         mixing: With several data sets: batches "within" one (B3), or "mixed".
         random_shares: For each epoch the share of batches that are shuffled among each other; the last one stays. Empty: none.
@@ -53,6 +55,7 @@ class MiningConfig:
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: int = 0
     suspects: Literal["cluster", "all"] = "cluster"
+    partitioner: Literal["metis", "kaminpar"] = "metis"
     sweeps: int = 20
     mixing: Literal["within", "mixed"] = "within"
     random_shares: tuple[float, ...] = ()
@@ -83,6 +86,13 @@ class MiningConfig:
             raise AnybatchError(
                 f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined negatives (num_negatives 0), "
                 f"whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
+            )
+        if self.partitioner not in ("metis", "kaminpar"):
+            raise AnybatchError(f"mining.partitioner is {self.partitioner!r}; expected 'metis' or 'kaminpar'.")
+        if self.partitioner != "metis" and self.method != "anybatch":
+            raise AnybatchError(
+                f"mining.partitioner is '{self.partitioner}', which only method 'anybatch' asks for a start; got method '{self.method}'. Leave "
+                "mining.partitioner at 'metis'."
             )
         if self.cells > 1 and self.method != "anybatch":
             raise AnybatchError(

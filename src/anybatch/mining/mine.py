@@ -21,7 +21,7 @@ from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embeddings, exact_neighbors
 from anybatch.mining.outlook import mining_outlook
-from anybatch.mining.partition import equal_clusters, metis_clusters
+from anybatch.mining.partition import equal_clusters, metis_clusters, start_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
@@ -263,9 +263,15 @@ class _Part:
             return mine_cells(
                 neighbors, self.positives, window, config=config, folder=self.folder, progress=progress, **ids
             )
-        published = config.method == "published"
-        wanted = graph.weight if published else graph.attraction(config.conflict_weight)
-        return metis_clusters(wanted, num_clusters, recursive=not published, seed=config.seed)
+        if config.method == "published":
+            return metis_clusters(graph.weight, num_clusters, recursive=False, seed=config.seed)
+        return start_clusters(
+            graph.attraction(config.conflict_weight),
+            num_clusters,
+            partitioner=config.partitioner,
+            seed=config.seed,
+            folder=self.folder,
+        )
 
 
 def _parts(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, slice]]:
@@ -358,6 +364,7 @@ def mine_cells(
         edges=config.edges or "union",
         hub_weight=config.hub_weight,
         conflict_weight=config.conflict_weight,
+        partitioner=config.partitioner,
         sweeps=config.sweeps,
         seed=config.seed,
         anchor_id=anchor_id,
