@@ -348,6 +348,7 @@ def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, 
     # Batches without a probe can be skipped where all that is remembered belongs to single rows.
     shared = isinstance(loss, (NUCLR, GloFND, EMC2)) or any(isinstance(m, GammaSchedule) for m in loss.modules())
     for epoch in range(run_in + epochs):
+        table.set_epoch(epoch)
         for batch in torch.from_numpy(plan.epoch_batches(epoch)):
             probes = place[batch]
             present = probes >= 0

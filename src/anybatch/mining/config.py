@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from anybatch.errors import AnybatchError
-from anybatch.mining.audit import Audit
+from anybatch.mining.audit import Audit, Cycle
 from anybatch.mining.graph import Edges
 from anybatch.mining.outlook import Outlook
 
@@ -39,6 +39,8 @@ class MiningConfig:
         random_shares: For each epoch the share of batches that are shuffled among each other; the last one stays. Empty: none.
         refresh_epochs: Mine anew with the student's own embeddings every so many epochs, from the clusters there are; 0 for never.
         cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all rows at once.
+        partitions: Different partitions of the rows that epochs take in turn, so that an anchor meets more negatives; each costs the
+            partitioner and the search once more.
         seed: Of everything random.
     """
 
@@ -61,6 +63,7 @@ class MiningConfig:
     random_shares: tuple[float, ...] = ()
     refresh_epochs: int = 0
     cells: int = 1
+    partitions: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ class MiningConfig:
             ("sweeps", 0),
             ("refresh_epochs", 0),
             ("cells", 1),
+            ("partitions", 1),
             ("conflict_weight", 0),
         ):
             if getattr(self, name) < least:
@@ -86,6 +90,10 @@ class MiningConfig:
             raise AnybatchError(
                 f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined negatives (num_negatives 0), "
                 f"whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
+            )
+        if self.partitions > 1 and self.method != "anybatch":
+            raise AnybatchError(
+                f"mining.partitions is {self.partitions} with method '{self.method}', which makes one; set mining.partitions to 1, or method to 'anybatch'."
             )
         if self.partitioner not in ("metis", "kaminpar"):
             raise AnybatchError(f"mining.partitioner is {self.partitioner!r}; expected 'metis' or 'kaminpar'.")
@@ -130,7 +138,8 @@ class MiningReport:
     """What mining did and what it cost.
 
     Attributes:
-        audit: What the clusters hold; None for random batches and for several data sets.
+        audit: What the clusters hold, those of the first partition if there are several; None for random batches and for several data sets.
+        cycle: What several partitions hold, each and together; None for one.
         sets: The reports on the data sets, if there are several; times and memory are in each.
         outlook: Whether mining is likely to help, with warnings; None for random batches.
         hubs: The rows that are in most rank windows, with the number of windows, most wanted first.
@@ -141,6 +150,7 @@ class MiningReport:
     """
 
     audit: Audit | None = None
+    cycle: Cycle | None = None
     outlook: Outlook | None = None
     hubs: list[tuple[int, int]] = field(default_factory=list)
     recall: float = 1.0
