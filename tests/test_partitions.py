@@ -146,7 +146,7 @@ def test_inclusion_weights_are_unbiased_over_a_cycle():
     plan = alternating(24, 2, 3, partitions=2)
     rows, values = table(plan, weights="inclusion"), torch.tensor(generator.random(24))
     total, count = np.zeros(24), np.zeros(24)
-    for epoch in range(3000):
+    for epoch in range(1500):
         rows.set_epoch(epoch)
         for batch in torch.from_numpy(plan.epoch_batches(epoch)):
             weight = weights(rows, batch).exp().fill_diagonal_(0.0)

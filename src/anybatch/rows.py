@@ -117,6 +117,10 @@ class RowTable(nn.Module):
         """
         self.plan, self.epoch = plan, None
         self._look_up(plan.partition(0))
+        if self.mask_suspects and plan.suspects is None:
+            warnings.warn(
+                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Look up the partition that this epoch deals."""
@@ -134,10 +138,6 @@ class RowTable(nn.Module):
         self.suspects = None
         if self.mask_suspects and plan.suspects is not None and len(plan.suspects):
             self.suspects = _pair_keys(plan.suspects, plan.num_rows).to(device)
-        elif self.mask_suspects and plan.suspects is None:
-            warnings.warn(
-                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
-            )
 
     def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
         """Arguments for a batch.
