@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from anybatch.mining import MiningConfig, MiningGraph, audit_clusters, audit_cycle, build_graph, equal_clusters, exact_neighbors
+from anybatch.mining import (
+    MiningConfig,
+    MiningGraph,
+    audit_clusters,
+    audit_cycle,
+    build_graph,
+    equal_clusters,
+    exact_neighbors,
+)
 from anybatch.mining.mine import SPENT
 from anybatch.mining.partition import start_clusters
 from anybatch.report import markdown_table

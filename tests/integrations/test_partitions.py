@@ -21,7 +21,9 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("refresh", [0, 2])
-def test_a_killed_run_goes_on_in_the_partition_of_its_epoch(refresh, pairs_file, tiny_model_folder, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_in_the_partition_of_its_epoch(
+    refresh, pairs_file, tiny_model_folder, tmp_path, monkeypatch
+):
     seen = []
     arguments = RowTable.arguments
 

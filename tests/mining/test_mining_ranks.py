@@ -87,9 +87,7 @@ def worker(rank, world_size, folder, model, pairs, kill):
         np.savez(f"{folder}/{name}-{rank}.npz", ids=found.ids, scores=found.scores, own=found.own_score)
     np.save(f"{folder}/blocks-{rank}.npy", len(done))
     (Path(folder) / f"digest-{rank}").write_text(
-        mine(
-            Path(folder) / "run", model, pairs, cells=CELLS[world_size], partitions=PARTITIONS[world_size]
-        ).digest
+        mine(Path(folder) / "run", model, pairs, cells=CELLS[world_size], partitions=PARTITIONS[world_size]).digest
     )
     dist.destroy_process_group()
 

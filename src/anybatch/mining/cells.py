@@ -57,7 +57,19 @@ def cell_clusters(
     Cost: n * num_cells * D * ROUNDS multiplications for the cells; then the partition of the largest cell at a time. Memory: the graph of one cell.
     """
     num_rows = len(neighbors.ids)
-    settings = (num_cells, cluster_size, skip, take, margin, edges, hub_weight, conflict_weight, partitioner, sweeps, seed)
+    settings = (
+        num_cells,
+        cluster_size,
+        skip,
+        take,
+        margin,
+        edges,
+        hub_weight,
+        conflict_weight,
+        partitioner,
+        sweeps,
+        seed,
+    )
     identity = (
         "" if folder is None else identity_of("cells", *settings, neighbors.ids, documents, anchor_id, positive_id)
     )

@@ -252,7 +252,9 @@ class _Part:
     ) -> np.ndarray:
         """(rows,) equal clusters, those of the partition `number`."""
         config = self.config
-        progress = _named(self.progress, f"partition {number + 1} of {config.partitions}" if config.partitions > 1 else "")
+        progress = _named(
+            self.progress, f"partition {number + 1} of {config.partitions}" if config.partitions > 1 else ""
+        )
         with _stage(report, "communities", progress) as advance:
             start = self._begin(graph, neighbors, window, number, advance)
         with _stage(report, "refinement", progress) as advance:
@@ -280,7 +282,9 @@ class _Part:
         config = self.config
         num_clusters = len(self.anchors) // config.cluster_size
         if self.start is not None and number < len(self.start):
-            _, start = np.unique(self.start[number], return_inverse=True)  # -1, the remainder, becomes a cluster that dissolves
+            _, start = np.unique(
+                self.start[number], return_inverse=True
+            )  # -1, the remainder, becomes a cluster that dissolves
             return np.minimum(start, num_clusters - 1).astype(np.int32)
         if config.method == "kmeans":
             return kmeans_clusters(self.anchors, self.positives, num_clusters, seed=config.seed)
@@ -375,9 +379,7 @@ def mine_shared(
             )
         for number in range(own.partitions if own.cells > 1 else 0):
             with _stage(MiningReport(), "communities", own_progress) as advance:
-                mine_cells(
-                    neighbors, positive_embeddings[rows], window, number=number, progress=advance, **known
-                )
+                mine_cells(neighbors, positive_embeddings[rows], window, number=number, progress=advance, **known)
 
 
 def mine_cells(
