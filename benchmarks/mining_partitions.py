@@ -50,7 +50,7 @@ def main() -> None:
         np.load(path, mmap_mode="r")[: options.limit]
         for path in (options.anchor_embeddings, options.positive_embeddings)
     )
-    same = {"anchor_id": np.arange(len(anchors)), "positive_id": np.arange(len(anchors))}
+    same: dict[str, Any] = {"anchor_id": np.arange(len(anchors)), "positive_id": np.arange(len(anchors))}
     neighbors = exact_neighbors(anchors, positives, SKIP + TAKE, folder=options.neighbors, **same)
     graph = build_graph(neighbors, skip=SKIP, take=TAKE)
     first = [partitioner_row(graph, name, same) for name in options.partitioners]
@@ -73,7 +73,7 @@ def main() -> None:
     )
 
 
-def partitioner_row(graph: MiningGraph, name: str, same: dict[str, np.ndarray]) -> list[str]:
+def partitioner_row(graph: MiningGraph, name: str, same: dict[str, Any]) -> list[str]:
     """The start, and where the search gets from it."""
     wanted, num_rows = graph.attraction(WEIGHT), len(same["anchor_id"])
     begun = time.process_time()

@@ -72,6 +72,7 @@ def test_saved_and_loaded(tmp_path):
     assert again.stats()["partitions"] == 3
     with safe_open(tmp_path / "plan.safetensors", framework="numpy") as file:
         assert json.loads(file.metadata()["anybatch-plan"])["version"] == 3
+    assert plan.alternates is not None
     digests = {plan.digest, replace(plan, alternates=plan.alternates[::-1]).digest, alternating(partitions=2).digest}
     assert len(digests) == 3
 

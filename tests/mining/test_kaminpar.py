@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from .test_mining import embeddings
 
 def random_graph(num_rows=157, seed=0):
     generator = np.random.default_rng(seed)
-    half = sparse.random(num_rows, num_rows, density=0.08, random_state=generator, dtype=np.float32)
-    half = sparse.triu(half, k=1)
+    values = generator.random((num_rows, num_rows), dtype=np.float32)
+    half = sparse.csr_matrix(np.triu(values * (generator.random(values.shape) < 0.08), k=1))
     kept = sparse.diags((np.arange(num_rows) != 5).astype(np.float32))  # row 5 has no neighbours
     weight = sparse.csr_matrix(kept @ (half + half.T) @ kept, dtype=np.float32)
     weight.eliminate_zeros()
@@ -81,7 +82,7 @@ def test_mining_asks_it_for_the_start(cells, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "kaminpar_clusters", count)
     anchors, positives = embeddings(403, topics=12)
-    given = {"batch_size": 24, "cluster_size": 8, "skip": 3, "take": 12, "cells": cells}
+    given: dict[str, Any] = {"batch_size": 24, "cluster_size": 8, "skip": 3, "take": 12, "cells": cells}
     metis = mine_plan(anchors, positives, config=MiningConfig(**given))
     assert not asked
     found, again = (

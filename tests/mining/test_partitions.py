@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from anybatch.errors import AnybatchError
 from anybatch.mining import MiningConfig, MiningSet, inspect_plan, mine_plan
@@ -17,7 +19,7 @@ from anybatch.report import plan_figures
 
 from .test_mining import embeddings
 
-SIZES = {"batch_size": 24, "cluster_size": 8, "skip": 3, "take": 12}
+SIZES: dict[str, Any] = {"batch_size": 24, "cluster_size": 8, "skip": 3, "take": 12}
 
 
 def together(matrix, clusters):
@@ -57,6 +59,7 @@ def test_partitions_differ_and_bring_more_negatives(cells, tmp_path, monkeypatch
     assert cycle.distinct_window_per_anchor > 1.1 * seeds.distinct_window_per_anchor
     assert cycle.distinct_window_per_anchor > 1.5 * cycle.partitions[0].window_per_anchor
     assert ("partition 3 of 3: refinement", 1.0) in said
+    assert plan.suspects is not None
     pairs = {tuple(pair) for pair in plan.suspects.tolist()}
     conflict = graph.conflict + graph.conflict.T
     expected = {
@@ -70,9 +73,7 @@ def test_partitions_differ_and_bring_more_negatives(cells, tmp_path, monkeypatch
 
 def test_spent_edges_count_less():
     generator = np.random.default_rng(0)
-    from scipy import sparse
-
-    half = sparse.random(30, 30, density=0.3, random_state=generator, format="csr")
+    half = sparse.csr_matrix(generator.random((30, 30)) * (generator.random((30, 30)) < 0.3))
     weight = sparse.csr_matrix(half + half.T, dtype=np.float32)
     graph = MiningGraph(window=half, conflict=half, weight=weight)
     cluster = np.where(np.arange(30) < 28, np.arange(30) // 4, -1)
@@ -96,7 +97,9 @@ def test_several_data_sets_a_small_one_and_hard_negatives():
     assert plan.negatives is not None
     assert plan.negatives.shape == (312, 2)
     for name in ("a", "b"):
-        assert len(result.report.sets[name].cycle.partitions) == 2
+        cycle = result.report.sets[name].cycle
+        assert cycle is not None
+        assert len(cycle.partitions) == 2
     for epoch in range(2):
         rows = plan.epoch_batches(epoch).reshape(-1)
         assert len(np.unique(rows)) == len(rows)
@@ -128,9 +131,10 @@ def test_inspection_shows_each_and_all_together():
     assert seen.conflicts_by_partition == pytest.approx([one.conflicts_per_anchor for one in cycle.partitions])
     assert seen.distinct_window == pytest.approx(cycle.distinct_window_per_anchor)
     assert seen.distinct_conflicts == pytest.approx(cycle.distinct_conflicts_per_anchor)
+    stored = json.loads(json.dumps(result.report.as_dict()))
     lines = [
-        {figure.name: figure.plan for figure in plan_figures(result.plan, **known)}
-        for known in ({"inspection": seen}, {"mining": json.loads(json.dumps(result.report.as_dict()))})
+        {figure.name: figure.plan for figure in figures}
+        for figures in (plan_figures(result.plan, inspection=seen), plan_figures(result.plan, mining=stored))
     ]
     for name in ("partitions", "partition 2: wanted negatives, conflicts"):
         assert lines[0][name] == lines[1][name]
