@@ -42,19 +42,18 @@ def main() -> None:
     parser.add_argument("--partitioners", nargs="+", default=["metis", "kaminpar"])
     parser.add_argument("--partitions", type=int, default=3, help="of the second table")
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
-    parser.add_argument("--limit", type=int, help="the first rows only")
     parser.add_argument("--neighbors", type=Path, help="keep the neighbours here, to go on after a kill")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/mining_partitions.md"))
     options = parser.parse_args()
     anchors, positives = (
-        np.load(path, mmap_mode="r")[: options.limit]
-        for path in (options.anchor_embeddings, options.positive_embeddings)
+        np.load(path, mmap_mode="r") for path in (options.anchor_embeddings, options.positive_embeddings)
     )
     same: dict[str, Any] = {"anchor_id": np.arange(len(anchors)), "positive_id": np.arange(len(anchors))}
     neighbors = exact_neighbors(anchors, positives, SKIP + TAKE, folder=options.neighbors, **same)
     graph = build_graph(neighbors, skip=SKIP, take=TAKE)
     first = [partitioner_row(graph, name, same) for name in options.partitioners]
-    found = [alternated(graph, share, options.partitions, same) for share in options.shares]
+    cluster = further(graph, 0, same)
+    found = [alternated(graph, cluster, share, options.partitions, same) for share in options.shares]
     header_one = ["start", "wanted weight cut", "sizes", "seconds", "objective a row", "window", "conflicts", "seconds"]
     header_two = ["weight kept by pairs that met", "window of each partition", "conflicts of each"]
     header_two += [f"different window after {count}" for count in range(1, options.partitions + 1)]
@@ -64,7 +63,7 @@ def main() -> None:
         "arxiv-title-abstract, all-MiniLM-L6-v2, 64 tokens. Machine: 2-core x86 CPU, shared; seconds are processor time of one thread "
         f"({torch.get_num_threads()} for torch).\n\nClusters of {SIZE}, skip {SKIP}, take {TAKE}, conflict weight {WEIGHT:g}, {MiningConfig().sweeps} sweeps. "
         "Window and conflicts: wanted negatives and probable false negatives an anchor.\n\n## Partitioners\n\n"
-        "First the start alone, then the exchange search from it. `random` deals the rows out.\n\n"
+        "First the start alone, then the exchange search from it.\n\n"
         + markdown_table(header_one, first)
         + f"\n## {options.partitions} partitions\n\nEpochs take the partitions in turn. In the search for each further one, pairs that shared a cluster already keep a share of their "
         f"wanted weight (1: nothing but other seeds; the library's is {SPENT:g}). Different: wanted negatives that shared the anchor's cluster at least once.\n\n"
@@ -77,10 +76,7 @@ def partitioner_row(graph: MiningGraph, name: str, same: dict[str, Any]) -> list
     """The start, and where the search gets from it."""
     wanted, num_rows = graph.attraction(WEIGHT), len(same["anchor_id"])
     begun = time.process_time()
-    if name == "random":
-        start = (np.random.default_rng(0).permutation(num_rows) % (num_rows // SIZE)).astype(np.int32)
-    else:
-        start = start_clusters(wanted, num_rows // SIZE, partitioner=name)
+    start = start_clusters(wanted, num_rows // SIZE, partitioner=name)
     partitioned = time.process_time() - begun
     signed = graph.signed(WEIGHT)
     begun = time.process_time()
@@ -108,14 +104,19 @@ def inside(matrix: sparse.csr_matrix, cluster: np.ndarray) -> float:
     return float(matrix.data[together].sum(dtype=np.float64))
 
 
-def alternated(graph: MiningGraph, share: float, partitions: int, same: dict[str, Any]) -> list[str]:
-    """Several partitions as `mine_plan` makes them, with another share."""
-    num_rows = len(same["anchor_id"])
-    clusters, left = [], graph
-    for number in range(partitions):
-        left = left.spent(clusters[-1], share) if clusters else left
-        start = start_clusters(left.attraction(WEIGHT), num_rows // SIZE, partitioner="metis", seed=number)
-        clusters.append(equal_clusters(start, left.signed(WEIGHT), SIZE, seed=number, **same))
+def further(graph: MiningGraph, number: int, same: dict[str, Any]) -> np.ndarray:
+    """A partition as `mine_plan` makes it."""
+    num_clusters = len(same["anchor_id"]) // SIZE
+    start = start_clusters(graph.attraction(WEIGHT), num_clusters, partitioner="metis", seed=number)
+    return equal_clusters(start, graph.signed(WEIGHT), SIZE, seed=number, **same)
+
+
+def alternated(graph: MiningGraph, first: np.ndarray, share: float, partitions: int, same: dict[str, Any]) -> list[str]:
+    """Several partitions, the further ones with this share."""
+    clusters, left = [first], graph
+    for number in range(1, partitions):
+        left = left.spent(clusters[-1], share)
+        clusters.append(further(left, number, same))
     cycles = [audit_cycle(graph, np.stack(clusters[: count + 1]), **same) for count in range(partitions)]
     row = [
         f"{share:g}",
