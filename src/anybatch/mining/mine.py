@@ -27,7 +27,7 @@ from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
 
 Progress = Callable[[str, float], None]
-SPENT = 0.25  # of its wanted weight a pair keeps in the next partition for each earlier one that it shared a cluster of
+SPENT = 0.5  # of its wanted weight a pair keeps in the next partition for each earlier one that it shared a cluster of
 EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
 
 
