@@ -522,7 +522,7 @@ def prepare_refresh(
             positive_id=pairs.positive_id,
             sets=mining_sets(config, pairs),
             data_digest=current.data_digest,
-            start=current.cluster,
+            start=current.partition_clusters,
             progress=lambda stage, fraction: progress(f"refresh: {stage}", round(100 * fraction), 100),
         )
         return result.plan

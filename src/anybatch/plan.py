@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from anybatch.errors import AnybatchError
 from anybatch.files import digest_of, write_bytes
 
 FORMAT = "anybatch-plan"
-VERSION = 2
+VERSION = 3  # the newest that is read; a plan is written in the oldest that holds it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +33,9 @@ class BatchPlan:
     into clusters of exactly equal size) take the places of randomly chosen rows, so that none is lost for ever; who
     sits out an epoch is in `rows_left_out(epoch)`. All of it depends on nothing but the plan and the epoch.
 
+    A plan may hold several partitions of the same rows, which epochs take in turn: epoch e is dealt as the plan `partition(e)`, of the
+    e-th partition alone, deals it.
+
     Attributes:
         num_rows: Rows of the data set.
         batch_size: Rows of a batch, over all ranks.
@@ -42,10 +45,13 @@ class BatchPlan:
         data_digest: Digest of the texts (`PairData.digest`).
         suspects: (p, 2) int32 row pairs that may be false negatives of each other, or None: those that share a cluster, or all.
         negatives: (num_rows, h) int32 rows mined as hard negatives of each anchor, -1 for none, or None.
+        alternates: (P - 1, num_rows) int32, the clusters of the further partitions, as many and of the same size; None for one
+            partition. `suspects` and `negatives` are the same for all.
         meta: How the plan was made; anything that JSON holds.
 
     Raises:
-        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows than a batch.
+        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows than a batch;
+            partitions that make different numbers of batches.
     """
 
     num_rows: int
@@ -56,6 +62,7 @@ class BatchPlan:
     data_digest: str
     suspects: np.ndarray | None = None
     negatives: np.ndarray | None = None
+    alternates: np.ndarray | None = None
     task: np.ndarray | None = None
     task_names: tuple[str, ...] = ()
     task_shares: tuple[float, ...] = ()
@@ -82,6 +89,7 @@ class BatchPlan:
             raise AnybatchError(
                 f"{len(sizes)} clusters of {self.cluster_size} rows do not fill one batch of {self.batch_size}. Lower the batch size."
             )
+        self._check_alternates()
 
     @classmethod
     def random(cls, num_rows: int, batch_size: int, *, seed: int = 0, data_digest: str = "") -> BatchPlan:
@@ -101,6 +109,20 @@ class BatchPlan:
     def clusters_per_batch(self) -> int:
         """Clusters in a batch."""
         return self.batch_size // self.cluster_size
+
+    @property
+    def num_partitions(self) -> int:
+        """Partitions that epochs take in turn."""
+        return 1 if self.alternates is None else 1 + len(self.alternates)
+
+    @property
+    def partition_clusters(self) -> np.ndarray:
+        """(num_partitions, num_rows) int32, the clusters of each partition."""
+        return self.cluster[None] if self.alternates is None else np.concatenate([self.cluster[None], self.alternates])
+
+    def partition(self, epoch: int) -> BatchPlan:
+        """The plan of the one partition that this epoch deals: the same batches in this epoch, one partition in all others."""
+        return self._partitions[epoch % self.num_partitions]
 
     @cached_property
     def num_clusters(self) -> int:
@@ -139,15 +161,19 @@ class BatchPlan:
         if self.task is not None or self.random_shares:
             dealt = [self.task_names, self.task_shares, self.mixing, self.random_shares]
             parts.append(json.dumps(dealt).encode())
+        if self.alternates is not None:
+            parts.append(json.dumps({"partitions": self.num_partitions}).encode())
         parts += [
             np.ascontiguousarray(array, np.int32).tobytes()
-            for array in (self.cluster, self.negatives, self.task)
+            for array in (self.cluster, self.negatives, self.task, self.alternates)
             if array is not None
         ]
         return digest_of(parts)
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster within a batch."""
+        if self.alternates is not None:
+            return self.partition(epoch).epoch_batches(epoch)
         generator = np.random.default_rng([self.seed, epoch])
         members = self._members.copy()
         order = self.deal.order(generator)
@@ -196,6 +222,7 @@ class BatchPlan:
             },
             "suspect_pairs": 0 if self.suspects is None else len(self.suspects),
             "hard_negatives_per_row": self.negatives_per_row,
+            **({"partitions": self.num_partitions} if self.num_partitions > 1 else {}),
             "seed": self.seed,
             "data_digest": self.data_digest,
             **{f"made.{name}": value for name, value in self.meta.items()},
@@ -210,7 +237,8 @@ class BatchPlan:
         from safetensors.numpy import save
 
         arrays = {"cluster": self.cluster.astype(np.int32)}
-        for name, array in (("suspects", self.suspects), ("negatives", self.negatives), ("task", self.task)):
+        for name in ("suspects", "negatives", "task", "alternates"):
+            array = getattr(self, name)
             if array is not None:
                 arrays[name] = np.ascontiguousarray(array, dtype=np.int32)
         header = {
@@ -224,7 +252,8 @@ class BatchPlan:
             lists = {name: list(getattr(self, name)) for name in ("task_names", "task_shares", "random_shares")}
             header |= {**lists, "mixing": self.mixing}
         # One key, because safetensors writes several in no fixed order, and equal plans should be equal files.
-        metadata = {FORMAT: json.dumps({"version": VERSION if "mixing" in header else 1, "plan": header})}
+        version = 3 if self.alternates is not None else 2 if "mixing" in header else 1
+        metadata = {FORMAT: json.dumps({"version": version, "plan": header})}
         write_bytes(path, save(arrays, metadata=metadata))
 
     @classmethod
@@ -258,6 +287,17 @@ class BatchPlan:
             )
         known = {name: tuple(value) if isinstance(value, list) else value for name, value in header["plan"].items()}
         return cls(**known, **arrays)
+
+    def _check_alternates(self) -> None:
+        if self.alternates is None:
+            return
+        if self.alternates.ndim != 2 or self.alternates.shape[1] != self.num_rows or not len(self.alternates):
+            raise AnybatchError(
+                f"alternates has shape {self.alternates.shape}; expected (partitions - 1, {self.num_rows}), or None for one partition."
+            )
+        numbers = [one.num_batches for one in self._partitions]  # making them checks their clusters
+        if len(set(numbers)) > 1:
+            raise AnybatchError(f"The partitions make {numbers} batches an epoch; expected as many of each.")
 
     def _check_tasks(self) -> None:
         if self.mixing not in ("mixed", "within"):
@@ -305,6 +345,10 @@ class BatchPlan:
         for value in np.unique(label):
             group = chosen[label == value]
             batches[group] = generator.permutation(batches[group].reshape(-1)).reshape(len(group), -1)
+
+    @cached_property
+    def _partitions(self) -> tuple[BatchPlan, ...]:
+        return tuple(replace(self, cluster=cluster, alternates=None) for cluster in self.partition_clusters)
 
     @cached_property
     def _members(self) -> np.ndarray:

@@ -49,6 +49,8 @@ def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for name, value in figures.items():
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            rows += _flat({str(number): one for number, one in enumerate(value, start=1)}, f"{prefix}{name}.")
         elif isinstance(value, float):
             rows.append((prefix + name, f"{value:.4g}"))
         elif isinstance(value, list) and len(value) > 12:

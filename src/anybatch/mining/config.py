@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from anybatch.errors import AnybatchError
-from anybatch.mining.audit import Audit
+from anybatch.mining.audit import Audit, Cycle
 from anybatch.mining.graph import Edges
 from anybatch.mining.outlook import Outlook
 
@@ -32,11 +32,15 @@ class MiningConfig:
         num_negatives: Explicit hard negatives drawn for each row (B3++).
         suspects: Probable false negatives kept with the plan, for `mask_suspects`: those that share a "cluster", or "all", which may meet in any
             batch (8 bytes * skip a row).
+        partitioner: What gives the exchange search its start: "metis", or "kaminpar" (optional: anybatch[kaminpar]; docs/mining.md compares them).
+            The published recipe is METIS's.
         sweeps: Passes of the exchange search; each doubling gains a little more.
         mixing: With several data sets: batches "within" one (B3), or "mixed".
         random_shares: For each epoch the share of batches that are shuffled among each other; the last one stays. Empty: none.
         refresh_epochs: Mine anew with the student's own embeddings every so many epochs, from the clusters there are; 0 for never.
         cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all rows at once.
+        partitions: Different partitions of the rows that epochs take in turn, so that an anchor meets more negatives; each costs the
+            partitioner and the search once more.
         seed: Of everything random.
     """
 
@@ -53,11 +57,13 @@ class MiningConfig:
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: int = 0
     suspects: Literal["cluster", "all"] = "cluster"
+    partitioner: Literal["metis", "kaminpar"] = "metis"
     sweeps: int = 20
     mixing: Literal["within", "mixed"] = "within"
     random_shares: tuple[float, ...] = ()
     refresh_epochs: int = 0
     cells: int = 1
+    partitions: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +75,7 @@ class MiningConfig:
             ("sweeps", 0),
             ("refresh_epochs", 0),
             ("cells", 1),
+            ("partitions", 1),
             ("conflict_weight", 0),
         ):
             if getattr(self, name) < least:
@@ -83,6 +90,17 @@ class MiningConfig:
             raise AnybatchError(
                 f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined negatives (num_negatives 0), "
                 f"whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
+            )
+        if self.partitions > 1 and self.method != "anybatch":
+            raise AnybatchError(
+                f"mining.partitions is {self.partitions} with method '{self.method}', which makes one; set mining.partitions to 1, or method to 'anybatch'."
+            )
+        if self.partitioner not in ("metis", "kaminpar"):
+            raise AnybatchError(f"mining.partitioner is {self.partitioner!r}; expected 'metis' or 'kaminpar'.")
+        if self.partitioner != "metis" and self.method != "anybatch":
+            raise AnybatchError(
+                f"mining.partitioner is '{self.partitioner}', which only method 'anybatch' asks for a start; got method '{self.method}'. Leave "
+                "mining.partitioner at 'metis'."
             )
         if self.cells > 1 and self.method != "anybatch":
             raise AnybatchError(
@@ -120,7 +138,8 @@ class MiningReport:
     """What mining did and what it cost.
 
     Attributes:
-        audit: What the clusters hold; None for random batches and for several data sets.
+        audit: What the clusters hold, those of the first partition if there are several; None for random batches and for several data sets.
+        cycle: What several partitions hold, each and together; None for one.
         sets: The reports on the data sets, if there are several; times and memory are in each.
         outlook: Whether mining is likely to help, with warnings; None for random batches.
         hubs: The rows that are in most rank windows, with the number of windows, most wanted first.
@@ -131,6 +150,7 @@ class MiningReport:
     """
 
     audit: Audit | None = None
+    cycle: Cycle | None = None
     outlook: Outlook | None = None
     hubs: list[tuple[int, int]] = field(default_factory=list)
     recall: float = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -33,6 +33,14 @@ class MiningGraph:
         total = sparse.csr_matrix(total, dtype=np.float32)
         total.sort_indices()
         return total
+
+    def spent(self, cluster: np.ndarray, share: float) -> MiningGraph:
+        """The graph for a further partition: pairs that share a cluster already keep `share` of their wanted weight."""
+        rows = np.repeat(np.arange(len(cluster)), np.diff(self.weight.indptr))
+        together = (cluster[rows] == cluster[self.weight.indices]) & (cluster[rows] >= 0)
+        data = np.where(together, np.float32(share) * self.weight.data, self.weight.data)
+        weight = sparse.csr_matrix((data, self.weight.indices, self.weight.indptr), shape=self.weight.shape)
+        return replace(self, weight=weight)
 
     def attraction(self, conflict_weight: float) -> sparse.csr_matrix:
         """The positive entries of `signed`: what a partitioner, which knows no repulsion, can begin with."""

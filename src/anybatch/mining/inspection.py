@@ -67,6 +67,8 @@ class PlanInspection:
         temperature: Of the losses.
         window_in_batch, conflicts_in_batch: Wanted negatives and probable false negatives in the anchor's batch of epoch 0.
         random_window_in_batch, random_conflicts_in_batch: What a random batch of this size is expected to hold.
+        window_by_partition, conflicts_by_partition: The same in the anchor's own cluster, for each of the plan's partitions.
+        distinct_window, distinct_conflicts: Different ones over all partitions.
         planned, random: The teacher's scores in the plan's batches and in random ones.
         hubs: The most wanted rows with the number of windows they are in, scaled up from the anchors looked at.
         suspects: Suspects of the plan, the highest scores first (`SHOWN` at most).
@@ -85,6 +87,10 @@ class PlanInspection:
     conflicts_in_batch: float
     random_window_in_batch: float
     random_conflicts_in_batch: float
+    window_by_partition: tuple[float, ...]
+    conflicts_by_partition: tuple[float, ...]
+    distinct_window: float
+    distinct_conflicts: float
     planned: BatchScores
     random: BatchScores
     hubs: list[tuple[int, int]]
@@ -155,6 +161,8 @@ def inspect_plan(
     pairs = Cosines(anchor_embeddings, positive_embeddings, anchor_id, positive_id)
     others = BatchPlan.random(num_rows, plan.batch_size, seed=seed).epoch_batches(0)
     planned, random = (pairs.batch_scores(batches, num_anchors, temperature) for batches in (dealt, others))
+    beside = [(one[neighbors.ids] == one[rows, None]) & (one >= 0)[rows, None] for one in plan.partition_clusters]
+    ever = np.any(beside, axis=0)
     duplicates = _duplicates(rows, neighbors.ids[:, :8], positive_embeddings)
     scale = num_rows / len(rows)
     return PlanInspection(
@@ -166,6 +174,10 @@ def inspect_plan(
         conflicts_in_batch=float((conflict & together).sum()) / num_dealt,
         random_window_in_batch=float(wanted.sum()) / len(rows) * by_chance,
         random_conflicts_in_batch=float(conflict.sum()) / len(rows) * by_chance,
+        window_by_partition=tuple(float((wanted & one).sum()) / len(rows) for one in beside),
+        conflicts_by_partition=tuple(float((conflict & one).sum()) / len(rows) for one in beside),
+        distinct_window=float((wanted & ever).sum()) / len(rows),
+        distinct_conflicts=float((conflict & ever).sum()) / len(rows),
         planned=planned,
         random=random,
         hubs=[(row, round(count * scale)) for row, count in most_wanted(neighbors.ids[wanted])],

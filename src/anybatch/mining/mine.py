@@ -13,7 +13,7 @@ import numpy as np
 
 from anybatch.blocks import release_pages
 from anybatch.errors import AnybatchError
-from anybatch.mining.audit import audit_clusters, most_wanted, suspect_pairs
+from anybatch.mining.audit import audit_clusters, audit_cycle, most_wanted, suspect_pairs
 from anybatch.mining.cells import cell_clusters
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
@@ -21,12 +21,13 @@ from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embeddings, exact_neighbors
 from anybatch.mining.outlook import mining_outlook
-from anybatch.mining.partition import equal_clusters, metis_clusters
+from anybatch.mining.partition import equal_clusters, metis_clusters, start_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
 
 Progress = Callable[[str, float], None]
+SPENT = 0.5  # of its wanted weight a pair keeps in the next partition for each earlier one that it shared a cluster of
 EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
 
 
@@ -61,7 +62,8 @@ def mine_plan(
         anchor_id, positive_id: (n,) int; equal for identical texts, which are never put together. None: all differ.
         sets: Several data sets, one after the other in the rows: each is mined by itself with its own window, into one plan.
         data_digest: `PairData.digest`, which binds the plan to its data.
-        start: (n,) int clusters of an earlier plan of the same sizes, from which the search goes on instead of from a partitioner.
+        start: (n,) or (partitions, n) int clusters of an earlier plan of the same sizes, from which the search goes on instead of from a
+            partitioner.
         device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
         folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not repeated.
         progress: Called with (stage, fraction done).
@@ -103,7 +105,12 @@ def mine_plan(
         raise AnybatchError(
             f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
         )
-    cluster = np.full(num_rows, -1, np.int32)
+    start = None if start is None else np.atleast_2d(start)
+    if start is not None and start.shape not in ((1, num_rows), (config.partitions, num_rows)):
+        raise AnybatchError(
+            f"start has shape {start.shape}; expected ({num_rows},) or ({config.partitions}, {num_rows}), a cluster for each row."
+        )
+    clusters = np.full((config.partitions, num_rows), -1, np.int32)
     negatives = np.full((num_rows, config.num_negatives), -1, np.int32) if config.num_negatives else None
     suspects, graph = [], None
     for one, rows in parts:
@@ -124,27 +131,28 @@ def mine_plan(
             positives=positive_embeddings[rows],
             anchor_id=anchor_id[rows],
             positive_id=positive_id[rows],
-            start=None if start is None else start[rows],
+            start=None if start is None else start[:, rows],
             device=device,
             folder=folder / one.name if sets and folder is not None else folder,
             progress=_named(progress, one.name if sets else ""),
         )
         own, pairs, drawn, graph = chosen.mine(part)
-        first = int(cluster.max()) + 1
-        cluster[rows] = np.where(own >= 0, own + first, -1)
+        first = int(clusters.max()) + 1  # the same for all partitions
+        clusters[:, rows] = np.where(own >= 0, own + first, -1)
         suspects.append(pairs + rows.start)
         if negatives is not None and drawn is not None:
             negatives[rows] = np.where(drawn >= 0, drawn + rows.start, -1)
     meta = {
         name: value
         for name, value in asdict(config).items()
-        if name not in ("seed", "batch_size", "cluster_size", "mixing", "random_shares", "refresh_epochs")
+        if name not in ("seed", "batch_size", "cluster_size", "mixing", "random_shares", "refresh_epochs", "partitions")
     }
     if not sets:
         meta |= dict(zip(("skip", "take"), fit_window(config.skip, config.take, num_rows), strict=True))
     plan = BatchPlan(
         cluster_size=config.cluster_size,
-        cluster=cluster,
+        cluster=clusters[0],
+        alternates=clusters[1:] if config.partitions > 1 else None,
         suspects=np.concatenate(suspects) if suspects else None,
         negatives=negatives,
         meta=meta,
@@ -198,7 +206,7 @@ class _Part:
     progress: Progress | None
 
     def mine(self, report: MiningReport) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, MiningGraph]:
-        """Clusters, suspects, hard negatives and graph; what it found and cost goes into `report`."""
+        """(partitions, rows) clusters, suspects, hard negatives and graph; what it found and cost goes into `report`."""
         config, ids = self.config, {"anchor_id": self.anchor_id, "positive_id": self.positive_id}
         num_rows = len(self.anchors)
         skip, take = _fitting_window(config, num_rows, report)
@@ -221,36 +229,62 @@ class _Part:
                 neighbors, skip=skip, take=take, margin=config.margin, edges=edges, hub_weight=config.hub_weight
             )
             release_pages(neighbors.ids, neighbors.scores, self.anchors, self.positives)
-        with _stage(report, "communities", self.progress) as advance:
-            start = self._begin(graph, neighbors, (skip, take), advance)
-        with _stage(report, "refinement", self.progress) as advance:
+        clusters = np.empty((config.partitions, num_rows), np.int32)
+        left = graph
+        for number in range(config.partitions):
+            # Each further partition is of what the earlier ones left: the pairs that they brought together count less.
+            left = left.spent(clusters[number - 1], SPENT) if number else left
+            clusters[number] = self._partition(left, neighbors, (skip, take), number, report)
+        with _stage(report, "audit", self.progress):
+            report.audit = audit_clusters(graph, clusters[0], **ids)
+            if config.partitions > 1:
+                report.cycle = audit_cycle(graph, clusters, **ids)
+            report.outlook = mining_outlook(neighbors, clusters[0], skip=skip, take=take, margin=config.margin)
+            report.hubs = most_wanted(graph.window.indices)
+            found = [suspect_pairs(graph, one) for one in (clusters if config.suspects == "cluster" else [None])]
+            suspects, negatives = found[0] if len(found) == 1 else np.unique(np.concatenate(found), axis=0), None
+            if config.num_negatives:
+                negatives = sample_negatives(graph, clusters[0], config.num_negatives, seed=config.seed, **ids)
+        return clusters, suspects, negatives, graph
+
+    def _partition(
+        self, graph: MiningGraph, neighbors: Neighbors, window: tuple[int, int], number: int, report: MiningReport
+    ) -> np.ndarray:
+        """(rows,) equal clusters, those of the partition `number`."""
+        config = self.config
+        progress = _named(
+            self.progress, f"partition {number + 1} of {config.partitions}" if config.partitions > 1 else ""
+        )
+        with _stage(report, "communities", progress) as advance:
+            start = self._begin(graph, neighbors, window, number, advance)
+        with _stage(report, "refinement", progress) as advance:
             ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
-            cluster = equal_clusters(
+            return equal_clusters(
                 start,
                 graph.signed(config.conflict_weight if ours else 0.0),
                 config.cluster_size,
                 sweeps=config.sweeps if ours else 0,
-                seed=config.seed,
+                seed=config.seed + number,
                 progress=advance,
-                **ids,
+                anchor_id=self.anchor_id,
+                positive_id=self.positive_id,
             )
-        with _stage(report, "audit", self.progress):
-            report.audit = audit_clusters(graph, cluster, **ids)
-            report.outlook = mining_outlook(neighbors, cluster, skip=skip, take=take, margin=config.margin)
-            report.hubs = most_wanted(graph.window.indices)
-            suspects, negatives = suspect_pairs(graph, cluster if config.suspects == "cluster" else None), None
-            if config.num_negatives:
-                negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **ids)
-        return cluster, suspects, negatives, graph
 
     def _begin(
-        self, graph: MiningGraph, neighbors: Neighbors, window: tuple[int, int], progress: Callable[[float], None]
+        self,
+        graph: MiningGraph,
+        neighbors: Neighbors,
+        window: tuple[int, int],
+        number: int,
+        progress: Callable[[float], None],
     ) -> np.ndarray:
         """(rows,) clusters of any sizes."""
         config = self.config
         num_clusters = len(self.anchors) // config.cluster_size
-        if self.start is not None:
-            _, start = np.unique(self.start, return_inverse=True)  # -1, the remainder, becomes a cluster that dissolves
+        if self.start is not None and number < len(self.start):
+            _, start = np.unique(
+                self.start[number], return_inverse=True
+            )  # -1, the remainder, becomes a cluster that dissolves
             return np.minimum(start, num_clusters - 1).astype(np.int32)
         if config.method == "kmeans":
             return kmeans_clusters(self.anchors, self.positives, num_clusters, seed=config.seed)
@@ -261,11 +295,24 @@ class _Part:
         if config.cells > 1:
             ids = {"anchor_id": self.anchor_id, "positive_id": self.positive_id}
             return mine_cells(
-                neighbors, self.positives, window, config=config, folder=self.folder, progress=progress, **ids
+                neighbors,
+                self.positives,
+                window,
+                config=config,
+                number=number,
+                folder=self.folder,
+                progress=progress,
+                **ids,
             )
-        published = config.method == "published"
-        wanted = graph.weight if published else graph.attraction(config.conflict_weight)
-        return metis_clusters(wanted, num_clusters, recursive=not published, seed=config.seed)
+        if config.method == "published":
+            return metis_clusters(graph.weight, num_clusters, recursive=False, seed=config.seed)
+        return start_clusters(
+            graph.attraction(config.conflict_weight),
+            num_clusters,
+            partitioner=config.partitioner,
+            seed=config.seed + number,
+            folder=self.folder,
+        )
 
 
 def _parts(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, slice]]:
@@ -330,9 +377,9 @@ def mine_shared(
                 progress=advance,
                 **known,
             )
-        if own.cells > 1:
+        for number in range(own.partitions if own.cells > 1 else 0):
             with _stage(MiningReport(), "communities", own_progress) as advance:
-                mine_cells(neighbors, positive_embeddings[rows], window, progress=advance, **known)
+                mine_cells(neighbors, positive_embeddings[rows], window, number=number, progress=advance, **known)
 
 
 def mine_cells(
@@ -344,9 +391,13 @@ def mine_cells(
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
     folder: Path | None,
+    number: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> np.ndarray:
-    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them. Small data sets get fewer cells."""
+    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them. Small data sets get fewer cells.
+
+    The partition `number` has cells of its own, with other borders.
+    """
     return cell_clusters(
         neighbors,
         positives,
@@ -358,11 +409,12 @@ def mine_cells(
         edges=config.edges or "union",
         hub_weight=config.hub_weight,
         conflict_weight=config.conflict_weight,
+        partitioner=config.partitioner,
         sweeps=config.sweeps,
-        seed=config.seed,
+        seed=config.seed + number,
         anchor_id=anchor_id,
         positive_id=positive_id,
-        folder=folder and folder / "clusters",
+        folder=folder and folder / (f"clusters_{number}" if number else "clusters"),
         progress=progress,
     )
 
@@ -420,6 +472,7 @@ def _stage(report: MiningReport, name: str, progress: Progress | None) -> Any:
         progress(name, 0.0)
     with Measure() as measure:
         yield lambda fraction: progress(name, fraction) if progress is not None else None
-    report.seconds[name], report.peak_bytes[name] = measure.seconds, measure.peak_bytes
+    report.seconds[name] = report.seconds.get(name, 0.0) + measure.seconds  # several partitions add up
+    report.peak_bytes[name] = max(report.peak_bytes.get(name, 0), measure.peak_bytes)
     if progress is not None:
         progress(name, 1.0)

@@ -7,6 +7,7 @@ here. Leaving conflicts out of the graph does not keep such rows apart, so they 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -42,7 +43,7 @@ def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: b
         return (np.arange(num_rows) % num_clusters).astype(np.int32)
     pointers: Any = weight.indptr.astype(np.int32)
     indices: Any = weight.indices.astype(np.int32, copy=False)
-    whole: Any = _whole_weights(weight)
+    whole: Any = whole_weights(weight)
     options = pymetis.Options(seed=seed)
     _, parts = pymetis.part_graph(
         num_clusters, xadj=pointers, adjncy=indices, eweights=whole, recursive=recursive, options=options
@@ -50,7 +51,18 @@ def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: b
     return np.asarray(parts, dtype=np.int32)
 
 
-def _whole_weights(weight: sparse.csr_matrix) -> np.ndarray:
+def start_clusters(
+    weight: sparse.csr_matrix, num_clusters: int, *, partitioner: str, seed: int = 0, folder: Path | None = None
+) -> np.ndarray:
+    """The start of `equal_clusters` from the partitioner that `MiningConfig.partitioner` names. Arguments as theirs."""
+    if partitioner == "kaminpar":
+        from anybatch.mining.kaminpar import kaminpar_clusters
+
+        return kaminpar_clusters(weight, num_clusters, seed=seed, folder=folder)
+    return metis_clusters(weight, num_clusters, recursive=True, seed=seed)
+
+
+def whole_weights(weight: sparse.csr_matrix) -> np.ndarray:
     """Partitioners take whole numbers: sixteenths of the mean weight resolve hub weighting well enough."""
     if not len(weight.data):
         return np.zeros(0, np.int32)
