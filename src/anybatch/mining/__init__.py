@@ -7,6 +7,7 @@ from anybatch.mining.inspection import PlanInspection, inspect_plan
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.mine import (
     MiningResult,
+    check_sizes,
     mine_plan,
     mine_shared,
     random_plan,
@@ -32,6 +33,7 @@ __all__ = [
     "Stacked",
     "audit_clusters",
     "build_graph",
+    "check_sizes",
     "equal_clusters",
     "exact_neighbors",
     "inspect_plan",
