@@ -234,9 +234,8 @@ def first_temperature(config: LossConfig) -> float:
     """The temperature that training begins with; 0.05 for a loss without one, to look at data with."""
     if config.name == "auc_cl":
         return 0.05
-    loss = build_loss(config, num_rows=2)
-    part = loss.losses[0] if config.matryoshka is not None else loss  # pyright: ignore[reportIndexIssue]
-    return float(part.temperature)  # pyright: ignore[reportArgumentType]
+    loss: Any = build_loss(config, num_rows=2)
+    return float((loss if config.matryoshka is None else loss.losses[0]).temperature)
 
 
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
