@@ -1,10 +1,10 @@
 """How far each method's gradient is from the exact one over all data, on embeddings that stand still.
 
-Usage: python -m benchmarks.global_loss --data FOLDER
+Usage: python -m benchmarks.global_loss --data FOLDER [--direction both]
 
 FOLDER holds `*anchor.npy` and `*positive.npy`, (n, D) float each, such as `anybatch mine` leaves in its output folder. What is measured is
 defined in anybatch/evaluation/gradient_error.py. Finished lines are appended to docs/benchmarks/global_loss.jsonl and skipped when run again; the
-table in global_loss.md is made of that file. Adding a method is one line of `METHODS`.
+table in global_loss.md is made of that file (`--direction both`: global_loss_both). Adding a method is one line of `METHODS`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import nn
 
 from anybatch.evaluation.gradient_error import FrozenPairs, effective_batch_size, gradient_error, infonce_curve
 from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
+from anybatch.losses.base import Direction
 from anybatch.losses.config import LossConfig, build_loss
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plan import BatchPlan
@@ -43,12 +44,13 @@ class Setting:
     num_rows: int
     dimensions: int
     temperature: float
+    direction: Direction
     plan: BatchPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One line of the table: a loss, the batches it is for, its log-weights, the epochs its memory takes to settle, and its batch sizes."""
+    """One line of the table: a loss, the batches it is for, its log-weights, the epochs its memory takes to settle, its batch sizes and directions."""
 
     name: str
     make: Callable[[Setting], nn.Module]
@@ -57,21 +59,24 @@ class Method:
     cap: float | None = None
     run_in: int = 0
     batch_sizes: tuple[int, ...] = (8, 32, 64, 128)
+    directions: tuple[Direction, ...] = ("one_way", "both")
 
 
 def sogclr(gamma: float) -> Callable[[Setting], nn.Module]:
     """The full-data InfoNCE with memory."""
-    return lambda s: SogCLR(s.num_rows, gamma=gamma, temperature=s.temperature)
+    return lambda s: SogCLR(s.num_rows, gamma=gamma, temperature=s.temperature, direction=s.direction)
 
 
 def count_corrected(s: Setting) -> nn.Module:
     """No memory."""
-    return CountCorrectedInfoNCE(s.num_rows, temperature=s.temperature)
+    return CountCorrectedInfoNCE(s.num_rows, temperature=s.temperature, direction=s.direction)
 
 
 def named(name: Literal["scent", "emc2", "glofnd", "nuclr", "isogclr"]) -> Callable[[Setting], nn.Module]:
     """A method of the library with its own defaults."""
-    return lambda s: build_loss(LossConfig(name=name, temperature=s.temperature), num_rows=s.num_rows)
+    return lambda s: build_loss(
+        LossConfig(name=name, temperature=s.temperature, direction=s.direction), num_rows=s.num_rows
+    )
 
 
 def centres(s: Setting) -> nn.Module:
@@ -82,8 +87,12 @@ def centres(s: Setting) -> nn.Module:
 SLOW = (64,)  # a memory that forgets slowly takes many epochs to settle: measured at one size
 CLUSTERED = ("mined", "mined, skip 30", "mined, weak teacher")
 METHODS = (
-    Method(name="InfoNCE", make=lambda s: InfoNCE(temperature=s.temperature), batches=("random", *CLUSTERED)),
-    Method(name="decoupled", make=lambda s: DecoupledInfoNCE(temperature=s.temperature)),
+    Method(
+        name="InfoNCE",
+        make=lambda s: InfoNCE(temperature=s.temperature, direction=s.direction),
+        batches=("random", *CLUSTERED),
+    ),
+    Method(name="decoupled", make=lambda s: DecoupledInfoNCE(temperature=s.temperature, direction=s.direction)),
     Method(name="count-corrected", make=count_corrected),
     Method(name="SogCLR .9", make=sogclr(0.9), run_in=3),
     Method(name="SogCLR .5", make=sogclr(0.5), run_in=5, batches=("random",), batch_sizes=SLOW),
@@ -116,7 +125,13 @@ METHODS = (
     Method(name="GloFND", make=named("glofnd"), run_in=5, batch_sizes=SLOW, batches=("random",)),
     Method(name="NUCLR", make=named("nuclr"), run_in=5, batch_sizes=SLOW, batches=("random",)),
     Method(name="iSogCLR", make=named("isogclr"), run_in=5, batch_sizes=SLOW, batches=("random",)),
-    Method(name="cluster centres", make=centres, run_in=1, batches=(*CLUSTERED, "random clusters")),
+    Method(
+        name="cluster centres",
+        make=centres,
+        run_in=1,
+        batches=(*CLUSTERED, "random clusters"),
+        directions=("one_way",),
+    ),
 )
 
 
@@ -148,8 +163,13 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--epochs", type=int, default=2, help="measured epochs in each of two halves")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[64, 32, 8, 128])
-    parser.add_argument("--out", type=Path, default=FOLDER / "global_loss.jsonl")
+    parser.add_argument("--direction", choices=["one_way", "both"], default="one_way")
+    parser.add_argument(
+        "--out", type=Path, help="by default docs/benchmarks/global_loss.jsonl, or global_loss_both.jsonl"
+    )
     options = parser.parse_args()
+    if options.out is None:
+        options.out = FOLDER / ("global_loss.jsonl" if options.direction == "one_way" else "global_loss_both.jsonl")
     torch.set_num_threads(1)
     sides = tuple(
         np.array(np.load(next(iter(sorted(options.data.glob(f"*{side}.npy")))), mmap_mode="r")[: options.rows])
@@ -157,13 +177,16 @@ def main() -> None:
     )
     assert len(sides) == 2
     begun = time.perf_counter()
-    pairs = FrozenPairs.prepare(*sides, temperature=options.temperature, num_probes=options.probes)
+    pairs = FrozenPairs.prepare(
+        *sides, temperature=options.temperature, direction=options.direction, num_probes=options.probes
+    )
     print(f"exact gradient of {options.probes} anchors: {time.perf_counter() - begun:.0f} s", flush=True)
     common = {
         "rows": len(pairs),
         "temperature": options.temperature,
         "probes": len(pairs.probes),
         "epochs": options.epochs,
+        "direction": options.direction,
     }
     done = {key_of(line) for line in read_lines(options.out)}
 
@@ -172,13 +195,13 @@ def main() -> None:
             file.write(json.dumps({**common, **line}) + "\n")
 
     if not any(
-        line["batches"] == "curve" for line in read_lines(options.out) if key_of(line)[:4] == tuple(common.values())
+        line["batches"] == "curve" for line in read_lines(options.out) if key_of(line)[:5] == tuple(common.values())
     ):
         for size, error in infonce_curve(pairs).items():
             record({"method": "InfoNCE", "batches": "curve", "batch_size": size, **asdict(error)})
     for batch_size in options.batch_sizes:
         plans: dict[str, BatchPlan] = {}
-        for method in METHODS:
+        for method in (method for method in METHODS if options.direction in method.directions):
             for batches in method.batches if batch_size in method.batch_sizes else ():
                 key = (*common.values(), method.name, batches, batch_size)
                 if key in done:
@@ -187,7 +210,11 @@ def main() -> None:
                     plans[batches] = make_plan(batches, sides, batch_size)
                 plan, begun = plans[batches], time.perf_counter()
                 setting = Setting(
-                    num_rows=len(pairs), dimensions=sides[0].shape[1], temperature=options.temperature, plan=plan
+                    num_rows=len(pairs),
+                    dimensions=sides[0].shape[1],
+                    temperature=options.temperature,
+                    direction=options.direction,
+                    plan=plan,
                 )
                 ids = np.arange(len(pairs))
                 error = gradient_error(
@@ -217,8 +244,9 @@ def main() -> None:
 
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    """What identifies a line."""
-    return tuple(line[name] for name in ("rows", "temperature", "probes", "epochs", "method", "batches", "batch_size"))
+    """What identifies a line; those of before there were directions are one-way."""
+    names = ("rows", "temperature", "probes", "epochs", "direction", "method", "batches", "batch_size")
+    return tuple({"direction": "one_way", **line}[name] for name in names)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -228,7 +256,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_table(results: Path, common: tuple[Any, ...]) -> None:
     """The lines of one setting as tables, one a batch size, with the aim's answer first."""
-    lines = [line for line in read_lines(results) if key_of(line)[:4] == common]
+    lines = [line for line in read_lines(results) if key_of(line)[:5] == common]
     curves = {name: {line["batch_size"]: line[name] for line in lines if line["batches"] == "curve"} for name in ERRORS}
     measured = sorted(
         (line for line in lines if line["batches"] != "curve"),
@@ -237,7 +265,10 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
     by_rmse = sorted(measured, key=lambda line: line["rmse"])
     at_aim = [line for line in by_rmse if line["batch_size"] == AIM[0]]
     reached = [line for line in at_aim if effective_batch_size(line["rmse"], curves["rmse"]) >= AIM[1]]
-    rows, temperature, probes, epochs = common
+    rows, temperature, probes, epochs, direction = common
+    both = direction == "both"
+    alone = "" if both else ", and only the anchors' gradient is compared"
+    option, measured_in = (" --direction both", "anchors and positives, both directions") if both else ("", "anchors")
     names = "; ".join(f"{x['method']} ({x['batches']}) {_size(x['rmse'], curves['rmse'])}" for x in reached)
     missed = [x for x in at_aim if x not in reached and x["batches"] != "random"]
     best = "; ".join(f"{x['method']} ({x['batches']}) {_size(x['rmse'], curves['rmse'])}" for x in missed[:3])
@@ -246,10 +277,10 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
         for x in [*reached, *sorted(at_aim, key=lambda line: -line["shared_cosine"])[:3]]
     )
     parts = [
-        f"# Distance to the full-data gradient\n\n`python -m benchmarks.global_loss --data FOLDER` on the first {rows:,} pairs of arxiv-title-abstract, "
+        f"# Distance to the full-data gradient\n\n`python -m benchmarks.global_loss --data FOLDER{option}` on the first {rows:,} pairs of arxiv-title-abstract, "
         "embedded by all-MiniLM-L6-v2 (384 dimensions, standing still), which is also the teacher of the mined batches. Temperature "
         f"{temperature:g}; {probes:,} anchors, {2 * epochs} batches each, in two independent halves. Machine: 2-core x86 CPU, one thread.\n\n"
-        "All errors are relative to the exact gradient's root mean square, with respect to the anchors' embeddings "
+        f"All errors are relative to the exact gradient's root mean square, with respect to the embeddings of the {measured_in} "
         "(`anybatch.evaluation.gradient_error`); ± is one standard error over anchors. Effective: the random InfoNCE batch with the same error, by RMSE "
         f"/ bias / RMSE after the best common factor; the factor is in the column before. The largest size on the curve is {max(curves['rmse']):,}.\n\n"
         f"**The aim**, RMSE at a mined batch of {AIM[0]} no larger than that of random InfoNCE at {AIM[1]:,}: "
@@ -258,7 +289,7 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
         "Mined: clusters of 32 (half a batch where that is less), no ranks skipped, so that the hardest rows sit together; skip 30 keeps the thirty nearest "
         "apart as probable false negatives, though they weigh most in the exact gradient; the weak teacher sees sixteen random directions of the embeddings. "
         "Cluster centres: the experiment in `benchmarks/cluster_centres.py`, the batch exactly and all other clusters by their mean embedding. All embeddings "
-        "stand still, so no memory is ever stale here, and only the anchors' gradient is compared. In training that experiment fails: [shared direction and "
+        f"stand still, so no memory is ever stale here{alone}. In training that experiment fails: [shared direction and "
         "training](shared_direction.md).\n\n## Random InfoNCE, the measure\n\n",
         markdown_table(
             ["batch", "RMSE", "bias", "RMSE, scaled"],

@@ -46,6 +46,8 @@ METHODS = (
     "mined/count_corrected/inclusion",
     "mined/sogclr/inclusion",
 )
+# The rest of the family, for `--methods family`: which of them to run at every batch size is asked at one.
+FAMILY = ("decoupled", "scent", "nuclr", "glofnd", "isogclr", "tempnet", "fastclip", "emc2", "siglip")
 BATCH_SIZES = (16, 64, 256, 1024)
 SEEDS = (0, 1, 2)
 # Adam's rate at a batch of 64, the middle of the first three tried; it grows with the square root of the batch.
@@ -174,6 +176,7 @@ def make_loss(name: str, weights: Literal["none", "inclusion"], task: Task, plan
         name=name,  # pyright: ignore[reportArgumentType] - `build_loss` knows the names
         temperature=task.temperature,
         direction=task.direction,
+        dimensions=WIDTH if name == "tempnet" else None,
         weights=weights,
     )
     return build_loss(config, num_rows=len(task.train))
@@ -261,7 +264,7 @@ def main() -> None:
     parser.add_argument("--anchor-embeddings", help="a teacher's, for mining; without them, LSA of the training texts")
     parser.add_argument("--positive-embeddings")
     parser.add_argument("--teacher-name", default="given", help="name of the given embeddings' model, for the table")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="or the word family")
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=list(BATCH_SIZES))
     parser.add_argument("--pairs", type=int, help="budget in pairs; 240,000 if neither is given")
     parser.add_argument("--steps", type=int, help="budget in steps")
@@ -275,6 +278,8 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("--data is needed, the folder of the task's data")
+    if options.methods == ["family"]:
+        options.methods = [f"random/{name}" for name in FAMILY if (options.task, name) != ("emoji", "siglip")]
     torch.set_num_threads(1)
     task = load_task(options.task, options.data, cache=options.cache, limit=options.limit)
     files = (options.anchor_embeddings, options.positive_embeddings)

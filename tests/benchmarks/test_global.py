@@ -79,6 +79,15 @@ def test_gradient_benchmark_resumes(folder, monkeypatch):
         ("cluster centres", "mined"),
     ]
     assert "## Batches of 8, best first" in out.with_suffix(".md").read_text()
+    # The other direction in the same file: lines and a table of its own, without what has one direction only.
+    with pytest.warns(UserWarning, match="rank window"):
+        call(monkeypatch, global_loss, *arguments, "--direction", "both")
+    added = [json.loads(line) for line in out.read_text().splitlines()][len(lines) :]
+    assert [(line["method"], line["batches"], line["direction"]) for line in added[3:]] == [
+        ("InfoNCE", "random", "both"),
+        ("count-corrected, weights", "mined", "both"),
+    ]
+    assert "anchors and positives, both directions" in out.with_suffix(".md").read_text()
 
 
 def test_bags():

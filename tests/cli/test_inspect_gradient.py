@@ -48,3 +48,20 @@ def test_a_plan_alone(mined, tmp_path, heard):  # noqa: F811
     files = [str(tmp_path / "a.npy"), str(tmp_path / "p.npy")]
     run("inspect", "gradient", str(alone), "--anchors", "20", "--embeddings", *files)
     assert "Not taken into account: Repeated texts" in heard()
+
+
+def test_the_direction_is_the_runs(mined, tmp_path, heard):  # noqa: F811
+    """By default that of the run's configuration, which the page says."""
+    config = (mined / "config.yaml").read_text(encoding="utf-8")
+    changed, number = re.subn(r"\bdirection: \w+", "direction: both", config)
+    assert number == 1
+    (mined / "config.yaml").write_text(changed, encoding="utf-8")
+    page = tmp_path / "gradient.html"
+    run("inspect", "gradient", str(mined), "--anchors", "20", "--html", str(page))
+    assert "over all data, both directions" in heard()
+    assert "error of single pairs, anchor and positive together" in " ".join(heard().split())
+    assert "The loss has both directions" in page.read_text(encoding="utf-8")
+    run("inspect", "gradient", str(mined), "--anchors", "20", "--direction", "one_way")
+    assert "The error of single anchors" in " ".join(heard().split())
+    with pytest.raises(AnybatchError, match="expected one_way or both"):
+        run("inspect", "gradient", str(mined), "--direction", "two_way")

@@ -1,6 +1,8 @@
 """The exact gradient against a loop, the error of known estimators, and the curve that effective sizes are read from."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,14 +10,21 @@ import torch
 
 from anybatch import BatchPlan
 from anybatch.errors import AnybatchError
-from anybatch.evaluation.gradient_error import (
-    FrozenPairs,
-    effective_batch_size,
-    full_gradient,
-    gradient_error,
-    infonce_curve,
+from anybatch.evaluation.full_gradient import full_gradient, full_gradient_both
+from anybatch.evaluation.gradient_error import FrozenPairs, effective_batch_size, gradient_error, infonce_curve
+from anybatch.losses import (
+    EMC2,
+    NUCLR,
+    SCENT,
+    CountCorrectedInfoNCE,
+    DecoupledInfoNCE,
+    FastCLIP,
+    GloFND,
+    InfoNCE,
+    ISogCLR,
+    SogCLR,
+    TempNet,
 )
-from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, SogCLR
 from anybatch.rows import RowTable
 from tests import reference
 
@@ -245,3 +254,161 @@ def test_mistakes():
         gradient_error(pairs, InfoNCE(direction="both"), plan=BatchPlan.random(20, 4))
     with pytest.raises(AnybatchError, match="sizes from 2"):
         infonce_curve(pairs, batch_sizes=[4, 64])
+
+
+def naive_both(anchors, positives, tau, allowed):
+    """(n, 2 D): n times the gradient of the mean of both directions' losses, autograd through the normalisation, over loops."""
+    leaves = [torch.tensor(side, requires_grad=True) for side in (anchors, positives)]
+    forth = reference.infonce(*leaves, tau, allowed)
+    back = reference.infonce(leaves[1], leaves[0], tau, allowed.T)
+    return torch.cat(torch.autograd.grad((forth + back) / 2 * len(anchors), leaves), dim=1)
+
+
+@pytest.mark.parametrize("num_rows", [16, 23])
+@pytest.mark.parametrize("tile_bytes", [1, 1000, 10**6])
+def test_the_two_way_gradient_equals_autograd(num_rows, tile_bytes):
+    anchors, positives = embeddings(num_rows)
+    anchor_id, positive_id = torch.arange(num_rows), torch.arange(num_rows)
+    anchor_id[5], positive_id[9], positive_id[10] = 2, 1, 1
+    expected = naive_both(anchors, positives, 0.1, reference.pairs_allowed(num_rows, num_rows, anchor_id, positive_id))
+    sides = torch.tensor(anchors), torch.tensor(positives)
+    ids = {"anchor_id": anchor_id, "positive_id": positive_id}
+    ours = full_gradient_both(*sides, temperature=0.1, tile_bytes=tile_bytes, **ids)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    some = torch.tensor([3, 9, 10])
+    part = full_gradient_both(*sides, temperature=0.1, rows=some, tile_bytes=tile_bytes, **ids)
+    torch.testing.assert_close(part, expected[some], rtol=1e-10, atol=1e-12)
+    bare = full_gradient_both(*sides, temperature=0.1, tile_bytes=tile_bytes)
+    expected = naive_both(anchors, positives, 0.1, reference.pairs_allowed(num_rows, num_rows))
+    torch.testing.assert_close(bare, expected, rtol=1e-10, atol=1e-12)
+
+
+TWO_WAY = {
+    "infonce": lambda: InfoNCE(temperature=0.2, direction="both"),
+    "decoupled": lambda: DecoupledInfoNCE(temperature=0.2, direction="both"),
+    "count corrected": lambda: CountCorrectedInfoNCE(24, temperature=0.2, direction="both"),
+    "sogclr": lambda: SogCLR(24, temperature=0.2, direction="both"),
+    "fastclip": lambda: FastCLIP(24, version="v0", temperature=0.2, eps=None),
+    "fastclip v2": lambda: FastCLIP(24, version="v2", temperature=0.2, temperature_lr=1e-9, eps=None),
+    "isogclr": lambda: ISogCLR(24, temperature=0.2, temperature_lr=1e-9, eps=None, direction="both"),
+    "tempnet": lambda: TempNet(24, 12, temperature=0.2, temperature_range=(0.1, 0.5), eps=None, direction="both"),
+    "scent": lambda: SCENT(24, temperature=0.2, direction="both"),
+    "nuclr": lambda: NUCLR(24, temperature=0.2, margin=0.0, margin_lr=1e-12, direction="both"),
+    "glofnd": lambda: GloFND(24, temperature=0.2, alpha=1e-3, threshold_start=100, direction="both"),
+    "emc2": lambda: EMC2(24, dimensions=12, temperature=0.2, direction="both"),
+}
+OTHER_OBJECTIVE = ("decoupled", "emc2")  # no positive in the denominator, and chains are not exact
+
+
+@pytest.mark.parametrize("name", TWO_WAY)
+def test_the_whole_data_as_one_two_way_batch_has_no_error(name):
+    pairs = FrozenPairs.prepare(*embeddings(24), temperature=0.2, direction="both")
+    result = gradient_error(pairs, TWO_WAY[name](), plan=BatchPlan.random(24, 24), run_in=2, epochs=2)
+    assert (result.num_anchors, result.num_draws) == (24, 4)
+    if name in OTHER_OBJECTIVE:
+        assert 0.02 < result.rmse < 1
+        assert result.shared_cosine > 0.9
+        return
+    assert result.scaled_rmse < 1e-5  # float32 memory; a factor of tau is the scale of some objectives
+    assert result.shared_cosine == pytest.approx(1, abs=1e-5)
+    if name in ("infonce", "count corrected", "sogclr", "fastclip", "scent"):
+        assert result.rmse < 1e-5
+        assert result.shared_bias < 1e-5
+
+
+def test_two_way_figures_equal_an_enumeration_of_all_batches():
+    """n = 7, B = 3, as above: every batch of every pair, the gradient of both its sides, also of the two shared maps."""
+    anchors, positives = embeddings(7, 4, seed=3)
+    tau = 0.3
+    exact = naive_both(anchors, positives, tau, reference.pairs_allowed(7, 7))
+    units = torch.tensor(np.concatenate([anchors, positives], axis=1))
+    draws = [[] for _ in range(7)]
+    for batch in itertools.combinations(range(7), 3):
+        rows = list(batch)
+        gradient = naive_both(anchors[rows], positives[rows], tau, reference.pairs_allowed(3, 3))
+        for place, row in enumerate(rows):
+            draws[row].append(gradient[place])
+    stacked = torch.stack([torch.stack(of_row) for of_row in draws])  # (7, 15, 8)
+    whole = exact.square().sum()
+    bias = (stacked.mean(1) - exact).square().sum()
+    error = (stacked - exact[:, None]).square().sum(2).mean(1).sum()
+    along, length = (stacked * exact[:, None]).sum(2).mean(1).sum(), stacked.square().sum(2).mean(1).sum()
+
+    def maps(gradients):
+        return torch.stack([gradients[:, :4].T @ units[:, :4], gradients[:, 4:].T @ units[:, 4:]])
+
+    of_mean, of_exact = maps(stacked.mean(1)), maps(exact)
+    pairs = FrozenPairs.prepare(anchors, positives, temperature=tau, direction="both")
+    plan = BatchPlan(
+        num_rows=7, batch_size=3, cluster_size=1, cluster=np.arange(7, dtype=np.int32), seed=1, data_digest=""
+    )
+    result = gradient_error(pairs, InfoNCE(temperature=tau, direction="both"), plan=plan, epochs=300)
+    assert result.bias == pytest.approx(math.sqrt(bias / whole), rel=0.03)
+    assert result.rmse == pytest.approx(math.sqrt(error / whole), rel=0.03)
+    assert result.scaled_rmse == pytest.approx(math.sqrt(1 - along**2 / (length * whole)), rel=0.03)
+    assert result.scale == pytest.approx(float(along / length), rel=0.03)
+    assert result.shared_bias == pytest.approx(float((of_mean - of_exact).norm() / of_exact.norm()), rel=0.03)
+    cosine = float((of_mean * of_exact).sum() / (of_mean.norm() * of_exact.norm()))
+    assert result.shared_cosine == pytest.approx(cosine, abs=0.01)
+
+
+def test_a_two_way_memory_beside_a_naive_twin():
+    """n = 40, batches of 8, SogCLR: every gradient of one of the two halves' epochs from Python floats, figure by figure."""
+    num_rows, tau, gamma, eps = 40, 0.3, 0.5, 1 / 39
+    anchors, positives = embeddings(num_rows)
+    pairs = FrozenPairs.prepare(anchors, positives, temperature=tau, direction="both", num_probes=11)
+    plan = BatchPlan.random(num_rows, 8, seed=2)
+    result = gradient_error(
+        pairs, SogCLR(num_rows, gamma=gamma, temperature=tau, direction="both"), plan=plan, epochs=2
+    )
+    exact = naive_both(anchors, positives, tau, reference.pairs_allowed(num_rows, num_rows))
+    squares, count = 0.0, 0
+    for seed in (2, 3):
+        states: list[dict[int, float]] = [{}, {}]
+        for epoch in range(2):
+            for batch in replace(plan, seed=seed).epoch_batches(epoch):
+                leaves = [torch.tensor(side[batch], requires_grad=True) for side in (anchors, positives)]
+                units = [side / side.norm(dim=1, keepdim=True) for side in leaves]
+                surrogate = 0.0
+                for number, (queries, others) in enumerate((units, units[::-1])):
+                    scores = queries @ others.T
+                    for i, row in enumerate(batch.tolist()):
+                        gaps = [(scores[i, j] - scores[i, i]) / tau for j in range(8) if j != i]
+                        known = [gap.item() for gap in gaps]
+                        mean = sum(math.exp(gap) for gap in known) / 7
+                        old = states[number].get(row, mean)
+                        states[number][row] = u = (1 - gamma) * old + gamma * mean
+                        surrogate = surrogate + sum(math.exp(k) * gap for k, gap in zip(known, gaps, strict=True)) / (
+                            14 * (eps + u)
+                        )
+                gradient = torch.cat(torch.autograd.grad(surrogate, leaves), dim=1)
+                for place, row in enumerate(batch.tolist()):
+                    if row in pairs.probes:
+                        squares += float((gradient[place] - exact[row]).square().sum())
+                        count += 1
+    assert result.num_draws * result.num_anchors == count
+    norm = float(exact[pairs.probes].square().sum()) / 11
+    assert result.rmse == pytest.approx(math.sqrt(squares / count / norm), rel=1e-5)
+
+
+def test_the_two_way_curve_agrees_with_whole_batches():
+    pairs = FrozenPairs.prepare(*embeddings(260), temperature=0.1, direction="both")
+    curve = infonce_curve(pairs, epochs=4)
+    rmse = {size: error.rmse for size, error in curve.items()}
+    assert sorted(rmse.values(), reverse=True) == list(rmse.values())
+    for size in (16, 64):
+        loss = InfoNCE(temperature=0.1, direction="both")
+        direct = gradient_error(pairs, loss, plan=BatchPlan.random(260, size), epochs=6)
+        assert effective_batch_size(direct.rmse, rmse) == pytest.approx(size, rel=0.15)
+    ids = np.arange(40) // 2
+    same = FrozenPairs.prepare(*embeddings(40), anchor_id=ids, positive_id=np.arange(40), direction="both")
+    assert infonce_curve(same, batch_sizes=[40], epochs=1)[40].rmse < 1e-5
+
+
+def test_directions_must_agree():
+    anchors, positives = embeddings(20)
+    pairs = FrozenPairs.prepare(anchors, positives, direction="both")
+    with pytest.raises(AnybatchError, match=r"direction='one_way', the exact gradient 'both'"):
+        gradient_error(pairs, InfoNCE(), plan=BatchPlan.random(20, 4))
+    with pytest.raises(AnybatchError, match="expected 'one_way' or 'both'"):
+        FrozenPairs.prepare(anchors, positives, direction="two_way")

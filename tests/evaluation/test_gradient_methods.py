@@ -77,3 +77,13 @@ def test_words(comparison):
     assert comparison.size_in_words(float("inf")) == "over 64"
     assert comparison.size_in_words(0.0) == "under 8"
     assert comparison.size_in_words(1234.4) == "1,234"
+
+
+def test_both_directions():
+    pairs = FrozenPairs.prepare(*embeddings(160), temperature=0.2, num_probes=80, direction="both")
+    result = compare_methods(pairs, mined(160, 8, 16), epochs=2)
+    assert result.direction == "both"
+    assert len(result.lines) == 10
+    plain = next(line for line in result.lines if (line.method, line.batches) == ("infonce", "random"))
+    assert plain.effective == pytest.approx(16, rel=0.25)  # of two-way InfoNCE, its own measure
+    assert "anchor and positive together" in " ".join(recommendation(result))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -26,6 +26,7 @@ from anybatch.integrations.sentence_transformers import (
     LossStateCallback,
     PlanBatches,
     TrainConfig,
+    load_grown_loss,
     train_model,
     with_index,
 )
@@ -155,6 +156,35 @@ def test_resuming_with_another_plan_is_an_error(tiny_model_folder, tmp_path):
     seen: list = []
     trainer(tiny_model_folder, tmp_path, seen=seen, **settings)[0].train(resume_from_checkpoint=checkpoint)
     assert len(seen) == 2
+
+
+def test_a_new_run_on_appended_rows_begins_with_the_old_states(tiny_model_folder, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3, "logging_strategy": "no"}
+    training, old = trainer(tiny_model_folder, tmp_path / "old", seen=[], **settings)
+    training.train()
+    checkpoint = tmp_path / "old" / "checkpoint-3"
+    new = CachedLoss(old.model, SogCLR(ROWS + 6, gamma=0.5, learnable_temperature=True))
+    load_grown_loss(new, checkpoint)
+    assert torch.equal(new.loss.memory.log_mean[:, :ROWS].nan_to_num(9), old.loss.memory.log_mean.nan_to_num(9))
+    assert int(new.loss.memory.visited.sum()) == int(old.loss.memory.visited.sum()) > 0
+    assert torch.equal(new.loss.log_temperature, old.loss.log_temperature)
+    # The same state from a run of two ranks that shared out the memory: a file each, and one that says so.
+    whole = load_file(checkpoint / "anybatch_loss.safetensors")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for rank in range(2):
+        part = {**whole, "memory.log_mean": whole["memory.log_mean"][:, rank::2].contiguous()}
+        part["memory.shard"] = torch.tensor([rank, 2, ROWS])
+        save_file(part, shards / f"anybatch_loss-{rank}-of-2.safetensors")
+    save_file({"num_shards": torch.tensor(2)}, shards / "anybatch_loss.safetensors")
+    again = CachedLoss(old.model, SogCLR(ROWS + 6, gamma=0.5, learnable_temperature=True))
+    load_grown_loss(again, shards)
+    assert torch.equal(again.loss.memory.log_mean.nan_to_num(9), new.loss.memory.log_mean.nan_to_num(9))
+    fewer = CachedLoss(old.model, SogCLR(ROWS - 1, gamma=0.5, learnable_temperature=True))
+    with pytest.raises(AnybatchError, match="can only grow"):
+        load_grown_loss(fewer, checkpoint)
+    with pytest.raises(AnybatchError, match=r"has no anybatch_loss\.safetensors"):
+        load_grown_loss(new, tmp_path)
 
 
 SCRIPT = """

@@ -202,3 +202,12 @@ def test_ranks_equal_one_process(world_size):
                 torch.testing.assert_close(part[0], value, rtol=1e-12, atol=1e-12)
                 for ours, theirs in zip(part[2], parameters, strict=True):
                     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_model_leaves_bias_and_temperature_in_float32(dtype):
+    """A bias of -10 has steps of 1/16 in bfloat16."""
+    loss = SigLIP()
+    torch.nn.Sequential(torch.nn.Linear(2, 2), loss).to(dtype)
+    assert {parameter.dtype for parameter in loss.parameters()} == {torch.float32}
+    assert loss.bias.item() == -10.0

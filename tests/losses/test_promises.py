@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anybatch.caching import cached_step
-from anybatch.losses.example_values import ExampleValues
+from anybatch.losses.memory import ExampleMemory
 
 from .methods import ALL, ROWS, STATEFUL, WIDTH
 
@@ -207,14 +207,31 @@ def test_autocast_changes_nothing(name):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["isogclr", "nuclr", "glofnd"])
-def test_values_of_examples_stay_float32(name):
-    loss = STATEFUL[name](temperature=0.3).to(torch.bfloat16)
-    values = next(part.values for part in loss.modules() if isinstance(part, ExampleValues))
-    assert values.dtype == torch.float32
-    assert (
-        next(part for part in loss.double().modules() if isinstance(part, ExampleValues)).values.dtype == torch.float64
-    )
+@pytest.mark.parametrize("cast", ["bfloat16", "half"])
+@pytest.mark.parametrize("name", ALL)
+def test_casts_of_a_model_leave_what_the_loss_knows_alone(name, cast):
+    """What belongs to single rows, and what the loss learns itself: a small step would not move it in 8 or 11 bits."""
+    torch.manual_seed(0)
+    loss, other = (ALL[name](temperature=0.3, direction="both") for _ in range(2))
+    for one in (loss, other):
+        for step in range(2):
+            anchors, candidates, index = draw(step, dtype=torch.float32)
+            one(anchors, candidates, index=index)
+    before = state(loss)
+    per_row = {key for key, value in before.items() if value.ndim > 1 and ROWS in value.shape}
+    if name in STATEFUL:
+        assert {f"{path}.log_mean" for path, part in loss.named_modules() if isinstance(part, ExampleMemory)} <= per_row
+    learned = {key for key, _ in loss.named_parameters(recurse=False)}
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), loss)
+    getattr(model, cast)()
+    other.to(getattr(torch, cast))
+    assert model[0].weight.dtype == getattr(torch, cast)
+    for one in (loss, other):
+        for key in per_row | learned:
+            assert state(one)[key].dtype == torch.float32, key
+            assert torch.equal(state(one)[key].nan_to_num(-99.0), before[key].nan_to_num(-99.0)), key
+    wider = state(loss.double())
+    assert all(wider[key].dtype == torch.float64 for key in per_row | learned)
 
 
 @pytest.mark.parametrize("name", STATEFUL)

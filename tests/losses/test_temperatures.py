@@ -301,3 +301,62 @@ def test_isogclr_has_the_scale_of_its_temperature(temperature):
             loss(leaf, sides[1], index=torch.arange(8)).backward()
             gradients.append(leaf.grad)
         torch.testing.assert_close(gradients[0], temperature * gradients[1], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["one_way", "both"])
+def test_a_network_with_dropout_draws_one_mask_a_call(direction):
+    """The temperatures that divide the scores are those whose derivative the network learns from."""
+    calls = []
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(
+                torch.nn.Linear(WIDTH, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 1)
+            ).double()
+
+        def forward(self, embeddings):
+            calls.append(len(embeddings))
+            return self.layers(embeddings)
+
+    torch.manual_seed(0)
+    directions = 2 if direction == "both" else 1
+    low, high, rho, eps = 0.1, 1.0, 0.5, 1e-3
+    loss = TempNet(
+        ROWS,
+        WIDTH,
+        gamma=1.0,
+        eps=eps,
+        rho=rho,
+        temperature=0.3,
+        temperature_range=(low, high),
+        net=torch.nn.ModuleList(Net() for _ in range(directions)),
+        direction=direction,
+    )
+    generator = torch.Generator().manual_seed(1)
+    anchors, positives = (torch.randn(6, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    torch.manual_seed(3)
+    value = loss(anchors.requires_grad_(), positives, index=torch.arange(6))
+    assert calls == [6] * directions
+    ours = torch.autograd.grad(value, [anchors, *loss.parameters()])
+    assert loss.last_stats["temperature"] == pytest.approx(loss.temperature)
+
+    torch.manual_seed(3)
+    sides = [torch.nn.functional.normalize(side, dim=1) for side in (anchors, positives)]
+    terms = []
+    for number in range(directions):
+        queries, others = (sides[0], sides[1]) if number == 0 else (sides[1], sides[0])
+        tau = low + (high - low) * loss.source.net[number](queries.detach())[:, 0].sigmoid()
+        scores = queries @ others.T
+        gaps = (scores - scores.diagonal()[:, None]) / tau[:, None]
+        for i in range(6):
+            mean = sum(gaps[i, j].exp() for j in range(6) if j != i) / 5
+            terms.append(tau[i] * ((eps + mean).log() + rho) / (6 * directions))
+    naive = sum(terms)
+    assert value.item() == pytest.approx(naive.item(), rel=1e-6)  # the memory is float32
+    expected = torch.autograd.grad(naive, [anchors, *loss.parameters()])
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+    loss.eval()
+    with torch.no_grad():
+        assert loss(anchors, positives, index=torch.arange(6)).isfinite()

@@ -30,6 +30,9 @@ def command(
         ),
     ] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="By default the run's.")] = None,
+    direction: Annotated[
+        str | None, typer.Option("--direction", help="Of the loss, one_way or both. By default the run's.")
+    ] = None,
     anchors: Annotated[
         int, typer.Option("--anchors", help="Anchors measured, drawn at random. More is slower and more exact.", min=2)
     ] = 2000,
@@ -59,11 +62,17 @@ def command(
         )
     if temperature is None:
         temperature = first_temperature(LossConfig() if config is None else config.loss)
+    if direction is None:
+        configured = LossConfig() if config is None else config.loss
+        direction = configured.direction or ("both" if configured.name == "fastclip" else "one_way")
+    if direction not in ("one_way", "both"):
+        raise AnybatchError(f"--direction is {direction!r}; expected one_way or both.")
     with Bars() as bars:
         bars("exact gradient", 0, 1)
         frozen = FrozenPairs.prepare(
             *vectors,
             temperature=temperature,
+            direction=direction,
             anchor_id=None if pairs is None else pairs.anchor_id,
             positive_id=None if pairs is None else pairs.positive_id,
             num_probes=anchors,
@@ -71,7 +80,8 @@ def command(
         bars("exact gradient", 1, 1)
         comparison = compare_methods(frozen, plan, progress=lambda done, total: bars("methods", done, total))
     header, lines = comparison_rows(comparison)
-    table = Table(title="Distance to the gradient over all data", title_justify="left")
+    both = ", both directions" if direction == "both" else ""
+    table = Table(title=f"Distance to the gradient over all data{both}", title_justify="left")
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number < 2 else "right")
     for line in lines:

@@ -17,6 +17,10 @@ near in every single anchor and yet go astray together; in training, this is the
 
 The effective batch size is the size of the random batch for which plain InfoNCE has the same error.
 
+For two-way losses the exact objective is the mean of both directions' losses. Its gradient with respect to anchor i and that with respect to positive i
+(`full_gradient_both`) stand side by side as one vector, g*_i of 2 D numbers, and so do those of a batch: all figures are of both together. There are two
+linear maps then, one shared by all anchors and one by all positives, and the measure is two-way InfoNCE on random batches.
+
 Imports errors, losses, plan and rows.
 """
 
@@ -26,13 +30,16 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
+from anybatch.evaluation.full_gradient import full_gradient, full_gradient_both, tangent
 from anybatch.losses import EMC2, NUCLR, GammaSchedule, GloFND, IdMask, InfoNCE
+from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
@@ -50,7 +57,7 @@ class GradientError:
         rmse, rmse_se: Of one batch.
         scaled_rmse, scaled_rmse_se: Of one batch after the best common factor.
         scale: That factor; above 1 where the method's gradient is too short.
-        shared_bias, shared_bias_se: |E G - G*| / |G*| of a linear map shared by all anchors.
+        shared_bias, shared_bias_se: |E G - G*| / |G*| of a linear map shared by all anchors (two-way: and of one shared by all positives).
         shared_cosine, shared_cosine_se: Of E G with G*; 1 if only the length is wrong.
         num_anchors: Anchors measured.
         num_draws: Batches seen for each anchor, on average.
@@ -85,7 +92,8 @@ class FrozenPairs:
         anchor_id, positive_id: (n,) int64; equal for identical texts, which are never negatives of each other.
         temperature: Of the exact objective.
         probes: (P,) int64 rows whose gradient is compared, ascending.
-        exact: (P, D), their exact gradients.
+        exact: (P, D), their exact gradients; two-way (P, 2 D), those of the rows' anchors, then those of their positives.
+        direction: Of the objective.
     """
 
     anchors: Tensor
@@ -95,6 +103,7 @@ class FrozenPairs:
     temperature: float
     probes: Tensor
     exact: Tensor
+    direction: Direction = "one_way"
 
     @classmethod
     def prepare(
@@ -103,6 +112,7 @@ class FrozenPairs:
         positives: np.ndarray,
         *,
         temperature: float = 0.05,
+        direction: Direction = "one_way",
         anchor_id: np.ndarray | None = None,
         positive_id: np.ndarray | None = None,
         num_probes: int | None = None,
@@ -114,16 +124,19 @@ class FrozenPairs:
         Args:
             anchors, positives: (n, D) float; rows need not be of unit length. float64 is kept, all else becomes float32.
             temperature: Similarities are divided by it.
+            direction: "one_way" for the anchors' gradient of their own losses, "both" for that of anchors and positives in both directions' losses.
             anchor_id, positive_id: (n,) int; None: all texts differ.
-            num_probes: Anchors to compare, drawn at random; None for all.
+            num_probes: Anchors (two-way: pairs) to compare, drawn at random; None for all.
             seed: Of the draw.
             tile_bytes: Memory for scores.
 
         Raises:
-            AnybatchError: Shapes that do not fit, rows that are zero, NaN or infinite, fewer than 3 rows.
+            AnybatchError: Shapes that do not fit, rows that are zero, NaN or infinite, fewer than 3 rows, an unknown direction.
 
-        Cost: see `full_gradient`, plus P * D numbers.
+        Cost: see `full_gradient` and `full_gradient_both`, plus P * D or P * 2 D numbers.
         """
+        if direction not in get_args(Direction):
+            raise AnybatchError(f"direction is {direction!r}; expected 'one_way' or 'both'.")
         num_rows = len(anchors)
         if anchors.ndim != 2 or anchors.shape != positives.shape or num_rows < 3:
             raise AnybatchError(
@@ -139,12 +152,15 @@ class FrozenPairs:
         if any(len(known) != num_rows for known in ids):
             raise AnybatchError(f"The ids cover {len(ids[0])} and {len(ids[1])} rows; expected {num_rows}.")
         chosen = torch.from_numpy(probes)
-        exact = full_gradient(
+        repeated = any(
+            len(known.unique()) < num_rows for known in ids
+        )  # else there is nothing to mask but the own pair
+        exact = (full_gradient if direction == "one_way" else full_gradient_both)(
             *sides,
             temperature=temperature,
             rows=chosen,
-            anchor_id=ids[0],
-            positive_id=ids[1],
+            anchor_id=ids[0] if repeated else None,
+            positive_id=ids[1] if repeated else None,
             tile_bytes=tile_bytes,
         )
         return cls(
@@ -155,55 +171,16 @@ class FrozenPairs:
             temperature=temperature,
             probes=chosen,
             exact=exact,
+            direction=direction,
         )
 
     def __len__(self) -> int:
         return len(self.anchors)
 
-
-def full_gradient(
-    anchors: Tensor,
-    positives: Tensor,
-    *,
-    temperature: float,
-    rows: Tensor | None = None,
-    anchor_id: Tensor | None = None,
-    positive_id: Tensor | None = None,
-    tile_bytes: int = TILE_BYTES,
-) -> Tensor:
-    """The exact gradient of full-data InfoNCE with respect to anchors, in closed form.
-
-        g*_i = 1 / tau * sum_{j != i} p_ij (c_j - c_i), without its component along a_i
-
-    Args:
-        anchors, positives: (n, D) float, unit rows.
-        temperature: tau.
-        rows: (P,) int64, whose gradient; None for all.
-        anchor_id, positive_id: (n,) int; a row whose anchor or positive has the anchor's own id is no negative. Both or none.
-        tile_bytes: Memory for scores at a time.
-
-    Returns:
-        (P, D), of each anchor's own loss L_i (not divided by n).
-
-    Cost: two products of P x n x D; one tile of scores.
-
-    Reference: the gradient of van den Oord et al. 2018, arXiv 1807.03748, equation 4, with the whole data set as candidates.
-    """
-    rows = torch.arange(len(anchors)) if rows is None else rows
-    gradient = anchors.new_empty(len(rows), anchors.shape[1])
-    height = max(1, tile_bytes // (len(positives) * anchors.element_size()))
-    for start in range(0, len(rows), height):
-        tile = rows[start : start + height]
-        own = torch.arange(len(tile))
-        logits = (anchors[tile] @ positives.T).mul_(1 / temperature)
-        kept = logits[own, tile]
-        if anchor_id is not None and positive_id is not None:
-            logits.masked_fill_(anchor_id[tile, None] == anchor_id[None], -torch.inf)
-            logits.masked_fill_(positive_id[tile, None] == positive_id[None], -torch.inf)
-        logits[own, tile] = kept
-        share = torch.softmax(logits, dim=1)
-        gradient[start : start + height] = (share @ positives - positives[tile]) / temperature
-    return _tangent(gradient, anchors[rows])
+    def units(self, rows: Tensor) -> Tensor:
+        """The unit embeddings that `exact` is the gradient of: (R, D) anchors, or (R, 2 D) anchors and positives."""
+        anchors = self.anchors[rows]
+        return anchors if self.direction == "one_way" else torch.cat([anchors, self.positives[rows]], dim=1)
 
 
 def gradient_error(
@@ -223,25 +200,26 @@ def gradient_error(
 
     Args:
         pairs: The embeddings and their exact gradient.
-        loss: Any one-way loss of the library's contract; copied, so its own state is where both copies start.
+        loss: Any loss of the library's contract in the direction of `pairs`; copied, so its own state is where both copies start.
         plan: Its batches; regrouped every epoch.
         table: Gives log-weights and masks; None for the ids of `pairs` and no weights.
         run_in: Epochs before measuring. A memory that forgets at rate gamma needs about 3 / gamma.
         epochs: Epochs measured, in each copy.
 
     Raises:
-        AnybatchError: A plan for another number of rows; a two-way loss, whose anchors have the gradient of two objectives.
+        AnybatchError: A plan for another number of rows; a loss of another direction than the exact gradient's.
 
-    Cost: 2 * (run_in + epochs) * n / B calls of the loss, fewer if batches without probes can be skipped; 2 * P * D numbers.
+    Cost: 2 * (run_in + epochs) * n / B calls of the loss, fewer if batches without probes can be skipped; 2 * P * D numbers (two-way: 4 * P * D).
     """
     if plan.num_rows != len(pairs):
         raise AnybatchError(
             f"The plan has {plan.num_rows} rows, the embeddings {len(pairs)}. Give the embeddings of the data that the plan was made for."
         )
-    if getattr(loss, "direction", "one_way") != "one_way":
+    direction = getattr(loss, "direction", pairs.direction)
+    if direction != pairs.direction:
         raise AnybatchError(
-            "The gradient error is that of one direction; make the loss with direction='one_way', and swap anchors and positives to measure "
-            "the other."
+            f"The loss has direction={direction!r}, the exact gradient {pairs.direction!r}. Make both alike: "
+            f"FrozenPairs.prepare(..., direction={direction!r}), or a loss with direction={pairs.direction!r}."
         )
     if table is None:
         table = RowTable(pairs.anchor_id.numpy(), pairs.positive_id.numpy())
@@ -255,9 +233,10 @@ def gradient_error(
 def infonce_curve(
     pairs: FrozenPairs, *, batch_sizes: Sequence[int] | None = None, epochs: int = 2, seed: int = 0
 ) -> dict[int, GradientError]:
-    """The error of plain InfoNCE on random batches of each size, which effective batch sizes are read from.
+    """The error of plain InfoNCE, in the direction of `pairs`, on random batches of each size, which effective batch sizes are read from.
 
-    An anchor's gradient depends on the batch's candidates alone, so up to 256 probes at a time are put through each random batch.
+    An anchor's gradient depends on the batch's candidates alone, so up to 256 probes at a time are put through each random batch. Two-way it
+    depends on the whole batch, of which as many are probes, or an eighth.
 
     Args:
         pairs: The embeddings and their exact gradient.
@@ -265,7 +244,8 @@ def infonce_curve(
         epochs: Draws for each probe, in each of two independent halves.
         seed: Of the batches.
 
-    Cost: 2 * epochs * P * B * D multiplications a size, three times over.
+    Cost: 2 * epochs * P * B * D multiplications a size, three times over; two-way four times, and B * B * D for each 256 probes (B / 8 where
+    that is more).
     """
     num_rows = len(pairs)
     if batch_sizes is None:
@@ -276,16 +256,20 @@ def infonce_curve(
     loss = InfoNCE(temperature=pairs.temperature)
     curve: dict[int, GradientError] = {}
     for size in batch_sizes:
+        at_once = min(size, max(CURVE_CHUNK, size // 8) if pairs.direction == "both" else CURVE_CHUNK)
         sums = [_Sums(pairs), _Sums(pairs)]
         for number, half in enumerate(sums):
             generator = np.random.default_rng([seed, size, number])
             for _ in range(epochs):
-                for chosen in torch.from_numpy(generator.permutation(len(pairs.probes))).split(min(size, CURVE_CHUNK)):
+                for chosen in torch.from_numpy(generator.permutation(len(pairs.probes))).split(at_once):
                     first = pairs.probes[chosen]
                     free = np.ones(num_rows, bool)
                     free[first] = False
                     rest = generator.choice(np.flatnonzero(free), size - len(first), replace=False)
                     candidates = torch.cat([first, torch.from_numpy(rest)])
+                    if pairs.direction == "both":
+                        half.add(chosen, _of_random_batch(pairs, candidates, len(first)))
+                        continue
                     mask = IdMask(
                         row_positive=pairs.positive_id[first],
                         row_anchor=pairs.anchor_id[first],
@@ -345,8 +329,10 @@ def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, 
     place = torch.full((len(pairs),), -1)
     place[pairs.probes] = torch.arange(len(pairs.probes))
     loss.train()
-    # Batches without a probe can be skipped where all that is remembered belongs to single rows.
+    # Batches without a probe can be skipped where all that is remembered belongs to single rows, and a probe's gradient asks for its own row's state only:
+    # two-way, it is a candidate of the batch's other rows as well, at their states.
     shared = isinstance(loss, (NUCLR, GloFND, EMC2)) or any(isinstance(m, GammaSchedule) for m in loss.modules())
+    shared = shared or (pairs.direction == "both" and any(True for _ in loss.buffers()))
     for epoch in range(run_in + epochs):
         for batch in torch.from_numpy(plan.epoch_batches(epoch)):
             probes = place[batch]
@@ -362,11 +348,27 @@ def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, 
 def _batch_gradient(
     pairs: FrozenPairs, loss: nn.Module, rows: Tensor, candidates: Tensor, **arguments: object
 ) -> Tensor:
-    """B times the gradient of the batch's mean loss with respect to its anchors, (B, D)."""
-    leaves = pairs.anchors[rows].requires_grad_()
-    value = loss(leaves, pairs.positives[candidates], **arguments)
-    (gradient,) = torch.autograd.grad(value, leaves)
-    return _tangent(gradient * len(rows), leaves.detach())
+    """B times the gradient of the batch's mean loss with respect to its anchors, (B, D); two-way also to its positives, (B, 2 D)."""
+    anchors, positives = pairs.anchors[rows].requires_grad_(), pairs.positives[candidates]
+    if pairs.direction == "both":
+        positives.requires_grad_()
+    value = loss(anchors, positives, **arguments)
+    leaves = [leaf for leaf in (anchors, positives) if leaf.requires_grad]
+    gradients = torch.autograd.grad(value, leaves)
+    parts = [tangent(part * len(rows), leaf.detach()) for part, leaf in zip(gradients, leaves, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _of_random_batch(pairs: FrozenPairs, batch: Tensor, num_first: int) -> Tensor:
+    """(num_first, 2 D): the two-way gradient of plain InfoNCE on one batch, for its first rows. The batch is its whole data set."""
+    return full_gradient_both(
+        pairs.anchors[batch],
+        pairs.positives[batch],
+        temperature=pairs.temperature,
+        rows=torch.arange(num_first),
+        anchor_id=pairs.anchor_id[batch],
+        positive_id=pairs.positive_id[batch],
+    )
 
 
 def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError:
@@ -377,7 +379,14 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
     squared = exact.square().sum(dim=1).double()
     means = [half.gradient[seen] / half.count[seen, None].to(exact.dtype) - exact for half in (first, second)]
     bias = (means[0] * means[1]).sum(dim=1).double()
-    shared, shared_se = _shared(means[0], means[1], exact, pairs.anchors[pairs.probes[seen]], num_rows=len(pairs))
+    shared, shared_se = _shared(
+        means[0],
+        means[1],
+        exact,
+        pairs.units(pairs.probes[seen]),
+        num_rows=len(pairs),
+        width=pairs.anchors.shape[1],
+    )
     count = (first.count + second.count)[seen]
     error, along, length = (
         (a + b)[seen] / count
@@ -404,25 +413,29 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
 
 
 def _shared(
-    first: Tensor, second: Tensor, exact: Tensor, anchors: Tensor, *, num_rows: int
+    first: Tensor, second: Tensor, exact: Tensor, units: Tensor, *, num_rows: int, width: int
 ) -> tuple[list[float], list[float]]:
     """Bias and cosine of the mean gradient of a shared linear map, and their standard errors by a jackknife over anchors.
+
+    Two-way there are two maps, of anchors and of positives, taken as one vector of parameters.
 
     |mean_i e_i a_i^T|^2 over all n rows is the mean of (e_i . e_j)(a_i . a_j) over i and j; of P rows drawn from them, pairs with i = j have weight
     1 / n, not 1 / P, or the scatter of the draw would count. The two halves' errors stand on the two sides, so that noise does not count either.
 
     Args:
-        first, second: (P, D) mean errors of the two halves.
-        exact: (P, D).
-        anchors: (P, D), unit rows.
+        first, second: (P, D) mean errors of the two halves; two-way (P, 2 D).
+        exact: Of the same shape.
+        units: The embeddings, of the same shape.
         num_rows: n.
+        width: D.
     """
     groups = torch.arange(len(exact)) % min(JACKKNIFE, len(exact))
     sides = (first, second, exact)
     parts = []
     for group in range(int(groups.max()) + 1):
         rows = groups == group
-        matrices = [(side[rows].T @ anchors[rows]).double() for side in sides]
+        maps = [(side[rows].split(width, dim=1), units[rows].split(width, dim=1)) for side in sides]
+        matrices = [torch.cat([part.T @ unit for part, unit in zip(*pair, strict=True)]).double() for pair in maps]
         own = [[float((a[rows] * b[rows]).sum()) for b in sides] for a in sides]
         parts.append((matrices, torch.tensor(own, dtype=torch.float64), int(rows.sum())))
     total = [torch.stack([part[0][side] for part in parts]).sum(dim=0) for side in range(3)]
@@ -463,10 +476,6 @@ def _root_ratio(part: Tensor, whole: Tensor) -> tuple[float, float]:
     root = math.sqrt(max(0.0, ratio))
     # At a ratio of 0 the root has no derivative; the root of the ratio's own error bounds it there.
     return root, min(ratio_se / (2 * root), math.sqrt(ratio_se)) if root > 0 else math.sqrt(ratio_se)
-
-
-def _tangent(gradient: Tensor, anchors: Tensor) -> Tensor:
-    return gradient - (gradient * anchors).sum(dim=1, keepdim=True) * anchors
 
 
 def _unit(side: np.ndarray, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from anybatch.evaluation.gradient_error import (
     infonce_curve,
 )
 from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
+from anybatch.losses.base import Direction
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
 
@@ -33,31 +34,37 @@ class GradientMethod:
 
     Attributes:
         name: `loss.name`, with what else has to be set.
-        make: The loss from the number of rows and the temperature.
+        make: The loss from the number of rows, the temperature and the direction.
         weights: `loss.weights`.
         run_in: Epochs until its memory has settled.
     """
 
     name: str
-    make: Callable[[int, float], nn.Module]
+    make: Callable[[int, float, Direction], nn.Module]
     weights: Literal["none", "inclusion"] = "none"
     run_in: int = 0
 
 
 # The simplest first: of methods that are equally good the first is recommended.
 METHODS: tuple[GradientMethod, ...] = (
-    GradientMethod(name="infonce", make=lambda n, tau: InfoNCE(temperature=tau)),
-    GradientMethod(name="decoupled", make=lambda n, tau: DecoupledInfoNCE(temperature=tau)),
-    GradientMethod(name="count_corrected", make=lambda n, tau: CountCorrectedInfoNCE(n, temperature=tau)),
+    GradientMethod(name="infonce", make=lambda n, tau, way: InfoNCE(temperature=tau, direction=way)),
+    GradientMethod(name="decoupled", make=lambda n, tau, way: DecoupledInfoNCE(temperature=tau, direction=way)),
+    GradientMethod(
+        name="count_corrected", make=lambda n, tau, way: CountCorrectedInfoNCE(n, temperature=tau, direction=way)
+    ),
     GradientMethod(
         name="count_corrected, weights=inclusion",
-        make=lambda n, tau: CountCorrectedInfoNCE(n, temperature=tau),
+        make=lambda n, tau, way: CountCorrectedInfoNCE(n, temperature=tau, direction=way),
         weights="inclusion",
     ),
-    GradientMethod(name="sogclr, gamma=0.9", make=lambda n, tau: SogCLR(n, gamma=0.9, temperature=tau), run_in=3),
+    GradientMethod(
+        name="sogclr, gamma=0.9",
+        make=lambda n, tau, way: SogCLR(n, gamma=0.9, temperature=tau, direction=way),
+        run_in=3,
+    ),
     GradientMethod(
         name="sogclr, gamma=0.9, weights=inclusion",
-        make=lambda n, tau: SogCLR(n, gamma=0.9, temperature=tau),
+        make=lambda n, tau, way: SogCLR(n, gamma=0.9, temperature=tau, direction=way),
         weights="inclusion",
         run_in=3,
     ),
@@ -92,6 +99,7 @@ class GradientComparison:
         batch_size: Of the plan.
         num_rows: n.
         temperature: Of the objective.
+        direction: Of the objective.
     """
 
     lines: tuple[MethodError, ...]
@@ -99,6 +107,7 @@ class GradientComparison:
     batch_size: int
     num_rows: int
     temperature: float
+    direction: Direction = "one_way"
 
     @property
     def recommended(self) -> MethodError:
@@ -131,7 +140,7 @@ def compare_methods(
     epochs: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> GradientComparison:
-    """Measure every method on the plan's batches and on random ones of the same size.
+    """Measure every method, in the direction of `pairs`, on the plan's batches and on random ones of the same size.
 
     Args:
         pairs: The embeddings and their exact gradient.
@@ -157,7 +166,7 @@ def compare_methods(
         table = RowTable(pairs.anchor_id.numpy(), pairs.positive_id.numpy(), plan=chosen, weights=method.weights)
         error = gradient_error(
             pairs,
-            method.make(len(pairs), pairs.temperature),
+            method.make(len(pairs), pairs.temperature, pairs.direction),
             plan=chosen,
             table=table,
             run_in=method.run_in,
@@ -179,6 +188,7 @@ def compare_methods(
         batch_size=plan.batch_size,
         num_rows=len(pairs),
         temperature=pairs.temperature,
+        direction=pairs.direction,
     )
 
 
@@ -215,10 +225,11 @@ def recommendation(comparison: GradientComparison) -> list[str]:
     chosen = comparison.recommended
     plain = next(line for line in comparison.lines if (line.method, line.batches) == ("infonce", "random"))
     where = "the plan's batches" if chosen.batches == "plan" else "random batches"
+    single = "single anchors" if comparison.direction == "one_way" else "single pairs, anchor and positive together,"
     sentences = [
         f"Closest to the gradient over all {comparison.num_rows:,} rows: loss.name={chosen.method} on {where} (of what is no worse within two standard "
         f"errors, the simplest). Its direction for shared parameters has cosine {chosen.error.shared_cosine:.2f} with the exact one; plain InfoNCE on random "
-        f"batches of {comparison.batch_size} has {plain.error.shared_cosine:.2f}. The error of single anchors is {chosen.error.scaled_rmse:.2f}, that of plain "
+        f"batches of {comparison.batch_size} has {plain.error.shared_cosine:.2f}. The error of {single} is {chosen.error.scaled_rmse:.2f}, that of plain "
         f"InfoNCE on a random batch of {comparison.size_in_words(chosen.effective)}."
     ]
     if chosen.batches == "random" and any(line.batches == "plan" for line in comparison.lines):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from anybatch.errors import AnybatchError
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss, symmetric_softmax_loss
 from anybatch.losses.log_weights import IdMask, LogWeight, SumLogWeight, as_log_weight
+from anybatch.losses.per_example import Keys, PerExample
 
 Direction = Literal["one_way", "both"]
 
@@ -26,12 +27,14 @@ class Batch:
         candidates: (M, D).
         index: (B,) int64 rows of the data set, or None.
         log_weight: Log-weights and masks from the anchors to the candidates; None for 0.
+        kept: By direction, what a method made at the start of the call and needs at its end.
     """
 
     anchors: Tensor
     candidates: Tensor
     index: Tensor | None
     log_weight: LogWeight | None
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
     def queries(self, direction: int) -> Tensor:
         """(B, D) what is scored against the others: the anchors (direction 0), or the positives (1)."""
@@ -44,7 +47,7 @@ class Batch:
         return self.log_weight.reversed(len(self.anchors))
 
 
-class ContrastiveLoss(nn.Module):
+class ContrastiveLoss(PerExample):
     """Base of the losses; a method supplies `_rule`, or a whole `_side`, and learns in `_finish`.
 
     Args:
@@ -82,13 +85,30 @@ class ContrastiveLoss(nn.Module):
         self._stats: tuple[Tensor, SoftmaxStats] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastiveLoss:
-        """Casts of a whole model leave the learned temperature in float32: a small step would not move it any more."""
-        learned = self.log_temperature
-        before = None if learned is None else learned.data
+        """Casts of a whole model leave what the loss learns itself in float32: a small step would not move it any more."""
+        before = {name: learned.data for name, learned in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
-        if learned is not None and before is not None and learned.dtype in (torch.float16, torch.bfloat16):
-            learned.data = before.to(learned.device)
+        for name, learned in self.named_parameters(recurse=False):
+            if learned.dtype in (torch.float16, torch.bfloat16):
+                learned.data = before[name].to(learned.device)
         return self
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """Make room for rows appended to the data set: the loss becomes that for `num_rows` rows, and the old ones keep their states.
+
+        Memory, learned values with their velocities and kept embeddings get entries behind the old ones, as in a loss just made; what the
+        constructor takes from the number of rows (`eps=None`, ...) is taken anew. Nothing to do for a loss that depends on no number of rows.
+
+        Args:
+            num_rows: n, of all rows, old and new.
+            keys: (n,) the keys of all rows, where the memory has keys.
+
+        Parameters, which an optimizer may hold, are neither replaced nor resized: none of the library's has an entry a row. Buffers are replaced; grow
+        before the loss is wrapped in DDP, on every rank.
+
+        Raises:
+            AnybatchError: Fewer rows than before; keys for a memory without them or the other way round; other keys for the old rows.
+        """
 
     @property
     def temperature(self) -> float:

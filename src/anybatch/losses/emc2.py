@@ -13,6 +13,7 @@ from anybatch.losses.base import Batch, ContrastiveLoss, Direction
 from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.per_example import Keys
 
 
 class EMC2(ContrastiveLoss):
@@ -72,11 +73,20 @@ class EMC2(ContrastiveLoss):
         self.burn_in, self.seed = burn_in, seed
         # The memory holds l_i, the log-weight of the chain's state; NaN for a chain that was never started.
         self.memory = ExampleMemory(num_rows, num_directions=2 if direction == "both" else 1)
-        kept = None if dimensions is None else torch.zeros(2 if direction == "both" else 1, num_rows, dimensions)
         self.states: Tensor | None
-        self.register_buffer("states", kept)
+        if dimensions is None:
+            self.register_buffer("states", None)
+        else:
+            self.register_rows("states", torch.zeros(len(self.memory.log_mean), num_rows, dimensions), fresh=0.0)
         self.num_steps: Tensor
         self.register_buffer("num_steps", torch.tensor(0))
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        if keys is not None:
+            raise AnybatchError("keys were given; the chains of EMC2 belong to rows. Leave them out.")
+        self.memory.grow(num_rows)
+        self.grow_buffers(num_rows)
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
         self.memory.check(index, dimensions)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
+from anybatch.losses.per_example import PerExample
 
 Range = tuple[float, float]
 
 
-class ExampleValues(nn.Module):
+class ExampleValues(PerExample):
     """A number for each example and direction, moved along the derivative of its own objective.
 
         velocity_i <- momentum velocity_i + (1 - momentum) clip(derivative_i)
@@ -57,17 +57,8 @@ class ExampleValues(nn.Module):
         self.limits, self.lr, self.momentum, self.clip = limits, lr, momentum, clip
         self.values: Tensor
         self.velocity: Tensor
-        self.register_buffer("values", torch.full((num_directions, num_rows), initial))
-        self.register_buffer("velocity", torch.zeros(num_directions, num_rows))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExampleValues:
-        """Casts below float32 leave the values alone: a small step would not move them any more."""
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, value in self.named_buffers(recurse=False):
-            if value.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, before[name].to(value.device))
-        return self
+        self.register_rows("values", torch.full((num_directions, num_rows), initial), fresh=initial)
+        self.register_rows("velocity", torch.zeros(num_directions, num_rows), fresh=0.0)
 
     def of(self, index: Tensor, *, direction: int, dtype: torch.dtype) -> Tensor:
         """(B,) the values of these rows."""

@@ -11,6 +11,7 @@ from anybatch.errors import AnybatchError
 from anybatch.losses.base import Batch, Direction
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats
 from anybatch.losses.example_values import ExampleValues
+from anybatch.losses.per_example import Keys
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import SogCLR
 
@@ -80,6 +81,11 @@ class GloFND(SogCLR):
         )
         self.num_steps: Tensor
         self.register_buffer("num_steps", torch.tensor(0))
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
+        self.thresholds.grow_buffers(num_rows)
 
     def _side(self, batch: Batch, *, direction: int) -> Side:
         side = super()._side(batch, direction=direction)

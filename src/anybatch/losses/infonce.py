@@ -12,6 +12,7 @@ from anybatch.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side
 from anybatch.losses.log_weights import LogWeight, SumLogWeight, TensorLogWeight
+from anybatch.losses.per_example import Keys, only_growing
 
 
 class InfoNCE(ContrastiveLoss):
@@ -135,6 +136,12 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
         )
         if num_rows < 2:
             raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")
+        self.num_rows = num_rows
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`; `keys` are not used."""
+        if num_rows < self.num_rows:
+            raise only_growing(num_rows, self.num_rows)
         self.num_rows = num_rows
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.per_example import Keys
 
 
 class Matryoshka(nn.Module):
@@ -65,6 +66,12 @@ class Matryoshka(nn.Module):
                 f"{len(losses)} losses for {len(self.dimensions)} dimensions; give one loss, which is copied, or a different one for each dimension."
             )
         self.losses = nn.ModuleList(losses)
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """Grow the loss of every prefix, see `ContrastiveLoss.grow`."""
+        for loss in self.losses:
+            assert isinstance(loss, ContrastiveLoss)
+            loss.grow(num_rows, keys=keys)
 
     @property
     def widest(self) -> ContrastiveLoss:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.losses.memory_states import fitted
+from anybatch.losses.per_example import Keys, PerExample, extended, only_growing
 
 VERSION = 2  # 1: no slots, no shards
+OTHER_KEYS = "The keys do not begin with those of the rows that the memory has. New rows go behind the old ones."
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-class ExampleMemory(nn.Module):
+class ExampleMemory(PerExample):
     """A moving average of exp(x) for each example, kept as its logarithm.
 
         memory_i <- log((1 - gamma) exp(memory_i) + gamma * mean over the row's occurrences in the batch of exp(x))
@@ -57,7 +59,8 @@ class ExampleMemory(nn.Module):
         self.shard: Tensor
         self.slot: Tensor | None
         stored = 0 if sharded else num_rows
-        self.register_buffer("log_mean", torch.full((num_directions, stored), torch.nan, dtype=DTYPES[dtype]))
+        log_mean = torch.full((num_directions, stored), torch.nan, dtype=DTYPES[dtype])
+        self.register_rows("log_mean", log_mean, fresh=torch.nan)
         self.register_buffer("version", torch.tensor(VERSION))
         self.register_buffer("dimensions", torch.tensor(0))  # width of the embeddings it was filled from; 0 before that
         self.register_buffer(
@@ -68,7 +71,7 @@ class ExampleMemory(nn.Module):
     @classmethod
     def from_keys(
         cls,
-        keys: np.ndarray | Tensor | Sequence[int],
+        keys: Keys,
         num_directions: int = 1,
         *,
         dtype: str = "float32",
@@ -135,14 +138,6 @@ class ExampleMemory(nn.Module):
                 "widths must not be mixed: use one loss a width (anybatch.losses.Matryoshka makes them)."
             )
         return index
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExampleMemory:
-        """Casts of a whole model below the memory's own precision leave it alone: a state in bfloat16 hardly moves."""
-        before = self.log_mean
-        super()._apply(fn, recurse)
-        if self.log_mean.dtype.itemsize < before.dtype.itemsize or self.log_mean.dtype == torch.bfloat16:
-            self.log_mean = before.to(self.log_mean.device)
-        return self
 
     def blend(
         self,
@@ -212,7 +207,7 @@ class ExampleMemory(nn.Module):
         self._write(rows if self.slot is None else self.slot[rows], values, direction)
         self.dimensions.fill_(dimensions)
 
-    def grow(self, num_rows: int | None = None, *, keys: np.ndarray | Tensor | Sequence[int] | None = None) -> None:
+    def grow(self, num_rows: int | None = None, *, keys: Keys | None = None) -> None:
         """Make room for rows appended to the data set; the old ones keep their state, the new ones were never visited.
 
         Args:
@@ -228,23 +223,40 @@ class ExampleMemory(nn.Module):
         if keys is not None:
             slot = _slots(keys).to(self.log_mean.device)
             assert self.slot is not None
-            if len(slot) < self.num_rows or not torch.equal(slot[: self.num_rows], self.slot):
-                raise AnybatchError(
-                    "The keys do not begin with those of the rows that the memory has. New rows go behind the old ones."
-                )
+            if not _begins(slot, self.slot):
+                raise AnybatchError(OTHER_KEYS)
             self.slot, num_slots = slot, int(slot.max()) + 1
         else:
             assert num_rows is not None
             if num_rows < self.num_slots:
-                raise AnybatchError(
-                    f"num_rows is {num_rows}, fewer than the {self.num_slots} the memory has. It can only grow."
-                )
+                raise only_growing(num_rows, self.num_slots)
             num_slots = num_rows
         self.shard[2] = num_slots
         if int(self.shard[1]):  # slot s is the owner's number s // ranks, so that no old slot moves
-            stored = _stored(num_slots, int(self.shard[0]), int(self.shard[1]))
-            added = self.log_mean.new_full((len(self.log_mean), stored - self.log_mean.shape[1]), torch.nan)
-            self.log_mean = torch.cat([self.log_mean, added], dim=1)
+            self.grow_buffers(_stored(num_slots, int(self.shard[0]), int(self.shard[1])))
+
+    def grow_state(self, state: dict[str, Any], prefix: str) -> None:
+        """See `PerExample.grow_state`; with keys, those of the saved rows must be the first of this memory's.
+
+        Raises:
+            AnybatchError: The state is a shard, has other keys, or more rows.
+        """
+        name = prefix + "log_mean"
+        if name not in state:
+            return
+        if int(state.get(prefix + "shard", torch.tensor([0, 1]))[1]) > 1:
+            raise AnybatchError(
+                "Only a whole state can be grown: join the shards first, with anybatch.losses.memory_states.join_shards."
+            )
+        saved = state.get(prefix + "slot")
+        if (saved is None) != (self.slot is None) or (
+            saved is not None and self.slot is not None and not _begins(self.slot, saved)
+        ):
+            raise AnybatchError(OTHER_KEYS)
+        if self.slot is not None:
+            state[prefix + "slot"] = self.slot.clone()
+        state[name] = extended(state[name], self.num_slots, torch.nan)
+        state[prefix + "shard"] = torch.tensor([0, 1, self.num_slots])
 
     def settle(self) -> None:
         """Decide, from the process group at this moment, which slots of a sharded memory this rank stores. Every use does so.
@@ -275,8 +287,9 @@ class ExampleMemory(nn.Module):
             return self.log_mean[direction, slots]
         own, place = self._own(slots)
         # One rank adds the number (or NaN), the others zeros: the sum is that number exactly.
-        values = torch.zeros(len(slots), device=slots.device)
-        values[own] = self.log_mean[direction, place].float()
+        dtype = torch.promote_types(self.log_mean.dtype, torch.float32)
+        values = torch.zeros(len(slots), dtype=dtype, device=slots.device)
+        values[own] = self.log_mean[direction, place].to(dtype)
         return distributed.sum_over_ranks(values).to(self.log_mean.dtype)
 
     def _write(self, slots: Tensor, values: Tensor, direction: int) -> None:
@@ -329,7 +342,12 @@ def _stored(num_slots: int, rank: int, world_size: int) -> int:
     return (num_slots - rank + world_size - 1) // world_size
 
 
-def _slots(keys: np.ndarray | Tensor | Sequence[int]) -> Tensor:
+def _begins(longer: Tensor, shorter: Tensor) -> bool:
+    """Whether `longer` begins with `shorter`."""
+    return torch.equal(longer[: len(shorter)].cpu(), shorter.cpu())
+
+
+def _slots(keys: Keys) -> Tensor:
     """(n,) int64: for each row the number of its key, keys counted in the order in which they first appear."""
     array = np.asarray(keys.cpu() if isinstance(keys, Tensor) else keys)
     if array.ndim != 1 or array.dtype.kind not in "iu":

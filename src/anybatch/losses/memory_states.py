@@ -1,6 +1,7 @@
-"""Saved states of an `ExampleMemory`: joined from shards, grown for appended rows, cut to what a rank stores.
+"""Saved states: joined from shards, grown for appended rows, cut to what a rank stores.
 
-A state is what `state_dict` gives: `log_mean` (directions, stored slots), `shard` (rank, ranks, slots), and `slot` (n,) where rows share slots.
+A state of an `ExampleMemory` is what `state_dict` gives: `log_mean` (directions, stored slots), `shard` (rank, ranks, slots), and `slot` (n,)
+where rows share slots.
 Nothing here needs a process group.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
+from anybatch.losses.per_example import PerExample
 
 
 def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -38,28 +40,23 @@ def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return whole
 
 
-def grown_state(state: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
-    """A whole saved state, made to fit a loss for a data set to which rows were appended: the new rows were never visited.
+def grown_state(state: Mapping[str, Tensor], loss: nn.Module) -> dict[str, Tensor]:
+    """A whole saved state, made to fit a loss for a data set to which rows were appended.
 
-    For memories without keys. `loss.load_state_dict(grown_state(torch.load(path), num_rows))` is the explicit request without which
-    a state of another size is refused.
+    `loss.load_state_dict(grown_state(torch.load(path), loss))` is the explicit request without which a state of another size is refused. The old
+    rows come back as they were saved: memory, learned values and their velocities, kept embeddings. The new ones are as in a loss just made.
+
+    Args:
+        state: What `loss.state_dict()` gave, of fewer rows or as many.
+        loss: Any loss of the library, or a module that holds some: made for the new number of rows (and the new keys), or grown to it.
 
     Raises:
-        AnybatchError: The state has more rows, is a shard (join them first), or has keys (load it, then call `grow(keys=...)`).
+        AnybatchError: The state has more rows, is a shard (join them first), or has keys that are not the first of the loss's.
     """
     grown = dict(state)
-    for name in [name for name in grown if name.endswith("log_mean")]:
-        prefix, old = name.removesuffix("log_mean"), grown[name]
-        if prefix + "slot" in grown or int(grown.get(prefix + "shard", torch.tensor([0, 1]))[1]) != 1:
-            raise AnybatchError(
-                "Only a whole state without keys can be grown: join shards first; with keys load, then call memory.grow(keys=...)."
-            )
-        if num_rows < old.shape[1]:
-            raise AnybatchError(
-                f"num_rows is {num_rows}, fewer than the {old.shape[1]} of the saved memory. It can only grow."
-            )
-        grown[name] = torch.cat([old, old.new_full((len(old), num_rows - old.shape[1]), torch.nan)], dim=1)
-        grown[prefix + "shard"] = torch.tensor([0, 1, num_rows])
+    for path, module in loss.named_modules():
+        if isinstance(module, PerExample):
+            module.grow_state(grown, path + "." if path else "")
     return grown
 
 
@@ -93,7 +90,7 @@ def fitted(
         raise AnybatchError(
             f"The saved memory has shape {(len(state), num_slots)}, this loss {(num_directions, wanted[2])} (directions, rows). "
             "Resume with the loss and the data set that the run was started with, or, if rows were appended, pass the state through "
-            "anybatch.losses.memory_states.grown_state."
+            "anybatch.losses.memory_states.grown_state(state, loss)."
         )
     if (slot is None) != (own_slot is None) or (
         slot is not None and own_slot is not None and not torch.equal(slot.cpu(), own_slot.cpu())

@@ -14,6 +14,7 @@ from anybatch.losses.base import Batch, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.example_values import ExampleValues
 from anybatch.losses.log_weights import LogWeight, SumLogWeight, TensorLogWeight
+from anybatch.losses.per_example import Keys
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import Remembering, SogCLR
 
@@ -84,6 +85,12 @@ class NUCLR(SogCLR):
         self.margin, self.margin_start, self.num_rows = margin, margin_start, num_rows
         self.num_steps: Tensor
         self.register_buffer("num_steps", torch.tensor(0))
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
+        self.margins.grow_buffers(num_rows)
+        self.num_rows = num_rows
 
     def _log_eps(self, direction: int) -> float:
         highest = max(self.margin, self.margins.values[direction].max().item())

@@ -20,6 +20,7 @@ from anybatch.errors import AnybatchError
 from anybatch.losses.base import Batch, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.example_values import ExampleValues, Range
+from anybatch.losses.per_example import Keys
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import Remembering, SogCLR
 from anybatch.losses.temperatures import TemperatureNet, check_limits
@@ -78,6 +79,12 @@ class RobustSogCLR(SogCLR):
         self.source = source
         self.temperature_range = temperature_range
 
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
+        if isinstance(self.source, ExampleValues):
+            self.source.grow_buffers(num_rows)
+
     @property
     def temperature(self) -> float:
         """The temperature at this moment; with one a row their mean, with a network that of the last call."""
@@ -95,9 +102,9 @@ class RobustSogCLR(SogCLR):
             assert batch.index is not None  # the rule was made first, and it checks
             return self.source.of(batch.index, direction=direction, dtype=batch.anchors.dtype)
         if isinstance(self.source, TemperatureNet):
-            with torch.no_grad():
-                everything, own = self.source.of(batch.queries(direction), direction=direction)
-            return everything[own]
+            everything, own = self.source.of(batch.queries(direction), direction=direction)
+            batch.kept[direction] = everything
+            return everything[own].detach()
         if self.log_temperature is not None and self._updating:
             low, high = self.temperature_range
             with torch.no_grad():  # a projection, so that the derivative at the edge is not lost
@@ -124,7 +131,7 @@ class RobustSogCLR(SogCLR):
             gradient = figures.objective + figures.temperature_gradient
             gradient = torch.where(figures.num_negatives > 0, gradient, 0.0)
             if isinstance(self.source, TemperatureNet):
-                everything, _ = self.source.of(batch.queries(direction), direction=direction)
+                everything = batch.kept[direction]  # not evaluated again: a network with dropout would draw other masks
                 sizes = distributed.gather_sizes(len(gradient), gradient.device)
                 term = (everything * distributed.gather_rows(gradient, sizes)).sum()
                 loss = loss + term / (len(everything) * len(sides))

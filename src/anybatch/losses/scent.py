@@ -11,6 +11,7 @@ from torch import Tensor
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES, Rule
+from anybatch.losses.per_example import Keys
 from anybatch.losses.sogclr import Remembering, SogCLR
 
 
@@ -68,7 +69,14 @@ class SCENT(SogCLR):
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
+        self._alpha_follows_rows = alpha is None
         self.alpha = num_rows - 1.0 if alpha is None else alpha
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
+        if self._alpha_follows_rows:
+            self.alpha = num_rows - 1.0
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
         rule = super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)

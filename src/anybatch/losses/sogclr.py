@@ -13,6 +13,7 @@ from anybatch.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.per_example import Keys
 from anybatch.losses.schedule import GammaSchedule
 
 
@@ -81,7 +82,16 @@ class SogCLR(ContrastiveLoss):
                 f"The memory is for {self.memory.num_rows} rows and {len(self.memory.log_mean)} direction(s); expected {num_rows} and {num_directions}."
             )
         self.gamma = gamma
+        self._eps_follows_rows = eps is None
         self.eps = 1.0 / (num_rows - 1) if eps is None else eps
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        if keys is not None and len(keys) != num_rows:
+            raise AnybatchError(f"num_rows is {num_rows}, and there are {len(keys)} keys; expected one a row.")
+        self.memory.grow(num_rows if keys is None else None, keys=keys)
+        if self._eps_follows_rows:
+            self.eps = 1.0 / (num_rows - 1)
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
         return Remembering(

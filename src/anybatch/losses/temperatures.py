@@ -26,6 +26,9 @@ class TemperatureNet(nn.Module):
         hidden: Width of the hidden layer.
         net: One module a direction that takes (B, D) to (B, 1), in place of the default of two layers.
 
+    A network that draws random numbers, for dropout, is asked once a call. Under several ranks each rank draws its own, and the gradients of its
+    parameters then differ from rank to rank: average them, as DDP does.
+
     Cost: parameters of `net`. Collectives a direction: one of sizes, a gather of the embeddings and one of (B,) numbers.
     """
 

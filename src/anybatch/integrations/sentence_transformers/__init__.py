@@ -12,6 +12,7 @@ _HOME = {
     "with_index": "batches",
     "LossStateCallback": "callback",
     "last_whole_checkpoint": "callback",
+    "load_grown_loss": "callback",
     "RefreshPlan": "refresh",
     "MemoryCallback": "memory",
     "probe_memory": "memory",

@@ -16,6 +16,7 @@ from anybatch.files import write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.memory_states import grown_state, join_shards
 from anybatch.plan import PlanSampler
 
 LOSS_STATE = "anybatch_loss.safetensors"  # written last: a checkpoint without it was cut short
@@ -70,7 +71,7 @@ class LossStateCallback(TrainerCallback):
                     f"{folder} holds a memory sharded over {int(tensors['num_shards'])} ranks, here are {distributed.world_size()}. Join the shards with "
                     "anybatch.losses.memory_states.join_shards, and save the result as that checkpoint's anybatch_loss.safetensors."
                 )
-            tensors = load_file(folder / _shard_file())
+            tensors = load_file(folder / _shard_file(distributed.rank(), distributed.world_size()))
         self.loss.loss.load_state_dict(tensors)
 
     def on_epoch_begin(
@@ -95,7 +96,8 @@ class LossStateCallback(TrainerCallback):
         if sharded:
             # Another rank makes it as well, perhaps a moment later or on another machine.
             folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(folder / _shard_file(), save(_tensors(self.loss)))
+            shard = _shard_file(distributed.rank(), distributed.world_size())
+            write_bytes(folder / shard, save(_tensors(self.loss)))
         distributed.barrier()
         if state.is_world_process_zero:
             tensors = {"num_shards": torch.tensor(distributed.world_size())} if sharded else _tensors(self.loss)
@@ -120,6 +122,30 @@ class LossStateCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
 
+def load_grown_loss(loss: CachedLoss, checkpoint: str | Path) -> None:
+    """Give the loss of a new run what the loss of an older run's checkpoint knew, where rows were appended to the data set in between.
+
+    Make the loss for the new number of rows, start from the old model, and call this before `trainer.train()`, on every rank: it is not a resume, the
+    new run counts its steps from 0. The old rows get their states back, the new ones begin fresh. A memory that was sharded over any number of
+    ranks is joined from their files.
+
+    Args:
+        loss: The loss given to the new Trainer.
+        checkpoint: A folder that `LossStateCallback` wrote to, `checkpoint-500` or the like.
+
+    Raises:
+        AnybatchError: The checkpoint has no loss state, or one of more rows.
+    """
+    folder = Path(checkpoint)
+    if not (folder / LOSS_STATE).exists():
+        raise AnybatchError(f"{folder} has no {LOSS_STATE}. Give a checkpoint that was saved with LossStateCallback.")
+    state = load_file(folder / LOSS_STATE)
+    if "num_shards" in state:
+        ranks = int(state["num_shards"])
+        state = join_shards([load_file(folder / _shard_file(rank, ranks)) for rank in range(ranks)])
+    loss.loss.load_state_dict(grown_state(state, loss.loss))
+
+
 def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
     """The checkpoints under `folder`, whole or not, and their steps; `checkpoint-best` and the like are not among them."""
     found = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
@@ -138,8 +164,8 @@ def _is_sharded(loss: CachedLoss) -> bool:
     return shared_out and distributed.is_active()
 
 
-def _shard_file() -> str:
-    return f"anybatch_loss-{distributed.rank()}-of-{distributed.world_size()}.safetensors"
+def _shard_file(rank: int, ranks: int) -> str:
+    return f"anybatch_loss-{rank}-of-{ranks}.safetensors"
 
 
 def _tensors(loss: CachedLoss) -> dict[str, torch.Tensor]:

@@ -1,0 +1,311 @@
+"""Growing with the data: a grown loss is one made for the larger number of rows whose old rows know what they knew."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file, save_file
+
+from anybatch.errors import AnybatchError
+from anybatch.losses import (
+    EMC2,
+    NUCLR,
+    SCENT,
+    CountCorrectedInfoNCE,
+    DecoupledInfoNCE,
+    ExampleMemory,
+    FastCLIP,
+    GammaSchedule,
+    GloFND,
+    InfoNCE,
+    ISogCLR,
+    Matryoshka,
+    SigLIP,
+    SogCLR,
+    TempNet,
+)
+from anybatch.losses.memory_states import grown_state, join_shards
+
+OLD, NEW, WIDTH = 13, 20, 4
+MAKE = {
+    "infonce": lambda n, **k: InfoNCE(learnable_temperature=True, **k),
+    "decoupled": lambda n, **k: DecoupledInfoNCE(**k),
+    "count corrected": lambda n, **k: CountCorrectedInfoNCE(n, **k),
+    "sogclr": lambda n, **k: SogCLR(n, gamma=0.4, learnable_temperature=True, **k),
+    "sogclr scheduled": lambda n, **k: SogCLR(n, eps=0.0, gamma=GammaSchedule(0.2, num_steps=8), **k),
+    "fastclip v0": lambda n, **k: FastCLIP(n, version="v0", gamma=0.4, eps=None, **k),
+    "fastclip v1": lambda n, **k: FastCLIP(n, version="v1", gamma=0.4, **k),
+    "fastclip v2": lambda n, **k: FastCLIP(n, version="v2", gamma=0.4, temperature_lr=0.1, **k),
+    "fastclip v3": lambda n, **k: FastCLIP(n, version="v3", gamma=0.4, eps=None, **k),
+    "isogclr": lambda n, **k: ISogCLR(n, gamma=0.4, eps=None, temperature_lr=0.1, **k),
+    "tempnet": lambda n, **k: TempNet(n, WIDTH, gamma=0.4, temperature_range=(0.01, 1.0), hidden=3, eps=None, **k),
+    "nuclr": lambda n, **k: NUCLR(n, gamma=0.4, margin=0.25, margin_lr=0.05, margin_start=1, **k),
+    "glofnd": lambda n, **k: GloFND(n, gamma=0.4, alpha=0.3, **k),
+    "emc2": lambda n, **k: EMC2(n, **k),
+    "emc2 with states": lambda n, **k: EMC2(n, dimensions=WIDTH, **k),
+    "scent": lambda n, **k: SCENT(n, **k),
+    "matryoshka": lambda n, **k: Matryoshka(ISogCLR(n, gamma=0.4, eps=None, **k), [WIDTH, 2]),
+    "matryoshka nuclr": lambda n, **k: Matryoshka(NUCLR(n, margin=0.25, margin_lr=0.05, **k), [WIDTH, 3]),
+}
+# The buffers with an entry a row, named here a second time so that one forgotten by the library shows.
+PER_ROW = {"log_mean", "values", "velocity", "states"}
+OF_THE_SIZE = ("eps", "alpha", "num_rows")  # plain attributes that a constructor may take from the number of rows
+
+
+def make(name, num_rows, direction="both"):
+    torch.manual_seed(0)  # networks begin at random; a quarter is the same number in float32 and float64
+    return MAKE[name](num_rows, temperature=0.25, direction=direction).double()
+
+
+def step(loss, seed, high, *, train=True):
+    """One batch of 7 of the first `high` rows, one of them twice: value, gradients of embeddings and of the loss's own parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    anchors, positives = (torch.randn(7, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    index = torch.randint(high, (7,), generator=generator)
+    index[-2:] = torch.tensor([index[0], high - 1])
+    loss.zero_grad()
+    leaves = [side.requires_grad_() for side in (anchors, positives)]
+    value = loss(*leaves, index=index)
+    value.backward()
+    own = [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
+    return [value.detach(), *(leaf.grad for leaf in leaves), *own]
+
+
+def trained(name, num_rows, direction="both"):
+    loss = make(name, num_rows, direction)
+    for seed in range(4):
+        step(loss, seed, OLD)
+    with torch.no_grad():
+        for number, parameter in enumerate(loss.parameters()):
+            parameter += 0.01 * (number + 1)  # an optimizer was at work
+    return loss
+
+
+def copied_by_hand(old, name, direction):
+    """A loss made for NEW rows; of the old one everything with an entry a row goes into the first rows, the rest as it is."""
+    twin = make(name, NEW, direction)
+    theirs = old.state_dict()
+    state = twin.state_dict()
+    for key, value in state.items():
+        if key.rsplit(".", 1)[-1] in PER_ROW:
+            assert value.shape[1] == NEW
+            value[:, :OLD] = theirs[key]
+        elif not key.endswith(("shard", "version")):
+            value.copy_(theirs[key])
+    twin.load_state_dict(state)
+    return twin
+
+
+def assert_same(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert value.dtype == theirs[key].dtype, key
+        assert torch.equal(value.double().nan_to_num(-99.0), theirs[key].double().nan_to_num(-99.0)), key
+
+
+def parts_of(loss):
+    return list(loss.losses) if isinstance(loss, Matryoshka) else [loss]
+
+
+@pytest.mark.parametrize("direction", ["one_way", "both"])
+@pytest.mark.parametrize("name", MAKE)
+def test_a_grown_loss_equals_one_made_at_the_larger_size(name, direction):
+    grown = trained(name, OLD, direction)
+    parameters = list(grown.parameters())
+    twin = copied_by_hand(grown, name, direction)
+    saved = copy.deepcopy(grown.state_dict())
+    grown.grow(NEW)
+    assert all(ours is before for ours, before in zip(grown.parameters(), parameters, strict=True))
+    loaded = make(name, NEW, direction)
+    loaded.load_state_dict(grown_state(saved, loaded))
+    for other in (grown, loaded):
+        assert_same(other, twin)
+        for ours, theirs in zip(parts_of(other), parts_of(twin), strict=True):
+            for setting in OF_THE_SIZE:
+                assert getattr(ours, setting, None) == getattr(theirs, setting, None)
+    # Saved after growing, and loaded into a loss that was grown as well: the order of the two does not matter.
+    again = make(name, OLD, direction)
+    again.grow(NEW)
+    again.load_state_dict(grown.state_dict())
+    for seed in (7, 8):
+        expected = step(twin, seed, NEW)
+        for other in (grown, loaded, again):
+            for ours, theirs in zip(step(other, seed, NEW), expected, strict=True):
+                assert torch.equal(ours, theirs)
+            assert_same(other, twin)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_saved_grown_loaded_through_a_file(name, tmp_path):
+    old = trained(name, OLD)
+    save_file({key: value.clone() for key, value in old.state_dict().items()}, tmp_path / "old.safetensors")
+    grown = make(name, OLD)
+    grown.load_state_dict(load_file(tmp_path / "old.safetensors"))
+    grown.grow(NEW)
+    save_file({key: value.clone() for key, value in grown.state_dict().items()}, tmp_path / "new.safetensors")
+    resumed = make(name, NEW)
+    resumed.load_state_dict(load_file(tmp_path / "new.safetensors"))
+    for ours, theirs in zip(step(grown, 9, NEW), step(resumed, 9, NEW), strict=True):
+        assert torch.equal(ours, theirs)
+    assert_same(grown, resumed)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name not in ("infonce", "decoupled")])
+def test_it_only_grows(name):
+    loss = trained(name, OLD)
+    before = copy.deepcopy(loss)
+    with pytest.raises(AnybatchError, match="can only grow"):
+        loss.grow(OLD - 1)
+    loss.grow(OLD)  # nothing to do
+    assert_same(loss, before)
+    if name != "count corrected":
+        small = make(name, OLD - 1)
+        with pytest.raises(AnybatchError, match="can only grow"):
+            grown_state(loss.state_dict(), small)
+        with pytest.raises(AnybatchError, match=r"grown_state\(state, loss\)"):
+            make(name, NEW).load_state_dict(loss.state_dict())  # not without being asked
+
+
+def test_settings_that_were_given_stay():
+    for loss, attribute, value in (
+        (SogCLR(OLD, eps=0.25), "eps", 0.25),
+        (SCENT(OLD, alpha=3.0), "alpha", 3.0),
+        (FastCLIP(OLD), "eps", 1e-14),
+    ):
+        loss.grow(NEW)
+        assert getattr(loss, attribute) == value
+    loss = SogCLR(OLD)
+    loss.grow(NEW)
+    assert loss.eps == 1 / (NEW - 1)
+    SigLIP(temperature=0.1).grow(NEW)  # nothing that depends on the rows
+
+
+def test_float16_stays_float16():
+    old = SogCLR(OLD, temperature=0.3, memory=ExampleMemory(OLD, dtype="float16"))
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(OLD, WIDTH, generator=generator) for _ in range(2)]
+    old(sides[0].requires_grad_(), sides[1], index=torch.arange(OLD))
+    saved = copy.deepcopy(old.state_dict())
+    twin = SogCLR(NEW, temperature=0.3, memory=ExampleMemory(NEW, dtype="float16"))
+    twin.memory.log_mean[:, :OLD] = old.memory.log_mean
+    twin.memory.dimensions.fill_(WIDTH)
+    loaded = SogCLR(NEW, temperature=0.3, memory=ExampleMemory(NEW, dtype="float16"))
+    loaded.load_state_dict(grown_state(saved, loaded))
+    old.grow(NEW)
+    for other in (old, loaded):
+        assert other.memory.log_mean.dtype == torch.float16
+        assert_same(other, twin)
+
+
+KEYS = [7, 3, 7, -2, 3, 3, 9, 9, 9, 0, 7, 7, 0]
+
+
+def test_keys():
+    longer = [*KEYS, 3, 11, 11, 4, 7, 4, 12]
+    old = SogCLR(OLD, temperature=0.3, gamma=0.4, memory=ExampleMemory.from_keys(KEYS)).double()
+    for seed in range(3):
+        step(old, seed, OLD)
+    saved = copy.deepcopy(old.state_dict())
+    twin = SogCLR(NEW, temperature=0.3, gamma=0.4, memory=ExampleMemory.from_keys(longer)).double()
+    twin.memory.log_mean[:, : old.memory.num_slots] = old.memory.log_mean  # slots are numbered by first appearance
+    twin.memory.dimensions.fill_(WIDTH)
+    loaded = SogCLR(NEW, temperature=0.3, gamma=0.4, memory=ExampleMemory.from_keys(longer)).double()
+    loaded.load_state_dict(grown_state(saved, loaded))
+    for wrong in ({}, {"keys": np.arange(NEW)}, {"keys": longer[:-1]}):
+        with pytest.raises(AnybatchError, match="keys"):
+            old.grow(NEW, **wrong)
+    assert old.eps == 1 / (OLD - 1)
+    old.grow(NEW, keys=longer)
+    for other in (old, loaded):
+        assert_same(other, twin)
+        assert other.eps == twin.eps
+    expected = step(twin, 5, NEW)
+    for other in (old, loaded):
+        for ours, theirs in zip(step(other, 5, NEW), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    other_keys = SogCLR(NEW, memory=ExampleMemory.from_keys([3, *longer[1:]]))
+    for target in (other_keys, SogCLR(NEW)):
+        with pytest.raises(AnybatchError, match="do not begin"):
+            grown_state(saved, target)
+    with pytest.raises(AnybatchError, match="belong to rows"):
+        EMC2(OLD).grow(NEW, keys=longer)
+
+
+SHARED_OUT = ("sogclr", "fastclip v2", "isogclr", "tempnet", "nuclr", "glofnd", "scent")
+
+
+def sharded(name, num_rows):
+    loss = make(name, num_rows)
+    loss.memory = ExampleMemory(num_rows, 2, sharded=True).double()
+    return loss
+
+
+def share(loss, seed, high, rank):
+    """This rank's part of `step`'s batch: 4 and 3 rows."""
+    rows = slice(0, 4) if rank == 0 else slice(4, 7)
+    generator = torch.Generator().manual_seed(seed)
+    sides = [torch.randn(7, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2)]
+    index = torch.randint(high, (7,), generator=generator)
+    index[-2:] = torch.tensor([index[0], high - 1])
+    loss.zero_grad()
+    value = loss(*(side[rows].requires_grad_() for side in sides), index=index[rows])
+    value.backward()
+    return value.detach()
+
+
+def worker(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    states = {}
+    for name in SHARED_OUT:
+        loss = sharded(name, OLD)
+        for seed in range(3):
+            share(loss, seed, OLD, rank)
+        states[name, "old"] = copy.deepcopy(loss.state_dict())
+        loss.grow(NEW)
+        values = [share(loss, seed, NEW, rank) for seed in (3, 4)]
+        states[name, "new"], states[name, "values"] = copy.deepcopy(loss.state_dict()), values
+        with pytest.raises(AnybatchError, match="join the shards first"):
+            grown_state(states[name, "old"], loss)
+        early = sharded(name, OLD)
+        early.grow(NEW)  # before anything is stored
+        early.load_state_dict(loss.state_dict())
+        assert torch.equal(share(early, 5, NEW, rank), share(loss, 5, NEW, rank))
+    torch.save(states, f"{folder}/{rank}.pt")
+    dist.barrier()
+    # The whole of the old shards into larger sharded losses, each taking its own part.
+    parts = [torch.load(f"{folder}/{number}.pt") for number in range(world_size)]
+    for name in SHARED_OUT:
+        loaded = sharded(name, NEW)
+        loaded.load_state_dict(grown_state(join_shards([part[name, "old"] for part in parts]), loaded))
+        for seed, expected in zip((3, 4), states[name, "values"], strict=True):
+            assert torch.equal(share(loaded, seed, NEW, rank), expected)
+        for key, value in loaded.state_dict().items():
+            assert torch.equal(value.nan_to_num(-99), states[name, "new"][key].nan_to_num(-99))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_sharded_over_two_ranks_equals_one_process():
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(worker, (2, folder), nprocs=2)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    for name in SHARED_OUT:
+        alone = make(name, OLD)
+        for seed in range(3):
+            step(alone, seed, OLD)
+        alone.grow(NEW)
+        values = [step(alone, seed, NEW)[0] for seed in (3, 4)]
+        for rank in ranks:
+            torch.testing.assert_close(rank[name, "values"], values, rtol=1e-10, atol=1e-12)
+        joined, whole = join_shards([rank[name, "new"] for rank in ranks]), alone.state_dict()
+        for key, value in whole.items():
+            torch.testing.assert_close(joined[key], value, rtol=1e-9, atol=1e-12, equal_nan=True)
