@@ -201,7 +201,7 @@ def several(sizes=(24, 41, 3), cluster_size=4, per_batch=3, **settings) -> Batch
         cluster_size=cluster_size,
         cluster=np.array(cluster, np.int32),
         task=np.array(task, np.int32),
-        task_names=tuple("abc"[: len(sizes)]),
+        task_names=tuple("abcd"[: len(sizes)]),
         seed=1,
         data_digest="d",
         **settings,
@@ -261,7 +261,23 @@ def test_chance_of_sharing_a_batch(mixing, shares):
     for task, part in ((0, slice(0, 5)), (1, slice(5, 16))):
         size = part.stop - part.start
         measured = (chance[part, part].sum() - size) / (size * (size - 1))
-        assert measured == pytest.approx(plan.deal.chance_beside(task), rel=0.05)
+        assert measured == pytest.approx(plan.deal.chances(task).other, rel=0.05)
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "within"])
+def test_shares_hold_for_rows_in_no_cluster(mixing):
+    """A set with clusters and a remainder, sets smaller than a cluster, one of a single row."""
+    sizes, shares = (43, 27, 3, 1), (1.0, 0.5, 0.4, 0.25)
+    plan = several(sizes=sizes, mixing=mixing, task_shares=shares)
+    seen = np.zeros(plan.num_rows)
+    for epoch in range(1500):
+        seen[plan.epoch_batches(epoch).reshape(-1)] += 1 / 1500
+    ends = np.cumsum(sizes)
+    loose = plan.cluster < 0
+    for task, share in enumerate(shares):
+        rows = (np.arange(plan.num_rows) >= ends[task] - sizes[task]) & (np.arange(plan.num_rows) < ends[task])
+        np.testing.assert_allclose(seen[rows & loose], share, atol=0.05)
+    assert seen.sum() == pytest.approx(plan.num_batches * plan.batch_size)  # and the others give up the places
 
 
 def test_mistakes_with_several_data_sets():

@@ -31,13 +31,17 @@ def test_ids_and_weights_of_a_batch():
     assert torch.equal(arguments["index"], index)
     assert arguments["candidate_id"].tolist() == [100, 101, 104, 112, 200, 201, 204, 212, 300, 301, 304, 312]
     weight = arguments["log_weight"].tile(slice(0, 4), slice(0, 12)).exp()
-    same, other = 1 / 12, (4 - 1) / (2 - 1) / 12
+    stays = 10 / 11  # row 12 takes one of 12 places, and not the anchor's
+    same, other, remainder = 1 / stays / 12, 3 / stays / 12, 11 / 5 / 12
     assert weight[0].tolist() == pytest.approx(
-        [same, same, other, other] * 3
+        [same, same, other, remainder] * 3
     )  # explicit negatives come with the row that brings them
-    assert weight[3].tolist() == pytest.approx([other] * 12), "a remainder row belongs to no cluster"
+    from_remainder = 12 / 5 / 12  # the others are on 11 of 12 places, 5 beside it
+    own = 1 / 12  # what it brings itself is there
+    assert weight[3].tolist() == pytest.approx([*[from_remainder] * 3, own] * 3)
     capped = RowTable(ids, ids, plan=plan(), weights="inclusion", weight_cap=2.0).arguments(index)["log_weight"]
-    assert capped.other.exp().tolist() == pytest.approx([2 / 12] * 4)
+    assert capped.other.exp().tolist() == pytest.approx([2 * same] * 3 + [2 / 12])
+    assert capped.remainder.exp().tolist()[:3] == pytest.approx([2 * same] * 3)
     assert "log_weight" not in RowTable(ids, ids, plan=plan()).arguments(index)
 
 
@@ -119,3 +123,61 @@ def test_inclusion_weights_are_unbiased_over_each_data_set_and_with_hard_negativ
         truth = (values[own].sum().item() - values[own].numpy()) / (n - 1)
         np.testing.assert_allclose((total / count)[own].mean(), truth.mean(), rtol=0.01)
         np.testing.assert_allclose((total / count)[own], truth, rtol=0.12)
+
+
+def estimates(plan, epochs):
+    """What the weighted batches say of each row's mean over the other rows of its data set, as weights of those rows, and the truth: (n, n) both."""
+    n = plan.num_rows
+    together = np.zeros((n, n))
+    for epoch in range(epochs):
+        batches = plan.epoch_batches(epoch)
+        present = np.zeros((len(batches), n))
+        np.put_along_axis(present, batches, 1.0, axis=1)
+        together += present.T @ present
+    table = RowTable(np.arange(n), np.arange(n), plan=plan, weights="inclusion")
+    everything = slice(0, n)
+    weight = table.arguments(torch.arange(n))["log_weight"].tile(everything, everything).exp().numpy()
+    task = np.zeros(n, int) if plan.task is None else plan.task
+    others = (task[:, None] == task) & ~np.eye(n, dtype=bool)
+    return weight * together / together.diagonal()[:, None] * others, others / others.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("per_batch", [2, 3])
+@pytest.mark.parametrize("remainder", [3, 6])
+def test_inclusion_weights_are_unbiased_with_remainder_rows(per_batch, remainder):
+    """K = 4: 24 rows in clusters, and 3 or 6 (more than a cluster, as a plan made by hand may have) in none."""
+    loose = np.arange(24 + remainder) >= 24
+    plan = BatchPlan(
+        num_rows=len(loose), batch_size=4 * per_batch, cluster_size=4, seed=3, data_digest="",
+        cluster=np.where(loose, -1, np.arange(len(loose)) // 4).astype(np.int32),
+    )  # fmt: skip
+    found, truth = estimates(plan, 10_000)
+    for rows in (loose, ~loose):
+        for columns in (loose, ~loose):  # of each kind as much as there is, and not more of one for less of the other
+            block = np.ix_(rows, columns)
+            assert found[block].sum() == pytest.approx(truth[block].sum(), rel=0.02)
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "within"])
+def test_inclusion_weights_are_unbiased_with_remainders_shares_and_guests(mixing):
+    """Sets of 15 rows (3 in no cluster), of 23 at half their share (3), and 3 guests; 3 + 2 clusters make two batches, and one sits out."""
+    sizes, size = (15, 23, 3), 4
+    task = np.repeat([0, 1, 2], sizes)
+    cluster, first = [], 0
+    for rows in sizes:
+        own = np.arange(rows) // size
+        cluster.append(np.where(own < rows // size, own + first, -1))
+        first += rows // size
+    cluster = np.concatenate(cluster).astype(np.int32)
+    plan = BatchPlan(
+        num_rows=41, batch_size=8, cluster_size=size, cluster=cluster, seed=0, data_digest="", task=task.astype(np.int32),
+        task_names=("a", "b", "c"), task_shares=(1.0, 0.5, 0.5), mixing=mixing,
+    )  # fmt: skip
+    found, truth = estimates(plan, 10_000)
+    kinds = [cluster < 0, cluster >= 0]
+    for number in (0, 1):
+        for rows in kinds:
+            for columns in kinds:
+                block = np.ix_(rows & (task == number), columns & (task == number))
+                assert found[block].sum() == pytest.approx(truth[block].sum(), rel=0.05), (mixing, number)
+    assert found[task == 2].sum() == pytest.approx(3, rel=0.1)  # guests, who are seldom side by side

@@ -61,9 +61,9 @@ class BlockArrays:
                 )
             self.arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in everything.items()}
         else:
-            if distributed.rank() == 0:
-                _prepare(folder, everything, identity)
-            distributed.barrier()
+            with distributed.alone() as chosen:
+                if chosen:
+                    _prepare(folder, everything, identity)
             for name in everything:
                 self.arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r+")
         self.finished = self.arrays.pop("finished")

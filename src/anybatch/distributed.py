@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anybatch.errors import AnybatchError
+
 _working_alone = False  # see `alone`
 
 
@@ -78,6 +80,27 @@ def barrier() -> None:
         dist.barrier()
 
 
+def agree(error: Exception | None = None) -> None:
+    """All ranks go on, or none does: what one rank alone found (`error`) is raised on every rank. One collective of pickled strings.
+
+    A rank that raised by itself would leave the others waiting in their next collective.
+
+    Args:
+        error: What this rank has to say against going on; None for nothing.
+
+    Raises:
+        AnybatchError: With the words of the first rank that refused. A rank with an error of its own raises that.
+    """
+    if is_active():
+        words = "" if error is None else str(error) if isinstance(error, AnybatchError) else repr(error)
+        said: list[str | None] = [None] * world_size()
+        dist.all_gather_object(said, words)
+        if error is None and any(said):
+            raise AnybatchError(next(filter(None, said)))
+    if error is not None:
+        raise error
+
+
 @contextmanager
 def launched_ranks() -> Iterator[None]:
     """Join the processes that torchrun started, over gloo, for as long as this is open; nothing outside torchrun.
@@ -94,7 +117,8 @@ def launched_ranks() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[bool]:
-    """What rank 0 does by itself: yields whether this is rank 0; inside there is no group, and at the end all ranks meet. One barrier.
+    """What rank 0 does by itself: yields whether this is rank 0; inside there is no group, and at the end all ranks meet. One `agree`:
+    if rank 0 fails, so do the others.
 
     ::
 
@@ -105,8 +129,11 @@ def alone() -> Iterator[bool]:
     global _working_alone
     chosen = rank() == 0
     before, _working_alone = _working_alone, True
+    failed = None
     try:
         yield chosen
+    except Exception as error:
+        failed = error
     finally:
         _working_alone = before
-    barrier()
+    agree(failed)

@@ -59,6 +59,18 @@ def read_training_pairs(config: RunConfig) -> PairData:
     return pairs
 
 
+def check_sizes(config: RunConfig, pairs: PairData) -> None:
+    """Refuse, on every rank and before any work, what mining could not make batches of. Nothing where the plan is given.
+
+    Raises:
+        AnybatchError: See `anybatch.mining.check_sizes`.
+    """
+    from anybatch.mining import check_sizes as check_mining
+
+    if config.plan is None:
+        check_mining(len(pairs), config=resolved(config).mining, sets=mining_sets(config, pairs))
+
+
 def read_data(data: DataConfig) -> PairData:
     """The pairs of one data set, or of several, one after the other."""
     found = [(one, Path(one.path)) for one in training_sets(data)]
@@ -199,6 +211,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
                 )
                 plan.save(path)
         return BatchPlan.load(path)
+    check_sizes(config, pairs)
     anchors, positives = teacher_embeddings(config, pairs, progress)
     known: dict[str, Any] = {
         "config": resolved(config).mining,
@@ -398,11 +411,13 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
 
 def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
-    from anybatch.integrations.sentence_transformers.training import train_model
+    from anybatch.integrations.sentence_transformers.training import check_shared_equally, train_model
     from anybatch.losses.config import build_loss
     from anybatch.rows import RowTable
 
     pairs = read_training_pairs(config)  # before the folder: bad data leaves nothing behind
+    check_sizes(config, pairs)
+    check_shared_equally(config.batch_size)
     held_out = read_evaluation(config)
     model = load_model(config.model)
     folder = open_run(config, resume=resume)

@@ -30,8 +30,9 @@ class BatchPlan:
 
     In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size / cluster_size` whole
     clusters, drawn at random, one after the other. Rows in no cluster (`cluster == -1`: what is left when the rows are cut
-    into clusters of exactly equal size) take the places of randomly chosen rows, so that none is lost for ever; who
-    sits out an epoch is in `rows_left_out(epoch)`. All of it depends on nothing but the plan and the epoch.
+    into clusters of exactly equal size) take the places of randomly chosen rows of their data set, as many as its share says, so that none
+    is lost for ever; rows of a data set without a cluster are guests anywhere. Who sits out an epoch is in `rows_left_out(epoch)`. All of it
+    depends on nothing but the plan and the epoch.
 
     A plan may hold several partitions of the same rows, which epochs take in turn: epoch e is dealt as the plan `partition(e)`, of the
     e-th partition alone, deals it.
@@ -146,11 +147,15 @@ class BatchPlan:
         if self.task is not None and self.num_clusters:
             cluster_task = self.task[self._members[:, 0]]
         num_tasks = 1 if self.task is None else len(self.task_names)
+        tasks = np.zeros(self.num_rows, np.int32) if self.task is None else self.task
+        remainders = np.bincount(tasks[self._remainder], minlength=num_tasks).tolist()
         return Deal(
             cluster_task=cluster_task,
             shares=self.task_shares or (1.0,) * num_tasks,
             clusters_per_batch=self.clusters_per_batch,
             within=self.mixing == "within",
+            cluster_size=self.cluster_size,
+            remainders=tuple(remainders),
         )
 
     @cached_property
@@ -324,15 +329,18 @@ class BatchPlan:
         tasks = np.zeros(self.num_rows, np.int32) if self.task is None else self.task
         homes = self.deal.cluster_task[dealt]
         taken = np.zeros((len(dealt), self.cluster_size), bool)
-        for task in np.unique(tasks[self._remainder]):
+        # A data set smaller than a cluster has none of its own: its rows are guests elsewhere, after all others have their places.
+        guests = ~np.isin(tasks[self._remainder], self.deal.cluster_task)
+        for task in (*np.unique(tasks[self._remainder[~guests]]), *np.unique(tasks[self._remainder[guests]])):
             remainder = self._remainder[tasks[self._remainder] == task]
-            own = np.flatnonzero(homes == task)
-            # A data set smaller than a cluster has none of its own: its rows are guests elsewhere.
-            clusters = own if len(own) else np.arange(len(dealt))
+            clusters = np.flatnonzero(homes == task) if task in self.deal.cluster_task else np.arange(len(dealt))
             free = np.argwhere(~taken[clusters])
-            chosen = free[generator.choice(len(free), size=min(len(remainder), len(free)), replace=False)]
+            count = min(self.deal.draw_remainder(int(task), generator), len(free))
+            if count < len(remainder):
+                remainder = generator.permutation(remainder)[:count]
+            chosen = free[generator.choice(len(free), size=count, replace=False)]
             taken[clusters[chosen[:, 0]], chosen[:, 1]] = True
-            members[dealt[clusters[chosen[:, 0]]], chosen[:, 1]] = remainder[: len(chosen)]
+            members[dealt[clusters[chosen[:, 0]]], chosen[:, 1]] = remainder
 
     def _shuffle(self, batches: np.ndarray, share: float, order: np.ndarray, generator: np.random.Generator) -> None:
         """Take the clusters of a share of the batches apart; batches of one data set stay so."""

@@ -199,19 +199,26 @@ class RowTable(nn.Module):
             )
 
     def _inclusion(self, index: Tensor, num_negatives: int, candidate_id: Tensor) -> ClusterLogWeight:
-        """One over the chance that a candidate was put beside the anchor; each candidate once, however many ways it has to come."""
+        """One over the chance that a candidate was put beside the anchor; each candidate once, however many ways it has to come.
+
+        The negatives that a row brings itself are certain to be there; they weigh as its cluster does, which is a remainder row's chance of
+        pushing one out too much.
+        """
         assert self.plan is not None
         assert self.cluster is not None
         assert self.log_weights is not None
         cluster, task, repeat = self.cluster[index], None, 1 + num_negatives
         if self.task is not None:
             task = self.task[index]
-        same, other = (self.log_weights[0 if task is None else task, column].expand(len(index)) for column in (0, 1))
+        loose = (cluster < 0).long()
+        same, other, remainder = self.log_weights[0 if task is None else task, loose].unbind(dim=1)
+        cluster = torch.where(cluster < 0, -2 - index, cluster)  # a remainder row belongs to itself
         return ClusterLogWeight(
             row_cluster=cluster,
             column_cluster=cluster.repeat(repeat),
             same=same,
             other=other,
+            remainder=remainder,
             column_factor=None if self.ways is None or not num_negatives else -self.ways[candidate_id].log(),
             row_task=task,
             column_task=None if task is None else task.repeat(repeat),
@@ -219,7 +226,7 @@ class RowTable(nn.Module):
 
 
 def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
-    """(data sets, 2) float64: log-weights of a row of the same and of another cluster, for each data set.
+    """(data sets, 2, 3) float64: log-weights of a row of the same cluster, of another and of none; for an anchor in a cluster and in none.
 
     Raises:
         AnybatchError: A plan whose batches leave no such weights.
@@ -231,7 +238,17 @@ def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
     weights = []
     for number in range(max(1, len(plan.task_names))):
         num_rows = plan.num_rows if plan.task is None else int(np.count_nonzero(plan.task == number))
-        weights.append(inclusion_log_weights(max(2, num_rows), plan.deal.chance_beside(number), cap=cap))
+        num_rows, chances = max(2, num_rows), plan.deal.chances(number)
+        same = chances.same or 1.0  # 0 for a data set without clusters
+        home = [
+            inclusion_log_weights(num_rows, chance, chance_same=same, cap=cap)
+            for chance in (chances.other, chances.remainder)
+        ]
+        loose = [
+            inclusion_log_weights(num_rows, chance, cap=cap)
+            for chance in (chances.from_remainder, chances.between_remainders)
+        ]
+        weights.append([[part[0][0], part[0][1], part[1][1]] for part in (home, loose)])
     return torch.tensor(weights, dtype=torch.float64)
 
 

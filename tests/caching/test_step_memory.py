@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from anybatch.caching import (
     GraphBudget,
@@ -13,7 +16,9 @@ from anybatch.caching import (
     step_memory,
 )
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, total_memory
+from anybatch.caching.memory import LEAF_COPIES, leaf_bytes
 from anybatch.errors import AnybatchError
+from anybatch.losses import InfoNCE, SogCLR
 from tests.caching.helpers import (
     Mlp,
     Softmax,
@@ -145,6 +150,62 @@ def test_no_bit_depends_on_what_is_kept(dropout):
         found = gradients(encoder, loss)
         wanted = wanted or found
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), keep
+
+
+class LiveBytes(TorchDispatchMode):
+    """A twin that counts: bytes of all storages made inside that are alive, after every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {place: one for place, one in self.alive.items() if not one[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("towers", [2, 3])
+@pytest.mark.parametrize("loss", ["infonce", "both", "sogclr"])
+def test_what_is_set_aside_for_the_loss_is_what_it_takes(loss, towers):
+    """Wide embeddings from a narrow encoder, small tiles: all that counts is embeddings and what the loss makes of them."""
+    rows, width = 160, 256
+    make = {
+        "infonce": lambda: InfoNCE(tile_bytes=2**12),
+        "both": lambda: InfoNCE(direction="both", tile_bytes=2**12),
+        "sogclr": lambda: SogCLR(1000, tile_bytes=2**12),
+    }[loss]
+    encoder, kwargs = torch.nn.Linear(2, width), {"index": torch.arange(rows)} if loss == "sogclr" else {}
+    inputs = [torch.randn(rows, 2) for _ in range(towers)]
+    with LiveBytes() as twin:
+        cached_step(make(), encoder, inputs, micro_batch=8, loss_kwargs=kwargs)
+    reserved = leaf_bytes([torch.empty(8, width)], towers * rows)
+    assert twin.peak <= reserved <= 2 * twin.peak
+
+
+def test_wide_embeddings_leave_room_for_fewer_graphs(device):
+    """The rows of all towers count, from the first micro-batch on; half precision is held in float32."""
+    inner = torch.nn.Linear(6, 512)
+    inputs = [torch.randn(64, 6) for _ in range(2)]
+    leaves = leaf_bytes([torch.empty(8, 512)], 128)
+    assert leaves == leaf_bytes([torch.empty(8, 512, dtype=torch.bfloat16)], 128) == LEAF_COPIES * 128 * 512 * 4
+    assert leaf_bytes([torch.empty(8, 512).double()], 128) == 2 * leaves
+
+    def encode(x):
+        return inner(x).tanh()
+
+    options = {"micro_batch": 8, "keep_graphs": "auto", "modules": [inner]}
+    a_graph = 4 * (8 * 512 + 8 * 6)  # tanh saves its result, the layer its input
+    device.total = leaves + sum(4 * p.numel() for p in inner.parameters()) + 5 * a_graph
+    kept = [one.num_kept for one in record_towers([encode] * 2, inputs, memory=StepMemory("100%"), **options)]
+    assert kept == [4, 0]  # and one replay
+    device.total -= leaves
+    assert record_towers([encode] * 2, inputs, memory=StepMemory("100%"), **options)[0].num_kept == 0
 
 
 class Tight(torch.nn.Module):

@@ -121,6 +121,33 @@ def test_padded_widths_change_no_gradient(model, multiple):
     assert worst(ours, plain) < 1e-12
 
 
+def test_a_compiled_model_has_the_gradients_of_the_plain_one(model, monkeypatch):
+    """Dropout on; nothing replayed and nothing compiled on the one side. Two graphs a shape at most, and none in later steps."""
+    model.train()
+    features = columns(model, rows=6, negatives=0)
+    known = {"micro_batch": 3, "pad_to_multiple": 8}
+    _, plain = gradients(CachedLoss(model, InfoNCE(), keep_graphs=1.0, **known), features)
+    inner, shapes, graphs = torch._dynamo.lookup_backend("aot_eager"), set(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return inner(graph, inputs)
+
+    loss = CachedLoss(model, InfoNCE(), keep_graphs=0.5, **known)
+    encode = loss._encode
+    monkeypatch.setattr(loss, "_encode", lambda batch: shapes.add(tuple(batch["input_ids"].shape)) or encode(batch))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        model.compile(backend=backend, dynamic=False)
+        _, ours = gradients(loss, features)
+        once = len(graphs)
+        gradients(loss, features)
+    torch._dynamo.reset()
+    assert worst(ours, plain) < 1e-12
+    assert shapes == {(3, 8), (3, 16)}
+    assert 0 < once == len(graphs) <= 2 * len(shapes)
+
+
 def test_evaluation_leaves_memory_alone(model):
     loss = CachedLoss(model, SogCLR(num_rows=30), micro_batch=4)
     features = columns(model, negatives=0)

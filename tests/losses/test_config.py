@@ -8,15 +8,19 @@ import torch
 from anybatch import losses
 from anybatch.configuration import from_mapping
 from anybatch.errors import AnybatchError
-from anybatch.losses.config import KNOWN, WITH_MEMORY, LossConfig, build_loss
+from anybatch.losses.config import KNOWN, WITH_MEMORY, LossConfig, build_loss, first_temperature
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_name_builds_and_runs(name):
     extra = {"dimensions": 4} if name == "tempnet" else {}
     loss = build_loss(LossConfig(name=name, **extra), num_rows=10)
+    config = LossConfig(name=name, **extra)
     if name != "auc_cl":  # it has none
-        assert loss.temperature == pytest.approx(0.05)
+        assert loss.temperature == pytest.approx({"fastclip": 0.07, "siglip": 0.1}.get(name, 0.05))
+        assert first_temperature(config) == pytest.approx(loss.temperature)
+        assert first_temperature(LossConfig(name=name, temperature=0.06, **extra)) == pytest.approx(0.06)
+    assert getattr(loss, "direction", "one_way") == ("both" if name == "fastclip" else "one_way")
     value = loss(torch.randn(3, 4, requires_grad=True), torch.randn(5, 4), index=torch.arange(3))
     value.backward()
     assert value.isfinite()
@@ -48,6 +52,13 @@ def test_settings_reach_their_method():
         ({"name": "sogclr", "gamma": 1.5}, "loss.gamma is 1.5"),
         ({"name": "infonce", "weights": "inclusion"}, "does not define"),
         ({"temperature": 0.0}, "loss.temperature"),
+        (
+            {"name": "fastclip", "temperature_lr": 0.1},
+            "loss.temperature_lr is given, which fastclip's v3 does not use: it is for v2. Remove it",
+        ),
+        ({"name": "fastclip", "version": "v0", "rho": 7.0}, "fastclip's v0 does not use: it is for v2, v3"),
+        ({"name": "fastclip", "version": "v1", "rho": 7.0}, "loss.rho is given"),
+        ({"name": "fastclip", "version": "v1", "temperature_range": (0.1, 0.2)}, "it is for v0, v2, v3"),
         ({"name": "emc2", "memory_dtype": "float16"}, "loss.memory_dtype is given, which 'emc2' does not know"),
         ({"name": "infonce", "memory_sharded": True}, "loss.memory_sharded is given"),
         ({"name": "sogclr", "memory_dtype": "float16", "gamma": 0.01}, "rounded away"),
@@ -80,3 +91,18 @@ def test_memory_is_stored_as_asked(name):
 def test_a_temperature_that_is_not_to_be_learned_is_not():
     assert build_loss(LossConfig(name="siglip"), num_rows=9).log_temperature is not None
     assert build_loss(LossConfig(name="siglip", learnable_temperature=False), num_rows=9).log_temperature is None
+
+
+@pytest.mark.parametrize("version", ["v0", "v1", "v2", "v3"])
+def test_a_name_alone_is_the_class_alone(version):
+    """Every setting of the class that the configuration leaves out keeps the class's default."""
+    built = build_loss(LossConfig(name="fastclip", version=version), num_rows=10)
+    alone = losses.FastCLIP(10, version=version)
+    for name in ("temperature", "direction", "rho", "eps", "gamma", "temperature_range"):
+        assert getattr(built, name) == getattr(alone, name), name
+    assert first_temperature(LossConfig(name="fastclip", version=version)) == pytest.approx(alone.temperature)
+
+
+def test_first_temperature_of_prefixes():
+    assert first_temperature(LossConfig(name="tempnet", matryoshka=(4, 2))) == pytest.approx(0.05)
+    assert first_temperature(LossConfig(name="auc_cl")) == 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.losses import EMC2, NUCLR, InfoNCE, SogCLR
 from anybatch.losses import warm_start as room
@@ -280,6 +282,68 @@ def worker(rank, world_size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     torch.save(warm_all(folder), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def refusing_worker(rank, world_size, folder):
+    """Each rank says what it was told; without an agreement rank 1 would wait for a gather that never comes."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/refuse", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    anchors, positives, *_ = data(torch.float32)
+    said = []
+    for name in ("bad", "other"):
+        try:
+            warm_start(SogCLR(N), anchors, positives, file=Path(folder) / name)
+        except AnybatchError as error:
+            said.append(str(error))
+    try:
+        with distributed.alone() as chosen:
+            if chosen:
+                raise OSError("disk full")
+    except (OSError, AnybatchError) as error:
+        said.append(repr(error))
+    done = warm_start(SogCLR(N), anchors, positives, file=Path(folder) / "good")  # all go on together
+    Path(folder, f"said-{rank}").write_text("\n".join([*said, str(done.num_rows)]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_a_bad_file_is_refused_by_all_ranks():
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "bad").write_bytes(b"cut short")
+        anchors, positives, *_ = data(torch.float32)
+        positives[N - 2, WIDTH - 1] += 0.01  # one number of one row
+        warm_start(SogCLR(N), anchors, positives, file=Path(folder) / "other")
+        multiprocessing.spawn(refusing_worker, (2, folder), nprocs=2)
+        said = [(Path(folder) / f"said-{rank}").read_text().splitlines() for rank in range(2)]
+    assert said[0][:2] == said[1][:2]
+    assert "Cannot read" in said[1][0]
+    assert "other embeddings" in said[1][1]
+    assert [lines[2:] for lines in said] == [
+        ["OSError('disk full')", str(N)],
+        ["AnybatchError(\"OSError('disk full')\")", str(N)],
+    ]
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "memory map"])
+def test_every_number_counts_in_a_resume(kind, tmp_path, monkeypatch):
+    """A change anywhere is other embeddings, in all kinds of arrays; more rows than a sample of 256 would see."""
+    monkeypatch.setattr(room, "DIGEST_ROWS", 100)
+    n = 600
+    anchors, positives, *_ = data(torch.float32, n)
+    if kind == "memory map":
+        np.save(tmp_path / "a.npy", anchors.numpy())
+        anchors = np.load(tmp_path / "a.npy", mmap_mode="r")
+    else:
+        anchors, positives = (side.to(getattr(torch, kind)) for side in (anchors, positives))
+    loss, file = SogCLR(n), tmp_path / "state"
+    warm_start(loss, anchors, positives, sample=20, file=file)
+    warm_start(loss, anchors, positives, sample=20, file=file)
+    changed = positives.clone()
+    changed[n - 2, 0] += 1
+    with pytest.raises(AnybatchError, match="other embeddings"):
+        warm_start(loss, anchors, changed, sample=20, file=file)
 
 
 @pytest.mark.distributed

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch.multiprocessing as multiprocessing
 from anybatch import distributed
 from anybatch.blocks import BlockArrays, release_pages
 from anybatch.errors import AnybatchError
-from anybatch.mining import MiningConfig, exact_neighbors, ivf_neighbors
+from anybatch.mining import MiningConfig, MiningSet, exact_neighbors, ivf_neighbors, mine_shared
 from anybatch.mining import inverted as inverted_module
 from anybatch.mining import neighbors as neighbors_module
 from anybatch.plan import BatchPlan
@@ -171,3 +174,59 @@ def test_released_pages_leave_memory_and_come_back(tmp_path):
     release_pages(mapped, np.arange(3))
     assert before - resident_bytes() > 20_000_000
     assert mapped.sum(dtype=np.float64) == total + 63
+
+
+def refused_worker(rank, world_size, folder, model, pairs):
+    """What `anybatch mine` refuses, each on both ranks; no search, and nobody waits for the other."""
+    from typer.testing import CliRunner
+
+    from anybatch.cli.app import app
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/refused", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    said = []
+    pytest.MonkeyPatch().setattr("anybatch.mining.mine.rank_rows", lambda *_, **__: said.append("searched"))
+    anchors, positives = embeddings(211, topics=20)
+    broken = anchors.copy()
+    broken[100] = np.nan
+    config = run_config(Path(folder) / "never", model, pairs).mining
+    sets = (MiningSet(name="a", num_rows=9), MiningSet(name="b", num_rows=202, share=0.01))
+    for vectors, given in (
+        (anchors, {"config": replace(config, batch_size=10)}),
+        (anchors, {"config": replace(config, batch_size=300, cluster_size=4)}),
+        (anchors, {"config": replace(config, batch_size=16), "sets": sets}),
+        (broken, {"config": config}),
+        (anchors[:, :-1], {"config": config}),
+    ):
+        try:
+            mine_shared(vectors, positives, folder=Path(folder) / "never", **given, **KNOWN)
+        except AnybatchError as error:
+            said.append(str(error))
+    given = ("--data", str(pairs), "--teacher", str(model), "--output", f"{folder}/never", "--batch-size", "10")
+    result = CliRunner().invoke(app, ["mine", *given, "--set", "mining.cluster_size=4"])
+    assert isinstance(result.exception, AnybatchError)
+    said.append(str(result.exception))
+    (Path(folder) / f"said-{rank}").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_what_does_not_fit_is_refused_by_all_ranks_before_the_search(tiny_model_folder, pairs_file):
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(refused_worker, (2, folder, tiny_model_folder, pairs_file), nprocs=2)
+        said = [json.loads((Path(folder) / f"said-{rank}").read_text()) for rank in range(2)]
+        assert not (Path(folder) / "never").exists()
+    assert said[0] == said[1]
+    expected = (
+        "batch_size 10 is not a multiple of mining.cluster_size 4",
+        "The data has 211 rows, fewer than one batch of 300",
+        "deals 3 of 52 clusters of 4 rows, which do not fill one batch of 16",
+        "1 of the anchor embeddings in rows 0 to 210",
+        "Anchors have",
+        "batch_size 10 is not a multiple",
+    )
+    assert len(said[0]) == len(expected)
+    for words, part in zip(said[0], expected, strict=True):
+        assert part in words

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from anybatch import distributed
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, parse_memory, total_memory
 from anybatch.caching.rows import RowSlicer
 from anybatch.errors import AnybatchError
+
+LEAF_COPIES = 6  # tensors of the embeddings' size at the loss's peak: see `leaf_bytes`
 
 
 class GraphBudget:
@@ -23,13 +27,15 @@ class GraphBudget:
     holds already not). The next micro-batch is no longer than the last, so its bytes for each padded token are no more:
 
         predicted = bytes measured last * padded tokens / padded tokens measured last
-        keep if in use + reserve + kept + predicted + the largest graph (a replay's working set) <= memory
+        keep if in use + reserve + leaves + kept + predicted + the largest graph (a replay's working set) <= memory
 
     Args:
         memory: The most memory in use on the device, parameters, optimiser and other processes included: "8GiB", "80%",
             or bytes.
         device: Whose memory.
-        reserve: Bytes set aside for what comes later in the step (gradients of the parameters, the loss).
+        reserve: Bytes set aside for what comes later in the step (gradients of the parameters, the loss's tiles).
+        num_rows: Rows of the whole step, all towers together: when the first embeddings show how wide they are, `LEAF_COPIES` times the bytes of
+            all of them are set aside as well.
         most: The most bytes of kept graphs, where an earlier step has shown it.
         modules: Their parameters and buffers are there anyway and are not counted.
 
@@ -38,6 +44,7 @@ class GraphBudget:
     Attributes:
         spent: Bytes of the graphs kept so far.
         largest: Bytes of the largest graph measured.
+        leaves: Bytes set aside for the embeddings of all rows and what the loss makes of them; 0 before the first ones are seen.
         overrun: Whether memory ran out beside the kept graphs, in spite of the prediction.
 
     Cost: one Python call for each tensor that autograd saves.
@@ -49,12 +56,15 @@ class GraphBudget:
         *,
         device: torch.device | str = "cpu",
         reserve: int = 0,
+        num_rows: int = 0,
         most: int | None = None,
         modules: Iterable[nn.Module] = (),
     ) -> None:
         self.device = torch.device(device)
         self.limit = parse_memory(memory, total_memory(self.device))
         self.start = memory_in_use(self.device) + reserve
+        self.num_rows = num_rows
+        self.leaves = 0
         self.most = most
         self.spent = self.largest = 0
         self.overrun = False
@@ -84,6 +94,11 @@ class GraphBudget:
         self._there |= self._last.keys()
         return True
 
+    def note_embeddings(self, outputs: Sequence[Tensor]) -> None:
+        """Set memory aside for the embeddings of the whole step, now that some are there. Ranks share each other's."""
+        rows = self.num_rows * distributed.world_size()
+        self.leaves = max(self.leaves, leaf_bytes(outputs, rows))
+
     @contextlib.contextmanager
     def measure(self, slicer: RowSlicer, rows: Tensor) -> Iterator[None]:
         """Count the bytes that autograd saves inside."""
@@ -107,7 +122,20 @@ class GraphBudget:
     def _fits(self, size: int) -> bool:
         if self.overrun or (self.most is not None and self.spent + size > self.most):
             return False
-        return self.start + self.spent + size + max(self.largest, size) <= self.limit
+        return self.start + self.leaves + self.spent + size + max(self.largest, size) <= self.limit
+
+
+def leaf_bytes(outputs: Sequence[Tensor], num_rows: int) -> int:
+    """Bytes that embeddings like these, of `num_rows` rows, and what the loss makes of them need at once.
+
+        LEAF_COPIES * num_rows * sum over the outputs of elements a row * bytes of float32 (float64 for float64)
+
+    The copies are the leaf, its gradient, and in the loss the candidates in one piece, the normalised rows and gradients on their way.
+    """
+    a_row = sum(
+        math.prod(output.shape[1:]) * torch.promote_types(output.dtype, torch.float32).itemsize for output in outputs
+    )
+    return LEAF_COPIES * num_rows * a_row
 
 
 class Attempt:

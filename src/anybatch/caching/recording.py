@@ -48,6 +48,7 @@ class Recording:
     _wrapped: tuple[Wrapped, ...] = ()
     _on_split: Callable[[int], None] | None = None
     _sharded: bool = False  # over ranks, which then must run equally many passes
+    _compiled: bool = False  # by torch.compile, whose graphs with and without gradients may draw other random numbers
     _spent: bool = field(default=False)
 
     @property
@@ -162,6 +163,8 @@ class RecordingPass:
         if not self.flats:
             self.flats = [_flat_like(output, self.slicer.num_rows) for output in outputs]
             self.trains = [False] * len(outputs)
+            if self.budget is not None:
+                self.budget.note_embeddings(outputs)
         _check_same(outputs, self.flats)
         for flat, output in zip(self.flats, outputs):
             flat.index_copy_(0, rows.to(flat.device), output.detach().to(flat.dtype))

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from anybatch import distributed
 from anybatch.caching.forward import Encoder, encode_rows
 from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, sharded_out_of_memory, warn_split
-from anybatch.caching.modules import modules_of, refuse_batch_statistics
+from anybatch.caching.modules import is_compiled, modules_of, refuse_batch_statistics
 from anybatch.caching.recording import Piece, Recording, RecordingPass
 from anybatch.caching.reduction import (
     Wrapped,
@@ -38,6 +38,8 @@ from anybatch.caching.reduction import (
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.state import AutocastState, ModeState, RandomState, without_autocast
 from anybatch.errors import AnybatchError
+
+REPLAY_TOLERANCE = 0.01  # of a row's norm: other dropout masks move an embedding by more, rounding by less
 
 
 def record(
@@ -118,6 +120,7 @@ def record(
         _wrapped=tuple(module for module in wrapped if not called or module in called),
         _on_split=on_split,
         _sharded=sharded,
+        _compiled=is_compiled(encode, held),
     )
 
 
@@ -150,7 +153,8 @@ def replay(
             gradient).
 
     Raises:
-        AnybatchError: A recording used twice, gradients of another number or shape, out of memory in a backward pass.
+        AnybatchError: A recording used twice, gradients of another number or shape, out of memory in a backward pass, a compiled encoder whose
+            replay draws other random numbers than its recording did.
 
     Cost: forward and backward of every micro-batch that was not kept; one gradient reduction a step for each
         DistributedDataParallel and sharded encoder. A sharded one gathers its weights in every pass.
@@ -204,6 +208,8 @@ def _replay_piece(jobs: deque[_Job], gradient_of: dict[int, list[Tensor | None]]
             if outputs is None:
                 _split(jobs, job, attempt.error)
                 return
+            if recording._compiled and piece.drew and not job.zero:
+                _check_replay(outputs, recording.leaves, piece.rows)
         with without_autocast(), out_of_memory_as_none() as attempt:
             attempt.result = _backward(outputs, gradient_of[id(recording)], piece.rows, zero=job.zero)
         if attempt.error is not None:
@@ -238,6 +244,24 @@ def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Ten
     if pairs:
         values = [torch.zeros_like(grad) if zero else grad for _, grad in pairs]
         torch.autograd.backward([output for output, _ in pairs], values)
+
+
+@torch.no_grad()
+def _check_replay(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], rows: Tensor) -> None:
+    """A compiler may draw random numbers in its own way in one graph and not in the other, and says nothing when it gives up compiling.
+
+    Raises:
+        AnybatchError: The embeddings are further from the recorded ones than rounding brings them.
+    """
+    for output, leaf in zip(outputs, leaves):
+        recorded = leaf.detach().index_select(0, rows.to(leaf.device))
+        gap = float((output.to(recorded.dtype) - recorded).norm() / recorded.norm().clamp_min(1e-30))
+        if gap > max(REPLAY_TOLERANCE, 16 * torch.finfo(output.dtype).eps):
+            raise AnybatchError(
+                f"The replay of a compiled encoder is {gap:.1%} away from its recording: it drew other random numbers (dropout). Set "
+                "torch._inductor.config.fallback_random = True before compiling, and torch._dynamo.config.recompile_limit to more than twice the "
+                "number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. The gradients of this step are incomplete."
+            )
 
 
 def _checked_grads(recording: Recording, given: Sequence[Tensor | None], scale: Tensor | float) -> list[Tensor | None]:

@@ -23,13 +23,13 @@ from anybatch.errors import AnybatchError
 MOST_TOKENS = {"cpu": 2048}
 MOST_TOKENS_ACCELERATOR = 32_768
 FEWEST_TOKENS = 64
-LOSS_RESERVE = 2**26  # score tiles and the gradients of the embeddings
+LOSS_RESERVE = 2**26  # score tiles; the embeddings and their gradients come on top (`leaf_bytes`)
 
 
 class StepMemory:
     """A memory budget that lasts for many steps: give the same object to each of them.
 
-        tokens = the largest power of two with  2 * (fixed + slope * tokens) <= memory - in use - gradients
+        tokens = the largest power of two with  2 * (fixed + slope * tokens) <= memory - in use - gradients - embeddings
 
     where fixed and slope (bytes a padded token) are measured by running the longest row, and the longest two, with a graph
     and counting what autograd saves. Half of the room is left for kept graphs. It is found once for each encoder, and again
@@ -54,18 +54,22 @@ class StepMemory:
         self._budget: GraphBudget | None = None
         self._found: dict[tuple[object, ...], tuple[int, int]] = {}  # modules: longest row measured, tokens
 
-    def next_step(self, modules: Sequence[nn.Module], inputs: Sequence[object]) -> GraphBudget:
-        """A `GraphBudget` for one step; takes note of what the step before it found."""
+    def next_step(self, modules: Sequence[nn.Module], inputs: Sequence[object], *, num_rows: int = 0) -> GraphBudget:
+        """A `GraphBudget` for one step of `num_rows` rows, all towers together; takes note of what the step before it found."""
         past = self._budget
         if past is not None and past.overrun:
             self._most_kept = int(0.9 * past.spent)
         device = _device_of([*modules, *inputs])
         reserve = LOSS_RESERVE + _gradient_bytes(modules)
-        self._budget = GraphBudget(self.memory, device=device, reserve=reserve, most=self._most_kept, modules=modules)
+        self._budget = GraphBudget(
+            self.memory, device=device, reserve=reserve, num_rows=num_rows, most=self._most_kept, modules=modules
+        )
         return self._budget
 
-    def max_tokens(self, encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> int:
-        """Padded tokens of a micro-batch (rows, where there are no lengths) for this encoder and batch.
+    def max_tokens(
+        self, encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module], *, num_rows: int | None = None
+    ) -> int:
+        """Padded tokens of a micro-batch (rows, where there are no lengths) for this encoder and batch, in a step of `num_rows` rows (None: this batch).
 
         Raises:
             AnybatchError: A single row does not fit on the device; a sharded encoder, which cannot run on one rank alone.
@@ -81,7 +85,7 @@ class StepMemory:
         )  # a function may be made anew for every step, its modules are not
         known = self._found.get(key)
         if known is None or length > known[0]:
-            known = length, self._probe(encode, slicer, modules)
+            known = length, self._probe(encode, slicer, modules, slicer.num_rows if num_rows is None else num_rows)
             self._found[key] = known
         return known[1] if self.learned is None else min(known[1], self.learned)
 
@@ -89,13 +93,15 @@ class StepMemory:
         """Memory ran out; `tokens` padded tokens are tried next."""
         self.learned = tokens if self.learned is None else min(self.learned, tokens)
 
-    def _probe(self, encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> int:
+    def _probe(self, encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module], num_rows: int) -> int:
         order = torch.arange(slicer.num_rows)
         if slicer.lengths is not None:
             order = torch.sort(slicer.lengths, descending=True, stable=True).indices
         device = _device_of([*modules, slicer.inputs])
         most = MOST_TOKENS.get(device.type, MOST_TOKENS_ACCELERATOR)
-        one, two = (_graph_bytes(encode, slicer, order[:count], modules, device) for count in (1, min(2, len(order))))
+        (one, leaves), (two, _) = (
+            _graph_bytes(encode, slicer, order[:count], modules, device, num_rows) for count in (1, min(2, len(order)))
+        )
         if one is None:
             raise AnybatchError(
                 "Out of memory with a single row: the encoder does not fit with its longest input. Shorten the inputs, use "
@@ -107,7 +113,7 @@ class StepMemory:
         slope = (two - one) / tokens if len(order) > 1 else one / tokens
         fixed = max(0.0, one - slope * tokens)
         limit = parse_memory(self.memory, total_memory(device))
-        room = limit - memory_in_use(device) - LOSS_RESERVE - _gradient_bytes(modules)
+        room = limit - memory_in_use(device) - LOSS_RESERVE - leaves - _gradient_bytes(modules)
         if 2 * one > room:
             warnings.warn(
                 f"memory={self.memory!r} leaves {max(0, room) / 2**20:.0f} MiB for the encoder, and a micro-batch of one row "
@@ -122,14 +128,22 @@ class StepMemory:
 
 
 def _graph_bytes(
-    encode: Encoder, slicer: RowSlicer, rows: Tensor, modules: Sequence[nn.Module], device: torch.device
-) -> int | None:
-    """What autograd saves for these rows; None if they do not fit. Random generators are put back."""
-    budget, before = GraphBudget(1, device=device, modules=modules), RandomState()
+    encode: Encoder,
+    slicer: RowSlicer,
+    rows: Tensor,
+    modules: Sequence[nn.Module],
+    device: torch.device,
+    num_rows: int,
+) -> tuple[int | None, int]:
+    """What autograd saves for these rows, None if they do not fit; and the loss's share for `num_rows`. Random generators are put back."""
+    budget, before = GraphBudget(1, device=device, num_rows=num_rows, modules=modules), RandomState()
     try:
         with torch.enable_grad(), no_reduction(distributed_modules(modules)), out_of_memory_as_none() as attempt:
             attempt.result = encode_rows(encode, slicer, rows, budget.measure(slicer, rows))
-        return None if attempt.error is not None else budget.largest
+        if attempt.error is not None:
+            return None, 0
+        budget.note_embeddings(attempt.result)
+        return budget.largest, budget.leaves
     finally:
         before.restore()
 

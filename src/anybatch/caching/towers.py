@@ -46,13 +46,14 @@ def record_towers(
             raise AnybatchError(f'{name} is {value!r}; give a number, or "auto".')
     step_memory = memory if isinstance(memory, StepMemory) else StepMemory(memory)
     held = list(modules) if modules is not None else list(dict.fromkeys(m for e in encoders for m in modules_of(e)))
-    keep = step_memory.next_step(held, inputs) if keep_graphs == "auto" else keep_graphs
+    slicers = [RowSlicer(batch, pad_to_multiple=pad_to_multiple) for batch in inputs]
+    num_rows = sum(slicer.num_rows for slicer in slicers)
+    keep = step_memory.next_step(held, inputs, num_rows=num_rows) if keep_graphs == "auto" else keep_graphs
     recordings: list[Recording] = []
-    for encode, batch in zip(encoders, inputs, strict=True):
-        slicer = RowSlicer(batch, pad_to_multiple=pad_to_multiple)
+    for encode, slicer in zip(encoders, slicers, strict=True):
         rows, tokens = micro_batch, max_tokens
         if micro_batch == "auto":
-            rows, tokens = _found(step_memory.max_tokens(encode, slicer, held), max_tokens, slicer)
+            rows, tokens = _found(step_memory.max_tokens(encode, slicer, held, num_rows=num_rows), max_tokens, slicer)
         plan = plan_micro_batches(slicer, micro_batch=rows, max_tokens=tokens, sort_by_length=sort_by_length)  # type: ignore[arg-type]
         recordings.append(
             record(

@@ -13,7 +13,7 @@ from anybatch.cli.options import AnchorOption, DataOption, PositiveOption
 from anybatch.cli.progress import Bars, console
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
-from anybatch.losses.config import LossConfig
+from anybatch.losses.config import LossConfig, first_temperature
 from anybatch.plan import BatchPlan
 from anybatch.report import render_gradient_page
 
@@ -61,7 +61,7 @@ def command(
             "ANCHORS.npy POSITIVES.npy (any model's; `anybatch mine` writes its teacher's)."
         )
     if temperature is None:
-        temperature = LossConfig().temperature if config is None else config.loss.temperature
+        temperature = first_temperature(LossConfig() if config is None else config.loss)
     if direction is None:
         configured = LossConfig() if config is None else config.loss
         direction = configured.direction or ("both" if configured.name == "fastclip" else "one_way")

@@ -18,7 +18,7 @@ from anybatch.configuration import load_config
 from anybatch.data import PairData
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
-from anybatch.losses.config import LossConfig
+from anybatch.losses.config import LossConfig, first_temperature
 from anybatch.mining import PlanInspection, inspect_plan
 from anybatch.pipeline import read_data, read_embeddings
 from anybatch.plan import BatchPlan
@@ -80,7 +80,7 @@ def command(
         if pairs is None:
             missing.append("Repeated texts are not recognised without the data: their rows count as different.")
         if temperature is None:
-            temperature = LossConfig().temperature if config is None else config.loss.temperature
+            temperature = first_temperature(LossConfig() if config is None else config.loss)
         with Bars() as bars:
             inspection = inspect_plan(
                 plan,

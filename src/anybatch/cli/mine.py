@@ -9,7 +9,7 @@ import typer
 from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import Bars, console
 from anybatch.distributed import launched_ranks, rank
-from anybatch.pipeline import make_plan, open_run, read_training_pairs
+from anybatch.pipeline import check_sizes, make_plan, open_run, read_training_pairs
 
 
 @with_run_options
@@ -24,6 +24,7 @@ def command(
     settings = options.resolve(resume=resume)
     with launched_ranks():
         pairs = read_training_pairs(settings)
+        check_sizes(settings, pairs)
         folder = open_run(settings, resume=resume)
         with Bars(quiet=rank() > 0) as bars:
             plan = make_plan(settings, pairs, bars)

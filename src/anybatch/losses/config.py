@@ -29,6 +29,13 @@ KNOWN: dict[str, frozenset[str]] = {
     "siglip": frozenset({"learnable_temperature", "bias"}),
     "auc_cl": frozenset({"margin"}),
 }
+# What fastclip's versions do without.
+_FASTCLIP_IGNORES = {
+    "v0": ("rho", "temperature_lr"),
+    "v1": ("rho", "temperature_lr", "temperature_range"),
+    "v2": (),
+    "v3": ("temperature_lr",),
+}
 # Denominators that a warm start can fill, and a probe can check.
 WITH_MEMORY = ("sogclr", "fastclip", "isogclr", "tempnet", "scent")
 # Denominators that are the batch's own, which inclusion weights would turn into something else.
@@ -46,16 +53,17 @@ class LossConfig:
             "nuclr" (a margin for each candidate), "glofnd" (drops likely false negatives), "emc2" (a chain of negatives for each
             example), "scent" (forgetting by a proximal step), "siglip" (a yes-or-no question a pair; published with temperature 0.1, learned),
             "auc_cl" (positives outscore negatives by a margin).
-        temperature: Similarities are divided by it; where it is learned, the first one. 0.01 to 0.07 for text, 0.07 to 0.1 for images.
+        temperature: Similarities are divided by it; where it is learned, the first one. 0.01 to 0.07 for text, 0.07 to 0.1 for images. None for the
+            method's own: 0.1 for siglip, 0.07 for fastclip (v1, v2: 0.03), 0.05 for the others.
         learnable_temperature: Train it as a parameter; None for what the method does (siglip: yes, all others: no).
-        direction: "one_way" (anchor to candidates), or "both" (also positive to anchors).
+        direction: "one_way" (anchor to candidates), or "both" (also positive to anchors); None for "both" with fastclip, else "one_way".
         gamma: Methods with a running denominator: weight of the new batch in it; 1 forgets everything else.
         gamma_steps: Let gamma fall from 1 along a cosine of so many steps; None to keep it constant.
         gamma_steps_per_epoch: With `gamma_steps`: gamma changes only after so many steps.
         eps: Added to the running denominator; None for the method's own (sogclr: 1 / (rows - 1), an estimate of full-data InfoNCE).
-        version: fastclip: "v0" to "v3".
-        rho: fastclip, isogclr, tempnet: radius of the robust objective.
-        temperature_range: fastclip, isogclr, tempnet: lowest and highest temperature.
+        version: fastclip: "v0" to "v3"; None for "v3".
+        rho: fastclip v2 and v3, isogclr, tempnet: radius of the robust objective.
+        temperature_range: fastclip but for v1, isogclr, tempnet: lowest and highest temperature.
         temperature_lr: fastclip v2, isogclr: step of an example's temperature.
         dimensions: tempnet: width of the embeddings. emc2: likewise, to keep the embeddings of the chains' states.
         margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive.
@@ -96,9 +104,9 @@ class LossConfig:
         "siglip",
         "auc_cl",
     ] = "infonce"
-    temperature: float = 0.05
+    temperature: float | None = None
     learnable_temperature: bool | None = None
-    direction: Literal["one_way", "both"] = "one_way"
+    direction: Literal["one_way", "both"] | None = None
     gamma: float | None = None
     gamma_steps: int | None = None
     gamma_steps_per_epoch: int | None = None
@@ -132,7 +140,7 @@ class LossConfig:
     probe_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:  # nan is neither
+        if self.temperature is not None and not 0 < self.temperature < math.inf:  # nan is neither
             raise AnybatchError(f"loss.temperature is {self.temperature}; expected a positive number such as 0.05.")
         if self.gamma is not None and not 0 < self.gamma <= 1:
             raise AnybatchError(f"loss.gamma is {self.gamma}; expected a number above 0 and at most 1.")
@@ -164,6 +172,13 @@ class LossConfig:
             raise AnybatchError(
                 f"loss.{unknown[0]} is given, which '{self.name}' does not know: it is for {', '.join(knowing)}. Remove it, or change loss.name."
             )
+        version = self.version or "v3"
+        for name in _FASTCLIP_IGNORES[version] if self.name == "fastclip" else ():
+            if getattr(self, name) is not None:
+                using = ", ".join(other for other, ignored in _FASTCLIP_IGNORES.items() if name not in ignored)
+                raise AnybatchError(
+                    f"loss.{name} is given, which fastclip's {version} does not use: it is for {using}. Remove it, or change loss.version."
+                )
         if self.weights == "inclusion" and self.name in _WITHOUT_WEIGHTS:
             raise AnybatchError(
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "
@@ -181,7 +196,7 @@ class LossConfig:
             raise AnybatchError(
                 f"loss.direction is 'both'; '{self.name}' judges pairs and has one direction. Leave it at 'one_way'."
             )
-        if self.name == "auc_cl" and self.temperature != 0.05:
+        if self.name == "auc_cl" and self.temperature is not None:
             raise AnybatchError("loss.name 'auc_cl' has no temperature; set loss.margin instead.")
 
     def _check_matryoshka(self) -> None:
@@ -215,6 +230,14 @@ class LossConfig:
         return {name: value for name, value in given.items() if value is not None and not (name in unset and not value)}
 
 
+def first_temperature(config: LossConfig) -> float:
+    """The temperature that training begins with; 0.05 for a loss without one, to look at data with."""
+    if config.name == "auc_cl":
+        return 0.05
+    loss: Any = build_loss(config, num_rows=2)
+    return float((loss if config.matryoshka is None else loss.losses[0]).temperature)
+
+
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
     """The Module that `config` names, for a data set of `num_rows` rows."""
     from anybatch import losses
@@ -226,7 +249,8 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
             of_prefix = replace(config, matryoshka=None, matryoshka_weights=None, dimensions=own_width)
             parts.append(build_loss(of_prefix, num_rows=num_rows))
         return losses.Matryoshka(parts, config.matryoshka, weights=config.matryoshka_weights)
-    arguments = {"temperature": config.temperature, "direction": config.direction, **config._given()}
+    shared = {"temperature": config.temperature, "direction": config.direction}
+    arguments: dict[str, Any] = {name: value for name, value in shared.items() if value is not None} | config._given()
     dtype, sharded = arguments.pop("memory_dtype", "float32"), arguments.pop("memory_sharded", False)
     steps, per_epoch = arguments.pop("gamma_steps", None), arguments.pop("gamma_steps_per_epoch", 1)
     if steps is not None:
@@ -236,7 +260,7 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
     if config.name == "auc_cl":
         return losses.AUCCL(**config._given())
     if config.name == "siglip":
-        del arguments["direction"]
+        arguments.pop("direction", None)
         return losses.SigLIP(**arguments)
     if config.name in ("infonce", "decoupled"):
         return {"infonce": losses.InfoNCE, "decoupled": losses.DecoupledInfoNCE}[config.name](**arguments)

@@ -132,9 +132,10 @@ class ClusterLogWeight:
     """Weights of a mined batch: `same` where anchor and candidate belong to one cluster, `other` elsewhere.
 
     Attributes:
-        row_cluster: (B,) cluster of each row; -1 (a remainder row) belongs to none.
+        row_cluster: (B,) cluster of each row; negative (a remainder row) for none. -1 is the same as nothing; any other number is the same as itself.
         column_cluster: (M,) cluster of each candidate; of an explicit negative, that of the row that brings it.
-        same, other: Log-weights; (B,) tensors where they differ by row (plans over several data sets).
+        same, other: Log-weights; (B,) tensors where they differ by row (plans over several data sets, remainder rows).
+        remainder: Log-weight of candidates in no cluster, likewise; None for `other`.
         column_factor: (M,) added for each candidate: minus the log of how many ways it has to come into a batch. Anchors
             have one way. None for 0.
         row_task, column_task: (B,) and (M,) data set of each; others than the row's own are removed. None for one data set.
@@ -144,6 +145,7 @@ class ClusterLogWeight:
     column_cluster: Tensor
     same: float | Tensor
     other: float | Tensor
+    remainder: float | Tensor | None = None
     column_factor: Tensor | None = None
     row_task: Tensor | None = None
     column_task: Tensor | None = None
@@ -152,13 +154,14 @@ class ClusterLogWeight:
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
         row, column = self.row_cluster[rows, None], self.column_cluster[None, columns]
-        same, other = (
+        same, other, remainder = (
             value[rows, None]
             if isinstance(value, Tensor)
             else torch.tensor(value, dtype=torch.float64, device=row.device)
-            for value in (self.same, self.other)
+            for value in (self.same, self.other, self.other if self.remainder is None else self.remainder)
         )
-        weights = torch.where((row == column) & (row >= 0), same, other)
+        elsewhere = other if self.remainder is None else torch.where(column < 0, remainder, other)
+        weights = torch.where((row == column) & (row != -1), same, elsewhere)
         if self.column_factor is not None:
             weights = weights + self.column_factor[None, columns]
         if self.row_task is not None and self.column_task is not None:
@@ -180,6 +183,7 @@ class ClusterLogWeight:
             column_cluster=columns(self.column_cluster),
             same=rows(self.same),
             other=rows(self.other),
+            remainder=rows(self.remainder),
             column_factor=columns(self.column_factor),
             row_task=rows(self.row_task),
             column_task=columns(self.column_task),
@@ -192,6 +196,7 @@ class ClusterLogWeight:
             column_cluster=self.row_cluster,
             same=self.same,
             other=self.other,
+            remainder=self.remainder,
             row_task=self.row_task,
             column_task=self.row_task,
         )
@@ -305,19 +310,22 @@ def as_log_weight(log_weight: LogWeight | Tensor, num_rows: int, num_columns: in
     return TensorLogWeight(values=values, normalised=normalised, by_row=by_row, by_column=by_column)
 
 
-def inclusion_log_weights(num_rows: int, chance_beside: float, *, cap: float | None = None) -> tuple[float, float]:
+def inclusion_log_weights(
+    num_rows: int, chance_beside: float, *, chance_same: float = 1.0, cap: float | None = None
+) -> tuple[float, float]:
     """Log of one over the chance of sharing a batch, divided by n - 1, for a plan whose clusters are combined at random.
 
-        same cluster:   log(1 / (n - 1))
+        same cluster:   log(1 / chance_same) + log(1 / (n - 1))
         other cluster:  log(1 / chance_beside) + log(1 / (n - 1))
 
-    With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows, up to the
-    remainder rows, fewer than a cluster, whose chances differ a little.
+    With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows. Pairs with
+    remainder rows have chances of their own (`Deal.chances`).
 
     Args:
         num_rows: n, rows that the mean is over.
-        chance_beside: That a given other cluster shares the batch: (m - 1) / (C - 1) for m of C clusters (`Deal.chance_beside`).
-            0 means that rows of other clusters never come, and no weight can stand for them.
+        chance_beside: That a given row of another cluster shares the batch: (m - 1) / (C - 1) for m of C clusters without remainder rows.
+            0 means that such rows never come, and no weight can stand for them.
+        chance_same: That a given row of the anchor's own cluster does: 1 where no remainder row can take its place.
         cap: Upper limit on the weight of another cluster's row relative to one of the own cluster; None for the exact
             weight. A cap trades variance for bias.
 
@@ -326,12 +334,14 @@ def inclusion_log_weights(num_rows: int, chance_beside: float, *, cap: float | N
     """
     if num_rows < 2:
         raise AnybatchError(f"Inclusion weights need at least 2 rows; got {num_rows}.")
-    if not 0 <= chance_beside <= 1:
-        raise AnybatchError(f"chance_beside is {chance_beside}; expected a probability.")
+    if not 0 <= chance_beside <= 1 or not 0 < chance_same <= 1:
+        raise AnybatchError(
+            f"chance_beside is {chance_beside} and chance_same {chance_same}; expected probabilities, the latter above 0."
+        )
     if cap is not None and cap < 1:
         raise AnybatchError(
             f"The cap on the weights is {cap}; expected at least 1, the weight of a row of the own cluster."
         )
-    same = -math.log(num_rows - 1)
-    ratio = 1 / chance_beside if chance_beside > 0 else 1.0
+    same = -math.log(num_rows - 1) - math.log(chance_same)
+    ratio = chance_same / chance_beside if chance_beside > 0 else 1.0
     return same, same + math.log(ratio if cap is None else min(ratio, cap))

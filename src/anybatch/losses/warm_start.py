@@ -6,9 +6,10 @@ W ranks each takes its share of the rows. docs/memory.md has measured figures.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ SAVE_SECONDS, SAVE_RATIO = (
     20.0,
 )  # between two records of progress; or longer, so that writing them takes a twentieth of the time
 FILL_ROWS = 2**22
+DIGEST_ROWS = 2**14  # rows digested at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +93,10 @@ def warm_start(
         What was done.
 
     Raises:
-        AnybatchError: A loss without memory, embeddings that do not fit it, a file of other embeddings or settings.
+        AnybatchError: A loss without memory, embeddings that do not fit it; on every rank, a file of other embeddings or settings.
 
-    Cost: see the module; 4 bytes a row and direction on each rank while it works. Collectives: one gather of the block's values a block; every rank needs all embeddings.
+    Cost: see the module; 4 bytes a row and direction on each rank while it works. With `file`, rank 0 reads all embeddings once more for their
+        digest, about 1 GB a second. Collectives: one gather of the block's values a block; every rank needs all embeddings.
     """
     began = time.perf_counter()
     memory = memory_of(loss)
@@ -110,7 +113,8 @@ def warm_start(
     if num_rows != memory.num_rows:
         raise AnybatchError(f"Got embeddings of {num_rows} rows; the memory was made for {memory.num_rows}.")
     columns = _draw(num_rows, sample, seed)
-    identity = _identity(loss, table, num_directions, sample, seed) if file is not None else ""
+    # Only rank 0 reads and writes the file.
+    identity = _identity(loss, table, num_directions, sample, seed) if file and distributed.rank() == 0 else ""
     values, done = _open(file, identity, num_directions, num_rows, device)
     errors: list[Tensor] = []
     saved, writing = time.perf_counter(), 0.0
@@ -199,10 +203,8 @@ def _blocks(num_rows: int, num_directions: int, done: int) -> list[tuple[int, in
 
 
 def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: int | None, seed: int) -> str:
-    """What made a file: settings, ids, and every n/256-th embedding, since reading all of them costs as much as a tile or two."""
-    stride = max(1, len(table.queries) // 256)
-    parts = [np.ascontiguousarray(np.asarray(side[::stride])).tobytes() for side in (table.queries, table.targets)]
-    parts += [b"" if ids is None else ids.cpu().numpy().tobytes() for ids in (table.query_id, table.target_id)]
+    """What made a file: settings, ids and embeddings, all of them, since each is scored against many others anyway."""
+    ids = [b"" if ids is None else ids.cpu().numpy().tobytes() for ids in (table.query_id, table.target_id)]
     settings = [
         list(table.queries.shape),
         num_directions,
@@ -212,29 +214,43 @@ def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: 
         seed,
         memory_of(loss).keyed,
     ]
-    return json.dumps({"settings": settings, "digest": digest_of(parts)})
+    blocks = itertools.chain(_bytes_of(table.queries), _bytes_of(table.targets))
+    return json.dumps({"settings": settings, "digest": digest_of(itertools.chain(ids, blocks))})
+
+
+def _bytes_of(side: Embeddings) -> Iterator[bytes]:
+    for start in range(0, len(side), DIGEST_ROWS):
+        part = side[start : start + DIGEST_ROWS]
+        if isinstance(part, Tensor):  # on any device, of any dtype: not all of them are NumPy's
+            part = part.detach().cpu().contiguous().view(torch.uint8).numpy()
+        yield np.ascontiguousarray(part).tobytes()
 
 
 def _open(
     file: str | Path | None, identity: str, num_directions: int, num_rows: int, device: torch.device
 ) -> tuple[Tensor, int]:
-    """The values so far, and how many they are; rank 0 reads, all get them."""
+    """The values so far, and how many they are; rank 0 reads, all get them, or all refuse."""
     values, done = torch.full((num_directions, num_rows), torch.nan, device=device), 0
     if file is None:
         return values, done
-    if distributed.rank() == 0 and Path(file).exists():
-        try:
-            with safe_open(str(file), "pt") as opened:
-                found = (opened.metadata() or {}).get("identity")
-                if found == identity:
-                    values, done = opened.get_tensor("log_mean").to(device), int(opened.get_tensor("done"))
-        except (SafetensorError, OSError) as error:
-            raise AnybatchError(f"Cannot read {file}: {error}. Delete it to start over.") from error
-        if found != identity:
-            raise AnybatchError(
-                f"{file} holds a warm start of other embeddings, another temperature or other settings. Delete it, or choose another file."
-            )
+    with distributed.alone() as chosen:
+        if chosen and Path(file).exists():
+            values, done = _read(Path(file), identity)
+            values = values.to(device)
     if distributed.is_active():
         done = int(distributed.sum_over_ranks(torch.tensor(done, device=device)))
         values = distributed.sum_over_ranks(values if distributed.rank() == 0 else torch.zeros_like(values))
     return values, done
+
+
+def _read(file: Path, identity: str) -> tuple[Tensor, int]:
+    try:
+        with safe_open(str(file), "pt") as opened:
+            found = (opened.metadata() or {}).get("identity")
+            if found == identity:
+                return opened.get_tensor("log_mean"), int(opened.get_tensor("done"))
+    except (SafetensorError, OSError) as error:
+        raise AnybatchError(f"Cannot read {file}: {error}. Delete it to start over.") from error
+    raise AnybatchError(
+        f"{file} holds a warm start of other embeddings, another temperature or other settings. Delete it, or choose another file."
+    )

@@ -7,6 +7,7 @@ from anybatch.mining.inspection import PlanInspection, inspect_plan
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.mine import (
     MiningResult,
+    check_sizes,
     mine_plan,
     mine_shared,
     random_plan,
@@ -34,6 +35,7 @@ __all__ = [
     "audit_clusters",
     "audit_cycle",
     "build_graph",
+    "check_sizes",
     "equal_clusters",
     "exact_neighbors",
     "inspect_plan",

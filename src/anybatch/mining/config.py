@@ -116,7 +116,7 @@ class MiningSet:
         name: For the plan and the report.
         num_rows: Its rows.
         skip, take, margin: Its own rank window; None for the configuration's.
-        share: Of its clusters, how many an epoch deals, in (0, 1].
+        share: Of its clusters, how many an epoch deals (rounded, at least one), and of its rows in no cluster, how many on average; in (0, 1].
     """
 
     name: str

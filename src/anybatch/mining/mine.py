@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from anybatch.blocks import release_pages
+from anybatch.dealing import Deal
+from anybatch.distributed import alone
 from anybatch.errors import AnybatchError
 from anybatch.mining.audit import audit_clusters, audit_cycle, most_wanted, suspect_pairs
 from anybatch.mining.cells import cell_clusters
@@ -83,12 +85,7 @@ def mine_plan(
     Reference: B3, arXiv 2505.11293, section 3, and what this library does differently in docs/mining.md.
     """
     num_rows = len(anchor_embeddings)
-    check_embeddings("anchor", anchor_embeddings)
-    check_embeddings("positive", positive_embeddings, num_rows)
-    if anchor_embeddings.shape[1] != positive_embeddings.shape[1]:
-        raise AnybatchError(
-            f"Anchors have {anchor_embeddings.shape[1]} dimensions, positives {positive_embeddings.shape[1]}; expected the same."
-        )
+    _check_both(anchor_embeddings, positive_embeddings)
     report = MiningReport()
     parts = _parts(sets, num_rows)
     anchor_id = np.arange(num_rows) if anchor_id is None else np.asarray(anchor_id)
@@ -97,14 +94,7 @@ def mine_plan(
         return MiningResult(
             plan=random_plan(num_rows, config=config, sets=sets, data_digest=data_digest), report=report
         )
-    if config.batch_size % config.cluster_size:
-        raise AnybatchError(
-            f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {config.cluster_size}; choose one that is."
-        )
-    if num_rows < config.batch_size:
-        raise AnybatchError(
-            f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
-        )
+    check_sizes(num_rows, config=config, sets=sets)
     start = None if start is None else np.atleast_2d(start)
     if start is not None and start.shape not in ((1, num_rows), (config.partitions, num_rows)):
         raise AnybatchError(
@@ -118,7 +108,7 @@ def mine_plan(
         if one.num_rows < config.cluster_size:
             warnings.warn(
                 f"The data set '{one.name}' has {one.num_rows} rows, no cluster of {config.cluster_size}: its rows are guests in the batches of others, "
-                "whatever its share, and with inclusion weights they have no negatives.",
+                "and with inclusion weights they have hardly any negatives.",
                 stacklevel=2,
             )
             part.notes.append(
@@ -330,6 +320,47 @@ def _parts(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, sl
     return [(one, slice(end - one.num_rows, end)) for one, end in zip(chosen, ends, strict=True)]
 
 
+def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = ()) -> None:
+    """Refuse what no search can mend, before it: the same on every rank, because it reads nothing but sizes. Arguments as in `mine_plan`.
+
+    Raises:
+        AnybatchError: A batch that is no whole number of clusters, more than the rows, or more than the clusters that an epoch deals.
+    """
+    parts = _parts(sets, num_rows)
+    if num_rows < config.batch_size:
+        raise AnybatchError(
+            f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
+        )
+    if config.method == "random":
+        return
+    size = config.cluster_size
+    if config.batch_size % size:
+        raise AnybatchError(
+            f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
+        )
+    counts = [one.num_rows // size for one, _ in parts]
+    deal = Deal(
+        cluster_task=np.repeat(np.arange(len(parts)), counts),
+        shares=tuple(one.share for one, _ in parts),
+        clusters_per_batch=config.batch_size // size,
+        within=config.mixing == "within",
+    )
+    if deal.num_batches < 1:
+        raise AnybatchError(
+            f"An epoch deals {sum(deal.quotas)} of {sum(counts)} clusters of {size} rows, which do not fill one batch of {config.batch_size}. Lower the "
+            "batch size, or raise the shares of the data sets."
+        )
+
+
+def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:
+    check_embeddings("anchor", anchors)
+    check_embeddings("positive", positives, len(anchors))
+    if anchors.shape[1] != positives.shape[1]:
+        raise AnybatchError(
+            f"Anchors have {anchors.shape[1]} dimensions, positives {positives.shape[1]}; expected the same."
+        )
+
+
 def _windowed(config: MiningConfig, one: MiningSet) -> MiningConfig:
     own = {name: getattr(one, name) for name in ("skip", "take", "margin") if getattr(one, name) is not None}
     return replace(config, **own)
@@ -356,7 +387,14 @@ def mine_shared(
     """The stages of `mine_plan` that all ranks share: neighbours, and the coarse cells' clusters if `config.cells` asks for them.
 
     Rank 0 then finds them finished in `folder`, and does the rest by itself. Arguments as in `mine_plan`.
+
+    Raises:
+        AnybatchError: What `mine_plan` refuses, on every rank and before the search.
     """
+    check_sizes(len(anchor_embeddings), config=config, sets=sets)
+    with alone() as chosen:
+        if chosen:
+            _check_both(anchor_embeddings, positive_embeddings)
     for one, rows in _parts(sets, len(anchor_embeddings)):
         if one.num_rows < config.cluster_size:
             continue

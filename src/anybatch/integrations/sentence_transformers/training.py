@@ -155,10 +155,7 @@ def train_model(
 
     output = Path(output)
     world_size = distributed.world_size()
-    if plan.batch_size % world_size:
-        raise AnybatchError(
-            f"The batch size {plan.batch_size} cannot be shared equally by {world_size} processes. Use a multiple of {world_size}."
-        )
+    check_shared_equally(plan.batch_size)
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed)
     checkpoints = output / "checkpoints"
@@ -225,6 +222,19 @@ def train_model(
     return TrainResult(
         log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=recorder.evaluation_seconds
     )
+
+
+def check_shared_equally(batch_size: int) -> None:
+    """Refuse a batch that the processes cannot share.
+
+    Raises:
+        AnybatchError: It is no multiple of their number.
+    """
+    world_size = distributed.world_size()
+    if batch_size % world_size:
+        raise AnybatchError(
+            f"The batch size {batch_size} cannot be shared equally by {world_size} processes. Use a multiple of {world_size}."
+        )
 
 
 def _remove_cut_short(checkpoints: Path, checkpoint: Path | None) -> None:

@@ -1,0 +1,158 @@
+"""`torch.compile` under the cached step: the gradients of the plain step without it, dropout included, and few graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from anybatch.caching import RowSlicer, cached_step, plan_micro_batches
+from anybatch.caching.modules import is_compiled
+from anybatch.errors import AnybatchError
+
+from .helpers import Softmax, gradients, plain_step_in_pieces, relative_error, texts
+
+MULTIPLE = 8
+
+
+class Words(nn.Module):
+    """Token embeddings through a layer with dropout, their mean; small, so that it compiles in a moment."""
+
+    def __init__(self, dropout: float = 0.3):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.table = nn.Embedding(60, 8)
+            self.layers = nn.Sequential(
+                nn.Dropout(dropout), nn.Linear(8, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 6)
+            )
+
+    def forward(self, batch):
+        mask = batch["attention_mask"][..., None]
+        return (self.layers(self.table(batch["input_ids"])) * mask).sum(1) / mask.sum(1)
+
+
+class Counting:
+    """A backend that counts the graphs it is given."""
+
+    def __init__(self, inner: str):
+        self.inner, self.graphs = torch._dynamo.lookup_backend(inner), 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return self.inner(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batches(num_steps, rows=18):
+    """Anchors and positives of other lengths in every step; 18 rows in micro-batches of 4 leave 2."""
+    return [[texts(rows, 13, 2 * step), texts(rows, 30, 2 * step + 1)] for step in range(num_steps)]
+
+
+def cached(encoder, loss, inputs, *, micro_batch=4, keep_graphs=0.0):
+    torch.manual_seed(7)
+    for one in inputs:
+        cached_step(
+            loss, encoder, one, micro_batch=micro_batch, keep_graphs=keep_graphs, pad_to_multiple=MULTIPLE
+        )  # fmt: skip
+    return gradients(getattr(encoder, "_orig_mod", encoder), loss)
+
+
+def plain(encoder, loss, inputs, *, micro_batch=4):
+    """One graph a step, made of the same micro-batches, because masks belong to them."""
+    torch.manual_seed(7)
+    for one in inputs:
+        plans = [
+            plan_micro_batches(RowSlicer(batch, pad_to_multiple=MULTIPLE), micro_batch=micro_batch) for batch in one
+        ]
+        plain_step_in_pieces(
+            loss, [encoder] * 2, one, plans, lambda batch, rows: RowSlicer(batch, pad_to_multiple=MULTIPLE).take(rows)
+        )
+    return gradients(encoder, loss)
+
+
+def shapes_of(inputs, micro_batch=4):
+    found = set()
+    for batch in (batch for one in inputs for batch in one):
+        slicer = RowSlicer(batch, pad_to_multiple=MULTIPLE)
+        for rows in plan_micro_batches(slicer, micro_batch=micro_batch):
+            found.add(tuple(slicer.take(rows)["input_ids"].shape))
+    return found
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("keep_graphs", [0.0, 0.5, 1.0, "auto"])
+def test_gradients_of_the_plain_step_and_few_graphs(inner, keep_graphs):
+    inputs, backend = batches(3), Counting(inner)
+    expected = plain(Words().double(), Softmax().double(), inputs)
+    compiled = torch.compile(Words().double(), backend=backend, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        got = cached(compiled, Softmax().double(), inputs, keep_graphs=keep_graphs)
+        once = backend.graphs
+        cached(compiled, Softmax().double(), inputs, keep_graphs=keep_graphs)
+    assert relative_error(got, expected) < 1e-12
+    shapes = shapes_of(inputs)
+    assert len(shapes) > 4
+    assert once <= 2 * len(shapes)  # with a graph and without
+    assert backend.graphs == once, "the same shapes again compile nothing"
+
+
+def test_a_micro_batch_that_divides_the_batch_halves_the_shapes():
+    inputs = batches(4, rows=16)
+    backend = Counting("eager")
+    compiled = torch.compile(Words(), backend=backend, dynamic=False)
+    cached(compiled, Softmax(), inputs)
+    assert {rows for rows, _ in shapes_of(inputs)} == {4}
+    assert backend.graphs <= 2 * 4  # widths 8, 16, 24, 32
+
+
+def test_dynamic_sizes_need_no_multiple():
+    """Without `pad_to_multiple`, and with dynamic=True: a handful of graphs for any width and any number of rows."""
+    backend = Counting("aot_eager")
+    compiled = torch.compile(Words().double(), backend=backend, dynamic=True)
+    inputs = batches(3)
+    torch.manual_seed(7)
+    loss = Softmax().double()
+    for one in inputs:
+        cached_step(loss, compiled, one, micro_batch=4)
+    again = Words().double()
+    torch.manual_seed(7)
+    reference = Softmax().double()
+    for one in inputs:
+        plans = [plan_micro_batches(batch, micro_batch=4) for batch in one]
+        plain_step_in_pieces(reference, [again] * 2, one, plans, lambda batch, rows: RowSlicer(batch).take(rows))
+    assert relative_error(gradients(compiled._orig_mod, loss), gradients(again, reference)) < 1e-12
+    once = backend.graphs
+    assert once <= 6
+    for one in batches(6, rows=17)[3:]:
+        cached_step(loss, compiled, one, micro_batch=5)
+    assert backend.graphs == once
+
+
+def test_a_compiler_that_draws_otherwise_without_a_graph_is_found_out():
+    """As inductor's own generator beside eager's, where torch gave up compiling one of the two graphs."""
+
+    def backend(graph, inputs):
+        def run(*args):
+            if not torch.is_grad_enabled():
+                torch.rand(1)
+            return graph.forward(*args)
+
+        return run
+
+    compiled = torch.compile(Words(), backend=backend, dynamic=False)
+    with pytest.raises(AnybatchError, match=r"drew other random numbers.*fallback_random"):
+        cached(compiled, Softmax(), batches(1))
+    in_place = Words()
+    in_place.compile(backend=backend, dynamic=False)
+    with pytest.raises(AnybatchError, match="drew other random numbers"):
+        cached(lambda batch: in_place(batch), Softmax(), batches(1))
+    cached(torch.compile(Words(dropout=0.0), backend=backend), Softmax(), batches(1))  # nothing drawn matters
+    assert is_compiled(torch.compile(lambda x: x, backend=backend), [])
+    assert not is_compiled(Words(), [Words()])
