@@ -1,4 +1,4 @@
-"""Columns of pictures: lazy, undecoded, told apart by their encoded bytes. Imports errors and files; datasets and Pillow where they are used.
+"""Columns of pictures: lazy, undecoded, told apart by their encoded bytes. Imports errors; datasets and Pillow where they are used.
 
 Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second and the disk); 16 bytes a row and one block of rows in memory.
 """
