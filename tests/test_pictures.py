@@ -102,6 +102,7 @@ def test_both_sides_and_negatives(tmp_path):
     assert pairs.negative_id[:, 1].min() == 7  # a text is no picture
     dataset = pairs.to_dataset()
     assert dataset.column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert with_index(dataset).column_names == [*dataset.column_names, "label"]
     assert np.array_equal(np.asarray(dataset[1]["anchor"]), np.asarray(dataset[0]["positive"]))
     assert dataset[2]["negative_2"] == caption(2)
     only = PairData(anchors=pairs.anchors, positives=pairs.positives).to_dataset()
@@ -110,7 +111,7 @@ def test_both_sides_and_negatives(tmp_path):
 
 def test_the_trainer_reads_what_embedding_reads(pairs):
     dataset = pairs.to_dataset()
-    assert dataset.column_names == ["anchor", "positive"]
+    assert list(with_index(dataset)[0]) == ["anchor", "positive", "label"]  # the Trainer goes by this order
     for row in (0, 5):
         assert dataset[row]["anchor"].mode == "RGB"
         assert np.array_equal(np.asarray(dataset[row]["anchor"]), np.asarray(pairs.anchors[row].decode()))

@@ -115,13 +115,14 @@ class PairData:
 
         names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(self.negatives) + 1))]
         columns = dict(zip(names, self.prompted, strict=True))
-        pictures = {name: column for name, column in columns.items() if isinstance(column, PictureColumn)}
-        texts = Dataset.from_dict({name: list(column) for name, column in columns.items() if name not in pictures})
-        if not pictures:
-            return texts
-        parts = [column.decoded(name) for name, column in pictures.items()]
-        joined = concatenate_datasets([texts, *parts] if len(texts.column_names) else parts, axis=1)
-        return joined.select_columns(names)
+        if not any(isinstance(column, PictureColumn) for column in columns.values()):
+            return Dataset.from_dict({name: list(column) for name, column in columns.items()})
+        # One by one: the order of the columns says who is the anchor, and `select_columns` changes it for some readers only.
+        parts = [
+            column.decoded(name) if isinstance(column, PictureColumn) else Dataset.from_dict({name: list(column)})
+            for name, column in columns.items()
+        ]
+        return concatenate_datasets(parts, axis=1)
 
     @cached_property
     def _candidate_ids(self) -> list[np.ndarray]:

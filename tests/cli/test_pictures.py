@@ -101,12 +101,12 @@ def test_prompts_are_for_texts(saved, tmp_path):
 def test_paths_in_a_file(clip_folder, tmp_path):
     (tmp_path / "files").mkdir()
     with (tmp_path / "pairs.jsonl").open("w") as file:
-        for row in range(16):
+        for row in range(20):
             (tmp_path / "files" / f"{row}.png").write_bytes(picture(row))
             file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
     given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.pictures=[image]")
     run("mine", *given, "--teacher", str(clip_folder))
-    assert np.load(tmp_path / "run" / "teacher_anchor.npy").shape == (16, 16)
+    assert np.load(tmp_path / "run" / "teacher_anchor.npy").shape == (20, 16)
 
 
 def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
@@ -137,3 +137,16 @@ def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
     changed = [name for name, tensor in first.items() if not torch.equal(tensor, before[name])]
     assert any("vision_model" in name for name in changed)
     assert any("text_model" in name for name in changed)
+
+
+def test_pictures_as_hard_negatives(saved, clip_folder, tmp_path):
+    more = ("mining.num_negatives=1", "train.log_steps=1", "model.device=cpu", "train.micro_batch=auto", *vectors(tmp_path))
+    given = settings(saved, tmp_path / "run", *more)
+    sides = {"image": "caption", "caption": "image"}
+    run("train", *(sides.get(value, value) for value in given), "--model", str(clip_folder))
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert len(lines) == COUNT // 8
+    assert all(0 < json.loads(line)["loss"] < 10 for line in lines)
+    plan = BatchPlan.load(tmp_path / "run" / "plan.safetensors")
+    assert plan.negatives_per_row == 1
+    run("doctor", *(sides.get(value, value) for value in given[:8]), "--model", str(clip_folder))

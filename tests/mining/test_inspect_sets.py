@@ -89,7 +89,7 @@ def test_equals_a_loop(mixing):
 
 def test_one_set_is_refused_and_agrees_with_inspect_plan():
     anchors, positives = embeddings(70)
-    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12)
+    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, mixing="mixed")  # as without sets
     plan = mine_plan(anchors, positives, config=config).plan
     with pytest.raises(AnybatchError, match="Use inspect_plan"):
         inspect_sets(plan, anchors, positives)
