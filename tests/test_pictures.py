@@ -64,9 +64,10 @@ def test_digest_is_of_the_bytes(pairs, folder, tmp_path):
     fewer = read_pairs(folder, anchor="image", positive="caption", limit=8)
     assert len(fewer) == 8
     assert fewer.digest != pairs.digest
-    assert fewer.digest == read_pairs(
-        save_pairs(tmp_path / "eight", NUMBERS[:8]), anchor="image", positive="caption"
-    ).digest
+    assert (
+        fewer.digest
+        == read_pairs(save_pairs(tmp_path / "eight", NUMBERS[:8]), anchor="image", positive="caption").digest
+    )
 
 
 def test_parquet_and_paths_give_the_same(pairs, folder, tmp_path, monkeypatch):
@@ -83,7 +84,9 @@ def test_parquet_and_paths_give_the_same(pairs, folder, tmp_path, monkeypatch):
     named = {"anchor": "image", "positive": "caption"}
     paths = read_pairs(tmp_path / "pairs.jsonl", **named, pictures=["image"])
     assert paths.digest == pairs.digest
-    assert isinstance(read_pairs(tmp_path / "pairs.jsonl", **named).anchors[0], str)  # unless it is said, a path is a text
+    assert isinstance(
+        read_pairs(tmp_path / "pairs.jsonl", **named).anchors[0], str
+    )  # unless it is said, a path is a text
     (tmp_path / "files" / "3.png").unlink()
     with pytest.raises(AnybatchError, match=r"3\.png \(row 4, 'image' of .*No such file"):
         _ = read_pairs(tmp_path / "pairs.jsonl", **named, pictures=["image"]).digest

@@ -471,9 +471,10 @@ def _no_column(name: str, present: list[str], where: str) -> AnybatchError:
 def _join(columns: Sequence[Column], name: str) -> Column:
     """A column of several data sets."""
     pictures = [column for column in columns if isinstance(column, PictureColumn)]
+    texts = [column for column in columns if not isinstance(column, PictureColumn)]
     if not pictures:
-        return [text for column in columns for text in column]
-    if len(pictures) < len(columns):
+        return [text for column in texts for text in column]
+    if texts:
         raise AnybatchError(
             f"The {name} is a picture in some data sets and a text in others; a batch needs one kind. Train them apart, or swap anchor and "
             "positive in data.sets."

@@ -80,7 +80,9 @@ class Picture:
             return None
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         file = BytesIO()
-        Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB").save(file, "JPEG", quality=80)
+        Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB").save(
+            file, "JPEG", quality=80
+        )
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -149,7 +151,9 @@ class PictureColumn(Sequence[Picture]):
 
     def select(self, rows: range | np.ndarray) -> PictureColumn:
         """These places of the column, in this order."""
-        numbers = self.rows[rows.start : rows.stop : rows.step] if isinstance(rows, range) else np.asarray(self.rows)[rows]
+        numbers = (
+            self.rows[rows.start : rows.stop : rows.step] if isinstance(rows, range) else np.asarray(self.rows)[rows]
+        )
         chosen = PictureColumn(self.dataset.select(rows), self.where, numbers)
         if "keys" in vars(self):
             vars(chosen)["keys"] = self.keys[np.asarray(rows, np.int64)]
@@ -228,7 +232,10 @@ def find_pictures(
     if path.is_dir() and (path / "state.json").exists():
         from datasets import load_from_disk
 
-        dataset = load_from_disk(str(path))
+        try:
+            dataset = load_from_disk(str(path))
+        except (OSError, ValueError):
+            return {}
     elif path.suffix == ".parquet" and path.is_file():
         dataset = _parquet(path, names)
     if dataset is None or isinstance(dataset, dict):

@@ -23,12 +23,13 @@ from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.mining import MiningSet
-from anybatch.pictures import Column, PictureColumn, pick
+from anybatch.pictures import Column, PictureColumn, holds_pictures, pick
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
 from anybatch.run_config import DataConfig, RunConfig, RunResult, SetConfig, resolved
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
@@ -476,7 +477,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
             config.train,
             output=folder,
             seed=config.seed,
-            prompts=_column_prompts(config, dataset.column_names) or None,
+            prompts=_column_prompts(config, dataset) or None,
             resume=resume,
             evaluate=evaluate if held_out is not None else None,
             progress=lambda done, total, figures: progress("training", done, total, figures),
@@ -616,8 +617,9 @@ def _remember(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, 
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _column_prompts(config: RunConfig, columns: list[str]) -> dict[str, str]:
+def _column_prompts(config: RunConfig, dataset: Dataset) -> dict[str, str]:
+    """For columns of texts; negatives may be pictures where positives are texts."""
     prompts = {"anchor": config.model.anchor_prompt}
-    for name in columns[1:]:
+    for name in dataset.column_names[1:]:
         prompts[name] = config.model.positive_prompt
-    return {name: prompt for name, prompt in prompts.items() if prompt}
+    return {name: prompt for name, prompt in prompts.items() if prompt and not holds_pictures(dataset, name)}

@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from anybatch.cli import inspect_plan as inspect_module
+from anybatch.data import PairData, read_pairs
 from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.pictures import Picture
+from anybatch.pipeline import _column_prompts
 from anybatch.plan import BatchPlan
 from anybatch.report import plan_page
+from anybatch.run_config import DataConfig, RunConfig
 from tests.cli.test_cli import run
 from tests.pictures import picture, save_clip, save_pairs
 
@@ -98,6 +102,21 @@ def test_prompts_are_for_texts(saved, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_prompts_pass_by_negatives_that_are_pictures(saved):
+    pairs = read_pairs(saved, anchor="caption", positive="image")
+    mixed = PairData(anchors=pairs.anchors, positives=pairs.anchors, negatives=(pairs.positives, pairs.anchors))
+    config = RunConfig(
+        output="run",
+        data=DataConfig(path="pairs"),
+        model=ModelConfig(anchor_prompt="find: ", positive_prompt="this: "),
+    )
+    assert _column_prompts(config, mixed.to_dataset()) == {
+        "anchor": "find: ",
+        "positive": "this: ",
+        "negative_2": "this: ",
+    }
+
+
 def test_paths_in_a_file(clip_folder, tmp_path):
     (tmp_path / "files").mkdir()
     with (tmp_path / "pairs.jsonl").open("w") as file:
@@ -129,7 +148,9 @@ def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
         if int(folder.name.removeprefix("checkpoint-")) > 6:
             shutil.rmtree(folder)
     run("train", *settings(saved, parts, *more), "--model", str(clip_folder), "--resume")
-    first, second = (load_file(next(Path(folder / "model").rglob("model.safetensors"))) for folder in (tmp_path / "whole", parts))
+    first, second = (
+        load_file(next(Path(folder / "model").rglob("model.safetensors"))) for folder in (tmp_path / "whole", parts)
+    )
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
@@ -140,7 +161,13 @@ def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
 
 
 def test_pictures_as_hard_negatives(saved, clip_folder, tmp_path):
-    more = ("mining.num_negatives=1", "train.log_steps=1", "model.device=cpu", "train.micro_batch=auto", *vectors(tmp_path))
+    more = (
+        "mining.num_negatives=1",
+        "train.log_steps=1",
+        "model.device=cpu",
+        "train.micro_batch=auto",
+        *vectors(tmp_path),
+    )
     given = settings(saved, tmp_path / "run", *more)
     sides = {"image": "caption", "caption": "image"}
     run("train", *(sides.get(value, value) for value in given), "--model", str(clip_folder))

@@ -95,7 +95,9 @@ def test_what_does_not_go_together(model, pairs, tiny_model_folder):
         embed_texts(reader, pairs.anchors)
 
 
-@pytest.mark.parametrize("settings", [{"micro_batch": 3}, {"micro_batch": 4, "max_tokens": 20}, {"micro_batch": "auto"}])
+@pytest.mark.parametrize(
+    "settings", [{"micro_batch": 3}, {"micro_batch": 4, "max_tokens": 20}, {"micro_batch": "auto"}]
+)
 def test_cached_step_equals_the_plain_one(model, pairs, settings):
     """Pixels have no lengths: they are cut by rows, also where `max_tokens` limits the texts."""
     model.double().train()

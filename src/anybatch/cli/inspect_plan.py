@@ -243,7 +243,9 @@ def _print_suspects(name: str, inspection: PlanInspection | None, pairs: PairDat
         return
     of = name and f" of {name}"
     console.print(
-        f"The most suspect pairs{of} (is the second positive a right answer to the anchor?):", highlight=False, markup=False
+        f"The most suspect pairs{of} (is the second positive a right answer to the anchor?):",
+        highlight=False,
+        markup=False,
     )
     for pair in inspection.suspects[:EXAMPLES]:
         for label, column, row in (

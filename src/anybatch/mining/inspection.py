@@ -130,7 +130,13 @@ def inspect_plan(
     """
     pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
     return _measure(
-        plan, pairs, np.arange(plan.num_rows), temperature=temperature, num_anchors=num_anchors, seed=seed, progress=progress
+        plan,
+        pairs,
+        np.arange(plan.num_rows),
+        temperature=temperature,
+        num_anchors=num_anchors,
+        seed=seed,
+        progress=progress,
     )
 
 
@@ -169,14 +175,12 @@ def inspect_sets(
     if plan.task is None:
         raise AnybatchError("The plan has one data set. Use inspect_plan.")
     pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
-    windows = {
-        one.name: {name: value for name in WINDOW if (value := getattr(one, name)) is not None} for one in sets
-    }
+    windows = {one.name: {name: value for name in WINDOW if (value := getattr(one, name)) is not None} for one in sets}
     dealt = np.isin(np.arange(len(plan.task_names)), plan.task[plan.epoch_batches(0)])
     shown = [number for number in range(len(plan.task_names)) if dealt[number] and (plan.task == number).sum() > 1]
 
-    def advance(done: int) -> Callable[[float], None] | None:
-        return None if progress is None else lambda fraction: progress((done + fraction) / len(shown))
+    def advance(done: int) -> Callable[[float], None]:
+        return lambda fraction: progress((done + fraction) / len(shown)) if progress is not None else None
 
     return {
         plan.task_names[number]: _measure(

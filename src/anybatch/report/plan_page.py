@@ -109,7 +109,11 @@ class _Texts:
     def row(self, row: int) -> dict[str, Any]:
         if self.pairs is None:
             return {"row": row, "anchor": "", "positive": ""}
-        return {"row": row, "anchor": self._show(self.pairs.anchors[row], row), "positive": self._show(self.pairs.positives[row], row)}
+        return {
+            "row": row,
+            "anchor": self._show(self.pairs.anchors[row], row),
+            "positive": self._show(self.pairs.positives[row], row),
+        }
 
     def _show(self, value: str | Picture, row: int) -> str | Markup:
         if isinstance(value, str):
@@ -134,7 +138,9 @@ def _suspects(plan: BatchPlan, name: str, inspection: PlanInspection | None, tex
     first = np.zeros((0, 2), np.int64) if plan.suspects is None else plan.suspects
     if name and plan.task is not None:
         first = first[plan.task[first[:, 0]] == plan.task_names.index(name)]
-    return [{"score": "", "first": texts.row(row), "second": texts.row(other)} for row, other in first[:UNSCORED].tolist()]
+    return [
+        {"score": "", "first": texts.row(row), "second": texts.row(other)} for row, other in first[:UNSCORED].tolist()
+    ]
 
 
 def _score_charts(seen: PlanInspection) -> list[tuple[str, Markup]]:

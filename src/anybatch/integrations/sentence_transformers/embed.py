@@ -143,7 +143,9 @@ def _check(model: SentenceTransformer, column: Column, prompt: str) -> None:
     if not isinstance(column, PictureColumn):
         return
     if prompt:
-        raise AnybatchError(f"The prompt {prompt!r} was given for pictures. Prompts are put before texts: leave it out.")
+        raise AnybatchError(
+            f"The prompt {prompt!r} was given for pictures. Prompts are put before texts: leave it out."
+        )
     if not model.supports("image"):
         raise AnybatchError(
             f"The column {column.where} holds pictures, and the model takes {', '.join(map(str, model.modalities))} only. Choose a model for "
