@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -100,3 +102,27 @@ def test_one_set_is_refused_and_agrees_with_inspect_plan():
     assert one.random.loss == other.random.loss
     assert one.outlook == other.outlook
     assert [pair.row for pair in one.suspects] == [pair.row for pair in other.suspects]
+
+
+def test_one_positive_of_many_rows_is_shown_once():
+    """One caption of many pictures: pairs of the same two captions differ by nothing that could be read."""
+    anchors, positives = embeddings(64, seed=4)
+    positive_id = np.arange(64) // 4
+    positives = positives[positive_id * 4]
+    positives[4:8] = positives[0] + 1e-3  # two captions that say the same
+    positives[4:8] /= np.linalg.norm(positives[4:8], axis=1, keepdims=True)
+    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, conflict_weight=0.0)
+    plan = mine_plan(anchors, positives, config=config, positive_id=positive_id).plan
+    plan = replace(plan, suspects=np.array([[0, 9], [1, 10], [2, 33], [3, 11]], np.int32))
+    seen = inspect_plan(plan, anchors, positives, positive_id=positive_id)
+    scores = anchors.astype(np.float64) @ positives.astype(np.float64).T
+    over = {
+        (row, other): scores[row, other] - scores[row, row]
+        for pair in plan.suspects
+        for row, other in (pair, pair[::-1])
+    }
+    best = max((pair for pair in over if 33 not in pair), key=lambda pair: over[pair])
+    assert len(seen.suspects) == 2
+    assert best in [(pair.row, pair.other) for pair in seen.suspects]
+    assert [sorted((positive_id[pair.row], positive_id[pair.other])) for pair in seen.duplicates].count([0, 1]) == 1
+    assert seen.duplicate_share > 0

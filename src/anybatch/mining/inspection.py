@@ -6,7 +6,7 @@ that the plan stays at a few bytes a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +24,7 @@ from anybatch.mining.outlook import Outlook, mining_outlook
 from anybatch.plan import BatchPlan
 
 DUPLICATE = 0.95  # cosine of two positives from which they are shown as saying the same
-SHOWN = 20  # pairs of rows kept of each kind
+SHOWN = 20  # pairs of rows kept of suspects, and of duplicates
 WINDOW = ("skip", "take", "margin")  # what a data set may have of its own
 
 
@@ -72,8 +72,8 @@ class PlanInspection:
         random_window_in_batch, random_conflicts_in_batch: What a random batch of this size is expected to hold.
         planned, random: The teacher's scores in the plan's batches and in random ones.
         hubs: The most wanted rows with the number of windows they are in, scaled up from the anchors looked at.
-        suspects: Suspects of the plan, the highest scores first (`SHOWN` at most).
-        duplicates: Rows with nearly the same positive as an anchor looked at, highest first (`SHOWN` at most).
+        suspects: Suspects of the plan, the highest scores first (`SHOWN` at most, of the same two positives one).
+        duplicates: Rows with nearly the same positive as an anchor looked at, highest first (likewise).
         duplicate_share: Share of the anchors looked at with such a row.
         repeated_anchors, repeated_positives: Rows whose anchor (positive) is another row's, letter by letter.
         clusters: Examples; empty for random plans.
@@ -284,7 +284,7 @@ def _measure(
         random=random,
         hubs=[(row, round(count * scale)) for row, count in most_wanted(ids[wanted])],
         suspects=_suspects(plan, pairs, among),
-        duplicates=duplicates[:SHOWN],
+        duplicates=_shown(duplicates, pairs.positive_id),
         duplicate_share=len({pair.row for pair in duplicates}) / len(rows),
         repeated_anchors=_repeated(pairs.anchor_id[members]),
         repeated_positives=_repeated(pairs.positive_id[members]),
@@ -321,9 +321,20 @@ def _suspects(plan: BatchPlan, pairs: Cosines, among: np.ndarray) -> list[RowPai
     half = len(suspects)
     forward = scores[:half] >= scores[half:]
     best = np.where(forward, scores[:half], scores[half:])
-    order = np.argsort(-best, kind="stable")[:SHOWN]
+    order = np.argsort(-best, kind="stable")
     chosen = np.where(forward[order, None], both[order], both[half + order])
-    return [RowPair(row=int(a), other=int(b), score=float(s)) for (a, b), s in zip(chosen, best[order], strict=True)]
+    found = (RowPair(row=int(a), other=int(b), score=float(s)) for (a, b), s in zip(chosen, best[order], strict=True))
+    return _shown(found, pairs.positive_id)
+
+
+def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:
+    """The first `SHOWN`, no two with the same two positives: one caption of many pictures would fill the list."""
+    kinds: dict[frozenset[int], RowPair] = {}
+    for pair in pairs:
+        kinds.setdefault(frozenset(map(int, positive_id[[pair.row, pair.other]])), pair)
+        if len(kinds) == SHOWN:
+            break
+    return list(kinds.values())
 
 
 def _blocks(pairs: np.ndarray, size: int = 8192) -> list[np.ndarray]:
