@@ -6,6 +6,7 @@ import base64
 import json
 import sys
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +119,19 @@ def test_the_trainer_reads_what_embedding_reads(pairs):
     for row in (0, 5):
         assert dataset[row]["anchor"].mode == "RGB"
         assert np.array_equal(np.asarray(dataset[row]["anchor"]), np.asarray(pairs.anchors[row].decode()))
+
+
+def test_negatives_are_written_out_elsewhere(pairs, folder):
+    before = sorted(folder.iterdir())
+    rows = np.array([4, 0, 8, 1, 2, 7, 7, 3, 5])
+    images = PairData(anchors=pairs.positives, positives=pairs.anchors, negatives=(pick(pairs.anchors, rows),))
+    dataset = images.to_dataset()
+    assert dataset.column_names == ["anchor", "positive", "negative_1"]
+    for row in (0, 5, 6):
+        expected = pairs.anchors[int(rows[row])].decode()
+        assert np.array_equal(np.asarray(dataset[row]["negative_1"]), np.asarray(expected))
+    assert sorted(folder.iterdir()) == before  # nothing appears beside the user's data
+    assert all(str(folder) not in file["filename"] or Path(file["filename"]) in before for file in dataset.cache_files)
 
 
 def test_a_plan_is_refused_for_other_pictures(pairs, tmp_path):

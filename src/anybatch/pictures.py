@@ -172,11 +172,19 @@ class PictureColumn(Sequence[Picture]):
         return keys
 
     def decoded(self, name: str) -> Dataset:
-        """A data set with the one column `name`, whose pictures are decoded as they are read: what the Trainer takes."""
+        """A data set with the one column `name`, whose pictures are decoded as they are read: what the Trainer takes.
+
+        Of a selection the bytes are written out in its order, into a temporary file that goes when the process ends.
+        """
         from datasets import Image as Feature
+        from datasets.fingerprint import get_temporary_cache_files_directory
 
         _need_pillow()
-        named = self.dataset if name == NAME else self.dataset.rename_column(NAME, name)
+        dataset = self.dataset
+        if dataset._indices is not None:  # left to itself, `datasets` would write beside the user's data
+            file = Path(get_temporary_cache_files_directory()) / f"{dataset._fingerprint}.arrow"
+            dataset = dataset.flatten_indices(cache_file_name=str(file))
+        named = dataset if name == NAME else dataset.rename_column(NAME, name)
         return named.cast_column(name, Feature(mode=MODE))
 
     def _picture(self, value: dict[str, Any] | None, place: int) -> Picture:
