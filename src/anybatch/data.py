@@ -1,6 +1,6 @@
-"""Read training pairs and retrieval sets, and refuse what cannot be trained on. Imports errors and files.
+"""Read training pairs and retrieval sets, and refuse what cannot be trained on. Imports errors, files and pictures.
 
-Cost: the texts in memory once, and one pass for ids and digest (about 2 seconds a million short texts).
+Cost: the texts in memory once, and one pass for ids and digest (about 2 seconds a million short texts). Pictures stay in their files.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of
+from anybatch.pictures import Column, PictureColumn, find_pictures, row_keys
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,18 +49,18 @@ class PairSet:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairData:
-    """Training pairs in row order.
+    """Training pairs in row order. A column is a sequence of texts, or a `PictureColumn`.
 
     Attributes:
-        anchors, positives: n texts each.
-        negatives: One sequence of n texts for each column of explicit negatives.
+        anchors, positives: n texts or pictures each.
+        negatives: One such column of n for each column of explicit negatives.
         source: Where they were read, for messages.
         sets: The data sets that the rows come from, in order; empty for one.
     """
 
-    anchors: Sequence[str]
-    positives: Sequence[str]
-    negatives: tuple[Sequence[str], ...] = ()
+    anchors: Column
+    positives: Column
+    negatives: tuple[Column, ...] = ()
     source: str = ""
     sets: tuple[PairSet, ...] = ()
 
@@ -68,12 +69,12 @@ class PairData:
 
     @cached_property
     def anchor_id(self) -> np.ndarray:
-        """(n,) int64: equal where the anchors are the same text (white space at the ends aside)."""
+        """(n,) int64: equal where the anchors are the same text (white space at the ends aside), or the same picture byte for byte."""
         return _identify([self.anchors])[0]
 
     @property
     def positive_id(self) -> np.ndarray:
-        """(n,) int64: equal where the positives are the same text."""
+        """(n,) int64: equal where the positives are the same text or picture."""
         return self._candidate_ids[0]
 
     @property
@@ -83,12 +84,12 @@ class PairData:
 
     @cached_property
     def digest(self) -> str:
-        """Over all texts in row order; the same for the same texts in any file format."""
+        """Over all texts and pictures in row order; the same for the same rows in any file format."""
         return text_digest(self.prompted)
 
     @cached_property
-    def prompted(self) -> list[Sequence[str]]:
-        """Anchors, positives and negatives as the model reads them: with the instructions of their data sets."""
+    def prompted(self) -> list[Column]:
+        """Anchors, positives and negatives as the model reads them: texts with the instructions of their data sets."""
         columns = [self.anchors, self.positives, *self.negatives]
         if not any(one.anchor_prompt or one.positive_prompt for one in self.sets):
             return columns
@@ -98,18 +99,30 @@ class PairData:
         )
         sides = [anchor, *[positive] * (len(columns) - 1)]
         return [
-            [prompt + text for prompt, text in zip(side, column, strict=True)]
+            column
+            if isinstance(column, PictureColumn)
+            else [prompt + text for prompt, text in zip(side, column, strict=True)]
             for side, column in zip(sides, columns, strict=True)
         ]
 
     def to_dataset(self) -> Dataset:
-        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included."""
-        from datasets import Dataset
+        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included; pictures are decoded as they are read.
 
-        anchors, positives, *negatives = self.prompted
-        columns = {"anchor": list(anchors), "positive": list(positives)}
-        columns |= {f"negative_{number}": list(column) for number, column in enumerate(negatives, start=1)}
-        return Dataset.from_dict(columns)
+        Raises:
+            AnybatchError: Pictures, and Pillow is not installed.
+        """
+        from datasets import Dataset, concatenate_datasets
+
+        names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(self.negatives) + 1))]
+        columns = dict(zip(names, self.prompted, strict=True))
+        if not any(isinstance(column, PictureColumn) for column in columns.values()):
+            return Dataset.from_dict({name: list(column) for name, column in columns.items()})
+        # One by one: the order of the columns says who is the anchor, and `select_columns` changes it for some readers only.
+        parts = [
+            column.decoded(name) if isinstance(column, PictureColumn) else Dataset.from_dict({name: list(column)})
+            for name, column in columns.items()
+        ]
+        return concatenate_datasets(parts, axis=1)
 
     @cached_property
     def _candidate_ids(self) -> list[np.ndarray]:
@@ -133,16 +146,17 @@ class RetrievalData:
     relevance: Mapping[str, Mapping[str, int]]
 
 
-def text_digest(columns: Sequence[Iterable[str]]) -> str:
+def text_digest(columns: Sequence[Column]) -> str:
     """The digest of anchors, positives and negatives, column after column in row order: what binds a plan to its data."""
-    return digest_of(chain([str(len(columns)).encode()], (text.encode() for column in columns for text in column)))
+    return digest_of(chain([str(len(columns)).encode()], (key for column in columns for key in row_keys(column))))
 
 
 def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
     """Several data sets, one after the other.
 
     Raises:
-        AnybatchError: Names that occur twice; different numbers of negative columns.
+        AnybatchError: Names that occur twice; different numbers of negative columns; a column with texts in one and pictures in another;
+            an instruction for pictures.
     """
     names = [one.name for one in sets]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -153,11 +167,17 @@ def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
         raise AnybatchError(
             f"The data sets have {' and '.join(map(str, widths))} columns of negatives; expected the same number in each."
         )
-    negatives = tuple([text for part in parts for text in part.negatives[number]] for number in range(widths[0]))
+    for part, one in zip(parts, sets, strict=True):
+        for side, column in (("anchor", part.anchors), ("positive", part.positives)):
+            if isinstance(column, PictureColumn) and getattr(one, f"{side}_prompt"):
+                raise AnybatchError(
+                    f"The data set '{one.name}' has an instruction for its {side}s ({side}_prompt), which are pictures. Instructions are put before "
+                    "texts: leave it out."
+                )
     return PairData(
-        anchors=[text for part in parts for text in part.anchors],
-        positives=[text for part in parts for text in part.positives],
-        negatives=negatives,
+        anchors=_join([part.anchors for part in parts], "anchor"),
+        positives=_join([part.positives for part in parts], "positive"),
+        negatives=tuple(_join([part.negatives[number] for part in parts], "negative") for number in range(widths[0])),
         source=", ".join(part.source for part in parts),
         sets=tuple(sets),
     )
@@ -210,31 +230,39 @@ def read_pairs(
     anchor: str = "anchor",
     positive: str = "positive",
     negatives: Sequence[str] = (),
+    pictures: Sequence[str] = (),
     limit: int | None = None,
 ) -> PairData:
     """Read pairs from a file or folder.
 
     Args:
         path: JSONL, CSV or TSV (each also `.gz`; a TSV has no quoting), Parquet, or a folder saved by `datasets`.
-        anchor, positive: Names of the text columns.
+        anchor, positive: Names of the columns: texts, or pictures (the feature `datasets.Image` of a saved folder or Parquet file).
         negatives: Names of columns with explicit negatives.
+        pictures: Which of these columns hold the paths of pictures, relative to the file's folder.
         limit: Read only the first rows; None for all.
 
     Raises:
         AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there (with the
-            nearest name), a text that is empty or no text (with its row, counted from 1).
+            nearest name), a text that is empty or no text (with its row, counted from 1). A picture that is not there is found when
+            ids or digest are asked for.
     """
     path = Path(path)
     names = [anchor, positive, *negatives]
+    foreign = [name for name in pictures if name not in names]
+    if foreign:
+        raise AnybatchError(f"'{foreign[0]}' is said to hold pictures, but is none of the columns {', '.join(names)}.")
     if limit is not None and limit < 1:
         raise AnybatchError(f"The limit is {limit}; expected at least 1 row.")
     if len(set(names)) < len(names):
         raise AnybatchError(
             f"The columns {', '.join(names)} name one column twice; anchor, positive and negatives must differ."
         )
-    columns: list[list[str]] = [[] for _ in names]
-    for row, record in enumerate(islice(_records(path, names), limit), start=1):
-        for name, column in zip(names, columns, strict=True):
+    found = find_pictures(path, names, limit)
+    columns: dict[str, Any] = {name: [] for name in names} | found
+    texts = {name: column for name, column in columns.items() if name not in found}
+    for row, record in enumerate(islice(_records(path, list(texts)), limit) if texts else (), start=1):
+        for name, column in texts.items():
             if name not in record:
                 raise _no_column(name, list(record), f"row {row} of {path}")
             text = record[name]
@@ -244,11 +272,15 @@ def read_pairs(
                     f"Row {row} of {path}: '{name}' is {what}. Every row needs a text there: fill it or leave the row out."
                 )
             column.append(text)
-    if not columns[0]:
+    if not columns[anchor]:
         raise AnybatchError(
             f"{path} is empty: it has no rows. Expected pairs in the columns '{anchor}' and '{positive}'."
         )
-    return PairData(anchors=columns[0], positives=columns[1], negatives=tuple(columns[2:]), source=str(path))
+    folder = path if path.is_dir() else path.parent
+    for name in set(pictures) & texts.keys():
+        columns[name] = PictureColumn.of_paths(columns[name], folder, f"'{name}' of {path}")
+    first, second, *others = (columns[name] for name in names)
+    return PairData(anchors=first, positives=second, negatives=tuple(others), source=str(path))
 
 
 def read_retrieval(
@@ -436,13 +468,31 @@ def _no_column(name: str, present: list[str], where: str) -> AnybatchError:
     )
 
 
-def _identify(columns: Sequence[Sequence[str]]) -> list[np.ndarray]:
-    """Number the distinct texts of all columns together, in order of first appearance."""
-    numbers: dict[str, int] = {}
-    return [
-        np.fromiter((numbers.setdefault(text.strip(), len(numbers)) for text in column), np.int64, len(column))
-        for column in columns
-    ]
+def _join(columns: Sequence[Column], name: str) -> Column:
+    """A column of several data sets."""
+    pictures = [column for column in columns if isinstance(column, PictureColumn)]
+    texts = [column for column in columns if not isinstance(column, PictureColumn)]
+    if not pictures:
+        return [text for column in texts for text in column]
+    if texts:
+        raise AnybatchError(
+            f"The {name} is a picture in some data sets and a text in others; a batch needs one kind. Train them apart, or swap anchor and "
+            "positive in data.sets."
+        )
+    return PictureColumn.join(pictures)
+
+
+def _identify(columns: Sequence[Column]) -> list[np.ndarray]:
+    """Number the distinct texts and pictures of all columns together, in order of first appearance."""
+    numbers: dict[str | bytes, int] = {}
+
+    def number(column: Column) -> np.ndarray:
+        keys: Iterable[str | bytes] = (
+            row_keys(column) if isinstance(column, PictureColumn) else (text.strip() for text in column)
+        )
+        return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(column))
+
+    return [number(column) for column in columns]
 
 
 def _first(record: Mapping[str, Any], names: Sequence[str], where: object) -> str:

@@ -46,14 +46,15 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     model = load_model(config.model).train()
     prompts = (config.model.anchor_prompt, *[config.model.positive_prompt] * (1 + len(pairs.negatives)))
     columns = [
-        [prompt + text for text in islice(texts, rows)] for prompt, texts in zip(prompts, pairs.prompted, strict=True)
+        [prompt + one if isinstance(one, str) else one.decode() for one in islice(column, rows)]
+        for prompt, column in zip(prompts, pairs.prompted, strict=True)
     ]
     inputs = [
         {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-            for key, value in model.preprocess(texts).items()
+            for key, value in model.preprocess(inputs_of_column).items()
         }
-        for texts in columns
+        for inputs_of_column in columns
     ]
     table = RowTable(pairs.anchor_id, pairs.positive_id, negative_id=pairs.negative_id).to(model.device)
     index = torch.arange(rows, device=model.device)

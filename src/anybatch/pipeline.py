@@ -23,11 +23,13 @@ from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.mining import MiningSet
+from anybatch.pictures import Column, PictureColumn, holds_pictures, pick
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
 from anybatch.run_config import DataConfig, RunConfig, RunResult, SetConfig, resolved
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
@@ -50,8 +52,14 @@ def no_progress(stage: str, done: int, total: int, figures: dict[str, float] | N
 
 
 def read_training_pairs(config: RunConfig) -> PairData:
-    """The training pairs of `config.data`, one data set or several, checked to be enough for one batch."""
+    """The training pairs of `config.data`, one data set or several, checked to be enough for one batch and to fit the prompts."""
     pairs = read_data(config.data)
+    for side, column in (("anchor", pairs.anchors), ("positive", pairs.positives)):
+        for owner in ("model", "teacher"):
+            if isinstance(column, PictureColumn) and getattr(getattr(config, owner), f"{side}_prompt"):
+                raise AnybatchError(
+                    f"{owner}.{side}_prompt is set, and the {side}s are pictures. Prompts are put before texts: leave it out."
+                )
     if len(pairs) < config.batch_size:
         raise AnybatchError(
             f"{pairs.source or config.data.path} has {len(pairs)} rows, fewer than one batch of {config.batch_size}. Set batch_size to {len(pairs)} or less."
@@ -80,6 +88,7 @@ def read_data(data: DataConfig) -> PairData:
             anchor=one.anchor or data.anchor,
             positive=one.positive or data.positive,
             negatives=data.negatives,
+            pictures=data.pictures,
             limit=data.limit if one.limit is None else one.limit,
         )
         for one, path in found
@@ -259,7 +268,7 @@ def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
         return pairs
     stand_in = (np.arange(len(pairs)) + 1) % len(pairs)
     rows = np.where(plan.negatives >= 0, plan.negatives, stand_in[:, None])
-    mined = [[pairs.positives[int(row)] for row in column] for column in rows.T]
+    mined = [pick(pairs.positives, column) for column in rows.T]
     return replace(pairs, negatives=(*pairs.negatives, *mined))
 
 
@@ -283,7 +292,7 @@ def evaluate_model(
     from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
     from anybatch.integrations.sentence_transformers.embed import embed_texts
 
-    def embed(stage: str, texts: Sequence[str], prompt: str) -> np.ndarray:
+    def embed(stage: str, texts: Column, prompt: str) -> np.ndarray:
         report = _counter(progress, f"embedding: {stage}", len(texts))
         return embed_texts(model, texts, batch_size=batch_size, prompt=prompt, progress=report)
 
@@ -307,7 +316,14 @@ def read_evaluation(config: RunConfig) -> PairData | RetrievalData | None:
         return read_retrieval(held_out.corpus, held_out.queries, held_out.qrels, split=held_out.split)
     if held_out.path is None:
         return None
-    return read_pairs(held_out.path, anchor=config.data.anchor, positive=config.data.positive, limit=held_out.limit)
+    sides = (config.data.anchor, config.data.positive)
+    return read_pairs(
+        held_out.path,
+        anchor=sides[0],
+        positive=sides[1],
+        pictures=[name for name in config.data.pictures if name in sides],
+        limit=held_out.limit,
+    )
 
 
 def read_embeddings(path: str, num_rows: int) -> np.ndarray:
@@ -476,7 +492,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
             config.train,
             output=folder,
             seed=config.seed,
-            prompts=_column_prompts(config, dataset.column_names) or None,
+            prompts=_column_prompts(config, dataset) or None,
             resume=resume,
             evaluate=evaluate if held_out is not None else None,
             progress=lambda done, total, figures: progress("training", done, total, figures),
@@ -616,8 +632,9 @@ def _remember(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, 
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _column_prompts(config: RunConfig, columns: list[str]) -> dict[str, str]:
+def _column_prompts(config: RunConfig, dataset: Dataset) -> dict[str, str]:
+    """For columns of texts; negatives may be pictures where positives are texts."""
     prompts = {"anchor": config.model.anchor_prompt}
-    for name in columns[1:]:
+    for name in dataset.column_names[1:]:
         prompts[name] = config.model.positive_prompt
-    return {name: prompt for name, prompt in prompts.items() if prompt}
+    return {name: prompt for name, prompt in prompts.items() if prompt and not holds_pictures(dataset, name)}

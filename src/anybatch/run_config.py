@@ -23,7 +23,7 @@ class SetConfig:
         path: As `data.path`, one data set.
         name: For plans and reports; None for the file's.
         anchor, positive, limit: As in `data`.
-        anchor_prompt, positive_prompt: Instructions put before its texts in training, behind the model's own.
+        anchor_prompt, positive_prompt: Instructions put before its texts (not pictures) in training, behind the model's own.
         skip, take, margin: Its rank window.
         share: Of its clusters, how many an epoch deals, in (0, 1]: a large set at .25 weighs a quarter.
     """
@@ -49,8 +49,9 @@ class DataConfig:
         path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`. A folder of such files, or a saved `DatasetDict`, is
             several data sets with the same columns.
         sets: Several data sets, each with its own columns, instructions and rank window, instead of `path`.
-        anchor, positive: Names of the text columns.
+        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of pictures.
         negatives: Names of columns with explicit negatives.
+        pictures: Which of these columns hold paths of pictures, relative to the file's folder.
         limit: Use only the first rows; None for all.
     """
 
@@ -59,6 +60,7 @@ class DataConfig:
     anchor: str = "anchor"
     positive: str = "positive"
     negatives: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
     limit: int | None = None
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from anybatch.caching import (
 )
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, total_memory
 from anybatch.caching.memory import LEAF_COPIES, leaf_bytes
+from anybatch.caching.rows import RowSlicer
 from anybatch.errors import AnybatchError
 from anybatch.losses import InfoNCE, SogCLR
 from tests.caching.helpers import (
@@ -131,6 +132,65 @@ def test_inputs_without_lengths(device):
     plain_step(Softmax().double(), [reference] * 2, inputs)
     cached_step(loss, encoder, inputs, micro_batch="auto", keep_graphs="auto")
     assert relative_error(gradients(encoder), gradients(reference)) < 1e-12
+
+
+class Pixels(torch.nn.Module):
+    """One encoder for pictures and texts, as CLIP in sentence-transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.pixels = TextEncoder(), Mlp(width=48)
+
+    def forward(self, batch):
+        return self.pixels(batch["pixel_values"].flatten(1)) if "pixel_values" in batch else self.text(batch)
+
+
+def pictures(count):
+    return {
+        "pixel_values": torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0)),
+        "modality": "image",
+    }
+
+
+def test_pictures_and_texts_of_one_encoder_are_measured_apart(device):
+    """Their units differ, rows and tokens: what one learns says nothing of the other."""
+    encoder, memory = Pixels(), StepMemory("100%")
+    device.total = 2**20 + step_memory._gradient_bytes([encoder])
+    slicers = [RowSlicer(texts(11, 20, 1)), RowSlicer(pictures(11))]
+    found = []
+    for slicer in slicers:
+        alone = StepMemory("100%").max_tokens(encoder, slicer, [encoder])
+        found.append(memory.max_tokens(encoder, slicer, [encoder]))
+        assert found[-1] == alone
+    assert found[0] != found[1]
+    memory.note_split(3, samples=True)
+    assert memory.max_tokens(encoder, slicers[1], [encoder]) == 3
+    assert memory.max_tokens(encoder, slicers[0], [encoder]) == found[0]
+    memory.note_split(40)
+    assert (memory.learned, memory.learned_samples) == (40, 3)
+
+
+def test_few_pictures_where_there_is_little_room(device, monkeypatch):
+    """The least number of tokens is no least number of pictures."""
+    monkeypatch.setattr(step_memory, "FEWEST_TOKENS", 64)
+    encoder, slicer = Pixels(), RowSlicer(pictures(11))
+    encoder.text.requires_grad_(False)
+    one = step_memory._graph_bytes(encoder, slicer, torch.arange(1), [encoder], CPU, 11)[0]
+    assert one is not None
+    device.total = 10 * one + step_memory._gradient_bytes([encoder])
+    assert 1 <= StepMemory("100%").max_tokens(encoder, slicer, [encoder]) < 16
+
+
+def test_pictures_have_no_tokens_to_limit():
+    slicer = RowSlicer(pictures(7), pad_to_multiple=8)
+    assert slicer.lengths is None
+    assert [len(rows) for rows in plan_micro_batches(slicer, micro_batch=3, max_tokens=20)] == [3, 3, 1]
+    part = slicer.take(torch.tensor([5, 2]))
+    assert torch.equal(part["pixel_values"], pictures(7)["pixel_values"][[5, 2]])
+    with pytest.raises(AnybatchError, match="Use micro_batch"):
+        plan_micro_batches(slicer, micro_batch=None, max_tokens=20)
+    with pytest.raises(AnybatchError, match="nothing tells the lengths"):
+        RowSlicer({"features": torch.zeros(4, 6)}, pad_to_multiple=8)
 
 
 def test_a_budget_that_holds_no_row_says_so(device):

@@ -10,6 +10,7 @@ import pytest
 
 from anybatch.cli import inspect_plan as module
 from anybatch.errors import AnybatchError
+from tests.report.test_report import Checker
 
 from .test_cli import run, settings
 
@@ -165,3 +166,49 @@ def test_several_partitions(pairs_file, tiny_model_folder, tmp_path, heard, monk
     assert "cycle.partitions.2.window_per_anchor" in heard()
     cycle = json.loads((tmp_path / "run" / "mining.json").read_text())["cycle"]
     assert cycle["distinct_window_per_anchor"] > cycle["partitions"][0]["window_per_anchor"]
+
+
+def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard):
+    lines = pairs_file.read_text().splitlines(keepends=True)
+    for name, part in (("first", lines[:50]), ("second", lines[50:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    sets = [{"path": str(tmp_path / "first.jsonl"), "skip": 2, "take": 5}, {"path": str(tmp_path / "second.jsonl")}]
+    generator = np.random.default_rng(0)
+    anchors = generator.normal(size=(97, 8)).astype(np.float32)
+    for name, rows in (("a", anchors), ("p", anchors + 0.2 * generator.normal(size=(97, 8)).astype(np.float32))):
+        np.save(tmp_path / f"{name}.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    config = {
+        "output": str(tmp_path / "run"),
+        "data": {"sets": sets},
+        "batch_size": 8,
+        "teacher": {"anchor_embeddings": str(tmp_path / "a.npy"), "positive_embeddings": str(tmp_path / "p.npy")},
+        "mining": {"cluster_size": 4, "skip": 3, "take": 9, "conflict_weight": 0.0},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    run("mine", "--config", str(tmp_path / "run.yaml"))
+    run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "plan.html"))
+    said = heard()
+    assert "Not shown" not in said
+    for name in ("first", "second"):
+        assert f"Data set {name}" in said
+    assert said.count("expected loss at temperature 0.05") == 2
+    assert said.count("kept weight") == 2  # from mining.json
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "ranks 3 to 7 of all rows" in page  # the first set's own window, found in the run's configuration
+    assert "ranks 4 to 12 of all rows" in page
+    for name, num_rows in (("first", 50), ("second", 47)):
+        assert f"<h2>Data set {name}</h2>" in page
+        assert f"<h2>Example clusters of {name}</h2>" in page
+        assert f"Shares and means over {num_rows} of {num_rows} anchors" in page
+    checker = Checker()
+    checker.feed(page)
+    assert checker.stack == []
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    for name in ("a", "p"):
+        (tmp_path / f"{name}.npy").unlink()
+    run("inspect", "plan", str(tmp_path / "alone"), "--html", str(tmp_path / "alone.html"))
+    assert "Scores, expected loss, example clusters" in heard()[len(said) :]
+    page = (tmp_path / "alone.html").read_text(encoding="utf-8")
+    assert page.count('<th scope="row">kept weight</th>') == 2
+    hub = json.loads((tmp_path / "run" / "mining.json").read_text())["sets"]["second"]["hubs"][0]
+    assert f"row {hub[0] + 50}</span>" in page  # the set's rows begin at 50

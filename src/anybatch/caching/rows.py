@@ -23,6 +23,7 @@ _SEQUENCES = frozenset(
         *("special_tokens_mask", "global_attention_mask", "query_expansion_positions"),
     )
 )  # (B, T) by their name: their second axis is the sequence
+_PIXELS = "pixel_values"
 _FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -47,10 +48,11 @@ class RowSlicer:
         num_rows: B.
         lengths: `(B,)` int64 on the CPU, the tokens a row needs up to its last one, rounded up (summed over nested mappings),
             or None where nothing tells.
+        pictures: Whether the rows are pictures: a mapping with `pixel_values` and without lengths, whose rows cost the same.
 
     Raises:
         AnybatchError: A tensor's first dimension is not B; flattened (unpadded) inputs; no tensor at all; `pad_to_multiple` below 1, or for
-            inputs of which nothing tells the lengths.
+            inputs, other than pictures, of which nothing tells the lengths.
 
     Cost: one copy of each attention mask to the host.
     """
@@ -66,7 +68,8 @@ class RowSlicer:
         self._check(inputs, ())
         parts = [lengths for lengths, _ in self._mask_lengths.values()]
         self.lengths: Tensor | None = torch.stack(parts).sum(dim=0) if parts else None
-        if pad_to_multiple is not None and self.lengths is None:
+        self.pictures = self.lengths is None and isinstance(inputs, Mapping) and _PIXELS in inputs
+        if pad_to_multiple is not None and self.lengths is None and not self.pictures:
             raise AnybatchError(
                 f"pad_to_multiple is {pad_to_multiple}, but nothing tells the lengths of these inputs: they have no two-dimensional attention_mask, or "
                 "hold a tensor of unknown meaning with an axis as long as it. Pad in the tokenizer instead."

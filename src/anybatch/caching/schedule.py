@@ -26,7 +26,8 @@ def plan_micro_batches(
     Args:
         inputs: The batch, or a `RowSlicer` of it.
         micro_batch: The most rows in a micro-batch; None: no limit (then `max_tokens` is needed).
-        max_tokens: The most padded tokens in a micro-batch; a single longer row still gets one of its own.
+        max_tokens: The most padded tokens in a micro-batch; a single longer row still gets one of its own. Pictures have no tokens
+            to count: `micro_batch` alone holds for them.
         sort_by_length: Longest first; False keeps the order of the batch. Without an attention mask there is no
             length and the order is kept.
 
@@ -45,7 +46,7 @@ def plan_micro_batches(
         if limit is not None and limit < 1:
             raise AnybatchError(f"{name} is {limit}; it must be at least 1.")
     lengths = slicer.lengths
-    if max_tokens is not None and lengths is None:
+    if max_tokens is not None and lengths is None and not (slicer.pictures and micro_batch is not None):
         raise AnybatchError(
             "max_tokens counts tokens, but these inputs have no two-dimensional attention_mask to count. Use "
             "micro_batch."

@@ -42,6 +42,7 @@ class StepMemory:
 
     Attributes:
         learned: The most padded tokens of a micro-batch, learned from running out of memory; None while it never did.
+        learned_samples: The same in rows, of inputs without lengths (pictures).
 
     Cost: three rows through each encoder, once.
     """
@@ -50,6 +51,7 @@ class StepMemory:
         parse_memory(memory, 2**40)  # a wrong form is reported here, not in the first step
         self.memory = memory
         self.learned: int | None = None
+        self.learned_samples: int | None = None
         self._most_kept: int | None = None
         self._budget: GraphBudget | None = None
         self._found: dict[tuple[object, ...], tuple[int, int]] = {}  # modules: longest row measured, tokens
@@ -80,18 +82,22 @@ class StepMemory:
                 "together. Give micro_batch or max_tokens a number."
             )
         length = int(slicer.lengths.max()) if slicer.lengths is not None else 1
-        key = (
-            tuple(modules_of(encode)) or tuple(modules) or (encode,)
-        )  # a function may be made anew for every step, its modules are not
+        samples = slicer.lengths is None
+        # A function may be made anew for every step, its modules are not. One model may take texts and pictures, which cost differently.
+        key = (tuple(modules_of(encode)) or tuple(modules) or (encode,), samples)
         known = self._found.get(key)
         if known is None or length > known[0]:
             known = length, self._probe(encode, slicer, modules, slicer.num_rows if num_rows is None else num_rows)
             self._found[key] = known
-        return known[1] if self.learned is None else min(known[1], self.learned)
+        learned = self.learned_samples if samples else self.learned
+        return known[1] if learned is None else min(known[1], learned)
 
-    def note_split(self, tokens: int) -> None:
-        """Memory ran out; `tokens` padded tokens are tried next."""
-        self.learned = tokens if self.learned is None else min(self.learned, tokens)
+    def note_split(self, tokens: int, *, samples: bool = False) -> None:
+        """Memory ran out; `tokens` padded tokens are tried next (rows, if `samples`)."""
+        if samples:
+            self.learned_samples = tokens if self.learned_samples is None else min(self.learned_samples, tokens)
+        else:
+            self.learned = tokens if self.learned is None else min(self.learned, tokens)
 
     def _probe(self, encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module], num_rows: int) -> int:
         order = torch.arange(slicer.num_rows)
@@ -124,7 +130,8 @@ class StepMemory:
         if slope <= 0:  # frozen: nothing is saved
             return most
         fits = (room / 2 - fixed) / slope
-        return max(FEWEST_TOKENS, min(most, 2 ** int(math.log2(max(fits, 1.0)))))
+        fewest = FEWEST_TOKENS if slicer.lengths is not None else 1  # rows without lengths may be large each
+        return max(fewest, min(most, 2 ** int(math.log2(max(fits, 1.0)))))
 
 
 def _graph_bytes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -62,7 +63,7 @@ def record_towers(
                 micro_batches=plan,
                 keep_graphs=keep,  # type: ignore[arg-type]
                 modules=modules,
-                on_split=step_memory.note_split,
+                on_split=partial(step_memory.note_split, samples=slicer.lengths is None),
             )
         )
     return recordings

@@ -180,7 +180,7 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: 
         },
         examples={
             "Some clusters: rows that sit together": [
-                [titles[int(row)] for row in np.flatnonzero(plan.cluster == number)] for number in range(3)
+                [str(titles[int(row)]) for row in np.flatnonzero(plan.cluster == number)] for number in range(3)
             ]
         },
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +21,14 @@ from anybatch.data import PairData
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 from anybatch.losses.config import LossConfig, first_temperature
-from anybatch.mining import PlanInspection, inspect_plan
+from anybatch.mining import MiningSet, PlanInspection, inspect_plan, inspect_sets
+from anybatch.pictures import PictureColumn, describe
 from anybatch.pipeline import read_data, read_embeddings
 from anybatch.plan import BatchPlan
-from anybatch.report import plan_figures, render_plan_page
+from anybatch.report import Figure, plan_sizes, render_plan_page, set_figures
 from anybatch.run_config import DataConfig, RunConfig
 
-EXAMPLES = 3  # suspects whose texts are printed; the page has more
+EXAMPLES = 3  # suspects of a data set whose texts are printed; the page has more
 WIDTH = 100  # characters of a printed text
 
 
@@ -70,31 +73,34 @@ def command(
     if not figures.exists() and config is not None and config.plan is not None:
         figures = Path(config.plan).with_name("mining.json")  # a plan made elsewhere left them there
     mining = _stored(figures, plan, missing)
-    inspection = None
-    if vectors is not None and plan.task is not None:
-        missing.append(
-            "Figures from the embeddings: the plan covers several data sets, each ranked by itself; mining.json has what mining measured on each."
-        )
-        vectors = None
+    inspections: dict[str, PlanInspection] = {}
     if vectors is not None:
         if pairs is None:
             missing.append("Repeated texts are not recognised without the data: their rows count as different.")
         if temperature is None:
             temperature = first_temperature(LossConfig() if config is None else config.loss)
         with Bars() as bars:
-            inspection = inspect_plan(
-                plan,
-                *vectors,
-                anchor_id=None if pairs is None else pairs.anchor_id,
-                positive_id=None if pairs is None else pairs.positive_id,
-                temperature=temperature,
-                num_anchors=anchors,
-                progress=lambda fraction: bars("ranking", round(100 * fraction), 100),
-            )
-    _print(plan_path, plan, pairs, inspection, mining, missing)
+            settings: dict[str, Any] = {
+                "anchor_id": None if pairs is None else pairs.anchor_id,
+                "positive_id": None if pairs is None else pairs.positive_id,
+                "temperature": temperature,
+                "num_anchors": anchors,
+                "progress": lambda fraction: bars("ranking", round(100 * fraction), 100),
+            }
+            if plan.task is None:
+                inspections[""] = inspect_plan(plan, *vectors, **settings)
+            else:
+                inspections = inspect_sets(plan, *vectors, sets=_windows(plan, config), **settings)
+    _print(plan_path, plan, pairs, inspections, mining, missing)
     if html is not None:
         page = render_plan_page(
-            plan, title=f"Plan {plan_path}", pairs=pairs, inspection=inspection, mining=mining, missing=missing
+            plan,
+            title=f"Plan {plan_path}",
+            pairs=pairs,
+            inspection=inspections.get(""),
+            sets=inspections,
+            mining=mining,
+            missing=missing,
         )
         write_text(html, page)
         console.print(f"Page: {html}", highlight=False, markup=False)
@@ -108,6 +114,16 @@ def find_plan(path: Path) -> tuple[Path, RunConfig | None, Path]:
     if path.is_dir() and not plan_path.exists() and config is not None and config.plan is not None:
         plan_path = Path(config.plan)  # a run of before plans were copied into its folder
     return folder, config, plan_path
+
+
+def _windows(plan: BatchPlan, config: RunConfig | None) -> list[MiningSet]:
+    """The rank windows that the run gave its data sets, which the plan does not keep."""
+    if config is None or len(config.data.sets) != len(plan.task_names):
+        return []
+    return [
+        MiningSet(name=name, num_rows=0, skip=one.skip, take=one.take, margin=one.margin)
+        for name, one in zip(plan.task_names, config.data.sets, strict=True)
+    ]
 
 
 def _given(config: RunConfig | None, path: str | None, settings: dict[str, Any]) -> DataConfig | None:
@@ -137,6 +153,8 @@ def _pairs(plan: BatchPlan, given: DataConfig | None, config: RunConfig | None, 
             raise
         missing.append(f"Texts: {error} Give the data with --data.")
         return None
+    if find_spec("PIL") is None and any(isinstance(side, PictureColumn) for side in (pairs.anchors, pairs.positives)):
+        missing.append("Pictures: they need Pillow. Install it with: pip install 'anybatch[images]'")
     return pairs
 
 
@@ -182,32 +200,58 @@ def _print(
     path: Path,
     plan: BatchPlan,
     pairs: PairData | None,
-    inspection: PlanInspection | None,
+    inspections: Mapping[str, PlanInspection],
     mining: dict[str, Any] | None,
     missing: list[str],
 ) -> None:
-    stored = (mining or {}).get("outlook") or {}
-    warnings = inspection.outlook.warnings if inspection is not None else stored.get("warnings")
-    for warning in warnings or ():
-        console.print(f"Warning: {warning}", highlight=False, markup=False)
-    table = Table(title=f"Plan {escape(str(path))}", title_justify="left")
-    for name in ("", "this plan", "random", "good"):
-        table.add_column(name, justify="right" if name in ("this plan", "random") else "left")
-    for figure in plan_figures(plan, inspection=inspection, mining=mining):
-        table.add_row(figure.name, figure.plan, figure.random, figure.good)
+    of_sets = (mining or {}).get("sets") or {}
+    names = ("",) if plan.task is None else plan.task_names
+    stored = {name: (of_sets.get(name) if name else mining) or {} for name in names}
+    for name in names:
+        outlook = inspections[name].outlook.as_dict() if name in inspections else stored[name].get("outlook") or {}
+        for warning in outlook.get("warnings") or ():
+            console.print(f"Warning{name and f' ({name})'}: {warning}", highlight=False, markup=False)
+    figures = plan_sizes(plan)
+    if plan.task is None:
+        figures += set_figures(plan, inspection=inspections.get(""), mining=mining)
+    table = _table(f"Plan {escape(str(path))}", figures)
     for stage, seconds in (mining or {}).get("seconds", {}).items():
         peak = (mining or {}).get("peak_bytes", {}).get(stage, 0)
         table.add_row(f"mining: {stage}", f"{seconds:.1f} s", "", f"peak {peak / 2**30:.2f} GiB")
     console.print(table)
-    if inspection is not None and pairs is not None and inspection.suspects:
-        console.print("The most suspect pairs (is the second positive a right answer to the anchor?):", highlight=False)
-        for pair in inspection.suspects[:EXAMPLES]:
-            for name, text in (
-                (f"row {pair.row} anchor", pairs.anchors[pair.row]),
-                ("own positive", pairs.positives[pair.row]),
-                (f"row {pair.other} positive", pairs.positives[pair.other]),
-            ):
-                console.print(f"  {name}: {' '.join(text.split())[:WIDTH]}", highlight=False, markup=False)
-            console.print("")
+    for name in plan.task_names:
+        own = set_figures(plan, inspection=inspections.get(name), mining=stored[name])
+        if own:
+            console.print(_table(f"Data set {escape(name)}", own))
+    for name in names:
+        _print_suspects(name, inspections.get(name), pairs)
     for line in missing:
         console.print(f"Not shown: {line}", highlight=False, markup=False)
+
+
+def _table(title: str, figures: Sequence[Figure]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("", "this plan", "random", "good"):
+        table.add_column(name, justify="right" if name in ("this plan", "random") else "left")
+    for figure in figures:
+        table.add_row(figure.name, figure.plan, figure.random, figure.good)
+    return table
+
+
+def _print_suspects(name: str, inspection: PlanInspection | None, pairs: PairData | None) -> None:
+    if inspection is None or pairs is None or not inspection.suspects:
+        return
+    of = name and f" of {name}"
+    console.print(
+        f"The most suspect pairs{of} (is the second positive a right answer to the anchor?):",
+        highlight=False,
+        markup=False,
+    )
+    for pair in inspection.suspects[:EXAMPLES]:
+        for label, column, row in (
+            (f"row {pair.row} anchor", pairs.anchors, pair.row),
+            ("own positive", pairs.positives, pair.row),
+            (f"row {pair.other} positive", pairs.positives, pair.other),
+        ):
+            console.print(f"  {label}: {describe(column[row], row)[:WIDTH]}", highlight=False, markup=False)
+        console.print("")

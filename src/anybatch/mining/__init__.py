@@ -3,7 +3,7 @@
 from anybatch.mining.audit import Audit, Cycle, audit_clusters, audit_cycle, suspect_pairs
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import MiningGraph, build_graph
-from anybatch.mining.inspection import PlanInspection, inspect_plan
+from anybatch.mining.inspection import PlanInspection, inspect_plan, inspect_sets
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.mine import (
     MiningResult,
@@ -39,6 +39,7 @@ __all__ = [
     "equal_clusters",
     "exact_neighbors",
     "inspect_plan",
+    "inspect_sets",
     "ivf_neighbors",
     "metis_clusters",
     "mine_plan",

@@ -40,16 +40,26 @@ class Cosines:
         """(B, B): anchors down, positives across."""
         return unit(self.anchors[rows]) @ unit(self.positives[rows]).T
 
-    def batch_scores(self, batches: np.ndarray, num_anchors: int, temperature: float) -> BatchScores:
-        """Scores in the first batches, as many as hold `num_anchors` anchors; InfoNCE = log(1 + sum_j exp((s_ij - s_ii) / temperature))."""
+    def batch_scores(
+        self, batches: np.ndarray, num_anchors: int, temperature: float, *, among: np.ndarray | None = None
+    ) -> BatchScores:
+        """Scores in the first batches, as many as hold `num_anchors` anchors; InfoNCE = log(1 + sum_j exp((s_ij - s_ii) / temperature)).
+
+        `among` (n,) bool: only these rows are anchors, and all of the batch are their candidates. NaN where no batch holds one.
+        """
         losses, own_first, above, total = [], 0, 0, 0
         histogram = np.zeros(len(BINS) - 1)
         for rows in batches:
+            places = np.arange(len(rows)) if among is None else np.flatnonzero(among[rows])
+            places = places[:num_anchors]
+            if not len(places):
+                continue
             positives = unit(self.positives[rows])
-            for start in range(0, min(len(rows), num_anchors), BLOCK):
-                part = rows[start : min(start + BLOCK, num_anchors)]
+            for start in range(0, len(places), BLOCK):
+                block = places[start : start + BLOCK]
+                part = rows[block]
                 scores = unit(self.anchors[part]) @ positives.T
-                own = scores[np.arange(len(part)), start + np.arange(len(part))]
+                own = scores[np.arange(len(part)), block]
                 negative = (self.anchor_id[part][:, None] != self.anchor_id[rows][None]) & (
                     self.positive_id[part][:, None] != self.positive_id[rows][None]
                 )
@@ -62,13 +72,13 @@ class Cosines:
                 above += int((difference > 0).sum())
                 total += int(negative.sum())
                 histogram += np.histogram(difference[negative], BINS)[0]
-            num_anchors -= len(rows)
+            num_anchors -= len(places)
             if num_anchors <= 0:
                 break
-        every = np.concatenate(losses)
+        every = np.concatenate(losses) if losses else np.full(1, np.nan)
         return BatchScores(
             loss=float(every.mean()),
-            own_first=own_first / len(every),
+            own_first=own_first / len(every) if losses else float("nan"),
             above_own=above / max(1, total),
             histogram=histogram / max(1, total),
         )

@@ -6,14 +6,16 @@ that the plan stays at a few bytes a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from anybatch.errors import AnybatchError
 from anybatch.mining.audit import most_wanted
-from anybatch.mining.config import MiningConfig
+from anybatch.mining.config import MiningConfig, MiningSet
 from anybatch.mining.cosines import BatchScores, Cosines, unit
 from anybatch.mining.graph import cut_windows
 from anybatch.mining.mine import fit_window, scored_vectors
@@ -22,7 +24,8 @@ from anybatch.mining.outlook import Outlook, mining_outlook
 from anybatch.plan import BatchPlan
 
 DUPLICATE = 0.95  # cosine of two positives from which they are shown as saying the same
-SHOWN = 20  # pairs of rows kept of each kind
+SHOWN = 20  # pairs of rows kept of suspects, and of duplicates
+WINDOW = ("skip", "take", "margin")  # what a data set may have of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,8 @@ class PlanInspection:
         distinct_window, distinct_conflicts: Different ones over all partitions.
         planned, random: The teacher's scores in the plan's batches and in random ones.
         hubs: The most wanted rows with the number of windows they are in, scaled up from the anchors looked at.
-        suspects: Suspects of the plan, the highest scores first (`SHOWN` at most).
-        duplicates: Rows with nearly the same positive as an anchor looked at, highest first (`SHOWN` at most).
+        suspects: Suspects of the plan, the highest scores first (`SHOWN` at most, of the same two positives one).
+        duplicates: Rows with nearly the same positive as an anchor looked at, highest first (likewise).
         duplicate_share: Share of the anchors looked at with such a row.
         repeated_anchors, repeated_positives: Rows whose anchor (positive) is another row's, letter by letter.
         clusters: Examples; empty for random plans.
@@ -131,44 +134,155 @@ def inspect_plan(
 
     Cost: num_anchors * n * D multiplications, as much of a look at every row, and two losses of num_anchors rows.
     """
-    num_rows = plan.num_rows
-    check_embeddings("anchor", anchor_embeddings, num_rows)
-    check_embeddings("positive", positive_embeddings, num_rows)
+    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
+    return _measure(
+        plan,
+        pairs,
+        np.arange(plan.num_rows),
+        temperature=temperature,
+        num_anchors=num_anchors,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def inspect_sets(
+    plan: BatchPlan,
+    anchor_embeddings: np.ndarray,
+    positive_embeddings: np.ndarray,
+    *,
+    sets: Sequence[MiningSet] = (),
+    anchor_id: np.ndarray | None = None,
+    positive_id: np.ndarray | None = None,
+    temperature: float = 0.05,
+    num_anchors: int = 2000,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, PlanInspection]:
+    """`inspect_plan` for each data set of a plan over several, each ranked by itself as in mining.
+
+    Anchors are one set's rows in the batches that the plan deals: of that set alone (`mixing="within"`), or with rows of others, which count
+    in the expected loss. Random batches are dealt the same way, of the same sets with the same shares.
+
+    Args:
+        plan: Made with `sets`.
+        sets: Their windows, as given to `mine_plan`; without them the plan's own window holds for all.
+        anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors, seed, progress: See `inspect_plan`; anchors
+            are looked at in each set.
+
+    Returns:
+        What was measured, by the set's name; row and cluster numbers are the plan's. Sets of which no row is dealt are left out.
+
+    Raises:
+        AnybatchError: As `inspect_plan`; a plan of one data set.
+
+    Cost: that of `inspect_plan` for each set, over its own rows.
+    """
+    if plan.task is None:
+        raise AnybatchError("The plan has one data set. Use inspect_plan.")
+    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
+    windows = {one.name: {name: value for name in WINDOW if (value := getattr(one, name)) is not None} for one in sets}
+    dealt = np.isin(np.arange(len(plan.task_names)), plan.task[plan.epoch_batches(0)])
+    shown = [number for number in range(len(plan.task_names)) if dealt[number] and (plan.task == number).sum() > 1]
+
+    def advance(done: int) -> Callable[[float], None]:
+        return lambda fraction: progress((done + fraction) / len(shown)) if progress is not None else None
+
+    return {
+        plan.task_names[number]: _measure(
+            plan,
+            pairs,
+            np.flatnonzero(plan.task == number),
+            window=windows.get(plan.task_names[number], {}),
+            temperature=temperature,
+            num_anchors=num_anchors,
+            seed=seed,
+            progress=advance(place),
+        )
+        for place, number in enumerate(shown)
+    }
+
+
+def _checked(
+    plan: BatchPlan,
+    anchors: np.ndarray,
+    positives: np.ndarray,
+    anchor_id: np.ndarray | None,
+    positive_id: np.ndarray | None,
+    temperature: float,
+    num_anchors: int,
+) -> Cosines:
+    check_embeddings("anchor", anchors, plan.num_rows)
+    check_embeddings("positive", positives, plan.num_rows)
     if not temperature > 0 or num_anchors < 1:
         raise AnybatchError(
             f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at least 1."
         )
-    anchor_id = np.arange(num_rows) if anchor_id is None else np.asarray(anchor_id)
-    positive_id = np.arange(num_rows) if positive_id is None else np.asarray(positive_id)
+    every = np.arange(plan.num_rows)
+    return Cosines(
+        anchors,
+        positives,
+        every if anchor_id is None else np.asarray(anchor_id),
+        every if positive_id is None else np.asarray(positive_id),
+    )
+
+
+def _measure(
+    plan: BatchPlan,
+    pairs: Cosines,
+    members: np.ndarray,
+    *,
+    temperature: float,
+    num_anchors: int,
+    seed: int,
+    progress: Callable[[float], None] | None,
+    window: Mapping[str, Any] = MappingProxyType({}),
+) -> PlanInspection:
+    """`members`: the rows that are ranked among each other, ascending; `window`: where theirs is not the plan's."""
     generator = np.random.default_rng(seed)
-    rows = np.sort(generator.choice(num_rows, min(num_anchors, num_rows), replace=False))
-    defaults = MiningConfig()
-    window = fit_window(plan.meta.get("skip", defaults.skip), plan.meta.get("take", defaults.take), num_rows)
-    cut = {"skip": window[0], "take": window[1], "margin": plan.meta.get("margin")}
-    queries, documents = scored_vectors(anchor_embeddings, positive_embeddings, plan.meta.get("score", "query"))
+    chosen = np.sort(generator.choice(len(members), min(num_anchors, len(members)), replace=False))
+    rows = members[chosen]
+    settings = {name: getattr(MiningConfig(), name) for name in WINDOW} | dict(plan.meta) | dict(window)
+    skip, take = fit_window(settings["skip"], settings["take"], len(members))
+    cut = {"skip": skip, "take": take, "margin": settings["margin"]}
+    whole = members[-1] - members[0] + 1 == len(members)  # then nothing is copied out of the files
+    part = slice(int(members[0]), int(members[-1]) + 1) if whole else members
+    queries, documents = scored_vectors(pairs.anchors[part], pairs.positives[part], settings.get("score", "query"))
     neighbors = exact_neighbors(
-        queries, documents, sum(window), anchor_id=anchor_id, positive_id=positive_id, rows=rows, progress=progress
+        queries,
+        documents,
+        skip + take,
+        anchor_id=pairs.anchor_id[part],
+        positive_id=pairs.positive_id[part],
+        rows=chosen,
+        progress=progress,
     )
     wanted, conflict = cut_windows(neighbors, **cut)
+    ids = np.where(neighbors.ids >= 0, members[neighbors.ids], -1)
     dealt = plan.epoch_batches(0)
-    batch = np.full(num_rows, -1)
+    batch = np.full(plan.num_rows, -1)
     batch[dealt] = np.arange(len(dealt))[:, None]
     home = batch[rows]
-    together = (batch[neighbors.ids] == home[:, None]) & (home >= 0)[:, None]
+    together = (batch[ids] == home[:, None]) & (home >= 0)[:, None]
     num_dealt = max(1, int((home >= 0).sum()))
-    by_chance = (plan.batch_size - 1) / (num_rows - 1)  # that a given row is in an anchor's random batch
+    # That a given row of theirs is in an anchor's random batch: by how many of them such a batch holds.
+    sizes = np.bincount(batch[members][batch[members] >= 0]).astype(np.float64)
+    by_chance = float(np.sum(sizes * (sizes - 1))) / max(1.0, float(np.sum(sizes))) / max(1, len(members) - 1)
 
-    pairs = Cosines(anchor_embeddings, positive_embeddings, anchor_id, positive_id)
-    others = BatchPlan.random(num_rows, plan.batch_size, seed=seed).epoch_batches(0)
-    planned, random = (pairs.batch_scores(batches, num_anchors, temperature) for batches in (dealt, others))
-    beside = [(one[neighbors.ids] == one[rows, None]) & (one >= 0)[rows, None] for one in plan.partition_clusters]
+    among = np.zeros(plan.num_rows, bool)
+    among[members] = True
+    planned, random = (
+        pairs.batch_scores(batches, num_anchors, temperature, among=among)
+        for batches in (dealt, _random_batches(plan, seed))
+    )
+    beside = [(one[ids] == one[rows, None]) & (one >= 0)[rows, None] for one in plan.partition_clusters]
     ever = np.any(beside, axis=0)
-    duplicates = _duplicates(rows, neighbors.ids[:, :8], positive_embeddings)
-    scale = num_rows / len(rows)
+    duplicates = _duplicates(rows, ids[:, :8], pairs.positives)
+    scale = len(members) / len(rows)
     return PlanInspection(
         num_anchors=len(rows),
-        skip=window[0],
-        take=window[1],
+        skip=skip,
+        take=take,
         temperature=temperature,
         window_in_batch=float((wanted & together).sum()) / num_dealt,
         conflicts_in_batch=float((conflict & together).sum()) / num_dealt,
@@ -180,29 +294,59 @@ def inspect_plan(
         distinct_conflicts=float((conflict & ever).sum()) / len(rows),
         planned=planned,
         random=random,
-        hubs=[(row, round(count * scale)) for row, count in most_wanted(neighbors.ids[wanted])],
-        suspects=_suspects(plan, pairs),
-        duplicates=duplicates[:SHOWN],
+        hubs=[(row, round(count * scale)) for row, count in most_wanted(ids[wanted])],
+        suspects=_suspects(plan, pairs, among),
+        duplicates=_shown(duplicates, pairs.positive_id),
         duplicate_share=len({pair.row for pair in duplicates}) / len(rows),
-        repeated_anchors=_repeated(anchor_id),
-        repeated_positives=_repeated(positive_id),
-        clusters=_examples(plan, pairs, generator),
-        outlook=mining_outlook(neighbors, plan.cluster, rows=rows, **cut),
+        repeated_anchors=_repeated(pairs.anchor_id[members]),
+        repeated_positives=_repeated(pairs.positive_id[members]),
+        clusters=_examples(plan, pairs, members, generator),
+        outlook=mining_outlook(neighbors, plan.cluster[members], rows=chosen, **cut),
     )
 
 
-def _suspects(plan: BatchPlan, pairs: Cosines) -> list[RowPair]:
+def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
+    """An epoch of random batches, of the same data sets with the same shares."""
+    return BatchPlan(
+        num_rows=plan.num_rows,
+        batch_size=plan.batch_size,
+        cluster_size=1,
+        cluster=np.arange(plan.num_rows, dtype=np.int32),
+        seed=seed,
+        data_digest="",
+        task=plan.task,
+        task_names=plan.task_names,
+        task_shares=plan.task_shares,
+        mixing=plan.mixing,
+    ).epoch_batches(0)
+
+
+def _suspects(plan: BatchPlan, pairs: Cosines, among: np.ndarray) -> list[RowPair]:
     """The plan's suspects by how far the other's positive scores above the own, in the direction in which it does so most."""
-    if plan.suspects is None or not len(plan.suspects):
+    if plan.suspects is None:
         return []
-    both = np.concatenate([plan.suspects, plan.suspects[:, ::-1]])
+    suspects = plan.suspects[among[plan.suspects].all(axis=1)]
+    if not len(suspects):
+        return []
+    both = np.concatenate([suspects, suspects[:, ::-1]])
     scores = np.concatenate([pairs.over_own(block[:, 0], block[:, 1]) for block in _blocks(both)])
-    half = len(plan.suspects)
+    half = len(suspects)
     forward = scores[:half] >= scores[half:]
     best = np.where(forward, scores[:half], scores[half:])
-    order = np.argsort(-best, kind="stable")[:SHOWN]
+    order = np.argsort(-best, kind="stable")
     chosen = np.where(forward[order, None], both[order], both[half + order])
-    return [RowPair(row=int(a), other=int(b), score=float(s)) for (a, b), s in zip(chosen, best[order], strict=True)]
+    found = (RowPair(row=int(a), other=int(b), score=float(s)) for (a, b), s in zip(chosen, best[order], strict=True))
+    return _shown(found, pairs.positive_id)
+
+
+def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:
+    """The first `SHOWN`, no two with the same two positives: one caption of many pictures would fill the list."""
+    kinds: dict[frozenset[int], RowPair] = {}
+    for pair in pairs:
+        kinds.setdefault(frozenset(map(int, positive_id[[pair.row, pair.other]])), pair)
+        if len(kinds) == SHOWN:
+            break
+    return list(kinds.values())
 
 
 def _blocks(pairs: np.ndarray, size: int = 8192) -> list[np.ndarray]:
@@ -226,18 +370,19 @@ def _repeated(ids: np.ndarray) -> int:
 
 
 def _examples(
-    plan: BatchPlan, pairs: Cosines, generator: np.random.Generator, look_at: int = 200
+    plan: BatchPlan, pairs: Cosines, members: np.ndarray, generator: np.random.Generator, look_at: int = 200
 ) -> list[ClusterExample]:
-    if plan.cluster_size == 1:
+    own = plan.cluster[members]
+    placed = members[own >= 0]
+    if plan.cluster_size == 1 or not len(placed):
         return []
-    numbers = np.sort(generator.choice(plan.num_clusters, min(look_at, plan.num_clusters), replace=False))
-    order = np.argsort(plan.cluster, kind="stable")
-    members = order[np.count_nonzero(plan.cluster < 0) :].reshape(plan.num_clusters, plan.cluster_size)[numbers]
+    clusters = placed[np.argsort(plan.cluster[placed], kind="stable")].reshape(-1, plan.cluster_size)
+    clusters = clusters[np.sort(generator.choice(len(clusters), min(look_at, len(clusters)), replace=False))]
     apart = ~np.eye(plan.cluster_size, dtype=bool)
-    tight = np.argsort([-pairs.matrix(rows)[apart].mean() for rows in members], kind="stable")
+    tight = np.argsort([-pairs.matrix(rows)[apart].mean() for rows in clusters], kind="stable")
     kinds = {"tightest": tight[0], "typical": tight[len(tight) // 2], "loosest": tight[-1]}
-    chosen = [(int(numbers[place]), kind, members[place]) for kind, place in kinds.items()]
-    chosen.append((-1, "random", np.sort(generator.choice(plan.num_rows, plan.cluster_size, replace=False))))
+    chosen = [(int(plan.cluster[clusters[place][0]]), kind, clusters[place]) for kind, place in kinds.items()]
+    chosen.append((-1, "random", np.sort(generator.choice(members, plan.cluster_size, replace=False))))
     return [
         ClusterExample(number=number, kind=kind, rows=rows, scores=pairs.matrix(rows)) for number, kind, rows in chosen
     ]

@@ -394,14 +394,16 @@ def _anneal(
     size = members.shape[1]
     link = np.zeros(num_clusters + 1, np.float32)
     seen = np.empty(num_clusters + 1, np.int32)
-    for _ in range(len(cluster)):
+    seen_in = np.full(num_clusters + 1, -1, np.int64)  # a link of 0 would not say it: wanted edges and conflicts cancel
+    for step in range(len(cluster)):
         row = np.random.randint(len(cluster))  # noqa: NPY002
         home = cluster[row]
         num_seen = 0
         for edge in range(indptr[row], indptr[row + 1]):
             where = cluster[indices[edge]]
             if where != home and where < num_clusters:
-                if link[where] == 0.0:
+                if seen_in[where] != step:
+                    seen_in[where] = step
                     seen[num_seen] = where
                     num_seen += 1
                 link[where] += data[edge]

@@ -2,7 +2,7 @@
 
 from anybatch.report.gradient_page import render_gradient_page
 from anybatch.report.page import Report, render_report
-from anybatch.report.plan_figures import Figure, plan_figures
+from anybatch.report.plan_figures import Figure, plan_figures, plan_sizes, set_figures
 from anybatch.report.plan_page import render_plan_page
 from anybatch.report.tables import MethodResult, comparison_table, markdown_table, metrics_table
 
@@ -14,7 +14,9 @@ __all__ = [
     "markdown_table",
     "metrics_table",
     "plan_figures",
+    "plan_sizes",
     "render_gradient_page",
     "render_plan_page",
     "render_report",
+    "set_figures",
 ]

@@ -41,9 +41,15 @@ def plan_figures(
         inspection: What was measured from the embeddings, or None.
         mining: What mining stored (`mining.json`), or None.
     """
+    return [*plan_sizes(plan), *set_figures(plan, inspection=inspection, mining=mining)]
+
+
+def set_figures(
+    plan: BatchPlan, *, inspection: PlanInspection | None = None, mining: Mapping[str, Any] | None = None
+) -> list[Figure]:
+    """What was measured and stored, of the plan's one data set or of one of several; arguments as in `plan_figures`."""
     outlook = inspection.outlook.as_dict() if inspection is not None else (mining or {}).get("outlook")
     return [
-        *_sizes(plan),
         *(_partitions(plan, inspection, mining or {}) if plan.num_partitions > 1 else []),
         *(_batches(plan, inspection) if inspection is not None else []),
         *(_teacher(outlook, plan.cluster_size > 1) if outlook else []),
@@ -52,7 +58,8 @@ def plan_figures(
     ]
 
 
-def _sizes(plan: BatchPlan) -> list[Figure]:
+def plan_sizes(plan: BatchPlan) -> list[Figure]:
+    """What the plan itself says."""
     stats = plan.stats()
     lines = [
         Figure(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
+from anybatch.pictures import Picture, describe
 from anybatch.report.charts import bar_chart, heat_map, line_chart
 from anybatch.report.page import load_template
-from anybatch.report.plan_figures import plan_figures
+from anybatch.report.plan_figures import plan_sizes, set_figures
 
 if TYPE_CHECKING:
     from anybatch.data import PairData
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 TEXT_LENGTH = 220  # characters of a text that are shown
 HEAT_ROWS = 32  # of a cluster that are drawn
 UNSCORED = 20  # suspects shown where there are no scores to order them
+PICTURE_CHARACTERS = 2**21  # of all thumbnails of a page; further pictures are named, not shown
 
 
 def render_plan_page(
@@ -29,6 +32,7 @@ def render_plan_page(
     title: str,
     pairs: PairData | None = None,
     inspection: PlanInspection | None = None,
+    sets: Mapping[str, PlanInspection] = MappingProxyType({}),
     mining: Mapping[str, Any] | None = None,
     missing: Sequence[str] = (),
 ) -> str:
@@ -37,46 +41,88 @@ def render_plan_page(
     Args:
         plan: The plan.
         title: Heading, such as its path.
-        pairs: The data, for its texts; None shows row numbers.
+        pairs: The data, for its texts and pictures; None shows row numbers.
         inspection: What was measured from the embeddings; None leaves those parts out.
+        sets: The same for each of several data sets (`inspect_sets`), by name, instead.
         mining: What mining stored (`mining.json`); None leaves those parts out.
         missing: What could not be shown and which option gives it, in words.
 
-    All texts are escaped.
+    All texts are escaped. Pictures are shown small, re-encoded, `PICTURE_CHARACTERS` in all at most.
     """
     texts = _Texts(pairs)
     stored = mining or {}
-    warnings = inspection.outlook.warnings if inspection else (stored.get("outlook") or {}).get("warnings")
-    hubs = [tuple(hub) for hub in stored.get("hubs") or ()] or (inspection.hubs if inspection else [])
+    of_sets = stored.get("sets") or {}
+    parts = (
+        [_part(plan, "", inspection, stored, texts)]
+        if plan.task is None
+        else [_part(plan, name, sets.get(name), of_sets.get(name) or {}, texts) for name in plan.task_names]
+    )
+    known = [part["warnings"] for part in parts if part["warnings"] is not None]
     return load_template("plan.html").render(
         title=title,
         plan=plan,
-        inspection=inspection,
         missing=missing,
-        warnings=warnings,
-        notes=stored.get("notes") or (),
-        figures=plan_figures(plan, inspection=inspection, mining=mining),
-        charts=_score_charts(inspection) if inspection else [],
+        warnings=[warning for part in known for warning in part] if known else None,
+        notes=[note for part in parts for note in part["notes"]],
+        sizes=plan_sizes(plan),
+        parts=parts,
         stages=_stage_charts(stored),
-        hubs=[{"count": count, **texts.row(row)} for row, count in hubs[:10]],
-        hubs_estimated=not stored.get("hubs"),
-        suspects=_suspects(plan, inspection, texts),
-        duplicates=[texts.pair(pair) for pair in inspection.duplicates] if inspection else [],
-        clusters=_clusters(inspection, texts) if inspection else [],
         settings=plan.meta,
     )
 
 
+def _part(
+    plan: BatchPlan, name: str, seen: PlanInspection | None, stored: Mapping[str, Any], texts: _Texts
+) -> dict[str, Any]:
+    """What is known of the one data set, or of the one called `name`."""
+    warnings = seen.outlook.warnings if seen else (stored.get("outlook") or {}).get("warnings")
+    hubs = [tuple(hub) for hub in stored.get("hubs") or ()]
+    first = 0
+    if name and hubs:  # mining numbered its rows from 0
+        first = int(np.flatnonzero(plan.task == plan.task_names.index(name))[0])
+    shown = [(row + first, count) for row, count in hubs] or (seen.hubs if seen else [])
+    prefix = f"{name}: " if name else ""
+    num_rows = int((plan.task == plan.task_names.index(name)).sum()) if name else plan.num_rows
+    return {
+        "name": name,
+        "num_rows": num_rows,
+        "num_anchors": seen.num_anchors if seen else 0,
+        "warnings": None if warnings is None else [prefix + warning for warning in warnings],
+        "notes": [prefix + note for note in stored.get("notes") or ()],
+        "figures": set_figures(plan, inspection=seen, mining=stored),
+        "charts": _score_charts(seen) if seen else [],
+        "hubs": [{"count": count, **texts.row(row)} for row, count in shown[:10]],
+        "hubs_estimated": not hubs,
+        "suspects": _suspects(plan, name, seen, texts),
+        "duplicates": [texts.pair(pair) for pair in seen.duplicates] if seen else [],
+        "clusters": _clusters(seen, texts) if seen else [],
+    }
+
+
 class _Texts:
-    """Rows with their texts, cut to a readable length; without data, row numbers alone."""
+    """Rows with their texts, cut to a readable length, and thumbnails of their pictures; without data, row numbers alone."""
 
     def __init__(self, pairs: PairData | None) -> None:
         self.pairs = pairs
+        self.left = PICTURE_CHARACTERS
 
     def row(self, row: int) -> dict[str, Any]:
         if self.pairs is None:
             return {"row": row, "anchor": "", "positive": ""}
-        return {"row": row, "anchor": _cut(self.pairs.anchors[row]), "positive": _cut(self.pairs.positives[row])}
+        return {
+            "row": row,
+            "anchor": self._show(self.pairs.anchors[row], row),
+            "positive": self._show(self.pairs.positives[row], row),
+        }
+
+    def _show(self, value: str | Picture, row: int) -> str | Markup:
+        if isinstance(value, str):
+            return _cut(value)
+        name, thumbnail = describe(value, row), value.thumbnail() if self.left > 0 else None
+        if thumbnail is None:
+            return name
+        self.left -= len(thumbnail)
+        return Markup('<img src="{}" alt="{}" title="{}">').format(thumbnail, name, name)
 
     def pair(self, pair: RowPair) -> dict[str, Any]:
         return {"score": f"{pair.score:.3f}", "first": self.row(pair.row), "second": self.row(pair.other)}
@@ -86,11 +132,15 @@ def _cut(text: str) -> str:
     return text if len(text) <= TEXT_LENGTH else text[:TEXT_LENGTH].rstrip() + " …"
 
 
-def _suspects(plan: BatchPlan, inspection: PlanInspection | None, texts: _Texts) -> list[dict[str, Any]]:
+def _suspects(plan: BatchPlan, name: str, inspection: PlanInspection | None, texts: _Texts) -> list[dict[str, Any]]:
     if inspection is not None:
         return [texts.pair(pair) for pair in inspection.suspects]
-    first = [] if plan.suspects is None else plan.suspects[:UNSCORED].tolist()
-    return [{"score": "", "first": texts.row(row), "second": texts.row(other)} for row, other in first]
+    first = np.zeros((0, 2), np.int64) if plan.suspects is None else plan.suspects
+    if name and plan.task is not None:
+        first = first[plan.task[first[:, 0]] == plan.task_names.index(name)]
+    return [
+        {"score": "", "first": texts.row(row), "second": texts.row(other)} for row, other in first[:UNSCORED].tolist()
+    ]
 
 
 def _score_charts(seen: PlanInspection) -> list[tuple[str, Markup]]:

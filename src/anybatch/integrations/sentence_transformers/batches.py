@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from anybatch import distributed
 from anybatch.data import text_digest
 from anybatch.errors import AnybatchError
+from anybatch.pictures import Column, PictureColumn, holds_pictures
 from anybatch.plan import BatchPlan, PlanSampler
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ class PlanBatches:
         plan: Its rows are those of the training set.
 
     Raises:
-        AnybatchError: A training set with other texts than the plan was made for, where the plan knows its texts
-            (`data_digest`) and the columns are texts; shares that do not add up to the plan's batch.
+        AnybatchError: A training set with other texts or pictures than the plan was made for, where the plan knows them
+            (`data_digest`) and the columns are texts or pictures; shares that do not add up to the plan's batch.
 
-    Cost: one pass over the texts for each data set (about 2 seconds a million short ones), once.
+    Cost: one pass over the texts (about 2 seconds a million short ones) and pictures (1 GB a second) of each data set, once.
     """
 
     def __init__(self, plan: BatchPlan) -> None:
@@ -81,15 +82,20 @@ class PlanBatches:
 
 
 def _data_digest(dataset: Dataset, expected: str) -> str:
-    """The digest of the texts in `dataset`; `expected` itself where nothing can be compared (no digest, columns of images).
+    """The digest of the rows of `dataset`; `expected` itself where nothing can be compared (no digest, columns of neither texts nor pictures).
 
     Columns may have been added after mining, such as mined negatives: the first two or more of them decide.
     """
     names = [name for name in dataset.column_names if name != "label"]
     texts = [name for name in names if getattr(dataset.features[name], "dtype", None) in ("string", "large_string")]
-    if not expected or texts != names or len(names) < 2:
+    if not expected or len(names) < 2 or not all(name in texts or holds_pictures(dataset, name) for name in names):
         return expected
-    columns = [[text or "" for text in dataset.with_format(None)[name][:]] for name in names]
+    columns: list[Column] = [
+        [text or "" for text in dataset.with_format(None)[name][:]]
+        if name in texts
+        else PictureColumn.of(dataset, name, "the training set")
+        for name in names
+    ]
     digests = (text_digest(columns[:count]) for count in range(len(columns), 1, -1))
     first = next(digests)
     return expected if expected == first or expected in digests else first

@@ -1,6 +1,6 @@
-"""Embed texts with a sentence-transformers model: in shards, onto disk, resumable, over several ranks. Replaces one long `encode` call.
+"""Embed texts or pictures with a sentence-transformers model: in shards, onto disk, resumable, over several ranks. Replaces one long `encode` call.
 
-Cost: one forward pass per text; memory is one shard, whatever the number of texts.
+Cost: one forward pass per text; memory is one shard of texts, or one forward pass of decoded pictures, whatever their number.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from anybatch import distributed
 from anybatch.blocks import BlockArrays
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of, write_text
+from anybatch.pictures import Column, PictureColumn, row_keys
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -27,7 +28,7 @@ SHARD = 2048  # texts between two records of progress
 
 def embed_texts(
     model: SentenceTransformer,
-    texts: Sequence[str],
+    texts: Column,
     *,
     batch_size: int = 64,
     prompt: str = "",
@@ -37,17 +38,21 @@ def embed_texts(
 
     Args:
         model: Any sentence-transformers model whose output is one vector a text.
-        texts: N texts; each is embedded as `prompt + text`.
-        batch_size: Texts per forward pass; inside a shard they are sorted by length.
-        prompt: Text put in front of each, for models trained with instructions.
+        texts: N texts, each embedded as `prompt + text`; or a column of pictures, for a model that takes them.
+        batch_size: Texts or pictures per forward pass; inside a shard texts are sorted by length.
+        prompt: Text put in front of each, for models trained with instructions; none for pictures.
         progress: Called with the number of texts embedded since the last call.
 
     Returns:
         float32 (N, D).
+
+    Raises:
+        AnybatchError: Pictures for a model that takes none, or with a prompt; a picture that cannot be decoded; Pillow is not installed.
     """
+    _check(model, texts, prompt)
     parts = []
     for start in range(0, len(texts), SHARD):
-        shard = list(texts[start : start + SHARD])
+        shard = texts[start : start + SHARD]
         parts.append(_encode(model, shard, batch_size, prompt))
         if progress is not None:
             progress(len(shard))
@@ -56,7 +61,7 @@ def embed_texts(
 
 def embed_to_file(
     model: SentenceTransformer,
-    texts: Sequence[str],
+    texts: Column,
     path: str | os.PathLike[str],
     *,
     identity: dict[str, Any],
@@ -78,10 +83,11 @@ def embed_to_file(
         The memory-mapped array (N, D).
 
     Raises:
-        AnybatchError: `path` exists and was made by another model or of other texts.
+        AnybatchError: `path` exists and was made by another model or of other texts; what `embed_texts` refuses.
 
     Cost: as `embed_texts`, and one digest of the model's weights (about 1 GB a second).
     """
+    _check(model, texts, prompt)
     path = Path(path)
     partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".progress")
     identity = json.loads(
@@ -89,7 +95,7 @@ def embed_to_file(
             {
                 **identity,
                 "prompt": prompt,
-                "texts": digest_of(text.encode() for text in texts),
+                "texts": digest_of(row_keys(texts)),
                 "weights": _weights_digest(model),
             }
         )
@@ -117,7 +123,7 @@ def embed_to_file(
     if progress is not None and done:
         progress(done)
     for block in left:
-        shard = list(texts[block * SHARD : (block + 1) * SHARD])
+        shard = texts[block * SHARD : (block + 1) * SHARD]
         kept.arrays["embeddings"][block * SHARD : block * SHARD + len(shard)] = _encode(
             model, shard, batch_size, prompt
         )
@@ -133,10 +139,32 @@ def embed_to_file(
     return np.load(path, mmap_mode="r")
 
 
-def _encode(model: SentenceTransformer, texts: list[str], batch_size: int, prompt: str) -> np.ndarray:
+def _check(model: SentenceTransformer, column: Column, prompt: str) -> None:
+    if not isinstance(column, PictureColumn):
+        return
+    if prompt:
+        raise AnybatchError(
+            f"The prompt {prompt!r} was given for pictures. Prompts are put before texts: leave it out."
+        )
+    if not model.supports("image"):
+        raise AnybatchError(
+            f"The column {column.where} holds pictures, and the model takes {', '.join(map(str, model.modalities))} only. Choose a model for "
+            "pictures and texts (CLIP, SigLIP and the like), or give precomputed embeddings (.npy) where they are enough."
+        )
+
+
+def _encode(model: SentenceTransformer, texts: Column, batch_size: int, prompt: str) -> np.ndarray:
+    if isinstance(texts, PictureColumn):  # decoded, a shard of photographs would take gigabytes
+        starts = range(0, len(texts), batch_size)
+        pictures = ([one.decode() for one in texts[start : start + batch_size]] for start in starts)
+        return np.concatenate([_forward(model, part, batch_size, prompt) for part in pictures])
+    return _forward(model, list(texts), batch_size, prompt)
+
+
+def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, prompt: str) -> np.ndarray:
     # encode() sorts by length itself, so a shard costs little more than its real tokens.
     vectors = model.encode(
-        texts,
+        inputs,
         batch_size=batch_size,
         prompt=prompt,  # also the empty one: for None the model would take its own default prompt, which training does not
         normalize_embeddings=True,

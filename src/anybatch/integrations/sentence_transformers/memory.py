@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from anybatch.integrations.sentence_transformers.embed import embed_texts, embed
 from anybatch.losses import ContrastiveLoss
 from anybatch.losses.monitoring import memory_figures
 from anybatch.losses.warm_start import WarmStart, memory_of, warm_start
+from anybatch.pictures import Column, pick
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -112,7 +113,7 @@ def probe_memory(
     rows = np.random.default_rng(seed).choice(len(pairs), min(PROBE_TARGETS, len(pairs)), replace=False)
     training = model.training
     sides = [
-        embed_texts(model, _pick(texts, rows), batch_size=batch_size, prompt=prompt)
+        embed_texts(model, pick(texts, rows), batch_size=batch_size, prompt=prompt)
         for texts, prompt in zip(pairs.prompted, prompts, strict=False)
     ]
     model.train(training)
@@ -190,7 +191,7 @@ class MemoryCallback(TrainerCallback):
 
 def _embed_shared(
     model: SentenceTransformer,
-    texts: Sequence[str],
+    texts: Column,
     *,
     batch_size: int,
     prompt: str,
@@ -209,10 +210,6 @@ def _embed_shared(
 def _digest(model: SentenceTransformer) -> str:
     tensors = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in model.state_dict().values())
     return digest_of(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
-
-
-def _pick(texts: Sequence[str], rows: np.ndarray) -> list[str]:
-    return [texts[int(row)] for row in rows]
 
 
 def _counted(progress: Report | None, stage: str, total: int) -> Callable[[int], None] | None:

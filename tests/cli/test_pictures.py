@@ -1,0 +1,179 @@
+"""Picture-caption pairs through the command line: mine, inspect, train, resume. The files are made as docs/pictures.md makes them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anybatch.cli import inspect_plan as inspect_module
+from anybatch.data import PairData, read_pairs
+from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers.model import ModelConfig
+from anybatch.pictures import Picture
+from anybatch.pipeline import _column_prompts
+from anybatch.plan import BatchPlan
+from anybatch.report import plan_page
+from anybatch.run_config import DataConfig, RunConfig
+from tests.cli.test_cli import run
+from tests.pictures import picture, save_clip, save_pairs
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_pairs(tmp_path_factory.mktemp("pairs") / "pictures", [*range(COUNT - 2), 3, 4])
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    from rich.console import Console
+
+    console = Console(width=500, record=True, force_terminal=False, stderr=True)
+    monkeypatch.setattr(inspect_module, "console", console)
+    return lambda: console.export_text(clear=False)
+
+
+def settings(saved, output, *more):
+    chosen = ("mining.cluster_size=4", "mining.skip=2", "mining.take=8", "mining.conflict_weight=0", *more)
+    data = ("--data", str(saved), "--anchor", "image", "--positive", "caption", "--batch-size", "8")
+    return [*data, "--output", str(output), *(item for value in chosen for item in ("--set", value))]
+
+
+def vectors(folder):
+    """A joint space: what a picture shows, and a little noise on each side."""
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=(COUNT, 8))
+    paths = []
+    for side in ("anchor", "positive"):
+        rows = (truth + 0.4 * generator.normal(size=truth.shape)).astype(np.float32)
+        rows[[-2, -1]] = rows[[3, 4]]
+        paths.append(folder / f"{side}.npy")
+        np.save(paths[-1], rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    return [f"teacher.{side}_embeddings={path}" for side, path in zip(("anchor", "positive"), paths, strict=True)]
+
+
+def test_mining_from_embeddings_decodes_nothing(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(Picture, "decode", lambda self: pytest.fail("decoded"))
+    run("mine", *settings(saved, tmp_path / "run", *vectors(tmp_path)))
+    plan = BatchPlan.load(tmp_path / "run" / "plan.safetensors")
+    assert plan.num_rows == COUNT
+    for same in ({3, COUNT - 2}, {4, COUNT - 1}):
+        first, second = same
+        assert plan.cluster[first] != plan.cluster[second]  # the same picture is never put beside itself
+
+
+def test_mining_with_a_model_and_looking_at_the_plan(saved, clip_folder, tmp_path, heard, monkeypatch):
+    run("mine", *settings(saved, tmp_path / "run"), "--teacher", str(clip_folder))
+    assert np.load(tmp_path / "run" / "teacher_anchor.npy").shape == (COUNT, 16)
+    run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "plan.html"))
+    said = heard()
+    assert "Not shown" not in said
+    assert re.search(r"row (\d+) anchor: \[picture 2[04]x(20|16), row \1\]", said)
+    assert re.search(r"own positive: a (red|green|blue|black|white) ", said)
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    images = re.findall(r'<img src="data:image/jpeg;base64,[\w+/=]+" alt="\[picture 2[04]x\d\d, row (\d+)\]"', page)
+    assert len(images) == page.count("<img") > 20
+    for heading in ("Suspected false negatives", "Example clusters"):
+        assert heading in page
+    monkeypatch.setattr(plan_page, "PICTURE_CHARACTERS", 3000)  # a page stays small: then pictures are named
+    run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "small.html"))
+    small = (tmp_path / "small.html").read_text(encoding="utf-8")
+    assert 1 <= small.count("<img") <= 5
+    assert "[picture 20x20, row " in re.sub("<img[^>]*>", "", small)
+
+
+def test_prompts_are_for_texts(saved, tmp_path):
+    for prompt in ("model.anchor_prompt=see", "teacher.anchor_prompt=see"):
+        with pytest.raises(AnybatchError, match=r"anchor_prompt is set, and the anchors are pictures"):
+            run("mine", *settings(saved, tmp_path / "run", *vectors(tmp_path), prompt))
+        assert not (tmp_path / "run").exists()
+
+
+def test_prompts_pass_by_negatives_that_are_pictures(saved):
+    pairs = read_pairs(saved, anchor="caption", positive="image")
+    mixed = PairData(anchors=pairs.anchors, positives=pairs.anchors, negatives=(pairs.positives, pairs.anchors))
+    config = RunConfig(
+        output="run",
+        data=DataConfig(path="pairs"),
+        model=ModelConfig(anchor_prompt="find: ", positive_prompt="this: "),
+    )
+    assert _column_prompts(config, mixed.to_dataset()) == {
+        "anchor": "find: ",
+        "positive": "this: ",
+        "negative_2": "this: ",
+    }
+
+
+def test_paths_in_a_file(clip_folder, tmp_path):
+    (tmp_path / "files").mkdir()
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for row in range(20):
+            (tmp_path / "files" / f"{row}.png").write_bytes(picture(row))
+            file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
+    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.pictures=[image]")
+    run("mine", *given, "--teacher", str(clip_folder))
+    assert np.load(tmp_path / "run" / "teacher_anchor.npy").shape == (20, 16)
+
+
+def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
+    more = (
+        *("mining.num_negatives=1", "train.epochs=2", "train.save_steps=3", "train.log_steps=1", "model.device=cpu"),
+        *("train.micro_batch=3", "train.max_tokens=24", "train.learning_rate=0.001", f"evaluation.path={saved}"),
+        *vectors(tmp_path),
+    )
+    whole = [*settings(saved, tmp_path / "whole", *more), "--model", str(clip_folder)]
+    run("train", *whole)
+    result = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert result["num_steps"] == 10
+    assert 0 < result["metrics"]["recall@10"] <= 1
+    assert result["metrics"] != result["metrics_untrained"]
+    parts = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole", parts)
+    for name in ("model", "metrics.json"):
+        shutil.rmtree(parts / name) if name == "model" else (parts / name).unlink()
+    for folder in (parts / "checkpoints").iterdir():  # as after a kill in step 8
+        if int(folder.name.removeprefix("checkpoint-")) > 6:
+            shutil.rmtree(folder)
+    run("train", *settings(saved, parts, *more), "--model", str(clip_folder), "--resume")
+    first, second = (
+        load_file(next(Path(folder / "model").rglob("model.safetensors"))) for folder in (tmp_path / "whole", parts)
+    )
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    before = load_file(next(clip_folder.rglob("model.safetensors")))
+    changed = [name for name, tensor in first.items() if not torch.equal(tensor, before[name])]
+    assert any("vision_model" in name for name in changed)
+    assert any("text_model" in name for name in changed)
+
+
+def test_pictures_as_hard_negatives(saved, clip_folder, tmp_path):
+    more = (
+        "mining.num_negatives=1",
+        "train.log_steps=1",
+        "model.device=cpu",
+        "train.micro_batch=auto",
+        *vectors(tmp_path),
+    )
+    given = settings(saved, tmp_path / "run", *more)
+    sides = {"image": "caption", "caption": "image"}
+    run("train", *(sides.get(value, value) for value in given), "--model", str(clip_folder))
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert len(lines) == COUNT // 8
+    assert all(0 < json.loads(line)["loss"] < 10 for line in lines)
+    plan = BatchPlan.load(tmp_path / "run" / "plan.safetensors")
+    assert plan.negatives_per_row == 1
+    run("doctor", *(sides.get(value, value) for value in given[:8]), "--model", str(clip_folder))
