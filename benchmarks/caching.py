@@ -180,7 +180,7 @@ def time_steps(args: argparse.Namespace, lines: Lines) -> None:
 def measure_memory(args: argparse.Namespace, lines: Lines) -> None:
     """What one step adds to the process at its peak, by batch size, each in a fresh process."""
     for rows in args.memory:
-        for name in IN_MEMORY:
+        for name in args.memory_names:
             key = {
                 "stage": "memory",
                 "name": name,
@@ -269,32 +269,36 @@ def page(args: argparse.Namespace, lines: Lines) -> str:
         if ratios and distance:
             spread = f"{median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
             text.append(f"| {name} | {median(taken.values()):.2f} | {spread} | {distance[0]:.0e} |")
-    return "\n".join([*text, *_memory_table(args, lines), *_loss_table(args, lines)]) + "\n"
+    return "\n".join([*text, *_memory_table(lines), *_loss_table(args, lines)]) + "\n"
 
 
-def _memory_table(args: argparse.Namespace, lines: Lines) -> list[str]:
-    measured = lines.find(stage="memory", length=args.memory_length, of=args.memory_layers)
-    by_name = {name: {line["rows"]: line["mib"] for line in measured if line["name"] == name} for name in IN_MEMORY}
-    sizes = sorted({line["rows"] for line in measured})
-    if not sizes:
-        return []
+def _memory_table(lines: Lines) -> list[str]:
+    measured = lines.find(stage="memory")
     text = [
         "",
         "## Peak memory",
         "",
-        f"MiB that one step adds to the process at its peak (resident set), by batch size; first {args.memory_layers} layers, texts",
-        f"cut at {args.memory_length} tokens. *Bytes a row* is the growth from the smallest batch to the largest, a pair.",
-        "",
-        f"| step | {' | '.join(f'{rows:,}' for rows in sizes)} | bytes a row |",
-        f"|---|{'---|' * (len(sizes) + 1)}",
+        "MiB that one step adds to the process at its peak (resident set), by batch size, each in a process of its own. *Bytes a row*: the growth",
+        "from the smallest batch to the largest, a pair.",
     ]
-    for name, mibs in by_name.items():
-        if len(mibs) > 1:
-            first, last = min(mibs), max(mibs)
-            growth = (mibs[last] - mibs[first]) * 2**20 / (last - first)
+    for of, length in sorted({(line["of"], line["length"]) for line in measured}):
+        group = [line for line in measured if (line["of"], line["length"]) == (of, length)]
+        by_name = {name: {line["rows"]: line["mib"] for line in group if line["name"] == name} for name in NAMES}
+        sizes = sorted({line["rows"] for line in group})
+        last_column = ["bytes a row"] if len(sizes) > 1 else []
+        header = ["step", *(f"{rows:,}" for rows in sizes), *last_column]
+        text += ["", f"{of} layers, texts of at most {length} tokens:", ""]
+        text += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for name, mibs in by_name.items():
+            if not mibs:
+                continue
             cells = [f"{mibs[rows]:.0f}" if rows in mibs else "" for rows in sizes]
-            text.append(f"| {name} | {' | '.join(cells)} | {growth:,.0f} |")
-    return text
+            if last_column:
+                first, last = min(mibs), max(mibs)
+                growth = f"{(mibs[last] - mibs[first]) * 2**20 / (last - first):,.0f}" if last > first else ""
+                cells.append(growth)
+            text.append(f"| {name} | {' | '.join(cells)} |")
+    return text if measured else []
 
 
 def _loss_table(args: argparse.Namespace, lines: Lines) -> list[str]:
@@ -326,14 +330,17 @@ def main() -> None:
     """Measure what is missing, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl.gz (title, abstract)")
-    parser.add_argument("--batch", type=int, default=256, help="pairs in the timed step")
+    parser.add_argument(
+        "--batch", type=int, default=64, help="pairs in the timed step; plain training of 256 needs more than 24 GB"
+    )
     parser.add_argument("--max-tokens", type=int, default=2048, help="the token budget")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of all contenders; 0: none")
     sizes = [64, 256, 1024, 4096, 16_384]
     parser.add_argument("--memory", type=int, nargs="*", default=sizes, help="batch sizes; empty: none")
     parser.add_argument("--memory-layers", type=int, default=1, help="layers of the model whose memory is measured")
     parser.add_argument("--memory-length", type=int, default=32, help="tokens its texts are cut at")
-    parser.add_argument("--loss", type=int, nargs="*", default=[8192, 32_768], help="batch sizes; empty: none")
+    parser.add_argument("--memory-names", nargs="*", default=list(IN_MEMORY), help="steps whose memory is measured")
+    parser.add_argument("--loss", type=int, nargs="*", default=[8192, 32_768, 65_536], help="batch sizes; empty: none")
     parser.add_argument("--dimensions", type=int, default=384, help="width of the embeddings of the loss alone")
     parser.add_argument("--peer-rows", type=int, default=8192, help="largest batch of the peer's loss alone")
     parser.add_argument("--layers", type=int, help="only the first layers of the model, for a quick try")
