@@ -5,7 +5,7 @@ Usage:
     python -m benchmarks.global_training --task emoji --data FOLDER
     python -m benchmarks.global_training --table-only
 
-A method is written BATCHES/LOSS[/WEIGHTS]: "random" or "mined"; a name of `LossConfig`, or "cluster_centres" (an experiment, one way only); "inclusion" for the inclusion weights.
+A method is written BATCHES/LOSS[/WEIGHTS]: "random", "mined" (clusters of 32, or half a batch), or "mined8" for clusters of 8 and so on; a name of `LossConfig`, or "cluster_centres" (an experiment, one way only); "inclusion" for the inclusion weights.
 Each (task, method, batch size, budget) is a family: at least three learning rates with seed 0, judged on the development split and extended while
 the best is at the edge; then the best rate with two more seeds. Each finished run is one line of docs/benchmarks/global_training.jsonl; runs
 that are there are skipped, so the command can be stopped and started at will. The table is made of that file.
@@ -156,8 +156,9 @@ class Study:
         train, batch_size = self.task.train, cell.batch_size
         if batches_by == "random":
             return BatchPlan.random(len(train), batch_size)
-        size = min(32, batch_size // 2)  # at least two clusters a batch, or no weight can stand for the other clusters
-        path = self.cache / f"plan-{cell.task}-{cell.rows}-{cell.teacher}-{batch_size}.safetensors"
+        # At least two clusters a batch, or no weight can stand for the other clusters.
+        size = min(int(batches_by.removeprefix("mined") or 32), batch_size // 2)
+        path = self.cache / f"plan-{cell.task}-{cell.rows}-{cell.teacher}-{batch_size}-{size}.safetensors"
         if not path.exists():
             anchors, positives = lsa_teacher(train) if self.given is None else self.given
             config = MiningConfig(batch_size=batch_size, cluster_size=size, skip=SKIP[self.task.name])
