@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from anybatch.errors import AnybatchError
-from anybatch.losses import InfoNCE
+from anybatch.losses import CountCorrectedInfoNCE, InfoNCE
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
 
@@ -118,15 +120,58 @@ def test_inclusion_weights_are_unbiased_over_each_data_set_and_with_hard_negativ
             weight = weight.masked_fill(batch[:, None] == columns[None], 0.0)  # its own content is no negative
             total[batch] += (weight * values[columns]).sum(dim=1).numpy()
             count[batch] += 1
-    for number, n in enumerate(sizes):
+    for number in (0, 1):
         own = task == number
-        truth = (values[own].sum().item() - values[own].numpy()) / (n - 1)
+        truth = (values[own].sum().item() - values[own].numpy()) / 31  # of all rows: the other set's add nothing
         np.testing.assert_allclose((total / count)[own].mean(), truth.mean(), rtol=0.01)
         np.testing.assert_allclose((total / count)[own], truth, rtol=0.12)
 
 
+def test_a_data_set_that_is_its_own_batch_has_its_own_infonce():
+    """8 of 64 rows are the set a and come together; the loss was made for all 64 rows, as `anybatch train` makes it."""
+    task = np.repeat([0, 1], [8, 56]).astype(np.int32)
+    plan = BatchPlan(
+        num_rows=64, batch_size=8, cluster_size=2, cluster=np.repeat(np.arange(32, dtype=np.int32), 2), seed=0, data_digest="",
+        task=task, task_names=("a", "b"), mixing="within",
+    )  # fmt: skip
+    index = torch.arange(8)
+    arguments = RowTable(np.arange(64), np.arange(64), plan=plan, weights="inclusion").arguments(index)
+    sides = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = InfoNCE(temperature=0.2)(*sides)
+    ours = CountCorrectedInfoNCE(64, temperature=0.2)(*sides, **arguments)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+
+
+def test_ways_are_counted_within_a_data_set():
+    """The text 5 is a positive of one row of a, a hard negative of three, and a positive of four rows of b, which never come beside a."""
+    task = np.repeat([0, 1], [8, 8]).astype(np.int32)
+    plan = BatchPlan(
+        num_rows=16, batch_size=4, cluster_size=2, cluster=np.repeat(np.arange(8, dtype=np.int32), 2), seed=0, data_digest="",
+        task=task, task_names=("a", "b"), mixing="within",
+    )  # fmt: skip
+    positive_id = np.arange(16)
+    positive_id[12:] = 5
+    negative_id = np.where(np.arange(16) < 3, 5, 100 + np.arange(16))[:, None]
+    table = RowTable(np.arange(16), positive_id, negative_id=negative_id, plan=plan, weights="inclusion")
+    weight = table.arguments(torch.arange(16), num_negatives=1)["log_weight"]
+    assert weight.column_factor.exp()[5].item() == pytest.approx(1 / 4)  # a: one row stands for itself, four bring it
+    assert weight.column_factor.exp()[12].item() == pytest.approx(1)  # b: four rows, each brings it once
+    assert weight.column_factor.exp()[16].item() == pytest.approx(1 / 4)  # row 0's hard negative
+
+
+def test_suspects_are_masked_whoever_brings_them():
+    plan = replace(BatchPlan.random(10, 4), suspects=np.array([[0, 6]], np.int32))
+    negative_id = np.arange(10)[:, None] + 20
+    negative_id[1] = 6  # row 1 brings the text of row 6
+    table = RowTable(np.arange(10), np.arange(10), negative_id=negative_id, plan=plan, mask_suspects=True)
+    arguments = table.arguments(torch.tensor([0, 1, 6]), num_negatives=1)
+    masked = arguments["log_weight"].tile(slice(0, 3), slice(0, 6)) == -torch.inf
+    assert masked.nonzero().tolist() == [[0, 2], [0, 4], [2, 0]]
+    assert plan.digest != BatchPlan.random(10, 4).digest  # who masks them trains otherwise
+
+
 def estimates(plan, epochs):
-    """What the weighted batches say of each row's mean over the other rows of its data set, as weights of those rows, and the truth: (n, n) both."""
+    """What the weighted batches say of each row's mean over all other rows, those of its data set alone, as weights of them, and the truth: (n, n) both."""
     n = plan.num_rows
     together = np.zeros((n, n))
     for epoch in range(epochs):
@@ -139,7 +184,7 @@ def estimates(plan, epochs):
     weight = table.arguments(torch.arange(n))["log_weight"].tile(everything, everything).exp().numpy()
     task = np.zeros(n, int) if plan.task is None else plan.task
     others = (task[:, None] == task) & ~np.eye(n, dtype=bool)
-    return weight * together / together.diagonal()[:, None] * others, others / others.sum(axis=1, keepdims=True)
+    return weight * together / together.diagonal()[:, None] * others, others / (n - 1)
 
 
 @pytest.mark.parametrize("per_batch", [2, 3])
@@ -180,4 +225,4 @@ def test_inclusion_weights_are_unbiased_with_remainders_shares_and_guests(mixing
             for columns in kinds:
                 block = np.ix_(rows & (task == number), columns & (task == number))
                 assert found[block].sum() == pytest.approx(truth[block].sum(), rel=0.05), (mixing, number)
-    assert found[task == 2].sum() == pytest.approx(3, rel=0.1)  # guests, who are seldom side by side
+    assert found[task == 2].sum() == pytest.approx(truth[task == 2].sum(), rel=0.1)  # guests, who are seldom side by side

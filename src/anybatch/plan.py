@@ -160,7 +160,7 @@ class BatchPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies what the plan makes of its data: sizes, clusters, seed, data and hard negatives."""
+        """Identifies what the plan makes of its data: sizes, clusters, seed, data, hard negatives and suspects."""
         numbers = [self.num_rows, self.batch_size, self.cluster_size, self.seed]
         parts = [json.dumps(numbers).encode(), self.data_digest.encode()]
         if self.task is not None or self.random_shares:
@@ -173,6 +173,8 @@ class BatchPlan:
             for array in (self.cluster, self.negatives, self.task, self.alternates)
             if array is not None
         ]
+        if self.suspects is not None and len(self.suspects):  # who masks them trains otherwise
+            parts += [b"suspects", np.ascontiguousarray(self.suspects, np.int32).tobytes()]
         return digest_of(parts)
 
     def epoch_batches(self, epoch: int) -> np.ndarray:

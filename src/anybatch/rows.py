@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from anybatch.errors import AnybatchError
 from anybatch.ids import known_positives
 from anybatch.losses import ClusterLogWeight, LogWeight, PairMask, SumLogWeight, inclusion_log_weights
-from anybatch.losses.log_weights import NEVER
 from anybatch.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
@@ -93,12 +92,13 @@ class RowTable(nn.Module):
             known_positives(np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), self.width)
         )
         self.register_buffer("known", known, persistent=False)
-        for name in ("cluster", "task", "log_weights", "ways", "suspects"):
+        for name in ("cluster", "task", "log_weights", "ways", "way_keys", "suspects"):
             self.register_buffer(name, None, persistent=False)
         self.cluster: Tensor | None
         self.task: Tensor | None
         self.log_weights: Tensor | None
         self.ways: Tensor | None
+        self.way_keys: Tensor | None
         self.suspects: Tensor | None
         self.weights = weights
         self.weight_cap = weight_cap
@@ -106,7 +106,8 @@ class RowTable(nn.Module):
         self.plan: BatchPlan | None = None
         self.epoch: int | None = None
         if weights == "inclusion" and negative_id is not None:
-            self.ways = _ways(np.asarray(positive_id), np.asarray(negative_id))
+            task = None if plan is None else plan.task
+            self.way_keys, self.ways = _ways(np.asarray(positive_id), np.asarray(negative_id), task, self.width)
         if plan is not None:
             self.use_plan(plan)
 
@@ -137,7 +138,7 @@ class RowTable(nn.Module):
             self.log_weights = _task_log_weights(plan, self.weight_cap).to(device)
         self.suspects = None
         if self.mask_suspects and plan.suspects is not None and len(plan.suspects):
-            self.suspects = _pair_keys(plan.suspects, plan.num_rows).to(device)
+            self.suspects = _suspect_keys(plan.suspects, self.positive_id.cpu().numpy(), self.width).to(device)
 
     def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
         """Arguments for a batch.
@@ -162,11 +163,8 @@ class RowTable(nn.Module):
         }
         terms: list[LogWeight] = []
         if self.suspects is not None:
-            explicit = torch.full_like(negatives, NEVER)
             terms.append(
-                PairMask(
-                    row_key=index * len(self.anchor_id), column_key=torch.cat([index, explicit]), keys=self.suspects
-                )
+                PairMask(row_key=index * self.width, column_key=arguments["candidate_id"], keys=self.suspects)
             )
         if len(self.known):
             terms.append(
@@ -213,13 +211,17 @@ class RowTable(nn.Module):
         loose = (cluster < 0).long()
         same, other, remainder = self.log_weights[0 if task is None else task, loose].unbind(dim=1)
         cluster = torch.where(cluster < 0, -2 - index, cluster)  # a remainder row belongs to itself
+        factor = None
+        if self.ways is not None and self.way_keys is not None and num_negatives:
+            keys = candidate_id if task is None else task.repeat(repeat) * self.width + candidate_id
+            factor = -self.ways[torch.searchsorted(self.way_keys, keys)].log()
         return ClusterLogWeight(
             row_cluster=cluster,
             column_cluster=cluster.repeat(repeat),
             same=same,
             other=other,
             remainder=remainder,
-            column_factor=None if self.ways is None or not num_negatives else -self.ways[candidate_id].log(),
+            column_factor=factor,
             row_task=task,
             column_task=None if task is None else task.repeat(repeat),
         )
@@ -227,6 +229,9 @@ class RowTable(nn.Module):
 
 def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
     """(data sets, 2, 3) float64: log-weights of a row of the same cluster, of another and of none; for an anchor in a cluster and in none.
+
+    The mean is over all rows but the own, to which those of other data sets add nothing: a loss that multiplies it by n - 1 has the sum over the
+    anchor's data set.
 
     Raises:
         AnybatchError: A plan whose batches leave no such weights.
@@ -237,8 +242,7 @@ def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
         )
     weights = []
     for number in range(max(1, len(plan.task_names))):
-        num_rows = plan.num_rows if plan.task is None else int(np.count_nonzero(plan.task == number))
-        num_rows, chances = max(2, num_rows), plan.deal.chances(number)
+        num_rows, chances = max(2, plan.num_rows), plan.deal.chances(number)
         same = chances.same or 1.0  # 0 for a data set without clusters
         home = [
             inclusion_log_weights(num_rows, chance, chance_same=same, cap=cap)
@@ -252,14 +256,22 @@ def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
     return torch.tensor(weights, dtype=torch.float64)
 
 
-def _ways(positive_id: np.ndarray, negative_id: np.ndarray) -> Tensor:
-    """(ids,) float64: for each candidate the ways it has into a batch (rows that bring it) over the rows that it stands for."""
-    size = int(max(positive_id.max(initial=0), negative_id.max(initial=0))) + 1
-    own, explicit = (np.bincount(ids.reshape(-1), minlength=size) for ids in (positive_id, negative_id))
-    return torch.from_numpy((own + explicit) / np.maximum(own, 1)).clamp(min=1.0)  # the clamp: ids that never occur
+def _ways(
+    positive_id: np.ndarray, negative_id: np.ndarray, task: np.ndarray | None, width: int
+) -> tuple[Tensor, Tensor]:
+    """For each candidate the ways it has into a batch (rows that bring it) over the rows that it stands for, within its data set.
+
+    Returns:
+        (k,) int64 ascending keys data set * width + id, and (k,) float64 ways.
+    """
+    first = np.zeros(len(positive_id), np.int64) if task is None else task.astype(np.int64) * width
+    own, explicit = first + positive_id, (first[:, None] + negative_id).reshape(-1)
+    keys = np.unique(np.concatenate([own, explicit]))
+    counts = [np.bincount(np.searchsorted(keys, some), minlength=len(keys)) for some in (own, explicit)]
+    return torch.from_numpy(keys), torch.from_numpy((counts[0] + counts[1]) / np.maximum(counts[0], 1))
 
 
-def _pair_keys(pairs: np.ndarray, num_rows: int) -> Tensor:
-    """Keys row * num_rows + other of these pairs, both ways round, ascending."""
+def _suspect_keys(pairs: np.ndarray, positive_id: np.ndarray, width: int) -> Tensor:
+    """Keys row * width + text of these pairs, both ways round, ascending: the other row's positive, whoever brings it."""
     both = np.concatenate([pairs, pairs[:, ::-1]]).astype(np.int64)
-    return torch.from_numpy(np.unique(both[:, 0] * num_rows + both[:, 1]))
+    return torch.from_numpy(np.unique(both[:, 0] * width + positive_id[both[:, 1]]))

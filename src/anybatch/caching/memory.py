@@ -110,7 +110,8 @@ class GraphBudget:
             ):  # such a tensor (sharded, quantised) has no storage of its own
                 storage = tensor.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # Not the tensor itself: an output that its own node saves would hold the graph, and a graph that is dropped would never be freed.
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield

@@ -67,12 +67,3 @@ def refuse_batch_statistics(modules: Iterable[nn.Module]) -> None:
                     f"(module.{name or 'bn'}.eval(), after every model.train()), or replace it by LayerNorm or "
                     "GroupNorm, or train without caching."
                 )
-
-
-def is_compiled(encode: Callable[..., Any], modules: Iterable[nn.Module]) -> bool:
-    """Whether `torch.compile` made the callable or one of the modules, as far as can be seen without importing the compiler."""
-    return hasattr(encode, "_torchdynamo_orig_callable") or any(
-        child._compiled_call_impl is not None or "_orig_mod" in child._modules
-        for module in modules
-        for child in module.modules()
-    )

@@ -48,7 +48,6 @@ class Recording:
     _wrapped: tuple[Wrapped, ...] = ()
     _on_split: Callable[[int], None] | None = None
     _sharded: bool = False  # over ranks, which then must run equally many passes
-    _compiled: bool = False  # by torch.compile, whose graphs with and without gradients may draw other random numbers
     _spent: bool = field(default=False)
 
     @property

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from anybatch import distributed
 from anybatch.caching.forward import Encoder, encode_rows
 from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, sharded_out_of_memory, warn_split
-from anybatch.caching.modules import is_compiled, modules_of, refuse_batch_statistics
+from anybatch.caching.modules import modules_of, refuse_batch_statistics
 from anybatch.caching.recording import Piece, Recording, RecordingPass
 from anybatch.caching.reduction import (
     Wrapped,
@@ -120,7 +120,6 @@ def record(
         _wrapped=tuple(module for module in wrapped if not called or module in called),
         _on_split=on_split,
         _sharded=sharded,
-        _compiled=is_compiled(encode, held),
     )
 
 
@@ -208,7 +207,7 @@ def _replay_piece(jobs: deque[_Job], gradient_of: dict[int, list[Tensor | None]]
             if outputs is None:
                 _split(jobs, job, attempt.error)
                 return
-            if recording._compiled and piece.drew and not job.zero:
+            if piece.drew and not job.zero:
                 _check_replay(outputs, recording.leaves, piece.rows)
         with without_autocast(), out_of_memory_as_none() as attempt:
             attempt.result = _backward(outputs, gradient_of[id(recording)], piece.rows, zero=job.zero)
@@ -248,7 +247,10 @@ def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Ten
 
 @torch.no_grad()
 def _check_replay(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], rows: Tensor) -> None:
-    """A compiler may draw random numbers in its own way in one graph and not in the other, and says nothing when it gives up compiling.
+    """Whether the replay drew the recording's random numbers.
+
+    A compiler may draw them in its own way in one graph and not in the other, and says nothing when it gives up compiling; what is compiled does not
+    always show. So every replay that draws is compared.
 
     Raises:
         AnybatchError: The embeddings are further from the recorded ones than rounding brings them.
@@ -258,7 +260,7 @@ def _check_replay(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], rows:
         gap = float((output.to(recorded.dtype) - recorded).norm() / recorded.norm().clamp_min(1e-30))
         if gap > max(REPLAY_TOLERANCE, 16 * torch.finfo(output.dtype).eps):
             raise AnybatchError(
-                f"The replay of a compiled encoder is {gap:.1%} away from its recording: it drew other random numbers (dropout). Set "
+                f"The replay is {gap:.1%} away from its recording: the encoder drew other random numbers (dropout). If it is compiled, set "
                 "torch._inductor.config.fallback_random = True before compiling, and torch._dynamo.config.recompile_limit to more than twice the "
                 "number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. The gradients of this step are incomplete."
             )

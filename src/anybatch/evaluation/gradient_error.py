@@ -250,6 +250,8 @@ def infonce_curve(
     num_rows = len(pairs)
     if batch_sizes is None:
         batch_sizes = [2**power for power in range(3, num_rows.bit_length()) if 2 ** (power + 1) <= num_rows]
+        if not batch_sizes:
+            raise AnybatchError(f"{num_rows} rows are too few for a curve of batch sizes; expected at least 16.")
     for size in batch_sizes:
         if not 2 <= size <= num_rows:
             raise AnybatchError(f"batch_sizes holds {size}; expected sizes from 2 to the number of rows, {num_rows}.")

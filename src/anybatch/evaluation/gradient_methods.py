@@ -149,16 +149,23 @@ def compare_methods(
         epochs: See `gradient_error`.
         progress: Called with (done, total).
 
+    Raises:
+        AnybatchError: A plan over several data sets, whose exact gradients are not one; too few rows.
+
     Cost: see `gradient_error`, once a line: seconds a line for 20,000 rows; it grows with `len(pairs.probes)`, not with the rows,
         once there are more batches than probes.
     """
+    if plan.task is not None and len(plan.task_names) > 1:
+        raise AnybatchError(
+            f"The plan is over the data sets {', '.join(plan.task_names)}, each with an exact gradient of its own. Mine one of them by itself, and compare the "
+            "methods on that plan."
+        )
     random = BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed)
     wanted = [("random", random, method) for method in methods if method.weights == "none"]
     if plan.cluster_size > 1:
-        # A batch of one cluster never meets the others, so no weight can stand for them.
-        wanted += [
-            ("plan", plan, method) for method in methods if method.weights == "none" or plan.clusters_per_batch > 1
-        ]
+        # A batch of one cluster never meets the others, and clusters that are taken apart do not stay: no weight can stand for that.
+        weighable = plan.clusters_per_batch > 1 and not any(plan.random_shares)
+        wanted += [("plan", plan, method) for method in methods if method.weights == "none" or weighable]
     few = _fewer(pairs, CURVE_PROBES)
     curve = {size: error.scaled_rmse for size, error in infonce_curve(few, epochs=1).items()}
     lines = []
@@ -223,6 +230,11 @@ def comparison_rows(comparison: GradientComparison) -> tuple[list[str], list[lis
 def recommendation(comparison: GradientComparison) -> list[str]:
     """What follows from the comparison, and what does not, in sentences."""
     chosen = comparison.recommended
+    if math.isnan(chosen.error.shared_cosine):
+        return [
+            "The exact gradient has no direction on these embeddings (are all positives alike?), so nothing can be recommended. Look at the embeddings "
+            "with `anybatch inspect plan`."
+        ]
     plain = next(line for line in comparison.lines if (line.method, line.batches) == ("infonce", "random"))
     where = "the plan's batches" if chosen.batches == "plan" else "random batches"
     single = "single anchors" if comparison.direction == "one_way" else "single pairs, anchor and positive together,"

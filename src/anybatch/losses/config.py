@@ -196,7 +196,7 @@ class LossConfig:
             raise AnybatchError(
                 f"loss.direction is 'both'; '{self.name}' judges pairs and has one direction. Leave it at 'one_way'."
             )
-        if self.name == "auc_cl" and self.temperature is not None:
+        if self.name == "auc_cl" and self.temperature not in (None, 0.05):  # what earlier files say of every loss
             raise AnybatchError("loss.name 'auc_cl' has no temperature; set loss.margin instead.")
 
     def _check_matryoshka(self) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from anybatch import distributed
 from anybatch.errors import AnybatchError
 
-NEVER = -(2**62)  # a key that makes no sum a key of `PairMask`
 
 
 @runtime_checkable
@@ -96,7 +95,7 @@ class PairMask:
 
     Attributes:
         row_key: (B,) int64.
-        column_key: (M,) int64; `NEVER` for candidates that no list names.
+        column_key: (M,) int64.
         keys: (p,) int64, ascending; the same on every rank.
 
     Cost: a binary search a pair, in a list of p.

@@ -234,7 +234,7 @@ class _Part:
             found = [suspect_pairs(graph, one) for one in (clusters if config.suspects == "cluster" else [None])]
             suspects, negatives = found[0] if len(found) == 1 else np.unique(np.concatenate(found), axis=0), None
             if config.num_negatives:
-                negatives = sample_negatives(graph, clusters[0], config.num_negatives, seed=config.seed, **ids)
+                negatives = sample_negatives(graph, clusters, config.num_negatives, seed=config.seed, **ids)
         return clusters, suspects, negatives, graph
 
     def _partition(

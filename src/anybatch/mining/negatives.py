@@ -11,7 +11,7 @@ from anybatch.mining.graph import MiningGraph
 
 def sample_negatives(
     graph: MiningGraph,
-    cluster: np.ndarray,
+    clusters: np.ndarray,
     num_negatives: int,
     *,
     anchor_id: np.ndarray,
@@ -21,11 +21,11 @@ def sample_negatives(
     """Hard negatives for each row, from its own rank window.
 
     An item of the window is drawn with probability proportional to the number of windows of the row's cluster that it is in,
-    without repetition; rows of the cluster itself are left out, being in the batch already.
+    without repetition; rows of the cluster itself, in any partition, are left out, being in the batch already.
 
     Args:
         graph: From `build_graph`.
-        cluster: (n,) int; -1 for none (such rows count their own window alone).
+        clusters: (n,) int, or (partitions, n), of which the first counts; -1 for none (such rows count their own window alone).
         num_negatives: h.
         anchor_id, positive_id: (n,) int; identical content, and positives of the same anchor in other rows, are never drawn.
         seed: Of the draws.
@@ -35,11 +35,12 @@ def sample_negatives(
 
     Reference: B3, arXiv 2505.11293, section 3 (B3++).
     """
-    order = np.argsort(cluster, kind="stable").astype(np.int64)
+    clusters = np.atleast_2d(clusters).astype(np.int64)
+    order = np.argsort(clusters[0], kind="stable").astype(np.int64)
     window = graph.window
-    result = np.full((len(cluster), num_negatives), -1, np.int32)
+    result = np.full((clusters.shape[1], num_negatives), -1, np.int32)
     _draw(
-        order, cluster.astype(np.int64), window.indptr.astype(np.int64), window.indices.astype(np.int64),
+        order, clusters, window.indptr.astype(np.int64), window.indices.astype(np.int64),
         np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), seed, result,
     )  # fmt: skip
     # What another row pairs with the same anchor is a positive, not a negative.
@@ -51,9 +52,18 @@ def sample_negatives(
 
 
 @numba.njit(cache=True)
-def _draw(order, cluster, indptr, indices, anchor_id, positive_id, seed, result):  # pragma: no cover - compiled
+def _beside(clusters, row, item):  # pragma: no cover - compiled
+    """Whether two rows share a cluster of any partition."""
+    for cluster in clusters:  # noqa: SIM110 - numba knows no generators
+        if cluster[item] == cluster[row] and cluster[row] >= 0:
+            return True
+    return False
+
+
+@numba.njit(cache=True)
+def _draw(order, clusters, indptr, indices, anchor_id, positive_id, seed, result):  # pragma: no cover - compiled
     np.random.seed(seed)  # noqa: NPY002 - numba's own generator, not NumPy's
-    num_rows = len(cluster)
+    num_rows, cluster = clusters.shape[1], clusters[0]
     count = np.zeros(num_rows, np.int64)
     start = 0
     while start < num_rows:
@@ -68,7 +78,7 @@ def _draw(order, cluster, indptr, indices, anchor_id, positive_id, seed, result)
             total = 0
             for edge in range(indptr[row], indptr[row + 1]):
                 item = indices[edge]
-                beside = cluster[item] == cluster[row] and cluster[row] >= 0
+                beside = _beside(clusters, row, item)
                 if not beside and anchor_id[item] != anchor_id[row] and positive_id[item] != positive_id[row]:
                     total += count[item]
             for drawn in range(result.shape[1]):
@@ -77,7 +87,7 @@ def _draw(order, cluster, indptr, indices, anchor_id, positive_id, seed, result)
                 mark = np.random.randint(0, total)  # noqa: NPY002
                 for edge in range(indptr[row], indptr[row + 1]):
                     item = indices[edge]
-                    beside = cluster[item] == cluster[row] and cluster[row] >= 0
+                    beside = _beside(clusters, row, item)
                     if beside or anchor_id[item] == anchor_id[row] or positive_id[item] == positive_id[row]:
                         continue
                     taken = False
