@@ -225,4 +225,6 @@ def test_inclusion_weights_are_unbiased_with_remainders_shares_and_guests(mixing
             for columns in kinds:
                 block = np.ix_(rows & (task == number), columns & (task == number))
                 assert found[block].sum() == pytest.approx(truth[block].sum(), rel=0.05), (mixing, number)
-    assert found[task == 2].sum() == pytest.approx(truth[task == 2].sum(), rel=0.1)  # guests, who are seldom side by side
+    assert found[task == 2].sum() == pytest.approx(
+        truth[task == 2].sum(), rel=0.1
+    )  # guests, who are seldom side by side

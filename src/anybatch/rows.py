@@ -163,9 +163,7 @@ class RowTable(nn.Module):
         }
         terms: list[LogWeight] = []
         if self.suspects is not None:
-            terms.append(
-                PairMask(row_key=index * self.width, column_key=arguments["candidate_id"], keys=self.suspects)
-            )
+            terms.append(PairMask(row_key=index * self.width, column_key=arguments["candidate_id"], keys=self.suspects))
         if len(self.known):
             terms.append(
                 PairMask(
