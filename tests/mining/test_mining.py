@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from anybatch.mining import (
     MiningSet,
     audit_clusters,
     build_graph,
+    check_sizes,
     equal_clusters,
     exact_neighbors,
     ivf_neighbors,
@@ -375,6 +377,26 @@ def test_several_data_sets_make_one_plan():
     assert "guests" in result.report.sets["tiny"].notes[0]
     with pytest.raises(AnybatchError, match="310 rows in all"):
         mine_plan(anchors, positives, config=config, sets=sets[:2])
+
+
+@pytest.mark.filterwarnings("ignore:The data set", "ignore:The rank window")
+def test_guests_that_are_too_many_are_told():
+    anchors, positives = embeddings(20)
+    sets = [MiningSet(name=name, num_rows=size) for name, size in zip("abcde", (8, 3, 3, 3, 3), strict=True)]
+    with pytest.warns(UserWarning, match=r"of those of 'e', 0.875 come in an epoch on average, not 3\."):
+        result = mine_plan(anchors, positives, config=MiningConfig(batch_size=8, cluster_size=4), sets=sets)
+    assert "0.875" in result.report.sets["b"].notes[-1]
+    assert not any("0.875" in note for note in result.report.sets["a"].notes)
+
+
+def test_a_data_set_that_would_never_be_dealt_is_refused():
+    """One cluster, which is left over; batches of two, and no other cluster is left over."""
+    sets = [MiningSet(name="large", num_rows=16), MiningSet(name="small", num_rows=4)]
+    config = MiningConfig(batch_size=8, cluster_size=4)
+    with pytest.raises(AnybatchError, match="'small' would never be dealt"):
+        check_sizes(20, config=config, sets=sets)
+    check_sizes(20, config=replace(config, mixing="mixed"), sets=sets)
+    check_sizes(20, config=config, sets=[replace(sets[0], num_rows=12), replace(sets[1], num_rows=8)])
 
 
 def test_an_earlier_plan_is_a_place_to_start():

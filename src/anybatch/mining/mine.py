@@ -148,7 +148,22 @@ def mine_plan(
         meta=meta,
         **_plan_settings(num_rows, config, sets, data_digest),
     )
+    _note_guests(plan, report)
     return MiningResult(plan=plan, report=report, graph=None if sets else graph)
+
+
+def _note_guests(plan: BatchPlan, report: MiningReport) -> None:
+    """Say so where guests are too many for their shares."""
+    for number, guests in enumerate(plan.deal.guests if plan.task is not None else ()):
+        wanted = plan.task_shares[number] * int(np.count_nonzero(plan.task == number)) if guests else 0.0
+        if guests < wanted * (1 - 1e-9):
+            name = plan.task_names[number]
+            note = (
+                f"The data sets without a cluster have more rows than half of the places of an epoch: of those of '{name}', {guests:.3g} come in an "
+                f"epoch on average, not {wanted:.3g}. Lower mining.cluster_size, or leave data sets out."
+            )
+            report.sets[name].notes.append(note)
+            warnings.warn(note, stacklevel=3)
 
 
 def random_plan(
@@ -350,6 +365,13 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
             f"An epoch deals {sum(deal.quotas)} of {sum(counts)} clusters of {size} rows, which do not fill one batch of {config.batch_size}. Lower the "
             "batch size, or raise the shares of the data sets."
         )
+    for (one, _), chance in zip(parts, deal.dealt_chances, strict=True):
+        if one.num_rows >= size and not chance:
+            raise AnybatchError(
+                f"The data set '{one.name}' would never be dealt: an epoch has fewer of its clusters than a batch has ({deal.clusters_per_batch} of {size} "
+                "rows), and those left over of all data sets do not fill a batch that they could share. Lower the batch size, or set mining.mixing "
+                "to 'mixed'."
+            )
 
 
 def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:
