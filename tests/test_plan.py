@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import pickle
+import time
+from fractions import Fraction
+from math import comb
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anybatch.dealing import Deal, _drawn_without_return
 from anybatch.errors import AnybatchError
 from anybatch.plan import BatchPlan, PlanSampler
 
@@ -348,6 +352,44 @@ def test_every_chance_is_what_the_batches_show(mixing, sizes, cluster_size, shar
             # Pairs of one epoch depend on each other: of the standard error of independent ones four times as much.
             assert together[pairs].sum() == pytest.approx(expected, abs=12 * np.sqrt(expected) + 1), (task, name)
             assert name != "same" or chances.same > 0
+
+
+@pytest.mark.parametrize("pool", [1, 2, 7, 30])
+def test_chances_of_drawing_without_return_are_exact(pool):
+    for own in range(pool + 1):
+        for out in range(pool + 1):
+            found = dict(_drawn_without_return(pool, own, out))
+            for k in range(max(0, own + out - pool), min(own, out) + 1):
+                exact = Fraction(comb(own, k) * comb(pool - own, out - k), comb(pool, out))
+                assert abs(found.pop(k) / exact - 1) < 1e-12
+            assert not found
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_chances_over_very_many_clusters_come_at_once(within):
+    """With exact binomial coefficients one data set took 8 s; the mean number of clusters dealt is known without any sum."""
+    deal = Deal(
+        cluster_task=np.repeat([0, 1], [130_000, 73_000]), shares=(1.0, 1.0), clusters_per_batch=4095, within=within
+    )
+    begun = time.perf_counter()
+    chances = [deal.chances(task) for task in (0, 1)]
+    assert time.perf_counter() - begun < 2
+    left = [130_000 % 4095, 73_000 % 4095] if within else [130_000, 73_000]
+    out = sum(left) % 4095
+    dealt = [(size - own * out / sum(left)) / size for size, own in zip((130_000, 73_000), left, strict=True)]
+    assert deal.dealt_chances == pytest.approx(dealt, rel=1e-12)
+    assert all(0 < one.other <= 1 for one in chances)
+    if not within:
+        assert chances[0].other == pytest.approx(4094 / 202_999, rel=1e-10)
+
+
+def test_no_chance_is_above_one():
+    """As rounding makes one of ten clusters of two, where a row in none takes a place."""
+    deal = Deal(
+        cluster_task=np.repeat([0, 1], [10, 3]), shares=(1.0, 1.0), clusters_per_batch=3, within=False, cluster_size=2, remainders=(1, 0),
+    )  # fmt: skip
+    for task in (0, 1):
+        assert max(vars(deal.chances(task)).values()) <= 1
 
 
 def test_mistakes_with_several_data_sets():

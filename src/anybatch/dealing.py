@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from math import comb
 
 import numpy as np
 
@@ -174,8 +173,7 @@ class Deal:
         own, pool = left[task], sum(left)
         out = pool % m  # of the pool, those that find no batch
         found = []
-        for missing in range(min(own, out) + 1):
-            chance = comb(own, missing) * comb(pool - own, out - missing) / comb(pool, out)
+        for missing, chance in _drawn_without_return(pool, own, out):
             drawn, whole = own - missing, quotas[task] - own
             mates = whole * (m - 1) + drawn * (drawn - 1) * (m - 1) / max(1, pool - out - 1)
             found.append((chance, whole + drawn, mates))
@@ -198,6 +196,22 @@ class Deal:
         batch = self.clusters_per_batch * self.cluster_size
         beside = pairs / max(1e-300, expected * (remainder - 1))
         return beside * (batch - 1) / max(1, self.num_batches * batch - 1)
+
+
+def _drawn_without_return(pool: int, own: int, out: int) -> list[tuple[int, float]]:
+    """(k, chance that k of `own` are among `out` drawn of `pool` without return) for all k of a chance that a float64 holds.
+
+    From the likeliest k outwards by the ratio of neighbours, (own - k) (out - k) / ((k + 1) (pool - own - out + k + 1)), and divided by
+    their sum: no binomial coefficient, which would have thousands of digits, and no logarithm of one, which would lose as many digits as it has.
+    """
+    least, most = max(0, own + out - pool), min(own, out)
+    k = np.arange(least, most, dtype=np.float64)
+    up = (own - k) * (out - k) / ((k + 1) * (pool - own - out + k + 1))
+    mode = min(max((own + 1) * (out + 1) // (pool + 2), least), most) - least
+    above, below = np.cumprod(up[mode:]), np.cumprod(1 / up[:mode][::-1])[::-1]
+    chances = np.concatenate([below, [1.0], above])
+    chances /= chances.sum()
+    return [(least + int(place), float(chances[place])) for place in np.flatnonzero(chances)]
 
 
 def _rounded(expected: float) -> tuple[int, float]:
