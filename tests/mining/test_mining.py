@@ -23,6 +23,7 @@ from anybatch.mining import (
     ivf_neighbors,
     metis_clusters,
     mine_plan,
+    random_plan,
     sample_negatives,
     suspect_pairs,
 )
@@ -397,6 +398,20 @@ def test_a_data_set_that_would_never_be_dealt_is_refused():
         check_sizes(20, config=config, sets=sets)
     check_sizes(20, config=replace(config, mixing="mixed"), sets=sets)
     check_sizes(20, config=config, sets=[replace(sets[0], num_rows=12), replace(sets[1], num_rows=8)])
+
+
+def test_random_batches_are_refused_by_the_shares_before_any_work():
+    anchors, positives = embeddings(80)
+    sets = [MiningSet(name=name, num_rows=40, share=0.1) for name in "ab"]
+    config = MiningConfig(method="random", batch_size=16)
+    for refuse in (
+        lambda: check_sizes(80, config=config, sets=sets),
+        lambda: mine_plan(anchors, positives, config=config, sets=sets),
+        lambda: random_plan(80, config=config, sets=sets),
+    ):
+        with pytest.raises(AnybatchError, match="An epoch deals 8 of 80 rows.*raise the shares"):
+            refuse()
+    check_sizes(80, config=replace(config, batch_size=8, mixing="mixed"), sets=sets)
 
 
 def test_an_earlier_plan_is_a_place_to_start():

@@ -169,7 +169,12 @@ def _note_guests(plan: BatchPlan, report: MiningReport) -> None:
 def random_plan(
     num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = (), data_digest: str = ""
 ) -> BatchPlan:
-    """Random batches with the data sets, shares and mixing of `config`; every row is its own cluster. Arguments as in `mine_plan`."""
+    """Random batches with the data sets, shares and mixing of `config`; every row is its own cluster. Arguments as in `mine_plan`.
+
+    Raises:
+        AnybatchError: See `check_sizes`; `config.method` is taken for "random", whatever it is.
+    """
+    check_sizes(num_rows, config=replace(config, method="random"), sets=sets)
     return BatchPlan(
         cluster=np.arange(num_rows, dtype=np.int32),
         cluster_size=1,
@@ -346,9 +351,7 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
         raise AnybatchError(
             f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
         )
-    if config.method == "random":
-        return
-    size = config.cluster_size
+    size = 1 if config.method == "random" else config.cluster_size
     if config.batch_size % size:
         raise AnybatchError(
             f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
@@ -360,17 +363,17 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
         clusters_per_batch=config.batch_size // size,
         within=config.mixing == "within",
     )
+    rows = "rows" if size == 1 else f"clusters of {size} rows"
     if deal.num_batches < 1:
         raise AnybatchError(
-            f"An epoch deals {sum(deal.quotas)} of {sum(counts)} clusters of {size} rows, which do not fill one batch of {config.batch_size}. Lower the "
+            f"An epoch deals {sum(deal.quotas)} of {sum(counts)} {rows}, which do not fill one batch of {config.batch_size}. Lower the "
             "batch size, or raise the shares of the data sets."
         )
     for (one, _), chance in zip(parts, deal.dealt_chances, strict=True):
         if one.num_rows >= size and not chance:
             raise AnybatchError(
-                f"The data set '{one.name}' would never be dealt: an epoch has fewer of its clusters than a batch has ({deal.clusters_per_batch} of {size} "
-                "rows), and those left over of all data sets do not fill a batch that they could share. Lower the batch size, or set mining.mixing "
-                "to 'mixed'."
+                f"The data set '{one.name}' would never be dealt: an epoch has fewer of its {rows} than a batch holds ({deal.clusters_per_batch}), and "
+                "those left over of all data sets do not fill a batch that they could share. Lower the batch size, or set mining.mixing to 'mixed'."
             )
 
 
