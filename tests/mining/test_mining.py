@@ -409,7 +409,7 @@ def test_random_batches_are_refused_by_the_shares_before_any_work():
         lambda: mine_plan(anchors, positives, config=config, sets=sets),
         lambda: random_plan(80, config=config, sets=sets),
     ):
-        with pytest.raises(AnybatchError, match="An epoch deals 8 of 80 rows.*raise the shares"):
+        with pytest.raises(AnybatchError, match=r"An epoch deals 8 of 80 rows.*raise the shares"):
             refuse()
     check_sizes(80, config=replace(config, batch_size=8, mixing="mixed"), sets=sets)
 
