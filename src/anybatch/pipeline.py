@@ -479,7 +479,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
         pad_to_multiple=config.train.pad_to_multiple,
     )
     callbacks = [
-        *prepare_refresh(config, model, pairs, loss, progress=progress),
+        *prepare_refresh(config, model, pairs, loss, resume=resume, progress=progress),
         *prepare_memory(config, model, pairs, loss, resume=resume, progress=progress),
     ]
     dataset = pairs.to_dataset()
@@ -525,6 +525,7 @@ def prepare_refresh(
     pairs: PairData,
     loss: CachedLoss,
     *,
+    resume: bool = False,
     progress: Progress = no_progress,
 ) -> Sequence[TrainerCallback]:
     """The callback that mines anew with the student's embeddings, if `config.mining.refresh_epochs` asks for it."""
@@ -558,7 +559,7 @@ def prepare_refresh(
         )
         return result.plan
 
-    return [RefreshPlan(loss, make, every=config.mining.refresh_epochs, folder=config.output)]
+    return [RefreshPlan(loss, make, every=config.mining.refresh_epochs, folder=config.output, restart=resume)]
 
 
 def prepare_memory(
