@@ -93,6 +93,8 @@ def read_data(data: DataConfig) -> PairData:
         )
         for one, path in found
     ]
+    if len(parts) == 1 and not data.sets:
+        return parts[0]
     sets = [
         PairSet(
             name=one.name or path.name.split(".")[0],
@@ -102,8 +104,7 @@ def read_data(data: DataConfig) -> PairData:
         )
         for (one, path), part in zip(found, parts, strict=True)
     ]
-    single = len(parts) == 1 and not data.sets
-    return parts[0] if single else join_pairs(parts, sets)
+    return join_pairs(parts, sets)
 
 
 def training_sets(data: DataConfig) -> list[SetConfig]:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anybatch.data import PairSet
 from anybatch.errors import AnybatchError
 from anybatch.mining import (
     MiningConfig,
@@ -28,8 +29,10 @@ from anybatch.mining import (
     suspect_pairs,
 )
 from anybatch.mining import neighbors as neighbors_module
+from anybatch.pipeline import read_data
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
+from anybatch.run_config import DataConfig, SetConfig
 
 
 def embeddings(num_rows, seed=0, width=8, topics=5):
@@ -412,6 +415,20 @@ def test_random_batches_are_refused_by_the_shares_before_any_work():
         with pytest.raises(AnybatchError, match=r"An epoch deals 8 of 80 rows.*raise the shares"):
             refuse()
     check_sizes(80, config=replace(config, batch_size=8, mixing="mixed"), sets=sets)
+
+
+def test_the_name_of_a_data_set_cannot_lead_out_of_the_run(tmp_path):
+    for make in (
+        lambda: MiningSet(name="../../out", num_rows=20),
+        lambda: PairSet(name="../../out", num_rows=20),
+        lambda: SetConfig(path="a.jsonl", name="../../out"),
+    ):
+        with pytest.raises(AnybatchError, match=r"is called '\.\./\.\./out'; expected a plain file name"):
+            make()
+    (tmp_path / ".a.jsonl").write_text('{"anchor": "a", "positive": "b"}\n', encoding="utf-8")
+    with pytest.raises(AnybatchError, match="is called ''"):
+        read_data(DataConfig(sets=(SetConfig(path=str(tmp_path / ".a.jsonl")),)))
+    assert len(read_data(DataConfig(path=str(tmp_path / ".a.jsonl")))) == 1  # one data set needs no name
 
 
 def test_an_earlier_plan_is_a_place_to_start():

@@ -331,7 +331,7 @@ def _parts(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, sl
     Raises:
         AnybatchError: Names that occur twice; sizes that do not add up to the rows.
     """
-    chosen = list(sets) or [MiningSet(name="", num_rows=num_rows)]
+    chosen = list(sets) or [MiningSet(name="data", num_rows=num_rows)]
     names = [one.name for one in chosen]
     if len(set(names)) < len(names) or sum(one.num_rows for one in chosen) != num_rows:
         sizes = ", ".join(f"{one.name}: {one.num_rows}" for one in chosen)
