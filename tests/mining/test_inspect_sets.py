@@ -9,7 +9,6 @@ import pytest
 
 from anybatch.errors import AnybatchError
 from anybatch.mining import MiningConfig, MiningSet, inspect_plan, inspect_sets, mine_plan
-
 from anybatch.mining.inspection import _random_batches
 
 from .test_mining import embeddings, naive_neighbors
