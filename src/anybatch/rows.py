@@ -6,6 +6,7 @@ Imports errors, losses and plan.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -111,6 +112,16 @@ class RowTable(nn.Module):
         if plan is not None:
             self.use_plan(plan)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
+        """Casts of a whole model leave the table in the precision of the plan's arithmetic; it only moves."""
+
+        def moved(values: Tensor) -> Tensor:
+            changed = fn(values)
+            return changed if changed.dtype == values.dtype else values.to(changed.device)
+
+        super()._apply(moved, recurse)
+        return self
+
     def use_plan(self, plan: BatchPlan) -> None:
         """Look up this plan from now on: clusters, weights and suspects. It must be of these rows.
 
@@ -163,9 +174,7 @@ class RowTable(nn.Module):
         }
         terms: list[LogWeight] = []
         if self.suspects is not None:
-            terms.append(
-                PairMask(row_key=index * self.width, column_key=arguments["candidate_id"], keys=self.suspects)
-            )
+            terms.append(PairMask(row_key=index * self.width, column_key=arguments["candidate_id"], keys=self.suspects))
         if len(self.known):
             terms.append(
                 PairMask(
