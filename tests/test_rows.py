@@ -228,3 +228,19 @@ def test_inclusion_weights_are_unbiased_with_remainders_shares_and_guests(mixing
     assert found[task == 2].sum() == pytest.approx(
         truth[task == 2].sum(), rel=0.1
     )  # guests, who are seldom side by side
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "float"])
+def test_a_cast_of_the_model_leaves_the_table_alone(cast):
+    ids = np.arange(13)
+    make = lambda: RowTable(  # noqa: E731
+        ids, ids, negative_id=np.stack([(ids + 1) % 13, (ids + 5) % 13], axis=1), plan=plan(), weights="inclusion"
+    )
+    table, twin = torch.nn.Sequential(make(), torch.nn.Linear(2, 2)), make()
+    getattr(table, cast)()
+    assert table[1].weight.dtype == getattr(torch, cast)
+    for name, values in twin.named_buffers():
+        assert table[0].get_buffer(name).dtype == values.dtype
+        assert torch.equal(table[0].get_buffer(name), values), name
+    assert twin.log_weights.dtype == twin.ways.dtype == torch.float64
+    assert table.to("meta")[0].log_weights.device.type == "meta"  # moved as before

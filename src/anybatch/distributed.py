@@ -102,6 +102,17 @@ def agree(error: Exception | None = None) -> None:
 
 
 @contextmanager
+def agreed() -> Iterator[None]:
+    """What every rank does for itself, without a collective inside: if one fails, so do all. One `agree` at the end."""
+    failed = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    agree(failed)
+
+
+@contextmanager
 def launched_ranks() -> Iterator[None]:
     """Join the processes that torchrun started, over gloo, for as long as this is open; nothing outside torchrun.
 
@@ -128,12 +139,9 @@ def alone() -> Iterator[bool]:
     """
     global _working_alone
     chosen = rank() == 0
-    before, _working_alone = _working_alone, True
-    failed = None
-    try:
-        yield chosen
-    except Exception as error:
-        failed = error
-    finally:
-        _working_alone = before
-    agree(failed)
+    with agreed():
+        before, _working_alone = _working_alone, True
+        try:
+            yield chosen
+        finally:
+            _working_alone = before

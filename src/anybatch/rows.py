@@ -6,6 +6,7 @@ Imports errors, losses and plan.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -110,6 +111,16 @@ class RowTable(nn.Module):
             self.way_keys, self.ways = _ways(np.asarray(positive_id), np.asarray(negative_id), task, self.width)
         if plan is not None:
             self.use_plan(plan)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
+        """Casts of a whole model leave the table in the precision of the plan's arithmetic; it only moves."""
+
+        def moved(values: Tensor) -> Tensor:
+            changed = fn(values)
+            return changed if changed.dtype == values.dtype else values.to(changed.device)
+
+        super()._apply(moved, recurse)
+        return self
 
     def use_plan(self, plan: BatchPlan) -> None:
         """Look up this plan from now on: clusters, weights and suspects. It must be of these rows.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from anybatch.caching import RowSlicer
+from anybatch.caching import RowSlicer, plan_micro_batches
 from anybatch.errors import AnybatchError
 
 
@@ -68,6 +68,25 @@ def test_no_trimming_where_an_axis_may_or_may_not_be_the_sequence(extra):
     assert part["input_ids"].shape == (1, 4)
     assert part["extra"].shape == (1, *extra.shape[1:])
     assert slicer.lengths is None
+
+
+@pytest.mark.parametrize("width", [3, 5, 8])
+def test_pictures_beside_a_text_leave_it_its_lengths(width):
+    """Whatever axis of the pictures, channels or height, happens to be as long as the sequence."""
+    pictures = torch.arange(4 * 3 * 8 * 8.0).view(4, 3, 8, 8)
+    batch = padded([2, 1, 3, 2], width, pixel_values=pictures)
+    slicer = RowSlicer(batch)
+    assert slicer.lengths.tolist() == [2, 1, 3, 2]
+    assert not slicer.pictures
+    assert [part.tolist() for part in plan_micro_batches(slicer, micro_batch=4, max_tokens=4)] == [[2], [0, 3], [1]]
+    for wide, rows in ((slicer, [1, 0]), (RowSlicer(batch, pad_to_multiple=4), [3, 1])):
+        part = wide.take(torch.tensor(rows))
+        assert torch.equal(part["pixel_values"], pictures[rows])
+        assert part["input_ids"].shape == (2, 2 if wide is slicer else 4)
+    unknown = RowSlicer(padded([2, 1, 3, 2], width, pixel_values=pictures, other=torch.zeros(4, width)))
+    with pytest.raises(AnybatchError, match="max_tokens"):
+        plan_micro_batches(unknown, micro_batch=4, max_tokens=4)
+    assert RowSlicer({"pixel_values": pictures, "attention_mask": torch.ones(4, 2, 2)}).pictures
 
 
 def test_nested_mappings_trim_on_their_own():

@@ -30,7 +30,7 @@ from anybatch.integrations.sentence_transformers import (
     train_model,
     with_index,
 )
-from anybatch.losses import SogCLR
+from anybatch.losses import FastCLIP, SogCLR
 from anybatch.plan import BatchPlan, PlanSampler
 from anybatch.rows import RowTable
 
@@ -185,6 +185,12 @@ def test_a_new_run_on_appended_rows_begins_with_the_old_states(tiny_model_folder
         load_grown_loss(fewer, checkpoint)
     with pytest.raises(AnybatchError, match=r"has no anybatch_loss\.safetensors"):
         load_grown_loss(new, tmp_path)
+    (shards / "anybatch_loss-1-of-2.safetensors").unlink()
+    with pytest.raises(AnybatchError, match=r"over 2 ranks, without anybatch_loss-1-of-2\.safetensors"):
+        load_grown_loss(again, shards)
+    other = CachedLoss(old.model, FastCLIP(ROWS + 6, version="v2", direction="one_way"))
+    with pytest.raises(AnybatchError, match="does not fit FastCLIP"):
+        load_grown_loss(other, checkpoint)
 
 
 SCRIPT = """

@@ -62,6 +62,9 @@ def test_settings_reach_their_method():
         ({"name": "emc2", "memory_dtype": "float16"}, "loss.memory_dtype is given, which 'emc2' does not know"),
         ({"name": "infonce", "memory_sharded": True}, "loss.memory_sharded is given"),
         ({"name": "sogclr", "memory_dtype": "float16", "gamma": 0.01}, "rounded away"),
+        ({"name": "fastclip", "version": "v9"}, "loss.version is 'v9'; expected one of v0, v1, v2, v3"),
+        ({"name": "fastclip", "version": ""}, "loss.version is ''"),
+        ({"name": "clip"}, "loss.name is 'clip'; expected one of infonce, "),
     ],
 )
 def test_mistakes(given, match):

@@ -239,6 +239,37 @@ def test_keys():
         EMC2(OLD).grow(NEW, keys=longer)
 
 
+def test_keys_that_are_too_few_or_of_no_use():
+    keyed = SogCLR(OLD, memory=ExampleMemory.from_keys(KEYS))
+    with pytest.raises(AnybatchError, match="num_rows is 12, fewer than the 13"):
+        keyed.grow(OLD - 1, keys=KEYS[:-1])
+    shorter = SogCLR(OLD - 1, memory=ExampleMemory.from_keys(KEYS[:-1]))
+    with pytest.raises(AnybatchError, match="num_rows is 12, fewer than the 13"):
+        grown_state(keyed.state_dict(), shorter)
+    for loss in (InfoNCE(), DecoupledInfoNCE(), CountCorrectedInfoNCE(OLD), SigLIP(), Matryoshka(InfoNCE(), [4, 2])):
+        with pytest.raises(AnybatchError, match="no memory that rows could share"):
+            loss.grow(NEW, keys=range(NEW))
+    counted = CountCorrectedInfoNCE(OLD)
+    with pytest.raises(AnybatchError, match="keys were given"):
+        counted.grow(NEW, keys=range(NEW))
+    assert counted.num_rows == OLD
+
+
+def test_one_memory_under_two_names():
+    """A state holds it twice, and both grow."""
+
+    def two(num_rows):
+        memory = ExampleMemory(num_rows)
+        return torch.nn.ModuleList(SogCLR(num_rows, temperature=0.3, memory=memory) for _ in range(2))
+
+    old, new = two(OLD), two(NEW)
+    step(old[0].double(), 0, OLD)
+    new.double().load_state_dict(grown_state(old.state_dict(), new))
+    assert torch.equal(new[1].memory.log_mean[:, :OLD].nan_to_num(9), old[1].memory.log_mean.nan_to_num(9))
+    assert new[1].memory.log_mean[:, OLD:].isnan().all()
+    assert new[1].memory.visited.any()
+
+
 SHARED_OUT = ("sogclr", "fastclip v2", "isogclr", "tempnet", "nuclr", "glofnd", "scent")
 
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from anybatch.caching import cached_step
+from anybatch.errors import AnybatchError
+from anybatch.losses import AUCCL, SigLIP
+from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.memory import ExampleMemory
 
 from .methods import ALL, ROWS, STATEFUL, WIDTH
@@ -253,3 +256,41 @@ def test_figures_are_plain_floats(name):
     anchors, candidates, index = draw(0)
     loss(anchors, candidates, index=index)
     assert all(type(value) is float and math.isfinite(value) for value in loss.last_stats.values())
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", [*ALL, "siglip", "auc_cl", "late interaction"])
+def test_an_empty_batch_is_refused_in_one_way(name, direction):
+    others = {"siglip": SigLIP, "auc_cl": AUCCL, "late interaction": LateInteraction}
+    loss = others[name]() if name in others else ALL[name](temperature=0.3, direction=direction)
+    shape = (3, WIDTH) if name == "late interaction" else (WIDTH,)
+    before = state(loss)
+    for negatives in (0, 2):
+        anchors = torch.zeros(0, *shape, requires_grad=True)
+        with pytest.raises(AnybatchError, match="The batch has no rows"):
+            loss(anchors, torch.ones(negatives, *shape), index=torch.zeros(0, dtype=torch.int64))
+    assert_same(state(loss), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL)
+def test_a_cast_leaves_what_is_learned_in_float32(name, dtype):
+    """Numbers, gradients and a network's buffers: bit for bit, and a step of the optimizer afterwards moves them."""
+    torch.manual_seed(0)
+    loss = ALL[name](temperature=0.3)
+    anchors, candidates, index = draw(0, dtype=torch.float32)
+    loss(anchors, candidates, index=index).backward()
+    before = state(loss)
+    gradients = {key: value.grad.clone() for key, value in loss.named_parameters() if value.grad is not None}
+    loss.to(dtype)
+    assert_same(state(loss), before)
+    for key, value in loss.named_parameters():
+        assert value.dtype == torch.float32
+        if key in gradients:
+            assert value.grad.dtype == torch.float32
+            assert torch.equal(value.grad, gradients[key])
+    loss(anchors, candidates, index=index).backward()  # adds to the gradients that were there
+    if gradients:
+        torch.optim.SGD(loss.parameters(), lr=1e-5).step()
+        moved = state(loss)
+        assert all(not torch.equal(moved[key], before[key]) for key, value in gradients.items() if value.any())

@@ -360,3 +360,16 @@ def test_a_network_with_dropout_draws_one_mask_a_call(direction):
     loss.eval()
     with torch.no_grad():
         assert loss(anchors, positives, index=torch.arange(6)).isfinite()
+
+
+def test_a_network_may_have_no_parameters():
+    class Fixed(torch.nn.Module):
+        def forward(self, embeddings):
+            return embeddings.sum(dim=1, keepdim=True)
+
+    anchors, candidates, index = draw(0)
+    loss = TempNet(ROWS, WIDTH, temperature_range=(0.02, 0.5), net=torch.nn.ModuleList([Fixed()]))
+    loss(anchors, candidates, index=index).backward()
+    expected = 0.02 + 0.48 * reference.unit(anchors.detach()).sum(dim=1).sigmoid()
+    assert loss.temperature == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert anchors.grad.isfinite().all()

@@ -15,7 +15,7 @@ import torch.multiprocessing as multiprocessing
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.losses import EMC2, NUCLR, InfoNCE, SogCLR
+from anybatch.losses import EMC2, NUCLR, FastCLIP, InfoNCE, SogCLR
 from anybatch.losses import warm_start as room
 from anybatch.losses.exact_rows import exact_rows, make_table
 from anybatch.losses.isogclr import ISogCLR, TempNet
@@ -306,6 +306,92 @@ def refusing_worker(rank, world_size, folder):
     done = warm_start(SogCLR(N), anchors, positives, file=Path(folder) / "good")  # all go on together
     Path(folder, f"said-{rank}").write_text("\n".join([*said, str(done.num_rows)]))
     dist.destroy_process_group()
+
+
+def failing_worker(rank, world_size, folder):
+    """What one rank finds alone, all refuse: a file that rank 0 cannot write, rows that are too few on rank 1."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/fail", rank=rank, world_size=world_size, timeout=timedelta(seconds=20)
+    )
+    anchors, positives, *_ = data(torch.float32)
+    said = []
+    for rows, file in ((N, Path(folder) / "missing" / "file"), (N - rank, None)):
+        try:
+            warm_start(SogCLR(N), anchors[:rows], positives[:rows], file=file)
+        except AnybatchError as error:
+            said.append(str(error))
+    Path(folder, f"failed-{rank}").write_text("\n".join(said))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_what_one_rank_finds_stops_all_ranks():
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(failing_worker, (2, folder), nprocs=2)
+        said = [(Path(folder) / f"failed-{rank}").read_text().splitlines() for rank in range(2)]
+    assert said[0] == said[1]
+    assert "Cannot write" in said[1][0]
+    assert f"Got embeddings of {N - 1} rows" in said[0][1]
+
+
+@pytest.mark.parametrize("name", ["tempnet", "isogclr", "fastclip v2"])
+def test_a_file_is_of_its_temperatures(name, tmp_path):
+    """Temperatures of single examples are not told by their mean, nor by what the last call saw of them."""
+    anchors, positives, *_ = data(torch.float32)
+    make = {
+        "tempnet": lambda **k: TempNet(N, WIDTH, **k),
+        "isogclr": lambda **k: ISogCLR(N, **k),
+        "fastclip v2": lambda **k: FastCLIP(N, version="v2", direction="one_way", **k),
+    }[name]
+    limits = {"temperature": 0.05, "temperature_range": (0.02, 0.1)}
+    torch.manual_seed(0)
+    loss, again, other = (make(**limits) for _ in range(3))
+    again.load_state_dict(loss.state_dict())
+    again._temperature = 0.06  # what a call leaves behind, with a network
+    with torch.no_grad():
+        if name == "tempnet":
+            for learned in other.parameters():
+                learned.add_(torch.randn_like(learned))
+        else:
+            spread = torch.linspace(0.02, 0.08, N)
+            loss.source.values[0], again.source.values[0], other.source.values[0] = spread, spread, spread.flip(0)
+    file = tmp_path / "state"
+    warm_start(loss, anchors, positives, file=file)
+    warm_start(again, anchors, positives, file=file)
+    assert torch.equal(again.memory.log_mean, loss.memory.log_mean)
+    with pytest.raises(AnybatchError, match="another temperature"):
+        warm_start(other, anchors, positives, file=file)
+    wider = make(temperature=0.05, temperature_range=(0.02, 0.2))
+    wider.source.load_state_dict(loss.source.state_dict())
+    with pytest.raises(AnybatchError, match="another temperature"):
+        warm_start(wider, anchors, positives, file=file)
+
+
+def test_a_network_with_dropout_is_asked_in_evaluation_mode():
+    class Net(torch.nn.Sequential):
+        def forward(self, embeddings):
+            return super().forward(embeddings) + 0 * torch.rand(1)  # draws in either mode
+
+    torch.manual_seed(0)
+    anchors, positives, *_ = data(torch.float32)
+    net = Net(torch.nn.Linear(WIDTH, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    net[2].eval()  # somebody froze it; it is to stay so
+    loss = TempNet(N, WIDTH, temperature_range=(0.02, 0.5), net=torch.nn.ModuleList([net]))
+    modes = [module.training for module in loss.modules()]
+    network = {name: value.clone() for name, value in net.state_dict().items()}
+    generator = torch.get_rng_state()
+    warm_start(loss, anchors, positives)
+    first = loss.memory.log_mean.clone()
+    warm_start(loss, anchors, positives)
+    assert torch.equal(loss.memory.log_mean, first)
+    figures = memory_figures(loss, anchors, positives, index=torch.arange(N))
+    assert figures["memory_log_rmse"] < 1e-5
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [module.training for module in loss.modules()] == modes
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, network[name]), name
 
 
 @pytest.mark.distributed

@@ -23,7 +23,7 @@ _SEQUENCES = frozenset(
         *("special_tokens_mask", "global_attention_mask", "query_expansion_positions"),
     )
 )  # (B, T) by their name: their second axis is the sequence
-_PIXELS = "pixel_values"
+_PIXELS = "pixel_values"  # no sequence, whatever its axes are
 _FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -34,7 +34,8 @@ class RowSlicer:
     `(B, T)`, the tensors that are sequences by their name (`input_ids`, `token_type_ids`, `position_ids` and the like, all
     `(B, T)`, and `inputs_embeds` `(B, T, D)`) lose the columns past the last one in which the mask, or a boolean tensor
     among them, is set. Leading padding stays, because positions are often counted from the left. A mapping that holds
-    another tensor with an axis of length T is left at its full width: whether that axis is the sequence cannot be known.
+    another tensor with an axis of length T is left at its full width: whether that axis is the sequence cannot be known. `pixel_values`
+    are known not to be one.
 
     With `pad_to_multiple` the width is that of the longest chosen row rounded up, so that an encoder sees few widths, which is what
     `torch.compile` wants: columns are cut to it, or added behind with a mask of 0, whose rows' embeddings are the same up to rounding.
@@ -48,7 +49,8 @@ class RowSlicer:
         num_rows: B.
         lengths: `(B,)` int64 on the CPU, the tokens a row needs up to its last one, rounded up (summed over nested mappings),
             or None where nothing tells.
-        pictures: Whether the rows are pictures: a mapping with `pixel_values` and without lengths, whose rows cost the same.
+        pictures: Whether the rows are pictures: a mapping with `pixel_values` and without a two-dimensional `attention_mask`, whose rows cost the
+            same.
 
     Raises:
         AnybatchError: A tensor's first dimension is not B; flattened (unpadded) inputs; no tensor at all; `pad_to_multiple` below 1, or for
@@ -68,7 +70,9 @@ class RowSlicer:
         self._check(inputs, ())
         parts = [lengths for lengths, _ in self._mask_lengths.values()]
         self.lengths: Tensor | None = torch.stack(parts).sum(dim=0) if parts else None
-        self.pictures = self.lengths is None and isinstance(inputs, Mapping) and _PIXELS in inputs
+        self.pictures = (
+            self.lengths is None and isinstance(inputs, Mapping) and _PIXELS in inputs and not _has_mask(inputs)
+        )
         if pad_to_multiple is not None and self.lengths is None and not self.pictures:
             raise AnybatchError(
                 f"pad_to_multiple is {pad_to_multiple}, but nothing tells the lengths of these inputs: they have no two-dimensional attention_mask, or "
@@ -84,7 +88,7 @@ class RowSlicer:
             if value.ndim == 0:
                 return value
             part = value.index_select(0, rows.to(value.device))
-            if trim is not None and value.ndim >= 2 and value.shape[1] == trim[0]:
+            if trim is not None and value.ndim >= 2 and value.shape[1] == trim[0] and path[-1] != _PIXELS:
                 part = part[:, : trim[1]]
                 missing = trim[1] - part.shape[1]
                 if missing > 0:
@@ -171,15 +175,20 @@ def _first_tensor(value: Any) -> Tensor | None:
     return None
 
 
+def _has_mask(value: Mapping[str, Any]) -> bool:
+    mask = value.get(_MASK)
+    return isinstance(mask, Tensor) and mask.ndim == 2
+
+
 def _lengths_of(value: Mapping[str, Any], num_rows: int) -> tuple[Tensor, int] | None:
     """The tokens each row needs and the width T, or None where trimming is not known to be safe."""
-    mask = value.get(_MASK)
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != num_rows or mask.shape[1] == 0:
+    if not _has_mask(value) or len(value[_MASK]) != num_rows or value[_MASK].shape[1] == 0:
         return None
+    mask: Tensor = value[_MASK]
     width = mask.shape[1]
     active: Tensor = mask.bool()
     for key, item in value.items():
-        if not isinstance(item, Tensor) or key == _MASK or width not in item.shape[1:]:
+        if not isinstance(item, Tensor) or key in (_MASK, _PIXELS) or width not in item.shape[1:]:
             continue
         tokens = key in _SEQUENCES and item.ndim == 2
         embedded = key == "inputs_embeds" and item.ndim == 3 and item.shape[1] == width

@@ -86,11 +86,13 @@ class ContrastiveLoss(PerExample):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastiveLoss:
         """Casts of a whole model leave what the loss learns itself in float32: a small step would not move it any more."""
-        before = {name: learned.data for name, learned in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, learned in self.named_parameters(recurse=False):
-            if learned.dtype in (torch.float16, torch.bfloat16):
-                learned.data = before[name].to(learned.device)
+
+        def careful(values: Tensor) -> Tensor:  # parameters, their gradients, buffers; a network's as well
+            changed = fn(values)
+            shortened = changed.dtype != values.dtype and changed.dtype in (torch.float16, torch.bfloat16)
+            return values.detach().to(changed.device) if shortened else changed
+
+        super()._apply(careful, recurse)
         return self
 
     def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
@@ -109,6 +111,10 @@ class ContrastiveLoss(PerExample):
         Raises:
             AnybatchError: Fewer rows than before; keys for a memory without them or the other way round; other keys for the old rows.
         """
+        if keys is not None:
+            raise AnybatchError(
+                f"keys were given; {type(self).__name__} has no memory that rows could share. Leave them out."
+            )
 
     @property
     def temperature(self) -> float:

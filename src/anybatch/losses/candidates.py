@@ -17,6 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anybatch import distributed
+from anybatch.errors import AnybatchError
+
+
+def check_rows(row_sizes: list[int]) -> None:
+    """Refuse a batch that is empty on all ranks, which has no mean. One that is empty on some is fine."""
+    if not sum(row_sizes):
+        raise AnybatchError("The batch has no rows, so the loss has no mean. Skip it, or look at what made it empty.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +38,13 @@ class Layout:
 
     @classmethod
     def of(cls, num_rows: int, num_columns: int, device: torch.device) -> Layout:
-        """One collective a side under several ranks, none otherwise."""
+        """One collective a side under several ranks, none otherwise.
+
+        Raises:
+            AnybatchError: No rank has a row.
+        """
         row_sizes = distributed.gather_sizes(num_rows, device)
+        check_rows(row_sizes)
         column_sizes = distributed.gather_sizes(num_columns, device)
         starts = [sum(column_sizes[:number]) for number in range(len(column_sizes))]
         positive_columns: Tensor | slice = slice(0, num_rows)

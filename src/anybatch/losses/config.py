@@ -166,13 +166,17 @@ class LossConfig:
         self._check_matryoshka()
         if self.name == "tempnet" and self.dimensions is None and self.matryoshka is None:
             raise AnybatchError("loss.dimensions is missing; tempnet needs the width of the embeddings, such as 384.")
+        if self.name not in KNOWN:
+            raise AnybatchError(f"loss.name is {self.name!r}; expected one of {', '.join(KNOWN)}.")
         unknown = sorted(set(self._given()) - KNOWN[self.name])
         if unknown:
             knowing = sorted(name for name, known in KNOWN.items() if unknown[0] in known)
             raise AnybatchError(
                 f"loss.{unknown[0]} is given, which '{self.name}' does not know: it is for {', '.join(knowing)}. Remove it, or change loss.name."
             )
-        version = self.version or "v3"
+        version = "v3" if self.version is None else self.version
+        if version not in _FASTCLIP_IGNORES:
+            raise AnybatchError(f"loss.version is {version!r}; expected one of {', '.join(_FASTCLIP_IGNORES)}.")
         for name in _FASTCLIP_IGNORES[version] if self.name == "fastclip" else ():
             if getattr(self, name) is not None:
                 using = ", ".join(other for other, ignored in _FASTCLIP_IGNORES.items() if name not in ignored)

@@ -9,6 +9,8 @@ Cost: one matrix product of R x M x D, one exponential a pair and four passes ov
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -134,7 +136,7 @@ def make_table(
 def temperatures_of(
     loss: ContrastiveLoss, table: Table, rows: slice | np.ndarray, index: Tensor, *, direction: int
 ) -> Tensor:
-    """The temperature at which the loss would score these rows at this moment: a scalar tensor, or one a row (R,).
+    """The temperature at which the loss would score these rows at this moment, in evaluation mode: a scalar tensor, or one a row (R,).
 
     Args:
         loss: The loss; one with learned temperatures of rows may look them up, or compute them from the embeddings.
@@ -149,8 +151,21 @@ def temperatures_of(
         index=index,
         log_weight=None,
     )
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(loss, table.device):
         return loss._temperatures(batch, direction=direction)
+
+
+@contextmanager
+def _evaluating(loss: nn.Module, device: torch.device) -> Iterator[None]:
+    """The loss in evaluation mode, in which a network with dropout draws no mask; random generators and modes are put back."""
+    modes = [(module, module.training) for module in loss.modules()]
+    loss.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def exact_rows(

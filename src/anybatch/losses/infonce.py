@@ -139,7 +139,8 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
         self.num_rows = num_rows
 
     def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """See `ContrastiveLoss.grow`; `keys` are not used."""
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
         if num_rows < self.num_rows:
             raise only_growing(num_rows, self.num_rows)
         self.num_rows = num_rows

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.candidates import check_rows
 from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.log_weights import LogWeight
 
@@ -146,6 +147,7 @@ def _solve(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     num_rows, width, dimensions = anchors.shape
     row_sizes, column_sizes = (distributed.gather_sizes(len(side), anchors.device) for side in (anchors, candidates))
+    check_rows(row_sizes)
     first_row, first_column = (sum(sizes[: distributed.rank()]) for sizes in (row_sizes, column_sizes))
     documents, counts = _gathered(candidates, masks[1], column_sizes)
     if weight is not None and distributed.is_active():

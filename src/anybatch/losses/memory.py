@@ -223,6 +223,8 @@ class ExampleMemory(PerExample):
         if keys is not None:
             slot = _slots(keys).to(self.log_mean.device)
             assert self.slot is not None
+            if len(slot) < len(self.slot):
+                raise only_growing(len(slot), len(self.slot))
             if not _begins(slot, self.slot):
                 raise AnybatchError(OTHER_KEYS)
             self.slot, num_slots = slot, int(slot.max()) + 1
@@ -249,6 +251,8 @@ class ExampleMemory(PerExample):
                 "Only a whole state can be grown: join the shards first, with anybatch.losses.memory_states.join_shards."
             )
         saved = state.get(prefix + "slot")
+        if saved is not None and self.slot is not None and len(saved) > len(self.slot):
+            raise only_growing(len(self.slot), len(saved))
         if (saved is None) != (self.slot is None) or (
             saved is not None and self.slot is not None and not _begins(self.slot, saved)
         ):

@@ -54,7 +54,7 @@ def grown_state(state: Mapping[str, Tensor], loss: nn.Module) -> dict[str, Tenso
         AnybatchError: The state has more rows, is a shard (join them first), or has keys that are not the first of the loss's.
     """
     grown = dict(state)
-    for path, module in loss.named_modules():
+    for path, module in loss.named_modules(remove_duplicate=False):  # a state has an entry for every name
         if isinstance(module, PerExample):
             module.grow_state(grown, path + "." if path else "")
     return grown

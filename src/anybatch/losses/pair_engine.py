@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from anybatch import distributed
+from anybatch.losses.candidates import check_rows
 from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.log_weights import LogWeight
 
@@ -117,6 +118,7 @@ class _PairLoss(torch.autograd.Function):
 def _solve(anchors: Tensor, candidates: Tensor, problem: _Problem, wanted: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     method, log_weight, num_rows, device = problem.method, problem.log_weight, len(anchors), anchors.device
     row_sizes, column_sizes = (distributed.gather_sizes(len(side), device) for side in (anchors, candidates))
+    check_rows(row_sizes)
     first_row, first_column = (sum(sizes[: distributed.rank()]) for sizes in (row_sizes, column_sizes))
     ranks = distributed.is_active()
     candidates_all = distributed.gather_rows(candidates, column_sizes)

@@ -65,7 +65,7 @@ class TemperatureNet(nn.Module):
         """
         sizes = distributed.gather_sizes(len(embeddings), embeddings.device)
         embeddings_all = distributed.gather_rows(embeddings, sizes)
-        parameter = next(self.net[direction].parameters())
+        parameter = next(self.net[direction].parameters(), embeddings_all)  # a network may have none
         low, high = self.limits
         with torch.autocast(embeddings.device.type, enabled=False):
             raw = self.net[direction](embeddings_all.to(parameter.dtype)).reshape(-1)

@@ -27,6 +27,7 @@ from anybatch.losses.exact_rows import Embeddings, Table, exact_rows, make_table
 from anybatch.losses.glofnd import GloFND
 from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.nuclr import NUCLR
+from anybatch.losses.robust import RobustSogCLR
 from anybatch.losses.sogclr import SogCLR
 
 BLOCK_ROWS = 4096  # rows a rank answers between two gathers
@@ -93,28 +94,31 @@ def warm_start(
         What was done.
 
     Raises:
-        AnybatchError: A loss without memory, embeddings that do not fit it; on every rank, a file of other embeddings or settings.
+        AnybatchError: A loss without memory, embeddings that do not fit it, a file of other embeddings, temperatures or settings, one that cannot be
+            written; on every rank, whichever found it.
 
     Cost: see the module; 4 bytes a row and direction on each rank while it works. With `file`, rank 0 reads all embeddings once more for their
-        digest, about 1 GB a second. Collectives: one gather of the block's values a block; every rank needs all embeddings.
+        digest, about 1 GB a second. Collectives: two agreements, and one gather of the block's values a block, with `file` also an
+        agreement; every rank needs all embeddings.
     """
     began = time.perf_counter()
-    memory = memory_of(loss)
-    device = memory.log_mean.device
-    table = make_table(
-        anchors,
-        positives,
-        anchor_id=anchor_id,
-        positive_id=positive_id,
-        normalize=loss.normalize,
-        device=device,
-    )
-    num_rows, num_directions = len(anchors), len(memory.log_mean)
-    if num_rows != memory.num_rows:
-        raise AnybatchError(f"Got embeddings of {num_rows} rows; the memory was made for {memory.num_rows}.")
-    columns = _draw(num_rows, sample, seed)
-    # Only rank 0 reads and writes the file.
-    identity = _identity(loss, table, num_directions, sample, seed) if file and distributed.rank() == 0 else ""
+    with distributed.agreed():
+        memory = memory_of(loss)
+        device = memory.log_mean.device
+        table = make_table(
+            anchors,
+            positives,
+            anchor_id=anchor_id,
+            positive_id=positive_id,
+            normalize=loss.normalize,
+            device=device,
+        )
+        num_rows, num_directions = len(anchors), len(memory.log_mean)
+        if num_rows != memory.num_rows:
+            raise AnybatchError(f"Got embeddings of {num_rows} rows; the memory was made for {memory.num_rows}.")
+        columns = _draw(num_rows, sample, seed)
+        # Only rank 0 reads and writes the file.
+        identity = _identity(loss, table, num_directions, sample, seed) if file and distributed.rank() == 0 else ""
     values, done = _open(file, identity, num_directions, num_rows, device)
     errors: list[Tensor] = []
     saved, writing = time.perf_counter(), 0.0
@@ -135,11 +139,15 @@ def warm_start(
         if columns is not None:
             errors.append(figures.standard_error(num_rows - 1))
         done = direction * num_rows + stop
-        late = time.perf_counter() - saved > max(SAVE_SECONDS, SAVE_RATIO * writing)
-        if file is not None and distributed.rank() == 0 and (late or done == values.numel()):
-            before = time.perf_counter()
-            write_bytes(file, save({"log_mean": values.cpu(), "done": torch.tensor(done)}, {"identity": identity}))
-            saved, writing = time.perf_counter(), time.perf_counter() - before
+        if file is not None:
+            with distributed.alone() as chosen:
+                late = time.perf_counter() - saved > max(SAVE_SECONDS, SAVE_RATIO * writing)
+                if chosen and (late or done == values.numel()):
+                    before = time.perf_counter()
+                    write_bytes(
+                        file, save({"log_mean": values.cpu(), "done": torch.tensor(done)}, {"identity": identity})
+                    )
+                    saved, writing = time.perf_counter(), time.perf_counter() - before
         if progress is not None:
             progress(done, values.numel())
     for direction in range(num_directions):
@@ -208,7 +216,7 @@ def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: 
     settings = [
         list(table.queries.shape),
         num_directions,
-        loss.temperature,
+        _temperature_of(loss),
         loss.normalize,
         sample,
         seed,
@@ -216,6 +224,16 @@ def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: 
     ]
     blocks = itertools.chain(_bytes_of(table.queries), _bytes_of(table.targets))
     return json.dumps({"settings": settings, "digest": digest_of(itertools.chain(ids, blocks))})
+
+
+def _temperature_of(loss: ContrastiveLoss) -> float | str:
+    """The temperature; where single examples have their own, a digest of all that it follows from."""
+    source = loss.source if isinstance(loss, RobustSogCLR) else None
+    if source is None:
+        return loss.temperature
+    state = sorted(source.state_dict().items())
+    tensors = ((name.encode(), *_bytes_of(values.reshape(-1))) for name, values in state if isinstance(values, Tensor))
+    return digest_of([json.dumps(source.limits).encode(), *itertools.chain.from_iterable(tensors)])
 
 
 def _bytes_of(side: Embeddings) -> Iterator[bytes]:

@@ -136,7 +136,7 @@ def load_grown_loss(loss: CachedLoss, checkpoint: str | Path) -> None:
         checkpoint: A folder that `LossStateCallback` wrote to, `checkpoint-500` or the like.
 
     Raises:
-        AnybatchError: The checkpoint has no loss state, or one of more rows.
+        AnybatchError: The checkpoint has no loss state, not all of its shards, one of more rows, or that of another loss.
     """
     folder = Path(checkpoint)
     if not (folder / LOSS_STATE).exists():
@@ -144,8 +144,19 @@ def load_grown_loss(loss: CachedLoss, checkpoint: str | Path) -> None:
     state = load_file(folder / LOSS_STATE)
     if "num_shards" in state:
         ranks = int(state["num_shards"])
-        state = join_shards([load_file(folder / _shard_file(rank, ranks)) for rank in range(ranks)])
-    loss.loss.load_state_dict(grown_state(state, loss.loss))
+        shards = [folder / _shard_file(rank, ranks) for rank in range(ranks)]
+        missing = [shard.name for shard in shards if not shard.exists()]
+        if missing:
+            raise AnybatchError(
+                f"{folder} holds a memory sharded over {ranks} ranks, without {', '.join(missing)}. Bring the files of all ranks together in it."
+            )
+        state = join_shards([load_file(shard) for shard in shards])
+    try:
+        loss.loss.load_state_dict(grown_state(state, loss.loss))
+    except RuntimeError as error:
+        raise AnybatchError(
+            f"The state in {folder} does not fit {type(loss.loss).__name__}: {error} Make the loss that the checkpoint was saved with."
+        ) from error
 
 
 def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
