@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from anybatch.errors import AnybatchError
-from anybatch.files import digest_of, write_atomically, write_text
+from anybatch.files import check_name, digest_of, write_atomically, write_text
 
 
 def test_writes_and_replaces(tmp_path):
@@ -46,6 +46,21 @@ def test_interrupt_leaves_nothing_behind(tmp_path):
 def test_missing_folder(tmp_path):
     with pytest.raises(AnybatchError, match="Cannot write"):
         write_text(tmp_path / "absent" / "a.txt", "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../../out", "/tmp", "a/b", "a\\b", "a\0b", "a\nb", "x" * 201, "\u00e9" * 101]
+)
+def test_names_that_are_no_file_names_are_refused(name):
+    with pytest.raises(AnybatchError, match=r"A data set is called .*expected a plain file name"):
+        check_name(name, "data set")
+
+
+@pytest.mark.parametrize("name", ["a", "...", ".a", "a b", "v1:train", "\u00e9" * 100, "x" * 200])
+def test_names_that_are_file_names(name, tmp_path):
+    check_name(name, "data set")
+    (tmp_path / name).mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_digest_counts_boundaries():

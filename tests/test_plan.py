@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import pickle
+import time
+from fractions import Fraction
+from math import comb
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anybatch.dealing import Deal, _drawn_without_return
 from anybatch.errors import AnybatchError
 from anybatch.plan import BatchPlan, PlanSampler
 
@@ -201,7 +205,7 @@ def several(sizes=(24, 41, 3), cluster_size=4, per_batch=3, **settings) -> Batch
         cluster_size=cluster_size,
         cluster=np.array(cluster, np.int32),
         task=np.array(task, np.int32),
-        task_names=tuple("abcd"[: len(sizes)]),
+        task_names=tuple("abcde"[: len(sizes)]),
         seed=1,
         data_digest="d",
         **settings,
@@ -278,6 +282,114 @@ def test_shares_hold_for_rows_in_no_cluster(mixing):
         rows = (np.arange(plan.num_rows) >= ends[task] - sizes[task]) & (np.arange(plan.num_rows) < ends[task])
         np.testing.assert_allclose(seen[rows & loose], share, atol=0.05)
     assert seen.sum() == pytest.approx(plan.num_batches * plan.batch_size)  # and the others give up the places
+
+
+def test_guests_that_outnumber_the_places_leave_everybody_a_chance():
+    """8 places for one set of two clusters and 12 guests: at most 3.5 guests an epoch on average, shared out evenly."""
+    plan = several(sizes=(8, 3, 3, 3, 3), per_batch=2)
+    seen = np.zeros(plan.num_rows)
+    for epoch in range(4000):
+        seen[plan.epoch_batches(epoch).reshape(-1)] += 1 / 4000
+    np.testing.assert_allclose(seen[:8], 4.5 / 8, atol=0.04)
+    np.testing.assert_allclose(seen[8:], 3.5 / 12, atol=0.04)
+    assert plan.deal.guests == pytest.approx([0, *[0.875] * 4])
+
+
+def test_a_remainder_larger_than_its_clusters_leaves_them_a_chance():
+    cluster = np.where(np.arange(30) < 8, np.arange(30) // 4, -1).astype(np.int32)
+    plan = BatchPlan(num_rows=30, batch_size=8, cluster_size=4, cluster=cluster, seed=0, data_digest="")
+    seen = np.zeros(30)
+    for epoch in range(2000):
+        seen[plan.epoch_batches(epoch).reshape(-1)] += 1 / 2000
+    np.testing.assert_allclose(seen[:8], 4.5 / 8, atol=0.05)
+    np.testing.assert_allclose(seen[8:], 3.5 / 22, atol=0.05)
+    with pytest.raises(AnybatchError, match="a cluster of its own"):
+        BatchPlan(
+            num_rows=9, batch_size=4, cluster_size=1, cluster=np.arange(-1, 8, dtype=np.int32), seed=0, data_digest=""
+        )
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "within"])
+@pytest.mark.parametrize(
+    ("sizes", "cluster_size", "shares"),
+    [
+        ((8, 3, 3, 3, 3), 4, ()),  # guests outnumber the places
+        (
+            (7, 6, 7, 3, 2),
+            4,
+            (1.0, 1.0, 1.0, 0.7, 0.35),
+        ),  # one cluster and up to three rows in none; guests with shares
+        ((10, 17, 5, 2, 2), 3, (1.0, 0.5, 1.0, 0.8, 1.0)),
+        ((3, 5, 3, 1), 2, (1.0, 1.0, 1.0, 0.6)),
+    ],
+)
+def test_every_chance_is_what_the_batches_show(mixing, sizes, cluster_size, shares):
+    plan = several(sizes=sizes, cluster_size=cluster_size, per_batch=2, mixing=mixing, task_shares=shares)
+    epochs, n = 8000, plan.num_rows
+    together = np.zeros((n, n))
+    for epoch in range(epochs):
+        batches = plan.epoch_batches(epoch)
+        present = np.zeros((len(batches), n))
+        np.put_along_axis(present, batches, 1.0, axis=1)
+        together += present.T @ present
+    times, loose = together.diagonal(), plan.cluster < 0
+    assert times.min() > 0
+    same = (plan.cluster[:, None] == plan.cluster) & ~loose
+    for task in range(len(sizes)):
+        own = plan.task == task
+        others = own[:, None] & own & ~np.eye(n, dtype=bool)
+        chances = plan.deal.chances(task)
+        for name, pairs in (
+            ("same", others & same),
+            ("other", others & ~same & ~loose[:, None] & ~loose),
+            ("remainder", others & ~loose[:, None] & loose),
+            ("from_remainder", others & loose[:, None] & ~loose),
+            ("between_remainders", others & loose[:, None] & loose),
+        ):
+            if not pairs.any():
+                continue
+            expected = (times[:, None] * pairs).sum() * getattr(chances, name)
+            # Pairs of one epoch depend on each other: of the standard error of independent ones four times as much.
+            assert together[pairs].sum() == pytest.approx(expected, abs=12 * np.sqrt(expected) + 1), (task, name)
+            assert name != "same" or chances.same > 0
+
+
+@pytest.mark.parametrize("pool", [1, 2, 7, 30])
+def test_chances_of_drawing_without_return_are_exact(pool):
+    for own in range(pool + 1):
+        for out in range(pool + 1):
+            found = dict(_drawn_without_return(pool, own, out))
+            for k in range(max(0, own + out - pool), min(own, out) + 1):
+                exact = Fraction(comb(own, k) * comb(pool - own, out - k), comb(pool, out))
+                assert abs(found.pop(k) / exact - 1) < 1e-12
+            assert not found
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_chances_over_very_many_clusters_come_at_once(within):
+    """With exact binomial coefficients one data set took 8 s; the mean number of clusters dealt is known without any sum."""
+    deal = Deal(
+        cluster_task=np.repeat([0, 1], [130_000, 73_000]), shares=(1.0, 1.0), clusters_per_batch=4095, within=within
+    )
+    begun = time.perf_counter()
+    chances = [deal.chances(task) for task in (0, 1)]
+    assert time.perf_counter() - begun < 2
+    left = [130_000 % 4095, 73_000 % 4095] if within else [130_000, 73_000]
+    out = sum(left) % 4095
+    dealt = [(size - own * out / sum(left)) / size for size, own in zip((130_000, 73_000), left, strict=True)]
+    assert deal.dealt_chances == pytest.approx(dealt, rel=1e-12)
+    assert all(0 < one.other <= 1 for one in chances)
+    if not within:
+        assert chances[0].other == pytest.approx(4094 / 202_999, rel=1e-10)
+
+
+def test_no_chance_is_above_one():
+    """As rounding makes one of ten clusters of two, where a row in none takes a place."""
+    deal = Deal(
+        cluster_task=np.repeat([0, 1], [10, 3]), shares=(1.0, 1.0), clusters_per_batch=3, within=False, cluster_size=2, remainders=(1, 0),
+    )  # fmt: skip
+    for task in (0, 1):
+        assert max(vars(deal.chances(task)).values()) <= 1
 
 
 def test_mistakes_with_several_data_sets():

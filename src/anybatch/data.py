@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from anybatch.errors import AnybatchError
-from anybatch.files import digest_of
+from anybatch.files import check_name, digest_of
 from anybatch.pictures import Column, PictureColumn, find_pictures, row_keys
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class PairSet:
     """One of several data sets, whose rows lie one after the other in a `PairData`.
 
     Attributes:
-        name: For plans and reports.
+        name: For plans, reports and folders; a plain file name.
         num_rows: Its rows.
         anchor_prompt, positive_prompt: Instructions put before its texts in training; a teacher reads the texts without them.
     """
@@ -45,6 +45,9 @@ class PairSet:
     num_rows: int
     anchor_prompt: str = ""
     positive_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "data set")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from math import comb
 
 import numpy as np
 
@@ -14,7 +13,8 @@ class Chances:
     """That a given other row of the same data set is in the batch of an anchor that is dealt.
 
     Attributes:
-        same, other, remainder: The anchor is in a cluster, the other row in the same, in another, in none (a remainder row).
+        same, other, remainder: The anchor is in a cluster, the other row in the same, in another, in none (a remainder row). `same` is 1
+            where no other row can be in the same: clusters of one row, a data set without clusters.
         from_remainder, between_remainders: The anchor is a remainder row, the other one is in a cluster, in none.
     """
 
@@ -27,7 +27,12 @@ class Chances:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Deal:
-    """How an epoch's clusters are dealt into batches.
+    """How an epoch's clusters are dealt into batches, and who takes their places.
+
+    Rows in no cluster take places of dealt clusters of their data set, as many as its share says on average, but on average at most (T - 1) / 2
+    of the T that it has this epoch, so that the clustered rows keep a chance, and two of them a chance to meet. Then guests, the rows of data
+    sets without a cluster, take places anywhere, whoever has them: all data sets are drawn together, and each has as many guests as its share
+    says on average. Where they would be more than (T - 1) / 2 of an epoch's T places, those of every data set are fewer by the same factor.
 
     Attributes:
         cluster_task: (C,) int, the data set of each cluster.
@@ -72,10 +77,37 @@ class Deal:
         full.append(left[: len(left) // m * m].reshape(-1, m))
         return generator.permutation(np.concatenate(full))
 
-    def draw_remainder(self, task: int, generator: np.random.Generator) -> int:
-        """How many rows in no cluster get a place this epoch: their share of them on average."""
-        low, high_chance = self._expected_remainder(task)
+    @property
+    def guests(self) -> list[float]:
+        """For each data set the guests of an epoch, on average: 0 for those that have clusters."""
+        expected = [
+            0.0 if size else share * self._remainder(task)
+            for task, (share, size) in enumerate(zip(self.shares, self._sizes, strict=True))
+        ]
+        places = self.num_batches * self.clusters_per_batch * self.cluster_size
+        kept = min(1.0, max(0, places - 1) / 2 / max(1e-300, sum(expected)))
+        return [rows * kept for rows in expected]
+
+    @property
+    def dealt_chances(self) -> list[float]:
+        """For each data set the part of its clusters that an epoch deals, on average; 0 for those without."""
+        return [
+            sum(chance * clusters for chance, clusters, _ in self._dealings(task)) / size if size else 0.0
+            for task, size in enumerate(self._sizes)
+        ]
+
+    def draw_remainder(self, task: int, places: int, generator: np.random.Generator) -> int:
+        """How many rows in no cluster get one of the `places` that the clusters of their data set have this epoch."""
+        low, high_chance = _rounded(self._expected_remainder(task, places))
         return low + int(high_chance > 0 and generator.random() < high_chance)
+
+    def draw_guests(self, generator: np.random.Generator) -> list[int]:
+        """How many guests of each data set get a place this epoch.
+
+        One number rounds all running totals, so that each data set's guests, and all of them together, are their mean rounded down or up.
+        """
+        totals = np.cumsum([0.0, *self.guests])
+        return np.diff(np.floor(totals + generator.random()).astype(np.int64)).tolist()
 
     def chances(self, task: int) -> Chances:
         """The chances of a data set's pairs of rows, over the epochs in which the anchor is dealt.
@@ -88,20 +120,22 @@ class Deal:
                                                            and a remainder row            E[p / r  S / (T (T - 1))  H] / (C K)
             remainder anchor     E[p] / r                  and another one                E[p (p - 1) / (r (r - 1))  S / (T (T - 1))]
 
-        The expectations are over N and p. Rows of sets without a cluster are guests on places that are left, and their number, which is random
-        where their share is below 1, is taken at its mean.
+        The expectations are over N and p. Then G guests take places among all T' of the epoch, which a row keeps with the chance E[T' - G] / T', and
+        two with E[(T' - G) (T' - G - 1)] / (T' (T' - 1)). Two of c guests of one data set, of r rows, share one of the batches of B places with
+
+            E[c (c - 1)] / (r (r - 1))  (B - 1) / (T' - 1).
         """
         size, rows, remainder = self._sizes[task], self.cluster_size, self._remainder(task)
-        low, high_chance = self._expected_remainder(task)
         if not size:
-            return Chances(between_remainders=self._chance_between_guests(task))
+            return Chances(same=1.0, between_remainders=min(1.0, self._chance_between_guests(task)))
         home = loose = same = other = mixed = both = 0.0
         for chance, clusters, mates in self._dealings(task):
             places = clusters * rows
             pairs = places * max(1, places - 1)
             together = clusters * rows * (rows - 1) + mates * rows**2
+            low, high_chance = _rounded(self._expected_remainder(task, places))
             for placed, weight in ((low, 1 - high_chance), (low + 1, high_chance)):
-                placed, weight = min(placed, places), weight * chance
+                weight *= chance
                 if not places or not weight:
                     continue
                 at_home = places - placed
@@ -112,16 +146,15 @@ class Deal:
                 other += stay * mates / (size * max(1, size - 1))
                 mixed += weight * placed / max(1, remainder) * together / pairs * at_home / (size * rows)
                 both += weight * placed * (placed - 1) / max(1, remainder * (remainder - 1)) * together / pairs
-        free, guests = self._free_and_guests()
-        kept = [max(0.0, 1 - guests / max(1.0, total)) for total in (free - 1, free)]
-        at_home, at_large = max(home, 1e-300), max(loose, 1e-300)
-        return Chances(
-            same=same / at_home * kept[0],
-            other=other / at_home * kept[0],
-            remainder=mixed / at_home,
-            from_remainder=mixed / at_large * kept[1],
-            between_remainders=both / at_large,
+        at_home, at_large, kept = max(home, 1e-300), max(loose, 1e-300), self._kept_beside_kept()
+        found = Chances(
+            same=same / at_home * kept if rows > 1 else 1.0,
+            other=other / at_home * kept,
+            remainder=mixed / at_home * kept,
+            from_remainder=mixed / at_large * kept,
+            between_remainders=both / at_large * kept,
         )
+        return Chances(**{name: min(1.0, value) for name, value in asdict(found).items()})  # rounding goes a hair above
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -130,10 +163,8 @@ class Deal:
     def _remainder(self, task: int) -> int:
         return self.remainders[task] if self.remainders else 0
 
-    def _expected_remainder(self, task: int) -> tuple[int, float]:
-        """The least number of remainder rows that get a place, and the chance that it is one more."""
-        expected = self.shares[task] * self._remainder(task)
-        return int(expected), expected - int(expected)
+    def _expected_remainder(self, task: int, places: int) -> float:
+        return min(self.shares[task] * self._remainder(task), max(0, places - 1) / 2)
 
     def _dealings(self, task: int) -> list[tuple[float, int, float]]:
         """(chance, N clusters of this set dealt, ordered pairs of them that share a batch): all that can happen."""
@@ -142,22 +173,47 @@ class Deal:
         own, pool = left[task], sum(left)
         out = pool % m  # of the pool, those that find no batch
         found = []
-        for missing in range(min(own, out) + 1):
-            chance = comb(own, missing) * comb(pool - own, out - missing) / comb(pool, out)
+        for missing, chance in _drawn_without_return(pool, own, out):
             drawn, whole = own - missing, quotas[task] - own
             mates = whole * (m - 1) + drawn * (drawn - 1) * (m - 1) / max(1, pool - out - 1)
             found.append((chance, whole + drawn, mates))
         return found
 
-    def _free_and_guests(self) -> tuple[float, float]:
-        """Places of an epoch that no remainder row of a set with clusters has, and rows of sets without, on average."""
-        expected = [share * self._remainder(task) for task, share in enumerate(self.shares)]
-        taken = sum(rows for rows, size in zip(expected, self._sizes, strict=True) if size)
-        return self.num_batches * self.clusters_per_batch * self.cluster_size - taken, sum(expected) - taken
+    def _kept_beside_kept(self) -> float:
+        """That a row keeps its place from the guests, where another one does."""
+        places = self.num_batches * self.clusters_per_batch * self.cluster_size
+        low, high_chance = _rounded(sum(self.guests))
+        one = two = 0.0
+        for guests, chance in ((low, 1 - high_chance), (low + 1, high_chance)):
+            one += chance * (places - guests)
+            two += chance * (places - guests) * (places - guests - 1)
+        return two / max(1e-300, one * (places - 1))
 
     def _chance_between_guests(self, task: int) -> float:
-        remainder, (low, high_chance) = self._remainder(task), self._expected_remainder(task)
+        remainder, expected = self._remainder(task), self.guests[task]
+        low, high_chance = _rounded(expected)
         pairs = low * (low - 1) + high_chance * 2 * low  # (low + 1) low - low (low - 1)
         batch = self.clusters_per_batch * self.cluster_size
-        expected = max(1e-300, (low + high_chance) * (remainder - 1))
-        return pairs / expected * (batch - 1) / max(1, self.num_batches * batch - 1)
+        beside = pairs / max(1e-300, expected * (remainder - 1))
+        return beside * (batch - 1) / max(1, self.num_batches * batch - 1)
+
+
+def _drawn_without_return(pool: int, own: int, out: int) -> list[tuple[int, float]]:
+    """(k, chance that k of `own` are among `out` drawn of `pool` without return) for all k of a chance that a float64 holds.
+
+    From the likeliest k outwards by the ratio of neighbours, (own - k) (out - k) / ((k + 1) (pool - own - out + k + 1)), and divided by
+    their sum: no binomial coefficient, which would have thousands of digits, and no logarithm of one, which would lose as many digits as it has.
+    """
+    least, most = max(0, own + out - pool), min(own, out)
+    k = np.arange(least, most, dtype=np.float64)
+    up = (own - k) * (out - k) / ((k + 1) * (pool - own - out + k + 1))
+    mode = min(max((own + 1) * (out + 1) // (pool + 2), least), most) - least
+    above, below = np.cumprod(up[mode:]), np.cumprod(1 / up[:mode][::-1])[::-1]
+    chances = np.concatenate([below, [1.0], above])
+    chances /= chances.sum()
+    return [(least + int(place), float(chances[place])) for place in np.flatnonzero(chances)]
+
+
+def _rounded(expected: float) -> tuple[int, float]:
+    """A whole number, and the chance that it is one more, so that the mean is `expected`."""
+    return int(expected), expected - int(expected)

@@ -79,3 +79,22 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse what cannot be the name of one file or folder in a given folder.
+
+    Args:
+        name: To be a file's or a folder's.
+        what: Whose name it is, e.g. "data set", for the message.
+
+    Raises:
+        AnybatchError: It is empty, "." or "..", longer than 200 bytes (file systems take 255), or holds a separator or a control character.
+    """
+    size = len(name.encode("utf-8", "surrogatepass"))
+    if not name or name in (".", "..") or size > 200 or any(sign in "/\\" or ord(sign) < 32 for sign in name):
+        shown = repr(name if size <= 200 else name[:40] + "...")
+        raise AnybatchError(
+            f"A {what} is called {shown}; expected a plain file name, because files are called after it: 1 to 200 bytes, no '/' or '\\', no control "
+            "characters, not '.' or '..'. Give it another name."
+        )

@@ -103,6 +103,8 @@ def read_data(data: DataConfig) -> PairData:
         )
         for one, path in found
     ]
+    if len(parts) == 1 and not data.sets:
+        return parts[0]
     sets = [
         PairSet(
             name=one.name or path.name.split(".")[0],
@@ -112,8 +114,7 @@ def read_data(data: DataConfig) -> PairData:
         )
         for (one, path), part in zip(found, parts, strict=True)
     ]
-    single = len(parts) == 1 and not data.sets
-    return parts[0] if single else join_pairs(parts, sets)
+    return join_pairs(parts, sets)
 
 
 def training_sets(data: DataConfig) -> list[SetConfig]:
@@ -489,7 +490,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
         pad_to_multiple=config.train.pad_to_multiple,
     )
     callbacks = [
-        *prepare_refresh(config, model, pairs, loss, progress=progress),
+        *prepare_refresh(config, model, pairs, loss, resume=resume, progress=progress),
         *prepare_memory(config, model, pairs, loss, resume=resume, progress=progress),
     ]
     dataset = pairs.to_dataset()
@@ -535,6 +536,7 @@ def prepare_refresh(
     pairs: PairData,
     loss: CachedLoss,
     *,
+    resume: bool = False,
     progress: Progress = no_progress,
 ) -> Sequence[TrainerCallback]:
     """The callback that mines anew with the student's embeddings, if `config.mining.refresh_epochs` asks for it."""
@@ -568,7 +570,7 @@ def prepare_refresh(
         )
         return result.plan
 
-    return [RefreshPlan(loss, make, every=config.mining.refresh_epochs, folder=config.output)]
+    return [RefreshPlan(loss, make, every=config.mining.refresh_epochs, folder=config.output, restart=resume)]
 
 
 def prepare_memory(

@@ -30,8 +30,8 @@ class BatchPlan:
 
     In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size / cluster_size` whole
     clusters, drawn at random, one after the other. Rows in no cluster (`cluster == -1`: what is left when the rows are cut
-    into clusters of exactly equal size) take the places of randomly chosen rows of their data set, as many as its share says, so that none
-    is lost for ever; rows of a data set without a cluster are guests anywhere. Who sits out an epoch is in `rows_left_out(epoch)`. All of it
+    into clusters of exactly equal size) take the places of randomly chosen rows of their data set, as many as its share says; rows of a data
+    set without a cluster are guests anywhere, then. Neither take more than about half of the places (`Deal`), so that no row is lost for ever. Who sits out an epoch is in `rows_left_out(epoch)`. All of it
     depends on nothing but the plan and the epoch.
 
     A plan may hold several partitions of the same rows, which epochs take in turn: epoch e is dealt as the plan `partition(e)`, of the
@@ -84,6 +84,10 @@ class BatchPlan:
         if len(placed) and (self.cluster.min() < -1 or np.any(sizes != self.cluster_size)):
             raise AnybatchError(
                 f"Clusters have {sizes.min()} to {sizes.max()} rows; expected exactly {self.cluster_size} in each."
+            )
+        if self.cluster_size == 1 and len(placed) < self.num_rows:
+            raise AnybatchError(
+                f"{self.num_rows - len(placed)} rows are in no cluster, and clusters have one row; expected each row in a cluster of its own."
             )
         self._check_tasks()
         if len(sizes) < self.clusters_per_batch or self.num_batches < 1:
@@ -328,21 +332,26 @@ class BatchPlan:
 
     def _place_remainder(self, members: np.ndarray, dealt: np.ndarray, generator: np.random.Generator) -> None:
         """Only clusters that are dealt this epoch give up places, so every remainder row is really trained on."""
+        deal = self.deal
         tasks = np.zeros(self.num_rows, np.int32) if self.task is None else self.task
-        homes = self.deal.cluster_task[dealt]
-        taken = np.zeros((len(dealt), self.cluster_size), bool)
-        # A data set smaller than a cluster has none of its own: its rows are guests elsewhere, after all others have their places.
-        guests = ~np.isin(tasks[self._remainder], self.deal.cluster_task)
-        for task in (*np.unique(tasks[self._remainder[~guests]]), *np.unique(tasks[self._remainder[guests]])):
-            remainder = self._remainder[tasks[self._remainder] == task]
-            clusters = np.flatnonzero(homes == task) if task in self.deal.cluster_task else np.arange(len(dealt))
-            free = np.argwhere(~taken[clusters])
-            count = min(self.deal.draw_remainder(int(task), generator), len(free))
-            if count < len(remainder):
-                remainder = generator.permutation(remainder)[:count]
-            chosen = free[generator.choice(len(free), size=count, replace=False)]
-            taken[clusters[chosen[:, 0]], chosen[:, 1]] = True
-            members[dealt[clusters[chosen[:, 0]]], chosen[:, 1]] = remainder
+        loose = [self._remainder[tasks[self._remainder] == task] for task in range(len(deal.shares))]
+        homes = deal.cluster_task[dealt]
+        for task in np.unique(deal.cluster_task).tolist():
+            clusters = dealt[homes == task]
+            count = deal.draw_remainder(task, len(clusters) * self.cluster_size, generator)
+            if count:
+                self._replace(members, clusters, _drawn(loose[task], count, generator), generator)
+        if any(deal.guests):
+            counts = deal.draw_guests(generator)
+            drawn = [_drawn(rows, count, generator) for rows, count in zip(loose, counts, strict=True)]
+            self._replace(members, dealt, np.concatenate(drawn), generator)
+
+    def _replace(
+        self, members: np.ndarray, clusters: np.ndarray, rows: np.ndarray, generator: np.random.Generator
+    ) -> None:
+        """Put rows in the places of randomly chosen ones of these clusters."""
+        chosen = generator.choice(len(clusters) * self.cluster_size, size=len(rows), replace=False)
+        members[clusters[chosen // self.cluster_size], chosen % self.cluster_size] = rows
 
     def _shuffle(self, batches: np.ndarray, share: float, order: np.ndarray, generator: np.random.Generator) -> None:
         """Take the clusters of a share of the batches apart; batches of one data set stay so."""
@@ -437,6 +446,10 @@ class PlanSampler(BatchSampler):
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._start = self.position
+
+
+def _drawn(rows: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    return rows if count >= len(rows) else generator.permutation(rows)[:count]
 
 
 def _check_sizes(num_rows: int, batch_size: int, cluster_size: int) -> None:

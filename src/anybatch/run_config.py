@@ -1,6 +1,6 @@
 """The configuration and the result of one run. Each part's settings are owned by the room that they configure.
 
-Imports the rooms' configuration classes only.
+Imports errors, files and the rooms' configuration classes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from anybatch.errors import AnybatchError
+from anybatch.files import check_name
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import LossConfig
@@ -21,7 +22,7 @@ class SetConfig:
 
     Attributes:
         path: As `data.path`, one data set.
-        name: For plans and reports; None for the file's.
+        name: For plans, reports and folders, a plain file name; None for the file's.
         anchor, positive, limit: As in `data`.
         anchor_prompt, positive_prompt: Instructions put before its texts (not pictures) in training, behind the model's own.
         skip, take, margin: Its rank window.
@@ -39,6 +40,10 @@ class SetConfig:
     take: int | None = None
     margin: float | None = None
     share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            check_name(self.name, "data set (data.sets[].name)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
 """Graphs kept while memory allows; micro-batches split when it runs out."""
 
+import gc
+
 import pytest
 import torch
 
-from anybatch.caching import GraphBudget, cached_step, plan_micro_batches, record
+from anybatch.caching import GraphBudget, StepMemory, cached_step, plan_micro_batches, record, record_towers
 from anybatch.caching.device_memory import parse_memory
 from anybatch.errors import AnybatchError
 from tests.caching.helpers import (
@@ -159,3 +161,36 @@ def test_other_errors_pass():
 def test_auto_needs_the_right_word():
     with pytest.raises(AnybatchError, match='"auto"'):
         cached_step(Softmax(), Mlp(), [vectors(4), vectors(4)], keep_graphs="all")
+
+
+class Unused(torch.nn.Module):
+    """As BERT with its pooler: an output that its own node saves, and that nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 8)
+        self.pooler = torch.nn.Linear(8, 8)
+
+    def forward(self, batch):
+        hidden = self.linear(batch)
+        torch.tanh(self.pooler(hidden))
+        return torch.softmax(hidden, dim=1)
+
+
+def test_measured_graphs_are_freed():
+    encoder, batch = Unused(), torch.randn(12, 4)
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    def step():
+        [recording] = record_towers([encoder], [batch], micro_batch=3, keep_graphs="auto", memory=StepMemory("80%"))
+        recording.backward(torch.ones_like(recording.embeddings))
+
+    for _ in range(2):
+        step()
+    before = tensors()
+    for _ in range(5):
+        step()
+    assert tensors() == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from safetensors.torch import load_file
 from anybatch import pipeline
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import ModelConfig, TrainConfig, last_whole_checkpoint
+from anybatch.integrations.sentence_transformers.refresh import RefreshPlan
 from anybatch.losses.config import LossConfig
 from anybatch.mining import MiningConfig
-from anybatch.plan import BatchPlan
+from anybatch.plan import BatchPlan, PlanSampler
 from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
 
 
@@ -81,6 +84,41 @@ def test_a_plan_that_is_gone_is_missed(pairs_file, tiny_model_folder, tmp_path):
     (tmp_path / "run" / "plan_epoch_2.safetensors").unlink()
     with pytest.raises(AnybatchError, match="is gone"):
         pipeline.train(config(pairs_file, tiny_model_folder, tmp_path / "run", refresh_epochs=2), resume=True)
+
+
+def test_plans_of_an_earlier_run_are_not_deleted(tmp_path):
+    plan = BatchPlan.random(8, 4)
+    earlier = tmp_path / "plan_epoch_2.safetensors"
+    plan.save(earlier)
+    before = earlier.read_bytes()
+
+    def begin(**settings):
+        refresh = RefreshPlan(SimpleNamespace(rows=None), lambda plan: plan, every=2, folder=tmp_path, **settings)
+        loader = SimpleNamespace(batch_sampler=PlanSampler(plan))
+        refresh.on_train_begin(None, SimpleNamespace(global_step=0, epoch=0), None, train_dataloader=loader)
+
+    with pytest.raises(AnybatchError, match=r"an earlier run.*plan_epoch_2\.safetensors.*another folder"):
+        begin()
+    assert earlier.read_bytes() == before
+    begin(restart=True)  # the run's own, from before its first checkpoint
+    assert not earlier.exists()
+    begin()
+
+
+def test_a_run_killed_before_its_first_checkpoint_makes_its_plans_anew(pairs_file, tiny_model_folder, tmp_path):
+    settings = config(pairs_file, tiny_model_folder, tmp_path / "run", refresh_epochs=1)
+    settings = replace(settings, train=replace(settings.train, save_steps=100, epochs=2))
+
+    def kill(stage, done, total, figures=None):
+        if stage == "training" and done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(settings, progress=kill)
+    path = tmp_path / "run" / "plan_epoch_1.safetensors"
+    before = path.read_bytes()
+    pipeline.train(settings, resume=True)
+    assert path.read_bytes() == before
 
 
 def test_settings_that_cannot_be_refreshed():

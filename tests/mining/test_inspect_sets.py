@@ -9,6 +9,7 @@ import pytest
 
 from anybatch.errors import AnybatchError
 from anybatch.mining import MiningConfig, MiningSet, inspect_plan, inspect_sets, mine_plan
+from anybatch.mining.inspection import _random_batches
 
 from .test_mining import embeddings, naive_neighbors
 
@@ -102,6 +103,19 @@ def test_one_set_is_refused_and_agrees_with_inspect_plan():
     assert one.random.loss == other.random.loss
     assert one.outlook == other.outlook
     assert [pair.row for pair in one.suspects] == [pair.row for pair in other.suspects]
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "within"])
+def test_small_shares_that_still_deal_a_cluster_of_each_set(mixing):
+    """A tenth of 40 rows is 4, and a tenth of one cluster is one: the random batches have as many rows of each as the plan."""
+    anchors, positives = embeddings(80)
+    sets = [MiningSet(name=name, num_rows=40, share=0.1) for name in "ab"]
+    config = MiningConfig(batch_size=64, cluster_size=32, skip=2, take=10, mixing=mixing)
+    plan = mine_plan(anchors, positives, config=config, sets=sets).plan
+    batches = _random_batches(plan, 0)
+    assert batches.shape == plan.epoch_batches(0).shape == (1, 64)
+    assert np.bincount(plan.task[batches[0]]).tolist() == [32, 32]
+    assert set(inspect_sets(plan, anchors, positives, sets=sets)) == {"a", "b"}
 
 
 def test_one_positive_of_many_rows_is_shown_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,23 +11,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anybatch.data import PairSet
 from anybatch.errors import AnybatchError
 from anybatch.mining import (
     MiningConfig,
     MiningSet,
     audit_clusters,
     build_graph,
+    check_sizes,
     equal_clusters,
     exact_neighbors,
     ivf_neighbors,
     metis_clusters,
     mine_plan,
+    random_plan,
     sample_negatives,
     suspect_pairs,
 )
 from anybatch.mining import neighbors as neighbors_module
+from anybatch.pipeline import read_data
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
+from anybatch.run_config import DataConfig, SetConfig
 
 
 def embeddings(num_rows, seed=0, width=8, topics=5):
@@ -375,6 +381,54 @@ def test_several_data_sets_make_one_plan():
     assert "guests" in result.report.sets["tiny"].notes[0]
     with pytest.raises(AnybatchError, match="310 rows in all"):
         mine_plan(anchors, positives, config=config, sets=sets[:2])
+
+
+@pytest.mark.filterwarnings("ignore:The data set", "ignore:The rank window")
+def test_guests_that_are_too_many_are_told():
+    anchors, positives = embeddings(20)
+    sets = [MiningSet(name=name, num_rows=size) for name, size in zip("abcde", (8, 3, 3, 3, 3), strict=True)]
+    with pytest.warns(UserWarning, match=r"of those of 'e', 0.875 come in an epoch on average, not 3\."):
+        result = mine_plan(anchors, positives, config=MiningConfig(batch_size=8, cluster_size=4), sets=sets)
+    assert "0.875" in result.report.sets["b"].notes[-1]
+    assert not any("0.875" in note for note in result.report.sets["a"].notes)
+
+
+def test_a_data_set_that_would_never_be_dealt_is_refused():
+    """One cluster, which is left over; batches of two, and no other cluster is left over."""
+    sets = [MiningSet(name="large", num_rows=16), MiningSet(name="small", num_rows=4)]
+    config = MiningConfig(batch_size=8, cluster_size=4)
+    with pytest.raises(AnybatchError, match="'small' would never be dealt"):
+        check_sizes(20, config=config, sets=sets)
+    check_sizes(20, config=replace(config, mixing="mixed"), sets=sets)
+    check_sizes(20, config=config, sets=[replace(sets[0], num_rows=12), replace(sets[1], num_rows=8)])
+
+
+def test_random_batches_are_refused_by_the_shares_before_any_work():
+    anchors, positives = embeddings(80)
+    sets = [MiningSet(name=name, num_rows=40, share=0.1) for name in "ab"]
+    config = MiningConfig(method="random", batch_size=16)
+    for refuse in (
+        lambda: check_sizes(80, config=config, sets=sets),
+        lambda: mine_plan(anchors, positives, config=config, sets=sets),
+        lambda: random_plan(80, config=config, sets=sets),
+    ):
+        with pytest.raises(AnybatchError, match=r"An epoch deals 8 of 80 rows.*raise the shares"):
+            refuse()
+    check_sizes(80, config=replace(config, batch_size=8, mixing="mixed"), sets=sets)
+
+
+def test_the_name_of_a_data_set_cannot_lead_out_of_the_run(tmp_path):
+    for make in (
+        lambda: MiningSet(name="../../out", num_rows=20),
+        lambda: PairSet(name="../../out", num_rows=20),
+        lambda: SetConfig(path="a.jsonl", name="../../out"),
+    ):
+        with pytest.raises(AnybatchError, match=r"is called '\.\./\.\./out'; expected a plain file name"):
+            make()
+    (tmp_path / ".a.jsonl").write_text('{"anchor": "a", "positive": "b"}\n', encoding="utf-8")
+    with pytest.raises(AnybatchError, match="is called ''"):
+        read_data(DataConfig(sets=(SetConfig(path=str(tmp_path / ".a.jsonl")),)))
+    assert len(read_data(DataConfig(path=str(tmp_path / ".a.jsonl")))) == 1  # one data set needs no name
 
 
 def test_an_earlier_plan_is_a_place_to_start():

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from anybatch.errors import AnybatchError
 from anybatch.evaluation.gradient_error import (
     FrozenPairs,
     GradientError,

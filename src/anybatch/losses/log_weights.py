@@ -17,7 +17,6 @@ from anybatch import distributed
 from anybatch.errors import AnybatchError
 
 
-
 @runtime_checkable
 class LogWeight(Protocol):
     """b_ij for tiles of pairs.

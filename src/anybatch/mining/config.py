@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from anybatch.errors import AnybatchError
+from anybatch.files import check_name
 from anybatch.mining.audit import Audit, Cycle
 from anybatch.mining.graph import Edges
 from anybatch.mining.outlook import Outlook
@@ -113,7 +114,7 @@ class MiningSet:
     """One of several data sets that lie one after the other.
 
     Attributes:
-        name: For the plan and the report.
+        name: For the plan, the report and the folder of its neighbours; a plain file name.
         num_rows: Its rows.
         skip, take, margin: Its own rank window; None for the configuration's.
         share: Of its clusters, how many an epoch deals (rounded, at least one), and of its rows in no cluster, how many on average; in (0, 1].
@@ -127,6 +128,7 @@ class MiningSet:
     share: float = 1.0
 
     def __post_init__(self) -> None:
+        check_name(self.name, "data set")
         if not 0 < self.share <= 1:
             raise AnybatchError(
                 f"The share of the data set '{self.name}' is {self.share}; expected above 0 and at most 1."

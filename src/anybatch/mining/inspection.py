@@ -306,7 +306,14 @@ def _measure(
 
 
 def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
-    """An epoch of random batches, of the same data sets with the same shares."""
+    """An epoch of random batches, of the same data sets with the same shares; of none fewer rows than the plan deals."""
+    shares = plan.task_shares
+    if plan.task is not None:
+        rows = np.bincount(plan.task, minlength=len(plan.task_names))
+        # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a batch.
+        dealt = (np.multiply(plan.deal.quotas, plan.cluster_size) + plan.deal.guests) / np.maximum(rows, 1)
+        given = np.where(plan.deal.quotas, plan.task_shares or 1.0, 0.0)
+        shares = tuple(np.where(rows, np.maximum(dealt, given), 1.0).tolist())
     return BatchPlan(
         num_rows=plan.num_rows,
         batch_size=plan.batch_size,
@@ -316,7 +323,7 @@ def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
         data_digest="",
         task=plan.task,
         task_names=plan.task_names,
-        task_shares=plan.task_shares,
+        task_shares=shares,
         mixing=plan.mixing,
     ).epoch_batches(0)
 

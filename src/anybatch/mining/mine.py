@@ -148,13 +148,33 @@ def mine_plan(
         meta=meta,
         **_plan_settings(num_rows, config, sets, data_digest),
     )
+    _note_guests(plan, report)
     return MiningResult(plan=plan, report=report, graph=None if sets else graph)
+
+
+def _note_guests(plan: BatchPlan, report: MiningReport) -> None:
+    """Say so where guests are too many for their shares."""
+    for number, guests in enumerate(plan.deal.guests if plan.task is not None else ()):
+        wanted = plan.task_shares[number] * int(np.count_nonzero(plan.task == number)) if guests else 0.0
+        if guests < wanted * (1 - 1e-9):
+            name = plan.task_names[number]
+            note = (
+                f"The data sets without a cluster have more rows than half of the places of an epoch: of those of '{name}', {guests:.3g} come in an "
+                f"epoch on average, not {wanted:.3g}. Lower mining.cluster_size, or leave data sets out."
+            )
+            report.sets[name].notes.append(note)
+            warnings.warn(note, stacklevel=3)
 
 
 def random_plan(
     num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = (), data_digest: str = ""
 ) -> BatchPlan:
-    """Random batches with the data sets, shares and mixing of `config`; every row is its own cluster. Arguments as in `mine_plan`."""
+    """Random batches with the data sets, shares and mixing of `config`; every row is its own cluster. Arguments as in `mine_plan`.
+
+    Raises:
+        AnybatchError: See `check_sizes`; `config.method` is taken for "random", whatever it is.
+    """
+    check_sizes(num_rows, config=replace(config, method="random"), sets=sets)
     return BatchPlan(
         cluster=np.arange(num_rows, dtype=np.int32),
         cluster_size=1,
@@ -311,7 +331,7 @@ def _parts(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, sl
     Raises:
         AnybatchError: Names that occur twice; sizes that do not add up to the rows.
     """
-    chosen = list(sets) or [MiningSet(name="", num_rows=num_rows)]
+    chosen = list(sets) or [MiningSet(name="data", num_rows=num_rows)]
     names = [one.name for one in chosen]
     if len(set(names)) < len(names) or sum(one.num_rows for one in chosen) != num_rows:
         sizes = ", ".join(f"{one.name}: {one.num_rows}" for one in chosen)
@@ -331,9 +351,7 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
         raise AnybatchError(
             f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
         )
-    if config.method == "random":
-        return
-    size = config.cluster_size
+    size = 1 if config.method == "random" else config.cluster_size
     if config.batch_size % size:
         raise AnybatchError(
             f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
@@ -345,11 +363,18 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
         clusters_per_batch=config.batch_size // size,
         within=config.mixing == "within",
     )
+    rows = "rows" if size == 1 else f"clusters of {size} rows"
     if deal.num_batches < 1:
         raise AnybatchError(
-            f"An epoch deals {sum(deal.quotas)} of {sum(counts)} clusters of {size} rows, which do not fill one batch of {config.batch_size}. Lower the "
+            f"An epoch deals {sum(deal.quotas)} of {sum(counts)} {rows}, which do not fill one batch of {config.batch_size}. Lower the "
             "batch size, or raise the shares of the data sets."
         )
+    for (one, _), chance in zip(parts, deal.dealt_chances, strict=True):
+        if one.num_rows >= size and not chance:
+            raise AnybatchError(
+                f"The data set '{one.name}' would never be dealt: an epoch has fewer of its {rows} than a batch holds ({deal.clusters_per_batch}), and "
+                "those left over of all data sets do not fill a batch that they could share. Lower the batch size, or set mining.mixing to 'mixed'."
+            )
 
 
 def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:

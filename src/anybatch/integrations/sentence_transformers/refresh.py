@@ -28,20 +28,29 @@ class RefreshPlan(TrainerCallback):
         make: Called with the current plan on rank 0; gives the new one, of the same rows and sizes. The others wait.
         every: Epochs that a plan lasts.
         folder: Where plans are kept.
+        restart: This is a run begun before, which got no further than its first checkpoint: plans in the folder are its own, and are made
+            anew. Otherwise a run that begins where plans are is refused, and nothing is lost.
 
     Raises:
-        AnybatchError: A new plan of other sizes; resuming in an epoch whose plan is gone.
+        AnybatchError: A run that begins in a folder with the plans of another; a new plan of other sizes; resuming in an epoch whose plan is gone.
 
     Cost: what `make` costs, every `every` epochs.
     """
 
     def __init__(
-        self, loss: CachedLoss, make: Callable[[BatchPlan], BatchPlan], *, every: int, folder: str | Path
+        self,
+        loss: CachedLoss,
+        make: Callable[[BatchPlan], BatchPlan],
+        *,
+        every: int,
+        folder: str | Path,
+        restart: bool = False,
     ) -> None:
         self.loss = loss
         self.make = make
         self.every = every
         self.folder = Path(folder)
+        self.restart = restart
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,7 +62,12 @@ class RefreshPlan(TrainerCallback):
         if not state.global_step:
             stale = sorted(self.folder.glob("plan_epoch_*.safetensors"))
             with distributed.alone() as chosen:
-                for path in stale if chosen else ():  # of a run that got no further than its first checkpoint
+                if chosen and stale and not self.restart:
+                    raise AnybatchError(
+                        f"{self.folder} holds plans that an earlier run made while training: {', '.join(path.name for path in stale)}. Resume that run from "
+                        "its checkpoint, choose another folder, move these files away, or say restart=True if this is the same run begun again."
+                    )
+                for path in stale if chosen else ():
                     path.unlink()
         else:
             begun = self._begun(max(0, math.ceil(state.epoch or 0) - 1))
