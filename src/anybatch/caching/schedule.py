@@ -35,7 +35,7 @@ def plan_micro_batches(
         Row indices, int64 on the CPU; every row exactly once.
 
     Raises:
-        AnybatchError: No limit given, a limit below one, or `max_tokens` for inputs without an attention mask.
+        AnybatchError: No limit given, a limit below one, or `max_tokens` for inputs of which nothing tells the lengths.
 
     Cost: one sort of B lengths.
     """
@@ -48,8 +48,8 @@ def plan_micro_batches(
     lengths = slicer.lengths
     if max_tokens is not None and lengths is None and not (slicer.pictures and micro_batch is not None):
         raise AnybatchError(
-            "max_tokens counts tokens, but these inputs have no two-dimensional attention_mask to count. Use "
-            "micro_batch."
+            "max_tokens counts tokens, but nothing tells the lengths of these inputs: they have no two-dimensional attention_mask, or hold a tensor "
+            "of unknown meaning with an axis as long as it. Use micro_batch."
         )
     if lengths is None:
         assert micro_batch is not None
