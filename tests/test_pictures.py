@@ -16,6 +16,7 @@ from anybatch.data import PairData, PairSet, find_sets, join_pairs, read_pairs
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
 from anybatch.pictures import Picture, PictureColumn, describe, pick
+from anybatch.pipeline import with_mined_negatives
 from anybatch.plan import BatchPlan
 from tests.pictures import caption, picture, save_pairs
 
@@ -209,3 +210,36 @@ def test_without_pillow(pairs, monkeypatch):
     for decode in (pairs.to_dataset, pairs.anchors[0].decode):
         with pytest.raises(AnybatchError, match=r"pip install 'anybatch\[images\]'"):
             decode()
+
+
+def test_parquet_names_are_no_patterns(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "a [x]"
+    place.mkdir()
+    for name in ("q?.parquet", "q1.parquet", "b[1].parquet"):
+        load_from_disk(str(folder)).to_parquet(str(place / name))
+        assert len(read_pairs(place / name, anchor="image", positive="caption")) == len(NUMBERS)
+
+
+def test_backwards(pairs):
+    assert [one.encoded for one in pairs.anchors[::-1]] == [picture(number) for number in reversed(NUMBERS)]
+    assert pairs.anchors[::-1][0].where.startswith("row 9, ")
+
+
+def test_stand_ins_are_of_the_own_set_and_all_different():
+    task = np.repeat([0, 1], [6, 6]).astype(np.int32)
+    negatives = np.full((12, 2), -1, np.int32)
+    negatives[5] = (2, -1)
+    plan = BatchPlan(
+        num_rows=12, batch_size=4, cluster_size=2, cluster=np.arange(12, dtype=np.int32) // 2, seed=0, data_digest="",
+        task=task, task_names=("a", "b"), negatives=negatives, suspects=np.array([[5, 0]], np.int32),
+    )  # fmt: skip
+    texts = [f"p{row}" for row in range(12)]
+    texts[1] = "p0"
+    pairs = PairData(anchors=[f"a{row}" for row in range(12)], positives=texts)
+    first, second = with_mined_negatives(pairs, plan).negatives
+    for row in range(12):
+        own = set(texts[:6]) if row < 6 else set(texts[6:])
+        assert {first[row], second[row]} <= own - {texts[row]}
+        assert first[row] != second[row]
+    assert (first[5], second[5]) == ("p2", "p3")  # row 0 is a suspect of row 5, and row 1 has the same text

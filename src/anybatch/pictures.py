@@ -6,6 +6,7 @@ Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second an
 from __future__ import annotations
 
 import base64
+import glob
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -151,9 +152,8 @@ class PictureColumn(Sequence[Picture]):
 
     def select(self, rows: range | np.ndarray) -> PictureColumn:
         """These places of the column, in this order."""
-        numbers = (
-            self.rows[rows.start : rows.stop : rows.step] if isinstance(rows, range) else np.asarray(self.rows)[rows]
-        )
+        ahead = isinstance(rows, range) and rows.step > 0
+        numbers = self.rows[rows.start : rows.stop : rows.step] if ahead else np.asarray(self.rows)[np.asarray(rows)]
         chosen = PictureColumn(self.dataset.select(rows), self.where, numbers)
         if "keys" in vars(self):
             vars(chosen)["keys"] = self.keys[np.asarray(rows, np.int64)]
@@ -271,7 +271,18 @@ def _parquet(path: Path, names: Iterable[str]) -> Dataset | None:
     features = Features.from_arrow_schema(schema)
     if not any(isinstance(features.get(name), Feature) for name in names):
         return None
-    return Dataset.from_parquet(str(path))  # pyright: ignore[reportReturnType]
+    try:
+        dataset: Any = Dataset.from_parquet(glob.escape(str(path)))  # which takes names for patterns
+    except Exception as error:  # a broken page, a full disk: `datasets` wraps nearly anything
+        raise AnybatchError(
+            f"{path} cannot be read ({error}). Write the file anew, or free some space for the cache of `datasets`."
+        ) from error
+    num_rows = pyarrow.parquet.read_metadata(path).num_rows
+    if len(dataset) != num_rows:
+        raise AnybatchError(
+            f"{path} has {num_rows} rows, and `datasets` gave {len(dataset)}. Move the file to a path of plain letters."
+        )
+    return dataset
 
 
 def holds_pictures(dataset: Dataset, name: str) -> bool:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
 
 logger = logging.getLogger("anybatch")
+STAND_INS = 1000  # rows looked at for one that can stand in for a missing hard negative
 BATCH_LOSSES = ("infonce", "decoupled", "siglip", "auc_cl")  # whose negatives are the batch's own
 
 
@@ -273,14 +274,46 @@ def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
 def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
     """The pairs with the plan's hard negatives (B3++) as further negative columns; the pairs themselves if it has none.
 
-    Where a window had too few, the next row's positive stands in: an ordinary candidate, and no negative if it is identical.
+    Where a window had too few, the positives of the next rows of the same data set stand in, all different: ordinary candidates. Where there are
+    none, the row's own positive does, which is no negative of it.
     """
     if plan.negatives is None or plan.negatives.shape[1] == 0:
         return pairs
-    stand_in = (np.arange(len(pairs)) + 1) % len(pairs)
-    rows = np.where(plan.negatives >= 0, plan.negatives, stand_in[:, None])
+    rows = _with_stand_ins(pairs, plan)
     mined = [pick(pairs.positives, column) for column in rows.T]
     return replace(pairs, negatives=(*pairs.negatives, *mined))
+
+
+def _with_stand_ins(pairs: PairData, plan: BatchPlan) -> np.ndarray:
+    """(n, h) rows, none missing: the mined ones, and the next that are no suspects and share no text with the anchor or each other."""
+    assert plan.negatives is not None
+    rows = plan.negatives.astype(np.int64)
+    lacking = (rows < 0).any(axis=1)
+    anchor_id, positive_id = pairs.anchor_id, pairs.positive_id
+    suspects: dict[int, set[int]] = {}  # texts, of the rows that lack a negative
+    if plan.suspects is not None:
+        both = np.concatenate([plan.suspects, plan.suspects[:, ::-1]])
+        for one, other in both[lacking[both[:, 0]]].tolist():
+            suspects.setdefault(one, set()).add(int(positive_id[other]))
+    task = np.zeros(len(rows), np.int64) if plan.task is None else plan.task
+    members = [np.flatnonzero(task == number) for number in range(int(task.max(initial=0)) + 1)]
+    for row in np.flatnonzero(lacking).tolist():
+        own = members[task[row]]
+        first = int(np.searchsorted(own, row))
+        taken = {int(positive_id[row]), *positive_id[rows[row][rows[row] >= 0]].tolist(), *suspects.get(row, ())}
+        found = []
+        for step in range(1, min(len(own), STAND_INS)):
+            other = int(own[(first + step) % len(own)])
+            text = int(positive_id[other])
+            if text in taken or anchor_id[other] == anchor_id[row]:
+                continue
+            taken.add(text)
+            found.append(other)
+            if len(found) == rows.shape[1]:
+                break
+        missing = np.flatnonzero(rows[row] < 0)
+        rows[row, missing] = [*found, *[row] * len(missing)][: len(missing)]
+    return rows
 
 
 def evaluate_model(

@@ -160,6 +160,23 @@ def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
     assert any("text_model" in name for name in changed)
 
 
+def test_files_of_pictures_are_named_to_every_verb(clip_folder, tmp_path):
+    (tmp_path / "files").mkdir()
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for row in range(20):
+            (tmp_path / "files" / f"{row}.png").write_bytes(picture(row))
+            file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
+    columns = ["--data", str(tmp_path / "pairs.jsonl"), "--anchor", "image", "--positive", "caption"]
+    run("evaluate", str(clip_folder), *columns, "--picture", "image", "--output", str(tmp_path / "pictures.json"))
+    run("evaluate", str(clip_folder), *columns, "--output", str(tmp_path / "names.json"))
+    pictures, names = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("pictures", "names"))
+    assert pictures != names
+    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.pictures=[image]")
+    run("mine", *given, "--teacher", str(clip_folder))
+    shutil.copy(tmp_path / "run" / "plan.safetensors", tmp_path / "copy.safetensors")
+    run("inspect", "plan", str(tmp_path / "copy.safetensors"), *columns, "--picture", "image")
+
+
 def test_pictures_as_hard_negatives(saved, clip_folder, tmp_path):
     more = (
         "mining.num_negatives=1",

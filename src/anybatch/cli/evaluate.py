@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AnchorOption, DataOption, PositiveOption
+from anybatch.cli.options import AnchorOption, DataOption, PictureOption, PositiveOption
 from anybatch.cli.progress import Bars, console
 from anybatch.data import read_pairs, read_retrieval
 from anybatch.errors import AnybatchError
@@ -25,6 +25,7 @@ def command(
     data: DataOption = None,
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
+    picture: PictureOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")] = None,
     corpus: Annotated[
         str | None, typer.Option("--corpus", help="Documents of a retrieval set (BEIR's layout), in place of --data.")
@@ -46,7 +47,7 @@ def command(
         raise AnybatchError(f"{output} exists. Choose another file for --output.")
     if output is not None and not output.absolute().parent.is_dir():
         raise AnybatchError(f"There is no folder {output.absolute().parent} for --output. Make it, or choose another.")
-    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--limit": limit}
+    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--picture": picture, "--limit": limit}
     of_retrieval = {"--corpus": corpus, "--queries": queries, "--qrels": qrels, "--split": split}
     given = [[name for name, value in side.items() if value is not None] for side in (of_pairs, of_retrieval)]
     if all(given):
@@ -55,7 +56,8 @@ def command(
             f"or a retrieval set ({', '.join(of_retrieval)})."
         )
     if data is not None:
-        held_out = read_pairs(data, anchor=anchor or "anchor", positive=positive or "positive", limit=limit)
+        names = {"anchor": anchor or "anchor", "positive": positive or "positive"}
+        held_out = read_pairs(data, **names, pictures=tuple(picture or ()), limit=limit)
     elif corpus is not None and queries is not None and qrels is not None:
         held_out = read_retrieval(corpus, queries, qrels, split=split)
     else:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from anybatch.cli.inspect_plan import _embeddings, _given, _pairs, find_plan
-from anybatch.cli.options import AnchorOption, DataOption, PositiveOption
+from anybatch.cli.options import AnchorOption, DataOption, PictureOption, PositiveOption
 from anybatch.cli.progress import Bars, console
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
@@ -23,6 +23,7 @@ def command(
     data: DataOption = None,
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
+    picture: PictureOption = None,
     embeddings: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
@@ -48,7 +49,12 @@ def command(
         raise AnybatchError(f"{html} exists. Choose another file for --html.")
     folder, config, plan_path = find_plan(path)
     plan = BatchPlan.load(plan_path)
-    pairs = _pairs(plan, _given(config, data, {"anchor": anchor, "positive": positive}), config, [])
+    pairs = _pairs(
+        plan,
+        _given(config, data, {"anchor": anchor, "positive": positive, "pictures": tuple(picture or ())}),
+        config,
+        [],
+    )
     missing = (
         ["Repeated texts: the data is not at hand, so that all rows count as different. Give it with --data."]
         if pairs is None

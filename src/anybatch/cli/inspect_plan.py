@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from anybatch.cli.options import AnchorOption, DataOption, NegativeOption, PositiveOption
+from anybatch.cli.options import AnchorOption, DataOption, NegativeOption, PictureOption, PositiveOption
 from anybatch.cli.progress import Bars, console
 from anybatch.configuration import load_config
 from anybatch.data import PairData
@@ -38,6 +38,7 @@ def command(
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
     negative: NegativeOption = None,
+    picture: PictureOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="The plan was made of the first rows only.")] = None,
     embeddings: Annotated[
         tuple[Path, Path] | None,
@@ -64,9 +65,8 @@ def command(
     folder, config, plan_path = find_plan(path)
     plan = BatchPlan.load(plan_path)
     missing: list[str] = []
-    given = _given(
-        config, data, {"anchor": anchor, "positive": positive, "negatives": tuple(negative or ()), "limit": limit}
-    )
+    columns = {"negatives": tuple(negative or ()), "pictures": tuple(picture or ())}
+    given = _given(config, data, {"anchor": anchor, "positive": positive, "limit": limit, **columns})
     pairs = _pairs(plan, given, config, missing)
     vectors = _embeddings(plan, embeddings, folder, config, missing)
     figures = plan_path.with_name("mining.json")
@@ -132,7 +132,7 @@ def _given(config: RunConfig | None, path: str | None, settings: dict[str, Any])
     if path is None:
         if chosen:
             raise AnybatchError(
-                "--anchor, --positive, --negative and --limit describe the file of --data, which is not given. Add --data."
+                "--anchor, --positive, --negative, --picture and --limit describe the file of --data, which is not given. Add --data."
             )
         return None
     base = config.data if config is not None else DataConfig(path=path)

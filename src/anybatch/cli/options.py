@@ -33,6 +33,10 @@ PositiveOption = Annotated[str | None, typer.Option("--positive", help="Name of 
 NegativeOption = Annotated[
     list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")
 ]
+PictureOption = Annotated[
+    list[str] | None,
+    typer.Option("--picture", help="Name of a column that holds paths of pictures (`data.pictures`). Repeatable."),
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="The contrastive batch, over all processes.")]
