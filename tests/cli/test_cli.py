@@ -283,7 +283,7 @@ class TestMistakes:
         assert not (out / "plan.safetensors").exists()
 
     def test_no_teacher(self, pairs_file, tiny_model_folder, out):
-        self.refuse("needs a teacher", "train", *settings(pairs_file, tiny_model_folder, out))
+        self.refuse("needs a teacher", "train", *settings(pairs_file, tiny_model_folder, out, "mining.cluster_size=4"))
 
     def test_plan_of_other_data_and_truncated_plan(self, pairs_file, tiny_model_folder, tmp_path, out):
         run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "mined", "mining.method=random"))

@@ -260,7 +260,7 @@ def _check_replay(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], rows:
         gap = float((output.to(recorded.dtype) - recorded).norm() / recorded.norm().clamp_min(1e-30))
         if gap > max(REPLAY_TOLERANCE, 16 * torch.finfo(output.dtype).eps):
             raise AnybatchError(
-                f"The replay is {gap:.1%} away from its recording: the encoder drew other random numbers (dropout). If it is compiled, set "
+                f"The replay is {gap:.1%} away from its recording: the encoder drew other random numbers (dropout), or something else that it depends on has changed. If it is compiled, set "
                 "torch._inductor.config.fallback_random = True before compiling, and torch._dynamo.config.recompile_limit to more than twice the "
                 "number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. The gradients of this step are incomplete."
             )

@@ -107,7 +107,10 @@ def verify(
     options: dict[str, Any] = {"loss_kwargs": loss_kwargs, "modules": modules}
     with _untouched(parts, list(names)) as changed:
         start, foreign = RandomState(), _ForeignState()
-        cached_value = cached_step(loss, towers, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, **options)
+        try:
+            cached_value = cached_step(loss, towers, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, **options)
+        except AnybatchError as error:  # a replay that is another pass than its recording: name the reason if it shows
+            raise AnybatchError(" ".join([str(error), *foreign.findings()])) from error
         draws = not start.equals(RandomState())
         findings += foreign.findings()
         cached = _take_gradients(names)

@@ -121,7 +121,7 @@ class GradientComparison:
 
         def close(line: MethodError) -> bool:
             spread = math.hypot(line.error.shared_cosine_se, best.shared_cosine_se)
-            return not best.shared_cosine - line.error.shared_cosine > 2 * spread
+            return line.error is best or best.shared_cosine - line.error.shared_cosine <= 2 * spread  # no NaN is close
 
         candidates = [line for line in self.lines if close(line)]
         return min(candidates, key=lambda line: (order.index(line.method), line.batches == "plan"))
