@@ -58,7 +58,9 @@ def test_one_budget_serves_all_towers():
     probe = budget_of(2**40)
     record(encoder, batch, micro_batches=plan, keep_graphs=probe)
     shared = budget_of(probe.spent + 2 * probe.largest)
-    kept = [record(encoder, batch, micro_batches=plan, keep_graphs=shared).num_kept for _ in range(2)]
+    # Both are held, as the towers of a step are: memory that is given back is memory for others.
+    recordings = [record(encoder, batch, micro_batches=plan, keep_graphs=shared) for _ in range(2)]
+    kept = [recording.num_kept for recording in recordings]
     assert kept[0] == len(plan)
     assert kept[1] < len(plan)
 
@@ -168,8 +170,8 @@ class Unused(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.linear = torch.nn.Linear(4, 8)
-        self.pooler = torch.nn.Linear(8, 8)
+        self.linear = torch.nn.Linear(4, 7)
+        self.pooler = torch.nn.Linear(7, 7)
 
     def forward(self, batch):
         hidden = self.linear(batch)
@@ -182,7 +184,7 @@ def test_measured_graphs_are_freed():
 
     def tensors():
         gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return sum(isinstance(thing, torch.Tensor) and thing.shape == (3, 7) for thing in gc.get_objects())
 
     def step():
         [recording] = record_towers([encoder], [batch], micro_batch=3, keep_graphs="auto", memory=StepMemory("80%"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ from anybatch.caching.rows import RowSlicer
 from anybatch.caching.state import AutocastState, ModeState, RandomState, without_autocast
 from anybatch.errors import AnybatchError
 
+# Where a list is set, replays that differ from their recordings are told there instead of raising: for `verify`, which shows what comes of it.
+DIFFERENT_REPLAYS: ContextVar[list[str] | None] = ContextVar("DIFFERENT_REPLAYS", default=None)
 REPLAY_TOLERANCE = 0.01  # of a row's norm: other dropout masks move an embedding by more, rounding by less
 
 
@@ -259,10 +262,17 @@ def _check_replay(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], rows:
         recorded = leaf.detach().index_select(0, rows.to(leaf.device))
         gap = float((output.to(recorded.dtype) - recorded).norm() / recorded.norm().clamp_min(1e-30))
         if gap > max(REPLAY_TOLERANCE, 16 * torch.finfo(output.dtype).eps):
+            different = DIFFERENT_REPLAYS.get()
+            if different is not None:
+                different.append(
+                    f"A replay is {gap:.1%} away from its recording: the encoder drew other random numbers, or what it depends on changed."
+                )
+                return
             raise AnybatchError(
-                f"The replay is {gap:.1%} away from its recording: the encoder drew other random numbers (dropout), or something else that it depends on has changed. If it is compiled, set "
-                "torch._inductor.config.fallback_random = True before compiling, and torch._dynamo.config.recompile_limit to more than twice the "
-                "number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. The gradients of this step are incomplete."
+                f"The replay is {gap:.1%} away from its recording: the encoder drew other random numbers (dropout), or something else that it depends on has "
+                "changed; `anybatch.caching.verify` may name it. If it is compiled, set torch._inductor.config.fallback_random = True before compiling, and "
+                "torch._dynamo.config.recompile_limit to more than twice the number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. The "
+                "gradients of this step are incomplete."
             )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anybatch.caching.forward import Encoder, encode_rows
 from anybatch.caching.modules import modules_of
+from anybatch.caching.replay import DIFFERENT_REPLAYS
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.state import ModeState, RandomState, without_autocast
@@ -107,10 +108,15 @@ def verify(
     options: dict[str, Any] = {"loss_kwargs": loss_kwargs, "modules": modules}
     with _untouched(parts, list(names)) as changed:
         start, foreign = RandomState(), _ForeignState()
+        different: list[str] = []
+        token = DIFFERENT_REPLAYS.set(different)
         try:
-            cached_value = cached_step(loss, towers, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, **options)
-        except AnybatchError as error:  # a replay that is another pass than its recording: name the reason if it shows
-            raise AnybatchError(" ".join([str(error), *foreign.findings()])) from error
+            cached_value = cached_step(
+                loss, towers, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, **options
+            )
+        finally:
+            DIFFERENT_REPLAYS.reset(token)
+        findings += different[:1]
         draws = not start.equals(RandomState())
         findings += foreign.findings()
         cached = _take_gradients(names)
