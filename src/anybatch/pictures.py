@@ -152,8 +152,10 @@ class PictureColumn(Sequence[Picture]):
 
     def select(self, rows: range | np.ndarray) -> PictureColumn:
         """These places of the column, in this order."""
-        ahead = isinstance(rows, range) and rows.step > 0
-        numbers = self.rows[rows.start : rows.stop : rows.step] if ahead else np.asarray(self.rows)[np.asarray(rows)]
+        if isinstance(rows, range) and rows.step > 0:
+            numbers = self.rows[rows.start : rows.stop : rows.step]
+        else:
+            numbers = np.asarray(self.rows)[np.asarray(rows)]
         chosen = PictureColumn(self.dataset.select(rows), self.where, numbers)
         if "keys" in vars(self):
             vars(chosen)["keys"] = self.keys[np.asarray(rows, np.int64)]

@@ -288,7 +288,7 @@ def _with_stand_ins(pairs: PairData, plan: BatchPlan) -> np.ndarray:
     """(n, h) rows, none missing: the mined ones, and the next that are no suspects and share no text with the anchor or each other."""
     assert plan.negatives is not None
     rows = plan.negatives.astype(np.int64)
-    lacking = (rows < 0).any(axis=1)
+    lacking = np.any(rows < 0, axis=1)
     anchor_id, positive_id = pairs.anchor_id, pairs.positive_id
     suspects: dict[int, set[int]] = {}  # texts, of the rows that lack a negative
     if plan.suspects is not None:
