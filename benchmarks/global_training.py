@@ -6,6 +6,7 @@ Usage:
     python -m benchmarks.global_training --table-only
 
 A method is written BATCHES/LOSS[/WEIGHTS]: "random", "mined" (clusters of 32, or half a batch), or "mined8" for clusters of 8 and so on; a name of `LossConfig`, or "cluster_centres" (an experiment, one way only); "inclusion" for the inclusion weights.
+A name may go on with settings, such as "cross_batch,memory_size=256" or "cross_batch,centred=false"; "cross_batch_one_sided" remembers candidates only.
 Each (task, method, batch size, budget) is a family: at least three learning rates with seed 0, judged on the development split and extended while
 the best is at the edge; then the best rate with two more seeds. Each finished run is one line of docs/benchmarks/global_training.jsonl; runs
 that are there are skipped, so the command can be stopped and started at will. The table is made of that file.
@@ -27,9 +28,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from anybatch.losses import CrossBatchInfoNCE
+from anybatch.losses.base import Batch
 from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.sides import Side
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plan import BatchPlan
 from anybatch.report import markdown_table
@@ -169,16 +173,29 @@ class Study:
         return BatchPlan.load(path)
 
 
+class OneSided(CrossBatchInfoNCE):
+    """The memory of candidates alone, as first published: for the measurement that both sides are needed."""
+
+    def _pull_of_queries(self, batch: Batch, recalled: Any, direction: int, side: Side) -> Tensor:
+        return batch.anchors.new_zeros(())
+
+
 def make_loss(name: str, weights: Literal["none", "inclusion"], task: Task, plan: BatchPlan) -> nn.Module:
     """A loss by name, with the task's temperature and direction."""
     if name == "cluster_centres":
         return ClusterCentres(plan.cluster, dimensions=WIDTH, temperature=task.temperature)
+    if name == "cross_batch_one_sided":
+        return OneSided(
+            len(task.train), dimensions=WIDTH, temperature=task.temperature, direction=task.direction, corrected=False
+        )
+    name, *settings = name.split(",")
     config = LossConfig(
         name=name,  # pyright: ignore[reportArgumentType] - `build_loss` knows the names
         temperature=task.temperature,
         direction=task.direction,
-        dimensions=WIDTH if name == "tempnet" else None,
+        dimensions=WIDTH if name in ("tempnet", "cross_batch") else None,
         weights=weights,
+        **{key: json.loads(value) for key, value in (setting.split("=") for setting in settings)},
     )
     return build_loss(config, num_rows=len(task.train))
 

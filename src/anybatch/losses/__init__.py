@@ -1,6 +1,7 @@
 """Outlive the batch: one tiled softmax engine, rules and memory over it, one Module a method. Imports errors and distributed."""
 
 from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.cross_batch import CrossBatchInfoNCE
 from anybatch.losses.emc2 import EMC2
 from anybatch.losses.fastclip import FastCLIP
 from anybatch.losses.glofnd import GloFND
@@ -31,6 +32,7 @@ __all__ = [
     "ClusterLogWeight",
     "ContrastiveLoss",
     "CountCorrectedInfoNCE",
+    "CrossBatchInfoNCE",
     "DecoupledInfoNCE",
     "ExampleMemory",
     "FastCLIP",

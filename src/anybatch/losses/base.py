@@ -163,13 +163,8 @@ class ContrastiveLoss(PerExample):
 
         Cost and collectives: see `engine`; nothing is communicated in the backward pass.
         """
-        _check_shapes(anchors, candidates, index, anchor_id, candidate_id)
-        dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
-        anchors, candidates = anchors.to(dtype), candidates.to(dtype)
-        if self.normalize:
-            anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
-        weight = self._weight(len(anchors), len(candidates), log_weight, anchor_id, candidate_id)
-        batch = Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight)
+        batch = self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id)
+        anchors, candidates = batch.anchors, batch.candidates
         forward = self._side(batch, direction=0)
         if self.direction == "both":
             sides = (forward, self._side(batch, direction=1))
@@ -194,6 +189,24 @@ class ContrastiveLoss(PerExample):
         loss = self._finish(batch, sides, stats, loss)
         self._stats = loss.detach(), stats[0]
         return loss
+
+    def _prepare(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        index: Tensor | None,
+        log_weight: LogWeight | Tensor | None,
+        anchor_id: Tensor | None,
+        candidate_id: Tensor | None,
+    ) -> Batch:
+        """The arguments of `forward`, checked, in float32 or better, normalised if wanted, with ids turned into masks."""
+        _check_shapes(anchors, candidates, index, anchor_id, candidate_id)
+        dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+        anchors, candidates = anchors.to(dtype), candidates.to(dtype)
+        if self.normalize:
+            anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
+        weight = self._weight(len(anchors), len(candidates), log_weight, anchor_id, candidate_id)
+        return Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight)
 
     @property
     def _updating(self) -> bool:

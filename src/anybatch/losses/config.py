@@ -18,6 +18,7 @@ KNOWN: dict[str, frozenset[str]] = {
     "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
     "decoupled": frozenset({"learnable_temperature", "ring"}),
     "count_corrected": frozenset({"learnable_temperature", "ring"}),
+    "cross_batch": frozenset({"learnable_temperature", "dimensions", "memory_size", "corrected", "centred"}),
     "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL, *_MEMORY}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
@@ -65,7 +66,10 @@ class LossConfig:
         rho: fastclip v2 and v3, isogclr, tempnet: radius of the robust objective.
         temperature_range: fastclip but for v1, isogclr, tempnet: lowest and highest temperature.
         temperature_lr: fastclip v2, isogclr: step of an example's temperature.
-        dimensions: tempnet: width of the embeddings. emc2: likewise, to keep the embeddings of the chains' states.
+        dimensions: cross_batch, tempnet: width of the embeddings. emc2: likewise, to keep the embeddings of the chains' states.
+        memory_size: cross_batch: pairs remembered.
+        corrected: cross_batch: weight negatives to stand for all rows, as count_corrected does.
+        centred: cross_batch: take the common drift of the embeddings away.
         margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive.
         bias: siglip: the bias at first; it is learned.
         margin_lr, margin_start: nuclr: step of the margins, and steps before they are learned.
@@ -93,6 +97,7 @@ class LossConfig:
         "infonce",
         "decoupled",
         "count_corrected",
+        "cross_batch",
         "sogclr",
         "fastclip",
         "isogclr",
@@ -116,6 +121,9 @@ class LossConfig:
     temperature_range: tuple[float, ...] | None = None
     temperature_lr: float | None = None
     dimensions: int | None = None
+    memory_size: int | None = None
+    corrected: bool | None = None
+    centred: bool | None = None
     margin: float | None = None
     bias: float | None = None
     margin_lr: float | None = None
@@ -164,8 +172,10 @@ class LossConfig:
         if self.gamma_steps_per_epoch is not None and self.gamma_steps is None:
             raise AnybatchError("loss.gamma_steps_per_epoch needs loss.gamma_steps, the length of the cosine.")
         self._check_matryoshka()
-        if self.name == "tempnet" and self.dimensions is None and self.matryoshka is None:
-            raise AnybatchError("loss.dimensions is missing; tempnet needs the width of the embeddings, such as 384.")
+        if self.name in ("tempnet", "cross_batch") and self.dimensions is None and self.matryoshka is None:
+            raise AnybatchError(
+                f"loss.dimensions is missing; {self.name} needs the width of the embeddings, such as 384."
+            )
         if self.name not in KNOWN:
             raise AnybatchError(f"loss.name is {self.name!r}; expected one of {', '.join(KNOWN)}.")
         unknown = sorted(set(self._given()) - KNOWN[self.name])
@@ -249,7 +259,7 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
     if config.matryoshka is not None:
         parts = []
         for width in config.matryoshka:
-            own_width = width if config.name == "tempnet" else None
+            own_width = width if config.name in ("tempnet", "cross_batch") else None
             of_prefix = replace(config, matryoshka=None, matryoshka_weights=None, dimensions=own_width)
             parts.append(build_loss(of_prefix, num_rows=num_rows))
         return losses.Matryoshka(parts, config.matryoshka, weights=config.matryoshka_weights)
@@ -270,6 +280,7 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
         return {"infonce": losses.InfoNCE, "decoupled": losses.DecoupledInfoNCE}[config.name](**arguments)
     make = {
         "count_corrected": losses.CountCorrectedInfoNCE,
+        "cross_batch": losses.CrossBatchInfoNCE,
         "sogclr": losses.SogCLR,
         "fastclip": losses.FastCLIP,
         "isogclr": losses.ISogCLR,

@@ -80,7 +80,7 @@ class InfoNCE(ContrastiveLoss):
         return replace(side, adjust=_Hardness(self.hardness)) if self.hardness else side
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        return _WithPositive()
+        return WithPositive()
 
 
 class DecoupledInfoNCE(ContrastiveLoss):
@@ -146,7 +146,7 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
         self.num_rows = num_rows
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        return _CountCorrected(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
+        return CountCorrected(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class _Hardness:
         return torch.where(negative, logits + tilted - log_mean[:, None], -torch.inf)
 
 
-class _WithPositive:
+class WithPositive:
     row_wise = True
 
     def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ class _WithoutPositive:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CountCorrected:
+class CountCorrected:
     log_num_others: float
     normalised: bool
     row_wise: bool = True

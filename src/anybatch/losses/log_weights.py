@@ -137,6 +137,7 @@ class ClusterLogWeight:
         column_factor: (M,) added for each candidate: minus the log of how many ways it has to come into a batch. Anchors
             have one way. None for 0.
         row_task, column_task: (B,) and (M,) data set of each; others than the row's own are removed. None for one data set.
+        column_remembered: (M,) bool, candidates of earlier batches, which are removed from rows of their own cluster; None for none.
     """
 
     row_cluster: Tensor
@@ -147,6 +148,7 @@ class ClusterLogWeight:
     column_factor: Tensor | None = None
     row_task: Tensor | None = None
     column_task: Tensor | None = None
+    column_remembered: Tensor | None = None
     normalised: bool = True
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
@@ -159,7 +161,10 @@ class ClusterLogWeight:
             for value in (self.same, self.other, self.other if self.remainder is None else self.remainder)
         )
         elsewhere = other if self.remainder is None else torch.where(column < 0, remainder, other)
-        weights = torch.where((row == column) & (row != -1), same, elsewhere)
+        together = (row == column) & (row != -1)
+        weights = torch.where(together, same, elsewhere)
+        if self.column_remembered is not None:
+            weights = weights.masked_fill(together & self.column_remembered[None, columns], -torch.inf)
         if self.column_factor is not None:
             weights = weights + self.column_factor[None, columns]
         if self.row_task is not None and self.column_task is not None:
@@ -185,6 +190,7 @@ class ClusterLogWeight:
             column_factor=columns(self.column_factor),
             row_task=rows(self.row_task),
             column_task=columns(self.column_task),
+            column_remembered=columns(self.column_remembered),
         )
 
     def reversed(self, num_rows: int) -> ClusterLogWeight:

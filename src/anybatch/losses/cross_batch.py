@@ -1,0 +1,328 @@
+"""Cross-batch memory: recent batches' embeddings stay as negatives and as anchors, each anchor with the denominator it had."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anybatch import distributed
+from anybatch.errors import AnybatchError
+from anybatch.losses.base import Batch, ContrastiveLoss, Direction
+from anybatch.losses.candidates import Layout
+from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss
+from anybatch.losses.infonce import CountCorrected, WithPositive
+from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.per_example import Keys, only_growing
+from anybatch.losses.remembered_columns import Remembered, column_features, remove_absent
+
+MAX_FEATURES = 12  # int64 a remembered pair for its log-weights: ids take 2, a list of pairs 1, clusters 3
+
+
+class CrossBatchInfoNCE(ContrastiveLoss):
+    """InfoNCE over the batch and the S pairs before it, whose embeddings are remembered as they were.
+
+        candidates of anchor i:   the batch's, and the remembered positives c~_j
+        pull on candidate j:      p_ij from the batch's anchors, and from the remembered anchors a~_i
+                                  p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     D_i the denominator that a~_i had in its own batch
+
+    Both parts are needed. With the remembered positives alone an anchor is pushed from n rows, and a positive by no more than the batch: the
+    two sides' gradients no longer balance, and training collapses. The value of the second part is 0; its gradient goes to the batch's candidates.
+
+    Embeddings drift, and a remembered batch stays behind: what is new is pushed from where everything was, in one direction, which feeds on
+    itself. With `centred` an embedding is remembered relative to the mean of its batch and used relative to the mean of this one, which takes that common
+    drift away: unit(x~ - mean(its batch) + mean(this batch)). Without, training from scratch collapsed (docs/methods.md).
+
+    Args:
+        num_rows: n, rows of the data set.
+        dimensions: D, width of the embeddings.
+        memory_size: S, pairs remembered: the newest, at most one a row. About fifteen batches were best from scratch (docs/methods.md); what moves
+            more slowly, as in fine-tuning, may remember more.
+        corrected: Weight the k negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for the softmax over what is there.
+        centred: Take away the common drift; False for the plain memory of the publications.
+        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    Calls need `index`. A row's older copy leaves when it comes again. Explicit negatives count for their batch's anchors only. Masks and
+    inclusion weights hold for remembered pairs too: ids, lists of pairs and clusters are kept with them; log-weights that are tensors with a
+    value a column are refused. Under several ranks every rank has the whole memory and scores its share. A learned temperature has the derivative of the batch's own
+    terms. The batch's mean stands for the data's: mined batches of few clusters shift it by what they have in common, and below 16 rows it is noisy.
+
+    Raises:
+        AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width, log-weights that cannot be remembered.
+
+    Cost: 8 D S bytes and some 200 S; 3 products of B x (B + S) x D and one of B x S x D, twice for "both". Reference: Wang et al. 2020,
+    "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et al. 2024, "A Gradient Accumulation Method for Dense Retriever
+    under Memory Constraint", arXiv 2406.12356; moments of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch
+    Normalization for Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        dimensions: int,
+        memory_size: int = 1024,
+        corrected: bool = True,
+        centred: bool = True,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            direction=direction,
+            normalize=normalize,
+            tile_bytes=tile_bytes,
+        )
+        for name, value, least in (("num_rows", num_rows, 2), ("dimensions", dimensions, 1)):
+            if value < least:
+                raise AnybatchError(f"{name} is {value}; expected at least {least}.")
+        if memory_size < 1:
+            raise AnybatchError(
+                f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without memory use CountCorrectedInfoNCE."
+            )
+        self.num_rows, self.memory_size, self.corrected, self.centred = num_rows, memory_size, corrected, centred
+        self.embeddings: Tensor
+        self.log_denominator: Tensor
+        self.rows: Tensor
+        self.features: Tensor
+        self.num_features: Tensor
+        self.place: Tensor
+        self.register_buffer("embeddings", torch.zeros(2, memory_size, dimensions))  # of anchors, of positives
+        self.register_buffer("log_denominator", torch.zeros(2, memory_size))  # as queries, by direction, not relative
+        self.register_buffer("rows", torch.full((memory_size,), -1))  # -1: empty
+        self.register_buffer("features", torch.zeros(2, MAX_FEATURES, memory_size, dtype=torch.int64))
+        self.register_buffer("num_features", torch.tensor(-1))  # of them in use; -1 before anything was remembered
+        self.register_buffer("place", torch.tensor(0))  # where the next pair goes
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
+        if num_rows < self.num_rows:
+            raise only_growing(num_rows, self.num_rows)
+        self.num_rows = num_rows
+
+    def forward(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        *,
+        index: Tensor | None = None,
+        log_weight: LogWeight | Tensor | None = None,
+        anchor_id: Tensor | None = None,
+        candidate_id: Tensor | None = None,
+    ) -> Tensor:
+        """See `ContrastiveLoss.forward`."""
+        batch = self._batch(anchors, candidates, index, log_weight, anchor_id, candidate_id)
+        with torch.autocast(anchors.device.type, enabled=False):
+            return self._of(batch, self._recall(batch))
+
+    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
+        return (
+            CountCorrected(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
+            if self.corrected
+            else WithPositive()
+        )
+
+    def _of(self, batch: Batch, recalled: _Recalled) -> Tensor:
+        losses, stats = [], []
+        directions = (0, 1) if self.direction == "both" else (0,)
+        for direction in directions:
+            queries = batch.queries(direction)
+            others = batch.candidates if direction == 0 else batch.anchors
+            side = self._side(batch, direction=direction)
+            weight = remove_absent(side.log_weight, recalled.columns[direction], len(others))
+            columns = torch.cat([others, recalled.others(direction)[recalled.share]])
+            loss, one = softmax_loss(
+                queries,
+                columns,
+                rule=side.rule,
+                temperature=side.temperature,
+                log_weight=weight,
+                tile_bytes=self.tile_bytes,
+            )
+            losses.append(loss + self._pull_of_queries(batch, recalled, direction, side))
+            stats.append((one, side))
+        loss = torch.stack(losses).mean()
+        self._stats = loss.detach(), stats[0][0]
+        if self._updating:
+            self._remember(batch, recalled, stats)
+        return loss
+
+    def _batch(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        index: Tensor | None,
+        log_weight: LogWeight | Tensor | None,
+        anchor_id: Tensor | None,
+        candidate_id: Tensor | None,
+    ) -> Batch:
+        """The arguments, checked and normalised."""
+        batch = self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id)
+        if index is None:
+            raise AnybatchError("This loss remembers rows: give index=, the batch's row numbers in the data set.")
+        if len(index) and not (0 <= int(index.min()) and int(index.max()) < self.num_rows):
+            raise AnybatchError(
+                f"index goes from {int(index.min())} to {int(index.max())}; expected rows 0 to {self.num_rows - 1}."
+            )
+        if batch.anchors.shape[1] != self.embeddings.shape[2]:
+            raise AnybatchError(
+                f"The loss remembers embeddings of {self.embeddings.shape[2]} dimensions, these have {batch.anchors.shape[1]}. "
+                "Give CrossBatchInfoNCE the dimensions of the model's embeddings."
+            )
+        return batch
+
+    @torch.no_grad()
+    def _recall(self, batch: Batch) -> _Recalled:
+        """What is remembered, as it is used beside this batch."""
+        anchors, positives, index = batch.anchors, batch.queries(1), batch.index
+        assert index is not None
+        layout = Layout.of(len(anchors), len(batch.candidates), anchors.device)
+        sizes = layout.row_sizes
+        rows = distributed.gather_rows(index, sizes)
+        sums = torch.stack([anchors.sum(dim=0), positives.sum(dim=0)])
+        mean = distributed.sum_over_ranks(sums) / len(rows)
+        if not self.centred:
+            mean = torch.zeros_like(mean)
+        used = self.embeddings.to(anchors.dtype) + mean[:, None]
+        if self.normalize:
+            used = nn.functional.normalize(used, dim=2)
+        features = [self._features(batch, direction) for direction in (0, 1)]
+        known = int(self.num_features)
+        if known not in (-1, len(features[0])):
+            raise AnybatchError(
+                f"The log-weights of this batch have {len(features[0])} figures a candidate, those of the remembered batches {known}. Give the same kinds of ids, "
+                "masks and weights with every batch, or begin with a new loss."
+            )
+        present = (self.rows >= 0) & ~torch.isin(self.rows, rows)
+        shares = distributed.shares(self.memory_size)
+        first = sum(shares[: distributed.rank()])
+        share = slice(first, first + shares[distributed.rank()])
+        kept = [
+            Remembered(features=self.features[direction, : len(features[0])], present=present, share=share)
+            for direction in (0, 1)
+        ]
+        return _Recalled(
+            layout=layout,
+            rows=rows,
+            mean=mean,
+            used=used,
+            present=present,
+            share=share,
+            columns=kept,
+            features=features,
+        )
+
+    def _features(self, batch: Batch, direction: int) -> Tensor:
+        """(F, B) of this rank's pairs as columns of a direction."""
+        weight = batch.log_weight_of(direction)
+        if weight is None:
+            return batch.anchors.new_zeros(0, len(batch.anchors), dtype=torch.int64)
+        features = column_features(weight)[:, : len(batch.anchors)]
+        if len(features) > MAX_FEATURES:
+            raise AnybatchError(
+                f"The log-weights know {len(features)} figures of a candidate; {MAX_FEATURES} are remembered. Merge some of the masks."
+            )
+        return features if len(features) else features.new_zeros(0, len(batch.anchors))
+
+    def _pull_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
+        """A term of value 0 whose derivative is the pull of the remembered queries on the batch's positives (anchors, on the way back)."""
+        if not torch.is_grad_enabled():
+            return batch.anchors.new_zeros(())
+        own, layout = batch.queries(1 - direction), recalled.layout
+        with torch.no_grad():
+            gradient = self._gradient_of_queries(batch, recalled, direction, side)
+            gradient *= distributed.world_size() / sum(layout.row_sizes)
+        term = (gradient * own).sum()
+        return term - term.detach()
+
+    def _gradient_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
+        """(B, D) sum over the remembered queries i of p_ij a~_i / tau for each of this rank's rows j."""
+        own, queries = batch.queries(1 - direction), recalled.queries(direction)
+        temperature = side.temperature.detach()
+        reverse = batch.log_weight_of(1 - direction)
+        num_columns = len(batch.candidates) if direction == 1 else len(batch.anchors)
+        everyone = Remembered(
+            features=recalled.columns[1 - direction].features,
+            present=recalled.present,
+            share=slice(0, self.memory_size),
+        )
+        weight = remove_absent(reverse, everyone, num_columns)
+        correction = 0.0
+        if self.corrected:
+            correction = math.log(self.num_rows - 1)
+            if not (reverse is not None and reverse.normalised):
+                columns = recalled.layout.column_sizes if direction == 0 else recalled.layout.row_sizes
+                correction -= (sum(columns) - 1 + recalled.present.sum()).clamp(min=1).log()
+        shift = correction - self.log_denominator[direction].to(own.dtype)
+        gradient = torch.zeros_like(own)
+        height = max(1, self.tile_bytes // (self.memory_size * own.element_size()))
+        for start in range(0, len(own), height):
+            rows = slice(start, min(start + height, len(own)))
+            logits = (own[rows] @ queries.T).div_(temperature).add_(shift)
+            logits += weight.tile(rows, slice(num_columns, num_columns + self.memory_size)).to(logits.dtype)
+            gradient[rows] = logits.clamp_(max=0).exp_() @ queries  # a share is at most 1, whatever moved since
+        return gradient / temperature
+
+    @torch.no_grad()
+    def _remember(self, batch: Batch, recalled: _Recalled, stats: list[tuple[SoftmaxStats, Side]]) -> None:
+        """Put all ranks' pairs in the place of the oldest."""
+        sizes, mean = recalled.layout.row_sizes, recalled.mean
+        anchors, positives = batch.anchors, batch.queries(1)
+        similarity = (anchors * positives).sum(dim=1)
+        absolute = [one.objective + similarity / side.temperature for one, side in stats]
+        absolute += [absolute[0]] * (2 - len(absolute))
+        local = torch.cat([anchors - mean[0], positives - mean[1], torch.stack(absolute, dim=1)], dim=1)
+        figures = distributed.gather_rows(local, sizes)[-self.memory_size :]
+        integers = distributed.gather_rows(torch.cat(recalled.features).T, sizes)[-self.memory_size :]
+        rows, width = recalled.rows[-self.memory_size :], anchors.shape[1]
+        self.rows[torch.isin(self.rows, recalled.rows)] = -1
+        place = (self.place + torch.arange(len(rows), device=rows.device)) % self.memory_size
+        dtype = self.embeddings.dtype
+        for side in (0, 1):
+            self.embeddings[side, place] = figures[:, side * width : (side + 1) * width].to(dtype)
+        self.log_denominator[:, place] = figures[:, 2 * width :].T.to(dtype)
+        self.rows[place] = rows
+        num_features = len(recalled.features[0])
+        self.features[:, :num_features, place] = integers.T.view(2, num_features, len(rows))
+        self.num_features.fill_(num_features)
+        self.place.copy_((self.place + len(rows)) % self.memory_size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Recalled:
+    """The memory beside one batch.
+
+    Attributes:
+        layout: Of the batch alone, over all ranks.
+        rows: (B_all,) rows of all ranks' batches.
+        mean: (2, D) of all ranks' anchors and positives; zeros where embeddings are not centred.
+        used: (2, S, D) remembered anchors and positives, moved to this batch's mean.
+        present: (S,) which places hold a pair that is not in the batch.
+        share: This rank's places.
+        columns: By direction, what is known of the remembered pairs as columns.
+        features: By direction, (F, B) the same of this rank's pairs.
+    """
+
+    layout: Layout
+    rows: Tensor
+    mean: Tensor
+    used: Tensor
+    present: Tensor
+    share: slice
+    columns: list[Remembered]
+    features: list[Tensor]
+
+    def queries(self, direction: int) -> Tensor:
+        """(S, D) what is scored against the others: remembered anchors (direction 0), or positives (1)."""
+        return self.used[direction]
+
+    def others(self, direction: int) -> Tensor:
+        """(S, D) what they are scored against."""
+        return self.used[1 - direction]

@@ -1,0 +1,169 @@
+"""Log-weights of candidates that came in earlier batches: what must be kept of a candidate, and how it is weighed beside a new batch.
+
+A log-weight is described by features of rows and columns (`log_weights`); the features of a column, kept with its embedding, are enough to
+weigh it against the rows of any later batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from anybatch.errors import AnybatchError
+from anybatch.losses.log_weights import (
+    ClusterLogWeight,
+    IdMask,
+    LogWeight,
+    PairMask,
+    SumLogWeight,
+    TensorLogWeight,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembered:
+    """Columns of earlier batches.
+
+    Attributes:
+        features: (F, S) int64, from `column_features`.
+        present: (S,) bool; the others are empty places.
+        share: Which of the S are appended as columns here (under several ranks, this rank's).
+    """
+
+    features: Tensor
+    present: Tensor
+    share: slice
+
+    def part(self, start: int, stop: int) -> Remembered:
+        """Some of the features."""
+        return replace(self, features=self.features[start:stop])
+
+
+def remove_absent(log_weight: LogWeight | None, remembered: Remembered, num_columns: int) -> LogWeight:
+    """`log_weight` for `num_columns` columns, with the remembered ones appended; empty places are removed.
+
+    Raises:
+        AnybatchError: Log-weights that say nothing of other candidates.
+    """
+    present = remembered.present[remembered.share]
+    empty = torch.zeros(1, num_columns + len(present), device=present.device)
+    empty[0, num_columns:].masked_fill_(~present, -torch.inf)
+    mask = TensorLogWeight(values=empty, normalised=False, by_row=False, by_column=True)
+    return mask if log_weight is None else SumLogWeight(terms=(extended(log_weight, remembered), mask))
+
+
+@singledispatch
+def column_features(log_weight: LogWeight) -> Tensor:
+    """(F, M) int64: what a log-weight knows of its columns.
+
+    Raises:
+        AnybatchError: It is of a kind that cannot be taken to another batch.
+    """
+    raise AnybatchError(
+        f"log_weight is a {type(log_weight).__name__}, which cannot weigh candidates of earlier batches. Give ids (anchor_id, candidate_id), "
+        "a PairMask or the arguments of a RowTable, or use a loss without remembered embeddings."
+    )
+
+
+@singledispatch
+def extended(log_weight: LogWeight, remembered: Remembered) -> LogWeight:
+    """The same log-weight with the remembered columns behind its own."""
+    column_features(log_weight)  # raises
+    raise NotImplementedError
+
+
+@column_features.register
+def _(log_weight: IdMask) -> Tensor:
+    return torch.stack([log_weight.column_id.long(), log_weight.column_anchor.long()])
+
+
+@extended.register
+def _(log_weight: IdMask, remembered: Remembered) -> IdMask:
+    column_id, column_anchor = remembered.features[:, remembered.share]
+    return replace(
+        log_weight,
+        column_id=torch.cat([log_weight.column_id, column_id]),
+        column_anchor=torch.cat([log_weight.column_anchor, column_anchor]),
+    )
+
+
+@column_features.register
+def _(log_weight: PairMask) -> Tensor:
+    return log_weight.column_key.long()[None]
+
+
+@extended.register
+def _(log_weight: PairMask, remembered: Remembered) -> PairMask:
+    return replace(log_weight, column_key=torch.cat([log_weight.column_key, remembered.features[0, remembered.share]]))
+
+
+@column_features.register
+def _(log_weight: ClusterLogWeight) -> Tensor:
+    factor, task = log_weight.column_factor, log_weight.column_task
+    cluster = log_weight.column_cluster.long()
+    bits = torch.zeros_like(cluster) if factor is None else factor.double().view(torch.int64)
+    return torch.stack([cluster, bits, torch.zeros_like(cluster) if task is None else task.long()])
+
+
+@extended.register
+def _(log_weight: ClusterLogWeight, remembered: Remembered) -> ClusterLogWeight:
+    """A row of another cluster comes in the batch with chance q, and is one of m remembered ones besides: it stands for 1 / (q + m / (n - 1)) rows,
+    as `exp(-other)` is q (n - 1). Those of the own cluster are in the batch itself, so that older copies of them are removed.
+    """
+    cluster, bits, task = remembered.features
+    share, own_task = remembered.share, log_weight.row_task
+    if own_task is None:
+        count = remembered.present.sum().double()
+    else:
+        count = ((own_task[:, None] == task) & remembered.present).sum(dim=1).double()
+
+    def among_more(weight: float | Tensor) -> float | Tensor:
+        lower = -((-torch.as_tensor(weight, dtype=torch.float64, device=cluster.device)).exp() + count).log()
+        return lower if lower.ndim else float(lower)
+
+    factor, column_task = log_weight.column_factor, log_weight.column_task
+    own = log_weight.column_cluster
+    return replace(
+        log_weight,
+        column_cluster=torch.cat([own, cluster[share]]),
+        other=among_more(log_weight.other),
+        remainder=None if log_weight.remainder is None else among_more(log_weight.remainder),
+        column_factor=None if factor is None else torch.cat([factor, bits[share].contiguous().view(torch.float64)]),
+        column_task=None if column_task is None else torch.cat([column_task, task[share]]),
+        column_remembered=torch.arange(len(own) + len(cluster[share]), device=own.device) >= len(own),
+    )
+
+
+@column_features.register
+def _(log_weight: TensorLogWeight) -> Tensor:
+    if log_weight.by_column:
+        raise AnybatchError(
+            f"log_weight is a tensor of shape {tuple(log_weight.values.shape)}, which does not cover the candidates of earlier batches. Give ids "
+            "(anchor_id, candidate_id), a PairMask or the arguments of a RowTable, or a tensor of shape (B, 1)."
+        )
+    return torch.zeros(0, log_weight.values.shape[1], dtype=torch.int64, device=log_weight.values.device)
+
+
+@extended.register
+def _(log_weight: TensorLogWeight, remembered: Remembered) -> TensorLogWeight:
+    return log_weight
+
+
+@column_features.register
+def _(log_weight: SumLogWeight) -> Tensor:
+    parts = [column_features(term) for term in log_weight.terms]
+    return torch.cat([part for part in parts if len(part)] or parts[:1])
+
+
+@extended.register
+def _(log_weight: SumLogWeight, remembered: Remembered) -> SumLogWeight:
+    terms: list[LogWeight] = []
+    start = 0
+    for term in log_weight.terms:
+        stop = start + len(column_features(term))
+        terms.append(extended(term, remembered.part(start, stop)))
+        start = stop
+    return SumLogWeight(terms=tuple(terms))
