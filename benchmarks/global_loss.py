@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from anybatch.evaluation.gradient_error import FrozenPairs, effective_batch_size, gradient_error, infonce_curve
-from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
+from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.base import Direction
 from anybatch.losses.config import LossConfig, build_loss
 from anybatch.mining import MiningConfig, mine_plan
@@ -70,6 +70,13 @@ def sogclr(gamma: float) -> Callable[[Setting], nn.Module]:
 def count_corrected(s: Setting) -> nn.Module:
     """No memory."""
     return CountCorrectedInfoNCE(s.num_rows, temperature=s.temperature, direction=s.direction)
+
+
+def cross_batch(memory_size: int) -> Callable[[Setting], nn.Module]:
+    """Recent batches remembered."""
+    return lambda s: CrossBatchInfoNCE(
+        s.num_rows, memory_size=memory_size, temperature=s.temperature, direction=s.direction
+    )
 
 
 def named(name: Literal["scent", "emc2", "glofnd", "nuclr", "isogclr"]) -> Callable[[Setting], nn.Module]:
@@ -119,6 +126,12 @@ METHODS = (
         run_in=10,
         batches=("mined",),
         batch_sizes=SLOW,
+    ),
+    Method(name="cross-batch 1,024", make=cross_batch(1024), run_in=1, batches=("random",)),
+    Method(name="cross-batch 4,096", make=cross_batch(4096), run_in=1, batches=("random",)),
+    Method(name="cross-batch 1,024, weights", make=cross_batch(1024), weights="inclusion", run_in=1, batches=CLUSTERED),
+    Method(
+        name="cross-batch 4,096, weights", make=cross_batch(4096), weights="inclusion", run_in=1, batches=("mined",)
     ),
     Method(name="SCENT", make=named("scent"), run_in=5, batch_sizes=SLOW),
     Method(name="EMC2", make=named("emc2"), run_in=5, batch_sizes=SLOW, batches=("random",)),

@@ -185,15 +185,13 @@ def make_loss(name: str, weights: Literal["none", "inclusion"], task: Task, plan
     if name == "cluster_centres":
         return ClusterCentres(plan.cluster, dimensions=WIDTH, temperature=task.temperature)
     if name == "cross_batch_one_sided":
-        return OneSided(
-            len(task.train), dimensions=WIDTH, temperature=task.temperature, direction=task.direction, corrected=False
-        )
+        return OneSided(len(task.train), temperature=task.temperature, direction=task.direction, corrected=False)
     name, *settings = name.split(",")
     config = LossConfig(
         name=name,  # pyright: ignore[reportArgumentType] - `build_loss` knows the names
         temperature=task.temperature,
         direction=task.direction,
-        dimensions=WIDTH if name in ("tempnet", "cross_batch") else None,
+        dimensions=WIDTH if name == "tempnet" else None,
         weights=weights,
         **{key: json.loads(value) for key, value in (setting.split("=") for setting in settings)},
     )

@@ -7,6 +7,7 @@ from anybatch.losses import (
     NUCLR,
     SCENT,
     CountCorrectedInfoNCE,
+    CrossBatchInfoNCE,
     DecoupledInfoNCE,
     FastCLIP,
     GammaSchedule,
@@ -37,6 +38,7 @@ STATEFUL = {
     "glofnd": lambda **k: GloFND(ROWS, gamma=0.4, alpha=0.3, threshold_start=1, **k),
     "emc2": lambda **k: EMC2(ROWS, learnable_temperature=True, **k),
     "emc2 with states": lambda **k: EMC2(ROWS, dimensions=WIDTH, learnable_temperature=True, **k),
+    "cross batch": lambda **k: CrossBatchInfoNCE(ROWS, memory_size=11, learnable_temperature=True, **k),
     "scent": lambda **k: SCENT(ROWS, alpha=0.3, **k),
 }
 ALL = {**STATELESS, **STATEFUL}

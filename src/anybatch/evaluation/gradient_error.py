@@ -38,7 +38,18 @@ from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
 from anybatch.evaluation.full_gradient import full_gradient, full_gradient_both, known_pairs, tangent
-from anybatch.losses import EMC2, NUCLR, GammaSchedule, GloFND, IdMask, InfoNCE, LogWeight, PairMask, SumLogWeight
+from anybatch.losses import (
+    EMC2,
+    NUCLR,
+    CrossBatchInfoNCE,
+    GammaSchedule,
+    GloFND,
+    IdMask,
+    InfoNCE,
+    LogWeight,
+    PairMask,
+    SumLogWeight,
+)
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
 from anybatch.plan import BatchPlan
@@ -337,7 +348,9 @@ def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, 
     loss.train()
     # Batches without a probe can be skipped where all that is remembered belongs to single rows, and a probe's gradient asks for its own row's state only:
     # two-way, it is a candidate of the batch's other rows as well, at their states.
-    shared = isinstance(loss, (NUCLR, GloFND, EMC2)) or any(isinstance(m, GammaSchedule) for m in loss.modules())
+    shared = isinstance(loss, (NUCLR, GloFND, EMC2, CrossBatchInfoNCE)) or any(
+        isinstance(m, GammaSchedule) for m in loss.modules()
+    )
     shared = shared or (pairs.direction == "both" and any(True for _ in loss.buffers()))
     for epoch in range(run_in + epochs):
         table.set_epoch(epoch)

@@ -18,7 +18,7 @@ KNOWN: dict[str, frozenset[str]] = {
     "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
     "decoupled": frozenset({"learnable_temperature", "ring"}),
     "count_corrected": frozenset({"learnable_temperature", "ring"}),
-    "cross_batch": frozenset({"learnable_temperature", "dimensions", "memory_size", "corrected", "centred"}),
+    "cross_batch": frozenset({"learnable_temperature", "memory_size", "corrected", "centred"}),
     "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL, *_MEMORY}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
@@ -49,7 +49,7 @@ class LossConfig:
 
     Attributes:
         name: "infonce", "decoupled" (no positive in the denominator), "count_corrected" (the batch's negatives stand for the
-            whole data set; no memory), "sogclr" (a running denominator for each example), "fastclip" (the same in both directions,
+            whole data set; no memory), "cross_batch" (the same with the embeddings of recent batches), "sogclr" (a running denominator for each example), "fastclip" (the same in both directions,
             with a temperature of four kinds), "isogclr" (a temperature for each example), "tempnet" (a temperature from the embedding),
             "nuclr" (a margin for each candidate), "glofnd" (drops likely false negatives), "emc2" (a chain of negatives for each
             example), "scent" (forgetting by a proximal step), "siglip" (a yes-or-no question a pair; published with temperature 0.1, learned),
@@ -66,7 +66,7 @@ class LossConfig:
         rho: fastclip v2 and v3, isogclr, tempnet: radius of the robust objective.
         temperature_range: fastclip but for v1, isogclr, tempnet: lowest and highest temperature.
         temperature_lr: fastclip v2, isogclr: step of an example's temperature.
-        dimensions: cross_batch, tempnet: width of the embeddings. emc2: likewise, to keep the embeddings of the chains' states.
+        dimensions: tempnet: width of the embeddings. emc2: likewise, to keep the embeddings of the chains' states.
         memory_size: cross_batch: pairs remembered.
         corrected: cross_batch: weight negatives to stand for all rows, as count_corrected does.
         centred: cross_batch: take the common drift of the embeddings away.
@@ -172,10 +172,8 @@ class LossConfig:
         if self.gamma_steps_per_epoch is not None and self.gamma_steps is None:
             raise AnybatchError("loss.gamma_steps_per_epoch needs loss.gamma_steps, the length of the cosine.")
         self._check_matryoshka()
-        if self.name in ("tempnet", "cross_batch") and self.dimensions is None and self.matryoshka is None:
-            raise AnybatchError(
-                f"loss.dimensions is missing; {self.name} needs the width of the embeddings, such as 384."
-            )
+        if self.name == "tempnet" and self.dimensions is None and self.matryoshka is None:
+            raise AnybatchError("loss.dimensions is missing; tempnet needs the width of the embeddings, such as 384.")
         if self.name not in KNOWN:
             raise AnybatchError(f"loss.name is {self.name!r}; expected one of {', '.join(KNOWN)}.")
         unknown = sorted(set(self._given()) - KNOWN[self.name])
@@ -259,7 +257,7 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
     if config.matryoshka is not None:
         parts = []
         for width in config.matryoshka:
-            own_width = width if config.name in ("tempnet", "cross_batch") else None
+            own_width = width if config.name == "tempnet" else None
             of_prefix = replace(config, matryoshka=None, matryoshka_weights=None, dimensions=own_width)
             parts.append(build_loss(of_prefix, num_rows=num_rows))
         return losses.Matryoshka(parts, config.matryoshka, weights=config.matryoshka_weights)

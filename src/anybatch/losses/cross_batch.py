@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax
 from anybatch.losses.infonce import CountCorrected, WithPositive
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.per_example import Keys, only_growing
-from anybatch.losses.remembered_columns import Remembered, column_features, remove_absent
+from anybatch.losses.remembered_columns import Remembered, column_features, with_remembered
 
 MAX_FEATURES = 12  # int64 a remembered pair for its log-weights: ids take 2, a list of pairs 1, clusters 3
 
@@ -37,7 +38,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
     Args:
         num_rows: n, rows of the data set.
-        dimensions: D, width of the embeddings.
         memory_size: S, pairs remembered: the newest, at most one a row. About fifteen batches were best from scratch (docs/methods.md); what moves
             more slowly, as in fine-tuning, may remember more.
         corrected: Weight the k negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for the softmax over what is there.
@@ -62,7 +62,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self,
         num_rows: int,
         *,
-        dimensions: int,
         memory_size: int = 1024,
         corrected: bool = True,
         centred: bool = True,
@@ -79,9 +78,8 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
-        for name, value, least in (("num_rows", num_rows, 2), ("dimensions", dimensions, 1)):
-            if value < least:
-                raise AnybatchError(f"{name} is {value}; expected at least {least}.")
+        if num_rows < 2:
+            raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")
         if memory_size < 1:
             raise AnybatchError(
                 f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without memory use CountCorrectedInfoNCE."
@@ -92,13 +90,15 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self.rows: Tensor
         self.features: Tensor
         self.num_features: Tensor
-        self.place: Tensor
-        self.register_buffer("embeddings", torch.zeros(2, memory_size, dimensions))  # of anchors, of positives
+        self.stamps: Tensor
+        self.register_buffer(
+            "embeddings", torch.zeros(2, memory_size, 0)
+        )  # of anchors, of positives; D from the first call
         self.register_buffer("log_denominator", torch.zeros(2, memory_size))  # as queries, by direction, not relative
         self.register_buffer("rows", torch.full((memory_size,), -1))  # -1: empty
         self.register_buffer("features", torch.zeros(2, MAX_FEATURES, memory_size, dtype=torch.int64))
         self.register_buffer("num_features", torch.tensor(-1))  # of them in use; -1 before anything was remembered
-        self.register_buffer("place", torch.tensor(0))  # where the next pair goes
+        self.register_buffer("stamps", torch.full((memory_size,), -1))  # the newest is the greatest; -1 where empty
 
     def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
         """See `ContrastiveLoss.grow`."""
@@ -136,7 +136,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             queries = batch.queries(direction)
             others = batch.candidates if direction == 0 else batch.anchors
             side = self._side(batch, direction=direction)
-            weight = remove_absent(side.log_weight, recalled.columns[direction], len(others))
+            weight = with_remembered(side.log_weight, recalled.columns[direction])
             columns = torch.cat([others, recalled.others(direction)[recalled.share]])
             loss, one = softmax_loss(
                 queries,
@@ -166,17 +166,26 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         """The arguments, checked and normalised."""
         batch = self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id)
         if index is None:
-            raise AnybatchError("This loss remembers rows: give index=, the batch's row numbers in the data set.")
-        if len(index) and not (0 <= int(index.min()) and int(index.max()) < self.num_rows):
+            raise AnybatchError("This loss remembers rows: give index=, the row numbers of the batch in the data set.")
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.num_rows):
             raise AnybatchError(
-                f"index goes from {int(index.min())} to {int(index.max())}; expected rows 0 to {self.num_rows - 1}."
+                f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {self.num_rows - 1}. "
+                "Make the loss with the num_rows of this data set."
             )
-        if batch.anchors.shape[1] != self.embeddings.shape[2]:
+        width = batch.anchors.shape[1]
+        if width != self.embeddings.shape[2] and int(self.num_features) >= 0:
             raise AnybatchError(
-                f"The loss remembers embeddings of {self.embeddings.shape[2]} dimensions, these have {batch.anchors.shape[1]}. "
-                "Give CrossBatchInfoNCE the dimensions of the model's embeddings."
+                f"The loss remembers embeddings of {self.embeddings.shape[2]} dimensions, these have {width}. Use one loss a width "
+                "(anybatch.losses.Matryoshka makes them)."
             )
         return batch
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """The width comes with the state."""
+        saved = state_dict.get(prefix + "embeddings")
+        if saved is not None and saved.shape[:2] == self.embeddings.shape[:2]:
+            self.embeddings = self.embeddings.new_zeros(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @torch.no_grad()
     def _recall(self, batch: Batch) -> _Recalled:
@@ -190,7 +199,10 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         mean = distributed.sum_over_ranks(sums) / len(rows)
         if not self.centred:
             mean = torch.zeros_like(mean)
-        used = self.embeddings.to(anchors.dtype) + mean[:, None]
+        remembered = self.embeddings
+        if int(self.num_features) < 0:
+            remembered = remembered.new_zeros(2, self.memory_size, anchors.shape[1])
+        used = remembered.to(anchors.dtype) + mean[:, None]
         if self.normalize:
             used = nn.functional.normalize(used, dim=2)
         features = [self._features(batch, direction) for direction in (0, 1)]
@@ -205,8 +217,10 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         first = sum(shares[: distributed.rank()])
         share = slice(first, first + shares[distributed.rank()])
         kept = [
-            Remembered(features=self.features[direction, : len(features[0])], present=present, share=share)
-            for direction in (0, 1)
+            Remembered(
+                num_columns=number, features=self.features[direction, : len(features[0])], present=present, share=share
+            )
+            for direction, number in enumerate((len(batch.candidates), len(anchors)))
         ]
         return _Recalled(
             layout=layout,
@@ -224,12 +238,13 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         weight = batch.log_weight_of(direction)
         if weight is None:
             return batch.anchors.new_zeros(0, len(batch.anchors), dtype=torch.int64)
-        features = column_features(weight)[:, : len(batch.anchors)]
+        num_columns = len(batch.candidates) if direction == 0 else len(batch.anchors)
+        features = column_features(weight, num_columns)[:, : len(batch.anchors)]
         if len(features) > MAX_FEATURES:
             raise AnybatchError(
                 f"The log-weights know {len(features)} figures of a candidate; {MAX_FEATURES} are remembered. Merge some of the masks."
             )
-        return features if len(features) else features.new_zeros(0, len(batch.anchors))
+        return features
 
     def _pull_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
         """A term of value 0 whose derivative is the pull of the remembered queries on the batch's positives (anchors, on the way back)."""
@@ -247,26 +262,22 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         own, queries = batch.queries(1 - direction), recalled.queries(direction)
         temperature = side.temperature.detach()
         reverse = batch.log_weight_of(1 - direction)
-        num_columns = len(batch.candidates) if direction == 1 else len(batch.anchors)
-        everyone = Remembered(
-            features=recalled.columns[1 - direction].features,
-            present=recalled.present,
-            share=slice(0, self.memory_size),
-        )
-        weight = remove_absent(reverse, everyone, num_columns)
+        everyone = replace(recalled.columns[1 - direction], share=slice(0, self.memory_size))
+        weight = with_remembered(reverse, everyone)
+        columns_of_all = slice(everyone.num_columns, everyone.num_columns + self.memory_size)
         correction = 0.0
         if self.corrected:
             correction = math.log(self.num_rows - 1)
             if not (reverse is not None and reverse.normalised):
                 columns = recalled.layout.column_sizes if direction == 0 else recalled.layout.row_sizes
-                correction -= (sum(columns) - 1 + recalled.present.sum()).clamp(min=1).log()
+                correction -= math.log(max(1, sum(columns) - 1 + int(recalled.present.sum())))
         shift = correction - self.log_denominator[direction].to(own.dtype)
         gradient = torch.zeros_like(own)
         height = max(1, self.tile_bytes // (self.memory_size * own.element_size()))
         for start in range(0, len(own), height):
             rows = slice(start, min(start + height, len(own)))
             logits = (own[rows] @ queries.T).div_(temperature).add_(shift)
-            logits += weight.tile(rows, slice(num_columns, num_columns + self.memory_size)).to(logits.dtype)
+            logits += weight.tile(rows, columns_of_all).to(logits.dtype)
             gradient[rows] = logits.clamp_(max=0).exp_() @ queries  # a share is at most 1, whatever moved since
         return gradient / temperature
 
@@ -282,8 +293,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         figures = distributed.gather_rows(local, sizes)[-self.memory_size :]
         integers = distributed.gather_rows(torch.cat(recalled.features).T, sizes)[-self.memory_size :]
         rows, width = recalled.rows[-self.memory_size :], anchors.shape[1]
-        self.rows[torch.isin(self.rows, recalled.rows)] = -1
-        place = (self.place + torch.arange(len(rows), device=rows.device)) % self.memory_size
+        if int(self.num_features) < 0:
+            self.embeddings = self.embeddings.new_zeros(2, self.memory_size, width)
+        superseded = torch.isin(self.rows, recalled.rows)
+        self.rows[superseded], self.stamps[superseded] = -1, -1
+        place = torch.argsort(self.stamps, stable=True)[: len(rows)]  # empty places, then the oldest
+        self.stamps[place] = self.stamps.max() + 1 + torch.arange(len(rows), device=rows.device)
         dtype = self.embeddings.dtype
         for side in (0, 1):
             self.embeddings[side, place] = figures[:, side * width : (side + 1) * width].to(dtype)
@@ -292,7 +307,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         num_features = len(recalled.features[0])
         self.features[:, :num_features, place] = integers.T.view(2, num_features, len(rows))
         self.num_features.fill_(num_features)
-        self.place.copy_((self.place + len(rows)) % self.memory_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

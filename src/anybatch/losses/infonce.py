@@ -163,9 +163,12 @@ class _Hardness:
 
 
 class WithPositive:
+    """The rule of InfoNCE: the softmax over what is there."""
+
     row_wise = True
 
     def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """See `Rule`."""
         log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
         return log_denominator, log_denominator
 
@@ -179,11 +182,20 @@ class _WithoutPositive:
 
 @dataclass(frozen=True, kw_only=True)
 class CountCorrected:
+    """The rule of `CountCorrectedInfoNCE`.
+
+    Attributes:
+        log_num_others: log (n - 1).
+        normalised: Whether the log-weights make the log-sum an estimate of the log-mean over the data.
+        row_wise: See `Rule`.
+    """
+
     log_num_others: float
     normalised: bool
     row_wise: bool = True
 
     def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """See `Rule`."""
         if self.normalised:
             correction = torch.full_like(log_sum, self.log_num_others)
         else:

@@ -28,11 +28,13 @@ class Remembered:
     """Columns of earlier batches.
 
     Attributes:
+        num_columns: M, of the batch here; the remembered ones come behind.
         features: (F, S) int64, from `column_features`.
         present: (S,) bool; the others are empty places.
         share: Which of the S are appended as columns here (under several ranks, this rank's).
     """
 
+    num_columns: int
     features: Tensor
     present: Tensor
     share: slice
@@ -42,21 +44,21 @@ class Remembered:
         return replace(self, features=self.features[start:stop])
 
 
-def remove_absent(log_weight: LogWeight | None, remembered: Remembered, num_columns: int) -> LogWeight:
-    """`log_weight` for `num_columns` columns, with the remembered ones appended; empty places are removed.
+def with_remembered(log_weight: LogWeight | None, remembered: Remembered) -> LogWeight:
+    """`log_weight` with the remembered columns appended, of which empty places are removed.
 
     Raises:
         AnybatchError: Log-weights that say nothing of other candidates.
     """
     present = remembered.present[remembered.share]
-    empty = torch.zeros(1, num_columns + len(present), device=present.device)
-    empty[0, num_columns:].masked_fill_(~present, -torch.inf)
+    empty = torch.zeros(1, remembered.num_columns + len(present), device=present.device)
+    empty[0, remembered.num_columns :].masked_fill_(~present, -torch.inf)
     mask = TensorLogWeight(values=empty, normalised=False, by_row=False, by_column=True)
     return mask if log_weight is None else SumLogWeight(terms=(extended(log_weight, remembered), mask))
 
 
 @singledispatch
-def column_features(log_weight: LogWeight) -> Tensor:
+def column_features(log_weight: LogWeight, num_columns: int) -> Tensor:
     """(F, M) int64: what a log-weight knows of its columns.
 
     Raises:
@@ -71,12 +73,12 @@ def column_features(log_weight: LogWeight) -> Tensor:
 @singledispatch
 def extended(log_weight: LogWeight, remembered: Remembered) -> LogWeight:
     """The same log-weight with the remembered columns behind its own."""
-    column_features(log_weight)  # raises
+    column_features(log_weight, remembered.num_columns)  # raises
     raise NotImplementedError
 
 
 @column_features.register
-def _(log_weight: IdMask) -> Tensor:
+def _(log_weight: IdMask, num_columns: int) -> Tensor:
     return torch.stack([log_weight.column_id.long(), log_weight.column_anchor.long()])
 
 
@@ -91,7 +93,7 @@ def _(log_weight: IdMask, remembered: Remembered) -> IdMask:
 
 
 @column_features.register
-def _(log_weight: PairMask) -> Tensor:
+def _(log_weight: PairMask, num_columns: int) -> Tensor:
     return log_weight.column_key.long()[None]
 
 
@@ -101,7 +103,7 @@ def _(log_weight: PairMask, remembered: Remembered) -> PairMask:
 
 
 @column_features.register
-def _(log_weight: ClusterLogWeight) -> Tensor:
+def _(log_weight: ClusterLogWeight, num_columns: int) -> Tensor:
     factor, task = log_weight.column_factor, log_weight.column_task
     cluster = log_weight.column_cluster.long()
     bits = torch.zeros_like(cluster) if factor is None else factor.double().view(torch.int64)
@@ -138,24 +140,29 @@ def _(log_weight: ClusterLogWeight, remembered: Remembered) -> ClusterLogWeight:
 
 
 @column_features.register
-def _(log_weight: TensorLogWeight) -> Tensor:
-    if log_weight.by_column:
+def _(log_weight: TensorLogWeight, num_columns: int) -> Tensor:
+    values = log_weight.values
+    if log_weight.by_row and log_weight.by_column:
         raise AnybatchError(
-            f"log_weight is a tensor of shape {tuple(log_weight.values.shape)}, which does not cover the candidates of earlier batches. Give ids "
-            "(anchor_id, candidate_id), a PairMask or the arguments of a RowTable, or a tensor of shape (B, 1)."
+            f"log_weight is a tensor of shape {tuple(values.shape)}, which does not cover the candidates of earlier batches. Give ids "
+            "(anchor_id, candidate_id), a PairMask or the arguments of a RowTable, or a tensor of shape (1, M) or (B, 1)."
         )
-    return torch.zeros(0, log_weight.values.shape[1], dtype=torch.int64, device=log_weight.values.device)
+    of_columns = values.double() if log_weight.by_column else values.new_zeros(1, 1, dtype=torch.float64)
+    return of_columns.expand(1, num_columns).contiguous().view(torch.int64)
 
 
 @extended.register
 def _(log_weight: TensorLogWeight, remembered: Remembered) -> TensorLogWeight:
-    return log_weight
+    if not log_weight.by_column:
+        return log_weight
+    kept = remembered.features[:, remembered.share].contiguous().view(torch.float64)
+    own = log_weight.values.expand(1, remembered.num_columns)
+    return replace(log_weight, values=torch.cat([own, kept.to(own.dtype)], dim=1))
 
 
 @column_features.register
-def _(log_weight: SumLogWeight) -> Tensor:
-    parts = [column_features(term) for term in log_weight.terms]
-    return torch.cat([part for part in parts if len(part)] or parts[:1])
+def _(log_weight: SumLogWeight, num_columns: int) -> Tensor:
+    return torch.cat([column_features(term, num_columns) for term in log_weight.terms])
 
 
 @extended.register
@@ -163,7 +170,7 @@ def _(log_weight: SumLogWeight, remembered: Remembered) -> SumLogWeight:
     terms: list[LogWeight] = []
     start = 0
     for term in log_weight.terms:
-        stop = start + len(column_features(term))
+        stop = start + len(column_features(term, remembered.num_columns))
         terms.append(extended(term, remembered.part(start, stop)))
         start = stop
     return SumLogWeight(terms=tuple(terms))

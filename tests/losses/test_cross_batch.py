@@ -1,0 +1,413 @@
+"""Remembered embeddings against a naive twin that keeps a list of pairs and writes every term out."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from anybatch.errors import AnybatchError
+from anybatch.losses import (
+    ClusterLogWeight,
+    CountCorrectedInfoNCE,
+    CrossBatchInfoNCE,
+    IdMask,
+    InfoNCE,
+    PairMask,
+    SumLogWeight,
+    TensorLogWeight,
+)
+
+N, WIDTH, BATCH, SIZE, TAU = 50, 5, 6, 10, 0.3
+SAME, OTHER, LOOSE = math.log(1 / (N - 1)), math.log(4 / (N - 1)), math.log(7 / (N - 1))
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+class World:
+    """What is known of every row: ids with repetitions, clusters (some rows in none), data sets, listed pairs."""
+
+    def __init__(self, *, ids=False, pairs=False, clusters=False, tasks=False):
+        generator = torch.Generator().manual_seed(9)
+        self.ids, self.pairs, self.clusters, self.tasks = ids, pairs, clusters, tasks
+        self.anchor = torch.randint(30, (N,), generator=generator)
+        self.positive = torch.randint(30, (N,), generator=generator)
+        self.cluster = torch.arange(N) // 5
+        self.cluster[::7] = -2 - torch.arange(N)[::7]
+        self.task = (torch.arange(N) // 5) % 2 if tasks else torch.zeros(N, dtype=torch.int64)
+        self.keys = torch.unique(torch.randint(N * 30, (300,), generator=generator)) if pairs else torch.empty(0)
+
+    def log_weight(self, i, j, *, back, alive, remembered):
+        """Of row i as query and row j as candidate, as numbers; `remembered`: j comes from the memory, `alive` are all its rows."""
+        if i == j:
+            return -math.inf
+        one, two = (j, i) if back else (i, j)  # the pair as anchor and positive
+        if self.ids and (self.positive[i] == self.positive[j] or self.anchor[i] == self.anchor[j]):
+            return -math.inf
+        if self.pairs and (one * 30 + self.positive[two]) in self.keys:
+            return -math.inf
+        if not self.clusters:
+            return 0.0
+        if self.tasks and self.task[i] != self.task[j]:
+            return -math.inf
+        same = self.cluster[i] == self.cluster[j]
+        if same:
+            return -math.inf if remembered else SAME
+        among = [r for r in alive if not self.tasks or self.task[r] == self.task[i]]
+        rest = LOOSE if self.cluster[j] < 0 else OTHER
+        return -math.log(math.exp(-rest) + len(among))
+
+    def arguments(self, index):
+        terms = []
+        if self.pairs:
+            terms.append(PairMask(row_key=index * 30, column_key=self.positive[index], keys=self.keys))
+        if self.clusters:
+            task = self.task[index] if self.tasks else None
+            terms.append(
+                ClusterLogWeight(
+                    row_cluster=self.cluster[index],
+                    column_cluster=self.cluster[index],
+                    same=SAME,
+                    other=torch.full((len(index),), OTHER, dtype=torch.float64),
+                    remainder=LOOSE,
+                    row_task=task,
+                    column_task=task,
+                )
+            )
+        arguments = {"index": index}
+        if self.ids:
+            arguments |= {"anchor_id": self.anchor[index], "candidate_id": self.positive[index]}
+        if terms:
+            arguments["log_weight"] = SumLogWeight(terms=tuple(terms))
+        return arguments
+
+
+class Twin:
+    """One process, float64, a list of pairs: (row, anchor, positive, log-denominators), relative to the mean of their batch."""
+
+    def __init__(self, world, *, corrected=True, centred=True, both=False, size=SIZE):
+        self.world, self.corrected, self.centred, self.both, self.size = world, corrected, centred, both, size
+        self.pairs = []
+
+    def _shift(self, k):
+        if not self.corrected:
+            return 0.0
+        return math.log(N - 1) if self.world.clusters else math.log((N - 1) / max(1, k))
+
+    def _direction(self, back, index, queries, others, memory):
+        alive = [row for row, *_ in memory]
+        total, absolute = 0.0, []
+        for i in range(len(index)):
+            terms, positive = [], queries[i] @ others[i] / TAU
+            columns = [(row, others[j], False) for j, row in enumerate(index)] + [
+                (row, sides[1 - back], True) for row, *sides, _ in memory
+            ]
+            weights = [
+                (
+                    self.world.log_weight(index[i], row, back=back, alive=alive, remembered=remembered)
+                    if (remembered or c != i)
+                    else -math.inf,
+                    vector,
+                )
+                for c, (row, vector, remembered) in enumerate(columns)
+            ]
+            kept = [(weight, vector) for weight, vector in weights if weight > -math.inf]
+            terms = [queries[i] @ vector / TAU + weight + self._shift(len(kept)) for weight, vector in kept]
+            log_denominator = torch.logsumexp(torch.stack([positive, *terms]), dim=0)
+            total = total + log_denominator - positive
+            absolute.append(log_denominator.detach())
+        # The pull of remembered queries on the batch's positives: value 0.
+        for row, *sides, log_denominators in memory:
+            for j in range(len(index)):
+                weight = self.world.log_weight(index[j], row, back=not back, alive=alive, remembered=True)
+                if weight > -math.inf:
+                    score = sides[back] @ others[j] / TAU
+                    shift = self._shift(len(index) - 1 + len(memory))
+                    pull = (score + weight + shift - log_denominators[back]).exp().clamp(max=1).detach()
+                    total = total + pull * (score - score.detach())
+        return total / len(index), absolute
+
+    def __call__(self, anchors, positives, index):
+        anchors, positives, index = unit(anchors), unit(positives), index.tolist()
+        means = [side.detach().mean(dim=0) * self.centred for side in (anchors, positives)]
+        memory = [
+            (row, unit(a + means[0]), unit(p + means[1]), logs) for row, a, p, logs in self.pairs if row not in index
+        ]
+        loss, forward = self._direction(0, index, anchors, positives, memory)
+        back = forward
+        if self.both:
+            other, back = self._direction(1, index, positives, anchors, memory)
+            loss = (loss + other) / 2
+        new = [
+            (row, anchors[i].detach() - means[0], positives[i].detach() - means[1], (forward[i], back[i]))
+            for i, row in enumerate(index)
+        ]
+        self.pairs = [*(pair for pair in self.pairs if pair[0] not in index), *new][-self.size :]
+        return loss
+
+
+def draw(step, rows=BATCH):
+    generator = torch.Generator().manual_seed(step)
+    sides = [torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    index = torch.randperm(12, generator=generator)[:rows] * 4  # rows come again while they are remembered
+    return *sides, index
+
+
+WORLDS = {
+    "plain": {},
+    "ids": {"ids": True},
+    "ids and pairs": {"ids": True, "pairs": True},
+    "clusters": {"clusters": True},
+    "everything": {"ids": True, "pairs": True, "clusters": True, "tasks": True},
+}
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 2**20])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("world", WORLDS)
+def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
+    known = World(**WORLDS[world])
+    loss = CrossBatchInfoNCE(
+        N, memory_size=SIZE, temperature=TAU, direction="both" if both else "one_way", tile_bytes=tile_bytes
+    ).double()
+    twin = Twin(known, both=both)
+    for step, rows in enumerate([6, 6, 4, 1, 6, 6, 5]):
+        anchors, positives, index = draw(step, rows)
+        value = loss(anchors, positives, **known.arguments(index))
+        mine = torch.autograd.grad(value, [anchors, positives])
+        expected = twin(anchors, positives, index)
+        theirs = torch.autograd.grad(expected, [anchors, positives])
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    assert sorted(loss.rows[loss.rows >= 0].tolist()) == sorted(row for row, *_ in twin.pairs)
+
+
+@pytest.mark.parametrize(("corrected", "centred"), [(False, True), (True, False), (False, False)])
+def test_options_equal_the_twin(corrected, centred):
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, corrected=corrected, centred=centred).double()
+    twin = Twin(World(), corrected=corrected, centred=centred)
+    for step in range(4):
+        anchors, positives, index = draw(step)
+        mine = torch.autograd.grad(loss(anchors, positives, index=index), [anchors, positives])
+        theirs = torch.autograd.grad(twin(anchors, positives, index), [anchors, positives])
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("direction", ["one_way", "both"])
+@pytest.mark.parametrize(
+    ("corrected", "plain"), [(True, lambda **k: CountCorrectedInfoNCE(N, **k)), (False, lambda **k: InfoNCE(**k))]
+)
+def test_the_first_batch_is_that_of_the_loss_without_memory(corrected, plain, direction):
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, direction=direction, corrected=corrected).double()
+    other = plain(temperature=TAU, direction=direction).double()
+    anchors, positives, index = draw(0)
+    mine, theirs = loss(anchors, positives, index=index), other(anchors, positives, index=index)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+    for one, two in zip(
+        torch.autograd.grad(mine, [anchors, positives]), torch.autograd.grad(theirs, [anchors, positives]), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("direction", ["one_way", "both"])
+def test_embeddings_that_stand_still_give_the_gradient_of_all_data(direction):
+    """When everything but the batch is remembered, and no mean moves, the gradient is that of the softmax over all rows, on both sides."""
+    generator = torch.Generator().manual_seed(1)
+    sides = [unit(torch.randn(N, WIDTH, generator=generator, dtype=torch.float64)) for _ in range(2)]
+    loss = CrossBatchInfoNCE(N, memory_size=N, temperature=TAU, direction=direction, centred=False).double()
+    full = [side.clone().requires_grad_() for side in sides]
+    InfoNCE(temperature=TAU, direction=direction)(*full).mul(N).backward()
+    for epoch in range(5):
+        order = torch.randperm(N, generator=generator).split(10)
+        for index in order:
+            batch = [side[index].requires_grad_() for side in sides]
+            loss(*batch, index=index).mul(len(index)).backward()
+            if epoch == 4:  # denominators of the first epochs knew fewer rows
+                for mine, whole in zip(batch, full, strict=True):
+                    torch.testing.assert_close(mine.grad, whole.grad[index], rtol=1e-8, atol=1e-10)
+
+
+def test_a_common_drift_is_taken_away():
+    """All embeddings move by one vector between two batches: remembered ones follow, but for what the normalisation does."""
+    generator = torch.Generator().manual_seed(2)
+    points, drift = torch.randn(40, 2, 64, generator=generator, dtype=torch.float64) / 8, torch.zeros(64).double()
+    drift[0] = 1.0
+    losses = {
+        centred: CrossBatchInfoNCE(40, memory_size=20, centred=centred, normalize=False, temperature=TAU).double()
+        for centred in (True, False)
+    }
+    for loss in losses.values():
+        loss(points[:20, 0], points[:20, 1], index=torch.arange(20))
+        loss(points[20:, 0] + drift, points[20:, 1] + drift, index=torch.arange(20, 40))
+    mean = points[:20].mean(dim=0)
+    for loss, expected in ((losses[True], points[:20] - mean), (losses[False], points[:20])):
+        fresh = CrossBatchInfoNCE(40, memory_size=20, centred=loss.centred, normalize=False, temperature=TAU).double()
+        fresh(points[:20, 0], points[:20, 1], index=torch.arange(20))
+        torch.testing.assert_close(fresh.embeddings, expected.transpose(0, 1))
+    moved, stayed = (
+        (points[20:] + drift).mean(dim=(0, 1))[0],
+        points[:20].mean(dim=(0, 1))[0],
+    )
+    assert moved - stayed > 0.9
+    batch = draw_batch(losses[True], points[20:] + drift)
+    assert abs(batch.used[..., 0].mean() - moved) < 1e-9
+    assert (
+        abs(draw_batch(losses[False], points[20:] + drift).used[..., 0].mean() - moved) < 1e-9
+    )  # the last batch is remembered
+    first = CrossBatchInfoNCE(40, memory_size=20, centred=False, normalize=False, temperature=TAU).double()
+    first(points[:20, 0], points[:20, 1], index=torch.arange(20))
+    assert abs(draw_batch(first, points[20:] + drift).used[..., 0].mean() - stayed) < 1e-9
+
+
+def draw_batch(loss, points):
+    return loss._recall(loss._batch(points[:, 0], points[:, 1], torch.arange(20, 40), None, None, None))
+
+
+def test_explicit_negatives_are_the_batchs_alone():
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU).double()
+    anchors, positives, index = draw(0)
+    negatives = torch.randn(4, WIDTH, dtype=torch.float64)
+    loss(anchors, torch.cat([positives, negatives]), index=index)
+    assert loss.last_stats["num_negatives"] == BATCH - 1 + 4
+    remembered = loss.rows[loss.rows >= 0]
+    assert remembered.tolist() == index.tolist()
+    anchors, positives, index = draw(1)
+    loss(anchors, positives, index=index)
+    new = BATCH - len(set(index.tolist()) & set(remembered.tolist()))
+    assert loss.last_stats["num_negatives"] == BATCH - 1 + new
+
+
+def test_a_batch_larger_than_the_memory_leaves_its_last_rows():
+    loss = CrossBatchInfoNCE(N, memory_size=4, temperature=TAU)
+    index = torch.arange(10, 19)
+    loss(torch.randn(9, WIDTH), torch.randn(9, WIDTH), index=index)
+    assert sorted(loss.rows.tolist()) == [15, 16, 17, 18]
+
+
+def test_a_learned_temperature_has_the_derivative_of_the_batchs_own_terms():
+    """Finite differences of the value: the pull of remembered queries has the value 0 at any temperature."""
+    loss = CrossBatchInfoNCE(
+        N, memory_size=SIZE, temperature=TAU, learnable_temperature=True, direction="both"
+    ).double()
+    for step in range(3):
+        anchors, positives, index = draw(step)
+        loss(anchors, positives, index=index)
+    loss.eval()
+    anchors, positives, index = draw(3)
+    loss(anchors, positives, index=index).backward()
+    values, step = [], 1e-6
+    with torch.no_grad():
+        for sign in (1, -1):
+            loss.log_temperature += sign * step
+            values.append(loss(anchors, positives, index=index).item())
+            loss.log_temperature -= sign * step
+    assert loss.log_temperature.grad.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
+
+
+def test_a_new_loss_takes_the_width_of_a_saved_state():
+    saved = CrossBatchInfoNCE(N, memory_size=SIZE)
+    anchors, positives, index = draw(0)
+    saved(anchors.float(), positives.float(), index=index)
+    buffer = io.BytesIO()
+    torch.save(saved.state_dict(), buffer)
+    buffer.seek(0)
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE)
+    loss.load_state_dict(torch.load(buffer))
+    assert torch.equal(loss.embeddings, saved.embeddings)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        CrossBatchInfoNCE(N, memory_size=SIZE + 1).load_state_dict(saved.state_dict())
+    with pytest.raises(AnybatchError, match="remembers embeddings of 5 dimensions, these have 3"):
+        loss(anchors[:, :3].float(), positives[:, :3].float(), index=index)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_rows": 1}, "num_rows is 1"),
+        ({"memory_size": 0}, "memory_size is 0"),
+    ],
+)
+def test_sizes_are_checked(change, words):
+    with pytest.raises(AnybatchError, match=words):
+        CrossBatchInfoNCE(**{"num_rows": N, **change})
+
+
+def test_log_weights_that_cannot_be_remembered_are_refused():
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE)
+    anchors, positives, index = draw(0)
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    with pytest.raises(AnybatchError, match="does not cover the candidates of earlier batches"):
+        loss(anchors, positives, index=index, log_weight=torch.zeros(BATCH, BATCH))
+
+    class Own:
+        normalised = False
+
+        def tile(self, rows, columns):
+            return torch.zeros(1, 1)
+
+        def gathered(self, row_sizes, column_sizes):
+            return self
+
+        def reversed(self, num_rows):
+            return self
+
+    with pytest.raises(AnybatchError, match="log_weight is a Own, which cannot weigh candidates of earlier batches"):
+        loss(anchors, positives, index=index, log_weight=Own())
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+    rows = torch.zeros(BATCH, 1)
+    value = loss(anchors, positives, index=index, log_weight=rows)
+    assert value.isfinite()
+    many = SumLogWeight(
+        terms=tuple(PairMask(row_key=index, column_key=index, keys=torch.tensor([10**6])) for _ in range(13))
+    )
+    with pytest.raises(AnybatchError, match="know 13 figures of a candidate; 12 are remembered"):
+        loss(anchors, positives, index=index, log_weight=many)
+
+
+def test_kinds_of_log_weights_may_not_change():
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE)
+    anchors, positives, index = draw(0)
+    loss(anchors, positives, index=index, anchor_id=index, candidate_id=index)
+    with pytest.raises(AnybatchError, match="have 0 figures a candidate, those of the remembered batches 2"):
+        loss(anchors, positives, index=index)
+
+
+def test_column_features_come_back_as_they_were():
+    """Factors are kept as bits."""
+    from anybatch.losses.remembered_columns import Remembered, column_features, extended
+
+    factor = torch.tensor([-0.3, -1.7, 0.0], dtype=torch.float64)
+    weight = ClusterLogWeight(
+        row_cluster=torch.tensor([1, 2, -5]),
+        column_cluster=torch.tensor([1, 2, -5]),
+        same=SAME,
+        other=OTHER,
+        column_factor=factor,
+    )
+    remembered = Remembered(
+        num_columns=3, features=column_features(weight, 3), present=torch.tensor([True, True, False]), share=slice(0, 3)
+    )
+    both = extended(weight, remembered)
+    tile = both.tile(slice(0, 3), slice(0, 6))
+    among_two = -math.log(math.exp(-OTHER) + 2)
+    expected = torch.tensor([-math.inf, among_two, among_two], dtype=torch.float64) + factor
+    torch.testing.assert_close(tile[0, 3:], expected)
+    torch.testing.assert_close(tile[0, :3], torch.tensor([SAME, among_two, among_two], dtype=torch.float64) + factor)
+    ids = IdMask(
+        row_positive=torch.tensor([1]),
+        row_anchor=torch.tensor([2]),
+        column_id=torch.tensor([1]),
+        column_anchor=torch.tensor([2]),
+    )
+    constant = TensorLogWeight(values=torch.ones(1, 1), normalised=False)
+    assert column_features(SumLogWeight(terms=(ids, constant)), 1).tolist() == [[1], [2], [0]]
+    by_column = TensorLogWeight(values=torch.tensor([[0.5, -2.0, 0.25]]), normalised=True)
+    kept = replace(remembered, features=column_features(by_column, 3))
+    assert extended(by_column, kept).values.tolist() == [[0.5, -2.0, 0.25] * 2]
