@@ -25,6 +25,7 @@ CONFIGS: dict[str, dict[str, object]] = {
     "InfoNCE": {"name": "infonce"},
     "InfoNCE, hardness": {"name": "infonce", "hardness": 1.0},
     "count-corrected": {"name": "count_corrected"},
+    "cross-batch, 1,024 remembered": {"name": "cross_batch"},
     "SogCLR": {"name": "sogclr"},
     "SCENT": {"name": "scent"},
     "FastCLIP v2": {"name": "fastclip", "version": "v2"},

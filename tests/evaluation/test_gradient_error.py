@@ -17,6 +17,7 @@ from anybatch.losses import (
     NUCLR,
     SCENT,
     CountCorrectedInfoNCE,
+    CrossBatchInfoNCE,
     DecoupledInfoNCE,
     FastCLIP,
     GloFND,
@@ -292,6 +293,7 @@ TWO_WAY = {
     "infonce": lambda: InfoNCE(temperature=0.2, direction="both"),
     "decoupled": lambda: DecoupledInfoNCE(temperature=0.2, direction="both"),
     "count corrected": lambda: CountCorrectedInfoNCE(24, temperature=0.2, direction="both"),
+    "cross batch": lambda: CrossBatchInfoNCE(24, temperature=0.2, direction="both"),
     "sogclr": lambda: SogCLR(24, temperature=0.2, direction="both"),
     "fastclip": lambda: FastCLIP(24, version="v0", temperature=0.2, eps=None),
     "fastclip v2": lambda: FastCLIP(24, version="v2", temperature=0.2, temperature_lr=1e-9, eps=None),
@@ -320,7 +322,7 @@ def test_the_whole_data_as_one_two_way_batch_has_no_error(name):
         return
     assert result.scaled_rmse < 1e-5  # float32 memory; a factor of tau is the scale of some objectives
     assert result.shared_cosine == pytest.approx(1, abs=1e-5)
-    if name in ("infonce", "count corrected", "sogclr", "fastclip", "scent"):
+    if name in ("infonce", "count corrected", "cross batch", "sogclr", "fastclip", "scent"):
         assert result.rmse < 1e-5
         assert result.shared_bias < 1e-5
 
@@ -422,3 +424,12 @@ def test_directions_must_agree():
         gradient_error(pairs, InfoNCE(), plan=BatchPlan.random(20, 4))
     with pytest.raises(AnybatchError, match="expected 'one_way' or 'both'"):
         FrozenPairs.prepare(anchors, positives, direction="two_way")
+
+
+@pytest.mark.parametrize("direction", ["one_way", "both"])
+def test_what_is_remembered_of_other_batches_counts_although_they_hold_no_probe(direction):
+    """A memory of all the data on embeddings that stand still: no error, whatever the batch; also where most batches hold no probe."""
+    pairs = FrozenPairs.prepare(*embeddings(48), temperature=0.2, direction=direction, num_probes=5)
+    loss = CrossBatchInfoNCE(48, memory_size=48, temperature=0.2, direction=direction, centred=False)
+    result = gradient_error(pairs, loss, plan=BatchPlan.random(48, 6), run_in=5, epochs=2)
+    assert result.rmse < 1e-4

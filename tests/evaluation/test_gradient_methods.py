@@ -29,7 +29,7 @@ def comparison():
     pairs = FrozenPairs.prepare(*embeddings(240), temperature=0.2, num_probes=120)
     steps = []
     result = compare_methods(pairs, mined(240, 8, 16), epochs=3, progress=lambda *where: steps.append(where))
-    assert steps == [(number, 10) for number in range(1, 11)]
+    assert steps == [(number, 13) for number in range(1, 14)]
     return result
 
 
@@ -97,7 +97,7 @@ def test_both_directions():
     pairs = FrozenPairs.prepare(*embeddings(160), temperature=0.2, num_probes=80, direction="both")
     result = compare_methods(pairs, mined(160, 8, 16), epochs=2)
     assert result.direction == "both"
-    assert len(result.lines) == 10
+    assert len(result.lines) == 13
     plain = next(line for line in result.lines if (line.method, line.batches) == ("infonce", "random"))
     assert plain.effective == pytest.approx(16, rel=0.25)  # of two-way InfoNCE, its own measure
     assert "anchor and positive together" in " ".join(recommendation(result))

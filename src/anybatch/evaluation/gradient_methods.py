@@ -21,7 +21,7 @@ from anybatch.evaluation.gradient_error import (
     gradient_error,
     infonce_curve,
 )
-from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
+from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.base import Direction
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
@@ -57,6 +57,17 @@ METHODS: tuple[GradientMethod, ...] = (
         name="count_corrected, weights=inclusion",
         make=lambda n, tau, way: CountCorrectedInfoNCE(n, temperature=tau, direction=way),
         weights="inclusion",
+    ),
+    GradientMethod(
+        name="cross_batch",
+        make=lambda n, tau, way: CrossBatchInfoNCE(n, temperature=tau, direction=way),
+        run_in=1,
+    ),
+    GradientMethod(
+        name="cross_batch, weights=inclusion",
+        make=lambda n, tau, way: CrossBatchInfoNCE(n, temperature=tau, direction=way),
+        weights="inclusion",
+        run_in=1,
     ),
     GradientMethod(
         name="sogclr, gamma=0.9",
@@ -154,7 +165,7 @@ def compare_methods(
         AnybatchError: A plan over several data sets, whose exact gradients are not one; too few rows.
 
     Cost: see `gradient_error`, once a line: seconds a line for 20,000 rows; it grows with `len(pairs.probes)`, not with the rows,
-        once there are more batches than probes.
+        once there are more batches than probes, but for cross_batch, whose memory is of all batches.
     """
     if plan.task is not None and len(plan.task_names) > 1:
         raise AnybatchError(
