@@ -5,6 +5,7 @@ Imports errors, losses and plan.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
 from anybatch.ids import known_positives
-from anybatch.losses import ClusterLogWeight, LogWeight, PairMask, SumLogWeight, inclusion_log_weights
+from anybatch.losses import ClusterLogWeight, LogWeight, PairMask, SumLogWeight, TaskMask, inclusion_log_weights
 from anybatch.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
+NEVER = 1e-300  # a chance whose inverse is still a number
 
 
 class RowTable(nn.Module):
@@ -148,7 +150,7 @@ class RowTable(nn.Module):
         if self.weights == "inclusion":
             self.log_weights = _task_log_weights(plan, self.weight_cap).to(device)
         self.suspects = None
-        if self.mask_suspects and plan.suspects is not None and len(plan.suspects):
+        if self.mask_suspects and plan.suspects is not None:
             self.suspects = _suspect_keys(plan.suspects, self.positive_id.cpu().numpy(), self.width).to(device)
 
     def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
@@ -173,7 +175,7 @@ class RowTable(nn.Module):
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }
         terms: list[LogWeight] = []
-        if self.suspects is not None:
+        if self.suspects is not None:  # also an empty list, as some losses remember what kinds of masks there are
             terms.append(PairMask(row_key=index * self.width, column_key=arguments["candidate_id"], keys=self.suspects))
         if len(self.known):
             terms.append(
@@ -184,6 +186,10 @@ class RowTable(nn.Module):
         if self.weights == "inclusion":
             self._check_epoch(index)
             terms.append(self._inclusion(index, num_negatives, arguments["candidate_id"]))
+        elif self.task is not None and self.plan is not None and self.plan.mixing == "within":
+            # A batch is of one data set anyway; a loss that remembers earlier batches must know.
+            task = self.task[index]
+            terms.append(TaskMask(row_task=task, column_task=task.repeat(1 + num_negatives)))
         if terms:
             arguments["log_weight"] = terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
         return arguments
@@ -218,7 +224,8 @@ class RowTable(nn.Module):
         if self.task is not None:
             task = self.task[index]
         loose = (cluster < 0).long()
-        same, other, remainder = self.log_weights[0 if task is None else task, loose].unbind(dim=1)
+        table = self.log_weights[0 if task is None else task, loose]
+        same, other, remainder, exact_other, exact_remainder, log_spread = table.unbind(dim=1)
         cluster = torch.where(cluster < 0, -2 - index, cluster)  # a remainder row belongs to itself
         factor = None
         if self.ways is not None and self.way_keys is not None and num_negatives:
@@ -233,11 +240,16 @@ class RowTable(nn.Module):
             column_factor=factor,
             row_task=task,
             column_task=None if task is None else task.repeat(repeat),
+            exact_other=exact_other,
+            exact_remainder=exact_remainder,
+            log_spread=log_spread,
+            cap=self.weight_cap,
         )
 
 
 def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
-    """(data sets, 2, 3) float64: log-weights of a row of the same cluster, of another and of none; for an anchor in a cluster and in none.
+    """(data sets, 2, 6) float64: log-weights of a row of the same cluster, of another and of none; of the latter two without the cap; and the log of n - 1 over
+    the rows of the data set outside the own cluster. For an anchor in a cluster and in none.
 
     The mean is over all rows but the own, to which those of other data sets add nothing: a loss that multiplies it by n - 1 has the sum over the
     anchor's data set.
@@ -253,15 +265,17 @@ def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
     for number in range(max(1, len(plan.task_names))):
         num_rows, chances = max(2, plan.num_rows), plan.deal.chances(number)
         same = chances.same or 1.0  # 0 for a data set without clusters
-        home = [
-            inclusion_log_weights(num_rows, chance, chance_same=same, cap=cap)
-            for chance in (chances.other, chances.remainder)
-        ]
-        loose = [
-            inclusion_log_weights(num_rows, chance, cap=cap)
-            for chance in (chances.from_remainder, chances.between_remainders)
-        ]
-        weights.append([[part[0][0], part[0][1], part[1][1]] for part in (home, loose)])
+        of_set = plan.num_rows if plan.task is None else int((plan.task == number).sum())
+        lines = []
+        for pair, chance_same, own in (
+            ((chances.other, chances.remainder), same, plan.cluster_size),
+            ((chances.from_remainder, chances.between_remainders), 1.0, 1),
+        ):
+            capped = [inclusion_log_weights(num_rows, chance, chance_same=chance_same, cap=cap) for chance in pair]
+            exact = [-math.log(num_rows - 1) - math.log(max(chance, NEVER)) for chance in pair]
+            spread = math.log((num_rows - 1) / max(1, of_set - own))
+            lines.append([capped[0][0], capped[0][1], capped[1][1], *exact, spread])
+        weights.append(lines)
     return torch.tensor(weights, dtype=torch.float64)
 
 

@@ -55,9 +55,8 @@ class World:
             return 0.0
         if self.tasks and self.task[i] != self.task[j]:
             return -math.inf
-        same = self.cluster[i] == self.cluster[j]
-        if same:
-            return -math.inf if remembered else SAME
+        if self.cluster[i] == self.cluster[j] and not remembered:
+            return SAME
         among = [r for r in alive if not self.tasks or self.task[r] == self.task[i]]
         rest = LOOSE if self.cluster[j] < 0 else OTHER
         return -math.log(math.exp(-rest) + len(among))
@@ -92,7 +91,7 @@ class Twin:
 
     def __init__(self, world, *, corrected=True, centred=True, both=False, size=SIZE):
         self.world, self.corrected, self.centred, self.both, self.size = world, corrected, centred, both, size
-        self.pairs = []
+        self.pairs, self.means = [], None
 
     def _shift(self, k):
         if not self.corrected:
@@ -135,6 +134,10 @@ class Twin:
     def __call__(self, anchors, positives, index):
         anchors, positives, index = unit(anchors), unit(positives), index.tolist()
         means = [side.detach().mean(dim=0) * self.centred for side in (anchors, positives)]
+        if self.means is not None:
+            rate = min(1.0, len(index) / 64)
+            means = [old + rate * (new - old) for old, new in zip(self.means, means, strict=True)]
+        self.means = means
         memory = [
             (row, unit(a + means[0]), unit(p + means[1]), logs) for row, a, p, logs in self.pairs if row not in index
         ]
@@ -173,7 +176,12 @@ WORLDS = {
 def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
     known = World(**WORLDS[world])
     loss = CrossBatchInfoNCE(
-        N, memory_size=SIZE, temperature=TAU, direction="both" if both else "one_way", tile_bytes=tile_bytes
+        N,
+        memory_size=SIZE,
+        temperature=TAU,
+        max_staleness=None,
+        direction="both" if both else "one_way",
+        tile_bytes=tile_bytes,
     ).double()
     twin = Twin(known, both=both)
     for step, rows in enumerate([6, 6, 4, 1, 6, 6, 5]):
@@ -190,7 +198,9 @@ def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
 
 @pytest.mark.parametrize(("corrected", "centred"), [(False, True), (True, False), (False, False)])
 def test_options_equal_the_twin(corrected, centred):
-    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, corrected=corrected, centred=centred).double()
+    loss = CrossBatchInfoNCE(
+        N, memory_size=SIZE, temperature=TAU, max_staleness=None, corrected=corrected, centred=centred
+    ).double()
     twin = Twin(World(), corrected=corrected, centred=centred)
     for step in range(4):
         anchors, positives, index = draw(step)
@@ -205,7 +215,9 @@ def test_options_equal_the_twin(corrected, centred):
     ("corrected", "plain"), [(True, lambda **k: CountCorrectedInfoNCE(N, **k)), (False, lambda **k: InfoNCE(**k))]
 )
 def test_the_first_batch_is_that_of_the_loss_without_memory(corrected, plain, direction):
-    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, direction=direction, corrected=corrected).double()
+    loss = CrossBatchInfoNCE(
+        N, memory_size=SIZE, temperature=TAU, max_staleness=None, direction=direction, corrected=corrected
+    ).double()
     other = plain(temperature=TAU, direction=direction).double()
     anchors, positives, index = draw(0)
     mine, theirs = loss(anchors, positives, index=index), other(anchors, positives, index=index)
@@ -221,7 +233,9 @@ def test_embeddings_that_stand_still_give_the_gradient_of_all_data(direction):
     """When everything but the batch is remembered, and no mean moves, the gradient is that of the softmax over all rows, on both sides."""
     generator = torch.Generator().manual_seed(1)
     sides = [unit(torch.randn(N, WIDTH, generator=generator, dtype=torch.float64)) for _ in range(2)]
-    loss = CrossBatchInfoNCE(N, memory_size=N, temperature=TAU, direction=direction, centred=False).double()
+    loss = CrossBatchInfoNCE(
+        N, memory_size=N, temperature=TAU, direction=direction, centred=False, max_staleness=None
+    ).double()
     full = [side.clone().requires_grad_() for side in sides]
     InfoNCE(temperature=TAU, direction=direction)(*full).mul(N).backward()
     for epoch in range(5):
@@ -234,44 +248,27 @@ def test_embeddings_that_stand_still_give_the_gradient_of_all_data(direction):
                     torch.testing.assert_close(mine.grad, whole.grad[index], rtol=1e-8, atol=1e-10)
 
 
-def test_a_common_drift_is_taken_away():
-    """All embeddings move by one vector between two batches: remembered ones follow, but for what the normalisation does."""
+@pytest.mark.parametrize(("rows", "rate"), [(64, 1.0), (16, 0.25), (1, 1 / 64)])
+def test_a_common_drift_is_taken_away(rows, rate):
+    """All embeddings have moved by one vector since the last batch: remembered ones follow, at once from 64 rows on, and more slowly from fewer."""
     generator = torch.Generator().manual_seed(2)
-    points, drift = torch.randn(40, 2, 64, generator=generator, dtype=torch.float64) / 8, torch.zeros(64).double()
-    drift[0] = 1.0
-    losses = {
-        centred: CrossBatchInfoNCE(40, memory_size=20, centred=centred, normalize=False, temperature=TAU).double()
-        for centred in (True, False)
-    }
-    for loss in losses.values():
-        loss(points[:20, 0], points[:20, 1], index=torch.arange(20))
-        loss(points[20:, 0] + drift, points[20:, 1] + drift, index=torch.arange(20, 40))
-    mean = points[:20].mean(dim=0)
-    for loss, expected in ((losses[True], points[:20] - mean), (losses[False], points[:20])):
-        fresh = CrossBatchInfoNCE(40, memory_size=20, centred=loss.centred, normalize=False, temperature=TAU).double()
-        fresh(points[:20, 0], points[:20, 1], index=torch.arange(20))
-        torch.testing.assert_close(fresh.embeddings, expected.transpose(0, 1))
-    moved, stayed = (
-        (points[20:] + drift).mean(dim=(0, 1))[0],
-        points[:20].mean(dim=(0, 1))[0],
-    )
-    assert moved - stayed > 0.9
-    batch = draw_batch(losses[True], points[20:] + drift)
-    assert abs(batch.used[..., 0].mean() - moved) < 1e-9
-    assert (
-        abs(draw_batch(losses[False], points[20:] + drift).used[..., 0].mean() - moved) < 1e-9
-    )  # the last batch is remembered
-    first = CrossBatchInfoNCE(40, memory_size=20, centred=False, normalize=False, temperature=TAU).double()
-    first(points[:20, 0], points[:20, 1], index=torch.arange(20))
-    assert abs(draw_batch(first, points[20:] + drift).used[..., 0].mean() - stayed) < 1e-9
-
-
-def draw_batch(loss, points):
-    return loss._recall(loss._batch(points[:, 0], points[:, 1], torch.arange(20, 40), None, None, None))
+    points = torch.randn(128, 2, 8, generator=generator, dtype=torch.float64)
+    points[:64] -= points[:64].mean(dim=0)
+    points[64 : 64 + rows] -= points[64 : 64 + rows].mean(dim=0)
+    drift = torch.arange(8, dtype=torch.float64)
+    for centred, expected in ((True, rate * drift), (False, 0 * drift)):
+        loss = CrossBatchInfoNCE(
+            128, memory_size=64, max_staleness=None, centred=centred, normalize=False, temperature=TAU
+        ).double()
+        loss(points[:64, 0], points[:64, 1], index=torch.arange(64))
+        moved = points[64 : 64 + rows] + drift
+        index = torch.arange(64, 64 + rows)
+        used = loss._recall(loss._batch(moved[:, 0], moved[:, 1], index, None, None, None)).used
+        torch.testing.assert_close(used, (points[:64] + expected).transpose(0, 1), rtol=0, atol=1e-12)
 
 
 def test_explicit_negatives_are_the_batchs_alone():
-    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU).double()
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, max_staleness=None).double()
     anchors, positives, index = draw(0)
     negatives = torch.randn(4, WIDTH, dtype=torch.float64)
     loss(anchors, torch.cat([positives, negatives]), index=index)
@@ -282,6 +279,125 @@ def test_explicit_negatives_are_the_batchs_alone():
     loss(anchors, positives, index=index)
     new = BATCH - len(set(index.tolist()) & set(remembered.tolist()))
     assert loss.last_stats["num_negatives"] == BATCH - 1 + new
+
+
+@pytest.mark.parametrize("direction", ["one_way", "both"])
+def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
+    """What is remembered of a batch with explicit negatives are its positives; k counts the explicit ones, also for remembered queries."""
+    known, negatives = World(ids=True), torch.randn(5, WIDTH, dtype=torch.float64)
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, max_staleness=None, direction=direction).double()
+    anchors, positives, index = draw(0)
+    arguments = known.arguments(index)
+    arguments["candidate_id"] = torch.cat([arguments["candidate_id"], 100 + torch.arange(5)])
+    loss(anchors, torch.cat([positives, negatives]), **arguments)
+    assert loss.features[0, :2, loss.rows >= 0].T.tolist() == [
+        [known.positive[row].item(), known.anchor[row].item()] for row in index.tolist()
+    ]
+    anchors, positives, index = draw(1)
+    arguments = known.arguments(index)
+    arguments["candidate_id"] = torch.cat([arguments["candidate_id"], 100 + torch.arange(5)])
+    ids = (arguments["anchor_id"], arguments["candidate_id"])
+    batch = loss._batch(anchors, torch.cat([positives, negatives]), index, None, *ids)
+    recalled = loss._recall(batch)
+    pull = loss._gradient_of_queries(batch, recalled, 0, loss._side(batch, direction=0))
+    expected, count = torch.zeros_like(pull), BATCH + 5 - 1 + int(recalled.present.sum())
+    for j, row in enumerate(index.tolist()):
+        for place in torch.nonzero(recalled.present)[:, 0].tolist():
+            other = int(loss.rows[place])
+            if known.log_weight(row, other, back=True, alive=[], remembered=True) == 0:
+                query = recalled.used[0, place]
+                score = batch.candidates[j] @ query / TAU + math.log((N - 1) / count) - loss.log_denominator[0, place]
+                expected[j] += score.clamp(max=0).exp() * query / TAU
+    torch.testing.assert_close(pull, expected.detach(), rtol=1e-10, atol=1e-12)
+    assert pull.abs().sum() > 0
+
+
+def test_the_pull_of_queries_takes_the_temperature_of_this_moment():
+    loss = CrossBatchInfoNCE(
+        N, memory_size=SIZE, temperature=TAU, max_staleness=None, learnable_temperature=True
+    ).double()
+    loss(*draw(0)[:2], index=draw(0)[2])
+    with torch.no_grad():
+        loss.log_temperature.fill_(math.log(0.7))
+    loss.eval()  # gradients are wanted in evaluation mode too
+    fixed = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=0.7, max_staleness=None).double()
+    fixed.load_state_dict({key: value for key, value in loss.state_dict().items() if key != "log_temperature"})
+    anchors, positives, index = draw(1)
+    mine = torch.autograd.grad(loss(anchors, positives, index=index), [anchors, positives])
+    theirs = torch.autograd.grad(fixed(anchors, positives, index=index), [anchors, positives])
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+def test_a_step_that_is_not_finite_is_not_remembered():
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE)
+    anchors, positives, index = (part.float() if part.is_floating_point() else part for part in draw(0))
+    loss(anchors, positives, index=index)
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    broken = positives.detach().clone()
+    broken[2, 1] = torch.inf
+    loss(anchors, broken, index=(index + 1) % N)
+    for name, value in loss.state_dict().items():
+        assert torch.equal(value.nan_to_num(-9), before[name].nan_to_num(-9)), name
+    assert loss(anchors, positives, index=index).isfinite()
+
+
+def test_an_index_of_32_bits_is_as_good():
+    one, other = (CrossBatchInfoNCE(N, memory_size=SIZE).double() for _ in range(2))
+    for step in range(2):
+        anchors, positives, index = draw(step)
+        assert torch.equal(one(anchors, positives, index=index), other(anchors, positives, index=index.int()))
+
+
+def test_a_state_of_more_rows_is_refused():
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE).double()
+    loss(*draw(0)[:2], index=draw(0)[2])
+    with pytest.raises(AnybatchError, match="and the loss is for 12 rows"):
+        CrossBatchInfoNCE(12, memory_size=SIZE).load_state_dict(loss.state_dict())
+
+
+@pytest.mark.parametrize("direction", ["one_way", "both"])
+def test_what_moved_on_its_own_is_left_out_by_age(direction):
+    """Embeddings jump: what was remembered before is not used; with embeddings that stand still all is. Equal to the shares computed here."""
+    generator = torch.Generator().manual_seed(5)
+    centres = torch.randn(6, WIDTH, generator=generator, dtype=torch.float64)
+
+    def points(row, turn):
+        base = centres[row % 6] + 0.1 * torch.randn(len(row), WIDTH, generator=generator, dtype=torch.float64)
+        return base.roll(turn, 1)
+
+    loss = CrossBatchInfoNCE(400, memory_size=160, temperature=0.1, direction=direction).double()
+    for step in range(4):
+        row = torch.arange(40) + 40 * step
+        loss(points(row, 0), points(row, 0), index=row)
+    assert loss.last_stats["remembered"] == 120
+    still = loss.mean_share.clone()
+    ways = 2 if direction == "both" else 1
+    assert (still[:ways].log() - still[:ways, :1].log()).nan_to_num(0).abs().max() < 0.1
+    row = torch.arange(40) + 160
+    moved = points(row, 2)
+    batch = loss._batch(moved, moved.clone(), row, None, None, None)
+    recalled = loss._recall(batch)
+    fresh_group = loss._groups()
+    for way in range(ways):
+        logits = batch.anchors @ torch.cat([batch.anchors, recalled.used[1 - way]]).T / 0.1
+        logits[:, :40].fill_diagonal_(-torch.inf)
+        share = logits.softmax(dim=1) * (39 + 160)
+        now = [share[:, :40].sum() / (40 * 39)] + [share[:, 40:][:, fresh_group == k].mean() for k in range(8)]
+        now = torch.stack(now)
+        assert still[way].isnan().tolist() == [False] * 7 + [True] * 2  # the oldest were never old before
+        expected = torch.where(still[way].isnan(), now, still[way] + 40 / 640 * (now - still[way]))
+        torch.testing.assert_close(recalled.mean_share[way], expected)
+    for step in range(40):
+        row = torch.arange(40) + 40 * ((4 + step) % 10)
+        turned = points(row, step // 2)  # turns on and on
+        loss(turned, turned.clone(), index=row)
+    assert loss.last_stats["remembered"] < 80
+    everything = CrossBatchInfoNCE(400, memory_size=160, temperature=0.1, max_staleness=None).double()
+    assert (
+        everything._recall(everything._batch(moved, moved.clone(), torch.arange(40), None, None, None)).mean_share
+        is None
+    )
 
 
 def test_a_batch_larger_than_the_memory_leaves_its_last_rows():
@@ -332,6 +448,7 @@ def test_a_new_loss_takes_the_width_of_a_saved_state():
     [
         ({"num_rows": 1}, "num_rows is 1"),
         ({"memory_size": 0}, "memory_size is 0"),
+        ({"max_staleness": 0.0}, "max_staleness is 0.0"),
     ],
 )
 def test_sizes_are_checked(change, words):
@@ -360,7 +477,8 @@ def test_log_weights_that_cannot_be_remembered_are_refused():
 
     with pytest.raises(AnybatchError, match="log_weight is a Own, which cannot weigh candidates of earlier batches"):
         loss(anchors, positives, index=index, log_weight=Own())
-    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items() if name != "mean_share")
+    assert loss.mean_share.isnan().all()
     rows = torch.zeros(BATCH, 1)
     value = loss(anchors, positives, index=index, log_weight=rows)
     assert value.isfinite()
@@ -375,7 +493,10 @@ def test_kinds_of_log_weights_may_not_change():
     loss = CrossBatchInfoNCE(N, memory_size=SIZE)
     anchors, positives, index = draw(0)
     loss(anchors, positives, index=index, anchor_id=index, candidate_id=index)
-    with pytest.raises(AnybatchError, match="have 0 figures a candidate, those of the remembered batches 2"):
+    pair = PairMask(row_key=index, column_key=index, keys=torch.tensor([10**6]))
+    with pytest.raises(AnybatchError, match="of other kinds"):  # as many figures, of something else
+        loss(anchors, positives, index=index, log_weight=SumLogWeight(terms=(pair, pair)))
+    with pytest.raises(AnybatchError, match="of other kinds than those of the remembered batches"):
         loss(anchors, positives, index=index)
 
 
@@ -396,10 +517,10 @@ def test_column_features_come_back_as_they_were():
     )
     both = extended(weight, remembered)
     tile = both.tile(slice(0, 3), slice(0, 6))
-    among_two = -math.log(math.exp(-OTHER) + 2)
-    expected = torch.tensor([-math.inf, among_two, among_two], dtype=torch.float64) + factor
-    torch.testing.assert_close(tile[0, 3:], expected)
-    torch.testing.assert_close(tile[0, :3], torch.tensor([SAME, among_two, among_two], dtype=torch.float64) + factor)
+    among_two = [-math.log(math.exp(-OTHER - way) + 2) for way in factor.tolist()]  # a way is one into the batch
+    torch.testing.assert_close(tile[0, 3:], torch.tensor(among_two, dtype=torch.float64))
+    own = [SAME + factor[0].item(), *among_two[1:]]
+    torch.testing.assert_close(tile[0, :3], torch.tensor(own, dtype=torch.float64))
     ids = IdMask(
         row_positive=torch.tensor([1]),
         row_anchor=torch.tensor([2]),

@@ -13,6 +13,7 @@ from anybatch.losses.log_weights import (
     LogWeight,
     PairMask,
     SumLogWeight,
+    TaskMask,
     TensorLogWeight,
     inclusion_log_weights,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "SigLIP",
     "SogCLR",
     "SumLogWeight",
+    "TaskMask",
     "TempNet",
     "TensorLogWeight",
     "inclusion_log_weights",

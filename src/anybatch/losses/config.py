@@ -18,7 +18,7 @@ KNOWN: dict[str, frozenset[str]] = {
     "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
     "decoupled": frozenset({"learnable_temperature", "ring"}),
     "count_corrected": frozenset({"learnable_temperature", "ring"}),
-    "cross_batch": frozenset({"learnable_temperature", "memory_size", "corrected", "centred"}),
+    "cross_batch": frozenset({"learnable_temperature", "memory_size", "corrected", "centred", "max_staleness"}),
     "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL, *_MEMORY}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
@@ -70,6 +70,7 @@ class LossConfig:
         memory_size: cross_batch: pairs remembered.
         corrected: cross_batch: weight negatives to stand for all rows, as count_corrected does.
         centred: cross_batch: take the common drift of the embeddings away.
+        max_staleness: cross_batch: leave out what is remembered once negatives of its age have moved away by more than this, a logarithm.
         margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive.
         bias: siglip: the bias at first; it is learned.
         margin_lr, margin_start: nuclr: step of the margins, and steps before they are learned.
@@ -124,6 +125,7 @@ class LossConfig:
     memory_size: int | None = None
     corrected: bool | None = None
     centred: bool | None = None
+    max_staleness: float | None = None
     margin: float | None = None
     bias: float | None = None
     margin_lr: float | None = None

@@ -17,8 +17,12 @@ from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax
 from anybatch.losses.infonce import CountCorrected, WithPositive
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.per_example import Keys, only_growing
-from anybatch.losses.remembered_columns import Remembered, column_features, with_remembered
+from anybatch.losses.remembered_columns import Remembered, column_features, kinds, with_remembered
 
+GROUPS = 8  # of remembered pairs, by age, that are used or left out together
+PROBES = 256  # rows of a batch, at most, that age is measured on
+MEAN_ROWS = 64  # that the mean is of, about, where batches are smaller
+ROWS_AVERAGED = 640  # that the measure remembers, about
 MAX_FEATURES = 12  # int64 a remembered pair for its log-weights: ids take 2, a list of pairs 1, clusters 3
 
 
@@ -42,6 +46,8 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             more slowly, as in fine-tuning, may remember more.
         corrected: Weight the k negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for the softmax over what is there.
         centred: Take away the common drift; False for the plain memory of the publications.
+        max_staleness: What moved on its own is seen in the softmax: old negatives are less near than those of the batch. By eighths of the memory, the
+            oldest last, the log of fresh negatives' mean share over old ones' is measured; from the first eighth above this limit on nothing is used, until the embeddings move more slowly. None to use all.
         temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
     Calls need `index`. A row's older copy leaves when it comes again. Explicit negatives count for their batch's anchors only. Masks and
@@ -65,6 +71,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         memory_size: int = 1024,
         corrected: bool = True,
         centred: bool = True,
+        max_staleness: float | None = 0.1,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
         direction: Direction = "one_way",
@@ -84,21 +91,35 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             raise AnybatchError(
                 f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without memory use CountCorrectedInfoNCE."
             )
+        if max_staleness is not None and not max_staleness > 0:
+            raise AnybatchError(
+                f"max_staleness is {max_staleness}; expected a positive number such as 0.1, or None to use all that is remembered."
+            )
         self.num_rows, self.memory_size, self.corrected, self.centred = num_rows, memory_size, corrected, centred
+        self.max_staleness = max_staleness
+        self._num_used = 0
         self.embeddings: Tensor
         self.log_denominator: Tensor
         self.rows: Tensor
         self.features: Tensor
-        self.num_features: Tensor
+        self.kinds: Tensor
+        self.mean: Tensor
         self.stamps: Tensor
+        self.mean_share: Tensor
         self.register_buffer(
             "embeddings", torch.zeros(2, memory_size, 0)
         )  # of anchors, of positives; D from the first call
         self.register_buffer("log_denominator", torch.zeros(2, memory_size))  # as queries, by direction, not relative
         self.register_buffer("rows", torch.full((memory_size,), -1))  # -1: empty
         self.register_buffer("features", torch.zeros(2, MAX_FEATURES, memory_size, dtype=torch.int64))
-        self.register_buffer("num_features", torch.tensor(-1))  # of them in use; -1 before anything was remembered
+        self.register_buffer(
+            "kinds", torch.tensor(-1)
+        )  # of log-weights that the figures are of; -1 before anything was remembered
+        self.register_buffer("mean", torch.zeros(2, 0))  # running, of anchors and positives
         self.register_buffer("stamps", torch.full((memory_size,), -1))  # the newest is the greatest; -1 where empty
+        # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction; NaN: never
+        # measured.
+        self.register_buffer("mean_share", torch.full((2, 1 + GROUPS), torch.nan))
 
     def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
         """See `ContrastiveLoss.grow`."""
@@ -106,6 +127,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         if num_rows < self.num_rows:
             raise only_growing(num_rows, self.num_rows)
         self.num_rows = num_rows
+
+    @property
+    def last_stats(self) -> dict[str, float]:
+        """See `ContrastiveLoss.last_stats`; and `remembered`, the pairs of the memory that were used."""
+        stats = super().last_stats
+        return stats and {**stats, "remembered": float(self._num_used)}
 
     def forward(
         self,
@@ -150,6 +177,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             stats.append((one, side))
         loss = torch.stack(losses).mean()
         self._stats = loss.detach(), stats[0][0]
+        self._num_used = int(recalled.present.sum())
         if self._updating:
             self._remember(batch, recalled, stats)
         return loss
@@ -164,7 +192,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         candidate_id: Tensor | None,
     ) -> Batch:
         """The arguments, checked and normalised."""
-        batch = self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id)
         if index is None:
             raise AnybatchError("This loss remembers rows: give index=, the row numbers of the batch in the data set.")
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.num_rows):
@@ -172,8 +199,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
                 f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {self.num_rows - 1}. "
                 "Make the loss with the num_rows of this data set."
             )
+        batch = self._prepare(anchors, candidates, index.long(), log_weight, anchor_id, candidate_id)
         width = batch.anchors.shape[1]
-        if width != self.embeddings.shape[2] and int(self.num_features) >= 0:
+        if self.embeddings.shape[2] not in (0, width):
             raise AnybatchError(
                 f"The loss remembers embeddings of {self.embeddings.shape[2]} dimensions, these have {width}. Use one loss a width "
                 "(anybatch.losses.Matryoshka makes them)."
@@ -182,9 +210,16 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """The width comes with the state."""
-        saved = state_dict.get(prefix + "embeddings")
-        if saved is not None and saved.shape[:2] == self.embeddings.shape[:2]:
-            self.embeddings = self.embeddings.new_zeros(saved.shape)
+        for name in ("embeddings", "mean"):
+            saved, own = state_dict.get(prefix + name), self.get_buffer(name)
+            if saved is not None and saved.shape[:-1] == own.shape[:-1]:
+                setattr(self, name, own.new_zeros(saved.shape))
+        rows = state_dict.get(prefix + "rows")
+        if rows is not None and len(rows) and int(rows.max()) >= self.num_rows:
+            raise AnybatchError(
+                f"The state remembers row {int(rows.max())}, and the loss is for {self.num_rows} rows. Make the loss with the num_rows of the data set "
+                "that the state is of."
+            )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @torch.no_grad()
@@ -195,27 +230,27 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         layout = Layout.of(len(anchors), len(batch.candidates), anchors.device)
         sizes = layout.row_sizes
         rows = distributed.gather_rows(index, sizes)
-        sums = torch.stack([anchors.sum(dim=0), positives.sum(dim=0)])
-        mean = distributed.sum_over_ranks(sums) / len(rows)
-        if not self.centred:
-            mean = torch.zeros_like(mean)
-        remembered = self.embeddings
-        if int(self.num_features) < 0:
+        mean, remembered = self._mean(anchors, positives, len(rows)), self.embeddings
+        if not remembered.shape[2]:
             remembered = remembered.new_zeros(2, self.memory_size, anchors.shape[1])
         used = remembered.to(anchors.dtype) + mean[:, None]
         if self.normalize:
             used = nn.functional.normalize(used, dim=2)
         features = [self._features(batch, direction) for direction in (0, 1)]
-        known = int(self.num_features)
-        if known not in (-1, len(features[0])):
+        kind = kinds(batch.log_weight)
+        if int(self.kinds) not in (-1, kind):
             raise AnybatchError(
-                f"The log-weights of this batch have {len(features[0])} figures a candidate, those of the remembered batches {known}. Give the same kinds of ids, "
-                "masks and weights with every batch, or begin with a new loss."
+                "The ids, masks or weights of this batch are of other kinds than those of the remembered batches. Give the same kinds with every batch, or begin with "
+                "a new loss."
             )
-        present = (self.rows >= 0) & ~torch.isin(self.rows, rows)
-        shares = distributed.shares(self.memory_size)
-        first = sum(shares[: distributed.rank()])
-        share = slice(first, first + shares[distributed.rank()])
+        present, shares = (self.rows >= 0) & ~torch.isin(self.rows, rows), None
+        if self.max_staleness is not None:
+            group = self._groups()
+            shares = self._measure(batch, layout, used, features, present, group)
+            present = present & (group < self._fresh_groups(shares))
+        places = distributed.shares(self.memory_size)
+        first = sum(places[: distributed.rank()])
+        share = slice(first, first + places[distributed.rank()])
         kept = [
             Remembered(
                 num_columns=number, features=self.features[direction, : len(features[0])], present=present, share=share
@@ -231,7 +266,79 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             share=share,
             columns=kept,
             features=features,
+            kinds=kind,
+            mean_share=shares,
         )
+
+    def _mean(self, anchors: Tensor, positives: Tensor, num_rows: int) -> Tensor:
+        """(2, D) where anchors and positives are at this moment; zeros where they are not centred. One sum over ranks."""
+        if not self.centred:
+            return anchors.new_zeros(2, anchors.shape[1])
+        sums = torch.stack([anchors.sum(dim=0), positives.sum(dim=0)])
+        mean = distributed.sum_over_ranks(sums) / num_rows
+        if not self.mean.shape[1]:
+            return mean
+        before = self.mean.to(mean.dtype)
+        return before + min(1.0, num_rows / MEAN_ROWS) * (mean - before)
+
+    def _groups(self) -> Tensor:
+        """(S,) int64: 0 for the newest places, GROUPS - 1 for the oldest."""
+        order = torch.argsort(self.stamps, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return rank * GROUPS // len(order)
+
+    def _fresh_groups(self, shares: Tensor) -> int:
+        """How many groups, from the newest on, are not stale."""
+        assert self.max_staleness is not None
+        staleness = (shares[:, :1].log() - shares[:, 1:].log()).nan_to_num(-torch.inf).amax(dim=0)
+        stale = (staleness > self.max_staleness).tolist()  # a group that was never measured (NaN) is not
+        return stale.index(True) if True in stale else GROUPS
+
+    def _measure(
+        self,
+        batch: Batch,
+        layout: Layout,
+        used: Tensor,
+        features: list[Tensor],
+        present: Tensor,
+        group: Tensor,
+    ) -> Tensor:
+        """(2, 1 + GROUPS) running mean shares with this batch in them. The batch's own pairs are weighed as if they were remembered, so that all
+        differ in age alone. One sum over ranks, and a gather of the batch.
+        """
+        sizes, first, device = layout.row_sizes, layout.first_row, used.device
+        num_rows = sum(sizes)
+        probes = slice(0, min(len(batch.anchors), max(0, PROBES - first)))  # the first of all ranks' rows
+        kind = torch.cat([torch.zeros(num_rows, dtype=torch.int64, device=device), group + 1])
+        kind_of = nn.functional.one_hot(kind, 1 + GROUPS).to(used.dtype)
+        totals = used.new_zeros(2, 2, 1 + GROUPS)  # share, number of pairs
+        for direction in (0, 1) if self.direction == "both" else (0,):
+            queries = batch.queries(direction)[probes]
+            fresh = distributed.gather_rows(batch.queries(1 - direction), sizes)
+            fresh_features = distributed.gather_rows(features[direction].T, sizes).T
+            own = len(batch.candidates) if direction == 0 else len(batch.anchors)
+            columns = Remembered(
+                num_columns=own,
+                features=torch.cat([fresh_features, self.features[direction, : len(fresh_features)]], dim=1),
+                present=torch.cat([torch.ones(num_rows, dtype=torch.bool, device=device), present]),
+                share=slice(0, num_rows + self.memory_size),
+            )
+            weight = with_remembered(batch.log_weight_of(direction), columns)
+            temperature = self._temperatures(batch, direction=direction).detach()
+            logits = queries @ torch.cat([fresh, used[1 - direction]]).T / temperature
+            logits += weight.tile(probes, slice(own, own + logits.shape[1])).to(logits.dtype)
+            number = torch.arange(len(logits), device=device)
+            logits[number, first + number] = -torch.inf
+            there = ~logits.isneginf()
+            share = torch.softmax(logits, dim=1).nan_to_num(0.0)  # a row without any negative
+            share *= there.sum(dim=1, keepdim=True)  # in units of an equal share, as the number of columns changes
+            totals[direction, 0] = share.sum(dim=0) @ kind_of
+            totals[direction, 1] = there.to(used.dtype).sum(dim=0) @ kind_of
+        totals = distributed.sum_over_ranks(totals)
+        known = self.mean_share.to(used.dtype)
+        now = totals[:, 0] / totals[:, 1]  # NaN where there was no pair
+        rate = min(1.0, num_rows / ROWS_AVERAGED)
+        return torch.where(now.isnan(), known, torch.where(known.isnan(), now, known + rate * (now - known)))
 
     def _features(self, batch: Batch, direction: int) -> Tensor:
         """(F, B) of this rank's pairs as columns of a direction."""
@@ -293,8 +400,16 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         figures = distributed.gather_rows(local, sizes)[-self.memory_size :]
         integers = distributed.gather_rows(torch.cat(recalled.features).T, sizes)[-self.memory_size :]
         rows, width = recalled.rows[-self.memory_size :], anchors.shape[1]
-        if int(self.num_features) < 0:
-            self.embeddings = self.embeddings.new_zeros(2, self.memory_size, width)
+        if not bool(
+            figures.isfinite().all()
+        ):  # a step that a scaler will skip; remembered it would spoil those that follow
+            return
+        if not self.embeddings.shape[2]:
+            self.embeddings, self.mean = (
+                self.embeddings.new_zeros(2, self.memory_size, width),
+                self.mean.new_zeros(2, width),
+            )
+        self.mean.copy_(mean)
         superseded = torch.isin(self.rows, recalled.rows)
         self.rows[superseded], self.stamps[superseded] = -1, -1
         place = torch.argsort(self.stamps, stable=True)[: len(rows)]  # empty places, then the oldest
@@ -306,7 +421,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self.rows[place] = rows
         num_features = len(recalled.features[0])
         self.features[:, :num_features, place] = integers.T.view(2, num_features, len(rows))
-        self.num_features.fill_(num_features)
+        self.kinds.fill_(recalled.kinds)
+        if recalled.mean_share is not None:
+            self.mean_share.copy_(recalled.mean_share)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -322,6 +439,8 @@ class _Recalled:
         share: This rank's places.
         columns: By direction, what is known of the remembered pairs as columns.
         features: By direction, (F, B) the same of this rank's pairs.
+        kinds: Of the log-weights, as a number.
+        mean_share: (2, 1 + GROUPS), with this batch in it; None where staleness is not measured.
     """
 
     layout: Layout
@@ -332,6 +451,8 @@ class _Recalled:
     share: slice
     columns: list[Remembered]
     features: list[Tensor]
+    kinds: int
+    mean_share: Tensor | None
 
     def queries(self, direction: int) -> Tensor:
         """(S, D) what is scored against the others: remembered anchors (direction 0), or positives (1)."""

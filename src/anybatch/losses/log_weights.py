@@ -108,6 +108,8 @@ class PairMask:
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
         wanted = self.row_key[rows, None] + self.column_key[None, columns]
+        if not len(self.keys):
+            return torch.zeros(wanted.shape, device=wanted.device)
         place = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
         listed = self.keys[place] == wanted
         return torch.zeros(listed.shape, device=listed.device).masked_fill_(listed, -torch.inf)
@@ -137,7 +139,10 @@ class ClusterLogWeight:
         column_factor: (M,) added for each candidate: minus the log of how many ways it has to come into a batch. Anchors
             have one way. None for 0.
         row_task, column_task: (B,) and (M,) data set of each; others than the row's own are removed. None for one data set.
-        column_remembered: (M,) bool, candidates of earlier batches, which are removed from rows of their own cluster; None for none.
+        exact_other, exact_remainder: `other` and `remainder` without the cap; None if there is none.
+        log_spread: log of (n - 1) over the rows that `other` is an estimate over (of the row's data set, outside its cluster); (B,) or a number.
+        cap: Upper limit on the weights relative to `same`; it has been applied to `other` and `remainder`.
+        among: Of candidates that may also come from a memory, how many the memory holds, times exp(log_spread); (B,) or a number; None without a memory.
     """
 
     row_cluster: Tensor
@@ -148,25 +153,36 @@ class ClusterLogWeight:
     column_factor: Tensor | None = None
     row_task: Tensor | None = None
     column_task: Tensor | None = None
-    column_remembered: Tensor | None = None
+    exact_other: float | Tensor | None = None
+    exact_remainder: float | Tensor | None = None
+    log_spread: float | Tensor = 0.0
+    cap: float | None = None
+    among: float | Tensor | None = None
     normalised: bool = True
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
         row, column = self.row_cluster[rows, None], self.column_cluster[None, columns]
+        loose = self.other if self.remainder is None else self.remainder
+        if self.among is None:
+            other, remainder = self.other, loose
+        else:
+            other = self.other if self.exact_other is None else self.exact_other
+            remainder = loose if self.exact_remainder is None else self.exact_remainder
         same, other, remainder = (
             value[rows, None]
             if isinstance(value, Tensor)
             else torch.tensor(value, dtype=torch.float64, device=row.device)
-            for value in (self.same, self.other, self.other if self.remainder is None else self.remainder)
+            for value in (self.same, other, remainder)
         )
-        elsewhere = other if self.remainder is None else torch.where(column < 0, remainder, other)
-        together = (row == column) & (row != -1)
-        weights = torch.where(together, same, elsewhere)
-        if self.column_remembered is not None:
-            weights = weights.masked_fill(together & self.column_remembered[None, columns], -torch.inf)
-        if self.column_factor is not None:
-            weights = weights + self.column_factor[None, columns]
+        factor = same.new_zeros(1, 1) if self.column_factor is None else self.column_factor[None, columns]
+        elsewhere = torch.where(column < 0, remainder, other) + factor
+        if self.among is not None:
+            among = self.among[rows, None] if isinstance(self.among, Tensor) else self.among
+            elsewhere = -((-elsewhere).exp() + among).log()
+            if self.cap is not None:
+                elsewhere = torch.minimum(elsewhere, same + factor + math.log(self.cap))
+        weights = torch.where((row == column) & (row != -1), same + factor, elsewhere)
         if self.row_task is not None and self.column_task is not None:
             foreign = self.row_task[rows, None] != self.column_task[None, columns]
             weights = weights.masked_fill(foreign, -torch.inf)
@@ -190,20 +206,51 @@ class ClusterLogWeight:
             column_factor=columns(self.column_factor),
             row_task=rows(self.row_task),
             column_task=columns(self.column_task),
-            column_remembered=columns(self.column_remembered),
+            exact_other=rows(self.exact_other),
+            exact_remainder=rows(self.exact_remainder),
+            log_spread=rows(self.log_spread),
+            cap=self.cap,
+            among=rows(self.among),
         )
 
     def reversed(self, num_rows: int) -> ClusterLogWeight:
         """See `LogWeight.reversed`."""
-        return ClusterLogWeight(
+        return replace(
+            self,
             row_cluster=self.column_cluster[:num_rows],
             column_cluster=self.row_cluster,
-            same=self.same,
-            other=self.other,
-            remainder=self.remainder,
-            row_task=self.row_task,
+            column_factor=None,
             column_task=self.row_task,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskMask:
+    """-inf where anchor and candidate belong to different data sets.
+
+    Attributes:
+        row_task, column_task: (B,) and (M,) int64.
+    """
+
+    row_task: Tensor
+    column_task: Tensor
+    normalised: bool = False
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """See `LogWeight.tile`."""
+        foreign = self.row_task[rows, None] != self.column_task[None, columns]
+        return torch.zeros(foreign.shape, device=foreign.device).masked_fill_(foreign, -torch.inf)
+
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> TaskMask:
+        """See `LogWeight.gathered`."""
+        return TaskMask(
+            row_task=distributed.gather_rows(self.row_task, row_sizes),
+            column_task=distributed.gather_rows(self.column_task, column_sizes),
+        )
+
+    def reversed(self, num_rows: int) -> TaskMask:
+        """See `LogWeight.reversed`."""
+        return TaskMask(row_task=self.column_task[:num_rows], column_task=self.row_task)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +303,8 @@ class TensorLogWeight:
 
     def reversed(self, num_rows: int) -> TensorLogWeight:
         """See `LogWeight.reversed`."""
-        return replace(self, values=self.values[:, :num_rows].T, by_row=self.by_column, by_column=self.by_row)
+        values = self.values[:, :num_rows] if self.by_column else self.values
+        return replace(self, values=values.T, by_row=self.by_column, by_column=self.by_row)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ weigh it against the rows of any later batch.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from functools import singledispatch
 
@@ -19,8 +20,11 @@ from anybatch.losses.log_weights import (
     LogWeight,
     PairMask,
     SumLogWeight,
+    TaskMask,
     TensorLogWeight,
 )
+
+FOREIGN = 2**40  # beyond the numbers of clusters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +116,8 @@ def _(log_weight: ClusterLogWeight, num_columns: int) -> Tensor:
 
 @extended.register
 def _(log_weight: ClusterLogWeight, remembered: Remembered) -> ClusterLogWeight:
-    """A row of another cluster comes in the batch with chance q, and is one of m remembered ones besides: it stands for 1 / (q + m / (n - 1)) rows,
-    as `exp(-other)` is q (n - 1). Those of the own cluster are in the batch itself, so that older copies of them are removed.
+    """A row of another cluster comes in the batch with chance q by each of its ways, and is one of m remembered of N: it stands for 1 / (ways q + m / N) rows. Those of
+    the own cluster come with the batch itself; a remembered row is never one of them (another epoch may number other clusters).
     """
     cluster, bits, task = remembered.features
     share, own_task = remembered.share, log_weight.row_task
@@ -121,21 +125,29 @@ def _(log_weight: ClusterLogWeight, remembered: Remembered) -> ClusterLogWeight:
         count = remembered.present.sum().double()
     else:
         count = ((own_task[:, None] == task) & remembered.present).sum(dim=1).double()
-
-    def among_more(weight: float | Tensor) -> float | Tensor:
-        lower = -((-torch.as_tensor(weight, dtype=torch.float64, device=cluster.device)).exp() + count).log()
-        return lower if lower.ndim else float(lower)
-
+    spread = torch.as_tensor(log_weight.log_spread, dtype=torch.float64, device=cluster.device)
+    among = count * spread.exp()
     factor, column_task = log_weight.column_factor, log_weight.column_task
-    own = log_weight.column_cluster
     return replace(
         log_weight,
-        column_cluster=torch.cat([own, cluster[share]]),
-        other=among_more(log_weight.other),
-        remainder=None if log_weight.remainder is None else among_more(log_weight.remainder),
+        column_cluster=torch.cat(
+            [log_weight.column_cluster, torch.where(cluster < 0, cluster, cluster + FOREIGN)[share]]
+        ),
+        among=among if among.ndim else float(among),
         column_factor=None if factor is None else torch.cat([factor, bits[share].contiguous().view(torch.float64)]),
         column_task=None if column_task is None else torch.cat([column_task, task[share]]),
-        column_remembered=torch.arange(len(own) + len(cluster[share]), device=own.device) >= len(own),
+    )
+
+
+@column_features.register
+def _(log_weight: TaskMask, num_columns: int) -> Tensor:
+    return log_weight.column_task.long()[None]
+
+
+@extended.register
+def _(log_weight: TaskMask, remembered: Remembered) -> TaskMask:
+    return replace(
+        log_weight, column_task=torch.cat([log_weight.column_task, remembered.features[0, remembered.share]])
     )
 
 
@@ -174,3 +186,14 @@ def _(log_weight: SumLogWeight, remembered: Remembered) -> SumLogWeight:
         terms.append(extended(term, remembered.part(start, stop)))
         start = stop
     return SumLogWeight(terms=tuple(terms))
+
+
+def kinds(log_weight: LogWeight | None) -> int:
+    """A number for the kinds of log-weights at hand, so that figures of one kind are not taken for those of another."""
+
+    def names(part: LogWeight) -> str:
+        if isinstance(part, SumLogWeight):
+            return ",".join(names(term) for term in part.terms)
+        return type(part).__name__ + ("*" if isinstance(part, TensorLogWeight) and part.by_column else "")
+
+    return 0 if log_weight is None else zlib.crc32(names(log_weight).encode())
