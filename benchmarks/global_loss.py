@@ -72,10 +72,10 @@ def count_corrected(s: Setting) -> nn.Module:
     return CountCorrectedInfoNCE(s.num_rows, temperature=s.temperature, direction=s.direction)
 
 
-def cross_batch(memory_size: int) -> Callable[[Setting], nn.Module]:
+def cross_batch(memory_size: int, mean_rows: int = 64) -> Callable[[Setting], nn.Module]:
     """Recent batches remembered."""
     return lambda s: CrossBatchInfoNCE(
-        s.num_rows, memory_size=memory_size, temperature=s.temperature, direction=s.direction
+        s.num_rows, memory_size=memory_size, mean_rows=mean_rows, temperature=s.temperature, direction=s.direction
     )
 
 
@@ -128,10 +128,14 @@ METHODS = (
         batch_sizes=SLOW,
     ),
     Method(name="cross-batch 1,024", make=cross_batch(1024), run_in=1, batches=("random",)),
-    Method(name="cross-batch 4,096", make=cross_batch(4096), run_in=1, batches=("random",)),
+    Method(name="cross-batch 4,096", make=cross_batch(4096), run_in=1, batches=("random",), batch_sizes=(64,)),
     Method(name="cross-batch 1,024, weights", make=cross_batch(1024), weights="inclusion", run_in=1, batches=CLUSTERED),
     Method(
-        name="cross-batch 4,096, weights", make=cross_batch(4096), weights="inclusion", run_in=1, batches=("mined",)
+        name="cross-batch 1,024, mean of 256, weights",
+        make=cross_batch(1024, 256),
+        weights="inclusion",
+        run_in=1,
+        batches=("mined", "mined, skip 30"),
     ),
     Method(name="SCENT", make=named("scent"), run_in=5, batch_sizes=SLOW),
     Method(name="EMC2", make=named("emc2"), run_in=5, batch_sizes=SLOW, batches=("random",)),

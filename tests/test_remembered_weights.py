@@ -68,7 +68,7 @@ def test_the_sum_over_the_data_is_unbiased(name):
                 weight = with_remembered(batch.log_weight, columns)
                 tile = weight.tile(slice(0, len(index)), slice(0, len(candidates) + 64)).double()
                 tile[:, : len(index)].fill_diagonal_(-torch.inf)
-                column = torch.cat([arguments["candidate_id"], loss.rows.clamp(min=0)])
+                column = torch.cat([arguments["candidate_id"], loss.recent.rows.clamp(min=0)])
                 total[index] += (tile.exp() * values[index][:, column]).sum(dim=1) * (N - 1)
                 times[index] += 1
             loss(points[index], candidates, **arguments)
@@ -113,7 +113,26 @@ def test_batches_within_data_sets_remember_their_own_set_without_weights_too():
     loss = CrossBatchInfoNCE(N, memory_size=64, max_staleness=None)
     for rows in drawn.epoch_batches(0):
         index = torch.from_numpy(rows).long()
-        remembered = loss.rows[loss.rows >= 0]
+        remembered = loss.recent.rows[loss.recent.rows >= 0]
         loss(torch.randn(16, 3), torch.randn(16, 3), **table.arguments(index))
         own = (drawn.task[remembered.numpy()] == drawn.task[rows[0]]).sum()
         assert loss.last_stats["num_negatives"] == 15 + own
+
+
+def test_mined_batches_do_not_make_the_memory_look_stale():
+    """Clusters of near neighbours, embeddings that stand still: what is remembered is used, because only other clusters are compared."""
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.randn(N // 4, 12, generator=generator)
+    points = centres.repeat_interleave(4, dim=0) + 0.2 * torch.randn(N, 12, generator=generator)
+    drawn = plan(4, 32)
+    used = {}
+    for weights in ("inclusion", "none"):
+        table = RowTable(np.arange(N), np.arange(N), plan=drawn, weights=weights)
+        loss = CrossBatchInfoNCE(N, memory_size=160, mean_rows=256, temperature=0.2)
+        for epoch in range(4):
+            for rows in drawn.epoch_batches(epoch):
+                index = torch.from_numpy(rows).long()
+                loss(points[index], points[index], **table.arguments(index))
+        used[weights] = loss.last_stats["remembered"]
+    assert used["inclusion"] > 100
+    assert used["none"] == 0  # as documented

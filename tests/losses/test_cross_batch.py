@@ -193,7 +193,7 @@ def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
-    assert sorted(loss.rows[loss.rows >= 0].tolist()) == sorted(row for row, *_ in twin.pairs)
+    assert sorted(loss.recent.rows[loss.recent.rows >= 0].tolist()) == sorted(row for row, *_ in twin.pairs)
 
 
 @pytest.mark.parametrize(("corrected", "centred"), [(False, True), (True, False), (False, False)])
@@ -273,7 +273,7 @@ def test_explicit_negatives_are_the_batchs_alone():
     negatives = torch.randn(4, WIDTH, dtype=torch.float64)
     loss(anchors, torch.cat([positives, negatives]), index=index)
     assert loss.last_stats["num_negatives"] == BATCH - 1 + 4
-    remembered = loss.rows[loss.rows >= 0]
+    remembered = loss.recent.rows[loss.recent.rows >= 0]
     assert remembered.tolist() == index.tolist()
     anchors, positives, index = draw(1)
     loss(anchors, positives, index=index)
@@ -290,7 +290,7 @@ def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
     arguments = known.arguments(index)
     arguments["candidate_id"] = torch.cat([arguments["candidate_id"], 100 + torch.arange(5)])
     loss(anchors, torch.cat([positives, negatives]), **arguments)
-    assert loss.features[0, :2, loss.rows >= 0].T.tolist() == [
+    assert loss.recent.features[0, :2, loss.recent.rows >= 0].T.tolist() == [
         [known.positive[row].item(), known.anchor[row].item()] for row in index.tolist()
     ]
     anchors, positives, index = draw(1)
@@ -303,10 +303,14 @@ def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
     expected, count = torch.zeros_like(pull), BATCH + 5 - 1 + int(recalled.present.sum())
     for j, row in enumerate(index.tolist()):
         for place in torch.nonzero(recalled.present)[:, 0].tolist():
-            other = int(loss.rows[place])
+            other = int(loss.recent.rows[place])
             if known.log_weight(row, other, back=True, alive=[], remembered=True) == 0:
                 query = recalled.used[0, place]
-                score = batch.candidates[j] @ query / TAU + math.log((N - 1) / count) - loss.log_denominator[0, place]
+                score = (
+                    batch.candidates[j] @ query / TAU
+                    + math.log((N - 1) / count)
+                    - loss.recent.log_denominator[0, place]
+                )
                 expected[j] += score.clamp(max=0).exp() * query / TAU
     torch.testing.assert_close(pull, expected.detach(), rtol=1e-10, atol=1e-12)
     assert pull.abs().sum() > 0
@@ -378,7 +382,7 @@ def test_what_moved_on_its_own_is_left_out_by_age(direction):
     moved = points(row, 2)
     batch = loss._batch(moved, moved.clone(), row, None, None, None)
     recalled = loss._recall(batch)
-    fresh_group = loss._groups()
+    fresh_group = loss.recent.age_groups(8)
     for way in range(ways):
         logits = batch.anchors @ torch.cat([batch.anchors, recalled.used[1 - way]]).T / 0.1
         logits[:, :40].fill_diagonal_(-torch.inf)
@@ -404,7 +408,7 @@ def test_a_batch_larger_than_the_memory_leaves_its_last_rows():
     loss = CrossBatchInfoNCE(N, memory_size=4, temperature=TAU)
     index = torch.arange(10, 19)
     loss(torch.randn(9, WIDTH), torch.randn(9, WIDTH), index=index)
-    assert sorted(loss.rows.tolist()) == [15, 16, 17, 18]
+    assert sorted(loss.recent.rows.tolist()) == [15, 16, 17, 18]
 
 
 def test_a_learned_temperature_has_the_derivative_of_the_batchs_own_terms():
@@ -436,7 +440,7 @@ def test_a_new_loss_takes_the_width_of_a_saved_state():
     buffer.seek(0)
     loss = CrossBatchInfoNCE(N, memory_size=SIZE)
     loss.load_state_dict(torch.load(buffer))
-    assert torch.equal(loss.embeddings, saved.embeddings)
+    assert torch.equal(loss.recent.embeddings, saved.recent.embeddings)
     with pytest.raises(RuntimeError, match="size mismatch"):
         CrossBatchInfoNCE(N, memory_size=SIZE + 1).load_state_dict(saved.state_dict())
     with pytest.raises(AnybatchError, match="remembers embeddings of 5 dimensions, these have 3"):
@@ -449,6 +453,7 @@ def test_a_new_loss_takes_the_width_of_a_saved_state():
         ({"num_rows": 1}, "num_rows is 1"),
         ({"memory_size": 0}, "memory_size is 0"),
         ({"max_staleness": 0.0}, "max_staleness is 0.0"),
+        ({"mean_rows": 0}, "mean_rows is 0"),
     ],
 )
 def test_sizes_are_checked(change, words):

@@ -18,7 +18,9 @@ KNOWN: dict[str, frozenset[str]] = {
     "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
     "decoupled": frozenset({"learnable_temperature", "ring"}),
     "count_corrected": frozenset({"learnable_temperature", "ring"}),
-    "cross_batch": frozenset({"learnable_temperature", "memory_size", "corrected", "centred", "max_staleness"}),
+    "cross_batch": frozenset(
+        {"learnable_temperature", "memory_size", "corrected", "centred", "mean_rows", "max_staleness"}
+    ),
     "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL, *_MEMORY}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
@@ -70,6 +72,7 @@ class LossConfig:
         memory_size: cross_batch: pairs remembered.
         corrected: cross_batch: weight negatives to stand for all rows, as count_corrected does.
         centred: cross_batch: take the common drift of the embeddings away.
+        mean_rows: cross_batch: rows that the mean is of, by which the drift is known.
         max_staleness: cross_batch: leave out what is remembered once negatives of its age have moved away by more than this, a logarithm.
         margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive.
         bias: siglip: the bias at first; it is learned.
@@ -125,6 +128,7 @@ class LossConfig:
     memory_size: int | None = None
     corrected: bool | None = None
     centred: bool | None = None
+    mean_rows: int | None = None
     max_staleness: float | None = None
     margin: float | None = None
     bias: float | None = None

@@ -17,13 +17,12 @@ from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax
 from anybatch.losses.infonce import CountCorrected, WithPositive
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.per_example import Keys, only_growing
+from anybatch.losses.recent_pairs import MAX_FEATURES, RecentPairs
 from anybatch.losses.remembered_columns import Remembered, column_features, kinds, with_remembered
 
 GROUPS = 8  # of remembered pairs, by age, that are used or left out together
 PROBES = 256  # rows of a batch, at most, that age is measured on
-MEAN_ROWS = 64  # that the mean is of, about, where batches are smaller
 ROWS_AVERAGED = 640  # that the measure remembers, about
-MAX_FEATURES = 12  # int64 a remembered pair for its log-weights: ids take 2, a list of pairs 1, clusters 3
 
 
 class CrossBatchInfoNCE(ContrastiveLoss):
@@ -42,23 +41,26 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
     Args:
         num_rows: n, rows of the data set.
-        memory_size: S, pairs remembered: the newest, at most one a row. About fifteen batches were best from scratch (docs/methods.md); what moves
-            more slowly, as in fine-tuning, may remember more.
+        memory_size: S, pairs remembered: the newest. A row's older pair leaves when the row comes again.
         corrected: Weight the k negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for the softmax over what is there.
         centred: Take away the common drift; False for the plain memory of the publications.
-        max_staleness: What moved on its own is seen in the softmax: old negatives are less near than those of the batch. By eighths of the memory, the
-            oldest last, the log of fresh negatives' mean share over old ones' is measured; from the first eighth above this limit on nothing is used, until the embeddings move more slowly. None to use all.
+        mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows are less noise, above all in mined batches, and a mean
+            that is older: 64 was best from scratch, 256 on embeddings that stand still (docs/methods.md).
+        max_staleness: What moved on its own is seen in the softmax: old negatives are less near than new ones. For each eighth of the memory, by age, the log of a
+            new negative's mean share over an old one's is measured; from the first eighth above this limit on, nothing is used until the embeddings move more slowly.
+            None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is remembered look stale.
         temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
-    Calls need `index`. A row's older copy leaves when it comes again. Explicit negatives count for their batch's anchors only. Masks and
-    inclusion weights hold for remembered pairs too: ids, lists of pairs and clusters are kept with them; log-weights that are tensors with a
-    value a column are refused. Under several ranks every rank has the whole memory and scores its share. A learned temperature has the derivative of the batch's own
-    terms. The batch's mean stands for the data's: mined batches of few clusters shift it by what they have in common, and below 16 rows it is noisy.
+    Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for remembered pairs too: ids, lists of
+    pairs, data sets, clusters and values by column are kept with them; a tensor with a value a pair is refused. A step that is not finite is not remembered. Under several
+    ranks each has the whole memory, and shares the work by rows. A learned temperature has the derivative of the batch's own terms. The mean stands
+    for the data's: batches of few clusters shift it by what they have in common.
 
     Raises:
         AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width, log-weights that cannot be remembered.
 
-    Cost: 8 D S bytes and some 200 S; 3 products of B x (B + S) x D and one of B x S x D, twice for "both". Reference: Wang et al. 2020,
+    Cost: 8 D S bytes and some 220 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S) x D, twice for "both"; under ranks three gathers and two small
+    sums besides the engine's collectives. Reference: Wang et al. 2020,
     "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et al. 2024, "A Gradient Accumulation Method for Dense Retriever
     under Memory Constraint", arXiv 2406.12356; moments of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch
     Normalization for Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
@@ -71,6 +73,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         memory_size: int = 1024,
         corrected: bool = True,
         centred: bool = True,
+        mean_rows: int = 64,
         max_staleness: float | None = 0.1,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
@@ -96,27 +99,16 @@ class CrossBatchInfoNCE(ContrastiveLoss):
                 f"max_staleness is {max_staleness}; expected a positive number such as 0.1, or None to use all that is remembered."
             )
         self.num_rows, self.memory_size, self.corrected, self.centred = num_rows, memory_size, corrected, centred
-        self.max_staleness = max_staleness
+        if mean_rows < 1:
+            raise AnybatchError(
+                f"mean_rows is {mean_rows}; expected the number of rows that the mean is of, at least 1."
+            )
+        self.max_staleness, self.mean_rows = max_staleness, mean_rows
         self._num_used = 0
-        self.embeddings: Tensor
-        self.log_denominator: Tensor
-        self.rows: Tensor
-        self.features: Tensor
-        self.kinds: Tensor
+        self.recent = RecentPairs(memory_size)
         self.mean: Tensor
-        self.stamps: Tensor
         self.mean_share: Tensor
-        self.register_buffer(
-            "embeddings", torch.zeros(2, memory_size, 0)
-        )  # of anchors, of positives; D from the first call
-        self.register_buffer("log_denominator", torch.zeros(2, memory_size))  # as queries, by direction, not relative
-        self.register_buffer("rows", torch.full((memory_size,), -1))  # -1: empty
-        self.register_buffer("features", torch.zeros(2, MAX_FEATURES, memory_size, dtype=torch.int64))
-        self.register_buffer(
-            "kinds", torch.tensor(-1)
-        )  # of log-weights that the figures are of; -1 before anything was remembered
         self.register_buffer("mean", torch.zeros(2, 0))  # running, of anchors and positives
-        self.register_buffer("stamps", torch.full((memory_size,), -1))  # the newest is the greatest; -1 where empty
         # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction; NaN: never
         # measured.
         self.register_buffer("mean_share", torch.full((2, 1 + GROUPS), torch.nan))
@@ -199,53 +191,43 @@ class CrossBatchInfoNCE(ContrastiveLoss):
                 f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {self.num_rows - 1}. "
                 "Make the loss with the num_rows of this data set."
             )
-        batch = self._prepare(anchors, candidates, index.long(), log_weight, anchor_id, candidate_id)
-        width = batch.anchors.shape[1]
-        if self.embeddings.shape[2] not in (0, width):
-            raise AnybatchError(
-                f"The loss remembers embeddings of {self.embeddings.shape[2]} dimensions, these have {width}. Use one loss a width "
-                "(anybatch.losses.Matryoshka makes them)."
-            )
-        return batch
+        return self._prepare(anchors, candidates, index.long(), log_weight, anchor_id, candidate_id)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """The width comes with the state."""
-        for name in ("embeddings", "mean"):
-            saved, own = state_dict.get(prefix + name), self.get_buffer(name)
-            if saved is not None and saved.shape[:-1] == own.shape[:-1]:
-                setattr(self, name, own.new_zeros(saved.shape))
-        rows = state_dict.get(prefix + "rows")
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """The width comes with the state; a state of more rows is refused."""
+        rows, mean = (state_dict.get(prefix + name) for name in ("recent.rows", "mean"))
         if rows is not None and len(rows) and int(rows.max()) >= self.num_rows:
             raise AnybatchError(
                 f"The state remembers row {int(rows.max())}, and the loss is for {self.num_rows} rows. Make the loss with the num_rows of the data set "
                 "that the state is of."
             )
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if mean is not None:
+            self.mean = self.mean.new_zeros(mean.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
     def _recall(self, batch: Batch) -> _Recalled:
         """What is remembered, as it is used beside this batch."""
         anchors, positives, index = batch.anchors, batch.queries(1), batch.index
         assert index is not None
+        remembered = self.recent.beside(anchors.shape[1])
         layout = Layout.of(len(anchors), len(batch.candidates), anchors.device)
         sizes = layout.row_sizes
         rows = distributed.gather_rows(index, sizes)
-        mean, remembered = self._mean(anchors, positives, len(rows)), self.embeddings
-        if not remembered.shape[2]:
-            remembered = remembered.new_zeros(2, self.memory_size, anchors.shape[1])
+        recent, mean = self.recent, self._mean(anchors, positives, len(rows))
         used = remembered.to(anchors.dtype) + mean[:, None]
         if self.normalize:
             used = nn.functional.normalize(used, dim=2)
         features = [self._features(batch, direction) for direction in (0, 1)]
         kind = kinds(batch.log_weight)
-        if int(self.kinds) not in (-1, kind):
+        if int(recent.kinds) not in (-1, kind):
             raise AnybatchError(
                 "The ids, masks or weights of this batch are of other kinds than those of the remembered batches. Give the same kinds with every batch, or begin with "
                 "a new loss."
             )
-        present, shares = (self.rows >= 0) & ~torch.isin(self.rows, rows), None
+        present, shares = (recent.rows >= 0) & ~torch.isin(recent.rows, rows), None
         if self.max_staleness is not None:
-            group = self._groups()
+            group = recent.age_groups(GROUPS)
             shares = self._measure(batch, layout, used, features, present, group)
             present = present & (group < self._fresh_groups(shares))
         places = distributed.shares(self.memory_size)
@@ -253,7 +235,10 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         share = slice(first, first + places[distributed.rank()])
         kept = [
             Remembered(
-                num_columns=number, features=self.features[direction, : len(features[0])], present=present, share=share
+                num_columns=number,
+                features=recent.features[direction, : len(features[0])],
+                present=present,
+                share=share,
             )
             for direction, number in enumerate((len(batch.candidates), len(anchors)))
         ]
@@ -279,13 +264,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         if not self.mean.shape[1]:
             return mean
         before = self.mean.to(mean.dtype)
-        return before + min(1.0, num_rows / MEAN_ROWS) * (mean - before)
-
-    def _groups(self) -> Tensor:
-        """(S,) int64: 0 for the newest places, GROUPS - 1 for the oldest."""
-        order = torch.argsort(self.stamps, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return rank * GROUPS // len(order)
+        return before + min(1.0, num_rows / self.mean_rows) * (mean - before)
 
     def _fresh_groups(self, shares: Tensor) -> int:
         """How many groups, from the newest on, are not stale."""
@@ -319,9 +298,10 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             own = len(batch.candidates) if direction == 0 else len(batch.anchors)
             columns = Remembered(
                 num_columns=own,
-                features=torch.cat([fresh_features, self.features[direction, : len(fresh_features)]], dim=1),
+                features=torch.cat([fresh_features, self.recent.features[direction, : len(fresh_features)]], dim=1),
                 present=torch.cat([torch.ones(num_rows, dtype=torch.bool, device=device), present]),
                 share=slice(0, num_rows + self.memory_size),
+                without_own=True,
             )
             weight = with_remembered(batch.log_weight_of(direction), columns)
             temperature = self._temperatures(batch, direction=direction).detach()
@@ -378,7 +358,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             if not (reverse is not None and reverse.normalised):
                 columns = recalled.layout.column_sizes if direction == 0 else recalled.layout.row_sizes
                 correction -= math.log(max(1, sum(columns) - 1 + int(recalled.present.sum())))
-        shift = correction - self.log_denominator[direction].to(own.dtype)
+        shift = correction - self.recent.log_denominator[direction].to(own.dtype)
         gradient = torch.zeros_like(own)
         height = max(1, self.tile_bytes // (self.memory_size * own.element_size()))
         for start in range(0, len(own), height):
@@ -390,38 +370,27 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
     @torch.no_grad()
     def _remember(self, batch: Batch, recalled: _Recalled, stats: list[tuple[SoftmaxStats, Side]]) -> None:
-        """Put all ranks' pairs in the place of the oldest."""
-        sizes, mean = recalled.layout.row_sizes, recalled.mean
+        """Keep all ranks' pairs. Two gathers."""
+        sizes, width = recalled.layout.row_sizes, batch.anchors.shape[1]
         anchors, positives = batch.anchors, batch.queries(1)
         similarity = (anchors * positives).sum(dim=1)
         absolute = [one.objective + similarity / side.temperature for one, side in stats]
-        absolute += [absolute[0]] * (2 - len(absolute))
-        local = torch.cat([anchors - mean[0], positives - mean[1], torch.stack(absolute, dim=1)], dim=1)
-        figures = distributed.gather_rows(local, sizes)[-self.memory_size :]
-        integers = distributed.gather_rows(torch.cat(recalled.features).T, sizes)[-self.memory_size :]
-        rows, width = recalled.rows[-self.memory_size :], anchors.shape[1]
-        if not bool(
-            figures.isfinite().all()
-        ):  # a step that a scaler will skip; remembered it would spoil those that follow
+        absolute = [absolute[0], absolute[-1]]  # one way the second is never used
+        centred = [anchors - recalled.mean[0], positives - recalled.mean[1]]
+        figures = distributed.gather_rows(torch.cat([*centred, torch.stack(absolute, dim=1)], dim=1), sizes)
+        features = distributed.gather_rows(torch.cat(recalled.features).T, sizes)
+        if not bool(figures.isfinite().all()):  # a step that a scaler skips; remembered, it would spoil the next ones
             return
-        if not self.embeddings.shape[2]:
-            self.embeddings, self.mean = (
-                self.embeddings.new_zeros(2, self.memory_size, width),
-                self.mean.new_zeros(2, width),
-            )
-        self.mean.copy_(mean)
-        superseded = torch.isin(self.rows, recalled.rows)
-        self.rows[superseded], self.stamps[superseded] = -1, -1
-        place = torch.argsort(self.stamps, stable=True)[: len(rows)]  # empty places, then the oldest
-        self.stamps[place] = self.stamps.max() + 1 + torch.arange(len(rows), device=rows.device)
-        dtype = self.embeddings.dtype
-        for side in (0, 1):
-            self.embeddings[side, place] = figures[:, side * width : (side + 1) * width].to(dtype)
-        self.log_denominator[:, place] = figures[:, 2 * width :].T.to(dtype)
-        self.rows[place] = rows
-        num_features = len(recalled.features[0])
-        self.features[:, :num_features, place] = integers.T.view(2, num_features, len(rows))
-        self.kinds.fill_(recalled.kinds)
+        self.recent.put(
+            recalled.rows,
+            figures[:, : 2 * width].unflatten(1, (2, width)).transpose(0, 1),
+            figures[:, 2 * width :].T,
+            features.unflatten(1, (2, -1)).permute(1, 2, 0)
+            if features.shape[1]
+            else features.new_zeros(2, 0, len(features)),
+            kinds=recalled.kinds,
+        )
+        self.mean = recalled.mean.to(self.mean.dtype)
         if recalled.mean_share is not None:
             self.mean_share.copy_(recalled.mean_share)
 
@@ -435,7 +404,7 @@ class _Recalled:
         rows: (B_all,) rows of all ranks' batches.
         mean: (2, D) of all ranks' anchors and positives; zeros where embeddings are not centred.
         used: (2, S, D) remembered anchors and positives, moved to this batch's mean.
-        present: (S,) which places hold a pair that is not in the batch.
+        present: (S,) which places are used: their pair is not in the batch, and not stale.
         share: This rank's places.
         columns: By direction, what is known of the remembered pairs as columns.
         features: By direction, (F, B) the same of this rank's pairs.

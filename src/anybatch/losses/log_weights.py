@@ -143,6 +143,7 @@ class ClusterLogWeight:
         log_spread: log of (n - 1) over the rows that `other` is an estimate over (of the row's data set, outside its cluster); (B,) or a number.
         cap: Upper limit on the weights relative to `same`; it has been applied to `other` and `remainder`.
         among: Of candidates that may also come from a memory, how many the memory holds, times exp(log_spread); (B,) or a number; None without a memory.
+        without_own: Remove pairs of one cluster instead.
     """
 
     row_cluster: Tensor
@@ -158,6 +159,7 @@ class ClusterLogWeight:
     log_spread: float | Tensor = 0.0
     cap: float | None = None
     among: float | Tensor | None = None
+    without_own: bool = False
     normalised: bool = True
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
@@ -182,7 +184,8 @@ class ClusterLogWeight:
             elsewhere = -((-elsewhere).exp() + among).log()
             if self.cap is not None:
                 elsewhere = torch.minimum(elsewhere, same + factor + math.log(self.cap))
-        weights = torch.where((row == column) & (row != -1), same + factor, elsewhere)
+        of_own = same.new_full((), -torch.inf) if self.without_own else same + factor
+        weights = torch.where((row == column) & (row != -1), of_own, elsewhere)
         if self.row_task is not None and self.column_task is not None:
             foreign = self.row_task[rows, None] != self.column_task[None, columns]
             weights = weights.masked_fill(foreign, -torch.inf)

@@ -36,12 +36,14 @@ class Remembered:
         features: (F, S) int64, from `column_features`.
         present: (S,) bool; the others are empty places.
         share: Which of the S are appended as columns here (under several ranks, this rank's).
+        without_own: Remove those of a row's own cluster: where pairs of this batch stand among them, to be compared with others.
     """
 
     num_columns: int
     features: Tensor
     present: Tensor
     share: slice
+    without_own: bool = False
 
     def part(self, start: int, stop: int) -> Remembered:
         """Some of the features."""
@@ -128,11 +130,12 @@ def _(log_weight: ClusterLogWeight, remembered: Remembered) -> ClusterLogWeight:
     spread = torch.as_tensor(log_weight.log_spread, dtype=torch.float64, device=cluster.device)
     among = count * spread.exp()
     factor, column_task = log_weight.column_factor, log_weight.column_task
+    if not remembered.without_own:
+        cluster = torch.where(cluster < 0, cluster, cluster + FOREIGN)
     return replace(
         log_weight,
-        column_cluster=torch.cat(
-            [log_weight.column_cluster, torch.where(cluster < 0, cluster, cluster + FOREIGN)[share]]
-        ),
+        column_cluster=torch.cat([log_weight.column_cluster, cluster[share]]),
+        without_own=remembered.without_own,
         among=among if among.ndim else float(among),
         column_factor=None if factor is None else torch.cat([factor, bits[share].contiguous().view(torch.float64)]),
         column_task=None if column_task is None else torch.cat([column_task, task[share]]),
