@@ -128,7 +128,7 @@ def test_mined_batches_do_not_make_the_memory_look_stale():
     used = {}
     for weights in ("inclusion", "none"):
         table = RowTable(np.arange(N), np.arange(N), plan=drawn, weights=weights)
-        loss = CrossBatchInfoNCE(N, memory_size=160, mean_rows=256, temperature=0.2)
+        loss = CrossBatchInfoNCE(N, memory_size=160, mean_rows=256, max_staleness=0.25, temperature=0.5)
         for epoch in range(4):
             for rows in drawn.epoch_batches(epoch):
                 index = torch.from_numpy(rows).long()
