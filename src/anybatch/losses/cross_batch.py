@@ -156,7 +156,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             others = batch.candidates if direction == 0 else batch.anchors
             side = self._side(batch, direction=direction)
             weight = with_remembered(side.log_weight, recalled.columns[direction])
-            columns = torch.cat([others, recalled.others(direction)[recalled.share]])
+            columns = torch.cat([others, recalled.used[1 - direction, recalled.share]])
             loss, one = softmax_loss(
                 queries,
                 columns,
@@ -346,7 +346,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
     def _gradient_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
         """(B, D) sum over the remembered queries i of p_ij a~_i / tau for each of this rank's rows j."""
-        own, queries = batch.queries(1 - direction), recalled.queries(direction)
+        own, queries = batch.queries(1 - direction), recalled.used[direction]
         temperature = side.temperature.detach()
         reverse = batch.log_weight_of(1 - direction)
         everyone = replace(recalled.columns[1 - direction], share=slice(0, self.memory_size))
@@ -422,11 +422,3 @@ class _Recalled:
     features: list[Tensor]
     kinds: int
     mean_share: Tensor | None
-
-    def queries(self, direction: int) -> Tensor:
-        """(S, D) what is scored against the others: remembered anchors (direction 0), or positives (1)."""
-        return self.used[direction]
-
-    def others(self, direction: int) -> Tensor:
-        """(S, D) what they are scored against."""
-        return self.used[1 - direction]
