@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import Batch, ContrastiveLoss, Direction
+from anybatch.losses.base import Batch, Direction
 from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss
-from anybatch.losses.infonce import CountCorrected, WithPositive
+from anybatch.losses.infonce import CountCorrectedInfoNCE, WithPositive
 from anybatch.losses.log_weights import LogWeight
-from anybatch.losses.per_example import Keys, only_growing
 from anybatch.losses.recent_pairs import MAX_FEATURES, RecentPairs
 from anybatch.losses.remembered_columns import Remembered, column_features, kinds, with_remembered
 
@@ -25,7 +24,7 @@ PROBES = 256  # rows of a batch, at most, that age is measured on
 ROWS_AVERAGED = 640  # that the measure remembers, about
 
 
-class CrossBatchInfoNCE(ContrastiveLoss):
+class CrossBatchInfoNCE(CountCorrectedInfoNCE):
     """InfoNCE over the batch and the S pairs before it, whose embeddings are remembered as they were.
 
         candidates of anchor i:   the batch's, and the remembered positives c~_j
@@ -82,14 +81,13 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         tile_bytes: int = TILE_BYTES,
     ) -> None:
         super().__init__(
+            num_rows,
             temperature=temperature,
             learnable_temperature=learnable_temperature,
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
-        if num_rows < 2:
-            raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")
         if memory_size < 1:
             raise AnybatchError(
                 f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without memory use CountCorrectedInfoNCE."
@@ -98,11 +96,11 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             raise AnybatchError(
                 f"max_staleness is {max_staleness}; expected a positive number such as 0.1, or None to use all that is remembered."
             )
-        self.num_rows, self.memory_size, self.corrected, self.centred = num_rows, memory_size, corrected, centred
         if mean_rows < 1:
             raise AnybatchError(
                 f"mean_rows is {mean_rows}; expected the number of rows that the mean is of, at least 1."
             )
+        self.memory_size, self.corrected, self.centred = memory_size, corrected, centred
         self.max_staleness, self.mean_rows = max_staleness, mean_rows
         self._num_used = 0
         self.recent = RecentPairs(memory_size)
@@ -112,13 +110,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction; NaN: never
         # measured.
         self.register_buffer("mean_share", torch.full((2, 1 + GROUPS), torch.nan))
-
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """See `ContrastiveLoss.grow`."""
-        super().grow(num_rows, keys=keys)
-        if num_rows < self.num_rows:
-            raise only_growing(num_rows, self.num_rows)
-        self.num_rows = num_rows
 
     @property
     def last_stats(self) -> dict[str, float]:
@@ -142,11 +133,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             return self._of(batch, self._recall(batch))
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        return (
-            CountCorrected(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
-            if self.corrected
-            else WithPositive()
-        )
+        if not self.corrected:
+            return WithPositive()
+        return super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)
 
     def _of(self, batch: Batch, recalled: _Recalled) -> Tensor:
         losses, stats = [], []

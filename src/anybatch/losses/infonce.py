@@ -146,7 +146,7 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
         self.num_rows = num_rows
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        return CountCorrected(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
+        return _CountCorrected(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
 
 
 @dataclass(frozen=True)
@@ -181,21 +181,12 @@ class _WithoutPositive:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CountCorrected:
-    """The rule of `CountCorrectedInfoNCE`.
-
-    Attributes:
-        log_num_others: log (n - 1).
-        normalised: Whether the log-weights make the log-sum an estimate of the log-mean over the data.
-        row_wise: See `Rule`.
-    """
-
+class _CountCorrected:
     log_num_others: float
     normalised: bool
     row_wise: bool = True
 
     def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """See `Rule`."""
         if self.normalised:
             correction = torch.full_like(log_sum, self.log_num_others)
         else:
