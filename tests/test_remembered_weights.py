@@ -8,7 +8,7 @@ import torch
 
 from anybatch import BatchPlan
 from anybatch.evaluation.gradient_error import FrozenPairs, gradient_error
-from anybatch.losses import CrossBatchInfoNCE
+from anybatch.losses import CrossBatchInfoNCE, InfoNCE
 from anybatch.losses.remembered_columns import with_remembered
 from anybatch.rows import RowTable
 
@@ -108,15 +108,44 @@ def test_all_data_remembered_is_the_exact_gradient_on_mined_batches_too():
 
 
 def test_batches_within_data_sets_remember_their_own_set_without_weights_too():
+    """Of the memory, each set's rows; of the batch itself nothing is removed. Both sides' gradients are exact when all is remembered."""
     drawn = plan(**sets("within"))
     table = RowTable(np.arange(N), np.arange(N), plan=drawn)
-    loss = CrossBatchInfoNCE(N, memory_size=64, max_staleness=None)
-    for rows in drawn.epoch_batches(0):
-        index = torch.from_numpy(rows).long()
-        remembered = loss.recent.rows[loss.recent.rows >= 0]
-        loss(torch.randn(16, 3), torch.randn(16, 3), **table.arguments(index))
-        own = (drawn.task[remembered.numpy()] == drawn.task[rows[0]]).sum()
-        assert loss.last_stats["num_negatives"] == 15 + own
+    generator = torch.Generator().manual_seed(0)
+    sides = [
+        torch.nn.functional.normalize(torch.randn(N, 5, generator=generator, dtype=torch.float64), dim=1)
+        for _ in range(2)
+    ]
+    loss = CrossBatchInfoNCE(
+        N, memory_size=N, max_staleness=None, centred=False, corrected=False, temperature=0.3
+    ).double()
+    whole = [side.clone().requires_grad_() for side in sides]
+    for number in range(3):
+        rows = torch.from_numpy(drawn.task == number)
+        (InfoNCE(temperature=0.3)(whole[0][rows], whole[1][rows]) * 80).backward()
+    for epoch in range(5):
+        for rows in drawn.epoch_batches(epoch):
+            index = torch.from_numpy(rows).long()
+            batch = [side[index].requires_grad_() for side in sides]
+            (loss(*batch, **table.arguments(index)) * len(index)).backward()
+            one_set = len(np.unique(drawn.task[rows])) == 1
+            if epoch and one_set:
+                assert loss.last_stats["num_negatives"] == 79
+            if epoch == 4 and one_set:
+                for part, exact in zip(batch, whole, strict=True):
+                    torch.testing.assert_close(part.grad, exact.grad[index], rtol=1e-3, atol=1e-4)
+
+
+def test_a_mask_of_data_sets_leaves_other_losses_alone():
+    """Left-over clusters of several sets share batches, and stay each other's negatives."""
+    task = np.repeat(np.arange(3), [84, 92, 64]).astype(np.int32)
+    drawn = plan(task=task, task_names=("a", "b", "c"), mixing="within")
+    table = RowTable(np.arange(N), np.arange(N), plan=drawn)
+    mixed = [rows for rows in drawn.epoch_batches(0) if len(np.unique(task[rows])) > 1]
+    assert mixed
+    for rows in mixed:
+        arguments = table.arguments(torch.from_numpy(rows).long())
+        assert not arguments["log_weight"].tile(slice(0, 16), slice(0, 16)).any()
 
 
 def test_mined_batches_do_not_make_the_memory_look_stale():

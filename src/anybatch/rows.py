@@ -187,7 +187,7 @@ class RowTable(nn.Module):
             self._check_epoch(index)
             terms.append(self._inclusion(index, num_negatives, arguments["candidate_id"]))
         elif self.task is not None and self.plan is not None and self.plan.mixing == "within":
-            # A batch is of one data set anyway; a loss that remembers earlier batches must know.
+            # Says nothing of the batch itself: for a loss that remembers earlier ones, of other data sets.
             task = self.task[index]
             terms.append(TaskMask(row_task=task, column_task=task.repeat(1 + num_negatives)))
         if terms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from anybatch.losses.remembered_columns import Remembered, column_features, kind
 
 GROUPS = 8  # of remembered pairs, by age, that are used or left out together
 PROBES = 256  # rows of a batch, at most, that age is measured on
-ROWS_AVERAGED = 640  # that the measure remembers, about
+ROWS_AVERAGED = 640  # that the measure remembers, about, and no fewer than ten batches
 
 
 class CrossBatchInfoNCE(CountCorrectedInfoNCE):
@@ -107,9 +108,8 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         self.mean: Tensor
         self.mean_share: Tensor
         self.register_buffer("mean", torch.zeros(2, 0))  # running, of anchors and positives
-        # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction; NaN: never
-        # measured.
-        self.register_buffer("mean_share", torch.full((2, 1 + GROUPS), torch.nan))
+        # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction.
+        self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
     @property
     def last_stats(self) -> dict[str, float]:
@@ -154,7 +154,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
                 log_weight=weight,
                 tile_bytes=self.tile_bytes,
             )
-            losses.append(loss + self._pull_of_queries(batch, recalled, direction, side))
+            losses.append(loss + self._pull_of_queries(batch, recalled, direction, side, one.num_negatives))
             stats.append((one, side))
         loss = torch.stack(losses).mean()
         self._stats = loss.detach(), stats[0][0]
@@ -258,8 +258,8 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
     def _fresh_groups(self, shares: Tensor) -> int:
         """How many groups, from the newest on, are not stale."""
         assert self.max_staleness is not None
-        staleness = (shares[:, :1].log() - shares[:, 1:].log()).nan_to_num(-torch.inf).amax(dim=0)
-        stale = (staleness > self.max_staleness).tolist()  # a group that was never measured (NaN) is not
+        over = ((shares[:, :1].log() - shares[:, 1:].log()).amax(dim=0) > self.max_staleness).tolist()
+        stale = [one and two for one, two in pairwise([*over, True])]  # a single one is noise: age only adds to it
         return stale.index(True) if True in stale else GROUPS
 
     def _measure(
@@ -304,10 +304,9 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             totals[direction, 0] = share.sum(dim=0) @ kind_of
             totals[direction, 1] = there.to(used.dtype).sum(dim=0) @ kind_of
         totals = distributed.sum_over_ranks(totals)
-        known = self.mean_share.to(used.dtype)
+        known, rate = self.mean_share.to(used.dtype), min(0.1, num_rows / ROWS_AVERAGED)
         now = totals[:, 0] / totals[:, 1]  # NaN where there was no pair
-        rate = min(1.0, num_rows / ROWS_AVERAGED)
-        return torch.where(now.isnan(), known, torch.where(known.isnan(), now, known + rate * (now - known)))
+        return torch.where(now.isnan(), known, known + rate * (now - known))
 
     def _features(self, batch: Batch, direction: int) -> Tensor:
         """(F, B) of this rank's pairs as columns of a direction."""
@@ -322,37 +321,44 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             )
         return features
 
-    def _pull_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
+    def _pull_of_queries(
+        self, batch: Batch, recalled: _Recalled, direction: int, side: Side, num_negatives: Tensor
+    ) -> Tensor:
         """A term of value 0 whose derivative is the pull of the remembered queries on the batch's positives (anchors, on the way back)."""
         if not torch.is_grad_enabled():
             return batch.anchors.new_zeros(())
         own, layout = batch.queries(1 - direction), recalled.layout
         with torch.no_grad():
-            gradient = self._gradient_of_queries(batch, recalled, direction, side)
+            gradient = self._gradient_of_queries(batch, recalled, direction, side, num_negatives)
             gradient *= distributed.world_size() / sum(layout.row_sizes)
         term = (gradient * own).sum()
         return term - term.detach()
 
-    def _gradient_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
-        """(B, D) sum over the remembered queries i of p_ij a~_i / tau for each of this rank's rows j."""
+    def _gradient_of_queries(
+        self, batch: Batch, recalled: _Recalled, direction: int, side: Side, num_negatives: Tensor
+    ) -> Tensor:
+        """(B, D) sum over the remembered queries i of p_ij a~_i / tau for each of this rank's rows j.
+
+        Args:
+            num_negatives: (B,) k of each row as a query, which a remembered query that may see it shares.
+        """
         own, queries = batch.queries(1 - direction), recalled.used[direction]
         temperature = side.temperature.detach()
         reverse = batch.log_weight_of(1 - direction)
         everyone = replace(recalled.columns[1 - direction], share=slice(0, self.memory_size))
         weight = with_remembered(reverse, everyone)
         columns_of_all = slice(everyone.num_columns, everyone.num_columns + self.memory_size)
-        correction = 0.0
+        correction = torch.zeros_like(num_negatives)
         if self.corrected:
-            correction = math.log(self.num_rows - 1)
+            correction += math.log(self.num_rows - 1)
             if not (reverse is not None and reverse.normalised):
-                columns = recalled.layout.column_sizes if direction == 0 else recalled.layout.row_sizes
-                correction -= math.log(max(1, sum(columns) - 1 + int(recalled.present.sum())))
-        shift = correction - self.recent.log_denominator[direction].to(own.dtype)
+                correction -= num_negatives.clamp(min=1).log()
+        log_denominator = self.recent.log_denominator[direction].to(own.dtype)
         gradient = torch.zeros_like(own)
         height = max(1, self.tile_bytes // (self.memory_size * own.element_size()))
         for start in range(0, len(own), height):
             rows = slice(start, min(start + height, len(own)))
-            logits = (own[rows] @ queries.T).div_(temperature).add_(shift)
+            logits = (own[rows] @ queries.T).div_(temperature).sub_(log_denominator).add_(correction[rows, None])
             logits += weight.tile(rows, columns_of_all).to(logits.dtype)
             gradient[rows] = logits.clamp_(max=0).exp_() @ queries  # a share is at most 1, whatever moved since
         return gradient / temperature

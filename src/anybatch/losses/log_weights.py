@@ -165,12 +165,10 @@ class ClusterLogWeight:
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
         row, column = self.row_cluster[rows, None], self.column_cluster[None, columns]
-        loose = self.other if self.remainder is None else self.remainder
-        if self.among is None:
-            other, remainder = self.other, loose
-        else:
-            other = self.other if self.exact_other is None else self.exact_other
-            remainder = loose if self.exact_remainder is None else self.exact_remainder
+        other, remainder = self.other, self.other if self.remainder is None else self.remainder
+        if self.among is not None and self.exact_other is not None:
+            other = self.exact_other
+            remainder = other if self.exact_remainder is None else self.exact_remainder
         same, other, remainder = (
             value[rows, None]
             if isinstance(value, Tensor)
@@ -181,7 +179,7 @@ class ClusterLogWeight:
         elsewhere = torch.where(column < 0, remainder, other) + factor
         if self.among is not None:
             among = self.among[rows, None] if isinstance(self.among, Tensor) else self.among
-            elsewhere = -((-elsewhere).exp() + among).log()
+            elsewhere = -((-elsewhere).exp() + among).log().clamp(min=0)  # no row stands for more than all
             if self.cap is not None:
                 elsewhere = torch.minimum(elsewhere, same + factor + math.log(self.cap))
         of_own = same.new_full((), -torch.inf) if self.without_own else same + factor
@@ -200,7 +198,17 @@ class ClusterLogWeight:
         def columns(value: Tensor | None) -> Any:
             return None if value is None else distributed.gather_rows(value, column_sizes)
 
-        return ClusterLogWeight(
+        with_memory = (
+            {}
+            if self.among is None
+            else {
+                "exact_other": rows(self.exact_other),
+                "exact_remainder": rows(self.exact_remainder),
+                "among": rows(self.among),
+            }
+        )
+        return replace(
+            self,
             row_cluster=rows(self.row_cluster),
             column_cluster=columns(self.column_cluster),
             same=rows(self.same),
@@ -209,11 +217,7 @@ class ClusterLogWeight:
             column_factor=columns(self.column_factor),
             row_task=rows(self.row_task),
             column_task=columns(self.column_task),
-            exact_other=rows(self.exact_other),
-            exact_remainder=rows(self.exact_remainder),
-            log_spread=rows(self.log_spread),
-            cap=self.cap,
-            among=rows(self.among),
+            **with_memory,
         )
 
     def reversed(self, num_rows: int) -> ClusterLogWeight:
@@ -229,26 +233,35 @@ class ClusterLogWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskMask:
-    """-inf where anchor and candidate belong to different data sets.
+    """-inf where a candidate of an earlier batch belongs to another data set. Those of the batch itself stay, wherever they come from.
 
     Attributes:
-        row_task, column_task: (B,) and (M,) int64.
+        row_task: (B,) int64.
+        column_task: (M,) int64.
+        column_remembered: (M,) bool; None for a batch without a memory.
     """
 
     row_task: Tensor
     column_task: Tensor
+    column_remembered: Tensor | None = None
     normalised: bool = False
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
+        if self.column_remembered is None:
+            return torch.zeros(1, 1, device=self.row_task.device)
         foreign = self.row_task[rows, None] != self.column_task[None, columns]
+        foreign &= self.column_remembered[None, columns]
         return torch.zeros(foreign.shape, device=foreign.device).masked_fill_(foreign, -torch.inf)
 
     def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> TaskMask:
         """See `LogWeight.gathered`."""
+        if self.column_remembered is None:
+            return self
         return TaskMask(
             row_task=distributed.gather_rows(self.row_task, row_sizes),
             column_task=distributed.gather_rows(self.column_task, column_sizes),
+            column_remembered=distributed.gather_rows(self.column_remembered, column_sizes),
         )
 
     def reversed(self, num_rows: int) -> TaskMask:

@@ -149,8 +149,11 @@ def _(log_weight: TaskMask, num_columns: int) -> Tensor:
 
 @extended.register
 def _(log_weight: TaskMask, remembered: Remembered) -> TaskMask:
+    own, others = log_weight.column_task, remembered.features[0, remembered.share]
     return replace(
-        log_weight, column_task=torch.cat([log_weight.column_task, remembered.features[0, remembered.share]])
+        log_weight,
+        column_task=torch.cat([own, others]),
+        column_remembered=torch.arange(len(own) + len(others), device=own.device) >= len(own),
     )
 
 
