@@ -22,7 +22,7 @@ from anybatch.losses.remembered_columns import Remembered, column_features, kind
 
 GROUPS = 8  # of remembered pairs, by age, that are used or left out together
 PROBES = 256  # rows of a batch, at most, that age is measured on
-ROWS_AVERAGED = 640  # that the measure remembers, about, and no fewer than ten batches
+ROWS_AVERAGED = 640  # that the measure remembers, about, and no fewer than two batches
 
 
 class CrossBatchInfoNCE(CountCorrectedInfoNCE):
@@ -304,7 +304,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             totals[direction, 0] = share.sum(dim=0) @ kind_of
             totals[direction, 1] = there.to(used.dtype).sum(dim=0) @ kind_of
         totals = distributed.sum_over_ranks(totals)
-        known, rate = self.mean_share.to(used.dtype), min(0.1, num_rows / ROWS_AVERAGED)
+        known, rate = self.mean_share.to(used.dtype), min(0.5, num_rows / ROWS_AVERAGED)
         now = totals[:, 0] / totals[:, 1]  # NaN where there was no pair
         return torch.where(now.isnan(), known, known + rate * (now - known))
 
