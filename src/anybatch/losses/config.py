@@ -73,7 +73,7 @@ class LossConfig:
         corrected: cross_batch: weight negatives to stand for all rows, as count_corrected does.
         centred: cross_batch: take the common drift of the embeddings away.
         mean_rows: cross_batch: rows that the mean is of, by which the drift is known.
-        max_staleness: cross_batch: leave out what is remembered once negatives of its age have moved away by more than this, a logarithm.
+        max_staleness: cross_batch: leave out what is remembered once negatives of its age have moved away by more than this, a logarithm; 100 to use all.
         margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive.
         bias: siglip: the bias at first; it is learned.
         margin_lr, margin_start: nuclr: step of the margins, and steps before they are learned.

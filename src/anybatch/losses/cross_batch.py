@@ -47,8 +47,8 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows are less noise, above all in mined batches, and a mean
             that is older: 64 was best from scratch, 256 on embeddings that stand still (docs/methods.md).
         max_staleness: What moved on its own is seen in the softmax: old negatives are less near than new ones. For each eighth of the memory, by age, the log of a
-            new negative's mean share over an old one's is measured; from the first eighth above this limit on, nothing is used until the embeddings move more slowly.
-            None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is remembered look stale.
+            new negative's mean share over an old one's is measured; from the first two in a row above this limit on, nothing is used until the embeddings move
+            more slowly. None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is remembered look stale.
         temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
     Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for remembered pairs too: ids, lists of
