@@ -305,7 +305,8 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
         + f"The best that miss it: {best}. Beside it, the shared cosines at {AIM[0]}: {shared}.\n\n"
         "Mined: clusters of 32 (half a batch where that is less), no ranks skipped, so that the hardest rows sit together; skip 30 keeps the thirty nearest "
         "apart as probable false negatives, though they weigh most in the exact gradient; the weak teacher sees sixteen random directions of the embeddings. "
-        "Cluster centres: the experiment in `benchmarks/cluster_centres.py`, the batch exactly and all other clusters by their mean embedding. All embeddings "
+        "Cross-batch: the last 1,024 or 4,096 pairs remembered, which is easy while they stand still (what is left is the noise of the mean that would take a drift "
+        "away); what it does in training is in [another table](global_training.md). Cluster centres: the experiment in `benchmarks/cluster_centres.py`, the batch exactly and all other clusters by their mean embedding. All embeddings "
         f"stand still, so no memory is ever stale here{alone}. In training that experiment fails: [shared direction and "
         "training](shared_direction.md).\n\n## Random InfoNCE, the measure\n\n",
         markdown_table(
