@@ -80,6 +80,8 @@ def test_the_simplest_of_the_equally_good_is_recommended(comparison):
     assert near.recommended.method == "infonce"
     far = replace(comparison, lines=(with_error(corrected, 0.80, 0.01), with_error(infonce, 0.70, 0.01)))
     assert far.recommended.method == "count_corrected"
+    badly = replace(comparison, lines=(with_error(corrected, 0.99, 0.01), with_error(infonce, 0.86, 0.20)))
+    assert badly.recommended.method == "count_corrected"  # not what was measured too badly to be told from the best
 
 
 def test_words(comparison):

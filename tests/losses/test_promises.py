@@ -154,11 +154,9 @@ def test_rows_without_negatives_and_batches_of_one(name, direction):
         assert not values.double().isinf().any()
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", [name for name in STATEFUL if name != "cross batch"])  # it has no running denominators
 def test_memory_is_updated_once_a_call(name):
     """Both directions, many tiles: the state after one call does not depend on how often the rule is asked."""
-    if name == "cross batch":
-        pytest.skip("has no running denominators; test_cross_batch.py counts what it remembers")
     loss = STATEFUL[name](temperature=0.3, direction="both", tile_bytes=1)
     calls = []
     original = loss.memory.blend

@@ -26,6 +26,7 @@ from anybatch.losses.base import Direction
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
 
+CLOSE = 0.05  # further from the best cosine is worse, however uncertain: few anchors must not recommend what they measured badly
 CURVE_PROBES = 512  # anchors that the curve of random InfoNCE is measured on
 
 
@@ -123,7 +124,7 @@ class GradientComparison:
 
     @property
     def recommended(self) -> MethodError:
-        """The simplest of the methods whose shared cosine is within two standard errors of the best.
+        """The simplest of the methods whose shared cosine is within two standard errors of the best, and within `CLOSE`.
 
         Not the least error of single anchors: errors that anchors have in common add up in parameters, the others cancel.
         """
@@ -132,7 +133,8 @@ class GradientComparison:
 
         def close(line: MethodError) -> bool:
             spread = math.hypot(line.error.shared_cosine_se, best.shared_cosine_se)
-            return line.error is best or best.shared_cosine - line.error.shared_cosine <= 2 * spread  # no NaN is close
+            gap = best.shared_cosine - line.error.shared_cosine
+            return line.error is best or gap <= min(2 * spread, CLOSE)  # no NaN is close
 
         candidates = [line for line in self.lines if close(line)]
         return min(candidates, key=lambda line: (order.index(line.method), line.batches == "plan"))
