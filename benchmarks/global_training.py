@@ -176,7 +176,9 @@ class Study:
 class OneSided(CrossBatchInfoNCE):
     """The memory of candidates alone, as first published: for the measurement that both sides are needed."""
 
-    def _pull_of_queries(self, batch: Batch, recalled: Any, direction: int, side: Side) -> Tensor:
+    def _pull_of_queries(
+        self, batch: Batch, recalled: Any, direction: int, side: Side, num_negatives: Tensor
+    ) -> Tensor:
         return batch.anchors.new_zeros(())
 
 
