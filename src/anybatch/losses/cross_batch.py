@@ -33,11 +33,12 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
                                   p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     D_i the denominator that a~_i had in its own batch
 
     Both parts are needed. With the remembered positives alone an anchor is pushed from n rows, and a positive by no more than the batch: the
-    two sides' gradients no longer balance, and training collapses. The value of the second part is 0; its gradient goes to the batch's candidates.
+    two sides' gradients no longer balance, and training goes wrong (docs/methods.md). The value of the second part is 0; its gradient goes to the batch's candidates.
 
     Embeddings drift, and a remembered batch stays behind: what is new is pushed from where everything was, in one direction, which feeds on
     itself. With `centred` an embedding is remembered relative to the mean of its batch and used relative to the mean of this one, which takes that common
-    drift away: unit(x~ - mean(its batch) + mean(this batch)). Without, training from scratch collapsed (docs/methods.md).
+    drift away: unit(x~ - mean(its batch) + mean(this batch)). Without, training from scratch loses what the memory
+    gains, or collapses (docs/methods.md).
 
     Args:
         num_rows: n, rows of the data set.
