@@ -63,7 +63,7 @@ def test_the_sum_over_the_data_is_unbiased(name):
             arguments = table.arguments(index, num_negatives=per_row)
             candidates = points[arguments["candidate_id"]]
             if epoch:
-                batch = loss._batch(points[index], candidates, **arguments_of(arguments))
+                batch = loss._prepare(points[index], candidates, **arguments_of(arguments))
                 columns = loss._recall(batch).columns[0]
                 weight = with_remembered(batch.log_weight, columns)
                 tile = weight.tile(slice(0, len(index)), slice(0, len(candidates) + 64)).double()
@@ -89,7 +89,7 @@ def test_a_cap_limits_what_a_remembered_row_stands_for():
     for rows in plan().epoch_batches(0)[:4]:
         index = torch.from_numpy(rows).long()
         arguments = table.arguments(index)
-        batch = loss._batch(points[index], points[index], **arguments_of(arguments))
+        batch = loss._prepare(points[index], points[index], **arguments_of(arguments))
         tile = with_remembered(batch.log_weight, loss._recall(batch).columns[0]).tile(slice(0, 16), slice(0, 80))
         loss(points[index], points[index], **arguments)
     finite = tile[~tile.isneginf()].exp() * (N - 1)

@@ -163,7 +163,10 @@ class ContrastiveLoss(PerExample):
 
         Cost and collectives: see `engine`; nothing is communicated in the backward pass.
         """
-        batch = self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id)
+        return self._of(self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id))
+
+    def _of(self, batch: Batch) -> Tensor:
+        """The loss of a batch that is checked and normalised."""
         anchors, candidates = batch.anchors, batch.candidates
         forward = self._side(batch, direction=0)
         if self.direction == "both":

@@ -16,7 +16,6 @@ from anybatch.losses.base import Batch, Direction
 from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss
 from anybatch.losses.infonce import CountCorrectedInfoNCE, WithPositive
-from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.recent_pairs import MAX_FEATURES, RecentPairs
 from anybatch.losses.remembered_columns import Remembered, column_features, kinds, with_remembered
 
@@ -60,7 +59,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
     Raises:
         AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width, log-weights that cannot be remembered.
 
-    Cost: 8 D S bytes and some 220 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S) x D, twice for "both"; under ranks three gathers and two small
+    Cost: 8 D S bytes and some 220 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S) x D, twice for "both"; under ranks four gathers and two small
     sums besides the engine's collectives. Reference: Wang et al. 2020,
     "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et al. 2024, "A Gradient Accumulation Method for Dense Retriever
     under Memory Constraint", arXiv 2406.12356; moments of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch
@@ -118,35 +117,28 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         stats = super().last_stats
         return stats and {**stats, "remembered": float(self._num_used)}
 
-    def forward(
-        self,
-        anchors: Tensor,
-        candidates: Tensor,
-        *,
-        index: Tensor | None = None,
-        log_weight: LogWeight | Tensor | None = None,
-        anchor_id: Tensor | None = None,
-        candidate_id: Tensor | None = None,
-    ) -> Tensor:
-        """See `ContrastiveLoss.forward`."""
-        batch = self._batch(anchors, candidates, index, log_weight, anchor_id, candidate_id)
-        with torch.autocast(anchors.device.type, enabled=False):
-            return self._of(batch, self._recall(batch))
-
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
         if not self.corrected:
             return WithPositive()
         return super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)
 
-    def _of(self, batch: Batch, recalled: _Recalled) -> Tensor:
+    @property
+    def _directions(self) -> tuple[int, ...]:
+        return (0, 1) if self.direction == "both" else (0,)
+
+    def _of(self, batch: Batch) -> Tensor:
+        with torch.autocast(batch.anchors.device.type, enabled=False):
+            return self._beside(batch, self._recall(batch))
+
+    def _beside(self, batch: Batch, recalled: _Recalled) -> Tensor:
+        """The loss of the batch beside what is remembered."""
         losses, stats = [], []
-        directions = (0, 1) if self.direction == "both" else (0,)
-        for direction in directions:
+        for direction in self._directions:
             queries = batch.queries(direction)
             others = batch.candidates if direction == 0 else batch.anchors
             side = self._side(batch, direction=direction)
             weight = with_remembered(side.log_weight, recalled.columns[direction])
-            columns = torch.cat([others, recalled.used[1 - direction, recalled.share]])
+            columns = torch.cat([others, recalled.used[1 - direction, recalled.columns[direction].share]])
             loss, one = softmax_loss(
                 queries,
                 columns,
@@ -164,25 +156,6 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             self._remember(batch, recalled, stats)
         return loss
 
-    def _batch(
-        self,
-        anchors: Tensor,
-        candidates: Tensor,
-        index: Tensor | None,
-        log_weight: LogWeight | Tensor | None,
-        anchor_id: Tensor | None,
-        candidate_id: Tensor | None,
-    ) -> Batch:
-        """The arguments, checked and normalised."""
-        if index is None:
-            raise AnybatchError("This loss remembers rows: give index=, the row numbers of the batch in the data set.")
-        if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.num_rows):
-            raise AnybatchError(
-                f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {self.num_rows - 1}. "
-                "Make the loss with the num_rows of this data set."
-            )
-        return self._prepare(anchors, candidates, index.long(), log_weight, anchor_id, candidate_id)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """The width comes with the state; a state of more rows is refused."""
         rows, mean = (state_dict.get(prefix + name) for name in ("recent.rows", "mean"))
@@ -195,11 +168,20 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             self.mean = self.mean.new_zeros(mean.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _checked(self, index: Tensor | None) -> Tensor:
+        if index is None:
+            raise AnybatchError("This loss remembers rows: give index=, the row numbers of the batch in the data set.")
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.num_rows):
+            raise AnybatchError(
+                f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {self.num_rows - 1}. "
+                "Make the loss with the num_rows of this data set."
+            )
+        return index.long()
+
     @torch.no_grad()
     def _recall(self, batch: Batch) -> _Recalled:
         """What is remembered, as it is used beside this batch."""
-        anchors, positives, index = batch.anchors, batch.queries(1), batch.index
-        assert index is not None
+        anchors, positives, index = batch.anchors, batch.queries(1), self._checked(batch.index)
         remembered = self.recent.beside(anchors.shape[1])
         layout = Layout.of(len(anchors), len(batch.candidates), anchors.device)
         sizes = layout.row_sizes
@@ -208,7 +190,8 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         used = remembered.to(anchors.dtype) + mean[:, None]
         if self.normalize:
             used = nn.functional.normalize(used, dim=2)
-        features = [self._features(batch, direction) for direction in (0, 1)]
+        own = [self._features(batch, direction) for direction in (0, 1)]
+        features = distributed.gather_rows(torch.cat(own).T, sizes).T.reshape(2, len(own[0]), len(rows))
         kind = kinds(batch.log_weight)
         if int(recent.kinds) not in (-1, kind):
             raise AnybatchError(
@@ -226,7 +209,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         kept = [
             Remembered(
                 num_columns=number,
-                features=recent.features[direction, : len(features[0])],
+                features=recent.features[direction, : features.shape[1]],
                 present=present,
                 share=share,
             )
@@ -238,7 +221,6 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             mean=mean,
             used=used,
             present=present,
-            share=share,
             columns=kept,
             features=features,
             kinds=kind,
@@ -268,7 +250,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         batch: Batch,
         layout: Layout,
         used: Tensor,
-        features: list[Tensor],
+        features: Tensor,
         present: Tensor,
         group: Tensor,
     ) -> Tensor:
@@ -281,14 +263,13 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         kind = torch.cat([torch.zeros(num_rows, dtype=torch.int64, device=device), group + 1])
         kind_of = nn.functional.one_hot(kind, 1 + GROUPS).to(used.dtype)
         totals = used.new_zeros(2, 2, 1 + GROUPS)  # share, number of pairs
-        for direction in (0, 1) if self.direction == "both" else (0,):
+        for direction in self._directions:
             queries = batch.queries(direction)[probes]
             fresh = distributed.gather_rows(batch.queries(1 - direction), sizes)
-            fresh_features = distributed.gather_rows(features[direction].T, sizes).T
             own = len(batch.candidates) if direction == 0 else len(batch.anchors)
             columns = Remembered(
                 num_columns=own,
-                features=torch.cat([fresh_features, self.recent.features[direction, : len(fresh_features)]], dim=1),
+                features=torch.cat([features[direction], self.recent.features[direction, : features.shape[1]]], dim=1),
                 present=torch.cat([torch.ones(num_rows, dtype=torch.bool, device=device), present]),
                 share=slice(0, num_rows + self.memory_size),
                 without_own=True,
@@ -366,7 +347,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
 
     @torch.no_grad()
     def _remember(self, batch: Batch, recalled: _Recalled, stats: list[tuple[SoftmaxStats, Side]]) -> None:
-        """Keep all ranks' pairs. Two gathers."""
+        """Keep all ranks' pairs. One gather."""
         sizes, width = recalled.layout.row_sizes, batch.anchors.shape[1]
         anchors, positives = batch.anchors, batch.queries(1)
         similarity = (anchors * positives).sum(dim=1)
@@ -374,16 +355,13 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         absolute = [absolute[0], absolute[-1]]  # one way the second is never used
         centred = [anchors - recalled.mean[0], positives - recalled.mean[1]]
         figures = distributed.gather_rows(torch.cat([*centred, torch.stack(absolute, dim=1)], dim=1), sizes)
-        features = distributed.gather_rows(torch.cat(recalled.features).T, sizes)
         if not bool(figures.isfinite().all()):  # a step that a scaler skips; remembered, it would spoil the next ones
             return
         self.recent.put(
             recalled.rows,
             figures[:, : 2 * width].unflatten(1, (2, width)).transpose(0, 1),
             figures[:, 2 * width :].T,
-            features.unflatten(1, (2, -1)).permute(1, 2, 0)
-            if features.shape[1]
-            else features.new_zeros(2, 0, len(features)),
+            recalled.features,
             kinds=recalled.kinds,
         )
         self.mean = recalled.mean.to(self.mean.dtype)
@@ -401,9 +379,8 @@ class _Recalled:
         mean: (2, D) of all ranks' anchors and positives; zeros where embeddings are not centred.
         used: (2, S, D) remembered anchors and positives, moved to this batch's mean.
         present: (S,) which places are used: their pair is not in the batch, and not stale.
-        share: This rank's places.
         columns: By direction, what is known of the remembered pairs as columns.
-        features: By direction, (F, B) the same of this rank's pairs.
+        features: (2, F, B_all) int64, by direction, the same of all ranks' new pairs.
         kinds: Of the log-weights, as a number.
         mean_share: (2, 1 + GROUPS), with this batch in it; None where staleness is not measured.
     """
@@ -413,8 +390,7 @@ class _Recalled:
     mean: Tensor
     used: Tensor
     present: Tensor
-    share: slice
     columns: list[Remembered]
-    features: list[Tensor]
+    features: Tensor
     kinds: int
     mean_share: Tensor | None
