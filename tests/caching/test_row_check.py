@@ -88,13 +88,14 @@ def top_one(h, training):
     return out
 
 
+GENERATOR = torch.Generator()
 ALONE = {
     "top-1 experts": top_one,
     "dropout": lambda h, training: functional.dropout(h, 0.3, training),
     "stochastic depth": lambda h, training: h * torch.empty(len(h), 1).bernoulli_(0.7),
     "noise": lambda h, training: h + torch.randn_like(h),
     "layer norm": lambda h, training: functional.layer_norm(h, (8,)),
-    "own generator": lambda h, training, g=torch.Generator(): h * torch.rand(h.shape, generator=g),
+    "own generator": lambda h, training: h * torch.rand(h.shape, generator=GENERATOR),
     "attention with dropout": lambda h, training: functional.scaled_dot_product_attention(
         h[:, None], h[:, None], h[:, None], dropout_p=0.2
     )[:, 0],

@@ -256,7 +256,7 @@ def _replay_all(recordings: Sequence[Recording], gradient_of: dict[int, list[Ten
         for written, end in ends:
             written.restore(end)
         torch.clear_autocast_cache()
-    _refuse_different(gaps, [name for recording in recordings for name in recording._written.large])
+    _refuse_different(gaps, list(dict.fromkeys(name for r in recordings for name in r._written.large)))
 
 
 def _plan_jobs(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> list[deque[_Job]]:
