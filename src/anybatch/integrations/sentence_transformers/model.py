@@ -10,8 +10,9 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
+from anybatch.configuration import Configuration, Count, Range
 from anybatch.errors import AnybatchError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Configuration):
     """Which encoder, and how much of it.
 
     Attributes:
@@ -39,11 +40,13 @@ class ModelConfig:
     """
 
     name: str | None = None
-    num_layers: int | None = None
-    max_length: int | None = None
+    num_layers: Count | None = None
+    max_length: Annotated[int, Range(2)] | None = None
     anchor_prompt: str | None = None
     positive_prompt: str | None = None
     device: Literal["cpu", "cuda", "mps"] | None = None
+
+    section: ClassVar[str] = "model"
 
 
 def load_model(config: ModelConfig) -> SentenceTransformer:
@@ -140,8 +143,6 @@ def _input_modules(model: SentenceTransformer) -> list[Any]:
 
 
 def _set_length(model: SentenceTransformer, max_length: int) -> None:
-    if max_length < 2:
-        raise AnybatchError(f"model.max_length is {max_length}; expected at least 2 tokens.")
     for module in _input_modules(model):
         if hasattr(module, "max_seq_length"):
             with contextlib.suppress(AttributeError):  # StaticEmbedding has one that cannot be set
