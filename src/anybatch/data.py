@@ -308,7 +308,7 @@ def read_pairs(
             column.append(cell_of(record, name, row, where, negative=name in chosen.negatives))
         if not later.keys() >= record.keys():
             later.update(dict.fromkeys(record))
-    late = [name for name in later if name not in present and NEGATIVE.fullmatch(name)]
+    late = [name for name in later if NEGATIVE.fullmatch(name) and name not in present]
     if late and negatives is None:
         raise AnybatchError(f"{path} has '{late[0]}' in some rows only. Fill it in all rows, or set data.negatives=[].")
     if not all(cells.values()) or not all(map(len, columns.values())):

@@ -201,7 +201,7 @@ def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
                 width = width or len(row)
                 if len(row) != width:
                     raise AnybatchError(
-                        f"Line {first} of {path} has another number of fields ({len(row)}) than the header ({width}). Quote fields that hold the "
+                        f"{f'Lines {first} to {last}' if last > first else f'Line {first}'} of {path} have another number of fields ({len(row)}) than the header ({width}). Quote fields that hold the "
                         f"separator or a line break. {'' if quoting else RAW}".strip()
                     )
                 if last > first and quoting is None:

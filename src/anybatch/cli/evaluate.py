@@ -68,7 +68,8 @@ def command(
     if quoting not in (None, "standard", "raw"):
         raise AnybatchError(f"--quoting is {quoting!r}; expected standard or raw.")
     if data is not None:
-        columns = {"anchor": anchor, "positive": positive, "negatives": (), "pictures": picture, "quoting": quoting}
+        columns = {"anchor": anchor, "positive": positive, "negatives": (), "quoting": quoting}
+        columns["pictures"] = None if picture is None else [name for name in picture if name]
         held_out = read_pairs(data, limit=limit, **columns)
     elif corpus is not None and queries is not None and qrels is not None:
         held_out = read_retrieval(corpus, queries, qrels, split=split, quoting=quoting)

@@ -54,11 +54,11 @@ def embed_texts(
         AnybatchError: Pictures for a model that takes none, or with a prompt; a picture that cannot be decoded; Pillow is not installed.
     """
     _check(model, texts, prompt)
-    encode = _encoder(model, side, prompt, batch_size)
+    settings = _settings(model, side, prompt)
     parts = []
     for start in range(0, len(texts), SHARD):
         shard = texts[start : start + SHARD]
-        parts.append(encode(shard))
+        parts.append(_encode(model, shard, batch_size, settings))
         if progress is not None:
             progress(len(shard))
     return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
@@ -96,17 +96,9 @@ def embed_to_file(
     _check(model, texts, prompt)
     path = Path(path)
     partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".progress")
-    identity = json.loads(
-        json.dumps(
-            {
-                **identity,
-                "prompt": side_prompt(model, side) if prompt is None else prompt,
-                "task": side_task(model, side),
-                "texts": digest_of(row_keys(texts)),
-                "weights": _weights_digest(model),
-            }
-        )
-    )
+    settings = _settings(model, side, prompt)
+    seen = {**settings, "texts": digest_of(row_keys(texts)), "weights": _weights_digest(model)}
+    identity = json.loads(json.dumps({**identity, **seen}))
     if precision != "float32":
         identity["precision"] = precision
     record = _read_journal(journal)
@@ -126,13 +118,14 @@ def embed_to_file(
     shapes = {"embeddings": ((len(texts), width), np.dtype(precision).type)}
     kept = BlockArrays(shapes, -(-len(texts) // SHARD), folder=partial, identity=json.dumps(identity, sort_keys=True))
     left = kept.mine()
-    encode = _encoder(model, side, prompt, batch_size)
     done = sum(len(texts[block * SHARD : (block + 1) * SHARD]) for block in kept.share() if block not in left)
     if progress is not None and done:
         progress(done)
     for block in left:
         shard = texts[block * SHARD : (block + 1) * SHARD]
-        kept.arrays["embeddings"][block * SHARD : block * SHARD + len(shard)] = encode(shard)
+        kept.arrays["embeddings"][block * SHARD : block * SHARD + len(shard)] = _encode(
+            model, shard, batch_size, settings
+        )
         kept.finish(block)
         if progress is not None:
             progress(len(shard))
@@ -159,37 +152,31 @@ def _check(model: SentenceTransformer, column: Column, prompt: str | None) -> No
         )
 
 
-def _encoder(
-    model: SentenceTransformer, side: Side | None, prompt: str | None, batch_size: int
-) -> Callable[[Column], np.ndarray]:
-    """Embeds a shard: the model's `encode` with everything that it would look up itself resolved once."""
+def _settings(model: SentenceTransformer, side: Side | None, prompt: str | None) -> dict[str, Any]:
+    """What `encode` would look up itself. The prompt is a text, "" too: for None it would take the model's default."""
     task = side_task(model, side)
-    settings: dict[str, Any] = {} if task is None else {"task": task}
-    settings["prompt"] = (
-        side_prompt(model, side) if prompt is None else prompt
-    )  # "" too: for None it would take its default
+    return {"prompt": side_prompt(model, side) if prompt is None else prompt} | ({} if task is None else {"task": task})
 
-    def forward(inputs: list[Any]) -> np.ndarray:
-        # encode() sorts by length itself, so a shard costs little more than its real tokens.
-        vectors = model.encode(
-            inputs,
-            batch_size=batch_size,
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-            **settings,
-        )
-        return np.asarray(vectors, dtype=np.float32)
 
-    def encode(shard: Column) -> np.ndarray:
-        if not isinstance(shard, PictureColumn):
-            return forward(list(shard))
-        starts = range(0, len(shard), batch_size)  # decoded, a shard of photographs would take gigabytes
-        return np.concatenate(
-            [forward([one.decode() for one in shard[start : start + batch_size]]) for start in starts]
-        )
+def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings: dict[str, Any]) -> np.ndarray:
+    if isinstance(texts, PictureColumn):  # decoded, a shard of photographs would take gigabytes
+        starts = range(0, len(texts), batch_size)
+        pictures = ([one.decode() for one in texts[start : start + batch_size]] for start in starts)
+        return np.concatenate([_forward(model, part, batch_size, settings) for part in pictures])
+    return _forward(model, list(texts), batch_size, settings)
 
-    return encode
+
+def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, settings: dict[str, Any]) -> np.ndarray:
+    # encode() sorts by length itself, so a shard costs little more than its real tokens.
+    vectors = model.encode(
+        inputs,
+        batch_size=batch_size,
+        normalize_embeddings=True,
+        convert_to_numpy=True,
+        show_progress_bar=False,
+        **settings,
+    )
+    return np.asarray(vectors, dtype=np.float32)
 
 
 def _weights_digest(model: SentenceTransformer) -> str:
