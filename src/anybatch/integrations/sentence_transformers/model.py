@@ -70,6 +70,8 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
         Exception
     ) as error:  # broken, cut or pickled files fail in the readers of four libraries with nearly anything
         reason = next(iter(str(error).splitlines()), "")
+        if type(error).__name__ == "UnpicklingError":  # whose message advises to run what is in the file
+            reason = "its weights are pickled Python objects, which are not run here; have them saved as safetensors"
         raise AnybatchError(
             f"Cannot load the model {config.name!r}: {reason} ({type(error).__name__}). Expected the folder of a sentence-transformers model with whole "
             "files, or a hub name that this machine can reach."
@@ -160,7 +162,9 @@ def _say_sides(model: SentenceTransformer, name: str, own: dict[str, str]) -> No
         prompt, task = side_prompt(model, side), side_task(model, side)
         origin = "" if prompt == own[side] else f" (given; its own is {own[side]!r})" if own[side] else " (given)"
         shown = f"with the prompt {prompt!r}" if prompt else "without a prompt"
-        sides.append(f"{side}s {shown}{origin}{f', through the route {task!r}' if task else ''}")
+        sides.append(
+            f"{'queries' if side == 'query' else 'documents'} {shown}{origin}{f', through the route {task!r}' if task else ''}"
+        )
     used = {side_prompt(model, side) for side in get_args(Side)} | set(own.values())
     unused = [key for key, prompt in model.prompts.items() if prompt and prompt not in used]
     ignored = f"; not used: its prompts {', '.join(map(repr, unused))}" if unused else ""
