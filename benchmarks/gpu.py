@@ -25,6 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,11 +34,9 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
-try:
-    import anybatch
-except ImportError:
-    sys.path.insert(0, str(ROOT / "src"))
-    import anybatch
+sys.path.insert(0, str(ROOT / "src"))  # this checkout, installed or not
+
+import anybatch  # noqa: E402 - from there
 
 SCALE = 20.0  # 1 / temperature, as sentence-transformers' losses have it
 VOCABULARY = 30_522
@@ -298,7 +297,9 @@ def exactness(report: Report, sizes: Sizes) -> None:
     """Relative distances of gradients, dropout off."""
     size, rows = sizes.exact
     features = batch_of(rows, sizes, report.device)
-    model = Encoder(size, report.device, dropout=0.0)
+    model = nn.Sequential(
+        Encoder(size, report.device, dropout=0.0)
+    )  # sentence-transformers looks at the first of several modules
     reference: list[Tensor] = []
 
     def of_float64() -> dict[str, Any]:
@@ -335,24 +336,33 @@ def loss_stage(report: Report, sizes: Sizes) -> None:
         generator = torch.Generator().manual_seed(0)
         sides = [torch.randn(rows, sizes.width, generator=generator).to(report.device) for _ in range(2)]
         for tf32 in (False, True):
-            for name, step in loss_contenders(sides, sizes).items():
+            for name, step in loss_contenders(sizes).items():
                 if name == PEER and rows > sizes.peer_rows:
                     continue
-
-                def measurement(step: Callable[[list[Tensor]], Any] = step) -> dict[str, Any]:
-                    step([side[:64].clone().requires_grad_() for side in sides])  # warms up
-                    runs = [
-                        timed(lambda: step([side.detach().requires_grad_() for side in sides]), report.device)
-                        for _ in range(sizes.rounds)
-                    ]
-                    return {"seconds": median(run["seconds"] for run in runs), "mib": runs[-1]["mib"]}
-
                 with matrix_precision(tf32):
-                    report.measure(measurement, stage="loss", name=name, rows=rows, width=sizes.width, tf32=tf32)
-        del sides
+                    report.measure(
+                        partial(time_loss, step, sides, sizes.rounds, report.device),
+                        stage="loss", name=name, rows=rows, width=sizes.width, tf32=tf32,
+                    )  # fmt: skip
 
 
-def loss_contenders(sides: list[Tensor], sizes: Sizes) -> dict[str, Callable[[list[Tensor]], Any]]:
+def time_loss(
+    step: Callable[[list[Tensor]], Any], sides: list[Tensor], rounds: int, device: torch.device
+) -> dict[str, Any]:
+    """The median of some rounds."""
+
+    def leaves(rows: int) -> list[Tensor]:
+        return [side[:rows].detach().requires_grad_() for side in sides]
+
+    step(leaves(64))  # warms up
+    runs = []
+    for _ in range(rounds):
+        given = leaves(len(sides[0]))
+        runs.append(timed(lambda given=given: step(given), device))
+    return {"seconds": median(run["seconds"] for run in runs), "mib": runs[-1]["mib"]}
+
+
+def loss_contenders(sizes: Sizes) -> dict[str, Callable[[list[Tensor]], Any]]:
     """By name, what makes the gradients of two leaves."""
     from anybatch.losses import InfoNCE
 
@@ -398,7 +408,7 @@ def matrix_precision(tf32: bool) -> Iterator[None]:
 def steps(report: Report, sizes: Sizes, size: str, rows: int) -> None:
     """Whole steps in bf16, dropout on."""
     features = batch_of(rows, sizes, report.device)
-    model = Encoder(size, report.device)
+    model = nn.Sequential(Encoder(size, report.device))
     made: dict[str, Callable[[], Any]] = {}
 
     def measurement(name: str) -> dict[str, Any]:
