@@ -138,8 +138,8 @@ class Report:
             if not out_of_memory(error):
                 figures["where"] = traceback.format_exc().splitlines()[-8:]
             del error
-        gc.collect()  # the frames of an error hold its tensors
         if self.device.type == "cuda":
+            gc.collect()  # the frames of an error hold its tensors
             torch.cuda.empty_cache()
         self.took[name] = time.monotonic() - start
         self.add(**key, **figures)
