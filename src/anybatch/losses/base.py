@@ -273,9 +273,20 @@ class ContrastiveLoss(PerExample):
         return None if not terms else terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
 
 
+def check_are_embeddings(*given: object) -> None:
+    """Refuse what sentence-transformers' Trainer hands to a loss: columns of tokens, and labels."""
+    wrong = [type(value).__name__ for value in given if not isinstance(value, Tensor)]
+    if wrong:
+        raise AnybatchError(
+            f"A loss got {' and '.join(wrong)}; expected embeddings, tensors (B, D) and (M, D). In sentence-transformers' Trainer give it inside "
+            "the model's cached step: loss=CachedLoss(model, loss), from anybatch.integrations.sentence_transformers."
+        )
+
+
 def _check_shapes(
     anchors: Tensor, candidates: Tensor, index: Tensor | None, anchor_id: Tensor | None, candidate_id: Tensor | None
 ) -> None:
+    check_are_embeddings(anchors, candidates)
     if (
         anchors.ndim != 2
         or candidates.ndim != 2

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.base import ContrastiveLoss, check_are_embeddings
 from anybatch.losses.candidates import check_rows
 from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.log_weights import LogWeight
@@ -81,6 +81,7 @@ class LateInteraction(ContrastiveLoss):
         Raises:
             AnybatchError: Shapes that do not fit; a candidate without tokens.
         """
+        check_are_embeddings(anchors, candidates)
         masks = _checked_masks(anchors, candidates, anchor_mask, candidate_mask)
         dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
         with torch.autocast(anchors.device.type, enabled=False):
