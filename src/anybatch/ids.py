@@ -1,8 +1,54 @@
-"""Which texts are known to match, from the ids of rows alone. Imports nothing."""
+"""Row numbers and ids: one check for all, and which texts are known to match. Imports errors."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from anybatch.errors import AnybatchError
+
+
+def as_integers(
+    name: str,
+    values: Tensor,
+    *,
+    length: int | None = None,
+    device: torch.device | None = None,
+    low: int | None = None,
+    high: int | None = None,
+    remedy: str = "",
+) -> Tensor:
+    """Row numbers, ids or the like as int64, so that none of another type acts as a mask or meets an operation that does not know it.
+
+    Args:
+        name: Of the argument, for the message.
+        values: Integers of any width.
+        length: Wanted shape (length,); None for any shape.
+        device: Where they must be; None for anywhere.
+        low, high: Smallest and largest number allowed; None for any. Looking costs one wait for the device.
+        remedy: What to do about a number out of range.
+
+    Raises:
+        AnybatchError: Another type, bool among them, shape, device or range.
+    """
+    wanted = "integers" if length is None else f"integers of shape ({length},)"
+    if not isinstance(values, Tensor):
+        raise AnybatchError(f"{name} is a {type(values).__name__}; expected a tensor of {wanted}.")
+    integral = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    if not integral or (length is not None and values.shape != (length,)):
+        raise AnybatchError(f"{name} is {values.dtype} of shape {tuple(values.shape)}; expected {wanted}.")
+    if device is not None and values.device != device:
+        raise AnybatchError(
+            f"{name} is on {values.device}, the embeddings on {device}. Move it there: {name}.to({str(device)!r})."
+        )
+    values = values.long()
+    if (low is not None or high is not None) and values.numel():
+        least, most = torch.stack(values.aminmax()).tolist()
+        if (low is not None and least < low) or (high is not None and most > high):
+            allowed = f"{low} or more" if high is None else f"numbers from {low} to {high}"
+            raise AnybatchError(f"{name} runs from {least} to {most}; expected {allowed}. {remedy}".rstrip())
+    return values
 
 
 def known_positives(anchor_id: np.ndarray, positive_id: np.ndarray, width: int) -> np.ndarray:
@@ -17,5 +63,6 @@ def known_positives(anchor_id: np.ndarray, positive_id: np.ndarray, width: int) 
     Returns:
         (p,) int64, ascending and distinct.
     """
-    shared = np.bincount(anchor_id, minlength=1)[anchor_id] > 1
+    _, inverse, count = np.unique(anchor_id, return_inverse=True, return_counts=True)
+    shared = count[inverse] > 1
     return np.unique(anchor_id[shared] * width + positive_id[shared]).astype(np.int64)

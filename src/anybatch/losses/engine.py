@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from anybatch.errors import AnybatchError
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.sides import TILE_BYTES, Adjust, Rule, Side, SoftmaxStats
 from anybatch.losses.solver import Solution, finite, solve
@@ -40,7 +40,10 @@ __all__ = [
     "Rule",
     "Side",
     "SoftmaxStats",
+    "Twice",
     "dense_softmax_loss",
+    "differentiable_once",
+    "gradient_once",
     "softmax_loss",
     "symmetric_softmax_loss",
 ]
@@ -56,6 +59,7 @@ def softmax_loss(
     row_weight: Tensor | None = None,
     adjust: Adjust | None = None,
     column_weight: Callable[[slice], Tensor] | None = None,
+    num_drawn: Tensor | None = None,
     tile_bytes: int = TILE_BYTES,
     ring: bool = False,
 ) -> tuple[Tensor, SoftmaxStats]:
@@ -70,6 +74,7 @@ def softmax_loss(
         row_weight: (B,) factor of each row's objective, a constant; None for 1.
         adjust: Rewrites the logits of whole rows; None to leave them.
         column_weight: Also measure `SoftmaxStats.column_pull`, with these weights of the rows; see `Side`.
+        num_drawn: (B,) candidates but for the positive, where not all columns are; see `Rule`.
         tile_bytes: Memory for scores; the height of a tile follows from it.
         ring: Under several ranks let the candidates travel from rank to rank, where all of them would not fit on one. The same loss.
 
@@ -85,6 +90,7 @@ def softmax_loss(
         row_weight=row_weight,
         adjust=adjust,
         column_weight=column_weight,
+        num_drawn=num_drawn,
     )
     loss, stats = _run(anchors, candidates, (side,), tile_bytes, ring)
     return loss, stats[0]
@@ -141,8 +147,8 @@ def dense_softmax_loss(
         logits.fill_diagonal_(-torch.inf)
         if adjust is not None:
             logits = adjust(everything, scores.detach(), logits)
-        count = (~logits.isneginf()).sum(dim=1).to(logits.dtype)
-        log_denominator, objective = rule(logits.logsumexp(dim=1), count, everything)
+        num_drawn = logits.new_full((len(anchors),), len(candidates) - 1)
+        log_denominator, objective = rule(logits.logsumexp(dim=1), num_drawn, everything)
         pull = (logits - finite(log_denominator)[:, None]).exp()
     surrogate = (pull * relative).sum(dim=1)
     weight = torch.ones_like(objective) if row_weight is None else row_weight.detach()
@@ -190,11 +196,51 @@ class _SoftmaxLoss(torch.autograd.Function):
         return solution.loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_output = gradient_once(grad_output)
         d_anchors, d_candidates, *d_temperatures = ctx.saved_tensors
         saved = (d_anchors, d_candidates, None, *d_temperatures)
         return tuple(
             gradient * grad_output if needed and gradient is not None else None
             for gradient, needed in zip(saved, ctx.needs_input_grad, strict=True)
+        )
+
+
+class Twice(AnybatchError, RuntimeError):
+    """A second derivative was asked for; a RuntimeError as well, which is what autograd raises for that."""
+
+
+def gradient_once(gradient: Tensor) -> Tensor:
+    """In a backward pass: the same gradient, which cannot be differentiated itself (`create_graph=True`).
+
+    The gradients in closed form, and those of surrogates, are constants to autograd: what it would go on with is not their derivative.
+    """
+    return _Refusing.apply(gradient.detach().requires_grad_()) if torch.is_grad_enabled() else gradient
+
+
+def differentiable_once(loss: Tensor) -> Tensor:
+    """The loss, all of whose derivatives of second order are refused."""
+    return _Once.apply(loss)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient_once(grad_output)
+
+
+class _Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise Twice(
+            "The losses of anybatch can be differentiated once: their gradient is computed in closed form, and its own derivative is not. Leave the loss "
+            "out of gradient penalties and other second derivatives, or write it with plain operations for them."
         )

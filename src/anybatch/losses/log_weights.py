@@ -87,6 +87,35 @@ class IdMask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowMask:
+    """-inf where the candidate is the anchor's own row, which came a second time.
+
+    Attributes:
+        row: (B,) int64 row of the data set.
+        column: (M,) int64; -1 for explicit negatives.
+    """
+
+    row: Tensor
+    column: Tensor
+    normalised: bool = False
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """See `LogWeight.tile`."""
+        same = self.row[rows, None] == self.column[None, columns]
+        return torch.zeros(same.shape, device=same.device).masked_fill_(same, -torch.inf)
+
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> RowMask:
+        """See `LogWeight.gathered`."""
+        return RowMask(
+            row=distributed.gather_rows(self.row, row_sizes), column=distributed.gather_rows(self.column, column_sizes)
+        )
+
+    def reversed(self, num_rows: int) -> RowMask:
+        """See `LogWeight.reversed`."""
+        return RowMask(row=self.column[:num_rows], column=self.row)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairMask:
     """-inf for pairs on a list: suspected false negatives, or positives that are known from other rows.
 

@@ -116,34 +116,24 @@ class ExampleMemory(PerExample):
         """(num_directions, stored slots) bool: of this rank's slots."""
         return ~self.log_mean.isnan()
 
-    def check(self, index: Tensor | None, dimensions: int) -> Tensor:
-        """The index, if it fits this memory.
+    def check(self, dimensions: int) -> None:
+        """Refuse embeddings of another width than the memory was filled from.
 
         Raises:
-            AnybatchError: Missing, out of range, or embeddings of another width than the memory was filled from.
+            AnybatchError: They are.
         """
-        num_rows = self.num_rows
-        if index is None:
-            raise AnybatchError(
-                "This loss remembers each row: give index=, the row numbers of the batch in the data set."
-            )
-        if len(index) and (int(index.min()) < 0 or int(index.max()) >= num_rows):
-            raise AnybatchError(
-                f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {num_rows - 1}. "
-                "Make the loss with the num_rows of this data set."
-            )
         if int(self.dimensions) not in (0, dimensions):
             raise AnybatchError(
                 f"The memory was filled from embeddings of {int(self.dimensions)} dimensions, these have {dimensions}. Denominators of different "
                 "widths must not be mixed: use one loss a width (anybatch.losses.Matryoshka makes them)."
             )
-        return index
 
     def blend(
         self,
         index: Tensor,
         batch: Tensor,
         *,
+        said: Tensor | None = None,
         direction: int,
         gamma: float | Callable[[Tensor], tuple[Tensor, Tensor]],
         update: bool,
@@ -153,20 +143,24 @@ class ExampleMemory(PerExample):
 
         Args:
             index: (B,) int64 rows.
-            batch: (B,) what this batch says: the log of a mean; -inf where it says nothing.
+            batch: (B,) what this batch says: the log of a mean; -inf for a mean of 0, all of whose terms are masked.
+            said: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
             direction: Which state.
             gamma: Weight of the batch, in (0, 1]; or a function of the old states that gives log gamma and log(1 - gamma).
             update: Store the result.
             dimensions: Width of the embeddings.
 
         Returns:
-            (B,) in the dtype of `batch`; -inf for rows never visited of which the batch says nothing.
+            (B,) in the dtype of `batch`; -inf for rows never visited of which the batch says nothing. Such rows, and those whose mean is 0, stay
+            unvisited. Rows of which the batch says NaN or +inf keep what they knew, in the memory but not in what is returned.
         """
         sizes = distributed.gather_sizes(len(index), index.device)
         slot = index if self.slot is None else self.slot[index]
-        index_all, batch_all = distributed.gather_rows(slot, sizes), distributed.gather_rows(batch, sizes)
+        said = torch.ones_like(batch) if said is None else said.to(batch.dtype)
+        index_all = distributed.gather_rows(slot, sizes)
+        figures = distributed.gather_rows(torch.stack([batch, said], dim=1), sizes)
         slots, inverse = torch.unique(index_all, return_inverse=True)
-        combined = _combine(batch_all, inverse, len(slots))
+        combined, heard = _combine(figures[:, 0], figures[:, 1], inverse, len(slots))
         # The state is float32 (or float16); the arithmetic is the batch's, so that float64 checks see no rounding but the state's own.
         old = self._read(slots, direction).to(batch.dtype)
         if callable(gamma):
@@ -174,9 +168,9 @@ class ExampleMemory(PerExample):
         else:
             log_gamma, log_stay = math.log(gamma), math.log1p(-gamma) if gamma < 1 else -math.inf
         new = torch.where(old.isnan(), combined, torch.logaddexp(old + log_stay, combined + log_gamma))
-        new = torch.where(combined.isneginf(), torch.where(old.isnan(), combined, old), new)
+        new = torch.where(heard, new, torch.where(old.isnan(), -torch.inf, old))
         if update:
-            # A step that has diverged (NaN, +inf) is the trainer's to skip; the rows keep what they knew.
+            # A step that has diverged (NaN, +inf) is the trainer's to skip.
             stored = torch.where(new.isneginf(), torch.nan, torch.where(new.isfinite(), new, old))
             self._write(slots, stored, direction)
             self.dimensions.fill_(dimensions)
@@ -362,20 +356,19 @@ def _slots(keys: Keys) -> Tensor:
     return torch.as_tensor(number[inverse])
 
 
-def _combine(values: Tensor, inverse: Tensor, num_groups: int) -> Tensor:
-    """Log of the mean of exp(values) over each group, leaving out -inf; -inf for a group of nothing else."""
-    said = ~values.isneginf()
-    total = values.new_full((num_groups,), -torch.inf)
-    count = torch.bincount(inverse[said], minlength=num_groups).to(values.dtype)
-    if int(torch.bincount(inverse, minlength=num_groups).max()) == 1:
-        total[inverse] = values
-        return total
-    order = torch.argsort(inverse, stable=True)
+def _combine(values: Tensor, said: Tensor, inverse: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Log of the mean of exp(values) over those of each group for which `said` is 1, and (groups,) bool whether there are any."""
+    total, count = values.new_full((num_groups,), -torch.inf), said.new_zeros(num_groups).index_add_(0, inverse, said)
     lengths = torch.bincount(inverse, minlength=num_groups)
+    if int(lengths.max()) == 1:
+        total[inverse] = values
+        return total, count > 0
+    values = torch.where(said > 0, values, -torch.inf)
+    order = torch.argsort(inverse, stable=True)
     starts = lengths.cumsum(0) - lengths
     occurrence = torch.arange(len(order), device=order.device) - starts[inverse[order]]
     for number in range(int(lengths.max())):  # one occurrence of each row at a time: a fixed order of additions
         chosen = order[occurrence == number]
         groups = inverse[chosen]
         total[groups] = torch.logaddexp(total[groups], values[chosen])
-    return torch.where(count > 0, total - count.clamp(min=1).log(), total)
+    return total - count.clamp(min=1).log(), count > 0

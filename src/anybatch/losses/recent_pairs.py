@@ -75,6 +75,16 @@ class RecentPairs(nn.Module):
             features: (2, F, B) int64.
             kinds: Of the log-weights.
         """
+        # Of a row that came several times the last pair stays, so that no row is among the negatives twice.
+        _, inverse = torch.unique(rows, return_inverse=True)
+        last = torch.zeros_like(rows).scatter_reduce_(0, inverse, torch.arange(len(rows), device=rows.device), "amax")
+        kept = last[inverse] == torch.arange(len(rows), device=rows.device)
+        rows, embeddings, log_denominator, features = (
+            rows[kept],
+            embeddings[:, kept],
+            log_denominator[:, kept],
+            features[:, :, kept],
+        )
         superseded = torch.isin(self.rows, rows)
         self.rows[superseded], self.stamps[superseded] = -1, -1
         self.embeddings = self.beside(embeddings.shape[2])
