@@ -22,6 +22,7 @@ from anybatch.caching.step import taken_aside
 from anybatch.caching.step_memory import StepMemory
 from anybatch.caching.towers import Auto, record_towers
 from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
 from anybatch.losses import InfoNCE
 from anybatch.rows import RowTable
 
@@ -93,6 +94,8 @@ class CachedLoss(nn.Module):
             raise AnybatchError(
                 f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order."
             )
+        if labels is not None and torch.is_grad_enabled():
+            labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
         recordings = record_towers(
             [self._encode] * len(features),
             features,
