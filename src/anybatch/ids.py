@@ -26,7 +26,7 @@ def as_integers(
         values: Integers of any width.
         length: Wanted shape (length,); None for any shape.
         device: Where they must be; None for anywhere.
-        low, high: Smallest and largest number allowed; None for any. Looking costs one wait for the device.
+        low, high: Smallest number allowed, and the largest row number; None for any. Looking costs one wait for the device.
         remedy: What to do about a number out of range.
 
     Raises:
@@ -46,7 +46,7 @@ def as_integers(
     if (low is not None or high is not None) and values.numel():
         least, most = torch.stack(values.aminmax()).tolist()
         if (low is not None and least < low) or (high is not None and most > high):
-            allowed = f"{low} or more" if high is None else f"numbers from {low} to {high}"
+            allowed = f"{low} or more" if high is None else f"rows {low} to {high}"
             raise AnybatchError(f"{name} runs from {least} to {most}; expected {allowed}. {remedy}".rstrip())
     return values
 

@@ -10,26 +10,25 @@ from torch import nn
 
 from anybatch.errors import AnybatchError
 
+_LEARNED = frozenset({"learnable_temperature", "min_temperature"})
 _GLOBAL = frozenset({"gamma", "gamma_steps", "gamma_steps_per_epoch"})
 _MEMORY = frozenset({"memory_dtype", "memory_sharded"})
 _OWN_TEMPERATURES = frozenset({"rho", "eps", "temperature_range", *_GLOBAL, *_MEMORY})
 # What each method knows besides temperature, direction, weights and weight_cap.
 KNOWN: dict[str, frozenset[str]] = {
-    "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
-    "decoupled": frozenset({"learnable_temperature", "ring"}),
-    "count_corrected": frozenset({"learnable_temperature", "ring"}),
-    "cross_batch": frozenset(
-        {"learnable_temperature", "memory_size", "corrected", "centred", "mean_rows", "max_staleness"}
-    ),
-    "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL, *_MEMORY}),
+    "infonce": frozenset({*_LEARNED, "ring", "margin", "hardness"}),
+    "decoupled": frozenset({*_LEARNED, "ring"}),
+    "count_corrected": frozenset({*_LEARNED, "ring"}),
+    "cross_batch": frozenset({*_LEARNED, "memory_size", "corrected", "centred", "mean_rows", "max_staleness"}),
+    "sogclr": frozenset({*_LEARNED, "ring", "eps", *_GLOBAL, *_MEMORY}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
     "tempnet": frozenset({"dimensions", *_OWN_TEMPERATURES}),
     "nuclr": frozenset({"margin", "margin_lr", "margin_start", *_GLOBAL}),
-    "glofnd": frozenset({"learnable_temperature", "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
-    "emc2": frozenset({"learnable_temperature", "dimensions", "burn_in", "seed"}),
-    "scent": frozenset({"learnable_temperature", "eps", "alpha", *_MEMORY}),
-    "siglip": frozenset({"learnable_temperature", "bias"}),
+    "glofnd": frozenset({*_LEARNED, "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
+    "emc2": frozenset({*_LEARNED, "dimensions", "burn_in", "seed"}),
+    "scent": frozenset({*_LEARNED, "eps", "alpha", *_MEMORY}),
+    "siglip": frozenset({*_LEARNED, "bias"}),
     "auc_cl": frozenset({"margin"}),
 }
 # What fastclip's versions do without.
@@ -59,6 +58,7 @@ class LossConfig:
         temperature: Similarities are divided by it; where it is learned, the first one. 0.01 to 0.07 for text, 0.07 to 0.1 for images. None for the
             method's own: 0.1 for siglip, 0.07 for fastclip (v1, v2: 0.03), 0.05 for the others.
         learnable_temperature: Train it as a parameter; None for what the method does (siglip: yes, all others: no).
+        min_temperature: Where it is learned, it goes no lower; None for .01. fastclip, isogclr, tempnet: see temperature_range.
         direction: "one_way" (anchor to candidates), or "both" (also positive to anchors); None for "both" with fastclip, else "one_way".
         gamma: Methods with a running denominator: weight of the new batch in it; 1 forgets everything else.
         gamma_steps: Let gamma fall from 1 along a cosine of so many steps; None to keep it constant.
@@ -115,6 +115,7 @@ class LossConfig:
     ] = "infonce"
     temperature: float | None = None
     learnable_temperature: bool | None = None
+    min_temperature: float | None = None
     direction: Literal["one_way", "both"] | None = None
     gamma: float | None = None
     gamma_steps: int | None = None
@@ -170,6 +171,12 @@ class LossConfig:
             raise AnybatchError(
                 f"loss.weight_cap is {self.weight_cap}; expected at least 1 (a row of another cluster weighs no less than one of the own), "
                 "or nothing for the exact weight."
+            )
+        learned = self.name == "siglip" if self.learnable_temperature is None else self.learnable_temperature
+        if self.min_temperature is not None and not (learned and 0 < self.min_temperature < math.inf):
+            raise AnybatchError(
+                f"loss.min_temperature is {self.min_temperature}; expected a positive number, with loss.learnable_temperature=true: a temperature that "
+                "is not learned stays as it is."
             )
         if self.temperature_range is not None and len(self.temperature_range) != 2:
             raise AnybatchError(
