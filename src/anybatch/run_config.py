@@ -6,8 +6,9 @@ Imports errors, files and the rooms' configuration classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from anybatch.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed, Share
 from anybatch.errors import AnybatchError
 from anybatch.files import check_name
 from anybatch.integrations.sentence_transformers.model import ModelConfig
@@ -17,7 +18,7 @@ from anybatch.mining import MiningConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetConfig:
+class SetConfig(Configuration):
     """One of several data sets. What is None is as in `data` and `mining`.
 
     Attributes:
@@ -33,21 +34,24 @@ class SetConfig:
     name: str | None = None
     anchor: str | None = None
     positive: str | None = None
-    limit: int | None = None
+    limit: Count | None = None
     anchor_prompt: str = ""
     positive_prompt: str = ""
-    skip: int | None = None
-    take: int | None = None
-    margin: float | None = None
-    share: float = 1.0
+    skip: CountOrZero | None = None
+    take: Count | None = None
+    margin: NotNegative | None = None
+    share: Share = 1.0
+
+    section: ClassVar[str] = "data.sets[]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.name is not None:
             check_name(self.name, "data set (data.sets[].name)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Configuration):
     """The training pairs.
 
     Attributes:
@@ -66,16 +70,19 @@ class DataConfig:
     positive: str = "positive"
     negatives: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
-    limit: int | None = None
+    limit: Count | None = None
+
+    section: ClassVar[str] = "data"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.path is None) == (not self.sets):
             given = "both" if self.sets else "neither"
             raise AnybatchError(f"The training data need data.path or data.sets; {given} was given.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Configuration):
     """The held-out data: pairs in the training columns, or a retrieval set with relevance judgements.
 
     Attributes:
@@ -86,15 +93,17 @@ class EvaluationConfig:
     """
 
     path: str | None = None
-    limit: int | None = None
+    limit: Count | None = None
     corpus: str | None = None
     queries: str | None = None
     qrels: str | None = None
     split: str | None = None
 
+    section: ClassVar[str] = "evaluation"
+
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Configuration):
     """Who ranks the data for mining: a model, or embeddings that exist already.
 
     Attributes:
@@ -107,24 +116,26 @@ class TeacherConfig:
     """
 
     name: str | None = None
-    max_length: int | None = None
-    batch_size: int = 64
+    max_length: Annotated[int, Range(2)] | None = None
+    batch_size: Count = 64
     anchor_prompt: str = ""
     positive_prompt: str = ""
     precision: Literal["float32", "float16"] = "float32"
     anchor_embeddings: str | None = None
     positive_embeddings: str | None = None
 
+    section: ClassVar[str] = "teacher"
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Configuration):
     """One run. `batch_size` is the contrastive batch over all processes; `seed` fixes batches, initialisation and dropout."""
 
     output: str
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
-    batch_size: int = 64
-    seed: int = 0
+    batch_size: Count = 64
+    seed: Seed = 0
     plan: str | None = None
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mining: MiningConfig = field(default_factory=MiningConfig)
@@ -133,8 +144,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise AnybatchError(f"seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}.")
+        super().__post_init__()
         for name in ("batch_size", "seed"):
             own, default, run = getattr(self.mining, name), getattr(MiningConfig(), name), getattr(self, name)
             if own not in (default, run):

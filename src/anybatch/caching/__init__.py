@@ -3,7 +3,7 @@
 from anybatch.caching.memory import GraphBudget
 from anybatch.caching.recording import Recording
 from anybatch.caching.replay import record, replay
-from anybatch.caching.rows import RowSlicer
+from anybatch.caching.rows import RowSlicer, Shared
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.step import average_gradients, backward_to_leaves, cached_step
 from anybatch.caching.step_memory import StepMemory
@@ -14,6 +14,7 @@ __all__ = [
     "GraphBudget",
     "Recording",
     "RowSlicer",
+    "Shared",
     "StepMemory",
     "Verification",
     "average_gradients",

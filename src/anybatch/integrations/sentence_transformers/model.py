@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from anybatch.configuration import Configuration, Count, Range
 from anybatch.errors import AnybatchError
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Configuration):
     """Which encoder, and how much of it.
 
     Attributes:
@@ -25,11 +26,13 @@ class ModelConfig:
     """
 
     name: str | None = None
-    num_layers: int | None = None
-    max_length: int | None = None
+    num_layers: Count | None = None
+    max_length: Annotated[int, Range(2)] | None = None
     anchor_prompt: str = ""
     positive_prompt: str = ""
     device: Literal["cpu", "cuda", "mps"] | None = None
+
+    section: ClassVar[str] = "model"
 
 
 def load_model(config: ModelConfig) -> SentenceTransformer:
@@ -52,8 +55,6 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     if config.num_layers is not None:
         keep_first_layers(model, config.num_layers)
     if config.max_length is not None:
-        if config.max_length < 2:
-            raise AnybatchError(f"model.max_length is {config.max_length}; expected at least 2 tokens.")
         model.max_seq_length = config.max_length
     return model
 

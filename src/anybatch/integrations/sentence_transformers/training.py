@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from anybatch import distributed
 from anybatch.caching.device_memory import parse_memory
+from anybatch.configuration import Configuration, Count, Fraction, NotNegative, Positive
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Configuration):
     """How long and how fast.
 
     Attributes:
@@ -50,41 +51,27 @@ class TrainConfig:
         eval_steps: Steps between evaluations on the held-out pairs; None for the end only.
     """
 
-    epochs: int = 1
-    max_steps: int | None = None
-    learning_rate: float = 5e-5
-    warmup: float = 0.1
+    epochs: Count = 1
+    max_steps: Count | None = None
+    learning_rate: Positive = 5e-5
+    warmup: Fraction = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    micro_batch: int | Literal["auto"] = 32
-    max_tokens: int | None = None
-    pad_to_multiple: int | None = None
-    keep_graphs: float | Literal["auto"] = "auto"
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
+    micro_batch: Count | Literal["auto"] = 32
+    max_tokens: Count | None = None
+    pad_to_multiple: Count | None = None
+    keep_graphs: Fraction | Literal["auto"] = "auto"
     memory: str | int = "80%"
     bf16: bool = False
-    save_steps: int = 200
-    log_steps: int = 10
-    eval_steps: int | None = None
+    save_steps: Count = 200
+    log_steps: Count = 10
+    eval_steps: Count | None = None
+
+    section: ClassVar[str] = "train"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "micro_batch", "save_steps", "log_steps"):
-            if getattr(self, name) != "auto" and getattr(self, name) < 1:
-                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("max_steps", "max_tokens", "pad_to_multiple", "eval_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise AnybatchError(f"train.{name} is {value}; expected at least 1, or nothing.")
-        if not 0 < self.learning_rate < math.inf:  # nan is neither
-            raise AnybatchError(
-                f"train.learning_rate is {self.learning_rate}; expected a positive number such as 5e-5."
-            )
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected 0 or a positive number.")
-        for name in ("warmup", "keep_graphs"):
-            if getattr(self, name) != "auto" and not 0 <= getattr(self, name) <= 1:
-                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected a fraction between 0 and 1.")
+        super().__post_init__()
         parse_memory(self.memory, 2**40)  # a wrong form is reported before anything is read
 
 
