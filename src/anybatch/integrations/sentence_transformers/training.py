@@ -144,7 +144,7 @@ def train_model(
     world_size = distributed.world_size()
     check_shared_equally(plan.batch_size)
     indexed, batches = with_index(dataset), PlanBatches(plan)
-    batches.check(indexed)
+    batches.check(indexed, plan)
     sides = column_sides(dataset.column_names)
     checkpoints = output / "checkpoints"
     if not resume and (checkpoint_steps(checkpoints) or (output / "log.jsonl").exists()):
