@@ -187,7 +187,7 @@ def _csv_records(path: Path, names: Sequence[str] | None, quoting: Quoting | Non
 def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
     """Header and rows of one width. A quote that opens a field and swallows rows is found: by what follows the closing one, or as ambiguous."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    delimiter = "\t" if ".tsv" in path.suffixes[-2:] or ".TSV" in path.suffixes[-2:] else ","
+    delimiter = "\t" if _kind(path) == ".tsv" else ","
     rules = csv.QUOTE_NONE if quoting == "raw" else csv.QUOTE_MINIMAL
     width, first, last = 0, 1, 0  # fields of a row; its lines
     reader = csv.reader(())
