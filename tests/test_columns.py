@@ -195,12 +195,28 @@ def test_one_folder_a_task(tmp_path):
         find_sets(tmp_path)
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("train", "validation-00000"), ("a", "dev"), ("a", "eval_2")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "test"),
+        ("train", "validation-00000"),
+        ("a", "dev"),
+        ("a", "eval_2"),
+        ("a", "pairs-test"),
+        ("a", "Test"),
+    ],
+)
 def test_files_meant_for_testing_are_not_trained_on(tmp_path, names):
     for name in names:
         (tmp_path / f"{name}.jsonl").write_text("x")
     with pytest.raises(AnybatchError, match=f"{names[1]} would be trained on"):
         find_sets(tmp_path)
+
+
+def test_names_that_only_begin_alike_are_trained_on(tmp_path):
+    for name in ("developers", "values", "contest", "testimony", "retest_questions"):
+        (tmp_path / f"{name}.jsonl").write_text("x")
+    assert len(find_sets(tmp_path)) == 5
 
 
 def test_data_sets_with_and_without_negatives_name_the_way_out(tmp_path):
