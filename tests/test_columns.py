@@ -109,7 +109,7 @@ def test_lists_of_several_positives_and_of_varying_negatives(tmp_path, said):
     info, warning = said()
     assert "1 rows have several positives, which are pairs of their own" in info
     assert "'neg' has 2 to 3 texts a row" in warning
-    assert "2 of 8 texts are not" in warning
+    assert "the first 2, so that 2 of 8 texts are not used" in warning
     with pytest.raises(AnybatchError, match="holds lists of several texts"):
         read_pairs(write(tmp_path / "q.jsonl", [{"anchor": ["a", "b"], "positive": "p"}]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 
 import pandas
 import pyarrow
@@ -115,7 +116,7 @@ def refuse(path, content, match, **options):
 
 
 @pytest.mark.parametrize("mark", [",", "\t"])
-def test_a_field_that_merely_opens_with_a_quote_swallows_no_rows(tmp_path, mark):
+def test_a_field_that_merely_opens_with_a_quote_swallows_no_rows(tmp_path, caplog, mark):
     path = tmp_path / ("p.csv" if mark == "," else "p.tsv")
     plain = [f"a{row}|p{row}" for row in range(40)]
 
@@ -132,7 +133,17 @@ def test_a_field_that_merely_opens_with_a_quote_swallows_no_rows(tmp_path, mark)
     refuse(path, written(row10='"hello|p10', row30='say "hi"|p30'), behind.format(32))
     both = "Line 12 .*opens a quoted field that ends in line {}.*each of these lines would be a row by itself"
     refuse(path, written(row10='"hello|p10', row30='5"|p30'), both.format(32))
-    refuse(path, written(row10='"hello|p10', row11='5"|p30'), both.format(13))
+    if mark == "\t":
+        refuse(path, written(row10='"hello|p10', row11='5"|p30'), both.format(13))
+    else:  # two lines of prose with a comma each are as likely, so that the rules hold, and it is said
+        path.write_text(written(row10='"hello|p10', row11='5"|p30'))
+        assert len(pairs_of(path)) == 39
+        assert re.search(both.format(13) + ".*read as one text", caplog.text)
+        caplog.clear()
+        assert len(pairs_of(path, quoting="standard")) == 39
+        path.write_text(written().replace("anchor,positive", '"anchor","positive"') + '"a, b\nc","d"\n')
+        assert pairs_of(path)[-1] == ("a, b\nc", "d")  # who quotes names of columns quotes texts
+        assert "opens a quoted field" not in caplog.text
     refuse(path, written(row10='"hello|p10', row39='a39|p39"'), "Lines 12 to 41 .*another number of fields")
     refuse(path, written(row10='a10|"hello', row39='a39|p39"'), both.format(41))
     quoted = '"a, text, with\na comma\tor a tab"|x'  # the file does follow the rules, but so many lines are no chance
@@ -152,6 +163,8 @@ def test_flaws_of_tables_are_named_with_their_line(tmp_path):
     refuse(path, "a,b\nc,d\n", "Cannot tell anchor and positive.*has 'a', 'b'")
     refuse(path, (head + "ä,b\n").encode("latin-1"), "after line .*not UTF-8.*byte 0xe4.*Latin-1.*iconv")
     refuse(path, (head + "a,b\n").encode("utf-16"), "not UTF-8.*UTF-16")
+    refuse(path, gzip.compress(head.encode()), "packed with gzip: add .gz")
+    refuse(path, head + "a,b\n", "quoting is 'none'; expected one of standard, raw", quoting="none")
     path.write_text("anchor,positive,,\na,b,,\n")  # columns without a name are nobody's
     assert pairs_of(path) == [("a", "b")]
     path.write_text(head + f'a,"{"x" * 300_000}"\n')  # Python's own limit is 131,072

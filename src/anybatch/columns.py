@@ -151,8 +151,8 @@ def spread(
         )
         if most > fewest:
             logger.warning(
-                "%s: '%s' has %d to %d texts a row. A batch needs equally many of each row, so that the first %d of each are used, and %d of %d texts "
-                "are not. Give each row the same number to use all.",
+                "%s: '%s' has %d to %d texts a row, and a batch needs as many of each row: the first %d, so that %d of %d texts are not used. Give each "
+                "row the same number to use all.",
                 where, name, fewest, most, fewest, total - fewest * len(widths), total,
             )  # fmt: skip
     return columns, remarks

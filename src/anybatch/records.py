@@ -10,22 +10,25 @@ import csv
 import difflib
 import gzip
 import json
+import logging
 import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 from anybatch.errors import AnybatchError
 
+logger = logging.getLogger("anybatch")
 FORMATS = ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, or a folder saved by datasets' save_to_disk"
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 Quoting = Literal["standard", "raw"]
 PEEK = 1000  # rows of a JSON file whose keys say what columns it has
-LONG = 10  # lines of one quoted field that all look like rows: more than chance
+LONG = 10  # lines of one field with commas that all look like rows: more than chance
+ODD = 10  # lines to one that is no row by itself, of a file that can be read without quoting
 SHOWN = 20  # names of columns in a message
 RAW = 'In a quoted field a quote is written twice (""). If quotes are plain characters in this file, say so: data.quoting=raw.'
 
@@ -36,6 +39,8 @@ def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
     Raises:
         AnybatchError: No such file; nothing in it; an unknown format; a name that occurs twice.
     """
+    if quoting not in (None, *get_args(Quoting)):
+        raise AnybatchError(f"The quoting is {quoting!r}; expected one of {', '.join(get_args(Quoting))}, or nothing.")
     kind = _kind(path)
     if kind in (".csv", ".tsv"):
         names = next(_csv_rows(path, quoting), [])
@@ -113,15 +118,18 @@ def _open(path: Path, newline: str | None = None) -> IO[str]:
 
 def _unreadable(path: Path, line: int, error: Exception) -> AnybatchError:
     """The message for bytes that are no text, and for a gzip file cut short."""
-    if isinstance(error, UnicodeDecodeError):
-        utf16 = path.suffix != ".gz" and path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
-        likely = "UTF-16" if utf16 else "Latin-1 or Windows-1252"
-        return AnybatchError(
-            f"Cannot read {path} after line {line}: it is not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}), but perhaps {likely}. "
-            f"Save it as UTF-8, such as with: iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
-        )
+    if not isinstance(error, UnicodeDecodeError):
+        whole = " in a whole gzip file" if path.suffix == ".gz" else ""
+        return AnybatchError(f"Cannot read {path} after line {line}: {error}. Expected UTF-8 text{whole}.")
+    with path.open("rb") as file:
+        head = file.read(4)
+    if (head[:2] == b"\x1f\x8b" and path.suffix != ".gz") or head == b"PAR1":
+        kind = "Parquet: name it .parquet" if head == b"PAR1" else "packed with gzip: add .gz to its name"
+        return AnybatchError(f"Cannot read {path}: it is {kind}.")
+    likely = "UTF-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
     return AnybatchError(
-        f"Cannot read {path} after line {line}: {error}. Expected UTF-8 text{' in a whole gzip file' if path.suffix == '.gz' else ''}."
+        f"Cannot read {path} after line {line}: it is not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}), but perhaps "
+        f"{'Latin-1 or Windows-1252' if likely != 'UTF-16' else likely}. Save it as UTF-8, such as with: iconv -f {likely} -t UTF-8"
     )
 
 
@@ -186,6 +194,7 @@ def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
     delimiter = "\t" if _kind(path) == ".tsv" else ","
     rules = csv.QUOTE_NONE if quoting == "raw" else csv.QUOTE_MINIMAL
     width, first, last = 0, 1, 0  # fields of a row; its lines
+    plain = None
     reader = csv.reader(())
     try:
         with _open(path, newline="") as file:
@@ -197,11 +206,13 @@ def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
                 width = width or len(row)
                 if len(row) != width:
                     raise AnybatchError(
-                        f"{f'Lines {first} to {last}' if last > first else f'Line {first}'} of {path} have another number of fields ({len(row)}) than the header ({width}). Quote fields that hold the "
-                        f"separator or a line break. {'' if quoting else RAW}".strip()
+                        f"{f'Lines {first} to {last}' if last > first else f'Line {first}'} of {path}: another number of fields ({len(row)}) than "
+                        f"the header ({width}). Quote fields that hold the separator or a line break. {'' if quoting else RAW}".strip()
                     )
-                if last > first and quoting is None:
-                    _check_unambiguous(path, row, delimiter, first, last)
+                if last > first and quoting is None and _could_be_rows(row, delimiter):
+                    plain = _has_plain_lines(path, delimiter, width) if plain is None else plain
+                    if plain or last - first >= LONG:
+                        _doubt(path, first, last, certain=delimiter == "\t" or last - first >= LONG)
                 yield row
     except csv.Error as error:
         ends = (
@@ -214,26 +225,36 @@ def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
         raise _unreadable(path, last, error) from error
 
 
-def _check_unambiguous(path: Path, row: list[str], delimiter: str, first: int, last: int) -> None:
-    """Refuse a row over several lines if each of them would be a row by itself: texts may merely begin with a quote.
-
-    So it is where this holds for all lines of the file, or for more lines than chance explains.
-    """
-
-    def whole(lines: Iterable[str]) -> bool:
-        return all(line.count(delimiter) == len(row) - 1 for line in lines if line.strip("\r\n"))
-
-    lines = re.split(r"\r\n|\r|\n", delimiter.join(row))
-    if not whole(lines):
-        return
-    if len(lines) < LONG:
-        with _open(path, newline="") as file:
-            if not whole(file):
-                return
-    raise AnybatchError(
-        f"Line {first} of {path} opens a quoted field that ends in line {last}, and each of these lines would be a row by itself. Say which is meant: "
-        "data.quoting=raw, quotes are plain characters and each line is a row; or data.quoting=standard, quoted texts hold line breaks."
+def _doubt(path: Path, first: int, last: int, *, certain: bool) -> None:
+    """Refuse a quoted field that may have swallowed rows, or warn: commas and line breaks do stand in texts, where tabs hardly do."""
+    text = (
+        f"Line {first} of {path} opens a quoted field that ends in line {last}, and each of these lines would be a row by itself. "
+        "{}data.quoting=raw, quotes are plain characters and each line is a row; or data.quoting=standard, quoted texts hold line breaks."
     )
+    if certain:
+        raise AnybatchError(text.format("Say which is meant: "))
+    logger.warning(text.format("It is read as one text. Say if it is not, or that it is: "))
+
+
+def _could_be_rows(row: list[str], delimiter: str) -> bool:
+    """Whether each of the lines of a row would be a row by itself."""
+    lines = re.split(r"\r\n|\r|\n", delimiter.join(row))
+    return all(line.count(delimiter) == len(row) - 1 for line in lines)
+
+
+def _has_plain_lines(path: Path, delimiter: str, width: int) -> bool:
+    """Whether a file can be read without quoting: no name of a column is quoted, and every line has a row's number of fields, or nearly.
+
+    A field that swallows rows is of a file where this holds; the few lines that do not (1 in 10) may be quoted ones.
+    """
+    with _open(path, newline="") as file:
+        if file.readline().startswith('"'):
+            return False
+        lines = odd = 0
+        for line in file:
+            lines += 1
+            odd += bool(line.strip("\r\n")) and line.count(delimiter) != width - 1
+        return odd * ODD <= lines
 
 
 @contextlib.contextmanager
