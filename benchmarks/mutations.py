@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 400  # seconds; a mistake that makes the tests wait for ever is caught as well
-CAUGHT, SURVIVED, BROKEN, LATE, UNJUDGED = "caught", "SURVIVED", "DOES NOT RUN", "caught (no end)", "NOT JUDGED"
+TIMEOUT = 900  # seconds; a machine may be slow, so no end shows nothing
+CAUGHT, SURVIVED, BROKEN, LATE, UNJUDGED = "caught", "SURVIVED", "DOES NOT RUN", "NO END", "NOT JUDGED"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ MUTATIONS = [
         ("else self.objective * self.side.row_weight).sum()", "else self.objective).sum()"),
         ("if self.removing else logits.shape[1] - block.own", "if self.removing else logits.shape[1]"),
         ("self.parts[1, self.layout.shifted(rows)] -= 1", "pass"),
+        ("torch.full_like(positive, num_columns - 1)", "torch.full_like(positive, num_columns)"),
         ("peak = finite(logits.amax(dim=dim))", "peak = logits.amax(dim=dim)"),
         (
             "= -(anchors * d_anchors).sum(dim=1) / forward.temperature",
@@ -153,25 +154,28 @@ MUTATIONS = [
     ),
     *of(
         "caching/step.py",
-        ("caching/test_step.py", "caching/test_distributed.py"),
+        "caching/test_step.py",
         ("(value * scale).backward()", "value.backward()"),
         ("torch.cat(list(leaves[1:]))", "torch.cat(list(leaves[:0:-1]))"),
-        ("flat /= dist.get_world_size()", "pass"),
     ),
     *of(
         "caching/replay.py",
         "caching/test_replay.py",
+        ("    if gap > 1:", "    if gap > 100:"),
         ("else grad.detach() * scale for grad", "else grad.detach() for grad"),
         ("with recording._autocast.apply(), recording._modes.apply()", "with recording._autocast.apply()"),
     ),
     *of(
         "caching/recording.py",
         "caching/test_replay.py",
-        ("before = RandomState() if self.training", "before = None if self.training"),
+        ("before = self.random.now() if self.training", "before = None if self.training"),
     ),
+    *of("caching/gradients.py", "caching/test_step.py", ("grad.add_(found)", "grad.copy_(found)")),
     *of(
         "caching/reduction.py",
         "caching/test_distributed.py",
+        ("flat /= dist.get_world_size()", "pass"),
+        ("            if not used:\n                parameter.grad = None", "            pass"),
         ("stack.enter_context(module.no_sync())", "pass"),
     ),
     *of(
@@ -295,7 +299,7 @@ def page(rows: Sequence[tuple[Mutation, str, str]], seconds: float, jobs: int) -
     def code(text: str) -> str:
         return "`" + " ".join(text.split()).replace("|", "\\|") + "`"
 
-    caught = sum(result in (CAUGHT, LATE) for _, result, _ in rows)
+    caught = sum(result == CAUGHT for _, result, _ in rows)
     lines = [
         "# Mistakes that the tests must notice",
         "",
@@ -328,23 +332,20 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         unchanged = pool.submit(run, files, None)
         pending = [pool.submit(run, mutation.tests, mutation) for mutation in chosen]
-        _, failing, seconds = unchanged.result()
-        unfit = {test for test in files if test in failing}
-        print(
-            f"unchanged: {len(files) - len(unfit)} of {len(files)} files pass, {seconds:.0f} s {sorted(unfit) or ''}",
-            flush=True,
-        )
-        rows = []
+        results = []
         for mutation, future in zip(chosen, pending, strict=True):
             result, test, seconds = future.result()
-            if unfit.intersection(mutation.tests):
-                result = UNJUDGED
-            rows.append((mutation, result, test))
+            results.append((mutation, result, test))
             print(
-                f"{result:16} {seconds:4.0f} s  {mutation.file}: {mutation.old!r} -> {mutation.new!r}  {test}",
+                f"{result:12} {seconds:4.0f} s  {mutation.file}: {mutation.old!r} -> {mutation.new!r}  {test}",
                 flush=True,
             )
-    caught = sum(result in (CAUGHT, LATE) for _, result, _ in rows)
+        _, failing, seconds = unchanged.result()
+    unfit = {test for test in files if test in failing}
+    print(f"unchanged: {len(files) - len(unfit)} of {len(files)} files pass, {seconds:.0f} s {sorted(unfit) or ''}")
+    rows = [(m, UNJUDGED if unfit.intersection(m.tests) else result, test) for m, result, test in results]
+    print("\n".join(f"{result}: {m.file}: {m.old!r}" for m, result, _ in rows if result != CAUGHT))
+    caught = sum(result == CAUGHT for _, result, _ in rows)
     seconds = time.perf_counter() - start
     print(f"{caught} of {len(rows)} caught, {seconds / 60:.1f} minutes")
     if args.only == [""]:
