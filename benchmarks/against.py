@@ -145,11 +145,12 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="the other one")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--limit", type=float, default=1.03, help="of a median ratio")
     args = parser.parse_args()
     here, there = Checkout(ROOT.resolve()), Checkout(args.checkout.resolve())
-    ratios = compare(here, there, CASES, args.rounds)
+    ratios = compare(here, there, tuple(name for name in CASES if args.only in name), args.rounds)
     for checkout in (here, there):
         checkout.close()
     print("| work | this checkout over the other, median (middle half) |\n|---|---|")
