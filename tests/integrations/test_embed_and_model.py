@@ -98,7 +98,7 @@ def test_first_layers_survive_saving(tiny_model_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "match"),
-    [({"num_layers": 3}, "expected 1 to 2"), ({"num_layers": 0}, "expected 1 to 2"), ({"max_length": 1}, "at least 2")],
+    [({"num_layers": 3}, "expected 1 to 2"), ({"num_layers": 0}, "whole number of at least 1"), ({"max_length": 1}, "at least 2")],
 )
 def test_mistakes(tiny_model_folder, settings, match):
     with pytest.raises(AnybatchError, match=match):

@@ -41,16 +41,24 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     Raises:
         AnybatchError: No name; the model cannot be found or loaded; it has no list of layers to cut; too few layers.
     """
+    import torch
     from sentence_transformers import SentenceTransformer
 
     if config.name is None:
         raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise AnybatchError(
+            "model.device is 'cuda', and this machine has no GPU that PyTorch can use. Leave it out, or set it to cpu."
+        )
     try:
         model = SentenceTransformer(config.name, device=config.device)
-    except (OSError, ValueError, KeyError) as error:
+    except (
+        Exception
+    ) as error:  # broken, cut or pickled files fail in the readers of four libraries with nearly anything
+        reason = next(iter(str(error).splitlines()), "")
         raise AnybatchError(
-            f"Cannot load the model {config.name!r}: {str(error).splitlines()[0]}. Expected the folder of a sentence-transformers model, "
-            "or a hub name that this machine can reach."
+            f"Cannot load the model {config.name!r}: {reason} ({type(error).__name__}). Expected the folder of a sentence-transformers model with whole "
+            "files, or a hub name that this machine can reach."
         ) from error
     if config.num_layers is not None:
         keep_first_layers(model, config.num_layers)
