@@ -26,7 +26,7 @@ def as_integers(
         values: Integers of any width.
         length: Wanted shape (length,); None for any shape.
         device: Where they must be; None for anywhere.
-        low, high: Smallest and largest number allowed; None for any. Looking costs one wait for the device.
+        low, high: Smallest number allowed, and the largest row number; None for any. Looking costs one wait for the device.
         remedy: What to do about a number out of range.
 
     Raises:
@@ -40,15 +40,37 @@ def as_integers(
         raise AnybatchError(f"{name} is {values.dtype} of shape {tuple(values.shape)}; expected {wanted}.")
     if device is not None and values.device != device:
         raise AnybatchError(
-            f"{name} is on {values.device}, the embeddings on {device}. Move it there: {name}.to({str(device)!r})."
+            f"{name} is on {values.device}; expected {device}, as the embeddings. Move it: {name}.to({str(device)!r})."
         )
     values = values.long()
     if (low is not None or high is not None) and values.numel():
         least, most = torch.stack(values.aminmax()).tolist()
         if (low is not None and least < low) or (high is not None and most > high):
-            allowed = f"{low} or more" if high is None else f"numbers from {low} to {high}"
+            allowed = f"{low} or more" if high is None else f"rows {low} to {high}"
             raise AnybatchError(f"{name} runs from {least} to {most}; expected {allowed}. {remedy}".rstrip())
     return values
+
+
+def as_ids(name: str, values: np.ndarray | Tensor) -> np.ndarray:
+    """Ids of rows as int64, 0 or more.
+
+    Raises:
+        AnybatchError: Another type, bool among them, or negative ids.
+    """
+    ids = np.asarray(values)
+    if ids.dtype.kind not in "iu":
+        raise AnybatchError(
+            f"{name} is {ids.dtype} of shape {ids.shape}; expected integers, equal for identical texts."
+        )
+    ids = ids.astype(np.int64)
+    if ids.size and int(ids.min()) < 0:
+        raise AnybatchError(f"{name} goes down to {int(ids.min())}; expected 0 or more.")
+    return ids
+
+
+def renumbered(ids: np.ndarray) -> np.ndarray:
+    """The same ids as numbers 0, 1, ...: products of two of them must stay within 63 bits."""
+    return np.unique(ids, return_inverse=True)[1].reshape(ids.shape)
 
 
 def known_positives(anchor_id: np.ndarray, positive_id: np.ndarray, width: int) -> np.ndarray:

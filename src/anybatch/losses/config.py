@@ -20,26 +20,25 @@ from anybatch.configuration import (
 )
 from anybatch.errors import AnybatchError
 
+_LEARNED = frozenset({"learnable_temperature", "min_temperature"})
 _GLOBAL = frozenset({"gamma", "gamma_steps", "gamma_steps_per_epoch"})
 _MEMORY = frozenset({"memory_dtype", "memory_sharded"})
 _OWN_TEMPERATURES = frozenset({"rho", "eps", "temperature_range", *_GLOBAL, *_MEMORY})
 # What each method knows besides temperature, direction, weights and weight_cap.
 KNOWN: dict[str, frozenset[str]] = {
-    "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
-    "decoupled": frozenset({"learnable_temperature", "ring"}),
-    "count_corrected": frozenset({"learnable_temperature", "ring"}),
-    "cross_batch": frozenset(
-        {"learnable_temperature", "memory_size", "corrected", "centred", "mean_rows", "max_staleness"}
-    ),
-    "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL, *_MEMORY}),
+    "infonce": frozenset({*_LEARNED, "ring", "margin", "hardness"}),
+    "decoupled": frozenset({*_LEARNED, "ring"}),
+    "count_corrected": frozenset({*_LEARNED, "ring"}),
+    "cross_batch": frozenset({*_LEARNED, "memory_size", "corrected", "centred", "mean_rows", "max_staleness"}),
+    "sogclr": frozenset({*_LEARNED, "ring", "eps", *_GLOBAL, *_MEMORY}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
     "tempnet": frozenset({"dimensions", *_OWN_TEMPERATURES}),
     "nuclr": frozenset({"margin", "margin_lr", "margin_start", *_GLOBAL}),
-    "glofnd": frozenset({"learnable_temperature", "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
-    "emc2": frozenset({"learnable_temperature", "dimensions", "burn_in", "seed"}),
-    "scent": frozenset({"learnable_temperature", "eps", "alpha", *_MEMORY}),
-    "siglip": frozenset({"learnable_temperature", "bias"}),
+    "glofnd": frozenset({*_LEARNED, "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
+    "emc2": frozenset({*_LEARNED, "dimensions", "burn_in", "seed"}),
+    "scent": frozenset({*_LEARNED, "eps", "alpha", *_MEMORY}),
+    "siglip": frozenset({*_LEARNED, "bias"}),
     "auc_cl": frozenset({"margin"}),
 }
 # What fastclip's versions do without.
@@ -69,6 +68,7 @@ class LossConfig(Configuration):
         temperature: Similarities are divided by it; where it is learned, the first one. 0.01 to 0.07 for text, 0.07 to 0.1 for images. None for the
             method's own: 0.1 for siglip, 0.07 for fastclip (v1, v2: 0.03), 0.05 for the others.
         learnable_temperature: Train it as a parameter; None for what the method does (siglip: yes, all others: no).
+        min_temperature: Where it is learned, it goes no lower; None for .01. fastclip, isogclr, tempnet: see temperature_range.
         direction: "one_way" (anchor to candidates), or "both" (also positive to anchors); None for "both" with fastclip, else "one_way".
         gamma: Methods with a running denominator: weight of the new batch in it; 1 forgets everything else.
         gamma_steps: Let gamma fall from 1 along a cosine of so many steps; None to keep it constant.
@@ -125,6 +125,7 @@ class LossConfig(Configuration):
     ] = "infonce"
     temperature: Positive | None = None
     learnable_temperature: bool | None = None
+    min_temperature: Positive | None = None
     direction: Literal["one_way", "both"] | None = None
     gamma: Share | None = None
     gamma_steps: Count | None = None
@@ -170,6 +171,12 @@ class LossConfig(Configuration):
         if self.memory_dtype == "float16" and self.gamma is not None and self.gamma < 0.05:
             raise AnybatchError(
                 f"loss.memory_dtype is 'float16' and loss.gamma {self.gamma}: steps that small are rounded away. Use float32, or gamma from .05."
+            )
+        learned = self.name == "siglip" if self.learnable_temperature is None else self.learnable_temperature
+        if self.min_temperature is not None and not learned:
+            raise AnybatchError(
+                f"loss.min_temperature is {self.min_temperature}, and the temperature is not learned, so that it stays as it is. Set "
+                "loss.learnable_temperature=true, or leave loss.min_temperature out."
             )
         if self.temperature_range is not None and len(self.temperature_range) != 2:
             raise AnybatchError(

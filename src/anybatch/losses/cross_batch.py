@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from anybatch.losses.base import MIN_TEMPERATURE, Batch, Direction
 from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss
 from anybatch.losses.infonce import CountCorrectedInfoNCE, WithPositive
+from anybatch.losses.per_example import Keys
 from anybatch.losses.recent_pairs import MAX_FEATURES, RecentPairs
 from anybatch.losses.remembered_columns import Remembered, column_features, kinds, with_remembered
 
@@ -106,7 +106,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         self.memory_size, self.corrected, self.centred = memory_size, corrected, centred
         self.max_staleness, self.mean_rows = max_staleness, mean_rows
         self._num_used = 0
-        self.recent = RecentPairs(memory_size)
+        self.recent = RecentPairs(memory_size, num_rows)
         self.mean: Tensor
         self.mean_share: Tensor
         self.register_buffer("mean", torch.zeros(2, 0))  # running, of anchors and positives
@@ -114,6 +114,12 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
     needs_index = True
+    widths = ("mean",)
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
+        self.recent.num_rows.fill_(num_rows)
 
     @property
     def last_stats(self) -> dict[str, float]:
@@ -162,18 +168,6 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         if self._updating:
             self._remember(batch, recalled, stats)
         return loss
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """The width comes with the state; a state of more rows is refused."""
-        rows, mean = (state_dict.get(prefix + name) for name in ("recent.rows", "mean"))
-        if rows is not None and len(rows) and int(rows.max()) >= self.num_rows:
-            raise AnybatchError(
-                f"The state remembers row {int(rows.max())}, and the loss is for {self.num_rows} rows. Make the loss with the num_rows of the data set "
-                "that the state is of."
-            )
-        if mean is not None:
-            self.mean = self.mean.new_zeros(mean.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
     def _recall(self, batch: Batch) -> _Recalled:

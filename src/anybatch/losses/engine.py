@@ -43,7 +43,7 @@ __all__ = [
     "Twice",
     "dense_softmax_loss",
     "differentiable_once",
-    "gradient_once",
+    "refuse_twice",
     "softmax_loss",
     "symmetric_softmax_loss",
 ]
@@ -197,7 +197,7 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_output = gradient_once(grad_output)
+        refuse_twice()
         d_anchors, d_candidates, *d_temperatures = ctx.saved_tensors
         saved = (d_anchors, d_candidates, None, *d_temperatures)
         return tuple(
@@ -210,16 +210,21 @@ class Twice(AnybatchError, RuntimeError):
     """A second derivative was asked for; a RuntimeError as well, which is what autograd raises for that."""
 
 
-def gradient_once(gradient: Tensor) -> Tensor:
-    """In a backward pass: the same gradient, which cannot be differentiated itself (`create_graph=True`).
+def refuse_twice() -> None:
+    """In a backward pass: refuse one that is recorded to be differentiated itself. What is in closed form, or held fixed, is a constant to autograd.
 
-    The gradients in closed form, and those of surrogates, are constants to autograd: what it would go on with is not their derivative.
+    Raises:
+        Twice: It is (`create_graph=True`).
     """
-    return _Refusing.apply(gradient.detach().requires_grad_()) if torch.is_grad_enabled() else gradient
+    if torch.is_grad_enabled():
+        raise Twice(
+            "A loss of anybatch can be differentiated once, and create_graph=True asks for more: its gradient is computed in closed form, and has no "
+            "derivative of its own. Leave the loss out of gradient penalties and other second derivatives, or call backward without create_graph."
+        )
 
 
 def differentiable_once(loss: Tensor) -> Tensor:
-    """The loss, all of whose derivatives of second order are refused."""
+    """The same loss, whatever it is made of, with `refuse_twice` at the start of its backward pass."""
     return _Once.apply(loss)
 
 
@@ -230,17 +235,5 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient_once(grad_output)
-
-
-class _Refusing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise Twice(
-            "The losses of anybatch can be differentiated once: their gradient is computed in closed form, and its own derivative is not. Leave the loss "
-            "out of gradient penalties and other second derivatives, or write it with plain operations for them."
-        )
+        refuse_twice()
+        return grad_output

@@ -11,7 +11,7 @@ from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import MIN_TEMPERATURE, ContrastiveLoss, check_embeddings, outside_the_graph
 from anybatch.losses.candidates import check_rows
-from anybatch.losses.engine import TILE_BYTES, differentiable_once, gradient_once
+from anybatch.losses.engine import TILE_BYTES, differentiable_once, refuse_twice
 from anybatch.losses.log_weights import LogWeight
 
 
@@ -131,7 +131,7 @@ class _LateInteraction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_output = gradient_once(grad_output)
+        refuse_twice()
         needed = ctx.needs_input_grad[:3]
         return *(g * grad_output if wanted else None for g, wanted in zip(ctx.saved_tensors, needed)), None, None, None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
+from anybatch.ids import as_integers
 
 
 @runtime_checkable
@@ -44,6 +45,14 @@ class LogWeight(Protocol):
         ...
 
 
+def _cast(weight: LogWeight, *names: str) -> None:
+    """Some fields of a log-weight as int64: a difference of unsigned ones is no difference, and bool is no id."""
+    for name in names:
+        if getattr(weight, name) is not None:
+            values = as_integers(f"{type(weight).__name__}.{name}", getattr(weight, name))
+            object.__setattr__(weight, name, values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class IdMask:
     """-inf where the candidate is a positive of the anchor under another row: identical content is never a negative.
@@ -60,6 +69,9 @@ class IdMask:
     column_id: Tensor
     column_anchor: Tensor
     normalised: bool = False
+
+    def __post_init__(self) -> None:
+        _cast(self, "row_positive", "row_anchor", "column_id", "column_anchor")
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
@@ -134,6 +146,9 @@ class PairMask:
     keys: Tensor
     normalised: bool = False
 
+    def __post_init__(self) -> None:
+        _cast(self, "row_key", "column_key", "keys")
+
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
         wanted = self.row_key[rows, None] + self.column_key[None, columns]
@@ -190,6 +205,9 @@ class ClusterLogWeight:
     among: float | Tensor | None = None
     without_own: bool = False
     normalised: bool = True
+
+    def __post_init__(self) -> None:
+        _cast(self, "row_cluster", "column_cluster", "row_task", "column_task")
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
@@ -274,6 +292,9 @@ class TaskMask:
     column_task: Tensor
     column_remembered: Tensor | None = None
     normalised: bool = False
+
+    def __post_init__(self) -> None:
+        _cast(self, "row_task", "column_task")
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
@@ -387,6 +408,10 @@ def as_log_weight(log_weight: LogWeight | Tensor, num_rows: int, num_columns: in
     """
     if not isinstance(log_weight, Tensor):
         return log_weight
+    if not log_weight.is_floating_point():
+        raise AnybatchError(
+            f"log_weight is {log_weight.dtype}; expected floats: 0 keeps a pair, -inf removes it, log(2) counts it twice."
+        )
     values = log_weight.detach()
     while values.ndim < 2:
         values = values[None]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from anybatch.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss, check_embeddings
 from anybatch.losses.log_weights import LogWeight
-from anybatch.losses.per_example import Keys
+from anybatch.losses.per_example import Keys, PerExample
 
 
-class Matryoshka(nn.Module):
+class Matryoshka(PerExample):
     """The weighted sum of a loss over prefixes of the embeddings.
 
         loss = sum_k weight_k loss_k(anchors[:, :d_k], candidates[:, :d_k])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from anybatch.errors import AnybatchError
 from anybatch.losses.memory_states import fitted
 from anybatch.losses.per_example import Keys, PerExample, extended, only_growing
 
-VERSION = 2  # 1: no slots, no shards
+VERSION = 3  # 2: the mean was over the candidates that were not masked
 OTHER_KEYS = "The keys do not begin with those of the rows that the memory has. New rows go behind the old ones."
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -271,7 +271,8 @@ class ExampleMemory(PerExample):
             self.visited.any()
         ):  # nothing is lost: somebody saved or copied it before the process group was there
             stored = _stored(self.num_slots, rank, world_size)
-            self.log_mean = self.log_mean.new_full((len(self.log_mean), stored), torch.nan)
+            with torch.inference_mode(False):  # written to later, outside of one as well
+                self.log_mean = self.log_mean.new_full((len(self.log_mean), stored), torch.nan)
             self.shard[:2] = torch.tensor([rank, world_size])
         else:
             raise AnybatchError(
@@ -292,11 +293,13 @@ class ExampleMemory(PerExample):
 
     def _write(self, slots: Tensor, values: Tensor, direction: int) -> None:
         self.settle()
+        limits = torch.finfo(self.log_mean.dtype)  # float16 ends at 65,504, and infinity would be for ever
+        values = values.to(self.log_mean.dtype).clamp(limits.min, limits.max)
         if self.sharded:
             own, place = self._own(slots)
-            self.log_mean[direction, place] = values[own].to(self.log_mean.dtype)
+            self.log_mean[direction, place] = values[own]
         else:
-            self.log_mean[direction, slots] = values.to(self.log_mean.dtype)
+            self.log_mean[direction, slots] = values
 
     def _own(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Which of `slots` this rank stores (bool), and where."""
@@ -308,30 +311,37 @@ class ExampleMemory(PerExample):
         self.settle()
         super()._save_to_state_dict(*arguments)
 
+    def check_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """See `PerExample.check_state`; a whole state also fits a shard."""
+        self.settle()
+        self._fitted(state, prefix)
+        width, own_width = (int(one) for one in (state.get(prefix + "dimensions", 0), self.dimensions))
+        if width and own_width and width != own_width:
+            raise AnybatchError(
+                f"The saved memory is of embeddings of {width} dimensions, this one of {own_width}. Load it into a loss just made."
+            )
+        super().check_state({name: value for name, value in state.items() if name == prefix + "version"}, prefix)
+
+    def _fitted(self, state: Mapping[str, Any], prefix: str) -> Tensor | None:
+        """What this rank stores of the saved states; None without any."""
+        if not {prefix + "log_mean", prefix + "shard"} <= state.keys():
+            return None
+        return fitted(
+            state[prefix + "log_mean"],
+            state[prefix + "shard"].tolist(),
+            state.get(prefix + "slot"),
+            num_directions=len(self.log_mean),
+            wanted=self.shard.tolist(),
+            own_slot=self.slot,
+        )
+
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        self.settle()
-        version = state_dict.get(prefix + "version")
-        if version is not None and int(version) > VERSION:
-            raise AnybatchError(
-                f"The saved memory has version {int(version)}; this anybatch reads up to {VERSION}. Update anybatch."
-            )
-        state = state_dict.get(prefix + "log_mean")
-        if state is not None:
-            saved = state_dict.get(
-                prefix + "shard", torch.tensor([0, 1, state.shape[1]])
-            ).tolist()  # version 1 was always whole
-            state_dict[prefix + "log_mean"] = fitted(
-                state,
-                saved,
-                state_dict.get(prefix + "slot"),
-                num_directions=len(self.log_mean),
-                wanted=self.shard.tolist(),
-                own_slot=self.slot,
-            )
-            state_dict[prefix + "version"] = torch.tensor(VERSION)
-            state_dict[prefix + "shard"] = self.shard.clone()
+        self.check_state(state_dict, prefix)
+        own = self._fitted(state_dict, prefix)
+        if own is not None:
+            state_dict |= {prefix + "log_mean": own, prefix + "shard": self.shard.clone()}
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from anybatch import distributed
 from anybatch.losses.candidates import check_rows
-from anybatch.losses.engine import TILE_BYTES, gradient_once
+from anybatch.losses.engine import TILE_BYTES, refuse_twice
 from anybatch.losses.log_weights import LogWeight
 
 
@@ -109,7 +109,7 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_output = gradient_once(grad_output)
+        refuse_twice()
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         return *(gradient * grad_output if needed else None for gradient, needed in pairs), None
 
