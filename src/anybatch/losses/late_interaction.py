@@ -83,8 +83,8 @@ class LateInteraction(ContrastiveLoss):
         Raises:
             AnybatchError: Shapes that do not fit; a candidate without tokens.
         """
-        masks = _checked_masks(anchors, candidates, anchor_mask, candidate_mask)
         dtype = check_embeddings(anchors, candidates)
+        masks = _checked_masks(anchors, candidates, anchor_mask, candidate_mask)
         with torch.autocast(anchors.device.type, enabled=False):
             # Padding may hold anything, NaN included, and 0 * NaN is NaN.
             sides = [
