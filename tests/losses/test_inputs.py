@@ -285,10 +285,8 @@ class TestCounts:
 
     def data(self):
         generator = torch.Generator().manual_seed(5)
-        make = lambda: torch.nn.functional.normalize(
-            torch.randn(self.N, 4, generator=generator, dtype=torch.float64), dim=1
-        )
-        return make(), make(), torch.arange(self.N) % 3
+        sides = torch.randn(2, self.N, 4, generator=generator, dtype=torch.float64)
+        return *torch.nn.functional.normalize(sides, dim=2), torch.arange(self.N) % 3
 
     def batches(self, row):
         others = [other for other in range(self.N) if other != row]
