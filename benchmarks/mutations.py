@@ -114,6 +114,10 @@ MUTATIONS = [
         "losses/infonce.py",
         "losses/test_losses.py",
         ("return objective - correction, objective", "return objective, objective"),
+    ),
+    *of(
+        "losses/infonce.py",
+        "losses/test_methods.py",
         ("logits + tilted - log_mean[:, None]", "logits + tilted"),
         ("self.margin / self._temperature", "-self.margin / self._temperature"),
     ),
@@ -130,7 +134,7 @@ MUTATIONS = [
             "torch.logaddexp(old + log_gamma, combined + log_stay)",
         ),
         ("torch.where(old.isnan(), combined, torch.logaddexp", "torch.where(old < -80, combined, torch.logaddexp"),
-        ("total - count.clamp(min=1).log(), total", "total, total"),
+        ("return total - count.clamp(min=1).log(), count", "return total, count"),
         ("own = slots % ranks == rank", "own = slots % ranks == ranks - 1 - rank"),
     ),
     *of(
@@ -325,12 +329,12 @@ def main() -> None:
     """Make every mistake, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", default="", help="mutations whose file, text or tests hold this; the page is not written"
+        "--only", nargs="*", default=[""], help="entries whose file, text or tests hold one of these; writes no page"
     )
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "mutations.md")
     args = parser.parse_args()
-    chosen = [m for m in MUTATIONS if args.only in " ".join([m.file, m.old, *m.tests])]
+    chosen = [m for m in MUTATIONS if any(part in " ".join([m.file, m.old, *m.tests]) for part in args.only)]
     wrong = check(chosen)
     if wrong or not chosen:
         print("\n".join(wrong) or f"No entry holds {args.only!r}.", file=sys.stderr)
@@ -357,7 +361,7 @@ def main() -> None:
     caught = sum(result in (CAUGHT, LATE) for _, result, _ in rows)
     seconds = time.perf_counter() - start
     print(f"{caught} of {len(rows)} caught, {seconds / 60:.1f} minutes")
-    if not args.only:
+    if args.only == [""]:
         from anybatch.files import write_text
 
         write_text(args.out, page(rows, seconds, args.jobs))

@@ -240,7 +240,7 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
         return written
     if isinstance(value, (bool, bytes, str)) and not (text and choice is float and isinstance(value, str)):
         raise TypeError
-    number = operator.index(value) if choice is int else float(value)
+    number: float = operator.index(typing.cast(int, value)) if choice is int else float(value)
     if not abs(number) <= LARGEST[choice]:  # nan is neither
         raise ValueError
     return number

@@ -12,7 +12,7 @@ import torch
 
 from anybatch.caching import Verification, verify
 from anybatch.errors import AnybatchError
-from anybatch.integrations.sentence_transformers.model import load_model
+from anybatch.integrations.sentence_transformers.model import load_model, side_inputs
 from anybatch.losses.config import build_loss
 from anybatch.pipeline import read_training_pairs
 from anybatch.rows import RowTable
@@ -44,17 +44,15 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     pairs = read_training_pairs(config)
     rows = min(num_rows, len(pairs))
     model = load_model(config.model).train()
-    prompts = (config.model.anchor_prompt, *[config.model.positive_prompt] * (1 + len(pairs.negatives)))
     columns = [
-        [prompt + one if isinstance(one, str) else one.decode() for one in islice(column, rows)]
-        for prompt, column in zip(prompts, pairs.prompted, strict=True)
+        [one if isinstance(one, str) else one.decode() for one in islice(column, rows)] for column in pairs.prompted
     ]
     inputs = [
         {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-            for key, value in model.preprocess(inputs_of_column).items()
+            for key, value in side_inputs(model, column, "document" if place else "query").items()
         }
-        for inputs_of_column in columns
+        for place, column in enumerate(columns)
     ]
     table = RowTable(pairs.anchor_id, pairs.positive_id, negative_id=pairs.negative_id).to(model.device)
     index = torch.arange(rows, device=model.device)

@@ -58,18 +58,22 @@ class DataConfig(Configuration):
         path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`. A folder of such files, or a saved `DatasetDict`, is
             several data sets with the same columns.
         sets: Several data sets, each with its own columns, instructions and rank window, instead of `path`.
-        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of pictures.
-        negatives: Names of columns with explicit negatives.
-        pictures: Which of these columns hold paths of pictures, relative to the file's folder.
+        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of pictures; None for conventional ones
+            (anchor and positive, query and pos, question and answer and the like), which are said.
+        negatives: Names of columns with explicit negatives; None for those called negative, neg_1 and the like, [] for none.
+        pictures: Which of these columns hold paths of pictures, relative to the file's folder; None for those that do throughout, [] for none.
+        quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain characters); None for the
+            usual rules, refusing a file that can be read both ways.
         limit: Use only the first rows; None for all.
     """
 
     path: str | None = None
     sets: tuple[SetConfig, ...] = ()
-    anchor: str = "anchor"
-    positive: str = "positive"
-    negatives: tuple[str, ...] = ()
-    pictures: tuple[str, ...] = ()
+    anchor: str | None = None
+    positive: str | None = None
+    negatives: tuple[str, ...] | None = None
+    pictures: tuple[str, ...] | None = None
+    quoting: Literal["standard", "raw"] | None = None
     limit: Count | None = None
 
     section: ClassVar[str] = "data"
@@ -110,7 +114,7 @@ class TeacherConfig(Configuration):
         name: A sentence-transformers model; None with precomputed embeddings, or when no mining is asked for.
         max_length: Tokens a text is cut at.
         batch_size: Texts per forward pass.
-        anchor_prompt, positive_prompt: Text put before each text.
+        anchor_prompt, positive_prompt: As in `model`.
         precision: Of the embeddings on disk; "float16" halves them and ranks the same but for near ties.
         anchor_embeddings, positive_embeddings: `.npy` files, (rows, dimensions), in the rows' order.
     """
@@ -118,8 +122,8 @@ class TeacherConfig(Configuration):
     name: str | None = None
     max_length: Annotated[int, Range(2)] | None = None
     batch_size: Count = 64
-    anchor_prompt: str = ""
-    positive_prompt: str = ""
+    anchor_prompt: str | None = None
+    positive_prompt: str | None = None
     precision: Literal["float32", "float16"] = "float32"
     anchor_embeddings: str | None = None
     positive_embeddings: str | None = None

@@ -126,7 +126,9 @@ def _run() -> int:
     import typer.main
 
     from anybatch.cli.app import app
+    from anybatch.cli.progress import Messages
 
+    Messages.show()
     group = typer.main.get_command(app)
     with group.make_context("anybatch", sys.argv[1:]) as context:
         group.invoke(context)

@@ -237,6 +237,7 @@ class ContrastiveLoss(PerExample):
         candidate_id: Tensor | None,
     ) -> Batch:
         """The arguments of `forward`, checked, in float32 or better, normalised if wanted, with ids turned into masks."""
+        dtype = check_embeddings(anchors, candidates)
         if (
             anchors.ndim != 2
             or candidates.ndim != 2
@@ -247,7 +248,6 @@ class ContrastiveLoss(PerExample):
                 f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, D) and (M, D) with M >= B: "
                 "the positives in the anchors' order, then explicit negatives."
             )
-        dtype = check_embeddings(anchors, candidates)
         anchors, candidates = anchors.to(dtype), candidates.to(dtype)
         if self.normalize:
             anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
@@ -373,8 +373,14 @@ def check_embeddings(anchors: Tensor, candidates: Tensor) -> torch.dtype:
     """The dtype to compute in: float64 if either side is, else float32.
 
     Raises:
-        AnybatchError: Other numbers than floats, two devices, a transform that a loss does not know.
+        AnybatchError: No tensors, but what sentence-transformers' Trainer hands to a loss; other numbers than floats, two devices, a transform that a loss does not know.
     """
+    wrong = [type(given).__name__ for given in (anchors, candidates) if not isinstance(given, Tensor)]
+    if wrong:
+        raise AnybatchError(
+            f"A loss got {' and '.join(wrong)}; expected embeddings, tensors (B, D) and (M, D). In sentence-transformers' Trainer give it inside the model's "
+            "cached step: loss=CachedLoss(model, loss), from anybatch.integrations.sentence_transformers."
+        )
     if not (anchors.is_floating_point() and candidates.is_floating_point()) or anchors.device != candidates.device:
         raise AnybatchError(
             f"anchors are {anchors.dtype} on {anchors.device} and candidates {candidates.dtype} on {candidates.device}; expected floats on one device."

@@ -32,7 +32,7 @@ def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """
     if function is None:
         return lambda given: compiled(given, **options)
-    dispatcher = numba.njit(**options)(function)
+    dispatcher: Any = numba.njit(**options)(function)
     with contextlib.suppress(RuntimeError, OSError):  # no place at all
         dispatcher._cache = _Cache(function)
     return dispatcher

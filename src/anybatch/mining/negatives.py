@@ -39,9 +39,10 @@ def sample_negatives(
     """
     clusters = np.atleast_2d(clusters).astype(np.int64)
     check_at_least("num_negatives", num_negatives, 0)
-    if graph.window.shape[0] != clusters.shape[1]:
+    num_rows = len(graph.window.indptr) - 1
+    if num_rows != clusters.shape[1]:
         raise AnybatchError(
-            f"The graph is of {graph.window.shape[0]} rows, the clusters of {clusters.shape[1]}; expected the same rows."
+            f"The graph is of {num_rows} rows, the clusters of {clusters.shape[1]}; expected the same rows."
         )
     anchor, positive = (compact_ids(ids, clusters.shape[1]) for ids in (anchor_id, positive_id))
     order = np.argsort(clusters[0], kind="stable").astype(np.int64)

@@ -100,7 +100,6 @@ def train_model(
     *,
     output: str | Path,
     seed: int = 0,
-    prompts: dict[str, str] | None = None,
     resume: bool = False,
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
@@ -109,13 +108,13 @@ def train_model(
     """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
 
     Args:
-        model, loss: The encoder, and the loss around it.
+        model, loss: The encoder, and the loss around it. Prompts and routes are the model's own (`model.prompts`): the first column is its
+            query, the others its documents.
         dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here.
         plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
         config: See `TrainConfig`.
         output: Folder of the run; must exist.
         seed: Dropout and the like. The batches follow the plan's own seed.
-        prompts: Column name to the text put before it.
         resume: Go on from the last whole checkpoint; with none, start from the beginning.
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
         progress: Called after every step with (steps done, steps in all, latest figures).
@@ -139,12 +138,14 @@ def train_model(
         checkpoint_steps,
         last_whole_checkpoint,
     )
+    from anybatch.integrations.sentence_transformers.model import column_sides, side_prompt, side_task
 
     output = Path(output)
     world_size = distributed.world_size()
     check_shared_equally(plan.batch_size)
     indexed, batches = with_index(dataset), PlanBatches(plan)
-    batches.check(indexed)
+    batches.check(indexed, plan)
+    sides = column_sides(dataset.column_names)
     checkpoints = output / "checkpoints"
     if not resume and (checkpoint_steps(checkpoints) or (output / "log.jsonl").exists()):
         raise AnybatchError(
@@ -170,7 +171,8 @@ def train_model(
         save_steps=config.save_steps,
         save_total_limit=3,  # the newest may be cut short, so one more than two
         batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any such callable is accepted
-        prompts=prompts,
+        prompts={name: prompt for name, side in sides.items() if (prompt := side_prompt(model, side))} or None,
+        router_mapping={name: task for name, side in sides.items() if (task := side_task(model, side)) is not None},
         seed=seed,
         use_cpu=model.device.type == "cpu",
         ddp_backend="gloo" if world_size > 1 and model.device.type == "cpu" else None,
