@@ -22,7 +22,13 @@ from anybatch.configuration import differences, load_config, to_yaml
 from anybatch.data import PairData, PairSet, RetrievalData, find_sets, join_pairs, read_pairs, read_retrieval
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
-from anybatch.integrations.sentence_transformers.model import ModelConfig, Side, lengths_of, load_model
+from anybatch.integrations.sentence_transformers.model import (
+    ModelConfig,
+    Side,
+    lengths_of,
+    load_model,
+    warn_of_instructions,
+)
 from anybatch.mining import MiningSet
 from anybatch.pictures import Column, PictureColumn, pick
 from anybatch.plan import BatchPlan
@@ -495,6 +501,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
     check_shared_equally(config.batch_size)
     held_out = read_evaluation(config)
     model = load_model(config.model)
+    warn_of_instructions(model, pairs.sets)
     folder = open_run(config, resume=resume)
     if (folder / "metrics.json").exists():
         return _read_result(folder)
