@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from anybatch.errors import AnybatchError
+from anybatch.files import CONTENTS, flaw_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -42,6 +44,12 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
 
     if config.name is None:
         raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
+    if (Path(config.name) / CONTENTS).exists():
+        flaw = flaw_of(Path(config.name))
+        if flaw is not None:
+            raise AnybatchError(
+                f"{config.name} {flaw}. If you changed it yourself, delete {CONTENTS} there; else bring back the files that were saved."
+            )
     try:
         model = SentenceTransformer(config.name, device=config.device)
     except (OSError, ValueError, KeyError) as error:
