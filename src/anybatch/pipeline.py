@@ -486,8 +486,10 @@ def read_embeddings(path: str, num_rows: int) -> np.ndarray:
         num_rows: Rows of the data, which must be the file's.
 
     Raises:
-        AnybatchError: No such file, no array, or another shape.
+        AnybatchError: No such file, no array, or another shape; a file that this library made and that is damaged.
     """
+    from anybatch.integrations.sentence_transformers.embed import check_embedded
+
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -499,6 +501,7 @@ def read_embeddings(path: str, num_rows: int) -> np.ndarray:
             f"{path} holds a {array.dtype} array of shape {array.shape}; expected floats of shape ({num_rows}, dimensions), one row for each row "
             "of the data, in its order. Embed this very file, or set data.limit to what was embedded."
         )
+    check_embedded(Path(path))
     return array
 
 
