@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -35,15 +35,14 @@ from anybatch.files import (
     write_json,
     write_sealed,
 )
-from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
+from anybatch.integrations.sentence_transformers.model import ModelConfig, Side, lengths_of, load_model, side_inputs
 from anybatch.mining import MiningSet
-from anybatch.pictures import Column, PictureColumn, holds_pictures, pick
+from anybatch.pictures import Column, PictureColumn, pick
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
 from anybatch.run_config import DataConfig, RunConfig, RunResult, SetConfig, read_config, resolved
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
@@ -114,6 +113,7 @@ def read_data(data: DataConfig) -> PairData:
             positive=one.positive or data.positive,
             negatives=data.negatives,
             pictures=data.pictures,
+            quoting=data.quoting,
             limit=data.limit if one.limit is None else one.limit,
         )
         for one, path in found
@@ -182,24 +182,29 @@ def teacher_embeddings(
         )
     from anybatch.integrations.sentence_transformers.embed import embed_to_file
 
-    model = load_model(ModelConfig(name=teacher.name, max_length=teacher.max_length, device=config.model.device))
+    model = load_model(
+        ModelConfig(
+            name=teacher.name,
+            max_length=teacher.max_length,
+            anchor_prompt=teacher.anchor_prompt,
+            positive_prompt=teacher.positive_prompt,
+            device=config.model.device,
+        )
+    )
     folder = Path(config.output)
-    identity = {"model": teacher.name, "max_length": model.max_seq_length, "data": pairs.digest}
+    identity = {"model": teacher.name, "max_length": lengths_of(model), "data": pairs.digest}
     columns = []
-    for side, texts, prompt in (
-        ("anchor", pairs.anchors, teacher.anchor_prompt),
-        ("positive", pairs.positives, teacher.positive_prompt),
-    ):
-        report = _counter(progress, f"teacher: {side}s", len(texts))
-        path = folder / f"teacher_{side}.npy"
+    for name, side, texts in zip(("anchor", "positive"), get_args(Side), (pairs.anchors, pairs.positives), strict=True):
+        report = _counter(progress, f"teacher: {name}s", len(texts))
+        path = folder / f"teacher_{name}.npy"
         columns.append(
             embed_to_file(
                 model,
                 texts,
                 path,
                 identity=identity,
+                side=side,
                 batch_size=teacher.batch_size,
-                prompt=prompt,
                 precision=teacher.precision,
                 progress=report,
             )
@@ -355,28 +360,28 @@ def try_batch(config: RunConfig, pairs: PairData, model: SentenceTransformer) ->
     with distributed.alone() as chosen, forgotten(model):
         if not chosen:
             return
-        prompts = (config.model.anchor_prompt, *[config.model.positive_prompt] * (1 + len(pairs.negatives)))
-        columns = [
-            [prompt + one if isinstance(one, str) else one.decode() for one in islice(column, TRIED_ROWS)]
-            for prompt, column in zip(prompts, pairs.prompted, strict=True)
-        ]
-        try:
-            features = [model.preprocess(column) for column in columns]
-        except AnybatchError:
-            raise
-        except ValueError:
-            return  # a model that must be told which side it is given
-        inputs = [
-            {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in one.items()}
-            for one in features
-        ]
+        inputs = first_inputs(model, pairs, TRIED_ROWS)
         loss = CachedLoss(
             model.train(),
             build_loss(config.loss, num_rows=len(pairs)).to(model.device),
             micro_batch=TRIED_ROWS // 2,
             keep_graphs=0.0,
         )
-        loss(inputs, torch.arange(len(columns[0]), device=model.device)).backward()
+        loss(inputs, torch.arange(min(TRIED_ROWS, len(pairs)), device=model.device)).backward()
+
+
+def first_inputs(model: SentenceTransformer, pairs: PairData, num_rows: int) -> list[dict[str, Any]]:
+    """What the model is given of the first rows: a dictionary of tensors on its device for each column."""
+    columns = [
+        [one if isinstance(one, str) else one.decode() for one in islice(column, num_rows)] for column in pairs.prompted
+    ]
+    return [
+        {
+            key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+            for key, value in side_inputs(model, column, "document" if place else "query").items()
+        }
+        for place, column in enumerate(columns)
+    ]
 
 
 def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
@@ -428,7 +433,7 @@ def evaluate_model(
     model: SentenceTransformer,
     data: PairData | RetrievalData,
     *,
-    prompts: tuple[str, str] = ("", ""),
+    prompts: tuple[str | None, str | None] = (None, None),
     batch_size: int = 128,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
@@ -437,23 +442,24 @@ def evaluate_model(
     Args:
         model: Any sentence-transformers model.
         data: Pairs (each anchor must find its positive among all distinct ones) or a retrieval set.
-        prompts: Text put before each anchor (query) and each positive (document).
+        prompts: Text put before each anchor (query) and each positive (document); None for the model's own, "" for none.
         batch_size: Texts per forward pass.
         progress: Told how many texts are embedded.
     """
     from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
     from anybatch.integrations.sentence_transformers.embed import embed_texts
 
-    def embed(stage: str, texts: Column, prompt: str) -> np.ndarray:
+    def embed(stage: str, texts: Column, side: Side) -> np.ndarray:
         report = _counter(progress, f"embedding: {stage}", len(texts))
-        return embed_texts(model, texts, batch_size=batch_size, prompt=prompt, progress=report)
+        prompt = prompts[side == "document"]
+        return embed_texts(model, texts, side=side, batch_size=batch_size, prompt=prompt, progress=report)
 
     if isinstance(data, PairData):
-        anchors = embed("anchors", data.anchors, prompts[0])
-        positives = embed("positives", data.positives, prompts[1])
+        anchors = embed("anchors", data.anchors, "query")
+        positives = embed("positives", data.positives, "document")
         return pair_metrics(anchors, positives, anchor_id=data.anchor_id, positive_id=data.positive_id)
-    queries = embed("queries", data.query_texts, prompts[0])
-    corpus = embed("documents", data.corpus_texts, prompts[1])
+    queries = embed("queries", data.query_texts, "query")
+    corpus = embed("documents", data.corpus_texts, "document")
     return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
 
 
@@ -465,24 +471,28 @@ def read_evaluation(config: RunConfig) -> PairData | RetrievalData | None:
             raise AnybatchError(
                 "A retrieval set needs all of evaluation.corpus, evaluation.queries and evaluation.qrels."
             )
-        return read_retrieval(held_out.corpus, held_out.queries, held_out.qrels, split=held_out.split)
+        files = (held_out.corpus, held_out.queries, held_out.qrels)
+        return read_retrieval(*files, split=held_out.split, quoting=config.data.quoting)
     if held_out.path is None:
         return None
-    sides = (config.data.anchor, config.data.positive)
+    data = config.data
+    negatives = data.negatives or ()
     return read_pairs(
         held_out.path,
-        anchor=sides[0],
-        positive=sides[1],
-        pictures=[name for name in config.data.pictures if name in sides],
+        anchor=data.anchor,
+        positive=data.positive,
+        negatives=(),
+        pictures=data.pictures and [name for name in data.pictures if name not in negatives],
+        quoting=data.quoting,
         limit=held_out.limit,
     )
 
 
 def read_embeddings(path: str, num_rows: int) -> np.ndarray:
-    """Precomputed embeddings, memory-mapped.
+    """Precomputed embeddings, memory-mapped; in memory where the file has another byte order than this machine.
 
     Args:
-        path: A `.npy` file, (rows, dimensions) of floats.
+        path: A `.npy` file, (rows, dimensions) of floats of any width and byte order.
         num_rows: Rows of the data, which must be the file's.
 
     Raises:
@@ -496,13 +506,18 @@ def read_embeddings(path: str, num_rows: int) -> np.ndarray:
         raise AnybatchError(
             f"Cannot read the embeddings {path}: {error}. Expected a .npy file of shape (rows, dimensions)."
         ) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise AnybatchError(f"{path} is an archive of several arrays (.npz). Save the one of the embeddings as .npy.")
     if array.ndim != 2 or len(array) != num_rows or not np.issubdtype(array.dtype, np.floating):
+        quantised = " Quantised embeddings have to be turned into floats first." if array.dtype.kind in "iu" else ""
         raise AnybatchError(
             f"{path} holds a {array.dtype} array of shape {array.shape}; expected floats of shape ({num_rows}, dimensions), one row for each row "
-            "of the data, in its order. Embed this very file, or set data.limit to what was embedded."
+            f"of the data, in its order. Embed this very file, or set data.limit to what was embedded.{quantised}"
         )
     check_embedded(Path(path))
-    return array
+    native = np.dtype(np.float32) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return array.astype(native, copy=False)
 
 
 def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
@@ -658,10 +673,9 @@ def _train_in(
             config.loss.name,
         )
     pairs = with_mined_negatives(pairs, plan)
-    prompts = (config.model.anchor_prompt, config.model.positive_prompt)
 
     def evaluate(current: SentenceTransformer) -> dict[str, float]:
-        return {} if held_out is None else evaluate_model(current, held_out, prompts=prompts)
+        return {} if held_out is None else evaluate_model(current, held_out)
 
     with distributed.alone() as chosen:
         untrained = _remember(folder / "metrics_untrained.json", run, lambda: evaluate(model)) if chosen else {}
@@ -698,7 +712,6 @@ def _train_in(
             config.train,
             output=folder,
             seed=config.seed,
-            prompts=_column_prompts(config, dataset) or None,
             resume=resume,
             evaluate=evaluate if held_out is not None else None,
             progress=lambda done, total, figures: progress("training", done, total, figures),
@@ -761,12 +774,11 @@ def prepare_refresh(
             "mining.refresh_epochs needs a plan that this run mines itself, with the settings of its own configuration; remove plan, or set "
             "mining.refresh_epochs to 0."
         )
-    prompts = (config.model.anchor_prompt, config.model.positive_prompt)
 
     def make(current: BatchPlan) -> BatchPlan:
         sides = [
-            embed_texts(model, texts, prompt=prompt, progress=_counter(progress, "refresh: embedding", len(texts)))
-            for texts, prompt in zip(pairs.prompted[:2], prompts, strict=True)
+            embed_texts(model, texts, side=side, progress=_counter(progress, "refresh: embedding", len(texts)))
+            for side, texts in zip(get_args(Side), pairs.prompted[:2], strict=True)
         ]
         result = mine_plan(
             *sides,
@@ -800,7 +812,6 @@ def prepare_memory(
     from anybatch.integrations.sentence_transformers.memory import MemoryCallback, warm_start_from_model
 
     settings, folder = config.loss, Path(config.output)
-    prompts = (config.model.anchor_prompt, config.model.positive_prompt)
     resumed = resume and any((folder / "checkpoints").glob(f"*/{CONTENTS}"))
     if settings.warm_start and not resumed:
         loss.to(model.device)
@@ -808,7 +819,6 @@ def prepare_memory(
             model,
             pairs,
             loss.loss,  # pyright: ignore[reportArgumentType] - one without memory is refused by name
-            prompts=prompts,
             sample=settings.warm_start_sample,
             seed=config.seed,
             folder=folder,
@@ -821,7 +831,6 @@ def prepare_memory(
             model,
             pairs,
             loss.loss,  # pyright: ignore[reportArgumentType]
-            prompts=prompts,
             refill_steps=settings.warm_start_steps,
             sample=settings.warm_start_sample,
             probe_steps=settings.probe_steps,
@@ -852,11 +861,3 @@ def _remember(path: Path, run: str, compute: Callable[[], dict[str, float]]) -> 
     if not path.exists():
         write_json(path, {"run": run, **compute()})
     return _of_run(path, run)
-
-
-def _column_prompts(config: RunConfig, dataset: Dataset) -> dict[str, str]:
-    """For columns of texts; negatives may be pictures where positives are texts."""
-    prompts = {"anchor": config.model.anchor_prompt}
-    for name in dataset.column_names[1:]:
-        prompts[name] = config.model.positive_prompt
-    return {name: prompt for name, prompt in prompts.items() if prompt and not holds_pictures(dataset, name)}

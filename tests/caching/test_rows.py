@@ -147,7 +147,7 @@ def test_rows_without_a_token_keep_one_column():
 
 
 def test_flattened_inputs_are_refused():
-    with pytest.raises(AnybatchError, match=r"pixel_values has shape \(9, 8\).*2 rows.*Qwen2-VL"):
+    with pytest.raises(AnybatchError, match=r"pixel_values has shape \(9, 8\).*2 rows.*num_images_per_sample.*Shared"):
         RowSlicer(padded([1, 2], 4, pixel_values=torch.zeros(9, 8)))
     with pytest.raises(AnybatchError, match=r"cu_seq_lens_q.*flattened"):
         RowSlicer({"input_ids": torch.zeros(1, 9).long(), "cu_seq_lens_q": torch.tensor([0, 4, 9])})

@@ -172,7 +172,7 @@ def test_settings():
     for settings, match in (
         ({"name": "infonce", "warm_start": True}, "has no running denominator"),
         ({"name": "siglip", "probe_steps": 5}, "has no running denominator"),
-        ({"name": "sogclr", "warm_start_steps": 0}, "expected at least 1"),
+        ({"name": "sogclr", "warm_start_steps": 0}, "at least 1"),
     ):
         with pytest.raises(AnybatchError, match=match):
             LossConfig(**settings)

@@ -2,10 +2,11 @@
 
 from anybatch.caching.memory import GraphBudget
 from anybatch.caching.recording import Recording
+from anybatch.caching.reduction import average_gradients
 from anybatch.caching.replay import record, replay
-from anybatch.caching.rows import RowSlicer
+from anybatch.caching.rows import RowSlicer, Shared
 from anybatch.caching.schedule import plan_micro_batches
-from anybatch.caching.step import average_gradients, backward_to_leaves, cached_step
+from anybatch.caching.step import backward_to_leaves, cached_step
 from anybatch.caching.step_memory import StepMemory
 from anybatch.caching.towers import record_towers
 from anybatch.caching.verify import Verification, verify
@@ -14,6 +15,7 @@ __all__ = [
     "GraphBudget",
     "Recording",
     "RowSlicer",
+    "Shared",
     "StepMemory",
     "Verification",
     "average_gradients",

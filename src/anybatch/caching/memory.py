@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -69,7 +70,9 @@ class GraphBudget:
         self.spent = self.largest = 0
         self.overrun = False
         self._bytes_per_token = 0.0
-        self._measured: RowSlicer | None = None  # the tower that the ratio belongs to
+        self._measured: weakref.ref[RowSlicer] | None = (
+            None  # the tower that the ratio belongs to; its inputs are not kept alive
+        )
         self._last: dict[int, int] = {}  # storages of the last graph measured
         # Storages that cost nothing more: parameters, and what kept graphs hold. They are alive, so no address comes twice.
         self._there = {
@@ -81,7 +84,7 @@ class GraphBudget:
 
     def has_room(self, slicer: RowSlicer, rows: Tensor) -> bool:
         """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
-        if self._measured is not slicer:
+        if self._measured is None or self._measured() is not slicer:
             return False
         return self._fits(int(self._bytes_per_token * padded_tokens(slicer, rows)))
 
@@ -104,26 +107,37 @@ class GraphBudget:
         """Count the bytes that autograd saves inside."""
         sizes: dict[int, int] = {}
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> tuple[Tensor, int]:
             if not is_traceable_wrapper_subclass(
                 tensor
             ):  # such a tensor (sharded, quantised) has no storage of its own
                 storage = tensor.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
             # Not the tensor itself: an output that its own node saves would hold the graph, and a graph that is dropped would never be freed.
-            return tensor.detach()
+            return tensor.detach(), tensor._version
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             yield
         self._last = {place: size for place, size in sizes.items() if place not in self._there}
         self.largest = max(self.largest, sum(self._last.values()))
         self._bytes_per_token = sum(self._last.values()) / padded_tokens(slicer, rows)
-        self._measured = slicer
+        self._measured = weakref.ref(slicer)
 
     def _fits(self, size: int) -> bool:
         if self.overrun or (self.most is not None and self.spent + size > self.most):
             return False
         return self.start + self.leaves + self.spent + size + max(self.largest, size) <= self.limit
+
+
+def _unpack(saved: tuple[Tensor, int]) -> Tensor:
+    """The saved tensor; autograd's own check of its version rests where there are hooks."""
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of shape "
+            f"{tuple(tensor.shape)} is at version {tensor._version}; expected version {version}. Use the operation that is not in place in the encoder."
+        )
+    return tensor
 
 
 def leaf_bytes(outputs: Sequence[Tensor], num_rows: int) -> int:

@@ -6,16 +6,23 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, sharded_out_of_memory, warn_split
+from anybatch.caching.memory import (
+    GraphBudget,
+    out_of_memory_as_none,
+    padded_tokens,
+    sharded_out_of_memory,
+    warn_split,
+)
 from anybatch.caching.reduction import Wrapped
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import count_kept
-from anybatch.caching.state import AutocastState, ModeState, RandomState
+from anybatch.caching.state import AutocastState, ModeState, RandomState, WrittenState
 from anybatch.errors import AnybatchError
 
 
@@ -25,7 +32,9 @@ class Piece:
 
     rows: Tensor  # (b,) int64, CPU
     random: RandomState | None = None  # before its forward pass; None where nothing will be replayed
-    drew: bool = True  # whether the forward pass drew random numbers
+    written: dict[int, Any] = field(default_factory=dict)  # likewise what forward passes write to
+    drew: bool = True  # whether the forward pass drew random numbers or wrote
+    dtypes: tuple[torch.dtype, ...] = ()  # of the outputs
     outputs: tuple[Tensor, ...] | None = None  # with their graph, where it is kept
     trains: bool = False  # whether a gradient must reach the encoder through it
 
@@ -45,8 +54,11 @@ class Recording:
     _pieces: list[Piece]
     _autocast: AutocastState
     _modes: ModeState
+    _modules: tuple[nn.Module, ...] = ()
+    _written: WrittenState = field(default_factory=lambda: WrittenState([]))
     _wrapped: tuple[Wrapped, ...] = ()
     _on_split: Callable[[int], None] | None = None
+    _budget: GraphBudget | None = None
     _sharded: bool = False  # over ranks, which then must run equally many passes
     _spent: bool = field(default=False)
 
@@ -79,6 +91,13 @@ class Recording:
 
         replay([self], [grads], scale=scale)
 
+    def note_out_of_memory(self, rows: Tensor) -> None:
+        """A pass over these rows failed: later steps take fewer, and keep fewer graphs."""
+        if self._on_split is not None:
+            self._on_split(max(1, padded_tokens(self._slicer, rows) // 2))
+        if self._budget is not None:
+            self._budget.overrun = True
+
 
 class RecordingPass:
     """One pass over the batch: what has been recorded so far, and how many graphs may still be kept."""
@@ -91,11 +110,14 @@ class RecordingPass:
         keep_graphs: int | float | GraphBudget,
         on_split: Callable[[int], None] | None,
         *,
+        random: RandomState,
+        written: WrittenState,
         may_split: bool = True,
     ) -> None:
         self.encode, self.slicer, self.queue, self.on_split = encode, slicer, queue, on_split
         self.budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
         self.to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(queue))
+        self.random, self.written = random, written
         self.may_split = may_split
         self.training = torch.is_grad_enabled()
         self.pieces: list[Piece] = []
@@ -106,12 +128,14 @@ class RecordingPass:
         """Record every micro-batch of the queue."""
         while self.queue:
             self._record_next()  # a function of its own, so that no local name keeps a graph alive
+        self.written.close()
         for flat, trains in zip(self.flats, self.trains):
             flat.requires_grad_(trains)
 
     def _record_next(self) -> None:
         rows, budget = self.queue.popleft(), self.budget
-        before = RandomState() if self.training else None
+        before = self.random.now() if self.training else None
+        there = self.written.snapshot()
         keep = len(self.pieces) < self.to_keep or (budget is not None and budget.has_room(self.slicer, rows))
         # Until an output needs a gradient a graph is asked for: it costs nothing where nothing trains, and tells so.
         with_graph = self.training and (keep or not any(self.trains))
@@ -123,17 +147,21 @@ class RecordingPass:
                 raise sharded_out_of_memory(rows) from attempt.error
             if before is not None:
                 before.restore()
+            self.written.note()
+            self.written.restore(there)
             self._make_room(rows, attempt.error, kept=with_graph and any(self.trains))
             return
         outputs: tuple[Tensor, ...] = attempt.result
         self._store(rows, outputs)
-        piece = Piece(rows=rows, trains=any(self.trains))
+        wrote = self.written.note()
+        piece = Piece(rows=rows, trains=any(self.trains), dtypes=tuple(output.dtype for output in outputs))
         if with_graph:
             piece.trains = any(output.requires_grad for output in outputs)
             self.trains = [known or output.requires_grad for known, output in zip(self.trains, outputs)]
         if piece.trains:
             assert before is not None
-            piece.random, piece.drew = before, not before.equals(RandomState())
+            piece.random, piece.written = before, there
+            piece.drew = wrote or not before.equals(self.random.now())
             # A budget is asked again: the first graph was made before there was a measurement, the others may be larger.
             if with_graph and (budget.keep_last() if budget is not None else keep):
                 piece.outputs = outputs

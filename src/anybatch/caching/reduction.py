@@ -1,9 +1,14 @@
-"""Encoders that reduce their gradients over ranks: found, kept from reducing before the last micro-batch, or refused."""
+"""Gradients over ranks: encoders that reduce their own are found, kept from it until the end of the step, or refused.
+
+A DistributedDataParallel reduces what its last backward pass used. Under caching that is what the last micro-batch used, so all passes of a step accumulate
+locally, and one pass without a gradient through every parameter follows: the wrapper then reduces by its own rules (buckets, communication hooks, groups)
+what any micro-batch of any rank has left.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,20 +66,21 @@ def no_reduction(wrapped: Iterable[Wrapped]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refuse_hidden_distributed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Watch a call in which no module could be found beforehand, and refuse if it runs one that reduces.
+def refuse_hidden_distributed(wrapped: Iterable[Wrapped]) -> Iterator[None]:
+    """Watch a call, and refuse if it runs a module that reduces and was not found beforehand.
 
     Unknown to us it would reduce after every micro-batch, adding up what was reduced before.
 
     Raises:
         AnybatchError: Inside, where such a module is called.
     """
-    if not distributed.is_active() or any(True for _ in modules):
+    if not distributed.is_active():
         yield
         return
+    below = {part for module in wrapped for part in module.modules()}  # type: ignore[union-attr]
 
     def check(module: nn.Module, _: Any) -> None:
-        if isinstance(module, (DistributedDataParallel, FSDPModule)):
+        if isinstance(module, (DistributedDataParallel, FSDPModule)) and module not in below:
             raise AnybatchError(
                 f"The encoder runs a {type(module).__name__} module that cannot be found by looking at it, so its "
                 "gradient reduction cannot be held back until the last micro-batch. Name it: modules=[module]."
@@ -85,6 +91,133 @@ def refuse_hidden_distributed(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def broadcast_buffers(wrapped: Iterable[Wrapped]) -> None:
+    """What the first forward pass of a DistributedDataParallel would do, done before buffers are looked at: rank 0's buffers for all.
+
+    Cost: one broadcast for each that has buffers, and none where it had one since the last reduction.
+    """
+    for module in wrapped:
+        if isinstance(module, DistributedDataParallel) and module._check_sync_bufs_pre_fwd():
+            module._sync_buffers()
+            module.require_forward_param_sync = False
+
+
+class DataParallelReduction:
+    """The reduction at the end of a step, of one DistributedDataParallel.
+
+    Args:
+        module: It does not reduce meanwhile (`no_reduction`).
+        has_gradient: Whether a parameter will have a gradient on this rank.
+        failed: Whether this rank's passes failed. Then no rank goes on.
+
+    Cost: one collective of a byte a parameter, and the module's own reduction, which no longer overlaps with the backward pass.
+    """
+
+    def __init__(
+        self, module: DistributedDataParallel, has_gradient: Callable[[nn.Parameter], bool], *, failed: bool
+    ) -> None:
+        self.module = module
+        named = module.module.named_parameters()
+        self.parameters = [p for name, p in named if name not in module.parameters_to_ignore and p.is_floating_point()]
+        *self.used, self.failed = _any_rank(
+            [*map(has_gradient, self.parameters), failed], self.parameters[0], module.process_group
+        )
+
+    def run(self) -> None:
+        """Reduce. A parameter without gradient counts as zero where another rank has one, and stays without where none has."""
+        if not any(self.used):
+            return
+        frozen = [p for p in self.parameters if not p.requires_grad]  # since the wrapper was built: it waits for them
+        inner = self.module.module
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            self.module.module = _Touch(self.parameters)
+            with torch.enable_grad():
+                self.module(torch.zeros((), device=self.parameters[0].device)).backward()
+        finally:
+            self.module.module = inner
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        for parameter, used in zip(self.parameters, self.used):
+            if not used:
+                parameter.grad = None
+
+
+class _Touch(nn.Module):
+    """A forward pass in which every parameter takes part and none receives a gradient."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.reached = parameters  # a list: not registered a second time
+
+    def forward(self, start: Tensor) -> Tensor:
+        return _TouchAll.apply(start, *self.reached)  # type: ignore[return-value]
+
+
+class _TouchAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return torch.zeros_like(start)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
+        return (None,) * (1 + ctx.count)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int = 2**25) -> None:
+    """Average `.grad` over all ranks, for encoders that are not wrapped in DistributedDataParallel.
+
+    A parameter without a gradient on this rank counts as zero where another rank has one, and receives the average; where no rank has one it stays without.
+    Does nothing where no process group of more than one rank exists. Leave out the loss's own parameters: anybatch's losses give them the full
+    gradient on every rank.
+
+    Args:
+        parameters: The same, in the same order, on every rank; those that do not require a gradient are skipped.
+        bucket_bytes: Gradients are reduced together in pieces of about this size.
+
+    Cost: one all-reduce of a byte a parameter, and one for every `bucket_bytes` of gradients of one dtype.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not distributed.is_active() or not trained:
+        return
+    used = _any_rank([parameter.grad is not None for parameter in trained], trained[0], None)
+    buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in (parameter for parameter, reached in zip(trained, used) if reached):
+        bucket = buckets.setdefault((parameter.dtype, parameter.device), [])
+        bucket.append(parameter)
+        if sum(p.numel() * p.element_size() for p in bucket) >= bucket_bytes:
+            _average(bucket)
+            bucket.clear()
+    for bucket in buckets.values():
+        if bucket:
+            _average(bucket)
+
+
+def _any_rank(flags: list[bool], beside: Tensor, group: Any) -> list[bool]:
+    """For each flag, whether it is set on any rank."""
+    together = torch.tensor(flags, dtype=torch.uint8, device=beside.device)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in together.tolist()]
+
+
+def _average(bucket: list[nn.Parameter]) -> None:
+    for parameter in bucket:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad.to_dense() for parameter in bucket if parameter.grad is not None]
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for parameter, part in zip(bucket, flat.split([grad.numel() for grad in grads])):
+        grad = parameter.grad
+        if grad is not None and not grad.is_sparse:
+            grad.copy_(part.view_as(grad))
+        else:
+            parameter.grad = part.view_as(parameter).clone()
 
 
 def same_number_on_all_ranks(slicer: RowSlicer, micro_batches: Sequence[Tensor]) -> list[Tensor]:
@@ -117,6 +250,10 @@ def _refuse(module: nn.Module) -> None:
         raise AnybatchError(
             "DistributedDataParallel(static_graph=True) expects the same use of every parameter in each "
             "backward pass, and caching makes several. Build it with static_graph=False."
+        )
+    if isinstance(module, DistributedDataParallel) and module.mixed_precision is not None:
+        raise AnybatchError(
+            "DistributedDataParallel(mixed_precision=...) is not supported by caching, which runs its passes under no_sync. Use autocast."
         )
     if isinstance(module, FullyShardedDataParallel):
         raise AnybatchError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -25,24 +25,33 @@ from torch.nn.parallel import DistributedDataParallel
 
 from anybatch import distributed
 from anybatch.caching.forward import Encoder, encode_rows
+from anybatch.caching.gradients import Aside
 from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, sharded_out_of_memory, warn_split
-from anybatch.caching.modules import modules_of, refuse_batch_statistics
+from anybatch.caching.modules import (
+    generators_of,
+    modules_of,
+    parameters_of,
+    refuse_batch_statistics,
+    refuse_optimizer_in_backward,
+)
 from anybatch.caching.recording import Piece, Recording, RecordingPass
 from anybatch.caching.reduction import (
+    DataParallelReduction,
     Wrapped,
+    broadcast_buffers,
     distributed_modules,
     no_reduction,
     reduces_now,
     refuse_hidden_distributed,
     same_number_on_all_ranks,
 )
+from anybatch.caching.row_check import refuse_neighbours, relative_gap
 from anybatch.caching.rows import RowSlicer
-from anybatch.caching.state import AutocastState, ModeState, RandomState, without_autocast
+from anybatch.caching.state import AutocastState, ModeState, RandomState, WrittenState, without_autocast
 from anybatch.errors import AnybatchError
 
 # Where a list is set, replays that differ from their recordings are told there instead of raising: for `verify`, which shows what comes of it.
 DIFFERENT_REPLAYS: ContextVar[list[str] | None] = ContextVar("DIFFERENT_REPLAYS", default=None)
-REPLAY_TOLERANCE = 0.01  # of a row's norm: other dropout masks move an embedding by more, rounding by less
 
 
 def record(
@@ -97,6 +106,9 @@ def record(
                 stacklevel=2,
             )
             keep_graphs = 0
+    training = torch.is_grad_enabled()
+    if training:
+        refuse_optimizer_in_backward(held)
     called: set[nn.Module] = set()
 
     def note(module: nn.Module, _: Any) -> None:
@@ -105,8 +117,22 @@ def record(
     hooks = [module.register_forward_pre_hook(note) for module in wrapped]  # type: ignore[union-attr]
     torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
     try:
-        with no_reduction(wrapped), refuse_hidden_distributed(held):
-            recorded = RecordingPass(encode, slicer, deque(micro_batches), keep_graphs, on_split, may_split=not sharded)
+        with no_reduction(wrapped), refuse_hidden_distributed(wrapped):
+            broadcast_buffers(wrapped)
+            random = RandomState(generators_of(encode, held) if training else ())
+            written = WrittenState(held if training else ())
+            if training:
+                refuse_neighbours(encode, slicer, micro_batches, held, random, written)
+            recorded = RecordingPass(
+                encode,
+                slicer,
+                deque(micro_batches),
+                keep_graphs,
+                on_split,
+                random=random,
+                written=written,
+                may_split=not sharded,
+            )
             recorded.run()
     finally:
         torch.clear_autocast_cache()
@@ -119,9 +145,12 @@ def record(
         _pieces=recorded.pieces,
         _autocast=AutocastState(),
         _modes=ModeState(held),
-        # A compiled encoder may not fire hooks; then every module found counts as called.
-        _wrapped=tuple(module for module in wrapped if not called or module in called),
+        _modules=tuple(held),
+        _written=written,
+        # A compiled encoder may not fire hooks; then every module found counts as called. What is not sharded reduces whatever was called.
+        _wrapped=tuple(m for m in wrapped if not called or m in called or isinstance(m, DistributedDataParallel)),
         _on_split=on_split,
+        _budget=recorded.budget,
         _sharded=sharded,
     )
 
@@ -132,70 +161,120 @@ class _Job:
 
     recording: Recording
     piece: Piece
-    zero: bool = False  # nothing to add; only lets a DistributedDataParallel reduce
     reduce: tuple[Wrapped, ...] = ()
 
 
 def replay(
-    recordings: Sequence[Recording], grads: Sequence[Sequence[Tensor | None]], *, scale: Tensor | float = 1.0
+    recordings: Sequence[Recording],
+    grads: Sequence[Sequence[Tensor | None]],
+    *,
+    scale: Tensor | float = 1.0,
+    beside: Iterable[tuple[nn.Parameter, Tensor]] = (),
+    aside: Aside | None = None,
 ) -> None:
     """Send the gradients of the leaves into the encoders of one step, micro-batch by micro-batch, in recorded order.
 
     Which graphs were kept changes the time and not one bit of the gradient.
 
-    A replayed micro-batch runs under the random state, autocast and training mode of its recording; afterwards the
-    random generators are where they were. An encoder wrapped in DistributedDataParallel or `fully_shard` reduces its gradients in
-    the last backward pass of the last recording that calls it, and only if it would do so now (an outer `no_sync`
-    is respected). Where its last graph was kept, one row more is run, with a zero gradient, to let it reduce.
+    A replayed micro-batch runs under the random state, buffers, autocast and training mode of its recording, and its embeddings are compared with the
+    recorded ones; afterwards generators and buffers are where they were. All or nothing: a step that fails leaves every `.grad` as it was.
+
+    Encoders reduce over ranks only if they would do so now (an outer `no_sync` is respected): DistributedDataParallel once, after all passes, over
+    all that any micro-batch of any rank used; `fully_shard` in the last backward pass of the last recording that calls it.
 
     Args:
         recordings: All recordings of the step, in the same order on every rank.
         grads: For each recording, for each of its leaves, the gradient `(B, ...)`, or None if the loss does not use it.
         scale: Multiplies every gradient, in their dtype, before they meet half precision (a gradient scaler, an outer
             gradient).
+        beside: Gradients that the loss gave to parameters itself, which wait for `scale`.
+        aside: Where the gradients of this step have been collected already.
 
     Raises:
-        AnybatchError: A recording used twice, gradients of another number or shape, out of memory in a backward pass, a compiled encoder whose
-            replay draws other random numbers than its recording did.
+        AnybatchError: A recording used twice, gradients of another number or shape, out of memory in a backward pass, an encoder whose
+            replay differs from its recording, on any rank.
 
     Cost: forward and backward of every micro-batch that was not kept; one gradient reduction a step for each
         DistributedDataParallel and sharded encoder. A sharded one gathers its weights in every pass.
     """
     scaled = [_checked_grads(recording, given, scale) for recording, given in zip(recordings, grads, strict=True)]
     gradient_of = {id(recording): given for recording, given in zip(recordings, scaled)}
-    before = RandomState()
+    beside = list(beside)
+    if aside is None:
+        aside = Aside(dict.fromkeys([*trained_parameters(recordings), *(parameter for parameter, _ in beside)]))
+    reducing = [
+        module
+        for module in dict.fromkeys(m for r in recordings for m in r._wrapped)
+        if isinstance(module, DistributedDataParallel) and reduces_now(module)
+    ]
+    failure: Exception | None = None
+    try:
+        for parameter, gradient in beside:
+            amount = gradient * torch.as_tensor(scale).to(gradient.device, gradient.dtype)
+            parameter.grad = amount if parameter.grad is None else parameter.grad + amount
+        _replay_all(recordings, gradient_of)
+    except Exception as error:  # the other ranks must hear of it before this one leaves
+        failure = error
+    except BaseException:
+        aside.put_back()
+        raise
+    reductions = [DataParallelReduction(m, aside.has_gradient, failed=failure is not None) for m in reducing]
+    if failure is not None or any(reduction.failed for reduction in reductions):
+        aside.put_back()
+        raise failure or AnybatchError(
+            "Another rank could not replay this step, and says why. No gradient was changed."
+        )
+    aside.merge()
+    for reduction in reductions:
+        reduction.run()
+
+
+def trained_parameters(recordings: Sequence[Recording]) -> list[nn.Parameter]:
+    """The parameters of the encoders whose gradients accumulate in `.grad`: not those of a sharded module, which keeps them elsewhere."""
+    sharded = {p for r in recordings for m in r._wrapped if isinstance(m, FSDPModule) for p in m.parameters()}  # type: ignore[attr-defined]
+    return [p for p in parameters_of(m for r in recordings for m in r._modules) if p not in sharded]
+
+
+def _replay_all(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> None:
+    states = [RandomState(g for r in recordings for p in r._pieces[:1] if p.random for g, _ in p.random.objects)]
+    ends = [(recording._written, recording._written.now()) for recording in recordings]
+    jobs = _plan_jobs(recordings, gradient_of)
+    gaps: list[Tensor] = []
     torch.clear_autocast_cache()
     try:
+        if any(job.piece.outputs is None for queue in jobs for job in queue):
+            for recording in reversed(recordings):
+                recording._written.restore({})  # as before the step
         with torch.enable_grad():
-            jobs = deque(_plan_jobs(recordings, gradient_of))
-            while jobs:
-                _replay_piece(jobs, gradient_of)
+            for recording, queue in zip(recordings, jobs):
+                while queue:
+                    _replay_piece(queue, gradient_of[id(recording)], gaps)
+                recording._written.restore(recording._written.values)
     finally:
-        before.restore()
+        states[0].restore()
+        for written, end in ends:
+            written.restore(end)
         torch.clear_autocast_cache()
+    _refuse_different(gaps, [name for recording in recordings for name in recording._written.large])
 
 
-def _plan_jobs(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> list[_Job]:
+def _plan_jobs(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> list[deque[_Job]]:
     """Every micro-batch in recorded order, kept or not: the sum of the gradients is the same to the last bit."""
-    reducing = {module: reduces_now(module) for r in recordings for module in r._wrapped}
-    active = [r for r in recordings if r.trains and any(grad is not None for grad in gradient_of[id(r)])]
-    jobs: list[_Job] = []
-    for position, recording in enumerate(active):
-        own = [_Job(recording=recording, piece=piece) for piece in recording._pieces if piece.trains]
-        later = {module for other in active[position + 1 :] for module in other._wrapped}
-        due = tuple(module for module in recording._wrapped if reducing[module] and module not in later)
-        if own[-1].piece.outputs is not None and any(isinstance(module, DistributedDataParallel) for module in due):
-            # A kept graph was made with the reduction held back, and cannot reduce.
-            rows = recording._pieces[-1].rows[-1:]  # the shortest
-            own.append(_Job(recording=recording, piece=Piece(rows=rows), zero=True))
-        own[-1].reduce = due
-        jobs += own
-    for recording in recordings:
+    jobs: list[deque[_Job]] = []
+    later: set[Wrapped] = set()
+    for recording in reversed(recordings):
+        active = recording.trains and any(grad is not None for grad in gradient_of[id(recording)])
+        pieces = [piece for piece in recording._pieces if piece.trains] if active else []
+        jobs.append(deque(_Job(recording=recording, piece=piece) for piece in pieces))
+        if pieces:
+            sharded = [m for m in recording._wrapped if isinstance(m, FSDPModule) and m not in later and reduces_now(m)]
+            jobs[-1][-1].reduce = tuple(sharded)
+            later.update(sharded)
         recording._spent = True
-    return jobs
+    return jobs[::-1]
 
 
-def _replay_piece(jobs: deque[_Job], gradient_of: dict[int, list[Tensor | None]]) -> None:
+def _replay_piece(jobs: deque[_Job], grads: list[Tensor | None], gaps: list[Tensor]) -> None:
     job = jobs.popleft()
     recording, piece = job.recording, job.piece
     local = [module for module in recording._wrapped if module not in job.reduce]
@@ -204,21 +283,28 @@ def _replay_piece(jobs: deque[_Job], gradient_of: dict[int, list[Tensor | None]]
         if outputs is None:
             if piece.random is not None:
                 piece.random.restore()
+                recording._written.restore(piece.written)
             with out_of_memory_as_none() as attempt:
                 attempt.result = encode_rows(recording._encode, recording._slicer, piece.rows)
             outputs = attempt.result
             if outputs is None:
                 _split(jobs, job, attempt.error)
                 return
-            if piece.drew and not job.zero:
-                _check_replay(outputs, recording.leaves, piece.rows)
+            gaps.append(_gap(outputs, recording.leaves, piece))
         with without_autocast(), out_of_memory_as_none() as attempt:
-            attempt.result = _backward(outputs, gradient_of[id(recording)], piece.rows, zero=job.zero)
+            attempt.result = _backward(outputs, grads, piece.rows)
         if attempt.error is not None:
+            recording.note_out_of_memory(piece.rows)
             raise AnybatchError(
-                f"Out of memory in the backward pass of a micro-batch of {len(piece.rows)} rows. The gradients of this step "
-                "are incomplete: set them to zero. Lower micro_batch, max_tokens, memory or keep_graphs."
+                f"Out of memory in the backward pass of a micro-batch of {len(piece.rows)} rows. {_undone(recording)} The next step takes less if it has "
+                "the same StepMemory; or lower micro_batch, max_tokens, memory or keep_graphs."
             ) from attempt.error
+
+
+def _undone(recording: Recording) -> str:
+    if recording._sharded:
+        return "The gradients of this step are incomplete: set them to zero."
+    return "No gradient was changed."
 
 
 def _split(jobs: deque[_Job], job: _Job, error: BaseException | None) -> None:
@@ -227,53 +313,69 @@ def _split(jobs: deque[_Job], job: _Job, error: BaseException | None) -> None:
     if recording._sharded:
         raise sharded_out_of_memory(piece.rows) from error
     if piece.drew:
+        recording.note_out_of_memory(piece.rows)
         raise AnybatchError(
             f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split "
-            "now: its random numbers (dropout) belong to the whole. Lower micro_batch or max_tokens."
+            "now: its random numbers (dropout) belong to the whole. No gradient was changed. The next step takes less if it has the same StepMemory; or "
+            "lower micro_batch or max_tokens."
         ) from error
     smaller = warn_split(recording._slicer, piece.rows, error, recording._on_split)
-    halves = [Piece(rows=rows, drew=False, trains=True) for rows in smaller]
+    halves = [Piece(rows=rows, drew=False, trains=True, dtypes=piece.dtypes) for rows in smaller]
     jobs.appendleft(_Job(recording=recording, piece=halves[1], reduce=job.reduce))
     jobs.appendleft(_Job(recording=recording, piece=halves[0]))
 
 
-def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Tensor, *, zero: bool = False) -> None:
+def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Tensor) -> None:
     pairs = [
         (output, grad.index_select(0, rows.to(grad.device)).to(device=output.device, dtype=output.dtype))
         for output, grad in zip(outputs, grads)
         if grad is not None and output.requires_grad
     ]
     if pairs:
-        values = [torch.zeros_like(grad) if zero else grad for _, grad in pairs]
-        torch.autograd.backward([output for output, _ in pairs], values)
+        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 
 
 @torch.no_grad()
-def _check_replay(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], rows: Tensor) -> None:
-    """Whether the replay drew the recording's random numbers.
+def _gap(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], piece: Piece) -> Tensor:
+    """How far a replay is from its recording, over what rounding allows. Left on the device: it is read once a step."""
+    dtypes = tuple(output.dtype for output in outputs)
+    if dtypes != piece.dtypes:
+        _different(
+            f"The encoder returned {piece.dtypes} when it was recorded and {dtypes} in its replay, with gradients."
+        )
+    recorded = [leaf.detach().index_select(0, piece.rows.to(leaf.device)) for leaf in leaves]
+    return relative_gap(outputs, recorded)
 
-    A compiler may draw them in its own way in one graph and not in the other, and says nothing when it gives up compiling; what is compiled does not
-    always show. So every replay that draws is compared.
+
+def _refuse_different(gaps: Sequence[Tensor], large: Sequence[str]) -> None:
+    """Whether the replays had the recordings' random numbers, and whatever else they depend on.
+
+    A compiler may draw in its own way in one graph and not in the other, and says nothing when it gives up compiling; generators may be out of sight. So every
+    replay is compared.
 
     Raises:
-        AnybatchError: The embeddings are further from the recorded ones than rounding brings them.
+        AnybatchError: Embeddings are further from the recorded ones than rounding brings them.
     """
-    for output, leaf in zip(outputs, leaves):
-        recorded = leaf.detach().index_select(0, rows.to(leaf.device))
-        gap = float((output.to(recorded.dtype) - recorded).norm() / recorded.norm().clamp_min(1e-30))
-        if gap > max(REPLAY_TOLERANCE, 16 * torch.finfo(output.dtype).eps):
-            different = DIFFERENT_REPLAYS.get()
-            if different is not None:
-                different.append(
-                    f"A replay is {gap:.1%} away from its recording: the encoder drew other random numbers, or what it depends on changed."
-                )
-                return
-            raise AnybatchError(
-                f"The replay is {gap:.1%} away from its recording: the encoder drew other random numbers (dropout), or something else that it depends on has "
-                "changed; `anybatch.caching.verify` may name it. If it is compiled, set torch._inductor.config.fallback_random = True before compiling, and "
-                "torch._dynamo.config.recompile_limit to more than twice the number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. The "
-                "gradients of this step are incomplete."
-            )
+    devices = dict.fromkeys(gap.device for gap in gaps)
+    gap = max(
+        (float(torch.stack([gap for gap in gaps if gap.device == device]).max()) for device in devices), default=0.0
+    )
+    if gap > 1:
+        named = f" It writes to {', '.join(large[:3])}, too large to be kept for every micro-batch." if large else ""
+        _different(
+            f"A replay differs from its recording by {gap:.1f} times what rounding allows: the encoder drew other random numbers (dropout), or something else "
+            f"that it depends on has changed.{named} What torch, NumPy and Python draw by their global generators or by generator objects that the encoder "
+            "visibly holds is replayed, and so are buffers and numbers that its modules count; keep such state there, or outside the encoder. If the encoder is "
+            "compiled, set torch._inductor.config.fallback_random = True before compiling, and torch._dynamo.config.recompile_limit to more than twice the "
+            "number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. No gradient was changed."
+        )
+
+
+def _different(reason: str) -> None:
+    told = DIFFERENT_REPLAYS.get()
+    if told is None:
+        raise AnybatchError(reason)
+    told.append(reason)
 
 
 def _checked_grads(recording: Recording, given: Sequence[Tensor | None], scale: Tensor | float) -> list[Tensor | None]:

@@ -6,6 +6,7 @@ the forward passes that caching adds.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -40,11 +41,7 @@ def plan_micro_batches(
     Cost: one sort of B lengths.
     """
     slicer = inputs if isinstance(inputs, RowSlicer) else RowSlicer(inputs)
-    if micro_batch is None and max_tokens is None:
-        raise AnybatchError("micro_batch and max_tokens are both None: give at least one limit to the micro-batch.")
-    for name, limit in (("micro_batch", micro_batch), ("max_tokens", max_tokens)):
-        if limit is not None and limit < 1:
-            raise AnybatchError(f"{name} is {limit}; it must be at least 1.")
+    check_limits(micro_batch=micro_batch, max_tokens=max_tokens)
     lengths = slicer.lengths
     if max_tokens is not None and lengths is None and not (slicer.pictures and micro_batch is not None):
         raise AnybatchError(
@@ -68,6 +65,34 @@ def plan_micro_batches(
             wider, count = length, 0
         longest, count = wider, count + 1
     return list(order.split([*sizes, count])) if count else []
+
+
+def check_limits(
+    *,
+    micro_batch: int | str | None = None,
+    max_tokens: int | None = None,
+    keep_graphs: int | float | str = 0,
+    pad_to_multiple: int | None = None,
+) -> None:
+    """Refuse settings of the cached step that no batch could use, before there is one.
+
+    Raises:
+        AnybatchError: A word other than "auto"; not a whole number, or below 1; `keep_graphs` as in `count_kept`; no limit at all.
+    """
+    for name, value in (("micro_batch", micro_batch), ("keep_graphs", keep_graphs)):
+        if isinstance(value, str) and value != "auto":
+            raise AnybatchError(f'{name} is {value!r}; give a number, or "auto".')
+    for name, value in (("micro_batch", micro_batch), ("max_tokens", max_tokens), ("pad_to_multiple", pad_to_multiple)):
+        if value is None or value == "auto":
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise AnybatchError(f"{name} is {value!r}; a whole number is expected.")
+        if value < 1:
+            raise AnybatchError(f"{name} is {value}; it must be at least 1.")
+    if micro_batch is None and max_tokens is None:
+        raise AnybatchError("micro_batch and max_tokens are both None: give at least one limit to the micro-batch.")
+    if keep_graphs != "auto":
+        count_kept(keep_graphs, 1)  # type: ignore[arg-type]
 
 
 def count_kept(keep_graphs: int | float, num_micro_batches: int) -> int:

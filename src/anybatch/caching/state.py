@@ -1,4 +1,4 @@
-"""What a forward pass depends on besides its inputs: random number generators, autocast, training mode.
+"""What a forward pass depends on besides its inputs: random number generators, buffers that it writes, autocast, training mode.
 
 Captured when a micro-batch is recorded, put back when it is replayed.
 """
@@ -6,29 +6,42 @@ Captured when a micro-batch is recorded, put back when it is replayed.
 from __future__ import annotations
 
 import contextlib
+import copy
+import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
+LARGEST_BUFFER = (
+    2**24
+)  # bytes; what forward passes write into is small, and a replay that depends on more is found out by comparison
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class RandomState:
-    """The states of torch's generators: CPU, and every CUDA, XPU and MPS device in use.
+    """The states of all generators that a forward pass may draw from.
 
-    All devices of an initialised backend are read, because an encoder may use others than its inputs do. Python's
-    `random`, NumPy's generators and `torch.Generator` objects of the encoder are not covered (`verify` finds those).
+    torch's: CPU, and every CUDA, XPU and MPS device in use (all of an initialised backend, because an encoder may use others than its inputs do);
+    Python's `random`; NumPy's global one; and the generator objects given, of any of the three libraries (see `generators_of`).
 
-    Cost: a copy of 5 kB for the CPU and a few bytes a device; no synchronisation.
+    Cost: copies of 13 kB and a few bytes a device, 50 microseconds; no synchronisation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, generators: Iterable[Generator] = ()) -> None:
         self.cpu: Tensor = torch.get_rng_state()
         self.cuda: list[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         xpu = getattr(torch, "xpu", None)
         self.xpu: list[Tensor] = xpu.get_rng_state_all() if xpu is not None and xpu.is_initialized() else []
         self.mps: Tensor | None = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        self.python = random.getstate()
+        self.numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+        self.objects = [(generator, _state_of(generator)) for generator in generators]
 
     def restore(self) -> None:
         """Put every generator back to the captured state."""
@@ -39,13 +52,142 @@ class RandomState:
             torch.xpu.set_rng_state_all(self.xpu)
         if self.mps is not None:
             torch.mps.set_rng_state(self.mps)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        for generator, state in self.objects:
+            _put_state(generator, state)
+
+    def now(self) -> RandomState:
+        """The present states of the same generators."""
+        return RandomState([generator for generator, _ in self.objects])
 
     def equals(self, other: RandomState) -> bool:
         """Whether no random number was drawn between the two captures."""
-        pairs = [(self.cpu, other.cpu), *zip(self.cuda, other.cuda), *zip(self.xpu, other.xpu)]
-        if self.mps is not None and other.mps is not None:
-            pairs.append((self.mps, other.mps))
-        return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+        return all(_same(mine, theirs) for mine, theirs in zip(self._states(), other._states(), strict=True))
+
+    def _states(self) -> list[Any]:
+        return [self.cpu, self.cuda, self.xpu, self.mps, self.python, self.numpy, [state for _, state in self.objects]]
+
+
+def _state_of(generator: Generator) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return copy.deepcopy(generator.bit_generator.state)
+    return generator.get_state(legacy=False)
+
+
+def _put_state(generator: Generator, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor):
+        return isinstance(theirs, Tensor) and torch.equal(mine, theirs)
+    if isinstance(mine, np.ndarray):
+        return np.array_equal(mine, theirs)
+    if isinstance(mine, dict):
+        return all(_same(value, theirs[key]) for key, value in mine.items())
+    if isinstance(mine, list):
+        return len(mine) == len(theirs) and all(_same(*pair) for pair in zip(mine, theirs))
+    return mine == theirs
+
+
+@dataclass
+class _Buffer:
+    """A buffer, and what was in it at one moment."""
+
+    tensor: Tensor
+    version: int
+    content: Tensor | None  # None for a large one
+
+
+class WrittenState:
+    """Buffers and plain numbers of the modules, watched for what a forward pass writes: counters, running averages, power iterations.
+
+    `note` after every forward pass finds what it wrote; `snapshot` before one, and `restore` with it later, bring back what was there.
+
+    Cost: a copy of each buffer up to `LARGEST_BUFFER`, once; a comparison of versions and numbers, 50 nanoseconds each, a forward pass; copies of what is
+    written.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.places: list[tuple[dict[str, Any], str]] = []
+        self.names: list[str] = []
+        for root in modules:
+            for path, child in root.named_modules():
+                numbers = [
+                    key for key, value in vars(child).items() if type(value) in (int, float) and key != "training"
+                ]
+                for holder, keys in ((vars(child), numbers), (child._buffers, list(child._buffers))):
+                    self.places += [(holder, key) for key in keys]
+                    self.names += [f"{path}.{key}".lstrip(".") for key in keys]
+        self.values: dict[int, Any] = {place: _kept(holder[key]) for place, (holder, key) in enumerate(self.places)}
+        self.first: dict[int, Any] = {}  # what was there before the first forward pass that wrote to it
+
+    @property
+    def large(self) -> list[str]:
+        """The names of written buffers that are too large to be brought back."""
+        return [self.names[n] for n, kept in self.first.items() if isinstance(kept, _Buffer) and kept.content is None]
+
+    def now(self) -> dict[int, Any]:
+        """A snapshot of the present, after `close` too."""
+        return {place: _kept(holder.get(key)) for place in self.first for holder, key in [self.places[place]]}
+
+    def note(self) -> bool:
+        """Take down what the last forward pass has written; whether it wrote."""
+        wrote = False
+        for place, old in self.values.items():
+            holder, key = self.places[place]
+            now = holder.get(key)
+            if now is not old and not _unchanged(old, now):
+                self.first.setdefault(place, old)
+                self.values[place] = _kept(now)
+                wrote = True
+        return wrote
+
+    def close(self) -> None:
+        """Let go of what was never written."""
+        self.values = {place: self.values[place] for place in self.first}
+
+    def snapshot(self) -> dict[int, Any]:
+        """What is there now, of all that was ever written."""
+        return {place: self.values[place] for place in self.first}
+
+    def restore(self, snapshot: dict[int, Any]) -> None:
+        """Bring back a snapshot; what was written only later gets what was there at first."""
+        for place, first in self.first.items():
+            holder, key = self.places[place]
+            value = snapshot.get(place, first)
+            if isinstance(value, _Buffer):
+                holder[key] = value.tensor
+                if value.content is not None and value.tensor._version != value.version:
+                    with torch.no_grad():
+                        value.tensor.copy_(value.content)
+            else:
+                holder[key] = value
+
+
+def _kept(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.is_inference() or is_traceable_wrapper_subclass(value):
+        return value
+    small = value.numel() * value.element_size() <= LARGEST_BUFFER
+    return _Buffer(value, value._version, value.detach().clone() if small else None)
+
+
+def _unchanged(old: Any, now: Any) -> bool:
+    if isinstance(old, _Buffer):
+        return now is old.tensor and now._version == old.version
+    return type(now) is type(old) and not isinstance(now, Tensor) and bool(now == old)
 
 
 class AutocastState:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from anybatch.caching.forward import Encoder
-from anybatch.caching.replay import replay
+from anybatch.caching.gradients import Aside
+from anybatch.caching.modules import modules_of, parameters_of
+from anybatch.caching.replay import replay, trained_parameters
 from anybatch.caching.state import without_autocast
 from anybatch.caching.step_memory import StepMemory
 from anybatch.caching.towers import Auto, paired_encoders, record_towers
@@ -83,8 +83,12 @@ def cached_step(
         pad_to_multiple=pad_to_multiple,
         modules=modules,
     )
-    value = backward_to_leaves(loss, [r.embeddings for r in recordings], loss_kwargs=loss_kwargs, scale=scale)
-    replay(recordings, [[r.embeddings.grad] for r in recordings])
+    aside = Aside(dict.fromkeys([*trained_parameters(recordings), *parameters_of(modules_of(loss))]))
+    try:
+        value = backward_to_leaves(loss, [r.embeddings for r in recordings], loss_kwargs=loss_kwargs, scale=scale)
+        replay(recordings, [[r.embeddings.grad] for r in recordings], aside=aside)
+    finally:
+        aside.put_back()  # nothing is left to put back where all went well
     return value
 
 
@@ -132,66 +136,3 @@ def backward_to_leaves(
             "gradient, though encoding them costs time. Remove these inputs, or use a loss that reads them."
         )
     return value.detach()
-
-
-@contextlib.contextmanager
-def taken_aside(parameters: Sequence[nn.Parameter]) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
-    """Collect what a backward pass inside gives to `parameters`, and put their `.grad` back as it was.
-
-    For a loss whose backward pass is only a preparation: the outer gradient (1 / accumulation steps, a gradient scaler)
-    that must multiply what it found comes later.
-
-    Yields:
-        A list, filled on leaving: parameter and gradient, where it received one.
-    """
-    before = [parameter.grad for parameter in parameters]
-    found: list[tuple[nn.Parameter, Tensor]] = []
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        yield found
-        found += [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-    finally:
-        for parameter, grad in zip(parameters, before):
-            parameter.grad = grad
-
-
-def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int = 2**25) -> None:
-    """Average `.grad` over all ranks, for encoders that are not wrapped in DistributedDataParallel.
-
-    A parameter without a gradient on this rank counts as zero and receives the average. Does nothing where no process
-    group of more than one rank exists. Leave out the loss's own parameters: anybatch's losses give them the full
-    gradient on every rank.
-
-    Args:
-        parameters: The same, in the same order, on every rank; those that do not require a gradient are skipped.
-        bucket_bytes: Gradients are reduced together in pieces of about this size.
-
-    Cost: one all-reduce for every `bucket_bytes` of gradients of one dtype.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        bucket = buckets.setdefault((parameter.dtype, parameter.device), [])
-        bucket.append(parameter)
-        if sum(p.numel() * p.element_size() for p in bucket) >= bucket_bytes:
-            _average(bucket)
-            bucket.clear()
-    for bucket in buckets.values():
-        if bucket:
-            _average(bucket)
-
-
-def _average(bucket: list[nn.Parameter]) -> None:
-    for parameter in bucket:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    grads = [parameter.grad for parameter in bucket if parameter.grad is not None]
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-        grad.copy_(part.view_as(grad))

@@ -158,7 +158,7 @@ def _graph_bytes(
 def _gradient_bytes(modules: Sequence[nn.Module]) -> int:
     """Bytes of the gradients that the step will make."""
     parameters = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
-    return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad and p.grad is None)
+    return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
 
 
 def _device_of(places: Sequence[object]) -> torch.device:

@@ -13,7 +13,7 @@ from anybatch.caching.modules import modules_of
 from anybatch.caching.recording import Recording
 from anybatch.caching.replay import record
 from anybatch.caching.rows import RowSlicer
-from anybatch.caching.schedule import plan_micro_batches
+from anybatch.caching.schedule import check_limits, plan_micro_batches
 from anybatch.caching.step_memory import StepMemory
 from anybatch.errors import AnybatchError
 
@@ -40,11 +40,11 @@ def record_towers(
         micro_batch, max_tokens, keep_graphs, memory, sort_by_length, pad_to_multiple, modules: See `cached_step`.
 
     Raises:
-        AnybatchError: Another word than "auto"; what `plan_micro_batches` and `record` refuse.
+        AnybatchError: What `check_limits`, `plan_micro_batches` and `record` refuse.
     """
-    for name, value in (("micro_batch", micro_batch), ("keep_graphs", keep_graphs)):
-        if isinstance(value, str) and value != "auto":
-            raise AnybatchError(f'{name} is {value!r}; give a number, or "auto".')
+    check_limits(
+        micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs, pad_to_multiple=pad_to_multiple
+    )
     step_memory = memory if isinstance(memory, StepMemory) else StepMemory(memory)
     held = list(modules) if modules is not None else list(dict.fromkeys(m for e in encoders for m in modules_of(e)))
     slicers = [RowSlicer(batch, pad_to_multiple=pad_to_multiple) for batch in inputs]
@@ -55,6 +55,10 @@ def record_towers(
         rows, tokens = micro_batch, max_tokens
         if micro_batch == "auto":
             rows, tokens = _found(step_memory.max_tokens(encode, slicer, held, num_rows=num_rows), max_tokens, slicer)
+        elif slicer.lengths is None:
+            rows = _least(rows, step_memory.learned_samples)
+        else:
+            tokens = _least(tokens, step_memory.learned)
         plan = plan_micro_batches(slicer, micro_batch=rows, max_tokens=tokens, sort_by_length=sort_by_length)  # type: ignore[arg-type]
         recordings.append(
             record(
@@ -91,4 +95,9 @@ def _found(tokens: int, most: int | None, slicer: RowSlicer) -> tuple[int | None
     """`micro_batch` and `max_tokens` from the probe's tokens and the caller's own limit."""
     if slicer.lengths is None:
         return tokens, None
-    return None, tokens if most is None else min(tokens, most)
+    return None, _least(tokens, most)
+
+
+def _least(*limits: Any) -> int | None:
+    """The smallest of the limits that are set."""
+    return min((limit for limit in limits if limit is not None), default=None)

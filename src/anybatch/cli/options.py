@@ -35,7 +35,9 @@ NegativeOption = Annotated[
 ]
 PictureOption = Annotated[
     list[str] | None,
-    typer.Option("--picture", help="Name of a column that holds paths of pictures (`data.pictures`). Repeatable."),
+    typer.Option(
+        "--picture", help='Name of a column that holds paths of pictures (`data.pictures`); "" for none. Repeatable.'
+    ),
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]

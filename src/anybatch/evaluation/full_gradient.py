@@ -146,6 +146,8 @@ class _Texts:
     ) -> _Texts | None:
         if anchor_id is None or positive_id is None:
             return None
+        if known is None:  # products of large ids would not fit
+            anchor_id, positive_id = (ids.unique(return_inverse=True)[1] for ids in (anchor_id, positive_id))
         keys, width = known or known_pairs(anchor_id, positive_id)
         return cls(
             query_id=anchor_id,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.files import CONTENTS, flaw_of, seal_folder, write_bytes
-from anybatch.integrations.sentence_transformers.batches import PlanBatches
+from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.memory_states import grown_state, join_shards
@@ -46,15 +47,30 @@ class LossStateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the plan; restore the loss."""
-        sampler = innermost_sampler(kwargs.get("train_dataloader"))
-        if isinstance(getattr(args, "batch_sampler", None), PlanBatches) and not isinstance(sampler, PlanSampler):
-            raise AnybatchError(
-                "The plan was not used: the training set is not the one it was made for, or has no row numbers. "
-                "Give the Trainer with_index(dataset), with the rows in the plan's order."
-            )
-        if state.global_step == 0:
-            return
-        folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        loader = kwargs.get("train_dataloader")
+        sets = training_sets(loader)
+        if isinstance(getattr(args, "batch_sampler", None), PlanBatches):
+            planned = sum(isinstance(sampler, PlanSampler) for sampler in samplers(loader))
+            if planned < max(1, len(sets)):
+                raise AnybatchError(
+                    f"The plan was not used{f' for {len(sets) - planned} of {len(sets)} training sets' if len(sets) > 1 else ''}: a training set is not the one "
+                    "it was made for, or has no row numbers. Give the Trainer with_index(dataset), with the rows in the plan's order; of several data sets, "
+                    "with_index(dictionary) and PlanBatches(plan, another plan, ...), a plan each."
+                )
+        check_numbers(sets, num_rows_of(self.loss.loss, self.loss.rows))
+        if state.global_step:
+            folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            self._restore(folder, plans=plan_digests(loader))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where the Trainer went back to its best checkpoint, the loss goes with it: a model and a loss of one step."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._restore(Path(state.best_model_checkpoint))
+
+    def _restore(self, folder: Path, *, plans: str = "") -> None:
+        """Load the loss from a checkpoint, which must be of a run with these plans."""
         check_checkpoint(folder)
         if not (folder / LOSS_STATE).exists():
             raise AnybatchError(
@@ -63,10 +79,10 @@ class LossStateCallback(TrainerCallback):
             )
         with safe_open(folder / LOSS_STATE, framework="pt") as file:
             saved = (file.metadata() or {}).get("plan")
-        if isinstance(sampler, PlanSampler) and saved != sampler.plan.digest:
+        if plans and saved != plans:
             was = f"with the plan {saved[:12]}" if saved else "without a plan"
             raise AnybatchError(
-                f"{folder} was trained {was}; the plan given now is {sampler.plan.digest[:12]} (digests). "
+                f"{folder} was trained {was}; the plan given now is {plans[:12]} (digests). "
                 "Resume with the plan that the run was started with, or start a new run."
             )
         self.loss.loss.load_state_dict(read_loss_state(folder, whole=False))
@@ -76,9 +92,9 @@ class LossStateCallback(TrainerCallback):
     ) -> None:
         """Tell the plan, the row table and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
         epoch = int(state.epoch or 0)
-        sampler = innermost_sampler(kwargs.get("train_dataloader"))
-        if isinstance(sampler, PlanSampler):
-            sampler.set_epoch(epoch)
+        loader = kwargs.get("train_dataloader")
+        if plan_digests(loader):
+            innermost_sampler(loader).set_epoch(epoch)
         if self.loss.rows is not None:
             self.loss.rows.set_epoch(epoch)
         set_epoch = getattr(self.loss.loss, "set_epoch", None)
@@ -100,8 +116,8 @@ class LossStateCallback(TrainerCallback):
         distributed.barrier()
         if state.is_world_process_zero:
             tensors = {"num_shards": torch.tensor(distributed.world_size())} if sharded else _tensors(self.loss)
-            sampler = innermost_sampler(kwargs.get("train_dataloader"))
-            metadata = {"plan": sampler.plan.digest} if isinstance(sampler, PlanSampler) else None
+            digests = plan_digests(kwargs.get("train_dataloader"))
+            metadata = {"plan": digests} if digests else None
             write_bytes(folder / LOSS_STATE, save(tensors, metadata))
             seal_folder(folder, run=self.run)
 
@@ -247,3 +263,20 @@ def innermost_sampler(dataloader: Any) -> Any:
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     return sampler
+
+
+def samplers(dataloader: Any) -> list[Any]:
+    """The samplers of the training sets, one each."""
+    sampler = innermost_sampler(dataloader)
+    return list(getattr(sampler, "batch_samplers", [sampler]))
+
+
+def plan_digests(dataloader: Any) -> str:
+    """What identifies the plans that the training sets are dealt by; "" without a plan."""
+    return " ".join(sampler.plan.digest for sampler in samplers(dataloader) if isinstance(sampler, PlanSampler))
+
+
+def training_sets(dataloader: Any) -> list[Dataset]:
+    """The data sets behind a data loader; none for a stream, whose rows can be looked at only as they come."""
+    dataset = getattr(dataloader, "dataset", None)
+    return [part for part in getattr(dataset, "datasets", [dataset]) if isinstance(part, Dataset)]

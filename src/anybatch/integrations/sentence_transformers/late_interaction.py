@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.caching.forward import Encoder
+from anybatch.caching.gradients import Aside
+from anybatch.caching.modules import modules_of, parameters_of
+from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
-from anybatch.caching.step import taken_aside
 from anybatch.caching.step_memory import StepMemory
 from anybatch.caching.towers import Auto, record_towers
 from anybatch.errors import AnybatchError
-from anybatch.integrations.sentence_transformers.loss import deferred_backward, own_parameters
+from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
+from anybatch.integrations.sentence_transformers.loss import deferred_backward
 from anybatch.losses.late_interaction import LateInteraction
 from anybatch.rows import RowTable
 
@@ -40,7 +43,7 @@ class CachedLateInteraction(nn.Module):
         a document otherwise, unless the collator has stamped another `task` on it. Row numbers as in `CachedLoss`.
 
     Raises:
-        AnybatchError: Fewer than two columns; row numbers missing where they are needed.
+        AnybatchError: A limit that no batch could use; fewer than two columns; row numbers missing where they are needed.
 
     Relations:
         With `LateInteraction(temperature=1.0)` the gradients are those of `MultiVectorMultipleNegativesRankingLoss(scale=1.0)`.
@@ -62,6 +65,7 @@ class CachedLateInteraction(nn.Module):
         memory: str | int = "80%",
     ) -> None:
         super().__init__()
+        check_limits(micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs)
         self.model = model  # a child, else the Trainer would not train it
         self.loss = loss
         self.rows = rows
@@ -77,6 +81,8 @@ class CachedLateInteraction(nn.Module):
             raise AnybatchError(
                 f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order."
             )
+        if labels is not None and torch.is_grad_enabled():
+            labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
         encoders: list[Encoder] = [
             _TokenEncoder(self.model, task="query" if column == 0 else "document", width=_width(part))
             for column, part in enumerate(features)
@@ -93,12 +99,16 @@ class CachedLateInteraction(nn.Module):
         leaves = [recording.leaves for recording in recordings]
         if not torch.is_grad_enabled():
             return self._value(leaves, None)
-        with without_autocast(), taken_aside(own_parameters(self.loss, self.model)) as own:
-            value = self._value(leaves, labels)
-            value.backward()
+        aside = Aside(parameters_of([self.model, *modules_of(self.loss)]))
+        try:
+            with without_autocast():
+                value = self._value(leaves, labels)
+                value.backward()
+        finally:
+            beside = aside.put_back()  # they wait for the outer gradient
         value = value.detach().requires_grad_()
         gradients: list[list[Tensor | None]] = [[tokens.grad, None] for tokens, _ in leaves]
-        value.register_hook(partial(deferred_backward, recordings=recordings, gradients=gradients, own=own))
+        value.register_hook(partial(deferred_backward, recordings=recordings, gradients=gradients, beside=beside))
         return value
 
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
@@ -112,7 +122,7 @@ class CachedLateInteraction(nn.Module):
                 raise AnybatchError(
                     "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
                 )
-            arguments = self.rows.arguments(labels.to(anchors.device, torch.int64), num_negatives=len(others) - 1)
+            arguments = self.rows.arguments(labels.to(anchors.device), num_negatives=len(others) - 1)
         return self.loss(anchors, candidates, anchor_mask=anchor_mask, candidate_mask=candidate_mask, **arguments)
 
     def get_config_dict(self) -> dict[str, Any]:

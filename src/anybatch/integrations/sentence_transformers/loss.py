@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from anybatch.caching.gradients import Aside
+from anybatch.caching.modules import modules_of, parameters_of
 from anybatch.caching.replay import Recording, replay
+from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
-from anybatch.caching.step import taken_aside
 from anybatch.caching.step_memory import StepMemory
 from anybatch.caching.towers import Auto, record_towers
 from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
 from anybatch.losses import InfoNCE
 from anybatch.rows import RowTable
 
@@ -51,7 +54,7 @@ class CachedLoss(nn.Module):
         by `rows`.
 
     Raises:
-        AnybatchError: Fewer than two columns; row numbers missing where they are needed.
+        AnybatchError: A limit that no batch could use; fewer than two columns; row numbers missing where they are needed.
 
     Relations:
         With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`, except
@@ -77,6 +80,9 @@ class CachedLoss(nn.Module):
         pad_to_multiple: int | None = None,
     ) -> None:
         super().__init__()
+        check_limits(
+            micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs, pad_to_multiple=pad_to_multiple
+        )
         self.model = model  # a child, else the Trainer would not train it
         self.loss = loss
         self.rows = rows
@@ -93,6 +99,8 @@ class CachedLoss(nn.Module):
             raise AnybatchError(
                 f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order."
             )
+        if labels is not None and torch.is_grad_enabled():
+            labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
         recordings = record_towers(
             [self._encode] * len(features),
             features,
@@ -106,9 +114,11 @@ class CachedLoss(nn.Module):
         embeddings = [[recording.embeddings] for recording in recordings]
         if not torch.is_grad_enabled():
             return self.calculate_loss(embeddings, labels)
-        own = own_parameters(self.loss, self.model)
-        with taken_aside(own) as own_gradients:
+        aside = Aside(parameters_of([self.model, *modules_of(self.loss)]))
+        try:
             loss = self.calculate_loss(embeddings, labels, with_backward=True).detach().requires_grad_()
+        finally:
+            beside = aside.put_back()  # they wait for the outer gradient
         gradients = []
         for column, [leaf] in enumerate(embeddings):
             if leaf.grad is None and leaf.requires_grad:
@@ -116,7 +126,7 @@ class CachedLoss(nn.Module):
                     f"Input column {column} received no gradient: the loss never read it. Remove it from the data set."
                 )
             gradients.append([leaf.grad])
-        loss.register_hook(partial(deferred_backward, recordings=recordings, gradients=gradients, own=own_gradients))
+        loss.register_hook(partial(deferred_backward, recordings=recordings, gradients=gradients, beside=beside))
         return loss
 
     def calculate_loss(
@@ -169,22 +179,13 @@ class CachedLoss(nn.Module):
         return self.model(features)["sentence_embedding"]
 
 
-def own_parameters(loss: nn.Module, model: nn.Module) -> list[nn.Parameter]:
-    """What the loss trains besides the encoder: a temperature, margins."""
-    encoder = set(model.parameters())
-    return [parameter for parameter in loss.parameters() if parameter.requires_grad and parameter not in encoder]
-
-
 @torch.no_grad()
 def deferred_backward(
     outer: Tensor,
     *,
     recordings: list[Recording],
     gradients: list[list[Tensor | None]],
-    own: list[tuple[nn.Parameter, Tensor]],
+    beside: list[tuple[nn.Parameter, Tensor]],
 ) -> None:
     """The deferred backward pass: `outer` is the gradient that reached the loss (1 / accumulation steps, a scaler)."""
-    for parameter, gradient in own:
-        scaled = gradient * outer.to(gradient.device, gradient.dtype)
-        parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
-    replay(recordings, gradients, scale=outer)
+    replay(recordings, gradients, scale=outer, beside=beside)

@@ -1,0 +1,274 @@
+"""Rows of CSV, TSV, JSON lines, Parquet and saved data sets as mappings: every row once, or a message that names the line.
+
+CSV and TSV follow one set of quoting rules, the usual ones (RFC 4180, as Python's csv and pandas read them). Imports errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from anybatch.errors import AnybatchError
+
+FORMATS = ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, or a folder saved by datasets' save_to_disk"
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+Quoting = Literal["standard", "raw"]
+PEEK = 1000  # rows of a JSON file whose keys say what columns it has
+LONG = 10  # lines of one quoted field that all look like rows: more than chance
+SHOWN = 20  # names of columns in a message
+RAW = 'In a quoted field a quote is written twice (""). If quotes are plain characters in this file, say so: data.quoting=raw.'
+
+
+def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
+    """The columns of a file or saved data set; of JSON lines, the keys of its first 1,000 rows.
+
+    Raises:
+        AnybatchError: No such file; nothing in it; an unknown format; a name that occurs twice.
+    """
+    kind = _kind(path)
+    if kind in (".csv", ".tsv"):
+        names = next(_csv_rows(path, quoting), [])
+    elif kind == ".parquet":
+        import pyarrow.parquet
+
+        with _reading_parquet(path):
+            names = pyarrow.parquet.read_schema(path).names
+    elif kind == "folder":
+        names = _load_folder(path).column_names
+    else:
+        return list(dict.fromkeys(key for record in islice(_json_records(path), PEEK) for key in record))
+    twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if twice is not None:
+        raise AnybatchError(f"{path} has the column '{twice}' more than once. Rename or remove all but one.")
+    return names
+
+
+def records(
+    path: Path, names: Sequence[str] | None = None, quoting: Quoting | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file or saved data set as mappings.
+
+    Args:
+        path: See `FORMATS`.
+        names: Columns to read, which the file has; None for all. Rows of JSON lines come whole, and may lack some.
+        quoting: Of CSV and TSV: "standard" for the usual rules, "raw" where quotes are plain characters; None for the usual rules, refusing
+            a file that can be read both ways.
+
+    Raises:
+        AnybatchError: What `column_names` refuses; a row that cannot be read, with its line.
+    """
+    kind = _kind(path)
+    if kind in (".csv", ".tsv"):
+        return _csv_records(path, names, quoting)
+    if kind == ".parquet":
+        return _parquet_records(path, names)
+    if kind == "folder":
+        dataset = _load_folder(path)
+        return (dict(row) for row in (dataset if names is None else dataset.select_columns(list(names))))
+    return _json_records(path)
+
+
+def no_column(name: str, present: Sequence[str], where: str) -> AnybatchError:
+    """The message for a column that is not there, with the nearest name."""
+    close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return AnybatchError(f"There is no column '{name}' in {where}; it has {listed(present)}.{hint}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for a message, the first of very many."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + more or "none"
+
+
+def _kind(path: Path) -> str:
+    if not path.exists():
+        raise AnybatchError(f"There is no file {path}. Check the path; expected {FORMATS}.")
+    if path.is_dir():
+        return "folder"
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    kind = suffixes[-1].lower() if suffixes else ""
+    if kind not in KINDS:
+        raise AnybatchError(f"Cannot tell the format of {path} from its name. Expected {FORMATS}.")
+    if path.stat().st_size == 0:
+        raise AnybatchError(f"{path} is empty (0 bytes). Expected {FORMATS}.")
+    return kind
+
+
+def _open(path: Path, newline: str | None = None) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open("rt", encoding="utf-8-sig", newline=newline)
+
+
+def _unreadable(path: Path, line: int, error: Exception) -> AnybatchError:
+    """The message for bytes that are no text, and for a gzip file cut short."""
+    if isinstance(error, UnicodeDecodeError):
+        utf16 = path.suffix != ".gz" and path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
+        likely = "UTF-16" if utf16 else "Latin-1 or Windows-1252"
+        return AnybatchError(
+            f"Cannot read {path} after line {line}: it is not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}), but perhaps {likely}. "
+            f"Save it as UTF-8, such as with: iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
+        )
+    return AnybatchError(
+        f"Cannot read {path} after line {line}: {error}. Expected UTF-8 text{' in a whole gzip file' if path.suffix == '.gz' else ''}."
+    )
+
+
+def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
+    decode = json.JSONDecoder(object_pairs_hook=_each_key_once).decode
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                record = decode(line)
+                if "\\ud" in line.lower():
+                    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+                if not isinstance(record, dict):
+                    raise AnybatchError(
+                        f"Line {number} of {path} holds a {type(record).__name__}; expected one JSON object a line."
+                    )
+                yield record
+    except _KeyTwiceError as error:
+        raise AnybatchError(
+            f"Line {number} of {path} has the key '{error}' a second time in one object. Keep one of the two values."
+        ) from error
+    except json.JSONDecodeError as error:
+        array = " The file seems to be one JSON array: write its objects one a line." if error.doc[:1] == "[" else ""
+        raise AnybatchError(
+            f"Line {number} of {path} is no JSON ({error.msg}, column {error.colno}). Expected one object a line.{array}"
+        ) from error
+    except RecursionError as error:
+        raise AnybatchError(
+            f"Line {number} of {path} is nested too deeply. Expected one object of texts a line."
+        ) from error
+    except UnicodeEncodeError as error:
+        raise AnybatchError(
+            f"Line {number} of {path} holds half of a surrogate pair ({error.object[error.start]!r}), which is no character. "
+            "Write the file anew from its source, or leave the line out."
+        ) from error
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise _unreadable(path, number, error) from error
+
+
+class _KeyTwiceError(ValueError):
+    """A JSON object names a key twice: of Python's reader the last would win."""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise _KeyTwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return record
+
+
+def _csv_records(path: Path, names: Sequence[str] | None, quoting: Quoting | None) -> Iterator[Mapping[str, Any]]:
+    rows = _csv_rows(path, quoting)
+    header = next(rows, [])
+    places = {name: place for place, name in enumerate(header)}
+    wanted = [(name, places[name]) for name in (header if names is None else names)]
+    for row in rows:
+        yield {name: row[place] for name, place in wanted}
+
+
+def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
+    """Header and rows of one width. A quote that opens a field and swallows rows is found: by what follows the closing one, or as ambiguous."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    delimiter = "\t" if ".tsv" in path.suffixes[-2:] or ".TSV" in path.suffixes[-2:] else ","
+    rules = csv.QUOTE_NONE if quoting == "raw" else csv.QUOTE_MINIMAL
+    width, first, last = 0, 1, 0  # fields of a row; its lines
+    reader = csv.reader(())
+    try:
+        with _open(path, newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, quoting=rules, strict=True)
+            for row in reader:
+                first, last = last + 1, reader.line_num
+                if not row:  # a blank line
+                    continue
+                width = width or len(row)
+                if len(row) != width:
+                    raise AnybatchError(
+                        f"{f'Lines {first} to {last}' if last > first else f'Line {first}'} of {path} have another number of fields ({len(row)}) than the header ({width}). Quote fields that hold the "
+                        f"separator or a line break. {'' if quoting else RAW}".strip()
+                    )
+                if last > first and quoting is None:
+                    _check_unambiguous(path, row, delimiter, first, last)
+                yield row
+    except csv.Error as error:
+        ends = (
+            "does not end"
+            if "end of data" in str(error)
+            else f"ends in line {reader.line_num} with more text behind it"
+        )
+        raise AnybatchError(f"Line {last + 1} of {path} opens a quoted field that {ends}. {RAW}") from error
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise _unreadable(path, last, error) from error
+
+
+def _check_unambiguous(path: Path, row: list[str], delimiter: str, first: int, last: int) -> None:
+    """Refuse a row over several lines if each of them would be a row by itself: texts may merely begin with a quote.
+
+    So it is where this holds for all lines of the file, or for more lines than chance explains.
+    """
+
+    def whole(lines: Iterable[str]) -> bool:
+        return all(line.count(delimiter) == len(row) - 1 for line in lines if line.strip("\r\n"))
+
+    lines = re.split(r"\r\n|\r|\n", delimiter.join(row))
+    if not whole(lines):
+        return
+    if len(lines) < LONG:
+        with _open(path, newline="") as file:
+            if not whole(file):
+                return
+    raise AnybatchError(
+        f"Line {first} of {path} opens a quoted field that ends in line {last}, and each of these lines would be a row by itself. Say which is meant: "
+        "data.quoting=raw, quotes are plain characters and each line is a row; or data.quoting=standard, quoted texts hold line breaks."
+    )
+
+
+@contextlib.contextmanager
+def _reading_parquet(path: Path) -> Iterator[None]:
+    """Errors of pyarrow as messages."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise AnybatchError(f"Cannot read {path} as Parquet: {error}.") from error
+
+
+def _parquet_records(path: Path, names: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+    import pyarrow.parquet
+
+    with _reading_parquet(path), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=None if names is None else list(names)):
+            yield from batch.to_pylist()
+
+
+def _load_folder(path: Path) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise AnybatchError(f"{path} is no folder saved by datasets' save_to_disk ({error}).") from error
+    if isinstance(dataset, DatasetDict):
+        splits = [str(name) for name in dataset]
+        raise AnybatchError(
+            f"{path} holds the splits {', '.join(splits)}; give the folder of one of them, such as {path / splits[0]}."
+        )
+    return dataset
