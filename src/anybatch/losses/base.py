@@ -33,7 +33,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def outside_the_graph(method: F) -> F:
     """Under `torch.compile` the method runs as it is, between two graphs: it asks for values, and keeps state."""
-    return cast(F, torch._disable_dynamo(method))  # not torch.compiler.disable, which imports the compiler when a class is made
+    return cast(
+        F, torch._disable_dynamo(method)
+    )  # not torch.compiler.disable, which imports the compiler when a class is made
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
