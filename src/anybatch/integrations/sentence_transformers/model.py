@@ -10,10 +10,12 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from anybatch.configuration import Configuration, Count, Range
 from anybatch.errors import AnybatchError
+from anybatch.files import CONTENTS, flaw_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -62,6 +64,12 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
 
     if config.name is None:
         raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
+    if (Path(config.name) / CONTENTS).exists():
+        flaw = flaw_of(Path(config.name))
+        if flaw is not None:
+            raise AnybatchError(
+                f"{config.name} {flaw}. If you changed it yourself, delete {CONTENTS} there; else bring back the files that were saved."
+            )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise AnybatchError(
             "model.device is 'cuda', and this machine has no GPU that PyTorch can use. Leave it out, or set it to cpu."
