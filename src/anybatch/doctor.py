@@ -6,15 +6,14 @@ Imports pipeline and caching; the command line calls it.
 from __future__ import annotations
 
 import contextlib
-from itertools import islice
 
 import torch
 
 from anybatch.caching import Verification, verify
 from anybatch.errors import AnybatchError
-from anybatch.integrations.sentence_transformers.model import load_model, side_inputs
+from anybatch.integrations.sentence_transformers.model import load_model
 from anybatch.losses.config import build_loss
-from anybatch.pipeline import read_training_pairs
+from anybatch.pipeline import first_inputs, read_training_pairs
 from anybatch.rows import RowTable
 from anybatch.run_config import RunConfig
 
@@ -44,16 +43,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     pairs = read_training_pairs(config)
     rows = min(num_rows, len(pairs))
     model = load_model(config.model).train()
-    columns = [
-        [one if isinstance(one, str) else one.decode() for one in islice(column, rows)] for column in pairs.prompted
-    ]
-    inputs = [
-        {
-            key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-            for key, value in side_inputs(model, column, "document" if place else "query").items()
-        }
-        for place, column in enumerate(columns)
-    ]
+    inputs = first_inputs(model, pairs, rows)
     table = RowTable(pairs.anchor_id, pairs.positive_id, negative_id=pairs.negative_id).to(model.device)
     index = torch.arange(rows, device=model.device)
     loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device).train()

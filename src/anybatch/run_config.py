@@ -1,16 +1,17 @@
 """The configuration and the result of one run. Each part's settings are owned by the room that they configure.
 
-Imports errors, files and the rooms' configuration classes.
+Imports errors, files, configuration and the rooms' configuration classes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from anybatch.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed, Share
+from anybatch.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed, Share, load_config
 from anybatch.errors import AnybatchError
-from anybatch.files import check_name
+from anybatch.files import check_name, read_sealed
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import LossConfig
@@ -171,6 +172,18 @@ class RunConfig(Configuration):
 def resolved(config: RunConfig) -> RunConfig:
     """The configuration as the run takes it: mining with the run's own batch_size and seed."""
     return replace(config, mining=replace(config.mining, batch_size=config.batch_size, seed=config.seed))
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration kept in a run's folder, as it was written.
+
+    Raises:
+        AnybatchError: It was changed or damaged since.
+    """
+    path = folder / "config.yaml"
+    remedy = "Put back the file that the run was started with; for other settings start another run, with --config and a new --output."
+    read_sealed(path, remedy)
+    return load_config(RunConfig, path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,7 +243,12 @@ def search_units(
         "own_score": ((num_results,), np.float32),
     }
     num_blocks = -(-len(units) // BLOCK_UNITS)
-    kept = BlockArrays(shapes, num_blocks, folder=folder, identity=identity)
+
+    def of_block(block: int) -> np.ndarray:
+        places = [places for places, _ in units[block * BLOCK_UNITS : (block + 1) * BLOCK_UNITS]]
+        return np.concatenate([np.arange(num_results)[one] for one in places])
+
+    kept = BlockArrays(shapes, num_blocks, folder=folder, identity=identity, rows=of_block)
     best = best_columns if device is None else best_columns_on_device
 
     def search(unit: Unit) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from anybatch import distributed
 from anybatch.blocks import BlockArrays
 from anybatch.errors import AnybatchError
-from anybatch.files import digest_of, write_text
+from anybatch.files import digest_of, file_digest, read_json, write_json
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 from anybatch.pictures import Column, PictureColumn, row_keys
 
@@ -80,7 +80,7 @@ def embed_to_file(
 
     Args:
         model, texts, side, batch_size, prompt, progress: See `embed_texts`.
-        path: The final file; `path.progress` says whose it is. While work is under way it is in the folder `path.partial`.
+        path: The final file; `path.origin` says what made it, and its digest. While work is under way it is in the folder `path.partial`.
         identity: What made the embeddings (name, lengths, data digest), beside what is seen here: texts, prompt, route and the
             model's weights. Work of another identity is not resumed, and a finished file of another identity is refused.
         precision: Of the file.
@@ -89,24 +89,22 @@ def embed_to_file(
         The memory-mapped array (N, D).
 
     Raises:
-        AnybatchError: `path` exists and was made by another model or of other texts; what `embed_texts` refuses.
+        AnybatchError: `path` exists and was made by another model or of other texts, or is damaged; what `embed_texts` refuses.
 
     Cost: as `embed_texts`, and one digest of the model's weights (about 1 GB a second).
     """
     _check(model, texts, prompt)
     path = Path(path)
-    partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".progress")
+    partial, origin = path.with_name(path.name + ".partial"), _origin(path)
     settings = _settings(model, side, prompt)
     seen = {**settings, "texts": digest_of(row_keys(texts)), "weights": _weights_digest(model)}
     identity = json.loads(json.dumps({**identity, **seen}))
     if precision != "float32":
         identity["precision"] = precision
-    record = _read_journal(journal)
     if path.exists():
-        if record is None or record["identity"] != identity:
-            raise AnybatchError(
-                f"{path} holds embeddings of another model or of other texts. Choose another output folder, or delete that file."
-            )
+        with distributed.alone() as chosen:
+            if chosen:
+                check_embedded(path, identity)
         if progress is not None:
             progress(len(texts))
         return np.load(path, mmap_mode="r")
@@ -116,7 +114,13 @@ def embed_to_file(
             "The teacher does not state its embedding dimension; give precomputed embeddings (.npy) instead."
         )
     shapes = {"embeddings": ((len(texts), width), np.dtype(precision).type)}
-    kept = BlockArrays(shapes, -(-len(texts) // SHARD), folder=partial, identity=json.dumps(identity, sort_keys=True))
+    kept = BlockArrays(
+        shapes,
+        -(-len(texts) // SHARD),
+        folder=partial,
+        identity=json.dumps(identity, sort_keys=True),
+        rows=lambda block: slice(block * SHARD, (block + 1) * SHARD),
+    )
     left = kept.mine()
     done = sum(len(texts[block * SHARD : (block + 1) * SHARD]) for block in kept.share() if block not in left)
     if progress is not None and done:
@@ -132,10 +136,34 @@ def embed_to_file(
     kept.wait()
     with distributed.alone() as chosen:
         if chosen:
-            write_text(journal, json.dumps({"identity": identity}))
-            os.replace(partial / "embeddings.npy", path)
+            embeddings = partial / "embeddings.npy"
+            write_json(origin, {"identity": identity, "content": file_digest(embeddings)})
+            os.replace(embeddings, path)
             shutil.rmtree(partial)
     return np.load(path, mmap_mode="r")
+
+
+def check_embedded(path: Path, identity: dict[str, Any] | None = None) -> None:
+    """Refuse a file of `embed_to_file` that is not what was written, or not of this `identity`.
+
+    A file of somebody else's, which has no record of its origin, is refused only if an identity is given.
+
+    Cost: one digest of the file, about 1 GB a second.
+    """
+    origin, remedy = _origin(path), f"Delete {path}; it is made anew then."
+    record: dict[str, Any] = {}
+    if origin.exists():
+        record = read_json(origin, remedy)
+        if record["content"] != file_digest(path):
+            raise AnybatchError(f"{path} is damaged: it is not what was written there. {remedy}")
+    if identity is not None and record.get("identity") != identity:
+        raise AnybatchError(
+            f"{path} holds embeddings of another model or of other texts. Choose another output folder, or delete that file."
+        )
+
+
+def _origin(path: Path) -> Path:
+    return path.with_name(path.name + ".origin")
 
 
 def _check(model: SentenceTransformer, column: Column, prompt: str | None) -> None:
@@ -189,10 +217,3 @@ def _weights_digest(model: SentenceTransformer) -> str:
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
     return digest_of(parts())
-
-
-def _read_journal(journal: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(journal.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

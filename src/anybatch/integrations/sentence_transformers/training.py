@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import math
+import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
 
 from anybatch import distributed
 from anybatch.caching.device_memory import parse_memory
@@ -104,6 +109,7 @@ def train_model(
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    run: str = "",
 ) -> TrainResult:
     """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
 
@@ -119,13 +125,14 @@ def train_model(
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
         progress: Called after every step with (steps done, steps in all, latest figures).
         callbacks: Further callbacks, which run before the loss is restored or saved and before the log is written.
+        run: Tells the checkpoints of this run from those of others, which are not resumed.
 
     Returns:
         The log, the steps and the cost of evaluating.
 
     Raises:
         AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds checkpoints
-            or a log, and `resume` is off.
+            or a log, and `resume` is off; checkpoints that are all damaged.
 
     Notes:
         On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
@@ -151,7 +158,7 @@ def train_model(
         raise AnybatchError(
             f"{output} already holds checkpoints or a log. Go on with that training (resume=True), or choose another folder."
         )
-    checkpoint = last_whole_checkpoint(checkpoints) if resume else None
+    checkpoint = last_whole_checkpoint(checkpoints, run=run) if resume else None
     if distributed.rank() == 0:
         _remove_cut_short(checkpoints, checkpoint)
     distributed.barrier()  # nobody trains, or writes, before all have looked
@@ -195,7 +202,7 @@ def train_model(
         args=arguments,
         train_dataset=indexed,
         loss=loss,
-        callbacks=[*callbacks, LossStateCallback(loss), recorder],
+        callbacks=[*callbacks, LossStateCallback(loss, run=run), recorder],
     )
     _silence(trainer)
     try:
@@ -211,6 +218,26 @@ def train_model(
     return TrainResult(
         log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=recorder.evaluation_seconds
     )
+
+
+@contextmanager
+def forgotten(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever a step does to generators, buffers, modes and gradients of `model` while this is open is undone at its end."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what others draw from
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        model.zero_grad(set_to_none=True)
 
 
 def check_shared_equally(batch_size: int) -> None:
@@ -244,23 +271,24 @@ def _make_recorder(
     progress: Callable[[int, int, dict[str, float]], None] | None,
 ) -> Any:
     from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
 
-    class Recorder(TrainerCallback):
-        """Writes the log, runs the evaluations, reports progress."""
+    class Recorder(TrainerCallback, ExportableState):
+        """Writes the log, runs the evaluations, reports progress. The log's lines go into the checkpoints, and come back from there."""
 
         def __init__(self) -> None:
             self.lines: list[dict[str, Any]] = []
             self.latest: dict[str, float] = {}
             self.evaluation_seconds = 0.0
 
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"lines": [json.dumps(line) for line in self.lines]}}
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not state.is_world_process_zero:
                 return
-            if state.global_step and path.exists():  # lines after the checkpoint will be written again
-                lines = [
-                    json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-                ]
-                self.lines = [line for line in lines if line["step"] <= state.global_step]
+            if state.global_step:
+                self.lines = [json.loads(line) for line in state.stateful_callbacks["Recorder"]["attributes"]["lines"]]
             write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
         def on_log(
@@ -300,8 +328,10 @@ def _is_write_failure(error: Exception) -> bool:
     """Disk full and the like, in the three forms that the writers of a checkpoint give it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         return True
-    text = str(error)
-    return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text or "No space left" in text
+    text = str(error)  # a file that cannot be read is another matter: "Error while deserializing"
+    return any(
+        words in text for words in ("Error while serializing", "PytorchStreamWriter", "unexpected pos", "No space left")
+    )
 
 
 def _silence(trainer: Any) -> None:
