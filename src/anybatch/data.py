@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -301,6 +302,7 @@ def read_pairs(
         )
     if limit is not None and limit < 1:
         raise AnybatchError(f"The limit is {limit}; expected at least 1 row.")
+    limit = limit and min(limit, sys.maxsize)
     columns: dict[str, Any] = dict(find_pictures(path, chosen.names, limit))
     cells: dict[str, list[Cell]] = {name: [] for name in chosen.names if name not in columns}
     later = dict.fromkeys(present)

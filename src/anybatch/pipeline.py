@@ -609,7 +609,7 @@ def _begin(folder: Path, config: RunConfig, resume: bool) -> None:
         if changed:
             raise AnybatchError(
                 f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the configuration in "
-                f"{written}, or choose another output folder."
+                f"{written}, or choose another output folder. To train the model further, start a new run from it: --model {folder / 'model'}."
             )
         return
     write_sealed(written, f"{to_yaml(resolved(config))}# {SEAL}\n".encode())

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -312,6 +313,7 @@ def test_errors_wherever_they_arise(error, code, said, main, monkeypatch):
     assert printed.count("anybatch: ") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_signals_say_what_is_kept(number, pairs_file, tiny_model_folder, tmp_path):
     """In the middle of training, in a process of its own."""
@@ -363,3 +365,41 @@ def test_under_torchrun_one_rank_speaks_and_all_end(pairs_file, tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("anybatch: There is no file") == 1, done.stderr
     assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.slow
+def test_numbers_of_options(main, tiny_model_folder, pairs_file, tmp_path):
+    """Every option that takes a number, of every verb, with numbers that make no sense: done or refused, never a traceback."""
+    vectors = np.random.default_rng(0).normal(size=(97, 8)).astype(np.float32)
+    sides = [tmp_path / f"{side}.npy" for side in ("anchor", "positive")]
+    for path in sides:
+        np.save(path, vectors)
+    given = [f"teacher.{path.stem}_embeddings={path}" for path in sides]
+    given += ["mining.cluster_size=4", "mining.skip=1", "mining.take=6"]
+    run = tmp_path / "run"
+    sets = [item for value in given for item in ("--set", value)]
+    assert main("mine", "--data", pairs_file, "--batch-size", 8, "--output", run, *sets)[0] == 0
+    training = ("--data", pairs_file, "--model", tiny_model_folder)
+    usual = {
+        "evaluate": [tiny_model_folder, "--data", pairs_file],
+        "doctor": [*training, "--rows", 4],
+        "train": [*training, "--show-config", "--output", "unused"],
+        "mine": ["--data", pairs_file, "--set", "mining.method=random", "--output", tmp_path / "mined"],
+        "inspect plan": [run],
+        "inspect gradient": [run],
+        "demo": ["--output", tmp_path / "demo"],
+    }
+    wrong, tried = {}, 0
+    for name in usual:
+        help_page = main(*name.split(), "--help")[1]
+        for option in re.findall(r"(--[a-z-]+) +<?(?:int|float)", help_page, re.IGNORECASE):
+            for value in ("nan", "inf", "-1", "0", "-0.0", "1e400", str(10**20), "x", ""):
+                if name == "demo" and value == str(10**20):
+                    continue  # all pairs of the sample, twice: right, and minutes long
+                code, said = main(*name.split(), *usual[name], option, value)
+                shutil.rmtree(tmp_path / "mined", ignore_errors=True)
+                tried += 1
+                if code not in (0, 2) or "Traceback" in said:
+                    wrong[f"{name} {option} {value}"] = (code, said[-400:])
+    assert wrong == {}, wrong
+    assert tried > 80

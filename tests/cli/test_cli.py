@@ -336,7 +336,7 @@ class TestMistakes:
             "already holds a run", "mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random")
         )
         self.refuse(
-            "another configuration.*loss.name",
+            "another configuration.*loss.name.*start a new run from it: --model .*/model",
             "train",
             "--resume",
             *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "loss.name=sogclr"),

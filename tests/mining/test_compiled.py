@@ -46,6 +46,7 @@ def installed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_mining_works_where_nothing_can_be_cached_or_the_cache_is_damaged(installed, tmp_path):
     usual, kind = mined(installed, "-c", PROGRAM, NUMBA_CACHE_DIR=str(tmp_path))
     assert kind == "_Cache"

@@ -149,6 +149,8 @@ class FrozenPairs:
         """
         if direction not in get_args(Direction):
             raise AnybatchError(f"direction is {direction!r}; expected 'one_way' or 'both'.")
+        if not 0 < temperature < np.inf:
+            raise AnybatchError(f"temperature is {temperature}; expected a positive number such as 0.05.")
         num_rows = len(anchors)
         if anchors.ndim != 2 or anchors.shape != positives.shape or num_rows < 3:
             raise AnybatchError(

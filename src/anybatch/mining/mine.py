@@ -89,7 +89,8 @@ def mine_plan(
     report = MiningReport()
     parts = _parts(sets, num_rows)
     anchor_id, positive_id = (
-        np.arange(num_rows) if ids is None else compact_ids(ids, num_rows) for ids in (anchor_id, positive_id)
+        np.arange(num_rows) if ids is None else compact_ids(name, ids, num_rows)
+        for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
     )
     if config.method == "random":
         return MiningResult(
@@ -421,7 +422,10 @@ def mine_shared(
     with alone() as chosen:
         if chosen:
             _check_both(anchor_embeddings, positive_embeddings)
-    anchor_id, positive_id = (compact_ids(ids, len(anchor_embeddings)) for ids in (anchor_id, positive_id))
+    anchor_id, positive_id = (
+        compact_ids(name, ids, len(anchor_embeddings))
+        for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
+    )
     for one, rows in _parts(sets, len(anchor_embeddings)):
         if one.num_rows < config.cluster_size:
             continue

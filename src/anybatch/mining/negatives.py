@@ -44,7 +44,9 @@ def sample_negatives(
         raise AnybatchError(
             f"The graph is of {num_rows} rows, the clusters of {clusters.shape[1]}; expected the same rows."
         )
-    anchor, positive = (compact_ids(ids, clusters.shape[1]) for ids in (anchor_id, positive_id))
+    anchor, positive = (
+        compact_ids(name, ids, num_rows) for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
+    )
     order = np.argsort(clusters[0], kind="stable").astype(np.int64)
     window = graph.window
     result = np.full((clusters.shape[1], num_negatives), -1, np.int32)

@@ -22,6 +22,7 @@ from torch import Tensor
 from anybatch.blocks import BlockArrays
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of
+from anybatch.ids import as_ids, renumbered
 from anybatch.mining.top import Piece, best_columns, best_columns_on_device, workers
 
 UNIT_ROWS = 512  # queries whose reservoirs a thread holds at once
@@ -86,18 +87,16 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise AnybatchError(f"{name} is {value}; expected at least {least}.")
 
 
-def compact_ids(ids: np.ndarray, num_rows: int) -> np.ndarray:
+def compact_ids(name: str, ids: np.ndarray, num_rows: int) -> np.ndarray:
     """Ids of any size as (num_rows,) int64 numbers below num_rows, equal where the ids are equal.
 
     Raises:
-        AnybatchError: Not one whole number or text for each row.
+        AnybatchError: Not one whole number for each row; negative ones.
     """
-    ids = np.asarray(ids)
-    if ids.shape != (num_rows,) or ids.dtype.kind not in "iuUS":
-        raise AnybatchError(
-            f"The ids are {ids.dtype} of shape {ids.shape}; expected whole numbers or texts, ({num_rows},)."
-        )
-    return np.unique(ids, return_inverse=True)[1].astype(np.int64)
+    ids = as_ids(name, ids)
+    if ids.shape != (num_rows,):
+        raise AnybatchError(f"{name} has shape {ids.shape}; expected ({num_rows},), one id for each row.")
+    return renumbered(ids)
 
 
 def check_embeddings(name: str, embeddings: np.ndarray, num_rows: int | None = None, *, zeros: bool = False) -> None:
@@ -205,7 +204,7 @@ def check_search(
         raise AnybatchError(
             f"The queries have shape {queries.shape}, the documents {documents.shape}; expected the same."
         )
-    return compact_ids(ids[0], len(queries)), compact_ids(ids[1], len(queries))
+    return compact_ids("anchor_id", ids[0], len(queries)), compact_ids("positive_id", ids[1], len(queries))
 
 
 Unit = tuple[slice | np.ndarray, np.ndarray]

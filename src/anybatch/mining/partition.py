@@ -124,7 +124,9 @@ def equal_clusters(
     check_at_least("sweeps", sweeps, 0)
     num_clusters = num_rows // cluster_size
     _check_start(start, signed, num_clusters)
-    anchor_id, positive_id = (compact_ids(ids, num_rows) for ids in (anchor_id, positive_id))
+    anchor_id, positive_id = (
+        compact_ids(name, ids, num_rows) for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
+    )
     # Rows in the order of the partitioner's clusters, which is a walk through the graph: neighbours lie side by side in memory.
     order = np.argsort(start, kind="stable")
     signed = sparse.csr_matrix(signed[order][:, order])
