@@ -19,9 +19,12 @@ print(sound)
 assert sound.exact
 
 
+system = random.SystemRandom()
+
+
 def augmented(tokens):
-    """Random numbers from Python's generator: a replay draws others than the recording did."""
-    return encoder(tokens.roll(random.randrange(3), dims=1)) * random.choice([0.5, 1.0])
+    """Random numbers of the operating system cannot be drawn again; those of Python, NumPy and torch are."""
+    return encoder(tokens.roll(system.randrange(3), dims=1)) * system.choice([0.5, 1.0])
 
 
 faulty = verify(augmented, [anchors, positives], loss, micro_batch=8)

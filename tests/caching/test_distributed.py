@@ -215,7 +215,7 @@ def run_experts(rank, shares, name):
         reference.other.zero_grad()
     loss, encoders = ReadsTheModel(bare, shares), [lambda x: model(x, 0), lambda x: model(x, 1)]
     micro_batch = 2 if name != "unequal micro-batches" or rank == 0 else 5
-    for _ in range(3):
+    for _ in range(2):
         bare.zero_grad()
         if name == "accumulation":
             with model.no_sync():

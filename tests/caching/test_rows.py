@@ -1,15 +1,18 @@
 """Cutting by rows: trimmed where that is safe, refused where rows cannot be told apart."""
 
+import collections
+import dataclasses
 from collections import OrderedDict
 from collections.abc import MutableMapping
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from anybatch.caching import RowSlicer, plan_micro_batches
+from anybatch.caching import RowSlicer, Shared, plan_micro_batches
 from anybatch.errors import AnybatchError
 
 
@@ -172,3 +175,157 @@ def test_taking_equals_indexing_and_cutting_padding(lengths, data):
     width = max(1, *[lengths[row] for row in chosen]) if len(chosen) > 1 else max(1, lengths[chosen[0]])
     for key, value in batch.items():
         assert torch.equal(part[key], torch.stack([value[row] for row in chosen])[:, :width])
+
+
+SHAPES = {
+    "list": lambda rows: [f"row {row}" for row in range(rows)],
+    "list of lists": lambda rows: [["turn"] * row for row in range(rows)],
+    "list of tensors or None": lambda rows: [torch.full((row,), row) if row % 2 else None for row in range(rows)],
+    "tuple": lambda rows: tuple(range(rows)),
+    "array": lambda rows: np.arange(rows) * 1.5,
+    "array of words": lambda rows: np.array([f"w{row}" for row in range(rows)], dtype=object),
+    "tensor": lambda rows: torch.arange(rows * 2).view(rows, 2),
+}
+
+
+@given(
+    rows=st.integers(2, 7),
+    names=st.lists(st.sampled_from(sorted(SHAPES)), min_size=1, unique=True),
+    nested=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_has_one_entry_a_row_is_cut(rows, names, nested, data):
+    inner = {name: SHAPES[name](rows) for name in names}
+    batch = {"task": "query", "flag": True, "none": None, "number": 3, **({"part": inner} if nested else inner)}
+    chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=5))
+    part = RowSlicer(batch).take(torch.tensor(chosen))
+    assert [part[key] for key in ("task", "flag", "none", "number")] == ["query", True, None, 3]
+    for name, value in (part["part"] if nested else part).items():
+        if name in inner:
+            assert type(value) is type(inner[name])
+            assert len(value) == len(chosen)
+            assert all(
+                got is inner[name][row] or np.all(np.asarray(got == inner[name][row]))
+                for got, row in zip(value, chosen)
+            )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1, 2], (1, 2, 3), np.zeros(5), torch.zeros(3), {1, 2, 3, 4}, object(), range(9), [torch.zeros(4), torch.zeros(4)],
+        torch.nn.utils.rnn.pack_sequence([torch.zeros(2)]).data,
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused_by_its_name_or_declared_shared(value):
+    with pytest.raises(AnybatchError, match=r"inner\.odd .*4 rows.*Shared"):
+        RowSlicer({"inner": {"x": torch.zeros(4, 2), "odd": value}})
+    slicer = RowSlicer({"odd": Shared(value), "x": torch.zeros(4, 2)})
+    assert slicer.num_rows == 4
+    assert slicer.take(torch.tensor([1, 3]))["odd"] is value
+
+
+Named = collections.namedtuple("Named", "ids mask")
+
+
+@dataclasses.dataclass
+class Fields:
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+@pytest.mark.parametrize("make", [Named, Fields, lambda *columns: columns, lambda *columns: list(columns)])
+def test_columns_without_a_mapping(make):
+    ids, mask = torch.arange(8).view(4, 2), torch.rand(4, 2)
+    batch = make(ids, mask)
+    part = RowSlicer(batch).take(torch.tensor([2, 0]))
+    assert type(part) is type(batch)
+    got = [part.ids, part.mask] if isinstance(part, (Named, Fields)) else part
+    assert torch.equal(got[0], ids[[2, 0]])
+    assert torch.equal(got[1], mask[[2, 0]])
+    assert (batch.ids if isinstance(batch, Fields) else batch[0]) is ids
+
+
+def test_a_tuple_of_like_tensors_may_be_rows_or_columns():
+    with pytest.raises(AnybatchError, match="columns or rows"):
+        RowSlicer((torch.zeros(3, 4), torch.ones(3, 4)))
+    assert RowSlicer([torch.zeros(3, 4), torch.ones(3, 4)]).num_rows == 2
+
+
+def patches(counts, generator):
+    """Qwen's form: grids picture by picture, patches one after the other; each patch says whose it is."""
+    grids = [torch.randint(1, 4, (count, 3), generator=generator) for count in counts]
+    pixels = [torch.full((int(grid.prod(1).sum()), 2), float(row)) for row, grid in enumerate(grids)]
+    return torch.cat(grids), torch.cat(pixels), grids
+
+
+@given(counts=st.lists(st.integers(0, 3), min_size=2, max_size=6), seed=st.integers(0, 99), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_pictures_go_with_their_rows(counts, seed, data):
+    """As many pictures as rows or not, none in a row or several; by patches, by pictures, and videos beside them."""
+    generator = torch.Generator().manual_seed(seed)
+    grid, pixels, grids = patches(counts, generator)
+    film, frames, films = patches(counts[::-1], generator)
+    rows = len(counts)
+    by_patch = padded(
+        [2] * rows, 3, image_grid_thw=grid, pixel_values=pixels, num_images_per_sample=torch.tensor(counts)
+    )
+    by_patch |= {"video_grid_thw": film, "pixel_values_videos": frames, "num_videos_per_sample": counts[::-1]}
+    owner = torch.repeat_interleave(torch.arange(rows), torch.tensor(counts))
+    by_picture = padded([2] * rows, 3, pixel_values=owner.view(-1, 1, 1, 1).float(), num_images_per_sample=counts)
+    by_picture["image_sizes"] = owner.view(-1, 1)
+    chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=4))
+    part = RowSlicer(by_patch).take(torch.tensor(chosen))
+    wanted = torch.cat([grids[row] for row in chosen])
+    if len(wanted):
+        assert torch.equal(part["image_grid_thw"], wanted)
+        whose = torch.cat([pixels[pixels[:, 0] == row, 0] for row in chosen])
+        assert torch.equal(part["pixel_values"][:, 0], whose)
+    else:
+        assert "pixel_values" not in part
+        assert "image_grid_thw" not in part
+    if sum(len(films[row]) for row in chosen):
+        assert torch.equal(part["video_grid_thw"], torch.cat([films[row] for row in chosen]))
+        assert len(part["pixel_values_videos"]) == int(part["video_grid_thw"].prod(1).sum())
+    part = RowSlicer(by_picture).take(torch.tensor(chosen))
+    mine = torch.cat([owner[owner == row] for row in chosen])
+    assert torch.equal(part["pixel_values"].flatten().long(), mine) if len(mine) else "image_sizes" not in part
+
+
+def test_pictures_of_unknown_rows_are_refused():
+    grid, pixels, _ = patches([1, 2, 0], torch.Generator().manual_seed(0))
+    for extra in (
+        {"image_grid_thw": grid, "pixel_values": pixels},  # three pictures and three rows, and not one each
+        {"pixel_values": torch.zeros(3, 3, 4, 4), "image_sizes": torch.zeros(3, 2)},
+    ):
+        with pytest.raises(AnybatchError, match="num_images_per_sample"):
+            RowSlicer(padded([1, 2, 3], 3, **extra))
+    with pytest.raises(AnybatchError, match="count 4"):
+        RowSlicer(padded([1] * 3, 3, image_grid_thw=grid, pixel_values=pixels, num_images_per_sample=[1, 2, 1]))
+    with pytest.raises(AnybatchError, match="one count for each of the 3 rows"):
+        RowSlicer(padded([1] * 3, 3, image_grid_thw=grid, pixel_values=pixels, num_images_per_sample=[3]))
+    alone = RowSlicer({"image_grid_thw": grid, "pixel_values": pixels})  # pictures alone are the rows
+    assert alone.num_rows == 3
+    padded_pictures = padded([1] * 3, 3, pixel_values=torch.zeros(3, 2, 3, 4, 4), pixel_attention_mask=torch.ones(3, 2))
+    padded_pictures["num_images_per_sample"] = torch.tensor([2, 1, 0])
+    assert RowSlicer(padded_pictures).take(torch.tensor([0, 2]))["pixel_values"].shape[0] == 2
+
+
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=7), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_bags_of_words_are_cut(sizes, data):
+    bag = torch.nn.EmbeddingBag(50, 3)
+    ids = torch.arange(sum(sizes)) % 50
+    offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    slicer = RowSlicer({"input_ids": ids, "offsets": offsets})
+    chosen = data.draw(st.lists(st.integers(0, len(sizes) - 1), min_size=1, max_size=5))
+    part = slicer.take(torch.tensor(chosen))
+    torch.testing.assert_close(bag(part["input_ids"], part["offsets"]), bag(ids, offsets)[chosen])
+    assert slicer.lengths.tolist() == sizes
+    assert sorted(torch.cat(plan_micro_batches(slicer, max_tokens=5)).tolist()) == list(range(len(sizes)))
+
+
+def test_broken_offsets_are_refused():
+    with pytest.raises(AnybatchError, match="offsets"):
+        RowSlicer({"input_ids": torch.arange(4), "offsets": torch.tensor([0, 3, 1])})

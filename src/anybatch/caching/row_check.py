@@ -70,7 +70,7 @@ def settle_trimming(encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Mod
         return
     wrapped = distributed_modules(modules)
     key, memory = _key(encode, slicer, modules), _memory(_trims, _trims_of_functions, modules)
-    trim = next((keys[key] for keys in memory if key in keys), None)
+    trim: Trim | None = next((keys[key] for keys in memory if key in keys), None)
     if trim is None and torch.is_grad_enabled() and not any(isinstance(module, FSDPModule) for module in wrapped):
         rows, leading = slicer.padded
         with no_reduction(wrapped):
@@ -79,7 +79,7 @@ def settle_trimming(encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Mod
             trim = _constant_in_some_mode(passes, modules, lambda: _harmless_trim(passes, rows, leading))
         if trim is not None:
             _remember(memory, key, trim)
-    slicer.trim_to(trim or "trailing")
+    slicer.trim_to("trailing" if trim is None else trim)
 
 
 def refuse_neighbours(
@@ -223,7 +223,7 @@ def _key(encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> An
 class _Constant(TorchDispatchMode):
     """torch's random operations give constants: dropout keeps all, noise is its middle, permutations turn round."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func._schema.name.removeprefix("aten::")
         if name == "native_dropout":

@@ -6,9 +6,9 @@ the forward passes that caching adds.
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +85,7 @@ def check_limits(
     for name, value in (("micro_batch", micro_batch), ("max_tokens", max_tokens), ("pad_to_multiple", pad_to_multiple)):
         if value is None or value == "auto":
             continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise AnybatchError(f"{name} is {value!r}; a whole number is expected.")
         if value < 1:
             raise AnybatchError(f"{name} is {value}; it must be at least 1.")
