@@ -1,24 +1,31 @@
-# make demo: the main job on the embedded default.  make test: the tests.  Both make .venv first.
+# make demo: the main job on the embedded default.  make test: the tests but the slow ones.  .ci/run: everything.  All make .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SOURCES := src tests benchmarks examples tools
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-all lint docs wheel clean
 demo: $(VENV)/.installed-demo
 	$(BIN)/anybatch demo
 
 test: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not distributed'
+
+test-all: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-test
-	$(BIN)/pip install -q -c constraints.txt '.[lint]'
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/pip install -q -c constraints.txt -e '.[lint]'
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/pyright
 
 docs: $(VENV)/.installed-test
-	$(BIN)/pip install -q -c constraints.txt '.[docs]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 # torch goes first and alone: with its pin in place nothing below can pull another build of it.
 $(VENV)/.torch: constraints.txt

@@ -59,7 +59,7 @@ def count_corrected(anchors, candidates, tau, allowed, num_rows):
     for i in range(len(anchors)):
         negatives = [j for j in range(len(candidates)) if allowed[i, j]]
         estimate = sum((scores[i, j] - scores[i, i]).exp() for j in negatives) * (
-            (num_rows - 1) / max(1, len(negatives))
+            (num_rows - 1) / max(1, len(candidates) - 1)
         )
         total = total + torch.log(1 + estimate) if negatives else total
     return total / len(anchors)
@@ -77,16 +77,20 @@ class NaiveSogCLR:
         batch: dict[int, list[float]] = {}
         for i, row in enumerate(index):
             negatives = [j for j in range(len(candidates)) if allowed[i, j]]
-            if negatives:
+            if len(candidates) > 1:
                 g = sum(
                     (scores[i, j] - scores[i, i]).exp().item()
-                    * (1 / len(negatives) if weight is None else weight[i, j])
+                    * (1 / (len(candidates) - 1) if weight is None else weight[i, j])
                     for j in negatives
                 )
                 batch.setdefault(row, []).append(g)
         for row, values in batch.items():
             mean = sum(values) / len(values)
-            self.u[row] = mean if row not in self.u else (1 - self.gamma) * self.u[row] + self.gamma * mean
+            new = (1 - self.gamma) * self.u[row] + self.gamma * mean if row in self.u else mean
+            if new:
+                self.u[row] = new
+            else:  # nothing but masked candidates so far: as if never visited
+                self.u.pop(row, None)
         surrogate, objective = 0.0, 0.0
         for i, row in enumerate(index):
             negatives = [j for j in range(len(candidates)) if allowed[i, j]]
@@ -94,6 +98,6 @@ class NaiveSogCLR:
             objective += math.log(self.eps + u) if self.eps + u > 0 else 0.0
             for j in negatives:
                 d = scores[i, j] - scores[i, i]
-                w = d.detach().exp() * (1 / len(negatives) if weight is None else weight[i, j]) / (self.eps + u)
+                w = d.detach().exp() * (1 / (len(candidates) - 1) if weight is None else weight[i, j]) / (self.eps + u)
                 surrogate = surrogate + w * d
         return surrogate / len(index), objective / len(index)

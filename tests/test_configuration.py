@@ -1,17 +1,24 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+import types
+from dataclasses import dataclass, field, is_dataclass
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 
-from anybatch.configuration import differences, from_mapping, load_config, to_yaml
+from anybatch.configuration import Configuration, differences, from_mapping, load_config, to_yaml
 from anybatch.errors import AnybatchError
-from anybatch.run_config import RunConfig
+from anybatch.integrations.sentence_transformers.model import ModelConfig
+from anybatch.integrations.sentence_transformers.training import TrainConfig
+from anybatch.losses.config import LossConfig
+from anybatch.mining import MiningConfig, MiningSet
+from anybatch.run_config import DataConfig, EvaluationConfig, RunConfig, SetConfig, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inner:
+class Inner(Configuration):
     rate: float = 0.1
     kind: Literal["one", "two"] = "one"
     names: tuple[str, ...] = ()
@@ -20,7 +27,7 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outer:
+class Outer(Configuration):
     path: str
     size: int = 8
     inner: Inner = field(default_factory=Inner)
@@ -46,10 +53,10 @@ def test_round_trip(tmp_path):
         ("inner.rat=1", "did you mean 'rate'"),
         ("iner.rate=1", "did you mean 'inner'"),
         ("inner.kind=too", "Did you mean 'two'"),
-        ("inner.limit=many", "'inner.limit' is 'many'"),
-        ("inner.flag=3", "'inner.flag' is 3"),
-        ("size=true", "'size' is True"),
-        ("size=2.5", "'size' is 2.5"),
+        ("inner.limit=many", "inner.limit is 'many'; expected a whole number, or nothing"),
+        ("inner.flag=3", "inner.flag is 3; expected true or false"),
+        ("size=true", "size is True; expected a whole number"),
+        ("size=2.5", "size is 2.5"),
         ("inner=5", "'inner' is a section"),
         ("size.deep=5", "is a value, not a section"),
         ("size", "expected section.key=value"),
@@ -114,6 +121,99 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(key, value)
         from_mapping(RunConfig, tree)
 
 
+CONFIGURATIONS = [
+    SetConfig,
+    DataConfig,
+    EvaluationConfig,
+    TeacherConfig,
+    RunConfig,
+    MiningConfig,
+    MiningSet,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+]
+REQUIRED = {
+    SetConfig: {"path": "p"},
+    DataConfig: {"path": "d"},
+    RunConfig: {"output": "o", "data": DataConfig(path="d")},
+    MiningSet: {"name": "n", "num_rows": 5},
+}
+WRONG = [
+    object(),
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+    "no such word",
+    -1,
+    -0.5,
+    0,
+    1.5,
+    2**63,
+    b"bytes",
+    "",
+    "3",
+    [object()],
+    {},
+    "a\udcffb",
+    "a\0b",
+]
+
+
+def fits(hint: Any, value: object) -> bool:
+    """What an annotation allows, said a second time and in other words than `configuration` says it."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(fits(choice, value) for choice in get_args(hint))
+    if get_origin(hint) is Annotated:
+        kind, limits = get_args(hint)
+        low_enough = fits(kind, value) and value <= limits.most
+        return low_enough and (value > limits.least if limits.above else value >= limits.least)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(fits(get_args(hint)[0], item) for item in value)
+    if is_dataclass(hint):
+        return value == {}
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return {
+        int: number and not isinstance(value, float) and abs(value) <= 2**62,
+        float: number and abs(value) <= 3.4e38,
+        bool: isinstance(value, bool),
+        str: isinstance(value, str) and value.isprintable(),
+        type(None): value is None,
+    }[hint]
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS, ids=lambda kind: kind.__name__)
+def test_every_field_refuses_what_its_annotation_does_not_allow(kind):
+    """In Python as from a file: the field, what was given and what was expected. The list of classes is complete."""
+    assert set(Configuration.__subclasses__()) - {Inner, Outer} == set(CONFIGURATIONS)
+    refused = 0
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if get_origin(hint) is ClassVar:
+            continue
+        for value in WRONG:
+            if fits(hint, value):
+                continue
+            with pytest.raises(AnybatchError, match=rf"{name}\S* is .*(expected|a section)"):
+                kind(**{**REQUIRED.get(kind, {}), name: value})
+            refused += 1
+    assert refused > len(WRONG)
+
+
+def test_values_arrive_as_their_annotation_says(tmp_path):
+    config = MiningConfig(batch_size=np.int64(8), margin=np.float32(0.5), random_shares=[0, 1])
+    assert [type(value) for value in (config.batch_size, config.margin, *config.random_shares)] == [
+        int,
+        float,
+        float,
+        float,
+    ]
+    assert DataConfig(path=tmp_path).path == str(tmp_path)  # pyright: ignore[reportArgumentType]
+    assert RunConfig(output="o", data={"path": "d"}).data == DataConfig(path="d")  # pyright: ignore[reportArgumentType]
+
+
 def test_differences_name_the_keys():
     old, new = Outer(path="x"), Outer(path="x", size=9, inner=Inner(kind="two"))
     assert differences(old, new) == ["size: 8 -> 9", "inner.kind: 'one' -> 'two'"]
@@ -122,8 +222,6 @@ def test_differences_name_the_keys():
 
 def test_words_beside_numbers():
     """Keys that take a number or "auto", and a memory budget in its own words."""
-    from anybatch.integrations.sentence_transformers.training import TrainConfig
-
     auto = from_mapping(TrainConfig, {"micro_batch": "auto", "keep_graphs": "auto", "memory": "8GiB"})
     assert (auto.micro_batch, auto.keep_graphs, auto.memory) == ("auto", "auto", "8GiB")
     assert from_mapping(TrainConfig, {"micro_batch": 8, "keep_graphs": 1}).keep_graphs == 1.0

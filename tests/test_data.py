@@ -27,7 +27,8 @@ def any_format(request, tmp_path):
         text = "".join(json.dumps(row) + "\n" for row in ROWS)
         path.write_bytes(gzip.compress(text.encode()) if request.param.endswith("gz") else text.encode())
     elif "tsv" in request.param:
-        path.write_text("".join("\t".join(row) + "\n" for row in ([*ROWS[0]], *(row.values() for row in ROWS))))
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows([ROWS[0], *(row.values() for row in ROWS)])
     elif "csv" in request.param:
         import io
 
@@ -61,23 +62,6 @@ def test_every_format_gives_the_same(any_format):
     assert data.digest == expected.digest
     assert data.to_dataset().column_names == ["anchor", "positive", "negative_1"]
     assert len(read_pairs(any_format, anchor="q", positive="a", limit=2)) == 2
-
-
-def test_quotes_in_a_tsv_are_characters(tmp_path):
-    """A measure in inches opened a quoted field, which swallowed the rows up to the next quote."""
-    path = tmp_path / "p.tsv"
-    path.write_text('anchor\tpositive\n"inch\tp1\na2"\tp2\n5" disk\t"p3"\n')
-    data = read_pairs(path)
-    assert list(data.anchors) == ['"inch', 'a2"', '5" disk']
-    assert list(data.positives) == ["p1", "p2", '"p3"']
-    refuse(path, 'anchor\tpositive\n"two\nlines"\tp\n', "Line 2 .*number of fields.*plain characters")
-
-
-def test_line_breaks_and_separators_in_a_quoted_csv_field(tmp_path):
-    path = tmp_path / "p.csv"
-    path.write_text('anchor,positive\n"two\nlines","a, b"\n')
-    assert list(read_pairs(path).anchors) == ["two\nlines"]
-    assert list(read_pairs(path).positives) == ["a, b"]
 
 
 def test_every_format_names_a_misspelt_column(any_format):
@@ -121,7 +105,7 @@ def test_mistakes_are_named(tmp_path):
     refuse(tmp_path / "p.jsonl.gz", gzip.compress(good.encode() * 50)[:-9], "Cannot read")
     refuse(tmp_path / "p.parquet", "no parquet", "as Parquet")
     refuse(tmp_path / "p.xlsx", "x", "Cannot tell the format")
-    refuse(jsonl, good, "name one column twice", anchor="positive")
+    refuse(jsonl, good, "name one column twice", anchor="positive", positive="positive")
     refuse(jsonl, good, "limit is 0", limit=0)
     with pytest.raises(AnybatchError, match="There is no file"):
         read_pairs(tmp_path / "absent.jsonl")
@@ -156,6 +140,10 @@ def test_retrieval(retrieval):
 def test_quotes_in_judgements_are_characters(retrieval):
     retrieval[1].write_text(r'{"id": "\"1", "text": "one"}' + "\n" + r'{"id": "2\"", "text": "two"}' + "\n")
     retrieval[2].write_text('query_id\tdoc_id\tscore\n"1\t4\t1\n2"\t5\t2\n')
+    assert read_retrieval(*retrieval, quoting="raw").relevance == {'"1': {"4": 1}, '2"': {"5": 2}}
+    with pytest.raises(AnybatchError, match=r"Line 2 .*ends in line 3.*quoting=raw"):
+        read_retrieval(*retrieval)
+    retrieval[2].write_text('query_id\tdoc_id\tscore\n"""1"\t4\t1\n2"\t5\t2\n')
     assert read_retrieval(*retrieval).relevance == {'"1': {"4": 1}, '2"': {"5": 2}}
 
 

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SLOW = ("sentence_transformers_all.py", "two_towers_sogclr.py")
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in sorted(path.name for path in EXAMPLES.glob("*.py"))
+    ],
+)
 def test_example_runs(name, tmp_path, tiny_model_folder):
     arguments = [str(tiny_model_folder), "256"] if "sentence_transformers" in name else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

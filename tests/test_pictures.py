@@ -86,12 +86,15 @@ def test_parquet_and_paths_give_the_same(pairs, folder, tmp_path, monkeypatch):
     named = {"anchor": "image", "positive": "caption"}
     paths = read_pairs(tmp_path / "pairs.jsonl", **named, pictures=["image"])
     assert paths.digest == pairs.digest
-    assert isinstance(
-        read_pairs(tmp_path / "pairs.jsonl", **named).anchors[0], str
-    )  # unless it is said, a path is a text
+    assert read_pairs(tmp_path / "pairs.jsonl", **named).digest == pairs.digest  # files that exist need not be declared
+    assert isinstance(read_pairs(tmp_path / "pairs.jsonl", **named, pictures=()).anchors[0], str)
     (tmp_path / "files" / "3.png").unlink()
     with pytest.raises(AnybatchError, match=r"3\.png \(row 4, 'image' of .*No such file"):
         _ = read_pairs(tmp_path / "pairs.jsonl", **named, pictures=["image"]).digest
+    with pytest.raises(
+        AnybatchError, match=r"'image' .*seems to hold paths.*no file .*3\.png \(row 4\).*data\.pictures=\[\]"
+    ):
+        read_pairs(tmp_path / "pairs.jsonl", **named)
     with pytest.raises(AnybatchError, match="'picture' is said to hold pictures"):
         read_pairs(tmp_path / "pairs.jsonl", **named, pictures=["picture"])
 
@@ -137,11 +140,11 @@ def test_negatives_are_written_out_elsewhere(pairs, folder):
 
 def test_a_plan_is_refused_for_other_pictures(pairs, tmp_path):
     plan = BatchPlan.random(len(pairs), 4, data_digest=pairs.digest)
-    PlanBatches(plan).check(with_index(pairs.to_dataset()))
+    PlanBatches(plan).check(with_index(pairs.to_dataset()), plan)
     other = read_pairs(save_pairs(tmp_path / "other", [*NUMBERS[:-1], 9]), anchor="image", positive="caption")
     other = PairData(anchors=other.anchors, positives=pairs.positives)
     with pytest.raises(AnybatchError, match="made for other data"):
-        PlanBatches(plan).check(with_index(other.to_dataset()))
+        PlanBatches(plan).check(with_index(other.to_dataset()), plan)
 
 
 def test_several_sets(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from dataclasses import replace
 from fractions import Fraction
 from math import comb
 
@@ -104,18 +105,66 @@ def test_cut_short_on_disk(tmp_path, keep):
     path = tmp_path / "plan.safetensors"
     clustered(50, 4, 3).save(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(AnybatchError, match=r"plan\.safetensors is no plan or was cut short"):
+    with pytest.raises(AnybatchError, match=r"plan\.safetensors is damaged"):
         BatchPlan.load(path)
 
 
-def test_foreign_files(tmp_path):
-    from safetensors.numpy import save_file
+def test_every_flipped_bit_is_found(tmp_path):
+    """Of header and arrays alike; every byte once, with a bit of its own."""
+    path = tmp_path / "plan.safetensors"
+    full = replace(clustered(50, 4, 3), suspects=np.array([[0, 5]], np.int32), meta={"method": "m"})
+    full.save(path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(AnybatchError, match="is damaged"):
+            BatchPlan.load(path)
+    path.write_bytes(whole)
+    assert BatchPlan.load(path).digest == full.digest
 
+
+@pytest.mark.parametrize(
+    ("arrays", "match"),
+    [
+        ({"cluster": np.array([0, 0, 1, 1, 2**31 - 1], np.int32)}, "cluster holds numbers from 0 to 2147483647"),
+        ({"cluster": np.array([0, 0, 1, 1, -2], np.int32)}, "cluster holds numbers from -2"),
+        ({"cluster": np.array([0, 0, 1, 1, -1], np.float32)}, "cluster holds float32; expected whole numbers"),
+        ({"cluster": np.array([[0, 0, 1, 1, -1]], np.int32)}, r"cluster has shape \(1, 5\); expected \(5\)"),
+        ({"suspects": np.array([[0, 5]], np.int32)}, "suspects holds numbers from 0 to 5; expected 0 to 4"),
+        ({"suspects": np.array([[-1, 2]], np.int32)}, "suspects holds numbers from -1"),
+        ({"suspects": np.array([0, 1], np.int32)}, r"suspects has shape \(2,\); expected \(any, 2\)"),
+        ({"suspects": np.array([[0, np.nan]])}, "suspects holds float64"),
+        ({"negatives": np.full((5, 2), 5, np.int32)}, "negatives holds numbers from 5 to 5; expected -1 to 4"),
+        ({"negatives": np.full((4, 2), 1, np.int32)}, r"negatives has shape \(4, 2\); expected \(5, any\)"),
+        ({"task": np.array([0, 0, 1, 1, 2], np.int32), "task_names": ("a", "b")}, "task holds numbers from 0 to 2"),
+        ({"task": np.zeros(4, np.int32), "task_names": ("a",)}, r"task has shape \(4,\)"),
+        ({"alternates": np.full((1, 5), 2**31 - 1, np.int32)}, "alternates holds numbers from 2147483647"),
+        ({"random_shares": (float("nan"),)}, "random_shares"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_they_are_counted(arrays, match):
+    """A cluster of 2^31 - 1 would ask for 16 GiB."""
+    plan = {"num_rows": 5, "batch_size": 4, "cluster_size": 2, "seed": 0, "data_digest": ""}
+    with pytest.raises(AnybatchError, match=match):
+        BatchPlan(**{**plan, "cluster": np.array([0, 0, 1, 1, -1], np.int32), **arrays})
+
+
+def test_foreign_files(tmp_path):
+    from safetensors.numpy import save, save_file
+
+    from anybatch.files import SEAL, write_sealed
+
+    path = tmp_path / "weights.safetensors"
     with pytest.raises(AnybatchError, match="no plan at"):
         BatchPlan.load(tmp_path / "absent")
-    save_file({"a": np.zeros(3)}, tmp_path / "weights.safetensors")
-    with pytest.raises(AnybatchError, match="no plan of anybatch"):
-        BatchPlan.load(tmp_path / "weights.safetensors")
+    save_file({"a": np.zeros(3)}, path)
+    with pytest.raises(AnybatchError, match="not written by this version"):
+        BatchPlan.load(path)
+    write_sealed(path, save({"a": np.zeros(3)}, {"digest": SEAL}))
+    with pytest.raises(AnybatchError, match="is no plan"):
+        BatchPlan.load(path)
 
 
 def test_other_data_is_refused():

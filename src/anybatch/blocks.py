@@ -5,55 +5,64 @@ Imports errors, files, distributed.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import mmap
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.files import write_text
+from anybatch.files import digest_of, read_json, write_json
+
+RECORD = 16  # bytes of a block's digest
+Shapes = Mapping[str, tuple[tuple[int, ...], type]]
 
 
 class BlockArrays:
     """Named arrays and a record of which blocks of them are finished.
 
-    In a folder each array is `NAME.npy`, the record is `finished.npy` (one byte a block) and `identity.json` says of which inputs the work
-    is. A block is recorded only after its numbers were flushed, so that whatever is recorded is whole after a kill. Ranks write
-    different rows of the same files: they need one shared file system that maps files coherently (one machine always does).
+    In a folder each array is `NAME.npy`, `finished.npy` holds a digest of each finished block (zeros for the others), and `identity.json` says of which
+    inputs the work is. A block is recorded only after its numbers were flushed, and what is found in the folder is compared with its record: a block
+    whose numbers are not those that were written is done again. Ranks write different rows of the same files: they need one shared
+    file system that maps files coherently (one machine always does). The space is taken from the disk at once, because a full disk under a mapped file kills.
 
     Args:
         shapes: Name to (shape, dtype) of each array.
         num_blocks: Blocks to finish.
         folder: Where the files are; made if absent. None: in memory, in one process only.
         identity: Digest of everything that decides the numbers. Work of another identity is not resumed.
+        rows: The rows of the arrays that make up a block, as an index; None where the one block is all rows.
 
     Attributes:
         arrays: The arrays by name; writable, memory-mapped where they are files.
-        finished: (num_blocks,) bool.
 
     Raises:
         AnybatchError: Several ranks without a folder, or a folder that cannot be written.
 
     Warns:
-        UserWarning: The folder holds work of other inputs, which is discarded.
+        UserWarning: The folder holds work of other inputs, which is discarded, or damaged blocks, which are done again.
 
-    Cost: two barriers under several ranks, one here and one in `wait`.
+    Cost: two barriers under several ranks, one here and one in `wait`; one digest of all numbers, about 1 GB a second, and one more of what is found.
     """
 
     def __init__(
         self,
-        shapes: Mapping[str, tuple[tuple[int, ...], type]],
+        shapes: Shapes,
         num_blocks: int,
         *,
         folder: Path | None = None,
         identity: str = "",
+        rows: Callable[[int], Any] | None = None,
     ) -> None:
+        everything = {**shapes, "finished": ((num_blocks, RECORD), np.uint8)}
+        self._identity, self._rows = identity, rows or (lambda block: slice(None))
+        self._in_files = folder is not None
         self.arrays: dict[str, np.ndarray] = {}
-        everything = {**shapes, "finished": ((num_blocks,), np.bool_)}
         if folder is None:
             if distributed.is_active():
                 raise AnybatchError(
@@ -64,9 +73,20 @@ class BlockArrays:
             with distributed.alone() as chosen:
                 if chosen:
                     _prepare(folder, everything, identity)
-            for name in everything:
-                self.arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r+")
-        self.finished = self.arrays.pop("finished")
+            self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in everything}
+        self._records = self.arrays.pop("finished")
+        damaged = [block for block in self.share() if self.finished[block] and self._changed(block)]
+        if damaged:
+            self._records[damaged] = 0
+            warnings.warn(
+                f"{len(damaged)} of {num_blocks} finished blocks in {folder} are damaged; they are done again.",
+                stacklevel=3,
+            )
+
+    @property
+    def finished(self) -> np.ndarray:
+        """(num_blocks,) bool."""
+        return np.asarray(self._records.any(axis=1))
 
     def share(self) -> range:
         """This rank's blocks: every world_size-th."""
@@ -77,11 +97,30 @@ class BlockArrays:
         return [block for block in self.share() if not self.finished[block]]
 
     def finish(self, block: int) -> None:
-        """Record that the numbers of `block` are in the arrays."""
-        for array in self.arrays.values():
-            _flush(array)
-        self.finished[block] = True
-        _flush(self.finished)
+        """Record that the numbers of `block` are in the arrays.
+
+        Raises:
+            AnybatchError: They cannot be brought onto the disk.
+        """
+        try:
+            for array in self.arrays.values():
+                _flush(array)
+            self._records[block] = self._digest(block) if self._in_files else 1
+            _flush(self._records)
+        except OSError as error:
+            raise AnybatchError(f"Cannot write the results of a search: {error.strerror or error}.") from error
+
+    def _digest(self, block: int) -> np.ndarray:
+        def parts() -> Iterator[bytes]:
+            yield f"{self._identity} {block}".encode()
+            rows = self._rows(block)
+            for array in self.arrays.values():
+                yield np.ascontiguousarray(array[rows]).tobytes()
+
+        return np.frombuffer(bytes.fromhex(digest_of(parts())), np.uint8)
+
+    def _changed(self, block: int) -> bool:
+        return not np.array_equal(self._records[block], self._digest(block))
 
     def wait(self) -> None:
         """Until every rank is here; then all blocks are finished. One barrier."""
@@ -93,31 +132,53 @@ class BlockArrays:
             )
 
 
-def _prepare(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], type]], identity: str) -> None:
+def _prepare(folder: Path, shapes: Shapes, identity: str) -> None:
     """Make the files anew unless they are of this identity; `identity.json` is removed first and written last."""
     label = folder / "identity.json"
-    wanted = json.dumps(
-        {
-            "identity": identity,
-            "shapes": {name: [list(shape), np.dtype(dtype).str] for name, (shape, dtype) in shapes.items()},
-        }
-    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = label.read_text(encoding="utf-8") if label.exists() else None
-        if found == wanted and all((folder / f"{name}.npy").exists() for name in shapes):
-            return
-        if found is not None:
-            warnings.warn(f"{folder} holds work on other inputs or of another version; it starts again.", stacklevel=4)
+        if label.exists():
+            if _is_of(label, identity) and all(
+                _fits(folder / f"{name}.npy", shape, dtype) for name, (shape, dtype) in shapes.items()
+            ):
+                return
+            warnings.warn(
+                f"{folder} holds work on other inputs or of another version, or is damaged; it starts again.",
+                stacklevel=4,
+            )
             label.unlink()
         for name, (shape, dtype) in shapes.items():
-            array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-            array.flush()
+            _allocate(folder / f"{name}.npy", shape, dtype)
     except OSError as error:
+        for name in shapes:  # what was made of them would keep the disk full
+            with contextlib.suppress(OSError):
+                (folder / f"{name}.npy").unlink()
+        size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
         raise AnybatchError(
-            f"Cannot write to {folder}: {error.strerror or error}. Free some space or choose another folder."
+            f"Cannot write {size / 2**30:.3g} GiB to {folder}: {error.strerror or error}. Free some space or choose another folder."
         ) from error
-    write_text(label, wanted)
+    write_json(label, {"identity": identity})
+
+
+def _is_of(label: Path, identity: str) -> bool:
+    try:
+        return read_json(label, "")["identity"] == identity
+    except AnybatchError:
+        return False
+
+
+def _fits(path: Path, shape: tuple[int, ...], dtype: type) -> bool:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:  # of a damaged header NumPy says it in many ways
+        return False
+    return array.shape == shape and array.dtype == np.dtype(dtype) and array.flags.c_contiguous
+
+
+def _allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _flush(array: np.ndarray) -> None:

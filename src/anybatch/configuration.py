@@ -1,20 +1,82 @@
-"""Configuration files: YAML to frozen dataclasses, strictly. Unknown keys and wrong types are refused with the nearest valid key."""
+"""Configuration: frozen dataclasses that check themselves, and YAML files that become them.
+
+The annotations of a configuration class are its one description: `Configuration` checks every field against them when an object is made, in
+Python as from a file. Choices are `Literal`s, ranges are `Annotated[int, Range(...)]`, and all numbers are finite.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
+import operator
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 
 from anybatch.errors import AnybatchError
 
 T = TypeVar("T")
+LARGEST = {int: 2**62, float: 3.4e38}  # a sum of two whole numbers fits into 64 bits, a number into float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that an annotated number may have: `least` to `most`, without `least` itself if `above`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+
+    def check(self, value: float) -> None:
+        """Raise ValueError outside."""
+        if not self.least <= value <= self.most or (self.above and value == self.least):
+            raise ValueError
+
+    def __str__(self) -> str:
+        least = f"{'above' if self.above else 'of at least'} {self.least}"
+        if self.most == math.inf:
+            return least
+        return f"above {self.least} and at most {self.most}" if self.above else f"from {self.least} to {self.most}"
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(0, 1, above=True)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+
+
+class Configuration:
+    """Base of the configuration classes, which are frozen dataclasses. What every field may be is its annotation.
+
+    A class that checks more calls `super().__post_init__()` first. `section` is what messages put before the names.
+
+    Raises:
+        AnybatchError: A field is not what its annotation says: its name, what was given and what was expected.
+    """
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            where = f"{self.section}.{name}" if self.section else name
+            object.__setattr__(self, name, _convert(hint, getattr(self, name), where))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of the fields of a dataclass."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
 
 
 def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
@@ -36,7 +98,7 @@ def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ())
             raise AnybatchError(
                 f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such date, nested too deeply
             raise AnybatchError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
             raise AnybatchError(
@@ -49,7 +111,7 @@ def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ())
 
 def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `kind` from nested mappings; `where` is the dotted path used in messages."""
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
     values = {}
     for key, value in tree.items():
@@ -58,7 +120,7 @@ def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
             close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'?" if close else f"valid keys here: {', '.join(fields)}."
             raise AnybatchError(f"Unknown configuration key '{name}': {hint}")
-        values[key] = _convert(hints[key], value, name)
+        values[key] = _convert(hints[key], value, name, text=True)
     for name, field in fields.items():
         if name not in values and dataclasses.is_dataclass(hints[name]) and field.default is dataclasses.MISSING:
             values[name] = from_mapping(typing.cast(type, hints[name]), {}, f"{where}.{name}" if where else name)
@@ -111,7 +173,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise AnybatchError(f"Cannot read --set {override!r}: expected section.key=value.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AnybatchError(f"Cannot read the value of --set {override!r} as YAML: {error}") from error
     *parents, last = key.strip().split(".")
     for depth, parent in enumerate(parents):
@@ -126,49 +188,84 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if value is None:
-            value = {}
-        if not isinstance(value, Mapping):
-            raise AnybatchError(f"'{name}' is a section; got the value {value!r}.")
-        return from_mapping(hint, value, name)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        errors = []
-        for argument in (argument for argument in arguments if argument is not type(None)):
-            try:
-                return _convert(argument, value, name)
-            except AnybatchError as error:
-                errors.append(error)
-        raise errors[0]
-    if origin is typing.Literal:
-        if value in arguments:
+def _convert(hint: Any, value: Any, name: str, *, text: bool = False) -> Any:
+    """`value` as the annotation `hint` wants it; `text` also reads numbers from text, as YAML hands over 1e-4.
+
+    Raises:
+        AnybatchError: It is none: what was given for `name`, and what the annotation expects.
+    """
+    for choice in _choices(hint):
+        try:
+            return _converted(choice, value, name, text)
+        except (TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, AnybatchError):  # of a section, or of one of several values: says more
+                raise
+    words = [word for choice in _choices(hint) for word in typing.get_args(choice) if isinstance(word, str)]
+    close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
+    ending = f" Did you mean '{close[0]}'?" if close else ""
+    raise AnybatchError(f"{name} is {value!r}; expected {_expected(hint)}.{ending}")
+
+
+def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
+    """`value` as one alternative of an annotation. Raises TypeError, ValueError or OverflowError where it is none."""
+    origin, arguments = typing.get_origin(choice), typing.get_args(choice)
+    if origin is typing.Annotated:
+        number = _converted(arguments[0], value, name, text)
+        arguments[1].check(number)
+        return number
+    if dataclasses.is_dataclass(choice) and isinstance(choice, type):
+        if isinstance(value, choice):
             return value
-        close = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1, cutoff=0.5)
-        hint_text = f" Did you mean '{close[0]}'?" if close else ""
-        raise AnybatchError(f"'{name}' is {value!r}; expected one of {', '.join(map(str, arguments))}.{hint_text}")
+        if value is not None and not isinstance(value, Mapping):
+            raise AnybatchError(f"'{name}' is a section; got the value {value!r}.")
+        return from_mapping(choice, value or {}, name)
+    if origin is typing.Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        raise TypeError
     if origin is tuple:
-        items = [value] if isinstance(value, (str, int, float)) else value
+        items = [value] if text and isinstance(value, (str, int, float)) else value
         if not isinstance(items, (list, tuple)):
-            raise AnybatchError(f"'{name}' is {value!r}; expected a list.")
-        return tuple(_convert(arguments[0], item, f"{name}[{position}]") for position, item in enumerate(items))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise AnybatchError(f"'{name}' is {value!r}; expected a mapping.")
-        return {str(key): _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 as a string
-            return float(value)
-        except ValueError:
-            pass
-    if hint is Any or (
-        isinstance(value, typing.cast(type, hint)) and not (isinstance(value, bool) and hint is not bool)
-    ):
-        return value
-    raise AnybatchError(f"'{name}' is {value!r} ({type(value).__name__}); expected {getattr(hint, '__name__', hint)}.")
+            raise TypeError
+        return tuple(_convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
+    if choice is type(None) or choice is bool:
+        if isinstance(value, choice):
+            return value
+        raise TypeError
+    if choice is str:
+        written = os.fspath(value)  # a path is text as well
+        if not isinstance(written, str) or "\0" in written:
+            raise TypeError
+        written.encode()  # a name that is no UTF-8 could not be written into config.yaml
+        return written
+    if isinstance(value, (bool, bytes, str)) and not (text and choice is float and isinstance(value, str)):
+        raise TypeError
+    number: float = operator.index(typing.cast(int, value)) if choice is int else float(value)
+    if not abs(number) <= LARGEST[choice]:  # nan is neither
+        raise ValueError
+    return number
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of an annotation."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _expected(hint: Any) -> str:
+    """An annotation in words: "a whole number of at least 1, or nothing"."""
+    words = []
+    for choice in _choices(hint):
+        origin, arguments = typing.get_origin(choice), typing.get_args(choice)
+        if origin is typing.Annotated:
+            words.append(f"{_expected(arguments[0])} {arguments[1]}")
+        elif origin is typing.Literal:
+            words.append(("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments)))
+        elif origin is tuple:
+            words.append(f"a list, each of it {_expected(arguments[0])}")
+        else:
+            plain = {int: "a whole number", float: "a finite number", str: "text in UTF-8", bool: "true or false"}
+            words.append(plain.get(choice, "nothing"))
+    return ", or ".join(words)
 
 
 def _plain(value: Any) -> Any:

@@ -5,30 +5,44 @@ Cost: the texts in memory once, and one pass for ids and digest (about 2 seconds
 
 from __future__ import annotations
 
-import csv
-import difflib
-import gzip
 import json
+import logging
 import os
+import re
 import sys
-import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anybatch.columns import (
+    NEGATIVE,
+    Cell,
+    are_picture_paths,
+    cell_of,
+    choose_columns,
+    say_columns,
+    spread,
+    warn_of_columns,
+)
 from anybatch.errors import AnybatchError
 from anybatch.files import check_name, digest_of
 from anybatch.pictures import Column, PictureColumn, find_pictures, row_keys
+from anybatch.records import FORMATS, KINDS, Quoting, column_names, no_column, records
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMATS = ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, or a folder saved by datasets' save_to_disk"
+logger = logging.getLogger("anybatch")
+_TESTS = "(test|testing|dev|devel|development|val|valid|validation|eval|evaluation)"
+HELD_OUT = re.compile(
+    rf"{_TESTS}(?![a-z])|.*(?<![a-z]){_TESTS}(?=$|\.)", re.IGNORECASE
+)  # names of splits not to train on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +182,8 @@ def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
     widths = sorted({len(part.negatives) for part in parts})
     if len(widths) > 1:
         raise AnybatchError(
-            f"The data sets have {' and '.join(map(str, widths))} columns of negatives; expected the same number in each."
+            f"The data sets have {' and '.join(map(str, widths))} columns of negatives; expected the same number in each. "
+            "To train without any: data.negatives=[]."
         )
     for part, one in zip(parts, sets, strict=True):
         for side, column in (("anchor", part.anchors), ("positive", part.positives)):
@@ -187,7 +202,9 @@ def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
 
 
 def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
-    """The data sets under a folder, by name: its files, or the splits of a `DatasetDict`. Empty for one file or one saved data set.
+    """The data sets under a folder, by name: its files and saved data sets, those of its folders (one a task), or the splits of a `DatasetDict`.
+
+    Empty for one file or one saved data set.
 
     Raises:
         AnybatchError: A folder that holds neither, or something else beside; two of one name; splits that are meant for testing.
@@ -197,28 +214,30 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
         return {}
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        held_out = [name for name in splits if name.lower().startswith(("test", "dev", "val", "eval"))]
-        if held_out:
-            raise AnybatchError(
-                f"{path} holds the splits {', '.join(splits)}; {', '.join(held_out)} would be trained on. Give the folder of one split, such as "
-                f"{path / splits[0]}, or name those to train on in data.sets."
-            )
-        return {name: path / name for name in splits}
-    kinds = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-    files = [file for file in sorted(path.iterdir()) if file.name.removesuffix(".gz").endswith(kinds)]
-    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
-    foreign = [folder.name for folder in folders if not (folder / "state.json").exists()]
-    if foreign:
-        raise AnybatchError(
-            f"{path} holds the folder {foreign[0]}, which is no data set. Name the data sets in data.sets."
-        )
-    if not files and not folders:
+        sets = [(name, path / name) for name in splits]
+    else:
+        sets = list(_sets_in(path))
+        for folder in sorted(path.iterdir()):
+            if not folder.is_dir() or (folder / "state.json").exists():
+                continue
+            inner = list(_sets_in(folder))  # one folder a task
+            if not inner and not folder.name.startswith("."):
+                raise AnybatchError(
+                    f"{path} holds the folder {folder.name}, which is no data set. Name the data sets in data.sets."
+                )
+            sets += [(folder.name if len(inner) == 1 else f"{folder.name}-{name}", file) for name, file in inner]
+    if not sets:
         raise AnybatchError(
             f"{path} is a folder without data sets. Expected files or folders of these kinds: {FORMATS}."
         )
+    held_out = [name for name, file in sets if HELD_OUT.match(file.name)]
+    if held_out:
+        raise AnybatchError(
+            f"{path} holds {', '.join(name for name, _ in sets)}; {', '.join(held_out)} would be trained on. Give one of them, such as "
+            f"{sets[0][1]}, or name those to train on in data.sets."
+        )
     found: dict[str, Path] = {}
-    for file in [*files, *folders]:
-        name = file.name if file.is_dir() else Path(file.name.removesuffix(".gz")).stem
+    for name, file in sets:
         if name in found:
             raise AnybatchError(
                 f"Two data sets are called '{name}': {found[name].name} and {file.name}. Rename one, or name them in data.sets."
@@ -227,63 +246,93 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
     return found
 
 
+def _sets_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Files of pairs and saved data sets right in a folder, with their names."""
+    for path in sorted(folder.iterdir()):
+        name = path.name.removesuffix(".gz")
+        if path.is_file() and name.lower().endswith(KINDS):
+            yield Path(name).stem, path
+        elif (path / "state.json").exists():
+            yield path.name, path
+
+
 def read_pairs(
     path: str | os.PathLike[str],
     *,
-    anchor: str = "anchor",
-    positive: str = "positive",
-    negatives: Sequence[str] = (),
-    pictures: Sequence[str] = (),
+    anchor: str | None = None,
+    positive: str | None = None,
+    negatives: Sequence[str] | None = None,
+    pictures: Sequence[str] | None = None,
+    quoting: Quoting | None = None,
     limit: int | None = None,
 ) -> PairData:
-    """Read pairs from a file or folder.
+    """Read pairs from a file or folder, and say to the log (`anybatch`, INFO) which columns are used for what and which are not.
 
     Args:
-        path: JSONL, CSV or TSV (each also `.gz`; a TSV has no quoting), Parquet, or a folder saved by `datasets`.
-        anchor, positive: Names of the columns: texts, or pictures (the feature `datasets.Image` of a saved folder or Parquet file).
-        negatives: Names of columns with explicit negatives.
-        pictures: Which of these columns hold the paths of pictures, relative to the file's folder.
+        path: JSONL, CSV or TSV (each also `.gz`), Parquet, or a folder saved by `datasets`.
+        anchor, positive: Names of the columns: texts, or pictures (the feature `datasets.Image` of a saved folder or Parquet file). None for
+            conventional ones: anchor and positive, query and pos, question and answer, and others (`anybatch.columns.CONVENTIONS`).
+        negatives: Names of columns with explicit negatives. None for those called negative, neg, negative_1 and the like; () for none.
+        pictures: Which of these columns hold the paths of pictures, relative to the file's folder. None for those whose texts are all such
+            paths; () for none.
+        quoting: Of CSV and TSV. None for the usual rules (RFC 4180), refusing a file that can also be read without; "standard" to insist on
+            them, "raw" where quotes are plain characters.
         limit: Read only the first rows; None for all.
+
+    In JSON lines, Parquet and saved folders a cell may hold a list of texts. Several positives of a row are pairs of their own, several
+    negatives are columns: as many as every row has, with a warning where some have more.
 
     Raises:
         AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there (with the
-            nearest name), a text that is empty or no text (with its row, counted from 1). A picture that is not there is found when
-            ids or digest are asked for.
+            nearest name), a text that is empty or no text (with its row, counted from 1), negatives in some rows only, paths of pictures
+            that are not there. A declared picture that is not there is found when ids or digest are asked for.
+
+    Cost: the texts in memory once; about 3 seconds a million rows of JSON.
     """
     path = Path(path)
-    names = [anchor, positive, *negatives]
-    foreign = [name for name in pictures if name not in names]
+    where = str(path)
+    present = column_names(path, quoting)
+    if not present:
+        raise AnybatchError(f"{path} is empty: it has no rows. Expected pairs of anchor and positive.")
+    chosen = choose_columns(present, anchor, positive, negatives, where)
+    foreign = [name for name in pictures or () if name not in chosen.names]
     if foreign:
-        raise AnybatchError(f"'{foreign[0]}' is said to hold pictures, but is none of the columns {', '.join(names)}.")
+        raise AnybatchError(
+            f"'{foreign[0]}' is said to hold pictures, but is none of the columns {', '.join(chosen.names)}."
+        )
     if limit is not None and limit < 1:
         raise AnybatchError(f"The limit is {limit}; expected at least 1 row.")
-    if len(set(names)) < len(names):
+    limit = limit and min(limit, sys.maxsize)
+    columns: dict[str, Any] = dict(find_pictures(path, chosen.names, limit))
+    cells: dict[str, list[Cell]] = {name: [] for name in chosen.names if name not in columns}
+    later = dict.fromkeys(present)
+    for row, record in enumerate(islice(records(path, list(cells), quoting), limit) if cells else (), start=1):
+        for name, column in cells.items():
+            column.append(cell_of(record, name, row, where, negative=name in chosen.negatives))
+        if not later.keys() >= record.keys():
+            later.update(dict.fromkeys(record))
+    late = [name for name in later if NEGATIVE.fullmatch(name) and name not in present]
+    if late and negatives is None:
+        raise AnybatchError(f"{path} has '{late[0]}' in some rows only. Fill it in all rows, or set data.negatives=[].")
+    if not all(cells.values()) or not all(map(len, columns.values())):
         raise AnybatchError(
-            f"The columns {', '.join(names)} name one column twice; anchor, positive and negatives must differ."
+            f"{path} is empty: it has no rows. Expected pairs in the columns '{chosen.anchor}' and '{chosen.positive}'."
         )
-    found = find_pictures(path, names, limit)
-    columns: dict[str, Any] = {name: [] for name in names} | found
-    texts = {name: column for name, column in columns.items() if name not in found}
-    for row, record in enumerate(islice(_records(path, list(texts)), limit) if texts else (), start=1):
-        for name, column in texts.items():
-            if name not in record:
-                raise _no_column(name, list(record), f"row {row} of {path}")
-            text = record[name]
-            if not isinstance(text, str) or not text.strip():
-                what = "empty" if text is None or isinstance(text, str) else f"{text!r:.60}, which is no text"
-                raise AnybatchError(
-                    f"Row {row} of {path}: '{name}' is {what}. Every row needs a text there: fill it or leave the row out."
-                )
-            column.append(text)
-    if not columns[anchor]:
-        raise AnybatchError(
-            f"{path} is empty: it has no rows. Expected pairs in the columns '{anchor}' and '{positive}'."
-        )
+    texts, remarks = spread(cells, chosen, where)
     folder = path if path.is_dir() else path.parent
-    for name in set(pictures) & texts.keys():
-        columns[name] = PictureColumn.of_paths(columns[name], folder, f"'{name}' of {path}")
-    first, second, *others = (columns[name] for name in names)
-    return PairData(anchors=first, positives=second, negatives=tuple(others), source=str(path))
+    for name, [column, *_] in texts.items():
+        if name in pictures if pictures is not None else are_picture_paths(name, column, folder, where):
+            columns[name] = PictureColumn.of_paths(column, folder, f"'{name}' of {path}")
+    found = {name: [columns[name]] if name in columns else texts[name] for name in chosen.names}
+    pairs = PairData(
+        anchors=found[chosen.anchor][0],
+        positives=found[chosen.positive][0],
+        negatives=tuple(column for name in chosen.negatives for column in found[name]),
+        source=where,
+    )
+    say_columns(where, chosen, list(columns), [name for name in later if name not in chosen.names], len(pairs), remarks)
+    warn_of_columns(where, chosen, {name: parts[0] for name, parts in texts.items() if name not in columns})
+    return pairs
 
 
 def read_retrieval(
@@ -292,6 +341,7 @@ def read_retrieval(
     qrels: str | os.PathLike[str],
     *,
     split: str | None = None,
+    quoting: Quoting | None = None,
 ) -> RetrievalData:
     """Read a retrieval set in BEIR's layout.
 
@@ -300,24 +350,31 @@ def read_retrieval(
         queries: JSONL with `id` (or `_id`) and `text`, optionally `split`.
         qrels: TSV with a header: query id, document id, grade, optionally `split`.
         split: Keep only this split of `qrels`, which must then have a column `split`.
+        quoting: Of TSV and CSV, see `read_pairs`.
+
+    Ids are compared as texts, digit by digit. What is not used (queries without judgements, other splits) is said to the log.
 
     Raises:
-        AnybatchError: Missing files or columns; an id twice; a grade that is no whole number; judgements of unknown queries or
+        AnybatchError: Missing files or columns; an id twice, or one that is neither a text nor a whole number; a grade that is no whole number; judgements of unknown queries or
             documents, or twice with different grades; nothing left.
     """
     documents = {
-        identity: f"{record.get('title') or ''} {record['text']}".strip() for identity, record in _by_id(Path(corpus))
+        identity: f"{record.get('title') or ''} {record['text']}".strip()
+        for identity, record in _by_id(Path(corpus), quoting)
     }
-    texts = {identity: record["text"] for identity, record in _by_id(Path(queries))}
+    texts = {identity: record["text"] for identity, record in _by_id(Path(queries), quoting)}
     relevance: dict[str, dict[str, int]] = {}
-    seen_splits = set()
-    for row, record in enumerate(_records(Path(qrels), ["score"]), start=1):
+    seen_splits: Counter[str] = Counter()
+    names = column_names(Path(qrels), quoting)
+    if "score" not in names:
+        raise no_column("score", names, str(qrels))
+    for row, record in enumerate(records(Path(qrels), quoting=quoting), start=1):
         if "split" in record:
-            seen_splits.add(record["split"])
+            seen_splits[str(record["split"])] += 1
             if split is not None and record["split"] != split:
                 continue
-        query = _first(record, ("query_id", "query-id", "qid"), qrels)
-        document = _first(record, ("doc_id", "corpus-id", "corpus_id", "docid"), qrels)
+        query = _id(record, ("query_id", "query-id", "qid"), row, qrels)
+        document = _id(record, ("doc_id", "corpus-id", "corpus_id", "docid"), row, qrels)
         if query not in texts or document not in documents:
             unknown = f"query {query}" if query not in texts else f"document {document}"
             raise AnybatchError(
@@ -337,137 +394,21 @@ def read_retrieval(
     if not relevance:
         found = f"; it has the splits {', '.join(sorted(seen_splits))}" if seen_splits else ""
         raise AnybatchError(f"{qrels} has no judgements{f' of split {split!r}' if split else ''}{found}.")
+    others = ", ".join(f"{name!r} ({count} judgements)" for name, count in seen_splits.items() if name != split)
+    logger.info(
+        "%s: %d judged queries, %d documents; not used: %d queries without judgements%s.",
+        qrels,
+        len(relevance),
+        len(documents),
+        len(texts) - len(relevance),
+        f", split {others}" if split is not None and others else "",
+    )
     return RetrievalData(
         query_ids=list(relevance),
         query_texts=[texts[query] for query in relevance],
         corpus_ids=list(documents),
         corpus_texts=list(documents.values()),
         relevance=relevance,
-    )
-
-
-def _records(path: Path, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """Rows of any supported file as mappings; columns are checked where the format states them up front."""
-    if not path.exists():
-        raise AnybatchError(f"There is no file {path}. Check the path; expected {FORMATS}.")
-    if path.is_dir():
-        return _folder_records(path, names)
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = suffixes[-1].lower() if suffixes else ""
-    if path.stat().st_size == 0:
-        raise AnybatchError(f"{path} is empty (0 bytes). Expected {FORMATS}.")
-    if kind in (".jsonl", ".ndjson", ".json"):
-        return _json_records(path)
-    if kind in (".csv", ".tsv"):
-        return _csv_records(path, names, "\t" if kind == ".tsv" else ",")
-    if kind == ".parquet":
-        return _parquet_records(path, names)
-    raise AnybatchError(f"Cannot tell the format of {path} from its name. Expected {FORMATS}.")
-
-
-def _open(path: Path, newline: str | None = None) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return path.open("rt", encoding="utf-8-sig", newline=newline)
-
-
-def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    with _open(path) as file:
-        number = 0
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if "\\ud" in line.lower():
-                    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                if not isinstance(record, dict):
-                    raise AnybatchError(
-                        f"Line {number} of {path} holds a {type(record).__name__}; expected one JSON object a line."
-                    )
-                yield record
-        except json.JSONDecodeError as error:
-            raise AnybatchError(
-                f"Line {number} of {path} is no JSON ({error.msg}, column {error.colno}). Expected one object a line."
-            ) from error
-        except UnicodeEncodeError as error:
-            raise AnybatchError(
-                f"Line {number} of {path} holds half of a surrogate pair ({error.object[error.start]!r}), which is no character. "
-                "Write the file anew from its source, or leave the line out."
-            ) from error
-        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-            raise AnybatchError(
-                f"Cannot read {path}: {error}. Expected UTF-8 text{' in a whole gzip file' if path.suffix == '.gz' else ''}."
-            ) from error
-
-
-def _csv_records(path: Path, names: Sequence[str], delimiter: str) -> Iterator[Mapping[str, Any]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with _open(path, newline="") as file:
-        # In a TSV a quote is a character like any other (5" disk); read as an opening quote it would swallow whole rows.
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        try:
-            _check_columns(names, list(reader.fieldnames or []), str(path))
-            for record in reader:
-                if None in record or None in record.values():
-                    remedy = (
-                        "A TSV field cannot hold a tab or a line break, and quotes are plain characters there; use CSV or JSONL for such texts."
-                        if delimiter == "\t"
-                        else "Quote fields that hold the separator or a line break."
-                    )
-                    raise AnybatchError(
-                        f"Line {reader.line_num} of {path} has another number of fields than the header ({len(reader.fieldnames or [])}). {remedy}"
-                    )
-                yield record
-        except (csv.Error, UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-            raise AnybatchError(f"Cannot read line {reader.line_num} of {path}: {error}.") from error
-
-
-def _parquet_records(path: Path, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(names, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(columns=list(names)):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise AnybatchError(f"Cannot read {path} as Parquet: {error}.") from error
-
-
-def _folder_records(path: Path, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        dataset = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise AnybatchError(f"{path} is no folder saved by datasets' save_to_disk ({error}).") from error
-    if isinstance(dataset, DatasetDict):
-        splits = [str(name) for name in dataset]
-        raise AnybatchError(
-            f"{path} holds the splits {', '.join(splits)}; give the folder of one of them, such as {path / splits[0]}."
-        )
-    _check_columns(names, dataset.column_names, str(path))
-    for record in dataset.select_columns(list(names)):
-        yield dict(record)
-
-
-def _check_columns(names: Sequence[str], present: list[str], where: str) -> None:
-    twice = next((name for name in present if name and present.count(name) > 1), None)
-    if twice is not None:
-        raise AnybatchError(f"{where} has the column '{twice}' more than once. Rename or remove all but one.")
-    for name in names:
-        if name not in present:
-            raise _no_column(name, present, where)
-
-
-def _no_column(name: str, present: list[str], where: str) -> AnybatchError:
-    close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return AnybatchError(
-        f"There is no column '{name}' in {where}; it has {', '.join(map(repr, present)) or 'none'}.{hint}"
     )
 
 
@@ -498,20 +439,30 @@ def _identify(columns: Sequence[Column]) -> list[np.ndarray]:
     return [number(column) for column in columns]
 
 
-def _first(record: Mapping[str, Any], names: Sequence[str], where: object) -> str:
+def _id(record: Mapping[str, Any], names: Sequence[str], row: int, where: object) -> str:
+    """The id in the first of these columns that is there, as a text; of a float digits may be lost already."""
     for name in names:
-        if record.get(name) is not None:
-            return str(record[name])
-    raise _no_column(names[0], list(record), str(where))
+        value = record.get(name)
+        if value is None or value == "":
+            continue
+        if isinstance(value, (str, int)) and not isinstance(value, bool):
+            return str(value)
+        raise AnybatchError(
+            f"Row {row} of {where} has the {name} {value!r} ({type(value).__name__}); expected a text or a whole number. Write ids as texts."
+        )
+    raise no_column(names[0], list(record), f"row {row} of {where}, or it is empty there")
 
 
-def _by_id(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _by_id(path: Path, quoting: Quoting | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Id and record of each document or query; every id once, every text a string."""
     seen: set[str] = set()
-    for row, record in enumerate(_records(path, ["text"]), start=1):
-        identity = _first(record, ("id", "_id"), path)
-        if not isinstance(record.get("text"), str):
-            raise _no_column("text", list(record), f"row {row} of {path}")
+    for row, record in enumerate(records(path, quoting=quoting), start=1):
+        identity = _id(record, ("id", "_id"), row, path)
+        if "text" not in record:
+            raise no_column("text", list(record), f"row {row} of {path}")
+        for name in ("text", "title"):
+            if not isinstance(record.get(name), str) and not (name == "title" and record.get(name) is None):
+                raise AnybatchError(f"Row {row} of {path} has the {name} {record[name]!r:.60}; expected a text.")
         if identity in seen:
             raise AnybatchError(
                 f"Row {row} of {path} has the id {identity} again. Ids must differ: keep one of the rows."

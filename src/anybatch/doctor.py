@@ -6,7 +6,6 @@ Imports pipeline and caching; the command line calls it.
 from __future__ import annotations
 
 import contextlib
-from itertools import islice
 
 import torch
 
@@ -14,7 +13,7 @@ from anybatch.caching import Verification, verify
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.model import load_model
 from anybatch.losses.config import build_loss
-from anybatch.pipeline import read_training_pairs
+from anybatch.pipeline import first_inputs, read_training_pairs
 from anybatch.rows import RowTable
 from anybatch.run_config import RunConfig
 
@@ -44,18 +43,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     pairs = read_training_pairs(config)
     rows = min(num_rows, len(pairs))
     model = load_model(config.model).train()
-    prompts = (config.model.anchor_prompt, *[config.model.positive_prompt] * (1 + len(pairs.negatives)))
-    columns = [
-        [prompt + one if isinstance(one, str) else one.decode() for one in islice(column, rows)]
-        for prompt, column in zip(prompts, pairs.prompted, strict=True)
-    ]
-    inputs = [
-        {
-            key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-            for key, value in model.preprocess(inputs_of_column).items()
-        }
-        for inputs_of_column in columns
-    ]
+    inputs = first_inputs(model, pairs, rows)
     table = RowTable(pairs.anchor_id, pairs.positive_id, negative_id=pairs.negative_id).to(model.device)
     index = torch.arange(rows, device=model.device)
     loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device).train()

@@ -6,37 +6,57 @@ The command line calls this; everything here can be called from Python as well. 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
+import torch
 
 from anybatch import distributed
-from anybatch.configuration import differences, load_config, to_yaml
+from anybatch.configuration import differences, to_yaml
 from anybatch.data import PairData, PairSet, RetrievalData, find_sets, join_pairs, read_pairs, read_retrieval
 from anybatch.errors import AnybatchError
-from anybatch.files import write_text
-from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
+from anybatch.files import (
+    CONTENTS,
+    LOCK,
+    SEAL,
+    digest_of,
+    file_digest,
+    locked,
+    read_json,
+    seal_folder,
+    write_json,
+    write_sealed,
+)
+from anybatch.integrations.sentence_transformers.model import (
+    ModelConfig,
+    Side,
+    lengths_of,
+    load_model,
+    side_inputs,
+    warn_of_instructions,
+)
 from anybatch.mining import MiningSet
-from anybatch.pictures import Column, PictureColumn, holds_pictures, pick
+from anybatch.pictures import Column, PictureColumn, pick
 from anybatch.plan import BatchPlan
 from anybatch.resources import Measure
-from anybatch.run_config import DataConfig, RunConfig, RunResult, SetConfig, resolved
+from anybatch.run_config import DataConfig, RunConfig, RunResult, SetConfig, read_config, resolved
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
 
 logger = logging.getLogger("anybatch")
+TRIED_ROWS = 4  # of the step that is tried before mining
 STAND_INS = 1000  # rows looked at for one that can stand in for a missing hard negative
 BATCH_LOSSES = ("infonce", "decoupled", "siglip", "auc_cl")  # whose negatives are the batch's own
 
@@ -100,6 +120,7 @@ def read_data(data: DataConfig) -> PairData:
             positive=one.positive or data.positive,
             negatives=data.negatives,
             pictures=data.pictures,
+            quoting=data.quoting,
             limit=data.limit if one.limit is None else one.limit,
         )
         for one, path in found
@@ -168,24 +189,29 @@ def teacher_embeddings(
         )
     from anybatch.integrations.sentence_transformers.embed import embed_to_file
 
-    model = load_model(ModelConfig(name=teacher.name, max_length=teacher.max_length, device=config.model.device))
+    model = load_model(
+        ModelConfig(
+            name=teacher.name,
+            max_length=teacher.max_length,
+            anchor_prompt=teacher.anchor_prompt,
+            positive_prompt=teacher.positive_prompt,
+            device=config.model.device,
+        )
+    )
     folder = Path(config.output)
-    identity = {"model": teacher.name, "max_length": model.max_seq_length, "data": pairs.digest}
+    identity = {"model": teacher.name, "max_length": lengths_of(model), "data": pairs.digest}
     columns = []
-    for side, texts, prompt in (
-        ("anchor", pairs.anchors, teacher.anchor_prompt),
-        ("positive", pairs.positives, teacher.positive_prompt),
-    ):
-        report = _counter(progress, f"teacher: {side}s", len(texts))
-        path = folder / f"teacher_{side}.npy"
+    for name, side, texts in zip(("anchor", "positive"), get_args(Side), (pairs.anchors, pairs.positives), strict=True):
+        report = _counter(progress, f"teacher: {name}s", len(texts))
+        path = folder / f"teacher_{name}.npy"
         columns.append(
             embed_to_file(
                 model,
                 texts,
                 path,
                 identity=identity,
+                side=side,
                 batch_size=teacher.batch_size,
-                prompt=prompt,
                 precision=teacher.precision,
                 progress=report,
             )
@@ -220,7 +246,11 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
             )
         return given
     if exists:
-        return _load_plan(path, config, pairs)
+        plan = _load_plan(path, config, pairs)
+        with distributed.alone() as chosen:
+            if chosen:
+                _check_inputs(plan, path, mining_inputs(config, pairs))
+        return plan
     if config.mining.method == "random":
         with distributed.alone() as chosen:
             if chosen:
@@ -230,7 +260,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
                     sets=mining_sets(config, pairs),
                     data_digest=pairs.digest,
                 )
-                plan.save(path)
+                _with_inputs(plan, mining_inputs(config, pairs)).save(path)
         return BatchPlan.load(path)
     check_sizes(config, pairs)
     anchors, positives = teacher_embeddings(config, pairs, progress)
@@ -250,15 +280,55 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
         mine_shared(anchors, positives, **known)
     with distributed.alone() as chosen:
         if chosen:
+            inputs = mining_inputs(config, pairs)
             result = mine_plan(anchors, positives, data_digest=pairs.digest, **known)
             for name, part in {"": result.report, **result.report.sets}.items():
                 for warning in part.outlook.warnings if part.outlook is not None else ():
                     logger.warning("Before you train%s: %s", name and f" on {name}", warning)  # not after
             report = {"plan": result.plan.digest, **result.report.as_dict()}
-            write_text(folder / "mining.json", json.dumps(report, indent=2))
-            result.plan.save(path)
+            write_json(folder / "mining.json", report)
+            _with_inputs(result.plan, inputs).save(path)
             shutil.rmtree(folder / "neighbors", ignore_errors=True)  # larger than all else in the folder
     return BatchPlan.load(path)
+
+
+def mining_inputs(config: RunConfig, pairs: PairData) -> dict[str, str]:
+    """What decides the plan that a run mines, beside its data: digests of the settings and, of what there is, of the teacher's files."""
+    digests = {"the settings": digest_of([repr((resolved(config).mining, mining_sets(config, pairs))).encode()])}
+    if config.mining.method == "random":
+        return digests
+    teacher = config.teacher
+    files = {
+        "teacher.anchor_embeddings": [teacher.anchor_embeddings],
+        "teacher.positive_embeddings": [teacher.positive_embeddings],
+        "teacher.name": sorted(
+            path
+            for path in (Path(teacher.name).rglob("*") if teacher.name else ())  # a name on the hub has no files here
+            if path.suffix in (".safetensors", ".bin")
+        ),
+    }
+    for name, paths in files.items():
+        present = [path for path in paths if path and Path(path).is_file()]
+        if present:
+            digests[name] = digest_of(file_digest(path).encode() for path in present)
+    return digests
+
+
+def _with_inputs(plan: BatchPlan, inputs: dict[str, str]) -> BatchPlan:
+    return replace(plan, meta={**plan.meta, "inputs": inputs})
+
+
+def _check_inputs(plan: BatchPlan, path: Path, inputs: dict[str, str]) -> None:
+    """Refuse a plan of a run's folder that was mined from something else than what would be mined now."""
+    known = plan.meta.get("inputs") or {}
+    changed = [name for name, digest in inputs.items() if known.get(name) != digest]
+    if changed:
+        raise AnybatchError(
+            f"{path} was made from other inputs than the run has now: {', '.join(changed)} changed since. Put back what the plan was made from, or mine "
+            "anew in another output folder."
+        )
+    for name in sorted(known.keys() - inputs.keys()):
+        logger.warning("%s is gone; %s, which was made from it, is kept.", name, path)
 
 
 def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
@@ -269,6 +339,56 @@ def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
             f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make them equal."
         )
     return plan
+
+
+def check_start(config: RunConfig, pairs: PairData) -> None:
+    """Refuse, before anything is written, what a new run could not mine from: no teacher, embeddings or a plan of other data."""
+    teacher = config.teacher
+    if config.plan is not None:
+        _load_plan(Path(config.plan), config, pairs)
+    elif config.mining.method != "random" and (
+        teacher.anchor_embeddings or teacher.positive_embeddings or not teacher.name
+    ):
+        teacher_embeddings(config, pairs)
+
+
+def try_batch(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> None:
+    """One training step on a few rows, forgotten at once: what caching refuses is refused before anything is mined or written.
+
+    Raises:
+        AnybatchError: The cached step refuses the model or the loss, on every rank.
+
+    Cost: four forward and two backward passes of two rows, for each column.
+    """
+    from anybatch.integrations.sentence_transformers.loss import CachedLoss
+    from anybatch.integrations.sentence_transformers.training import forgotten
+    from anybatch.losses.config import build_loss
+
+    with distributed.alone() as chosen, forgotten(model):
+        if not chosen:
+            return
+        inputs = first_inputs(model, pairs, TRIED_ROWS)
+        loss = CachedLoss(
+            model.train(),
+            build_loss(config.loss, num_rows=len(pairs)).to(model.device),
+            micro_batch=TRIED_ROWS // 2,
+            keep_graphs=0.0,
+        )
+        loss(inputs, torch.arange(min(TRIED_ROWS, len(pairs)), device=model.device)).backward()
+
+
+def first_inputs(model: SentenceTransformer, pairs: PairData, num_rows: int) -> list[dict[str, Any]]:
+    """What the model is given of the first rows: a dictionary of tensors on its device for each column."""
+    columns = [
+        [one if isinstance(one, str) else one.decode() for one in islice(column, num_rows)] for column in pairs.prompted
+    ]
+    return [
+        {
+            key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+            for key, value in side_inputs(model, column, "document" if place else "query").items()
+        }
+        for place, column in enumerate(columns)
+    ]
 
 
 def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
@@ -320,7 +440,7 @@ def evaluate_model(
     model: SentenceTransformer,
     data: PairData | RetrievalData,
     *,
-    prompts: tuple[str, str] = ("", ""),
+    prompts: tuple[str | None, str | None] = (None, None),
     batch_size: int = 128,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
@@ -329,23 +449,24 @@ def evaluate_model(
     Args:
         model: Any sentence-transformers model.
         data: Pairs (each anchor must find its positive among all distinct ones) or a retrieval set.
-        prompts: Text put before each anchor (query) and each positive (document).
+        prompts: Text put before each anchor (query) and each positive (document); None for the model's own, "" for none.
         batch_size: Texts per forward pass.
         progress: Told how many texts are embedded.
     """
     from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
     from anybatch.integrations.sentence_transformers.embed import embed_texts
 
-    def embed(stage: str, texts: Column, prompt: str) -> np.ndarray:
+    def embed(stage: str, texts: Column, side: Side) -> np.ndarray:
         report = _counter(progress, f"embedding: {stage}", len(texts))
-        return embed_texts(model, texts, batch_size=batch_size, prompt=prompt, progress=report)
+        prompt = prompts[side == "document"]
+        return embed_texts(model, texts, side=side, batch_size=batch_size, prompt=prompt, progress=report)
 
     if isinstance(data, PairData):
-        anchors = embed("anchors", data.anchors, prompts[0])
-        positives = embed("positives", data.positives, prompts[1])
+        anchors = embed("anchors", data.anchors, "query")
+        positives = embed("positives", data.positives, "document")
         return pair_metrics(anchors, positives, anchor_id=data.anchor_id, positive_id=data.positive_id)
-    queries = embed("queries", data.query_texts, prompts[0])
-    corpus = embed("documents", data.corpus_texts, prompts[1])
+    queries = embed("queries", data.query_texts, "query")
+    corpus = embed("documents", data.corpus_texts, "document")
     return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
 
 
@@ -357,41 +478,53 @@ def read_evaluation(config: RunConfig) -> PairData | RetrievalData | None:
             raise AnybatchError(
                 "A retrieval set needs all of evaluation.corpus, evaluation.queries and evaluation.qrels."
             )
-        return read_retrieval(held_out.corpus, held_out.queries, held_out.qrels, split=held_out.split)
+        files = (held_out.corpus, held_out.queries, held_out.qrels)
+        return read_retrieval(*files, split=held_out.split, quoting=config.data.quoting)
     if held_out.path is None:
         return None
-    sides = (config.data.anchor, config.data.positive)
+    data = config.data
+    negatives = data.negatives or ()
     return read_pairs(
         held_out.path,
-        anchor=sides[0],
-        positive=sides[1],
-        pictures=[name for name in config.data.pictures if name in sides],
+        anchor=data.anchor,
+        positive=data.positive,
+        negatives=(),
+        pictures=data.pictures and [name for name in data.pictures if name not in negatives],
+        quoting=data.quoting,
         limit=held_out.limit,
     )
 
 
 def read_embeddings(path: str, num_rows: int) -> np.ndarray:
-    """Precomputed embeddings, memory-mapped.
+    """Precomputed embeddings, memory-mapped; in memory where the file has another byte order than this machine.
 
     Args:
-        path: A `.npy` file, (rows, dimensions) of floats.
+        path: A `.npy` file, (rows, dimensions) of floats of any width and byte order.
         num_rows: Rows of the data, which must be the file's.
 
     Raises:
-        AnybatchError: No such file, no array, or another shape.
+        AnybatchError: No such file, no array, or another shape; a file that this library made and that is damaged.
     """
+    from anybatch.integrations.sentence_transformers.embed import check_embedded
+
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise AnybatchError(
             f"Cannot read the embeddings {path}: {error}. Expected a .npy file of shape (rows, dimensions)."
         ) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise AnybatchError(f"{path} is an archive of several arrays (.npz). Save the one of the embeddings as .npy.")
     if array.ndim != 2 or len(array) != num_rows or not np.issubdtype(array.dtype, np.floating):
+        quantised = " Quantised embeddings have to be turned into floats first." if array.dtype.kind in "iu" else ""
         raise AnybatchError(
             f"{path} holds a {array.dtype} array of shape {array.shape}; expected floats of shape ({num_rows}, dimensions), one row for each row "
-            "of the data, in its order. Embed this very file, or set data.limit to what was embedded."
+            f"of the data, in its order. Embed this very file, or set data.limit to what was embedded.{quantised}"
         )
-    return array
+    check_embedded(Path(path))
+    native = np.dtype(np.float32) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return array.astype(native, copy=False)
 
 
 def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
@@ -405,48 +538,81 @@ def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None
     return add
 
 
-def open_run(config: RunConfig, *, resume: bool = False) -> Path:
-    """Make the run's folder and write the resolved configuration into it; with `resume`, check that it is this configuration's.
+@contextmanager
+def open_run(config: RunConfig, *, resume: bool = False) -> Iterator[Path]:
+    """The run's folder with the resolved configuration in it, for as long as this is open held against all others.
+
+    A start that fails with nothing done leaves nothing: the folder can be used by the next.
+
+    Args:
+        config: The run.
+        resume: The folder may hold this very run.
 
     Raises:
-        AnybatchError: The folder holds a run (and `resume` is off), holds something else, or holds a run of another configuration.
+        AnybatchError: The folder holds a run (and `resume` is off), holds something else, holds a run of another configuration, or is in use.
     """
     folder = Path(config.output)
-    with distributed.alone() as chosen:
-        if chosen:
-            _open_run(folder, config, resume)
-    return folder
+    with ExitStack() as stack:
+        with distributed.alone() as chosen:
+            if chosen:
+                stack.enter_context(_held(folder, config, resume))
+        yield folder
 
 
-def _open_run(folder: Path, config: RunConfig, resume: bool) -> None:
-    written = folder / "config.yaml"
-    if written.exists():
-        if not resume:
-            raise AnybatchError(
-                f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it."
-            )
-        changed = [
-            line
-            for line in differences(resolved(load_config(RunConfig, written)), resolved(config))
-            if not line.startswith("output:")
-        ]
-        if changed:
-            raise AnybatchError(
-                f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the configuration in "
-                f"{written}, or choose another output folder."
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AnybatchError(
-            f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
-        )
+@contextmanager
+def _held(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AnybatchError(
             f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder."
         ) from error
-    write_text(written, to_yaml(resolved(config)))
+    if not (folder / "config.yaml").exists() and _names(folder):
+        raise AnybatchError(
+            f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
+        )
+    try:
+        with locked(folder):
+            _begin(folder, config, resume)
+            try:
+                yield
+            except Exception:
+                if not _names(folder) - {"config.yaml"} and not resume:
+                    (folder / "config.yaml").unlink(missing_ok=True)
+                raise
+    finally:
+        for path in made:  # those that are empty
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _names(folder: Path) -> set[str]:
+    """What is in a run's folder but the lock, and what a killed run was about to write."""
+    return {path.name for path in folder.iterdir() if path.name != LOCK and path.suffix != ".tmp"}
+
+
+def _begin(folder: Path, config: RunConfig, resume: bool) -> None:
+    written = folder / "config.yaml"
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+    if _names(folder) - {"config.yaml"}:
+        if not resume:
+            raise AnybatchError(
+                f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it."
+            )
+        changed = [
+            line
+            for line in differences(resolved(read_config(folder)), resolved(config))
+            if not line.startswith("output:")
+        ]
+        if changed:
+            raise AnybatchError(
+                f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the configuration in "
+                f"{written}, or choose another output folder. To train the model further, start a new run from it: --model {folder / 'model'}."
+            )
+        return
+    write_sealed(written, f"{to_yaml(resolved(config))}# {SEAL}\n".encode())
 
 
 def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_progress) -> RunResult:
@@ -470,19 +636,38 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
 
 
 def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
-    from anybatch.integrations.sentence_transformers.loss import CachedLoss
-    from anybatch.integrations.sentence_transformers.training import check_shared_equally, train_model
-    from anybatch.losses.config import build_loss
-    from anybatch.rows import RowTable
+    from anybatch.integrations.sentence_transformers.training import check_shared_equally
 
     pairs = read_training_pairs(config)  # before the folder: bad data leaves nothing behind
     check_sizes(config, pairs)
     check_shared_equally(config.batch_size)
     held_out = read_evaluation(config)
     model = load_model(config.model)
-    folder = open_run(config, resume=resume)
-    if (folder / "metrics.json").exists():
-        return _read_result(folder)
+    warn_of_instructions(model, pairs.sets)
+    if not resume:
+        check_start(config, pairs)
+        try_batch(config, pairs, model)
+    with open_run(config, resume=resume) as folder:
+        if (folder / "metrics.json").exists():
+            return _read_result(folder)
+        return _train_in(folder, config, pairs, held_out, model, resume, progress)
+
+
+def _train_in(
+    folder: Path,
+    config: RunConfig,
+    pairs: PairData,
+    held_out: PairData | RetrievalData | None,
+    model: SentenceTransformer,
+    resume: bool,
+    progress: Progress,
+) -> RunResult:
+    from anybatch.integrations.sentence_transformers.loss import CachedLoss
+    from anybatch.integrations.sentence_transformers.training import train_model
+    from anybatch.losses.config import build_loss
+    from anybatch.rows import RowTable
+
+    run = _run_digest(folder)
     plan = make_plan(config, pairs, progress)
     if (
         plan.cluster_size > 1
@@ -496,13 +681,12 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
             config.loss.name,
         )
     pairs = with_mined_negatives(pairs, plan)
-    prompts = (config.model.anchor_prompt, config.model.positive_prompt)
 
     def evaluate(current: SentenceTransformer) -> dict[str, float]:
-        return {} if held_out is None else evaluate_model(current, held_out, prompts=prompts)
+        return {} if held_out is None else evaluate_model(current, held_out)
 
     with distributed.alone() as chosen:
-        untrained = _remember(folder / "metrics_untrained.json", lambda: evaluate(model)) if chosen else {}
+        untrained = _remember(folder / "metrics_untrained.json", run, lambda: evaluate(model)) if chosen else {}
     rows = RowTable(
         pairs.anchor_id,
         pairs.positive_id,
@@ -536,11 +720,11 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
             config.train,
             output=folder,
             seed=config.seed,
-            prompts=_column_prompts(config, dataset) or None,
             resume=resume,
             evaluate=evaluate if held_out is not None else None,
             progress=lambda done, total, figures: progress("training", done, total, figures),
             callbacks=callbacks,
+            run=run,
         )
     with distributed.alone() as chosen:
         if chosen:
@@ -555,12 +739,26 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
                 num_steps=trained.num_steps,
             )
             # Last: its presence says that the run is finished.
-            write_text(folder / "metrics.json", json.dumps(asdict(result), indent=2))
+            write_json(folder / "metrics.json", {"run": run, **asdict(result)})
     return _read_result(folder)
 
 
 def _read_result(folder: Path) -> RunResult:
-    return RunResult(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    return RunResult(**_of_run(folder / "metrics.json", _run_digest(folder)))
+
+
+def _run_digest(folder: Path) -> str:
+    """Tells a run from all others: the digest of its configuration."""
+    return file_digest(folder / "config.yaml")
+
+
+def _of_run(path: Path, run: str) -> dict[str, Any]:
+    """Figures that a run left, as it left them, or a message."""
+    remedy = f"Delete {path} and go on with --resume: it is made anew."
+    kept = read_json(path, remedy)
+    if kept.pop("run") != run:
+        raise AnybatchError(f"{path} belongs to another run. {remedy}")
+    return kept
 
 
 def prepare_refresh(
@@ -584,12 +782,11 @@ def prepare_refresh(
             "mining.refresh_epochs needs a plan that this run mines itself, with the settings of its own configuration; remove plan, or set "
             "mining.refresh_epochs to 0."
         )
-    prompts = (config.model.anchor_prompt, config.model.positive_prompt)
 
     def make(current: BatchPlan) -> BatchPlan:
         sides = [
-            embed_texts(model, texts, prompt=prompt, progress=_counter(progress, "refresh: embedding", len(texts)))
-            for texts, prompt in zip(pairs.prompted[:2], prompts, strict=True)
+            embed_texts(model, texts, side=side, progress=_counter(progress, "refresh: embedding", len(texts)))
+            for side, texts in zip(get_args(Side), pairs.prompted[:2], strict=True)
         ]
         result = mine_plan(
             *sides,
@@ -620,19 +817,16 @@ def prepare_memory(
     Returns:
         Callbacks for `train_model`; none if nothing is asked for while training.
     """
-    from anybatch.integrations.sentence_transformers.callback import last_whole_checkpoint
     from anybatch.integrations.sentence_transformers.memory import MemoryCallback, warm_start_from_model
 
     settings, folder = config.loss, Path(config.output)
-    prompts = (config.model.anchor_prompt, config.model.positive_prompt)
-    resumed = resume and last_whole_checkpoint(folder / "checkpoints") is not None
+    resumed = resume and any((folder / "checkpoints").glob(f"*/{CONTENTS}"))
     if settings.warm_start and not resumed:
         loss.to(model.device)
         warm_start_from_model(
             model,
             pairs,
             loss.loss,  # pyright: ignore[reportArgumentType] - one without memory is refused by name
-            prompts=prompts,
             sample=settings.warm_start_sample,
             seed=config.seed,
             folder=folder,
@@ -645,7 +839,6 @@ def prepare_memory(
             model,
             pairs,
             loss.loss,  # pyright: ignore[reportArgumentType]
-            prompts=prompts,
             refill_steps=settings.warm_start_steps,
             sample=settings.warm_start_sample,
             probe_steps=settings.probe_steps,
@@ -654,32 +847,25 @@ def prepare_memory(
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:
-    """Save a model so that `folder` is either whole or absent."""
+    """Save a model so that `folder` is either whole or absent; the list of its contents lets `load_model` find damage."""
     temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
     try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
         model.save_pretrained(str(temporary))
+        seal_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
     except Exception as error:  # disk full comes as OSError or as the SafetensorError of the writer
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+        if not isinstance(error, (OSError, AnybatchError)) and type(error).__name__ != "SafetensorError":
             raise
         raise AnybatchError(
             f"Cannot save the model to {folder}: {error}. Free some space, then run again with --resume."
         ) from error
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
 
 
-def _remember(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+def _remember(path: Path, run: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
     if not path.exists():
-        write_text(path, json.dumps(compute(), indent=2))
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _column_prompts(config: RunConfig, dataset: Dataset) -> dict[str, str]:
-    """For columns of texts; negatives may be pictures where positives are texts."""
-    prompts = {"anchor": config.model.anchor_prompt}
-    for name in dataset.column_names[1:]:
-        prompts[name] = config.model.positive_prompt
-    return {name: prompt for name, prompt in prompts.items() if prompt and not holds_pictures(dataset, name)}
+        write_json(path, {"run": run, **compute()})
+    return _of_run(path, run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,11 @@ from torch.utils.data import BatchSampler
 
 from anybatch.dealing import Deal
 from anybatch.errors import AnybatchError
-from anybatch.files import digest_of, write_bytes
+from anybatch.files import SEAL, digest_of, read_sealed, tensors_metadata, write_sealed
 
 FORMAT = "anybatch-plan"
-VERSION = 3  # the newest that is read; a plan is written in the oldest that holds it
+VERSION = 4
+ARRAYS = ("cluster", "suspects", "negatives", "task", "alternates")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,10 +76,7 @@ class BatchPlan:
         _check_sizes(self.num_rows, self.batch_size, self.cluster_size)
         if self.seed < 0:
             raise AnybatchError(f"seed is {self.seed}; expected 0 or more.")
-        if self.cluster.shape != (self.num_rows,):
-            raise AnybatchError(
-                f"cluster has shape {self.cluster.shape}; expected ({self.num_rows},), one number a row."
-            )
+        self._check_numbers()
         placed = self.cluster[self.cluster >= 0]
         sizes = np.bincount(placed) if len(placed) else np.zeros(0, np.int64)
         if len(placed) and (self.cluster.min() < -1 or np.any(sizes != self.cluster_size)):
@@ -236,7 +234,7 @@ class BatchPlan:
             **({"partitions": self.num_partitions} if self.num_partitions > 1 else {}),
             "seed": self.seed,
             "data_digest": self.data_digest,
-            **{f"made.{name}": value for name, value in self.meta.items()},
+            **{f"made.{name}": value for name, value in self.meta.items() if name != "inputs"},
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -247,64 +245,75 @@ class BatchPlan:
         """
         from safetensors.numpy import save
 
-        arrays = {"cluster": self.cluster.astype(np.int32)}
-        for name in ("suspects", "negatives", "task", "alternates"):
-            array = getattr(self, name)
-            if array is not None:
-                arrays[name] = np.ascontiguousarray(array, dtype=np.int32)
-        header = {
-            "num_rows": self.num_rows,
-            "batch_size": self.batch_size,
-            "cluster_size": self.cluster_size,
-            "seed": self.seed,
+        arrays = {
+            name: np.ascontiguousarray(array, dtype=np.int32)
+            for name in ARRAYS
+            if (array := getattr(self, name)) is not None
         }
-        header |= {"data_digest": self.data_digest, "meta": dict(self.meta)}
-        if self.task is not None or self.random_shares:  # version 1 has neither
-            lists = {name: list(getattr(self, name)) for name in ("task_names", "task_shares", "random_shares")}
-            header |= {**lists, "mixing": self.mixing}
+        header = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ARRAYS}
+        header["meta"] = dict(self.meta)
         # One key, because safetensors writes several in no fixed order, and equal plans should be equal files.
-        version = 3 if self.alternates is not None else 2 if "mixing" in header else 1
-        metadata = {FORMAT: json.dumps({"version": version, "plan": header})}
-        write_bytes(path, save(arrays, metadata=metadata))
+        metadata = {FORMAT: json.dumps({"digest": SEAL, "version": VERSION, "plan": header})}
+        write_sealed(path, save(arrays, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BatchPlan:
         """Read a plan.
 
         Raises:
-            AnybatchError: No such file, no plan, cut short, or of a newer version.
+            AnybatchError: No such file, no plan, damaged, or of another version.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
 
-        path = Path(path)
-        if not path.is_file():
+        if not Path(path).is_file():
             raise AnybatchError(f"There is no plan at {path}. Make one with `anybatch mine`, or check the path.")
+        content = read_sealed(path, "Give the plan.safetensors that `anybatch mine` wrote, or make it again.")
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError, ValueError) as error:
+            kept, arrays = json.loads(tensors_metadata(content)[FORMAT]), load(content)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise AnybatchError(f"{path} is no plan. Give the plan.safetensors that `anybatch mine` wrote.") from error
+        if kept["version"] != VERSION:
             raise AnybatchError(
-                f"{path} is no plan or was cut short ({error}). Make it again with `anybatch mine`."
-            ) from error
-        if FORMAT not in metadata:
-            raise AnybatchError(
-                f"{path} is a safetensors file but no plan of anybatch. Give the plan.safetensors that `anybatch mine` wrote."
+                f"{path} has plan format {kept['version']}; this anybatch reads {VERSION}. Mine with the anybatch that reads it."
             )
-        header = json.loads(metadata[FORMAT])
-        if header["version"] > VERSION:
-            raise AnybatchError(
-                f"{path} has plan format {header['version']}; this anybatch reads up to {VERSION}. Update anybatch."
-            )
-        known = {name: tuple(value) if isinstance(value, list) else value for name, value in header["plan"].items()}
-        return cls(**known, **arrays)
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in kept["plan"].items()
+        }
+        return cls(**{**known, **arrays})
+
+    def _check_numbers(self) -> None:
+        """Shapes and ranges, before anything is counted by them."""
+        num_clusters = self.num_rows // self.cluster_size
+        for name, shape, least, end, what in (
+            ("cluster", (self.num_rows,), -1, num_clusters, "one cluster a row, -1 for none"),
+            ("suspects", (None, 2), 0, self.num_rows, "pairs of rows"),
+            ("negatives", (self.num_rows, None), -1, self.num_rows, "rows for each row, -1 for none"),
+            ("task", (self.num_rows,), 0, max(1, len(self.task_names)), "one data set a row"),
+            ("alternates", (None, self.num_rows), -1, num_clusters, "clusters of further partitions"),
+        ):
+            array: np.ndarray | None = getattr(self, name)
+            if array is None:
+                continue
+            sizes = array.shape
+            if len(sizes) != len(shape) or any(
+                wanted not in (None, size) for size, wanted in zip(sizes, shape, strict=True)
+            ):
+                wanted = ", ".join("any" if size is None else str(size) for size in shape)
+                raise AnybatchError(f"{name} has shape {sizes}; expected ({wanted}), {what}.")
+            if array.dtype.kind not in "iu":
+                raise AnybatchError(f"{name} holds {array.dtype}; expected whole numbers, {what}.")
+            if array.size and not (least <= array.min() and array.max() < end):
+                raise AnybatchError(
+                    f"{name} holds numbers from {array.min()} to {array.max()}; expected {least} to {end - 1}, {what}."
+                )
 
     def _check_alternates(self) -> None:
         if self.alternates is None:
             return
-        if self.alternates.ndim != 2 or self.alternates.shape[1] != self.num_rows or not len(self.alternates):
+        if not len(self.alternates):
             raise AnybatchError(
-                f"alternates has shape {self.alternates.shape}; expected (partitions - 1, {self.num_rows}), or None for one partition."
+                "alternates has no rows; expected one for each further partition, or None for one partition."
             )
         numbers = [one.num_batches for one in self._partitions]  # making them checks their clusters
         if len(set(numbers)) > 1:
@@ -319,11 +328,6 @@ class BatchPlan:
             raise AnybatchError(f"random_shares are {self.random_shares}; expected numbers from 0 to 1.")
         if self.task is None:
             return
-        if self.task.shape != (self.num_rows,) or self.task.min() < 0 or self.task.max() >= len(self.task_names):
-            raise AnybatchError(
-                f"task has shape {self.task.shape} for {len(self.task_names)} named data sets; expected ({self.num_rows},), one of 0 to "
-                f"{len(self.task_names) - 1} a row."
-            )
         if self.task_shares and len(self.task_shares) != len(self.task_names):
             raise AnybatchError(f"There are {len(self.task_shares)} task_shares for {len(self.task_names)} data sets.")
         tasks = self.task[self._members]

@@ -1,6 +1,6 @@
 """What a loss may know of a data-set row: identical texts, mined clusters. Turns row numbers into arguments of a loss.
 
-Imports errors, losses and plan.
+Imports errors, ids, losses and plan.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.ids import known_positives
+from anybatch.ids import as_ids, as_integers, known_positives, renumbered
 from anybatch.losses import ClusterLogWeight, LogWeight, PairMask, SumLogWeight, TaskMask, inclusion_log_weights
+from anybatch.losses.base import outside_the_graph
 from anybatch.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
@@ -42,7 +43,7 @@ class RowTable(nn.Module):
     Where the plan alternates several partitions, inclusion weights differ by the epoch: call `set_epoch` before each, as the sampler's.
 
     Raises:
-        AnybatchError: Ids of different lengths; a plan that is needed and missing, or that is of another number of rows.
+        AnybatchError: Ids that are no integers from 0 on, or of different lengths; a plan that is needed and missing, or that is of another number of rows.
 
     Cost: 8 bytes a row and id, 16 a suspect pair; a look-up a step, and a binary search a pair where there are suspects or anchors with
         several positives.
@@ -60,12 +61,7 @@ class RowTable(nn.Module):
         mask_suspects: bool = False,
     ) -> None:
         super().__init__()
-        if len(anchor_id) != len(positive_id) or (negative_id is not None and len(negative_id) != len(anchor_id)):
-            raise AnybatchError(
-                f"The ids cover {len(anchor_id)} anchors and {len(positive_id)} positives; expected one of each a row."
-            )
-        if len(anchor_id) and int(np.min(anchor_id)) < 0:
-            raise AnybatchError(f"anchor_id goes down to {int(np.min(anchor_id))}; expected 0 or more.")
+        anchors, positives, negatives = _checked_ids(anchor_id, positive_id, negative_id)
         if plan is None and (weights == "inclusion" or mask_suspects):
             needing = "weights='inclusion'" if weights == "inclusion" else "mask_suspects"
             raise AnybatchError(f"{needing} needs the plan that made the batches.")
@@ -82,18 +78,13 @@ class RowTable(nn.Module):
         # Not persistent: the table is made from data and plan, which have their own files and digests.
         self.anchor_id: Tensor
         self.positive_id: Tensor
-        self.register_buffer("anchor_id", torch.as_tensor(np.asarray(anchor_id, dtype=np.int64)), persistent=False)
-        self.register_buffer("positive_id", torch.as_tensor(np.asarray(positive_id, dtype=np.int64)), persistent=False)
-        negatives = (
-            np.empty((len(anchor_id), 0), np.int64) if negative_id is None else np.asarray(negative_id, dtype=np.int64)
-        )
+        self.register_buffer("anchor_id", torch.from_numpy(anchors), persistent=False)
+        self.register_buffer("positive_id", torch.from_numpy(positives), persistent=False)
         self.negative_id: Tensor
-        self.register_buffer("negative_id", torch.as_tensor(negatives), persistent=False)
-        self.width = 1 + int(max(self.positive_id.max(), negatives.max(initial=0))) if len(self.positive_id) else 1
+        self.register_buffer("negative_id", torch.from_numpy(negatives), persistent=False)
+        self.width = 1 + int(max(side.max(initial=0) for side in (positives, negatives)))
         self.known: Tensor
-        known = torch.from_numpy(
-            known_positives(np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), self.width)
-        )
+        known = torch.from_numpy(known_positives(anchors, positives, self.width))
         self.register_buffer("known", known, persistent=False)
         for name in ("cluster", "task", "log_weights", "ways", "way_keys", "suspects"):
             self.register_buffer(name, None, persistent=False)
@@ -108,9 +99,9 @@ class RowTable(nn.Module):
         self.mask_suspects = mask_suspects
         self.plan: BatchPlan | None = None
         self.epoch: int | None = None
-        if weights == "inclusion" and negative_id is not None:
+        if weights == "inclusion" and negatives.shape[1]:
             task = None if plan is None else plan.task
-            self.way_keys, self.ways = _ways(np.asarray(positive_id), np.asarray(negative_id), task, self.width)
+            self.way_keys, self.ways = _ways(positives, negatives, task, self.width)
         if plan is not None:
             self.use_plan(plan)
 
@@ -153,21 +144,31 @@ class RowTable(nn.Module):
         if self.mask_suspects and plan.suspects is not None:
             self.suspects = _suspect_keys(plan.suspects, self.positive_id.cpu().numpy(), self.width).to(device)
 
+    @outside_the_graph
     def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
         """Arguments for a batch.
 
         Args:
-            index: (B,) int64 row numbers.
+            index: (B,) int row numbers.
             num_negatives: Explicit negatives a row in this batch; their columns come one after the other behind the positives.
 
         Raises:
-            AnybatchError: More explicit negatives than the table knows of; inclusion weights of a plan with several partitions, and
+            AnybatchError: Row numbers that are none, or not of this table; more explicit negatives than the table knows of; inclusion weights of a plan with several partitions, and
                 `set_epoch` was not called, or the rows are of another epoch's partition.
         """
         if num_negatives > self.negative_id.shape[1]:
             raise AnybatchError(
                 f"The batch has {num_negatives} negatives a row; the table was made for {self.negative_id.shape[1]}."
             )
+        index = as_integers(
+            "index",
+            index,
+            length=index.numel() if isinstance(index, Tensor) else None,
+            device=self.anchor_id.device,
+            low=0,
+            high=len(self.anchor_id) - 1,
+            remedy="Give the rows of the data set that the table was made of.",
+        )
         negatives = self.negative_id[index, :num_negatives].T.reshape(-1)
         arguments: dict[str, Any] = {
             "index": index,
@@ -245,6 +246,25 @@ class RowTable(nn.Module):
             log_spread=log_spread,
             cap=self.weight_cap,
         )
+
+
+def _checked_ids(
+    anchor_id: np.ndarray, positive_id: np.ndarray, negative_id: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,), (n,) and (n, h) int64; renumbered where products of them would not fit."""
+    if negative_id is None:
+        negative_id = np.empty((len(anchor_id), 0), np.int64)
+    given = {"anchor_id": anchor_id, "positive_id": positive_id, "negative_id": negative_id}
+    anchors, positives, negatives = (as_ids(name, values) for name, values in given.items())
+    if not anchors.shape == positives.shape == negatives.shape[:1] or negatives.ndim != 2:
+        raise AnybatchError(
+            f"The ids have shapes {anchors.shape} (anchors), {positives.shape} (positives) and {negatives.shape} (negatives); expected (n,), (n,) and "
+            "(n, h): one anchor, one positive and h negatives a row."
+        )
+    if max(int(side.max(initial=0)) for side in (anchors, positives, negatives)) >= 2**31:
+        texts = renumbered(np.concatenate([positives[:, None], negatives], axis=1))
+        anchors, positives, negatives = renumbered(anchors), texts[:, 0], texts[:, 1:]
+    return anchors, positives, negatives
 
 
 def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:

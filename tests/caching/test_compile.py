@@ -85,7 +85,7 @@ def shapes_of(inputs, micro_batch=4):
     return found
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keep_graphs", [0.0, 0.5, 1.0, "auto"])
 def test_gradients_of_the_plain_step_and_few_graphs(inner, keep_graphs):
     inputs, backend = batches(3), Counting(inner)
@@ -111,6 +111,7 @@ def test_a_micro_batch_that_divides_the_batch_halves_the_shapes():
     assert backend.graphs <= 2 * 4  # widths 8, 16, 24, 32
 
 
+@pytest.mark.slow
 def test_dynamic_sizes_need_no_multiple():
     """Without `pad_to_multiple`, and with dynamic=True: a handful of graphs for any width and any number of rows."""
     backend = Counting("aot_eager")

@@ -117,6 +117,7 @@ def test_sharded_ranks_equal_one_process(ranks, case):
         assert reductions == [3, 3]  # two layers and what is left: one each a step
 
 
+@pytest.mark.distributed
 def test_ranks_that_cannot_run_equally_often(ranks):
     for _, (auto, uneven) in ranks:
         assert "on all ranks together" in auto

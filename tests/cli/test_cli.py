@@ -109,6 +109,7 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, messages
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, tmp_path):
     """Kill -9 in mid-epoch after a checkpoint; the memory of SogCLR, the optimiser, the dropout and the batches must all come back."""
     more = (
@@ -142,6 +143,7 @@ def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, 
     ]
 
 
+@pytest.mark.slow
 def test_disk_full_while_training(pairs_file, tiny_model_folder, tmp_path):
     """Files may not grow past 60 kB, as on a full disk: the first checkpoint fails, what was there stays, and the run resumes."""
     out = tmp_path / "run"
@@ -334,7 +336,7 @@ class TestMistakes:
             "already holds a run", "mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random")
         )
         self.refuse(
-            "another configuration.*loss.name",
+            "another configuration.*loss.name.*start a new run from it: --model .*/model",
             "train",
             "--resume",
             *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "loss.name=sogclr"),

@@ -10,6 +10,7 @@ import pytest
 
 from anybatch.cli import inspect_plan as module
 from anybatch.errors import AnybatchError
+from anybatch.files import read_json, write_json
 from tests.report.test_report import Checker
 
 from .test_cli import run, settings
@@ -78,7 +79,7 @@ def test_a_plan_alone_says_what_is_missing_and_which_option_gives_it(mined, tmp_
 
 def test_figures_of_another_plan_are_not_shown(mined, heard):
     path = mined / "mining.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "plan": "another"}))
+    write_json(path, {**read_json(path, ""), "plan": "another"})
     run("inspect", "plan", str(mined))
     assert "belongs to another plan" in heard()
     assert "mining: neighbors" not in heard()

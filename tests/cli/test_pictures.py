@@ -13,14 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from anybatch.cli import inspect_plan as inspect_module
-from anybatch.data import PairData, read_pairs
 from anybatch.errors import AnybatchError
-from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.pictures import Picture
-from anybatch.pipeline import _column_prompts
 from anybatch.plan import BatchPlan
 from anybatch.report import plan_page
-from anybatch.run_config import DataConfig, RunConfig
 from tests.cli.test_cli import run
 from tests.pictures import picture, save_clip, save_pairs
 
@@ -102,21 +98,6 @@ def test_prompts_are_for_texts(saved, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_prompts_pass_by_negatives_that_are_pictures(saved):
-    pairs = read_pairs(saved, anchor="caption", positive="image")
-    mixed = PairData(anchors=pairs.anchors, positives=pairs.anchors, negatives=(pairs.positives, pairs.anchors))
-    config = RunConfig(
-        output="run",
-        data=DataConfig(path="pairs"),
-        model=ModelConfig(anchor_prompt="find: ", positive_prompt="this: "),
-    )
-    assert _column_prompts(config, mixed.to_dataset()) == {
-        "anchor": "find: ",
-        "positive": "this: ",
-        "negative_2": "this: ",
-    }
-
-
 def test_paths_in_a_file(clip_folder, tmp_path):
     (tmp_path / "files").mkdir()
     with (tmp_path / "pairs.jsonl").open("w") as file:
@@ -168,9 +149,13 @@ def test_files_of_pictures_are_named_to_every_verb(clip_folder, tmp_path):
             file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
     columns = ["--data", str(tmp_path / "pairs.jsonl"), "--anchor", "image", "--positive", "caption"]
     run("evaluate", str(clip_folder), *columns, "--picture", "image", "--output", str(tmp_path / "pictures.json"))
-    run("evaluate", str(clip_folder), *columns, "--output", str(tmp_path / "names.json"))
-    pictures, names = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("pictures", "names"))
-    assert pictures != names
+    run("evaluate", str(clip_folder), *columns, "--output", str(tmp_path / "found.json"))
+    run("evaluate", str(clip_folder), *columns, "--picture", "", "--output", str(tmp_path / "names.json"))
+    pictures, found, names = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("pictures", "found", "names")
+    )
+    assert found == pictures  # paths of files that exist are pictures, also where nobody says so
+    assert names != pictures
     given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.pictures=[image]")
     run("mine", *given, "--teacher", str(clip_folder))
     shutil.copy(tmp_path / "run" / "plan.safetensors", tmp_path / "copy.safetensors")

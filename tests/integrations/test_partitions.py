@@ -20,6 +20,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refresh", [0, 2])
 def test_a_killed_run_goes_on_in_the_partition_of_its_epoch(
     refresh, pairs_file, tiny_model_folder, tmp_path, monkeypatch

@@ -34,6 +34,7 @@ def config(pairs_file, model, output, **mining):
     )
 
 
+@pytest.mark.slow
 def test_new_plans_come_from_the_student_and_a_killed_run_goes_on_with_them(pairs_file, tiny_model_folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     pipeline.train(config(pairs_file, tiny_model_folder, whole, refresh_epochs=2))

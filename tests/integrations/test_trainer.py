@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.training_args import MultiDatasetBatchSamplers
+from transformers import EarlyStoppingCallback
 
 from anybatch.data import PairData
 from anybatch.errors import AnybatchError
@@ -30,7 +33,8 @@ from anybatch.integrations.sentence_transformers import (
     train_model,
     with_index,
 )
-from anybatch.losses import FastCLIP, SogCLR
+from anybatch.losses import FastCLIP, InfoNCE, Matryoshka, SigLIP, SogCLR
+from anybatch.losses.late_interaction import LateInteraction
 from anybatch.plan import BatchPlan, PlanSampler
 from anybatch.rows import RowTable
 
@@ -134,7 +138,7 @@ def test_a_plan_of_other_texts_is_an_error(tiny_model_folder, tmp_path):
     loss = CachedLoss(model, SogCLR(ROWS))
     for wrong, match in ((swapped, "texts do not"), (texts.select(range(ROWS - 1)), "40 rows, the data has 39")):
         with pytest.raises(AnybatchError, match=match):
-            train_model(model, loss, wrong, batches.plan, TrainConfig(), output=tmp_path)
+            train_model(model, loss, wrong, batches.plans[0], TrainConfig(), output=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -189,8 +193,220 @@ def test_a_new_run_on_appended_rows_begins_with_the_old_states(tiny_model_folder
     with pytest.raises(AnybatchError, match=r"over 2 ranks, without anybatch_loss-1-of-2\.safetensors"):
         load_grown_loss(again, shards)
     other = CachedLoss(old.model, FastCLIP(ROWS + 6, version="v2", direction="one_way"))
-    with pytest.raises(AnybatchError, match="does not fit FastCLIP"):
+    with pytest.raises(AnybatchError, match="another loss than this FastCLIP"):
         load_grown_loss(other, checkpoint)
+
+
+def one_trainer(folder, output, train, loss_of, *callbacks, evaluation=None, **settings):
+    """A short run on any data sets with any loss; learning rate 0 unless given."""
+    model = SentenceTransformer(str(folder), device="cpu")
+    loss = loss_of(model)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=BATCH,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **{"num_train_epochs": 1, "learning_rate": 0.0, "save_strategy": "no", **settings},
+    )
+    used = [LossStateCallback(loss), *callbacks] if isinstance(loss, CachedLoss) else list(callbacks)
+    return SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=train, eval_dataset=evaluation, loss=loss, callbacks=used
+    ), loss
+
+
+def sogclr(rows, **settings):
+    return lambda model: CachedLoss(model, SogCLR(rows, gamma=0.5, **settings), micro_batch=4)
+
+
+class TestRowNumbers:
+    """What comes through the label column is a row number of its own for each row, or it is refused before the first step."""
+
+    @pytest.mark.parametrize("kind", [dict, DatasetDict])
+    @pytest.mark.parametrize("order", ["ROUND_ROBIN", "PROPORTIONAL"])
+    def test_several_sets_have_a_state_for_every_row(self, kind, order, tiny_model_folder, tmp_path):
+        sets = with_index(kind({"a": dataset(16), "b": dataset(24, offset=60)}))
+        assert sets["a"]["label"][:] == list(range(16))
+        assert sets["b"]["label"][:] == list(range(16, 40))
+        training, loss = one_trainer(
+            tiny_model_folder, tmp_path, sets, sogclr(40), multi_dataset_batch_sampler=MultiDatasetBatchSamplers[order]
+        )
+        training.train()
+        expected = 40 if order == "PROPORTIONAL" else 32  # round robin ends with the smaller set
+        assert int(loss.loss.memory.visited.sum()) == expected
+
+    def test_several_sets_with_a_plan_each(self, tiny_model_folder, tmp_path):
+        sets = with_index({"a": dataset(16), "b": dataset(24, offset=60)})
+        plans = [BatchPlan.random(16, BATCH, seed=1), BatchPlan.random(24, BATCH, seed=2)]
+        seen = []
+
+        def watched(model):
+            loss = CachedLoss(model, SogCLR(40), micro_batch=4)
+            forward = loss.forward
+            loss.forward = lambda features, labels=None: (seen.append(labels.tolist()), forward(features, labels))[1]
+            return loss
+
+        run, _ = one_trainer(
+            tiny_model_folder, tmp_path, sets, watched, batch_sampler=PlanBatches(*plans), num_train_epochs=2
+        )
+        run.train()
+        expected = [
+            [row + first for row in batch]
+            for epoch in range(2)
+            for plan, first in zip(plans, (0, 16), strict=True)
+            for batch in plan.epoch_batches(epoch).tolist()
+        ]
+        assert sorted(seen) == sorted(expected)
+        assert sorted(seen[:5]) == sorted(expected[:5]), "the first epoch's batches come in the first epoch"
+        one_plan, _ = one_trainer(tiny_model_folder, tmp_path, sets, sogclr(40), batch_sampler=PlanBatches(plans[0]))
+        with pytest.raises(AnybatchError, match="not used for 1 of 2 training sets"):
+            one_plan.train()
+
+    def test_a_row_keeps_its_number(self, tiny_model_folder, tmp_path):
+        """Shuffled, split, selected, joined again with repeats: no number is shared by different rows."""
+        numbered = with_index(dataset())
+        parts = numbered.train_test_split(test_size=8, seed=0)
+        changed = concatenate_datasets([parts["train"].shuffle(seed=1), parts["test"], numbered.select(range(8))])
+        training, loss = one_trainer(tiny_model_folder, tmp_path, changed, sogclr(ROWS))
+        training.train()
+        assert loss.loss.memory.visited.all()
+
+    def test_a_stream_that_brings_its_own_numbers(self, tiny_model_folder, tmp_path):
+        rows = with_index(dataset())
+        training, loss = one_trainer(tiny_model_folder, tmp_path, rows.to_iterable_dataset(), sogclr(ROWS), max_steps=5)
+        training.train()
+        assert loss.loss.memory.visited.all()
+
+    MISTAKES: ClassVar = {
+        "scores": ({"score": [1.0] * ROWS}, "holds float64"),
+        "zeros and ones": ({"label": [row % 2 for row in range(ROWS)]}, "Two different rows have the number"),
+        "all alike": ({"labels": [3] * ROWS}, "Two different rows have the number 3"),
+        "bool": ({"label": [row % 2 == 0 for row in range(ROWS)]}, "holds bool"),
+        "texts": ({"label": ["a"] * ROWS}, "holds"),
+        "lists": ({"scores": [[0.5, 0.5]] * ROWS}, "holds"),
+        "from 1": ({"label": list(range(1, ROWS + 1))}, "run from 1 to 40; expected 0 to 39"),
+        "negative": ({"label": list(range(-1, ROWS - 1))}, "run from -1 to 38"),
+        "ids": ({"label": [10**15 + row for row in range(ROWS)]}, "run from 1000000000000000"),
+    }
+
+    @pytest.mark.parametrize("mistake", list(MISTAKES))
+    @pytest.mark.parametrize("table", [False, True])
+    def test_labels_that_are_no_row_numbers(self, mistake, table, tiny_model_folder, tmp_path):
+        columns, match = self.MISTAKES[mistake]
+        train = dataset()
+        for name, values in columns.items():
+            train = train.add_column(name, values)
+        known = RowTable(np.arange(ROWS), np.arange(ROWS))
+        losses = {
+            False: sogclr(ROWS),
+            True: lambda model: CachedLoss(model, InfoNCE(), rows=known, micro_batch=4),
+        }
+        training, _ = one_trainer(tiny_model_folder, tmp_path, train, losses[table])
+        with pytest.raises(AnybatchError, match=match):
+            training.train()
+
+    def test_without_the_callback_the_first_step_refuses(self, tiny_model_folder, tmp_path):
+        """Or as soon as the rows that share a number share a batch."""
+        for column, match in (
+            ({"label": [3] * ROWS}, "Different rows of a batch have one number, such as 3"),
+            ({"score": [1.0] * ROWS}, "The labels are torch.float32"),
+            ({"label": list(range(1, ROWS + 1))}, "expected 0 to 39"),
+        ):
+            train = dataset().add_column(*next(iter(column.items())))
+            training, _ = one_trainer(tiny_model_folder, tmp_path, train, sogclr(ROWS))
+            training.callback_handler.callbacks = [
+                callback
+                for callback in training.callback_handler.callbacks
+                if not isinstance(callback, LossStateCallback)
+            ]
+            with pytest.raises(AnybatchError, match=match):
+                training.train()
+
+    def test_sets_numbered_apart_collide(self, tiny_model_folder, tmp_path):
+        sets = {"a": with_index(dataset(16)), "b": with_index(dataset(24, offset=60))}
+        training, _ = one_trainer(tiny_model_folder, tmp_path, sets, sogclr(40))
+        with pytest.raises(AnybatchError, match=r"Two different rows have the number 0.*once on the dictionary"):
+            training.train()
+
+    def test_what_cannot_be_numbered(self):
+        for given in (
+            dataset().to_iterable_dataset(),
+            [1, 2],
+            IterableDatasetDict({"a": dataset().to_iterable_dataset()}),
+        ):
+            with pytest.raises(AnybatchError, match=r"expected a Dataset .* of a stream have no fixed numbers"):
+                with_index(given)
+
+    def test_evaluation_rows_may_have_any_label(self, tiny_model_folder, tmp_path):
+        training, _ = one_trainer(tiny_model_folder, tmp_path, with_index(dataset()), sogclr(ROWS))
+        scored = dataset(8, offset=3).add_column("score", [0.5] * 8)
+        assert np.isfinite(training.evaluate(scored)["eval_loss"])
+
+
+class TestBestModel:
+    """`load_best_model_at_end` gives a model and a loss of one step."""
+
+    @pytest.mark.parametrize("ending", ["all steps", "early stopping", "save best"])
+    def test_the_loss_goes_back_with_the_encoder(self, ending, tiny_model_folder, tmp_path):
+        best_only = ending == "save best"
+        training, loss = one_trainer(
+            tiny_model_folder,
+            tmp_path,
+            with_index(dataset()),
+            sogclr(ROWS, learnable_temperature=True),
+            *([EarlyStoppingCallback(1)] if ending == "early stopping" else []),
+            num_train_epochs=4,
+            learning_rate=5e-2,
+            eval_strategy="epoch",
+            save_strategy="best" if best_only else "epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            evaluation=dataset(16, offset=33),
+        )
+        training.train()
+        best = Path(training.state.best_model_checkpoint)
+        assert training.state.best_global_step < training.state.global_step, "else nothing was restored"
+        state, saved = loss.loss.state_dict(), load_file(best / "anybatch_loss.safetensors")
+        assert state.keys() == saved.keys()
+        assert all(torch.equal(state[name].nan_to_num(9), value.nan_to_num(9)) for name, value in saved.items())
+        encoder = SentenceTransformer(str(best), device="cpu").state_dict()
+        assert all(torch.equal(encoder[name], value) for name, value in training.model.state_dict().items())
+
+
+def test_a_state_that_no_checkpoint_holds_is_said(tiny_model_folder, tmp_path):
+    """Of a loss with a state, in a Trainer that saves; and two callbacks would write one file."""
+
+    def run(loss_of, *callbacks, **settings):
+        training, loss = one_trainer(
+            tiny_model_folder, tmp_path, with_index(dataset()), loss_of, max_steps=1, **settings
+        )
+        training.callback_handler.callbacks = [
+            callback for callback in training.callback_handler.callbacks if not isinstance(callback, LossStateCallback)
+        ]
+        for make in callbacks:
+            training.add_callback(make(loss))
+        training.train()
+
+    with pytest.warns(UserWarning, match="leave out the state of SogCLR"):
+        run(sogclr(ROWS), save_strategy="steps")
+    with pytest.raises(AnybatchError, match="has 2 LossStateCallbacks"):
+        run(sogclr(ROWS), LossStateCallback, LossStateCallback, save_strategy="steps")
+    run(sogclr(ROWS), LossStateCallback, save_strategy="steps")  # warnings are errors here
+    run(sogclr(ROWS), save_strategy="no")
+    run(lambda model: CachedLoss(model, InfoNCE(), micro_batch=4), save_strategy="steps")
+
+
+@pytest.mark.parametrize(
+    "make", [InfoNCE, lambda: SogCLR(ROWS), SigLIP, lambda: Matryoshka([InfoNCE(), InfoNCE()], [8, 4]), LateInteraction]
+)
+def test_a_loss_without_the_cached_step_says_what_is_missing(make, tiny_model_folder, tmp_path):
+    training, _ = one_trainer(tiny_model_folder, tmp_path, with_index(dataset()), lambda model: make())
+    with pytest.raises(
+        AnybatchError, match=r"A loss got list; expected embeddings.*loss=CachedLoss\(model, loss\)|A loss got list and"
+    ):
+        training.train()
 
 
 SCRIPT = """

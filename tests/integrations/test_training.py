@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from anybatch.errors import AnybatchError
+from anybatch.files import CONTENTS
 from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig, last_whole_checkpoint, train_model
 from anybatch.integrations.sentence_transformers import callback as callback_module
-from anybatch.integrations.sentence_transformers.training import _make_recorder
+from anybatch.integrations.sentence_transformers.training import _is_write_failure, _make_recorder, forgotten
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.plan import BatchPlan
 
@@ -28,14 +35,14 @@ DATA = {
 }
 
 
-def train(folder, output, *, loss=None, resume=False, evaluate=None, **settings):
+def train(folder, output, *, loss=None, resume=False, evaluate=None, run="", **settings):
     """Train three steps (or as `settings` say); returns the result, the model and the loss."""
     torch.manual_seed(0)
     model = SentenceTransformer(str(folder), device="cpu")
     cached = CachedLoss(model, SogCLR(ROWS) if loss is None else loss, micro_batch=8)
     config = TrainConfig(**{"learning_rate": 1e-3, "save_steps": 2, "log_steps": 2, **settings})
     result = train_model(
-        model, cached, Dataset.from_dict(DATA), PLAN, config, output=output, resume=resume, evaluate=evaluate
+        model, cached, Dataset.from_dict(DATA), PLAN, config, output=output, resume=resume, evaluate=evaluate, run=run
     )
     return result, model, cached
 
@@ -63,20 +70,112 @@ def test_resuming_deletes_only_what_was_cut_short(tiny_model_folder, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == result.log
 
 
-def test_only_the_first_rank_writes_the_log(tmp_path):
+def test_only_the_first_rank_writes_the_log_and_its_lines_come_back_from_the_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [{"step": step, "epoch": 0.1 * step, "loss": 1.0} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "ep')
     before = path.read_text()
+    first = _make_recorder(path, None, None, None)
+    first.lines = lines[:2]
     state = SimpleNamespace(global_step=2, epoch=0.2, is_world_process_zero=False)
+    state.stateful_callbacks = {"Recorder": json.loads(json.dumps(first.state()))}
     other = _make_recorder(path, None, None, None)
     other.on_train_begin(None, state, None)
     other.on_log(None, state, None, logs={"loss": 1.0})
     assert path.read_text() == before
     state.is_world_process_zero = True
-    first = _make_recorder(path, None, None, None)
-    first.on_train_begin(None, state, None)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2] == first.lines
+    again = _make_recorder(path, None, None, None)
+    again.on_train_begin(None, state, None)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2] == again.lines
+
+
+def files_of(checkpoint):
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"flipped": flipped, "cut": content[:-1], "empty": b""}[how])
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "gone"])
+def test_any_damaged_file_of_a_checkpoint_is_named_and_the_one_before_is_used(tiny_model_folder, tmp_path, caplog, how):
+    _, whole, _ = train(tiny_model_folder, tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    kept = tmp_path / "kept"
+    shutil.copytree(checkpoints / "checkpoint-3", kept)
+    names = [path.relative_to(kept) for path in files_of(kept)]
+    wanted = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert wanted | {"anybatch_loss.safetensors", "anybatch_contents.json"} <= {str(name) for name in names}
+    for name in names:
+        caplog.clear()
+        damage(checkpoints / "checkpoint-3" / name, how)
+        assert last_whole_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
+        assert f"{name}" in caplog.text
+        assert "from checkpoint-2" in caplog.text
+        shutil.copy(kept / name, checkpoints / "checkpoint-3" / name)
+    assert last_whole_checkpoint(checkpoints) == checkpoints / "checkpoint-3"
+    damage(checkpoints / "checkpoint-3" / "optimizer.pt", how)
+    _, again, _ = train(tiny_model_folder, tmp_path, resume=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    for step in (2, 3):
+        damage(checkpoints / f"checkpoint-{step}" / "scheduler.pt", how)
+    with pytest.raises(AnybatchError, match=r"No checkpoint in .* is whole: checkpoint-3 .*scheduler.*checkpoint-2"):
+        train(tiny_model_folder, tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(tiny_model_folder, tmp_path, caplog):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        train(tiny_model_folder, tmp_path / name, run=name, learning_rate=1e-3 if name == "one" else 1e-2)
+    checkpoints = [tmp_path / name / "checkpoints" for name in ("one", "two")]
+    shutil.rmtree(checkpoints[0] / "checkpoint-3")
+    shutil.copytree(checkpoints[1] / "checkpoint-3", checkpoints[0] / "checkpoint-3")
+    assert last_whole_checkpoint(checkpoints[0], run="one") == checkpoints[0] / "checkpoint-2"
+    assert "checkpoint-3 belongs to another run" in caplog.text
+
+
+def test_saved_weights_have_the_modes_of_other_files(tiny_model_folder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        train(tiny_model_folder, tmp_path)
+    finally:
+        os.umask(before)
+    modes = {oct(path.stat().st_mode & 0o777) for path in files_of(tmp_path / "checkpoints")}
+    assert modes == {"0o640"}
+
+
+def test_a_file_that_cannot_be_read_is_no_full_disk(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"123456789012345")
+    with pytest.raises(SafetensorError) as caught:
+        load_file(path)
+    assert not _is_write_failure(caught.value)
+
+
+def test_what_is_forgotten_leaves_no_trace(tiny_model_folder):
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu").eval()
+    model.register_buffer("count", torch.zeros(3))
+
+    def state():
+        drawn = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
+        modes = [module.training for module in model.modules()]
+        return [*drawn, modes, model.count.tolist(), [p.grad for p in model.parameters()]]
+
+    before = state()
+    with forgotten(model):
+        model.train()
+        model.count += 1
+        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+        model(model.preprocess(["mata"]))["sentence_embedding"].sum().backward()
+        assert state() != before
+    assert state() == before
 
 
 def test_a_checkpoint_is_declared_whole_after_all_ranks_have_written(tiny_model_folder, tmp_path, monkeypatch):
@@ -84,7 +183,7 @@ def test_a_checkpoint_is_declared_whole_after_all_ranks_have_written(tiny_model_
     whole = []
 
     def barrier():
-        whole.append(len(list(tmp_path.glob(f"checkpoints/*/{callback_module.LOSS_STATE}"))))
+        whole.append(len(list(tmp_path.glob(f"checkpoints/*/{CONTENTS}"))))
 
     monkeypatch.setattr(callback_module.distributed, "barrier", barrier)
     train(tiny_model_folder, tmp_path)

@@ -42,3 +42,8 @@ STATEFUL = {
     "scent": lambda **k: SCENT(ROWS, alpha=0.3, **k),
 }
 ALL = {**STATELESS, **STATEFUL}
+
+
+def floor(name: str, temperature: float) -> dict[str, float]:
+    """A lower floor for a learned temperature, for the losses that have one."""
+    return {} if name.startswith(("fastclip", "isogclr", "tempnet", "nuclr")) else {"min_temperature": temperature}

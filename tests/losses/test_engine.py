@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,14 +14,20 @@ from anybatch.losses.log_weights import TensorLogWeight
 
 
 class WithPositive:
-    """InfoNCE, said to be row-wise or not: the second makes the engine pass over the tiles twice."""
+    """InfoNCE, said to be row-wise or not: the second makes the engine pass over the tiles twice.
 
-    def __init__(self, row_wise=True):
-        self.row_wise = row_wise
+    With `others` the negatives' mean stands for so many rows.
+    """
 
-    def __call__(self, log_sum, num_negatives, rows):
-        objective = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
-        return objective, objective
+    def __init__(self, row_wise=True, others=None):
+        self.row_wise, self.others = row_wise, others
+
+    def __call__(self, log_sum, num_drawn, rows):
+        correction = torch.zeros_like(log_sum)
+        if self.others is not None:
+            correction = math.log(self.others) - num_drawn.clamp(min=1).log()
+        objective = torch.logaddexp(log_sum + correction, torch.zeros_like(log_sum))
+        return objective - correction, objective
 
 
 def draw(seed, rows, extra, width=5):
@@ -37,22 +45,25 @@ def assert_all_close(ours, theirs, tolerance=1e-11):
 
 shapes = st.tuples(st.integers(0, 9999), st.integers(1, 9), st.integers(0, 6))
 tiles = st.sampled_from([1, 200, 10**7])
+kinds = st.fixed_dictionaries({"others": st.sampled_from([None, 30]), "masked": st.booleans()})
 
 
 @settings(deadline=None, max_examples=40)
-@given(shape=shapes, tile=tiles, row_wise=st.booleans(), per_row=st.booleans(), weighted=st.booleans())
-def test_one_way_equals_the_dense_twin(shape, tile, row_wise, per_row, weighted):
+@given(shape=shapes, tile=tiles, row_wise=st.booleans(), per_row=st.booleans(), weighted=st.booleans(), kind=kinds)
+def test_one_way_equals_the_dense_twin(shape, tile, row_wise, per_row, weighted, kind):
     anchors, candidates, tau, row_weight, log_weight = draw(*shape)
     temperature = tau if per_row else tau[0].clone()
     known = {
-        "rule": WithPositive(row_wise),
-        "log_weight": TensorLogWeight(values=log_weight, normalised=False),
+        "rule": WithPositive(row_wise, kind["others"]),
+        "log_weight": TensorLogWeight(values=log_weight, normalised=False) if kind["masked"] else None,
         "row_weight": row_weight if weighted else None,
     }
     inputs = [side.requires_grad_() for side in (anchors, candidates, temperature)]
     ours, stats = softmax_loss(anchors, candidates, temperature=temperature, tile_bytes=tile, **known)
     theirs = dense_softmax_loss(anchors, candidates, temperature=temperature, **known)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    present = ~log_weight.isneginf() if kind["masked"] else torch.ones_like(log_weight, dtype=torch.bool)
+    assert stats.num_negatives.tolist() == present.fill_diagonal_(False).sum(1).tolist()
     mine = torch.autograd.grad(ours, inputs)
     assert_all_close(mine, torch.autograd.grad(theirs, inputs))
     torch.testing.assert_close(
@@ -71,17 +82,18 @@ def test_temperatures_per_row_equal_finite_differences(tile):
 
 
 @settings(deadline=None, max_examples=60)
-@given(shape=shapes, tile=tiles, row_wise=st.booleans(), per_row=st.booleans(), weighted=st.booleans())
-def test_both_at_once_equal_two_runs(shape, tile, row_wise, per_row, weighted):
+@given(shape=shapes, tile=tiles, row_wise=st.booleans(), per_row=st.booleans(), weighted=st.booleans(), kind=kinds)
+def test_both_at_once_equal_two_runs(shape, tile, row_wise, per_row, weighted, kind):
     anchors, candidates, tau, row_weight, log_weight = draw(*shape)
     rows = len(anchors)
     weight = TensorLogWeight(values=log_weight, normalised=False)
     taus = [tau, tau.flip(0).contiguous()] if per_row else [tau[0].clone(), tau[-1].clone()]
     inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
     row_weights = [row_weight, 1.5 * row_weight] if weighted else [None, None]
+    log_weights = (weight, weight.reversed(rows)) if kind["masked"] else (None, None)
     sides = [
-        Side(rule=WithPositive(row_wise), temperature=t, log_weight=b, row_weight=w)
-        for t, b, w in zip(taus, (weight, weight.reversed(rows)), row_weights, strict=True)
+        Side(rule=WithPositive(row_wise, kind["others"]), temperature=t, log_weight=b, row_weight=w)
+        for t, b, w in zip(taus, log_weights, row_weights, strict=True)
     ]
     ours, stats = symmetric_softmax_loss(anchors, candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
     one, stats_one = softmax_loss(anchors, candidates, tile_bytes=tile, **arguments(sides[0]))
@@ -92,6 +104,80 @@ def test_both_at_once_equal_two_runs(shape, tile, row_wise, per_row, weighted):
     for mine, twin in zip(stats, (stats_one, stats_other), strict=True):
         for name in ("log_sum", "log_denominator", "objective", "num_negatives", "temperature_gradient"):
             torch.testing.assert_close(getattr(mine, name), getattr(twin, name), rtol=1e-11, atol=1e-11)
+
+
+class Tilted:
+    """Depends on the scores of whole rows, as hardness does."""
+
+    def __init__(self, beta):
+        self.beta = beta
+
+    def __call__(self, rows, scores, logits):
+        mean = scores.masked_fill(logits.isneginf(), 0.0).mean(dim=1, keepdim=True)
+        return logits + self.beta * (scores - mean)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=shapes,
+    tile=tiles,
+    row_wise=st.booleans(),
+    weighted=st.booleans(),
+    which=st.sampled_from(["forward", "back", "both"]),
+)
+def test_both_ways_with_adjusted_logits_are_the_mean_of_both_dense_twins(shape, tile, row_wise, weighted, which):
+    anchors, candidates, tau, row_weight, log_weight = draw(*shape)
+    rows = len(anchors)
+    weight = TensorLogWeight(values=log_weight, normalised=False)
+    taus = [tau, tau.flip(0).contiguous()]
+    inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
+    sides = [
+        Side(
+            rule=WithPositive(row_wise),
+            temperature=temperature,
+            log_weight=term,
+            row_weight=row_weight if weighted else None,
+            adjust=Tilted(beta) if which in (name, "both") else None,
+        )
+        for name, temperature, term, beta in zip(
+            ("forward", "back"), taus, (weight, weight.reversed(rows)), (1.5, -0.7), strict=True
+        )
+    ]
+    ours, _ = symmetric_softmax_loss(anchors, candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
+    one, other = (
+        dense_softmax_loss(*embeddings, **arguments(side), adjust=side.adjust)
+        for embeddings, side in zip(((anchors, candidates), (candidates[:rows], anchors)), sides, strict=True)
+    )
+    theirs = (one + other) / 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert_all_close(torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * theirs, inputs))
+
+
+@settings(deadline=None, max_examples=30)
+@given(shape=shapes, tile=tiles, row_wise=st.booleans(), weighted=st.booleans(), both=st.booleans())
+def test_the_pull_of_the_columns_is_the_sum_of_the_rows_shares(shape, tile, row_wise, weighted, both):
+    anchors, candidates, tau, row_weight, log_weight = draw(*shape)
+    rows, column_weight = len(anchors), torch.arange(1.0, 1 + len(anchors), dtype=torch.float64)
+    logits = (anchors @ candidates.T - (anchors * candidates[:rows]).sum(1)[:, None]) / tau[:, None] + log_weight
+    logits.fill_diagonal_(-torch.inf)
+    shares = logits.exp() / (1 + logits.exp().sum(1, keepdim=True))
+    weight = TensorLogWeight(values=log_weight, normalised=False)
+    side = Side(
+        rule=WithPositive(row_wise),
+        temperature=tau,
+        log_weight=weight,
+        row_weight=row_weight if weighted else None,
+        column_weight=lambda rows: column_weight[rows],
+    )
+    anchors.requires_grad_()
+    if both:
+        back = Side(rule=WithPositive(row_wise), temperature=tau, log_weight=weight.reversed(rows))
+        _, (stats, _) = symmetric_softmax_loss(anchors, candidates, forward=side, back=back, tile_bytes=tile)
+    else:
+        _, stats = softmax_loss(
+            anchors, candidates, **arguments(side), column_weight=side.column_weight, tile_bytes=tile
+        )
+    torch.testing.assert_close(stats.column_pull, column_weight @ shares, rtol=1e-11, atol=1e-12)
 
 
 def arguments(side):

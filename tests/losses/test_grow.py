@@ -99,7 +99,7 @@ def copied_by_hand(old, name, direction):
         if key.rsplit(".", 1)[-1] in PER_ROW:
             assert value.shape[1] == NEW
             value[:, :OLD] = theirs[key]
-        elif not key.endswith(("shard", "version")):
+        elif not key.endswith(("shard", "version", "num_rows")):
             state[key] = theirs[key].clone()
     twin.load_state_dict(state)
     return twin

@@ -108,17 +108,24 @@ class TestGrowth:
             grown_state(old.state_dict(), SogCLR(5))
 
 
-def test_version_one_is_read():
+def test_a_state_without_its_share_of_entries_or_of_another_version_is_refused():
     state = {
         "log_mean": torch.tensor([[0.5, math.nan, 2.0]]),
-        "version": torch.tensor(1),
+        "version": torch.tensor(VERSION),
         "dimensions": torch.tensor(4),
+        "shard": torch.tensor([0, 1, 3]),
     }
     for memory in (ExampleMemory(3), ExampleMemory(3, sharded=True)):
-        memory.load_state_dict(dict(state))  # strict: nothing missing, nothing left over
+        memory.load_state_dict(dict(state))
         assert same(memory.log_mean, state["log_mean"])
-        assert int(memory.version) == VERSION == 2
         assert int(memory.state_dict()["dimensions"]) == 4
+        with pytest.raises(AnybatchError, match=f"version 1 .version.; this anybatch reads version {VERSION}"):
+            memory.load_state_dict({**state, "version": torch.tensor(1)})
+        with pytest.raises(AnybatchError, match="missing are shard, unknown here are nothing"):
+            memory.load_state_dict({name: value for name, value in state.items() if name != "shard"})
+        with pytest.raises(AnybatchError, match="of embeddings of 5 dimensions, this one of 4"):
+            memory.load_state_dict({**state, "dimensions": torch.tensor(5)})
+        assert same(memory.log_mean, state["log_mean"])
     with pytest.raises(AnybatchError, match=r"shape \(1, 3\), this loss \(1, 4\)"):
         ExampleMemory(4).load_state_dict(dict(state))
 
@@ -268,7 +275,7 @@ class TestKeyedSogCLR:
             groups: dict[int, list[float]] = {}
             for i in range(4):
                 others = [scores[i, j].exp().item() for j in range(4) if query[batch[j]] != query[batch[i]]]
-                groups.setdefault(int(query[batch[i]]), []).append(sum(others) / len(others))
+                groups.setdefault(int(query[batch[i]]), []).append(sum(others) / 3)
             for key, said in groups.items():
                 mean = sum(said) / len(said)
                 shared[key] = mean if key not in shared else (1 - gamma) * shared[key] + gamma * mean
@@ -279,7 +286,7 @@ class TestKeyedSogCLR:
                 objective += math.log(0.01 + u)
                 for j in others:
                     gap = scores[i, j] - scores[i, i]
-                    surrogate = surrogate + gap.detach().exp() / (len(others) * (0.01 + u)) * gap
+                    surrogate = surrogate + gap.detach().exp() / (3 * (0.01 + u)) * gap
             assert value.item() == pytest.approx(objective / 4, rel=1e-9)
             ours, theirs = torch.autograd.grad(value, a)[0], torch.autograd.grad(surrogate / 4, a)[0]
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

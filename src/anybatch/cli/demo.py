@@ -14,7 +14,7 @@ from rich.console import Console
 from anybatch import pipeline, sample
 from anybatch.cli.progress import Bars, console
 from anybatch.errors import AnybatchError
-from anybatch.files import write_text
+from anybatch.files import read_json, write_text
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import LossConfig
@@ -78,9 +78,8 @@ def command(
 ) -> None:
     """Train the same student six ways on the same pairs and compare: table, HTML report, models. Offline, minutes on two cores."""
     folder = output or _free_name(Path("demo-run"))
-    if folder.exists():
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnybatchError(f"{folder} exists. Choose another folder for --output.")
-    folder.mkdir(parents=True)
     base = _base_config(folder, pairs, epochs)
     console.print(
         f"anybatch demo: {pairs} title/abstract pairs, {len(METHODS)} methods, everything in {folder}/", highlight=False
@@ -89,8 +88,9 @@ def command(
     with Bars() as bars:
         plan_path = folder / "mined" / "plan.safetensors"
         mined = replace(base, output=str(folder / "mined"))
-        pipeline.open_run(mined)
-        plan = pipeline.make_plan(mined, pipeline.read_training_pairs(mined), bars)
+        mined_pairs = pipeline.read_training_pairs(mined)
+        with pipeline.open_run(mined):
+            plan = pipeline.make_plan(mined, mined_pairs, bars)
         for position, method in enumerate(METHODS):
             bars.prefix = f"{chr(ord('a') + position)} {method.name}: "
             config = replace(
@@ -160,7 +160,7 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: 
                 loss=[(pairs, line["loss"]) for pairs, line in seen if "loss" in line],
             )
         )
-    mining = json.loads((folder / "mined" / "mining.json").read_text(encoding="utf-8"))
+    mining = read_json(folder / "mined" / "mining.json", "Run the demo again in another folder.")
     titles = pipeline.read_training_pairs(base).anchors
     report = Report(
         title="anybatch demo: one student, six ways",

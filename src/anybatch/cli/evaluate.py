@@ -34,10 +34,20 @@ def command(
     qrels: Annotated[str | None, typer.Option("--qrels", help="Relevance judgements of the retrieval set.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Which split of the judgements.")] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens a text is cut at.")] = None,
-    anchor_prompt: Annotated[str, typer.Option("--anchor-prompt", help="Text put before each anchor or query.")] = "",
+    anchor_prompt: Annotated[
+        str | None,
+        typer.Option("--anchor-prompt", help="Text put before each anchor or query, in place of the model's own."),
+    ] = None,
     positive_prompt: Annotated[
-        str, typer.Option("--positive-prompt", help="Text put before each positive or document.")
-    ] = "",
+        str | None,
+        typer.Option(
+            "--positive-prompt", help="Text put before each positive or document, in place of the model's own."
+        ),
+    ] = None,
+    quoting: Annotated[
+        str | None,
+        typer.Option("--quoting", help="Of CSV and TSV: standard, or raw where quotes are plain characters."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write the figures to this JSON file; it must be new.")
     ] = None,
@@ -56,15 +66,18 @@ def command(
             f"or a retrieval set ({', '.join(of_retrieval)})."
         )
     if data is not None:
-        names = {"anchor": anchor or "anchor", "positive": positive or "positive"}
-        held_out = read_pairs(data, **names, pictures=tuple(picture or ()), limit=limit)
+        columns = {"anchor": anchor, "positive": positive, "negatives": (), "quoting": quoting}
+        columns["pictures"] = None if picture is None else [name for name in picture if name]
+        held_out = read_pairs(data, limit=limit, **columns)
     elif corpus is not None and queries is not None and qrels is not None:
-        held_out = read_retrieval(corpus, queries, qrels, split=split)
+        held_out = read_retrieval(corpus, queries, qrels, split=split, quoting=quoting)  # pyright: ignore[reportArgumentType] - refused by name
     else:
         raise AnybatchError("Nothing to measure on: give --data, or all of --corpus, --queries and --qrels.")
-    loaded = load_model(ModelConfig(name=model, max_length=max_length))
+    loaded = load_model(
+        ModelConfig(name=model, max_length=max_length, anchor_prompt=anchor_prompt, positive_prompt=positive_prompt)
+    )
     with Bars() as bars:
-        metrics = evaluate_model(loaded, held_out, prompts=(anchor_prompt, positive_prompt), progress=bars)
+        metrics = evaluate_model(loaded, held_out, progress=bars)
     console.print(metrics_table({Path(model).name or model: metrics}))
     if output is not None:
         write_text(output, json.dumps(metrics, indent=2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from anybatch.cli import inspect_gradient, inspect_plan
 from anybatch.cli.progress import console
 from anybatch.errors import AnybatchError
+from anybatch.files import read_json
 from anybatch.plan import BatchPlan
 from anybatch.report.tables import metrics_table
 
@@ -26,9 +26,9 @@ def command(path: Annotated[Path, typer.Argument(metavar="RUN", help="The folder
     if (path / "plan.safetensors").exists():
         _show(f"Plan {path / 'plan.safetensors'}", BatchPlan.load(path / "plan.safetensors").stats())
     if (path / "mining.json").exists():
-        _show("Mining", json.loads((path / "mining.json").read_text(encoding="utf-8")))
+        _show("Mining", read_json(path / "mining.json", "Mine anew in another folder."))
     if (path / "metrics.json").exists():
-        result = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+        result = read_json(path / "metrics.json", "Delete it; anybatch train --resume makes it anew.")
         if result["metrics"]:
             console.print(metrics_table({"untrained": result["metrics_untrained"], "trained": result["metrics"]}))
         console.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ from anybatch.cli.progress import Bars, console
 from anybatch.configuration import load_config
 from anybatch.data import PairData
 from anybatch.errors import AnybatchError
-from anybatch.files import write_text
+from anybatch.files import read_json, write_text
 from anybatch.losses.config import LossConfig, first_temperature
 from anybatch.mining import MiningSet, PlanInspection, inspect_plan, inspect_sets
 from anybatch.pictures import PictureColumn, describe
@@ -185,7 +184,7 @@ def _embeddings(
 
 def _stored(path: Path, plan: BatchPlan, missing: list[str]) -> dict[str, Any] | None:
     """What mining left beside the plan, if it is this plan's."""
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    stored = read_json(path, "Delete it, or bring back the file that mining wrote.") if path.exists() else None
     if stored is not None and stored.get("plan", plan.digest) == plan.digest:
         return stored
     if plan.cluster_size > 1:

@@ -9,7 +9,7 @@ import typer
 from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import Bars, console
 from anybatch.distributed import launched_ranks, rank
-from anybatch.pipeline import check_sizes, make_plan, open_run, read_training_pairs
+from anybatch.pipeline import check_sizes, check_start, make_plan, open_run, read_training_pairs
 
 
 @with_run_options
@@ -25,8 +25,9 @@ def command(
     with launched_ranks():
         pairs = read_training_pairs(settings)
         check_sizes(settings, pairs)
-        folder = open_run(settings, resume=resume)
-        with Bars(quiet=rank() > 0) as bars:
+        if not resume:
+            check_start(settings, pairs)
+        with open_run(settings, resume=resume) as folder, Bars(quiet=rank() > 0) as bars:
             plan = make_plan(settings, pairs, bars)
         if rank() > 0:
             return

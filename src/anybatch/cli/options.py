@@ -13,7 +13,7 @@ import yaml
 
 from anybatch.configuration import load_config
 from anybatch.errors import AnybatchError
-from anybatch.run_config import RunConfig
+from anybatch.run_config import RunConfig, read_config
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="A YAML file; `anybatch train --show-config` prints every key.")
@@ -35,7 +35,9 @@ NegativeOption = Annotated[
 ]
 PictureOption = Annotated[
     list[str] | None,
-    typer.Option("--picture", help="Name of a column that holds paths of pictures (`data.pictures`). Repeatable."),
+    typer.Option(
+        "--picture", help='Name of a column that holds paths of pictures (`data.pictures`); "" for none. Repeatable.'
+    ),
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
@@ -119,4 +121,5 @@ def resumed(output: str | None) -> Path | None:
     path = Path(output) / "config.yaml"
     if not path.exists():
         raise AnybatchError(f"{output} holds no run to resume (no config.yaml). Start it without --resume.")
+    read_config(path.parent)
     return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -19,6 +21,30 @@ from rich.progress import (
 
 console = Console(stderr=True)
 SHOWN = ("loss", "eval_ndcg@10")
+
+
+class Messages(logging.Handler):
+    """Prints what the library says (warnings, and which columns and prompts are used) as plain lines, each once; of several ranks only the first informs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._said: set[str] = set()
+
+    @classmethod
+    def show(cls) -> None:
+        """Begin: of the logger `anybatch`, warnings and information."""
+        logger = logging.getLogger("anybatch")
+        if not any(isinstance(handler, cls) for handler in logger.handlers):
+            logger.addHandler(cls())
+            logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        text = record.getMessage()
+        silent = record.levelno < logging.WARNING and int(os.environ.get("RANK", "0")) > 0
+        if text not in self._said and not silent:
+            self._said.add(text)
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Bars(AbstractContextManager["Bars"]):

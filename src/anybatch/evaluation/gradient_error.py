@@ -21,7 +21,7 @@ For two-way losses the exact objective is the mean of both directions' losses. I
 (`full_gradient_both`) stand side by side as one vector, g*_i of 2 D numbers, and so do those of a batch: all figures are of both together. There are two
 linear maps then, one shared by all anchors and one by all positives, and the measure is two-way InfoNCE on random batches.
 
-Imports errors, losses, plan and rows.
+Imports errors, ids, losses, plan and rows.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
 from anybatch.evaluation.full_gradient import full_gradient, full_gradient_both, known_pairs, tangent
+from anybatch.ids import as_ids, renumbered
 from anybatch.losses import (
     EMC2,
     NUCLR,
@@ -148,6 +149,8 @@ class FrozenPairs:
         """
         if direction not in get_args(Direction):
             raise AnybatchError(f"direction is {direction!r}; expected 'one_way' or 'both'.")
+        if not 0 < temperature < np.inf:
+            raise AnybatchError(f"temperature is {temperature}; expected a positive number such as 0.05.")
         num_rows = len(anchors)
         if anchors.ndim != 2 or anchors.shape != positives.shape or num_rows < 3:
             raise AnybatchError(
@@ -157,8 +160,8 @@ class FrozenPairs:
         count = num_rows if num_probes is None else min(num_probes, num_rows)
         probes = np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
         ids = [
-            torch.arange(num_rows) if known is None else torch.as_tensor(np.asarray(known, dtype=np.int64))
-            for known in (anchor_id, positive_id)
+            torch.arange(num_rows) if known is None else torch.as_tensor(renumbered(as_ids(name, known)))
+            for name, known in (("anchor_id", anchor_id), ("positive_id", positive_id))
         ]
         if any(len(known) != num_rows for known in ids):
             raise AnybatchError(f"The ids cover {len(ids[0])} and {len(ids[1])} rows; expected {num_rows}.")

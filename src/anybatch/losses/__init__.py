@@ -1,4 +1,4 @@
-"""Outlive the batch: one tiled softmax engine, rules and memory over it, one Module a method. Imports errors and distributed."""
+"""Outlive the batch: one tiled softmax engine, rules and memory over it, one Module a method. Imports errors, ids and distributed."""
 
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.cross_batch import CrossBatchInfoNCE

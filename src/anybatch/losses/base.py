@@ -5,17 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
+from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss, symmetric_softmax_loss
-from anybatch.losses.log_weights import IdMask, LogWeight, SumLogWeight, as_log_weight
+from anybatch.ids import as_integers
+from anybatch.losses.engine import (
+    TILE_BYTES,
+    Rule,
+    Side,
+    SoftmaxStats,
+    differentiable_once,
+    softmax_loss,
+    symmetric_softmax_loss,
+)
+from anybatch.losses.log_weights import IdMask, LogWeight, RowMask, SumLogWeight, as_log_weight
 from anybatch.losses.per_example import Keys, PerExample
 
 Direction = Literal["one_way", "both"]
+MIN_TEMPERATURE = 0.01  # of a learned one: below, a cosine's float32 error is seen in the loss, and a step of the logarithm doubles the gradient
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def outside_the_graph(method: F) -> F:
+    """Under `torch.compile` the method runs as it is, between two graphs: it asks for values, and keeps state."""
+    return cast(
+        F, torch._disable_dynamo(method)
+    )  # not torch.compiler.disable, which imports the compiler when a class is made
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +73,8 @@ class ContrastiveLoss(PerExample):
     Args:
         temperature: Similarities are divided by it.
         learnable_temperature: Train it, through its logarithm, so that it stays positive.
+        min_temperature: A learned temperature is put back to it at the start of a training step, so that its gradient stays alive; what is read is
+            never below it. Temperatures of single examples (FastCLIP v2, ISogCLR, TempNet) have their published ranges, FastCLIP's learned one too.
         direction: "one_way": anchors against candidates. "both": the mean of that and of positives against anchors.
         normalize: L2-normalise the embeddings first, in float32 or better.
         tile_bytes: Memory for scores at a time.
@@ -66,12 +88,18 @@ class ContrastiveLoss(PerExample):
         *,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
         ring: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 < min_temperature < math.inf or (learnable_temperature and temperature < min_temperature):
+            raise AnybatchError(
+                f"min_temperature is {min_temperature} and the first temperature {temperature}; expected a positive floor, and a learned temperature "
+                "above it. Set min_temperature lower, or begin higher."
+            )
         if not temperature > 0:
             raise AnybatchError(f"temperature is {temperature}; expected a positive number such as 0.05.")
         if direction not in ("one_way", "both"):
@@ -81,6 +109,7 @@ class ContrastiveLoss(PerExample):
         self.tile_bytes = tile_bytes
         self.ring = ring
         self._temperature = temperature
+        self.temperature_range = (min_temperature, math.inf)  # of a learned temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable_temperature else None
         self._stats: tuple[Tensor, SoftmaxStats] | None = None
 
@@ -119,7 +148,10 @@ class ContrastiveLoss(PerExample):
     @property
     def temperature(self) -> float:
         """The temperature at this moment."""
-        return self._temperature if self.log_temperature is None else math.exp(self.log_temperature.item())
+        if self.log_temperature is None:
+            return self._temperature
+        low, high = self.temperature_range
+        return min(max(math.exp(self.log_temperature.item()), low), high)
 
     @property
     def last_stats(self) -> dict[str, float]:
@@ -135,6 +167,7 @@ class ContrastiveLoss(PerExample):
             "temperature": self.temperature,
         }
 
+    @outside_the_graph
     def forward(
         self,
         anchors: Tensor,
@@ -150,7 +183,7 @@ class ContrastiveLoss(PerExample):
         Args:
             anchors: (B, D) float.
             candidates: (M, D) float, M >= B: the positives in the anchors' order, then explicit negatives.
-            index: (B,) int64 rows of the data set; needed by losses with memory.
+            index: (B,) int rows of the data set; needed by losses with memory. Rows of one number have one content, and are no negatives.
             log_weight: b_ij: a `LogWeight`, or a tensor broadcastable to (B, M); -inf removes a pair.
             anchor_id: (B,) int, 0 or more; equal for identical anchors. Goes with `candidate_id`.
             candidate_id: (M,) int; equal for identical candidates.
@@ -159,11 +192,14 @@ class ContrastiveLoss(PerExample):
             Scalar, float32 (float64 for float64 embeddings), differentiable in the embeddings and the temperature.
 
         Raises:
-            AnybatchError: Shapes that do not fit, a negative anchor_id, an index that is missing or out of range.
+            AnybatchError: Shapes, types or devices that do not fit, a negative anchor_id, an index that is missing or out of range; in the backward
+                pass: a second derivative.
 
-        Cost and collectives: see `engine`; nothing is communicated in the backward pass.
+        Cost and collectives: see `engine`, and with `index` two gathers of it; nothing is communicated in the backward pass.
         """
-        return self._of(self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id))
+        return differentiable_once(
+            self._of(self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id))
+        )
 
     def _of(self, batch: Batch) -> Tensor:
         """The loss of a batch that is checked and normalised."""
@@ -203,12 +239,21 @@ class ContrastiveLoss(PerExample):
         candidate_id: Tensor | None,
     ) -> Batch:
         """The arguments of `forward`, checked, in float32 or better, normalised if wanted, with ids turned into masks."""
-        _check_shapes(anchors, candidates, index, anchor_id, candidate_id)
-        dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+        dtype = check_embeddings(anchors, candidates)
+        if (
+            anchors.ndim != 2
+            or candidates.ndim != 2
+            or anchors.shape[1] != candidates.shape[1]
+            or len(candidates) < len(anchors)
+        ):
+            raise AnybatchError(
+                f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, D) and (M, D) with M >= B: "
+                "the positives in the anchors' order, then explicit negatives."
+            )
         anchors, candidates = anchors.to(dtype), candidates.to(dtype)
         if self.normalize:
             anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
-        weight = self._weight(len(anchors), len(candidates), log_weight, anchor_id, candidate_id)
+        index, weight = self._weight(anchors, candidates, index, log_weight, anchor_id, candidate_id)
         return Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight)
 
     @property
@@ -229,9 +274,28 @@ class ContrastiveLoss(PerExample):
 
     def _temperatures(self, batch: Batch, *, direction: int) -> Tensor:
         """The temperature as a scalar tensor, or (B,) one a row."""
+        return self._global_temperature(batch.anchors)
+
+    def _global_temperature(self, like: Tensor) -> Tensor:
+        """The temperature as a scalar in the dtype and on the device of `like`, attached to autograd where it is learned."""
         if self.log_temperature is None:
-            return torch.tensor(self._temperature, dtype=batch.anchors.dtype, device=batch.anchors.device)
-        return self.log_temperature.to(batch.anchors.dtype).exp()
+            return like.new_tensor(self._temperature)
+        low, high = self.temperature_range
+        limited = self.log_temperature.detach().clamp(math.log(low), math.log(high))
+        if (
+            self._updating
+        ):  # a projection, where the optimizer finds it: it need not come back from where its momentum had carried it
+            self.log_temperature.data.copy_(limited)
+        # The value of the projected one, and a derivative at the edge as well.
+        log_temperature = self.log_temperature + (limited - self.log_temperature.detach())
+        return log_temperature.to(like).exp()
+
+    needs_index = False
+
+    @property
+    def _known_rows(self) -> int | None:
+        """n, where the loss is for a data set of so many rows."""
+        return None
 
     def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """The loss that the call returns; the place where a method updates what it learns from the engine's figures."""
@@ -250,16 +314,34 @@ class ContrastiveLoss(PerExample):
 
     def _weight(
         self,
-        num_rows: int,
-        num_columns: int,
+        anchors: Tensor,
+        candidates: Tensor,
+        index: Tensor | None,
         log_weight: LogWeight | Tensor | None,
         anchor_id: Tensor | None,
         candidate_id: Tensor | None,
-    ) -> LogWeight | None:
+    ) -> tuple[Tensor | None, LogWeight | None]:
+        """The index as int64, and all log-weights and masks."""
+        num_rows, num_columns, device = len(anchors), len(candidates), anchors.device
+        if (anchor_id is None) != (candidate_id is None):
+            raise AnybatchError("anchor_id and candidate_id go together; one of them is missing.")
+        if index is None and self.needs_index:
+            raise AnybatchError(
+                "This loss remembers each row: give index=, the row numbers of the batch in the data set."
+            )
         terms: list[LogWeight] = []
         if log_weight is not None:
             terms.append(as_log_weight(log_weight, num_rows, num_columns))
         if anchor_id is not None and candidate_id is not None:
+            anchor_id = as_integers(
+                "anchor_id",
+                anchor_id,
+                length=num_rows,
+                device=device,
+                low=0,
+                remedy="-1 marks explicit negatives, which have no anchor.",
+            )
+            candidate_id = as_integers("candidate_id", candidate_id, length=num_columns, device=device)
             owner = torch.full_like(candidate_id, -1)
             owner[:num_rows] = anchor_id
             terms.append(
@@ -270,34 +352,46 @@ class ContrastiveLoss(PerExample):
                     column_anchor=owner,
                 )
             )
-        return None if not terms else terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
-
-
-def _check_shapes(
-    anchors: Tensor, candidates: Tensor, index: Tensor | None, anchor_id: Tensor | None, candidate_id: Tensor | None
-) -> None:
-    if (
-        anchors.ndim != 2
-        or candidates.ndim != 2
-        or anchors.shape[1] != candidates.shape[1]
-        or len(candidates) < len(anchors)
-    ):
-        raise AnybatchError(
-            f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, D) and (M, D) with M >= B: "
-            "the positives in the anchors' order, then explicit negatives."
-        )
-    if (anchor_id is None) != (candidate_id is None):
-        raise AnybatchError("anchor_id and candidate_id go together; one of them is missing.")
-    for name, ids, length in (
-        ("index", index, len(anchors)),
-        ("anchor_id", anchor_id, len(anchors)),
-        ("candidate_id", candidate_id, len(candidates)),
-    ):
-        if ids is not None and (ids.shape != (length,) or ids.is_floating_point()):
-            raise AnybatchError(
-                f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; expected integers of shape ({length},)."
+        if index is not None:
+            known = self._known_rows
+            index = as_integers(
+                "index",
+                index,
+                length=num_rows,
+                device=device,
+                low=0,
+                high=None if known is None else known - 1,
+                remedy="Make the loss with the num_rows of this data set." if known else "Give row numbers.",
             )
-    if anchor_id is not None and len(anchor_id) and int(anchor_id.min()) < 0:
+            rows = distributed.gather_rows(index, distributed.gather_sizes(num_rows, device))
+            if len(rows.unique()) < len(rows):  # of all ranks, and so the same on each
+                column = index.new_full((num_columns,), -1)
+                column[:num_rows] = index
+                terms.append(RowMask(row=index, column=column))
+        return index, None if not terms else terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
+
+
+def check_embeddings(anchors: Tensor, candidates: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 if either side is, else float32.
+
+    Raises:
+        AnybatchError: No tensors, but what sentence-transformers' Trainer hands to a loss; other numbers than floats, two devices, a transform that a loss does not know.
+    """
+    wrong = [type(given).__name__ for given in (anchors, candidates) if not isinstance(given, Tensor)]
+    if wrong:
         raise AnybatchError(
-            f"anchor_id goes down to {int(anchor_id.min())}; expected 0 or more (-1 marks explicit negatives, which have no anchor)."
+            f"A loss got {' and '.join(wrong)}; expected embeddings, tensors (B, D) and (M, D). In sentence-transformers' Trainer give it inside the model's "
+            "cached step: loss=CachedLoss(model, loss), from anybatch.integrations.sentence_transformers."
         )
+    if not (anchors.is_floating_point() and candidates.is_floating_point()) or anchors.device != candidates.device:
+        raise AnybatchError(
+            f"anchors are {anchors.dtype} on {anchors.device} and candidates {candidates.dtype} on {candidates.device}; expected floats on one device."
+        )
+    if torch._C._are_functorch_transforms_active() or any(
+        unpack_dual(side).tangent is not None for side in (anchors, candidates)
+    ):
+        raise AnybatchError(
+            "A loss of anybatch does not run inside torch.func's transforms (grad, vmap, jvp, ...) or with forward-mode derivatives: its gradient is computed "
+            "in closed form for a backward pass. Use loss.backward() or torch.autograd.grad."
+        )
+    return torch.float64 if torch.float64 in (anchors.dtype, candidates.dtype) else torch.float32

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
+from anybatch.configuration import (
+    Configuration,
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+)
 from anybatch.errors import AnybatchError
 
+_LEARNED = frozenset({"learnable_temperature", "min_temperature"})
 _GLOBAL = frozenset({"gamma", "gamma_steps", "gamma_steps_per_epoch"})
 _MEMORY = frozenset({"memory_dtype", "memory_sharded"})
 _OWN_TEMPERATURES = frozenset({"rho", "eps", "temperature_range", *_GLOBAL, *_MEMORY})
 # What each method knows besides temperature, direction, weights and weight_cap.
 KNOWN: dict[str, frozenset[str]] = {
-    "infonce": frozenset({"learnable_temperature", "ring", "margin", "hardness"}),
-    "decoupled": frozenset({"learnable_temperature", "ring"}),
-    "count_corrected": frozenset({"learnable_temperature", "ring"}),
-    "cross_batch": frozenset(
-        {"learnable_temperature", "memory_size", "corrected", "centred", "mean_rows", "max_staleness"}
-    ),
-    "sogclr": frozenset({"learnable_temperature", "ring", "eps", *_GLOBAL, *_MEMORY}),
+    "infonce": frozenset({*_LEARNED, "ring", "margin", "hardness"}),
+    "decoupled": frozenset({*_LEARNED, "ring"}),
+    "count_corrected": frozenset({*_LEARNED, "ring"}),
+    "cross_batch": frozenset({*_LEARNED, "memory_size", "corrected", "centred", "mean_rows", "max_staleness"}),
+    "sogclr": frozenset({*_LEARNED, "ring", "eps", *_GLOBAL, *_MEMORY}),
     "fastclip": frozenset({"version", "temperature_lr", *_OWN_TEMPERATURES}),
     "isogclr": frozenset({"temperature_lr", *_OWN_TEMPERATURES}),
     "tempnet": frozenset({"dimensions", *_OWN_TEMPERATURES}),
     "nuclr": frozenset({"margin", "margin_lr", "margin_start", *_GLOBAL}),
-    "glofnd": frozenset({"learnable_temperature", "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
-    "emc2": frozenset({"learnable_temperature", "dimensions", "burn_in", "seed"}),
-    "scent": frozenset({"learnable_temperature", "eps", "alpha", *_MEMORY}),
-    "siglip": frozenset({"learnable_temperature", "bias"}),
+    "glofnd": frozenset({*_LEARNED, "eps", "alpha", "threshold_lr", "threshold_start", *_GLOBAL}),
+    "emc2": frozenset({*_LEARNED, "dimensions", "burn_in", "seed"}),
+    "scent": frozenset({*_LEARNED, "eps", "alpha", *_MEMORY}),
+    "siglip": frozenset({*_LEARNED, "bias"}),
     "auc_cl": frozenset({"margin"}),
 }
 # What fastclip's versions do without.
@@ -46,7 +55,7 @@ _WITHOUT_WEIGHTS = ("infonce", "decoupled", "siglip")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Configuration):
     """A loss by name. What is None takes the method's default; what the method does not know is refused.
 
     Attributes:
@@ -59,6 +68,7 @@ class LossConfig:
         temperature: Similarities are divided by it; where it is learned, the first one. 0.01 to 0.07 for text, 0.07 to 0.1 for images. None for the
             method's own: 0.1 for siglip, 0.07 for fastclip (v1, v2: 0.03), 0.05 for the others.
         learnable_temperature: Train it as a parameter; None for what the method does (siglip: yes, all others: no).
+        min_temperature: Where it is learned, it goes no lower; None for .01. fastclip, isogclr, tempnet: see temperature_range.
         direction: "one_way" (anchor to candidates), or "both" (also positive to anchors); None for "both" with fastclip, else "one_way".
         gamma: Methods with a running denominator: weight of the new batch in it; 1 forgets everything else.
         gamma_steps: Let gamma fall from 1 along a cosine of so many steps; None to keep it constant.
@@ -113,63 +123,60 @@ class LossConfig:
         "siglip",
         "auc_cl",
     ] = "infonce"
-    temperature: float | None = None
+    temperature: Positive | None = None
     learnable_temperature: bool | None = None
+    min_temperature: Positive | None = None
     direction: Literal["one_way", "both"] | None = None
-    gamma: float | None = None
-    gamma_steps: int | None = None
-    gamma_steps_per_epoch: int | None = None
-    eps: float | None = None
+    gamma: Share | None = None
+    gamma_steps: Count | None = None
+    gamma_steps_per_epoch: Count | None = None
+    eps: NotNegative | None = None
     version: Literal["v0", "v1", "v2", "v3"] | None = None
-    rho: float | None = None
-    temperature_range: tuple[float, ...] | None = None
-    temperature_lr: float | None = None
-    dimensions: int | None = None
-    memory_size: int | None = None
+    rho: NotNegative | None = None
+    temperature_range: tuple[Positive, ...] | None = None
+    temperature_lr: NotNegative | None = None
+    dimensions: Count | None = None
+    memory_size: Count | None = None
     corrected: bool | None = None
     centred: bool | None = None
-    mean_rows: int | None = None
-    max_staleness: float | None = None
+    mean_rows: Count | None = None
+    max_staleness: Positive | None = None
     margin: float | None = None
     bias: float | None = None
-    margin_lr: float | None = None
-    margin_start: int | None = None
+    margin_lr: NotNegative | None = None
+    margin_start: CountOrZero | None = None
     hardness: float | None = None
-    alpha: float | None = None
-    threshold_lr: float | None = None
-    threshold_start: int | None = None
-    burn_in: float | None = None
-    seed: int | None = None
+    alpha: Positive | None = None
+    threshold_lr: NotNegative | None = None
+    threshold_start: CountOrZero | None = None
+    burn_in: Fraction | None = None
+    seed: Seed | None = None
     memory_dtype: Literal["float32", "float16"] | None = None
     memory_sharded: bool = False
     weights: Literal["none", "inclusion"] = "none"
-    weight_cap: float | None = None
+    weight_cap: Annotated[float, Range(1)] | None = None
     ring: bool = False
-    matryoshka: tuple[int, ...] | None = None
-    matryoshka_weights: tuple[float, ...] | None = None
+    matryoshka: tuple[Count, ...] | None = None
+    matryoshka_weights: tuple[NotNegative, ...] | None = None
     mask_suspects: bool = False
     warm_start: bool = False
-    warm_start_steps: int | None = None
-    warm_start_sample: int | None = None
-    probe_steps: int | None = None
+    warm_start_steps: Count | None = None
+    warm_start_sample: Count | None = None
+    probe_steps: Count | None = None
+
+    section: ClassVar[str] = "loss"
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not 0 < self.temperature < math.inf:  # nan is neither
-            raise AnybatchError(f"loss.temperature is {self.temperature}; expected a positive number such as 0.05.")
-        if self.gamma is not None and not 0 < self.gamma <= 1:
-            raise AnybatchError(f"loss.gamma is {self.gamma}; expected a number above 0 and at most 1.")
+        super().__post_init__()
         if self.memory_dtype == "float16" and self.gamma is not None and self.gamma < 0.05:
             raise AnybatchError(
                 f"loss.memory_dtype is 'float16' and loss.gamma {self.gamma}: steps that small are rounded away. Use float32, or gamma from .05."
             )
-        if self.eps is not None and not 0 <= self.eps < math.inf:
+        learned = self.name == "siglip" if self.learnable_temperature is None else self.learnable_temperature
+        if self.min_temperature is not None and not learned:
             raise AnybatchError(
-                f"loss.eps is {self.eps}; expected 0 or a positive number, or nothing for 1 / (rows - 1)."
-            )
-        if self.weight_cap is not None and not self.weight_cap >= 1:
-            raise AnybatchError(
-                f"loss.weight_cap is {self.weight_cap}; expected at least 1 (a row of another cluster weighs no less than one of the own), "
-                "or nothing for the exact weight."
+                f"loss.min_temperature is {self.min_temperature}, and the temperature is not learned, so that it stays as it is. Set "
+                "loss.learnable_temperature=true, or leave loss.min_temperature out."
             )
         if self.temperature_range is not None and len(self.temperature_range) != 2:
             raise AnybatchError(
@@ -180,8 +187,6 @@ class LossConfig:
         self._check_matryoshka()
         if self.name == "tempnet" and self.dimensions is None and self.matryoshka is None:
             raise AnybatchError("loss.dimensions is missing; tempnet needs the width of the embeddings, such as 384.")
-        if self.name not in KNOWN:
-            raise AnybatchError(f"loss.name is {self.name!r}; expected one of {', '.join(KNOWN)}.")
         unknown = sorted(set(self._given()) - KNOWN[self.name])
         if unknown:
             knowing = sorted(name for name, known in KNOWN.items() if unknown[0] in known)
@@ -189,8 +194,6 @@ class LossConfig:
                 f"loss.{unknown[0]} is given, which '{self.name}' does not know: it is for {', '.join(knowing)}. Remove it, or change loss.name."
             )
         version = "v3" if self.version is None else self.version
-        if version not in _FASTCLIP_IGNORES:
-            raise AnybatchError(f"loss.version is {version!r}; expected one of {', '.join(_FASTCLIP_IGNORES)}.")
         for name in _FASTCLIP_IGNORES[version] if self.name == "fastclip" else ():
             if getattr(self, name) is not None:
                 using = ", ".join(other for other, ignored in _FASTCLIP_IGNORES.items() if name not in ignored)
@@ -208,8 +211,6 @@ class LossConfig:
                 raise AnybatchError(
                     f"loss.{name} is {value}, but '{self.name}' has no running denominator. It is for {', '.join(WITH_MEMORY)}."
                 )
-            if value is not None and value is not False and value < 1:
-                raise AnybatchError(f"loss.{name} is {value}; expected at least 1, or nothing.")
         if self.name in ("siglip", "auc_cl") and self.direction == "both":
             raise AnybatchError(
                 f"loss.direction is 'both'; '{self.name}' judges pairs and has one direction. Leave it at 'one_way'."
@@ -225,7 +226,7 @@ class LossConfig:
             )
         if widths is None:
             return
-        if not widths or min(widths) < 1 or len(set(widths)) < len(widths):
+        if not widths or len(set(widths)) < len(widths):
             raise AnybatchError(
                 f"loss.matryoshka is {list(widths)}; expected different positive widths such as [384, 128, 64], or nothing."
             )

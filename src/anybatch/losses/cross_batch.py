@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import Batch, Direction
+from anybatch.losses.base import MIN_TEMPERATURE, Batch, Direction
 from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss
 from anybatch.losses.infonce import CountCorrectedInfoNCE, WithPositive
+from anybatch.losses.per_example import Keys
 from anybatch.losses.recent_pairs import MAX_FEATURES, RecentPairs
 from anybatch.losses.remembered_columns import Remembered, column_features, kinds, with_remembered
 
@@ -29,7 +29,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
 
         candidates of anchor i:   the batch's, and the remembered positives c~_j
         pull on candidate j:      p_ij from the batch's anchors, and from the remembered anchors a~_i
-                                  p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     D_i the denominator that a~_i had in its own batch
+                                  p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     k candidates but the positive, D_i the denominator that a~_i had in its own batch
 
     Both parts are needed. With the remembered positives alone an anchor is pushed from n rows, and a positive by no more than the batch: the
     two sides' gradients no longer balance, and training goes wrong (docs/methods.md). The value of the second part is 0; its gradient goes to the batch's candidates.
@@ -42,14 +42,14 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
     Args:
         num_rows: n, rows of the data set.
         memory_size: S, pairs remembered: the newest. A row's older pair leaves when the row comes again.
-        corrected: Weight the k negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for the softmax over what is there.
+        corrected: Weight the negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for the softmax over what is there.
         centred: Take away the common drift; False for the plain memory of the publications.
         mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows are less noise, above all in mined batches, and a mean
             that is older: 64 was best from scratch, 256 on embeddings that stand still (docs/methods.md).
         max_staleness: What moved on its own is seen in the softmax: old negatives are less near than new ones. For each eighth of the memory, by age, the log of a
             new negative's mean share over an old one's is measured; from the first two in a row above this limit on, nothing is used until the embeddings move
             more slowly. None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is remembered look stale.
-        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
     Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for remembered pairs too: ids, lists of
     pairs, data sets, clusters and values by column are kept with them; a tensor with a value a pair is refused. A step that is not finite is not remembered. Under several
@@ -77,6 +77,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         max_staleness: float | None = 0.1,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
@@ -85,6 +86,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             num_rows,
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
@@ -104,12 +106,20 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         self.memory_size, self.corrected, self.centred = memory_size, corrected, centred
         self.max_staleness, self.mean_rows = max_staleness, mean_rows
         self._num_used = 0
-        self.recent = RecentPairs(memory_size)
+        self.recent = RecentPairs(memory_size, num_rows)
         self.mean: Tensor
         self.mean_share: Tensor
         self.register_buffer("mean", torch.zeros(2, 0))  # running, of anchors and positives
         # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction.
         self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
+
+    needs_index = True
+    widths = ("mean",)
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
+        self.recent.num_rows.fill_(num_rows)
 
     @property
     def last_stats(self) -> dict[str, float]:
@@ -136,7 +146,9 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         for direction in self._directions:
             queries = batch.queries(direction)
             others = batch.candidates if direction == 0 else batch.anchors
-            side = self._side(batch, direction=direction)
+            sizes = recalled.layout.row_sizes if direction else recalled.layout.column_sizes
+            num_drawn = (sum(sizes) - 1 + recalled.present.sum()).expand(len(queries))
+            side = replace(self._side(batch, direction=direction), num_drawn=num_drawn)
             weight = with_remembered(side.log_weight, recalled.columns[direction])
             columns = torch.cat([others, recalled.used[1 - direction, recalled.columns[direction].share]])
             loss, one = softmax_loss(
@@ -145,9 +157,10 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
                 rule=side.rule,
                 temperature=side.temperature,
                 log_weight=weight,
+                num_drawn=num_drawn,
                 tile_bytes=self.tile_bytes,
             )
-            losses.append(loss + self._pull_of_queries(batch, recalled, direction, side, one.num_negatives))
+            losses.append(loss + self._pull_of_queries(batch, recalled, direction, side))
             stats.append((one, side))
         loss = torch.stack(losses).mean()
         self._stats = loss.detach(), stats[0][0]
@@ -156,32 +169,11 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             self._remember(batch, recalled, stats)
         return loss
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """The width comes with the state; a state of more rows is refused."""
-        rows, mean = (state_dict.get(prefix + name) for name in ("recent.rows", "mean"))
-        if rows is not None and len(rows) and int(rows.max()) >= self.num_rows:
-            raise AnybatchError(
-                f"The state remembers row {int(rows.max())}, and the loss is for {self.num_rows} rows. Make the loss with the num_rows of the data set "
-                "that the state is of."
-            )
-        if mean is not None:
-            self.mean = self.mean.new_zeros(mean.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _checked(self, index: Tensor | None) -> Tensor:
-        if index is None:
-            raise AnybatchError("This loss remembers rows: give index=, the row numbers of the batch in the data set.")
-        if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.num_rows):
-            raise AnybatchError(
-                f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {self.num_rows - 1}. "
-                "Make the loss with the num_rows of this data set."
-            )
-        return index.long()
-
     @torch.no_grad()
     def _recall(self, batch: Batch) -> _Recalled:
         """What is remembered, as it is used beside this batch."""
-        anchors, positives, index = batch.anchors, batch.queries(1), self._checked(batch.index)
+        anchors, positives, index = batch.anchors, batch.queries(1), batch.index
+        assert index is not None
         remembered = self.recent.beside(anchors.shape[1])
         layout = Layout.of(len(anchors), len(batch.candidates), anchors.device)
         sizes = layout.row_sizes
@@ -201,7 +193,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         present, shares = (recent.rows >= 0) & ~torch.isin(recent.rows, rows), None
         if self.max_staleness is not None:
             group = recent.age_groups(GROUPS)
-            shares = self._measure(batch, layout, used, features, present, group)
+            shares = self._measure(batch, layout, rows, used, features, present, group)
             present = present & (group < self._fresh_groups(shares))
         places = distributed.shares(self.memory_size)
         first = sum(places[: distributed.rank()])
@@ -210,6 +202,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             Remembered(
                 num_columns=number,
                 features=recent.features[direction, : features.shape[1]],
+                rows=recent.rows,
                 present=present,
                 share=share,
             )
@@ -249,6 +242,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         self,
         batch: Batch,
         layout: Layout,
+        rows: Tensor,
         used: Tensor,
         features: Tensor,
         present: Tensor,
@@ -270,6 +264,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             columns = Remembered(
                 num_columns=own,
                 features=torch.cat([features[direction], self.recent.features[direction, : features.shape[1]]], dim=1),
+                rows=torch.cat([rows, self.recent.rows]),
                 present=torch.cat([torch.ones(num_rows, dtype=torch.bool, device=device), present]),
                 share=slice(0, num_rows + self.memory_size),
                 without_own=True,
@@ -303,38 +298,31 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             )
         return features
 
-    def _pull_of_queries(
-        self, batch: Batch, recalled: _Recalled, direction: int, side: Side, num_negatives: Tensor
-    ) -> Tensor:
+    def _pull_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
         """A term of value 0 whose derivative is the pull of the remembered queries on the batch's positives (anchors, on the way back)."""
         if not torch.is_grad_enabled():
             return batch.anchors.new_zeros(())
         own, layout = batch.queries(1 - direction), recalled.layout
         with torch.no_grad():
-            gradient = self._gradient_of_queries(batch, recalled, direction, side, num_negatives)
+            gradient = self._gradient_of_queries(batch, recalled, direction, side)
             gradient *= distributed.world_size() / sum(layout.row_sizes)
         term = (gradient * own).sum()
         return term - term.detach()
 
-    def _gradient_of_queries(
-        self, batch: Batch, recalled: _Recalled, direction: int, side: Side, num_negatives: Tensor
-    ) -> Tensor:
-        """(B, D) sum over the remembered queries i of p_ij a~_i / tau for each of this rank's rows j.
-
-        Args:
-            num_negatives: (B,) k of each row as a query, which a remembered query that may see it shares.
-        """
+    def _gradient_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
+        """(B, D) sum over the remembered queries i of p_ij a~_i / tau for each of this rank's rows j; k is that of the batch's queries."""
         own, queries = batch.queries(1 - direction), recalled.used[direction]
         temperature = side.temperature.detach()
         reverse = batch.log_weight_of(1 - direction)
         everyone = replace(recalled.columns[1 - direction], share=slice(0, self.memory_size))
         weight = with_remembered(reverse, everyone)
         columns_of_all = slice(everyone.num_columns, everyone.num_columns + self.memory_size)
-        correction = torch.zeros_like(num_negatives)
+        assert side.num_drawn is not None
+        correction = own.new_zeros(len(own))
         if self.corrected:
             correction += math.log(self.num_rows - 1)
             if not (reverse is not None and reverse.normalised):
-                correction -= num_negatives.clamp(min=1).log()
+                correction -= side.num_drawn.to(own.dtype).clamp(min=1).log()
         log_denominator = self.recent.log_denominator[direction].to(own.dtype)
         gradient = torch.zeros_like(own)
         height = max(1, self.tile_bytes // (self.memory_size * own.element_size()))

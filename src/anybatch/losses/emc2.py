@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import Batch, ContrastiveLoss, Direction
+from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss, Direction
 from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.memory import ExampleMemory
@@ -36,7 +36,7 @@ class EMC2(ContrastiveLoss):
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
         seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as if uninterrupted,
             and several ranks draw what one process would.
-        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
     The chains and the number of steps are buffers, updated once a call in training mode with gradients enabled.
 
@@ -57,6 +57,7 @@ class EMC2(ContrastiveLoss):
         seed: int = 0,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
@@ -64,6 +65,7 @@ class EMC2(ContrastiveLoss):
         super().__init__(
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
@@ -81,6 +83,12 @@ class EMC2(ContrastiveLoss):
         self.num_steps: Tensor
         self.register_buffer("num_steps", torch.tensor(0))
 
+    needs_index = True
+
+    @property
+    def _known_rows(self) -> int:
+        return self.memory.num_rows
+
     def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
         """See `ContrastiveLoss.grow`."""
         if keys is not None:
@@ -89,7 +97,7 @@ class EMC2(ContrastiveLoss):
         self.grow_buffers(num_rows)
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        self.memory.check(index, dimensions)
+        self.memory.check(dimensions)
         return _Chained()
 
     def _side(self, batch: Batch, *, direction: int) -> Side:
@@ -153,13 +161,15 @@ class EMC2(ContrastiveLoss):
         rows, inverse = torch.unique(index, return_inverse=True)
         occurrence = torch.arange(len(index), device=index.device)
         last = torch.zeros_like(rows).scatter_reduce(0, inverse, occurrence, "amax")  # of several, the last one goes on
-        self.memory.log_mean[direction, rows] = ends[last].to(self.memory.log_mean.dtype)
+        ends, fine = ends[last].to(self.memory.log_mean.dtype), ends[last].isfinite()
+        # A step that has diverged leaves no state that nothing could replace.
+        self.memory.log_mean[direction, rows] = torch.where(fine, ends, self.memory.log_mean[direction, rows])
         if self.states is None:
             return
         others = batch.candidates if direction == 0 else batch.anchors
         others_all = distributed.gather_rows(others, chain.layout.column_sizes)
         place = distributed.gather_rows(chain.place, sizes)[last]
-        moved = place >= 0
+        moved = (place >= 0) & fine
         self.states[direction, rows[moved]] = others_all[place[moved]].to(self.states.dtype)
 
 
@@ -171,7 +181,7 @@ class _Chained:
     def __init__(self) -> None:
         self.batch_log_sum = torch.empty(0)
 
-    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         objective = self.batch_log_sum[rows]
         return torch.zeros_like(log_sum), torch.where(objective.isneginf(), 0.0, objective)
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from anybatch.errors import AnybatchError
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.sides import TILE_BYTES, Adjust, Rule, Side, SoftmaxStats
 from anybatch.losses.solver import Solution, finite, solve
@@ -40,7 +40,10 @@ __all__ = [
     "Rule",
     "Side",
     "SoftmaxStats",
+    "Twice",
     "dense_softmax_loss",
+    "differentiable_once",
+    "refuse_twice",
     "softmax_loss",
     "symmetric_softmax_loss",
 ]
@@ -56,6 +59,7 @@ def softmax_loss(
     row_weight: Tensor | None = None,
     adjust: Adjust | None = None,
     column_weight: Callable[[slice], Tensor] | None = None,
+    num_drawn: Tensor | None = None,
     tile_bytes: int = TILE_BYTES,
     ring: bool = False,
 ) -> tuple[Tensor, SoftmaxStats]:
@@ -70,6 +74,7 @@ def softmax_loss(
         row_weight: (B,) factor of each row's objective, a constant; None for 1.
         adjust: Rewrites the logits of whole rows; None to leave them.
         column_weight: Also measure `SoftmaxStats.column_pull`, with these weights of the rows; see `Side`.
+        num_drawn: (B,) candidates but for the positive, where not all columns are; see `Rule`.
         tile_bytes: Memory for scores; the height of a tile follows from it.
         ring: Under several ranks let the candidates travel from rank to rank, where all of them would not fit on one. The same loss.
 
@@ -85,6 +90,7 @@ def softmax_loss(
         row_weight=row_weight,
         adjust=adjust,
         column_weight=column_weight,
+        num_drawn=num_drawn,
     )
     loss, stats = _run(anchors, candidates, (side,), tile_bytes, ring)
     return loss, stats[0]
@@ -141,8 +147,8 @@ def dense_softmax_loss(
         logits.fill_diagonal_(-torch.inf)
         if adjust is not None:
             logits = adjust(everything, scores.detach(), logits)
-        count = (~logits.isneginf()).sum(dim=1).to(logits.dtype)
-        log_denominator, objective = rule(logits.logsumexp(dim=1), count, everything)
+        num_drawn = logits.new_full((len(anchors),), len(candidates) - 1)
+        log_denominator, objective = rule(logits.logsumexp(dim=1), num_drawn, everything)
         pull = (logits - finite(log_denominator)[:, None]).exp()
     surrogate = (pull * relative).sum(dim=1)
     weight = torch.ones_like(objective) if row_weight is None else row_weight.detach()
@@ -190,11 +196,44 @@ class _SoftmaxLoss(torch.autograd.Function):
         return solution.loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_twice()
         d_anchors, d_candidates, *d_temperatures = ctx.saved_tensors
         saved = (d_anchors, d_candidates, None, *d_temperatures)
         return tuple(
             gradient * grad_output if needed and gradient is not None else None
             for gradient, needed in zip(saved, ctx.needs_input_grad, strict=True)
         )
+
+
+class Twice(AnybatchError, RuntimeError):
+    """A second derivative was asked for; a RuntimeError as well, which is what autograd raises for that."""
+
+
+def refuse_twice() -> None:
+    """In a backward pass: refuse one that is recorded to be differentiated itself. What is in closed form, or held fixed, is a constant to autograd.
+
+    Raises:
+        Twice: It is (`create_graph=True`).
+    """
+    if torch.is_grad_enabled():
+        raise Twice(
+            "A loss of anybatch can be differentiated once, and create_graph=True asks for more: its gradient is computed in closed form, and has no "
+            "derivative of its own. Leave the loss out of gradient penalties and other second derivatives, or call backward without create_graph."
+        )
+
+
+def differentiable_once(loss: Tensor) -> Tensor:
+    """The same loss, whatever it is made of, with `refuse_twice` at the start of its backward pass."""
+    return _Once.apply(loss)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_twice()
+        return grad_output

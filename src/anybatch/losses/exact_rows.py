@@ -31,7 +31,8 @@ class Rows:
     Attributes:
         positive: Logit of the positive, s_ip / tau.
         log_sum: Relative to the positive; -inf without negatives.
-        num_negatives: k.
+        num_negatives: Targets that are negatives.
+        num_drawn: k, targets but the row's own, negatives or not: what the mean is over.
         mean_logit: Mean logit under the softmax, relative to the positive; 0 without negatives.
         purity: Sum of p_ij^2: one over the number of negatives that share the pull, in the strict sense.
     """
@@ -39,13 +40,14 @@ class Rows:
     positive: Tensor
     log_sum: Tensor
     num_negatives: Tensor
+    num_drawn: Tensor
     mean_logit: Tensor
     purity: Tensor
 
     @property
     def log_mean(self) -> Tensor:
-        """Log of the mean of exp(relative logit) over the negatives: what a memory keeps."""
-        return self.log_sum - self.num_negatives.clamp(min=1).log()
+        """Log of the mean of exp(relative logit) over the targets, to which those that are no negatives add 0: what a memory keeps."""
+        return self.log_sum - self.num_drawn.clamp(min=1).log()
 
     @property
     def entropy(self) -> Tensor:
@@ -53,8 +55,8 @@ class Rows:
         return torch.where(self.num_negatives > 0, self.log_sum - self.mean_logit, -torch.inf)
 
     def standard_error(self, population: int) -> Tensor:
-        """Standard error of `log_mean` as an estimate from k negatives drawn from `population` without replacement (delta method)."""
-        k = self.num_negatives.clamp(min=1)
+        """Standard error of `log_mean` as an estimate from k targets drawn from `population` without replacement (delta method)."""
+        k = self.num_drawn.clamp(min=1)
         return ((k * self.purity - 1).clamp(min=0) / k * (1 - k / max(1, population)).clamp(min=0)).sqrt()
 
 
@@ -228,6 +230,7 @@ def exact_rows(
         positive=positive.double(),
         log_sum=torch.where(some, peak + safe.log(), -torch.inf),
         num_negatives=counts,
+        num_drawn=total - remove.own,
         mean_logit=torch.where(some, firsts / safe, 0.0),
         purity=torch.where(some, squares / safe**2, 0.0),
     )
@@ -243,6 +246,9 @@ class _Remover:
 
     def __init__(self, table: Table, rows: Tensor) -> None:
         self.rows = rows
+        self.own = torch.zeros(
+            len(rows), dtype=torch.float64, device=rows.device
+        )  # 1 once the row's own target has come
         given = [ids for ids in (table.query_id, table.target_id) if ids is not None]
         self.ids = [(ids[rows], ids, torch.isin(ids, ids[rows])) for ids in given]
 
@@ -255,6 +261,7 @@ class _Remover:
         place = torch.searchsorted(numbers, self.rows).clamp_(max=len(numbers) - 1)
         own = (numbers[place] == self.rows).nonzero()[:, 0]
         logits[own, place[own]] = -torch.inf
+        self.own[own] = 1.0
         removed = len(own) > 0
         for of_rows, of_all, met in self.ids:
             watched = met[numbers].nonzero()[:, 0]

@@ -72,7 +72,8 @@ class ExampleValues(PerExample):
             gradient: (b,) derivative of each row's own objective.
             direction: Which values.
         """
-        rows, mean = _finite(*mean_by_row(index, gradient.clamp(-self.clip, self.clip).to(self.values.dtype)))
+        gradient = torch.where(gradient.isfinite(), gradient.clamp(-self.clip, self.clip), torch.nan)
+        rows, mean = _finite(*mean_by_row(index, gradient.to(self.values.dtype)))
         velocity = self.momentum * self.velocity[direction, rows] + (1 - self.momentum) * mean
         self.velocity[direction, rows] = velocity
         self.values[direction, rows] = (self.values[direction, rows] - self.lr * velocity).clamp(*self.limits)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import Batch, Direction
+from anybatch.losses.base import MIN_TEMPERATURE, Batch, Direction
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats
 from anybatch.losses.example_values import ExampleValues
 from anybatch.losses.per_example import Keys
 from anybatch.losses.schedule import GammaSchedule
-from anybatch.losses.sogclr import SogCLR
+from anybatch.losses.sogclr import Remembering, SogCLR
 
 
 class GloFND(SogCLR):
@@ -22,8 +22,10 @@ class GloFND(SogCLR):
         b_ij     = -inf where s_ij > lambda_i
         lambda_i <- lambda_i - lr (alpha - share of the batch's negatives with s_ij > lambda_i)        pinball loss
 
-    so that lambda_i follows the (1 - alpha) quantile of the similarities of anchor i over all the data, of which a batch alone
-    shows too little. Its first value is the batch's quantile. Negatives removed by masks do not count.
+    and the mean is over the others: k_i in `SogCLR` is less what is dropped, as in the paper, so that the data set is that without them.
+
+    lambda_i follows the (1 - alpha) quantile of the similarities of anchor i over all the data, of which a batch alone
+    shows too little. Its first value is the batch's quantile. Negatives removed by masks count for no share, and add nothing to the mean, as everywhere.
 
     Args:
         num_rows: n, rows of the data set.
@@ -31,7 +33,7 @@ class GloFND(SogCLR):
         threshold_lr: Step, in units of similarity.
         threshold_start: Steps before thresholds are learned and used. Published: a third of all.
         gamma, eps: See `SogCLR`.
-        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
     Thresholds and the number of steps are buffers, updated once a call in training mode with gradients enabled.
 
@@ -53,6 +55,7 @@ class GloFND(SogCLR):
         eps: float | None = None,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
@@ -63,6 +66,7 @@ class GloFND(SogCLR):
             eps=eps,
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
@@ -93,7 +97,9 @@ class GloFND(SogCLR):
             return side
         assert batch.index is not None
         threshold = self.thresholds.of(batch.index, direction=direction, dtype=batch.anchors.dtype)
-        return replace(side, adjust=_Dropping(threshold=threshold, alpha=self.alpha))
+        adjust = _Dropping(threshold=threshold, alpha=self.alpha)
+        assert isinstance(side.rule, Remembering)
+        return replace(side, rule=replace(side.rule, dropped=adjust.dropped), adjust=adjust)
 
     def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         loss = super()._finish(batch, sides, stats, loss)
@@ -116,25 +122,29 @@ class _Dropping:
 
     Attributes:
         threshold: (B,) NaN for a row without one, which takes the quantile of the batch.
-        first: (B,) that quantile; -inf for a row without negatives.
-        share: (B,) of the negatives above the threshold; NaN for a row without negatives.
+        first: (B,) that quantile; -inf for a row without negatives, or with scores that are no numbers: a step that has diverged.
+        share: (B,) of the negatives above the threshold; NaN for such rows.
+        dropped: (B,) how many those are.
     """
 
     def __init__(self, *, threshold: Tensor, alpha: float) -> None:
         self.threshold, self.alpha = threshold, alpha
         self.first, self.share = torch.full_like(threshold, -torch.inf), torch.full_like(threshold, torch.nan)
+        self.dropped = torch.zeros_like(threshold)
 
     def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
         negative = ~logits.isneginf()
         count = negative.sum(dim=1)
-        threshold = self.threshold[rows]
+        threshold, fine = self.threshold[rows], scores.sum(dim=1).isfinite()
         if bool(threshold.isnan().any()):
             # The value with alpha * count negatives above it, rounded down.
             above = (self.alpha * count).long().clamp(max=scores.shape[1] - 1)
             allowed = scores.masked_fill(~negative, -torch.inf)
             highest = allowed.topk(int(above.max()) + 1, dim=1).values
-            self.first[rows] = highest.gather(1, above[:, None])[:, 0]
-            threshold = torch.where(threshold.isnan(), self.first[rows], threshold)
+            first = highest.gather(1, above[:, None])[:, 0]
+            self.first[rows] = torch.where(fine, first, -torch.inf)
+            threshold = torch.where(threshold.isnan(), first, threshold)
         dropped = (scores > threshold[:, None]) & negative
-        self.share[rows] = dropped.sum(dim=1) / count.to(scores.dtype)
+        self.dropped[rows] = dropped.sum(dim=1).to(scores.dtype)
+        self.share[rows] = torch.where(fine, self.dropped[rows] / count, torch.nan)
         return logits.masked_fill_(dropped, -torch.inf)

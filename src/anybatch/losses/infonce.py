@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import Batch, ContrastiveLoss, Direction
+from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side
 from anybatch.losses.log_weights import LogWeight, SumLogWeight, TensorLogWeight
 from anybatch.losses.per_example import Keys, only_growing
@@ -25,7 +25,7 @@ class InfoNCE(ContrastiveLoss):
         margin: Added to every negative's similarity, so that a positive must win by it: b_ij = margin / tau. Needs a fixed temperature.
         hardness: beta. Negatives are weighted by exp(beta s_ij), normalised to a mean of 1 over the anchor's negatives:
             b_ij = beta s_ij - log mean_j exp(beta s_ij), a constant in the derivative. 0 for equal weights.
-        temperature, learnable_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
 
     Log-weights are added to the logits as they are. Temperatures seen: .01 to .07 for text, .07 to .1 for images.
 
@@ -44,6 +44,7 @@ class InfoNCE(ContrastiveLoss):
         hardness: float = 0.0,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
@@ -52,6 +53,7 @@ class InfoNCE(ContrastiveLoss):
         super().__init__(
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
@@ -89,7 +91,7 @@ class DecoupledInfoNCE(ContrastiveLoss):
         log_denominator_i = log_sum_i
 
     Args:
-        temperature, learnable_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
 
     An anchor without any negative contributes 0.
 
@@ -101,16 +103,16 @@ class DecoupledInfoNCE(ContrastiveLoss):
 
 
 class CountCorrectedInfoNCE(ContrastiveLoss):
-    """InfoNCE over the whole data set, estimated from the batch: each of its k negatives stands for (n - 1) / k rows.
+    """InfoNCE over the whole data set, estimated from the batch: each of its k candidates but the positive stands for (n - 1) / k rows.
 
-        log_denominator_i = logaddexp(log_mean_i + log(n - 1), 0),   log_mean_i = log_sum_i - log k_i
+        log_denominator_i = logaddexp(log_mean_i + log(n - 1), 0),   log_mean_i = log_sum_i - log k
 
-    With normalised log-weights (mined batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself.
+    A masked candidate counts in k and adds nothing to the sum, as it adds nothing to that over the data set. With normalised log-weights (mined batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself.
     It needs no memory, and is the baseline that every memory has to beat.
 
     Args:
         num_rows: n, rows of the data set.
-        temperature, learnable_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
 
     Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, arXiv 2202.12387.
     """
@@ -121,6 +123,7 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
         *,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
@@ -129,6 +132,7 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
         super().__init__(
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
@@ -137,6 +141,10 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
         if num_rows < 2:
             raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")
         self.num_rows = num_rows
+
+    @property
+    def _known_rows(self) -> int:
+        return self.num_rows
 
     def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
         """See `ContrastiveLoss.grow`."""
@@ -167,7 +175,7 @@ class WithPositive:
 
     row_wise = True
 
-    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
         log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
         return log_denominator, log_denominator
@@ -176,7 +184,7 @@ class WithPositive:
 class _WithoutPositive:
     row_wise = True
 
-    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return log_sum, torch.where(log_sum.isneginf(), 0.0, log_sum)
 
 
@@ -186,10 +194,10 @@ class _CountCorrected:
     normalised: bool
     row_wise: bool = True
 
-    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         if self.normalised:
             correction = torch.full_like(log_sum, self.log_num_others)
         else:
-            correction = self.log_num_others - num_negatives.clamp(min=1).log()
+            correction = self.log_num_others - num_drawn.clamp(min=1).log()
         objective = torch.logaddexp(log_sum + correction, torch.zeros_like(log_sum))
         return objective - correction, objective

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.base import MIN_TEMPERATURE, ContrastiveLoss, check_embeddings, outside_the_graph
 from anybatch.losses.candidates import check_rows
-from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.engine import TILE_BYTES, differentiable_once, refuse_twice
 from anybatch.losses.log_weights import LogWeight
 
 
@@ -24,7 +23,7 @@ class LateInteraction(ContrastiveLoss):
 
     Args:
         temperature: Scores, which grow with the number of an anchor's tokens, are divided by it.
-        learnable_temperature: Train it, through its logarithm.
+        learnable_temperature, min_temperature: Train it, through its logarithm; see `ContrastiveLoss`.
         normalize: L2-normalise each token's embedding first.
         tile_bytes: Memory for token similarities at a time.
 
@@ -42,17 +41,20 @@ class LateInteraction(ContrastiveLoss):
         *,
         temperature: float = 1.0,
         learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
         super().__init__(
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
         self._objective: Tensor | None = None
 
+    @outside_the_graph
     def forward(
         self,
         anchors: Tensor,
@@ -72,7 +74,7 @@ class LateInteraction(ContrastiveLoss):
             candidates: (M, Td, D) float, padded, M >= B: the positives in the anchors' order, then explicit negatives.
             anchor_mask: (B, Tq), true or nonzero for tokens that count; None for all.
             candidate_mask: (M, Td), likewise; every candidate needs one token that counts.
-            index: Not used.
+            index: (B,) int, see `ContrastiveLoss`.
             log_weight, anchor_id, candidate_id: As in `ContrastiveLoss`.
 
         Returns:
@@ -81,8 +83,8 @@ class LateInteraction(ContrastiveLoss):
         Raises:
             AnybatchError: Shapes that do not fit; a candidate without tokens.
         """
+        dtype = check_embeddings(anchors, candidates)
         masks = _checked_masks(anchors, candidates, anchor_mask, candidate_mask)
-        dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
         with torch.autocast(anchors.device.type, enabled=False):
             # Padding may hold anything, NaN included, and 0 * NaN is NaN.
             sides = [
@@ -91,14 +93,11 @@ class LateInteraction(ContrastiveLoss):
             ]
             if self.normalize:
                 sides = [torch.nn.functional.normalize(side, dim=-1) for side in sides]
-            weight = self._weight(len(anchors), len(candidates), log_weight, anchor_id, candidate_id)
-            if self.log_temperature is None:
-                temperature = torch.tensor(self._temperature, dtype=dtype, device=anchors.device)
-            else:
-                temperature = self.log_temperature.to(dtype).exp()
+            _, weight = self._weight(anchors, candidates, index, log_weight, anchor_id, candidate_id)
+            temperature = self._global_temperature(sides[0])
             loss = _LateInteraction.apply(*sides, temperature, masks, weight, self.tile_bytes)
         self._objective = loss.detach()
-        return loss
+        return differentiable_once(loss)
 
     @property
     def last_stats(self) -> dict[str, float]:
@@ -131,8 +130,8 @@ class _LateInteraction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_twice()
         needed = ctx.needs_input_grad[:3]
         return *(g * grad_output if wanted else None for g, wanted in zip(ctx.saved_tensors, needed)), None, None, None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
+from anybatch.ids import as_integers
 
 
 @runtime_checkable
@@ -44,6 +45,14 @@ class LogWeight(Protocol):
         ...
 
 
+def _cast(weight: LogWeight, *names: str) -> None:
+    """Some fields of a log-weight as int64: a difference of unsigned ones is no difference, and bool is no id."""
+    for name in names:
+        if getattr(weight, name) is not None:
+            values = as_integers(f"{type(weight).__name__}.{name}", getattr(weight, name))
+            object.__setattr__(weight, name, values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class IdMask:
     """-inf where the candidate is a positive of the anchor under another row: identical content is never a negative.
@@ -60,6 +69,9 @@ class IdMask:
     column_id: Tensor
     column_anchor: Tensor
     normalised: bool = False
+
+    def __post_init__(self) -> None:
+        _cast(self, "row_positive", "row_anchor", "column_id", "column_anchor")
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
@@ -87,6 +99,35 @@ class IdMask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowMask:
+    """-inf where the candidate is the anchor's own row, which came a second time.
+
+    Attributes:
+        row: (B,) int64 row of the data set.
+        column: (M,) int64; -1 for explicit negatives.
+    """
+
+    row: Tensor
+    column: Tensor
+    normalised: bool = False
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """See `LogWeight.tile`."""
+        same = self.row[rows, None] == self.column[None, columns]
+        return torch.zeros(same.shape, device=same.device).masked_fill_(same, -torch.inf)
+
+    def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> RowMask:
+        """See `LogWeight.gathered`."""
+        return RowMask(
+            row=distributed.gather_rows(self.row, row_sizes), column=distributed.gather_rows(self.column, column_sizes)
+        )
+
+    def reversed(self, num_rows: int) -> RowMask:
+        """See `LogWeight.reversed`."""
+        return RowMask(row=self.column[:num_rows], column=self.row)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairMask:
     """-inf for pairs on a list: suspected false negatives, or positives that are known from other rows.
 
@@ -104,6 +145,9 @@ class PairMask:
     column_key: Tensor
     keys: Tensor
     normalised: bool = False
+
+    def __post_init__(self) -> None:
+        _cast(self, "row_key", "column_key", "keys")
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
@@ -161,6 +205,9 @@ class ClusterLogWeight:
     among: float | Tensor | None = None
     without_own: bool = False
     normalised: bool = True
+
+    def __post_init__(self) -> None:
+        _cast(self, "row_cluster", "column_cluster", "row_task", "column_task")
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
@@ -245,6 +292,9 @@ class TaskMask:
     column_task: Tensor
     column_remembered: Tensor | None = None
     normalised: bool = False
+
+    def __post_init__(self) -> None:
+        _cast(self, "row_task", "column_task")
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """See `LogWeight.tile`."""
@@ -358,6 +408,10 @@ def as_log_weight(log_weight: LogWeight | Tensor, num_rows: int, num_columns: in
     """
     if not isinstance(log_weight, Tensor):
         return log_weight
+    if not log_weight.is_floating_point():
+        raise AnybatchError(
+            f"log_weight is {log_weight.dtype}; expected floats: 0 keeps a pair, -inf removes it, log(2) counts it twice."
+        )
     values = log_weight.detach()
     while values.ndim < 2:
         values = values[None]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.base import ContrastiveLoss, check_embeddings
 from anybatch.losses.log_weights import LogWeight
-from anybatch.losses.per_example import Keys
+from anybatch.losses.per_example import Keys, PerExample
 
 
-class Matryoshka(nn.Module):
+class Matryoshka(PerExample):
     """The weighted sum of a loss over prefixes of the embeddings.
 
         loss = sum_k weight_k loss_k(anchors[:, :d_k], candidates[:, :d_k])
@@ -115,6 +115,7 @@ class Matryoshka(nn.Module):
         Returns:
             Scalar, float32 (float64 for float64 embeddings).
         """
+        check_embeddings(anchors, candidates)
         if anchors.shape[-1] < max(self.dimensions):
             raise AnybatchError(
                 f"The embeddings have {anchors.shape[-1]} dimensions; the prefixes go up to {max(self.dimensions)}. "

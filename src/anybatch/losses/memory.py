@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from anybatch.errors import AnybatchError
 from anybatch.losses.memory_states import fitted
 from anybatch.losses.per_example import Keys, PerExample, extended, only_growing
 
-VERSION = 2  # 1: no slots, no shards
+VERSION = 3  # 2: the mean was over the candidates that were not masked
 OTHER_KEYS = "The keys do not begin with those of the rows that the memory has. New rows go behind the old ones."
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -116,34 +116,24 @@ class ExampleMemory(PerExample):
         """(num_directions, stored slots) bool: of this rank's slots."""
         return ~self.log_mean.isnan()
 
-    def check(self, index: Tensor | None, dimensions: int) -> Tensor:
-        """The index, if it fits this memory.
+    def check(self, dimensions: int) -> None:
+        """Refuse embeddings of another width than the memory was filled from.
 
         Raises:
-            AnybatchError: Missing, out of range, or embeddings of another width than the memory was filled from.
+            AnybatchError: They are.
         """
-        num_rows = self.num_rows
-        if index is None:
-            raise AnybatchError(
-                "This loss remembers each row: give index=, the row numbers of the batch in the data set."
-            )
-        if len(index) and (int(index.min()) < 0 or int(index.max()) >= num_rows):
-            raise AnybatchError(
-                f"index runs from {int(index.min())} to {int(index.max())}; expected rows 0 to {num_rows - 1}. "
-                "Make the loss with the num_rows of this data set."
-            )
         if int(self.dimensions) not in (0, dimensions):
             raise AnybatchError(
                 f"The memory was filled from embeddings of {int(self.dimensions)} dimensions, these have {dimensions}. Denominators of different "
                 "widths must not be mixed: use one loss a width (anybatch.losses.Matryoshka makes them)."
             )
-        return index
 
     def blend(
         self,
         index: Tensor,
         batch: Tensor,
         *,
+        said: Tensor | None = None,
         direction: int,
         gamma: float | Callable[[Tensor], tuple[Tensor, Tensor]],
         update: bool,
@@ -153,20 +143,24 @@ class ExampleMemory(PerExample):
 
         Args:
             index: (B,) int64 rows.
-            batch: (B,) what this batch says: the log of a mean; -inf where it says nothing.
+            batch: (B,) what this batch says: the log of a mean; -inf for a mean of 0, all of whose terms are masked.
+            said: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
             direction: Which state.
             gamma: Weight of the batch, in (0, 1]; or a function of the old states that gives log gamma and log(1 - gamma).
             update: Store the result.
             dimensions: Width of the embeddings.
 
         Returns:
-            (B,) in the dtype of `batch`; -inf for rows never visited of which the batch says nothing.
+            (B,) in the dtype of `batch`; -inf for rows never visited of which the batch says nothing. Such rows, and those whose mean is 0, stay
+            unvisited. Rows of which the batch says NaN or +inf keep what they knew, in the memory but not in what is returned.
         """
         sizes = distributed.gather_sizes(len(index), index.device)
         slot = index if self.slot is None else self.slot[index]
-        index_all, batch_all = distributed.gather_rows(slot, sizes), distributed.gather_rows(batch, sizes)
+        said = torch.ones_like(batch) if said is None else said.to(batch.dtype)
+        index_all = distributed.gather_rows(slot, sizes)
+        figures = distributed.gather_rows(torch.stack([batch, said], dim=1), sizes)
         slots, inverse = torch.unique(index_all, return_inverse=True)
-        combined = _combine(batch_all, inverse, len(slots))
+        combined, heard = _combine(figures[:, 0], figures[:, 1], inverse, len(slots))
         # The state is float32 (or float16); the arithmetic is the batch's, so that float64 checks see no rounding but the state's own.
         old = self._read(slots, direction).to(batch.dtype)
         if callable(gamma):
@@ -174,9 +168,9 @@ class ExampleMemory(PerExample):
         else:
             log_gamma, log_stay = math.log(gamma), math.log1p(-gamma) if gamma < 1 else -math.inf
         new = torch.where(old.isnan(), combined, torch.logaddexp(old + log_stay, combined + log_gamma))
-        new = torch.where(combined.isneginf(), torch.where(old.isnan(), combined, old), new)
+        new = torch.where(heard, new, torch.where(old.isnan(), -torch.inf, old))
         if update:
-            # A step that has diverged (NaN, +inf) is the trainer's to skip; the rows keep what they knew.
+            # A step that has diverged (NaN, +inf) is the trainer's to skip.
             stored = torch.where(new.isneginf(), torch.nan, torch.where(new.isfinite(), new, old))
             self._write(slots, stored, direction)
             self.dimensions.fill_(dimensions)
@@ -277,7 +271,8 @@ class ExampleMemory(PerExample):
             self.visited.any()
         ):  # nothing is lost: somebody saved or copied it before the process group was there
             stored = _stored(self.num_slots, rank, world_size)
-            self.log_mean = self.log_mean.new_full((len(self.log_mean), stored), torch.nan)
+            with torch.inference_mode(False):  # written to later, outside of one as well
+                self.log_mean = self.log_mean.new_full((len(self.log_mean), stored), torch.nan)
             self.shard[:2] = torch.tensor([rank, world_size])
         else:
             raise AnybatchError(
@@ -298,11 +293,13 @@ class ExampleMemory(PerExample):
 
     def _write(self, slots: Tensor, values: Tensor, direction: int) -> None:
         self.settle()
+        limits = torch.finfo(self.log_mean.dtype)  # float16 ends at 65,504, and infinity would be for ever
+        values = values.to(self.log_mean.dtype).clamp(limits.min, limits.max)
         if self.sharded:
             own, place = self._own(slots)
-            self.log_mean[direction, place] = values[own].to(self.log_mean.dtype)
+            self.log_mean[direction, place] = values[own]
         else:
-            self.log_mean[direction, slots] = values.to(self.log_mean.dtype)
+            self.log_mean[direction, slots] = values
 
     def _own(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Which of `slots` this rank stores (bool), and where."""
@@ -314,30 +311,37 @@ class ExampleMemory(PerExample):
         self.settle()
         super()._save_to_state_dict(*arguments)
 
+    def check_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """See `PerExample.check_state`; a whole state also fits a shard."""
+        self.settle()
+        self._fitted(state, prefix)
+        width, own_width = (int(one) for one in (state.get(prefix + "dimensions", 0), self.dimensions))
+        if width and own_width and width != own_width:
+            raise AnybatchError(
+                f"The saved memory is of embeddings of {width} dimensions, this one of {own_width}. Load it into a loss just made."
+            )
+        super().check_state({name: value for name, value in state.items() if name == prefix + "version"}, prefix)
+
+    def _fitted(self, state: Mapping[str, Any], prefix: str) -> Tensor | None:
+        """What this rank stores of the saved states; None without any."""
+        if not {prefix + "log_mean", prefix + "shard"} <= state.keys():
+            return None
+        return fitted(
+            state[prefix + "log_mean"],
+            state[prefix + "shard"].tolist(),
+            state.get(prefix + "slot"),
+            num_directions=len(self.log_mean),
+            wanted=self.shard.tolist(),
+            own_slot=self.slot,
+        )
+
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        self.settle()
-        version = state_dict.get(prefix + "version")
-        if version is not None and int(version) > VERSION:
-            raise AnybatchError(
-                f"The saved memory has version {int(version)}; this anybatch reads up to {VERSION}. Update anybatch."
-            )
-        state = state_dict.get(prefix + "log_mean")
-        if state is not None:
-            saved = state_dict.get(
-                prefix + "shard", torch.tensor([0, 1, state.shape[1]])
-            ).tolist()  # version 1 was always whole
-            state_dict[prefix + "log_mean"] = fitted(
-                state,
-                saved,
-                state_dict.get(prefix + "slot"),
-                num_directions=len(self.log_mean),
-                wanted=self.shard.tolist(),
-                own_slot=self.slot,
-            )
-            state_dict[prefix + "version"] = torch.tensor(VERSION)
-            state_dict[prefix + "shard"] = self.shard.clone()
+        self.check_state(state_dict, prefix)
+        own = self._fitted(state_dict, prefix)
+        if own is not None:
+            state_dict |= {prefix + "log_mean": own, prefix + "shard": self.shard.clone()}
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
@@ -362,20 +366,19 @@ def _slots(keys: Keys) -> Tensor:
     return torch.as_tensor(number[inverse])
 
 
-def _combine(values: Tensor, inverse: Tensor, num_groups: int) -> Tensor:
-    """Log of the mean of exp(values) over each group, leaving out -inf; -inf for a group of nothing else."""
-    said = ~values.isneginf()
-    total = values.new_full((num_groups,), -torch.inf)
-    count = torch.bincount(inverse[said], minlength=num_groups).to(values.dtype)
-    if int(torch.bincount(inverse, minlength=num_groups).max()) == 1:
-        total[inverse] = values
-        return total
-    order = torch.argsort(inverse, stable=True)
+def _combine(values: Tensor, said: Tensor, inverse: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Log of the mean of exp(values) over those of each group for which `said` is 1, and (groups,) bool whether there are any."""
+    total, count = values.new_full((num_groups,), -torch.inf), said.new_zeros(num_groups).index_add_(0, inverse, said)
     lengths = torch.bincount(inverse, minlength=num_groups)
+    if int(lengths.max()) == 1:
+        total[inverse] = values
+        return total, count > 0
+    values = torch.where(said > 0, values, -torch.inf)
+    order = torch.argsort(inverse, stable=True)
     starts = lengths.cumsum(0) - lengths
     occurrence = torch.arange(len(order), device=order.device) - starts[inverse[order]]
     for number in range(int(lengths.max())):  # one occurrence of each row at a time: a fixed order of additions
         chosen = order[occurrence == number]
         groups = inverse[chosen]
         total[groups] = torch.logaddexp(total[groups], values[chosen])
-    return torch.where(count > 0, total - count.clamp(min=1).log(), total)
+    return total - count.clamp(min=1).log(), count > 0

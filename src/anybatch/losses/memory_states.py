@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.per_example import PerExample
+from anybatch.losses.per_example import OTHER_LOSS, PerExample
 
 
 def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -89,8 +89,7 @@ def fitted(
     if (len(state), num_slots) != (num_directions, wanted[2]):
         raise AnybatchError(
             f"The saved memory has shape {(len(state), num_slots)}, this loss {(num_directions, wanted[2])} (directions, rows). "
-            "Resume with the loss and the data set that the run was started with, or, if rows were appended, pass the state through "
-            "anybatch.losses.memory_states.grown_state(state, loss)."
+            + OTHER_LOSS
         )
     if (slot is None) != (own_slot is None) or (
         slot is not None and own_slot is not None and not torch.equal(slot.cpu(), own_slot.cpu())

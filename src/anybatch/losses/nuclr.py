@@ -159,7 +159,7 @@ class _Margined(Remembering):
 
     Attributes:
         log_own: (B,) log of the positive's term with its own margin.
-        factor: (B,) filled in a call: p_ij times this is the share of j among the k negatives and the positive.
+        factor: (B,) filled in a call: p_ij times this is the share of j among the k candidates and the positive.
         positive: (B,) filled in a call: the share of the positive.
     """
 
@@ -167,12 +167,12 @@ class _Margined(Remembering):
     factor: Tensor
     positive: Tensor
 
-    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        log_mean, correction = self.remember(log_sum, num_negatives, rows)
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_mean, correction = self.remember(log_sum, num_drawn, rows)
         objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
         own = self.log_own[rows]
         exact = torch.logaddexp(log_mean.to(own.dtype), own)
-        self.factor[rows] = (objective - exact).exp() * (1 if self.normalised else num_negatives)
+        self.factor[rows] = (objective - exact).exp() * (1 if self.normalised else num_drawn)
         self.positive[rows] = (own - exact).exp()
         return objective + correction, objective
 

@@ -21,11 +21,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from anybatch import distributed
 from anybatch.losses.candidates import check_rows
-from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.engine import TILE_BYTES, refuse_twice
 from anybatch.losses.log_weights import LogWeight
 
 
@@ -109,8 +108,8 @@ class _PairLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_twice()
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         return *(gradient * grad_output if needed else None for gradient, needed in pairs), None
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss, _check_shapes
+from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss
 from anybatch.losses.engine import TILE_BYTES
-from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.pair_engine import PairMethod, PairOutcome, pair_loss
 
 
@@ -30,42 +29,14 @@ class PairwiseLoss(ContrastiveLoss):
 
     _seen: tuple[Tensor, float] | None = None
 
-    def forward(
-        self,
-        anchors: Tensor,
-        candidates: Tensor,
-        *,
-        index: Tensor | None = None,
-        log_weight: LogWeight | Tensor | None = None,
-        anchor_id: Tensor | None = None,
-        candidate_id: Tensor | None = None,
-    ) -> Tensor:
-        """The loss over the batch of all ranks.
-
-        Args:
-            anchors, candidates, index, log_weight, anchor_id, candidate_id: See `ContrastiveLoss.forward`; `index` is not used.
-
-        Returns:
-            Scalar, float32 (float64 for float64 embeddings), differentiable in the embeddings and the loss's own parameters.
-
-        Raises:
-            AnybatchError: Shapes that do not fit.
-
-        Cost: see `pair_engine`.
-        """
-        _check_shapes(anchors, candidates, index, anchor_id, candidate_id)
-        dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
-        anchors, candidates = anchors.to(dtype), candidates.to(dtype)
-        if self.normalize:
-            anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
-        weight = self._weight(len(anchors), len(candidates), log_weight, anchor_id, candidate_id)
-        parameters = self._parameters_for(anchors)
+    def _of(self, batch: Batch) -> Tensor:
+        parameters = self._parameters_for(batch.anchors)
         loss, num_negatives = pair_loss(
-            anchors,
-            candidates,
+            batch.anchors,
+            batch.candidates,
             parameters=parameters,
             method=self._method(parameters.detach()),
-            log_weight=weight,
+            log_weight=batch.log_weight,
             tile_bytes=self.tile_bytes,
         )
         self._seen = loss.detach(), num_negatives
@@ -90,7 +61,7 @@ class SigLIP(PairwiseLoss):
 
     Args:
         temperature: tau at first.
-        learnable_temperature: Train it.
+        learnable_temperature, min_temperature: Train it; see `ContrastiveLoss`.
         bias: The bias at first; trained.
         normalize, tile_bytes: See `ContrastiveLoss`.
 
@@ -102,6 +73,7 @@ class SigLIP(PairwiseLoss):
         *,
         temperature: float = 0.1,
         learnable_temperature: bool = True,
+        min_temperature: float = MIN_TEMPERATURE,
         bias: float = -10.0,
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
@@ -109,6 +81,7 @@ class SigLIP(PairwiseLoss):
         super().__init__(
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
@@ -121,11 +94,7 @@ class SigLIP(PairwiseLoss):
         return {**figures, "bias": self.bias.item()} if figures else {}
 
     def _parameters_for(self, like: Tensor) -> Tensor:
-        if self.log_temperature is None:
-            temperature = like.new_tensor(self._temperature)
-        else:
-            temperature = self.log_temperature.to(like).exp()
-        return torch.stack([temperature, self.bias.to(like)])
+        return torch.stack([self._global_temperature(like), self.bias.to(like)])
 
     def _method(self, parameters: Tensor) -> PairMethod:
         return _Sigmoid(temperature=parameters[0], bias=parameters[1])

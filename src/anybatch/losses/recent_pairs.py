@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anybatch.errors import AnybatchError
+from anybatch.losses.per_example import OTHER_LOSS, PerExample, only_growing
 
+VERSION = 1
 MAX_FEATURES = 12  # int64 a pair for its log-weights: ids take 2, a list of pairs 1, clusters 3
 
 
-class RecentPairs(nn.Module):
+class RecentPairs(PerExample):
     """S places, of which those of the oldest pairs are filled anew. A pair leaves when its row comes again.
 
     Args:
         size: S.
+        num_rows: n, rows of the data set.
 
     Attributes:
         embeddings: (2, S, D) float, of anchors and of positives; D is 0 before the first pair.
@@ -36,7 +40,9 @@ class RecentPairs(nn.Module):
     stamps: Tensor
     kinds: Tensor
 
-    def __init__(self, size: int) -> None:
+    widths = ("embeddings",)
+
+    def __init__(self, size: int, num_rows: int) -> None:
         super().__init__()
         self.size = size
         self.register_buffer("embeddings", torch.zeros(2, size, 0))
@@ -45,6 +51,9 @@ class RecentPairs(nn.Module):
         self.register_buffer("features", torch.zeros(2, MAX_FEATURES, size, dtype=torch.int64))
         self.register_buffer("stamps", torch.full((size,), -1))
         self.register_buffer("kinds", torch.tensor(-1))
+        self.num_rows: Tensor
+        self.register_buffer("num_rows", torch.tensor(num_rows))
+        self.register_buffer("version", torch.tensor(VERSION))
 
     def beside(self, width: int) -> Tensor:
         """The embeddings, of this width also while there are none.
@@ -75,6 +84,16 @@ class RecentPairs(nn.Module):
             features: (2, F, B) int64.
             kinds: Of the log-weights.
         """
+        # Of a row that came several times the last pair stays, so that no row is among the negatives twice.
+        _, inverse = torch.unique(rows, return_inverse=True)
+        last = torch.zeros_like(rows).scatter_reduce_(0, inverse, torch.arange(len(rows), device=rows.device), "amax")
+        kept = last[inverse] == torch.arange(len(rows), device=rows.device)
+        rows, embeddings, log_denominator, features = (
+            rows[kept],
+            embeddings[:, kept],
+            log_denominator[:, kept],
+            features[:, :, kept],
+        )
         superseded = torch.isin(self.rows, rows)
         self.rows[superseded], self.stamps[superseded] = -1, -1
         self.embeddings = self.beside(embeddings.shape[2])
@@ -87,9 +106,20 @@ class RecentPairs(nn.Module):
         self.features[:, : features.shape[1], place] = features[:, :, new]
         self.kinds.fill_(kinds)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """The width comes with the state."""
-        saved = state_dict.get(prefix + "embeddings")
-        if saved is not None and saved.shape[:2] == self.embeddings.shape[:2]:
-            self.embeddings = self.embeddings.new_zeros(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def check_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """See `PerExample.check_state`; of a data set of as many rows."""
+        saved = int(state.get(prefix + "num_rows", self.num_rows))
+        if saved != int(self.num_rows):
+            raise AnybatchError(
+                f"The saved state remembers pairs of a data set of {saved} rows, this loss is for {int(self.num_rows)} rows. "
+                + OTHER_LOSS
+            )
+        super().check_state(state, prefix)
+
+    def grow_state(self, state: dict[str, Any], prefix: str) -> None:
+        """See `PerExample.grow_state`: rows keep their numbers."""
+        saved = int(state.get(prefix + "num_rows", 0))
+        if saved > int(self.num_rows):
+            raise only_growing(int(self.num_rows), saved)
+        if saved:
+            state[prefix + "num_rows"] = self.num_rows.clone()

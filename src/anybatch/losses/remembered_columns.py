@@ -19,6 +19,7 @@ from anybatch.losses.log_weights import (
     IdMask,
     LogWeight,
     PairMask,
+    RowMask,
     SumLogWeight,
     TaskMask,
     TensorLogWeight,
@@ -34,6 +35,7 @@ class Remembered:
     Attributes:
         num_columns: M, of the batch here; the remembered ones come behind.
         features: (F, S) int64, from `column_features`.
+        rows: (S,) int64 rows of the data set.
         present: (S,) bool; the others are empty places.
         share: Which of the S are appended as columns here (under several ranks, this rank's).
         without_own: Remove those of a row's own cluster: where pairs of this batch stand among them, to be compared with others.
@@ -41,6 +43,7 @@ class Remembered:
 
     num_columns: int
     features: Tensor
+    rows: Tensor
     present: Tensor
     share: slice
     without_own: bool = False
@@ -96,6 +99,16 @@ def _(log_weight: IdMask, remembered: Remembered) -> IdMask:
         column_id=torch.cat([log_weight.column_id, column_id]),
         column_anchor=torch.cat([log_weight.column_anchor, column_anchor]),
     )
+
+
+@column_features.register
+def _(log_weight: RowMask, num_columns: int) -> Tensor:
+    return log_weight.column.new_zeros(0, num_columns)  # rows are remembered anyway
+
+
+@extended.register
+def _(log_weight: RowMask, remembered: Remembered) -> RowMask:
+    return replace(log_weight, column=torch.cat([log_weight.column, remembered.rows[remembered.share]]))
 
 
 @column_features.register
@@ -199,7 +212,9 @@ def kinds(log_weight: LogWeight | None) -> int:
 
     def names(part: LogWeight) -> str:
         if isinstance(part, SumLogWeight):
-            return ",".join(names(term) for term in part.terms)
+            return ",".join(filter(None, map(names, part.terms)))
+        if isinstance(part, RowMask):  # comes and goes, and leaves nothing to remember
+            return ""
         return type(part).__name__ + ("*" if isinstance(part, TensorLogWeight) and part.by_column else "")
 
-    return 0 if log_weight is None else zlib.crc32(names(log_weight).encode())
+    return 0 if log_weight is None or not names(log_weight) else zlib.crc32(names(log_weight).encode())

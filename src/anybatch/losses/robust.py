@@ -9,7 +9,6 @@ so that an example whose negatives are many and close gets a high temperature, a
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -41,7 +40,7 @@ class RobustSogCLR(SogCLR):
         num_rows: n.
         rho: Radius of the ball of distributions. None: the objective is mean_i log(eps + u_i) without the temperature's factor.
         source: Temperatures of single examples; None for one global temperature, fixed or learnable.
-        temperature_range: A learnable global temperature is put back into it at the start of a call.
+        temperature_range: Of a learnable global temperature, in place of `ContrastiveLoss`'s floor.
         gamma, eps, temperature, learnable_temperature, direction, normalize, tile_bytes: See `SogCLR`.
     """
 
@@ -60,21 +59,22 @@ class RobustSogCLR(SogCLR):
         normalize: bool,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
+        if learnable_temperature or source is not None:
+            # before anything is learned, so that a range that excludes the first temperature is not silently applied
+            check_limits(temperature_range, temperature)
         super().__init__(
             num_rows,
             gamma=gamma,
             eps=eps,
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=temperature_range[0],
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
         )
         if rho is not None and rho < 0:
             raise AnybatchError(f"rho is {rho}; expected 0 or more (published: 6 to 16).")
-        if learnable_temperature or source is not None:
-            # before anything is learned, so that a range that excludes the first temperature is not silently applied
-            check_limits(temperature_range, temperature)
         self.rho = rho
         self.source = source
         self.temperature_range = temperature_range
@@ -105,10 +105,6 @@ class RobustSogCLR(SogCLR):
             everything, own = self.source.of(batch.queries(direction), direction=direction)
             batch.kept[direction] = everything
             return everything[own].detach()
-        if self.log_temperature is not None and self._updating:
-            low, high = self.temperature_range
-            with torch.no_grad():  # a projection, so that the derivative at the edge is not lost
-                self.log_temperature.clamp_(math.log(low), math.log(high))
         return super()._temperatures(batch, direction=direction)
 
     def _side(self, batch: Batch, *, direction: int) -> Side:

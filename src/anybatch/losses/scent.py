@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import Direction
+from anybatch.losses.base import MIN_TEMPERATURE, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule
 from anybatch.losses.per_example import Keys
 from anybatch.losses.sogclr import Remembering, SogCLR
@@ -33,7 +33,7 @@ class SCENT(SogCLR):
             a trained encoder and 1 for a fresh one, so alpha must be near one over it. The released code takes e^10. None for n - 1: one half where
             the negatives of the whole data set weigh as much as the positive.
         eps: Added to u_i in the loss; None is 1 / (n - 1), the full-data InfoNCE; 0 is the published objective.
-        temperature, learnable_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
     An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the weight of a later near one is
     as large as 1 / gamma_i (alpha = 1 on the embeddings of docs/benchmarks/global_loss.md: gradients a hundred times too long).
@@ -54,6 +54,7 @@ class SCENT(SogCLR):
         eps: float | None = None,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
@@ -65,6 +66,7 @@ class SCENT(SogCLR):
             eps=eps,
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,

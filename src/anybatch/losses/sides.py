@@ -25,12 +25,13 @@ class Rule(Protocol):
         """See the class."""
         ...
 
-    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Answer for some rows.
 
         Args:
             log_sum: (b,) log-sum over the negatives, relative to the positive's logit; -inf without negatives.
-            num_negatives: (b,) negatives that are not masked, in the dtype of `log_sum`.
+            num_drawn: (b,) candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is over. A masked one is a draw
+                that adds nothing, in the batch as in the data set.
             rows: Which of this rank's rows they are.
 
         Returns:
@@ -71,6 +72,7 @@ class Side:
         adjust: Rewrites logits; None to leave them.
         column_weight: Weight (b,) of some rows in `SoftmaxStats.column_pull`, asked after the rule has answered for them; None if the
             pulls of the columns are not wanted.
+        num_drawn: (B,) candidates but for the positive, see `Rule`; None for all columns but one.
     """
 
     rule: Rule
@@ -79,6 +81,7 @@ class Side:
     row_weight: Tensor | None = None
     adjust: Adjust | None = None
     column_weight: Callable[[slice], Tensor] | None = None
+    num_drawn: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

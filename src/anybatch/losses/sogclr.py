@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
-from anybatch.losses.base import Batch, ContrastiveLoss, Direction
+from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.per_example import Keys
@@ -20,10 +20,10 @@ from anybatch.losses.schedule import GammaSchedule
 class SogCLR(ContrastiveLoss):
     """The objective over all data, followed from small batches.
 
-        u_i <- (1 - gamma) u_i + gamma * mean over the batch's negatives of exp((s_ij - s_ip) / tau)
-        loss = mean_i log(eps + u_i),    p_ij = exp((s_ij - s_ip) / tau) / (k_i (eps + u_i))
+        u_i <- (1 - gamma) u_i + gamma / k * sum over the batch's negatives of exp((s_ij - s_ip) / tau)
+        loss = mean_i log(eps + u_i),    p_ij = exp((s_ij - s_ip) / tau) / (k (eps + u_i))
 
-    in the log domain. With normalised log-weights (mined batches) the mean is the weighted sum. The published loss is tau
+    in the log domain; k are the candidates but the positive, of which masked ones add nothing. With normalised log-weights (mined batches) the mean is the weighted sum. The published loss is tau
     times this; with a fixed temperature that is a factor on the learning rate. With a learnable temperature the derivative is
     that of the batch's own term with u_i held, as for the embeddings.
 
@@ -35,7 +35,7 @@ class SogCLR(ContrastiveLoss):
         gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to .2 along a cosine.
         eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
         memory: The memory to use, for one that is sharded, in float16 or keyed; None for a plain one.
-        temperature, learnable_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
 
     A memory with keys (`ExampleMemory.from_keys`) holds the absolute log-mean of s_ij / tau, in which rows of one query agree; each row's
     own positive is taken off when it is used. Keys name anchors, so it has one direction.
@@ -58,6 +58,7 @@ class SogCLR(ContrastiveLoss):
         memory: ExampleMemory | None = None,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
@@ -66,6 +67,7 @@ class SogCLR(ContrastiveLoss):
         super().__init__(
             temperature=temperature,
             learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
             direction=direction,
             normalize=normalize,
             tile_bytes=tile_bytes,
@@ -85,6 +87,12 @@ class SogCLR(ContrastiveLoss):
         self._eps_follows_rows = eps is None
         self.eps = 1.0 / (num_rows - 1) if eps is None else eps
 
+    needs_index = True
+
+    @property
+    def _known_rows(self) -> int:
+        return self.memory.num_rows
+
     def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
         """See `ContrastiveLoss.grow`."""
         if keys is not None and len(keys) != num_rows:
@@ -94,9 +102,11 @@ class SogCLR(ContrastiveLoss):
             self.eps = 1.0 / (num_rows - 1)
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
+        self.memory.check(dimensions)
+        assert index is not None
         return Remembering(
             memory=self.memory,
-            index=self.memory.check(index, dimensions),
+            index=index,
             direction=direction,
             gamma=self.gamma.value if isinstance(self.gamma, GammaSchedule) else self.gamma,
             log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
@@ -125,7 +135,8 @@ class SogCLR(ContrastiveLoss):
 class Remembering:
     """The rule of SogCLR: a log-mean that remembers, plus eps. `constant` is added to the objective.
 
-    With `absolute`, (B,) the logits of this rank's positives, the memory holds the absolute log-mean.
+    With `absolute`, (B,) the logits of this rank's positives, the memory holds the absolute log-mean. `dropped`, (B,), are candidates that the method
+    takes out of the data set, so that the mean is not over them.
     """
 
     memory: ExampleMemory
@@ -138,21 +149,24 @@ class Remembering:
     dimensions: int
     constant: float = 0.0
     absolute: Tensor | None = None
+    dropped: Tensor | None = None
     row_wise: bool = False  # a row may occur twice in the batch, and then shares its state
 
-    def __call__(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
-        log_mean, correction = self.remember(log_sum, num_negatives, rows)
+        log_mean, correction = self.remember(log_sum, num_drawn, rows)
         objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
         return objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant)
 
-    def remember(self, log_sum: Tensor, num_negatives: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def remember(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both (b,)."""
-        correction = torch.zeros_like(log_sum) if self.normalised else num_negatives.clamp(min=1).log()
+        drawn = num_drawn if self.dropped is None else num_drawn - self.dropped[rows]
+        correction = torch.zeros_like(log_sum) if self.normalised else drawn.clamp(min=1).log()
         base = torch.zeros_like(log_sum) if self.absolute is None else self.absolute[rows]
         log_mean = self.memory.blend(
             self.index[rows],
             log_sum - correction + base,
+            said=drawn > 0,
             direction=self.direction,
             gamma=self.gamma,
             update=self.update,

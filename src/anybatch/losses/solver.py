@@ -165,18 +165,20 @@ def solve(
 class _Direction:
     """State of one direction: what was measured, what the rule answered, what the temperature receives. All (B,)."""
 
-    def __init__(self, side: Side, layout: Layout, positive: Tensor) -> None:
+    def __init__(self, side: Side, layout: Layout, positive: Tensor, *, num_columns: int) -> None:
         self.side, self.layout, self.positive = side, layout, positive
         self.num_rows = len(positive)
         self.temperature = side.temperature.detach().expand(self.num_rows)
         self.log_sum, self.num_negatives = torch.full_like(positive, -torch.inf), torch.zeros_like(positive)
+        drawn = torch.full_like(positive, num_columns - 1) if side.num_drawn is None else side.num_drawn
+        self.num_drawn = drawn.to(positive.dtype)
         self.log_denominator, self.objective = torch.empty_like(positive), torch.empty_like(positive)
         self.d_temperature_rows = torch.zeros_like(positive)
         self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
 
     def answer(self, rows: slice) -> None:
         self.log_denominator[rows], self.objective[rows] = self.side.rule(
-            self.log_sum[rows], self.num_negatives[rows], rows
+            self.log_sum[rows], self.num_drawn[rows], rows
         )
 
     def reference(self) -> Tensor:
@@ -215,7 +217,7 @@ class _Rows(_Direction):
     """Anchors of this rank against the candidates of all. `alone`: there is no other direction."""
 
     def __init__(self, side: Side, layout: Layout, positive: Tensor, *, alone: bool) -> None:
-        super().__init__(side, layout, positive)
+        super().__init__(side, layout, positive, num_columns=sum(layout.column_sizes))
         self.alone = alone
         self.gap = torch.zeros_like(positive)  # sum_j pull_ij s_ij, where it cannot be read from d anchors
         self.log_weight = _gathered(side.log_weight, layout.row_sizes, layout.column_sizes)
@@ -275,7 +277,7 @@ class _Columns(_Direction):
     """
 
     def __init__(self, side: Side, layout: Layout, positive: Tensor) -> None:
-        super().__init__(side, layout, positive)
+        super().__init__(side, layout, positive, num_columns=sum(layout.row_sizes))
         assert side.adjust is None
         assert side.column_weight is None
         sizes = layout.row_sizes

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.files import digest_of, write_bytes
+from anybatch.files import SEAL, digest_of, read_sealed, tensors_metadata, write_sealed
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.exact_rows import Embeddings, Table, exact_rows, make_table, temperatures_of
 from anybatch.losses.glofnd import GloFND
@@ -144,9 +143,8 @@ def warm_start(
                 late = time.perf_counter() - saved > max(SAVE_SECONDS, SAVE_RATIO * writing)
                 if chosen and (late or done == values.numel()):
                     before = time.perf_counter()
-                    write_bytes(
-                        file, save({"log_mean": values.cpu(), "done": torch.tensor(done)}, {"identity": identity})
-                    )
+                    tensors = {"log_mean": values.cpu(), "done": torch.tensor(done)}
+                    write_sealed(file, save(tensors, {"identity": identity, "digest": SEAL}))
                     saved, writing = time.perf_counter(), time.perf_counter() - before
         if progress is not None:
             progress(done, values.numel())
@@ -262,13 +260,10 @@ def _open(
 
 
 def _read(file: Path, identity: str) -> tuple[Tensor, int]:
-    try:
-        with safe_open(str(file), "pt") as opened:
-            found = (opened.metadata() or {}).get("identity")
-            if found == identity:
-                return opened.get_tensor("log_mean"), int(opened.get_tensor("done"))
-    except (SafetensorError, OSError) as error:
-        raise AnybatchError(f"Cannot read {file}: {error}. Delete it to start over.") from error
-    raise AnybatchError(
-        f"{file} holds a warm start of other embeddings, another temperature or other settings. Delete it, or choose another file."
-    )
+    content = read_sealed(file, "Delete it to start over.")
+    if tensors_metadata(content).get("identity") != identity:
+        raise AnybatchError(
+            f"{file} holds a warm start of other embeddings, another temperature or other settings. Delete it, or choose another file."
+        )
+    tensors = load(content)
+    return tensors["log_mean"], int(tensors["done"])

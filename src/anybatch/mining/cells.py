@@ -73,17 +73,25 @@ def cell_clusters(
     identity = (
         "" if folder is None else identity_of("cells", *settings, neighbors.ids, documents, anchor_id, positive_id)
     )
-    shapes = {"cell": ((num_rows,), np.int64), "cluster": ((num_rows,), np.int32)}
-    kept = BlockArrays(shapes, num_cells + 1, folder=folder, identity=identity)  # the last block: the cells themselves
+    cut = BlockArrays({"cell": ((num_rows,), np.int64)}, 1, folder=folder and folder / "cut", identity=identity)
     with distributed.alone() as chosen:
-        if chosen and not kept.finished[num_cells]:
+        if chosen and cut.mine():
             centroids = spherical_kmeans(documents, num_cells, seed, None)
-            kept.arrays["cell"][:] = assign_cells(documents, centroids, None)
-            kept.finish(num_cells)
+            cut.arrays["cell"][:] = assign_cells(documents, centroids, None)
+            cut.finish(0)
+    cut.wait()
+    cells = cut.arrays["cell"]
+    kept = BlockArrays(
+        {"cluster": ((num_rows,), np.int32)},
+        num_cells,
+        folder=folder,
+        identity=identity,
+        rows=lambda cell: np.flatnonzero(cells == cell),
+    )
     local = np.full(num_rows, -1, np.int32)
-    left = [cell for cell in kept.mine() if cell < num_cells]
+    left = kept.mine()
     for number, cell in enumerate(left, start=1):
-        rows = np.flatnonzero(kept.arrays["cell"] == cell)
+        rows = np.flatnonzero(cells == cell)
         local[:] = -1
         local[rows] = np.arange(len(rows))
         found = np.full(len(rows), -1, np.int32)
@@ -113,7 +121,7 @@ def cell_clusters(
         if progress is not None:
             progress(number / len(left))
     kept.wait()
-    return _joined(kept.arrays["cell"], kept.arrays["cluster"], num_cells, cluster_size)
+    return _joined(cells, kept.arrays["cluster"], num_cells, cluster_size)
 
 
 def _joined(cell: np.ndarray, cluster: np.ndarray, num_cells: int, cluster_size: int) -> np.ndarray:

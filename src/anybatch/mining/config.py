@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from anybatch.configuration import Configuration, Count, CountOrZero, Fraction, NotNegative, Range, Seed, Share
 from anybatch.errors import AnybatchError
 from anybatch.files import check_name
 from anybatch.mining.audit import Audit, Cycle
@@ -13,7 +14,7 @@ from anybatch.mining.outlook import Outlook
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiningConfig:
+class MiningConfig(Configuration):
     """How batches are chosen.
 
     Attributes:
@@ -46,47 +47,31 @@ class MiningConfig:
     """
 
     method: Literal["anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "anybatch"
-    batch_size: int = 64
-    cluster_size: int = 32
-    skip: int = 30
-    take: int = 64
-    margin: float | None = None
+    batch_size: Count = 64
+    cluster_size: Annotated[int, Range(2)] = 32
+    skip: CountOrZero = 30
+    take: Count = 64
+    margin: NotNegative | None = None
     score: Literal["query", "symmetric"] = "query"
     edges: Edges | None = None
-    hub_weight: float = 0.0
-    conflict_weight: float = 3.0
+    hub_weight: Annotated[float, Range(0, 10)] = 0.0
+    conflict_weight: Annotated[float, Range(0, 1e6)] = 3.0
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
-    num_negatives: int = 0
+    num_negatives: CountOrZero = 0
     suspects: Literal["cluster", "all"] = "cluster"
     partitioner: Literal["metis", "kaminpar"] = "metis"
-    sweeps: int = 20
+    sweeps: CountOrZero = 20
     mixing: Literal["within", "mixed"] = "within"
-    random_shares: tuple[float, ...] = ()
-    refresh_epochs: int = 0
-    cells: int = 1
-    partitions: int = 1
-    seed: int = 0
+    random_shares: tuple[Fraction, ...] = ()
+    refresh_epochs: CountOrZero = 0
+    cells: Count = 1
+    partitions: Count = 1
+    seed: Seed = 0
+
+    section: ClassVar[str] = "mining"
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("cluster_size", 2),
-            ("skip", 0),
-            ("take", 1),
-            ("num_negatives", 0),
-            ("sweeps", 0),
-            ("refresh_epochs", 0),
-            ("cells", 1),
-            ("partitions", 1),
-            ("conflict_weight", 0),
-        ):
-            if getattr(self, name) < least:
-                raise AnybatchError(f"mining.{name} is {getattr(self, name)}; expected at least {least}.")
-        if any(not 0 <= share <= 1 for share in self.random_shares):
-            raise AnybatchError(f"mining.random_shares are {self.random_shares}; expected numbers from 0 to 1.")
-        for name in ("margin", "hub_weight"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise AnybatchError(f"mining.{name} is {value}; expected 0 or more.")
+        super().__post_init__()
         if self.refresh_epochs and (self.method != "anybatch" or self.num_negatives):
             raise AnybatchError(
                 f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined negatives (num_negatives 0), "
@@ -96,8 +81,6 @@ class MiningConfig:
             raise AnybatchError(
                 f"mining.partitions is {self.partitions} with method '{self.method}', which makes one; set mining.partitions to 1, or method to 'anybatch'."
             )
-        if self.partitioner not in ("metis", "kaminpar"):
-            raise AnybatchError(f"mining.partitioner is {self.partitioner!r}; expected 'metis' or 'kaminpar'.")
         if self.partitioner != "metis" and self.method != "anybatch":
             raise AnybatchError(
                 f"mining.partitioner is '{self.partitioner}', which only method 'anybatch' asks for a start; got method '{self.method}'. Leave "
@@ -110,7 +93,7 @@ class MiningConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiningSet:
+class MiningSet(Configuration):
     """One of several data sets that lie one after the other.
 
     Attributes:
@@ -121,18 +104,17 @@ class MiningSet:
     """
 
     name: str
-    num_rows: int
-    skip: int | None = None
-    take: int | None = None
-    margin: float | None = None
-    share: float = 1.0
+    num_rows: CountOrZero
+    skip: CountOrZero | None = None
+    take: Count | None = None
+    margin: NotNegative | None = None
+    share: Share = 1.0
+
+    section: ClassVar[str] = "sets[]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_name(self.name, "data set")
-        if not 0 < self.share <= 1:
-            raise AnybatchError(
-                f"The share of the data set '{self.name}' is {self.share}; expected above 0 and at most 1."
-            )
 
 
 @dataclass(kw_only=True)

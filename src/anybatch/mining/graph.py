@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
-from anybatch.mining.neighbors import Neighbors
+from anybatch.errors import AnybatchError
+from anybatch.mining.neighbors import Neighbors, check_at_least
 
 Edges = Literal["union", "mutual"]
 
@@ -73,6 +74,10 @@ def build_graph(
     """
     num_rows = len(neighbors.ids)
     ids = neighbors.ids[:, : skip + take]
+    if ids.size and int(ids.max()) >= num_rows:  # sparse products check no index
+        raise AnybatchError(
+            f"A neighbour is row {int(ids.max())} of {num_rows}. Search the neighbours of these rows anew."
+        )
     wanted, bad = cut_windows(neighbors, skip=skip, take=take, margin=margin)
     window, conflict = (_csr(ids, chosen, num_rows) for chosen in (wanted, bad))
     weighted = window
@@ -100,6 +105,8 @@ def cut_windows(
     Returns:
         Two bool arrays (rows, skip + take): wanted, conflict. Missing neighbours are neither.
     """
+    check_at_least("skip", skip, 0)
+    check_at_least("take", take, 1)
     present = neighbors.ids[:, : skip + take] >= 0
     bad = present & (np.arange(present.shape[1]) < skip)[None]
     if margin is not None:

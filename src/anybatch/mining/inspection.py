@@ -214,7 +214,7 @@ def _checked(
 ) -> Cosines:
     check_embeddings("anchor", anchors, plan.num_rows)
     check_embeddings("positive", positives, plan.num_rows)
-    if not temperature > 0 or num_anchors < 1:
+    if not 0 < temperature < np.inf or num_anchors < 1:
         raise AnybatchError(
             f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at least 1."
         )

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from anybatch import distributed
 from anybatch.blocks import BlockArrays
-from anybatch.mining.neighbors import Embeddings, Neighbors, as_tensor, exact_neighbors, identity_of, search_units
+from anybatch.mining.neighbors import (
+    Embeddings,
+    Neighbors,
+    as_tensor,
+    check_search,
+    exact_neighbors,
+    identity_of,
+    on_cpu,
+    search_units,
+)
 from anybatch.mining.top import Piece, best_columns
 
 SAMPLE = 1024  # queries on which recall is measured
@@ -66,7 +75,7 @@ def ivf_neighbors(
     Cost: multiplications: k-means TRAIN_ROWS * ROUNDS * C * C * D, finding cells 2 n C D, the sample SAMPLE * n * D, the search
         n * n * D * (share of the documents visited). Under several ranks the search alone is shared; rank 0 makes the cells.
     """
-    ids = (np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64))
+    ids = check_search(queries, documents, num_neighbors, (anchor_id, positive_id))
     identity = ""
     if folder is not None:
         identity = identity_of("ivf", num_neighbors, queries, documents, *ids, target_recall, seed)
@@ -223,7 +232,7 @@ def assign_cells(rows: Embeddings, centroids: Tensor, device: str | None) -> np.
     for start in range(0, len(rows), PIECE_ROWS):
         given = np.ascontiguousarray(rows[start : start + PIECE_ROWS])
         piece = room[: len(given)]
-        piece.copy_(torch.from_numpy(given if given.flags.writeable else np.array(given)))
+        piece.copy_(on_cpu(given))
         for place, few in enumerate(piece.split(SCORED_ROWS)):
             torch.mm(few, centroids.T, out=scores[: len(few)])
             first = start + place * SCORED_ROWS

@@ -21,7 +21,7 @@ from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
-from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embeddings, exact_neighbors
+from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embeddings, compact_ids, exact_neighbors
 from anybatch.mining.outlook import mining_outlook
 from anybatch.mining.partition import equal_clusters, metis_clusters, start_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
@@ -84,12 +84,14 @@ def mine_plan(
 
     Reference: B3, arXiv 2505.11293, section 3, and what this library does differently in docs/mining.md.
     """
-    num_rows = len(anchor_embeddings)
     _check_both(anchor_embeddings, positive_embeddings)
+    num_rows = len(anchor_embeddings)
     report = MiningReport()
     parts = _parts(sets, num_rows)
-    anchor_id = np.arange(num_rows) if anchor_id is None else np.asarray(anchor_id)
-    positive_id = np.arange(num_rows) if positive_id is None else np.asarray(positive_id)
+    anchor_id, positive_id = (
+        np.arange(num_rows) if ids is None else compact_ids(name, ids, num_rows)
+        for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
+    )
     if config.method == "random":
         return MiningResult(
             plan=random_plan(num_rows, config=config, sets=sets, data_digest=data_digest), report=report
@@ -420,6 +422,10 @@ def mine_shared(
     with alone() as chosen:
         if chosen:
             _check_both(anchor_embeddings, positive_embeddings)
+    anchor_id, positive_id = (
+        compact_ids(name, ids, len(anchor_embeddings))
+        for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
+    )
     for one, rows in _parts(sets, len(anchor_embeddings)):
         if one.num_rows < config.cluster_size:
             continue

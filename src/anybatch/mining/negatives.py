@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from anybatch.errors import AnybatchError
 from anybatch.ids import known_positives
+from anybatch.mining.compiled import compiled
 from anybatch.mining.graph import MiningGraph
+from anybatch.mining.neighbors import check_at_least, compact_ids
 
 
 def sample_negatives(
@@ -36,22 +38,30 @@ def sample_negatives(
     Reference: B3, arXiv 2505.11293, section 3 (B3++).
     """
     clusters = np.atleast_2d(clusters).astype(np.int64)
+    check_at_least("num_negatives", num_negatives, 0)
+    num_rows = len(graph.window.indptr) - 1
+    if num_rows != clusters.shape[1]:
+        raise AnybatchError(
+            f"The graph is of {num_rows} rows, the clusters of {clusters.shape[1]}; expected the same rows."
+        )
+    anchor, positive = (
+        compact_ids(name, ids, num_rows) for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
+    )
     order = np.argsort(clusters[0], kind="stable").astype(np.int64)
     window = graph.window
     result = np.full((clusters.shape[1], num_negatives), -1, np.int32)
     _draw(
         order, clusters, window.indptr.astype(np.int64), window.indices.astype(np.int64),
-        np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64), seed, result,
+        anchor, positive, seed % 2**32, result,
     )  # fmt: skip
     # What another row pairs with the same anchor is a positive, not a negative.
-    anchor, positive = np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64)
     width = int(positive.max(initial=0)) + 1
     pairs = anchor[:, None] * width + positive[result]
     result[(result >= 0) & np.isin(pairs, known_positives(anchor, positive, width))] = -1
     return result
 
 
-@numba.njit(cache=True)
+@compiled
 def _beside(clusters, row, item):  # pragma: no cover - compiled
     """Whether two rows share a cluster of any partition."""
     for cluster in clusters:  # noqa: SIM110 - numba knows no generators
@@ -60,7 +70,7 @@ def _beside(clusters, row, item):  # pragma: no cover - compiled
     return False
 
 
-@numba.njit(cache=True)
+@compiled
 def _draw(order, clusters, indptr, indices, anchor_id, positive_id, seed, result):  # pragma: no cover - compiled
     np.random.seed(seed)  # noqa: NPY002 - numba's own generator, not NumPy's
     num_rows, cluster = clusters.shape[1], clusters[0]

@@ -22,6 +22,7 @@ from torch import Tensor
 from anybatch.blocks import BlockArrays
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of
+from anybatch.ids import as_ids, renumbered
 from anybatch.mining.top import Piece, best_columns, best_columns_on_device, workers
 
 UNIT_ROWS = 512  # queries whose reservoirs a thread holds at once
@@ -80,21 +81,45 @@ class Stacked:
 Embeddings = np.ndarray | Stacked
 
 
-def check_embeddings(name: str, embeddings: np.ndarray, num_rows: int | None = None) -> None:
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Refuse a number below `least`."""
+    if value < least:
+        raise AnybatchError(f"{name} is {value}; expected at least {least}.")
+
+
+def compact_ids(name: str, ids: np.ndarray, num_rows: int) -> np.ndarray:
+    """Ids of any size as (num_rows,) int64 numbers below num_rows, equal where the ids are equal.
+
+    Raises:
+        AnybatchError: Not one whole number for each row; negative ones.
+    """
+    ids = as_ids(name, ids)
+    if ids.shape != (num_rows,):
+        raise AnybatchError(f"{name} has shape {ids.shape}; expected ({num_rows},), one id for each row.")
+    return renumbered(ids)
+
+
+def check_embeddings(name: str, embeddings: np.ndarray, num_rows: int | None = None, *, zeros: bool = False) -> None:
     """Refuse embeddings that cannot be ranked.
 
     Raises:
-        AnybatchError: Wrong shape or number of rows; NaN, infinite or all-zero rows, with the first of them.
+        AnybatchError: No array of numbers; wrong shape or number of rows; NaN, infinite or (without `zeros`) all-zero rows, with the first of them.
     """
-    if embeddings.ndim != 2 or (num_rows is not None and len(embeddings) != num_rows):
+    if not isinstance(embeddings, np.ndarray) or embeddings.dtype.kind not in "fiu":
+        given = f"an array of {embeddings.dtype}" if isinstance(embeddings, np.ndarray) else type(embeddings).__name__
+        raise AnybatchError(
+            f"The {name} embeddings are {given}; expected a NumPy array of numbers, (rows, dimensions)."
+        )
+    if embeddings.ndim != 2 or not embeddings.size or (num_rows is not None and len(embeddings) != num_rows):
         expected = "(rows, dimensions)" if num_rows is None else f"({num_rows}, dimensions)"
         raise AnybatchError(
             f"The {name} embeddings have shape {embeddings.shape}; expected {expected}, one row for each row of the data."
         )
     for start in range(0, len(embeddings), 65536):  # in blocks: the array may be a file larger than memory
-        block = np.asarray(embeddings[start : start + 65536], dtype=np.float32)
+        with np.errstate(over="ignore"):  # is infinite in float32, which is found at once
+            block = np.asarray(embeddings[start : start + 65536], dtype=np.float32)
         for what, bad in (("NaN or infinite", ~np.isfinite(block).all(axis=1)), ("all zero", ~block.any(axis=1))):
-            if bad.any():
+            if bad.any() and not (zeros and what == "all zero"):
                 rows = np.flatnonzero(bad)
                 raise AnybatchError(
                     f"{len(rows)} of the {name} embeddings in rows {start} to {start + len(block) - 1} are {what}; the first is row {start + rows[0]}. "
@@ -135,7 +160,11 @@ def exact_neighbors(
         barriers under several ranks.
     """
     rows = np.arange(len(queries)) if rows is None else np.asarray(rows)
-    ids = (np.asarray(anchor_id, np.int64), np.asarray(positive_id, np.int64))
+    if rows.dtype.kind not in "iu" or (len(rows) and not 0 <= rows.min() <= rows.max() < len(queries)):
+        raise AnybatchError(
+            f"rows are {rows.dtype}, {rows[:3]}...; expected whole numbers from 0 to {len(queries) - 1}."
+        )
+    ids = check_search(queries, documents, num_neighbors, (anchor_id, positive_id))
     height = UNIT_ROWS if device is None else DEVICE_ROWS
     units = [slice(start, min(start + height, len(rows))) for start in range(0, len(rows), height)]
 
@@ -157,6 +186,25 @@ def exact_neighbors(
         identity="" if folder is None else identity_of("exact", num_neighbors, queries, documents, *ids, rows),
         progress=progress,
     )
+
+
+def check_search(
+    queries: Embeddings, documents: Embeddings, num_neighbors: int, ids: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids as the compiled search takes them, which checks no index.
+
+    Raises:
+        AnybatchError: Embeddings without a ranking; sizes that do not fit together.
+    """
+    check_at_least("num_neighbors", num_neighbors, 1)
+    for name, side in (("query", queries), ("document", documents)):
+        for part in (side.left, side.right) if isinstance(side, Stacked) else (side,):
+            check_embeddings(name, part, zeros=True)
+    if queries.shape != documents.shape:
+        raise AnybatchError(
+            f"The queries have shape {queries.shape}, the documents {documents.shape}; expected the same."
+        )
+    return compact_ids("anchor_id", ids[0], len(queries)), compact_ids("positive_id", ids[1], len(queries))
 
 
 Unit = tuple[slice | np.ndarray, np.ndarray]
@@ -195,7 +243,12 @@ def search_units(
         "own_score": ((num_results,), np.float32),
     }
     num_blocks = -(-len(units) // BLOCK_UNITS)
-    kept = BlockArrays(shapes, num_blocks, folder=folder, identity=identity)
+
+    def of_block(block: int) -> np.ndarray:
+        places = [places for places, _ in units[block * BLOCK_UNITS : (block + 1) * BLOCK_UNITS]]
+        return np.concatenate([np.arange(num_results)[one] for one in places])
+
+    kept = BlockArrays(shapes, num_blocks, folder=folder, identity=identity, rows=of_block)
     best = best_columns if device is None else best_columns_on_device
 
     def search(unit: Unit) -> None:
@@ -219,10 +272,17 @@ def search_units(
 
 
 def as_tensor(rows: np.ndarray, device: str | None) -> Tensor:
-    """Rows of an array, which may be a read-only file of any float type, as float32 on the device."""
+    """Rows of an array as float32 on the device; see `on_cpu`."""
+    return on_cpu(rows).to(device or "cpu", torch.float32)
+
+
+def on_cpu(rows: np.ndarray) -> Tensor:
+    """Rows of an array, which may be a read-only file of any type of numbers, as a tensor."""
+    if rows.dtype not in (np.float16, np.float32, np.float64) or not rows.dtype.isnative:
+        rows = rows.astype(np.float32)  # whole numbers, another machine's byte order
     if not rows.flags.writeable:
         rows = np.array(rows)  # torch wants writable memory
-    return torch.from_numpy(np.ascontiguousarray(rows)).to(device or "cpu", torch.float32)
+    return torch.from_numpy(np.ascontiguousarray(rows))
 
 
 def identity_of(*inputs: object) -> str:

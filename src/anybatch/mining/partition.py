@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from scipy import sparse
 
+from anybatch.errors import AnybatchError
 from anybatch.ids import known_positives
+from anybatch.mining.compiled import compiled
+from anybatch.mining.neighbors import check_at_least, compact_ids
 
 HARD = 1e6  # a pair that must not share a batch outweighs any sum of wanted edges
 # Temperatures of the search in mean wanted edges: an exchange that loses that much is taken with chance 1/e.
@@ -37,6 +39,7 @@ def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: b
     import pymetis
 
     num_rows = len(weight.indptr) - 1
+    check_at_least("num_clusters", num_clusters, 1)
     if num_clusters == 1:
         return np.zeros(num_rows, np.int32)
     if weight.nnz == 0:
@@ -44,7 +47,7 @@ def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: b
     pointers: Any = weight.indptr.astype(np.int32)
     indices: Any = weight.indices.astype(np.int32, copy=False)
     whole: Any = whole_weights(weight)
-    options = pymetis.Options(seed=seed)
+    options = pymetis.Options(seed=seed % 2**31)
     _, parts = pymetis.part_graph(
         num_clusters, xadj=pointers, adjncy=indices, eweights=whole, recursive=recursive, options=options
     )
@@ -63,12 +66,21 @@ def start_clusters(
 
 
 def whole_weights(weight: sparse.csr_matrix) -> np.ndarray:
-    """Partitioners take whole numbers: sixteenths of the mean weight resolve hub weighting well enough."""
+    """Partitioners take whole numbers: sixteenths of the mean weight resolve hub weighting well enough.
+
+    Raises:
+        AnybatchError: Weights that are negative or no numbers, or none above 0.
+    """
     if not len(weight.data):
         return np.zeros(0, np.int32)
-    whole = weight.data * np.float32(16 / weight.data.mean(dtype=np.float64))
+    mean = weight.data.mean(dtype=np.float64)
+    if not (weight.data.min() >= 0 and 0 < mean < np.inf):  # nan is neither
+        raise AnybatchError(
+            f"The weights of the graph run from {weight.data.min()} to {weight.data.max()}; expected numbers of 0 or more, some of them above."
+        )
+    whole = weight.data * np.float32(min(16 / mean, 1e38))
     np.rint(whole, out=whole)
-    return np.maximum(whole, 1, out=whole).astype(np.int32)
+    return np.clip(whole, 1, 2**24, out=whole).astype(np.int32)
 
 
 def equal_clusters(
@@ -108,7 +120,13 @@ def equal_clusters(
         copy of `signed`.
     """
     num_rows = len(start)
+    check_at_least("cluster_size", cluster_size, 1)
+    check_at_least("sweeps", sweeps, 0)
     num_clusters = num_rows // cluster_size
+    _check_start(start, signed, num_clusters)
+    anchor_id, positive_id = (
+        compact_ids(name, ids, num_rows) for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
+    )
     # Rows in the order of the partitioner's clusters, which is a walk through the graph: neighbours lie side by side in memory.
     order = np.argsort(start, kind="stable")
     signed = sparse.csr_matrix(signed[order][:, order])
@@ -117,7 +135,7 @@ def equal_clusters(
         signed.indices.astype(np.int32, copy=False),
         signed.data.astype(np.float32, copy=False),
     )
-    anchor_id, positive_id = np.asarray(anchor_id, np.int64)[order], np.asarray(positive_id, np.int64)[order]
+    anchor_id, positive_id = anchor_id[order], positive_id[order]
     twins = np.zeros(num_rows, np.bool_)
     for ids in (anchor_id, positive_id):
         _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -148,14 +166,29 @@ def equal_clusters(
     return result
 
 
-@numba.njit(cache=True)
+def _check_start(start: np.ndarray, signed: sparse.csr_matrix, num_clusters: int) -> None:
+    """Refuse what the compiled loops, which check no index, would follow out of their arrays."""
+    if not len(start):
+        return
+    if not np.issubdtype(start.dtype, np.integer) or start.min() < 0 or start.max() >= num_clusters:
+        raise AnybatchError(
+            f"start is {start.dtype} from {start.min()} to {start.max()}; expected whole numbers from 0 to {num_clusters - 1}, a cluster for each row."
+        )
+    if signed.shape != (len(start), len(start)) or not np.isfinite(signed.data).all():
+        raise AnybatchError(
+            f"The graph has shape {signed.shape} and {np.count_nonzero(~np.isfinite(signed.data))} weights that are no finite numbers; expected "
+            f"({len(start)}, {len(start)}) and none."
+        )
+
+
+@compiled
 def _listed(keys, key):  # pragma: no cover - compiled
     """Whether an ascending array holds a number."""
     place = np.searchsorted(keys, key)
     return place < len(keys) and keys[place] == key
 
 
-@numba.njit(cache=True)
+@compiled
 def _same_content(row, other, anchor_id, positive_id, known):  # pragma: no cover - compiled
     if anchor_id[row] == anchor_id[other] or positive_id[row] == positive_id[other]:
         return True
@@ -167,7 +200,7 @@ def _same_content(row, other, anchor_id, positive_id, known):  # pragma: no cove
     )
 
 
-@numba.njit(cache=True)
+@compiled
 def _clashes(row, without, group, twins, anchor_id, positive_id, known):  # pragma: no cover - compiled
     """Members of `group` (but `without` and the row itself) whose content the row shares."""
     if not twins[row]:
@@ -184,7 +217,7 @@ def _clashes(row, without, group, twins, anchor_id, positive_id, known):  # prag
     return count
 
 
-@numba.njit(cache=True)
+@compiled
 def _links(row, one, two, cluster, indptr, indices, data):  # pragma: no cover - compiled
     """Sum of the row's signed weights into two clusters."""
     to_one, to_two = 0.0, 0.0
@@ -197,7 +230,7 @@ def _links(row, one, two, cluster, indptr, indices, data):  # pragma: no cover -
     return to_one, to_two
 
 
-@numba.njit(cache=True)
+@compiled
 def _repair(
     cluster, members, num_clusters, size, indptr, indices, data, twins, anchor_id, positive_id, known
 ):  # pragma: no cover - compiled
@@ -285,7 +318,7 @@ def _repair(
         members[num_clusters, position] = waiting[position]
 
 
-@numba.njit(cache=True)
+@compiled
 def _measure_ties(tie, cluster, num_clusters, indptr, indices, data):  # pragma: no cover - compiled
     """Each row's signed weight into its own cluster; 0 for rows without one."""
     for row in range(len(cluster)):
@@ -296,7 +329,7 @@ def _measure_ties(tie, cluster, num_clusters, indptr, indices, data):  # pragma:
                     tie[row] += data[edge]
 
 
-@numba.njit(cache=True)
+@compiled
 def _move(row, home, target, num_clusters, cluster, tie, indptr, indices, data):  # pragma: no cover - compiled
     """Take the row from one cluster to another, its neighbours' ties with it."""
     own = 0.0
@@ -311,7 +344,7 @@ def _move(row, home, target, num_clusters, cluster, tie, indptr, indices, data):
     cluster[row], tie[row] = target, own
 
 
-@numba.njit(cache=True)
+@compiled
 def _best_exchanges(
     order, cluster, members, num_clusters, indptr, indices, data, twins, anchor_id, positive_id, known
 ):  # pragma: no cover - compiled
@@ -382,7 +415,7 @@ def _best_exchanges(
     return gained, total
 
 
-@numba.njit(cache=True)
+@compiled
 def _anneal(
     cluster, members, tie, num_clusters, indptr, indices, data, twins, anchor_id, positive_id, known, temperature, seed
 ):  # pragma: no cover - compiled

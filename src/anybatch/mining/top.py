@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from anybatch.mining.compiled import compiled
 
 TILE_ROWS = 512  # x TILE_COLUMNS scores: 4 MB, which stay in the cache between the product and the selection
 TILE_COLUMNS = 2048
@@ -180,7 +181,7 @@ def workers() -> Iterator[Callable[[Callable[[Unit], None], Iterable[Unit]], Ite
             torch.set_num_threads(num_threads)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _gather(
     scores, bits, columns, lines, rows, anchor_id, positive_id, keys, counts, bars, num_kept
 ):  # pragma: no cover - compiled
@@ -210,7 +211,7 @@ def _gather(
         bars[line], counts[line] = bar, count
 
 
-@numba.njit(cache=True, inline="always")
+@compiled(inline="always")
 def _key(bits, column):  # pragma: no cover - compiled
     """Larger for a larger score; at equal scores larger for the smaller column."""
     if bits == np.uint32(0x80000000):  # minus zero equals zero
@@ -219,20 +220,20 @@ def _key(bits, column):  # pragma: no cover - compiled
     return (np.uint64(np.uint32(ordered)) << np.uint64(32)) | np.uint64(np.uint32(0xFFFFFFFF) - np.uint32(column))
 
 
-@numba.njit(cache=True, inline="always")
+@compiled(inline="always")
 def _bits(key):  # pragma: no cover - compiled
     ordered = np.uint32(key >> np.uint64(32))
     return np.uint32(ordered ^ np.uint32(0x80000000) if ordered & np.uint32(0x80000000) else ~ordered)
 
 
-@numba.njit(cache=True)
+@compiled
 def _score(key):  # pragma: no cover - compiled
     one = np.empty(1, np.uint32)
     one[0] = _bits(key)
     return one.view(np.float32)[0]
 
 
-@numba.njit(cache=True)
+@compiled
 def _select(keys, num_kept):  # pragma: no cover - compiled
     """Bring the `num_kept` largest to the front (Hoare's quickselect) and return the least of them."""
     low, high, wanted = 0, len(keys) - 1, num_kept - 1
@@ -259,7 +260,7 @@ def _select(keys, num_kept):  # pragma: no cover - compiled
     return keys[wanted]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _decode(keys, counts, ids, bits):  # pragma: no cover - compiled
     """The best of each reservoir, best first."""
     for line in range(len(keys)):

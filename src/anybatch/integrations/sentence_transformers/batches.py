@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, RandomSampler
 
 from anybatch import distributed
@@ -12,25 +15,133 @@ from anybatch.data import text_digest
 from anybatch.errors import AnybatchError
 from anybatch.pictures import Column, PictureColumn, holds_pictures
 from anybatch.plan import BatchPlan, PlanSampler
+from anybatch.rows import RowTable
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+REPEATS = 100  # rows with a number that another row has: so many are compared with it
+Sets = TypeVar("Sets", bound="Dataset | dict[str, Dataset]")
 
-def with_index(dataset: Dataset) -> Dataset:
+
+def with_index(dataset: Sets, *, first: int = 0) -> Sets:
     """`dataset` with a column `label` that holds each row's number, which is how the row index reaches the loss.
 
+    Args:
+        dataset: A data set, or several as the Trainer takes them: a `DatasetDict` or a dictionary. Their numbers run through all of them, in
+            their order, so that each row has its own: the loss is one for all their rows together.
+        first: The first number.
+
+    Select, shuffle, split or filter after it as you like: a row keeps its number.
+
     Raises:
-        AnybatchError: The data set already has a label or score column, which these losses would never read.
+        AnybatchError: A label or score column, which these losses would never read; a stream, whose rows have no fixed numbers; no data set.
     """
+    from datasets import Dataset
     from sentence_transformers.util.dataset import DEFAULT_LABEL_COLUMNS
 
+    if isinstance(dataset, dict):
+        numbered = {}
+        for name, part in dataset.items():
+            numbered[name] = with_index(part, first=first)
+            first += len(part)
+        return type(dataset)(numbered)  # pyright: ignore[reportReturnType] - DatasetDict and dict alike
+    if not isinstance(dataset, Dataset):
+        raise AnybatchError(
+            f"Got a {type(dataset).__name__}; expected a Dataset of the package datasets, or a dictionary of them. Rows of a stream have no fixed "
+            "numbers: let it yield a column 'label' with a whole number that is always the same for a row, from 0 to the loss's num_rows - 1, or read "
+            "it into a Dataset first."
+        )
     taken = [name for name in DEFAULT_LABEL_COLUMNS if name in dataset.column_names]
     if taken:
         raise AnybatchError(
             f"The data set has the column '{taken[0]}', which contrastive losses do not use. Remove or rename it."
         )
-    return dataset.add_column("label", np.arange(len(dataset)), new_fingerprint=f"{dataset._fingerprint}-indexed")
+    numbers = np.arange(first, first + len(dataset))
+    return dataset.add_column("label", numbers, new_fingerprint=f"{dataset._fingerprint}-indexed-{first}")  # pyright: ignore[reportReturnType]
+
+
+def check_numbers(sets: Sequence[Dataset], num_rows: int | None) -> None:
+    """Refuse, before training, a column of labels, scores or classes in the place of row numbers.
+
+    Args:
+        sets: The data sets that one loss is for.
+        num_rows: Of the loss; None where it takes any.
+
+    Raises:
+        AnybatchError: No whole numbers; numbers that the loss has no rows for; one number for different rows.
+
+    Cost: a sort of the numbers. Rows are read where numbers repeat, 100 of them.
+    """
+    from sentence_transformers.util.dataset import DEFAULT_LABEL_COLUMNS
+
+    columns = []
+    for part in sets:
+        for name in [name for name in DEFAULT_LABEL_COLUMNS if name in part.column_names][:1]:
+            column = np.asarray(part.with_format("numpy")[name])
+            if column.dtype.kind not in "iu" or column.ndim != 1:
+                raise AnybatchError(f"The column '{name}' holds {column.dtype}. {NUMBERS}")
+            columns.append((part, name, column))
+    numbers = np.concatenate([column for _, _, column in columns]) if columns else np.zeros(0, np.int64)
+    if not len(numbers):
+        return
+    check_range(int(numbers.min()), int(numbers.max()), num_rows)
+    order = np.argsort(numbers, kind="stable")
+    again = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])[:REPEATS]
+    ends = np.cumsum([len(column) for _, _, column in columns])
+
+    def content(place: int) -> dict[str, Any]:
+        part, name, _ = columns[int(np.searchsorted(ends, place, side="right"))]
+        row = part.with_format(None)[int(place - ends[ends <= place].max(initial=0))]
+        return {key: value for key, value in row.items() if key not in (name, "dataset_name")}
+
+    for one, two in zip(order[again], order[again + 1], strict=True):
+        if content(one) != content(two):
+            raise AnybatchError(f"Two different rows have the number {numbers[one]}. {NUMBERS}")
+
+
+NUMBERS = (
+    "The column of labels must hold row numbers, one for each row of all training sets together. Remove or rename it, and call with_index on the data set; on "
+    "several, once on the dictionary of them."
+)
+
+
+def check_range(low: int, high: int, num_rows: int | None) -> None:
+    """Refuse numbers that a loss or a row table has no rows for."""
+    if low < 0 or (num_rows is not None and high >= num_rows):
+        known = "0 or more" if num_rows is None else f"0 to {num_rows - 1}, the rows of the loss or its row table"
+        raise AnybatchError(
+            f"Row numbers run from {low} to {high}; expected {known}. Make the loss for all rows of the training sets, and number these with with_index."
+        )
+
+
+def num_rows_of(loss: nn.Module, rows: RowTable | None) -> int | None:
+    """The rows that a loss and its row table are for; None where they take any."""
+    sizes = [getattr(module, "num_rows", None) for module in loss.modules()]
+    sizes.append(None if rows is None else len(rows.anchor_id))
+    return min((size for size in sizes if isinstance(size, int)), default=None)
+
+
+def row_numbers(labels: Tensor, features: Sequence[dict[str, Any]], num_rows: int | None) -> Tensor:
+    """The labels of a batch as row numbers: whole numbers in range, and rows with the same number have the same texts.
+
+    A column of scores or classes in their place would train to nothing without a word. Cost: a sort of B numbers, one wait for the device.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
+        raise AnybatchError(f"The labels are {labels.dtype} of shape {tuple(labels.shape)}. {NUMBERS}")
+    numbers, order = labels.long().sort(stable=True)
+    same = numbers[1:] == numbers[:-1]
+    low, high, repeats = torch.stack([numbers[0], numbers[-1], same.sum()]).tolist() if len(numbers) else (0, 0, 0)
+    check_range(low, high, num_rows)
+    for column in features if repeats else ():
+        words = column.get("input_ids")
+        if words is not None and len(words) == len(labels):
+            first, second = order[:-1][same].to(words.device), order[1:][same].to(words.device)
+            if not torch.equal(words[first], words[second]):
+                raise AnybatchError(
+                    f"Different rows of a batch have one number, such as {int(numbers[1:][same][0])}. {NUMBERS}"
+                )
+    return labels.long()
 
 
 class PlanBatches:
@@ -40,7 +151,8 @@ class PlanBatches:
     numbers that `with_index` put into it, not by trust. `LossStateCallback` checks that the training set did get the plan.
 
     Args:
-        plan: Its rows are those of the training set.
+        plan, more_plans: A plan's rows are those of the training set. Several training sets, numbered by one call of `with_index`, have a plan
+            each, in their order.
 
     Raises:
         AnybatchError: A training set with other texts or pictures than the plan was made for, where the plan knows them
@@ -49,36 +161,42 @@ class PlanBatches:
     Cost: one pass over the texts (about 2 seconds a million short ones) and pictures (1 GB a second) of each data set, once.
     """
 
-    def __init__(self, plan: BatchPlan) -> None:
-        self.plan = plan
-        self._checked = ""  # fingerprint of the data set whose texts were compared
+    def __init__(self, plan: BatchPlan, *more_plans: BatchPlan) -> None:
+        self.plans = (plan, *more_plans)
+        self._checked: set[str] = set()  # fingerprints of the data sets whose texts were compared
 
     def __call__(self, dataset: Dataset, *, batch_size: int, drop_last: bool, **settings: Any) -> BatchSampler:
         """The protocol's factory; `settings` are the generator, seed and label columns that a plan does not need."""
-        if not self._is_training_set(dataset):
+        plan = self._plan_of(dataset)
+        if plan is None:
             return BatchSampler(
                 RandomSampler(dataset, generator=settings.get("generator")), batch_size=batch_size, drop_last=drop_last
             )
-        self.check(dataset)
+        self.check(dataset, plan)
         world_size = distributed.world_size()
-        if batch_size * world_size != self.plan.batch_size:
+        if batch_size * world_size != plan.batch_size:
             raise AnybatchError(
-                f"The plan has batches of {self.plan.batch_size}; the Trainer asks for {batch_size} rows on each of {world_size} process(es). "
-                f"Set per_device_train_batch_size to {self.plan.batch_size // world_size}."
+                f"The plan has batches of {plan.batch_size}; the Trainer asks for {batch_size} rows on each of {world_size} process(es). "
+                f"Set per_device_train_batch_size to {plan.batch_size // world_size}."
             )
-        return PlanSampler(self.plan, world_size=world_size)
+        return PlanSampler(plan, world_size=world_size)
 
-    def check(self, dataset: Dataset) -> None:
+    def check(self, dataset: Dataset, plan: BatchPlan) -> None:
         """Refuse a training set that the plan was not made for: another number of rows, or other texts."""
-        if self._checked == dataset._fingerprint:
-            return
-        self.plan.check(num_rows=len(dataset), data_digest=_data_digest(dataset, self.plan.data_digest))
-        self._checked = dataset._fingerprint
+        if dataset._fingerprint not in self._checked:
+            plan.check(num_rows=len(dataset), data_digest=_data_digest(dataset, plan.data_digest))
+            self._checked.add(dataset._fingerprint)
 
-    def _is_training_set(self, dataset: Dataset) -> bool:
-        if "label" not in dataset.column_names or len(dataset) != self.plan.num_rows:
-            return False
-        return bool(np.array_equal(np.asarray(dataset.with_format("numpy")["label"]), np.arange(len(dataset))))
+    def _plan_of(self, dataset: Dataset) -> BatchPlan | None:
+        """The plan whose row numbers the data set has, each in its place."""
+        if "label" not in dataset.column_names:
+            return None
+        numbers, first = np.asarray(dataset.with_format("numpy")["label"]), 0
+        for plan in self.plans:
+            if np.array_equal(numbers, np.arange(first, first + plan.num_rows)):
+                return plan
+            first += plan.num_rows
+        return None
 
 
 def _data_digest(dataset: Dataset, expected: str) -> str:

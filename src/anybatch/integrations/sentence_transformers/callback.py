@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.files import write_bytes
-from anybatch.integrations.sentence_transformers.batches import PlanBatches
+from anybatch.files import CONTENTS, flaw_of, seal_folder, write_bytes
+from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.memory_states import grown_state, join_shards
 from anybatch.plan import PlanSampler
 
-LOSS_STATE = "anybatch_loss.safetensors"  # written last: a checkpoint without it was cut short
+logger = logging.getLogger("anybatch")
+LOSS_STATE = "anybatch_loss.safetensors"
 
 
 class LossStateCallback(TrainerCallback):
@@ -28,29 +33,47 @@ class LossStateCallback(TrainerCallback):
     Args:
         loss: The loss given to the Trainer.
         resume_from: The checkpoint given to `trainer.train(resume_from_checkpoint=...)` when it is not in the Trainer's output folder.
+        run: Tells the checkpoints of one run from those of others.
 
     Raises:
-        AnybatchError: Resuming from a checkpoint without a loss state (memory would silently start from nothing), or of a run with
-            another plan; the plan given as `batch_sampler` did not reach the training set.
+        AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state (memory would silently start from nothing), or of a
+            run with another plan; the plan given as `batch_sampler` did not reach the training set.
     """
 
-    def __init__(self, loss: CachedLoss, resume_from: str | Path | None = None) -> None:
+    def __init__(self, loss: CachedLoss, resume_from: str | Path | None = None, *, run: str = "") -> None:
         self.loss = loss
         self.resume_from = resume_from
+        self.run = run
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the plan; restore the loss."""
-        sampler = innermost_sampler(kwargs.get("train_dataloader"))
-        if isinstance(getattr(args, "batch_sampler", None), PlanBatches) and not isinstance(sampler, PlanSampler):
-            raise AnybatchError(
-                "The plan was not used: the training set is not the one it was made for, or has no row numbers. "
-                "Give the Trainer with_index(dataset), with the rows in the plan's order."
-            )
-        if state.global_step == 0:
-            return
-        folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        loader = kwargs.get("train_dataloader")
+        sets = training_sets(loader)
+        if isinstance(getattr(args, "batch_sampler", None), PlanBatches):
+            planned = sum(isinstance(sampler, PlanSampler) for sampler in samplers(loader))
+            if planned < max(1, len(sets)):
+                raise AnybatchError(
+                    f"The plan was not used{f' for {len(sets) - planned} of {len(sets)} training sets' if len(sets) > 1 else ''}: a training set is not the one "
+                    "it was made for, or has no row numbers. Give the Trainer with_index(dataset), with the rows in the plan's order; of several data sets, "
+                    "with_index(dictionary) and PlanBatches(plan, another plan, ...), a plan each."
+                )
+        check_numbers(sets, num_rows_of(self.loss.loss, self.loss.rows))
+        if state.global_step:
+            folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            self._restore(folder, plans=plan_digests(loader))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where the Trainer went back to its best checkpoint, the loss goes with it: a model and a loss of one step."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._restore(Path(state.best_model_checkpoint))
+
+    def _restore(self, folder: Path, *, plans: str = "") -> None:
+        """Load the loss from a checkpoint, which must be of a run with these plans."""
+        check_checkpoint(folder)
         if not (folder / LOSS_STATE).exists():
             raise AnybatchError(
                 f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would restart "
@@ -58,30 +81,22 @@ class LossStateCallback(TrainerCallback):
             )
         with safe_open(folder / LOSS_STATE, framework="pt") as file:
             saved = (file.metadata() or {}).get("plan")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if isinstance(sampler, PlanSampler) and saved != sampler.plan.digest:
+        if plans and saved != plans:
             was = f"with the plan {saved[:12]}" if saved else "without a plan"
             raise AnybatchError(
-                f"{folder} was trained {was}; the plan given now is {sampler.plan.digest[:12]} (digests). "
+                f"{folder} was trained {was}; the plan given now is {plans[:12]} (digests). "
                 "Resume with the plan that the run was started with, or start a new run."
             )
-        if "num_shards" in tensors:
-            if int(tensors["num_shards"]) != distributed.world_size():
-                raise AnybatchError(
-                    f"{folder} holds a memory sharded over {int(tensors['num_shards'])} ranks, here are {distributed.world_size()}. Join the shards with "
-                    "anybatch.losses.memory_states.join_shards, and save the result as that checkpoint's anybatch_loss.safetensors."
-                )
-            tensors = load_file(folder / _shard_file(distributed.rank(), distributed.world_size()))
-        self.loss.loss.load_state_dict(tensors)
+        self.loss.loss.load_state_dict(read_loss_state(folder, whole=False))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the plan, the row table and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
         epoch = int(state.epoch or 0)
-        sampler = innermost_sampler(kwargs.get("train_dataloader"))
-        if isinstance(sampler, PlanSampler):
-            sampler.set_epoch(epoch)
+        loader = kwargs.get("train_dataloader")
+        if plan_digests(loader):
+            innermost_sampler(loader).set_epoch(epoch)
         if self.loss.rows is not None:
             self.loss.rows.set_epoch(epoch)
         set_epoch = getattr(self.loss.loss, "set_epoch", None)
@@ -89,9 +104,9 @@ class LossStateCallback(TrainerCallback):
             set_epoch(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint, atomically and last: after every rank has written its share. One barrier.
+        """Add the loss to the checkpoint, and at last, after every rank has written its share, the list of its contents. One barrier.
 
-        Of a memory that is sharded each rank adds its own part, and the file that says "whole" tells their number.
+        Of a memory that is sharded each rank adds its own part, and the file of the first rank tells their number.
         """
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         sharded = _is_sharded(self.loss)
@@ -103,9 +118,10 @@ class LossStateCallback(TrainerCallback):
         distributed.barrier()
         if state.is_world_process_zero:
             tensors = {"num_shards": torch.tensor(distributed.world_size())} if sharded else _tensors(self.loss)
-            sampler = innermost_sampler(kwargs.get("train_dataloader"))
-            metadata = {"plan": sampler.plan.digest} if isinstance(sampler, PlanSampler) else None
+            digests = plan_digests(kwargs.get("train_dataloader"))
+            metadata = {"plan": digests} if digests else None
             write_bytes(folder / LOSS_STATE, save(tensors, metadata))
+            seal_folder(folder, run=self.run)
 
     def on_log(
         self,
@@ -141,16 +157,9 @@ def load_grown_loss(loss: CachedLoss, checkpoint: str | Path) -> None:
     folder = Path(checkpoint)
     if not (folder / LOSS_STATE).exists():
         raise AnybatchError(f"{folder} has no {LOSS_STATE}. Give a checkpoint that was saved with LossStateCallback.")
-    state = load_file(folder / LOSS_STATE)
-    if "num_shards" in state:
-        ranks = int(state["num_shards"])
-        shards = [folder / _shard_file(rank, ranks) for rank in range(ranks)]
-        missing = [shard.name for shard in shards if not shard.exists()]
-        if missing:
-            raise AnybatchError(
-                f"{folder} holds a memory sharded over {ranks} ranks, without {', '.join(missing)}. Bring the files of all ranks together in it."
-            )
-        state = join_shards([load_file(shard) for shard in shards])
+    if (folder / CONTENTS).exists():  # files of ranks that were brought together by hand have none
+        check_checkpoint(folder)
+    state = read_loss_state(folder)
     try:
         loss.loss.load_state_dict(grown_state(state, loss.loss))
     except RuntimeError as error:
@@ -159,16 +168,81 @@ def load_grown_loss(loss: CachedLoss, checkpoint: str | Path) -> None:
         ) from error
 
 
+def read_loss_state(folder: Path, *, whole: bool = True) -> dict[str, torch.Tensor]:
+    """The state of the loss in a checkpoint; of a sharded memory all shards joined.
+
+    Args:
+        folder: The checkpoint.
+        whole: Without it the shard of this rank is enough, where there are as many as ranks.
+
+    Raises:
+        AnybatchError: A shard is missing.
+    """
+    state = load_file(folder / LOSS_STATE)
+    if "num_shards" not in state:
+        return state
+    ranks = int(state["num_shards"])
+    shards = [folder / _shard_file(rank, ranks) for rank in range(ranks)]
+    if not whole and ranks == distributed.world_size():
+        return load_file(shards[distributed.rank()])
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing:
+        raise AnybatchError(
+            f"{folder} holds a memory sharded over {ranks} ranks, without {', '.join(missing)}. Bring the files of all ranks together in it."
+        )
+    return join_shards([load_file(shard) for shard in shards])
+
+
 def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
     """The checkpoints under `folder`, whole or not, and their steps; `checkpoint-best` and the like are not among them."""
     found = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
     return {path: int(number) for path, number in found.items() if number.isdecimal()}
 
 
-def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint under `folder` that was written to its end, or None."""
-    whole = {path: step for path, step in checkpoint_steps(folder).items() if (path / LOSS_STATE).exists()}
-    return max(whole, key=lambda path: whole[path], default=None)
+def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path | None:
+    """The newest checkpoint under `folder` whose every file is as it was written, or None if there is none or all were cut short.
+
+    Newer ones that are not whole are named in the log.
+
+    Args:
+        folder: Of the checkpoints.
+        run: As it was given to `LossStateCallback`; None for the checkpoints of any run.
+
+    Raises:
+        AnybatchError: There were whole ones, but all of them are damaged.
+
+    Cost: one pass over the files of one checkpoint, about 1 GB a second.
+    """
+    steps = checkpoint_steps(folder)
+    flaws: dict[Path, str] = {}
+    for path in sorted(steps, key=lambda path: steps[path], reverse=True):
+        flaw = flaw_of(path) if run is None else flaw_of(path, run=run)
+        if flaw is None:
+            for other, its_flaw in flaws.items():
+                logger.warning("%s %s. Training goes on from %s, the last whole one.", other, its_flaw, path.name)
+            return path
+        flaws[path] = flaw
+    if any((path / CONTENTS).exists() for path in flaws):
+        told = "; ".join(f"{path.name} {flaw}" for path, flaw in flaws.items())
+        raise AnybatchError(
+            f"No checkpoint in {folder} is whole: {told}. Delete that folder to train from the beginning, or bring back its files."
+        )
+    for path, flaw in flaws.items():
+        logger.warning("%s %s. Training begins anew.", path, flaw)
+    return None
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a checkpoint that was cut short or damaged.
+
+    Raises:
+        AnybatchError: It was.
+    """
+    flaw = flaw_of(folder)
+    if flaw is not None:
+        raise AnybatchError(
+            f"{folder} {flaw}. It cannot be trusted (a checkpoint of LossStateCallback has that list); give an older checkpoint."
+        )
 
 
 def _is_sharded(loss: CachedLoss) -> bool:
@@ -191,3 +265,46 @@ def innermost_sampler(dataloader: Any) -> Any:
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     return sampler
+
+
+def samplers(dataloader: Any) -> list[Any]:
+    """The samplers of the training sets, one each."""
+    sampler = innermost_sampler(dataloader)
+    return list(getattr(sampler, "batch_samplers", [sampler]))
+
+
+def plan_digests(dataloader: Any) -> str:
+    """What identifies the plans that the training sets are dealt by; "" without a plan."""
+    return " ".join(sampler.plan.digest for sampler in samplers(dataloader) if isinstance(sampler, PlanSampler))
+
+
+def training_sets(dataloader: Any) -> list[Dataset]:
+    """The data sets behind a data loader; none for a stream, whose rows can be looked at only as they come."""
+    dataset = getattr(dataloader, "dataset", None)
+    return [part for part in getattr(dataset, "datasets", [dataset]) if isinstance(part, Dataset)]
+
+
+def check_is_saved(loss: CachedLoss) -> None:
+    """Called in a step: warn if it is one of a Trainer whose checkpoints leave out the state of the loss.
+
+    Raises:
+        AnybatchError: Several callbacks of this kind, which would overwrite each other's file.
+    """
+    for frame, _ in traceback.walk_stack(None):
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer):
+            break
+    else:
+        return
+    saving = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossStateCallback)]
+    if len(saving) > 1:
+        raise AnybatchError(
+            f"The Trainer has {len(saving)} LossStateCallbacks; expected one, as all write {LOSS_STATE}."
+        )
+    saves = trainer.args.save_strategy != "no" or trainer.args.load_best_model_at_end
+    if saves and loss.loss.state_dict() and not any(callback.loss is loss for callback in saving):
+        warnings.warn(
+            f"The Trainer's checkpoints leave out the state of {type(loss.loss).__name__}, which would begin anew after a resume. Give it "
+            "callbacks=[LossStateCallback(loss)].",
+            stacklevel=2,
+        )

@@ -17,7 +17,8 @@ import numpy as np
 from anybatch import distributed
 from anybatch.blocks import BlockArrays
 from anybatch.errors import AnybatchError
-from anybatch.files import digest_of, write_text
+from anybatch.files import digest_of, file_digest, read_json, write_json
+from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 from anybatch.pictures import Column, PictureColumn, row_keys
 
 if TYPE_CHECKING:
@@ -30,17 +31,20 @@ def embed_texts(
     model: SentenceTransformer,
     texts: Column,
     *,
+    side: Side | None = None,
     batch_size: int = 64,
-    prompt: str = "",
+    prompt: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """L2-normalised embeddings of `texts`, in memory.
 
     Args:
         model: Any sentence-transformers model whose output is one vector a text.
-        texts: N texts, each embedded as `prompt + text`; or a column of pictures, for a model that takes them.
+        texts: N texts; or a column of pictures, for a model that takes them.
+        side: "query" for anchors, "document" for positives and negatives: the prompt and the route (tower) of `encode_query` and
+            `encode_document`. None: those of `encode`.
         batch_size: Texts or pictures per forward pass; inside a shard texts are sorted by length.
-        prompt: Text put in front of each, for models trained with instructions; none for pictures.
+        prompt: Text put in front of each; None for the model's own, "" for none. Not for pictures.
         progress: Called with the number of texts embedded since the last call.
 
     Returns:
@@ -50,10 +54,11 @@ def embed_texts(
         AnybatchError: Pictures for a model that takes none, or with a prompt; a picture that cannot be decoded; Pillow is not installed.
     """
     _check(model, texts, prompt)
+    settings = _settings(model, side, prompt)
     parts = []
     for start in range(0, len(texts), SHARD):
         shard = texts[start : start + SHARD]
-        parts.append(_encode(model, shard, batch_size, prompt))
+        parts.append(_encode(model, shard, batch_size, settings))
         if progress is not None:
             progress(len(shard))
     return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
@@ -65,49 +70,41 @@ def embed_to_file(
     path: str | os.PathLike[str],
     *,
     identity: dict[str, Any],
+    side: Side | None = None,
     batch_size: int = 64,
-    prompt: str = "",
+    prompt: str | None = None,
     precision: Literal["float32", "float16"] = "float32",
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """As `embed_texts`, onto `path` (.npy), going on where a killed run stopped; under several ranks each embeds its share of the shards.
 
     Args:
-        model, texts, batch_size, prompt, progress: See `embed_texts`.
-        path: The final file; `path.progress` says whose it is. While work is under way it is in the folder `path.partial`.
-        identity: What made the embeddings (name, lengths, data digest), beside what is seen here: texts, prompt and the model's
-            weights. Work of another identity is not resumed, and a finished file of another identity is refused.
+        model, texts, side, batch_size, prompt, progress: See `embed_texts`.
+        path: The final file; `path.origin` says what made it, and its digest. While work is under way it is in the folder `path.partial`.
+        identity: What made the embeddings (name, lengths, data digest), beside what is seen here: texts, prompt, route and the
+            model's weights. Work of another identity is not resumed, and a finished file of another identity is refused.
         precision: Of the file.
 
     Returns:
         The memory-mapped array (N, D).
 
     Raises:
-        AnybatchError: `path` exists and was made by another model or of other texts; what `embed_texts` refuses.
+        AnybatchError: `path` exists and was made by another model or of other texts, or is damaged; what `embed_texts` refuses.
 
     Cost: as `embed_texts`, and one digest of the model's weights (about 1 GB a second).
     """
     _check(model, texts, prompt)
     path = Path(path)
-    partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".progress")
-    identity = json.loads(
-        json.dumps(
-            {
-                **identity,
-                "prompt": prompt,
-                "texts": digest_of(row_keys(texts)),
-                "weights": _weights_digest(model),
-            }
-        )
-    )
+    partial, origin = path.with_name(path.name + ".partial"), _origin(path)
+    settings = _settings(model, side, prompt)
+    seen = {**settings, "texts": digest_of(row_keys(texts)), "weights": _weights_digest(model)}
+    identity = json.loads(json.dumps({**identity, **seen}))
     if precision != "float32":
         identity["precision"] = precision
-    record = _read_journal(journal)
     if path.exists():
-        if record is None or record["identity"] != identity:
-            raise AnybatchError(
-                f"{path} holds embeddings of another model or of other texts. Choose another output folder, or delete that file."
-            )
+        with distributed.alone() as chosen:
+            if chosen:
+                check_embedded(path, identity)
         if progress is not None:
             progress(len(texts))
         return np.load(path, mmap_mode="r")
@@ -117,7 +114,13 @@ def embed_to_file(
             "The teacher does not state its embedding dimension; give precomputed embeddings (.npy) instead."
         )
     shapes = {"embeddings": ((len(texts), width), np.dtype(precision).type)}
-    kept = BlockArrays(shapes, -(-len(texts) // SHARD), folder=partial, identity=json.dumps(identity, sort_keys=True))
+    kept = BlockArrays(
+        shapes,
+        -(-len(texts) // SHARD),
+        folder=partial,
+        identity=json.dumps(identity, sort_keys=True),
+        rows=lambda block: slice(block * SHARD, (block + 1) * SHARD),
+    )
     left = kept.mine()
     done = sum(len(texts[block * SHARD : (block + 1) * SHARD]) for block in kept.share() if block not in left)
     if progress is not None and done:
@@ -125,7 +128,7 @@ def embed_to_file(
     for block in left:
         shard = texts[block * SHARD : (block + 1) * SHARD]
         kept.arrays["embeddings"][block * SHARD : block * SHARD + len(shard)] = _encode(
-            model, shard, batch_size, prompt
+            model, shard, batch_size, settings
         )
         kept.finish(block)
         if progress is not None:
@@ -133,13 +136,37 @@ def embed_to_file(
     kept.wait()
     with distributed.alone() as chosen:
         if chosen:
-            write_text(journal, json.dumps({"identity": identity}))
-            os.replace(partial / "embeddings.npy", path)
+            embeddings = partial / "embeddings.npy"
+            write_json(origin, {"identity": identity, "content": file_digest(embeddings)})
+            os.replace(embeddings, path)
             shutil.rmtree(partial)
     return np.load(path, mmap_mode="r")
 
 
-def _check(model: SentenceTransformer, column: Column, prompt: str) -> None:
+def check_embedded(path: Path, identity: dict[str, Any] | None = None) -> None:
+    """Refuse a file of `embed_to_file` that is not what was written, or not of this `identity`.
+
+    A file of somebody else's, which has no record of its origin, is refused only if an identity is given.
+
+    Cost: one digest of the file, about 1 GB a second.
+    """
+    origin, remedy = _origin(path), f"Delete {path}; it is made anew then."
+    record: dict[str, Any] = {}
+    if origin.exists():
+        record = read_json(origin, remedy)
+        if record["content"] != file_digest(path):
+            raise AnybatchError(f"{path} is damaged: it is not what was written there. {remedy}")
+    if identity is not None and record.get("identity") != identity:
+        raise AnybatchError(
+            f"{path} holds embeddings of another model or of other texts. Choose another output folder, or delete that file."
+        )
+
+
+def _origin(path: Path) -> Path:
+    return path.with_name(path.name + ".origin")
+
+
+def _check(model: SentenceTransformer, column: Column, prompt: str | None) -> None:
     if not isinstance(column, PictureColumn):
         return
     if prompt:
@@ -153,23 +180,29 @@ def _check(model: SentenceTransformer, column: Column, prompt: str) -> None:
         )
 
 
-def _encode(model: SentenceTransformer, texts: Column, batch_size: int, prompt: str) -> np.ndarray:
+def _settings(model: SentenceTransformer, side: Side | None, prompt: str | None) -> dict[str, Any]:
+    """What `encode` would look up itself. The prompt is a text, "" too: for None it would take the model's default."""
+    task = side_task(model, side)
+    return {"prompt": side_prompt(model, side) if prompt is None else prompt} | ({} if task is None else {"task": task})
+
+
+def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings: dict[str, Any]) -> np.ndarray:
     if isinstance(texts, PictureColumn):  # decoded, a shard of photographs would take gigabytes
         starts = range(0, len(texts), batch_size)
         pictures = ([one.decode() for one in texts[start : start + batch_size]] for start in starts)
-        return np.concatenate([_forward(model, part, batch_size, prompt) for part in pictures])
-    return _forward(model, list(texts), batch_size, prompt)
+        return np.concatenate([_forward(model, part, batch_size, settings) for part in pictures])
+    return _forward(model, list(texts), batch_size, settings)
 
 
-def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, prompt: str) -> np.ndarray:
+def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, settings: dict[str, Any]) -> np.ndarray:
     # encode() sorts by length itself, so a shard costs little more than its real tokens.
     vectors = model.encode(
         inputs,
         batch_size=batch_size,
-        prompt=prompt,  # also the empty one: for None the model would take its own default prompt, which training does not
         normalize_embeddings=True,
         convert_to_numpy=True,
         show_progress_bar=False,
+        **settings,
     )
     return np.asarray(vectors, dtype=np.float32)
 
@@ -184,10 +217,3 @@ def _weights_digest(model: SentenceTransformer) -> str:
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
     return digest_of(parts())
-
-
-def _read_journal(journal: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(journal.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -21,6 +21,7 @@ from anybatch.caching.state import without_autocast
 from anybatch.caching.step_memory import StepMemory
 from anybatch.caching.towers import Auto, record_towers
 from anybatch.errors import AnybatchError
+from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
 from anybatch.integrations.sentence_transformers.loss import deferred_backward
 from anybatch.losses.late_interaction import LateInteraction
 from anybatch.rows import RowTable
@@ -80,6 +81,8 @@ class CachedLateInteraction(nn.Module):
             raise AnybatchError(
                 f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order."
             )
+        if labels is not None and torch.is_grad_enabled():
+            labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
         encoders: list[Encoder] = [
             _TokenEncoder(self.model, task="query" if column == 0 else "document", width=_width(part))
             for column, part in enumerate(features)
@@ -119,7 +122,7 @@ class CachedLateInteraction(nn.Module):
                 raise AnybatchError(
                     "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
                 )
-            arguments = self.rows.arguments(labels.to(anchors.device, torch.int64), num_negatives=len(others) - 1)
+            arguments = self.rows.arguments(labels.to(anchors.device), num_negatives=len(others) - 1)
         return self.loss(anchors, candidates, anchor_mask=anchor_mask, candidate_mask=candidate_mask, **arguments)
 
     def get_config_dict(self) -> dict[str, Any]:

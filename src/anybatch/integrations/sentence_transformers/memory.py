@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from anybatch import distributed
 from anybatch.errors import AnybatchError
 from anybatch.files import digest_of
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
+from anybatch.integrations.sentence_transformers.model import Side, lengths_of
 from anybatch.losses import ContrastiveLoss
 from anybatch.losses.monitoring import memory_figures
 from anybatch.losses.warm_start import WarmStart, memory_of, warm_start
@@ -34,7 +35,6 @@ def warm_start_from_model(
     loss: ContrastiveLoss,
     *,
     batch_size: int = 128,
-    prompts: tuple[str, str] = ("", ""),
     sample: int | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -43,11 +43,10 @@ def warm_start_from_model(
     """Encode all pairs with the model as it is now, without dropout, and fill the memory of the loss from them.
 
     Args:
-        model: The model that is trained.
+        model: The model that is trained. Anchors are its queries and positives its documents, with its own prompts and routes.
         pairs: The training pairs, in the order of the rows that the loss remembers; equal texts are no negatives of each other.
         loss: A loss of `anybatch.losses` with memory (not the `CachedLoss` around it).
         batch_size: Texts per forward pass.
-        prompts: Text put before each anchor and each positive, as in training.
         sample, seed: See `anybatch.losses.warm_start.warm_start`.
         folder: Keep embeddings and progress there (warm_start*.npy, warm_start.safetensors): a killed one goes on where it stopped, and
             memory holds one shard of texts. None: in memory, nothing is kept.
@@ -65,18 +64,16 @@ def warm_start_from_model(
     memory_of(loss)
     sides = []
     training = model.training
-    for side, texts, prompt in zip(("anchor", "positive"), pairs.prompted, prompts, strict=False):
+    for name, side, texts in zip(("anchor", "positive"), get_args(Side), pairs.prompted, strict=False):
         total = len(texts) if folder is not None else distributed.shares(len(texts))[distributed.rank()]
-        report = _counted(progress, f"warm start: {side}s", total)
+        report = _counted(progress, f"warm start: {name}s", total)
         if folder is None:
-            sides.append(_embed_shared(model, texts, batch_size=batch_size, prompt=prompt, progress=report))
+            sides.append(_embed_shared(model, texts, side=side, batch_size=batch_size, progress=report))
         else:
-            identity = {"weights": _digest(model), "max_length": model.max_seq_length}
-            path = Path(folder) / f"warm_start_{side}.npy"
+            identity = {"weights": _digest(model), "max_length": lengths_of(model)}
+            path = Path(folder) / f"warm_start_{name}.npy"
             sides.append(
-                embed_to_file(
-                    model, texts, path, identity=identity, batch_size=batch_size, prompt=prompt, progress=report
-                )
+                embed_to_file(model, texts, path, identity=identity, side=side, batch_size=batch_size, progress=report)
             )
     model.train(training)
     return warm_start(
@@ -98,13 +95,12 @@ def probe_memory(
     loss: ContrastiveLoss,
     *,
     batch_size: int = 128,
-    prompts: tuple[str, str] = ("", ""),
     seed: int = 0,
 ) -> dict[str, float]:
     """`memory_figures` of 256 rows drawn by `seed` against 1024 targets (all of a smaller data set), encoded by the model as it is now.
 
     Args:
-        model, pairs, loss, batch_size, prompts: See `warm_start_from_model`.
+        model, pairs, loss, batch_size: See `warm_start_from_model`.
         seed: Which rows; the same at every call, so that figures can be compared over a run.
 
     Cost: 2048 forward passes at most.
@@ -113,8 +109,8 @@ def probe_memory(
     rows = np.random.default_rng(seed).choice(len(pairs), min(PROBE_TARGETS, len(pairs)), replace=False)
     training = model.training
     sides = [
-        embed_texts(model, pick(texts, rows), batch_size=batch_size, prompt=prompt)
-        for texts, prompt in zip(pairs.prompted, prompts, strict=False)
+        embed_texts(model, pick(texts, rows), side=side, batch_size=batch_size)
+        for side, texts in zip(get_args(Side), pairs.prompted, strict=False)
     ]
     model.train(training)
     figures = {}
@@ -137,7 +133,7 @@ class MemoryCallback(TrainerCallback):
     """Refills the memory from the model, and puts the memory beside the truth into the log, every so many steps.
 
     Args:
-        model, pairs, loss, prompts: See `warm_start_from_model`.
+        model, pairs, loss: See `warm_start_from_model`.
         refill_steps: Steps between warm starts; None for no refill.
         sample: Targets of a refill; None for all.
         probe_steps: Steps between measurements (`probe_memory`), which go into the next line of the log; None for none.
@@ -151,7 +147,6 @@ class MemoryCallback(TrainerCallback):
         pairs: PairData,
         loss: ContrastiveLoss,
         *,
-        prompts: tuple[str, str] = ("", ""),
         refill_steps: int | None = None,
         sample: int | None = None,
         probe_steps: int | None = None,
@@ -159,18 +154,16 @@ class MemoryCallback(TrainerCallback):
         for name, steps in (("refill_steps", refill_steps), ("probe_steps", probe_steps)):
             if steps is not None and steps < 1:
                 raise AnybatchError(f"{name} is {steps}; expected at least 1, or None.")
-        self.model, self.pairs, self.loss, self.prompts = model, pairs, loss, prompts
+        self.model, self.pairs, self.loss = model, pairs, loss
         self.refill_steps, self.sample, self.probe_steps = refill_steps, sample, probe_steps
         self.figures: dict[str, float] = {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure first, so that the figures show what a refill is about to mend."""
         if self.probe_steps and state.global_step % self.probe_steps == 0:
-            self.figures = probe_memory(self.model, self.pairs, self.loss, prompts=self.prompts)
+            self.figures = probe_memory(self.model, self.pairs, self.loss)
         if self.refill_steps and state.global_step % self.refill_steps == 0:
-            warm_start_from_model(
-                self.model, self.pairs, self.loss, prompts=self.prompts, sample=self.sample, seed=state.global_step
-            )
+            warm_start_from_model(self.model, self.pairs, self.loss, sample=self.sample, seed=state.global_step)
 
     def on_log(
         self,
@@ -193,15 +186,15 @@ def _embed_shared(
     model: SentenceTransformer,
     texts: Column,
     *,
+    side: Side,
     batch_size: int,
-    prompt: str,
     progress: Callable[[int], None] | None,
 ) -> np.ndarray:
     """`embed_texts`, each rank its own texts; the same array on all ranks."""
     sizes = distributed.shares(len(texts))
     first = sum(sizes[: distributed.rank()])
     own = texts[first : first + sizes[distributed.rank()]]
-    embeddings = embed_texts(model, own, batch_size=batch_size, prompt=prompt, progress=progress)
+    embeddings = embed_texts(model, own, side=side, batch_size=batch_size, progress=progress)
     if not distributed.is_active():
         return embeddings
     return distributed.gather_rows(torch.from_numpy(embeddings).to(model.device), sizes).cpu().numpy()

@@ -1,61 +1,196 @@
-"""Load a sentence-transformers model, whole or only its first layers."""
+"""Load a sentence-transformers model, whole or only its first layers; and what the model knows of queries and documents.
+
+An anchor is a query, positives and negatives are documents: prompts and routes (two towers) are those that `encode_query` and `encode_document`
+use. The prompts of a configuration go into the model, so that all that embeds or trains finds them there, and `save_pretrained` saves them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
+from anybatch.configuration import Configuration, Count, Range
 from anybatch.errors import AnybatchError
+from anybatch.files import CONTENTS, flaw_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from anybatch.data import PairSet
+
+logger = logging.getLogger("anybatch")
+Side = Literal["query", "document"]
+NAMES = {
+    "query": ("query",),
+    "document": ("document", "passage", "corpus", "doc"),
+}  # of prompts and routes, the first that is there
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Configuration):
     """Which encoder, and how much of it.
 
     Attributes:
         name: A folder, or a name on the Hugging Face hub; None where no model is loaded, as in mining.
         num_layers: Keep only the first layers of the transformer (a fast student); None keeps all.
         max_length: Tokens a text is cut at; None keeps the model's own limit.
-        anchor_prompt: Text put before each anchor (an instruction, with its final space).
-        positive_prompt: Text put before each positive and negative.
+        anchor_prompt: Text put before each anchor or query (an instruction, with its final space); None for the model's own, "" for none.
+        positive_prompt: Text put before each positive, negative or document.
         device: Where it runs; None chooses a GPU if there is one.
     """
 
     name: str | None = None
-    num_layers: int | None = None
-    max_length: int | None = None
-    anchor_prompt: str = ""
-    positive_prompt: str = ""
+    num_layers: Count | None = None
+    max_length: Annotated[int, Range(2)] | None = None
+    anchor_prompt: str | None = None
+    positive_prompt: str | None = None
     device: Literal["cpu", "cuda", "mps"] | None = None
+
+    section: ClassVar[str] = "model"
 
 
 def load_model(config: ModelConfig) -> SentenceTransformer:
-    """Load `config.name`, keep `config.num_layers` layers, set the length.
+    """Load `config.name`, keep `config.num_layers` layers, set the length and the prompts; say the prompts and routes to the log.
 
     Raises:
-        AnybatchError: No name; the model cannot be found or loaded; it has no list of layers to cut; too few layers.
+        AnybatchError: No name; the model cannot be found or loaded; it has no list of layers to cut; too few layers; no length to set.
     """
+    import torch
     from sentence_transformers import SentenceTransformer
 
     if config.name is None:
         raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
+    if (Path(config.name) / CONTENTS).exists():
+        flaw = flaw_of(Path(config.name))
+        if flaw is not None:
+            raise AnybatchError(
+                f"{config.name} {flaw}. If you changed it yourself, delete {CONTENTS} there; else bring back the files that were saved."
+            )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise AnybatchError(
+            "model.device is 'cuda', and this machine has no GPU that PyTorch can use. Leave it out, or set it to cpu."
+        )
     try:
         model = SentenceTransformer(config.name, device=config.device)
-    except (OSError, ValueError, KeyError) as error:
+    except (
+        Exception
+    ) as error:  # broken, cut or pickled files fail in the readers of four libraries with nearly anything
+        reason = next(iter(str(error).splitlines()), "")
+        if type(error).__name__ == "UnpicklingError":  # whose message advises to run what is in the file
+            reason = "its weights are pickled Python objects, which are not run here; have them saved as safetensors"
         raise AnybatchError(
-            f"Cannot load the model {config.name!r}: {str(error).splitlines()[0]}. Expected the folder of a sentence-transformers model, "
-            "or a hub name that this machine can reach."
+            f"Cannot load the model {config.name!r}: {reason} ({type(error).__name__}). Expected the folder of a sentence-transformers model with whole "
+            "files, or a hub name that this machine can reach."
         ) from error
     if config.num_layers is not None:
         keep_first_layers(model, config.num_layers)
     if config.max_length is not None:
-        if config.max_length < 2:
-            raise AnybatchError(f"model.max_length is {config.max_length}; expected at least 2 tokens.")
-        model.max_seq_length = config.max_length
+        _set_length(model, config.max_length)
+    own = {side: side_prompt(model, side) for side in get_args(Side)}
+    given = {"query": config.anchor_prompt, "document": config.positive_prompt}
+    model.prompts |= {side: prompt for side, prompt in given.items() if prompt is not None}
+    _say_sides(model, config.name, own)
     return model
+
+
+def side_prompt(model: SentenceTransformer, side: Side | None) -> str:
+    """What the model puts before the texts of a side, as `encode_query` and `encode_document` choose it (of None: `encode`); "" for nothing."""
+    name = next((name for name in NAMES.get(side or "", ()) if name in model.prompts), model.default_prompt_name)
+    return (model.prompts.get(name) if name is not None else None) or ""
+
+
+def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
+    """The `task` that leads a side's inputs through the model's own tower (`Router`); None for a model that knows no tasks.
+
+    Raises:
+        AnybatchError: The model has towers, and none for this side.
+    """
+    from sentence_transformers.base.modules import Router
+
+    if side is None or "task" not in model.get_model_kwargs():
+        return None
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    if not routers:
+        return side
+    tasks = {*routers[0].sub_modules, *(task for task, _ in routers[0].route_mappings if task)}
+    by_modality = {"text", "image", "audio", "video", "message"} & tasks or any(
+        not task for task, _ in routers[0].route_mappings
+    )
+    task = next((name for name in NAMES[side] if name in tasks), side if by_modality else None)
+    if task is None:
+        raise AnybatchError(
+            f"The model has the routes {', '.join(sorted(tasks))}, and none for a {side}. Name the routes of its Router 'query' and 'document'."
+        )
+    return task
+
+
+def side_inputs(model: SentenceTransformer, inputs: list[Any], side: Side) -> dict[str, Any]:
+    """Texts or pictures of a side as the model's features: prompt and route included, as the Trainer's collator makes them."""
+    task = side_task(model, side)
+    features = dict(model.preprocess(inputs, prompt=side_prompt(model, side), task=task))
+    return features if task is None else features | {"task": task}
+
+
+def warn_of_instructions(model: SentenceTransformer, sets: Sequence[PairSet]) -> None:
+    """Warn where the model leaves prompts out of its pooling: a data set's instruction is part of the text, so it is pooled."""
+    instructed = [one.name for one in sets if one.anchor_prompt or one.positive_prompt]
+    if instructed and any(getattr(module, "include_prompt", True) is False for module in model.modules()):
+        logger.warning(
+            "The instructions of the data set '%s' are part of its texts, and this model leaves prompts out of its pooling (include_prompt=False): "
+            "they are pooled all the same. Use model.anchor_prompt and model.positive_prompt for what is to be left out.",
+            instructed[0],
+        )
+
+
+def column_sides(names: Sequence[str]) -> dict[str, Side]:
+    """The side of each column of a training set: the first is the query."""
+    return {name: "query" if place == 0 else "document" for place, name in enumerate(names)}
+
+
+def lengths_of(model: SentenceTransformer) -> list[Any]:
+    """The length that each of the model's input modules (one, or one a route) cuts texts at."""
+    return [getattr(module, "max_seq_length", None) for module in _input_modules(model)]
+
+
+def _input_modules(model: SentenceTransformer) -> list[Any]:
+    from sentence_transformers.base.modules import Router
+
+    first: Any = model[0]
+    return (
+        [next(iter(route.children())) for route in first.sub_modules.values()] if isinstance(first, Router) else [first]
+    )
+
+
+def _set_length(model: SentenceTransformer, max_length: int) -> None:
+    for module in _input_modules(model):
+        if hasattr(module, "max_seq_length"):
+            with contextlib.suppress(AttributeError):  # StaticEmbedding has one that cannot be set
+                module.max_seq_length = max_length
+        if getattr(module, "max_seq_length", None) != max_length:
+            raise AnybatchError(
+                f"A length of {max_length} tokens was asked for, and a {type(module).__name__} does not cut its texts. Leave max_length unset."
+            )
+
+
+def _say_sides(model: SentenceTransformer, name: str, own: dict[str, str]) -> None:
+    """One line to the log on prompts and routes, where there are any."""
+    sides = []
+    for side in get_args(Side):
+        prompt, task = side_prompt(model, side), side_task(model, side)
+        origin = "" if prompt == own[side] else f" (given; its own is {own[side]!r})" if own[side] else " (given)"
+        shown = f"with the prompt {prompt!r}" if prompt else "without a prompt"
+        sides.append(
+            f"{'queries' if side == 'query' else 'documents'} {shown}{origin}{f', through the route {task!r}' if task else ''}"
+        )
+    used = {side_prompt(model, side) for side in get_args(Side)} | set(own.values())
+    unused = [key for key, prompt in model.prompts.items() if prompt and prompt not in used]
+    ignored = f"; not used: its prompts {', '.join(map(repr, unused))}" if unused else ""
+    if used != {""} or unused or "task" in model.get_model_kwargs():
+        logger.info("Model %s reads %s%s.", name, "; ".join(sides), ignored)
 
 
 def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:

@@ -51,6 +51,7 @@ class RefreshPlan(TrainerCallback):
         self.every = every
         self.folder = Path(folder)
         self.restart = restart
+        self._begun_plan = 0  # the epoch whose plan is in use
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,21 +77,20 @@ class RefreshPlan(TrainerCallback):
                     f"{self._path(begun)} is gone, the plan that the run was dealing. Start a new run, or put the file back."
                 )
             if begun:
-                self._use(sampler, BatchPlan.load(self._path(begun)))
+                self._use(sampler, begun)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the plan if it is due, unless an earlier run has made it."""
+        """Make the plan if it is due."""
         sampler = innermost_sampler(kwargs.get("train_dataloader"))
         begun = self._begun(int(state.epoch or 0))
-        if not begun:
+        if begun == self._begun_plan:
             return
-        path = self._path(begun)
         with distributed.alone() as chosen, torch.random.fork_rng():  # training draws what it would draw without this
-            if chosen and not path.exists():
-                self.make(sampler.plan).save(path)
-        self._use(sampler, BatchPlan.load(path))
+            if chosen:  # also where a killed run left a file: it is made of the same weights again
+                self.make(sampler.plan).save(self._path(begun))
+        self._use(sampler, begun)
 
     def _begun(self, epoch: int) -> int:
         return epoch // self.every * self.every
@@ -98,8 +98,8 @@ class RefreshPlan(TrainerCallback):
     def _path(self, epoch: int) -> Path:
         return self.folder / f"plan_epoch_{epoch}.safetensors"
 
-    def _use(self, sampler: PlanSampler, plan: BatchPlan) -> None:
-        old = sampler.plan
+    def _use(self, sampler: PlanSampler, begun: int) -> None:
+        old, plan = sampler.plan, BatchPlan.load(self._path(begun))
         if plan.data_digest != old.data_digest:
             raise AnybatchError("The new plan is of other data than the run's. Start in another folder.")
         if (plan.num_rows, plan.batch_size, plan.num_batches) != (old.num_rows, old.batch_size, old.num_batches):
@@ -110,3 +110,4 @@ class RefreshPlan(TrainerCallback):
         sampler.plan = plan
         if self.loss.rows is not None:
             self.loss.rows.use_plan(plan)
+        self._begun_plan = begun

@@ -5,15 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import math
+import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
 
 from anybatch import distributed
 from anybatch.caching.device_memory import parse_memory
+from anybatch.configuration import Configuration, Count, Fraction, NotNegative, Positive
 from anybatch.errors import AnybatchError
 from anybatch.files import write_text
 
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Configuration):
     """How long and how fast.
 
     Attributes:
@@ -50,41 +56,27 @@ class TrainConfig:
         eval_steps: Steps between evaluations on the held-out pairs; None for the end only.
     """
 
-    epochs: int = 1
-    max_steps: int | None = None
-    learning_rate: float = 5e-5
-    warmup: float = 0.1
+    epochs: Count = 1
+    max_steps: Count | None = None
+    learning_rate: Positive = 5e-5
+    warmup: Fraction = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    micro_batch: int | Literal["auto"] = 32
-    max_tokens: int | None = None
-    pad_to_multiple: int | None = None
-    keep_graphs: float | Literal["auto"] = "auto"
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
+    micro_batch: Count | Literal["auto"] = 32
+    max_tokens: Count | None = None
+    pad_to_multiple: Count | None = None
+    keep_graphs: Fraction | Literal["auto"] = "auto"
     memory: str | int = "80%"
     bf16: bool = False
-    save_steps: int = 200
-    log_steps: int = 10
-    eval_steps: int | None = None
+    save_steps: Count = 200
+    log_steps: Count = 10
+    eval_steps: Count | None = None
+
+    section: ClassVar[str] = "train"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "micro_batch", "save_steps", "log_steps"):
-            if getattr(self, name) != "auto" and getattr(self, name) < 1:
-                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("max_steps", "max_tokens", "pad_to_multiple", "eval_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise AnybatchError(f"train.{name} is {value}; expected at least 1, or nothing.")
-        if not 0 < self.learning_rate < math.inf:  # nan is neither
-            raise AnybatchError(
-                f"train.learning_rate is {self.learning_rate}; expected a positive number such as 5e-5."
-            )
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected 0 or a positive number.")
-        for name in ("warmup", "keep_graphs"):
-            if getattr(self, name) != "auto" and not 0 <= getattr(self, name) <= 1:
-                raise AnybatchError(f"train.{name} is {getattr(self, name)}; expected a fraction between 0 and 1.")
+        super().__post_init__()
         parse_memory(self.memory, 2**40)  # a wrong form is reported before anything is read
 
 
@@ -113,33 +105,34 @@ def train_model(
     *,
     output: str | Path,
     seed: int = 0,
-    prompts: dict[str, str] | None = None,
     resume: bool = False,
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    run: str = "",
 ) -> TrainResult:
     """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
 
     Args:
-        model, loss: The encoder, and the loss around it.
+        model, loss: The encoder, and the loss around it. Prompts and routes are the model's own (`model.prompts`): the first column is its
+            query, the others its documents.
         dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here.
         plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
         config: See `TrainConfig`.
         output: Folder of the run; must exist.
         seed: Dropout and the like. The batches follow the plan's own seed.
-        prompts: Column name to the text put before it.
         resume: Go on from the last whole checkpoint; with none, start from the beginning.
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
         progress: Called after every step with (steps done, steps in all, latest figures).
         callbacks: Further callbacks, which run before the loss is restored or saved and before the log is written.
+        run: Tells the checkpoints of this run from those of others, which are not resumed.
 
     Returns:
         The log, the steps and the cost of evaluating.
 
     Raises:
         AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds checkpoints
-            or a log, and `resume` is off.
+            or a log, and `resume` is off; checkpoints that are all damaged.
 
     Notes:
         On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
@@ -152,18 +145,20 @@ def train_model(
         checkpoint_steps,
         last_whole_checkpoint,
     )
+    from anybatch.integrations.sentence_transformers.model import column_sides, side_prompt, side_task
 
     output = Path(output)
     world_size = distributed.world_size()
     check_shared_equally(plan.batch_size)
     indexed, batches = with_index(dataset), PlanBatches(plan)
-    batches.check(indexed)
+    batches.check(indexed, plan)
+    sides = column_sides(dataset.column_names)
     checkpoints = output / "checkpoints"
     if not resume and (checkpoint_steps(checkpoints) or (output / "log.jsonl").exists()):
         raise AnybatchError(
             f"{output} already holds checkpoints or a log. Go on with that training (resume=True), or choose another folder."
         )
-    checkpoint = last_whole_checkpoint(checkpoints) if resume else None
+    checkpoint = last_whole_checkpoint(checkpoints, run=run) if resume else None
     if distributed.rank() == 0:
         _remove_cut_short(checkpoints, checkpoint)
     distributed.barrier()  # nobody trains, or writes, before all have looked
@@ -183,7 +178,8 @@ def train_model(
         save_steps=config.save_steps,
         save_total_limit=3,  # the newest may be cut short, so one more than two
         batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any such callable is accepted
-        prompts=prompts,
+        prompts={name: prompt for name, side in sides.items() if (prompt := side_prompt(model, side))} or None,
+        router_mapping={name: task for name, side in sides.items() if (task := side_task(model, side)) is not None},
         seed=seed,
         use_cpu=model.device.type == "cpu",
         ddp_backend="gloo" if world_size > 1 and model.device.type == "cpu" else None,
@@ -206,7 +202,7 @@ def train_model(
         args=arguments,
         train_dataset=indexed,
         loss=loss,
-        callbacks=[*callbacks, LossStateCallback(loss), recorder],
+        callbacks=[*callbacks, LossStateCallback(loss, run=run), recorder],
     )
     _silence(trainer)
     try:
@@ -222,6 +218,26 @@ def train_model(
     return TrainResult(
         log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=recorder.evaluation_seconds
     )
+
+
+@contextmanager
+def forgotten(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever a step does to generators, buffers, modes and gradients of `model` while this is open is undone at its end."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what others draw from
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        model.zero_grad(set_to_none=True)
 
 
 def check_shared_equally(batch_size: int) -> None:
@@ -255,23 +271,24 @@ def _make_recorder(
     progress: Callable[[int, int, dict[str, float]], None] | None,
 ) -> Any:
     from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
 
-    class Recorder(TrainerCallback):
-        """Writes the log, runs the evaluations, reports progress."""
+    class Recorder(TrainerCallback, ExportableState):
+        """Writes the log, runs the evaluations, reports progress. The log's lines go into the checkpoints, and come back from there."""
 
         def __init__(self) -> None:
             self.lines: list[dict[str, Any]] = []
             self.latest: dict[str, float] = {}
             self.evaluation_seconds = 0.0
 
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"lines": [json.dumps(line) for line in self.lines]}}
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not state.is_world_process_zero:
                 return
-            if state.global_step and path.exists():  # lines after the checkpoint will be written again
-                lines = [
-                    json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-                ]
-                self.lines = [line for line in lines if line["step"] <= state.global_step]
+            if state.global_step:
+                self.lines = [json.loads(line) for line in state.stateful_callbacks["Recorder"]["attributes"]["lines"]]
             write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
         def on_log(
@@ -311,8 +328,10 @@ def _is_write_failure(error: Exception) -> bool:
     """Disk full and the like, in the three forms that the writers of a checkpoint give it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         return True
-    text = str(error)
-    return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text or "No space left" in text
+    text = str(error)  # a file that cannot be read is another matter: "Error while deserializing"
+    return any(
+        words in text for words in ("Error while serializing", "PytorchStreamWriter", "unexpected pos", "No space left")
+    )
 
 
 def _silence(trainer: Any) -> None:

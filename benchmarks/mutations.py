@@ -1,0 +1,363 @@
+"""Whether the tests would notice: `python -m benchmarks.mutations`, some 50 small mistakes, one at a time, two side by side; 15 minutes.
+
+Each is made in a copy of `src` in a temporary folder, never in the working tree, and the test file that mirrors the changed module must
+fail. First the same files must pass on an unchanged copy: those that do not judge nothing. Exit code 1 where a mistake survives or is not judged, 2 where
+its text is not in the source (any more): then name the new text below, or drop the entry and say why.
+
+A test that is caught here shows that the tests state the right value, not that the code is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 900  # seconds; a machine may be slow, so no end shows nothing
+CAUGHT, SURVIVED, BROKEN, LATE, UNJUDGED = "caught", "SURVIVED", "DOES NOT RUN", "NO END", "NOT JUDGED"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake.
+
+    Attributes:
+        file: Below src/anybatch.
+        old: Its text, which the file must hold exactly once.
+        new: The mistake.
+        tests: The files, below tests, that mirror the module.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def of(file: str, tests: str | tuple[str, ...], *changes: tuple[str, str]) -> list[Mutation]:
+    """The mistakes in one file."""
+    mirror = (tests,) if isinstance(tests, str) else tests
+    return [Mutation(file, old, new, mirror) for old, new in changes]
+
+
+MUTATIONS = [
+    *of(
+        "losses/engine.py",
+        "losses/test_engine.py",
+        ("return (one + other) / 2, (stats", "return one + other, (stats"),  # a mean over two directions
+        ("anchors, (back,), tile_bytes", "anchors, (forward,), tile_bytes"),
+        ("gradient * grad_output if needed", "gradient if needed"),
+    ),
+    *of(
+        "losses/solver.py",
+        "losses/test_engine.py",
+        ("num_rows_all = sum(layout.row_sizes) * len(sides)", "num_rows_all = sum(layout.row_sizes)"),
+        ("d_anchors -= total * own", "d_anchors += total * own"),
+        ("d_candidates[: len(anchors)] -= total * anchors", "pass"),
+        ("reference - self.side.row_weight.detach().log()", "reference + self.side.row_weight.detach().log()"),
+        ("else self.objective * self.side.row_weight).sum()", "else self.objective).sum()"),
+        ("if self.removing else logits.shape[1] - block.own", "if self.removing else logits.shape[1]"),
+        ("self.parts[1, self.layout.shifted(rows)] -= 1", "pass"),
+        ("torch.full_like(positive, num_columns - 1)", "torch.full_like(positive, num_columns)"),
+        ("peak = finite(logits.amax(dim=dim))", "peak = logits.amax(dim=dim)"),
+        (
+            "= -(anchors * d_anchors).sum(dim=1) / forward.temperature",
+            "= (anchors * d_anchors).sum(dim=1) / forward.temperature",
+        ),
+        ("-(forward.gap - forward.total() * positive)", "-(forward.gap + forward.total() * positive)"),
+        ("[self.layout.own_rows] - total * self.positive", "[self.layout.own_rows]"),
+        ("(reference - finite(self.log_denominator[rows])).exp()", "1.0"),
+        (
+            "self.reference_all = distributed.gather_rows(self.reference()",
+            "self.reference_all = distributed.gather_rows(self.log_denominator",
+        ),
+    ),
+    *of(
+        "losses/solver.py",
+        "losses/test_ranks.py",
+        ("scale = distributed.world_size() / num_rows_all", "scale = 1 / num_rows_all"),
+        ("self.layout.first_column - block.columns.start + local", "local"),
+    ),
+    *of(
+        "losses/candidates.py",
+        "losses/test_ring.py",
+        ("(rank - step) % world_size, (rank", "(rank + step) % world_size, (rank"),
+    ),
+    *of(
+        "losses/log_weights.py",
+        "losses/test_log_weights.py",
+        ("same |= self.row_anchor[rows, None] == self.column_anchor[None, columns]", "pass"),
+        (
+            "row_positive=self.row_anchor,\n            row_anchor=self.row_positive,",
+            "row_positive=self.row_positive,\n            row_anchor=self.row_anchor,",
+        ),
+        ("place = torch.searchsorted(self.keys, wanted)", "place = torch.searchsorted(self.keys, wanted, right=True)"),
+        ("torch.where((row == column) & (row != -1)", "torch.where((row == column)"),
+        ("weights = weights.masked_fill(foreign, -torch.inf)", "pass"),
+        ("torch.where(column < 0, remainder, other) + factor", "torch.where(column < 0, other, remainder) + factor"),
+        ("foreign &= self.column_remembered[None, columns]", "pass"),
+        ("values=values.T, by_row=self.by_column", "values=values, by_row=self.by_column"),
+        ("any(term.normalised for term", "all(term.normalised for term"),
+        ("-math.log(num_rows - 1) - math.log(chance_same)", "-math.log(num_rows) - math.log(chance_same)"),
+        ("if cap is None else min(ratio, cap)", "if cap is None else max(ratio, cap)"),
+    ),
+    *of(
+        "losses/infonce.py",
+        "losses/test_losses.py",
+        ("return objective - correction, objective", "return objective, objective"),
+    ),
+    *of(
+        "losses/infonce.py",
+        "losses/test_methods.py",
+        ("logits + tilted - log_mean[:, None]", "logits + tilted"),
+        ("self.margin / self._temperature", "-self.margin / self._temperature"),
+    ),
+    *of(
+        "losses/sogclr.py",
+        "losses/test_losses.py",
+        ("return objective + correction, torch.where", "return objective, torch.where"),
+    ),
+    *of(
+        "losses/memory.py",
+        "losses/test_memory.py",
+        (
+            "torch.logaddexp(old + log_stay, combined + log_gamma)",
+            "torch.logaddexp(old + log_gamma, combined + log_stay)",
+        ),
+        ("torch.where(old.isnan(), combined, torch.logaddexp", "torch.where(old < -80, combined, torch.logaddexp"),
+        ("return total - count.clamp(min=1).log(), count", "return total, count"),
+        ("own = slots % ranks == rank", "own = slots % ranks == ranks - 1 - rank"),
+    ),
+    *of(
+        "losses/cross_batch.py",
+        "losses/test_cross_batch.py",
+        ("return gradient / temperature", "return gradient"),
+        ("min(1.0, num_rows / self.mean_rows) * (mean - before)", "(mean - before)"),
+        ("(recent.rows >= 0) & ~torch.isin(recent.rows, rows)", "recent.rows >= 0"),
+        ("one.objective + similarity / side.temperature", "one.objective - similarity / side.temperature"),
+    ),
+    *of(
+        "losses/cross_batch.py",
+        "losses/test_ranks.py",
+        ("gradient *= distributed.world_size() / sum(layout.row_sizes)", "gradient *= 1 / sum(layout.row_sizes)"),
+    ),
+    *of(
+        "losses/recent_pairs.py",
+        "losses/test_cross_batch.py",
+        ("torch.argsort(self.stamps, stable=True)[:", "torch.argsort(-self.stamps, stable=True)[:"),
+    ),
+    *of(
+        "caching/step.py",
+        "caching/test_step.py",
+        ("(value * scale).backward()", "value.backward()"),
+        ("torch.cat(list(leaves[1:]))", "torch.cat(list(leaves[:0:-1]))"),
+    ),
+    *of(
+        "caching/replay.py",
+        "caching/test_replay.py",
+        ("else grad.detach() * scale for grad", "else grad.detach() for grad"),
+        ("with recording._autocast.apply(), recording._modes.apply()", "with recording._autocast.apply()"),
+    ),
+    *of("caching/replay.py", "caching/test_state.py", ("    if gap > 1:", "    if gap > 1e6:")),
+    *of(
+        "caching/recording.py",
+        "caching/test_replay.py",
+        ("before = self.random.now() if self.training", "before = None if self.training"),
+    ),
+    *of("caching/gradients.py", "caching/test_step.py", ("grad.add_(found)", "grad.copy_(found)")),
+    *of(
+        "caching/reduction.py",
+        "caching/test_distributed.py",
+        ("flat /= dist.get_world_size()", "pass"),
+        ("            if not used:\n                parameter.grad = None", "            pass"),
+        ("stack.enter_context(module.no_sync())", "pass"),
+    ),
+    *of(
+        "caching/rows.py",
+        "caching/test_rows.py",
+        ("torch.arange(1, width + 1, device", "torch.arange(0, width, device"),
+        ("value.index_select(0, rows.to(value.device))", "value.index_select(0, rows.sort().values.to(value.device))"),
+    ),
+    *of(
+        "caching/schedule.py",
+        "caching/test_schedule.py",
+        ("wider * (count + 1) > max_tokens", "wider * count > max_tokens"),
+        ("return int(keep_graphs * num_micro_batches + 0.5)", "return int(keep_graphs * num_micro_batches)"),
+    ),
+    *of(
+        "plan.py",
+        "test_plan.py",
+        ("np.random.default_rng([self.seed, epoch])", "np.random.default_rng([self.seed, 0])"),
+        ("self._replace(members, clusters, _drawn(", "(members, clusters, _drawn("),
+        ("self.random_shares[min(epoch, len(self.random_shares) - 1)]", "self.random_shares[0]"),
+        (
+            "share * self.batch_size : (share + 1) * self.batch_size",
+            "share * self.batch_size : (share + 1) * self.batch_size - 1",
+        ),
+        ("self._start = self.position", "self._start = self.position + 1"),
+    ),
+    *of(
+        "plan.py",
+        "test_partitions.py",
+        ("self._partitions[epoch % self.num_partitions]", "self._partitions[epoch % 2]"),
+    ),
+    *of("dealing.py", "test_plan.py", ("mates = whole * (m - 1) +", "mates = whole * m +")),
+    *of(
+        "rows.py",
+        "test_rows.py",
+        ("factor = -self.ways[", "factor = self.ways["),
+        ("cluster = torch.where(cluster < 0, -2 - index, cluster)", "pass"),
+        ("np.concatenate([pairs, pairs[:, ::-1]])", "np.concatenate([pairs, pairs])"),
+        ("loose = (cluster < 0).long()", "loose = (cluster >= 0).long()"),
+    ),
+    *of(
+        "mining/partition.py",
+        "mining/test_partition.py",
+        ("order = np.argsort(-value, kind=", "order = np.argsort(value, kind="),
+        ("- (2 * between if home < num_clusters else between)", "+ (2 * between if home < num_clusters else between)"),
+        ("positive_id, known) - leaving\n", "positive_id, known) + leaving\n"),
+        ("tie[other] -= data[edge]", "tie[other] += data[edge]"),
+    ),
+]
+
+
+class NotFound(Exception):
+    """The source does not hold an entry's text exactly once."""
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    """The file's text with the mistake in it.
+
+    Raises:
+        NotFound: Its text is not there exactly once, or changes nothing.
+    """
+    count = text.count(mutation.old)
+    if count != 1 or mutation.old == mutation.new:
+        raise NotFound(
+            f"src/anybatch/{mutation.file} holds {mutation.old!r} {count} times; expected once. The code has changed: mend this entry of "
+            "benchmarks/mutations.py."
+        )
+    return text.replace(mutation.old, mutation.new)
+
+
+def check(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
+    """What is wrong with the list: one message an entry."""
+    wrong = []
+    for mutation in mutations:
+        try:
+            mutated((root / "src" / "anybatch" / mutation.file).read_text(), mutation)
+        except (NotFound, OSError) as error:
+            wrong.append(str(error))
+        wrong += [
+            f"There is no tests/{name}, which mirrors {mutation.file}."
+            for name in mutation.tests
+            if not (root / "tests" / name).is_file()
+        ]
+    return wrong
+
+
+def run(tests: Sequence[str], mutation: Mutation | None, root: Path = ROOT) -> tuple[str, str, float]:
+    """Result, failing test and seconds of these files on a copy of src with the mistake in it (None: as it is; then all failing tests)."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "src"
+        shutil.copytree(root / "src", copy, ignore=shutil.ignore_patterns("*.pyc"))  # keeps what Numba has compiled
+        if mutation is not None:
+            path = copy / "anybatch" / mutation.file
+            path.write_text(mutated(path.read_text(), mutation))
+        environment = {**os.environ, "PYTHONPATH": f"{copy}{os.pathsep}{root}", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        imported = subprocess.run(
+            [sys.executable, "-c", "import anybatch; print(anybatch.__file__)"],
+            env=environment, cwd=root, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert imported.startswith(str(copy)), f"{imported} is imported, not the copy {copy}"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(["-x"] if mutation else [])]
+        try:
+            done = subprocess.run(
+                [*command, *(f"tests/{test}" for test in tests)],
+                env=environment, cwd=root, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return LATE, "", time.perf_counter() - start
+    failed = re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    # 1: a test failed. 2 and more: pytest was interrupted, as by a module that cannot be imported: that shows nothing.
+    result = {0: SURVIVED, 1: CAUGHT}.get(done.returncode, BROKEN)
+    said = done.stdout.strip().splitlines()[-1:] or [done.stderr[-200:]]
+    return result, " ".join(failed or said), time.perf_counter() - start
+
+
+def page(rows: Sequence[tuple[Mutation, str, str]], seconds: float, jobs: int) -> str:
+    """The table as Markdown."""
+
+    def code(text: str) -> str:
+        return "`" + " ".join(text.split()).replace("|", "\\|") + "`"
+
+    caught = sum(result == CAUGHT for _, result, _ in rows)
+    lines = [
+        "# Mistakes that the tests must notice",
+        "",
+        f"{caught} of {len(rows)} caught, each by the file that mirrors the changed module. {seconds / 60:.0f} minutes, {jobs} at a time.",
+        "`python -m benchmarks.mutations`; each mistake is made in a copy of `src`, and the same files pass without it.",
+        "",
+        "| module | text | mistake | result | first failing test |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {m.file} | {code(m.old)} | {code(m.new)} | {result} | {test} |" for m, result, test in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Make every mistake, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="entries whose file, text or tests hold one of these; writes no page"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "mutations.md")
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if any(part in " ".join([m.file, m.old, *m.tests]) for part in args.only)]
+    wrong = check(chosen)
+    if wrong or not chosen:
+        print("\n".join(wrong) or f"No entry holds {args.only!r}.", file=sys.stderr)
+        raise SystemExit(2)
+    start = time.perf_counter()
+    files = sorted({test for mutation in chosen for test in mutation.tests})
+    with ThreadPoolExecutor(args.jobs) as pool:
+        unchanged = pool.submit(run, files, None)
+        pending = [pool.submit(run, mutation.tests, mutation) for mutation in chosen]
+        results = []
+        for mutation, future in zip(chosen, pending, strict=True):
+            result, test, seconds = future.result()
+            results.append((mutation, result, test))
+            print(
+                f"{result:12} {seconds:4.0f} s  {mutation.file}: {mutation.old!r} -> {mutation.new!r}  {test}",
+                flush=True,
+            )
+        _, failing, seconds = unchanged.result()
+    unfit = {test for test in files if any(name.startswith(test + "::") for name in failing.split())}
+    print(f"unchanged: {len(files) - len(unfit)} of {len(files)} files pass, {seconds:.0f} s {sorted(unfit) or ''}")
+    rows = [(m, UNJUDGED if unfit.intersection(m.tests) else result, test) for m, result, test in results]
+    print("\n".join(f"{result}: {m.file}: {m.old!r}" for m, result, _ in rows if result != CAUGHT))
+    caught = sum(result == CAUGHT for _, result, _ in rows)
+    seconds = time.perf_counter() - start
+    print(f"{caught} of {len(rows)} caught, {seconds / 60:.1f} minutes")
+    if args.only == [""]:
+        from anybatch.files import write_text
+
+        write_text(args.out, page(rows, seconds, args.jobs))
+    raise SystemExit(caught < len(rows))
+
+
+if __name__ == "__main__":
+    main()
