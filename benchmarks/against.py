@@ -44,7 +44,12 @@ def make_cases() -> dict[str, Callable[[], Any]]:
             hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
         )  # fmt: skip
         model = BertModel(config, add_pooling_layer=False).train()
-        return lambda batch: model(**batch).last_hidden_state.mean(dim=1)
+
+        def encode(batch: Any) -> Any:  # padding has no effect, as with any usual pooling
+            mask = batch["attention_mask"][..., None].float()
+            return (model(**batch).last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1)
+
+        return encode
 
     def texts(rows: int, width: int) -> dict[str, Any]:
         lengths = torch.randint(1, width + 1, (rows,), generator=generator)
