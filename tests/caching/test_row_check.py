@@ -1,11 +1,14 @@
 """Rows that see their neighbours are refused, whatever they do it with; what only looks like it runs; padding that counts stays."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from anybatch.caching import cached_step
+from anybatch.caching.row_check import MOST_ANSWERS
 from anybatch.errors import AnybatchError
 from tests.caching.helpers import (
     Mlp,
@@ -119,14 +122,58 @@ def test_rounding_of_half_precision_is_no_dependence(dtype):
         cached_step(Softmax().float(), encoder, [texts(16, 20, 1), texts(16, 30, 2)], micro_batch=4)
 
 
-def test_each_tower_of_one_module_is_looked_at():
-    towers = Around(lambda h, training: h)
-    centred = [lambda x: towers(x), lambda x: towers(x - x.mean(0))]
+class TwoSided(nn.Module):
+    """One of its towers sees the neighbours; which one runs is told in many ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.towers = nn.ModuleList([Around(lambda h, training: h), Around(SEEING["centred"])])
+
+    def forward(self, batch, number=None):
+        return self.towers[int(batch["number"] if number is None else number)](batch["x"])
+
+
+class OneSide:
+    def __init__(self, model, number):
+        self.model, self.number = model, number
+
+    def __call__(self, batch):
+        return self.model(batch, self.number)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules": True}])
+@pytest.mark.parametrize("told", ["variable", "attribute", "argument", "number", "tensor", "word", "module"])
+def test_each_tower_of_one_model_is_looked_at(told, options):
+    model = TwoSided()
+    options = {key: [model] for key in options}
+    encoders = {
+        "variable": [lambda batch, k=k: model(batch, k) for k in (0, 1)],
+        "attribute": [OneSide(model, k) for k in (0, 1)],
+        "argument": [functools.partial(model, number=k) for k in (0, 1)],
+        "module": [nn.Sequential(Picking(), tower) for tower in model.towers],
+    }.get(told, [model, model])
+    mark = {"tensor": torch.tensor, "word": str}.get(told, int)
+    inputs = [{"x": vectors(9, seed=k), "number": mark(k)} for k in (0, 1)]
+    cached_step(
+        Softmax(), encoders[0], [{**inputs[0], "x": vectors(9, seed=k)} for k in (0, 1)], micro_batch=3, **options
+    )
     with pytest.raises(AnybatchError, match="depends on the rows"):
-        cached_step(Softmax(), centred, [vectors(9), vectors(9, seed=1)], micro_batch=3)
-    by_number = [lambda x, k=k: towers(x - k * x.mean(0)) for k in (0, 1)]
-    with pytest.raises(AnybatchError, match="depends on the rows"):
-        cached_step(Softmax(), by_number, [vectors(9), vectors(9, seed=1)], micro_batch=3)
+        cached_step(Softmax(), encoders, inputs, micro_batch=3, **options)
+
+
+class Picking(nn.Module):
+    def forward(self, batch):
+        return batch["x"]
+
+
+def test_a_number_that_changes_every_step_does_not_cost_a_look_each():
+    model, passes = TwoSided(), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for step in range(MOST_ANSWERS + 2):
+        passes.clear()
+        inputs = [{"x": vectors(4, seed=k), "number": 0, "step": step} for k in (0, 1)]
+        cached_step(Softmax(), model, inputs, micro_batch=2)
+    assert len(passes) == 8  # two towers, two micro-batches, recorded and replayed
 
 
 class Convolving(TextEncoder):

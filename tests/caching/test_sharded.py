@@ -1,6 +1,7 @@
 """A sharded encoder (FSDP2) on two gloo ranks leaves the gradients of one process; what cannot be served is refused."""
 
 import os
+import random
 import tempfile
 import warnings
 from datetime import timedelta
@@ -76,6 +77,34 @@ def run_case(rank, name, options):
     return value, found, reductions
 
 
+class UnlikeOnOneRank(nn.Module):
+    """Two layers, sharded each; between them rank 0 alone does something."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.first, self.second, self.what = nn.Linear(6, 8), nn.Linear(8, 5), what
+        fully_shard(self.first)
+        fully_shard(self.second)
+        fully_shard(self)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.second(self.what(hidden) if dist.get_rank() == 0 else hidden)
+
+
+def looks_at_rows_on_one_rank():
+    """What becomes of encoders whose look at the rows takes more passes on one rank than on the other."""
+    said = []
+    for what in (lambda h: h * (1 + random.random()), lambda h: h - h.mean(0)):
+        inputs = [torch.randn(12, 6), torch.randn(12, 6)]
+        try:
+            cached_step(GatheringSoftmax([12, 12]), UnlikeOnOneRank(what), inputs, micro_batch=4)
+            said.append("")
+        except AnybatchError as error:
+            said.append(str(error))
+    return said
+
+
 def on_rank(rank, folder):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -90,6 +119,7 @@ def on_rank(rank, folder):
             with pytest.raises(AnybatchError) as caught:
                 cached_step(GatheringSoftmax(SHARES), sharded_encoder(), inputs, **options)
             messages.append(str(caught.value))
+        messages += looks_at_rows_on_one_rank()
         torch.save((results, messages), os.path.join(folder, f"{rank}.pt"))
     finally:
         dist.destroy_process_group()
@@ -119,9 +149,16 @@ def test_sharded_ranks_equal_one_process(ranks, case):
 
 @pytest.mark.distributed
 def test_ranks_that_cannot_run_equally_often(ranks):
-    for _, (auto, uneven) in ranks:
+    for _, (auto, uneven, *_) in ranks:
         assert "on all ranks together" in auto
         assert "One rank has 7 micro-batches and another 4 rows" in uneven
+
+
+@pytest.mark.distributed
+def test_ranks_look_at_the_rows_together(ranks):
+    for _, (_, _, random_numbers, centred) in ranks:
+        assert random_numbers == ""
+        assert "depends on the rows" in centred
 
 
 def test_zero_is_refused_with_what_to_use():

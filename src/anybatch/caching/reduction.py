@@ -197,6 +197,13 @@ def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int =
             _average(bucket)
 
 
+def on_any_rank(flag: bool, *, ask: bool) -> bool:
+    """Whether `flag` is set on any rank; on this one, where the ranks are not to `ask` each other."""
+    if not ask:
+        return flag
+    return _any_rank([flag], torch.empty(0, device="cuda" if dist.get_backend() == "nccl" else "cpu"), None)[0]
+
+
 def _any_rank(flags: list[bool], beside: Tensor, group: Any) -> list[bool]:
     """For each flag, whether it is set on any rank."""
     together = torch.tensor(flags, dtype=torch.uint8, device=beside.device)

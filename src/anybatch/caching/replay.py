@@ -123,7 +123,7 @@ def record(
             random = RandomState(generators_of(encode, held) if training else ())
             written = WrittenState(held if training else ())
             if training:
-                refuse_neighbours(encode, slicer, micro_batches, held, random, written)
+                refuse_neighbours(encode, slicer, micro_batches, held, random, written, sharded=sharded)
             recorded = RecordingPass(
                 encode,
                 slicer,

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,12 +22,13 @@ from anybatch.caching.device_memory import is_out_of_memory
 from anybatch.caching.forward import Encoder, encode_rows
 from anybatch.caching.memory import out_of_memory_as_none
 from anybatch.caching.modules import generators_of
-from anybatch.caching.reduction import broadcast_buffers, distributed_modules, no_reduction
+from anybatch.caching.reduction import broadcast_buffers, distributed_modules, no_reduction, on_any_rank
 from anybatch.caching.rows import RowSlicer, Trim
 from anybatch.caching.state import ModeState, RandomState, WrittenState
 from anybatch.errors import AnybatchError
 
 MOST_ANSWERS = 64  # of one model
+_WORDS = (str, int, float, type(None))
 # For each module: what was found, by encoder and form of inputs. And the same of encoders whose modules are not found.
 _trims: WeakKeyDictionary[nn.Module, dict[Any, Trim]] = WeakKeyDictionary()
 _alone: WeakKeyDictionary[nn.Module, dict[Any, float | None]] = WeakKeyDictionary()
@@ -89,6 +90,8 @@ def refuse_neighbours(
     modules: Sequence[nn.Module],
     random: RandomState,
     written: WrittenState,
+    *,
+    sharded: bool = False,
 ) -> None:
     """Take half of a micro-batch without the other half, and compare.
 
@@ -96,6 +99,7 @@ def refuse_neighbours(
         encode, slicer, micro_batches, modules: As in `record`.
         random: The state that every pass starts from, and that is there afterwards.
         written: Likewise.
+        sharded: Over ranks, which then must run equally many passes: whatever decides of one is agreed on.
 
     Raises:
         AnybatchError: Rows are not the same up to rounding without the others.
@@ -105,14 +109,15 @@ def refuse_neighbours(
     if len(micro_batches) < 2:
         return
     key, memory = _key(encode, slicer, modules), _memory(_alone, _alone_of_functions, modules)
-    if all(key in keys for keys in memory):
+    known = all(key in keys or len(keys) >= MOST_ANSWERS for keys in memory)
+    if not on_any_rank(not known, ask=sharded):
         return
     rows = micro_batches[0] if len(micro_batches[0]) > 1 else torch.cat([micro_batches[0], micro_batches[1][:1]])
     if slicer.lengths is not None:  # the longest row stays, and with it the width
         rows = rows[torch.sort(slicer.lengths[rows], descending=True, stable=True).indices]
-    passes = _Passes(encode, slicer, random, written)
+    passes = _Passes(encode, slicer, random, written, sharded)
     gap = _constant_in_some_mode(passes, modules, lambda: _gap_alone(passes, rows))
-    if gap is not None and gap > 2:
+    if passes.any_rank(gap is not None and gap > 2):
         raise AnybatchError(
             "A row's embedding depends on the rows that go through the encoder with it: half of a micro-batch alone has other embeddings. So "
             "micro-batches cannot give the gradient of the whole batch. Look for statistics over the batch (batch normalisation, x - x.mean(0)), attention "
@@ -140,7 +145,7 @@ def _constant_in_some_mode(
             passes.drew = False
             with modes.apply():
                 answer = ask()
-            if not passes.drew:
+            if not passes.any_rank(passes.drew):
                 attempt.result = answer
                 break
     return attempt.result
@@ -149,8 +154,11 @@ def _constant_in_some_mode(
 class _Passes:
     """Forward passes that all start from one state, and leave it."""
 
-    def __init__(self, encode: Encoder, slicer: RowSlicer, random: RandomState, written: WrittenState) -> None:
+    def __init__(
+        self, encode: Encoder, slicer: RowSlicer, random: RandomState, written: WrittenState, sharded: bool = False
+    ) -> None:
         self.encode, self.slicer, self.random, self.written = encode, slicer, random, written
+        self.any_rank = functools.partial(on_any_rank, ask=sharded)
         self.drew = False  # random numbers that are not under control
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -184,7 +192,9 @@ def _gap_alone(passes: _Passes, rows: Tensor) -> float | None:
         return None  # outputs of several shapes are refused elsewhere
     gap = float(relative_gap([part.flip(0) for part in apart], [whole[: len(alone)] for whole in together]))
     # Embeddings that are not even the same twice are found out, and named, when they are replayed.
-    return None if gap > 2 and any(float(relative_gap(passes(rows), together)) > 1 for _ in range(4)) else gap
+    different = passes.any_rank(gap > 2)
+    unlike = different and any(passes.any_rank(float(relative_gap(passes(rows), together)) > 1) for _ in range(4))
+    return None if unlike else gap
 
 
 def _harmless_trim(passes: _Passes, rows: Tensor, leading: bool) -> Trim:
@@ -255,19 +265,29 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
 
 
 def _form(inputs: Any) -> Any:
-    """What tells inputs of another kind apart: keys, and words such as a task."""
+    """What tells inputs of another kind apart: keys, and words or numbers such as a task or the number of a tower."""
     if isinstance(inputs, Mapping):
-        return tuple((str(key), value if isinstance(value, str) else None) for key, value in inputs.items())
-    return type(inputs)
+        return tuple((str(key), _form(value)) for key, value in inputs.items())
+    if isinstance(inputs, Tensor):
+        return inputs.item() if inputs.ndim == 0 and inputs.device.type == "cpu" else Tensor
+    return inputs if isinstance(inputs, _WORDS) else type(inputs)
 
 
 def _signature(value: Any, depth: int) -> Any:
-    """What tells two encoders over the same modules apart, such as a tower's number in a closure."""
-    if isinstance(value, (str, int, float, type(None))):
+    """What tells two encoders over the same modules apart, such as a tower's number in a closure or an attribute."""
+    if isinstance(value, _WORDS):
         return value
+    if isinstance(value, nn.Module):
+        return id(value)
+    if isinstance(value, types.MethodType):
+        return (value.__func__, _signature(value.__self__, depth))
     if isinstance(value, functools.partial):
-        return tuple(_signature(part, depth) for part in (value.func, *value.args, *value.keywords.values()))
-    if isinstance(value, types.FunctionType) and depth > 0:
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return (value.__code__, *(_signature(part, depth - 1) for part in (*cells, *(value.__defaults__ or ()))))
-    return value.__func__ if isinstance(value, types.MethodType) else type(value)
+        parts: Iterable[Any] = (value.func, *value.args, *value.keywords.values())
+    elif depth == 0:
+        return type(value)
+    elif isinstance(value, types.FunctionType):
+        parts = (*(cell.cell_contents for cell in value.__closure__ or ()), *(value.__defaults__ or ()))
+        return (value.__code__, *(_signature(part, depth - 1) for part in parts))
+    else:
+        parts = value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
+    return (type(value), *(_signature(part, depth - 1) for part in parts))
