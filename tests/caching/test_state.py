@@ -93,6 +93,7 @@ def sources():
         "own of numpy": lambda m, n: numpy_own.random(),
         "own of numpy, older": lambda m, n: numpy_old.rand(),
         "own of python": lambda m, n: python_own.random(),
+        "own of python, its method": lambda m, n, draw=python_own.random: draw(),
         "a global variable": by_a_global,
     }
     held = {"held": torch_own, "nested": {"a": [torch_own]}}

@@ -86,6 +86,8 @@ def generators_of(encode: Callable[..., Any], modules: Iterable[nn.Module]) -> l
         elif kind is types.MethodType:
             add(value.__func__, depth)
             add(value.__self__, depth - 1)
+        elif kind is types.BuiltinMethodType:  # the `random` of a generator
+            add(value.__self__, depth)
         elif kind is types.FunctionType and (value.__module__ or "").partition(".")[0] not in _LIBRARIES:
             seen.add(id(value))
             for item in _named_by(value):
@@ -106,6 +108,7 @@ def generators_of(encode: Callable[..., Any], modules: Iterable[nn.Module]) -> l
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.Tensor, nn.Parameter, torch.dtype, torch.device))
 
 
+@functools.lru_cache(maxsize=4096)
 def _methods(kind: type) -> list[Any]:
     """The functions of a class and its bases, libraries left out."""
     bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in (*_LIBRARIES, "builtins")]

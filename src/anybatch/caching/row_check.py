@@ -67,20 +67,28 @@ def settle_trimming(encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Mod
 
     Cost: three forward passes of two rows without a graph, once.
     """
-    if slicer.padded is None:
+    padded = slicer.padded
+    if padded is None:
         return
-    wrapped = distributed_modules(modules)
     key, memory = _key(encode, slicer, modules), _memory(_trims, _trims_of_functions, modules)
     trim: Trim | None = next((keys[key] for keys in memory if key in keys), None)
-    if trim is None and torch.is_grad_enabled() and not any(isinstance(module, FSDPModule) for module in wrapped):
-        rows, leading = slicer.padded
-        with no_reduction(wrapped):
-            broadcast_buffers(wrapped)
-            passes = _Passes(encode, slicer, RandomState(generators_of(encode, modules)), WrittenState(modules))
-            trim = _constant_in_some_mode(passes, modules, lambda: _harmless_trim(passes, rows, leading))
+    if trim is None and torch.is_grad_enabled():
+        trim = _seen_trim(encode, slicer, modules, *padded)
         if trim is not None:
             _remember(memory, key, trim)
     slicer.trim_to("trailing" if trim is None else trim)
+
+
+def _seen_trim(
+    encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module], rows: Tensor, leading: bool
+) -> Trim | None:
+    wrapped = distributed_modules(modules)
+    if any(isinstance(module, FSDPModule) for module in wrapped):
+        return None
+    with no_reduction(wrapped):
+        broadcast_buffers(wrapped)
+        passes = _Passes(encode, slicer, RandomState(generators_of(encode, modules)), WrittenState(modules))
+        return _constant_in_some_mode(passes, modules, lambda: _harmless_trim(passes, rows, leading))
 
 
 def refuse_neighbours(
