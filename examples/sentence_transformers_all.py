@@ -21,8 +21,8 @@ pairs = sample.load("train", limit=int(sys.argv[2]) if len(sys.argv) > 2 else 51
 
 # Choose: the untrained model is its own teacher here; a stronger one is better.
 plan = mine_plan(
-    embed_texts(model, pairs.anchors),
-    embed_texts(model, pairs.positives),
+    embed_texts(model, pairs.anchors, side="query"),
+    embed_texts(model, pairs.positives, side="document"),
     config=MiningConfig(batch_size=64, cluster_size=16, skip=2, take=32),
     anchor_id=pairs.anchor_id,
     positive_id=pairs.positive_id,

@@ -140,11 +140,11 @@ def test_negatives_are_written_out_elsewhere(pairs, folder):
 
 def test_a_plan_is_refused_for_other_pictures(pairs, tmp_path):
     plan = BatchPlan.random(len(pairs), 4, data_digest=pairs.digest)
-    PlanBatches(plan).check(with_index(pairs.to_dataset()))
+    PlanBatches(plan).check(with_index(pairs.to_dataset()), plan)
     other = read_pairs(save_pairs(tmp_path / "other", [*NUMBERS[:-1], 9]), anchor="image", positive="caption")
     other = PairData(anchors=other.anchors, positives=pairs.positives)
     with pytest.raises(AnybatchError, match="made for other data"):
-        PlanBatches(plan).check(with_index(other.to_dataset()))
+        PlanBatches(plan).check(with_index(other.to_dataset()), plan)
 
 
 def test_several_sets(tmp_path):

@@ -161,16 +161,40 @@ def test_flaws_of_tables_are_named_with_their_line(tmp_path):
 def test_flaws_of_json_lines_are_named_with_their_line(tmp_path):
     path = tmp_path / "p.jsonl"
     good = '{"anchor": "a", "positive": "b"}\n'
-    refuse(path, good + '\n{"anchor": "a", "positive": "b", "anchor": "c"}\n', "Line 3 .*key 'anchor' a second time")
-    refuse(path, good + '{"anchor": "a", "positive": "b", "m": [{"x": 1, "x": 1}]}\n', "Line 2 .*key 'x' a second time")
+    refuse(
+        path, good + '\n{"anchor": "a", "positive": "b", "anchor": "c"}\n', "Line 3 .*key 'anchor' stands a second time"
+    )
+    refuse(
+        path,
+        good + '{"anchor": "a", "positive": "b", "m": [{"x": 1, "x": 1}]}\n',
+        "Line 2 .*key 'x' stands a second time",
+    )
     refuse(path, good + '{"anchor": "a", "positive": "b",}\n', "Line 2 .*no JSON")
+    refuse(path, good + '{"anchor": "a", "positive": "b", "id": %s}\n' % ("9" * 5000), "Line 2 .*digits")
     refuse(path, good + '{"anchor": NaN, "positive": "b"}\n', "Row 2 .*'anchor' is nan, which is no text")
     refuse(path, good + '"text"\n', "Line 2 .*holds a str")
     refuse(path, '[{"anchor": "a", "positive": "b"}]', "Line 1 .*holds a list")
     refuse(path, "[\n" + good + "]", "Line 1 .*no JSON.*one JSON array")
-    refuse(path, good + "[" * 100_000 + "\n", "Line 2 .*(nested|no JSON)")
+    refuse(path, good + "[" * 100_000 + "\n", "Line 2 .*(recursion|no JSON)")
     path.write_text("\n" + good + "\u2028\n".join([""]) + '{"anchor": "x\u2028y", "positive": "b\x85"}\n')
     assert pairs_of(path) == [("a", "b"), ("x\u2028y", "b\x85")]
+
+
+def test_broken_texts_and_files_of_arrow(tmp_path):
+    import datasets
+
+    broken = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe"))
+    pyarrow.parquet.write_table(pyarrow.table({"anchor": broken, "positive": ["b"]}), tmp_path / "p.parquet")
+    with pytest.raises(AnybatchError, match=r"Cannot read .*p\.parquet as Parquet"):
+        read_pairs(tmp_path / "p.parquet")
+    folder = tmp_path / "folder"
+    rows = datasets.Dataset.from_dict({"anchor": ["a", "b"], "positive": [["p"], ["q"]]})
+    rows.with_format("numpy").save_to_disk(str(folder))
+    assert pairs_of(folder) == [("a", "p"), ("b", "q")]
+    file = next(folder.glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(AnybatchError, match="folder"):
+        read_pairs(folder)
 
 
 def test_very_many_columns_take_no_time(tmp_path):

@@ -47,6 +47,20 @@ def test_ids_and_weights_of_a_batch():
     assert "log_weight" not in RowTable(ids, ids, plan=plan()).arguments(index)
 
 
+def test_a_row_in_no_cluster_is_sure_of_what_it_brings_itself_alone():
+    """Two of them are in one batch by chance; each one's own explicit negative is there whenever it is."""
+    ids = np.arange(14)
+    loose = replace(plan(), num_rows=14, cluster=np.repeat([0, 1, 2, 3, -1], [3, 3, 3, 3, 2]))
+    table = RowTable(ids, ids + 100, negative_id=(ids + 200)[:, None], plan=loose, weights="inclusion")
+    arguments = table.arguments(torch.tensor([0, 12, 13]), num_negatives=1)
+    weight = arguments["log_weight"].tile(slice(0, 3), slice(0, 6)).exp()
+    beside = 1 / loose.deal.chances(0).between_remainders / 13
+    assert beside > 1.5 / 13
+    assert weight[1, [1, 4]].tolist() == pytest.approx([1 / 13] * 2)
+    assert weight[1, [2, 5]].tolist() == pytest.approx([beside] * 2)
+    assert weight[2, [1, 2, 4, 5]].tolist() == pytest.approx([beside, 1 / 13] * 2)
+
+
 def test_mistakes():
     ids = np.arange(13)
     with pytest.raises(AnybatchError, match=r"have shapes \(13,\) \(anchors\), \(12,\) \(positives\)"):

@@ -96,9 +96,11 @@ def cell_of(record: Mapping[str, Any], name: str, row: int, where: str, *, negat
     Raises:
         AnybatchError: No such column in the row; nothing in it, or something else than texts.
     """
+    value = record.get(name)
+    if isinstance(value, str) and value.strip():
+        return value
     if name not in record and not negative:
         raise no_column(name, list(record), f"row {row} of {where}")
-    value = record.get(name)
     texts: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     if texts and all(isinstance(text, str) and text.strip() for text in texts):
         return texts[0] if len(texts) == 1 else texts

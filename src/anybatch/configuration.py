@@ -98,7 +98,7 @@ def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ())
             raise AnybatchError(
                 f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such date, nested too deeply
             raise AnybatchError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
             raise AnybatchError(
@@ -173,7 +173,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise AnybatchError(f"Cannot read --set {override!r}: expected section.key=value.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AnybatchError(f"Cannot read the value of --set {override!r} as YAML: {error}") from error
     *parents, last = key.strip().split(".")
     for depth, parent in enumerate(parents):

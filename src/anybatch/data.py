@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger("anybatch")
+_TESTS = "(test|testing|dev|devel|development|val|valid|validation|eval|evaluation)"
 HELD_OUT = re.compile(
-    r"(test|dev|val|valid|validation|eval|evaluation)(?![a-z])", re.IGNORECASE
+    rf"{_TESTS}(?![a-z])|.*(?<![a-z]){_TESTS}(?=$|\.)", re.IGNORECASE
 )  # names of splits not to train on
 
 

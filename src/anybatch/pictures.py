@@ -114,11 +114,15 @@ class PictureColumn(Sequence[Picture]):
     @classmethod
     def of_paths(cls, paths: Sequence[str], folder: Path, where: str) -> PictureColumn:
         """Files; a relative path starts at `folder`."""
-        from datasets import Dataset, Features
+        from datasets import Dataset, Features, Value
         from datasets import Image as Feature
 
         files = [{"bytes": None, "path": str(folder / path)} for path in paths]
-        return cls(Dataset.from_dict({NAME: files}, features=Features({NAME: Feature(decode=False)})), where)
+        stored = Features(
+            {NAME: {"bytes": Value("binary"), "path": Value("string")}}
+        )  # made as an Image, it would need Pillow
+        dataset = Dataset.from_dict({NAME: files}, features=stored)
+        return cls(dataset.cast(Features({NAME: Feature(decode=False)})), where)
 
     @classmethod
     def join(cls, columns: Sequence[PictureColumn]) -> PictureColumn:

@@ -35,7 +35,14 @@ from anybatch.files import (
     write_json,
     write_sealed,
 )
-from anybatch.integrations.sentence_transformers.model import ModelConfig, Side, lengths_of, load_model, side_inputs
+from anybatch.integrations.sentence_transformers.model import (
+    ModelConfig,
+    Side,
+    lengths_of,
+    load_model,
+    side_inputs,
+    warn_of_instructions,
+)
 from anybatch.mining import MiningSet
 from anybatch.pictures import Column, PictureColumn, pick
 from anybatch.plan import BatchPlan
@@ -636,6 +643,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
     check_shared_equally(config.batch_size)
     held_out = read_evaluation(config)
     model = load_model(config.model)
+    warn_of_instructions(model, pairs.sets)
     if not resume:
         check_start(config, pairs)
         try_batch(config, pairs, model)

@@ -42,7 +42,7 @@ def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
     elif kind == ".parquet":
         import pyarrow.parquet
 
-        with _reading_parquet(path):
+        with _reading_arrow(path):
             names = pyarrow.parquet.read_schema(path).names
     elif kind == "folder":
         names = _load_folder(path).column_names
@@ -74,8 +74,7 @@ def records(
     if kind == ".parquet":
         return _parquet_records(path, names)
     if kind == "folder":
-        dataset = _load_folder(path)
-        return (dict(row) for row in (dataset if names is None else dataset.select_columns(list(names))))
+        return _folder_records(path, names)
     return _json_records(path)
 
 
@@ -127,52 +126,49 @@ def _unreadable(path: Path, line: int, error: Exception) -> AnybatchError:
 
 
 def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    decode = json.JSONDecoder(object_pairs_hook=_each_key_once).decode
     number = 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                record = decode(line)
-                if "\\ud" in line.lower():
-                    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                if not isinstance(record, dict):
-                    raise AnybatchError(
-                        f"Line {number} of {path} holds a {type(record).__name__}; expected one JSON object a line."
-                    )
-                yield record
-    except _KeyTwiceError as error:
-        raise AnybatchError(
-            f"Line {number} of {path} has the key '{error}' a second time in one object. Keep one of the two values."
-        ) from error
-    except json.JSONDecodeError as error:
-        array = " The file seems to be one JSON array: write its objects one a line." if error.doc[:1] == "[" else ""
-        raise AnybatchError(
-            f"Line {number} of {path} is no JSON ({error.msg}, column {error.colno}). Expected one object a line.{array}"
-        ) from error
-    except RecursionError as error:
-        raise AnybatchError(
-            f"Line {number} of {path} is nested too deeply. Expected one object of texts a line."
-        ) from error
-    except UnicodeEncodeError as error:
-        raise AnybatchError(
-            f"Line {number} of {path} holds half of a surrogate pair ({error.object[error.start]!r}), which is no character. "
-            "Write the file anew from its source, or leave the line out."
-        ) from error
+                if line.strip():
+                    yield _object(line, f"Line {number} of {path}")
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise _unreadable(path, number, error) from error
 
 
-class _KeyTwiceError(ValueError):
-    """A JSON object names a key twice: of Python's reader the last would win."""
+def _object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object that a line holds."""
+    try:
+        record = _decode(line)
+        if "\\ud" in line.lower():
+            json.dumps(record, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        array = " The file seems to be one JSON array: write its objects one a line." if line[0] == "[" else ""
+        raise AnybatchError(
+            f"{where} is no JSON ({error.msg}, column {error.colno}). Expected one object a line.{array}"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise AnybatchError(
+            f"{where} holds half of a surrogate pair ({error.object[error.start]!r}), which is no character. Write the file anew from its source, or "
+            "leave the line out."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, lists a thousand deep
+        raise AnybatchError(f"{where} cannot be read: {error}.") from error
+    if not isinstance(record, dict):
+        raise AnybatchError(f"{where} holds a {type(record).__name__}; expected one JSON object a line.")
+    return record
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without repeated keys, of which Python's own reader takes the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise _KeyTwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key '{twice}' stands a second time in one object, keep one of the two")
     return record
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_each_key_once).decode
 
 
 def _csv_records(path: Path, names: Sequence[str] | None, quoting: Quoting | None) -> Iterator[Mapping[str, Any]]:
@@ -187,7 +183,7 @@ def _csv_records(path: Path, names: Sequence[str] | None, quoting: Quoting | Non
 def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
     """Header and rows of one width. A quote that opens a field and swallows rows is found: by what follows the closing one, or as ambiguous."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    delimiter = "\t" if ".tsv" in path.suffixes[-2:] or ".TSV" in path.suffixes[-2:] else ","
+    delimiter = "\t" if _kind(path) == ".tsv" else ","
     rules = csv.QUOTE_NONE if quoting == "raw" else csv.QUOTE_MINIMAL
     width, first, last = 0, 1, 0  # fields of a row; its lines
     reader = csv.reader(())
@@ -241,22 +237,28 @@ def _check_unambiguous(path: Path, row: list[str], delimiter: str, first: int, l
 
 
 @contextlib.contextmanager
-def _reading_parquet(path: Path) -> Iterator[None]:
+def _reading_arrow(path: Path, kind: str = "Parquet") -> Iterator[None]:
     """Errors of pyarrow as messages."""
     import pyarrow
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
-        raise AnybatchError(f"Cannot read {path} as Parquet: {error}.") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise AnybatchError(f"Cannot read {path} as {kind}: {error}. Write it anew from its source.") from error
 
 
 def _parquet_records(path: Path, names: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
     import pyarrow.parquet
 
-    with _reading_parquet(path), pyarrow.parquet.ParquetFile(path) as file:
+    with _reading_arrow(path), pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=None if names is None else list(names)):
             yield from batch.to_pylist()
+
+
+def _folder_records(path: Path, names: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+    with _reading_arrow(path, "a saved data set"):
+        dataset = _load_folder(path).with_format(None)  # one that was saved with a format would give arrays
+        yield from dataset if names is None else dataset.select_columns(list(names))
 
 
 def _load_folder(path: Path) -> Any:

@@ -61,27 +61,7 @@ class RowTable(nn.Module):
         mask_suspects: bool = False,
     ) -> None:
         super().__init__()
-        negative_id = np.empty((len(anchor_id), 0), np.int64) if negative_id is None else negative_id
-        anchors, positives, negatives = (
-            as_ids(name, values)
-            for name, values in (("anchor_id", anchor_id), ("positive_id", positive_id), ("negative_id", negative_id))
-        )
-        if not len(anchors) == len(positives) == len(negatives) or (anchors.ndim, positives.ndim, negatives.ndim) != (
-            1,
-            1,
-            2,
-        ):
-            raise AnybatchError(
-                f"The ids have shapes {anchors.shape} (anchors), {positives.shape} (positives) and {negatives.shape} (negatives); expected (n,), (n,) and "
-                "(n, h): one anchor, one positive and h negatives a row."
-            )
-        if max(1 + side.max(initial=len(anchors)) for side in (anchors, positives, negatives)) > 2**31:
-            both = renumbered(np.concatenate([positives, negatives.reshape(-1)]))
-            anchors, positives, negatives = (
-                renumbered(anchors),
-                both[: len(positives)],
-                both[len(positives) :].reshape(negatives.shape),
-            )
+        anchors, positives, negatives = _checked_ids(anchor_id, positive_id, negative_id)
         if plan is None and (weights == "inclusion" or mask_suspects):
             needing = "weights='inclusion'" if weights == "inclusion" else "mask_suspects"
             raise AnybatchError(f"{needing} needs the plan that made the batches.")
@@ -98,10 +78,10 @@ class RowTable(nn.Module):
         # Not persistent: the table is made from data and plan, which have their own files and digests.
         self.anchor_id: Tensor
         self.positive_id: Tensor
-        self.register_buffer("anchor_id", torch.as_tensor(anchors), persistent=False)
-        self.register_buffer("positive_id", torch.as_tensor(positives), persistent=False)
+        self.register_buffer("anchor_id", torch.from_numpy(anchors), persistent=False)
+        self.register_buffer("positive_id", torch.from_numpy(positives), persistent=False)
         self.negative_id: Tensor
-        self.register_buffer("negative_id", torch.as_tensor(negatives), persistent=False)
+        self.register_buffer("negative_id", torch.from_numpy(negatives), persistent=False)
         self.width = 1 + int(max(side.max(initial=0) for side in (positives, negatives)))
         self.known: Tensor
         known = torch.from_numpy(known_positives(anchors, positives, self.width))
@@ -266,6 +246,25 @@ class RowTable(nn.Module):
             log_spread=log_spread,
             cap=self.weight_cap,
         )
+
+
+def _checked_ids(
+    anchor_id: np.ndarray, positive_id: np.ndarray, negative_id: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,), (n,) and (n, h) int64; renumbered where products of them would not fit."""
+    if negative_id is None:
+        negative_id = np.empty((len(anchor_id), 0), np.int64)
+    given = {"anchor_id": anchor_id, "positive_id": positive_id, "negative_id": negative_id}
+    anchors, positives, negatives = (as_ids(name, values) for name, values in given.items())
+    if not anchors.shape == positives.shape == negatives.shape[:1] or negatives.ndim != 2:
+        raise AnybatchError(
+            f"The ids have shapes {anchors.shape} (anchors), {positives.shape} (positives) and {negatives.shape} (negatives); expected (n,), (n,) and "
+            "(n, h): one anchor, one positive and h negatives a row."
+        )
+    if max(int(side.max(initial=0)) for side in (anchors, positives, negatives)) >= 2**31:
+        texts = renumbered(np.concatenate([positives[:, None], negatives], axis=1))
+        anchors, positives, negatives = renumbered(anchors), texts[:, 0], texts[:, 1:]
+    return anchors, positives, negatives
 
 
 def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:

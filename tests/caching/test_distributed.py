@@ -128,6 +128,138 @@ def run_case(rank: int, shares: list[int], tied: bool, options: dict, wrap: str)
     return value, gradients(*dict.fromkeys(bare), loss.whole)
 
 
+class Experts(nn.Module):
+    """Top-1 mixture, a second tower, a buffer that counts, a temperature that the loss reads, a parameter that nothing reads."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.gate, self.experts = nn.Linear(6, 4), nn.ModuleList(nn.Linear(6, 5) for _ in range(4))
+        self.other = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
+        self.scale, self.unread = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.ones(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, tower):
+        self.calls += 1
+        if tower == 1:
+            return self.other(x)
+        weight = self.gate(x).softmax(1)
+        chosen = weight.argmax(1)
+        parts = [
+            (chosen == k).to(x.dtype)[:, None] * expert(x) * weight[:, k : k + 1]
+            for k, expert in enumerate(self.experts)
+            if (chosen == k).any()
+        ]
+        return sum(parts)
+
+
+class ReadsTheModel(nn.Module):
+    """A loss on gathered candidates that reads the model's temperature; every rank computes the mean over its own rows, as under plain DDP."""
+
+    def __init__(self, model, shares):
+        super().__init__()
+        self.held, self.gathering = [model], GatheringSoftmax(shares)
+
+    def forward(self, anchors, candidates):
+        scale = self.held[0].scale
+        return self.gathering(anchors * scale, candidates)
+
+
+EXPERT_CASES = {
+    "plain": ({}, {}),
+    "all kept": ({}, {"keep_graphs": 1.0}),
+    "bucket views": ({"gradient_as_bucket_view": True}, {}),
+    "find unused": ({"find_unused_parameters": True}, {"keep_graphs": 2}),
+    "small buckets": ({"bucket_cap_mb": 1e-5}, {}),
+    "no broadcast of buffers": ({"broadcast_buffers": False}, {}),
+    "accumulation": ({}, {}),
+    "ignored": ({}, {}),
+    "frozen later": ({}, {}),
+    "own group": ({}, {}),
+    "unequal micro-batches": ({}, {}),
+    "hook in half precision": ({}, {}),
+}
+
+
+def expert_rows(rank, shares):
+    """Sorted by expert, so that the ranks, and the last micro-batches, use different ones."""
+    model, generator = Experts(), torch.Generator().manual_seed(8)
+    whole = torch.randn(sum(shares), 6, generator=generator), torch.randn(sum(shares), 6, generator=generator)
+    order = model.gate(whole[0]).argmax(1).argsort()
+    whole = [batch[order] for batch in whole]
+    start = sum(shares[:rank])
+    return whole, [batch[start : start + shares[rank]] for batch in whole]
+
+
+def run_experts(rank, shares, name):
+    whole, mine = expert_rows(rank, shares)
+    reference, whole_loss = Experts(), Softmax()
+    plain_step(
+        lambda a, c: whole_loss(a * reference.scale, c),
+        [lambda x: reference(x, 0), lambda x: reference(x, 1)],
+        whole,
+    )
+    bare, (settings, options) = Experts(), EXPERT_CASES[name]
+    if name == "ignored":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bare, ["experts.1.weight", "calls"])
+    if name == "own group":
+        settings = {"process_group": dist.new_group(list(range(len(shares))))}
+    model = DistributedDataParallel(bare, **settings)
+    if name == "hook in half precision":
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    if name == "frozen later":
+        for module in (bare, reference):
+            module.other.requires_grad_(False)
+        reference.other.zero_grad()
+    loss, encoders = ReadsTheModel(bare, shares), [lambda x: model(x, 0), lambda x: model(x, 1)]
+    micro_batch = 2 if name != "unequal micro-batches" or rank == 0 else 5
+    for _ in range(3):
+        bare.zero_grad()
+        if name == "accumulation":
+            with model.no_sync():
+                cached_step(loss, encoders, mine, micro_batch=micro_batch, scale=0.25)
+            cached_step(loss, encoders, mine, micro_batch=micro_batch, scale=0.75)
+        else:
+            cached_step(loss, encoders, mine, micro_batch=micro_batch, **options)
+    got, wanted = gradients(bare), gradients(reference)
+    if name == "ignored":  # left to the caller
+        del got["0.experts.1.weight"], wanted["0.experts.1.weight"]
+    assert [key for key, value in got.items() if value is None] == [k for k, value in wanted.items() if value is None]
+    assert got["0.unread"] is None
+    return relative_error(got, wanted), {key: value for key, value in got.items() if value is not None}
+
+
+def refused_on_all_ranks(rank, shares):
+    """What one rank alone cannot replay stops the others too, and no gradient is left on any; then all go on."""
+    _, mine = expert_rows(rank, shares)
+    bare, calls = Experts(), []
+    model = DistributedDataParallel(bare)
+
+    def first(x):
+        calls.append(1)
+        return model(x, 0) * (1 + 0.1 * len(calls) * (rank == 1))
+
+    messages = []
+    with pytest.raises(AnybatchError) as caught:
+        cached_step(GatheringSoftmax(shares), [first, lambda x: model(x, 1)], mine, micro_batch=2, modules=[model])
+    messages.append(str(caught.value))
+    assert all(parameter.grad is None for parameter in bare.parameters())
+    cached_step(GatheringSoftmax(shares), [lambda x: model(x, 0), lambda x: model(x, 1)], mine, micro_batch=2)
+    return messages, gradients(bare)
+
+
+def averaged(rank):
+    """Parameters with a gradient on no rank, on one, on all."""
+    parameters = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    if rank == 1:
+        parameters[1].grad = torch.full((3,), 6.0)
+    parameters[2].grad = torch.full((3,), float(rank))
+    average_gradients(parameters)
+    return [parameter.grad for parameter in parameters]
+
+
 def on_rank(rank: int, shares: list[int], folder: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -136,7 +268,9 @@ def on_rank(rank: int, shares: list[int], folder: str) -> None:
     dist.init_process_group("gloo", init_method=start, rank=rank, world_size=len(shares), timeout=limit)
     try:
         results = {name: run_case(rank, shares, *case) for name, case in CASES.items()}
-        torch.save(results, os.path.join(folder, f"{rank}.pt"))
+        experts = {name: run_experts(rank, shares, name) for name in EXPERT_CASES}
+        others = experts, refused_on_all_ranks(rank, shares), averaged(rank)
+        torch.save((results, *others), os.path.join(folder, f"{rank}.pt"))
     finally:
         dist.destroy_process_group()
 
@@ -159,10 +293,38 @@ def test_ranks_equal_one_process(ranks, case):
         wanted_value, wanted = reference(shares, tied=CASES[case][0])
     finally:
         torch.set_default_dtype(before)
-    for result in results:
+    for result, *_ in results:
         value, got = result[case]
         torch.testing.assert_close(value, wanted_value, rtol=1e-12, atol=0)
         assert relative_error(got, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES)
+def test_one_wrapper_around_towers_and_experts(ranks, case):
+    """Every rank, and every last micro-batch, leaves other parameters unused."""
+    _, results = ranks
+    tolerance = 1e-2 if case == "hook in half precision" else 1e-12
+    first = results[0][1][case][1]
+    for _, experts, *_ in results:
+        error, got = experts[case]
+        assert error < tolerance
+        assert got.keys() == first.keys()
+        assert all(torch.equal(value, first[name]) for name, value in got.items())
+
+
+def test_one_rank_alone_never_leaves_the_others_waiting(ranks):
+    _, results = ranks
+    for rank, (_, _, ([message], after), _) in enumerate(results):
+        assert ("differs from its recording" if rank == 1 else "Another rank") in message
+        assert all(torch.equal(value, results[0][2][1][name]) for name, value in after.items() if value is not None)
+
+
+def test_average_counts_a_missing_gradient_as_zero_where_another_rank_has_one(ranks):
+    shares, results = ranks
+    for *_, (nowhere, once, everywhere) in results:
+        assert nowhere is None
+        torch.testing.assert_close(once, torch.full((3,), 6.0 / len(shares), dtype=torch.float64))
+        torch.testing.assert_close(everywhere, torch.full((3,), (len(shares) - 1) / 2, dtype=torch.float64))
 
 
 def test_average_gradients_without_a_group_changes_nothing():

@@ -72,6 +72,8 @@ def test_bad_limits(limits):
 
 def test_count_kept():
     assert [count_kept(keep, 8) for keep in (0, 1, 99, 0.0, 0.25, 0.5, 1.0)] == [0, 1, 8, 0, 2, 4, 8]
+    assert [count_kept(0.5, number) for number in (1, 3, 5, 6)] == [1, 2, 3, 3]  # the nearest, halves upwards
+    assert [count_kept(share, 7) for share in (0.2, 0.3, 0.4, 0.95)] == [1, 2, 3, 7]
     for wrong in (-1, 1.5, -0.1, True, None):
         with pytest.raises(AnybatchError, match="keep_graphs"):
             count_kept(wrong, 8)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +15,11 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
+from anybatch.caching import cached_step
 from anybatch.errors import AnybatchError
-from anybatch.integrations.sentence_transformers import CachedLoss
+from anybatch.integrations.sentence_transformers import CachedLateInteraction, CachedLoss
 from anybatch.losses import InfoNCE, Matryoshka, SogCLR
+from anybatch.losses.late_interaction import LateInteraction
 from anybatch.rows import RowTable
 
 from ..conftest import sentence
@@ -106,9 +111,9 @@ def test_prefixes_with_memory_replay_the_encoder_once(model, monkeypatch):
     calls = []
     loss = CachedLoss(model, Matryoshka(SogCLR(num_rows=30), [32, 8]), micro_batch=100, keep_graphs=0.0)
     encode = loss._encode
-    monkeypatch.setattr(loss, "_encode", lambda features: calls.append(1) or encode(features))
+    monkeypatch.setattr(loss, "_encode", lambda features: calls.append(len(features["input_ids"])) or encode(features))
     gradients(loss, columns(model, negatives=0), torch.arange(11))
-    assert len(calls) == 4  # two columns: recorded, then replayed
+    assert calls.count(11) == 4  # two columns: recorded, then replayed
     assert [int(part.memory.visited.sum()) for part in loss.loss.losses] == [11, 11]
 
 
@@ -141,6 +146,7 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_one(model, monkeypatch)
         model.compile(backend=backend, dynamic=False)
         _, ours = gradients(loss, features)
         once = len(graphs)
+        shapes.clear()  # the first step also looks at two of the rows alone, without compiling
         gradients(loss, features)
     torch._dynamo.reset()
     assert worst(ours, plain) < 1e-12
@@ -304,3 +310,184 @@ def test_lora_with_gradient_checkpointing(model):
     _, ours = gradients(CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=4, keep_graphs=0.5), features)
     assert all("lora_" in name for name in ours)
     assert worst(ours, theirs) < 1e-11
+
+
+def replays(loss, monkeypatch):
+    """What the encoder returns: first when it is recorded, then when it is replayed."""
+    seen, encode = {"recorded": [], "replayed": []}, loss._encode
+
+    def watched(features):
+        out = encode(features)
+        seen["replayed" if phase == ["backward"] else "recorded"].append(out.detach().clone())
+        return out
+
+    phase: list[str] = []
+    monkeypatch.setattr(loss, "_encode", watched)
+    return seen, phase
+
+
+@pytest.mark.parametrize("limits", [{"micro_batch": 3}, {"micro_batch": None, "max_tokens": 30}])
+def test_every_embedding_is_the_same_to_the_last_bit_in_its_replay(model, monkeypatch, limits):
+    model.train()
+    loss, features = CachedLoss(model, InfoNCE(), keep_graphs=0.0, **limits), columns(model)
+    loss(features).backward()  # looks at rows alone, once
+    seen, phase = replays(loss, monkeypatch)
+    value = loss(features)
+    phase.append("backward")
+    value.backward()
+    count = len(seen["replayed"])
+    assert count == len(seen["recorded"][-count:]) > 5
+    assert all(torch.equal(*pair) for pair in zip(seen["recorded"][-count:], seen["replayed"]))
+
+
+def test_two_batches_before_one_backward_pass(model):
+    """Each keeps its own recordings, though one loss made both and their lengths differ."""
+    model.eval()
+    batches = [columns(model, rows=7), columns(model, rows=5, negatives=0)]
+    shared = CachedLoss(model, InfoNCE(), max_tokens=20, keep_graphs=0.5)
+    model.zero_grad()
+    (shared([dict(f) for f in batches[0]]) + 2 * shared([dict(f) for f in batches[1]])).backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for factor, features in zip((1, 2), batches):
+        (factor * CachedLoss(model, InfoNCE(), max_tokens=20)([dict(f) for f in features])).backward()
+    apart = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert worst(together, apart) < 1e-12
+
+
+@pytest.mark.parametrize("keep_graphs", [0.0, 1.0, "auto"])
+def test_nothing_of_a_step_stays_alive_after_it(model, keep_graphs):
+    model.train()
+    loss, features = CachedLoss(model, InfoNCE(), micro_batch=4, keep_graphs=keep_graphs), columns(model)
+    inputs = [weakref.ref(value) for f in features for value in f.values() if isinstance(value, torch.Tensor)]
+    assert inputs
+    value = loss(features)
+    value.backward()
+    logged = value.detach()
+    del features
+    gc.collect()
+    del value
+    gc.collect()
+    assert [ref for ref in inputs if ref() is not None] == []
+    assert logged.isfinite()
+
+
+def test_an_encoder_in_half_precision_at_its_end(model):
+    """The last module leaves bfloat16 embeddings; the loss and the replay must meet."""
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    model.float().eval()
+    model.append(Dense(32, 8).float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = CachedLoss(model, InfoNCE(), micro_batch=4, keep_graphs=0.0)(columns(model))
+    assert value.dtype == torch.float32
+    value.backward()
+    assert all(p.grad.isfinite().all() and p.dtype == p.grad.dtype for p in model.parameters() if p.grad is not None)
+    assert model[2].linear.weight.grad.abs().sum() > 0
+
+
+def test_prompts_left_out_of_the_pooling(model):
+    model.eval()
+    model[1].include_prompt = False
+    features = [{**feature, "prompt_length": 2} for feature in columns(model)]
+    before = [feature["attention_mask"].clone() for feature in features]
+    _, ours = gradients(CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=3, keep_graphs=0.0), features)
+    assert all(torch.equal(feature["attention_mask"], mask) for feature, mask in zip(features, before))
+    _, theirs = gradients(MultipleNegativesRankingLoss(model, scale=20.0), features)
+    assert worst(ours, theirs) < 1e-12
+
+
+def test_a_column_that_the_loss_ignores_is_named(model):
+    class First(torch.nn.Module):
+        def forward(self, anchors, candidates):
+            return anchors.pow(2).mean()
+
+    with pytest.raises(AnybatchError, match="Input column 1 received no gradient"):
+        CachedLoss(model, First(), micro_batch=4)(columns(model, negatives=0))
+
+
+LIMITS = [
+    {"micro_batch": 0}, {"micro_batch": -3}, {"micro_batch": True}, {"micro_batch": 2.5}, {"micro_batch": "all"},
+    {"max_tokens": 0}, {"max_tokens": True}, {"keep_graphs": 2.0}, {"keep_graphs": -1}, {"keep_graphs": True},
+    {"keep_graphs": float("nan")}, {"keep_graphs": "some"}, {"keep_graphs": None}, {"micro_batch": None}, {"memory": "much"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("limits", [*LIMITS, {"pad_to_multiple": 0}, {"pad_to_multiple": 1.5}])
+def test_limits_of_no_use_are_refused_at_construction(model, limits):
+    with pytest.raises(AnybatchError, match=next(iter(limits))):
+        CachedLoss(model, InfoNCE(), **limits)
+    with pytest.raises(AnybatchError, match=next(iter(limits))):
+        cached_step(InfoNCE(), lambda x: pytest.fail("encoded"), [torch.ones(4, 2)] * 2, **limits)
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_late_interaction_refuses_the_same_limits(model, limits):
+    with pytest.raises(AnybatchError, match=next(iter(limits))):
+        CachedLateInteraction(model, LateInteraction(), **limits)  # type: ignore[arg-type]
+
+
+class WithHead(torch.nn.Module):
+    """A loss that reads parts of the model: its temperature and a head."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.held = InfoNCE(temperature=0.5, normalize=True), [model]
+
+    def forward(self, anchors, candidates):
+        [model] = self.held
+        return self.inner(model[0].head(anchors) * model[0].log_scale.exp(), model[0].head(candidates))
+
+
+@pytest.mark.parametrize("keep_graphs", [0.0, 1.0])
+def test_parts_of_the_model_that_the_loss_reads(model, keep_graphs):
+    """They obey the outer gradient, wait for the backward pass, and are also used by the encoder itself."""
+    model.eval()
+    model[0].head = torch.nn.Linear(32, 6).double()
+    model[0].log_scale = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    loss, features = WithHead(model), columns(model)
+    cached = CachedLoss(model, loss, micro_batch=4, keep_graphs=keep_graphs)
+    value = cached([dict(feature) for feature in features])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    (value * 0.25).backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    anchors, *others = (model(dict(feature))["sentence_embedding"] for feature in features)
+    (loss(anchors, torch.cat(others)) * 0.25).backward()
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert {"0.head.weight", "0.log_scale"} <= theirs.keys()
+    assert worst(ours, theirs) < 1e-7  # the loss's own temperature is a float32 number
+    assert ours["0.log_scale"] == pytest.approx(theirs["0.log_scale"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("limits", [{"micro_batch": 3}, {"micro_batch": 50, "max_tokens": 12}, {"micro_batch": "auto"}])
+@pytest.mark.parametrize("keep_graphs", [0.0, "auto"])
+def test_a_static_embedding_trains(model, limits, keep_graphs):
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    static = SentenceTransformer(modules=[StaticEmbedding(model.tokenizer, embedding_dim=8)], device="cpu").double()
+    features = [static.preprocess([sentence(k, k % 4) for k in range(start, start + 9)]) for start in (0, 30, 60)]
+    _, theirs = gradients(MultipleNegativesRankingLoss(static, scale=20.0), features)
+    _, ours = gradients(CachedLoss(static, InfoNCE(temperature=0.05), keep_graphs=keep_graphs, **limits), features)
+    assert worst(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_router_trains_both_of_its_ways(model, tiny_model_folder, frozen):
+    from sentence_transformers.sentence_transformer.modules import Router
+
+    other = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    other.requires_grad_(not frozen)
+    router = SentenceTransformer(
+        modules=[
+            Router.for_query_document(query_modules=list(model.children()), document_modules=list(other.children()))
+        ],
+        device="cpu",
+    ).double()
+    router.eval()
+    texts = [[sentence(row + 40 * column, 2 + row % 7) for row in range(9)] for column in range(3)]
+    tasks = ("query", "document", "document")
+    features = [{**router.preprocess(t, task=task), "task": task} for t, task in zip(texts, tasks)]
+    _, theirs = gradients(MultipleNegativesRankingLoss(router, scale=20.0), features)
+    _, ours = gradients(CachedLoss(router, InfoNCE(temperature=0.05), micro_batch=4, keep_graphs=0.3), features)
+    assert worst(ours, theirs) < 1e-12

@@ -13,11 +13,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
 from anybatch import pipeline
-from anybatch.data import read_pairs
+from anybatch.data import PairSet, read_pairs
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import CachedLoss, ModelConfig, embed_texts, load_model
 from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
-from anybatch.integrations.sentence_transformers.model import side_inputs, side_prompt, side_task
+from anybatch.integrations.sentence_transformers.model import side_inputs, side_prompt, side_task, warn_of_instructions
 from anybatch.losses import SogCLR
 from anybatch.mining import MiningConfig
 from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
@@ -233,3 +233,13 @@ def test_broken_weights_are_one_message(tiny_model_folder, tmp_path, damage, mat
     damage(tmp_path / "model" / "model.safetensors")
     with pytest.raises(AnybatchError, match=f"Cannot load the model .*{match}"):
         load_model(ModelConfig(name=str(tmp_path / "model"), device="cpu"))
+
+
+def test_instructions_that_are_pooled_all_the_same_are_warned_of(tiny_model_folder, caplog):
+    model = variant(tiny_model_folder, "prompts that are not pooled")
+    sets = [PairSet(name="one", num_rows=2), PairSet(name="two", num_rows=2, anchor_prompt="find: ")]
+    warn_of_instructions(model, sets[:1])
+    warn_of_instructions(variant(tiny_model_folder, "prompts"), sets)
+    assert caplog.text == ""
+    warn_of_instructions(model, sets)
+    assert "'two' are part of its texts" in caplog.text

@@ -193,7 +193,7 @@ def test_a_new_run_on_appended_rows_begins_with_the_old_states(tiny_model_folder
     with pytest.raises(AnybatchError, match=r"over 2 ranks, without anybatch_loss-1-of-2\.safetensors"):
         load_grown_loss(again, shards)
     other = CachedLoss(old.model, FastCLIP(ROWS + 6, version="v2", direction="one_way"))
-    with pytest.raises(AnybatchError, match="does not fit FastCLIP"):
+    with pytest.raises(AnybatchError, match="another loss than this FastCLIP"):
         load_grown_loss(other, checkpoint)
 
 
@@ -373,6 +373,29 @@ class TestBestModel:
         assert all(torch.equal(state[name].nan_to_num(9), value.nan_to_num(9)) for name, value in saved.items())
         encoder = SentenceTransformer(str(best), device="cpu").state_dict()
         assert all(torch.equal(encoder[name], value) for name, value in training.model.state_dict().items())
+
+
+def test_a_state_that_no_checkpoint_holds_is_said(tiny_model_folder, tmp_path):
+    """Of a loss with a state, in a Trainer that saves; and two callbacks would write one file."""
+
+    def run(loss_of, *callbacks, **settings):
+        training, loss = one_trainer(
+            tiny_model_folder, tmp_path, with_index(dataset()), loss_of, max_steps=1, **settings
+        )
+        training.callback_handler.callbacks = [
+            callback for callback in training.callback_handler.callbacks if not isinstance(callback, LossStateCallback)
+        ]
+        for make in callbacks:
+            training.add_callback(make(loss))
+        training.train()
+
+    with pytest.warns(UserWarning, match="leave out the state of SogCLR"):
+        run(sogclr(ROWS), save_strategy="steps")
+    with pytest.raises(AnybatchError, match="has 2 LossStateCallbacks"):
+        run(sogclr(ROWS), LossStateCallback, LossStateCallback, save_strategy="steps")
+    run(sogclr(ROWS), LossStateCallback, save_strategy="steps")  # warnings are errors here
+    run(sogclr(ROWS), save_strategy="no")
+    run(lambda model: CachedLoss(model, InfoNCE(), micro_batch=4), save_strategy="steps")
 
 
 @pytest.mark.parametrize(

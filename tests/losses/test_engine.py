@@ -22,10 +22,10 @@ class WithPositive:
     def __init__(self, row_wise=True, others=None):
         self.row_wise, self.others = row_wise, others
 
-    def __call__(self, log_sum, num_negatives, rows):
+    def __call__(self, log_sum, num_drawn, rows):
         correction = torch.zeros_like(log_sum)
         if self.others is not None:
-            correction = math.log(self.others) - num_negatives.clamp(min=1).log()
+            correction = math.log(self.others) - num_drawn.clamp(min=1).log()
         objective = torch.logaddexp(log_sum + correction, torch.zeros_like(log_sum))
         return objective - correction, objective
 
@@ -62,6 +62,8 @@ def test_one_way_equals_the_dense_twin(shape, tile, row_wise, per_row, weighted,
     ours, stats = softmax_loss(anchors, candidates, temperature=temperature, tile_bytes=tile, **known)
     theirs = dense_softmax_loss(anchors, candidates, temperature=temperature, **known)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    present = ~log_weight.isneginf() if kind["masked"] else torch.ones_like(log_weight, dtype=torch.bool)
+    assert stats.num_negatives.tolist() == present.fill_diagonal_(False).sum(1).tolist()
     mine = torch.autograd.grad(ours, inputs)
     assert_all_close(mine, torch.autograd.grad(theirs, inputs))
     torch.testing.assert_close(

@@ -72,7 +72,8 @@ def generators_of(encode: Callable[..., Any], modules: Iterable[nn.Module]) -> l
         if kind in _PLAIN or depth < 0 or id(value) in seen:
             return
         if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-            found[id(value)] = value
+            if not isinstance(value, random.SystemRandom):  # it has no state
+                found[id(value)] = value
         elif kind in (list, tuple, set):
             for item in value:
                 add(item, depth - 1)

@@ -45,7 +45,7 @@ from anybatch.caching.reduction import (
     refuse_hidden_distributed,
     same_number_on_all_ranks,
 )
-from anybatch.caching.row_check import refuse_neighbours, relative_gap
+from anybatch.caching.row_check import refuse_neighbours, relative_gap, settle_trimming
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.state import AutocastState, ModeState, RandomState, WrittenState, without_autocast
 from anybatch.errors import AnybatchError
@@ -118,6 +118,7 @@ def record(
     torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
     try:
         with no_reduction(wrapped), refuse_hidden_distributed(wrapped):
+            settle_trimming(encode, slicer, held)
             broadcast_buffers(wrapped)
             random = RandomState(generators_of(encode, held) if training else ())
             written = WrittenState(held if training else ())
@@ -255,7 +256,7 @@ def _replay_all(recordings: Sequence[Recording], gradient_of: dict[int, list[Ten
         for written, end in ends:
             written.restore(end)
         torch.clear_autocast_cache()
-    _refuse_different(gaps, [name for recording in recordings for name in recording._written.large])
+    _refuse_different(gaps, list(dict.fromkeys(name for r in recordings for name in r._written.large)))
 
 
 def _plan_jobs(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> list[deque[_Job]]:

@@ -9,23 +9,30 @@ import contextlib
 import functools
 import sys
 import types
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anybatch.caching.device_memory import is_out_of_memory
 from anybatch.caching.forward import Encoder, encode_rows
 from anybatch.caching.memory import out_of_memory_as_none
-from anybatch.caching.rows import RowSlicer
+from anybatch.caching.modules import generators_of
+from anybatch.caching.reduction import broadcast_buffers, distributed_modules, no_reduction
+from anybatch.caching.rows import RowSlicer, Trim
 from anybatch.caching.state import ModeState, RandomState, WrittenState
 from anybatch.errors import AnybatchError
 
-MOST_CHECKS = 16  # of one model: a function that is new in every step is not looked at for ever
-_checked: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
-_checked_functions: set[Any] = set()  # of encoders whose modules are not found
+MOST_ANSWERS = 64  # of one model
+# For each module: what was found, by encoder and form of inputs. And the same of encoders whose modules are not found.
+_trims: WeakKeyDictionary[nn.Module, dict[Any, Trim]] = WeakKeyDictionary()
+_alone: WeakKeyDictionary[nn.Module, dict[Any, float | None]] = WeakKeyDictionary()
+_trims_of_functions: dict[Any, Trim] = {}
+_alone_of_functions: dict[Any, float | None] = {}
 
 
 def rounding_of(tensor: Tensor) -> float:
@@ -51,6 +58,30 @@ def relative_gap(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> Ten
     return torch.stack([gap.double() if gap.device.type != "mps" else gap for gap in gaps]).max()
 
 
+def settle_trimming(encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> None:
+    """Cut no padding that this encoder depends on, and all that it does not: seen on two short rows, with their padding and without.
+
+    Once for each encoder, mode and form of inputs; before micro-batches are planned, because `slicer.lengths` follow. A sharded encoder, which runs on all
+    ranks together, is not looked at.
+
+    Cost: three forward passes of two rows without a graph, once.
+    """
+    if slicer.padded is None:
+        return
+    wrapped = distributed_modules(modules)
+    key, memory = _key(encode, slicer, modules), _memory(_trims, _trims_of_functions, modules)
+    trim = next((keys[key] for keys in memory if key in keys), None)
+    if trim is None and torch.is_grad_enabled() and not any(isinstance(module, FSDPModule) for module in wrapped):
+        rows, leading = slicer.padded
+        with no_reduction(wrapped):
+            broadcast_buffers(wrapped)
+            passes = _Passes(encode, slicer, RandomState(generators_of(encode, modules)), WrittenState(modules))
+            trim = _constant_in_some_mode(passes, modules, lambda: _harmless_trim(passes, rows, leading))
+        if trim is not None:
+            _remember(memory, key, trim)
+    slicer.trim_to(trim or "trailing")
+
+
 def refuse_neighbours(
     encode: Encoder,
     slicer: RowSlicer,
@@ -61,66 +92,132 @@ def refuse_neighbours(
 ) -> None:
     """Take half of a micro-batch without the other half, and compare.
 
-    Dropout and torch's other random numbers are made constant for it, because a mask has the shape of what goes through together. Where other
-    generators are drawn from, the comparison is made in evaluation mode; where that draws too, there is none.
+    Args:
+        encode, slicer, micro_batches, modules: As in `record`.
+        random: The state that every pass starts from, and that is there afterwards.
+        written: Likewise.
 
     Raises:
-        AnybatchError: The embeddings are not the same up to rounding.
+        AnybatchError: Rows are not the same up to rounding without the others.
 
     Cost: one and a half forward passes of a micro-batch without a graph, once for each encoder, mode and form of inputs.
     """
     if len(micro_batches) < 2:
         return
-    key = (_signature(encode, 2), _form(slicer.inputs), tuple(module.training for module in modules))
-    seen = [_checked.setdefault(module, set()) for module in modules] or [_checked_functions]
-    if all(key in keys or len(keys) >= MOST_CHECKS for keys in seen):
+    key, memory = _key(encode, slicer, modules), _memory(_alone, _alone_of_functions, modules)
+    if all(key in keys for keys in memory):
         return
     rows = micro_batches[0] if len(micro_batches[0]) > 1 else torch.cat([micro_batches[0], micro_batches[1][:1]])
     if slicer.lengths is not None:  # the longest row stays, and with it the width
         rows = rows[torch.sort(slicer.lengths[rows], descending=True, stable=True).indices]
+    passes = _Passes(encode, slicer, random, written)
+    gap = _constant_in_some_mode(passes, modules, lambda: _gap_alone(passes, rows))
+    if gap is not None and gap > 2:
+        raise AnybatchError(
+            "A row's embedding depends on the rows that go through the encoder with it: half of a micro-batch alone has other embeddings. So "
+            "micro-batches cannot give the gradient of the whole batch. Look for statistics over the batch (batch normalisation, x - x.mean(0)), attention "
+            "between rows, experts with a capacity; replace them (LayerNorm, GroupNorm), put them in evaluation mode, or train without caching."
+        )
+    _remember(memory, key, gap)
+
+
+Answer = TypeVar("Answer")
+
+
+def _constant_in_some_mode(
+    passes: _Passes, modules: Sequence[nn.Module], ask: Callable[[], Answer | None]
+) -> Answer | None:
+    """What comes of passes in which nothing is random; None where there are none, or no memory for them.
+
+    Dropout and torch's other random numbers are made constant, because a mask has the shape of what goes through together. Where other generators are
+    drawn from, the passes are made in evaluation mode.
+    """
     modes = ModeState(modules)
-    gap: Tensor | None = None
     with torch.no_grad(), _eager(), out_of_memory_as_none() as attempt:
         for training in (True, False):
             if not training:
                 modes.flags = dict.fromkeys(modes.flags, False)
+            passes.drew = False
             with modes.apply():
-                gap = _gap_alone(encode, slicer, rows, random, written)
-            if gap is not None:
+                answer = ask()
+            if not passes.drew:
+                attempt.result = answer
                 break
-    if attempt.error is None:
-        if gap is not None and float(gap) > 2:
-            raise AnybatchError(
-                "A row's embedding depends on the rows that go through the encoder with it: half of a micro-batch alone has other embeddings. So "
-                "micro-batches cannot give the gradient of the whole batch. Look for statistics over the batch (batch normalisation, x - x.mean(0)), attention "
-                "between rows, experts with a capacity; replace them (LayerNorm, GroupNorm), put them in evaluation mode, or train without caching."
-            )
-        for keys in seen:
-            keys.add(key)
+    return attempt.result
 
 
-def _gap_alone(
-    encode: Encoder, slicer: RowSlicer, rows: Tensor, random: RandomState, written: WrittenState
-) -> Tensor | None:
-    """How much rows change without the others, or None where random numbers were drawn that are not under control."""
+class _Passes:
+    """Forward passes that all start from one state, and leave it."""
+
+    def __init__(self, encode: Encoder, slicer: RowSlicer, random: RandomState, written: WrittenState) -> None:
+        self.encode, self.slicer, self.random, self.written = encode, slicer, random, written
+        self.drew = False  # random numbers that are not under control
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The embeddings of `rows`."""
+        try:
+            with _Constant():
+                return encode_rows(self.encode, self.slicer, rows)
+        finally:
+            self.drew = self.drew or not self.random.now().equals(self.random)
+            self.random.restore()
+            self.written.note()
+            self.written.restore({})
+            self.written.note()
+
+
+def _gap_alone(passes: _Passes, rows: Tensor) -> float | None:
+    """How much rows change without the others, over what rounding allows; None where that cannot be told."""
     alone = rows[: (len(rows) + 1) // 2].flip(0)
+    together = passes(rows)
     try:
-        with _Constant():
-            together = encode_rows(encode, slicer, rows)
-            written.note()
-            written.restore({})
-            drew = not random.now().equals(random)
-            random.restore()
-            apart = encode_rows(encode, slicer, alone)
-        drew = drew or not random.now().equals(random)
+        apart = passes(alone)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return None  # made for a fixed number of rows
+    except ValueError:  # of torch's normalisations: no variance over one row
+        if len(alone) > 1:
+            return None
+        return float("inf")
+    if [part.shape[1:] for part in apart] != [part.shape[1:] for part in together]:
+        return None  # outputs of several shapes are refused elsewhere
+    gap = float(relative_gap([part.flip(0) for part in apart], [whole[: len(alone)] for whole in together]))
+    # Embeddings that are not even the same twice are found out, and named, when they are replayed.
+    return None if gap > 2 and float(relative_gap(passes(rows), together)) > 1 else gap
+
+
+def _harmless_trim(passes: _Passes, rows: Tensor, leading: bool) -> Trim:
+    """How much padding can be cut from `rows` with the same embeddings."""
+    slicer, before = passes.slicer, passes.slicer.trim
+    try:
+        slicer.trim_to("none")
+        whole = passes(rows)
+        candidates: tuple[Trim, ...] = ("both", "trailing") if leading else ("trailing",)
+        for trim in candidates:
+            slicer.trim_to(trim)
+            cut = passes(rows)
+            same = [part.shape for part in cut] == [part.shape for part in whole]
+            if not same or float(relative_gap(cut, whole)) <= 2:  # other shapes are refused elsewhere
+                return trim
+        return "none"
     finally:
-        random.restore()
-        written.note()
-        written.restore({})
-        written.note()
-    if drew:
-        return None
-    return relative_gap([part.flip(0) for part in apart], [whole[: len(alone)] for whole in together])
+        slicer.trim_to(before)
+
+
+def _memory(of_modules: Any, of_functions: dict[Any, Any], modules: Sequence[nn.Module]) -> list[dict[Any, Any]]:
+    return [of_modules.setdefault(module, {}) for module in modules] or [of_functions]
+
+
+def _remember(memory: list[dict[Any, Any]], key: Any, answer: Any) -> None:
+    for keys in memory:
+        if len(keys) >= MOST_ANSWERS:
+            keys.pop(next(iter(keys)))
+        keys[key] = answer
+
+
+def _key(encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> Any:
+    return (_signature(encode, 2), _form(slicer.inputs), tuple(module.training for module in modules))
 
 
 class _Constant(TorchDispatchMode):

@@ -14,7 +14,7 @@ from collections import UserDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ _COUNTS = {
 _BY_PICTURE = (_PIXELS, "image_sizes", "image_position_ids")  # of models that have no grid
 _BY_ROW = ("pixel_attention_mask", "aspect_ratio_ids")  # where they are, the pictures of a row are padded to as many
 _SHARED_KEYS = ("modality", "task", "prompt_length")  # of sentence-transformers; a modality may be a tuple of words
+Trim = Literal["both", "trailing", "none"]
 _SIMPLE = (str, bytes, numbers.Number, enum.Enum, np.generic, torch.dtype, torch.device, Path, type(None))
 
 
@@ -60,7 +61,8 @@ class RowSlicer:
     Trailing columns are cut where no chosen row has a token: in a mapping with a two-dimensional `attention_mask`
     `(B, T)`, the tensors that are sequences by their name (`input_ids`, `token_type_ids`, `position_ids` and the like, all
     `(B, T)`, and `inputs_embeds` `(B, T, D)`) lose the columns past the last one in which the mask, or a boolean tensor
-    among them, is set. Leading padding is cut where `position_ids` are given; else it stays, because positions are often counted from the left. A mapping
+    among them, is set. Leading padding is cut where `position_ids` are given, or where it was seen to change
+    no embedding (`trim_to`, see `row_check`); else it stays, because positions are often counted from the left. A mapping
     that holds another tensor with an axis of length T is left at its full width: whether that axis is the sequence cannot be known. `pixel_values`
     are known not to be one.
 
@@ -96,9 +98,9 @@ class RowSlicer:
         self._pieces: dict[tuple[str, ...], _Pieces] = {}
         self._padding: dict[tuple[str, ...], int] = {}
         self._check(inputs, ())
-        parts = [spans.lengths for spans in self._spans.values()]
-        parts += [pieces.sizes for path, pieces in self._pieces.items() if path[-1] == "offsets"]
-        self.lengths: Tensor | None = torch.stack(parts).sum(dim=0) if parts else None
+        self.lengths: Tensor | None = None
+        self.trim: Trim = "trailing"
+        self.trim_to("trailing")
         self.pictures = (
             self.lengths is None and isinstance(inputs, Mapping) and _PIXELS in inputs and not _has_mask(inputs)
         )
@@ -107,6 +109,23 @@ class RowSlicer:
                 f"pad_to_multiple is {pad_to_multiple}, but nothing tells the lengths of these inputs: they have no two-dimensional attention_mask, or "
                 "hold a tensor of unknown meaning with an axis as long as it. Pad in the tokenizer instead."
             )
+
+    def trim_to(self, trim: Trim) -> None:
+        """Cut the padding of both ends, the trailing one alone (unless positions are given), or none; `lengths` follow."""
+        self.trim = trim
+        parts = [spans.lengths(trim) for spans in self._spans.values()]
+        parts += [pieces.sizes for path, pieces in self._pieces.items() if path[-1] == "offsets"]
+        self.lengths = torch.stack(parts).sum(dim=0) if parts else None
+
+    @property
+    def padded(self) -> tuple[Tensor, bool] | None:
+        """The two rows `(2,)` with the fewest tokens and whether padding leads in them; None where no row is padded."""
+        lengths = [spans.lengths("both") for spans in self._spans.values()]
+        widths = [spans.lengths("none") for spans in self._spans.values()]
+        if not lengths or all(torch.equal(*pair) for pair in zip(lengths, widths)):
+            return None
+        rows = torch.sort(torch.stack(lengths).sum(dim=0), stable=True).indices[:2]
+        return rows, any(bool(spans.first[rows].any()) and not spans.positions for spans in self._spans.values())
 
     def take(self, rows: Tensor) -> Any:
         """The rows `rows` `(b,)` int64 (on the CPU) of the batch, in that order, trimmed."""
@@ -124,7 +143,7 @@ class RowSlicer:
         columns = _columns(value)
         if columns is not None:
             spans = self._spans.get(path)
-            here = spans.window(rows) if spans is not None else None
+            here = spans.window(rows, self.trim) if spans is not None else None
             taken = {key: self._take(item, rows, (*path, str(key)), here) for key, item in columns.items()}
             pieces = {key: self._pieces.get((*path, str(key))) for key in columns}
             # A micro-batch without pictures has no keys of theirs, as if its processor had seen none.
@@ -218,18 +237,25 @@ class _Spans:
     first: Tensor
     last: Tensor
     width: int
+    positions: bool = False  # given with the tokens, so that they need not be counted from the first column
     multiple: int = 1
 
-    @property
-    def lengths(self) -> Tensor:
+    def lengths(self, trim: Trim) -> Tensor:
         """(B,) columns that a row alone would take."""
-        return self._up((self.last - self.first).clamp(min=1 if self.multiple > 1 else 0))
+        if trim == "none":
+            return torch.full_like(self.last, self.width)
+        return self._up((self.last - self._starts(trim)).clamp(min=1 if self.multiple > 1 else 0))
 
-    def window(self, rows: Tensor) -> tuple[int, int, int]:
+    def window(self, rows: Tensor, trim: Trim) -> tuple[int, int, int]:
         """The width, and the columns that these rows need."""
-        start = int(self.first[rows].min())
+        if trim == "none":
+            return self.width, 0, self.width
+        start = int(self._starts(trim)[rows].min())
         size = self._up(torch.tensor(max(1, int(self.last[rows].max()) - start)))
         return self.width, start, start + int(size)
+
+    def _starts(self, trim: Trim) -> Tensor:
+        return self.first if trim == "both" or self.positions else torch.zeros_like(self.first)
 
     def _up(self, sizes: Tensor) -> Tensor:
         return -(-sizes // self.multiple) * self.multiple
@@ -441,11 +467,9 @@ def _spans_of(value: Mapping[str, Any], num_rows: int) -> _Spans | None:
             active = active | item
     columns = torch.arange(1, width + 1, device=mask.device)
     last = (active * columns).amax(dim=1).cpu()
-    first = torch.zeros_like(last)
+    first = torch.minimum(torch.where(active, columns - 1, width).amin(dim=1).cpu(), last)
     positions = value.get("position_ids")
-    if isinstance(positions, Tensor) and positions.shape == mask.shape:
-        first = torch.minimum(torch.where(active, columns - 1, width).amin(dim=1).cpu(), last)
-    return _Spans(first, last, width)
+    return _Spans(first, last, width, positions=isinstance(positions, Tensor) and positions.shape == mask.shape)
 
 
 def _rebuilt(value: Any, taken: dict[str, Any], *, dropped: Sequence[str] = ()) -> Any:

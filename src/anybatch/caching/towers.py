@@ -12,6 +12,7 @@ from anybatch.caching.forward import Encoder
 from anybatch.caching.modules import modules_of
 from anybatch.caching.recording import Recording
 from anybatch.caching.replay import record
+from anybatch.caching.row_check import settle_trimming
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import check_limits, plan_micro_batches
 from anybatch.caching.step_memory import StepMemory
@@ -52,6 +53,7 @@ def record_towers(
     keep = step_memory.next_step(held, inputs, num_rows=num_rows) if keep_graphs == "auto" else keep_graphs
     recordings: list[Recording] = []
     for encode, slicer in zip(encoders, slicers, strict=True):
+        settle_trimming(encode, slicer, held)
         rows, tokens = micro_batch, max_tokens
         if micro_batch == "auto":
             rows, tokens = _found(step_memory.max_tokens(encode, slicer, held, num_rows=num_rows), max_tokens, slicer)

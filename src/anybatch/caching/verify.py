@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.modules import modules_of
+from anybatch.caching.modules import generators_of, modules_of
 from anybatch.caching.replay import DIFFERENT_REPLAYS
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
-from anybatch.caching.state import ModeState, RandomState, without_autocast
+from anybatch.caching.state import ModeState, RandomState, WrittenState, without_autocast
 from anybatch.caching.step import cached_step
 from anybatch.caching.towers import paired_encoders
 from anybatch.errors import AnybatchError
@@ -71,8 +69,8 @@ def verify(
 ) -> Verification:
     """Take one batch both ways and compare every gradient.
 
-    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) it is the same micro-batches
-    in one graph, so that the masks are the same. Gradients, buffers and random generators are put back afterwards,
+    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) or state is written it is the same
+    micro-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are put back afterwards,
     those of the loss included.
 
     Args:
@@ -89,7 +87,7 @@ def verify(
 
     Raises:
         AnybatchError: Every tower fits in one micro-batch (the comparison would prove nothing), or what `cached_step`
-            refuses (BatchNorm in training mode).
+            refuses (batch statistics).
 
     Cost: two steps, and a copy of the gradients and of the buffers.
     """
@@ -106,8 +104,9 @@ def verify(
     names = _parameter_names(parts)
     findings: list[str] = []
     options: dict[str, Any] = {"loss_kwargs": loss_kwargs, "modules": modules}
-    with _untouched(parts, list(names)) as changed:
-        start, foreign = RandomState(), _ForeignState()
+    start = RandomState(g for tower in towers for g in generators_of(tower, held))
+    written = WrittenState(held)
+    with _untouched(parts, list(names)):
         different: list[str] = []
         token = DIFFERENT_REPLAYS.set(different)
         try:
@@ -117,18 +116,14 @@ def verify(
         finally:
             DIFFERENT_REPLAYS.reset(token)
         findings += different[:1]
-        draws = not start.equals(RandomState())
-        findings += foreign.findings()
+        # Where random numbers are drawn or state is written, what a row meets belongs to its micro-batch.
+        by_piece = written.note() or not start.equals(start.now())
         cached = _take_gradients(names)
-        findings += [
-            f"The forward pass writes to {name}, so a replay starts from another value than the recording did."
-            for name in changed(held)
-        ]
     with _untouched(parts, list(names)):
         start.restore()
-        foreign.restore()
-        # With dropout the masks belong to the micro-batches; without, the whole batch in one pass says more.
-        split = plans if draws else [[torch.arange(slicer.num_rows)] for slicer in slicers]
+        written.restore({})
+        # Otherwise the whole batch in one pass says more.
+        split = plans if by_piece else [[torch.arange(slicer.num_rows)] for slicer in slicers]
         embedded = [_embedded(tower, slicer, plan) for tower, slicer, plan in zip(towers, slicers, split)]
         precise = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in embedded]
         with without_autocast():  # as in the cached step: the loss sees float32 or better, and no autocast
@@ -137,6 +132,7 @@ def verify(
         plain = _take_gradients(names)
     with _untouched(parts, list(names)), torch.no_grad(), _evaluating(held):
         for number, (tower, slicer, plan, trained) in enumerate(zip(towers, slicers, plans, embedded)):
+            before = start.now()
             pieces, whole = _embedded(tower, slicer, plan), _embedded(tower, slicer, [torch.arange(slicer.num_rows)])
             if pieces.dtype != trained.dtype:
                 findings.append(
@@ -144,13 +140,14 @@ def verify(
                     "and the replay compute in different dtypes."
                 )
             gap = float((pieces - whole).double().norm() / whole.double().norm().clamp_min(1e-300))
-            if gap > _tolerance([whole]) and (held or not draws):
+            state = written.note() or not before.equals(start.now())
+            if gap > _tolerance([whole]) and not state:
                 findings.append(
                     f"Tower {number}: a row's embedding depends on the rows that go through with it (relative change "
                     f"{gap:.1e} when the batch is split), so micro-batches cannot give the gradient of the whole batch."
                 )
     start.restore()
-    foreign.restore()
+    written.restore({})
     findings += [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
     tolerance = _tolerance([*embedded, *plain.values()])
     encoder = {name for part in held for parameter in part.parameters() if (name := names.get(parameter))}
@@ -198,8 +195,8 @@ def _compare(
         found.append(f"The gradient has the right direction and {ratio:.4g} times the right size: a scale is wrong.")
     elif error > tolerance and not found:
         found.append(
-            "The gradients differ and nothing known explains it. Look for state that a forward pass changes (caches, "
-            "counters), for generators of its own, and for rows that see the other rows of their micro-batch."
+            "The gradients differ and nothing known explains it. Look for state that a forward pass changes (caches), "
+            "for generators out of sight, and for rows that see the other rows of their micro-batch."
         )
     loss_error = abs(float(cached_value) - float(value)) / max(abs(float(value)), torch.finfo(torch.float64).tiny)
     return Verification(
@@ -219,28 +216,6 @@ def _wrong_sizes(plain: dict[str, Tensor], cached: dict[str, Tensor], tolerance:
     return found
 
 
-class _ForeignState:
-    """Generators that the replay does not put back: Python's and NumPy's."""
-
-    def __init__(self) -> None:
-        self.python = random.getstate()
-        self.numpy = np.random.get_state()  # noqa: NPY002 (the legacy generator is what we watch)
-
-    def findings(self) -> list[str]:
-        found = []
-        advice = "is not replayed: draw with torch, or outside the encoder."
-        if random.getstate() != self.python:
-            found.append(f"The step draws from Python's random module, which {advice}")
-        now = np.random.get_state()  # noqa: NPY002
-        if any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(now, self.numpy)):
-            found.append(f"The step draws from NumPy's global generator, which {advice}")
-        return found
-
-    def restore(self) -> None:
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
-
-
 def _parameter_names(parts: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
     names: dict[nn.Parameter, str] = {}
     for number, part in enumerate(parts):
@@ -255,22 +230,14 @@ def _take_gradients(names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _untouched(
-    parts: Sequence[nn.Module], parameters: Sequence[nn.Parameter]
-) -> Iterator[Callable[[Sequence[nn.Module]], list[str]]]:
-    """Start without gradients; put gradients and buffers back. Yields a function that names the buffers changed."""
+def _untouched(parts: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Start without gradients; put gradients and buffers back."""
     kept = [(parameter, parameter.grad) for parameter in parameters]
     buffers = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
-
-    def changed(modules: Sequence[nn.Module]) -> list[str]:
-        before = {id(buffer): copy for buffer, copy in buffers}
-        named = [item for module in modules for item in module.named_buffers()]
-        return [name for name, buffer in named if id(buffer) in before and not torch.equal(buffer, before[id(buffer)])]
-
     try:
         for parameter in parameters:
             parameter.grad = None
-        yield changed
+        yield
     finally:
         for parameter, grad in kept:
             parameter.grad = grad

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anybatch.ids import known_positives
+from anybatch.ids import known_positives, renumbered
 from anybatch.losses import PairMask
 from anybatch.losses.engine import TILE_BYTES
 
@@ -147,7 +147,7 @@ class _Texts:
         if anchor_id is None or positive_id is None:
             return None
         if known is None:  # products of large ids would not fit
-            anchor_id, positive_id = (ids.unique(return_inverse=True)[1] for ids in (anchor_id, positive_id))
+            anchor_id, positive_id = (torch.from_numpy(renumbered(ids.numpy())) for ids in (anchor_id, positive_id))
         keys, width = known or known_pairs(anchor_id, positive_id)
         return cls(
             query_id=anchor_id,

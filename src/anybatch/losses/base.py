@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,14 @@ from anybatch.losses.per_example import Keys, PerExample
 
 Direction = Literal["one_way", "both"]
 MIN_TEMPERATURE = 0.01  # of a learned one: below, a cosine's float32 error is seen in the loss, and a step of the logarithm doubles the gradient
-F = TypeVar("F", bound=Callable[..., object])
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def outside_the_graph(method: F) -> F:
     """Under `torch.compile` the method runs as it is, between two graphs: it asks for values, and keeps state."""
-    return torch._disable_dynamo(method)  # not torch.compiler.disable, which imports the compiler when a class is made
+    return cast(
+        F, torch._disable_dynamo(method)
+    )  # not torch.compiler.disable, which imports the compiler when a class is made
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -107,13 +107,12 @@ class GloFND(SogCLR):
             return loss
         self.num_steps += 1
         assert batch.index is not None
-        for direction, (side, figures) in enumerate(zip(sides, stats, strict=True)):
+        for direction, side in enumerate(sides):
             if not isinstance(side.adjust, _Dropping):
                 continue
-            fine = figures.log_sum < torch.inf  # not so of a step that has diverged
-            new = fine & side.adjust.threshold.isnan() & ~side.adjust.first.isneginf()
+            new = side.adjust.threshold.isnan() & ~side.adjust.first.isneginf()
             self.thresholds.start(batch.index[new], side.adjust.first[new], direction=direction)
-            old = fine & ~side.adjust.threshold.isnan() & ~side.adjust.share.isnan()
+            old = ~side.adjust.threshold.isnan() & ~side.adjust.share.isnan()
             self.thresholds.update(batch.index[old], self.alpha - side.adjust.share[old], direction=direction)
         return loss
 
@@ -123,8 +122,8 @@ class _Dropping:
 
     Attributes:
         threshold: (B,) NaN for a row without one, which takes the quantile of the batch.
-        first: (B,) that quantile; -inf for a row without negatives.
-        share: (B,) of the negatives above the threshold; NaN for a row without negatives.
+        first: (B,) that quantile; -inf for a row without negatives, or with scores that are no numbers: a step that has diverged.
+        share: (B,) of the negatives above the threshold; NaN for such rows.
         dropped: (B,) how many those are.
     """
 
@@ -136,15 +135,16 @@ class _Dropping:
     def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
         negative = ~logits.isneginf()
         count = negative.sum(dim=1)
-        threshold = self.threshold[rows]
+        threshold, fine = self.threshold[rows], scores.sum(dim=1).isfinite()
         if bool(threshold.isnan().any()):
             # The value with alpha * count negatives above it, rounded down.
             above = (self.alpha * count).long().clamp(max=scores.shape[1] - 1)
             allowed = scores.masked_fill(~negative, -torch.inf)
             highest = allowed.topk(int(above.max()) + 1, dim=1).values
-            self.first[rows] = highest.gather(1, above[:, None])[:, 0]
-            threshold = torch.where(threshold.isnan(), self.first[rows], threshold)
+            first = highest.gather(1, above[:, None])[:, 0]
+            self.first[rows] = torch.where(fine, first, -torch.inf)
+            threshold = torch.where(threshold.isnan(), first, threshold)
         dropped = (scores > threshold[:, None]) & negative
         self.dropped[rows] = dropped.sum(dim=1).to(scores.dtype)
-        self.share[rows] = self.dropped[rows] / count
+        self.share[rows] = torch.where(fine, self.dropped[rows] / count, torch.nan)
         return logits.masked_fill_(dropped, -torch.inf)

@@ -67,7 +67,7 @@ class PerExample(nn.Module):
         _check_entries(self, state, prefix, self.widths)
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         """Everything below this module is checked first, so that nothing is loaded of a state that is refused."""
         for path, module in self.named_modules():
@@ -75,8 +75,12 @@ class PerExample(nn.Module):
             check(state_dict, prefix + path + "." if path else prefix)
         wanted = self.state_dict(prefix=prefix, keep_vars=True).keys()
         saved = {name for name in state_dict if name.startswith(prefix)}
-        missing, unexpected = sorted(wanted - saved), sorted(saved - wanted)
-        elsewhere = prefix and not strict and not saved  # a part of a model, whose state may have its own file
+        missing, unexpected = (
+            sorted(name.removeprefix(prefix) for name in names) for names in (wanted - saved, saved - wanted)
+        )
+        elsewhere = (
+            prefix and not saved
+        )  # a part of a model, whose state may have its own file; strictly, torch refuses it
         if (missing or unexpected) and not elsewhere:
             raise AnybatchError(
                 f"The saved state is of another loss than this {type(self).__name__}: missing are {_listed(missing)}, unknown here are "
@@ -85,7 +89,7 @@ class PerExample(nn.Module):
         for name in self.widths:
             if prefix + name in state_dict:
                 setattr(self, name, self.get_buffer(name).new_zeros(state_dict[prefix + name].shape))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def grow_state(self, state: dict[str, Any], prefix: str) -> None:
         """Append fresh entries to those of a saved state (changed in place) that are for fewer rows than this module.

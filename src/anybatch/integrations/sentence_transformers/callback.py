@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
@@ -280,3 +282,29 @@ def training_sets(dataloader: Any) -> list[Dataset]:
     """The data sets behind a data loader; none for a stream, whose rows can be looked at only as they come."""
     dataset = getattr(dataloader, "dataset", None)
     return [part for part in getattr(dataset, "datasets", [dataset]) if isinstance(part, Dataset)]
+
+
+def check_is_saved(loss: CachedLoss) -> None:
+    """Called in a step: warn if it is one of a Trainer whose checkpoints leave out the state of the loss.
+
+    Raises:
+        AnybatchError: Several callbacks of this kind, which would overwrite each other's file.
+    """
+    for frame, _ in traceback.walk_stack(None):
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer):
+            break
+    else:
+        return
+    saving = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossStateCallback)]
+    if len(saving) > 1:
+        raise AnybatchError(
+            f"The Trainer has {len(saving)} LossStateCallbacks; expected one, as all write {LOSS_STATE}."
+        )
+    saves = trainer.args.save_strategy != "no" or trainer.args.load_best_model_at_end
+    if saves and loss.loss.state_dict() and not any(callback.loss is loss for callback in saving):
+        warnings.warn(
+            f"The Trainer's checkpoints leave out the state of {type(loss.loss).__name__}, which would begin anew after a resume. Give it "
+            "callbacks=[LossStateCallback(loss)].",
+            stacklevel=2,
+        )

@@ -138,8 +138,11 @@ class _TokenEncoder:
 
     def __call__(self, features: dict[str, Any]) -> tuple[Tensor, ...]:
         output = self.model(features, task=features.get("task", self.task))
-        tokens = output["token_embeddings"]
-        return _padded(tokens, self.width), _padded(output["attention_mask"].to(torch.float32), self.width)
+        tokens, mask = output["token_embeddings"], output["attention_mask"]
+        tokens = tokens * mask[..., None].to(
+            tokens.dtype
+        )  # what is masked counts for nothing, here as beyond the width
+        return _padded(tokens, self.width), _padded(mask.to(torch.float32), self.width)
 
 
 def _width(features: dict[str, Any]) -> int:

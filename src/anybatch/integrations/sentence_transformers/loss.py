@@ -91,6 +91,7 @@ class CachedLoss(nn.Module):
         self.keep_graphs: float | Auto = keep_graphs
         self.memory = StepMemory(memory)
         self.pad_to_multiple = pad_to_multiple
+        self._looked = False  # whether the Trainer saves the state, in the first step
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The loss of one batch; its backward pass replays the encoder. Without gradients: plain InfoNCE, memory untouched."""
@@ -99,6 +100,11 @@ class CachedLoss(nn.Module):
             raise AnybatchError(
                 f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order."
             )
+        if torch.is_grad_enabled() and not self._looked:
+            from anybatch.integrations.sentence_transformers.callback import check_is_saved
+
+            self._looked = True
+            check_is_saved(self)
         if labels is not None and torch.is_grad_enabled():
             labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
         recordings = record_towers(

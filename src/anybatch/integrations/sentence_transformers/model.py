@@ -20,6 +20,8 @@ from anybatch.files import CONTENTS, flaw_of
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from anybatch.data import PairSet
+
 logger = logging.getLogger("anybatch")
 Side = Literal["query", "document"]
 NAMES = {
@@ -131,6 +133,17 @@ def side_inputs(model: SentenceTransformer, inputs: list[Any], side: Side) -> di
     task = side_task(model, side)
     features = dict(model.preprocess(inputs, prompt=side_prompt(model, side), task=task))
     return features if task is None else features | {"task": task}
+
+
+def warn_of_instructions(model: SentenceTransformer, sets: Sequence[PairSet]) -> None:
+    """Warn where the model leaves prompts out of its pooling: a data set's instruction is part of the text, so it is pooled."""
+    instructed = [one.name for one in sets if one.anchor_prompt or one.positive_prompt]
+    if instructed and any(getattr(module, "include_prompt", True) is False for module in model.modules()):
+        logger.warning(
+            "The instructions of the data set '%s' are part of its texts, and this model leaves prompts out of its pooling (include_prompt=False): "
+            "they are pooled all the same. Use model.anchor_prompt and model.positive_prompt for what is to be left out.",
+            instructed[0],
+        )
 
 
 def column_sides(names: Sequence[str]) -> dict[str, Side]:

@@ -1,0 +1,206 @@
+"""Rows that see their neighbours are refused, whatever they do it with; what only looks like it runs; padding that counts stays."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from anybatch.caching import cached_step
+from anybatch.errors import AnybatchError
+from tests.caching.helpers import (
+    Mlp,
+    Softmax,
+    TextEncoder,
+    clone,
+    gradients,
+    plain_step,
+    relative_error,
+    texts,
+    vectors,
+)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(3)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Around(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between, *, dropout=0.0):
+        super().__init__()
+        self.first, self.second, self.between = Mlp(6, 8, dropout=dropout), Mlp(8, 5, seed=1), between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x), self.training))
+
+
+def with_capacity(h, training):
+    """The first rows of each expert are served, the others pass by."""
+    expert = (h[:, 0] > 0).long()
+    place = functional.one_hot(expert, 2).cumsum(0).gather(1, expert[:, None])
+    return torch.where(place <= len(h) // 4, h * 2, h)
+
+
+SEEING = {
+    "centred": lambda h, training: h - h.mean(0),
+    "functional batch norm": lambda h, training: functional.batch_norm(h, None, None, training=True),
+    "functional batch norm in training": lambda h, training: functional.batch_norm(
+        h, torch.zeros(8), torch.ones(8), training=training
+    ),
+    "instance norm over rows": lambda h, training: functional.instance_norm(h.T[None])[0].T,
+    "attention over rows": lambda h, training: (h @ h.T).softmax(1) @ h,
+    "largest of the batch": lambda h, training: h / h.abs().max(),
+    "in training alone": lambda h, training: h - h.mean(0) if training else h,
+    "expert capacity": with_capacity,
+    "mixed with a shuffled row": lambda h, training: 0.7 * h + 0.3 * h[torch.randperm(len(h))],
+    "scaled by the number of rows": lambda h, training: h + len(h),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("kind", SEEING)
+def test_rows_that_see_each_other_are_refused(kind, micro_batch, dropout):
+    if kind == "expert capacity" and micro_batch == 1:
+        pytest.skip("a capacity of no rows")
+    encoder = Around(SEEING[kind], dropout=dropout).train()
+    inputs = [vectors(12), vectors(12, seed=1)]
+    for _ in range(2):  # it is not forgotten
+        with pytest.raises(AnybatchError, match="depends on the rows"):
+            cached_step(Softmax(), encoder, inputs, micro_batch=micro_batch)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    cached_step(Softmax(), encoder, inputs, micro_batch=12)  # the whole batch in one pass is the plain step
+
+
+def top_one(h, training):
+    """Each row goes to its own expert, whatever the others do."""
+    out = torch.zeros_like(h)
+    for expert in range(3):
+        chosen = h[:, :3].argmax(1) == expert
+        if chosen.any():
+            out[chosen] = h[chosen] * (expert + 1)
+    return out
+
+
+GENERATOR = torch.Generator()
+ALONE = {
+    "top-1 experts": top_one,
+    "dropout": lambda h, training: functional.dropout(h, 0.3, training),
+    "stochastic depth": lambda h, training: h * torch.empty(len(h), 1).bernoulli_(0.7),
+    "noise": lambda h, training: h + torch.randn_like(h),
+    "layer norm": lambda h, training: functional.layer_norm(h, (8,)),
+    "own generator": lambda h, training: h * torch.rand(h.shape, generator=GENERATOR),
+    "attention with dropout": lambda h, training: functional.scaled_dot_product_attention(
+        h[:, None], h[:, None], h[:, None], dropout_p=0.2
+    )[:, 0],
+    "batch norm with running statistics": lambda h, training: functional.batch_norm(h, torch.zeros(8), torch.ones(8)),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_rows_by_themselves_run(kind):
+    encoder = Around(ALONE[kind], dropout=0.2).train()
+    before = torch.get_rng_state()
+    cached_step(Softmax(), encoder, [vectors(12), vectors(12, seed=1)], micro_batch=4)
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_half_precision_is_no_dependence(dtype):
+    encoder = TextEncoder(dropout=0.1, layers=4).float().train()
+    with torch.autocast("cpu", dtype=dtype):
+        cached_step(Softmax().float(), encoder, [texts(16, 20, 1), texts(16, 30, 2)], micro_batch=4)
+
+
+def test_each_tower_of_one_module_is_looked_at():
+    towers = Around(lambda h, training: h)
+    centred = [lambda x: towers(x), lambda x: towers(x - x.mean(0))]
+    with pytest.raises(AnybatchError, match="depends on the rows"):
+        cached_step(Softmax(), centred, [vectors(9), vectors(9, seed=1)], micro_batch=3)
+    by_number = [lambda x, k=k: towers(x - k * x.mean(0)) for k in (0, 1)]
+    with pytest.raises(AnybatchError, match="depends on the rows"):
+        cached_step(Softmax(), by_number, [vectors(9), vectors(9, seed=1)], micro_batch=3)
+
+
+class Convolving(TextEncoder):
+    """Sees the padding beside the last word, as a convolution over words does."""
+
+    def forward(self, batch):
+        hidden = self.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        hidden = hidden + 0.5 * functional.pad(hidden, (0, 0, 0, 1))[:, 1:]
+        weight = batch["attention_mask"][..., None].to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1)
+
+
+def left_padded(batch):
+    """The same rows with their padding in front."""
+    moved = {key: torch.zeros_like(value) for key, value in batch.items()}
+    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        for key, value in batch.items():
+            moved[key][row, value.shape[1] - length :] = value[row, :length]
+    return moved
+
+
+class Relative(nn.Module):
+    """Positions count from the first word, so leading padding has no effect."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places, self.widths = nn.Embedding(60, 8), nn.Embedding(40, 8), []
+
+    def forward(self, batch):
+        mask = batch["attention_mask"]
+        self.widths.append(mask.shape[1])
+        hidden = torch.tanh(self.words(batch["input_ids"]) + self.places((mask.cumsum(1) - 1).clamp(min=0)))
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("keep", [0, 1.0])
+@pytest.mark.parametrize("padding", ["trailing", "leading"])
+@pytest.mark.parametrize("kind", [TextEncoder, Convolving, Relative])
+def test_padding_is_cut_where_it_has_no_effect(kind, padding, keep):
+    encoder, loss = kind(), Softmax()
+    inputs = [texts(14, 9, 1), texts(14, 21, 2)]
+    if padding == "leading":
+        inputs = [left_padded(batch) for batch in inputs]
+    reference = clone(encoder)
+    plain_step(clone(loss), [reference] * 2, inputs)
+    for _ in range(2):
+        encoder.zero_grad()
+        cached_step(loss, encoder, inputs, micro_batch=4, keep_graphs=keep)
+        assert relative_error(gradients(encoder), gradients(reference)) < 1e-12
+    if kind is Relative:
+        encoder.widths.clear()
+        cached_step(loss, encoder, inputs, micro_batch=4, keep_graphs=1.0)
+        assert len(set(encoder.widths)) > 4  # sorted by length, and cut
+        assert max(encoder.widths) == 21
+
+
+def test_given_positions_let_leading_padding_go():
+    encoder = TextEncoder()
+
+    def encode(batch):
+        hidden = encoder.bert(**batch).last_hidden_state
+        weight = batch["attention_mask"][..., None].to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1)
+
+    inputs = [left_padded(texts(14, 9, seed)) for seed in (1, 2)]
+    for batch in inputs:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    loss = Softmax()
+    plain_step(clone(loss), [encode] * 2, inputs)
+    wanted = gradients(encoder)
+    encoder.zero_grad()
+    widths = []
+    cached_step(
+        loss, lambda b: widths.append(b["input_ids"].shape[1]) or encode(b), inputs, micro_batch=4, modules=[encoder]
+    )
+    assert relative_error(gradients(encoder), wanted) < 1e-12
+    assert min(widths) < 5

@@ -1,0 +1,365 @@
+"""The one place where errors become messages and exit codes: 0, 2 with one message, 130 and 143 with a line, 1 with a traceback for a bug of ours."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from anybatch import cli
+from anybatch.errors import AnybatchError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture
+def main(monkeypatch, capfd):
+    """Run the command in this process; returns its exit code and what it printed."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["anybatch", *map(str, arguments)])
+        before = [signal.getsignal(number) for number in SIGNALS]
+        try:
+            with pytest.raises(SystemExit) as done:
+                cli.main()
+        finally:
+            for number, handler in zip(SIGNALS, before, strict=True):
+                signal.signal(number, handler)
+        printed = capfd.readouterr()
+        return int(done.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+def anybatch(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "anybatch", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def damage_pickle(folder: Path) -> None:
+    """Weights as a pickle that is none."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04 no weights")
+
+
+def malicious_pickle(folder: Path) -> None:
+    """Weights as a pickle of an object that only an unsafe reader would load."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Path("x")}))
+
+
+def cut(name: str):
+    """Half of a file."""
+
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+def overwrite(name: str, content: str):
+    """Another content."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).write_text(content)
+
+    return damage
+
+
+MODELS = {
+    "weights cut short": cut("model.safetensors"),
+    "weights empty": overwrite("model.safetensors", ""),
+    "weights of a pickle that is none": damage_pickle,
+    "weights of a pickle that is refused": malicious_pickle,
+    "configuration cut short": cut("config.json"),
+    "configuration empty": overwrite("config.json", ""),
+    "configuration a list": overwrite("config.json", "[]"),
+    "modules of nothing": overwrite("modules.json", "[]"),
+    "modules unknown": overwrite("modules.json", '[{"idx": 0, "name": "0", "path": "", "type": "no.such.Module"}]'),
+    "modules not UTF-8": lambda folder: (folder / "modules.json").write_bytes(b"\xff\xfe["),
+    "tokenizer cut short": cut("tokenizer.json"),
+    "tokenizer missing": lambda folder: (folder / "tokenizer.json").unlink(),
+    "no files": lambda folder: [path.unlink() for path in folder.rglob("*") if path.is_file()],
+}
+
+
+@pytest.mark.parametrize("flaw", list(MODELS))
+def test_models_that_cannot_be_loaded(flaw, main, tiny_model_folder, pairs_file, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    MODELS[flaw](folder)
+    code, said = main("evaluate", folder, "--data", pairs_file)
+    assert (code, "Traceback" in said) == (2, False), said
+    assert str(folder) in said
+
+
+def test_devices_that_are_not_there(main, tiny_model_folder, pairs_file, tmp_path):
+    given = (
+        "train",
+        "--data",
+        pairs_file,
+        "--model",
+        tiny_model_folder,
+        "--batch-size",
+        8,
+        "--output",
+        tmp_path / "out",
+    )
+    for device in ("cuda", "mps", "gpu", "cuda:99", "tpu"):
+        if device == "cuda" and torch.cuda.is_available():
+            continue
+        code, said = main(*given, "--set", "mining.method=random", "--set", f"model.device={device}")
+        assert (code, "Traceback" in said) == (2, False), said
+        assert "device" in said
+    assert not (tmp_path / "out").exists()
+
+
+def files(tmp_path: Path, name: str, content: bytes) -> Path:
+    """A file of this content."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]]:
+    """Command lines with one mistake each."""
+    train = ["train", "--data", pairs, "--model", model, "--batch-size", 8, "--set", "mining.method=random"]
+    mine = ["mine", "--data", pairs, "--batch-size", 8, "--output", tmp_path / "out"]
+    npy = tmp_path / "vectors.npy"
+    np.save(npy, np.ones((97, 4), complex))
+    a_file = files(tmp_path, "file", b"here")
+    vectors = ["--set", f"teacher.anchor_embeddings={npy}", "--set", f"teacher.positive_embeddings={npy}"]
+    return {
+        "nothing": [],
+        "unknown verb": ["trian"],
+        "unknown option": ["train", "--epoch", 3],
+        "option without value": ["train", "--set"],
+        "no number": ["train", "--batch-size", "many"],
+        "no data": ["train", "--output", tmp_path / "out", "--model", model],
+        "no output": train,
+        "config is a folder": ["train", "--config", tmp_path],
+        "config not UTF-8": ["train", "--config", files(tmp_path, "a.yaml", b"\xff\xfe")],
+        "config no YAML": ["train", "--config", files(tmp_path, "b.yaml", b"a: [")],
+        "config with a tag": ["train", "--config", files(tmp_path, "c.yaml", b"a: !!python/object:os.system x")],
+        "config nested deeply": ["train", "--config", files(tmp_path, "d.yaml", b"[" * 5000)],
+        "config no such date": ["train", "--config", files(tmp_path, "f.yaml", b"output: 2020-13-01")],
+        "set nested deeply": ["train", "--set", "a=" + "[" * 5000],
+        "config a date": ["train", "--config", files(tmp_path, "e.yaml", b"output: 2020-01-01\ndata: {path: x}")],
+        "set no YAML": [*train, "--output", tmp_path / "out", "--set", "train.epochs=["],
+        "set unknown": [*train, "--output", tmp_path / "out", "--set", "train.epoch=1"],
+        "set a section": [*train, "--output", tmp_path / "out", "--set", "train=1"],
+        "set nan": [*train, "--output", tmp_path / "out", "--set", "mining.conflict_weight=.nan"],
+        "data a folder without data": [
+            "train",
+            "--data",
+            tmp_path / "empty",
+            "--model",
+            model,
+            "--output",
+            tmp_path / "out",
+        ],
+        "data not UTF-8": [
+            "train",
+            "--data",
+            files(tmp_path, "a.jsonl", b'{"anchor": "\xff"}'),
+            "--model",
+            model,
+            "--output",
+            tmp_path / "out",
+        ],
+        "data no JSON": [
+            "train",
+            "--data",
+            files(tmp_path, "b.jsonl", b"{"),
+            "--model",
+            model,
+            "--output",
+            tmp_path / "out",
+        ],
+        "data no gzip": [
+            "train",
+            "--data",
+            files(tmp_path, "c.jsonl.gz", b"no"),
+            "--model",
+            model,
+            "--output",
+            tmp_path / "out",
+        ],
+        "data gzip cut short": [
+            "train",
+            "--data",
+            files(tmp_path, "d.jsonl.gz", gzip.compress(pairs.read_bytes())[:-9]),
+            "--model",
+            model,
+            "--output",
+            tmp_path / "out",
+        ],
+        "data no Parquet": [
+            "train",
+            "--data",
+            files(tmp_path, "e.parquet", b"no"),
+            "--model",
+            model,
+            "--output",
+            tmp_path / "out",
+        ],
+        "output a file": [*train, "--output", a_file],
+        "output in a file": [*train, "--output", a_file / "run"],
+        "output too long": [*train, "--output", tmp_path / ("x" * 300)],
+        "output not UTF-8": [*train, "--output", f"{tmp_path}/\udcff"],
+        "output of nothing": [*train, "--output", ""],
+        "output a device": [*train, "--output", "/dev/null/run"],
+        "no teacher": mine,
+        "embeddings complex": [*mine, *vectors, "--set", "mining.cluster_size=4"],
+        "resume nothing": ["train", "--resume", "--output", tmp_path / "nothing"],
+        "plan missing": [*train, "--output", tmp_path / "out", "--plan", tmp_path / "no.safetensors"],
+        "plan a folder": [*train, "--output", tmp_path / "out", "--plan", tmp_path],
+        "plan no plan": [*train, "--output", tmp_path / "out", "--plan", files(tmp_path, "p.safetensors", b"no")],
+        "inspect nothing": ["inspect", "plan", tmp_path / "nothing"],
+        "inspect no run": ["inspect", "run", tmp_path],
+        "inspect no report": ["inspect", "plan", a_file, "--html", tmp_path / "x" / "y.html"],
+        "gradient of nothing": ["inspect", "gradient", "--data", tmp_path / "nothing.jsonl"],
+        "evaluate nothing": ["evaluate", tmp_path / "no-model", "--data", pairs],
+        "evaluate to a folder": ["evaluate", model, "--data", pairs, "--output", tmp_path],
+        "evaluate no rows": ["evaluate", model, "--data", pairs, "--limit", 0],
+        "evaluate no tokens": ["evaluate", model, "--data", pairs, "--max-length", 0],
+        "doctor no rows": ["doctor", "--data", pairs, "--model", model, "--rows", 0],
+        "doctor fewer than no rows": ["doctor", "--data", pairs, "--model", model, "--rows", -3],
+        "demo in a file": ["demo", "--output", a_file],
+        "demo of no pairs": ["demo", "--pairs", 0],
+    }
+
+
+def test_mistakes_end_with_code_2_and_one_message(main, tiny_model_folder, pairs_file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    wrong = {}
+    for name, arguments in mistakes(tmp_path, tiny_model_folder, pairs_file).items():
+        code, said = main(*arguments)
+        if code != 2 or "Traceback" in said or "report it" in said or not said.strip():
+            wrong[name] = (code, said[-500:])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert wrong == {}, wrong
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (AnybatchError("Give a file."), 2, "anybatch: Give a file."),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"), 2, "No such file or directory: /a/b"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "Permission denied: /a/b"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (UnicodeDecodeError("utf-8", b"a", 0, 1, "invalid start byte"), 2, "invalid start byte"),
+        (EOFError("cut short"), 2, "cut short"),
+        (pickle.UnpicklingError("weights_only"), 2, "weights_only"),
+        (gzip.BadGzipFile("no gzip"), 2, "no gzip"),
+        (yaml.YAMLError("line 3"), 2, "line 3"),
+        (json.JSONDecodeError("Expecting value", "x", 0), 2, "Expecting value"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "went away"),
+        (MemoryError(), 2, "Memory ran out"),
+        (np._core._exceptions._ArrayMemoryError((10**9,), np.dtype("f8")), 2, "Memory ran out"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+            2,
+            "Memory ran out: CUDA out of memory",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "Memory ran out"),
+        (AssertionError("Torch not compiled with CUDA enabled"), 2, "model.device"),
+        (RuntimeError("No CUDA GPUs are available"), 2, "model.device"),
+        (ModuleNotFoundError("No module named 'PIL'", name="PIL"), 2, "pip install 'anybatch[images]'"),
+        (ModuleNotFoundError("No module named 'einops'", name="einops.layers"), 2, "pip install einops"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "stopped by Ctrl-C; finished work is kept. Go on with the same command and --resume",
+        ),
+        (cli.Stopped(signal.SIGTERM), 143, "stopped by SIGTERM; finished work is kept"),
+        (KeyError("cluster"), 1, "Please report it"),
+        (IndexError("list index out of range"), 1, "Please report it"),
+        (ModuleNotFoundError("No module named 'anybatch.x'", name="anybatch.x"), 1, "Please report it"),
+        (AssertionError(), 1, "Please report it"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_errors_wherever_they_arise(error, code, said, main, monkeypatch):
+    """A verb that raises the error: what a library or the system says, and true bugs, which keep their traceback."""
+    from anybatch import pipeline
+
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(pipeline, "train", fail)
+    got, printed = main("train", "--data", "d", "--output", "o")
+    assert got == code
+    assert said in printed
+    assert ("Traceback" in printed) == (code == 1)
+    assert printed.count("anybatch: ") == 1
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_signals_say_what_is_kept(number, pairs_file, tiny_model_folder, tmp_path):
+    """In the middle of training, in a process of its own."""
+    out = tmp_path / "run"
+    given = ["--data", pairs_file, "--model", tiny_model_folder, "--output", out, "--batch-size", 8]
+    values = ["mining.method=random", "train.epochs=300", "train.save_steps=3", "model.device=cpu"]
+    given += [item for value in values for item in ("--set", value)]
+    process = anybatch("train", *given)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/checkpoint-*/anybatch_loss.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert "finished work is kept. Go on with the same command and --resume" in said
+    assert "Traceback" not in said
+
+
+def test_a_signal_while_importing():
+    """Imports take seconds, and are a likely moment."""
+    process = anybatch("train", "--data", "d", "--output", "o")
+    time.sleep(0.6)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (130, 2), said  # 2: it was quicker, and has no such data
+    assert "Traceback" not in said
+
+
+def test_a_reader_that_goes_away():
+    """`anybatch train --show-config | head -1`"""
+    process = anybatch("train", "--show-config", "--data", "d", "--output", "o")
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 2
+    assert "went away" in said
+    assert "Exception ignored" not in said
+
+
+@pytest.mark.distributed
+def test_under_torchrun_one_rank_speaks_and_all_end(pairs_file, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anybatch"]
+    done = subprocess.run(
+        [*launch, "train", "--data", str(tmp_path / "no.jsonl"), "--model", "m", "--output", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("anybatch: There is no file") == 1, done.stderr
+    assert "exitcode  : 2" in done.stderr
