@@ -24,7 +24,7 @@ system = random.SystemRandom()
 
 def augmented(tokens):
     """Random numbers of the operating system cannot be drawn again; those of Python, NumPy and torch are."""
-    return encoder(tokens.roll(system.randrange(3), dims=1)) * system.choice([0.5, 1.0])
+    return encoder(tokens.roll(system.randrange(3), dims=1)) * system.uniform(0.5, 1.0)
 
 
 faulty = verify(augmented, [anchors, positives], loss, micro_batch=8)

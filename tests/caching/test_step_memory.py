@@ -364,3 +364,44 @@ def test_the_plan_of_a_mixed_limit():
     recordings = record_towers([TextEncoder()], [batch], micro_batch="auto", max_tokens=18)
     wanted = plan_micro_batches(batch, micro_batch=None, max_tokens=18)
     assert [piece.rows.tolist() for piece in recordings[0]._pieces] == [rows.tolist() for rows in wanted]
+
+
+@pytest.mark.parametrize("place", ["replay", "backward"])
+@pytest.mark.parametrize("micro_batch", ["auto", 8])
+def test_running_out_in_a_replay_or_backward_pass_teaches_and_leaves_no_gradient(device, place, micro_batch):
+    """With dropout a replay cannot be split: the step raises, and the next one with the same memory takes half."""
+    encoder, sizes = TextEncoder(dropout=0.2).train(), []
+    crowded = [True]
+
+    class Heavy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if crowded[0] and place == "backward":
+                raise torch.OutOfMemoryError("no room")
+            return grad
+
+    def encode(batch):
+        sizes.append(batch["input_ids"].numel())
+        out = encoder(batch)
+        if crowded[0] and place == "replay" and torch.is_grad_enabled() and len(sizes) > start:
+            raise torch.OutOfMemoryError("no room")
+        return Heavy.apply(out)
+
+    memory, batch, start = StepMemory("80%"), texts(16, 12, 1), 10**9
+    options = {"micro_batch": micro_batch, "memory": memory, "modules": [encoder]}
+    [recording] = record_towers([encode], [batch], **options)
+    start = len(sizes)
+    largest = max(sizes)
+    with pytest.raises(AnybatchError, match=r"Out of memory.*No gradient was changed"):
+        recording.backward(torch.ones_like(recording.embeddings))
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert memory.learned is not None
+    crowded[0] = False
+    sizes.clear()
+    [recording] = record_towers([encode], [batch], **options)
+    recording.backward(torch.ones_like(recording.embeddings))
+    assert max(sizes) <= max(12, largest // 2)
