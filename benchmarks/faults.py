@@ -4,6 +4,8 @@
 
 Every fault is one command of `anybatch` in a process of its own (forked: imports are paid once) on a copy of a folder that a killed run left. It ends
 
+Of plans, checkpoints, memories and teacher embeddings every flipped bit is also given to the function alone that reads them: thousands could be tried so.
+
     refused     exit code 2 and a message
     same        exit code 0 and the results of the run that nothing happened to: plan, weights, log and figures, bit for bit
     silent      exit code 0 and other results: what must not happen
@@ -35,6 +37,7 @@ from pathlib import Path
 from anybatch.files import file_digest, write_text
 
 ROWS, FLIPS, KILLS = 96, 150, 20
+WHOLE = 10  # of so many flips that were given to a reader, one is given to a whole command too
 WORDS = [
     stem + end for stem in ("mat", "gra", "nod", "bat", "sof", "ten") for end in ("a", "o", "is", "er", "ing", "ed")
 ]
@@ -107,21 +110,40 @@ class Faults:
 
     def all(self, *, flips: int, kills: int) -> dict[str, Counter[str]]:
         """Every kind of fault; how often each ended how."""
-        kinds = {
-            "plan": [("training", "plan.safetensors"), ("mined", "plan.safetensors")],
-            "checkpoint": [("training", "checkpoints/checkpoint-6/**/*")],
-            "memory": [("training", "checkpoints/checkpoint-6/anybatch_loss.safetensors")],
-            "teacher": [("searching", "teacher_*")],
-            "blocks": [("searching", "neighbors/**/*"), ("embedding", "*.partial/*")],
-            "records": [("training", name) for name in ("config.yaml", "metrics_untrained.json", "log.jsonl")],
+        checkpoint = "checkpoints/checkpoint-6"
+        readers = {
+            "plan": ("training", "plan.safetensors", read_plan),
+            "checkpoint": ("training", f"{checkpoint}/**/*", read_checkpoint),
+            "memory": ("training", f"{checkpoint}/anybatch_loss.safetensors", read_checkpoint),
+            "teacher": ("searching", "teacher_*", read_teacher),
         }
         rows: dict[str, Counter[str]] = {}
         generator = random.Random(0)
-        for kind, patterns in kinds.items():
-            places = [(state, path) for state, pattern in patterns for path in self.files(state, pattern)]
+
+        def draw(state: str, pattern: str, count: int) -> list[tuple[str, str, float]]:
+            return [
+                (state, path, generator.random()) for path in generator.choices(self.files(state, pattern), k=count)
+            ]
+
+        for kind, (state, pattern, read) in readers.items():
+            drawn = draw(state, pattern, flips)
+            rows[f"bits flipped: {kind}, read"] = Counter(self.read(*one, read) for one in drawn)
+            whole = drawn[::WHOLE]
             rows[f"bits flipped: {kind}"] = self.ends(
-                partial(self.damaged, state, path, "flip", generator.random())
-                for state, path in generator.choices(places, k=flips)
+                partial(self.damaged, state, path, "flip", x) for state, path, x in whole
+            )
+        blocks = [
+            *draw("searching", "neighbors/**/*", flips - flips // 2),
+            *draw("embedding", "*.partial/*", flips // 2),
+        ]
+        records = [
+            one
+            for name in ("config.yaml", "metrics_untrained.json", "log.jsonl")
+            for one in draw("training", name, flips // 15)
+        ]
+        for kind, drawn in (("blocks", blocks), ("records", records)):
+            rows[f"bits flipped: {kind}"] = self.ends(
+                partial(self.damaged, state, path, "flip", x) for state, path, x in drawn
             )
         for how, name in (
             ("cut", "cut short"),
@@ -146,6 +168,23 @@ class Faults:
         rows["disk full, then space"] = self.ends(
             partial(self.full, verb, size) for verb in ("mine", "train") for size in sizes
         )
+        return rows
+
+    def few(self) -> dict[str, Counter[str]]:
+        """A few faults of each kind."""
+        rows = {}
+        for state, path in (
+            ("training", "plan.safetensors"),
+            ("training", "checkpoints/checkpoint-6/rng_state.pth"),
+            ("training", "checkpoints/checkpoint-6/anybatch_loss.safetensors"),
+            ("searching", "teacher_positive.npy"),
+            ("searching", "neighbors/scores.npy"),
+        ):
+            rows[path] = self.ends([partial(self.damaged, state, path, how, 0.6) for how in ("flip", "swap")])
+        rows["kill -9, mine"] = self.ends(self.killed("mine", 2))
+        rows["kill -9, train"] = self.ends(self.killed("train", 2))
+        rows["two writers"] = self.ends([partial(self.together, "mine", "train")])
+        rows["disk full, then space"] = self.ends([partial(self.full, "mine", 2**12)])
         return rows
 
     def ends(self, faults: Iterator[Callable[[], str]] | Sequence[Callable[[], str]]) -> Counter[str]:
@@ -187,16 +226,33 @@ class Faults:
         assert code == -signal.SIGKILL, said
         return folder
 
+    def read(self, state: str, path: str, where: float, read: Callable[[Path], bool]) -> str:
+        """How a reader ends that is given a file with a flipped bit, which is mended afterwards."""
+        from anybatch.errors import AnybatchError
+
+        folder = self.states[state][1]
+        content = (folder / path).read_bytes()
+        damage(folder / path, "flip", where, folder)
+        try:
+            return "same" if read(folder) else "silent"
+        except AnybatchError:
+            return "refused"
+        except Exception as error:
+            return f"crashed {error!r}"
+        finally:
+            (folder / path).write_bytes(content)
+
     def damaged(self, state: str, path: str, how: str, where: float) -> str:
         """Resume a copy of the folder of a state, after this was done to one of its files."""
         verb, folder = self.states[state]
         copy = self.fresh()
         shutil.copytree(folder, copy)
         damage(copy / path, how, where, self.others[state] / path)
-        return self.resumed(verb, copy)
+        said = "checkpoint-6" if "checkpoint-6" in path else "again" if "neighbors" in path or "partial" in path else ""
+        return self.resumed(verb, copy, said=said if how == "flip" else "")
 
     def resumed(self, verb: str, folder: Path, *, said: str = "") -> str:
-        """How a run ends that goes on in `folder`, which is removed."""
+        """How a run ends that goes on in `folder`, which is removed; if it goes on, it must speak of what it did (`said`)."""
         resume = ["--resume"] if (folder / "config.yaml").exists() else []
         code, told = run_apart(partial(command, *self.arguments(verb, folder, more=resume)))
         try:
@@ -205,7 +261,7 @@ class Faults:
             if code != 0:
                 print(told[-2000:], file=sys.stderr)
                 return "crashed"
-            return "same" if results(folder, verb) == self.expected[verb] else "silent"
+            return "same" if said in told and results(folder, verb) == self.expected[verb] else "silent"
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -248,6 +304,30 @@ class Faults:
             print(said[-2000:], file=sys.stderr)
             return "crashed"
         return self.resumed(verb, folder)
+
+
+def read_plan(folder: Path) -> bool:
+    """False if a damaged plan can be read."""
+    from anybatch.plan import BatchPlan
+
+    BatchPlan.load(folder / "plan.safetensors")
+    return False
+
+
+def read_checkpoint(folder: Path) -> bool:
+    """Whether the checkpoint before is taken, and not the damaged one."""
+    from anybatch.integrations.sentence_transformers import last_whole_checkpoint
+
+    return last_whole_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "checkpoint-3"
+
+
+def read_teacher(folder: Path) -> bool:
+    """False if damaged embeddings can be read."""
+    from anybatch.pipeline import read_embeddings
+
+    for side in ("anchor", "positive"):
+        read_embeddings(str(folder / f"teacher_{side}.npy"), ROWS)
+    return False
 
 
 def damage(path: Path, how: str, where: float, other: Path) -> None:
@@ -359,9 +439,9 @@ def _be_the_child(task: Task, output: int) -> None:
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
-        with os.fdopen(1, "w", closefd=False) as out, os.fdopen(2, "w", closefd=False) as err:
-            with redirect_stdout(out), redirect_stderr(err):
-                code = _exit_code(task)
+        out, err = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        with out, err, redirect_stdout(out), redirect_stderr(err):
+            code = _exit_code(task)
     finally:
         os._exit(code)
 

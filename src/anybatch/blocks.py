@@ -153,6 +153,8 @@ def _prepare(folder: Path, shapes: Shapes, identity: str) -> None:
         for name in shapes:  # what was made of them would keep the disk full
             with contextlib.suppress(OSError):
                 (folder / f"{name}.npy").unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
         size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
         raise AnybatchError(
             f"Cannot write {size / 2**30:.3g} GiB to {folder}: {error.strerror or error}. Free some space or choose another folder."
