@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
@@ -25,7 +25,6 @@ from anybatch.data import PairData, PairSet, RetrievalData, find_sets, join_pair
 from anybatch.errors import AnybatchError
 from anybatch.files import (
     CONTENTS,
-    LOCK,
     SEAL,
     digest_of,
     file_digest,
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
 
 logger = logging.getLogger("anybatch")
+LITTER = ("desktop.ini", "Thumbs.db")
 TRIED_ROWS = 4  # of the step that is tried before mining
 STAND_INS = 1000  # rows looked at for one that can stand in for a missing hard negative
 BATCH_LOSSES = ("infonce", "decoupled", "siglip", "auc_cl")  # whose negatives are the batch's own
@@ -568,10 +568,6 @@ def _held(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
         raise AnybatchError(
             f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder."
         ) from error
-    if not (folder / "config.yaml").exists() and _names(folder):
-        raise AnybatchError(
-            f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
-        )
     try:
         with locked(folder):
             _begin(folder, config, resume)
@@ -588,12 +584,20 @@ def _held(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
 
 
 def _names(folder: Path) -> set[str]:
-    """What is in a run's folder but the lock, and what a killed run was about to write."""
-    return {path.name for path in folder.iterdir() if path.name != LOCK and path.suffix != ".tmp"}
+    """What is in a run's folder but the lock, what a killed run was about to write, and what file managers leave."""
+    return {
+        path.name
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.suffix != ".tmp" and path.name not in LITTER
+    }
 
 
 def _begin(folder: Path, config: RunConfig, resume: bool) -> None:
     written = folder / "config.yaml"
+    if not written.exists() and _names(folder):
+        raise AnybatchError(
+            f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
+        )
     for path in folder.glob(".*.tmp"):
         path.unlink()
     if _names(folder) - {"config.yaml"}:
@@ -649,6 +653,8 @@ def _train(config: RunConfig, resume: bool, progress: Progress) -> RunResult:
         try_batch(config, pairs, model)
     with open_run(config, resume=resume) as folder:
         if (folder / "metrics.json").exists():
+            if not (folder / "model").exists():
+                logger.warning("%s is gone. To train it again, delete metrics.json there and resume.", folder / "model")
             return _read_result(folder)
         return _train_in(folder, config, pairs, held_out, model, resume, progress)
 
@@ -686,7 +692,7 @@ def _train_in(
         return {} if held_out is None else evaluate_model(current, held_out)
 
     with distributed.alone() as chosen:
-        untrained = _remember(folder / "metrics_untrained.json", run, lambda: evaluate(model)) if chosen else {}
+        untrained = _untrained(folder, run, model, held_out, evaluate) if chosen else {}
     rows = RowTable(
         pairs.anchor_id,
         pairs.positive_id,
@@ -743,8 +749,35 @@ def _train_in(
     return _read_result(folder)
 
 
+def _untrained(
+    folder: Path,
+    run: str,
+    model: SentenceTransformer,
+    held_out: PairData | RetrievalData | None,
+    evaluate: Callable[[SentenceTransformer], dict[str, float]],
+) -> dict[str, float]:
+    """The figures that the run began with, measured once; a resume with another model or other held-out data is refused."""
+    from anybatch.integrations.sentence_transformers.embed import weights_digest
+
+    path = folder / "metrics_untrained.json"
+    made_from = {"the weights of model.name": weights_digest(model)}
+    if held_out is not None:
+        made_from["the held-out data"] = held_out.digest
+    if not path.exists():
+        write_json(path, {"run": run, "made_from": made_from, "untrained": evaluate(model)})
+    kept = _of_run(path, run, "made_from", "untrained")
+    changed = [name for name, digest in made_from.items() if kept["made_from"].get(name) != digest]
+    if changed:
+        raise AnybatchError(
+            f"The run in {folder} began with others than it has now: {' and '.join(changed)} changed since. Put back what it began with, or start a new "
+            "run in another output folder."
+        )
+    return kept["untrained"]
+
+
 def _read_result(folder: Path) -> RunResult:
-    return RunResult(**_of_run(folder / "metrics.json", _run_digest(folder)))
+    names = [field.name for field in fields(RunResult)]
+    return RunResult(**_of_run(folder / "metrics.json", _run_digest(folder), *names))
 
 
 def _run_digest(folder: Path) -> str:
@@ -752,10 +785,10 @@ def _run_digest(folder: Path) -> str:
     return file_digest(folder / "config.yaml")
 
 
-def _of_run(path: Path, run: str) -> dict[str, Any]:
+def _of_run(path: Path, run: str, *keys: str) -> dict[str, Any]:
     """Figures that a run left, as it left them, or a message."""
     remedy = f"Delete {path} and go on with --resume: it is made anew."
-    kept = read_json(path, remedy)
+    kept = read_json(path, remedy, "run", *keys)
     if kept.pop("run") != run:
         raise AnybatchError(f"{path} belongs to another run. {remedy}")
     return kept
@@ -863,9 +896,3 @@ def save_model(model: SentenceTransformer, folder: Path) -> None:
         raise AnybatchError(
             f"Cannot save the model to {folder}: {error}. Free some space, then run again with --resume."
         ) from error
-
-
-def _remember(path: Path, run: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-    if not path.exists():
-        write_json(path, {"run": run, **compute()})
-    return _of_run(path, run)

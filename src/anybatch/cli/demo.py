@@ -160,7 +160,7 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: 
                 loss=[(pairs, line["loss"]) for pairs, line in seen if "loss" in line],
             )
         )
-    mining = read_json(folder / "mined" / "mining.json", "Run the demo again in another folder.")
+    mining = read_json(folder / "mined" / "mining.json", "Run the demo again in another folder.", "audit", "seconds")
     titles = pipeline.read_training_pairs(base).anchors
     report = Report(
         title="anybatch demo: one student, six ways",

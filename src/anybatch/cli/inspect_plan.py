@@ -184,7 +184,11 @@ def _embeddings(
 
 def _stored(path: Path, plan: BatchPlan, missing: list[str]) -> dict[str, Any] | None:
     """What mining left beside the plan, if it is this plan's."""
-    stored = read_json(path, "Delete it, or bring back the file that mining wrote.") if path.exists() else None
+    stored = (
+        read_json(path, "Delete it, or bring back the file that mining wrote.", "plan", "audit")
+        if path.exists()
+        else None
+    )
     if stored is not None and stored.get("plan", plan.digest) == plan.digest:
         return stored
     if plan.cluster_size > 1:

@@ -222,7 +222,7 @@ def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path
                 logger.warning("%s %s. Training goes on from %s, the last whole one.", other, its_flaw, path.name)
             return path
         flaws[path] = flaw
-    if any((path / CONTENTS).exists() for path in flaws):
+    if len(flaws) > 1 or any((path / CONTENTS).exists() for path in flaws):  # a kill cuts one short
         told = "; ".join(f"{path.name} {flaw}" for path, flaw in flaws.items())
         raise AnybatchError(
             f"No checkpoint in {folder} is whole: {told}. Delete that folder to train from the beginning, or bring back its files."
