@@ -276,7 +276,7 @@ class TestFiles:
         checkpoints = sorted((out / "checkpoints").iterdir())
         for path in checkpoints:
             (path / CONTENTS).unlink()
-        with pytest.raises(AnybatchError, match="checkpoint-2 was cut short.*checkpoint-1 was cut short"):
+        with pytest.raises(AnybatchError, match=r"checkpoint-2 was cut short.*checkpoint-1 was cut short"):
             pipeline.train(config, resume=True)
         assert sorted((out / "checkpoints").iterdir()) == checkpoints
 
@@ -326,7 +326,7 @@ class TestDamage:
             (folder / "metrics.json").unlink()
             pipeline.train(config, resume=True)
 
-        for path, content in sealed.items():
+        for path in sealed:
             if path.parent.name.startswith("checkpoint-"):
                 continue
             for other in {name.name: found for name, found in sealed.items() if name.name != path.name}.values():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from anybatch.errors import AnybatchError
-from anybatch.files import CONTENTS
+from anybatch.files import CONTENTS, seal_folder
 from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig, last_whole_checkpoint, train_model
 from anybatch.integrations.sentence_transformers import callback as callback_module
 from anybatch.integrations.sentence_transformers.training import _is_write_failure, _make_recorder, forgotten
@@ -68,6 +68,20 @@ def test_resuming_deletes_only_what_was_cut_short(tiny_model_folder, tmp_path):
     assert not (checkpoints / "checkpoint-9").exists()
     assert [line["step"] for line in result.log] == [2, 4, 6]
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == result.log
+
+
+def test_another_number_of_ranks_is_said_aloud(tiny_model_folder, tmp_path, caplog):
+    """Generators of ranks that were not there cannot be brought back: dropout is another than in the uninterrupted run."""
+    train(tiny_model_folder, tmp_path)
+    assert "processes" not in caplog.text
+    newest = tmp_path / "checkpoints" / "checkpoint-3"
+    for rank in range(2):
+        shutil.copy(newest / "rng_state.pth", newest / f"rng_state_{rank}.pth")
+    (newest / "rng_state.pth").unlink()
+    (newest / CONTENTS).unlink()
+    seal_folder(newest, run="")
+    train(tiny_model_folder, tmp_path, resume=True, epochs=2)
+    assert "checkpoint-3 was saved by 2 processes, and 1 go on" in caplog.text
 
 
 def test_only_the_first_rank_writes_the_log_and_its_lines_come_back_from_the_checkpoint(tmp_path):

@@ -63,6 +63,14 @@ class LossStateCallback(TrainerCallback):
         if state.global_step:
             folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._restore(folder, plans=plan_digests(loader))
+            ranks = len(list(folder.glob("rng_state_*.pth"))) or 1
+            if ranks != distributed.world_size() and state.is_world_process_zero:
+                logger.warning(
+                    "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have been.",
+                    folder.name,
+                    ranks,
+                    distributed.world_size(),
+                )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
