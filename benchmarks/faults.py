@@ -34,7 +34,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-from anybatch.files import file_digest, write_text
+from anybatch.files import CARD, file_digest, write_text
 
 ROWS, FLIPS, KILLS = 96, 150, 20
 WHOLE = 10  # of so many flips that were given to a reader, one is given to a whole command too
@@ -193,9 +193,10 @@ class Faults:
             return Counter(pool.map(lambda fault: fault(), list(faults)))
 
     def files(self, state: str, pattern: str) -> list[str]:
-        """Files of the folder of a state, relative to it."""
+        """Files of the folder of a state, relative to it, but model cards, which no run reads."""
         folder = self.states[state][1]
-        return sorted(str(path.relative_to(folder)) for path in folder.glob(pattern) if path.is_file())
+        found = (path for path in folder.glob(pattern) if path.is_file() and path.name != CARD)
+        return sorted(str(path.relative_to(folder)) for path in found)
 
     def arguments(self, verb: str, output: Path, *, teacher: str = "teacher", more: Sequence[str] = ()) -> list[str]:
         """A whole command."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from anybatch.errors import AnybatchError
-from anybatch.files import CONTENTS, seal_folder
+from anybatch.files import CARD, CONTENTS, seal_folder
 from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig, last_whole_checkpoint, train_model
 from anybatch.integrations.sentence_transformers import callback as callback_module
 from anybatch.integrations.sentence_transformers.training import _is_write_failure, _make_recorder, forgotten
@@ -126,7 +126,11 @@ def test_any_damaged_file_of_a_checkpoint_is_named_and_the_one_before_is_used(ti
     names = [path.relative_to(kept) for path in files_of(kept)]
     wanted = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     assert wanted | {"anybatch_loss.safetensors", "anybatch_contents.json"} <= {str(name) for name in names}
+    damage(checkpoints / "checkpoint-3" / CARD, how)  # a page for readers
+    assert last_whole_checkpoint(checkpoints) == checkpoints / "checkpoint-3"
     for name in names:
+        if name.name == CARD:
+            continue
         caplog.clear()
         damage(checkpoints / "checkpoint-3" / name, how)
         assert last_whole_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
