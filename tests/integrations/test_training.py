@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,6 +168,15 @@ def test_saved_weights_have_the_modes_of_other_files(tiny_model_folder, tmp_path
         os.umask(before)
     modes = {oct(path.stat().st_mode & 0o777) for path in files_of(tmp_path / "checkpoints")}
     assert modes == {"0o640"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the full device of Linux")
+@pytest.mark.parametrize("size", [1, 1000, 10**6])
+def test_a_full_disk_in_every_form_of_the_writer(size):
+    """By how much of the file is in a buffer when the disk is full."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.save(torch.zeros(size), "/dev/full")
+    assert _is_write_failure(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_no_full_disk(tmp_path):
