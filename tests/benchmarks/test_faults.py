@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_no_fault_is_silent_and_none_crashes(tmp_path):
     """In a process of its own: it forks, and what forks should have no threads of other tests."""
     script = (
