@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from anybatch import pipeline
+from anybatch import pipeline, run_data, run_folder, run_plan
 from anybatch.cli import demo, inspect
 from anybatch.cli.options import resumed
 from anybatch.errors import AnybatchError
@@ -25,9 +25,9 @@ from anybatch.integrations.sentence_transformers.model import ModelConfig, load_
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import LossConfig
 from anybatch.mining import MiningConfig, mine_plan
-from anybatch.pipeline import read_embeddings
 from anybatch.plan import BatchPlan
 from anybatch.run_config import DataConfig, EvaluationConfig, RunConfig, TeacherConfig
+from anybatch.run_plan import read_embeddings
 
 MARK = SEAL.rstrip("0").encode()
 MINED = MiningConfig(cluster_size=4, skip=1, take=6)
@@ -54,15 +54,15 @@ def save_embeddings(folder: Path, seed: int = 0, rows: int = 97) -> TeacherConfi
 
 
 def mine(config: RunConfig, *, resume: bool = False) -> BatchPlan:
-    pairs = pipeline.read_training_pairs(config)
-    with pipeline.open_run(config, resume=resume):
-        return pipeline.make_plan(config, pairs)
+    pairs = run_data.read_training_pairs(config)
+    with run_folder.open_run(config, resume=resume):
+        return run_plan.make_plan(config, pairs)
 
 
 class TestOneWriter:
     @pytest.mark.parametrize("resume", [False, True])
     def test_a_second_one_in_this_process(self, config, resume):
-        with pipeline.open_run(config) as folder:
+        with run_folder.open_run(config) as folder:
             with pytest.raises(AnybatchError, match=rf"in use: process {os.getpid()} on .*another output"):
                 pipeline.train(config, resume=resume)
             with pytest.raises(AnybatchError, match="in use"):
@@ -74,7 +74,7 @@ class TestOneWriter:
     def test_a_killed_one_holds_nothing(self, config):
         child = os.fork()
         if child == 0:
-            with pipeline.open_run(config):
+            with run_folder.open_run(config):
                 time.sleep(60)
             os._exit(0)
         lock = Path(config.output) / ".lock"
@@ -355,7 +355,7 @@ class TestDamage:
         with pytest.raises(AnybatchError, match=r"teacher_positive\.npy is damaged.*Delete"):
             mine(config, resume=True)
         with pytest.raises(AnybatchError, match=r"teacher_positive\.npy is damaged"):
-            pipeline.read_embeddings(str(path), 97)
+            run_plan.read_embeddings(str(path), 97)
         path.unlink()
         assert mine(config, resume=True).digest == plan.digest
 

@@ -22,10 +22,11 @@ from anybatch.files import read_json, write_text
 from anybatch.losses.config import LossConfig, first_temperature
 from anybatch.mining import MiningSet, PlanInspection, inspect_plan, inspect_sets
 from anybatch.pictures import PictureColumn, describe
-from anybatch.pipeline import read_data, read_embeddings
 from anybatch.plan import BatchPlan
 from anybatch.report import Figure, plan_sizes, render_plan_page, set_figures
 from anybatch.run_config import DataConfig, RunConfig
+from anybatch.run_data import read_data
+from anybatch.run_plan import read_embeddings
 
 EXAMPLES = 3  # suspects of a data set whose texts are printed; the page has more
 WIDTH = 100  # characters of a printed text
