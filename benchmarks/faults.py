@@ -94,7 +94,7 @@ class Faults:
         self.whole = self.finished("whole")
         self.expected = {verb: results(self.whole, verb) for verb in ("mine", "train")}
         self.states = {
-            "embedding": ("mine", self.stopped("embedding", "mine", "teacher: positives", 40)),
+            "embedding": ("mine", self.stopped("embedding", "mine", "teacher: positives", ROWS)),
             "searching": ("mine", self.stopped("searching", "mine", "mining: graph", 0)),
             "mined": ("mine", self.finished("mined", verb="mine")),
             "training": ("train", self.stopped("training", "train", "training", 7)),
@@ -102,7 +102,7 @@ class Faults:
         # The same, begun otherwise: what is put in the place of the files of the others.
         other = {"teacher": "other teacher", "more": ["--set", "seed=3"]}
         self.others = {
-            "embedding": self.stopped("other embedding", "mine", "teacher: positives", 40, **other),
+            "embedding": self.stopped("other embedding", "mine", "teacher: positives", ROWS, **other),
             "searching": self.stopped("other searching", "mine", "mining: graph", 0, **other),
             "mined": self.finished("other mined", verb="mine", **other),
             "training": self.stopped("other training", "train", "training", 7, **other),
