@@ -56,6 +56,14 @@ def said(caplog):
         (["anchor", "positive", "negative"], {"negatives": []}, ["anchor", "positive"]),
         (["anchor", "negative"], {"positive": "negative"}, ["anchor", "negative"]),
         (["anchor", "positive", "negation", "neg_score"], {}, ["anchor", "positive"]),
+        (["ID", "Query", "Positive", "Hard_Negative_1"], {}, ["Query", "Positive", "Hard_Negative_1"]),
+        (
+            ["anchor", " positive", " negative"],
+            {},
+            ["anchor", " positive", " negative"],
+        ),  # "anchor, positive, negative"
+        (["Anchor", "anchor", "positive"], {}, ["anchor", "positive"]),
+        (["Anchor", "b"], {"positive": "b"}, ["Anchor", "b"]),
     ],
 )
 def test_conventional_columns(present, given, chosen):
@@ -68,6 +76,7 @@ def test_conventional_columns(present, given, chosen):
     [
         (["text", "label"], {}, "Cannot tell anchor and positive in x.csv; it has 'text', 'label'"),
         (["anchor", "postive"], {}, "no column 'positive'.*Did you mean 'postive'"),
+        (["anchor;positive"], {}, "one column with ';' in its name: .csv wants commas"),
         (["anchor", "positive"], {"negatives": ["negatve"]}, "no column 'negatve'"),
         (["query", "answer"], {"anchor": "answer"}, "Cannot tell|no column 'positive'"),
         (["anchor", "positive"], {"anchor": "anchor", "positive": "anchor"}, "name one column twice"),
@@ -182,6 +191,24 @@ def test_paths_of_pictures(tmp_path, said):
     assert read_pairs(tmp_path / "p.jsonl", pictures=()).anchors[1] == "absent.jpeg"
 
 
+def test_lists_of_pictures_are_all_used(tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+    rows = [{"query": f"a{n}", "pos": "p", "neg": [f"{(n + k) % 4}.png" for k in range(3)]} for n in range(4)]
+    data = read_pairs(write(tmp_path / "p.jsonl", rows))
+    assert [[column[row].encoded for row in range(4)] for column in data.negatives] == [
+        [picture((row + k) % 4) for row in range(4)] for k in range(3)
+    ]
+
+
+@pytest.mark.parametrize("pictures", [None, ()])
+def test_a_few_words_among_paths_of_pictures_are_doubted(tmp_path, said, pictures):
+    (tmp_path / "0.png").write_bytes(picture(0))
+    rows = [{"anchor": "no picture" if n == 2 else "0.png ", "positive": f"p{n}"} for n in range(5)]
+    assert read_pairs(write(tmp_path / "p.jsonl", rows), pictures=pictures).anchors[2] == "no picture"
+    assert ("4 of 5 texts look like paths of pictures" in said()[1]) == (pictures is None)
+
+
 def test_one_folder_a_task(tmp_path):
     for name in ("alpha/train.jsonl", "beta/one.csv", "beta/two.tsv", "gamma.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -209,7 +236,7 @@ def test_one_folder_a_task(tmp_path):
 def test_files_meant_for_testing_are_not_trained_on(tmp_path, names):
     for name in names:
         (tmp_path / f"{name}.jsonl").write_text("x")
-    with pytest.raises(AnybatchError, match=f"{names[1]} would be trained on"):
+    with pytest.raises(AnybatchError, match=rf"{names[1]} would be trained on.*such as .*{names[0]}\.jsonl"):
         find_sets(tmp_path)
 
 

@@ -238,3 +238,16 @@ def test_data_sets_of_a_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(AnybatchError, match="without data sets"):
         find_sets(tmp_path / "empty")
+
+
+def test_judgements_without_a_relevant_document_are_refused(tmp_path):
+    for name in ("corpus", "queries"):
+        (tmp_path / f"{name}.jsonl").write_text('{"_id": "1", "text": "words"}\n')
+    for grade, refused in (("0", True), ("-1", True), ("1", False)):
+        (tmp_path / "qrels.tsv").write_text(f"query-id\tcorpus-id\tscore\n1\t1\t{grade}\n")
+        files = tmp_path / "corpus.jsonl", tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+        if refused:
+            with pytest.raises(AnybatchError, match="no document is relevant"):
+                read_retrieval(*files)
+        else:
+            assert read_retrieval(*files).relevance == {"1": {"1": 1}}

@@ -186,7 +186,7 @@ def test_flaws_of_json_lines_are_named_with_their_line(tmp_path):
     refuse(path, good + '{"anchor": "a", "positive": "b", "id": %s}\n' % ("9" * 5000), "Line 2 .*digits")
     refuse(path, good + '{"anchor": NaN, "positive": "b"}\n', "Row 2 .*'anchor' is nan, which is no text")
     refuse(path, good + '"text"\n', "Line 2 .*holds a str")
-    refuse(path, '[{"anchor": "a", "positive": "b"}]', "Line 1 .*holds a list")
+    refuse(path, '[{"anchor": "a", "positive": "b"}]', "Line 1 .*holds a list.*one JSON array")
     refuse(path, "[\n" + good + "]", "Line 1 .*no JSON.*one JSON array")
     refuse(path, good + "[" * 100_000 + "\n", "Line 2 .*(recursion|no JSON)")
     path.write_text("\n" + good + "\u2028\n".join([""]) + '{"anchor": "x\u2028y", "positive": "b\x85"}\n')

@@ -28,10 +28,10 @@ CONVENTIONS = (
     ("sentence1", "sentence2"),
     ("text1", "text2"),
 )
-NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_?\d+)?")
-PICTURE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_?\d+)?", re.IGNORECASE)
+PICTURE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)\s*$", re.IGNORECASE)
 NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?\s*")
-NO_TEXTS = frozenset(("None", "none", "nan", "NaN", "null", "NULL", "<NA>"))
+NO_TEXTS = frozenset(("None", "none", "nan", "NaN", "null", "NULL", "<NA>", "\\N"))
 Cell = str | list[str]
 FEW = 0.02  # distinct texts a row, below which a column looks like labels
 
@@ -57,7 +57,7 @@ def choose_columns(
 
     Args:
         present: Columns of the file.
-        anchor, positive: Names; None for the first of `CONVENTIONS` that is there.
+        anchor, positive: Names; None for the first of `CONVENTIONS` that is there, in small letters or others.
         negatives: Names; None for all that are called negative, neg_1, hard_negative_2 and the like, in the order of their numbers.
         where: The file, for messages.
 
@@ -67,20 +67,29 @@ def choose_columns(
     for name in (anchor, positive, *(negatives or ())):
         if name is not None and name not in present:
             raise no_column(name, present, where)
-    pairs = [(anchor or first, positive or second) for first, second in CONVENTIONS]
+    written = {name.strip().lower(): name for name in present} | {name: name for name in present}  # "Query" is a query
+    pairs = [
+        (anchor or written.get(first, first), positive or written.get(second, second)) for first, second in CONVENTIONS
+    ]
     chosen = next(
         (pair for pair in pairs if set(pair) <= set(present) and ((anchor and positive) or len(set(pair)) > 1)), None
     )
     if chosen is None:
         for name in dict.fromkeys(pairs[0]):  # what a slip of the pen is nearest to
-            if name not in present and (anchor or positive or {"anchor", "positive"} & set(present)):
+            if name not in present and (anchor or positive or {"anchor", "positive"} & set(written)):
                 raise no_column(name, present, where)
+        separator = re.search(r"[;|\t,]", present[0]) if len(present) == 1 else None
+        separated = (
+            f", one column with {separator[0]!r} in its name: .csv wants commas, .tsv tabs between columns"
+            if separator
+            else ""
+        )
         raise AnybatchError(
-            f"Cannot tell anchor and positive in {where}; it has {listed(present)}. Name the columns: data.anchor (--anchor) and data.positive "
-            "(--positive)."
+            f"Cannot tell anchor and positive in {where}; it has {listed(present)}{separated}. Name the columns: data.anchor (--anchor) and "
+            "data.positive (--positive)."
         )
     if negatives is None:
-        found = [name for name in present if NEGATIVE.fullmatch(name) and name not in chosen]
+        found = [name for name in present if NEGATIVE.fullmatch(name.strip()) and name not in chosen]
         negatives = sorted(found, key=lambda name: int(re.sub(r"\D", "", name) or 0))
     result = Chosen(anchor=chosen[0], positive=chosen[1], negatives=tuple(negatives))
     if len(set(result.names)) < len(result.names):
@@ -216,12 +225,19 @@ def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[s
 
 
 def are_picture_paths(name: str, texts: Sequence[str], folder: Path, where: str) -> bool:
-    """Whether all texts are names of picture files that exist.
+    """Whether all texts are names of picture files that exist. Warns where most are.
 
     Raises:
         AnybatchError: They are such names, and one of the files is not there.
     """
-    if not all(PICTURE.search(text) for text in texts):
+    paths = sum(PICTURE.search(text[-9:]) is not None for text in texts)
+    if paths < len(texts):
+        if paths > len(texts) / 2:
+            logger.warning(
+                "%s, column '%s': %d of %d texts look like paths of pictures, and all are taken as texts. If they are pictures: data.pictures=[%s], and "
+                "leave out the rows without.",
+                where, name, paths, len(texts), name,
+            )  # fmt: skip
         return False
     for row, text in enumerate(texts, start=1):
         if not (folder / text).is_file():

@@ -239,9 +239,10 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
         )
     held_out = [name for name, file in sets if HELD_OUT.match(file.name)]
     if held_out:
+        example = next((f", such as {file}" for _, file in sets if not HELD_OUT.match(file.name)), "")
         raise AnybatchError(
-            f"{path} holds {', '.join(name for name, _ in sets)}; {', '.join(held_out)} would be trained on. Give one of them, such as "
-            f"{sets[0][1]}, or name those to train on in data.sets."
+            f"{path} holds {', '.join(name for name, _ in sets)}; {', '.join(held_out)} would be trained on. Give one of them{example}, or name those to "
+            "train on in data.sets."
         )
     found: dict[str, Path] = {}
     for name, file in sets:
@@ -310,7 +311,9 @@ def read_pairs(
     if limit is not None and limit < 1:
         raise AnybatchError(f"The limit is {limit}; expected at least 1 row.")
     limit = limit and min(limit, sys.maxsize)
-    columns: dict[str, Any] = dict(find_pictures(path, chosen.names, limit))
+    columns: dict[str, list[Any]] = {
+        name: [column] for name, column in find_pictures(path, chosen.names, limit).items()
+    }
     cells: dict[str, list[Cell]] = {name: [] for name in chosen.names if name not in columns}
     later = dict.fromkeys(present)
     for row, record in enumerate(islice(records(path, list(cells), quoting), limit) if cells else (), start=1):
@@ -321,16 +324,17 @@ def read_pairs(
     late = [name for name in later if NEGATIVE.fullmatch(name) and name not in present]
     if late and negatives is None:
         raise AnybatchError(f"{path} has '{late[0]}' in some rows only. Fill it in all rows, or set data.negatives=[].")
-    if not all(cells.values()) or not all(map(len, columns.values())):
+    if not all(cells.values()) or not all(len(column) for [column] in columns.values()):
         raise AnybatchError(
             f"{path} is empty: it has no rows. Expected pairs in the columns '{chosen.anchor}' and '{chosen.positive}'."
         )
     texts, remarks = spread(cells, chosen, where)
     folder = path if path.is_dir() else path.parent
-    for name, [column, *_] in texts.items():
-        if name in pictures if pictures is not None else are_picture_paths(name, column, folder, where):
-            columns[name] = PictureColumn.of_paths(column, folder, f"'{name}' of {path}")
-    found = {name: [columns[name]] if name in columns else texts[name] for name in chosen.names}
+    for name, parts in texts.items():
+        declared = name in pictures if pictures is not None else None
+        if declared or (declared is None and all(are_picture_paths(name, part, folder, where) for part in parts)):
+            columns[name] = [PictureColumn.of_paths(part, folder, f"'{name}' of {path}") for part in parts]
+    found = texts | columns
     pairs = PairData(
         anchors=found[chosen.anchor][0],
         positives=found[chosen.positive][0],
@@ -401,6 +405,10 @@ def read_retrieval(
     if not relevance:
         found = f"; it has the splits {', '.join(sorted(seen_splits))}" if seen_splits else ""
         raise AnybatchError(f"{qrels} has no judgements{f' of split {split!r}' if split else ''}{found}.")
+    if not any(grade > 0 for grades in relevance.values() for grade in grades.values()):
+        raise AnybatchError(
+            f"No judgement in {qrels} has a grade above 0, so that no document is relevant. Is 'score' the right column?"
+        )
     others = ", ".join(f"{name!r} ({count} judgements)" for name, count in seen_splits.items() if name != split)
     logger.info(
         "%s: %d judged queries, %d documents; not used: %d queries without judgements%s.",

@@ -267,7 +267,12 @@ class BatchPlan:
         from safetensors.numpy import load
 
         if not Path(path).is_file():
-            raise AnybatchError(f"There is no plan at {path}. Make one with `anybatch mine`, or check the path.")
+            what = (
+                "is a folder: give the plan.safetensors in it"
+                if Path(path).is_dir()
+                else "is not there: check the path"
+            )
+            raise AnybatchError(f"There is no plan at {path}, which {what}, or make one with `anybatch mine`.")
         content = read_sealed(path, "Give the plan.safetensors that `anybatch mine` wrote, or make it again.")
         try:
             kept, arrays = json.loads(tensors_metadata(content)[FORMAT]), load(content)

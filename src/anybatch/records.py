@@ -146,12 +146,12 @@ def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     """The JSON object that a line holds."""
+    array = " The file seems to be one JSON array: write its objects one a line." if line[0] == "[" else ""
     try:
         record = _decode(line)
         if "\\ud" in line.lower():
             json.dumps(record, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        array = " The file seems to be one JSON array: write its objects one a line." if line[0] == "[" else ""
         raise AnybatchError(
             f"{where} is no JSON ({error.msg}, column {error.colno}). Expected one object a line.{array}"
         ) from error
@@ -163,7 +163,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, lists a thousand deep
         raise AnybatchError(f"{where} cannot be read: {error}.") from error
     if not isinstance(record, dict):
-        raise AnybatchError(f"{where} holds a {type(record).__name__}; expected one JSON object a line.")
+        raise AnybatchError(f"{where} holds a {type(record).__name__}; expected one JSON object a line.{array}")
     return record
 
 

@@ -128,7 +128,7 @@ def test_devices_that_are_not_there(main, tiny_model_folder, pairs_file, tmp_pat
             continue
         code, said = main(*given, "--set", "mining.method=random", "--set", f"model.device={device}")
         assert (code, "Traceback" in said) == (2, False), said
-        assert "device" in said
+        assert "model.device" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -340,6 +340,22 @@ def test_a_signal_while_importing():
     _, said = process.communicate(timeout=60)
     assert process.returncode in (130, 2), said  # 2: it was quicker, and has no such data
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("streams", "code"), [(">&-", 0), ("<&- >&- 2>&-", 0), ("2>/dev/full", 2), (">/dev/full", 2), ("2>&1 | true", None)]
+)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_streams_that_are_closed_or_full(streams, code):
+    wrong = (
+        "evaluate /nope --data /nope.jsonl"
+        if "2>/" in streams or "|" in streams
+        else "train --show-config --data d --output o"
+    )
+    command = f"{sys.executable} -m anybatch {wrong} {streams}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == (2 if code is None else code), done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
 
 
 def test_a_reader_that_goes_away():

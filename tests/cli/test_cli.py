@@ -17,7 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from anybatch.cli import mine as mine_module
 from anybatch.cli import progress
+from anybatch.cli import train as train_module
 from anybatch.cli.app import app
 from anybatch.configuration import load_config
 from anybatch.errors import AnybatchError
@@ -91,6 +93,20 @@ def test_evaluate_shows_progress(pairs_file, tiny_model_folder, monkeypatch):
     said = heard.export_text()
     assert "embedding: anchors: 97/97" in said
     assert "embedding: positives: 97/97" in said
+
+
+def test_the_folder_is_named_whole(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
+    """Square brackets are no markup, and a long path is one line, to be copied."""
+    folder = tmp_path / ("long" * 20) / "[bold]"
+    for module in (mine_module, train_module):
+        heard = Console(width=80, record=True, force_terminal=False, stderr=True)
+        monkeypatch.setattr(module, "console", heard)
+        verb, model = ("mine", []) if module is mine_module else ("train", ["--model", str(tiny_model_folder)])
+        run(
+            verb, "--data", str(pairs_file), *model, "--output", str(folder / verb), "--batch-size", "16",
+            "--set", "mining.method=random", "--set", "train.max_steps=1",
+        )  # fmt: skip
+        assert f"{folder / verb}/" in heard.export_text()
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:

@@ -337,6 +337,10 @@ class TestRowNumbers:
         ):
             with pytest.raises(AnybatchError, match=r"expected a Dataset .* of a stream have no fixed numbers"):
                 with_index(given)
+        with pytest.raises(
+            AnybatchError, match="'a' is a dictionary of data sets itself"
+        ):  # its rows would get numbers twice
+            with_index({"a": {"b": dataset(), "c": dataset()}, "d": dataset()})
 
     def test_evaluation_rows_may_have_any_label(self, tiny_model_folder, tmp_path):
         training, _ = one_trainer(tiny_model_folder, tmp_path, with_index(dataset()), sogclr(ROWS))

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -48,6 +49,7 @@ class Stopped(BaseException):
 
 def main() -> None:
     """Entry point of the `anybatch` command."""
+    _open_streams()
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below would cut into ours
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # Under torchrun SIGTERM ends a rank at once, as it must where one waits for another that has gone.
@@ -65,7 +67,8 @@ def main() -> None:
     for number in signals:
         signal.signal(number, signal.SIG_DFL)
     if words:
-        print(words, file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full: the exit code says it
+            print(words, file=sys.stderr, flush=True)
     _leave(code, at_once=launched)
 
 
@@ -134,6 +137,16 @@ def _run() -> int:
         group.invoke(context)
     sys.stdout.flush()  # here, where a reader that has gone is an error like any other
     return 0
+
+
+def _open_streams() -> None:
+    """Open what the caller closed (`>&-`) on nothing: prints would fail, and a file opened later would receive them under the free number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.close(number)
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -82,7 +82,10 @@ def command(
         raise AnybatchError(f"{folder} exists. Choose another folder for --output.")
     base = _base_config(folder, pairs, epochs)
     console.print(
-        f"anybatch demo: {pairs} title/abstract pairs, {len(METHODS)} methods, everything in {folder}/", highlight=False
+        f"anybatch demo: {pairs} title/abstract pairs, {len(METHODS)} methods, everything in {folder}/",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     results: dict[str, RunResult] = {}
     with Bars() as bars:
@@ -191,4 +194,9 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: 
     terminal = Console(width=max(108, Console().width))  # a table whose cells wrap cannot be read
     terminal.print(comparison_table(rows, METHODS[0].name))
     terminal.print("One seed, minutes of training: differences of a hundredth mean little.", highlight=False)
-    terminal.print(f"Report: {folder / 'report.html'}   models: {folder}/a/model to {folder}/f/model", highlight=False)
+    terminal.print(
+        f"Report: {folder / 'report.html'}   models: {folder}/a/model to {folder}/f/model",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

@@ -97,4 +97,4 @@ def command(
         console.print(sentence, highlight=False, markup=False)
     if html is not None:
         write_text(html, render_gradient_page(comparison, title=f"Gradients of {plan_path}", missing=missing))
-        console.print(f"Page: {html}", highlight=False, markup=False)
+        console.print(f"Page: {html}", highlight=False, markup=False, soft_wrap=True)

@@ -103,7 +103,7 @@ def command(
             missing=missing,
         )
         write_text(html, page)
-        console.print(f"Page: {html}", highlight=False, markup=False)
+        console.print(f"Page: {html}", highlight=False, markup=False, soft_wrap=True)
 
 
 def find_plan(path: Path) -> tuple[Path, RunConfig | None, Path]:
@@ -111,8 +111,6 @@ def find_plan(path: Path) -> tuple[Path, RunConfig | None, Path]:
     folder = path if path.is_dir() else path.parent
     config = load_config(RunConfig, folder / "config.yaml") if (folder / "config.yaml").exists() else None
     plan_path = folder / "plan.safetensors" if path.is_dir() else path
-    if path.is_dir() and not plan_path.exists() and config is not None and config.plan is not None:
-        plan_path = Path(config.plan)  # a run of before plans were copied into its folder
     return folder, config, plan_path
 
 

@@ -36,7 +36,12 @@ def command(
     console.print(
         f"{folder / 'plan.safetensors'}: {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch.",
         highlight=False,
+        markup=False,  # a folder may be called runs/[a]
+        soft_wrap=True,
     )
     console.print(
-        f"See what is in it with: anybatch inspect plan {folder} --html {folder / 'plan.html'}", highlight=False
+        f"See what is in it with: anybatch inspect plan {folder} --html {folder / 'plan.html'}",
+        highlight=False,
+        markup=False,  # a folder may be called runs/[a]
+        soft_wrap=True,
     )

@@ -38,6 +38,8 @@ def command(
     console.print(
         f"Model: {settings.output}/model   log: {settings.output}/log.jsonl   figures: {settings.output}/metrics.json",
         highlight=False,
+        markup=False,  # a folder may be called runs/[a]
+        soft_wrap=True,
     )
     if result.metrics:
         console.print(metrics_table({"untrained": result.metrics_untrained, "trained": result.metrics}))

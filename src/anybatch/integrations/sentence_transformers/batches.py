@@ -43,6 +43,10 @@ def with_index(dataset: Sets, *, first: int = 0) -> Sets:
     if isinstance(dataset, dict):
         numbered = {}
         for name, part in dataset.items():
+            if isinstance(part, dict):
+                raise AnybatchError(
+                    f"'{name}' is a dictionary of data sets itself; expected a data set. Give the splits to train on."
+                )
             numbered[name] = with_index(part, first=first)
             first += len(part)
         return type(dataset)(numbered)  # pyright: ignore[reportReturnType] - DatasetDict and dict alike

@@ -70,10 +70,12 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
             raise AnybatchError(
                 f"{config.name} {flaw}. If you changed it yourself, delete {CONTENTS} there; else bring back the files that were saved."
             )
-    if config.device == "cuda" and not torch.cuda.is_available():
+    try:
+        torch.empty(0, device=config.device)
+    except (AssertionError, RuntimeError) as error:
         raise AnybatchError(
-            "model.device is 'cuda', and this machine has no GPU that PyTorch can use. Leave it out, or set it to cpu."
-        )
+            f"model.device is '{config.device}', which PyTorch cannot use on this machine ({str(error).splitlines()[0]}). Leave it out, or set it to cpu."
+        ) from error
     try:
         with torch.random.fork_rng(devices=()):  # weights that the files lack are drawn, the same ones at every load
             torch.default_generator.manual_seed(0)
