@@ -113,12 +113,13 @@ class RecordingPass:
         random: RandomState,
         written: WrittenState,
         may_split: bool = True,
+        first: bool = False,
     ) -> None:
         self.encode, self.slicer, self.queue, self.on_split = encode, slicer, queue, on_split
         self.budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
         self.to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(queue))
         self.random, self.written = random, written
-        self.may_split = may_split
+        self.may_split, self.first = may_split, first
         self.training = torch.is_grad_enabled()
         self.pieces: list[Piece] = []
         self.flats: list[Tensor] = []
@@ -139,7 +140,8 @@ class RecordingPass:
         keep = len(self.pieces) < self.to_keep or (budget is not None and budget.has_room(self.slicer, rows))
         # Until an output needs a gradient a graph is asked for: it costs nothing where nothing trains, and tells so.
         with_graph = self.training and (keep or not any(self.trains))
-        with torch.set_grad_enabled(with_graph), out_of_memory_as_none() as attempt:
+        # In an encoder's first step always, and dropped: what it keeps for later passes (weights for each width) then leads to its parameters.
+        with torch.set_grad_enabled(with_graph or self.first), out_of_memory_as_none() as attempt:
             measuring = budget.measure(self.slicer, rows) if budget is not None and with_graph else None
             attempt.result = encode_rows(self.encode, self.slicer, rows, measuring)
         if attempt.error is not None:
@@ -149,7 +151,11 @@ class RecordingPass:
                 before.restore()
             self.written.note()
             self.written.restore(there)
-            self._make_room(rows, attempt.error, kept=with_graph and any(self.trains))
+            if self.first and not with_graph:
+                self.first = False
+                self.queue.appendleft(rows)
+            else:
+                self._make_room(rows, attempt.error, kept=with_graph and any(self.trains))
             return
         outputs: tuple[Tensor, ...] = attempt.result
         self._store(rows, outputs)

@@ -122,8 +122,9 @@ def record(
             broadcast_buffers(wrapped)
             random = RandomState(generators_of(encode, held) if training else ())
             written = WrittenState(held if training else ())
-            if training:
-                refuse_neighbours(encode, slicer, micro_batches, held, random, written, sharded=sharded)
+            first = training and refuse_neighbours(
+                encode, slicer, micro_batches, held, random, written, sharded=sharded
+            )
             recorded = RecordingPass(
                 encode,
                 slicer,
@@ -133,6 +134,7 @@ def record(
                 random=random,
                 written=written,
                 may_split=not sharded,
+                first=first,
             )
             recorded.run()
     finally:
@@ -332,8 +334,18 @@ def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Ten
         for output, grad in zip(outputs, grads)
         if grad is not None and output.requires_grad
     ]
-    if pairs:
+    if not pairs:
+        return
+    try:
         torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise AnybatchError(
+            "The encoder uses what an earlier forward pass computed from its parameters, such as weights kept in a dictionary or a parametrization under "
+            "torch.nn.utils.parametrize.cached(). One backward pass has used it up, and every micro-batch has its own. Compute it in each forward pass. "
+            "No gradient was changed."
+        ) from error
 
 
 @torch.no_grad()
