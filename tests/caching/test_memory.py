@@ -1,7 +1,6 @@
 """Graphs kept while memory allows; micro-batches split when it runs out."""
 
 import gc
-
 import weakref
 
 import pytest
