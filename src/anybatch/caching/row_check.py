@@ -22,7 +22,13 @@ from anybatch.caching.device_memory import is_out_of_memory
 from anybatch.caching.forward import Encoder, encode_rows
 from anybatch.caching.memory import out_of_memory_as_none
 from anybatch.caching.modules import generators_of
-from anybatch.caching.reduction import broadcast_buffers, distributed_modules, no_reduction, on_any_rank
+from anybatch.caching.reduction import (
+    broadcast_buffers,
+    distributed_modules,
+    no_reduction,
+    on_any_rank,
+    refuse_hidden_distributed,
+)
 from anybatch.caching.rows import RowSlicer, Trim
 from anybatch.caching.state import ModeState, RandomState, WrittenState
 from anybatch.errors import AnybatchError
@@ -85,7 +91,7 @@ def _seen_trim(
     wrapped = distributed_modules(modules)
     if any(isinstance(module, FSDPModule) for module in wrapped):
         return None
-    with no_reduction(wrapped):
+    with no_reduction(wrapped), refuse_hidden_distributed(wrapped):
         broadcast_buffers(wrapped)
         passes = _Passes(encode, slicer, RandomState(generators_of(encode, modules)), WrittenState(modules))
         return _constant_in_some_mode(passes, modules, lambda: _harmless_trim(passes, rows, leading))
