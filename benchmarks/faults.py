@@ -34,7 +34,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-from anybatch.files import file_digest, write_text
+from anybatch.files import CARD, file_digest, write_text
 
 ROWS, FLIPS, KILLS = 96, 150, 20
 WHOLE = 10  # of so many flips that were given to a reader, one is given to a whole command too
@@ -94,7 +94,7 @@ class Faults:
         self.whole = self.finished("whole")
         self.expected = {verb: results(self.whole, verb) for verb in ("mine", "train")}
         self.states = {
-            "embedding": ("mine", self.stopped("embedding", "mine", "teacher: positives", 40)),
+            "embedding": ("mine", self.stopped("embedding", "mine", "teacher: positives", ROWS)),
             "searching": ("mine", self.stopped("searching", "mine", "mining: graph", 0)),
             "mined": ("mine", self.finished("mined", verb="mine")),
             "training": ("train", self.stopped("training", "train", "training", 7)),
@@ -102,7 +102,7 @@ class Faults:
         # The same, begun otherwise: what is put in the place of the files of the others.
         other = {"teacher": "other teacher", "more": ["--set", "seed=3"]}
         self.others = {
-            "embedding": self.stopped("other embedding", "mine", "teacher: positives", 40, **other),
+            "embedding": self.stopped("other embedding", "mine", "teacher: positives", ROWS, **other),
             "searching": self.stopped("other searching", "mine", "mining: graph", 0, **other),
             "mined": self.finished("other mined", verb="mine", **other),
             "training": self.stopped("other training", "train", "training", 7, **other),
@@ -193,9 +193,10 @@ class Faults:
             return Counter(pool.map(lambda fault: fault(), list(faults)))
 
     def files(self, state: str, pattern: str) -> list[str]:
-        """Files of the folder of a state, relative to it."""
+        """Files of the folder of a state, relative to it, but model cards, which no run reads."""
         folder = self.states[state][1]
-        return sorted(str(path.relative_to(folder)) for path in folder.glob(pattern) if path.is_file())
+        found = (path for path in folder.glob(pattern) if path.is_file() and path.name != CARD)
+        return sorted(str(path.relative_to(folder)) for path in found)
 
     def arguments(self, verb: str, output: Path, *, teacher: str = "teacher", more: Sequence[str] = ()) -> list[str]:
         """A whole command."""
@@ -323,7 +324,7 @@ def read_checkpoint(folder: Path) -> bool:
 
 def read_teacher(folder: Path) -> bool:
     """False if damaged embeddings can be read."""
-    from anybatch.pipeline import read_embeddings
+    from anybatch.run_plan import read_embeddings
 
     for side in ("anchor", "positive"):
         read_embeddings(str(folder / f"teacher_{side}.npy"), ROWS)

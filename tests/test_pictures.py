@@ -16,8 +16,8 @@ from anybatch.data import PairData, PairSet, find_sets, join_pairs, read_pairs
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
 from anybatch.pictures import Picture, PictureColumn, describe, pick
-from anybatch.pipeline import with_mined_negatives
 from anybatch.plan import BatchPlan
+from anybatch.run_plan import with_mined_negatives
 from tests.pictures import caption, picture, save_pairs
 
 NUMBERS = [0, 1, 2, 3, 4, 1, 6, 0, 8]

@@ -13,21 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from anybatch import pipeline
-from anybatch.cli import demo
+from anybatch import pipeline, run_data, run_folder, run_plan
+from anybatch.cli import demo, inspect
 from anybatch.cli.options import resumed
 from anybatch.errors import AnybatchError
-from anybatch.files import CONTENTS
+from anybatch.files import CONTENTS, SEAL, write_json
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import LossConfig
 from anybatch.mining import MiningConfig, mine_plan
-from anybatch.pipeline import read_embeddings
 from anybatch.plan import BatchPlan
 from anybatch.run_config import DataConfig, EvaluationConfig, RunConfig, TeacherConfig
+from anybatch.run_plan import read_embeddings
 
+MARK = SEAL.rstrip("0").encode()
 MINED = MiningConfig(cluster_size=4, skip=1, take=6)
 
 
@@ -52,15 +54,15 @@ def save_embeddings(folder: Path, seed: int = 0, rows: int = 97) -> TeacherConfi
 
 
 def mine(config: RunConfig, *, resume: bool = False) -> BatchPlan:
-    pairs = pipeline.read_training_pairs(config)
-    with pipeline.open_run(config, resume=resume):
-        return pipeline.make_plan(config, pairs)
+    pairs = run_data.read_training_pairs(config)
+    with run_folder.open_run(config, resume=resume):
+        return run_plan.make_plan(config, pairs)
 
 
 class TestOneWriter:
     @pytest.mark.parametrize("resume", [False, True])
     def test_a_second_one_in_this_process(self, config, resume):
-        with pipeline.open_run(config) as folder:
+        with run_folder.open_run(config) as folder:
             with pytest.raises(AnybatchError, match=rf"in use: process {os.getpid()} on .*another output"):
                 pipeline.train(config, resume=resume)
             with pytest.raises(AnybatchError, match="in use"):
@@ -72,7 +74,7 @@ class TestOneWriter:
     def test_a_killed_one_holds_nothing(self, config):
         child = os.fork()
         if child == 0:
-            with pipeline.open_run(config):
+            with run_folder.open_run(config):
                 time.sleep(60)
             os._exit(0)
         lock = Path(config.output) / ".lock"
@@ -206,6 +208,79 @@ class TestStalePlans:
             mine(config, resume=True)
 
 
+class TestStaleFigures:
+    @pytest.mark.parametrize("what", ["the weights of model.name", "the held-out data"])
+    def test_what_the_run_began_with_was_changed(self, config, tiny_model_folder, pairs_file, tmp_path, what):
+        """The figures before training are measured once; they would stand beside those of another model, or of other pairs."""
+        own, held_out = tmp_path / "model", tmp_path / "held out.jsonl"
+        shutil.copytree(tiny_model_folder, own)
+        held_out.write_text("".join(pairs_file.read_text().splitlines(True)[:20]))
+        config = replace(
+            config,
+            model=ModelConfig(name=str(own), device="cpu"),
+            evaluation=EvaluationConfig(path=str(held_out)),
+        )
+        pipeline.train(config)
+        (Path(config.output) / "metrics.json").unlink()
+        if what == "the held-out data":
+            held_out.write_text("".join(pairs_file.read_text().splitlines(True)[20:40]))
+        else:
+            model = SentenceTransformer(str(own), device="cpu")
+            with torch.no_grad():
+                model[0].model.embeddings.word_embeddings.weight.mul_(2.0)
+            model.save_pretrained(str(own))
+        with pytest.raises(AnybatchError, match=rf"{what} changed since. Put back"):
+            pipeline.train(config, resume=True)
+
+    def test_weights_that_the_files_lack_are_drawn_alike(self, config, tiny_model_folder, tmp_path):
+        """A checkpoint without a pooler is no other model at every load."""
+        own = tmp_path / "model"
+        shutil.copytree(tiny_model_folder, own)
+        weights = load_file(own / "model.safetensors")
+        save_file(
+            {name: tensor for name, tensor in weights.items() if "pooler" not in name},
+            own / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        config = replace(
+            config,
+            model=ModelConfig(name=str(own), device="cpu"),
+            mining=MINED,
+            teacher=TeacherConfig(name=str(own)),
+        )
+        pipeline.train(config)
+        model = load_model(config.model)
+        torch.manual_seed(5)
+        torch.testing.assert_close(load_model(config.model).state_dict(), model.state_dict(), rtol=0, atol=0)
+        for name in ("metrics.json", "plan.safetensors"):
+            (Path(config.output) / name).unlink()
+        pipeline.train(config, resume=True)
+
+
+class TestFiles:
+    def test_what_file_managers_leave(self, config):
+        out = Path(config.output)
+        out.mkdir(parents=True)
+        for name in (".DS_Store", "desktop.ini", "Thumbs.db"):
+            (out / name).write_text("")
+        digest = mine(config).digest
+        assert mine(config, resume=True).digest == digest
+        with pytest.raises(AnybatchError, match="already holds a run"):
+            mine(config)
+
+    def test_checkpoints_without_lists_are_not_deleted(self, config):
+        """A kill cuts one short; lists that are gone from several were lost otherwise, and days of work with them."""
+        pipeline.train(config)
+        out = Path(config.output)
+        (out / "metrics.json").unlink()
+        checkpoints = sorted((out / "checkpoints").iterdir())
+        for path in checkpoints:
+            (path / CONTENTS).unlink()
+        with pytest.raises(AnybatchError, match=r"checkpoint-2 was cut short.*checkpoint-1 was cut short"):
+            pipeline.train(config, resume=True)
+        assert sorted((out / "checkpoints").iterdir()) == checkpoints
+
+
 class TestDamage:
     @pytest.mark.parametrize("name", ["config.yaml", "plan.safetensors", "metrics_untrained.json", "metrics.json"])
     @pytest.mark.parametrize("how", ["flipped", "empty", "of another run"])
@@ -229,6 +304,38 @@ class TestDamage:
         path.write_bytes(content)
         pipeline.train(config, resume=True)
 
+    def test_a_whole_file_of_another_kind(self, config):
+        """Every sealed file of a run in the place of every other."""
+        pipeline.train(config)
+        folder = Path(config.output)
+        write_json(folder / "mining.json", {"plan": "", "audit": {}})
+        sealed = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and MARK in path.read_bytes()}
+        assert {"metrics.json", "metrics_untrained.json", "config.yaml", "plan.safetensors", CONTENTS} <= {
+            path.name for path in sealed
+        }
+        readers = {
+            "metrics.json": lambda: pipeline.train(config, resume=True),
+            "metrics_untrained.json": lambda: unfinished(config),
+            "plan.safetensors": lambda: BatchPlan.load(folder / "plan.safetensors"),
+            "config.yaml": lambda: resumed(config.output),
+            "mining.json": lambda: inspect.command(folder),
+            CONTENTS: lambda: load_model(ModelConfig(name=str(folder / "model"))),
+        }
+
+        def unfinished(config: RunConfig) -> None:
+            (folder / "metrics.json").unlink()
+            pipeline.train(config, resume=True)
+
+        for path in sealed:
+            if path.parent.name.startswith("checkpoint-"):
+                continue
+            for other in {name.name: found for name, found in sealed.items() if name.name != path.name}.values():
+                path.write_bytes(other)
+                with pytest.raises(AnybatchError):
+                    readers[path.name]()
+                for name, kept in sealed.items():
+                    name.write_bytes(kept)
+
     def test_a_configuration_changed_by_hand_is_not_resumed(self, config):
         mine(config)
         path = Path(config.output) / "config.yaml"
@@ -248,7 +355,7 @@ class TestDamage:
         with pytest.raises(AnybatchError, match=r"teacher_positive\.npy is damaged.*Delete"):
             mine(config, resume=True)
         with pytest.raises(AnybatchError, match=r"teacher_positive\.npy is damaged"):
-            pipeline.read_embeddings(str(path), 97)
+            run_plan.read_embeddings(str(path), 97)
         path.unlink()
         assert mine(config, resume=True).digest == plan.digest
 
@@ -261,6 +368,11 @@ class TestDamage:
         (folder / "model.safetensors").write_bytes(content)
         with pytest.raises(AnybatchError, match=rf"damaged in model\.safetensors.*delete {CONTENTS}"):
             load_model(ModelConfig(name=str(folder)))
+        content[-10] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+        (folder / "README.md").write_text("What this model is for.")  # its owner's to write
+        (folder / "picture.png").write_bytes(b"added")
+        load_model(ModelConfig(name=str(folder)))
         model.save_pretrained(str(folder))  # somebody else's change, as the message says
         (folder / CONTENTS).unlink()
         load_model(ModelConfig(name=str(folder)))

@@ -164,7 +164,7 @@ def _prepare(folder: Path, shapes: Shapes, identity: str) -> None:
 
 def _is_of(label: Path, identity: str) -> bool:
     try:
-        return read_json(label, "")["identity"] == identity
+        return read_json(label, "", "identity")["identity"] == identity
     except AnybatchError:
         return False
 

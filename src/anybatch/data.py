@@ -162,6 +162,13 @@ class RetrievalData:
     corpus_texts: Sequence[str]
     relevance: Mapping[str, Mapping[str, int]]
 
+    @cached_property
+    def digest(self) -> str:
+        """Of all of it."""
+        judged = [f"{query} {sorted(grades.items())}" for query, grades in sorted(self.relevance.items())]
+        columns = (self.query_ids, self.query_texts, self.corpus_ids, self.corpus_texts, judged)
+        return text_digest(columns)
+
 
 def text_digest(columns: Sequence[Column]) -> str:
     """The digest of anchors, positives and negatives, column after column in row order: what binds a plan to its data."""

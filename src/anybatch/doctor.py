@@ -13,9 +13,10 @@ from anybatch.caching import Verification, verify
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.model import load_model
 from anybatch.losses.config import build_loss
-from anybatch.pipeline import first_inputs, read_training_pairs
+from anybatch.pipeline import first_inputs
 from anybatch.rows import RowTable
 from anybatch.run_config import RunConfig
+from anybatch.run_data import read_training_pairs
 
 
 def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:

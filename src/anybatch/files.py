@@ -24,6 +24,7 @@ from typing import Any
 from anybatch.errors import AnybatchError
 
 CONTENTS = "anybatch_contents.json"
+CARD = "README.md"  # a model's page, its owner's to edit; no run reads it
 LOCK = ".lock"
 _MARK, _DIGITS = b"anybatch-digest:", 32
 SEAL = (
@@ -123,13 +124,22 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     write_sealed(path, json.dumps({"digest": SEAL, **value}, indent=2).encode())
 
 
-def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str], remedy: str, *keys: str) -> dict[str, Any]:
     """What `write_json` wrote, without the digest.
 
+    Args:
+        path, remedy: See `read_sealed`.
+        keys: What tells this kind of file from the others that are sealed.
+
     Raises:
-        AnybatchError: See `read_sealed`.
+        AnybatchError: See `read_sealed`; a whole file of another kind.
     """
-    value = json.loads(read_sealed(path, remedy))
+    content = read_sealed(path, remedy)
+    value = None
+    with contextlib.suppress(ValueError):
+        value = json.loads(content)
+    if not isinstance(value, dict) or not {"digest", *keys} <= value.keys():
+        raise AnybatchError(f"{path} is whole, but another kind of file has taken its place. {remedy}")
     del value["digest"]
     return value
 
@@ -143,7 +153,7 @@ def seal_folder(folder: Path, **facts: Any) -> None:
     """Sync all files in `folder`, give them the modes of new files, and list their sizes and digests in `CONTENTS`, written last.
 
     Args:
-        folder: With folders in it, or without.
+        folder: With folders in it, or without. Its model card is not listed.
         facts: Further entries of the list, which is sealed JSON.
 
     Cost: one pass over the files, about 1 GB a second, and their way to the disk.
@@ -154,7 +164,8 @@ def seal_folder(folder: Path, **facts: Any) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             os.chmod(path, 0o666 & ~_umask())  # some libraries write weights for their owner alone
-            listed[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_digest(path)]
+            if path.name != CARD:
+                listed[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_digest(path)]
         for inner in (path for path in folder.rglob("*") if path.is_dir()):
             sync_folder(inner)
     except OSError as error:
@@ -173,7 +184,7 @@ def flaw_of(folder: Path, **facts: Any) -> str | None:
     if not (folder / CONTENTS).exists():
         return f"was cut short: it has no {CONTENTS}"
     try:
-        kept = read_json(folder / CONTENTS, "")
+        kept = read_json(folder / CONTENTS, "", "files")
     except AnybatchError:
         return f"is damaged in {CONTENTS}"
     for fact, value in facts.items():

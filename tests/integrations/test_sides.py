@@ -12,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
-from anybatch import pipeline
+from anybatch import pipeline, run_plan
 from anybatch.data import PairSet, read_pairs
 from anybatch.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import CachedLoss, ModelConfig, embed_texts, load_model
@@ -155,7 +155,7 @@ def test_two_towers_are_mined_measured_and_remembered_through_their_own(tiny_mod
         mining=MiningConfig(cluster_size=4, skip=1, take=6),
         batch_size=8,
     )
-    np.testing.assert_allclose(pipeline.teacher_embeddings(config, pairs)[0], anchors, atol=1e-6)
+    np.testing.assert_allclose(run_plan.teacher_embeddings(config, pairs)[0], anchors, atol=1e-6)
     np.testing.assert_allclose(np.load(tmp_path / "run" / "teacher_positive.npy"), positives, atol=1e-6)
     warm_start_from_model(model, pairs, SogCLR(len(pairs)), folder=tmp_path)
     np.testing.assert_allclose(np.load(tmp_path / "warm_start_anchor.npy"), anchors, atol=1e-6)

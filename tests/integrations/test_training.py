@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from anybatch.errors import AnybatchError
-from anybatch.files import CONTENTS
+from anybatch.files import CARD, CONTENTS, seal_folder
 from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig, last_whole_checkpoint, train_model
 from anybatch.integrations.sentence_transformers import callback as callback_module
 from anybatch.integrations.sentence_transformers.training import _is_write_failure, _make_recorder, forgotten
@@ -70,6 +71,20 @@ def test_resuming_deletes_only_what_was_cut_short(tiny_model_folder, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == result.log
 
 
+def test_another_number_of_ranks_is_said_aloud(tiny_model_folder, tmp_path, caplog):
+    """Generators of ranks that were not there cannot be brought back: dropout is another than in the uninterrupted run."""
+    train(tiny_model_folder, tmp_path)
+    assert "processes" not in caplog.text
+    newest = tmp_path / "checkpoints" / "checkpoint-3"
+    for rank in range(2):
+        shutil.copy(newest / "rng_state.pth", newest / f"rng_state_{rank}.pth")
+    (newest / "rng_state.pth").unlink()
+    (newest / CONTENTS).unlink()
+    seal_folder(newest, run="")
+    train(tiny_model_folder, tmp_path, resume=True, epochs=2)
+    assert "checkpoint-3 was saved by 2 processes, and 1 go on" in caplog.text
+
+
 def test_only_the_first_rank_writes_the_log_and_its_lines_come_back_from_the_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [{"step": step, "epoch": 0.1 * step, "loss": 1.0} for step in (1, 2, 3)]
@@ -112,7 +127,11 @@ def test_any_damaged_file_of_a_checkpoint_is_named_and_the_one_before_is_used(ti
     names = [path.relative_to(kept) for path in files_of(kept)]
     wanted = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     assert wanted | {"anybatch_loss.safetensors", "anybatch_contents.json"} <= {str(name) for name in names}
+    damage(checkpoints / "checkpoint-3" / CARD, how)  # a page for readers
+    assert last_whole_checkpoint(checkpoints) == checkpoints / "checkpoint-3"
     for name in names:
+        if name.name == CARD:
+            continue
         caplog.clear()
         damage(checkpoints / "checkpoint-3" / name, how)
         assert last_whole_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
@@ -149,6 +168,15 @@ def test_saved_weights_have_the_modes_of_other_files(tiny_model_folder, tmp_path
         os.umask(before)
     modes = {oct(path.stat().st_mode & 0o777) for path in files_of(tmp_path / "checkpoints")}
     assert modes == {"0o640"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the full device of Linux")
+@pytest.mark.parametrize("size", [1, 1000, 10**6])
+def test_a_full_disk_in_every_form_of_the_writer(size):
+    """By how much of the file is in a buffer when the disk is full."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.save(torch.zeros(size), "/dev/full")
+    assert _is_write_failure(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_no_full_disk(tmp_path):

@@ -29,10 +29,10 @@ from anybatch.mining import (
     suspect_pairs,
 )
 from anybatch.mining import neighbors as neighbors_module
-from anybatch.pipeline import read_data
 from anybatch.plan import BatchPlan
 from anybatch.rows import RowTable
 from anybatch.run_config import DataConfig, SetConfig
+from anybatch.run_data import read_data
 
 
 def embeddings(num_rows, seed=0, width=8, topics=5):

@@ -60,7 +60,9 @@ def run_config(folder, model, pairs, *, cells=1, partitions=1, precision="float3
 
 
 def mine(folder, model, pairs, **options):
-    from anybatch.pipeline import make_plan, open_run, read_training_pairs
+    from anybatch.run_data import read_training_pairs
+    from anybatch.run_folder import open_run
+    from anybatch.run_plan import make_plan
 
     small_blocks()
     config = run_config(folder, model, pairs, **options)

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from anybatch import pipeline, sample
+from anybatch import pipeline, run_data, run_folder, run_plan, sample
 from anybatch.cli.progress import Bars, console
 from anybatch.errors import AnybatchError
 from anybatch.files import read_json, write_text
@@ -91,9 +91,9 @@ def command(
     with Bars() as bars:
         plan_path = folder / "mined" / "plan.safetensors"
         mined = replace(base, output=str(folder / "mined"))
-        mined_pairs = pipeline.read_training_pairs(mined)
-        with pipeline.open_run(mined):
-            plan = pipeline.make_plan(mined, mined_pairs, bars)
+        mined_pairs = run_data.read_training_pairs(mined)
+        with run_folder.open_run(mined):
+            plan = run_plan.make_plan(mined, mined_pairs, bars)
         for position, method in enumerate(METHODS):
             bars.prefix = f"{chr(ord('a') + position)} {method.name}: "
             config = replace(
@@ -163,8 +163,8 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: 
                 loss=[(pairs, line["loss"]) for pairs, line in seen if "loss" in line],
             )
         )
-    mining = read_json(folder / "mined" / "mining.json", "Run the demo again in another folder.")
-    titles = pipeline.read_training_pairs(base).anchors
+    mining = read_json(folder / "mined" / "mining.json", "Run the demo again in another folder.", "audit", "seconds")
+    titles = run_data.read_training_pairs(base).anchors
     report = Report(
         title="anybatch demo: one student, six ways",
         intro=[

@@ -26,9 +26,9 @@ def command(path: Annotated[Path, typer.Argument(metavar="RUN", help="The folder
     if (path / "plan.safetensors").exists():
         _show(f"Plan {path / 'plan.safetensors'}", BatchPlan.load(path / "plan.safetensors").stats())
     if (path / "mining.json").exists():
-        _show("Mining", read_json(path / "mining.json", "Mine anew in another folder."))
+        _show("Mining", read_json(path / "mining.json", "Mine anew in another folder.", "plan", "audit"))
     if (path / "metrics.json").exists():
-        result = read_json(path / "metrics.json", "Delete it; anybatch train --resume makes it anew.")
+        result = read_json(path / "metrics.json", "Delete it; anybatch train --resume makes it anew.", "num_steps")
         if result["metrics"]:
             console.print(metrics_table({"untrained": result["metrics_untrained"], "trained": result["metrics"]}))
         console.print(

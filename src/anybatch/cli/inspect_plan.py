@@ -22,10 +22,11 @@ from anybatch.files import read_json, write_text
 from anybatch.losses.config import LossConfig, first_temperature
 from anybatch.mining import MiningSet, PlanInspection, inspect_plan, inspect_sets
 from anybatch.pictures import PictureColumn, describe
-from anybatch.pipeline import read_data, read_embeddings
 from anybatch.plan import BatchPlan
 from anybatch.report import Figure, plan_sizes, render_plan_page, set_figures
 from anybatch.run_config import DataConfig, RunConfig
+from anybatch.run_data import read_data
+from anybatch.run_plan import read_embeddings
 
 EXAMPLES = 3  # suspects of a data set whose texts are printed; the page has more
 WIDTH = 100  # characters of a printed text
@@ -182,7 +183,11 @@ def _embeddings(
 
 def _stored(path: Path, plan: BatchPlan, missing: list[str]) -> dict[str, Any] | None:
     """What mining left beside the plan, if it is this plan's."""
-    stored = read_json(path, "Delete it, or bring back the file that mining wrote.") if path.exists() else None
+    stored = (
+        read_json(path, "Delete it, or bring back the file that mining wrote.", "plan", "audit")
+        if path.exists()
+        else None
+    )
     if stored is not None and stored.get("plan", plan.digest) == plan.digest:
         return stored
     if plan.cluster_size > 1:

@@ -63,6 +63,14 @@ class LossStateCallback(TrainerCallback):
         if state.global_step:
             folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._restore(folder, plans=plan_digests(loader))
+            ranks = len(list(folder.glob("rng_state_*.pth"))) or 1
+            if ranks != distributed.world_size() and state.is_world_process_zero:
+                logger.warning(
+                    "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have been.",
+                    folder.name,
+                    ranks,
+                    distributed.world_size(),
+                )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -222,7 +230,7 @@ def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path
                 logger.warning("%s %s. Training goes on from %s, the last whole one.", other, its_flaw, path.name)
             return path
         flaws[path] = flaw
-    if any((path / CONTENTS).exists() for path in flaws):
+    if len(flaws) > 1 or any((path / CONTENTS).exists() for path in flaws):  # a kill cuts one short
         told = "; ".join(f"{path.name} {flaw}" for path, flaw in flaws.items())
         raise AnybatchError(
             f"No checkpoint in {folder} is whole: {told}. Delete that folder to train from the beginning, or bring back its files."

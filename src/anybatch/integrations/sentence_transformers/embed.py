@@ -97,7 +97,7 @@ def embed_to_file(
     path = Path(path)
     partial, origin = path.with_name(path.name + ".partial"), _origin(path)
     settings = _settings(model, side, prompt)
-    seen = {**settings, "texts": digest_of(row_keys(texts)), "weights": _weights_digest(model)}
+    seen = {**settings, "texts": digest_of(row_keys(texts)), "weights": weights_digest(model)}
     identity = json.loads(json.dumps({**identity, **seen}))
     if precision != "float32":
         identity["precision"] = precision
@@ -153,7 +153,7 @@ def check_embedded(path: Path, identity: dict[str, Any] | None = None) -> None:
     origin, remedy = _origin(path), f"Delete {path}; it is made anew then."
     record: dict[str, Any] = {}
     if origin.exists():
-        record = read_json(origin, remedy)
+        record = read_json(origin, remedy, "identity", "content")
         if record["content"] != file_digest(path):
             raise AnybatchError(f"{path} is damaged: it is not what was written there. {remedy}")
     if identity is not None and record.get("identity") != identity:
@@ -207,7 +207,7 @@ def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, set
     return np.asarray(vectors, dtype=np.float32)
 
 
-def _weights_digest(model: SentenceTransformer) -> str:
+def weights_digest(model: SentenceTransformer) -> str:
     """Tells a model from one of the same name that was trained further."""
     import torch
 

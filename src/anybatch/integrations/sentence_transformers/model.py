@@ -77,7 +77,9 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
             f"model.device is '{config.device}', which PyTorch cannot use on this machine ({str(error).splitlines()[0]}). Leave it out, or set it to cpu."
         ) from error
     try:
-        model = SentenceTransformer(config.name, device=config.device)
+        with torch.random.fork_rng(devices=()):  # weights that the files lack are drawn, the same ones at every load
+            torch.default_generator.manual_seed(0)
+            model = SentenceTransformer(config.name, device=config.device)
     except (
         Exception
     ) as error:  # broken, cut or pickled files fail in the readers of four libraries with nearly anything

@@ -325,13 +325,12 @@ def _make_recorder(
 
 
 def _is_write_failure(error: Exception) -> bool:
-    """Disk full and the like, in the three forms that the writers of a checkpoint give it."""
+    """Disk full and the like, in the forms that the writers of a checkpoint give it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         return True
-    text = str(error)  # a file that cannot be read is another matter: "Error while deserializing"
-    return any(
-        words in text for words in ("Error while serializing", "PytorchStreamWriter", "unexpected pos", "No space left")
-    )
+    # A file that cannot be read is another matter: "Error while deserializing".
+    forms = ("Error while serializing", "PytorchStreamWriter", "unexpected pos", "iostream error", "No space left")
+    return any(words in str(error) for words in forms)
 
 
 def _silence(trainer: Any) -> None:
