@@ -122,22 +122,24 @@ class WrittenState:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.places: list[tuple[dict[str, Any], str]] = []
-        self.names: list[str] = []
+        self.paths: list[str] = []  # of the modules that hold them
         for root in modules:
             for path, child in root.named_modules():
-                numbers = [
-                    key for key, value in vars(child).items() if type(value) in (int, float) and key != "training"
+                holder = vars(child)
+                self.places += [
+                    (holder, key) for key, value in holder.items() if type(value) in (int, float) and key != "training"
                 ]
-                for holder, keys in ((vars(child), numbers), (child._buffers, list(child._buffers))):
-                    self.places += [(holder, key) for key in keys]
-                    self.names += [f"{path}.{key}".lstrip(".") for key in keys]
+                if child._buffers:
+                    self.places += [(child._buffers, key) for key in child._buffers]
+                self.paths += [path] * (len(self.places) - len(self.paths))
         self.values: dict[int, Any] = {place: _kept(holder[key]) for place, (holder, key) in enumerate(self.places)}
         self.first: dict[int, Any] = {}  # what was there before the first forward pass that wrote to it
 
     @property
     def large(self) -> list[str]:
         """The names of written buffers that are too large to be brought back."""
-        return [self.names[n] for n, kept in self.first.items() if isinstance(kept, _Buffer) and kept.content is None]
+        large = [place for place, kept in self.first.items() if isinstance(kept, _Buffer) and kept.content is None]
+        return [f"{self.paths[place]}.{self.places[place][1]}".lstrip(".") for place in large]
 
     def now(self) -> dict[int, Any]:
         """A snapshot of the present, after `close` too."""
