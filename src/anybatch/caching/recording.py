@@ -135,7 +135,7 @@ class RecordingPass:
 
     def _record_next(self) -> None:
         rows, budget = self.queue.popleft(), self.budget
-        before = self.random.now() if self.training else None
+        before = self.random
         there = self.written.snapshot()
         keep = len(self.pieces) < self.to_keep or (budget is not None and budget.has_room(self.slicer, rows))
         # Until an output needs a gradient a graph is asked for: it costs nothing where nothing trains, and tells so.
@@ -147,7 +147,7 @@ class RecordingPass:
         if attempt.error is not None:
             if not self.may_split:
                 raise sharded_out_of_memory(rows) from attempt.error
-            if before is not None:
+            if self.training:
                 before.restore()
             self.written.note()
             self.written.restore(there)
@@ -160,14 +160,15 @@ class RecordingPass:
         outputs: tuple[Tensor, ...] = attempt.result
         self._store(rows, outputs)
         wrote = self.written.note()
+        if self.training:
+            self.random = before.now()  # which the next one starts from
         piece = Piece(rows=rows, trains=any(self.trains), dtypes=tuple(output.dtype for output in outputs))
         if with_graph:
             piece.trains = any(output.requires_grad for output in outputs)
             self.trains = [known or output.requires_grad for known, output in zip(self.trains, outputs)]
         if piece.trains:
-            assert before is not None
             piece.random, piece.written = before, there
-            piece.drew = wrote or not before.equals(self.random.now())
+            piece.drew = wrote or not before.equals(self.random)
             # A budget is asked again: the first graph was made before there was a measurement, the others may be larger.
             if with_graph and (budget.keep_last() if budget is not None else keep):
                 piece.outputs = outputs

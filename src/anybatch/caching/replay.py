@@ -235,7 +235,8 @@ def replay(
 def trained_parameters(recordings: Sequence[Recording]) -> list[nn.Parameter]:
     """The parameters of the encoders whose gradients accumulate in `.grad`: not those of a sharded module, which keeps them elsewhere."""
     sharded = {p for r in recordings for m in r._wrapped if isinstance(m, FSDPModule) for p in m.parameters()}  # type: ignore[attr-defined]
-    return [p for p in parameters_of(m for r in recordings for m in r._modules) if p not in sharded]
+    modules = dict.fromkeys(m for r in recordings for m in r._modules)
+    return [p for p in parameters_of(modules) if p not in sharded]
 
 
 def _replay_all(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> None:
@@ -250,8 +251,9 @@ def _replay_all(recordings: Sequence[Recording], gradient_of: dict[int, list[Ten
                 recording._written.restore({})  # as before the step
         with torch.enable_grad():
             for recording, queue in zip(recordings, jobs):
-                while queue:
-                    _replay_piece(queue, gradient_of[id(recording)], gaps)
+                with recording._modes.apply():
+                    while queue:
+                        _replay_piece(queue, gradient_of[id(recording)], gaps)
                 recording._written.restore(recording._written.values)
     finally:
         states[0].restore()
@@ -281,7 +283,7 @@ def _replay_piece(jobs: deque[_Job], grads: list[Tensor | None], gaps: list[Tens
     job = jobs.popleft()
     recording, piece = job.recording, job.piece
     local = [module for module in recording._wrapped if module not in job.reduce]
-    with recording._autocast.apply(), recording._modes.apply(), no_reduction(local):
+    with recording._autocast.apply(), no_reduction(local):
         outputs, piece.outputs = piece.outputs, None  # a kept graph is freed by its backward pass
         if outputs is None:
             if piece.random is not None:

@@ -61,7 +61,7 @@ def relative_gap(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> Ten
         size = reference.to(wide).norm()
         gap = (output.to(wide) - reference.to(wide)).norm() / size.clamp_min(1e-30)
         # What was not finite before cannot be compared; what has become so is different.
-        gaps.append(torch.where(size.isfinite(), gap.nan_to_num(torch.inf), 0.0) / rounding_of(output))
+        gaps.append(torch.where(size < torch.inf, gap.nan_to_num(torch.inf), 0.0) / rounding_of(output))
     return torch.stack([gap.double() if gap.device.type != "mps" else gap for gap in gaps]).max()
 
 

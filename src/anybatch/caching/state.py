@@ -128,18 +128,19 @@ class WrittenState:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.places: list[tuple[dict[str, Any], str]] = []
-        self.names: list[str] = []
-        self.frozen: list[tuple[dict[str, Any], str, str, int]] = []  # with their versions
+        self.paths: list[str] = []  # of the modules that hold them
+        self.frozen: list[tuple[dict[str, Any], str, str, int]] = []  # with their paths and versions
         for root in modules:
             for path, child in root.named_modules():
-                numbers = [
-                    key for key, value in vars(child).items() if type(value) in (int, float) and key != "training"
+                holder = vars(child)
+                self.places += [
+                    (holder, key) for key, value in holder.items() if type(value) in (int, float) and key != "training"
                 ]
-                for holder, keys in ((vars(child), numbers), (child._buffers, list(child._buffers))):
-                    self.places += [(holder, key) for key in keys]
-                    self.names += [f"{path}.{key}".lstrip(".") for key in keys]
+                if child._buffers:
+                    self.places += [(child._buffers, key) for key in child._buffers]
+                self.paths += [path] * (len(self.places) - len(self.paths))
                 self.frozen += [
-                    (child._parameters, key, f"{path}.{key}".lstrip("."), value._version)
+                    (child._parameters, key, path, value._version)
                     for key, value in child._parameters.items()
                     if value is not None
                     and not (value.requires_grad or value.is_inference() or is_traceable_wrapper_subclass(value))
@@ -147,14 +148,15 @@ class WrittenState:
         self.values: dict[int, Any] = {place: _kept(holder[key]) for place, (holder, key) in enumerate(self.places)}
         self.first: dict[int, Any] = {}  # what was there before the first forward pass that wrote to it
         self.frozen_bytes = 0  # of those that are watched
-        for holder, key, name, _ in self.frozen:
+        for holder, key, path, _ in self.frozen:
             if holder[key] in _written_parameters:
-                self._watch(holder, key, name)
+                self._watch(holder, key, path)
 
     @property
     def large(self) -> list[str]:
         """The names of written buffers that are too large to be brought back."""
-        return [self.names[n] for n, kept in self.first.items() if isinstance(kept, _Buffer) and kept.content is None]
+        large = [place for place, kept in self.first.items() if isinstance(kept, _Buffer) and kept.content is None]
+        return [f"{self.paths[place]}.{self.places[place][1]}".lstrip(".") for place in large]
 
     def now(self) -> dict[int, Any]:
         """A snapshot of the present, after `close` too."""
@@ -182,30 +184,30 @@ class WrittenState:
         for tensor in tensors:
             if not tensor.requires_grad and self.frozen and not is_traceable_wrapper_subclass(tensor):
                 memory = tensor.untyped_storage()._cdata
-                for holder, key, name, _ in self.frozen:
+                for holder, key, path, _ in self.frozen:
                     if holder[key] not in _written_parameters and holder[key].untyped_storage()._cdata == memory:
-                        self._watch(holder, key, name)
+                        self._watch(holder, key, path)
 
-    def _watch(self, holder: dict[str, Any], key: str, name: str) -> None:
+    def _watch(self, holder: dict[str, Any], key: str, path: str) -> None:
         self.frozen_bytes += holder[key].numel() * holder[key].element_size()
         if self.frozen_bytes > LARGEST_BUFFER:
             raise AnybatchError(
-                f"The forward pass writes to {name}, a parameter that does not train, and what it so writes is too large to be brought back for every "
+                f"The forward pass writes to {path}.{key}, a parameter that does not train, and what it so writes is too large to be brought back for every "
                 "micro-batch. Update it (the moving average of a teacher) after the step, outside the forward pass."
             )
         _written_parameters[holder[key]] = True
         self.places.append((holder, key))
-        self.names.append(name)
+        self.paths.append(path)
         # Writes through `.data` move no version, so that it always counts as written.
         self.values[len(self.places) - 1] = replace(_kept(holder[key]), version=-1)
 
     def close(self) -> None:
         """Let go of what was never written."""
-        for holder, key, name, version in self.frozen:
+        for holder, key, path, version in self.frozen:
             if holder[key]._version != version and holder[key] not in _written_parameters:
                 # Too late for what was there before: the replays start from what is there now, and leave it.
                 self.places.append((holder, key))
-                self.names.append(name)
+                self.paths.append(path)
                 place = len(self.places) - 1
                 self.first[place] = self.values[place] = _kept(holder[key])
         self.frozen = []
