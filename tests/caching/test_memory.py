@@ -1,6 +1,7 @@
 """Graphs kept while memory allows; micro-batches split when it runs out."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -131,19 +132,36 @@ def test_out_of_memory_while_replaying():
 
 
 def test_kept_graphs_give_way_before_the_micro_batch_does():
-    kept = []
+    graphs = []
 
     def crowded(x):
-        if len(kept) >= 2 and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and sum(graph() is not None for graph in graphs) >= 2:
             raise torch.OutOfMemoryError("no room beside two graphs")
-        if torch.is_grad_enabled():
-            kept.append(True)
-        return inner(x)
+        out = inner(x)
+        if out.requires_grad:
+            graphs.append(weakref.ref(out))
+        return out
 
     inner = Mlp().double()
     with pytest.warns(UserWarning, match="with 2 graphs kept"):
         recording = record(crowded, vectors(12), micro_batches=list(torch.arange(12).split(3)), keep_graphs=1.0)
     assert recording.num_kept == 1  # one gave way to the replays
+
+
+def test_no_room_for_the_graphs_of_the_first_step_beside_a_kept_one_splits_nothing():
+    inner, graphs = Mlp().double(), []
+
+    def crowded(x):
+        if torch.is_grad_enabled() and any(graph() is not None for graph in graphs):
+            raise torch.OutOfMemoryError("no room beside a graph")
+        out = inner(x)
+        if out.requires_grad:
+            graphs.append(weakref.ref(out))
+        return out
+
+    recording = record(crowded, vectors(12), micro_batches=list(torch.arange(12).split(3)), keep_graphs=1)
+    assert recording.num_kept == 1  # and no warning, which would be an error here
+    recording.backward(torch.ones_like(recording.embeddings))
 
 
 def test_a_single_row_that_does_not_fit():

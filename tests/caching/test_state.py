@@ -276,3 +276,140 @@ def test_gradients_of_a_failed_replay_are_taken_back():
     with pytest.raises(ValueError, match="broken"):
         recording.backward(torch.ones_like(recording.embeddings))
     assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+class Remembering(nn.Module):
+    """An encoder that computes something of a weight once, and keeps it in the way that `kind` says."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner, self.weight, self.kind = Mlp(), nn.Parameter(torch.full((5,), 0.3)), kind
+        self.memo, self.ready, self.value = {}, False, None
+        closed = {}
+        self.look = lambda: closed.setdefault(0, self.weight.exp()) if 0 not in closed else closed[0]
+
+    def forward(self, x):
+        if self.kind == "attribute":
+            if not self.ready:
+                self.value, self.ready = self.weight.exp(), True
+            return self.inner(x) * self.value
+        if self.kind == "closure":
+            return self.inner(x) * self.look()
+        key = len(x) if self.kind == "by number of rows" else "w"
+        if key not in self.memo:
+            self.memo[key] = self.weight.exp()
+        return self.inner(x) * self.memo[key]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 1.0, "auto"])
+@pytest.mark.parametrize("kind", ["dictionary", "attribute", "closure", "by number of rows"])
+def test_a_memo_of_a_weight_never_loses_its_gradient(kind, keep):
+    encoder, inputs = Remembering(kind), [vectors(11), vectors(11, seed=1)]
+    with pytest.raises(AnybatchError, match="computed from its parameters"):
+        cached_step(Softmax(), encoder, inputs, micro_batch=3, keep_graphs=keep)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_memos_used_once_have_their_gradient():
+    """One for each number of rows, each met once: exact, as in the first plain step."""
+    encoder, loss, inputs = Remembering("by number of rows"), Softmax(), [vectors(7)]
+    plan = [torch.arange(0, 4), torch.arange(4, 7)]
+
+    def with_half(embeddings):
+        return loss(embeddings, embeddings.flip(0))
+
+    recording = record(encoder, inputs[0], micro_batches=plan)
+    with_half(recording.embeddings).backward()
+    recording.backward(recording.embeddings.grad)
+    got = gradients(encoder, loss)
+    fresh = Remembering("by number of rows")
+    loss.zero_grad()
+    with_half(torch.cat([fresh(inputs[0][rows]) for rows in plan])).backward()
+    assert relative_error(got, gradients(fresh, loss)) < EXACT
+
+
+class Teacher(nn.Module):
+    """A frozen copy that follows the trained one within the forward pass, as in MoCo."""
+
+    def __init__(self, how, read):
+        super().__init__()
+        self.student, self.teacher, self.how, self.read = Mlp(), Mlp(seed=5).requires_grad_(False), how, read
+
+    @torch.no_grad()
+    def follow(self):
+        teachers, students = list(self.teacher.parameters()), list(self.student.parameters())
+        if self.how == "foreach":
+            torch._foreach_mul_(teachers, 0.9)
+            torch._foreach_add_(teachers, students, alpha=0.1)
+            return
+        for ours, theirs in zip(teachers, students):
+            if self.how == "in place":
+                ours.mul_(0.9).add_(theirs, alpha=0.1)
+            elif self.how == "a part":
+                ours.view(-1)[:2].lerp_(theirs.view(-1)[:2], 0.1)
+            else:
+                ours.data.mul_(0.9).add_(theirs.data, alpha=0.1)
+
+    def forward(self, x):
+        self.follow()
+        out = self.student(x)
+        return out + self.teacher(x) if self.read else out
+
+
+@pytest.mark.parametrize("keep", [0, 2, 1.0, "auto"])
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("how", ["in place", "a part", "foreach", "data"])
+def test_a_frozen_parameter_is_written_as_often_as_it_would_be(how, read, keep):
+    encoder, reference, loss = Teacher(how, read), Teacher(how, read), Softmax()
+    inputs = [vectors(11), vectors(11, seed=1)]
+    for _ in range(2):  # the second step knows of it, and the gradients of both accumulate
+        loss.zero_grad()
+        cached_step(loss, encoder, inputs, micro_batch=3, keep_graphs=keep)
+        got = gradients(encoder, loss)
+        loss.zero_grad()
+        first, second = (torch.cat([reference(part) for part in batch.split(3)]) for batch in inputs)
+        loss(first, second).backward()
+        assert relative_error(got, gradients(reference, loss)) < EXACT
+        for name, tensor in reference.state_dict().items():
+            torch.testing.assert_close(encoder.state_dict()[name], tensor, rtol=1e-12, atol=1e-14)
+
+
+def test_one_micro_batch_writes_a_teacher_once():
+    encoder, reference = Teacher("in place", False), Teacher("in place", False)
+    cached_step(Softmax(), encoder, [vectors(4), vectors(4, seed=1)], micro_batch=4)
+    for _ in range(2):
+        reference(vectors(4))
+    torch.testing.assert_close(encoder.state_dict(), reference.state_dict(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_teacher_too_large_to_keep_is_named(monkeypatch):
+    monkeypatch.setattr("anybatch.caching.state.LARGEST_BUFFER", 64)
+    with pytest.raises(AnybatchError, match=r"writes to teacher\..*after the step"):
+        cached_step(Softmax(), Teacher("in place", False), [vectors(9), vectors(9, seed=1)], micro_batch=3)
+
+
+def test_a_frozen_embedding_with_a_largest_norm_runs(monkeypatch):
+    monkeypatch.setattr("anybatch.caching.state.LARGEST_BUFFER", 64)
+    encoder = nn.Sequential(nn.Embedding(60, 6, max_norm=0.5).requires_grad_(False), Mlp())
+    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    reference, loss = clone(encoder), Softmax()
+    cached_step(loss, encoder, list(ids), micro_batch=3)
+    got = gradients(encoder, loss)
+    loss.zero_grad()
+    loss(reference(ids[0]), reference(ids[1])).backward()
+    assert relative_error(got, gradients(reference, loss)) < 1e-6  # norms are cut in float32
+
+
+@pytest.mark.parametrize("first", ["sparse", "dense"])
+def test_sparse_and_dense_gradients_of_one_parameter_add_up(first):
+    table, loss = nn.Embedding(60, 5, sparse=True), Softmax()
+    ids = [torch.randint(0, 60, (9, 4), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    ways = [lambda x: table(x).mean(1), lambda x: (nn.functional.one_hot(x, 60).double() @ table.weight).mean(1)]
+    if first == "dense":
+        ways.reverse()
+    for way in ways:
+        cached_step(loss, way, ids, micro_batch=4, modules=[table])
+    got, table.weight.grad = table.weight.grad.clone(), None
+    for way in ways if first == "dense" else ways[::-1]:  # torch itself adds in this order only
+        loss(way(ids[0]), way(ids[1])).backward()
+    torch.testing.assert_close(got.to_dense(), table.weight.grad.to_dense(), rtol=1e-12, atol=1e-14)

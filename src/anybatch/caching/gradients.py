@@ -53,6 +53,6 @@ class Aside:
             if grad is None:
                 parameter.grad = found
             elif grad.is_sparse:
-                parameter.grad = grad + found
+                parameter.grad = found + grad  # torch adds a sparse tensor to a dense one, and not the other way round
             else:
                 grad.add_(found)

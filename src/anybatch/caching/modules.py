@@ -6,6 +6,7 @@ import functools
 import inspect
 import random
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -69,17 +70,17 @@ def generators_of(encode: Callable[..., Any], modules: Iterable[nn.Module]) -> l
 
     def add(value: Any, depth: int) -> None:
         kind = type(value)
-        if kind in _PLAIN or depth < 0 or id(value) in seen:
+        if depth < 0 or id(value) in seen or isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType)):
             return
-        if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+        if isinstance(value, dict):
+            for item in _telling(value.values()):
+                add(item, depth - 1)
+        elif kind in (list, tuple, set):
+            for item in _telling(value):
+                add(item, depth - 1)
+        elif isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
             if not isinstance(value, random.SystemRandom):  # it has no state
                 found[id(value)] = value
-        elif kind in (list, tuple, set):
-            for item in value:
-                add(item, depth - 1)
-        elif isinstance(value, dict):
-            for item in value.values():
-                add(item, depth - 1)
         elif isinstance(value, functools.partial):
             for item in (value.func, *value.args, *value.keywords.values()):
                 add(item, depth)
@@ -92,20 +93,26 @@ def generators_of(encode: Callable[..., Any], modules: Iterable[nn.Module]) -> l
             seen.add(id(value))
             for item in _named_by(value):
                 add(item, depth - 1)
-        elif not isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType)) and hasattr(value, "__dict__"):
+        elif hasattr(value, "__dict__"):
             seen.add(id(value))
-            for item in (*vars(value).values(), *_methods(kind)):
+            for item in _telling((*vars(value).values(), *_methods(kind))):
                 add(item, depth - 1)
 
     add(encode, 3)
     for module in modules:
         for child in module.modules():
-            for item in (*vars(child).values(), *_methods(type(child))):
+            for item in _telling((*vars(child).values(), *_methods(type(child)))):
                 add(item, 3)
     return list(found.values())
 
 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.Tensor, nn.Parameter, torch.dtype, torch.device))
+_CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
+
+
+def _telling(values: Iterable[Any]) -> list[Any]:
+    """What can lead to a generator: nearly all attributes of a module are plain or empty, and told at once."""
+    return [value for value in values if type(value) not in _PLAIN and (type(value) not in _CONTAINERS or value)]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -113,12 +113,13 @@ class RecordingPass:
         random: RandomState,
         written: WrittenState,
         may_split: bool = True,
+        first: bool = False,
     ) -> None:
         self.encode, self.slicer, self.queue, self.on_split = encode, slicer, queue, on_split
         self.budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
         self.to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(queue))
         self.random, self.written = random, written
-        self.may_split = may_split
+        self.may_split, self.first = may_split, first
         self.training = torch.is_grad_enabled()
         self.pieces: list[Piece] = []
         self.flats: list[Tensor] = []
@@ -134,34 +135,40 @@ class RecordingPass:
 
     def _record_next(self) -> None:
         rows, budget = self.queue.popleft(), self.budget
-        before = self.random.now() if self.training else None
+        before = self.random
         there = self.written.snapshot()
         keep = len(self.pieces) < self.to_keep or (budget is not None and budget.has_room(self.slicer, rows))
         # Until an output needs a gradient a graph is asked for: it costs nothing where nothing trains, and tells so.
         with_graph = self.training and (keep or not any(self.trains))
-        with torch.set_grad_enabled(with_graph), out_of_memory_as_none() as attempt:
+        # In an encoder's first step always, and dropped: what it keeps for later passes (weights for each width) then leads to its parameters.
+        with torch.set_grad_enabled(with_graph or self.first), out_of_memory_as_none() as attempt:
             measuring = budget.measure(self.slicer, rows) if budget is not None and with_graph else None
             attempt.result = encode_rows(self.encode, self.slicer, rows, measuring)
         if attempt.error is not None:
             if not self.may_split:
                 raise sharded_out_of_memory(rows) from attempt.error
-            if before is not None:
+            if self.training:
                 before.restore()
             self.written.note()
             self.written.restore(there)
-            self._make_room(rows, attempt.error, kept=with_graph and any(self.trains))
+            if self.first and not with_graph:
+                self.first = False
+                self.queue.appendleft(rows)
+            else:
+                self._make_room(rows, attempt.error, kept=with_graph and any(self.trains))
             return
         outputs: tuple[Tensor, ...] = attempt.result
         self._store(rows, outputs)
         wrote = self.written.note()
+        if self.training:
+            self.random = before.now()  # which the next one starts from
         piece = Piece(rows=rows, trains=any(self.trains), dtypes=tuple(output.dtype for output in outputs))
         if with_graph:
             piece.trains = any(output.requires_grad for output in outputs)
             self.trains = [known or output.requires_grad for known, output in zip(self.trains, outputs)]
         if piece.trains:
-            assert before is not None
             piece.random, piece.written = before, there
-            piece.drew = wrote or not before.equals(self.random.now())
+            piece.drew = wrote or not before.equals(self.random)
             # A budget is asked again: the first graph was made before there was a measurement, the others may be larger.
             if with_graph and (budget.keep_last() if budget is not None else keep):
                 piece.outputs = outputs

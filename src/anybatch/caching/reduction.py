@@ -267,7 +267,7 @@ def _refuse(module: nn.Module) -> None:
             "FullyShardedDataParallel is not supported by caching. Use fully_shard (torch.distributed.fsdp, in Accelerate "
             "fsdp_version: 2), whose gradient reduction can be held back until the last micro-batch."
         )
-    sharded = any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
+    sharded = any(hasattr(parameter, "ds_id") for parameter in module._parameters.values())
     stage = 3 if sharded else 0
     if type(module).__module__.partition(".")[0] == "deepspeed" and hasattr(module, "zero_optimization_stage"):
         stage = max(stage, int(module.zero_optimization_stage()))  # type: ignore[operator]

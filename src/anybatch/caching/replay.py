@@ -122,8 +122,9 @@ def record(
             broadcast_buffers(wrapped)
             random = RandomState(generators_of(encode, held) if training else ())
             written = WrittenState(held if training else ())
-            if training:
-                refuse_neighbours(encode, slicer, micro_batches, held, random, written, sharded=sharded)
+            first = training and refuse_neighbours(
+                encode, slicer, micro_batches, held, random, written, sharded=sharded
+            )
             recorded = RecordingPass(
                 encode,
                 slicer,
@@ -133,6 +134,7 @@ def record(
                 random=random,
                 written=written,
                 may_split=not sharded,
+                first=first,
             )
             recorded.run()
     finally:
@@ -233,7 +235,8 @@ def replay(
 def trained_parameters(recordings: Sequence[Recording]) -> list[nn.Parameter]:
     """The parameters of the encoders whose gradients accumulate in `.grad`: not those of a sharded module, which keeps them elsewhere."""
     sharded = {p for r in recordings for m in r._wrapped if isinstance(m, FSDPModule) for p in m.parameters()}  # type: ignore[attr-defined]
-    return [p for p in parameters_of(m for r in recordings for m in r._modules) if p not in sharded]
+    modules = dict.fromkeys(m for r in recordings for m in r._modules)
+    return [p for p in parameters_of(modules) if p not in sharded]
 
 
 def _replay_all(recordings: Sequence[Recording], gradient_of: dict[int, list[Tensor | None]]) -> None:
@@ -248,8 +251,9 @@ def _replay_all(recordings: Sequence[Recording], gradient_of: dict[int, list[Ten
                 recording._written.restore({})  # as before the step
         with torch.enable_grad():
             for recording, queue in zip(recordings, jobs):
-                while queue:
-                    _replay_piece(queue, gradient_of[id(recording)], gaps)
+                with recording._modes.apply():
+                    while queue:
+                        _replay_piece(queue, gradient_of[id(recording)], gaps)
                 recording._written.restore(recording._written.values)
     finally:
         states[0].restore()
@@ -279,7 +283,7 @@ def _replay_piece(jobs: deque[_Job], grads: list[Tensor | None], gaps: list[Tens
     job = jobs.popleft()
     recording, piece = job.recording, job.piece
     local = [module for module in recording._wrapped if module not in job.reduce]
-    with recording._autocast.apply(), recording._modes.apply(), no_reduction(local):
+    with recording._autocast.apply(), no_reduction(local):
         outputs, piece.outputs = piece.outputs, None  # a kept graph is freed by its backward pass
         if outputs is None:
             if piece.random is not None:
@@ -332,8 +336,18 @@ def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Ten
         for output, grad in zip(outputs, grads)
         if grad is not None and output.requires_grad
     ]
-    if pairs:
+    if not pairs:
+        return
+    try:
         torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise AnybatchError(
+            "The encoder uses what an earlier forward pass computed from its parameters, such as weights kept in a dictionary or a parametrization under "
+            "torch.nn.utils.parametrize.cached(). One backward pass has used it up, and every micro-batch has its own. Compute it in each forward pass. "
+            "No gradient was changed."
+        ) from error
 
 
 @torch.no_grad()

@@ -22,7 +22,13 @@ from anybatch.caching.device_memory import is_out_of_memory
 from anybatch.caching.forward import Encoder, encode_rows
 from anybatch.caching.memory import out_of_memory_as_none
 from anybatch.caching.modules import generators_of
-from anybatch.caching.reduction import broadcast_buffers, distributed_modules, no_reduction, on_any_rank
+from anybatch.caching.reduction import (
+    broadcast_buffers,
+    distributed_modules,
+    no_reduction,
+    on_any_rank,
+    refuse_hidden_distributed,
+)
 from anybatch.caching.rows import RowSlicer, Trim
 from anybatch.caching.state import ModeState, RandomState, WrittenState
 from anybatch.errors import AnybatchError
@@ -55,7 +61,7 @@ def relative_gap(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> Ten
         size = reference.to(wide).norm()
         gap = (output.to(wide) - reference.to(wide)).norm() / size.clamp_min(1e-30)
         # What was not finite before cannot be compared; what has become so is different.
-        gaps.append(torch.where(size.isfinite(), gap.nan_to_num(torch.inf), 0.0) / rounding_of(output))
+        gaps.append(torch.where(size < torch.inf, gap.nan_to_num(torch.inf), 0.0) / rounding_of(output))
     return torch.stack([gap.double() if gap.device.type != "mps" else gap for gap in gaps]).max()
 
 
@@ -85,7 +91,7 @@ def _seen_trim(
     wrapped = distributed_modules(modules)
     if any(isinstance(module, FSDPModule) for module in wrapped):
         return None
-    with no_reduction(wrapped):
+    with no_reduction(wrapped), refuse_hidden_distributed(wrapped):
         broadcast_buffers(wrapped)
         passes = _Passes(encode, slicer, RandomState(generators_of(encode, modules)), WrittenState(modules))
         return _constant_in_some_mode(passes, modules, lambda: _harmless_trim(passes, rows, leading))
@@ -100,7 +106,7 @@ def refuse_neighbours(
     written: WrittenState,
     *,
     sharded: bool = False,
-) -> None:
+) -> bool:
     """Take half of a micro-batch without the other half, and compare.
 
     Args:
@@ -109,17 +115,20 @@ def refuse_neighbours(
         written: Likewise.
         sharded: Over ranks, which then must run equally many passes: whatever decides of one is agreed on.
 
+    Returns:
+        Whether it was looked at now.
+
     Raises:
         AnybatchError: Rows are not the same up to rounding without the others.
 
     Cost: one and a half forward passes of a micro-batch without a graph, once for each encoder, mode and form of inputs.
     """
     if len(micro_batches) < 2:
-        return
+        return False
     key, memory = _key(encode, slicer, modules), _memory(_alone, _alone_of_functions, modules)
     known = all(key in keys or len(keys) >= MOST_ANSWERS for keys in memory)
     if not on_any_rank(not known, ask=sharded):
-        return
+        return False
     rows = micro_batches[0] if len(micro_batches[0]) > 1 else torch.cat([micro_batches[0], micro_batches[1][:1]])
     if slicer.lengths is not None:  # the longest row stays, and with it the width
         rows = rows[torch.sort(slicer.lengths[rows], descending=True, stable=True).indices]
@@ -132,6 +141,7 @@ def refuse_neighbours(
             "between rows, experts with a capacity; replace them (LayerNorm, GroupNorm), put them in evaluation mode, or train without caching."
         )
     _remember(memory, key, gap)
+    return True
 
 
 Answer = TypeVar("Answer")
@@ -168,12 +178,15 @@ class _Passes:
         self.encode, self.slicer, self.random, self.written = encode, slicer, random, written
         self.any_rank = functools.partial(on_any_rank, ask=sharded)
         self.drew = False  # random numbers that are not under control
+        self.first = True
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The embeddings of `rows`."""
+        # The first pass of all has a graph: what the encoder keeps for later passes (a memo of weights) must lead to its parameters.
+        with_graph, self.first = self.first, False
         try:
-            with _Constant():
-                return encode_rows(self.encode, self.slicer, rows)
+            with _Constant(self.written), torch.set_grad_enabled(with_graph):
+                return tuple(output.detach() for output in encode_rows(self.encode, self.slicer, rows))
         finally:
             self.drew = self.drew or not self.random.now().equals(self.random)
             self.random.restore()
@@ -239,11 +252,18 @@ def _key(encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> An
 
 
 class _Constant(TorchDispatchMode):
-    """torch's random operations give constants: dropout keeps all, noise is its middle, permutations turn round."""
+    """torch's random operations give constants: dropout keeps all, noise is its middle, permutations turn round. Frozen parameters are kept before they are written."""
+
+    def __init__(self, written: WrittenState) -> None:
+        super().__init__()
+        self.written = written
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func._schema.name.removeprefix("aten::")
+        if name.endswith("_") and args and name != "embedding_renorm_":  # which changes nothing the second time
+            targets = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+            self.written.before_write(target for target in targets if isinstance(target, Tensor))
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if name == "randperm":

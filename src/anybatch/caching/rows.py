@@ -244,20 +244,20 @@ class _Spans:
         """(B,) columns that a row alone would take."""
         if trim == "none":
             return torch.full_like(self.last, self.width)
-        return self._up((self.last - self._starts(trim)).clamp(min=1 if self.multiple > 1 else 0))
+        first = self.first if self._cuts_leading(trim) else 0
+        return self._up((self.last - first).clamp(min=1 if self.multiple > 1 else 0))
 
     def window(self, rows: Tensor, trim: Trim) -> tuple[int, int, int]:
         """The width, and the columns that these rows need."""
         if trim == "none":
             return self.width, 0, self.width
-        start = int(self._starts(trim)[rows].min())
-        size = self._up(torch.tensor(max(1, int(self.last[rows].max()) - start)))
-        return self.width, start, start + int(size)
+        start = int(self.first[rows].min()) if self._cuts_leading(trim) else 0
+        return self.width, start, start + self._up(max(1, int(self.last[rows].max()) - start))
 
-    def _starts(self, trim: Trim) -> Tensor:
-        return self.first if trim == "both" or self.positions else torch.zeros_like(self.first)
+    def _cuts_leading(self, trim: Trim) -> bool:
+        return trim == "both" or self.positions
 
-    def _up(self, sizes: Tensor) -> Tensor:
+    def _up(self, sizes: Any) -> Any:
         return -(-sizes // self.multiple) * self.multiple
 
 

@@ -9,18 +9,22 @@ import contextlib
 import copy
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from anybatch.errors import AnybatchError
 
 Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
 LARGEST_BUFFER = (
     2**24
 )  # bytes; what forward passes write into is small, and a replay that depends on more is found out by comparison
+_written_parameters = WeakTensorKeyDictionary()  # frozen ones that a forward pass was seen to write to
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -112,9 +116,11 @@ class _Buffer:
 
 
 class WrittenState:
-    """Buffers and plain numbers of the modules, watched for what a forward pass writes: counters, running averages, power iterations.
+    """Buffers, plain numbers and frozen parameters, watched for what a forward pass writes: counters, running averages, power iterations, teachers.
 
     `note` after every forward pass finds what it wrote; `snapshot` before one, and `restore` with it later, bring back what was there.
+
+    Frozen parameters are many and seldom written: copied from the moment that one is about to be written (`before_write`), or has been.
 
     Cost: a copy of each buffer up to `LARGEST_BUFFER`, once; a comparison of versions and numbers, 50 nanoseconds each, a forward pass; copies of what is
     written.
@@ -122,22 +128,35 @@ class WrittenState:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.places: list[tuple[dict[str, Any], str]] = []
-        self.names: list[str] = []
+        self.paths: list[str] = []  # of the modules that hold them
+        self.frozen: list[tuple[dict[str, Any], str, str, int]] = []  # with their paths and versions
         for root in modules:
             for path, child in root.named_modules():
-                numbers = [
-                    key for key, value in vars(child).items() if type(value) in (int, float) and key != "training"
+                holder = vars(child)
+                self.places += [
+                    (holder, key) for key, value in holder.items() if type(value) in (int, float) and key != "training"
                 ]
-                for holder, keys in ((vars(child), numbers), (child._buffers, list(child._buffers))):
-                    self.places += [(holder, key) for key in keys]
-                    self.names += [f"{path}.{key}".lstrip(".") for key in keys]
+                if child._buffers:
+                    self.places += [(child._buffers, key) for key in child._buffers]
+                self.paths += [path] * (len(self.places) - len(self.paths))
+                self.frozen += [
+                    (child._parameters, key, path, value._version)
+                    for key, value in child._parameters.items()
+                    if value is not None
+                    and not (value.requires_grad or value.is_inference() or is_traceable_wrapper_subclass(value))
+                ]
         self.values: dict[int, Any] = {place: _kept(holder[key]) for place, (holder, key) in enumerate(self.places)}
         self.first: dict[int, Any] = {}  # what was there before the first forward pass that wrote to it
+        self.frozen_bytes = 0  # of those that are watched
+        for holder, key, path, _ in self.frozen:
+            if holder[key] in _written_parameters:
+                self._watch(holder, key, path)
 
     @property
     def large(self) -> list[str]:
         """The names of written buffers that are too large to be brought back."""
-        return [self.names[n] for n, kept in self.first.items() if isinstance(kept, _Buffer) and kept.content is None]
+        large = [place for place, kept in self.first.items() if isinstance(kept, _Buffer) and kept.content is None]
+        return [f"{self.paths[place]}.{self.places[place][1]}".lstrip(".") for place in large]
 
     def now(self) -> dict[int, Any]:
         """A snapshot of the present, after `close` too."""
@@ -151,12 +170,47 @@ class WrittenState:
             now = holder.get(key)
             if now is not old and not _unchanged(old, now):
                 self.first.setdefault(place, old)
-                self.values[place] = _kept(now)
+                behind = isinstance(now, nn.Parameter) and now in _written_parameters
+                self.values[place] = replace(_kept(now), version=-1) if behind else _kept(now)
                 wrote = True
         return wrote
 
+    def before_write(self, tensors: Iterable[Tensor]) -> None:
+        """Keep what is in those of the frozen parameters that `tensors` are, or share memory with, and that are not watched yet.
+
+        Raises:
+            AnybatchError: They are too large to be kept for every micro-batch.
+        """
+        for tensor in tensors:
+            if not tensor.requires_grad and self.frozen and not is_traceable_wrapper_subclass(tensor):
+                memory = tensor.untyped_storage()._cdata
+                for holder, key, path, _ in self.frozen:
+                    if holder[key] not in _written_parameters and holder[key].untyped_storage()._cdata == memory:
+                        self._watch(holder, key, path)
+
+    def _watch(self, holder: dict[str, Any], key: str, path: str) -> None:
+        self.frozen_bytes += holder[key].numel() * holder[key].element_size()
+        if self.frozen_bytes > LARGEST_BUFFER:
+            raise AnybatchError(
+                f"The forward pass writes to {path}.{key}, a parameter that does not train, and what it so writes is too large to be brought back for every "
+                "micro-batch. Update it (the moving average of a teacher) after the step, outside the forward pass."
+            )
+        _written_parameters[holder[key]] = True
+        self.places.append((holder, key))
+        self.paths.append(path)
+        # Writes through `.data` move no version, so that it always counts as written.
+        self.values[len(self.places) - 1] = replace(_kept(holder[key]), version=-1)
+
     def close(self) -> None:
         """Let go of what was never written."""
+        for holder, key, path, version in self.frozen:
+            if holder[key]._version != version and holder[key] not in _written_parameters:
+                # Too late for what was there before: the replays start from what is there now, and leave it.
+                self.places.append((holder, key))
+                self.paths.append(path)
+                place = len(self.places) - 1
+                self.first[place] = self.values[place] = _kept(holder[key])
+        self.frozen = []
         self.values = {place: self.values[place] for place in self.first}
 
     def snapshot(self) -> dict[int, Any]:
