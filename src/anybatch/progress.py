@@ -18,7 +18,7 @@ def no_progress(stage: str, done: int, total: int, figures: dict[str, float] | N
     """Say nothing."""
 
 
-def counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+def counter(progress: Callable[[str, int, int], object], stage: str, total: int) -> Callable[[int], None]:
     """For work that tells how much it did since it told last."""
     done = 0
 

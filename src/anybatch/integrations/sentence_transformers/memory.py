@@ -19,6 +19,7 @@ from anybatch.losses import ContrastiveLoss
 from anybatch.losses.monitoring import memory_figures
 from anybatch.losses.warm_start import WarmStart, memory_of, warm_start
 from anybatch.pictures import Column, pick
+from anybatch.progress import counter
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -66,7 +67,7 @@ def warm_start_from_model(
     training = model.training
     for name, side, texts in zip(("anchor", "positive"), get_args(Side), pairs.prompted, strict=False):
         total = len(texts) if folder is not None else distributed.shares(len(texts))[distributed.rank()]
-        report = _counted(progress, f"warm start: {name}s", total)
+        report = counter(progress, f"warm start: {name}s", total) if progress is not None else None
         if folder is None:
             sides.append(_embed_shared(model, texts, side=side, batch_size=batch_size, progress=report))
         else:
@@ -203,17 +204,3 @@ def _embed_shared(
 def _digest(model: SentenceTransformer) -> str:
     tensors = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in model.state_dict().values())
     return digest_of(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
-
-
-def _counted(progress: Report | None, stage: str, total: int) -> Callable[[int], None] | None:
-    """A callback that takes increments, for one that takes totals."""
-    if progress is None:
-        return None
-    done = 0
-
-    def add(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(stage, done, total)
-
-    return add
