@@ -16,7 +16,8 @@ from anybatch.errors import AnybatchError
 from anybatch.run_config import RunConfig, read_config
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="A YAML file; `anybatch train --show-config` prints every key.")
+    Path | None,
+    typer.Option("--config", help="A YAML file; `anybatch train --show-config --output x --data x` prints every key."),
 ]
 SetOption = Annotated[
     list[str] | None,
