@@ -71,18 +71,21 @@ def test_resuming_deletes_only_what_was_cut_short(tiny_model_folder, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == result.log
 
 
-def test_another_number_of_ranks_is_said_aloud(tiny_model_folder, tmp_path, caplog):
+def test_another_number_of_ranks_or_threads_is_said_aloud(tiny_model_folder, tmp_path, caplog):
     """Generators of ranks that were not there cannot be brought back: dropout is another than in the uninterrupted run."""
     train(tiny_model_folder, tmp_path)
-    assert "processes" not in caplog.text
+    assert "was saved" not in caplog.text
     newest = tmp_path / "checkpoints" / "checkpoint-3"
     for rank in range(2):
         shutil.copy(newest / "rng_state.pth", newest / f"rng_state_{rank}.pth")
     (newest / "rng_state.pth").unlink()
     (newest / CONTENTS).unlink()
-    seal_folder(newest, run="")
+    seal_folder(newest, run="", threads=torch.get_num_threads() + 1)
+    assert "threads" not in caplog.text
     train(tiny_model_folder, tmp_path, resume=True, epochs=2)
     assert "checkpoint-3 was saved by 2 processes, and 1 go on" in caplog.text
+    threads = torch.get_num_threads()
+    assert f"checkpoint-3 was saved with {threads + 1} threads, and {threads} go on" in caplog.text
 
 
 def test_only_the_first_rank_writes_the_log_and_its_lines_come_back_from_the_checkpoint(tmp_path):

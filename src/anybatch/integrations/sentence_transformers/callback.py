@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from anybatch import distributed
 from anybatch.errors import AnybatchError
-from anybatch.files import CONTENTS, flaw_of, seal_folder, write_bytes
+from anybatch.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.losses.memory import ExampleMemory
@@ -63,14 +63,27 @@ class LossStateCallback(TrainerCallback):
         if state.global_step:
             folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._restore(folder, plans=plan_digests(loader))
-            ranks = len(list(folder.glob("rng_state_*.pth"))) or 1
-            if ranks != distributed.world_size() and state.is_world_process_zero:
-                logger.warning(
-                    "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have been.",
-                    folder.name,
-                    ranks,
-                    distributed.world_size(),
-                )
+            if state.is_world_process_zero:
+                self._warn_of_changes(folder)
+
+    def _warn_of_changes(self, folder: Path) -> None:
+        """Say what keeps the resumed run from being the uninterrupted one, bit for bit."""
+        ranks, threads = len(list(folder.glob("rng_state_*.pth"))) or 1, read_json(folder / CONTENTS, "").get("threads")
+        if ranks != distributed.world_size():
+            logger.warning(
+                "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have been.",
+                folder.name,
+                ranks,
+                distributed.world_size(),
+            )
+        if threads not in (None, torch.get_num_threads()):
+            logger.warning(
+                "%s was saved with %s threads, and %d go on: sums are rounded otherwise. Set OMP_NUM_THREADS=%s for the same bits.",
+                folder.name,
+                threads,
+                torch.get_num_threads(),
+                threads,
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,7 +142,7 @@ class LossStateCallback(TrainerCallback):
             digests = plan_digests(kwargs.get("train_dataloader"))
             metadata = {"plan": digests} if digests else None
             write_bytes(folder / LOSS_STATE, save(tensors, metadata))
-            seal_folder(folder, run=self.run)
+            seal_folder(folder, run=self.run, threads=torch.get_num_threads())
 
     def on_log(
         self,
