@@ -166,13 +166,13 @@ MUTATIONS = [
         "caching/replay.py",
         "caching/test_replay.py",
         ("else grad.detach() * scale for grad", "else grad.detach() for grad"),
-        ("with recording._autocast.apply(), recording._modes.apply()", "with recording._autocast.apply()"),
+        ("with recording._modes.apply():", "if True:"),
     ),
     *of("caching/replay.py", "caching/test_state.py", ("    if gap > 1:", "    if gap == torch.inf:")),
     *of(
         "caching/recording.py",
         "caching/test_replay.py",
-        ("before = self.random.now() if self.training", "before = None if self.training"),
+        ("self.random = before.now()", "self.random = before"),
     ),
     *of("caching/gradients.py", "caching/test_step.py", ("grad.add_(found)", "grad.copy_(found)")),
     *of(
