@@ -15,9 +15,9 @@ import numpy as np
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from anybatch.data import PairData, read_pairs
+from anybatch.data.pairs import PairData, read_pairs
+from anybatch.insight import markdown_table
 from anybatch.mining import MiningConfig, inspect_plan, mine_plan
-from anybatch.report import markdown_table
 
 WINDOWS = ((30, 64), (5, 40))
 WIDTHS = (128, 16)

@@ -1,9 +1,9 @@
 """Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan, blocks, files, distributed and resources; no training code."""
 
+from anybatch.insight.inspection import PlanInspection, inspect_plan, inspect_sets
 from anybatch.mining.audit import Audit, Cycle, audit_clusters, audit_cycle, suspect_pairs
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import MiningGraph, build_graph
-from anybatch.mining.inspection import PlanInspection, inspect_plan, inspect_sets
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.mine import (
     MiningResult,
