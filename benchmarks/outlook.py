@@ -17,7 +17,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from anybatch.data.pairs import PairData, read_pairs
 from anybatch.insight import markdown_table
-from anybatch.mining import MiningConfig, inspect_plan, mine_plan
+from anybatch.insight.inspection import inspect_plan
+from anybatch.mining import MiningConfig, mine_plan
 
 WINDOWS = ((30, 64), (5, 40))
 WIDTHS = (128, 16)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from anybatch.core.errors import AnybatchError
-from anybatch.insight.inspection import _random_batches
-from anybatch.mining import MiningConfig, MiningSet, inspect_plan, inspect_sets, mine_plan
+from anybatch.insight.inspection import _random_batches, inspect_plan, inspect_sets
+from anybatch.mining import MiningConfig, MiningSet, mine_plan
 
 from ..mining.test_mining import embeddings, naive_neighbors
 

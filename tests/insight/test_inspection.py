@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from anybatch.core.errors import AnybatchError
-from anybatch.insight.inspection import DUPLICATE
-from anybatch.mining import MiningConfig, OutlookLimits, inspect_plan, mine_plan
+from anybatch.insight.inspection import DUPLICATE, inspect_plan
+from anybatch.mining import MiningConfig, OutlookLimits, mine_plan
 from anybatch.mining import cosines as cosines_module
 from anybatch.mining import outlook as outlook_module
 from anybatch.mining.cosines import BINS

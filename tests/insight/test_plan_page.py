@@ -10,7 +10,8 @@ import pytest
 
 from anybatch.data.pairs import PairData
 from anybatch.insight import plan_figures, render_plan_page
-from anybatch.mining import MiningConfig, inspect_plan, mine_plan
+from anybatch.insight.inspection import inspect_plan
+from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
 from tests.mining.test_mining import embeddings
 

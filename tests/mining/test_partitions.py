@@ -12,7 +12,8 @@ from scipy import sparse
 
 from anybatch.core.errors import AnybatchError
 from anybatch.insight import plan_figures
-from anybatch.mining import MiningConfig, MiningSet, inspect_plan, mine_plan
+from anybatch.insight.inspection import inspect_plan
+from anybatch.mining import MiningConfig, MiningSet, mine_plan
 from anybatch.mining import mine as mine_module
 from anybatch.mining.graph import MiningGraph
 from anybatch.plans.plan import BatchPlan

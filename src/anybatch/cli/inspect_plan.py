@@ -21,8 +21,9 @@ from anybatch.core.files import read_json, write_text
 from anybatch.data.pairs import PairData
 from anybatch.data.pictures import PictureColumn, describe
 from anybatch.insight import Figure, plan_sizes, render_plan_page, set_figures
+from anybatch.insight.inspection import PlanInspection, inspect_plan, inspect_sets
 from anybatch.losses.config import LossConfig, first_temperature
-from anybatch.mining import MiningSet, PlanInspection, inspect_plan, inspect_sets
+from anybatch.mining import MiningSet
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, RunConfig
 from anybatch.run.data import read_data

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anybatch.mining import PlanInspection
+    from anybatch.insight.inspection import PlanInspection
     from anybatch.plans.plan import BatchPlan
 
 

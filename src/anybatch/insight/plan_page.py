@@ -16,8 +16,7 @@ from anybatch.insight.plan_figures import plan_sizes, set_figures
 
 if TYPE_CHECKING:
     from anybatch.data.pairs import PairData
-    from anybatch.insight.inspection import ClusterExample, RowPair
-    from anybatch.mining import PlanInspection
+    from anybatch.insight.inspection import ClusterExample, PlanInspection, RowPair
     from anybatch.plans.plan import BatchPlan
 
 TEXT_LENGTH = 220  # characters of a text that are shown
