@@ -413,7 +413,10 @@ def mined(options: dict[str, Any], mixing: str | None) -> BatchPlan:
 
 @cache
 def teacher_embeddings(num_rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 16) float32 each, in groups, on a grid so coarse that float32 products are exact in any order of adding up."""
+    """(n, 16) float32 each, in groups, on a grid so coarse that float32 products are exact in any order of adding up.
+
+    With these seeds and sizes no two of a row's 40 best scores are equal, so that nobody's way with ties shows.
+    """
     generator = np.random.default_rng(seed)
     centres = generator.normal(size=(num_rows // 12, 16))
     anchors = centres[generator.integers(0, len(centres), num_rows)] + 0.5 * generator.normal(size=(num_rows, 16))

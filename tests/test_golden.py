@@ -33,6 +33,16 @@ def test_every_loss_of_the_registry_is_there():
     assert {name for name, _, _ in golden.LOSSES.values()} == {*golden.registered(), "late_interaction"}
 
 
+@pytest.mark.parametrize(("num_rows", "seed"), [(golden.MINING_ROWS, 0), (97, 1)])
+def test_plans_depend_on_no_rounding(num_rows, seed):
+    """Scores are exact in float32, and among those that mining looks at no two of a row are equal."""
+    anchors, positives = golden.teacher_embeddings(num_rows, seed)
+    scores = anchors.astype(np.float64) @ positives.astype(np.float64).T
+    assert np.array_equal((anchors @ positives.T).astype(np.float64), scores)
+    for matrix in (scores, scores + scores.T):
+        assert np.all(np.diff(np.sort(matrix, axis=1)[:, -40:], axis=1) > 0)
+
+
 def test_comparing_sees_a_small_change(tmp_path):
     """A relative change of 1e-9 in one number of float64, one whole number of a plan, or one tensor more or less."""
     generator = torch.Generator().manual_seed(0)
