@@ -5,12 +5,14 @@
     python -m tests.golden tests/golden.safetensors             # within the tolerances of `tests/test_golden.py`
     python -m tests.golden --exact --only "loss: sogclr" tests/golden.safetensors       # the cases whose names begin so
 
-Every case is a line of a table: a loss x a direction x a form of arguments; a mining method x its data sets; and so on. A case
-gives labelled tensors. Of small ones the file keeps all numbers, of others the norm and two random projections, and of each a digest
-of its bytes. A rearrangement of the code must keep the digests; one that adds numbers up in another order must keep float64 to 1e-12.
+Every case is a line of a table: a loss x a direction x a form of arguments; a mining method x its data sets; and so on.
+A case gives labelled tensors. Of small ones the file keeps all numbers, of others the norm and two random projections, and of
+each a digest of its bytes. A rearrangement of the code must keep the digests; one that adds numbers up in another order must
+keep float64 to 1e-12.
 
-What a renaming in the library touches here: the imports, `build`, `registered`, `row_table`, `call_arguments`, `set_tile_bytes`, `grow`, `mined`,
-`small_run`, and `STATE_NAMES`, which gives every buffer and parameter a name that has nothing to do with the class that holds it.
+What a renaming in the library touches here: the imports, `build`, `registered`, `row_table`, `call_arguments`, `plan_of_rows`,
+`set_tile_bytes`, `grow`, `mined`, `cached_case`, `small_run`, and `STATE_NAMES`, which gives every buffer and parameter a name
+that has nothing to do with the class that holds it.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ RUN_TOLERANCE = 1e-4  # of the training run, whose every step carries the roundi
 Case = dict[str, Tensor]  # label -> tensor
 
 
-# --- 1. How the library is called: what a renaming changes -------------------------------------------------------------------
+# --- 1. How the library is called: what a renaming changes -----------------------------------------------------------
 
 # Names of buffers and parameters in a state, by what they hold. An order matters only in that the first match counts.
 STATE_NAMES = {
@@ -115,7 +117,7 @@ def grow(loss: nn.Module, num_rows: int) -> None:
 
 
 def row_table(*, plan: BatchPlan | None = None, **options: Any) -> RowTable:
-    """What losses know of the rows: equal anchors, equal positives, anchors with several positives, explicit negatives."""
+    """What losses know of the rows: equal anchors and positives, anchors with several positives, explicit negatives."""
     rows = np.arange(ROWS)
     anchor_id = np.where(rows % 7 == 3, rows - 3, rows)
     positive_id = np.where(rows % 11 == 5, rows - 4, rows)
@@ -156,12 +158,12 @@ def plan_of_rows(mixing: str | None) -> BatchPlan:
     )
 
 
-# --- 2. Losses ------------------------------------------------------------------------------------------------------------
+# --- 2. Losses -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """A form of arguments: `table` gives the options of `row_table`, None for no table; `mixing` makes a plan of two sets."""
+    """A form of arguments: `table` has the options of `row_table`, None for no table; `mixing` makes a plan of two sets."""
 
     table: dict[str, Any] | None = None
     planned: bool = False
@@ -253,7 +255,7 @@ def loss_cases() -> Iterator[tuple[str, Callable[[], Case]]]:
 def loss_case(name: str, settings: dict[str, Any], form: str, dtype: torch.dtype) -> Case:
     """Some training steps with plain gradient descent of the loss's own parameters, then one call in eval mode.
 
-    Labels: the losses; gradients of both sides, and of parameters, over all steps; each entry of the state after each step.
+    Labels: the losses; gradients of both sides, and of parameters, over all steps; entries of the state after each step.
     """
     chosen = ARGUMENTS[form]
     grows, table = chosen.grows, None
@@ -351,7 +353,7 @@ def named_state(loss: nn.Module, *, parameters: bool = False) -> list[tuple[str,
     return sorted(found, key=lambda pair: pair[0])
 
 
-# --- 3. Plans -------------------------------------------------------------------------------------------------------------
+# --- 3. Plans --------------------------------------------------------------------------------------------------------
 
 MINING_ROWS, SET_ROWS = 240, (131, 109)
 MINING: dict[str, dict[str, Any]] = {
@@ -425,7 +427,7 @@ def teacher_embeddings(num_rows: int, seed: int = 0) -> tuple[np.ndarray, np.nda
     return grid[0], grid[1]
 
 
-# --- 4. The cached step -----------------------------------------------------------------------------------------------------
+# --- 4. The cached step ----------------------------------------------------------------------------------------------
 
 CACHED: dict[str, dict[str, Any]] = {
     "plain": {"micro_batch": 4},
@@ -479,7 +481,7 @@ def cached_case(label: str) -> Case:
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
-# --- 5. A short run ---------------------------------------------------------------------------------------------------------
+# --- 5. A short run --------------------------------------------------------------------------------------------------
 
 
 def small_run() -> Case:
@@ -512,7 +514,7 @@ def small_run() -> Case:
     return found | {f"weights: {name}": value for name, value in sorted(weights.items())}
 
 
-# --- 6. Comparing -----------------------------------------------------------------------------------------------------------
+# --- 6. Comparing ----------------------------------------------------------------------------------------------------
 
 
 def _bound(function: Callable[..., Case], *arguments: Any) -> Callable[[], Case]:
