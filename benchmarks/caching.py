@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from anybatch.caching import StepMemory, cached_step
-from anybatch.files import write_text
+from anybatch.core.files import write_text
 from anybatch.losses import InfoNCE
 from benchmarks import loss_stage
 

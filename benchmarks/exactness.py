@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.caching import RowSlicer, cached_step, plan_micro_batches
-from anybatch.files import write_text
+from anybatch.core.files import write_text
 from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 
 SHARES = {1: [13], 2: [8, 5], 3: [5, 2, 6]}

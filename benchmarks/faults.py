@@ -34,7 +34,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-from anybatch.files import CARD, file_digest, write_text
+from anybatch.core.files import CARD, file_digest, write_text
 
 ROWS, FLIPS, KILLS = 96, 150, 20
 WHOLE = 10  # of so many flips that were given to a reader, one is given to a whole command too
@@ -229,7 +229,7 @@ class Faults:
 
     def read(self, state: str, path: str, where: float, read: Callable[[Path], bool]) -> str:
         """How a reader ends that is given a file with a flipped bit, which is mended afterwards."""
-        from anybatch.errors import AnybatchError
+        from anybatch.core.errors import AnybatchError
 
         folder = self.states[state][1]
         content = (folder / path).read_bytes()
@@ -309,7 +309,7 @@ class Faults:
 
 def read_plan(folder: Path) -> bool:
     """False if a damaged plan can be read."""
-    from anybatch.plan import BatchPlan
+    from anybatch.plans.plan import BatchPlan
 
     BatchPlan.load(folder / "plan.safetensors")
     return False
@@ -324,7 +324,7 @@ def read_checkpoint(folder: Path) -> bool:
 
 def read_teacher(folder: Path) -> bool:
     """False if damaged embeddings can be read."""
-    from anybatch.run_plan import read_embeddings
+    from anybatch.run.plan import read_embeddings
 
     for side in ("anchor", "positive"):
         read_embeddings(str(folder / f"teacher_{side}.npy"), ROWS)
@@ -354,7 +354,7 @@ def damage(path: Path, how: str, where: float, other: Path) -> None:
 
 def results(folder: Path, verb: str) -> list[object]:
     """What a run is for."""
-    from anybatch.plan import BatchPlan
+    from anybatch.plans.plan import BatchPlan
 
     found: list[object] = [BatchPlan.load(folder / "plan.safetensors").digest]
     if verb == "train":

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from anybatch.report import markdown_table
+from anybatch.insight import markdown_table
 
 METHODS: dict[str, list[str]] = {
     "InfoNCE, random": [],

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from anybatch.evaluation.gradient_error import FrozenPairs, effective_batch_size, gradient_error, infonce_curve
+from anybatch.insight import markdown_table
+from anybatch.insight.gradient_error import FrozenPairs, effective_batch_size, gradient_error, infonce_curve
 from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.base import Direction
 from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, mine_plan
-from anybatch.plan import BatchPlan
-from anybatch.report import markdown_table
-from anybatch.rows import RowTable
+from anybatch.plans.plan import BatchPlan
 from benchmarks.cluster_centres import ClusterCentres
 
 FOLDER = Path("docs/benchmarks")
@@ -298,7 +298,7 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
         "embedded by all-MiniLM-L6-v2 (384 dimensions, standing still), which is also the teacher of the mined batches. Temperature "
         f"{temperature:g}; {probes:,} anchors, {2 * epochs} batches each, in two independent halves. Machine: 2-core x86 CPU, one thread.\n\n"
         f"All errors are relative to the exact gradient's root mean square, with respect to the embeddings of the {measured_in} "
-        "(`anybatch.evaluation.gradient_error`); ± is one standard error over anchors. Effective: the random InfoNCE batch with the same error, by RMSE "
+        "(`anybatch.insight.gradient_error`); ± is one standard error over anchors. Effective: the random InfoNCE batch with the same error, by RMSE "
         f"/ bias / RMSE after the best common factor; the factor is in the column before. The largest size on the curve is {max(curves['rmse']):,}.\n\n"
         f"**The aim**, RMSE at a mined batch of {AIM[0]} no larger than that of random InfoNCE at {AIM[1]:,}: "
         + (f"reached by {names}. " if reached else "not reached. ")

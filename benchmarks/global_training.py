@@ -30,14 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anybatch.insight import markdown_table
 from anybatch.losses import CrossBatchInfoNCE
 from anybatch.losses.base import Batch
 from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.rows import RowTable
 from anybatch.losses.sides import Side
 from anybatch.mining import MiningConfig, mine_plan
-from anybatch.plan import BatchPlan
-from anybatch.report import markdown_table
-from anybatch.rows import RowTable
+from anybatch.plans.plan import BatchPlan
 from benchmarks.cluster_centres import ClusterCentres
 from benchmarks.small_models import WIDTH, Task, evaluate, load_task, lsa_teacher
 

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybatch.losses import ISogCLR, SogCLR
+from anybatch.family import ISogCLR
+from anybatch.insight import markdown_table
+from anybatch.losses import SogCLR
 from anybatch.losses.example_values import ExampleValues
-from anybatch.report import markdown_table
 
 FOLDER = Path("docs/benchmarks")
 RHO, TEMPERATURE_RANGE, TEMPERATURE_LR = 0.3, (0.02, 0.7), 0.01

@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from anybatch.files import write_text
+from anybatch.core.files import write_text
 from anybatch.losses import InfoNCE
 from anybatch.losses.config import LossConfig, build_loss
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from anybatch import sample
-from anybatch.data import PairData
+from anybatch.data.pairs import PairData
+from anybatch.insight import markdown_table
 from anybatch.losses import SogCLR
 from anybatch.losses.exact_rows import Table, exact_rows, make_table
 from anybatch.losses.monitoring import memory_figures
 from anybatch.losses.warm_start import warm_start
-from anybatch.report import markdown_table
 
 TAU, BATCH = 0.05, 64
 

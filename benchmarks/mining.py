@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from anybatch.core.resources import Measure
+from anybatch.insight import markdown_table
 from anybatch.mining import (
     Audit,
     MiningConfig,
@@ -24,8 +26,6 @@ from anybatch.mining import (
     mine_plan,
 )
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
-from anybatch.report import markdown_table
-from anybatch.resources import Measure
 
 SKIP, TAKE, SIZE = 30, 100, 32
 LAMBDAS = (0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from anybatch.insight import markdown_table
 from anybatch.mining import (
     MiningConfig,
     MiningGraph,
@@ -27,7 +28,6 @@ from anybatch.mining import (
 )
 from anybatch.mining.mine import SPENT
 from anybatch.mining.partition import start_clusters
-from anybatch.report import markdown_table
 
 SKIP, TAKE, SIZE = 30, 100, 32
 WEIGHT = MiningConfig().conflict_weight

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from anybatch.insight import markdown_table
 from anybatch.mining import MiningConfig, exact_neighbors, mine_plan
-from anybatch.report import markdown_table
 
 FOLDER = Path("docs/benchmarks")
 STAGES = ("neighbors", "graph", "communities", "refinement", "audit")

@@ -26,13 +26,13 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from anybatch.data import PairData, RetrievalData, read_pairs, read_retrieval
+from anybatch.data.pairs import PairData, RetrievalData, read_pairs, read_retrieval
 from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
+from anybatch.insight import markdown_table
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE
+from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, mine_plan
-from anybatch.plan import BatchPlan
-from anybatch.report import markdown_table
-from anybatch.rows import RowTable
+from anybatch.plans.plan import BatchPlan
 
 FOLDER = Path("docs/benchmarks")
 RESULTS = FOLDER / "mining_training.jsonl"

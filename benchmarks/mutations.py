@@ -195,8 +195,8 @@ MUTATIONS = [
         ("return int(keep_graphs * num_micro_batches + 0.5)", "return int(keep_graphs * num_micro_batches)"),
     ),
     *of(
-        "plan.py",
-        "test_plan.py",
+        "plans/plan.py",
+        "plans/test_plan.py",
         ("np.random.default_rng([self.seed, epoch])", "np.random.default_rng([self.seed, 0])"),
         ("self._replace(members, clusters, _drawn(", "(members, clusters, _drawn("),
         ("self.random_shares[min(epoch, len(self.random_shares) - 1)]", "self.random_shares[0]"),
@@ -207,14 +207,14 @@ MUTATIONS = [
         ("self._start = self.position", "self._start = self.position + 1"),
     ),
     *of(
-        "plan.py",
-        "test_partitions.py",
+        "plans/plan.py",
+        "plans/test_partitions.py",
         ("self._partitions[epoch % self.num_partitions]", "self._partitions[epoch % 2]"),
     ),
-    *of("dealing.py", "test_plan.py", ("mates = whole * (m - 1) +", "mates = whole * m +")),
+    *of("plans/sampling.py", "plans/test_plan.py", ("mates = whole * (m - 1) +", "mates = whole * m +")),
     *of(
-        "rows.py",
-        "test_rows.py",
+        "losses/rows.py",
+        "losses/test_rows.py",
         ("factor = -self.ways[", "factor = self.ways["),
         ("cluster = torch.where(cluster < 0, -2 - index, cluster)", "pass"),
         ("np.concatenate([pairs, pairs[:, ::-1]])", "np.concatenate([pairs, pairs])"),
@@ -353,7 +353,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     print(f"{caught} of {len(rows)} caught, {seconds / 60:.1f} minutes")
     if args.only == [""]:
-        from anybatch.files import write_text
+        from anybatch.core.files import write_text
 
         write_text(args.out, page(rows, seconds, args.jobs))
     raise SystemExit(caught < len(rows))

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from anybatch.insight import markdown_table
 from anybatch.mining import exact_neighbors
-from anybatch.report import markdown_table
 from benchmarks.mining_scale import make_rows
 
 FOLDER = Path("docs/benchmarks")

@@ -15,9 +15,10 @@ import numpy as np
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from anybatch.data import PairData, read_pairs
-from anybatch.mining import MiningConfig, inspect_plan, mine_plan
-from anybatch.report import markdown_table
+from anybatch.data.pairs import PairData, read_pairs
+from anybatch.insight import markdown_table
+from anybatch.insight.inspection import inspect_plan
+from anybatch.mining import MiningConfig, mine_plan
 
 WINDOWS = ((30, 64), (5, 40))
 WIDTHS = (128, 16)

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from anybatch.evaluation.gradient_error import FrozenPairs, gradient_error
+from anybatch.insight import markdown_table
+from anybatch.insight.gradient_error import FrozenPairs, gradient_error
+from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, mine_plan
-from anybatch.plan import BatchPlan
-from anybatch.report import markdown_table
-from anybatch.rows import RowTable
+from anybatch.plans.plan import BatchPlan
 from benchmarks.global_training import batches, make_loss
 from benchmarks.small_models import PairModel, Task, evaluate, load_task
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anybatch.core.files import digest_of, write_atomically
 from anybatch.evaluation.retrieval import pair_metrics
-from anybatch.files import digest_of, write_atomically
 
 BUCKETS, WIDTH, WORDS, PIXELS = 2**14, 128, 64, 24
 EVALUATION_ROWS = 512  # texts or pictures a forward pass when evaluating

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anybatch import BatchPlan, PlanSampler
-from anybatch.losses import FastCLIP
+from anybatch.family import FastCLIP
 
 torch.manual_seed(0)
 WORDS = {

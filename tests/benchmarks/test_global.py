@@ -13,7 +13,7 @@ from anybatch.losses import InfoNCE
 from benchmarks import cluster_centres, global_loss, global_training, small_models
 
 from ..conftest import sentence
-from ..evaluation.test_gradient_error import embeddings
+from ..insight.test_gradient_error import embeddings
 
 
 @pytest.fixture

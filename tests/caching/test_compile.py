@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from anybatch.caching import RowSlicer, cached_step, plan_micro_batches
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 from .helpers import Softmax, gradients, plain_step_in_pieces, relative_error, texts
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.caching import average_gradients, cached_step
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Softmax, TextEncoder, gradients, plain_step, relative_error, texts
 
 pytestmark = pytest.mark.distributed

@@ -8,7 +8,7 @@ import torch
 
 from anybatch.caching import GraphBudget, StepMemory, cached_step, plan_micro_batches, record, record_towers
 from anybatch.caching.device_memory import parse_memory
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import (
     Mlp,
     Softmax,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anybatch.caching import RowSlicer, cached_step
 from anybatch.caching.schedule import plan_micro_batches
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 from .helpers import Softmax, TextEncoder
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from anybatch.caching import plan_micro_batches, record, replay
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Mlp, Softmax, TextEncoder, clone, gradients, relative_error, texts
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from anybatch.caching import cached_step
 from anybatch.caching.row_check import MOST_ANSWERS
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import (
     Mlp,
     Softmax,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 from anybatch.caching import RowSlicer, Shared, plan_micro_batches
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 
 def padded(lengths, width, **more):

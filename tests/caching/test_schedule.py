@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anybatch.caching import plan_micro_batches
 from anybatch.caching.schedule import count_kept
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from tests.caching.test_rows import padded
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anybatch.caching import cached_step, record
 from anybatch.caching.reduction import distributed_modules
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Mlp, TextEncoder, relative_error
 from tests.caching.test_distributed import GatheringSoftmax, reference, share, whole_batch
 

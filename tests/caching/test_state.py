@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from anybatch.caching import cached_step, record
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Mlp, Softmax, clone, gradients, relative_error, vectors
 
 EXACT = 1e-12

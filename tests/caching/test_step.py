@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from anybatch.caching import RowSlicer, cached_step, plan_micro_batches
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import (
     Mlp,
     Softmax,

@@ -20,7 +20,7 @@ from anybatch.caching import (
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, total_memory
 from anybatch.caching.memory import LEAF_COPIES, leaf_bytes
 from anybatch.caching.rows import RowSlicer
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses import InfoNCE, SogCLR
 from tests.caching.helpers import (
     Mlp,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from anybatch.caching import verify
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Mlp, Softmax, TextEncoder, texts
 
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from anybatch import cli
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -300,7 +300,7 @@ def test_mistakes_end_with_code_2_and_one_message(main, tiny_model_folder, pairs
 )
 def test_errors_wherever_they_arise(error, code, said, main, monkeypatch):
     """A verb that raises the error: what a library or the system says, and true bugs, which keep their traceback."""
-    from anybatch import pipeline
+    from anybatch.run import pipeline
 
     def fail(*arguments, **settings):
         raise error

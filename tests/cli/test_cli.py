@@ -21,9 +21,9 @@ from anybatch.cli import mine as mine_module
 from anybatch.cli import progress
 from anybatch.cli import train as train_module
 from anybatch.cli.app import app
-from anybatch.configuration import load_config
-from anybatch.errors import AnybatchError
-from anybatch.run_config import RunConfig
+from anybatch.core.configuration import load_config
+from anybatch.core.errors import AnybatchError
+from anybatch.run.config import RunConfig
 
 runner = CliRunner()
 
@@ -183,7 +183,7 @@ def test_disk_full_while_training(pairs_file, tiny_model_folder, tmp_path):
 
 def test_figures_of_a_run(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
     """Five steps, logged every fourth; two evaluations while training, and one before and one after it."""
-    from anybatch import pipeline
+    from anybatch.run import pipeline
 
     def slow(*arguments, **settings):
         time.sleep(0.5)
@@ -331,7 +331,7 @@ class TestMistakes:
 
     def test_another_plan_on_resume(self, pairs_file, tiny_model_folder, tmp_path, out):
         """The plan lies outside the run's folder and is made anew, with another seed, between the run and its resumption."""
-        from anybatch.plan import BatchPlan
+        from anybatch.plans.plan import BatchPlan
 
         run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "mined", "mining.method=random"))
         path = tmp_path / "mined" / "plan.safetensors"

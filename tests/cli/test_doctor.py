@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from typer.testing import CliRunner
 
 from anybatch.cli.app import app
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 runner = CliRunner()
 
@@ -76,7 +76,7 @@ def test_random_numbers_that_cannot_be_drawn_again_are_named(run, tiny_model_fol
 def doctor_of(model, run):
     """The verdict on a model that cannot be saved."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anybatch.doctor.load_model", lambda config: model)
+        patch.setattr("anybatch.insight.doctor.load_model", lambda config: model)
         return doctor(*run)
 
 

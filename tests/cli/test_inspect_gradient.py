@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from anybatch.cli import inspect_gradient as module
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 from .test_cli import run
 from .test_inspect_plan import mined  # noqa: F401 - a fixture

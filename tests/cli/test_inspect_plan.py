@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from anybatch.cli import inspect_plan as module
-from anybatch.errors import AnybatchError
-from anybatch.files import read_json, write_json
-from tests.report.test_report import Checker
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import read_json, write_json
+from tests.insight.test_report import Checker
 
 from .test_cli import run, settings
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from anybatch.cli import inspect_plan as inspect_module
-from anybatch.errors import AnybatchError
-from anybatch.pictures import Picture
-from anybatch.plan import BatchPlan
-from anybatch.report import plan_page
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pictures import Picture
+from anybatch.insight import plan_page
+from anybatch.plans.plan import BatchPlan
 from tests.cli.test_cli import run
 from tests.pictures import picture, save_clip, save_pairs
 

@@ -7,7 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from anybatch.plan import BatchPlan
+from anybatch.plans.plan import BatchPlan
 from tests.cli.test_cli import run
 from tests.pictures import caption, picture, save_clip
 

@@ -6,7 +6,7 @@ import json
 
 import yaml
 
-from anybatch.plan import BatchPlan
+from anybatch.plans.plan import BatchPlan
 from tests.cli.test_cli import run
 from tests.conftest import sentence
 

@@ -6,7 +6,7 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.evaluation.retrieval import evaluate_run, pair_metrics, rank_embeddings, retrieval_metrics
 
 KS = (1, 3, 10)

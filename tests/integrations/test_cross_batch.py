@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anybatch import pipeline
 from anybatch.integrations.sentence_transformers import last_whole_checkpoint
 from anybatch.losses.config import LossConfig
+from anybatch.run import pipeline
 
 from .test_refresh import config
 

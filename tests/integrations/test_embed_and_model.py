@@ -5,7 +5,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import ModelConfig, embed_texts, embed_to_file, load_model
 from anybatch.integrations.sentence_transformers import embed as embed_module
 

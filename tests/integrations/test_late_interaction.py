@@ -10,7 +10,7 @@ from sentence_transformers.multi_vector_encoder.losses import (
     MultiVectorMultipleNegativesRankingLoss,
 )
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import CachedLateInteraction
 from anybatch.losses.late_interaction import LateInteraction
 

@@ -16,11 +16,11 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 
 from anybatch.caching import cached_step
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import CachedLateInteraction, CachedLoss
 from anybatch.losses import InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.late_interaction import LateInteraction
-from anybatch.rows import RowTable
+from anybatch.losses.rows import RowTable
 
 from ..conftest import sentence
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from anybatch import distributed, pipeline
-from anybatch.data import read_pairs
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pairs import read_pairs
 from anybatch.integrations.sentence_transformers import (
     CachedLoss,
     LossStateCallback,
@@ -29,7 +29,8 @@ from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses.config import LossConfig
 from anybatch.losses.memory import ExampleMemory
 from anybatch.mining import MiningConfig
-from anybatch.run_config import DataConfig, RunConfig
+from anybatch.run import pipeline
+from anybatch.run.config import DataConfig, RunConfig
 
 ROWS = 97
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anybatch import pipeline
 from anybatch.integrations.sentence_transformers import last_whole_checkpoint
-from anybatch.plan import BatchPlan
-from anybatch.rows import RowTable
+from anybatch.losses.rows import RowTable
+from anybatch.plans.plan import BatchPlan
+from anybatch.run import pipeline
 
 from .test_refresh import config
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from anybatch.data import PairData, read_pairs
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pairs import PairData, read_pairs
+from anybatch.data.pictures import Picture
 from anybatch.integrations.sentence_transformers import embed as module
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.losses import InfoNCE
-from anybatch.pictures import Picture
 from tests.pictures import save_clip, save_pairs
 
 

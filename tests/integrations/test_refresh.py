@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anybatch import pipeline
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import ModelConfig, TrainConfig, last_whole_checkpoint
 from anybatch.integrations.sentence_transformers.refresh import RefreshPlan
 from anybatch.losses.config import LossConfig
 from anybatch.mining import MiningConfig
-from anybatch.plan import BatchPlan, PlanSampler
-from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
+from anybatch.plans.plan import BatchPlan, PlanSampler
+from anybatch.run import pipeline
+from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 
 
 def config(pairs_file, model, output, **mining):

@@ -12,15 +12,16 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
-from anybatch import pipeline, run_plan
-from anybatch.data import PairSet, read_pairs
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pairs import PairSet, read_pairs
 from anybatch.integrations.sentence_transformers import CachedLoss, ModelConfig, embed_texts, load_model
 from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
 from anybatch.integrations.sentence_transformers.model import side_inputs, side_prompt, side_task, warn_of_instructions
 from anybatch.losses import SogCLR
 from anybatch.mining import MiningConfig
-from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
+from anybatch.run import pipeline
+from anybatch.run import plan as run_plan
+from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 from tests.cli.test_cli import run, settings
 
 from ..conftest import sentence

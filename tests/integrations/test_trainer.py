@@ -22,8 +22,9 @@ from sentence_transformers import (
 from sentence_transformers.training_args import MultiDatasetBatchSamplers
 from transformers import EarlyStoppingCallback
 
-from anybatch.data import PairData
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pairs import PairData
+from anybatch.family import FastCLIP, SigLIP
 from anybatch.integrations.sentence_transformers import (
     CachedLoss,
     LossStateCallback,
@@ -33,10 +34,10 @@ from anybatch.integrations.sentence_transformers import (
     train_model,
     with_index,
 )
-from anybatch.losses import FastCLIP, InfoNCE, Matryoshka, SigLIP, SogCLR
+from anybatch.losses import InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.late_interaction import LateInteraction
-from anybatch.plan import BatchPlan, PlanSampler
-from anybatch.rows import RowTable
+from anybatch.losses.rows import RowTable
+from anybatch.plans.plan import BatchPlan, PlanSampler
 
 from ..conftest import sentence
 

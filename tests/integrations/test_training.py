@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from anybatch.errors import AnybatchError
-from anybatch.files import CARD, CONTENTS, seal_folder
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import CARD, CONTENTS, seal_folder
 from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig, last_whole_checkpoint, train_model
 from anybatch.integrations.sentence_transformers import callback as callback_module
 from anybatch.integrations.sentence_transformers.training import _is_write_failure, _make_recorder, forgotten
 from anybatch.losses import InfoNCE, SogCLR
-from anybatch.plan import BatchPlan
+from anybatch.plans.plan import BatchPlan
 
 from ..conftest import sentence
 

@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-from anybatch.losses import (
-    EMC2,
-    NUCLR,
-    SCENT,
-    CountCorrectedInfoNCE,
-    CrossBatchInfoNCE,
-    DecoupledInfoNCE,
-    FastCLIP,
-    GammaSchedule,
-    GloFND,
-    InfoNCE,
-    ISogCLR,
-    SogCLR,
-    TempNet,
-)
+from anybatch.family import EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, TempNet
+from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledInfoNCE, GammaSchedule, InfoNCE, SogCLR
 
 ROWS, WIDTH = 40, 5
 STATELESS = {

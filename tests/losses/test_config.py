@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anybatch import losses
-from anybatch.configuration import from_mapping
-from anybatch.errors import AnybatchError
+from anybatch import family
+from anybatch.core.configuration import from_mapping
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.config import KNOWN, WITH_MEMORY, LossConfig, build_loss, first_temperature
 
 
@@ -31,7 +31,7 @@ def test_settings_reach_their_method():
         from_mapping(LossConfig, {"name": "fastclip", "version": "v2", "gamma": 0.3, "gamma_steps": 8, "rho": 7, "temperature_range": [0.01, 0.2]}),
         num_rows=10,
     )  # fmt: skip
-    assert isinstance(loss, losses.FastCLIP)
+    assert isinstance(loss, family.FastCLIP)
     assert (loss.version, loss.rho, loss.temperature_range) == ("v2", 7.0, (0.01, 0.2))
     assert (loss.gamma.gamma, loss.gamma.num_steps) == (0.3, 8)
     assert build_loss(LossConfig(name="sogclr", gamma=0.3), num_rows=10).gamma == 0.3
@@ -100,7 +100,7 @@ def test_a_temperature_that_is_not_to_be_learned_is_not():
 def test_a_name_alone_is_the_class_alone(version):
     """Every setting of the class that the configuration leaves out keeps the class's default."""
     built = build_loss(LossConfig(name="fastclip", version=version), num_rows=10)
-    alone = losses.FastCLIP(10, version=version)
+    alone = family.FastCLIP(10, version=version)
     for name in ("temperature", "direction", "rho", "eps", "gamma", "temperature_range"):
         assert getattr(built, name) == getattr(alone, name), name
     assert first_temperature(LossConfig(name="fastclip", version=version)) == pytest.approx(alone.temperature)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses import (
     ClusterLogWeight,
     CountCorrectedInfoNCE,

@@ -222,7 +222,7 @@ def test_products_of_matrices():
 
 def test_collectives_are_those_documented(monkeypatch):
     """Counted where they are called; in one process each is an identity."""
-    from anybatch import distributed
+    from anybatch.core import distributed
     from anybatch.losses import solver
 
     anchors, candidates, tau, *_ = draw(1, 8, 4)

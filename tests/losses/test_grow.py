@@ -13,24 +13,17 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file, save_file
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
+from anybatch.family import EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, SigLIP, TempNet
 from anybatch.losses import (
-    EMC2,
-    NUCLR,
-    SCENT,
     CountCorrectedInfoNCE,
     CrossBatchInfoNCE,
     DecoupledInfoNCE,
     ExampleMemory,
-    FastCLIP,
     GammaSchedule,
-    GloFND,
     InfoNCE,
-    ISogCLR,
     Matryoshka,
-    SigLIP,
     SogCLR,
-    TempNet,
 )
 from anybatch.losses.memory_states import grown_state, join_shards
 

@@ -9,24 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from anybatch.errors import AnybatchError
-from anybatch.evaluation.full_gradient import full_gradient
-from anybatch.losses import (
-    AUCCL,
-    SCENT,
-    CountCorrectedInfoNCE,
-    CrossBatchInfoNCE,
-    FastCLIP,
-    IdMask,
-    Matryoshka,
-    PairMask,
-    SigLIP,
-    SogCLR,
-    TaskMask,
-)
+from anybatch.core.errors import AnybatchError
+from anybatch.family import AUCCL, SCENT, FastCLIP, SigLIP
+from anybatch.insight.full_gradient import full_gradient
+from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, IdMask, Matryoshka, PairMask, SogCLR, TaskMask
 from anybatch.losses.exact_rows import exact_rows, make_table
 from anybatch.losses.late_interaction import LateInteraction
-from anybatch.rows import RowTable
+from anybatch.losses.rows import RowTable
 
 from .methods import ALL, ROWS, STATEFUL, WIDTH
 
@@ -384,7 +373,7 @@ class TestCounts:
 
     def test_thresholds_leave_the_mean_over_the_others(self):
         """What GloFND drops is taken out of the data, as published; what a mask removes is a draw that adds nothing."""
-        from anybatch.losses import GloFND
+        from anybatch.family import GloFND
 
         loss = GloFND(ROWS, alpha=0.3, gamma=1.0, eps=0.0, temperature=0.3).double()
         anchors, candidates, index = draw(0, extra=0)

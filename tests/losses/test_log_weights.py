@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.log_weights import (
     ClusterLogWeight,
     IdMask,

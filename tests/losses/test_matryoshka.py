@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from anybatch.configuration import from_mapping
-from anybatch.errors import AnybatchError
-from anybatch.losses import InfoNCE, Matryoshka, SigLIP, SogCLR, TempNet
+from anybatch.core.configuration import from_mapping
+from anybatch.core.errors import AnybatchError
+from anybatch.family import SigLIP, TempNet
+from anybatch.losses import InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.config import LossConfig, build_loss
 
 from .methods import ALL

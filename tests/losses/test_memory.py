@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 from anybatch.losses import SogCLR
 from anybatch.losses.memory import VERSION, ExampleMemory
 from anybatch.losses.memory_states import grown_state, join_shards

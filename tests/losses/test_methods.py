@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-from anybatch import losses
-from anybatch.errors import AnybatchError
-from anybatch.losses import EMC2, NUCLR, SCENT, DecoupledInfoNCE, GloFND, InfoNCE, SogCLR
+from anybatch import family, losses
+from anybatch.core.errors import AnybatchError
+from anybatch.family import EMC2, NUCLR, SCENT, GloFND
+from anybatch.family.emc2 import _Chain, _Chained
+from anybatch.losses import DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.base import Batch
 from anybatch.losses.candidates import Layout
-from anybatch.losses.emc2 import _Chain, _Chained
 
 from .. import reference
 
@@ -391,7 +392,7 @@ def test_mistakes():
         EMC2(20, dimensions=3)(*draw(0), index=torch.arange(7))
 
 
-@pytest.mark.parametrize("make", [lambda: losses.ISogCLR(20), lambda: losses.FastCLIP(20, version="v2")])
+@pytest.mark.parametrize("make", [lambda: family.ISogCLR(20), lambda: losses.FastCLIP(20, version="v2")])
 def test_a_diverged_step_leaves_learned_temperatures_alone(make):
     loss = make()
     anchors, candidates = torch.randn(6, 4), torch.randn(6, 4)

@@ -13,8 +13,9 @@ import torch.multiprocessing as multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybatch.errors import AnybatchError
-from anybatch.losses import AUCCL, ClusterLogWeight, SigLIP
+from anybatch.core.errors import AnybatchError
+from anybatch.family import AUCCL, SigLIP
+from anybatch.losses import ClusterLogWeight
 from anybatch.losses.config import LossConfig, build_loss
 
 from .. import reference

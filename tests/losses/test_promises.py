@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from anybatch.caching import cached_step
-from anybatch.errors import AnybatchError
-from anybatch.losses import AUCCL, PairMask, SigLIP
+from anybatch.core.errors import AnybatchError
+from anybatch.family import AUCCL, SigLIP
+from anybatch.losses import PairMask
 from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.memory import ExampleMemory
 
@@ -242,7 +243,7 @@ def test_casts_of_a_model_leave_what_the_loss_knows_alone(name, cast):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_index_is_required_and_checked(name):
-    from anybatch.errors import AnybatchError
+    from anybatch.core.errors import AnybatchError
 
     loss = STATEFUL[name](temperature=0.3)
     anchors, candidates, index = draw(0)

@@ -10,24 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from anybatch.errors import AnybatchError
-from anybatch.losses import (
-    AUCCL,
-    EMC2,
-    NUCLR,
-    SCENT,
-    CrossBatchInfoNCE,
-    ExampleMemory,
-    FastCLIP,
-    GammaSchedule,
-    GloFND,
-    InfoNCE,
-    ISogCLR,
-    Matryoshka,
-    SigLIP,
-    SogCLR,
-    TempNet,
-)
+from anybatch.core.errors import AnybatchError
+from anybatch.family import AUCCL, EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, SigLIP, TempNet
+from anybatch.losses import CrossBatchInfoNCE, ExampleMemory, GammaSchedule, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.config import LossConfig, build_loss
 from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.memory_states import grown_state

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from anybatch.errors import AnybatchError
-from anybatch.losses import FastCLIP, GammaSchedule, ISogCLR, SogCLR, TempNet
+from anybatch.core.errors import AnybatchError
+from anybatch.family import FastCLIP, ISogCLR, TempNet
+from anybatch.losses import GammaSchedule, SogCLR
 
 from .. import reference
 

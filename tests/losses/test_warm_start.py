@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
-from anybatch.losses import EMC2, NUCLR, FastCLIP, InfoNCE, SogCLR
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.family import EMC2, NUCLR, FastCLIP
+from anybatch.family.isogclr import ISogCLR, TempNet
+from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses import warm_start as room
 from anybatch.losses.exact_rows import exact_rows, make_table
-from anybatch.losses.isogclr import ISogCLR, TempNet
 from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.monitoring import memory_figures
 from anybatch.losses.warm_start import warm_start

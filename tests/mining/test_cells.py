@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.mining.cells import _joined
 

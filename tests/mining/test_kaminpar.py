@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.mining.kaminpar import kaminpar_clusters, load_graph
 from anybatch.mining.partition import whole_weights

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybatch.data import PairSet
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pairs import PairSet
+from anybatch.losses.rows import RowTable
 from anybatch.mining import (
     MiningConfig,
     MiningSet,
@@ -29,10 +30,9 @@ from anybatch.mining import (
     suspect_pairs,
 )
 from anybatch.mining import neighbors as neighbors_module
-from anybatch.plan import BatchPlan
-from anybatch.rows import RowTable
-from anybatch.run_config import DataConfig, SetConfig
-from anybatch.run_data import read_data
+from anybatch.plans.plan import BatchPlan
+from anybatch.run.config import DataConfig, SetConfig
+from anybatch.run.data import read_data
 
 
 def embeddings(num_rows, seed=0, width=8, topics=5):

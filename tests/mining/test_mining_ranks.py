@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from anybatch import distributed
-from anybatch.blocks import BlockArrays, release_pages
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.blocks import BlockArrays, release_pages
+from anybatch.core.errors import AnybatchError
 from anybatch.mining import MiningConfig, MiningSet, exact_neighbors, ivf_neighbors, mine_shared
 from anybatch.mining import inverted as inverted_module
 from anybatch.mining import neighbors as neighbors_module
-from anybatch.plan import BatchPlan
+from anybatch.plans.plan import BatchPlan
 
 from .test_mining import embeddings
 
@@ -47,7 +47,7 @@ def small_blocks():
 
 def run_config(folder, model, pairs, *, cells=1, partitions=1, precision="float32"):
     from anybatch.integrations.sentence_transformers import ModelConfig
-    from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
+    from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 
     return RunConfig(
         output=str(folder),
@@ -60,9 +60,9 @@ def run_config(folder, model, pairs, *, cells=1, partitions=1, precision="float3
 
 
 def mine(folder, model, pairs, **options):
-    from anybatch.run_data import read_training_pairs
-    from anybatch.run_folder import open_run
-    from anybatch.run_plan import make_plan
+    from anybatch.run.data import read_training_pairs
+    from anybatch.run.folder import open_run
+    from anybatch.run.plan import make_plan
 
     small_blocks()
     config = run_config(folder, model, pairs, **options)
@@ -230,7 +230,7 @@ def test_a_full_disk_is_found_before_the_search(tmp_path):
 
 
 def test_released_pages_leave_memory_and_come_back(tmp_path):
-    from anybatch.resources import resident_bytes
+    from anybatch.core.resources import resident_bytes
 
     np.save(tmp_path / "x.npy", np.arange(8_000_000, dtype=np.float32))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r+")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.mining import (
     MiningConfig,
     MiningSet,
@@ -30,7 +30,7 @@ from anybatch.mining import (
     random_plan,
     sample_negatives,
 )
-from anybatch.plan import BatchPlan
+from anybatch.plans.plan import BatchPlan
 
 ROWS = 60
 rng = np.random.default_rng(0)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from anybatch.errors import AnybatchError
-from anybatch.mining import MiningConfig, MiningSet, inspect_plan, mine_plan
+from anybatch.core.errors import AnybatchError
+from anybatch.insight import plan_figures
+from anybatch.insight.inspection import inspect_plan
+from anybatch.mining import MiningConfig, MiningSet, mine_plan
 from anybatch.mining import mine as mine_module
 from anybatch.mining.graph import MiningGraph
-from anybatch.plan import BatchPlan
-from anybatch.report import plan_figures
+from anybatch.plans.plan import BatchPlan
 
 from .test_mining import embeddings
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _CGROUP = Path("/sys/fs/cgroup")

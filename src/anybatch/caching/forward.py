@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from anybatch.caching.rows import RowSlicer
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 Encoder = Callable[[Any], Tensor | tuple[Tensor, ...]]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from anybatch import distributed
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, parse_memory, total_memory
 from anybatch.caching.rows import RowSlicer
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 
 LEAF_COPIES = 6  # tensors of the embeddings' size at the loss's peak: see `leaf_bytes`
 

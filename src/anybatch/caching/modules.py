@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from anybatch.caching.state import Generator
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 # These draw from torch's global generators, and their classes are many.
 _LIBRARIES = ("torch", "transformers", "sentence_transformers", "peft", "timm")

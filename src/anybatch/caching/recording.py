@@ -23,7 +23,7 @@ from anybatch.caching.reduction import Wrapped
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import count_kept
 from anybatch.caching.state import AutocastState, ModeState, RandomState, WrittenState
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 
 @dataclass(kw_only=True)

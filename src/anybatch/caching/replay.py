@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from anybatch import distributed
 from anybatch.caching.forward import Encoder, encode_rows
 from anybatch.caching.gradients import Aside
 from anybatch.caching.memory import GraphBudget, out_of_memory_as_none, sharded_out_of_memory, warn_split
@@ -48,7 +47,8 @@ from anybatch.caching.reduction import (
 from anybatch.caching.row_check import refuse_neighbours, relative_gap, settle_trimming
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.state import AutocastState, ModeState, RandomState, WrittenState, without_autocast
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 
 # Where a list is set, replays that differ from their recordings are told there instead of raising: for `verify`, which shows what comes of it.
 DIFFERENT_REPLAYS: ContextVar[list[str] | None] = ContextVar("DIFFERENT_REPLAYS", default=None)

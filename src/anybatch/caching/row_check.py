@@ -31,7 +31,7 @@ from anybatch.caching.reduction import (
 )
 from anybatch.caching.rows import RowSlicer, Trim
 from anybatch.caching.state import ModeState, RandomState, WrittenState
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 MOST_ANSWERS = 64  # of one model
 _WORDS = (str, int, float, type(None))

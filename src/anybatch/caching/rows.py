@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 _MASK = "attention_mask"
 _SEQUENCES = frozenset(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anybatch.caching.rows import RowSlicer
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 
 def plan_micro_batches(

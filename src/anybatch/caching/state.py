@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
 LARGEST_BUFFER = (

@@ -15,7 +15,7 @@ from anybatch.caching.replay import replay, trained_parameters
 from anybatch.caching.state import without_autocast
 from anybatch.caching.step_memory import StepMemory
 from anybatch.caching.towers import Auto, paired_encoders, record_towers
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 
 def cached_step(

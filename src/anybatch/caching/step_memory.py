@@ -17,7 +17,7 @@ from anybatch.caching.modules import modules_of
 from anybatch.caching.reduction import distributed_modules, no_reduction
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.state import RandomState
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 # Larger micro-batches are not faster: on a CPU they leave the caches, on a GPU the units are busy.
 MOST_TOKENS = {"cpu": 2048}

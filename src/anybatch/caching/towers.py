@@ -16,7 +16,7 @@ from anybatch.caching.row_check import settle_trimming
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import check_limits, plan_micro_batches
 from anybatch.caching.step_memory import StepMemory
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 Auto = Literal["auto"]
 

@@ -18,7 +18,7 @@ from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.state import ModeState, RandomState, WrittenState, without_autocast
 from anybatch.caching.step import cached_step
 from anybatch.caching.towers import paired_encoders
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 
 @dataclass(frozen=True, kw_only=True)

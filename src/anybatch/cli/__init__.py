@@ -97,7 +97,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
 
 def mendable(error: BaseException) -> str | None:
     """What a user can do about an error of ours, of the system or of a library; None for what no user can mend."""
-    from anybatch.errors import AnybatchError
+    from anybatch.core.errors import AnybatchError
 
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, AnybatchError):

@@ -11,17 +11,21 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from anybatch import pipeline, run_data, run_folder, run_plan, sample
+from anybatch import sample
 from anybatch.cli.progress import Bars, console
-from anybatch.errors import AnybatchError
-from anybatch.files import read_json, write_text
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import read_json, write_text
+from anybatch.insight import MethodResult, Report, comparison_table, render_report
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import LossConfig
 from anybatch.mining import MiningConfig
-from anybatch.plan import BatchPlan
-from anybatch.report import MethodResult, Report, comparison_table, render_report
-from anybatch.run_config import DataConfig, EvaluationConfig, RunConfig, RunResult, TeacherConfig
+from anybatch.plans.plan import BatchPlan
+from anybatch.run import data as run_data
+from anybatch.run import folder as run_folder
+from anybatch.run import pipeline
+from anybatch.run import plan as run_plan
+from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, RunResult, TeacherConfig
 
 SMALL, LARGE = 32, 128
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from anybatch.caching import Verification
 from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import console
-from anybatch.doctor import examine
+from anybatch.insight.doctor import examine
 
 
 @with_run_options

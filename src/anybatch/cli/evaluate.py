@@ -10,12 +10,12 @@ import typer
 
 from anybatch.cli.options import AnchorOption, DataOption, PictureOption, PositiveOption
 from anybatch.cli.progress import Bars, console
-from anybatch.data import read_pairs, read_retrieval
-from anybatch.errors import AnybatchError
-from anybatch.files import write_text
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import write_text
+from anybatch.data.pairs import read_pairs, read_retrieval
+from anybatch.insight.tables import metrics_table
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
-from anybatch.pipeline import evaluate_model
-from anybatch.report.tables import metrics_table
+from anybatch.run.pipeline import evaluate_model
 
 
 def command(

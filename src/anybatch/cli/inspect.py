@@ -10,10 +10,10 @@ from rich.table import Table
 
 from anybatch.cli import inspect_gradient, inspect_plan
 from anybatch.cli.progress import console
-from anybatch.errors import AnybatchError
-from anybatch.files import read_json
-from anybatch.plan import BatchPlan
-from anybatch.report.tables import metrics_table
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import read_json
+from anybatch.insight.tables import metrics_table
+from anybatch.plans.plan import BatchPlan
 
 
 def command(path: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:

@@ -11,11 +11,11 @@ from rich.table import Table
 from anybatch.cli.inspect_plan import _embeddings, _given, _pairs, find_plan
 from anybatch.cli.options import AnchorOption, DataOption, PictureOption, PositiveOption
 from anybatch.cli.progress import Bars, console
-from anybatch.errors import AnybatchError
-from anybatch.files import write_text
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import write_text
+from anybatch.insight import render_gradient_page
 from anybatch.losses.config import LossConfig, first_temperature
-from anybatch.plan import BatchPlan
-from anybatch.report import render_gradient_page
+from anybatch.plans.plan import BatchPlan
 
 
 def command(
@@ -42,8 +42,8 @@ def command(
     ] = None,
 ) -> None:
     """Compare the methods' gradients with the exact one over all data, on the plan's batches and on random ones."""
-    from anybatch.evaluation.gradient_error import FrozenPairs
-    from anybatch.evaluation.gradient_methods import compare_methods, comparison_rows, recommendation
+    from anybatch.insight.gradient_error import FrozenPairs
+    from anybatch.insight.gradient_methods import compare_methods, comparison_rows, recommendation
 
     if html is not None and html.exists():
         raise AnybatchError(f"{html} exists. Choose another file for --html.")

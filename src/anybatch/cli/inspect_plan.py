@@ -15,18 +15,19 @@ from rich.table import Table
 
 from anybatch.cli.options import AnchorOption, DataOption, NegativeOption, PictureOption, PositiveOption
 from anybatch.cli.progress import Bars, console
-from anybatch.configuration import load_config
-from anybatch.data import PairData
-from anybatch.errors import AnybatchError
-from anybatch.files import read_json, write_text
+from anybatch.core.configuration import load_config
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import read_json, write_text
+from anybatch.data.pairs import PairData
+from anybatch.data.pictures import PictureColumn, describe
+from anybatch.insight import Figure, plan_sizes, render_plan_page, set_figures
+from anybatch.insight.inspection import PlanInspection, inspect_plan, inspect_sets
 from anybatch.losses.config import LossConfig, first_temperature
-from anybatch.mining import MiningSet, PlanInspection, inspect_plan, inspect_sets
-from anybatch.pictures import PictureColumn, describe
-from anybatch.plan import BatchPlan
-from anybatch.report import Figure, plan_sizes, render_plan_page, set_figures
-from anybatch.run_config import DataConfig, RunConfig
-from anybatch.run_data import read_data
-from anybatch.run_plan import read_embeddings
+from anybatch.mining import MiningSet
+from anybatch.plans.plan import BatchPlan
+from anybatch.run.config import DataConfig, RunConfig
+from anybatch.run.data import read_data
+from anybatch.run.plan import read_embeddings
 
 EXAMPLES = 3  # suspects of a data set whose texts are printed; the page has more
 WIDTH = 100  # characters of a printed text

@@ -8,10 +8,10 @@ import typer
 
 from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import Bars, console
-from anybatch.distributed import launched_ranks, rank
-from anybatch.run_data import check_sizes, read_training_pairs
-from anybatch.run_folder import open_run
-from anybatch.run_plan import check_start, make_plan
+from anybatch.core.distributed import launched_ranks, rank
+from anybatch.run.data import check_sizes, read_training_pairs
+from anybatch.run.folder import open_run
+from anybatch.run.plan import check_start, make_plan
 
 
 @with_run_options

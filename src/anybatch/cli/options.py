@@ -11,9 +11,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 import yaml
 
-from anybatch.configuration import load_config
-from anybatch.errors import AnybatchError
-from anybatch.run_config import RunConfig, read_config
+from anybatch.core.configuration import load_config
+from anybatch.core.errors import AnybatchError
+from anybatch.run.config import RunConfig, read_config
 
 ConfigOption = Annotated[
     Path | None,

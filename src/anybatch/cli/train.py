@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from anybatch import pipeline
 from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import Bars, console
-from anybatch.configuration import to_yaml
-from anybatch.report.tables import metrics_table
-from anybatch.run_config import resolved
+from anybatch.core.configuration import to_yaml
+from anybatch.insight.tables import metrics_table
+from anybatch.run import pipeline
+from anybatch.run.config import resolved
 
 
 @with_run_options

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 KS = (1, 10, 100)
 BLOCK_BYTES = 64 * 2**20  # of scores held at once

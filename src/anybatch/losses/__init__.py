@@ -2,11 +2,7 @@
 
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.cross_batch import CrossBatchInfoNCE
-from anybatch.losses.emc2 import EMC2
-from anybatch.losses.fastclip import FastCLIP
-from anybatch.losses.glofnd import GloFND
 from anybatch.losses.infonce import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE
-from anybatch.losses.isogclr import ISogCLR, TempNet
 from anybatch.losses.log_weights import (
     ClusterLogWeight,
     IdMask,
@@ -19,37 +15,25 @@ from anybatch.losses.log_weights import (
 )
 from anybatch.losses.matryoshka import Matryoshka
 from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.nuclr import NUCLR
-from anybatch.losses.pairwise import AUCCL, SigLIP
-from anybatch.losses.scent import SCENT
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import SogCLR
 
 __all__ = [
-    "AUCCL",
-    "EMC2",
-    "NUCLR",
-    "SCENT",
     "ClusterLogWeight",
     "ContrastiveLoss",
     "CountCorrectedInfoNCE",
     "CrossBatchInfoNCE",
     "DecoupledInfoNCE",
     "ExampleMemory",
-    "FastCLIP",
     "GammaSchedule",
-    "GloFND",
-    "ISogCLR",
     "IdMask",
     "InfoNCE",
     "LogWeight",
     "Matryoshka",
     "PairMask",
-    "SigLIP",
     "SogCLR",
     "SumLogWeight",
     "TaskMask",
-    "TempNet",
     "TensorLogWeight",
     "inclusion_log_weights",
 ]

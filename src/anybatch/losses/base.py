@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
-from anybatch.ids import as_integers
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.core.ids import as_integers
 from anybatch.losses.engine import (
     TILE_BYTES,
     Rule,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
-from anybatch.configuration import (
+from anybatch.core.configuration import (
     Configuration,
     Count,
     CountOrZero,
@@ -18,7 +18,7 @@ from anybatch.configuration import (
     Seed,
     Share,
 )
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 _LEARNED = frozenset({"learnable_temperature", "min_temperature"})
 _GLOBAL = frozenset({"gamma", "gamma_steps", "gamma_steps_per_epoch"})
@@ -259,7 +259,7 @@ def first_temperature(config: LossConfig) -> float:
 
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
     """The Module that `config` names, for a data set of `num_rows` rows."""
-    from anybatch import losses
+    from anybatch import family, losses
 
     if config.matryoshka is not None:
         parts = []
@@ -277,23 +277,23 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
             0.2 if config.gamma is None else config.gamma, num_steps=steps, steps_per_epoch=per_epoch
         )
     if config.name == "auc_cl":
-        return losses.AUCCL(**config._given())
+        return family.AUCCL(**config._given())
     if config.name == "siglip":
         arguments.pop("direction", None)
-        return losses.SigLIP(**arguments)
+        return family.SigLIP(**arguments)
     if config.name in ("infonce", "decoupled"):
         return {"infonce": losses.InfoNCE, "decoupled": losses.DecoupledInfoNCE}[config.name](**arguments)
     make = {
         "count_corrected": losses.CountCorrectedInfoNCE,
         "cross_batch": losses.CrossBatchInfoNCE,
         "sogclr": losses.SogCLR,
-        "fastclip": losses.FastCLIP,
-        "isogclr": losses.ISogCLR,
-        "tempnet": losses.TempNet,
-        "nuclr": losses.NUCLR,
-        "glofnd": losses.GloFND,
-        "emc2": losses.EMC2,
-        "scent": losses.SCENT,
+        "fastclip": family.FastCLIP,
+        "isogclr": family.ISogCLR,
+        "tempnet": family.TempNet,
+        "nuclr": family.NUCLR,
+        "glofnd": family.GloFND,
+        "emc2": family.EMC2,
+        "scent": family.SCENT,
     }[config.name]
     loss = make(num_rows, **arguments)
     if dtype != "float32" or sharded:  # nothing was remembered yet

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import MIN_TEMPERATURE, Batch, Direction
 from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss

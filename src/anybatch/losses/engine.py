@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.sides import TILE_BYTES, Adjust, Rule, Side, SoftmaxStats
 from anybatch.losses.solver import Solution, finite, solve

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss
 
 Embeddings: TypeAlias = "np.ndarray | Tensor"

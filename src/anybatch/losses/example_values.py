@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.per_example import PerExample
 
 Range = tuple[float, float]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side
 from anybatch.losses.log_weights import LogWeight, SumLogWeight, TensorLogWeight

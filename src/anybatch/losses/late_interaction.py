@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import MIN_TEMPERATURE, ContrastiveLoss, check_embeddings, outside_the_graph
 from anybatch.losses.candidates import check_rows
 from anybatch.losses.engine import TILE_BYTES, differentiable_once, refuse_twice

@@ -13,9 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
-from anybatch.ids import as_integers
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.core.ids import as_integers
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss, check_embeddings
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.per_example import Keys, PerExample

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.memory_states import fitted
 from anybatch.losses.per_example import Keys, PerExample, extended, only_growing
 

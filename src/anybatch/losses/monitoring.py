@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.exact_rows import Embeddings, exact_rows, make_table, temperatures_of
 from anybatch.losses.warm_start import memory_of

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 OTHER_LOSS = (
     "Make the loss with the settings and the data set that the state was saved with, or, if rows were appended, pass the state through "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.per_example import OTHER_LOSS, PerExample, only_growing
 
 VERSION = 1

@@ -13,7 +13,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.log_weights import (
     ClusterLogWeight,
     IdMask,

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 
 
 class GammaSchedule(nn.Module):

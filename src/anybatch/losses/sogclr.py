@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.memory import ExampleMemory

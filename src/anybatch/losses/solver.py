@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 from anybatch.losses.candidates import Block, Gathered, Layout, Ring
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.sides import Side, SoftmaxStats

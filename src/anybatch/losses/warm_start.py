@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
-from anybatch.files import SEAL, digest_of, read_sealed, tensors_metadata, write_sealed
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import SEAL, digest_of, read_sealed, tensors_metadata, write_sealed
+from anybatch.family.glofnd import GloFND
+from anybatch.family.nuclr import NUCLR
+from anybatch.family.robust import RobustSogCLR
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.exact_rows import Embeddings, Table, exact_rows, make_table, temperatures_of
-from anybatch.losses.glofnd import GloFND
 from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.nuclr import NUCLR
-from anybatch.losses.robust import RobustSogCLR
 from anybatch.losses.sogclr import SogCLR
 
 BLOCK_ROWS = 4096  # rows a rank answers between two gathers

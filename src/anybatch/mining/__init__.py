@@ -3,7 +3,6 @@
 from anybatch.mining.audit import Audit, Cycle, audit_clusters, audit_cycle, suspect_pairs
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import MiningGraph, build_graph
-from anybatch.mining.inspection import PlanInspection, inspect_plan, inspect_sets
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.mine import (
     MiningResult,
@@ -30,7 +29,6 @@ __all__ = [
     "Neighbors",
     "Outlook",
     "OutlookLimits",
-    "PlanInspection",
     "Stacked",
     "audit_clusters",
     "audit_cycle",
@@ -38,8 +36,6 @@ __all__ = [
     "check_sizes",
     "equal_clusters",
     "exact_neighbors",
-    "inspect_plan",
-    "inspect_sets",
     "ivf_neighbors",
     "metis_clusters",
     "mine_plan",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from anybatch import distributed
-from anybatch.blocks import BlockArrays
+from anybatch.core import distributed
+from anybatch.core.blocks import BlockArrays
 from anybatch.mining.graph import Edges, build_graph
 from anybatch.mining.inverted import assign_cells, spherical_kmeans
 from anybatch.mining.neighbors import Neighbors, identity_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from anybatch.configuration import Configuration, Count, CountOrZero, Fraction, NotNegative, Range, Seed, Share
-from anybatch.errors import AnybatchError
-from anybatch.files import check_name
+from anybatch.core.configuration import Configuration, Count, CountOrZero, Fraction, NotNegative, Range, Seed, Share
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import check_name
 from anybatch.mining.audit import Audit, Cycle
 from anybatch.mining.graph import Edges
 from anybatch.mining.outlook import Outlook

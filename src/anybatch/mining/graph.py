@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.mining.neighbors import Neighbors, check_at_least
 
 Edges = Literal["union", "mutual"]

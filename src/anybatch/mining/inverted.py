@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch import distributed
-from anybatch.blocks import BlockArrays
+from anybatch.core import distributed
+from anybatch.core.blocks import BlockArrays
 from anybatch.mining.neighbors import (
     Embeddings,
     Neighbors,

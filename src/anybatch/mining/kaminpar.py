@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.mining.partition import whole_weights
 
 HEADER = 3  # numbers of 8 bytes: version, nodes, edges

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from anybatch.blocks import release_pages
-from anybatch.dealing import Deal
-from anybatch.distributed import alone
-from anybatch.errors import AnybatchError
+from anybatch.core.blocks import release_pages
+from anybatch.core.distributed import alone
+from anybatch.core.errors import AnybatchError
+from anybatch.core.resources import Measure
 from anybatch.mining.audit import audit_clusters, audit_cycle, most_wanted, suspect_pairs
 from anybatch.mining.cells import cell_clusters
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
@@ -25,8 +25,8 @@ from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embe
 from anybatch.mining.outlook import mining_outlook
 from anybatch.mining.partition import equal_clusters, metis_clusters, start_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
-from anybatch.plan import BatchPlan
-from anybatch.resources import Measure
+from anybatch.plans.plan import BatchPlan
+from anybatch.plans.sampling import Deal
 
 Progress = Callable[[str, float], None]
 SPENT = 0.5  # of its wanted weight a pair keeps in the next partition for each earlier one that it shared a cluster of

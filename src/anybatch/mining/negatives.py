@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from anybatch.errors import AnybatchError
-from anybatch.ids import known_positives
+from anybatch.core.errors import AnybatchError
+from anybatch.core.ids import known_positives
 from anybatch.mining.compiled import compiled
 from anybatch.mining.graph import MiningGraph
 from anybatch.mining.neighbors import check_at_least, compact_ids

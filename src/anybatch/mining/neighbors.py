@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.blocks import BlockArrays
-from anybatch.errors import AnybatchError
-from anybatch.files import digest_of
-from anybatch.ids import as_ids, renumbered
+from anybatch.core.blocks import BlockArrays
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import digest_of
+from anybatch.core.ids import as_ids, renumbered
 from anybatch.mining.top import Piece, best_columns, best_columns_on_device, workers
 
 UNIT_ROWS = 512  # queries whose reservoirs a thread holds at once

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from anybatch.errors import AnybatchError
-from anybatch.ids import known_positives
+from anybatch.core.errors import AnybatchError
+from anybatch.core.ids import known_positives
 from anybatch.mining.compiled import compiled
 from anybatch.mining.neighbors import check_at_least, compact_ids
 

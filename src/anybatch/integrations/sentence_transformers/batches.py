@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, RandomSampler
 
-from anybatch import distributed
-from anybatch.data import text_digest
-from anybatch.errors import AnybatchError
-from anybatch.pictures import Column, PictureColumn, holds_pictures
-from anybatch.plan import BatchPlan, PlanSampler
-from anybatch.rows import RowTable
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pairs import text_digest
+from anybatch.data.pictures import Column, PictureColumn, holds_pictures
+from anybatch.losses.rows import RowTable
+from anybatch.plans.plan import BatchPlan, PlanSampler
 
 if TYPE_CHECKING:
     from datasets import Dataset

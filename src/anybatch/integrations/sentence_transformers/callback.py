@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
-from anybatch.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.memory_states import grown_state, join_shards
-from anybatch.plan import PlanSampler
+from anybatch.plans.plan import PlanSampler
 
 logger = logging.getLogger("anybatch")
 LOSS_STATE = "anybatch_loss.safetensors"

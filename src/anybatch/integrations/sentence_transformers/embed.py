@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from anybatch import distributed
-from anybatch.blocks import BlockArrays
-from anybatch.errors import AnybatchError
-from anybatch.files import digest_of, file_digest, read_json, write_json
+from anybatch.core import distributed
+from anybatch.core.blocks import BlockArrays
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import digest_of, file_digest, read_json, write_json
+from anybatch.data.pictures import Column, PictureColumn, row_keys
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
-from anybatch.pictures import Column, PictureColumn, row_keys
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -23,10 +23,10 @@ from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
 from anybatch.caching.step_memory import StepMemory
 from anybatch.caching.towers import Auto, record_towers
-from anybatch.errors import AnybatchError
+from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
 from anybatch.losses import InfoNCE
-from anybatch.rows import RowTable
+from anybatch.losses.rows import RowTable
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
-from anybatch.files import digest_of
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import digest_of
+from anybatch.core.progress import counter
+from anybatch.data.pictures import Column, pick
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.model import Side, lengths_of
 from anybatch.losses import ContrastiveLoss
 from anybatch.losses.monitoring import memory_figures
 from anybatch.losses.warm_start import WarmStart, memory_of, warm_start
-from anybatch.pictures import Column, pick
-from anybatch.progress import counter
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from anybatch.data import PairData
+    from anybatch.data.pairs import PairData
 
 PROBE_ROWS, PROBE_TARGETS = 256, 1024
 Report = Callable[[str, int, int], None]

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from anybatch.configuration import Configuration, Count, Range
-from anybatch.errors import AnybatchError
-from anybatch.files import CONTENTS, flaw_of
+from anybatch.core.configuration import Configuration, Count, Range
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import CONTENTS, flaw_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from anybatch.data import PairSet
+    from anybatch.data.pairs import PairSet
 
 logger = logging.getLogger("anybatch")
 Side = Literal["query", "document"]

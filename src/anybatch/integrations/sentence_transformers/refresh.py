@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from anybatch import distributed
-from anybatch.errors import AnybatchError
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.callback import innermost_sampler
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
-from anybatch.plan import BatchPlan, PlanSampler
+from anybatch.plans.plan import BatchPlan, PlanSampler
 
 
 class RefreshPlan(TrainerCallback):

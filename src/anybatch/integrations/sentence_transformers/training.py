@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from anybatch import distributed
 from anybatch.caching.device_memory import parse_memory
-from anybatch.configuration import Configuration, Count, Fraction, NotNegative, Positive
-from anybatch.errors import AnybatchError
-from anybatch.files import write_text
+from anybatch.core import distributed
+from anybatch.core.configuration import Configuration, Count, Fraction, NotNegative, Positive
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
-    from anybatch.plan import BatchPlan
+    from anybatch.plans.plan import BatchPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""What every room stands on: errors, atomic sealed files, resumable arrays, ranks, configuration classes."""

@@ -1,0 +1,286 @@
+"""Configuration: frozen dataclasses that check themselves, and YAML files that become them.
+
+The annotations of a configuration class are its one description: `Configuration` checks every field against them when an object is made, in
+Python as from a file. Choices are `Literal`s, ranges are `Annotated[int, Range(...)]`, and all numbers are finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import operator
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import yaml
+
+from anybatch.core.errors import AnybatchError
+
+T = TypeVar("T")
+LARGEST = {int: 2**62, float: 3.4e38}  # a sum of two whole numbers fits into 64 bits, a number into float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that an annotated number may have: `least` to `most`, without `least` itself if `above`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+
+    def check(self, value: float) -> None:
+        """Raise ValueError outside."""
+        if not self.least <= value <= self.most or (self.above and value == self.least):
+            raise ValueError
+
+    def __str__(self) -> str:
+        least = f"{'above' if self.above else 'of at least'} {self.least}"
+        if self.most == math.inf:
+            return least
+        return f"above {self.least} and at most {self.most}" if self.above else f"from {self.least} to {self.most}"
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(0, 1, above=True)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+
+
+class Configuration:
+    """Base of the configuration classes, which are frozen dataclasses. What every field may be is its annotation.
+
+    A class that checks more calls `super().__post_init__()` first. `section` is what messages put before the names.
+
+    Raises:
+        AnybatchError: A field is not what its annotation says: its name, what was given and what was expected.
+    """
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            where = f"{self.section}.{name}" if self.section else name
+            object.__setattr__(self, name, _convert(hint, getattr(self, name), where))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of the fields of a dataclass."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
+
+
+def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+    """Read `path`, apply `overrides` and build the dataclass `kind`.
+
+    Args:
+        kind: A dataclass whose fields are plain values or further dataclasses.
+        path: A YAML file, or None for the defaults.
+        overrides: `"section.key=value"`; the value is read as YAML.
+
+    Raises:
+        AnybatchError: No such file, not a mapping, unknown key (names the nearest valid one), wrong type, missing value.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        except OSError as error:
+            raise AnybatchError(
+                f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
+            ) from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such date, nested too deeply
+            raise AnybatchError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise AnybatchError(
+                f"{path} holds a {type(tree).__name__}; expected sections such as 'data:' and 'model:'."
+            )
+    for override in overrides:
+        _apply(tree, override)
+    return from_mapping(kind, tree)
+
+
+def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass `kind` from nested mappings; `where` is the dotted path used in messages."""
+    hints = _hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
+    values = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"valid keys here: {', '.join(fields)}."
+            raise AnybatchError(f"Unknown configuration key '{name}': {hint}")
+        values[key] = _convert(hints[key], value, name, text=True)
+    for name, field in fields.items():
+        if name not in values and dataclasses.is_dataclass(hints[name]) and field.default is dataclasses.MISSING:
+            values[name] = from_mapping(typing.cast(type, hints[name]), {}, f"{where}.{name}" if where else name)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        names = ", ".join(f"{where}.{name}" if where else name for name in missing)
+        raise AnybatchError(f"Missing configuration value: {names}. Give it in the file or with --set.")
+    return kind(**values)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration, every default written out."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """The dotted keys in which two configurations of one kind differ, with both values."""
+    flat_old, flat_new = (_flatten(_plain(dataclasses.asdict(config))) for config in (old, new))
+    return [
+        f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
+        for key in flat_new
+        if flat_old.get(key) != flat_new[key]
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML values only, and every key once: YAML itself would let the last of two sections replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(
+                    f"line {line} has the key '{key}' a second time; keep one, with all that belongs to it."
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise AnybatchError(f"Cannot read --set {override!r}: expected section.key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise AnybatchError(f"Cannot read the value of --set {override!r} as YAML: {error}") from error
+    *parents, last = key.strip().split(".")
+    for depth, parent in enumerate(parents):
+        child = tree.setdefault(parent, {})
+        if child is None:
+            child = tree[parent] = {}
+        if not isinstance(child, dict):
+            raise AnybatchError(
+                f"Cannot apply --set {override!r}: '{'.'.join(parents[: depth + 1])}' is a value, not a section."
+            )
+        tree = child
+    tree[last] = value
+
+
+def _convert(hint: Any, value: Any, name: str, *, text: bool = False) -> Any:
+    """`value` as the annotation `hint` wants it; `text` also reads numbers from text, as YAML hands over 1e-4.
+
+    Raises:
+        AnybatchError: It is none: what was given for `name`, and what the annotation expects.
+    """
+    for choice in _choices(hint):
+        try:
+            return _converted(choice, value, name, text)
+        except (TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, AnybatchError):  # of a section, or of one of several values: says more
+                raise
+    words = [word for choice in _choices(hint) for word in typing.get_args(choice) if isinstance(word, str)]
+    close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
+    ending = f" Did you mean '{close[0]}'?" if close else ""
+    raise AnybatchError(f"{name} is {value!r}; expected {_expected(hint)}.{ending}")
+
+
+def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
+    """`value` as one alternative of an annotation. Raises TypeError, ValueError or OverflowError where it is none."""
+    origin, arguments = typing.get_origin(choice), typing.get_args(choice)
+    if origin is typing.Annotated:
+        number = _converted(arguments[0], value, name, text)
+        arguments[1].check(number)
+        return number
+    if dataclasses.is_dataclass(choice) and isinstance(choice, type):
+        if isinstance(value, choice):
+            return value
+        if value is not None and not isinstance(value, Mapping):
+            raise AnybatchError(f"'{name}' is a section; got the value {value!r}.")
+        return from_mapping(choice, value or {}, name)
+    if origin is typing.Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        raise TypeError
+    if origin is tuple:
+        items = [value] if text and isinstance(value, (str, int, float)) else value
+        if not isinstance(items, (list, tuple)):
+            raise TypeError
+        return tuple(_convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
+    if choice is type(None) or choice is bool:
+        if isinstance(value, choice):
+            return value
+        raise TypeError
+    if choice is str:
+        written = os.fspath(value)  # a path is text as well
+        if not isinstance(written, str) or "\0" in written:
+            raise TypeError
+        written.encode()  # a name that is no UTF-8 could not be written into config.yaml
+        return written
+    if isinstance(value, (bool, bytes, str)) and not (text and choice is float and isinstance(value, str)):
+        raise TypeError
+    number: float = operator.index(typing.cast(int, value)) if choice is int else float(value)
+    if not abs(number) <= LARGEST[choice]:  # nan is neither
+        raise ValueError
+    return number
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of an annotation."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _expected(hint: Any) -> str:
+    """An annotation in words: "a whole number of at least 1, or nothing"."""
+    words = []
+    for choice in _choices(hint):
+        origin, arguments = typing.get_origin(choice), typing.get_args(choice)
+        if origin is typing.Annotated:
+            words.append(f"{_expected(arguments[0])} {arguments[1]}")
+        elif origin is typing.Literal:
+            words.append(("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments)))
+        elif origin is tuple:
+            words.append(f"a list, each of it {_expected(arguments[0])}")
+        else:
+            plain = {int: "a whole number", float: "a finite number", str: "text in UTF-8", bool: "true or false"}
+            words.append(plain.get(choice, "nothing"))
+    return ", or ".join(words)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

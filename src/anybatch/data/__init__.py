@@ -1,0 +1,1 @@
+"""Pairs and retrieval sets: readers, columns, pictures, the embedded sample."""

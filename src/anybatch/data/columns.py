@@ -1,0 +1,248 @@
+"""Which columns of a file are used for what: the conventional names, the texts of a cell, and doubts about the choice. Imports errors, records."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anybatch.core.errors import AnybatchError
+from anybatch.data.records import listed, no_column
+
+logger = logging.getLogger("anybatch")
+
+# Anchor and positive as sentence-transformers' data sets, FlagEmbedding, BEIR and MS MARCO name them, the most telling first.
+CONVENTIONS = (
+    ("anchor", "positive"),
+    ("query", "positive"),
+    ("query", "pos"),
+    ("query", "document"),
+    ("query", "passage"),
+    ("query", "answer"),
+    ("query", "response"),
+    ("question", "answer"),
+    ("question", "positive"),
+    ("sentence1", "sentence2"),
+    ("text1", "text2"),
+)
+NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_?\d+)?", re.IGNORECASE)
+PICTURE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)\s*$", re.IGNORECASE)
+NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?\s*")
+NO_TEXTS = frozenset(("None", "none", "nan", "NaN", "null", "NULL", "<NA>", "\\N"))
+Cell = str | list[str]
+FEW = 0.02  # distinct texts a row, below which a column looks like labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The columns in use, in order: anchor, positive, negatives."""
+
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [self.anchor, self.positive, *self.negatives]
+
+
+def choose_columns(
+    present: Sequence[str], anchor: str | None, positive: str | None, negatives: Sequence[str] | None, where: str
+) -> Chosen:
+    """The columns that were named, and the conventional ones where none was.
+
+    Args:
+        present: Columns of the file.
+        anchor, positive: Names; None for the first of `CONVENTIONS` that is there, in small letters or others.
+        negatives: Names; None for all that are called negative, neg_1, hard_negative_2 and the like, in the order of their numbers.
+        where: The file, for messages.
+
+    Raises:
+        AnybatchError: A column that is not there (with the nearest name), no conventional ones, one column named twice.
+    """
+    for name in (anchor, positive, *(negatives or ())):
+        if name is not None and name not in present:
+            raise no_column(name, present, where)
+    written = {name.strip().lower(): name for name in present} | {name: name for name in present}  # "Query" is a query
+    pairs = [
+        (anchor or written.get(first, first), positive or written.get(second, second)) for first, second in CONVENTIONS
+    ]
+    chosen = next(
+        (pair for pair in pairs if set(pair) <= set(present) and ((anchor and positive) or len(set(pair)) > 1)), None
+    )
+    if chosen is None:
+        for name in dict.fromkeys(pairs[0]):  # what a slip of the pen is nearest to
+            if name not in present and (anchor or positive or {"anchor", "positive"} & set(written)):
+                raise no_column(name, present, where)
+        separator = re.search(r"[;|\t,]", present[0]) if len(present) == 1 else None
+        separated = (
+            f", one column with {separator[0]!r} in its name: .csv wants commas, .tsv tabs between columns"
+            if separator
+            else ""
+        )
+        raise AnybatchError(
+            f"Cannot tell anchor and positive in {where}; it has {listed(present)}{separated}. Name the columns: data.anchor (--anchor) and "
+            "data.positive (--positive)."
+        )
+    if negatives is None:
+        found = [name for name in present if NEGATIVE.fullmatch(name.strip()) and name not in chosen]
+        negatives = sorted(found, key=lambda name: int(re.sub(r"\D", "", name) or 0))
+    result = Chosen(anchor=chosen[0], positive=chosen[1], negatives=tuple(negatives))
+    if len(set(result.names)) < len(result.names):
+        raise AnybatchError(
+            f"The columns {', '.join(result.names)} name one column twice; anchor, positive and negatives must differ."
+        )
+    return result
+
+
+def cell_of(record: Mapping[str, Any], name: str, row: int, where: str, *, negative: bool = False) -> Cell:
+    """The text of one cell, or its texts if it holds a list of several.
+
+    Raises:
+        AnybatchError: No such column in the row; nothing in it, or something else than texts.
+    """
+    value = record.get(name)
+    if isinstance(value, str) and value.strip():
+        return value
+    if name not in record and not negative:
+        raise no_column(name, list(record), f"row {row} of {where}")
+    texts: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    if texts and all(isinstance(text, str) and text.strip() for text in texts):
+        return texts[0] if len(texts) == 1 else texts
+    bad = next((text for text in texts if not isinstance(text, str) or not text.strip()), None)
+    what = "empty" if bad is None or isinstance(bad, str) else f"{bad!r:.60}, which is no text"
+    remedy = ", or train without explicit negatives: data.negatives=[]" if negative else ""
+    raise AnybatchError(
+        f"Row {row} of {where}: '{name}' is {what}. Every row needs a text there: fill it or leave the row out{remedy}."
+    )
+
+
+def spread(
+    cells: Mapping[str, Sequence[Cell]], chosen: Chosen, where: str
+) -> tuple[dict[str, list[list[str]]], list[str]]:
+    """One text a cell: several positives of a row are pairs of their own, several negatives are columns.
+
+    Returns:
+        The columns of texts that each name stands for, one or (of negatives) several; and remarks on what was made of lists.
+
+    Raises:
+        AnybatchError: A list of anchors; a list of positives beside pictures.
+    """
+    remarks: list[str] = []
+    lists = {name for name, column in cells.items() if any(isinstance(cell, list) for cell in column)}
+    if chosen.anchor in lists:
+        raise AnybatchError(f"'{chosen.anchor}' of {where} holds lists of several texts. An anchor is one text.")
+    if chosen.positive in lists:
+        if len(cells) < len(chosen.names):
+            raise AnybatchError(f"{where}: lists of positives cannot stand beside pictures. Write one pair a row.")
+        positives = [[cell] if isinstance(cell, str) else cell for cell in cells[chosen.positive]]
+        several = sum(len(texts) > 1 for texts in positives)
+        remarks.append(f"{several} rows have several positives, which are pairs of their own")
+        cells = {
+            name: [cell for cell, texts in zip(column, positives, strict=True) for _ in texts]
+            for name, column in cells.items()
+        } | {chosen.positive: [text for texts in positives for text in texts]}
+    columns: dict[str, list[list[str]]] = {}
+    for name, column in cells.items():
+        texts = [[cell] if isinstance(cell, str) else cell for cell in column] if name in lists else None
+        if texts is None or name not in chosen.negatives:
+            columns[name] = [column]  # pyright: ignore[reportArgumentType] - no lists are left
+            continue
+        widths = [len(row) for row in texts]
+        fewest, most, total = min(widths), max(widths), sum(widths)
+        columns[name] = [[row[place] for row in texts] for place in range(fewest)]
+        remarks.append(
+            f"'{name}' holds {most} texts a row" if most == fewest else f"'{name}' holds {fewest} to {most} texts a row"
+        )
+        if most > fewest:
+            logger.warning(
+                "%s: '%s' has %d to %d texts a row, and a batch needs as many of each row: the first %d, so that %d of %d texts are not used. Give each "
+                "row the same number to use all.",
+                where, name, fewest, most, fewest, total - fewest * len(widths), total,
+            )  # fmt: skip
+    return columns, remarks
+
+
+def say_columns(
+    where: str, chosen: Chosen, pictures: Sequence[str], unused: Sequence[str], num_rows: int, remarks: Sequence[str]
+) -> None:
+    """One line to the log: which columns are used for what, and which are not."""
+
+    def shown(name: str) -> str:
+        return f"'{name}' (pictures)" if name in pictures else f"'{name}'"
+
+    negatives = f"negatives {', '.join(map(shown, chosen.negatives))}" if chosen.negatives else "no negatives"
+    logger.info(
+        "%s: %d pairs; anchor %s, positive %s, %s; %s%s.",
+        where,
+        num_rows,
+        shown(chosen.anchor),
+        shown(chosen.positive),
+        negatives,
+        f"not used: {listed(unused)}" if unused else "no other columns",
+        "".join(f"; {remark}" for remark in remarks),
+    )
+
+
+def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[str]]) -> None:
+    """Warn of columns that are hardly meant: one text in all rows or few in many, numbers, written lists, the words None and nan, equal sides.
+
+    Args:
+        where: The file.
+        chosen: What the columns are for.
+        columns: Texts by the name of their column.
+
+    Cost: a pass over the texts, 0.5 seconds a million.
+    """
+    for name, texts in columns.items():
+        side = {chosen.anchor: "anchor", chosen.positive: "positive"}.get(name, "negative")
+        distinct = len(set(texts))
+        doubt = None
+        if distinct == 1 < len(texts):
+            doubt = f"all {len(texts)} {side}s are one text ({texts[0]!r:.40})"
+        elif distinct < FEW * len(texts):
+            doubt = f"its {len(texts)} {side}s are {distinct} distinct texts, and equal texts are no negatives of each other"
+        elif all(NUMBER.fullmatch(text) for text in texts):
+            doubt = f"all {side}s are numbers, such as {texts[0]!r:.40}"
+        elif all(text[0] == "[" and text[-1] == "]" for text in texts):
+            doubt = f"all {side}s are written lists, such as {texts[0]!r:.40}, and are taken as they stand (JSON lines and Parquet hold lists)"
+        elif words := sum(text in NO_TEXTS for text in texts):
+            doubt = f"{words} of {len(texts)} {side}s are words such as None or nan, and are taken as texts"
+        if doubt is not None:
+            logger.warning("%s, column '%s': %s. Is it the right column, and is it filled?", where, name, doubt)
+    if chosen.anchor in columns and chosen.positive in columns:
+        anchors, positives = columns[chosen.anchor], columns[chosen.positive]
+        equal = sum(anchor == positive for anchor, positive in zip(anchors, positives, strict=True))
+        if equal > len(anchors) / 2:
+            logger.warning(
+                "%s: in %d of %d rows '%s' and '%s' are the same text, from which nothing is learned. Are they the right columns?",
+                where, equal, len(anchors), chosen.anchor, chosen.positive,
+            )  # fmt: skip
+
+
+def are_picture_paths(name: str, texts: Sequence[str], folder: Path, where: str) -> bool:
+    """Whether all texts are names of picture files that exist. Warns where most are.
+
+    Raises:
+        AnybatchError: They are such names, and one of the files is not there.
+    """
+    paths = sum(PICTURE.search(text[-9:]) is not None for text in texts)
+    if paths < len(texts):
+        if paths > len(texts) / 2:
+            logger.warning(
+                "%s, column '%s': %d of %d texts look like paths of pictures, and all are taken as texts. If they are pictures: data.pictures=[%s], and "
+                "leave out the rows without.",
+                where, name, paths, len(texts), name,
+            )  # fmt: skip
+        return False
+    for row, text in enumerate(texts, start=1):
+        if not (folder / text).is_file():
+            raise AnybatchError(
+                f"'{name}' of {where} seems to hold paths of pictures, and there is no file {folder / text} (row {row}). Put the files there, or say "
+                "that these are texts: data.pictures=[]"
+            )
+    return True

@@ -1,0 +1,307 @@
+"""Columns of pictures: lazy, undecoded, told apart by their encoded bytes. Imports errors; datasets and Pillow where they are used.
+
+Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second and the disk); 16 bytes a row and one block of rows in memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import glob
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from anybatch.core.errors import AnybatchError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+BLOCK = 64  # rows read at once: a third of a gigabyte of large photographs
+KEY = 16  # bytes of a picture's digest
+NAME = "picture"  # the one column of the data set inside a `PictureColumn`
+MODE = "RGB"  # of decoded pictures: most processors refuse batches of several modes
+THUMBNAIL = 64  # pixels of the longer side
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Picture:
+    """One picture as it was stored.
+
+    Attributes:
+        encoded: The bytes of its file (PNG, JPEG, WebP and so on).
+        where: Row and column, for messages.
+    """
+
+    encoded: bytes
+    where: str
+
+    def decode(self) -> Image:
+        """The picture in RGB, turned upright, exactly as `datasets` gives it to the Trainer.
+
+        Raises:
+            AnybatchError: Pillow is not installed; bytes that are no picture.
+        """
+        _need_pillow()
+        from datasets import Image as Feature
+
+        try:
+            return Feature(mode=MODE).decode_example({"bytes": self.encoded, "path": None})
+        except Exception as error:  # a broken file fails in Pillow's decoders with nearly anything
+            raise AnybatchError(
+                f"The picture in {self.where} cannot be decoded ({error}). Replace it, or leave the row out."
+            ) from error
+
+    def size(self) -> tuple[int, int] | None:
+        """Width and height from the file's head; None without Pillow or where it is no picture."""
+        try:
+            from PIL import Image
+
+            with Image.open(BytesIO(self.encoded)) as picture:
+                return picture.size
+        except Exception:
+            return None
+
+    def thumbnail(self) -> str | None:
+        """A small JPEG on white as a data: URI, some 2 kB; None without Pillow or where it is no picture."""
+        try:
+            from PIL import Image, ImageOps
+
+            with Image.open(BytesIO(self.encoded)) as picture:
+                picture.draft("RGB", (THUMBNAIL, THUMBNAIL))  # of a JPEG, no more is decoded than is shown
+                small = ImageOps.exif_transpose(picture).convert("RGBA")
+        except Exception:
+            return None
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        file = BytesIO()
+        Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB").save(
+            file, "JPEG", quality=80
+        )
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+class PictureColumn(Sequence[Picture]):
+    """Pictures in row order that stay in their files. Slices and selections are columns again; nothing is decoded.
+
+    Args:
+        dataset: One column, `picture`, of the feature `Image(decode=False)`.
+        where: File and column, for messages.
+        rows: Row number of each in that file; None if it is all of it.
+    """
+
+    def __init__(self, dataset: Dataset, where: str, rows: Sequence[int] | np.ndarray | None = None) -> None:
+        self.dataset = dataset
+        self.where = where
+        self.rows = range(len(dataset)) if rows is None else rows
+
+    @classmethod
+    def of(cls, dataset: Dataset, name: str, where: str) -> PictureColumn:
+        """The column `name` of a data set, which has the feature `Image`."""
+        from datasets import Image as Feature
+
+        column = dataset.with_format(None).select_columns([name])
+        if name != NAME:
+            column = column.rename_column(name, NAME)
+        return cls(column.cast_column(NAME, Feature(decode=False)), f"'{name}' of {where}")
+
+    @classmethod
+    def of_paths(cls, paths: Sequence[str], folder: Path, where: str) -> PictureColumn:
+        """Files; a relative path starts at `folder`."""
+        from datasets import Dataset, Features, Value
+        from datasets import Image as Feature
+
+        files = [{"bytes": None, "path": str(folder / path)} for path in paths]
+        stored = Features(
+            {NAME: {"bytes": Value("binary"), "path": Value("string")}}
+        )  # made as an Image, it would need Pillow
+        dataset = Dataset.from_dict({NAME: files}, features=stored)
+        return cls(dataset.cast(Features({NAME: Feature(decode=False)})), where)
+
+    @classmethod
+    def join(cls, columns: Sequence[PictureColumn]) -> PictureColumn:
+        """Several columns, one after the other."""
+        from datasets import concatenate_datasets
+
+        joined = cls(concatenate_datasets([one.dataset for one in columns]), ", ".join(one.where for one in columns))
+        if all("keys" in vars(one) for one in columns):
+            vars(joined)["keys"] = np.concatenate([one.keys for one in columns])
+        return joined
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> Picture: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PictureColumn: ...
+
+    def __getitem__(self, index: int | slice) -> Picture | PictureColumn:
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        place = range(len(self))[index]
+        return self._picture(self.dataset[place][NAME], place)
+
+    def __iter__(self) -> Iterator[Picture]:
+        for start in range(0, len(self), BLOCK):
+            for place, value in enumerate(self.dataset[start : start + BLOCK][NAME], start=start):
+                yield self._picture(value, place)
+
+    def select(self, rows: range | np.ndarray) -> PictureColumn:
+        """These places of the column, in this order."""
+        if isinstance(rows, range) and rows.step > 0:
+            numbers = self.rows[rows.start : rows.stop : rows.step]
+        else:
+            numbers = np.asarray(self.rows)[np.asarray(rows)]
+        chosen = PictureColumn(self.dataset.select(rows), self.where, numbers)
+        if "keys" in vars(self):
+            vars(chosen)["keys"] = self.keys[np.asarray(rows, np.int64)]
+        return chosen
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """(n, 16) uint8: digest of each picture's encoded bytes; equal bytes are the same picture.
+
+        Raises:
+            AnybatchError: A row without a picture.
+        """
+        keys = np.empty((len(self), KEY), np.uint8)
+        for place, picture in enumerate(self):
+            keys[place] = np.frombuffer(hashlib.blake2b(picture.encoded, digest_size=KEY).digest(), np.uint8)
+        return keys
+
+    def decoded(self, name: str) -> Dataset:
+        """A data set with the one column `name`, whose pictures are decoded as they are read: what the Trainer takes.
+
+        Of a selection the bytes are written out in its order, into a temporary file that goes when the process ends.
+        """
+        from datasets import Image as Feature
+        from datasets.fingerprint import get_temporary_cache_files_directory
+
+        _need_pillow()
+        dataset = self.dataset
+        if dataset._indices is not None:  # left to itself, `datasets` would write beside the user's data
+            file = Path(get_temporary_cache_files_directory()) / f"{dataset._fingerprint}.arrow"
+            dataset = dataset.flatten_indices(cache_file_name=str(file))
+        named = dataset if name == NAME else dataset.rename_column(NAME, name)
+        return named.cast_column(name, Feature(mode=MODE))
+
+    def _picture(self, value: dict[str, Any] | None, place: int) -> Picture:
+        where = f"row {int(self.rows[place]) + 1}, {self.where}"
+        encoded, path = (value or {}).get("bytes"), (value or {}).get("path")
+        if encoded is None and path:
+            try:
+                encoded = Path(path).read_bytes()
+            except OSError as error:
+                raise AnybatchError(
+                    f"Cannot read the picture {path} ({where}): {error.strerror or error}. Every row needs a picture: put the file back, or "
+                    "leave the row out."
+                ) from error
+        if not encoded:
+            raise AnybatchError(f"There is no picture in {where}. Every row needs one: fill it or leave the row out.")
+        return Picture(encoded=encoded, where=where)
+
+
+Column = Sequence[str] | PictureColumn  # of a `PairData`
+
+
+def row_keys(column: Column) -> Iterator[bytes]:
+    """What stands for each row in a digest of the data: the text, or the digest of the picture's bytes."""
+    if isinstance(column, PictureColumn):
+        return (b"picture " + key.tobytes() for key in column.keys)
+    return (text.encode() for text in column)
+
+
+def pick(column: Column, rows: np.ndarray) -> Column:
+    """These rows of a column, in this order; of pictures without reading them."""
+    if isinstance(column, PictureColumn):
+        return column.select(rows)
+    return [column[int(row)] for row in rows]
+
+
+def describe(value: str | Picture, row: int) -> str:
+    """One line for the terminal: the text with its white space tamed, or such as "[picture 48x48, row 17]"."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    size = value.size()
+    return f"[picture {size[0]}x{size[1]}, row {row}]" if size else f"[picture, row {row}]"
+
+
+def find_pictures(
+    path: str | os.PathLike[str], names: Iterable[str], limit: int | None = None
+) -> dict[str, PictureColumn]:
+    """The columns among `names` that hold pictures (the feature `datasets.Image`), of a folder saved by `datasets` or a Parquet file.
+
+    Empty for any other file, and for one that cannot be read: who reads its texts says what is wrong.
+    """
+    path = Path(path)
+    dataset = None
+    if path.is_dir() and (path / "state.json").exists():
+        from datasets import load_from_disk
+
+        try:
+            dataset = load_from_disk(str(path))
+        except (OSError, ValueError):
+            return {}
+    elif path.suffix == ".parquet" and path.is_file():
+        dataset = _parquet(path, names)
+    if dataset is None or isinstance(dataset, dict):
+        return {}
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    found = [name for name in names if holds_pictures(dataset, name)]
+    return {name: PictureColumn.of(dataset, name, str(path)) for name in found}
+
+
+def _parquet(path: Path, names: Iterable[str]) -> Dataset | None:
+    """The file as a memory-mapped data set (`datasets` keeps a copy in its cache), if it has pictures at all."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (pyarrow.ArrowException, OSError):
+        return None
+    if b'"Image"' not in (schema.metadata or {}).get(b"huggingface", b""):
+        return None
+    from datasets import Dataset, Features
+    from datasets import Image as Feature
+
+    features = Features.from_arrow_schema(schema)
+    if not any(isinstance(features.get(name), Feature) for name in names):
+        return None
+    try:
+        dataset: Any = Dataset.from_parquet(glob.escape(str(path)))  # which takes names for patterns
+    except Exception as error:  # a broken page, a full disk: `datasets` wraps nearly anything
+        raise AnybatchError(
+            f"{path} cannot be read ({error}). Write the file anew, or free some space for the cache of `datasets`."
+        ) from error
+    num_rows = pyarrow.parquet.read_metadata(path).num_rows
+    if len(dataset) != num_rows:
+        raise AnybatchError(
+            f"{path} has {num_rows} rows, and `datasets` gave {len(dataset)}. Move the file to a path of plain letters."
+        )
+    return dataset
+
+
+def holds_pictures(dataset: Dataset, name: str) -> bool:
+    """Whether the column has the feature `datasets.Image`."""
+    from datasets import Image as Feature
+
+    return isinstance(dataset.features.get(name), Feature)
+
+
+def _need_pillow() -> None:
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise AnybatchError(
+            "Pictures have to be decoded here, which needs Pillow. Install it with: pip install 'anybatch[images]'"
+        ) from error

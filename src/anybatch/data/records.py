@@ -1,0 +1,297 @@
+"""Rows of CSV, TSV, JSON lines, Parquet and saved data sets as mappings: every row once, or a message that names the line.
+
+CSV and TSV follow one set of quoting rules, the usual ones (RFC 4180, as Python's csv and pandas read them). Imports errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import gzip
+import json
+import logging
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Literal, get_args
+
+from anybatch.core.errors import AnybatchError
+
+logger = logging.getLogger("anybatch")
+FORMATS = ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, or a folder saved by datasets' save_to_disk"
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+Quoting = Literal["standard", "raw"]
+PEEK = 1000  # rows of a JSON file whose keys say what columns it has
+LONG = 10  # lines of one field with commas that all look like rows: more than chance
+ODD = 10  # lines to one that is no row by itself, of a file that can be read without quoting
+SHOWN = 20  # names of columns in a message
+RAW = 'In a quoted field a quote is written twice (""). If quotes are plain characters in this file, say so: data.quoting=raw.'
+
+
+def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
+    """The columns of a file or saved data set; of JSON lines, the keys of its first 1,000 rows.
+
+    Raises:
+        AnybatchError: No such file; nothing in it; an unknown format; a name that occurs twice.
+    """
+    if quoting not in (None, *get_args(Quoting)):
+        raise AnybatchError(f"The quoting is {quoting!r}; expected one of {', '.join(get_args(Quoting))}, or nothing.")
+    kind = _kind(path)
+    if kind in (".csv", ".tsv"):
+        names = next(_csv_rows(path, quoting), [])
+    elif kind == ".parquet":
+        import pyarrow.parquet
+
+        with _reading_arrow(path):
+            names = pyarrow.parquet.read_schema(path).names
+    elif kind == "folder":
+        names = _load_folder(path).column_names
+    else:
+        return list(dict.fromkeys(key for record in islice(_json_records(path), PEEK) for key in record))
+    twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if twice is not None:
+        raise AnybatchError(f"{path} has the column '{twice}' more than once. Rename or remove all but one.")
+    return names
+
+
+def records(
+    path: Path, names: Sequence[str] | None = None, quoting: Quoting | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file or saved data set as mappings.
+
+    Args:
+        path: See `FORMATS`.
+        names: Columns to read, which the file has; None for all. Rows of JSON lines come whole, and may lack some.
+        quoting: Of CSV and TSV: "standard" for the usual rules, "raw" where quotes are plain characters; None for the usual rules, refusing
+            a file that can be read both ways.
+
+    Raises:
+        AnybatchError: What `column_names` refuses; a row that cannot be read, with its line.
+    """
+    kind = _kind(path)
+    if kind in (".csv", ".tsv"):
+        return _csv_records(path, names, quoting)
+    if kind == ".parquet":
+        return _parquet_records(path, names)
+    if kind == "folder":
+        return _folder_records(path, names)
+    return _json_records(path)
+
+
+def no_column(name: str, present: Sequence[str], where: str) -> AnybatchError:
+    """The message for a column that is not there, with the nearest name."""
+    close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return AnybatchError(f"There is no column '{name}' in {where}; it has {listed(present)}.{hint}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for a message, the first of very many."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + more or "none"
+
+
+def _kind(path: Path) -> str:
+    if not path.exists():
+        raise AnybatchError(f"There is no file {path}. Check the path; expected {FORMATS}.")
+    if path.is_dir():
+        return "folder"
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    kind = suffixes[-1].lower() if suffixes else ""
+    if kind not in KINDS:
+        raise AnybatchError(f"Cannot tell the format of {path} from its name. Expected {FORMATS}.")
+    if path.stat().st_size == 0:
+        raise AnybatchError(f"{path} is empty (0 bytes). Expected {FORMATS}.")
+    return kind
+
+
+def _open(path: Path, newline: str | None = None) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open("rt", encoding="utf-8-sig", newline=newline)
+
+
+def _unreadable(path: Path, line: int, error: Exception) -> AnybatchError:
+    """The message for bytes that are no text, and for a gzip file cut short."""
+    if not isinstance(error, UnicodeDecodeError):
+        whole = " in a whole gzip file" if path.suffix == ".gz" else ""
+        return AnybatchError(f"Cannot read {path} after line {line}: {error}. Expected UTF-8 text{whole}.")
+    with path.open("rb") as file:
+        head = file.read(4)
+    if (head[:2] == b"\x1f\x8b" and path.suffix != ".gz") or head == b"PAR1":
+        kind = "Parquet: name it .parquet" if head == b"PAR1" else "packed with gzip: add .gz to its name"
+        return AnybatchError(f"Cannot read {path}: it is {kind}.")
+    likely = "UTF-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+    return AnybatchError(
+        f"Cannot read {path} after line {line}: it is not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}), but perhaps "
+        f"{'Latin-1 or Windows-1252' if likely != 'UTF-16' else likely}. Save it as UTF-8, such as with: iconv -f {likely} -t UTF-8"
+    )
+
+
+def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _object(line, f"Line {number} of {path}")
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise _unreadable(path, number, error) from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object that a line holds."""
+    array = " The file seems to be one JSON array: write its objects one a line." if line[0] == "[" else ""
+    try:
+        record = _decode(line)
+        if "\\ud" in line.lower():
+            json.dumps(record, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise AnybatchError(
+            f"{where} is no JSON ({error.msg}, column {error.colno}). Expected one object a line.{array}"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise AnybatchError(
+            f"{where} holds half of a surrogate pair ({error.object[error.start]!r}), which is no character. Write the file anew from its source, or "
+            "leave the line out."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, lists a thousand deep
+        raise AnybatchError(f"{where} cannot be read: {error}.") from error
+    if not isinstance(record, dict):
+        raise AnybatchError(f"{where} holds a {type(record).__name__}; expected one JSON object a line.{array}")
+    return record
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without repeated keys, of which Python's own reader takes the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key '{twice}' stands a second time in one object, keep one of the two")
+    return record
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_each_key_once).decode
+
+
+def _csv_records(path: Path, names: Sequence[str] | None, quoting: Quoting | None) -> Iterator[Mapping[str, Any]]:
+    rows = _csv_rows(path, quoting)
+    header = next(rows, [])
+    places = {name: place for place, name in enumerate(header)}
+    wanted = [(name, places[name]) for name in (header if names is None else names)]
+    for row in rows:
+        yield {name: row[place] for name, place in wanted}
+
+
+def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
+    """Header and rows of one width. A quote that opens a field and swallows rows is found: by what follows the closing one, or as ambiguous."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    delimiter = "\t" if _kind(path) == ".tsv" else ","
+    rules = csv.QUOTE_NONE if quoting == "raw" else csv.QUOTE_MINIMAL
+    width, first, last = 0, 1, 0  # fields of a row; its lines
+    plain = None
+    reader = csv.reader(())
+    try:
+        with _open(path, newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, quoting=rules, strict=True)
+            for row in reader:
+                first, last = last + 1, reader.line_num
+                if not row:  # a blank line
+                    continue
+                width = width or len(row)
+                if len(row) != width:
+                    raise AnybatchError(
+                        f"{f'Lines {first} to {last}' if last > first else f'Line {first}'} of {path}: another number of fields ({len(row)}) than "
+                        f"the header ({width}). Quote fields that hold the separator or a line break. {'' if quoting else RAW}".strip()
+                    )
+                if last > first and quoting is None and _could_be_rows(row, delimiter):
+                    plain = _has_plain_lines(path, delimiter, width) if plain is None else plain
+                    if plain or last - first >= LONG:
+                        _doubt(path, first, last, certain=delimiter == "\t" or last - first >= LONG)
+                yield row
+    except csv.Error as error:
+        ends = (
+            "does not end"
+            if "end of data" in str(error)
+            else f"ends in line {reader.line_num} with more text behind it"
+        )
+        raise AnybatchError(f"Line {last + 1} of {path} opens a quoted field that {ends}. {RAW}") from error
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise _unreadable(path, last, error) from error
+
+
+def _doubt(path: Path, first: int, last: int, *, certain: bool) -> None:
+    """Refuse a quoted field that may have swallowed rows, or warn: commas and line breaks do stand in texts, where tabs hardly do."""
+    text = (
+        f"Line {first} of {path} opens a quoted field that ends in line {last}, and each of these lines would be a row by itself. "
+        "{}data.quoting=raw, quotes are plain characters and each line is a row; or data.quoting=standard, quoted texts hold line breaks."
+    )
+    if certain:
+        raise AnybatchError(text.format("Say which is meant: "))
+    logger.warning(text.format("It is read as one text. Say if it is not, or that it is: "))
+
+
+def _could_be_rows(row: list[str], delimiter: str) -> bool:
+    """Whether each of the lines of a row would be a row by itself."""
+    lines = re.split(r"\r\n|\r|\n", delimiter.join(row))
+    return all(line.count(delimiter) == len(row) - 1 for line in lines)
+
+
+def _has_plain_lines(path: Path, delimiter: str, width: int) -> bool:
+    """Whether a file can be read without quoting: no name of a column is quoted, and every line has a row's number of fields, or nearly.
+
+    A field that swallows rows is of a file where this holds; the few lines that do not (1 in 10) may be quoted ones.
+    """
+    with _open(path, newline="") as file:
+        if file.readline().startswith('"'):
+            return False
+        lines = odd = 0
+        for line in file:
+            lines += 1
+            odd += bool(line.strip("\r\n")) and line.count(delimiter) != width - 1
+        return odd * ODD <= lines
+
+
+@contextlib.contextmanager
+def _reading_arrow(path: Path, kind: str = "Parquet") -> Iterator[None]:
+    """Errors of pyarrow as messages."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise AnybatchError(f"Cannot read {path} as {kind}: {error}. Write it anew from its source.") from error
+
+
+def _parquet_records(path: Path, names: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+    import pyarrow.parquet
+
+    with _reading_arrow(path), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=None if names is None else list(names)):
+            yield from batch.to_pylist()
+
+
+def _folder_records(path: Path, names: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+    with _reading_arrow(path, "a saved data set"):
+        dataset = _load_folder(path).with_format(None)  # one that was saved with a format would give arrays
+        yield from dataset if names is None else dataset.select_columns(list(names))
+
+
+def _load_folder(path: Path) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise AnybatchError(f"{path} is no folder saved by datasets' save_to_disk ({error}).") from error
+    if isinstance(dataset, DatasetDict):
+        splits = [str(name) for name in dataset]
+        raise AnybatchError(
+            f"{path} holds the splits {', '.join(splits)}; give the folder of one of them, such as {path / splits[0]}."
+        )
+    return dataset

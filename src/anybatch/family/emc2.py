@@ -1,0 +1,264 @@
+"""EMC2: negatives drawn from the anchor's own softmax by one Markov chain an anchor that goes on from visit to visit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss, Direction
+from anybatch.losses.candidates import Layout
+from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
+from anybatch.losses.memory import ExampleMemory
+from anybatch.losses.per_example import Keys
+
+
+class EMC2(ContrastiveLoss):
+    """The gradient of the global objective from a Metropolis-Hastings chain, with no estimate of any denominator.
+
+        state Z_i with log-weight l_i = s_{i, Z_i} / tau + b, kept from the last visit
+        for each negative j of the batch, in random order:
+            Z_i <- j, l_i <- s_ij / tau + b_ij    with probability min(1, exp(s_ij / tau + b_ij - l_i))
+        p_ij = share of the steps after the burn-in at which Z_i = j
+
+    whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the drift of the
+    encoder and not with the batch size. A state of an earlier batch has no embedding in this one. With `dimensions` the embedding it
+    had is kept, and pulls on the anchor as a constant; without, the anchor has no pull while the chain stays there, which costs most of
+    the pull when the temperature is low (docs/methods.md has figures). The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the
+    gradient is not the gradient of that.
+
+    Args:
+        num_rows: n, rows of the data set.
+        dimensions: Width of the embeddings, to keep the embedding of each chain's state; None to keep its log-weight alone.
+        burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
+        seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as if uninterrupted,
+            and several ranks draw what one process would.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    The chains and the number of steps are buffers, updated once a call in training mode with gradients enabled.
+
+    Raises:
+        AnybatchError: Numbers out of range; in a call: `index` missing or out of range.
+
+    Cost: 4 bytes a row and direction, with `dimensions` D 4 D more and a second gather of the candidates; M steps one after the other
+    for all rows of a tile at once; "both" directions cost two runs of the engine. Reference: Yau et al. 2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive Learning with Global
+    Convergence", arXiv 2404.10575, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        dimensions: int | None = None,
+        burn_in: float = 0.5,
+        seed: int = 0,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
+            direction=direction,
+            normalize=normalize,
+            tile_bytes=tile_bytes,
+        )
+        if not 0 <= burn_in < 1:
+            raise AnybatchError(f"burn_in is {burn_in}; expected a share of the steps, at least 0 and below 1.")
+        self.burn_in, self.seed = burn_in, seed
+        # The memory holds l_i, the log-weight of the chain's state; NaN for a chain that was never started.
+        self.memory = ExampleMemory(num_rows, num_directions=2 if direction == "both" else 1)
+        self.states: Tensor | None
+        if dimensions is None:
+            self.register_buffer("states", None)
+        else:
+            self.register_rows("states", torch.zeros(len(self.memory.log_mean), num_rows, dimensions), fresh=0.0)
+        self.num_steps: Tensor
+        self.register_buffer("num_steps", torch.tensor(0))
+
+    needs_index = True
+
+    @property
+    def _known_rows(self) -> int:
+        return self.memory.num_rows
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        if keys is not None:
+            raise AnybatchError("keys were given; the chains of EMC2 belong to rows. Leave them out.")
+        self.memory.grow(num_rows)
+        self.grow_buffers(num_rows)
+
+    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
+        self.memory.check(dimensions)
+        return _Chained()
+
+    def _side(self, batch: Batch, *, direction: int) -> Side:
+        side = super()._side(batch, direction=direction)
+        assert isinstance(side.rule, _Chained)
+        assert batch.index is not None
+        if self.states is not None and self.states.shape[2] != batch.anchors.shape[1]:
+            raise AnybatchError(
+                f"The chains keep embeddings of {self.states.shape[2]} dimensions, these have {batch.anchors.shape[1]}. "
+                "Give EMC2 the dimensions of the model's embeddings."
+            )
+        queries = batch.queries(direction)
+        others = batch.candidates if direction == 0 else batch.anchors
+        start = self.memory.log_mean[direction, batch.index].to(queries.dtype)
+        chain = _Chain(
+            rule=side.rule,
+            start=start,
+            positive=(queries * others[: len(queries)]).sum(dim=1).detach(),
+            temperature=side.temperature.detach(),
+            layout=Layout.of(len(queries), len(others), queries.device),
+            burn_in=self.burn_in,
+            seed=(self.seed * 2 + direction) * 1_000_003 + int(self.num_steps),
+        )
+        return replace(side, adjust=chain)
+
+    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        assert batch.index is not None
+        for direction, side in enumerate(sides):
+            assert isinstance(side.adjust, _Chain)
+            if self.states is not None and torch.is_grad_enabled():
+                loss = loss + self._pull_of_states(batch, side, side.adjust, direction) / len(sides)
+        if not self._updating:
+            return loss
+        self.num_steps += 1
+        self.memory.dimensions.fill_(batch.anchors.shape[1])
+        for direction, side in enumerate(sides):
+            assert isinstance(side.adjust, _Chain)
+            self._keep(batch, side.adjust, direction)
+        return loss
+
+    def _pull_of_states(self, batch: Batch, side: Side, chain: _Chain, direction: int) -> Tensor:
+        """A term of value 0 whose derivative is the pull of the states that are not in this batch."""
+        assert self.states is not None
+        assert batch.index is not None
+        queries = batch.queries(direction)
+        positives = batch.queries(1 - direction)
+        states = self.states[direction, batch.index].to(queries.dtype)
+        gap = ((states - positives) * queries).sum(dim=1)
+        tau = side.temperature
+        num_rows_all = sum(chain.layout.row_sizes)
+        pull = (chain.outside * gap).sum() * distributed.world_size() / tau.detach()
+        slope = -distributed.sum_over_ranks((chain.outside * gap).sum()) / tau.detach() ** 2
+        return (pull - pull.detach() + slope * (tau - tau.detach())) / num_rows_all
+
+    def _keep(self, batch: Batch, chain: _Chain, direction: int) -> None:
+        """Store where the chains of all ranks' rows ended."""
+        assert batch.index is not None
+        sizes = chain.layout.row_sizes
+        index = distributed.gather_rows(batch.index, sizes)
+        ends = distributed.gather_rows(chain.state, sizes)
+        rows, inverse = torch.unique(index, return_inverse=True)
+        occurrence = torch.arange(len(index), device=index.device)
+        last = torch.zeros_like(rows).scatter_reduce(0, inverse, occurrence, "amax")  # of several, the last one goes on
+        ends, fine = ends[last].to(self.memory.log_mean.dtype), ends[last].isfinite()
+        # A step that has diverged leaves no state that nothing could replace.
+        self.memory.log_mean[direction, rows] = torch.where(fine, ends, self.memory.log_mean[direction, rows])
+        if self.states is None:
+            return
+        others = batch.candidates if direction == 0 else batch.anchors
+        others_all = distributed.gather_rows(others, chain.layout.column_sizes)
+        place = distributed.gather_rows(chain.place, sizes)[last]
+        moved = (place >= 0) & fine
+        self.states[direction, rows[moved]] = others_all[place[moved]].to(self.states.dtype)
+
+
+class _Chained:
+    """The pulls are shares already; the objective is what the batch said before the chain."""
+
+    row_wise = True
+
+    def __init__(self) -> None:
+        self.batch_log_sum = torch.empty(0)
+
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        objective = self.batch_log_sum[rows]
+        return torch.zeros_like(log_sum), torch.where(objective.isneginf(), 0.0, objective)
+
+
+class _Chain:
+    """Runs the chains of a tile's rows; asked once for each row.
+
+    Attributes:
+        state: (B,) log-weight of the state at the end; NaN for a chain that has not started.
+        place: (B,) column of the state at the end; -1 for one of an earlier batch.
+        outside: (B,) share of the steps at which it was one of an earlier batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        rule: _Chained,
+        start: Tensor,
+        positive: Tensor,
+        temperature: Tensor,
+        layout: Layout,
+        burn_in: float,
+        seed: int,
+    ) -> None:
+        self.rule, self.state, self.positive, self.temperature = rule, start.clone(), positive, temperature
+        self.burn_in, self.layout = burn_in, layout
+        self.place = torch.full_like(start, -1, dtype=torch.int64)
+        self.outside, self.started = torch.zeros_like(start), ~start.isnan()
+        rule.batch_log_sum = torch.full_like(start, -torch.inf)
+        # Columns in an order that does not depend on how they are spread over ranks: positives, then explicit negatives.
+        num_columns = sum(layout.column_sizes)
+        places = torch.full((num_columns,), -1, device=start.device)
+        num_positives = sum(layout.row_sizes)
+        places[layout.positive_columns] = torch.arange(num_positives, device=start.device)
+        places[places < 0] = torch.arange(num_positives, num_columns, device=start.device)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(num_columns, generator=generator).to(start.device)
+        self.order = torch.argsort(places)[order]
+        self.columns = self.order.tolist()
+        self.draws = torch.randint(2**62, (2,), generator=generator).tolist()
+
+    def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
+        self.rule.batch_log_sum[rows] = logits.logsumexp(dim=1)
+        # Logits are relative to this visit's positive, the state is not: it was left behind by an earlier one.
+        proposals = (logits + (self.positive[rows] / self.temperature)[:, None])[:, self.order].T.contiguous()
+        offered = ~proposals.isneginf()
+        log_uniform = self._uniform(rows, len(self.order), scores.device).to(scores.dtype).log_().T
+        enough = torch.where(
+            offered, proposals - log_uniform, torch.nan
+        )  # comparisons with NaN are false: never accepted
+        state = self.state[rows].nan_to_num(-torch.inf)  # a chain that has not started accepts what comes first
+        place = torch.full((len(state),), -1, device=state.device)
+        places = place.new_empty(proposals.shape)
+        for step, column in enumerate(self.columns):
+            accepted = enough[step] >= state
+            state = torch.where(accepted, proposals[step], state)
+            place = torch.where(accepted, column, place)
+            places[step] = place
+        self.state[rows] = torch.where(state.isneginf(), torch.nan, state)
+        self.place[rows] = place
+        count = offered.sum(dim=0)
+        counted = offered & (offered.cumsum(dim=0) > self.burn_in * count)
+        total = counted.sum(dim=0).clamp(min=1)
+        shares = (counted & (places >= 0)).to(logits.dtype) / total
+        visits = torch.zeros_like(logits).scatter_add_(1, places.clamp(min=0).T, shares.T)
+        self.outside[rows] = torch.where(
+            self.started[rows], (counted & (places < 0)).sum(dim=0).to(logits.dtype) / total, 0.0
+        )
+        return visits.log_()
+
+    def _uniform(self, rows: slice, num_steps: int, device: torch.device) -> Tensor:
+        """(b, num_steps) numbers in (0, 1) that depend on the place of the row among all ranks' rows, not on rank or tile."""
+        row = torch.arange(rows.start, rows.stop, device=device) + self.layout.first_row
+        step = torch.arange(num_steps, device=device)
+        mixed = (row[:, None] * 0x9E3779B97F4A7C1 + self.draws[0]) ^ (step[None] * 0x2545F4914F6CDD1D + self.draws[1])
+        for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB), (31, 1)):
+            mixed = (
+                mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))
+            ) * factor  # integers wrap around, as hashes do
+        return ((mixed & ((1 << 23) - 1)).float() + 0.5) / 2**23

@@ -1,0 +1,91 @@
+"""SCENT: SogCLR whose forgetting follows from a proximal step in the log domain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anybatch.core.errors import AnybatchError
+from anybatch.losses.base import MIN_TEMPERATURE, Direction
+from anybatch.losses.engine import TILE_BYTES, Rule
+from anybatch.losses.per_example import Keys
+from anybatch.losses.sogclr import Remembering, SogCLR
+
+
+class SCENT(SogCLR):
+    """SogCLR with a step on nu_i = log u_i that cannot overshoot, in place of a fixed moving average.
+
+        nu_i <- argmin over nu of  exp(L_i - nu) + nu + D(nu, nu_i) / alpha,     L_i = log of the batch's mean
+              = nu_i + log(1 + alpha exp(L_i)) - log(1 + alpha exp(nu_i))
+
+    where D is the Bregman divergence of exp(-nu). Written as an average of exp(nu), it is SogCLR's with a gamma for each example:
+
+        gamma_i = alpha exp(nu_i) / (1 + alpha exp(nu_i)),    u_i <- (1 - gamma_i) u_i + gamma_i exp(L_i)
+
+    so an example with a large denominator, whose batches vary most, follows them faster. The loss and its gradient are those of `SogCLR`.
+
+    Args:
+        num_rows: n, rows of the data set.
+        alpha: Step, above 0: gamma is one half where u_i = 1 / alpha. u_i has no natural scale: at temperature .05 it is e^-8 for a typical row of
+            a trained encoder and 1 for a fresh one, so alpha must be near one over it. The released code takes e^10. None for n - 1: one half where
+            the negatives of the whole data set weigh as much as the positive.
+        eps: Added to u_i in the loss; None is 1 / (n - 1), the full-data InfoNCE; 0 is the published objective.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the weight of a later near one is
+    as large as 1 / gamma_i (alpha = 1 on the embeddings of docs/benchmarks/global_loss.md: gradients a hundred times too long).
+
+    A row's first visit takes the batch's value whole; that is a flag of its own (the released code takes nu = 0 for it).
+
+    Raises:
+        AnybatchError: alpha or eps out of range; in a call as `SogCLR`.
+
+    Cost: that of `SogCLR`. Reference: "SCENT", stochastic optimization of compositional entropic risks, arXiv 2602.02877.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        alpha: float | None = None,
+        eps: float | None = None,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise AnybatchError(f"alpha is {alpha}; expected a positive number, or None for num_rows - 1.")
+        super().__init__(
+            num_rows,
+            eps=eps,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
+            direction=direction,
+            normalize=normalize,
+            tile_bytes=tile_bytes,
+        )
+        self._alpha_follows_rows = alpha is None
+        self.alpha = num_rows - 1.0 if alpha is None else alpha
+
+    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
+        """See `ContrastiveLoss.grow`."""
+        super().grow(num_rows, keys=keys)
+        if self._alpha_follows_rows:
+            self.alpha = num_rows - 1.0
+
+    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
+        rule = super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)
+        assert isinstance(rule, Remembering)
+        return replace(rule, gamma=self._log_gamma)
+
+    def _log_gamma(self, old: Tensor) -> tuple[Tensor, Tensor]:
+        """Log gamma and log(1 - gamma) for states `old`."""
+        shifted = old + math.log(self.alpha)
+        return torch.nn.functional.logsigmoid(shifted), torch.nn.functional.logsigmoid(-shifted)

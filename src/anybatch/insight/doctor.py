@@ -1,0 +1,67 @@
+"""Check on the model, data and loss of a run that caching is exact for them, before time is spent on training.
+
+Imports pipeline and caching; the command line calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from anybatch.caching import Verification, verify
+from anybatch.core.errors import AnybatchError
+from anybatch.integrations.sentence_transformers.model import load_model
+from anybatch.losses.config import build_loss
+from anybatch.losses.rows import RowTable
+from anybatch.run.config import RunConfig
+from anybatch.run.data import read_training_pairs
+from anybatch.run.pipeline import first_inputs
+
+
+def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
+    """One small batch of the run both ways, plain and cached: the errors of every parameter, and what is in the way.
+
+    The model trains (dropout on) in the precision of the run, on the first rows of its data, under its loss. Nothing is
+    written.
+
+    Args:
+        config: The run. Of `config.train`, `micro_batch` (at most a quarter of the rows) and `bf16` are used.
+        num_rows: Rows of the batch.
+
+    Returns:
+        The comparison. A BatchNorm, which the cached step refuses, is one of its findings; then there are no errors.
+
+    Raises:
+        AnybatchError: Data or model cannot be read; fewer than 8 rows asked for.
+
+    Cost: two training steps on `num_rows` rows.
+    """
+    if num_rows < 8:
+        raise AnybatchError(
+            f"The check was asked for {num_rows} rows; it needs at least 8 to split them into micro-batches."
+        )
+    pairs = read_training_pairs(config)
+    rows = min(num_rows, len(pairs))
+    model = load_model(config.model).train()
+    inputs = first_inputs(model, pairs, rows)
+    table = RowTable(pairs.anchor_id, pairs.positive_id, negative_id=pairs.negative_id).to(model.device)
+    index = torch.arange(rows, device=model.device)
+    loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device).train()
+    wanted = config.train.micro_batch
+    most = max(1, rows // 4)
+    precision = (
+        torch.autocast(model.device.type, dtype=torch.bfloat16) if config.train.bf16 else contextlib.nullcontext()
+    )
+    try:
+        with precision:
+            return verify(
+                lambda batch: model(batch)["sentence_embedding"],
+                inputs,
+                loss,
+                micro_batch=most if wanted == "auto" else min(wanted, most),
+                loss_kwargs=table.arguments(index, num_negatives=len(pairs.negatives)),
+                modules=[model],
+            )
+    except AnybatchError as error:  # what the cached step refuses is the diagnosis
+        return Verification.refused(str(error))

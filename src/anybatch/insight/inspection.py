@@ -1,0 +1,395 @@
+"""What a plan's batches hold, measured anew from the teacher's embeddings: negatives, suspects, hubs, clusters, expected loss.
+
+A plan stores clusters and suspects, not scores; everything here follows from the embeddings again, on a sample of anchors, so
+that the plan stays at a few bytes a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from anybatch.core.errors import AnybatchError
+from anybatch.mining.audit import most_wanted
+from anybatch.mining.config import MiningConfig, MiningSet
+from anybatch.mining.cosines import BatchScores, Cosines, unit
+from anybatch.mining.graph import cut_windows
+from anybatch.mining.mine import fit_window, scored_vectors
+from anybatch.mining.neighbors import check_embeddings, exact_neighbors
+from anybatch.mining.outlook import Outlook, mining_outlook
+from anybatch.plans.plan import BatchPlan
+
+DUPLICATE = 0.95  # cosine of two positives from which they are shown as saying the same
+SHOWN = 20  # pairs of rows kept of suspects, and of duplicates
+WINDOW = ("skip", "take", "margin")  # what a data set may have of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPair:
+    """Two rows and the figure that puts them on a list.
+
+    Attributes:
+        row, other: Row numbers.
+        score: Suspects: the cosine of `row`'s anchor with `other`'s positive minus that with its own. Duplicates: the cosine of the two positives.
+    """
+
+    row: int
+    other: int
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClusterExample:
+    """One cluster.
+
+    Attributes:
+        number: The cluster; -1 for random rows.
+        kind: "tightest", "typical" or "loosest" of those looked at, by the mean score between its rows; or "random": rows drawn
+            at random, for comparison.
+        rows: (K,) its rows.
+        scores: (K, K) cosines of anchors (down) and positives (across).
+    """
+
+    number: int
+    kind: str
+    rows: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlanInspection:
+    """What `inspect_plan` measured.
+
+    Attributes:
+        num_anchors: Anchors looked at, drawn at random; all rows where that is no more.
+        skip, take: The rank window, the plan's own or (for random plans) the default that fits the data.
+        temperature: Of the losses.
+        window_in_batch, conflicts_in_batch: Wanted negatives and probable false negatives in the anchor's batch of epoch 0.
+        random_window_in_batch, random_conflicts_in_batch: What a random batch of this size is expected to hold.
+        window_by_partition, conflicts_by_partition: The same in the anchor's own cluster, for each of the plan's partitions.
+        distinct_window, distinct_conflicts: Different ones over all partitions.
+        planned, random: The teacher's scores in the plan's batches and in random ones.
+        hubs: The most wanted rows with the number of windows they are in, scaled up from the anchors looked at.
+        suspects: Suspects of the plan, the highest scores first (`SHOWN` at most, of the same two positives one).
+        duplicates: Rows with nearly the same positive as an anchor looked at, highest first (likewise).
+        duplicate_share: Share of the anchors looked at with such a row.
+        repeated_anchors, repeated_positives: Rows whose anchor (positive) is another row's, letter by letter.
+        clusters: Examples; empty for random plans.
+        outlook: Whether mining is likely to help.
+    """
+
+    num_anchors: int
+    skip: int
+    take: int
+    temperature: float
+    window_in_batch: float
+    conflicts_in_batch: float
+    random_window_in_batch: float
+    random_conflicts_in_batch: float
+    window_by_partition: tuple[float, ...]
+    conflicts_by_partition: tuple[float, ...]
+    distinct_window: float
+    distinct_conflicts: float
+    planned: BatchScores
+    random: BatchScores
+    hubs: list[tuple[int, int]]
+    suspects: list[RowPair]
+    duplicates: list[RowPair]
+    duplicate_share: float
+    repeated_anchors: int
+    repeated_positives: int
+    clusters: list[ClusterExample]
+    outlook: Outlook
+
+
+def inspect_plan(
+    plan: BatchPlan,
+    anchor_embeddings: np.ndarray,
+    positive_embeddings: np.ndarray,
+    *,
+    anchor_id: np.ndarray | None = None,
+    positive_id: np.ndarray | None = None,
+    temperature: float = 0.05,
+    num_anchors: int = 2000,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> PlanInspection:
+    """Measure a plan against random batches under a teacher's scores.
+
+    Args:
+        plan: Mined or random.
+        anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped.
+        anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all differ.
+        temperature: Of the expected loss.
+        num_anchors: Anchors looked at; a share measured on 2,000 of them has a standard error of at most 1.1 points.
+        seed: Of the draws.
+        progress: Called with the fraction of the ranking done.
+
+    Raises:
+        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of anchors below 1.
+
+    Cost: num_anchors * n * D multiplications, as much of a look at every row, and two losses of num_anchors rows.
+    """
+    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
+    return _measure(
+        plan,
+        pairs,
+        np.arange(plan.num_rows),
+        temperature=temperature,
+        num_anchors=num_anchors,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def inspect_sets(
+    plan: BatchPlan,
+    anchor_embeddings: np.ndarray,
+    positive_embeddings: np.ndarray,
+    *,
+    sets: Sequence[MiningSet] = (),
+    anchor_id: np.ndarray | None = None,
+    positive_id: np.ndarray | None = None,
+    temperature: float = 0.05,
+    num_anchors: int = 2000,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, PlanInspection]:
+    """`inspect_plan` for each data set of a plan over several, each ranked by itself as in mining.
+
+    Anchors are one set's rows in the batches that the plan deals: of that set alone (`mixing="within"`), or with rows of others, which count
+    in the expected loss. Random batches are dealt the same way, of the same sets with the same shares.
+
+    Args:
+        plan: Made with `sets`.
+        sets: Their windows, as given to `mine_plan`; without them the plan's own window holds for all.
+        anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors, seed, progress: See `inspect_plan`; anchors
+            are looked at in each set.
+
+    Returns:
+        What was measured, by the set's name; row and cluster numbers are the plan's. Sets of which no row is dealt are left out.
+
+    Raises:
+        AnybatchError: As `inspect_plan`; a plan of one data set.
+
+    Cost: that of `inspect_plan` for each set, over its own rows.
+    """
+    if plan.task is None:
+        raise AnybatchError("The plan has one data set. Use inspect_plan.")
+    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
+    windows = {one.name: {name: value for name in WINDOW if (value := getattr(one, name)) is not None} for one in sets}
+    dealt = np.isin(np.arange(len(plan.task_names)), plan.task[plan.epoch_batches(0)])
+    shown = [number for number in range(len(plan.task_names)) if dealt[number] and (plan.task == number).sum() > 1]
+
+    def advance(done: int) -> Callable[[float], None]:
+        return lambda fraction: progress((done + fraction) / len(shown)) if progress is not None else None
+
+    return {
+        plan.task_names[number]: _measure(
+            plan,
+            pairs,
+            np.flatnonzero(plan.task == number),
+            window=windows.get(plan.task_names[number], {}),
+            temperature=temperature,
+            num_anchors=num_anchors,
+            seed=seed,
+            progress=advance(place),
+        )
+        for place, number in enumerate(shown)
+    }
+
+
+def _checked(
+    plan: BatchPlan,
+    anchors: np.ndarray,
+    positives: np.ndarray,
+    anchor_id: np.ndarray | None,
+    positive_id: np.ndarray | None,
+    temperature: float,
+    num_anchors: int,
+) -> Cosines:
+    check_embeddings("anchor", anchors, plan.num_rows)
+    check_embeddings("positive", positives, plan.num_rows)
+    if not 0 < temperature < np.inf or num_anchors < 1:
+        raise AnybatchError(
+            f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at least 1."
+        )
+    every = np.arange(plan.num_rows)
+    return Cosines(
+        anchors,
+        positives,
+        every if anchor_id is None else np.asarray(anchor_id),
+        every if positive_id is None else np.asarray(positive_id),
+    )
+
+
+def _measure(
+    plan: BatchPlan,
+    pairs: Cosines,
+    members: np.ndarray,
+    *,
+    temperature: float,
+    num_anchors: int,
+    seed: int,
+    progress: Callable[[float], None] | None,
+    window: Mapping[str, Any] = MappingProxyType({}),
+) -> PlanInspection:
+    """`members`: the rows that are ranked among each other, ascending; `window`: where theirs is not the plan's."""
+    generator = np.random.default_rng(seed)
+    chosen = np.sort(generator.choice(len(members), min(num_anchors, len(members)), replace=False))
+    rows = members[chosen]
+    settings = {name: getattr(MiningConfig(), name) for name in WINDOW} | dict(plan.meta) | dict(window)
+    skip, take = fit_window(settings["skip"], settings["take"], len(members))
+    cut = {"skip": skip, "take": take, "margin": settings["margin"]}
+    whole = members[-1] - members[0] + 1 == len(members)  # then nothing is copied out of the files
+    part = slice(int(members[0]), int(members[-1]) + 1) if whole else members
+    queries, documents = scored_vectors(pairs.anchors[part], pairs.positives[part], settings.get("score", "query"))
+    neighbors = exact_neighbors(
+        queries,
+        documents,
+        skip + take,
+        anchor_id=pairs.anchor_id[part],
+        positive_id=pairs.positive_id[part],
+        rows=chosen,
+        progress=progress,
+    )
+    wanted, conflict = cut_windows(neighbors, **cut)
+    ids = np.where(neighbors.ids >= 0, members[neighbors.ids], -1)
+    dealt = plan.epoch_batches(0)
+    batch = np.full(plan.num_rows, -1)
+    batch[dealt] = np.arange(len(dealt))[:, None]
+    home = batch[rows]
+    together = (batch[ids] == home[:, None]) & (home >= 0)[:, None]
+    num_dealt = max(1, int((home >= 0).sum()))
+    # That a given row of theirs is in an anchor's random batch: by how many of them such a batch holds.
+    sizes = np.bincount(batch[members][batch[members] >= 0]).astype(np.float64)
+    by_chance = float(np.sum(sizes * (sizes - 1))) / max(1.0, float(np.sum(sizes))) / max(1, len(members) - 1)
+
+    among = np.zeros(plan.num_rows, bool)
+    among[members] = True
+    planned, random = (
+        pairs.batch_scores(batches, num_anchors, temperature, among=among)
+        for batches in (dealt, _random_batches(plan, seed))
+    )
+    beside = [(one[ids] == one[rows, None]) & (one >= 0)[rows, None] for one in plan.partition_clusters]
+    ever = np.any(beside, axis=0)
+    duplicates = _duplicates(rows, ids[:, :8], pairs.positives)
+    scale = len(members) / len(rows)
+    return PlanInspection(
+        num_anchors=len(rows),
+        skip=skip,
+        take=take,
+        temperature=temperature,
+        window_in_batch=float((wanted & together).sum()) / num_dealt,
+        conflicts_in_batch=float((conflict & together).sum()) / num_dealt,
+        random_window_in_batch=float(wanted.sum()) / len(rows) * by_chance,
+        random_conflicts_in_batch=float(conflict.sum()) / len(rows) * by_chance,
+        window_by_partition=tuple(float((wanted & one).sum()) / len(rows) for one in beside),
+        conflicts_by_partition=tuple(float((conflict & one).sum()) / len(rows) for one in beside),
+        distinct_window=float((wanted & ever).sum()) / len(rows),
+        distinct_conflicts=float((conflict & ever).sum()) / len(rows),
+        planned=planned,
+        random=random,
+        hubs=[(row, round(count * scale)) for row, count in most_wanted(ids[wanted])],
+        suspects=_suspects(plan, pairs, among),
+        duplicates=_shown(duplicates, pairs.positive_id),
+        duplicate_share=len({pair.row for pair in duplicates}) / len(rows),
+        repeated_anchors=_repeated(pairs.anchor_id[members]),
+        repeated_positives=_repeated(pairs.positive_id[members]),
+        clusters=_examples(plan, pairs, members, generator),
+        outlook=mining_outlook(neighbors, plan.cluster[members], rows=chosen, **cut),
+    )
+
+
+def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
+    """An epoch of random batches, of the same data sets with the same shares; of none fewer rows than the plan deals."""
+    shares = plan.task_shares
+    if plan.task is not None:
+        rows = np.bincount(plan.task, minlength=len(plan.task_names))
+        # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a batch.
+        dealt = (np.multiply(plan.deal.quotas, plan.cluster_size) + plan.deal.guests) / np.maximum(rows, 1)
+        given = np.where(plan.deal.quotas, plan.task_shares or 1.0, 0.0)
+        shares = tuple(np.where(rows, np.maximum(dealt, given), 1.0).tolist())
+    return BatchPlan(
+        num_rows=plan.num_rows,
+        batch_size=plan.batch_size,
+        cluster_size=1,
+        cluster=np.arange(plan.num_rows, dtype=np.int32),
+        seed=seed,
+        data_digest="",
+        task=plan.task,
+        task_names=plan.task_names,
+        task_shares=shares,
+        mixing=plan.mixing,
+    ).epoch_batches(0)
+
+
+def _suspects(plan: BatchPlan, pairs: Cosines, among: np.ndarray) -> list[RowPair]:
+    """The plan's suspects by how far the other's positive scores above the own, in the direction in which it does so most."""
+    if plan.suspects is None:
+        return []
+    suspects = plan.suspects[among[plan.suspects].all(axis=1)]
+    if not len(suspects):
+        return []
+    both = np.concatenate([suspects, suspects[:, ::-1]])
+    scores = np.concatenate([pairs.over_own(block[:, 0], block[:, 1]) for block in _blocks(both)])
+    half = len(suspects)
+    forward = scores[:half] >= scores[half:]
+    best = np.where(forward, scores[:half], scores[half:])
+    order = np.argsort(-best, kind="stable")
+    chosen = np.where(forward[order, None], both[order], both[half + order])
+    found = (RowPair(row=int(a), other=int(b), score=float(s)) for (a, b), s in zip(chosen, best[order], strict=True))
+    return _shown(found, pairs.positive_id)
+
+
+def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:
+    """The first `SHOWN`, no two with the same two positives: one caption of many pictures would fill the list."""
+    kinds: dict[frozenset[int], RowPair] = {}
+    for pair in pairs:
+        kinds.setdefault(frozenset(map(int, positive_id[[pair.row, pair.other]])), pair)
+        if len(kinds) == SHOWN:
+            break
+    return list(kinds.values())
+
+
+def _blocks(pairs: np.ndarray, size: int = 8192) -> list[np.ndarray]:
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def _duplicates(rows: np.ndarray, ids: np.ndarray, positives: np.ndarray) -> list[RowPair]:
+    """Among each anchor's best neighbours those whose positive nearly equals its own."""
+    line, column = np.nonzero(ids >= 0)
+    found = []
+    for block in _blocks(np.stack([rows[line], ids[line, column]], axis=1)):
+        cosines = np.einsum("pd,pd->p", unit(positives[block[:, 0]]), unit(positives[block[:, 1]]))
+        for place in np.flatnonzero(cosines >= DUPLICATE):
+            found.append(RowPair(row=int(block[place, 0]), other=int(block[place, 1]), score=float(cosines[place])))
+    return sorted(found, key=lambda pair: -pair.score)
+
+
+def _repeated(ids: np.ndarray) -> int:
+    _, counts = np.unique(ids, return_counts=True)
+    return int(counts[counts > 1].sum())
+
+
+def _examples(
+    plan: BatchPlan, pairs: Cosines, members: np.ndarray, generator: np.random.Generator, look_at: int = 200
+) -> list[ClusterExample]:
+    own = plan.cluster[members]
+    placed = members[own >= 0]
+    if plan.cluster_size == 1 or not len(placed):
+        return []
+    clusters = placed[np.argsort(plan.cluster[placed], kind="stable")].reshape(-1, plan.cluster_size)
+    clusters = clusters[np.sort(generator.choice(len(clusters), min(look_at, len(clusters)), replace=False))]
+    apart = ~np.eye(plan.cluster_size, dtype=bool)
+    tight = np.argsort([-pairs.matrix(rows)[apart].mean() for rows in clusters], kind="stable")
+    kinds = {"tightest": tight[0], "typical": tight[len(tight) // 2], "loosest": tight[-1]}
+    chosen = [(int(plan.cluster[clusters[place][0]]), kind, clusters[place]) for kind, place in kinds.items()]
+    chosen.append((-1, "random", np.sort(generator.choice(members, plan.cluster_size, replace=False))))
+    return [
+        ClusterExample(number=number, kind=kind, rows=rows, scores=pairs.matrix(rows)) for number, kind, rows in chosen
+    ]

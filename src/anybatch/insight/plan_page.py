@@ -1,0 +1,212 @@
+"""The page of `anybatch inspect plan`: one HTML file that explains itself and needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from anybatch.data.pictures import Picture, describe
+from anybatch.insight.charts import bar_chart, heat_map, line_chart
+from anybatch.insight.page import load_template
+from anybatch.insight.plan_figures import plan_sizes, set_figures
+
+if TYPE_CHECKING:
+    from anybatch.data.pairs import PairData
+    from anybatch.insight.inspection import ClusterExample, PlanInspection, RowPair
+    from anybatch.plans.plan import BatchPlan
+
+TEXT_LENGTH = 220  # characters of a text that are shown
+HEAT_ROWS = 32  # of a cluster that are drawn
+UNSCORED = 20  # suspects shown where there are no scores to order them
+PICTURE_CHARACTERS = 2**21  # of all thumbnails of a page; further pictures are named, not shown
+
+
+def render_plan_page(
+    plan: BatchPlan,
+    *,
+    title: str,
+    pairs: PairData | None = None,
+    inspection: PlanInspection | None = None,
+    sets: Mapping[str, PlanInspection] = MappingProxyType({}),
+    mining: Mapping[str, Any] | None = None,
+    missing: Sequence[str] = (),
+) -> str:
+    """The page as text.
+
+    Args:
+        plan: The plan.
+        title: Heading, such as its path.
+        pairs: The data, for its texts and pictures; None shows row numbers.
+        inspection: What was measured from the embeddings; None leaves those parts out.
+        sets: The same for each of several data sets (`inspect_sets`), by name, instead.
+        mining: What mining stored (`mining.json`); None leaves those parts out.
+        missing: What could not be shown and which option gives it, in words.
+
+    All texts are escaped. Pictures are shown small, re-encoded, `PICTURE_CHARACTERS` in all at most.
+    """
+    texts = _Texts(pairs)
+    stored = mining or {}
+    of_sets = stored.get("sets") or {}
+    parts = (
+        [_part(plan, "", inspection, stored, texts)]
+        if plan.task is None
+        else [_part(plan, name, sets.get(name), of_sets.get(name) or {}, texts) for name in plan.task_names]
+    )
+    known = [part["warnings"] for part in parts if part["warnings"] is not None]
+    return load_template("plan.html").render(
+        title=title,
+        plan=plan,
+        missing=missing,
+        warnings=[warning for part in known for warning in part] if known else None,
+        notes=[note for part in parts for note in part["notes"]],
+        sizes=plan_sizes(plan),
+        parts=parts,
+        stages=_stage_charts(stored),
+        settings=plan.meta,
+    )
+
+
+def _part(
+    plan: BatchPlan, name: str, seen: PlanInspection | None, stored: Mapping[str, Any], texts: _Texts
+) -> dict[str, Any]:
+    """What is known of the one data set, or of the one called `name`."""
+    warnings = seen.outlook.warnings if seen else (stored.get("outlook") or {}).get("warnings")
+    hubs = [tuple(hub) for hub in stored.get("hubs") or ()]
+    first = 0
+    if name and hubs:  # mining numbered its rows from 0
+        first = int(np.flatnonzero(plan.task == plan.task_names.index(name))[0])
+    shown = [(row + first, count) for row, count in hubs] or (seen.hubs if seen else [])
+    prefix = f"{name}: " if name else ""
+    num_rows = int((plan.task == plan.task_names.index(name)).sum()) if name else plan.num_rows
+    return {
+        "name": name,
+        "num_rows": num_rows,
+        "num_anchors": seen.num_anchors if seen else 0,
+        "warnings": None if warnings is None else [prefix + warning for warning in warnings],
+        "notes": [prefix + note for note in stored.get("notes") or ()],
+        "figures": set_figures(plan, inspection=seen, mining=stored),
+        "charts": _score_charts(seen) if seen else [],
+        "hubs": [{"count": count, **texts.row(row)} for row, count in shown[:10]],
+        "hubs_estimated": not hubs,
+        "suspects": _suspects(plan, name, seen, texts),
+        "duplicates": [texts.pair(pair) for pair in seen.duplicates] if seen else [],
+        "clusters": _clusters(seen, texts) if seen else [],
+    }
+
+
+class _Texts:
+    """Rows with their texts, cut to a readable length, and thumbnails of their pictures; without data, row numbers alone."""
+
+    def __init__(self, pairs: PairData | None) -> None:
+        self.pairs = pairs
+        self.left = PICTURE_CHARACTERS
+
+    def row(self, row: int) -> dict[str, Any]:
+        if self.pairs is None:
+            return {"row": row, "anchor": "", "positive": ""}
+        return {
+            "row": row,
+            "anchor": self._show(self.pairs.anchors[row], row),
+            "positive": self._show(self.pairs.positives[row], row),
+        }
+
+    def _show(self, value: str | Picture, row: int) -> str | Markup:
+        if isinstance(value, str):
+            return _cut(value)
+        name, thumbnail = describe(value, row), value.thumbnail() if self.left > 0 else None
+        if thumbnail is None:
+            return name
+        self.left -= len(thumbnail)
+        return Markup('<img src="{}" alt="{}" title="{}">').format(thumbnail, name, name)
+
+    def pair(self, pair: RowPair) -> dict[str, Any]:
+        return {"score": f"{pair.score:.3f}", "first": self.row(pair.row), "second": self.row(pair.other)}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT_LENGTH else text[:TEXT_LENGTH].rstrip() + " …"
+
+
+def _suspects(plan: BatchPlan, name: str, inspection: PlanInspection | None, texts: _Texts) -> list[dict[str, Any]]:
+    if inspection is not None:
+        return [texts.pair(pair) for pair in inspection.suspects]
+    first = np.zeros((0, 2), np.int64) if plan.suspects is None else plan.suspects
+    if name and plan.task is not None:
+        first = first[plan.task[first[:, 0]] == plan.task_names.index(name)]
+    return [
+        {"score": "", "first": texts.row(row), "second": texts.row(other)} for row, other in first[:UNSCORED].tolist()
+    ]
+
+
+def _score_charts(seen: PlanInspection) -> list[tuple[str, Markup]]:
+    from anybatch.mining.cosines import BINS
+
+    shown = np.flatnonzero(seen.planned.histogram + seen.random.histogram)
+    if not len(shown):
+        return []
+    kept = slice(shown[0], shown[-1] + 1)
+    middle = ((BINS[:-1] + BINS[1:]) / 2)[kept].tolist()
+    series = [
+        (name, list(zip(middle, scores.histogram[kept].tolist(), strict=True)))
+        for name, scores in (("this plan", seen.planned), ("random batches", seen.random))
+    ]
+    drawing = line_chart("Scores of negatives", "negative's score minus the own positive's", series, mark=0.0)
+    caption = (
+        "How hard the negatives are: the teacher's score of each negative in a batch minus that of the anchor's own positive. Far left is easy, near 0 "
+        "(dashed) is hard, right of it the teacher prefers the negative. A good plan lies right of random batches and ends near 0."
+    )
+    return [(caption, Markup(drawing))]
+
+
+def _stage_charts(stored: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+    seconds, peak = stored.get("seconds") or {}, stored.get("peak_bytes") or {}
+    charts = []
+    if seconds:
+        charts.append(
+            ("Seconds of each stage", bar_chart("Seconds of each stage", list(seconds), list(seconds.values())))
+        )
+    if peak:
+        gib = [value / 2**30 for value in peak.values()]
+        charts.append(("Peak memory in each stage, GiB", bar_chart("Peak memory of each stage", list(peak), gib)))
+    return [(title, Markup(drawing)) for title, drawing in charts]
+
+
+def _clusters(seen: PlanInspection, texts: _Texts) -> list[dict[str, Any]]:
+    if not seen.clusters:
+        return []
+    every = np.concatenate([example.scores.ravel() for example in seen.clusters])
+    low, high = float(every.min()), float(every.max())
+    return [_cluster(example, texts, low, high) for example in seen.clusters]
+
+
+def _cluster(example: ClusterExample, texts: _Texts, low: float, high: float) -> dict[str, Any]:
+    own = np.diag(example.scores)
+    others = np.where(np.eye(len(own), dtype=bool), -np.inf, example.scores)
+    name = (
+        "Random rows, for comparison"
+        if example.number < 0
+        else f"Cluster {example.number}, the {example.kind} of those looked at"
+    )
+    rows = [
+        {
+            **texts.row(int(row)),
+            "own": f"{own[place]:.2f}",
+            "best": f"{others[place].max():.2f}",
+            "above": bool(others[place].max() > own[place]),
+        }
+        for place, row in enumerate(example.rows[:HEAT_ROWS])
+    ]
+    drawing = heat_map(name, example.scores[:HEAT_ROWS, :HEAT_ROWS].tolist(), low, high)
+    mean = float(example.scores[np.isfinite(others)].mean())
+    return {
+        "name": name,
+        "mean": f"{mean:.2f}",
+        "own": f"{own.mean():.2f}",
+        "size": len(own),
+        "rows": rows,
+        "drawing": Markup(drawing),
+    }

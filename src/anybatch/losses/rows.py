@@ -1,0 +1,320 @@
+"""What a loss may know of a data-set row: identical texts, mined clusters. Turns row numbers into arguments of a loss.
+
+Imports errors, ids, losses and plan.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anybatch.core.errors import AnybatchError
+from anybatch.core.ids import as_ids, as_integers, known_positives, renumbered
+from anybatch.losses import ClusterLogWeight, LogWeight, PairMask, SumLogWeight, TaskMask, inclusion_log_weights
+from anybatch.losses.base import outside_the_graph
+from anybatch.plans.plan import BatchPlan
+
+Weights = Literal["none", "inclusion"]
+NEVER = 1e-300  # a chance whose inverse is still a number
+
+
+class RowTable(nn.Module):
+    """Look-up from row numbers to the arguments `index`, `anchor_id`, `candidate_id` and `log_weight` of a loss.
+
+    Identical texts are legal data, and must never be each other's negatives; nor must a text that another row pairs with the same anchor. Rows of a mined plan are not a uniform
+    sample of the data, and `weights="inclusion"` corrects for that.
+
+    Args:
+        anchor_id: (n,) int, 0 or more; equal where the anchors are the same text.
+        positive_id: (n,) int; equal where the positives are the same text.
+        negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives; None for none.
+        plan: Of these rows; needed by `weights="inclusion"`.
+        weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined batches).
+        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact, unbiased weights.
+        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights the rest
+            stands for the data without them: the mean is over the rows that are not suspected.
+
+    Where the plan alternates several partitions, inclusion weights differ by the epoch: call `set_epoch` before each, as the sampler's.
+
+    Raises:
+        AnybatchError: Ids that are no integers from 0 on, or of different lengths; a plan that is needed and missing, or that is of another number of rows.
+
+    Cost: 8 bytes a row and id, 16 a suspect pair; a look-up a step, and a binary search a pair where there are suspects or anchors with
+        several positives.
+    """
+
+    def __init__(
+        self,
+        anchor_id: np.ndarray,
+        positive_id: np.ndarray,
+        *,
+        negative_id: np.ndarray | None = None,
+        plan: BatchPlan | None = None,
+        weights: Weights = "none",
+        weight_cap: float | None = None,
+        mask_suspects: bool = False,
+    ) -> None:
+        super().__init__()
+        anchors, positives, negatives = _checked_ids(anchor_id, positive_id, negative_id)
+        if plan is None and (weights == "inclusion" or mask_suspects):
+            needing = "weights='inclusion'" if weights == "inclusion" else "mask_suspects"
+            raise AnybatchError(f"{needing} needs the plan that made the batches.")
+        if plan is not None and plan.num_rows != len(anchor_id):
+            raise AnybatchError(
+                f"The plan is of {plan.num_rows} rows, the ids of {len(anchor_id)}. Give the plan that was made for these data."
+            )
+        if weights == "inclusion" and plan is not None and plan.clusters_per_batch == 1:
+            warnings.warn(
+                f"A batch of {plan.batch_size} is a single cluster, so rows of other clusters never come and no weight can stand for them: the "
+                "loss will follow the clusters, not the data. Use a batch of at least two clusters.",
+                stacklevel=2,
+            )
+        # Not persistent: the table is made from data and plan, which have their own files and digests.
+        self.anchor_id: Tensor
+        self.positive_id: Tensor
+        self.register_buffer("anchor_id", torch.from_numpy(anchors), persistent=False)
+        self.register_buffer("positive_id", torch.from_numpy(positives), persistent=False)
+        self.negative_id: Tensor
+        self.register_buffer("negative_id", torch.from_numpy(negatives), persistent=False)
+        self.width = 1 + int(max(side.max(initial=0) for side in (positives, negatives)))
+        self.known: Tensor
+        known = torch.from_numpy(known_positives(anchors, positives, self.width))
+        self.register_buffer("known", known, persistent=False)
+        for name in ("cluster", "task", "log_weights", "ways", "way_keys", "suspects"):
+            self.register_buffer(name, None, persistent=False)
+        self.cluster: Tensor | None
+        self.task: Tensor | None
+        self.log_weights: Tensor | None
+        self.ways: Tensor | None
+        self.way_keys: Tensor | None
+        self.suspects: Tensor | None
+        self.weights = weights
+        self.weight_cap = weight_cap
+        self.mask_suspects = mask_suspects
+        self.plan: BatchPlan | None = None
+        self.epoch: int | None = None
+        if weights == "inclusion" and negatives.shape[1]:
+            task = None if plan is None else plan.task
+            self.way_keys, self.ways = _ways(positives, negatives, task, self.width)
+        if plan is not None:
+            self.use_plan(plan)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
+        """Casts of a whole model leave the table in the precision of the plan's arithmetic; it only moves."""
+
+        def moved(values: Tensor) -> Tensor:
+            changed = fn(values)
+            return changed if changed.dtype == values.dtype else values.to(changed.device)
+
+        super()._apply(moved, recurse)
+        return self
+
+    def use_plan(self, plan: BatchPlan) -> None:
+        """Look up this plan from now on: clusters, weights and suspects. It must be of these rows.
+
+        A plan of several partitions needs `set_epoch` as well, afterwards.
+        """
+        self.plan, self.epoch = plan, None
+        self._look_up(plan.partition(0))
+        if self.mask_suspects and plan.suspects is None:
+            warnings.warn(
+                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Look up the partition that this epoch deals."""
+        self.epoch = epoch
+        if self.plan is not None and self.plan.num_partitions > 1:
+            self._look_up(self.plan.partition(epoch))
+
+    def _look_up(self, plan: BatchPlan) -> None:
+        """Take up a plan of one partition."""
+        device = self.anchor_id.device
+        self.cluster = torch.as_tensor(plan.cluster.astype(np.int64), device=device)
+        self.task = None if plan.task is None else torch.as_tensor(plan.task.astype(np.int64), device=device)
+        if self.weights == "inclusion":
+            self.log_weights = _task_log_weights(plan, self.weight_cap).to(device)
+        self.suspects = None
+        if self.mask_suspects and plan.suspects is not None:
+            self.suspects = _suspect_keys(plan.suspects, self.positive_id.cpu().numpy(), self.width).to(device)
+
+    @outside_the_graph
+    def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
+        """Arguments for a batch.
+
+        Args:
+            index: (B,) int row numbers.
+            num_negatives: Explicit negatives a row in this batch; their columns come one after the other behind the positives.
+
+        Raises:
+            AnybatchError: Row numbers that are none, or not of this table; more explicit negatives than the table knows of; inclusion weights of a plan with several partitions, and
+                `set_epoch` was not called, or the rows are of another epoch's partition.
+        """
+        if num_negatives > self.negative_id.shape[1]:
+            raise AnybatchError(
+                f"The batch has {num_negatives} negatives a row; the table was made for {self.negative_id.shape[1]}."
+            )
+        index = as_integers(
+            "index",
+            index,
+            length=index.numel() if isinstance(index, Tensor) else None,
+            device=self.anchor_id.device,
+            low=0,
+            high=len(self.anchor_id) - 1,
+            remedy="Give the rows of the data set that the table was made of.",
+        )
+        negatives = self.negative_id[index, :num_negatives].T.reshape(-1)
+        arguments: dict[str, Any] = {
+            "index": index,
+            "anchor_id": self.anchor_id[index],
+            "candidate_id": torch.cat([self.positive_id[index], negatives]),
+        }
+        terms: list[LogWeight] = []
+        if self.suspects is not None:  # also an empty list, as some losses remember what kinds of masks there are
+            terms.append(PairMask(row_key=index * self.width, column_key=arguments["candidate_id"], keys=self.suspects))
+        if len(self.known):
+            terms.append(
+                PairMask(
+                    row_key=arguments["anchor_id"] * self.width, column_key=arguments["candidate_id"], keys=self.known
+                )
+            )
+        if self.weights == "inclusion":
+            self._check_epoch(index)
+            terms.append(self._inclusion(index, num_negatives, arguments["candidate_id"]))
+        elif self.task is not None and self.plan is not None and self.plan.mixing == "within":
+            # Says nothing of the batch itself: for a loss that remembers earlier ones, of other data sets.
+            task = self.task[index]
+            terms.append(TaskMask(row_task=task, column_task=task.repeat(1 + num_negatives)))
+        if terms:
+            arguments["log_weight"] = terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
+        return arguments
+
+    def _check_epoch(self, index: Tensor) -> None:
+        """Rows of a batch come from no more than the batch's clusters; rows of another partition's batch are spread over many."""
+        if self.plan is None or self.plan.num_partitions == 1:
+            return
+        if self.epoch is None:
+            raise AnybatchError(
+                f"The plan alternates {self.plan.num_partitions} partitions, so inclusion weights depend on the epoch. Call set_epoch(epoch) of the row table "
+                "before each epoch, as of the sampler."
+            )
+        assert self.cluster is not None
+        found = torch.unique(self.cluster[index])
+        if int((found >= 0).sum()) > self.plan.clusters_per_batch:
+            raise AnybatchError(
+                f"The row table was told epoch {self.epoch}, but these rows are no batch of that epoch's partition: they are of {len(found)} of its "
+                f"clusters, a batch has {self.plan.clusters_per_batch}. Call set_epoch of the row table and of the sampler with the same epoch."
+            )
+
+    def _inclusion(self, index: Tensor, num_negatives: int, candidate_id: Tensor) -> ClusterLogWeight:
+        """One over the chance that a candidate was put beside the anchor; each candidate once, however many ways it has to come.
+
+        The negatives that a row brings itself are certain to be there; they weigh as its cluster does, which is a remainder row's chance of
+        pushing one out too much.
+        """
+        assert self.plan is not None
+        assert self.cluster is not None
+        assert self.log_weights is not None
+        cluster, task, repeat = self.cluster[index], None, 1 + num_negatives
+        if self.task is not None:
+            task = self.task[index]
+        loose = (cluster < 0).long()
+        table = self.log_weights[0 if task is None else task, loose]
+        same, other, remainder, exact_other, exact_remainder, log_spread = table.unbind(dim=1)
+        cluster = torch.where(cluster < 0, -2 - index, cluster)  # a remainder row belongs to itself
+        factor = None
+        if self.ways is not None and self.way_keys is not None and num_negatives:
+            keys = candidate_id if task is None else task.repeat(repeat) * self.width + candidate_id
+            factor = -self.ways[torch.searchsorted(self.way_keys, keys)].log()
+        return ClusterLogWeight(
+            row_cluster=cluster,
+            column_cluster=cluster.repeat(repeat),
+            same=same,
+            other=other,
+            remainder=remainder,
+            column_factor=factor,
+            row_task=task,
+            column_task=None if task is None else task.repeat(repeat),
+            exact_other=exact_other,
+            exact_remainder=exact_remainder,
+            log_spread=log_spread,
+            cap=self.weight_cap,
+        )
+
+
+def _checked_ids(
+    anchor_id: np.ndarray, positive_id: np.ndarray, negative_id: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,), (n,) and (n, h) int64; renumbered where products of them would not fit."""
+    if negative_id is None:
+        negative_id = np.empty((len(anchor_id), 0), np.int64)
+    given = {"anchor_id": anchor_id, "positive_id": positive_id, "negative_id": negative_id}
+    anchors, positives, negatives = (as_ids(name, values) for name, values in given.items())
+    if not anchors.shape == positives.shape == negatives.shape[:1] or negatives.ndim != 2:
+        raise AnybatchError(
+            f"The ids have shapes {anchors.shape} (anchors), {positives.shape} (positives) and {negatives.shape} (negatives); expected (n,), (n,) and "
+            "(n, h): one anchor, one positive and h negatives a row."
+        )
+    if max(int(side.max(initial=0)) for side in (anchors, positives, negatives)) >= 2**31:
+        texts = renumbered(np.concatenate([positives[:, None], negatives], axis=1))
+        anchors, positives, negatives = renumbered(anchors), texts[:, 0], texts[:, 1:]
+    return anchors, positives, negatives
+
+
+def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
+    """(data sets, 2, 6) float64: log-weights of a row of the same cluster, of another and of none; of the latter two without the cap; and the log of n - 1 over
+    the rows of the data set outside the own cluster. For an anchor in a cluster and in none.
+
+    The mean is over all rows but the own, to which those of other data sets add nothing: a loss that multiplies it by n - 1 has the sum over the
+    anchor's data set.
+
+    Raises:
+        AnybatchError: A plan whose batches leave no such weights.
+    """
+    if plan.random_shares and any(plan.random_shares):
+        raise AnybatchError(
+            "weights='inclusion' needs clusters that stay together; the plan takes some apart (random_shares). Use weights='none'."
+        )
+    weights = []
+    for number in range(max(1, len(plan.task_names))):
+        num_rows, chances = max(2, plan.num_rows), plan.deal.chances(number)
+        same = chances.same or 1.0  # 0 for a data set without clusters
+        of_set = plan.num_rows if plan.task is None else int((plan.task == number).sum())
+        lines = []
+        for pair, chance_same, own in (
+            ((chances.other, chances.remainder), same, plan.cluster_size),
+            ((chances.from_remainder, chances.between_remainders), 1.0, 1),
+        ):
+            capped = [inclusion_log_weights(num_rows, chance, chance_same=chance_same, cap=cap) for chance in pair]
+            exact = [-math.log(num_rows - 1) - math.log(max(chance, NEVER)) for chance in pair]
+            spread = math.log((num_rows - 1) / max(1, of_set - own))
+            lines.append([capped[0][0], capped[0][1], capped[1][1], *exact, spread])
+        weights.append(lines)
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def _ways(
+    positive_id: np.ndarray, negative_id: np.ndarray, task: np.ndarray | None, width: int
+) -> tuple[Tensor, Tensor]:
+    """For each candidate the ways it has into a batch (rows that bring it) over the rows that it stands for, within its data set.
+
+    Returns:
+        (k,) int64 ascending keys data set * width + id, and (k,) float64 ways.
+    """
+    first = np.zeros(len(positive_id), np.int64) if task is None else task.astype(np.int64) * width
+    own, explicit = first + positive_id, (first[:, None] + negative_id).reshape(-1)
+    keys = np.unique(np.concatenate([own, explicit]))
+    counts = [np.bincount(np.searchsorted(keys, some), minlength=len(keys)) for some in (own, explicit)]
+    return torch.from_numpy(keys), torch.from_numpy((counts[0] + counts[1]) / np.maximum(counts[0], 1))
+
+
+def _suspect_keys(pairs: np.ndarray, positive_id: np.ndarray, width: int) -> Tensor:
+    """Keys row * width + text of these pairs, both ways round, ascending: the other row's positive, whoever brings it."""
+    both = np.concatenate([pairs, pairs[:, ::-1]]).astype(np.int64)
+    return torch.from_numpy(np.unique(both[:, 0] * width + positive_id[both[:, 1]]))

@@ -1,0 +1,1 @@
+"""The batches of a training: the plan, its file, its sampler."""

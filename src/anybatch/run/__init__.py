@@ -1,0 +1,1 @@
+"""One run from one configuration: folder and lock, data, plan, training, evaluation."""

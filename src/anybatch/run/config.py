@@ -1,0 +1,207 @@
+"""The configuration and the result of one run. Each part's settings are owned by the room that they configure.
+
+Imports errors, files, configuration and the rooms' configuration classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed, Share, load_config
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import check_name, read_sealed
+from anybatch.integrations.sentence_transformers.model import ModelConfig
+from anybatch.integrations.sentence_transformers.training import TrainConfig
+from anybatch.losses.config import LossConfig
+from anybatch.mining import MiningConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetConfig(Configuration):
+    """One of several data sets. What is None is as in `data` and `mining`.
+
+    Attributes:
+        path: As `data.path`, one data set.
+        name: For plans, reports and folders, a plain file name; None for the file's.
+        anchor, positive, limit: As in `data`.
+        anchor_prompt, positive_prompt: Instructions put before its texts (not pictures) in training, behind the model's own.
+        skip, take, margin: Its rank window.
+        share: Of its clusters, how many an epoch deals, in (0, 1]: a large set at .25 weighs a quarter.
+    """
+
+    path: str
+    name: str | None = None
+    anchor: str | None = None
+    positive: str | None = None
+    limit: Count | None = None
+    anchor_prompt: str = ""
+    positive_prompt: str = ""
+    skip: CountOrZero | None = None
+    take: Count | None = None
+    margin: NotNegative | None = None
+    share: Share = 1.0
+
+    section: ClassVar[str] = "data.sets[]"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name is not None:
+            check_name(self.name, "data set (data.sets[].name)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Configuration):
+    """The training pairs.
+
+    Attributes:
+        path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`. A folder of such files, or a saved `DatasetDict`, is
+            several data sets with the same columns.
+        sets: Several data sets, each with its own columns, instructions and rank window, instead of `path`.
+        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of pictures; None for conventional ones
+            (anchor and positive, query and pos, question and answer and the like), which are said.
+        negatives: Names of columns with explicit negatives; None for those called negative, neg_1 and the like, [] for none.
+        pictures: Which of these columns hold paths of pictures, relative to the file's folder; None for those that do throughout, [] for none.
+        quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain characters); None for the
+            usual rules, refusing a file that can be read both ways.
+        limit: Use only the first rows; None for all.
+    """
+
+    path: str | None = None
+    sets: tuple[SetConfig, ...] = ()
+    anchor: str | None = None
+    positive: str | None = None
+    negatives: tuple[str, ...] | None = None
+    pictures: tuple[str, ...] | None = None
+    quoting: Literal["standard", "raw"] | None = None
+    limit: Count | None = None
+
+    section: ClassVar[str] = "data"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.path is None) == (not self.sets):
+            given = "both" if self.sets else "neither"
+            raise AnybatchError(f"The training data need data.path or data.sets; {given} was given.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Configuration):
+    """The held-out data: pairs in the training columns, or a retrieval set with relevance judgements.
+
+    Attributes:
+        path: Held-out pairs; each anchor must find its positive among all of them.
+        limit: Use only the first pairs.
+        corpus, queries, qrels: Files of a retrieval set instead of pairs (BEIR's layout).
+        split: Which split of `qrels`, if it has several.
+    """
+
+    path: str | None = None
+    limit: Count | None = None
+    corpus: str | None = None
+    queries: str | None = None
+    qrels: str | None = None
+    split: str | None = None
+
+    section: ClassVar[str] = "evaluation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Configuration):
+    """Who ranks the data for mining: a model, or embeddings that exist already.
+
+    Attributes:
+        name: A sentence-transformers model; None with precomputed embeddings, or when no mining is asked for.
+        max_length: Tokens a text is cut at.
+        batch_size: Texts per forward pass.
+        anchor_prompt, positive_prompt: As in `model`.
+        precision: Of the embeddings on disk; "float16" halves them and ranks the same but for near ties.
+        anchor_embeddings, positive_embeddings: `.npy` files, (rows, dimensions), in the rows' order.
+    """
+
+    name: str | None = None
+    max_length: Annotated[int, Range(2)] | None = None
+    batch_size: Count = 64
+    anchor_prompt: str | None = None
+    positive_prompt: str | None = None
+    precision: Literal["float32", "float16"] = "float32"
+    anchor_embeddings: str | None = None
+    positive_embeddings: str | None = None
+
+    section: ClassVar[str] = "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Configuration):
+    """One run. `batch_size` is the contrastive batch over all processes; `seed` fixes batches, initialisation and dropout."""
+
+    output: str
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch_size: Count = 64
+    seed: Seed = 0
+    plan: str | None = None
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "seed"):
+            own, default, run = getattr(self.mining, name), getattr(MiningConfig(), name), getattr(self, name)
+            if own not in (default, run):
+                raise AnybatchError(
+                    f"mining.{name} is {own} and {name} is {run}; set {name} alone, which holds for the whole run."
+                )
+        retrieval = self.evaluation.corpus or self.evaluation.queries or self.evaluation.qrels
+        if self.evaluation.path and retrieval:
+            raise AnybatchError(
+                "evaluation names pairs (path) and a retrieval set (corpus, queries, qrels); give one of them."
+            )
+        if retrieval and self.evaluation.limit is not None:
+            raise AnybatchError(
+                "evaluation.limit is for pairs (path); a retrieval set is measured whole. Leave it out."
+            )
+        if not retrieval and self.evaluation.split is not None:
+            raise AnybatchError("evaluation.split is for a retrieval set (corpus, queries, qrels). Leave it out.")
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The configuration as the run takes it: mining with the run's own batch_size and seed."""
+    return replace(config, mining=replace(config.mining, batch_size=config.batch_size, seed=config.seed))
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration kept in a run's folder, as it was written.
+
+    Raises:
+        AnybatchError: It was changed or damaged since.
+    """
+    path = folder / "config.yaml"
+    remedy = "Put back the file that the run was started with; for other settings start another run, with --config and a new --output."
+    read_sealed(path, remedy)
+    return load_config(RunConfig, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        metrics: Figures of the trained model on the held-out data; empty without such data.
+        metrics_untrained: The same of the model before training.
+        log: The lines of `log.jsonl`.
+        train_seconds: Wall time of training, without embedding, mining and evaluation; of the last session if resumed.
+        train_peak_bytes: Peak resident memory while training.
+        num_steps: Optimiser steps.
+    """
+
+    metrics: dict[str, float]
+    metrics_untrained: dict[str, float]
+    log: list[dict[str, Any]]
+    train_seconds: float
+    train_peak_bytes: int
+    num_steps: int

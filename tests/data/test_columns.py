@@ -1,0 +1,298 @@
+"""Which columns are used for what is chosen by convention, said, and doubted where it is hardly meant."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from anybatch.core.errors import AnybatchError
+from anybatch.data.columns import choose_columns
+from anybatch.data.pairs import PairSet, find_sets, join_pairs, read_pairs, read_retrieval
+from anybatch.data.pictures import PictureColumn
+from tests.pictures import picture
+
+
+def write(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def said(caplog):
+    """What was said since the last call, information and warnings apart."""
+    caplog.set_level(logging.INFO, "anybatch")
+
+    def lines():
+        found = {"INFO": [], "WARNING": []}
+        for record in caplog.records:
+            found[record.levelname].append(record.getMessage())
+        caplog.clear()
+        return " ".join(found["INFO"]), " ".join(found["WARNING"])
+
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("present", "given", "chosen"),
+    [
+        (["anchor", "positive"], {}, ["anchor", "positive"]),
+        (["positive", "id", "anchor", "query"], {}, ["anchor", "positive"]),
+        (["query", "pos", "neg"], {}, ["query", "pos", "neg"]),
+        (["query", "answer", "document"], {}, ["query", "document"]),
+        (["question", "answer", "label"], {}, ["question", "answer"]),
+        (["sentence2", "sentence1", "score"], {}, ["sentence1", "sentence2"]),
+        (["a", "positive"], {"anchor": "a"}, ["a", "positive"]),
+        (["query", "b"], {"positive": "b"}, ["query", "b"]),
+        (["query", "answer"], {"anchor": "answer", "positive": "query"}, ["answer", "query"]),
+        (
+            ["anchor", "positive", "negative_10", "negative_2", "negative"],
+            {},
+            ["anchor", "positive", "negative", "negative_2", "negative_10"],
+        ),
+        (["anchor", "positive", "negative", "hard"], {"negatives": ["hard"]}, ["anchor", "positive", "hard"]),
+        (["anchor", "positive", "negative"], {"negatives": []}, ["anchor", "positive"]),
+        (["anchor", "negative"], {"positive": "negative"}, ["anchor", "negative"]),
+        (["anchor", "positive", "negation", "neg_score"], {}, ["anchor", "positive"]),
+        (["ID", "Query", "Positive", "Hard_Negative_1"], {}, ["Query", "Positive", "Hard_Negative_1"]),
+        (
+            ["anchor", " positive", " negative"],
+            {},
+            ["anchor", " positive", " negative"],
+        ),  # "anchor, positive, negative"
+        (["Anchor", "anchor", "positive"], {}, ["anchor", "positive"]),
+        (["Anchor", "b"], {"positive": "b"}, ["Anchor", "b"]),
+    ],
+)
+def test_conventional_columns(present, given, chosen):
+    settings = {"anchor": None, "positive": None, "negatives": None, **given}
+    assert choose_columns(present, *settings.values(), "x.csv").names == chosen
+
+
+@pytest.mark.parametrize(
+    ("present", "given", "match"),
+    [
+        (["text", "label"], {}, "Cannot tell anchor and positive in x.csv; it has 'text', 'label'"),
+        (["anchor", "postive"], {}, "no column 'positive'.*Did you mean 'postive'"),
+        (["anchor;positive"], {}, "one column with ';' in its name: .csv wants commas"),
+        (["anchor", "positive"], {"negatives": ["negatve"]}, "no column 'negatve'"),
+        (["query", "answer"], {"anchor": "answer"}, "Cannot tell|no column 'positive'"),
+        (["anchor", "positive"], {"anchor": "anchor", "positive": "anchor"}, "name one column twice"),
+        (["anchor", "positive"], {"negatives": ["positive"]}, "name one column twice"),
+    ],
+)
+def test_columns_that_are_not_there(present, given, match):
+    settings = {"anchor": None, "positive": None, "negatives": None, **given}
+    with pytest.raises(AnybatchError, match=match):
+        choose_columns(present, *settings.values(), "x.csv")
+
+
+def test_use_is_said_in_one_line(tmp_path, said):
+    path = write(
+        tmp_path / "p.jsonl",
+        [{"query": f"q{n}", "pos": [f"p{n}"], "neg": [f"n{n}", f"m{n}"], "id": n} for n in range(3)],
+    )
+    data = read_pairs(path)
+    assert (data.anchors, data.positives) == (["q0", "q1", "q2"], ["p0", "p1", "p2"])
+    assert data.negatives == (["n0", "n1", "n2"], ["m0", "m1", "m2"])
+    info, warning = said()
+    assert (
+        "3 pairs; anchor 'query', positive 'pos', negatives 'neg'; not used: 'id'; 'neg' holds 2 texts a row." in info
+    )
+    assert warning == ""
+    assert read_pairs(path, negatives=()).negatives == ()
+    assert "no negatives; not used: 'neg', 'id'." in said()[0]
+
+
+def test_lists_of_several_positives_and_of_varying_negatives(tmp_path, said):
+    rows = [
+        {"query": "a", "pos": ["p", "q"], "neg": ["n1", "n2", "n3"]},
+        {"query": "b", "pos": "r", "neg": ["m1", "m2"]},
+    ]
+    data = read_pairs(write(tmp_path / "p.jsonl", rows))
+    assert (data.anchors, data.positives) == (["a", "a", "b"], ["p", "q", "r"])
+    assert data.anchor_id.tolist() == [0, 0, 1]  # so that they are no negatives of each other
+    assert data.negatives == (["n1", "n1", "m1"], ["n2", "n2", "m2"])
+    info, warning = said()
+    assert "1 rows have several positives, which are pairs of their own" in info
+    assert "'neg' has 2 to 3 texts a row" in warning
+    assert "the first 2, so that 2 of 8 texts are not used" in warning
+    with pytest.raises(AnybatchError, match="holds lists of several texts"):
+        read_pairs(write(tmp_path / "q.jsonl", [{"anchor": ["a", "b"], "positive": "p"}]))
+
+
+@pytest.mark.parametrize("cell", [None, "", "  ", [], [""], [None], ["a", None], ["a", 3], 7, {"text": "a"}])
+@pytest.mark.parametrize("name", ["anchor", "positive", "negative"])
+def test_cells_without_a_text_are_never_trained_on(tmp_path, name, cell):
+    rows = [{"anchor": f"a{n}", "positive": f"p{n}", "negative": f"n{n}"} for n in range(4)]
+    rows[2][name] = cell
+    remedy = r"data\.negatives=\[\]" if name == "negative" else "leave the row out"
+    with pytest.raises(AnybatchError, match=f"Row 3 .*'{name}' is (empty|.*no text).*{remedy}"):
+        read_pairs(write(tmp_path / "p.jsonl", rows))
+
+
+@pytest.mark.parametrize("first", [1, 3000])
+def test_negatives_in_some_rows_only(tmp_path, first):
+    rows = [
+        {"anchor": f"a{n}", "positive": f"p{n}", **({"negative": "x"} if n >= first else {})} for n in range(first + 2)
+    ]
+    path = write(tmp_path / "p.jsonl", rows)
+    with pytest.raises(AnybatchError, match=r"'negative' .*data\.negatives=\[\]"):
+        read_pairs(path)
+    assert len(read_pairs(path, negatives=())) == len(rows)
+
+
+def column(name, values):
+    return [
+        {"anchor": f"a text {n}", "positive": f"another {n}", "negative": f"a third {n}", name: value}
+        for n, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (column("positive", ["yes"] * 20), "all 20 positives are one text"),
+        (column("anchor", ["yes"] * 20), "all 20 anchors are one text"),
+        (column("positive", [f"label {n % 3}" for n in range(400)]), "400 positives are 3 distinct texts"),
+        (column("positive", [str(n / 7) for n in range(20)]), "all positives are numbers"),
+        (
+            column("negative", ["None" if n % 3 else "x" for n in range(20)]),
+            "13 of 20 negatives are words such as None",
+        ),
+        (column("positive", [f"['a {n}', 'b']" for n in range(20)]), "all positives are written lists"),
+        (
+            column("positive", [f"a text {n}" for n in range(20)]),
+            "in 20 of 20 rows 'anchor' and 'positive' are the same text",
+        ),
+        (column("positive", [f"fine {n}" for n in range(20)]), None),
+        (column("positive", [f"class {n % 20}" for n in range(200)]), None),
+    ],
+)
+def test_doubts_about_a_choice(tmp_path, said, rows, match):
+    read_pairs(write(tmp_path / "p.jsonl", rows))
+    warning = said()[1]
+    assert match in warning if match else warning == ""
+
+
+def test_paths_of_pictures(tmp_path, said):
+    for n in range(3):
+        (tmp_path / f"{n}.PNG").write_bytes(picture(n))
+    rows = [{"anchor": f"{n}.PNG", "positive": f"a dot {n}"} for n in range(3)]
+    assert isinstance(read_pairs(write(tmp_path / "p.jsonl", rows)).anchors, PictureColumn)
+    assert "anchor 'anchor' (pictures)" in said()[0]
+    rows[1]["anchor"] = "a picture called 1.PNG, and more"
+    assert isinstance(read_pairs(write(tmp_path / "p.jsonl", rows)).anchors, list)
+    rows[1]["anchor"] = "absent.jpeg"
+    with pytest.raises(AnybatchError, match=r"'anchor' .*seems to hold paths of pictures.*absent\.jpeg \(row 2\)"):
+        read_pairs(write(tmp_path / "p.jsonl", rows))
+    assert read_pairs(tmp_path / "p.jsonl", pictures=()).anchors[1] == "absent.jpeg"
+
+
+def test_lists_of_pictures_are_all_used(tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+    rows = [{"query": f"a{n}", "pos": "p", "neg": [f"{(n + k) % 4}.png" for k in range(3)]} for n in range(4)]
+    data = read_pairs(write(tmp_path / "p.jsonl", rows))
+    assert [[column[row].encoded for row in range(4)] for column in data.negatives] == [
+        [picture((row + k) % 4) for row in range(4)] for k in range(3)
+    ]
+
+
+@pytest.mark.parametrize("pictures", [None, ()])
+def test_a_few_words_among_paths_of_pictures_are_doubted(tmp_path, said, pictures):
+    (tmp_path / "0.png").write_bytes(picture(0))
+    rows = [{"anchor": "no picture" if n == 2 else "0.png ", "positive": f"p{n}"} for n in range(5)]
+    assert read_pairs(write(tmp_path / "p.jsonl", rows), pictures=pictures).anchors[2] == "no picture"
+    assert ("4 of 5 texts look like paths of pictures" in said()[1]) == (pictures is None)
+
+
+def test_one_folder_a_task(tmp_path):
+    for name in ("alpha/train.jsonl", "beta/one.csv", "beta/two.tsv", "gamma.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert list(find_sets(tmp_path)) == ["gamma", "alpha", "beta-one", "beta-two"]
+    (tmp_path / "delta").mkdir()
+    with pytest.raises(AnybatchError, match="the folder delta, which is no data set"):
+        find_sets(tmp_path)
+    (tmp_path / "delta" / "dev.jsonl").write_text("x")
+    with pytest.raises(AnybatchError, match="delta would be trained on"):
+        find_sets(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "test"),
+        ("train", "validation-00000"),
+        ("a", "dev"),
+        ("a", "eval_2"),
+        ("a", "pairs-test"),
+        ("a", "Test"),
+    ],
+)
+def test_files_meant_for_testing_are_not_trained_on(tmp_path, names):
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text("x")
+    with pytest.raises(AnybatchError, match=rf"{names[1]} would be trained on.*such as .*{names[0]}\.jsonl"):
+        find_sets(tmp_path)
+
+
+def test_names_that_only_begin_alike_are_trained_on(tmp_path):
+    for name in ("developers", "values", "contest", "testimony", "retest_questions"):
+        (tmp_path / f"{name}.jsonl").write_text("x")
+    assert len(find_sets(tmp_path)) == 5
+
+
+def test_data_sets_with_and_without_negatives_name_the_way_out(tmp_path):
+    first = read_pairs(write(tmp_path / "a.jsonl", [{"anchor": "a", "positive": "p", "negative": "n"}]))
+    second = read_pairs(write(tmp_path / "b.jsonl", [{"anchor": "a", "positive": "p"}]))
+    sets = [PairSet(name=name, num_rows=1) for name in "ab"]
+    with pytest.raises(AnybatchError, match=r"0 and 1 columns of negatives.*data\.negatives=\[\]"):
+        join_pairs([first, second], sets)
+
+
+@pytest.mark.parametrize("identity", [10**15, 10**16 + 1, 2**63 - 1, "007", "0010", "1e3", "1.0", "é", "9" * 30])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_ids_are_compared_digit_by_digit(tmp_path, said, identity, ending):
+    near = identity + 1 if isinstance(identity, int) and identity < 2**63 - 1 else f"{identity}0"
+    if ending == "parquet" and isinstance(identity, int) and not isinstance(near, int):
+        near = identity - 1
+    files = {}
+    for name in ("corpus", "queries"):
+        rows = [{"_id": one, "text": f"{name} {one}"} for one in (identity, near)]
+        if ending == "parquet":
+            import pandas
+
+            files[name] = tmp_path / f"{name}.parquet"
+            pandas.DataFrame(rows).to_parquet(files[name])
+        else:
+            files[name] = write(tmp_path / f"{name}.jsonl", rows)
+    qrels = tmp_path / "qrels.tsv"
+    qrels.write_text(f"query-id\tcorpus-id\tscore\n{identity}\t{near}\t1\n")
+    data = read_retrieval(files["corpus"], files["queries"], qrels)
+    assert data.relevance == {str(identity): {str(near): 1}}
+    assert data.query_texts == [f"queries {identity}"]
+    assert "1 judged queries, 2 documents; not used: 1 queries without judgements." in said()[0]
+
+
+@pytest.mark.parametrize("identity", [1e16, 4.0, True, None, "", [1], {"a": 1}])
+def test_ids_that_are_none(tmp_path, identity):
+    corpus = write(tmp_path / "corpus.jsonl", [{"_id": identity, "text": "a"}])
+    queries = write(tmp_path / "queries.jsonl", [{"_id": "1", "text": "a"}])
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n1\t1\t1\n")
+    with pytest.raises(AnybatchError, match=r"[Rr]ow 1 of .*corpus\.jsonl"):
+        read_retrieval(corpus, queries, tmp_path / "qrels.tsv")
+
+
+def test_splits_of_judgements_are_said(tmp_path, said):
+    corpus = write(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "a"}])
+    queries = write(tmp_path / "queries.jsonl", [{"_id": n, "text": "a"} for n in range(3)])
+    (tmp_path / "qrels.tsv").write_text(
+        "query-id\tcorpus-id\tscore\tsplit\n0\t1\t1\ttest\n1\t1\t0\ttest\n2\t1\t1\ttrain\n"
+    )
+    data = read_retrieval(corpus, queries, tmp_path / "qrels.tsv", split="test")
+    assert data.relevance == {"0": {"1": 1}, "1": {"1": 0}}
+    assert "not used: 1 queries without judgements, split 'train' (1 judgements)." in said()[0]

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs, read_retrieval, text_digest
+
+ROWS = [
+    {"q": "first question", "a": "an answer, with a comma", "n": "wrong"},
+    {"q": "second question", "a": 'a "quoted" answer', "n": "an answer, with a comma"},
+    {"q": " first question ", "a": "übrigens", "n": "other"},
+]
+
+
+@pytest.fixture(
+    params=["pairs.jsonl", "pairs.jsonl.gz", "pairs.csv", "pairs.tsv", "pairs.csv.gz", "pairs.parquet", "folder"]
+)
+def any_format(request, tmp_path):
+    path = tmp_path / request.param
+    if "jsonl" in request.param:
+        text = "".join(json.dumps(row) + "\n" for row in ROWS)
+        path.write_bytes(gzip.compress(text.encode()) if request.param.endswith("gz") else text.encode())
+    elif "tsv" in request.param:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows([ROWS[0], *(row.values() for row in ROWS)])
+    elif "csv" in request.param:
+        import io
+
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(ROWS[0]))
+        writer.writeheader()
+        writer.writerows(ROWS)
+        path.write_bytes(
+            gzip.compress(buffer.getvalue().encode()) if request.param.endswith("gz") else buffer.getvalue().encode()
+        )
+    elif request.param == "pairs.parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        from datasets import Dataset
+
+        Dataset.from_list(ROWS).save_to_disk(str(path))
+    return path
+
+
+def test_every_format_gives_the_same(any_format):
+    data = read_pairs(any_format, anchor="q", positive="a", negatives=["n"])
+    assert list(data.anchors) == [row["q"] for row in ROWS]
+    assert list(data.positives) == [row["a"] for row in ROWS]
+    assert list(data.negatives[0]) == [row["n"] for row in ROWS]
+    expected = PairData(
+        anchors=[r["q"] for r in ROWS], positives=[r["a"] for r in ROWS], negatives=([r["n"] for r in ROWS],)
+    )
+    assert data.digest == expected.digest
+    assert data.to_dataset().column_names == ["anchor", "positive", "negative_1"]
+    assert len(read_pairs(any_format, anchor="q", positive="a", limit=2)) == 2
+
+
+def test_every_format_names_a_misspelt_column(any_format):
+    with pytest.raises(AnybatchError, match=r"no column 'qq'.*'q'"):
+        read_pairs(any_format, anchor="qq", positive="a")
+
+
+def test_ids_and_digest():
+    data = PairData(anchors=["x", "y", " x"], positives=["p", "q", "q "], negatives=(["q", "r", "p"],))
+    np.testing.assert_array_equal(data.anchor_id, [0, 1, 0])
+    np.testing.assert_array_equal(data.positive_id, [0, 1, 1])
+    np.testing.assert_array_equal(data.negative_id, [[1], [2], [0]])
+    assert PairData(anchors=["x"], positives=["y"]).negative_id is None
+    swapped = PairData(anchors=["y", "x", " x"], positives=["p", "q", "q "], negatives=(["q", "r", "p"],))
+    assert swapped.digest != data.digest
+    moved = PairData(anchors=["x", "y", " x", "p"], positives=["q", "q ", "q", "r"])
+    assert moved.digest != data.digest
+
+
+def refuse(path, content, match, **options):
+    path.write_text(content, encoding="utf-8") if isinstance(content, str) else path.write_bytes(content)
+    with pytest.raises(AnybatchError, match=match):
+        read_pairs(path, **options)
+
+
+def test_mistakes_are_named(tmp_path):
+    jsonl = tmp_path / "p.jsonl"
+    good = '{"anchor": "a", "positive": "b"}\n'
+    refuse(jsonl, "", "empty")
+    refuse(jsonl, "\n\n", "no rows")
+    refuse(jsonl, good + "{oops\n", "Line 2 .*no JSON")
+    refuse(jsonl, good + "[1]\n", "Line 2 .*holds a list")
+    refuse(jsonl, good + '{"anchor": "a", "positive": "  "}\n', "Row 2 .*'positive' is empty")
+    refuse(jsonl, good + '{"anchor": null, "positive": "b"}\n', "Row 2 .*'anchor' is empty")
+    refuse(jsonl, good + '{"anchor": 7, "positive": "b"}\n', "Row 2 .*'anchor' is 7, which is no text")
+    refuse(jsonl, good + '{"anchor": "a", "postive": "b"}\n', "no column 'positive' in row 2.*Did you mean 'postive'")
+    refuse(jsonl, b'{"anchor": "\xff", "positive": "b"}\n', "Cannot read.*UTF-8")
+    refuse(tmp_path / "p.csv", "anchor,positive\na,b,c\n", "Line 2 .*number of fields")
+    refuse(tmp_path / "p.csv", "anchor,positive\na\n", "Line 2 .*number of fields")
+    refuse(tmp_path / "p.csv", "anchor,positive\n", "no rows")
+    refuse(tmp_path / "p.jsonl.gz", gzip.compress(good.encode() * 50)[:-9], "Cannot read")
+    refuse(tmp_path / "p.parquet", "no parquet", "as Parquet")
+    refuse(tmp_path / "p.xlsx", "x", "Cannot tell the format")
+    refuse(jsonl, good, "name one column twice", anchor="positive", positive="positive")
+    refuse(jsonl, good, "limit is 0", limit=0)
+    with pytest.raises(AnybatchError, match="There is no file"):
+        read_pairs(tmp_path / "absent.jsonl")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(AnybatchError, match="no folder saved by datasets"):
+        read_pairs(tmp_path / "plain")
+
+
+@pytest.fixture
+def retrieval(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"id": 4, "title": "T", "text": "four"}\n{"id": "5", "text": "five"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "one"}\n{"_id": "2", "text": "two"}\n')
+    (tmp_path / "qrels.tsv").write_text("query_id\tdoc_id\tscore\tsplit\n1\t4\t1\ttest\n2\t5\t2\ttrain\n")
+    return [tmp_path / name for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv")]
+
+
+def test_retrieval(retrieval):
+    data = read_retrieval(*retrieval, split="test")
+    assert data.query_ids == ["1"]
+    assert data.query_texts == ["one"]
+    assert data.corpus_texts == ["T four", "five"]
+    assert data.relevance == {"1": {"4": 1}}
+    with pytest.raises(AnybatchError, match="splits test, train"):
+        read_retrieval(*retrieval)
+    with pytest.raises(AnybatchError, match="no judgements of split 'dev'"):
+        read_retrieval(*retrieval, split="dev")
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t9\t1\n")
+    with pytest.raises(AnybatchError, match="judges document 9"):
+        read_retrieval(*retrieval)
+
+
+def test_quotes_in_judgements_are_characters(retrieval):
+    retrieval[1].write_text(r'{"id": "\"1", "text": "one"}' + "\n" + r'{"id": "2\"", "text": "two"}' + "\n")
+    retrieval[2].write_text('query_id\tdoc_id\tscore\n"1\t4\t1\n2"\t5\t2\n')
+    assert read_retrieval(*retrieval, quoting="raw").relevance == {'"1': {"4": 1}, '2"': {"5": 2}}
+    with pytest.raises(AnybatchError, match=r"Line 2 .*ends in line 3.*quoting=raw"):
+        read_retrieval(*retrieval)
+    retrieval[2].write_text('query_id\tdoc_id\tscore\n"""1"\t4\t1\n2"\t5\t2\n')
+    assert read_retrieval(*retrieval).relevance == {'"1': {"4": 1}, '2"': {"5": 2}}
+
+
+def test_a_csv_with_the_unnamed_index_column_of_pandas(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(",anchor,positive\n0,a,b\n1,c,d\n")
+    assert list(read_pairs(path).positives) == ["b", "d"]
+    refuse(path, ",anchor,positive\n0,a,b,c\n", "Line 2 .*number of fields")
+
+
+def test_flaws_of_files_are_named(tmp_path):
+    good = '{"anchor": "a", "positive": "b"}\n'
+    refuse(tmp_path / "p.jsonl", good + r'{"anchor": "a \ud83d b", "positive": "b"}', "Line 2 .*surrogate pair")
+    (tmp_path / "p.jsonl").write_text(r'{"anchor": "\ud83d\ude00", "positive": "b"}')
+    assert list(read_pairs(tmp_path / "p.jsonl").anchors) == ["😀"]
+    refuse(tmp_path / "p.csv", "anchor,anchor,positive\na,b,c\n", "column 'anchor' more than once")
+    for name, content in (("p.jsonl.gz", good), ("p.csv.gz", "anchor,positive\na,b\n")):
+        packed = bytearray(gzip.compress((content * 500).encode()))
+        packed[12] ^= 0xFF
+        refuse(tmp_path / name, bytes(packed), "Cannot read")
+
+
+@pytest.mark.parametrize("grade", ["", "high", "1.5", "nan", "inf"])
+def test_grades_that_are_no_whole_number(retrieval, grade):
+    retrieval[2].write_text(f"query_id\tdoc_id\tscore\n2\t5\t1\n1\t4\t{grade}\n")
+    with pytest.raises(AnybatchError, match=r"Row 2 .*grade.*whole number"):
+        read_retrieval(*retrieval)
+
+
+def test_grades_written_as_floats(retrieval):
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1.0\n1\t4\t1\n")
+    assert read_retrieval(*retrieval).relevance == {"1": {"4": 1}}
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1.0\n1\t4\t2\n")
+    with pytest.raises(AnybatchError, match=r"Row 2 .*differently"):
+        read_retrieval(*retrieval)
+
+
+def test_ids_that_occur_twice_and_a_split_that_does_not_exist(retrieval):
+    retrieval[2].write_text("query_id\tdoc_id\tscore\n1\t4\t1\n")
+    with pytest.raises(AnybatchError, match="no column 'split'"):
+        read_retrieval(*retrieval, split="nonsense")
+    for path, line in (
+        (retrieval[0], '{"id": "4", "text": "again"}\n'),
+        (retrieval[1], '{"id": 2, "text": "again"}\n'),
+    ):
+        before = path.read_text()
+        path.write_text(before + line)
+        with pytest.raises(AnybatchError, match=r"Row 3 .*again"):
+            read_retrieval(*retrieval)
+        path.write_text(before)
+
+
+def test_several_data_sets_lie_one_after_the_other(tmp_path):
+    first = PairData(anchors=["a", "b"], positives=["x", "y"], negatives=(["n", "m"],))
+    second = PairData(anchors=["a"], positives=["y"], negatives=(["x"],))
+    sets = [
+        PairSet(name="one", num_rows=2, anchor_prompt="Q: "),
+        PairSet(name="two", num_rows=1, positive_prompt="P: "),
+    ]
+    joined = join_pairs([first, second], sets)
+    assert joined.anchors == ["a", "b", "a"]
+    assert joined.anchor_id.tolist() == [0, 1, 0]  # the same text under two instructions is still the same text
+    assert joined.positive_id.tolist() == [0, 1, 1]
+    assert [list(column) for column in joined.prompted] == [
+        ["Q: a", "Q: b", "a"],
+        ["x", "y", "P: y"],
+        ["n", "m", "P: x"],
+    ]
+    dataset = joined.to_dataset()
+    assert dataset["anchor"][:] == ["Q: a", "Q: b", "a"]
+    assert joined.digest == text_digest([dataset[name] for name in dataset.column_names])
+    assert joined.digest != join_pairs([first, second], [replace(one, anchor_prompt="") for one in sets]).digest
+    with pytest.raises(AnybatchError, match="called 'one'"):
+        join_pairs([first, second], [sets[0], replace(sets[1], name="one")])
+    with pytest.raises(AnybatchError, match="0 and 1 columns of negatives"):
+        join_pairs([first, replace(second, negatives=())], sets)
+
+
+def test_data_sets_of_a_folder(tmp_path):
+    from datasets import DatasetDict
+
+    (tmp_path / "files").mkdir()
+    for name in ("b.jsonl", "a.csv.gz", "notes.txt"):
+        (tmp_path / "files" / name).write_text("")
+    assert list(find_sets(tmp_path / "files")) == ["a", "b"]
+    pairs = PairData(anchors=["a", "b"], positives=["x", "y"])
+    DatasetDict({"train": pairs.to_dataset(), "more": pairs.to_dataset()}).save_to_disk(str(tmp_path / "dict"))
+    found = find_sets(tmp_path / "dict")
+    assert list(found) == ["train", "more"]
+    assert list(read_pairs(found["more"]).anchors) == ["a", "b"]
+    assert find_sets(found["more"]) == {}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AnybatchError, match="without data sets"):
+        find_sets(tmp_path / "empty")
+
+
+def test_judgements_without_a_relevant_document_are_refused(tmp_path):
+    for name in ("corpus", "queries"):
+        (tmp_path / f"{name}.jsonl").write_text('{"_id": "1", "text": "words"}\n')
+    for grade, refused in (("0", True), ("-1", True), ("1", False)):
+        (tmp_path / "qrels.tsv").write_text(f"query-id\tcorpus-id\tscore\n1\t1\t{grade}\n")
+        files = tmp_path / "corpus.jsonl", tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+        if refused:
+            with pytest.raises(AnybatchError, match="no document is relevant"):
+                read_retrieval(*files)
+        else:
+            assert read_retrieval(*files).relevance == {"1": {"1": 1}}

@@ -1,0 +1,89 @@
+"""The code of docs/recipes.md is executed: maps from keys to rows, and what stands in for open_clip's loss."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anybatch.family import FastCLIP
+from anybatch.losses import InfoNCE
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    return names
+
+
+def test_map_from_keys(recipe):
+    keys = [f"{shard:05d}/{number:04d}" for shard in range(3) for number in range(50)]
+    hashes = recipe["make_map"](keys)
+    assert hashes.dtype == np.int64
+    assert sorted(recipe["row_of"](key, hashes) for key in keys) == list(range(150))
+    assert np.array_equal(hashes, recipe["make_map"](keys[::-1]))
+    with pytest.raises(KeyError, match="was not there"):
+        recipe["row_of"]("00009/0000", hashes)
+    with pytest.raises(ValueError, match="one key occurs twice"):
+        recipe["make_map"]([*keys, keys[7]])
+
+
+def features(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sides = torch.randn(2, 12, 8, generator=generator, dtype=torch.float64)
+    return [torch.nn.functional.normalize(side, dim=1).requires_grad_() for side in sides]
+
+
+def test_stand_in_is_cliploss_without_memory(recipe):
+    """The mean of the two cross-entropies, and its gradient through normalised features."""
+    scale, index = torch.tensor(20.0), torch.arange(12)
+    images, texts = features(0)
+    loss = recipe["RememberingClipLoss"](InfoNCE(temperature=1 / 20, direction="both", normalize=False))
+    given = {"image_features": images, "text_features": texts, "logit_scale": scale}
+    value = loss(**given, index=index, output_dict=True)["contrastive_loss"]
+    gradients = torch.autograd.grad(value, [images, texts])
+    logits = scale * images @ texts.T
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = (cross_entropy(logits, index) + cross_entropy(logits.T, index)) / 2
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, [images, texts]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_stand_in_saves_the_memory(recipe):
+    loss = recipe["RememberingClipLoss"](FastCLIP(40, version="v3", gamma=0.5))
+    images, texts = features(1)
+    for index in (torch.arange(12), torch.arange(20, 32)):
+        loss(images, texts, index=index).backward()
+    again = recipe["RememberingClipLoss"](FastCLIP(40, version="v3", gamma=0.5))
+    again.load_state_dict(loss.state_dict())
+    assert again.loss.memory.visited.sum() == 2 * 24
+    assert loss(images, texts, index=torch.arange(12)) == again(images, texts, index=torch.arange(12))
+
+
+def test_calling_the_loss_k_times_is_not_one_call(recipe):
+    """Why accum-freq must stay 1: the old state keeps (1 - gamma)^k of its weight."""
+    states = []
+    for calls in (1, 3):
+        loss = recipe["RememberingClipLoss"](FastCLIP(40, version="v1", gamma=0.5))
+        for seed, count in ((2, 1), (3, calls)):
+            for _ in range(count):
+                loss(*features(seed), index=torch.arange(12))
+        states.append(loss.loss.memory.log_mean[:, :12].exp())
+    first = FastCLIP(40, version="v1", gamma=1.0)
+    singles = []
+    for seed in (2, 3):
+        first(*features(seed), index=torch.arange(12))
+        singles.append(first.memory.log_mean[:, :12].exp())
+    for state, kept in zip(states, (0.5, 0.125), strict=True):
+        torch.testing.assert_close(state, kept * singles[0] + (1 - kept) * singles[1], rtol=1e-5, atol=0)
