@@ -36,16 +36,16 @@ from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from anybatch import pipeline
 from anybatch.caching import cached_step
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import KNOWN, LossConfig, build_loss
 from anybatch.losses.late_interaction import LateInteraction
+from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, MiningSet, mine_plan
-from anybatch.plan import BatchPlan, PlanSampler
-from anybatch.rows import RowTable
-from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
+from anybatch.plans.plan import BatchPlan, PlanSampler
+from anybatch.run import pipeline
+from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 from tests.conftest import make_tiny_model, write_pairs
 
 FILE = Path(__file__).with_name("golden.safetensors")
