@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "CachedLoss": "loss",
-    "CachedLateInteraction": "late_interaction",
+    "CachedLateInteraction": "loss",
     "PlanBatches": "batches",
     "with_index": "batches",
     "LossStateCallback": "callback",
