@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,8 @@ from anybatch.core.files import SEAL, digest_of, read_sealed, tensors_metadata, 
 from anybatch.plans.sampling import Deal
 
 FORMAT = "anybatch-plan"
-VERSION = 4
-ARRAYS = ("cluster", "suspects", "negatives", "task", "alternates")
+VERSION = 5
+ARRAYS = ("cluster", "suspects", "negatives", "task")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,11 +32,8 @@ class BatchPlan:
     In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size / cluster_size` whole
     clusters, drawn at random, one after the other. Rows in no cluster (`cluster == -1`: what is left when the rows are cut
     into clusters of exactly equal size) take the places of randomly chosen rows of their data set, as many as its share says; rows of a data
-    set without a cluster are guests anywhere, then. Neither take more than about half of the places (`Deal`), so that no row is lost for ever. Who sits out an epoch is in `rows_left_out(epoch)`. All of it
+    set without a cluster then take places anywhere. Neither take more than half of the places (`Deal`), so that no row is lost for ever. Who sits out an epoch is in `rows_left_out(epoch)`. All of it
     depends on nothing but the plan and the epoch.
-
-    A plan may hold several partitions of the same rows, which epochs take in turn: epoch e is dealt as the plan `partition(e)`, of the
-    e-th partition alone, deals it.
 
     Attributes:
         num_rows: Rows of the data set.
@@ -47,13 +44,10 @@ class BatchPlan:
         data_digest: Digest of the texts (`PairData.digest`).
         suspects: (p, 2) int32 row pairs that may be false negatives of each other, or None: those that share a cluster, or all.
         negatives: (num_rows, h) int32 rows mined as hard negatives of each anchor, -1 for none, or None.
-        alternates: (P - 1, num_rows) int32, the clusters of the further partitions, as many and of the same size; None for one
-            partition. `suspects` and `negatives` are the same for all.
         meta: How the plan was made; anything that JSON holds.
 
     Raises:
-        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows than a batch;
-            partitions that make different numbers of batches.
+        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows than a batch.
     """
 
     num_rows: int
@@ -64,12 +58,10 @@ class BatchPlan:
     data_digest: str
     suspects: np.ndarray | None = None
     negatives: np.ndarray | None = None
-    alternates: np.ndarray | None = None
     task: np.ndarray | None = None
     task_names: tuple[str, ...] = ()
     task_shares: tuple[float, ...] = ()
     mixing: Literal["mixed", "within"] = "mixed"
-    random_shares: tuple[float, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,7 +84,6 @@ class BatchPlan:
             raise AnybatchError(
                 f"{len(sizes)} clusters of {self.cluster_size} rows do not fill one batch of {self.batch_size}. Lower the batch size."
             )
-        self._check_alternates()
 
     @classmethod
     def random(cls, num_rows: int, batch_size: int, *, seed: int = 0, data_digest: str = "") -> BatchPlan:
@@ -112,20 +103,6 @@ class BatchPlan:
     def clusters_per_batch(self) -> int:
         """Clusters in a batch."""
         return self.batch_size // self.cluster_size
-
-    @property
-    def num_partitions(self) -> int:
-        """Partitions that epochs take in turn."""
-        return 1 if self.alternates is None else 1 + len(self.alternates)
-
-    @property
-    def partition_clusters(self) -> np.ndarray:
-        """(num_partitions, num_rows) int32, the clusters of each partition."""
-        return self.cluster[None] if self.alternates is None else np.concatenate([self.cluster[None], self.alternates])
-
-    def partition(self, epoch: int) -> BatchPlan:
-        """The plan of the one partition that this epoch deals: the same batches in this epoch, one partition in all others."""
-        return self._partitions[epoch % self.num_partitions]
 
     @cached_property
     def num_clusters(self) -> int:
@@ -165,14 +142,11 @@ class BatchPlan:
         """Identifies what the plan makes of its data: sizes, clusters, seed, data, hard negatives and suspects."""
         numbers = [self.num_rows, self.batch_size, self.cluster_size, self.seed]
         parts = [json.dumps(numbers).encode(), self.data_digest.encode()]
-        if self.task is not None or self.random_shares:
-            dealt = [self.task_names, self.task_shares, self.mixing, self.random_shares]
-            parts.append(json.dumps(dealt).encode())
-        if self.alternates is not None:
-            parts.append(json.dumps({"partitions": self.num_partitions}).encode())
+        if self.task is not None:
+            parts.append(json.dumps([self.task_names, self.task_shares, self.mixing]).encode())
         parts += [
             np.ascontiguousarray(array, np.int32).tobytes()
-            for array in (self.cluster, self.negatives, self.task, self.alternates)
+            for array in (self.cluster, self.negatives, self.task)
             if array is not None
         ]
         if self.suspects is not None and len(self.suspects):  # who masks them trains otherwise
@@ -181,16 +155,11 @@ class BatchPlan:
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster within a batch."""
-        if self.alternates is not None:
-            return self.partition(epoch).epoch_batches(epoch)
         generator = np.random.default_rng([self.seed, epoch])
         members = self._members.copy()
         order = self.deal.order(generator)
         self._place_remainder(members, order.reshape(-1), generator)
-        batches = members[order].reshape(len(order), self.batch_size)
-        if self.random_shares:
-            self._shuffle(batches, self.random_shares[min(epoch, len(self.random_shares) - 1)], order, generator)
-        return batches
+        return members[order].reshape(len(order), self.batch_size)
 
     def rows_left_out(self, epoch: int) -> np.ndarray:
         """The rows that are in no batch of this epoch, ascending, int64."""
@@ -231,7 +200,6 @@ class BatchPlan:
             },
             "suspect_pairs": 0 if self.suspects is None else len(self.suspects),
             "hard_negatives_per_row": self.negatives_per_row,
-            **({"partitions": self.num_partitions} if self.num_partitions > 1 else {}),
             "seed": self.seed,
             "data_digest": self.data_digest,
             **{f"made.{name}": value for name, value in self.meta.items() if name != "inputs"},
@@ -295,7 +263,6 @@ class BatchPlan:
             ("suspects", (None, 2), 0, self.num_rows, "pairs of rows"),
             ("negatives", (self.num_rows, None), -1, self.num_rows, "rows for each row, -1 for none"),
             ("task", (self.num_rows,), 0, max(1, len(self.task_names)), "one data set a row"),
-            ("alternates", (None, self.num_rows), -1, num_clusters, "clusters of further partitions"),
         ):
             array: np.ndarray | None = getattr(self, name)
             if array is None:
@@ -313,24 +280,11 @@ class BatchPlan:
                     f"{name} holds numbers from {array.min()} to {array.max()}; expected {least} to {end - 1}, {what}."
                 )
 
-    def _check_alternates(self) -> None:
-        if self.alternates is None:
-            return
-        if not len(self.alternates):
-            raise AnybatchError(
-                "alternates has no rows; expected one for each further partition, or None for one partition."
-            )
-        numbers = [one.num_batches for one in self._partitions]  # making them checks their clusters
-        if len(set(numbers)) > 1:
-            raise AnybatchError(f"The partitions make {numbers} batches an epoch; expected as many of each.")
-
     def _check_tasks(self) -> None:
         if self.mixing not in ("mixed", "within"):
             raise AnybatchError(f"mixing is {self.mixing!r}; expected 'mixed' or 'within'.")
         if any(not 0 < share <= 1 for share in self.task_shares):
             raise AnybatchError(f"task_shares are {self.task_shares}; expected numbers above 0 and at most 1.")
-        if any(not 0 <= share <= 1 for share in self.random_shares):
-            raise AnybatchError(f"random_shares are {self.random_shares}; expected numbers from 0 to 1.")
         if self.task is None:
             return
         if self.task_shares and len(self.task_shares) != len(self.task_names):
@@ -350,10 +304,9 @@ class BatchPlan:
             count = deal.draw_remainder(task, len(clusters) * self.cluster_size, generator)
             if count:
                 self._replace(members, clusters, _drawn(loose[task], count, generator), generator)
-        if any(deal.guests):
-            counts = deal.draw_guests(generator)
-            drawn = [_drawn(rows, count, generator) for rows, count in zip(loose, counts, strict=True)]
-            self._replace(members, dealt, np.concatenate(drawn), generator)
+        if deal.num_single_rows:
+            drawn = [_drawn(rows, count, generator) for rows, count in zip(loose, deal.single_quotas, strict=True)]
+            self._replace(members, dealt, _drawn(np.concatenate(drawn), deal.num_single_rows, generator), generator)
 
     def _replace(
         self, members: np.ndarray, clusters: np.ndarray, rows: np.ndarray, generator: np.random.Generator
@@ -361,22 +314,6 @@ class BatchPlan:
         """Put rows in the places of randomly chosen ones of these clusters."""
         chosen = generator.choice(len(clusters) * self.cluster_size, size=len(rows), replace=False)
         members[clusters[chosen // self.cluster_size], chosen % self.cluster_size] = rows
-
-    def _shuffle(self, batches: np.ndarray, share: float, order: np.ndarray, generator: np.random.Generator) -> None:
-        """Take the clusters of a share of the batches apart; batches of one data set stay so."""
-        chosen = generator.permutation(len(batches))[: round(share * len(batches))]
-        label = np.zeros(len(chosen), np.int64)
-        if self.task is not None and self.mixing == "within":
-            # By the clusters dealt, not by the rows: guests of a small data set do not make a batch mixed.
-            tasks = self.deal.cluster_task[order[chosen]]
-            label = np.where((tasks == tasks[:, :1]).all(axis=1), tasks[:, 0], -1)
-        for value in np.unique(label):
-            group = chosen[label == value]
-            batches[group] = generator.permutation(batches[group].reshape(-1)).reshape(len(group), -1)
-
-    @cached_property
-    def _partitions(self) -> tuple[BatchPlan, ...]:
-        return tuple(replace(self, cluster=cluster, alternates=None) for cluster in self.partition_clusters)
 
     @cached_property
     def _members(self) -> np.ndarray:

@@ -30,9 +30,9 @@ class Deal:
     """How an epoch's clusters are dealt into batches, and who takes their places.
 
     Rows in no cluster take places of dealt clusters of their data set, as many as its share says on average, but on average at most (T - 1) / 2
-    of the T that it has this epoch, so that the clustered rows keep a chance, and two of them a chance to meet. Then guests, the rows of data
-    sets without a cluster, take places anywhere, whoever has them: all data sets are drawn together, and each has as many guests as its share
-    says on average. Where they would be more than (T - 1) / 2 of an epoch's T places, those of every data set are fewer by the same factor.
+    of the T that it has this epoch, so that the clustered rows keep a chance, and two of them a chance to meet. Then single rows of the data
+    sets without a cluster take places anywhere, whoever has them: of each data set as many as its share says; where that is more than half of
+    the places of the epoch, so many of them, drawn from all together.
 
     Attributes:
         cluster_task: (C,) int, the data set of each cluster.
@@ -77,16 +77,22 @@ class Deal:
         full.append(left[: len(left) // m * m].reshape(-1, m))
         return generator.permutation(np.concatenate(full))
 
+    @cached_property
+    def single_quotas(self) -> list[int]:
+        """For each data set without a cluster the single rows that its share says (at least one); 0 for those that have clusters."""
+        rows = [0 if size else self._remainder(task) for task, size in enumerate(self._sizes)]
+        return [max(1, round(share * count)) if count else 0 for share, count in zip(self.shares, rows, strict=True)]
+
     @property
-    def guests(self) -> list[float]:
-        """For each data set the guests of an epoch, on average: 0 for those that have clusters."""
-        expected = [
-            0.0 if size else share * self._remainder(task)
-            for task, (share, size) in enumerate(zip(self.shares, self._sizes, strict=True))
-        ]
-        places = self.num_batches * self.clusters_per_batch * self.cluster_size
-        kept = min(1.0, max(0, places - 1) / 2 / max(1e-300, sum(expected)))
-        return [rows * kept for rows in expected]
+    def num_single_rows(self) -> int:
+        """Single rows of small data sets in an epoch: at most half of its places."""
+        return min(sum(self.single_quotas), self._places // 2)
+
+    @property
+    def single_rows(self) -> list[float]:
+        """For each data set the single rows of an epoch, on average."""
+        kept = self.num_single_rows / max(1, sum(self.single_quotas))
+        return [quota * kept for quota in self.single_quotas]
 
     @property
     def dealt_chances(self) -> list[float]:
@@ -101,14 +107,6 @@ class Deal:
         low, high_chance = _rounded(self._expected_remainder(task, places))
         return low + int(high_chance > 0 and generator.random() < high_chance)
 
-    def draw_guests(self, generator: np.random.Generator) -> list[int]:
-        """How many guests of each data set get a place this epoch.
-
-        One number rounds all running totals, so that each data set's guests, and all of them together, are their mean rounded down or up.
-        """
-        totals = np.cumsum([0.0, *self.guests])
-        return np.diff(np.floor(totals + generator.random()).astype(np.int64)).tolist()
-
     def chances(self, task: int) -> Chances:
         """The chances of a data set's pairs of rows, over the epochs in which the anchor is dealt.
 
@@ -120,14 +118,15 @@ class Deal:
                                                            and a remainder row            E[p / r  S / (T (T - 1))  H] / (C K)
             remainder anchor     E[p] / r                  and another one                E[p (p - 1) / (r (r - 1))  S / (T (T - 1))]
 
-        The expectations are over N and p. Then G guests take places among all T' of the epoch, which a row keeps with the chance E[T' - G] / T', and
-        two with E[(T' - G) (T' - G - 1)] / (T' (T' - 1)). Two of c guests of one data set, of r rows, share one of the batches of B places with
+        The expectations are over N and p. Then G single rows of small data sets take places among all T' of the epoch. Beside a row that keeps its
+        place another one does with the chance (T' - G - 1) / (T' - 1). Beside a single row of a data set, c of whose r rows are drawn among
+        the Q of which G come, another one of them is in the batch of B places with
 
-            E[c (c - 1)] / (r (r - 1))  (B - 1) / (T' - 1).
+            (c - 1) / (r - 1)  (G - 1) / (Q - 1)  (B - 1) / (T' - 1).
         """
         size, rows, remainder = self._sizes[task], self.cluster_size, self._remainder(task)
         if not size:
-            return Chances(same=1.0, between_remainders=min(1.0, self._chance_between_guests(task)))
+            return Chances(same=1.0, between_remainders=self._chance_between_single_rows(task))
         home = loose = same = other = mixed = both = 0.0
         for chance, clusters, mates in self._dealings(task):
             places = clusters * rows
@@ -146,7 +145,8 @@ class Deal:
                 other += stay * mates / (size * max(1, size - 1))
                 mixed += weight * placed / max(1, remainder) * together / pairs * at_home / (size * rows)
                 both += weight * placed * (placed - 1) / max(1, remainder * (remainder - 1)) * together / pairs
-        at_home, at_large, kept = max(home, 1e-300), max(loose, 1e-300), self._kept_beside_kept()
+        at_home, at_large = max(home, 1e-300), max(loose, 1e-300)
+        kept = (self._places - self.num_single_rows - 1) / max(1, self._places - 1)
         found = Chances(
             same=same / at_home * kept if rows > 1 else 1.0,
             other=other / at_home * kept,
@@ -179,23 +179,14 @@ class Deal:
             found.append((chance, whole + drawn, mates))
         return found
 
-    def _kept_beside_kept(self) -> float:
-        """That a row keeps its place from the guests, where another one does."""
-        places = self.num_batches * self.clusters_per_batch * self.cluster_size
-        low, high_chance = _rounded(sum(self.guests))
-        one = two = 0.0
-        for guests, chance in ((low, 1 - high_chance), (low + 1, high_chance)):
-            one += chance * (places - guests)
-            two += chance * (places - guests) * (places - guests - 1)
-        return two / max(1e-300, one * (places - 1))
+    @property
+    def _places(self) -> int:
+        return self.num_batches * self.clusters_per_batch * self.cluster_size
 
-    def _chance_between_guests(self, task: int) -> float:
-        remainder, expected = self._remainder(task), self.guests[task]
-        low, high_chance = _rounded(expected)
-        pairs = low * (low - 1) + high_chance * 2 * low  # (low + 1) low - low (low - 1)
-        batch = self.clusters_per_batch * self.cluster_size
-        beside = pairs / max(1e-300, expected * (remainder - 1))
-        return beside * (batch - 1) / max(1, self.num_batches * batch - 1)
+    def _chance_between_single_rows(self, task: int) -> float:
+        drawn, rows, pool = self.single_quotas[task], self._remainder(task), sum(self.single_quotas)
+        both = (drawn - 1) * (self.num_single_rows - 1) / max(1, (rows - 1) * (pool - 1))
+        return both * (self.clusters_per_batch * self.cluster_size - 1) / max(1, self._places - 1)
 
 
 def _drawn_without_return(pool: int, own: int, out: int) -> list[tuple[int, float]]:
