@@ -54,7 +54,7 @@ def test_a_row_in_no_cluster_is_sure_of_what_it_brings_itself_alone():
     table = RowTable(ids, ids + 100, negative_id=(ids + 200)[:, None], plan=loose, weights="inclusion")
     arguments = table.arguments(torch.tensor([0, 12, 13]), num_negatives=1)
     weight = arguments["log_weight"].tile(slice(0, 3), slice(0, 6)).exp()
-    beside = 1 / loose.deal.chances(0).between_remainders / 13
+    beside = 1 / loose.sampling.chances(0).between_remainders / 13
     assert beside > 1.5 / 13
     assert weight[1, [1, 4]].tolist() == pytest.approx([1 / 13] * 2)
     assert weight[1, [2, 5]].tolist() == pytest.approx([beside] * 2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from anybatch.core.errors import AnybatchError
 from anybatch.plans.plan import BatchPlan, PlanSampler
-from anybatch.plans.sampling import Deal, _drawn_without_return
+from anybatch.plans.sampling import ClusterSampling, _drawn_without_return
 
 
 def clustered(num_rows: int, cluster_size: int, clusters_per_batch: int, seed: int = 0) -> BatchPlan:
@@ -300,7 +300,7 @@ def test_chance_of_sharing_a_batch(mixing, shares):
     for task, part in ((0, slice(0, 5)), (1, slice(5, 16))):
         size = part.stop - part.start
         measured = (chance[part, part].sum() - size) / (size * (size - 1))
-        assert measured == pytest.approx(plan.deal.chances(task).other, rel=0.05)
+        assert measured == pytest.approx(plan.sampling.chances(task).other, rel=0.05)
 
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
@@ -327,7 +327,7 @@ def test_small_sets_that_outnumber_the_places_leave_everybody_a_chance():
         seen[plan.epoch_batches(epoch).reshape(-1)] += 1 / 4000
     np.testing.assert_allclose(seen[:8], 4 / 8, atol=0.04)
     np.testing.assert_allclose(seen[8:], 4 / 12, atol=0.04)
-    assert plan.deal.single_rows == pytest.approx([0, 1, 1, 1, 1])
+    assert plan.sampling.single_rows == pytest.approx([0, 1, 1, 1, 1])
 
 
 def test_a_remainder_larger_than_its_clusters_leaves_them_a_chance():
@@ -370,7 +370,7 @@ def test_every_chance_is_what_the_batches_show(mixing, sizes, cluster_size, shar
     for task in range(len(sizes)):
         own = plan.task == task
         others = own[:, None] & own & ~np.eye(n, dtype=bool)
-        chances = plan.deal.chances(task)
+        chances = plan.sampling.chances(task)
         for name, pairs in (
             ("same", others & same),
             ("other", others & ~same & ~loose[:, None] & ~loose),
@@ -400,7 +400,7 @@ def test_chances_of_drawing_without_return_are_exact(pool):
 @pytest.mark.parametrize("within", [False, True])
 def test_chances_over_very_many_clusters_come_at_once(within):
     """With exact binomial coefficients one data set took 8 s; the mean number of clusters dealt is known without any sum."""
-    deal = Deal(
+    deal = ClusterSampling(
         cluster_task=np.repeat([0, 1], [130_000, 73_000]), shares=(1.0, 1.0), clusters_per_batch=4095, within=within
     )
     begun = time.perf_counter()
@@ -409,7 +409,7 @@ def test_chances_over_very_many_clusters_come_at_once(within):
     left = [130_000 % 4095, 73_000 % 4095] if within else [130_000, 73_000]
     out = sum(left) % 4095
     dealt = [(size - own * out / sum(left)) / size for size, own in zip((130_000, 73_000), left, strict=True)]
-    assert deal.dealt_chances == pytest.approx(dealt, rel=1e-12)
+    assert deal.sampled_shares == pytest.approx(dealt, rel=1e-12)
     assert all(0 < one.other <= 1 for one in chances)
     if not within:
         assert chances[0].other == pytest.approx(4094 / 202_999, rel=1e-10)
@@ -417,7 +417,7 @@ def test_chances_over_very_many_clusters_come_at_once(within):
 
 def test_no_chance_is_above_one():
     """As rounding makes one of ten clusters of two, where a row in none takes a place."""
-    deal = Deal(
+    deal = ClusterSampling(
         cluster_task=np.repeat([0, 1], [10, 3]), shares=(1.0, 1.0), clusters_per_batch=3, within=False, cluster_size=2, remainders=(1, 0),
     )  # fmt: skip
     for task in (0, 1):

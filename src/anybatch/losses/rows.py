@@ -241,7 +241,7 @@ def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
     """
     weights = []
     for number in range(max(1, len(plan.task_names))):
-        num_rows, chances = max(2, plan.num_rows), plan.deal.chances(number)
+        num_rows, chances = max(2, plan.num_rows), plan.sampling.chances(number)
         same = chances.same or 1.0  # 0 for a data set without clusters
         of_set = plan.num_rows if plan.task is None else int((plan.task == number).sum())
         lines = []

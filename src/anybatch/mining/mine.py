@@ -26,7 +26,7 @@ from anybatch.mining.outlook import mining_outlook
 from anybatch.mining.partition import equal_clusters, metis_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
 from anybatch.plans.plan import BatchPlan
-from anybatch.plans.sampling import Deal
+from anybatch.plans.sampling import ClusterSampling
 
 Progress = Callable[[str, float], None]
 EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
@@ -150,7 +150,7 @@ def mine_plan(
 
 def _note_single_rows(plan: BatchPlan, report: MiningReport) -> None:
     """Say so where the rows of small data sets are too many for their shares."""
-    wanted, sampled = sum(plan.deal.single_quotas), plan.deal.num_single_rows
+    wanted, sampled = sum(plan.sampling.single_quotas), plan.deal.num_single_rows
     if sampled < wanted:
         note = (
             f"The data sets without a cluster have more rows than half of the places of an epoch: {sampled} of their {wanted} come in an epoch. "
@@ -328,7 +328,7 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
             f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
         )
     counts = [one.num_rows // size for one, _ in parts]
-    deal = Deal(
+    deal = ClusterSampling(
         cluster_task=np.repeat(np.arange(len(parts)), counts),
         shares=tuple(one.share for one, _ in parts),
         clusters_per_batch=config.batch_size // size,
@@ -340,7 +340,7 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
             f"An epoch deals {sum(deal.quotas)} of {sum(counts)} {rows}, which do not fill one batch of {config.batch_size}. Lower the "
             "batch size, or raise the shares of the data sets."
         )
-    for (one, _), chance in zip(parts, deal.dealt_chances, strict=True):
+    for (one, _), chance in zip(parts, deal.sampled_shares, strict=True):
         if one.num_rows >= size and not chance:
             raise AnybatchError(
                 f"The data set '{one.name}' would never be dealt: an epoch has fewer of its {rows} than a batch holds ({deal.clusters_per_batch}), and "
