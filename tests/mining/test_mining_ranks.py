@@ -22,7 +22,6 @@ from tests.ranks import on_ranks
 from .test_mining import embeddings
 
 CELLS = {2: 1, 3: 3}  # coarse cells for a number of ranks: partition by rank 0, and shared
-PARTITIONS = {2: 1, 3: 2}
 KNOWN = {"anchor_id": np.arange(211), "positive_id": np.arange(211)}
 
 
@@ -41,7 +40,7 @@ def small_blocks():
     embed_module.SHARD = 10
 
 
-def run_config(folder, model, pairs, *, cells=1, partitions=1, precision="float32"):
+def run_config(folder, model, pairs, *, cells=1, precision="float32"):
     from anybatch.integrations.sentence_transformers import ModelConfig
     from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 
@@ -50,7 +49,7 @@ def run_config(folder, model, pairs, *, cells=1, partitions=1, precision="float3
         data=DataConfig(path=str(pairs)),
         model=ModelConfig(name=str(model), device="cpu"),
         teacher=TeacherConfig(name=str(model), precision=precision),  # pyright: ignore[reportArgumentType]
-        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6, cells=cells, partitions=partitions),
+        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6, cells=cells),
         batch_size=8,
     )
 
@@ -86,7 +85,7 @@ def worker(rank, world_size, folder, model, pairs, kill):
         np.savez(f"{folder}/{name}-{rank}.npz", ids=found.ids, scores=found.scores, own=found.own_score)
     np.save(f"{folder}/blocks-{rank}.npy", len(done))
     (Path(folder) / f"digest-{rank}").write_text(
-        mine(Path(folder) / "run", model, pairs, cells=CELLS[world_size], partitions=PARTITIONS[world_size]).digest
+        mine(Path(folder) / "run", model, pairs, cells=CELLS[world_size]).digest
     )
 
 
@@ -102,8 +101,7 @@ def keep_sizes(monkeypatch):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_mine_as_one_process_does(world_size, tiny_model_folder, pairs_file, tmp_path, monkeypatch):
     keep_sizes(monkeypatch)
-    sizes = {"cells": CELLS[world_size], "partitions": PARTITIONS[world_size]}
-    alone = mine(tmp_path / "alone", tiny_model_folder, pairs_file, **sizes)
+    alone = mine(tmp_path / "alone", tiny_model_folder, pairs_file, cells=CELLS[world_size])
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, tiny_model_folder, pairs_file)
         if world_size == 3:  # two ranks were killed at half of the exact search
