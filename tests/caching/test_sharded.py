@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anybatch.caching import cached_step, record
-from anybatch.caching.reduction import distributed_modules
+from anybatch.caching import cached_step
+from anybatch.caching.encoder import ModuleFacts
 from anybatch.core.errors import AnybatchError
-from tests.caching.helpers import Mlp, TextEncoder, relative_error
+from tests.caching.helpers import Mlp, TextEncoder, recorded, relative_error
 from tests.caching.test_distributed import GatheringSoftmax, reference, share, whole_batch
 from tests.ranks import on_ranks
 
@@ -150,6 +150,10 @@ def test_ranks_look_at_the_rows_together(ranks):
         assert "depends on the rows" in centred
 
 
+def wrapped_in(module):
+    return ModuleFacts([module], None, training=True).wrapped
+
+
 def test_zero_is_refused_with_what_to_use():
     engine = type(
         "DeepSpeedEngine",
@@ -157,17 +161,17 @@ def test_zero_is_refused_with_what_to_use():
         {"zero_optimization_stage": lambda self: 2, "__module__": "deepspeed.runtime.engine"},
     )
     with pytest.raises(AnybatchError, match=r"ZeRO-2.*fully_shard.*DistributedDataParallel"):
-        distributed_modules([nn.Sequential(engine())])
+        wrapped_in(nn.Sequential(engine()))
     engine.zero_optimization_stage = lambda self: 1
-    assert distributed_modules([engine()]) == []
+    assert wrapped_in(engine()) == []
     partitioned = Mlp()
     partitioned.layers[0].weight.ds_id = 0  # what ZeRO-3 leaves on every parameter
     with pytest.raises(AnybatchError, match="ZeRO-3"):
-        record(partitioned, torch.randn(4, 6), micro_batches=[torch.arange(4)])
+        recorded(partitioned, torch.randn(4, 6), micro_batch=4)
 
 
 def test_the_older_fsdp_is_refused():
     older = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(older)
     with pytest.raises(AnybatchError, match="fully_shard"):
-        distributed_modules([older])
+        wrapped_in(older)
