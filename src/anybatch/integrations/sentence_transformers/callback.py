@@ -21,8 +21,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
 from anybatch.integrations.sentence_transformers.loss import CachedTrainerLoss
-from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.memory_states import grown_state, join_shards
+from anybatch.losses.state import State, grown_state, join_shards
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
 logger = logging.getLogger("anybatch")
@@ -107,7 +106,7 @@ class LossStateCallback(TrainerCallback):
         """Tell the plan and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
         epoch, loader = int(state.epoch or 0), kwargs.get("train_dataloader")
         told = [innermost_sampler(loader)] if plan_digests(loader) else []
-        for part in (*told, *(part for loss in self.losses.values() for part in (loss.rows, loss.loss))):
+        for part in (*told, *(loss.loss for loss in self.losses.values())):
             set_epoch = getattr(part, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(epoch)
@@ -279,7 +278,7 @@ def _state_of(losses: Losses) -> nn.Module:
 
 def _is_sharded(module: nn.Module) -> bool:
     """Whether ranks hold different states of it."""
-    sharded = any(isinstance(part, ExampleMemory) and part.sharded for part in module.modules())
+    sharded = any(isinstance(part, State) and part.sharded for part in module.modules())
     return sharded and distributed.is_active()
 
 
