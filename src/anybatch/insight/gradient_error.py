@@ -5,21 +5,24 @@ For unit embeddings a_i (anchors) and c_j (positives) that stand still, the grad
     g*_i = d L_i / d a_i = 1 / tau * sum_{j != i} p_ij (c_j - c_i),     p_ij = exp(s_ij / tau) / sum_k exp(s_ik / tau)
 
 over all n rows. A batch gives g_i = B * d loss / d a_i for each of its anchors. Both are projected onto the tangent space at a_i:
-the rest never passes the normalisation. Over anchors i and over draws of the batch in which i sits, relative to rms_i |g*_i|:
+the rest never passes the normalisation. Over anchors i and over draws of the batch in which i sits, relative to rms_i
+|g*_i|:
 
     bias        = rms_i |E g_i - g*_i|                   what no number of steps averages away
     rmse        = rms_i,draw |g_i - g*_i|                one batch; rmse^2 = bias^2 + noise^2
     scaled_rmse = min_s rms_i,draw |s g_i - g*_i|        the same with the learning rate that suits the method; sqrt(1 - cosine^2)
 
-Parameters are shared, and so an error that all anchors have in common adds up where independent ones cancel. The third kind of figure is that of
-a linear map shared by all anchors, G = mean_i g_i a_i^T, after averaging over batches: its cosine with the exact one, and its bias. A method can be
-near in every single anchor and yet go astray together; in training, this is the figure that told (docs/benchmarks/shared_direction.md).
+Parameters are shared, and so an error that all anchors have in common adds up where independent ones cancel. The third
+kind of figure is that of a linear map shared by all anchors, G = mean_i g_i a_i^T, after averaging over batches: its cosine with the exact one, and its bias. A method can be
+near in every single anchor and yet go astray together; in training, this is the figure that told
+(docs/benchmarks/shared_direction.md).
 
 The effective batch size is the size of the random batch for which plain InfoNCE has the same error.
 
-For two-way losses the exact objective is the mean of both directions' losses. Its gradient with respect to anchor i and that with respect to positive i
-(`full_gradient_both`) stand side by side as one vector, g*_i of 2 D numbers, and so do those of a batch: all figures are of both together. There are two
-linear maps then, one shared by all anchors and one by all positives, and the measure is two-way InfoNCE on random batches.
+For two-way losses the exact objective is the mean of both directions' losses. Its gradient with respect to anchor i and
+that with respect to positive i (`full_gradient_both`) stand side by side as one vector, g*_i of 2 D numbers, and so do
+those of a batch: all figures are of both together. There are two linear maps then, one shared by all anchors and one by
+    all positives, and the measure is two-way InfoNCE on random batches.
 
 Imports errors, ids, losses, plan and rows.
 """
@@ -52,14 +55,16 @@ CURVE_CHUNK = 256  # anchors that share one random batch in `infonce_curve`
 
 @dataclass(frozen=True, kw_only=True)
 class GradientError:
-    """Errors of a method's gradient relative to the exact one's root mean square; each with its standard error over anchors.
+    """Errors of a method's gradient relative to the exact one's root mean square; each with its standard error over
+    anchors.
 
     Attributes:
         bias, bias_se: Of the mean over batches. 0 where the noise hides it.
         rmse, rmse_se: Of one batch.
         scaled_rmse, scaled_rmse_se: Of one batch after the best common factor.
         scale: That factor; above 1 where the method's gradient is too short.
-        shared_bias, shared_bias_se: |E G - G*| / |G*| of a linear map shared by all anchors (two-way: and of one shared by all positives).
+        shared_bias, shared_bias_se: |E G - G*| / |G*| of a linear map shared by all anchors (two-way: and of one shared
+            by all positives).
         shared_cosine, shared_cosine_se: Of E G with G*; 1 if only the length is wrong.
         num_anchors: Anchors measured.
         num_draws: Batches seen for each anchor, on average.
@@ -94,7 +99,8 @@ class FrozenPairs:
         anchor_id, positive_id: (n,) int64; equal for identical texts, which are never negatives of each other.
         temperature: Of the exact objective.
         probes: (P,) int64 rows whose gradient is compared, ascending.
-        exact: (P, D), their exact gradients; two-way (P, 2 D), those of the rows' anchors, then those of their positives.
+        exact: (P, D), their exact gradients; two-way (P, 2 D), those of the rows' anchors, then those of their
+            positives.
         direction: Of the objective.
     """
 
@@ -124,16 +130,19 @@ class FrozenPairs:
         """Normalise, choose the probes, and take their exact gradients.
 
         Args:
-            anchors, positives: (n, D) float; rows need not be of unit length. float64 is kept, all else becomes float32.
+            anchors, positives: (n, D) float; rows need not be of unit length. float64 is kept, all else becomes
+                float32.
             temperature: Similarities are divided by it.
-            direction: "one_way" for the anchors' gradient of their own losses, "both" for that of anchors and positives in both directions' losses.
+            direction: "one_way" for the anchors' gradient of their own losses, "both" for that of anchors and positives
+                in both directions' losses.
             anchor_id, positive_id: (n,) int; None: all texts differ.
             num_probes: Anchors (two-way: pairs) to compare, drawn at random; None for all.
             seed: Of the draw.
             tile_bytes: Memory for scores.
 
         Raises:
-            AnybatchError: Shapes that do not fit, rows that are zero, NaN or infinite, fewer than 3 rows, an unknown direction.
+            AnybatchError: Shapes that do not fit, rows that are zero, NaN or infinite, fewer than 3 rows, an unknown
+                direction.
 
         Cost: see `full_gradient` and `full_gradient_both`, plus P * D or P * 2 D numbers.
         """
@@ -144,7 +153,8 @@ class FrozenPairs:
         num_rows = len(anchors)
         if anchors.ndim != 2 or anchors.shape != positives.shape or num_rows < 3:
             raise AnybatchError(
-                f"Embeddings have shapes {anchors.shape} and {positives.shape}; expected (rows, D) twice, one row a pair, at least 3 rows."
+                f"Embeddings have shapes {anchors.shape} and {positives.shape}; expected (rows, D) twice, one row a "
+                "pair, at least 3 rows."
             )
         sides = [_unit(side, name) for side, name in ((anchors, "anchor"), (positives, "positive"))]
         count = num_rows if num_probes is None else min(num_probes, num_rows)
@@ -198,13 +208,14 @@ def gradient_error(
 ) -> GradientError:
     """Measure a method: its loss, the plan's batches, its log-weights.
 
-    Two copies of the loss go through the plan under two seeds, independently: `run_in` epochs to bring the memory to its
-    stationary state, then `epochs` that count. The square of the bias is the mean over anchors of the inner product of the two
-    copies' mean errors, so that noise, which is independent in the two, does not count as bias.
+    Two copies of the loss go through the plan under two seeds, independently: `run_in` epochs to bring the memory to
+    its stationary state, then `epochs` that count. The square of the bias is the mean over anchors of the inner product
+    of the two copies' mean errors, so that noise, which is independent in the two, does not count as bias.
 
     Args:
         pairs: The embeddings and their exact gradient.
-        loss: Any loss of the library's contract in the direction of `pairs`; copied, so its own state is where both copies start.
+        loss: Any loss of the library's contract in the direction of `pairs`; copied, so its own state is where both
+            copies start.
         plan: Its batches; regrouped every epoch.
         table: Gives log-weights and masks; None for the ids of `pairs` and no weights.
         run_in: Epochs before measuring. A memory that forgets at rate gamma needs about 3 / gamma.
@@ -213,11 +224,13 @@ def gradient_error(
     Raises:
         AnybatchError: A plan for another number of rows; a loss of another direction than the exact gradient's.
 
-    Cost: 2 * (run_in + epochs) * n / B calls of the loss, fewer if batches without probes can be skipped; 2 * P * D numbers (two-way: 4 * P * D).
+    Cost: 2 * (run_in + epochs) * n / B calls of the loss, fewer if batches without probes can be skipped; 2 * P * D
+        numbers (two-way: 4 * P * D).
     """
     if plan.num_rows != len(pairs):
         raise AnybatchError(
-            f"The plan has {plan.num_rows} rows, the embeddings {len(pairs)}. Give the embeddings of the data that the plan was made for."
+            f"The plan has {plan.num_rows} rows, the embeddings {len(pairs)}. Give the embeddings of the data that "
+            "the plan was made for."
         )
     direction = getattr(loss, "direction", pairs.direction)
     if direction != pairs.direction:
@@ -237,10 +250,11 @@ def gradient_error(
 def infonce_curve(
     pairs: FrozenPairs, *, batch_sizes: Sequence[int] | None = None, epochs: int = 2, seed: int = 0
 ) -> dict[int, GradientError]:
-    """The error of plain InfoNCE, in the direction of `pairs`, on random batches of each size, which effective batch sizes are read from.
+    """The error of plain InfoNCE, in the direction of `pairs`, on random batches of each size, which effective batch
+    sizes are read from.
 
-    An anchor's gradient depends on the batch's candidates alone, so up to 256 probes at a time are put through each random batch. Two-way it
-    depends on the whole batch, of which as many are probes, or an eighth.
+    An anchor's gradient depends on the batch's candidates alone, so up to 256 probes at a time are put through each
+    random batch. Two-way it depends on the whole batch, of which as many are probes, or an eighth.
 
     Args:
         pairs: The embeddings and their exact gradient.
@@ -248,7 +262,8 @@ def infonce_curve(
         epochs: Draws for each probe, in each of two independent halves.
         seed: Of the batches.
 
-    Cost: 2 * epochs * P * B * D multiplications a size, three times over; two-way four times, and B * B * D for each 256 probes (B / 8 where
+    Cost: 2 * epochs * P * B * D multiplications a size, three times over; two-way four times, and B * B * D for each
+        256 probes (B / 8 where
     that is more).
     """
     num_rows = len(pairs)
@@ -339,8 +354,8 @@ def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, 
     place = torch.full((len(pairs),), -1)
     place[pairs.probes] = torch.arange(len(pairs.probes))
     loss.train()
-    # Batches without a probe can be skipped where all that is remembered belongs to single rows, and a probe's gradient asks for its own row's state only:
-    # two-way, it is a candidate of the batch's other rows as well, at their states.
+    # Batches without a probe can be skipped where all that is remembered belongs to single rows, and a probe's gradient
+    # asks for its own row's state only: two-way, it is a candidate of the batch's other rows as well, at their states.
     shared = isinstance(loss, (NUCLR, GloFND, EMC2, CrossBatchInfoNCE)) or any(
         isinstance(m, GammaSchedule) for m in loss.modules()
     )
@@ -428,12 +443,14 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
 def _shared(
     first: Tensor, second: Tensor, exact: Tensor, units: Tensor, *, num_rows: int, width: int
 ) -> tuple[list[float], list[float]]:
-    """Bias and cosine of the mean gradient of a shared linear map, and their standard errors by a jackknife over anchors.
+    """Bias and cosine of the mean gradient of a shared linear map, and their standard errors by a jackknife over
+    anchors.
 
     Two-way there are two maps, of anchors and of positives, taken as one vector of parameters.
 
     |mean_i e_i a_i^T|^2 over all n rows is the mean of (e_i . e_j)(a_i . a_j) over i and j; of P rows drawn from them, pairs with i = j have weight
-    1 / n, not 1 / P, or the scatter of the draw would count. The two halves' errors stand on the two sides, so that noise does not count either.
+    1 / n, not 1 / P, or the scatter of the draw would count. The two halves' errors stand on the two sides, so that
+    noise does not count either.
 
     Args:
         first, second: (P, D) mean errors of the two halves; two-way (P, 2 D).
@@ -497,6 +514,7 @@ def _unit(side: np.ndarray, name: str) -> Tensor:
     bad = torch.nonzero(~(lengths[:, 0].isfinite() & (lengths[:, 0] > 0)))[:, 0]
     if len(bad):
         raise AnybatchError(
-            f"{len(bad)} {name} embeddings are zero, NaN or infinite, the first in row {int(bad[0])}. They have no direction to compare."
+            f"{len(bad)} {name} embeddings are zero, NaN or infinite, the first in row {int(bad[0])}. They have no "
+            "direction to compare."
         )
     return tensor / lengths

@@ -1,4 +1,5 @@
-"""The library's methods side by side before training: each one's gradient error on a teacher's embeddings, and which to choose.
+"""The library's methods side by side before training: each one's gradient error on a teacher's embeddings, and which to
+choose.
 
 Imports errors, losses, plan and rows.
 """
@@ -92,8 +93,8 @@ class MethodError:
         method: Name of the method.
         batches: "plan" or "random".
         error: What was measured.
-        effective: The random InfoNCE batch with the same error after the best common factor (a tuned learning rate finds that
-            factor); 0 below the smallest measured, infinity above the largest.
+        effective: The random InfoNCE batch with the same error after the best common factor (a tuned learning rate
+            finds that factor); 0 below the smallest measured, infinity above the largest.
     """
 
     method: str
@@ -124,9 +125,11 @@ class GradientComparison:
 
     @property
     def recommended(self) -> MethodError:
-        """The simplest of the methods whose shared cosine is within two standard errors of the best, and within `CLOSE`.
+        """The simplest of the methods whose shared cosine is within two standard errors of the best, and within
+        `CLOSE`.
 
-        Not the least error of single anchors: errors that anchors have in common add up in parameters, the others cancel.
+        Not the least error of single anchors: errors that anchors have in common add up in parameters, the others
+            cancel.
         """
         best = self.lines[0].error
         order = [method.name for method in METHODS]
@@ -166,13 +169,13 @@ def compare_methods(
     Raises:
         AnybatchError: A plan over several data sets, whose exact gradients are not one; too few rows.
 
-    Cost: see `gradient_error`, once a line: seconds a line for 20,000 rows; it grows with `len(pairs.probes)`, not with the rows,
-        once there are more batches than probes, but for cross_batch, whose memory is of all batches.
+    Cost: see `gradient_error`, once a line: seconds a line for 20,000 rows; it grows with `len(pairs.probes)`, not with
+        the rows, once there are more batches than probes, but for cross_batch, whose memory is of all batches.
     """
     if plan.task is not None and len(plan.task_names) > 1:
         raise AnybatchError(
-            f"The plan is over the data sets {', '.join(plan.task_names)}, each with an exact gradient of its own. Mine one of them by itself, and compare the "
-            "methods on that plan."
+            f"The plan is over the data sets {', '.join(plan.task_names)}, each with an exact gradient of its own. "
+            "Mine one of them by itself, and compare the methods on that plan."
         )
     random = BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed)
     wanted = [("random", random, method) for method in methods if method.weights == "none"]
@@ -246,23 +249,26 @@ def recommendation(comparison: GradientComparison) -> list[str]:
     chosen = comparison.recommended
     if math.isnan(chosen.error.shared_cosine):
         return [
-            "The exact gradient has no direction on these embeddings (are all positives alike?), so nothing can be recommended. Look at the embeddings "
-            "with `anybatch inspect plan`."
+            "The exact gradient has no direction on these embeddings (are all positives alike?), so nothing can be "
+            "recommended. Look at the embeddings with `anybatch inspect plan`."
         ]
     plain = next(line for line in comparison.lines if (line.method, line.batches) == ("infonce", "random"))
     where = "the plan's batches" if chosen.batches == "plan" else "random batches"
     single = "single anchors" if comparison.direction == "one_way" else "single pairs, anchor and positive together,"
     sentences = [
-        f"Closest to the gradient over all {comparison.num_rows:,} rows: loss.name={chosen.method} on {where} (of what is no worse within two standard "
-        f"errors, the simplest). Its direction for shared parameters has cosine {chosen.error.shared_cosine:.2f} with the exact one; plain InfoNCE on random "
-        f"batches of {comparison.batch_size} has {plain.error.shared_cosine:.2f}. The error of {single} is {chosen.error.scaled_rmse:.2f}, that of plain "
-        f"InfoNCE on a random batch of {comparison.size_in_words(chosen.effective)}."
+        f"Closest to the gradient over all {comparison.num_rows:,} rows: loss.name={chosen.method} on {where} (of "
+        "what is no worse within two standard errors, the simplest). Its direction for shared parameters has cosine "
+        f"{chosen.error.shared_cosine:.2f} with the exact one; plain InfoNCE on random batches of "
+        f"{comparison.batch_size} has {plain.error.shared_cosine:.2f}. The error of {single} is "
+        f"{chosen.error.scaled_rmse:.2f}, that of plain InfoNCE on a random batch of "
+        f"{comparison.size_in_words(chosen.effective)}."
     ]
     if chosen.batches == "random" and any(line.batches == "plan" for line in comparison.lines):
         sentences.append("The plan's batches do not bring the gradient nearer than random ones.")
     sentences.append(
-        "This compares gradients on embeddings that stand still. It does not know that a model moves, that hard negatives may be false, or that memory "
-        "grows stale: take it for a first choice, and measure the two best on held-out data."
+        "This compares gradients on embeddings that stand still. It does not know that a model moves, that hard "
+        "negatives may be false, or that memory grows stale: take it for a first choice, and measure the two best on "
+        "held-out data."
     )
     return sentences
 

@@ -26,10 +26,16 @@ class Verification:
     Attributes:
         error: Norm of the difference of all gradients over the norm of the plain gradient.
         tolerance: What rounding allows in the coarsest dtype that took part, autocast's included.
-        errors: The same for every parameter, by name: over its own norm, or a thousandth of that of all where its own is less
-            (some gradients, such as that of a key's bias, are zero but for rounding).
+        errors: The same for every parameter, by name: over its own norm, or a thousandth of that of all where its own
+            is less (some gradients, such as that of a key's bias, are zero but for rounding).
         loss_error: Relative difference of the two losses.
         findings: What stands in the way of exactness, in sentences; empty where nothing was found.
+
+    Example:
+        >>> def loss(anchors, positives):
+        ...     return nn.functional.cross_entropy(anchors @ positives.T, torch.arange(len(anchors)))
+        >>> verify(nn.Linear(3, 2), [torch.eye(3), torch.eye(3)], loss, micro_batch=2).exact
+        True
     """
 
     error: float
@@ -67,18 +73,13 @@ def verify(
 ) -> Verification:
     """Take one batch both ways and compare every gradient.
 
-    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) or state is written it is the same
-    micro-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are put back afterwards,
-    those of the loss included.
+    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) or state is written it is the
+    same micro-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are put
+    back afterwards, those of the loss included.
 
     Args:
-        encoders: As in `cached_step`.
+        encoders, loss, micro_batch, keep_graphs, loss_kwargs, modules: As in `cached_step`.
         inputs: One small batch a tower, more rows than `micro_batch`.
-        loss: As in `cached_step`.
-        micro_batch: Rows in a forward pass.
-        keep_graphs: As in `cached_step`.
-        loss_kwargs: As in `cached_step`.
-        modules: As in `cached_step`.
 
     Returns:
         The comparison; print it.
@@ -89,6 +90,7 @@ def verify(
 
     Cost: two steps, and a copy of the gradients and of the buffers.
     """
+    # 1. What takes part.
     towers = paired_encoders(encoders, inputs)
     slicers = [RowSlicer(batch) for batch in inputs]
     plans = [plan_micro_batches(slicer, micro_batch=micro_batch) for slicer in slicers]
@@ -100,22 +102,23 @@ def verify(
     facts = ModuleFacts(towers, modules, training=True)
     parts = [*facts.modules, *([loss] if isinstance(loss, nn.Module) else [])]
     names = _parameter_names(parts)
-    findings: list[str] = []
-    options: dict[str, Any] = {"loss_kwargs": loss_kwargs, "modules": modules}
+    arguments = dict(loss_kwargs or {})
     start, written = RandomState(facts.generators), WrittenState(facts.places, facts.frozen)
+    different: list[str] = []
+
+    # 2. The cached way; replays that differ from their recordings are told instead of raising.
     with _untouched(parts, list(names)):
-        different: list[str] = []
         token = DIFFERENT_REPLAYS.set(different)
         try:
-            cached_value = cached_step(
-                loss, towers, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, **options
-            )
+            limits: dict[str, Any] = {"micro_batch": micro_batch, "keep_graphs": keep_graphs, "modules": modules}
+            cached_value = cached_step(loss, towers, inputs, loss_kwargs=arguments, **limits)
         finally:
             DIFFERENT_REPLAYS.reset(token)
-        findings += different[:1]
         # Where random numbers are drawn or state is written, what a row meets belongs to its micro-batch.
         by_piece = written.note() or not start.equals(start.now())
         cached = _take_gradients(names)
+
+    # 3. The plain way, from the same start.
     with _untouched(parts, list(names)):
         start.restore()
         written.restore({})
@@ -124,32 +127,44 @@ def verify(
         embedded = [_embedded(tower, slicer, plan) for tower, slicer, plan in zip(towers, slicers, split)]
         precise = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in embedded]
         with without_autocast():  # as in the cached step: the loss sees float32 or better, and no autocast
-            value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **(loss_kwargs or {}))
+            value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **arguments)
             value.backward()
         plain = _take_gradients(names)
+
+    # 4. Each tower without gradients, in micro-batches and whole.
+    findings = different[:1]
     with _untouched(parts, list(names)), torch.no_grad(), training_modes(dict.fromkeys(facts.flags, False)):
         for number, (tower, slicer, plan, trained) in enumerate(zip(towers, slicers, plans, embedded)):
             before = start.now()
             pieces, whole = _embedded(tower, slicer, plan), _embedded(tower, slicer, [torch.arange(slicer.num_rows)])
-            if pieces.dtype != trained.dtype:
-                findings.append(
-                    f"Tower {number} returns {trained.dtype} with gradients and {pieces.dtype} without: the recording "
-                    "and the replay compute in different dtypes."
-                )
-            gap = float((pieces - whole).double().norm() / whole.double().norm().clamp_min(1e-300))
-            state = written.note() or not before.equals(start.now())
-            if gap > _tolerance([whole]) and not state:
-                findings.append(
-                    f"Tower {number}: a row's embedding depends on the rows that go through with it (relative change "
-                    f"{gap:.1e} when the batch is split), so micro-batches cannot give the gradient of the whole batch."
-                )
+            repeatable = not written.note() and before.equals(start.now())
+            findings += [f"Tower {number}{finding}" for finding in _differences(trained, pieces, whole, repeatable)]
     start.restore()
     written.restore({})
+
+    # 5. The comparison.
     findings += [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
     tolerance = _tolerance([*embedded, *plain.values()])
     encoder = {name for part in facts.modules for parameter in part.parameters() if (name := names.get(parameter))}
     findings += _wrong_sizes({n: g for n, g in plain.items() if n not in encoder}, cached, 100 * tolerance)
     return _compare(cached, plain, cached_value, value.detach(), tolerance, findings)
+
+
+def _differences(trained: Tensor, pieces: Tensor, whole: Tensor, repeatable: bool) -> list[str]:
+    """What embeddings with gradients, without them in micro-batches, and without them in one pass say of a tower."""
+    found = []
+    if pieces.dtype != trained.dtype:
+        found.append(
+            f" returns {trained.dtype} with gradients and {pieces.dtype} without: the recording and the replay compute "
+            "in different dtypes."
+        )
+    change = float((pieces - whole).double().norm() / whole.double().norm().clamp_min(1e-300))
+    if change > _tolerance([whole]) and repeatable:
+        found.append(
+            f": a row's embedding depends on the rows that go through with it (relative change {change:.1e} when the "
+            "batch is split), so micro-batches cannot give the gradient of the whole batch."
+        )
+    return found
 
 
 def _embedded(tower: Encoder, slicer: RowSlicer, plan: Sequence[Tensor]) -> Tensor:
@@ -174,30 +189,30 @@ def _compare(
     cached_value: Tensor,
     value: Tensor,
     tolerance: float,
-    found: list[str],
+    findings: list[str],
 ) -> Verification:
     errors: dict[str, float] = {}
     floor = 1e-3 * sum(float(gradient.double().norm()) ** 2 for gradient in plain.values()) ** 0.5
     difference = reference = product = 0.0
     for name in sorted(plain.keys() & cached.keys()):
         wanted, got = plain[name].double(), cached[name].double()
-        gap, size = float((got - wanted).norm()), float(wanted.norm())
-        errors[name] = gap / max(size, floor) if max(size, floor) > 0 else float(gap > 0)
-        difference, reference = difference + gap**2, reference + size**2
+        distance, size = float((got - wanted).norm()), float(wanted.norm())
+        errors[name] = distance / max(size, floor) if max(size, floor) > 0 else float(distance > 0)
+        difference, reference = difference + distance**2, reference + size**2
         product += float((got * wanted).sum())
     error = (difference / reference) ** 0.5 if reference > 0 else float(difference > 0)
     ratio = product / reference if reference > 0 else 1.0
     remainder = (max(0.0, difference - (ratio - 1) ** 2 * reference) / reference) ** 0.5 if reference > 0 else 0.0
     if error > tolerance and remainder <= tolerance:
-        found.append(f"The gradient has the right direction and {ratio:.4g} times the right size: a scale is wrong.")
-    elif error > tolerance and not found:
-        found.append(
+        findings.append(f"The gradient has the right direction and {ratio:.4g} times the right size: a scale is wrong.")
+    elif error > tolerance and not findings:
+        findings.append(
             "The gradients differ and nothing known explains it. Look for state that a forward pass changes (caches), "
             "for generators out of sight, and for rows that see the other rows of their micro-batch."
         )
     loss_error = abs(float(cached_value) - float(value)) / max(abs(float(value)), torch.finfo(torch.float64).tiny)
     return Verification(
-        error=error, tolerance=tolerance, errors=errors, loss_error=loss_error, findings=tuple(dict.fromkeys(found))
+        error=error, tolerance=tolerance, errors=errors, loss_error=loss_error, findings=tuple(dict.fromkeys(findings))
     )
 
 

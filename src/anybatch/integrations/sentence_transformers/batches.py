@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 REPEATS = 100  # rows with a number that another row has: so many are compared with it
 NUMBERS = (
-    "The column of labels must hold row numbers, one for each row of all training sets together. Remove or rename it, and "
-    "call with_index on the data set; on several, once on the dictionary of them."
+    "The column of labels must hold row numbers, one for each row of all training sets together. Remove or rename it, "
+    "and call with_index on the data set; on several, once on the dictionary of them."
 )
 Sets = TypeVar("Sets", bound="Dataset | dict[str, Dataset]")
 
@@ -33,7 +33,7 @@ def with_index(dataset: Sets, *, first: int = 0) -> Sets:
 
     Args:
         dataset: A data set, or several as the Trainer takes them: a `DatasetDict` or a dictionary. Their numbers run
-            through all of them, in their order, so that each row has its own: the loss is one for all their rows together.
+            through all of them, in their order, so that each row has its own: one loss is for all of them.
         first: The first number.
 
     Select, shuffle, split or filter after it as you like: a row keeps its number.
@@ -62,9 +62,9 @@ def with_index(dataset: Sets, *, first: int = 0) -> Sets:
         return type(dataset)(numbered)  # pyright: ignore[reportReturnType] - DatasetDict and dict alike
     if not isinstance(dataset, Dataset):
         raise AnybatchError(
-            f"Got a {type(dataset).__name__}; expected a Dataset of the package datasets, or a dictionary of them. Rows of "
-            "a stream have no fixed numbers: let it yield a column 'label' with a whole number that is always the same for "
-            "a row, from 0 to the loss's num_rows - 1, or read it into a Dataset first."
+            f"Got a {type(dataset).__name__}; expected a Dataset of the package datasets, or a dictionary of them. "
+            "Rows of a stream have no fixed numbers: let it yield a column 'label' with a whole number that is always "
+            "the same for a row, from 0 to the loss's num_rows - 1, or read it into a Dataset first."
         )
     taken = [name for name in DEFAULT_LABEL_COLUMNS if name in dataset.column_names]
     if taken:
@@ -124,8 +124,8 @@ def _check_range(low: int, high: int, num_rows: int | None) -> None:
     if low < 0 or (num_rows is not None and high >= num_rows):
         expected = "0 or more" if num_rows is None else f"0 to {num_rows - 1}, the rows of the loss or its row table"
         raise AnybatchError(
-            f"Row numbers run from {low} to {high}; expected {expected}. Make the loss for all rows of the training sets, "
-            "and number these with with_index."
+            f"Row numbers run from {low} to {high}; expected {expected}. Make the loss for all rows of the training "
+            "sets, and number these with with_index."
         )
 
 
@@ -139,8 +139,8 @@ def num_rows_of(loss: nn.Module, rows: RowTable | None) -> int | None:
 def row_numbers(labels: Tensor, features: Sequence[dict[str, Any]], num_rows: int | None) -> Tensor:
     """The labels of a batch as row numbers: whole numbers in range, and rows with the same number have the same texts.
 
-    A column of scores or classes in their place would train to nothing without a word. Cost: a sort of B numbers, one wait
-    for the device.
+    A column of scores or classes in their place would train to nothing without a word. Cost: a sort of B numbers, one
+    wait for the device.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
         raise AnybatchError(f"The labels are {labels.dtype} of shape {tuple(labels.shape)}. {NUMBERS}")
@@ -162,8 +162,9 @@ def row_numbers(labels: Tensor, features: Sequence[dict[str, Any]], num_rows: in
 class PlanBatches:
     """`batch_sampler=PlanBatches(plan)`: batches of the plan for the training set, plain ones for anything else.
 
-    The Trainer sends its evaluation sets through the same argument; they are told from the training set by the row numbers
-    that `with_index` put into it, not by trust. `LossStateCallback` checks that the training set did get the plan.
+    The Trainer sends its evaluation sets through the same argument; they are told from the training set by the row
+    numbers that `with_index` put into it, not by trust. `LossStateCallback` checks that the training set did get the
+    plan.
 
     Args:
         plan, more_plans: A plan's rows are those of the training set. Several training sets, numbered by one call of
@@ -173,14 +174,14 @@ class PlanBatches:
         AnybatchError: A training set with other texts or images than the plan was made for, where the plan knows them
             (`data_digest`) and the columns are texts or images; shares that do not add up to the plan's batch.
 
-    Cost: one pass over the texts (about 2 seconds a million short ones) and images (1 GB a second) of each data set, once.
+    Cost: one pass over the texts (about 2 seconds a million short ones) and images (1 GB a second), once.
 
     Example:
         >>> from datasets import Dataset
         >>> numbered = with_index(Dataset.from_dict({"anchor": list("abcd"), "positive": list("ABCD")}))
         >>> batches = PlanBatches(BatchPlan.random(4, 2, seed=0))
         >>> [sorted(rows) for rows in batches(numbered, batch_size=2, drop_last=True)]
-        EXAMPLE
+        [[1, 3], [0, 2]]
     """
 
     def __init__(self, plan: BatchPlan, *more_plans: BatchPlan) -> None:

@@ -1,4 +1,4 @@
-"""What the Trainer's checkpoints leave out: the loss's state, the sampler's epoch, and whether the checkpoint is whole."""
+"""What the Trainer's checkpoints leave out: the loss's state, the sampler's epoch, whether the checkpoint is whole."""
 
 from __future__ import annotations
 
@@ -65,10 +65,11 @@ class LossStateCallback(TrainerCallback):
             unplanned = max(1, len(sets)) - sum(isinstance(sampler, PlanSampler) for sampler in samplers(loader))
             if unplanned > 0:
                 raise AnybatchError(
-                    f"The plan was not used{f' for {unplanned} of {len(sets)} training sets' if len(sets) > 1 else ''}: a "
-                    "training set is not the one it was made for, or has no row numbers. Give the Trainer "
-                    "with_index(dataset), with the rows in the plan's order; of several data sets, with_index(dictionary) "
-                    "and PlanBatches(plan, another plan, ...), a plan each."
+                    "The plan was not "
+                    f"used{f' for {unplanned} of {len(sets)} training sets' if len(sets) > 1 else ''}: a training set "
+                    "is not the one it was made for, or has no row numbers. Give the Trainer with_index(dataset), "
+                    "with the rows in the plan's order; of several data sets, with_index(dictionary) and "
+                    "PlanBatches(plan, another plan, ...), a plan each."
                 )
         for loss in self.losses.values():
             check_numbers(sets, num_rows_of(loss.loss, loss.rows))
@@ -89,8 +90,8 @@ class LossStateCallback(TrainerCallback):
             _check_checkpoint(folder)
         if not (folder / LOSS_STATE).exists():
             raise AnybatchError(
-                f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would "
-                "restart the memory of the loss from nothing. Resume from an older checkpoint."
+                f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on "
+                "would restart the memory of the loss from nothing. Resume from an older checkpoint."
             )
         with safe_open(folder / LOSS_STATE, framework="pt") as file:
             saved = (file.metadata() or {}).get("plan")
@@ -112,7 +113,7 @@ class LossStateCallback(TrainerCallback):
                 set_epoch(epoch)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint, and at last, after every rank has written, the list of its contents. One barrier.
+        """Add the loss to the checkpoint; at last, after every rank has written, the list of its contents. One barrier.
 
         Of a memory that is sharded each rank adds its own part, and the file of the first rank tells their number.
         """
@@ -149,15 +150,16 @@ def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:
     """Give the loss of a new run what the loss of an older run's checkpoint knew, where rows were appended in between.
 
     Make the loss for the new number of rows, start from the old model, and call this before `trainer.train()`, on every
-    rank: it is not a resume, the new run counts its steps from 0. The old rows get their states back, the new ones begin
-    fresh. A memory that was sharded over any number of ranks is joined from their files.
+    rank: it is not a resume, the new run counts its steps from 0. The old rows get their states back, the new ones
+    begin fresh. A memory that was sharded over any number of ranks is joined from their files.
 
     Args:
         loss: What is given to the new Trainer: a loss, or a dictionary of losses.
         checkpoint: A folder that `LossStateCallback` wrote to, `checkpoint-500` or the like.
 
     Raises:
-        AnybatchError: The checkpoint has no loss state, not all of its shards, one of more rows, or that of another loss.
+        AnybatchError: The checkpoint has no loss state, not all of its shards, one of more rows, or that of another
+            loss.
     """
     folder, module = Path(checkpoint), _state_of(loss)
     if not (folder / LOSS_STATE).exists():
@@ -169,8 +171,8 @@ def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:
         module.load_state_dict(grown_state(state, module))
     except RuntimeError as error:
         raise AnybatchError(
-            f"The state in {folder} does not fit {type(module).__name__}: {error} Make the loss that the checkpoint was "
-            "saved with."
+            f"The state in {folder} does not fit {type(module).__name__}: {error} Make the loss that the checkpoint "
+            "was saved with."
         ) from error
 
 
@@ -201,13 +203,13 @@ def read_loss_state(folder: Path, *, whole: bool = True) -> dict[str, torch.Tens
 
 
 def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
-    """The checkpoints under `folder`, whole or not, and their steps; `checkpoint-best` and the like are not among them."""
+    """The checkpoints under `folder`, whole or not, and their steps; not `checkpoint-best` and the like."""
     names = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
     return {path: int(number) for path, number in names.items() if number.isdecimal()}
 
 
 def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path | None:
-    """The newest checkpoint under `folder` whose every file is as it was written; None if there is none or all were cut short.
+    """The newest checkpoint whose every file is as it was written; None if there is none or all were cut short.
 
     Newer ones that are not whole are named in the log.
 
@@ -232,8 +234,8 @@ def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path
     if len(flaws) > 1 or any((path / CONTENTS).exists() for path in flaws):  # a kill cuts one short
         told = "; ".join(f"{path.name} {flaw}" for path, flaw in flaws.items())
         raise AnybatchError(
-            f"No checkpoint in {folder} is whole: {told}. Delete that folder to train from the beginning, or bring back "
-            "its files."
+            f"No checkpoint in {folder} is whole: {told}. Delete that folder to train from the beginning, or bring "
+            "back its files."
         )
     for path, flaw in flaws.items():
         logger.warning("%s %s. Training begins anew.", path, flaw)
@@ -256,13 +258,14 @@ def _warn_of_changes(folder: Path) -> None:
     threads, now = read_json(folder / CONTENTS, "").get("threads"), torch.get_num_threads()
     if ranks != world_size:
         logger.warning(
-            "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have been.",
+            "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have "
+            "been.",
             *(folder.name, ranks, world_size),
         )
     if threads not in (None, now):
         logger.warning(
-            "%s was saved with %s threads, and %d go on: sums are rounded otherwise. Set OMP_NUM_THREADS=%s for the same "
-            "bits.",
+            "%s was saved with %s threads, and %d go on: sums are rounded otherwise. Set OMP_NUM_THREADS=%s for the "
+            "same bits.",
             *(folder.name, threads, now, threads),
         )
 
@@ -312,7 +315,7 @@ def training_sets(dataloader: Any) -> list[Dataset]:
 
 
 def check_first_step(loss: CachedTrainerLoss) -> None:
-    """Called in a first step: warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample.
+    """In a first step: warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample.
 
     Raises:
         AnybatchError: Several `LossStateCallback`, which would overwrite each other's file.
@@ -329,8 +332,8 @@ def check_first_step(loss: CachedTrainerLoss) -> None:
     weighted = loss.rows is not None and loss.rows.weights == "inclusion"
     if mined and not weighted and getattr(loss.loss, "inclusion", False) and distributed.rank() == 0:
         logger.warning(
-            "%s takes the batch's negatives for a uniform sample of the data, and the plan's batches are mined. Give it "
-            "rows=RowTable(..., plan=plan, weights='inclusion'), or use random batches or InfoNCE.",
+            "%s takes the batch's negatives for a uniform sample of the data, and the plan's batches are mined. Give "
+            "it rows=RowTable(..., plan=plan, weights='inclusion'), or use random batches or InfoNCE.",
             type(loss.loss).__name__,
         )
 
@@ -339,14 +342,14 @@ def _check_is_saved(loss: CachedTrainerLoss, trainer: Trainer) -> None:
     saving = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossStateCallback)]
     if len(saving) > 1:
         raise AnybatchError(
-            f"The Trainer has {len(saving)} LossStateCallbacks; expected one, as all write {LOSS_STATE}. Of several losses "
-            "give it the dictionary that the Trainer has: LossStateCallback(losses)."
+            f"The Trainer has {len(saving)} LossStateCallbacks; expected one, as all write {LOSS_STATE}. Of several "
+            "losses give it the dictionary that the Trainer has: LossStateCallback(losses)."
         )
     saves = trainer.args.save_strategy != "no" or trainer.args.load_best_model_at_end
     saved = any(known is loss for callback in saving for known in callback.losses.values())
     if saves and loss.loss.state_dict() and not saved:
         warnings.warn(
-            f"The Trainer's checkpoints leave out the state of {type(loss.loss).__name__}, which would begin anew after a "
-            "resume. Give it callbacks=[LossStateCallback(loss)].",
+            f"The Trainer's checkpoints leave out the state of {type(loss.loss).__name__}, which would begin anew "
+            "after a resume. Give it callbacks=[LossStateCallback(loss)].",
             stacklevel=3,
         )

@@ -1,9 +1,9 @@
 """Our cached step behind sentence-transformers' protocol for cached losses: one embedding per text, or one per token.
 
 What it replaces: `CachedMultipleNegativesRankingLoss` and `CachedMultiVectorMultipleNegativesRankingLoss`. The Trainer,
-`MatryoshkaLoss`, PEFT and trackers see the same protocol (`uses_gradient_cache`, `calculate_loss`, a backward pass deferred
-to a hook on the returned loss); underneath are length-sorted micro-batches, replay inside the caller's autocast, graphs kept
-while asked, and any loss of `anybatch.losses`.
+`MatryoshkaLoss`, PEFT and trackers see the same protocol (`uses_gradient_cache`, `calculate_loss`, a backward pass
+deferred to a hook on the returned loss); underneath are length-sorted micro-batches, replay inside the caller's
+autocast, graphs kept while asked, and any loss of `anybatch.losses`.
 
 Cost: one more forward pass than the plain step for the micro-batches whose graph is not kept.
 """
@@ -27,7 +27,6 @@ from anybatch.caching.state import without_autocast
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
 from anybatch.losses import InfoNCE
-from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import RowTable
 
 
@@ -158,34 +157,39 @@ class CachedLoss(CachedTrainerLoss):
         model: The model that is trained. It must be the one given to the Trainer.
         loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
         rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
-        micro_batch: Rows per forward pass; the memory of the encoder is that of this many rows, whatever the batch size.
-            "auto" finds the padded tokens that `memory` has room for, once, and halves them when memory runs out.
-        max_tokens: Padded tokens per forward pass, in place of a fixed number of rows; None to go by `micro_batch` alone.
+        micro_batch: Rows per forward pass; the memory of the encoder is that of this many rows, whatever the batch
+            size. "auto" finds the padded tokens that `memory` has room for, once, and halves them when memory runs out.
+        max_tokens: Padded tokens per forward pass, in place of a fixed number of rows; None to go by `micro_batch`
+            alone.
         keep_graphs: Fraction of the micro-batches, longest first, whose graph is kept so that no second forward pass is
-            needed: 0.0 is GradCache, 1.0 is plain training, "auto" keeps what `memory` has room for. The gradient is the
+            needed: 0.0 is GradCache, 1.0 is plain training, "auto" keeps what `memory` has room for. The gradient is
+                the
             same to the last bit.
         memory: For "auto": the most memory in use on the device, "8GiB" or "80%".
         pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled model sees few shapes; None for
             the longest row's.
 
     Inputs:
-        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label` column
-        holding the row number (`with_index`) is required by a loss with memory and by `rows`.
+        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label`
+        column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
 
     Raises:
-        AnybatchError: A limit that no batch could use; fewer than two columns; row numbers missing where they are needed.
+        AnybatchError: A limit that no batch could use; fewer than two columns; row numbers missing where they are
+            needed.
 
     Warns:
-        UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data set
-            on mined batches without inclusion weights.
+        UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data
+            set on mined batches without inclusion weights.
 
     Relations:
-        With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`, except
-        that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does not enlarge
+        With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`,
+        except that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does
+        not enlarge
         the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
 
     Reference:
-        Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983, section 3.
+        Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983, section
+        3.
 
     Example:
         >>> class Model(nn.Module):  # or a SentenceTransformer
@@ -242,8 +246,8 @@ class CachedLateInteraction(CachedTrainerLoss):
         rows, micro_batch, max_tokens, keep_graphs, memory, pad_to_multiple: As in `CachedLoss`.
 
     Inputs:
-        Columns as in `CachedLoss`. A column is encoded as a query if it is the first and as a document otherwise, unless
-        the collator has stamped another `task` on it.
+        Columns as in `CachedLoss`. A column is encoded as a query if it is the first and as a document otherwise,
+        unless the collator has stamped another `task` on it.
 
     Raises:
         AnybatchError: As `CachedLoss`; inputs without an attention mask.
@@ -262,6 +266,7 @@ class CachedLateInteraction(CachedTrainerLoss):
         ...         self.embed = nn.Embedding(9, 4)
         ...     def forward(self, features, task):
         ...         return {"token_embeddings": self.embed(features["input_ids"]), **features}
+        >>> from anybatch.losses.late_interaction import LateInteraction
         >>> loss = CachedLateInteraction(Model(), LateInteraction(), micro_batch=2)
         >>> texts = {"input_ids": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
         >>> loss([texts, texts]).backward()
@@ -286,9 +291,7 @@ class CachedLateInteraction(CachedTrainerLoss):
         if training and self.rows is not None:
             arguments = self._arguments(labels, anchors.device, len(others) - 1)
         with without_autocast():
-            value = self.loss(
-                anchors, candidates, anchor_mask=anchor_mask, candidate_mask=candidate_mask, **arguments
-            )
+            value = self.loss(anchors, candidates, anchor_mask=anchor_mask, candidate_mask=candidate_mask, **arguments)
             if training:
                 value.backward()
         return value.detach()

@@ -20,8 +20,8 @@ from anybatch.plans.plan import BatchPlan, PlanSampler
 class RefreshPlan(TrainerCallback):
     """Before every `every`-th epoch, make a new plan.
 
-    The plan of epoch e is kept as `plan_epoch_e.safetensors`, so that a resumed run has the batches of the uninterrupted
-    one. Give it to the Trainer before `LossStateCallback`, which checks the plan on resume.
+    The plan of epoch e is kept as `plan_epoch_e.safetensors`, so that a resumed run has the batches of the
+    uninterrupted one. Give it to the Trainer before `LossStateCallback`, which checks the plan on resume.
 
     Args:
         loss: The loss given to the Trainer; its row table follows the plan.
@@ -32,8 +32,8 @@ class RefreshPlan(TrainerCallback):
             own, and are made anew. Otherwise a run that begins where plans are is refused, and nothing is lost.
 
     Raises:
-        AnybatchError: A run that begins in a folder with the plans of another; a new plan of other sizes; resuming in an
-            epoch whose plan is gone.
+        AnybatchError: A run that begins in a folder with the plans of another; a new plan of other sizes; resuming in
+            an epoch whose plan is gone.
 
     Cost: what `make` costs, every `every` epochs.
 
@@ -66,8 +66,8 @@ class RefreshPlan(TrainerCallback):
         elif begun := self._begun(max(0, math.ceil(state.epoch or 0) - 1)):
             if not self._path(begun).exists():
                 raise AnybatchError(
-                    f"{self._path(begun)} is gone, the plan of the epoch that the run was in. Start a new run, or put the "
-                    "file back."
+                    f"{self._path(begun)} is gone, the plan of the epoch that the run was in. Start a new run, or put "
+                    "the file back."
                 )
             self._use(sampler, begun)
 
@@ -107,8 +107,8 @@ class RefreshPlan(TrainerCallback):
             raise AnybatchError("The new plan is of other data than the run's. Start in another folder.")
         if (plan.num_rows, plan.batch_size, plan.num_batches) != (old.num_rows, old.batch_size, old.num_batches):
             raise AnybatchError(
-                f"The new plan has {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows; the run has "
-                f"{old.num_batches} of {old.batch_size} over {old.num_rows}. Mine with the same sizes."
+                f"The new plan has {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows; the run "
+                f"has {old.num_batches} of {old.batch_size} over {old.num_rows}. Mine with the same sizes."
             )
         sampler.plan = plan
         if self.loss.rows is not None:
