@@ -93,10 +93,13 @@ def render_gradient_page(comparison: GradientComparison, *, title: str, missing:
         title: Heading, such as the plan's path.
         missing: What could not be taken into account, in words.
     """
-    header, lines = comparison.rows()
+    from anybatch.insight.gradient_methods import comparison_rows as method_rows
+    from anybatch.insight.gradient_methods import plain_line, recommendation
+
+    header, lines = method_rows(comparison)
     names = [f"{line.method} ({line.batches})" for line in comparison.lines]
     cosines = [max(0.0, line.error.shared_cosine) for line in comparison.lines]
-    plain = max(0.0, comparison.plain.error.shared_cosine)
+    plain = max(0.0, plain_line(comparison).error.shared_cosine)
     sizes = [f"batch of {size:,}" for size in comparison.curve]
     charts = drawings(
         (
@@ -114,7 +117,7 @@ def render_gradient_page(comparison: GradientComparison, *, title: str, missing:
         comparison=comparison,
         header=header,
         lines=lines,
-        sentences=comparison.recommendation(),
+        sentences=recommendation(comparison),
         missing=missing,
         drawings=charts,
     )
