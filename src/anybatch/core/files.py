@@ -1,11 +1,11 @@
-"""Files that are whole, or absent, or named as damaged: atomic writes, digests, one writer a folder. Imports only errors.
+"""Files that are whole, or absent, or named as damaged: atomic writes, digests, one writer per folder.
 
 What a later run reads back is written in one of two ways:
 
     one file    `write_sealed`: the file carries a digest of all its own bytes, so that it can be moved and copied
     a folder    `seal_folder`: a list of sizes and digests of all its files, written last
 
-A digest finds what a disk, a cut connection or a careless hand changed; it is no signature and keeps nobody from forging.
+A digest finds what a disk, a cut connection or a careless hand changed; it is no signature against forging.
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ CONTENTS = "anybatch_contents.json"
 CARD = "README.md"  # a model's page, its owner's to edit; no run reads it
 LOCK = ".lock"
 _MARK, _DIGITS = b"anybatch-digest:", 32
-SEAL = (
-    _MARK.decode() + "0" * _DIGITS
-)  # what stands in the content given to `write_sealed`; the digest takes the place of the zeros
+SEAL = _MARK.decode() + "0" * _DIGITS  # stands in what `write_sealed` is given; the digest takes the zeros' place
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it onto `path`.
 
     A crash, a kill or a full disk leaves either the old file or the new one, never half of one.
@@ -46,17 +44,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     """
     path = Path(path)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
         raise AnybatchError(
             f"Cannot write {path}: {error.strerror or error}. Check that its folder exists and is writable."
         ) from error
     os.close(handle)
-    temporary = Path(name)
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        write(Path(temporary))
+        _sync(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -67,16 +63,12 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         ) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+            os.unlink(temporary)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content`, atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -150,7 +142,7 @@ def tensors_metadata(content: bytes) -> dict[str, str]:
 
 
 def seal_folder(folder: Path, **facts: Any) -> None:
-    """Sync all files in `folder`, give them the modes of new files, and list their sizes and digests in `CONTENTS`, written last.
+    """Sync all files in `folder`, give them the modes of new files, and list sizes and digests in `CONTENTS`, last.
 
     Args:
         folder: With folders in it, or without. Its model card is not listed.
@@ -160,14 +152,14 @@ def seal_folder(folder: Path, **facts: Any) -> None:
     """
     listed: dict[str, Any] = {}
     try:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CONTENTS):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(path, 0o666 & ~_umask())  # some libraries write weights for their owner alone
-            if path.name != CARD:
-                listed[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_digest(path)]
-        for inner in (path for path in folder.rglob("*") if path.is_dir()):
-            sync_folder(inner)
+        for path in sorted(folder.rglob("*")):
+            if path.is_dir():
+                sync_folder(path)
+            elif path != folder / CONTENTS:
+                _sync(path)
+                os.chmod(path, 0o666 & ~_umask())  # some libraries write weights for their owner alone
+                if path.name != CARD:
+                    listed[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_digest(path)]
     except OSError as error:
         raise AnybatchError(f"Cannot write {folder}: {error.strerror or error}. Free some space.") from error
     write_json(folder / CONTENTS, {**facts, "files": listed})
@@ -175,7 +167,7 @@ def seal_folder(folder: Path, **facts: Any) -> None:
 
 
 def flaw_of(folder: Path, **facts: Any) -> str | None:
-    """What is wrong with a folder of `seal_folder`, in words that end a sentence about it; None if all is as it was written.
+    """What is wrong with a folder of `seal_folder`, in words that end a sentence; None if all is as it was written.
 
     Args:
         folder: As it was given.
@@ -208,18 +200,22 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder onto the disk, as far as its file system can."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder)
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only writer of `folder`: hold the lock of its file `.lock`, which the system releases however the process ends.
+    """Be the only writer of `folder`: hold the lock of its file `.lock`.
 
-    It holds between processes, between machines on NFS (Linux), and between two runs of one process.
+    The system releases it however a process ends. It holds between processes, between machines on NFS (Linux), and between two runs of one process.
 
     Raises:
         AnybatchError: Somebody else holds it.
@@ -251,7 +247,8 @@ def _lock(path: Path) -> int:
             holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise AnybatchError(
-                f"{path.parent} is in use: {holder} writes there. Wait until that run ends, or choose another output folder."
+                f"{path.parent} is in use: {holder} writes there. Wait until that run ends, or choose another output "
+                "folder."
             ) from None
         except OSError as error:
             warnings.warn(
@@ -294,12 +291,13 @@ def check_name(name: str, what: str) -> None:
         what: Whose name it is, e.g. "data set", for the message.
 
     Raises:
-        AnybatchError: It is empty, "." or "..", longer than 200 bytes (file systems take 255), or holds a separator or a control character.
+        AnybatchError: It is empty, "." or "..", longer than 200 bytes (file systems take 255), or holds a separator or
+            a control character.
     """
     size = len(name.encode("utf-8", "surrogatepass"))
     if not name or name in (".", "..") or size > 200 or any(sign in "/\\" or ord(sign) < 32 for sign in name):
         shown = repr(name if size <= 200 else name[:40] + "...")
         raise AnybatchError(
-            f"A {what} is called {shown}; expected a plain file name, because files are called after it: 1 to 200 bytes, no '/' or '\\', no control "
-            "characters, not '.' or '..'. Give it another name."
+            f"A {what} is called {shown}; expected a plain file name, because files are called after it: 1 to 200 "
+            "bytes, no '/' or '\\', no control characters, not '.' or '..'. Give it another name."
         )

@@ -143,7 +143,7 @@ def spread(
         cells = {name: [column[row] for row in times] for name, column in cells.items()}
         lists = {name: [rows[row] for row in times] for name, rows in lists.items()}
         cells[chosen.positive] = [text for texts in positives for text in texts]
-    columns: dict[str, list[list[str]]] = {name: [column] for name, column in cells.items()}  # pyright: ignore[reportAssignmentType]
+    columns: dict[str, list[Any]] = {name: [column] for name, column in cells.items()}
     for name, rows in lists.items():
         widths = [len(row) for row in rows]
         fewest, most, total = min(widths), max(widths), sum(widths)
@@ -191,7 +191,9 @@ def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[s
         if distinct == 1 < len(texts):
             doubt = f"all {len(texts)} {side}s are one text ({texts[0]!r:.40})"
         elif distinct < FEW * len(texts):
-            doubt = f"its {len(texts)} {side}s are {distinct} distinct texts, and equal texts are no negatives of each other"
+            doubt = (
+                f"its {len(texts)} {side}s are {distinct} distinct texts, and equal ones are no negatives of each other"
+            )
         elif all(NUMBER.fullmatch(text) for text in texts):
             doubt = f"all {side}s are numbers, such as {texts[0]!r:.40}"
         elif all(text[0] == "[" and text[-1] == "]" for text in texts):
