@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, numpy as safetensors
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
 from torch.utils.data import BatchSampler
 
 from anybatch.core.errors import AnybatchError
