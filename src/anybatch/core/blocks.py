@@ -24,11 +24,10 @@ class BlockArrays:
     """Named arrays and a record of which blocks of them are finished.
 
     In a folder each array is `NAME.npy`, `finished.npy` holds a digest of each finished block (zeros for the others),
-    and `identity.json` says of which inputs the work is. A block is recorded only after its numbers were flushed, and
-    what is found in the folder is compared with its record: a block whose numbers are not those that were written is
-    done again. Ranks write different rows of the same files: they need one shared file system that maps files
-    coherently (one machine always does). The space is taken from the disk at once, because a full disk under a mapped
-    file kills.
+    and `identity.json` says of which inputs the work is. A block is recorded after its numbers were flushed; what is
+    found in the folder is compared with its record, and damaged blocks are done again. Ranks write different rows of
+    the same files: their file system must map files coherently (one machine always does). The space is taken from the
+    disk at once, because a full disk under a mapped file kills.
 
     Args:
         shapes: Name to (shape, dtype) of each array.

@@ -35,10 +35,6 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 
     A crash, a kill or a full disk leaves either the old file or the new one, never half of one.
 
-    Args:
-        path: The final file. Its folder must exist.
-        write: Called with the temporary file's path; must create it.
-
     Raises:
         AnybatchError: The file could not be written (disk full, no permission); the old file, if any, is intact.
     """
@@ -77,11 +73,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_sealed(path: str | os.PathLike[str], content: bytes) -> str:
-    """Write `content`, atomically, with a digest of all its bytes in the place of `SEAL`, which it holds somewhere.
-
-    Returns:
-        The digest.
-    """
+    """Write `content`, atomically, with a digest of all its bytes, which is returned, in the place of its `SEAL`."""
     start = content.index(SEAL.encode()) + len(_MARK)
     digest = digest_of([content]).encode()
     write_bytes(path, content[:start] + digest + content[start + _DIGITS :])
@@ -91,12 +83,8 @@ def write_sealed(path: str | os.PathLike[str], content: bytes) -> str:
 def read_sealed(path: str | os.PathLike[str], remedy: str) -> bytes:
     """The content of a file of `write_sealed`, if every bit of it is as it was written.
 
-    Args:
-        path: The file.
-        remedy: What to do if it is not, the end of the message.
-
     Raises:
-        AnybatchError: It cannot be read, or is damaged.
+        AnybatchError: It cannot be read, or is damaged; `remedy`, the end of the message, says what to do.
     """
     try:
         content = Path(path).read_bytes()
@@ -117,17 +105,12 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: str | os.PathLike[str], remedy: str, *keys: str) -> dict[str, Any]:
-    """What `write_json` wrote, without the digest.
-
-    Args:
-        path, remedy: See `read_sealed`.
-        keys: What tells this kind of file from the others that are sealed.
+    """What `write_json` wrote, without the digest; `keys` tell this kind of file from the others that are sealed.
 
     Raises:
         AnybatchError: See `read_sealed`; a whole file of another kind.
     """
-    content = read_sealed(path, remedy)
-    value = None
+    content, value = read_sealed(path, remedy), None
     with contextlib.suppress(ValueError):
         value = json.loads(content)
     if not isinstance(value, dict) or not {"digest", *keys} <= value.keys():
@@ -144,9 +127,7 @@ def tensors_metadata(content: bytes) -> dict[str, str]:
 def seal_folder(folder: Path, **facts: Any) -> None:
     """Sync all files in `folder`, give them the modes of new files, and list sizes and digests in `CONTENTS`, last.
 
-    Args:
-        folder: With folders in it, or without. Its model card is not listed.
-        facts: Further entries of the list, which is sealed JSON.
+    Its model card is not listed. `facts` are further entries of the list, which is sealed JSON.
 
     Cost: one pass over the files, about 1 GB a second, and their way to the disk.
     """
@@ -169,9 +150,7 @@ def seal_folder(folder: Path, **facts: Any) -> None:
 def flaw_of(folder: Path, **facts: Any) -> str | None:
     """What is wrong with a folder of `seal_folder`, in words that end a sentence; None if all is as it was written.
 
-    Args:
-        folder: As it was given.
-        facts: What the list must say.
+    The list must say the same `facts`.
     """
     if not (folder / CONTENTS).exists():
         return f"was cut short: it has no {CONTENTS}"
@@ -266,10 +245,7 @@ def _lock(path: Path) -> int:
 
 
 def digest_of(parts: Iterable[bytes]) -> str:
-    """A short digest of a sequence of byte strings; boundaries between the parts count.
-
-    Cost: one pass of BLAKE2b, about 1 GB a second.
-    """
+    """A short digest of a sequence of byte strings; boundaries between the parts count. Cost: about 1 GB a second."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))
@@ -286,13 +262,9 @@ def _umask() -> int:
 def check_name(name: str, what: str) -> None:
     """Refuse what cannot be the name of one file or folder in a given folder.
 
-    Args:
-        name: To be a file's or a folder's.
-        what: Whose name it is, e.g. "data set", for the message.
-
     Raises:
-        AnybatchError: It is empty, "." or "..", longer than 200 bytes (file systems take 255), or holds a separator or
-            a control character.
+        AnybatchError: The name of `what` is empty, "." or "..", longer than 200 bytes (file systems take 255), or holds
+            a separator or a control character.
     """
     size = len(name.encode("utf-8", "surrogatepass"))
     if not name or name in (".", "..") or size > 200 or any(sign in "/\\" or ord(sign) < 32 for sign in name):
