@@ -91,7 +91,6 @@ class Configuration:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """The annotations of the fields of a dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
 
@@ -101,12 +100,7 @@ def _dotted(section: str, name: object) -> str:
 
 
 def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """Read `path`, apply `overrides` and build the dataclass `kind`.
-
-    Args:
-        kind: A dataclass whose fields are plain values or further dataclasses.
-        path: A YAML file, or None for the defaults.
-        overrides: `"section.key=value"`; the value is read as YAML.
+    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win.
 
     Raises:
         AnybatchError: No such file, not a mapping, an unknown key (names the nearest valid one), a wrong type, a value
@@ -117,9 +111,8 @@ def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ())
         try:
             tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
         except OSError as error:
-            raise AnybatchError(
-                f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
-            ) from error
+            message = f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
+            raise AnybatchError(message) from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such date, nested too deeply
             raise AnybatchError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
@@ -183,10 +176,8 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 continue
             if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(
-                    f"line {line} has the key '{key}' a second time; keep one, with all that belongs to it."
-                )
+                where = f"line {key_node.start_mark.line + 1} has the key '{key}' a second time"
+                raise yaml.YAMLError(f"{where}; keep one, with all that belongs to it.")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 

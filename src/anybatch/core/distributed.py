@@ -45,11 +45,9 @@ def gather_sizes(num_rows: int, device: torch.device) -> list[int]:
 
 
 def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
-    """All ranks' rows, one rank after the other: (sum of sizes, ...). One collective.
+    """All ranks' rows, one rank after the other: (sum of sizes, ...), detached. One collective.
 
-    Args:
-        rows: (sizes[rank], ...) any dtype; detached here.
-        sizes: From `gather_sizes`.
+    `rows` are (sizes[rank], ...) of any dtype, `sizes` from `gather_sizes`: ranks may hold unequal numbers.
     """
     rows = rows.detach()
     if not is_active():
@@ -84,9 +82,6 @@ def agree(error: Exception | None = None) -> None:
     """All ranks go on, or none does: what one rank alone found (`error`) is raised on every rank.
 
     A rank that raised by itself would leave the others waiting in their next collective. Cost: one, of pickled strings.
-
-    Args:
-        error: What this rank has to say against going on; None for nothing.
 
     Raises:
         AnybatchError: With the words of the first rank that refused. A rank with an error of its own raises that.

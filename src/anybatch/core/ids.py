@@ -22,12 +22,10 @@ def as_integers(
     """Row numbers, ids or the like as int64, so that none of another type acts as a mask.
 
     Args:
-        name: Of the argument, for the message.
+        name: Of the argument, for the message; `remedy` says there what to do about a number out of range.
         values: Integers of any width.
-        length: Wanted shape (length,); None for any shape.
-        device: Where they must be; None for anywhere.
+        length, device: Wanted shape (length,), and where they must be; None for any.
         low, high: The smallest and largest number allowed; None for any. Looking costs one wait for the device.
-        remedy: What to do about a number out of range.
 
     Raises:
         AnybatchError: Another type, bool among them, shape, device or range.
