@@ -1,15 +1,11 @@
 """A sharded encoder (FSDP2) on two gloo ranks leaves the gradients of one process; what cannot be served is refused."""
 
-import os
 import random
-import tempfile
 import warnings
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,6 +16,7 @@ from anybatch.caching.encoder import ModuleFacts
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Mlp, TextEncoder, recorded, relative_error
 from tests.caching.test_distributed import GatheringSoftmax, reference, share, whole_batch
+from tests.ranks import on_ranks
 
 SHARES = [7, 4]  # three micro-batches of three on one rank, two on the other
 CASES = {
@@ -105,31 +102,23 @@ def looks_at_rows_on_one_rank():
     return said
 
 
-def on_rank(rank, folder):
-    torch.set_num_threads(1)
+def on_rank(rank, world_size):
     torch.set_default_dtype(torch.float64)
-    start, limit = f"file://{folder}/rendezvous", timedelta(seconds=90)
-    dist.init_process_group("gloo", init_method=start, rank=rank, world_size=2, timeout=limit)
-    try:
-        results = {name: run_case(rank, name, options) for name, options in CASES.items()}
-        inputs = [share(batch, rank, SHARES) for batch in whole_batch(SHARES)]
-        messages = []
-        for options in ({"micro_batch": "auto"}, {"micro_batch": 1}):
-            # Seven rows one by one on one rank are seven passes, and the other has four rows.
-            with pytest.raises(AnybatchError) as caught:
-                cached_step(GatheringSoftmax(SHARES), sharded_encoder(), inputs, **options)
-            messages.append(str(caught.value))
-        messages += looks_at_rows_on_one_rank()
-        torch.save((results, messages), os.path.join(folder, f"{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
+    results = {name: run_case(rank, name, options) for name, options in CASES.items()}
+    inputs = [share(batch, rank, SHARES) for batch in whole_batch(SHARES)]
+    messages = []
+    for options in ({"micro_batch": "auto"}, {"micro_batch": 1}):
+        # Seven rows one by one on one rank are seven passes, and the other has four rows.
+        with pytest.raises(AnybatchError) as caught:
+            cached_step(GatheringSoftmax(SHARES), sharded_encoder(), inputs, **options)
+        messages.append(str(caught.value))
+    messages += looks_at_rows_on_one_rank()
+    return results, messages
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_rank, args=(folder,), nprocs=2)
-        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
+    return on_ranks(on_rank, 2, seconds=90)
 
 
 @pytest.mark.distributed
