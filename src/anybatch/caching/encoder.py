@@ -35,31 +35,6 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 _OF_TORCH = frozenset(("_parameters", "_buffers", "_modules", "training"))
 
 
-def encode_rows(
-    encode: Encoder, slicer: RowSlicer, rows: Tensor, context: contextlib.AbstractContextManager[None] | None = None
-) -> tuple[Tensor, ...]:
-    """The encoder's tensors `(b, ...)` for `rows` `(b,)`, computed inside `context`.
-
-    Raises:
-        AnybatchError: The output is no Tensor or tuple of Tensors, not floating, or has not one embedding per row.
-    """
-    with context or contextlib.nullcontext():
-        outputs = encode(slicer.take(rows))
-    tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
-    if not isinstance(tensors, (tuple, list)) or not all(isinstance(output, Tensor) for output in tensors):
-        raise AnybatchError(
-            f"The encoder returned {type(outputs).__name__}; a Tensor (b, D) or a tuple of Tensors is expected. Pick "
-            'the embedding inside, for instance lambda batch: model(batch)["sentence_embedding"].'
-        )
-    for output in tensors:
-        if output.ndim == 0 or output.shape[0] != len(rows) or not output.is_floating_point():
-            raise AnybatchError(
-                f"The encoder returned a {output.dtype} tensor of shape {tuple(output.shape)} for {len(rows)} rows; a "
-                "floating tensor with one embedding per row is expected."
-            )
-    return tuple(tensors)
-
-
 def modules_of(function: Callable[..., Any]) -> list[nn.Module]:
     """The modules that a callable is or visibly holds, each once.
 
@@ -256,8 +231,26 @@ class Tower:
         return RandomState(self.facts.generators)
 
     def embed(self, rows: Tensor, context: contextlib.AbstractContextManager[None] | None = None) -> tuple[Tensor, ...]:
-        """The embeddings of some rows (`encode_rows`)."""
-        return encode_rows(self.encode, self.slicer, rows, context)
+        """The encoder's tensors `(b, ...)` for `rows` `(b,)`, computed inside `context`.
+
+        Raises:
+            AnybatchError: The output is no Tensor or tuple of Tensors, not floating, or has not one embedding per row.
+        """
+        with context or contextlib.nullcontext():
+            outputs = self.encode(self.slicer.take(rows))
+        tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
+        if not isinstance(tensors, (tuple, list)) or not all(isinstance(output, Tensor) for output in tensors):
+            raise AnybatchError(
+                f"The encoder returned {type(outputs).__name__}; a Tensor (b, D) or a tuple of Tensors is expected. "
+                'Pick the embedding inside, for instance lambda batch: model(batch)["sentence_embedding"].'
+            )
+        for output in tensors:
+            if output.ndim == 0 or output.shape[0] != len(rows) or not output.is_floating_point():
+                raise AnybatchError(
+                    f"The encoder returned a {output.dtype} tensor of shape {tuple(output.shape)} for {len(rows)} "
+                    "rows; a floating tensor with one embedding per row is expected."
+                )
+        return tuple(tensors)
 
     @contextlib.contextmanager
     def leaving_no_trace(self, random: RandomState) -> Iterator[None]:
