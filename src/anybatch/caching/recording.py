@@ -195,7 +195,7 @@ def record_towers(
         wrapped = tower.facts.wrapped
         recording.wrapped = [m for m in wrapped if m in called or isinstance(m, DistributedDataParallel)]
         recordings.append(recording)
-    towers[0].written.close()
+    towers[0].facts.written.close()
     return recordings
 
 
@@ -244,7 +244,7 @@ class _Recorder:
         self.recording.leaves = tuple(flat.requires_grad_(trains) for flat, trains in zip(self.flats, self.trains))
 
     def _record_next(self) -> None:
-        rows, budget, slicer, written = self.queue.popleft(), self.budget, self.tower.slicer, self.tower.written
+        rows, budget, slicer, written = self.queue.popleft(), self.budget, self.tower.slicer, self.tower.facts.written
         before, there = self.random, written.snapshot()
         # 1. One forward pass. Until an output needs a gradient a graph is asked for: it costs nothing where nothing
         #    trains, and tells so. In an encoder's first step always, and dropped: what it keeps for later passes

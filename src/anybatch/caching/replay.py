@@ -141,7 +141,7 @@ def replay(
 
 def _replay_all(recordings: Sequence[Recording], grads: Sequence[list[Tensor | None]]) -> None:
     step = recordings[0].tower  # what it knows of generators, buffers and modes it knows for all
-    random, written, end = step.random_state(), step.written, step.written.now()
+    random, written, end = step.random_state(), step.facts.written, step.facts.written.now()
     queues = _pieces_to_replay(recordings, grads)
     differences: list[Tensor] = []
     torch.clear_autocast_cache()
@@ -186,7 +186,7 @@ def _replay_next(
             # 1. The forward pass again, with a graph, from the state of its recording.
             if piece.random is not None:
                 piece.random.restore()
-                tower.written.restore(piece.written)
+                tower.facts.written.restore(piece.written)
             outputs, error = unless_out_of_memory(partial(tower.embed, piece.rows))
             if outputs is None:
                 _split(recording, queue, piece, error)

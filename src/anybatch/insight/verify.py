@@ -94,7 +94,8 @@ def verify(
             f"Every tower fits in one micro-batch of {micro_batch} rows, so there is nothing to compare. Pass more "
             "rows or a smaller micro_batch."
         )
-    facts, written, start = towers[0].facts, towers[0].written, towers[0].random_state()
+    facts, start = towers[0].facts, towers[0].random_state()
+    written = facts.written
     parts = [*facts.modules, *([loss] if isinstance(loss, nn.Module) else [])]
     names = _parameter_names(parts)
     # 2. The cached step.
