@@ -146,7 +146,7 @@ def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]
     npy = tmp_path / "vectors.npy"
     np.save(npy, np.ones((97, 4), complex))
     a_file = files(tmp_path, "file", b"here")
-    vectors = ["--set", f"teacher.anchor_embeddings={npy}", "--set", f"teacher.positive_embeddings={npy}"]
+    vectors = ["--set", f"teacher.embeddings=[{npy}, {npy}]"]
     return {
         "nothing": [],
         "unknown verb": ["trian"],
@@ -300,12 +300,12 @@ def test_mistakes_end_with_code_2_and_one_message(main, tiny_model_folder, pairs
 )
 def test_errors_wherever_they_arise(error, code, said, main, monkeypatch):
     """A verb that raises the error: what a library or the system says, and true bugs, which keep their traceback."""
-    from anybatch.run import pipeline
+    from anybatch.run import job
 
     def fail(*arguments, **settings):
         raise error
 
-    monkeypatch.setattr(pipeline, "train", fail)
+    monkeypatch.setattr(job, "train", fail)
     got, printed = main("train", "--data", "d", "--output", "o")
     assert got == code
     assert said in printed
@@ -390,8 +390,7 @@ def test_numbers_of_options(main, tiny_model_folder, pairs_file, tmp_path):
     sides = [tmp_path / f"{side}.npy" for side in ("anchor", "positive")]
     for path in sides:
         np.save(path, vectors)
-    given = [f"teacher.{path.stem}_embeddings={path}" for path in sides]
-    given += ["mining.cluster_size=4", "mining.skip=1", "mining.take=6"]
+    given = [f"teacher.embeddings=[{sides[0]}, {sides[1]}]", "mining.cluster_size=4", "mining.skip=1", "mining.take=6"]
     run = tmp_path / "run"
     sets = [item for value in given for item in ("--set", value)]
     assert main("mine", "--data", pairs_file, "--batch-size", 8, "--output", run, *sets)[0] == 0

@@ -17,9 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from anybatch.cli import mine as mine_module
 from anybatch.cli import progress
-from anybatch.cli import train as train_module
 from anybatch.cli.app import app
 from anybatch.core.configuration import load_config
 from anybatch.core.errors import AnybatchError
@@ -86,11 +84,9 @@ def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder,
     assert figures["ndcg@10"] == pytest.approx(trained["ndcg@10"], abs=1e-6)
 
 
-def test_evaluate_shows_progress(pairs_file, tiny_model_folder, monkeypatch):
-    heard = Console(width=200, record=True, force_terminal=False, stderr=True)
-    monkeypatch.setattr(progress, "console", heard)
+def test_evaluate_shows_progress(pairs_file, tiny_model_folder, heard):
     run("evaluate", str(tiny_model_folder), "--data", str(pairs_file))
-    said = heard.export_text()
+    said = heard()
     assert "embedding: anchors: 97/97" in said
     assert "embedding: positives: 97/97" in said
 
@@ -98,10 +94,9 @@ def test_evaluate_shows_progress(pairs_file, tiny_model_folder, monkeypatch):
 def test_the_folder_is_named_whole(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
     """Square brackets are no markup, and a long path is one line, to be copied."""
     folder = tmp_path / ("long" * 20) / "[bold]"
-    for module in (mine_module, train_module):
-        heard = Console(width=80, record=True, force_terminal=False, stderr=True)
-        monkeypatch.setattr(module, "console", heard)
-        verb, model = ("mine", []) if module is mine_module else ("train", ["--model", str(tiny_model_folder)])
+    heard = Console(width=80, record=True, force_terminal=False, stderr=True)
+    monkeypatch.setattr(progress, "console", heard)
+    for verb, model in (("mine", []), ("train", ["--model", str(tiny_model_folder)])):
         run(
             verb, "--data", str(pairs_file), *model, "--output", str(folder / verb), "--batch-size", "16",
             "--set", "mining.method=random", "--set", "train.max_steps=1",
@@ -183,13 +178,13 @@ def test_disk_full_while_training(pairs_file, tiny_model_folder, tmp_path):
 
 def test_figures_of_a_run(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
     """Five steps, logged every fourth; two evaluations while training, and one before and one after it."""
-    from anybatch.run import pipeline
+    from anybatch.run import job
 
     def slow(*arguments, **settings):
         time.sleep(0.5)
         return {"ndcg@10": 0.5}
 
-    monkeypatch.setattr(pipeline, "evaluate_model", slow)
+    monkeypatch.setattr(job, "evaluate_model", slow)
     more = ("mining.method=random", "train.max_steps=5", "train.log_steps=4", "train.eval_steps=2")
     started = time.monotonic()
     run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
@@ -296,7 +291,7 @@ class TestMistakes:
         match = {"nan": "13", "inf": "13", "zero": "13", "rows": "97", "shape": "shape", "not numpy": "Cannot read"}[
             flaw
         ]
-        vectors = (f"teacher.anchor_embeddings={path}", f"teacher.positive_embeddings={path}", "mining.cluster_size=4")
+        vectors = (f"teacher.embeddings=[{path}, {path}]", "mining.cluster_size=4")
         self.refuse(match, "mine", *settings(pairs_file, tiny_model_folder, out, *vectors))
         assert not (out / "plan.safetensors").exists()
 
@@ -317,11 +312,11 @@ class TestMistakes:
 
     def test_evaluate_refuses_what_it_would_ignore(self, pairs_file, tiny_model_folder, tmp_path):
         model = str(tiny_model_folder)
-        retrieval = ("--corpus", "c.jsonl", "--queries", "q.jsonl", "--qrels", "r.tsv")
+        retrieval = ("--retrieval", "c.jsonl", "q.jsonl", "r.tsv")
         for option in ("--limit", "--anchor", "--positive"):
-            self.refuse(f"Got {option}.* and --corpus", "evaluate", model, *retrieval, option, "5")
-        for option in ("--queries", "--qrels", "--split"):
-            self.refuse(f"Got --data.* and {option}", "evaluate", model, "--data", str(pairs_file), option, "x")
+            self.refuse(f"Got {option}.* and --retrieval", "evaluate", model, *retrieval, option, "5")
+        for option in (retrieval, ("--split", "x")):
+            self.refuse(f"Got --data.* and {option[0]}", "evaluate", model, "--data", str(pairs_file), *option)
         output = tmp_path / "nowhere" / "figures.json"
         self.refuse("There is no folder", "evaluate", "no-model", "--data", str(pairs_file), "--output", str(output))
 
@@ -368,13 +363,26 @@ class TestMistakes:
     def test_settings_that_contradict_each_other(self, pairs_file, tiny_model_folder, out):
         given = settings(pairs_file, tiny_model_folder, out, "mining.method=random")
         self.refuse("set batch_size alone", "train", *given, "--set", "mining.batch_size=16")
-        self.refuse("give one of them", "train", *given, "--set", "evaluation.corpus=x.jsonl")
+        self.refuse("give one of them", "train", *given, "--set", "evaluation.retrieval=[c, q, r]")
         self.refuse("evaluation.split is for", "train", *given, "--set", "evaluation.split=test")
         self.refuse(
             "evaluation.limit is for",
             "train",
             *given,
-            *("--set", "evaluation.path=null", "--set", "evaluation.corpus=c", "--set", "evaluation.limit=5"),
+            *(
+                "--set",
+                "evaluation.path=null",
+                "--set",
+                "evaluation.retrieval=[c, q, r]",
+                "--set",
+                "evaluation.limit=5",
+            ),
+        )
+        self.refuse(
+            "expected 3 files: corpus, queries, judgements",
+            "train",
+            *given,
+            *("--set", "evaluation.path=null", "--set", "evaluation.retrieval=[c, q]"),
         )
         self.refuse("does not define", "train", *given, "--set", "loss.weights=inclusion")
         assert not out.exists()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from anybatch.integrations.sentence_transformers import last_whole_checkpoint
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan
-from anybatch.run import pipeline
+from anybatch.run import job
 
 from .test_refresh import config
 
@@ -37,7 +37,7 @@ def test_a_killed_run_goes_on_in_the_partition_of_its_epoch(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     given = (pairs_file, tiny_model_folder)
     settings = {"partitions": 2, "refresh_epochs": refresh}
-    pipeline.train(config(*given, whole, **settings))
+    job.train(config(*given, whole, **settings))
     first = BatchPlan.load(whole / "plan.safetensors")
     second = BatchPlan.load(whole / "plan_epoch_2.safetensors") if refresh else first
     assert first.num_partitions == second.num_partitions == 2
@@ -61,15 +61,15 @@ def test_a_killed_run_goes_on_in_the_partition_of_its_epoch(
                 raise KillError
 
         with pytest.raises(KillError):
-            pipeline.train(config(*given, killed, **settings), resume=killed.exists(), progress=kill)
+            job.train(config(*given, killed, **settings), resume=killed.exists(), progress=kill)
         assert last_whole_checkpoint(killed / "checkpoints").name == f"checkpoint-{last}"
     seen.clear()
-    pipeline.train(config(*given, killed, **settings), resume=True)
+    job.train(config(*given, killed, **settings), resume=True)
     assert seen == expected[18:]
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert losses(killed) == losses(whole)
     single = tmp_path / "single"
-    pipeline.train(config(*given, single, refresh_epochs=refresh))
+    job.train(config(*given, single, refresh_epochs=refresh))
     assert losses(single)[:5] == losses(whole)[:5]
     assert losses(single)[5:10] != losses(whole)[5:10]
