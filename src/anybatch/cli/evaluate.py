@@ -11,8 +11,8 @@ import typer
 from anybatch.cli.options import (
     AnchorOption,
     DataOption,
+    ImageOption,
     LimitOption,
-    PictureOption,
     PositiveOption,
     check_new,
 )
@@ -27,7 +27,7 @@ def command(
     data: DataOption = None,
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
-    picture: PictureOption = None,
+    image: ImageOption = None,
     limit: LimitOption = None,
     retrieval: Annotated[
         tuple[str, str, str] | None,
@@ -56,7 +56,7 @@ def command(
     from anybatch.run.evaluate_model import evaluate_model
 
     check_new(output, "--output")
-    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--picture": picture, "--limit": limit}
+    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--image": image, "--limit": limit}
     of_retrieval = {"--retrieval": retrieval, "--split": split}
     given = [[name for name, value in kind.items() if value is not None] for kind in (of_pairs, of_retrieval)]
     if all(given):
@@ -65,9 +65,9 @@ def command(
             f"pairs ({', '.join(of_pairs)}) or a retrieval set ({', '.join(of_retrieval)})."
         )
     if data is not None:
-        pictures = None if picture is None else [name for name in picture if name]
+        images = None if image is None else [name for name in image if name]
         held_out = read_pairs(
-            data, anchor=anchor, positive=positive, negatives=(), pictures=pictures, quoting=quoting, limit=limit
+            data, anchor=anchor, positive=positive, negatives=(), images=images, quoting=quoting, limit=limit
         )
     elif retrieval is not None:
         held_out = read_retrieval(*retrieval, split=split, quoting=quoting)

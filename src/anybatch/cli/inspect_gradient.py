@@ -13,7 +13,7 @@ from anybatch.cli.options import (
     DataOption,
     EmbeddingsOption,
     HtmlOption,
-    PictureOption,
+    ImageOption,
     PlanArgument,
     PositiveOption,
     TemperatureOption,
@@ -28,7 +28,7 @@ def command(
     data: DataOption = None,
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
-    picture: PictureOption = None,
+    image: ImageOption = None,
     embeddings: EmbeddingsOption = None,
     temperature: TemperatureOption = None,
     direction: Annotated[str | None, typer.Option(help="Of the loss, one_way or both. By default the run's.")] = None,
@@ -45,7 +45,7 @@ def command(
 
     check_new(html, "--html")
     sources = PlanSources.find(path)
-    pairs = sources.pairs(data, {"anchor": anchor, "positive": positive, "pictures": tuple(picture or ())})
+    pairs = sources.pairs(data, {"anchor": anchor, "positive": positive, "images": tuple(image or ())})
     vectors = sources.embeddings(embeddings)
     if vectors is None:
         raise AnybatchError(

@@ -14,9 +14,9 @@ from anybatch.cli.options import (
     DataOption,
     EmbeddingsOption,
     HtmlOption,
+    ImageOption,
     LimitOption,
     NegativeOption,
-    PictureOption,
     PlanArgument,
     PositiveOption,
     TemperatureOption,
@@ -39,7 +39,7 @@ def command(
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
     negative: NegativeOption = None,
-    picture: PictureOption = None,
+    image: ImageOption = None,
     limit: LimitOption = None,
     embeddings: EmbeddingsOption = None,
     temperature: TemperatureOption = None,
@@ -60,7 +60,7 @@ def command(
     check_new(html, "--html")
     sources = PlanSources.find(path)
     plan, missing = sources.plan, sources.missing
-    columns = {"negatives": tuple(negative or ()), "pictures": tuple(picture or ())}
+    columns = {"negatives": tuple(negative or ()), "images": tuple(image or ())}
     pairs = sources.pairs(data, {"anchor": anchor, "positive": positive, "limit": limit, **columns})
     vectors = sources.embeddings(embeddings)
     mining = sources.mining()
@@ -134,7 +134,7 @@ def _table(title: str, figures: list[Figure]) -> Table:
 
 
 def _print_suspects(name: str, inspection: PlanInspection | None, pairs: PairData | None) -> None:
-    from anybatch.data.pictures import describe
+    from anybatch.data.images import describe
 
     if inspection is None or pairs is None or not inspection.suspects:
         return

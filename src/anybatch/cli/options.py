@@ -37,9 +37,9 @@ PositiveOption = Annotated[str | None, typer.Option("--positive", help="Name of 
 NegativeOption = Annotated[
     list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")
 ]
-PictureOption = Annotated[
+ImageOption = Annotated[
     list[str] | None,
-    typer.Option("--picture", help='Name of a column with paths of pictures; "" for none. Repeatable.'),
+    typer.Option("--image", help='Name of a column with paths of images; "" for none. Repeatable.'),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]

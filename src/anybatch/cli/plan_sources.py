@@ -12,8 +12,8 @@ import numpy as np
 from anybatch.core.configuration import load_config
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import read_json
+from anybatch.data.images import ImageColumn
 from anybatch.data.pairs import PairData
-from anybatch.data.pictures import PictureColumn
 from anybatch.losses.config import LossConfig
 from anybatch.mining import MiningSet
 from anybatch.plans.plan import BatchPlan
@@ -53,7 +53,7 @@ class PlanSources:
         chosen = {name: value for name, value in columns.items() if value not in (None, ())}
         if path is None and chosen:
             raise AnybatchError(
-                "--anchor, --positive, --negative, --picture and --limit describe the file of --data, which is not "
+                "--anchor, --positive, --negative, --image and --limit describe the file of --data, which is not "
                 "given. Add --data."
             )
         source = self.config.data if self.config is not None else None
@@ -70,9 +70,9 @@ class PlanSources:
                 raise
             self.missing.append(f"Texts: {error} Give the data with --data.")
             return None
-        pictures = any(isinstance(side, PictureColumn) for side in (pairs.anchors, pairs.positives))
-        if pictures and find_spec("PIL") is None:
-            self.missing.append("Pictures: they need Pillow. Install it with: pip install 'anybatch[images]'")
+        images = any(isinstance(side, ImageColumn) for side in (pairs.anchors, pairs.positives))
+        if images and find_spec("PIL") is None:
+            self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[images]'")
         return pairs
 
     def embeddings(self, given: tuple[Path, Path] | None) -> tuple[np.ndarray, np.ndarray] | None:

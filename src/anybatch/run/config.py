@@ -23,7 +23,7 @@ class SetConfig(Configuration):
         path: As `data.path`, one data set.
         name: For plans, reports and folders, a plain file name; None for the file's.
         anchor, positive: As in `data`.
-        anchor_prompt, positive_prompt: Instructions before its texts (not pictures) in training, behind the model's
+        anchor_prompt, positive_prompt: Instructions before its texts (not images) in training, behind the model's
             own.
         skip: The first ranks of its rows, taken for false negatives, as `mining.skip`.
         share: Of its clusters, how many an epoch samples, in (0, 1]: a large set at .25 weighs a quarter.
@@ -57,11 +57,11 @@ class DataConfig(Configuration):
         path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`. A folder of such files, or a saved
             `DatasetDict`, is several data sets with the same columns.
         sets: Several data sets, each with its own columns and instructions, instead of `path`.
-        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of pictures; None for
+        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of images; None for
             conventional ones (anchor and positive, query and pos, question and answer and the like), which are said.
         negatives: Names of columns with explicit negatives; None for those called negative, neg_1 and the like, [] for
             none.
-        pictures: Which of these columns hold paths of pictures, relative to the file's folder; None for those that do
+        images: Which of these columns hold paths of images, relative to the file's folder; None for those that do
             throughout, [] for none.
         quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain
             characters); None for the usual rules, refusing a file that can be read both ways.
@@ -76,7 +76,7 @@ class DataConfig(Configuration):
     anchor: str | None = None
     positive: str | None = None
     negatives: tuple[str, ...] | None = None
-    pictures: tuple[str, ...] | None = None
+    images: tuple[str, ...] | None = None
     quoting: Literal["standard", "raw"] | None = None
     limit: Count | None = None
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from anybatch.data.images import pick
 from anybatch.data.pairs import PairData
-from anybatch.data.pictures import pick
 from anybatch.plans.plan import BatchPlan
 
 LOOKED_AT = 1000  # rows looked at for one that can stand in for a missing hard negative
