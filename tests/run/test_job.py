@@ -217,9 +217,7 @@ class TestStaleFigures:
         shutil.copytree(tiny_model_folder, own)
         held_out.write_text("".join(pairs_file.read_text().splitlines(True)[:20]))
         config = replace(
-            config,
-            model=ModelConfig(name=str(own), device="cpu"),
-            evaluation=EvaluationConfig(path=str(held_out)),
+            config, model=ModelConfig(name=str(own), device="cpu"), evaluation=EvaluationConfig(path=str(held_out))
         )
         job.train(config)
         (Path(config.output) / "metrics.json").unlink()
@@ -244,10 +242,7 @@ class TestStaleFigures:
             metadata={"format": "pt"},
         )
         config = replace(
-            config,
-            model=ModelConfig(name=str(own), device="cpu"),
-            mining=MINED,
-            teacher=TeacherConfig(name=str(own)),
+            config, model=ModelConfig(name=str(own), device="cpu"), mining=MINED, teacher=TeacherConfig(name=str(own))
         )
         job.train(config)
         model = load_model(config.model)

@@ -50,9 +50,7 @@ METHODS = (
     ),
     Method(f"InfoNCE {SMALL}, mined (chosen)", "InfoNCE on batches chosen by the teacher.", mined=True),
     Method(
-        f"SogCLR {SMALL} (outlived)",
-        "Each example remembers its denominator.",
-        loss={"name": "sogclr", "gamma": 0.8},
+        f"SogCLR {SMALL} (outlived)", "Each example remembers its denominator.", loss={"name": "sogclr", "gamma": 0.8}
     ),
     Method(
         f"SogCLR {SMALL}, mined (both)",

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from anybatch.cli.options import RunOptions, with_run_options
+from anybatch.cli.options import RunOptions, with_options
 from anybatch.cli.progress import say, show
 
 
-@with_run_options
+@with_options
 def command(
     options: RunOptions,
     rows: Annotated[int, typer.Option("--rows", help="Rows of the batch that is taken both ways.")] = 16,

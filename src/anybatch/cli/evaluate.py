@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from anybatch.cli.options import (
-    AnchorOption,
-    DataOption,
-    ImageOption,
-    LimitOption,
-    PositiveOption,
-    check_new,
-)
+from anybatch.cli.options import AnchorOption, DataOption, ImageOption, LimitOption, PositiveOption, check_new
 from anybatch.cli.progress import Bars, show
 from anybatch.core.errors import AnybatchError
 
@@ -42,7 +35,8 @@ def command(
         str | None, typer.Option(help="Text put before each positive or document, in place of the model's own.")
     ] = None,
     quoting: Annotated[
-        str | None, typer.Option(help="Of CSV and TSV: standard, or raw where quotes are plain characters.")
+        Literal["standard", "raw"] | None,
+        typer.Option(help="Of CSV and TSV: standard, or raw where quotes are plain characters."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Also write the figures to this JSON file; it must be new.")

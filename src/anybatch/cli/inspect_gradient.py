@@ -7,46 +7,25 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from anybatch.cli.options import (
-    AnchorOption,
-    AnchorsOption,
-    DataOption,
-    EmbeddingsOption,
-    HtmlOption,
-    ImageOption,
-    PlanArgument,
-    PositiveOption,
-    TemperatureOption,
-    check_new,
-)
+from anybatch.cli.options import with_options
+from anybatch.cli.plan_options import PlanOptions, PlanSources
 from anybatch.cli.progress import Bars, say, show
 from anybatch.core.errors import AnybatchError
 
 
+@with_options
 def command(
-    path: PlanArgument,
-    data: DataOption = None,
-    anchor: AnchorOption = None,
-    positive: PositiveOption = None,
-    image: ImageOption = None,
-    embeddings: EmbeddingsOption = None,
-    temperature: TemperatureOption = None,
+    options: PlanOptions,
     direction: Annotated[str | None, typer.Option(help="Of the loss, one_way or both. By default the run's.")] = None,
-    anchors: AnchorsOption = 2000,
-    html: HtmlOption = None,
 ) -> None:
     """Compare the methods' gradients with the exact one over all data, on the plan's batches and on random ones."""
-    from anybatch.cli.plan_sources import PlanSources
     from anybatch.core.files import write_text
     from anybatch.insight import render_gradient_page
     from anybatch.insight.gradient_error import FrozenPairs
     from anybatch.insight.gradient_methods import compare_methods, comparison_rows, recommendation
-    from anybatch.losses.config import first_temperature
 
-    check_new(html, "--html")
-    sources = PlanSources.find(path)
-    pairs = sources.pairs(data, {"anchor": anchor, "positive": positive, "images": tuple(image or ())})
-    vectors = sources.embeddings(embeddings)
+    sources = PlanSources(options)
+    pairs, vectors = sources.pairs(), sources.embeddings()
     if vectors is None:
         raise AnybatchError(
             "The comparison needs embeddings of the data, and none are in the run's folder or named by its "
@@ -61,11 +40,11 @@ def command(
         bars("exact gradient", 0, 1)
         frozen = FrozenPairs.prepare(
             *vectors,
-            temperature=first_temperature(loss) if temperature is None else temperature,
+            temperature=sources.temperature,
             direction=direction,
             anchor_id=None if pairs is None else pairs.anchor_id,
             positive_id=None if pairs is None else pairs.positive_id,
-            num_probes=anchors,
+            num_probes=options.anchors,
         )
         bars("exact gradient", 1, 1)
         comparison = compare_methods(frozen, sources.plan, progress=lambda done, total: bars("methods", done, total))
@@ -81,6 +60,8 @@ def command(
     missing = [without] if pairs is None else []
     for sentence in (*recommendation(comparison), *(f"Not taken into account: {line}" for line in missing)):
         say(sentence)
-    if html is not None:
-        write_text(html, render_gradient_page(comparison, title=f"Gradients of {sources.path}", missing=missing))
-        say(f"Page: {html}")
+    if options.html is not None:
+        write_text(
+            options.html, render_gradient_page(comparison, title=f"Gradients of {sources.path}", missing=missing)
+        )
+        say(f"Page: {options.html}")

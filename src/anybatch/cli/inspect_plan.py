@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from anybatch.cli.options import (
-    AnchorOption,
-    AnchorsOption,
-    DataOption,
-    EmbeddingsOption,
-    HtmlOption,
-    ImageOption,
-    LimitOption,
-    NegativeOption,
-    PlanArgument,
-    PositiveOption,
-    TemperatureOption,
-    check_new,
-)
+from anybatch.cli.options import with_options
+from anybatch.cli.plan_options import PlanOptions, PlanSources
 from anybatch.cli.progress import Bars, say, show
 
 if TYPE_CHECKING:
@@ -33,36 +21,20 @@ EXAMPLES = 3  # suspected false negatives of a data set whose texts are printed;
 WIDTH = 100  # characters of a printed text
 
 
-def command(
-    path: PlanArgument,
-    data: DataOption = None,
-    anchor: AnchorOption = None,
-    positive: PositiveOption = None,
-    negative: NegativeOption = None,
-    image: ImageOption = None,
-    limit: LimitOption = None,
-    embeddings: EmbeddingsOption = None,
-    temperature: TemperatureOption = None,
-    anchors: AnchorsOption = 2000,
-    html: HtmlOption = None,
-) -> None:
+@with_options
+def command(options: PlanOptions) -> None:
     """Show what a plan holds beside random batches, with warnings where mining is likely to hurt.
 
     Data, embeddings and temperature are found in the run's folder; the options are for plans kept elsewhere.
     """
-    from anybatch.cli.plan_sources import PlanSources
     from anybatch.core.files import write_text
     from anybatch.insight import plan_sizes, render_plan_page, set_figures
     from anybatch.insight.inspection import inspect_plan, inspect_sets
-    from anybatch.losses.config import first_temperature
 
     # 1. Find what belongs to the plan.
-    check_new(html, "--html")
-    sources = PlanSources.find(path)
+    sources = PlanSources(options)
     plan, missing = sources.plan, sources.missing
-    columns = {"negatives": tuple(negative or ()), "images": tuple(image or ())}
-    pairs = sources.pairs(data, {"anchor": anchor, "positive": positive, "limit": limit, **columns})
-    vectors = sources.embeddings(embeddings)
+    pairs, vectors = sources.pairs(), sources.embeddings()
     mining = sources.mining()
 
     # 2. Measure it under the teacher's scores, each data set by itself.
@@ -77,8 +49,8 @@ def command(
                 *vectors,
                 anchor_id=None if pairs is None else pairs.anchor_id,
                 positive_id=None if pairs is None else pairs.positive_id,
-                temperature=first_temperature(sources.loss) if temperature is None else temperature,
-                num_anchors=anchors,
+                temperature=sources.temperature,
+                num_anchors=options.anchors,
                 progress=lambda fraction: bars("ranking", round(100 * fraction), 100),
             )
         inspections = measured if isinstance(measured, dict) else {"": measured}
@@ -110,7 +82,7 @@ def command(
         say(f"Not shown: {line}")
 
     # 4. Write the page.
-    if html is not None:
+    if options.html is not None:
         page = render_plan_page(
             plan,
             title=f"Plan {sources.path}",
@@ -120,14 +92,14 @@ def command(
             mining=mining,
             missing=missing,
         )
-        write_text(html, page)
-        say(f"Page: {html}")
+        write_text(options.html, page)
+        say(f"Page: {options.html}")
 
 
 def _table(title: str, figures: list[Figure]) -> Table:
     table = Table("", title=title, title_justify="left")
-    for name, side in (("this plan", "right"), ("random", "right"), ("good", "left")):
-        table.add_column(name, justify=side)
+    for name in ("this plan", "random", "good"):
+        table.add_column(name, justify="left" if name == "good" else "right")
     for figure in figures:
         table.add_row(figure.name, figure.plan, figure.random, figure.good)
     return table

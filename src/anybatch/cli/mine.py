@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from anybatch.cli.options import ResumeOption, RunOptions, with_run_options
+from anybatch.cli.options import ResumeOption, RunOptions, with_options
 from anybatch.cli.progress import Bars, say
 
 
-@with_run_options
+@with_options
 def command(options: RunOptions, resume: ResumeOption = False) -> None:
     """Choose the batches: rank the data with a teacher and write OUTPUT/plan.safetensors.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -38,26 +38,13 @@ NegativeOption = Annotated[
     list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")
 ]
 ImageOption = Annotated[
-    list[str] | None,
-    typer.Option("--image", help='Name of a column with paths of images; "" for none. Repeatable.'),
+    list[str] | None, typer.Option("--image", help='Name of a column with paths of images; "" for none. Repeatable.')
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="The contrastive batch, over all processes.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
-PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan (.safetensors), or the folder of its run.")]
-EmbeddingsOption = Annotated[
-    tuple[Path, Path] | None,
-    typer.Option("--embeddings", metavar="ANCHORS POSITIVES", help="Two .npy files, in the order of the data."),
-]
-TemperatureOption = Annotated[float | None, typer.Option("--temperature", help="Of the loss; by default the run's.")]
-AnchorsOption = Annotated[
-    int, typer.Option("--anchors", help="Anchors looked at, drawn at random. More is slower and more exact.", min=2)
-]
-HtmlOption = Annotated[
-    Path | None, typer.Option("--html", help="Also write a page that explains itself; the file must be new.")
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,22 +92,26 @@ class RunOptions:
         return load_config(RunConfig, config, overrides)
 
 
-def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options of `RunOptions`, which it receives as its first argument, before its own options.
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options that are the fields of its first argument, a dataclass, before its own options.
 
     Typer reads a function's signature, so the wrapper states the joined one.
     """
-    hints = get_type_hints(RunOptions, include_extras=True)
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    keyword = inspect.Parameter.KEYWORD_ONLY
+    first, *own = inspect.signature(command, eval_str=True).parameters.values()
+    hints = get_type_hints(first.annotation, include_extras=True)
     shared = [
-        inspect.Parameter(field.name, keyword, default=None, annotation=hints[field.name])
-        for field in fields(RunOptions)
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(first.annotation)
     ]
-    joined = [*shared, *(parameter.replace(kind=keyword) for parameter in own)]
+    joined = [*shared, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
 
     def verb(**values: Any) -> None:
-        options = RunOptions(**{parameter.name: values.pop(parameter.name) for parameter in shared})
+        options = first.annotation(**{parameter.name: values.pop(parameter.name) for parameter in shared})
         command(options, **values)
 
     verb.__signature__ = inspect.Signature(joined)  # pyright: ignore[reportFunctionMemberAccess]

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import ResumeOption, RunOptions, with_run_options
+from anybatch.cli.options import ResumeOption, RunOptions, with_options
 from anybatch.cli.progress import Bars, say, show
 
 
-@with_run_options
+@with_options
 def command(
     options: RunOptions,
     plan: Annotated[

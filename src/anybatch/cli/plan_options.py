@@ -1,64 +1,102 @@
-"""Where `inspect plan` and `inspect gradient` find what belongs to a plan: options, the run's folder, its settings."""
+"""The options of `inspect plan` and `inspect gradient`, and where they find what belongs to a plan."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import typer
 
-from anybatch.core.configuration import load_config
+from anybatch.cli.options import (
+    AnchorOption,
+    DataOption,
+    ImageOption,
+    LimitOption,
+    NegativeOption,
+    PositiveOption,
+    check_new,
+)
 from anybatch.core.errors import AnybatchError
-from anybatch.core.files import read_json
-from anybatch.data.images import ImageColumn
-from anybatch.data.pairs import PairData
-from anybatch.losses.config import LossConfig
-from anybatch.mining import MiningSet
-from anybatch.plans.plan import BatchPlan
-from anybatch.run.config import DataConfig, RunConfig
-from anybatch.run.read_data import read_data
-from anybatch.run.teacher import read_embeddings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from anybatch.data.pairs import PairData
+    from anybatch.mining import MiningSet
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Which plan to look at; what belongs to it, where that does not lie beside it; how to look."""
+
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan (.safetensors), or the folder of its run.")]
+    data: DataOption = None
+    anchor: AnchorOption = None
+    positive: PositiveOption = None
+    negative: NegativeOption = None
+    image: ImageOption = None
+    limit: LimitOption = None
+    embeddings: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="ANCHORS POSITIVES", help="Embeddings of the data, two .npy files in row order."),
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="Of the loss; by default the run's.")] = None
+    anchors: Annotated[
+        int, typer.Option(help="Anchors looked at, drawn at random. More is slower and more exact.", min=2)
+    ] = 2000
+    html: Annotated[Path | None, typer.Option(help="Also write a page that explains itself; the file must be new.")] = (
+        None
+    )
+
+
 class PlanSources:
     """A plan, and the run that it lies beside if it does. What is not found is said in `missing`, with its option.
 
     What an option names must be there and fit; what the run names may be gone by now.
     """
 
-    path: Path
-    plan: BatchPlan
-    config: RunConfig | None
-    missing: list[str] = field(default_factory=list)
+    def __init__(self, options: PlanOptions) -> None:
+        from anybatch.core.configuration import load_config
+        from anybatch.losses.config import LossConfig, first_temperature
+        from anybatch.plans.plan import BatchPlan
+        from anybatch.run.config import RunConfig
 
-    @classmethod
-    def find(cls, path: Path) -> PlanSources:
-        """From a plan's file or a run's folder."""
-        folder = path if path.is_dir() else path.parent
+        check_new(options.html, "--html")
+        self.options = options
+        folder = options.path if options.path.is_dir() else options.path.parent
         written = folder / "config.yaml"
-        config = load_config(RunConfig, written) if written.exists() else None
-        file = folder / "plan.safetensors" if path.is_dir() else path
-        return cls(file, BatchPlan.load(file), config)
+        self.config = load_config(RunConfig, written) if written.exists() else None
+        self.path = folder / "plan.safetensors" if options.path.is_dir() else options.path
+        self.plan = BatchPlan.load(self.path)
+        self.loss = LossConfig() if self.config is None else self.config.loss
+        given = options.temperature
+        self.temperature = first_temperature(self.loss) if given is None else given
+        self.missing: list[str] = []
 
-    @property
-    def loss(self) -> LossConfig:
-        """The loss of the run, or the default one."""
-        return LossConfig() if self.config is None else self.config.loss
-
-    def pairs(self, path: str | None, columns: dict[str, Any]) -> PairData | None:
+    def pairs(self) -> PairData | None:
         """The plan's data: that of `--data`, in the run's columns where the options name none, or the run's."""
-        chosen = {name: value for name, value in columns.items() if value not in (None, ())}
-        if path is None and chosen:
+        from anybatch.data.images import ImageColumn
+        from anybatch.run.config import DataConfig
+        from anybatch.run.read_data import read_data
+
+        options, source = self.options, self.config.data if self.config is not None else None
+        columns = {
+            "anchor": options.anchor,
+            "positive": options.positive,
+            "negatives": tuple(options.negative or ()),
+            "images": tuple(options.image or ()),
+            "limit": options.limit,
+        }
+        chosen: dict[str, Any] = {name: value for name, value in columns.items() if value not in (None, ())}
+        if options.data is not None:
+            source = replace(source or DataConfig(path=options.data), path=options.data, sets=(), **chosen)
+        elif chosen:
             raise AnybatchError(
-                "--anchor, --positive, --negative, --image and --limit describe the file of --data, which is not "
-                "given. Add --data."
+                "--anchor, --positive, --negative, --image and --limit describe the file of --data, which is not given. "
+                "Add --data."
             )
-        source = self.config.data if self.config is not None else None
-        if path is not None:
-            source = replace(source or DataConfig(path=path), path=path, sets=(), **chosen)
         if source is None:
             self.missing.append("Texts: the data is not known. Give it with --data (and --anchor, --positive).")
             return None
@@ -66,7 +104,7 @@ class PlanSources:
             pairs = read_data(source)
             self.plan.check(num_rows=len(pairs), data_digest=pairs.digest)
         except AnybatchError as error:
-            if path is not None:
+            if options.data is not None:
                 raise
             self.missing.append(f"Texts: {error} Give the data with --data.")
             return None
@@ -75,8 +113,11 @@ class PlanSources:
             self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[images]'")
         return pairs
 
-    def embeddings(self, given: tuple[Path, Path] | None) -> tuple[np.ndarray, np.ndarray] | None:
+    def embeddings(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The teacher's embeddings: given, in the run's folder, or named by its configuration."""
+        from anybatch.run.teacher import read_embeddings
+
+        given = self.options.embeddings
         kept = (self.path.with_name("teacher_anchor.npy"), self.path.with_name("teacher_positive.npy"))
         files = given or (kept if all(path.exists() for path in kept) else None)
         if files is None and self.config is not None:
@@ -100,6 +141,8 @@ class PlanSources:
 
     def mining(self) -> dict[str, Any] | None:
         """What mining left beside the plan, or beside the plan that the run was given, if it is this plan's."""
+        from anybatch.core.files import read_json
+
         path = self.path.with_name("mining.json")
         if not path.exists() and self.config is not None and self.config.plan is not None:
             path = Path(self.config.plan).with_name("mining.json")
@@ -117,6 +160,8 @@ class PlanSources:
 
     def windows(self) -> list[MiningSet]:
         """The first ranks of the rows' windows that the run gave its data sets, which the plan does not keep."""
+        from anybatch.mining import MiningSet
+
         names = self.plan.task_names
         if self.config is None or len(self.config.data.sets) != len(names):
             return []
