@@ -10,7 +10,7 @@ from anybatch.cli import progress
 
 @pytest.fixture
 def heard(monkeypatch):
-    """What the commands of a test print; `heard.width = 80` before them for a narrow terminal."""
+    """What the commands of a test print."""
     console = Console(width=500, record=True, force_terminal=False, stderr=True)
     monkeypatch.setattr(progress, "console", console)
     return lambda: console.export_text(clear=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -102,6 +103,33 @@ def test_the_folder_is_named_whole(pairs_file, tiny_model_folder, tmp_path, monk
             "--set", "mining.method=random", "--set", "train.max_steps=1",
         )  # fmt: skip
         assert f"{folder / verb}/" in heard.export_text()
+
+
+def test_help_imports_nothing_of_the_library():
+    """Torch and its like take seconds; who asks for help has not chosen a verb yet."""
+    given = [sys.executable, "-X", "importtime", "-m", "anybatch", "--help"]
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    assert "evaluate" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "anybatch.cli.evaluate" in imported
+    assert not imported & {"torch", "numpy", "numba", "datasets", "transformers"}
+
+
+def test_the_defaults_are_shown_without_any_other_option():
+    shown = yaml.safe_load(runner.invoke(app, ["train", "--show-config"]).stdout)
+    assert shown["output"] == "OUTPUT"
+    assert shown["mining"]["batch_size"] == shown["batch_size"] == 64
+    sets = runner.invoke(app, ["train", "--show-config", "--set", "data.sets=[{path: a}]", "--set", "seed=3"])
+    shown = yaml.safe_load(sets.stdout)
+    assert shown["data"]["sets"][0]["path"] == "a"
+    assert shown["seed"] == 3
+
+
+def test_a_short_run_leaves_a_line_in_its_log(pairs_file, tiny_model_folder, tmp_path):
+    more = ("mining.method=random", "train.max_steps=2", "train.log_steps=50")
+    run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
+    (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 2
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:

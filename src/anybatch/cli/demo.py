@@ -202,6 +202,6 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult]) -> Non
     write_text(folder / "report.html", render_report(report))
     figures = {name: asdict(result) for name, result in results.items()}
     write_text(folder / "results.json", json.dumps(figures, indent=2))
-    show(comparison_table(rows, METHODS[0].name))
+    show(comparison_table(rows, METHODS[0].name), whole=True)
     say("One seed, minutes of training: differences of a hundredth mean little.")
     say(f"Report: {folder / 'report.html'}   models: {folder}/a/model to {folder}/f/model")

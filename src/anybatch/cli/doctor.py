@@ -36,7 +36,7 @@ def command(
             table.add_row(name, f"{error:.1e}")
         if worst[shown:]:
             table.add_row(f"{len(worst) - shown} more, at most", f"{worst[shown][1]:.1e}")
-        show(table)
+        show(table, whole=True)
         together = f"relative error {result.error:.1e} (tolerance {result.tolerance:.0e}); loss {result.loss_error:.1e}"
         say(f"All parameters together: {together}.")
     for finding in result.findings:

@@ -30,10 +30,13 @@ def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def show(table: Table) -> None:
-    """Print a table as wide as it is: a cell that is wrapped or cut cannot be copied."""
-    wide = console.measure(table, options=console.options.update(width=1000)).maximum
-    console.print(table, width=max(wide, console.width), crop=False, no_wrap=True)
+def show(table: Table, *, whole: bool = False) -> None:
+    """Print a table, in a file or if `whole` as wide as it is: a cell that is wrapped or cut cannot be copied."""
+    narrow = console.width
+    if whole or not console.is_terminal:
+        console.width = max(narrow, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
+    console.width = narrow
 
 
 class Messages(logging.Handler):

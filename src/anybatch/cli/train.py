@@ -31,7 +31,9 @@ def command(
 
     if show_config:
         if options.config is None and not resume:  # the defaults; a run has to name these two
-            options = replace(options, output=options.output or "OUTPUT", data=options.data or "DATA")
+            named = any(value.startswith(("data.path", "data.sets")) for value in options.sets or [])
+            data = options.data or (None if named else "DATA")
+            options = replace(options, output=options.output or "OUTPUT", data=data)
         typer.echo(to_yaml(resolved(options.resolve(resume=resume, plan=plan))))
         return
     config = options.resolve(resume=resume, plan=plan)
