@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from anybatch.losses.memory import ExampleMemory
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -27,7 +28,6 @@ from anybatch.integrations.sentence_transformers import (
 )
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses.config import LossConfig
-from anybatch.losses.memory import ExampleMemory
 from anybatch.mining import MiningConfig
 from anybatch.run import job
 from anybatch.run.config import DataConfig, RunConfig

@@ -44,7 +44,8 @@ def command(
 ) -> None:
     """Measure a model: recall, MRR and nDCG on held-out pairs or on a retrieval set."""
     from anybatch.core.files import write_text
-    from anybatch.data.pairs import read_pairs, read_retrieval
+    from anybatch.data.pairs import read_pairs
+    from anybatch.data.retrieval import read_retrieval
     from anybatch.insight.tables import metrics_table
     from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
     from anybatch.run.evaluate_model import evaluate_model

@@ -12,7 +12,8 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, counter, no_progress
 from anybatch.data.images import Column
-from anybatch.data.pairs import PairData, RetrievalData
+from anybatch.data.pairs import PairData
+from anybatch.data.retrieval import RetrievalData
 from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
 from anybatch.integrations.sentence_transformers.embed import embed_texts, weights_digest
 from anybatch.integrations.sentence_transformers.model import Side

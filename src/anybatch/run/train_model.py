@@ -133,7 +133,7 @@ def refresh_callbacks(
             positive_id=pairs.positive_id,
             sets=mining_sets(config, pairs),
             data_digest=current.data_digest,
-            start=current.partition_clusters,
+            start=current.cluster,
             progress=lambda stage, fraction: progress(f"refresh: {stage}", round(100 * fraction), 100),
         ).plan
 
