@@ -141,6 +141,10 @@ def files(tmp_path: Path, name: str, content: bytes) -> Path:
 
 def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]]:
     """Command lines with one mistake each."""
+
+    def train_on(data: Path) -> list[object]:
+        return ["train", "--data", data, "--model", model, "--output", tmp_path / "out"]
+
     train = ["train", "--data", pairs, "--model", model, "--batch-size", 8, "--set", "mining.method=random"]
     mine = ["mine", "--data", pairs, "--batch-size", 8, "--output", tmp_path / "out"]
     npy = tmp_path / "vectors.npy"
@@ -167,60 +171,12 @@ def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]
         "set unknown": [*train, "--output", tmp_path / "out", "--set", "train.epoch=1"],
         "set a section": [*train, "--output", tmp_path / "out", "--set", "train=1"],
         "set nan": [*train, "--output", tmp_path / "out", "--set", "mining.conflict_weight=.nan"],
-        "data a folder without data": [
-            "train",
-            "--data",
-            tmp_path / "empty",
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data not UTF-8": [
-            "train",
-            "--data",
-            files(tmp_path, "a.jsonl", b'{"anchor": "\xff"}'),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data no JSON": [
-            "train",
-            "--data",
-            files(tmp_path, "b.jsonl", b"{"),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data no gzip": [
-            "train",
-            "--data",
-            files(tmp_path, "c.jsonl.gz", b"no"),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data gzip cut short": [
-            "train",
-            "--data",
-            files(tmp_path, "d.jsonl.gz", gzip.compress(pairs.read_bytes())[:-9]),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data no Parquet": [
-            "train",
-            "--data",
-            files(tmp_path, "e.parquet", b"no"),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
+        "data a folder without data": train_on(tmp_path / "empty"),
+        "data not UTF-8": train_on(files(tmp_path, "a.jsonl", b'{"anchor": "\xff"}')),
+        "data no JSON": train_on(files(tmp_path, "b.jsonl", b"{")),
+        "data no gzip": train_on(files(tmp_path, "c.jsonl.gz", b"no")),
+        "data gzip cut short": train_on(files(tmp_path, "d.jsonl.gz", gzip.compress(pairs.read_bytes())[:-9])),
+        "data no Parquet": train_on(files(tmp_path, "e.parquet", b"no")),
         "output a file": [*train, "--output", a_file],
         "output in a file": [*train, "--output", a_file / "run"],
         "output too long": [*train, "--output", tmp_path / ("x" * 300)],

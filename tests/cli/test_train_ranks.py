@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from anybatch.losses.memory_states import join_shards
+from anybatch.losses.state import join_shards
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 

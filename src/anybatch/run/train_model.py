@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -110,7 +110,7 @@ def refresh_callbacks(
     *,
     resume: bool,
     progress: Progress,
-) -> list[TrainerCallback]:
+) -> Sequence[TrainerCallback]:
     """The callback that mines anew with the student's embeddings, if `config.mining.refresh_epochs` asks for it."""
     if not config.mining.refresh_epochs:
         return []
@@ -148,7 +148,7 @@ def memory_callbacks(
     *,
     resume: bool,
     progress: Progress,
-) -> list[TrainerCallback]:
+) -> Sequence[TrainerCallback]:
     """Fill the running denominators as `config.loss` asks, unless a checkpoint will bring them.
 
     Returns:
