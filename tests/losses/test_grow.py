@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from anybatch.losses.memory_states import grown_state, join_shards
 from safetensors.torch import load_file, save_file
 
 from anybatch.core.errors import AnybatchError
@@ -22,7 +23,6 @@ from anybatch.losses import (
     Matryoshka,
     SogCLR,
 )
-from anybatch.losses.memory_states import grown_state, join_shards
 from tests.ranks import on_ranks
 
 OLD, NEW, WIDTH = 13, 20, 4

@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from anybatch.losses.memory import VERSION, ExampleMemory
+from anybatch.losses.memory_states import grown_state, join_shards
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import SogCLR
-from anybatch.losses.memory import VERSION, ExampleMemory
-from anybatch.losses.memory_states import grown_state, join_shards
 from tests.ranks import on_ranks
 
 KEYS = [7, 3, 7, -2, 3, 3, 9]  # slots 0 1 0 2 1 1 3

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from anybatch.family.isogclr import ISogCLR, TempNet
+from anybatch.losses.memory import ExampleMemory
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.family import EMC2, NUCLR, FastCLIP
-from anybatch.family.isogclr import ISogCLR, TempNet
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses import warm_start as room
 from anybatch.losses.exact_rows import exact_rows, make_table
-from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.monitoring import memory_figures
 from anybatch.losses.warm_start import warm_start
 from tests.ranks import on_ranks
