@@ -32,6 +32,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from anybatch.plan import BatchPlan, PlanSampler
+from anybatch.rows import RowTable
+from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
@@ -43,9 +46,6 @@ from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import KNOWN, LossConfig, build_loss
 from anybatch.losses.late_interaction import LateInteraction
 from anybatch.mining import MiningConfig, MiningSet, mine_plan
-from anybatch.plan import BatchPlan, PlanSampler
-from anybatch.rows import RowTable
-from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
 from tests.conftest import make_tiny_model, write_pairs
 
 FILE = Path(__file__).with_name("golden.safetensors")
