@@ -112,23 +112,17 @@ MUTATIONS = [
         ("if cap is None else min(ratio, cap)", "if cap is None else max(ratio, cap)"),
     ),
     *of(
-        "losses/infonce.py",
+        "losses/denominators.py",
         "losses/test_losses.py",
         ("return objective - correction, objective", "return objective, objective"),
     ),
     *of(
-        "losses/infonce.py",
-        "losses/test_methods.py",
-        ("logits + tilted - log_mean[:, None]", "logits + tilted"),
-        ("self.margin / self._temperature", "-self.margin / self._temperature"),
-    ),
-    *of(
-        "losses/sogclr.py",
+        "losses/denominators.py",
         "losses/test_losses.py",
         ("return objective + correction, torch.where", "return objective, torch.where"),
     ),
     *of(
-        "losses/memory.py",
+        "losses/denominators.py",
         "losses/test_memory.py",
         (
             "torch.logaddexp(old + log_stay, combined + log_gamma)",
@@ -136,7 +130,11 @@ MUTATIONS = [
         ),
         ("torch.where(old.isnan(), combined, torch.logaddexp", "torch.where(old < -80, combined, torch.logaddexp"),
         ("return total - count.clamp(min=1).log(), count", "return total, count"),
-        ("own = slots % ranks == rank", "own = slots % ranks == ranks - 1 - rank"),
+    ),
+    *of(
+        "losses/state.py",
+        "losses/test_memory.py",
+        ("own = rows % ranks == rank", "own = rows % ranks == ranks - 1 - rank"),
     ),
     *of(
         "losses/cross_batch.py",
@@ -199,17 +197,11 @@ MUTATIONS = [
         "plans/test_plan.py",
         ("np.random.default_rng([self.seed, epoch])", "np.random.default_rng([self.seed, 0])"),
         ("self._replace(members, clusters, _drawn(", "(members, clusters, _drawn("),
-        ("self.random_shares[min(epoch, len(self.random_shares) - 1)]", "self.random_shares[0]"),
         (
             "share * self.batch_size : (share + 1) * self.batch_size",
             "share * self.batch_size : (share + 1) * self.batch_size - 1",
         ),
         ("self._start = self.position", "self._start = self.position + 1"),
-    ),
-    *of(
-        "plans/plan.py",
-        "plans/test_partitions.py",
-        ("self._partitions[epoch % self.num_partitions]", "self._partitions[epoch % 2]"),
     ),
     *of("plans/sampling.py", "plans/test_plan.py", ("mates = whole * (m - 1) +", "mates = whole * m +")),
     *of(

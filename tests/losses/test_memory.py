@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import RunningDenominator as Running
 from anybatch.losses import SogCLR
 from anybatch.losses.state import VERSION, grown_state, join_shards
+from tests.ranks import on_ranks
 
 
 def visit(running, index, values, *, direction=0):
@@ -99,9 +96,7 @@ def run(running, shares, rank):
 SHARES = {1: [9], 2: [5, 4], 3: [4, 0, 5]}
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+def worker(rank, world_size):
     whole, part = Running(23, 2, gamma=0.3), Running(23, 2, gamma=0.3, sharded=True)
     ours, theirs = run(part, SHARES[world_size], rank), run(whole, SHARES[world_size], rank)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -117,16 +112,13 @@ def worker(rank, world_size, folder):
     if rank:
         with pytest.raises(AnybatchError, match="join_shards"):
             Running(26, 2).load_state_dict(part.state_dict())
-    torch.save({"part": part.state_dict(), "whole": whole.state_dict()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"part": part.state_dict(), "whole": whole.state_dict()}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_sharded_equals_replicated_bit_for_bit(world_size):
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
-        saved = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+    saved = on_ranks(worker, world_size)
     alone = Running(23, 2, gamma=0.3)
     run(alone, SHARES[1], 0)
     joined = join_shards([rank["part"] for rank in reversed(saved)])
