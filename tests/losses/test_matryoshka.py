@@ -77,8 +77,8 @@ def test_memories_are_apart_and_resume_bit_for_bit():
         step(whole, seed)
     resumed = Matryoshka(SogCLR(40, gamma=0.4, learnable_temperature=True), DIMS)
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
-    assert [int(part.memory.dimensions) for part in resumed.losses] == DIMS
-    assert not torch.equal(resumed.losses[0].memory.log_mean, resumed.losses[1].memory.log_mean)
+    assert [int(part.denominator.embedding_width) for part in resumed.losses] == DIMS
+    assert not torch.equal(resumed.losses[0].denominator.log_mean, resumed.losses[1].denominator.log_mean)
     for ours, theirs in zip(step(whole, 2), step(resumed, 2), strict=True):
         assert torch.equal(ours, theirs)
     assert all(
