@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from anybatch.losses.memory import ExampleMemory
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
