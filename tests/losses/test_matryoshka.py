@@ -15,7 +15,7 @@ from anybatch.core.configuration import from_mapping
 from anybatch.core.errors import AnybatchError
 from anybatch.family import SigLIP, TempNet
 from anybatch.losses import InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.registry import LossConfig, build_loss
 
 from .methods import ALL
 
@@ -102,11 +102,11 @@ def test_pairwise_losses_too():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"dimensions": []}, "dimensions are"),
-        ({"dimensions": [4, 4]}, "dimensions are"),
-        ({"dimensions": [0, 4]}, "dimensions are"),
-        ({"dimensions": [2, 4], "weights": [1.0]}, "one number a dimension"),
-        ({"dimensions": [2, 4], "weights": [1.0, -1.0]}, "one number a dimension"),
+        ({"dimensions": []}, "dimensions is"),
+        ({"dimensions": [4, 4]}, "dimensions is"),
+        ({"dimensions": [0, 4]}, "dimensions is"),
+        ({"dimensions": [2, 4], "weights": [1.0]}, "one number a prefix"),
+        ({"dimensions": [2, 4], "weights": [1.0, -1.0]}, "one number a prefix"),
     ],
 )
 def test_mistakes(arguments, match):
@@ -120,16 +120,15 @@ def test_mistakes(arguments, match):
 
 
 def test_by_configuration():
-    config = from_mapping(LossConfig, {"name": "sogclr", "matryoshka": [4, 2], "matryoshka_weights": [1, 0.5]})
+    config = from_mapping(LossConfig, {"name": "sogclr", "matryoshka": [4, 2]})
     loss = build_loss(config, num_rows=30)
     assert isinstance(loss, Matryoshka)
-    assert (loss.dimensions, loss.weights) == ((4, 2), (1.0, 0.5))
+    assert (loss.dimensions, loss.weights) == ((4, 2), (1.0, 1.0))
     assert loss(*embeddings(0), index=torch.arange(7)).isfinite()
     tempnet = build_loss(LossConfig(name="tempnet", matryoshka=(4, 2)), num_rows=30)
     assert tempnet.double()(*embeddings(0), index=torch.arange(7)).isfinite()
     for given, match in [
         ({"matryoshka": (4, 4)}, "different positive widths"),
-        ({"matryoshka_weights": (1.0,)}, "one weight a prefix"),
         ({"name": "sogclr", "matryoshka": (4,), "warm_start": True}, "each prefix has its own"),
         ({"name": "tempnet", "matryoshka": (4,), "dimensions": 4}, "says the widths already"),
     ]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SigLIP
 from anybatch.losses import ClusterLogWeight
-from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.registry import LossConfig, build_loss
 
 from .. import reference
 from .test_losses import close, draw_batch, gradients

@@ -13,8 +13,8 @@ import torch.multiprocessing as multiprocessing
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.config import LossConfig, build_loss
 from anybatch.losses.engine import softmax_loss
+from anybatch.losses.registry import LossConfig, build_loss
 
 DIMENSIONS = 5
 # Rows and explicit negatives of each rank; one rank has no negatives, another nothing at all.

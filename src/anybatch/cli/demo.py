@@ -18,7 +18,7 @@ from anybatch.core.files import read_json, write_text
 from anybatch.insight import MethodResult, Report, comparison_table, render_report
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
-from anybatch.losses.config import LossConfig
+from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig
 from anybatch.plans.plan import BatchPlan
 from anybatch.run import data as run_data

@@ -14,7 +14,7 @@ from anybatch.cli.progress import Bars, console
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import write_text
 from anybatch.insight import render_gradient_page
-from anybatch.losses.config import LossConfig, first_temperature
+from anybatch.losses.registry import LossConfig, first_temperature
 from anybatch.plans.plan import BatchPlan
 
 
@@ -69,8 +69,7 @@ def command(
     if temperature is None:
         temperature = first_temperature(LossConfig() if config is None else config.loss)
     if direction is None:
-        configured = LossConfig() if config is None else config.loss
-        direction = configured.direction or ("both" if configured.name == "fastclip" else "one_way")
+        direction = "one_way" if config is None else config.loss.options.get("direction", "one_way")
     if direction not in ("one_way", "both"):
         raise AnybatchError(f"--direction is {direction!r}; expected one_way or both.")
     with Bars() as bars:

@@ -22,7 +22,7 @@ from anybatch.data.pairs import PairData
 from anybatch.data.pictures import PictureColumn, describe
 from anybatch.insight import Figure, plan_sizes, render_plan_page, set_figures
 from anybatch.insight.inspection import PlanInspection, inspect_plan, inspect_sets
-from anybatch.losses.config import LossConfig, first_temperature
+from anybatch.losses.registry import LossConfig, first_temperature
 from anybatch.mining import MiningSet
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, RunConfig

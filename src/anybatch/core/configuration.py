@@ -58,7 +58,8 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 class Configuration:
     """Base of the configuration classes, which are frozen dataclasses. What every field may be is its annotation.
 
-    A class that checks more calls `super().__post_init__()` first. `section` is what messages put before the names.
+    A class that checks more calls `super().__post_init__()` first. `section` is what messages put before the names. A class whose fields depend on
+    one of them says in `class_for` which of its subclasses some given values are for.
 
     Raises:
         AnybatchError: A field is not what its annotation says: its name, what was given and what was expected.
@@ -66,10 +67,15 @@ class Configuration:
 
     section: ClassVar[str] = ""
 
+    @classmethod
+    def class_for(cls, given: Mapping[str, Any]) -> type[Configuration]:
+        """The class to make of `given`, names with their values."""
+        return cls
+
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
             where = f"{self.section}.{name}" if self.section else name
-            object.__setattr__(self, name, _convert(hint, getattr(self, name), where))
+            object.__setattr__(self, name, convert(hint, getattr(self, name), where))
 
 
 @functools.cache
@@ -111,16 +117,16 @@ def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ())
 
 def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `kind` from nested mappings; `where` is the dotted path used in messages."""
+    if issubclass(kind, Configuration):
+        kind = typing.cast(type[T], kind.class_for(tree))
     hints = _hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
     values = {}
     for key, value in tree.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean '{close[0]}'?" if close else f"valid keys here: {', '.join(fields)}."
-            raise AnybatchError(f"Unknown configuration key '{name}': {hint}")
-        values[key] = _convert(hints[key], value, name, text=True)
+            raise unknown_key(name, str(key), list(fields))
+        values[key] = convert(hints[key], value, name, text=True)
     for name, field in fields.items():
         if name not in values and dataclasses.is_dataclass(hints[name]) and field.default is dataclasses.MISSING:
             values[name] = from_mapping(typing.cast(type, hints[name]), {}, f"{where}.{name}" if where else name)
@@ -133,6 +139,13 @@ def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
         names = ", ".join(f"{where}.{name}" if where else name for name in missing)
         raise AnybatchError(f"Missing configuration value: {names}. Give it in the file or with --set.")
     return kind(**values)
+
+
+def unknown_key(name: str, key: str, known: Sequence[str]) -> AnybatchError:
+    """The refusal of a key that is none of `known`, with the nearest of them; `name` is its dotted name."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'?" if close else f"valid keys here: {', '.join(known)}."
+    return AnybatchError(f"Unknown configuration key '{name}': {hint}")
 
 
 def to_yaml(config: Any) -> str:
@@ -188,7 +201,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _convert(hint: Any, value: Any, name: str, *, text: bool = False) -> Any:
+def convert(hint: Any, value: Any, name: str, *, text: bool = False) -> Any:
     """`value` as the annotation `hint` wants it; `text` also reads numbers from text, as YAML hands over 1e-4.
 
     Raises:
@@ -227,7 +240,9 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
         items = [value] if text and isinstance(value, (str, int, float)) else value
         if not isinstance(items, (list, tuple)):
             raise TypeError
-        return tuple(_convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
+        if arguments[-1] is not Ellipsis and len(items) != len(arguments):
+            raise ValueError
+        return tuple(convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
     if choice is type(None) or choice is bool:
         if isinstance(value, choice):
             return value
@@ -260,6 +275,8 @@ def _expected(hint: Any) -> str:
             words.append(f"{_expected(arguments[0])} {arguments[1]}")
         elif origin is typing.Literal:
             words.append(("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments)))
+        elif origin is tuple and arguments[-1] is not Ellipsis:
+            words.append({2: "two"}.get(len(arguments), str(len(arguments))) + " numbers, the lowest and the highest")
         elif origin is tuple:
             words.append(f"a list, each of it {_expected(arguments[0])}")
         else:

@@ -83,7 +83,7 @@ class EMC2(ContrastiveLoss):
         self.num_steps: Tensor
         self.register_buffer("num_steps", torch.tensor(0))
 
-    needs_index = True
+    needs_index = over_data = inclusion = True
 
     @property
     def _known_rows(self) -> int:

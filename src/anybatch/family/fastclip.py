@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from anybatch.core.errors import AnybatchError
 from anybatch.family.robust import RobustSogCLR
@@ -47,6 +47,15 @@ class FastCLIP(RobustSogCLR):
     Cost: 4 bytes a row and direction; v2 12. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques to
     Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
     """
+
+    unused: ClassVar = {
+        "version": {
+            "v0": ("rho", "temperature_lr"),
+            "v1": ("rho", "temperature_lr", "temperature_range"),
+            "v2": (),
+            "v3": ("temperature_lr",),
+        }
+    }
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ class GloFND(SogCLR):
     al. 2025, "Discovering Global False Negatives On the Fly for Self-supervised Contrastive Learning", arXiv 2502.20612, algorithm 1.
     """
 
+    fillable = False  # it remembers another mean than that over all negatives
+
     def __init__(
         self,
         num_rows: int,

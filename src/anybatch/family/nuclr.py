@@ -50,6 +50,8 @@ class NUCLR(SogCLR):
     2410.09156, section 5 and algorithm 1.
     """
 
+    fillable = False  # it remembers another mean than that over all negatives
+
     def __init__(
         self,
         num_rows: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class PairwiseLoss(ContrastiveLoss):
         loss, num_negatives = self._seen
         return {"objective": loss.item(), "num_negatives": num_negatives, "temperature": self.temperature}
 
+    lacks: ClassVar = {"direction": "judges pairs, which have one direction"}
     _seen: tuple[Tensor, float] | None = None
 
     def _of(self, batch: Batch) -> Tensor:
@@ -117,6 +119,9 @@ class AUCCL(PairwiseLoss):
     Cost: no state. Reference: the square AUC loss of Ying et al. 2016, "Stochastic Online AUC Maximization", theorem 1, on pairs of embeddings as
     proposed by Sharma et al. 2024, "AUC-CL" (ICLR); that paper follows the inner variables by stochastic steps instead.
     """
+
+    inclusion = True  # they weigh the mean over negatives
+    lacks: ClassVar = {**PairwiseLoss.lacks, "temperature": "has no temperature, but loss.margin"}
 
     def __init__(self, *, margin: float = 1.0, normalize: bool = True, tile_bytes: int = TILE_BYTES) -> None:
         super().__init__(temperature=1.0, normalize=normalize, tile_bytes=tile_bytes)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -290,7 +290,14 @@ class ContrastiveLoss(PerExample):
         log_temperature = self.log_temperature + (limited - self.log_temperature.detach())
         return log_temperature.to(like).exp()
 
-    needs_index = False
+    # What a method is, for the rooms that use losses by name.
+    needs_index: ClassVar[bool] = False  # whether a call needs the row numbers
+    over_data: ClassVar[bool] = False  # whether its denominator stands for the data set, and not for the batch alone
+    inclusion: ClassVar[bool] = False  # whether inclusion log-weights of mined batches mean something to it
+    fillable: ClassVar[bool] = False  # whether it keeps denominators that a warm start can fill and a probe can check
+    lacks: ClassVar[Mapping[str, str]] = {}  # options of most methods that this one does not have, and why
+    # An option, its values, and the options that each value leaves unused.
+    unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
 
     @property
     def _known_rows(self) -> int | None:

@@ -142,6 +142,8 @@ class CountCorrectedInfoNCE(ContrastiveLoss):
             raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")
         self.num_rows = num_rows
 
+    over_data = inclusion = True
+
     @property
     def _known_rows(self) -> int:
         return self.num_rows

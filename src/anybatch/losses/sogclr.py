@@ -87,7 +87,7 @@ class SogCLR(ContrastiveLoss):
         self._eps_follows_rows = eps is None
         self.eps = 1.0 / (num_rows - 1) if eps is None else eps
 
-    needs_index = True
+    needs_index = over_data = inclusion = fillable = True
 
     @property
     def _known_rows(self) -> int:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("anybatch")
 TRIED_ROWS = 4  # of the step that is tried before mining
-BATCH_LOSSES = ("infonce", "decoupled", "siglip", "auc_cl")  # whose negatives are the batch's own
 
 
 def try_batch(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> None:
@@ -52,7 +51,7 @@ def try_batch(config: RunConfig, pairs: PairData, model: SentenceTransformer) ->
     """
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.integrations.sentence_transformers.training import forgotten
-    from anybatch.losses.config import build_loss
+    from anybatch.losses.registry import build_loss
 
     with distributed.alone() as chosen, forgotten(model):
         if not chosen:
@@ -166,14 +165,14 @@ def _train_in(
 ) -> RunResult:
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.integrations.sentence_transformers.training import train_model
-    from anybatch.losses.config import build_loss
+    from anybatch.losses.registry import build_loss
     from anybatch.losses.rows import RowTable
 
     run = run_digest(folder)
     plan = make_plan(config, pairs, progress)
     if (
         plan.cluster_size > 1
-        and config.loss.name not in BATCH_LOSSES
+        and config.loss.method.over_data
         and not plan.negatives_per_row
         and distributed.rank() == 0
     ):
@@ -342,20 +341,16 @@ def prepare_memory(
             model,
             pairs,
             loss.loss,  # pyright: ignore[reportArgumentType] - one without memory is refused by name
-            sample=settings.warm_start_sample,
-            seed=config.seed,
             folder=folder,
             progress=progress,
         )
-    if settings.warm_start_steps is None and settings.probe_steps is None:
+    if settings.probe_steps is None:
         return []
     return [
         MemoryCallback(
             model,
             pairs,
             loss.loss,  # pyright: ignore[reportArgumentType]
-            refill_steps=settings.warm_start_steps,
-            sample=settings.warm_start_sample,
             probe_steps=settings.probe_steps,
         )
     ]

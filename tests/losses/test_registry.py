@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
+import yaml
 
 from anybatch import family
-from anybatch.core.configuration import from_mapping
+from anybatch.core.configuration import from_mapping, to_yaml
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.config import KNOWN, WITH_MEMORY, LossConfig, build_loss, first_temperature
+from anybatch.losses.registry import METHODS, LossConfig, build_loss, first_temperature, method_of, options_of
+
+FILLABLE = [name for name in METHODS if method_of(name).fillable]
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_name_builds_and_runs(name):
     extra = {"dimensions": 4} if name == "tempnet" else {}
     loss = build_loss(LossConfig(name=name, **extra), num_rows=10)
     config = LossConfig(name=name, **extra)
     if name != "auc_cl":  # it has none
-        assert loss.temperature == pytest.approx({"fastclip": 0.07, "siglip": 0.1}.get(name, 0.05))
+        assert loss.temperature == pytest.approx({"fastclip": 0.07, "siglip": 0.1, "debiased": 0.5}.get(name, 0.05))
         assert first_temperature(config) == pytest.approx(loss.temperature)
         assert first_temperature(LossConfig(name=name, temperature=0.06, **extra)) == pytest.approx(0.06)
     assert getattr(loss, "direction", "one_way") == ("both" if name == "fastclip" else "one_way")
@@ -46,9 +56,10 @@ def test_settings_reach_their_method():
         ({"name": "sogclr", "rho": 7.0}, "loss.rho is given"),
         ({"name": "fastclip", "learnable_temperature": True}, "loss.learnable_temperature is given"),
         ({"name": "nuclr", "eps": 0.0}, "loss.eps is given"),
+        ({"name": "sogclr", "gama": 0.5}, "Unknown configuration key 'loss.gama': did you mean 'gamma'"),
+        ({"name": "infonce", "margin": 0.1, "learnable_temperature": True}, "loss.margin is 0.1 and the temperature"),
         ({"name": "tempnet"}, "loss.dimensions is missing"),
         ({"name": "isogclr", "temperature_range": (0.1,)}, "expected two numbers"),
-        ({"name": "sogclr", "gamma_steps_per_epoch": 3}, "needs loss.gamma_steps"),
         ({"name": "sogclr", "gamma": 1.5}, "loss.gamma is 1.5"),
         ({"name": "infonce", "weights": "inclusion"}, "does not define"),
         ({"temperature": 0.0}, "loss.temperature"),
@@ -68,11 +79,38 @@ def test_settings_reach_their_method():
     ],
 )
 def test_mistakes(given, match):
-    with pytest.raises(AnybatchError, match=match):
-        LossConfig(**given)
+    """In Python and from a file."""
+    for make in (lambda: LossConfig(**given), lambda: from_mapping(LossConfig, given, "loss")):
+        with pytest.raises(AnybatchError, match=match):
+            make()
 
 
-@pytest.mark.parametrize("name", WITH_MEMORY)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_configuration_is_its_constructor(name):
+    """Names, defaults and order; written, read, copied and pickled whole; built without a draw from the generator of random numbers."""
+    generator = torch.get_rng_state()
+    config = LossConfig(name=name, **({"dimensions": 4} if name == "tempnet" else {}))
+    assert torch.equal(torch.get_rng_state(), generator)
+    for key, option in options_of(name).items():
+        if option.default is not inspect.Parameter.empty:
+            assert getattr(config, key) == option.default
+            parameter = inspect.signature(method_of(name)).parameters.get(key)
+            assert parameter is None or parameter.default == option.default
+    text = to_yaml(config)
+    assert yaml.safe_load(text) == {**yaml.safe_load(text), "name": name}
+    assert from_mapping(LossConfig, yaml.safe_load(text)) == config
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config)):
+        assert again == config
+        assert type(again) is type(config)
+
+
+def test_the_core_does_not_import_a_method_of_the_family_before_it_is_asked_for():
+    source = "import sys, anybatch.losses.registry as r; r.LossConfig(); print([m for m in sys.modules if m.startswith('anybatch.family')])"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", FILLABLE)
 def test_memory_is_stored_as_asked(name):
     extra = {"dimensions": 4} if name == "tempnet" else {}
     plain = build_loss(LossConfig(name=name, direction="both", **extra), num_rows=10)
