@@ -1,6 +1,6 @@
 """Losses by name. Adding a method is one line of `METHODS`: its settings are its constructor's parameters, with their types, defaults and checks.
 
-What a method is (over which data, with a memory or without) its class says: see the class attributes of `ContrastiveLoss`.
+What a method is (whether it stands for the data set, whether a warm start can fill it) the loss itself says, see `ContrastiveLoss`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import nn
 from anybatch.core.configuration import Configuration, Count, Range, convert, unknown_key
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.denominators import RunningDenominator
+from anybatch.losses.gamma import GammaSchedule
 from anybatch.losses.matryoshka import Matryoshka, check_prefixes
-from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.schedule import GammaSchedule
 
 # The published relatives are named by import path only: the core does not import them before one is asked for.
 METHODS: dict[str, str] = {
-    "infonce": "anybatch.losses.infonce.InfoNCE",
-    "decoupled": "anybatch.losses.infonce.DecoupledInfoNCE",
-    "count_corrected": "anybatch.losses.infonce.CountCorrectedInfoNCE",
+    "infonce": "anybatch.losses.methods.InfoNCE",
+    "decoupled": "anybatch.losses.methods.DecoupledInfoNCE",
+    "count_corrected": "anybatch.losses.methods.CountCorrectedInfoNCE",
     "cross_batch": "anybatch.losses.cross_batch.CrossBatchInfoNCE",
-    "sogclr": "anybatch.losses.sogclr.SogCLR",
-    "fastclip": "anybatch.family.fastclip.FastCLIP",
-    "isogclr": "anybatch.family.isogclr.ISogCLR",
-    "tempnet": "anybatch.family.isogclr.TempNet",
+    "sogclr": "anybatch.losses.methods.SogCLR",
+    "fastclip": "anybatch.family.robust.FastCLIP",
+    "isogclr": "anybatch.family.robust.ISogCLR",
+    "tempnet": "anybatch.family.robust.TempNet",
     "nuclr": "anybatch.family.nuclr.NUCLR",
     "glofnd": "anybatch.family.glofnd.GloFND",
     "emc2": "anybatch.family.emc2.EMC2",
@@ -57,8 +57,7 @@ class Option(typing.NamedTuple):
     default: Any
 
 
-GAMMA = {"gamma_steps": Option(Count | None, None)}
-MEMORY = {"memory_dtype": Option(Literal["float32", "float16"], "float32"), "memory_sharded": Option(bool, False)}
+GAMMA_STEPS = Option(Count | None, None)  # of a `GammaSchedule`, where a gamma is asked for
 
 
 @functools.cache
@@ -78,9 +77,7 @@ def options_of(name: str) -> dict[str, Option]:
         for key, parameter in inspect.signature(make).parameters.items()
         if key not in IN_PYTHON_ONLY and (hint := _plain(hints.get(key))) is not None
     }
-    if "gamma" in options:
-        options |= GAMMA
-    return options | MEMORY if method_of(name).fillable else options
+    return options | {"gamma_steps": GAMMA_STEPS} if "gamma" in options else options
 
 
 def _plain(hint: Any) -> Any:
@@ -173,15 +170,20 @@ class LossConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.matryoshka is not None:
+            check_prefixes(self.matryoshka, None, "loss.matryoshka")
         self._check_options()
-        self._check_shared()
-        # Its constructor has the last word on what goes together.
+        try:
+            example = self.example()  # the constructor has the last word on what goes together
+        except AnybatchError as error:
+            first = str(error).split(maxsplit=1)[0]
+            raise AnybatchError(f"loss{'.' if first in self.options else ': '}{error}") from error
+        self._check_shared(example)
+
+    def example(self) -> ContrastiveLoss:
+        """The loss for a data set of two rows (the first of several prefixes'), of which it can be asked what it is."""
         with torch.random.fork_rng(devices=[]):
-            try:
-                build_loss(self, num_rows=2)
-            except AnybatchError as error:
-                first = str(error).split(maxsplit=1)[0]
-                raise AnybatchError(f"loss{'.' if first in self.options else ': '}{error}") from error
+            return _build(self, 2, None if self.matryoshka is None else self.matryoshka[0])
 
     def _check_options(self) -> None:
         """What the method would not use as it is set."""
@@ -198,26 +200,24 @@ class LossConfig(Configuration):
                         f"{using}. Remove it, or change loss.{chooser}."
                     )
 
-    def _check_shared(self) -> None:
+    def _check_shared(self, example: ContrastiveLoss) -> None:
         """What the method does not define of the options that all methods share."""
-        if self.weights == "inclusion" and not self.method.inclusion:
+        if self.weights == "inclusion" and not example.inclusion:
             raise AnybatchError(
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "
                 "Use loss.name=count_corrected (no memory) or sogclr."
             )
         for name, value in (("warm_start", self.warm_start), ("probe_steps", self.probe_steps)):
-            if value and not self.method.fillable:
-                fillable = ", ".join(other for other in METHODS if method_of(other).fillable)
+            if value and not isinstance(example.running, RunningDenominator):
                 raise AnybatchError(
-                    f"loss.{name} is {value}, but '{self.name}' has no running denominator. It is for {fillable}."
+                    f"loss.{name} is {value}, but '{self.name}' has no running denominator of all negatives. It is for "
+                    "methods that have one, such as sogclr."
                 )
             if value and self.matryoshka is not None:
                 raise AnybatchError(
                     f"loss.{name} is {value} and loss.matryoshka {list(self.matryoshka)}: a warm start and a probe are "
                     "for one memory, and each prefix has its own. Leave out one of the two."
                 )
-        if self.matryoshka is not None:
-            check_prefixes(self.matryoshka, None, "loss.matryoshka")
 
 
 @functools.cache
@@ -241,8 +241,7 @@ def first_temperature(config: LossConfig) -> float:
     """The temperature that training begins with; 0.05 for a loss without one, to look at data with."""
     if "temperature" not in config.options:
         return FIRST_TEMPERATURE
-    with torch.random.fork_rng(devices=[]):
-        return float(typing.cast(Any, build_loss(config, num_rows=2)).temperature)
+    return config.example().temperature
 
 
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
@@ -275,14 +274,4 @@ def _build(config: LossConfig, num_rows: int, width: int | None) -> ContrastiveL
     steps = arguments.pop("gamma_steps", None)
     if steps is not None:
         arguments["gamma"] = GammaSchedule(arguments["gamma"], num_steps=steps)
-    dtype, sharded = arguments.pop("memory_dtype", "float32"), arguments.pop("memory_sharded", False)
-    loss = make_loss(config.name, num_rows, **arguments)
-    if dtype != "float32" or sharded:  # nothing was remembered yet
-        if dtype == "float16" and config.options.get("gamma", 1.0) < 0.05:
-            raise AnybatchError(
-                f"memory_dtype is 'float16' and loss.gamma {config.options['gamma']}: steps that small are rounded "
-                "away. Use float32, or gamma from .05."
-            )
-        memory = typing.cast(Any, loss).memory
-        typing.cast(Any, loss).memory = ExampleMemory(num_rows, len(memory.log_mean), dtype=dtype, sharded=sharded)
-    return loss
+    return make_loss(config.name, num_rows, **arguments)

@@ -172,7 +172,7 @@ def _train_in(
     plan = make_plan(config, pairs, progress)
     if (
         plan.cluster_size > 1
-        and config.loss.method.over_data
+        and config.loss.example().over_data
         and not plan.negatives_per_row
         and distributed.rank() == 0
     ):

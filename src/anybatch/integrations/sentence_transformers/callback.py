@@ -19,8 +19,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
-from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.memory_states import grown_state, join_shards
+from anybatch.losses.state import State, grown_state, join_shards
 from anybatch.plans.plan import PlanSampler
 
 logger = logging.getLogger("anybatch")
@@ -268,7 +267,7 @@ def check_checkpoint(folder: Path) -> None:
 
 def _is_sharded(loss: CachedLoss) -> bool:
     """Whether ranks hold different states of the loss."""
-    shared_out = any(isinstance(module, ExampleMemory) and module.sharded for module in loss.loss.modules())
+    shared_out = any(isinstance(module, State) and module.sharded for module in loss.loss.modules())
     return shared_out and distributed.is_active()
 
 
