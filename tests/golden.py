@@ -6,13 +6,13 @@
     python -m tests.golden --exact --only "loss: sogclr" tests/golden.safetensors       # the cases whose names begin so
 
 Every case is a line of a table: a loss x a direction x a form of arguments; a mining method x its data sets; and so on.
-A case gives labelled tensors. Of small ones the file keeps all numbers, of others the norm and two random projections, and of
-each a digest of its bytes. A rearrangement of the code must keep the digests; one that adds numbers up in another order must
-keep float64 to 1e-12.
+A case gives labelled tensors. Of small ones the file keeps all numbers, of others the norm and two random
+projections, and of each a digest of its bytes. A rearrangement of the code must keep the digests; one that adds numbers
+up in another order must keep float64 to 1e-12.
 
-What a renaming in the library touches here: the imports, `build`, `registered`, `row_table`, `call_arguments`, `plan_of_rows`,
-`set_tile_bytes`, `grow`, `mined`, `cached_case`, `small_run`, and `STATE_NAMES`, which gives every buffer and parameter a name
-that has nothing to do with the class that holds it.
+What a renaming in the library touches here: the imports, `build`, `registered`, `row_table`, `call_arguments`,
+`plan_of_rows`, `set_tile_bytes`, `grow`, `mined`, `cached_case`, `small_run`, and `STATE_NAMES`, which gives every
+buffer and parameter a name that has nothing to do with the class that holds it.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from anybatch import pipeline
 from anybatch.caching import cached_step
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.config import KNOWN, LossConfig, build_loss
 from anybatch.losses.late_interaction import LateInteraction
+from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, MiningSet, mine_plan
-from anybatch.plan import BatchPlan, PlanSampler
-from anybatch.rows import RowTable
-from anybatch.run_config import DataConfig, RunConfig, TeacherConfig
+from anybatch.plans.plan import BatchPlan, PlanSampler
+from anybatch.run import pipeline
+from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 from tests.conftest import make_tiny_model, write_pairs
 
 FILE = Path(__file__).with_name("golden.safetensors")
@@ -163,7 +163,7 @@ def plan_of_rows(mixing: str | None) -> BatchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """A form of arguments: `table` has the options of `row_table`, None for no table; `mixing` makes a plan of two sets."""
+    """A form of arguments: `table` has the options of `row_table`, None for no table; `mixing`: a plan of two sets."""
 
     table: dict[str, Any] | None = None
     planned: bool = False
@@ -255,7 +255,7 @@ def loss_cases() -> Iterator[tuple[str, Callable[[], Case]]]:
 def loss_case(name: str, settings: dict[str, Any], form: str, dtype: torch.dtype) -> Case:
     """Some training steps with plain gradient descent of the loss's own parameters, then one call in eval mode.
 
-    Labels: the losses; gradients of both sides, and of parameters, over all steps; entries of the state after each step.
+    Labels: the losses; gradients of both sides and of parameters, over all steps; entries of the state after each one.
     """
     chosen = ARGUMENTS[form]
     grows, table = chosen.grows, None
@@ -565,7 +565,7 @@ def tolerance(name: str, tensor: Tensor) -> float:
 
 
 def summary(tensor: Tensor) -> np.ndarray:
-    """Float64: up to 6 numbers as they are; otherwise the norm and two random projections. What is not finite counts as -3."""
+    """Float64: up to 6 numbers as they are; else norm and two random projections. What is not finite counts as -3."""
     flat = tensor.detach().reshape(-1).to(torch.float64).numpy()
     flat = np.where(np.isfinite(flat), flat, -3.0)
     if len(flat) <= 6:
@@ -620,7 +620,7 @@ class Comparison:
 
 
 def compare(path: Path, tensors: dict[str, Tensor], *, only: str = "") -> list[Comparison]:
-    """Every tensor of the file whose name begins with `only`; what is on one side alone has a difference of infinity."""
+    """Every tensor of the file whose name begins with `only`; what one side lacks has a difference of infinity."""
     kept, found = {name: one for name, one in read(path).items() if name.startswith(only)}, []
     for name in [*kept, *(name for name in tensors if name not in kept)]:
         same, difference = False, np.inf

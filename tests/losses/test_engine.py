@@ -141,7 +141,7 @@ def test_the_positive_receives_what_the_rule_says(shape, tile, per_row, weighted
         for temperature, term in zip(taus, weights, strict=True)
     ]
     theirs = anchors.new_zeros(())
-    for (queries, others), temperature, term in zip(pairs, taus, weights):  # noqa: B905
+    for (queries, others), temperature, term in zip(pairs, taus, weights):
         logits = queries @ others.T / temperature.expand(rows)[:, None]
         removed = torch.eye(rows, len(others), dtype=torch.bool)
         removed |= term.values[:, : len(others)].isneginf() if masked else False

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import ImageColumn
-from anybatch.data.pairs import PairData, PairSet, RetrievalData, find_sets, join_pairs, read_pairs, read_retrieval
+from anybatch.data.pairs import (
+    PairData,
+    PairSet,
+    RetrievalData,
+    find_sets,
+    join_pairs,
+    read_pairs,
+    read_retrieval,
+)
 from anybatch.mining import MiningSet
 from anybatch.run.config import DataConfig, RunConfig, SetConfig, resolved
 
