@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from anybatch.losses.memory import ExampleMemory
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -26,7 +27,6 @@ from anybatch.integrations.sentence_transformers import (
     warm_start_from_model,
 )
 from anybatch.losses import InfoNCE, SogCLR
-from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig
 from anybatch.run import pipeline

@@ -18,7 +18,7 @@ from anybatch.core.configuration import from_mapping, to_yaml
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.registry import METHODS, LossConfig, build_loss, first_temperature, method_of, options_of
 
-FILLABLE = [name for name in METHODS if method_of(name).fillable]
+SHARDED = [name for name in METHODS if "sharded" in options_of(name)]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -42,11 +42,10 @@ def test_settings_reach_their_method():
         num_rows=10,
     )  # fmt: skip
     assert isinstance(loss, family.FastCLIP)
-    assert (loss.version, loss.rho, loss.temperature_range) == ("v2", 7.0, (0.01, 0.2))
-    assert (loss.gamma.gamma, loss.gamma.num_steps) == (0.3, 8)
-    assert build_loss(LossConfig(name="sogclr", gamma=0.3), num_rows=10).gamma == 0.3
-    assert build_loss(LossConfig(name="sogclr"), num_rows=11).eps == pytest.approx(0.1)
-    assert build_loss(LossConfig(name="infonce", hardness=2.0, margin=0.1), num_rows=10).hardness == 2.0
+    assert (loss.temperatures.per_row, loss.temperatures.rho, loss.temperatures.limits) == (True, 7.0, (0.01, 0.2))
+    assert (loss.denominator.gamma.gamma, loss.denominator.gamma.num_steps) == (0.3, 8)
+    assert build_loss(LossConfig(name="sogclr", gamma=0.3), num_rows=10).denominator.gamma == 0.3
+    assert build_loss(LossConfig(name="sogclr"), num_rows=11).denominator.eps == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def test_settings_reach_their_method():
         ({"name": "fastclip", "learnable_temperature": True}, "loss.learnable_temperature is given"),
         ({"name": "nuclr", "eps": 0.0}, "loss.eps is given"),
         ({"name": "sogclr", "gama": 0.5}, "Unknown configuration key 'loss.gama': did you mean 'gamma'"),
-        ({"name": "infonce", "margin": 0.1, "learnable_temperature": True}, "loss.margin is 0.1 and the temperature"),
+        ({"name": "tempnet", "dimensions": 4, "temperature": 2.0}, "loss.temperature_range is"),
         ({"name": "tempnet"}, "loss.dimensions is missing"),
         ({"name": "isogclr", "temperature_range": (0.1,)}, "expected two numbers"),
         ({"name": "sogclr", "gamma": 1.5}, "loss.gamma is 1.5"),
@@ -70,9 +69,7 @@ def test_settings_reach_their_method():
         ({"name": "fastclip", "version": "v0", "rho": 7.0}, "fastclip's v0 does not use: it is for v2, v3"),
         ({"name": "fastclip", "version": "v1", "rho": 7.0}, "loss.rho is given"),
         ({"name": "fastclip", "version": "v1", "temperature_range": (0.1, 0.2)}, "it is for v0, v2, v3"),
-        ({"name": "emc2", "memory_dtype": "float16"}, "loss.memory_dtype is given, which 'emc2' does not know"),
-        ({"name": "infonce", "memory_sharded": True}, "loss.memory_sharded is given"),
-        ({"name": "sogclr", "memory_dtype": "float16", "gamma": 0.01}, "rounded away"),
+        ({"name": "infonce", "sharded": True}, "loss.sharded is given"),
         ({"name": "fastclip", "version": "v9"}, "loss.version is 'v9'; expected one of v0, v1, v2, v3"),
         ({"name": "fastclip", "version": ""}, "loss.version is ''"),
         ({"name": "clip"}, "loss.name is 'clip'; expected one of infonce, "),
@@ -110,28 +107,26 @@ def test_the_core_does_not_import_a_method_of_the_family_before_it_is_asked_for(
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", FILLABLE)
-def test_memory_is_stored_as_asked(name):
+@pytest.mark.parametrize("name", SHARDED)
+def test_states_are_shared_out_as_asked(name):
     extra = {"dimensions": 4} if name == "tempnet" else {}
-    plain = build_loss(LossConfig(name=name, direction="both", **extra), num_rows=10)
-    assert (plain.memory.log_mean.dtype, plain.memory.sharded) == (torch.float32, False)
-    loss = build_loss(
-        LossConfig(name=name, direction="both", memory_dtype="float16", memory_sharded=True, **extra), num_rows=10
-    )
-    assert (loss.memory.log_mean.dtype, loss.memory.sharded, len(loss.memory.log_mean)) == (torch.float16, True, 2)
-    if name == "tempnet":  # its networks begin at random
-        plain.source.load_state_dict(loss.source.state_dict())
+    losses = [
+        build_loss(LossConfig(name=name, direction="both", sharded=sharded, **extra), num_rows=10)
+        for sharded in (False, True)
+    ]
+    assert [loss.denominator.sharded for loss in losses] == [False, True]
+    losses[0].temperatures.load_state_dict(losses[1].temperatures.state_dict())  # a network begins at random
     sides = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
-    for each in (plain, loss):
-        each(sides[0].clone().requires_grad_(), sides[1], index=torch.arange(5))
-    assert loss.memory.visited.sum() == 10
-    rows = torch.arange(5)
-    torch.testing.assert_close(loss.memory.read(rows).float(), plain.memory.read(rows), rtol=2**-10, atol=0)
+    for loss in losses:
+        loss(sides[0].clone().requires_grad_(), sides[1], index=torch.arange(5))
+        assert loss.denominator.visited.sum() == 10
+    states = [loss.denominator.log_mean for loss in losses]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_temperature_that_is_not_to_be_learned_is_not():
-    assert build_loss(LossConfig(name="siglip"), num_rows=9).log_temperature is not None
-    assert build_loss(LossConfig(name="siglip", learnable_temperature=False), num_rows=9).log_temperature is None
+    assert build_loss(LossConfig(name="siglip"), num_rows=9).temperatures.log_temperature is not None
+    assert build_loss(LossConfig(name="siglip", learnable_temperature=False), num_rows=9).temperatures.log_temperature is None
 
 
 @pytest.mark.parametrize("version", ["v0", "v1", "v2", "v3"])
@@ -139,8 +134,10 @@ def test_a_name_alone_is_the_class_alone(version):
     """Every setting of the class that the configuration leaves out keeps the class's default."""
     built = build_loss(LossConfig(name="fastclip", version=version), num_rows=10)
     alone = family.FastCLIP(10, version=version)
-    for name in ("temperature", "direction", "rho", "eps", "gamma", "temperature_range"):
-        assert getattr(built, name) == getattr(alone, name), name
+    assert (built.temperature, built.direction) == (alone.temperature, alone.direction)
+    for part, names in (("temperatures", ("rho", "limits")), ("denominator", ("eps", "gamma"))):
+        for name in names:
+            assert getattr(getattr(built, part), name) == getattr(getattr(alone, part), name), name
     assert first_temperature(LossConfig(name="fastclip", version=version)) == pytest.approx(alone.temperature)
 
 

@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from anybatch.losses.memory_states import grown_state
 from torch import nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, SigLIP, TempNet
 from anybatch.losses import CrossBatchInfoNCE, ExampleMemory, GammaSchedule, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.late_interaction import LateInteraction
-from anybatch.losses.memory_states import grown_state
 from anybatch.losses.registry import LossConfig, build_loss, make_loss
 
 from .methods import ROWS
