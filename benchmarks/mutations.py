@@ -199,17 +199,11 @@ MUTATIONS = [
         "plans/test_plan.py",
         ("np.random.default_rng([self.seed, epoch])", "np.random.default_rng([self.seed, 0])"),
         ("self._replace(members, clusters, _drawn(", "(members, clusters, _drawn("),
-        ("self.random_shares[min(epoch, len(self.random_shares) - 1)]", "self.random_shares[0]"),
         (
             "share * self.batch_size : (share + 1) * self.batch_size",
             "share * self.batch_size : (share + 1) * self.batch_size - 1",
         ),
         ("self._start = self.position", "self._start = self.position + 1"),
-    ),
-    *of(
-        "plans/plan.py",
-        "plans/test_partitions.py",
-        ("self._partitions[epoch % self.num_partitions]", "self._partitions[epoch % 2]"),
     ),
     *of("plans/sampling.py", "plans/test_plan.py", ("mates = whole * (m - 1) +", "mates = whole * m +")),
     *of(

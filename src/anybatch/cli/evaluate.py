@@ -12,7 +12,8 @@ from anybatch.cli.options import AnchorOption, DataOption, ImageOption, Positive
 from anybatch.cli.progress import Bars, console
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import write_text
-from anybatch.data.pairs import read_pairs, read_retrieval
+from anybatch.data.pairs import read_pairs
+from anybatch.data.retrieval import read_retrieval
 from anybatch.insight.tables import metrics_table
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.run.pipeline import evaluate_model

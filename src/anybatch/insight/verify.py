@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.modules import generators_of, modules_of
+from anybatch.caching.encoder import Encoder, ModuleFacts, encode_rows
 from anybatch.caching.replay import DIFFERENT_REPLAYS
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
-from anybatch.caching.state import ModeState, RandomState, WrittenState, without_autocast
-from anybatch.caching.step import cached_step
-from anybatch.caching.towers import paired_encoders
+from anybatch.caching.state import RandomState, WrittenState, training_modes, without_autocast
+from anybatch.caching.step import cached_step, paired_encoders
 from anybatch.core.errors import AnybatchError
 
 
@@ -99,13 +97,12 @@ def verify(
             f"Every tower fits in one micro-batch of {micro_batch} rows, so there is nothing to compare. Pass more "
             "rows or a smaller micro_batch."
         )
-    held = list(dict.fromkeys([m for tower in towers for m in modules_of(tower)])) if modules is None else list(modules)
-    parts = [*held, loss] if isinstance(loss, nn.Module) else held
+    facts = ModuleFacts(towers, modules, training=True)
+    parts = [*facts.modules, *([loss] if isinstance(loss, nn.Module) else [])]
     names = _parameter_names(parts)
     findings: list[str] = []
     options: dict[str, Any] = {"loss_kwargs": loss_kwargs, "modules": modules}
-    start = RandomState(g for tower in towers for g in generators_of(tower, held))
-    written = WrittenState(held)
+    start, written = RandomState(facts.generators), WrittenState(facts.places, facts.frozen)
     with _untouched(parts, list(names)):
         different: list[str] = []
         token = DIFFERENT_REPLAYS.set(different)
@@ -130,7 +127,7 @@ def verify(
             value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **(loss_kwargs or {}))
             value.backward()
         plain = _take_gradients(names)
-    with _untouched(parts, list(names)), torch.no_grad(), _evaluating(held):
+    with _untouched(parts, list(names)), torch.no_grad(), training_modes(dict.fromkeys(facts.flags, False)):
         for number, (tower, slicer, plan, trained) in enumerate(zip(towers, slicers, plans, embedded)):
             before = start.now()
             pieces, whole = _embedded(tower, slicer, plan), _embedded(tower, slicer, [torch.arange(slicer.num_rows)])
@@ -150,7 +147,7 @@ def verify(
     written.restore({})
     findings += [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
     tolerance = _tolerance([*embedded, *plain.values()])
-    encoder = {name for part in held for parameter in part.parameters() if (name := names.get(parameter))}
+    encoder = {name for part in facts.modules for parameter in part.parameters() if (name := names.get(parameter))}
     findings += _wrong_sizes({n: g for n, g in plain.items() if n not in encoder}, cached, 100 * tolerance)
     return _compare(cached, plain, cached_value, value.detach(), tolerance, findings)
 
@@ -244,15 +241,3 @@ def _untouched(parts: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-
-
-@contextlib.contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    modes = ModeState(modules)
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, flag in modes.flags.items():
-            module.training = flag

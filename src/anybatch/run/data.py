@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import ImageColumn
-from anybatch.data.pairs import (
-    PairData,
-    PairSet,
-    RetrievalData,
-    find_sets,
-    join_pairs,
-    read_pairs,
-    read_retrieval,
-)
+from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
+from anybatch.data.retrieval import RetrievalData, read_retrieval
 from anybatch.mining import MiningSet
 from anybatch.run.config import DataConfig, RunConfig, SetConfig, resolved
 
@@ -40,20 +32,11 @@ def check_sizes(config: RunConfig, pairs: PairData) -> None:
     """Refuse, on every rank and before any work, what mining could not make batches of. Nothing where the plan is given.
 
     Raises:
-        AnybatchError: See `anybatch.mining.check_sizes`; a partitioner that is not installed; weights that the batches could not have.
+        AnybatchError: See `anybatch.mining.check_sizes`.
     """
     from anybatch.mining import check_sizes as check_mining
 
     if config.plan is None:
-        if config.loss.weights == "inclusion" and any(config.mining.random_shares):
-            raise AnybatchError(
-                f"loss.weights is 'inclusion', which needs clusters that stay together, and mining.random_shares {list(config.mining.random_shares)} takes "
-                "some apart. Leave out one of the two."
-            )
-        if config.mining.partitioner == "kaminpar" and importlib.util.find_spec("kaminpar") is None:
-            raise AnybatchError(
-                "mining.partitioner is 'kaminpar', which is not installed: pip install 'anybatch[kaminpar]', or leave it at 'metis'."
-            )
         check_mining(len(pairs), config=resolved(config).mining, sets=mining_sets(config, pairs))
 
 

@@ -23,7 +23,8 @@ from anybatch.core.files import CONTENTS, seal_folder, write_json
 from anybatch.core.progress import Progress, counter, no_progress
 from anybatch.core.resources import Measure
 from anybatch.data.images import Column
-from anybatch.data.pairs import PairData, RetrievalData
+from anybatch.data.pairs import PairData
+from anybatch.data.retrieval import RetrievalData
 from anybatch.integrations.sentence_transformers.model import Side, load_model, side_inputs, warn_of_instructions
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, RunResult, resolved
@@ -309,7 +310,7 @@ def prepare_refresh(
             positive_id=pairs.positive_id,
             sets=mining_sets(config, pairs),
             data_digest=current.data_digest,
-            start=current.partition_clusters,
+            start=current.cluster,
             progress=lambda stage, fraction: progress(f"refresh: {stage}", round(100 * fraction), 100),
         )
         return result.plan

@@ -112,13 +112,11 @@ class LossStateCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the plan, the row table and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
+        """Tell the plan and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
         epoch = int(state.epoch or 0)
         loader = kwargs.get("train_dataloader")
         if plan_digests(loader):
             innermost_sampler(loader).set_epoch(epoch)
-        if self.loss.rows is not None:
-            self.loss.rows.set_epoch(epoch)
         set_epoch = getattr(self.loss.loss, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
