@@ -18,8 +18,7 @@ from anybatch.data.images import Column, pick
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.model import Side, lengths_of
 from anybatch.losses import ContrastiveLoss
-from anybatch.losses.monitoring import memory_figures
-from anybatch.losses.warm_start import WarmStart, running_denominator_of, warm_start
+from anybatch.losses.warm_start import WarmStart, memory_figures, running_denominator_of, warm_start
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
