@@ -130,7 +130,6 @@ class AUCCL(PairwiseLoss):
         0.0
     """
 
-    inclusion = True  # they weigh the mean
     lacks: ClassVar = {**PairwiseLoss.lacks, "temperature": "has no temperature, but loss.margin"}
 
     def __init__(self, *, margin: float = 1.0, normalize: bool = True, tile_bytes: int = TILE_BYTES) -> None:
@@ -138,6 +137,11 @@ class AUCCL(PairwiseLoss):
         if not margin > 0:
             raise AnybatchError(f"margin is {margin}; expected a positive number such as 1.0.")
         self.margin = margin
+
+    @property
+    def inclusion(self) -> bool:
+        """See `ContrastiveLoss.inclusion`: they weigh the mean."""
+        return True
 
     def _parameters_for(self, batch: Batch) -> Tensor:
         return batch.anchors.new_zeros(0)

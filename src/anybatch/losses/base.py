@@ -435,7 +435,7 @@ def side_of(temperature: Temperature, denominator: Denominator, batch: Batch, di
 
 def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: float) -> dict[str, float]:
     """Figures of a call for logs."""
-    seen = stats.log_denominator[stats.num_negatives > 0]
+    seen = stats.log_denominator[(stats.num_negatives > 0) & stats.log_denominator.isfinite()]
     return {
         "objective": loss.item(),
         "log_denominator": seen.mean().item() if len(seen) else 0.0,

@@ -50,7 +50,7 @@ class Matryoshka(State):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        check_prefixes(dimensions, weights, "dimensions")
+        check_prefixes(dimensions, weights, "dimensions are")
         self.dimensions = tuple(dimensions)
         self.weights = (1.0,) * len(self.dimensions) if weights is None else tuple(weights)
         losses = list(loss) if isinstance(loss, Sequence) else [copy.deepcopy(loss) for _ in self.dimensions]
@@ -124,14 +124,14 @@ class Matryoshka(State):
 
 
 def check_prefixes(dimensions: Sequence[int], weights: Sequence[float] | None, name: str) -> None:
-    """Refuse prefixes that are none, equal or empty, and weights that are not theirs; `name` is what the user calls them.
+    """Refuse prefixes that are none, equal or empty, and weights that are not theirs; `name` is what they are called, with its verb.
 
     Raises:
         AnybatchError: They are.
     """
     if not dimensions or len(set(dimensions)) < len(dimensions) or min(dimensions) < 1:
-        raise AnybatchError(f"{name} is {list(dimensions)}; expected different positive widths such as [384, 128, 64].")
+        raise AnybatchError(f"{name} {list(dimensions)}; expected different positive widths such as [384, 128, 64].")
     if weights is not None and not (len(weights) == len(dimensions) and all(0 <= w < math.inf for w in weights)):
         raise AnybatchError(
-            f"weights are {list(weights)} for {name} {list(dimensions)}; expected one number a prefix, 0 or more."
+            f"weights are {list(weights)} for dimensions {list(dimensions)}; expected one number a dimension, 0 or more."
         )

@@ -171,7 +171,7 @@ class LossConfig(Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.matryoshka is not None:
-            check_prefixes(self.matryoshka, None, "loss.matryoshka")
+            check_prefixes(self.matryoshka, None, "loss.matryoshka is")
         self._check_options()
         try:
             example = self.example()  # the constructor has the last word on what goes together

@@ -129,7 +129,7 @@ def warm_start(
             anchors, positives, anchor_id=anchor_id, positive_id=positive_id, normalize=loss.normalize, device=device
         )
         if num_rows != running.num_rows:
-            raise AnybatchError(f"Got embeddings of {num_rows} rows; the loss was made for {running.num_rows}.")
+            raise AnybatchError(f"Got embeddings of {num_rows} rows; the memory was made for {running.num_rows}.")
         columns = _draw(num_rows, sample, seed)
         identity = _identity(loss, table, num_directions, sample, seed) if file and distributed.rank() == 0 else ""
     values, done = _open(file, identity, num_directions, num_rows, device)
