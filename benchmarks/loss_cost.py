@@ -23,7 +23,6 @@ from anybatch.losses.registry import LossConfig, build_loss
 NUM_ROWS = 100_000
 CONFIGS: dict[str, dict[str, object]] = {
     "InfoNCE": {"name": "infonce"},
-    "InfoNCE, hardness": {"name": "infonce", "hardness": 1.0},
     "count-corrected": {"name": "count_corrected"},
     "cross-batch, 1,024 remembered": {"name": "cross_batch"},
     "SogCLR": {"name": "sogclr"},

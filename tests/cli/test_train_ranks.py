@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
-from anybatch.losses.memory_states import join_shards
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from anybatch.cli.app import app
+from anybatch.losses.state import join_shards
 
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anybatch"]
 

@@ -1,4 +1,4 @@
-"""Warm start, refills and the memory's figures with a real model and inside a run; sharded memories in checkpoints."""
+"""Warm start and the memory's figures with a real model and inside a run; sharded memories in checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from anybatch.losses.memory import ExampleMemory
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -70,9 +69,9 @@ def test_equals_the_loss_on_the_whole_data_set(model, pairs, tmp_path):
         anchor_id=ids[0],
         candidate_id=ids[1],
     )
-    torch.testing.assert_close(warmed.memory.log_mean, trained.memory.log_mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(warmed.denominator.log_mean, trained.denominator.log_mean, rtol=1e-4, atol=1e-4)
     warm_start_from_model(model, pairs, filed, folder=tmp_path, batch_size=16)
-    assert torch.equal(filed.memory.log_mean, warmed.memory.log_mean)
+    assert torch.equal(filed.denominator.log_mean, warmed.denominator.log_mean)
     seen.clear()
     warm_start_from_model(
         model, pairs, SogCLR(ROWS, direction="both"), folder=tmp_path, progress=lambda *f: seen.append(f)
@@ -186,23 +185,23 @@ def test_sharded_memory_in_checkpoints(tmp_path, monkeypatch):
         monkeypatch.setattr(distributed, "is_active", lambda: ranks > 1)
         monkeypatch.setattr(distributed, "world_size", lambda: ranks)
         monkeypatch.setattr(distributed, "rank", lambda: rank)
-        loss = CachedLoss(torch.nn.Linear(1, 1), SogCLR(11, memory=ExampleMemory(11, sharded=True)))
+        loss = CachedLoss(torch.nn.Linear(1, 1), SogCLR(11, sharded=True))
         return loss, SimpleNamespace(global_step=5, is_world_process_zero=rank == 0)
 
     for rank in (1, 0):
         assert last_whole_checkpoint(tmp_path) is None
         loss, state = be(rank)
-        loss.loss.memory.write(torch.arange(11), torch.arange(11.0), dimensions=3)
+        loss.loss.denominator.fill(torch.arange(11), torch.arange(11.0), direction=0, dimensions=3)
         LossStateCallback(loss).on_save(arguments, state, None)
     checkpoint = last_whole_checkpoint(tmp_path)
     for rank in range(2):
         loss, state = be(rank)
         LossStateCallback(loss).on_train_begin(arguments, state, None)
-        assert loss.loss.memory.log_mean.tolist() == [[float(row) for row in range(rank, 11, 2)]]
+        assert loss.loss.denominator.log_mean.tolist() == [[float(row) for row in range(rank, 11, 2)]]
     for ranks in (1, 3):  # other numbers of ranks join the shards, and take theirs
         loss, state = be(0, ranks=ranks)
         LossStateCallback(loss).on_train_begin(arguments, state, None)
-        assert loss.loss.memory.log_mean.tolist() == [np.arange(11.0)[::ranks].tolist()]
+        assert loss.loss.denominator.log_mean.tolist() == [np.arange(11.0)[::ranks].tolist()]
     (checkpoint / "anybatch_loss-1-of-2.safetensors").unlink()
     with pytest.raises(AnybatchError, match=r"cannot be read, anybatch_loss-1-of-2\.safetensors"):
         LossStateCallback(loss).on_train_begin(arguments, state, None)

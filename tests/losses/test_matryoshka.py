@@ -77,8 +77,8 @@ def test_memories_are_apart_and_resume_bit_for_bit():
         step(whole, seed)
     resumed = Matryoshka(SogCLR(40, gamma=0.4, learnable_temperature=True), DIMS)
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
-    assert [int(part.memory.dimensions) for part in resumed.losses] == DIMS
-    assert not torch.equal(resumed.losses[0].memory.log_mean, resumed.losses[1].memory.log_mean)
+    assert [int(part.denominator.embedding_width) for part in resumed.losses] == DIMS
+    assert not torch.equal(resumed.losses[0].denominator.log_mean, resumed.losses[1].denominator.log_mean)
     for ours, theirs in zip(step(whole, 2), step(resumed, 2), strict=True):
         assert torch.equal(ours, theirs)
     assert all(
@@ -99,11 +99,11 @@ def test_pairwise_losses_too():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"dimensions": []}, "dimensions is"),
-        ({"dimensions": [4, 4]}, "dimensions is"),
-        ({"dimensions": [0, 4]}, "dimensions is"),
-        ({"dimensions": [2, 4], "weights": [1.0]}, "one number a prefix"),
-        ({"dimensions": [2, 4], "weights": [1.0, -1.0]}, "one number a prefix"),
+        ({"dimensions": []}, "dimensions are"),
+        ({"dimensions": [4, 4]}, "dimensions are"),
+        ({"dimensions": [0, 4]}, "dimensions are"),
+        ({"dimensions": [2, 4], "weights": [1.0]}, "one number a dimension"),
+        ({"dimensions": [2, 4], "weights": [1.0, -1.0]}, "one number a dimension"),
     ],
 )
 def test_mistakes(arguments, match):

@@ -238,11 +238,7 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
         raise TypeError
     if origin is tuple:
         items = [value] if text and isinstance(value, (str, int, float)) else value
-        if not isinstance(items, (list, tuple)):
-            raise TypeError
-        if arguments[-1] is not Ellipsis and len(items) != len(arguments):
-            raise ValueError
-        return tuple(convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
+        return _items(arguments, items, name, text)
     if choice is type(None) or choice is bool:
         if isinstance(value, choice):
             return value
@@ -259,6 +255,13 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
     if not abs(number) <= LARGEST[choice]:  # nan is neither
         raise ValueError
     return number
+
+
+def _items(arguments: tuple[Any, ...], items: Any, name: str, text: bool) -> tuple[Any, ...]:
+    """The items of a list, of any length or as many as `arguments`."""
+    if not isinstance(items, (list, tuple)) or (arguments[-1] is not Ellipsis and len(items) != len(arguments)):
+        raise TypeError
+    return tuple(convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

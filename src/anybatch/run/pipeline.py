@@ -327,7 +327,7 @@ def prepare_memory(
     resume: bool = False,
     progress: Progress = no_progress,
 ) -> Sequence[TrainerCallback]:
-    """Fill the memory of the loss as `config.loss` asks, unless a checkpoint will bring it, and make the callback that refills and measures it.
+    """Fill the memory of the loss as `config.loss` asks, unless a checkpoint will bring it, and make the callback that measures it.
 
     Returns:
         Callbacks for `train_model`; none if nothing is asked for while training.

@@ -1,4 +1,4 @@
-"""A loss's memory and the model: warm start, refills while training, and the memory beside the truth in the log."""
+"""A loss's memory and the model: warm start, and its denominators beside the exact ones in the log."""
 
 from __future__ import annotations
 
