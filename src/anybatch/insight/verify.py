@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.caching.encoder import Encoder, ModuleFacts, encode_rows
-from anybatch.caching.replay import DIFFERENT_REPLAYS
+from anybatch.caching.encoder import Encoder, Tower, towers_of
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
-from anybatch.caching.state import RandomState, WrittenState, training_modes, without_autocast
+from anybatch.caching.state import without_autocast
 from anybatch.caching.step import cached_step, paired_encoders
 from anybatch.core.errors import AnybatchError
 
@@ -73,104 +72,75 @@ def verify(
 ) -> Verification:
     """Take one batch both ways and compare every gradient.
 
-    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) or state is written it is the
-    same micro-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are put
-    back afterwards, those of the loss included.
+    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) or state is written it is
+    the same micro-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are
+    put back afterwards, those of the loss included.
 
     Args:
-        encoders, loss, micro_batch, keep_graphs, loss_kwargs, modules: As in `cached_step`.
-        inputs: One small batch a tower, more rows than `micro_batch`.
+        encoders: As in `cached_step`.
+        inputs: One small batch for each tower, more rows than `micro_batch`.
+        micro_batch: Rows in a forward pass.
+        loss, keep_graphs, loss_kwargs, modules: As in `cached_step`.
 
     Returns:
-        The comparison; print it.
+        The comparison; print it. What `cached_step` refuses (rows that see each other, a replay that differs) is its
+        finding; then there are no errors.
 
     Raises:
-        AnybatchError: Every tower fits in one micro-batch (the comparison would prove nothing), or what `cached_step`
-            refuses (batch statistics).
+        AnybatchError: Every tower fits in one micro-batch (the comparison would prove nothing), or batch statistics.
 
     Cost: two steps, and a copy of the gradients and of the buffers.
     """
-    # 1. What takes part.
-    towers = paired_encoders(encoders, inputs)
+    # 1. What both ways start from.
     slicers = [RowSlicer(batch) for batch in inputs]
+    towers = towers_of(paired_encoders(encoders, inputs), slicers, modules)
     plans = [plan_micro_batches(slicer, micro_batch=micro_batch) for slicer in slicers]
     if all(len(plan) == 1 for plan in plans):
         raise AnybatchError(
             f"Every tower fits in one micro-batch of {micro_batch} rows, so there is nothing to compare. Pass more "
             "rows or a smaller micro_batch."
         )
-    facts = ModuleFacts(towers, modules, training=True)
+    facts, start = towers[0].facts, towers[0].random_state()
+    written = facts.written
     parts = [*facts.modules, *([loss] if isinstance(loss, nn.Module) else [])]
     names = _parameter_names(parts)
-    arguments = dict(loss_kwargs or {})
-    start, written = RandomState(facts.generators), WrittenState(facts.places, facts.frozen)
-    different: list[str] = []
-
-    # 2. The cached way; replays that differ from their recordings are told instead of raising.
+    # 2. The cached step.
     with _untouched(parts, list(names)):
-        token = DIFFERENT_REPLAYS.set(different)
         try:
-            limits: dict[str, Any] = {"micro_batch": micro_batch, "keep_graphs": keep_graphs, "modules": modules}
-            cached_value = cached_step(loss, towers, inputs, loss_kwargs=arguments, **limits)
+            cached_value = cached_step(
+                loss, encoders, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, loss_kwargs=loss_kwargs,
+                modules=modules,
+            )  # fmt: skip
+        except AnybatchError as error:
+            return Verification.refused(str(error))
         finally:
-            DIFFERENT_REPLAYS.reset(token)
-        # Where random numbers are drawn or state is written, what a row meets belongs to its micro-batch.
-        by_piece = written.note() or not start.equals(start.now())
+            # Where random numbers are drawn or state is written, what a row meets belongs to its micro-batch.
+            by_piece = written.note() or not start.equals(start.now())
+            start.restore()
+            written.restore({})
         cached = _take_gradients(names)
-
-    # 3. The plain way, from the same start.
+    # 3. The plain step; the whole batch in one pass says more, where it may be compared.
     with _untouched(parts, list(names)):
-        start.restore()
-        written.restore({})
-        # Otherwise the whole batch in one pass says more.
         split = plans if by_piece else [[torch.arange(slicer.num_rows)] for slicer in slicers]
-        embedded = [_embedded(tower, slicer, plan) for tower, slicer, plan in zip(towers, slicers, split)]
+        embedded = [_embedded(tower, plan) for tower, plan in zip(towers, split)]
         precise = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in embedded]
         with without_autocast():  # as in the cached step: the loss sees float32 or better, and no autocast
-            value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **arguments)
+            value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **(loss_kwargs or {}))
             value.backward()
         plain = _take_gradients(names)
-
-    # 4. Each tower without gradients, in micro-batches and whole.
-    findings = different[:1]
-    with _untouched(parts, list(names)), torch.no_grad(), training_modes(dict.fromkeys(facts.flags, False)):
-        for number, (tower, slicer, plan, trained) in enumerate(zip(towers, slicers, plans, embedded)):
-            before = start.now()
-            pieces, whole = _embedded(tower, slicer, plan), _embedded(tower, slicer, [torch.arange(slicer.num_rows)])
-            repeatable = not written.note() and before.equals(start.now())
-            findings += [f"Tower {number}{finding}" for finding in _differences(trained, pieces, whole, repeatable)]
     start.restore()
     written.restore({})
-
-    # 5. The comparison.
-    findings += [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
+    # 4. The difference, and what may explain it.
     tolerance = _tolerance([*embedded, *plain.values()])
+    findings = [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
     encoder = {name for part in facts.modules for parameter in part.parameters() if (name := names.get(parameter))}
     findings += _wrong_sizes({n: g for n, g in plain.items() if n not in encoder}, cached, 100 * tolerance)
     return _compare(cached, plain, cached_value, value.detach(), tolerance, findings)
 
 
-def _differences(trained: Tensor, pieces: Tensor, whole: Tensor, repeatable: bool) -> list[str]:
-    """What embeddings with gradients, without them in micro-batches, and without them in one pass say of a tower."""
-    found = []
-    if pieces.dtype != trained.dtype:
-        found.append(
-            f" returns {trained.dtype} with gradients and {pieces.dtype} without: the recording and the replay compute "
-            "in different dtypes."
-        )
-    change = float((pieces - whole).double().norm() / whole.double().norm().clamp_min(1e-300))
-    if change > _tolerance([whole]) and repeatable:
-        found.append(
-            f": a row's embedding depends on the rows that go through with it (relative change {change:.1e} when the "
-            "batch is split), so micro-batches cannot give the gradient of the whole batch."
-        )
-    return found
-
-
-def _embedded(tower: Encoder, slicer: RowSlicer, plan: Sequence[Tensor]) -> Tensor:
+def _embedded(tower: Tower, plan: Sequence[Tensor]) -> Tensor:
     """The embeddings of a batch, micro-batch by micro-batch, in the row order of the batch."""
-    pieces = [encode_rows(tower, slicer, rows)[0] for rows in plan]
-    whole = torch.cat(pieces)
+    whole = torch.cat([tower.embed(rows)[0] for rows in plan])
     return whole[torch.argsort(torch.cat(list(plan))).to(whole.device)]
 
 
@@ -189,30 +159,30 @@ def _compare(
     cached_value: Tensor,
     value: Tensor,
     tolerance: float,
-    findings: list[str],
+    found: list[str],
 ) -> Verification:
     errors: dict[str, float] = {}
     floor = 1e-3 * sum(float(gradient.double().norm()) ** 2 for gradient in plain.values()) ** 0.5
     difference = reference = product = 0.0
     for name in sorted(plain.keys() & cached.keys()):
         wanted, got = plain[name].double(), cached[name].double()
-        distance, size = float((got - wanted).norm()), float(wanted.norm())
-        errors[name] = distance / max(size, floor) if max(size, floor) > 0 else float(distance > 0)
-        difference, reference = difference + distance**2, reference + size**2
+        error, size = float((got - wanted).norm()), float(wanted.norm())
+        errors[name] = error / max(size, floor) if max(size, floor) > 0 else float(error > 0)
+        difference, reference = difference + error**2, reference + size**2
         product += float((got * wanted).sum())
     error = (difference / reference) ** 0.5 if reference > 0 else float(difference > 0)
     ratio = product / reference if reference > 0 else 1.0
     remainder = (max(0.0, difference - (ratio - 1) ** 2 * reference) / reference) ** 0.5 if reference > 0 else 0.0
     if error > tolerance and remainder <= tolerance:
-        findings.append(f"The gradient has the right direction and {ratio:.4g} times the right size: a scale is wrong.")
-    elif error > tolerance and not findings:
-        findings.append(
+        found.append(f"The gradient has the right direction and {ratio:.4g} times the right size: a scale is wrong.")
+    elif error > tolerance and not found:
+        found.append(
             "The gradients differ and nothing known explains it. Look for state that a forward pass changes (caches), "
             "for generators out of sight, and for rows that see the other rows of their micro-batch."
         )
     loss_error = abs(float(cached_value) - float(value)) / max(abs(float(value)), torch.finfo(torch.float64).tiny)
     return Verification(
-        error=error, tolerance=tolerance, errors=errors, loss_error=loss_error, findings=tuple(dict.fromkeys(findings))
+        error=error, tolerance=tolerance, errors=errors, loss_error=loss_error, findings=tuple(dict.fromkeys(found))
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from anybatch.core import distributed
 from anybatch.core.blocks import BlockArrays
@@ -35,6 +36,7 @@ def embed_texts(
     side: Side | None = None,
     batch_size: int = 64,
     prompt: str | None = None,
+    shared: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """L2-normalised embeddings of `texts`, in memory.
@@ -46,7 +48,8 @@ def embed_texts(
             `encode_query` and `encode_document`. None: those of `encode`.
         batch_size: Texts or images per forward pass; inside a shard texts are sorted by length.
         prompt: Text put in front of each; None for the model's own, "" for none. Not for images.
-        progress: Called with the number of texts embedded since the last call.
+        shared: Under several ranks each embeds its share, and all get all. Otherwise each embeds what it is given.
+        progress: Called with the number of texts embedded here since the last call.
 
     Returns:
         float32 (N, D).
@@ -57,13 +60,19 @@ def embed_texts(
     """
     _check(model, texts, prompt)
     settings = _settings(model, side, prompt)
-    parts = []
-    for start in range(0, len(texts), SHARD):
-        shard = texts[start : start + SHARD]
+    sizes = distributed.shares(len(texts)) if shared else [len(texts)]
+    place = distributed.rank() if shared else 0
+    first, end = sum(sizes[:place]), sum(sizes[: place + 1])
+    parts = [np.zeros((0, model.get_embedding_dimension() or 0), np.float32)]
+    for start in range(first, end, SHARD):
+        shard = texts[start : min(start + SHARD, end)]
         parts.append(_encode(model, shard, batch_size, settings))
         if progress is not None:
             progress(len(shard))
-    return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
+    embeddings = np.concatenate(parts[1:] or parts)
+    if not shared or not distributed.is_active():
+        return embeddings
+    return distributed.gather_rows(torch.from_numpy(embeddings).to(model.device), sizes).cpu().numpy()
 
 
 def embed_to_file(
@@ -213,8 +222,6 @@ def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, set
 
 def weights_digest(model: SentenceTransformer) -> str:
     """Tells a model from one of the same name that was trained further."""
-    import torch
-
     def parts() -> Iterator[bytes]:
         for name, tensor in sorted(model.state_dict().items()):
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
