@@ -222,6 +222,7 @@ def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, set
 
 def weights_digest(model: SentenceTransformer) -> str:
     """Tells a model from one of the same name that was trained further."""
+
     def parts() -> Iterator[bytes]:
         for name, tensor in sorted(model.state_dict().items()):
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()

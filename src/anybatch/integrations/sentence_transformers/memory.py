@@ -142,9 +142,7 @@ class MemoryCallback(TrainerCallback):
         >>> callbacks = [MemoryCallback(model, pairs, SogCLR(num_rows=2), probe_steps=100)]
     """
 
-    def __init__(
-        self, model: SentenceTransformer, pairs: PairData, loss: ContrastiveLoss, *, probe_steps: int
-    ) -> None:
+    def __init__(self, model: SentenceTransformer, pairs: PairData, loss: ContrastiveLoss, *, probe_steps: int) -> None:
         if probe_steps < 1:
             raise AnybatchError(f"probe_steps is {probe_steps}; expected at least 1.")
         self.model, self.pairs, self.loss, self.probe_steps = model, pairs, loss, probe_steps
