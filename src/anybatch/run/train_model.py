@@ -161,7 +161,6 @@ def memory_callbacks(
             model,
             pairs,
             loss.loss,  # pyright: ignore[reportArgumentType] - one without running denominators is refused by name
-            seed=config.seed,
             folder=folder,
             progress=progress,
         )
