@@ -392,7 +392,8 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
     # 2. The copies' mean errors on the two sides of a product, so that noise does not count as bias.
     means = [half.gradient[seen] / half.count[seen, None].to(exact.dtype) - exact for half in (first, second)]
     bias, bias_se = _root_ratio((means[0] * means[1]).sum(dim=1).double(), squared)
-    shared, shared_se = _shared(*means, exact, units, num_rows=len(pairs), width=pairs.anchors.shape[1])
+    width = pairs.anchors.shape[1]
+    shared, shared_se = _shared(means[0], means[1], exact, units, num_rows=len(pairs), width=width)
     # 3. One batch, and one batch after the best common factor.
     rmse, rmse_se = _root_ratio(error, squared)
     scale = float(along.sum() / length.sum()) if length.sum() > 0 else 0.0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.gradient_error import (
@@ -23,7 +24,6 @@ from anybatch.plans.plan import BatchPlan
 
 CLOSE = 0.05  # further from the best cosine is worse, however uncertain: a bad measurement recommends nothing
 CURVE_PROBES = 512  # anchors that the curve of random InfoNCE is measured on
-RUN_IN = 3  # epochs until what a method remembers has settled
 
 
 def core_methods() -> list[LossConfig]:
@@ -153,10 +153,8 @@ def compare_methods(
     lines = []
     for number, (batches, chosen, method) in enumerate(wanted, start=1):
         loss = build_loss(replace(method, **objective), num_rows=len(pairs))
-        remembers = any(True for _ in loss.buffers())
         table = RowTable(*ids, plan=chosen, weights=method.weights)
-        run_in = RUN_IN if remembers else 0
-        error = gradient_error(pairs, loss, plan=chosen, table=table, run_in=run_in, epochs=epochs)
+        error = gradient_error(pairs, loss, plan=chosen, table=table, run_in=_run_in(loss), epochs=epochs)
         effective = effective_batch_size(error.scaled_rmse, curve)
         lines.append(MethodError(method=name_of(method), batches=batches, error=error, effective=effective))
         if progress is not None:
@@ -223,6 +221,13 @@ def recommendation(comparison: GradientComparison) -> list[str]:
         "held-out data."
     )
     return sentences
+
+
+def _run_in(loss: nn.Module) -> int:
+    """Epochs until what the loss remembers has settled: a denominator after some visits of its row, a queue once full."""
+    if getattr(loss, "running", None) is not None:
+        return 3
+    return 1 if any(True for _ in loss.buffers()) else 0
 
 
 def _fewer(pairs: FrozenPairs, count: int) -> FrozenPairs:
