@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.losses.engine import Answer, Side, dense_softmax_loss, softmax_loss, symmetric_softmax_loss
-from anybatch.losses.log_weights import TensorLogWeight
+from anybatch.losses.log_weights import as_log_weights
 
 
 class WithPositive:
@@ -55,7 +55,7 @@ def test_one_way_equals_the_dense_twin(shape, tile, row_wise, per_row, weighted,
     temperature = tau if per_row else tau[0].clone()
     known = {
         "rule": WithPositive(row_wise, kind["others"]),
-        "log_weight": TensorLogWeight(values=log_weight, normalised=False) if kind["masked"] else None,
+        "log_weight": as_log_weights(log_weight, *log_weight.shape) if kind["masked"] else None,
         "row_weight": row_weight if weighted else None,
     }
     inputs = [side.requires_grad_() for side in (anchors, candidates, temperature)]
@@ -86,7 +86,7 @@ def test_temperatures_per_row_equal_finite_differences(tile):
 def test_both_at_once_equal_two_runs(shape, tile, row_wise, per_row, weighted, kind):
     anchors, candidates, tau, row_weight, log_weight = draw(*shape)
     rows = len(anchors)
-    weight = TensorLogWeight(values=log_weight, normalised=False)
+    weight = as_log_weights(log_weight, *log_weight.shape)
     taus = [tau, tau.flip(0).contiguous()] if per_row else [tau[0].clone(), tau[-1].clone()]
     inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
     row_weights = [row_weight, 1.5 * row_weight] if weighted else [None, None]
@@ -124,7 +124,7 @@ class OwnPositiveWeight:
 )
 def test_the_positive_receives_what_the_rule_says(shape, tile, per_row, weighted, masked, both):
     anchors, candidates, tau, row_weight, log_weight = draw(*shape)
-    rows, weight = len(anchors), TensorLogWeight(values=log_weight, normalised=False)
+    rows, weight = len(anchors), as_log_weights(log_weight, *log_weight.shape)
     share = 0.5 + torch.arange(rows, dtype=torch.float64)
     taus = [tau, 2 * tau] if per_row else [tau[0].clone(), 2 * tau[0]]
     inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
@@ -141,11 +141,11 @@ def test_the_positive_receives_what_the_rule_says(shape, tile, per_row, weighted
         for temperature, term in zip(taus, weights, strict=True)
     ]
     theirs = anchors.new_zeros(())
-    for (queries, others), temperature, term in zip(pairs, taus, weights):  # noqa: B905
+    for (queries, others), temperature, term in zip(pairs, taus, (log_weight, log_weight[:, :rows].T)):
         logits = queries @ others.T / temperature.expand(rows)[:, None]
         removed = torch.eye(rows, len(others), dtype=torch.bool)
-        removed |= term.values[:, : len(others)].isneginf() if masked else False
-        negatives = (logits + (term.values if masked else 0.0)).masked_fill(removed, -torch.inf)
+        removed |= term.isneginf() if masked else False
+        negatives = (logits + (term if masked else 0.0)).masked_fill(removed, -torch.inf)
         per_query = negatives.logsumexp(dim=1) - share * logits.diagonal()
         per_query = torch.where(removed.all(dim=1), -share * logits.diagonal(), per_query)
         theirs = theirs + (factor * per_query).sum() / (rows * len(pairs))
@@ -182,7 +182,7 @@ class Tilted:
 def test_both_ways_with_adjusted_logits_are_the_mean_of_both_dense_twins(shape, tile, row_wise, weighted, which):
     anchors, candidates, tau, row_weight, log_weight = draw(*shape)
     rows = len(anchors)
-    weight = TensorLogWeight(values=log_weight, normalised=False)
+    weight = as_log_weights(log_weight, *log_weight.shape)
     taus = [tau, tau.flip(0).contiguous()]
     inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
     sides = [
@@ -215,7 +215,7 @@ def test_the_pull_of_the_columns_is_the_sum_of_the_rows_shares(shape, tile, row_
     logits = (anchors @ candidates.T - (anchors * candidates[:rows]).sum(1)[:, None]) / tau[:, None] + log_weight
     logits.fill_diagonal_(-torch.inf)
     shares = logits.exp() / (1 + logits.exp().sum(1, keepdim=True))
-    weight = TensorLogWeight(values=log_weight, normalised=False)
+    weight = as_log_weights(log_weight, *log_weight.shape)
     side = Side(
         rule=WithPositive(row_wise),
         temperature=tau,

@@ -14,15 +14,15 @@ from torch import nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import (
-    ClusterLogWeight,
     CountCorrectedInfoNCE,
     DecoupledInfoNCE,
     InfoNCE,
     SogCLR,
-    inclusion_log_weights,
 )
+from anybatch.losses.log_weights import inclusion_log_weights
 
 from .. import reference
+from .methods import cluster_weights
 
 
 def draw_batch(seed, rows, extra, width=5, repeated=True):
@@ -351,11 +351,9 @@ def test_inclusion_weights_are_unbiased_on_mined_batches():
         for companions in itertools.combinations([c for c in range(num_clusters) if c != cluster[row]], per_batch - 1):
             columns = torch.cat([torch.nonzero(cluster == c)[:, 0] for c in (int(cluster[row]), *companions)])
             columns = columns[columns != row]
-            weight = ClusterLogWeight(
-                row_cluster=cluster[row : row + 1], column_cluster=cluster[columns], same=same, other=other
-            )
+            weight = cluster_weights(torch.cat([cluster[row : row + 1], cluster[columns]]), 1, same=same, other=other)
             estimates.append(
-                (weight.tile(slice(0, 1), slice(0, len(columns))).double().exp()[0] * values[row, columns]).sum()
+                (weight.tile(slice(0, 1), slice(1, 1 + len(columns))).exp()[0] * values[row, columns]).sum()
             )
         others = [j for j in range(n) if j != row]
         torch.testing.assert_close(torch.stack(estimates).mean(), values[row, others].mean(), rtol=1e-6, atol=1e-6)
@@ -376,7 +374,7 @@ def test_weighted_sogclr_and_count_corrected_equal_their_twins():
     cluster = torch.tensor([0, 0, 1, 1, -1, 2])
     same, other = inclusion_log_weights(60, 2 / 9)
     columns = torch.cat([cluster, cluster[[0, 3]]])  # explicit negatives belong to the rows that bring them
-    weight = ClusterLogWeight(row_cluster=cluster, column_cluster=columns, same=same, other=other)
+    weight = cluster_weights(columns, 6, same=same, other=other)
     linear = torch.full((6, 8), math.exp(other), dtype=torch.float64)
     for i in range(6):
         for j in range(8):

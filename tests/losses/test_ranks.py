@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, InfoNCE, SogCLR
+from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.engine import Side, softmax_loss, symmetric_softmax_loss
 
-from .methods import ALL
+from .methods import ALL, cluster_weights
 
 SHARES = {2: [3, 5], 3: [4, 1, 3]}
 EXTRA = {2: [2, 1], 3: [0, 2, 1]}
@@ -67,9 +67,7 @@ def run(name, tile, rows, extras):
         known = {"anchor_id": anchor_id[rows], "candidate_id": torch.cat([positive_id[rows], negative_id[extras]])}
         if name == "sogclr weights":
             columns = torch.cat([cluster[rows], torch.full((len(mine[2]),), -2)])
-            known["log_weight"] = ClusterLogWeight(
-                row_cluster=cluster[rows], column_cluster=columns, same=-3.0, other=-1.5
-            )
+            known["log_weight"] = cluster_weights(columns, len(mine[0]), same=-3.0, other=-1.5)
         loss.zero_grad()
         value = loss(mine[0], torch.cat(mine[1:]), index=index[rows], **known)
         value.backward()
@@ -88,7 +86,7 @@ def run_engine(tile, rows, extras):
     explicit = negatives[extras].clone().requires_grad_()
     candidates = torch.cat([mine[1], explicit])
     columns = torch.cat([cluster[rows], torch.full((len(explicit),), -2)])
-    weight = ClusterLogWeight(row_cluster=cluster[rows], column_cluster=columns, same=-3.0, other=-1.5)
+    weight = cluster_weights(columns, len(mine[0]), same=-3.0, other=-1.5)
     weights = (weight, weight.reversed(len(mine[0])))
     sides = [
         Side(rule=Halved(), temperature=tau, log_weight=b, row_weight=row_weight[rows])

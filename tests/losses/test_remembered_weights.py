@@ -9,7 +9,6 @@ import torch
 from anybatch import BatchPlan
 from anybatch.insight.gradient_error import FrozenPairs, gradient_error
 from anybatch.losses import CrossBatchInfoNCE, InfoNCE
-from anybatch.losses.remembered_columns import with_remembered
 from anybatch.losses.rows import RowTable
 
 N = 240
@@ -64,11 +63,11 @@ def test_the_sum_over_the_data_is_unbiased(name):
             candidates = points[arguments["candidate_id"]]
             if epoch:
                 batch = loss._prepare(points[index], candidates, **arguments_of(arguments))
-                columns = loss._recall(batch).columns[0]
-                weight = with_remembered(batch.log_weight, columns)
-                tile = weight.tile(slice(0, len(index)), slice(0, len(candidates) + 64)).double()
+                memory = loss._recall(batch).memory
+                weight = batch.log_weight.beside(memory, slice(0, len(memory)))
+                tile = weight.tile(slice(0, len(index)), slice(0, len(candidates) + len(memory)))
                 tile[:, : len(index)].fill_diagonal_(-torch.inf)
-                column = torch.cat([arguments["candidate_id"], loss.recent.rows.clamp(min=0)])
+                column = torch.cat([arguments["candidate_id"], memory["row"]])
                 total[index] += (tile.exp() * values[index][:, column]).sum(dim=1) * (N - 1)
                 times[index] += 1
             loss(points[index], candidates, **arguments)
@@ -90,7 +89,8 @@ def test_a_cap_limits_what_a_remembered_row_stands_for():
         index = torch.from_numpy(rows).long()
         arguments = table.arguments(index)
         batch = loss._prepare(points[index], points[index], **arguments_of(arguments))
-        tile = with_remembered(batch.log_weight, loss._recall(batch).columns[0]).tile(slice(0, 16), slice(0, 80))
+        memory = loss._recall(batch).memory
+        tile = batch.log_weight.beside(memory, slice(0, len(memory))).tile(slice(0, 16), slice(0, 16 + len(memory)))
         loss(points[index], points[index], **arguments)
     finite = tile[~tile.isneginf()].exp() * (N - 1)
     assert finite.unique().numpy() == pytest.approx([1.0, 3.0])

@@ -12,9 +12,11 @@ import torch.multiprocessing as multiprocessing
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
+from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.config import LossConfig, build_loss
 from anybatch.losses.engine import softmax_loss
+
+from .methods import cluster_weights
 
 DIMENSIONS = 5
 # Rows and explicit negatives of each rank; one rank has no negatives, another nothing at all.
@@ -75,7 +77,7 @@ def run(name, rows, extras, **options):
         if name in WEIGHTED:
             cluster = given["cluster"][rows]
             columns = torch.cat([cluster, torch.full((len(mine[2]),), -2)])
-            known["log_weight"] = ClusterLogWeight(row_cluster=cluster, column_cluster=columns, same=-3.0, other=-1.5)
+            known["log_weight"] = cluster_weights(columns, len(cluster), same=-3.0, other=-1.5)
         loss.zero_grad()
         value = loss(mine[0], torch.cat(mine[1:]), **known)
         value.backward()

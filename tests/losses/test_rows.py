@@ -42,8 +42,9 @@ def test_ids_and_weights_of_a_batch():
     own = 1 / 12  # what it brings itself is there
     assert weight[3].tolist() == pytest.approx([*[from_remainder] * 3, own] * 3)
     capped = RowTable(ids, ids, plan=plan(), weights="inclusion", weight_cap=2.0).arguments(index)["log_weight"]
-    assert capped.other.exp().tolist() == pytest.approx([2 * same] * 3 + [2 / 12])
-    assert capped.remainder.exp().tolist()[:3] == pytest.approx([2 * same] * 3)
+    capped = capped.tile(slice(0, 4), slice(0, 4)).exp()
+    assert capped[0].tolist() == pytest.approx([same, same, 2 * same, 2 * same])
+    assert capped[3].tolist() == pytest.approx([2 / 12] * 3 + [1 / 12])
     assert "log_weight" not in RowTable(ids, ids, plan=plan()).arguments(index)
 
 
@@ -168,9 +169,10 @@ def test_ways_are_counted_within_a_data_set():
     negative_id = np.where(np.arange(16) < 3, 5, 100 + np.arange(16))[:, None]
     table = RowTable(np.arange(16), positive_id, negative_id=negative_id, plan=plan, weights="inclusion")
     weight = table.arguments(torch.arange(16), num_negatives=1)["log_weight"]
-    assert weight.column_factor.exp()[5].item() == pytest.approx(1 / 4)  # a: one row stands for itself, four bring it
-    assert weight.column_factor.exp()[12].item() == pytest.approx(1)  # b: four rows, each brings it once
-    assert weight.column_factor.exp()[16].item() == pytest.approx(1 / 4)  # row 0's hard negative
+    ways = weight.candidates["log_ways"].exp()
+    assert ways[5].item() == pytest.approx(4)  # a: one row stands for itself, four bring it
+    assert ways[12].item() == pytest.approx(1)  # b: four rows, each brings it once
+    assert ways[16].item() == pytest.approx(4)  # row 0's hard negative
 
 
 def test_suspects_are_masked_whoever_brings_them():

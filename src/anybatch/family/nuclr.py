@@ -13,7 +13,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
 from anybatch.losses.example_values import ExampleValues
-from anybatch.losses.log_weights import LogWeight, SumLogWeight, TensorLogWeight
+from anybatch.losses.log_weights import Values, plus
 from anybatch.losses.per_example import Keys
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import Remembering, SogCLR
@@ -117,13 +117,15 @@ class NUCLR(SogCLR):
         margins = self.margins.of(batch.index, direction=direction, dtype=dtype)
         num_explicit = len(batch.candidates) - len(batch.anchors) if direction == 0 else 0
         margins = torch.cat([margins, margins.new_full((num_explicit,), self.margin)])
-        term: LogWeight = TensorLogWeight(
-            values=-margins[None] / self._temperature, normalised=False, by_row=False, by_column=True
+        weight = plus(
+            side.log_weight,
+            len(batch.anchors),
+            Values("margin", "text" if direction == 0 else "anchor"),  # of the candidates, in either direction
+            back=direction == 1,
+            margin=-margins / self._temperature,
         )
-        if side.log_weight is not None:
-            term = SumLogWeight(terms=(side.log_weight, term))
         assert isinstance(side.rule, _Margined)
-        return replace(side, log_weight=term, column_weight=side.rule.weight if self._updating else None)
+        return replace(side, log_weight=weight, column_weight=side.rule.weight if self._updating else None)
 
     def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         loss = super()._finish(batch, sides, stats, loss)

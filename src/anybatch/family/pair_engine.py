@@ -25,7 +25,7 @@ from torch import Tensor
 from anybatch.core import distributed
 from anybatch.losses.candidates import check_rows
 from anybatch.losses.engine import TILE_BYTES, refuse_twice
-from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.log_weights import LogWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def pair_loss(
     *,
     parameters: Tensor,
     method: PairMethod,
-    log_weight: LogWeight | None = None,
+    log_weight: LogWeights | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> tuple[Tensor, float]:
     """The pairwise loss of this batch over all ranks.
@@ -95,7 +95,7 @@ def pair_loss(
 @dataclass(kw_only=True)
 class _Problem:
     method: PairMethod
-    log_weight: LogWeight | None
+    log_weight: LogWeights | None
     tile_bytes: int
     num_negatives: float = 0.0
 

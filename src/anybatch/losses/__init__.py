@@ -3,37 +3,24 @@
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.cross_batch import CrossBatchInfoNCE
 from anybatch.losses.infonce import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE
-from anybatch.losses.log_weights import (
-    ClusterLogWeight,
-    IdMask,
-    LogWeight,
-    PairMask,
-    SumLogWeight,
-    TaskMask,
-    TensorLogWeight,
-    inclusion_log_weights,
-)
+from anybatch.losses.log_weights import LogWeights, removed
 from anybatch.losses.matryoshka import Matryoshka
 from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.schedule import GammaSchedule
 from anybatch.losses.sogclr import SogCLR
+from anybatch.plans.examples import Examples
 
 __all__ = [
-    "ClusterLogWeight",
     "ContrastiveLoss",
     "CountCorrectedInfoNCE",
     "CrossBatchInfoNCE",
     "DecoupledInfoNCE",
     "ExampleMemory",
+    "Examples",
     "GammaSchedule",
-    "IdMask",
     "InfoNCE",
-    "LogWeight",
+    "LogWeights",
     "Matryoshka",
-    "PairMask",
     "SogCLR",
-    "SumLogWeight",
-    "TaskMask",
-    "TensorLogWeight",
-    "inclusion_log_weights",
+    "removed",
 ]

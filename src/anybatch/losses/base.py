@@ -23,7 +23,7 @@ from anybatch.losses.engine import (
     softmax_loss,
     symmetric_softmax_loss,
 )
-from anybatch.losses.log_weights import IdMask, LogWeight, RowMask, SumLogWeight, as_log_weight
+from anybatch.losses.log_weights import LogWeights, as_log_weights, behind, plus, same_content, same_row
 from anybatch.losses.per_example import Keys, PerExample
 
 Direction = Literal["one_way", "both"]
@@ -53,14 +53,14 @@ class Batch:
     anchors: Tensor
     candidates: Tensor
     index: Tensor | None
-    log_weight: LogWeight | None
+    log_weight: LogWeights | None
     kept: dict[int, Tensor] = field(default_factory=dict)
 
     def queries(self, direction: int) -> Tensor:
         """(B, D) what is scored against the others: the anchors (direction 0), or the positives (1)."""
         return self.anchors if direction == 0 else self.candidates[: len(self.anchors)]
 
-    def log_weight_of(self, direction: int) -> LogWeight | None:
+    def log_weight_of(self, direction: int) -> LogWeights | None:
         """The log-weights as this direction sees them."""
         if direction == 0 or self.log_weight is None:
             return self.log_weight
@@ -174,7 +174,7 @@ class ContrastiveLoss(PerExample):
         candidates: Tensor,
         *,
         index: Tensor | None = None,
-        log_weight: LogWeight | Tensor | None = None,
+        log_weight: LogWeights | Tensor | None = None,
         anchor_id: Tensor | None = None,
         candidate_id: Tensor | None = None,
     ) -> Tensor:
@@ -184,7 +184,7 @@ class ContrastiveLoss(PerExample):
             anchors: (B, D) float.
             candidates: (M, D) float, M >= B: the positives in the anchors' order, then explicit negatives.
             index: (B,) int rows of the data set; needed by losses with memory. Rows of one number have one content, and are no negatives.
-            log_weight: b_ij: a `LogWeight`, or a tensor broadcastable to (B, M); -inf removes a pair.
+            log_weight: b_ij: `LogWeights`, or a tensor broadcastable to (B, M); -inf removes a pair.
             anchor_id: (B,) int, 0 or more; equal for identical anchors. Goes with `candidate_id`.
             candidate_id: (M,) int; equal for identical candidates.
 
@@ -234,7 +234,7 @@ class ContrastiveLoss(PerExample):
         anchors: Tensor,
         candidates: Tensor,
         index: Tensor | None,
-        log_weight: LogWeight | Tensor | None,
+        log_weight: LogWeights | Tensor | None,
         anchor_id: Tensor | None,
         candidate_id: Tensor | None,
     ) -> Batch:
@@ -317,10 +317,10 @@ class ContrastiveLoss(PerExample):
         anchors: Tensor,
         candidates: Tensor,
         index: Tensor | None,
-        log_weight: LogWeight | Tensor | None,
+        log_weight: LogWeights | Tensor | None,
         anchor_id: Tensor | None,
         candidate_id: Tensor | None,
-    ) -> tuple[Tensor | None, LogWeight | None]:
+    ) -> tuple[Tensor | None, LogWeights | None]:
         """The index as int64, and all log-weights and masks."""
         num_rows, num_columns, device = len(anchors), len(candidates), anchors.device
         if (anchor_id is None) != (candidate_id is None):
@@ -329,9 +329,7 @@ class ContrastiveLoss(PerExample):
             raise AnybatchError(
                 "This loss remembers each row: give index=, the row numbers of the batch in the data set."
             )
-        terms: list[LogWeight] = []
-        if log_weight is not None:
-            terms.append(as_log_weight(log_weight, num_rows, num_columns))
+        weights = None if log_weight is None else as_log_weights(log_weight, num_rows, num_columns)
         if anchor_id is not None and candidate_id is not None:
             anchor_id = as_integers(
                 "anchor_id",
@@ -342,16 +340,8 @@ class ContrastiveLoss(PerExample):
                 remedy="-1 marks explicit negatives, which have no anchor.",
             )
             candidate_id = as_integers("candidate_id", candidate_id, length=num_columns, device=device)
-            owner = torch.full_like(candidate_id, -1)
-            owner[:num_rows] = anchor_id
-            terms.append(
-                IdMask(
-                    row_positive=candidate_id[:num_rows],
-                    row_anchor=anchor_id,
-                    column_id=candidate_id,
-                    column_anchor=owner,
-                )
-            )
+            owner = behind(anchor_id, num_columns)
+            weights = plus(weights, num_rows, same_content, anchor_id=owner, text_id=candidate_id)
         if index is not None:
             known = self._known_rows
             index = as_integers(
@@ -364,11 +354,10 @@ class ContrastiveLoss(PerExample):
                 remedy="Make the loss with the num_rows of this data set." if known else "Give row numbers.",
             )
             rows = distributed.gather_rows(index, distributed.gather_sizes(num_rows, device))
-            if len(rows.unique()) < len(rows):  # of all ranks, and so the same on each
-                column = index.new_full((num_columns,), -1)
-                column[:num_rows] = index
-                terms.append(RowMask(row=index, column=column))
-        return index, None if not terms else terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
+            masks = (same_row,) if len(rows.unique()) < len(rows) else ()  # of all ranks, and so the same on each
+            if masks or weights is not None:
+                weights = plus(weights, num_rows, *masks, row=behind(index, num_columns))
+        return index, weights
 
 
 def check_embeddings(anchors: Tensor, candidates: Tensor) -> torch.dtype:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.log_weights import LogWeights
 from anybatch.losses.sides import TILE_BYTES, Adjust, Answer, Rule, Side, SoftmaxStats
 from anybatch.losses.solver import Solution, finite, solve
 
@@ -57,7 +57,7 @@ def softmax_loss(
     *,
     temperature: Tensor,
     rule: Rule,
-    log_weight: LogWeight | None = None,
+    log_weight: LogWeights | None = None,
     row_weight: Tensor | None = None,
     adjust: Adjust | None = None,
     column_weight: Callable[[slice], Tensor] | None = None,
@@ -130,7 +130,7 @@ def dense_softmax_loss(
     *,
     temperature: Tensor,
     rule: Rule,
-    log_weight: LogWeight | None = None,
+    log_weight: LogWeights | None = None,
     row_weight: Tensor | None = None,
     adjust: Adjust | None = None,
 ) -> Tensor:
@@ -150,7 +150,8 @@ def dense_softmax_loss(
         if adjust is not None:
             logits = adjust(everything, scores.detach(), logits)
         num_drawn = logits.new_full((len(anchors),), len(candidates) - 1)
-        answer = Answer(*rule(logits.logsumexp(dim=1), num_drawn, everything))
+        answer = rule(logits.logsumexp(dim=1), num_drawn, everything)
+        answer = answer if isinstance(answer, Answer) else Answer(*answer)
         negative_weight = (logits - finite(answer.log_denominator)[:, None]).exp()
         surplus = None if answer.positive_weight is None else answer.positive_weight + negative_weight.sum(dim=1)
     objective, surrogate = answer.objective, (negative_weight * relative).sum(dim=1)

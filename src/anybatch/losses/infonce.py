@@ -11,7 +11,7 @@ from torch import Tensor
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss, Direction
 from anybatch.losses.engine import TILE_BYTES, Rule, Side
-from anybatch.losses.log_weights import LogWeight, SumLogWeight, TensorLogWeight
+from anybatch.losses.log_weights import Values, plus
 from anybatch.losses.per_example import Keys, only_growing
 
 
@@ -74,11 +74,12 @@ class InfoNCE(ContrastiveLoss):
     def _side(self, batch: Batch, *, direction: int) -> Side:
         side = super()._side(batch, direction=direction)
         if self.margin:
-            shift = batch.anchors.new_full((1, 1), self.margin / self._temperature)
-            term: LogWeight = TensorLogWeight(values=shift, normalised=False, by_row=False, by_column=False)
-            if side.log_weight is not None:
-                term = SumLogWeight(terms=(side.log_weight, term))
-            side = replace(side, log_weight=term)
+            others = batch.anchors if direction else batch.candidates
+            shift = others.new_full((len(others),), self.margin / self._temperature)
+            weight = plus(
+                side.log_weight, len(batch.anchors), Values("margin", "text"), back=direction == 1, margin=shift
+            )
+            side = replace(side, log_weight=weight)
         return replace(side, adjust=_Hardness(self.hardness)) if self.hardness else side
 
     def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:

@@ -12,7 +12,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import MIN_TEMPERATURE, ContrastiveLoss, check_embeddings, outside_the_graph
 from anybatch.losses.candidates import check_rows
 from anybatch.losses.engine import TILE_BYTES, differentiable_once, refuse_twice
-from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.log_weights import LogWeights
 
 
 class LateInteraction(ContrastiveLoss):
@@ -63,7 +63,7 @@ class LateInteraction(ContrastiveLoss):
         anchor_mask: Tensor | None = None,
         candidate_mask: Tensor | None = None,
         index: Tensor | None = None,
-        log_weight: LogWeight | Tensor | None = None,
+        log_weight: LogWeights | Tensor | None = None,
         anchor_id: Tensor | None = None,
         candidate_id: Tensor | None = None,
     ) -> Tensor:
@@ -122,7 +122,7 @@ class _LateInteraction(torch.autograd.Function):
         candidates: Tensor,
         temperature: Tensor,
         masks: tuple[Tensor, Tensor],
-        weight: LogWeight | None,
+        weight: LogWeights | None,
         tile_bytes: int,
     ) -> Tensor:
         loss, gradients = _solve(anchors, candidates, temperature, masks, weight, tile_bytes)
@@ -141,7 +141,7 @@ def _solve(
     candidates: Tensor,
     temperature: Tensor,
     masks: tuple[Tensor, Tensor],
-    weight: LogWeight | None,
+    weight: LogWeights | None,
     tile_bytes: int,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     num_rows, width, dimensions = anchors.shape

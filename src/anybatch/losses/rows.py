@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +16,17 @@ from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_ids, as_integers, known_positives, renumbered
-from anybatch.losses import ClusterLogWeight, LogWeight, PairMask, SumLogWeight, TaskMask, inclusion_log_weights
 from anybatch.losses.base import outside_the_graph
+from anybatch.losses.log_weights import (
+    Inclusion,
+    ListedPairs,
+    LogWeights,
+    Term,
+    behind,
+    inclusion_log_weights,
+    remembered_of_other_tasks,
+)
+from anybatch.plans.examples import Examples
 from anybatch.plans.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
@@ -37,6 +46,8 @@ class RowTable(nn.Module):
         plan: Of these rows; needed by `weights="inclusion"`.
         weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined batches).
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact, unbiased weights.
+        columns: (n,) int each: further facts on the rows, by name, for terms of your own. An explicit negative has -1.
+        terms: Further masks and weights (`anybatch.losses.log_weights`), functions of the records.
         mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights the rest
             stands for the data without them: the mean is over the rows that are not suspected.
 
@@ -59,6 +70,8 @@ class RowTable(nn.Module):
         weights: Weights = "none",
         weight_cap: float | None = None,
         mask_suspects: bool = False,
+        columns: Mapping[str, np.ndarray] | None = None,
+        terms: Sequence[Term] = (),
     ) -> None:
         super().__init__()
         anchors, positives, negatives = _checked_ids(anchor_id, positive_id, negative_id)
@@ -97,6 +110,14 @@ class RowTable(nn.Module):
         self.weights = weights
         self.weight_cap = weight_cap
         self.mask_suspects = mask_suspects
+        self.columns, self.terms = tuple(columns or ()), tuple(terms)
+        for name, values in (columns or {}).items():
+            facts = torch.from_numpy(as_ids(name, values))
+            if facts.shape != self.anchor_id.shape:
+                raise AnybatchError(
+                    f"columns[{name!r}] has shape {tuple(facts.shape)}; expected one a row, ({len(anchors)},)."
+                )
+            self.register_buffer(f"column_{name}", facts, persistent=False)
         self.plan: BatchPlan | None = None
         self.epoch: int | None = None
         if weights == "inclusion" and negatives.shape[1]:
@@ -175,25 +196,53 @@ class RowTable(nn.Module):
             "anchor_id": self.anchor_id[index],
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }
-        terms: list[LogWeight] = []
-        if self.suspects is not None:  # also an empty list, as some losses remember what kinds of masks there are
-            terms.append(PairMask(row_key=index * self.width, column_key=arguments["candidate_id"], keys=self.suspects))
+        terms = self._terms(index)
+        if terms:
+            examples = self._examples(index, num_negatives, arguments["candidate_id"])
+            arguments["log_weight"] = LogWeights.of(examples, len(index), *terms)
+        return arguments
+
+    def _terms(self, index: Tensor) -> list[Term]:
+        """What this table knows of negatives, besides identical texts and rows."""
+        terms = list(self.terms)
+        if self.suspects is not None:
+            terms.append(ListedPairs(self.suspects, self.width))
         if len(self.known):
-            terms.append(
-                PairMask(
-                    row_key=arguments["anchor_id"] * self.width, column_key=arguments["candidate_id"], keys=self.known
-                )
-            )
-        if self.weights == "inclusion":
+            terms.append(ListedPairs(self.known, self.width, key="anchor_id"))
+        if self.log_weights is not None:
             self._check_epoch(index)
-            terms.append(self._inclusion(index, num_negatives, arguments["candidate_id"]))
+            terms.append(Inclusion(self.log_weights, self.weight_cap))
         elif self.task is not None and self.plan is not None and self.plan.mixing == "within":
             # Says nothing of the batch itself: for a loss that remembers earlier ones, of other data sets.
-            task = self.task[index]
-            terms.append(TaskMask(row_task=task, column_task=task.repeat(1 + num_negatives)))
-        if terms:
-            arguments["log_weight"] = terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
-        return arguments
+            terms.append(remembered_of_other_tasks)
+        return terms
+
+    def _examples(self, index: Tensor, num_negatives: int, candidate_id: Tensor) -> Examples:
+        """The record of each pair, and behind them of the explicit negatives that they bring.
+
+        An explicit negative has the cluster and the data set of its row, as it is certain to be there beside it; a remainder
+        row's weigh as its cluster does, which is such a row's chance of pushing one out too much.
+        """
+        repeat, cluster, task, log_ways = 1 + num_negatives, None, None, None
+        if self.task is not None:
+            task = self.task[index].repeat(repeat)
+        if self.log_weights is not None and self.cluster is not None:
+            cluster = self.cluster[index]
+            cluster = torch.where(cluster < 0, -2 - index, cluster).repeat(repeat)  # a remainder row belongs to itself
+            if self.ways is not None and self.way_keys is not None:
+                keys = candidate_id if task is None else task * self.width + candidate_id
+                log_ways = self.ways[torch.searchsorted(self.way_keys, keys)].log()
+                if not num_negatives:  # no row brings another's text here
+                    log_ways.zero_()
+        further = {name: self.get_buffer(f"column_{name}")[index] for name in self.columns}
+        of_pairs = {**further, "anchor_id": self.anchor_id[index], "row": index}
+        return Examples(
+            text_id=candidate_id,
+            cluster=cluster,
+            task=task,
+            log_ways=log_ways,
+            **{name: behind(values, len(candidate_id)) for name, values in of_pairs.items()},
+        )
 
     def _check_epoch(self, index: Tensor) -> None:
         """Rows of a batch come from no more than the batch's clusters; rows of another partition's batch are spread over many."""
@@ -211,41 +260,6 @@ class RowTable(nn.Module):
                 f"The row table was told epoch {self.epoch}, but these rows are no batch of that epoch's partition: they are of {len(found)} of its "
                 f"clusters, a batch has {self.plan.clusters_per_batch}. Call set_epoch of the row table and of the sampler with the same epoch."
             )
-
-    def _inclusion(self, index: Tensor, num_negatives: int, candidate_id: Tensor) -> ClusterLogWeight:
-        """One over the chance that a candidate was put beside the anchor; each candidate once, however many ways it has to come.
-
-        The negatives that a row brings itself are certain to be there; they weigh as its cluster does, which is a remainder row's chance of
-        pushing one out too much.
-        """
-        assert self.plan is not None
-        assert self.cluster is not None
-        assert self.log_weights is not None
-        cluster, task, repeat = self.cluster[index], None, 1 + num_negatives
-        if self.task is not None:
-            task = self.task[index]
-        loose = (cluster < 0).long()
-        table = self.log_weights[0 if task is None else task, loose]
-        same, other, remainder, exact_other, exact_remainder, log_spread = table.unbind(dim=1)
-        cluster = torch.where(cluster < 0, -2 - index, cluster)  # a remainder row belongs to itself
-        factor = None
-        if self.ways is not None and self.way_keys is not None and num_negatives:
-            keys = candidate_id if task is None else task.repeat(repeat) * self.width + candidate_id
-            factor = -self.ways[torch.searchsorted(self.way_keys, keys)].log()
-        return ClusterLogWeight(
-            row_cluster=cluster,
-            column_cluster=cluster.repeat(repeat),
-            same=same,
-            other=other,
-            remainder=remainder,
-            column_factor=factor,
-            row_task=task,
-            column_task=None if task is None else task.repeat(repeat),
-            exact_other=exact_other,
-            exact_remainder=exact_remainder,
-            log_spread=log_spread,
-            cap=self.weight_cap,
-        )
 
 
 def _checked_ids(

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.log_weights import LogWeights
 
 TILE_BYTES = 32 * 2**20
 
@@ -92,7 +92,7 @@ class Side:
 
     rule: Rule
     temperature: Tensor
-    log_weight: LogWeight | None = None
+    log_weight: LogWeights | None = None
     row_weight: Tensor | None = None
     adjust: Adjust | None = None
     column_weight: Callable[[slice], Tensor] | None = None

@@ -27,7 +27,7 @@ from torch import Tensor
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.candidates import Block, Gathered, Layout, Ring
-from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.log_weights import LogWeights
 from anybatch.losses.sides import Answer, Side, SoftmaxStats
 
 
@@ -178,7 +178,8 @@ class _Direction:
         self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
 
     def answer(self, rows: slice) -> None:
-        answer = Answer(*self.side.rule(self.log_sum[rows], self.num_drawn[rows], rows))
+        answer = self.side.rule(self.log_sum[rows], self.num_drawn[rows], rows)
+        answer = answer if isinstance(answer, Answer) else Answer(*answer)
         self.log_denominator[rows], self.objective[rows] = answer.log_denominator, answer.objective
         if answer.positive_weight is not None:
             if self.positive_weight is None:
@@ -350,10 +351,10 @@ class _Columns(_Direction):
         return total
 
 
-def _gathered(log_weight: LogWeight | None, row_sizes: list[int], column_sizes: list[int]) -> LogWeight | None:
-    if (
-        log_weight is None or not distributed.is_active()
-    ):  # one rank alone may have log-weights that cannot be exchanged
+def _gathered(log_weight: LogWeights | None, row_sizes: list[int], column_sizes: list[int]) -> LogWeights | None:
+    if log_weight is None or log_weight.empty:
+        return None
+    if not distributed.is_active():  # one rank alone may have log-weights that cannot be exchanged
         return log_weight
     return log_weight.gathered(row_sizes, column_sizes)
 
