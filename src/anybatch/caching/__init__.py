@@ -9,7 +9,6 @@ from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.step import backward_to_leaves, cached_step
 from anybatch.caching.step_memory import StepMemory
 from anybatch.caching.towers import record_towers
-from anybatch.caching.verify import Verification, verify
 
 __all__ = [
     "GraphBudget",
@@ -17,7 +16,6 @@ __all__ = [
     "RowSlicer",
     "Shared",
     "StepMemory",
-    "Verification",
     "average_gradients",
     "backward_to_leaves",
     "cached_step",
@@ -25,5 +23,4 @@ __all__ = [
     "record",
     "record_towers",
     "replay",
-    "verify",
 ]

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from anybatch.caching import Verification
 from anybatch.cli.options import RunOptions, with_run_options
 from anybatch.cli.progress import console
 from anybatch.insight.doctor import examine
+from anybatch.insight.verify import Verification
 
 
 @with_run_options

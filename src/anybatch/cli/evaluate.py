@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AnchorOption, DataOption, PictureOption, PositiveOption
+from anybatch.cli.options import AnchorOption, DataOption, ImageOption, PositiveOption
 from anybatch.cli.progress import Bars, console
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import write_text
@@ -25,7 +25,7 @@ def command(
     data: DataOption = None,
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
-    picture: PictureOption = None,
+    image: ImageOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")] = None,
     corpus: Annotated[
         str | None, typer.Option("--corpus", help="Documents of a retrieval set (BEIR's layout), in place of --data.")
@@ -57,7 +57,7 @@ def command(
         raise AnybatchError(f"{output} exists. Choose another file for --output.")
     if output is not None and not output.absolute().parent.is_dir():
         raise AnybatchError(f"There is no folder {output.absolute().parent} for --output. Make it, or choose another.")
-    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--picture": picture, "--limit": limit}
+    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--image": image, "--limit": limit}
     of_retrieval = {"--corpus": corpus, "--queries": queries, "--qrels": qrels, "--split": split}
     given = [[name for name, value in side.items() if value is not None] for side in (of_pairs, of_retrieval)]
     if all(given):
@@ -67,7 +67,7 @@ def command(
         )
     if data is not None:
         columns = {"anchor": anchor, "positive": positive, "negatives": (), "quoting": quoting}
-        columns["pictures"] = None if picture is None else [name for name in picture if name]
+        columns["images"] = None if image is None else [name for name in image if name]
         held_out = read_pairs(data, limit=limit, **columns)
     elif corpus is not None and queries is not None and qrels is not None:
         held_out = read_retrieval(corpus, queries, qrels, split=split, quoting=quoting)  # pyright: ignore[reportArgumentType] - refused by name

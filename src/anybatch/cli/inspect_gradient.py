@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from anybatch.cli.inspect_plan import _embeddings, _given, _pairs, find_plan
-from anybatch.cli.options import AnchorOption, DataOption, PictureOption, PositiveOption
+from anybatch.cli.options import AnchorOption, DataOption, ImageOption, PositiveOption
 from anybatch.cli.progress import Bars, console
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import write_text
@@ -23,7 +23,7 @@ def command(
     data: DataOption = None,
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
-    picture: PictureOption = None,
+    image: ImageOption = None,
     embeddings: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
@@ -51,7 +51,7 @@ def command(
     plan = BatchPlan.load(plan_path)
     pairs = _pairs(
         plan,
-        _given(config, data, {"anchor": anchor, "positive": positive, "pictures": tuple(picture or ())}),
+        _given(config, data, {"anchor": anchor, "positive": positive, "images": tuple(image or ())}),
         config,
         [],
     )

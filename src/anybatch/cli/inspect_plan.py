@@ -13,13 +13,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from anybatch.cli.options import AnchorOption, DataOption, NegativeOption, PictureOption, PositiveOption
+from anybatch.cli.options import AnchorOption, DataOption, ImageOption, NegativeOption, PositiveOption
 from anybatch.cli.progress import Bars, console
 from anybatch.core.configuration import load_config
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import read_json, write_text
+from anybatch.data.images import ImageColumn, describe
 from anybatch.data.pairs import PairData
-from anybatch.data.pictures import PictureColumn, describe
 from anybatch.insight import Figure, plan_sizes, render_plan_page, set_figures
 from anybatch.insight.inspection import PlanInspection, inspect_plan, inspect_sets
 from anybatch.losses.config import LossConfig, first_temperature
@@ -39,7 +39,7 @@ def command(
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
     negative: NegativeOption = None,
-    picture: PictureOption = None,
+    image: ImageOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="The plan was made of the first rows only.")] = None,
     embeddings: Annotated[
         tuple[Path, Path] | None,
@@ -66,7 +66,7 @@ def command(
     folder, config, plan_path = find_plan(path)
     plan = BatchPlan.load(plan_path)
     missing: list[str] = []
-    columns = {"negatives": tuple(negative or ()), "pictures": tuple(picture or ())}
+    columns = {"negatives": tuple(negative or ()), "images": tuple(image or ())}
     given = _given(config, data, {"anchor": anchor, "positive": positive, "limit": limit, **columns})
     pairs = _pairs(plan, given, config, missing)
     vectors = _embeddings(plan, embeddings, folder, config, missing)
@@ -131,7 +131,7 @@ def _given(config: RunConfig | None, path: str | None, settings: dict[str, Any])
     if path is None:
         if chosen:
             raise AnybatchError(
-                "--anchor, --positive, --negative, --picture and --limit describe the file of --data, which is not given. Add --data."
+                "--anchor, --positive, --negative, --image and --limit describe the file of --data, which is not given. Add --data."
             )
         return None
     base = config.data if config is not None else DataConfig(path=path)
@@ -152,8 +152,8 @@ def _pairs(plan: BatchPlan, given: DataConfig | None, config: RunConfig | None, 
             raise
         missing.append(f"Texts: {error} Give the data with --data.")
         return None
-    if find_spec("PIL") is None and any(isinstance(side, PictureColumn) for side in (pairs.anchors, pairs.positives)):
-        missing.append("Pictures: they need Pillow. Install it with: pip install 'anybatch[images]'")
+    if find_spec("PIL") is None and any(isinstance(side, ImageColumn) for side in (pairs.anchors, pairs.positives)):
+        missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[images]'")
     return pairs
 
 

@@ -34,10 +34,10 @@ PositiveOption = Annotated[str | None, typer.Option("--positive", help="Name of 
 NegativeOption = Annotated[
     list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")
 ]
-PictureOption = Annotated[
+ImageOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--picture", help='Name of a column that holds paths of pictures (`data.pictures`); "" for none. Repeatable.'
+        "--image", help='Name of a column that holds paths of images (`data.images`); "" for none. Repeatable.'
     ),
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]

@@ -29,7 +29,7 @@ CONVENTIONS = (
     ("text1", "text2"),
 )
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_?\d+)?", re.IGNORECASE)
-PICTURE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)\s*$", re.IGNORECASE)
+IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)\s*$", re.IGNORECASE)
 NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?\s*")
 NO_TEXTS = frozenset(("None", "none", "nan", "NaN", "null", "NULL", "<NA>", "\\N"))
 Cell = str | list[str]
@@ -130,7 +130,7 @@ def spread(
         The columns of texts that each name stands for, one or (of negatives) several; and remarks on what was made of lists.
 
     Raises:
-        AnybatchError: A list of anchors; a list of positives beside pictures.
+        AnybatchError: A list of anchors; a list of positives beside images.
     """
     remarks: list[str] = []
     lists = {name for name, column in cells.items() if any(isinstance(cell, list) for cell in column)}
@@ -138,7 +138,7 @@ def spread(
         raise AnybatchError(f"'{chosen.anchor}' of {where} holds lists of several texts. An anchor is one text.")
     if chosen.positive in lists:
         if len(cells) < len(chosen.names):
-            raise AnybatchError(f"{where}: lists of positives cannot stand beside pictures. Write one pair a row.")
+            raise AnybatchError(f"{where}: lists of positives cannot stand beside images. Write one pair a row.")
         positives = [[cell] if isinstance(cell, str) else cell for cell in cells[chosen.positive]]
         several = sum(len(texts) > 1 for texts in positives)
         remarks.append(f"{several} rows have several positives, which are pairs of their own")
@@ -168,12 +168,12 @@ def spread(
 
 
 def say_columns(
-    where: str, chosen: Chosen, pictures: Sequence[str], unused: Sequence[str], num_rows: int, remarks: Sequence[str]
+    where: str, chosen: Chosen, images: Sequence[str], unused: Sequence[str], num_rows: int, remarks: Sequence[str]
 ) -> None:
     """One line to the log: which columns are used for what, and which are not."""
 
     def shown(name: str) -> str:
-        return f"'{name}' (pictures)" if name in pictures else f"'{name}'"
+        return f"'{name}' (images)" if name in images else f"'{name}'"
 
     negatives = f"negatives {', '.join(map(shown, chosen.negatives))}" if chosen.negatives else "no negatives"
     logger.info(
@@ -224,17 +224,17 @@ def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[s
             )  # fmt: skip
 
 
-def are_picture_paths(name: str, texts: Sequence[str], folder: Path, where: str) -> bool:
-    """Whether all texts are names of picture files that exist. Warns where most are.
+def are_image_paths(name: str, texts: Sequence[str], folder: Path, where: str) -> bool:
+    """Whether all texts are names of image files that exist. Warns where most are.
 
     Raises:
         AnybatchError: They are such names, and one of the files is not there.
     """
-    paths = sum(PICTURE.search(text[-9:]) is not None for text in texts)
+    paths = sum(IMAGE.search(text[-9:]) is not None for text in texts)
     if paths < len(texts):
         if paths > len(texts) / 2:
             logger.warning(
-                "%s, column '%s': %d of %d texts look like paths of pictures, and all are taken as texts. If they are pictures: data.pictures=[%s], and "
+                "%s, column '%s': %d of %d texts look like paths of images, and all are taken as texts. If they are images: data.images=[%s], and "
                 "leave out the rows without.",
                 where, name, paths, len(texts), name,
             )  # fmt: skip
@@ -242,7 +242,7 @@ def are_picture_paths(name: str, texts: Sequence[str], folder: Path, where: str)
     for row, text in enumerate(texts, start=1):
         if not (folder / text).is_file():
             raise AnybatchError(
-                f"'{name}' of {where} seems to hold paths of pictures, and there is no file {folder / text} (row {row}). Put the files there, or say "
-                "that these are texts: data.pictures=[]"
+                f"'{name}' of {where} seems to hold paths of images, and there is no file {folder / text} (row {row}). Put the files there, or say "
+                "that these are texts: data.images=[]"
             )
     return True

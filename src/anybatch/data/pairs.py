@@ -1,6 +1,6 @@
-"""Read training pairs and retrieval sets, and refuse what cannot be trained on. Imports errors, files and pictures.
+"""Read training pairs and retrieval sets, and refuse what cannot be trained on. Imports errors, files and images.
 
-Cost: the texts in memory once, and one pass for ids and digest (about 2 seconds a million short texts). Pictures stay in their files.
+Cost: the texts in memory once, and one pass for ids and digest (about 2 seconds a million short texts). Images stay in their files.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from anybatch.core.files import check_name, digest_of
 from anybatch.data.columns import (
     NEGATIVE,
     Cell,
-    are_picture_paths,
+    are_image_paths,
     cell_of,
     choose_columns,
     say_columns,
     spread,
     warn_of_columns,
 )
-from anybatch.data.pictures import Column, PictureColumn, find_pictures, row_keys
+from anybatch.data.images import Column, ImageColumn, find_images, row_keys
 from anybatch.data.records import FORMATS, KINDS, Quoting, column_names, no_column, records
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ class PairSet:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairData:
-    """Training pairs in row order. A column is a sequence of texts, or a `PictureColumn`.
+    """Training pairs in row order. A column is a sequence of texts, or an `ImageColumn`.
 
     Attributes:
-        anchors, positives: n texts or pictures each.
+        anchors, positives: n texts or images each.
         negatives: One such column of n for each column of explicit negatives.
         source: Where they were read, for messages.
         sets: The data sets that the rows come from, in order; empty for one.
@@ -86,12 +86,12 @@ class PairData:
 
     @cached_property
     def anchor_id(self) -> np.ndarray:
-        """(n,) int64: equal where the anchors are the same text (white space at the ends aside), or the same picture byte for byte."""
+        """(n,) int64: equal where the anchors are the same text (white space at the ends aside), or the same image byte for byte."""
         return _identify([self.anchors])[0]
 
     @property
     def positive_id(self) -> np.ndarray:
-        """(n,) int64: equal where the positives are the same text or picture."""
+        """(n,) int64: equal where the positives are the same text or image."""
         return self._candidate_ids[0]
 
     @property
@@ -101,7 +101,7 @@ class PairData:
 
     @cached_property
     def digest(self) -> str:
-        """Over all texts and pictures in row order; the same for the same rows in any file format."""
+        """Over all texts and images in row order; the same for the same rows in any file format."""
         return text_digest(self.prompted)
 
     @cached_property
@@ -117,26 +117,26 @@ class PairData:
         sides = [anchor, *[positive] * (len(columns) - 1)]
         return [
             column
-            if isinstance(column, PictureColumn)
+            if isinstance(column, ImageColumn)
             else [prompt + text for prompt, text in zip(side, column, strict=True)]
             for side, column in zip(sides, columns, strict=True)
         ]
 
     def to_dataset(self) -> Dataset:
-        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included; pictures are decoded as they are read.
+        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included; images are decoded as they are read.
 
         Raises:
-            AnybatchError: Pictures, and Pillow is not installed.
+            AnybatchError: Images, and Pillow is not installed.
         """
         from datasets import Dataset, concatenate_datasets
 
         names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(self.negatives) + 1))]
         columns = dict(zip(names, self.prompted, strict=True))
-        if not any(isinstance(column, PictureColumn) for column in columns.values()):
+        if not any(isinstance(column, ImageColumn) for column in columns.values()):
             return Dataset.from_dict({name: list(column) for name, column in columns.items()})
         # One by one: the order of the columns says who is the anchor, and `select_columns` changes it for some readers only.
         parts = [
-            column.decoded(name) if isinstance(column, PictureColumn) else Dataset.from_dict({name: list(column)})
+            column.decoded(name) if isinstance(column, ImageColumn) else Dataset.from_dict({name: list(column)})
             for name, column in columns.items()
         ]
         return concatenate_datasets(parts, axis=1)
@@ -179,8 +179,8 @@ def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
     """Several data sets, one after the other.
 
     Raises:
-        AnybatchError: Names that occur twice; different numbers of negative columns; a column with texts in one and pictures in another;
-            an instruction for pictures.
+        AnybatchError: Names that occur twice; different numbers of negative columns; a column with texts in one and images in another;
+            an instruction for images.
     """
     names = [one.name for one in sets]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -194,9 +194,9 @@ def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
         )
     for part, one in zip(parts, sets, strict=True):
         for side, column in (("anchor", part.anchors), ("positive", part.positives)):
-            if isinstance(column, PictureColumn) and getattr(one, f"{side}_prompt"):
+            if isinstance(column, ImageColumn) and getattr(one, f"{side}_prompt"):
                 raise AnybatchError(
-                    f"The data set '{one.name}' has an instruction for its {side}s ({side}_prompt), which are pictures. Instructions are put before "
+                    f"The data set '{one.name}' has an instruction for its {side}s ({side}_prompt), which are images. Instructions are put before "
                     "texts: leave it out."
                 )
     return PairData(
@@ -270,7 +270,7 @@ def read_pairs(
     anchor: str | None = None,
     positive: str | None = None,
     negatives: Sequence[str] | None = None,
-    pictures: Sequence[str] | None = None,
+    images: Sequence[str] | None = None,
     quoting: Quoting | None = None,
     limit: int | None = None,
 ) -> PairData:
@@ -278,10 +278,10 @@ def read_pairs(
 
     Args:
         path: JSONL, CSV or TSV (each also `.gz`), Parquet, or a folder saved by `datasets`.
-        anchor, positive: Names of the columns: texts, or pictures (the feature `datasets.Image` of a saved folder or Parquet file). None for
+        anchor, positive: Names of the columns: texts, or images (the feature `datasets.Image` of a saved folder or Parquet file). None for
             conventional ones: anchor and positive, query and pos, question and answer, and others (`anybatch.data.columns.CONVENTIONS`).
         negatives: Names of columns with explicit negatives. None for those called negative, neg, negative_1 and the like; () for none.
-        pictures: Which of these columns hold the paths of pictures, relative to the file's folder. None for those whose texts are all such
+        images: Which of these columns hold the paths of images, relative to the file's folder. None for those whose texts are all such
             paths; () for none.
         quoting: Of CSV and TSV. None for the usual rules (RFC 4180), refusing a file that can also be read without; "standard" to insist on
             them, "raw" where quotes are plain characters.
@@ -292,8 +292,8 @@ def read_pairs(
 
     Raises:
         AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there (with the
-            nearest name), a text that is empty or no text (with its row, counted from 1), negatives in some rows only, paths of pictures
-            that are not there. A declared picture that is not there is found when ids or digest are asked for.
+            nearest name), a text that is empty or no text (with its row, counted from 1), negatives in some rows only, paths of images
+            that are not there. A declared image that is not there is found when ids or digest are asked for.
 
     Cost: the texts in memory once; about 3 seconds a million rows of JSON.
     """
@@ -303,17 +303,15 @@ def read_pairs(
     if not present:
         raise AnybatchError(f"{path} is empty: it has no rows. Expected pairs of anchor and positive.")
     chosen = choose_columns(present, anchor, positive, negatives, where)
-    foreign = [name for name in pictures or () if name not in chosen.names]
+    foreign = [name for name in images or () if name not in chosen.names]
     if foreign:
         raise AnybatchError(
-            f"'{foreign[0]}' is said to hold pictures, but is none of the columns {', '.join(chosen.names)}."
+            f"'{foreign[0]}' is said to hold images, but is none of the columns {', '.join(chosen.names)}."
         )
     if limit is not None and limit < 1:
         raise AnybatchError(f"The limit is {limit}; expected at least 1 row.")
     limit = limit and min(limit, sys.maxsize)
-    columns: dict[str, list[Any]] = {
-        name: [column] for name, column in find_pictures(path, chosen.names, limit).items()
-    }
+    columns: dict[str, list[Any]] = {name: [column] for name, column in find_images(path, chosen.names, limit).items()}
     cells: dict[str, list[Cell]] = {name: [] for name in chosen.names if name not in columns}
     later = dict.fromkeys(present)
     for row, record in enumerate(islice(records(path, list(cells), quoting), limit) if cells else (), start=1):
@@ -331,9 +329,9 @@ def read_pairs(
     texts, remarks = spread(cells, chosen, where)
     folder = path if path.is_dir() else path.parent
     for name, parts in texts.items():
-        declared = name in pictures if pictures is not None else None
-        if declared or (declared is None and all(are_picture_paths(name, part, folder, where) for part in parts)):
-            columns[name] = [PictureColumn.of_paths(part, folder, f"'{name}' of {path}") for part in parts]
+        declared = name in images if images is not None else None
+        if declared or (declared is None and all(are_image_paths(name, part, folder, where) for part in parts)):
+            columns[name] = [ImageColumn.of_paths(part, folder, f"'{name}' of {path}") for part in parts]
     found = texts | columns
     pairs = PairData(
         anchors=found[chosen.anchor][0],
@@ -429,25 +427,25 @@ def read_retrieval(
 
 def _join(columns: Sequence[Column], name: str) -> Column:
     """A column of several data sets."""
-    pictures = [column for column in columns if isinstance(column, PictureColumn)]
-    texts = [column for column in columns if not isinstance(column, PictureColumn)]
-    if not pictures:
+    images = [column for column in columns if isinstance(column, ImageColumn)]
+    texts = [column for column in columns if not isinstance(column, ImageColumn)]
+    if not images:
         return [text for column in texts for text in column]
     if texts:
         raise AnybatchError(
-            f"The {name} is a picture in some data sets and a text in others; a batch needs one kind. Train them apart, or swap anchor and "
+            f"The {name} is an image in some data sets and a text in others; a batch needs one kind. Train them apart, or swap anchor and "
             "positive in data.sets."
         )
-    return PictureColumn.join(pictures)
+    return ImageColumn.join(images)
 
 
 def _identify(columns: Sequence[Column]) -> list[np.ndarray]:
-    """Number the distinct texts and pictures of all columns together, in order of first appearance."""
+    """Number the distinct texts and images of all columns together, in order of first appearance."""
     numbers: dict[str | bytes, int] = {}
 
     def number(column: Column) -> np.ndarray:
         keys: Iterable[str | bytes] = (
-            row_keys(column) if isinstance(column, PictureColumn) else (text.strip() for text in column)
+            row_keys(column) if isinstance(column, ImageColumn) else (text.strip() for text in column)
         )
         return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(column))
 

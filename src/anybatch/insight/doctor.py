@@ -9,8 +9,8 @@ import contextlib
 
 import torch
 
-from anybatch.caching import Verification, verify
 from anybatch.core.errors import AnybatchError
+from anybatch.insight.verify import Verification, verify
 from anybatch.integrations.sentence_transformers.model import load_model
 from anybatch.losses.config import build_loss
 from anybatch.losses.rows import RowTable

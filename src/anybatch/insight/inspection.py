@@ -347,7 +347,7 @@ def _suspects(plan: BatchPlan, pairs: Cosines, among: np.ndarray) -> list[RowPai
 
 
 def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:
-    """The first `SHOWN`, no two with the same two positives: one caption of many pictures would fill the list."""
+    """The first `SHOWN`, no two with the same two positives: one caption of many images would fill the list."""
     kinds: dict[frozenset[int], RowPair] = {}
     for pair in pairs:
         kinds.setdefault(frozenset(map(int, positive_id[[pair.row, pair.other]])), pair)

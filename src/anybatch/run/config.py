@@ -26,7 +26,7 @@ class SetConfig(Configuration):
         path: As `data.path`, one data set.
         name: For plans, reports and folders, a plain file name; None for the file's.
         anchor, positive, limit: As in `data`.
-        anchor_prompt, positive_prompt: Instructions put before its texts (not pictures) in training, behind the model's own.
+        anchor_prompt, positive_prompt: Instructions put before its texts (not images) in training, behind the model's own.
         skip, take, margin: Its rank window.
         share: Of its clusters, how many an epoch deals, in (0, 1]: a large set at .25 weighs a quarter.
     """
@@ -59,10 +59,10 @@ class DataConfig(Configuration):
         path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`. A folder of such files, or a saved `DatasetDict`, is
             several data sets with the same columns.
         sets: Several data sets, each with its own columns, instructions and rank window, instead of `path`.
-        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of pictures; None for conventional ones
+        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of images; None for conventional ones
             (anchor and positive, query and pos, question and answer and the like), which are said.
         negatives: Names of columns with explicit negatives; None for those called negative, neg_1 and the like, [] for none.
-        pictures: Which of these columns hold paths of pictures, relative to the file's folder; None for those that do throughout, [] for none.
+        images: Which of these columns hold paths of images, relative to the file's folder; None for those that do throughout, [] for none.
         quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain characters); None for the
             usual rules, refusing a file that can be read both ways.
         limit: Use only the first rows; None for all.
@@ -73,7 +73,7 @@ class DataConfig(Configuration):
     anchor: str | None = None
     positive: str | None = None
     negatives: tuple[str, ...] | None = None
-    pictures: tuple[str, ...] | None = None
+    images: tuple[str, ...] | None = None
     quoting: Literal["standard", "raw"] | None = None
     limit: Count | None = None
 

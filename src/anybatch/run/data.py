@@ -6,8 +6,16 @@ import importlib.util
 from pathlib import Path
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.pairs import PairData, PairSet, RetrievalData, find_sets, join_pairs, read_pairs, read_retrieval
-from anybatch.data.pictures import PictureColumn
+from anybatch.data.images import ImageColumn
+from anybatch.data.pairs import (
+    PairData,
+    PairSet,
+    RetrievalData,
+    find_sets,
+    join_pairs,
+    read_pairs,
+    read_retrieval,
+)
 from anybatch.mining import MiningSet
 from anybatch.run.config import DataConfig, RunConfig, SetConfig, resolved
 
@@ -17,9 +25,9 @@ def read_training_pairs(config: RunConfig) -> PairData:
     pairs = read_data(config.data)
     for side, column in (("anchor", pairs.anchors), ("positive", pairs.positives)):
         for owner in ("model", "teacher"):
-            if isinstance(column, PictureColumn) and getattr(getattr(config, owner), f"{side}_prompt"):
+            if isinstance(column, ImageColumn) and getattr(getattr(config, owner), f"{side}_prompt"):
                 raise AnybatchError(
-                    f"{owner}.{side}_prompt is set, and the {side}s are pictures. Prompts are put before texts: leave it out."
+                    f"{owner}.{side}_prompt is set, and the {side}s are images. Prompts are put before texts: leave it out."
                 )
     if len(pairs) < config.batch_size:
         raise AnybatchError(
@@ -58,7 +66,7 @@ def read_data(data: DataConfig) -> PairData:
             anchor=one.anchor or data.anchor,
             positive=one.positive or data.positive,
             negatives=data.negatives,
-            pictures=data.pictures,
+            images=data.images,
             quoting=data.quoting,
             limit=data.limit if one.limit is None else one.limit,
         )
@@ -121,7 +129,7 @@ def read_evaluation(config: RunConfig) -> PairData | RetrievalData | None:
         anchor=data.anchor,
         positive=data.positive,
         negatives=(),
-        pictures=data.pictures and [name for name in data.pictures if name not in negatives],
+        images=data.images and [name for name in data.images if name not in negatives],
         quoting=data.quoting,
         limit=held_out.limit,
     )

@@ -22,8 +22,8 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, seal_folder, write_json
 from anybatch.core.progress import Progress, counter, no_progress
 from anybatch.core.resources import Measure
+from anybatch.data.images import Column
 from anybatch.data.pairs import PairData, RetrievalData
-from anybatch.data.pictures import Column
 from anybatch.integrations.sentence_transformers.model import Side, load_model, side_inputs, warn_of_instructions
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, RunResult, resolved

@@ -14,8 +14,8 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, write_json
 from anybatch.core.progress import Progress, counter, no_progress
+from anybatch.data.images import pick
 from anybatch.data.pairs import PairData
-from anybatch.data.pictures import pick
 from anybatch.integrations.sentence_transformers.model import ModelConfig, Side, lengths_of, load_model
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, resolved

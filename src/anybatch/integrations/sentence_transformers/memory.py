@@ -14,7 +14,7 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of
 from anybatch.core.progress import counter
-from anybatch.data.pictures import Column, pick
+from anybatch.data.images import Column, pick
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.model import Side, lengths_of
 from anybatch.losses import ContrastiveLoss

@@ -1,4 +1,4 @@
-"""Tiny pictures, and a tiny model for pictures and texts, made on the spot."""
+"""Tiny images, and a tiny model for images and texts, made on the spot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ COLOURS = {"red": (200, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 200), 
 SHAPES = ("bar", "square", "frame", "dot")
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     """A PNG: a shape of one colour at a place of its own, 20 x 20 or 24 x 16 pixels."""
     from PIL import Image, ImageDraw
 
@@ -26,16 +26,16 @@ def picture(number: int) -> bytes:
 
 
 def caption(number: int) -> str:
-    """What `picture(number)` shows."""
+    """What `image(number)` shows."""
     return f"a {list(COLOURS)[number % 5]} {SHAPES[number % 4]} at place {number % 7}"
 
 
 def save_pairs(folder: Path, numbers: list[int], *, anchor: str = "image", positive: str = "caption") -> Path:
-    """A data set of pictures and captions, as `datasets` saves it."""
+    """A data set of images and captions, as `datasets` saves it."""
     from datasets import Dataset, Features, Image, Value
 
     rows = {
-        anchor: [{"bytes": picture(number), "path": None} for number in numbers],
+        anchor: [{"bytes": image(number), "path": None} for number in numbers],
         positive: [caption(number) for number in numbers],
     }
     features = Features({anchor: Image(), positive: Value("string")})

@@ -1,4 +1,4 @@
-"""A model for pictures and texts through embedding, the cached step and training."""
+"""A model for images and texts through embedding, the cached step and training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from anybatch.core.errors import AnybatchError
+from anybatch.data.images import EncodedImage
 from anybatch.data.pairs import PairData, read_pairs
-from anybatch.data.pictures import Picture
 from anybatch.integrations.sentence_transformers import embed as module
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.losses import InfoNCE
-from tests.pictures import save_clip, save_pairs
+from tests.images import save_clip, save_pairs
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def test_embedding_is_the_models_own(model, pairs):
     assert embed_texts(model, pairs.anchors[:0]).shape == (0, 16)
 
 
-def test_few_pictures_are_decoded_at_once(model, pairs, monkeypatch):
+def test_few_images_are_decoded_at_once(model, pairs, monkeypatch):
     alive, most, forward = 0, 0, module._forward
-    decode = Picture.decode
+    decode = EncodedImage.decode
 
     def counted(self):
         nonlocal alive, most
@@ -57,14 +57,14 @@ def test_few_pictures_are_decoded_at_once(model, pairs, monkeypatch):
         alive -= len(inputs)
         return forward(model, inputs, batch_size, prompt)
 
-    monkeypatch.setattr(Picture, "decode", counted)
+    monkeypatch.setattr(EncodedImage, "decode", counted)
     monkeypatch.setattr(module, "_forward", encode)
     embed_texts(model, pairs.anchors, batch_size=4)
     assert most == 4
     assert alive == 0
 
 
-def test_resumes_and_knows_its_pictures(model, pairs, tmp_path, monkeypatch):
+def test_resumes_and_knows_its_images(model, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD", 4)
     whole = embed_texts(model, pairs.anchors)
     seen, encode = 0, module._encode
@@ -88,10 +88,10 @@ def test_resumes_and_knows_its_pictures(model, pairs, tmp_path, monkeypatch):
 
 
 def test_what_does_not_go_together(model, pairs, tiny_model_folder):
-    with pytest.raises(AnybatchError, match="prompt 'see: ' was given for pictures"):
+    with pytest.raises(AnybatchError, match="prompt 'see: ' was given for images"):
         embed_texts(model, pairs.anchors, prompt="see: ")
     reader = SentenceTransformer(str(tiny_model_folder), device="cpu")
-    with pytest.raises(AnybatchError, match="holds pictures, and the model takes text"):
+    with pytest.raises(AnybatchError, match="holds images, and the model takes text"):
         embed_texts(reader, pairs.anchors)
 
 

@@ -1,4 +1,4 @@
-"""Picture-caption pairs through the command line: mine, inspect, train, resume. The files are made as docs/pictures.md makes them."""
+"""Image-caption pairs through the command line: mine, inspect, train, resume. The files are made as docs/images.md makes them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from anybatch.cli import inspect_plan as inspect_module
 from anybatch.core.errors import AnybatchError
-from anybatch.data.pictures import Picture
+from anybatch.data.images import EncodedImage
 from anybatch.insight import plan_page
 from anybatch.plans.plan import BatchPlan
 from tests.cli.test_cli import run
-from tests.pictures import picture, save_clip, save_pairs
+from tests.images import image, save_clip, save_pairs
 
 COUNT = 40
 
@@ -30,7 +30,7 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return save_pairs(tmp_path_factory.mktemp("pairs") / "pictures", [*range(COUNT - 2), 3, 4])
+    return save_pairs(tmp_path_factory.mktemp("pairs") / "images", [*range(COUNT - 2), 3, 4])
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def settings(saved, output, *more):
 
 
 def vectors(folder):
-    """A joint space: what a picture shows, and a little noise on each side."""
+    """A joint space: what an image shows, and a little noise on each side."""
     generator = np.random.default_rng(0)
     truth = generator.normal(size=(COUNT, 8))
     paths = []
@@ -62,13 +62,13 @@ def vectors(folder):
 
 
 def test_mining_from_embeddings_decodes_nothing(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(Picture, "decode", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(EncodedImage, "decode", lambda self: pytest.fail("decoded"))
     run("mine", *settings(saved, tmp_path / "run", *vectors(tmp_path)))
     plan = BatchPlan.load(tmp_path / "run" / "plan.safetensors")
     assert plan.num_rows == COUNT
     for same in ({3, COUNT - 2}, {4, COUNT - 1}):
         first, second = same
-        assert plan.cluster[first] != plan.cluster[second]  # the same picture is never put beside itself
+        assert plan.cluster[first] != plan.cluster[second]  # the same image is never put beside itself
 
 
 def test_mining_with_a_model_and_looking_at_the_plan(saved, clip_folder, tmp_path, heard, monkeypatch):
@@ -77,23 +77,23 @@ def test_mining_with_a_model_and_looking_at_the_plan(saved, clip_folder, tmp_pat
     run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "plan.html"))
     said = heard()
     assert "Not shown" not in said
-    assert re.search(r"row (\d+) anchor: \[picture 2[04]x(20|16), row \1\]", said)
+    assert re.search(r"row (\d+) anchor: \[image 2[04]x(20|16), row \1\]", said)
     assert re.search(r"own positive: a (red|green|blue|black|white) ", said)
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
-    images = re.findall(r'<img src="data:image/jpeg;base64,[\w+/=]+" alt="\[picture 2[04]x\d\d, row (\d+)\]"', page)
+    images = re.findall(r'<img src="data:image/jpeg;base64,[\w+/=]+" alt="\[image 2[04]x\d\d, row (\d+)\]"', page)
     assert len(images) == page.count("<img") > 20
     for heading in ("Suspected false negatives", "Example clusters"):
         assert heading in page
-    monkeypatch.setattr(plan_page, "PICTURE_CHARACTERS", 3000)  # a page stays small: then pictures are named
+    monkeypatch.setattr(plan_page, "IMAGE_CHARACTERS", 3000)  # a page stays small: then images are named
     run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "small.html"))
     small = (tmp_path / "small.html").read_text(encoding="utf-8")
     assert 1 <= small.count("<img") <= 5
-    assert "[picture 20x20, row " in re.sub("<img[^>]*>", "", small)
+    assert "[image 20x20, row " in re.sub("<img[^>]*>", "", small)
 
 
 def test_prompts_are_for_texts(saved, tmp_path):
     for prompt in ("model.anchor_prompt=see", "teacher.anchor_prompt=see"):
-        with pytest.raises(AnybatchError, match=r"anchor_prompt is set, and the anchors are pictures"):
+        with pytest.raises(AnybatchError, match=r"anchor_prompt is set, and the anchors are images"):
             run("mine", *settings(saved, tmp_path / "run", *vectors(tmp_path), prompt))
         assert not (tmp_path / "run").exists()
 
@@ -102,9 +102,9 @@ def test_paths_in_a_file(clip_folder, tmp_path):
     (tmp_path / "files").mkdir()
     with (tmp_path / "pairs.jsonl").open("w") as file:
         for row in range(20):
-            (tmp_path / "files" / f"{row}.png").write_bytes(picture(row))
+            (tmp_path / "files" / f"{row}.png").write_bytes(image(row))
             file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
-    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.pictures=[image]")
+    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.images=[image]")
     run("mine", *given, "--teacher", str(clip_folder))
     assert np.load(tmp_path / "run" / "teacher_anchor.npy").shape == (20, 16)
 
@@ -141,28 +141,28 @@ def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
     assert any("text_model" in name for name in changed)
 
 
-def test_files_of_pictures_are_named_to_every_verb(clip_folder, tmp_path):
+def test_files_of_images_are_named_to_every_verb(clip_folder, tmp_path):
     (tmp_path / "files").mkdir()
     with (tmp_path / "pairs.jsonl").open("w") as file:
         for row in range(20):
-            (tmp_path / "files" / f"{row}.png").write_bytes(picture(row))
+            (tmp_path / "files" / f"{row}.png").write_bytes(image(row))
             file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
     columns = ["--data", str(tmp_path / "pairs.jsonl"), "--anchor", "image", "--positive", "caption"]
-    run("evaluate", str(clip_folder), *columns, "--picture", "image", "--output", str(tmp_path / "pictures.json"))
+    run("evaluate", str(clip_folder), *columns, "--image", "image", "--output", str(tmp_path / "images.json"))
     run("evaluate", str(clip_folder), *columns, "--output", str(tmp_path / "found.json"))
-    run("evaluate", str(clip_folder), *columns, "--picture", "", "--output", str(tmp_path / "names.json"))
-    pictures, found, names = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("pictures", "found", "names")
+    run("evaluate", str(clip_folder), *columns, "--image", "", "--output", str(tmp_path / "names.json"))
+    images, found, names = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("images", "found", "names")
     )
-    assert found == pictures  # paths of files that exist are pictures, also where nobody says so
-    assert names != pictures
-    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.pictures=[image]")
+    assert found == images  # paths of files that exist are images, also where nobody says so
+    assert names != images
+    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.images=[image]")
     run("mine", *given, "--teacher", str(clip_folder))
     shutil.copy(tmp_path / "run" / "plan.safetensors", tmp_path / "copy.safetensors")
-    run("inspect", "plan", str(tmp_path / "copy.safetensors"), *columns, "--picture", "image")
+    run("inspect", "plan", str(tmp_path / "copy.safetensors"), *columns, "--image", "image")
 
 
-def test_pictures_as_hard_negatives(saved, clip_folder, tmp_path):
+def test_images_as_hard_negatives(saved, clip_folder, tmp_path):
     more = (
         "mining.num_negatives=1",
         "train.log_steps=1",

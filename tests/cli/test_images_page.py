@@ -1,4 +1,4 @@
-"""The code and the commands of docs/pictures.md are executed, on 40 pictures with a tiny model."""
+"""The code and the commands of docs/images.md are executed, on 40 images with a tiny model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from anybatch.plans.plan import BatchPlan
 from tests.cli.test_cli import run
-from tests.pictures import caption, picture, save_clip
+from tests.images import caption, image, save_clip
 
-PAGE = Path(__file__).parents[2] / "docs" / "pictures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "images.md"
 SMALLER = ["mining.cluster_size=4", "mining.skip=2", "mining.take=8", "model.device=cpu", "train.learning_rate=0.001"]
 
 
@@ -25,7 +25,7 @@ def test_page(tmp_path, monkeypatch):
     files = []
     for number in range(40):
         files.append(str(tmp_path / "files" / f"{number}.png"))
-        Path(files[-1]).write_bytes(picture(number))
+        Path(files[-1]).write_bytes(image(number))
     captions = [caption(number) for number in range(40)]
     names["save_pairs"](files[:32], captions[:32], "pairs")
     names["save_pairs"](files[32:], captions[32:], "held_out")

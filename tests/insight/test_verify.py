@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from anybatch.caching import verify
 from anybatch.core.errors import AnybatchError
+from anybatch.insight.verify import verify
 from tests.caching.helpers import Mlp, Softmax, TextEncoder, texts
 
 

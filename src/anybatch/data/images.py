@@ -1,4 +1,4 @@
-"""Columns of pictures: lazy, undecoded, told apart by their encoded bytes. Imports errors; datasets and Pillow where they are used.
+"""Columns of images: lazy, undecoded, told apart by their encoded bytes. Imports errors; datasets and Pillow where they are used.
 
 Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second and the disk); 16 bytes a row and one block of rows in memory.
 """
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BLOCK = 64  # rows read at once: a third of a gigabyte of large photographs
-KEY = 16  # bytes of a picture's digest
-NAME = "picture"  # the one column of the data set inside a `PictureColumn`
-MODE = "RGB"  # of decoded pictures: most processors refuse batches of several modes
+KEY = 16  # bytes of an image's digest
+NAME = "image"  # the one column of the data set inside an `ImageColumn`
+MODE = "RGB"  # of decoded images: most processors refuse batches of several modes
 THUMBNAIL = 64  # pixels of the longer side
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
-    """One picture as it was stored.
+class EncodedImage:
+    """One image as it was stored.
 
     Attributes:
         encoded: The bytes of its file (PNG, JPEG, WebP and so on).
@@ -44,10 +44,10 @@ class Picture:
     where: str
 
     def decode(self) -> Image:
-        """The picture in RGB, turned upright, exactly as `datasets` gives it to the Trainer.
+        """The image in RGB, turned upright, exactly as `datasets` gives it to the Trainer.
 
         Raises:
-            AnybatchError: Pillow is not installed; bytes that are no picture.
+            AnybatchError: Pillow is not installed; bytes that are no image.
         """
         _need_pillow()
         from datasets import Image as Feature
@@ -56,27 +56,27 @@ class Picture:
             return Feature(mode=MODE).decode_example({"bytes": self.encoded, "path": None})
         except Exception as error:  # a broken file fails in Pillow's decoders with nearly anything
             raise AnybatchError(
-                f"The picture in {self.where} cannot be decoded ({error}). Replace it, or leave the row out."
+                f"The image in {self.where} cannot be decoded ({error}). Replace it, or leave the row out."
             ) from error
 
     def size(self) -> tuple[int, int] | None:
-        """Width and height from the file's head; None without Pillow or where it is no picture."""
+        """Width and height from the file's head; None without Pillow or where it is no image."""
         try:
             from PIL import Image
 
-            with Image.open(BytesIO(self.encoded)) as picture:
-                return picture.size
+            with Image.open(BytesIO(self.encoded)) as image:
+                return image.size
         except Exception:
             return None
 
     def thumbnail(self) -> str | None:
-        """A small JPEG on white as a data: URI, some 2 kB; None without Pillow or where it is no picture."""
+        """A small JPEG on white as a data: URI, some 2 kB; None without Pillow or where it is no image."""
         try:
             from PIL import Image, ImageOps
 
-            with Image.open(BytesIO(self.encoded)) as picture:
-                picture.draft("RGB", (THUMBNAIL, THUMBNAIL))  # of a JPEG, no more is decoded than is shown
-                small = ImageOps.exif_transpose(picture).convert("RGBA")
+            with Image.open(BytesIO(self.encoded)) as image:
+                image.draft("RGB", (THUMBNAIL, THUMBNAIL))  # of a JPEG, no more is decoded than is shown
+                small = ImageOps.exif_transpose(image).convert("RGBA")
         except Exception:
             return None
         small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -87,11 +87,11 @@ class Picture:
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-class PictureColumn(Sequence[Picture]):
-    """Pictures in row order that stay in their files. Slices and selections are columns again; nothing is decoded.
+class ImageColumn(Sequence[EncodedImage]):
+    """Images in row order that stay in their files. Slices and selections are columns again; nothing is decoded.
 
     Args:
-        dataset: One column, `picture`, of the feature `Image(decode=False)`.
+        dataset: One column, `image`, of the feature `Image(decode=False)`.
         where: File and column, for messages.
         rows: Row number of each in that file; None if it is all of it.
     """
@@ -102,7 +102,7 @@ class PictureColumn(Sequence[Picture]):
         self.rows = range(len(dataset)) if rows is None else rows
 
     @classmethod
-    def of(cls, dataset: Dataset, name: str, where: str) -> PictureColumn:
+    def of(cls, dataset: Dataset, name: str, where: str) -> ImageColumn:
         """The column `name` of a data set, which has the feature `Image`."""
         from datasets import Image as Feature
 
@@ -112,7 +112,7 @@ class PictureColumn(Sequence[Picture]):
         return cls(column.cast_column(NAME, Feature(decode=False)), f"'{name}' of {where}")
 
     @classmethod
-    def of_paths(cls, paths: Sequence[str], folder: Path, where: str) -> PictureColumn:
+    def of_paths(cls, paths: Sequence[str], folder: Path, where: str) -> ImageColumn:
         """Files; a relative path starts at `folder`."""
         from datasets import Dataset, Features, Value
         from datasets import Image as Feature
@@ -125,7 +125,7 @@ class PictureColumn(Sequence[Picture]):
         return cls(dataset.cast(Features({NAME: Feature(decode=False)})), where)
 
     @classmethod
-    def join(cls, columns: Sequence[PictureColumn]) -> PictureColumn:
+    def join(cls, columns: Sequence[ImageColumn]) -> ImageColumn:
         """Several columns, one after the other."""
         from datasets import concatenate_datasets
 
@@ -138,47 +138,47 @@ class PictureColumn(Sequence[Picture]):
         return len(self.dataset)
 
     @overload
-    def __getitem__(self, index: int) -> Picture: ...
+    def __getitem__(self, index: int) -> EncodedImage: ...
 
     @overload
-    def __getitem__(self, index: slice) -> PictureColumn: ...
+    def __getitem__(self, index: slice) -> ImageColumn: ...
 
-    def __getitem__(self, index: int | slice) -> Picture | PictureColumn:
+    def __getitem__(self, index: int | slice) -> EncodedImage | ImageColumn:
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
         place = range(len(self))[index]
-        return self._picture(self.dataset[place][NAME], place)
+        return self._image(self.dataset[place][NAME], place)
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[EncodedImage]:
         for start in range(0, len(self), BLOCK):
             for place, value in enumerate(self.dataset[start : start + BLOCK][NAME], start=start):
-                yield self._picture(value, place)
+                yield self._image(value, place)
 
-    def select(self, rows: range | np.ndarray) -> PictureColumn:
+    def select(self, rows: range | np.ndarray) -> ImageColumn:
         """These places of the column, in this order."""
         if isinstance(rows, range) and rows.step > 0:
             numbers = self.rows[rows.start : rows.stop : rows.step]
         else:
             numbers = np.asarray(self.rows)[np.asarray(rows)]
-        chosen = PictureColumn(self.dataset.select(rows), self.where, numbers)
+        chosen = ImageColumn(self.dataset.select(rows), self.where, numbers)
         if "keys" in vars(self):
             vars(chosen)["keys"] = self.keys[np.asarray(rows, np.int64)]
         return chosen
 
     @cached_property
     def keys(self) -> np.ndarray:
-        """(n, 16) uint8: digest of each picture's encoded bytes; equal bytes are the same picture.
+        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image.
 
         Raises:
-            AnybatchError: A row without a picture.
+            AnybatchError: A row without an image.
         """
         keys = np.empty((len(self), KEY), np.uint8)
-        for place, picture in enumerate(self):
-            keys[place] = np.frombuffer(hashlib.blake2b(picture.encoded, digest_size=KEY).digest(), np.uint8)
+        for place, image in enumerate(self):
+            keys[place] = np.frombuffer(hashlib.blake2b(image.encoded, digest_size=KEY).digest(), np.uint8)
         return keys
 
     def decoded(self, name: str) -> Dataset:
-        """A data set with the one column `name`, whose pictures are decoded as they are read: what the Trainer takes.
+        """A data set with the one column `name`, whose images are decoded as they are read: what the Trainer takes.
 
         Of a selection the bytes are written out in its order, into a temporary file that goes when the process ends.
         """
@@ -193,7 +193,7 @@ class PictureColumn(Sequence[Picture]):
         named = dataset if name == NAME else dataset.rename_column(NAME, name)
         return named.cast_column(name, Feature(mode=MODE))
 
-    def _picture(self, value: dict[str, Any] | None, place: int) -> Picture:
+    def _image(self, value: dict[str, Any] | None, place: int) -> EncodedImage:
         where = f"row {int(self.rows[place]) + 1}, {self.where}"
         encoded, path = (value or {}).get("bytes"), (value or {}).get("path")
         if encoded is None and path:
@@ -201,43 +201,41 @@ class PictureColumn(Sequence[Picture]):
                 encoded = Path(path).read_bytes()
             except OSError as error:
                 raise AnybatchError(
-                    f"Cannot read the picture {path} ({where}): {error.strerror or error}. Every row needs a picture: put the file back, or "
+                    f"Cannot read the image {path} ({where}): {error.strerror or error}. Every row needs an image: put the file back, or "
                     "leave the row out."
                 ) from error
         if not encoded:
-            raise AnybatchError(f"There is no picture in {where}. Every row needs one: fill it or leave the row out.")
-        return Picture(encoded=encoded, where=where)
+            raise AnybatchError(f"There is no image in {where}. Every row needs one: fill it or leave the row out.")
+        return EncodedImage(encoded=encoded, where=where)
 
 
-Column = Sequence[str] | PictureColumn  # of a `PairData`
+Column = Sequence[str] | ImageColumn  # of a `PairData`
 
 
 def row_keys(column: Column) -> Iterator[bytes]:
-    """What stands for each row in a digest of the data: the text, or the digest of the picture's bytes."""
-    if isinstance(column, PictureColumn):
-        return (b"picture " + key.tobytes() for key in column.keys)
+    """What stands for each row in a digest of the data: the text, or the digest of the image's bytes."""
+    if isinstance(column, ImageColumn):
+        return (b"image " + key.tobytes() for key in column.keys)
     return (text.encode() for text in column)
 
 
 def pick(column: Column, rows: np.ndarray) -> Column:
-    """These rows of a column, in this order; of pictures without reading them."""
-    if isinstance(column, PictureColumn):
+    """These rows of a column, in this order; of images without reading them."""
+    if isinstance(column, ImageColumn):
         return column.select(rows)
     return [column[int(row)] for row in rows]
 
 
-def describe(value: str | Picture, row: int) -> str:
-    """One line for the terminal: the text with its white space tamed, or such as "[picture 48x48, row 17]"."""
+def describe(value: str | EncodedImage, row: int) -> str:
+    """One line for the terminal: the text with its white space tamed, or such as "[image 48x48, row 17]"."""
     if isinstance(value, str):
         return " ".join(value.split())
     size = value.size()
-    return f"[picture {size[0]}x{size[1]}, row {row}]" if size else f"[picture, row {row}]"
+    return f"[image {size[0]}x{size[1]}, row {row}]" if size else f"[image, row {row}]"
 
 
-def find_pictures(
-    path: str | os.PathLike[str], names: Iterable[str], limit: int | None = None
-) -> dict[str, PictureColumn]:
-    """The columns among `names` that hold pictures (the feature `datasets.Image`), of a folder saved by `datasets` or a Parquet file.
+def find_images(path: str | os.PathLike[str], names: Iterable[str], limit: int | None = None) -> dict[str, ImageColumn]:
+    """The columns among `names` that hold images (the feature `datasets.Image`), of a folder saved by `datasets` or a Parquet file.
 
     Empty for any other file, and for one that cannot be read: who reads its texts says what is wrong.
     """
@@ -256,12 +254,12 @@ def find_pictures(
         return {}
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    found = [name for name in names if holds_pictures(dataset, name)]
-    return {name: PictureColumn.of(dataset, name, str(path)) for name in found}
+    found = [name for name in names if holds_images(dataset, name)]
+    return {name: ImageColumn.of(dataset, name, str(path)) for name in found}
 
 
 def _parquet(path: Path, names: Iterable[str]) -> Dataset | None:
-    """The file as a memory-mapped data set (`datasets` keeps a copy in its cache), if it has pictures at all."""
+    """The file as a memory-mapped data set (`datasets` keeps a copy in its cache), if it has images at all."""
     import pyarrow
     import pyarrow.parquet
 
@@ -291,7 +289,7 @@ def _parquet(path: Path, names: Iterable[str]) -> Dataset | None:
     return dataset
 
 
-def holds_pictures(dataset: Dataset, name: str) -> bool:
+def holds_images(dataset: Dataset, name: str) -> bool:
     """Whether the column has the feature `datasets.Image`."""
     from datasets import Image as Feature
 
@@ -303,5 +301,5 @@ def _need_pillow() -> None:
         import PIL  # noqa: F401
     except ImportError as error:
         raise AnybatchError(
-            "Pictures have to be decoded here, which needs Pillow. Install it with: pip install 'anybatch[images]'"
+            "Images have to be decoded here, which needs Pillow. Install it with: pip install 'anybatch[images]'"
         ) from error

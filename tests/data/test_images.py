@@ -1,4 +1,4 @@
-"""Columns of pictures: lazy, the same picture by its bytes, in every file that holds them, and refused where they cannot be."""
+"""Columns of images: lazy, the same image by its bytes, in every file that holds them, and refused where they cannot be."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 
 from anybatch.core.errors import AnybatchError
+from anybatch.data.images import EncodedImage, ImageColumn, describe, pick
 from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
-from anybatch.data.pictures import Picture, PictureColumn, describe, pick
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.plan import with_mined_negatives
-from tests.pictures import caption, picture, save_pairs
+from tests.images import caption, image, save_pairs
 
 NUMBERS = [0, 1, 2, 3, 4, 1, 6, 0, 8]
 
@@ -34,26 +34,26 @@ def pairs(folder):
 
 
 def test_a_saved_folder(pairs, monkeypatch):
-    monkeypatch.setattr(Picture, "decode", lambda self: pytest.fail("decoded"))
-    assert isinstance(pairs.anchors, PictureColumn)
+    monkeypatch.setattr(EncodedImage, "decode", lambda self: pytest.fail("decoded"))
+    assert isinstance(pairs.anchors, ImageColumn)
     assert len(pairs) == len(NUMBERS)
-    assert [one.encoded for one in pairs.anchors] == [picture(number) for number in NUMBERS]
-    assert pairs.anchors[-1].encoded == picture(8)
+    assert [one.encoded for one in pairs.anchors] == [image(number) for number in NUMBERS]
+    assert pairs.anchors[-1].encoded == image(8)
     assert list(pairs.positives) == [caption(number) for number in NUMBERS]
     assert pairs.anchor_id.tolist() == [0, 1, 2, 3, 4, 1, 5, 0, 6]
     assert pairs.positive_id.tolist() == [0, 1, 2, 3, 4, 1, 5, 0, 6]
 
 
 def test_blocks_and_selections(pairs, monkeypatch):
-    monkeypatch.setattr("anybatch.data.pictures.BLOCK", 4)
+    monkeypatch.setattr("anybatch.data.images.BLOCK", 4)
     column = pairs.anchors
-    assert [one.encoded for one in column] == [picture(number) for number in NUMBERS]
+    assert [one.encoded for one in column] == [image(number) for number in NUMBERS]
     part = column[2:7]
-    assert isinstance(part, PictureColumn)
+    assert isinstance(part, ImageColumn)
     assert "keys" not in vars(part)
     assert np.array_equal(part.keys, column.keys[2:7])
     chosen = pick(part, np.array([4, 0, 4]))
-    assert [one.encoded for one in chosen] == [picture(6), picture(2), picture(6)]
+    assert [one.encoded for one in chosen] == [image(6), image(2), image(6)]
     assert np.array_equal(chosen.keys, column.keys[[6, 2, 6]])
     assert chosen[0].where.startswith("row 7, 'image' of ")  # counted in the file
     assert pick(["a", "b"], np.array([1, 0])) == ["b", "a"]
@@ -76,38 +76,38 @@ def test_parquet_and_paths_give_the_same(pairs, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     load_from_disk(str(folder)).to_parquet(str(tmp_path / "pairs.parquet"))
     parquet = read_pairs(tmp_path / "pairs.parquet", anchor="image", positive="caption")
-    assert isinstance(parquet.anchors, PictureColumn)
+    assert isinstance(parquet.anchors, ImageColumn)
     assert parquet.digest == pairs.digest
     (tmp_path / "files").mkdir()
     with (tmp_path / "pairs.jsonl").open("w") as file:
         for row, number in enumerate(NUMBERS):
-            (tmp_path / "files" / f"{row}.png").write_bytes(picture(number))
+            (tmp_path / "files" / f"{row}.png").write_bytes(image(number))
             file.write(json.dumps({"image": f"files/{row}.png", "caption": caption(number)}) + "\n")
     named = {"anchor": "image", "positive": "caption"}
-    paths = read_pairs(tmp_path / "pairs.jsonl", **named, pictures=["image"])
+    paths = read_pairs(tmp_path / "pairs.jsonl", **named, images=["image"])
     assert paths.digest == pairs.digest
     assert read_pairs(tmp_path / "pairs.jsonl", **named).digest == pairs.digest  # files that exist need not be declared
-    assert isinstance(read_pairs(tmp_path / "pairs.jsonl", **named, pictures=()).anchors[0], str)
+    assert isinstance(read_pairs(tmp_path / "pairs.jsonl", **named, images=()).anchors[0], str)
     (tmp_path / "files" / "3.png").unlink()
     with pytest.raises(AnybatchError, match=r"3\.png \(row 4, 'image' of .*No such file"):
-        _ = read_pairs(tmp_path / "pairs.jsonl", **named, pictures=["image"]).digest
+        _ = read_pairs(tmp_path / "pairs.jsonl", **named, images=["image"]).digest
     with pytest.raises(
-        AnybatchError, match=r"'image' .*seems to hold paths.*no file .*3\.png \(row 4\).*data\.pictures=\[\]"
+        AnybatchError, match=r"'image' .*seems to hold paths.*no file .*3\.png \(row 4\).*data\.images=\[\]"
     ):
         read_pairs(tmp_path / "pairs.jsonl", **named)
-    with pytest.raises(AnybatchError, match="'picture' is said to hold pictures"):
-        read_pairs(tmp_path / "pairs.jsonl", **named, pictures=["picture"])
+    with pytest.raises(AnybatchError, match="'photo' is said to hold images"):
+        read_pairs(tmp_path / "pairs.jsonl", **named, images=["photo"])
 
 
 def test_both_sides_and_negatives(tmp_path):
-    rows = [{"a": picture(n), "b": picture(n + 1), "n": picture(n + 2), "t": caption(n)} for n in range(6)]
+    rows = [{"a": image(n), "b": image(n + 1), "n": image(n + 2), "t": caption(n)} for n in range(6)]
     columns = {name: [{"bytes": row[name], "path": None} for row in rows] for name in "abn"}
     features = Features({name: Image() for name in "abn"} | {"t": Value("string")})
     Dataset.from_dict(columns | {"t": [row["t"] for row in rows]}, features=features).save_to_disk(str(tmp_path / "d"))
     pairs = read_pairs(tmp_path / "d", anchor="a", positive="b", negatives=["n", "t"])
     assert pairs.positive_id.tolist() == [0, 1, 2, 3, 4, 5]
     assert pairs.negative_id[:, 0].tolist() == [1, 2, 3, 4, 5, 6]  # the next row's positive, and one of its own
-    assert pairs.negative_id[:, 1].min() == 7  # a text is no picture
+    assert pairs.negative_id[:, 1].min() == 7  # a text is no image
     dataset = pairs.to_dataset()
     assert dataset.column_names == ["anchor", "positive", "negative_1", "negative_2"]
     assert with_index(dataset).column_names == [*dataset.column_names, "label"]
@@ -138,7 +138,7 @@ def test_negatives_are_written_out_elsewhere(pairs, folder):
     assert all(str(folder) not in file["filename"] or Path(file["filename"]) in before for file in dataset.cache_files)
 
 
-def test_a_plan_is_refused_for_other_pictures(pairs, tmp_path):
+def test_a_plan_is_refused_for_other_images(pairs, tmp_path):
     plan = BatchPlan.random(len(pairs), 4, data_digest=pairs.digest)
     PlanBatches(plan).check(with_index(pairs.to_dataset()), plan)
     other = read_pairs(save_pairs(tmp_path / "other", [*NUMBERS[:-1], 9]), anchor="image", positive="caption")
@@ -151,7 +151,7 @@ def test_several_sets(tmp_path):
     features = Features({"image": Image(), "caption": Value("string")})
     splits = {
         name: Dataset.from_dict(
-            {"image": [{"bytes": picture(n), "path": None} for n in part], "caption": [caption(n) for n in part]},
+            {"image": [{"bytes": image(n), "path": None} for n in part], "caption": [caption(n) for n in part]},
             features=features,
         )
         for name, part in (("one", range(4)), ("two", range(3, 9)))
@@ -162,24 +162,24 @@ def test_several_sets(tmp_path):
     sets = [PairSet(name=name, num_rows=len(part)) for name, part in zip(found, parts, strict=True)]
     joined = join_pairs(parts, sets)
     assert joined.anchor_id.tolist() == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8]
-    assert [one.encoded for one in joined.anchors[3:6]] == [picture(n) for n in (3, 3, 4)]
+    assert [one.encoded for one in joined.anchors[3:6]] == [image(n) for n in (3, 3, 4)]
     assert len(joined.to_dataset()) == 10
     instructed = [PairSet(name="one", num_rows=4, positive_prompt="find: "), sets[1]]
     prompted = join_pairs(parts, instructed).prompted
-    assert isinstance(prompted[0], PictureColumn)
+    assert isinstance(prompted[0], ImageColumn)
     assert list(prompted[1][3:5]) == [f"find: {caption(3)}", caption(3)]
-    with pytest.raises(AnybatchError, match=r"'two' has an instruction for its anchors .* which are pictures"):
+    with pytest.raises(AnybatchError, match=r"'two' has an instruction for its anchors .* which are images"):
         join_pairs(parts, [sets[0], PairSet(name="two", num_rows=6, anchor_prompt="see: ")])
     swapped = PairData(anchors=parts[1].positives, positives=parts[1].anchors)
-    with pytest.raises(AnybatchError, match="anchor is a picture in some data sets and a text in others"):
+    with pytest.raises(AnybatchError, match="anchor is an image in some data sets and a text in others"):
         join_pairs([parts[0], swapped], sets)
 
 
-def test_rows_without_a_picture(tmp_path):
+def test_rows_without_an_image(tmp_path):
     features = Features({"image": Image(), "caption": Value("string")})
-    rows = {"image": [{"bytes": picture(0), "path": None}, None], "caption": ["a", "b"]}
+    rows = {"image": [{"bytes": image(0), "path": None}, None], "caption": ["a", "b"]}
     Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "gap"))
-    with pytest.raises(AnybatchError, match="There is no picture in row 2, 'image' of "):
+    with pytest.raises(AnybatchError, match="There is no image in row 2, 'image' of "):
         _ = read_pairs(tmp_path / "gap", anchor="image", positive="caption").digest
     with pytest.raises(AnybatchError, match=r"no column 'imag' .* Did you mean 'image'"):
         read_pairs(tmp_path / "gap", anchor="imag", positive="caption")
@@ -188,19 +188,19 @@ def test_rows_without_a_picture(tmp_path):
 def test_shown(pairs):
     from PIL import Image as Pillow
 
-    assert describe(pairs.anchors[1], 17) == "[picture 20x20, row 17]"
+    assert describe(pairs.anchors[1], 17) == "[image 20x20, row 17]"
     assert describe("two\n words", 17) == "two words"
     large = BytesIO()
     Pillow.new("RGBA", (400, 100), (255, 0, 0, 0)).save(large, "PNG")
-    thumbnail = Picture(encoded=large.getvalue(), where="here").thumbnail()
+    thumbnail = EncodedImage(encoded=large.getvalue(), where="here").thumbnail()
     start = "data:image/jpeg;base64,"
     assert thumbnail.startswith(start)
     small = Pillow.open(BytesIO(base64.b64decode(thumbnail.removeprefix(start))))
     assert small.size == (64, 16)
     assert min(small.getpixel((5, 5))) > 250  # what is transparent is white
-    broken = Picture(encoded=b"no picture", where="row 3, 'image' of here")
+    broken = EncodedImage(encoded=b"no image", where="row 3, 'image' of here")
     assert broken.thumbnail() is None
-    assert describe(broken, 3) == "[picture, row 3]"
+    assert describe(broken, 3) == "[image, row 3]"
     with pytest.raises(AnybatchError, match=r"row 3, 'image' of here cannot be decoded"):
         broken.decode()
 
@@ -208,7 +208,7 @@ def test_shown(pairs):
 def test_without_pillow(pairs, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert len(pairs.digest) == 32  # plans need no decoding
-    assert describe(pairs.anchors[0], 0) == "[picture, row 0]"
+    assert describe(pairs.anchors[0], 0) == "[image, row 0]"
     assert pairs.anchors[0].thumbnail() is None
     for decode in (pairs.to_dataset, pairs.anchors[0].decode):
         with pytest.raises(AnybatchError, match=r"pip install 'anybatch\[images\]'"):
@@ -225,7 +225,7 @@ def test_parquet_names_are_no_patterns(folder, tmp_path, monkeypatch):
 
 
 def test_backwards(pairs):
-    assert [one.encoded for one in pairs.anchors[::-1]] == [picture(number) for number in reversed(NUMBERS)]
+    assert [one.encoded for one in pairs.anchors[::-1]] == [image(number) for number in reversed(NUMBERS)]
     assert pairs.anchors[::-1][0].where.startswith("row 9, ")
 
 
