@@ -75,13 +75,13 @@ STATE_NAMES = {
     r"gamma\.position": "steps of the schedule",
     r"mean": "running mean",
     r"mean_share": "share of the running mean",
-    r"recent\.embeddings": "queue embeddings",
-    r"recent\.log_denominator": "queue denominators",
-    r"recent\.rows": "queue rows",
-    r"recent\.stamps": "queue stamps",
+    r"queue\.embeddings": "queue embeddings",
+    r"queue\.log_denominator": "queue denominators",
+    r"queue\.rows": "queue rows",
+    r"queue\.stamps": "queue stamps",
 }
 # Not compared: constants of the format, and how the queue encodes what it knows of its rows.
-STATE_IGNORED = r"(memory|recent)\.(version|dimensions|shard|features|kinds|num_rows)"
+STATE_IGNORED = r"(memory|queue)\.(version|dimensions|shard|records|kinds|num_rows)"
 
 
 def build(name: str, *, num_rows: int = ROWS, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:

@@ -12,7 +12,16 @@ import torch
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SCENT, FastCLIP, SigLIP
 from anybatch.insight.full_gradient import full_gradient
-from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, Examples, InfoNCE, LogWeights, Matryoshka, SogCLR
+from anybatch.losses import (
+    CountCorrectedInfoNCE,
+    CrossBatchInfoNCE,
+    Examples,
+    InfoNCE,
+    LogWeights,
+    Matryoshka,
+    SogCLR,
+    removed,
+)
 from anybatch.losses.exact_rows import exact_rows, make_table
 from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.log_weights import ListedPairs, same_row
