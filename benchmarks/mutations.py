@@ -165,26 +165,30 @@ MUTATIONS = [
         "caching/replay.py",
         "caching/test_replay.py",
         ("else grad.detach() * scale for grad", "else grad.detach() for grad"),
-        ("with recording._modes.apply():", "if True:"),
+        (", training_modes(step.facts.flags):", ":"),
     ),
-    *of("caching/replay.py", "caching/test_state.py", ("    if gap > 1:", "    if gap == torch.inf:")),
+    *of("caching/replay.py", "caching/test_state.py", ("    if difference > 1:", "    if difference == torch.inf:")),
     *of(
         "caching/recording.py",
         "caching/test_replay.py",
         ("self.random = before.now()", "self.random = before"),
     ),
-    *of("caching/gradients.py", "caching/test_step.py", ("grad.add_(found)", "grad.copy_(found)")),
+    *of("caching/replay.py", "caching/test_step.py", ("grad.add_(found)", "grad.copy_(found)")),
     *of(
-        "caching/reduction.py",
+        "caching/ranks.py",
         "caching/test_distributed.py",
         ("flat /= dist.get_world_size()", "pass"),
         ("            if not used:\n                parameter.grad = None", "            pass"),
         ("stack.enter_context(module.no_sync())", "pass"),
     ),
     *of(
-        "caching/rows.py",
+        "caching/spans.py",
         "caching/test_rows.py",
         ("torch.arange(1, width + 1, device", "torch.arange(0, width, device"),
+    ),
+    *of(
+        "caching/rows.py",
+        "caching/test_rows.py",
         ("value.index_select(0, rows.to(value.device))", "value.index_select(0, rows.sort().values.to(value.device))"),
     ),
     *of(
@@ -198,17 +202,11 @@ MUTATIONS = [
         "plans/test_plan.py",
         ("np.random.default_rng([self.seed, epoch])", "np.random.default_rng([self.seed, 0])"),
         ("self._replace(members, clusters, _drawn(", "(members, clusters, _drawn("),
-        ("self.random_shares[min(epoch, len(self.random_shares) - 1)]", "self.random_shares[0]"),
         (
             "share * self.batch_size : (share + 1) * self.batch_size",
             "share * self.batch_size : (share + 1) * self.batch_size - 1",
         ),
         ("self._start = self.position", "self._start = self.position + 1"),
-    ),
-    *of(
-        "plans/plan.py",
-        "plans/test_partitions.py",
-        ("self._partitions[epoch % self.num_partitions]", "self._partitions[epoch % 2]"),
     ),
     *of("plans/sampling.py", "plans/test_plan.py", ("mates = whole * (m - 1) +", "mates = whole * m +")),
     *of(

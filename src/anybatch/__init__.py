@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anybatch.caching import cached_step as cached_step
     from anybatch.core.errors import AnybatchError as AnybatchError
+    from anybatch.data import sample as sample
     from anybatch.data.pairs import PairData as PairData
     from anybatch.data.pairs import read_pairs as read_pairs
-    from anybatch.data import sample as sample
     from anybatch.evaluation.retrieval import retrieval_metrics as retrieval_metrics
     from anybatch.losses import CountCorrectedInfoNCE as CountCorrectedInfoNCE
     from anybatch.losses import DecoupledInfoNCE as DecoupledInfoNCE

@@ -41,13 +41,13 @@ def test_sets_train_with_their_own_instructions(tiny_model_folder, tmp_path):
         "data": {
             "sets": [
                 {"path": str(tmp_path / "a.jsonl"), "name": "alpha", "anchor_prompt": "find: "},
-                {"path": str(tmp_path / "b.jsonl"), "skip": 1, "take": 5, "share": 0.5},
+                {"path": str(tmp_path / "b.jsonl"), "skip": 2, "share": 0.5},
             ]
         },
         "model": {"name": str(tiny_model_folder), "device": "cpu"},
         "teacher": {"name": str(tiny_model_folder)},
         "batch_size": 8,
-        "mining": {"cluster_size": 4, "skip": 1, "take": 6, "random_shares": [0.5, 0.0]},
+        "mining": {"cluster_size": 4, "skip": 1, "take": 6},
         "loss": {"name": "count_corrected", "mask_suspects": True},
         "train": {"epochs": 2, "log_steps": 1},
     }
@@ -56,5 +56,4 @@ def test_sets_train_with_their_own_instructions(tiny_model_folder, tmp_path):
     plan = BatchPlan.load(tmp_path / "run" / "plan.safetensors")
     assert plan.task_names == ("alpha", "b")
     assert plan.num_batches == (4 + 3) // 2
-    assert plan.random_shares == (0.5, 0.0)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["num_steps"] == 2 * plan.num_batches

@@ -11,7 +11,8 @@ import pytest
 from anybatch.core.errors import AnybatchError
 from anybatch.data.columns import choose_columns
 from anybatch.data.images import ImageColumn
-from anybatch.data.pairs import PairSet, find_sets, join_pairs, read_pairs, read_retrieval
+from anybatch.data.pairs import PairSet, find_sets, join_pairs, read_pairs
+from anybatch.data.retrieval import read_retrieval
 from tests.images import image
 
 

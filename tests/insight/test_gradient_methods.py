@@ -55,20 +55,6 @@ def test_random_plans_and_plans_of_one_cluster_leave_out_what_has_no_meaning():
     assert {(line.method, line.batches) for line in single.lines} == {("infonce", "random"), ("infonce", "plan")}
 
 
-def test_partitions_are_followed_epoch_by_epoch():
-    """Two partitions that are one and the same measure as that one."""
-    pairs = FrozenPairs.prepare(*embeddings(80), temperature=0.2)
-    one = mined(80, 8, 16)
-    other = np.random.default_rng(0).permutation(one.cluster)
-    same, different = (replace(one, alternates=cluster[None]) for cluster in (one.cluster, other))
-    alone, twice, changed = (
-        compare_methods(pairs, plan, methods=[METHODS[3]], epochs=2).lines[0].error.scaled_rmse
-        for plan in (one, same, different)
-    )
-    assert METHODS[3].weights == "inclusion"
-    assert twice == alone != changed
-
-
 def test_the_simplest_of_the_equally_good_is_recommended(comparison):
     lines = {(line.method, line.batches): line for line in comparison.lines}
     infonce, corrected = lines["infonce", "random"], lines["count_corrected", "random"]

@@ -55,7 +55,7 @@ def test_a_row_in_no_cluster_is_sure_of_what_it_brings_itself_alone():
     table = RowTable(ids, ids + 100, negative_id=(ids + 200)[:, None], plan=loose, weights="inclusion")
     arguments = table.arguments(torch.tensor([0, 12, 13]), num_negatives=1)
     weight = arguments["log_weight"].tile(slice(0, 3), slice(0, 6)).exp()
-    beside = 1 / loose.deal.chances(0).between_remainders / 13
+    beside = 1 / loose.sampling.chances(0).between_remainders / 13
     assert beside > 1.5 / 13
     assert weight[1, [1, 4]].tolist() == pytest.approx([1 / 13] * 2)
     assert weight[1, [2, 5]].tolist() == pytest.approx([beside] * 2)
@@ -220,8 +220,8 @@ def test_inclusion_weights_are_unbiased_with_remainder_rows(per_batch, remainder
 
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
-def test_inclusion_weights_are_unbiased_with_remainders_shares_and_guests(mixing):
-    """Sets of 15 rows (3 in no cluster), of 23 at half their share (3), and 3 guests; 3 + 2 clusters make two batches, and one sits out."""
+def test_inclusion_weights_are_unbiased_with_remainders_shares_and_a_small_set(mixing):
+    """Sets of 15 rows (3 in no cluster), of 23 at half their share (3), and a small set of 3; 3 + 2 clusters make two batches, and one sits out."""
     sizes, size = (15, 23, 3), 4
     task = np.repeat([0, 1, 2], sizes)
     cluster, first = [], 0
@@ -241,9 +241,8 @@ def test_inclusion_weights_are_unbiased_with_remainders_shares_and_guests(mixing
             for columns in kinds:
                 block = np.ix_(rows & (task == number), columns & (task == number))
                 assert found[block].sum() == pytest.approx(truth[block].sum(), rel=0.05), (mixing, number)
-    assert found[task == 2].sum() == pytest.approx(
-        truth[task == 2].sum(), rel=0.1
-    )  # guests, who are seldom side by side
+    # The small set's two rows an epoch are seldom side by side.
+    assert found[task == 2].sum() == pytest.approx(truth[task == 2].sum(), rel=0.1)
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "float"])

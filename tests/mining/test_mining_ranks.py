@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from anybatch.core import distributed
 from anybatch.core.blocks import BlockArrays, release_pages
@@ -22,11 +17,11 @@ from anybatch.mining import MiningConfig, MiningSet, exact_neighbors, ivf_neighb
 from anybatch.mining import inverted as inverted_module
 from anybatch.mining import neighbors as neighbors_module
 from anybatch.plans.plan import BatchPlan
+from tests.ranks import on_ranks
 
 from .test_mining import embeddings
 
 CELLS = {2: 1, 3: 3}  # coarse cells for a number of ranks: partition by rank 0, and shared
-PARTITIONS = {2: 1, 3: 2}
 KNOWN = {"anchor_id": np.arange(211), "positive_id": np.arange(211)}
 
 
@@ -45,7 +40,7 @@ def small_blocks():
     embed_module.SHARD = 10
 
 
-def run_config(folder, model, pairs, *, cells=1, partitions=1, precision="float32"):
+def run_config(folder, model, pairs, *, cells=1, precision="float32"):
     from anybatch.integrations.sentence_transformers import ModelConfig
     from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 
@@ -54,15 +49,15 @@ def run_config(folder, model, pairs, *, cells=1, partitions=1, precision="float3
         data=DataConfig(path=str(pairs)),
         model=ModelConfig(name=str(model), device="cpu"),
         teacher=TeacherConfig(name=str(model), precision=precision),  # pyright: ignore[reportArgumentType]
-        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6, cells=cells, partitions=partitions),
+        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6, cells=cells),
         batch_size=8,
     )
 
 
 def mine(folder, model, pairs, **options):
-    from anybatch.run.data import read_training_pairs
     from anybatch.run.folder import open_run
-    from anybatch.run.plan import make_plan
+    from anybatch.run.make_plan import make_plan
+    from anybatch.run.read_data import read_training_pairs
 
     small_blocks()
     config = run_config(folder, model, pairs, **options)
@@ -77,9 +72,7 @@ def search(name, folder, progress=None):
 
 
 def worker(rank, world_size, folder, model, pairs, kill):
-    torch.set_num_threads(1)
     small_searches()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world_size}", rank=rank, world_size=world_size)
     done = []
 
     def progress(fraction):
@@ -92,9 +85,8 @@ def worker(rank, world_size, folder, model, pairs, kill):
         np.savez(f"{folder}/{name}-{rank}.npz", ids=found.ids, scores=found.scores, own=found.own_score)
     np.save(f"{folder}/blocks-{rank}.npy", len(done))
     (Path(folder) / f"digest-{rank}").write_text(
-        mine(Path(folder) / "run", model, pairs, cells=CELLS[world_size], partitions=PARTITIONS[world_size]).digest
+        mine(Path(folder) / "run", model, pairs, cells=CELLS[world_size]).digest
     )
-    dist.destroy_process_group()
 
 
 def keep_sizes(monkeypatch):
@@ -109,15 +101,14 @@ def keep_sizes(monkeypatch):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_mine_as_one_process_does(world_size, tiny_model_folder, pairs_file, tmp_path, monkeypatch):
     keep_sizes(monkeypatch)
-    sizes = {"cells": CELLS[world_size], "partitions": PARTITIONS[world_size]}
-    alone = mine(tmp_path / "alone", tiny_model_folder, pairs_file, **sizes)
+    alone = mine(tmp_path / "alone", tiny_model_folder, pairs_file, cells=CELLS[world_size])
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, tiny_model_folder, pairs_file)
         if world_size == 3:  # two ranks were killed at half of the exact search
-            multiprocessing.spawn(worker, (2, *given, True), nprocs=2)
+            on_ranks(worker, 2, *given, True)
             finished = np.load(Path(folder) / "exact" / "finished.npy")
             assert 0.4 < finished.any(axis=1).mean() < 0.8
-        multiprocessing.spawn(worker, (world_size, *given, False), nprocs=world_size)
+        on_ranks(worker, world_size, *given, False)
         for name in ("exact", "ivf"):
             expected = search(name, None)
             for rank in range(world_size):
@@ -248,10 +239,6 @@ def refused_worker(rank, world_size, folder, model, pairs):
 
     from anybatch.cli.app import app
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/refused", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
     said = []
     pytest.MonkeyPatch().setattr("anybatch.mining.mine.rank_rows", lambda *_, **__: said.append("searched"))
     anchors, positives = embeddings(211, topics=20)
@@ -274,15 +261,13 @@ def refused_worker(rank, world_size, folder, model, pairs):
     result = CliRunner().invoke(app, ["mine", *given, "--set", "mining.cluster_size=4"])
     assert isinstance(result.exception, AnybatchError)
     said.append(str(result.exception))
-    (Path(folder) / f"said-{rank}").write_text(json.dumps(said))
-    dist.destroy_process_group()
+    return said
 
 
 @pytest.mark.distributed
 def test_what_does_not_fit_is_refused_by_all_ranks_before_the_search(tiny_model_folder, pairs_file):
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(refused_worker, (2, folder, tiny_model_folder, pairs_file), nprocs=2)
-        said = [json.loads((Path(folder) / f"said-{rank}").read_text()) for rank in range(2)]
+        said = on_ranks(refused_worker, 2, folder, tiny_model_folder, pairs_file)
         assert not (Path(folder) / "never").exists()
     assert said[0] == said[1]
     expected = (

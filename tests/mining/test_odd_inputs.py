@@ -138,16 +138,12 @@ def cases() -> dict[str, dict[str, Callable[[], object]]]:
                     "cluster_size": (2, 8, 59, 60, 61, 2**40),
                     "batch_size": (1, 4, 60, 64, 2**40),
                     "margin": (0.0, 3e38),
-                    "hub_weight": (10.0, 1e-30),
                     "conflict_weight": (0.0, 1e6, 1e-30),
                     "num_negatives": (1, 7, 59, 100),
                     "cells": (2, 7, 60, 2**40),
-                    "partitions": (2, 7),
                     "seed": (2**31, 2**32 - 1),
                     "sweeps": (0, 1, 2, 3),
-                    "random_shares": ((0.0,), (1.0, 0.5)),
                     "score": ("symmetric",),
-                    "edges": ("mutual",),
                     "neighbors": ("ivf",),
                     "suspects": ("all",),
                 }.items()
@@ -273,10 +269,6 @@ def cases() -> dict[str, dict[str, Callable[[], object]]]:
             **{
                 f"margin {value}": lambda value=value: build_graph(NEIGHBORS, skip=2, take=6, margin=value)
                 for value in (np.nan, -1.0, np.inf)
-            },
-            **{
-                f"hub_weight {value}": lambda value=value: build_graph(NEIGHBORS, skip=2, take=6, hub_weight=value)
-                for value in (np.nan, -300.0, 300.0)
             },
             **{
                 f"neighbour {value}": lambda value=value: build_graph(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from anybatch.core.errors import AnybatchError
 from anybatch.plans.plan import BatchPlan, PlanSampler
-from anybatch.plans.sampling import Deal, _drawn_without_return
+from anybatch.plans.sampling import ClusterSampling, _drawn_without_return
 
 
 def clustered(num_rows: int, cluster_size: int, clusters_per_batch: int, seed: int = 0) -> BatchPlan:
@@ -140,8 +140,6 @@ def test_every_flipped_bit_is_found(tmp_path):
         ({"negatives": np.full((4, 2), 1, np.int32)}, r"negatives has shape \(4, 2\); expected \(5, any\)"),
         ({"task": np.array([0, 0, 1, 1, 2], np.int32), "task_names": ("a", "b")}, "task holds numbers from 0 to 2"),
         ({"task": np.zeros(4, np.int32), "task_names": ("a",)}, r"task has shape \(4,\)"),
-        ({"alternates": np.full((1, 5), 2**31 - 1, np.int32)}, "alternates holds numbers from 2147483647"),
-        ({"random_shares": (float("nan"),)}, "random_shares"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_they_are_counted(arrays, match):
@@ -263,9 +261,8 @@ def several(sizes=(24, 41, 3), cluster_size=4, per_batch=3, **settings) -> Batch
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 @pytest.mark.parametrize("shares", [(), (1.0, 0.5, 1.0)])
-@pytest.mark.parametrize("random_shares", [(), (0.5, 0.0)])
-def test_several_data_sets(mixing, shares, random_shares, tmp_path):
-    plan = several(mixing=mixing, task_shares=shares, random_shares=random_shares)
+def test_several_data_sets(mixing, shares, tmp_path):
+    plan = several(mixing=mixing, task_shares=shares)
     seen = np.zeros(plan.num_rows, int)
     for epoch in range(60):
         batches = plan.epoch_batches(epoch)
@@ -275,7 +272,7 @@ def test_several_data_sets(mixing, shares, random_shares, tmp_path):
         assert len(np.unique(rows)) == len(rows)
         seen[rows] += 1
         tasks = plan.task[batches]
-        tasks = tasks[(tasks != 2).all(axis=1)]  # the third set is smaller than a cluster, so its rows are guests
+        tasks = tasks[(tasks != 2).all(axis=1)]  # the third set is smaller than a cluster, so its rows come one by one
         pure = (tasks == tasks[:, :1]).all(axis=1)
         if mixing == "within":
             assert (~pure).sum() <= 1  # 10 clusters by 3 leave 1, and 6 none
@@ -287,17 +284,6 @@ def test_several_data_sets(mixing, shares, random_shares, tmp_path):
     assert again.digest == plan.digest
     np.testing.assert_array_equal(again.epoch_batches(3), plan.epoch_batches(3))
     assert plan.stats()["rows.b"] == 41
-
-
-def test_shuffled_batches_take_clusters_apart():
-    plan = several(sizes=(48, 48), mixing="within", random_shares=(1.0, 0.5, 0.0))
-    whole = []
-    for epoch in range(4):
-        clusters = plan.cluster[plan.epoch_batches(epoch)].reshape(plan.num_batches, 3, 4)
-        whole.append((clusters == clusters[..., :1]).all(axis=(1, 2)).sum())
-    assert whole[0] == 0
-    assert whole[1] == plan.num_batches // 2
-    assert whole[2:] == [plan.num_batches] * 2
 
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
@@ -314,34 +300,34 @@ def test_chance_of_sharing_a_batch(mixing, shares):
     for task, part in ((0, slice(0, 5)), (1, slice(5, 16))):
         size = part.stop - part.start
         measured = (chance[part, part].sum() - size) / (size * (size - 1))
-        assert measured == pytest.approx(plan.deal.chances(task).other, rel=0.05)
+        assert measured == pytest.approx(plan.sampling.chances(task).other, rel=0.05)
 
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 def test_shares_hold_for_rows_in_no_cluster(mixing):
-    """A set with clusters and a remainder, sets smaller than a cluster, one of a single row."""
-    sizes, shares = (43, 27, 3, 1), (1.0, 0.5, 0.4, 0.25)
+    """A set with clusters and a remainder, and two smaller than a cluster, whose shares are rounded to whole rows."""
+    sizes, shares = (43, 27, 3, 1), (1.0, 0.5, 0.4, 1.0)
     plan = several(sizes=sizes, mixing=mixing, task_shares=shares)
     seen = np.zeros(plan.num_rows)
     for epoch in range(1500):
         seen[plan.epoch_batches(epoch).reshape(-1)] += 1 / 1500
     ends = np.cumsum(sizes)
     loose = plan.cluster < 0
-    for task, share in enumerate(shares):
+    for task, share in enumerate((1.0, 0.5, 1 / 3, 1.0)):
         rows = (np.arange(plan.num_rows) >= ends[task] - sizes[task]) & (np.arange(plan.num_rows) < ends[task])
         np.testing.assert_allclose(seen[rows & loose], share, atol=0.05)
     assert seen.sum() == pytest.approx(plan.num_batches * plan.batch_size)  # and the others give up the places
 
 
-def test_guests_that_outnumber_the_places_leave_everybody_a_chance():
-    """8 places for one set of two clusters and 12 guests: at most 3.5 guests an epoch on average, shared out evenly."""
+def test_small_sets_that_outnumber_the_places_leave_everybody_a_chance():
+    """8 places for one set of two clusters and 12 rows of small sets: 4 of them come in an epoch, drawn from all alike."""
     plan = several(sizes=(8, 3, 3, 3, 3), per_batch=2)
     seen = np.zeros(plan.num_rows)
     for epoch in range(4000):
         seen[plan.epoch_batches(epoch).reshape(-1)] += 1 / 4000
-    np.testing.assert_allclose(seen[:8], 4.5 / 8, atol=0.04)
-    np.testing.assert_allclose(seen[8:], 3.5 / 12, atol=0.04)
-    assert plan.deal.guests == pytest.approx([0, *[0.875] * 4])
+    np.testing.assert_allclose(seen[:8], 4 / 8, atol=0.04)
+    np.testing.assert_allclose(seen[8:], 4 / 12, atol=0.04)
+    assert plan.sampling.single_rows == pytest.approx([0, 1, 1, 1, 1])
 
 
 def test_a_remainder_larger_than_its_clusters_leaves_them_a_chance():
@@ -362,12 +348,9 @@ def test_a_remainder_larger_than_its_clusters_leaves_them_a_chance():
 @pytest.mark.parametrize(
     ("sizes", "cluster_size", "shares"),
     [
-        ((8, 3, 3, 3, 3), 4, ()),  # guests outnumber the places
-        (
-            (7, 6, 7, 3, 2),
-            4,
-            (1.0, 1.0, 1.0, 0.7, 0.35),
-        ),  # one cluster and up to three rows in none; guests with shares
+        ((8, 3, 3, 3, 3), 4, ()),  # rows of small sets outnumber the places
+        # One cluster and up to three rows in none; small sets with shares, and of one of them a single row an epoch.
+        ((7, 6, 7, 3, 2), 4, (1.0, 1.0, 1.0, 0.7, 0.35)),
         ((10, 17, 5, 2, 2), 3, (1.0, 0.5, 1.0, 0.8, 1.0)),
         ((3, 5, 3, 1), 2, (1.0, 1.0, 1.0, 0.6)),
     ],
@@ -387,7 +370,7 @@ def test_every_chance_is_what_the_batches_show(mixing, sizes, cluster_size, shar
     for task in range(len(sizes)):
         own = plan.task == task
         others = own[:, None] & own & ~np.eye(n, dtype=bool)
-        chances = plan.deal.chances(task)
+        chances = plan.sampling.chances(task)
         for name, pairs in (
             ("same", others & same),
             ("other", others & ~same & ~loose[:, None] & ~loose),
@@ -417,7 +400,7 @@ def test_chances_of_drawing_without_return_are_exact(pool):
 @pytest.mark.parametrize("within", [False, True])
 def test_chances_over_very_many_clusters_come_at_once(within):
     """With exact binomial coefficients one data set took 8 s; the mean number of clusters dealt is known without any sum."""
-    deal = Deal(
+    deal = ClusterSampling(
         cluster_task=np.repeat([0, 1], [130_000, 73_000]), shares=(1.0, 1.0), clusters_per_batch=4095, within=within
     )
     begun = time.perf_counter()
@@ -426,7 +409,7 @@ def test_chances_over_very_many_clusters_come_at_once(within):
     left = [130_000 % 4095, 73_000 % 4095] if within else [130_000, 73_000]
     out = sum(left) % 4095
     dealt = [(size - own * out / sum(left)) / size for size, own in zip((130_000, 73_000), left, strict=True)]
-    assert deal.dealt_chances == pytest.approx(dealt, rel=1e-12)
+    assert deal.sampled_shares == pytest.approx(dealt, rel=1e-12)
     assert all(0 < one.other <= 1 for one in chances)
     if not within:
         assert chances[0].other == pytest.approx(4094 / 202_999, rel=1e-10)
@@ -434,7 +417,7 @@ def test_chances_over_very_many_clusters_come_at_once(within):
 
 def test_no_chance_is_above_one():
     """As rounding makes one of ten clusters of two, where a row in none takes a place."""
-    deal = Deal(
+    deal = ClusterSampling(
         cluster_task=np.repeat([0, 1], [10, 3]), shares=(1.0, 1.0), clusters_per_batch=3, within=False, cluster_size=2, remainders=(1, 0),
     )  # fmt: skip
     for task in (0, 1):
@@ -445,7 +428,6 @@ def test_mistakes_with_several_data_sets():
     for settings_, match in (
         ({"task_shares": (1.0, 2.0, 1.0)}, "above 0 and at most 1"),
         ({"task_shares": (1.0,)}, "1 task_shares for 3"),
-        ({"random_shares": (1.5,)}, "from 0 to 1"),
     ):
         with pytest.raises(AnybatchError, match=match):
             several(**settings_)

@@ -1,15 +1,14 @@
-"""Columns of images: lazy, undecoded, told apart by their encoded bytes. Imports errors; datasets and Pillow where they are used.
+"""Columns of images: lazy, undecoded, told apart by their encoded bytes.
 
-Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second and the disk); 16 bytes a row and one block of rows in memory.
+Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second and the disk); 24 bytes per row and one
+block of rows in memory.
 """
 
 from __future__ import annotations
 
 import base64
-import glob
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
+from anybatch.data.records import image_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,9 +81,8 @@ class EncodedImage:
             return None
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         file = BytesIO()
-        Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB").save(
-            file, "JPEG", quality=80
-        )
+        white = Image.new("RGBA", small.size, "white")
+        Image.alpha_composite(white, small).convert("RGB").save(file, "JPEG", quality=80)
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -94,21 +93,23 @@ class ImageColumn(Sequence[EncodedImage]):
         dataset: One column, `image`, of the feature `Image(decode=False)`.
         where: File and column, for messages.
         rows: Row number of each in that file; None if it is all of it.
+
+    >>> column = ImageColumn.of_paths(["a.png", "b.png", "c.png"], Path("photos"), "'photo' of pairs.csv")
+    >>> len(column), len(column[1:])
+    (3, 2)
     """
 
-    def __init__(self, dataset: Dataset, where: str, rows: Sequence[int] | np.ndarray | None = None) -> None:
+    def __init__(self, dataset: Dataset, where: str, rows: np.ndarray | None = None) -> None:
         self.dataset = dataset
         self.where = where
-        self.rows = range(len(dataset)) if rows is None else rows
+        self.rows = np.arange(len(dataset)) if rows is None else rows
 
     @classmethod
     def of(cls, dataset: Dataset, name: str, where: str) -> ImageColumn:
         """The column `name` of a data set, which has the feature `Image`."""
         from datasets import Image as Feature
 
-        column = dataset.with_format(None).select_columns([name])
-        if name != NAME:
-            column = column.rename_column(name, NAME)
+        column = _renamed(dataset.with_format(None).select_columns([name]), NAME)
         return cls(column.cast_column(NAME, Feature(decode=False)), f"'{name}' of {where}")
 
     @classmethod
@@ -118,10 +119,8 @@ class ImageColumn(Sequence[EncodedImage]):
         from datasets import Image as Feature
 
         files = [{"bytes": None, "path": str(folder / path)} for path in paths]
-        stored = Features(
-            {NAME: {"bytes": Value("binary"), "path": Value("string")}}
-        )  # made as an Image, it would need Pillow
-        dataset = Dataset.from_dict({NAME: files}, features=stored)
+        stored = {"bytes": Value("binary"), "path": Value("string")}  # made as an Image, it would need Pillow
+        dataset = Dataset.from_dict({NAME: files}, features=Features({NAME: stored}))
         return cls(dataset.cast(Features({NAME: Feature(decode=False)})), where)
 
     @classmethod
@@ -129,9 +128,10 @@ class ImageColumn(Sequence[EncodedImage]):
         """Several columns, one after the other."""
         from datasets import concatenate_datasets
 
-        joined = cls(concatenate_datasets([one.dataset for one in columns]), ", ".join(one.where for one in columns))
-        if all("keys" in vars(one) for one in columns):
-            vars(joined)["keys"] = np.concatenate([one.keys for one in columns])
+        where = ", ".join(column.where for column in columns)
+        joined = cls(concatenate_datasets([column.dataset for column in columns]), where)
+        if all("keys" in vars(column) for column in columns):
+            vars(joined)["keys"] = np.concatenate([column.keys for column in columns])
         return joined
 
     def __len__(self) -> int:
@@ -145,7 +145,7 @@ class ImageColumn(Sequence[EncodedImage]):
 
     def __getitem__(self, index: int | slice) -> EncodedImage | ImageColumn:
         if isinstance(index, slice):
-            return self.select(range(*index.indices(len(self))))
+            return self.select(np.arange(*index.indices(len(self))))
         place = range(len(self))[index]
         return self._image(self.dataset[place][NAME], place)
 
@@ -154,15 +154,11 @@ class ImageColumn(Sequence[EncodedImage]):
             for place, value in enumerate(self.dataset[start : start + BLOCK][NAME], start=start):
                 yield self._image(value, place)
 
-    def select(self, rows: range | np.ndarray) -> ImageColumn:
+    def select(self, rows: np.ndarray) -> ImageColumn:
         """These places of the column, in this order."""
-        if isinstance(rows, range) and rows.step > 0:
-            numbers = self.rows[rows.start : rows.stop : rows.step]
-        else:
-            numbers = np.asarray(self.rows)[np.asarray(rows)]
-        chosen = ImageColumn(self.dataset.select(rows), self.where, numbers)
+        chosen = ImageColumn(self.dataset.select(rows), self.where, self.rows[rows])
         if "keys" in vars(self):
-            vars(chosen)["keys"] = self.keys[np.asarray(rows, np.int64)]
+            vars(chosen)["keys"] = self.keys[rows]
         return chosen
 
     @cached_property
@@ -190,8 +186,7 @@ class ImageColumn(Sequence[EncodedImage]):
         if dataset._indices is not None:  # left to itself, `datasets` would write beside the user's data
             file = Path(get_temporary_cache_files_directory()) / f"{dataset._fingerprint}.arrow"
             dataset = dataset.flatten_indices(cache_file_name=str(file))
-        named = dataset if name == NAME else dataset.rename_column(NAME, name)
-        return named.cast_column(name, Feature(mode=MODE))
+        return _renamed(dataset, name).cast_column(name, Feature(mode=MODE))
 
     def _image(self, value: dict[str, Any] | None, place: int) -> EncodedImage:
         where = f"row {int(self.rows[place]) + 1}, {self.where}"
@@ -201,8 +196,8 @@ class ImageColumn(Sequence[EncodedImage]):
                 encoded = Path(path).read_bytes()
             except OSError as error:
                 raise AnybatchError(
-                    f"Cannot read the image {path} ({where}): {error.strerror or error}. Every row needs an image: put the file back, or "
-                    "leave the row out."
+                    f"Cannot read the image {path} ({where}): {error.strerror or error}. Every row needs an image: put "
+                    "the file back, or leave the row out."
                 ) from error
         if not encoded:
             raise AnybatchError(f"There is no image in {where}. Every row needs one: fill it or leave the row out.")
@@ -234,59 +229,14 @@ def describe(value: str | EncodedImage, row: int) -> str:
     return f"[image {size[0]}x{size[1]}, row {row}]" if size else f"[image, row {row}]"
 
 
-def find_images(path: str | os.PathLike[str], names: Iterable[str], limit: int | None = None) -> dict[str, ImageColumn]:
-    """The columns among `names` that hold images (the feature `datasets.Image`), of a folder saved by `datasets` or a Parquet file.
-
-    Empty for any other file, and for one that cannot be read: who reads its texts says what is wrong.
-    """
-    path = Path(path)
-    dataset = None
-    if path.is_dir() and (path / "state.json").exists():
-        from datasets import load_from_disk
-
-        try:
-            dataset = load_from_disk(str(path))
-        except (OSError, ValueError):
-            return {}
-    elif path.suffix == ".parquet" and path.is_file():
-        dataset = _parquet(path, names)
-    if dataset is None or isinstance(dataset, dict):
+def find_images(path: Path, names: Sequence[str], limit: int | None = None) -> dict[str, ImageColumn]:
+    """The columns among `names` that hold images: the feature `datasets.Image`, in Parquet or a data set."""
+    dataset = image_dataset(path, names)
+    if dataset is None:
         return {}
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    found = [name for name in names if holds_images(dataset, name)]
-    return {name: ImageColumn.of(dataset, name, str(path)) for name in found}
-
-
-def _parquet(path: Path, names: Iterable[str]) -> Dataset | None:
-    """The file as a memory-mapped data set (`datasets` keeps a copy in its cache), if it has images at all."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-    except (pyarrow.ArrowException, OSError):
-        return None
-    if b'"Image"' not in (schema.metadata or {}).get(b"huggingface", b""):
-        return None
-    from datasets import Dataset, Features
-    from datasets import Image as Feature
-
-    features = Features.from_arrow_schema(schema)
-    if not any(isinstance(features.get(name), Feature) for name in names):
-        return None
-    try:
-        dataset: Any = Dataset.from_parquet(glob.escape(str(path)))  # which takes names for patterns
-    except Exception as error:  # a broken page, a full disk: `datasets` wraps nearly anything
-        raise AnybatchError(
-            f"{path} cannot be read ({error}). Write the file anew, or free some space for the cache of `datasets`."
-        ) from error
-    num_rows = pyarrow.parquet.read_metadata(path).num_rows
-    if len(dataset) != num_rows:
-        raise AnybatchError(
-            f"{path} has {num_rows} rows, and `datasets` gave {len(dataset)}. Move the file to a path of plain letters."
-        )
-    return dataset
+    return {name: ImageColumn.of(dataset, name, str(path)) for name in names if holds_images(dataset, name)}
 
 
 def holds_images(dataset: Dataset, name: str) -> bool:
@@ -294,6 +244,12 @@ def holds_images(dataset: Dataset, name: str) -> bool:
     from datasets import Image as Feature
 
     return isinstance(dataset.features.get(name), Feature)
+
+
+def _renamed(dataset: Dataset, name: str) -> Dataset:
+    """The data set with its one column called `name`."""
+    (old,) = dataset.column_names
+    return dataset if old == name else dataset.rename_column(old, name)
 
 
 def _need_pillow() -> None:

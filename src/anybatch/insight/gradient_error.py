@@ -341,7 +341,6 @@ def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, 
     )
     shared = shared or (pairs.direction == "both" and any(True for _ in loss.buffers()))
     for epoch in range(run_in + epochs):
-        table.set_epoch(epoch)
         for batch in torch.from_numpy(plan.epoch_batches(epoch)):
             probes = place[batch]
             present = probes >= 0

@@ -177,8 +177,8 @@ def compare_methods(
     random = BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed)
     wanted = [("random", random, method) for method in methods if method.weights == "none"]
     if plan.cluster_size > 1:
-        # A batch of one cluster never meets the others, and clusters that are taken apart do not stay: no weight can stand for that.
-        weighable = plan.clusters_per_batch > 1 and not any(plan.random_shares)
+        # A batch of one cluster never meets the others: no weight can stand for that.
+        weighable = plan.clusters_per_batch > 1
         wanted += [("plan", plan, method) for method in methods if method.weights == "none" or weighable]
     few = _fewer(pairs, CURVE_PROBES)
     curve = {size: error.scaled_rmse for size, error in infonce_curve(few, epochs=1).items()}

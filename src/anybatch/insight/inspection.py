@@ -70,8 +70,6 @@ class PlanInspection:
         temperature: Of the losses.
         window_in_batch, conflicts_in_batch: Wanted negatives and probable false negatives in the anchor's batch of epoch 0.
         random_window_in_batch, random_conflicts_in_batch: What a random batch of this size is expected to hold.
-        window_by_partition, conflicts_by_partition: The same in the anchor's own cluster, for each of the plan's partitions.
-        distinct_window, distinct_conflicts: Different ones over all partitions.
         planned, random: The teacher's scores in the plan's batches and in random ones.
         hubs: The most wanted rows with the number of windows they are in, scaled up from the anchors looked at.
         suspects: Suspects of the plan, the highest scores first (`SHOWN` at most, of the same two positives one).
@@ -90,10 +88,6 @@ class PlanInspection:
     conflicts_in_batch: float
     random_window_in_batch: float
     random_conflicts_in_batch: float
-    window_by_partition: tuple[float, ...]
-    conflicts_by_partition: tuple[float, ...]
-    distinct_window: float
-    distinct_conflicts: float
     planned: BatchScores
     random: BatchScores
     hubs: list[tuple[int, int]]
@@ -275,8 +269,6 @@ def _measure(
         pairs.batch_scores(batches, num_anchors, temperature, among=among)
         for batches in (dealt, _random_batches(plan, seed))
     )
-    beside = [(one[ids] == one[rows, None]) & (one >= 0)[rows, None] for one in plan.partition_clusters]
-    ever = np.any(beside, axis=0)
     duplicates = _duplicates(rows, ids[:, :8], pairs.positives)
     scale = len(members) / len(rows)
     return PlanInspection(
@@ -288,10 +280,6 @@ def _measure(
         conflicts_in_batch=float((conflict & together).sum()) / num_dealt,
         random_window_in_batch=float(wanted.sum()) / len(rows) * by_chance,
         random_conflicts_in_batch=float(conflict.sum()) / len(rows) * by_chance,
-        window_by_partition=tuple(float((wanted & one).sum()) / len(rows) for one in beside),
-        conflicts_by_partition=tuple(float((conflict & one).sum()) / len(rows) for one in beside),
-        distinct_window=float((wanted & ever).sum()) / len(rows),
-        distinct_conflicts=float((conflict & ever).sum()) / len(rows),
         planned=planned,
         random=random,
         hubs=[(row, round(count * scale)) for row, count in most_wanted(ids[wanted])],
@@ -311,8 +299,8 @@ def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
     if plan.task is not None:
         rows = np.bincount(plan.task, minlength=len(plan.task_names))
         # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a batch.
-        dealt = (np.multiply(plan.deal.quotas, plan.cluster_size) + plan.deal.guests) / np.maximum(rows, 1)
-        given = np.where(plan.deal.quotas, plan.task_shares or 1.0, 0.0)
+        dealt = (np.multiply(plan.sampling.quotas, plan.cluster_size) + plan.sampling.single_rows) / np.maximum(rows, 1)
+        given = np.where(plan.sampling.quotas, plan.task_shares or 1.0, 0.0)
         shares = tuple(np.where(rows, np.maximum(dealt, given), 1.0).tolist())
     return BatchPlan(
         num_rows=plan.num_rows,

@@ -50,7 +50,6 @@ def set_figures(
     """What was measured and stored, of the plan's one data set or of one of several; arguments as in `plan_figures`."""
     outlook = inspection.outlook.as_dict() if inspection is not None else (mining or {}).get("outlook")
     return [
-        *(_partitions(plan, inspection, mining or {}) if plan.num_partitions > 1 else []),
         *(_batches(plan, inspection) if inspection is not None else []),
         *(_teacher(outlook, plan.cluster_size > 1) if outlook else []),
         *_stored(mining or {}),
@@ -98,45 +97,6 @@ def plan_sizes(plan: BatchPlan) -> list[Figure]:
             meaning="Pairs that share a cluster although one scores so high for the other that it may be a right answer too (a false negative).",
         ),
     ]
-
-
-def _partitions(plan: BatchPlan, seen: PlanInspection | None, mining: Mapping[str, Any]) -> list[Figure]:
-    """Several partitions, each and together: as mining counted them, or else on the anchors looked at."""
-    window: list[tuple[float, float]] = []
-    distinct: dict[str, float] = {}
-    if cycle := mining.get("cycle"):
-        parts = cycle["partitions"]
-        window = [(part["window_per_anchor"], part["conflicts_per_anchor"]) for part in parts]
-        distinct = {name: cycle[f"distinct_{name}_per_anchor"] for name in ("window", "conflicts")}
-    elif seen is not None:
-        window = list(zip(seen.window_by_partition, seen.conflicts_by_partition, strict=True))
-        distinct = {"window": seen.distinct_window, "conflicts": seen.distinct_conflicts}
-    lines = [
-        Figure(
-            name="partitions",
-            plan=f"{plan.num_partitions}",
-            meaning="Different clusters of the same rows, which epochs take in turn.",
-        )
-    ]
-    for number, (wanted, conflicts) in enumerate(window, start=1):
-        lines.append(
-            Figure(
-                name=f"partition {number}: wanted negatives, conflicts",
-                plan=f"{wanted:.2f}, {conflicts:.2f}",
-                good="not much worse than partition 1",
-                meaning="In the anchor's own cluster of this partition.",
-            )
-        )
-    if distinct:
-        lines.append(
-            Figure(
-                name="different wanted negatives, conflicts over a cycle",
-                plan=f"{distinct['window']:.2f}, {distinct['conflicts']:.2f}",
-                good="wanted: well above those of one partition",
-                meaning="Those that share the anchor's cluster in at least one partition: what more partitions are for.",
-            )
-        )
-    return lines
 
 
 def _batches(plan: BatchPlan, seen: PlanInspection) -> list[Figure]:
@@ -268,7 +228,7 @@ def _stored(mining: Mapping[str, Any]) -> list[Figure]:
             name="windows of the greatest hub",
             plan=f"{audit['largest_in_degree']:,}",
             good="a small multiple of the window",
-            meaning="How many anchors want the most wanted row. Rows that everybody wants are often empty of content. mining.hub_weight tames them.",
+            meaning="How many anchors want the most wanted row. Rows that everybody wants are often empty of content.",
         ),
         Figure(
             name="recall of the neighbour search",

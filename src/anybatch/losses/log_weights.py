@@ -396,7 +396,7 @@ def inclusion_log_weights(
         other cluster:  log(1 / chance_beside) + log(1 / (n - 1))
 
     With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows. Pairs with
-    remainder rows have chances of their own (`Deal.chances`).
+    remainder rows have chances of their own (`ClusterSampling.chances`).
 
     Args:
         num_rows: n, rows that the mean is over.

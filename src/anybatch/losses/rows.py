@@ -51,8 +51,6 @@ class RowTable(nn.Module):
         mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights the rest
             stands for the data without them: the mean is over the rows that are not suspected.
 
-    Where the plan alternates several partitions, inclusion weights differ by the epoch: call `set_epoch` before each, as the sampler's.
-
     Raises:
         AnybatchError: Ids that are no integers from 0 on, or of different lengths; a plan that is needed and missing, or that is of another number of rows.
 
@@ -119,7 +117,6 @@ class RowTable(nn.Module):
                 )
             self.register_buffer(f"column_{name}", facts, persistent=False)
         self.plan: BatchPlan | None = None
-        self.epoch: int | None = None
         if weights == "inclusion" and negatives.shape[1]:
             task = None if plan is None else plan.task
             self.way_keys, self.ways = _ways(positives, negatives, task, self.width)
@@ -137,25 +134,8 @@ class RowTable(nn.Module):
         return self
 
     def use_plan(self, plan: BatchPlan) -> None:
-        """Look up this plan from now on: clusters, weights and suspects. It must be of these rows.
-
-        A plan of several partitions needs `set_epoch` as well, afterwards.
-        """
-        self.plan, self.epoch = plan, None
-        self._look_up(plan.partition(0))
-        if self.mask_suspects and plan.suspects is None:
-            warnings.warn(
-                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
-            )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Look up the partition that this epoch deals."""
-        self.epoch = epoch
-        if self.plan is not None and self.plan.num_partitions > 1:
-            self._look_up(self.plan.partition(epoch))
-
-    def _look_up(self, plan: BatchPlan) -> None:
-        """Take up a plan of one partition."""
+        """Look up this plan from now on: clusters, weights and suspects. It must be of these rows."""
+        self.plan = plan
         device = self.anchor_id.device
         self.cluster = torch.as_tensor(plan.cluster.astype(np.int64), device=device)
         self.task = None if plan.task is None else torch.as_tensor(plan.task.astype(np.int64), device=device)
@@ -164,6 +144,10 @@ class RowTable(nn.Module):
         self.suspects = None
         if self.mask_suspects and plan.suspects is not None:
             self.suspects = _suspect_keys(plan.suspects, self.positive_id.cpu().numpy(), self.width).to(device)
+        if self.mask_suspects and plan.suspects is None:
+            warnings.warn(
+                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
+            )
 
     @outside_the_graph
     def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
@@ -174,8 +158,7 @@ class RowTable(nn.Module):
             num_negatives: Explicit negatives a row in this batch; their columns come one after the other behind the positives.
 
         Raises:
-            AnybatchError: Row numbers that are none, or not of this table; more explicit negatives than the table knows of; inclusion weights of a plan with several partitions, and
-                `set_epoch` was not called, or the rows are of another epoch's partition.
+            AnybatchError: Row numbers that are none, or not of this table; more explicit negatives than the table knows of.
         """
         if num_negatives > self.negative_id.shape[1]:
             raise AnybatchError(
@@ -196,13 +179,13 @@ class RowTable(nn.Module):
             "anchor_id": self.anchor_id[index],
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }
-        terms = self._terms(index)
+        terms = self._terms()
         if terms:
             examples = self._examples(index, num_negatives, arguments["candidate_id"])
             arguments["log_weight"] = LogWeights.of(examples, len(index), *terms)
         return arguments
 
-    def _terms(self, index: Tensor) -> list[Term]:
+    def _terms(self) -> list[Term]:
         """What this table knows of negatives, besides identical texts and rows."""
         terms = list(self.terms)
         if self.suspects is not None:
@@ -210,7 +193,6 @@ class RowTable(nn.Module):
         if len(self.known):
             terms.append(ListedPairs(self.known, self.width, key="anchor_id"))
         if self.log_weights is not None:
-            self._check_epoch(index)
             terms.append(Inclusion(self.log_weights, self.weight_cap))
         elif self.task is not None and self.plan is not None and self.plan.mixing == "within":
             # Says nothing of the batch itself: for a loss that remembers earlier ones, of other data sets.
@@ -244,23 +226,6 @@ class RowTable(nn.Module):
             **{name: behind(values, len(candidate_id)) for name, values in of_pairs.items()},
         )
 
-    def _check_epoch(self, index: Tensor) -> None:
-        """Rows of a batch come from no more than the batch's clusters; rows of another partition's batch are spread over many."""
-        if self.plan is None or self.plan.num_partitions == 1:
-            return
-        if self.epoch is None:
-            raise AnybatchError(
-                f"The plan alternates {self.plan.num_partitions} partitions, so inclusion weights depend on the epoch. Call set_epoch(epoch) of the row table "
-                "before each epoch, as of the sampler."
-            )
-        assert self.cluster is not None
-        found = torch.unique(self.cluster[index])
-        if int((found >= 0).sum()) > self.plan.clusters_per_batch:
-            raise AnybatchError(
-                f"The row table was told epoch {self.epoch}, but these rows are no batch of that epoch's partition: they are of {len(found)} of its "
-                f"clusters, a batch has {self.plan.clusters_per_batch}. Call set_epoch of the row table and of the sampler with the same epoch."
-            )
-
 
 def _checked_ids(
     anchor_id: np.ndarray, positive_id: np.ndarray, negative_id: np.ndarray | None
@@ -287,17 +252,10 @@ def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
 
     The mean is over all rows but the own, to which those of other data sets add nothing: a loss that multiplies it by n - 1 has the sum over the
     anchor's data set.
-
-    Raises:
-        AnybatchError: A plan whose batches leave no such weights.
     """
-    if plan.random_shares and any(plan.random_shares):
-        raise AnybatchError(
-            "weights='inclusion' needs clusters that stay together; the plan takes some apart (random_shares). Use weights='none'."
-        )
     weights = []
     for number in range(max(1, len(plan.task_names))):
-        num_rows, chances = max(2, plan.num_rows), plan.deal.chances(number)
+        num_rows, chances = max(2, plan.num_rows), plan.sampling.chances(number)
         same = chances.same or 1.0  # 0 for a data set without clusters
         of_set = plan.num_rows if plan.task is None else int((plan.task == number).sum())
         lines = []

@@ -1,6 +1,6 @@
 """Choose the batch: teacher embeddings to neighbours, to a signed graph, to equal clusters, to a plan. Imports errors, plan, blocks, files, distributed and resources; no training code."""
 
-from anybatch.mining.audit import Audit, Cycle, audit_clusters, audit_cycle, suspect_pairs
+from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import MiningGraph, build_graph
 from anybatch.mining.inverted import ivf_neighbors
@@ -20,7 +20,6 @@ from anybatch.mining.partition import equal_clusters, metis_clusters
 __all__ = [
     "LIMITS",
     "Audit",
-    "Cycle",
     "MiningConfig",
     "MiningGraph",
     "MiningReport",
@@ -31,7 +30,6 @@ __all__ = [
     "OutlookLimits",
     "Stacked",
     "audit_clusters",
-    "audit_cycle",
     "build_graph",
     "check_sizes",
     "equal_clusters",

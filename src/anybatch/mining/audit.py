@@ -44,21 +44,6 @@ class Audit:
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cycle:
-    """Figures of several partitions that epochs take in turn.
-
-    Attributes:
-        partitions: Of each.
-        distinct_window_per_anchor: Different wanted negatives that share a cluster with the anchor in any of the partitions.
-        distinct_conflicts_per_anchor: Different probable false negatives that do.
-    """
-
-    partitions: tuple[Audit, ...]
-    distinct_window_per_anchor: float
-    distinct_conflicts_per_anchor: float
-
-
 def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.ndarray, positive_id: np.ndarray) -> Audit:
     """Count.
 
@@ -87,26 +72,6 @@ def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.nda
         kept_weight=float(_inside(graph.weight, cluster).data.sum()) / total_weight if total_weight else 0.0,
         largest_in_degree=int(np.bincount(graph.window.indices, minlength=1).max(initial=0)),
     )
-
-
-def audit_cycle(graph: MiningGraph, clusters: np.ndarray, *, anchor_id: np.ndarray, positive_id: np.ndarray) -> Cycle:
-    """Count over all partitions, `clusters` (P, n); arguments otherwise as in `audit_clusters`."""
-    num_rows = clusters.shape[1]
-    ids = {"anchor_id": anchor_id, "positive_id": positive_id}
-    return Cycle(
-        partitions=tuple(audit_clusters(graph, cluster, **ids) for cluster in clusters),
-        distinct_window_per_anchor=np.count_nonzero(_ever_together(graph.window, clusters)) / num_rows,
-        distinct_conflicts_per_anchor=np.count_nonzero(_ever_together(graph.conflict, clusters)) / num_rows,
-    )
-
-
-def _ever_together(matrix: sparse.csr_matrix, clusters: np.ndarray) -> np.ndarray:
-    """(nnz,) bool: entries whose row and column share a cluster of any partition."""
-    rows = np.repeat(np.arange(clusters.shape[1]), np.diff(matrix.indptr))
-    ever = np.zeros(len(rows), bool)
-    for cluster in clusters:
-        ever |= (cluster[rows] == cluster[matrix.indices]) & (cluster[rows] >= 0)
-    return ever
 
 
 def suspect_pairs(graph: MiningGraph, cluster: np.ndarray | None) -> np.ndarray:

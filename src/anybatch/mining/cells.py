@@ -14,10 +14,10 @@ import numpy as np
 
 from anybatch.core import distributed
 from anybatch.core.blocks import BlockArrays
-from anybatch.mining.graph import Edges, build_graph
+from anybatch.mining.graph import build_graph
 from anybatch.mining.inverted import assign_cells, spherical_kmeans
 from anybatch.mining.neighbors import Neighbors, identity_of
-from anybatch.mining.partition import equal_clusters, start_clusters
+from anybatch.mining.partition import equal_clusters, metis_clusters
 
 
 def cell_clusters(
@@ -29,10 +29,7 @@ def cell_clusters(
     skip: int,
     take: int,
     margin: float | None,
-    edges: Edges,
-    hub_weight: float,
     conflict_weight: float,
-    partitioner: str,
     sweeps: int,
     seed: int,
     anchor_id: np.ndarray,
@@ -46,7 +43,7 @@ def cell_clusters(
         neighbors: Of all rows; may be memory-mapped.
         documents: (n, D) float, by which the rows are cut into cells.
         num_cells: Cells; those of k-means, so their sizes differ.
-        cluster_size, skip, take, margin, edges, hub_weight, conflict_weight, partitioner, sweeps, seed: See `MiningConfig`.
+        cluster_size, skip, take, margin, conflict_weight, sweeps, seed: See `MiningConfig`.
         anchor_id, positive_id: (n,) int.
         folder: Where finished cells are kept; needed under several ranks, each of which takes every world_size-th cell.
         progress: Called with the fraction of this rank's cells done.
@@ -57,19 +54,7 @@ def cell_clusters(
     Cost: n * num_cells * D * ROUNDS multiplications for the cells; then the partition of the largest cell at a time. Memory: the graph of one cell.
     """
     num_rows = len(neighbors.ids)
-    settings = (
-        num_cells,
-        cluster_size,
-        skip,
-        take,
-        margin,
-        edges,
-        hub_weight,
-        conflict_weight,
-        partitioner,
-        sweeps,
-        seed,
-    )
+    settings = (num_cells, cluster_size, skip, take, margin, conflict_weight, sweeps, seed)
     identity = (
         "" if folder is None else identity_of("cells", *settings, neighbors.ids, documents, anchor_id, positive_id)
     )
@@ -103,10 +88,8 @@ def cell_clusters(
                 own_score=neighbors.own_score[rows],
                 recall=neighbors.recall,
             )
-            graph = build_graph(inside, skip=skip, take=take, margin=margin, edges=edges, hub_weight=hub_weight)
-            start = start_clusters(
-                graph.weight, len(rows) // cluster_size, partitioner=partitioner, seed=seed, folder=folder
-            )
+            graph = build_graph(inside, skip=skip, take=take, margin=margin)
+            start = metis_clusters(graph.weight, len(rows) // cluster_size, recursive=True, seed=seed)
             found = equal_clusters(
                 start,
                 graph.signed(conflict_weight),

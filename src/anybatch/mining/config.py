@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from anybatch.core.configuration import Configuration, Count, CountOrZero, Fraction, NotNegative, Range, Seed, Share
+from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name
-from anybatch.mining.audit import Audit, Cycle
-from anybatch.mining.graph import Edges
+from anybatch.mining.audit import Audit
 from anybatch.mining.outlook import Outlook
 
 
@@ -27,22 +26,15 @@ class MiningConfig(Configuration):
         take: Ranks after them that are wanted. More than twice the cluster size shrinks everything and gains nothing.
         margin: Also a false negative: what scores above this share of the own positive (0.95 is usual); None for ranks alone.
         score: "query" (anchor to positives, as published) or "symmetric" (both ways, as one inner product).
-        edges: "union" or "mutual"; None for what the method uses.
-        hub_weight: Wanted edges weigh the wanted row's in-degree to minus this power; 0 counts edges.
         conflict_weight: What a probable false negative in the cluster costs, in wanted edges.
         neighbors: "exact", "ivf", or "auto" by the number of rows.
         num_negatives: Explicit hard negatives drawn for each row (B3++).
         suspects: Probable false negatives kept with the plan, for `mask_suspects`: those that share a "cluster", or "all", which may meet in any
             batch (8 bytes * skip a row).
-        partitioner: What gives the exchange search its start: "metis", or "kaminpar" (optional: anybatch[kaminpar]; docs/mining.md compares them).
-            The published recipe is METIS's.
         sweeps: Passes of the exchange search; each doubling gains a little more.
         mixing: With several data sets: batches "within" one (B3), or "mixed".
-        random_shares: For each epoch the share of batches that are shuffled among each other; the last one stays. Empty: none.
         refresh_epochs: Mine anew with the student's own embeddings every so many epochs, from the clusters there are; 0 for never.
         cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all rows at once.
-        partitions: Different partitions of the rows that epochs take in turn, so that an anchor meets more negatives; each costs the
-            partitioner and the search once more.
         seed: Of everything random.
     """
 
@@ -53,19 +45,14 @@ class MiningConfig(Configuration):
     take: Count = 64
     margin: NotNegative | None = None
     score: Literal["query", "symmetric"] = "query"
-    edges: Edges | None = None
-    hub_weight: Annotated[float, Range(0, 10)] = 0.0
     conflict_weight: Annotated[float, Range(0, 1e6)] = 3.0
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: CountOrZero = 0
     suspects: Literal["cluster", "all"] = "cluster"
-    partitioner: Literal["metis", "kaminpar"] = "metis"
     sweeps: CountOrZero = 20
     mixing: Literal["within", "mixed"] = "within"
-    random_shares: tuple[Fraction, ...] = ()
     refresh_epochs: CountOrZero = 0
     cells: Count = 1
-    partitions: Count = 1
     seed: Seed = 0
 
     section: ClassVar[str] = "mining"
@@ -76,15 +63,6 @@ class MiningConfig(Configuration):
             raise AnybatchError(
                 f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined negatives (num_negatives 0), "
                 f"whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
-            )
-        if self.partitions > 1 and self.method != "anybatch":
-            raise AnybatchError(
-                f"mining.partitions is {self.partitions} with method '{self.method}', which makes one; set mining.partitions to 1, or method to 'anybatch'."
-            )
-        if self.partitioner != "metis" and self.method != "anybatch":
-            raise AnybatchError(
-                f"mining.partitioner is '{self.partitioner}', which only method 'anybatch' asks for a start; got method '{self.method}'. Leave "
-                "mining.partitioner at 'metis'."
             )
         if self.cells > 1 and self.method != "anybatch":
             raise AnybatchError(
@@ -122,8 +100,7 @@ class MiningReport:
     """What mining did and what it cost.
 
     Attributes:
-        audit: What the clusters hold, those of the first partition if there are several; None for random batches and for several data sets.
-        cycle: What several partitions hold, each and together; None for one.
+        audit: What the clusters hold, None for random batches and for several data sets.
         sets: The reports on the data sets, if there are several; times and memory are in each.
         outlook: Whether mining is likely to help, with warnings; None for random batches.
         hubs: The rows that are in most rank windows, with the number of windows, most wanted first.
@@ -134,7 +111,6 @@ class MiningReport:
     """
 
     audit: Audit | None = None
-    cycle: Cycle | None = None
     outlook: Outlook | None = None
     hubs: list[tuple[int, int]] = field(default_factory=list)
     recall: float = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ class MiningGraph:
     Attributes:
         window: (n, n) CSR, 1.0 where j is in i's rank window: a wanted negative of i.
         conflict: (n, n) CSR, 1.0 where j is among i's excluded top ranks: probably a false negative.
-        weight: (n, n) symmetric CSR of what a partitioner maximises inside clusters: wanted edges, weighted.
+        weight: (n, n) symmetric CSR of what a partitioner maximises inside clusters: the number of wanted edges.
     """
 
     window: sparse.csr_matrix
@@ -34,14 +34,6 @@ class MiningGraph:
         total = sparse.csr_matrix(total, dtype=np.float32)
         total.sort_indices()
         return total
-
-    def spent(self, cluster: np.ndarray, share: float) -> MiningGraph:
-        """The graph for a further partition: pairs that share a cluster already keep `share` of their wanted weight."""
-        rows = np.repeat(np.arange(len(cluster)), np.diff(self.weight.indptr))
-        together = (cluster[rows] == cluster[self.weight.indices]) & (cluster[rows] >= 0)
-        data = np.where(together, np.float32(share) * self.weight.data, self.weight.data)
-        weight = sparse.csr_matrix((data, self.weight.indices, self.weight.indptr), shape=self.weight.shape)
-        return replace(self, weight=weight)
 
     def attraction(self, conflict_weight: float) -> sparse.csr_matrix:
         """The positive entries of `signed`: what a partitioner, which knows no repulsion, can begin with."""
@@ -58,7 +50,6 @@ def build_graph(
     take: int,
     margin: float | None = None,
     edges: Edges = "union",
-    hub_weight: float = 0.0,
 ) -> MiningGraph:
     """Cut the rank windows and join them.
 
@@ -68,7 +59,6 @@ def build_graph(
         take: The ranks after them, which are wanted.
         margin: Also a conflict: whatever scores above `margin` times the row's own positive (NV-Retriever: 0.95). None: ranks alone.
         edges: "union": wanted by either side (twice the weight if by both); "mutual": wanted by both sides, as published.
-        hub_weight: Each wanted edge i -> j weighs in_degree(j) ** -hub_weight; 0 counts edges.
 
     Cost: 12 bytes an edge and side.
     """
@@ -80,13 +70,7 @@ def build_graph(
         )
     wanted, bad = cut_windows(neighbors, skip=skip, take=take, margin=margin)
     window, conflict = (_csr(ids, chosen, num_rows) for chosen in (wanted, bad))
-    weighted = window
-    if hub_weight:
-        in_degree = np.maximum(np.bincount(window.indices, minlength=num_rows), 1)
-        weighted = sparse.csr_matrix(
-            (window.data * in_degree[window.indices] ** -hub_weight, window.indices, window.indptr), shape=window.shape
-        )
-    both = weighted + weighted.T
+    both = window + window.T
     if edges == "mutual":
         both = both.multiply(window.multiply(window.T))
     weight = sparse.csr_matrix(both, dtype=np.float32)

@@ -15,7 +15,7 @@ from anybatch.core.blocks import release_pages
 from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.core.resources import Measure
-from anybatch.mining.audit import audit_clusters, audit_cycle, most_wanted, suspect_pairs
+from anybatch.mining.audit import audit_clusters, most_wanted, suspect_pairs
 from anybatch.mining.cells import cell_clusters
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import Edges, MiningGraph, build_graph
@@ -23,13 +23,12 @@ from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embeddings, compact_ids, exact_neighbors
 from anybatch.mining.outlook import mining_outlook
-from anybatch.mining.partition import equal_clusters, metis_clusters, start_clusters
+from anybatch.mining.partition import equal_clusters, metis_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
 from anybatch.plans.plan import BatchPlan
-from anybatch.plans.sampling import Deal
+from anybatch.plans.sampling import ClusterSampling
 
 Progress = Callable[[str, float], None]
-SPENT = 0.5  # of its wanted weight a pair keeps in the next partition for each earlier one that it shared a cluster of
 EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
 
 
@@ -64,8 +63,7 @@ def mine_plan(
         anchor_id, positive_id: (n,) int; equal for identical texts, which are never put together. None: all differ.
         sets: Several data sets, one after the other in the rows: each is mined by itself with its own window, into one plan.
         data_digest: `PairData.digest`, which binds the plan to its data.
-        start: (n,) or (partitions, n) int clusters of an earlier plan of the same sizes, from which the search goes on instead of from a
-            partitioner.
+        start: (n,) int clusters of an earlier plan of the same sizes, from which the search goes on instead of from a partitioner.
         device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
         folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not repeated.
         progress: Called with (stage, fraction done).
@@ -97,24 +95,21 @@ def mine_plan(
             plan=random_plan(num_rows, config=config, sets=sets, data_digest=data_digest), report=report
         )
     check_sizes(num_rows, config=config, sets=sets)
-    start = None if start is None else np.atleast_2d(start)
-    if start is not None and start.shape not in ((1, num_rows), (config.partitions, num_rows)):
-        raise AnybatchError(
-            f"start has shape {start.shape}; expected ({num_rows},) or ({config.partitions}, {num_rows}), a cluster for each row."
-        )
-    clusters = np.full((config.partitions, num_rows), -1, np.int32)
+    if start is not None and start.shape != (num_rows,):
+        raise AnybatchError(f"start has shape {start.shape}; expected ({num_rows},), a cluster for each row.")
+    cluster = np.full(num_rows, -1, np.int32)
     negatives = np.full((num_rows, config.num_negatives), -1, np.int32) if config.num_negatives else None
     suspects, graph = [], None
     for one, rows in parts:
         part = report if not sets else report.sets.setdefault(one.name, MiningReport())
         if one.num_rows < config.cluster_size:
             warnings.warn(
-                f"The data set '{one.name}' has {one.num_rows} rows, no cluster of {config.cluster_size}: its rows are guests in the batches of others, "
-                "and with inclusion weights they have hardly any negatives.",
+                f"The data set '{one.name}' has {one.num_rows} rows, no cluster of {config.cluster_size}: its rows come one by one in the batches of "
+                "others, and with inclusion weights they have hardly any negatives.",
                 stacklevel=2,
             )
             part.notes.append(
-                f"{one.num_rows} rows make no cluster of {config.cluster_size}; they are guests in others."
+                f"{one.num_rows} rows make no cluster of {config.cluster_size}; they come one by one in the batches of others."
             )
             continue
         chosen = _Part(
@@ -123,49 +118,46 @@ def mine_plan(
             positives=positive_embeddings[rows],
             anchor_id=anchor_id[rows],
             positive_id=positive_id[rows],
-            start=None if start is None else start[:, rows],
+            start=None if start is None else start[rows],
             device=device,
             folder=folder / one.name if sets and folder is not None else folder,
             progress=_named(progress, one.name if sets else ""),
         )
         own, pairs, drawn, graph = chosen.mine(part)
-        first = int(clusters.max()) + 1  # the same for all partitions
-        clusters[:, rows] = np.where(own >= 0, own + first, -1)
+        first = int(cluster.max()) + 1
+        cluster[rows] = np.where(own >= 0, own + first, -1)
         suspects.append(pairs + rows.start)
         if negatives is not None and drawn is not None:
             negatives[rows] = np.where(drawn >= 0, drawn + rows.start, -1)
     meta = {
         name: value
         for name, value in asdict(config).items()
-        if name not in ("seed", "batch_size", "cluster_size", "mixing", "random_shares", "refresh_epochs", "partitions")
+        if name not in ("seed", "batch_size", "cluster_size", "mixing", "refresh_epochs")
     }
     if not sets:
         meta |= dict(zip(("skip", "take"), fit_window(config.skip, config.take, num_rows), strict=True))
     plan = BatchPlan(
         cluster_size=config.cluster_size,
-        cluster=clusters[0],
-        alternates=clusters[1:] if config.partitions > 1 else None,
+        cluster=cluster,
         suspects=np.concatenate(suspects) if suspects else None,
         negatives=negatives,
         meta=meta,
         **_plan_settings(num_rows, config, sets, data_digest),
     )
-    _note_guests(plan, report)
+    _note_single_rows(plan, report)
     return MiningResult(plan=plan, report=report, graph=None if sets else graph)
 
 
-def _note_guests(plan: BatchPlan, report: MiningReport) -> None:
-    """Say so where guests are too many for their shares."""
-    for number, guests in enumerate(plan.deal.guests if plan.task is not None else ()):
-        wanted = plan.task_shares[number] * int(np.count_nonzero(plan.task == number)) if guests else 0.0
-        if guests < wanted * (1 - 1e-9):
-            name = plan.task_names[number]
-            note = (
-                f"The data sets without a cluster have more rows than half of the places of an epoch: of those of '{name}', {guests:.3g} come in an "
-                f"epoch on average, not {wanted:.3g}. Lower mining.cluster_size, or leave data sets out."
-            )
-            report.sets[name].notes.append(note)
-            warnings.warn(note, stacklevel=3)
+def _note_single_rows(plan: BatchPlan, report: MiningReport) -> None:
+    """Say so where the rows of small data sets are too many for their shares."""
+    wanted, sampled = sum(plan.sampling.single_quotas), plan.sampling.num_single_rows
+    if sampled < wanted:
+        note = (
+            f"The data sets without a cluster have more rows than half of the places of an epoch: {sampled} of their {wanted} come in an epoch. "
+            "Lower mining.cluster_size, or leave data sets out."
+        )
+        report.notes.append(note)
+        warnings.warn(note, stacklevel=3)
 
 
 def random_plan(
@@ -191,7 +183,6 @@ def _plan_settings(num_rows: int, config: MiningConfig, sets: Sequence[MiningSet
         "batch_size": config.batch_size,
         "seed": config.seed,
         "data_digest": data_digest,
-        "random_shares": config.random_shares,
     }
     if sets:
         settings |= {
@@ -218,7 +209,7 @@ class _Part:
     progress: Progress | None
 
     def mine(self, report: MiningReport) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, MiningGraph]:
-        """(partitions, rows) clusters, suspects, hard negatives and graph; what it found and cost goes into `report`."""
+        """(rows,) clusters, suspects, hard negatives and graph; what it found and cost goes into `report`."""
         config, ids = self.config, {"anchor_id": self.anchor_id, "positive_id": self.positive_id}
         num_rows = len(self.anchors)
         skip, take = _fitting_window(config, num_rows, report)
@@ -236,47 +227,34 @@ class _Part:
             report.recall = neighbors.recall
         with _stage(report, "graph", self.progress):
             published = config.method == "published"
-            edges: Edges = config.edges or ("mutual" if published else "union")
-            graph = build_graph(
-                neighbors, skip=skip, take=take, margin=config.margin, edges=edges, hub_weight=config.hub_weight
-            )
+            edges: Edges = "mutual" if published else "union"
+            graph = build_graph(neighbors, skip=skip, take=take, margin=config.margin, edges=edges)
             release_pages(neighbors.ids, neighbors.scores, self.anchors, self.positives)
-        clusters = np.empty((config.partitions, num_rows), np.int32)
-        left = graph
-        for number in range(config.partitions):
-            # Each further partition is of what the earlier ones left: the pairs that they brought together count less.
-            left = left.spent(clusters[number - 1], SPENT) if number else left
-            clusters[number] = self._partition(left, neighbors, (skip, take), number, report)
+        cluster = self._partition(graph, neighbors, (skip, take), report)
         with _stage(report, "audit", self.progress):
-            report.audit = audit_clusters(graph, clusters[0], **ids)
-            if config.partitions > 1:
-                report.cycle = audit_cycle(graph, clusters, **ids)
-            report.outlook = mining_outlook(neighbors, clusters[0], skip=skip, take=take, margin=config.margin)
+            report.audit = audit_clusters(graph, cluster, **ids)
+            report.outlook = mining_outlook(neighbors, cluster, skip=skip, take=take, margin=config.margin)
             report.hubs = most_wanted(graph.window.indices)
-            found = [suspect_pairs(graph, one) for one in (clusters if config.suspects == "cluster" else [None])]
-            suspects, negatives = found[0] if len(found) == 1 else np.unique(np.concatenate(found), axis=0), None
+            suspects, negatives = suspect_pairs(graph, cluster if config.suspects == "cluster" else None), None
             if config.num_negatives:
-                negatives = sample_negatives(graph, clusters, config.num_negatives, seed=config.seed, **ids)
-        return clusters, suspects, negatives, graph
+                negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **ids)
+        return cluster, suspects, negatives, graph
 
     def _partition(
-        self, graph: MiningGraph, neighbors: Neighbors, window: tuple[int, int], number: int, report: MiningReport
+        self, graph: MiningGraph, neighbors: Neighbors, window: tuple[int, int], report: MiningReport
     ) -> np.ndarray:
-        """(rows,) equal clusters, those of the partition `number`."""
+        """(rows,) equal clusters."""
         config = self.config
-        progress = _named(
-            self.progress, f"partition {number + 1} of {config.partitions}" if config.partitions > 1 else ""
-        )
-        with _stage(report, "communities", progress) as advance:
-            start = self._begin(graph, neighbors, window, number, advance)
-        with _stage(report, "refinement", progress) as advance:
+        with _stage(report, "communities", self.progress) as advance:
+            start = self._begin(graph, neighbors, window, advance)
+        with _stage(report, "refinement", self.progress) as advance:
             ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
             return equal_clusters(
                 start,
                 graph.signed(config.conflict_weight if ours else 0.0),
                 config.cluster_size,
                 sweeps=config.sweeps if ours else 0,
-                seed=config.seed + number,
+                seed=config.seed,
                 progress=advance,
                 anchor_id=self.anchor_id,
                 positive_id=self.positive_id,
@@ -287,16 +265,13 @@ class _Part:
         graph: MiningGraph,
         neighbors: Neighbors,
         window: tuple[int, int],
-        number: int,
         progress: Callable[[float], None],
     ) -> np.ndarray:
         """(rows,) clusters of any sizes."""
         config = self.config
         num_clusters = len(self.anchors) // config.cluster_size
-        if self.start is not None and number < len(self.start):
-            _, start = np.unique(
-                self.start[number], return_inverse=True
-            )  # -1, the remainder, becomes a cluster that dissolves
+        if self.start is not None:
+            _, start = np.unique(self.start, return_inverse=True)  # -1, the remainder, becomes a cluster that dissolves
             return np.minimum(start, num_clusters - 1).astype(np.int32)
         if config.method == "kmeans":
             return kmeans_clusters(self.anchors, self.positives, num_clusters, seed=config.seed)
@@ -311,20 +286,14 @@ class _Part:
                 self.positives,
                 window,
                 config=config,
-                number=number,
                 folder=self.folder,
                 progress=progress,
                 **ids,
             )
         if config.method == "published":
             return metis_clusters(graph.weight, num_clusters, recursive=False, seed=config.seed)
-        return start_clusters(
-            graph.attraction(config.conflict_weight),
-            num_clusters,
-            partitioner=config.partitioner,
-            seed=config.seed + number,
-            folder=self.folder,
-        )
+        attraction = graph.attraction(config.conflict_weight)
+        return metis_clusters(attraction, num_clusters, recursive=True, seed=config.seed)
 
 
 def _parts(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, slice]]:
@@ -359,7 +328,7 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
             f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
         )
     counts = [one.num_rows // size for one, _ in parts]
-    deal = Deal(
+    deal = ClusterSampling(
         cluster_task=np.repeat(np.arange(len(parts)), counts),
         shares=tuple(one.share for one, _ in parts),
         clusters_per_batch=config.batch_size // size,
@@ -371,7 +340,7 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
             f"An epoch deals {sum(deal.quotas)} of {sum(counts)} {rows}, which do not fill one batch of {config.batch_size}. Lower the "
             "batch size, or raise the shares of the data sets."
         )
-    for (one, _), chance in zip(parts, deal.dealt_chances, strict=True):
+    for (one, _), chance in zip(parts, deal.sampled_shares, strict=True):
         if one.num_rows >= size and not chance:
             raise AnybatchError(
                 f"The data set '{one.name}' would never be dealt: an epoch has fewer of its {rows} than a batch holds ({deal.clusters_per_batch}), and "
@@ -446,9 +415,9 @@ def mine_shared(
                 progress=advance,
                 **known,
             )
-        for number in range(own.partitions if own.cells > 1 else 0):
+        if own.cells > 1:
             with _stage(MiningReport(), "communities", own_progress) as advance:
-                mine_cells(neighbors, positive_embeddings[rows], window, number=number, progress=advance, **known)
+                mine_cells(neighbors, positive_embeddings[rows], window, progress=advance, **known)
 
 
 def mine_cells(
@@ -460,13 +429,9 @@ def mine_cells(
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
     folder: Path | None,
-    number: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> np.ndarray:
-    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them. Small data sets get fewer cells.
-
-    The partition `number` has cells of its own, with other borders.
-    """
+    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them. Small data sets get fewer cells."""
     return cell_clusters(
         neighbors,
         positives,
@@ -475,15 +440,12 @@ def mine_cells(
         skip=window[0],
         take=window[1],
         margin=config.margin,
-        edges=config.edges or "union",
-        hub_weight=config.hub_weight,
         conflict_weight=config.conflict_weight,
-        partitioner=config.partitioner,
         sweeps=config.sweeps,
-        seed=config.seed + number,
+        seed=config.seed,
         anchor_id=anchor_id,
         positive_id=positive_id,
-        folder=folder and folder / (f"clusters_{number}" if number else "clusters"),
+        folder=folder and folder / "clusters",
         progress=progress,
     )
 
@@ -541,7 +503,7 @@ def _stage(report: MiningReport, name: str, progress: Progress | None) -> Any:
         progress(name, 0.0)
     with Measure() as measure:
         yield lambda fraction: progress(name, fraction) if progress is not None else None
-    report.seconds[name] = report.seconds.get(name, 0.0) + measure.seconds  # several partitions add up
+    report.seconds[name] = report.seconds.get(name, 0.0) + measure.seconds
     report.peak_bytes[name] = max(report.peak_bytes.get(name, 0), measure.peak_bytes)
     if progress is not None:
         progress(name, 1.0)

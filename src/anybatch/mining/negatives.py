@@ -13,7 +13,7 @@ from anybatch.mining.neighbors import check_at_least, compact_ids
 
 def sample_negatives(
     graph: MiningGraph,
-    clusters: np.ndarray,
+    cluster: np.ndarray,
     num_negatives: int,
     *,
     anchor_id: np.ndarray,
@@ -23,11 +23,11 @@ def sample_negatives(
     """Hard negatives for each row, from its own rank window.
 
     An item of the window is drawn with probability proportional to the number of windows of the row's cluster that it is in,
-    without repetition; rows of the cluster itself, in any partition, are left out, being in the batch already.
+    without repetition; rows of the cluster itself are left out, being in the batch already.
 
     Args:
         graph: From `build_graph`.
-        clusters: (n,) int, or (partitions, n), of which the first counts; -1 for none (such rows count their own window alone).
+        cluster: (n,) int; -1 for none (such rows count their own window alone).
         num_negatives: h.
         anchor_id, positive_id: (n,) int; identical content, and positives of the same anchor in other rows, are never drawn.
         seed: Of the draws.
@@ -37,21 +37,21 @@ def sample_negatives(
 
     Reference: B3, arXiv 2505.11293, section 3 (B3++).
     """
-    clusters = np.atleast_2d(clusters).astype(np.int64)
+    cluster = np.asarray(cluster).astype(np.int64)
     check_at_least("num_negatives", num_negatives, 0)
     num_rows = len(graph.window.indptr) - 1
-    if num_rows != clusters.shape[1]:
+    if cluster.shape != (num_rows,):
         raise AnybatchError(
-            f"The graph is of {num_rows} rows, the clusters of {clusters.shape[1]}; expected the same rows."
+            f"The graph is of {num_rows} rows, cluster has shape {cluster.shape}; expected ({num_rows},)."
         )
     anchor, positive = (
         compact_ids(name, ids, num_rows) for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
     )
-    order = np.argsort(clusters[0], kind="stable").astype(np.int64)
+    order = np.argsort(cluster, kind="stable").astype(np.int64)
     window = graph.window
-    result = np.full((clusters.shape[1], num_negatives), -1, np.int32)
+    result = np.full((num_rows, num_negatives), -1, np.int32)
     _draw(
-        order, clusters, window.indptr.astype(np.int64), window.indices.astype(np.int64),
+        order, cluster, window.indptr.astype(np.int64), window.indices.astype(np.int64),
         anchor, positive, seed % 2**32, result,
     )  # fmt: skip
     # What another row pairs with the same anchor is a positive, not a negative.
@@ -62,18 +62,15 @@ def sample_negatives(
 
 
 @compiled
-def _beside(clusters, row, item):  # pragma: no cover - compiled
-    """Whether two rows share a cluster of any partition."""
-    for cluster in clusters:  # noqa: SIM110 - numba knows no generators
-        if cluster[item] == cluster[row] and cluster[row] >= 0:
-            return True
-    return False
+def _beside(cluster, row, item):  # pragma: no cover - compiled
+    """Whether two rows share a cluster."""
+    return cluster[item] == cluster[row] and cluster[row] >= 0
 
 
 @compiled
-def _draw(order, clusters, indptr, indices, anchor_id, positive_id, seed, result):  # pragma: no cover - compiled
+def _draw(order, cluster, indptr, indices, anchor_id, positive_id, seed, result):  # pragma: no cover - compiled
     np.random.seed(seed)  # noqa: NPY002 - numba's own generator, not NumPy's
-    num_rows, cluster = clusters.shape[1], clusters[0]
+    num_rows = len(cluster)
     count = np.zeros(num_rows, np.int64)
     start = 0
     while start < num_rows:
@@ -88,7 +85,7 @@ def _draw(order, clusters, indptr, indices, anchor_id, positive_id, seed, result
             total = 0
             for edge in range(indptr[row], indptr[row + 1]):
                 item = indices[edge]
-                beside = _beside(clusters, row, item)
+                beside = _beside(cluster, row, item)
                 if not beside and anchor_id[item] != anchor_id[row] and positive_id[item] != positive_id[row]:
                     total += count[item]
             for drawn in range(result.shape[1]):
@@ -97,7 +94,7 @@ def _draw(order, clusters, indptr, indices, anchor_id, positive_id, seed, result
                 mark = np.random.randint(0, total)  # noqa: NPY002
                 for edge in range(indptr[row], indptr[row + 1]):
                     item = indices[edge]
-                    beside = _beside(clusters, row, item)
+                    beside = _beside(cluster, row, item)
                     if beside or anchor_id[item] == anchor_id[row] or positive_id[item] == positive_id[row]:
                         continue
                     taken = False

@@ -195,7 +195,7 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Out
     if figures["isolated"] > limits.isolated:
         found.append(
             f"{figures['isolated']:.1%} of the anchors have no wanted negative beside them (good: {limits.isolated:.0%} or less). "
-            "Raise mining.take or mining.cluster_size, or set mining.edges to 'union'."
+            "Raise mining.take or mining.cluster_size."
         )
     if figures["window_gain"] < limits.window_gain:
         found.append(

@@ -7,7 +7,6 @@ here. Leaving conflicts out of the graph does not keep such rows apart, so they 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,19 +53,8 @@ def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: b
     return np.asarray(parts, dtype=np.int32)
 
 
-def start_clusters(
-    weight: sparse.csr_matrix, num_clusters: int, *, partitioner: str, seed: int = 0, folder: Path | None = None
-) -> np.ndarray:
-    """The start of `equal_clusters` from the partitioner that `MiningConfig.partitioner` names. Arguments as theirs."""
-    if partitioner == "kaminpar":
-        from anybatch.mining.kaminpar import kaminpar_clusters
-
-        return kaminpar_clusters(weight, num_clusters, seed=seed, folder=folder)
-    return metis_clusters(weight, num_clusters, recursive=True, seed=seed)
-
-
 def whole_weights(weight: sparse.csr_matrix) -> np.ndarray:
-    """Partitioners take whole numbers: sixteenths of the mean weight resolve hub weighting well enough.
+    """Partitioners take whole numbers: sixteenths of the mean weight resolve them well enough.
 
     Raises:
         AnybatchError: Weights that are negative or no numbers, or none above 0.

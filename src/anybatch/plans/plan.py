@@ -1,4 +1,4 @@
-"""Batches chosen before training: `BatchPlan`, on disk and bound to its data, and `PlanSampler`, which deals them.
+"""Batches chosen before training: `BatchPlan`, on disk and bound to its data, and `PlanSampler`, which gives them out.
 
 Cost: 4 bytes a row, and one permutation of the clusters an epoch. Imports errors and files.
 """
@@ -8,52 +8,60 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
 from torch.utils.data import BatchSampler
 
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import SEAL, digest_of, read_sealed, tensors_metadata, write_sealed
-from anybatch.plans.sampling import Deal
+from anybatch.plans.sampling import ClusterSampling
 
 FORMAT = "anybatch-plan"
-VERSION = 4
-ARRAYS = ("cluster", "suspects", "negatives", "task", "alternates")
+VERSION = 5
+ARRAYS = ("cluster", "suspects", "negatives", "task")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchPlan:
-    """Equal batches over the rows of one data set, made of clusters that are combined anew every epoch.
+    """Equal batches over the rows of one data set, or of several, made of clusters that are combined anew every epoch.
 
-    In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size / cluster_size` whole
-    clusters, drawn at random, one after the other. Rows in no cluster (`cluster == -1`: what is left when the rows are cut
-    into clusters of exactly equal size) take the places of randomly chosen rows of their data set, as many as its share says; rows of a data
-    set without a cluster are guests anywhere, then. Neither take more than about half of the places (`Deal`), so that no row is lost for ever. Who sits out an epoch is in `rows_left_out(epoch)`. All of it
-    depends on nothing but the plan and the epoch.
-
-    A plan may hold several partitions of the same rows, which epochs take in turn: epoch e is dealt as the plan `partition(e)`, of the
-    e-th partition alone, deals it.
+    In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size / cluster_size`
+    whole clusters, drawn at random, one after the other. Rows in no cluster (what is left when the rows are cut into
+    clusters of exactly equal size) take the places of others, epoch by epoch others, so that no row is lost for ever:
+    `ClusterSampling` has the rules. All of it depends on nothing but the plan and the epoch.
 
     Attributes:
-        num_rows: Rows of the data set.
+        num_rows: Rows of the data.
         batch_size: Rows of a batch, over all ranks.
         cluster_size: Rows of a cluster; 1 makes plain random batches.
-        cluster: (num_rows,) int32, each row's cluster 0, 1, ...; -1 for remainder rows.
+        cluster: (num_rows,) int32, each row's cluster 0, 1, ...; -1 for rows in none.
         seed: Of the combination of clusters.
         data_digest: Digest of the texts (`PairData.digest`).
-        suspects: (p, 2) int32 row pairs that may be false negatives of each other, or None: those that share a cluster, or all.
-        negatives: (num_rows, h) int32 rows mined as hard negatives of each anchor, -1 for none, or None.
-        alternates: (P - 1, num_rows) int32, the clusters of the further partitions, as many and of the same size; None for one
-            partition. `suspects` and `negatives` are the same for all.
+        suspects: (p, 2) int32 suspected false negatives, pairs of rows that share a cluster; None: not looked for.
+        negatives: (num_rows, h) int32 rows mined as hard negatives of each anchor, -1 for none; None for none at all.
+        task: (num_rows,) int32, each row's data set; None for one data set.
+        task_names: Their names.
+        task_shares: For each data set the share of its clusters in an epoch, in (0, 1]; () for all.
+        mixing: Of several data sets: batches "within" one each, or "mixed".
         meta: How the plan was made; anything that JSON holds.
 
     Raises:
-        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows than a batch;
-            partitions that make different numbers of batches.
+        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows than
+            a batch.
+
+    Example:
+        >>> plan = BatchPlan(
+        ...     num_rows=9, batch_size=4, cluster_size=2, cluster=np.array([0, 0, 1, 1, 2, 2, 3, 3, -1]), seed=0,
+        ...     data_digest="",
+        ... )
+        >>> plan.epoch_batches(0).shape, len(plan.rows_left_out(0))
+        ((2, 4), 1)
     """
 
     num_rows: int
@@ -64,12 +72,10 @@ class BatchPlan:
     data_digest: str
     suspects: np.ndarray | None = None
     negatives: np.ndarray | None = None
-    alternates: np.ndarray | None = None
     task: np.ndarray | None = None
     task_names: tuple[str, ...] = ()
     task_shares: tuple[float, ...] = ()
     mixing: Literal["mixed", "within"] = "mixed"
-    random_shares: tuple[float, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,22 +83,13 @@ class BatchPlan:
         if self.seed < 0:
             raise AnybatchError(f"seed is {self.seed}; expected 0 or more.")
         self._check_numbers()
-        placed = self.cluster[self.cluster >= 0]
-        sizes = np.bincount(placed) if len(placed) else np.zeros(0, np.int64)
-        if len(placed) and (self.cluster.min() < -1 or np.any(sizes != self.cluster_size)):
-            raise AnybatchError(
-                f"Clusters have {sizes.min()} to {sizes.max()} rows; expected exactly {self.cluster_size} in each."
-            )
-        if self.cluster_size == 1 and len(placed) < self.num_rows:
-            raise AnybatchError(
-                f"{self.num_rows - len(placed)} rows are in no cluster, and clusters have one row; expected each row in a cluster of its own."
-            )
+        self._check_clusters()
         self._check_tasks()
-        if len(sizes) < self.clusters_per_batch or self.num_batches < 1:
+        if self.num_clusters < self.clusters_per_batch or self.num_batches < 1:
             raise AnybatchError(
-                f"{len(sizes)} clusters of {self.cluster_size} rows do not fill one batch of {self.batch_size}. Lower the batch size."
+                f"{self.num_clusters} clusters of {self.cluster_size} rows do not fill one batch of {self.batch_size}. "
+                "Lower the batch size."
             )
-        self._check_alternates()
 
     @classmethod
     def random(cls, num_rows: int, batch_size: int, *, seed: int = 0, data_digest: str = "") -> BatchPlan:
@@ -113,20 +110,6 @@ class BatchPlan:
         """Clusters in a batch."""
         return self.batch_size // self.cluster_size
 
-    @property
-    def num_partitions(self) -> int:
-        """Partitions that epochs take in turn."""
-        return 1 if self.alternates is None else 1 + len(self.alternates)
-
-    @property
-    def partition_clusters(self) -> np.ndarray:
-        """(num_partitions, num_rows) int32, the clusters of each partition."""
-        return self.cluster[None] if self.alternates is None else np.concatenate([self.cluster[None], self.alternates])
-
-    def partition(self, epoch: int) -> BatchPlan:
-        """The plan of the one partition that this epoch deals: the same batches in this epoch, one partition in all others."""
-        return self._partitions[epoch % self.num_partitions]
-
     @cached_property
     def num_clusters(self) -> int:
         """Clusters in all."""
@@ -140,63 +123,42 @@ class BatchPlan:
     @property
     def num_batches(self) -> int:
         """Batches an epoch."""
-        return self.deal.num_batches
+        return self.sampling.num_batches
 
     @cached_property
-    def deal(self) -> Deal:
-        """How clusters come together."""
+    def sampling(self) -> ClusterSampling:
+        """How clusters come together, and with what chances rows do."""
         cluster_task = np.zeros(self.num_clusters, np.int32)
         if self.task is not None and self.num_clusters:
             cluster_task = self.task[self._members[:, 0]]
-        num_tasks = 1 if self.task is None else len(self.task_names)
-        tasks = np.zeros(self.num_rows, np.int32) if self.task is None else self.task
-        remainders = np.bincount(tasks[self._remainder], minlength=num_tasks).tolist()
-        return Deal(
+        return ClusterSampling(
             cluster_task=cluster_task,
-            shares=self.task_shares or (1.0,) * num_tasks,
+            shares=self.task_shares or (1.0,) * len(self._loose),
             clusters_per_batch=self.clusters_per_batch,
             within=self.mixing == "within",
             cluster_size=self.cluster_size,
-            remainders=tuple(remainders),
+            remainders=tuple(map(len, self._loose)),
         )
 
     @cached_property
     def digest(self) -> str:
         """Identifies what the plan makes of its data: sizes, clusters, seed, data, hard negatives and suspects."""
-        numbers = [self.num_rows, self.batch_size, self.cluster_size, self.seed]
-        parts = [json.dumps(numbers).encode(), self.data_digest.encode()]
-        if self.task is not None or self.random_shares:
-            dealt = [self.task_names, self.task_shares, self.mixing, self.random_shares]
-            parts.append(json.dumps(dealt).encode())
-        if self.alternates is not None:
-            parts.append(json.dumps({"partitions": self.num_partitions}).encode())
-        parts += [
-            np.ascontiguousarray(array, np.int32).tobytes()
-            for array in (self.cluster, self.negatives, self.task, self.alternates)
-            if array is not None
-        ]
-        if self.suspects is not None and len(self.suspects):  # who masks them trains otherwise
-            parts += [b"suspects", np.ascontiguousarray(self.suspects, np.int32).tobytes()]
+        parts = [json.dumps([self.num_rows, self.batch_size, self.cluster_size, self.seed, self.data_digest]).encode()]
+        if self.task is not None:
+            parts.append(json.dumps([self.task_names, self.task_shares, self.mixing]).encode())
+        for name in ARRAYS:
+            array = getattr(self, name)
+            if array is not None and len(array):
+                parts += [name.encode(), np.ascontiguousarray(array, np.int32).tobytes()]
         return digest_of(parts)
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster within a batch."""
-        if self.alternates is not None:
-            return self.partition(epoch).epoch_batches(epoch)
-        generator = np.random.default_rng([self.seed, epoch])
-        members = self._members.copy()
-        order = self.deal.order(generator)
-        self._place_remainder(members, order.reshape(-1), generator)
-        batches = members[order].reshape(len(order), self.batch_size)
-        if self.random_shares:
-            self._shuffle(batches, self.random_shares[min(epoch, len(self.random_shares) - 1)], order, generator)
-        return batches
+        return self.sampling.batches(self._members, self._loose, np.random.default_rng([self.seed, epoch]))
 
     def rows_left_out(self, epoch: int) -> np.ndarray:
         """The rows that are in no batch of this epoch, ascending, int64."""
-        present = np.zeros(self.num_rows, bool)
-        present[self.epoch_batches(epoch).reshape(-1)] = True
-        return np.flatnonzero(~present)
+        return np.setdiff1d(np.arange(self.num_rows), self.epoch_batches(epoch))
 
     def check(self, *, num_rows: int, data_digest: str) -> None:
         """Refuse the plan for other data.
@@ -206,16 +168,19 @@ class BatchPlan:
         """
         if num_rows != self.num_rows:
             raise AnybatchError(
-                f"The plan was made for other data: it has {self.num_rows} rows, the data has {num_rows}. Mine these data anew."
+                f"The plan was made for other data: it has {self.num_rows} rows, the data has {num_rows}. "
+                "Mine these data anew."
             )
         if data_digest != self.data_digest:
             raise AnybatchError(
-                f"The plan was made for other data: the row counts agree ({num_rows}), the texts do not (digest {self.data_digest[:12]} in the "
-                f"plan, {data_digest[:12]} in the data). Give the file that was mined, rows in the same order, or mine these data anew."
+                f"The plan was made for other data: the row counts agree ({num_rows}), the texts do not (digest "
+                f"{self.data_digest[:12]} in the plan, {data_digest[:12]} in the data). Give the file that was mined, "
+                "rows in the same order, or mine these data anew."
             )
 
     def stats(self) -> dict[str, Any]:
         """What `anybatch inspect` shows."""
+        sizes = {f"rows.{name}": int((self.task == number).sum()) for number, name in enumerate(self.task_names)}
         return {
             "rows": self.num_rows,
             "batch_size": self.batch_size,
@@ -223,15 +188,11 @@ class BatchPlan:
             "cluster_size": self.cluster_size,
             "clusters": self.num_clusters,
             "clusters_per_batch": self.clusters_per_batch,
-            "remainder_rows": len(self._remainder),
+            "remainder_rows": sum(map(len, self._loose)),
             "rows_left_out_each_epoch": self.num_rows - self.num_batches * self.batch_size,
-            **{
-                f"rows.{name}": int(np.count_nonzero(self.task == number))
-                for number, name in enumerate(self.task_names)
-            },
+            **sizes,
             "suspect_pairs": 0 if self.suspects is None else len(self.suspects),
             "hard_negatives_per_row": self.negatives_per_row,
-            **({"partitions": self.num_partitions} if self.num_partitions > 1 else {}),
             "seed": self.seed,
             "data_digest": self.data_digest,
             **{f"made.{name}": value for name, value in self.meta.items() if name != "inputs"},
@@ -243,18 +204,12 @@ class BatchPlan:
         Raises:
             AnybatchError: It cannot be written; a file that was there is unchanged.
         """
-        from safetensors.numpy import save
-
-        arrays = {
-            name: np.ascontiguousarray(array, dtype=np.int32)
-            for name in ARRAYS
-            if (array := getattr(self, name)) is not None
-        }
-        header = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ARRAYS}
-        header["meta"] = dict(self.meta)
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        arrays = {name: np.ascontiguousarray(values[name], np.int32) for name in ARRAYS if values[name] is not None}
+        header = {name: value for name, value in values.items() if name not in ARRAYS} | {"meta": dict(self.meta)}
         # One key, because safetensors writes several in no fixed order, and equal plans should be equal files.
         metadata = {FORMAT: json.dumps({"digest": SEAL, "version": VERSION, "plan": header})}
-        write_sealed(path, save(arrays, metadata=metadata))
+        write_sealed(path, safetensors.save(arrays, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BatchPlan:
@@ -263,29 +218,22 @@ class BatchPlan:
         Raises:
             AnybatchError: No such file, no plan, damaged, or of another version.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
         if not Path(path).is_file():
-            what = (
-                "is a folder: give the plan.safetensors in it"
-                if Path(path).is_dir()
-                else "is not there: check the path"
-            )
+            folder = Path(path).is_dir()
+            what = "is a folder: give the plan.safetensors in it" if folder else "is not there: check the path"
             raise AnybatchError(f"There is no plan at {path}, which {what}, or make one with `anybatch mine`.")
         content = read_sealed(path, "Give the plan.safetensors that `anybatch mine` wrote, or make it again.")
         try:
-            kept, arrays = json.loads(tensors_metadata(content)[FORMAT]), load(content)
+            kept, arrays = json.loads(tensors_metadata(content)[FORMAT]), safetensors.load(content)
         except (SafetensorError, KeyError, ValueError) as error:
             raise AnybatchError(f"{path} is no plan. Give the plan.safetensors that `anybatch mine` wrote.") from error
         if kept["version"] != VERSION:
             raise AnybatchError(
-                f"{path} has plan format {kept['version']}; this anybatch reads {VERSION}. Mine with the anybatch that reads it."
+                f"{path} has plan format {kept['version']}; this anybatch reads {VERSION}. Mine with the anybatch that "
+                "reads it."
             )
-        known: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in kept["plan"].items()
-        }
-        return cls(**{**known, **arrays})
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in kept["plan"].items()}
+        return cls(**values, **arrays)
 
     def _check_numbers(self) -> None:
         """Shapes and ranges, before anything is counted by them."""
@@ -295,17 +243,14 @@ class BatchPlan:
             ("suspects", (None, 2), 0, self.num_rows, "pairs of rows"),
             ("negatives", (self.num_rows, None), -1, self.num_rows, "rows for each row, -1 for none"),
             ("task", (self.num_rows,), 0, max(1, len(self.task_names)), "one data set a row"),
-            ("alternates", (None, self.num_rows), -1, num_clusters, "clusters of further partitions"),
         ):
             array: np.ndarray | None = getattr(self, name)
             if array is None:
                 continue
-            sizes = array.shape
-            if len(sizes) != len(shape) or any(
-                wanted not in (None, size) for size, wanted in zip(sizes, shape, strict=True)
-            ):
+            fits = [wanted in (None, size) for wanted, size in zip(shape, array.shape, strict=False)]
+            if array.ndim != len(shape) or not all(fits):
                 wanted = ", ".join("any" if size is None else str(size) for size in shape)
-                raise AnybatchError(f"{name} has shape {sizes}; expected ({wanted}), {what}.")
+                raise AnybatchError(f"{name} has shape {array.shape}; expected ({wanted}), {what}.")
             if array.dtype.kind not in "iu":
                 raise AnybatchError(f"{name} holds {array.dtype}; expected whole numbers, {what}.")
             if array.size and not (least <= array.min() and array.max() < end):
@@ -313,24 +258,24 @@ class BatchPlan:
                     f"{name} holds numbers from {array.min()} to {array.max()}; expected {least} to {end - 1}, {what}."
                 )
 
-    def _check_alternates(self) -> None:
-        if self.alternates is None:
-            return
-        if not len(self.alternates):
+    def _check_clusters(self) -> None:
+        placed = self.cluster[self.cluster >= 0]
+        sizes = np.bincount(placed)
+        if np.any(sizes != self.cluster_size):
             raise AnybatchError(
-                "alternates has no rows; expected one for each further partition, or None for one partition."
+                f"Clusters have {sizes.min()} to {sizes.max()} rows; expected exactly {self.cluster_size} in each."
             )
-        numbers = [one.num_batches for one in self._partitions]  # making them checks their clusters
-        if len(set(numbers)) > 1:
-            raise AnybatchError(f"The partitions make {numbers} batches an epoch; expected as many of each.")
+        if self.cluster_size == 1 and len(placed) < self.num_rows:
+            raise AnybatchError(
+                f"{self.num_rows - len(placed)} rows are in no cluster, and clusters have one row; expected each row in a "
+                "cluster of its own."
+            )
 
     def _check_tasks(self) -> None:
         if self.mixing not in ("mixed", "within"):
             raise AnybatchError(f"mixing is {self.mixing!r}; expected 'mixed' or 'within'.")
         if any(not 0 < share <= 1 for share in self.task_shares):
             raise AnybatchError(f"task_shares are {self.task_shares}; expected numbers above 0 and at most 1.")
-        if any(not 0 <= share <= 1 for share in self.random_shares):
-            raise AnybatchError(f"random_shares are {self.random_shares}; expected numbers from 0 to 1.")
         if self.task is None:
             return
         if self.task_shares and len(self.task_shares) != len(self.task_names):
@@ -339,73 +284,45 @@ class BatchPlan:
         if np.any(tasks != tasks[:, :1]):
             raise AnybatchError("A cluster holds rows of several data sets; expected each within one.")
 
-    def _place_remainder(self, members: np.ndarray, dealt: np.ndarray, generator: np.random.Generator) -> None:
-        """Only clusters that are dealt this epoch give up places, so every remainder row is really trained on."""
-        deal = self.deal
-        tasks = np.zeros(self.num_rows, np.int32) if self.task is None else self.task
-        loose = [self._remainder[tasks[self._remainder] == task] for task in range(len(deal.shares))]
-        homes = deal.cluster_task[dealt]
-        for task in np.unique(deal.cluster_task).tolist():
-            clusters = dealt[homes == task]
-            count = deal.draw_remainder(task, len(clusters) * self.cluster_size, generator)
-            if count:
-                self._replace(members, clusters, _drawn(loose[task], count, generator), generator)
-        if any(deal.guests):
-            counts = deal.draw_guests(generator)
-            drawn = [_drawn(rows, count, generator) for rows, count in zip(loose, counts, strict=True)]
-            self._replace(members, dealt, np.concatenate(drawn), generator)
-
-    def _replace(
-        self, members: np.ndarray, clusters: np.ndarray, rows: np.ndarray, generator: np.random.Generator
-    ) -> None:
-        """Put rows in the places of randomly chosen ones of these clusters."""
-        chosen = generator.choice(len(clusters) * self.cluster_size, size=len(rows), replace=False)
-        members[clusters[chosen // self.cluster_size], chosen % self.cluster_size] = rows
-
-    def _shuffle(self, batches: np.ndarray, share: float, order: np.ndarray, generator: np.random.Generator) -> None:
-        """Take the clusters of a share of the batches apart; batches of one data set stay so."""
-        chosen = generator.permutation(len(batches))[: round(share * len(batches))]
-        label = np.zeros(len(chosen), np.int64)
-        if self.task is not None and self.mixing == "within":
-            # By the clusters dealt, not by the rows: guests of a small data set do not make a batch mixed.
-            tasks = self.deal.cluster_task[order[chosen]]
-            label = np.where((tasks == tasks[:, :1]).all(axis=1), tasks[:, 0], -1)
-        for value in np.unique(label):
-            group = chosen[label == value]
-            batches[group] = generator.permutation(batches[group].reshape(-1)).reshape(len(group), -1)
-
-    @cached_property
-    def _partitions(self) -> tuple[BatchPlan, ...]:
-        return tuple(replace(self, cluster=cluster, alternates=None) for cluster in self.partition_clusters)
-
     @cached_property
     def _members(self) -> np.ndarray:
+        """(num_clusters, cluster_size) rows of each cluster."""
         order = np.argsort(self.cluster, kind="stable")
         return order[np.count_nonzero(self.cluster < 0) :].reshape(self.num_clusters, self.cluster_size)
 
     @cached_property
-    def _remainder(self) -> np.ndarray:
-        return np.flatnonzero(self.cluster < 0)
+    def _loose(self) -> list[np.ndarray]:
+        """For each data set its rows in no cluster."""
+        rows = np.flatnonzero(self.cluster < 0)
+        if self.task is None:
+            return [rows]
+        return [rows[self.task[rows] == number] for number in range(len(self.task_names))]
 
 
 class PlanSampler(BatchSampler):
     """The batches of a plan, for a `DataLoader` (`batch_sampler=`) or any loop.
 
     Args:
-        plan: What to deal.
-        rank: Deal only this rank's share of each global batch; None deals the shares of all ranks one after the other, which
-            is what Accelerate's batch sampler shards expect (and, with one rank, simply the batches).
+        plan: Where the batches come from.
+        rank: Give this rank's share of each global batch only; None gives the shares of all ranks one after the other,
+            which is what Accelerate's batch sampler shards expect (and, with one rank, simply the batches).
         world_size: Ranks that share a batch. A cluster lies within one rank's share where the share is a multiple of its size.
-        epoch: The first epoch to deal.
+        epoch: The first epoch.
 
     Raises:
         AnybatchError: A batch that the ranks cannot share equally.
+
+    Example:
+        >>> sampler = PlanSampler(BatchPlan.random(100, 8), rank=1, world_size=2)
+        >>> len(sampler), {len(rows) for rows in sampler}
+        (12, {4})
     """
 
     def __init__(self, plan: BatchPlan, *, rank: int | None = None, world_size: int = 1, epoch: int = 0) -> None:
         if plan.batch_size % world_size:
             raise AnybatchError(
-                f"The plan's batches of {plan.batch_size} rows cannot be shared equally by {world_size} ranks. Use a multiple of {world_size}."
+                f"The plan's batches of {plan.batch_size} rows cannot be shared equally by {world_size} ranks. "
+                f"Use a multiple of {world_size}."
             )
         if rank is not None and not 0 <= rank < world_size:
             raise AnybatchError(f"rank is {rank}; expected 0 to {world_size - 1}.")
@@ -415,11 +332,11 @@ class PlanSampler(BatchSampler):
         self.batch_size = plan.batch_size // world_size
         self.drop_last = True
         self.epoch = epoch
-        self.position = 0  # global batches of this epoch already dealt
+        self.position = 0  # global batches of this epoch given out so far
         self._start = 0  # where the next iteration begins; only a loaded state sets it
 
     def set_epoch(self, epoch: int) -> None:
-        """Deal this epoch next: from its beginning, or from a loaded state's position if the state is of this epoch."""
+        """Go to this epoch: to its beginning, or to a loaded state's position if the state is of this epoch."""
         if epoch != self.epoch:
             self.epoch, self.position, self._start = epoch, 0, 0
 
@@ -440,7 +357,7 @@ class PlanSampler(BatchSampler):
         return {"plan": self.plan.digest, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; the next `iter` deals exactly the rest of its epoch.
+        """Go on from a state; the next `iter` gives exactly the rest of its epoch.
 
         Raises:
             AnybatchError: The state of another plan, or a position outside it.
@@ -457,10 +374,6 @@ class PlanSampler(BatchSampler):
         self._start = self.position
 
 
-def _drawn(rows: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    return rows if count >= len(rows) else generator.permutation(rows)[:count]
-
-
 def _check_sizes(num_rows: int, batch_size: int, cluster_size: int) -> None:
     if cluster_size < 1 or batch_size < 2:
         raise AnybatchError(f"batch_size is {batch_size} and cluster_size {cluster_size}; expected at least 2 and 1.")
@@ -470,5 +383,6 @@ def _check_sizes(num_rows: int, batch_size: int, cluster_size: int) -> None:
         )
     if num_rows < batch_size:
         raise AnybatchError(
-            f"The data has {num_rows} rows, fewer than one batch of {batch_size}. Lower the batch size to at most {num_rows}."
+            f"The data has {num_rows} rows, fewer than one batch of {batch_size}. Lower the batch size to at most "
+            f"{num_rows}."
         )

@@ -1,7 +1,8 @@
-"""Which clusters make a batch together, for plans over several data sets, and with what chance two rows do. Imports nothing."""
+"""Which clusters and rows make an epoch's batches, and with what chance two rows share one. Imports nothing of ours."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -10,12 +11,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Chances:
-    """That a given other row of the same data set is in the batch of an anchor that is dealt.
+    """That a given other row of the same data set is in the batch of an anchor that is sampled.
 
     Attributes:
-        same, other, remainder: The anchor is in a cluster, the other row in the same, in another, in none (a remainder row). `same` is 1
-            where no other row can be in the same: clusters of one row, a data set without clusters.
-        from_remainder, between_remainders: The anchor is a remainder row, the other one is in a cluster, in none.
+        same, other, remainder: The anchor is in a cluster, the other row in the same, in another, in none. `same` is 1 where
+            no other row can be in the same: clusters of one row, a data set without clusters.
+        from_remainder, between_remainders: The anchor is in no cluster, the other row is in one, in none.
     """
 
     same: float = 0.0
@@ -26,20 +27,21 @@ class Chances:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Deal:
-    """How an epoch's clusters are dealt into batches, and who takes their places.
+class ClusterSampling:
+    """How an epoch's batches are sampled from the clusters of a plan.
 
-    Rows in no cluster take places of dealt clusters of their data set, as many as its share says on average, but on average at most (T - 1) / 2
-    of the T that it has this epoch, so that the clustered rows keep a chance, and two of them a chance to meet. Then guests, the rows of data
-    sets without a cluster, take places anywhere, whoever has them: all data sets are drawn together, and each has as many guests as its share
-    says on average. Where they would be more than (T - 1) / 2 of an epoch's T places, those of every data set are fewer by the same factor.
+    1. Of each data set as many clusters as its share says are drawn, and combined at random, m of them to a batch.
+    2. Rows in no cluster take places of the drawn clusters of their data set: as many as its share says on average, but on
+       average at most (T - 1) / 2 of the T places that it has this epoch, so that every row keeps a chance.
+    3. Rows of data sets without a cluster (small ones) take single places anywhere, whoever has them: as many as their
+       shares say, rounded; where that is more than half of the epoch's places, half of them, drawn from all such rows.
 
     Attributes:
         cluster_task: (C,) int, the data set of each cluster.
-        shares: For each data set the share of its clusters dealt in an epoch, in (0, 1].
+        shares: For each data set the share of its clusters in an epoch, in (0, 1].
         clusters_per_batch: m.
-        within: Batches of one data set each, but for the clusters that are left over of every set, which share
-            batches; otherwise all sets are mixed.
+        within: Batches of one data set each, but for the clusters that are left over of every set, which share batches;
+            otherwise all sets are mixed.
         cluster_size: K, rows of a cluster.
         remainders: For each data set its rows in no cluster; () for none.
     """
@@ -53,18 +55,42 @@ class Deal:
 
     @property
     def quotas(self) -> list[int]:
-        """Clusters dealt of each data set."""
-        return [
-            max(1, round(share * size)) if size else 0 for share, size in zip(self.shares, self._sizes, strict=True)
-        ]
+        """Clusters of each data set in an epoch."""
+        counts = zip(self.shares, self._num_clusters, strict=True)
+        return [max(1, round(share * count)) if count else 0 for share, count in counts]
 
     @property
     def num_batches(self) -> int:
         """Batches an epoch."""
         return sum(self.quotas) // self.clusters_per_batch
 
+    @cached_property
+    def single_quotas(self) -> list[int]:
+        """For each data set without a cluster the rows that its share says, at least one; 0 for the others."""
+        counts = [0 if clusters else self._num_loose(task) for task, clusters in enumerate(self._num_clusters)]
+        return [max(1, round(share * rows)) if rows else 0 for share, rows in zip(self.shares, counts, strict=True)]
+
+    @property
+    def num_single_rows(self) -> int:
+        """Rows of small data sets in an epoch: at most half of its places."""
+        return min(sum(self.single_quotas), self._num_places // 2)
+
+    @property
+    def single_rows(self) -> list[float]:
+        """For each data set without a cluster its rows in an epoch, on average."""
+        kept = self.num_single_rows / max(1, sum(self.single_quotas))
+        return [quota * kept for quota in self.single_quotas]
+
+    @property
+    def sampled_shares(self) -> list[float]:
+        """For each data set the part of its clusters that is in an epoch, on average; 0 for those without."""
+        return [
+            sum(chance * clusters for chance, clusters, _ in self._draws(task)) / count if count else 0.0
+            for task, count in enumerate(self._num_clusters)
+        ]
+
     def order(self, generator: np.random.Generator) -> np.ndarray:
-        """(num_batches, m) cluster numbers; each at most once."""
+        """(num_batches, m) cluster numbers, each at most once."""
         m = self.clusters_per_batch
         drawn = [
             generator.permutation(np.flatnonzero(self.cluster_task == task))[:quota]
@@ -77,97 +103,113 @@ class Deal:
         full.append(left[: len(left) // m * m].reshape(-1, m))
         return generator.permutation(np.concatenate(full))
 
-    @property
-    def guests(self) -> list[float]:
-        """For each data set the guests of an epoch, on average: 0 for those that have clusters."""
-        expected = [
-            0.0 if size else share * self._remainder(task)
-            for task, (share, size) in enumerate(zip(self.shares, self._sizes, strict=True))
-        ]
-        places = self.num_batches * self.clusters_per_batch * self.cluster_size
-        kept = min(1.0, max(0, places - 1) / 2 / max(1e-300, sum(expected)))
-        return [rows * kept for rows in expected]
+    def batches(self, members: np.ndarray, loose: Sequence[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+        """The batches of one epoch.
 
-    @property
-    def dealt_chances(self) -> list[float]:
-        """For each data set the part of its clusters that an epoch deals, on average; 0 for those without."""
-        return [
-            sum(chance * clusters for chance, clusters, _ in self._dealings(task)) / size if size else 0.0
-            for task, size in enumerate(self._sizes)
-        ]
+        Args:
+            members: (C, K) int rows of each cluster.
+            loose: For each data set its rows in no cluster.
+            generator: Of everything random.
 
-    def draw_remainder(self, task: int, places: int, generator: np.random.Generator) -> int:
-        """How many rows in no cluster get one of the `places` that the clusters of their data set have this epoch."""
-        low, high_chance = _rounded(self._expected_remainder(task, places))
-        return low + int(high_chance > 0 and generator.random() < high_chance)
-
-    def draw_guests(self, generator: np.random.Generator) -> list[int]:
-        """How many guests of each data set get a place this epoch.
-
-        One number rounds all running totals, so that each data set's guests, and all of them together, are their mean rounded down or up.
+        Returns:
+            (num_batches, m K) int row numbers, cluster after cluster within a batch.
         """
-        totals = np.cumsum([0.0, *self.guests])
-        return np.diff(np.floor(totals + generator.random()).astype(np.int64)).tolist()
+        members, order = members.copy(), self.order(generator)
+        # Only clusters that are in this epoch give up places, so every row that takes one is really trained on.
+        sampled = order.reshape(-1)
+        tasks = self.cluster_task[sampled]
+        for task in np.unique(self.cluster_task).tolist():
+            clusters = sampled[tasks == task]
+            low, up = _rounded(self._expected_remainder(task, len(clusters) * self.cluster_size))
+            count = low + int(up > 0 and generator.random() < up)
+            if count:
+                self._replace(members, clusters, _draw(loose[task], count, generator), generator)
+        if self.num_single_rows:
+            drawn = [_draw(rows, count, generator) for rows, count in zip(loose, self.single_quotas, strict=True)]
+            rows = _draw(np.concatenate(drawn), self.num_single_rows, generator)
+            self._replace(members, sampled, rows, generator)
+        return members[order].reshape(len(order), -1)
+
+    def _replace(
+        self, members: np.ndarray, clusters: np.ndarray, rows: np.ndarray, generator: np.random.Generator
+    ) -> None:
+        """Put rows in the places of randomly chosen ones of these clusters."""
+        chosen = generator.choice(len(clusters) * self.cluster_size, size=len(rows), replace=False)
+        members[clusters[chosen // self.cluster_size], chosen % self.cluster_size] = rows
 
     def chances(self, task: int) -> Chances:
-        """The chances of a data set's pairs of rows, over the epochs in which the anchor is dealt.
+        """The chances of a data set's pairs of rows, over the epochs that the anchor is in.
 
-        With N of its C clusters of K rows dealt, on T = N K places, p of its r remainder rows on them, H = T - p rows at home, and M
-        ordered pairs of its clusters in one batch, and S = N K (K - 1) + M K^2 ordered pairs of places in one batch:
+        With N of its C clusters of K rows drawn, on T = N K places, p of its r remainder rows on them, H = T - p rows at
+        home, and M ordered pairs of its clusters in one batch, and S = N K (K - 1) + M K^2 ordered pairs of places in one:
 
-            anchor at home       E[H] / (C K)              and a row of its cluster       E[N / C  H (H - 1) / (T (T - 1))]
-                                                           and a row of another cluster   E[M / (C (C - 1))  H (H - 1) / (T (T - 1))]
-                                                           and a remainder row            E[p / r  S / (T (T - 1))  H] / (C K)
-            remainder anchor     E[p] / r                  and another one                E[p (p - 1) / (r (r - 1))  S / (T (T - 1))]
+            anchor at home       E[H] / (C K)   and a row of its cluster      E[N / C  H (H - 1) / (T (T - 1))]
+                                                and a row of another cluster  E[M / (C (C - 1))  H (H - 1) / (T (T - 1))]
+                                                and a remainder row           E[p / r  S / (T (T - 1))  H] / (C K)
+            remainder anchor     E[p] / r       and another one               E[p (p - 1) / (r (r - 1))  S / (T (T - 1))]
 
-        The expectations are over N and p. Then G guests take places among all T' of the epoch, which a row keeps with the chance E[T' - G] / T', and
-        two with E[(T' - G) (T' - G - 1)] / (T' (T' - 1)). Two of c guests of one data set, of r rows, share one of the batches of B places with
+        The expectations are over N and p. Then G rows of small data sets take places among all T' of the epoch. Beside a
+        row that keeps its place another one does with the chance (T' - G - 1) / (T' - 1). Beside a row of a small data set,
+        c of whose r rows are among the Q of which G come, another one of them is in the batch of B places with
 
-            E[c (c - 1)] / (r (r - 1))  (B - 1) / (T' - 1).
+            (c - 1) / (r - 1)  (G - 1) / (Q - 1)  (B - 1) / (T' - 1).
         """
-        size, rows, remainder = self._sizes[task], self.cluster_size, self._remainder(task)
-        if not size:
-            return Chances(same=1.0, between_remainders=min(1.0, self._chance_between_guests(task)))
+        num_clusters, num_loose, size = self._num_clusters[task], self._num_loose(task), self.cluster_size
+        if not num_clusters:
+            return Chances(same=1.0, between_remainders=self._chance_between_single_rows(task))
         home = loose = same = other = mixed = both = 0.0
-        for chance, clusters, mates in self._dealings(task):
-            places = clusters * rows
+        for weight, clusters, mates, placed in self._outcomes(task):
+            places = clusters * size
             pairs = places * max(1, places - 1)
-            together = clusters * rows * (rows - 1) + mates * rows**2
-            low, high_chance = _rounded(self._expected_remainder(task, places))
-            for placed, weight in ((low, 1 - high_chance), (low + 1, high_chance)):
-                weight *= chance
-                if not places or not weight:
-                    continue
-                at_home = places - placed
-                home += weight * at_home / (size * rows)
-                loose += weight * placed / max(1, remainder)
-                stay = weight * at_home * (at_home - 1) / pairs
-                same += stay * clusters / size
-                other += stay * mates / (size * max(1, size - 1))
-                mixed += weight * placed / max(1, remainder) * together / pairs * at_home / (size * rows)
-                both += weight * placed * (placed - 1) / max(1, remainder * (remainder - 1)) * together / pairs
-        at_home, at_large, kept = max(home, 1e-300), max(loose, 1e-300), self._kept_beside_kept()
+            together = places * (size - 1) + mates * size**2
+            at_home = places - placed
+            home += weight * at_home / (num_clusters * size)
+            loose += weight * placed / max(1, num_loose)
+            stay = weight * at_home * (at_home - 1) / pairs
+            same += stay * clusters / num_clusters
+            other += stay * mates / (num_clusters * max(1, num_clusters - 1))
+            mixed += weight * placed / max(1, num_loose) * together / pairs * at_home / (num_clusters * size)
+            both += weight * placed * (placed - 1) / max(1, num_loose * (num_loose - 1)) * together / pairs
+        home, loose = max(home, 1e-300), max(loose, 1e-300)
+        beside = (self._num_places - self.num_single_rows - 1) / max(1, self._num_places - 1)
         found = Chances(
-            same=same / at_home * kept if rows > 1 else 1.0,
-            other=other / at_home * kept,
-            remainder=mixed / at_home * kept,
-            from_remainder=mixed / at_large * kept,
-            between_remainders=both / at_large * kept,
+            same=same / home * beside if size > 1 else 1.0,
+            other=other / home * beside,
+            remainder=mixed / home * beside,
+            from_remainder=mixed / loose * beside,
+            between_remainders=both / loose * beside,
         )
         return Chances(**{name: min(1.0, value) for name, value in asdict(found).items()})  # rounding goes a hair above
 
+    def _chance_between_single_rows(self, task: int) -> float:
+        drawn, rows, pool = self.single_quotas[task], self._num_loose(task), sum(self.single_quotas)
+        both = (drawn - 1) * (self.num_single_rows - 1) / max(1, (rows - 1) * (pool - 1))
+        return both * (self.clusters_per_batch * self.cluster_size - 1) / max(1, self._num_places - 1)
+
     @cached_property
-    def _sizes(self) -> list[int]:
+    def _num_clusters(self) -> list[int]:
         return np.bincount(self.cluster_task, minlength=len(self.shares)).tolist()
 
-    def _remainder(self, task: int) -> int:
+    @property
+    def _num_places(self) -> int:
+        return self.num_batches * self.clusters_per_batch * self.cluster_size
+
+    def _num_loose(self, task: int) -> int:
         return self.remainders[task] if self.remainders else 0
 
     def _expected_remainder(self, task: int, places: int) -> float:
-        return min(self.shares[task] * self._remainder(task), max(0, places - 1) / 2)
+        return min(self.shares[task] * self._num_loose(task), max(0, places - 1) / 2)
 
-    def _dealings(self, task: int) -> list[tuple[float, int, float]]:
-        """(chance, N clusters of this set dealt, ordered pairs of them that share a batch): all that can happen."""
+    def _outcomes(self, task: int) -> Iterator[tuple[float, int, float, int]]:
+        """(chance, N clusters, M ordered pairs of them that share a batch, p remainder rows): all that can happen."""
+        for chance, clusters, mates in self._draws(task):
+            low, up = _rounded(self._expected_remainder(task, clusters * self.cluster_size))
+            for placed, weight in ((low, (1 - up) * chance), (low + 1, up * chance)):
+                if clusters and weight:
+                    yield weight, clusters, mates, placed
+
+    def _draws(self, task: int) -> list[tuple[float, int, float]]:
+        """(chance, N clusters of this set, M ordered pairs of them that share a batch): all that can happen."""
         quotas, m = self.quotas, self.clusters_per_batch
         left = [quota % m for quota in quotas] if self.within else quotas
         own, pool = left[task], sum(left)
@@ -179,30 +221,17 @@ class Deal:
             found.append((chance, whole + drawn, mates))
         return found
 
-    def _kept_beside_kept(self) -> float:
-        """That a row keeps its place from the guests, where another one does."""
-        places = self.num_batches * self.clusters_per_batch * self.cluster_size
-        low, high_chance = _rounded(sum(self.guests))
-        one = two = 0.0
-        for guests, chance in ((low, 1 - high_chance), (low + 1, high_chance)):
-            one += chance * (places - guests)
-            two += chance * (places - guests) * (places - guests - 1)
-        return two / max(1e-300, one * (places - 1))
 
-    def _chance_between_guests(self, task: int) -> float:
-        remainder, expected = self._remainder(task), self.guests[task]
-        low, high_chance = _rounded(expected)
-        pairs = low * (low - 1) + high_chance * 2 * low  # (low + 1) low - low (low - 1)
-        batch = self.clusters_per_batch * self.cluster_size
-        beside = pairs / max(1e-300, expected * (remainder - 1))
-        return beside * (batch - 1) / max(1, self.num_batches * batch - 1)
+def _draw(rows: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    return rows if count >= len(rows) else generator.permutation(rows)[:count]
 
 
 def _drawn_without_return(pool: int, own: int, out: int) -> list[tuple[int, float]]:
-    """(k, chance that k of `own` are among `out` drawn of `pool` without return) for all k of a chance that a float64 holds.
+    """(k, chance that k of `own` are among `out` drawn of `pool` without return), for all k of a chance above 0.
 
-    From the likeliest k outwards by the ratio of neighbours, (own - k) (out - k) / ((k + 1) (pool - own - out + k + 1)), and divided by
-    their sum: no binomial coefficient, which would have thousands of digits, and no logarithm of one, which would lose as many digits as it has.
+    From the likeliest k outwards by the ratio of neighbours, (own - k) (out - k) / ((k + 1) (pool - own - out + k + 1)),
+    and divided by their sum: no binomial coefficient, which would have thousands of digits, and no logarithm of one, which
+    would lose as many digits as it has.
     """
     least, most = max(0, own + out - pool), min(own, out)
     k = np.arange(least, most, dtype=np.float64)
