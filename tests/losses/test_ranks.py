@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, SogCLR
-from anybatch.losses.engine import Side, softmax_loss, symmetric_softmax_loss
+from anybatch.losses.engine import Side, softmax_loss
 from tests.ranks import on_ranks
 
 from .methods import ALL, cluster_weights
@@ -88,20 +88,18 @@ def run_engine(tile, rows, extras):
         Side(rule=Halved(), temperature=tau, log_weight=b, row_weight=row_weight[rows])
         for tau, b in zip(mine[2:], weights, strict=True)
     ]
-    both, stats = symmetric_softmax_loss(mine[0], candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
-    one, pulls = softmax_loss(
-        mine[0],
-        candidates,
+    both, stats = softmax_loss(mine[0], candidates, *sides, tile_bytes=tile)
+    side = Side(
         rule=Halved(),
         temperature=mine[2],
         log_weight=weight,
         column_weight=lambda part: row_weight[rows][part],
-        tile_bytes=tile,
     )
+    one, (pulls,) = softmax_loss(mine[0], candidates, side, tile_bytes=tile)
     (both + 0.5 * one).backward()
     figures = [stats[1].log_sum, stats[1].num_negatives, stats[1].temperature_gradient]
     gradients = [side.grad for side in (*mine, explicit)]
-    return both.detach(), one.detach(), gradients, figures, pulls.column_pull
+    return both.detach(), one.detach(), gradients, figures, pulls.column_gradient
 
 
 class Halved:

@@ -9,7 +9,7 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.config import LossConfig, build_loss
-from anybatch.losses.engine import softmax_loss
+from anybatch.losses.engine import Side, softmax_loss
 from tests.ranks import on_ranks
 
 from .methods import cluster_weights
@@ -90,18 +90,15 @@ def run_engine(rows, extras, *, ring):
     generator = torch.Generator().manual_seed(9)
     tau, row_weight = (0.2 + torch.rand(8, generator=generator, dtype=torch.float64) for _ in range(2))
     mine = [side[rows].clone().requires_grad_() for side in (anchors, positives, tau)]
-    value, stats = softmax_loss(
-        mine[0],
-        torch.cat([mine[1], negatives[extras]]),
+    side = Side(
         temperature=mine[2],
         rule=Halved(),
         row_weight=row_weight[rows],
         column_weight=lambda part: row_weight[rows][part],
-        tile_bytes=100,
-        ring=ring,
     )
+    value, (stats,) = softmax_loss(mine[0], torch.cat([mine[1], negatives[extras]]), side, tile_bytes=100, ring=ring)
     value.backward()
-    return value.detach(), [side.grad for side in mine], stats.column_pull, stats.num_negatives
+    return value.detach(), [side.grad for side in mine], stats.column_gradient, stats.num_negatives
 
 
 def worker(rank, world_size):
@@ -125,9 +122,9 @@ def worker(rank, world_size):
         results[name, "gathered"] = run(name, rows, extras)
     results["engine", "gathered"] = run_engine(rows, extras, ring=False)
     results["refused"] = False
-    side = {"temperature": torch.tensor(0.2), "rule": Halved(), "adjust": lambda rows, scores, logits: logits}
+    side = Side(temperature=torch.tensor(0.2), rule=Halved(), adjust=lambda rows, scores, logits: logits)
     try:
-        softmax_loss(torch.zeros(2, 3), torch.zeros(2, 3), ring=True, **side)
+        softmax_loss(torch.zeros(2, 3), torch.zeros(2, 3), side, ring=True)
     except AnybatchError as error:
         results["refused"] = "whole rows" in str(error)
     results["candidates were gathered"] = DIMENSIONS in in_ring

@@ -152,14 +152,14 @@ class Margins(Part):
 
 def _derivative(side: Side, figures: SoftmaxStats) -> Tensor:
     """(B,) 1 - sum_i P_ij for the positives of this rank's rows; NaN where the batch says nothing."""
-    assert figures.column_pull is not None
+    assert figures.column_gradient is not None
     assert isinstance(side.rule, _MarginedRule)
     num_rows = len(figures.objective)
     num_rows_all = int(distributed.sum_over_ranks(figures.objective.new_tensor(num_rows)))
     if num_rows_all < 2:
         return torch.full_like(figures.objective, torch.nan)
     # With normalised log-weights the batch's sum stands for that over all the data already.
-    others = figures.column_pull[:num_rows] / (1 if side.rule.running.normalised else num_rows_all - 1)
+    others = figures.column_gradient[:num_rows] / (1 if side.rule.running.normalised else num_rows_all - 1)
     derivative = 1 - others - side.rule.positive.to(others.dtype)
     return torch.where(figures.num_negatives > 0, derivative, torch.nan)
 

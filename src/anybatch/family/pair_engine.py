@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
-from anybatch.losses.candidates import check_rows
 from anybatch.losses.engine import TILE_BYTES, refuse_twice
+from anybatch.losses.engine.candidates import check_rows
 from anybatch.losses.log_weights import LogWeights
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -30,7 +30,6 @@ from anybatch.losses.engine import (
     SoftmaxStats,
     differentiable_once,
     softmax_loss,
-    symmetric_softmax_loss,
 )
 from anybatch.losses.log_weights import LogWeights, as_log_weights, behind, plus, same_content, same_row
 from anybatch.losses.state import State
@@ -368,15 +367,7 @@ class SoftmaxLoss(ContrastiveLoss):
         for part in parts:
             sides = tuple(part.ask(side, batch, direction) for direction, side in enumerate(sides))
         # 2. The loss and its gradients.
-        options: dict[str, Any] = {"tile_bytes": self.tile_bytes, "ring": self.ring}
-        if len(sides) == 2:
-            loss, stats = symmetric_softmax_loss(
-                batch.anchors, batch.candidates, forward=sides[0], back=sides[1], **options
-            )
-        else:
-            asked = {item.name: getattr(sides[0], item.name) for item in fields(Side)}
-            loss, figures = softmax_loss(batch.anchors, batch.candidates, **asked, **options)
-            stats = (figures,)
+        loss, stats = softmax_loss(batch.anchors, batch.candidates, *sides, tile_bytes=self.tile_bytes, ring=self.ring)
         # 3. Each part learns.
         for part in parts:
             loss = part.learn(batch, sides, stats, loss)

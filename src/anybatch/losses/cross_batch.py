@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss, Denominator, Direction, figures_of, side_of
-from anybatch.losses.candidates import Layout
 from anybatch.losses.denominators import CountCorrected, WithPositive
 from anybatch.losses.embedding_queue import EmbeddingQueue
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats, softmax_loss
+from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.log_weights import LogWeights, behind, plus, same_cluster
 from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 from anybatch.plans.examples import Examples
@@ -137,15 +137,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             sizes = recalled.layout.row_sizes if direction else recalled.layout.column_sizes
             num_drawn = torch.full((len(queries),), sum(sizes) - 1 + len(recalled.memory), device=queries.device)
             side = replace(side_of(self.temperatures, self.denominator, batch, direction), num_drawn=num_drawn)
-            loss, one = softmax_loss(
-                queries,
-                torch.cat([others, recalled.used[1 - direction, recalled.share]]),
-                rule=side.rule,
-                temperature=side.temperature,
-                log_weight=recalled.log_weights[direction].beside(recalled.memory, recalled.share),
-                num_drawn=num_drawn,
-                tile_bytes=self.tile_bytes,
-            )
+            weight = recalled.log_weights[direction].beside(recalled.memory, recalled.share)
+            columns = torch.cat([others, recalled.used[1 - direction, recalled.share]])
+            loss, (one,) = softmax_loss(queries, columns, replace(side, log_weight=weight), tile_bytes=self.tile_bytes)
             losses.append(loss + self._term_of_remembered_queries(batch, recalled, direction, side))
             stats.append((one, side))
         loss = torch.stack(losses).mean()

@@ -11,8 +11,8 @@ from torch import Tensor
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss, check_embeddings, outside_the_graph
-from anybatch.losses.candidates import check_rows
 from anybatch.losses.engine import TILE_BYTES, differentiable_once, refuse_twice
+from anybatch.losses.engine.candidates import check_rows
 from anybatch.losses.log_weights import LogWeights
 from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
