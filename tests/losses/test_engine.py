@@ -77,11 +77,11 @@ def test_one_way_equals_the_dense_twin(shape, tile, row_wise, per_row, weighted,
 @pytest.mark.parametrize("tile", [1, 200, 10**7])
 def test_temperatures_per_row_equal_finite_differences(tile):
     anchors, candidates, tau, row_weight, _ = draw(3, 6, 3)
-    function = (
-        lambda *inputs: softmax_loss(  # noqa: E731
-            *inputs[:2], Side(temperature=inputs[2], rule=WithPositive(), row_weight=row_weight), tile_bytes=tile
-        )[0]
-    )
+
+    def function(anchors, candidates, tau):
+        side = Side(temperature=tau, rule=WithPositive(), row_weight=row_weight)
+        return softmax_loss(anchors, candidates, side, tile_bytes=tile)[0]
+
     inputs = [side.requires_grad_() for side in (anchors, candidates, tau)]
     assert torch.autograd.gradcheck(function, inputs)
 

@@ -24,7 +24,7 @@ log-weights have two gathers a direction; the rule's are its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.engine.sides import TILE_BYTES, Adjust, Answer, Rule, Side, SoftmaxStats
-from anybatch.losses.engine.solver import Solution, solve
+from anybatch.losses.engine.solver import solve
 
 __all__ = [
     "TILE_BYTES",
@@ -45,6 +45,7 @@ __all__ = [
     "differentiable_once",
     "refuse_twice",
     "softmax_loss",
+    "with_gradients",
 ]
 
 
@@ -70,61 +71,22 @@ def softmax_loss(
         gradient of one process; a scalar temperature receives the whole gradient on every rank.
     """
     if len(sides) == 2 and (sides[1].adjust is not None or sides[1].column_weight is not None):
-        loss, stats = _run(anchors, candidates, sides[:1], tile_bytes, ring)
-        loss_back, stats_back = _run(candidates[: len(anchors)], anchors, sides[1:], tile_bytes, ring)
+        loss, stats = softmax_loss(anchors, candidates, sides[0], tile_bytes=tile_bytes, ring=ring)
+        positives = candidates[: len(anchors)]
+        loss_back, stats_back = softmax_loss(positives, anchors, sides[1], tile_bytes=tile_bytes, ring=ring)
         return (loss + loss_back) / 2, (*stats, *stats_back)
-    return _run(anchors, candidates, sides, tile_bytes, ring)
-
-
-@dataclass(kw_only=True)
-class _Problem:
-    """What does not take part in autograd."""
-
-    sides: tuple[Side, ...]
-    tile_bytes: int
-    ring: bool
-    gradients: bool
-    solution: Solution | None = None
-
-
-def _run(
-    anchors: Tensor, candidates: Tensor, sides: tuple[Side, ...], tile_bytes: int, ring: bool
-) -> tuple[Tensor, tuple[SoftmaxStats, ...]]:
+    # 1. In float32 or better, still attached to autograd.
     dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    anchors, candidates = anchors.to(dtype), candidates.to(dtype)
     sides = tuple(replace(side, temperature=side.temperature.to(dtype)) for side in sides)
-    problem = _Problem(sides=sides, tile_bytes=tile_bytes, ring=ring, gradients=torch.is_grad_enabled())
-    with torch.autocast(anchors.device.type, enabled=False):
-        loss = _SoftmaxLoss.apply(
-            anchors.to(dtype), candidates.to(dtype), problem, *(side.temperature for side in sides)
-        )
-    assert problem.solution is not None
-    return loss, problem.solution.stats
-
-
-class _SoftmaxLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchors: Tensor, candidates: Tensor, problem: _Problem, *temperatures: Tensor) -> Tensor:
-        solution = solve(
-            anchors,
-            candidates,
-            problem.sides,
-            tile_bytes=problem.tile_bytes,
-            gradients=problem.gradients,
-            ring=problem.ring,
-        )
-        problem.solution = solution
-        ctx.save_for_backward(solution.d_anchors, solution.d_candidates, *solution.d_temperatures)
-        return solution.loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        refuse_twice()
-        d_anchors, d_candidates, *d_temperatures = ctx.saved_tensors
-        saved = (d_anchors, d_candidates, None, *d_temperatures)
-        return tuple(
-            gradient * grad_output if needed and gradient is not None else None
-            for gradient, needed in zip(saved, ctx.needs_input_grad, strict=True)
-        )
+    # 2. The value and its gradients, outside it.
+    wanted = torch.is_grad_enabled()
+    with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):
+        solution = solve(anchors, candidates, sides, tile_bytes=tile_bytes, gradients=wanted, ring=ring)
+    # 3. The one as a function with the others.
+    leaves = (anchors, candidates, *(side.temperature for side in sides))
+    gradients = (solution.d_anchors, solution.d_candidates, *solution.d_temperatures)
+    return with_gradients(solution.loss, leaves, gradients), solution.stats
 
 
 class Twice(AnybatchError, RuntimeError):
@@ -161,3 +123,25 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_twice()
         return grad_output
+
+
+def with_gradients(value: Tensor, leaves: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:
+    """`value`, computed without autograd, as a function of `leaves` whose gradients are these (None for none)."""
+    return _WithGradients.apply(value, gradients, *leaves)
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor | None, ...], *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_twice()
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        return (
+            None,
+            None,
+            *(gradient * grad_output if needed and gradient is not None else None for gradient, needed in pairs),
+        )
