@@ -119,8 +119,6 @@ MUTATIONS = [
         ('(self.of == "anchor") != back', 'self.of == "anchor"'),
         ("any(getattr(term", "all(getattr(term"),
         ('(task[:, None] == memory["task"]).sum(dim=1)', "num_remembered"),
-        ("-math.log(num_rows - 1) - math.log(chance_same)", "-math.log(num_rows) - math.log(chance_same)"),
-        ("if cap is None else min(ratio, cap)", "if cap is None else max(ratio, cap)"),
     ),
     *of(
         "losses/denominators.py",
@@ -224,6 +222,8 @@ MUTATIONS = [
         "losses/test_rows.py",
         ("log_ways = self.ways[", "log_ways = -self.ways["),
         ("torch.where(cluster < 0, -2 - index, cluster)", "cluster"),
+        ("-log_others - math.log(chance_same)", "-log_others + math.log(chance_same)"),
+        ("if cap is None else min(ratio, cap)", "if cap is None else max(ratio, cap)"),
         ("np.concatenate([pairs, pairs[:, ::-1]])", "np.concatenate([pairs, pairs])"),
     ),
     *of(

@@ -42,7 +42,9 @@ class World:
         self.keys = torch.unique(torch.randint(N * 30, (300,), generator=generator)) if pairs else torch.empty(0)
 
     def log_weight(self, i, j, *, back, alive, remembered):
-        """Of row i as query and row j as candidate, as numbers; `remembered`: j comes from the memory, `alive` are all its rows."""
+        """Of row i as query and row j as candidate, as numbers; `remembered`: j comes from the memory, `alive` are
+        all its rows.
+        """
         if i == j:
             return -math.inf
         one, two = (j, i) if back else (i, j)  # the pair as anchor and positive
@@ -78,7 +80,9 @@ class World:
 
 
 class Twin:
-    """One process, float64, a list of pairs: (row, anchor, positive, log-denominators), relative to the mean of their batch."""
+    """One process, float64, a list of pairs: (row, anchor, positive, log-denominators), relative to the mean of their
+    batch.
+    """
 
     def __init__(self, world, *, corrected=True, centred=True, both=False, size=SIZE):
         self.world, self.corrected, self.centred, self.both, self.size = world, corrected, centred, both, size
@@ -223,7 +227,9 @@ def test_the_first_batch_is_that_of_the_loss_without_memory(corrected, plain, di
 
 @pytest.mark.parametrize("direction", ["one_way", "both"])
 def test_embeddings_that_stand_still_give_the_gradient_of_all_data(direction):
-    """When everything but the batch is remembered, and no mean moves, the gradient is that of the softmax over all rows, on both sides."""
+    """When everything but the batch is remembered, and no mean moves, the gradient is that of the softmax over all
+    rows, on both sides.
+    """
     generator = torch.Generator().manual_seed(1)
     sides = [unit(torch.randn(N, WIDTH, generator=generator, dtype=torch.float64)) for _ in range(2)]
     loss = CrossBatchInfoNCE(
@@ -243,7 +249,9 @@ def test_embeddings_that_stand_still_give_the_gradient_of_all_data(direction):
 
 @pytest.mark.parametrize(("rows", "rate"), [(64, 1.0), (16, 0.25), (1, 1 / 64)])
 def test_a_common_drift_is_taken_away(rows, rate):
-    """All embeddings have moved by one vector since the last batch: remembered ones follow, at once from 64 rows on, and more slowly from fewer."""
+    """All embeddings have moved by one vector since the last batch: remembered ones follow, at once from 64 rows on,
+    and more slowly from fewer.
+    """
     generator = torch.Generator().manual_seed(2)
     points = torch.randn(128, 2, 8, generator=generator, dtype=torch.float64)
     points[:64] -= points[:64].mean(dim=0)
@@ -276,7 +284,9 @@ def test_explicit_negatives_are_the_batchs_alone():
 
 @pytest.mark.parametrize("direction", ["one_way", "both"])
 def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
-    """What is remembered of a batch with explicit negatives are its positives; k counts the explicit ones, also for remembered queries."""
+    """What is remembered of a batch with explicit negatives are its positives; k counts the explicit ones, also for
+    remembered queries.
+    """
     known, negatives = World(ids=True), torch.randn(5, WIDTH, dtype=torch.float64)
     loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, max_staleness=None, direction=direction).double()
     anchors, positives, index = draw(0)
@@ -361,7 +371,9 @@ def test_a_state_of_more_rows_is_refused():
 
 @pytest.mark.parametrize("direction", ["one_way", "both"])
 def test_what_moved_on_its_own_is_left_out_by_age(direction):
-    """Embeddings jump: what was remembered before is not used; with embeddings that stand still all is. Equal to the shares computed here."""
+    """Embeddings jump: what was remembered before is not used; with embeddings that stand still all is. Equal to the
+    shares computed here.
+    """
     generator = torch.Generator().manual_seed(5)
     centres = torch.randn(6, WIDTH, generator=generator, dtype=torch.float64)
 

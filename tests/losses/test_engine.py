@@ -1,4 +1,6 @@
-"""The engine against its dense twin and against finite differences: temperatures per row, weights of rows, both directions at once."""
+"""The engine against its dense twin and against finite differences: temperatures per row, weights of rows, both
+directions at once.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,9 @@ def test_both_at_once_equal_two_runs(shape, tile, row_wise, per_row, weighted, k
 
 
 class OwnPositiveWeight:
-    """logsumexp over the negatives minus c times the positive's logit: the positive receives -c, not minus the sum of 1."""
+    """logsumexp over the negatives minus c times the positive's logit: the positive receives -c, not minus the sum of
+    1.
+    """
 
     row_wise = True
 

@@ -237,7 +237,9 @@ class TestRepeatedRows:
     @pytest.mark.parametrize("direction", DIRECTIONS)
     @pytest.mark.parametrize("name", ALL)
     def test_they_are_no_negatives(self, name, direction, ids):
-        """As with a mask of these pairs, and no row number that could say it; over steps, so that what is remembered is masked as well."""
+        """As with a mask of these pairs, and no row number that could say it; over steps, so that what is remembered
+        is masked as well.
+        """
         results = []
         for masked in (False, True):
             torch.manual_seed(0)
@@ -290,7 +292,9 @@ class TestRepeatedRows:
 
 
 class TestCounts:
-    """Small data with label-like positives, every batch there is: what a batch says of the whole is right in the mean, exactly."""
+    """Small data with label-like positives, every batch there is: what a batch says of the whole is right in the
+    mean, exactly.
+    """
 
     N, BATCH = 9, 3
 
@@ -418,7 +422,8 @@ class TestNumbersThatAreNone:
     @pytest.mark.parametrize("name", STATEFUL)
     @pytest.mark.parametrize("normalize", [True, False])
     def test_a_step_that_overflows_leaves_no_trace_in_the_state(self, name, direction, normalize):
-        """As with float16 and a gradient scaler, which skips such steps: everything remembered stays a number, and what was remembered of the row
+        """As with float16 and a gradient scaler, which skips such steps: everything remembered stays a number, and
+        what was remembered of the row
         stays as it was."""
         for bad, where in itertools.product((torch.nan, torch.inf, -torch.inf), ("anchor", "candidate", "all")):
             torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""Every term against a loop over pairs: in tiles of ragged sizes, in the other direction, over ranks, beside a memory."""
+"""Every term against a loop over pairs: in tiles of ragged sizes, in the other direction, over ranks, beside a
+memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,6 @@ from anybatch.losses.log_weights import (
     ListedPairs,
     Values,
     as_log_weights,
-    inclusion_log_weights,
     plus,
     remembered_of_other_tasks,
     same_cluster,
@@ -241,14 +242,3 @@ def test_two_gathers_a_direction_whatever_the_terms(monkeypatch):
         calls.clear()
         part.gathered([ROWS], [columns])
         assert len(calls) == 2
-
-
-@pytest.mark.parametrize(("num_rows", "beside", "same"), [(2, 1.0, 1.0), (50, 0.02, 1.0), (50, 0.02, 0.8)])
-def test_inclusion_weights_are_one_over_the_chance(num_rows, beside, same):
-    log_same, log_other = inclusion_log_weights(num_rows, beside, chance_same=same)
-    assert math.exp(log_same) == pytest.approx(1 / (same * (num_rows - 1)), rel=1e-12)
-    assert math.exp(log_other) == pytest.approx(1 / (beside * (num_rows - 1)), rel=1e-12)
-    for cap in (1.0, 3.0, 1000.0):
-        capped_same, capped_other = inclusion_log_weights(num_rows, beside, chance_same=same, cap=cap)
-        assert capped_same == log_same
-        assert capped_other == pytest.approx(min(log_other, log_same + math.log(cap)), rel=1e-12)

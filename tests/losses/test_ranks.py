@@ -51,7 +51,9 @@ def batch(step):
 
 
 def run(name, tile, rows, extras):
-    """Three steps on the share `rows` of the rows and `extras` of the negatives; with slices of everything this is one process."""
+    """Three steps on the share `rows` of the rows and `extras` of the negatives; with slices of everything this is
+    one process.
+    """
     torch.manual_seed(0)  # a network starts the same everywhere
     loss = {**MAKE, **METHODS}[name](tile).double()
     results = []

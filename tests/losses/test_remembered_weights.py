@@ -1,4 +1,6 @@
-"""Inclusion weights of remembered rows, made by a `RowTable` of real plans: the batch and the memory together estimate the sum over the data set."""
+"""Inclusion weights of remembered rows, made by a `RowTable` of real plans: the batch and the memory together
+estimate the sum over the data set.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ CASES = {
 @pytest.mark.filterwarnings("ignore:A batch of 16 is a single cluster")
 @pytest.mark.parametrize("name", CASES)
 def test_the_sum_over_the_data_is_unbiased(name):
-    """Monte Carlo over epochs: positive numbers for all pairs, summed with the weights; the ratio to the true sum within 2%, a tenth of what the faults did."""
+    """Monte Carlo over epochs: positive numbers for all pairs, summed with the weights; the ratio to the true sum
+    within 2%, a tenth of what the faults did.
+    """
     drawn, negative = CASES[name]
     ids, per_row = np.arange(N), 0 if negative is None else negative.shape[1]
     table = RowTable(ids, ids, negative_id=negative, plan=drawn, weights="inclusion")
@@ -105,7 +109,9 @@ def test_all_data_remembered_is_the_exact_gradient_on_mined_batches_too():
 
 
 def test_batches_within_data_sets_remember_their_own_set_without_weights_too():
-    """Of the memory, each set's rows; of the batch itself nothing is removed. Both sides' gradients are exact when all is remembered."""
+    """Of the memory, each set's rows; of the batch itself nothing is removed. Both sides' gradients are exact when
+    all is remembered.
+    """
     drawn = plan(**sets("within"))
     table = RowTable(np.arange(N), np.arange(N), plan=drawn)
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +152,9 @@ def test_a_mask_of_data_sets_leaves_other_losses_alone():
 
 
 def test_mined_batches_do_not_make_the_memory_look_stale():
-    """Clusters of near neighbours, embeddings that stand still: what is remembered is used, because only other clusters are compared."""
+    """Clusters of near neighbours, embeddings that stand still: what is remembered is used, because only other
+    clusters are compared.
+    """
     generator = torch.Generator().manual_seed(3)
     centres = torch.randn(N // 4, 12, generator=generator)
     points = centres.repeat_interleave(4, dim=0) + 0.2 * torch.randn(N, 12, generator=generator)

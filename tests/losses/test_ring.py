@@ -1,4 +1,6 @@
-"""Candidates that travel in a ring give what gathered candidates give, on 2 and 3 gloo ranks with uneven and empty shares."""
+"""Candidates that travel in a ring give what gathered candidates give, on 2 and 3 gloo ranks with uneven and empty
+shares.
+"""
 
 from __future__ import annotations
 

@@ -158,7 +158,9 @@ def test_a_data_set_that_is_its_own_batch_has_its_own_infonce():
 
 
 def test_ways_are_counted_within_a_data_set():
-    """The text 5 is a positive of one row of a, a hard negative of three, and a positive of four rows of b, which never come beside a."""
+    """The text 5 is a positive of one row of a, a hard negative of three, and a positive of four rows of b, which
+    never come beside a.
+    """
     task = np.repeat([0, 1], [8, 8]).astype(np.int32)
     plan = BatchPlan(
         num_rows=16, batch_size=4, cluster_size=2, cluster=np.repeat(np.arange(8, dtype=np.int32), 2), seed=0, data_digest="",
@@ -187,7 +189,9 @@ def test_suspects_are_masked_whoever_brings_them():
 
 
 def estimates(plan, epochs):
-    """What the weighted batches say of each row's mean over all other rows, those of its data set alone, as weights of them, and the truth: (n, n) both."""
+    """What the weighted batches say of each row's mean over all other rows, those of its data set alone, as weights
+    of them, and the truth: (n, n) both.
+    """
     n = plan.num_rows
     together = np.zeros((n, n))
     for epoch in range(epochs):
@@ -221,7 +225,9 @@ def test_inclusion_weights_are_unbiased_with_remainder_rows(per_batch, remainder
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 def test_inclusion_weights_are_unbiased_with_remainders_shares_and_a_small_set(mixing):
-    """Sets of 15 rows (3 in no cluster), of 23 at half their share (3), and a small set of 3; 3 + 2 clusters make two batches, and one sits out."""
+    """Sets of 15 rows (3 in no cluster), of 23 at half their share (3), and a small set of 3; 3 + 2 clusters make two
+    batches, and one sits out.
+    """
     sizes, size = (15, 23, 3), 4
     task = np.repeat([0, 1, 2], sizes)
     cluster, first = [], 0

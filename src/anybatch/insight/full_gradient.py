@@ -32,8 +32,8 @@ def full_gradient(
         anchors, positives: (n, D) float, unit rows.
         temperature: tau.
         rows: (P,) int64, whose gradient; None for all.
-        anchor_id, positive_id: (n,) int64; a row whose anchor or positive has the anchor's own id is no negative, nor is a positive
-            that the same anchor has in a third row. Both or none.
+        anchor_id, positive_id: (n,) int64; a row whose anchor or positive has the anchor's own id is no negative, nor
+            is a positive that the same anchor has in a third row. Both or none.
         tile_bytes: Memory for scores at a time.
 
     Returns:
@@ -41,7 +41,8 @@ def full_gradient(
 
     Cost: two products of P x n x D; one tile of scores.
 
-    Reference: the gradient of van den Oord et al. 2018, arXiv 1807.03748, equation 4, with the whole data set as candidates.
+    Reference: the gradient of van den Oord et al. 2018, arXiv 1807.03748, equation 4, with the whole data set as
+    candidates.
     """
     rows = torch.arange(len(anchors)) if rows is None else rows
     masks = _masks(anchor_id, positive_id)
@@ -66,27 +67,30 @@ def full_gradient_both(
     known: tuple[Tensor, int] | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> Tensor:
-    """The exact gradient of full-data InfoNCE in both directions, with respect to anchors and positives, in closed form.
+    """The exact gradient of full-data InfoNCE in both directions, with respect to anchors and positives, in closed
+    form.
 
         F     = sum_i (L_i + L'_i) / 2,    L_i = -log p_ii,   L'_i = -log q_ii
         p_ij  = exp(s_ij / tau) / sum_k exp(s_ik / tau)       anchor i among all positives
         q_ij  = exp(s_ij / tau) / sum_k exp(s_kj / tau)       positive j among all anchors
-        dF/da_i = 1 / tau * (sum_j (p_ij + q_ij) / 2 c_j - c_i),    dF/dc_j = 1 / tau * (sum_i (p_ij + q_ij) / 2 a_i - a_j)
+        dF/da_i = 1 / tau * (sum_j (p_ij + q_ij) / 2 c_j - c_i),    dF/dc_j = 1 / tau * (sum_i (p_ij + q_ij) / 2 a_i -
+        a_j)
 
     An anchor is a query in one direction and a candidate of every positive in the other; both parts are its gradient.
 
     Args:
         anchors, positives, temperature, rows, anchor_id, positive_id, tile_bytes: See `full_gradient`.
-        known: Ascending keys anchor_id * width + positive_id of pairs that match, and the width, if these rows are part of more; None: what the
-            rows themselves tell.
+        known: Ascending keys anchor_id * width + positive_id of pairs that match, and the width, if these rows are
+            part of more; None: what the rows themselves tell.
 
     Returns:
-        (P, 2 D): of the rows' anchors, then of their positives, each without its component along the embedding. Not divided by n.
+        (P, 2 D): of the rows' anchors, then of their positives, each without its component along the embedding. Not
+            divided by n.
 
     Cost: a product of n x n x D for the denominators, four of P x n x D; one tile of scores.
 
-    Reference: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, figure 3, with the whole
-    data set as one batch.
+    Reference: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv
+    2103.00020, figure 3, with the whole data set as one batch.
     """
     rows = torch.arange(len(anchors)) if rows is None else rows
     masks = _masks(anchor_id, positive_id, known)

@@ -1,4 +1,4 @@
-"""Cross-batch memory: recent batches' embeddings stay as negatives and as anchors, each anchor with the denominator it had."""
+"""Cross-batch memory: embeddings of recent batches stay as negatives, and as anchors with the denominator they had."""
 
 from __future__ import annotations
 
@@ -32,41 +32,50 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
         candidates of anchor i:   the batch's, and the remembered positives c~_j
         pull on candidate j:      p_ij from the batch's anchors, and from the remembered anchors a~_i
-                                  p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     k candidates but the positive, D_i the denominator that a~_i had in its own batch
+                                  p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     k candidates but the positive,
+                                  D_i the denominator that a~_i had in its own batch
 
-    Both parts are needed. With the remembered positives alone an anchor is pushed from n rows, and a positive by no more than the batch: the
-    two sides' gradients no longer balance, and training goes wrong (docs/methods.md). The value of the second part is 0; its gradient goes to the batch's candidates.
+    Both parts are needed. With the remembered positives alone an anchor is pushed from n rows, and a positive by no
+    more than the batch: the two sides' gradients no longer balance, and training goes wrong (docs/methods.md). The
+    value of the second part is 0; its gradient goes to the batch's candidates.
 
-    Embeddings drift, and a remembered batch stays behind: what is new is pushed from where everything was, in one direction, which feeds on
-    itself. With `centred` an embedding is remembered relative to the mean of its batch and used relative to the mean of this one, which takes that common
-    drift away: unit(x~ - mean(its batch) + mean(this batch)). Without, training from scratch loses what the memory
-    gains, or collapses (docs/methods.md).
+    Embeddings drift, and a remembered batch stays behind: what is new is pushed from where everything was, in one
+    direction, which feeds on itself. With `centred` an embedding is remembered relative to the mean of its batch and
+    used relative to the mean of this one, which takes that common drift away: unit(x~ - mean(its batch) + mean(this
+    batch)). Without, training from scratch loses what the memory gains, or collapses (docs/methods.md).
 
     Args:
         num_rows: n, rows of the data set.
         memory_size: S, pairs remembered: the newest. A row's older pair leaves when the row comes again.
-        corrected: Weight the negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for the softmax over what is there.
+        corrected: Weight the negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for
+            the softmax over what is there.
         centred: Take away the common drift; False for the plain memory of the publications.
-        mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows are less noise, above all in mined batches, and a mean
-            that is older: 64 was best from scratch, 256 on embeddings that stand still (docs/methods.md).
-        max_staleness: What moved on its own is seen in the softmax: old negatives are less near than new ones. For each eighth of the memory, by age, the log of a
-            new negative's mean share over an old one's is measured; from the first two in a row above this limit on, nothing is used until the embeddings move
-            more slowly. None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is remembered look stale.
+        mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows
+            are less noise, above all in mined batches, and a mean that is older: 64 was best from scratch, 256 on
+            embeddings that stand still (docs/methods.md).
+        max_staleness: What moved on its own is seen in the softmax: old negatives are less near than new ones. For
+            each eighth of the memory, by age, the log of a new negative's mean share over an old one's is measured;
+            from the first two in a row above this limit on, nothing is used until the embeddings move more slowly.
+            None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is
+            remembered look stale.
         temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
-    Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for remembered pairs too: ids, lists of
-    pairs, data sets, clusters and values by column are kept with them; a tensor with a value a pair is refused. A step that is not finite is not remembered. Under several
-    ranks each has the whole memory, and shares the work by rows. A learned temperature has the derivative of the batch's own terms. The mean stands
-    for the data's: batches of few clusters shift it by what they have in common.
+    Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for
+    remembered pairs too: ids, lists of pairs, data sets, clusters and values by column are kept with them; a tensor
+    with a value a pair is refused. A step that is not finite is not remembered. Under several ranks each has the
+    whole memory, and shares the work by rows. A learned temperature has the derivative of the batch's own terms. The
+    mean stands for the data's: batches of few clusters shift it by what they have in common.
 
     Raises:
-        AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width, log-weights that cannot be remembered.
+        AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width,
+            log-weights that cannot be remembered.
 
-    Cost: 8 D S bytes and some 220 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S) x D, twice for "both"; under ranks four gathers and two small
-    sums besides the engine's collectives. Reference: Wang et al. 2020,
-    "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et al. 2024, "A Gradient Accumulation Method for Dense Retriever
-    under Memory Constraint", arXiv 2406.12356; moments of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch
-    Normalization for Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
+    Cost: 8 D S bytes and some 220 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S)
+    x D, twice for "both"; under ranks four gathers and two small sums besides the engine's collectives. Reference:
+    Wang et al. 2020, "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et
+    al. 2024, "A Gradient Accumulation Method for Dense Retriever under Memory Constraint", arXiv 2406.12356; moments
+    of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch Normalization for
+    Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
     """
 
     def __init__(
@@ -89,11 +98,13 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         super().__init__(tau, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
         if memory_size < 1:
             raise AnybatchError(
-                f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without memory use CountCorrectedInfoNCE."
+                f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without "
+                "memory use CountCorrectedInfoNCE."
             )
         if max_staleness is not None and not max_staleness > 0:
             raise AnybatchError(
-                f"max_staleness is {max_staleness}; expected a positive number such as 0.1, or None to use all that is remembered."
+                f"max_staleness is {max_staleness}; expected a positive number such as 0.1, or None to use all that "
+                "is remembered."
             )
         if mean_rows < 1:
             raise AnybatchError(
@@ -108,7 +119,8 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self.mean: Tensor
         self.mean_share: Tensor
         self.register_buffer("mean", torch.zeros(2, 0))  # running, of anchors and positives
-        # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction.
+        # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an
+        # equal share; by direction.
         self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
     over_data = inclusion = True
@@ -195,7 +207,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         )
 
     def _mean(self, anchors: Tensor, positives: Tensor, num_rows: int) -> Tensor:
-        """(2, D) where anchors and positives are at this moment; zeros where they are not centred. One sum over ranks."""
+        """(2, D) where anchors and positives are now; zeros where they are not centred. One sum over ranks."""
         if not self.centred:
             return anchors.new_zeros(2, anchors.shape[1])
         sums = torch.stack([anchors.sum(dim=0), positives.sum(dim=0)])
@@ -224,8 +236,8 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     ) -> Tensor:
         """(2, 1 + GROUPS) running mean shares with this batch in them.
 
-        The batch's own pairs are weighed as if they were remembered, and without those of a query's own cluster, so that all
-        differ in age alone. One sum over ranks, and a gather of the batch.
+        The batch's own pairs are weighed as if they were remembered, and without those of a query's own cluster, so
+        that all differ in age alone. One sum over ranks, and a gather of the batch.
         """
         first, num_rows, device = layout.first_row, len(pairs), used.device
         probes = slice(0, min(len(batch.anchors), max(0, PROBES - first)))  # the first of all ranks' rows
@@ -261,7 +273,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         return torch.where(now.isnan(), known, known + rate * (now - known))
 
     def _term_of_remembered_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
-        """A term of value 0 whose derivative is what the remembered queries give the batch's positives (back: its anchors)."""
+        """A term of value 0; its derivative is what remembered queries give the batch's positives (back: its anchors)."""
         if not torch.is_grad_enabled():
             return batch.anchors.new_zeros(())
         own, layout = batch.queries(1 - direction), recalled.layout
@@ -272,7 +284,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         return term - term.detach()
 
     def _gradient_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
-        """(B, D) sum over the remembered queries i of p_ij a~_i / tau for each of this rank's rows j; k is that of the batch's queries."""
+        """(B, D) sum over remembered queries i of p_ij a~_i / tau for each row j here; k as for the batch's queries."""
         own, queries = batch.queries(1 - direction), recalled.used[direction]
         temperature = side.temperature.detach()
         reverse = recalled.log_weights[1 - direction]

@@ -67,7 +67,8 @@ class EmbeddingQueue(State):
         known = self.embeddings.shape[2]
         if known not in (0, width):
             raise AnybatchError(
-                f"The loss remembers embeddings of {known} dimensions, these have {width}. Use one loss a width (anybatch.losses.Matryoshka makes them)."
+                f"The loss remembers embeddings of {known} dimensions, these have {width}. Use one loss a width "
+                "(anybatch.losses.Matryoshka makes them)."
             )
         return self.embeddings if known else self.embeddings.new_zeros(2, self.size, width)
 
@@ -89,7 +90,8 @@ class EmbeddingQueue(State):
         """
         if int(self.kinds) not in (-1, _kinds(like)):
             raise AnybatchError(
-                "The ids, masks or weights of this batch are of other kinds than those of the remembered batches. Give the "
+                "The ids, masks or weights of this batch are of other kinds than those of the remembered batches. "
+                "Give the "
                 "same kinds with every batch, or begin with a new loss."
             )
         records = self.records if self.records.shape[1] else self.records.new_zeros(self.size, len(like.columns))

@@ -1,8 +1,9 @@
 """Log-weights of pairs, b_ij: masks and weights as functions of two records, never all of them at once.
 
-A log-weight is added to the logit of a pair; -inf removes it. What is known of an example is one record (`Examples`), and a
-term is a function of the queries' and the candidates' records. So gathering over ranks, the other direction, tiles and a
-memory beside the batch are written once, here and in the record, and no term knows of them. A mask of your own is a function:
+A log-weight is added to the logit of a pair; -inf removes it. What is known of an example is one record (`Examples`),
+and a term is a function of the queries' and the candidates' records. So gathering over ranks, the other direction,
+tiles and a memory beside the batch are written once, here and in the record, and no term knows of them. A mask of
+your own is a function:
 
     def same_author(queries, candidates, *, back):
         return removed(queries["author"][:, None] == candidates["author"])
@@ -26,8 +27,8 @@ from anybatch.plans.examples import Examples
 class Term(Protocol):
     """A mask or a weight.
 
-    One that makes `sum_j exp(b_ij) x_j` an estimate of the mean of x over the data set, so that a loss adds no correction for
-    the number of negatives, has an attribute `normalised` that is True. A mask needs none.
+    One that makes `sum_j exp(b_ij) x_j` an estimate of the mean of x over the data set, so that a loss adds no
+    correction for the number of negatives, has an attribute `normalised` that is True. A mask needs none.
     """
 
     def __call__(self, queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
@@ -35,8 +36,8 @@ class Term(Protocol):
 
         Args:
             queries, candidates: q and c examples.
-            back: Queries are positives and candidates anchors; False: queries are anchors, candidates positives and explicit
-                negatives.
+            back: Queries are positives and candidates anchors; False: queries are anchors, candidates positives and
+                explicit negatives.
         """
         ...
 
@@ -78,7 +79,8 @@ class ListedPairs:
     """Pairs on a list: suspected false negatives, or positives that are known from other rows.
 
     Args:
-        keys: (p,) int64, ascending; the same on every rank. A pair is on it if `key of the anchor * width + text_id` is.
+        keys: (p,) int64, ascending; the same on every rank. A pair is on it if `key of the anchor * width + text_id`
+            is.
         width: More than every `text_id`.
         key: Column of the anchor that its key is.
 
@@ -135,20 +137,20 @@ class Inclusion:
     """One over the chance that a candidate was put beside the query, for mined batches: `RowTable` makes it.
 
     Args:
-        table: (data sets, 2, 6) float64 log-weights for a query in a cluster, and for one in none: of a candidate of the same
-            cluster, of another, of none; of the latter two without the cap; and the log of n - 1 over the rows that a
-            candidate of another cluster stands for (of the query's data set, outside its cluster).
+        table: (data sets, 2, 6) float64 log-weights for a query in a cluster, and for one in none: of a candidate of
+            the same cluster, of another, of none; of the latter two without the cap; and the log of n - 1 over the
+            rows that a candidate of another cluster stands for (of the query's data set, outside its cluster).
         cap: Upper limit on the weights relative to that of the same cluster; it has been applied to columns 1 and 2.
 
     Beside a memory a row of another cluster comes in the batch with chance q by each of its ways, and is one of the m
-    remembered of N: it stands for 1 / (ways q + m / N) rows. Those of the own cluster come with the batch itself; a remembered
-    row is never one of them.
+    remembered of N: it stands for 1 / (ways q + m / N) rows. Those of the own cluster come with the batch itself; a
+    remembered row is never one of them.
 
     Example:
         >>> import torch
         >>> weights = Inclusion(torch.tensor([[[0.0, 1.0, 2.0, 1.0, 2.0, 0.0]] * 2], dtype=torch.float64))
-        >>> weights(Examples(cluster=torch.tensor([0])), Examples(cluster=torch.tensor([0, 3, -7])), back=False).tolist()
-        [[0.0, 1.0, 2.0]]
+        >>> weights(Examples(cluster=torch.tensor([0])), Examples(cluster=torch.tensor([0, 3, -7])),
+        back=False).tolist() [[0.0, 1.0, 2.0]]
     """
 
     table: Tensor
@@ -203,9 +205,9 @@ class LogWeights:
         >>> import torch
         >>> def same_author(queries, candidates, *, back):
         ...     return removed(queries["author"][:, None] == candidates["author"])
-        >>> weights = LogWeights.of(Examples(author=torch.tensor([0, 1, 0])), 2, same_author)  # 2 pairs, 1 explicit negative
-        >>> weights.tile(slice(0, 2), slice(0, 3)).tolist()  # an anchor's own positive is never removed by the losses
-        [[-inf, 0.0, -inf], [0.0, -inf, 0.0]]
+        >>> weights = LogWeights.of(Examples(author=torch.tensor([0, 1, 0])), 2, same_author)  # 2 pairs, 1 explicit
+        negative >>> weights.tile(slice(0, 2), slice(0, 3)).tolist()  # an anchor's own positive is never removed by
+        the losses [[-inf, 0.0, -inf], [0.0, -inf, 0.0]]
     """
 
     queries: Examples
@@ -227,7 +229,7 @@ class LogWeights:
 
     @property
     def normalised(self) -> bool:
-        """Whether `sum_j exp(b_ij) x_j` estimates a mean over the data. One such term is enough: masks only remove pairs."""
+        """Whether they estimate a mean over the data, see `Term`: one such term is enough, masks only remove."""
         return self.pairs_normalised or any(getattr(term, "normalised", False) for term in self.terms)
 
     def tile(self, rows: slice | Tensor, columns: slice) -> Tensor:
@@ -287,8 +289,10 @@ class LogWeights:
     def _refuse_pairs(self, elsewhere: str) -> None:
         if self.pairs is not None:
             raise AnybatchError(
-                f"log_weight is a tensor of shape {tuple(self.pairs.shape)}, which does not cover the candidates of {elsewhere}. "
-                "Give ids (anchor_id, candidate_id), LogWeights over records of the examples (RowTable makes them), or a "
+                f"log_weight is a tensor of shape {tuple(self.pairs.shape)}, which does not cover the candidates of "
+                f"{elsewhere}. "
+                "Give ids (anchor_id, candidate_id), LogWeights over records of the examples (RowTable makes "
+                "them), or a "
                 "tensor of shape (1, M) or (B, 1)."
             )
 
@@ -335,8 +339,8 @@ def as_log_weights(log_weight: LogWeights | Tensor, num_rows: int, num_columns: 
     """A tensor in place of `LogWeights`: one that holds only 0 and -inf is a mask, any other is taken as normalised.
 
     Args:
-        log_weight: A tensor broadcastable to (B, M); by row or by column it holds under several ranks and beside a memory too.
-            `LogWeights` stay as they are.
+        log_weight: A tensor broadcastable to (B, M); by row or by column it holds under several ranks and beside a
+            memory too. `LogWeights` stay as they are.
         num_rows, num_columns: B and M.
 
     Raises:
@@ -354,22 +358,26 @@ def as_log_weights(log_weight: LogWeights | Tensor, num_rows: int, num_columns: 
         return log_weight
     if not isinstance(log_weight, Tensor):
         raise AnybatchError(
-            f"log_weight is a {type(log_weight).__name__}; expected LogWeights, or a tensor broadcastable to ({num_rows}, {num_columns})."
+            f"log_weight is a {type(log_weight).__name__}; expected LogWeights, or a tensor broadcastable to "
+            f"({num_rows}, {num_columns})."
         )
     if not log_weight.is_floating_point():
         raise AnybatchError(
-            f"log_weight is {log_weight.dtype}; expected floats: 0 keeps a pair, -inf removes it, log(2) counts it twice."
+            f"log_weight is {log_weight.dtype}; expected floats: 0 keeps a pair, -inf removes it, log(2) counts it "
+            "twice."
         )
     values = log_weight.detach()
     while values.ndim < 2:
         values = values[None]
     if values.ndim != 2 or values.shape[0] not in (1, num_rows) or values.shape[1] not in (1, num_columns):
         raise AnybatchError(
-            f"log_weight has shape {tuple(log_weight.shape)}; expected something broadcastable to ({num_rows}, {num_columns})."
+            f"log_weight has shape {tuple(log_weight.shape)}; expected something broadcastable to ({num_rows}, "
+            f"{num_columns})."
         )
     if log_weight.requires_grad:
         raise AnybatchError(
-            "log_weight requires a gradient, and the losses give it none. Detach it; for learned margins there is NUCLR."
+            "log_weight requires a gradient, and the losses give it none. Detach it; for learned margins there is "
+            "NUCLR."
         )
     if bool((values.isnan() | (values == torch.inf)).any()):
         raise AnybatchError("log_weight holds NaN or +inf; expected finite numbers, or -inf to remove a pair.")
@@ -385,40 +393,3 @@ def as_log_weights(log_weight: LogWeights | Tensor, num_rows: int, num_columns: 
         return plus(None, num_rows, Values("given_by_text", "text", normalised), given_by_text=column)
     column = behind(values.expand(num_rows, 1)[:, 0], num_columns)  # an explicit negative is nobody's anchor
     return plus(None, num_rows, Values("given_by_anchor", "anchor", normalised), given_by_anchor=column)
-
-
-def inclusion_log_weights(
-    num_rows: int, chance_beside: float, *, chance_same: float = 1.0, cap: float | None = None
-) -> tuple[float, float]:
-    """Log of one over the chance of sharing a batch, divided by n - 1, for a plan whose clusters are combined at random.
-
-        same cluster:   log(1 / chance_same) + log(1 / (n - 1))
-        other cluster:  log(1 / chance_beside) + log(1 / (n - 1))
-
-    With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows. Pairs with
-    remainder rows have chances of their own (`ClusterSampling.chances`).
-
-    Args:
-        num_rows: n, rows that the mean is over.
-        chance_beside: That a given row of another cluster shares the batch: (m - 1) / (C - 1) for m of C clusters without
-            remainder rows. 0 means that such rows never come, and no weight can stand for them.
-        chance_same: That a given row of the anchor's own cluster does: 1 where no remainder row can take its place.
-        cap: Upper limit on the weight of another cluster's row relative to one of the own cluster; None for the exact
-            weight. A cap trades variance for bias.
-
-    Returns:
-        (same, other).
-    """
-    if num_rows < 2:
-        raise AnybatchError(f"Inclusion weights need at least 2 rows; got {num_rows}.")
-    if not 0 <= chance_beside <= 1 or not 0 < chance_same <= 1:
-        raise AnybatchError(
-            f"chance_beside is {chance_beside} and chance_same {chance_same}; expected probabilities, the latter above 0."
-        )
-    if cap is not None and cap < 1:
-        raise AnybatchError(
-            f"The cap on the weights is {cap}; expected at least 1, the weight of a row of the own cluster."
-        )
-    same = -math.log(num_rows - 1) - math.log(chance_same)
-    ratio = chance_same / chance_beside if chance_beside > 0 else 1.0
-    return same, same + math.log(ratio if cap is None else min(ratio, cap))

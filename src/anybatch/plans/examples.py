@@ -15,8 +15,8 @@ from anybatch.core.ids import as_integers
 class Examples:
     """Facts on N examples: named columns of N integers (or floats, where a fact is a log-weight).
 
-    An example is a pair of the data set, as an anchor or as a candidate; an explicit negative is one too. Any name may be
-    used; those that the library's masks and weights know are
+    An example is a pair of the data set, as an anchor or as a candidate; an explicit negative is one too. Any name
+    may be used; those that the library's masks and weights know are
 
         anchor_id       equal where the anchors are the same text; -1 for an explicit negative, which has none
         text_id         of the positive, or of the explicit negative itself
@@ -77,7 +77,8 @@ class Examples:
         """
         if name not in self.columns:
             raise AnybatchError(
-                f"A mask or weight asks for the column {name!r} of the examples, which has {', '.join(self.columns) or 'none'}. "
+                f"A mask or weight asks for the column {name!r} of the examples, which has "
+                f"{', '.join(self.columns) or 'none'}. "
                 f"Give it: Examples({name}=...), or RowTable(..., columns={{{name!r}: ...}})."
             )
         return self.columns[name]
@@ -130,5 +131,5 @@ class Examples:
         )
 
     def gathered(self, sizes: list[int]) -> Examples:
-        """Those of all ranks, one rank after the other, each with `sizes[rank]`. One collective, however many columns."""
+        """Those of all ranks, one after the other, each with `sizes[rank]`. One collective for all columns."""
         return self.unpacked(distributed.gather_rows(self.packed(), sizes)) if self.columns else self

@@ -11,15 +11,15 @@ Computes exactly, for each anchor i with its positive p(i), without ever holding
 
 `tests/reference.py` has its slow reference: the same by autograd on the whole matrix.
 
-Cost: one direction, three matrix products of B x M x D for loss and gradients when the rule works row by row or one tile
-holds everything, four otherwise; both directions the same three or four; `tile_bytes` of scores, times a small number;
-nothing is kept for the backward pass but the two gradients.
+Cost: one direction, three matrix products of B x M x D for loss and gradients when the rule works row by row or one
+tile holds everything, four otherwise; both directions the same three or four; `tile_bytes` of scores, times a small
+number; nothing is kept for the backward pass but the two gradients.
 
-Collectives, all in the forward pass: two gathers of sizes, a gather of the candidates (M x D numbers a rank), a sum of their
-gradient (all M x D), a sum of one number for the loss, and one for a scalar temperature that learns. Both directions: three
-gathers of (B,) numbers more, and with temperatures that learn a sum of them. In a ring W - 1 sends of a block of candidates
-and again, with W of their gradient, take the place of the gather and the sum of candidates, always with four products. The
-log-weights have two gathers a direction; the rule's are its own.
+Collectives, all in the forward pass: two gathers of sizes, a gather of the candidates (M x D numbers a rank), a sum
+of their gradient (all M x D), a sum of one number for the loss, and one for a scalar temperature that learns. Both
+directions: three gathers of (B,) numbers more, and with temperatures that learn a sum of them. In a ring W - 1 sends
+of a block of candidates and again, with W of their gradient, take the place of the gather and the sum of candidates,
+always with four products. The log-weights have two gathers a direction; the rule's are its own.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def softmax_loss(
 ) -> tuple[Tensor, tuple[SoftmaxStats, ...]]:
     """The loss of this batch over all ranks, in one direction, or the mean of both from the same scores.
 
-    Both directions cost 4 matrix products (3 when one tile holds everything) instead of the 6 to 8 of two runs. Explicit
-    negatives take part in the first only. A second side that adjusts logits or asks for the gradient weights of candidates
-    needs whole rows in its own direction, so then two runs are what is done.
+    Both directions cost 4 matrix products (3 when one tile holds everything) instead of the 6 to 8 of two runs.
+    Explicit negatives take part in the first only. A second side that adjusts logits or asks for the gradient weights
+    of candidates needs whole rows in its own direction, so then two runs are what is done.
 
     Args:
         anchors: (B, D), this rank's. Row i's positive is candidate i.
@@ -66,9 +66,10 @@ def softmax_loss(
         ring: Under several ranks let the candidates travel from rank to rank, where all of them would not fit on one.
 
     Returns:
-        The mean objective over the rows of all ranks, a scalar, and figures of each direction. Each rank's embeddings, and
-        temperatures of its rows, receive world_size times the gradient of that mean, so that the averaging of DDP gives the
-        gradient of one process; a scalar temperature receives the whole gradient on every rank.
+        The mean objective over the rows of all ranks, a scalar, and figures of each direction. Each rank's
+        embeddings, and temperatures of its rows, receive world_size times the gradient of that mean, so that the
+        averaging of DDP gives the gradient of one process; a scalar temperature receives the whole gradient on every
+        rank.
     """
     if len(sides) == 2 and (sides[1].adjust is not None or sides[1].column_weight is not None):
         loss, stats = softmax_loss(anchors, candidates, sides[0], tile_bytes=tile_bytes, ring=ring)
@@ -103,8 +104,10 @@ def refuse_twice() -> None:
     """
     if torch.is_grad_enabled():
         raise Twice(
-            "A loss of anybatch can be differentiated once, and create_graph=True asks for more: its gradient is computed "
-            "in closed form, and has no derivative of its own. Leave the loss out of gradient penalties and other second "
+            "A loss of anybatch can be differentiated once, and create_graph=True asks for more: its gradient is "
+            "computed "
+            "in closed form, and has no derivative of its own. Leave the loss out of gradient penalties and other "
+            "second "
             "derivatives, or call backward without create_graph."
         )
 

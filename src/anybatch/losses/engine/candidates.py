@@ -1,7 +1,8 @@
-"""Where the candidates of all ranks are: gathered once on every rank, or travelling from rank to rank, a rank's block at a time.
+"""Where the candidates of all ranks are: gathered once, or travelling from rank to rank, a rank's block at a time.
 
     gathered   every rank holds all M_all candidates and the gradient of all; one gather, one sum
-    ring       every rank holds its own candidates, and twice a block that travels, with its gradient; a ring pass is W - 1
+    ring       every rank holds its own candidates, and twice a block that travels, with its gradient; a ring pass is
+    W - 1
                sends of blocks, and W of gradients, each over while the block at hand is being scored
 
 Both hand out `Block`s, so that the solver does not know which it is.
@@ -129,7 +130,7 @@ class Gathered:
 
 
 class Ring:
-    """A rank's candidates at a time: block r goes from rank to rank + 1, and its gradient goes with it until both are home.
+    """A rank's candidates at a time: a block goes from rank to rank + 1, with its gradient, until both are home.
 
     Each rank must take every ring pass to its end: W - 1 exchanges of candidates, with gradients also W of gradients.
     The candidates of the next block arrive while the block at hand is scored.
@@ -187,7 +188,7 @@ class _Arriving:
 
 
 def _exchange(block: Tensor, num_arriving: int, *, tag: int) -> _Arriving:
-    """Send a block to the next rank while one of `num_arriving` rows comes from the rank before. Empty blocks are not sent."""
+    """Send a block to the next rank while one of `num_arriving` rows comes from the one before; not if it is empty."""
     world_size, rank = distributed.world_size(), distributed.rank()
     received = block.new_empty((num_arriving, *block.shape[1:]))
     operations = []

@@ -1,4 +1,4 @@
-"""One direction of a loss: its logits, its log-sums, the rule's answer, and what the positive and the temperature receive.
+"""One direction of a loss: logits, log-sums, the rule's answer, what the positive and the temperature receive.
 
 Shapes, as suffixes of names (`A` and `C`: of all ranks together):
 
@@ -18,7 +18,10 @@ from anybatch.losses.log_weights import LogWeights
 
 
 class Direction:
-    """What both directions have. All (B,): `log_sum`, `num_negatives`, `log_denominator`, `objective`, `positive_weight`."""
+    """What both directions have.
+
+    All (B,): `log_sum`, `num_negatives`, `log_denominator`, `objective`, `positive_weight`.
+    """
 
     def __init__(self, side: Side, layout: Layout, positive_B: Tensor, *, num_columns: int) -> None:
         self.side, self.layout, self.positive = side, layout, positive_B
@@ -94,7 +97,7 @@ class AnchorDirection(Direction):
         self.column_gradient_C = positive_B.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
 
     def logits(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
-        """(b, m) relative to the positive; -inf where there is no negative. In the workspace, which may be the scores."""
+        """(b, m) relative to the positive, -inf where there is no negative; in the workspace, which may be the scores."""
         logits_bm = torch.sub(scores_bm, self.positive[rows, None], out=workspace_bm).div_(self.temperature[rows, None])
         if self.log_weight is not None:
             logits_bm += self.log_weight.tile(self.layout.shifted(rows), block.columns).to(logits_bm.dtype)
@@ -112,7 +115,7 @@ class AnchorDirection(Direction):
         return exp_bm, peak_b
 
     def factor(self, rows: slice, peak_b: Tensor) -> Tensor:
-        """(b,) what `exp` of `measure` has to be multiplied by to be the derivative of the rows' terms in the scores."""
+        """(b,) what turns `exp` of `measure` into the derivative of the rows' terms in the scores."""
         return (peak_b - self.reference()[rows]).exp()
 
     def weights(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
@@ -226,7 +229,7 @@ def count(logits: Tensor, dim: int) -> Tensor:
 
 
 def exp_of(logits: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logits - peak), in place of the logits; peak, the greatest along `dim` (0 where all are removed); the log-sum."""
+    """exp(logits - peak), in place of the logits; peak, the greatest along `dim` (0 if all are removed); log-sum."""
     if logits.shape[dim] == 0:
         none = logits.new_full((logits.shape[1 - dim],), -torch.inf)
         return logits, torch.zeros_like(none), none

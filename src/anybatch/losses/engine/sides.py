@@ -17,8 +17,8 @@ class Answer(NamedTuple):
     """What a rule says of some rows, all (b,).
 
     Attributes:
-        log_denominator: The denominator estimate, relative to the positive's logit: the gradient weight of negative j is
-            exp(logit_ij - log_denominator_i).
+        log_denominator: The denominator estimate, relative to the positive's logit: the gradient weight of negative j
+            is exp(logit_ij - log_denominator_i).
         objective: The value of the row.
         positive_weight: Gradient weight of the positive's logit s_ip / tau_i, negative where it is drawn near; None for
             minus the sum of the negatives', as where the objective depends on differences to the positive alone.
@@ -46,8 +46,8 @@ class Rule(Protocol):
 
         Args:
             log_sum: (b,) log-sum over the negatives, relative to the positive's logit; -inf without negatives.
-            num_drawn: (b,) candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is over. A
-                masked one is a draw that adds nothing, in the batch as in the data set.
+            num_drawn: (b,) candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is
+                over. A masked one is a draw that adds nothing, in the batch as in the data set.
             rows: Which of this rank's rows they are.
 
         Returns:
@@ -59,7 +59,8 @@ class Rule(Protocol):
 class Adjust(Protocol):
     """Rewrites the logits of whole rows before anything is summed: what depends on the scores themselves.
 
-    It must give the same answer when asked twice for the same rows, unless the rule is row-wise (then it is asked once).
+    It must give the same answer when asked twice for the same rows, unless the rule is row-wise (then it is asked
+    once).
     """
 
     def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
@@ -86,8 +87,8 @@ class Side:
         log_weight: b_ij for this rank's rows and columns; None for 0.
         row_weight: (B,) factor of each row's objective, a constant; None for 1.
         adjust: Rewrites logits; None to leave them.
-        column_weight: Weight (b,) of some rows in `SoftmaxStats.column_gradient`, asked after the rule has answered for them;
-            None if that is not wanted.
+        column_weight: Weight (b,) of some rows in `SoftmaxStats.column_gradient`, asked after the rule has answered
+            for them; None if that is not wanted.
         num_drawn: (B,) candidates but for the positive, see `Rule`; None for all columns but one.
     """
 
@@ -110,10 +111,10 @@ class SoftmaxStats:
         objective: (B,) the rule's answer, before the row weight.
         num_negatives: (B,) negatives not removed.
         temperature_gradient: (B,) derivative of row_weight_i * objective_i with respect to tau_i through the logits,
-            `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted, or the temperature is a
-            scalar that needs none.
-        column_gradient: (M,) `sum_i column_weight_i p_ij` over the rows of all ranks for each candidate of this rank; None
-            unless asked for.
+            `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted, or the temperature
+            is a scalar that needs none.
+        column_gradient: (M,) `sum_i column_weight_i p_ij` over the rows of all ranks for each candidate of this rank;
+            None unless asked for.
     """
 
     log_sum: Tensor

@@ -2,19 +2,19 @@
 
 A rank computes the block of its own rows against the candidates of all ranks, for both directions of a loss at once:
 
-    pass 1   scores tile = anchors[rows] @ candidates.T          1 product; log-sums of rows, running log-sums of columns
-    rules    log-denominators of rows and of columns
-    pass 2   the tile again, then d anchors and d candidates     3 products
+    pass 1   scores tile = anchors[rows] @ candidates.T          1 product; log-sums of rows, running log-sums of
+    columns rules    log-denominators of rows and of columns pass 2   the tile again, then d anchors and d candidates
+    3 products
 
-The passes are one when a single tile holds everything, or when there is one direction whose rule works row by row: 3 products
-in place of 4. With W ranks the candidates are gathered first and the gradient of all candidates is summed over the ranks last,
-or both travel in a ring (`candidates`); no row's temperature, threshold or weight has to travel, because no block is computed
-on two ranks.
+The passes are one when a single tile holds everything, or when there is one direction whose rule works row by row: 3
+products in place of 4. With W ranks the candidates are gathered first and the gradient of all candidates is summed
+over the ranks last, or both travel in a ring (`candidates`); no row's temperature, threshold or weight has to travel,
+because no block is computed on two ranks.
 
-What is not a product is kept cheap: tiles live in workspaces that are made once, a pair has one exponential, exp(logit - peak
-of its row), and what turns that into its gradient weight is a number a row, which is put on the (rows, D) side of the
-products. The derivative of a temperature of one direction is read from d anchors: scores are linear in the anchor, so
-d / d tau_i = -(anchor_i . d / d anchor_i) / tau_i.
+What is not a product is kept cheap: tiles live in workspaces that are made once, a pair has one exponential,
+exp(logit - peak of its row), and what turns that into its gradient weight is a number a row, which is put on the
+(rows, D) side of the products. The derivative of a temperature of one direction is read from d anchors: scores are
+linear in the anchor, so d / d tau_i = -(anchor_i . d / d anchor_i) / tau_i.
 
 Suffixes of names: see `directions`.
 """
@@ -60,9 +60,10 @@ def solve(
     gradients: bool,
     ring: bool = False,
 ) -> Solution:
-    """Loss and gradients of one direction (one side) or of the mean of both (two: anchors to candidates, positives to anchors).
+    """Loss and gradients of one direction (one side), or of the mean of both (anchors first, then positives).
 
-    With `ring` and several ranks the candidates are not gathered; four products, because no rank sees whole rows at once.
+    With `ring` and several ranks the candidates are not gathered; four products, because no rank sees whole rows at
+    once.
     """
     # 1. Where the candidates of all ranks are.
     layout = Layout.of(len(anchors), len(candidates), anchors.device)
@@ -116,7 +117,8 @@ def _source(candidates: Tensor, layout: Layout, sides: tuple[Side, ...], *, ring
         return Gathered(candidates, layout)
     if any(side.adjust is not None for side in sides):
         raise AnybatchError(
-            "ring=True with a loss that looks at whole rows of scores (GloFND, EMC2): the ring has the candidates of one rank "
+            "ring=True with a loss that looks at whole rows of scores (GloFND, EMC2): the ring has the candidates "
+            "of one rank "
             "at a time. Use ring=False, which gathers the candidates, or another loss."
         )
     return Ring(candidates, layout)
