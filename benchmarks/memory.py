@@ -19,8 +19,7 @@ from anybatch.data.pairs import PairData
 from anybatch.insight import markdown_table
 from anybatch.losses import SogCLR
 from anybatch.losses.exact_rows import Table, exact_rows, make_table
-from anybatch.losses.monitoring import memory_figures
-from anybatch.losses.warm_start import warm_start
+from anybatch.losses.warm_start import memory_figures, warm_start
 
 TAU, BATCH = 0.05, 64
 

@@ -39,12 +39,12 @@ from torch import Tensor, nn
 from anybatch.caching import cached_step
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
-from anybatch.losses.config import KNOWN, LossConfig, build_loss
+from anybatch.losses import GammaSchedule, Matryoshka, registry
 from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, MiningSet, mine_plan
 from anybatch.plans.plan import BatchPlan, PlanSampler
-from anybatch.run import pipeline
+from anybatch.run import job
 from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 from tests.conftest import make_tiny_model, write_pairs
 
@@ -91,7 +91,7 @@ def build(name: str, *, num_rows: int = ROWS, dtype: torch.dtype = torch.float64
     if name == "late_interaction":
         loss: nn.Module = LateInteraction(**{key: value for key, value in options.items() if key != "direction"})
     else:
-        loss = build_loss(LossConfig(name=name, **options), num_rows=num_rows)  # pyright: ignore[reportArgumentType]
+        loss = _make(name, num_rows, options)
     loss = loss.to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():  # the first weights of a network come from here, whoever would draw them
@@ -101,9 +101,20 @@ def build(name: str, *, num_rows: int = ROWS, dtype: torch.dtype = torch.float64
     return loss
 
 
+def _make(name: str, num_rows: int, options: dict[str, Any]) -> nn.Module:
+    options = {"sharded" if key == "memory_sharded" else key: value for key, value in options.items()}
+    steps, steps_per_epoch = options.pop("gamma_steps", None), options.pop("gamma_steps_per_epoch", 1)
+    if steps is not None:
+        options["gamma"] = GammaSchedule(options["gamma"], num_steps=steps, steps_per_epoch=steps_per_epoch)
+    widths, weights = options.pop("matryoshka", None), options.pop("matryoshka_weights", None)
+    if widths is None:
+        return registry.make_loss(name, num_rows, **options)
+    return Matryoshka([registry.make_loss(name, num_rows, **options) for _ in widths], widths, weights=weights)
+
+
 def registered() -> tuple[str, ...]:
     """The names in the registry of losses."""
-    return tuple(KNOWN)
+    return tuple(registry.METHODS)
 
 
 def set_tile_bytes(loss: nn.Module, tile_bytes: int) -> None:
@@ -499,12 +510,12 @@ def small_run() -> Case:
             seed=3,
             teacher=TeacherConfig(anchor_embeddings=paths[0], positive_embeddings=paths[1]),
             mining=MiningConfig(cluster_size=4, skip=1, take=6, num_negatives=1),
-            loss=LossConfig(
+            loss=registry.LossConfig(
                 name="sogclr", direction="both", gamma=0.5, weights="inclusion", weight_cap=4.0, mask_suspects=True
             ),
             train=TrainConfig(max_steps=6, micro_batch=5, log_steps=1, save_steps=6, learning_rate=1e-3),
         )
-        log = pipeline.train(config).log
+        log = job.train(config).log
         trained = SentenceTransformer(str(folder / "run" / "model"), device="cpu").state_dict()
     found = {"losses": torch.tensor([line["loss"] for line in log if "loss" in line])}
     assert len(found["losses"]) == 6, f"six steps make six lines; the log is {log}"

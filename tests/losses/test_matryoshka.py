@@ -11,7 +11,7 @@ from anybatch.core.configuration import from_mapping
 from anybatch.core.errors import AnybatchError
 from anybatch.family import SigLIP, TempNet
 from anybatch.losses import InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.registry import LossConfig, build_loss
 from tests.ranks import on_ranks
 
 from .methods import ALL
@@ -117,16 +117,15 @@ def test_mistakes(arguments, match):
 
 
 def test_by_configuration():
-    config = from_mapping(LossConfig, {"name": "sogclr", "matryoshka": [4, 2], "matryoshka_weights": [1, 0.5]})
+    config = from_mapping(LossConfig, {"name": "sogclr", "matryoshka": [4, 2]})
     loss = build_loss(config, num_rows=30)
     assert isinstance(loss, Matryoshka)
-    assert (loss.dimensions, loss.weights) == ((4, 2), (1.0, 0.5))
+    assert (loss.dimensions, loss.weights) == ((4, 2), (1.0, 1.0))
     assert loss(*embeddings(0), index=torch.arange(7)).isfinite()
     tempnet = build_loss(LossConfig(name="tempnet", matryoshka=(4, 2)), num_rows=30)
     assert tempnet.double()(*embeddings(0), index=torch.arange(7)).isfinite()
     for given, match in [
         ({"matryoshka": (4, 4)}, "different positive widths"),
-        ({"matryoshka_weights": (1.0,)}, "one weight a prefix"),
         ({"name": "sogclr", "matryoshka": (4,), "warm_start": True}, "each prefix has its own"),
         ({"name": "tempnet", "matryoshka": (4,), "dimensions": 4}, "says the widths already"),
     ]:

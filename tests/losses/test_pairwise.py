@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SigLIP
 from anybatch.losses import ClusterLogWeight
-from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.registry import LossConfig, build_loss
 from tests.ranks import on_ranks
 
 from .. import reference

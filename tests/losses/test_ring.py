@@ -8,8 +8,8 @@ import torch
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.config import LossConfig, build_loss
 from anybatch.losses.engine import softmax_loss
+from anybatch.losses.registry import LossConfig, build_loss
 from tests.ranks import on_ranks
 
 DIMENSIONS = 5

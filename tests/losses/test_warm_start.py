@@ -17,8 +17,7 @@ from anybatch.family import EMC2, NUCLR, FastCLIP, ISogCLR, TempNet
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses import warm_start as room
 from anybatch.losses.exact_rows import exact_rows, make_table
-from anybatch.losses.monitoring import memory_figures
-from anybatch.losses.warm_start import warm_start
+from anybatch.losses.warm_start import memory_figures, warm_start
 from tests.ranks import on_ranks
 
 from .. import reference
