@@ -23,7 +23,6 @@ COMMON = {"temperature": 0.2, "learnable_temperature": True}
 MAKE = {
     "infonce": lambda **k: InfoNCE(**COMMON, **k),
     "infonce both": lambda **k: InfoNCE(direction="both", **COMMON, **k),
-    "infonce margin": lambda **k: InfoNCE(temperature=0.2, margin=0.1, **k),
     "decoupled both": lambda **k: DecoupledInfoNCE(direction="both", **COMMON, **k),
     "count corrected": lambda **k: CountCorrectedInfoNCE(40, **COMMON, **k),
     "sogclr": lambda **k: SogCLR(40, gamma=0.4, **COMMON, **k),
