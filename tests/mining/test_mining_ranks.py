@@ -251,7 +251,7 @@ def refused_worker(rank, world_size, folder, model, pairs):
         "gloo", init_method=f"file://{folder}/refused", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     said = []
-    pytest.MonkeyPatch().setattr("anybatch.mining.mine.rank_rows", lambda *_, **__: said.append("searched"))
+    pytest.MonkeyPatch().setattr("anybatch.mining.mine._rank", lambda *_, **__: said.append("searched"))
     anchors, positives = embeddings(211, topics=20)
     broken = anchors.copy()
     broken[100] = np.nan
@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_refused_by_all_ranks_before_the_search(tiny_model_
     expected = (
         "batch_size 10 is not a multiple of mining.cluster_size 4",
         "The data has 211 rows, fewer than one batch of 300",
-        "deals 3 of 52 clusters of 4 rows, which do not fill one batch of 16",
+        "An epoch has 3 of 52 clusters of 4 rows, which do not fill one batch of 16",
         "1 of the anchor embeddings in rows 0 to 210",
         "Anchors have",
         "batch_size 10 is not a multiple",

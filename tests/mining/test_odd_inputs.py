@@ -21,6 +21,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.mining import (
     MiningConfig,
     MiningSet,
+    Window,
     build_graph,
     equal_clusters,
     exact_neighbors,
@@ -38,7 +39,7 @@ X = rng.normal(size=(ROWS, 8)).astype(np.float32)
 IDS = np.arange(ROWS)
 CONFIG = MiningConfig(batch_size=8, cluster_size=4, skip=2, take=6)
 NEIGHBORS = exact_neighbors(X, X, 8, anchor_id=IDS, positive_id=IDS)
-GRAPH = build_graph(NEIGHBORS, skip=2, take=6)
+GRAPH = build_graph(NEIGHBORS, Window(2, 6))
 
 
 def changed(array: np.ndarray, value: Any, dtype: Any = None) -> np.ndarray:
@@ -142,10 +143,7 @@ def cases() -> dict[str, dict[str, Callable[[], object]]]:
                     "num_negatives": (1, 7, 59, 100),
                     "cells": (2, 7, 60, 2**40),
                     "seed": (2**31, 2**32 - 1),
-                    "sweeps": (0, 1, 2, 3),
-                    "score": ("symmetric",),
                     "neighbors": ("ivf",),
-                    "suspects": ("all",),
                 }.items()
                 for value in values
             },
@@ -263,16 +261,16 @@ def cases() -> dict[str, dict[str, Callable[[], object]]]:
         },
         "graph and negatives": {
             **{
-                f"skip {skip} take {take}": lambda skip=skip, take=take: build_graph(NEIGHBORS, skip=skip, take=take)
+                f"skip {skip} take {take}": lambda skip=skip, take=take: build_graph(NEIGHBORS, Window(skip, take))
                 for skip, take in ((-1, 5), (0, 0), (0, -3), (100, 100))
             },
             **{
-                f"margin {value}": lambda value=value: build_graph(NEIGHBORS, skip=2, take=6, margin=value)
+                f"margin {value}": lambda value=value: build_graph(NEIGHBORS, Window(2, 6, value))
                 for value in (np.nan, -1.0, np.inf)
             },
             **{
                 f"neighbour {value}": lambda value=value: build_graph(
-                    replace(NEIGHBORS, ids=changed(NEIGHBORS.ids, value)), skip=2, take=6
+                    replace(NEIGHBORS, ids=changed(NEIGHBORS.ids, value)), Window(2, 6)
                 )
                 for value in (-5, ROWS, 2**31 - 1)
             },

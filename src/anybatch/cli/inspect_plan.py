@@ -211,8 +211,10 @@ def _print(
     names = ("",) if plan.task is None else plan.task_names
     stored = {name: (of_sets.get(name) if name else mining) or {} for name in names}
     for name in names:
-        outlook = inspections[name].outlook.as_dict() if name in inspections else stored[name].get("outlook") or {}
-        for warning in outlook.get("warnings") or ():
+        statistics = (
+            inspections[name].statistics.as_dict() if name in inspections else stored[name].get("statistics") or {}
+        )
+        for warning in statistics.get("warnings") or ():
             console.print(f"Warning{name and f' ({name})'}: {warning}", highlight=False, markup=False)
     figures = plan_sizes(plan)
     if plan.task is None:

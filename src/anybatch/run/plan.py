@@ -89,7 +89,7 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
             inputs = mining_inputs(config, pairs)
             result = mine_plan(anchors, positives, data_digest=pairs.digest, **known)
             for name, part in {"": result.report, **result.report.sets}.items():
-                for warning in part.outlook.warnings if part.outlook is not None else ():
+                for warning in part.statistics.warnings if part.statistics is not None else ():
                     logger.warning("Before you train%s: %s", name and f" on {name}", warning)  # not after
             report = {"plan": result.plan.digest, **result.report.as_dict()}
             write_json(folder / "mining.json", report)
