@@ -26,7 +26,8 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from anybatch.data.pairs import PairData, RetrievalData, read_pairs, read_retrieval
+from anybatch.data.pairs import PairData, read_pairs
+from anybatch.data.retrieval import RetrievalData, read_retrieval
 from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
 from anybatch.insight import markdown_table
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from anybatch import InfoNCE
-from anybatch.caching import verify
+from anybatch.insight.verify import verify
 
 torch.manual_seed(0)
 anchors = torch.randint(1_000, (32, 12))

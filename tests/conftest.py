@@ -27,6 +27,11 @@ def sentence(number: int, length: int) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `make_tiny_model`."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny_model(folder: Path) -> Path:
     """A sentence-transformers model folder: two BERT layers of width 32, random weights, dropout on, word-level tokenizer."""
     import torch
     from sentence_transformers import SentenceTransformer
@@ -37,7 +42,6 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers.processors import TemplateProcessing
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: number for number, word in enumerate(special + WORDS)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
@@ -69,8 +73,12 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pairs_file(tmp_path: Path) -> Path:
+    """See `write_pairs`."""
+    return write_pairs(tmp_path / "pairs.jsonl")
+
+
+def write_pairs(path: Path) -> Path:
     """97 pairs, ragged lengths, some anchors and positives repeated."""
-    path = tmp_path / "pairs.jsonl"
     with path.open("w") as file:
         for row in range(97):
             number = row % 90  # rows 90..96 repeat the anchors of rows 0..6

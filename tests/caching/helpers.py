@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from anybatch.caching import record_towers, replay
+
 
 class TextEncoder(nn.Module):
     """A two-layer BERT with mean pooling, from random weights."""
@@ -134,3 +136,13 @@ def clone(module):
     same = copy.deepcopy(module)
     same.zero_grad()
     return same
+
+
+def recorded(encode, inputs, micro_batch=3, **options):
+    """One tower's recording."""
+    return record_towers([encode], [inputs], micro_batch=micro_batch, **options)[0]
+
+
+def send_back(recording, *grads, scale=1.0):
+    """One gradient for each leaf."""
+    replay([recording], [grads], scale=scale)

@@ -1,19 +1,15 @@
 """W gloo ranks, each with its share, leave the gradients of one process with the whole batch."""
 
-import os
-import tempfile
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.caching import average_gradients, cached_step
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Softmax, TextEncoder, gradients, plain_step, relative_error, texts
+from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
 SHARES = {2: [7, 4], 3: [5, 2, 6]}
@@ -260,28 +256,19 @@ def averaged(rank):
     return [parameter.grad for parameter in parameters]
 
 
-def on_rank(rank: int, shares: list[int], folder: str) -> None:
-    torch.set_num_threads(1)
+def on_rank(rank: int, world_size: int, shares: list[int]):
     torch.set_default_dtype(torch.float64)
-    start = f"file://{folder}/rendezvous"
-    limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=start, rank=rank, world_size=len(shares), timeout=limit)
-    try:
-        results = {name: run_case(rank, shares, *case) for name, case in CASES.items()}
-        experts = {name: run_experts(rank, shares, name) for name in EXPERT_CASES}
-        others = experts, refused_on_all_ranks(rank, shares), averaged(rank)
-        torch.save((results, *others), os.path.join(folder, f"{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
+    results = {name: run_case(rank, shares, *case) for name, case in CASES.items()}
+    experts = {name: run_experts(rank, shares, name) for name in EXPERT_CASES}
+    others = experts, refused_on_all_ranks(rank, shares), averaged(rank)
+    return results, *others
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request):
     """All cases on one group of processes, because starting them is what takes the time."""
     shares = SHARES[request.param]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_rank, args=(shares, folder), nprocs=request.param)
-        return shares, [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(request.param)]
+    return shares, on_ranks(on_rank, request.param, shares)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,8 +6,9 @@ import weakref
 import pytest
 import torch
 
-from anybatch.caching import GraphBudget, StepMemory, cached_step, plan_micro_batches, record, record_towers
+from anybatch.caching import StepMemory, cached_step, plan_micro_batches, record_towers
 from anybatch.caching.device_memory import parse_memory
+from anybatch.caching.memory import GraphBudget
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import (
     Mlp,
@@ -16,7 +17,9 @@ from tests.caching.helpers import (
     clone,
     gradients,
     plain_step,
+    recorded,
     relative_error,
+    send_back,
     texts,
     vectors,
 )
@@ -42,13 +45,13 @@ def budget_of(spare: int) -> GraphBudget:
 def test_a_budget_keeps_what_fits():
     encoder, batch = TextEncoder(), texts(24, 30, 1)
     plan = plan_micro_batches(batch, micro_batch=4)
-    everything = record(encoder, batch, micro_batches=plan, keep_graphs=budget_of(2**40))
+    everything = recorded(encoder, batch, micro_batch=4, keep_graphs=budget_of(2**40))
     assert everything.num_kept == len(plan)  # when everything fits it is plain training
-    assert record(encoder, batch, micro_batches=plan, keep_graphs=budget_of(0)).num_kept == 0
+    assert recorded(encoder, batch, micro_batch=4, keep_graphs=budget_of(0)).num_kept == 0
     probe = budget_of(2**40)
-    record(encoder, batch, micro_batches=plan[:1] + plan[1:], keep_graphs=probe)
+    recorded(encoder, batch, micro_batch=4, keep_graphs=probe)
     middle = budget_of(int(probe.spent * 0.5) + probe.largest)
-    kept = record(encoder, batch, micro_batches=plan, keep_graphs=middle).num_kept
+    kept = recorded(encoder, batch, micro_batch=4, keep_graphs=middle).num_kept
     assert 0 < kept < len(plan)
     assert middle.spent + middle.largest <= middle.limit - middle.start
 
@@ -57,10 +60,9 @@ def test_one_budget_serves_all_towers():
     encoder, batch = TextEncoder(), texts(24, 30, 1)
     plan = plan_micro_batches(batch, micro_batch=4)
     probe = budget_of(2**40)
-    record(encoder, batch, micro_batches=plan, keep_graphs=probe)
+    recorded(encoder, batch, micro_batch=4, keep_graphs=probe)
     shared = budget_of(probe.spent + 2 * probe.largest)
-    # Both are held, as the towers of a step are: memory that is given back is memory for others.
-    recordings = [record(encoder, batch, micro_batches=plan, keep_graphs=shared) for _ in range(2)]
+    recordings = record_towers([encoder] * 2, [batch] * 2, micro_batch=4, keep_graphs=shared)
     kept = [recording.num_kept for recording in recordings]
     assert kept[0] == len(plan)
     assert kept[1] < len(plan)
@@ -71,7 +73,7 @@ def test_the_measurement_counts_what_autograd_saves():
     layer = torch.nn.Linear(6, 5)
     budget = budget_of(2**40)
     batch = torch.randn(8, 6)
-    record(lambda x: layer(x).tanh(), batch, micro_batches=[torch.arange(8)], keep_graphs=budget)
+    recorded(lambda x: layer(x).tanh(), batch, micro_batch=8, keep_graphs=budget)
     assert budget.largest == 4 * 8 * (6 + 5)
 
 
@@ -107,8 +109,8 @@ def test_dropout_masks_survive_a_split_while_recording():
     batch = vectors(8)
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match="split"):
-        recording = record(encoder, batch, micro_batches=list(torch.arange(8).split(4)))
-    recording.backward(torch.ones_like(recording.embeddings))
+        recording = recorded(encoder, batch, micro_batch=4)
+    send_back(recording, torch.ones_like(recording.embeddings))
     torch.manual_seed(1)
     torch.cat([reference(part) for part in batch.split(2)]).sum().backward()
     assert relative_error(gradients(encoder.inner), gradients(reference)) < 1e-12
@@ -119,16 +121,16 @@ def test_out_of_memory_while_replaying():
     encoder = Limited(2)
     encoder.only_replays = True
     reference = clone(encoder.inner)
-    recording = record(encoder, batch, micro_batches=list(torch.arange(9).split(3)))
+    recording = recorded(encoder, batch, micro_batch=3)
     with pytest.warns(UserWarning, match="split"):
-        recording.backward(torch.ones_like(recording.embeddings))
+        send_back(recording, torch.ones_like(recording.embeddings))
     reference(batch).sum().backward()
     assert relative_error(gradients(encoder.inner), gradients(reference)) < 1e-12
     noisy = Limited(2, dropout=0.5).train()
     noisy.only_replays = True
-    recording = record(noisy, batch, micro_batches=list(torch.arange(9).split(3)))
+    recording = recorded(noisy, batch, micro_batch=3)
     with pytest.raises(AnybatchError, match=r"dropout.*No gradient was changed.*lower micro_batch"):
-        recording.backward(torch.ones_like(recording.embeddings))
+        send_back(recording, torch.ones_like(recording.embeddings))
 
 
 def test_kept_graphs_give_way_before_the_micro_batch_does():
@@ -144,7 +146,7 @@ def test_kept_graphs_give_way_before_the_micro_batch_does():
 
     inner = Mlp().double()
     with pytest.warns(UserWarning, match="with 2 graphs kept"):
-        recording = record(crowded, vectors(12), micro_batches=list(torch.arange(12).split(3)), keep_graphs=1.0)
+        recording = recorded(crowded, vectors(12), micro_batch=3, keep_graphs=1.0)
     assert recording.num_kept == 1  # one gave way to the replays
 
 
@@ -159,9 +161,9 @@ def test_no_room_for_the_graphs_of_the_first_step_beside_a_kept_one_splits_nothi
             graphs.append(weakref.ref(out))
         return out
 
-    recording = record(crowded, vectors(12), micro_batches=list(torch.arange(12).split(3)), keep_graphs=1)
+    recording = recorded(crowded, vectors(12), micro_batch=3, keep_graphs=1)
     assert recording.num_kept == 1  # and no warning, which would be an error here
-    recording.backward(torch.ones_like(recording.embeddings))
+    send_back(recording, torch.ones_like(recording.embeddings))
 
 
 def test_a_single_row_that_does_not_fit():
@@ -177,7 +179,7 @@ def test_other_errors_pass():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        record(broken, vectors(4), micro_batches=[torch.arange(4)])
+        recorded(broken, vectors(4), micro_batch=4)
 
 
 def test_auto_needs_the_right_word():
@@ -208,7 +210,7 @@ def test_measured_graphs_are_freed():
 
     def step():
         [recording] = record_towers([encoder], [batch], micro_batch=3, keep_graphs="auto", memory=StepMemory("80%"))
-        recording.backward(torch.ones_like(recording.embeddings))
+        send_back(recording, torch.ones_like(recording.embeddings))
 
     for _ in range(2):
         step()

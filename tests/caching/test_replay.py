@@ -7,17 +7,23 @@ import pytest
 import torch
 from torch import nn
 
-from anybatch.caching import plan_micro_batches, record, replay
+from anybatch.caching import record_towers, replay
 from anybatch.core.errors import AnybatchError
-from tests.caching.helpers import Mlp, Softmax, TextEncoder, clone, gradients, relative_error, texts
+from tests.caching.helpers import (
+    Mlp,
+    Softmax,
+    TextEncoder,
+    clone,
+    gradients,
+    recorded,
+    relative_error,
+    send_back,
+    texts,
+)
 
 
 def rows(count: int = 10, seed: int = 0):
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def recorded(encode, inputs, micro_batch=3, **options):
-    return record(encode, inputs, micro_batches=plan_micro_batches(inputs, micro_batch=micro_batch), **options)
 
 
 def test_embeddings_are_one_leaf_in_the_order_of_the_batch():
@@ -44,7 +50,7 @@ def test_several_tensors_from_one_forward_pass(keep):
     with pytest.raises(AnybatchError, match="leaves"):
         _ = recording.embeddings
     (first.sin().sum() * second.mean() + third.sum()).backward()
-    recording.backward(first.grad, second.grad, None)
+    send_back(recording, first.grad, second.grad, None)
     reference = clone(encoder)
     out = reference(batch)
     (out.sin().sum() * (out**2).sum(1).mean()).backward()
@@ -54,7 +60,7 @@ def test_several_tensors_from_one_forward_pass(keep):
 def test_a_gradient_that_is_not_used_may_be_left_out():
     encoder = Mlp()
     recording = recorded(lambda x: (encoder(x), encoder(x) * 2), rows())
-    recording.backward(torch.ones(10, 5), None)
+    send_back(recording, torch.ones(10, 5), None)
     reference = clone(encoder)
     reference(rows()).sum().backward()
     assert relative_error(gradients(encoder), gradients(reference)) < 1e-5
@@ -75,7 +81,7 @@ def test_replay_runs_in_the_autocast_of_the_recording(keep, cached_casts_of_the_
         recording = recorded(encoder, batch, keep_graphs=keep)
     assert recording.embeddings.dtype == torch.float32
     recording.embeddings.sin().sum().backward()
-    recording.backward(recording.embeddings.grad)
+    send_back(recording, recording.embeddings.grad)
     assert set(seen) == {torch.bfloat16}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = torch.cat([reference(part) for part in batch.split(3)])
@@ -93,7 +99,7 @@ def test_bf16_gradients_equal_those_of_one_graph_over_the_same_micro_batches():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         recording = recorded(encoder, batch)
     recording.embeddings.sin().sum().backward()
-    recording.backward(recording.embeddings.grad)
+    send_back(recording, recording.embeddings.grad)
     for part in batch.split(3):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = reference(part)
@@ -109,9 +115,9 @@ def test_replay_inside_the_callers_autocast():
             recording = recorded(module, rows())
             grad = torch.ones_like(recording.embeddings)
             if context is None:
-                recording.backward(grad)
+                send_back(recording, grad)
         if context is not None:
-            recording.backward(grad)
+            send_back(recording, grad)
     assert relative_error(gradients(inside), gradients(outside)) == 0
 
 
@@ -121,7 +127,7 @@ def test_replay_keeps_the_training_mode_of_the_recording():
     torch.manual_seed(1)
     recording = recorded(encoder, rows())
     encoder.eval()
-    recording.backward(torch.ones(10, 5))
+    send_back(recording, torch.ones(10, 5))
     assert not any(module.training for module in encoder.modules())
     torch.manual_seed(1)
     torch.cat([reference(part) for part in rows().split(3)]).sum().backward()
@@ -136,7 +142,7 @@ def test_random_numbers_drawn_between_recording_and_replay_do_no_harm():
     recording = recorded(encoder, rows())
     torch.rand(100)
     state = torch.get_rng_state()
-    recording.backward(torch.ones(10, 5))
+    send_back(recording, torch.ones(10, 5))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
     torch.cat([reference(part) for part in rows().split(3)]).sum().backward()
@@ -148,7 +154,7 @@ def test_the_outer_gradient_scales_before_half_precision():
     encoder = Mlp().half()
     tiny = torch.full((10, 5), 1e-9)
     recording = recorded(encoder, rows().half())
-    recording.backward(tiny, scale=torch.tensor(2.0**16))
+    send_back(recording, tiny, scale=torch.tensor(2.0**16))
     assert encoder.layers[-1].bias.grad.abs().min() > 0
     torch.testing.assert_close(
         encoder.layers[-1].bias.grad.float(), torch.full((5,), 10 * 1e-9 * 2.0**16), rtol=1e-2, atol=0
@@ -175,7 +181,7 @@ def test_kept_graphs_only_while_needed():
     graphs.clear()
     recording = recorded(watched, rows(12), keep_graphs=2)
     assert recording.num_kept == 2
-    recording.backward(torch.ones(12, 5))
+    send_back(recording, torch.ones(12, 5))
     gc.collect()
     assert recording.num_kept == 0
     assert all(graph() is None for graph in graphs)
@@ -187,7 +193,7 @@ def test_frozen_encoders_are_not_replayed():
     recording = recorded(encoder, rows())
     assert not recording.trains
     assert not recording.embeddings.requires_grad
-    recording.backward(None)
+    send_back(recording, None)
 
 
 def test_a_tower_that_trains_only_on_some_rows():
@@ -200,7 +206,7 @@ def test_a_tower_that_trains_only_on_some_rows():
         return encoder(x) if x[0, 0] >= 3 else encoder(x).detach()
 
     recording = recorded(routed, batch)
-    recording.backward(torch.ones(9, 5, dtype=torch.float64))
+    send_back(recording, torch.ones(9, 5, dtype=torch.float64))
     reference = clone(encoder)
     reference(batch[3:]).sum().backward()
     assert relative_error(gradients(encoder), gradients(reference)) < 1e-12
@@ -216,16 +222,14 @@ def test_no_gradients_no_replay():
 def test_misuse():
     recording = recorded(Mlp(), rows())
     with pytest.raises(AnybatchError, match="2 gradients for 1"):
-        recording.backward(torch.ones(10, 5), None)
+        send_back(recording, torch.ones(10, 5), None)
     with pytest.raises(AnybatchError, match=r"\(5, 5\) for a leaf of shape \(10, 5\)"):
-        recording.backward(torch.ones(5, 5))
-    recording.backward(torch.ones(10, 5))
+        send_back(recording, torch.ones(5, 5))
+    send_back(recording, torch.ones(10, 5))
     with pytest.raises(AnybatchError, match="already"):
-        recording.backward(torch.ones(10, 5))
-    with pytest.raises(AnybatchError, match="exactly once"):
-        record(Mlp(), rows(), micro_batches=[torch.arange(9)])
+        send_back(recording, torch.ones(10, 5))
     with pytest.raises(AnybatchError, match="no rows"):
-        record(Mlp(), torch.zeros(0, 6), micro_batches=[])
+        recorded(Mlp(), torch.zeros(0, 6))
     with pytest.raises(AnybatchError, match="returned dict"):
         recorded(lambda x: {"sentence_embedding": x}, rows())
     with pytest.raises(AnybatchError, match="for 3 rows"):
@@ -234,12 +238,13 @@ def test_misuse():
         recorded(lambda x: x[:, : len(x)], rows(10), micro_batch=4)
 
 
-def test_several_recordings_share_one_encoder():
+@pytest.mark.parametrize("keep", [0, 1])
+def test_several_recordings_share_one_encoder(keep):
     encoder = Mlp(dropout=0.3).double().train()
     reference = clone(encoder)
     batches = [rows(7).double(), rows(5, seed=1).double()]
     torch.manual_seed(2)
-    recordings = [recorded(encoder, batch, keep_graphs=keep) for batch, keep in zip(batches, (1, 0))]
+    recordings = record_towers([encoder] * 2, batches, micro_batch=3, keep_graphs=keep)
     loss = nn.functional.cosine_similarity(recordings[0].embeddings[:5], recordings[1].embeddings).sum()
     loss.backward()
     replay(recordings, [[r.embeddings.grad] for r in recordings])

@@ -1,25 +1,22 @@
 """A sharded encoder (FSDP2) on two gloo ranks leaves the gradients of one process; what cannot be served is refused."""
 
-import os
 import random
-import tempfile
 import warnings
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anybatch.caching import cached_step, record
-from anybatch.caching.reduction import distributed_modules
+from anybatch.caching import cached_step
+from anybatch.caching.encoder import ModuleFacts
 from anybatch.core.errors import AnybatchError
-from tests.caching.helpers import Mlp, TextEncoder, relative_error
+from tests.caching.helpers import Mlp, TextEncoder, recorded, relative_error
 from tests.caching.test_distributed import GatheringSoftmax, reference, share, whole_batch
+from tests.ranks import on_ranks
 
 SHARES = [7, 4]  # three micro-batches of three on one rank, two on the other
 CASES = {
@@ -105,31 +102,23 @@ def looks_at_rows_on_one_rank():
     return said
 
 
-def on_rank(rank, folder):
-    torch.set_num_threads(1)
+def on_rank(rank, world_size):
     torch.set_default_dtype(torch.float64)
-    start, limit = f"file://{folder}/rendezvous", timedelta(seconds=90)
-    dist.init_process_group("gloo", init_method=start, rank=rank, world_size=2, timeout=limit)
-    try:
-        results = {name: run_case(rank, name, options) for name, options in CASES.items()}
-        inputs = [share(batch, rank, SHARES) for batch in whole_batch(SHARES)]
-        messages = []
-        for options in ({"micro_batch": "auto"}, {"micro_batch": 1}):
-            # Seven rows one by one on one rank are seven passes, and the other has four rows.
-            with pytest.raises(AnybatchError) as caught:
-                cached_step(GatheringSoftmax(SHARES), sharded_encoder(), inputs, **options)
-            messages.append(str(caught.value))
-        messages += looks_at_rows_on_one_rank()
-        torch.save((results, messages), os.path.join(folder, f"{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
+    results = {name: run_case(rank, name, options) for name, options in CASES.items()}
+    inputs = [share(batch, rank, SHARES) for batch in whole_batch(SHARES)]
+    messages = []
+    for options in ({"micro_batch": "auto"}, {"micro_batch": 1}):
+        # Seven rows one by one on one rank are seven passes, and the other has four rows.
+        with pytest.raises(AnybatchError) as caught:
+            cached_step(GatheringSoftmax(SHARES), sharded_encoder(), inputs, **options)
+        messages.append(str(caught.value))
+    messages += looks_at_rows_on_one_rank()
+    return results, messages
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_rank, args=(folder,), nprocs=2)
-        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
+    return on_ranks(on_rank, 2, seconds=90)
 
 
 @pytest.mark.distributed
@@ -161,6 +150,10 @@ def test_ranks_look_at_the_rows_together(ranks):
         assert "depends on the rows" in centred
 
 
+def wrapped_in(module):
+    return ModuleFacts([module], None).wrapped
+
+
 def test_zero_is_refused_with_what_to_use():
     engine = type(
         "DeepSpeedEngine",
@@ -168,17 +161,17 @@ def test_zero_is_refused_with_what_to_use():
         {"zero_optimization_stage": lambda self: 2, "__module__": "deepspeed.runtime.engine"},
     )
     with pytest.raises(AnybatchError, match=r"ZeRO-2.*fully_shard.*DistributedDataParallel"):
-        distributed_modules([nn.Sequential(engine())])
+        wrapped_in(nn.Sequential(engine()))
     engine.zero_optimization_stage = lambda self: 1
-    assert distributed_modules([engine()]) == []
+    assert wrapped_in(engine()) == []
     partitioned = Mlp()
     partitioned.layers[0].weight.ds_id = 0  # what ZeRO-3 leaves on every parameter
     with pytest.raises(AnybatchError, match="ZeRO-3"):
-        record(partitioned, torch.randn(4, 6), micro_batches=[torch.arange(4)])
+        recorded(partitioned, torch.randn(4, 6), micro_batch=4)
 
 
 def test_the_older_fsdp_is_refused():
     older = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(older)
     with pytest.raises(AnybatchError, match="fully_shard"):
-        distributed_modules([older])
+        wrapped_in(older)

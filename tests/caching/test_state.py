@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from anybatch.caching import cached_step, record
+from anybatch.caching import cached_step
 from anybatch.core.errors import AnybatchError
-from tests.caching.helpers import Mlp, Softmax, clone, gradients, relative_error, vectors
+from tests.caching.helpers import Mlp, Softmax, clone, gradients, recorded, relative_error, send_back, vectors
 
 EXACT = 1e-12
 
@@ -271,10 +271,10 @@ def test_gradients_of_a_failed_replay_are_taken_back():
             raise ValueError("broken in the second replay")
         return encoder(x)
 
-    recording = record(failing, vectors(9), micro_batches=list(torch.arange(9).split(3)))
+    recording = recorded(failing, vectors(9), micro_batch=3)
     calls[:] = [1] * 5
     with pytest.raises(ValueError, match="broken"):
-        recording.backward(torch.ones_like(recording.embeddings))
+        send_back(recording, torch.ones_like(recording.embeddings))
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
@@ -318,9 +318,9 @@ def test_memos_used_once_have_their_gradient():
     def with_half(embeddings):
         return loss(embeddings, embeddings.flip(0))
 
-    recording = record(encoder, inputs[0], micro_batches=plan)
+    recording = recorded(encoder, inputs[0], micro_batch=4)
     with_half(recording.embeddings).backward()
-    recording.backward(recording.embeddings.grad)
+    send_back(recording, recording.embeddings.grad)
     got = gradients(encoder, loss)
     fresh = Remembering("by number of rows")
     loss.zero_grad()

@@ -8,17 +8,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anybatch.caching import (
-    GraphBudget,
-    StepMemory,
-    cached_step,
-    plan_micro_batches,
-    record,
-    record_towers,
-    step_memory,
-)
+from anybatch.caching import StepMemory, cached_step, memory, plan_micro_batches, record_towers
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, total_memory
-from anybatch.caching.memory import LEAF_COPIES, leaf_bytes
+from anybatch.caching.encoder import towers_of
+from anybatch.caching.memory import LEAF_COPIES, GraphBudget, gradient_bytes, graph_bytes, leaf_bytes
 from anybatch.caching.rows import RowSlicer
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import InfoNCE, SogCLR
@@ -29,7 +22,9 @@ from tests.caching.helpers import (
     clone,
     gradients,
     plain_step,
+    recorded,
     relative_error,
+    send_back,
     texts,
     vectors,
 )
@@ -44,11 +39,10 @@ def device(monkeypatch):
     class Device:
         total, used = 2**40, 0
 
-    for module in ("step_memory", "memory"):
-        monkeypatch.setattr(f"anybatch.caching.{module}.total_memory", lambda _: Device.total)
-        monkeypatch.setattr(f"anybatch.caching.{module}.memory_in_use", lambda _: Device.used)
-    monkeypatch.setattr(step_memory, "LOSS_RESERVE", 0)
-    monkeypatch.setattr(step_memory, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(memory, "total_memory", lambda _: Device.total)
+    monkeypatch.setattr(memory, "memory_in_use", lambda _: Device.used)
+    monkeypatch.setattr(memory, "LOSS_RESERVE", 0)
+    monkeypatch.setattr(memory, "FEWEST_TOKENS", 1)
     return Device
 
 
@@ -90,7 +84,7 @@ def test_what_fits_is_plain_training(device):
     for step in range(2):
         encoder.rows.clear()
         [recording] = record_towers([encoder], [batch], micro_batch="auto", keep_graphs="auto", memory=memory)
-        recording.backward(torch.ones_like(recording.embeddings))
+        send_back(recording, torch.ones_like(recording.embeddings))
         # Once: two short rows with their padding and without, then what a row takes.
         probes = [(2, True), (2, False), (1, True), (2, True)] if step == 0 else []
         assert encoder.rows == [*probes, (20, True)]  # one forward pass of everything, no replay, probed once
@@ -101,7 +95,7 @@ def test_the_micro_batch_follows_the_memory(device):
     tokens = []
     for megabytes in (64, 16, 4, 1):
         device.total = megabytes * 2**20
-        plan = record_towers([encoder], [batch], micro_batch="auto", memory=StepMemory("100%"))[0]._pieces
+        plan = record_towers([encoder], [batch], micro_batch="auto", memory=StepMemory("100%"))[0].pieces
         tokens.append(max(len(piece.rows) for piece in plan))
     assert tokens == sorted(tokens, reverse=True)
     assert tokens[0] > tokens[-1] > 0
@@ -113,7 +107,10 @@ def test_the_probed_micro_batch_fits_in_half_of_the_room(device):
     memory = StepMemory("100%")
     [recording] = record_towers([encoder], [batch], micro_batch="auto", memory=memory)
     largest = GraphBudget(1, modules=[encoder])
-    record(encoder, batch, micro_batches=[p.rows for p in recording._pieces], keep_graphs=largest)
+    slicer = RowSlicer(batch)
+    for piece in recording.pieces:
+        with largest.measure(slicer, piece.rows):
+            encoder(slicer.take(piece.rows))
     gradient_bytes = sum(4 * p.numel() for p in encoder.parameters())
     room = (device.total - gradient_bytes) / 2
     assert room / 4 < largest.largest <= room  # powers of two: within a factor of two, and the rows' raggedness
@@ -155,33 +152,40 @@ def pictures(count):
     }
 
 
+def auto_limits(budget, encoder, slicer):
+    return budget.limits(towers_of([encoder], [slicer])[0], "auto", None, num_rows=slicer.num_rows)
+
+
 def test_pictures_and_texts_of_one_encoder_are_measured_apart(device):
     """Their units differ, rows and tokens: what one learns says nothing of the other."""
-    encoder, memory = Pixels(), StepMemory("100%")
-    device.total = 2**20 + step_memory._gradient_bytes([encoder])
+    encoder, budget = Pixels(), StepMemory("100%")
+    device.total = 2**20 + gradient_bytes([encoder])
     slicers = [RowSlicer(texts(11, 20, 1)), RowSlicer(pictures(11))]
     found = []
     for slicer in slicers:
-        alone = StepMemory("100%").max_tokens(encoder, slicer, [encoder])
-        found.append(memory.max_tokens(encoder, slicer, [encoder]))
-        assert found[-1] == alone
-    assert found[0] != found[1]
-    memory.note_split(3, samples=True)
-    assert memory.max_tokens(encoder, slicers[1], [encoder]) == 3
-    assert memory.max_tokens(encoder, slicers[0], [encoder]) == found[0]
-    memory.note_split(40)
-    assert (memory.learned, memory.learned_samples) == (40, 3)
+        found.append(auto_limits(budget, encoder, slicer))
+        assert found[-1] == auto_limits(StepMemory("100%"), encoder, slicer)
+    (no_rows, tokens), (rows, no_tokens) = found
+    assert no_rows is None
+    assert no_tokens is None
+    assert tokens != rows
+    budget.note_out_of_memory(3, by_rows=True)
+    assert auto_limits(budget, encoder, slicers[1]) == (3, None)
+    assert auto_limits(budget, encoder, slicers[0]) == found[0]
+    budget.note_out_of_memory(40, by_rows=False)
+    assert (budget.learned, budget.learned_samples) == (40, 3)
 
 
 def test_few_pictures_where_there_is_little_room(device, monkeypatch):
     """The least number of tokens is no least number of pictures."""
-    monkeypatch.setattr(step_memory, "FEWEST_TOKENS", 64)
+    monkeypatch.setattr(memory, "FEWEST_TOKENS", 64)
     encoder, slicer = Pixels(), RowSlicer(pictures(11))
     encoder.text.requires_grad_(False)
-    one = step_memory._graph_bytes(encoder, slicer, torch.arange(1), [encoder], CPU, 11)[0]
+    [tower] = towers_of([encoder], [slicer])
+    one = graph_bytes(tower, torch.arange(1), 11)[0]
     assert one is not None
-    device.total = 10 * one + step_memory._gradient_bytes([encoder])
-    assert 1 <= StepMemory("100%").max_tokens(encoder, slicer, [encoder]) < 16
+    device.total = 10 * one + gradient_bytes([encoder])
+    assert 1 <= auto_limits(StepMemory("100%"), encoder, slicer)[0] < 16
 
 
 def test_pictures_have_no_tokens_to_limit():
@@ -276,11 +280,11 @@ class Tight(torch.nn.Module):
 
     def __init__(self, tokens, *, dropout=0.0):
         super().__init__()
-        self.inner, self.tokens, self.failures = TextEncoder(dropout=dropout), tokens, 0
+        self.inner, self.tokens, self.failures = TextEncoder(dropout=dropout), tokens, []  # a number would be put back
 
     def forward(self, batch):
         if batch["input_ids"].numel() > self.tokens:
-            self.failures += 1
+            self.failures.append(1)
             raise torch.OutOfMemoryError("no room")
         return self.inner(batch)
 
@@ -290,13 +294,13 @@ def test_later_steps_start_from_what_fitted(device):
     batch, memory = texts(16, 30, 1), StepMemory("80%")
     with pytest.warns(UserWarning, match="padded tokens"):
         record_towers([encoder], [batch], micro_batch="auto", memory=memory)
-    assert encoder.failures > 0
+    assert encoder.failures
     assert memory.learned is not None
     assert 30 <= memory.learned <= 70
-    encoder.failures = 0
+    encoder.failures.clear()
     [recording] = record_towers([encoder], [batch], micro_batch="auto", memory=memory)
-    assert encoder.failures == 0
-    recording.backward(torch.ones_like(recording.embeddings))
+    assert not encoder.failures
+    send_back(recording, torch.ones_like(recording.embeddings))
 
 
 def test_overrun_lowers_what_later_steps_keep(device):
@@ -332,9 +336,9 @@ def test_out_of_memory_in_the_backward_pass_is_explained():
             raise torch.OutOfMemoryError("no room")
 
     inner = Mlp()
-    recording = record(lambda x: Heavy.apply(inner(x)), torch.randn(4, 6), micro_batches=[torch.arange(4)])
+    recording = recorded(lambda x: Heavy.apply(inner(x)), torch.randn(4, 6), micro_batch=4)
     with pytest.raises(AnybatchError, match=r"backward pass of a micro-batch of 4 rows.*No gradient was changed"):
-        recording.backward(torch.ones(4, 5))
+        send_back(recording, torch.ones(4, 5))
 
 
 def test_graphs_that_share_storage_are_counted_once():
@@ -346,7 +350,7 @@ def test_graphs_that_share_storage_are_counted_once():
     def encode(x):
         return torch.nn.functional.linear(first(x).tanh(), cast).tanh()
 
-    record(encode, torch.randn(8, 6), micro_batches=list(torch.arange(8).split(2)), keep_graphs=budget)
+    recorded(encode, torch.randn(8, 6), micro_batch=2, keep_graphs=budget)
     # Every graph also saves its x (2 x 6) and the two tanh (2 x 7, 2 x 200).
     assert budget.spent == 4 * (200 * 7 + 4 * (2 * 6 + 2 * 7 + 2 * 200))
 
@@ -366,7 +370,7 @@ def test_the_plan_of_a_mixed_limit():
     batch = texts(12, 9, 1)
     recordings = record_towers([TextEncoder()], [batch], micro_batch="auto", max_tokens=18)
     wanted = plan_micro_batches(batch, micro_batch=None, max_tokens=18)
-    assert [piece.rows.tolist() for piece in recordings[0]._pieces] == [rows.tolist() for rows in wanted]
+    assert [piece.rows.tolist() for piece in recordings[0].pieces] == [rows.tolist() for rows in wanted]
 
 
 @pytest.mark.parametrize("place", ["replay", "backward"])
@@ -400,11 +404,11 @@ def test_running_out_in_a_replay_or_backward_pass_teaches_and_leaves_no_gradient
     start = len(sizes)
     largest = max(sizes)
     with pytest.raises(AnybatchError, match=r"Out of memory.*No gradient was changed"):
-        recording.backward(torch.ones_like(recording.embeddings))
+        send_back(recording, torch.ones_like(recording.embeddings))
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert memory.learned is not None
     crowded[0] = False
     sizes.clear()
     [recording] = record_towers([encode], [batch], **options)
-    recording.backward(torch.ones_like(recording.embeddings))
+    send_back(recording, torch.ones_like(recording.embeddings))
     assert max(sizes) <= max(12, largest // 2)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from anybatch.cli.app import app
-from anybatch.losses.memory_states import join_shards
+from anybatch.losses.state import join_shards
 
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anybatch"]
 

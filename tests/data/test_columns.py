@@ -10,9 +10,10 @@ import pytest
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.columns import choose_columns
-from anybatch.data.pairs import PairSet, find_sets, join_pairs, read_pairs, read_retrieval
-from anybatch.data.pictures import PictureColumn
-from tests.pictures import picture
+from anybatch.data.images import ImageColumn
+from anybatch.data.pairs import PairSet, find_sets, join_pairs, read_pairs
+from anybatch.data.retrieval import read_retrieval
+from tests.images import image
 
 
 def write(path: Path, rows) -> Path:
@@ -177,36 +178,36 @@ def test_doubts_about_a_choice(tmp_path, said, rows, match):
     assert match in warning if match else warning == ""
 
 
-def test_paths_of_pictures(tmp_path, said):
+def test_paths_of_images(tmp_path, said):
     for n in range(3):
-        (tmp_path / f"{n}.PNG").write_bytes(picture(n))
+        (tmp_path / f"{n}.PNG").write_bytes(image(n))
     rows = [{"anchor": f"{n}.PNG", "positive": f"a dot {n}"} for n in range(3)]
-    assert isinstance(read_pairs(write(tmp_path / "p.jsonl", rows)).anchors, PictureColumn)
-    assert "anchor 'anchor' (pictures)" in said()[0]
-    rows[1]["anchor"] = "a picture called 1.PNG, and more"
+    assert isinstance(read_pairs(write(tmp_path / "p.jsonl", rows)).anchors, ImageColumn)
+    assert "anchor 'anchor' (images)" in said()[0]
+    rows[1]["anchor"] = "an image called 1.PNG, and more"
     assert isinstance(read_pairs(write(tmp_path / "p.jsonl", rows)).anchors, list)
     rows[1]["anchor"] = "absent.jpeg"
-    with pytest.raises(AnybatchError, match=r"'anchor' .*seems to hold paths of pictures.*absent\.jpeg \(row 2\)"):
+    with pytest.raises(AnybatchError, match=r"'anchor' .*seems to hold paths of images.*absent\.jpeg \(row 2\)"):
         read_pairs(write(tmp_path / "p.jsonl", rows))
-    assert read_pairs(tmp_path / "p.jsonl", pictures=()).anchors[1] == "absent.jpeg"
+    assert read_pairs(tmp_path / "p.jsonl", images=()).anchors[1] == "absent.jpeg"
 
 
-def test_lists_of_pictures_are_all_used(tmp_path):
+def test_lists_of_images_are_all_used(tmp_path):
     for n in range(4):
-        (tmp_path / f"{n}.png").write_bytes(picture(n))
+        (tmp_path / f"{n}.png").write_bytes(image(n))
     rows = [{"query": f"a{n}", "pos": "p", "neg": [f"{(n + k) % 4}.png" for k in range(3)]} for n in range(4)]
     data = read_pairs(write(tmp_path / "p.jsonl", rows))
     assert [[column[row].encoded for row in range(4)] for column in data.negatives] == [
-        [picture((row + k) % 4) for row in range(4)] for k in range(3)
+        [image((row + k) % 4) for row in range(4)] for k in range(3)
     ]
 
 
-@pytest.mark.parametrize("pictures", [None, ()])
-def test_a_few_words_among_paths_of_pictures_are_doubted(tmp_path, said, pictures):
-    (tmp_path / "0.png").write_bytes(picture(0))
-    rows = [{"anchor": "no picture" if n == 2 else "0.png ", "positive": f"p{n}"} for n in range(5)]
-    assert read_pairs(write(tmp_path / "p.jsonl", rows), pictures=pictures).anchors[2] == "no picture"
-    assert ("4 of 5 texts look like paths of pictures" in said()[1]) == (pictures is None)
+@pytest.mark.parametrize("images", [None, ()])
+def test_a_few_words_among_paths_of_images_are_doubted(tmp_path, said, images):
+    (tmp_path / "0.png").write_bytes(image(0))
+    rows = [{"anchor": "no image" if n == 2 else "0.png ", "positive": f"p{n}"} for n in range(5)]
+    assert read_pairs(write(tmp_path / "p.jsonl", rows), images=images).anchors[2] == "no image"
+    assert ("4 of 5 texts look like paths of images" in said()[1]) == (images is None)
 
 
 def test_one_folder_a_task(tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs, read_retrieval, text_digest
+from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs, text_digest
+from anybatch.data.retrieval import read_retrieval
 
 ROWS = [
     {"q": "first question", "a": "an answer, with a comma", "n": "wrong"},
@@ -251,3 +252,46 @@ def test_judgements_without_a_relevant_document_are_refused(tmp_path):
                 read_retrieval(*files)
         else:
             assert read_retrieval(*files).relevance == {"1": {"1": 1}}
+
+
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    """Loaded by `datasets`, which is stood in for here; without a connection there is one message."""
+    import datasets
+
+    saved = datasets.Dataset.from_list(ROWS)
+    asked = []
+
+    def load(name, configuration, split):
+        asked.append((name, configuration, split))
+        if configuration == "away":
+            raise ConnectionError("no network")
+        return saved
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = read_pairs("hf://owner/name/pairs", anchor="q", positive="a", limit=2)
+    assert list(data.anchors) == [row["q"] for row in ROWS[:2]]
+    assert read_pairs("hf://owner/name", anchor="q", positive="a").digest != data.digest
+    read_pairs("hf://owner/name/pairs/more", anchor="q", positive="a")
+    assert asked == [
+        ("owner/name", "pairs", "train"),
+        ("owner/name", None, "train"),
+        ("owner/name", "pairs", "more"),
+    ]  # each once
+    assert find_sets("hf://owner/name") == {}
+    with pytest.raises(AnybatchError, match=r"Cannot load owner/name .*no network.*hf://OWNER/NAME.*download it"):
+        read_pairs("hf://owner/name/away")
+
+
+def test_data_sets_of_a_pattern(tmp_path):
+    for name in ("b.jsonl", "a.csv.gz", "inner/c.tsv", "notes.txt", "[x].jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert find_sets(tmp_path / "*.jsonl") == {"[x]": tmp_path / "[x].jsonl", "b": tmp_path / "b.jsonl"}
+    assert list(find_sets(tmp_path / "**" / "*.[ct]sv*")) == ["a", "c"]
+    assert find_sets(tmp_path / "[x].jsonl") == {}  # a file
+    assert find_sets(tmp_path / "*.parquet") == {}
+    with pytest.raises(AnybatchError, match=r"There is no file .*\*\.parquet"):
+        read_pairs(tmp_path / "*.parquet")
+    (tmp_path / "b_test.jsonl").write_text("")
+    with pytest.raises(AnybatchError, match="b_test would be trained on"):
+        find_sets(tmp_path / "*.jsonl")

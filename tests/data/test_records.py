@@ -25,7 +25,7 @@ FAST = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], dea
 
 
 def pairs_of(path, **options):
-    data = read_pairs(path, negatives=(), pictures=(), **options)
+    data = read_pairs(path, negatives=(), images=(), **options)
     return list(zip(data.anchors, data.positives, strict=True))
 
 

@@ -119,7 +119,7 @@ def test_small_shares_that_still_deal_a_cluster_of_each_set(mixing):
 
 
 def test_one_positive_of_many_rows_is_shown_once():
-    """One caption of many pictures: pairs of the same two captions differ by nothing that could be read."""
+    """One caption of many images: pairs of the same two captions differ by nothing that could be read."""
     anchors, positives = embeddings(64, seed=4)
     positive_id = np.arange(64) // 4
     positives = positives[positive_id * 4]

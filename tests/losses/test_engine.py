@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybatch.losses.engine import Side, dense_softmax_loss, softmax_loss, symmetric_softmax_loss
+from anybatch.losses.engine import Answer, Side, dense_softmax_loss, softmax_loss, symmetric_softmax_loss
 from anybatch.losses.log_weights import TensorLogWeight
 
 
@@ -104,6 +104,60 @@ def test_both_at_once_equal_two_runs(shape, tile, row_wise, per_row, weighted, k
     for mine, twin in zip(stats, (stats_one, stats_other), strict=True):
         for name in ("log_sum", "log_denominator", "objective", "num_negatives", "temperature_gradient"):
             torch.testing.assert_close(getattr(mine, name), getattr(twin, name), rtol=1e-11, atol=1e-11)
+
+
+class OwnPositiveWeight:
+    """logsumexp over the negatives minus c times the positive's logit: the positive receives -c, not minus the sum of 1."""
+
+    row_wise = True
+
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, log_sum, num_drawn, rows):
+        return Answer(log_sum, log_sum, positive_weight=-self.share[rows])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=shapes, tile=tiles, per_row=st.booleans(), weighted=st.booleans(), masked=st.booleans(), both=st.booleans()
+)
+def test_the_positive_receives_what_the_rule_says(shape, tile, per_row, weighted, masked, both):
+    anchors, candidates, tau, row_weight, log_weight = draw(*shape)
+    rows, weight = len(anchors), TensorLogWeight(values=log_weight, normalised=False)
+    share = 0.5 + torch.arange(rows, dtype=torch.float64)
+    taus = [tau, 2 * tau] if per_row else [tau[0].clone(), 2 * tau[0]]
+    inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
+    pairs = ((anchors, candidates), (candidates[:rows], anchors))[: 1 + both]
+    weights = (weight, weight.reversed(rows))
+    factor = row_weight if weighted else torch.ones_like(row_weight)
+    sides = [
+        Side(
+            rule=OwnPositiveWeight(share),
+            temperature=temperature,
+            log_weight=term if masked else None,
+            row_weight=row_weight if weighted else None,
+        )
+        for temperature, term in zip(taus, weights, strict=True)
+    ]
+    theirs = anchors.new_zeros(())
+    for (queries, others), temperature, term in zip(pairs, taus, weights):
+        logits = queries @ others.T / temperature.expand(rows)[:, None]
+        removed = torch.eye(rows, len(others), dtype=torch.bool)
+        removed |= term.values[:, : len(others)].isneginf() if masked else False
+        negatives = (logits + (term.values if masked else 0.0)).masked_fill(removed, -torch.inf)
+        per_query = negatives.logsumexp(dim=1) - share * logits.diagonal()
+        per_query = torch.where(removed.all(dim=1), -share * logits.diagonal(), per_query)
+        theirs = theirs + (factor * per_query).sum() / (rows * len(pairs))
+    if both:
+        ours, _ = symmetric_softmax_loss(anchors, candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
+    else:
+        ours, _ = softmax_loss(anchors, candidates, tile_bytes=tile, **arguments(sides[0]))
+        dense = dense_softmax_loss(anchors, candidates, **arguments(sides[0]))
+        assert_all_close(*(torch.autograd.grad(loss, inputs[:3]) for loss in (ours, dense)))
+        ours, _ = softmax_loss(anchors, candidates, tile_bytes=tile, **arguments(sides[0]))
+    mine, expected = (torch.autograd.grad(loss, inputs[: 3 + both]) for loss in (ours, theirs))
+    assert_all_close(mine, expected)
 
 
 class Tilted:

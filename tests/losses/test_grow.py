@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from anybatch.losses.memory_states import grown_state, join_shards
 from safetensors.torch import load_file, save_file
 
 from anybatch.core.errors import AnybatchError
@@ -25,7 +23,7 @@ from anybatch.losses import (
     Matryoshka,
     SogCLR,
 )
-from anybatch.losses.memory_states import grown_state, join_shards
+from tests.ranks import on_ranks
 
 OLD, NEW, WIDTH = 13, 20, 4
 MAKE = {
@@ -287,9 +285,7 @@ def share(loss, seed, high, rank):
     return value.detach()
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+def worker(rank, world_size):
     states = {}
     for name in SHARED_OUT:
         loss = sharded(name, OLD)
@@ -305,10 +301,9 @@ def worker(rank, world_size, folder):
         early.grow(NEW)  # before anything is stored
         early.load_state_dict(loss.state_dict())
         assert torch.equal(share(early, 5, NEW, rank), share(loss, 5, NEW, rank))
-    torch.save(states, f"{folder}/{rank}.pt")
-    dist.barrier()
+    parts = [None] * world_size
+    dist.all_gather_object(parts, states)
     # The whole of the old shards into larger sharded losses, each taking its own part.
-    parts = [torch.load(f"{folder}/{number}.pt") for number in range(world_size)]
     for name in SHARED_OUT:
         loaded = sharded(name, NEW)
         loaded.load_state_dict(grown_state(join_shards([part[name, "old"] for part in parts]), loaded))
@@ -316,14 +311,12 @@ def worker(rank, world_size, folder):
             assert torch.equal(share(loaded, seed, NEW, rank), expected)
         for key, value in loaded.state_dict().items():
             assert torch.equal(value.nan_to_num(-99), states[name, "new"][key].nan_to_num(-99))
-    dist.destroy_process_group()
+    return states
 
 
 @pytest.mark.distributed
 def test_sharded_over_two_ranks_equals_one_process():
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (2, folder), nprocs=2)
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    ranks = on_ranks(worker, 2)
     for name in SHARED_OUT:
         alone = make(name, OLD)
         for seed in range(3):

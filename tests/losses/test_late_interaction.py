@@ -1,16 +1,11 @@
 """MaxSim in tiles against its slow twin and against sentence-transformers' own, and on ranks."""
 
-import os
-import tempfile
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.late_interaction import LateInteraction, maxsim
+from tests.ranks import on_ranks
 
 
 def ragged(rows, width, dimensions=5, seed=0):
@@ -98,26 +93,18 @@ def shared(rank):
     return q[rows], q_mask[rows], d[rows, :width], d_mask[rows, :width]
 
 
-def on_rank(rank, folder):
-    torch.set_num_threads(1)
-    start = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=start, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    try:
-        q, q_mask, d, d_mask = shared(rank)
-        loss = LateInteraction(temperature=0.4, learnable_temperature=True, tile_bytes=1500).double()
-        q, d = q.clone().requires_grad_(), d.clone().requires_grad_()
-        value = loss(q, d, anchor_mask=q_mask, candidate_mask=d_mask)
-        value.backward()
-        torch.save([value.detach(), q.grad, d.grad, loss.log_temperature.grad], os.path.join(folder, f"{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
+def on_rank(rank, world_size):
+    q, q_mask, d, d_mask = shared(rank)
+    loss = LateInteraction(temperature=0.4, learnable_temperature=True, tile_bytes=1500).double()
+    q, d = q.clone().requires_grad_(), d.clone().requires_grad_()
+    value = loss(q, d, anchor_mask=q_mask, candidate_mask=d_mask)
+    value.backward()
+    return [value.detach(), q.grad, d.grad, loss.log_temperature.grad]
 
 
 @pytest.mark.distributed
 def test_ranks_equal_one_process():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_rank, args=(folder,), nprocs=2)
-        results = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
+    results = on_ranks(on_rank, 2)
     (q, q_mask), (d, d_mask) = ragged(sum(SHARES), 6), ragged(sum(SHARES), 9, seed=1)
     d_mask[: SHARES[0], 7:] = False
     q, d = q.requires_grad_(), d.requires_grad_()

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from anybatch.core.configuration import from_mapping
 from anybatch.core.errors import AnybatchError
 from anybatch.family import SigLIP, TempNet
 from anybatch.losses import InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.config import LossConfig, build_loss
+from tests.ranks import on_ranks
 
 from .methods import ALL
 
@@ -137,21 +134,16 @@ def test_by_configuration():
             LossConfig(**given)
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+def worker(rank, world_size):
     loss = Matryoshka(SogCLR(40, gamma=0.4, learnable_temperature=True, tile_bytes=64), DIMS, weights=WEIGHTS).double()
     rows = [slice(0, 4), slice(4, 5), slice(5, 7)][rank]
     steps = [step(loss, seed, rows) for seed in range(2)]
-    torch.save((steps, loss.state_dict()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return steps, dict(loss.state_dict())
 
 
 @pytest.mark.distributed
 def test_three_ranks_equal_one_process():
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (3, folder), nprocs=3)
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(3)]
+    ranks = on_ranks(worker, 3)
     loss = Matryoshka(SogCLR(40, gamma=0.4, learnable_temperature=True), DIMS, weights=WEIGHTS).double()
     for number in range(2):
         value, *gradients = step(loss, number)

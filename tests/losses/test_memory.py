@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from anybatch.losses.memory import VERSION, ExampleMemory
+from anybatch.losses.memory_states import grown_state, join_shards
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import SogCLR
-from anybatch.losses.memory import VERSION, ExampleMemory
-from anybatch.losses.memory_states import grown_state, join_shards
+from tests.ranks import on_ranks
 
 KEYS = [7, 3, 7, -2, 3, 3, 9]  # slots 0 1 0 2 1 1 3
 
@@ -173,9 +170,7 @@ def run(memories, shares, rank, grow):
 SHARES = {1: [9], 2: [5, 4], 3: [4, 0, 5]}
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+def worker(rank, world_size):
     keys = np.arange(60)[:23] * 5 % 17
     whole = [ExampleMemory(23, 2), ExampleMemory(23, 2, dtype="float16")]
     parts = [ExampleMemory(23, 2, sharded=True), ExampleMemory(23, 2, dtype="float16", sharded=True)]
@@ -201,18 +196,13 @@ def worker(rank, world_size, folder):
         if rank:
             with pytest.raises(AnybatchError, match="join_shards"):
                 ExampleMemory(26, 2).load_state_dict(a.state_dict())
-    torch.save(
-        {"parts": [m.state_dict() for m in parts], "whole": [m.state_dict() for m in whole]}, f"{folder}/{rank}.pt"
-    )
-    dist.destroy_process_group()
+    return {"parts": [m.state_dict() for m in parts], "whole": [m.state_dict() for m in whole]}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_sharded_equals_replicated_bit_for_bit(world_size):
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
-        saved = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+    saved = on_ranks(worker, world_size)
     alone = [ExampleMemory(23, 2), ExampleMemory(23, 2, dtype="float16", sharded=True)]
     run(alone, SHARES[1], 0, True)
     for number in range(2):

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +13,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SigLIP
 from anybatch.losses import ClusterLogWeight
 from anybatch.losses.config import LossConfig, build_loss
+from tests.ranks import on_ranks
 
 from .. import reference
 from .test_losses import close, draw_batch, gradients
@@ -174,24 +171,17 @@ def run(name, tile, rows, extras):
     return value.detach(), [side.grad for side in mine], [parameter.grad for parameter in loss.parameters()]
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+def worker(rank, world_size):
     first, first_extra = sum(SHARES[world_size][:rank]), sum(EXTRA[world_size][:rank])
     rows = slice(first, first + SHARES[world_size][rank])
     extras = slice(first_extra, first_extra + EXTRA[world_size][rank])
-    torch.save(
-        {(name, tile): run(name, tile, rows, extras) for name in MAKE for tile in (1, 10**7)}, f"{folder}/{rank}.pt"
-    )
-    dist.destroy_process_group()
+    return {(name, tile): run(name, tile, rows, extras) for name in MAKE for tile in (1, 10**7)}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [3])
 def test_ranks_equal_one_process(world_size):
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+    ranks = on_ranks(worker, world_size)
     for name in MAKE:
         value, sides, parameters = run(name, 10**7, slice(0, 8), slice(0, 3))
         for tile in (1, 10**7):

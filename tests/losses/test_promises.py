@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+from anybatch.losses.memory import ExampleMemory
 
 from anybatch.caching import cached_step
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SigLIP
 from anybatch.losses import PairMask
 from anybatch.losses.late_interaction import LateInteraction
-from anybatch.losses.memory import ExampleMemory
 
 from .methods import ALL, ROWS, STATEFUL, WIDTH, floor
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.engine import Side, softmax_loss, symmetric_softmax_loss
+from tests.ranks import on_ranks
 
 from .methods import ALL
 
@@ -119,27 +115,19 @@ class Halved:
         return log_sum + 0.5, log_sum + 0.1 * num_negatives
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+def worker(rank, world_size):
     first, first_extra = sum(SHARES[world_size][:rank]), sum(EXTRA[world_size][:rank])
     rows = slice(first, first + SHARES[world_size][rank])
     extras = slice(first_extra, first_extra + EXTRA[world_size][rank])
-    torch.save({tile: run_engine(tile, rows, extras) for tile in (1, 10**7)}, f"{folder}/engine{rank}.pt")
-    torch.save(
-        {(name, tile): run(name, tile, rows, extras) for name in named(world_size) for tile in (1, 10**7)},
-        f"{folder}/{rank}.pt",
-    )
-    dist.destroy_process_group()
+    engines = {tile: run_engine(tile, rows, extras) for tile in (1, 10**7)}
+    losses = {(name, tile): run(name, tile, rows, extras) for name in named(world_size) for tile in (1, 10**7)}
+    return losses, engines
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_equal_one_process(world_size):
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
-        engines = [torch.load(Path(folder) / f"engine{rank}.pt") for rank in range(world_size)]
+    ranks, engines = zip(*on_ranks(worker, world_size), strict=True)
     both, one, gradients, figures, pull = run_engine(10**7, slice(0, 8), slice(0, 3))
     for tile in (1, 10**7):
         for rank in engines:

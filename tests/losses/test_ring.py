@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.config import LossConfig, build_loss
 from anybatch.losses.engine import softmax_loss
+from tests.ranks import on_ranks
 
 DIMENSIONS = 5
 # Rows and explicit negatives of each rank; one rank has no negatives, another nothing at all.
@@ -106,9 +102,7 @@ def run_engine(rows, extras, *, ring):
     return value.detach(), [side.grad for side in mine], stats.column_pull, stats.num_negatives
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+def worker(rank, world_size):
     shares = SHARES[world_size]
     first = [sum(share[kind] for share in shares[:rank]) for kind in (0, 1)]
     rows, extras = (slice(start, start + size) for start, size in zip(first, shares[rank], strict=True))
@@ -135,8 +129,7 @@ def worker(rank, world_size, folder):
     except AnybatchError as error:
         results["refused"] = "whole rows" in str(error)
     results["candidates were gathered"] = DIMENSIONS in in_ring
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def close(ours, theirs):
@@ -146,9 +139,7 @@ def close(ours, theirs):
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ring_equals_gathered_and_one_process(world_size):
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+    ranks = on_ranks(worker, world_size)
     for name in MAKE:
         alone, state, quiet = run(name, slice(0, 8), slice(0, 3))
         for tile in (1, 10**7):

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from anybatch.losses.memory_states import grown_state
 from torch import nn
 
 from anybatch.core.errors import AnybatchError
@@ -15,7 +16,6 @@ from anybatch.family import AUCCL, EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR
 from anybatch.losses import CrossBatchInfoNCE, ExampleMemory, GammaSchedule, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.config import LossConfig, build_loss
 from anybatch.losses.late_interaction import LateInteraction
-from anybatch.losses.memory_states import grown_state
 
 from .methods import ROWS
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from anybatch.family.isogclr import ISogCLR, TempNet
+from anybatch.losses.memory import ExampleMemory
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.family import EMC2, NUCLR, FastCLIP
-from anybatch.family.isogclr import ISogCLR, TempNet
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses import warm_start as room
 from anybatch.losses.exact_rows import exact_rows, make_table
-from anybatch.losses.memory import ExampleMemory
 from anybatch.losses.monitoring import memory_figures
 from anybatch.losses.warm_start import warm_start
+from tests.ranks import on_ranks
 
 from .. import reference
 
@@ -282,18 +281,11 @@ def warm_all(folder):
 
 
 def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    torch.save(warm_all(folder), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return warm_all(folder)
 
 
 def refusing_worker(rank, world_size, folder):
     """Each rank says what it was told; without an agreement rank 1 would wait for a gather that never comes."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/refuse", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
     anchors, positives, *_ = data(torch.float32)
     said = []
     for name in ("bad", "other"):
@@ -308,16 +300,11 @@ def refusing_worker(rank, world_size, folder):
     except (OSError, AnybatchError) as error:
         said.append(repr(error))
     done = warm_start(SogCLR(N), anchors, positives, file=Path(folder) / "good")  # all go on together
-    Path(folder, f"said-{rank}").write_text("\n".join([*said, str(done.num_rows)]))
-    dist.destroy_process_group()
+    return [*said, str(done.num_rows)]
 
 
 def failing_worker(rank, world_size, folder):
     """What one rank finds alone, all refuse: a file that rank 0 cannot write, rows that are too few on rank 1."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/fail", rank=rank, world_size=world_size, timeout=timedelta(seconds=20)
-    )
     anchors, positives, *_ = data(torch.float32)
     said = []
     for rows, file in ((N, Path(folder) / "missing" / "file"), (N - rank, None)):
@@ -325,16 +312,13 @@ def failing_worker(rank, world_size, folder):
             warm_start(SogCLR(N), anchors[:rows], positives[:rows], file=file)
         except AnybatchError as error:
             said.append(str(error))
-    Path(folder, f"failed-{rank}").write_text("\n".join(said))
-    dist.barrier()
-    dist.destroy_process_group()
+    return said
 
 
 @pytest.mark.distributed
 def test_what_one_rank_finds_stops_all_ranks():
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(failing_worker, (2, folder), nprocs=2)
-        said = [(Path(folder) / f"failed-{rank}").read_text().splitlines() for rank in range(2)]
+        said = on_ranks(failing_worker, 2, folder)
     assert said[0] == said[1]
     assert "Cannot write" in said[1][0]
     assert f"Got embeddings of {N - 1} rows" in said[0][1]
@@ -405,8 +389,7 @@ def test_a_bad_file_is_refused_by_all_ranks():
         anchors, positives, *_ = data(torch.float32)
         positives[N - 2, WIDTH - 1] += 0.01  # one number of one row
         warm_start(SogCLR(N), anchors, positives, file=Path(folder) / "other")
-        multiprocessing.spawn(refusing_worker, (2, folder), nprocs=2)
-        said = [(Path(folder) / f"said-{rank}").read_text().splitlines() for rank in range(2)]
+        said = on_ranks(refusing_worker, 2, folder)
     assert said[0][:2] == said[1][:2]
     assert "is damaged" in said[1][0]
     assert "other embeddings" in said[1][1]
@@ -442,8 +425,7 @@ def test_ranks_equal_one_process(world_size, monkeypatch):
     monkeypatch.setattr(room, "BLOCK_ROWS", 5)
     monkeypatch.setattr(room, "SAVE_SECONDS", 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (world_size, folder), nprocs=world_size)
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+        ranks = on_ranks(worker, world_size, folder)
         alone = warm_all(folder)
     for states in ranks:
         for ours, theirs in zip(states, alone, strict=True):

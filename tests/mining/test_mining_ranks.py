@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from anybatch.core import distributed
 from anybatch.core.blocks import BlockArrays, release_pages
 from anybatch.core.errors import AnybatchError
 from anybatch.mining import MiningConfig, MiningSet, exact_neighbors, ivf_neighbors, mine_shared
-from anybatch.mining import inverted as inverted_module
-from anybatch.mining import neighbors as neighbors_module
 from anybatch.plans.plan import BatchPlan
+from tests.ranks import on_ranks
 
 from .test_mining import embeddings
 
@@ -32,15 +26,12 @@ KNOWN = {"anchor_id": np.arange(211), "positive_id": np.arange(211)}
 # The ranks that only search import nothing of the pipeline: a process pays seconds for it.
 
 
-def small_searches():
-    neighbors_module.UNIT_ROWS, neighbors_module.BLOCK_UNITS = 9, 2
-    inverted_module.QUERY_ROWS = 10
+UNIT_ROWS = {"exact": 2, "ivf": 3}  # queries searched together: small, so that there are blocks for all ranks
 
 
-def small_blocks():
+def small_shards():
     from anybatch.integrations.sentence_transformers import embed as embed_module
 
-    small_searches()
     embed_module.SHARD = 10
 
 
@@ -59,11 +50,11 @@ def run_config(folder, model, pairs, *, cells=1, precision="float32"):
 
 
 def mine(folder, model, pairs, **options):
-    from anybatch.run.data import read_training_pairs
     from anybatch.run.folder import open_run
-    from anybatch.run.plan import make_plan
+    from anybatch.run.make_plan import make_plan
+    from anybatch.run.read_data import read_training_pairs
 
-    small_blocks()
+    small_shards()
     config = run_config(folder, model, pairs, **options)
     with open_run(config):
         return make_plan(config, read_training_pairs(config))
@@ -72,13 +63,11 @@ def mine(folder, model, pairs, **options):
 def search(name, folder, progress=None):
     find = {"exact": exact_neighbors, "ivf": ivf_neighbors}[name]
     anchors, positives = embeddings(211, topics=20)
-    return find(anchors, positives, 12, folder=folder and Path(folder) / name, progress=progress, **KNOWN)
+    folder = folder and Path(folder) / name
+    return find(anchors, positives, 12, folder=folder, progress=progress, unit_rows=UNIT_ROWS[name], **KNOWN)
 
 
 def worker(rank, world_size, folder, model, pairs, kill):
-    torch.set_num_threads(1)
-    small_searches()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world_size}", rank=rank, world_size=world_size)
     done = []
 
     def progress(fraction):
@@ -93,15 +82,12 @@ def worker(rank, world_size, folder, model, pairs, kill):
     (Path(folder) / f"digest-{rank}").write_text(
         mine(Path(folder) / "run", model, pairs, cells=CELLS[world_size]).digest
     )
-    dist.destroy_process_group()
 
 
 def keep_sizes(monkeypatch):
     from anybatch.integrations.sentence_transformers import embed as embed_module
 
-    for module in (neighbors_module, inverted_module, embed_module):
-        for name in {"UNIT_ROWS", "BLOCK_UNITS", "QUERY_ROWS", "SHARD"} & set(vars(module)):
-            monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(embed_module, "SHARD", embed_module.SHARD)
 
 
 @pytest.mark.distributed
@@ -112,10 +98,10 @@ def test_ranks_mine_as_one_process_does(world_size, tiny_model_folder, pairs_fil
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, tiny_model_folder, pairs_file)
         if world_size == 3:  # two ranks were killed at half of the exact search
-            multiprocessing.spawn(worker, (2, *given, True), nprocs=2)
+            on_ranks(worker, 2, *given, True)
             finished = np.load(Path(folder) / "exact" / "finished.npy")
             assert 0.4 < finished.any(axis=1).mean() < 0.8
-        multiprocessing.spawn(worker, (world_size, *given, False), nprocs=world_size)
+        on_ranks(worker, world_size, *given, False)
         for name in ("exact", "ivf"):
             expected = search(name, None)
             for rank in range(world_size):
@@ -246,10 +232,6 @@ def refused_worker(rank, world_size, folder, model, pairs):
 
     from anybatch.cli.app import app
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/refused", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
     said = []
     pytest.MonkeyPatch().setattr("anybatch.mining.mine._rank", lambda *_, **__: said.append("searched"))
     anchors, positives = embeddings(211, topics=20)
@@ -272,15 +254,13 @@ def refused_worker(rank, world_size, folder, model, pairs):
     result = CliRunner().invoke(app, ["mine", *given, "--set", "mining.cluster_size=4"])
     assert isinstance(result.exception, AnybatchError)
     said.append(str(result.exception))
-    (Path(folder) / f"said-{rank}").write_text(json.dumps(said))
-    dist.destroy_process_group()
+    return said
 
 
 @pytest.mark.distributed
 def test_what_does_not_fit_is_refused_by_all_ranks_before_the_search(tiny_model_folder, pairs_file):
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(refused_worker, (2, folder, tiny_model_folder, pairs_file), nprocs=2)
-        said = [json.loads((Path(folder) / f"said-{rank}").read_text()) for rank in range(2)]
+        said = on_ranks(refused_worker, 2, folder, tiny_model_folder, pairs_file)
         assert not (Path(folder) / "never").exists()
     assert said[0] == said[1]
     expected = (

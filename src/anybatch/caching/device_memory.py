@@ -1,17 +1,20 @@
-"""How much memory a device has, how much of it is taken, and what an out-of-memory error looks like."""
+"""How much memory a device has, how much of it is taken, and what is done when it runs out."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _CGROUP = Path("/sys/fs/cgroup")
+Result = TypeVar("Result")
 
 
 def parse_memory(memory: str | int, total: int) -> int:
@@ -46,7 +49,8 @@ def total_memory(device: torch.device) -> int:
 
         return min(psutil.virtual_memory().total, _container_limit() or 2**63)
     raise AnybatchError(
-        f"The memory of a {device.type} device cannot be read; give micro_batch and keep_graphs numbers instead of 'auto'."
+        f"The memory of a {device.type} device cannot be read; give micro_batch and keep_graphs numbers instead of "
+        "'auto'."
     )
 
 
@@ -59,8 +63,7 @@ def memory_in_use(device: torch.device) -> int:
         return total - free - (backend.memory_reserved(device) - backend.memory_allocated(device))
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
-    limit = _container_limit()
-    if limit is None:
+    if _container_limit() is None:
         import psutil
 
         memory = psutil.virtual_memory()
@@ -70,6 +73,26 @@ def memory_in_use(device: torch.device) -> int:
     return current - (int(caches.group(1)) if caches else 0)
 
 
+def _container_limit() -> int | None:
+    try:
+        return int((_CGROUP / "memory.max").read_text())
+    except (OSError, ValueError):  # no such file; "max"
+        return None
+
+
+def device_of(places: Sequence[object]) -> torch.device:
+    """The first device of modules and inputs that is not the CPU, else the CPU."""
+    for place in places:
+        if isinstance(place, nn.Module):
+            values = place.parameters()
+        else:
+            values = place.values() if isinstance(place, Mapping) else [place]
+        for value in values:
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                return value.device
+    return torch.device("cpu")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; on the CPU that is a plain RuntimeError of the allocator."""
     return isinstance(error, torch.OutOfMemoryError) or (
@@ -77,8 +100,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _container_limit() -> int | None:
+def unless_out_of_memory(work: Callable[[], Result]) -> tuple[Result | None, BaseException | None]:
+    """What `work` returns, and None; or None, and the error that says that memory ran out. Other errors pass."""
     try:
-        return int((_CGROUP / "memory.max").read_text())
-    except (OSError, ValueError):  # no such file; "max"
-        return None
+        return work(), None
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        # The traceback would keep the failed pass's tensors alive.
+        failure = error.with_traceback(None)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return None, failure

@@ -1,52 +1,62 @@
-"""How much memory the kept graphs may take, and what to do when it runs out."""
+"""The memory budget of cached steps: finds the micro-batch by probing, keeps graphs, learns from what did not fit."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, parse_memory, total_memory
+from anybatch.caching.device_memory import (
+    device_of,
+    memory_in_use,
+    parse_memory,
+    total_memory,
+    unless_out_of_memory,
+)
+from anybatch.caching.encoder import Tower, parameters_of
 from anybatch.caching.rows import RowSlicer
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
 LEAF_COPIES = 6  # tensors of the embeddings' size at the loss's peak: see `leaf_bytes`
+# Larger micro-batches are not faster: on a CPU they leave the caches, on a GPU the units are busy.
+MOST_TOKENS = {"cpu": 2048}
+MOST_TOKENS_ACCELERATOR = 32_768
+FEWEST_TOKENS = 64
+LOSS_RESERVE = 2**26  # score tiles; the embeddings and their gradients come on top (`leaf_bytes`)
 
 
 class GraphBudget:
-    """Keeps graphs while they fit: all of them for a small batch (plain training), the first few for a large one.
+    """Keeps the graphs of one step while they fit: all of a small batch (plain training), the first few of a large one.
 
-    The tensors that autograd saves for each micro-batch are counted (each storage once, parameters and what a kept graph
-    holds already not). The next micro-batch is no longer than the last, so its bytes for each padded token are no more:
+    The tensors that autograd saves for each micro-batch are counted (each storage once, parameters and what a kept
+    graph holds already not). The next micro-batch is no longer than the last, so its bytes per padded token are no more:
 
         predicted = bytes measured last * padded tokens / padded tokens measured last
         keep if in use + reserve + leaves + kept + predicted + the largest graph (a replay's working set) <= memory
 
     Args:
-        memory: The most memory in use on the device, parameters, optimiser and other processes included: "8GiB", "80%",
-            or bytes.
+        memory: The most memory in use on the device, as in `StepMemory`.
         device: Whose memory.
         reserve: Bytes set aside for what comes later in the step (gradients of the parameters, the loss's tiles).
-        num_rows: Rows of the whole step, all towers together: when the first embeddings show how wide they are, `LEAF_COPIES` times the bytes of
-            all of them are set aside as well.
+        num_rows: Rows of the whole step, all towers together: when the first embeddings show how wide they are, the
+            `leaf_bytes` of all of them are set aside as well.
         most: The most bytes of kept graphs, where an earlier step has shown it.
         modules: Their parameters and buffers are there anyway and are not counted.
-
-    One object serves all recordings of a step. Make a new one for every step (`StepMemory` does).
 
     Attributes:
         spent: Bytes of the graphs kept so far.
         largest: Bytes of the largest graph measured.
-        leaves: Bytes set aside for the embeddings of all rows and what the loss makes of them; 0 before the first ones are seen.
+        leaves: Bytes set aside for the embeddings of all rows and what the loss makes of them; 0 before the first ones.
         overrun: Whether memory ran out beside the kept graphs, in spite of the prediction.
+        bytes_per_token: Measured last; None before the first measurement in a tower.
 
     Cost: one Python call for each tensor that autograd saves.
     """
@@ -65,16 +75,12 @@ class GraphBudget:
         self.limit = parse_memory(memory, total_memory(self.device))
         self.start = memory_in_use(self.device) + reserve
         self.num_rows = num_rows
-        self.leaves = 0
         self.most = most
-        self.spent = self.largest = 0
+        self.leaves = self.spent = self.largest = 0
         self.overrun = False
-        self._bytes_per_token = 0.0
-        self._measured: weakref.ref[RowSlicer] | None = (
-            None  # the tower that the ratio belongs to; its inputs are not kept alive
-        )
+        self.bytes_per_token: float | None = None
         self._last: dict[int, int] = {}  # storages of the last graph measured
-        # Storages that cost nothing more: parameters, and what kept graphs hold. They are alive, so no address comes twice.
+        # Storages that cost nothing more: parameters, and what kept graphs hold. They are alive: no address comes twice.
         self._there = {
             tensor.untyped_storage().data_ptr()
             for module in modules
@@ -84,9 +90,9 @@ class GraphBudget:
 
     def has_room(self, slicer: RowSlicer, rows: Tensor) -> bool:
         """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
-        if self._measured is None or self._measured() is not slicer:
+        if self.bytes_per_token is None:
             return False
-        return self._fits(int(self._bytes_per_token * padded_tokens(slicer, rows)))
+        return self._fits(int(self.bytes_per_token * slicer.padded_tokens(rows)))
 
     def keep_last(self) -> bool:
         """Note that the graph measured last is kept, if it fits; whether it does."""
@@ -99,8 +105,7 @@ class GraphBudget:
 
     def note_embeddings(self, outputs: Sequence[Tensor]) -> None:
         """Set memory aside for the embeddings of the whole step, now that some are there. Ranks share each other's."""
-        rows = self.num_rows * distributed.world_size()
-        self.leaves = max(self.leaves, leaf_bytes(outputs, rows))
+        self.leaves = max(self.leaves, leaf_bytes(outputs, self.num_rows * distributed.world_size()))
 
     @contextlib.contextmanager
     def measure(self, slicer: RowSlicer, rows: Tensor) -> Iterator[None]:
@@ -113,15 +118,14 @@ class GraphBudget:
             ):  # such a tensor (sharded, quantised) has no storage of its own
                 storage = tensor.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
-            # Not the tensor itself: an output that its own node saves would hold the graph, and a graph that is dropped would never be freed.
+            # Not the tensor itself: an output that its own node saves would hold the graph, which would never be freed.
             return tensor.detach(), tensor._version
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             yield
         self._last = {place: size for place, size in sizes.items() if place not in self._there}
         self.largest = max(self.largest, sum(self._last.values()))
-        self._bytes_per_token = sum(self._last.values()) / padded_tokens(slicer, rows)
-        self._measured = weakref.ref(slicer)
+        self.bytes_per_token = sum(self._last.values()) / slicer.padded_tokens(rows)
 
     def _fits(self, size: int) -> bool:
         if self.overrun or (self.most is not None and self.spent + size > self.most):
@@ -134,8 +138,9 @@ def _unpack(saved: tuple[Tensor, int]) -> Tensor:
     tensor, version = saved
     if tensor._version != version:
         raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of shape "
-            f"{tuple(tensor.shape)} is at version {tensor._version}; expected version {version}. Use the operation that is not in place in the encoder."
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+            f"of shape {tuple(tensor.shape)} is at version {tensor._version}; expected version {version}. Use the "
+            "operation that is not in place in the encoder."
         )
     return tensor
 
@@ -143,70 +148,158 @@ def _unpack(saved: tuple[Tensor, int]) -> Tensor:
 def leaf_bytes(outputs: Sequence[Tensor], num_rows: int) -> int:
     """Bytes that embeddings like these, of `num_rows` rows, and what the loss makes of them need at once.
 
-        LEAF_COPIES * num_rows * sum over the outputs of elements a row * bytes of float32 (float64 for float64)
+        LEAF_COPIES * num_rows * sum over the outputs of elements per row * bytes of float32 (float64 for float64)
 
-    The copies are the leaf, its gradient, and in the loss the candidates in one piece, the normalised rows and gradients on their way.
+    The copies are the leaf, its gradient, and in the loss the candidates in one piece, the normalised rows and
+    gradients on their way.
     """
-    a_row = sum(
-        math.prod(output.shape[1:]) * torch.promote_types(output.dtype, torch.float32).itemsize for output in outputs
-    )
-    return LEAF_COPIES * num_rows * a_row
+    sizes = (math.prod(o.shape[1:]) * torch.promote_types(o.dtype, torch.float32).itemsize for o in outputs)
+    return LEAF_COPIES * num_rows * sum(sizes)
 
 
-class Attempt:
-    """What came out of a block: a result, or the error that said memory had run out."""
-
-    result: Any = None
-    error: BaseException | None = None
+def gradient_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the gradients that a step will make."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters_of(modules))
 
 
-@contextlib.contextmanager
-def out_of_memory_as_none() -> Iterator[Attempt]:
-    """Swallow an out-of-memory error of the block, leaving `result` at None. Any other error passes."""
-    attempt = Attempt()
-    try:
-        yield attempt
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not is_out_of_memory(error):
-            raise
-        # The traceback would keep the failed pass's tensors alive.
-        attempt.result, attempt.error = None, error.with_traceback(None)
-    if attempt.error is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+class StepMemory:
+    """A memory budget that lasts for many steps: give the same object to each of them.
 
+        tokens = the largest power of two with  2 * (fixed + slope * tokens) <= memory - in use - gradients - embeddings
 
-def warn_split(
-    slicer: RowSlicer, rows: Tensor, error: BaseException | None, on_split: Callable[[int], None] | None
-) -> list[Tensor]:
-    """The two halves of a micro-batch that did not fit; `on_split` is told their padded tokens.
+    where fixed and slope (bytes per padded token) are measured by running the longest row, and the longest two, with a
+    graph and counting what autograd saves. Half of the room is left for kept graphs. It is found once for each encoder,
+    and again when a longer row comes. When memory runs out all the same, the step goes on with halves, and later steps
+    start from there.
 
-    Raises:
-        AnybatchError: It has one row only.
+    Args:
+        memory: The most memory in use on the device, parameters, optimiser and other processes included: "8GiB",
+            "80%", or bytes.
+
+    Attributes:
+        learned: The most padded tokens of a micro-batch, learned from running out of memory; None while it never did.
+        learned_samples: The same in rows, of inputs without lengths (pictures).
+
+    Cost: three rows through each encoder, once.
+
+    Example:
+        >>> encoder, memory = torch.nn.Linear(6, 4), StepMemory("80%")
+        >>> for _ in range(2):
+        ...     inputs = [torch.randn(8, 6), torch.randn(8, 6)]
+        ...     value = cached_step(InfoNCE(), encoder, inputs, micro_batch="auto", keep_graphs="auto", memory=memory)
     """
-    if len(rows) == 1:
-        raise AnybatchError(
-            "Out of memory with a single row in the micro-batch: the encoder does not fit with its longest input. "
-            "Shorten the inputs, use gradient checkpointing inside the encoder, or a smaller model."
-        ) from error
-    halves = list(rows.tensor_split(2))
-    warnings.warn(
-        f"Out of memory with a micro-batch of {len(rows)} rows ({padded_tokens(slicer, rows)} padded tokens): split into "
-        f"{len(halves[0])} and {len(halves[1])}. Lower micro_batch or max_tokens to avoid the failed attempts.",
-        stacklevel=2,
-    )
-    if on_split is not None:
-        on_split(max(padded_tokens(slicer, half) for half in halves))
-    return halves
+
+    def __init__(self, memory: str | int = "80%") -> None:
+        parse_memory(memory, 2**40)  # a wrong form is reported here, not in the first step
+        self.memory = memory
+        self.learned: int | None = None
+        self.learned_samples: int | None = None
+        self._most_kept: int | None = None
+        self._budget: GraphBudget | None = None
+        self._found: dict[tuple[object, ...], tuple[int, int]] = {}  # by modules: longest row measured, tokens
+
+    def next_step(self, modules: Sequence[nn.Module], inputs: Sequence[object], *, num_rows: int) -> GraphBudget:
+        """The budget of one step of `num_rows` rows, all towers together; takes note of what the step before found."""
+        past = self._budget
+        if past is not None and past.overrun:
+            self._most_kept = int(0.9 * past.spent)
+        device, reserve = device_of([*modules, *inputs]), LOSS_RESERVE + gradient_bytes(modules)
+        self._budget = GraphBudget(
+            self.memory, device=device, reserve=reserve, num_rows=num_rows, most=self._most_kept, modules=modules
+        )
+        return self._budget
+
+    def limits(
+        self, tower: Tower, micro_batch: int | str | None, max_tokens: int | None, *, num_rows: int
+    ) -> tuple[int | None, int | None]:
+        """`micro_batch` and `max_tokens` of a tower in a step of `num_rows` rows: as wanted, probed, and learned.
+
+        Raises:
+            AnybatchError: With "auto", a single row does not fit on the device, or the encoder is sharded, which cannot
+                run on one rank alone.
+        """
+        by_rows = tower.slicer.lengths is None
+        learned = self.learned_samples if by_rows else self.learned
+        if micro_batch == "auto":
+            probed = _least(self._probed(tower, num_rows), learned)
+            return (probed, None) if by_rows else (None, _least(probed, max_tokens))
+        rows: int | None = micro_batch  # type: ignore[assignment]
+        return (_least(rows, learned), max_tokens) if by_rows else (rows, _least(max_tokens, learned))
+
+    def note_out_of_memory(self, tokens: int, *, by_rows: bool) -> None:
+        """Memory ran out; `tokens` padded tokens are tried next (rows, of inputs without lengths)."""
+        if by_rows:
+            self.learned_samples = _least(tokens, self.learned_samples)
+        else:
+            self.learned = _least(tokens, self.learned)
+
+    def _probed(self, tower: Tower, num_rows: int) -> int:
+        """Padded tokens of a micro-batch; rows, where there are no lengths."""
+        if any(isinstance(module, FSDPModule) for module in tower.wrapped):
+            raise AnybatchError(
+                'micro_batch="auto" tries rows on each rank by itself, and a sharded encoder (fully_shard) runs on all '
+                "ranks together. Give micro_batch or max_tokens a number."
+            )
+        lengths = tower.slicer.lengths
+        length = 1 if lengths is None else int(lengths.max())
+        # A function may be made anew for every step, its modules are not. One model may take texts and pictures.
+        key = (tower.visible or tower.modules or (tower.encode,), lengths is None)
+        known = self._found.get(key)
+        if known is None or length > known[0]:
+            known = self._found[key] = length, self._probe(tower, num_rows)
+        return known[1]
+
+    def _probe(self, tower: Tower, num_rows: int) -> int:
+        # 1. The longest row, and the longest two, with a graph.
+        slicer = tower.slicer
+        order = torch.arange(slicer.num_rows)
+        if slicer.lengths is not None:
+            order = torch.sort(slicer.lengths, descending=True, stable=True).indices
+        one, leaves = graph_bytes(tower, order[:1], num_rows)
+        two, _ = graph_bytes(tower, order[:2], num_rows)
+        if one is None:
+            raise AnybatchError(
+                "Out of memory with a single row: the encoder does not fit with its longest input. Shorten the inputs, "
+                "use gradient checkpointing inside the encoder, or a smaller model."
+            )
+        tokens = slicer.padded_tokens(order[:1])
+        if two is None:
+            return tokens
+        # 2. What there is room for.
+        slope = (two - one) / tokens if len(order) > 1 else one / tokens
+        fixed = max(0.0, one - slope * tokens)
+        device = device_of([*tower.modules, slicer.inputs])
+        limit = parse_memory(self.memory, total_memory(device))
+        room = limit - memory_in_use(device) - LOSS_RESERVE - leaves - gradient_bytes(tower.facts.modules)
+        if 2 * one > room:
+            warnings.warn(
+                f"memory={self.memory!r} leaves {max(0, room) / 2**20:.0f} MiB for the encoder, and a micro-batch of "
+                f"one row ({tokens} tokens) needs about {2 * one / 2**20:.0f} MiB. Going on with single rows: the "
+                "budget will be exceeded.",
+                stacklevel=2,
+            )
+            return tokens
+        # 3. The tokens that fill half of it.
+        most = MOST_TOKENS.get(device.type, MOST_TOKENS_ACCELERATOR)
+        if slope <= 0:  # frozen: nothing is saved
+            return most
+        fits = (room / 2 - fixed) / slope
+        fewest = FEWEST_TOKENS if slicer.lengths is not None else 1  # rows without lengths may be large each
+        return max(fewest, min(most, 2 ** int(math.log2(max(fits, 1.0)))))
 
 
-def sharded_out_of_memory(rows: Tensor) -> AnybatchError:
-    """Why a micro-batch of a sharded encoder is not split."""
-    return AnybatchError(
-        f"Out of memory with a micro-batch of {len(rows)} rows of a sharded encoder (fully_shard), which cannot be split now: the "
-        "other ranks take part in each of its passes. Lower micro_batch, max_tokens or keep_graphs on all ranks."
-    )
+def graph_bytes(tower: Tower, rows: Tensor, num_rows: int) -> tuple[int | None, int]:
+    """What autograd saves for these rows, None if they do not fit; and the loss's share for `num_rows`. No trace stays."""
+    device = device_of([*tower.modules, tower.slicer.inputs])
+    budget = GraphBudget(1, device=device, num_rows=num_rows, modules=tower.modules)
+    with torch.enable_grad(), tower.leaving_no_trace(tower.random_state()):
+        outputs, _ = unless_out_of_memory(partial(tower.embed, rows, budget.measure(tower.slicer, rows)))
+    if outputs is None:
+        return None, 0
+    budget.note_embeddings(outputs)
+    return budget.largest, budget.leaves
 
 
-def padded_tokens(slicer: RowSlicer, rows: Tensor) -> int:
-    """Padded tokens of a micro-batch; rows, where there are no lengths."""
-    return len(rows) * (max(1, int(slicer.lengths[rows].max())) if slicer.lengths is not None else 1)
+def _least(*limits: int | None) -> int | None:
+    """The smallest of the limits that are set."""
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -1,29 +1,30 @@
-"""One pass of the encoder over a big batch: the embeddings, the graphs kept, and what a replay needs of the others."""
+"""The first half of a cached step: every micro-batch through its encoder; embeddings are kept, graphs mostly not."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.memory import (
-    GraphBudget,
-    out_of_memory_as_none,
-    padded_tokens,
-    sharded_out_of_memory,
-    warn_split,
-)
-from anybatch.caching.reduction import Wrapped
+from anybatch.caching.device_memory import unless_out_of_memory
+from anybatch.caching.encoder import Encoder, Tower, towers_of
+from anybatch.caching.memory import GraphBudget, StepMemory
+from anybatch.caching.ranks import Wrapped, no_reduction, refuse_hidden_wrappers, same_number_on_all_ranks
+from anybatch.caching.row_check import refuse_neighbours, settle_trimming
 from anybatch.caching.rows import RowSlicer
-from anybatch.caching.schedule import count_kept
-from anybatch.caching.state import AutocastState, ModeState, RandomState, WrittenState
+from anybatch.caching.schedule import check_limits, count_kept, plan_micro_batches
+from anybatch.caching.state import AutocastState, RandomState
 from anybatch.core.errors import AnybatchError
+
+Auto = Literal["auto"]
 
 
 @dataclass(kw_only=True)
@@ -37,30 +38,29 @@ class Piece:
     dtypes: tuple[torch.dtype, ...] = ()  # of the outputs
     outputs: tuple[Tensor, ...] | None = None  # with their graph, where it is kept
     trains: bool = False  # whether a gradient must reach the encoder through it
+    reduce: tuple[Wrapped, ...] = ()  # sharded modules that reduce over ranks in its backward pass: the step's last
 
 
 @dataclass(kw_only=True)
 class Recording:
-    """The embeddings of a batch, cut off from the encoder, and what is needed to get back into it.
+    """The embeddings of one tower's batch, cut off from the encoder, and what is needed to get back into it.
 
     Attributes:
         leaves: One tensor `(B, ...)` for each tensor that the encoder returns, in the row order of the batch; float32
             or float64. They require grad where the encoder's did.
+        pieces: In the order of their passes.
+        wrapped: What must not reduce over ranks before the step's last pass.
+        spent: Whether it has been replayed.
     """
 
-    leaves: tuple[Tensor, ...]
-    _encode: Encoder
-    _slicer: RowSlicer
-    _pieces: list[Piece]
-    _autocast: AutocastState
-    _modes: ModeState
-    _modules: tuple[nn.Module, ...] = ()
-    _written: WrittenState = field(default_factory=lambda: WrittenState([]))
-    _wrapped: tuple[Wrapped, ...] = ()
-    _on_split: Callable[[int], None] | None = None
-    _budget: GraphBudget | None = None
-    _sharded: bool = False  # over ranks, which then must run equally many passes
-    _spent: bool = field(default=False)
+    tower: Tower
+    memory: StepMemory
+    budget: GraphBudget | None  # of the step, where it decides which graphs are kept
+    autocast: AutocastState = field(default_factory=AutocastState)
+    leaves: tuple[Tensor, ...] = ()
+    pieces: list[Piece] = field(default_factory=list)
+    wrapped: list[Wrapped] = field(default_factory=list)
+    spent: bool = False
 
     @property
     def embeddings(self) -> Tensor:
@@ -78,50 +78,162 @@ class Recording:
     @property
     def trains(self) -> bool:
         """False for a frozen encoder, which is never replayed."""
-        return any(piece.trains for piece in self._pieces)
+        return any(piece.trains for piece in self.pieces)
 
     @property
     def num_kept(self) -> int:
         """How many micro-batches hold their graph at this moment."""
-        return sum(piece.outputs is not None for piece in self._pieces)
+        return sum(piece.outputs is not None for piece in self.pieces)
 
-    def backward(self, *grads: Tensor | None, scale: Tensor | float = 1.0) -> None:
-        """`replay` for this recording alone; one gradient for each leaf."""
-        from anybatch.caching.replay import replay  # which imports this module
+    def refuse_sharded_split(self, rows: Tensor, error: BaseException | None) -> None:
+        """A micro-batch of a sharded encoder that ran out of memory ends the step.
 
-        replay([self], [grads], scale=scale)
+        Raises:
+            AnybatchError: The encoder is sharded.
+        """
+        if self.tower.sharded:
+            raise AnybatchError(
+                f"Out of memory with a micro-batch of {len(rows)} rows of a sharded encoder (fully_shard), which "
+                "cannot be split now: the other ranks take part in each of its passes. Lower micro_batch, max_tokens "
+                "or keep_graphs on all ranks."
+            ) from error
+
+    def split(self, rows: Tensor, error: BaseException | None) -> list[Tensor]:
+        """The two halves of a micro-batch that did not fit; later steps start from their size.
+
+        Raises:
+            AnybatchError: It has one row only.
+        """
+        if len(rows) == 1:
+            raise AnybatchError(
+                "Out of memory with a single row in the micro-batch: the encoder does not fit with its longest input. "
+                "Shorten the inputs, use gradient checkpointing inside the encoder, or a smaller model."
+            ) from error
+        slicer, halves = self.tower.slicer, list(rows.tensor_split(2))
+        warnings.warn(
+            f"Out of memory with a micro-batch of {len(rows)} rows ({slicer.padded_tokens(rows)} padded tokens): split "
+            f"into {len(halves[0])} and {len(halves[1])}. Lower micro_batch or max_tokens to avoid the failed attempts.",
+            stacklevel=2,
+        )
+        self.memory.note_out_of_memory(max(map(slicer.padded_tokens, halves)), by_rows=slicer.lengths is None)
+        return halves
 
     def note_out_of_memory(self, rows: Tensor) -> None:
-        """A pass over these rows failed: later steps take fewer, and keep fewer graphs."""
-        if self._on_split is not None:
-            self._on_split(max(1, padded_tokens(self._slicer, rows) // 2))
-        if self._budget is not None:
-            self._budget.overrun = True
+        """A pass over these rows failed for good: later steps take fewer, and keep fewer graphs."""
+        slicer = self.tower.slicer
+        self.memory.note_out_of_memory(max(1, slicer.padded_tokens(rows) // 2), by_rows=slicer.lengths is None)
+        if self.budget is not None:
+            self.budget.overrun = True
 
 
-class RecordingPass:
-    """One pass over the batch: what has been recorded so far, and how many graphs may still be kept."""
+def record_towers(
+    encoders: Sequence[Encoder],
+    inputs: Sequence[Any],
+    *,
+    micro_batch: int | Auto | None = 32,
+    max_tokens: int | None = None,
+    keep_graphs: int | float | Auto | GraphBudget = 0,
+    memory: str | int | StepMemory = "80%",
+    sort_by_length: bool = True,
+    pad_to_multiple: int | None = None,
+    modules: Sequence[nn.Module] | None = None,
+) -> list[Recording]:
+    """Run every encoder over the micro-batches of its batch and keep the embeddings, but not (all of) the graphs.
 
-    def __init__(
-        self,
-        encode: Encoder,
-        slicer: RowSlicer,
-        queue: deque[Tensor],
-        keep_graphs: int | float | GraphBudget,
-        on_split: Callable[[int], None] | None,
-        *,
-        random: RandomState,
-        written: WrittenState,
-        may_split: bool = True,
-        first: bool = False,
-    ) -> None:
-        self.encode, self.slicer, self.queue, self.on_split = encode, slicer, queue, on_split
-        self.budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
-        self.to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(queue))
-        self.random, self.written = random, written
-        self.may_split, self.first = may_split, first
+    The first micro-batch of a tower runs with a graph even where none is kept: its output tells whether the encoder
+    trains at all. A frozen encoder is recognised that way and is never replayed.
+
+    Args:
+        encoders: One for each tower. Takes a micro-batch in the form of its input, returns a floating tensor `(b, ...)`
+            or a tuple of them. A row's embedding must not depend on the other rows.
+        inputs: One batch for each tower.
+        micro_batch, max_tokens, memory, sort_by_length, pad_to_multiple, modules: See `cached_step`.
+        keep_graphs: As there, for each tower from its first micro-batch on; or a `GraphBudget` for all.
+
+    Returns:
+        One recording for each tower, to be replayed together. Under `torch.no_grad()` their leaves need no gradient.
+
+    Raises:
+        AnybatchError: What `ModuleFacts`, `RowSlicer`, `plan_micro_batches` and `refuse_neighbours` refuse; outputs
+            of another shape than promised.
+
+    Warns:
+        UserWarning: Memory ran out and a micro-batch was split, or no more graphs are kept.
+
+    Cost: one forward pass of each batch, and the memory of one micro-batch's graph beside the kept ones.
+    """
+    # 1. What the step must know before any pass: the form of the inputs, the modules, the memory there is.
+    asked = 0 if isinstance(keep_graphs, GraphBudget) else keep_graphs
+    check_limits(micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=asked, pad_to_multiple=pad_to_multiple)
+    step_memory = memory if isinstance(memory, StepMemory) else StepMemory(memory)
+    slicers = [RowSlicer(batch, pad_to_multiple=pad_to_multiple) for batch in inputs]
+    if not all(slicer.num_rows for slicer in slicers):
+        raise AnybatchError("The batch has no rows; skip the step.")
+    num_rows = sum(slicer.num_rows for slicer in slicers)
+    towers = towers_of(encoders, slicers, modules)
+    if keep_graphs == "auto":
+        keep_graphs = step_memory.next_step(towers[0].facts.modules, inputs, num_rows=num_rows)
+    recordings = []
+    for tower in towers:
+        with _recording(tower) as called:
+            # 2. The micro-batches: no padding beyond what the encoder needs, sizes that memory has room for.
+            settle_trimming(tower)
+            rows, tokens = step_memory.limits(tower, micro_batch, max_tokens, num_rows=num_rows)
+            plan = plan_micro_batches(tower.slicer, micro_batch=rows, max_tokens=tokens, sort_by_length=sort_by_length)
+            budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
+            if tower.sharded:
+                plan, budget = same_number_on_all_ranks(plan), _no_budget(budget)
+            # 3. Rows that see each other are refused.
+            first = torch.is_grad_enabled() and refuse_neighbours(tower, plan)
+            # 4. The passes.
+            recording = Recording(tower=tower, memory=step_memory, budget=budget)
+            to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(plan))  # type: ignore[arg-type]
+            _Recorder(recording, plan, to_keep, first=first).run()
+        # A compiled encoder may not fire hooks; then every module found in it counts as called. A
+        # DistributedDataParallel reduces whatever was called.
+        called = called or set(tower.wrapped)
+        wrapped = tower.facts.wrapped
+        recording.wrapped = [m for m in wrapped if m in called or isinstance(m, DistributedDataParallel)]
+        recordings.append(recording)
+    towers[0].facts.written.close()
+    return recordings
+
+
+def _no_budget(budget: GraphBudget | None) -> None:
+    if budget is not None:
+        warnings.warn(
+            "keep_graphs='auto' is ignored for a sharded encoder (fully_shard), which must run equally often on every "
+            "rank. Give keep_graphs a number.",
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _recording(tower: Tower) -> Iterator[set[Any]]:
+    """Nothing reduces inside, and casts are not reused across passes; yields the wrappers that are called."""
+    called: set[Any] = set()
+    hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in tower.facts.wrapped]  # type: ignore[union-attr]
+    torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
+    try:
+        with no_reduction(tower.facts.wrapped), refuse_hidden_wrappers(tower.facts.flags):
+            yield called
+    finally:
+        torch.clear_autocast_cache()
+        for hook in hooks:
+            hook.remove()
+
+
+class _Recorder:
+    """One pass over a tower's batch: what has been recorded so far, and how many graphs may still be kept."""
+
+    def __init__(self, recording: Recording, plan: Sequence[Tensor], to_keep: int, *, first: bool) -> None:
+        self.recording, self.queue, self.to_keep = recording, deque(plan), to_keep
+        self.first = first  # step of this encoder
+        self.tower, self.budget, self.pieces = recording.tower, recording.budget, recording.pieces
+        if self.budget is not None:
+            self.budget.bytes_per_token = None  # another tower's say nothing
         self.training = torch.is_grad_enabled()
-        self.pieces: list[Piece] = []
+        self.random = self.tower.random_state()
         self.flats: list[Tensor] = []
         self.trains: list[bool] = []  # for each tensor that the encoder returns
 
@@ -129,37 +241,37 @@ class RecordingPass:
         """Record every micro-batch of the queue."""
         while self.queue:
             self._record_next()  # a function of its own, so that no local name keeps a graph alive
-        self.written.close()
-        for flat, trains in zip(self.flats, self.trains):
-            flat.requires_grad_(trains)
+        self.recording.leaves = tuple(flat.requires_grad_(trains) for flat, trains in zip(self.flats, self.trains))
 
     def _record_next(self) -> None:
-        rows, budget = self.queue.popleft(), self.budget
-        before = self.random
-        there = self.written.snapshot()
-        keep = len(self.pieces) < self.to_keep or (budget is not None and budget.has_room(self.slicer, rows))
-        # Until an output needs a gradient a graph is asked for: it costs nothing where nothing trains, and tells so.
+        rows, budget, slicer, written = self.queue.popleft(), self.budget, self.tower.slicer, self.tower.facts.written
+        before, there = self.random, written.snapshot()
+        # 1. One forward pass. Until an output needs a gradient a graph is asked for: it costs nothing where nothing
+        #    trains, and tells so. In an encoder's first step always, and dropped: what it keeps for later passes
+        #    (weights for each width) then leads to its parameters.
+        keep = len(self.pieces) < self.to_keep or (budget is not None and budget.has_room(slicer, rows))
         with_graph = self.training and (keep or not any(self.trains))
-        # In an encoder's first step always, and dropped: what it keeps for later passes (weights for each width) then leads to its parameters.
-        with torch.set_grad_enabled(with_graph or self.first), out_of_memory_as_none() as attempt:
-            measuring = budget.measure(self.slicer, rows) if budget is not None and with_graph else None
-            attempt.result = encode_rows(self.encode, self.slicer, rows, measuring)
-        if attempt.error is not None:
-            if not self.may_split:
-                raise sharded_out_of_memory(rows) from attempt.error
+        with torch.set_grad_enabled(with_graph or self.first):
+            measuring = budget.measure(slicer, rows) if budget is not None and with_graph else None
+            outputs, error = unless_out_of_memory(partial(self.tower.embed, rows, measuring))
+        # 2. No room: as before the pass, then once more with less.
+        if outputs is None:
+            self.recording.refuse_sharded_split(rows, error)
             if self.training:
                 before.restore()
-            self.written.note()
-            self.written.restore(there)
+            written.note()
+            written.restore(there)
             if self.first and not with_graph:
                 self.first = False
                 self.queue.appendleft(rows)
+            elif with_graph and any(self.trains):
+                self._drop_graph(rows)
             else:
-                self._make_room(rows, attempt.error, kept=with_graph and any(self.trains))
+                self.queue.extendleft(reversed(self.recording.split(rows, error)))
             return
-        outputs: tuple[Tensor, ...] = attempt.result
+        # 3. The embeddings, and what a replay will need.
         self._store(rows, outputs)
-        wrote = self.written.note()
+        wrote = written.note()
         if self.training:
             self.random = before.now()  # which the next one starts from
         piece = Piece(rows=rows, trains=any(self.trains), dtypes=tuple(output.dtype for output in outputs))
@@ -174,18 +286,14 @@ class RecordingPass:
                 piece.outputs = outputs
         self.pieces.append(piece)
 
-    def _make_room(self, rows: Tensor, error: BaseException, *, kept: bool) -> None:
-        if not kept:
-            self.queue.extendleft(reversed(warn_split(self.slicer, rows, error, self.on_split)))
-            return
-        # There was no room beside the graphs kept so far: keep no more, and run these rows without one. The last one kept
-        # makes room for the replays, whose micro-batches are no larger.
+    def _drop_graph(self, rows: Tensor) -> None:
+        """There was no room beside the graphs kept so far: keep no more, and run these rows without one."""
         holding = [piece for piece in self.pieces if piece.outputs is not None]
-        if holding:
+        if holding:  # the last one makes room for the replays, whose micro-batches are no larger
             holding[-1].outputs = None
         warnings.warn(
-            f"Out of memory with {len(holding)} graphs kept: no more are kept in this step. Lower memory or keep_graphs to "
-            "avoid the failed attempts.",
+            f"Out of memory with {len(holding)} graphs kept: no more are kept in this step. Lower memory or "
+            "keep_graphs to avoid the failed attempts.",
             stacklevel=2,
         )
         self.to_keep = 0
@@ -195,25 +303,19 @@ class RecordingPass:
 
     def _store(self, rows: Tensor, outputs: tuple[Tensor, ...]) -> None:
         if not self.flats:
-            self.flats = [_flat_like(output, self.slicer.num_rows) for output in outputs]
+            num_rows = self.tower.slicer.num_rows
+            for output in outputs:
+                dtype = torch.promote_types(output.dtype, torch.float32)
+                self.flats.append(torch.empty((num_rows, *output.shape[1:]), dtype=dtype, device=output.device))
             self.trains = [False] * len(outputs)
             if self.budget is not None:
                 self.budget.note_embeddings(outputs)
-        _check_same(outputs, self.flats)
+        if [output.shape[1:] for output in outputs] != [flat.shape[1:] for flat in self.flats]:
+            raise AnybatchError(
+                f"The encoder returned shapes {[tuple(o.shape) for o in outputs]} for one micro-batch and "
+                f"{[(len(rows), *flat.shape[1:]) for flat in self.flats]} would fit the first. Embeddings must have "
+                "the same shape in every micro-batch; token embeddings, whose width follows the longest row, must be "
+                "padded to a fixed width inside the encoder."
+            )
         for flat, output in zip(self.flats, outputs):
             flat.index_copy_(0, rows.to(flat.device), output.detach().to(flat.dtype))
-
-
-def _flat_like(output: Tensor, num_rows: int) -> Tensor:
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    return torch.empty((num_rows, *output.shape[1:]), dtype=dtype, device=output.device)
-
-
-def _check_same(outputs: tuple[Tensor, ...], flats: list[Tensor]) -> None:
-    if [output.shape[1:] for output in outputs] != [flat.shape[1:] for flat in flats]:
-        raise AnybatchError(
-            f"The encoder returned shapes {[tuple(o.shape) for o in outputs]} for one micro-batch and "
-            f"{[(len(outputs[0]), *f.shape[1:]) for f in flats]} would fit the first. Embeddings must have the same "
-            "shape in every micro-batch; token embeddings, whose width follows the longest row, must be padded to a "
-            "fixed width inside the encoder."
-        )

@@ -1,6 +1,7 @@
-"""Whether a row's embedding depends on the rows beside it: looked at once for each encoder, on a real micro-batch.
+"""Whether a row's embedding depends on the rows beside it, or on its padding: looked at once for each encoder.
 
-Batch statistics by functional calls, attention over the batch, experts with a capacity: no type of module tells. What goes in twice with other neighbours does.
+Batch statistics by functional calls, attention over the batch, experts with a capacity: no type of module tells. What
+goes in twice with other neighbours does, on rows of a real batch.
 """
 
 from __future__ import annotations
@@ -15,35 +16,26 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anybatch.caching.device_memory import is_out_of_memory
-from anybatch.caching.forward import Encoder, encode_rows
-from anybatch.caching.memory import out_of_memory_as_none
-from anybatch.caching.modules import generators_of
-from anybatch.caching.reduction import (
-    broadcast_buffers,
-    distributed_modules,
-    no_reduction,
-    on_any_rank,
-    refuse_hidden_distributed,
-)
-from anybatch.caching.rows import RowSlicer, Trim
-from anybatch.caching.state import ModeState, RandomState, WrittenState
+from anybatch.caching.device_memory import is_out_of_memory, unless_out_of_memory
+from anybatch.caching.encoder import Tower
+from anybatch.caching.ranks import on_any_rank
+from anybatch.caching.spans import Trim
+from anybatch.caching.state import WrittenState, training_modes
 from anybatch.core.errors import AnybatchError
 
 MOST_ANSWERS = 64  # of one model
 _WORDS = (str, int, float, type(None))
-# For each module: what was found, by encoder and form of inputs. And the same of encoders whose modules are not found.
+_NO_MODULE = nn.Module()  # stands for those of encoders whose modules are not found
+# For each module: what was found, by encoder and form of inputs.
 _trims: WeakKeyDictionary[nn.Module, dict[Any, Trim]] = WeakKeyDictionary()
 _alone: WeakKeyDictionary[nn.Module, dict[Any, float | None]] = WeakKeyDictionary()
-_trims_of_functions: dict[Any, Trim] = {}
-_alone_of_functions: dict[Any, float | None] = {}
+Answer = TypeVar("Answer")
 
 
 def rounding_of(tensor: Tensor) -> float:
-    """How far rounding alone takes two computations of one embedding apart, relative to it: of the coarsest dtype that may have taken part."""
+    """How far rounding alone takes two computations of an embedding apart, relative to it: of the coarsest dtype."""
     dtypes = {tensor.dtype}
     if torch.is_autocast_enabled(tensor.device.type):
         dtypes.add(torch.get_autocast_dtype(tensor.device.type))
@@ -53,149 +45,111 @@ def rounding_of(tensor: Tensor) -> float:
     return max(half, 1e-9)
 
 
-def relative_gap(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+def relative_difference(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
     """The largest relative difference of the tensors, over what rounding allows; on their device. Above 1 they differ."""
-    gaps = []
+    differences = []
     for output, reference in zip(outputs, references):
         wide = torch.promote_types(reference.dtype, torch.float32)
         size = reference.to(wide).norm()
-        gap = (output.to(wide) - reference.to(wide)).norm() / size.clamp_min(1e-30)
+        difference = (output.to(wide) - reference.to(wide)).norm() / size.clamp_min(1e-30)
         # What was not finite before cannot be compared; what has become so is different.
-        gaps.append(torch.where(size < torch.inf, gap.nan_to_num(torch.inf), 0.0) / rounding_of(output))
-    return torch.stack([gap.double() if gap.device.type != "mps" else gap for gap in gaps]).max()
+        difference = torch.where(size < torch.inf, difference.nan_to_num(torch.inf), 0.0) / rounding_of(output)
+        differences.append(difference.double() if difference.device.type != "mps" else difference)
+    return torch.stack(differences).max()
 
 
-def settle_trimming(encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> None:
-    """Cut no padding that this encoder depends on, and all that it does not: seen on two short rows, with their padding and without.
+def settle_trimming(tower: Tower) -> None:
+    """Cut no padding that this encoder depends on, and all that it does not: seen on two short rows, with and without.
 
-    Once for each encoder, mode and form of inputs; before micro-batches are planned, because `slicer.lengths` follow. A sharded encoder, which runs on all
-    ranks together, is not looked at.
+    Once for each encoder, mode and form of inputs; before micro-batches are planned, because `slicer.lengths` follow. A
+    sharded encoder, which runs on all ranks together, is not looked at.
 
     Cost: three forward passes of two rows without a graph, once.
     """
-    padded = slicer.padded
+    padded = tower.slicer.padded
     if padded is None:
         return
-    key, memory = _key(encode, slicer, modules), _memory(_trims, _trims_of_functions, modules)
-    trim: Trim | None = next((keys[key] for keys in memory if key in keys), None)
-    if trim is None and torch.is_grad_enabled():
-        trim = _seen_trim(encode, slicer, modules, *padded)
+    key, answers = _key(tower), _answers(_trims, tower)
+    trim: Trim | None = next((keys[key] for keys in answers if key in keys), None)
+    if trim is None and torch.is_grad_enabled() and not tower.sharded:
+        passes = _Passes(tower)
+        trim = _constant_in_some_mode(passes, lambda: _harmless_trim(passes, *padded))
         if trim is not None:
-            _remember(memory, key, trim)
-    slicer.trim_to("trailing" if trim is None else trim)
+            _remember(answers, key, trim)
+    tower.slicer.trim_to("trailing" if trim is None else trim)
 
 
-def _seen_trim(
-    encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module], rows: Tensor, leading: bool
-) -> Trim | None:
-    wrapped = distributed_modules(modules)
-    if any(isinstance(module, FSDPModule) for module in wrapped):
-        return None
-    with no_reduction(wrapped), refuse_hidden_distributed(wrapped):
-        broadcast_buffers(wrapped)
-        passes = _Passes(encode, slicer, RandomState(generators_of(encode, modules)), WrittenState(modules))
-        return _constant_in_some_mode(passes, modules, lambda: _harmless_trim(passes, rows, leading))
-
-
-def refuse_neighbours(
-    encode: Encoder,
-    slicer: RowSlicer,
-    micro_batches: Sequence[Tensor],
-    modules: Sequence[nn.Module],
-    random: RandomState,
-    written: WrittenState,
-    *,
-    sharded: bool = False,
-) -> bool:
-    """Take half of a micro-batch without the other half, and compare.
-
-    Args:
-        encode, slicer, micro_batches, modules: As in `record`.
-        random: The state that every pass starts from, and that is there afterwards.
-        written: Likewise.
-        sharded: Over ranks, which then must run equally many passes: whatever decides of one is agreed on.
-
-    Returns:
-        Whether it was looked at now.
+def refuse_neighbours(tower: Tower, micro_batches: Sequence[Tensor]) -> bool:
+    """Take half of a micro-batch without the other half, and compare; whether that was done now.
 
     Raises:
         AnybatchError: Rows are not the same up to rounding without the others.
 
-    Cost: one and a half forward passes of a micro-batch without a graph, once for each encoder, mode and form of inputs.
+    Cost: one and a half forward passes of a micro-batch without a graph, once for each encoder, mode and form of
+        inputs. Ranks of a sharded encoder agree on each step, because they must run equally many passes.
     """
     if len(micro_batches) < 2:
         return False
-    key, memory = _key(encode, slicer, modules), _memory(_alone, _alone_of_functions, modules)
-    known = all(key in keys or len(keys) >= MOST_ANSWERS for keys in memory)
-    if not on_any_rank(not known, ask=sharded):
+    key, answers = _key(tower), _answers(_alone, tower)
+    known = all(key in keys or len(keys) >= MOST_ANSWERS for keys in answers)
+    if not on_any_rank(not known, ask=tower.sharded):
         return False
     rows = micro_batches[0] if len(micro_batches[0]) > 1 else torch.cat([micro_batches[0], micro_batches[1][:1]])
-    if slicer.lengths is not None:  # the longest row stays, and with it the width
-        rows = rows[torch.sort(slicer.lengths[rows], descending=True, stable=True).indices]
-    passes = _Passes(encode, slicer, random, written, sharded)
-    gap = _constant_in_some_mode(passes, modules, lambda: _gap_alone(passes, rows))
-    if passes.any_rank(gap is not None and gap > 2):
+    if tower.slicer.lengths is not None:  # the longest row stays, and with it the width
+        rows = rows[torch.sort(tower.slicer.lengths[rows], descending=True, stable=True).indices]
+    passes = _Passes(tower)
+    difference = _constant_in_some_mode(passes, lambda: _difference_alone(passes, rows))
+    if passes.any_rank(difference is not None and difference > 2):
         raise AnybatchError(
-            "A row's embedding depends on the rows that go through the encoder with it: half of a micro-batch alone has other embeddings. So "
-            "micro-batches cannot give the gradient of the whole batch. Look for statistics over the batch (batch normalisation, x - x.mean(0)), attention "
-            "between rows, experts with a capacity; replace them (LayerNorm, GroupNorm), put them in evaluation mode, or train without caching."
+            "A row's embedding depends on the rows that go through the encoder with it: half of a micro-batch alone "
+            "has other embeddings. So micro-batches cannot give the gradient of the whole batch. Look for statistics "
+            "over the batch (batch normalisation, x - x.mean(0)), attention between rows, experts with a capacity; "
+            "replace them (LayerNorm, GroupNorm), put them in evaluation mode, or train without caching."
         )
-    _remember(memory, key, gap)
+    _remember(answers, key, difference)
     return True
-
-
-Answer = TypeVar("Answer")
-
-
-def _constant_in_some_mode(
-    passes: _Passes, modules: Sequence[nn.Module], ask: Callable[[], Answer | None]
-) -> Answer | None:
-    """What comes of passes in which nothing is random; None where there are none, or no memory for them.
-
-    Dropout and torch's other random numbers are made constant, because a mask has the shape of what goes through together. Where other generators are
-    drawn from, the passes are made in evaluation mode.
-    """
-    modes = ModeState(modules)
-    with torch.no_grad(), _eager(), out_of_memory_as_none() as attempt:
-        for training in (True, False):
-            if not training:
-                modes.flags = dict.fromkeys(modes.flags, False)
-            passes.drew = False
-            with modes.apply():
-                answer = ask()
-            if not passes.any_rank(passes.drew):
-                attempt.result = answer
-                break
-    return attempt.result
 
 
 class _Passes:
     """Forward passes that all start from one state, and leave it."""
 
-    def __init__(
-        self, encode: Encoder, slicer: RowSlicer, random: RandomState, written: WrittenState, sharded: bool = False
-    ) -> None:
-        self.encode, self.slicer, self.random, self.written = encode, slicer, random, written
-        self.any_rank = functools.partial(on_any_rank, ask=sharded)
+    def __init__(self, tower: Tower) -> None:
+        self.tower, self.random = tower, tower.random_state()
+        self.any_rank = functools.partial(on_any_rank, ask=tower.sharded)
         self.drew = False  # random numbers that are not under control
         self.first = True
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The embeddings of `rows`."""
-        # The first pass of all has a graph: what the encoder keeps for later passes (a memo of weights) must lead to its parameters.
+        # The first pass of all has a graph: what the encoder keeps for later passes must lead to its parameters.
         with_graph, self.first = self.first, False
-        try:
-            with _Constant(self.written), torch.set_grad_enabled(with_graph):
-                return tuple(output.detach() for output in encode_rows(self.encode, self.slicer, rows))
-        finally:
-            self.drew = self.drew or not self.random.now().equals(self.random)
-            self.random.restore()
-            self.written.note()
-            self.written.restore({})
-            self.written.note()
+        with self.tower.leaving_no_trace(self.random):
+            try:
+                with _Constant(self.tower.facts.written), torch.set_grad_enabled(with_graph):
+                    return tuple(output.detach() for output in self.tower.embed(rows))
+            finally:
+                self.drew = self.drew or not self.random.now().equals(self.random)
 
 
-def _gap_alone(passes: _Passes, rows: Tensor) -> float | None:
+def _constant_in_some_mode(passes: _Passes, ask: Callable[[], Answer | None]) -> Answer | None:
+    """What comes of passes in which nothing is random; None where there are none, or no memory for them.
+
+    Dropout and torch's other random numbers are made constant, because a mask has the shape of what goes through
+    together. Where other generators are drawn from, the passes are made in evaluation mode.
+    """
+    as_is = passes.tower.facts.flags
+    for flags in (as_is, dict.fromkeys(as_is, False)):
+        passes.drew = False
+        with torch.no_grad(), _eager(), training_modes(flags):
+            answer, error = unless_out_of_memory(ask)
+        if error is not None:
+            return None
+        if not passes.any_rank(passes.drew):
+            return answer
+    return None
+
+
+def _difference_alone(passes: _Passes, rows: Tensor) -> float | None:
     """How much rows change without the others, over what rounding allows; None where that cannot be told."""
     alone = rows[: (len(rows) + 1) // 2].flip(0)
     together = passes(rows)
@@ -206,21 +160,23 @@ def _gap_alone(passes: _Passes, rows: Tensor) -> float | None:
             raise
         return None  # made for a fixed number of rows
     except ValueError:  # of torch's normalisations: no variance over one row
-        if len(alone) > 1:
-            return None
-        return float("inf")
+        return None if len(alone) > 1 else float("inf")
     if [part.shape[1:] for part in apart] != [part.shape[1:] for part in together]:
         return None  # outputs of several shapes are refused elsewhere
-    gap = float(relative_gap([part.flip(0) for part in apart], [whole[: len(alone)] for whole in together]))
+    wanted = [whole[: len(alone)] for whole in together]
+    difference = float(relative_difference([part.flip(0) for part in apart], wanted))
     # Embeddings that are not even the same twice are found out, and named, when they are replayed.
-    different = passes.any_rank(gap > 2)
-    unlike = different and any(passes.any_rank(float(relative_gap(passes(rows), together)) > 1) for _ in range(4))
-    return None if unlike else gap
+    different = passes.any_rank(difference > 2)
+    unlike = different and any(
+        passes.any_rank(float(relative_difference(passes(rows), together)) > 1) for _ in range(4)
+    )
+    return None if unlike else difference
 
 
 def _harmless_trim(passes: _Passes, rows: Tensor, leading: bool) -> Trim:
     """How much padding can be cut from `rows` with the same embeddings."""
-    slicer, before = passes.slicer, passes.slicer.trim
+    slicer = passes.tower.slicer
+    before = slicer.trim
     try:
         slicer.trim_to("none")
         whole = passes(rows)
@@ -229,30 +185,34 @@ def _harmless_trim(passes: _Passes, rows: Tensor, leading: bool) -> Trim:
             slicer.trim_to(trim)
             cut = passes(rows)
             same = [part.shape for part in cut] == [part.shape for part in whole]
-            if not same or float(relative_gap(cut, whole)) <= 2:  # other shapes are refused elsewhere
+            if not same or float(relative_difference(cut, whole)) <= 2:  # other shapes are refused elsewhere
                 return trim
         return "none"
     finally:
         slicer.trim_to(before)
 
 
-def _memory(of_modules: Any, of_functions: dict[Any, Any], modules: Sequence[nn.Module]) -> list[dict[Any, Any]]:
-    return [of_modules.setdefault(module, {}) for module in modules] or [of_functions]
+def _answers(found: WeakKeyDictionary[nn.Module, dict[Any, Any]], tower: Tower) -> list[dict[Any, Any]]:
+    return [found.setdefault(module, {}) for module in tower.modules or (_NO_MODULE,)]
 
 
-def _remember(memory: list[dict[Any, Any]], key: Any, answer: Any) -> None:
-    for keys in memory:
+def _remember(answers: list[dict[Any, Any]], key: Any, answer: Any) -> None:
+    for keys in answers:
         if len(keys) >= MOST_ANSWERS:
             keys.pop(next(iter(keys)))
         keys[key] = answer
 
 
-def _key(encode: Encoder, slicer: RowSlicer, modules: Sequence[nn.Module]) -> Any:
-    return (_signature(encode, 2), _form(slicer.inputs), tuple(module.training for module in modules))
+def _key(tower: Tower) -> Any:
+    modes = tuple(module.training for module in tower.modules)
+    return _signature(tower.encode, 2), _form(tower.slicer.inputs), modes
 
 
 class _Constant(TorchDispatchMode):
-    """torch's random operations give constants: dropout keeps all, noise is its middle, permutations turn round. Frozen parameters are kept before they are written."""
+    """torch's random operations give constants: dropout keeps all, noise is its middle, permutations turn round.
+
+    Frozen parameters are kept before they are written.
+    """
 
     def __init__(self, written: WrittenState) -> None:
         super().__init__()

@@ -21,14 +21,14 @@ def plan_micro_batches(
 ) -> list[Tensor]:
     """Split the rows of a batch into micro-batches, the longest rows first.
 
-    A micro-batch is closed when it has `micro_batch` rows, or when another row would take
-    `rows * longest row` (its padded tokens) past `max_tokens`. Rows of equal length keep their order.
+    A micro-batch is closed when it has `micro_batch` rows, or when another row would take `rows * longest row` (its
+    padded tokens) past `max_tokens`. Rows of equal length keep their order.
 
     Args:
         inputs: The batch, or a `RowSlicer` of it.
         micro_batch: The most rows in a micro-batch; None: no limit (then `max_tokens` is needed).
-        max_tokens: The most padded tokens in a micro-batch; a single longer row still gets one of its own. Pictures have no tokens
-            to count: `micro_batch` alone holds for them.
+        max_tokens: The most padded tokens in a micro-batch; a single longer row still gets one of its own. Pictures
+            have no tokens to count: `micro_batch` alone holds for them.
         sort_by_length: Longest first; False keeps the order of the batch. Without an attention mask there is no
             length and the order is kept.
 
@@ -45,13 +45,13 @@ def plan_micro_batches(
     lengths = slicer.lengths
     if max_tokens is not None and lengths is None and not (slicer.pictures and micro_batch is not None):
         raise AnybatchError(
-            "max_tokens counts tokens, but nothing tells the lengths of these inputs: they have no two-dimensional attention_mask, or hold a tensor "
-            "of unknown meaning with an axis as long as it. Use micro_batch."
+            "max_tokens counts tokens, but nothing tells the lengths of these inputs: they have no two-dimensional "
+            "attention_mask, or hold a tensor of unknown meaning with an axis as long as it. Use micro_batch."
         )
+    order = torch.arange(slicer.num_rows)
     if lengths is None:
         assert micro_batch is not None
-        return list(torch.arange(slicer.num_rows).split(micro_batch)) if slicer.num_rows else []
-    order = torch.arange(slicer.num_rows)
+        return list(order.split(micro_batch)) if len(order) else []
     if sort_by_length:
         order = torch.sort(lengths, descending=True, stable=True).indices
     sizes: list[int] = []
@@ -77,7 +77,8 @@ def check_limits(
     """Refuse settings of the cached step that no batch could use, before there is one.
 
     Raises:
-        AnybatchError: A word other than "auto"; not a whole number, or below 1; `keep_graphs` as in `count_kept`; no limit at all.
+        AnybatchError: A word other than "auto"; not a whole number, or below 1; `keep_graphs` as in `count_kept`; no
+            limit at all.
     """
     for name, value in (("micro_batch", micro_batch), ("keep_graphs", keep_graphs)):
         if isinstance(value, str) and value != "auto":

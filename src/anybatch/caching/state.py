@@ -1,4 +1,4 @@
-"""What a forward pass depends on besides its inputs: random number generators, buffers that it writes, autocast, training mode.
+"""What a forward pass depends on besides its inputs: random numbers, what earlier passes wrote, autocast, training mode.
 
 Captured when a micro-batch is recorded, put back when it is replayed.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,94 +22,86 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from anybatch.core.errors import AnybatchError
 
 Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
-LARGEST_BUFFER = (
-    2**24
-)  # bytes; what forward passes write into is small, and a replay that depends on more is found out by comparison
+# Bytes. What forward passes write to is small, and a replay that depends on more is found out by comparison.
+LARGEST_BUFFER = 2**24
 _written_parameters = WeakTensorKeyDictionary()  # frozen ones that a forward pass was seen to write to
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class RandomState:
-    """The states of all generators that a forward pass may draw from.
+    """The states of all generators that a forward pass may draw from: torch's, Python's, NumPy's, and those given.
 
-    torch's: CPU, and every CUDA, XPU and MPS device in use (all of an initialised backend, because an encoder may use others than its inputs do);
-    Python's `random`; NumPy's global one; and the generator objects given, of any of the three libraries (see `generators_of`).
-
-    Cost: copies of 13 kB and a few bytes a device, 50 microseconds; no synchronisation.
+    Cost: copies of 13 kB and a few bytes per device, 40 microseconds; no synchronisation.
     """
 
     def __init__(self, generators: Iterable[Generator] = ()) -> None:
-        self.cpu: Tensor = torch.get_rng_state()
-        self.cuda: list[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        xpu = getattr(torch, "xpu", None)
-        self.xpu: list[Tensor] = xpu.get_rng_state_all() if xpu is not None and xpu.is_initialized() else []
-        self.mps: Tensor | None = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-        self.python = random.getstate()
-        self.numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-        self.objects = [(generator, _state_of(generator)) for generator in generators]
+        self.generators = tuple(generators)
+        self._states = [(put, get()) for get, put in _sources(self.generators)]
 
     def restore(self) -> None:
         """Put every generator back to the captured state."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.xpu:
-            torch.xpu.set_rng_state_all(self.xpu)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
-        for generator, state in self.objects:
-            _put_state(generator, state)
+        for put, state in self._states:
+            put(state)
 
     def now(self) -> RandomState:
         """The present states of the same generators."""
-        return RandomState([generator for generator, _ in self.objects])
+        return RandomState(self.generators)
 
     def equals(self, other: RandomState) -> bool:
         """Whether no random number was drawn between the two captures."""
-        return all(_same(mine, theirs) for mine, theirs in zip(self._states(), other._states(), strict=True))
-
-    def _states(self) -> list[Any]:
-        return [self.cpu, self.cuda, self.xpu, self.mps, self.python, self.numpy, [state for _, state in self.objects]]
+        return _same([state for _, state in self._states], [state for _, state in other._states])
 
 
-def _state_of(generator: Generator) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        return copy.deepcopy(generator.bit_generator.state)
-    return generator.get_state(legacy=False)
-
-
-def _put_state(generator: Generator, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
+def _sources(generators: Iterable[Generator]) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """How the state of each generator is read, and how it is set."""
+    yield torch.get_rng_state, torch.set_rng_state
+    for backend in (torch.cuda, getattr(torch, "xpu", None)):  # all devices: an encoder may use others than its inputs
+        if backend is not None and backend.is_initialized():
+            yield backend.get_rng_state_all, backend.set_rng_state_all
+    if torch.backends.mps.is_available():
+        yield torch.mps.get_rng_state, torch.mps.set_rng_state
+    yield random.getstate, random.setstate
+    yield partial(np.random.get_state, legacy=False), np.random.set_state
+    for generator in generators:
+        if isinstance(generator, torch.Generator):
+            yield generator.get_state, generator.set_state
+        elif isinstance(generator, random.Random):
+            yield generator.getstate, generator.setstate
+        elif isinstance(generator, np.random.Generator):
+            bits: Any = generator.bit_generator
+            yield lambda bits=bits: copy.deepcopy(bits.state), partial(setattr, bits, "state")
+        else:
+            yield partial(generator.get_state, legacy=False), generator.set_state
 
 
 def _same(mine: Any, theirs: Any) -> bool:
     if isinstance(mine, Tensor):
-        return isinstance(theirs, Tensor) and torch.equal(mine, theirs)
+        return torch.equal(mine, theirs)
     if isinstance(mine, np.ndarray):
         return np.array_equal(mine, theirs)
     if isinstance(mine, dict):
         return all(_same(value, theirs[key]) for key, value in mine.items())
     if isinstance(mine, list):
-        return len(mine) == len(theirs) and all(_same(*pair) for pair in zip(mine, theirs))
+        return len(mine) == len(theirs) and all(map(_same, mine, theirs))
     return mine == theirs
 
 
+class Place(NamedTuple):
+    """Where a value is kept that forward passes may write to."""
+
+    holder: dict[str, Any]  # attributes, buffers or parameters of a module
+    key: str
+    path: str  # of the module
+
+    @property
+    def name(self) -> str:
+        """As in `named_parameters`."""
+        return f"{self.path}.{self.key}".lstrip(".")
+
+
 @dataclass
-class _Buffer:
-    """A buffer, and what was in it at one moment."""
+class _Content:
+    """A tensor, and what was in it at one moment."""
 
     tensor: Tensor
     version: int
@@ -116,113 +109,102 @@ class _Buffer:
 
 
 class WrittenState:
-    """Buffers, plain numbers and frozen parameters, watched for what a forward pass writes: counters, running averages, power iterations, teachers.
+    """Numbers and buffers (`places`) and frozen parameters, watched for what forward passes write.
 
-    `note` after every forward pass finds what it wrote; `snapshot` before one, and `restore` with it later, bring back what was there.
+    `note` after every forward pass finds what it wrote (counters, running averages, teachers); `snapshot` before one,
+    and `restore` with it later, bring back what was there. Frozen parameters are many and seldom written: they are
+    copied from the moment that one is about to be written (`before_write`), or has been in an earlier step.
 
-    Frozen parameters are many and seldom written: copied from the moment that one is about to be written (`before_write`), or has been.
-
-    Cost: a copy of each buffer up to `LARGEST_BUFFER`, once; a comparison of versions and numbers, 50 nanoseconds each, a forward pass; copies of what is
-    written.
+    Cost: a copy of each buffer up to `LARGEST_BUFFER`, once per step; 50 nanoseconds for each place and forward pass.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.places: list[tuple[dict[str, Any], str]] = []
-        self.paths: list[str] = []  # of the modules that hold them
-        self.frozen: list[tuple[dict[str, Any], str, str, int]] = []  # with their paths and versions
-        for root in modules:
-            for path, child in root.named_modules():
-                holder = vars(child)
-                self.places += [
-                    (holder, key) for key, value in holder.items() if type(value) in (int, float) and key != "training"
-                ]
-                if child._buffers:
-                    self.places += [(child._buffers, key) for key in child._buffers]
-                self.paths += [path] * (len(self.places) - len(self.paths))
-                self.frozen += [
-                    (child._parameters, key, path, value._version)
-                    for key, value in child._parameters.items()
-                    if value is not None
-                    and not (value.requires_grad or value.is_inference() or is_traceable_wrapper_subclass(value))
-                ]
-        self.values: dict[int, Any] = {place: _kept(holder[key]) for place, (holder, key) in enumerate(self.places)}
+    def __init__(self, places: Iterable[Place] = (), frozen: Iterable[Place] = ()) -> None:
+        self.places = list(places)
+        self.values: dict[int, Any] = {n: _kept(place.holder[place.key]) for n, place in enumerate(self.places)}
         self.first: dict[int, Any] = {}  # what was there before the first forward pass that wrote to it
-        self.frozen_bytes = 0  # of those that are watched
-        for holder, key, path, _ in self.frozen:
-            if holder[key] in _written_parameters:
-                self._watch(holder, key, path)
+        self._frozen = [
+            (place, value._version)
+            for place in frozen
+            if (value := place.holder[place.key]) is not None and not _unreadable(value)
+        ]
+        self._watched_bytes = 0  # of frozen parameters
+        if _written_parameters:
+            for place, _ in self._frozen:
+                if place.holder[place.key] in _written_parameters:
+                    self._watch(place)
 
     @property
-    def large(self) -> list[str]:
+    def too_large(self) -> list[str]:
         """The names of written buffers that are too large to be brought back."""
-        large = [place for place, kept in self.first.items() if isinstance(kept, _Buffer) and kept.content is None]
-        return [f"{self.paths[place]}.{self.places[place][1]}".lstrip(".") for place in large]
-
-    def now(self) -> dict[int, Any]:
-        """A snapshot of the present, after `close` too."""
-        return {place: _kept(holder.get(key)) for place in self.first for holder, key in [self.places[place]]}
+        kept = self.first.items()
+        return [self.places[n].name for n, value in kept if isinstance(value, _Content) and value.content is None]
 
     def note(self) -> bool:
         """Take down what the last forward pass has written; whether it wrote."""
         wrote = False
-        for place, old in self.values.items():
-            holder, key = self.places[place]
-            now = holder.get(key)
-            if now is not old and not _unchanged(old, now):
-                self.first.setdefault(place, old)
-                behind = isinstance(now, nn.Parameter) and now in _written_parameters
-                self.values[place] = replace(_kept(now), version=-1) if behind else _kept(now)
+        for number, old in self.values.items():
+            holder, key, _ = self.places[number]
+            value = holder.get(key)
+            if value is not old and not _unchanged(old, value):
+                self.first.setdefault(number, old)
+                frozen = isinstance(value, nn.Parameter) and value in _written_parameters
+                self.values[number] = replace(_kept(value), version=-1) if frozen else _kept(value)
                 wrote = True
         return wrote
 
     def before_write(self, tensors: Iterable[Tensor]) -> None:
-        """Keep what is in those of the frozen parameters that `tensors` are, or share memory with, and that are not watched yet.
+        """Start to watch those of the frozen parameters that `tensors` are, or share memory with.
 
         Raises:
             AnybatchError: They are too large to be kept for every micro-batch.
         """
         for tensor in tensors:
-            if not tensor.requires_grad and self.frozen and not is_traceable_wrapper_subclass(tensor):
+            if not tensor.requires_grad and self._frozen and not is_traceable_wrapper_subclass(tensor):
                 memory = tensor.untyped_storage()._cdata
-                for holder, key, path, _ in self.frozen:
-                    if holder[key] not in _written_parameters and holder[key].untyped_storage()._cdata == memory:
-                        self._watch(holder, key, path)
+                for place, _ in self._frozen:
+                    parameter = place.holder[place.key]
+                    if parameter not in _written_parameters and parameter.untyped_storage()._cdata == memory:
+                        self._watch(place)
 
-    def _watch(self, holder: dict[str, Any], key: str, path: str) -> None:
-        self.frozen_bytes += holder[key].numel() * holder[key].element_size()
-        if self.frozen_bytes > LARGEST_BUFFER:
+    def _watch(self, place: Place) -> None:
+        parameter = place.holder[place.key]
+        self._watched_bytes += parameter.numel() * parameter.element_size()
+        if self._watched_bytes > LARGEST_BUFFER:
             raise AnybatchError(
-                f"The forward pass writes to {path}.{key}, a parameter that does not train, and what it so writes is too large to be brought back for every "
-                "micro-batch. Update it (the moving average of a teacher) after the step, outside the forward pass."
+                f"The forward pass writes to {place.name}, a parameter that does not train, and what it so writes is "
+                "too large to be brought back for every micro-batch. Update it (the moving average of a teacher) after "
+                "the step, outside the forward pass."
             )
-        _written_parameters[holder[key]] = True
-        self.places.append((holder, key))
-        self.paths.append(path)
+        _written_parameters[parameter] = True
         # Writes through `.data` move no version, so that it always counts as written.
-        self.values[len(self.places) - 1] = replace(_kept(holder[key]), version=-1)
+        self.values[len(self.places)] = replace(_kept(parameter), version=-1)
+        self.places.append(place)
 
     def close(self) -> None:
         """Let go of what was never written."""
-        for holder, key, path, version in self.frozen:
-            if holder[key]._version != version and holder[key] not in _written_parameters:
+        for place, version in self._frozen:
+            parameter = place.holder[place.key]
+            if parameter._version != version and parameter not in _written_parameters:
                 # Too late for what was there before: the replays start from what is there now, and leave it.
-                self.places.append((holder, key))
-                self.paths.append(path)
-                place = len(self.places) - 1
-                self.first[place] = self.values[place] = _kept(holder[key])
-        self.frozen = []
-        self.values = {place: self.values[place] for place in self.first}
+                self.first[len(self.places)] = self.values[len(self.places)] = _kept(parameter)
+                self.places.append(place)
+        self._frozen = []
+        self.values = {number: self.values[number] for number in self.first}
 
     def snapshot(self) -> dict[int, Any]:
-        """What is there now, of all that was ever written."""
-        return {place: self.values[place] for place in self.first}
+        """What was there after the last `note`, of all that was ever written."""
+        return {number: self.values[number] for number in self.first}
+
+    def now(self) -> dict[int, Any]:
+        """A snapshot of the present."""
+        return {number: _kept(self.places[number].holder.get(self.places[number].key)) for number in self.first}
 
     def restore(self, snapshot: dict[int, Any]) -> None:
         """Bring back a snapshot; what was written only later gets what was there at first."""
-        for place, first in self.first.items():
-            holder, key = self.places[place]
-            value = snapshot.get(place, first)
-            if isinstance(value, _Buffer):
+        for number, first in self.first.items():
+            holder, key, _ = self.places[number]
+            value = snapshot.get(number, first)
+            if isinstance(value, _Content):
                 holder[key] = value.tensor
                 if value.content is not None and value.tensor._version != value.version:
                     with torch.no_grad():
@@ -231,17 +213,22 @@ class WrittenState:
                 holder[key] = value
 
 
+def _unreadable(tensor: Tensor) -> bool:
+    """Tensors without versions, or without a storage of their own (sharded, quantised)."""
+    return tensor.is_inference() or is_traceable_wrapper_subclass(tensor)
+
+
 def _kept(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.is_inference() or is_traceable_wrapper_subclass(value):
+    if not isinstance(value, Tensor) or _unreadable(value):
         return value
     small = value.numel() * value.element_size() <= LARGEST_BUFFER
-    return _Buffer(value, value._version, value.detach().clone() if small else None)
+    return _Content(value, value._version, value.detach().clone() if small else None)
 
 
-def _unchanged(old: Any, now: Any) -> bool:
-    if isinstance(old, _Buffer):
-        return now is old.tensor and now._version == old.version
-    return type(now) is type(old) and not isinstance(now, Tensor) and bool(now == old)
+def _unchanged(old: Any, value: Any) -> bool:
+    if isinstance(old, _Content):
+        return value is old.tensor and value._version == old.version
+    return type(value) is type(old) and not isinstance(value, Tensor) and bool(value == old)
 
 
 class AutocastState:
@@ -251,22 +238,18 @@ class AutocastState:
         self.cache = torch.is_autocast_cache_enabled()
         self.devices: list[tuple[str, bool, torch.dtype]] = []
         for device in _AUTOCAST_DEVICES:
-            # A device type that this build of torch lacks has no autocast state.
-            with contextlib.suppress(RuntimeError):
-                enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-                self.devices.append((device, enabled, dtype))
+            with contextlib.suppress(RuntimeError):  # this build of torch lacks the device type
+                self.devices.append((device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
 
     @contextlib.contextmanager
     def apply(self) -> Iterator[None]:
         """Run with the captured settings, whatever the surroundings are."""
         with contextlib.ExitStack() as stack:
             for device, enabled, dtype in self.devices:
+                same = torch.is_autocast_enabled(device) == enabled
                 # Only what differs is entered: autocast warns about dtypes and devices that it cannot serve.
-                if torch.is_autocast_enabled(device) == enabled and (
-                    not enabled or torch.get_autocast_dtype(device) == dtype
-                ):
-                    continue
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=self.cache))
+                if not same or (enabled and torch.get_autocast_dtype(device) != dtype):
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=self.cache))
             yield
 
 
@@ -281,23 +264,14 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-class ModeState:
-    """The training flag of every submodule.
-
-    Cost: one walk over the modules.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.flags = {child: child.training for module in modules for child in module.modules()}
-
-    @contextlib.contextmanager
-    def apply(self) -> Iterator[None]:
-        """Run with the captured flags and put the present ones back afterwards."""
-        present = [(child, child.training) for child, flag in self.flags.items() if child.training != flag]
-        try:
-            for child, flag in present:
-                child.training = not flag
-            yield
-        finally:
-            for child, flag in present:
-                child.training = flag
+@contextlib.contextmanager
+def training_modes(flags: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Run with these training flags, and put the present ones back afterwards."""
+    others = [(module, flag) for module, flag in flags.items() if module.training != flag]
+    try:
+        for module, flag in others:
+            module.training = flag
+        yield
+    finally:
+        for module, flag in others:
+            module.training = not flag

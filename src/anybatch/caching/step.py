@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.caching.forward import Encoder
-from anybatch.caching.gradients import Aside
-from anybatch.caching.modules import modules_of, parameters_of
-from anybatch.caching.replay import replay, trained_parameters
+from anybatch.caching.encoder import Encoder, modules_of, parameters_of
+from anybatch.caching.memory import StepMemory
+from anybatch.caching.recording import Auto, record_towers
+from anybatch.caching.replay import Aside, replay, trained_parameters
 from anybatch.caching.state import without_autocast
-from anybatch.caching.step_memory import StepMemory
-from anybatch.caching.towers import Auto, paired_encoders, record_towers
 from anybatch.core.errors import AnybatchError
 
 
@@ -46,16 +44,17 @@ def cached_step(
         loss: `loss(anchors (B, D), candidates (M, D), **loss_kwargs) -> scalar`; of anybatch.losses or any callable.
         encoders: One callable for all towers (shared weights), or one for each. Each takes a micro-batch of its tower
             and returns `(b, D)`.
-        inputs: One batch a tower: anchors, positives, then explicit negatives (see `RowSlicer` for their form).
-        micro_batch: The most rows in a forward pass; None if `max_tokens` limits it; "auto" finds the padded tokens that
-            `memory` has room for.
+        inputs: One batch for each tower: anchors, positives, then explicit negatives (see `RowSlicer` for their form).
+        micro_batch: The most rows in a forward pass; None if `max_tokens` limits it; "auto" finds the padded tokens
+            that `memory` has room for.
         max_tokens: The most padded tokens in a forward pass.
         keep_graphs: How many micro-batches of each tower keep their graph instead of running twice: an int counts
             them, a float is a fraction (1.0: plain training), "auto" keeps what `memory` has room for.
         memory: For "auto": the most memory in use on the device, "8GiB" or "80%". A `StepMemory` given to every step
             probes once and remembers what did not fit.
         sort_by_length: Group rows of like length; the embeddings keep the order of the batch.
-        pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled encoder sees few shapes; None for the longest row's.
+        pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled encoder sees few shapes; None
+            for the longest row's.
         loss_kwargs: Passed to the loss, for instance `{"index": rows}`.
         scale: Multiplies the loss before the backward pass (a gradient scaler, 1 / accumulation steps).
         modules: The modules that the encoders run, where they cannot be found by looking (see `modules_of`).
@@ -72,6 +71,7 @@ def cached_step(
 
     Reference: arXiv 2101.06983 (GradCache), section 3.2; keeping graphs and sorting are additions.
     """
+    # 1. Record: every micro-batch of every tower through its encoder, most without a graph.
     recordings = record_towers(
         paired_encoders(encoders, inputs),
         inputs,
@@ -83,51 +83,52 @@ def cached_step(
         pad_to_multiple=pad_to_multiple,
         modules=modules,
     )
+    leaves = [recording.embeddings for recording in recordings]
+    # 2. Loss: on all embeddings at once; its backward pass ends in them. What it gives to parameters waits.
     aside = Aside(dict.fromkeys([*trained_parameters(recordings), *parameters_of(modules_of(loss))]))
     try:
-        value = backward_to_leaves(loss, [r.embeddings for r in recordings], loss_kwargs=loss_kwargs, scale=scale)
-        replay(recordings, [[r.embeddings.grad] for r in recordings], aside=aside)
+        value = _loss_of(leaves, loss, loss_kwargs or {}, scale)
     finally:
-        aside.put_back()  # nothing is left to put back where all went well
+        beside = aside.put_back()
+    # 3. Replay: every micro-batch again, with a graph; the gradients of its embeddings go into the encoder.
+    replay(recordings, [[leaf.grad] for leaf in leaves], beside=beside)
     return value
 
 
-def backward_to_leaves(
-    loss: Callable[..., Tensor],
-    leaves: Sequence[Tensor],
-    *,
-    loss_kwargs: Mapping[str, Any] | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """The loss of recorded embeddings, outside autocast, back-propagated to the leaves (and the loss's own parameters).
-
-    Args:
-        loss: As in `cached_step`.
-        leaves: Anchors `(B, D)`, then the parts of the candidates.
-        loss_kwargs: Passed to the loss.
-        scale: Multiplies the loss before the backward pass.
-
-    Returns:
-        The loss, a scalar without graph, not multiplied by `scale`.
+def paired_encoders(encoders: Encoder | Sequence[Encoder], inputs: Sequence[Any]) -> list[Encoder]:
+    """One encoder for each tower: the only one given for all, or as many as there are towers.
 
     Raises:
-        AnybatchError: The result is no scalar, or a leaf that needs a gradient got none.
+        AnybatchError: Neither.
     """
+    shared = callable(encoders) and not isinstance(encoders, nn.ModuleList)
+    towers: list[Encoder] = [encoders] * len(inputs) if shared else [*encoders]  # type: ignore[misc, list-item]
+    if len(towers) != len(inputs) or not towers:
+        raise AnybatchError(
+            f"{len(towers)} encoders for {len(inputs)} towers; give one input batch for each tower, and one encoder "
+            "for all or one for each."
+        )
+    return towers
+
+
+def _loss_of(
+    leaves: Sequence[Tensor], loss: Callable[..., Tensor], loss_kwargs: Mapping[str, Any], scale: float
+) -> Tensor:
+    """The loss of recorded embeddings, outside autocast, back-propagated to them and to the loss's own parameters."""
     if len(leaves) > 2:
         candidates = [torch.cat(list(leaves[1:]))]
     else:
         candidates = list(leaves[1:])  # one tower only: the loss takes the embeddings alone
     with without_autocast():  # the leaves are float32 or better, and so is all that the loss does with them
-        value = loss(leaves[0], *candidates, **(loss_kwargs or {}))
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise AnybatchError(f"The loss returned {given}; a scalar tensor is expected. Reduce it (mean) inside.")
-    if not value.requires_grad:
-        raise AnybatchError(
-            "The loss needs no gradient: every encoder is frozen (or gradients are off) and the loss has no parameter "
-            "to train. Unfreeze something, or call the loss on the embeddings directly."
-        )
-    with without_autocast():
+        value = loss(leaves[0], *candidates, **loss_kwargs)
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise AnybatchError(f"The loss returned {given}; a scalar tensor is expected. Reduce it (mean) inside.")
+        if not value.requires_grad:
+            raise AnybatchError(
+                "The loss needs no gradient: every encoder is frozen (or gradients are off) and the loss has no "
+                "parameter to train. Unfreeze something, or call the loss on the embeddings directly."
+            )
         (value * scale).backward()
     unused = [str(tower) for tower, leaf in enumerate(leaves) if leaf.requires_grad and leaf.grad is None]
     if unused:

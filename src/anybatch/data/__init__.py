@@ -1,1 +1,1 @@
-"""Pairs and retrieval sets: readers, columns, pictures, the embedded sample."""
+"""Pairs and retrieval sets: readers, columns, images, the embedded sample."""

@@ -1,6 +1,8 @@
-"""Rows of CSV, TSV, JSON lines, Parquet and saved data sets as mappings: every row once, or a message that names the line.
+"""Rows of CSV, TSV, JSON lines, Parquet and data sets as mappings: every row once, or a message that names the line.
 
-CSV and TSV follow one set of quoting rules, the usual ones (RFC 4180, as Python's csv and pandas read them). Imports errors.
+CSV and TSV follow one set of quoting rules, the usual ones (RFC 4180, as Python's csv and pandas read them). The text
+formats are read here and not by `datasets`, which fills short rows with None, takes "007" for 7 and "NA" for None,
+names no line, and keeps a copy of every file in the home folder (docs/log.md).
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
+import functools
+import glob
 import gzip
 import json
 import logging
@@ -15,7 +19,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -23,18 +27,24 @@ from typing import IO, Any, Literal, get_args
 from anybatch.core.errors import AnybatchError
 
 logger = logging.getLogger("anybatch")
-FORMATS = ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, or a folder saved by datasets' save_to_disk"
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = (
+    ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, a folder saved by datasets' save_to_disk, or "
+    "hf://OWNER/NAME of the Hugging Face hub"
+)
 Quoting = Literal["standard", "raw"]
 PEEK = 1000  # rows of a JSON file whose keys say what columns it has
 LONG = 10  # lines of one field with commas that all look like rows: more than chance
 ODD = 10  # lines to one that is no row by itself, of a file that can be read without quoting
 SHOWN = 20  # names of columns in a message
-RAW = 'In a quoted field a quote is written twice (""). If quotes are plain characters in this file, say so: data.quoting=raw.'
+RAW = (
+    'In a quoted field a quote is written twice (""). If quotes are plain characters in this file, say so: '
+    "data.quoting=raw."
+)
 
 
 def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
-    """The columns of a file or saved data set; of JSON lines, the keys of its first 1,000 rows.
+    """The columns of a file or data set; of JSON lines, the keys of its first 1,000 rows.
 
     Raises:
         AnybatchError: No such file; nothing in it; an unknown format; a name that occurs twice.
@@ -47,12 +57,12 @@ def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
     elif kind == ".parquet":
         import pyarrow.parquet
 
-        with _reading_arrow(path):
+        with _reading(path):
             names = pyarrow.parquet.read_schema(path).names
-    elif kind == "folder":
-        names = _load_folder(path).column_names
+    elif kind == "dataset":
+        names = _load_dataset(path).column_names
     else:
-        return list(dict.fromkeys(key for record in islice(_json_records(path), PEEK) for key in record))
+        names = list(dict.fromkeys(key for record in islice(_json_records(path), PEEK) for key in record))
     twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
     if twice is not None:
         raise AnybatchError(f"{path} has the column '{twice}' more than once. Rename or remove all but one.")
@@ -62,13 +72,13 @@ def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
 def records(
     path: Path, names: Sequence[str] | None = None, quoting: Quoting | None = None
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file or saved data set as mappings.
+    """The rows of a file or data set as mappings.
 
     Args:
         path: See `FORMATS`.
         names: Columns to read, which the file has; None for all. Rows of JSON lines come whole, and may lack some.
-        quoting: Of CSV and TSV: "standard" for the usual rules, "raw" where quotes are plain characters; None for the usual rules, refusing
-            a file that can be read both ways.
+        quoting: Of CSV and TSV: "standard" for the usual rules, "raw" where quotes are plain characters; None for the
+            usual rules, refusing a file that can be read both ways.
 
     Raises:
         AnybatchError: What `column_names` refuses; a row that cannot be read, with its line.
@@ -78,8 +88,8 @@ def records(
         return _csv_records(path, names, quoting)
     if kind == ".parquet":
         return _parquet_records(path, names)
-    if kind == "folder":
-        return _folder_records(path, names)
+    if kind == "dataset":
+        return _dataset_records(path, names)
     return _json_records(path)
 
 
@@ -97,12 +107,11 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _kind(path: Path) -> str:
+    if path.parts[:1] == ("hf:",) or path.is_dir():
+        return "dataset"
     if not path.exists():
         raise AnybatchError(f"There is no file {path}. Check the path; expected {FORMATS}.")
-    if path.is_dir():
-        return "folder"
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = suffixes[-1].lower() if suffixes else ""
+    kind = Path(path.name.removesuffix(".gz")).suffix.lower()
     if kind not in KINDS:
         raise AnybatchError(f"Cannot tell the format of {path} from its name. Expected {FORMATS}.")
     if path.stat().st_size == 0:
@@ -111,9 +120,8 @@ def _kind(path: Path) -> str:
 
 
 def _open(path: Path, newline: str | None = None) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return path.open("rt", encoding="utf-8-sig", newline=newline)
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
 def _unreadable(path: Path, line: int, error: Exception) -> AnybatchError:
@@ -126,10 +134,11 @@ def _unreadable(path: Path, line: int, error: Exception) -> AnybatchError:
     if (head[:2] == b"\x1f\x8b" and path.suffix != ".gz") or head == b"PAR1":
         kind = "Parquet: name it .parquet" if head == b"PAR1" else "packed with gzip: add .gz to its name"
         return AnybatchError(f"Cannot read {path}: it is {kind}.")
-    likely = "UTF-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+    wide = head[:2] in (b"\xff\xfe", b"\xfe\xff")
     return AnybatchError(
-        f"Cannot read {path} after line {line}: it is not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}), but perhaps "
-        f"{'Latin-1 or Windows-1252' if likely != 'UTF-16' else likely}. Save it as UTF-8, such as with: iconv -f {likely} -t UTF-8"
+        f"Cannot read {path} after line {line}: it is not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}"
+        f"), but perhaps {'UTF-16' if wide else 'Latin-1 or Windows-1252'}. Save it as UTF-8, such as with: "
+        f"iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8"
     )
 
 
@@ -157,8 +166,8 @@ def _object(line: str, where: str) -> dict[str, Any]:
         ) from error
     except UnicodeEncodeError as error:
         raise AnybatchError(
-            f"{where} holds half of a surrogate pair ({error.object[error.start]!r}), which is no character. Write the file anew from its source, or "
-            "leave the line out."
+            f"{where} holds half of a surrogate pair ({error.object[error.start]!r}), which is no character. Write the "
+            "file anew from its source, or leave the line out."
         ) from error
     except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, lists a thousand deep
         raise AnybatchError(f"{where} cannot be read: {error}.") from error
@@ -171,7 +180,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object without repeated keys, of which Python's own reader takes the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key '{twice}' stands a second time in one object, keep one of the two")
     return record
 
@@ -181,15 +190,17 @@ _decode = json.JSONDecoder(object_pairs_hook=_each_key_once).decode
 
 def _csv_records(path: Path, names: Sequence[str] | None, quoting: Quoting | None) -> Iterator[Mapping[str, Any]]:
     rows = _csv_rows(path, quoting)
-    header = next(rows, [])
-    places = {name: place for place, name in enumerate(header)}
-    wanted = [(name, places[name]) for name in (header if names is None else names)]
+    places = {name: place for place, name in enumerate(next(rows, []))}
+    wanted = [(name, places[name]) for name in (places if names is None else names)]
     for row in rows:
         yield {name: row[place] for name, place in wanted}
 
 
 def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
-    """Header and rows of one width. A quote that opens a field and swallows rows is found: by what follows the closing one, or as ambiguous."""
+    """Header and rows of one width.
+
+    A quote that opens a field and swallows rows is found: by what follows the closing one, or as ambiguous.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     delimiter = "\t" if _kind(path) == ".tsv" else ","
     rules = csv.QUOTE_NONE if quoting == "raw" else csv.QUOTE_MINIMAL
@@ -205,9 +216,10 @@ def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
                     continue
                 width = width or len(row)
                 if len(row) != width:
+                    lines = f"Lines {first} to {last}" if last > first else f"Line {first}"
                     raise AnybatchError(
-                        f"{f'Lines {first} to {last}' if last > first else f'Line {first}'} of {path}: another number of fields ({len(row)}) than "
-                        f"the header ({width}). Quote fields that hold the separator or a line break. {'' if quoting else RAW}".strip()
+                        f"{lines} of {path}: another number of fields ({len(row)}) than the header ({width}). "
+                        f"Quote fields that hold the separator or a line break. {'' if quoting else RAW}".strip()
                     )
                 if last > first and quoting is None and _could_be_rows(row, delimiter):
                     plain = _has_plain_lines(path, delimiter, width) if plain is None else plain
@@ -215,21 +227,21 @@ def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
                         _doubt(path, first, last, certain=delimiter == "\t" or last - first >= LONG)
                 yield row
     except csv.Error as error:
-        ends = (
-            "does not end"
-            if "end of data" in str(error)
-            else f"ends in line {reader.line_num} with more text behind it"
-        )
+        endless = "end of data" in str(error)
+        ends = "does not end" if endless else f"ends in line {reader.line_num} with more text behind it"
         raise AnybatchError(f"Line {last + 1} of {path} opens a quoted field that {ends}. {RAW}") from error
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise _unreadable(path, last, error) from error
 
 
 def _doubt(path: Path, first: int, last: int, *, certain: bool) -> None:
-    """Refuse a quoted field that may have swallowed rows, or warn: commas and line breaks do stand in texts, where tabs hardly do."""
+    """Refuse a quoted field that may have swallowed rows, or warn: commas and line breaks do stand in texts, where tabs
+    hardly do.
+    """
     text = (
-        f"Line {first} of {path} opens a quoted field that ends in line {last}, and each of these lines would be a row by itself. "
-        "{}data.quoting=raw, quotes are plain characters and each line is a row; or data.quoting=standard, quoted texts hold line breaks."
+        f"Line {first} of {path} opens a quoted field that ends in line {last}, and each of these lines would be a row "
+        "by itself. {}data.quoting=raw, quotes are plain characters and each line is a row; or data.quoting=standard, "
+        "quoted texts hold line breaks."
     )
     if certain:
         raise AnybatchError(text.format("Say which is meant: "))
@@ -243,7 +255,8 @@ def _could_be_rows(row: list[str], delimiter: str) -> bool:
 
 
 def _has_plain_lines(path: Path, delimiter: str, width: int) -> bool:
-    """Whether a file can be read without quoting: no name of a column is quoted, and every line has a row's number of fields, or nearly.
+    """Whether a file can be read without quoting: no name of a column is quoted, and every line has a row's number of
+    fields, or nearly.
 
     A field that swallows rows is of a file where this holds; the few lines that do not (1 in 10) may be quoted ones.
     """
@@ -258,7 +271,7 @@ def _has_plain_lines(path: Path, delimiter: str, width: int) -> bool:
 
 
 @contextlib.contextmanager
-def _reading_arrow(path: Path, kind: str = "Parquet") -> Iterator[None]:
+def _reading(path: Path, kind: str = "Parquet") -> Iterator[None]:
     """Errors of pyarrow as messages."""
     import pyarrow
 
@@ -271,20 +284,23 @@ def _reading_arrow(path: Path, kind: str = "Parquet") -> Iterator[None]:
 def _parquet_records(path: Path, names: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
     import pyarrow.parquet
 
-    with _reading_arrow(path), pyarrow.parquet.ParquetFile(path) as file:
+    with _reading(path), pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=None if names is None else list(names)):
             yield from batch.to_pylist()
 
 
-def _folder_records(path: Path, names: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
-    with _reading_arrow(path, "a saved data set"):
-        dataset = _load_folder(path).with_format(None)  # one that was saved with a format would give arrays
+def _dataset_records(path: Path, names: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+    with _reading(path, "a saved data set"):
+        dataset = _load_dataset(path).with_format(None)  # one that was saved with a format would give arrays
         yield from dataset if names is None else dataset.select_columns(list(names))
 
 
-def _load_folder(path: Path) -> Any:
+def _load_dataset(path: Path) -> Any:
+    """A folder of `save_to_disk`, or a data set of the hub."""
     from datasets import DatasetDict, load_from_disk
 
+    if path.parts[0] == "hf:":
+        return _load_from_hub(*path.parts[1:5])
     try:
         dataset = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
@@ -293,5 +309,53 @@ def _load_folder(path: Path) -> Any:
         splits = [str(name) for name in dataset]
         raise AnybatchError(
             f"{path} holds the splits {', '.join(splits)}; give the folder of one of them, such as {path / splits[0]}."
+        )
+    return dataset
+
+
+@functools.lru_cache(maxsize=4)
+def _load_from_hub(owner: str, name: str = "", configuration: str | None = None, split: str = "train") -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(f"{owner}/{name}", configuration, split=split)
+    except Exception as error:  # of the connection, of a name, of a builder: `datasets` has many
+        raise AnybatchError(
+            f"Cannot load {owner}/{name} from the Hugging Face hub ({error}). Check the connection and the name, "
+            "hf://OWNER/NAME/CONFIGURATION/SPLIT (the last two may be left out), or download it and give the file."
+        ) from error
+
+
+def image_dataset(path: Path, names: Iterable[str]) -> Any:
+    """The file or data set as a memory-mapped `datasets.Dataset` if any of these columns is an `Image`, else None.
+
+    Of a Parquet file `datasets` keeps a copy in its cache.
+    """
+    from datasets import Dataset, Features, Image
+
+    kind = _kind(path)
+    if kind == "dataset":
+        dataset = _load_dataset(path)
+        return dataset if any(isinstance(dataset.features.get(name), Image) for name in names) else None
+    if kind != ".parquet":
+        return None
+    import pyarrow.parquet
+
+    with _reading(path):
+        schema, num_rows = pyarrow.parquet.read_schema(path), pyarrow.parquet.read_metadata(path).num_rows
+    if b'"Image"' not in (schema.metadata or {}).get(b"huggingface", b""):
+        return None
+    features = Features.from_arrow_schema(schema)
+    if not any(isinstance(features.get(name), Image) for name in names):
+        return None
+    try:
+        dataset: Any = Dataset.from_parquet(glob.escape(str(path)))  # which takes names for patterns
+    except Exception as error:  # a broken page, a full disk: `datasets` wraps nearly anything
+        raise AnybatchError(
+            f"{path} cannot be read ({error}). Write the file anew, or free some space for the cache of `datasets`."
+        ) from error
+    if len(dataset) != num_rows:
+        raise AnybatchError(
+            f"{path} has {num_rows} rows, and `datasets` gave {len(dataset)}. Move the file to a path of plain letters."
         )
     return dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.family.pair_engine import PairMethod, PairOutcome, pair_loss
-from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss
+from anybatch.losses.base import Batch, ContrastiveLoss
 from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 
 class PairwiseLoss(ContrastiveLoss):
@@ -30,7 +32,7 @@ class PairwiseLoss(ContrastiveLoss):
     _seen: tuple[Tensor, float] | None = None
 
     def _of(self, batch: Batch) -> Tensor:
-        parameters = self._parameters_for(batch.anchors)
+        parameters = self._parameters_for(batch)
         loss, num_negatives = pair_loss(
             batch.anchors,
             batch.candidates,
@@ -42,8 +44,8 @@ class PairwiseLoss(ContrastiveLoss):
         self._seen = loss.detach(), num_negatives
         return loss
 
-    def _parameters_for(self, like: Tensor) -> Tensor:
-        """(P,) the method's parameters in the dtype and on the device of `like`, attached to autograd."""
+    def _parameters_for(self, batch: Batch) -> Tensor:
+        """(P,) the method's parameters in the dtype and on the device of the embeddings, attached to autograd."""
         raise NotImplementedError
 
     def _method(self, parameters: Tensor) -> PairMethod:
@@ -78,13 +80,8 @@ class SigLIP(PairwiseLoss):
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
-        super().__init__(
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            min_temperature=min_temperature,
-            normalize=normalize,
-            tile_bytes=tile_bytes,
-        )
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        super().__init__(tau, normalize=normalize, tile_bytes=tile_bytes)
         self.bias = nn.Parameter(torch.tensor(float(bias)))
 
     @property
@@ -93,8 +90,8 @@ class SigLIP(PairwiseLoss):
         figures = super().last_stats
         return {**figures, "bias": self.bias.item()} if figures else {}
 
-    def _parameters_for(self, like: Tensor) -> Tensor:
-        return torch.stack([self._global_temperature(like), self.bias.to(like)])
+    def _parameters_for(self, batch: Batch) -> Tensor:
+        return torch.stack([self.temperatures.of(batch, 0), self.bias.to(batch.anchors)])
 
     def _method(self, parameters: Tensor) -> PairMethod:
         return _Sigmoid(temperature=parameters[0], bias=parameters[1])
@@ -119,13 +116,13 @@ class AUCCL(PairwiseLoss):
     """
 
     def __init__(self, *, margin: float = 1.0, normalize: bool = True, tile_bytes: int = TILE_BYTES) -> None:
-        super().__init__(temperature=1.0, normalize=normalize, tile_bytes=tile_bytes)
+        super().__init__(GlobalTemperature(1.0), normalize=normalize, tile_bytes=tile_bytes)
         if not margin > 0:
             raise AnybatchError(f"margin is {margin}; expected a positive number such as 1.0.")
         self.margin = margin
 
-    def _parameters_for(self, like: Tensor) -> Tensor:
-        return like.new_zeros(0)
+    def _parameters_for(self, batch: Batch) -> Tensor:
+        return batch.anchors.new_zeros(0)
 
     def _method(self, parameters: Tensor) -> PairMethod:
         return _SquareLead(margin=self.margin)

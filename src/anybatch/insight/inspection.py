@@ -300,7 +300,7 @@ def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
     if plan.task is not None:
         rows = np.bincount(plan.task, minlength=len(plan.task_names))
         # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a batch.
-        dealt = (np.multiply(plan.sampling.quotas, plan.cluster_size) + plan.deal.single_rows) / np.maximum(rows, 1)
+        dealt = (np.multiply(plan.sampling.quotas, plan.cluster_size) + plan.sampling.single_rows) / np.maximum(rows, 1)
         given = np.where(plan.sampling.quotas, plan.task_shares or 1.0, 0.0)
         shares = tuple(np.where(rows, np.maximum(dealt, given), 1.0).tolist())
     return BatchPlan(
@@ -336,7 +336,7 @@ def _suspects(plan: BatchPlan, pairs: Cosines, among: np.ndarray) -> list[RowPai
 
 
 def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:
-    """The first `SHOWN`, no two with the same two positives: one caption of many pictures would fill the list."""
+    """The first `SHOWN`, no two with the same two positives: one caption of many images would fill the list."""
     kinds: dict[frozenset[int], RowPair] = {}
     for pair in pairs:
         kinds.setdefault(frozenset(map(int, positive_id[[pair.row, pair.other]])), pair)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from anybatch.data.pictures import Picture, describe
+from anybatch.data.images import EncodedImage, describe
 from anybatch.insight.charts import bar_chart, heat_map, line_chart
 from anybatch.insight.page import load_template
 from anybatch.insight.plan_figures import plan_sizes, set_figures
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TEXT_LENGTH = 220  # characters of a text that are shown
 HEAT_ROWS = 32  # of a cluster that are drawn
 UNSCORED = 20  # suspects shown where there are no scores to order them
-PICTURE_CHARACTERS = 2**21  # of all thumbnails of a page; further pictures are named, not shown
+IMAGE_CHARACTERS = 2**21  # of all thumbnails of a page; further images are named, not shown
 
 
 def render_plan_page(
@@ -40,13 +40,13 @@ def render_plan_page(
     Args:
         plan: The plan.
         title: Heading, such as its path.
-        pairs: The data, for its texts and pictures; None shows row numbers.
+        pairs: The data, for its texts and images; None shows row numbers.
         inspection: What was measured from the embeddings; None leaves those parts out.
         sets: The same for each of several data sets (`inspect_sets`), by name, instead.
         mining: What mining stored (`mining.json`); None leaves those parts out.
         missing: What could not be shown and which option gives it, in words.
 
-    All texts are escaped. Pictures are shown small, re-encoded, `PICTURE_CHARACTERS` in all at most.
+    All texts are escaped. Images are shown small, re-encoded, `IMAGE_CHARACTERS` in all at most.
     """
     texts = _Texts(pairs)
     stored = mining or {}
@@ -99,11 +99,11 @@ def _part(
 
 
 class _Texts:
-    """Rows with their texts, cut to a readable length, and thumbnails of their pictures; without data, row numbers alone."""
+    """Rows with their texts, cut to a readable length, and thumbnails of their images; without data, row numbers alone."""
 
     def __init__(self, pairs: PairData | None) -> None:
         self.pairs = pairs
-        self.left = PICTURE_CHARACTERS
+        self.left = IMAGE_CHARACTERS
 
     def row(self, row: int) -> dict[str, Any]:
         if self.pairs is None:
@@ -114,7 +114,7 @@ class _Texts:
             "positive": self._show(self.pairs.positives[row], row),
         }
 
-    def _show(self, value: str | Picture, row: int) -> str | Markup:
+    def _show(self, value: str | EncodedImage, row: int) -> str | Markup:
         if isinstance(value, str):
             return _cut(value)
         name, thumbnail = describe(value, row), value.thumbnail() if self.left > 0 else None

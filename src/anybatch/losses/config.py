@@ -22,11 +22,11 @@ from anybatch.core.errors import AnybatchError
 
 _LEARNED = frozenset({"learnable_temperature", "min_temperature"})
 _GLOBAL = frozenset({"gamma", "gamma_steps", "gamma_steps_per_epoch"})
-_MEMORY = frozenset({"memory_dtype", "memory_sharded"})
+_MEMORY = frozenset({"memory_sharded"})
 _OWN_TEMPERATURES = frozenset({"rho", "eps", "temperature_range", *_GLOBAL, *_MEMORY})
 # What each method knows besides temperature, direction, weights and weight_cap.
 KNOWN: dict[str, frozenset[str]] = {
-    "infonce": frozenset({*_LEARNED, "ring", "margin", "hardness"}),
+    "infonce": frozenset({*_LEARNED, "ring"}),
     "decoupled": frozenset({*_LEARNED, "ring"}),
     "count_corrected": frozenset({*_LEARNED, "ring"}),
     "cross_batch": frozenset({*_LEARNED, "memory_size", "corrected", "centred", "mean_rows", "max_staleness"}),
@@ -84,15 +84,13 @@ class LossConfig(Configuration):
         centred: cross_batch: take the common drift of the embeddings away.
         mean_rows: cross_batch: rows that the mean is of, by which the drift is known.
         max_staleness: cross_batch: leave out what is remembered once negatives of its age have moved away by more than this, a logarithm; 100 to use all.
-        margin: infonce: added to negatives' similarities. nuclr: the first margin of every row. auc_cl: wanted lead of a positive.
+        margin: nuclr: the first margin of every row. auc_cl: wanted lead of a positive.
         bias: siglip: the bias at first; it is learned.
         margin_lr, margin_start: nuclr: step of the margins, and steps before they are learned.
-        hardness: infonce: weight negatives by exp(hardness * similarity).
         alpha: glofnd: share of negatives to drop. scent: step, near one over a typical denominator; None for rows - 1.
         threshold_lr, threshold_start: glofnd: step of the thresholds, and steps before they are used.
         burn_in: emc2: share of a visit's steps that do not count.
         seed: emc2: of the chains.
-        memory_dtype: Methods with a running denominator: "float16" halves its bytes; not with gamma below .05 (docs/memory.md).
         memory_sharded: Each process stores its share of the rows instead of all.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
@@ -145,13 +143,11 @@ class LossConfig(Configuration):
     bias: float | None = None
     margin_lr: NotNegative | None = None
     margin_start: CountOrZero | None = None
-    hardness: float | None = None
     alpha: Positive | None = None
     threshold_lr: NotNegative | None = None
     threshold_start: CountOrZero | None = None
     burn_in: Fraction | None = None
     seed: Seed | None = None
-    memory_dtype: Literal["float32", "float16"] | None = None
     memory_sharded: bool = False
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: Annotated[float, Range(1)] | None = None
@@ -168,10 +164,6 @@ class LossConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory_dtype == "float16" and self.gamma is not None and self.gamma < 0.05:
-            raise AnybatchError(
-                f"loss.memory_dtype is 'float16' and loss.gamma {self.gamma}: steps that small are rounded away. Use float32, or gamma from .05."
-            )
         learned = self.name == "siglip" if self.learnable_temperature is None else self.learnable_temperature
         if self.min_temperature is not None and not learned:
             raise AnybatchError(
@@ -270,7 +262,8 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
         return losses.Matryoshka(parts, config.matryoshka, weights=config.matryoshka_weights)
     shared = {"temperature": config.temperature, "direction": config.direction}
     arguments: dict[str, Any] = {name: value for name, value in shared.items() if value is not None} | config._given()
-    dtype, sharded = arguments.pop("memory_dtype", "float32"), arguments.pop("memory_sharded", False)
+    if arguments.pop("memory_sharded", False):
+        arguments["sharded"] = True
     steps, per_epoch = arguments.pop("gamma_steps", None), arguments.pop("gamma_steps_per_epoch", 1)
     if steps is not None:
         arguments["gamma"] = losses.GammaSchedule(
@@ -295,7 +288,4 @@ def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
         "emc2": family.EMC2,
         "scent": family.SCENT,
     }[config.name]
-    loss = make(num_rows, **arguments)
-    if dtype != "float32" or sharded:  # nothing was remembered yet
-        loss.memory = losses.ExampleMemory(num_rows, len(loss.memory.log_mean), dtype=dtype, sharded=sharded)
-    return loss
+    return make(num_rows, **arguments)

@@ -4,9 +4,10 @@ Computes exactly, for each anchor i with its positive p(i), without ever holding
 
     logit_ij          = (s_ij - s_ip(i)) / tau_i + b_ij                        relative to the positive
     log_sum_i         = logsumexp_{j != p(i)} logit_ij
-    log_denominator_i, objective_i = rule(log_sum_i, number of negatives)
+    log_denominator_i, objective_i, positive_weight_i = rule(log_sum_i, number of negatives)
     loss              = mean_i row_weight_i objective_i
-    p_ij              = exp(logit_ij - log_denominator_i)      pull of negative j; the positive's is -sum_j p_ij
+    p_ij              = exp(logit_ij - log_denominator_i)      gradient weight of negative j, in s_ij / tau_i
+    positive_weight_i                                          that of the positive; -sum_j p_ij if the rule gives none
 
 `dense_softmax_loss` is its slow twin: the same by autograd on the whole matrix.
 
@@ -31,12 +32,13 @@ from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.log_weights import LogWeight
-from anybatch.losses.sides import TILE_BYTES, Adjust, Rule, Side, SoftmaxStats
+from anybatch.losses.sides import TILE_BYTES, Adjust, Answer, Rule, Side, SoftmaxStats
 from anybatch.losses.solver import Solution, finite, solve
 
 __all__ = [
     "TILE_BYTES",
     "Adjust",
+    "Answer",
     "Rule",
     "Side",
     "SoftmaxStats",
@@ -134,8 +136,8 @@ def dense_softmax_loss(
 ) -> Tensor:
     """The slow twin of `softmax_loss` on one rank: the whole matrix, plain autograd. For tests and for reading.
 
-    The rule's answer is treated as a constant, and the surrogate `sum_j stop_grad(p_ij) (logit_ij - positive_i)` is added
-    with value zero: its derivative is the gradient that the engine has in closed form.
+    The rule's answer is treated as a constant, and the surrogate `sum_j stop_grad(weight_ij) s_ij / tau_i`, the positive
+    included, is added with value zero: its derivative is the gradient that the engine has in closed form.
     """
     everything = slice(0, len(anchors))
     scores = anchors @ candidates.T
@@ -148,9 +150,12 @@ def dense_softmax_loss(
         if adjust is not None:
             logits = adjust(everything, scores.detach(), logits)
         num_drawn = logits.new_full((len(anchors),), len(candidates) - 1)
-        log_denominator, objective = rule(logits.logsumexp(dim=1), num_drawn, everything)
-        pull = (logits - finite(log_denominator)[:, None]).exp()
-    surrogate = (pull * relative).sum(dim=1)
+        answer = Answer(*rule(logits.logsumexp(dim=1), num_drawn, everything))
+        negative_weight = (logits - finite(answer.log_denominator)[:, None]).exp()
+        surplus = None if answer.positive_weight is None else answer.positive_weight + negative_weight.sum(dim=1)
+    objective, surrogate = answer.objective, (negative_weight * relative).sum(dim=1)
+    if surplus is not None:  # beyond minus the sum of the negatives'
+        surrogate = surrogate + surplus * scores.diagonal() / temperature
     weight = torch.ones_like(objective) if row_weight is None else row_weight.detach()
     return (weight * (objective + surrogate - surrogate.detach())).mean()
 

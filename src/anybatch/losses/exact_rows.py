@@ -154,7 +154,7 @@ def temperatures_of(
         log_weight=None,
     )
     with torch.no_grad(), _evaluating(loss, table.device):
-        return loss._temperatures(batch, direction=direction)
+        return loss.temperatures.of(batch, direction)
 
 
 @contextmanager

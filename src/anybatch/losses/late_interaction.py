@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import MIN_TEMPERATURE, ContrastiveLoss, check_embeddings, outside_the_graph
+from anybatch.losses.base import ContrastiveLoss, check_embeddings, outside_the_graph
 from anybatch.losses.candidates import check_rows
 from anybatch.losses.engine import TILE_BYTES, differentiable_once, refuse_twice
 from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 
+@final
 class LateInteraction(ContrastiveLoss):
     """InfoNCE between texts that keep one embedding a token.
 
@@ -36,6 +39,8 @@ class LateInteraction(ContrastiveLoss):
     Reference: Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, equation 3.
     """
 
+    temperatures: GlobalTemperature
+
     def __init__(
         self,
         *,
@@ -45,13 +50,8 @@ class LateInteraction(ContrastiveLoss):
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
-        super().__init__(
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            min_temperature=min_temperature,
-            normalize=normalize,
-            tile_bytes=tile_bytes,
-        )
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        super().__init__(tau, normalize=normalize, tile_bytes=tile_bytes)
         self._objective: Tensor | None = None
 
     @outside_the_graph
@@ -94,7 +94,7 @@ class LateInteraction(ContrastiveLoss):
             if self.normalize:
                 sides = [torch.nn.functional.normalize(side, dim=-1) for side in sides]
             _, weight = self._weight(anchors, candidates, index, log_weight, anchor_id, candidate_id)
-            temperature = self._global_temperature(sides[0])
+            temperature = self.temperatures.like(sides[0], updating=self._updating)
             loss = _LateInteraction.apply(*sides, temperature, masks, weight, self.tile_bytes)
         self._objective = loss.detach()
         return differentiable_once(loss)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss, check_embeddings
 from anybatch.losses.log_weights import LogWeight
-from anybatch.losses.per_example import Keys, PerExample
+from anybatch.losses.state import State
 
 
-class Matryoshka(PerExample):
+class Matryoshka(State):
     """The weighted sum of a loss over prefixes of the embeddings.
 
         loss = sum_k weight_k loss_k(anchors[:, :d_k], candidates[:, :d_k])
@@ -66,12 +66,6 @@ class Matryoshka(PerExample):
                 f"{len(losses)} losses for {len(self.dimensions)} dimensions; give one loss, which is copied, or a different one for each dimension."
             )
         self.losses = nn.ModuleList(losses)
-
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """Grow the loss of every prefix, see `ContrastiveLoss.grow`."""
-        for loss in self.losses:
-            assert isinstance(loss, ContrastiveLoss)
-            loss.grow(num_rows, keys=keys)
 
     @property
     def widest(self) -> ContrastiveLoss:

@@ -15,7 +15,7 @@ from torch import Tensor
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.exact_rows import Embeddings, exact_rows, make_table, temperatures_of
-from anybatch.losses.warm_start import memory_of
+from anybatch.losses.warm_start import running_denominator_of
 
 
 def memory_figures(
@@ -45,7 +45,7 @@ def memory_figures(
         temperature           mean_i tau_i
 
     Args:
-        loss: A loss with `memory` and, for the objectives, `eps` (0 if it has none).
+        loss: A loss with a running denominator.
         anchors, positives: (N, D) embeddings of N rows by the model as it is now: all rows of the data set, or a sample.
         index: (N,) int64 which row of the data set each is.
         probe: Which of the N rows to probe: positions, or a number of the first ones; None for all. The others only serve as targets.
@@ -61,8 +61,8 @@ def memory_figures(
 
     Cost: one product of probe x N x D, a read of the probe's states. Under ranks give the same arguments on every rank.
     """
-    memory = memory_of(loss)
-    device = memory.log_mean.device
+    memory = running_denominator_of(loss)
+    device, num_rows = memory.log_mean.device, memory.num_rows or 0
     table = make_table(
         anchors,
         positives,
@@ -84,12 +84,9 @@ def memory_figures(
     side = table if direction == 0 else table.reversed()
     exact = exact_rows(side, chosen, temperature=tau, tile_bytes=tile_bytes)
     tau = tau.double().expand(len(numbers))
-    eps = float(getattr(loss, "eps", 0.0) or 0.0)
-    log_eps = torch.tensor(math.log(eps) if eps > 0 else -math.inf, dtype=torch.float64, device=device)
+    log_eps = torch.tensor(math.log(memory.eps) if memory.eps > 0 else -math.inf, dtype=torch.float64, device=device)
     truth = exact.log_mean
-    said = memory.read(numbers, direction=direction).double()
-    if memory.keyed:
-        said = said - exact.positive
+    said = memory.read("log_mean", numbers, direction=direction).double()
     usable, visited = truth.isfinite(), ~said.isnan()
     figures = {
         "memory_visited": visited.double().mean().item(),
@@ -100,8 +97,8 @@ def memory_figures(
     both = usable & visited
     if bool(both.any()):
         error = (said - truth)[both]
-        standard_error = exact.standard_error(memory.num_rows - 1)[both]
-        floor = standard_error.square().mean().sqrt().item() if len(anchors) < memory.num_rows else 0.0
+        standard_error = exact.standard_error(num_rows - 1)[both]
+        floor = standard_error.square().mean().sqrt().item() if len(anchors) < num_rows else 0.0
         believed = torch.logaddexp(said, log_eps)[both]
         total = (truth[both] - believed).exp()  # sum_j w_ij
         figures |= {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -13,8 +13,23 @@ from anybatch.losses.log_weights import LogWeight
 TILE_BYTES = 32 * 2**20
 
 
+class Answer(NamedTuple):
+    """What a rule says of some rows: the denominator estimate, the objective, and what the positive receives. All (b,).
+
+    Attributes:
+        log_denominator: nu_i, relative to the positive's logit: the gradient weight of negative j is exp(logit_ij - nu_i).
+        objective: The value of the row.
+        positive_weight: Gradient weight of the positive's logit s_ip / tau_i, negative where it is drawn near; None for
+            minus the sum of the negatives', as where the objective depends on differences to the positive alone.
+    """
+
+    log_denominator: Tensor
+    objective: Tensor
+    positive_weight: Tensor | None = None
+
+
 class Rule(Protocol):
-    """What a method believes of the denominator, given what this batch says.
+    """The denominator estimate of a method, given what this batch says.
 
     Attributes:
         row_wise: Whether a row's answer depends on that row alone, so that rows can be answered tile by tile.
@@ -25,7 +40,7 @@ class Rule(Protocol):
         """See the class."""
         ...
 
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer | tuple[Tensor, Tensor]:
         """Answer for some rows.
 
         Args:
@@ -35,7 +50,7 @@ class Rule(Protocol):
             rows: Which of this rank's rows they are.
 
         Returns:
-            `log_denominator` (b,), relative to the positive's logit, to which p_ij refers, and `objective` (b,).
+            See `Answer`; a plain pair is one without `positive_weight`.
         """
         ...
 

@@ -28,7 +28,7 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.candidates import Block, Gathered, Layout, Ring
 from anybatch.losses.log_weights import LogWeight
-from anybatch.losses.sides import Side, SoftmaxStats
+from anybatch.losses.sides import Answer, Side, SoftmaxStats
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,7 +145,7 @@ def solve(
     own = candidates[: len(anchors)]
     d_candidates = source.gradient()
     for side in directions:
-        total = side.total()[:, None]  # the positive's pull is minus the sum of the negatives'
+        total = side.total()[:, None]
         d_anchors -= total * own
         d_candidates[: len(anchors)] -= total * anchors
     if back is None:
@@ -173,13 +173,17 @@ class _Direction:
         drawn = torch.full_like(positive, num_columns - 1) if side.num_drawn is None else side.num_drawn
         self.num_drawn = drawn.to(positive.dtype)
         self.log_denominator, self.objective = torch.empty_like(positive), torch.empty_like(positive)
+        self.positive_weight: Tensor | None = None
         self.d_temperature_rows = torch.zeros_like(positive)
         self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
 
     def answer(self, rows: slice) -> None:
-        self.log_denominator[rows], self.objective[rows] = self.side.rule(
-            self.log_sum[rows], self.num_drawn[rows], rows
-        )
+        answer = Answer(*self.side.rule(self.log_sum[rows], self.num_drawn[rows], rows))
+        self.log_denominator[rows], self.objective[rows] = answer.log_denominator, answer.objective
+        if answer.positive_weight is not None:
+            if self.positive_weight is None:
+                self.positive_weight = torch.empty_like(self.positive)
+            self.positive_weight[rows] = answer.positive_weight
 
     def reference(self) -> Tensor:
         """(B,) exp(logit_ij - reference_i) = row_weight_i p_ij / tau_i, the derivative of the row's term in s_ij."""
@@ -187,7 +191,11 @@ class _Direction:
         return reference if self.side.row_weight is None else reference - self.side.row_weight.detach().log()
 
     def total(self) -> Tensor:
-        return (self.log_sum - self.reference()).exp()
+        """(B,) minus the derivative of the row's term in s_ip: what the rule says, or the sum of the negatives'."""
+        if self.positive_weight is None:
+            return (self.log_sum - self.reference()).exp()
+        total = -self.positive_weight / self.temperature
+        return total if self.side.row_weight is None else total * self.side.row_weight.detach()
 
     def objective_sum(self) -> Tensor:
         return (self.objective if self.side.row_weight is None else self.objective * self.side.row_weight).sum()

@@ -21,13 +21,9 @@ from torch import Tensor, nn
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import SEAL, digest_of, read_sealed, tensors_metadata, write_sealed
-from anybatch.family.glofnd import GloFND
-from anybatch.family.nuclr import NUCLR
-from anybatch.family.robust import RobustSogCLR
-from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.base import ContrastiveLoss, SoftmaxLoss
+from anybatch.losses.denominators import RunningDenominator
 from anybatch.losses.exact_rows import Embeddings, Table, exact_rows, make_table, temperatures_of
-from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.sogclr import SogCLR
 
 BLOCK_ROWS = 4096  # rows a rank answers between two gathers
 SAVE_SECONDS, SAVE_RATIO = (
@@ -74,11 +70,10 @@ def warm_start(
 
         memory_i <- log mean_{j allowed} exp((s_ij - s_ip(i)) / tau)
 
-    with tau the row's own where the loss learns one a row, in each direction that the memory has (direction 1: positives against anchors). A memory with keys gets the absolute log-mean, and rows of one
-    key the mean of theirs. Explicit negatives are not counted: they are not a sample of the data set.
+    with tau the row's own where the loss learns one a row, in each direction that the memory has (direction 1: positives against anchors). Explicit negatives are not counted: they are not a sample of the data set.
 
     Args:
-        loss: A loss with an `ExampleMemory` as `loss.memory`.
+        loss: A loss with a running denominator.
         anchors: (n, D) array, memory map or tensor in row order, from the model as it is now. float32, or float64 for checks.
         positives: (n, D), row i the positive of row i.
         anchor_id, positive_id: (n,) int; equal for equal content, which is never a negative. Without them only the row's own positive is left out.
@@ -102,7 +97,7 @@ def warm_start(
     """
     began = time.perf_counter()
     with distributed.agreed():
-        memory = memory_of(loss)
+        memory = running_denominator_of(loss)
         device = memory.log_mean.device
         table = make_table(
             anchors,
@@ -133,7 +128,7 @@ def warm_start(
         figures = exact_rows(
             side, rows, temperature=temperature, columns=columns, moments=columns is not None, tile_bytes=tile_bytes
         )
-        answer = figures.log_mean + (figures.positive if memory.keyed else 0.0)
+        answer = figures.log_mean
         values[direction, start:stop] = distributed.gather_rows(answer.float(), sizes)
         if columns is not None:
             errors.append(figures.standard_error(num_rows - 1))
@@ -162,31 +157,25 @@ def _root_mean_square(errors: list[Tensor]) -> float:
     return float(torch.cat(errors).square().mean().sqrt()) if errors else float("nan")
 
 
-def memory_of(loss: nn.Module) -> ExampleMemory:
-    """The memory of a loss, if it holds the log-mean over all negatives.
+def running_denominator_of(loss: nn.Module) -> RunningDenominator:
+    """The running denominator of a loss, if it holds the log-mean over all negatives.
 
     Raises:
         AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives (GloFND).
     """
-    if not isinstance(loss, SogCLR) or isinstance(loss, (NUCLR, GloFND)):
+    running = loss.running if isinstance(loss, SoftmaxLoss) else None
+    if not isinstance(running, RunningDenominator):
         raise AnybatchError(
             f"{type(loss).__name__} has no memory of plain denominators; this is for losses that have one, such as SogCLR."
         )
-    return loss.memory
+    return running
 
 
-def _fill(memory: ExampleMemory, values: Tensor, direction: int, dimensions: int) -> None:
-    if memory.keyed:  # rows of one key are combined as they are within a batch, so all at once
-        rows = torch.arange(len(values), device=values.device)
-        sizes = distributed.shares(len(values))
-        first = sum(sizes[: distributed.rank()])
-        share = slice(first, first + sizes[distributed.rank()])
-        memory.blend(rows[share], values[share], direction=direction, gamma=1.0, update=True, dimensions=dimensions)
-        return
+def _fill(memory: RunningDenominator, values: Tensor, direction: int, dimensions: int) -> None:
     for start in range(0, len(values), FILL_ROWS):
         part = values[start : start + FILL_ROWS]
         rows = torch.arange(start, start + len(part), device=values.device)
-        memory.write(rows, torch.where(part.isneginf(), torch.nan, part), direction=direction, dimensions=dimensions)
+        memory.fill(rows, torch.where(part.isneginf(), torch.nan, part), direction=direction, dimensions=dimensions)
 
 
 def _draw(num_rows: int, sample: int | None, seed: int) -> np.ndarray | None:
@@ -218,7 +207,6 @@ def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: 
         loss.normalize,
         sample,
         seed,
-        memory_of(loss).keyed,
     ]
     blocks = itertools.chain(_bytes_of(table.queries), _bytes_of(table.targets))
     return json.dumps({"settings": settings, "digest": digest_of(itertools.chain(ids, blocks))})
@@ -226,12 +214,11 @@ def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: 
 
 def _temperature_of(loss: ContrastiveLoss) -> float | str:
     """The temperature; where single examples have their own, a digest of all that it follows from."""
-    source = loss.source if isinstance(loss, RobustSogCLR) else None
-    if source is None:
+    if not loss.temperatures.per_row:
         return loss.temperature
-    state = sorted(source.state_dict().items())
+    state = sorted(loss.temperatures.state_dict().items())
     tensors = ((name.encode(), *_bytes_of(values.reshape(-1))) for name, values in state if isinstance(values, Tensor))
-    return digest_of([json.dumps(source.limits).encode(), *itertools.chain.from_iterable(tensors)])
+    return digest_of([json.dumps(loss.temperatures.limits).encode(), *itertools.chain.from_iterable(tensors)])
 
 
 def _bytes_of(side: Embeddings) -> Iterator[bytes]:

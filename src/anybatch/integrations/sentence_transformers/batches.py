@@ -12,8 +12,8 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
+from anybatch.data.images import Column, ImageColumn, holds_images
 from anybatch.data.pairs import text_digest
-from anybatch.data.pictures import Column, PictureColumn, holds_pictures
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
@@ -159,10 +159,10 @@ class PlanBatches:
             each, in their order.
 
     Raises:
-        AnybatchError: A training set with other texts or pictures than the plan was made for, where the plan knows them
-            (`data_digest`) and the columns are texts or pictures; shares that do not add up to the plan's batch.
+        AnybatchError: A training set with other texts or images than the plan was made for, where the plan knows them
+            (`data_digest`) and the columns are texts or images; shares that do not add up to the plan's batch.
 
-    Cost: one pass over the texts (about 2 seconds a million short ones) and pictures (1 GB a second) of each data set, once.
+    Cost: one pass over the texts (about 2 seconds a million short ones) and images (1 GB a second) of each data set, once.
     """
 
     def __init__(self, plan: BatchPlan, *more_plans: BatchPlan) -> None:
@@ -204,18 +204,18 @@ class PlanBatches:
 
 
 def _data_digest(dataset: Dataset, expected: str) -> str:
-    """The digest of the rows of `dataset`; `expected` itself where nothing can be compared (no digest, columns of neither texts nor pictures).
+    """The digest of the rows of `dataset`; `expected` itself where nothing can be compared (no digest, columns of neither texts nor images).
 
     Columns may have been added after mining, such as mined negatives: the first two or more of them decide.
     """
     names = [name for name in dataset.column_names if name != "label"]
     texts = [name for name in names if getattr(dataset.features[name], "dtype", None) in ("string", "large_string")]
-    if not expected or len(names) < 2 or not all(name in texts or holds_pictures(dataset, name) for name in names):
+    if not expected or len(names) < 2 or not all(name in texts or holds_images(dataset, name) for name in names):
         return expected
     columns: list[Column] = [
         [text or "" for text in dataset.with_format(None)[name][:]]
         if name in texts
-        else PictureColumn.of(dataset, name, "the training set")
+        else ImageColumn.of(dataset, name, "the training set")
         for name in names
     ]
     digests = (text_digest(columns[:count]) for count in range(len(columns), 1, -1))

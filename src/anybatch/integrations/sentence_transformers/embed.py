@@ -1,6 +1,6 @@
-"""Embed texts or pictures with a sentence-transformers model: in shards, onto disk, resumable, over several ranks. Replaces one long `encode` call.
+"""Embed texts or images with a sentence-transformers model: in shards, onto disk, resumable, over several ranks. Replaces one long `encode` call.
 
-Cost: one forward pass per text; memory is one shard of texts, or one forward pass of decoded pictures, whatever their number.
+Cost: one forward pass per text; memory is one shard of texts, or one forward pass of decoded images, whatever their number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from anybatch.core import distributed
 from anybatch.core.blocks import BlockArrays
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, read_json, write_json
-from anybatch.data.pictures import Column, PictureColumn, row_keys
+from anybatch.data.images import Column, ImageColumn, row_keys
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 
 if TYPE_CHECKING:
@@ -40,18 +40,18 @@ def embed_texts(
 
     Args:
         model: Any sentence-transformers model whose output is one vector a text.
-        texts: N texts; or a column of pictures, for a model that takes them.
+        texts: N texts; or a column of images, for a model that takes them.
         side: "query" for anchors, "document" for positives and negatives: the prompt and the route (tower) of `encode_query` and
             `encode_document`. None: those of `encode`.
-        batch_size: Texts or pictures per forward pass; inside a shard texts are sorted by length.
-        prompt: Text put in front of each; None for the model's own, "" for none. Not for pictures.
+        batch_size: Texts or images per forward pass; inside a shard texts are sorted by length.
+        prompt: Text put in front of each; None for the model's own, "" for none. Not for images.
         progress: Called with the number of texts embedded since the last call.
 
     Returns:
         float32 (N, D).
 
     Raises:
-        AnybatchError: Pictures for a model that takes none, or with a prompt; a picture that cannot be decoded; Pillow is not installed.
+        AnybatchError: Images for a model that takes none, or with a prompt; an image that cannot be decoded; Pillow is not installed.
     """
     _check(model, texts, prompt)
     settings = _settings(model, side, prompt)
@@ -167,16 +167,14 @@ def _origin(path: Path) -> Path:
 
 
 def _check(model: SentenceTransformer, column: Column, prompt: str | None) -> None:
-    if not isinstance(column, PictureColumn):
+    if not isinstance(column, ImageColumn):
         return
     if prompt:
-        raise AnybatchError(
-            f"The prompt {prompt!r} was given for pictures. Prompts are put before texts: leave it out."
-        )
+        raise AnybatchError(f"The prompt {prompt!r} was given for images. Prompts are put before texts: leave it out.")
     if not model.supports("image"):
         raise AnybatchError(
-            f"The column {column.where} holds pictures, and the model takes {', '.join(map(str, model.modalities))} only. Choose a model for "
-            "pictures and texts (CLIP, SigLIP and the like), or give precomputed embeddings (.npy) where they are enough."
+            f"The column {column.where} holds images, and the model takes {', '.join(map(str, model.modalities))} only. Choose a model for "
+            "images and texts (CLIP, SigLIP and the like), or give precomputed embeddings (.npy) where they are enough."
         )
 
 
@@ -187,10 +185,10 @@ def _settings(model: SentenceTransformer, side: Side | None, prompt: str | None)
 
 
 def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings: dict[str, Any]) -> np.ndarray:
-    if isinstance(texts, PictureColumn):  # decoded, a shard of photographs would take gigabytes
+    if isinstance(texts, ImageColumn):  # decoded, a shard of photographs would take gigabytes
         starts = range(0, len(texts), batch_size)
-        pictures = ([one.decode() for one in texts[start : start + batch_size]] for start in starts)
-        return np.concatenate([_forward(model, part, batch_size, settings) for part in pictures])
+        images = ([one.decode() for one in texts[start : start + batch_size]] for start in starts)
+        return np.concatenate([_forward(model, part, batch_size, settings) for part in images])
     return _forward(model, list(texts), batch_size, settings)
 
 

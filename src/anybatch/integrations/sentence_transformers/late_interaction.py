@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.caching.forward import Encoder
-from anybatch.caching.gradients import Aside
-from anybatch.caching.modules import modules_of, parameters_of
+from anybatch.caching.encoder import Encoder, modules_of, parameters_of
+from anybatch.caching.memory import StepMemory
+from anybatch.caching.recording import Auto, record_towers
+from anybatch.caching.replay import Aside
 from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
-from anybatch.caching.step_memory import StepMemory
-from anybatch.caching.towers import Auto, record_towers
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
 from anybatch.integrations.sentence_transformers.loss import deferred_backward

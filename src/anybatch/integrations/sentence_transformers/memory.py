@@ -14,12 +14,12 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of
 from anybatch.core.progress import counter
-from anybatch.data.pictures import Column, pick
+from anybatch.data.images import Column, pick
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.model import Side, lengths_of
 from anybatch.losses import ContrastiveLoss
 from anybatch.losses.monitoring import memory_figures
-from anybatch.losses.warm_start import WarmStart, memory_of, warm_start
+from anybatch.losses.warm_start import WarmStart, running_denominator_of, warm_start
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -62,7 +62,7 @@ def warm_start_from_model(
     Cost: one forward pass a text, then the warm start. Under several processes each encodes its share; without `folder` the embeddings are then
         gathered, with it every process must see the folder.
     """
-    memory_of(loss)
+    running_denominator_of(loss)
     sides = []
     training = model.training
     for name, side, texts in zip(("anchor", "positive"), get_args(Side), pairs.prompted, strict=False):
@@ -106,7 +106,7 @@ def probe_memory(
 
     Cost: 2048 forward passes at most.
     """
-    memory = memory_of(loss)
+    memory = running_denominator_of(loss)
     rows = np.random.default_rng(seed).choice(len(pairs), min(PROBE_TARGETS, len(pairs)), replace=False)
     training = model.training
     sides = [

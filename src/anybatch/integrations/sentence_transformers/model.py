@@ -133,7 +133,7 @@ def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
 
 
 def side_inputs(model: SentenceTransformer, inputs: list[Any], side: Side) -> dict[str, Any]:
-    """Texts or pictures of a side as the model's features: prompt and route included, as the Trainer's collator makes them."""
+    """Texts or images of a side as the model's features: prompt and route included, as the Trainer's collator makes them."""
     task = side_task(model, side)
     features = dict(model.preprocess(inputs, prompt=side_prompt(model, side), task=task))
     return features if task is None else features | {"task": task}

@@ -1,0 +1,261 @@
+"""Columns of images: lazy, undecoded, told apart by their encoded bytes.
+
+Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second and the disk); 24 bytes per row and one
+block of rows in memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from anybatch.core.errors import AnybatchError
+from anybatch.data.records import image_dataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+BLOCK = 64  # rows read at once: a third of a gigabyte of large photographs
+KEY = 16  # bytes of an image's digest
+NAME = "image"  # the one column of the data set inside an `ImageColumn`
+MODE = "RGB"  # of decoded images: most processors refuse batches of several modes
+THUMBNAIL = 64  # pixels of the longer side
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedImage:
+    """One image as it was stored.
+
+    Attributes:
+        encoded: The bytes of its file (PNG, JPEG, WebP and so on).
+        where: Row and column, for messages.
+    """
+
+    encoded: bytes
+    where: str
+
+    def decode(self) -> Image:
+        """The image in RGB, turned upright, exactly as `datasets` gives it to the Trainer.
+
+        Raises:
+            AnybatchError: Pillow is not installed; bytes that are no image.
+        """
+        _need_pillow()
+        from datasets import Image as Feature
+
+        try:
+            return Feature(mode=MODE).decode_example({"bytes": self.encoded, "path": None})
+        except Exception as error:  # a broken file fails in Pillow's decoders with nearly anything
+            raise AnybatchError(
+                f"The image in {self.where} cannot be decoded ({error}). Replace it, or leave the row out."
+            ) from error
+
+    def size(self) -> tuple[int, int] | None:
+        """Width and height from the file's head; None without Pillow or where it is no image."""
+        try:
+            from PIL import Image
+
+            with Image.open(BytesIO(self.encoded)) as image:
+                return image.size
+        except Exception:
+            return None
+
+    def thumbnail(self) -> str | None:
+        """A small JPEG on white as a data: URI, some 2 kB; None without Pillow or where it is no image."""
+        try:
+            from PIL import Image, ImageOps
+
+            with Image.open(BytesIO(self.encoded)) as image:
+                image.draft("RGB", (THUMBNAIL, THUMBNAIL))  # of a JPEG, no more is decoded than is shown
+                small = ImageOps.exif_transpose(image).convert("RGBA")
+        except Exception:
+            return None
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        file = BytesIO()
+        white = Image.new("RGBA", small.size, "white")
+        Image.alpha_composite(white, small).convert("RGB").save(file, "JPEG", quality=80)
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+class ImageColumn(Sequence[EncodedImage]):
+    """Images in row order that stay in their files. Slices and selections are columns again; nothing is decoded.
+
+    Args:
+        dataset: One column, `image`, of the feature `Image(decode=False)`.
+        where: File and column, for messages.
+        rows: Row number of each in that file; None if it is all of it.
+
+    >>> column = ImageColumn.of_paths(["a.png", "b.png", "c.png"], Path("photos"), "'photo' of pairs.csv")
+    >>> len(column), len(column[1:])
+    (3, 2)
+    """
+
+    def __init__(self, dataset: Dataset, where: str, rows: np.ndarray | None = None) -> None:
+        self.dataset = dataset
+        self.where = where
+        self.rows = np.arange(len(dataset)) if rows is None else rows
+
+    @classmethod
+    def of(cls, dataset: Dataset, name: str, where: str) -> ImageColumn:
+        """The column `name` of a data set, which has the feature `Image`."""
+        from datasets import Image as Feature
+
+        column = _renamed(dataset.with_format(None).select_columns([name]), NAME)
+        return cls(column.cast_column(NAME, Feature(decode=False)), f"'{name}' of {where}")
+
+    @classmethod
+    def of_paths(cls, paths: Sequence[str], folder: Path, where: str) -> ImageColumn:
+        """Files; a relative path starts at `folder`."""
+        from datasets import Dataset, Features, Value
+        from datasets import Image as Feature
+
+        files = [{"bytes": None, "path": str(folder / path)} for path in paths]
+        stored = {"bytes": Value("binary"), "path": Value("string")}  # made as an Image, it would need Pillow
+        dataset = Dataset.from_dict({NAME: files}, features=Features({NAME: stored}))
+        return cls(dataset.cast(Features({NAME: Feature(decode=False)})), where)
+
+    @classmethod
+    def join(cls, columns: Sequence[ImageColumn]) -> ImageColumn:
+        """Several columns, one after the other."""
+        from datasets import concatenate_datasets
+
+        where = ", ".join(column.where for column in columns)
+        joined = cls(concatenate_datasets([column.dataset for column in columns]), where)
+        if all("keys" in vars(column) for column in columns):
+            vars(joined)["keys"] = np.concatenate([column.keys for column in columns])
+        return joined
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedImage: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ImageColumn: ...
+
+    def __getitem__(self, index: int | slice) -> EncodedImage | ImageColumn:
+        if isinstance(index, slice):
+            return self.select(np.arange(*index.indices(len(self))))
+        place = range(len(self))[index]
+        return self._image(self.dataset[place][NAME], place)
+
+    def __iter__(self) -> Iterator[EncodedImage]:
+        for start in range(0, len(self), BLOCK):
+            for place, value in enumerate(self.dataset[start : start + BLOCK][NAME], start=start):
+                yield self._image(value, place)
+
+    def select(self, rows: np.ndarray) -> ImageColumn:
+        """These places of the column, in this order."""
+        chosen = ImageColumn(self.dataset.select(rows), self.where, self.rows[rows])
+        if "keys" in vars(self):
+            vars(chosen)["keys"] = self.keys[rows]
+        return chosen
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image.
+
+        Raises:
+            AnybatchError: A row without an image.
+        """
+        keys = np.empty((len(self), KEY), np.uint8)
+        for place, image in enumerate(self):
+            keys[place] = np.frombuffer(hashlib.blake2b(image.encoded, digest_size=KEY).digest(), np.uint8)
+        return keys
+
+    def decoded(self, name: str) -> Dataset:
+        """A data set with the one column `name`, whose images are decoded as they are read: what the Trainer takes.
+
+        Of a selection the bytes are written out in its order, into a temporary file that goes when the process ends.
+        """
+        from datasets import Image as Feature
+        from datasets.fingerprint import get_temporary_cache_files_directory
+
+        _need_pillow()
+        dataset = self.dataset
+        if dataset._indices is not None:  # left to itself, `datasets` would write beside the user's data
+            file = Path(get_temporary_cache_files_directory()) / f"{dataset._fingerprint}.arrow"
+            dataset = dataset.flatten_indices(cache_file_name=str(file))
+        return _renamed(dataset, name).cast_column(name, Feature(mode=MODE))
+
+    def _image(self, value: dict[str, Any] | None, place: int) -> EncodedImage:
+        where = f"row {int(self.rows[place]) + 1}, {self.where}"
+        encoded, path = (value or {}).get("bytes"), (value or {}).get("path")
+        if encoded is None and path:
+            try:
+                encoded = Path(path).read_bytes()
+            except OSError as error:
+                raise AnybatchError(
+                    f"Cannot read the image {path} ({where}): {error.strerror or error}. Every row needs an image: put "
+                    "the file back, or leave the row out."
+                ) from error
+        if not encoded:
+            raise AnybatchError(f"There is no image in {where}. Every row needs one: fill it or leave the row out.")
+        return EncodedImage(encoded=encoded, where=where)
+
+
+Column = Sequence[str] | ImageColumn  # of a `PairData`
+
+
+def row_keys(column: Column) -> Iterator[bytes]:
+    """What stands for each row in a digest of the data: the text, or the digest of the image's bytes."""
+    if isinstance(column, ImageColumn):
+        return (b"image " + key.tobytes() for key in column.keys)
+    return (text.encode() for text in column)
+
+
+def pick(column: Column, rows: np.ndarray) -> Column:
+    """These rows of a column, in this order; of images without reading them."""
+    if isinstance(column, ImageColumn):
+        return column.select(rows)
+    return [column[int(row)] for row in rows]
+
+
+def describe(value: str | EncodedImage, row: int) -> str:
+    """One line for the terminal: the text with its white space tamed, or such as "[image 48x48, row 17]"."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    size = value.size()
+    return f"[image {size[0]}x{size[1]}, row {row}]" if size else f"[image, row {row}]"
+
+
+def find_images(path: Path, names: Sequence[str], limit: int | None = None) -> dict[str, ImageColumn]:
+    """The columns among `names` that hold images: the feature `datasets.Image`, in Parquet or a data set."""
+    dataset = image_dataset(path, names)
+    if dataset is None:
+        return {}
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    return {name: ImageColumn.of(dataset, name, str(path)) for name in names if holds_images(dataset, name)}
+
+
+def holds_images(dataset: Dataset, name: str) -> bool:
+    """Whether the column has the feature `datasets.Image`."""
+    from datasets import Image as Feature
+
+    return isinstance(dataset.features.get(name), Feature)
+
+
+def _renamed(dataset: Dataset, name: str) -> Dataset:
+    """The data set with its one column called `name`."""
+    (old,) = dataset.column_names
+    return dataset if old == name else dataset.rename_column(old, name)
+
+
+def _need_pillow() -> None:
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise AnybatchError(
+            "Images have to be decoded here, which needs Pillow. Install it with: pip install 'anybatch[images]'"
+        ) from error

@@ -1,0 +1,176 @@
+"""Read retrieval sets in BEIR's layout: documents, queries, and which documents are relevant to which query."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pairs import text_digest
+from anybatch.data.records import Quoting, column_names, no_column, records
+
+logger = logging.getLogger("anybatch")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RetrievalData:
+    """Queries, documents and which documents are relevant to which query.
+
+    Attributes:
+        query_ids, query_texts: Queries, judged ones only.
+        corpus_ids, corpus_texts: Documents (title and text joined by a space).
+        relevance: Query id to document id to grade.
+
+    >>> pets = {"query_ids": ["q1"], "query_texts": ["What purrs?"], "corpus_ids": ["d1"], "corpus_texts": ["A cat."]}
+    >>> len(RetrievalData(**pets, relevance={"q1": {"d1": 1}}).digest)
+    32
+    """
+
+    query_ids: Sequence[str]
+    query_texts: Sequence[str]
+    corpus_ids: Sequence[str]
+    corpus_texts: Sequence[str]
+    relevance: Mapping[str, Mapping[str, int]]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all of it."""
+        judged = [f"{query} {sorted(grades.items())}" for query, grades in sorted(self.relevance.items())]
+        return text_digest((self.query_ids, self.query_texts, self.corpus_ids, self.corpus_texts, judged))
+
+
+def read_retrieval(
+    corpus: str | os.PathLike[str],
+    queries: str | os.PathLike[str],
+    qrels: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    quoting: Quoting | None = None,
+) -> RetrievalData:
+    """Read a retrieval set in BEIR's layout.
+
+    Args:
+        corpus: JSONL with `id` (or `_id`), `text` and optionally `title`.
+        queries: JSONL with `id` (or `_id`) and `text`, optionally `split`.
+        qrels: TSV with a header: query id, document id, grade, optionally `split`.
+        split: Keep only this split of `qrels`, which must then have a column `split`.
+        quoting: Of TSV and CSV, see `read_pairs`.
+
+    Ids are compared as texts, digit by digit. What is not used (queries without judgements, other splits) is said to
+    the log.
+
+    Raises:
+        AnybatchError: Missing files or columns; an id twice, or one that is neither a text nor a whole number; a grade
+            that is no whole number; judgements of unknown queries or documents, or twice with different grades;
+            nothing left.
+    """
+    documents = {
+        identity: f"{record.get('title') or ''} {record['text']}".strip()
+        for identity, record in _by_id(Path(corpus), quoting)
+    }
+    texts = {identity: record["text"] for identity, record in _by_id(Path(queries), quoting)}
+    relevance: dict[str, dict[str, int]] = {}
+    splits: Counter[str] = Counter()
+    names = column_names(Path(qrels), quoting)
+    if "score" not in names:
+        raise no_column("score", names, str(qrels))
+    for row, record in enumerate(records(Path(qrels), quoting=quoting), start=1):
+        if "split" in record:
+            splits[str(record["split"])] += 1
+            if split is not None and record["split"] != split:
+                continue
+        query = _id(record, ("query_id", "query-id", "qid"), row, qrels)
+        document = _id(record, ("doc_id", "corpus-id", "corpus_id", "docid"), row, qrels)
+        if query not in texts or document not in documents:
+            unknown = f"query {query}" if query not in texts else f"document {document}"
+            raise AnybatchError(
+                f"Row {row} of {qrels} judges {unknown}, which is not in the set. Give the files of one set."
+            )
+        grade = _grade(record, row, qrels)
+        if relevance.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise AnybatchError(
+                f"Row {row} of {qrels} grades document {document} for query {query} a second time, and differently. "
+                "Keep one grade."
+            )
+    _check_judgements(relevance, splits, split, qrels)
+    others = ", ".join(f"{name!r} ({count} judgements)" for name, count in splits.items() if name != split)
+    unused = f"{len(texts) - len(relevance)} queries without judgements"
+    unused += f", split {others}" if split is not None and others else ""
+    logger.info("%s: %d judged queries, %d documents; not used: %s.", qrels, len(relevance), len(documents), unused)
+    return RetrievalData(
+        query_ids=list(relevance),
+        query_texts=[texts[query] for query in relevance],
+        corpus_ids=list(documents),
+        corpus_texts=list(documents.values()),
+        relevance=relevance,
+    )
+
+
+def _check_judgements(
+    relevance: Mapping[str, Mapping[str, int]], splits: Counter[str], split: str | None, qrels: object
+) -> None:
+    """Refuse a split that cannot be told, and judgements that say nothing."""
+    present = ", ".join(sorted(splits))
+    if split is not None and not splits:
+        raise AnybatchError(f"Asked for split {split!r}, but {qrels} has no column 'split'. Leave split (--split) out.")
+    if split is None and len(splits) > 1:
+        raise AnybatchError(f"{qrels} has the splits {present}. Choose one with split (--split).")
+    if not relevance:
+        wanted = f" of split {split!r}" if split else ""
+        raise AnybatchError(f"{qrels} has no judgements{wanted}{f'; it has the splits {present}' if splits else ''}.")
+    if not any(grade > 0 for grades in relevance.values() for grade in grades.values()):
+        raise AnybatchError(
+            f"No judgement in {qrels} has a grade above 0: no document is relevant. Is 'score' the right column?"
+        )
+
+
+def _id(record: Mapping[str, Any], names: Sequence[str], row: int, where: object) -> str:
+    """The id in the first of these columns that is there, as a text; of a float digits may be lost already."""
+    for name in names:
+        value = record.get(name)
+        if value is None or value == "":
+            continue
+        if isinstance(value, (str, int)) and not isinstance(value, bool):
+            return str(value)
+        raise AnybatchError(
+            f"Row {row} of {where} has the {name} {value!r} ({type(value).__name__}); expected a text or a whole "
+            "number. Write ids as texts."
+        )
+    raise no_column(names[0], list(record), f"row {row} of {where}, or it is empty there")
+
+
+def _by_id(path: Path, quoting: Quoting | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Id and record of each document or query; every id once, every text a string."""
+    seen: set[str] = set()
+    for row, record in enumerate(records(path, quoting=quoting), start=1):
+        identity = _id(record, ("id", "_id"), row, path)
+        if "text" not in record:
+            raise no_column("text", list(record), f"row {row} of {path}")
+        for name in ("text", "title"):
+            if not isinstance(record.get(name), str) and not (name == "title" and record.get(name) is None):
+                raise AnybatchError(f"Row {row} of {path} has the {name} {record[name]!r:.60}; expected a text.")
+        if identity in seen:
+            raise AnybatchError(
+                f"Row {row} of {path} has the id {identity} again. Ids must differ: keep one of the rows."
+            )
+        seen.add(identity)
+        yield identity, record
+
+
+def _grade(record: Mapping[str, Any], row: int, where: object) -> int:
+    """The relevance grade of one judgement: a whole number, also written as 1.0."""
+    try:
+        grade = float(record["score"])
+        if grade.is_integer():
+            return int(grade)
+    except (TypeError, ValueError, KeyError):
+        pass
+    raise AnybatchError(
+        f"Row {row} of {where} has the grade {record.get('score')!r}; expected a whole number such as 1."
+    )

@@ -1,0 +1,222 @@
+"""Check on the user's own model that the cached step and the plain step agree, and say what is in the way if not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.caching.encoder import Encoder, Tower, towers_of
+from anybatch.caching.rows import RowSlicer
+from anybatch.caching.schedule import plan_micro_batches
+from anybatch.caching.state import without_autocast
+from anybatch.caching.step import cached_step, paired_encoders
+from anybatch.core.errors import AnybatchError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The two gradients of one batch, compared.
+
+    Attributes:
+        error: Norm of the difference of all gradients over the norm of the plain gradient.
+        tolerance: What rounding allows in the coarsest dtype that took part, autocast's included.
+        errors: The same for every parameter, by name: over its own norm, or a thousandth of that of all where its own
+            is less (some gradients, such as that of a key's bias, are zero but for rounding).
+        loss_error: Relative difference of the two losses.
+        findings: What stands in the way of exactness, in sentences; empty where nothing was found.
+    """
+
+    error: float
+    tolerance: float
+    errors: dict[str, float]
+    loss_error: float
+    findings: tuple[str, ...]
+
+    @classmethod
+    def refused(cls, reason: str) -> Verification:
+        """What there is to say when the cached step refuses to run: a finding, and no errors."""
+        return cls(error=float("inf"), tolerance=0.0, errors={}, loss_error=float("inf"), findings=(reason,))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the gradients agree within the tolerance and nothing was found in the way."""
+        return self.error <= self.tolerance and not self.findings
+
+    def __str__(self) -> str:
+        worst = sorted(self.errors.items(), key=lambda item: -item[1])[:3]
+        lines = [f"relative error {self.error:.2e} (tolerance {self.tolerance:.0e}), loss {self.loss_error:.2e}"]
+        lines += [f"  {name}: {error:.2e}" for name, error in worst]
+        return "\n".join([*lines, *(f"! {finding}" for finding in self.findings)])
+
+
+def verify(
+    encoders: Encoder | Sequence[Encoder],
+    inputs: Sequence[Any],
+    loss: Callable[..., Tensor],
+    *,
+    micro_batch: int = 4,
+    keep_graphs: int | float = 0,
+    loss_kwargs: Mapping[str, Any] | None = None,
+    modules: Sequence[nn.Module] | None = None,
+) -> Verification:
+    """Take one batch both ways and compare every gradient.
+
+    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) or state is written it is
+    the same micro-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are
+    put back afterwards, those of the loss included.
+
+    Args:
+        encoders: As in `cached_step`.
+        inputs: One small batch for each tower, more rows than `micro_batch`.
+        micro_batch: Rows in a forward pass.
+        loss, keep_graphs, loss_kwargs, modules: As in `cached_step`.
+
+    Returns:
+        The comparison; print it. What `cached_step` refuses (rows that see each other, a replay that differs) is its
+        finding; then there are no errors.
+
+    Raises:
+        AnybatchError: Every tower fits in one micro-batch (the comparison would prove nothing), or batch statistics.
+
+    Cost: two steps, and a copy of the gradients and of the buffers.
+    """
+    # 1. What both ways start from.
+    slicers = [RowSlicer(batch) for batch in inputs]
+    towers = towers_of(paired_encoders(encoders, inputs), slicers, modules)
+    plans = [plan_micro_batches(slicer, micro_batch=micro_batch) for slicer in slicers]
+    if all(len(plan) == 1 for plan in plans):
+        raise AnybatchError(
+            f"Every tower fits in one micro-batch of {micro_batch} rows, so there is nothing to compare. Pass more "
+            "rows or a smaller micro_batch."
+        )
+    facts, start = towers[0].facts, towers[0].random_state()
+    written = facts.written
+    parts = [*facts.modules, *([loss] if isinstance(loss, nn.Module) else [])]
+    names = _parameter_names(parts)
+    # 2. The cached step.
+    with _untouched(parts, list(names)):
+        try:
+            cached_value = cached_step(
+                loss, encoders, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, loss_kwargs=loss_kwargs,
+                modules=modules,
+            )  # fmt: skip
+        except AnybatchError as error:
+            return Verification.refused(str(error))
+        finally:
+            # Where random numbers are drawn or state is written, what a row meets belongs to its micro-batch.
+            by_piece = written.note() or not start.equals(start.now())
+            start.restore()
+            written.restore({})
+        cached = _take_gradients(names)
+    # 3. The plain step; the whole batch in one pass says more, where it may be compared.
+    with _untouched(parts, list(names)):
+        split = plans if by_piece else [[torch.arange(slicer.num_rows)] for slicer in slicers]
+        embedded = [_embedded(tower, plan) for tower, plan in zip(towers, split)]
+        precise = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in embedded]
+        with without_autocast():  # as in the cached step: the loss sees float32 or better, and no autocast
+            value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **(loss_kwargs or {}))
+            value.backward()
+        plain = _take_gradients(names)
+    start.restore()
+    written.restore({})
+    # 4. The difference, and what may explain it.
+    tolerance = _tolerance([*embedded, *plain.values()])
+    findings = [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
+    encoder = {name for part in facts.modules for parameter in part.parameters() if (name := names.get(parameter))}
+    findings += _wrong_sizes({n: g for n, g in plain.items() if n not in encoder}, cached, 100 * tolerance)
+    return _compare(cached, plain, cached_value, value.detach(), tolerance, findings)
+
+
+def _embedded(tower: Tower, plan: Sequence[Tensor]) -> Tensor:
+    """The embeddings of a batch, micro-batch by micro-batch, in the row order of the batch."""
+    whole = torch.cat([tower.embed(rows)[0] for rows in plan])
+    return whole[torch.argsort(torch.cat(list(plan))).to(whole.device)]
+
+
+def _tolerance(tensors: Sequence[Tensor]) -> float:
+    """A multiple of the coarsest rounding; a smaller one in half precision, where 200 roundings would be everything."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    for device in {tensor.device.type for tensor in tensors}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    return max((200 if torch.finfo(dtype).bits >= 32 else 16) * torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _compare(
+    cached: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    cached_value: Tensor,
+    value: Tensor,
+    tolerance: float,
+    found: list[str],
+) -> Verification:
+    errors: dict[str, float] = {}
+    floor = 1e-3 * sum(float(gradient.double().norm()) ** 2 for gradient in plain.values()) ** 0.5
+    difference = reference = product = 0.0
+    for name in sorted(plain.keys() & cached.keys()):
+        wanted, got = plain[name].double(), cached[name].double()
+        error, size = float((got - wanted).norm()), float(wanted.norm())
+        errors[name] = error / max(size, floor) if max(size, floor) > 0 else float(error > 0)
+        difference, reference = difference + error**2, reference + size**2
+        product += float((got * wanted).sum())
+    error = (difference / reference) ** 0.5 if reference > 0 else float(difference > 0)
+    ratio = product / reference if reference > 0 else 1.0
+    remainder = (max(0.0, difference - (ratio - 1) ** 2 * reference) / reference) ** 0.5 if reference > 0 else 0.0
+    if error > tolerance and remainder <= tolerance:
+        found.append(f"The gradient has the right direction and {ratio:.4g} times the right size: a scale is wrong.")
+    elif error > tolerance and not found:
+        found.append(
+            "The gradients differ and nothing known explains it. Look for state that a forward pass changes (caches), "
+            "for generators out of sight, and for rows that see the other rows of their micro-batch."
+        )
+    loss_error = abs(float(cached_value) - float(value)) / max(abs(float(value)), torch.finfo(torch.float64).tiny)
+    return Verification(
+        error=error, tolerance=tolerance, errors=errors, loss_error=loss_error, findings=tuple(dict.fromkeys(found))
+    )
+
+
+def _wrong_sizes(plain: dict[str, Tensor], cached: dict[str, Tensor], tolerance: float) -> list[str]:
+    """Parameters of the loss are few and their gradients small: beside an encoder's, a wrong factor would go unseen."""
+    found = []
+    for name in plain.keys() & cached.keys():
+        wanted, got = plain[name].double(), cached[name].double()
+        size = float(wanted.norm())
+        if size > 0 and float((got - wanted).norm()) > tolerance * size:
+            ratio = float((got * wanted).sum()) / size**2
+            found.append(f"The loss's own parameter {name} gets {ratio:.4g} times its gradient: a scale is wrong.")
+    return found
+
+
+def _parameter_names(parts: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
+    names: dict[nn.Parameter, str] = {}
+    for number, part in enumerate(parts):
+        prefix = f"{type(part).__name__}[{number}]" if len(parts) > 1 else ""
+        for name, parameter in part.named_parameters():
+            names.setdefault(parameter, f"{prefix}.{name}".lstrip("."))
+    return names
+
+
+def _take_gradients(names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for parameter, name in names.items() if parameter.grad is not None}
+
+
+@contextlib.contextmanager
+def _untouched(parts: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Start without gradients; put gradients and buffers back."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+    buffers = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

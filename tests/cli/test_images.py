@@ -1,0 +1,171 @@
+"""Image-caption pairs through the command line: mine, inspect, train, resume. The files are made as docs/images.md makes them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anybatch.core.errors import AnybatchError
+from anybatch.data.images import EncodedImage
+from anybatch.insight import plan_page
+from anybatch.plans.plan import BatchPlan
+from tests.cli.test_cli import run
+from tests.images import image, save_clip, save_pairs
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_pairs(tmp_path_factory.mktemp("pairs") / "images", [*range(COUNT - 2), 3, 4])
+
+
+def settings(saved, output, *more):
+    chosen = ("mining.cluster_size=4", "mining.skip=2", "mining.take=8", "mining.conflict_weight=0", *more)
+    data = ("--data", str(saved), "--anchor", "image", "--positive", "caption", "--batch-size", "8")
+    return [*data, "--output", str(output), *(item for value in chosen for item in ("--set", value))]
+
+
+def vectors(folder):
+    """A joint space: what an image shows, and a little noise on each side."""
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=(COUNT, 8))
+    paths = []
+    for side in ("anchor", "positive"):
+        rows = (truth + 0.4 * generator.normal(size=truth.shape)).astype(np.float32)
+        rows[[-2, -1]] = rows[[3, 4]]
+        paths.append(folder / f"{side}.npy")
+        np.save(paths[-1], rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    return [f"teacher.embeddings={json.dumps([str(path) for path in paths])}"]
+
+
+def test_mining_from_embeddings_decodes_nothing(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(EncodedImage, "decode", lambda self: pytest.fail("decoded"))
+    run("mine", *settings(saved, tmp_path / "run", *vectors(tmp_path)))
+    plan = BatchPlan.load(tmp_path / "run" / "plan.safetensors")
+    assert plan.num_rows == COUNT
+    for same in ({3, COUNT - 2}, {4, COUNT - 1}):
+        first, second = same
+        assert plan.cluster[first] != plan.cluster[second]  # the same image is never put beside itself
+
+
+def test_mining_with_a_model_and_looking_at_the_plan(saved, clip_folder, tmp_path, heard, monkeypatch):
+    run("mine", *settings(saved, tmp_path / "run"), "--teacher", str(clip_folder))
+    assert np.load(tmp_path / "run" / "teacher_anchor.npy").shape == (COUNT, 16)
+    run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "plan.html"))
+    said = heard()
+    assert "Not shown" not in said
+    assert re.search(r"row (\d+) anchor: \[image 2[04]x(20|16), row \1\]", said)
+    assert re.search(r"own positive: a (red|green|blue|black|white) ", said)
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    images = re.findall(r'<img src="data:image/jpeg;base64,[\w+/=]+" alt="\[image 2[04]x\d\d, row (\d+)\]"', page)
+    assert len(images) == page.count("<img") > 20
+    for heading in ("Suspected false negatives", "Example clusters"):
+        assert heading in page
+    monkeypatch.setattr(plan_page, "IMAGE_CHARACTERS", 3000)  # a page stays small: then images are named
+    run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "small.html"))
+    small = (tmp_path / "small.html").read_text(encoding="utf-8")
+    assert 1 <= small.count("<img") <= 5
+    assert "[image 20x20, row " in re.sub("<img[^>]*>", "", small)
+
+
+def test_prompts_are_for_texts(saved, tmp_path):
+    for prompt in ("model.anchor_prompt=see", "teacher.anchor_prompt=see"):
+        with pytest.raises(AnybatchError, match=r"anchor_prompt is set, and the anchors are images"):
+            run("mine", *settings(saved, tmp_path / "run", *vectors(tmp_path), prompt))
+        assert not (tmp_path / "run").exists()
+
+
+def test_paths_in_a_file(clip_folder, tmp_path):
+    (tmp_path / "files").mkdir()
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for row in range(20):
+            (tmp_path / "files" / f"{row}.png").write_bytes(image(row))
+            file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
+    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.images=[image]")
+    run("mine", *given, "--teacher", str(clip_folder))
+    assert np.load(tmp_path / "run" / "teacher_anchor.npy").shape == (20, 16)
+
+
+def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
+    more = (
+        *("mining.num_negatives=1", "train.epochs=2", "train.save_steps=3", "train.log_steps=1", "model.device=cpu"),
+        *("train.micro_batch=3", "train.learning_rate=0.001", f"evaluation.path={saved}"),
+        *vectors(tmp_path),
+    )
+    whole = [*settings(saved, tmp_path / "whole", *more), "--model", str(clip_folder)]
+    run("train", *whole)
+    result = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert result["num_steps"] == 10
+    assert 0 < result["metrics"]["recall@10"] <= 1
+    assert result["metrics"] != result["metrics_untrained"]
+    parts = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole", parts)
+    for name in ("model", "metrics.json"):
+        shutil.rmtree(parts / name) if name == "model" else (parts / name).unlink()
+    for folder in (parts / "checkpoints").iterdir():  # as after a kill in step 8
+        if int(folder.name.removeprefix("checkpoint-")) > 6:
+            shutil.rmtree(folder)
+    run("train", *settings(saved, parts, *more), "--model", str(clip_folder), "--resume")
+    first, second = (
+        load_file(next(Path(folder / "model").rglob("model.safetensors"))) for folder in (tmp_path / "whole", parts)
+    )
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    before = load_file(next(clip_folder.rglob("model.safetensors")))
+    changed = [name for name, tensor in first.items() if not torch.equal(tensor, before[name])]
+    assert any("vision_model" in name for name in changed)
+    assert any("text_model" in name for name in changed)
+
+
+def test_files_of_images_are_named_to_every_verb(clip_folder, tmp_path):
+    (tmp_path / "files").mkdir()
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for row in range(20):
+            (tmp_path / "files" / f"{row}.png").write_bytes(image(row))
+            file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
+    columns = ["--data", str(tmp_path / "pairs.jsonl"), "--anchor", "image", "--positive", "caption"]
+    run("evaluate", str(clip_folder), *columns, "--image", "image", "--output", str(tmp_path / "images.json"))
+    run("evaluate", str(clip_folder), *columns, "--output", str(tmp_path / "found.json"))
+    run("evaluate", str(clip_folder), *columns, "--image", "", "--output", str(tmp_path / "names.json"))
+    images, found, names = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("images", "found", "names")
+    )
+    assert found == images  # paths of files that exist are images, also where nobody says so
+    assert names != images
+    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.images=[image]")
+    run("mine", *given, "--teacher", str(clip_folder))
+    shutil.copy(tmp_path / "run" / "plan.safetensors", tmp_path / "copy.safetensors")
+    run("inspect", "plan", str(tmp_path / "copy.safetensors"), *columns, "--image", "image")
+
+
+def test_images_as_hard_negatives(saved, clip_folder, tmp_path):
+    more = (
+        "mining.num_negatives=1",
+        "train.log_steps=1",
+        "model.device=cpu",
+        "train.micro_batch=auto",
+        *vectors(tmp_path),
+    )
+    given = settings(saved, tmp_path / "run", *more)
+    sides = {"image": "caption", "caption": "image"}
+    run("train", *(sides.get(value, value) for value in given), "--model", str(clip_folder))
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert len(lines) == COUNT // 8
+    assert all(0 < json.loads(line)["loss"] < 10 for line in lines)
+    plan = BatchPlan.load(tmp_path / "run" / "plan.safetensors")
+    assert plan.negatives_per_row == 1
+    run("doctor", *(sides.get(value, value) for value in given[:8]), "--model", str(clip_folder))

@@ -1,0 +1,248 @@
+"""Columns of images: lazy, the same image by its bytes, in every file that holds them, and refused where they cannot be."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
+
+from anybatch.core.errors import AnybatchError
+from anybatch.data.images import EncodedImage, ImageColumn, describe, pick
+from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
+from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
+from anybatch.plans.plan import BatchPlan
+from anybatch.run.hard_negatives import with_mined_negatives
+from tests.images import caption, image, save_pairs
+
+NUMBERS = [0, 1, 2, 3, 4, 1, 6, 0, 8]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_pairs(tmp_path / "saved", NUMBERS)
+
+
+@pytest.fixture
+def pairs(folder):
+    return read_pairs(folder, anchor="image", positive="caption")
+
+
+def test_a_saved_folder(pairs, monkeypatch):
+    monkeypatch.setattr(EncodedImage, "decode", lambda self: pytest.fail("decoded"))
+    assert isinstance(pairs.anchors, ImageColumn)
+    assert len(pairs) == len(NUMBERS)
+    assert [one.encoded for one in pairs.anchors] == [image(number) for number in NUMBERS]
+    assert pairs.anchors[-1].encoded == image(8)
+    assert list(pairs.positives) == [caption(number) for number in NUMBERS]
+    assert pairs.anchor_id.tolist() == [0, 1, 2, 3, 4, 1, 5, 0, 6]
+    assert pairs.positive_id.tolist() == [0, 1, 2, 3, 4, 1, 5, 0, 6]
+
+
+def test_blocks_and_selections(pairs, monkeypatch):
+    monkeypatch.setattr("anybatch.data.images.BLOCK", 4)
+    column = pairs.anchors
+    assert [one.encoded for one in column] == [image(number) for number in NUMBERS]
+    part = column[2:7]
+    assert isinstance(part, ImageColumn)
+    assert "keys" not in vars(part)
+    assert np.array_equal(part.keys, column.keys[2:7])
+    chosen = pick(part, np.array([4, 0, 4]))
+    assert [one.encoded for one in chosen] == [image(6), image(2), image(6)]
+    assert np.array_equal(chosen.keys, column.keys[[6, 2, 6]])
+    assert chosen[0].where.startswith("row 7, 'image' of ")  # counted in the file
+    assert pick(["a", "b"], np.array([1, 0])) == ["b", "a"]
+
+
+def test_digest_is_of_the_bytes(pairs, folder, tmp_path):
+    assert read_pairs(folder, anchor="image", positive="caption").digest == pairs.digest
+    other = read_pairs(save_pairs(tmp_path / "other", [*NUMBERS[:-1], 9]), anchor="image", positive="caption")
+    assert other.digest != pairs.digest
+    fewer = read_pairs(folder, anchor="image", positive="caption", limit=8)
+    assert len(fewer) == 8
+    assert fewer.digest != pairs.digest
+    assert (
+        fewer.digest
+        == read_pairs(save_pairs(tmp_path / "eight", NUMBERS[:8]), anchor="image", positive="caption").digest
+    )
+
+
+def test_parquet_and_paths_give_the_same(pairs, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    load_from_disk(str(folder)).to_parquet(str(tmp_path / "pairs.parquet"))
+    parquet = read_pairs(tmp_path / "pairs.parquet", anchor="image", positive="caption")
+    assert isinstance(parquet.anchors, ImageColumn)
+    assert parquet.digest == pairs.digest
+    (tmp_path / "files").mkdir()
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for row, number in enumerate(NUMBERS):
+            (tmp_path / "files" / f"{row}.png").write_bytes(image(number))
+            file.write(json.dumps({"image": f"files/{row}.png", "caption": caption(number)}) + "\n")
+    named = {"anchor": "image", "positive": "caption"}
+    paths = read_pairs(tmp_path / "pairs.jsonl", **named, images=["image"])
+    assert paths.digest == pairs.digest
+    assert read_pairs(tmp_path / "pairs.jsonl", **named).digest == pairs.digest  # files that exist need not be declared
+    assert isinstance(read_pairs(tmp_path / "pairs.jsonl", **named, images=()).anchors[0], str)
+    (tmp_path / "files" / "3.png").unlink()
+    with pytest.raises(AnybatchError, match=r"3\.png \(row 4, 'image' of .*No such file"):
+        _ = read_pairs(tmp_path / "pairs.jsonl", **named, images=["image"]).digest
+    with pytest.raises(
+        AnybatchError, match=r"'image' .*seems to hold paths.*no file .*3\.png \(row 4\).*data\.images=\[\]"
+    ):
+        read_pairs(tmp_path / "pairs.jsonl", **named)
+    with pytest.raises(AnybatchError, match="'photo' is said to hold images"):
+        read_pairs(tmp_path / "pairs.jsonl", **named, images=["photo"])
+
+
+def test_both_sides_and_negatives(tmp_path):
+    rows = [{"a": image(n), "b": image(n + 1), "n": image(n + 2), "t": caption(n)} for n in range(6)]
+    columns = {name: [{"bytes": row[name], "path": None} for row in rows] for name in "abn"}
+    features = Features({name: Image() for name in "abn"} | {"t": Value("string")})
+    Dataset.from_dict(columns | {"t": [row["t"] for row in rows]}, features=features).save_to_disk(str(tmp_path / "d"))
+    pairs = read_pairs(tmp_path / "d", anchor="a", positive="b", negatives=["n", "t"])
+    assert pairs.positive_id.tolist() == [0, 1, 2, 3, 4, 5]
+    assert pairs.negative_id[:, 0].tolist() == [1, 2, 3, 4, 5, 6]  # the next row's positive, and one of its own
+    assert pairs.negative_id[:, 1].min() == 7  # a text is no image
+    dataset = pairs.to_dataset()
+    assert dataset.column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert with_index(dataset).column_names == [*dataset.column_names, "label"]
+    assert np.array_equal(np.asarray(dataset[1]["anchor"]), np.asarray(dataset[0]["positive"]))
+    assert dataset[2]["negative_2"] == caption(2)
+    only = PairData(anchors=pairs.anchors, positives=pairs.positives).to_dataset()
+    assert only.column_names == ["anchor", "positive"]
+
+
+def test_the_trainer_reads_what_embedding_reads(pairs):
+    dataset = pairs.to_dataset()
+    assert list(with_index(dataset)[0]) == ["anchor", "positive", "label"]  # the Trainer goes by this order
+    for row in (0, 5):
+        assert dataset[row]["anchor"].mode == "RGB"
+        assert np.array_equal(np.asarray(dataset[row]["anchor"]), np.asarray(pairs.anchors[row].decode()))
+
+
+def test_negatives_are_written_out_elsewhere(pairs, folder):
+    before = sorted(folder.iterdir())
+    rows = np.array([4, 0, 8, 1, 2, 7, 7, 3, 5])
+    images = PairData(anchors=pairs.positives, positives=pairs.anchors, negatives=(pick(pairs.anchors, rows),))
+    dataset = images.to_dataset()
+    assert dataset.column_names == ["anchor", "positive", "negative_1"]
+    for row in (0, 5, 6):
+        expected = pairs.anchors[int(rows[row])].decode()
+        assert np.array_equal(np.asarray(dataset[row]["negative_1"]), np.asarray(expected))
+    assert sorted(folder.iterdir()) == before  # nothing appears beside the user's data
+    assert all(str(folder) not in file["filename"] or Path(file["filename"]) in before for file in dataset.cache_files)
+
+
+def test_a_plan_is_refused_for_other_images(pairs, tmp_path):
+    plan = BatchPlan.random(len(pairs), 4, data_digest=pairs.digest)
+    PlanBatches(plan).check(with_index(pairs.to_dataset()), plan)
+    other = read_pairs(save_pairs(tmp_path / "other", [*NUMBERS[:-1], 9]), anchor="image", positive="caption")
+    other = PairData(anchors=other.anchors, positives=pairs.positives)
+    with pytest.raises(AnybatchError, match="made for other data"):
+        PlanBatches(plan).check(with_index(other.to_dataset()), plan)
+
+
+def test_several_sets(tmp_path):
+    features = Features({"image": Image(), "caption": Value("string")})
+    splits = {
+        name: Dataset.from_dict(
+            {"image": [{"bytes": image(n), "path": None} for n in part], "caption": [caption(n) for n in part]},
+            features=features,
+        )
+        for name, part in (("one", range(4)), ("two", range(3, 9)))
+    }
+    DatasetDict(splits).save_to_disk(str(tmp_path / "sets"))
+    found = find_sets(tmp_path / "sets")
+    parts = [read_pairs(path, anchor="image", positive="caption") for path in found.values()]
+    sets = [PairSet(name=name, num_rows=len(part)) for name, part in zip(found, parts, strict=True)]
+    joined = join_pairs(parts, sets)
+    assert joined.anchor_id.tolist() == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8]
+    assert [one.encoded for one in joined.anchors[3:6]] == [image(n) for n in (3, 3, 4)]
+    assert len(joined.to_dataset()) == 10
+    instructed = [PairSet(name="one", num_rows=4, positive_prompt="find: "), sets[1]]
+    prompted = join_pairs(parts, instructed).prompted
+    assert isinstance(prompted[0], ImageColumn)
+    assert list(prompted[1][3:5]) == [f"find: {caption(3)}", caption(3)]
+    with pytest.raises(AnybatchError, match=r"'two' has an instruction for its anchors .* which are images"):
+        join_pairs(parts, [sets[0], PairSet(name="two", num_rows=6, anchor_prompt="see: ")])
+    swapped = PairData(anchors=parts[1].positives, positives=parts[1].anchors)
+    with pytest.raises(AnybatchError, match="anchor is an image in some data sets and a text in others"):
+        join_pairs([parts[0], swapped], sets)
+
+
+def test_rows_without_an_image(tmp_path):
+    features = Features({"image": Image(), "caption": Value("string")})
+    rows = {"image": [{"bytes": image(0), "path": None}, None], "caption": ["a", "b"]}
+    Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "gap"))
+    with pytest.raises(AnybatchError, match="There is no image in row 2, 'image' of "):
+        _ = read_pairs(tmp_path / "gap", anchor="image", positive="caption").digest
+    with pytest.raises(AnybatchError, match=r"no column 'imag' .* Did you mean 'image'"):
+        read_pairs(tmp_path / "gap", anchor="imag", positive="caption")
+
+
+def test_shown(pairs):
+    from PIL import Image as Pillow
+
+    assert describe(pairs.anchors[1], 17) == "[image 20x20, row 17]"
+    assert describe("two\n words", 17) == "two words"
+    large = BytesIO()
+    Pillow.new("RGBA", (400, 100), (255, 0, 0, 0)).save(large, "PNG")
+    thumbnail = EncodedImage(encoded=large.getvalue(), where="here").thumbnail()
+    start = "data:image/jpeg;base64,"
+    assert thumbnail.startswith(start)
+    small = Pillow.open(BytesIO(base64.b64decode(thumbnail.removeprefix(start))))
+    assert small.size == (64, 16)
+    assert min(small.getpixel((5, 5))) > 250  # what is transparent is white
+    broken = EncodedImage(encoded=b"no image", where="row 3, 'image' of here")
+    assert broken.thumbnail() is None
+    assert describe(broken, 3) == "[image, row 3]"
+    with pytest.raises(AnybatchError, match=r"row 3, 'image' of here cannot be decoded"):
+        broken.decode()
+
+
+def test_without_pillow(pairs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert len(pairs.digest) == 32  # plans need no decoding
+    assert describe(pairs.anchors[0], 0) == "[image, row 0]"
+    assert pairs.anchors[0].thumbnail() is None
+    for decode in (pairs.to_dataset, pairs.anchors[0].decode):
+        with pytest.raises(AnybatchError, match=r"pip install 'anybatch\[images\]'"):
+            decode()
+
+
+def test_parquet_names_are_no_patterns(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "a [x]"
+    place.mkdir()
+    for name in ("q?.parquet", "q1.parquet", "b[1].parquet"):
+        load_from_disk(str(folder)).to_parquet(str(place / name))
+        assert len(read_pairs(place / name, anchor="image", positive="caption")) == len(NUMBERS)
+
+
+def test_backwards(pairs):
+    assert [one.encoded for one in pairs.anchors[::-1]] == [image(number) for number in reversed(NUMBERS)]
+    assert pairs.anchors[::-1][0].where.startswith("row 9, ")
+
+
+def test_stand_ins_are_of_the_own_set_and_all_different():
+    task = np.repeat([0, 1], [6, 6]).astype(np.int32)
+    negatives = np.full((12, 2), -1, np.int32)
+    negatives[5] = (2, -1)
+    plan = BatchPlan(
+        num_rows=12, batch_size=4, cluster_size=2, cluster=np.arange(12, dtype=np.int32) // 2, seed=0, data_digest="",
+        task=task, task_names=("a", "b"), negatives=negatives, suspects=np.array([[5, 0]], np.int32),
+    )  # fmt: skip
+    texts = [f"p{row}" for row in range(12)]
+    texts[1] = "p0"
+    pairs = PairData(anchors=[f"a{row}" for row in range(12)], positives=texts)
+    first, second = with_mined_negatives(pairs, plan).negatives
+    for row in range(12):
+        own = set(texts[:6]) if row < 6 else set(texts[6:])
+        assert {first[row], second[row]} <= own - {texts[row]}
+        assert first[row] != second[row]
+    assert (first[5], second[5]) == ("p2", "p3")  # row 0 is a suspect of row 5, and row 1 has the same text
