@@ -18,6 +18,7 @@ from anybatch.insight import markdown_table
 from anybatch.mining import (
     Audit,
     MiningConfig,
+    Window,
     audit_clusters,
     build_graph,
     equal_clusters,
@@ -51,8 +52,8 @@ def main() -> None:
         f"Exact neighbours (top {SKIP + TAKE}): {measure.seconds:.0f} s, peak {measure.peak_bytes / 2**30:.1f} GiB."
     )
     print(ranking)
-    union = build_graph(neighbors, skip=SKIP, take=TAKE)
-    mutual = build_graph(neighbors, skip=SKIP, take=TAKE, edges="mutual")
+    union = build_graph(neighbors, Window(SKIP, TAKE))
+    mutual = build_graph(neighbors, Window(SKIP, TAKE), edges="mutual")
     rows: list[list[str]] = []
 
     def record(name: str, seconds: float, audit: Audit) -> None:

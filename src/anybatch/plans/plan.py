@@ -232,8 +232,10 @@ class BatchPlan:
                 f"{path} has plan format {kept['version']}; this anybatch reads {VERSION}. Mine with the anybatch that "
                 "reads it."
             )
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in kept["plan"].items()}
-        return cls(**values, **arrays)
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in kept["plan"].items()
+        }
+        return cls(**{**values, **arrays})
 
     def _check_numbers(self) -> None:
         """Shapes and ranges, before anything is counted by them."""
