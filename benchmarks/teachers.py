@@ -1,9 +1,10 @@
-"""What `batch_statistics` says of good and bad teachers on the same pairs: where the thresholds of its warnings come from.
+"""What `batch_statistics` says of good and bad teachers on the same pairs: where the thresholds of its warnings come
+from.
 
 Usage: python -m benchmarks.teachers --data train.jsonl.gz --anchor-embeddings A.npy --positive-embeddings P.npy
 
-The embeddings are the good teacher's, of the first rows of the data at least; the bad ones are LSA (TF-IDF and a truncated SVD of the same
-texts). Writes docs/benchmarks/statistics.md.
+The embeddings are the good teacher's, of the first rows of the data at least; the bad ones are LSA (TF-IDF and a
+truncated SVD of the same texts). Writes docs/benchmarks/statistics.md.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ def main() -> None:
             print(lines[-1], flush=True)
     header = ["teacher", "skip, take", *SHOWN, "window_gain", "expected loss", "random", "warnings"]
     options.out.write_text(
-        f"# What batch statistics under the teacher say of good and bad teachers\n\n`python -m benchmarks.teachers --data train.jsonl.gz --anchor-embeddings A.npy "
-        f"--positive-embeddings P.npy` on the first {len(pairs):,} training pairs of arxiv-title-abstract; {options.teacher} embeddings of 64 tokens, LSA of the "
-        f"same texts; clusters of 32, batches of 64, other settings at their defaults; expected loss at temperature {TEMPERATURE:g}. The columns are explained in "
+        "# What batch statistics under the teacher say of good and bad teachers\n\n`python -m benchmarks.teachers "
+        f"--data train.jsonl.gz --anchor-embeddings A.npy --positive-embeddings P.npy` on the first {len(pairs):,} "
+        f"training pairs of arxiv-title-abstract; {options.teacher} embeddings of 64 tokens, LSA of the same texts; "
+        "clusters of 32, batches of 64, other settings at their defaults; expected loss at temperature "
+        f"{TEMPERATURE:g}. The columns are explained in "
         "[look before you train](../inspect.md).\n\n" + markdown_table(header, lines),
         encoding="utf-8",
     )

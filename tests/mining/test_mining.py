@@ -428,7 +428,7 @@ def test_an_earlier_plan_is_a_place_to_start():
 
 
 def test_a_positive_of_the_same_anchor_in_another_row_is_no_hard_negative():
-    """Rows (a, p1), (a, p2), (b, p2): p2 is right for a, and (b, p2) must neither be drawn for (a, p1) nor sit beside it."""
+    """Rows (a, p1), (a, p2), (b, p2): p2 is right for a: (b, p2) is neither drawn for (a, p1) nor sits beside it."""
     generator = np.random.default_rng(3)
     triples = 40
     anchor = np.repeat(np.arange(triples) * 2, 3) + np.tile([0, 0, 1], triples)

@@ -1,4 +1,4 @@
-"""W gloo ranks search, embed and mine as one process does; a search killed on all of them goes on with another number."""
+"""W ranks search, embed and mine as one process does; a search killed on all goes on with another number."""
 
 from __future__ import annotations
 

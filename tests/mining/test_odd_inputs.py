@@ -1,6 +1,8 @@
-"""Odd inputs of the public functions of mining end in a result or in one message, never in another error and never in a crash.
+"""Odd inputs of the public functions of mining end in a result or in one message, never in another error and never in a
+crash.
 
-The compiled loops check no index. All cases of a function run in one process of their own, which says what became of each.
+The compiled loops check no index. All cases of a function run in one process of their own, which says what became of
+each.
 """
 
 from __future__ import annotations
@@ -337,7 +339,7 @@ def test_the_settings_of_the_segfault_are_refused_by_name():
 
 
 def test_right_calls_of_unusual_kinds_give_the_usual_plan():
-    """Ids stand for equality alone, and embeddings for their values: other numbers or types for the same change nothing."""
+    """Ids stand for equality alone, embeddings for their values: other types for the same change nothing."""
     ids = np.arange(ROWS) // 2
     usual = mine_plan(X, X, config=CONFIG, anchor_id=ids).plan.digest
     for other in (ids + 10**15, ids * 10**17, ids[::-1].copy(), ids.astype(np.uint8), ids.tolist()):

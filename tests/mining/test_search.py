@@ -58,7 +58,7 @@ def test_keys_order_signs_zeros_and_ties_as_numbers_do(values):
 
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_documents_in_several_pieces(device):
-    """2,048 are read at a time. Small whole numbers, whose scores are exact and often equal: then the lower row is first."""
+    """2,048 are read at a time. Of whole numbers, whose scores are exact and often equal: the lower row is first."""
     generator = np.random.default_rng(0)
     anchors, positives = (generator.integers(-9, 10, (4200, 5)).astype(np.float32) for _ in range(2))
     anchors[:, 0] = positives[:, 0] = 1.0

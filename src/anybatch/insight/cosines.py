@@ -51,7 +51,8 @@ class Cosines:
     ) -> BatchScores:
         """Scores in the first batches, as many as hold `num_anchors` anchors; InfoNCE = log(1 + sum_j exp((s_ij - s_ii) / temperature)).
 
-        `among` (n,) bool: only these rows are anchors, and all of the batch are their candidates. NaN where no batch holds one.
+        `among` (n,) bool: only these rows are anchors, and all of the batch are their candidates. NaN where no batch
+        holds one.
         """
         losses, own_first, above, total = [], 0, 0, 0
         histogram = np.zeros(len(BINS) - 1)

@@ -1,7 +1,8 @@
-"""What a plan's batches hold, measured anew from the teacher's embeddings: negatives, suspects, hubs, clusters, expected loss.
+"""What a plan's batches hold, measured anew from the teacher's embeddings: negatives, suspects, hubs, clusters,
+expected loss.
 
-A plan stores clusters and suspects, not scores; everything here follows from the embeddings again, on a sample of anchors, so
-that the plan stays at a few bytes a row.
+A plan stores clusters and suspects, not scores; everything here follows from the embeddings again, on a sample of
+anchors, so that the plan stays at a few bytes a row.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class RowPair:
 
     Attributes:
         row, other: Row numbers.
-        score: Suspects: the cosine of `row`'s anchor with `other`'s positive minus that with its own. Duplicates: the cosine of the two positives.
+        score: Suspects: the cosine of `row`'s anchor with `other`'s positive minus that with its own. Duplicates: the
+            cosine of the two positives.
     """
 
     row: int
@@ -45,8 +47,8 @@ class ClusterExample:
 
     Attributes:
         number: The cluster; -1 for random rows.
-        kind: "tightest", "typical" or "loosest" of those looked at, by the mean score between its rows; or "random": rows drawn
-            at random, for comparison.
+        kind: "tightest", "typical" or "loosest" of those looked at, by the mean score between its rows; or "random":
+            rows drawn at random, for comparison.
         rows: (K,) its rows.
         scores: (K, K) cosines of anchors (down) and positives (across).
     """
@@ -65,7 +67,8 @@ class PlanInspection:
         num_anchors: Anchors looked at, drawn at random; all rows where that is no more.
         skip, take: The rank window, the plan's own or (for random plans) the default that fits the data.
         temperature: Of the losses.
-        window_in_batch, conflicts_in_batch: Wanted negatives and probable false negatives in the anchor's batch of epoch 0.
+        window_in_batch, conflicts_in_batch: Wanted negatives and probable false negatives in the anchor's batch of
+            epoch 0.
         random_window_in_batch, random_conflicts_in_batch: What a random batch of this size is expected to hold.
         planned, random: The teacher's scores in the plan's batches and in random ones.
         hubs: The most wanted rows with the number of windows they are in, scaled up from the anchors looked at.
@@ -114,14 +117,16 @@ def inspect_plan(
     Args:
         plan: Mined or random.
         anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped.
-        anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all differ.
+        anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all
+            differ.
         temperature: Of the expected loss.
         num_anchors: Anchors looked at; a share measured on 2,000 of them has a standard error of at most 1.1 points.
         seed: Of the draws.
         progress: Called with the fraction of the ranking done.
 
     Raises:
-        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of anchors below 1.
+        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of
+            anchors below 1.
 
     Cost: num_anchors * n * D multiplications, as much of a look at every row, and two losses of num_anchors rows.
     """
@@ -153,17 +158,20 @@ def inspect_sets(
 ) -> dict[str, PlanInspection]:
     """`inspect_plan` for each data set of a plan over several, each ranked by itself as in mining.
 
-    Anchors are one set's rows in the batches that the plan deals: of that set alone (`mixing="within"`), or with rows of others, which count
-    in the expected loss. Random batches are dealt the same way, of the same sets with the same shares.
+    Anchors are one set's rows in the batches that the plan deals: of that set alone (`mixing="within"`), or with rows
+    of others, which count in the expected loss. Random batches are dealt the same way, of the same sets with the same
+    shares.
 
     Args:
         plan: Made with `sets`.
         sets: Their windows, as given to `mine_plan`; without them the plan's own window holds for all.
-        anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors, seed, progress: See `inspect_plan`; anchors
+        anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors, seed, progress: See
+        `inspect_plan`; anchors
             are looked at in each set.
 
     Returns:
-        What was measured, by the set's name; row and cluster numbers are the plan's. Sets of which no row is dealt are left out.
+        What was measured, by the set's name; row and cluster numbers are the plan's. Sets of which no row is dealt are
+        left out.
 
     Raises:
         AnybatchError: As `inspect_plan`; a plan of one data set.
@@ -208,7 +216,8 @@ def _checked(
     check_embeddings("positive", positives, plan.num_rows)
     if not 0 < temperature < np.inf or num_anchors < 1:
         raise AnybatchError(
-            f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at least 1."
+            f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at "
+            "least 1."
         )
     every = np.arange(plan.num_rows)
     return Cosines(
@@ -299,7 +308,8 @@ def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
     shares = plan.task_shares
     if plan.task is not None:
         rows = np.bincount(plan.task, minlength=len(plan.task_names))
-        # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a batch.
+        # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a
+        # batch.
         dealt = (np.multiply(plan.sampling.quotas, plan.cluster_size) + plan.sampling.single_rows) / np.maximum(rows, 1)
         given = np.where(plan.sampling.quotas, plan.task_shares or 1.0, 0.0)
         shares = tuple(np.where(rows, np.maximum(dealt, given), 1.0).tolist())
