@@ -82,8 +82,7 @@ def plan_sizes(plan: BatchPlan) -> list[Figure]:
             name="remainder rows",
             plan=f"{stats['remainder_rows']:,}",
             good=f"below {plan.cluster_size}",
-            meaning="Rows in no cluster, because the rows do not divide evenly. They take turns with others, so none is
-            lost for ever.",
+            meaning="Rows in no cluster, because the rows do not divide evenly. They take turns with others, so none is lost for ever.",
         ),
         Figure(
             name="rows that sit out an epoch",
@@ -95,8 +94,7 @@ def plan_sizes(plan: BatchPlan) -> list[Figure]:
             name="suspect pairs",
             plan=f"{stats['suspect_pairs']:,}",
             good="few",
-            meaning="Pairs that share a cluster although one scores so high for the other that it may be a right answer
-            too (a false negative).",
+            meaning="Pairs that share a cluster although one scores so high for the other that it may be a right answer too (a false negative).",
         ),
     ]
 
@@ -124,8 +122,7 @@ def _batches(plan: BatchPlan, seen: PlanInspection) -> list[Figure]:
             plan=f"{seen.planned.loss:.3f}",
             random=f"{seen.random.loss:.3f}",
             good=f"above random, well below {guess:.2f} (guessing)",
-            meaning="The loss (InfoNCE, in nats) that the teacher itself would have in these batches. Harder batches
-            teach more; batches that the teacher cannot solve teach noise.",
+            meaning="The loss (InfoNCE, in nats) that the teacher itself would have in these batches. Harder batches teach more; batches that the teacher cannot solve teach noise.",
         ),
         Figure(
             name="own positive first in the batch",
@@ -139,8 +136,7 @@ def _batches(plan: BatchPlan, seen: PlanInspection) -> list[Figure]:
             plan=f"{seen.planned.above_own:.2%}",
             random=f"{seen.random.above_own:.2%}",
             good="a few per cent at most",
-            meaning="Share of all negatives in the batch that the teacher holds to be better answers than the right
-            one.",
+            meaning="Share of all negatives in the batch that the teacher holds to be better answers than the right one.",
         ),
     ]
 
@@ -153,8 +149,7 @@ def _teacher(statistics: Mapping[str, Any], clustered: bool) -> list[Figure]:
             name="own positive first among all rows",
             plan=f"{statistics['own_first']:.1%}",
             good=f"{LIMITS.own_first:.0%} or more",
-            meaning="How well the teacher knows the data: how often an anchor's own positive is its best match of all
-            rows. It falls as the data grow.",
+            meaning="How well the teacher knows the data: how often an anchor's own positive is its best match of all rows. It falls as the data grow.",
         ),
         Figure(
             name="own positive behind the skipped ranks",
@@ -195,8 +190,7 @@ def _teacher(statistics: Mapping[str, Any], clustered: bool) -> list[Figure]:
             name="score of wanted negatives against own positives",
             plan=f"{statistics['relative_score']:.2f}",
             good="0.5 to 0.8",
-            meaning="Mean score of the wanted negatives over the mean score of the positives that they stand against:
-            near 0 they are easy, near 1 they may be right.",
+            meaning="Mean score of the wanted negatives over the mean score of the positives that they stand against: near 0 they are easy, near 1 they may be right.",
         ),
         Figure(
             name="anchors without a wanted negative",
@@ -222,15 +216,13 @@ def _stored(mining: Mapping[str, Any]) -> list[Figure]:
             name="isolated rows",
             plan=f"{audit['isolated_rows']:,}",
             good="near 0",
-            meaning="Rows without any edge in the graph of wanted pairs: nobody's negatives, placed where there was
-            room.",
+            meaning="Rows without any edge in the graph of wanted pairs: nobody's negatives, placed where there was room.",
         ),
         Figure(
             name="identical texts in one cluster",
             plan=f"{audit['hard_pairs']:,}",
             good="0",
-            meaning="Pairs of rows with the same anchor or the same positive that could not be kept apart. Our losses
-            leave them out.",
+            meaning="Pairs of rows with the same anchor or the same positive that could not be kept apart. Our losses leave them out.",
         ),
         Figure(
             name="windows of the greatest hub",
@@ -263,7 +255,6 @@ def _repeats(seen: PlanInspection) -> list[Figure]:
             name="rows with a near duplicate",
             plan=f"{seen.duplicate_share:.1%}",
             good="below 5%",
-            meaning="Another row's positive says nearly the same (looked for among each anchor's eight nearest rows).
-            Such rows are false negatives of each other: remove them from the data.",
+            meaning="Another row's positive says nearly the same (looked for among each anchor's eight nearest rows). Such rows are false negatives of each other: remove them from the data.",
         ),
     ]
