@@ -209,14 +209,19 @@ MUTATIONS = [
         "plans/plan.py",
         "plans/test_plan.py",
         ("np.random.default_rng([self.seed, epoch])", "np.random.default_rng([self.seed, 0])"),
-        ("self._replace(members, clusters, _drawn(", "(members, clusters, _drawn("),
         (
             "share * self.batch_size : (share + 1) * self.batch_size",
             "share * self.batch_size : (share + 1) * self.batch_size - 1",
         ),
         ("self._start = self.position", "self._start = self.position + 1"),
     ),
-    *of("plans/sampling.py", "plans/test_plan.py", ("mates = whole * (m - 1) +", "mates = whole * m +")),
+    *of(
+        "plans/sampling.py",
+        "plans/test_plan.py",
+        ("self._replace(members, clusters, _draw(", "(members, clusters, _draw("),
+        ("mates = whole * (m - 1) +", "mates = whole * m +"),
+        ("both = (drawn - 1) * (self.num_single_rows - 1)", "both = drawn * (self.num_single_rows - 1)"),
+    ),
     *of(
         "losses/rows.py",
         "losses/test_rows.py",
@@ -227,12 +232,12 @@ MUTATIONS = [
         ("np.concatenate([pairs, pairs[:, ::-1]])", "np.concatenate([pairs, pairs])"),
     ),
     *of(
-        "mining/partition.py",
+        "mining/exchange.py",
         "mining/test_partition.py",
-        ("order = np.argsort(-value, kind=", "order = np.argsort(value, kind="),
-        ("- (2 * between if home < num_clusters else between)", "+ (2 * between if home < num_clusters else between)"),
-        ("positive_id, known) - leaving\n", "positive_id, known) + leaving\n"),
-        ("tie[other] -= data[edge]", "tie[other] += data[edge]"),
+        ("in np.argsort(-value, kind=", "in np.argsort(value, kind="),
+        ("- (2 * between if home < pool else between)", "+ (2 * between if home < pool else between)"),
+        ("members[target]) - leaving\n", "members[target]) + leaving\n"),
+        ("tie[other] -= graph.data[edge]", "tie[other] += graph.data[edge]"),
     ),
 ]
 

@@ -374,11 +374,10 @@ MINING: dict[str, dict[str, Any]] = {
     "loss order": {"method": "loss_ordered"},
     "random": {"method": "random"},
     "ours, hard negatives": {"method": "anybatch", "num_negatives": 2},
-    "ours, margin": {"method": "anybatch", "margin": 0.9, "suspects": "all"},
-    "ours, symmetric": {"method": "anybatch", "score": "symmetric", "sweeps": 3, "conflict_weight": 1.0},
+    "ours, margin": {"method": "anybatch", "margin": 0.9},
     "ours, cells": {"method": "anybatch", "cells": 3},
     "ours, approximate neighbours": {"method": "anybatch", "neighbors": "ivf"},
-    "ours, from earlier clusters": {"method": "anybatch", "start": True, "sweeps": 5},
+    "ours, from earlier clusters": {"method": "anybatch", "start": True},
     "published, hard negatives": {"method": "published", "num_negatives": 2},
 }
 SETS = {"one set": None, "mixed": "mixed", "within": "within"}

@@ -23,7 +23,7 @@ def test_a_killed_run_goes_on_with_what_it_remembered(refresh, pairs_file, tiny_
     )
 
     def run(folder, **k):
-        settings = config(pairs_file, tiny_model_folder, folder, refresh_epochs=refresh, suspects="all")
+        settings = config(pairs_file, tiny_model_folder, folder, refresh_epochs=refresh)
         return job.train(replace(settings, loss=loss), **k)
 
     def log(folder):
