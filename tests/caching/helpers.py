@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from anybatch.caching import record_towers, replay
+from anybatch.caching import StepMemory, record_towers, replay
 
 
 class TextEncoder(nn.Module):
@@ -146,3 +146,10 @@ def recorded(encode, inputs, micro_batch=3, **options):
 def send_back(recording, *grads, scale=1.0):
     """One gradient for each leaf."""
     replay([recording], [grads], scale=scale)
+
+
+def within(budget):
+    """Options of a step whose graphs are kept by this budget."""
+    memory = StepMemory()
+    memory.next_step = lambda *_, **__: budget  # pyright: ignore[reportAttributeAccessIssue]
+    return {"keep_graphs": "auto", "memory": memory}

@@ -22,6 +22,7 @@ from tests.caching.helpers import (
     send_back,
     texts,
     vectors,
+    within,
 )
 
 
@@ -45,13 +46,13 @@ def budget_of(spare: int) -> GraphBudget:
 def test_a_budget_keeps_what_fits():
     encoder, batch = TextEncoder(), texts(24, 30, 1)
     plan = plan_micro_batches(batch, micro_batch=4)
-    everything = recorded(encoder, batch, micro_batch=4, keep_graphs=budget_of(2**40))
+    everything = recorded(encoder, batch, micro_batch=4, **within(budget_of(2**40)))
     assert everything.num_kept == len(plan)  # when everything fits it is plain training
-    assert recorded(encoder, batch, micro_batch=4, keep_graphs=budget_of(0)).num_kept == 0
+    assert recorded(encoder, batch, micro_batch=4, **within(budget_of(0))).num_kept == 0
     probe = budget_of(2**40)
-    recorded(encoder, batch, micro_batch=4, keep_graphs=probe)
+    recorded(encoder, batch, micro_batch=4, **within(probe))
     middle = budget_of(int(probe.spent * 0.5) + probe.largest)
-    kept = recorded(encoder, batch, micro_batch=4, keep_graphs=middle).num_kept
+    kept = recorded(encoder, batch, micro_batch=4, **within(middle)).num_kept
     assert 0 < kept < len(plan)
     assert middle.spent + middle.largest <= middle.limit - middle.start
 
@@ -60,9 +61,9 @@ def test_one_budget_serves_all_towers():
     encoder, batch = TextEncoder(), texts(24, 30, 1)
     plan = plan_micro_batches(batch, micro_batch=4)
     probe = budget_of(2**40)
-    recorded(encoder, batch, micro_batch=4, keep_graphs=probe)
+    recorded(encoder, batch, micro_batch=4, **within(probe))
     shared = budget_of(probe.spent + 2 * probe.largest)
-    recordings = record_towers([encoder] * 2, [batch] * 2, micro_batch=4, keep_graphs=shared)
+    recordings = record_towers([encoder] * 2, [batch] * 2, micro_batch=4, **within(shared))
     kept = [recording.num_kept for recording in recordings]
     assert kept[0] == len(plan)
     assert kept[1] < len(plan)
@@ -73,7 +74,7 @@ def test_the_measurement_counts_what_autograd_saves():
     layer = torch.nn.Linear(6, 5)
     budget = budget_of(2**40)
     batch = torch.randn(8, 6)
-    recorded(lambda x: layer(x).tanh(), batch, micro_batch=8, keep_graphs=budget)
+    recorded(lambda x: layer(x).tanh(), batch, micro_batch=8, **within(budget))
     assert budget.largest == 4 * 8 * (6 + 5)
 
 
