@@ -9,10 +9,10 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/anybatch demo
 
 test: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not distributed'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not distributed'
 
 test-all: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/pip install -q -c constraints.txt -e '.[lint]'

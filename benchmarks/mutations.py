@@ -112,23 +112,17 @@ MUTATIONS = [
         ("if cap is None else min(ratio, cap)", "if cap is None else max(ratio, cap)"),
     ),
     *of(
-        "losses/infonce.py",
+        "losses/denominators.py",
         "losses/test_losses.py",
         ("return objective - correction, objective", "return objective, objective"),
     ),
     *of(
-        "losses/infonce.py",
-        "losses/test_methods.py",
-        ("logits + tilted - log_mean[:, None]", "logits + tilted"),
-        ("self.margin / self._temperature", "-self.margin / self._temperature"),
-    ),
-    *of(
-        "losses/sogclr.py",
+        "losses/denominators.py",
         "losses/test_losses.py",
         ("return objective + correction, torch.where", "return objective, torch.where"),
     ),
     *of(
-        "losses/memory.py",
+        "losses/denominators.py",
         "losses/test_memory.py",
         (
             "torch.logaddexp(old + log_stay, combined + log_gamma)",
@@ -136,7 +130,11 @@ MUTATIONS = [
         ),
         ("torch.where(old.isnan(), combined, torch.logaddexp", "torch.where(old < -80, combined, torch.logaddexp"),
         ("return total - count.clamp(min=1).log(), count", "return total, count"),
-        ("own = slots % ranks == rank", "own = slots % ranks == ranks - 1 - rank"),
+    ),
+    *of(
+        "losses/state.py",
+        "losses/test_memory.py",
+        ("own = rows % ranks == rank", "own = rows % ranks == ranks - 1 - rank"),
     ),
     *of(
         "losses/cross_batch.py",
