@@ -1,7 +1,6 @@
 """Graphs kept while memory allows; micro-batches split when it runs out."""
 
 import gc
-import weakref
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from anybatch.caching.device_memory import parse_memory
 from anybatch.caching.memory import GraphBudget
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import (
+    Crowded,
     Mlp,
     Softmax,
     TextEncoder,
@@ -135,33 +135,14 @@ def test_out_of_memory_while_replaying():
 
 
 def test_kept_graphs_give_way_before_the_micro_batch_does():
-    graphs = []
-
-    def crowded(x):
-        if torch.is_grad_enabled() and sum(graph() is not None for graph in graphs) >= 2:
-            raise torch.OutOfMemoryError("no room beside two graphs")
-        out = inner(x)
-        if out.requires_grad:
-            graphs.append(weakref.ref(out))
-        return out
-
-    inner = Mlp().double()
+    crowded = Crowded(Mlp().double(), 2)
     with pytest.warns(UserWarning, match="with 2 graphs kept"):
         recording = recorded(crowded, vectors(12), micro_batch=3, keep_graphs=1.0)
     assert recording.num_kept == 1  # one gave way to the replays
 
 
 def test_no_room_for_the_graphs_of_the_first_step_beside_a_kept_one_splits_nothing():
-    inner, graphs = Mlp().double(), []
-
-    def crowded(x):
-        if torch.is_grad_enabled() and any(graph() is not None for graph in graphs):
-            raise torch.OutOfMemoryError("no room beside a graph")
-        out = inner(x)
-        if out.requires_grad:
-            graphs.append(weakref.ref(out))
-        return out
-
+    crowded = Crowded(Mlp().double(), 1)
     recording = recorded(crowded, vectors(12), micro_batch=3, keep_graphs=1)
     assert recording.num_kept == 1  # and no warning, which would be an error here
     send_back(recording, torch.ones_like(recording.embeddings))
