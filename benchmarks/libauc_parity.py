@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.family import ISogCLR
+from anybatch.family.temperatures import PerRowTemperature
 from anybatch.insight import markdown_table
 from anybatch.losses import SogCLR
-from anybatch.losses.example_values import ExampleValues
 
 FOLDER = Path("docs/benchmarks")
 RHO, TEMPERATURE_RANGE, TEMPERATURE_LR = 0.3, (0.02, 0.7), 0.01
@@ -197,8 +197,8 @@ def _temperature_gap(case: Case, theirs: Any, ours: _Ours) -> float:
     if not case.learned:
         return float("nan")
     assert isinstance(ours.loss, ISogCLR)
-    assert isinstance(ours.loss.source, ExampleValues)
-    values = ours.loss.source.values  # (directions, n)
+    assert isinstance(ours.loss.temperatures, PerRowTemperature)
+    values = ours.loss.temperatures.rows.values  # (directions, n)
     if case.views:
         return float((values[0] - theirs.learnable_tau.detach()[:, 0]).abs().mean())
     both = torch.stack([theirs.inner.learnable_tau_img[:, 0], theirs.inner.learnable_tau_txt[:, 0]])

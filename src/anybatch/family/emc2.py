@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import MIN_TEMPERATURE, Batch, ContrastiveLoss, Direction
+from anybatch.losses.base import Batch, Denominator, Direction, SoftmaxLoss, num_directions
 from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
-from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.per_example import Keys
+from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 
-class EMC2(ContrastiveLoss):
+@final
+class EMC2(SoftmaxLoss):
     """The gradient of the global objective from a Metropolis-Hastings chain, with no estimate of any denominator.
 
         state Z_i with log-weight l_i = s_{i, Z_i} / tau + b, kept from the last visit
@@ -46,7 +48,16 @@ class EMC2(ContrastiveLoss):
     Cost: 4 bytes a row and direction, with `dimensions` D 4 D more and a second gather of the candidates; M steps one after the other
     for all rows of a tile at once; "both" directions cost two runs of the engine. Reference: Yau et al. 2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive Learning with Global
     Convergence", arXiv 2404.10575, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> loss = EMC2(1000)
+        >>> value = loss(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16), index=torch.arange(8))
+        >>> int((~loss.denominator.log_weight.isnan()).sum())
+        8
     """
+
+    denominator: Chains
 
     def __init__(
         self,
@@ -62,59 +73,56 @@ class EMC2(ContrastiveLoss):
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
-        super().__init__(
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            min_temperature=min_temperature,
-            direction=direction,
-            normalize=normalize,
-            tile_bytes=tile_bytes,
-        )
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        chains = Chains(num_rows, num_directions(direction), embeddings=dimensions, burn_in=burn_in, seed=seed)
+        super().__init__(tau, chains, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+
+
+class Chains(Denominator):
+    """A chain per row and direction, in place of a denominator.
+
+    Args:
+        num_rows: n.
+        directions: Chains per row.
+        embeddings: Width of the embeddings, to keep that of each chain's state; None for the log-weight alone.
+        burn_in, seed: See `EMC2`.
+    """
+
+    plain = False
+    needs_index = True
+    log_weight: Tensor  # l_i, of the chain's state; NaN for a chain that was never started
+    states: Tensor | None
+    num_steps: Tensor
+
+    def __init__(self, num_rows: int, directions: int, *, embeddings: int | None, burn_in: float, seed: int) -> None:
+        super().__init__(num_rows)
         if not 0 <= burn_in < 1:
             raise AnybatchError(f"burn_in is {burn_in}; expected a share of the steps, at least 0 and below 1.")
         self.burn_in, self.seed = burn_in, seed
-        # The memory holds l_i, the log-weight of the chain's state; NaN for a chain that was never started.
-        self.memory = ExampleMemory(num_rows, num_directions=2 if direction == "both" else 1)
-        self.states: Tensor | None
-        if dimensions is None:
-            self.register_buffer("states", None)
+        self.register_rows("log_weight", fresh=torch.nan, directions=directions)
+        if embeddings is None:
+            self.states = None
         else:
-            self.register_rows("states", torch.zeros(len(self.memory.log_mean), num_rows, dimensions), fresh=0.0)
-        self.num_steps: Tensor
+            self.register_rows("states", fresh=0.0, directions=directions, width=(embeddings,))
         self.register_buffer("num_steps", torch.tensor(0))
 
-    needs_index = True
-
-    @property
-    def _known_rows(self) -> int:
-        return self.memory.num_rows
-
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """See `ContrastiveLoss.grow`."""
-        if keys is not None:
-            raise AnybatchError("keys were given; the chains of EMC2 belong to rows. Leave them out.")
-        self.memory.grow(num_rows)
-        self.grow_buffers(num_rows)
-
-    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        self.memory.check(dimensions)
+    def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
+        """See `Denominator.rule`."""
+        self.check_width(batch.anchors.shape[1])
         return _Chained()
 
-    def _side(self, batch: Batch, *, direction: int) -> Side:
-        side = super()._side(batch, direction=direction)
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """See `Part.ask`."""
         assert isinstance(side.rule, _Chained)
-        assert batch.index is not None
         if self.states is not None and self.states.shape[2] != batch.anchors.shape[1]:
             raise AnybatchError(
                 f"The chains keep embeddings of {self.states.shape[2]} dimensions, these have {batch.anchors.shape[1]}. "
                 "Give EMC2 the dimensions of the model's embeddings."
             )
-        queries = batch.queries(direction)
-        others = batch.candidates if direction == 0 else batch.anchors
-        start = self.memory.log_mean[direction, batch.index].to(queries.dtype)
+        queries, others = batch.queries(direction), batch.others(direction)
         chain = _Chain(
             rule=side.rule,
-            start=start,
+            start=self.log_weight[direction, batch.rows].to(queries.dtype),
             positive=(queries * others[: len(queries)]).sum(dim=1).detach(),
             temperature=side.temperature.detach(),
             layout=Layout.of(len(queries), len(others), queries.device),
@@ -123,16 +131,16 @@ class EMC2(ContrastiveLoss):
         )
         return replace(side, adjust=chain)
 
-    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
-        assert batch.index is not None
+    def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        """See `Part.learn`."""
         for direction, side in enumerate(sides):
             assert isinstance(side.adjust, _Chain)
             if self.states is not None and torch.is_grad_enabled():
                 loss = loss + self._pull_of_states(batch, side, side.adjust, direction) / len(sides)
-        if not self._updating:
+        if not batch.updating:
             return loss
         self.num_steps += 1
-        self.memory.dimensions.fill_(batch.anchors.shape[1])
+        self.embedding_width.fill_(batch.anchors.shape[1])
         for direction, side in enumerate(sides):
             assert isinstance(side.adjust, _Chain)
             self._keep(batch, side.adjust, direction)
@@ -141,10 +149,9 @@ class EMC2(ContrastiveLoss):
     def _pull_of_states(self, batch: Batch, side: Side, chain: _Chain, direction: int) -> Tensor:
         """A term of value 0 whose derivative is the pull of the states that are not in this batch."""
         assert self.states is not None
-        assert batch.index is not None
         queries = batch.queries(direction)
         positives = batch.queries(1 - direction)
-        states = self.states[direction, batch.index].to(queries.dtype)
+        states = self.states[direction, batch.rows].to(queries.dtype)
         gap = ((states - positives) * queries).sum(dim=1)
         tau = side.temperature
         num_rows_all = sum(chain.layout.row_sizes)
@@ -154,19 +161,18 @@ class EMC2(ContrastiveLoss):
 
     def _keep(self, batch: Batch, chain: _Chain, direction: int) -> None:
         """Store where the chains of all ranks' rows ended."""
-        assert batch.index is not None
         sizes = chain.layout.row_sizes
-        index = distributed.gather_rows(batch.index, sizes)
+        index = distributed.gather_rows(batch.rows, sizes)
         ends = distributed.gather_rows(chain.state, sizes)
         rows, inverse = torch.unique(index, return_inverse=True)
         occurrence = torch.arange(len(index), device=index.device)
         last = torch.zeros_like(rows).scatter_reduce(0, inverse, occurrence, "amax")  # of several, the last one goes on
-        ends, fine = ends[last].to(self.memory.log_mean.dtype), ends[last].isfinite()
+        ends, fine = ends[last].to(self.log_weight.dtype), ends[last].isfinite()
         # A step that has diverged leaves no state that nothing could replace.
-        self.memory.log_mean[direction, rows] = torch.where(fine, ends, self.memory.log_mean[direction, rows])
+        self.log_weight[direction, rows] = torch.where(fine, ends, self.log_weight[direction, rows])
         if self.states is None:
             return
-        others = batch.candidates if direction == 0 else batch.anchors
+        others = batch.others(direction)
         others_all = distributed.gather_rows(others, chain.layout.column_sizes)
         place = distributed.gather_rows(chain.place, sizes)[last]
         moved = (place >= 0) & fine

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import MIN_TEMPERATURE, Batch, Direction
+from anybatch.family.per_row import PerRowValues
+from anybatch.losses.base import Batch, Direction, Part, SoftmaxLoss, num_directions
+from anybatch.losses.denominators import RunningDenominator, RunningRule
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats
-from anybatch.losses.example_values import ExampleValues
-from anybatch.losses.per_example import Keys
-from anybatch.losses.schedule import GammaSchedule
-from anybatch.losses.sogclr import Remembering, SogCLR
+from anybatch.losses.gamma import Gamma
+from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 
-class GloFND(SogCLR):
+@final
+class GloFND(SoftmaxLoss):
     """SogCLR without the negatives that lie in the anchor's closest share alpha of the data.
 
         b_ij     = -inf where s_ij > lambda_i
@@ -42,7 +45,16 @@ class GloFND(SogCLR):
 
     Cost: 12 bytes a row and direction; a comparison a score; "both" directions cost two runs of the engine. Reference: Balmaseda et
     al. 2025, "Discovering Global False Negatives On the Fly for Self-supervised Contrastive Learning", arXiv 2502.20612, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> loss = GloFND(1000, alpha=0.1)
+        >>> value = loss(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16), index=torch.arange(8))
+        >>> int((~loss.others[0].thresholds.values.isnan()).sum())
+        8
     """
+
+    denominator: RunningDenominator
 
     def __init__(
         self,
@@ -51,7 +63,7 @@ class GloFND(SogCLR):
         alpha: float = 0.01,
         threshold_lr: float = 0.05,
         threshold_start: int = 0,
-        gamma: float | GammaSchedule = 0.9,
+        gamma: float | Gamma = 0.9,
         eps: float | None = None,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
@@ -60,60 +72,60 @@ class GloFND(SogCLR):
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
-        super().__init__(
-            num_rows,
-            gamma=gamma,
-            eps=eps,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            min_temperature=min_temperature,
-            direction=direction,
-            normalize=normalize,
-            tile_bytes=tile_bytes,
-        )
+        directions = num_directions(direction)
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps)
+        thresholds = Thresholds(num_rows, directions, alpha=alpha, lr=threshold_lr, start=threshold_start)
+        super().__init__(tau, running, thresholds, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+
+
+class Thresholds(Part):
+    """A threshold per row as an anchor, beside a running denominator.
+
+    Args:
+        num_rows: n.
+        directions: Thresholds per row.
+        alpha: Share of the data above it.
+        lr: Step, in units of similarity.
+        start: Steps before thresholds are learned and used.
+    """
+
+    plain = False
+    needs_index = True
+    num_steps: Tensor
+
+    def __init__(self, num_rows: int, directions: int, *, alpha: float, lr: float, start: int) -> None:
+        super().__init__(num_rows)
         if not 0 < alpha < 1:
             raise AnybatchError(f"alpha is {alpha}; expected the share of negatives to drop, between 0 and 1.")
-        if threshold_start < 0:
-            raise AnybatchError(f"threshold_start is {threshold_start}; expected a number of steps, 0 or more.")
-        self.alpha, self.threshold_start = alpha, threshold_start
-        self.thresholds = ExampleValues(
-            num_rows,
-            2 if direction == "both" else 1,
-            initial=torch.nan,
-            limits=(-torch.inf, torch.inf),
-            lr=threshold_lr,
-        )
-        self.num_steps: Tensor
+        if start < 0:
+            raise AnybatchError(f"threshold_start is {start}; expected a number of steps, 0 or more.")
+        self.alpha, self.start = alpha, start
+        everything = (-torch.inf, torch.inf)
+        self.thresholds = PerRowValues(num_rows, directions, initial=torch.nan, limits=everything, lr=lr)
         self.register_buffer("num_steps", torch.tensor(0))
 
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """See `ContrastiveLoss.grow`."""
-        super().grow(num_rows, keys=keys)
-        self.thresholds.grow_buffers(num_rows)
-
-    def _side(self, batch: Batch, *, direction: int) -> Side:
-        side = super()._side(batch, direction=direction)
-        if int(self.num_steps) < self.threshold_start:
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """See `Part.ask`."""
+        if int(self.num_steps) < self.start:
             return side
-        assert batch.index is not None
-        threshold = self.thresholds.of(batch.index, direction=direction, dtype=batch.anchors.dtype)
+        threshold = self.thresholds.of(batch.rows, direction=direction, dtype=batch.anchors.dtype)
         adjust = _Dropping(threshold=threshold, alpha=self.alpha)
-        assert isinstance(side.rule, Remembering)
+        assert isinstance(side.rule, RunningRule)
         return replace(side, rule=replace(side.rule, dropped=adjust.dropped), adjust=adjust)
 
-    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
-        loss = super()._finish(batch, sides, stats, loss)
-        if not self._updating:
+    def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        """See `Part.learn`."""
+        if not batch.updating:
             return loss
         self.num_steps += 1
-        assert batch.index is not None
         for direction, side in enumerate(sides):
             if not isinstance(side.adjust, _Dropping):
                 continue
-            new = side.adjust.threshold.isnan() & ~side.adjust.first.isneginf()
-            self.thresholds.start(batch.index[new], side.adjust.first[new], direction=direction)
-            old = ~side.adjust.threshold.isnan() & ~side.adjust.share.isnan()
-            self.thresholds.update(batch.index[old], self.alpha - side.adjust.share[old], direction=direction)
+            threshold, first, share = side.adjust.threshold, side.adjust.first, side.adjust.share
+            new, old = threshold.isnan() & ~first.isneginf(), ~threshold.isnan() & ~share.isnan()
+            self.thresholds.start(batch.rows[new], first[new], direction=direction)
+            self.thresholds.update(batch.rows[old], self.alpha - share[old], direction=direction)
         return loss
 
 

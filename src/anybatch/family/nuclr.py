@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import Batch, Direction
-from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
-from anybatch.losses.example_values import ExampleValues
+from anybatch.family.per_row import PerRowValues
+from anybatch.losses.base import Batch, Direction, Part, SoftmaxLoss, num_directions
+from anybatch.losses.denominators import RunningDenominator, RunningRule
+from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats
+from anybatch.losses.gamma import Gamma
 from anybatch.losses.log_weights import LogWeight, SumLogWeight, TensorLogWeight
-from anybatch.losses.per_example import Keys
-from anybatch.losses.schedule import GammaSchedule
-from anybatch.losses.sogclr import Remembering, SogCLR
+from anybatch.losses.temperatures import GlobalTemperature
 
 
-class NUCLR(SogCLR):
+@final
+class NUCLR(SoftmaxLoss):
     """SogCLR in which a candidate that is close to everything is discounted by a margin of its own.
 
         g_i   = mean over negatives j of exp((d_ij - zeta_j) / tau),       u_i the moving average of it
@@ -48,13 +50,22 @@ class NUCLR(SogCLR):
     Cost: 12 bytes a row and direction, and a maximum over the margins a call; "both" directions cost two runs of the engine.
     Reference: Wang et al. 2024, "On Discriminative Probabilistic Modeling for Self-Supervised Representation Learning", arXiv
     2410.09156, section 5 and algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> loss = NUCLR(1000, margin_lr=0.01)
+        >>> value = loss(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16), index=torch.arange(8))
+        >>> int((loss.others[0].margins.values != -0.05).sum())
+        8
     """
+
+    denominator: RunningDenominator
 
     def __init__(
         self,
         num_rows: int,
         *,
-        gamma: float | GammaSchedule = 0.9,
+        gamma: float | Gamma = 0.9,
         margin: float = -0.05,
         margin_lr: float = 5e-6,
         margin_momentum: float = 0.1,
@@ -64,118 +75,115 @@ class NUCLR(SogCLR):
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
-        if margin_start < 0:
-            raise AnybatchError(f"margin_start is {margin_start}; expected a number of steps, 0 or more.")
-        super().__init__(
-            num_rows,
-            gamma=gamma,
-            temperature=temperature,
-            direction=direction,
-            normalize=normalize,
-            tile_bytes=tile_bytes,
+        directions = num_directions(direction)
+        margins = Margins(
+            num_rows, directions, initial=margin, lr=margin_lr, momentum=margin_momentum, start=margin_start
         )
-        self.margins = ExampleValues(
-            num_rows,
-            2 if direction == "both" else 1,
-            initial=margin,
-            limits=(-1.0, 1.0),
-            lr=margin_lr,
-            momentum=margin_momentum,
-        )
-        self.margin, self.margin_start, self.num_rows = margin, margin_start, num_rows
-        self.num_steps: Tensor
+        running = RunningDenominator(num_rows, directions, gamma=gamma)
+        tau = GlobalTemperature(temperature)
+        super().__init__(tau, running, margins, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+
+
+class Margins(Part):
+    """A margin per row as a candidate, beside a running denominator. Works at one temperature for all rows, which is fixed.
+
+    Args:
+        num_rows: n.
+        directions: Margins per row.
+        initial: The first margin of every row, and that of explicit negatives.
+        lr, momentum: See `PerRowValues`.
+        start: Steps before margins are learned.
+    """
+
+    plain = False
+    needs_index = True
+    num_steps: Tensor
+
+    def __init__(
+        self, num_rows: int, directions: int, *, initial: float, lr: float, momentum: float, start: int
+    ) -> None:
+        super().__init__(num_rows)
+        if start < 0:
+            raise AnybatchError(f"margin_start is {start}; expected a number of steps, 0 or more.")
+        self.margins = PerRowValues(num_rows, directions, initial=initial, limits=(-1.0, 1.0), lr=lr, momentum=momentum)
+        self.initial, self.start = initial, start
         self.register_buffer("num_steps", torch.tensor(0))
 
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """See `ContrastiveLoss.grow`."""
-        super().grow(num_rows, keys=keys)
-        self.margins.grow_buffers(num_rows)
-        self.num_rows = num_rows
-
-    def _log_eps(self, direction: int) -> float:
-        highest = max(self.margin, self.margins.values[direction].max().item())
-        return -highest / self._temperature - math.log(self.num_rows - 1)
-
-    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        rule = super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)
-        assert isinstance(rule, Remembering)
-        assert index is not None
-        margins = self.margins.of(index, direction=direction, dtype=self.margins.values.dtype)
-        known = {field.name: getattr(rule, field.name) for field in fields(rule)}
-        own = -margins / self._temperature - math.log(self.num_rows - 1)
-        return _Margined(
-            **{**known, "log_eps": self._log_eps(direction)},
-            log_own=own,
-            factor=torch.zeros_like(own),
-            positive=torch.zeros_like(own),
-        )
-
-    def _side(self, batch: Batch, *, direction: int) -> Side:
-        side = super()._side(batch, direction=direction)
-        assert batch.index is not None
-        dtype = batch.anchors.dtype
-        margins = self.margins.of(batch.index, direction=direction, dtype=dtype)
-        num_explicit = len(batch.candidates) - len(batch.anchors) if direction == 0 else 0
-        margins = torch.cat([margins, margins.new_full((num_explicit,), self.margin)])
-        term: LogWeight = TensorLogWeight(
-            values=-margins[None] / self._temperature, normalised=False, by_row=False, by_column=True
-        )
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """See `Part.ask`."""
+        rule, tau, dtype = side.rule, float(side.temperature), batch.anchors.dtype
+        assert isinstance(rule, RunningRule)
+        assert self.num_rows is not None
+        # 1. The largest margin in the positive's place.
+        log_others = math.log(self.num_rows - 1)
+        highest = max(self.initial, self.margins.values[direction].max().item())
+        own = -self.margins.of(batch.rows, direction=direction, dtype=self.margins.values.dtype) / tau - log_others
+        empty = torch.zeros_like(own), torch.zeros_like(own)
+        rule = replace(rule, log_eps=-highest / tau - log_others)
+        margined = _MarginedRule(running=rule, log_own=own, factor=empty[0], positive=empty[1])
+        # 2. Each candidate's margin off its logit; explicit negatives have the first margin.
+        margins = self.margins.of(batch.rows, direction=direction, dtype=dtype)
+        num_explicit = len(batch.others(direction)) - len(margins)
+        margins = torch.cat([margins, margins.new_full((num_explicit,), self.initial)])
+        term: LogWeight = TensorLogWeight(values=-margins[None] / tau, normalised=False, by_row=False, by_column=True)
         if side.log_weight is not None:
             term = SumLogWeight(terms=(side.log_weight, term))
-        assert isinstance(side.rule, _Margined)
-        return replace(side, log_weight=term, column_weight=side.rule.weight if self._updating else None)
+        return replace(side, rule=margined, log_weight=term, column_weight=margined.weight if batch.updating else None)
 
-    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
-        loss = super()._finish(batch, sides, stats, loss)
-        if not self._updating:
+    def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        """See `Part.learn`."""
+        if not batch.updating:
             return loss
-        assert batch.index is not None
-        if int(self.num_steps) >= self.margin_start:
+        if int(self.num_steps) >= self.start:
             # Before any margin moves: the derivatives of both directions belong to the margins that the loss was made with.
-            derivatives = [self._derivative(side, figures) for side, figures in zip(sides, stats, strict=True)]
+            derivatives = [_derivative(side, figures) for side, figures in zip(sides, stats, strict=True)]
             for direction, derivative in enumerate(derivatives):
-                said = derivative.isfinite()
-                self.margins.update(batch.index[said], derivative[said], direction=direction)
+                heard = derivative.isfinite()
+                self.margins.update(batch.rows[heard], derivative[heard], direction=direction)
         self.num_steps += 1
         return loss
 
-    def _derivative(self, side: Side, figures: SoftmaxStats) -> Tensor:
-        """(B,) 1 - sum_i P_ij for the positives of this rank's rows; NaN where the batch says nothing."""
-        assert figures.column_pull is not None
-        assert isinstance(side.rule, _Margined)
-        num_rows = len(figures.objective)
-        num_rows_all = int(distributed.sum_over_ranks(figures.objective.new_tensor(num_rows)))
-        if num_rows_all < 2:
-            return torch.full_like(figures.objective, torch.nan)
-        # With normalised log-weights the batch's sum stands for that over all the data already.
-        others = figures.column_pull[:num_rows] / (1 if side.rule.normalised else num_rows_all - 1)
-        derivative = 1 - others - side.rule.positive.to(others.dtype)
-        return torch.where(figures.num_negatives > 0, derivative, torch.nan)
+
+def _derivative(side: Side, figures: SoftmaxStats) -> Tensor:
+    """(B,) 1 - sum_i P_ij for the positives of this rank's rows; NaN where the batch says nothing."""
+    assert figures.column_pull is not None
+    assert isinstance(side.rule, _MarginedRule)
+    num_rows = len(figures.objective)
+    num_rows_all = int(distributed.sum_over_ranks(figures.objective.new_tensor(num_rows)))
+    if num_rows_all < 2:
+        return torch.full_like(figures.objective, torch.nan)
+    # With normalised log-weights the batch's sum stands for that over all the data already.
+    others = figures.column_pull[:num_rows] / (1 if side.rule.running.normalised else num_rows_all - 1)
+    derivative = 1 - others - side.rule.positive.to(others.dtype)
+    return torch.where(figures.num_negatives > 0, derivative, torch.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Margined(Remembering):
-    """SogCLR's rule with the largest margin in the positive's place; notes the shares that each positive's own margin gives.
+class _MarginedRule:
+    """A running log-mean with the largest margin in the positive's place; records the shares that each positive's own margin gives.
 
     Attributes:
+        running: The rule of the running denominator.
         log_own: (B,) log of the positive's term with its own margin.
         factor: (B,) filled in a call: p_ij times this is the share of j among the k candidates and the positive.
         positive: (B,) filled in a call: the share of the positive.
     """
 
+    running: RunningRule
     log_own: Tensor
     factor: Tensor
     positive: Tensor
+    row_wise: bool = False
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        log_mean, correction = self.remember(log_sum, num_drawn, rows)
-        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
+        log_mean, correction = self.running.remember(log_sum, num_drawn, rows)
+        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.running.log_eps))
         own = self.log_own[rows]
         exact = torch.logaddexp(log_mean.to(own.dtype), own)
-        self.factor[rows] = (objective - exact).exp() * (1 if self.normalised else num_drawn)
+        self.factor[rows] = (objective - exact).exp() * (1 if self.running.normalised else num_drawn)
         self.positive[rows] = (own - exact).exp()
         return objective + correction, objective
 
     def weight(self, rows: slice) -> Tensor:
-        """Weights of the rows in the pulls of the columns."""
+        """Weights of the rows in the gradient weights of the columns."""
         return self.factor[rows]

@@ -1,142 +1,247 @@
-"""SogCLR whose objective is multiplied by a temperature that is learned: the dual of a distributionally robust loss.
-
-The worst-case mean of the similarity gaps d_ij over distributions p_i of negatives that stay within KL(p_i, uniform) <= rho is
-
-    F_i = min over tau_i of  tau_i (log(eps + g_i(tau_i)) + rho),     g_i = mean_j exp(d_ij / tau_i)
-
-so that an example whose negatives are many and close gets a high temperature, and a rare one a low one.
-"""
+"""FastCLIP, iSogCLR and TempNet: a running denominator, and temperatures that are learned from the dual of a robust loss."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import ClassVar, Literal, final
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.family.temperatures import TemperatureNet, check_limits
-from anybatch.losses.base import Batch, Direction
-from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
-from anybatch.losses.example_values import ExampleValues, Range
-from anybatch.losses.per_example import Keys
-from anybatch.losses.schedule import GammaSchedule
-from anybatch.losses.sogclr import Remembering, SogCLR
+from anybatch.family.per_row import Range
+from anybatch.family.temperatures import NetworkTemperature, PerRowTemperature, check_limits
+from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
+from anybatch.losses.denominators import RunningDenominator
+from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.gamma import Gamma
+from anybatch.losses.temperatures import GlobalTemperature
+
+Version = Literal["v0", "v1", "v2", "v3"]
 
 
-class RobustSogCLR(SogCLR):
-    """The shared part of FastCLIP, iSogCLR and TempNet.
+@final
+class FastCLIP(SoftmaxLoss):
+    """The global contrastive objective of two modalities.
 
-        u_i      <- (1 - gamma) u_i + gamma * mean over the batch's negatives of exp(d_ij / tau_i)
-        F         = mean_i tau_i (log(eps + u_i) + rho)
-        dF/d s_ij = p_ij / B,                   p_ij = exp(d_ij / tau_i) / (k_i (eps + u_i))
-        dF/d tau_i = log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i
+        v0   mean_i log(eps + u_i)                       one learned tau
+        v1   tau mean_i log(eps + u_i)                   fixed tau
+        v2   mean_i tau_i (log(eps + u_i) + rho)         tau_i learned per row and direction, in buffers
+        v3   tau (mean_i log(eps + u_i) + rho)           one learned tau
 
-    The last line, times B, is rho - KL(p_i, uniform) when gamma = 1 and eps = 0. Where d_ij = s_ij - s_ip, and "both"
-    directions are the mean of two such F.
+    and the mean over the two directions. `u_i` is SogCLR's. The published loss is the sum of the directions, twice this:
+    "2 rho tau" there is "rho tau" here. Derivatives in tau are exact for u_i held fixed. The released code of v3
+    counts the derivative through the similarities twice against the other two terms, and divides v2's Adam step by the second
+    moment in place of its root; neither is reproduced. v2 here steps with momentum, as iSogCLR does.
 
     Args:
-        num_rows: n.
-        rho: Radius of the ball of distributions. None: the objective is mean_i log(eps + u_i) without the temperature's factor.
-        source: Temperatures of single examples; None for one global temperature, fixed or learnable.
-        temperature_range: Of a learnable global temperature, in place of `ContrastiveLoss`'s floor.
-        gamma, eps, temperature, learnable_temperature, direction, normalize, tile_bytes: See `SogCLR`.
+        num_rows: n, rows of the data set.
+        version: "v0" to "v3".
+        gamma: Weight of the new batch, or a `GammaSchedule`; published: `GammaSchedule(0.2, num_steps=half of all, steps_per_epoch=...)`.
+        rho: v2, v3: published 6.5 (3 million pairs), 8.5 (12 million), 16 (400 million).
+        eps: Added to u_i; None for 1 / (n - 1).
+        sharded: Each rank stores the running denominators of one W-th of the rows.
+        temperature: The first (v1: the only) temperature; None for .07 (v0, v3) or .03 (v1, v2).
+        temperature_range: Range of a learned temperature.
+        temperature_lr, temperature_momentum: v2: step of each row's temperature, see `PerRowValues`.
+        direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    v0 and v3 learn a parameter, for the caller's optimizer. Published for v3: a third of the learning rate once tau is below .03.
+
+    Raises:
+        AnybatchError: An unknown version, numbers out of range; in a call as `SogCLR`.
+
+    Cost: 4 bytes a row and direction; v2 12. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques to
+    Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> loss = FastCLIP(1000, version="v3")
+        >>> loss(torch.randn(8, 16), torch.randn(8, 16), index=torch.arange(8)).backward()
+        >>> [name for name, _ in loss.named_parameters()]
+        ['temperatures.log_temperature']
     """
+
+    unused: ClassVar = {
+        "version": {
+            "v0": ("rho", "temperature_lr"),
+            "v1": ("rho", "temperature_lr", "temperature_range"),
+            "v2": (),
+            "v3": ("temperature_lr",),
+        }
+    }
+    denominator: RunningDenominator
 
     def __init__(
         self,
         num_rows: int,
         *,
-        rho: float | None,
-        source: ExampleValues | TemperatureNet | None = None,
-        temperature_range: Range,
-        gamma: float | GammaSchedule,
-        eps: float | None,
-        temperature: float,
-        learnable_temperature: bool,
-        direction: Direction,
-        normalize: bool,
+        version: Version = "v3",
+        gamma: float | Gamma = 0.2,
+        rho: float = 6.5,
+        eps: float | None = 1e-14,
+        sharded: bool = False,
+        temperature: float | None = None,
+        temperature_range: Range = (0.01, 1.0),
+        temperature_lr: float = 0.01,
+        temperature_momentum: float = 0.5,
+        direction: Direction = "both",
+        normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
-        if learnable_temperature or source is not None:
-            # before anything is learned, so that a range that excludes the first temperature is not silently applied
+        if version not in ("v0", "v1", "v2", "v3"):
+            raise AnybatchError(f"version is {version!r}; expected 'v0', 'v1', 'v2' or 'v3'.")
+        if temperature is None:
+            temperature = 0.07 if version in ("v0", "v3") else 0.03
+        directions, tau = num_directions(direction), None
+        if version == "v2":
+            tau = PerRowTemperature(
+                num_rows,
+                directions,
+                initial=temperature,
+                limits=temperature_range,
+                rho=rho,
+                lr=temperature_lr,
+                momentum=temperature_momentum,
+                clip=5.0,
+            )
+        elif version == "v1":
+            tau = GlobalTemperature(temperature, limits=temperature_range, rho=0.0)
+        else:
             check_limits(temperature_range, temperature)
-        super().__init__(
+            factor = rho if version == "v3" else None
+            tau = GlobalTemperature(temperature, learnable=True, limits=temperature_range, rho=factor)
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, sharded=sharded)
+        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+
+
+@final
+class ISogCLR(SoftmaxLoss):
+    """SogCLR with a temperature per row and direction, from the dual of a distributionally robust loss.
+
+        F          = mean_i tau_i (log(eps + u_i) + rho)
+        dF/d tau_i = log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i      (times 1/B; rho - KL(p_i, uniform) at gamma = 1, eps = 0)
+
+    The factor tau_i is part of the objective, because it is what makes tau_i learnable: at temperatures that stand still the gradient is tau times
+    that of `SogCLR(eps=0)`. With SGD take a learning rate larger by one over the temperature; Adam does not notice.
+
+    Temperatures and their momentum are buffers: saved in `state_dict`, updated once a call in training mode with gradients
+    enabled, by their own rate, after the gradient of the embeddings was taken at the old temperatures.
+
+    Args:
+        num_rows: n, rows of the data set.
+        rho: Radius: larger lets a row's weight concentrate on fewer negatives, and lowers its temperature. Published: 6 to 8.
+        gamma: Weight of the new batch, or a `GammaSchedule`.
+        eps: Added to u_i; 0 is the published objective, None is 1 / (n - 1).
+        sharded: Each rank stores the running denominators of one W-th of the rows.
+        temperature: The first temperature.
+        temperature_range: Temperatures are kept in it.
+        temperature_lr: Published: .01 to .03.
+        temperature_momentum: Weight of the old velocity. Released: .5 for two modalities, .1 for one.
+        temperature_clip: Limit of a derivative. Released: 5 and 3.
+        direction, normalize, tile_bytes: See `ContrastiveLoss`.
+
+    Raises:
+        AnybatchError: Numbers out of range; in a call as `SogCLR`.
+
+    Cost: 12 bytes a row and direction; three collectives more a direction. Reference: Qiu et al. 2023, "Not All Semantics are
+    Created Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization", arXiv 2305.11965, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> loss = ISogCLR(1000)
+        >>> value = loss(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16), index=torch.arange(8))
+        >>> int((loss.temperatures.rows.values != 0.05).sum())
+        8
+    """
+
+    denominator: RunningDenominator
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        rho: float = 7.0,
+        gamma: float | Gamma = 0.8,
+        eps: float | None = 0.0,
+        sharded: bool = False,
+        temperature: float = 0.05,
+        temperature_range: Range = (0.005, 1.0),
+        temperature_lr: float = 0.01,
+        temperature_momentum: float = 0.5,
+        temperature_clip: float = 5.0,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        directions = num_directions(direction)
+        tau = PerRowTemperature(
             num_rows,
-            gamma=gamma,
-            eps=eps,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            min_temperature=temperature_range[0],
-            direction=direction,
-            normalize=normalize,
-            tile_bytes=tile_bytes,
+            directions,
+            initial=temperature,
+            limits=temperature_range,
+            rho=rho,
+            lr=temperature_lr,
+            momentum=temperature_momentum,
+            clip=temperature_clip,
         )
-        if rho is not None and rho < 0:
-            raise AnybatchError(f"rho is {rho}; expected 0 or more (published: 6 to 16).")
-        self.rho = rho
-        self.source = source
-        self.temperature_range = temperature_range
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, sharded=sharded)
+        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
 
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """See `ContrastiveLoss.grow`."""
-        super().grow(num_rows, keys=keys)
-        if isinstance(self.source, ExampleValues):
-            self.source.grow_buffers(num_rows)
 
-    @property
-    def temperature(self) -> float:
-        """The temperature at this moment; with one a row their mean, with a network that of the last call."""
-        if isinstance(self.source, ExampleValues):
-            return self.source.values.mean().item()
-        return super().temperature if self.source is None else self._temperature
+@final
+class TempNet(SoftmaxLoss):
+    """iSogCLR whose temperatures come from the embedding, so that they are defined for rows never seen.
 
-    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        rule = super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)
-        assert isinstance(rule, Remembering)
-        return replace(rule, constant=self.rho or 0.0)
+        tau_i      = low + (high - low) sigmoid(net(embedding_i)),     the embedding taken as a constant
+        F          = mean_i tau_i (log(eps + u_i) + rho)
+        dF/d theta = mean_i (log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i) d tau_i / d theta
 
-    def _temperatures(self, batch: Batch, *, direction: int) -> Tensor:
-        if isinstance(self.source, ExampleValues):
-            assert batch.index is not None  # the rule was made first, and it checks
-            return self.source.of(batch.index, direction=direction, dtype=batch.anchors.dtype)
-        if isinstance(self.source, TemperatureNet):
-            everything, own = self.source.of(batch.queries(direction), direction=direction)
-            batch.kept[direction] = everything
-            return everything[own].detach()
-        return super()._temperatures(batch, direction=direction)
+    Args:
+        num_rows: n, rows of the data set.
+        dimensions: Width of the embeddings.
+        rho, gamma, eps, sharded, temperature, temperature_range: See `ISogCLR`.
+        hidden: Width of the default network's hidden layer.
+        net: Own networks, one module a direction that takes (B, D) to (B, 1). The published one pools over 256 prototypes,
+            which is reproduced by giving it here; the default has two layers and starts at `temperature` everywhere.
+        direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
-    def _side(self, batch: Batch, *, direction: int) -> Side:
-        side = super()._side(batch, direction=direction)
-        if self.rho is None:
-            return side
-        return replace(side, row_weight=side.temperature.detach().expand(len(batch.anchors)))
+    The networks' parameters are the loss's own, for the caller's optimizer.
 
-    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
-        loss = super()._finish(batch, sides, stats, loss)
-        if self.rho is None or not torch.is_grad_enabled():
-            return loss
-        if self.source is None:
-            # The engine saw the factor tau as a constant; its own derivative is the mean of the objectives.
-            temperature = sides[0].temperature
-            return loss + (temperature - temperature.detach()) * (loss.detach() / temperature.detach())
-        value, means = loss.detach(), []
-        for direction, figures in enumerate(stats):
-            assert figures.temperature_gradient is not None
-            gradient = figures.objective + figures.temperature_gradient
-            gradient = torch.where(figures.num_negatives > 0, gradient, 0.0)
-            if isinstance(self.source, TemperatureNet):
-                everything = batch.kept[direction]  # not evaluated again: a network with dropout would draw other masks
-                sizes = distributed.gather_sizes(len(gradient), gradient.device)
-                term = (everything * distributed.gather_rows(gradient, sizes)).sum()
-                loss = loss + term / (len(everything) * len(sides))
-                means.append(everything.detach().mean().item())
-            elif self._updating:
-                assert batch.index is not None
-                said = figures.num_negatives > 0
-                self.source.update(batch.index[said], gradient[said], direction=direction)
-        if means:
-            self._temperature = sum(means) / len(means)
-            loss = loss - loss.detach() + value  # the network's term has a gradient, and no value of its own
-        return loss
+    Raises:
+        AnybatchError: Numbers out of range; in a call as `SogCLR`.
+
+    Cost: 4 bytes a row and direction, and the networks. Reference: Qiu et al. 2024, "To Cool or not to Cool? Temperature Network
+    Meets Large Foundation Models via DRO", arXiv 2404.04575, section 4.
+
+    Example:
+        >>> import torch
+        >>> loss = TempNet(1000, 16)
+        >>> loss(torch.randn(8, 16), torch.randn(8, 16), index=torch.arange(8)).backward()
+        >>> round(loss.temperature, 6)
+        0.05
+    """
+
+    denominator: RunningDenominator
+
+    def __init__(
+        self,
+        num_rows: int,
+        dimensions: int,
+        *,
+        rho: float = 7.0,
+        gamma: float | Gamma = 0.8,
+        eps: float | None = 0.0,
+        sharded: bool = False,
+        temperature: float = 0.05,
+        temperature_range: Range = (0.005, 0.1),
+        hidden: int = 64,
+        net: nn.ModuleList | None = None,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        directions = num_directions(direction)
+        tau = NetworkTemperature(
+            dimensions, directions, initial=temperature, limits=temperature_range, rho=rho, hidden=hidden, net=net
+        )
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, sharded=sharded)
+        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes)

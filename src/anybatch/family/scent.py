@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import MIN_TEMPERATURE, Direction
-from anybatch.losses.engine import TILE_BYTES, Rule
-from anybatch.losses.per_example import Keys
-from anybatch.losses.sogclr import Remembering, SogCLR
+from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
+from anybatch.losses.denominators import RunningDenominator
+from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.gamma import Gamma
+from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 
-class SCENT(SogCLR):
+class ProximalGamma(Gamma):
+    """gamma_i = alpha u_i / (1 + alpha u_i), for each row its own.
+
+    Args:
+        num_rows: n.
+        alpha: Step; None for n - 1.
+    """
+
+    def __init__(self, num_rows: int, alpha: float | None) -> None:
+        super().__init__(num_rows)
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise AnybatchError(f"alpha is {alpha}; expected a positive number, or None for num_rows - 1.")
+        self._alpha = alpha
+
+    @property
+    def alpha(self) -> float:
+        """The step."""
+        assert self.num_rows is not None
+        return self.num_rows - 1.0 if self._alpha is None else self._alpha
+
+    def log_shares(self, old: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Gamma.log_shares`."""
+        shifted = old + math.log(self.alpha)
+        return torch.nn.functional.logsigmoid(shifted), torch.nn.functional.logsigmoid(-shifted)
+
+    def advance(self) -> None:
+        """See `Gamma.advance`: it does not depend on the step."""
+
+
+@final
+class SCENT(SoftmaxLoss):
     """SogCLR with a step on nu_i = log u_i that cannot overshoot, in place of a fixed moving average.
 
         nu_i <- argmin over nu of  exp(L_i - nu) + nu + D(nu, nu_i) / alpha,     L_i = log of the batch's mean
               = nu_i + log(1 + alpha exp(L_i)) - log(1 + alpha exp(nu_i))
 
-    where D is the Bregman divergence of exp(-nu). Written as an average of exp(nu), it is SogCLR's with a gamma for each example:
+    where D is the Bregman divergence of exp(-nu). Written as an average of exp(nu), it is SogCLR's with a gamma for each row:
 
         gamma_i = alpha exp(nu_i) / (1 + alpha exp(nu_i)),    u_i <- (1 - gamma_i) u_i + gamma_i exp(L_i)
 
-    so an example with a large denominator, whose batches vary most, follows them faster. The loss and its gradient are those of `SogCLR`.
+    so a row with a large denominator, whose batches vary most, follows them faster. The loss and its gradient are those of `SogCLR`.
 
     Args:
         num_rows: n, rows of the data set.
@@ -33,7 +64,8 @@ class SCENT(SogCLR):
             a trained encoder and 1 for a fresh one, so alpha must be near one over it. The released code takes e^10. None for n - 1: one half where
             the negatives of the whole data set weigh as much as the positive.
         eps: Added to u_i in the loss; None is 1 / (n - 1), the full-data InfoNCE; 0 is the published objective.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        sharded: Each rank stores one W-th of the rows.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
     An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the weight of a later near one is
     as large as 1 / gamma_i (alpha = 1 on the embeddings of docs/benchmarks/global_loss.md: gradients a hundred times too long).
@@ -44,7 +76,16 @@ class SCENT(SogCLR):
         AnybatchError: alpha or eps out of range; in a call as `SogCLR`.
 
     Cost: that of `SogCLR`. Reference: "SCENT", stochastic optimization of compositional entropic risks, arXiv 2602.02877.
+
+    Example:
+        >>> import torch
+        >>> loss = SCENT(1000)
+        >>> loss.grow(2000)
+        >>> loss(torch.randn(8, 16), torch.randn(8, 16), index=torch.arange(1992, 2000)).ndim
+        0
     """
+
+    denominator: RunningDenominator
 
     def __init__(
         self,
@@ -52,6 +93,7 @@ class SCENT(SogCLR):
         *,
         alpha: float | None = None,
         eps: float | None = None,
+        sharded: bool = False,
         temperature: float = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
@@ -59,33 +101,7 @@ class SCENT(SogCLR):
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise AnybatchError(f"alpha is {alpha}; expected a positive number, or None for num_rows - 1.")
-        super().__init__(
-            num_rows,
-            eps=eps,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            min_temperature=min_temperature,
-            direction=direction,
-            normalize=normalize,
-            tile_bytes=tile_bytes,
-        )
-        self._alpha_follows_rows = alpha is None
-        self.alpha = num_rows - 1.0 if alpha is None else alpha
-
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """See `ContrastiveLoss.grow`."""
-        super().grow(num_rows, keys=keys)
-        if self._alpha_follows_rows:
-            self.alpha = num_rows - 1.0
-
-    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        rule = super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)
-        assert isinstance(rule, Remembering)
-        return replace(rule, gamma=self._log_gamma)
-
-    def _log_gamma(self, old: Tensor) -> tuple[Tensor, Tensor]:
-        """Log gamma and log(1 - gamma) for states `old`."""
-        shifted = old + math.log(self.alpha)
-        return torch.nn.functional.logsigmoid(shifted), torch.nn.functional.logsigmoid(-shifted)
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        gamma = ProximalGamma(num_rows, alpha)
+        running = RunningDenominator(num_rows, num_directions(direction), gamma=gamma, eps=eps, sharded=sharded)
+        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes)

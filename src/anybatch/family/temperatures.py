@@ -1,4 +1,13 @@
-"""Temperatures read off the embedding by a small network, and the check of a range of temperatures."""
+"""Temperatures of single rows: learned, or read off the embedding. The dual of a distributionally robust loss.
+
+The worst-case mean of the differences d_ij = s_ij - s_ip over distributions p_i of negatives that stay within KL(p_i, uniform) <= rho is
+
+    F_i = min over tau_i of  tau_i (log(eps + u_i(tau_i)) + rho),     u_i = mean_j exp(d_ij / tau_i)
+
+so that a row whose negatives are many and close gets a high temperature, and a rare one a low one. With p_ij = exp(d_ij / tau_i) / (k (eps + u_i)):
+
+    dF_i / d tau_i = log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i          (rho - KL(p_i, uniform) at gamma = 1, eps = 0)
+"""
 
 from __future__ import annotations
 
@@ -9,10 +18,68 @@ from torch import Tensor, nn
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.example_values import Range
+from anybatch.family.per_row import PerRowValues, Range
+from anybatch.losses.base import Batch, Temperature
+from anybatch.losses.engine import Side, SoftmaxStats
+from anybatch.losses.temperatures import check_rho, times_temperature
 
 
-class TemperatureNet(nn.Module):
+class PerRowTemperature(Temperature):
+    """A temperature per row and direction, stepped with momentum, by its own rate, after the gradient was taken at the old temperatures.
+
+    Args:
+        num_rows: n.
+        directions: Temperatures per row.
+        initial: The first temperature.
+        limits: (low, high).
+        rho: Radius.
+        lr, momentum, clip: See `PerRowValues`.
+    """
+
+    needs_index = True
+
+    def __init__(
+        self,
+        num_rows: int,
+        directions: int,
+        *,
+        initial: float,
+        limits: Range,
+        rho: float,
+        lr: float,
+        momentum: float,
+        clip: float,
+    ) -> None:
+        super().__init__(num_rows)
+        check_limits(limits, initial)
+        check_rho(rho)
+        self.limits, self.rho = limits, rho
+        self.rows = PerRowValues(
+            num_rows, directions, initial=initial, limits=limits, lr=lr, momentum=momentum, clip=clip
+        )
+
+    @property
+    def value(self) -> float:
+        """The mean."""
+        return self.rows.values.mean().item()
+
+    def of(self, batch: Batch, direction: int) -> Tensor:
+        """See `Temperature.of`."""
+        return self.rows.of(batch.rows, direction=direction, dtype=batch.anchors.dtype)
+
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """See `Part.ask`."""
+        return times_temperature(side, self.rho, len(batch.anchors))
+
+    def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        """See `Part.learn`."""
+        for direction, figures in enumerate(stats) if batch.updating else ():
+            heard = figures.num_negatives > 0
+            self.rows.update(batch.rows[heard], _derivative(figures)[heard], direction=direction)
+        return loss
+
+
+class NetworkTemperature(Temperature):
     """A temperature from the embedding: low + (high - low) * sigmoid(net(embedding)), one network a direction.
 
     The embedding is a constant to the network: it learns from the temperatures' derivatives alone. Every rank evaluates it
@@ -20,58 +87,80 @@ class TemperatureNet(nn.Module):
 
     Args:
         dimensions: Width of the embeddings.
-        num_directions: Networks.
+        directions: Networks.
         initial: The temperature that every embedding has at first.
         limits: (low, high).
+        rho: Radius.
         hidden: Width of the hidden layer.
         net: One module a direction that takes (B, D) to (B, 1), in place of the default of two layers.
 
     A network that draws random numbers, for dropout, is asked once a call. Under several ranks each rank draws its own, and the gradients of its
     parameters then differ from rank to rank: average them, as DDP does.
 
-    Cost: parameters of `net`. Collectives a direction: one of sizes, a gather of the embeddings and one of (B,) numbers.
+    Cost: parameters of `net`. Collectives a direction: two of sizes, a gather of the embeddings and one of (B,) numbers.
     """
 
     def __init__(
         self,
         dimensions: int,
-        num_directions: int,
+        directions: int,
         *,
         initial: float,
         limits: Range,
+        rho: float,
         hidden: int = 64,
         net: nn.ModuleList | None = None,
     ) -> None:
         super().__init__()
         check_limits(limits, initial)
-        if net is not None and len(net) != num_directions:
-            raise AnybatchError(f"net holds {len(net)} modules; expected one a direction, {num_directions}.")
-        self.limits = limits
+        check_rho(rho)
+        if net is not None and len(net) != directions:
+            raise AnybatchError(f"net holds {len(net)} modules; expected one a direction, {directions}.")
+        self.limits, self.rho, self._mean = limits, rho, initial
         low, high = limits
         share = min(max((initial - low) / (high - low), 1e-3), 1 - 1e-3)
         self.net = nn.ModuleList() if net is None else net
-        for _ in range(num_directions if net is None else 0):
+        for _ in range(directions if net is None else 0):
             last = nn.Linear(hidden, 1)
             nn.init.zeros_(last.weight)
             nn.init.constant_(last.bias, math.log(share / (1 - share)))
             self.net.append(nn.Sequential(nn.Linear(dimensions, hidden), nn.Tanh(), last))
 
-    def of(self, embeddings: Tensor, *, direction: int) -> tuple[Tensor, slice]:
-        """The temperatures of the rows of all ranks, differentiable in the network, and which of them are this rank's.
+    @property
+    def value(self) -> float:
+        """The mean of the last call."""
+        return self._mean
 
-        Args:
-            embeddings: (B, D) of this rank.
-            direction: Which network.
-        """
+    def of(self, batch: Batch, direction: int) -> Tensor:
+        """See `Temperature.of`; those of all ranks' rows, attached to the network, are kept for `learn`."""
+        embeddings = batch.queries(direction)
         sizes = distributed.gather_sizes(len(embeddings), embeddings.device)
         embeddings_all = distributed.gather_rows(embeddings, sizes)
         parameter = next(self.net[direction].parameters(), embeddings_all)  # a network may have none
         low, high = self.limits
         with torch.autocast(embeddings.device.type, enabled=False):
             raw = self.net[direction](embeddings_all.to(parameter.dtype)).reshape(-1)
+        batch.kept[direction] = (low + (high - low) * raw.sigmoid()).to(embeddings.dtype)
         first = sum(sizes[: distributed.rank()])
-        own = slice(first, first + len(embeddings))
-        return (low + (high - low) * raw.sigmoid()).to(embeddings.dtype), own
+        return batch.kept[direction][first : first + len(embeddings)].detach()
+
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """See `Part.ask`."""
+        return times_temperature(side, self.rho, len(batch.anchors))
+
+    def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        """See `Part.learn`."""
+        if not torch.is_grad_enabled():
+            return loss
+        value = loss.detach()
+        for direction, figures in enumerate(stats):
+            gradient = _derivative(figures)
+            everything = batch.kept[direction]  # not evaluated again: a network with dropout would draw other masks
+            sizes = distributed.gather_sizes(len(gradient), gradient.device)
+            term = (everything * distributed.gather_rows(gradient, sizes)).sum()
+            loss = loss + term / (len(everything) * len(sides))
+        self._mean = sum(batch.kept[direction].detach().mean().item() for direction in range(len(sides))) / len(sides)
+        return loss - loss.detach() + value  # the network's terms have gradients, and no value of their own
 
 
 def check_limits(limits: Range, initial: float) -> None:
@@ -81,3 +170,9 @@ def check_limits(limits: Range, initial: float) -> None:
         raise AnybatchError(
             f"temperature_range is {limits} and the first temperature {initial}; expected 0 < low < high and a temperature between them."
         )
+
+
+def _derivative(figures: SoftmaxStats) -> Tensor:
+    """(B,) dF_i / d tau_i; 0 for a row of which the batch says nothing."""
+    assert figures.temperature_gradient is not None
+    return torch.where(figures.num_negatives > 0, figures.objective + figures.temperature_gradient, 0.0)

@@ -1,8 +1,9 @@
-"""Outlive the batch: one tiled softmax engine, rules and memory over it, one Module a method. Imports errors, ids and distributed."""
+"""Outlive the batch: one tiled softmax engine, and losses put together from denominators, temperatures and log-weights."""
 
-from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.base import ContrastiveLoss, SoftmaxLoss
 from anybatch.losses.cross_batch import CrossBatchInfoNCE
-from anybatch.losses.infonce import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE
+from anybatch.losses.denominators import RunningDenominator
+from anybatch.losses.gamma import GammaSchedule
 from anybatch.losses.log_weights import (
     ClusterLogWeight,
     IdMask,
@@ -14,9 +15,7 @@ from anybatch.losses.log_weights import (
     inclusion_log_weights,
 )
 from anybatch.losses.matryoshka import Matryoshka
-from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.schedule import GammaSchedule
-from anybatch.losses.sogclr import SogCLR
+from anybatch.losses.methods import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 
 __all__ = [
     "ClusterLogWeight",
@@ -24,13 +23,14 @@ __all__ = [
     "CountCorrectedInfoNCE",
     "CrossBatchInfoNCE",
     "DecoupledInfoNCE",
-    "ExampleMemory",
     "GammaSchedule",
     "IdMask",
     "InfoNCE",
     "LogWeight",
     "Matryoshka",
     "PairMask",
+    "RunningDenominator",
+    "SoftmaxLoss",
     "SogCLR",
     "SumLogWeight",
     "TaskMask",

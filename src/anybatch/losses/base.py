@@ -1,11 +1,20 @@
-"""What all losses share: arguments checked, embeddings normalised, ids turned into masks, one or two directions, figures for logs."""
+"""What all losses share: arguments checked, embeddings normalised, ids turned into masks, parts asked in one or two directions.
+
+A loss is a composition. Its parts own what they remember, and none knows of another:
+
+    temperature    what similarities are divided by: a number, one per row, one from the embedding
+    denominator    what the method takes for the log-sum over all negatives: the batch's own, corrected, a running one, a chain
+    others         what changes the logits: a margin per candidate, a threshold per anchor
+
+Classes are abstract or final: a published method is a final `SoftmaxLoss` whose constructor puts parts together, and nothing else.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +33,9 @@ from anybatch.losses.engine import (
     symmetric_softmax_loss,
 )
 from anybatch.losses.log_weights import IdMask, LogWeight, RowMask, SumLogWeight, as_log_weight
-from anybatch.losses.per_example import Keys, PerExample
+from anybatch.losses.state import State
 
 Direction = Literal["one_way", "both"]
-MIN_TEMPERATURE = 0.01  # of a learned one: below, a cosine's float32 error is seen in the loss, and a step of the logarithm doubles the gradient
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -35,7 +43,12 @@ def outside_the_graph(method: F) -> F:
     """Under `torch.compile` the method runs as it is, between two graphs: it asks for values, and keeps state."""
     return cast(
         F, torch._disable_dynamo(method)
-    )  # not torch.compiler.disable, which imports the compiler when a class is made
+    )  # torch.compiler.disable would import the compiler when a class is made
+
+
+def num_directions(direction: Direction) -> int:
+    """States that a row has."""
+    return 2 if direction == "both" else 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,18 +60,30 @@ class Batch:
         candidates: (M, D).
         index: (B,) int64 rows of the data set, or None.
         log_weight: Log-weights and masks from the anchors to the candidates; None for 0.
-        kept: By direction, what a method made at the start of the call and needs at its end.
+        updating: Whether this call may change state.
+        kept: By direction, what a part made at the start of the call and needs at its end.
     """
 
     anchors: Tensor
     candidates: Tensor
     index: Tensor | None
     log_weight: LogWeight | None
+    updating: bool = False
     kept: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> Tensor:
+        """The index, of a part that needs one."""
+        assert self.index is not None
+        return self.index
 
     def queries(self, direction: int) -> Tensor:
         """(B, D) what is scored against the others: the anchors (direction 0), or the positives (1)."""
         return self.anchors if direction == 0 else self.candidates[: len(self.anchors)]
+
+    def others(self, direction: int) -> Tensor:
+        """What the queries are scored against: the candidates, or the anchors."""
+        return self.candidates if direction == 0 else self.anchors
 
     def log_weight_of(self, direction: int) -> LogWeight | None:
         """The log-weights as this direction sees them."""
@@ -67,105 +92,132 @@ class Batch:
         return self.log_weight.reversed(len(self.anchors))
 
 
-class ContrastiveLoss(PerExample):
-    """Base of the losses; a method supplies `_rule`, or a whole `_side`, and learns in `_finish`.
+class Part(State):
+    """Abstract: a part of a loss. Both methods are hooks, which do nothing here.
+
+    Attributes:
+        plain: Whether beside it a running denominator is the mean over all negatives, which `warm_start` can fill and a probe can check.
+    """
+
+    plain = True
+
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """Change what the engine is asked in one direction: log-weights, logits, the weight of rows."""
+        return side
+
+    def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        """Learn from the engine's answer; returns the loss, to which terms of value 0 may be added."""
+        return loss
+
+
+class Temperature(Part):
+    """Abstract: what similarities are divided by.
+
+    Attributes:
+        limits: (low, high) of one that is learned.
+        per_row: Whether rows differ.
+    """
+
+    limits: tuple[float, float]
+    per_row = True
+
+    @property
+    @abstractmethod
+    def value(self) -> float:
+        """At this moment; where rows differ a mean."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def of(self, batch: Batch, direction: int) -> Tensor:
+        """A scalar, attached to autograd if it is learned there, or (B,) one per row."""
+        raise NotImplementedError
+
+
+class Denominator(Part):
+    """Abstract: what a method takes for the log-sum over all negatives, given what the batch says.
+
+    Attributes:
+        over_data: Whether it stands for all rows of the data set, and not for those of the batch.
+    """
+
+    over_data = True
+
+    @abstractmethod
+    def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
+        """The rule for one call and direction. It answers for the weight of the positive as well as for that of the negatives, see `Rule`.
+
+        Args:
+            batch: The arguments of the call.
+            direction: 0 for anchors against candidates, 1 for candidates against anchors.
+            normalised: Whether the log-weights already make the log-sum an estimate of the log-mean over the data.
+        """
+        raise NotImplementedError
+
+
+class ContrastiveLoss(State):
+    """Abstract base of all losses: one call for all of them. A subclass supplies `_of`.
 
     Args:
-        temperature: Similarities are divided by it.
-        learnable_temperature: Train it, through its logarithm, so that it stays positive.
-        min_temperature: A learned temperature is put back to it at the start of a training step, so that its gradient stays alive; what is read is
-            never below it. Temperatures of single examples (FastCLIP v2, ISogCLR, TempNet) have their published ranges, FastCLIP's learned one too.
+        temperature: What similarities are divided by.
         direction: "one_way": anchors against candidates. "both": the mean of that and of positives against anchors.
         normalize: L2-normalise the embeddings first, in float32 or better.
         tile_bytes: Memory for scores at a time.
         ring: Under several ranks hold two ranks' candidates (and their gradients) at a time instead of all: they travel from rank to rank
-            instead of being gathered. The same loss, with one matrix product and one tour more. Not for losses that look at whole rows of scores
-            (hardness, GloFND, EMC2).
+            instead of being gathered. The same loss, with one matrix product and one ring pass more. Not for losses that look at whole rows of
+            scores (GloFND, EMC2).
     """
 
     def __init__(
         self,
+        temperature: Temperature,
         *,
-        temperature: float = 0.05,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
         ring: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 < min_temperature < math.inf or (learnable_temperature and temperature < min_temperature):
-            raise AnybatchError(
-                f"min_temperature is {min_temperature} and the first temperature {temperature}; expected a positive floor, and a learned temperature "
-                "above it. Set min_temperature lower, or begin higher."
-            )
-        if not temperature > 0:
-            raise AnybatchError(f"temperature is {temperature}; expected a positive number such as 0.05.")
         if direction not in ("one_way", "both"):
             raise AnybatchError(f"direction is {direction!r}; expected 'one_way' or 'both'.")
-        self.direction = direction
-        self.normalize = normalize
-        self.tile_bytes = tile_bytes
-        self.ring = ring
-        self._temperature = temperature
-        self.temperature_range = (min_temperature, math.inf)  # of a learned temperature
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable_temperature else None
-        self._stats: tuple[Tensor, SoftmaxStats] | None = None
+        self.temperatures = temperature
+        self.direction: Direction = direction
+        self.normalize, self.tile_bytes, self.ring = normalize, tile_bytes, ring
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastiveLoss:
-        """Casts of a whole model leave what the loss learns itself in float32: a small step would not move it any more."""
+    # For the rooms that use losses by name: options of most methods that this one does not have, and why; of an option with a
+    # few values, those that each value leaves unused.
+    lacks: ClassVar[Mapping[str, str]] = {}
+    unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
 
-        def careful(values: Tensor) -> Tensor:  # parameters, their gradients, buffers; a network's as well
-            changed = fn(values)
-            shortened = changed.dtype != values.dtype and changed.dtype in (torch.float16, torch.bfloat16)
-            return values.detach().to(changed.device) if shortened else changed
+    @property
+    def over_data(self) -> bool:
+        """Whether the loss stands for the data set, and not for the batch alone."""
+        return False
 
-        super()._apply(careful, recurse)
-        return self
+    @property
+    def inclusion(self) -> bool:
+        """Whether inclusion log-weights of mined batches mean something to it."""
+        return self.over_data
 
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """Make room for rows appended to the data set: the loss becomes that for `num_rows` rows, and the old ones keep their states.
-
-        Memory, learned values with their velocities and kept embeddings get entries behind the old ones, as in a loss just made; what the
-        constructor takes from the number of rows (`eps=None`, ...) is taken anew. Nothing to do for a loss that depends on no number of rows.
-
-        Args:
-            num_rows: n, of all rows, old and new.
-            keys: (n,) the keys of all rows, where the memory has keys.
-
-        Parameters, which an optimizer may hold, are neither replaced nor resized: none of the library's has an entry a row. Buffers are replaced; grow
-        before the loss is wrapped in DDP, on every rank.
-
-        Raises:
-            AnybatchError: Fewer rows than before; keys for a memory without them or the other way round; other keys for the old rows.
-        """
-        if keys is not None:
-            raise AnybatchError(
-                f"keys were given; {type(self).__name__} has no memory that rows could share. Leave them out."
-            )
+    @property
+    def running(self) -> Denominator | None:
+        """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked; else None."""
+        return None
 
     @property
     def temperature(self) -> float:
-        """The temperature at this moment."""
-        if self.log_temperature is None:
-            return self._temperature
-        low, high = self.temperature_range
-        return min(max(math.exp(self.log_temperature.item()), low), high)
+        """The temperature at this moment; where rows differ a mean."""
+        return self.temperatures.value
 
     @property
+    @abstractmethod
     def last_stats(self) -> dict[str, float]:
-        """Figures of the last call as plain floats: objective, log_denominator, negatives an anchor, temperature. Empty before it."""
-        if self._stats is None:
-            return {}
-        loss, stats = self._stats
-        seen = stats.log_denominator[stats.num_negatives > 0]
-        return {
-            "objective": loss.item(),
-            "log_denominator": seen.mean().item() if len(seen) else 0.0,
-            "num_negatives": stats.num_negatives.mean().item(),
-            "temperature": self.temperature,
-        }
+        """Figures of the last call as plain floats. Empty before it."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def _of(self, batch: Batch) -> Tensor:
+        """The loss of a batch that is checked and normalised."""
+        raise NotImplementedError
 
     @outside_the_graph
     def forward(
@@ -197,37 +249,17 @@ class ContrastiveLoss(PerExample):
 
         Cost and collectives: see `engine`, and with `index` two gathers of it; nothing is communicated in the backward pass.
         """
-        return differentiable_once(
-            self._of(self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id))
-        )
+        batch = self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id)
+        return differentiable_once(self._of(batch))
 
-    def _of(self, batch: Batch) -> Tensor:
-        """The loss of a batch that is checked and normalised."""
-        anchors, candidates = batch.anchors, batch.candidates
-        forward = self._side(batch, direction=0)
-        if self.direction == "both":
-            sides = (forward, self._side(batch, direction=1))
-            loss, stats = symmetric_softmax_loss(
-                anchors, candidates, forward=sides[0], back=sides[1], tile_bytes=self.tile_bytes, ring=self.ring
-            )
-        else:
-            sides = (forward,)
-            loss, one = softmax_loss(
-                anchors,
-                candidates,
-                rule=forward.rule,
-                temperature=forward.temperature,
-                log_weight=forward.log_weight,
-                row_weight=forward.row_weight,
-                adjust=forward.adjust,
-                column_weight=forward.column_weight,
-                tile_bytes=self.tile_bytes,
-                ring=self.ring,
-            )
-            stats = (one,)
-        loss = self._finish(batch, sides, stats, loss)
-        self._stats = loss.detach(), stats[0]
-        return loss
+    @property
+    def _updating(self) -> bool:
+        """Whether this call may change state."""
+        return self.training and torch.is_grad_enabled()
+
+    @property
+    def _parts(self) -> list[State]:
+        return [part for part in self.children() if isinstance(part, State)]
 
     def _prepare(
         self,
@@ -254,63 +286,7 @@ class ContrastiveLoss(PerExample):
         if self.normalize:
             anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
         index, weight = self._weight(anchors, candidates, index, log_weight, anchor_id, candidate_id)
-        return Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight)
-
-    @property
-    def _updating(self) -> bool:
-        """Whether this call may change state."""
-        return self.training and torch.is_grad_enabled()
-
-    def _side(self, batch: Batch, *, direction: int) -> Side:
-        """What the engine is asked in one direction (0: anchors against candidates, 1: the way back)."""
-        weight = batch.log_weight_of(direction)
-        rule = self._rule(
-            batch.index,
-            direction=direction,
-            normalised=weight is not None and weight.normalised,
-            dimensions=batch.anchors.shape[1],
-        )
-        return Side(rule=rule, temperature=self._temperatures(batch, direction=direction), log_weight=weight)
-
-    def _temperatures(self, batch: Batch, *, direction: int) -> Tensor:
-        """The temperature as a scalar tensor, or (B,) one a row."""
-        return self._global_temperature(batch.anchors)
-
-    def _global_temperature(self, like: Tensor) -> Tensor:
-        """The temperature as a scalar in the dtype and on the device of `like`, attached to autograd where it is learned."""
-        if self.log_temperature is None:
-            return like.new_tensor(self._temperature)
-        low, high = self.temperature_range
-        limited = self.log_temperature.detach().clamp(math.log(low), math.log(high))
-        if (
-            self._updating
-        ):  # a projection, where the optimizer finds it: it need not come back from where its momentum had carried it
-            self.log_temperature.data.copy_(limited)
-        # The value of the projected one, and a derivative at the edge as well.
-        log_temperature = self.log_temperature + (limited - self.log_temperature.detach())
-        return log_temperature.to(like).exp()
-
-    needs_index = False
-
-    @property
-    def _known_rows(self) -> int | None:
-        """n, where the loss is for a data set of so many rows."""
-        return None
-
-    def _finish(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
-        """The loss that the call returns; the place where a method updates what it learns from the engine's figures."""
-        return loss
-
-    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        """The method's rule for one call.
-
-        Args:
-            index: Rows of the data set.
-            direction: 0 for anchors against candidates, 1 for the way back.
-            normalised: Whether the log-weights already make the log-sum an estimate of the log-mean over the data.
-            dimensions: Width of the embeddings.
-        """
-        raise NotImplementedError
+        return Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight, updating=self._updating)
 
     def _weight(
         self,
@@ -325,7 +301,7 @@ class ContrastiveLoss(PerExample):
         num_rows, num_columns, device = len(anchors), len(candidates), anchors.device
         if (anchor_id is None) != (candidate_id is None):
             raise AnybatchError("anchor_id and candidate_id go together; one of them is missing.")
-        if index is None and self.needs_index:
+        if index is None and any(part.needs_index for part in self._parts):
             raise AnybatchError(
                 "This loss remembers each row: give index=, the row numbers of the batch in the data set."
             )
@@ -353,7 +329,7 @@ class ContrastiveLoss(PerExample):
                 )
             )
         if index is not None:
-            known = self._known_rows
+            known = next((part.num_rows for part in self._parts if part.num_rows is not None), None)
             index = as_integers(
                 "index",
                 index,
@@ -369,6 +345,103 @@ class ContrastiveLoss(PerExample):
                 column[:num_rows] = index
                 terms.append(RowMask(row=index, column=column))
         return index, None if not terms else terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
+
+
+class SoftmaxLoss(ContrastiveLoss):
+    """A softmax with a denominator of one's choice. A published method is a final subclass that puts the parts together in its constructor.
+
+        L_i      = log-sum over the batch's negatives of exp(logit_ij),   logit_ij = (s_ij - s_ip) / tau_i + b_ij
+        loss     = mean_i objective_i,    (log_denominator_i, objective_i) = denominator(L_i)
+        gradient:  exp(logit_ij - log_denominator_i) / tau_i for negative j, and what the denominator says for the positive
+
+    Args:
+        temperature, denominator: The parts that every such loss has.
+        others: Parts that change the logits, in their order.
+        direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
+
+    Example:
+        >>> import torch
+        >>> from anybatch.losses.denominators import WithPositive
+        >>> from anybatch.losses.temperatures import GlobalTemperature
+        >>> loss = SoftmaxLoss(GlobalTemperature(0.05), WithPositive())  # InfoNCE
+        >>> round(loss(torch.eye(4), torch.eye(4)).item(), 6)
+        0.0
+    """
+
+    def __init__(
+        self,
+        temperature: Temperature,
+        denominator: Denominator,
+        *others: Part,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+        ring: bool = False,
+    ) -> None:
+        super().__init__(temperature, direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring)
+        self.denominator = denominator
+        self.others = nn.ModuleList(others)
+        self._last: tuple[Tensor, SoftmaxStats] | None = None
+
+    @property
+    def last_stats(self) -> dict[str, float]:
+        """Figures of the last call as plain floats: objective, log_denominator, negatives per anchor, temperature. Empty before it."""
+        return {} if self._last is None else figures_of(*self._last, self.temperature)
+
+    @property
+    def over_data(self) -> bool:
+        """See `ContrastiveLoss.over_data`."""
+        return self.denominator.over_data
+
+    @property
+    def running(self) -> Denominator | None:
+        """The denominator, if it remembers the mean over all negatives of each row, which can be computed, filled in and checked; else None."""
+        return self.denominator if all(part.plain for part in (self.denominator, *self._others)) else None
+
+    @property
+    def _others(self) -> list[Part]:
+        return [part for part in self.others if isinstance(part, Part)]
+
+    def _of(self, batch: Batch) -> Tensor:
+        # 1. What the engine is asked: each part in turn, in each direction.
+        directions = range(num_directions(self.direction))
+        parts = (self.temperatures, self.denominator, *self._others)
+        sides = tuple(side_of(self.temperatures, self.denominator, batch, direction) for direction in directions)
+        for part in parts:
+            sides = tuple(part.ask(side, batch, direction) for direction, side in enumerate(sides))
+        # 2. The loss and its gradients.
+        options: dict[str, Any] = {"tile_bytes": self.tile_bytes, "ring": self.ring}
+        if len(sides) == 2:
+            loss, stats = symmetric_softmax_loss(
+                batch.anchors, batch.candidates, forward=sides[0], back=sides[1], **options
+            )
+        else:
+            asked = {item.name: getattr(sides[0], item.name) for item in fields(Side)}
+            loss, figures = softmax_loss(batch.anchors, batch.candidates, **asked, **options)
+            stats = (figures,)
+        # 3. Each part learns.
+        for part in parts:
+            loss = part.learn(batch, sides, stats, loss)
+        self._last = loss.detach(), stats[0]
+        return loss
+
+
+def side_of(temperature: Temperature, denominator: Denominator, batch: Batch, direction: int) -> Side:
+    """What the engine is asked in one direction, before other parts change it."""
+    weight = batch.log_weight_of(direction)
+    rule = denominator.rule(batch, direction, normalised=weight is not None and weight.normalised)
+    return Side(rule=rule, temperature=temperature.of(batch, direction), log_weight=weight)
+
+
+def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: float) -> dict[str, float]:
+    """Figures of a call for logs."""
+    seen = stats.log_denominator[(stats.num_negatives > 0) & stats.log_denominator.isfinite()]
+    return {
+        "objective": loss.item(),
+        "log_denominator": seen.mean().item() if len(seen) else 0.0,
+        "num_negatives": stats.num_negatives.mean().item(),
+        "temperature": temperature,
+    }
 
 
 def check_embeddings(anchors: Tensor, candidates: Tensor) -> torch.dtype:

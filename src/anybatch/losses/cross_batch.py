@@ -5,26 +5,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import MIN_TEMPERATURE, Batch, Direction
+from anybatch.losses.base import Batch, ContrastiveLoss, Denominator, Direction, figures_of, side_of
 from anybatch.losses.candidates import Layout
-from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats, softmax_loss
-from anybatch.losses.infonce import CountCorrectedInfoNCE, WithPositive
-from anybatch.losses.per_example import Keys
+from anybatch.losses.denominators import CountCorrected, WithPositive
+from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats, softmax_loss
 from anybatch.losses.recent_pairs import MAX_FEATURES, RecentPairs
 from anybatch.losses.remembered_columns import Remembered, column_features, kinds, with_remembered
+from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 GROUPS = 8  # of remembered pairs, by age, that are used or left out together
 PROBES = 256  # rows of a batch, at most, that age is measured on
 ROWS_AVERAGED = 640  # that the measure remembers, about, and no fewer than two batches
 
 
-class CrossBatchInfoNCE(CountCorrectedInfoNCE):
+@final
+class CrossBatchInfoNCE(ContrastiveLoss):
     """InfoNCE over the batch and the S pairs before it, whose embeddings are remembered as they were.
 
         candidates of anchor i:   the batch's, and the remembered positives c~_j
@@ -82,15 +84,8 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
-        super().__init__(
-            num_rows,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            min_temperature=min_temperature,
-            direction=direction,
-            normalize=normalize,
-            tile_bytes=tile_bytes,
-        )
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        super().__init__(tau, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
         if memory_size < 1:
             raise AnybatchError(
                 f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without memory use CountCorrectedInfoNCE."
@@ -105,7 +100,9 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             )
         self.memory_size, self.corrected, self.centred = memory_size, corrected, centred
         self.max_staleness, self.mean_rows = max_staleness, mean_rows
+        self._last: tuple[Tensor, SoftmaxStats] | None = None
         self._num_used = 0
+        self.denominator: Denominator = CountCorrected(num_rows) if corrected else WithPositive()
         self.recent = RecentPairs(memory_size, num_rows)
         self.mean: Tensor
         self.mean_share: Tensor
@@ -113,24 +110,15 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction.
         self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
-    needs_index = True
+    over_data = inclusion = True
     widths = ("mean",)
-
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """See `ContrastiveLoss.grow`."""
-        super().grow(num_rows, keys=keys)
-        self.recent.num_rows.fill_(num_rows)
 
     @property
     def last_stats(self) -> dict[str, float]:
-        """See `ContrastiveLoss.last_stats`; and `remembered`, the pairs of the memory that were used."""
-        stats = super().last_stats
-        return stats and {**stats, "remembered": float(self._num_used)}
-
-    def _rule(self, index: Tensor | None, *, direction: int, normalised: bool, dimensions: int) -> Rule:
-        if not self.corrected:
-            return WithPositive()
-        return super()._rule(index, direction=direction, normalised=normalised, dimensions=dimensions)
+        """See `SoftmaxLoss.last_stats`; and `remembered`, the pairs of the memory that were used."""
+        if self._last is None:
+            return {}
+        return {**figures_of(*self._last, self.temperature), "remembered": float(self._num_used)}
 
     @property
     def _directions(self) -> tuple[int, ...]:
@@ -148,7 +136,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             others = batch.candidates if direction == 0 else batch.anchors
             sizes = recalled.layout.row_sizes if direction else recalled.layout.column_sizes
             num_drawn = (sum(sizes) - 1 + recalled.present.sum()).expand(len(queries))
-            side = replace(self._side(batch, direction=direction), num_drawn=num_drawn)
+            side = replace(side_of(self.temperatures, self.denominator, batch, direction), num_drawn=num_drawn)
             weight = with_remembered(side.log_weight, recalled.columns[direction])
             columns = torch.cat([others, recalled.used[1 - direction, recalled.columns[direction].share]])
             loss, one = softmax_loss(
@@ -163,9 +151,9 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
             losses.append(loss + self._pull_of_queries(batch, recalled, direction, side))
             stats.append((one, side))
         loss = torch.stack(losses).mean()
-        self._stats = loss.detach(), stats[0][0]
+        self._last = loss.detach(), stats[0][0]
         self._num_used = int(recalled.present.sum())
-        if self._updating:
+        if batch.updating:
             self._remember(batch, recalled, stats)
         return loss
 
@@ -270,7 +258,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
                 without_own=True,
             )
             weight = with_remembered(batch.log_weight_of(direction), columns)
-            temperature = self._temperatures(batch, direction=direction).detach()
+            temperature = self.temperatures.of(batch, direction).detach()
             logits = queries @ torch.cat([fresh, used[1 - direction]]).T / temperature
             logits += weight.tile(probes, slice(own, own + logits.shape[1])).to(logits.dtype)
             number = torch.arange(len(logits), device=device)
@@ -320,7 +308,7 @@ class CrossBatchInfoNCE(CountCorrectedInfoNCE):
         assert side.num_drawn is not None
         correction = own.new_zeros(len(own))
         if self.corrected:
-            correction += math.log(self.num_rows - 1)
+            correction += math.log((self.recent.num_rows or 0) - 1)
             if not (reverse is not None and reverse.normalised):
                 correction -= side.num_drawn.to(own.dtype).clamp(min=1).log()
         log_denominator = self.recent.log_denominator[direction].to(own.dtype)

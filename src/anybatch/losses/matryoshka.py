@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss, check_embeddings
 from anybatch.losses.log_weights import LogWeight
-from anybatch.losses.per_example import Keys, PerExample
+from anybatch.losses.state import State
 
 
-class Matryoshka(PerExample):
+class Matryoshka(State):
     """The weighted sum of a loss over prefixes of the embeddings.
 
         loss = sum_k weight_k loss_k(anchors[:, :d_k], candidates[:, :d_k])
@@ -50,28 +50,15 @@ class Matryoshka(PerExample):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        check_prefixes(dimensions, weights, "dimensions are")
         self.dimensions = tuple(dimensions)
-        if not self.dimensions or len(set(self.dimensions)) < len(self.dimensions) or min(self.dimensions) < 1:
-            raise AnybatchError(
-                f"dimensions are {list(dimensions)}; expected different positive widths such as [384, 128, 64]."
-            )
         self.weights = (1.0,) * len(self.dimensions) if weights is None else tuple(weights)
-        if len(self.weights) != len(self.dimensions) or not all(0 <= weight < math.inf for weight in self.weights):
-            raise AnybatchError(
-                f"weights are {list(self.weights)} for dimensions {list(self.dimensions)}; expected one number a dimension, 0 or more."
-            )
         losses = list(loss) if isinstance(loss, Sequence) else [copy.deepcopy(loss) for _ in self.dimensions]
         if len(losses) != len(self.dimensions) or len(set(map(id, losses))) < len(losses):
             raise AnybatchError(
                 f"{len(losses)} losses for {len(self.dimensions)} dimensions; give one loss, which is copied, or a different one for each dimension."
             )
         self.losses = nn.ModuleList(losses)
-
-    def grow(self, num_rows: int, *, keys: Keys | None = None) -> None:
-        """Grow the loss of every prefix, see `ContrastiveLoss.grow`."""
-        for loss in self.losses:
-            assert isinstance(loss, ContrastiveLoss)
-            loss.grow(num_rows, keys=keys)
 
     @property
     def widest(self) -> ContrastiveLoss:
@@ -134,3 +121,17 @@ class Matryoshka(PerExample):
             for dimension, weight, loss in zip(self.dimensions, self.weights, self.losses, strict=True)
         ]
         return torch.stack(terms).sum()
+
+
+def check_prefixes(dimensions: Sequence[int], weights: Sequence[float] | None, name: str) -> None:
+    """Refuse prefixes that are none, equal or empty, and weights that are not theirs; `name` is what they are called, with its verb.
+
+    Raises:
+        AnybatchError: They are.
+    """
+    if not dimensions or len(set(dimensions)) < len(dimensions) or min(dimensions) < 1:
+        raise AnybatchError(f"{name} {list(dimensions)}; expected different positive widths such as [384, 128, 64].")
+    if weights is not None and not (len(weights) == len(dimensions) and all(0 <= w < math.inf for w in weights)):
+        raise AnybatchError(
+            f"weights are {list(weights)} for dimensions {list(dimensions)}; expected one number a dimension, 0 or more."
+        )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.per_example import OTHER_LOSS, PerExample, only_growing
+from anybatch.losses.state import State
 
-VERSION = 1
 MAX_FEATURES = 12  # int64 a pair for its log-weights: ids take 2, a list of pairs 1, clusters 3
 
 
-class RecentPairs(PerExample):
+class RecentPairs(State):
     """S places, of which those of the oldest pairs are filled anew. A pair leaves when its row comes again.
 
     Args:
@@ -41,19 +37,18 @@ class RecentPairs(PerExample):
     kinds: Tensor
 
     widths = ("embeddings",)
+    needs_index = True
 
     def __init__(self, size: int, num_rows: int) -> None:
-        super().__init__()
+        super().__init__(num_rows)
         self.size = size
+        self.register_header()
         self.register_buffer("embeddings", torch.zeros(2, size, 0))
         self.register_buffer("log_denominator", torch.zeros(2, size))
         self.register_buffer("rows", torch.full((size,), -1))
         self.register_buffer("features", torch.zeros(2, MAX_FEATURES, size, dtype=torch.int64))
         self.register_buffer("stamps", torch.full((size,), -1))
         self.register_buffer("kinds", torch.tensor(-1))
-        self.num_rows: Tensor
-        self.register_buffer("num_rows", torch.tensor(num_rows))
-        self.register_buffer("version", torch.tensor(VERSION))
 
     def beside(self, width: int) -> Tensor:
         """The embeddings, of this width also while there are none.
@@ -105,21 +100,3 @@ class RecentPairs(PerExample):
         self.log_denominator[:, place] = log_denominator[:, new].to(self.log_denominator.dtype)
         self.features[:, : features.shape[1], place] = features[:, :, new]
         self.kinds.fill_(kinds)
-
-    def check_state(self, state: Mapping[str, Any], prefix: str) -> None:
-        """See `PerExample.check_state`; of a data set of as many rows."""
-        saved = int(state.get(prefix + "num_rows", self.num_rows))
-        if saved != int(self.num_rows):
-            raise AnybatchError(
-                f"The saved state remembers pairs of a data set of {saved} rows, this loss is for {int(self.num_rows)} rows. "
-                + OTHER_LOSS
-            )
-        super().check_state(state, prefix)
-
-    def grow_state(self, state: dict[str, Any], prefix: str) -> None:
-        """See `PerExample.grow_state`: rows keep their numbers."""
-        saved = int(state.get(prefix + "num_rows", 0))
-        if saved > int(self.num_rows):
-            raise only_growing(int(self.num_rows), saved)
-        if saved:
-            state[prefix + "num_rows"] = self.num_rows.clone()

@@ -19,8 +19,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
-from anybatch.losses.memory import ExampleMemory
-from anybatch.losses.memory_states import grown_state, join_shards
+from anybatch.losses.state import State, grown_state, join_shards
 from anybatch.plans.plan import PlanSampler
 
 logger = logging.getLogger("anybatch")
@@ -34,16 +33,25 @@ class LossStateCallback(TrainerCallback):
         loss: The loss given to the Trainer.
         resume_from: The checkpoint given to `trainer.train(resume_from_checkpoint=...)` when it is not in the Trainer's output folder.
         run: Tells the checkpoints of one run from those of others.
+        checked: A checkpoint that was found whole just now (`last_whole_checkpoint`), which is not read a second time.
 
     Raises:
         AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state (memory would silently start from nothing), or of a
             run with another plan; the plan given as `batch_sampler` did not reach the training set.
     """
 
-    def __init__(self, loss: CachedLoss, resume_from: str | Path | None = None, *, run: str = "") -> None:
+    def __init__(
+        self,
+        loss: CachedLoss,
+        resume_from: str | Path | None = None,
+        *,
+        run: str = "",
+        checked: Path | None = None,
+    ) -> None:
         self.loss = loss
         self.resume_from = resume_from
         self.run = run
+        self.checked = checked
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,7 +102,8 @@ class LossStateCallback(TrainerCallback):
 
     def _restore(self, folder: Path, *, plans: str = "") -> None:
         """Load the loss from a checkpoint, which must be of a run with these plans."""
-        check_checkpoint(folder)
+        if folder != self.checked:
+            check_checkpoint(folder)
         if not (folder / LOSS_STATE).exists():
             raise AnybatchError(
                 f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would restart "
@@ -266,7 +275,7 @@ def check_checkpoint(folder: Path) -> None:
 
 def _is_sharded(loss: CachedLoss) -> bool:
     """Whether ranks hold different states of the loss."""
-    shared_out = any(isinstance(module, ExampleMemory) and module.sharded for module in loss.loss.modules())
+    shared_out = any(isinstance(module, State) and module.sharded for module in loss.loss.modules())
     return shared_out and distributed.is_active()
 
 

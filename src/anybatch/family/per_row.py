@@ -1,4 +1,4 @@
-"""A learned number for each example and direction, in buffers: temperatures, margins, thresholds."""
+"""A learned number per row and direction, in buffers: temperatures, margins, thresholds."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.per_example import PerExample
+from anybatch.losses.state import State, occurrences
 
 Range = tuple[float, float]
 
 
-class ExampleValues(PerExample):
-    """A number for each example and direction, moved along the derivative of its own objective.
+class PerRowValues(State):
+    """A number per row and direction, moved along the derivative of its own objective.
 
         velocity_i <- momentum velocity_i + (1 - momentum) clip(derivative_i)
         value_i    <- clamp(value_i - lr velocity_i, low, high)
 
     Args:
         num_rows: n.
-        num_directions: Independent values a row.
+        directions: Independent values per row.
         initial: The first value; NaN for none, to be given by `start`.
         limits: (low, high), the range that values are kept in.
         lr: Step.
@@ -35,12 +35,22 @@ class ExampleValues(PerExample):
         AnybatchError: Numbers out of range.
 
     Cost: 8 bytes a row and direction. Collectives of an update: see `mean_by_row`.
+
+    Example:
+        >>> import torch
+        >>> values = PerRowValues(4, 1, initial=0.5, limits=(0.0, 1.0), lr=0.1)
+        >>> values.update(torch.tensor([2, 2]), torch.tensor([1.0, 3.0]), direction=0)
+        >>> [round(value, 3) for value in values.values[0].tolist()]
+        [0.5, 0.5, 0.3, 0.5]
     """
+
+    values: Tensor
+    velocity: Tensor
 
     def __init__(
         self,
         num_rows: int,
-        num_directions: int,
+        directions: int,
         *,
         initial: float,
         limits: Range,
@@ -48,17 +58,15 @@ class ExampleValues(PerExample):
         momentum: float = 0.0,
         clip: float = math.inf,
     ) -> None:
-        super().__init__()
+        super().__init__(num_rows)
         if lr <= 0 or not 0 <= momentum < 1 or clip <= 0:
             raise AnybatchError(
-                f"The learning rate of the examples' values is {lr}, their momentum {momentum}, the clip {clip}; "
-                "expected positive numbers and a momentum in [0, 1)."
+                f"The learning rate of the rows' values is {lr}, their momentum {momentum}, the clip {clip}; expected positive numbers and a momentum "
+                "in [0, 1)."
             )
         self.limits, self.lr, self.momentum, self.clip = limits, lr, momentum, clip
-        self.values: Tensor
-        self.velocity: Tensor
-        self.register_rows("values", torch.full((num_directions, num_rows), initial), fresh=initial)
-        self.register_rows("velocity", torch.zeros(num_directions, num_rows), fresh=0.0)
+        self.register_rows("values", fresh=initial, directions=directions)
+        self.register_rows("velocity", fresh=0.0, directions=directions)
 
     def of(self, index: Tensor, *, direction: int, dtype: torch.dtype) -> Tensor:
         """(B,) the values of these rows."""
@@ -105,10 +113,7 @@ def mean_by_row(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     sizes = distributed.gather_sizes(len(index), index.device)
     index_all, values_all = distributed.gather_rows(index, sizes), distributed.gather_rows(values, sizes)
     rows, inverse, count = torch.unique(index_all, return_inverse=True, return_counts=True)
-    order = torch.argsort(inverse, stable=True)
-    occurrence = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[inverse[order]]
     total = values_all.new_zeros(len(rows))
-    for number in range(int(count.max()) if len(rows) else 0):  # one occurrence of each row at a time
-        chosen = order[occurrence == number]
+    for chosen in occurrences(inverse, len(rows)):
         total[inverse[chosen]] += values_all[chosen]
     return rows, total / count

@@ -1,0 +1,277 @@
+"""Denominators: what a method takes for the log-sum over all negatives of a row, given that over the batch's.
+
+WithPositive      logaddexp(L_i, 0)                           InfoNCE: the batch and its positive
+WithoutPositive   L_i                                         decoupled
+CountCorrected    logaddexp(L_i - log k + log(n - 1), 0)      each of the k candidates stands for (n - 1) / k rows
+Running           log(eps + u_i), u_i the mean over visits    SogCLR and its family
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.losses.base import Batch, Denominator
+from anybatch.losses.engine import Rule, Side, SoftmaxStats
+from anybatch.losses.gamma import Gamma, log_shares
+from anybatch.losses.state import occurrences
+
+
+class WithPositive(Denominator):
+    """The softmax over what is there."""
+
+    over_data = False
+
+    def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
+        """See `Denominator.rule`."""
+        return WithPositiveRule()
+
+
+class WithoutPositive(Denominator):
+    """The positive is not in the denominator. A row without any negative contributes 0."""
+
+    over_data = False
+
+    def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
+        """See `Denominator.rule`."""
+        return _WithoutPositiveRule()
+
+
+class CountCorrected(Denominator):
+    """The softmax over the n - 1 other rows, for which the batch's candidates stand."""
+
+    def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
+        """See `Denominator.rule`."""
+        assert self.num_rows is not None
+        return _CountCorrectedRule(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
+
+
+class RunningDenominator(Denominator):
+    """A moving average of exp(x) for each row and direction, kept as its logarithm, in `log_mean`.
+
+        u_i <- (1 - gamma) u_i + gamma * mean over the row's occurrences in the batch of exp(x),     denominator: log(eps + u_i)
+
+    Rows never visited are NaN (a flag of its own, not a threshold) and take the batch's value whole. Occurrences of one row in a
+    batch are combined first, in their order, so that the result does not depend on the machine.
+
+    Args:
+        num_rows: n.
+        directions: Independent states per row.
+        gamma: Weight of the new batch, in (0, 1], or a module that says it, such as a `GammaSchedule`.
+        eps: Added to u_i; None for 1 / (n - 1).
+        sharded: Each rank stores one W-th of the rows, see `State`.
+
+    Cost: 4 bytes a row and direction, divided by the ranks if sharded; an update touches B of them. Collectives a call with W ranks:
+    one of sizes, two gathers of B numbers; sharded: one sum of B numbers more.
+
+    Example:
+        >>> import torch
+        >>> running = RunningDenominator(3, gamma=0.5)
+        >>> row = torch.tensor([1])
+        >>> for value in (2.0, 4.0):
+        ...     u = running.blend(row, torch.tensor([value]).log(), direction=0, update=True, dimensions=8).exp()
+        >>> round(u.item(), 5)
+        3.0
+    """
+
+    log_mean: Tensor
+    needs_index = True
+
+    def __init__(
+        self,
+        num_rows: int,
+        directions: int = 1,
+        *,
+        gamma: float | Gamma = 0.9,
+        eps: float | None = None,
+        sharded: bool = False,
+    ) -> None:
+        super().__init__(num_rows, sharded=sharded)
+        if not isinstance(gamma, Gamma) and not 0 < gamma <= 1:
+            raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1, or a GammaSchedule.")
+        if eps is not None and eps < 0:
+            raise AnybatchError(f"eps is {eps}; expected 0 or more, or None for 1 / (num_rows - 1).")
+        self.gamma, self._eps = gamma, eps
+        self.register_rows("log_mean", fresh=torch.nan, directions=directions)
+
+    @property
+    def eps(self) -> float:
+        """What is added to u_i."""
+        assert self.num_rows is not None
+        return 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
+
+    @property
+    def visited(self) -> Tensor:
+        """(directions, stored rows) bool: of this rank's rows."""
+        return ~self.log_mean.isnan()
+
+    def rule(self, batch: Batch, direction: int, *, normalised: bool) -> RunningRule:
+        """See `Denominator.rule`."""
+        self.check_width(batch.anchors.shape[1])
+        return RunningRule(
+            denominator=self,
+            index=batch.rows,
+            direction=direction,
+            log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
+            normalised=normalised,
+            update=batch.updating,
+            dimensions=batch.anchors.shape[1],
+        )
+
+    def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
+        """See `Part.learn`."""
+        if batch.updating and isinstance(self.gamma, Gamma):
+            self.gamma.advance()
+        return loss
+
+    def blend(
+        self,
+        index: Tensor,
+        batch: Tensor,
+        *,
+        heard: Tensor | None = None,
+        direction: int,
+        update: bool,
+        dimensions: int,
+    ) -> Tensor:
+        """The new state of the batch's rows, stored if `update`.
+
+        Args:
+            index: (B,) int64 rows.
+            batch: (B,) what this batch says: the log of a mean; -inf for a mean of 0, all of whose terms are masked.
+            heard: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
+            direction: Which state.
+            update: Store the result.
+            dimensions: Width of the embeddings.
+
+        Returns:
+            (B,) in the dtype of `batch`; -inf for rows never visited of which the batch says nothing. Such rows, and those whose mean is 0, stay
+            unvisited. Rows of which the batch says NaN or +inf keep what they knew, in the memory but not in what is returned.
+        """
+        # 1. What the batches of all ranks say of each row.
+        sizes = distributed.gather_sizes(len(index), index.device)
+        heard = torch.ones_like(batch) if heard is None else heard.to(batch.dtype)
+        index_all = distributed.gather_rows(index, sizes)
+        figures = distributed.gather_rows(torch.stack([batch, heard], dim=1), sizes)
+        rows, inverse = torch.unique(index_all, return_inverse=True)
+        combined, some = _combine(figures[:, 0], figures[:, 1], inverse, len(rows))
+        # 2. With what is known. The state is float32; the arithmetic is the batch's, so that float64 checks see no rounding but the state's own.
+        old = self.read("log_mean", rows, direction=direction).to(batch.dtype)
+        if isinstance(self.gamma, Gamma):
+            log_gamma, log_stay = self.gamma.log_shares(old)
+        else:
+            log_gamma, log_stay = log_shares(self.gamma)
+        new = torch.where(old.isnan(), combined, torch.logaddexp(old + log_stay, combined + log_gamma))
+        new = torch.where(some, new, torch.where(old.isnan(), -torch.inf, old))
+        # 3. A step that has diverged (NaN, +inf) is the trainer's to skip.
+        if update:
+            stored = torch.where(new.isneginf(), torch.nan, torch.where(new.isfinite(), new, old))
+            self.fill(rows, stored, direction=direction, dimensions=dimensions)
+        first = sum(sizes[: distributed.rank()])
+        return new[inverse[first : first + len(index)]]
+
+    def fill(self, rows: Tensor, log_mean: Tensor, *, direction: int, dimensions: int) -> None:
+        """Replace the state of some rows, such as by the exact log-mean.
+
+        Args:
+            rows: (R,) int64, **the same on every rank**.
+            log_mean: (R,); NaN for never visited.
+            direction: Which state.
+            dimensions: Width of the embeddings the values come from.
+        """
+        self.write("log_mean", rows, log_mean, direction=direction)
+        self.embedding_width.fill_(dimensions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningRule:
+    """A running log-mean, plus eps.
+
+    Attributes:
+        constant: Added to the objective.
+        dropped: (B,) candidates that the method takes out of the data set, so that the mean is not over them; None for none.
+        row_wise: False: a row may occur twice in the batch, and then shares its state.
+    """
+
+    denominator: RunningDenominator
+    index: Tensor
+    direction: int
+    log_eps: float
+    normalised: bool
+    update: bool
+    dimensions: int
+    constant: float = 0.0
+    dropped: Tensor | None = None
+    row_wise: bool = False
+
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """See `Rule`."""
+        log_mean, correction = self.remember(log_sum, num_drawn, rows)
+        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
+        return objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant)
+
+    def remember(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both (b,)."""
+        drawn = num_drawn if self.dropped is None else num_drawn - self.dropped[rows]
+        correction = torch.zeros_like(log_sum) if self.normalised else drawn.clamp(min=1).log()
+        log_mean = self.denominator.blend(
+            self.index[rows],
+            log_sum - correction,
+            heard=drawn > 0,
+            direction=self.direction,
+            update=self.update,
+            dimensions=self.dimensions,
+        )
+        return log_mean, correction
+
+
+class WithPositiveRule:
+    """The rule of InfoNCE."""
+
+    row_wise = True
+
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """See `Rule`."""
+        log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
+        return log_denominator, log_denominator
+
+
+class _WithoutPositiveRule:
+    row_wise = True
+
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return log_sum, torch.where(log_sum.isneginf(), 0.0, log_sum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CountCorrectedRule:
+    log_num_others: float
+    normalised: bool
+    row_wise: bool = True
+
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        # A masked candidate counts in k and adds nothing to the sum, as it adds nothing to that over the data set.
+        if self.normalised:
+            correction = torch.full_like(log_sum, self.log_num_others)
+        else:
+            correction = self.log_num_others - num_drawn.clamp(min=1).log()
+        objective = torch.logaddexp(log_sum + correction, torch.zeros_like(log_sum))
+        return objective - correction, objective
+
+
+def _combine(values: Tensor, heard: Tensor, inverse: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Log of the mean of exp(values) over those of each group for which `heard` is 1, and (groups,) bool whether there are any."""
+    total, count = values.new_full((num_groups,), -torch.inf), heard.new_zeros(num_groups).index_add_(0, inverse, heard)
+    if len(inverse) == num_groups:
+        total[inverse] = values
+        return total, count > 0
+    values = torch.where(heard > 0, values, -torch.inf)
+    for chosen in occurrences(inverse, num_groups):
+        groups = inverse[chosen]
+        total[groups] = torch.logaddexp(total[groups], values[chosen])
+    return total - count.clamp(min=1).log(), count > 0

@@ -1,0 +1,193 @@
+"""The methods of the core: InfoNCE, its two corrections, and SogCLR. Each a composition."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
+from anybatch.losses.denominators import CountCorrected, RunningDenominator, WithoutPositive, WithPositive
+from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.gamma import Gamma
+from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
+
+
+@final
+class InfoNCE(SoftmaxLoss):
+    """The batch's own softmax: cross-entropy of the positive among the candidates.
+
+        log_denominator_i = logaddexp(log_sum_i, 0)
+        loss = mean_i log(1 + sum_j exp((s_ij - s_ip) / tau + b_ij))
+
+    Args:
+        temperature: Similarities are divided by it. Seen: .01 to .07 for text, .07 to .1 for images.
+        learnable_temperature: Train it, through its logarithm, so that it stays positive.
+        min_temperature: A learned temperature is put back to it at the start of a training step, so that its gradient stays alive; what is read
+            is never below it.
+        direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
+
+    Log-weights are added to the logits as they are.
+
+    Cost: no state. Reference: van den Oord et al. 2018, arXiv 1807.03748, equation 4.
+
+    Example:
+        >>> import torch
+        >>> loss = InfoNCE(temperature=0.1)
+        >>> anchors, positives = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> loss(anchors, positives).backward()
+        >>> anchors.grad.shape
+        torch.Size([8, 16])
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+        ring: bool = False,
+    ) -> None:
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        super().__init__(
+            tau, WithPositive(), direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring
+        )
+
+
+@final
+class DecoupledInfoNCE(SoftmaxLoss):
+    """InfoNCE without the positive in the denominator, which takes away its weight on easy positives in small batches.
+
+        log_denominator_i = log_sum_i
+
+    Args:
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `InfoNCE`.
+
+    An anchor without any negative contributes 0.
+
+    Cost: no state. Reference: Yeh et al. 2022, "Decoupled Contrastive Learning", arXiv 2110.06848, equation 6.
+
+    Example:
+        >>> import torch
+        >>> round(DecoupledInfoNCE(temperature=0.5)(torch.eye(2), torch.eye(2)).item(), 6)
+        -2.0
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+        ring: bool = False,
+    ) -> None:
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        super().__init__(
+            tau, WithoutPositive(), direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring
+        )
+
+
+@final
+class CountCorrectedInfoNCE(SoftmaxLoss):
+    """InfoNCE over the whole data set, estimated from the batch: each of its k candidates but the positive stands for (n - 1) / k rows.
+
+        log_denominator_i = logaddexp(log_mean_i + log(n - 1), 0),   log_mean_i = log_sum_i - log k
+
+    A masked candidate counts in k and adds nothing to the sum, as it adds nothing to that over the data set. With normalised log-weights (mined
+    batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself. It needs no memory, and is the baseline that every memory
+    has to beat.
+
+    Args:
+        num_rows: n, rows of the data set.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `InfoNCE`.
+
+    Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, arXiv 2202.12387.
+
+    Example:
+        >>> import torch
+        >>> loss = CountCorrectedInfoNCE(1000)
+        >>> loss.grow(2000)
+        >>> loss(torch.randn(8, 16), torch.randn(8, 16)).ndim
+        0
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+        ring: bool = False,
+    ) -> None:
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        super().__init__(
+            tau, CountCorrected(num_rows), direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring
+        )
+
+
+@final
+class SogCLR(SoftmaxLoss):
+    """The objective over all data, followed from small batches.
+
+        u_i <- (1 - gamma) u_i + gamma / k * sum over the batch's negatives of exp((s_ij - s_ip) / tau)
+        loss = mean_i log(eps + u_i),    p_ij = exp((s_ij - s_ip) / tau) / (k (eps + u_i))
+
+    in the log domain; k are the candidates but the positive, of which masked ones add nothing. With normalised log-weights (mined batches) the mean
+    is the weighted sum. The published loss is tau times this; with a fixed temperature that is a factor on the learning rate. With a learnable
+    temperature the derivative is that of the batch's own term with u_i held, as for the embeddings.
+
+    gamma = 1 gives, without memory, InfoNCE for eps = 1 / k, decoupled InfoNCE for eps = 0 and count-corrected InfoNCE for
+    eps = 1 / (n - 1) (gradients; the values differ by a constant).
+
+    Args:
+        num_rows: n, rows of the data set.
+        gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to .2 along a cosine.
+        eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
+        sharded: Each rank stores one W-th of the rows.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `InfoNCE`.
+
+    The running denominators are updated once a call, in training mode with gradients enabled, and are part of `state_dict`.
+
+    Raises:
+        AnybatchError: gamma or eps out of range; in a call: `index` missing or out of range, embeddings of another width.
+
+    Cost: 4 bytes a row and direction. Reference: Yuan et al. 2022, "Provable Stochastic Optimization for Global Contrastive
+    Learning", arXiv 2202.12387, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> loss = SogCLR(1000, gamma=0.8)
+        >>> value = loss(torch.randn(8, 16), torch.randn(8, 16), index=torch.arange(8))
+        >>> int(loss.denominator.visited.sum())
+        8
+    """
+
+    denominator: RunningDenominator
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        gamma: float | Gamma = 0.9,
+        eps: float | None = None,
+        sharded: bool = False,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        min_temperature: float = MIN_TEMPERATURE,
+        direction: Direction = "one_way",
+        normalize: bool = True,
+        tile_bytes: int = TILE_BYTES,
+        ring: bool = False,
+    ) -> None:
+        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        running = RunningDenominator(num_rows, num_directions(direction), gamma=gamma, eps=eps, sharded=sharded)
+        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring)
