@@ -122,10 +122,7 @@ class ImageColumn(Sequence[EncodedImage]):
         from datasets import concatenate_datasets
 
         where = ", ".join(column.where for column in columns)
-        joined = cls(concatenate_datasets([column.dataset for column in columns]), where)
-        if all("keys" in vars(column) for column in columns):
-            vars(joined)["keys"] = np.concatenate([column.keys for column in columns])
-        return joined
+        return cls(concatenate_datasets([column.dataset for column in columns]), where)
 
     def __len__(self) -> int:
         return len(self.dataset)
