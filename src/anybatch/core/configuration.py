@@ -69,12 +69,11 @@ class Configuration:
     Raises:
         AnybatchError: A field is not what its annotation says: its name, what was given and what was expected.
 
-    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
-    ... class Training(Configuration):
-    ...     rate: Positive = 0.1
-    >>> Training(rate=-1)
+    A field `rate: Positive` refuses a value in these words (a class made here would count as one of the library's):
+
+    >>> convert(Positive, -1, "train.rate")
     Traceback (most recent call last):
-    anybatch.core.errors.AnybatchError: rate is -1; expected a finite number above 0.
+    anybatch.core.errors.AnybatchError: train.rate is -1; expected a finite number above 0.
     """
 
     section: ClassVar[str] = ""
