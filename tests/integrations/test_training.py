@@ -238,7 +238,7 @@ def test_weight_decay_leaves_the_temperature_alone(tiny_model_folder, tmp_path):
         output.mkdir()
         loss = InfoNCE(temperature=0.05, learnable_temperature=True)
         _, model, cached = train(tiny_model_folder, output, loss=loss, weight_decay=decay, max_steps=1, warmup=0.0)
-        temperatures.append(cached.loss.log_temperature.item())
+        temperatures.append(cached.loss.temperatures.log_temperature.item())
         weights.append(model[0].model.encoder.layer[0].output.dense.weight.norm().item())
     assert temperatures[0] == temperatures[1] != torch.tensor(0.05).log().item()
     assert weights[1] < 0.97 * weights[0], "the encoder does decay"

@@ -67,7 +67,7 @@ def test_stand_in_saves_the_memory(recipe):
         loss(images, texts, index=index).backward()
     again = recipe["RememberingClipLoss"](FastCLIP(40, version="v3", gamma=0.5))
     again.load_state_dict(loss.state_dict())
-    assert again.loss.memory.visited.sum() == 2 * 24
+    assert again.loss.denominator.visited.sum() == 2 * 24
     assert loss(images, texts, index=torch.arange(12)) == again(images, texts, index=torch.arange(12))
 
 
@@ -79,11 +79,11 @@ def test_calling_the_loss_k_times_is_not_one_call(recipe):
         for seed, count in ((2, 1), (3, calls)):
             for _ in range(count):
                 loss(*features(seed), index=torch.arange(12))
-        states.append(loss.loss.memory.log_mean[:, :12].exp())
+        states.append(loss.loss.denominator.log_mean[:, :12].exp())
     first = FastCLIP(40, version="v1", gamma=1.0)
     singles = []
     for seed in (2, 3):
         first(*features(seed), index=torch.arange(12))
-        singles.append(first.memory.log_mean[:, :12].exp())
+        singles.append(first.denominator.log_mean[:, :12].exp())
     for state, kept in zip(states, (0.5, 0.125), strict=True):
         torch.testing.assert_close(state, kept * singles[0] + (1 - kept) * singles[1], rtol=1e-5, atol=0)
