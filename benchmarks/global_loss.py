@@ -26,7 +26,7 @@ from anybatch.insight import markdown_table
 from anybatch.insight.gradient_error import FrozenPairs, effective_batch_size, gradient_error, infonce_curve
 from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.base import Direction
-from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.registry import LossConfig, build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan

@@ -5,7 +5,7 @@ Usage:
     python -m benchmarks.global_training --task emoji --data FOLDER
     python -m benchmarks.global_training --table-only
 
-A method is written BATCHES/LOSS[/WEIGHTS]: "random", "mined" (clusters of 32, or half a batch), or "mined8" for clusters of 8 and so on; a name of `LossConfig`, or "cluster_centres" (an experiment, one way only); "inclusion" for the inclusion weights.
+A method is written BATCHES/LOSS[/WEIGHTS]: "random", "mined" (clusters of 32, or half a batch), or "mined8" for clusters of 8 and so on; a name of `anybatch.losses.registry`, or "cluster_centres" (an experiment, one way only); "inclusion" for the inclusion weights.
 A name may go on with settings, such as "cross_batch,memory_size=256" or "cross_batch,centred=false"; "cross_batch_one_sided" remembers candidates only.
 Each (task, method, batch size, budget) is a family: at least three learning rates with seed 0, judged on the development split and extended while
 the best is at the edge; then the best rate with two more seeds. Each finished run is one line of docs/benchmarks/global_training.jsonl; runs
@@ -31,9 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.insight import markdown_table
-from anybatch.losses import CrossBatchInfoNCE
+from anybatch.losses import CrossBatchInfoNCE, registry
 from anybatch.losses.base import Batch
-from anybatch.losses.config import LossConfig, build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.losses.sides import Side
 from anybatch.mining import MiningConfig, mine_plan
@@ -125,7 +124,7 @@ class Study:
         task, parts = self.task, cell.method.split("/")
         plan = replace(self._plan(cell, parts[0]), seed=cell.seed)
         weights = "inclusion" if "inclusion" in parts[2:] else "none"
-        loss = make_loss(parts[1], weights, task, plan)
+        loss = make_loss(parts[1], task, plan)
         table = RowTable(task.train.anchor_id, task.train.positive_id, plan=plan, weights=weights)
         model = task.make_model()
         optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], lr=cell.learning_rate, fused=True)
@@ -182,22 +181,18 @@ class OneSided(CrossBatchInfoNCE):
         return batch.anchors.new_zeros(())
 
 
-def make_loss(name: str, weights: Literal["none", "inclusion"], task: Task, plan: BatchPlan) -> nn.Module:
+def make_loss(name: str, task: Task, plan: BatchPlan) -> nn.Module:
     """A loss by name, with the task's temperature and direction."""
     if name == "cluster_centres":
         return ClusterCentres(plan.cluster, dimensions=WIDTH, temperature=task.temperature)
     if name == "cross_batch_one_sided":
         return OneSided(len(task.train), temperature=task.temperature, direction=task.direction, corrected=False)
     name, *settings = name.split(",")
-    config = LossConfig(
-        name=name,  # pyright: ignore[reportArgumentType] - `build_loss` knows the names
-        temperature=task.temperature,
-        direction=task.direction,
-        dimensions=WIDTH if name == "tempnet" else None,
-        weights=weights,
-        **{key: json.loads(value) for key, value in (setting.split("=") for setting in settings)},
-    )
-    return build_loss(config, num_rows=len(task.train))
+    arguments = {key: json.loads(value) for key, value in (setting.split("=") for setting in settings)}
+    arguments |= {"temperature": task.temperature, "direction": task.direction}
+    if name == "tempnet":
+        arguments["dimensions"] = WIDTH
+    return registry.make_loss(name, len(task.train), **arguments)
 
 
 def batches(plan: BatchPlan, num_steps: int) -> Iterator[np.ndarray]:

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from anybatch.core.files import write_text
 from anybatch.losses import InfoNCE
-from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.registry import LossConfig, build_loss
 
 NUM_ROWS = 100_000
 CONFIGS: dict[str, dict[str, object]] = {
     "InfoNCE": {"name": "infonce"},
-    "InfoNCE, hardness": {"name": "infonce", "hardness": 1.0},
     "count-corrected": {"name": "count_corrected"},
     "cross-batch, 1,024 remembered": {"name": "cross_batch"},
     "SogCLR": {"name": "sogclr"},
@@ -90,7 +89,7 @@ def main() -> None:
             known = dict(CONFIGS[name])
             if name in ("TempNet", "EMC2, states kept"):
                 known["dimensions"] = width
-            return build_loss(LossConfig(**known, direction=direction), num_rows=NUM_ROWS)  # pyright: ignore[reportArgumentType]
+            return build_loss(LossConfig(**known, direction=direction), num_rows=NUM_ROWS)
 
         return make
 

@@ -19,8 +19,7 @@ from anybatch.data.pairs import PairData
 from anybatch.insight import markdown_table
 from anybatch.losses import SogCLR
 from anybatch.losses.exact_rows import Table, exact_rows, make_table
-from anybatch.losses.monitoring import memory_figures
-from anybatch.losses.warm_start import warm_start
+from anybatch.losses.warm_start import memory_figures, warm_start
 
 TAU, BATCH = 0.05, 64
 
@@ -108,7 +107,7 @@ def _samples(pairs: PairData, anchors: np.ndarray, positives: np.ndarray) -> str
             loss = SogCLR(len(pairs), temperature=TAU)
             done = warm_start(loss, anchors, positives, sample=size, seed=seed, **known)
             stated.append(done.standard_error)
-            found.append((loss.memory.log_mean - exact.memory.log_mean).square().mean().sqrt().item())
+            found.append((loss.denominator.log_mean - exact.denominator.log_mean).square().mean().sqrt().item())
         rows.append([str(size), f"{np.mean(stated):.3f}", f"{np.mean(found):.3f}"])
     return markdown_table(["targets", "stated error", "measured log rmse (mean of 5 samples)"], rows)
 

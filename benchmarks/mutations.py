@@ -112,23 +112,17 @@ MUTATIONS = [
         ("if cap is None else min(ratio, cap)", "if cap is None else max(ratio, cap)"),
     ),
     *of(
-        "losses/infonce.py",
+        "losses/denominators.py",
         "losses/test_losses.py",
         ("return objective - correction, objective", "return objective, objective"),
     ),
     *of(
-        "losses/infonce.py",
-        "losses/test_methods.py",
-        ("logits + tilted - log_mean[:, None]", "logits + tilted"),
-        ("self.margin / self._temperature", "-self.margin / self._temperature"),
-    ),
-    *of(
-        "losses/sogclr.py",
+        "losses/denominators.py",
         "losses/test_losses.py",
         ("return objective + correction, torch.where", "return objective, torch.where"),
     ),
     *of(
-        "losses/memory.py",
+        "losses/denominators.py",
         "losses/test_memory.py",
         (
             "torch.logaddexp(old + log_stay, combined + log_gamma)",
@@ -136,7 +130,11 @@ MUTATIONS = [
         ),
         ("torch.where(old.isnan(), combined, torch.logaddexp", "torch.where(old < -80, combined, torch.logaddexp"),
         ("return total - count.clamp(min=1).log(), count", "return total, count"),
-        ("own = slots % ranks == rank", "own = slots % ranks == ranks - 1 - rank"),
+    ),
+    *of(
+        "losses/state.py",
+        "losses/test_memory.py",
+        ("own = rows % ranks == rank", "own = rows % ranks == ranks - 1 - rank"),
     ),
     *of(
         "losses/cross_batch.py",
@@ -166,26 +164,30 @@ MUTATIONS = [
         "caching/replay.py",
         "caching/test_replay.py",
         ("else grad.detach() * scale for grad", "else grad.detach() for grad"),
-        ("with recording._modes.apply():", "if True:"),
+        (", training_modes(step.facts.flags):", ":"),
     ),
-    *of("caching/replay.py", "caching/test_state.py", ("    if gap > 1:", "    if gap == torch.inf:")),
+    *of("caching/replay.py", "caching/test_state.py", ("    if difference > 1:", "    if difference == torch.inf:")),
     *of(
         "caching/recording.py",
         "caching/test_replay.py",
         ("self.random = before.now()", "self.random = before"),
     ),
-    *of("caching/gradients.py", "caching/test_step.py", ("grad.add_(found)", "grad.copy_(found)")),
+    *of("caching/replay.py", "caching/test_step.py", ("grad.add_(found)", "grad.copy_(found)")),
     *of(
-        "caching/reduction.py",
+        "caching/ranks.py",
         "caching/test_distributed.py",
         ("flat /= dist.get_world_size()", "pass"),
         ("            if not used:\n                parameter.grad = None", "            pass"),
         ("stack.enter_context(module.no_sync())", "pass"),
     ),
     *of(
-        "caching/rows.py",
+        "caching/spans.py",
         "caching/test_rows.py",
         ("torch.arange(1, width + 1, device", "torch.arange(0, width, device"),
+    ),
+    *of(
+        "caching/rows.py",
+        "caching/test_rows.py",
         ("value.index_select(0, rows.to(value.device))", "value.index_select(0, rows.sort().values.to(value.device))"),
     ),
     *of(

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
-from anybatch.losses.state import join_shards
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from anybatch.cli.app import app
+from anybatch.losses.state import join_shards
 
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anybatch"]
 
@@ -38,7 +38,7 @@ def test_two_processes_equal_one(pairs_file, tiny_model_folder, tmp_path):
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (model / "config.json").write_text(json.dumps(config))
     values = ["mining.method=random", "loss.name=sogclr", "loss.gamma=0.6", "loss.learnable_temperature=true"]
-    values += ["loss.memory_sharded=true", "loss.warm_start_steps=3"]  # each rank stores, and encodes, its share
+    values += ["loss.sharded=true", "loss.warm_start=true"]  # each rank stores, and encodes, its share
     values += ["train.max_steps=6", "train.save_steps=4", "train.log_steps=1", "train.micro_batch=3"]
     values += ["train.learning_rate=1e-3", "model.device=cpu", f"evaluation.path={pairs_file}"]
     given = ["--data", str(pairs_file), "--model", str(model), "--batch-size", "8"]

@@ -12,7 +12,7 @@ from anybatch.core.configuration import Configuration, differences, from_mapping
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
-from anybatch.losses.config import LossConfig
+from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig, MiningSet
 from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, SetConfig, TeacherConfig
 
@@ -115,7 +115,8 @@ RUN = {"output": "o", "data": {"path": "d"}, "model": {"name": "m"}}
 def test_numbers_out_of_range_are_refused_before_anything_is_written(key, value):
     number = int(value) if key == "seed" else float(value)
     section, _, name = key.rpartition(".")
-    tree = {**RUN, **({section: {name: number}} if section else {name: number})}
+    owner = {"name": "sogclr"} if section == "loss" else {}
+    tree = {**RUN, **({section: {name: number, **owner}} if section else {name: number})}
     with pytest.raises(AnybatchError, match=rf"{key} is .*expected"):
         from_mapping(RunConfig, tree)
 

@@ -228,7 +228,7 @@ def test_the_loss_itself_is_left_alone():
     pairs = FrozenPairs.prepare(*embeddings(32))
     loss = SogCLR(32)
     gradient_error(pairs, loss, plan=BatchPlan.random(32, 8), epochs=1)
-    assert not loss.memory.visited.any()
+    assert not loss.denominator.visited.any()
 
 
 def test_mistakes():

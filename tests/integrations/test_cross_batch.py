@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from anybatch.integrations.sentence_transformers import last_whole_checkpoint
-from anybatch.losses.config import LossConfig
+from anybatch.losses.registry import LossConfig
 from anybatch.run import job
 
 from .test_refresh import config
@@ -19,7 +19,7 @@ from .test_refresh import config
 @pytest.mark.parametrize("refresh", [0, 2])
 def test_a_killed_run_goes_on_with_what_it_remembered(refresh, pairs_file, tiny_model_folder, tmp_path):
     loss = LossConfig(
-        name="cross_batch", memory_size=20, direction="both", weights="inclusion", mask_suspects=True, max_staleness=5.0
+        name="cross_batch", memory_size=20, direction="both", weights="inclusion", mask_suspects=True
     )
 
     def run(folder, **k):

@@ -83,7 +83,7 @@ def test_dropout_is_replayed_and_the_temperature_waits(model):
     for keep in (0.5, 1.0):
         assert worst(found[keep, 1.0], found[0.0, 1.0]) < 1e-12
     half = {name: 2 * gradient for name, gradient in found[0.0, 0.5].items()}
-    assert "loss.log_temperature" in half
+    assert "loss.temperatures.log_temperature" in half
     assert worst(half, found[0.0, 1.0]) < 1e-12
 
 

@@ -114,7 +114,7 @@ def test_prefixes_with_memory_replay_the_encoder_once(model, monkeypatch):
     monkeypatch.setattr(loss, "_encode", lambda features: calls.append(len(features["input_ids"])) or encode(features))
     gradients(loss, columns(model, negatives=0), torch.arange(11))
     assert calls.count(11) == 4  # two columns: recorded, then replayed
-    assert [int(part.memory.visited.sum()) for part in loss.loss.losses] == [11, 11]
+    assert [int(part.denominator.visited.sum()) for part in loss.loss.losses] == [11, 11]
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 5])
@@ -205,7 +205,7 @@ def test_mistakes(model):
 def accumulated(loss, batches, labels=None):
     """Two backward passes of half the loss each, as under gradient accumulation; the temperature had a gradient before."""
     loss.zero_grad()
-    loss.loss.log_temperature.grad = torch.tensor(3.0)
+    loss.loss.temperatures.log_temperature.grad = torch.tensor(3.0)
     for features in batches:
         (loss([dict(column) for column in features], labels) / len(batches)).backward()
     return {name: parameter.grad.clone() for name, parameter in loss.named_parameters() if parameter.grad is not None}
@@ -228,17 +228,19 @@ def test_learned_temperature_follows_the_outer_gradient(model):
             return self.loss(anchors, torch.cat(others))
 
     theirs = accumulated(Plain(), batches)
-    assert abs(theirs["loss.log_temperature"] - 3.0) > 1e-3
-    torch.testing.assert_close(ours["loss.log_temperature"], theirs["loss.log_temperature"], rtol=1e-6, atol=0)
+    assert abs(theirs["loss.temperatures.log_temperature"] - 3.0) > 1e-3
+    torch.testing.assert_close(
+        ours["loss.temperatures.log_temperature"], theirs["loss.temperatures.log_temperature"], rtol=1e-6, atol=0
+    )
     assert worst(ours, theirs) < 1e-7  # the temperature is a float32 parameter
 
 
 def test_nothing_reaches_the_temperature_before_backward(model):
     loss = CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=4)
     value = loss([dict(column) for column in columns(model)])
-    assert loss.loss.log_temperature.grad is None
+    assert loss.loss.temperatures.log_temperature.grad is None
     value.backward()
-    assert loss.loss.log_temperature.grad is not None
+    assert loss.loss.temperatures.log_temperature.grad is not None
 
 
 def test_the_loss_is_computed_outside_autocast(model):

@@ -1,4 +1,4 @@
-"""Warm start, refills and the memory's figures with a real model and inside a run; sharded memories in checkpoints."""
+"""Warm start and the memory's figures with a real model and inside a run; sharded memories in checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from anybatch.losses.memory import ExampleMemory
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -27,7 +26,7 @@ from anybatch.integrations.sentence_transformers import (
     warm_start_from_model,
 )
 from anybatch.losses import InfoNCE, SogCLR
-from anybatch.losses.config import LossConfig
+from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig
 from anybatch.run import job
 from anybatch.run.config import DataConfig, RunConfig
@@ -70,9 +69,9 @@ def test_equals_the_loss_on_the_whole_data_set(model, pairs, tmp_path):
         anchor_id=ids[0],
         candidate_id=ids[1],
     )
-    torch.testing.assert_close(warmed.memory.log_mean, trained.memory.log_mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(warmed.denominator.log_mean, trained.denominator.log_mean, rtol=1e-4, atol=1e-4)
     warm_start_from_model(model, pairs, filed, folder=tmp_path, batch_size=16)
-    assert torch.equal(filed.memory.log_mean, warmed.memory.log_mean)
+    assert torch.equal(filed.denominator.log_mean, warmed.denominator.log_mean)
     seen.clear()
     warm_start_from_model(
         model, pairs, SogCLR(ROWS, direction="both"), folder=tmp_path, progress=lambda *f: seen.append(f)
@@ -103,8 +102,8 @@ def test_the_probe_sees_drift(model, pairs):
     assert drifted["memory_log_rmse"] > 10 * fresh["memory_log_rmse"]
     assert drifted["objective_true"] != fresh["objective_true"]
     assert 1 <= drifted["effective_negatives"] <= ROWS
-    with pytest.raises(AnybatchError, match="refill_steps is 0"):
-        MemoryCallback(model, pairs, loss, refill_steps=0)
+    with pytest.raises(AnybatchError, match="probe_steps is 0"):
+        MemoryCallback(model, pairs, loss, probe_steps=0)
 
 
 def run_config(pairs_file, folder, output, *, max_steps=12, **loss):
@@ -120,7 +119,7 @@ def run_config(pairs_file, folder, output, *, max_steps=12, **loss):
 
 
 def test_a_run_that_starts_warm_resumes_bit_for_bit(pairs_file, tiny_model_folder, tmp_path):
-    settings = {"warm_start": True, "warm_start_steps": 5, "probe_steps": 4}
+    settings = {"warm_start": True, "probe_steps": 4}
     stages: list[str] = []
 
     def listen(stage, done, total, figures=None):
@@ -140,9 +139,7 @@ def test_a_run_that_starts_warm_resumes_bit_for_bit(pairs_file, tiny_model_folde
         pass
 
     def kill(stage, done, total, figures=None):
-        if (
-            stage == "training" and done == 8
-        ):  # after the checkpoint and refill of steps 6 and 5, before those of 9 and 10
+        if stage == "training" and done == 8:  # after the checkpoint of step 6, before that of step 9
             raise KillError
 
     with pytest.raises(KillError):
@@ -161,7 +158,7 @@ def test_a_run_that_starts_warm_resumes_bit_for_bit(pairs_file, tiny_model_folde
 def test_a_cold_run_differs(pairs_file, tiny_model_folder, tmp_path):
     """Else the warm start would not have reached the loss."""
     losses = []
-    for name, settings in (("cold", {}), ("warm", {"warm_start": True, "warm_start_sample": 60})):
+    for name, settings in (("cold", {}), ("warm", {"warm_start": True})):
         job.train(run_config(pairs_file, tiny_model_folder, tmp_path / name, max_steps=1, **settings))
         losses.append(
             next(json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines())
@@ -173,7 +170,7 @@ def test_settings():
     for settings, match in (
         ({"name": "infonce", "warm_start": True}, "has no running denominator"),
         ({"name": "siglip", "probe_steps": 5}, "has no running denominator"),
-        ({"name": "sogclr", "warm_start_steps": 0}, "at least 1"),
+        ({"name": "sogclr", "probe_steps": 0}, "at least 1"),
     ):
         with pytest.raises(AnybatchError, match=match):
             LossConfig(**settings)
@@ -188,23 +185,23 @@ def test_sharded_memory_in_checkpoints(tmp_path, monkeypatch):
         monkeypatch.setattr(distributed, "is_active", lambda: ranks > 1)
         monkeypatch.setattr(distributed, "world_size", lambda: ranks)
         monkeypatch.setattr(distributed, "rank", lambda: rank)
-        loss = CachedLoss(torch.nn.Linear(1, 1), SogCLR(11, memory=ExampleMemory(11, sharded=True)))
+        loss = CachedLoss(torch.nn.Linear(1, 1), SogCLR(11, sharded=True))
         return loss, SimpleNamespace(global_step=5, is_world_process_zero=rank == 0)
 
     for rank in (1, 0):
         assert last_whole_checkpoint(tmp_path) is None
         loss, state = be(rank)
-        loss.loss.memory.write(torch.arange(11), torch.arange(11.0), dimensions=3)
+        loss.loss.denominator.fill(torch.arange(11), torch.arange(11.0), direction=0, dimensions=3)
         LossStateCallback(loss).on_save(arguments, state, None)
     checkpoint = last_whole_checkpoint(tmp_path)
     for rank in range(2):
         loss, state = be(rank)
         LossStateCallback(loss).on_train_begin(arguments, state, None)
-        assert loss.loss.memory.log_mean.tolist() == [[float(row) for row in range(rank, 11, 2)]]
+        assert loss.loss.denominator.log_mean.tolist() == [[float(row) for row in range(rank, 11, 2)]]
     for ranks in (1, 3):  # other numbers of ranks join the shards, and take theirs
         loss, state = be(0, ranks=ranks)
         LossStateCallback(loss).on_train_begin(arguments, state, None)
-        assert loss.loss.memory.log_mean.tolist() == [np.arange(11.0)[::ranks].tolist()]
+        assert loss.loss.denominator.log_mean.tolist() == [np.arange(11.0)[::ranks].tolist()]
     (checkpoint / "anybatch_loss-1-of-2.safetensors").unlink()
     with pytest.raises(AnybatchError, match=r"cannot be read, anybatch_loss-1-of-2\.safetensors"):
         LossStateCallback(loss).on_train_begin(arguments, state, None)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import ModelConfig, TrainConfig, last_whole_checkpoint
 from anybatch.integrations.sentence_transformers.refresh import RefreshPlan
-from anybatch.losses.config import LossConfig
+from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig
 from anybatch.plans.plan import BatchPlan, PlanSampler
 from anybatch.run import job

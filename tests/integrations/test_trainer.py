@@ -110,7 +110,7 @@ def test_plan_is_dealt_and_evaluation_is_left_alone(tiny_model_folder, tmp_path)
     evaluations = [rows for training_step, rows in seen if not training_step]
     assert len(evaluations) == 4 * 10  # after steps 3, 6, 9 and at the end, ten batches each
     assert all(rows is None for rows in evaluations)
-    assert loss.loss.memory.visited.all()
+    assert loss.loss.denominator.visited.all()
 
 
 def test_a_plan_that_is_not_used_is_an_error(tiny_model_folder, tmp_path):
@@ -170,9 +170,11 @@ def test_a_new_run_on_appended_rows_begins_with_the_old_states(tiny_model_folder
     checkpoint = tmp_path / "old" / "checkpoint-3"
     new = CachedLoss(old.model, SogCLR(ROWS + 6, gamma=0.5, learnable_temperature=True))
     load_grown_loss(new, checkpoint)
-    assert torch.equal(new.loss.memory.log_mean[:, :ROWS].nan_to_num(9), old.loss.memory.log_mean.nan_to_num(9))
-    assert int(new.loss.memory.visited.sum()) == int(old.loss.memory.visited.sum()) > 0
-    assert torch.equal(new.loss.log_temperature, old.loss.log_temperature)
+    assert torch.equal(
+        new.loss.denominator.log_mean[:, :ROWS].nan_to_num(9), old.loss.denominator.log_mean.nan_to_num(9)
+    )
+    assert int(new.loss.denominator.visited.sum()) == int(old.loss.denominator.visited.sum()) > 0
+    assert torch.equal(new.loss.temperatures.log_temperature, old.loss.temperatures.log_temperature)
     # The same state from a run of two ranks that shared out the memory: a file each, and one that says so.
     whole = load_file(checkpoint / "anybatch_loss.safetensors")
     shards = tmp_path / "shards"
@@ -184,7 +186,7 @@ def test_a_new_run_on_appended_rows_begins_with_the_old_states(tiny_model_folder
     save_file({"num_shards": torch.tensor(2)}, shards / "anybatch_loss.safetensors")
     again = CachedLoss(old.model, SogCLR(ROWS + 6, gamma=0.5, learnable_temperature=True))
     load_grown_loss(again, shards)
-    assert torch.equal(again.loss.memory.log_mean.nan_to_num(9), new.loss.memory.log_mean.nan_to_num(9))
+    assert torch.equal(again.loss.denominator.log_mean.nan_to_num(9), new.loss.denominator.log_mean.nan_to_num(9))
     fewer = CachedLoss(old.model, SogCLR(ROWS - 1, gamma=0.5, learnable_temperature=True))
     with pytest.raises(AnybatchError, match="can only grow"):
         load_grown_loss(fewer, checkpoint)
@@ -235,7 +237,7 @@ class TestRowNumbers:
         )
         training.train()
         expected = 40 if order == "PROPORTIONAL" else 32  # round robin ends with the smaller set
-        assert int(loss.loss.memory.visited.sum()) == expected
+        assert int(loss.loss.denominator.visited.sum()) == expected
 
     def test_several_sets_with_a_plan_each(self, tiny_model_folder, tmp_path):
         sets = with_index({"a": dataset(16), "b": dataset(24, offset=60)})
@@ -271,13 +273,13 @@ class TestRowNumbers:
         changed = concatenate_datasets([parts["train"].shuffle(seed=1), parts["test"], numbered.select(range(8))])
         training, loss = one_trainer(tiny_model_folder, tmp_path, changed, sogclr(ROWS))
         training.train()
-        assert loss.loss.memory.visited.all()
+        assert loss.loss.denominator.visited.all()
 
     def test_a_stream_that_brings_its_own_numbers(self, tiny_model_folder, tmp_path):
         rows = with_index(dataset())
         training, loss = one_trainer(tiny_model_folder, tmp_path, rows.to_iterable_dataset(), sogclr(ROWS), max_steps=5)
         training.train()
-        assert loss.loss.memory.visited.all()
+        assert loss.loss.denominator.visited.all()
 
     MISTAKES: ClassVar = {
         "scores": ({"score": [1.0] * ROWS}, "holds float64"),

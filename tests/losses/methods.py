@@ -8,7 +8,6 @@ from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledI
 ROWS, WIDTH = 40, 5
 STATELESS = {
     "infonce": lambda **k: InfoNCE(learnable_temperature=True, **k),
-    "infonce hard": lambda **k: InfoNCE(hardness=2.0, margin=0.1, **k),
     "decoupled": lambda **k: DecoupledInfoNCE(learnable_temperature=True, **k),
     "count corrected": lambda **k: CountCorrectedInfoNCE(ROWS, learnable_temperature=True, **k),
 }

@@ -20,6 +20,7 @@ from anybatch.losses import (
     SumLogWeight,
     TensorLogWeight,
 )
+from anybatch.losses.base import side_of
 
 N, WIDTH, BATCH, SIZE, TAU = 50, 5, 6, 10, 0.3
 SAME, OTHER, LOOSE = math.log(1 / (N - 1)), math.log(4 / (N - 1)), math.log(7 / (N - 1))
@@ -302,7 +303,9 @@ def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
     batch = loss._prepare(anchors, torch.cat([positives, negatives]), index, None, *ids)
     recalled = loss._recall(batch)
     counts = torch.arange(3, 3 + BATCH).double()
-    pull = loss._gradient_of_queries(batch, recalled, 0, replace(loss._side(batch, direction=0), num_drawn=counts))
+    pull = loss._gradient_of_queries(
+        batch, recalled, 0, replace(side_of(loss.temperatures, loss.denominator, batch, 0), num_drawn=counts)
+    )
     expected = torch.zeros_like(pull)
     for j, row in enumerate(index.tolist()):
         for place in torch.nonzero(recalled.present)[:, 0].tolist():
@@ -325,10 +328,12 @@ def test_the_pull_of_queries_takes_the_temperature_of_this_moment():
     ).double()
     loss(*draw(0)[:2], index=draw(0)[2])
     with torch.no_grad():
-        loss.log_temperature.fill_(math.log(0.7))
+        loss.temperatures.log_temperature.fill_(math.log(0.7))
     loss.eval()  # gradients are wanted in evaluation mode too
     fixed = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=0.7, max_staleness=None).double()
-    fixed.load_state_dict({key: value for key, value in loss.state_dict().items() if key != "log_temperature"})
+    fixed.load_state_dict(
+        {key: value for key, value in loss.state_dict().items() if key != "temperatures.log_temperature"}
+    )
     anchors, positives, index = draw(1)
     mine = torch.autograd.grad(loss(anchors, positives, index=index), [anchors, positives])
     theirs = torch.autograd.grad(fixed(anchors, positives, index=index), [anchors, positives])
@@ -359,7 +364,7 @@ def test_an_index_of_32_bits_is_as_good():
 def test_a_state_of_more_rows_is_refused():
     loss = CrossBatchInfoNCE(N, memory_size=SIZE).double()
     loss(*draw(0)[:2], index=draw(0)[2])
-    with pytest.raises(AnybatchError, match="of 50 rows, this loss is for 12 rows"):
+    with pytest.raises(AnybatchError, match="for 50 rows, this loss for 12"):
         CrossBatchInfoNCE(12, memory_size=SIZE).load_state_dict(loss.state_dict())
 
 
@@ -428,10 +433,12 @@ def test_a_learned_temperature_has_the_derivative_of_the_batchs_own_terms():
     values, step = [], 1e-6
     with torch.no_grad():
         for sign in (1, -1):
-            loss.log_temperature += sign * step
+            loss.temperatures.log_temperature += sign * step
             values.append(loss(anchors, positives, index=index).item())
-            loss.log_temperature -= sign * step
-    assert loss.log_temperature.grad.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
+            loss.temperatures.log_temperature -= sign * step
+    assert loss.temperatures.log_temperature.grad.item() == pytest.approx(
+        (values[0] - values[1]) / (2 * step), rel=1e-6
+    )
 
 
 def test_a_new_loss_takes_the_width_of_a_saved_state():

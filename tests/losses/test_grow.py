@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from anybatch.losses.memory_states import grown_state, join_shards
 from safetensors.torch import load_file, save_file
 
 from anybatch.core.errors import AnybatchError
@@ -17,12 +15,15 @@ from anybatch.losses import (
     CountCorrectedInfoNCE,
     CrossBatchInfoNCE,
     DecoupledInfoNCE,
-    ExampleMemory,
     GammaSchedule,
     InfoNCE,
     Matryoshka,
+    RunningDenominator,
+    SoftmaxLoss,
     SogCLR,
 )
+from anybatch.losses.state import grown_state, join_shards
+from anybatch.losses.temperatures import GlobalTemperature
 from tests.ranks import on_ranks
 
 OLD, NEW, WIDTH = 13, 20, 4
@@ -48,8 +49,16 @@ MAKE = {
     "matryoshka nuclr": lambda n, **k: Matryoshka(NUCLR(n, margin=0.25, margin_lr=0.05, **k), [WIDTH, 3]),
 }
 # The buffers with an entry a row, named here a second time so that one forgotten by the library shows.
-PER_ROW = {"log_mean", "values", "velocity", "states"}
-OF_THE_SIZE = ("eps", "alpha", "num_rows")  # plain attributes that a constructor may take from the number of rows
+PER_ROW = {"log_mean", "log_weight", "values", "velocity", "states"}
+
+
+def of_the_size(loss):
+    """What a constructor may take from the number of rows."""
+    return [
+        (path, name, getattr(part, name, None))
+        for path, part in loss.named_modules()
+        for name in ("eps", "alpha", "num_rows")
+    ]
 
 
 def make(name, num_rows, direction="both"):
@@ -104,10 +113,6 @@ def assert_same(ours, theirs):
         assert torch.equal(value.double().nan_to_num(-99.0), theirs[key].double().nan_to_num(-99.0)), key
 
 
-def parts_of(loss):
-    return list(loss.losses) if isinstance(loss, Matryoshka) else [loss]
-
-
 @pytest.mark.parametrize("direction", ["one_way", "both"])
 @pytest.mark.parametrize("name", MAKE)
 def test_a_grown_loss_equals_one_made_at_the_larger_size(name, direction):
@@ -121,9 +126,7 @@ def test_a_grown_loss_equals_one_made_at_the_larger_size(name, direction):
     loaded.load_state_dict(grown_state(saved, loaded))
     for other in (grown, loaded):
         assert_same(other, twin)
-        for ours, theirs in zip(parts_of(other), parts_of(twin), strict=True):
-            for setting in OF_THE_SIZE:
-                assert getattr(ours, setting, None) == getattr(theirs, setting, None)
+        assert of_the_size(other) == of_the_size(twin)
     # Saved after growing, and loaded into a loss that was grown as well: the order of the two does not matter.
     again = make(name, OLD, direction)
     again.grow(NEW)
@@ -168,99 +171,32 @@ def test_it_only_grows(name):
 
 
 def test_settings_that_were_given_stay():
-    for loss, attribute, value in (
-        (SogCLR(OLD, eps=0.25), "eps", 0.25),
-        (SCENT(OLD, alpha=3.0), "alpha", 3.0),
-        (FastCLIP(OLD), "eps", 1e-14),
+    scent = SCENT(OLD, alpha=3.0)
+    for loss, eps in (
+        (SogCLR(OLD, eps=0.25), 0.25),
+        (SogCLR(OLD), 1 / (NEW - 1)),
+        (FastCLIP(OLD), 1e-14),
+        (scent, 1 / (NEW - 1)),
     ):
         loss.grow(NEW)
-        assert getattr(loss, attribute) == value
-    loss = SogCLR(OLD)
-    loss.grow(NEW)
-    assert loss.eps == 1 / (NEW - 1)
+        assert loss.denominator.eps == eps
+    assert scent.denominator.gamma.alpha == 3.0
     SigLIP(temperature=0.1).grow(NEW)  # nothing that depends on the rows
 
 
-def test_float16_stays_float16():
-    old = SogCLR(OLD, temperature=0.3, memory=ExampleMemory(OLD, dtype="float16"))
-    generator = torch.Generator().manual_seed(0)
-    sides = [torch.randn(OLD, WIDTH, generator=generator) for _ in range(2)]
-    old(sides[0].requires_grad_(), sides[1], index=torch.arange(OLD))
-    saved = copy.deepcopy(old.state_dict())
-    twin = SogCLR(NEW, temperature=0.3, memory=ExampleMemory(NEW, dtype="float16"))
-    twin.memory.log_mean[:, :OLD] = old.memory.log_mean
-    twin.memory.dimensions.fill_(WIDTH)
-    loaded = SogCLR(NEW, temperature=0.3, memory=ExampleMemory(NEW, dtype="float16"))
-    loaded.load_state_dict(grown_state(saved, loaded))
-    old.grow(NEW)
-    for other in (old, loaded):
-        assert other.memory.log_mean.dtype == torch.float16
-        assert_same(other, twin)
-
-
-KEYS = [7, 3, 7, -2, 3, 3, 9, 9, 9, 0, 7, 7, 0]
-
-
-def test_keys():
-    longer = [*KEYS, 3, 11, 11, 4, 7, 4, 12]
-    old = SogCLR(OLD, temperature=0.3, gamma=0.4, memory=ExampleMemory.from_keys(KEYS)).double()
-    for seed in range(3):
-        step(old, seed, OLD)
-    saved = copy.deepcopy(old.state_dict())
-    twin = SogCLR(NEW, temperature=0.3, gamma=0.4, memory=ExampleMemory.from_keys(longer)).double()
-    twin.memory.log_mean[:, : old.memory.num_slots] = old.memory.log_mean  # slots are numbered by first appearance
-    twin.memory.dimensions.fill_(WIDTH)
-    loaded = SogCLR(NEW, temperature=0.3, gamma=0.4, memory=ExampleMemory.from_keys(longer)).double()
-    loaded.load_state_dict(grown_state(saved, loaded))
-    for wrong in ({}, {"keys": np.arange(NEW)}, {"keys": longer[:-1]}):
-        with pytest.raises(AnybatchError, match="keys"):
-            old.grow(NEW, **wrong)
-    assert old.eps == 1 / (OLD - 1)
-    old.grow(NEW, keys=longer)
-    for other in (old, loaded):
-        assert_same(other, twin)
-        assert other.eps == twin.eps
-    expected = step(twin, 5, NEW)
-    for other in (old, loaded):
-        for ours, theirs in zip(step(other, 5, NEW), expected, strict=True):
-            assert torch.equal(ours, theirs)
-    other_keys = SogCLR(NEW, memory=ExampleMemory.from_keys([3, *longer[1:]]))
-    for target in (other_keys, SogCLR(NEW)):
-        with pytest.raises(AnybatchError, match="do not begin"):
-            grown_state(saved, target)
-    with pytest.raises(AnybatchError, match="belong to rows"):
-        EMC2(OLD).grow(NEW, keys=longer)
-
-
-def test_keys_that_are_too_few_or_of_no_use():
-    keyed = SogCLR(OLD, memory=ExampleMemory.from_keys(KEYS))
-    with pytest.raises(AnybatchError, match="num_rows is 12, fewer than the 13"):
-        keyed.grow(OLD - 1, keys=KEYS[:-1])
-    shorter = SogCLR(OLD - 1, memory=ExampleMemory.from_keys(KEYS[:-1]))
-    with pytest.raises(AnybatchError, match="num_rows is 12, fewer than the 13"):
-        grown_state(keyed.state_dict(), shorter)
-    for loss in (InfoNCE(), DecoupledInfoNCE(), CountCorrectedInfoNCE(OLD), SigLIP(), Matryoshka(InfoNCE(), [4, 2])):
-        with pytest.raises(AnybatchError, match="no memory that rows could share"):
-            loss.grow(NEW, keys=range(NEW))
-    counted = CountCorrectedInfoNCE(OLD)
-    with pytest.raises(AnybatchError, match="keys were given"):
-        counted.grow(NEW, keys=range(NEW))
-    assert counted.num_rows == OLD
-
-
-def test_one_memory_under_two_names():
+def test_one_denominator_under_two_names():
     """A state holds it twice, and both grow."""
 
     def two(num_rows):
-        memory = ExampleMemory(num_rows)
-        return torch.nn.ModuleList(SogCLR(num_rows, temperature=0.3, memory=memory) for _ in range(2))
+        running = RunningDenominator(num_rows)
+        return torch.nn.ModuleList(SoftmaxLoss(GlobalTemperature(0.3), running) for _ in range(2))
 
     old, new = two(OLD), two(NEW)
     step(old[0].double(), 0, OLD)
     new.double().load_state_dict(grown_state(old.state_dict(), new))
-    assert torch.equal(new[1].memory.log_mean[:, :OLD].nan_to_num(9), old[1].memory.log_mean.nan_to_num(9))
-    assert new[1].memory.log_mean[:, OLD:].isnan().all()
-    assert new[1].memory.visited.any()
+    assert torch.equal(new[1].denominator.log_mean[:, :OLD].nan_to_num(9), old[1].denominator.log_mean.nan_to_num(9))
+    assert new[1].denominator.log_mean[:, OLD:].isnan().all()
+    assert new[1].denominator.visited.any()
 
 
 SHARED_OUT = ("sogclr", "fastclip v2", "isogclr", "tempnet", "nuclr", "glofnd", "scent")
@@ -268,7 +204,8 @@ SHARED_OUT = ("sogclr", "fastclip v2", "isogclr", "tempnet", "nuclr", "glofnd", 
 
 def sharded(name, num_rows):
     loss = make(name, num_rows)
-    loss.memory = ExampleMemory(num_rows, 2, sharded=True).double()
+    whole = loss.denominator
+    loss.denominator = RunningDenominator(num_rows, 2, gamma=whole.gamma, eps=whole._eps, sharded=True).double()
     return loss
 
 
@@ -295,7 +232,7 @@ def worker(rank, world_size):
         loss.grow(NEW)
         values = [share(loss, seed, NEW, rank) for seed in (3, 4)]
         states[name, "new"], states[name, "values"] = copy.deepcopy(loss.state_dict()), values
-        with pytest.raises(AnybatchError, match="join the shards first"):
+        with pytest.raises(AnybatchError, match="Join the shards"):
             grown_state(states[name, "old"], loss)
         early = sharded(name, OLD)
         early.grow(NEW)  # before anything is stored

@@ -304,7 +304,7 @@ class TestCounts:
                     own, columns = (index[:-1], index) if explicit else (index, index)
                     known = {"index": own, "anchor_id": own, "candidate_id": label[columns]}
                     loss(anchors[own], positives[columns], **known)
-                    sums.append(loss._stats[1].objective[0].expm1())
+                    sums.append(loss._last[1].objective[0].expm1())
                 assert torch.stack(sums).mean().item() == pytest.approx(truth[row].item(), rel=1e-9)
 
     @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ class TestCounts:
             for index in self.batches(row):
                 loss = make(self.N).double()
                 loss(anchors[index], positives[index], **self.arguments(index, label))
-                told.append(loss.memory.log_mean[0, row].exp().nan_to_num(0.0))
+                told.append(loss.denominator.log_mean[0, row].exp().nan_to_num(0.0))
             assert torch.stack(told).mean().item() == pytest.approx(exact.log_mean[row].exp().item(), rel=1e-9)
 
     @pytest.mark.parametrize(
@@ -362,14 +362,14 @@ class TestCounts:
         loss = SogCLR(ROWS, gamma=0.25, temperature=0.3).double()
         anchors, candidates, index = draw(0, extra=0)
         loss(anchors, candidates, index=index)
-        before = loss.memory.log_mean[0, index].clone()
+        before = loss.denominator.log_mean[0, index].clone()
         mask = torch.zeros(6, 6, dtype=torch.float64)
         mask[2] = -torch.inf
         loss(anchors, candidates, index=index, log_weight=mask)
-        fading = loss.memory.log_mean[0, index[2]].exp() / before[2].exp()
+        fading = loss.denominator.log_mean[0, index[2]].exp() / before[2].exp()
         assert fading.item() == pytest.approx(0.75, rel=1e-6)
         loss(anchors[:1], candidates[:1], index=index[2:3])  # a batch of one draws nothing, and says nothing
-        assert loss.memory.log_mean[0, index[2]].exp() / before[2].exp() == fading
+        assert loss.denominator.log_mean[0, index[2]].exp() / before[2].exp() == fading
 
     def test_thresholds_leave_the_mean_over_the_others(self):
         """What GloFND drops is taken out of the data, as published; what a mask removes is a draw that adds nothing."""
@@ -377,7 +377,7 @@ class TestCounts:
 
         loss = GloFND(ROWS, alpha=0.3, gamma=1.0, eps=0.0, temperature=0.3).double()
         anchors, candidates, index = draw(0, extra=0)
-        loss.thresholds.values[:] = 0.2
+        loss.others[0].thresholds.values[:] = 0.2
         mask = torch.zeros(6, 6, dtype=torch.float64)
         mask[:, 3] = -torch.inf
         loss(anchors, candidates, index=index, log_weight=mask)
@@ -388,7 +388,7 @@ class TestCounts:
             kept = [j for j in offered if scores[i, j] <= 0.2]
             drawn = 5 - (len(offered) - len(kept))
             mean = sum(((scores[i, j] - scores[i, i]) / 0.3).exp().item() for j in kept) / drawn
-            assert loss.memory.log_mean[0, index[i]].exp().nan_to_num(0.0).item() == pytest.approx(mean, rel=1e-6)
+            assert loss.denominator.log_mean[0, index[i]].exp().nan_to_num(0.0).item() == pytest.approx(mean, rel=1e-6)
 
 
 class TestNumbersThatAreNone:
@@ -427,15 +427,6 @@ class TestNumbersThatAreNone:
             after = loss(*draw(3, dtype=torch.float32)[:2], index=draw(0)[2])
             assert after.isfinite(), (bad, where)
             after.backward()
-
-    def test_float16_memory_ends_where_float16_ends(self):
-        from anybatch.losses import ExampleMemory
-
-        loss = SogCLR(ROWS, temperature=1e-5, gamma=0.5, memory=ExampleMemory(ROWS, dtype="float16"))
-        anchors, _, index = draw(0, dtype=torch.float32)
-        for _ in range(2):
-            assert loss(anchors, -anchors, index=index).isfinite()
-        assert loss.memory.log_mean[0, index].isfinite().all()
 
 
 class TestShapes:

@@ -31,9 +31,9 @@ def both(rows, columns, tile_bytes, log_weight=None):
         if name == "ours":
             value = loss(*leaves, anchor_mask=q_mask, candidate_mask=d_mask, log_weight=log_weight)
         else:
-            value = twin(*leaves, q_mask, d_mask, loss.log_temperature.exp(), log_weight)
+            value = twin(*leaves, q_mask, d_mask, loss.temperatures.log_temperature.exp(), log_weight)
         (value * 3).backward()
-        found.append([value, *(leaf.grad for leaf in leaves), loss.log_temperature.grad])
+        found.append([value, *(leaf.grad for leaf in leaves), loss.temperatures.log_temperature.grad])
     return found
 
 
@@ -99,7 +99,7 @@ def on_rank(rank, world_size):
     q, d = q.clone().requires_grad_(), d.clone().requires_grad_()
     value = loss(q, d, anchor_mask=q_mask, candidate_mask=d_mask)
     value.backward()
-    return [value.detach(), q.grad, d.grad, loss.log_temperature.grad]
+    return [value.detach(), q.grad, d.grad, loss.temperatures.log_temperature.grad]
 
 
 @pytest.mark.distributed
@@ -109,11 +109,11 @@ def test_ranks_equal_one_process():
     d_mask[: SHARES[0], 7:] = False
     q, d = q.requires_grad_(), d.requires_grad_()
     loss = LateInteraction(temperature=0.4, learnable_temperature=True).double()
-    value = twin(q, d, q_mask, d_mask, loss.log_temperature.exp())
+    value = twin(q, d, q_mask, d_mask, loss.temperatures.log_temperature.exp())
     value.backward()
     for rank, (got, d_q, d_d, d_tau) in enumerate(results):
         rows = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
         torch.testing.assert_close(got, value.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(d_q / 2, q.grad[rows], rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(d_d / 2, d.grad[rows, : d_d.shape[1]], rtol=1e-11, atol=1e-13)
-        torch.testing.assert_close(d_tau, loss.log_temperature.grad, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(d_tau, loss.temperatures.log_temperature.grad, rtol=1e-11, atol=1e-13)

@@ -11,7 +11,7 @@ from anybatch.core.configuration import from_mapping
 from anybatch.core.errors import AnybatchError
 from anybatch.family import SigLIP, TempNet
 from anybatch.losses import InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.registry import LossConfig, build_loss
 from tests.ranks import on_ranks
 
 from .methods import ALL
@@ -77,8 +77,8 @@ def test_memories_are_apart_and_resume_bit_for_bit():
         step(whole, seed)
     resumed = Matryoshka(SogCLR(40, gamma=0.4, learnable_temperature=True), DIMS)
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
-    assert [int(part.memory.dimensions) for part in resumed.losses] == DIMS
-    assert not torch.equal(resumed.losses[0].memory.log_mean, resumed.losses[1].memory.log_mean)
+    assert [int(part.denominator.embedding_width) for part in resumed.losses] == DIMS
+    assert not torch.equal(resumed.losses[0].denominator.log_mean, resumed.losses[1].denominator.log_mean)
     for ours, theirs in zip(step(whole, 2), step(resumed, 2), strict=True):
         assert torch.equal(ours, theirs)
     assert all(
@@ -117,16 +117,15 @@ def test_mistakes(arguments, match):
 
 
 def test_by_configuration():
-    config = from_mapping(LossConfig, {"name": "sogclr", "matryoshka": [4, 2], "matryoshka_weights": [1, 0.5]})
+    config = from_mapping(LossConfig, {"name": "sogclr", "matryoshka": [4, 2]})
     loss = build_loss(config, num_rows=30)
     assert isinstance(loss, Matryoshka)
-    assert (loss.dimensions, loss.weights) == ((4, 2), (1.0, 0.5))
+    assert (loss.dimensions, loss.weights) == ((4, 2), (1.0, 1.0))
     assert loss(*embeddings(0), index=torch.arange(7)).isfinite()
     tempnet = build_loss(LossConfig(name="tempnet", matryoshka=(4, 2)), num_rows=30)
     assert tempnet.double()(*embeddings(0), index=torch.arange(7)).isfinite()
     for given, match in [
         ({"matryoshka": (4, 4)}, "different positive widths"),
-        ({"matryoshka_weights": (1.0,)}, "one weight a prefix"),
         ({"name": "sogclr", "matryoshka": (4,), "warm_start": True}, "each prefix has its own"),
         ({"name": "tempnet", "matryoshka": (4,), "dimensions": 4}, "says the widths already"),
     ]:

@@ -1,4 +1,4 @@
-"""NUCLR, GloFND, EMC2, SCENT, margins and hardness: what is particular to each, against naive formulas."""
+"""NUCLR, GloFND, EMC2, SCENT, what is particular to each, against naive formulas."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from anybatch import family, losses
+from anybatch import family
 from anybatch.core.errors import AnybatchError
 from anybatch.family import EMC2, NUCLR, SCENT, GloFND
 from anybatch.family.emc2 import _Chain, _Chained
-from anybatch.losses import DecoupledInfoNCE, InfoNCE, SogCLR
-from anybatch.losses.base import Batch
+from anybatch.losses import DecoupledInfoNCE, SogCLR
+from anybatch.losses.base import Batch, side_of
 from anybatch.losses.candidates import Layout
 
 from .. import reference
@@ -57,10 +57,12 @@ class TestNUCLR:
         anchors, candidates = draw(0, n, 0)
         loss = self.make(n, margin_lr=0.01, tile_bytes=tile)
         margins = (0.1 * torch.arange(n, dtype=torch.float64) - 0.5).requires_grad_()
-        loss.margins.values[0] = margins.detach()
+        loss.others[0].margins.values[0] = margins.detach()
         loss(anchors, candidates, index=torch.arange(n))
         expected = torch.autograd.grad(self.objective(anchors, candidates, margins), margins)[0] * n * self.TAU
-        torch.testing.assert_close((margins.detach() - loss.margins.values[0]) / 0.01, expected, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            (margins.detach() - loss.others[0].margins.values[0]) / 0.01, expected, rtol=1e-7, atol=1e-9
+        )
 
     def test_margins_make_every_candidate_chosen_once(self):
         n = 7
@@ -68,7 +70,7 @@ class TestNUCLR:
         loss = self.make(n, margin_lr=0.2, margin=0.0)
         for _ in range(150):
             loss(anchors, candidates, index=torch.arange(n))
-        margins = loss.margins.values[0]
+        margins = loss.others[0].margins.values[0]
         _, gap = gaps(anchors, candidates)
         terms = ((gap - margins[None]) / self.TAU).exp()
         columns = (terms / terms.sum(1, keepdim=True)).sum(0)
@@ -81,7 +83,7 @@ class TestNUCLR:
         anchors, candidates = draw(2, n, 0)
         margins = 0.1 * torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         loss = self.make(20, margin_lr=1e-9, margin=-1.0)
-        loss.margins.values[0, :n] = margins
+        loss.others[0].margins.values[0, :n] = margins
         value = loss(anchors, candidates, index=torch.arange(n))
         scores = reference.unit(anchors) @ reference.unit(candidates).T
         gap = scores - scores.diagonal()[:, None]
@@ -101,7 +103,7 @@ class TestNUCLR:
         seen = []
         for _ in range(3):
             loss(anchors, candidates, index=torch.arange(7))
-            seen.append(loss.margins.values.clone())
+            seen.append(loss.others[0].margins.values.clone())
         assert (seen[1] == seen[0]).all()
         assert (seen[2][:, :7] != seen[1][:, :7]).all()
         assert (seen[2][:, 7:] == seen[1][:, 7:]).all()
@@ -112,7 +114,7 @@ class TestGloFND:
         anchors, candidates = draw(0)
         loss = GloFND(20, alpha=0.3, gamma=1.0, eps=0.0, temperature=0.3).double()
         thresholds = torch.linspace(-0.3, 0.5, 7, dtype=torch.float64)
-        loss.thresholds.values[0, :7] = thresholds
+        loss.others[0].thresholds.values[0, :7] = thresholds
         value = loss(anchors, candidates, index=torch.arange(7))
         scores, gap = gaps(anchors, candidates)
         kept = (scores <= thresholds[:, None]) & ~torch.eye(7, 9, dtype=torch.bool)
@@ -124,7 +126,7 @@ class TestGloFND:
         assert value.item() == pytest.approx(expected / 7, rel=1e-10)
         share = (56 - kept.sum(1) - 48) / 8.0
         torch.testing.assert_close(
-            loss.thresholds.values[0, :7], thresholds - 0.05 * (0.3 - share.double()), rtol=1e-10, atol=1e-12
+            loss.others[0].thresholds.values[0, :7], thresholds - 0.05 * (0.3 - share.double()), rtol=1e-10, atol=1e-12
         )
 
     def test_the_first_threshold_is_the_quantile_of_the_batch(self):
@@ -134,7 +136,9 @@ class TestGloFND:
         scores, _ = gaps(anchors, candidates)
         for i in range(7):
             ordered = torch.cat([scores[i, :i], scores[i, i + 1 :]]).sort(descending=True).values
-            assert loss.thresholds.values[0, i].item() == pytest.approx(ordered[2].item())  # two of ten lie above
+            assert loss.others[0].thresholds.values[0, i].item() == pytest.approx(
+                ordered[2].item()
+            )  # two of ten lie above
         assert loss.last_stats["num_negatives"] == 8
 
     def test_thresholds_find_the_quantile_of_all_the_data(self):
@@ -148,7 +152,7 @@ class TestGloFND:
             loss(anchors[index], candidates[index], index=index)
         scores, _ = gaps(anchors, candidates)
         scores.fill_diagonal_(-torch.inf)
-        share = (scores > loss.thresholds.values[0][:, None]).double().sum(1) / (n - 1)
+        share = (scores > loss.others[0].thresholds.values[0][:, None]).double().sum(1) / (n - 1)
         assert share.mean().item() == pytest.approx(0.2, abs=0.02)
         assert (share - 0.2).abs().max() < 0.12
 
@@ -160,7 +164,7 @@ class TestGloFND:
         for step in range(4):
             same = loss(anchors, candidates, index=index).item() == plain(anchors, candidates, index=index).item()
             assert same == (step < 2)
-            assert bool(loss.thresholds.values.isnan().all()) == (step < 2)
+            assert bool(loss.others[0].thresholds.values.isnan().all()) == (step < 2)
 
 
 class TestEMC2:
@@ -231,19 +235,9 @@ class TestEMC2:
         assert chain.outside[3] == 1  # nothing comes near the state of the fourth row
 
     def test_draws_look_uniform(self):
-        chain = (
-            EMC2(4000)
-            ._side(
-                Batch(
-                    anchors=torch.zeros(300, 2),
-                    candidates=torch.zeros(300, 2),
-                    index=torch.arange(300),
-                    log_weight=None,
-                ),
-                direction=0,
-            )
-            .adjust
-        )
+        loss, points = EMC2(4000), torch.zeros(300, 2)
+        batch = Batch(anchors=points, candidates=points, index=torch.arange(300), log_weight=None)
+        chain = loss.denominator.ask(side_of(loss.temperatures, loss.denominator, batch, 0), batch, 0).adjust
         draws = chain._uniform(slice(0, 300), 300, torch.device("cpu")).double()
         assert 0 < draws.min() < draws.max() < 1
         assert abs(draws.mean() - 0.5) < 0.004  # four standard errors
@@ -259,8 +253,8 @@ class TestEMC2:
         loss(anchors, candidates, index=torch.arange(7))
         scores, _ = gaps(anchors, candidates)
         for i in range(7):
-            kept = loss.states[0, i] @ reference.unit(anchors)[i]
-            assert kept.item() / 0.3 == pytest.approx(loss.memory.log_mean[0, i].item(), rel=1e-10)
+            kept = loss.denominator.states[0, i] @ reference.unit(anchors)[i]
+            assert kept.item() / 0.3 == pytest.approx(loss.denominator.log_weight[0, i].item(), rel=1e-10)
             others = torch.cat([scores[i, :i], scores[i, i + 1 :]])
             assert (others - kept).abs().min() < 1e-12
 
@@ -270,7 +264,7 @@ class TestEMC2:
         for seed in (0, 0, 1):
             loss = EMC2(20, temperature=1.0, seed=seed)
             loss(anchors, candidates, index=torch.arange(7))
-            states.append(loss.memory.log_mean[0, :7].clone())
+            states.append(loss.denominator.log_weight[0, :7].clone())
         assert torch.equal(states[0], states[1])
         assert not torch.equal(states[0], states[2])
 
@@ -283,7 +277,7 @@ class TestSCENT:
         loss = SCENT(20, alpha=alpha, temperature=0.3).double()
         index = torch.arange(7)
         loss(anchors, candidates, index=index)
-        old = loss.memory.log_mean[0, :7].clone()
+        old = loss.denominator.log_mean[0, :7].clone()
         anchors, candidates = draw(9)
         loss(anchors, candidates, index=index)
         _, gap = gaps(anchors, candidates)
@@ -292,7 +286,7 @@ class TestSCENT:
         for _ in range(200):
             slope = -(batch - nu).exp() + 1 + ((-old).exp() - (-nu).exp()) / alpha
             nu = nu - slope / ((batch - nu).exp() + (-nu).exp() / alpha)
-        torch.testing.assert_close(loss.memory.log_mean[0, :7], nu, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(loss.denominator.log_mean[0, :7], nu, rtol=1e-9, atol=1e-9)
         assert (old - nu).abs().max() > 0.1
 
     @pytest.mark.parametrize("temperature", [0.02, 0.05, 0.2])
@@ -324,9 +318,9 @@ class TestSCENT:
             assert pull(SCENT(rows, alpha=1.0, eps=0.0, temperature=temperature)) > 10 * memoryless
 
     def test_default_step(self):
-        assert SCENT(20).alpha == 19
-        assert SCENT(20, alpha=0.5).alpha == 0.5
-        assert SCENT(20).eps == 1 / 19
+        assert SCENT(20).denominator.gamma.alpha == 19
+        assert SCENT(20, alpha=0.5).denominator.gamma.alpha == 0.5
+        assert SCENT(20).denominator.eps == 1 / 19
 
     def test_large_steps_forget(self):
         anchors, candidates = draw(10)
@@ -337,44 +331,6 @@ class TestSCENT:
         assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
-class TestNegatives:
-    def test_margin(self):
-        anchors, candidates = draw(12)
-        scores, _ = gaps(anchors, candidates)
-        logits = (scores + 0.2) / 0.1
-        logits[range(7), range(7)] = scores.diagonal() / 0.1
-        expected = torch.nn.functional.cross_entropy(logits, torch.arange(7))
-        assert InfoNCE(margin=0.2, temperature=0.1)(anchors, candidates).item() == pytest.approx(
-            expected.item(), rel=1e-12
-        )
-
-    def test_hardness(self):
-        anchors, candidates = draw(13)
-        scores, gap = gaps(anchors, candidates)
-        off = ~torch.eye(7, 9, dtype=torch.bool)
-        tilt = (3.0 * scores).exp() * off
-        weight = tilt / (tilt.sum(1) / 8)[:, None]
-        expected = (1 + (weight * (gap / 0.1).exp()).sum(1)).log().mean()
-        assert InfoNCE(hardness=3.0, temperature=0.1)(anchors, candidates).item() == pytest.approx(
-            expected.item(), rel=1e-12
-        )
-
-    def test_weights_are_constants_in_the_derivative(self):
-        anchors, candidates = draw(14)
-        value = InfoNCE(hardness=3.0, temperature=0.1)(anchors, candidates)
-        scores, _ = gaps(anchors, candidates)
-        off = ~torch.eye(7, 9, dtype=torch.bool)
-        tilt = ((3.0 * scores).exp() * off).log()
-        weight = tilt - (tilt.logsumexp(1) - math.log(8))[:, None]
-        twin = InfoNCE(temperature=0.1)(anchors, candidates, log_weight=weight)
-        for mine, theirs in zip(
-            torch.autograd.grad(value, (anchors, candidates)),
-            torch.autograd.grad(twin, (anchors, candidates)),
-            strict=True,
-        ):
-            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
-
-
 def test_mistakes():
     for make, match in (
         (lambda: NUCLR(20, margin_start=-1), "margin_start is -1"),
@@ -383,8 +339,6 @@ def test_mistakes():
         (lambda: GloFND(20, threshold_start=-1), "threshold_start"),
         (lambda: EMC2(20, burn_in=1.0), "burn_in is 1"),
         (lambda: SCENT(20, alpha=0.0), "alpha is 0"),
-        (lambda: InfoNCE(margin=0.1, learnable_temperature=True), "needs a fixed temperature"),
-        (lambda: InfoNCE(hardness=-1.0), "hardness is -1"),
     ):
         with pytest.raises(AnybatchError, match=match):
             make()
@@ -392,7 +346,7 @@ def test_mistakes():
         EMC2(20, dimensions=3)(*draw(0), index=torch.arange(7))
 
 
-@pytest.mark.parametrize("make", [lambda: family.ISogCLR(20), lambda: losses.FastCLIP(20, version="v2")])
+@pytest.mark.parametrize("make", [lambda: family.ISogCLR(20), lambda: family.FastCLIP(20, version="v2")])
 def test_a_diverged_step_leaves_learned_temperatures_alone(make):
     loss = make()
     anchors, candidates = torch.randn(6, 4), torch.randn(6, 4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SigLIP
 from anybatch.losses import ClusterLogWeight
-from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses.registry import LossConfig, build_loss
 from tests.ranks import on_ranks
 
 from .. import reference
@@ -61,7 +61,7 @@ def test_siglip_equals_its_twin(shape, tau, ids, weighted, tile):
     weight = torch.randn(len(anchors), len(candidates), dtype=torch.float64) if weighted else None
     loss = SigLIP(temperature=tau, bias=-2.0, tile_bytes=tile).double()
     with torch.no_grad():
-        loss.log_temperature.fill_(math.log(tau))
+        loss.temperatures.log_temperature.fill_(math.log(tau))
     temperature, bias = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (tau, -2.0))
     for tensor in (anchors, candidates):
         tensor.requires_grad_()
@@ -70,7 +70,7 @@ def test_siglip_equals_its_twin(shape, tau, ids, weighted, tile):
         anchors, candidates, temperature, bias, reference.pairs_allowed(len(anchors), len(candidates), **known), weight
     )
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
-    ours = gradients(value, anchors, candidates, loss.log_temperature, loss.bias)
+    ours = gradients(value, anchors, candidates, loss.temperatures.log_temperature, loss.bias)
     theirs = gradients(expected, anchors, candidates, temperature, bias)
     close(ours[:2], theirs[:2])
     torch.testing.assert_close(ours[2], theirs[2] * tau, rtol=1e-9, atol=1e-10)

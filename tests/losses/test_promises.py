@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 
 import pytest
 import torch
-from anybatch.losses.memory import ExampleMemory
 
 from anybatch.caching import cached_step
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SigLIP
 from anybatch.losses import PairMask
 from anybatch.losses.late_interaction import LateInteraction
+from anybatch.losses.state import State
 
 from .methods import ALL, ROWS, STATEFUL, WIDTH, floor
 
@@ -160,14 +161,14 @@ def test_memory_is_updated_once_a_call(name):
     """Both directions, many tiles: the state after one call does not depend on how often the rule is asked."""
     loss = STATEFUL[name](temperature=0.3, direction="both", tile_bytes=1)
     calls = []
-    original = loss.memory.blend
-    loss.memory.blend = lambda *a, **k: calls.append(k["direction"]) or original(*a, **k)
+    original = loss.denominator.write
+    loss.denominator.write = lambda *a, **k: calls.append(k["direction"]) or original(*a, **k)
     anchors, candidates, index = draw(0, dtype=torch.float32)
     loss(anchors, candidates, index=index).backward()
     assert calls == ([] if name.startswith("emc2") else [0, 1])  # EMC2 has no denominator to remember
-    for counter in ("num_steps", "gamma.position"):
-        if counter in loss.state_dict():
-            assert int(loss.state_dict()[counter]) == 1
+    counters = [count for key, count in loss.state_dict().items() if key.endswith(("num_steps", "position"))]
+    assert all(int(count) == 1 for count in counters)
+    assert len(counters) == name.startswith(("nuclr", "glofnd", "emc2", "sogclr scheduled", "fastclip v1"))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -219,7 +220,8 @@ def test_autocast_changes_nothing(name):
 def test_casts_of_a_model_leave_what_the_loss_knows_alone(name, cast):
     """What belongs to single rows, and what the loss learns itself: a small step would not move it in 8 or 11 bits."""
     torch.manual_seed(0)
-    loss, other = (ALL[name](temperature=0.3, direction="both") for _ in range(2))
+    loss = ALL[name](temperature=0.3, direction="both")
+    other = copy.deepcopy(loss)
     for one in (loss, other):
         for step in range(2):
             anchors, candidates, index = draw(step, dtype=torch.float32)
@@ -227,8 +229,9 @@ def test_casts_of_a_model_leave_what_the_loss_knows_alone(name, cast):
     before = state(loss)
     per_row = {key for key, value in before.items() if value.ndim > 1 and ROWS in value.shape}
     if name in STATEFUL:
-        assert {f"{path}.log_mean" for path, part in loss.named_modules() if isinstance(part, ExampleMemory)} <= per_row
-    learned = {key for key, _ in loss.named_parameters(recurse=False)}
+        parts = [(path, part) for path, part in loss.named_modules() if isinstance(part, State)]
+        assert {f"{path}.{name}" for path, part in parts for name in part.fresh} <= per_row
+    learned = {key for key, _ in loss.named_parameters()}
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), loss)
     getattr(model, cast)()
     other.to(getattr(torch, cast))

@@ -8,8 +8,8 @@ import torch
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.config import LossConfig, build_loss
 from anybatch.losses.engine import softmax_loss
+from anybatch.losses.registry import LossConfig, build_loss
 from tests.ranks import on_ranks
 
 DIMENSIONS = 5
@@ -165,7 +165,5 @@ def test_alone_it_is_the_plain_loss():
 
 def test_settings():
     assert build_loss(LossConfig(name="sogclr", ring=True), num_rows=10).ring
-    with pytest.raises(AnybatchError, match="need all of them at once"):
-        InfoNCE(hardness=1.0, ring=True)
     with pytest.raises(AnybatchError, match=r"loss.ring is given, which 'glofnd' does not know"):
         LossConfig(name="glofnd", ring=True)

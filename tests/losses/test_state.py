@@ -5,25 +5,23 @@ from __future__ import annotations
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
-from anybatch.losses.memory_states import grown_state
 from torch import nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, SigLIP, TempNet
-from anybatch.losses import CrossBatchInfoNCE, ExampleMemory, GammaSchedule, InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.config import LossConfig, build_loss
+from anybatch.losses import CrossBatchInfoNCE, GammaSchedule, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.late_interaction import LateInteraction
+from anybatch.losses.registry import LossConfig, build_loss, make_loss
+from anybatch.losses.state import grown_state
 
 from .methods import ROWS
 
 WIDTH = 6
 STATEFUL = {
     "sogclr": SogCLR,
-    "sogclr float16": lambda n: SogCLR(n, memory=ExampleMemory(n, dtype="float16")),
-    "sogclr keyed": lambda n: SogCLR(n, memory=ExampleMemory.from_keys(np.arange(n) // 2)),
+    "sogclr sharded": lambda n: SogCLR(n, sharded=True),
     "fastclip v2": lambda n: FastCLIP(n, version="v2"),
     "fastclip v3": FastCLIP,
     "isogclr": ISogCLR,
@@ -82,9 +80,8 @@ class TestEveryStatefulLoss:
     @pytest.mark.parametrize("other", [30, 50])
     def test_refuses_another_number_of_rows(self, name, other):
         saved = used(STATEFUL[name](ROWS)).state_dict()
-        numbers = (ROWS // 2, other // 2) if name == "sogclr keyed" else (ROWS, other)
         for loss in (STATEFUL[name](other), used(STATEFUL[name](other), steps=1)):
-            refuses(loss, saved, rf"{numbers[0]}\b.*\b{numbers[1]}\b")
+            refuses(loss, saved, rf"{ROWS}\b.*\b{other}\b")
         if other > ROWS:
             loss = STATEFUL[name](other)
             loss.load_state_dict(grown_state(saved, loss))  # the explicit request
@@ -102,7 +99,7 @@ class TestEveryStatefulLoss:
             refuses(
                 loss,
                 {other: value for other, value in saved.items() if other != key},
-                "missing are|shares its slots|other loss",
+                "missing are|other loss",
             )
         refuses(loss, {**saved, "unheard_of": torch.ones(1)}, "unknown here are unheard_of")
         with pytest.raises(AnybatchError, match="missing are"):
@@ -127,9 +124,8 @@ class TestEveryStatefulLoss:
             cast(loss)
             cast(nn.Sequential(nn.Linear(2, 2), loss))
             assert entries(loss) == before
-            cast(part := loss.losses[0].memory if name == "matryoshka" else getattr(loss, "memory", loss))
+            cast(loss.losses[0].denominator if name == "matryoshka" else loss.denominator)
             assert entries(loss) == before
-            assert part is not None
         loss.double()
         assert {kind for kind, *_ in entries(loss).values()} <= {torch.float64, torch.int64}
         loss.float()
@@ -145,28 +141,25 @@ class TestEveryStatefulLoss:
             r"\(2, 8, 6\).*\(2, 10, 0\)",
         ),
         (lambda: EMC2(40, dimensions=6), lambda: EMC2(40, dimensions=5), r"\(1, 40, 6\).*\(1, 40, 5\)"),
-        (lambda: EMC2(40, dimensions=6), lambda: EMC2(40), "unknown here are states"),
+        (lambda: EMC2(40, dimensions=6), lambda: EMC2(40), "unknown here are denominator.states"),
         (lambda: TempNet(40, 6), lambda: TempNet(40, 5), r"\(64, 6\).*\(64, 5\)"),
-        (lambda: SogCLR(40, learnable_temperature=True), lambda: SogCLR(40), "unknown here are log_temperature"),
-        (lambda: SogCLR(40), lambda: SogCLR(40, learnable_temperature=True), "missing are log_temperature"),
-        (lambda: FastCLIP(40, version="v2"), lambda: FastCLIP(40), "missing are log_temperature"),
+        (
+            lambda: SogCLR(40, learnable_temperature=True),
+            lambda: SogCLR(40),
+            "unknown here are temperatures.log_temperature",
+        ),
+        (
+            lambda: SogCLR(40),
+            lambda: SogCLR(40, learnable_temperature=True),
+            "missing are temperatures.log_temperature",
+        ),
+        (lambda: FastCLIP(40, version="v2"), lambda: FastCLIP(40), "missing are temperatures.log_temperature"),
         (lambda: ISogCLR(40), lambda: TempNet(40, 6), "other loss"),
         (lambda: SogCLR(40), lambda: SogCLR(40, direction="both"), r"\(1, 40\).*\(2, 40\)"),
         (
             lambda: SogCLR(40, gamma=GammaSchedule(0.2, num_steps=4)),
             lambda: SogCLR(40),
-            "unknown here are gamma.position",
-        ),
-        (
-            lambda: SogCLR(40, memory=ExampleMemory.from_keys(np.arange(40) // 2)),
-            lambda: SogCLR(20),
-            "shares its slots",
-        ),
-        (lambda: SogCLR(40), lambda: SogCLR(40, memory=ExampleMemory.from_keys(np.arange(40))), "shares its slots"),
-        (
-            lambda: SogCLR(40, memory=ExampleMemory.from_keys(np.arange(40) // 2)),
-            lambda: SogCLR(40, memory=ExampleMemory.from_keys(np.arange(40) % 20)),
-            "shares its slots",
+            "unknown here are denominator.gamma.position",
         ),
         (lambda: Matryoshka(SogCLR(40), [6, 3]), lambda: Matryoshka(SogCLR(40), [6, 3, 2]), "missing are losses.2"),
         (lambda: SogCLR(40), lambda: used(SogCLR(40), width=4), "of 6 dimensions, this one of 4"),
@@ -175,8 +168,8 @@ class TestEveryStatefulLoss:
             lambda: used(CrossBatchInfoNCE(40, memory_size=8), width=4),
             r"\(2, 6\).*\(2, 4\)",
         ),
-        (lambda: SogCLR(40), lambda: InfoNCE(), "unknown here are memory"),
-        (lambda: SogCLR(40), lambda: AUCCL(), "unknown here are memory"),
+        (lambda: SogCLR(40), lambda: InfoNCE(), "unknown here are denominator"),
+        (lambda: SogCLR(40), lambda: AUCCL(), "unknown here are denominator"),
     ],
 )
 def test_other_settings_are_refused(saved, loss, match):
@@ -187,7 +180,7 @@ def test_numbers_of_another_kind_are_refused():
     saved = used(NUCLR(ROWS)).state_dict()
     refuses(
         NUCLR(ROWS),
-        {**saved, "num_steps": torch.tensor(2.0)},
+        {**saved, "others.0.num_steps": torch.tensor(2.0)},
         r"num_steps of shape \(\) \(torch.float32\), this loss \(\) \(torch.int64\)",
     )
 
@@ -237,14 +230,14 @@ def test_a_learned_temperature_has_a_floor_and_comes_back_from_it(name):
             assert loss.temperature >= floor - 1e-9
 
     train(600, positives)
-    if getattr(loss, "log_temperature", None) is None or not hasattr(loss, "temperature_range"):
+    if getattr(loss.temperatures, "log_temperature", None) is None:
         return
     with torch.no_grad():
-        loss.log_temperature.fill_(-30.0)  # wherever an optimizer or a file has taken it
+        loss.temperatures.log_temperature.fill_(-30.0)  # wherever an optimizer or a file has taken it
     assert loss.temperature == pytest.approx(floor, rel=1e-6)
     loss.eval()
     assert loss(anchors[:9], positives[:9], index=torch.arange(9)).isfinite()
-    assert loss.log_temperature.item() == -30.0  # only training changes it
+    assert loss.temperatures.log_temperature.item() == -30.0  # only training changes it
     loss.train()
     train(40, positives.roll(1, 0))  # positives that do not fit want a high one
     assert loss.temperature > 1.2 * floor
@@ -257,10 +250,10 @@ def test_the_gradient_at_the_floor_is_that_of_the_loss():
     for start, mode in ((math.log(0.01), True), (-30.0, True), (-30.0, False)):
         loss = InfoNCE(learnable_temperature=True).train(mode)
         with torch.no_grad():
-            loss.log_temperature.fill_(start)
+            loss.temperatures.log_temperature.fill_(start)
         loss(anchors, candidates).backward()
-        gradients.append(loss.log_temperature.grad.item())
-        assert loss.log_temperature.item() == pytest.approx(math.log(0.01) if mode else -30.0)
+        gradients.append(loss.temperatures.log_temperature.grad.item())
+        assert loss.temperatures.log_temperature.item() == pytest.approx(math.log(0.01) if mode else -30.0)
     assert abs(gradients[0]) > 1e-3
     assert gradients == pytest.approx([gradients[0]] * 3, rel=1e-5)
 
@@ -277,18 +270,12 @@ def test_the_floor_is_one_setting():
         "scent",
         "siglip",
     ):
-        loss = build_loss(
-            LossConfig(name=name, temperature=0.05, learnable_temperature=True, min_temperature=0.03), num_rows=9
-        )
+        loss = make_loss(name, 9, temperature=0.05, learnable_temperature=True, min_temperature=0.03)
         with torch.no_grad():
-            loss.log_temperature.fill_(-9.0)
+            loss.temperatures.log_temperature.fill_(-9.0)
         assert loss.temperature == 0.03
-        assert build_loss(LossConfig(name=name, learnable_temperature=True), num_rows=9).temperature_range[0] == 0.01
-    assert FastCLIP(9).temperature_range[0] == 0.01
-    with pytest.raises(AnybatchError, match="is not learned"):
-        LossConfig(name="infonce", min_temperature=0.03)
-    with pytest.raises(AnybatchError, match="which 'fastclip' does not know"):
-        LossConfig(name="fastclip", min_temperature=0.03, learnable_temperature=True)
+        assert build_loss(LossConfig(name=name, learnable_temperature=True), num_rows=9).temperatures.limits[0] == 0.01
+    assert FastCLIP(9).temperatures.limits[0] == 0.01
     for wrong in (
         {"temperature": 0.005},
         {"min_temperature": 0.0},
@@ -298,4 +285,4 @@ def test_the_floor_is_one_setting():
         with pytest.raises(AnybatchError, match="min_temperature is"):
             InfoNCE(learnable_temperature=True, **wrong)
     assert InfoNCE(temperature=0.005).temperature == 0.005  # what is not learned is the user's
-    assert SigLIP().temperature_range[0] == 0.01
+    assert SigLIP().temperatures.limits[0] == 0.01

@@ -70,7 +70,7 @@ def test_isogclr_equals_its_twin_over_several_steps():
         ROWS, rho=0.7, gamma=0.4, eps=1e-3, temperature=0.3, temperature_range=limits, temperature_lr=0.1,
         temperature_momentum=0.3, temperature_clip=1.5,
     ).double()  # fmt: skip
-    loss.source.values.fill_(0.3)  # exactly, not as float32 has it
+    loss.temperatures.rows.values.fill_(0.3)  # exactly, not as float32 has it
     twin = NaiveRobust(0.4, 1e-3, 0.7, 0.3, lr=0.1, momentum=0.3, limits=limits, clip=1.5)
     for step in range(5):
         anchors, candidates, index = draw(step)
@@ -81,9 +81,11 @@ def test_isogclr_equals_its_twin_over_several_steps():
         for mine, other in zip(torch.autograd.grad(value, inputs), torch.autograd.grad(surrogate, inputs), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
         for row in range(ROWS):
-            assert loss.source.values[0, row].item() == pytest.approx(twin.tau[row], rel=1e-10)
-            assert loss.source.velocity[0, row].item() == pytest.approx(twin.velocity[row], rel=1e-9, abs=1e-12)
-    assert loss.source.values.unique().numel() > 4
+            assert loss.temperatures.rows.values[0, row].item() == pytest.approx(twin.tau[row], rel=1e-10)
+            assert loss.temperatures.rows.velocity[0, row].item() == pytest.approx(
+                twin.velocity[row], rel=1e-9, abs=1e-12
+            )
+    assert loss.temperatures.rows.values.unique().numel() > 4
     assert loss.temperature == pytest.approx(sum(twin.tau.values()) / ROWS)
 
 
@@ -92,9 +94,9 @@ def test_fastclip_with_one_temperature_equals_its_twin(version):
     """Both directions; embeddings, the loss's value and the learned temperature's derivative, memory held."""
     tau, rho, eps, gamma = 0.3, 0.7, 1e-3, 0.4
     loss = FastCLIP(ROWS, version=version, rho=rho, gamma=gamma, eps=eps, temperature=tau).double()
-    if loss.log_temperature is not None:
+    if loss.temperatures.log_temperature is not None:
         with torch.no_grad():
-            loss.log_temperature.fill_(math.log(tau))
+            loss.temperatures.log_temperature.fill_(math.log(tau))
     there, back = (NaiveRobust(gamma, eps, rho if version == "v3" else 0.0, tau) for _ in range(2))
     for step in range(4):
         anchors, candidates, index = draw(step, extra=2)
@@ -115,7 +117,7 @@ def test_fastclip_with_one_temperature_equals_its_twin(version):
         derivative = sum(sum(values) for part in (one_tau, two_tau) for values in part.values()) / (2 * len(index))
         if version == "v0":  # d/d tau of F / tau
             derivative = (derivative - (one_value + two_value) / 2 / tau) / tau
-        assert loss.log_temperature.grad.item() == pytest.approx(derivative * tau, rel=1e-9)
+        assert loss.temperatures.log_temperature.grad.item() == pytest.approx(derivative * tau, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -158,22 +160,24 @@ def test_each_temperature_moves_along_the_derivative_of_its_own_objective(direct
         loss = ISogCLR(
             ROWS, rho=0.5, gamma=1.0, temperature=0.3, temperature_lr=0.01, temperature_momentum=0.0, direction=direction
         ).double()  # fmt: skip
-        loss.source.values[:] = torch.linspace(0.2, 0.5, loss.source.values.numel(), dtype=torch.float64).view(-1, ROWS)
+        loss.temperatures.rows.values[:] = torch.linspace(
+            0.2, 0.5, loss.temperatures.rows.values.numel(), dtype=torch.float64
+        ).view(-1, ROWS)
         return loss
 
     anchors, candidates, _ = draw(1)
     index, rows = torch.tensor([3, 1, 4, 0, 5, 9]), 6
     loss = make()
-    before = loss.source.values.clone()
+    before = loss.temperatures.rows.values.clone()
     loss(anchors, candidates, index=index)
-    moved = (before - loss.source.values) / 0.01
+    moved = (before - loss.temperatures.rows.values) / 0.01
     num_directions = len(before)
     for side in range(num_directions):
         for row in index.tolist():
             values = []
             for step in (1e-6, -1e-6):
                 other = make().eval()
-                other.source.values[side, row] += step
+                other.temperatures.rows.values[side, row] += step
                 values.append(other(anchors, candidates, index=index).item())
             expected = (values[0] - values[1]) / 2e-6 * rows * num_directions
             assert moved[side, row].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
@@ -184,14 +188,14 @@ def test_the_derivative_is_rho_minus_the_divergence_from_uniform():
     loss = ISogCLR(
         ROWS, rho=0.5, gamma=1.0, eps=0.0, temperature=0.3, temperature_lr=0.01, temperature_momentum=0.0
     ).double()
-    loss.source.values.fill_(0.3)
+    loss.temperatures.rows.values.fill_(0.3)
     loss(anchors, candidates, index=torch.arange(6))
     logits = reference.unit(anchors) @ reference.unit(candidates).T / 0.3
     logits.fill_diagonal_(-torch.inf)
     p = logits.softmax(dim=1)
     divergence = torch.special.xlogy(p, p * 8).sum(dim=1)
     torch.testing.assert_close(
-        (0.3 - loss.source.values[0, :6]) / 0.01, (0.5 - divergence).detach(), rtol=1e-9, atol=1e-9
+        (0.3 - loss.temperatures.rows.values[0, :6]) / 0.01, (0.5 - divergence).detach(), rtol=1e-9, atol=1e-9
     )
 
 
@@ -229,7 +233,7 @@ def test_a_learned_temperature_is_put_back_into_its_range():
         optimizer.zero_grad()
         loss(anchors, candidates, index=index).backward()
         assert loss.temperature >= 0.01 - 1e-7
-        assert loss.log_temperature.grad.abs() > 0  # at the edge it can still come back
+        assert loss.temperatures.log_temperature.grad.abs() > 0  # at the edge it can still come back
         optimizer.step()
 
 
@@ -257,9 +261,7 @@ class TestGammaSchedule:
         loss = SogCLR(ROWS, gamma=GammaSchedule(0.5, num_steps=4, steps_per_epoch=2), temperature=0.3)
         fixed = [SogCLR(ROWS, gamma=gamma, temperature=0.3) for gamma in (1.0, 1.0, 0.75, 0.75, 0.5, 0.5)]
         for step, other in enumerate(fixed):
-            other.load_state_dict(
-                {name: value for name, value in loss.state_dict().items() if not name.startswith("gamma")}
-            )
+            other.load_state_dict({name: value for name, value in loss.state_dict().items() if "gamma" not in name})
             anchors, candidates, index = draw(step)
             torch.testing.assert_close(
                 loss(anchors, candidates, index=index), other(anchors, candidates, index=index), rtol=1e-6, atol=1e-6
@@ -268,13 +270,11 @@ class TestGammaSchedule:
     def test_mistakes(self):
         for make, match in (
             (lambda: GammaSchedule(0.0, num_steps=3), "gamma is 0"),
-            (lambda: GammaSchedule(0.2), "needs num_steps"),
-            (lambda: GammaSchedule(0.2, "linear"), "schedule is 'linear'"),
-            (lambda: GammaSchedule(0.2, num_steps=3, steps_per_epoch=0), "steps_per_epoch is 0"),
+            (lambda: GammaSchedule(0.2, num_steps=0), "num_steps is 0"),
+            (lambda: GammaSchedule(0.2, num_steps=3, steps_per_epoch=0), "steps_per_epoch 0"),
         ):
             with pytest.raises(AnybatchError, match=match):
                 make()
-        assert GammaSchedule(0.3, "constant").value == 0.3
 
 
 def test_mistakes():
@@ -351,7 +351,7 @@ def test_a_network_with_dropout_draws_one_mask_a_call(direction):
     terms = []
     for number in range(directions):
         queries, others = (sides[0], sides[1]) if number == 0 else (sides[1], sides[0])
-        tau = low + (high - low) * loss.source.net[number](queries.detach())[:, 0].sigmoid()
+        tau = low + (high - low) * loss.temperatures.net[number](queries.detach())[:, 0].sigmoid()
         scores = queries @ others.T
         gaps = (scores - scores.diagonal()[:, None]) / tau[:, None]
         for i in range(6):

@@ -10,17 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from anybatch.family.isogclr import ISogCLR, TempNet
-from anybatch.losses.memory import ExampleMemory
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.family import EMC2, NUCLR, FastCLIP
+from anybatch.family import EMC2, NUCLR, FastCLIP, ISogCLR, TempNet
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses import warm_start as room
 from anybatch.losses.exact_rows import exact_rows, make_table
-from anybatch.losses.monitoring import memory_figures
-from anybatch.losses.warm_start import warm_start
+from anybatch.losses.warm_start import memory_figures, warm_start
 from tests.ranks import on_ranks
 
 from .. import reference
@@ -101,15 +98,15 @@ def test_fills_both_directions_exactly(ids):
     anchors, positives, anchor_id, positive_id = data()
     known = {"anchor_id": anchor_id.numpy(), "positive_id": positive_id.numpy()} if ids else {}
     loss = SogCLR(N, temperature=0.07, direction="both")
-    loss.memory.double()
+    loss.denominator.double()
     done = warm_start(loss, anchors.numpy(), positives.numpy(), tile_bytes=700, **known)
     assert (done.num_rows, done.num_columns, done.standard_error) == (N, N, 0.0)
     forward = naive(anchors, positives, 0.07, *((anchor_id, positive_id) if ids else ()))
     back = naive(positives, anchors, 0.07, *((positive_id, anchor_id) if ids else ()))
     for direction, rows in enumerate((forward, back)):
         expected = torch.stack([(row.exp().sum() / (N - 1)).log() for row in rows])
-        torch.testing.assert_close(loss.memory.log_mean[direction], expected, rtol=1e-6, atol=1e-6)
-    assert int(loss.memory.dimensions) == WIDTH
+        torch.testing.assert_close(loss.denominator.log_mean[direction], expected, rtol=1e-6, atol=1e-6)
+    assert int(loss.denominator.embedding_width) == WIDTH
 
 
 def test_is_where_a_batch_of_everything_would_go():
@@ -118,7 +115,9 @@ def test_is_where_a_batch_of_everything_would_go():
     trained, warmed = (SogCLR(N, temperature=0.1, gamma=1.0, direction="both") for _ in range(2))
     trained(anchors.requires_grad_(), positives, index=torch.arange(N), anchor_id=anchor_id, candidate_id=positive_id)
     warm_start(warmed, anchors, positives, anchor_id=anchor_id, positive_id=positive_id)
-    torch.testing.assert_close(warmed.memory.log_mean, trained.memory.log_mean, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(
+        warmed.denominator.log_mean, trained.denominator.log_mean, rtol=1e-5, atol=1e-5, equal_nan=True
+    )
 
 
 def test_a_killed_one_goes_on_bit_for_bit(tmp_path, monkeypatch):
@@ -139,12 +138,12 @@ def test_a_killed_one_goes_on_bit_for_bit(tmp_path, monkeypatch):
     seen, again = [], SogCLR(N, direction="both")
     warm_start(again, anchors, positives, file=file, progress=lambda done, total: seen.append(done))
     assert seen == [47, 57, 67, 74]  # the first is what was there
-    assert torch.equal(again.memory.log_mean, whole.memory.log_mean)
+    assert torch.equal(again.denominator.log_mean, whole.denominator.log_mean)
     seen.clear()
     third = SogCLR(N, direction="both")
     warm_start(third, anchors, positives, file=file, progress=lambda done, total: seen.append(done))
     assert seen == [74]  # finished: only read
-    assert torch.equal(third.memory.log_mean, whole.memory.log_mean)
+    assert torch.equal(third.denominator.log_mean, whole.denominator.log_mean)
     with pytest.raises(AnybatchError, match="another temperature"):
         warm_start(SogCLR(N, direction="both", temperature=0.2), anchors, positives, file=file)
     with pytest.raises(AnybatchError, match="other embeddings"):
@@ -163,26 +162,11 @@ def test_a_sample_states_its_error():
     for seed in range(5):
         sampled = SogCLR(n, temperature=0.2)
         done = warm_start(sampled, anchors, positives, sample=300, seed=seed)
-        errors.append((sampled.memory.log_mean - exact.memory.log_mean).square().mean().sqrt().item())
+        errors.append((sampled.denominator.log_mean - exact.denominator.log_mean).square().mean().sqrt().item())
         stated.append(done.standard_error)
         assert done.num_columns == 300
     assert np.mean(stated) == pytest.approx(np.mean(errors), rel=0.25)
     assert warm_start(exact, anchors, positives, sample=n).standard_error == 0.0
-
-
-def test_keys_keep_the_absolute_log_mean():
-    anchors, positives, *_ = data()
-    query = torch.arange(N) // 2  # two rows of one query each
-    anchors = anchors[query]
-    loss = SogCLR(N, temperature=0.1)
-    loss.memory = ExampleMemory.from_keys(query.numpy())
-    loss.memory.double()
-    warm_start(loss, anchors, positives, anchor_id=query, positive_id=torch.arange(N))
-    relative = naive(anchors, positives, 0.1, query, torch.arange(N))
-    own = (reference.unit(anchors) * reference.unit(positives)).sum(1) / 0.1
-    for row in range(N):
-        expected = (relative[row].exp().sum() / (N - 1)).log() + own[row]
-        assert loss.memory.log_mean[0, query[row]].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_mistakes():
@@ -206,7 +190,7 @@ class TestMonitoring:
         anchors, positives, anchor_id, positive_id = data()
         known = {"anchor_id": anchor_id, "positive_id": positive_id}
         loss = SogCLR(N, temperature=0.1, direction="both")
-        loss.memory.double()
+        loss.denominator.double()
         before = memory_figures(loss, anchors, positives, index=torch.arange(N), **known)
         assert before["memory_visited"] == 0
         assert "memory_log_rmse" not in before
@@ -220,11 +204,16 @@ class TestMonitoring:
             ids = (anchor_id, positive_id) if direction == 0 else (positive_id, anchor_id)
             rows = naive(*sides, 0.1, *ids)
             u = torch.stack([row.exp().sum() / (N - 1) for row in rows])
-            assert figures["objective_true"] == pytest.approx(0.1 * (loss.eps + u).log().mean().item(), rel=1e-9)
+            assert figures["objective_true"] == pytest.approx(
+                0.1 * (loss.denominator.eps + u).log().mean().item(), rel=1e-9
+            )
             entropy = torch.stack([-(row.softmax(0) * row.log_softmax(0)).sum() for row in rows])
             assert figures["effective_negatives"] == pytest.approx(entropy.exp().mean().item(), rel=1e-9)
             surrogate = torch.stack(
-                [(row.exp() / (N - 1) / (loss.eps + u_i) * row * 0.1).sum() for row, u_i in zip(rows, u, strict=True)]
+                [
+                    (row.exp() / (N - 1) / (loss.denominator.eps + u_i) * row * 0.1).sum()
+                    for row, u_i in zip(rows, u, strict=True)
+                ]
             )
             assert figures["surrogate"] == pytest.approx(surrogate.mean().item(), rel=1e-6)
             assert all(type(value) is float for value in figures.values())
@@ -233,7 +222,7 @@ class TestMonitoring:
         anchors, positives, *_ = data()
         loss = SogCLR(50, temperature=0.1)
         index = torch.arange(50)[-N:]
-        loss.memory.write(index[:20], torch.zeros(20), dimensions=WIDTH)
+        loss.denominator.fill(index[:20], torch.zeros(20), direction=0, dimensions=WIDTH)
         figures = memory_figures(loss, anchors, positives, index=index, probe=30)
         truth = torch.stack([row.exp().mean().log() for row in naive(anchors, positives, 0.1)])[:20]
         assert figures["memory_visited"] == pytest.approx(2 / 3)
@@ -251,18 +240,12 @@ class TestMonitoring:
 
 
 def warm_all(folder):
-    """Replicated, sharded, keyed; killed after the first block and resumed."""
+    """Replicated and sharded; killed after the first block and resumed."""
     anchors, positives, anchor_id, positive_id = data(torch.float32)
     room.BLOCK_ROWS, room.SAVE_SECONDS = 5, 0.0
-    memories = [
-        ExampleMemory(N, 2),
-        ExampleMemory(N, 2, sharded=True),
-        ExampleMemory.from_keys(anchor_id.numpy(), 2, sharded=True),
-    ]
     states = []
-    for number, memory in enumerate(memories):
-        loss = SogCLR(N, temperature=0.1, direction="both")
-        loss.memory = memory
+    for number in range(2):
+        loss = SogCLR(N, temperature=0.1, direction="both", sharded=number == 1)
         file = Path(folder) / f"{number}-{dist.get_world_size() if dist.is_initialized() else 1}.safetensors"
 
         def killed(done, total):
@@ -276,7 +259,9 @@ def warm_all(folder):
             except KeyboardInterrupt:
                 assert progress is killed
         rows = torch.arange(N)
-        states.append(torch.stack([memory.read(rows, direction=direction) for direction in (0, 1)]))
+        states.append(
+            torch.stack([loss.denominator.read("log_mean", rows, direction=direction) for direction in (0, 1)])
+        )
     return states
 
 
@@ -337,22 +322,26 @@ def test_a_file_is_of_its_temperatures(name, tmp_path):
     torch.manual_seed(0)
     loss, again, other = (make(**limits) for _ in range(3))
     again.load_state_dict(loss.state_dict())
-    again._temperature = 0.06  # what a call leaves behind, with a network
+    again.temperatures._mean = 0.06  # what a call leaves behind, with a network
     with torch.no_grad():
         if name == "tempnet":
             for learned in other.parameters():
                 learned.add_(torch.randn_like(learned))
         else:
             spread = torch.linspace(0.02, 0.08, N)
-            loss.source.values[0], again.source.values[0], other.source.values[0] = spread, spread, spread.flip(0)
+            loss.temperatures.rows.values[0], again.temperatures.rows.values[0], other.temperatures.rows.values[0] = (
+                spread,
+                spread,
+                spread.flip(0),
+            )
     file = tmp_path / "state"
     warm_start(loss, anchors, positives, file=file)
     warm_start(again, anchors, positives, file=file)
-    assert torch.equal(again.memory.log_mean, loss.memory.log_mean)
+    assert torch.equal(again.denominator.log_mean, loss.denominator.log_mean)
     with pytest.raises(AnybatchError, match="another temperature"):
         warm_start(other, anchors, positives, file=file)
     wider = make(temperature=0.05, temperature_range=(0.02, 0.2))
-    wider.source.load_state_dict(loss.source.state_dict())
+    wider.temperatures.load_state_dict(loss.temperatures.state_dict())
     with pytest.raises(AnybatchError, match="another temperature"):
         warm_start(wider, anchors, positives, file=file)
 
@@ -371,9 +360,9 @@ def test_a_network_with_dropout_is_asked_in_evaluation_mode():
     network = {name: value.clone() for name, value in net.state_dict().items()}
     generator = torch.get_rng_state()
     warm_start(loss, anchors, positives)
-    first = loss.memory.log_mean.clone()
+    first = loss.denominator.log_mean.clone()
     warm_start(loss, anchors, positives)
-    assert torch.equal(loss.memory.log_mean, first)
+    assert torch.equal(loss.denominator.log_mean, first)
     figures = memory_figures(loss, anchors, positives, index=torch.arange(N))
     assert figures["memory_log_rmse"] < 1e-5
     assert torch.equal(torch.get_rng_state(), generator)
@@ -443,11 +432,11 @@ def test_temperatures_of_single_rows():
         for parameter in loss.parameters():
             torch.nn.init.normal_(parameter, generator=generator)
         if isinstance(loss, ISogCLR):
-            loss.source.values.uniform_(0.05, 0.2, generator=generator)
-        loss.memory.double()
+            loss.temperatures.rows.values.uniform_(0.05, 0.2, generator=generator)
+        loss.denominator.double()
         warm_start(loss, anchors, positives)
-        loss.gamma = 1.0  # the whole data set as one batch says the same
-        warmed = loss.memory.log_mean.clone()
+        loss.denominator.gamma = 1.0  # the whole data set as one batch says the same
+        warmed = loss.denominator.log_mean.clone()
         loss(anchors.clone().requires_grad_(), positives, index=torch.arange(N))
-        torch.testing.assert_close(warmed, loss.memory.log_mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(warmed, loss.denominator.log_mean, rtol=1e-6, atol=1e-6)
         assert len(warmed.unique()) == 2 * N

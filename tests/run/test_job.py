@@ -22,7 +22,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, SEAL, write_json
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.integrations.sentence_transformers.training import TrainConfig
-from anybatch.losses.config import LossConfig
+from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
 from anybatch.run import job

@@ -33,7 +33,7 @@ def command(
             "writes its teacher's)."
         )
     loss = sources.loss
-    direction = direction or loss.direction or ("both" if loss.name == "fastclip" else "one_way")
+    direction = direction or getattr(loss.example(), "direction", "one_way")
     if direction not in ("one_way", "both"):
         raise AnybatchError(f"--direction is {direction!r}; expected one_way or both.")
     with Bars() as bars:

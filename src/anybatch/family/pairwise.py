@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +18,22 @@ from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 
 class PairwiseLoss(ContrastiveLoss):
-    """Base of the pairwise losses; a method supplies `_method` and `_parameters`. Same call as every `ContrastiveLoss`.
+    """Abstract: a method supplies its parameters and f, g and h of `pair_engine`. Same call as every `ContrastiveLoss`.
 
     There is one direction: a pair counts the same seen from either side. `log_weight` multiplies a pair's term by exp(b_ij).
     """
 
+    lacks: ClassVar = {"direction": "judges pairs, which have one direction"}
+    _last: tuple[Tensor, float] | None = None
+
     @property
     def last_stats(self) -> dict[str, float]:
-        """Figures of the last call as plain floats: objective, negatives an anchor, temperature. Empty before it."""
-        if self._seen is None:
+        """Figures of the last call as plain floats: objective, negatives per anchor, temperature, bias. Empty before it."""
+        if self._last is None:
             return {}
-        loss, num_negatives = self._seen
-        return {"objective": loss.item(), "num_negatives": num_negatives, "temperature": self.temperature}
-
-    _seen: tuple[Tensor, float] | None = None
+        loss, num_negatives = self._last
+        own = {name: value.item() for name, value in self.named_parameters(recurse=False)}
+        return {"objective": loss.item(), "num_negatives": num_negatives, "temperature": self.temperature, **own}
 
     def _of(self, batch: Batch) -> Tensor:
         parameters = self._parameters_for(batch)
@@ -41,33 +45,42 @@ class PairwiseLoss(ContrastiveLoss):
             log_weight=batch.log_weight,
             tile_bytes=self.tile_bytes,
         )
-        self._seen = loss.detach(), num_negatives
+        self._last = loss.detach(), num_negatives
         return loss
 
+    @abstractmethod
     def _parameters_for(self, batch: Batch) -> Tensor:
-        """(P,) the method's parameters in the dtype and on the device of the embeddings, attached to autograd."""
+        """(P,) the method's parameters in the dtype and on the device of the batch, attached to autograd."""
         raise NotImplementedError
 
+    @abstractmethod
     def _method(self, parameters: Tensor) -> PairMethod:
         raise NotImplementedError
 
 
+@final
 class SigLIP(PairwiseLoss):
     """Each pair is a yes-or-no question: do the two belong together?
 
         x_ij = s_ij / tau + bias
         loss = (1 / B) sum_i [softplus(-x_ip(i)) + sum_{j != p(i)} exp(b_ij) softplus(x_ij)]
 
-    The paper's t is 1 / tau, trained through its logarithm, t' = log 10 at first; the bias starts at -10, because almost all pairs are
-    negatives. Both are parameters of this Module: see that your optimizer trains them.
+    The paper's t is 1 / tau, trained through its logarithm, t' = log 10 at first; the bias starts at -10, because almost all
+    pairs are negatives. Both are parameters of this Module: see that your optimizer trains them.
 
     Args:
         temperature: tau at first.
-        learnable_temperature, min_temperature: Train it; see `ContrastiveLoss`.
+        learnable_temperature, min_temperature: Train it; see `InfoNCE`.
         bias: The bias at first; trained.
         normalize, tile_bytes: See `ContrastiveLoss`.
 
-    Cost: no state. Reference: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, equation 1 and algorithm 1.
+    Cost: no state. Reference: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, equation 1
+    and algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> round(SigLIP(bias=0.0)(torch.eye(2), torch.eye(2)).item(), 4)  # softplus(-10) + softplus(0)
+        0.6932
     """
 
     def __init__(
@@ -84,12 +97,6 @@ class SigLIP(PairwiseLoss):
         super().__init__(tau, normalize=normalize, tile_bytes=tile_bytes)
         self.bias = nn.Parameter(torch.tensor(float(bias)))
 
-    @property
-    def last_stats(self) -> dict[str, float]:
-        """See `PairwiseLoss.last_stats`; also the bias."""
-        figures = super().last_stats
-        return {**figures, "bias": self.bias.item()} if figures else {}
-
     def _parameters_for(self, batch: Batch) -> Tensor:
         return torch.stack([self.temperatures.of(batch, 0), self.bias.to(batch.anchors)])
 
@@ -97,29 +104,44 @@ class SigLIP(PairwiseLoss):
         return _Sigmoid(temperature=parameters[0], bias=parameters[1])
 
 
+@final
 class AUCCL(PairwiseLoss):
     """Every positive should outscore every negative of the batch by a margin: the square surrogate of the area under the ROC curve.
 
         loss = mean over positives i and negative pairs (k, l) of (margin - s_ip(i) + s_kl)^2
              = Var(s+) + Var(s-) + (margin - mean s+ + mean s-)^2
 
-    The second line is the min-max form of the AUC literature with its three inner variables (the two means, and the multiplier margin - mean s+ +
-    mean s-) at their exact optimum for the batch, so there are no extra parameters and no second optimizer. A mean over
-    negative pairs does not grow with the batch, which is why its optimum moves little with the batch size. Log-weights weigh the mean.
+    The second line is the min-max form of the AUC literature with its three inner variables (the two means, and the multiplier
+    margin - mean s+ + mean s-) at their exact optimum for the batch, so there are no extra parameters and no second optimizer.
+    A mean over negative pairs does not grow with the batch, which is why its optimum moves little with the batch size.
+    Log-weights weigh the mean.
 
     Args:
         margin: Wanted lead of a positive, in units of cosine similarity.
         normalize, tile_bytes: See `ContrastiveLoss`.
 
-    Cost: no state. Reference: the square AUC loss of Ying et al. 2016, "Stochastic Online AUC Maximization", theorem 1, on pairs of embeddings as
-    proposed by Sharma et al. 2024, "AUC-CL" (ICLR); that paper follows the inner variables by stochastic steps instead.
+    Cost: no state. Reference: the square AUC loss of Ying et al. 2016, "Stochastic Online AUC Maximization", theorem 1, on
+    pairs of embeddings as proposed by Sharma et al. 2024, "AUC-CL" (ICLR); that paper follows the inner variables by stochastic
+    steps instead.
+
+    Example:
+        >>> import torch
+        >>> AUCCL(margin=1.0)(torch.eye(2), torch.eye(2)).item()  # every positive leads by 1
+        0.0
     """
+
+    lacks: ClassVar = {**PairwiseLoss.lacks, "temperature": "has no temperature, but loss.margin"}
 
     def __init__(self, *, margin: float = 1.0, normalize: bool = True, tile_bytes: int = TILE_BYTES) -> None:
         super().__init__(GlobalTemperature(1.0), normalize=normalize, tile_bytes=tile_bytes)
         if not margin > 0:
             raise AnybatchError(f"margin is {margin}; expected a positive number such as 1.0.")
         self.margin = margin
+
+    @property
+    def inclusion(self) -> bool:
+        """See `ContrastiveLoss.inclusion`: they weigh the mean."""
+        return True
 
     def _parameters_for(self, batch: Batch) -> Tensor:
         return batch.anchors.new_zeros(0)
@@ -130,7 +152,7 @@ class AUCCL(PairwiseLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class _Sigmoid:
-    """Sums of a side: the value, d / d x times s, d / d x."""
+    """Sums: the value, d / d x times s, d / d x."""
 
     temperature: Tensor
     bias: Tensor
@@ -161,7 +183,7 @@ class _Sigmoid:
 
 @dataclass(frozen=True, kw_only=True)
 class _SquareLead:
-    """Sums of a side: s and s^2, from which mean and variance follow."""
+    """Sums: s and s^2, from which mean and variance follow."""
 
     margin: float
 
@@ -178,14 +200,14 @@ class _SquareLead:
         self, scores: Tensor, positive_sums: Tensor, negative_sums: Tensor, total_weight: Tensor, num_rows: int
     ) -> PairOutcome:
         mean_positive, square_positive = (positive_sums / num_rows).unbind()
-        scale = torch.where(total_weight > 0, 1.0 / total_weight, 0.0)  # a batch without any negative says nothing
+        some = total_weight > 0  # a batch without any negative says nothing
+        scale = torch.where(some, 1.0 / total_weight, 0.0)
         mean_negative, square_negative = (negative_sums * scale).unbind()
         lead = self.margin - mean_positive + mean_negative
         variances = square_positive - mean_positive**2 + square_negative - mean_negative**2
-        heard = (total_weight > 0).to(scores.dtype)
         return PairOutcome(
-            loss=(variances + lead**2) * heard,
-            d_positive=2.0 * (scores - self.margin - mean_negative) / num_rows * heard,
+            loss=(variances + lead**2) * some,
+            d_positive=2.0 * (scores - self.margin - mean_negative) / num_rows * some,
             negative_scale=scale,
             d_parameters=scores.new_zeros(0),
         )

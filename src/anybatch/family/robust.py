@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from torch import nn
 
@@ -60,6 +60,14 @@ class FastCLIP(SoftmaxLoss):
         ['temperatures.log_temperature']
     """
 
+    unused: ClassVar = {
+        "version": {
+            "v0": ("rho", "temperature_lr"),
+            "v1": ("rho", "temperature_lr", "temperature_range"),
+            "v2": (),
+            "v3": ("temperature_lr",),
+        }
+    }
     denominator: RunningDenominator
 
     def __init__(

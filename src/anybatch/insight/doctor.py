@@ -12,7 +12,7 @@ import torch
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.verify import Verification, verify
 from anybatch.integrations.sentence_transformers.model import load_model
-from anybatch.losses.config import build_loss
+from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.run.config import RunConfig
 from anybatch.run.read_data import read_training_pairs

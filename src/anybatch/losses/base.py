@@ -12,9 +12,9 @@ Classes are abstract or final: a published method is a final `SoftmaxLoss` whose
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,13 @@ class Temperature(Part):
 
 
 class Denominator(Part):
-    """Abstract: what a method takes for the log-sum over all negatives, given what the batch says."""
+    """Abstract: what a method takes for the log-sum over all negatives, given what the batch says.
+
+    Attributes:
+        over_data: Whether it stands for all rows of the data set, and not for those of the batch.
+    """
+
+    over_data = True
 
     @abstractmethod
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
@@ -176,6 +182,26 @@ class ContrastiveLoss(State):
         self.temperatures = temperature
         self.direction: Direction = direction
         self.normalize, self.tile_bytes, self.ring = normalize, tile_bytes, ring
+
+    # For the rooms that use losses by name: options of most methods that this one does not have, and why; of an option with a
+    # few values, those that each value leaves unused.
+    lacks: ClassVar[Mapping[str, str]] = {}
+    unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
+
+    @property
+    def over_data(self) -> bool:
+        """Whether the loss stands for the data set, and not for the batch alone."""
+        return False
+
+    @property
+    def inclusion(self) -> bool:
+        """Whether inclusion log-weights of mined batches mean something to it."""
+        return self.over_data
+
+    @property
+    def running(self) -> Denominator | None:
+        """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked; else None."""
+        return None
 
     @property
     def temperature(self) -> float:
@@ -363,6 +389,11 @@ class SoftmaxLoss(ContrastiveLoss):
         return {} if self._last is None else figures_of(*self._last, self.temperature)
 
     @property
+    def over_data(self) -> bool:
+        """See `ContrastiveLoss.over_data`."""
+        return self.denominator.over_data
+
+    @property
     def running(self) -> Denominator | None:
         """The denominator, if it remembers the mean over all negatives of each row, which can be computed, filled in and checked; else None."""
         return self.denominator if all(part.plain for part in (self.denominator, *self._others)) else None
@@ -404,7 +435,7 @@ def side_of(temperature: Temperature, denominator: Denominator, batch: Batch, di
 
 def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: float) -> dict[str, float]:
     """Figures of a call for logs."""
-    seen = stats.log_denominator[stats.num_negatives > 0]
+    seen = stats.log_denominator[(stats.num_negatives > 0) & stats.log_denominator.isfinite()]
     return {
         "objective": loss.item(),
         "log_denominator": seen.mean().item() if len(seen) else 0.0,

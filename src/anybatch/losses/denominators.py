@@ -25,6 +25,8 @@ from anybatch.losses.state import occurrences
 class WithPositive(Denominator):
     """The softmax over what is there."""
 
+    over_data = False
+
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
         return WithPositiveRule()
@@ -32,6 +34,8 @@ class WithPositive(Denominator):
 
 class WithoutPositive(Denominator):
     """The positive is not in the denominator. A row without any negative contributes 0."""
+
+    over_data = False
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""

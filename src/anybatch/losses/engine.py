@@ -48,6 +48,7 @@ __all__ = [
     "refuse_twice",
     "softmax_loss",
     "symmetric_softmax_loss",
+    "with_gradients",
 ]
 
 
@@ -242,3 +243,21 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_twice()
         return grad_output
+
+
+def with_gradients(value: Tensor, leaves: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Tensor:
+    """`value`, computed without autograd, as a function of `leaves` whose gradients are these."""
+    return _WithGradients.apply(value, gradients, *leaves)
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_twice()
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(gradient * grad_output if needed else None for gradient, needed in pairs)

@@ -1,4 +1,4 @@
-"""What a row's softmax over the whole data set is, computed exactly from embeddings in tiles. For warm starts and for monitoring, not for training.
+"""The softmax of a row over the whole data set, exactly, from embeddings in tiles. For filling and checking what a loss remembers.
 
     log_sum_i    = logsumexp_{j allowed} (s_ij - s_ip(i)) / tau
     mean_logit_i = sum_j p_ij (s_ij - s_ip(i)) / tau,     p_ij = exp((s_ij - s_ip(i)) / tau - log_sum_i)
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -22,6 +22,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss
 
 Embeddings: TypeAlias = "np.ndarray | Tensor"
+Ids: TypeAlias = "np.ndarray | Tensor | None"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +30,13 @@ class Rows:
     """Figures of R rows over all their negatives. All (R,), float64.
 
     Attributes:
-        positive: Logit of the positive, s_ip / tau.
         log_sum: Relative to the positive; -inf without negatives.
         num_negatives: Targets that are negatives.
         num_drawn: k, targets but the row's own, negatives or not: what the mean is over.
         mean_logit: Mean logit under the softmax, relative to the positive; 0 without negatives.
-        purity: Sum of p_ij^2: one over the number of negatives that share the pull, in the strict sense.
+        purity: Sum of p_ij^2: one over the number of negatives that share the gradient, in the strict sense.
     """
 
-    positive: Tensor
     log_sum: Tensor
     num_negatives: Tensor
     num_drawn: Tensor
@@ -46,7 +45,7 @@ class Rows:
 
     @property
     def log_mean(self) -> Tensor:
-        """Log of the mean of exp(relative logit) over the targets, to which those that are no negatives add 0: what a memory keeps."""
+        """Log of the mean of exp(relative logit) over the targets, of which those that are no negatives add 0."""
         return self.log_sum - self.num_drawn.clamp(min=1).log()
 
     @property
@@ -55,14 +54,14 @@ class Rows:
         return torch.where(self.num_negatives > 0, self.log_sum - self.mean_logit, -torch.inf)
 
     def standard_error(self, population: int) -> Tensor:
-        """Standard error of `log_mean` as an estimate from k targets drawn from `population` without replacement (delta method)."""
+        """Of `log_mean` as an estimate from k targets drawn from `population` without replacement (delta method)."""
         k = self.num_drawn.clamp(min=1)
         return ((k * self.purity - 1).clamp(min=0) / k * (1 - k / max(1, population)).clamp(min=0)).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The two sides of a data set, from one direction's point of view.
+    """The two sides of a data set, from one direction's point of view; `make_table` checks them.
 
     Attributes:
         queries, targets: (n, D) arrays, memory maps or tensors; row i of the one belongs to row i of the other.
@@ -79,22 +78,14 @@ class Table:
     device: torch.device
 
     def reversed(self) -> Table:
-        """The way back: positives against anchors."""
-        return Table(
-            queries=self.targets,
-            targets=self.queries,
-            query_id=self.target_id,
-            target_id=self.query_id,
-            normalize=self.normalize,
-            device=self.device,
-        )
+        """The candidate-to-anchor direction."""
+        sides = {"queries": self.targets, "targets": self.queries}
+        return replace(self, **sides, query_id=self.target_id, target_id=self.query_id)
 
     def take(self, side: Embeddings, rows: slice | np.ndarray) -> Tensor:
         """Rows of `side` on the device, in float32 (float64 if it is), normalised if wanted."""
         part = side[rows]
-        block = (
-            torch.as_tensor(np.array(part)) if isinstance(part, np.ndarray) else part.detach()
-        )  # a memory map may be read-only
+        block = torch.as_tensor(np.array(part)) if isinstance(part, np.ndarray) else part.detach()  # a map is read-only
         block = block.to(self.device, torch.float64 if block.dtype == torch.float64 else torch.float32)
         return nn.functional.normalize(block, dim=1) if self.normalize else block
 
@@ -103,19 +94,20 @@ def make_table(
     anchors: Embeddings,
     positives: Embeddings,
     *,
-    anchor_id: np.ndarray | Tensor | None,
-    positive_id: np.ndarray | Tensor | None,
+    anchor_id: Ids,
+    positive_id: Ids,
     normalize: bool,
     device: torch.device,
 ) -> Table:
-    """A table of anchors against positives, checked.
+    """A table of anchors against positives.
 
     Raises:
         AnybatchError: Shapes that do not fit, or one kind of id without the other.
     """
     if anchors.ndim != 2 or tuple(anchors.shape) != tuple(positives.shape):
         raise AnybatchError(
-            f"anchors have shape {tuple(anchors.shape)} and positives {tuple(positives.shape)}; expected two equal shapes (rows, dimensions)."
+            f"anchors have shape {tuple(anchors.shape)} and positives {tuple(positives.shape)}; "
+            "expected two equal shapes (rows, dimensions)."
         )
     if (anchor_id is None) != (positive_id is None):
         raise AnybatchError("anchor_id and positive_id go together; one of them is missing.")
@@ -126,40 +118,46 @@ def make_table(
             raise AnybatchError(f"{name} has shape {tuple(values.shape)}; expected ({len(anchors)},), one a row.")
         ids.append(values if values is not None and len(values.unique()) < len(values) else None)
     return Table(
-        queries=anchors,
-        targets=positives,
-        query_id=ids[0],
-        target_id=ids[1],
-        normalize=normalize,
-        device=device,
+        queries=anchors, targets=positives, query_id=ids[0], target_id=ids[1], normalize=normalize, device=device
     )
 
 
-def temperatures_of(
-    loss: ContrastiveLoss, table: Table, rows: slice | np.ndarray, index: Tensor, *, direction: int
-) -> Tensor:
-    """The temperature at which the loss would score these rows at this moment, in evaluation mode: a scalar tensor, or one a row (R,).
+def exact_rows_of(
+    loss: ContrastiveLoss,
+    table: Table,
+    rows: slice | np.ndarray,
+    index: Tensor,
+    *,
+    direction: int,
+    columns: np.ndarray | None = None,
+    moments: bool = True,
+    tile_bytes: int | None = None,
+) -> tuple[Rows, Tensor]:
+    """`exact_rows` at the temperature at which the loss would score these rows at this moment, and that temperature.
 
     Args:
-        loss: The loss; one with learned temperatures of rows may look them up, or compute them from the embeddings.
+        loss: The loss, asked in evaluation mode; its temperatures may be those of rows, or follow from embeddings.
         table: Anchors against positives, whatever the direction.
         rows: Which of the table's rows.
         index: (R,) int64 their numbers in the data set.
-        direction: 0 for anchors against positives, 1 for the way back.
+        direction: 0 for anchors against positives, 1 for the other way.
+        columns, moments, tile_bytes: See `exact_rows`.
+
+    Returns:
+        The figures, and a scalar or (R,).
     """
-    batch = Batch(
-        anchors=table.take(table.queries, rows),
-        candidates=table.take(table.targets, rows),
-        index=index,
-        log_weight=None,
-    )
+    sides = (table.take(side, rows) for side in (table.queries, table.targets))
+    batch = Batch(**dict(zip(("anchors", "candidates"), sides, strict=True)), index=index, log_weight=None)
     with torch.no_grad(), _evaluating(loss, table.device):
-        return loss.temperatures.of(batch, direction)
+        temperature = loss.temperatures.of(batch, direction)
+    side = table.reversed() if direction else table
+    options = {"columns": columns, "moments": moments, "tile_bytes": tile_bytes}
+    return exact_rows(side, rows, temperature=temperature, **options), temperature
 
 
 @contextmanager
 def _evaluating(loss: nn.Module, device: torch.device) -> Iterator[None]:
-    """The loss in evaluation mode, in which a network with dropout draws no mask; random generators and modes are put back."""
+    """The loss in evaluation mode, in which a network draws no dropout; modes and random generators are put back."""
     modes = [(module, module.training) for module in loss.modules()]
     loss.eval()
     try:
@@ -192,27 +190,26 @@ def exact_rows(
         moments: Also find `mean_logit` and `purity`, at about the cost of the exponential; else they are NaN.
         tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
     """
+    # 1. The rows, their own targets, and sums relative to the greatest logit so far.
     total = len(table.targets) if columns is None else len(columns)
     queries, positives = table.take(table.queries, rows), table.take(table.targets, rows)
-    number = torch.as_tensor(
-        np.arange(len(table.queries))[rows] if isinstance(rows, slice) else rows, device=table.device
-    )
+    numbers = np.arange(len(table.queries))[rows] if isinstance(rows, slice) else rows
     temperature = torch.as_tensor(temperature, dtype=queries.dtype, device=table.device)
     scaled = queries / temperature.expand(len(queries))[:, None]
     positive = (scaled * positives).sum(dim=1)
-    remove = _Remover(table, number)
+    remove = _Remover(table, torch.as_tensor(numbers, device=table.device))
     height = len(queries)
     if tile_bytes is None:
         tile_bytes = 2**23 if table.device.type == "cpu" else 2**28
     width = max(1, tile_bytes // max(1, height * queries.element_size()))
-    wide = {"dtype": torch.float64, "device": table.device}
-    peak = torch.full((height,), -torch.inf, **wide)
-    sums, counts = torch.zeros(height, **wide), torch.zeros(height, **wide)
-    firsts, squares = (torch.full((height,), 0.0 if moments else torch.nan, **wide) for _ in range(2))
+    peak, sums, counts, firsts, squares = (
+        torch.full((height,), value, dtype=torch.float64, device=table.device)
+        for value in (-torch.inf, 0.0, 0.0, *(2 * [0.0 if moments else torch.nan]))
+    )
+    # 2. A tile of targets at a time.
     for start in range(0, total, width):
         chosen = slice(start, min(start + width, total)) if columns is None else columns[start : start + width]
-        targets = table.take(table.targets, chosen)
-        logits = torch.addmm(-positive[:, None], scaled, targets.T)
+        logits = torch.addmm(-positive[:, None], scaled, table.take(table.targets, chosen).T)
         removed = remove(logits, chosen)
         counts += logits.shape[1] - (logits.isneginf().sum(dim=1) if removed else 0)
         top = logits.amax(dim=1)
@@ -224,10 +221,10 @@ def exact_rows(
             firsts = firsts * before + (share * logits.clamp_(min=-1e30)).sum(dim=1).double() * now
             squares = squares * before**2 + share.square_().sum(dim=1).double() * now**2
         peak = rise
+    # 3. Rows without a negative have neither.
     some = counts > 0
     safe = torch.where(some, sums, 1.0)
     return Rows(
-        positive=positive.double(),
         log_sum=torch.where(some, peak + safe.log(), -torch.inf),
         num_negatives=counts,
         num_drawn=total - remove.own,
@@ -242,22 +239,18 @@ def _finite(values: Tensor) -> Tensor:
 
 
 class _Remover:
-    """Sets to -inf the logits of pairs that are no negatives, without comparing every pair: most columns have nothing to do with these rows."""
+    """Sets the logits of pairs that are no negatives to -inf. Most columns have nothing to do with these rows: not every pair is compared."""
 
     def __init__(self, table: Table, rows: Tensor) -> None:
         self.rows = rows
-        self.own = torch.zeros(
-            len(rows), dtype=torch.float64, device=rows.device
-        )  # 1 once the row's own target has come
+        self.own = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)  # 1 once the own target has come
         given = [ids for ids in (table.query_id, table.target_id) if ids is not None]
         self.ids = [(ids[rows], ids, torch.isin(ids, ids[rows])) for ids in given]
 
     def __call__(self, logits: Tensor, columns: slice | np.ndarray) -> bool:
         """Whether anything may have been removed."""
-        if isinstance(columns, slice):
-            numbers = torch.arange(columns.start, columns.stop, device=logits.device)
-        else:
-            numbers = torch.as_tensor(columns, device=logits.device)
+        numbers = np.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
+        numbers = torch.as_tensor(numbers, device=logits.device)
         place = torch.searchsorted(numbers, self.rows).clamp_(max=len(numbers) - 1)
         own = (numbers[place] == self.rows).nonzero()[:, 0]
         logits[own, place[own]] = -torch.inf

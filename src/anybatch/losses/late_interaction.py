@@ -1,18 +1,21 @@
-"""Late interaction (ColBERT): InfoNCE over MaxSim scores of token embeddings, in tiles, with the gradient in closed form."""
+"""Late interaction (ColBERT): InfoNCE over MaxSim scores of token embeddings, in tiles, with the gradient in closed form.
+
+Shapes: B anchors of Tq tokens, M candidates of Td tokens, D dimensions; `_all` marks the candidates of all ranks together.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss, check_embeddings, outside_the_graph
-from anybatch.losses.candidates import check_rows
-from anybatch.losses.engine import TILE_BYTES, differentiable_once, refuse_twice
+from anybatch.losses.candidates import Layout
+from anybatch.losses.engine import TILE_BYTES, differentiable_once, with_gradients
 from anybatch.losses.log_weights import LogWeight
 from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
@@ -26,7 +29,7 @@ class LateInteraction(ContrastiveLoss):
 
     Args:
         temperature: Scores, which grow with the number of an anchor's tokens, are divided by it.
-        learnable_temperature, min_temperature: Train it, through its logarithm; see `ContrastiveLoss`.
+        learnable_temperature, min_temperature: Train it, through its logarithm; see `InfoNCE`.
         normalize: L2-normalise each token's embedding first.
         tile_bytes: Memory for token similarities at a time.
 
@@ -37,6 +40,13 @@ class LateInteraction(ContrastiveLoss):
         collectives in the forward pass (one as large as all candidates' gradients), none in the backward pass.
 
     Reference: Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, equation 3.
+
+    Example:
+        >>> import torch
+        >>> anchors, candidates = torch.randn(4, 3, 8, requires_grad=True), torch.randn(6, 5, 8)
+        >>> LateInteraction()(anchors, candidates).backward()
+        >>> anchors.grad.shape
+        torch.Size([4, 3, 8])
     """
 
     temperatures: GlobalTemperature
@@ -74,8 +84,7 @@ class LateInteraction(ContrastiveLoss):
             candidates: (M, Td, D) float, padded, M >= B: the positives in the anchors' order, then explicit negatives.
             anchor_mask: (B, Tq), true or nonzero for tokens that count; None for all.
             candidate_mask: (M, Td), likewise; every candidate needs one token that counts.
-            index: (B,) int, see `ContrastiveLoss`.
-            log_weight, anchor_id, candidate_id: As in `ContrastiveLoss`.
+            index, log_weight, anchor_id, candidate_id: As in `ContrastiveLoss`.
 
         Returns:
             Scalar, float32 (float64 for float64 embeddings), differentiable in the embeddings and the temperature.
@@ -88,16 +97,17 @@ class LateInteraction(ContrastiveLoss):
         with torch.autocast(anchors.device.type, enabled=False):
             # Padding may hold anything, NaN included, and 0 * NaN is NaN.
             sides = [
-                side.to(dtype).masked_fill(~mask.bool()[..., None], 0.0)
+                side.to(dtype).masked_fill(~mask[..., None], 0.0)
                 for side, mask in zip((anchors, candidates), masks, strict=True)
             ]
             if self.normalize:
-                sides = [torch.nn.functional.normalize(side, dim=-1) for side in sides]
+                sides = [nn.functional.normalize(side, dim=-1) for side in sides]
             _, weight = self._weight(anchors, candidates, index, log_weight, anchor_id, candidate_id)
             temperature = self.temperatures.like(sides[0], updating=self._updating)
-            loss = _LateInteraction.apply(*sides, temperature, masks, weight, self.tile_bytes)
-        self._objective = loss.detach()
-        return differentiable_once(loss)
+            with torch.no_grad():
+                loss, gradients = _solve(sides[0], sides[1], temperature, masks, weight, self.tile_bytes)
+        self._objective = loss
+        return differentiable_once(with_gradients(loss, (*sides, temperature), gradients))
 
     @property
     def last_stats(self) -> dict[str, float]:
@@ -108,32 +118,10 @@ class LateInteraction(ContrastiveLoss):
 
 
 def maxsim(anchors: Tensor, candidates: Tensor, anchor_mask: Tensor, candidate_mask: Tensor) -> Tensor:
-    """The slow twin: all scores (B, M) at once, by autograd. For tests and for reading."""
+    """The slow reference: all scores (B, M) at once, by autograd. For tests and for reading."""
     similarity = torch.einsum("itd,jud->ijtu", anchors, candidates)
     best = similarity.masked_fill(~candidate_mask.bool()[None, :, None, :], -torch.inf).amax(dim=3)
     return (best * anchor_mask[:, None, :].to(best.dtype)).sum(dim=2)
-
-
-class _LateInteraction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchors: Tensor,
-        candidates: Tensor,
-        temperature: Tensor,
-        masks: tuple[Tensor, Tensor],
-        weight: LogWeight | None,
-        tile_bytes: int,
-    ) -> Tensor:
-        loss, gradients = _solve(anchors, candidates, temperature, masks, weight, tile_bytes)
-        ctx.save_for_backward(*gradients)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        refuse_twice()
-        needed = ctx.needs_input_grad[:3]
-        return *(g * grad_output if wanted else None for g, wanted in zip(ctx.saved_tensors, needed)), None, None, None
 
 
 def _solve(
@@ -144,83 +132,82 @@ def _solve(
     weight: LogWeight | None,
     tile_bytes: int,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss, and its gradients by anchors, candidates and temperature."""
+    # 1. The candidates of all ranks, padded to the longest, and the sizes of a tile: one row's best tokens against all
+    # columns, and its similarities against a tile of columns, must fit.
     num_rows, width, dimensions = anchors.shape
-    row_sizes, column_sizes = (distributed.gather_sizes(len(side), anchors.device) for side in (anchors, candidates))
-    check_rows(row_sizes)
-    first_row, first_column = (sum(sizes[: distributed.rank()]) for sizes in (row_sizes, column_sizes))
-    documents, counts = _gathered(candidates, masks[1], column_sizes)
+    layout = Layout.of(num_rows, len(candidates), anchors.device)
+    candidates_all, counts_all = _gathered(candidates, masks[1], layout.column_sizes)
     if weight is not None and distributed.is_active():
-        weight = weight.gathered(row_sizes, column_sizes)
-    own_width = candidates.shape[1]
-    total, num_columns = sum(row_sizes), len(documents)
+        weight = weight.gathered(layout.row_sizes, layout.column_sizes)
+    num_columns, tokens = candidates_all.shape[:2]
     item = anchors.element_size()
-    # One row's best tokens against all columns, and its similarities against a tile of columns, must fit.
     height = max(1, min(num_rows, tile_bytes // max(1, 2 * item * width * num_columns)))
-    columns_at_once = max(1, tile_bytes // max(1, item * height * width * documents.shape[1]))
+    columns_at_once = max(1, tile_bytes // max(1, item * height * width * tokens))
     column_tiles = [slice(s, min(s + columns_at_once, num_columns)) for s in range(0, num_columns, columns_at_once)]
-    d_anchors, d_documents = torch.zeros_like(anchors), torch.zeros_like(documents)
+    d_anchors, d_candidates_all = torch.zeros_like(anchors), torch.zeros_like(candidates_all)
     loss, d_temperature = anchors.new_zeros(()), anchors.new_zeros(())
     for start in range(0, num_rows, height):
         rows = slice(start, min(start + height, num_rows))
         queries = anchors[rows].reshape(-1, dimensions)
         live = masks[0][rows].to(anchors.dtype)
+        # 2. The scores of some rows against all columns, and for each of their tokens the best of each candidate.
         scores = anchors.new_empty(len(live), num_columns)
         best: list[Tensor] = []
         for columns in column_tiles:
-            similarity = (queries @ documents[columns].reshape(-1, dimensions).T).view(
-                len(live), width, -1, documents.shape[1]
+            similarity = (queries @ candidates_all[columns].reshape(-1, dimensions).T).view(
+                len(live), width, -1, tokens
             )
-            similarity.masked_fill_(~counts[columns], -torch.inf)
+            similarity.masked_fill_(~counts_all[columns], -torch.inf)
             highest, where = similarity.max(dim=3)
             scores[:, columns] = torch.einsum("itj,it->ij", highest, live)
-            best.append(where.to(torch.int32 if documents.shape[1] > 2**15 else torch.int16))
+            best.append(where.to(torch.int32 if tokens > 2**15 else torch.int16))
+        # 3. The softmax of each row, and from it the gradient weight of each score.
         logits = scores / temperature
         if weight is not None:
-            shifted = slice(first_row + rows.start, first_row + rows.stop)
-            logits += weight.tile(shifted, slice(0, num_columns)).to(logits.dtype)
+            logits += weight.tile(layout.shifted(rows), slice(0, num_columns)).to(logits.dtype)
         local = torch.arange(len(live), device=anchors.device)
-        positive = first_column + rows.start + local
-        logits[local, positive] = scores[local, positive] / temperature  # a weight never touches the positive
+        positive = layout.first_column + start + local
+        logits[local, positive] = scores[local, positive] / temperature  # a log-weight never touches the positive
         log_sum = logits.logsumexp(dim=1)
         loss = loss + (log_sum - logits[local, positive]).sum()
-        pull = (logits - log_sum[:, None]).exp_()
-        pull[local, positive] -= 1.0
-        d_temperature = d_temperature - (pull * scores).sum() / temperature.square()
-        for columns, where in zip(column_tiles, best):
-            share = (pull[:, None, columns] * live[:, :, None])[..., None]
-            spread = share.new_zeros(*share.shape[:3], documents.shape[1]).scatter_(3, where.long()[..., None], share)
+        gradient_weight = (logits - log_sum[:, None]).exp_()
+        gradient_weight[local, positive] -= 1.0
+        d_temperature = d_temperature - (gradient_weight * scores).sum() / temperature.square()
+        # 4. The gradients of the tokens that were best.
+        for columns, where in zip(column_tiles, best, strict=True):
+            share = (gradient_weight[:, None, columns] * live[:, :, None])[..., None]
+            spread = share.new_zeros(*share.shape[:3], tokens).scatter_(3, where.long()[..., None], share)
             spread = spread.view(len(queries), -1)
-            flat = documents[columns].reshape(-1, dimensions)
-            d_anchors[rows] += (spread @ flat).view(len(live), width, dimensions)
-            d_documents[columns] += (spread.T @ queries).view(-1, documents.shape[1], dimensions)
-    own = slice(first_column, first_column + len(candidates))
-    d_candidates = distributed.sum_over_ranks(d_documents)[own, :own_width]
-    scale = distributed.world_size() / total / temperature  # W times: the averaging over ranks takes it away again
-    loss, d_temperature = (distributed.sum_over_ranks(value) / total for value in (loss, d_temperature))
+            d_anchors[rows] += (spread @ candidates_all[columns].reshape(-1, dimensions)).view(
+                len(live), width, dimensions
+            )
+            d_candidates_all[columns] += (spread.T @ queries).view(-1, tokens, dimensions)
+    d_candidates = distributed.sum_over_ranks(d_candidates_all)[layout.own_columns, : candidates.shape[1]]
+    num_rows_all = sum(layout.row_sizes)
+    scale = (
+        distributed.world_size() / num_rows_all / temperature
+    )  # W times: the averaging over ranks takes it away again
+    loss, d_temperature = (distributed.sum_over_ranks(value) / num_rows_all for value in (loss, d_temperature))
     return loss, (d_anchors * scale, d_candidates * scale, d_temperature)
 
 
 def _gathered(candidates: Tensor, mask: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
     """All ranks' candidates and masks, padded to the longest."""
-    longest = max(distributed.gather_sizes(candidates.shape[1], candidates.device))
-    missing = longest - candidates.shape[1]
-    padded = torch.nn.functional.pad(candidates, (0, 0, 0, missing))
-    marks = torch.nn.functional.pad(mask.to(torch.uint8), (0, missing))
+    missing = max(distributed.gather_sizes(candidates.shape[1], candidates.device)) - candidates.shape[1]
+    padded = nn.functional.pad(candidates, (0, 0, 0, missing))
+    marks = nn.functional.pad(mask.to(torch.uint8), (0, missing))
     return distributed.gather_rows(padded, sizes), distributed.gather_rows(marks, sizes).bool()
 
 
 def _checked_masks(
     anchors: Tensor, candidates: Tensor, anchor_mask: Tensor | None, candidate_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if (
-        anchors.ndim != 3
-        or candidates.ndim != 3
-        or anchors.shape[2] != candidates.shape[2]
-        or len(candidates) < len(anchors)
-    ):
+    shapes = tuple(anchors.shape), tuple(candidates.shape)
+    if [len(shape) for shape in shapes] != [3, 3] or shapes[0][2] != shapes[1][2] or shapes[1][0] < shapes[0][0]:
         raise AnybatchError(
-            f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, Tq, D) and (M, Td, D) "
-            "with M >= B: the positives in the anchors' order, then explicit negatives."
+            f"anchors have shape {shapes[0]} and candidates {shapes[1]}; expected (B, Tq, D) and (M, Td, D) with M >= B: "
+            "the positives in the anchors' order, then explicit negatives."
         )
     masks = []
     for name, side, mask in (("anchor_mask", anchors, anchor_mask), ("candidate_mask", candidates, candidate_mask)):
@@ -231,9 +218,9 @@ def _checked_masks(
                 f"{name} has shape {tuple(mask.shape)}; expected {tuple(side.shape[:2])}, one entry a token."
             )
         masks.append(mask.detach().bool())
-    if not bool(masks[1].any(dim=1).all()):
-        row = int((~masks[1].any(dim=1)).nonzero()[0])
+    empty = (~masks[1].any(dim=1)).nonzero()[:, 0].tolist()
+    if empty:
         raise AnybatchError(
-            f"Candidate {row} has no token that counts, so it has no score. Remove the row, or mend its mask."
+            f"Candidate {empty[0]} has no token that counts, so it has no score. Remove the row, or mend its mask."
         )
     return masks[0], masks[1]

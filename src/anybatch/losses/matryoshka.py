@@ -50,16 +50,9 @@ class Matryoshka(State):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        check_prefixes(dimensions, weights, "dimensions are")
         self.dimensions = tuple(dimensions)
-        if not self.dimensions or len(set(self.dimensions)) < len(self.dimensions) or min(self.dimensions) < 1:
-            raise AnybatchError(
-                f"dimensions are {list(dimensions)}; expected different positive widths such as [384, 128, 64]."
-            )
         self.weights = (1.0,) * len(self.dimensions) if weights is None else tuple(weights)
-        if len(self.weights) != len(self.dimensions) or not all(0 <= weight < math.inf for weight in self.weights):
-            raise AnybatchError(
-                f"weights are {list(self.weights)} for dimensions {list(self.dimensions)}; expected one number a dimension, 0 or more."
-            )
         losses = list(loss) if isinstance(loss, Sequence) else [copy.deepcopy(loss) for _ in self.dimensions]
         if len(losses) != len(self.dimensions) or len(set(map(id, losses))) < len(losses):
             raise AnybatchError(
@@ -128,3 +121,17 @@ class Matryoshka(State):
             for dimension, weight, loss in zip(self.dimensions, self.weights, self.losses, strict=True)
         ]
         return torch.stack(terms).sum()
+
+
+def check_prefixes(dimensions: Sequence[int], weights: Sequence[float] | None, name: str) -> None:
+    """Refuse prefixes that are none, equal or empty, and weights that are not theirs; `name` is what they are called, with its verb.
+
+    Raises:
+        AnybatchError: They are.
+    """
+    if not dimensions or len(set(dimensions)) < len(dimensions) or min(dimensions) < 1:
+        raise AnybatchError(f"{name} {list(dimensions)}; expected different positive widths such as [384, 128, 64].")
+    if weights is not None and not (len(weights) == len(dimensions) and all(0 <= w < math.inf for w in weights)):
+        raise AnybatchError(
+            f"weights are {list(weights)} for dimensions {list(dimensions)}; expected one number a dimension, 0 or more."
+        )

@@ -11,7 +11,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, read_sealed
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
-from anybatch.losses.config import LossConfig
+from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig
 
 
@@ -54,8 +54,9 @@ class DataConfig(Configuration):
     """The training pairs.
 
     Attributes:
-        path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`. A folder of such files, or a saved
-            `DatasetDict`, is several data sets with the same columns.
+        path: JSONL(.gz), CSV, TSV, Parquet, a folder saved by `datasets`, or hf://OWNER/NAME/CONFIGURATION/SPLIT of the
+            hub. A folder of such files, a pattern, or a saved `DatasetDict`, is several data sets with the same
+            columns.
         sets: Several data sets, each with its own columns and instructions, instead of `path`.
         anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of images; None for
             conventional ones (anchor and positive, query and pos, question and answer and the like), which are said.

@@ -21,7 +21,7 @@ from anybatch.integrations.sentence_transformers.memory import MemoryCallback, w
 from anybatch.integrations.sentence_transformers.model import Side
 from anybatch.integrations.sentence_transformers.refresh import RefreshPlan
 from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
-from anybatch.losses.config import build_loss
+from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.mining import mine_plan
 from anybatch.plans.plan import BatchPlan
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 logger = logging.getLogger("anybatch")
-BATCH_LOSSES = ("infonce", "decoupled", "siglip", "auc_cl")  # whose negatives are the batch's own
 
 
 def train_on_plan(
@@ -92,7 +91,7 @@ def train_on_plan(
 
 def warn_of_mined_batches(config: RunConfig, plan: BatchPlan) -> None:
     """Warn where mined batches meet a loss that stands for the whole data set."""
-    stands_for_all = config.loss.name not in BATCH_LOSSES
+    stands_for_all = config.loss.example().over_data
     if stands_for_all and plan.cluster_size > 1 and not plan.negatives_per_row and distributed.rank() == 0:
         logger.warning(
             "Before you train: mined batches with a loss that stands for the whole data set ('%s') did no better than "
@@ -152,7 +151,7 @@ def memory_callbacks(
     """Fill the running denominators as `config.loss` asks, unless a checkpoint will bring them.
 
     Returns:
-        The callback that refills and measures them while training, if it is asked for.
+        The callback that measures them while training, if it is asked for.
     """
     settings, folder = config.loss, Path(config.output)
     resumed = resume and any((folder / "checkpoints").glob(f"*/{CONTENTS}"))
@@ -162,20 +161,16 @@ def memory_callbacks(
             model,
             pairs,
             loss.loss,  # pyright: ignore[reportArgumentType] - one without running denominators is refused by name
-            sample=settings.warm_start_sample,
-            seed=config.seed,
             folder=folder,
             progress=progress,
         )
-    if settings.warm_start_steps is None and settings.probe_steps is None:
+    if settings.probe_steps is None:
         return []
     return [
         MemoryCallback(
             model,
             pairs,
             loss.loss,  # pyright: ignore[reportArgumentType] - as above
-            refill_steps=settings.warm_start_steps,
-            sample=settings.warm_start_sample,
             probe_steps=settings.probe_steps,
         )
     ]

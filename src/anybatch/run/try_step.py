@@ -12,7 +12,7 @@ from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.model import side_inputs
 from anybatch.integrations.sentence_transformers.training import forgotten
-from anybatch.losses.config import build_loss
+from anybatch.losses.registry import build_loss
 from anybatch.run.config import RunConfig
 
 if TYPE_CHECKING:

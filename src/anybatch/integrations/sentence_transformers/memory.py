@@ -1,4 +1,4 @@
-"""A loss's memory and the model: warm start, refills while training, and the memory beside the truth in the log."""
+"""A loss's memory and the model: warm start, and its denominators beside the exact ones in the log."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from anybatch.data.images import Column, pick
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.model import Side, lengths_of
 from anybatch.losses import ContrastiveLoss
-from anybatch.losses.monitoring import memory_figures
-from anybatch.losses.warm_start import WarmStart, running_denominator_of, warm_start
+from anybatch.losses.warm_start import WarmStart, memory_figures, running_denominator_of, warm_start
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -131,15 +130,13 @@ def probe_memory(
 
 
 class MemoryCallback(TrainerCallback):
-    """Refills the memory from the model, and puts the memory beside the truth into the log, every so many steps.
+    """Puts the memory beside the exact denominators into the log, every so many steps.
 
     Args:
         model, pairs, loss: See `warm_start_from_model`.
-        refill_steps: Steps between warm starts; None for no refill.
-        sample: Targets of a refill; None for all.
-        probe_steps: Steps between measurements (`probe_memory`), which go into the next line of the log; None for none.
+        probe_steps: Steps between measurements (`probe_memory`), which go into the next line of the log.
 
-    Give it to the Trainer before the callback that writes the log. Nothing of it depends on the time of a kill: a resumed run refills at the same steps.
+    Give it to the Trainer before the callback that writes the log.
     """
 
     def __init__(
@@ -148,23 +145,18 @@ class MemoryCallback(TrainerCallback):
         pairs: PairData,
         loss: ContrastiveLoss,
         *,
-        refill_steps: int | None = None,
-        sample: int | None = None,
-        probe_steps: int | None = None,
+        probe_steps: int,
     ) -> None:
-        for name, steps in (("refill_steps", refill_steps), ("probe_steps", probe_steps)):
-            if steps is not None and steps < 1:
-                raise AnybatchError(f"{name} is {steps}; expected at least 1, or None.")
+        if probe_steps < 1:
+            raise AnybatchError(f"probe_steps is {probe_steps}; expected at least 1.")
         self.model, self.pairs, self.loss = model, pairs, loss
-        self.refill_steps, self.sample, self.probe_steps = refill_steps, sample, probe_steps
+        self.probe_steps = probe_steps
         self.figures: dict[str, float] = {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure first, so that the figures show what a refill is about to mend."""
-        if self.probe_steps and state.global_step % self.probe_steps == 0:
+        """Measure."""
+        if state.global_step % self.probe_steps == 0:
             self.figures = probe_memory(self.model, self.pairs, self.loss)
-        if self.refill_steps and state.global_step % self.refill_steps == 0:
-            warm_start_from_model(self.model, self.pairs, self.loss, sample=self.sample, seed=state.global_step)
 
     def on_log(
         self,

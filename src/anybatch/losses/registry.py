@@ -1,0 +1,277 @@
+"""Losses by name. Adding a method is one line of `METHODS`: its settings are its constructor's parameters, with their types, defaults and checks.
+
+What a method is (whether it stands for the data set, whether a warm start can fill it) the loss itself says, see `ContrastiveLoss`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from anybatch.core.configuration import Configuration, Count, Range, convert, unknown_key
+from anybatch.core.errors import AnybatchError
+from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.denominators import RunningDenominator
+from anybatch.losses.gamma import GammaSchedule
+from anybatch.losses.matryoshka import Matryoshka, check_prefixes
+
+# The published relatives are named by import path only: the core does not import them before one is asked for.
+METHODS: dict[str, str] = {
+    "infonce": "anybatch.losses.methods.InfoNCE",
+    "decoupled": "anybatch.losses.methods.DecoupledInfoNCE",
+    "count_corrected": "anybatch.losses.methods.CountCorrectedInfoNCE",
+    "cross_batch": "anybatch.losses.cross_batch.CrossBatchInfoNCE",
+    "sogclr": "anybatch.losses.methods.SogCLR",
+    "fastclip": "anybatch.family.robust.FastCLIP",
+    "isogclr": "anybatch.family.robust.ISogCLR",
+    "tempnet": "anybatch.family.robust.TempNet",
+    "nuclr": "anybatch.family.nuclr.NUCLR",
+    "glofnd": "anybatch.family.glofnd.GloFND",
+    "emc2": "anybatch.family.emc2.EMC2",
+    "scent": "anybatch.family.scent.SCENT",
+    "siglip": "anybatch.family.pairwise.SigLIP",
+    "auc_cl": "anybatch.family.pairwise.AUCCL",
+}
+# Parameters that no file sets: the run knows them, or another value has won in no benchmark (docs/log.md).
+IN_PYTHON_ONLY = (
+    *("num_rows", "normalize", "tile_bytes", "min_temperature", "seed", "hidden"),
+    *("centred", "corrected", "mean_rows", "max_staleness"),
+    *("temperature_momentum", "temperature_clip", "margin_momentum"),
+)
+FIRST_TEMPERATURE = 0.05  # to look at data with, for a loss that has none
+
+
+class Option(typing.NamedTuple):
+    """One setting of a method, from its constructor: its annotation, and its default (`inspect.Parameter.empty` without)."""
+
+    hint: Any
+    default: Any
+
+
+GAMMA_STEPS = Option(Count | None, None)  # of a `GammaSchedule`, where a gamma is asked for
+
+
+@functools.cache
+def method_of(name: str) -> type[ContrastiveLoss]:
+    """The class of a method."""
+    module, _, attribute = METHODS[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@functools.cache
+def options_of(name: str) -> dict[str, Option]:
+    """What a configuration can set of a method: the constructor's parameters that are numbers, words, truth values or lists of them."""
+    make = method_of(name).__init__
+    hints = typing.get_type_hints(make, include_extras=True)
+    options = {
+        key: Option(hint, parameter.default)
+        for key, parameter in inspect.signature(make).parameters.items()
+        if key not in IN_PYTHON_ONLY and (hint := _plain(hints.get(key))) is not None
+    }
+    return options | {"gamma_steps": GAMMA_STEPS} if "gamma" in options else options
+
+
+def _plain(hint: Any) -> Any:
+    """The alternatives of an annotation that a file can say; None if there are none."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = (typing.Annotated, typing.Literal, tuple)
+    plain = [choice for choice in choices if choice in (bool, int, float, str) or typing.get_origin(choice) in kinds]
+    if not plain:
+        return None
+    return typing.Union[tuple(plain + [choice for choice in choices if choice is type(None)])]  # noqa: UP007
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False)
+class LossConfig(Configuration):
+    """A loss by name, with the options of its method beside those that all methods share.
+
+    `LossConfig(name="sogclr", gamma=0.8)` is of a class that is made from the method's constructor, and holds all of its options.
+
+    Attributes:
+        name: The method, one of `METHODS`.
+        weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
+        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
+        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives.
+        matryoshka: Widths of prefixes of the embeddings that must be good embeddings themselves: the loss is the sum over them, each with a memory
+            and a learned temperature of its own. The full width is among them only if given. None for the embeddings as they are.
+        warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once (docs/memory.md).
+        probe_steps: Every so many steps compare it with the exact one on a few rows; the figures go into the log.
+
+    Raises:
+        AnybatchError: A value out of range, an option of another method, options that exclude each other.
+
+    >>> LossConfig(name="sogclr", gamma=0.8).eps is None
+    True
+    """
+
+    name: str = "infonce"
+    weights: Literal["none", "inclusion"] = "none"
+    weight_cap: Annotated[float, Range(1)] | None = None
+    mask_suspects: bool = False
+    matryoshka: tuple[Count, ...] | None = None
+    warm_start: bool = False
+    probe_steps: Count | None = None
+
+    section: ClassVar[str] = "loss"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, name: str = "infonce", **options: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __new__(cls, **given: Any) -> LossConfig:
+        """An object of the class that is made from the method's constructor."""
+        return object.__new__(cls.class_for(given) if cls is LossConfig else cls)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, ({field.name: getattr(self, field.name) for field in dataclasses.fields(self)},)
+
+    @classmethod
+    def class_for(cls, given: Mapping[str, Any]) -> type[LossConfig]:
+        """The class of the method that `given` names.
+
+        Raises:
+            AnybatchError: No such method, or a setting of another one.
+        """
+        name = convert(Literal[tuple(METHODS)], given.get("name", "infonce"), "loss.name")
+        kind = _class_of(name)
+        known = {field.name for field in dataclasses.fields(kind)}
+        for key in sorted(key for key in given if key not in known):
+            knowing = ", ".join(sorted(other for other in METHODS if key in options_of(other)))
+            if key in method_of(name).lacks:
+                raise AnybatchError(f"loss.{key} is given, and '{name}' {method_of(name).lacks[key]}. Remove it.")
+            if knowing:
+                raise AnybatchError(
+                    f"loss.{key} is given, which '{name}' does not know: it is for {knowing}. "
+                    "Remove it, or change loss.name."
+                )
+            raise unknown_key("loss." + key, key, sorted(known))
+        return kind
+
+    @property
+    def method(self) -> type[ContrastiveLoss]:
+        """The class of the method."""
+        return method_of(self.name)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own settings."""
+        return {key: getattr(self, key) for key in options_of(self.name)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.matryoshka is not None:
+            check_prefixes(self.matryoshka, None, "loss.matryoshka is")
+        self._check_options()
+        try:
+            example = self.example()  # the constructor has the last word on what goes together
+        except AnybatchError as error:
+            first = str(error).split(maxsplit=1)[0]
+            raise AnybatchError(f"loss{'.' if first in self.options else ': '}{error}") from error
+        self._check_shared(example)
+
+    def example(self) -> ContrastiveLoss:
+        """The loss for a data set of two rows (the first of several prefixes'), of which it can be asked what it is."""
+        with torch.random.fork_rng(devices=[]):
+            return _build(self, 2, None if self.matryoshka is None else self.matryoshka[0])
+
+    def _check_options(self) -> None:
+        """What the method would not use as it is set."""
+        for name, option in options_of(self.name).items():
+            if option.default is inspect.Parameter.empty and getattr(self, name) is None and self.matryoshka is None:
+                raise AnybatchError(f"loss.{name} is missing; {self.name} needs it, such as {name}: 384.")
+        options = self.options
+        for chooser, unused in self.method.unused.items():
+            for name in unused[options[chooser]]:
+                if options[name] != options_of(self.name)[name].default:
+                    using = ", ".join(choice for choice, names in unused.items() if name not in names)
+                    raise AnybatchError(
+                        f"loss.{name} is given, which {self.name}'s {options[chooser]} does not use: it is for "
+                        f"{using}. Remove it, or change loss.{chooser}."
+                    )
+
+    def _check_shared(self, example: ContrastiveLoss) -> None:
+        """What the method does not define of the options that all methods share."""
+        if self.weights == "inclusion" and not example.inclusion:
+            raise AnybatchError(
+                f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "
+                "Use loss.name=count_corrected (no memory) or sogclr."
+            )
+        for name, value in (("warm_start", self.warm_start), ("probe_steps", self.probe_steps)):
+            if value and not isinstance(example.running, RunningDenominator):
+                raise AnybatchError(
+                    f"loss.{name} is {value}, but '{self.name}' has no running denominator of all negatives. It is for "
+                    "methods that have one, such as sogclr."
+                )
+            if value and self.matryoshka is not None:
+                raise AnybatchError(
+                    f"loss.{name} is {value} and loss.matryoshka {list(self.matryoshka)}: a warm start and a probe are "
+                    "for one memory, and each prefix has its own. Leave out one of the two."
+                )
+
+
+@functools.cache
+def _class_of(name: str) -> type[LossConfig]:
+    """`LossConfig` with the options of one method as fields."""
+    fields = []
+    for key, (hint, default) in options_of(name).items():
+        required = default is inspect.Parameter.empty
+        fields.append(
+            (key, hint | None if required else hint, dataclasses.field(default=None if required else default))
+        )
+    named = ("name", Literal[name], dataclasses.field(default=name))
+    return dataclasses.make_dataclass("LossConfig", [named, *fields], bases=(LossConfig,), frozen=True, kw_only=True)
+
+
+def _remade(values: dict[str, Any]) -> LossConfig:
+    return LossConfig(**values)
+
+
+def first_temperature(config: LossConfig) -> float:
+    """The temperature that training begins with; 0.05 for a loss without one, to look at data with."""
+    if "temperature" not in config.options:
+        return FIRST_TEMPERATURE
+    return config.example().temperature
+
+
+def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
+    """The Module that `config` names, for a data set of `num_rows` rows."""
+    if config.matryoshka is not None:
+        losses = [_build(config, num_rows, width) for width in config.matryoshka]
+        return Matryoshka(losses, config.matryoshka)
+    return _build(config, num_rows, None)
+
+
+def make_loss(name: str, num_rows: int, **arguments: Any) -> ContrastiveLoss:
+    """A method by name, with any arguments of its constructor, and `num_rows` if it wants to know it."""
+    method = method_of(name)
+    if "num_rows" in inspect.signature(method.__init__).parameters:
+        arguments["num_rows"] = num_rows
+    return method(**arguments)
+
+
+def _build(config: LossConfig, num_rows: int, width: int | None) -> ContrastiveLoss:
+    """One loss; `width` is that of the prefix which it is for, None for whole embeddings."""
+    arguments = config.options
+    for name, option in options_of(config.name).items():
+        if option.default is inspect.Parameter.empty and width is not None:  # the width of the embeddings
+            if arguments[name] is not None:
+                raise AnybatchError(
+                    f"{name} is {arguments[name]} and loss.matryoshka {list(config.matryoshka or ())}, which says the "
+                    f"widths already. Leave out loss.{name}."
+                )
+            arguments[name] = width
+    steps = arguments.pop("gamma_steps", None)
+    if steps is not None:
+        arguments["gamma"] = GammaSchedule(arguments["gamma"], num_steps=steps)
+    return make_loss(config.name, num_rows, **arguments)
