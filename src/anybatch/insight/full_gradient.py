@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
 from anybatch.core.ids import known_positives, renumbered
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.log_weights import ListedPairs, LogWeights, same_content
+from anybatch.plans.examples import Examples
 
 
 def full_gradient(
@@ -19,7 +19,7 @@ def full_gradient(
     temperature: float,
     direction: Direction = "one_way",
     rows: Tensor | None = None,
-    same: SameContent | None = None,
+    masks: LogWeights | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> Tensor:
     """The exact gradient of full-data InfoNCE with respect to the embeddings, in closed form.
@@ -40,7 +40,7 @@ def full_gradient(
         temperature: tau.
         direction: "one_way", or "both" for both directions' losses.
         rows: (P,) int64, whose gradient; None for all.
-        same: Pairs of rows that are no negatives of each other; None if all texts differ.
+        masks: Over all rows, such as `content_masks`; None if all texts differ.
         tile_bytes: Memory for scores at a time.
 
     Returns:
@@ -59,23 +59,23 @@ def full_gradient(
     """
     rows = torch.arange(len(anchors)) if rows is None else rows
     height = max(1, tile_bytes // (len(positives) * anchors.element_size()))
-    sides = [(anchors, positives)]
+    sides = [(anchors, positives, masks)]
     log_sums = [torch.empty(0)] * 2
     # 1. Both directions' denominators: log sum_k exp(s_ik / tau), and log sum_k exp(s_kj / tau) over the tiles so far.
     if direction == "both":
-        sides.append((positives, anchors))
+        sides.append((positives, anchors, None if masks is None else masks.reversed(len(anchors))))
         log_sums = [anchors.new_empty(len(anchors)), anchors.new_full((len(anchors),), -torch.inf)]
         for tile in torch.arange(len(anchors)).split(height):
-            logits = _logits(anchors, positives, tile, temperature, same)
+            logits = _logits(anchors, positives, tile, temperature, masks)
             log_sums[0][tile] = logits.logsumexp(dim=1)
             log_sums[1] = torch.logaddexp(log_sums[1], logits.logsumexp(dim=0))
     # 2. The gradient of one side at a time, in tiles of rows.
     parts = []
-    for side, (own, others) in enumerate(sides):
+    for side, (own, others, own_masks) in enumerate(sides):
         gradient = own.new_empty(len(rows), own.shape[1])
         for start in range(0, len(rows), height):
             tile = rows[start : start + height]
-            logits = _logits(own, others, tile, temperature, same, back=side == 1)
+            logits = _logits(own, others, tile, temperature, own_masks)
             share = torch.softmax(logits, dim=1)
             if direction == "both":
                 share = (share + (logits - log_sums[1 - side]).exp_()) / 2
@@ -89,58 +89,28 @@ def tangent(gradient: Tensor, embeddings: Tensor) -> Tensor:
     return gradient - (gradient * embeddings).sum(dim=1, keepdim=True) * embeddings
 
 
-@dataclass(frozen=True, kw_only=True)
-class SameContent:
-    """Which rows are no negatives of each other: the same anchor, the same positive, or a pair that another row has.
+def content_masks(anchor_id: Tensor, positive_id: Tensor) -> LogWeights:
+    """-inf for pairs of rows that are no negatives: the same anchor, the same positive, or a pair that another row has.
 
-    Attributes:
+    Args:
         anchor_id, positive_id: (n,) int64 from 0 on; equal for identical texts.
-        known: (p,) int64, ascending: anchor * width + positive of pairs that match in some row.
-        width: More than every positive_id.
 
-    Example:
-        >>> same = SameContent.of(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2]))
-        >>> same.mask(torch.tensor([0])).tolist()
-        [[True, True, False]]
+    >>> content_masks(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])).tile(slice(0, 1), slice(None)).tolist()
+    [[-inf, -inf, 0.0]]
     """
-
-    anchor_id: Tensor
-    positive_id: Tensor
-    known: Tensor
-    width: int
-
-    @classmethod
-    def of(cls, anchor_id: Tensor, positive_id: Tensor) -> SameContent:
-        """Of the ids of all rows."""
-        anchors, positives = (renumbered(ids.numpy()) for ids in (anchor_id, positive_id))  # large products do not fit
-        width = int(positives.max()) + 1
-        known = torch.from_numpy(known_positives(anchors, positives, width))
-        return cls(
-            anchor_id=torch.from_numpy(anchors), positive_id=torch.from_numpy(positives), known=known, width=width
-        )
-
-    def take(self, rows: Tensor) -> SameContent:
-        """Of some rows, which match by what all rows tell."""
-        return replace(self, anchor_id=self.anchor_id[rows], positive_id=self.positive_id[rows])
-
-    def mask(self, rows: Tensor, *, back: bool = False) -> Tensor:
-        """(rows, n) bool, a row's own pair included; `back`: these rows' positives with all anchors."""
-        same = self.anchor_id[rows, None] == self.anchor_id
-        same |= self.positive_id[rows, None] == self.positive_id
-        if len(self.known):
-            anchors, positives = self.anchor_id * self.width, self.positive_id
-            keys = positives[rows, None] + anchors if back else anchors[rows, None] + positives
-            same |= self.known[torch.searchsorted(self.known, keys).clamp_(max=len(self.known) - 1)] == keys
-        return same
+    anchors, positives = (renumbered(ids.numpy()) for ids in (anchor_id, positive_id))  # large products do not fit
+    width = int(positives.max()) + 1
+    matching = ListedPairs(torch.from_numpy(known_positives(anchors, positives, width)), width, key="anchor_id")
+    examples = Examples(anchor_id=torch.from_numpy(anchors), text_id=torch.from_numpy(positives))
+    return LogWeights.of(examples, len(anchors), same_content, matching)
 
 
-def _logits(
-    queries: Tensor, candidates: Tensor, rows: Tensor, temperature: float, same: SameContent | None, back: bool = False
-) -> Tensor:
-    """(rows, n) scores over the temperature; -inf for other rows' texts that are the same or known to match."""
+def _logits(queries: Tensor, candidates: Tensor, rows: Tensor, temperature: float, masks: LogWeights | None) -> Tensor:
+    """(rows, n) scores over the temperature; a row's own pair is never masked."""
     logits = (queries[rows] @ candidates.T).mul_(1 / temperature)
-    if same is not None:
-        removed = same.mask(rows, back=back)
-        removed[torch.arange(len(rows)), rows] = False
-        logits.masked_fill_(removed, -torch.inf)
+    if masks is not None:
+        own = torch.arange(len(rows)), rows
+        kept = logits[own]
+        logits += masks.tile(rows, slice(None))
+        logits[own] = kept
     return logits

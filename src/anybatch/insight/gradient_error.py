@@ -39,9 +39,10 @@ from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_ids, renumbered
-from anybatch.insight.full_gradient import SameContent, full_gradient, tangent
+from anybatch.insight.full_gradient import content_masks, full_gradient, tangent
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.log_weights import LogWeights
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan
 
@@ -104,7 +105,7 @@ class FrozenPairs:
     Attributes:
         anchors, positives: (n, D) float32 or float64, unit rows.
         anchor_id, positive_id: (n,) int64; equal for identical texts, which are never negatives of each other.
-        same: Pairs of rows that are no negatives of each other; None if all texts differ.
+        masks: -inf for pairs of rows that are no negatives of each other; None if all texts differ.
         temperature: Of the exact objective.
         probes: (P,) int64 rows whose gradient is compared, ascending.
         exact: (P, D), their exact gradients; two-way (P, 2 D), those of the rows' anchors, then those of their
@@ -116,7 +117,7 @@ class FrozenPairs:
     positives: Tensor
     anchor_id: Tensor
     positive_id: Tensor
-    same: SameContent | None
+    masks: LogWeights | None
     temperature: float
     probes: Tensor
     exact: Tensor
@@ -175,16 +176,16 @@ class FrozenPairs:
         if any(len(side) != num_rows for side in ids):
             raise AnybatchError(f"The ids cover {len(ids[0])} and {len(ids[1])} rows; expected {num_rows}.")
         repeated = any(len(side.unique()) < num_rows for side in ids)  # else only the own pair is no negative
-        same = SameContent.of(*ids) if repeated else None
+        masks = content_masks(*ids) if repeated else None
         exact = full_gradient(
-            *sides, temperature=temperature, direction=direction, rows=probes, same=same, tile_bytes=tile_bytes
+            *sides, temperature=temperature, direction=direction, rows=probes, masks=masks, tile_bytes=tile_bytes
         )
         return cls(
             anchors=sides[0],
             positives=sides[1],
             anchor_id=ids[0],
             positive_id=ids[1],
-            same=same,
+            masks=masks,
             temperature=temperature,
             probes=probes,
             exact=exact,
@@ -368,13 +369,16 @@ def _batch_gradient(pairs: FrozenPairs, loss: nn.Module, batch: Tensor, table: R
 
 def _of_random_batch(pairs: FrozenPairs, batch: Tensor, num_first: int) -> Tensor:
     """The gradient of plain InfoNCE on one batch, which is its whole data set, for its first rows."""
+    masks = pairs.masks
+    if masks is not None:
+        masks = LogWeights.of(masks.candidates.take(batch), len(batch), *masks.terms)
     return full_gradient(
         pairs.anchors[batch],
         pairs.positives[batch],
         temperature=pairs.temperature,
         direction=pairs.direction,
         rows=torch.arange(num_first),
-        same=None if pairs.same is None else pairs.same.take(batch),
+        masks=masks,
     )
 
 

@@ -7,26 +7,23 @@ anchors, so that the plan stays at a few bytes a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
+from anybatch.insight.cosines import BatchScores, Cosines, unit
 from anybatch.mining.audit import most_wanted
 from anybatch.mining.config import MiningConfig, MiningSet
-from anybatch.mining.cosines import BatchScores, Cosines, unit
-from anybatch.mining.graph import cut_windows
-from anybatch.mining.mine import fit_window, scored_vectors
-from anybatch.mining.neighbors import check_embeddings, exact_neighbors
-from anybatch.mining.outlook import Outlook, mining_outlook
+from anybatch.mining.graph import Window
+from anybatch.mining.inputs import check_embeddings
+from anybatch.mining.neighbors import exact_neighbors
+from anybatch.mining.statistics import BatchStatistics, batch_statistics
 from anybatch.plans.plan import BatchPlan
 
 DUPLICATE = 0.95  # cosine of two positives from which they are shown as saying the same
 SHOWN = 20  # pairs of rows kept of suspects, and of duplicates
-WINDOW = ("skip", "take", "margin")  # what a data set may have of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +77,7 @@ class PlanInspection:
         duplicate_share: Share of the anchors looked at with such a row.
         repeated_anchors, repeated_positives: Rows whose anchor (positive) is another row's, letter by letter.
         clusters: Examples; empty for random plans.
-        outlook: Whether mining is likely to help.
+        statistics: Whether mining is likely to help.
     """
 
     num_anchors: int
@@ -100,7 +97,7 @@ class PlanInspection:
     repeated_anchors: int
     repeated_positives: int
     clusters: list[ClusterExample]
-    outlook: Outlook
+    statistics: BatchStatistics
 
 
 def inspect_plan(
@@ -138,6 +135,7 @@ def inspect_plan(
         plan,
         pairs,
         np.arange(plan.num_rows),
+        window=_plan_window(plan),
         temperature=temperature,
         num_anchors=num_anchors,
         seed=seed,
@@ -183,7 +181,7 @@ def inspect_sets(
     if plan.task is None:
         raise AnybatchError("The plan has one data set. Use inspect_plan.")
     pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
-    windows = {one.name: {name: value for name in WINDOW if (value := getattr(one, name)) is not None} for one in sets}
+    windows = {one.name: one.windowed(_plan_window(plan)) for one in sets}
     dealt = np.isin(np.arange(len(plan.task_names)), plan.task[plan.epoch_batches(0)])
     shown = [number for number in range(len(plan.task_names)) if dealt[number] and (plan.task == number).sum() > 1]
 
@@ -195,7 +193,7 @@ def inspect_sets(
             plan,
             pairs,
             np.flatnonzero(plan.task == number),
-            window=windows.get(plan.task_names[number], {}),
+            window=windows.get(plan.task_names[number], _plan_window(plan)),
             temperature=temperature,
             num_anchors=num_anchors,
             seed=seed,
@@ -239,28 +237,25 @@ def _measure(
     num_anchors: int,
     seed: int,
     progress: Callable[[float], None] | None,
-    window: Mapping[str, Any] = MappingProxyType({}),
+    window: Window,
 ) -> PlanInspection:
-    """`members`: the rows that are ranked among each other, ascending; `window`: where theirs is not the plan's."""
+    """`members`: the rows that are ranked among each other, ascending."""
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(members), min(num_anchors, len(members)), replace=False))
     rows = members[chosen]
-    settings = {name: getattr(MiningConfig(), name) for name in WINDOW} | dict(plan.meta) | dict(window)
-    skip, take = fit_window(settings["skip"], settings["take"], len(members))
-    cut = {"skip": skip, "take": take, "margin": settings["margin"]}
+    window = window.fitted(len(members))
     whole = members[-1] - members[0] + 1 == len(members)  # then nothing is copied out of the files
     part = slice(int(members[0]), int(members[-1]) + 1) if whole else members
-    queries, documents = scored_vectors(pairs.anchors[part], pairs.positives[part], settings.get("score", "query"))
     neighbors = exact_neighbors(
-        queries,
-        documents,
-        skip + take,
+        pairs.anchors[part],
+        pairs.positives[part],
+        window.depth,
         anchor_id=pairs.anchor_id[part],
         positive_id=pairs.positive_id[part],
         rows=chosen,
         progress=progress,
     )
-    wanted, conflict = cut_windows(neighbors, **cut)
+    wanted, conflict = window.cut(neighbors)
     ids = np.where(neighbors.ids >= 0, members[neighbors.ids], -1)
     dealt = plan.epoch_batches(0)
     batch = np.full(plan.num_rows, -1)
@@ -282,8 +277,8 @@ def _measure(
     scale = len(members) / len(rows)
     return PlanInspection(
         num_anchors=len(rows),
-        skip=skip,
-        take=take,
+        skip=window.skip,
+        take=window.take,
         temperature=temperature,
         window_in_batch=float((wanted & together).sum()) / num_dealt,
         conflicts_in_batch=float((conflict & together).sum()) / num_dealt,
@@ -298,8 +293,14 @@ def _measure(
         repeated_anchors=_repeated(pairs.anchor_id[members]),
         repeated_positives=_repeated(pairs.positive_id[members]),
         clusters=_examples(plan, pairs, members, generator),
-        outlook=mining_outlook(neighbors, plan.cluster[members], rows=chosen, **cut),
+        statistics=batch_statistics(neighbors, plan.cluster[members], window, rows=chosen),
     )
+
+
+def _plan_window(plan: BatchPlan) -> Window:
+    """The plan's own window, or the default for plans that have none."""
+    default = MiningConfig().window
+    return Window(**{name: plan.meta.get(name, getattr(default, name)) for name in ("skip", "take", "margin")})
 
 
 def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:

@@ -53,11 +53,11 @@ def set_figures(
     plan: BatchPlan, *, inspection: PlanInspection | None = None, mining: Mapping[str, Any] | None = None
 ) -> list[Figure]:
     """What was measured and stored of the plan's one data set, or of one of several; arguments as in `plan_figures`."""
-    outlook = inspection.outlook.as_dict() if inspection is not None else (mining or {}).get("outlook")
+    statistics = inspection.statistics.as_dict() if inspection is not None else (mining or {}).get("statistics")
     return [
         *(_batches(plan, inspection) if inspection is not None else []),
-        *(_teacher(outlook) if outlook else []),
-        *(_clusters(outlook) if outlook and plan.cluster_size > 1 else []),
+        *(_teacher(statistics) if statistics else []),
+        *(_clusters(statistics) if statistics and plan.cluster_size > 1 else []),
         *_stored(mining or {}),
         *(_repeats(inspection) if inspection is not None else []),
     ]
@@ -149,67 +149,67 @@ def _batches(plan: BatchPlan, seen: PlanInspection) -> list[Figure]:
     ]
 
 
-def _teacher(outlook: Mapping[str, Any]) -> list[Figure]:
+def _teacher(statistics: Mapping[str, Any]) -> list[Figure]:
     """How well the teacher knows the pairs."""
-    from anybatch.mining.outlook import LIMITS
+    from anybatch.mining.statistics import LIMITS
 
     return [
         Figure(
             "own positive first among all rows",
-            f"{outlook['own_first']:.1%}",
+            f"{statistics['own_first']:.1%}",
             "How well the teacher knows the data: how often an anchor's own positive is its best match of all rows. It "
             "falls as the data grow.",
             good=f"{LIMITS.own_first:.0%} or more",
         ),
         Figure(
             "own positive behind the skipped ranks",
-            f"{outlook['own_behind_skip']:.1%}",
+            f"{statistics['own_behind_skip']:.1%}",
             "Anchors whose wanted negatives begin above their own positive: for them the teacher misleads.",
             good=f"{LIMITS.own_behind_skip:.0%} or less",
         ),
     ]
 
 
-def _clusters(outlook: Mapping[str, Any]) -> list[Figure]:
+def _clusters(statistics: Mapping[str, Any]) -> list[Figure]:
     """What is beside an anchor in every epoch."""
-    from anybatch.mining.outlook import LIMITS, NEAR
+    from anybatch.mining.statistics import LIMITS, NEAR
 
-    gain = outlook["window_gain"]
+    gain = statistics["window_gain"]
     return [
         Figure(
             "wanted negatives in the cluster",
-            f"{outlook['window_per_anchor']:.2f}",
+            f"{statistics['window_per_anchor']:.2f}",
             "As above, in the anchor's own cluster alone, which stays the same in every epoch.",
             good=f"{LIMITS.window_gain:g} times random clusters or more (here {gain:.0f} times)",
         ),
         Figure(
             "conflicts in the cluster",
-            f"{outlook['suspects_per_anchor']:.2f}",
+            f"{statistics['suspects_per_anchor']:.2f}",
             "Probably right answers in the anchor's own cluster.",
             good=f"{LIMITS.suspects_per_anchor:g} or less",
         ),
         Figure(
             "wanted negatives above the own positive",
-            f"{outlook['negatives_above_own']:.1%}",
+            f"{statistics['negatives_above_own']:.1%}",
             "Share of the wanted negatives in the cluster that score above the own positive.",
             good=f"{LIMITS.negatives_above_own:.0%} or less",
         ),
         Figure(
             f"wanted negatives above {NEAR:g} of the own positive",
-            f"{outlook['negatives_near_own']:.1%}",
+            f"{statistics['negatives_near_own']:.1%}",
             "The same with a margin: what comes this near is often right too.",
             good="little more than the line above",
         ),
         Figure(
             "score of wanted negatives against own positives",
-            f"{outlook['relative_score']:.2f}",
+            f"{statistics['relative_score']:.2f}",
             "Mean score of the wanted negatives over the mean score of the positives that they stand against: near 0 "
             "they are easy, near 1 they may be right.",
             good="0.5 to 0.8",
         ),
         Figure(
             "anchors without a wanted negative",
-            f"{outlook['isolated']:.1%}",
+            f"{statistics['isolated']:.1%}",
             "For these the cluster is as good as random.",
             good=f"{LIMITS.isolated:.0%} or less",
         ),

@@ -75,7 +75,7 @@ def _part(
     plan: BatchPlan, name: str, seen: PlanInspection | None, stored: Mapping[str, Any], texts: _Texts
 ) -> dict[str, Any]:
     """What is known of the one data set, or of the one called `name`."""
-    warnings = seen.outlook.warnings if seen else (stored.get("outlook") or {}).get("warnings")
+    warnings = seen.statistics.warnings if seen else (stored.get("statistics") or {}).get("warnings")
     rows = np.arange(plan.num_rows) if plan.task is None else np.flatnonzero(plan.task == plan.task_names.index(name))
     hubs = [(row + int(rows[0]), count) for row, count in stored.get("hubs") or ()]  # mining numbered its rows from 0
     prefix = f"{name}: " if name else ""
@@ -128,7 +128,7 @@ def _unscored(plan: BatchPlan, rows: np.ndarray, texts: _Texts) -> list[dict[str
 
 
 def _score_charts(seen: PlanInspection) -> list[tuple[str, Markup]]:
-    from anybatch.mining.cosines import BINS
+    from anybatch.insight.cosines import BINS
 
     shown = np.flatnonzero(seen.planned.histogram + seen.random.histogram)
     if not len(shown):
