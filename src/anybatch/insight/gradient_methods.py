@@ -224,7 +224,7 @@ def recommendation(comparison: GradientComparison) -> list[str]:
 
 
 def _run_in(loss: nn.Module) -> int:
-    """Epochs until what the loss remembers has settled: a denominator after some visits of its row, a queue once full."""
+    """Epochs until what the loss remembers has settled: denominators after some visits of a row, a queue once full."""
     if getattr(loss, "running", None) is not None:
         return 3
     return 1 if any(True for _ in loss.buffers()) else 0

@@ -96,7 +96,7 @@ def _part(
 
 
 class _Texts:
-    """Rows with their texts, cut to a readable length, and thumbnails of their images; without data, row numbers alone."""
+    """Rows with their texts, cut to a readable length, or thumbnails of images; without data, row numbers alone."""
 
     def __init__(self, pairs: PairData | None) -> None:
         self.pairs = pairs

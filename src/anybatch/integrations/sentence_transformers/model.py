@@ -150,7 +150,7 @@ def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
 
 
 def side_inputs(model: SentenceTransformer, inputs: list[Any], side: Side) -> dict[str, Any]:
-    """Texts or images of a side as the model's features, prompt and route included, as the Trainer's collator does it."""
+    """Texts or images of a side as the model's features, prompt and route included, as in the Trainer's collator."""
     task = side_task(model, side)
     features = dict(model.preprocess(inputs, prompt=side_prompt(model, side), task=task))
     return features if task is None else features | {"task": task}

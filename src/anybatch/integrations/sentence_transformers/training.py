@@ -247,7 +247,7 @@ def _make_trainer(**settings: Any) -> Any:
 
 @contextmanager
 def forgotten(model: torch.nn.Module) -> Iterator[None]:
-    """What a step does to generators, buffers, modes and gradients of `model` while this is open is undone at its end."""
+    """What a step does to generators, buffers, modes and gradients of `model` in here is undone at the end."""
     start, buffers = RandomState(), [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with training_modes({module: module.training for module in model.modules()}):
