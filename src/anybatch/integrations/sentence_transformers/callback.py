@@ -276,7 +276,7 @@ def _state_of(losses: Losses) -> nn.Module:
         return losses.loss
     if list(losses) == [""]:
         return losses[""].loss
-    return nn.ModuleDict({name.replace(".", "_"): loss.loss for name, loss in losses.items()})
+    return nn.ModuleDict({name: loss.loss for name, loss in losses.items()})
 
 
 def _is_sharded(module: nn.Module) -> bool:
