@@ -135,7 +135,7 @@ def test_inputs_without_lengths(device):
 
 
 class Pixels(torch.nn.Module):
-    """One encoder for pictures and texts, as CLIP in sentence-transformers."""
+    """One encoder for images and texts, as CLIP in sentence-transformers."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ class Pixels(torch.nn.Module):
         return self.pixels(batch["pixel_values"].flatten(1)) if "pixel_values" in batch else self.text(batch)
 
 
-def pictures(count):
+def images(count):
     return {
         "pixel_values": torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0)),
         "modality": "image",
@@ -156,11 +156,11 @@ def auto_limits(budget, encoder, slicer):
     return budget.limits(towers_of([encoder], [slicer])[0], "auto", None, num_rows=slicer.num_rows)
 
 
-def test_pictures_and_texts_of_one_encoder_are_measured_apart(device):
+def test_images_and_texts_of_one_encoder_are_measured_apart(device):
     """Their units differ, rows and tokens: what one learns says nothing of the other."""
     encoder, budget = Pixels(), StepMemory("100%")
     device.total = 2**20 + gradient_bytes([encoder])
-    slicers = [RowSlicer(texts(11, 20, 1)), RowSlicer(pictures(11))]
+    slicers = [RowSlicer(texts(11, 20, 1)), RowSlicer(images(11))]
     found = []
     for slicer in slicers:
         found.append(auto_limits(budget, encoder, slicer))
@@ -176,10 +176,10 @@ def test_pictures_and_texts_of_one_encoder_are_measured_apart(device):
     assert (budget.learned, budget.learned_samples) == (40, 3)
 
 
-def test_few_pictures_where_there_is_little_room(device, monkeypatch):
-    """The least number of tokens is no least number of pictures."""
+def test_few_images_where_there_is_little_room(device, monkeypatch):
+    """The least number of tokens is no least number of images."""
     monkeypatch.setattr(memory, "FEWEST_TOKENS", 64)
-    encoder, slicer = Pixels(), RowSlicer(pictures(11))
+    encoder, slicer = Pixels(), RowSlicer(images(11))
     encoder.text.requires_grad_(False)
     [tower] = towers_of([encoder], [slicer])
     one = graph_bytes(tower, torch.arange(1), 11)[0]
@@ -188,12 +188,12 @@ def test_few_pictures_where_there_is_little_room(device, monkeypatch):
     assert 1 <= auto_limits(StepMemory("100%"), encoder, slicer)[0] < 16
 
 
-def test_pictures_have_no_tokens_to_limit():
-    slicer = RowSlicer(pictures(7), pad_to_multiple=8)
+def test_images_have_no_tokens_to_limit():
+    slicer = RowSlicer(images(7), pad_to_multiple=8)
     assert slicer.lengths is None
     assert [len(rows) for rows in plan_micro_batches(slicer, micro_batch=3, max_tokens=20)] == [3, 3, 1]
     part = slicer.take(torch.tensor([5, 2]))
-    assert torch.equal(part["pixel_values"], pictures(7)["pixel_values"][[5, 2]])
+    assert torch.equal(part["pixel_values"], images(7)["pixel_values"][[5, 2]])
     with pytest.raises(AnybatchError, match="Use micro_batch"):
         plan_micro_batches(slicer, micro_batch=None, max_tokens=20)
     with pytest.raises(AnybatchError, match="nothing tells the lengths"):
