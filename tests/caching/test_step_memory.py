@@ -39,9 +39,8 @@ def device(monkeypatch):
     class Device:
         total, used = 2**40, 0
 
-    monkeypatch.setattr(memory, "total_memory", lambda _: Device.total)
+    monkeypatch.setattr(memory, "total_memory", lambda _: Device.total + memory.LOSS_RESERVE)
     monkeypatch.setattr(memory, "memory_in_use", lambda _: Device.used)
-    monkeypatch.setattr(memory, "LOSS_RESERVE", 0)
     monkeypatch.setattr(memory, "FEWEST_TOKENS", 1)
     return Device
 

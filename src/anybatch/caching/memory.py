@@ -173,6 +173,7 @@ class StepMemory:
     Cost: three rows through each encoder, once.
 
     Example:
+        >>> from anybatch import InfoNCE, cached_step
         >>> encoder, memory = torch.nn.Linear(6, 4), StepMemory("80%")
         >>> for _ in range(2):
         ...     inputs = [torch.randn(8, 6), torch.randn(8, 6)]

@@ -46,7 +46,9 @@ _Path = tuple[str, ...]  # of keys, from the batch inwards
 class Shared:
     """Marks a value of a batch that all rows share: every micro-batch receives `value` whole.
 
-    cached_step(loss, encoder, [{**batch, "bias": Shared(bias)} for batch in batches])
+    Example:
+        >>> RowSlicer({"ids": torch.arange(3), "bias": Shared([0.5])}).take(torch.tensor([2]))
+        {'ids': tensor([2]), 'bias': [0.5]}
     """
 
     value: Any
