@@ -115,13 +115,25 @@ def test_the_probed_micro_batch_fits_in_half_of_the_room(device):
     assert room / 4 < largest.largest <= room  # powers of two: within a factor of two, and the rows' raggedness
 
 
-def test_probing_leaves_random_numbers_alone(device):
-    encoder, batch = TextEncoder(dropout=0.3).train(), texts(9, 12, 1)
+def test_probing_leaves_no_trace(device):
+    """In torch's generator, in one of the encoder's own, and in what it counts."""
+
+    class Drawing(TextEncoder):
+        def __init__(self):
+            super().__init__(dropout=0.3)
+            self.own, self.calls = torch.Generator().manual_seed(4), 0
+
+        def forward(self, batch):
+            self.calls += 1
+            return super().forward(batch) * (self.calls + torch.rand((), generator=self.own))
+
     states = []
     for micro_batch in ("auto", 9):
+        encoder = Drawing().train()
         torch.manual_seed(3)
-        states.append(record_towers([encoder], [batch], micro_batch=micro_batch)[0].embeddings)
-    assert torch.equal(*states)
+        [recording] = record_towers([encoder], [texts(9, 12, 1)], micro_batch=micro_batch)
+        states.append((recording.embeddings, torch.tensor(encoder.calls), encoder.own.get_state()))
+    assert all(torch.equal(*pair) for pair in zip(*states))
 
 
 def test_inputs_without_lengths(device):
