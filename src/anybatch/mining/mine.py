@@ -94,8 +94,8 @@ def mine_plan(
         (12, 16)
     """
     # 1. Refuse what no search can mend, before it.
-    num_rows, report = len(anchor_embeddings), MiningReport()
     _check_both(anchor_embeddings, positive_embeddings)
+    num_rows, report = len(anchor_embeddings), MiningReport()
     _given_sets(sets, num_rows)
     ids = compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)
     if config.method == "random":
