@@ -75,13 +75,13 @@ STATE_NAMES = {
     r"denominator\.gamma\.position": "steps of the schedule",
     r"mean": "running mean",
     r"mean_share": "share of the running mean",
-    r"recent\.embeddings": "queue embeddings",
-    r"recent\.log_denominator": "queue denominators",
-    r"recent\.rows": "queue rows",
-    r"recent\.stamps": "queue stamps",
+    r"queue\.embeddings": "queue embeddings",
+    r"queue\.log_denominator": "queue denominators",
+    r"queue\.rows": "queue rows",
+    r"queue\.stamps": "queue stamps",
 }
 # Not compared: constants of the format, and how the queue encodes what it knows of its rows.
-STATE_IGNORED = r".*\.(version|embedding_width|shard)|recent\.(features|kinds)"
+STATE_IGNORED = r".*\.(version|embedding_width|shard)|queue\.(records|kinds)"
 # In the file, until it is written again, of what was cut (docs/log.md).
 CUT = ("loss: infonce, margin", "loss: infonce, hardness", "loss: sogclr, float16")
 
