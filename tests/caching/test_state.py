@@ -197,7 +197,7 @@ def test_what_cannot_be_brought_back_is_refused_and_changes_no_gradient():
     with pytest.raises(AnybatchError, match="differs from its recording"):
         cached_step(loss, encoder, [vectors(9), vectors(9, seed=1)], micro_batch=3)
     assert all(torch.equal(p.grad, before[name]) for name, p in encoder.named_parameters())
-    assert loss.temperatures.log_temperature.grad is None
+    assert loss.log_temperature.grad is None
     cached_step(loss, encoder, [vectors(9), vectors(9, seed=1)], micro_batch=3, keep_graphs=1.0)  # nothing to replay
 
 
