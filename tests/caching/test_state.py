@@ -1,4 +1,4 @@
-"""What a forward pass draws and writes is brought back for its replay; what cannot be brought back is refused before any gradient."""
+"""What a forward pass draws and writes is brought back for its replay, or refused before any gradient."""
 
 import functools
 import os
@@ -16,12 +16,7 @@ from tests.caching.helpers import Mlp, Softmax, clone, gradients, recorded, rela
 EXACT = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def seed_all():

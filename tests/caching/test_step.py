@@ -23,13 +23,7 @@ from tests.caching.helpers import (
 EXACT = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(7)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def both_ways(loss, encoders, inputs, *, plain_kwargs=None, **options):

@@ -127,7 +127,7 @@ def test_a_batch_of_one_micro_batch_proves_nothing():
 
 
 def test_a_wrong_temperature_gradient_is_named():
-    """Too small beside the encoder's to be seen in the whole: half of the temperature's gradient is lost without history."""
+    """Too small beside the gradient of the encoder to be seen in the whole: half of the temperature's is lost."""
     encoder = Mlp()
 
     class Lossy(nn.Module):
