@@ -123,7 +123,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         # equal share; by direction.
         self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
-    over_data = inclusion = True
+    weighs_pairs = True  # without the correction too
     widths = ("mean",)
 
     @property
