@@ -40,6 +40,7 @@ METHODS: dict[str, str] = {
     "scent": "anybatch.family.scent.SCENT",
     "siglip": "anybatch.family.pairwise.SigLIP",
     "auc_cl": "anybatch.family.pairwise.AUCCL",
+    "debiased": "anybatch.family.debiased.DebiasedInfoNCE",
 }
 # Parameters that no file sets: the run knows them, or another value has won in no benchmark (docs/log.md).
 IN_PYTHON_ONLY = (
