@@ -324,7 +324,7 @@ def read_checkpoint(folder: Path) -> bool:
 
 def read_teacher(folder: Path) -> bool:
     """False if damaged embeddings can be read."""
-    from anybatch.run.plan import read_embeddings
+    from anybatch.run.teacher import read_embeddings
 
     for side in ("anchor", "positive"):
         read_embeddings(str(folder / f"teacher_{side}.npy"), ROWS)

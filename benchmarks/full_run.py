@@ -52,8 +52,7 @@ def main() -> None:
         ]
         if options.anchor_embeddings:
             settings += [
-                f"teacher.anchor_embeddings={options.anchor_embeddings}",
-                f"teacher.positive_embeddings={options.positive_embeddings}",
+                f"teacher.embeddings=[{options.anchor_embeddings}, {options.positive_embeddings}]",
             ]
         resume = ["--resume"] if (folder / "config.yaml").exists() else []
         arguments = [item for setting in settings for item in ("--set", setting)]

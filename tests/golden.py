@@ -44,7 +44,7 @@ from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, MiningSet, mine_plan
 from anybatch.plans.plan import BatchPlan, PlanSampler
-from anybatch.run import pipeline
+from anybatch.run import job
 from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 from tests.conftest import make_tiny_model, write_pairs
 
@@ -515,7 +515,7 @@ def small_run() -> Case:
             ),
             train=TrainConfig(max_steps=6, micro_batch=5, log_steps=1, save_steps=6, learning_rate=1e-3),
         )
-        log = pipeline.train(config).log
+        log = job.train(config).log
         trained = SentenceTransformer(str(folder / "run" / "model"), device="cpu").state_dict()
     found = {"losses": torch.tensor([line["loss"] for line in log if "loss" in line])}
     assert len(found["losses"]) == 6, f"six steps make six lines; the log is {log}"

@@ -151,7 +151,7 @@ def test_ranks_look_at_the_rows_together(ranks):
 
 
 def wrapped_in(module):
-    return ModuleFacts([module], None, training=True).wrapped
+    return ModuleFacts([module], None).wrapped
 
 
 def test_zero_is_refused_with_what_to_use():

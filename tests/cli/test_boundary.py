@@ -141,12 +141,16 @@ def files(tmp_path: Path, name: str, content: bytes) -> Path:
 
 def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]]:
     """Command lines with one mistake each."""
+
+    def train_on(data: Path) -> list[object]:
+        return ["train", "--data", data, "--model", model, "--output", tmp_path / "out"]
+
     train = ["train", "--data", pairs, "--model", model, "--batch-size", 8, "--set", "mining.method=random"]
     mine = ["mine", "--data", pairs, "--batch-size", 8, "--output", tmp_path / "out"]
     npy = tmp_path / "vectors.npy"
     np.save(npy, np.ones((97, 4), complex))
     a_file = files(tmp_path, "file", b"here")
-    vectors = ["--set", f"teacher.anchor_embeddings={npy}", "--set", f"teacher.positive_embeddings={npy}"]
+    vectors = ["--set", f"teacher.embeddings=[{npy}, {npy}]"]
     return {
         "nothing": [],
         "unknown verb": ["trian"],
@@ -167,60 +171,12 @@ def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]
         "set unknown": [*train, "--output", tmp_path / "out", "--set", "train.epoch=1"],
         "set a section": [*train, "--output", tmp_path / "out", "--set", "train=1"],
         "set nan": [*train, "--output", tmp_path / "out", "--set", "mining.conflict_weight=.nan"],
-        "data a folder without data": [
-            "train",
-            "--data",
-            tmp_path / "empty",
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data not UTF-8": [
-            "train",
-            "--data",
-            files(tmp_path, "a.jsonl", b'{"anchor": "\xff"}'),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data no JSON": [
-            "train",
-            "--data",
-            files(tmp_path, "b.jsonl", b"{"),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data no gzip": [
-            "train",
-            "--data",
-            files(tmp_path, "c.jsonl.gz", b"no"),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data gzip cut short": [
-            "train",
-            "--data",
-            files(tmp_path, "d.jsonl.gz", gzip.compress(pairs.read_bytes())[:-9]),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
-        "data no Parquet": [
-            "train",
-            "--data",
-            files(tmp_path, "e.parquet", b"no"),
-            "--model",
-            model,
-            "--output",
-            tmp_path / "out",
-        ],
+        "data a folder without data": train_on(tmp_path / "empty"),
+        "data not UTF-8": train_on(files(tmp_path, "a.jsonl", b'{"anchor": "\xff"}')),
+        "data no JSON": train_on(files(tmp_path, "b.jsonl", b"{")),
+        "data no gzip": train_on(files(tmp_path, "c.jsonl.gz", b"no")),
+        "data gzip cut short": train_on(files(tmp_path, "d.jsonl.gz", gzip.compress(pairs.read_bytes())[:-9])),
+        "data no Parquet": train_on(files(tmp_path, "e.parquet", b"no")),
         "output a file": [*train, "--output", a_file],
         "output in a file": [*train, "--output", a_file / "run"],
         "output too long": [*train, "--output", tmp_path / ("x" * 300)],
@@ -300,12 +256,12 @@ def test_mistakes_end_with_code_2_and_one_message(main, tiny_model_folder, pairs
 )
 def test_errors_wherever_they_arise(error, code, said, main, monkeypatch):
     """A verb that raises the error: what a library or the system says, and true bugs, which keep their traceback."""
-    from anybatch.run import pipeline
+    from anybatch.run import job
 
     def fail(*arguments, **settings):
         raise error
 
-    monkeypatch.setattr(pipeline, "train", fail)
+    monkeypatch.setattr(job, "train", fail)
     got, printed = main("train", "--data", "d", "--output", "o")
     assert got == code
     assert said in printed
@@ -390,8 +346,7 @@ def test_numbers_of_options(main, tiny_model_folder, pairs_file, tmp_path):
     sides = [tmp_path / f"{side}.npy" for side in ("anchor", "positive")]
     for path in sides:
         np.save(path, vectors)
-    given = [f"teacher.{path.stem}_embeddings={path}" for path in sides]
-    given += ["mining.cluster_size=4", "mining.skip=1", "mining.take=6"]
+    given = [f"teacher.embeddings=[{sides[0]}, {sides[1]}]", "mining.cluster_size=4", "mining.skip=1", "mining.take=6"]
     run = tmp_path / "run"
     sets = [item for value in given for item in ("--set", value)]
     assert main("mine", "--data", pairs_file, "--batch-size", 8, "--output", run, *sets)[0] == 0

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from anybatch.cli import mine as mine_module
 from anybatch.cli import progress
-from anybatch.cli import train as train_module
 from anybatch.cli.app import app
 from anybatch.core.configuration import load_config
 from anybatch.core.errors import AnybatchError
@@ -86,11 +85,9 @@ def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder,
     assert figures["ndcg@10"] == pytest.approx(trained["ndcg@10"], abs=1e-6)
 
 
-def test_evaluate_shows_progress(pairs_file, tiny_model_folder, monkeypatch):
-    heard = Console(width=200, record=True, force_terminal=False, stderr=True)
-    monkeypatch.setattr(progress, "console", heard)
+def test_evaluate_shows_progress(pairs_file, tiny_model_folder, heard):
     run("evaluate", str(tiny_model_folder), "--data", str(pairs_file))
-    said = heard.export_text()
+    said = heard()
     assert "embedding: anchors: 97/97" in said
     assert "embedding: positives: 97/97" in said
 
@@ -98,15 +95,41 @@ def test_evaluate_shows_progress(pairs_file, tiny_model_folder, monkeypatch):
 def test_the_folder_is_named_whole(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
     """Square brackets are no markup, and a long path is one line, to be copied."""
     folder = tmp_path / ("long" * 20) / "[bold]"
-    for module in (mine_module, train_module):
-        heard = Console(width=80, record=True, force_terminal=False, stderr=True)
-        monkeypatch.setattr(module, "console", heard)
-        verb, model = ("mine", []) if module is mine_module else ("train", ["--model", str(tiny_model_folder)])
+    heard = Console(width=80, record=True, force_terminal=False, stderr=True)
+    monkeypatch.setattr(progress, "console", heard)
+    for verb, model in (("mine", []), ("train", ["--model", str(tiny_model_folder)])):
         run(
             verb, "--data", str(pairs_file), *model, "--output", str(folder / verb), "--batch-size", "16",
             "--set", "mining.method=random", "--set", "train.max_steps=1",
         )  # fmt: skip
         assert f"{folder / verb}/" in heard.export_text()
+
+
+def test_help_imports_nothing_of_the_library():
+    """Torch and its like take seconds; who asks for help has not chosen a verb yet."""
+    given = [sys.executable, "-X", "importtime", "-m", "anybatch", "--help"]
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    assert "evaluate" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "anybatch.cli.evaluate" in imported
+    assert not imported & {"torch", "numpy", "numba", "datasets", "transformers"}
+
+
+def test_the_defaults_are_shown_without_any_other_option():
+    shown = yaml.safe_load(runner.invoke(app, ["train", "--show-config"]).stdout)
+    assert shown["output"] == "OUTPUT"
+    assert shown["mining"]["batch_size"] == shown["batch_size"] == 64
+    sets = runner.invoke(app, ["train", "--show-config", "--set", "data.sets=[{path: a}]", "--set", "seed=3"])
+    shown = yaml.safe_load(sets.stdout)
+    assert shown["data"]["sets"][0]["path"] == "a"
+    assert shown["seed"] == 3
+
+
+def test_a_short_run_leaves_a_line_in_its_log(pairs_file, tiny_model_folder, tmp_path):
+    more = ("mining.method=random", "train.max_steps=2", "train.log_steps=50")
+    run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
+    (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 2
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:
@@ -183,13 +206,13 @@ def test_disk_full_while_training(pairs_file, tiny_model_folder, tmp_path):
 
 def test_figures_of_a_run(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
     """Five steps, logged every fourth; two evaluations while training, and one before and one after it."""
-    from anybatch.run import pipeline
+    from anybatch.run import job
 
     def slow(*arguments, **settings):
         time.sleep(0.5)
         return {"ndcg@10": 0.5}
 
-    monkeypatch.setattr(pipeline, "evaluate_model", slow)
+    monkeypatch.setattr(job, "evaluate_model", slow)
     more = ("mining.method=random", "train.max_steps=5", "train.log_steps=4", "train.eval_steps=2")
     started = time.monotonic()
     run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
@@ -255,30 +278,33 @@ class TestMistakes:
         assert "Traceback" not in message
         assert not (tmp_path / "out").exists()
 
-    def test_empty_file(self, tmp_path, tiny_model_folder, out):
-        path = tmp_path / "empty.jsonl"
-        path.write_text("")
-        self.refuse("empty", "train", *settings(path, tiny_model_folder, out))
-        assert not out.exists()
-
-    def test_misspelt_column(self, pairs_file, tiny_model_folder, out):
-        self.refuse("positive", "train", *settings(pairs_file, tiny_model_folder, out), "--positive", "positve")
-        assert not out.exists()
-
-    def test_empty_text(self, tmp_path, tiny_model_folder, out):
-        path = tmp_path / "pairs.jsonl"
-        path.write_text('{"anchor": "a", "positive": "b"}\n{"anchor": "a", "positive": " "}\n')
-        self.refuse("2", "train", *settings(path, tiny_model_folder, out))
-        assert not out.exists()
-
-    def test_fewer_rows_than_a_batch(self, pairs_file, tiny_model_folder, out):
-        self.refuse(
-            "97 rows, fewer than one batch of 128",
-            "train",
-            *settings(pairs_file, tiny_model_folder, out),
-            "--batch-size",
-            "128",
-        )
+    @pytest.mark.parametrize(
+        ("match", "more"),
+        [
+            ("empty.jsonl.* empty", "--data {tmp}/empty.jsonl"),
+            ("positive", "--positive positve"),
+            ("blank.jsonl.*2", "--data {tmp}/blank.jsonl"),
+            ("97 rows, fewer than one batch of 128", "--batch-size 128"),
+            ("needs a teacher", "--set mining.method=anybatch --set mining.cluster_size=4"),
+            (r"model\.name", "--set model.name=null"),
+            ("Cannot load the model", "--model {tmp}/no-model"),
+            ("did you mean 'temperature'", "--set loss.temprature=0.1"),
+            ("set batch_size alone", "--set mining.batch_size=16"),
+            ("give one of them", "--set evaluation.retrieval=[c,q,r]"),
+            (r"evaluation\.split is for", "--set evaluation.split=test"),
+            (r"evaluation\.limit is for", "--set evaluation={{retrieval:[c,q,r],limit:5}}"),
+            ("corpus, queries, judgements", "--set evaluation={{retrieval:[c,q]}}"),
+            ("expected 2 files", "--set teacher.embeddings=[a.npy]"),
+            ("does not define", "--set loss.weights=inclusion"),
+        ],
+    )
+    def test_nothing_is_written(self, match, more, pairs_file, tiny_model_folder, tmp_path, out):
+        (tmp_path / "empty.jsonl").write_text("")
+        (tmp_path / "blank.jsonl").write_text('{"anchor": "a", "positive": "b"}\n{"anchor": "a", "positive": " "}\n')
+        given = settings(pairs_file, tiny_model_folder, out, "mining.method=random")
+        if "model.name" in more:
+            given = [value for value in given if value not in ("--model", str(tiny_model_folder))]
+        self.refuse(match, "train", *given, *more.format(tmp=tmp_path).split())
         assert not out.exists()
 
     @pytest.mark.parametrize("flaw", ["nan", "inf", "zero", "rows", "shape", "not numpy"])
@@ -296,12 +322,9 @@ class TestMistakes:
         match = {"nan": "13", "inf": "13", "zero": "13", "rows": "97", "shape": "shape", "not numpy": "Cannot read"}[
             flaw
         ]
-        vectors = (f"teacher.anchor_embeddings={path}", f"teacher.positive_embeddings={path}", "mining.cluster_size=4")
+        vectors = (f"teacher.embeddings=[{path}, {path}]", "mining.cluster_size=4")
         self.refuse(match, "mine", *settings(pairs_file, tiny_model_folder, out, *vectors))
         assert not (out / "plan.safetensors").exists()
-
-    def test_no_teacher(self, pairs_file, tiny_model_folder, out):
-        self.refuse("needs a teacher", "train", *settings(pairs_file, tiny_model_folder, out, "mining.cluster_size=4"))
 
     def test_plan_of_other_data_and_truncated_plan(self, pairs_file, tiny_model_folder, tmp_path, out):
         run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "mined", "mining.method=random"))
@@ -317,17 +340,13 @@ class TestMistakes:
 
     def test_evaluate_refuses_what_it_would_ignore(self, pairs_file, tiny_model_folder, tmp_path):
         model = str(tiny_model_folder)
-        retrieval = ("--corpus", "c.jsonl", "--queries", "q.jsonl", "--qrels", "r.tsv")
+        retrieval = ("--retrieval", "c.jsonl", "q.jsonl", "r.tsv")
         for option in ("--limit", "--anchor", "--positive"):
-            self.refuse(f"Got {option}.* and --corpus", "evaluate", model, *retrieval, option, "5")
-        for option in ("--queries", "--qrels", "--split"):
-            self.refuse(f"Got --data.* and {option}", "evaluate", model, "--data", str(pairs_file), option, "x")
+            self.refuse(f"Got {option}.* and --retrieval", "evaluate", model, *retrieval, option, "5")
+        for option in (retrieval, ("--split", "x")):
+            self.refuse(f"Got --data.* and {option[0]}", "evaluate", model, "--data", str(pairs_file), *option)
         output = tmp_path / "nowhere" / "figures.json"
         self.refuse("There is no folder", "evaluate", "no-model", "--data", str(pairs_file), "--output", str(output))
-
-    def test_train_without_a_model(self, pairs_file, out):
-        self.refuse("model.name", "train", "--data", str(pairs_file), "--output", str(out))
-        assert not out.exists()
 
     def test_another_plan_on_resume(self, pairs_file, tiny_model_folder, tmp_path, out):
         """The plan lies outside the run's folder and is made anew, with another seed, between the run and its resumption."""
@@ -364,26 +383,3 @@ class TestMistakes:
         (out / "thesis.txt").write_text("years of work")
         self.refuse("not empty", "train", *settings(pairs_file, tiny_model_folder, out, "mining.method=random"))
         assert os.listdir(out) == ["thesis.txt"]
-
-    def test_settings_that_contradict_each_other(self, pairs_file, tiny_model_folder, out):
-        given = settings(pairs_file, tiny_model_folder, out, "mining.method=random")
-        self.refuse("set batch_size alone", "train", *given, "--set", "mining.batch_size=16")
-        self.refuse("give one of them", "train", *given, "--set", "evaluation.corpus=x.jsonl")
-        self.refuse("evaluation.split is for", "train", *given, "--set", "evaluation.split=test")
-        self.refuse(
-            "evaluation.limit is for",
-            "train",
-            *given,
-            *("--set", "evaluation.path=null", "--set", "evaluation.corpus=c", "--set", "evaluation.limit=5"),
-        )
-        self.refuse("does not define", "train", *given, "--set", "loss.weights=inclusion")
-        assert not out.exists()
-
-    def test_unknown_key_and_unknown_model(self, pairs_file, tiny_model_folder, tmp_path, out):
-        self.refuse(
-            "did you mean 'temperature'", "train", *settings(pairs_file, tiny_model_folder, out, "loss.temprature=0.1")
-        )
-        self.refuse(
-            "Cannot load the model", "train", *settings(pairs_file, tmp_path / "no-model", out, "mining.method=random")
-        )
-        assert not out.exists()

@@ -7,10 +7,12 @@ import random
 
 import pytest
 import torch
+from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from typer.testing import CliRunner
 
+from anybatch.cli import progress
 from anybatch.cli.app import app
 from anybatch.core.errors import AnybatchError
 
@@ -40,6 +42,16 @@ def test_a_sound_run_is_exact(run, loss):
     assert "attention" in output  # parameters by name
     assert "more, at most" in output
     assert "more, at most" not in doctor(*run, "--all")[1]
+
+
+def test_names_of_parameters_are_whole(run, monkeypatch):
+    narrow = Console(width=40, record=True, force_terminal=False, stderr=True)
+    monkeypatch.setattr(progress, "console", narrow)
+    assert doctor(*run, "--all")[0] == 0
+    said = narrow.export_text()
+    assert "…" not in said
+    for layer in range(2):
+        assert f"model.encoder.layer.{layer}.attention.output.LayerNorm.weight " in said
 
 
 def test_half_precision_has_its_own_tolerance(run):

@@ -7,21 +7,10 @@ import shutil
 
 import pytest
 
-from anybatch.cli import inspect_gradient as module
 from anybatch.core.errors import AnybatchError
 
 from .test_cli import run
 from .test_inspect_plan import mined  # noqa: F401 - a fixture
-
-
-@pytest.fixture
-def heard(monkeypatch):
-    """What the command prints."""
-    from rich.console import Console
-
-    console = Console(width=300, record=True, force_terminal=False, stderr=True)
-    monkeypatch.setattr(module, "console", console)
-    return lambda: console.export_text(clear=False)
 
 
 def test_a_run_folder(mined, tmp_path, heard):  # noqa: F811

@@ -8,22 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from anybatch.cli import inspect_plan as module
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import read_json, write_json
 from tests.insight.test_report import Checker
 
 from .test_cli import run, settings
-
-
-@pytest.fixture
-def heard(monkeypatch):
-    """What the command prints."""
-    from rich.console import Console
-
-    console = Console(width=500, record=True, force_terminal=False, stderr=True)
-    monkeypatch.setattr(module, "console", console)
-    return lambda: console.export_text(clear=False)
 
 
 @pytest.fixture
@@ -40,10 +29,8 @@ def mined(pairs_file, tiny_model_folder, tmp_path):
         "mining.conflict_weight=0",
         "loss.temperature=0.2",
     )
-    vectors = tuple(
-        f"teacher.{side}_embeddings={tmp_path / name}.npy" for side, name in (("anchor", "a"), ("positive", "p"))
-    )
-    run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more, *vectors))
+    vectors = f"teacher.embeddings=[{tmp_path}/a.npy, {tmp_path}/p.npy]"
+    run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more, vectors))
     return tmp_path / "run"
 
 
@@ -150,7 +137,7 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
     lines = pairs_file.read_text().splitlines(keepends=True)
     for name, part in (("first", lines[:50]), ("second", lines[50:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
-    sets = [{"path": str(tmp_path / "first.jsonl"), "skip": 2, "take": 5}, {"path": str(tmp_path / "second.jsonl")}]
+    sets = [{"path": str(tmp_path / "first.jsonl"), "skip": 2}, {"path": str(tmp_path / "second.jsonl")}]
     generator = np.random.default_rng(0)
     anchors = generator.normal(size=(97, 8)).astype(np.float32)
     for name, rows in (("a", anchors), ("p", anchors + 0.2 * generator.normal(size=(97, 8)).astype(np.float32))):
@@ -159,7 +146,7 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
         "output": str(tmp_path / "run"),
         "data": {"sets": sets},
         "batch_size": 8,
-        "teacher": {"anchor_embeddings": str(tmp_path / "a.npy"), "positive_embeddings": str(tmp_path / "p.npy")},
+        "teacher": {"embeddings": [str(tmp_path / "a.npy"), str(tmp_path / "p.npy")]},
         "mining": {"cluster_size": 4, "skip": 3, "take": 9, "conflict_weight": 0.0},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
@@ -172,7 +159,7 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
     assert said.count("expected loss at temperature 0.05") == 2
     assert said.count("kept weight") == 2  # from mining.json
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
-    assert "ranks 3 to 7 of all rows" in page  # the first set's own window, found in the run's configuration
+    assert "ranks 3 to 11 of all rows" in page  # the first set's own window, found in the run's configuration
     assert "ranks 4 to 12 of all rows" in page
     for name, num_rows in (("first", 50), ("second", 47)):
         assert f"<h2>Data set {name}</h2>" in page

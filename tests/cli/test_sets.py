@@ -41,7 +41,7 @@ def test_sets_train_with_their_own_instructions(tiny_model_folder, tmp_path):
         "data": {
             "sets": [
                 {"path": str(tmp_path / "a.jsonl"), "name": "alpha", "anchor_prompt": "find: "},
-                {"path": str(tmp_path / "b.jsonl"), "skip": 1, "take": 5, "share": 0.5},
+                {"path": str(tmp_path / "b.jsonl"), "skip": 2, "share": 0.5},
             ]
         },
         "model": {"name": str(tiny_model_folder), "device": "cpu"},

@@ -17,7 +17,7 @@ from anybatch.data.images import EncodedImage, ImageColumn, describe, pick
 from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
 from anybatch.plans.plan import BatchPlan
-from anybatch.run.plan import with_mined_negatives
+from anybatch.run.hard_negatives import with_mined_negatives
 from tests.images import caption, image, save_pairs
 
 NUMBERS = [0, 1, 2, 3, 4, 1, 6, 0, 8]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from anybatch.integrations.sentence_transformers import last_whole_checkpoint
 from anybatch.losses.registry import LossConfig
-from anybatch.run import pipeline
+from anybatch.run import job
 
 from .test_refresh import config
 
@@ -24,7 +24,7 @@ def test_a_killed_run_goes_on_with_what_it_remembered(refresh, pairs_file, tiny_
 
     def run(folder, **k):
         settings = config(pairs_file, tiny_model_folder, folder, refresh_epochs=refresh, suspects="all")
-        return pipeline.train(replace(settings, loss=loss), **k)
+        return job.train(replace(settings, loss=loss), **k)
 
     def log(folder):
         return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

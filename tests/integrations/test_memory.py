@@ -28,7 +28,7 @@ from anybatch.integrations.sentence_transformers import (
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig
-from anybatch.run import pipeline
+from anybatch.run import job
 from anybatch.run.config import DataConfig, RunConfig
 
 ROWS = 97
@@ -126,7 +126,7 @@ def test_a_run_that_starts_warm_resumes_bit_for_bit(pairs_file, tiny_model_folde
         stages.append(stage)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    pipeline.train(run_config(pairs_file, tiny_model_folder, whole, **settings), progress=listen)
+    job.train(run_config(pairs_file, tiny_model_folder, whole, **settings), progress=listen)
     first = stages.index("training")
     assert any(stage.startswith("warm start") for stage in stages[:first])
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
@@ -143,9 +143,9 @@ def test_a_run_that_starts_warm_resumes_bit_for_bit(pairs_file, tiny_model_folde
             raise KillError
 
     with pytest.raises(KillError):
-        pipeline.train(run_config(pairs_file, tiny_model_folder, killed, **settings), progress=kill)
+        job.train(run_config(pairs_file, tiny_model_folder, killed, **settings), progress=kill)
     assert last_whole_checkpoint(killed / "checkpoints").name == "checkpoint-6"
-    pipeline.train(run_config(pairs_file, tiny_model_folder, killed, **settings), resume=True)
+    job.train(run_config(pairs_file, tiny_model_folder, killed, **settings), resume=True)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     states = [
@@ -159,7 +159,7 @@ def test_a_cold_run_differs(pairs_file, tiny_model_folder, tmp_path):
     """Else the warm start would not have reached the loss."""
     losses = []
     for name, settings in (("cold", {}), ("warm", {"warm_start": True})):
-        pipeline.train(run_config(pairs_file, tiny_model_folder, tmp_path / name, max_steps=1, **settings))
+        job.train(run_config(pairs_file, tiny_model_folder, tmp_path / name, max_steps=1, **settings))
         losses.append(
             next(json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines())
         )

@@ -17,7 +17,7 @@ from anybatch.integrations.sentence_transformers.refresh import RefreshPlan
 from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig
 from anybatch.plans.plan import BatchPlan, PlanSampler
-from anybatch.run import pipeline
+from anybatch.run import job
 from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 
 
@@ -37,7 +37,7 @@ def config(pairs_file, model, output, **mining):
 @pytest.mark.slow
 def test_new_plans_come_from_the_student_and_a_killed_run_goes_on_with_them(pairs_file, tiny_model_folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    pipeline.train(config(pairs_file, tiny_model_folder, whole, refresh_epochs=2))
+    job.train(config(pairs_file, tiny_model_folder, whole, refresh_epochs=2))
     first, second = (BatchPlan.load(whole / name) for name in ("plan.safetensors", "plan_epoch_2.safetensors"))
     assert sorted(path.name for path in whole.glob("plan_epoch*")) == ["plan_epoch_2.safetensors"]
     assert not np.array_equal(first.cluster, second.cluster)
@@ -56,11 +56,11 @@ def test_new_plans_come_from_the_student_and_a_killed_run_goes_on_with_them(pair
                 raise KillError
 
         with pytest.raises(KillError):
-            pipeline.train(
+            job.train(
                 config(pairs_file, tiny_model_folder, killed, refresh_epochs=2), resume=killed.exists(), progress=kill
             )
         assert last_whole_checkpoint(killed / "checkpoints").name == f"checkpoint-{step // 3 * 3}"
-    pipeline.train(config(pairs_file, tiny_model_folder, killed, refresh_epochs=2), resume=True)
+    job.train(config(pairs_file, tiny_model_folder, killed, refresh_epochs=2), resume=True)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     logs = [
@@ -69,7 +69,7 @@ def test_new_plans_come_from_the_student_and_a_killed_run_goes_on_with_them(pair
     ]
     assert logs[0] == logs[1]
     without = tmp_path / "without"
-    pipeline.train(config(pairs_file, tiny_model_folder, without))
+    job.train(config(pairs_file, tiny_model_folder, without))
     plain = [json.loads(line)["loss"] for line in (without / "log.jsonl").read_text().splitlines()]
     assert plain[:10] == logs[0][:10]
     assert plain[10:] != logs[0][10:]
@@ -81,10 +81,10 @@ def test_a_plan_that_is_gone_is_missed(pairs_file, tiny_model_folder, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config(pairs_file, tiny_model_folder, tmp_path / "run", refresh_epochs=2), progress=kill)
+        job.train(config(pairs_file, tiny_model_folder, tmp_path / "run", refresh_epochs=2), progress=kill)
     (tmp_path / "run" / "plan_epoch_2.safetensors").unlink()
     with pytest.raises(AnybatchError, match="is gone"):
-        pipeline.train(config(pairs_file, tiny_model_folder, tmp_path / "run", refresh_epochs=2), resume=True)
+        job.train(config(pairs_file, tiny_model_folder, tmp_path / "run", refresh_epochs=2), resume=True)
 
 
 def test_plans_of_an_earlier_run_are_not_deleted(tmp_path):
@@ -115,10 +115,10 @@ def test_a_run_killed_before_its_first_checkpoint_makes_its_plans_anew(pairs_fil
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(settings, progress=kill)
+        job.train(settings, progress=kill)
     path = tmp_path / "run" / "plan_epoch_1.safetensors"
     before = path.read_bytes()
-    pipeline.train(settings, resume=True)
+    job.train(settings, resume=True)
     assert path.read_bytes() == before
 
 

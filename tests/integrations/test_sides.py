@@ -19,9 +19,9 @@ from anybatch.integrations.sentence_transformers.memory import warm_start_from_m
 from anybatch.integrations.sentence_transformers.model import side_inputs, side_prompt, side_task, warn_of_instructions
 from anybatch.losses import SogCLR
 from anybatch.mining import MiningConfig
-from anybatch.run import pipeline
-from anybatch.run import plan as run_plan
+from anybatch.run import job
 from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
+from anybatch.run.teacher import teacher_embeddings
 from tests.cli.test_cli import run, settings
 
 from ..conftest import sentence
@@ -135,7 +135,7 @@ def test_training_reads_what_evaluation_reads(tiny_model_folder, pairs_file, tmp
     assert len(seen) == 2
     assert max(seen) < 1e-5
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert result["metrics_untrained"] == pipeline.evaluate_model(start, pairs)
+    assert result["metrics_untrained"] == job.evaluate_model(start, pairs)
     run(
         "evaluate", str(tmp_path / "run" / "model"), "--data", str(pairs_file), "--output", str(tmp_path / "again.json")
     )
@@ -156,7 +156,7 @@ def test_two_towers_are_mined_measured_and_remembered_through_their_own(tiny_mod
         mining=MiningConfig(cluster_size=4, skip=1, take=6),
         batch_size=8,
     )
-    np.testing.assert_allclose(run_plan.teacher_embeddings(config, pairs)[0], anchors, atol=1e-6)
+    np.testing.assert_allclose(teacher_embeddings(config, pairs)[0], anchors, atol=1e-6)
     np.testing.assert_allclose(np.load(tmp_path / "run" / "teacher_positive.npy"), positives, atol=1e-6)
     warm_start_from_model(model, pairs, SogCLR(len(pairs)), folder=tmp_path)
     np.testing.assert_allclose(np.load(tmp_path / "warm_start_anchor.npy"), anchors, atol=1e-6)

@@ -67,7 +67,7 @@ def test_resuming_deletes_only_what_was_cut_short(tiny_model_folder, tmp_path):
     result, _, _ = train(tiny_model_folder, tmp_path, resume=True, epochs=2)
     assert (checkpoints / "checkpoint-best" / "something").read_text() == "x"
     assert not (checkpoints / "checkpoint-9").exists()
-    assert [line["step"] for line in result.log] == [2, 4, 6]
+    assert [line["step"] for line in result.log] == [2, 3, 4, 6], "the third was the last one of the first session"
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == result.log
 
 
@@ -150,6 +150,16 @@ def test_any_damaged_file_of_a_checkpoint_is_named_and_the_one_before_is_used(ti
         damage(checkpoints / f"checkpoint-{step}" / "scheduler.pt", how)
     with pytest.raises(AnybatchError, match=r"No checkpoint in .* is whole: checkpoint-3 .*scheduler.*checkpoint-2"):
         train(tiny_model_folder, tmp_path, resume=True)
+
+
+def test_a_resume_reads_its_checkpoint_once(tiny_model_folder, tmp_path, monkeypatch):
+    train(tiny_model_folder, tmp_path)
+    read, flaw_of = [], callback_module.flaw_of
+    monkeypatch.setattr(
+        callback_module, "flaw_of", lambda path, **given: read.append(path.name) or flaw_of(path, **given)
+    )
+    train(tiny_model_folder, tmp_path, resume=True, epochs=2)
+    assert read == ["checkpoint-3"]
 
 
 def test_a_checkpoint_of_another_run_is_not_resumed(tiny_model_folder, tmp_path, caplog):
@@ -235,7 +245,7 @@ def test_weight_decay_leaves_the_temperature_alone(tiny_model_folder, tmp_path):
 
 
 def test_steps_and_seconds_are_those_of_training(tiny_model_folder, tmp_path):
-    """Five steps, logged every second: the last logged step is the fourth."""
+    """Five steps, logged every second, and the last one as well."""
 
     def evaluate(model):
         time.sleep(0.2)
@@ -243,7 +253,7 @@ def test_steps_and_seconds_are_those_of_training(tiny_model_folder, tmp_path):
 
     result, _, _ = train(tiny_model_folder, tmp_path, evaluate=evaluate, epochs=2, max_steps=5, eval_steps=2)
     assert result.num_steps == 5
-    assert [line["step"] for line in result.log if "loss" in line] == [2, 4]
+    assert [line["step"] for line in result.log if "loss" in line] == [2, 4, 5]
     assert 0.4 <= result.evaluation_seconds < 5.0
 
 

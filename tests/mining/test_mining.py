@@ -32,7 +32,7 @@ from anybatch.mining import (
 from anybatch.mining import neighbors as neighbors_module
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, SetConfig
-from anybatch.run.data import read_data
+from anybatch.run.read_data import read_data
 
 
 def embeddings(num_rows, seed=0, width=8, topics=5):

@@ -55,9 +55,9 @@ def run_config(folder, model, pairs, *, cells=1, precision="float32"):
 
 
 def mine(folder, model, pairs, **options):
-    from anybatch.run.data import read_training_pairs
     from anybatch.run.folder import open_run
-    from anybatch.run.plan import make_plan
+    from anybatch.run.make_plan import make_plan
+    from anybatch.run.read_data import read_training_pairs
 
     small_blocks()
     config = run_config(folder, model, pairs, **options)

@@ -35,31 +35,6 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 _OF_TORCH = frozenset(("_parameters", "_buffers", "_modules", "training"))
 
 
-def encode_rows(
-    encode: Encoder, slicer: RowSlicer, rows: Tensor, context: contextlib.AbstractContextManager[None] | None = None
-) -> tuple[Tensor, ...]:
-    """The encoder's tensors `(b, ...)` for `rows` `(b,)`, computed inside `context`.
-
-    Raises:
-        AnybatchError: The output is no Tensor or tuple of Tensors, not floating, or has not one embedding per row.
-    """
-    with context or contextlib.nullcontext():
-        outputs = encode(slicer.take(rows))
-    tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
-    if not isinstance(tensors, (tuple, list)) or not all(isinstance(output, Tensor) for output in tensors):
-        raise AnybatchError(
-            f"The encoder returned {type(outputs).__name__}; a Tensor (b, D) or a tuple of Tensors is expected. Pick "
-            'the embedding inside, for instance lambda batch: model(batch)["sentence_embedding"].'
-        )
-    for output in tensors:
-        if output.ndim == 0 or output.shape[0] != len(rows) or not output.is_floating_point():
-            raise AnybatchError(
-                f"The encoder returned a {output.dtype} tensor of shape {tuple(output.shape)} for {len(rows)} rows; a "
-                "floating tensor with one embedding per row is expected."
-            )
-    return tuple(tensors)
-
-
 def modules_of(function: Callable[..., Any]) -> list[nn.Module]:
     """The modules that a callable is or visibly holds, each once.
 
@@ -134,55 +109,47 @@ class ModuleFacts:
     Args:
         encoders: Of all towers.
         modules: Those that the encoders run; None: found by `modules_of`.
-        training: Whether gradients are wanted, so that hooks on them count.
 
     Attributes:
         modules: Those of all encoders, without the ones below them.
+        visible: What `modules_of` finds in each encoder, by its id.
         flags: The training flag of every module at or below them.
         wrapped: Every DistributedDataParallel, and every outermost `fully_shard`ed module.
         trained: The parameters that train.
-        places: Numbers and buffers that a forward pass may write to; `frozen`: parameters that do not train.
-        generators: Generator objects of torch, NumPy and Python that encoders and modules visibly hold, or that the
-            methods of their classes name.
+        generators: Generator objects that encoders and modules visibly hold, or that the methods of their classes name.
+        written: What forward passes may write to; nothing is watched where gradients are off.
 
     Raises:
-        AnybatchError: Batch statistics; hooks that act on a gradient as soon as it is there; what `refuse_wrapper` does.
+        AnybatchError: Batch statistics, hooks that act on a gradient as soon as it is there, what `refuse_wrapper` does.
 
     Cost: some microseconds per module.
     """
 
-    def __init__(self, encoders: Sequence[Encoder], modules: Sequence[nn.Module] | None, *, training: bool) -> None:
-        self._training = training
+    def __init__(self, encoders: Sequence[Encoder], modules: Sequence[nn.Module] | None) -> None:
+        self.given = modules is not None
         self.flags: dict[nn.Module, bool] = {}
-        self.places: list[Place] = []
-        self.frozen: list[Place] = []
+        self.visible: dict[int, tuple[nn.Module, ...]] = {}
+        self._places: list[Place] = []
+        self._frozen: list[Place] = []
         self._trained: dict[nn.Parameter, None] = {}
         self._wrapped: dict[Any, None] = {}
         self._sharded_inside: set[nn.Module] = set()
         self._generators: dict[int, Generator] = {}
         self._seen: set[int] = set()
-        self._visible: dict[int, tuple[nn.Module, ...]] = {}  # by the id of the encoder
         for encode in encoders:
-            if id(encode) not in self._visible:
+            if id(encode) not in self.visible:
                 found = list(_reach(encode, 3, set()))
                 self._note_generators(found)
-                self._visible[id(encode)] = tuple(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
-        visible = (module for several in self._visible.values() for module in several)
+                self.visible[id(encode)] = tuple(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
+        visible = (module for held in self.visible.values() for module in held)
         self.modules = tuple(dict.fromkeys(visible if modules is None else modules))
         for module in self.modules:
             self._walk(module)
         self.wrapped: list[Wrapped] = [module for module in self._wrapped if module not in self._sharded_inside]
         self.trained = list(self._trained)
         self.generators = tuple(self._generators.values())
-
-    def visible_in(self, encode: Encoder) -> tuple[nn.Module, ...]:
-        """What `modules_of` finds in one of the encoders."""
-        return self._visible[id(encode)]
-
-    def wrapped_in(self, modules: Sequence[nn.Module]) -> list[Wrapped]:
-        """Those of `wrapped` that are at or below the given modules."""
-        below = {part for module in modules for part in module.modules()} if self.wrapped else ()
-        return [module for module in self.wrapped if module in below]
+        broadcast_buffers(self.wrapped)
+        self.written = WrittenState(self._places, self._frozen) if torch.is_grad_enabled() else WrittenState()
 
     def _walk(self, root: nn.Module) -> None:
         waiting = [("", root)]
@@ -208,21 +175,21 @@ class ModuleFacts:
         for key, value in holder.items():
             kind = type(value)
             if kind is int or kind is float:
-                self.places.append(Place(holder, key, path))
+                self._places.append(Place(holder, key, path))
             elif kind not in _PLAIN and key not in _OF_TORCH and (kind not in _CONTAINERS or value):
                 self._note_generators(_reach(value, 3, self._seen))
         for method in _methods(type(module)):
             self._note_generators(_reach(method, 3, self._seen))
-        self.places += [Place(module._buffers, key, path) for key in module._buffers]
+        self._places += [Place(module._buffers, key, path) for key in module._buffers]
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if parameter.requires_grad:
                 self._trained[parameter] = None
             else:
-                self.frozen.append(Place(module._parameters, key, path))
+                self._frozen.append(Place(module._parameters, key, path))
             acting = getattr(parameter, "_post_accumulate_grad_hooks", None)
-            if self._training and (acting or hasattr(parameter, "_in_backward_optimizers")):
+            if torch.is_grad_enabled() and (acting or hasattr(parameter, "_in_backward_optimizers")):
                 raise AnybatchError(
                     f"{f'{path}.{key}'.lstrip('.')} has a hook that runs whenever a gradient is accumulated "
                     "(register_post_accumulate_grad_hook, an optimizer in the backward pass). Under caching that is "
@@ -234,19 +201,31 @@ class ModuleFacts:
         self._generators.update((id(part), part) for part in found if not isinstance(part, nn.Module))
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Tower:
-    """An encoder, its batch, and what the step knows of the modules behind it."""
+    """An encoder, its batch, and what the step knows of the modules behind all encoders."""
 
     encode: Encoder
     slicer: RowSlicer
-    modules: tuple[nn.Module, ...]  # of this encoder
-    visible: tuple[nn.Module, ...]  # of them, or of what holds them, those found by looking
-    wrapped: list[Wrapped]
-    facts: ModuleFacts  # of all towers, as is:
-    written: WrittenState
+    facts: ModuleFacts
 
     @property
+    def visible(self) -> tuple[nn.Module, ...]:
+        """The encoder's modules, or what holds them, found by looking."""
+        return self.facts.visible[id(self.encode)]
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that the encoder runs: those given for all encoders, or the visible ones."""
+        return self.facts.modules if self.facts.given else self.visible
+
+    @property
+    def wrapped(self) -> list[Wrapped]:
+        """Those of `facts.wrapped` that are at or below its modules."""
+        below = {part for module in self.modules for part in module.modules()} if self.facts.wrapped else ()
+        return [module for module in self.facts.wrapped if module in below]
+
+    @functools.cached_property
     def sharded(self) -> bool:
         """Whether the encoder is sharded over ranks, which then must run equally many passes."""
         return distributed.is_active() and any(isinstance(module, FSDPModule) for module in self.wrapped)
@@ -256,42 +235,47 @@ class Tower:
         return RandomState(self.facts.generators)
 
     def embed(self, rows: Tensor, context: contextlib.AbstractContextManager[None] | None = None) -> tuple[Tensor, ...]:
-        """The embeddings of some rows (`encode_rows`)."""
-        return encode_rows(self.encode, self.slicer, rows, context)
+        """The encoder's tensors `(b, ...)` for `rows` `(b,)`, computed inside `context`.
+
+        Raises:
+            AnybatchError: The output is no Tensor or tuple of Tensors, not floating, or has not one embedding per row.
+        """
+        with context or contextlib.nullcontext():
+            outputs = self.encode(self.slicer.take(rows))
+        tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
+        if not isinstance(tensors, (tuple, list)) or not all(isinstance(output, Tensor) for output in tensors):
+            raise AnybatchError(
+                f"The encoder returned {type(outputs).__name__}; a Tensor (b, D) or a tuple of Tensors is expected. "
+                'Pick the embedding inside, for instance lambda batch: model(batch)["sentence_embedding"].'
+            )
+        for output in tensors:
+            if output.ndim == 0 or output.shape[0] != len(rows) or not output.is_floating_point():
+                raise AnybatchError(
+                    f"The encoder returned a {output.dtype} tensor of shape {tuple(output.shape)} for {len(rows)} "
+                    "rows; a floating tensor with one embedding per row is expected."
+                )
+        return tuple(tensors)
 
     @contextlib.contextmanager
     def leaving_no_trace(self, random: RandomState) -> Iterator[None]:
         """Whatever passes inside draw and write is put back: to `random`, and to what is there now."""
-        there = self.written.snapshot()
+        written = self.facts.written
+        there = written.snapshot()
         try:
             yield
         finally:
             random.restore()
-            self.written.note()
-            self.written.restore(there)
-            self.written.note()
+            written.note()
+            written.restore(there)
+            written.note()
 
 
 def towers_of(
     encoders: Sequence[Encoder], slicers: Sequence[RowSlicer], modules: Sequence[nn.Module] | None = None
 ) -> list[Tower]:
-    """The towers of one step; one walk over the modules of all."""
-    training = torch.is_grad_enabled()
-    facts = ModuleFacts(encoders, modules, training=training)
-    broadcast_buffers(facts.wrapped)
-    written = WrittenState(facts.places, facts.frozen) if training else WrittenState()
-    towers = []
-    for encode, slicer in zip(encoders, slicers, strict=True):
-        visible = facts.visible_in(encode)
-        held = facts.modules if modules is not None else visible
-        wrapped = facts.wrapped_in(held)
-        towers.append(
-            Tower(
-                encode=encode, slicer=slicer, modules=held, visible=visible, wrapped=wrapped, facts=facts,
-                written=written,
-            )
-        )  # fmt: skip
-    return towers
+    """The towers of one step."""
+    facts = ModuleFacts(encoders, modules)
+    return [Tower(encode, slicer, facts) for encode, slicer in zip(encoders, slicers, strict=True)]
 
 
 def _refuse_batch_statistics(module: nn.Module, path: str) -> None:

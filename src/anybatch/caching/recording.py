@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -174,68 +175,52 @@ def record_towers(
         keep_graphs = step_memory.next_step(towers[0].facts.modules, inputs, num_rows=num_rows)
     recordings = []
     for tower in towers:
-        with _Guard(tower) as guard:
+        with _recording(tower) as called:
             # 2. The micro-batches: no padding beyond what the encoder needs, sizes that memory has room for.
             settle_trimming(tower)
             rows, tokens = step_memory.limits(tower, micro_batch, max_tokens, num_rows=num_rows)
             plan = plan_micro_batches(tower.slicer, micro_batch=rows, max_tokens=tokens, sort_by_length=sort_by_length)
-            keep: int | float | GraphBudget = keep_graphs  # type: ignore[assignment]
+            budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
             if tower.sharded:
-                plan, keep = same_number_on_all_ranks(plan), _number_for_sharded(keep)
+                plan, budget = same_number_on_all_ranks(plan), _no_budget(budget)
             # 3. Rows that see each other are refused.
             first = torch.is_grad_enabled() and refuse_neighbours(tower, plan)
             # 4. The passes.
-            budget = keep if isinstance(keep, GraphBudget) else None
             recording = Recording(tower=tower, memory=step_memory, budget=budget)
-            kept = 0 if isinstance(keep, GraphBudget) else count_kept(keep, len(plan))
-            _Recorder(recording, plan, kept, first=first).run()
-        recording.wrapped = guard.reducing()
+            to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(plan))  # type: ignore[arg-type]
+            _Recorder(recording, plan, to_keep, first=first).run()
+        # A compiled encoder may not fire hooks; then every module found in it counts as called. A
+        # DistributedDataParallel reduces whatever was called.
+        called = called or set(tower.wrapped)
+        wrapped = tower.facts.wrapped
+        recording.wrapped = [m for m in wrapped if m in called or isinstance(m, DistributedDataParallel)]
         recordings.append(recording)
-    towers[0].written.close()
+    towers[0].facts.written.close()
     return recordings
 
 
-def _number_for_sharded(keep_graphs: int | float | GraphBudget) -> int | float:
-    if not isinstance(keep_graphs, GraphBudget):
-        return keep_graphs
-    warnings.warn(
-        "keep_graphs='auto' is ignored for a sharded encoder (fully_shard), which must run equally often on every "
-        "rank. Give keep_graphs a number.",
-        stacklevel=3,
-    )
-    return 0
+def _no_budget(budget: GraphBudget | None) -> None:
+    if budget is not None:
+        warnings.warn(
+            "keep_graphs='auto' is ignored for a sharded encoder (fully_shard), which must run equally often on every "
+            "rank. Give keep_graphs a number.",
+            stacklevel=3,
+        )
 
 
-class _Guard:
-    """While a tower is recorded: nothing reduces, casts are not reused across passes, wrappers called are noted."""
-
-    def __init__(self, tower: Tower) -> None:
-        self.tower = tower
-        self.called: set[nn.Module] = set()
-
-    def __enter__(self) -> _Guard:
-        torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
-        facts = self.tower.facts
-        self.hooks = [m.register_forward_pre_hook(lambda m, _: self.called.add(m)) for m in facts.wrapped]  # type: ignore[union-attr]
-        self.contexts = [no_reduction(facts.wrapped), refuse_hidden_wrappers(facts.flags)]
-        for context in self.contexts:
-            context.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for context in self.contexts:
-            context.__exit__(None, None, None)
-        for hook in self.hooks:
-            hook.remove()
+@contextlib.contextmanager
+def _recording(tower: Tower) -> Iterator[set[Any]]:
+    """Nothing reduces inside, and casts are not reused across passes; yields the wrappers that are called."""
+    called: set[Any] = set()
+    hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in tower.facts.wrapped]  # type: ignore[union-attr]
+    torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
+    try:
+        with no_reduction(tower.facts.wrapped), refuse_hidden_wrappers(tower.facts.flags):
+            yield called
+    finally:
         torch.clear_autocast_cache()
-
-    def reducing(self) -> list[Wrapped]:
-        """The wrappers that the encoder called; a DistributedDataParallel reduces whatever was called.
-
-        A compiled encoder may not fire hooks; then every module found in it counts as called.
-        """
-        called = self.called or set(self.tower.wrapped)
-        return [m for m in self.tower.facts.wrapped if m in called or isinstance(m, DistributedDataParallel)]
+        for hook in hooks:
+            hook.remove()
 
 
 class _Recorder:
@@ -259,7 +244,7 @@ class _Recorder:
         self.recording.leaves = tuple(flat.requires_grad_(trains) for flat, trains in zip(self.flats, self.trains))
 
     def _record_next(self) -> None:
-        rows, budget, slicer, written = self.queue.popleft(), self.budget, self.tower.slicer, self.tower.written
+        rows, budget, slicer, written = self.queue.popleft(), self.budget, self.tower.slicer, self.tower.facts.written
         before, there = self.random, written.snapshot()
         # 1. One forward pass. Until an output needs a gradient a graph is asked for: it costs nothing where nothing
         #    trains, and tells so. In an encoder's first step always, and dropped: what it keeps for later passes

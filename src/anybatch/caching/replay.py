@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -23,9 +22,6 @@ from anybatch.caching.recording import Piece, Recording
 from anybatch.caching.row_check import relative_difference
 from anybatch.caching.state import training_modes, without_autocast
 from anybatch.core.errors import AnybatchError
-
-# Where a list is set, replays that differ from their recordings are told there instead of raising: for `verify`.
-DIFFERENT_REPLAYS: ContextVar[list[str] | None] = ContextVar("DIFFERENT_REPLAYS", default=None)
 
 
 class Aside:
@@ -145,7 +141,7 @@ def replay(
 
 def _replay_all(recordings: Sequence[Recording], grads: Sequence[list[Tensor | None]]) -> None:
     step = recordings[0].tower  # what it knows of generators, buffers and modes it knows for all
-    random, written, end = step.random_state(), step.written, step.written.now()
+    random, written, end = step.random_state(), step.facts.written, step.facts.written.now()
     queues = _pieces_to_replay(recordings, grads)
     differences: list[Tensor] = []
     torch.clear_autocast_cache()
@@ -190,7 +186,7 @@ def _replay_next(
             # 1. The forward pass again, with a graph, from the state of its recording.
             if piece.random is not None:
                 piece.random.restore()
-                tower.written.restore(piece.written)
+                tower.facts.written.restore(piece.written)
             outputs, error = unless_out_of_memory(partial(tower.embed, piece.rows))
             if outputs is None:
                 _split(recording, queue, piece, error)
@@ -249,7 +245,7 @@ def _difference(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], piece: 
     """How far a replay is from its recording, over what rounding allows. Left on the device: it is read once a step."""
     dtypes = tuple(output.dtype for output in outputs)
     if dtypes != piece.dtypes:
-        _different(
+        raise AnybatchError(
             f"The encoder returned {piece.dtypes} when it was recorded and {dtypes} in its replay, with gradients."
         )
     return relative_difference(outputs, [leaf.detach().index_select(0, piece.rows.to(leaf.device)) for leaf in leaves])
@@ -269,7 +265,7 @@ def _refuse_different(differences: Sequence[Tensor], too_large: Sequence[str]) -
     difference = max(largest, default=0.0)
     if difference > 1:
         named = f" It writes to {', '.join(too_large[:3])}, too large to be kept for every micro-batch."
-        _different(
+        raise AnybatchError(
             f"A replay differs from its recording by {difference:.1f} times what rounding allows: the encoder drew "
             f"other random numbers (dropout), or something else that it depends on has changed."
             f"{named if too_large else ''} What torch, NumPy and Python draw by their global generators or by "
@@ -279,13 +275,6 @@ def _refuse_different(differences: Sequence[Tensor], too_large: Sequence[str]) -
             "to more than twice the number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. No "
             "gradient was changed."
         )
-
-
-def _different(reason: str) -> None:
-    told = DIFFERENT_REPLAYS.get()
-    if told is None:
-        raise AnybatchError(reason)
-    told.append(reason)
 
 
 def _checked_grads(recording: Recording, given: Sequence[Tensor | None], scale: Tensor | float) -> list[Tensor | None]:

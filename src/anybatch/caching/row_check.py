@@ -125,7 +125,7 @@ class _Passes:
         with_graph, self.first = self.first, False
         with self.tower.leaving_no_trace(self.random):
             try:
-                with _Constant(self.tower.written), torch.set_grad_enabled(with_graph):
+                with _Constant(self.tower.facts.written), torch.set_grad_enabled(with_graph):
                     return tuple(output.detach() for output in self.tower.embed(rows))
             finally:
                 self.drew = self.drew or not self.random.now().equals(self.random)

@@ -29,12 +29,9 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class RandomState:
-    """The states of all generators that a forward pass may draw from.
+    """The states of all generators that a forward pass may draw from: torch's, Python's, NumPy's, and those given.
 
-    torch's: CPU, and every CUDA, XPU and MPS device in use (all of an initialised backend, because an encoder may use
-    others than its inputs do); Python's `random`; NumPy's global one; and the generator objects given.
-
-    Cost: copies of 13 kB and a few bytes per device, 50 microseconds; no synchronisation.
+    Cost: copies of 13 kB and a few bytes per device, 40 microseconds; no synchronisation.
     """
 
     def __init__(self, generators: Iterable[Generator] = ()) -> None:
@@ -58,7 +55,7 @@ class RandomState:
 def _sources(generators: Iterable[Generator]) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
     """How the state of each generator is read, and how it is set."""
     yield torch.get_rng_state, torch.set_rng_state
-    for backend in (torch.cuda, getattr(torch, "xpu", None)):
+    for backend in (torch.cuda, getattr(torch, "xpu", None)):  # all devices: an encoder may use others than its inputs
         if backend is not None and backend.is_initialized():
             yield backend.get_rng_state_all, backend.set_rng_state_all
     if torch.backends.mps.is_available():
@@ -72,13 +69,9 @@ def _sources(generators: Iterable[Generator]) -> Iterator[tuple[Callable[[], Any
             yield generator.getstate, generator.setstate
         elif isinstance(generator, np.random.Generator):
             bits: Any = generator.bit_generator
-            yield partial(_state_of, bits), partial(setattr, bits, "state")
+            yield lambda bits=bits: copy.deepcopy(bits.state), partial(setattr, bits, "state")
         else:
             yield partial(generator.get_state, legacy=False), generator.set_state
-
-
-def _state_of(bits: Any) -> Any:
-    return copy.deepcopy(bits.state)
 
 
 def _same(mine: Any, theirs: Any) -> bool:
@@ -116,25 +109,18 @@ class _Content:
 
 
 class WrittenState:
-    """Buffers, numbers and frozen parameters, watched for what forward passes write: counters, averages, teachers.
+    """Numbers and buffers (`places`) and frozen parameters, watched for what forward passes write.
 
-    `note` after every forward pass finds what it wrote; `snapshot` before one, and `restore` with it later, bring back
-    what was there. Frozen parameters are many and seldom written: they are copied from the moment that one is about to
-    be written (`before_write`), or has been in an earlier step.
+    `note` after every forward pass finds what it wrote (counters, running averages, teachers); `snapshot` before one,
+    and `restore` with it later, bring back what was there. Frozen parameters are many and seldom written: they are
+    copied from the moment that one is about to be written (`before_write`), or has been in an earlier step.
 
-    Args:
-        places: Numbers and buffers.
-        frozen: Parameters that do not train.
-
-    Cost: a copy of each buffer up to `LARGEST_BUFFER`, once per step; a comparison of versions and numbers, 50
-        nanoseconds each, per forward pass; copies of what is written.
+    Cost: a copy of each buffer up to `LARGEST_BUFFER`, once per step; 50 nanoseconds for each place and forward pass.
     """
 
     def __init__(self, places: Iterable[Place] = (), frozen: Iterable[Place] = ()) -> None:
         self.places = list(places)
-        self.values: dict[int, Any] = {
-            number: _kept(place.holder[place.key]) for number, place in enumerate(self.places)
-        }
+        self.values: dict[int, Any] = {n: _kept(place.holder[place.key]) for n, place in enumerate(self.places)}
         self.first: dict[int, Any] = {}  # what was there before the first forward pass that wrote to it
         self._frozen = [
             (place, value._version)

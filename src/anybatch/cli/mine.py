@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from anybatch.cli.options import RunOptions, with_run_options
-from anybatch.cli.progress import Bars, console
-from anybatch.core.distributed import launched_ranks, rank
-from anybatch.run.data import check_sizes, read_training_pairs
-from anybatch.run.folder import open_run
-from anybatch.run.plan import check_start, make_plan
+from anybatch.cli.options import ResumeOption, RunOptions, with_options
+from anybatch.cli.progress import Bars, say
 
 
-@with_run_options
-def command(
-    options: RunOptions,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the mining in the output folder.")] = False,
-) -> None:
+@with_options
+def command(options: RunOptions, resume: ResumeOption = False) -> None:
     """Choose the batches: rank the data with a teacher and write OUTPUT/plan.safetensors.
 
     Under torchrun (`torchrun --nproc-per-node 4 -m anybatch mine ...`) the processes share embedding and search.
     """
-    settings = options.resolve(resume=resume)
+    from anybatch.core.distributed import launched_ranks, rank
+    from anybatch.run.folder import open_run
+    from anybatch.run.make_plan import check_start, make_plan
+    from anybatch.run.read_data import read_training_pairs
+
+    config = options.resolve(resume=resume)
     with launched_ranks():
-        pairs = read_training_pairs(settings)
-        check_sizes(settings, pairs)
+        pairs = read_training_pairs(config)
         if not resume:
-            check_start(settings, pairs)
-        with open_run(settings, resume=resume) as folder, Bars(quiet=rank() > 0) as bars:
-            plan = make_plan(settings, pairs, bars)
+            check_start(config, pairs)
+        with open_run(config, resume=resume) as folder, Bars(quiet=rank() > 0) as bars:
+            plan = make_plan(config, pairs, bars)
         if rank() > 0:
-            return
-    console.print(
-        f"{folder / 'plan.safetensors'}: {plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch.",
-        highlight=False,
-        markup=False,  # a folder may be called runs/[a]
-        soft_wrap=True,
-    )
-    console.print(
-        f"See what is in it with: anybatch inspect plan {folder} --html {folder / 'plan.html'}",
-        highlight=False,
-        markup=False,  # a folder may be called runs/[a]
-        soft_wrap=True,
-    )
+            return  # one of several ranks speaks
+    batches = f"{plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch"
+    say(f"{folder / 'plan.safetensors'}: {batches}.")
+    say(f"See what is in it with: anybatch inspect plan {folder} --html {folder / 'plan.html'}")

@@ -1,4 +1,7 @@
-"""Options that verbs share: a configuration file, overrides, and short cuts for the values most people set."""
+"""Options that verbs share: a configuration file, overrides, and short cuts for the values most people set.
+
+Nothing of the library is imported before a verb is called, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 import yaml
 
-from anybatch.core.configuration import load_config
 from anybatch.core.errors import AnybatchError
-from anybatch.run.config import RunConfig, read_config
+
+if TYPE_CHECKING:
+    from anybatch.run.config import RunConfig
 
 ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", help="A YAML file; `anybatch train --show-config --output x --data x` prints every key."),
+    Path | None, typer.Option("--config", help="A YAML file; `anybatch train --show-config` prints every key.")
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -27,7 +30,7 @@ OutputOption = Annotated[
     str | None, typer.Option("--output", help="Folder of the run. Must be new, or hold the run to resume.")
 ]
 DataOption = Annotated[
-    str | None, typer.Option("--data", help="Pairs: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`.")
+    str | None, typer.Option("--data", help="Pairs: JSONL(.gz), CSV, TSV, Parquet, a folder of `datasets`, or hf://OWNER/NAME.")
 ]
 AnchorOption = Annotated[str | None, typer.Option("--anchor", help="Name of the anchor column.")]
 PositiveOption = Annotated[str | None, typer.Option("--positive", help="Name of the positive column.")]
@@ -35,14 +38,13 @@ NegativeOption = Annotated[
     list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")
 ]
 ImageOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--image", help='Name of a column that holds paths of images (`data.images`); "" for none. Repeatable.'
-    ),
+    list[str] | None, typer.Option("--image", help='Name of a column with paths of images; "" for none. Repeatable.')
 ]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="The contrastive batch, over all processes.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,9 @@ class RunOptions:
             resume: Without `--config`, take the configuration kept in the run's folder.
             plan: The short cut of `train` alone.
         """
+        from anybatch.core.configuration import load_config
+        from anybatch.run.config import RunConfig
+
         config = resumed(self.output) if resume and self.config is None else self.config
         short_cuts: dict[str, Any] = {
             "output": self.output,
@@ -87,27 +92,27 @@ class RunOptions:
         return load_config(RunConfig, config, overrides)
 
 
-def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options of `RunOptions`, which it receives as its first argument, before its own options.
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options that are the fields of its first argument, a dataclass, before its own options.
 
     Typer reads a function's signature, so the wrapper states the joined one.
     """
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    hints = get_type_hints(RunOptions, include_extras=True)
+    first, *own = inspect.signature(command, eval_str=True).parameters.values()
+    hints = get_type_hints(first.annotation, include_extras=True)
     shared = [
         inspect.Parameter(
-            entry.name,
+            field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if entry.default is MISSING else entry.default,
-            annotation=hints[entry.name],
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
         )
-        for entry in fields(RunOptions)
+        for field in fields(first.annotation)
     ]
     joined = [*shared, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
 
-    def verb(**given: Any) -> None:
-        options = RunOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-        command(options, **given)
+    def verb(**values: Any) -> None:
+        options = first.annotation(**{parameter.name: values.pop(parameter.name) for parameter in shared})
+        command(options, **values)
 
     verb.__signature__ = inspect.Signature(joined)  # pyright: ignore[reportFunctionMemberAccess]
     verb.__annotations__ = {parameter.name: parameter.annotation for parameter in joined}
@@ -117,6 +122,8 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def resumed(output: str | None) -> Path | None:
     """The configuration kept in a run's folder, for `--resume` without `--config`."""
+    from anybatch.run.config import read_config
+
     if output is None:
         return None
     path = Path(output) / "config.yaml"
@@ -124,3 +131,11 @@ def resumed(output: str | None) -> Path | None:
         raise AnybatchError(f"{output} holds no run to resume (no config.yaml). Start it without --resume.")
     read_config(path.parent)
     return path
+
+
+def check_new(file: Path | None, option: str) -> None:
+    """Refuse a file that is to be written and exists, or that has no folder to lie in, before any work."""
+    if file is not None and file.exists():
+        raise AnybatchError(f"{file} exists. Choose another file for {option}.")
+    if file is not None and not file.absolute().parent.is_dir():
+        raise AnybatchError(f"There is no folder {file.absolute().parent} for {option}. Make it, or choose another.")

@@ -1,4 +1,4 @@
-"""Progress on the terminal: one bar a stage; plain lines where the output is no terminal."""
+"""What the command prints: lines and tables, and one bar a stage (plain lines where the output is no terminal)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,29 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 console = Console(stderr=True)
 SHOWN = ("loss", "eval_ndcg@10")
+EVERY = 20.0  # seconds between the plain lines of a stage
+
+
+def say(text: str) -> None:
+    """Print one line as it is: a folder may be called runs/[a], and a long path is one line, to be copied."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show(table: Table, *, whole: bool = False) -> None:
+    """Print a table, in a file or if `whole` as wide as it is: a cell that is wrapped or cut cannot be copied."""
+    narrow = console.width
+    if whole or not console.is_terminal:
+        console.width = max(narrow, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
+    console.width = narrow
 
 
 class Messages(logging.Handler):
-    """Prints what the library says (warnings, and which columns and prompts are used) as plain lines, each once; of several ranks only the first informs."""
+    """Prints what the library says, each message once; of several ranks only the first informs, all warn."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -44,11 +60,11 @@ class Messages(logging.Handler):
         silent = record.levelno < logging.WARNING and int(os.environ.get("RANK", "0")) > 0
         if text not in self._said and not silent:
             self._said.add(text)
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(text)
 
 
 class Bars(AbstractContextManager["Bars"]):
-    """A `Progress` of the pipeline: call it with (stage, done, total, figures). `quiet` shows nothing: one of several ranks speaks."""
+    """A `Progress` of a run: call it with (stage, done, total, figures). `quiet` shows nothing: one rank speaks."""
 
     def __init__(self, prefix: str = "", *, quiet: bool = False) -> None:
         self.prefix = prefix
@@ -81,15 +97,10 @@ class Bars(AbstractContextManager["Bars"]):
             return
         text = "  ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if figures and name in figures)
         name = self.prefix + stage
-        if not console.is_terminal:
-            self._print(name, done, total, text)
-            return
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, figures="")
-        self._progress.update(self._tasks[name], completed=done, total=total, figures=text)
-
-    def _print(self, name: str, done: int, total: int, text: str) -> None:
-        now = time.monotonic()
-        if done >= total or now - self._printed.get(name, -60.0) >= 20.0:
-            self._printed[name] = now
-            console.print(f"{name}: {done}/{total} {text}".rstrip(), highlight=False, markup=False)
+        if console.is_terminal:
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=total, figures="")
+            self._progress.update(self._tasks[name], completed=done, total=total, figures=text)
+        elif done >= total or time.monotonic() - self._printed.get(name, -EVERY) >= EVERY:
+            self._printed[name] = time.monotonic()
+            say(f"{name}: {done}/{total} {text}".rstrip())

@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import RunOptions, with_run_options
-from anybatch.cli.progress import Bars, console
-from anybatch.core.configuration import to_yaml
-from anybatch.insight.tables import metrics_table
-from anybatch.run import pipeline
-from anybatch.run.config import resolved
+from anybatch.cli.options import ResumeOption, RunOptions, with_options
+from anybatch.cli.progress import Bars, say, show
 
 
-@with_run_options
+@with_options
 def command(
     options: RunOptions,
     plan: Annotated[
         str | None, typer.Option("--plan", help="A plan made by `anybatch mine`; without one it is made here.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    resume: ResumeOption = False,
     show_config: Annotated[
-        bool, typer.Option("--show-config", help="Print the resolved configuration and stop.")
+        bool, typer.Option("--show-config", help="Print every setting and its value, and stop.")
     ] = False,
 ) -> None:
     """Train a model: choose the batches (unless a plan is given), fine-tune, evaluate; everything lands in OUTPUT."""
-    settings = options.resolve(resume=resume, plan=plan)
+    from anybatch.core.configuration import to_yaml
+    from anybatch.insight.tables import metrics_table
+    from anybatch.run import job
+    from anybatch.run.config import resolved
+
     if show_config:
-        typer.echo(to_yaml(resolved(settings)))
+        if options.config is None and not resume:  # the defaults; a run has to name these two
+            named = any(value.startswith(("data.path", "data.sets")) for value in options.sets or [])
+            data = options.data or (None if named else "DATA")
+            options = replace(options, output=options.output or "OUTPUT", data=data)
+        typer.echo(to_yaml(resolved(options.resolve(resume=resume, plan=plan))))
         return
+    config = options.resolve(resume=resume, plan=plan)
     with Bars() as bars:
-        result = pipeline.train(settings, resume=resume, progress=bars)
+        result = job.train(config, resume=resume, progress=bars)
     if int(os.environ.get("RANK", "0")) > 0:
         return  # one of several ranks speaks
-    console.print(
-        f"Model: {settings.output}/model   log: {settings.output}/log.jsonl   figures: {settings.output}/metrics.json",
-        highlight=False,
-        markup=False,  # a folder may be called runs/[a]
-        soft_wrap=True,
-    )
+    folder = config.output
+    say(f"Model: {folder}/model   log: {folder}/log.jsonl   figures: {folder}/metrics.json")
     if result.metrics:
-        console.print(metrics_table({"untrained": result.metrics_untrained, "trained": result.metrics}))
+        show(metrics_table({"untrained": result.metrics_untrained, "trained": result.metrics}))

@@ -1,7 +1,4 @@
-"""Arrays filled block by block: in memory, or in files that a killed run goes on with and several ranks fill together.
-
-Imports errors, files, distributed.
-"""
+"""Arrays filled block by block: in memory, or in files that a killed run resumes and several ranks fill together."""
 
 from __future__ import annotations
 
@@ -26,10 +23,11 @@ Shapes = Mapping[str, tuple[tuple[int, ...], type]]
 class BlockArrays:
     """Named arrays and a record of which blocks of them are finished.
 
-    In a folder each array is `NAME.npy`, `finished.npy` holds a digest of each finished block (zeros for the others), and `identity.json` says of which
-    inputs the work is. A block is recorded only after its numbers were flushed, and what is found in the folder is compared with its record: a block
-    whose numbers are not those that were written is done again. Ranks write different rows of the same files: they need one shared
-    file system that maps files coherently (one machine always does). The space is taken from the disk at once, because a full disk under a mapped file kills.
+    In a folder each array is `NAME.npy`, `finished.npy` holds a digest of each finished block (zeros for the others),
+    and `identity.json` says of which inputs the work is. A block is recorded after its numbers were flushed; what is
+    found in the folder is compared with its record, and damaged blocks are done again. Ranks write different rows of
+    the same files: their file system must map files coherently (one machine always does). The space is taken from the
+    disk at once, because a full disk under a mapped file kills.
 
     Args:
         shapes: Name to (shape, dtype) of each array.
@@ -47,7 +45,16 @@ class BlockArrays:
     Warns:
         UserWarning: The folder holds work of other inputs, which is discarded, or damaged blocks, which are done again.
 
-    Cost: two barriers under several ranks, one here and one in `wait`; one digest of all numbers, about 1 GB a second, and one more of what is found.
+    Cost: two barriers under several ranks, one here and one in `wait`; one digest of all numbers, about 1 GB a second,
+    and one more of what is found.
+
+    >>> work = BlockArrays({"squares": ((4,), np.int64)}, num_blocks=4, rows=lambda block: [block])
+    >>> for block in work.mine():
+    ...     work.arrays["squares"][block] = block**2
+    ...     work.finish(block)
+    >>> work.wait()
+    >>> work.arrays["squares"].tolist()
+    [0, 1, 4, 9]
     """
 
     def __init__(
@@ -59,23 +66,23 @@ class BlockArrays:
         identity: str = "",
         rows: Callable[[int], Any] | None = None,
     ) -> None:
-        everything = {**shapes, "finished": ((num_blocks, RECORD), np.uint8)}
+        shapes = {**shapes, "finished": ((num_blocks, RECORD), np.uint8)}
         self._identity, self._rows = identity, rows or (lambda block: slice(None))
         self._in_files = folder is not None
-        self.arrays: dict[str, np.ndarray] = {}
         if folder is None:
             if distributed.is_active():
                 raise AnybatchError(
                     "Several processes search together through files; give a folder that all of them can reach."
                 )
-            self.arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in everything.items()}
+            self.arrays: dict[str, Any] = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
         else:
             with distributed.alone() as chosen:
                 if chosen:
-                    _prepare(folder, everything, identity)
-            self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in everything}
+                    _prepare(folder, shapes, identity)
+            self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in shapes}
         self._records = self.arrays.pop("finished")
-        damaged = [block for block in self.share() if self.finished[block] and self._changed(block)]
+        found = [block for block in self.share() if self.finished[block]]
+        damaged = [block for block in found if not np.array_equal(self._records[block], self._digest(block))]
         if damaged:
             self._records[damaged] = 0
             warnings.warn(
@@ -102,11 +109,14 @@ class BlockArrays:
         Raises:
             AnybatchError: They cannot be brought onto the disk.
         """
+        if not self._in_files:
+            self._records[block] = 1
+            return
         try:
             for array in self.arrays.values():
-                _flush(array)
-            self._records[block] = self._digest(block) if self._in_files else 1
-            _flush(self._records)
+                array.flush()
+            self._records[block] = self._digest(block)
+            self._records.flush()
         except OSError as error:
             raise AnybatchError(f"Cannot write the results of a search: {error.strerror or error}.") from error
 
@@ -119,16 +129,14 @@ class BlockArrays:
 
         return np.frombuffer(bytes.fromhex(digest_of(parts())), np.uint8)
 
-    def _changed(self, block: int) -> bool:
-        return not np.array_equal(self._records[block], self._digest(block))
-
     def wait(self) -> None:
         """Until every rank is here; then all blocks are finished. One barrier."""
         distributed.barrier()
         if not self.finished.all():  # on a file system that does not map files coherently this is how it shows
             raise AnybatchError(
-                f"{int((~self.finished).sum())} of {len(self.finished)} blocks were finished by other processes but do not show here. "
-                "The folder must be on a file system that all processes see alike; use a local disk with all processes on one machine."
+                f"{int((~self.finished).sum())} of {len(self.finished)} blocks were finished by other processes but do "
+                "not show here. The folder must be on a file system that all processes see alike; use a local disk "
+                "with all processes on one machine."
             )
 
 
@@ -138,17 +146,20 @@ def _prepare(folder: Path, shapes: Shapes, identity: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if label.exists():
-            if _is_of(label, identity) and all(
-                _fits(folder / f"{name}.npy", shape, dtype) for name, (shape, dtype) in shapes.items()
-            ):
-                return
+            with contextlib.suppress(AnybatchError):
+                same = read_json(label, "", "identity")["identity"] == identity
+                if same and all(_fits(folder / f"{name}.npy", *kind) for name, kind in shapes.items()):
+                    return
             warnings.warn(
                 f"{folder} holds work on other inputs or of another version, or is damaged; it starts again.",
                 stacklevel=4,
             )
             label.unlink()
         for name, (shape, dtype) in shapes.items():
-            _allocate(folder / f"{name}.npy", shape, dtype)
+            path = folder / f"{name}.npy"
+            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         for name in shapes:  # what was made of them would keep the disk full
             with contextlib.suppress(OSError):
@@ -157,16 +168,10 @@ def _prepare(folder: Path, shapes: Shapes, identity: str) -> None:
             folder.rmdir()
         size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
         raise AnybatchError(
-            f"Cannot write {size / 2**30:.3g} GiB to {folder}: {error.strerror or error}. Free some space or choose another folder."
+            f"Cannot write {size / 2**30:.3g} GiB to {folder}: {error.strerror or error}. Free some space or choose "
+            "another folder."
         ) from error
     write_json(label, {"identity": identity})
-
-
-def _is_of(label: Path, identity: str) -> bool:
-    try:
-        return read_json(label, "", "identity")["identity"] == identity
-    except AnybatchError:
-        return False
 
 
 def _fits(path: Path, shape: tuple[int, ...], dtype: type) -> bool:
@@ -177,21 +182,11 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: type) -> bool:
     return array.shape == shape and array.dtype == np.dtype(dtype) and array.flags.c_contiguous
 
 
-def _allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
-    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def _flush(array: np.ndarray) -> None:
-    if isinstance(array, np.memmap):
-        array.flush()
-
-
 def release_pages(*arrays: object) -> None:
-    """Let the process drop the pages of mapped files, which it reads again when it needs them; other arrays are left alone.
+    """Let the process drop the pages of mapped files, which it reads again when it needs them; others are left alone.
 
-    They would be reclaimed under pressure anyway, but count as the process's memory, and against a container's limit, until then.
+    They would be reclaimed under pressure anyway, but count as the process's memory, and against a container's limit,
+    until then.
     """
     for array in arrays:
         mapped = array

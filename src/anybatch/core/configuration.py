@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses that check themselves, and YAML files that become them.
 
-The annotations of a configuration class are its one description: `Configuration` checks every field against them when an object is made, in
-Python as from a file. Choices are `Literal`s, ranges are `Annotated[int, Range(...)]`, and all numbers are finite.
+The annotations of a configuration class are its one description: every field is checked against its own when an object
+is made, in Python as from a file. Choices are `Literal`s, ranges are `Annotated[int, Range(...)]`, and all numbers are
+finite. pydantic was tried in its place (docs/log.md): words and tolerances of these checks would have stayed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ from anybatch.core.errors import AnybatchError
 
 T = TypeVar("T")
 LARGEST = {int: 2**62, float: 3.4e38}  # a sum of two whole numbers fits into 64 bits, a number into float32
+WORDS = {int: "a whole number", float: "a finite number", str: "text in UTF-8", bool: "true or false"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values that an annotated number may have: `least` to `most`, without `least` itself if `above`."""
+    """The values that an annotated number may have: `least` to `most`, without `least` itself if `above`.
+
+    >>> print(Range(0, 1, above=True))
+    above 0 and at most 1
+    """
 
     least: float = -math.inf
     most: float = math.inf
@@ -40,9 +46,8 @@ class Range:
             raise ValueError
 
     def __str__(self) -> str:
-        least = f"{'above' if self.above else 'of at least'} {self.least}"
         if self.most == math.inf:
-            return least
+            return f"{'above' if self.above else 'of at least'} {self.least}"
         return f"above {self.least} and at most {self.most}" if self.above else f"from {self.least} to {self.most}"
 
 
@@ -58,11 +63,18 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 class Configuration:
     """Base of the configuration classes, which are frozen dataclasses. What every field may be is its annotation.
 
-    A class that checks more calls `super().__post_init__()` first. `section` is what messages put before the names. A class whose fields depend on
-    one of them says in `class_for` which of its subclasses some given values are for.
+    A class that checks more calls `super().__post_init__()` first. `section` is what messages put before the names. A
+    class whose fields depend on one of them says in `class_for` which of its subclasses some given values are for.
 
     Raises:
         AnybatchError: A field is not what its annotation says: its name, what was given and what was expected.
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Training(Configuration):
+    ...     rate: Positive = 0.1
+    >>> Training(rate=-1)
+    Traceback (most recent call last):
+    anybatch.core.errors.AnybatchError: rate is -1; expected a finite number above 0.
     """
 
     section: ClassVar[str] = ""
@@ -74,36 +86,33 @@ class Configuration:
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
-            where = f"{self.section}.{name}" if self.section else name
-            object.__setattr__(self, name, convert(hint, getattr(self, name), where))
+            object.__setattr__(self, name, convert(hint, getattr(self, name), _dotted(self.section, name)))
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """The annotations of the fields of a dataclass."""
+def _hints(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+
+
+def _dotted(section: str, name: object) -> str:
+    return f"{section}.{name}" if section else str(name)
 
 
 def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """Read `path`, apply `overrides` and build the dataclass `kind`.
-
-    Args:
-        kind: A dataclass whose fields are plain values or further dataclasses.
-        path: A YAML file, or None for the defaults.
-        overrides: `"section.key=value"`; the value is read as YAML.
+    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win.
 
     Raises:
-        AnybatchError: No such file, not a mapping, unknown key (names the nearest valid one), wrong type, missing value.
+        AnybatchError: No such file, not a mapping, an unknown key (names the nearest valid one), a wrong type, a value
+            that is missing.
     """
     tree: dict[str, Any] = {}
     if path is not None:
         try:
             tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
         except OSError as error:
-            raise AnybatchError(
-                f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
-            ) from error
+            message = f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
+            raise AnybatchError(message) from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such date, nested too deeply
             raise AnybatchError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
@@ -120,24 +129,22 @@ def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     if issubclass(kind, Configuration):
         kind = typing.cast(type[T], kind.class_for(tree))
     hints = _hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
     values = {}
     for key, value in tree.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key not in fields:
-            raise unknown_key(name, str(key), list(fields))
-        values[key] = convert(hints[key], value, name, text=True)
-    for name, field in fields.items():
-        if name not in values and dataclasses.is_dataclass(hints[name]) and field.default is dataclasses.MISSING:
-            values[name] = from_mapping(typing.cast(type, hints[name]), {}, f"{where}.{name}" if where else name)
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
+        if key not in hints:
+            raise unknown_key(_dotted(where, key), str(key), list(hints))
+        values[key] = convert(hints[key], value, _dotted(where, key), text=True)
+    missing = []
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        if field.name in values or not field.init or field.default is not dataclasses.MISSING:
+            continue
+        if dataclasses.is_dataclass(hints[field.name]):  # a section that was left out may do with its defaults
+            section = typing.cast(type, hints[field.name])
+            values[field.name] = from_mapping(section, {}, _dotted(where, field.name))
+        elif field.default_factory is dataclasses.MISSING:
+            missing.append(_dotted(where, field.name))
     if missing:
-        names = ", ".join(f"{where}.{name}" if where else name for name in missing)
-        raise AnybatchError(f"Missing configuration value: {names}. Give it in the file or with --set.")
+        raise AnybatchError(f"Missing configuration value: {', '.join(missing)}. Give it in the file or with --set.")
     return kind(**values)
 
 
@@ -150,17 +157,13 @@ def unknown_key(name: str, key: str, known: Sequence[str]) -> AnybatchError:
 
 def to_yaml(config: Any) -> str:
     """The resolved configuration, every default written out."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def differences(old: Any, new: Any) -> list[str]:
     """The dotted keys in which two configurations of one kind differ, with both values."""
-    flat_old, flat_new = (_flatten(_plain(dataclasses.asdict(config))) for config in (old, new))
-    return [
-        f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
-        for key in flat_new
-        if flat_old.get(key) != flat_new[key]
-    ]
+    before, after = (_flatten(dataclasses.asdict(config)) for config in (old, new))
+    return [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in after.items() if before.get(key) != value]
 
 
 class _Loader(yaml.SafeLoader):
@@ -170,17 +173,17 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(
-                    f"line {line} has the key '{key}' a second time; keep one, with all that belongs to it."
-                )
-            if isinstance(key, str):
-                seen.add(key)
+            if not isinstance(key, str):
+                continue
+            if key in seen:
+                where = f"line {key_node.start_mark.line + 1} has the key '{key}' a second time"
+                raise yaml.YAMLError(f"{where}; keep one, with all that belongs to it.")
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
+    """Put the value of `--set section.key=value` into the tree."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise AnybatchError(f"Cannot read --set {override!r}: expected section.key=value.")
@@ -189,15 +192,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AnybatchError(f"Cannot read the value of --set {override!r} as YAML: {error}") from error
     *parents, last = key.strip().split(".")
-    for depth, parent in enumerate(parents):
-        child = tree.setdefault(parent, {})
-        if child is None:
-            child = tree[parent] = {}
-        if not isinstance(child, dict):
-            raise AnybatchError(
-                f"Cannot apply --set {override!r}: '{'.'.join(parents[: depth + 1])}' is a value, not a section."
-            )
-        tree = child
+    for depth, parent in enumerate(parents, start=1):
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            section = ".".join(parents[:depth])
+            raise AnybatchError(f"Cannot apply --set {override!r}: '{section}' is a value, not a section.")
     tree[last] = value
 
 
@@ -222,27 +223,26 @@ def convert(hint: Any, value: Any, name: str, *, text: bool = False) -> Any:
 def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
     """`value` as one alternative of an annotation. Raises TypeError, ValueError or OverflowError where it is none."""
     origin, arguments = typing.get_origin(choice), typing.get_args(choice)
-    if origin is typing.Annotated:
+    if origin is Annotated:
         number = _converted(arguments[0], value, name, text)
         arguments[1].check(number)
         return number
-    if dataclasses.is_dataclass(choice) and isinstance(choice, type):
+    if isinstance(choice, type) and dataclasses.is_dataclass(choice):
         if isinstance(value, choice):
             return value
         if value is not None and not isinstance(value, Mapping):
             raise AnybatchError(f"'{name}' is a section; got the value {value!r}.")
         return from_mapping(choice, value or {}, name)
-    if origin is typing.Literal:
-        if isinstance(value, str) and value in arguments:
-            return value
-        raise TypeError
     if origin is tuple:
         items = [value] if text and isinstance(value, (str, int, float)) else value
-        return _items(arguments, items, name, text)
-    if choice is type(None) or choice is bool:
-        if isinstance(value, choice):
-            return value
-        raise TypeError
+        if not isinstance(items, (list, tuple)) or (arguments[-1] is not ... and len(items) != len(arguments)):
+            raise TypeError
+        return tuple(convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
+    if origin is typing.Literal or choice in (bool, type(None)):
+        allowed = isinstance(value, str) and value in arguments if origin else isinstance(value, choice)
+        if not allowed:
+            raise TypeError
+        return value
     if choice is str:
         written = os.fspath(value)  # a path is text as well
         if not isinstance(written, str) or "\0" in written:
@@ -274,26 +274,17 @@ def _expected(hint: Any) -> str:
     words = []
     for choice in _choices(hint):
         origin, arguments = typing.get_origin(choice), typing.get_args(choice)
-        if origin is typing.Annotated:
+        if origin is Annotated:
             words.append(f"{_expected(arguments[0])} {arguments[1]}")
         elif origin is typing.Literal:
             words.append(("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments)))
-        elif origin is tuple and arguments[-1] is not Ellipsis:
+        elif origin is tuple and arguments[-1] is not ...:
             words.append({2: "two"}.get(len(arguments), str(len(arguments))) + " numbers, the lowest and the highest")
         elif origin is tuple:
             words.append(f"a list, each of it {_expected(arguments[0])}")
         else:
-            plain = {int: "a whole number", float: "a finite number", str: "text in UTF-8", bool: "true or false"}
-            words.append(plain.get(choice, "nothing"))
+            words.append(WORDS.get(choice, "nothing"))
     return ", or ".join(words)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -302,5 +293,5 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             flat.update(_flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -1,4 +1,4 @@
-"""Gather once, reduce once; the ranks of torchrun. Everything is decided when called: without a process group of several ranks these are identities.
+"""Gather once, reduce once; the ranks of torchrun. Without a process group of several ranks these are identities.
 
 Nothing here takes part in autograd: gradients of gathered tensors are formed by their owner, without a collective.
 """
@@ -45,11 +45,9 @@ def gather_sizes(num_rows: int, device: torch.device) -> list[int]:
 
 
 def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
-    """All ranks' rows, one rank after the other: (sum of sizes, ...). One collective; ranks may hold unequal numbers of rows.
+    """All ranks' rows, one rank after the other: (sum of sizes, ...), detached. One collective.
 
-    Args:
-        rows: (sizes[rank], ...) any dtype; detached here.
-        sizes: From `gather_sizes`.
+    `rows` are (sizes[rank], ...) of any dtype, `sizes` from `gather_sizes`: ranks may hold unequal numbers.
     """
     rows = rows.detach()
     if not is_active():
@@ -81,12 +79,9 @@ def barrier() -> None:
 
 
 def agree(error: Exception | None = None) -> None:
-    """All ranks go on, or none does: what one rank alone found (`error`) is raised on every rank. One collective of pickled strings.
+    """All ranks go on, or none does: what one rank alone found (`error`) is raised on every rank.
 
-    A rank that raised by itself would leave the others waiting in their next collective.
-
-    Args:
-        error: What this rank has to say against going on; None for nothing.
+    A rank that raised by itself would leave the others waiting in their next collective. Cost: one, of pickled strings.
 
     Raises:
         AnybatchError: With the words of the first rank that refused. A rank with an error of its own raises that.
@@ -128,14 +123,14 @@ def launched_ranks() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[bool]:
-    """What rank 0 does by itself: yields whether this is rank 0; inside there is no group, and at the end all ranks meet. One `agree`:
-    if rank 0 fails, so do the others.
+    """What rank 0 does by itself: yields whether this is rank 0; inside there is no group, and at the end all ranks meet.
 
-    ::
+    One `agree`: if rank 0 fails, so do the others.
 
-        with alone() as chosen:
-            if chosen:
-                ...
+    >>> with alone() as chosen:
+    ...     if chosen:
+    ...         print("written once")
+    written once
     """
     global _working_alone
     chosen = rank() == 0

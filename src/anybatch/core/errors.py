@@ -1,4 +1,4 @@
-"""The error a user can act on. Imports nothing of ours."""
+"""The error a user can act on."""
 
 
 class AnybatchError(ValueError):

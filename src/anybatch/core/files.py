@@ -1,11 +1,11 @@
-"""Files that are whole, or absent, or named as damaged: atomic writes, digests, one writer a folder. Imports only errors.
+"""Files that are whole, or absent, or named as damaged: atomic writes, digests, one writer per folder.
 
 What a later run reads back is written in one of two ways:
 
     one file    `write_sealed`: the file carries a digest of all its own bytes, so that it can be moved and copied
     a folder    `seal_folder`: a list of sizes and digests of all its files, written last
 
-A digest finds what a disk, a cut connection or a careless hand changed; it is no signature and keeps nobody from forging.
+A digest finds what a disk, a cut connection or a careless hand changed; it is no signature against forging.
 """
 
 from __future__ import annotations
@@ -27,36 +27,28 @@ CONTENTS = "anybatch_contents.json"
 CARD = "README.md"  # a model's page, its owner's to edit; no run reads it
 LOCK = ".lock"
 _MARK, _DIGITS = b"anybatch-digest:", 32
-SEAL = (
-    _MARK.decode() + "0" * _DIGITS
-)  # what stands in the content given to `write_sealed`; the digest takes the place of the zeros
+SEAL = _MARK.decode() + "0" * _DIGITS  # stands in what `write_sealed` is given; the digest takes the zeros' place
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it onto `path`.
 
     A crash, a kill or a full disk leaves either the old file or the new one, never half of one.
-
-    Args:
-        path: The final file. Its folder must exist.
-        write: Called with the temporary file's path; must create it.
 
     Raises:
         AnybatchError: The file could not be written (disk full, no permission); the old file, if any, is intact.
     """
     path = Path(path)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
         raise AnybatchError(
             f"Cannot write {path}: {error.strerror or error}. Check that its folder exists and is writable."
         ) from error
     os.close(handle)
-    temporary = Path(name)
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        write(Path(temporary))
+        _sync(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -67,16 +59,12 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         ) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+            os.unlink(temporary)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content`, atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -85,11 +73,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_sealed(path: str | os.PathLike[str], content: bytes) -> str:
-    """Write `content`, atomically, with a digest of all its bytes in the place of `SEAL`, which it holds somewhere.
-
-    Returns:
-        The digest.
-    """
+    """Write `content`, atomically, with a digest of all its bytes, which is returned, in the place of its `SEAL`."""
     start = content.index(SEAL.encode()) + len(_MARK)
     digest = digest_of([content]).encode()
     write_bytes(path, content[:start] + digest + content[start + _DIGITS :])
@@ -99,12 +83,8 @@ def write_sealed(path: str | os.PathLike[str], content: bytes) -> str:
 def read_sealed(path: str | os.PathLike[str], remedy: str) -> bytes:
     """The content of a file of `write_sealed`, if every bit of it is as it was written.
 
-    Args:
-        path: The file.
-        remedy: What to do if it is not, the end of the message.
-
     Raises:
-        AnybatchError: It cannot be read, or is damaged.
+        AnybatchError: It cannot be read, or is damaged; `remedy`, the end of the message, says what to do.
     """
     try:
         content = Path(path).read_bytes()
@@ -125,17 +105,12 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: str | os.PathLike[str], remedy: str, *keys: str) -> dict[str, Any]:
-    """What `write_json` wrote, without the digest.
-
-    Args:
-        path, remedy: See `read_sealed`.
-        keys: What tells this kind of file from the others that are sealed.
+    """What `write_json` wrote, without the digest; `keys` tell this kind of file from the others that are sealed.
 
     Raises:
         AnybatchError: See `read_sealed`; a whole file of another kind.
     """
-    content = read_sealed(path, remedy)
-    value = None
+    content, value = read_sealed(path, remedy), None
     with contextlib.suppress(ValueError):
         value = json.loads(content)
     if not isinstance(value, dict) or not {"digest", *keys} <= value.keys():
@@ -150,24 +125,22 @@ def tensors_metadata(content: bytes) -> dict[str, str]:
 
 
 def seal_folder(folder: Path, **facts: Any) -> None:
-    """Sync all files in `folder`, give them the modes of new files, and list their sizes and digests in `CONTENTS`, written last.
+    """Sync all files in `folder`, give them the modes of new files, and list sizes and digests in `CONTENTS`, last.
 
-    Args:
-        folder: With folders in it, or without. Its model card is not listed.
-        facts: Further entries of the list, which is sealed JSON.
+    Its model card is not listed. `facts` are further entries of the list, which is sealed JSON.
 
     Cost: one pass over the files, about 1 GB a second, and their way to the disk.
     """
     listed: dict[str, Any] = {}
     try:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CONTENTS):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(path, 0o666 & ~_umask())  # some libraries write weights for their owner alone
-            if path.name != CARD:
-                listed[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_digest(path)]
-        for inner in (path for path in folder.rglob("*") if path.is_dir()):
-            sync_folder(inner)
+        for path in sorted(folder.rglob("*")):
+            if path.is_dir():
+                sync_folder(path)
+            elif path != folder / CONTENTS:
+                _sync(path)
+                os.chmod(path, 0o666 & ~_umask())  # some libraries write weights for their owner alone
+                if path.name != CARD:
+                    listed[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_digest(path)]
     except OSError as error:
         raise AnybatchError(f"Cannot write {folder}: {error.strerror or error}. Free some space.") from error
     write_json(folder / CONTENTS, {**facts, "files": listed})
@@ -175,11 +148,9 @@ def seal_folder(folder: Path, **facts: Any) -> None:
 
 
 def flaw_of(folder: Path, **facts: Any) -> str | None:
-    """What is wrong with a folder of `seal_folder`, in words that end a sentence about it; None if all is as it was written.
+    """What is wrong with a folder of `seal_folder`, in words that end a sentence; None if all is as it was written.
 
-    Args:
-        folder: As it was given.
-        facts: What the list must say.
+    The list must say the same `facts`.
     """
     if not (folder / CONTENTS).exists():
         return f"was cut short: it has no {CONTENTS}"
@@ -208,18 +179,22 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder onto the disk, as far as its file system can."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder)
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only writer of `folder`: hold the lock of its file `.lock`, which the system releases however the process ends.
+    """Be the only writer of `folder`: hold the lock of its file `.lock`.
 
-    It holds between processes, between machines on NFS (Linux), and between two runs of one process.
+    The system releases it however a process ends. It holds between processes, between machines on NFS (Linux), and between two runs of one process.
 
     Raises:
         AnybatchError: Somebody else holds it.
@@ -251,7 +226,8 @@ def _lock(path: Path) -> int:
             holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise AnybatchError(
-                f"{path.parent} is in use: {holder} writes there. Wait until that run ends, or choose another output folder."
+                f"{path.parent} is in use: {holder} writes there. Wait until that run ends, or choose another output "
+                "folder."
             ) from None
         except OSError as error:
             warnings.warn(
@@ -269,10 +245,7 @@ def _lock(path: Path) -> int:
 
 
 def digest_of(parts: Iterable[bytes]) -> str:
-    """A short digest of a sequence of byte strings; boundaries between the parts count.
-
-    Cost: one pass of BLAKE2b, about 1 GB a second.
-    """
+    """A short digest of a sequence of byte strings; boundaries between the parts count. Cost: about 1 GB a second."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))
@@ -289,17 +262,14 @@ def _umask() -> int:
 def check_name(name: str, what: str) -> None:
     """Refuse what cannot be the name of one file or folder in a given folder.
 
-    Args:
-        name: To be a file's or a folder's.
-        what: Whose name it is, e.g. "data set", for the message.
-
     Raises:
-        AnybatchError: It is empty, "." or "..", longer than 200 bytes (file systems take 255), or holds a separator or a control character.
+        AnybatchError: The name of `what` is empty, "." or "..", longer than 200 bytes (file systems take 255), or holds
+            a separator or a control character.
     """
     size = len(name.encode("utf-8", "surrogatepass"))
     if not name or name in (".", "..") or size > 200 or any(sign in "/\\" or ord(sign) < 32 for sign in name):
         shown = repr(name if size <= 200 else name[:40] + "...")
         raise AnybatchError(
-            f"A {what} is called {shown}; expected a plain file name, because files are called after it: 1 to 200 bytes, no '/' or '\\', no control "
-            "characters, not '.' or '..'. Give it another name."
+            f"A {what} is called {shown}; expected a plain file name, because files are called after it: 1 to 200 "
+            "bytes, no '/' or '\\', no control characters, not '.' or '..'. Give it another name."
         )

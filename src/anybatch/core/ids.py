@@ -1,4 +1,4 @@
-"""Row numbers and ids: one check for all, and which texts are known to match. Imports errors."""
+"""Row numbers and ids: one check for all, and which texts are known to match."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ def as_integers(
     high: int | None = None,
     remedy: str = "",
 ) -> Tensor:
-    """Row numbers, ids or the like as int64, so that none of another type acts as a mask or meets an operation that does not know it.
+    """Row numbers, ids or the like as int64, so that none of another type acts as a mask.
 
     Args:
-        name: Of the argument, for the message.
+        name: Of the argument, for the message; `remedy` says there what to do about a number out of range.
         values: Integers of any width.
-        length: Wanted shape (length,); None for any shape.
-        device: Where they must be; None for anywhere.
-        low, high: Smallest number allowed, and the largest row number; None for any. Looking costs one wait for the device.
-        remedy: What to do about a number out of range.
+        length, device: Wanted shape (length,), and where they must be; None for any.
+        low, high: The smallest and largest number allowed; None for any. Looking costs one wait for the device.
 
     Raises:
         AnybatchError: Another type, bool among them, shape, device or range.
@@ -76,7 +74,8 @@ def renumbered(ids: np.ndarray) -> np.ndarray:
 def known_positives(anchor_id: np.ndarray, positive_id: np.ndarray, width: int) -> np.ndarray:
     """Keys anchor * width + positive of the pairs whose anchor has other rows as well.
 
-    Only such a positive can come beside the anchor without being its own row's: as another row's positive, or as a hard negative.
+    Only such a positive can come beside the anchor without being its own row's: as that of another row, or as a hard
+    negative.
 
     Args:
         anchor_id, positive_id: (n,) int64, 0 or more; equal for identical texts.

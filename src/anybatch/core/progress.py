@@ -1,4 +1,4 @@
-"""How long work tells where it is. Imports nothing of ours."""
+"""How long work tells where it is."""
 
 from __future__ import annotations
 

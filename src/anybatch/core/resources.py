@@ -1,11 +1,10 @@
-"""What a stage costs: wall time and peak memory. Imports nothing of ours."""
+"""What a stage costs: wall time and peak memory."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from types import TracebackType
 
 
 class Measure:
@@ -15,6 +14,11 @@ class Measure:
     and so cannot tell one stage from the next. `peak_bytes` is absolute.
 
     Cost: one read of the process's memory count per interval, about 20 microseconds.
+
+    >>> with Measure() as measure:
+    ...     numbers = list(range(1000))
+    >>> measure.seconds > 0, measure.peak_bytes > 0
+    (True, True)
     """
 
     def __init__(self, interval: float = 0.02) -> None:
@@ -30,9 +34,7 @@ class Measure:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.seconds = time.perf_counter() - self._started
         self._stop.set()
         self._thread.join()

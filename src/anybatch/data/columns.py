@@ -48,14 +48,10 @@ class Chosen:
 def choose_columns(
     present: Sequence[str], anchor: str | None, positive: str | None, negatives: Sequence[str] | None, where: str
 ) -> Chosen:
-    """The columns that were named, and the conventional ones where none was.
+    """The columns of a file that were named, and the conventional ones where none was.
 
-    Args:
-        present: Columns of the file.
-        anchor, positive: Names; None for the first of `CONVENTIONS` that is there, in small letters or others.
-        negatives: Names; None for all that are called negative, neg_1, hard_negative_2 and the like, in the order of
-            their numbers.
-        where: The file, for messages.
+    Those are the first of `CONVENTIONS` that is `present`, in small letters or others, and as negatives all that are
+    called negative, neg_1, hard_negative_2 and the like, in the order of their numbers.
 
     Raises:
         AnybatchError: A column that is not there (with the nearest name), no conventional ones, one column named twice.
@@ -119,8 +115,7 @@ def spread(
     """One text a cell: several positives of a row are pairs of their own, several negatives are columns.
 
     Returns:
-        The columns of texts that each name stands for, one or (of negatives) several; and remarks on what was made of
-        lists.
+        The columns of texts of each name, one or (of negatives) several; and remarks on what was made of lists.
 
     Raises:
         AnybatchError: A list of anchors; a list of positives beside images.
@@ -143,7 +138,7 @@ def spread(
         cells = {name: [column[row] for row in times] for name, column in cells.items()}
         lists = {name: [rows[row] for row in times] for name, rows in lists.items()}
         cells[chosen.positive] = [text for texts in positives for text in texts]
-    columns: dict[str, list[list[str]]] = {name: [column] for name, column in cells.items()}  # pyright: ignore[reportAssignmentType]
+    columns: dict[str, list[Any]] = {name: [column] for name, column in cells.items()}
     for name, rows in lists.items():
         widths = [len(row) for row in rows]
         fewest, most, total = min(widths), max(widths), sum(widths)
@@ -173,14 +168,9 @@ def say_columns(
 
 
 def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[str]]) -> None:
-    """Warn of columns that are hardly meant.
+    """Warn of columns of texts that are hardly meant.
 
     One text in all rows or few in many, numbers, written lists, the words None and nan, equal sides.
-
-    Args:
-        where: The file.
-        chosen: What the columns are for.
-        columns: Texts by the name of their column.
 
     Cost: a pass over the texts, 0.5 seconds a million.
     """
@@ -191,7 +181,9 @@ def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[s
         if distinct == 1 < len(texts):
             doubt = f"all {len(texts)} {side}s are one text ({texts[0]!r:.40})"
         elif distinct < FEW * len(texts):
-            doubt = f"its {len(texts)} {side}s are {distinct} distinct texts, and equal texts are no negatives of each other"
+            doubt = (
+                f"its {len(texts)} {side}s are {distinct} distinct texts, and equal ones are no negatives of each other"
+            )
         elif all(NUMBER.fullmatch(text) for text in texts):
             doubt = f"all {side}s are numbers, such as {texts[0]!r:.40}"
         elif all(text[0] == "[" and text[-1] == "]" for text in texts):

@@ -1,4 +1,4 @@
-"""Columns of images: lazy, undecoded, told apart by their encoded bytes. `datasets` and Pillow are imported where used.
+"""Columns of images: lazy, undecoded, told apart by their encoded bytes.
 
 Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second and the disk); 24 bytes per row and one
 block of rows in memory.

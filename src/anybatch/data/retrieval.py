@@ -100,14 +100,9 @@ def read_retrieval(
             )
     _check_judgements(relevance, splits, split, qrels)
     others = ", ".join(f"{name!r} ({count} judgements)" for name, count in splits.items() if name != split)
-    logger.info(
-        "%s: %d judged queries, %d documents; not used: %d queries without judgements%s.",
-        qrels,
-        len(relevance),
-        len(documents),
-        len(texts) - len(relevance),
-        f", split {others}" if split is not None and others else "",
-    )
+    unused = f"{len(texts) - len(relevance)} queries without judgements"
+    unused += f", split {others}" if split is not None and others else ""
+    logger.info("%s: %d judged queries, %d documents; not used: %s.", qrels, len(relevance), len(documents), unused)
     return RetrievalData(
         query_ids=list(relevance),
         query_texts=[texts[query] for query in relevance],
@@ -131,8 +126,7 @@ def _check_judgements(
         raise AnybatchError(f"{qrels} has no judgements{wanted}{f'; it has the splits {present}' if splits else ''}.")
     if not any(grade > 0 for grades in relevance.values() for grade in grades.values()):
         raise AnybatchError(
-            f"No judgement in {qrels} has a grade above 0, so that no document is relevant. Is 'score' the right "
-            "column?"
+            f"No judgement in {qrels} has a grade above 0: no document is relevant. Is 'score' the right column?"
         )
 
 

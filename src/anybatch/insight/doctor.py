@@ -15,8 +15,8 @@ from anybatch.integrations.sentence_transformers.model import load_model
 from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.run.config import RunConfig
-from anybatch.run.data import read_training_pairs
-from anybatch.run.pipeline import first_inputs
+from anybatch.run.read_data import read_training_pairs
+from anybatch.run.try_step import first_inputs
 
 
 def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:

@@ -299,7 +299,7 @@ def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
     if plan.task is not None:
         rows = np.bincount(plan.task, minlength=len(plan.task_names))
         # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a batch.
-        dealt = (np.multiply(plan.sampling.quotas, plan.cluster_size) + plan.deal.single_rows) / np.maximum(rows, 1)
+        dealt = (np.multiply(plan.sampling.quotas, plan.cluster_size) + plan.sampling.single_rows) / np.maximum(rows, 1)
         given = np.where(plan.sampling.quotas, plan.task_shares or 1.0, 0.0)
         shares = tuple(np.where(rows, np.maximum(dealt, given), 1.0).tolist())
     return BatchPlan(

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.caching.encoder import Encoder, ModuleFacts, encode_rows
-from anybatch.caching.replay import DIFFERENT_REPLAYS
+from anybatch.caching.encoder import Encoder, Tower, towers_of
 from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
-from anybatch.caching.state import RandomState, WrittenState, training_modes, without_autocast
+from anybatch.caching.state import without_autocast
 from anybatch.caching.step import cached_step, paired_encoders
 from anybatch.core.errors import AnybatchError
 
@@ -26,8 +25,8 @@ class Verification:
     Attributes:
         error: Norm of the difference of all gradients over the norm of the plain gradient.
         tolerance: What rounding allows in the coarsest dtype that took part, autocast's included.
-        errors: The same for every parameter, by name: over its own norm, or a thousandth of that of all where its own is less
-            (some gradients, such as that of a key's bias, are zero but for rounding).
+        errors: The same for every parameter, by name: over its own norm, or a thousandth of that of all where its own
+            is less (some gradients, such as that of a key's bias, are zero but for rounding).
         loss_error: Relative difference of the two losses.
         findings: What stands in the way of exactness, in sentences; empty where nothing was found.
     """
@@ -67,95 +66,75 @@ def verify(
 ) -> Verification:
     """Take one batch both ways and compare every gradient.
 
-    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) or state is written it is the same
-    micro-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are put back afterwards,
-    those of the loss included.
+    The plain way is the whole batch in one pass; where random numbers are drawn (dropout) or state is written it is
+    the same micro-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are
+    put back afterwards, those of the loss included.
 
     Args:
         encoders: As in `cached_step`.
-        inputs: One small batch a tower, more rows than `micro_batch`.
-        loss: As in `cached_step`.
+        inputs: One small batch for each tower, more rows than `micro_batch`.
         micro_batch: Rows in a forward pass.
-        keep_graphs: As in `cached_step`.
-        loss_kwargs: As in `cached_step`.
-        modules: As in `cached_step`.
+        loss, keep_graphs, loss_kwargs, modules: As in `cached_step`.
 
     Returns:
-        The comparison; print it.
+        The comparison; print it. What `cached_step` refuses (rows that see each other, a replay that differs) is its
+        finding; then there are no errors.
 
     Raises:
-        AnybatchError: Every tower fits in one micro-batch (the comparison would prove nothing), or what `cached_step`
-            refuses (batch statistics).
+        AnybatchError: Every tower fits in one micro-batch (the comparison would prove nothing), or batch statistics.
 
     Cost: two steps, and a copy of the gradients and of the buffers.
     """
-    towers = paired_encoders(encoders, inputs)
+    # 1. What both ways start from.
     slicers = [RowSlicer(batch) for batch in inputs]
+    towers = towers_of(paired_encoders(encoders, inputs), slicers, modules)
     plans = [plan_micro_batches(slicer, micro_batch=micro_batch) for slicer in slicers]
     if all(len(plan) == 1 for plan in plans):
         raise AnybatchError(
             f"Every tower fits in one micro-batch of {micro_batch} rows, so there is nothing to compare. Pass more "
             "rows or a smaller micro_batch."
         )
-    facts = ModuleFacts(towers, modules, training=True)
+    facts, start = towers[0].facts, towers[0].random_state()
+    written = facts.written
     parts = [*facts.modules, *([loss] if isinstance(loss, nn.Module) else [])]
     names = _parameter_names(parts)
-    findings: list[str] = []
-    options: dict[str, Any] = {"loss_kwargs": loss_kwargs, "modules": modules}
-    start, written = RandomState(facts.generators), WrittenState(facts.places, facts.frozen)
+    # 2. The cached step.
     with _untouched(parts, list(names)):
-        different: list[str] = []
-        token = DIFFERENT_REPLAYS.set(different)
         try:
             cached_value = cached_step(
-                loss, towers, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, **options
-            )
+                loss, encoders, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, loss_kwargs=loss_kwargs,
+                modules=modules,
+            )  # fmt: skip
+        except AnybatchError as error:
+            return Verification.refused(str(error))
         finally:
-            DIFFERENT_REPLAYS.reset(token)
-        findings += different[:1]
-        # Where random numbers are drawn or state is written, what a row meets belongs to its micro-batch.
-        by_piece = written.note() or not start.equals(start.now())
+            # Where random numbers are drawn or state is written, what a row meets belongs to its micro-batch.
+            by_piece = written.note() or not start.equals(start.now())
+            start.restore()
+            written.restore({})
         cached = _take_gradients(names)
+    # 3. The plain step; the whole batch in one pass says more, where it may be compared.
     with _untouched(parts, list(names)):
-        start.restore()
-        written.restore({})
-        # Otherwise the whole batch in one pass says more.
         split = plans if by_piece else [[torch.arange(slicer.num_rows)] for slicer in slicers]
-        embedded = [_embedded(tower, slicer, plan) for tower, slicer, plan in zip(towers, slicers, split)]
+        embedded = [_embedded(tower, plan) for tower, plan in zip(towers, split)]
         precise = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in embedded]
         with without_autocast():  # as in the cached step: the loss sees float32 or better, and no autocast
             value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **(loss_kwargs or {}))
             value.backward()
         plain = _take_gradients(names)
-    with _untouched(parts, list(names)), torch.no_grad(), training_modes(dict.fromkeys(facts.flags, False)):
-        for number, (tower, slicer, plan, trained) in enumerate(zip(towers, slicers, plans, embedded)):
-            before = start.now()
-            pieces, whole = _embedded(tower, slicer, plan), _embedded(tower, slicer, [torch.arange(slicer.num_rows)])
-            if pieces.dtype != trained.dtype:
-                findings.append(
-                    f"Tower {number} returns {trained.dtype} with gradients and {pieces.dtype} without: the recording "
-                    "and the replay compute in different dtypes."
-                )
-            gap = float((pieces - whole).double().norm() / whole.double().norm().clamp_min(1e-300))
-            state = written.note() or not before.equals(start.now())
-            if gap > _tolerance([whole]) and not state:
-                findings.append(
-                    f"Tower {number}: a row's embedding depends on the rows that go through with it (relative change "
-                    f"{gap:.1e} when the batch is split), so micro-batches cannot give the gradient of the whole batch."
-                )
     start.restore()
     written.restore({})
-    findings += [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
+    # 4. The difference, and what may explain it.
     tolerance = _tolerance([*embedded, *plain.values()])
+    findings = [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
     encoder = {name for part in facts.modules for parameter in part.parameters() if (name := names.get(parameter))}
     findings += _wrong_sizes({n: g for n, g in plain.items() if n not in encoder}, cached, 100 * tolerance)
     return _compare(cached, plain, cached_value, value.detach(), tolerance, findings)
 
 
-def _embedded(tower: Encoder, slicer: RowSlicer, plan: Sequence[Tensor]) -> Tensor:
+def _embedded(tower: Tower, plan: Sequence[Tensor]) -> Tensor:
     """The embeddings of a batch, micro-batch by micro-batch, in the row order of the batch."""
-    pieces = [encode_rows(tower, slicer, rows)[0] for rows in plan]
-    whole = torch.cat(pieces)
+    whole = torch.cat([tower.embed(rows)[0] for rows in plan])
     return whole[torch.argsort(torch.cat(list(plan))).to(whole.device)]
 
 
@@ -181,9 +160,9 @@ def _compare(
     difference = reference = product = 0.0
     for name in sorted(plain.keys() & cached.keys()):
         wanted, got = plain[name].double(), cached[name].double()
-        gap, size = float((got - wanted).norm()), float(wanted.norm())
-        errors[name] = gap / max(size, floor) if max(size, floor) > 0 else float(gap > 0)
-        difference, reference = difference + gap**2, reference + size**2
+        error, size = float((got - wanted).norm()), float(wanted.norm())
+        errors[name] = error / max(size, floor) if max(size, floor) > 0 else float(error > 0)
+        difference, reference = difference + error**2, reference + size**2
         product += float((got * wanted).sum())
     error = (difference / reference) ** 0.5 if reference > 0 else float(difference > 0)
     ratio = product / reference if reference > 0 else 1.0

@@ -150,7 +150,7 @@ def mine_plan(
 
 def _note_single_rows(plan: BatchPlan, report: MiningReport) -> None:
     """Say so where the rows of small data sets are too many for their shares."""
-    wanted, sampled = sum(plan.sampling.single_quotas), plan.deal.num_single_rows
+    wanted, sampled = sum(plan.sampling.single_quotas), plan.sampling.num_single_rows
     if sampled < wanted:
         note = (
             f"The data sets without a cluster have more rows than half of the places of an epoch: {sampled} of their {wanted} come in an epoch. "

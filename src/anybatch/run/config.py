@@ -1,7 +1,4 @@
-"""The configuration and the result of one run. Each part's settings are owned by the room that they configure.
-
-Imports errors, files, configuration and the rooms' configuration classes.
-"""
+"""The configuration and the result of one run. Each part's settings are owned by the room that they configure."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed, Share, load_config
+from anybatch.core.configuration import Configuration, Count, CountOrZero, Range, Seed, Share, load_config
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, read_sealed
 from anybatch.integrations.sentence_transformers.model import ModelConfig
@@ -25,22 +22,23 @@ class SetConfig(Configuration):
     Attributes:
         path: As `data.path`, one data set.
         name: For plans, reports and folders, a plain file name; None for the file's.
-        anchor, positive, limit: As in `data`.
-        anchor_prompt, positive_prompt: Instructions put before its texts (not images) in training, behind the model's own.
-        skip, take, margin: Its rank window.
-        share: Of its clusters, how many an epoch deals, in (0, 1]: a large set at .25 weighs a quarter.
+        anchor, positive: As in `data`.
+        anchor_prompt, positive_prompt: Instructions before its texts (not images) in training, behind the model's
+            own.
+        skip: The first ranks of its rows, taken for false negatives, as `mining.skip`.
+        share: Of its clusters, how many an epoch samples, in (0, 1]: a large set at .25 weighs a quarter.
+
+    Example:
+        >>> SetConfig(path="questions.jsonl", anchor_prompt="question: ", share=0.25).skip
     """
 
     path: str
     name: str | None = None
     anchor: str | None = None
     positive: str | None = None
-    limit: Count | None = None
     anchor_prompt: str = ""
     positive_prompt: str = ""
     skip: CountOrZero | None = None
-    take: Count | None = None
-    margin: NotNegative | None = None
     share: Share = 1.0
 
     section: ClassVar[str] = "data.sets[]"
@@ -56,16 +54,22 @@ class DataConfig(Configuration):
     """The training pairs.
 
     Attributes:
-        path: JSONL(.gz), CSV, TSV, Parquet, or a folder saved by `datasets`. A folder of such files, or a saved `DatasetDict`, is
-            several data sets with the same columns.
-        sets: Several data sets, each with its own columns, instructions and rank window, instead of `path`.
-        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of images; None for conventional ones
-            (anchor and positive, query and pos, question and answer and the like), which are said.
-        negatives: Names of columns with explicit negatives; None for those called negative, neg_1 and the like, [] for none.
-        images: Which of these columns hold paths of images, relative to the file's folder; None for those that do throughout, [] for none.
-        quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain characters); None for the
-            usual rules, refusing a file that can be read both ways.
-        limit: Use only the first rows; None for all.
+        path: JSONL(.gz), CSV, TSV, Parquet, a folder saved by `datasets`, or hf://OWNER/NAME/CONFIGURATION/SPLIT of the
+            hub. A folder of such files, a pattern, or a saved `DatasetDict`, is several data sets with the same
+            columns.
+        sets: Several data sets, each with its own columns and instructions, instead of `path`.
+        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of images; None for
+            conventional ones (anchor and positive, query and pos, question and answer and the like), which are said.
+        negatives: Names of columns with explicit negatives; None for those called negative, neg_1 and the like, [] for
+            none.
+        images: Which of these columns hold paths of images, relative to the file's folder; None for those that do
+            throughout, [] for none.
+        quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain
+            characters); None for the usual rules, refusing a file that can be read both ways.
+        limit: Use only the first rows of each data set; None for all.
+
+    Example:
+        >>> DataConfig(path="pairs.jsonl.gz", anchor="title", positive="abstract").limit
     """
 
     path: str | None = None
@@ -93,18 +97,31 @@ class EvaluationConfig(Configuration):
     Attributes:
         path: Held-out pairs; each anchor must find its positive among all of them.
         limit: Use only the first pairs.
-        corpus, queries, qrels: Files of a retrieval set instead of pairs (BEIR's layout).
-        split: Which split of `qrels`, if it has several.
+        retrieval: The three files of a retrieval set instead of pairs (BEIR's layout): corpus, queries, judgements.
+        split: Which split of the judgements, if they have several.
+
+    Example:
+        >>> EvaluationConfig(retrieval=("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")).split
     """
 
     path: str | None = None
     limit: Count | None = None
-    corpus: str | None = None
-    queries: str | None = None
-    qrels: str | None = None
+    retrieval: tuple[str, str, str] | None = None
     split: str | None = None
 
     section: ClassVar[str] = "evaluation"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_files("evaluation.retrieval", self.retrieval, ("corpus", "queries", "judgements"))
+        if self.retrieval is None and self.split is not None:
+            raise AnybatchError("evaluation.split is for a retrieval set (evaluation.retrieval). Leave it out.")
+        if self.retrieval is not None and self.path is not None:
+            raise AnybatchError("evaluation names pairs (path) and a retrieval set (retrieval); give one of them.")
+        if self.retrieval is not None and self.limit is not None:
+            raise AnybatchError(
+                "evaluation.limit is for pairs (path); a retrieval set is measured whole. Leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +134,10 @@ class TeacherConfig(Configuration):
         batch_size: Texts per forward pass.
         anchor_prompt, positive_prompt: As in `model`.
         precision: Of the embeddings on disk; "float16" halves them and ranks the same but for near ties.
-        anchor_embeddings, positive_embeddings: `.npy` files, (rows, dimensions), in the rows' order.
+        embeddings: Two `.npy` files, of anchors and of positives, each (rows, dimensions) in the rows' order.
+
+    Example:
+        >>> TeacherConfig(embeddings=("anchors.npy", "positives.npy")).name
     """
 
     name: str | None = None
@@ -126,15 +146,31 @@ class TeacherConfig(Configuration):
     anchor_prompt: str | None = None
     positive_prompt: str | None = None
     precision: Literal["float32", "float16"] = "float32"
-    anchor_embeddings: str | None = None
-    positive_embeddings: str | None = None
+    embeddings: tuple[str, str] | None = None
 
     section: ClassVar[str] = "teacher"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_files("teacher.embeddings", self.embeddings, ("those of the anchors", "those of the positives"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Configuration):
-    """One run. `batch_size` is the contrastive batch over all processes; `seed` fixes batches, initialisation and dropout."""
+    """One run.
+
+    Attributes:
+        output: The folder of the run.
+        data, model, teacher, mining, loss, train, evaluation: What the rooms that own them say.
+        batch_size: The contrastive batch, over all processes.
+        seed: Fixes batches, initialisation and dropout.
+        plan: A plan made by `anybatch mine`; None to make one.
+
+    Example:
+        >>> config = RunConfig(output="runs/first", data=DataConfig(path="pairs.jsonl"), batch_size=128)
+        >>> resolved(config).mining.batch_size
+        128
+    """
 
     output: str
     data: DataConfig
@@ -151,22 +187,17 @@ class RunConfig(Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_size", "seed"):
-            own, default, run = getattr(self.mining, name), getattr(MiningConfig(), name), getattr(self, name)
-            if own not in (default, run):
+            of_mining, of_run = getattr(self.mining, name), getattr(self, name)
+            if of_mining not in (getattr(MiningConfig(), name), of_run):
                 raise AnybatchError(
-                    f"mining.{name} is {own} and {name} is {run}; set {name} alone, which holds for the whole run."
+                    f"mining.{name} is {of_mining} and {name} is {of_run}; set {name} alone, which holds for the whole "
+                    "run."
                 )
-        retrieval = self.evaluation.corpus or self.evaluation.queries or self.evaluation.qrels
-        if self.evaluation.path and retrieval:
-            raise AnybatchError(
-                "evaluation names pairs (path) and a retrieval set (corpus, queries, qrels); give one of them."
-            )
-        if retrieval and self.evaluation.limit is not None:
-            raise AnybatchError(
-                "evaluation.limit is for pairs (path); a retrieval set is measured whole. Leave it out."
-            )
-        if not retrieval and self.evaluation.split is not None:
-            raise AnybatchError("evaluation.split is for a retrieval set (corpus, queries, qrels). Leave it out.")
+
+
+def _check_files(name: str, files: tuple[str, ...] | None, kinds: tuple[str, ...]) -> None:
+    if files is not None and len(files) != len(kinds):
+        raise AnybatchError(f"{name} is {list(files)}; expected {len(kinds)} files: {', '.join(kinds)}.")
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -181,8 +212,11 @@ def read_config(folder: Path) -> RunConfig:
         AnybatchError: It was changed or damaged since.
     """
     path = folder / "config.yaml"
-    remedy = "Put back the file that the run was started with; for other settings start another run, with --config and a new --output."
-    read_sealed(path, remedy)
+    read_sealed(
+        path,
+        "Put back the file that the run was started with; for other settings start another run, with --config and a "
+        "new --output.",
+    )
     return load_config(RunConfig, path)
 
 

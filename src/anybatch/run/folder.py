@@ -1,4 +1,4 @@
-"""The folder of a run: one writer, the configuration it was begun with, records that belong to it, nothing left by a failed start."""
+"""The folder of a run: one writer, the configuration it was begun with, nothing left by a failed start; its records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Iterator[Path]:
         resume: The folder may hold this very run.
 
     Raises:
-        AnybatchError: The folder holds a run (and `resume` is off), holds something else, holds a run of another configuration, or is in use.
+        AnybatchError: The folder holds a run (and `resume` is off), something else or a run of another configuration,
+            or is in use.
     """
     folder = Path(config.output)
     with ExitStack() as stack:
@@ -90,8 +91,9 @@ def _begin(folder: Path, config: RunConfig, resume: bool) -> None:
         ]
         if changed:
             raise AnybatchError(
-                f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the configuration in "
-                f"{written}, or choose another output folder. To train the model further, start a new run from it: --model {folder / 'model'}."
+                f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the "
+                f"configuration in {written}, or choose another output folder. To train the model further, start a new "
+                f"run from it: --model {folder / 'model'}."
             )
         return
     write_sealed(written, f"{to_yaml(resolved(config))}# {SEAL}\n".encode())

@@ -33,16 +33,25 @@ class LossStateCallback(TrainerCallback):
         loss: The loss given to the Trainer.
         resume_from: The checkpoint given to `trainer.train(resume_from_checkpoint=...)` when it is not in the Trainer's output folder.
         run: Tells the checkpoints of one run from those of others.
+        checked: A checkpoint that was found whole just now (`last_whole_checkpoint`), which is not read a second time.
 
     Raises:
         AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state (memory would silently start from nothing), or of a
             run with another plan; the plan given as `batch_sampler` did not reach the training set.
     """
 
-    def __init__(self, loss: CachedLoss, resume_from: str | Path | None = None, *, run: str = "") -> None:
+    def __init__(
+        self,
+        loss: CachedLoss,
+        resume_from: str | Path | None = None,
+        *,
+        run: str = "",
+        checked: Path | None = None,
+    ) -> None:
         self.loss = loss
         self.resume_from = resume_from
         self.run = run
+        self.checked = checked
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,7 +102,8 @@ class LossStateCallback(TrainerCallback):
 
     def _restore(self, folder: Path, *, plans: str = "") -> None:
         """Load the loss from a checkpoint, which must be of a run with these plans."""
-        check_checkpoint(folder)
+        if folder != self.checked:
+            check_checkpoint(folder)
         if not (folder / LOSS_STATE).exists():
             raise AnybatchError(
                 f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would restart "

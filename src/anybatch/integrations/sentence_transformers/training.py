@@ -40,19 +40,15 @@ class TrainConfig(Configuration):
         epochs: Passes over the data.
         max_steps: Stop after this many steps; None for `epochs`.
         learning_rate: Peak learning rate of AdamW. Tune it for each batch size.
-        warmup: Fraction of the steps over which the learning rate rises.
-        schedule: Shape of the learning rate after warm-up.
+        warmup: Fraction of the steps over which the learning rate rises; then it falls linearly to 0.
         weight_decay: AdamW's, on the encoder's matrices; never on the loss's own parameters.
-        max_grad_norm: Gradients are clipped to this norm, once a step; 0 for no clipping.
         micro_batch: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
-        max_tokens: Padded tokens per encoder forward pass; None for no limit but `micro_batch`.
-        pad_to_multiple: Widths of encoder forward passes are multiples of it, for a compiled model; None for the longest row's.
         keep_graphs: Fraction of the micro-batches whose graph is kept, so that they need no second forward pass; "auto" keeps
             what `memory` has room for. The gradient is the same to the last bit.
         memory: The most memory in use on the device, such as "8GiB" or "80%".
         bf16: Run the encoder under bfloat16 autocast.
         save_steps: Steps between checkpoints (the two newest whole ones are kept).
-        log_steps: Steps between lines of the log.
+        log_steps: Steps between lines of the log; the last step has one as well.
         eval_steps: Steps between evaluations on the held-out pairs; None for the end only.
     """
 
@@ -60,12 +56,8 @@ class TrainConfig(Configuration):
     max_steps: Count | None = None
     learning_rate: Positive = 5e-5
     warmup: Fraction = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: NotNegative = 0.0
-    max_grad_norm: NotNegative = 1.0
     micro_batch: Count | Literal["auto"] = 32
-    max_tokens: Count | None = None
-    pad_to_multiple: Count | None = None
     keep_graphs: Fraction | Literal["auto"] = "auto"
     memory: str | int = "80%"
     bf16: bool = False
@@ -169,9 +161,7 @@ def train_model(
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
         warmup_steps=min(config.warmup, math.nextafter(1, 0)),  # the Trainer takes 1 for one step, less for a fraction
-        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
         weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
         logging_steps=config.log_steps,
         save_strategy="steps",
@@ -202,7 +192,7 @@ def train_model(
         args=arguments,
         train_dataset=indexed,
         loss=loss,
-        callbacks=[*callbacks, LossStateCallback(loss, run=run), recorder],
+        callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder],
     )
     _silence(trainer)
     try:
@@ -311,6 +301,7 @@ def _make_recorder(
                 self.evaluation_seconds += time.perf_counter() - started
             if progress is not None:
                 progress(state.global_step, state.max_steps, self.latest)
+            control.should_log |= state.global_step >= state.max_steps  # a short run leaves a line as well
 
         def _write(self, state: Any, figures: dict[str, Any]) -> None:
             if not state.is_world_process_zero:

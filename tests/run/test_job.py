@@ -25,12 +25,12 @@ from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import LossConfig
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
-from anybatch.run import data as run_data
-from anybatch.run import folder as run_folder
-from anybatch.run import pipeline
-from anybatch.run import plan as run_plan
+from anybatch.run import job
 from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, TeacherConfig
-from anybatch.run.plan import read_embeddings
+from anybatch.run.folder import open_run
+from anybatch.run.make_plan import make_plan
+from anybatch.run.read_data import read_training_pairs
+from anybatch.run.teacher import read_embeddings
 
 MARK = SEAL.rstrip("0").encode()
 MINED = MiningConfig(cluster_size=4, skip=1, take=6)
@@ -53,21 +53,21 @@ def save_embeddings(folder: Path, seed: int = 0, rows: int = 97) -> TeacherConfi
     paths = [str(folder / f"{side}.npy") for side in ("anchors", "positives")]
     for number, path in enumerate(paths):
         np.save(path, np.random.default_rng([seed, number]).normal(size=(rows, 8)).astype(np.float32))
-    return TeacherConfig(anchor_embeddings=paths[0], positive_embeddings=paths[1])
+    return TeacherConfig(embeddings=(paths[0], paths[1]))
 
 
 def mine(config: RunConfig, *, resume: bool = False) -> BatchPlan:
-    pairs = run_data.read_training_pairs(config)
-    with run_folder.open_run(config, resume=resume):
-        return run_plan.make_plan(config, pairs)
+    pairs = read_training_pairs(config)
+    with open_run(config, resume=resume):
+        return make_plan(config, pairs)
 
 
 class TestOneWriter:
     @pytest.mark.parametrize("resume", [False, True])
     def test_a_second_one_in_this_process(self, config, resume):
-        with run_folder.open_run(config) as folder:
+        with open_run(config) as folder:
             with pytest.raises(AnybatchError, match=rf"in use: process {os.getpid()} on .*another output"):
-                pipeline.train(config, resume=resume)
+                job.train(config, resume=resume)
             with pytest.raises(AnybatchError, match="in use"):
                 mine(config, resume=resume)
             assert {path.name for path in folder.iterdir()} == {"config.yaml", ".lock"}
@@ -77,7 +77,7 @@ class TestOneWriter:
     def test_a_killed_one_holds_nothing(self, config):
         child = os.fork()
         if child == 0:
-            with run_folder.open_run(config):
+            with open_run(config):
                 time.sleep(60)
             os._exit(0)
         lock = Path(config.output) / ".lock"
@@ -100,7 +100,8 @@ class TestFailedStart:
         vectors = tmp_path / "vectors"
         vectors.mkdir()
         nan = save_embeddings(vectors)
-        broken = np.load(nan.anchor_embeddings)
+        good = nan.embeddings[1]
+        broken = np.load(nan.embeddings[0])
         broken[5] = np.nan
         np.save(tmp_path / "nan.npy", broken)
         short = tmp_path / "short"
@@ -108,9 +109,8 @@ class TestFailedStart:
         return {
             "needs a teacher": {"mining": MINED},
             "Cannot load the model": {"mining": MINED, "teacher": TeacherConfig(name=str(tmp_path / "absent"))},
-            "one is missing": {"mining": MINED, "teacher": replace(nan, positive_embeddings=None)},
             "expected floats of shape": {"mining": MINED, "teacher": save_embeddings(short, rows=50)},
-            "anchor.*5": {"mining": MINED, "teacher": replace(nan, anchor_embeddings=str(tmp_path / "nan.npy"))},
+            "anchor.*5": {"mining": MINED, "teacher": replace(nan, embeddings=(str(tmp_path / "nan.npy"), good))},
             "other data": {"plan": str(tmp_path / "other.safetensors")},
             "batches of 16|other data": {"plan": str(tmp_path / "batch.safetensors")},
             "is damaged": {"plan": str(tmp_path / "none.safetensors")},
@@ -128,21 +128,21 @@ class TestFailedStart:
             if verb == "mine" and "evaluation" in changes:
                 continue
             with pytest.raises(AnybatchError, match=match):
-                {"train": pipeline.train, "mine": mine}[verb](replace(config, **changes))
+                {"train": job.train, "mine": mine}[verb](replace(config, **changes))
             assert out.exists() == (folder == "empty"), match
             assert out.parent.exists() == (folder == "empty"), "what was made on the way goes as well"
             assert folder == "absent" or not list(out.iterdir())
-        {"train": pipeline.train, "mine": mine}[verb](config)
+        {"train": job.train, "mine": mine}[verb](config)
 
     def test_what_caching_refuses_is_refused_before_mining(self, config, tiny_model_folder, tmp_path, monkeypatch):
         model = SentenceTransformer(str(tiny_model_folder), device="cpu")
         model[0].model.embeddings.LayerNorm = torch.nn.Sequential(
             torch.nn.LayerNorm(32), Rows(torch.nn.BatchNorm1d(32))
         )
-        monkeypatch.setattr(pipeline, "load_model", lambda config: model)
-        monkeypatch.setattr(pipeline, "make_plan", lambda *_: pytest.fail("mined"))
+        monkeypatch.setattr(job, "load_model", lambda config: model)
+        monkeypatch.setattr(job, "make_plan", lambda *_: pytest.fail("mined"))
         with pytest.raises(AnybatchError, match="BatchNorm"):
-            pipeline.train(config)
+            job.train(config)
         assert not Path(config.output).exists()
 
     def test_the_trial_leaves_no_trace(self, config, monkeypatch):
@@ -150,9 +150,9 @@ class TestFailedStart:
         for name in ("tried", "plain"):
             torch.manual_seed(0)
             if name == "plain":
-                monkeypatch.setattr(pipeline, "try_batch", lambda *_: None)
+                monkeypatch.setattr(job, "try_step", lambda *_: None)
             settings = replace(config, output=str(Path(config.output) / name), loss=LossConfig(name="sogclr"))
-            pipeline.train(settings)
+            job.train(settings)
             trained.append((Path(settings.output) / "model" / "model.safetensors").read_bytes())
         assert trained[0] == trained[1]
 
@@ -177,10 +177,8 @@ class TestStalePlans:
         plan = mine(config)
         assert mine(config, resume=True).digest == plan.digest
         save_embeddings(tmp_path, seed=1)
-        for again in (mine, pipeline.train):
-            with pytest.raises(
-                AnybatchError, match=r"teacher\.anchor_embeddings, teacher\.positive_embeddings changed"
-            ):
+        for again in (mine, job.train):
+            with pytest.raises(AnybatchError, match=r"teacher\.embeddings changed"):
                 again(config, resume=True)
         save_embeddings(tmp_path)
         assert mine(config, resume=True).digest == plan.digest
@@ -219,11 +217,9 @@ class TestStaleFigures:
         shutil.copytree(tiny_model_folder, own)
         held_out.write_text("".join(pairs_file.read_text().splitlines(True)[:20]))
         config = replace(
-            config,
-            model=ModelConfig(name=str(own), device="cpu"),
-            evaluation=EvaluationConfig(path=str(held_out)),
+            config, model=ModelConfig(name=str(own), device="cpu"), evaluation=EvaluationConfig(path=str(held_out))
         )
-        pipeline.train(config)
+        job.train(config)
         (Path(config.output) / "metrics.json").unlink()
         if what == "the held-out data":
             held_out.write_text("".join(pairs_file.read_text().splitlines(True)[20:40]))
@@ -233,7 +229,7 @@ class TestStaleFigures:
                 model[0].model.embeddings.word_embeddings.weight.mul_(2.0)
             model.save_pretrained(str(own))
         with pytest.raises(AnybatchError, match=rf"{what} changed since. Put back"):
-            pipeline.train(config, resume=True)
+            job.train(config, resume=True)
 
     def test_weights_that_the_files_lack_are_drawn_alike(self, config, tiny_model_folder, tmp_path):
         """A checkpoint without a pooler is no other model at every load."""
@@ -246,18 +242,15 @@ class TestStaleFigures:
             metadata={"format": "pt"},
         )
         config = replace(
-            config,
-            model=ModelConfig(name=str(own), device="cpu"),
-            mining=MINED,
-            teacher=TeacherConfig(name=str(own)),
+            config, model=ModelConfig(name=str(own), device="cpu"), mining=MINED, teacher=TeacherConfig(name=str(own))
         )
-        pipeline.train(config)
+        job.train(config)
         model = load_model(config.model)
         torch.manual_seed(5)
         torch.testing.assert_close(load_model(config.model).state_dict(), model.state_dict(), rtol=0, atol=0)
         for name in ("metrics.json", "plan.safetensors"):
             (Path(config.output) / name).unlink()
-        pipeline.train(config, resume=True)
+        job.train(config, resume=True)
 
 
 class TestFiles:
@@ -273,14 +266,14 @@ class TestFiles:
 
     def test_checkpoints_without_lists_are_not_deleted(self, config):
         """A kill cuts one short; lists that are gone from several were lost otherwise, and days of work with them."""
-        pipeline.train(config)
+        job.train(config)
         out = Path(config.output)
         (out / "metrics.json").unlink()
         checkpoints = sorted((out / "checkpoints").iterdir())
         for path in checkpoints:
             (path / CONTENTS).unlink()
         with pytest.raises(AnybatchError, match=r"checkpoint-2 was cut short.*checkpoint-1 was cut short"):
-            pipeline.train(config, resume=True)
+            job.train(config, resume=True)
         assert sorted((out / "checkpoints").iterdir()) == checkpoints
 
 
@@ -288,7 +281,7 @@ class TestDamage:
     @pytest.mark.parametrize("name", ["config.yaml", "plan.safetensors", "metrics_untrained.json", "metrics.json"])
     @pytest.mark.parametrize("how", ["flipped", "empty", "of another run"])
     def test_records_of_a_run(self, config, tmp_path, name, how):
-        pipeline.train(config)
+        job.train(config)
         folder = Path(config.output)
         if name != "metrics.json":
             (folder / "metrics.json").unlink()
@@ -298,18 +291,18 @@ class TestDamage:
         changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         if how == "of another run":
             other = replace(config, output=str(tmp_path / "other"), seed=7)
-            pipeline.train(other)
+            job.train(other)
             changed = (tmp_path / "other" / name).read_bytes()
         path.write_bytes({"flipped": changed, "empty": b"", "of another run": changed}[how])
         wanted = "damaged" if how != "of another run" else "another run|another configuration|other inputs"
         with pytest.raises(AnybatchError, match=wanted):
-            pipeline.train(config, resume=True)
+            job.train(config, resume=True)
         path.write_bytes(content)
-        pipeline.train(config, resume=True)
+        job.train(config, resume=True)
 
     def test_a_whole_file_of_another_kind(self, config):
         """Every sealed file of a run in the place of every other."""
-        pipeline.train(config)
+        job.train(config)
         folder = Path(config.output)
         write_json(folder / "mining.json", {"plan": "", "audit": {}})
         sealed = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and MARK in path.read_bytes()}
@@ -317,7 +310,7 @@ class TestDamage:
             path.name for path in sealed
         }
         readers = {
-            "metrics.json": lambda: pipeline.train(config, resume=True),
+            "metrics.json": lambda: job.train(config, resume=True),
             "metrics_untrained.json": lambda: unfinished(config),
             "plan.safetensors": lambda: BatchPlan.load(folder / "plan.safetensors"),
             "config.yaml": lambda: resumed(config.output),
@@ -327,7 +320,7 @@ class TestDamage:
 
         def unfinished(config: RunConfig) -> None:
             (folder / "metrics.json").unlink()
-            pipeline.train(config, resume=True)
+            job.train(config, resume=True)
 
         for path in sealed:
             if path.parent.name.startswith("checkpoint-"):
@@ -358,12 +351,12 @@ class TestDamage:
         with pytest.raises(AnybatchError, match=r"teacher_positive\.npy is damaged.*Delete"):
             mine(config, resume=True)
         with pytest.raises(AnybatchError, match=r"teacher_positive\.npy is damaged"):
-            run_plan.read_embeddings(str(path), 97)
+            read_embeddings(str(path), 97)
         path.unlink()
         assert mine(config, resume=True).digest == plan.digest
 
     def test_saved_models(self, config):
-        pipeline.train(config)
+        job.train(config)
         folder = Path(config.output) / "model"
         model = load_model(ModelConfig(name=str(folder)))
         content = bytearray((folder / "model.safetensors").read_bytes())

@@ -1,0 +1,171 @@
+"""The options of `inspect plan` and `inspect gradient`, and where they find what belongs to a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anybatch.cli.options import (
+    AnchorOption,
+    DataOption,
+    ImageOption,
+    LimitOption,
+    NegativeOption,
+    PositiveOption,
+    check_new,
+)
+from anybatch.core.errors import AnybatchError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from anybatch.data.pairs import PairData
+    from anybatch.mining import MiningSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Which plan to look at; what belongs to it, where that does not lie beside it; how to look."""
+
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan (.safetensors), or the folder of its run.")]
+    data: DataOption = None
+    anchor: AnchorOption = None
+    positive: PositiveOption = None
+    negative: NegativeOption = None
+    image: ImageOption = None
+    limit: LimitOption = None
+    embeddings: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="ANCHORS POSITIVES", help="Embeddings of the data, two .npy files in row order."),
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="Of the loss; by default the run's.")] = None
+    anchors: Annotated[
+        int, typer.Option(help="Anchors looked at, drawn at random. More is slower and more exact.", min=2)
+    ] = 2000
+    html: Annotated[Path | None, typer.Option(help="Also write a page that explains itself; the file must be new.")] = (
+        None
+    )
+
+
+class PlanSources:
+    """A plan, and the run that it lies beside if it does. What is not found is said in `missing`, with its option.
+
+    What an option names must be there and fit; what the run names may be gone by now.
+    """
+
+    def __init__(self, options: PlanOptions) -> None:
+        from anybatch.core.configuration import load_config
+        from anybatch.losses.registry import LossConfig, first_temperature
+        from anybatch.plans.plan import BatchPlan
+        from anybatch.run.config import RunConfig
+
+        check_new(options.html, "--html")
+        self.options = options
+        folder = options.path if options.path.is_dir() else options.path.parent
+        written = folder / "config.yaml"
+        self.config = load_config(RunConfig, written) if written.exists() else None
+        self.path = folder / "plan.safetensors" if options.path.is_dir() else options.path
+        self.plan = BatchPlan.load(self.path)
+        self.loss = LossConfig() if self.config is None else self.config.loss
+        given = options.temperature
+        self.temperature = first_temperature(self.loss) if given is None else given
+        self.missing: list[str] = []
+
+    def pairs(self) -> PairData | None:
+        """The plan's data: that of `--data`, in the run's columns where the options name none, or the run's."""
+        from anybatch.data.images import ImageColumn
+        from anybatch.run.config import DataConfig
+        from anybatch.run.read_data import read_data
+
+        options, source = self.options, self.config.data if self.config is not None else None
+        columns = {
+            "anchor": options.anchor,
+            "positive": options.positive,
+            "negatives": tuple(options.negative or ()),
+            "images": tuple(options.image or ()),
+            "limit": options.limit,
+        }
+        chosen: dict[str, Any] = {name: value for name, value in columns.items() if value not in (None, ())}
+        if options.data is not None:
+            source = replace(source or DataConfig(path=options.data), path=options.data, sets=(), **chosen)
+        elif chosen:
+            raise AnybatchError(
+                "--anchor, --positive, --negative, --image and --limit describe the file of --data, which is not given. "
+                "Add --data."
+            )
+        if source is None:
+            self.missing.append("Texts: the data is not known. Give it with --data (and --anchor, --positive).")
+            return None
+        try:
+            pairs = read_data(source)
+            self.plan.check(num_rows=len(pairs), data_digest=pairs.digest)
+        except AnybatchError as error:
+            if options.data is not None:
+                raise
+            self.missing.append(f"Texts: {error} Give the data with --data.")
+            return None
+        images = any(isinstance(side, ImageColumn) for side in (pairs.anchors, pairs.positives))
+        if images and find_spec("PIL") is None:
+            self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[images]'")
+        return pairs
+
+    def embeddings(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The teacher's embeddings: given, in the run's folder, or named by its configuration."""
+        from anybatch.run.teacher import read_embeddings
+
+        given = self.options.embeddings
+        kept = (self.path.with_name("teacher_anchor.npy"), self.path.with_name("teacher_positive.npy"))
+        files = given or (kept if all(path.exists() for path in kept) else None)
+        if files is None and self.config is not None:
+            files = self.config.teacher.embeddings
+        if files is None:
+            self.missing.append(
+                "Scores, expected loss, example clusters, and the comparison with random batches: they need the "
+                "teacher's embeddings. Give them with --embeddings ANCHORS.npy POSITIVES.npy."
+            )
+            return None
+        try:
+            anchors, positives = (read_embeddings(str(path), self.plan.num_rows) for path in files)
+        except AnybatchError as error:
+            if given is not None:
+                raise
+            self.missing.append(
+                f"Scores, expected loss, example clusters: {error} Give the embeddings with --embeddings."
+            )
+            return None
+        return anchors, positives
+
+    def mining(self) -> dict[str, Any] | None:
+        """What mining left beside the plan, or beside the plan that the run was given, if it is this plan's."""
+        from anybatch.core.files import read_json
+
+        path = self.path.with_name("mining.json")
+        if not path.exists() and self.config is not None and self.config.plan is not None:
+            path = Path(self.config.plan).with_name("mining.json")
+        remedy = "Delete it, or bring back the file that mining wrote."
+        stored = read_json(path, remedy, "plan", "audit") if path.exists() else None
+        if stored is not None and stored.get("plan", self.plan.digest) == self.plan.digest:
+            return stored
+        if self.plan.cluster_size > 1:
+            self.missing.append(
+                "Kept weight, isolated rows, exact hubs, time and memory of each stage: mining writes them to "
+                f"mining.json beside the plan, and {path} "
+                f"{'is missing' if stored is None else 'belongs to another plan'}. Keep the two files together."
+            )
+        return None
+
+    def windows(self) -> list[MiningSet]:
+        """The first ranks of the rows' windows that the run gave its data sets, which the plan does not keep."""
+        from anybatch.mining import MiningSet
+
+        names = self.plan.task_names
+        if self.config is None or len(self.config.data.sets) != len(names):
+            return []
+        return [
+            MiningSet(name=name, num_rows=0, skip=of_set.skip)
+            for name, of_set in zip(names, self.config.data.sets, strict=True)
+        ]

@@ -1,0 +1,76 @@
+"""Retrieval figures of a model on held-out data, and those that a run began with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import write_json
+from anybatch.core.progress import Progress, counter, no_progress
+from anybatch.data.images import Column
+from anybatch.data.pairs import PairData
+from anybatch.data.retrieval import RetrievalData
+from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
+from anybatch.integrations.sentence_transformers.embed import embed_texts, weights_digest
+from anybatch.integrations.sentence_transformers.model import Side
+from anybatch.run.folder import read_record, run_digest
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def evaluate_model(
+    model: SentenceTransformer, data: PairData | RetrievalData | None, *, progress: Progress = no_progress
+) -> dict[str, float]:
+    """Retrieval figures of a model: recall@1, recall@10, MRR@10, nDCG@10 and so on; none without data.
+
+    Args:
+        model: Any sentence-transformers model. Its own prompts and routes are used.
+        data: Pairs (each anchor must find its positive among all distinct ones) or a retrieval set.
+        progress: Told how many texts are embedded.
+    """
+
+    def embed(stage: str, texts: Column, side: Side) -> np.ndarray:
+        report = counter(progress, f"embedding: {stage}", len(texts))
+        return embed_texts(model, texts, side=side, batch_size=128, progress=report)
+
+    if data is None:
+        return {}
+    if isinstance(data, PairData):
+        anchors = embed("anchors", data.anchors, "query")
+        positives = embed("positives", data.positives, "document")
+        return pair_metrics(anchors, positives, anchor_id=data.anchor_id, positive_id=data.positive_id)
+    queries = embed("queries", data.query_texts, "query")
+    corpus = embed("documents", data.corpus_texts, "document")
+    return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
+
+
+def untrained_figures(
+    folder: Path,
+    model: SentenceTransformer,
+    held_out: PairData | RetrievalData | None,
+    evaluate: Callable[[SentenceTransformer], dict[str, float]],
+) -> dict[str, float]:
+    """The figures that the run began with: measured once on `held_out` by `evaluate`, kept in its folder.
+
+    Raises:
+        AnybatchError: The run is resumed with another model or with other held-out data.
+    """
+    path, run = folder / "metrics_untrained.json", run_digest(folder)
+    made_from = {"the weights of model.name": weights_digest(model)}
+    if held_out is not None:
+        made_from["the held-out data"] = held_out.digest
+    if not path.exists():
+        write_json(path, {"run": run, "made_from": made_from, "untrained": evaluate(model)})
+    kept = read_record(path, run, "made_from", "untrained")
+    changed = [name for name, digest in made_from.items() if kept["made_from"].get(name) != digest]
+    if changed:
+        raise AnybatchError(
+            f"The run in {folder} began with others than it has now: {' and '.join(changed)} changed since. Put back "
+            "what it began with, or start a new run in another output folder."
+        )
+    return kept["untrained"]

@@ -1,0 +1,104 @@
+"""The main job from one configuration, as named steps: read, try, plan, train, evaluate, all in one run folder.
+
+The command line calls `train`; each step can be called from Python as well.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+
+from anybatch.core import distributed
+from anybatch.core.files import write_json
+from anybatch.core.progress import Progress, no_progress
+from anybatch.integrations.sentence_transformers.model import load_model, warn_of_instructions
+from anybatch.integrations.sentence_transformers.training import check_shared_equally
+from anybatch.run.config import RunConfig, RunResult
+from anybatch.run.evaluate_model import evaluate_model, untrained_figures
+from anybatch.run.folder import open_run, read_record, run_digest
+from anybatch.run.hard_negatives import with_mined_negatives
+from anybatch.run.make_plan import check_start, make_plan
+from anybatch.run.read_data import read_held_out, read_training_pairs
+from anybatch.run.train_model import save_model, train_on_plan
+from anybatch.run.try_step import try_step
+
+logger = logging.getLogger("anybatch")
+
+
+def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_progress) -> RunResult:
+    """The whole run: read, mine, train, save, evaluate.
+
+    Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), warm_start* (if asked for),
+    log.jsonl, checkpoints/, model/, metrics.json.
+
+    Under torchrun the ranks share each batch of `config.batch_size` rows; rank 0 mines, evaluates and writes, the
+    others wait. `train_peak_bytes` is then rank 0's.
+
+    Args:
+        config: The run.
+        resume: Go on with the run in the folder; a finished one is only read.
+        progress: Told where the work is.
+
+    Raises:
+        AnybatchError: See `open_run`, `read_training_pairs`, `make_plan`.
+    """
+    with distributed.launched_ranks():
+        progress = progress if distributed.rank() == 0 else no_progress
+
+        # 1. Read everything before the folder is touched: bad input leaves nothing behind.
+        pairs = read_training_pairs(config)
+        check_shared_equally(config.batch_size)
+        held_out = read_held_out(config)
+        model = load_model(config.model)
+        warn_of_instructions(model, pairs.sets)
+
+        # 2. Of a new run, refuse now what mining or the cached step would refuse hours later.
+        if not resume:
+            check_start(config, pairs)
+            try_step(config, pairs, model)
+
+        # 3. Hold the folder against all others.
+        with open_run(config, resume=resume) as folder:
+            if (folder / "metrics.json").exists():
+                return read_result(folder)
+
+            # 4. Choose the batches.
+            plan = make_plan(config, pairs, progress)
+            pairs = with_mined_negatives(pairs, plan)
+
+            # 5. Measure the model as it is.
+            evaluate = partial(evaluate_model, data=held_out)
+            untrained: dict[str, float] = {}
+            with distributed.alone() as chosen:
+                if chosen:
+                    untrained = untrained_figures(folder, model, held_out, evaluate)
+
+            # 6. Train.
+            trained, measure = train_on_plan(
+                config, model, pairs, plan, resume=resume, evaluate=evaluate if held_out else None, progress=progress
+            )
+
+            # 7. Leave the model and the figures; metrics.json is last, its presence says that the run is finished.
+            with distributed.alone() as chosen:
+                if chosen:
+                    save_model(model, folder / "model")
+                    result = RunResult(
+                        metrics=evaluate(model),
+                        metrics_untrained=untrained,
+                        log=trained.log,
+                        train_seconds=measure.seconds - trained.evaluation_seconds,
+                        train_peak_bytes=measure.peak_bytes,
+                        num_steps=trained.num_steps,
+                    )
+                    write_json(folder / "metrics.json", {"run": run_digest(folder), **asdict(result)})
+            return read_result(folder)
+
+
+def read_result(folder: Path) -> RunResult:
+    """What a finished run left."""
+    if not (folder / "model").exists():
+        logger.warning("%s is gone. To train it again, delete metrics.json there and resume.", folder / "model")
+    names = [field.name for field in fields(RunResult)]
+    return RunResult(**read_record(folder / "metrics.json", run_digest(folder), *names))

@@ -1,0 +1,180 @@
+"""The plan of a run: given, kept in its folder, or mined with the teacher's embeddings."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import digest_of, file_digest, write_json
+from anybatch.core.progress import Progress, no_progress
+from anybatch.data.pairs import PairData
+from anybatch.mining import check_sizes, mine_plan, mine_shared, random_plan
+from anybatch.plans.plan import BatchPlan
+from anybatch.run.config import RunConfig, resolved
+from anybatch.run.read_data import mining_sets
+from anybatch.run.teacher import teacher_embeddings
+
+logger = logging.getLogger("anybatch")
+
+
+def check_start(config: RunConfig, pairs: PairData) -> None:
+    """Refuse, before anything is written, what a new run could not get a plan from.
+
+    Raises:
+        AnybatchError: A plan of other data; sizes that do not fit; no teacher, or embeddings of other data.
+    """
+    if config.plan is not None:
+        _load_plan(Path(config.plan), config, pairs)
+        return
+    check_sizes(len(pairs), config=resolved(config).mining, sets=mining_sets(config, pairs))
+    if config.mining.method != "random" and (config.teacher.embeddings is not None or not config.teacher.name):
+        teacher_embeddings(config, pairs)
+
+
+def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progress) -> BatchPlan:
+    """The plan of the run: the one given (copied into the folder), the one in the folder, or a new one, saved there.
+
+    Under torchrun every rank embeds and searches its share; rank 0 does the rest, and all return the same plan.
+
+    Raises:
+        AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
+    """
+    path = Path(config.output) / "plan.safetensors"
+    exists = path.exists()
+    distributed.barrier()  # before any rank can have written it
+    if config.plan is not None:
+        return _use_given(Path(config.plan), path, exists, config, pairs)
+    if exists:
+        return _use_kept(path, config, pairs)
+    if config.mining.method != "random":
+        _mine(path, config, pairs, progress)
+        return BatchPlan.load(path)
+    with distributed.alone() as chosen:
+        if chosen:
+            settings, sets = resolved(config).mining, mining_sets(config, pairs)
+            plan = random_plan(len(pairs), config=settings, sets=sets, data_digest=pairs.digest)
+            _save(plan, path, mining_inputs(config, pairs))
+    return BatchPlan.load(path)
+
+
+def _use_given(given: Path, path: Path, exists: bool, config: RunConfig, pairs: PairData) -> BatchPlan:
+    """The plan that the configuration names; the run keeps a copy in `path`, as the file given may change or go."""
+    plan = _load_plan(given, config, pairs)
+    if not exists:
+        with distributed.alone() as chosen:
+            if chosen:
+                plan.save(path)
+    elif (digest := BatchPlan.load(path).digest) != plan.digest:
+        raise AnybatchError(
+            f"{given} is another plan than the one this run was started with, of which {path} is a copy (digest "
+            f"{plan.digest[:12]}, the run's {digest[:12]}). Put the old plan back, or start a new run in another "
+            "output folder."
+        )
+    return plan
+
+
+def _use_kept(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
+    """The plan in the run's folder, if what it was mined from is what would be mined from now."""
+    plan = _load_plan(path, config, pairs)
+    with distributed.alone() as chosen:
+        if not chosen:
+            return plan
+        made_from = plan.meta.get("inputs") or {}
+        inputs = mining_inputs(config, pairs)
+        changed = [name for name, digest in inputs.items() if made_from.get(name) != digest]
+        if changed:
+            raise AnybatchError(
+                f"{path} was made from other inputs than the run has now: {', '.join(changed)} changed since. Put back "
+                "what the plan was made from, or mine anew in another output folder."
+            )
+        for name in sorted(made_from.keys() - inputs.keys()):
+            logger.warning("%s is gone; %s, which was made from it, is kept.", name, path)
+    return plan
+
+
+def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) -> None:
+    """Mine the plan into `path`, and what mining measured into mining.json beside it."""
+    # 1. Embed, which the ranks share.
+    settings, sets = resolved(config).mining, mining_sets(config, pairs)
+    check_sizes(len(pairs), config=settings, sets=sets)
+    anchors, positives = teacher_embeddings(config, pairs, progress)
+    on_cpu = config.model.device is None or config.model.device.startswith("cpu")  # the compiled search is faster there
+    device = None if on_cpu else config.model.device
+    neighbors = path.with_name("neighbors")
+
+    def report_stage(stage: str, fraction: float) -> None:
+        progress(f"mining: {stage}", round(100 * fraction), 100)
+
+    # 2. Search the neighbours, which the ranks share as well.
+    if distributed.is_active():
+        mine_shared(
+            anchors,
+            positives,
+            config=settings,
+            anchor_id=pairs.anchor_id,
+            positive_id=pairs.positive_id,
+            sets=sets,
+            folder=neighbors,
+            device=device,
+            progress=report_stage,
+        )
+    # 3. The first rank does the rest, and warns before the training, not after it.
+    with distributed.alone() as chosen:
+        if not chosen:
+            return
+        inputs = mining_inputs(config, pairs)
+        result = mine_plan(
+            anchors,
+            positives,
+            config=settings,
+            anchor_id=pairs.anchor_id,
+            positive_id=pairs.positive_id,
+            sets=sets,
+            data_digest=pairs.digest,
+            folder=neighbors,
+            device=device,
+            progress=report_stage,
+        )
+        for name, report in {"": result.report, **result.report.sets}.items():
+            for warning in report.outlook.warnings if report.outlook is not None else ():
+                logger.warning("Before you train%s: %s", name and f" on {name}", warning)
+        write_json(path.with_name("mining.json"), {"plan": result.plan.digest, **result.report.as_dict()})
+        _save(result.plan, path, inputs)
+        shutil.rmtree(neighbors, ignore_errors=True)  # larger than all else in the folder
+
+
+def mining_inputs(config: RunConfig, pairs: PairData) -> dict[str, str]:
+    """Digests of what decides the plan that a run mines, beside its data: the settings and the teacher's files."""
+    digests = {"the settings": digest_of([repr((resolved(config).mining, mining_sets(config, pairs))).encode()])}
+    if config.mining.method == "random":
+        return digests
+    teacher = config.teacher
+    weights = [
+        path
+        for path in sorted(Path(teacher.name).rglob("*") if teacher.name else ())  # a name on the hub has no files here
+        if path.suffix in (".safetensors", ".bin")
+    ]
+    for name, paths in {"teacher.embeddings": teacher.embeddings or (), "teacher.name": weights}.items():
+        present = [path for path in paths if Path(path).is_file()]
+        if present:
+            digests[name] = digest_of(file_digest(path).encode() for path in present)
+    return digests
+
+
+def _save(plan: BatchPlan, path: Path, inputs: dict[str, str]) -> None:
+    replace(plan, meta={**plan.meta, "inputs": inputs}).save(path)
+
+
+def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
+    plan = BatchPlan.load(path)
+    plan.check(num_rows=len(pairs), data_digest=pairs.digest)
+    if plan.batch_size != config.batch_size:
+        raise AnybatchError(
+            f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make "
+            "them equal."
+        )
+    return plan

@@ -1,0 +1,96 @@
+"""Read the data of a run, training pairs and held-out data, and check them before anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anybatch.core.errors import AnybatchError
+from anybatch.data.images import ImageColumn
+from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
+from anybatch.data.retrieval import RetrievalData, read_retrieval
+from anybatch.mining import MiningSet
+from anybatch.run.config import DataConfig, RunConfig, SetConfig
+
+
+def read_training_pairs(config: RunConfig) -> PairData:
+    """The training pairs of `config.data`, checked to be enough for one batch and to fit the prompts."""
+    pairs = read_data(config.data)
+    for side, column in (("anchor", pairs.anchors), ("positive", pairs.positives)):
+        for section, settings in (("model", config.model), ("teacher", config.teacher)):
+            if isinstance(column, ImageColumn) and getattr(settings, f"{side}_prompt"):
+                raise AnybatchError(
+                    f"{section}.{side}_prompt is set, and the {side}s are images. Prompts are put before texts: "
+                    "leave it out."
+                )
+    if len(pairs) < config.batch_size:
+        raise AnybatchError(
+            f"{pairs.source or config.data.path} has {len(pairs)} rows, fewer than one batch of {config.batch_size}. "
+            f"Set batch_size to {len(pairs)} or less."
+        )
+    return pairs
+
+
+def read_data(data: DataConfig) -> PairData:
+    """The pairs of one data set, or of several, one after the other."""
+    sets = training_sets(data)
+    parts = [
+        read_pairs(
+            of_set.path,
+            anchor=of_set.anchor or data.anchor,
+            positive=of_set.positive or data.positive,
+            negatives=data.negatives,
+            images=data.images,
+            quoting=data.quoting,
+            limit=data.limit,
+        )
+        for of_set in sets
+    ]
+    if len(parts) == 1 and not data.sets:
+        return parts[0]
+    named = [
+        PairSet(
+            name=of_set.name or Path(of_set.path).name.split(".")[0],
+            num_rows=len(part),
+            anchor_prompt=of_set.anchor_prompt,
+            positive_prompt=of_set.positive_prompt,
+        )
+        for of_set, part in zip(sets, parts, strict=True)
+    ]
+    return join_pairs(parts, named)
+
+
+def training_sets(data: DataConfig) -> list[SetConfig]:
+    """The data sets that the configuration names, or that lie in the folder it names."""
+    if data.sets:
+        return list(data.sets)
+    assert data.path is not None
+    in_folder = find_sets(data.path) or {"": Path(data.path)}
+    return [SetConfig(path=str(path), name=name or None) for name, path in in_folder.items()]
+
+
+def mining_sets(config: RunConfig, pairs: PairData) -> list[MiningSet]:
+    """The data sets of `pairs` as mining takes them; none for one data set."""
+    configured = training_sets(config.data) if pairs.sets else []
+    return [
+        MiningSet(name=of_pairs.name, num_rows=of_pairs.num_rows, skip=of_set.skip, share=of_set.share)
+        for of_pairs, of_set in zip(pairs.sets, configured, strict=True)
+    ]
+
+
+def read_held_out(config: RunConfig) -> PairData | RetrievalData | None:
+    """The held-out data of the configuration, or None if it names none."""
+    data, held_out = config.data, config.evaluation
+    if held_out.retrieval is not None:
+        return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
+    if held_out.path is None:
+        return None
+    negatives = data.negatives or ()
+    return read_pairs(
+        held_out.path,
+        anchor=data.anchor,
+        positive=data.positive,
+        negatives=(),
+        images=data.images and [name for name in data.images if name not in negatives],
+        quoting=data.quoting,
+        limit=held_out.limit,
+    )

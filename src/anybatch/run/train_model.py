@@ -1,0 +1,196 @@
+"""Train the model of a run on its plan: the loss, what happens to it while training, the Trainer, the saved model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.core.files import CONTENTS, seal_folder
+from anybatch.core.progress import Progress, counter
+from anybatch.core.resources import Measure
+from anybatch.data.pairs import PairData
+from anybatch.integrations.sentence_transformers.embed import embed_texts
+from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.integrations.sentence_transformers.memory import MemoryCallback, warm_start_from_model
+from anybatch.integrations.sentence_transformers.model import Side
+from anybatch.integrations.sentence_transformers.refresh import RefreshPlan
+from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
+from anybatch.losses.registry import build_loss
+from anybatch.losses.rows import RowTable
+from anybatch.mining import mine_plan
+from anybatch.plans.plan import BatchPlan
+from anybatch.run.config import RunConfig, resolved
+from anybatch.run.folder import run_digest
+from anybatch.run.read_data import mining_sets
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from transformers import TrainerCallback
+
+logger = logging.getLogger("anybatch")
+
+
+def train_on_plan(
+    config: RunConfig,
+    model: SentenceTransformer,
+    pairs: PairData,
+    plan: BatchPlan,
+    *,
+    resume: bool,
+    evaluate: Callable[[SentenceTransformer], dict[str, float]] | None,
+    progress: Progress,
+) -> tuple[TrainResult, Measure]:
+    """Train `model` in place on the batches of `plan`, in the folder of the run. Arguments as in `train_model`.
+
+    Returns:
+        What the training did, and what it cost; the warm start is not in it.
+    """
+    warn_of_mined_batches(config, plan)
+    rows = RowTable(
+        pairs.anchor_id,
+        pairs.positive_id,
+        negative_id=pairs.negative_id,
+        plan=plan,
+        weights=config.loss.weights,
+        weight_cap=config.loss.weight_cap,
+        mask_suspects=config.loss.mask_suspects,
+    )
+    loss = CachedLoss(
+        model,
+        build_loss(config.loss, num_rows=len(pairs)),
+        rows=rows.to(model.device),
+        micro_batch=config.train.micro_batch,
+        keep_graphs=config.train.keep_graphs,
+        memory=config.train.memory,
+    )
+    refresh = refresh_callbacks(config, model, pairs, loss, resume=resume, progress=progress)
+    memory = memory_callbacks(config, model, pairs, loss, resume=resume, progress=progress)
+    with Measure() as measure:
+        trained = train_model(
+            model,
+            loss,
+            pairs.to_dataset(),
+            plan,
+            config.train,
+            output=config.output,
+            seed=config.seed,
+            resume=resume,
+            evaluate=evaluate,
+            progress=lambda done, total, figures: progress("training", done, total, figures),
+            callbacks=[*refresh, *memory],
+            run=run_digest(Path(config.output)),
+        )
+    return trained, measure
+
+
+def warn_of_mined_batches(config: RunConfig, plan: BatchPlan) -> None:
+    """Warn where mined batches meet a loss that stands for the whole data set."""
+    stands_for_all = config.loss.example().over_data
+    if stands_for_all and plan.cluster_size > 1 and not plan.negatives_per_row and distributed.rank() == 0:
+        logger.warning(
+            "Before you train: mined batches with a loss that stands for the whole data set ('%s') did no better than "
+            "random ones in any of our measurements, and worse in half of them (docs/mining.md). Compare with "
+            "mining.method=random, or use loss.name=infonce.",
+            config.loss.name,
+        )
+
+
+def refresh_callbacks(
+    config: RunConfig,
+    model: SentenceTransformer,
+    pairs: PairData,
+    loss: CachedLoss,
+    *,
+    resume: bool,
+    progress: Progress,
+) -> Sequence[TrainerCallback]:
+    """The callback that mines anew with the student's embeddings, if `config.mining.refresh_epochs` asks for it."""
+    if not config.mining.refresh_epochs:
+        return []
+    if config.plan is not None:
+        raise AnybatchError(
+            "mining.refresh_epochs needs a plan that this run mines itself, with the settings of its own "
+            "configuration; remove plan, or set mining.refresh_epochs to 0."
+        )
+
+    def make(current: BatchPlan) -> BatchPlan:
+        anchors, positives = (
+            embed_texts(model, texts, side=side, progress=counter(progress, "refresh: embedding", len(texts)))
+            for side, texts in zip(get_args(Side), pairs.prompted[:2], strict=True)
+        )
+        return mine_plan(
+            anchors,
+            positives,
+            config=resolved(config).mining,
+            anchor_id=pairs.anchor_id,
+            positive_id=pairs.positive_id,
+            sets=mining_sets(config, pairs),
+            data_digest=current.data_digest,
+            start=current.cluster,
+            progress=lambda stage, fraction: progress(f"refresh: {stage}", round(100 * fraction), 100),
+        ).plan
+
+    return [RefreshPlan(loss, make, every=config.mining.refresh_epochs, folder=config.output, restart=resume)]
+
+
+def memory_callbacks(
+    config: RunConfig,
+    model: SentenceTransformer,
+    pairs: PairData,
+    loss: CachedLoss,
+    *,
+    resume: bool,
+    progress: Progress,
+) -> Sequence[TrainerCallback]:
+    """Fill the running denominators as `config.loss` asks, unless a checkpoint will bring them.
+
+    Returns:
+        The callback that measures them while training, if it is asked for.
+    """
+    settings, folder = config.loss, Path(config.output)
+    resumed = resume and any((folder / "checkpoints").glob(f"*/{CONTENTS}"))
+    if settings.warm_start and not resumed:
+        loss.to(model.device)
+        warm_start_from_model(
+            model,
+            pairs,
+            loss.loss,  # pyright: ignore[reportArgumentType] - one without running denominators is refused by name
+            folder=folder,
+            progress=progress,
+        )
+    if settings.probe_steps is None:
+        return []
+    return [
+        MemoryCallback(
+            model,
+            pairs,
+            loss.loss,  # pyright: ignore[reportArgumentType] - as above
+            probe_steps=settings.probe_steps,
+        )
+    ]
+
+
+def save_model(model: SentenceTransformer, folder: Path) -> None:
+    """Save a model so that `folder` is either whole or absent; its list of contents lets `load_model` find damage."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        model.eval()
+        model.save_pretrained(str(temporary))
+        seal_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except Exception as error:  # disk full comes as OSError or as the SafetensorError of the writer
+        if not isinstance(error, (OSError, AnybatchError)) and type(error).__name__ != "SafetensorError":
+            raise
+        raise AnybatchError(
+            f"Cannot save the model to {folder}: {error}. Free some space, then run again with --resume."
+        ) from error

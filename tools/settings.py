@@ -1,0 +1,87 @@
+"""Write docs/settings.md, every name that a user can set with its type and default, from the configuration classes.
+
+    python tools/settings.py [--check]
+
+With `--check` nothing is written; exit code 1 if the page is not what would be written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from anybatch.core.configuration import _expected as expected
+from anybatch.run.config import RunConfig, SetConfig
+
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+OF_THE_RUN = ("mining.batch_size", "mining.seed")  # refused where they differ from the run's own
+
+
+class Setting(typing.NamedTuple):
+    """One name: its dotted key, what it may be, its default, what it does."""
+
+    key: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """What the section Attributes of a class says of each of its fields."""
+    section = (kind.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+def settings_of(kind: type, section: str = "") -> Iterator[Setting]:
+    """The settings of a configuration class, then those of the sections in it."""
+    hints, said = typing.get_type_hints(kind, include_extras=True), meanings(kind)
+    sections: dict[str, type] = {}
+    for field in dataclasses.fields(kind):
+        key, hint = f"{section}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            sections[f"{key}."] = typing.cast(type, hint)
+        elif hint == tuple[SetConfig, ...]:
+            sections[f"{key}[]."] = SetConfig
+            yield Setting(key, "a list of sections", "none", said[field.name])
+        elif key not in OF_THE_RUN:
+            default = "has to be given" if field.default is dataclasses.MISSING else f"default {shown(field.default)}"
+            yield Setting(key, expected(hint), default, said[field.name])
+    for name, kind_of_section in sections.items():
+        yield from settings_of(kind_of_section, name)
+
+
+def shown(value: Any) -> str:
+    """A default as YAML has it."""
+    names = {"None": "none", "True": "true", "False": "false", "()": "none", "": '""'}
+    return names.get(str(value), str(value))
+
+
+def page() -> str:
+    """The page as text."""
+    settings = list(settings_of(RunConfig))
+    lines = [
+        "# Every setting",
+        "",
+        "Written by `python tools/settings.py` from the configuration classes; `anybatch train --show-config` prints the",
+        f"values. {len(settings)} settings, of which single losses and data sets have their own.",
+    ]
+    for section, group in groupby(settings, lambda setting: setting.key.rpartition(".")[0]):
+        lines += ["", f"## {section or 'The run'}", ""]
+        for setting in group:
+            text = f"* `{setting.key}` ({setting.kind}; {setting.default}): {setting.meaning}"
+            lines += textwrap.wrap(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(PAGE.read_text(encoding="utf-8") != page())
+    PAGE.write_text(page(), encoding="utf-8")
