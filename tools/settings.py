@@ -8,6 +8,7 @@ With `--check` nothing is written; exit code 1 if the page is not what would be 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import sys
 import textwrap
@@ -18,9 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.core.configuration import _expected as expected
+from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.registry import METHODS, LossConfig, method_of, options_of
 from anybatch.run.config import RunConfig, SetConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+CLASSES: dict[str, type] = {"ContrastiveLoss": ContrastiveLoss} | {
+    kind.__name__: kind for kind in map(method_of, METHODS)
+}
 OF_THE_RUN = ("mining.batch_size", "mining.seed")  # refused where they differ from the run's own
 
 
@@ -33,9 +39,9 @@ class Setting(typing.NamedTuple):
     meaning: str
 
 
-def meanings(kind: type) -> dict[str, str]:
-    """What the section Attributes of a class says of each of its fields."""
-    section = (kind.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+def meanings(kind: type, title: str = "Attributes") -> dict[str, str]:
+    """What a section of a class's docstring says of each name."""
+    section = (kind.__doc__ or "").partition(f"{title}:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
@@ -46,16 +52,56 @@ def settings_of(kind: type, section: str = "") -> Iterator[Setting]:
     sections: dict[str, type] = {}
     for field in dataclasses.fields(kind):
         key, hint = f"{section}{field.name}", hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if hint is LossConfig:
+            yield from settings_of(LossConfig, f"{key}.")
+            yield from options_of_methods(f"{key}.")
+        elif dataclasses.is_dataclass(hint):
             sections[f"{key}."] = typing.cast(type, hint)
         elif hint == tuple[SetConfig, ...]:
             sections[f"{key}[]."] = SetConfig
             yield Setting(key, "a list of sections", "none", said[field.name])
         elif key not in OF_THE_RUN:
             default = "has to be given" if field.default is dataclasses.MISSING else f"default {shown(field.default)}"
+            hint = typing.Literal[tuple(METHODS)] if key == "loss.name" else hint
             yield Setting(key, expected(hint), default, said[field.name])
     for name, kind_of_section in sections.items():
         yield from settings_of(kind_of_section, name)
+
+
+def options_of_methods(section: str) -> Iterator[Setting]:
+    """The options of single losses, from their constructors: a name once, whichever losses have it."""
+    owners: dict[str, list[str]] = {}
+    for method in METHODS:
+        for name in options_of(method):
+            owners.setdefault(name, []).append(method)
+    for name, methods in owners.items():
+        # Losses for which a value, or what it does, is the same stand together.
+        kinds, defaults, said = {}, {}, {}
+        for method in methods:
+            hint, default = options_of(method)[name]
+            missing = default is inspect.Parameter.empty
+            kinds.setdefault(expected(hint), []).append(method)
+            defaults.setdefault("has to be given" if missing else f"default {shown(default)}", []).append(method)
+            said.setdefault(meaning_of(method_of(method), name), []).append(method)
+        kind, default = (" / ".join(joined(values)) for values in (kinds, defaults))
+        yield Setting(section + name, kind, default, f"{', '.join(methods)}: {' '.join(joined(said))}")
+
+
+def joined(values: dict[str, list[str]]) -> list[str]:
+    """Texts: that of most losses first, the others' with their names."""
+    first, *others = sorted(values.items(), key=lambda item: -len(item[1]))
+    return [first[0], *(f"{', '.join(owners)}: {text}" for text, owners in others)]
+
+
+def meaning_of(kind: type, name: str) -> str:
+    """What the Args of a class say of a parameter, or those of the class that they name for it."""
+    text = "Let gamma fall from 1 to it along a cosine of so many steps; none to keep it constant."
+    if name != "gamma_steps":
+        text = meanings(kind, "Args")[name]
+    other = re.match(r"See `(\w+)`", text)
+    return (
+        meaning_of(getattr(sys.modules[kind.__module__], other[1], None) or CLASSES[other[1]], name) if other else text
+    )
 
 
 def shown(value: Any) -> str:

@@ -279,7 +279,9 @@ def _expected(hint: Any) -> str:
         elif origin is typing.Literal:
             words.append(("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments)))
         elif origin is tuple and arguments[-1] is not ...:
-            words.append({2: "two"}.get(len(arguments), str(len(arguments))) + " numbers, the lowest and the highest")
+            number = {2: "two"}.get(len(arguments), str(len(arguments)))
+            of_numbers = _expected(arguments[0]).startswith("a finite number")
+            words.append(f"{number} numbers" if of_numbers else f"{number}, each of it {_expected(arguments[0])}")
         elif origin is tuple:
             words.append(f"a list, each of it {_expected(arguments[0])}")
         else:

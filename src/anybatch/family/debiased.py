@@ -9,7 +9,7 @@ from typing import Annotated, final
 import torch
 from torch import Tensor
 
-from anybatch.core.configuration import Range
+from anybatch.core.configuration import Positive, Range
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, Denominator, Direction, SoftmaxLoss
 from anybatch.losses.engine import TILE_BYTES, Answer, Rule
@@ -54,7 +54,7 @@ class DebiasedInfoNCE(SoftmaxLoss):
         self,
         *,
         tau_plus: Annotated[float, Range(0, 1)] = 0.1,
-        temperature: float = 0.5,
+        temperature: Positive = 0.5,
         direction: Direction = "one_way",
         tile_bytes: int = TILE_BYTES,
     ) -> None:

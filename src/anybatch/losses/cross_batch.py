@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.core import distributed
+from anybatch.core.configuration import Count, Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss, Denominator, Direction, figures_of, side_of
 from anybatch.losses.candidates import Layout
@@ -51,7 +52,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         max_staleness: What moved on its own is seen in the softmax: old negatives are less near than new ones. For each eighth of the memory, by age, the log of a
             new negative's mean share over an old one's is measured; from the first two in a row above this limit on, nothing is used until the embeddings move
             more slowly. None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is remembered look stale.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
     Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for remembered pairs too: ids, lists of
     pairs, data sets, clusters and values by column are kept with them; a tensor with a value a pair is refused. A step that is not finite is not remembered. Under several
@@ -72,12 +73,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self,
         num_rows: int,
         *,
-        memory_size: int = 1024,
+        memory_size: Count = 1024,
         corrected: bool = True,
         centred: bool = True,
         mean_rows: int = 64,
         max_staleness: float | None = 0.1,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
