@@ -111,8 +111,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction.
         self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
-    over_data = inclusion = True
     widths = ("mean",)
+
+    @property
+    def over_data(self) -> bool:
+        """See `ContrastiveLoss.over_data`."""
+        return True
 
     @property
     def last_stats(self) -> dict[str, float]:
