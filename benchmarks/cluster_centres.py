@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybatch.losses import InfoNCE, TensorLogWeight
+from anybatch.losses import Examples, InfoNCE, LogWeights
 
 RATE = 0.02  # weight of a batch in the running comparison that gives the offset: about fifty batches
 
@@ -78,9 +78,8 @@ class ClusterCentres(nn.Module):
                 same.fill_diagonal_(False)
                 weight[:, : len(candidates)].masked_fill_(same, -torch.inf)
         far = self.centre[seen].to(candidates.dtype)
-        loss = self.infonce(
-            anchors, torch.cat([candidates, far]), log_weight=TensorLogWeight(values=weight, normalised=False)
-        )
+        given = LogWeights(queries=Examples(), candidates=Examples(), pairs=weight)  # a count, no mean over the data
+        loss = self.infonce(anchors, torch.cat([candidates, far]), log_weight=given)
         with torch.no_grad():
             self._calibrate(anchors / self.temperature, own, candidates)
         return loss

@@ -202,7 +202,7 @@ class Faults:
         """A whole command."""
         values = ["mining.cluster_size=4", "mining.skip=1", "mining.take=6", "loss.name=sogclr", "loss.gamma=0.6"]
         values += ["train.save_steps=3", "train.log_steps=1", "train.micro_batch=6", "train.learning_rate=1e-3"]
-        values += ["model.device=cpu", f"evaluation.path={self.scratch / 'pairs.jsonl'}", "evaluation.limit=20"]
+        values += ["model.device=cpu", f"evaluation.path={self.scratch / 'pairs.jsonl'}"]
         given = ["--data", str(self.scratch / "pairs.jsonl"), "--model", str(self.scratch / "model")]
         given += ["--teacher", str(self.scratch / teacher), "--batch-size", "12", "--output", str(output)]
         return [verb, *given, *(item for value in values for item in ("--set", value)), *more]

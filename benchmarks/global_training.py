@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from anybatch.insight import markdown_table
 from anybatch.losses import CrossBatchInfoNCE, registry
 from anybatch.losses.base import Batch
+from anybatch.losses.engine import Side
 from anybatch.losses.rows import RowTable
-from anybatch.losses.sides import Side
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
 from benchmarks.cluster_centres import ClusterCentres
@@ -175,9 +175,7 @@ class Study:
 class OneSided(CrossBatchInfoNCE):
     """The memory of candidates alone, as first published: for the measurement that both sides are needed."""
 
-    def _pull_of_queries(
-        self, batch: Batch, recalled: Any, direction: int, side: Side, num_negatives: Tensor
-    ) -> Tensor:
+    def _term_of_remembered_queries(self, batch: Batch, recalled: Any, direction: int, side: Side) -> Tensor:
         return batch.anchors.new_zeros(())
 
 

@@ -2,7 +2,8 @@
 
 Usage: python -m benchmarks.mining --anchor-embeddings A.npy --positive-embeddings P.npy
 
-The embeddings are a teacher's, (n, D) float each; `anybatch mine` leaves them in its output folder. Writes docs/benchmarks/mining.md.
+The embeddings are a teacher's, (n, D) float each; `anybatch mine` leaves them in its output folder. Writes
+docs/benchmarks/mining.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from anybatch.insight import markdown_table
 from anybatch.mining import (
     Audit,
     MiningConfig,
+    Window,
     audit_clusters,
     build_graph,
     equal_clusters,
@@ -51,8 +53,8 @@ def main() -> None:
         f"Exact neighbours (top {SKIP + TAKE}): {measure.seconds:.0f} s, peak {measure.peak_bytes / 2**30:.1f} GiB."
     )
     print(ranking)
-    union = build_graph(neighbors, skip=SKIP, take=TAKE)
-    mutual = build_graph(neighbors, skip=SKIP, take=TAKE, edges="mutual")
+    union = build_graph(neighbors, Window(SKIP, TAKE))
+    mutual = build_graph(neighbors, Window(SKIP, TAKE), edges="mutual")
     rows: list[list[str]] = []
 
     def record(name: str, seconds: float, audit: Audit) -> None:
@@ -101,15 +103,16 @@ def main() -> None:
     record("random", 0.0, audit_clusters(union, np.where(random < num_clusters, random, -1), **same))
     with Measure() as measure:
         mine_plan(anchors, positives, config=MiningConfig(cluster_size=SIZE, skip=SKIP, take=TAKE))
-    whole = f"The whole of `mine_plan` with its defaults otherwise: {measure.seconds:.0f} s, peak {measure.peak_bytes / 2**30:.1f} GiB."
+    peak = f"{measure.peak_bytes / 2**30:.1f} GiB"
+    whole = f"The whole of `mine_plan` with its defaults otherwise: {measure.seconds:.0f} s, peak {peak}."
     header = ["clusters", "window negatives an anchor", "ratio", "conflicts an anchor", "ratio", "sizes", "seconds"]
     options.out.write_text(
-        f"# Mining {num_rows:,} pairs\n\n`python -m benchmarks.mining --anchor-embeddings A.npy --positive-embeddings P.npy` on the training pairs of "
-        f"arxiv-title-abstract. Teacher: {options.teacher}. Machine: 2-core x86 CPU, shared, {torch.get_num_threads()} thread(s).\n\n"
-        f"Clusters of {SIZE}, skip {SKIP}, take {TAKE}. Window negatives: rows of ranks {SKIP + 1} to {SKIP + TAKE} in the anchor's own cluster. Conflicts: rows of "
-        f"the first {SKIP} ranks there. Ratios are to the published recipe, measured in the same run on the same neighbours.\n\n"
-        + markdown_table(header, rows)
-        + f"\n{ranking} {whole}\n",
+        f"# Mining {num_rows:,} pairs\n\n`python -m benchmarks.mining --anchor-embeddings A.npy --positive-embeddings "
+        f"P.npy` on the training pairs of arxiv-title-abstract. Teacher: {options.teacher}. Machine: 2-core x86 CPU, "
+        f"shared, {torch.get_num_threads()} thread(s).\n\nClusters of {SIZE}, skip {SKIP}, take {TAKE}. Window "
+        f"negatives: rows of ranks {SKIP + 1} to {SKIP + TAKE} in the anchor's own cluster. Conflicts: rows of the "
+        f"first {SKIP} ranks there. Ratios are to the published recipe, measured in the same run on the same "
+        "neighbours.\n\n" + markdown_table(header, rows) + f"\n{ranking} {whole}\n",
         encoding="utf-8",
     )
 

@@ -75,13 +75,13 @@ STATE_NAMES = {
     r"denominator\.gamma\.position": "steps of the schedule",
     r"mean": "running mean",
     r"mean_share": "share of the running mean",
-    r"recent\.embeddings": "queue embeddings",
-    r"recent\.log_denominator": "queue denominators",
-    r"recent\.rows": "queue rows",
-    r"recent\.stamps": "queue stamps",
+    r"queue\.embeddings": "queue embeddings",
+    r"queue\.log_denominator": "queue denominators",
+    r"queue\.rows": "queue rows",
+    r"queue\.stamps": "queue stamps",
 }
 # Not compared: constants of the format, and how the queue encodes what it knows of its rows.
-STATE_IGNORED = r".*\.(version|embedding_width|shard)|recent\.(features|kinds)"
+STATE_IGNORED = r".*\.(version|embedding_width|shard)|queue\.(records|kinds)"
 # In the file, until it is written again, of what was cut (docs/log.md).
 CUT = ("loss: infonce, margin", "loss: infonce, hardness", "loss: sogclr, float16")
 
@@ -374,11 +374,10 @@ MINING: dict[str, dict[str, Any]] = {
     "loss order": {"method": "loss_ordered"},
     "random": {"method": "random"},
     "ours, hard negatives": {"method": "anybatch", "num_negatives": 2},
-    "ours, margin": {"method": "anybatch", "margin": 0.9, "suspects": "all"},
-    "ours, symmetric": {"method": "anybatch", "score": "symmetric", "sweeps": 3, "conflict_weight": 1.0},
+    "ours, margin": {"method": "anybatch", "margin": 0.9},
     "ours, cells": {"method": "anybatch", "cells": 3},
     "ours, approximate neighbours": {"method": "anybatch", "neighbors": "ivf"},
-    "ours, from earlier clusters": {"method": "anybatch", "start": True, "sweeps": 5},
+    "ours, from earlier clusters": {"method": "anybatch", "start": True},
     "published, hard negatives": {"method": "published", "num_negatives": 2},
 }
 SETS = {"one set": None, "mixed": "mixed", "within": "within"}

@@ -101,3 +101,32 @@ class NaiveSogCLR:
                 w = d.detach().exp() * (1 / (len(candidates) - 1) if weight is None else weight[i, j]) / (self.eps + u)
                 surrogate = surrogate + w * d
         return surrogate / len(index), objective / len(index)
+
+
+def dense_softmax_loss(anchors, candidates, side):
+    """The engine (`anybatch.losses.engine.softmax_loss`) on one rank, in one direction: the whole matrix, plain autograd.
+
+    The rule's answer is treated as a constant, and the surrogate `sum_j stop_grad(weight_ij) s_ij / tau_i`, the positive
+    included, is added with value zero: its derivative is the gradient that the engine has in closed form.
+    """
+    num_rows, everything = len(anchors), slice(0, len(anchors))
+    temperature = side.temperature.expand(num_rows)
+    scores = anchors @ candidates.T
+    relative = (scores - scores.diagonal()[:, None]) / temperature[:, None]
+    with torch.no_grad():
+        logits = relative.detach().clone()
+        if side.log_weight is not None:
+            logits = logits + side.log_weight.tile(everything, slice(0, len(candidates)))
+        logits.fill_diagonal_(-torch.inf)
+        if side.adjust is not None:
+            logits = side.adjust(everything, scores.detach(), logits)
+        num_drawn = logits.new_full((num_rows,), len(candidates) - 1)
+        log_denominator, objective, *said = side.rule(logits.logsumexp(dim=1), num_drawn, everything)
+        log_denominator = log_denominator.masked_fill(log_denominator.isneginf(), 0.0)
+        negative_weight = (logits - log_denominator[:, None]).exp()
+    surrogate = (negative_weight * relative).sum(dim=1)
+    if any(weight is not None for weight in said):  # what the positive receives beyond minus the sum of the negatives'
+        surplus = said[0] + negative_weight.sum(dim=1)
+        surrogate = surrogate + surplus * scores.diagonal() / temperature
+    weight = torch.ones_like(objective) if side.row_weight is None else side.row_weight.detach()
+    return (weight * (objective + surrogate - surrogate.detach())).mean()

@@ -24,6 +24,9 @@ from anybatch.losses.registry import METHODS, LossConfig, method_of, options_of
 from anybatch.run.config import RunConfig, SetConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+ELSEWHERE = {
+    "gamma_steps": "Let gamma fall from 1 along a cosine of so many steps (`GammaSchedule`); none: it is constant."
+}
 CLASSES: dict[str, type] = {"ContrastiveLoss": ContrastiveLoss} | {
     kind.__name__: kind for kind in map(method_of, METHODS)
 }
@@ -40,7 +43,7 @@ class Setting(typing.NamedTuple):
 
 
 def meanings(kind: type, title: str = "Attributes") -> dict[str, str]:
-    """What a section of a class's docstring says of each name."""
+    """What a section of the docstring of a class says of each of its fields."""
     section = (kind.__doc__ or "").partition(f"{title}:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
@@ -52,10 +55,7 @@ def settings_of(kind: type, section: str = "") -> Iterator[Setting]:
     sections: dict[str, type] = {}
     for field in dataclasses.fields(kind):
         key, hint = f"{section}{field.name}", hints[field.name]
-        if hint is LossConfig:
-            yield from settings_of(LossConfig, f"{key}.")
-            yield from options_of_methods(f"{key}.")
-        elif dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(hint):
             sections[f"{key}."] = typing.cast(type, hint)
         elif hint == tuple[SetConfig, ...]:
             sections[f"{key}[]."] = SetConfig
@@ -64,11 +64,13 @@ def settings_of(kind: type, section: str = "") -> Iterator[Setting]:
             default = "has to be given" if field.default is dataclasses.MISSING else f"default {shown(field.default)}"
             hint = typing.Literal[tuple(METHODS)] if key == "loss.name" else hint
             yield Setting(key, expected(hint), default, said[field.name])
+    if kind is LossConfig:
+        yield from settings_of_methods(section)
     for name, kind_of_section in sections.items():
         yield from settings_of(kind_of_section, name)
 
 
-def options_of_methods(section: str) -> Iterator[Setting]:
+def settings_of_methods(section: str) -> Iterator[Setting]:
     """The options of single losses, from their constructors: a name once, whichever losses have it."""
     owners: dict[str, list[str]] = {}
     for method in METHODS:
@@ -95,9 +97,7 @@ def joined(values: dict[str, list[str]]) -> list[str]:
 
 def meaning_of(kind: type, name: str) -> str:
     """What the Args of a class say of a parameter, or those of the class that they name for it."""
-    text = "Let gamma fall from 1 to it along a cosine of so many steps; none to keep it constant."
-    if name != "gamma_steps":
-        text = meanings(kind, "Args")[name]
+    text = (meanings(kind, "Args") | ELSEWHERE)[name]
     other = re.match(r"See `(\w+)`", text)
     return (
         meaning_of(getattr(sys.modules[kind.__module__], other[1], None) or CLASSES[other[1]], name) if other else text

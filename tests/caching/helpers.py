@@ -1,12 +1,13 @@
 """Tiny encoders, batches and a plain step, written without the code under test."""
 
 import copy
+import weakref
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from anybatch.caching import record_towers, replay
+from anybatch.caching import StepMemory, record_towers, replay
 
 
 class TextEncoder(nn.Module):
@@ -50,6 +51,25 @@ class Mlp(nn.Module):
         return self.layers(x)
 
 
+class Crowded(nn.Module):
+    """Runs out of memory beside `most` of its own graphs."""
+
+    def __init__(self, inner: nn.Module, most: int):
+        super().__init__()
+        self.inner, self.most, self.graphs = inner, most, []
+
+    def alive(self) -> int:
+        return sum(graph() is not None for graph in self.graphs)
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and self.alive() >= self.most:
+            raise torch.OutOfMemoryError("no room beside so many graphs")
+        out = self.inner(x)
+        if out.requires_grad:
+            self.graphs.append(weakref.ref(out))
+        return out
+
+
 class Softmax(nn.Module):
     """InfoNCE with a learned temperature: any plain loss of anchors and candidates."""
 
@@ -74,6 +94,12 @@ def texts(rows: int, width: int, seed: int) -> dict:
     lengths[rows // 2] = width
     mask = (torch.arange(width) < lengths[:, None]).long()
     return {"input_ids": torch.randint(1, 60, (rows, width), generator=generator) * mask, "attention_mask": mask}
+
+
+def padded(lengths, width, **more) -> dict:
+    """Token ids of rows of these lengths, and their mask."""
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": torch.arange(len(lengths) * width).view(-1, width), "attention_mask": mask, **more}
 
 
 def vectors(rows: int, width: int = 6, seed: int = 0) -> Tensor:
@@ -146,3 +172,10 @@ def recorded(encode, inputs, micro_batch=3, **options):
 def send_back(recording, *grads, scale=1.0):
     """One gradient for each leaf."""
     replay([recording], [grads], scale=scale)
+
+
+def within(budget):
+    """Options of a step whose graphs are kept by this budget."""
+    memory = StepMemory()
+    memory.next_step = lambda *_, **__: budget  # pyright: ignore[reportAttributeAccessIssue]
+    return {"keep_graphs": "auto", "memory": memory}

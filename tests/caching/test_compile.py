@@ -1,4 +1,4 @@
-"""`torch.compile` under the cached step: the gradients of the plain step without it, dropout included, and few graphs."""
+"""`torch.compile` under the cached step: the gradients of the plain step, dropout included, and few graphs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from torch import nn
 
 from anybatch.caching import RowSlicer, cached_step, plan_micro_batches
 from anybatch.core.errors import AnybatchError
-
-from .helpers import Softmax, gradients, plain_step_in_pieces, relative_error, texts
+from tests.caching.helpers import Softmax, gradients, plain_step_in_pieces, relative_error, texts
 
 MULTIPLE = 8
 

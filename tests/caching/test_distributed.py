@@ -125,7 +125,7 @@ def run_case(rank: int, shares: list[int], tied: bool, options: dict, wrap: str)
 
 
 class Experts(nn.Module):
-    """Top-1 mixture, a second tower, a buffer that counts, a temperature that the loss reads, a parameter that nothing reads."""
+    """Top-1 mixture, a second tower, a counting buffer, a temperature that the loss reads, an unread parameter."""
 
     def __init__(self):
         super().__init__()
@@ -150,7 +150,7 @@ class Experts(nn.Module):
 
 
 class ReadsTheModel(nn.Module):
-    """A loss on gathered candidates that reads the model's temperature; every rank computes the mean over its own rows, as under plain DDP."""
+    """A loss on gathered candidates that reads the temperature of the model; each rank takes the mean over its rows."""
 
     def __init__(self, model, shares):
         super().__init__()

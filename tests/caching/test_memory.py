@@ -1,7 +1,6 @@
 """Graphs kept while memory allows; micro-batches split when it runs out."""
 
 import gc
-import weakref
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from anybatch.caching.device_memory import parse_memory
 from anybatch.caching.memory import GraphBudget
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import (
+    Crowded,
     Mlp,
     Softmax,
     TextEncoder,
@@ -22,6 +22,7 @@ from tests.caching.helpers import (
     send_back,
     texts,
     vectors,
+    within,
 )
 
 
@@ -45,13 +46,13 @@ def budget_of(spare: int) -> GraphBudget:
 def test_a_budget_keeps_what_fits():
     encoder, batch = TextEncoder(), texts(24, 30, 1)
     plan = plan_micro_batches(batch, micro_batch=4)
-    everything = recorded(encoder, batch, micro_batch=4, keep_graphs=budget_of(2**40))
+    everything = recorded(encoder, batch, micro_batch=4, **within(budget_of(2**40)))
     assert everything.num_kept == len(plan)  # when everything fits it is plain training
-    assert recorded(encoder, batch, micro_batch=4, keep_graphs=budget_of(0)).num_kept == 0
+    assert recorded(encoder, batch, micro_batch=4, **within(budget_of(0))).num_kept == 0
     probe = budget_of(2**40)
-    recorded(encoder, batch, micro_batch=4, keep_graphs=probe)
+    recorded(encoder, batch, micro_batch=4, **within(probe))
     middle = budget_of(int(probe.spent * 0.5) + probe.largest)
-    kept = recorded(encoder, batch, micro_batch=4, keep_graphs=middle).num_kept
+    kept = recorded(encoder, batch, micro_batch=4, **within(middle)).num_kept
     assert 0 < kept < len(plan)
     assert middle.spent + middle.largest <= middle.limit - middle.start
 
@@ -60,9 +61,9 @@ def test_one_budget_serves_all_towers():
     encoder, batch = TextEncoder(), texts(24, 30, 1)
     plan = plan_micro_batches(batch, micro_batch=4)
     probe = budget_of(2**40)
-    recorded(encoder, batch, micro_batch=4, keep_graphs=probe)
+    recorded(encoder, batch, micro_batch=4, **within(probe))
     shared = budget_of(probe.spent + 2 * probe.largest)
-    recordings = record_towers([encoder] * 2, [batch] * 2, micro_batch=4, keep_graphs=shared)
+    recordings = record_towers([encoder] * 2, [batch] * 2, micro_batch=4, **within(shared))
     kept = [recording.num_kept for recording in recordings]
     assert kept[0] == len(plan)
     assert kept[1] < len(plan)
@@ -73,7 +74,7 @@ def test_the_measurement_counts_what_autograd_saves():
     layer = torch.nn.Linear(6, 5)
     budget = budget_of(2**40)
     batch = torch.randn(8, 6)
-    recorded(lambda x: layer(x).tanh(), batch, micro_batch=8, keep_graphs=budget)
+    recorded(lambda x: layer(x).tanh(), batch, micro_batch=8, **within(budget))
     assert budget.largest == 4 * 8 * (6 + 5)
 
 
@@ -134,33 +135,14 @@ def test_out_of_memory_while_replaying():
 
 
 def test_kept_graphs_give_way_before_the_micro_batch_does():
-    graphs = []
-
-    def crowded(x):
-        if torch.is_grad_enabled() and sum(graph() is not None for graph in graphs) >= 2:
-            raise torch.OutOfMemoryError("no room beside two graphs")
-        out = inner(x)
-        if out.requires_grad:
-            graphs.append(weakref.ref(out))
-        return out
-
-    inner = Mlp().double()
+    crowded = Crowded(Mlp().double(), 2)
     with pytest.warns(UserWarning, match="with 2 graphs kept"):
         recording = recorded(crowded, vectors(12), micro_batch=3, keep_graphs=1.0)
     assert recording.num_kept == 1  # one gave way to the replays
 
 
 def test_no_room_for_the_graphs_of_the_first_step_beside_a_kept_one_splits_nothing():
-    inner, graphs = Mlp().double(), []
-
-    def crowded(x):
-        if torch.is_grad_enabled() and any(graph() is not None for graph in graphs):
-            raise torch.OutOfMemoryError("no room beside a graph")
-        out = inner(x)
-        if out.requires_grad:
-            graphs.append(weakref.ref(out))
-        return out
-
+    crowded = Crowded(Mlp().double(), 1)
     recording = recorded(crowded, vectors(12), micro_batch=3, keep_graphs=1)
     assert recording.num_kept == 1  # and no warning, which would be an error here
     send_back(recording, torch.ones_like(recording.embeddings))

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from anybatch.caching import RowSlicer, cached_step
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.core.errors import AnybatchError
+from tests.caching import helpers
+from tests.caching.helpers import Softmax, TextEncoder
 
-from .helpers import Softmax, TextEncoder
 
-
-def padded(lengths, width, pad=59, **more):
-    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-    ids = (torch.arange(len(lengths) * width).view(-1, width) * 7 % 50) * mask + pad * (1 - mask)
-    return {"input_ids": ids, "attention_mask": mask, **more}
+def padded(lengths, width, **more):
+    batch = helpers.padded(lengths, width, **more)
+    ids, mask = batch["input_ids"] * 7 % 50, batch["attention_mask"]
+    return {**batch, "input_ids": ids * mask + 59 * (1 - mask)}
 
 
 def test_widths_are_multiples_and_padding_is_the_tokenizers():

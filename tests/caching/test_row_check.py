@@ -1,4 +1,4 @@
-"""Rows that see their neighbours are refused, whatever they do it with; what only looks like it runs; padding that counts stays."""
+"""Rows that see their neighbours are refused; what only looks like it runs; padding that counts stays."""
 
 import functools
 
@@ -22,14 +22,7 @@ from tests.caching.helpers import (
     vectors,
 )
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(3)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Around(nn.Module):

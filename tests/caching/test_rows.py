@@ -14,11 +14,7 @@ from transformers import BatchEncoding
 
 from anybatch.caching import RowSlicer, Shared, plan_micro_batches
 from anybatch.core.errors import AnybatchError
-
-
-def padded(lengths, width, **more):
-    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": torch.arange(len(lengths) * width).view(-1, width), "attention_mask": mask, **more}
+from tests.caching.helpers import padded
 
 
 def test_tensors_and_lists():

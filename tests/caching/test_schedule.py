@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from anybatch.caching import plan_micro_batches
 from anybatch.caching.schedule import count_kept
 from anybatch.core.errors import AnybatchError
-from tests.caching.test_rows import padded
+from tests.caching.helpers import padded
 
 
 @given(

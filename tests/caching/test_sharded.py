@@ -102,7 +102,7 @@ def looks_at_rows_on_one_rank():
     return said
 
 
-def on_rank(rank, world_size):
+def on_rank(rank, _):
     torch.set_default_dtype(torch.float64)
     results = {name: run_case(rank, name, options) for name, options in CASES.items()}
     inputs = [share(batch, rank, SHARES) for batch in whole_batch(SHARES)]
@@ -112,8 +112,7 @@ def on_rank(rank, world_size):
         with pytest.raises(AnybatchError) as caught:
             cached_step(GatheringSoftmax(SHARES), sharded_encoder(), inputs, **options)
         messages.append(str(caught.value))
-    messages += looks_at_rows_on_one_rank()
-    return results, messages
+    return results, messages + looks_at_rows_on_one_rank()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a forward pass draws and writes is brought back for its replay; what cannot be brought back is refused before any gradient."""
+"""What a forward pass draws and writes is brought back for its replay, or refused before any gradient."""
 
 import functools
 import os
@@ -16,12 +16,7 @@ from tests.caching.helpers import Mlp, Softmax, clone, gradients, recorded, rela
 EXACT = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def seed_all():
@@ -197,7 +192,7 @@ def test_what_cannot_be_brought_back_is_refused_and_changes_no_gradient():
     with pytest.raises(AnybatchError, match="differs from its recording"):
         cached_step(loss, encoder, [vectors(9), vectors(9, seed=1)], micro_batch=3)
     assert all(torch.equal(p.grad, before[name]) for name, p in encoder.named_parameters())
-    assert loss.temperatures.log_temperature.grad is None
+    assert loss.log_temperature.grad is None
     cached_step(loss, encoder, [vectors(9), vectors(9, seed=1)], micro_batch=3, keep_graphs=1.0)  # nothing to replay
 
 

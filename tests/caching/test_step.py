@@ -23,13 +23,7 @@ from tests.caching.helpers import (
 EXACT = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(7)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def both_ways(loss, encoders, inputs, *, plain_kwargs=None, **options):
@@ -175,9 +169,7 @@ def test_temperature_gradient_comes_once():
     reference = clone(loss)
     plain_step(reference, [clone(encoder)] * 2, inputs)
     cached_step(loss, encoder, inputs, micro_batch=3)
-    torch.testing.assert_close(
-        loss.temperatures.log_temperature.grad, reference.temperatures.log_temperature.grad, rtol=EXACT, atol=0
-    )
+    torch.testing.assert_close(loss.log_temperature.grad, reference.log_temperature.grad, rtol=EXACT, atol=0)
     assert loss.calls == 1  # sentence-transformers: once for every chunk of every column
 
 

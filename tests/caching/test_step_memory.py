@@ -1,6 +1,4 @@
-"""A budget of memory: the micro-batch is found by probing, failures are learned from, and no bit of the gradient depends on it."""
-
-import weakref
+"""A memory budget: micro-batches found by probing, failures learned from; no bit of the gradient depends on it."""
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from anybatch.caching.rows import RowSlicer
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import InfoNCE, SogCLR
 from tests.caching.helpers import (
+    Crowded,
     Mlp,
     Softmax,
     TextEncoder,
@@ -27,6 +26,7 @@ from tests.caching.helpers import (
     send_back,
     texts,
     vectors,
+    within,
 )
 
 CPU = torch.device("cpu")
@@ -240,7 +240,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("towers", [2, 3])
 @pytest.mark.parametrize("loss", ["infonce", "both", "sogclr"])
 def test_what_is_set_aside_for_the_loss_is_what_it_takes(loss, towers):
-    """Wide embeddings from a narrow encoder, small tiles: all that counts is embeddings and what the loss makes of them."""
+    """Wide embeddings from a narrow encoder, small tiles: all that counts is embeddings and the loss on them."""
     rows, width = 160, 256
     make = {
         "infonce": lambda: InfoNCE(tile_bytes=2**12),
@@ -304,22 +304,12 @@ def test_later_steps_start_from_what_fitted(device):
 
 
 def test_overrun_lowers_what_later_steps_keep(device):
-    graphs = []
-    inner = Mlp()
-
-    def crowded(x):
-        if torch.is_grad_enabled() and sum(graph() is not None for graph in graphs) >= 3:
-            raise torch.OutOfMemoryError("no room beside three graphs")
-        out = inner(x)
-        if out.requires_grad:
-            graphs.append(weakref.ref(out))
-        return out
-
+    crowded = Crowded(Mlp(), 3)
     memory, x = StepMemory("80%"), torch.randn(12, 6)
-    options = {"micro_batch": 2, "keep_graphs": "auto", "memory": memory, "modules": [inner]}
+    options = {"micro_batch": 2, "keep_graphs": "auto", "memory": memory}
     with pytest.warns(UserWarning, match="with 3 graphs kept"):
         first = record_towers([crowded], [x], **options)[0].num_kept
-    assert not any(graph() for graph in graphs)
+    assert not crowded.alive()
     [second] = record_towers([crowded], [x], **options)  # warnings are errors: it did not run out again
     assert first == 2
     assert second.num_kept == 2
@@ -342,7 +332,7 @@ def test_out_of_memory_in_the_backward_pass_is_explained():
 
 
 def test_graphs_that_share_storage_are_counted_once():
-    """A cast of the weights, made once and saved by every graph, takes its bytes once; the weights themselves take none."""
+    """A cast of the weights, saved by every graph, takes its bytes once; the weights themselves take none."""
     first, second = torch.nn.Linear(6, 7, bias=False), torch.nn.Linear(7, 200, bias=False)
     cast = second.weight * 1.0  # not a parameter: stands for autocast's cast of a weight
     budget = GraphBudget(2**40, modules=[first, second])
@@ -350,7 +340,7 @@ def test_graphs_that_share_storage_are_counted_once():
     def encode(x):
         return torch.nn.functional.linear(first(x).tanh(), cast).tanh()
 
-    recorded(encode, torch.randn(8, 6), micro_batch=2, keep_graphs=budget)
+    recorded(encode, torch.randn(8, 6), micro_batch=2, **within(budget))
     # Every graph also saves its x (2 x 6) and the two tanh (2 x 7, 2 x 200).
     assert budget.spent == 4 * (200 * 7 + 4 * (2 * 6 + 2 * 7 + 2 * 200))
 

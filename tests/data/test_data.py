@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import csv
 import gzip
-import json
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
+from datasets import Dataset, DatasetDict
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs, text_digest
@@ -24,30 +24,14 @@ ROWS = [
 )
 def any_format(request, tmp_path):
     path = tmp_path / request.param
+    frame = pandas.DataFrame(ROWS)
     if "jsonl" in request.param:
-        text = "".join(json.dumps(row) + "\n" for row in ROWS)
-        path.write_bytes(gzip.compress(text.encode()) if request.param.endswith("gz") else text.encode())
-    elif "tsv" in request.param:
-        with path.open("w", newline="") as file:
-            csv.writer(file, delimiter="\t").writerows([ROWS[0], *(row.values() for row in ROWS)])
-    elif "csv" in request.param:
-        import io
-
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(ROWS[0]))
-        writer.writeheader()
-        writer.writerows(ROWS)
-        path.write_bytes(
-            gzip.compress(buffer.getvalue().encode()) if request.param.endswith("gz") else buffer.getvalue().encode()
-        )
+        frame.to_json(path, orient="records", lines=True)
+    elif "csv" in request.param or "tsv" in request.param:
+        frame.to_csv(path, index=False, sep="\t" if "tsv" in request.param else ",")
     elif request.param == "pairs.parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+        frame.to_parquet(path)
     else:
-        from datasets import Dataset
-
         Dataset.from_list(ROWS).save_to_disk(str(path))
     return path
 
@@ -88,26 +72,39 @@ def refuse(path, content, match, **options):
         read_pairs(path, **options)
 
 
-def test_mistakes_are_named(tmp_path):
-    jsonl = tmp_path / "p.jsonl"
-    good = '{"anchor": "a", "positive": "b"}\n'
-    refuse(jsonl, "", "empty")
-    refuse(jsonl, "\n\n", "no rows")
-    refuse(jsonl, good + "{oops\n", "Line 2 .*no JSON")
-    refuse(jsonl, good + "[1]\n", "Line 2 .*holds a list")
-    refuse(jsonl, good + '{"anchor": "a", "positive": "  "}\n', "Row 2 .*'positive' is empty")
-    refuse(jsonl, good + '{"anchor": null, "positive": "b"}\n', "Row 2 .*'anchor' is empty")
-    refuse(jsonl, good + '{"anchor": 7, "positive": "b"}\n', "Row 2 .*'anchor' is 7, which is no text")
-    refuse(jsonl, good + '{"anchor": "a", "postive": "b"}\n', "no column 'positive' in row 2.*Did you mean 'postive'")
-    refuse(jsonl, b'{"anchor": "\xff", "positive": "b"}\n', "Cannot read.*UTF-8")
-    refuse(tmp_path / "p.csv", "anchor,positive\na,b,c\n", "Line 2 .*number of fields")
-    refuse(tmp_path / "p.csv", "anchor,positive\na\n", "Line 2 .*number of fields")
-    refuse(tmp_path / "p.csv", "anchor,positive\n", "no rows")
-    refuse(tmp_path / "p.jsonl.gz", gzip.compress(good.encode() * 50)[:-9], "Cannot read")
-    refuse(tmp_path / "p.parquet", "no parquet", "as Parquet")
-    refuse(tmp_path / "p.xlsx", "x", "Cannot tell the format")
-    refuse(jsonl, good, "name one column twice", anchor="positive", positive="positive")
-    refuse(jsonl, good, "limit is 0", limit=0)
+GOOD = '{"anchor": "a", "positive": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("p.jsonl", "", "empty"),
+        ("p.jsonl", "\n\n", "no rows"),
+        ("p.jsonl", GOOD + "{oops\n", "Line 2 .*no JSON"),
+        ("p.jsonl", GOOD + "[1]\n", "Line 2 .*holds a list"),
+        ("p.jsonl", GOOD + '{"anchor": "a", "positive": "  "}\n', "Row 2 .*'positive' is empty"),
+        ("p.jsonl", GOOD + '{"anchor": null, "positive": "b"}\n', "Row 2 .*'anchor' is empty"),
+        ("p.jsonl", GOOD + '{"anchor": 7, "positive": "b"}\n', "Row 2 .*'anchor' is 7, which is no text"),
+        ("p.jsonl", GOOD + '{"anchor": "a", "postive": "b"}\n', "no column 'positive' in row 2.*mean 'postive'"),
+        ("p.jsonl", b'{"anchor": "\xff", "positive": "b"}\n', "Cannot read.*UTF-8"),
+        ("p.csv", "anchor,positive\na,b,c\n", "Line 2 .*number of fields"),
+        ("p.csv", ",anchor,positive\n0,a,b,c\n", "Line 2 .*number of fields"),
+        ("p.csv", "anchor,positive\na\n", "Line 2 .*number of fields"),
+        ("p.csv", "anchor,positive\n", "no rows"),
+        ("p.csv", "anchor,anchor,positive\na,b,c\n", "column 'anchor' more than once"),
+        ("p.jsonl.gz", gzip.compress(GOOD.encode() * 50)[:-9], "Cannot read"),
+        ("p.parquet", "no parquet", "as Parquet"),
+        ("p.xlsx", "x", "Cannot tell the format"),
+        ("p.jsonl", GOOD + r'{"anchor": "a \ud83d b", "positive": "b"}', "Line 2 .*surrogate pair"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, name, content, match):
+    refuse(tmp_path / name, content, match)
+
+
+def test_questions_that_make_no_sense_are_refused(tmp_path):
+    refuse(tmp_path / "p.jsonl", GOOD, "name one column twice", anchor="positive", positive="positive")
+    refuse(tmp_path / "p.jsonl", GOOD, "limit is 0", limit=0)
     with pytest.raises(AnybatchError, match="There is no file"):
         read_pairs(tmp_path / "absent.jsonl")
     (tmp_path / "plain").mkdir()
@@ -152,19 +149,18 @@ def test_a_csv_with_the_unnamed_index_column_of_pandas(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text(",anchor,positive\n0,a,b\n1,c,d\n")
     assert list(read_pairs(path).positives) == ["b", "d"]
-    refuse(path, ",anchor,positive\n0,a,b,c\n", "Line 2 .*number of fields")
 
 
-def test_flaws_of_files_are_named(tmp_path):
-    good = '{"anchor": "a", "positive": "b"}\n'
-    refuse(tmp_path / "p.jsonl", good + r'{"anchor": "a \ud83d b", "positive": "b"}', "Line 2 .*surrogate pair")
+@pytest.mark.parametrize(("name", "content"), [("p.jsonl.gz", GOOD), ("p.csv.gz", "anchor,positive\na,b\n")])
+def test_a_flipped_bit_in_a_packed_file_is_named(tmp_path, name, content):
+    packed = bytearray(gzip.compress((content * 500).encode()))
+    packed[12] ^= 0xFF
+    refuse(tmp_path / name, bytes(packed), "Cannot read")
+
+
+def test_whole_surrogate_pairs_are_characters(tmp_path):
     (tmp_path / "p.jsonl").write_text(r'{"anchor": "\ud83d\ude00", "positive": "b"}')
     assert list(read_pairs(tmp_path / "p.jsonl").anchors) == ["😀"]
-    refuse(tmp_path / "p.csv", "anchor,anchor,positive\na,b,c\n", "column 'anchor' more than once")
-    for name, content in (("p.jsonl.gz", good), ("p.csv.gz", "anchor,positive\na,b\n")):
-        packed = bytearray(gzip.compress((content * 500).encode()))
-        packed[12] ^= 0xFF
-        refuse(tmp_path / name, bytes(packed), "Cannot read")
 
 
 @pytest.mark.parametrize("grade", ["", "high", "1.5", "nan", "inf"])
@@ -224,8 +220,6 @@ def test_several_data_sets_lie_one_after_the_other(tmp_path):
 
 
 def test_data_sets_of_a_folder(tmp_path):
-    from datasets import DatasetDict
-
     (tmp_path / "files").mkdir()
     for name in ("b.jsonl", "a.csv.gz", "notes.txt"):
         (tmp_path / "files" / name).write_text("")
@@ -256,9 +250,7 @@ def test_judgements_without_a_relevant_document_are_refused(tmp_path):
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     """Loaded by `datasets`, which is stood in for here; without a connection there is one message."""
-    import datasets
-
-    saved = datasets.Dataset.from_list(ROWS)
+    saved = Dataset.from_list(ROWS)
     asked = []
 
     def load(name, configuration, split):
@@ -267,7 +259,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
             raise ConnectionError("no network")
         return saved
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset", load)
     data = read_pairs("hf://owner/name/pairs", anchor="q", positive="a", limit=2)
     assert list(data.anchors) == [row["q"] for row in ROWS[:2]]
     assert read_pairs("hf://owner/name", anchor="q", positive="a").digest != data.digest

@@ -101,7 +101,7 @@ def test_one_set_is_refused_and_agrees_with_inspect_plan():
     assert one.window_in_batch == other.window_in_batch
     assert one.planned.loss == other.planned.loss
     assert one.random.loss == other.random.loss
-    assert one.outlook == other.outlook
+    assert one.statistics == other.statistics
     assert [pair.row for pair in one.suspects] == [pair.row for pair in other.suspects]
 
 

@@ -1,4 +1,4 @@
-"""What `inspect_plan` and `mining_outlook` say, against loops over all pairs."""
+"""What `inspect_plan` and `batch_statistics` say, against loops over all pairs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from anybatch.core.errors import AnybatchError
+from anybatch.insight.cosines import BINS, Cosines
 from anybatch.insight.inspection import DUPLICATE, inspect_plan
-from anybatch.mining import MiningConfig, OutlookLimits, mine_plan
-from anybatch.mining import cosines as cosines_module
-from anybatch.mining import outlook as outlook_module
-from anybatch.mining.cosines import BINS
+from anybatch.mining import MiningConfig, StatisticsLimits, Window, batch_statistics, exact_neighbors, mine_plan
 from anybatch.plans.plan import BatchPlan
 
 from ..mining.test_mining import embeddings, naive_neighbors
@@ -65,42 +63,44 @@ def different(same, row, other):
 
 
 @pytest.mark.parametrize("margin", [None, 0.9])
-def test_outlook_equals_a_loop(margin, monkeypatch):
-    monkeypatch.setattr(outlook_module, "BLOCK", 37)  # several blocks, the last one ragged
+def test_batch_statistics_equal_a_loop(margin):
     result, anchors, positives, same = mined(margin=margin)
     scores, ranks, wanted, conflicts = windows(anchors, positives, same, margin)
     cluster, num_rows = result.plan.cluster, len(anchors)
     beside = [{j for j in range(num_rows) if j != i and cluster[i] == cluster[j] >= 0} for i in range(num_rows)]
     better = [sum(scores[i, j] > scores[i, i] for j in ranks[i]) for i in range(num_rows)]
     negatives = [(i, j) for i in range(num_rows) for j in wanted[i] & beside[i]]
-    outlook = result.report.outlook
-    assert outlook is not None
-    assert outlook.num_anchors == num_rows
-    assert outlook.own_first == pytest.approx(np.mean([count == 0 for count in better]))
-    assert outlook.own_behind_skip == pytest.approx(np.mean([count > SKIP for count in better]))
-    assert outlook.window_per_anchor == pytest.approx(len(negatives) / num_rows)
+    statistics = result.report.statistics
+    assert statistics is not None
+    neighbors, window = exact_neighbors(anchors, positives, SKIP + TAKE, **same), Window(SKIP, TAKE, margin)
+    blocks = batch_statistics(neighbors, cluster, window, block_rows=37)  # several, the last one ragged
+    assert blocks.relative_score == pytest.approx(statistics.relative_score)
+    assert replace(blocks, relative_score=statistics.relative_score) == statistics
+    assert statistics.num_anchors == num_rows
+    assert statistics.own_first == pytest.approx(np.mean([count == 0 for count in better]))
+    assert statistics.own_behind_skip == pytest.approx(np.mean([count > SKIP for count in better]))
+    assert statistics.window_per_anchor == pytest.approx(len(negatives) / num_rows)
     random = sum(map(len, wanted)) / num_rows * np.mean([len(others) for others in beside]) / (num_rows - 1)
-    assert outlook.window_gain == pytest.approx(len(negatives) / num_rows / random)
+    assert statistics.window_gain == pytest.approx(len(negatives) / num_rows / random)
     inside = sum(len(conflicts[i] & beside[i]) for i in range(num_rows))
-    assert outlook.suspects_per_anchor == pytest.approx(inside / num_rows)
+    assert statistics.suspects_per_anchor == pytest.approx(inside / num_rows)
     above = np.mean([scores[i, j] > scores[i, i] for i, j in negatives])
-    assert outlook.negatives_above_own == pytest.approx(above)
+    assert statistics.negatives_above_own == pytest.approx(above)
     near = np.mean([scores[i, j] > (0.95 if scores[i, i] > 0 else 1) * scores[i, i] for i, j in negatives])
-    assert outlook.negatives_near_own == pytest.approx(near)
+    assert statistics.negatives_near_own == pytest.approx(near)
     relative = sum(scores[pair] for pair in negatives) / sum(scores[i, i] for i, _ in negatives)
-    assert outlook.relative_score == pytest.approx(relative, rel=1e-5)
-    assert outlook.isolated == pytest.approx(np.mean([not wanted[i] & beside[i] for i in range(num_rows)]))
+    assert statistics.relative_score == pytest.approx(relative, rel=1e-5)
+    assert statistics.isolated == pytest.approx(np.mean([not wanted[i] & beside[i] for i in range(num_rows)]))
     assert 0 < above < near < 1 or margin is not None
     assert result.report.audit is not None
-    assert outlook.window_per_anchor == pytest.approx(result.report.audit.window_per_anchor)
+    assert statistics.window_per_anchor == pytest.approx(result.report.audit.window_per_anchor)
     degree = np.bincount([j for line in wanted for j in line], minlength=num_rows)
     assert result.report.hubs == [(int(j), int(degree[j])) for j in np.argsort(-degree, kind="stable")[:20]]
     json.dumps(result.report.as_dict())
 
 
 @pytest.mark.parametrize("kind", ["mined", "random"])
-def test_inspection_equals_a_loop(kind, monkeypatch):
-    monkeypatch.setattr(cosines_module, "BLOCK", 5)  # several blocks a batch, the last one ragged
+def test_inspection_equals_a_loop(kind):
     result, anchors, positives, same = mined()
     plan = result.plan if kind == "mined" else BatchPlan.random(143, 16, seed=3)
     if kind == "random":
@@ -159,11 +159,16 @@ def test_inspection_equals_a_loop(kind, monkeypatch):
     assert seen.planned.loss > seen.random.loss  # mined batches are harder
 
 
-def test_symmetric_score_and_unnormalised_embeddings():
-    """Windows are cut with the score that mining used; losses are of cosines whatever the lengths."""
-    result, anchors, positives, same = mined(score="symmetric")
-    seen = inspect_plan(result.plan, anchors, positives, **same)
-    assert seen.outlook == result.report.outlook
+def test_unnormalised_embeddings_and_blocks():
+    """Losses are of cosines whatever the lengths, and the same in blocks of any size."""
+    result, anchors, positives, same = mined()
+    batches = result.plan.epoch_batches(0)
+    whole, blocks = (
+        Cosines(anchors, positives, **same, block_rows=rows).batch_scores(batches, 60, 0.1) for rows in (256, 5)
+    )
+    assert blocks.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert (blocks.own_first, blocks.above_own) == (whole.own_first, whole.above_own)
+    np.testing.assert_allclose(blocks.histogram, whole.histogram)
     longer = inspect_plan(mined()[0].plan, 3 * anchors, 2 * positives, **same)
     plain = inspect_plan(mined()[0].plan, anchors, positives, **same)
     assert longer.planned.loss == pytest.approx(plain.planned.loss, rel=1e-5)
@@ -176,19 +181,19 @@ def test_a_sample_is_near_the_whole_and_repeatable():
     part = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)
     again = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)
     assert whole.num_anchors == 1500
-    assert whole.outlook == result.report.outlook
+    assert whole.statistics == result.report.statistics
     assert part.num_anchors == 400
-    assert part.outlook.window_per_anchor == pytest.approx(whole.outlook.window_per_anchor, rel=0.15)
+    assert part.statistics.window_per_anchor == pytest.approx(whole.statistics.window_per_anchor, rel=0.15)
     assert part.planned.loss == pytest.approx(whole.planned.loss, rel=0.25)
-    assert (part.outlook, part.hubs, part.suspects) == (again.outlook, again.hubs, again.suspects)
+    assert (part.statistics, part.hubs, part.suspects) == (again.statistics, again.hubs, again.suspects)
 
 
 def test_a_teacher_that_knows_nothing_is_warned_of_and_a_good_one_is_not():
     anchors, positives = embeddings(600, width=64, topics=30)
     config = MiningConfig(batch_size=32, cluster_size=8, skip=5, take=20)
-    good = mine_plan(anchors, positives, config=config).report.outlook
+    good = mine_plan(anchors, positives, config=config).report.statistics
     shuffled = positives[np.random.default_rng(0).permutation(600)]
-    bad = mine_plan(anchors, shuffled, config=config).report.outlook
+    bad = mine_plan(anchors, shuffled, config=config).report.statistics
     assert good is not None
     assert bad is not None
     assert good.warnings == ()
@@ -208,16 +213,15 @@ def test_a_teacher_that_knows_nothing_is_warned_of_and_a_good_one_is_not():
     ],
 )
 def test_every_limit_has_its_warning(limit, value, words):
-    from anybatch.mining import exact_neighbors, mining_outlook
-
     result, anchors, positives, same = mined()
     neighbors = exact_neighbors(anchors, positives, SKIP + TAKE, **same)
     never = {"own_first": 0.0, "own_behind_skip": 1.0, "negatives_above_own": 1.0}
     never |= {"suspects_per_anchor": 99.0, "isolated": 1.0, "window_gain": 0.0}
-    quiet = mining_outlook(neighbors, result.plan.cluster, skip=SKIP, take=TAKE, limits=OutlookLimits(**never))
+    window = Window(SKIP, TAKE)
+    quiet = batch_statistics(neighbors, result.plan.cluster, window, limits=StatisticsLimits(**never))
     assert quiet.warnings == ()
-    limits = OutlookLimits(**{**never, limit: value})
-    loud = mining_outlook(neighbors, result.plan.cluster, skip=SKIP, take=TAKE, limits=limits)
+    limits = StatisticsLimits(**{**never, limit: value})
+    loud = batch_statistics(neighbors, result.plan.cluster, window, limits=limits)
     assert len(loud.warnings) == 1
     assert words in loud.warnings[0]
 

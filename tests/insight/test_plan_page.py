@@ -69,11 +69,11 @@ def test_warnings_come_first(mined):
     plan, pairs, _, stored = mined
     anchors, positives = embeddings(130)
     bad = inspect_plan(plan, anchors, positives[::-1].copy())
-    assert bad.outlook.warnings
+    assert bad.statistics.warnings
     page = render_plan_page(plan, title="Plan", pairs=pairs, inspection=bad, mining=stored)
     check(page)
-    assert page.count('<p class="warning">') == len(bad.outlook.warnings)
-    assert page.index(bad.outlook.warnings[0].split("%")[0].split(" for ")[0]) < page.index("<h2>Figures</h2>")
+    assert page.count('<p class="warning">') == len(bad.statistics.warnings)
+    assert page.index(bad.statistics.warnings[0].split("%")[0].split(" for ")[0]) < page.index("<h2>Figures</h2>")
 
 
 def test_without_embeddings_and_texts(mined):
@@ -109,7 +109,7 @@ def test_figures_say_what_was_measured(mined):
     assert f"{np.log(16):.2f} (guessing)" in loss.good
     assert shown["suspect pairs"].plan == str(len(plan.suspects))
     assert shown["kept weight"].plan == f"{stored['audit']['kept_weight']:.1%}"
-    assert shown["conflicts in the cluster"].plan == f"{seen.outlook.suspects_per_anchor:.2f}"
+    assert shown["conflicts in the cluster"].plan == f"{seen.statistics.suspects_per_anchor:.2f}"
     assert all(figure.meaning for figure in shown.values())
     from_mining = {figure.name: figure.plan for figure in plan_figures(plan, mining=stored)}
     assert from_mining["conflicts in the cluster"] == shown["conflicts in the cluster"].plan

@@ -36,7 +36,7 @@ def test_nothing_is_left_behind():
     verify(encoder, [rows(), rows(seed=1)], loss)
     torch.testing.assert_close(torch.rand(3), wanted, rtol=0, atol=0)
     assert torch.equal(encoder.layers[0].weight.grad, torch.ones_like(encoder.layers[0].weight))
-    assert loss.temperatures.log_temperature.grad is None
+    assert loss.log_temperature.grad is None
     assert encoder.training
 
 
@@ -127,7 +127,7 @@ def test_a_batch_of_one_micro_batch_proves_nothing():
 
 
 def test_a_wrong_temperature_gradient_is_named():
-    """Too small beside the encoder's to be seen in the whole: half of the temperature's gradient is lost without history."""
+    """Too small beside the gradient of the encoder to be seen in the whole: half of the temperature's is lost."""
     encoder = Mlp()
 
     class Lossy(nn.Module):

@@ -23,7 +23,7 @@ def test_a_killed_run_goes_on_with_what_it_remembered(refresh, pairs_file, tiny_
     )
 
     def run(folder, **k):
-        settings = config(pairs_file, tiny_model_folder, folder, refresh_epochs=refresh, suspects="all")
+        settings = config(pairs_file, tiny_model_folder, folder, refresh_epochs=refresh)
         return job.train(replace(settings, loss=loss), **k)
 
     def log(folder):
@@ -44,7 +44,7 @@ def test_a_killed_run_goes_on_with_what_it_remembered(refresh, pairs_file, tiny_
         run(killed, progress=kill)
     checkpoint = last_whole_checkpoint(killed / "checkpoints")
     state = load_file(checkpoint / "anybatch_loss.safetensors")
-    name = next(name for name in state if name.endswith("recent.rows"))
+    name = next(name for name in state if name.endswith("queue.rows"))
     assert int((state[name] >= 0).sum()) > 10
     run(killed, resume=True)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from anybatch.family import EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, TempNet
 from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledInfoNCE, GammaSchedule, InfoNCE, SogCLR
+from anybatch.losses.log_weights import Inclusion, LogWeights
+from anybatch.plans.examples import Examples
 
 ROWS, WIDTH = 40, 5
 STATELESS = {
@@ -28,6 +32,13 @@ STATEFUL = {
     "scent": lambda **k: SCENT(ROWS, alpha=0.3, **k),
 }
 ALL = {**STATELESS, **STATEFUL}
+
+
+def cluster_weights(cluster, num_rows, *, same, other, loose=None, cap=None, **columns):
+    """Inclusion weights that are the same for every query; `loose` (None: `other`) of candidates in no cluster."""
+    row = [same, other, other if loose is None else loose, other, other if loose is None else loose, 0.0]
+    table = torch.tensor([[row, row]] * 2, dtype=torch.float64)
+    return LogWeights.of(Examples(cluster=cluster, **columns), num_rows, Inclusion(table, cap))
 
 
 def floor(name: str, temperature: float) -> dict[str, float]:

@@ -11,16 +11,14 @@ import torch
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import (
-    ClusterLogWeight,
     CountCorrectedInfoNCE,
     CrossBatchInfoNCE,
-    IdMask,
+    Examples,
     InfoNCE,
-    PairMask,
-    SumLogWeight,
-    TensorLogWeight,
+    LogWeights,
 )
 from anybatch.losses.base import side_of
+from anybatch.losses.log_weights import Inclusion, ListedPairs, Values
 
 N, WIDTH, BATCH, SIZE, TAU = 50, 5, 6, 10, 0.3
 SAME, OTHER, LOOSE = math.log(1 / (N - 1)), math.log(4 / (N - 1)), math.log(7 / (N - 1))
@@ -44,7 +42,9 @@ class World:
         self.keys = torch.unique(torch.randint(N * 30, (300,), generator=generator)) if pairs else torch.empty(0)
 
     def log_weight(self, i, j, *, back, alive, remembered):
-        """Of row i as query and row j as candidate, as numbers; `remembered`: j comes from the memory, `alive` are all its rows."""
+        """Of row i as query and row j as candidate, as numbers; `remembered`: j comes from the memory, `alive` are
+        all its rows.
+        """
         if i == j:
             return -math.inf
         one, two = (j, i) if back else (i, j)  # the pair as anchor and positive
@@ -63,32 +63,26 @@ class World:
         return -math.log(math.exp(-rest) + len(among))
 
     def arguments(self, index):
-        terms = []
+        terms, columns = [], {}
         if self.pairs:
-            terms.append(PairMask(row_key=index * 30, column_key=self.positive[index], keys=self.keys))
+            terms.append(ListedPairs(self.keys, 30))
+            columns |= {"row": index, "text_id": self.positive[index]}
         if self.clusters:
-            task = self.task[index] if self.tasks else None
-            terms.append(
-                ClusterLogWeight(
-                    row_cluster=self.cluster[index],
-                    column_cluster=self.cluster[index],
-                    same=SAME,
-                    other=torch.full((len(index),), OTHER, dtype=torch.float64),
-                    remainder=LOOSE,
-                    row_task=task,
-                    column_task=task,
-                )
-            )
+            row = [SAME, OTHER, LOOSE, OTHER, LOOSE, 0.0]
+            terms.append(Inclusion(torch.tensor([[row, row]] * 2, dtype=torch.float64)))
+            columns |= {"cluster": self.cluster[index], "task": self.task[index] if self.tasks else None}
         arguments = {"index": index}
         if self.ids:
             arguments |= {"anchor_id": self.anchor[index], "candidate_id": self.positive[index]}
         if terms:
-            arguments["log_weight"] = SumLogWeight(terms=tuple(terms))
+            arguments["log_weight"] = LogWeights.of(Examples(**columns), len(index), *terms)
         return arguments
 
 
 class Twin:
-    """One process, float64, a list of pairs: (row, anchor, positive, log-denominators), relative to the mean of their batch."""
+    """One process, float64, a list of pairs: (row, anchor, positive, log-denominators), relative to the mean of their
+    batch.
+    """
 
     def __init__(self, world, *, corrected=True, centred=True, both=False, size=SIZE):
         self.world, self.corrected, self.centred, self.both, self.size = world, corrected, centred, both, size
@@ -196,7 +190,7 @@ def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
-    assert sorted(loss.recent.rows[loss.recent.rows >= 0].tolist()) == sorted(row for row, *_ in twin.pairs)
+    assert sorted(loss.queue.rows[loss.queue.rows >= 0].tolist()) == sorted(row for row, *_ in twin.pairs)
 
 
 @pytest.mark.parametrize(("corrected", "centred"), [(False, True), (True, False), (False, False)])
@@ -233,7 +227,9 @@ def test_the_first_batch_is_that_of_the_loss_without_memory(corrected, plain, di
 
 @pytest.mark.parametrize("direction", ["one_way", "both"])
 def test_embeddings_that_stand_still_give_the_gradient_of_all_data(direction):
-    """When everything but the batch is remembered, and no mean moves, the gradient is that of the softmax over all rows, on both sides."""
+    """When everything but the batch is remembered, and no mean moves, the gradient is that of the softmax over all
+    rows, on both sides.
+    """
     generator = torch.Generator().manual_seed(1)
     sides = [unit(torch.randn(N, WIDTH, generator=generator, dtype=torch.float64)) for _ in range(2)]
     loss = CrossBatchInfoNCE(
@@ -253,7 +249,9 @@ def test_embeddings_that_stand_still_give_the_gradient_of_all_data(direction):
 
 @pytest.mark.parametrize(("rows", "rate"), [(64, 1.0), (16, 0.25), (1, 1 / 64)])
 def test_a_common_drift_is_taken_away(rows, rate):
-    """All embeddings have moved by one vector since the last batch: remembered ones follow, at once from 64 rows on, and more slowly from fewer."""
+    """All embeddings have moved by one vector since the last batch: remembered ones follow, at once from 64 rows on,
+    and more slowly from fewer.
+    """
     generator = torch.Generator().manual_seed(2)
     points = torch.randn(128, 2, 8, generator=generator, dtype=torch.float64)
     points[:64] -= points[:64].mean(dim=0)
@@ -276,7 +274,7 @@ def test_explicit_negatives_are_the_batchs_alone():
     negatives = torch.randn(4, WIDTH, dtype=torch.float64)
     loss(anchors, torch.cat([positives, negatives]), index=index)
     assert loss.last_stats["num_negatives"] == BATCH - 1 + 4
-    remembered = loss.recent.rows[loss.recent.rows >= 0]
+    remembered = loss.queue.rows[loss.queue.rows >= 0]
     assert remembered.tolist() == index.tolist()
     anchors, positives, index = draw(1)
     loss(anchors, positives, index=index)
@@ -286,16 +284,18 @@ def test_explicit_negatives_are_the_batchs_alone():
 
 @pytest.mark.parametrize("direction", ["one_way", "both"])
 def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
-    """What is remembered of a batch with explicit negatives are its positives; k counts the explicit ones, also for remembered queries."""
+    """What is remembered of a batch with explicit negatives are its positives; k counts the explicit ones, also for
+    remembered queries.
+    """
     known, negatives = World(ids=True), torch.randn(5, WIDTH, dtype=torch.float64)
     loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, max_staleness=None, direction=direction).double()
     anchors, positives, index = draw(0)
     arguments = known.arguments(index)
     arguments["candidate_id"] = torch.cat([arguments["candidate_id"], 100 + torch.arange(5)])
     loss(anchors, torch.cat([positives, negatives]), **arguments)
-    assert loss.recent.features[0, :2, loss.recent.rows >= 0].T.tolist() == [
-        [known.positive[row].item(), known.anchor[row].item()] for row in index.tolist()
-    ]
+    kept = loss.queue.records[loss.queue.rows >= 0]
+    columns = [known.anchor[index], index, known.positive[index]]  # anchor_id, row, text_id
+    assert torch.equal(kept, torch.stack(columns, dim=1))
     anchors, positives, index = draw(1)
     arguments = known.arguments(index)
     arguments["candidate_id"] = torch.cat([arguments["candidate_id"], 100 + torch.arange(5)])
@@ -308,14 +308,15 @@ def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
     )
     expected = torch.zeros_like(pull)
     for j, row in enumerate(index.tolist()):
-        for place in torch.nonzero(recalled.present)[:, 0].tolist():
-            other = int(loss.recent.rows[place])
+        for number, place in enumerate(recalled.places.tolist()):
+            other = int(loss.queue.rows[place])
+            assert other == recalled.memory["row"][number]
             if known.log_weight(row, other, back=True, alive=[], remembered=True) == 0:
-                query = recalled.used[0, place]
+                query = recalled.used[0, number]
                 score = (
                     batch.candidates[j] @ query / TAU
                     + math.log((N - 1) / counts[j])
-                    - loss.recent.log_denominator[0, place]
+                    - loss.queue.log_denominator[0, place]
                 )
                 expected[j] += score.clamp(max=0).exp() * query / TAU
     torch.testing.assert_close(pull, expected.detach(), rtol=1e-10, atol=1e-12)
@@ -370,7 +371,9 @@ def test_a_state_of_more_rows_is_refused():
 
 @pytest.mark.parametrize("direction", ["one_way", "both"])
 def test_what_moved_on_its_own_is_left_out_by_age(direction):
-    """Embeddings jump: what was remembered before is not used; with embeddings that stand still all is. Equal to the shares computed here."""
+    """Embeddings jump: what was remembered before is not used; with embeddings that stand still all is. Equal to the
+    shares computed here.
+    """
     generator = torch.Generator().manual_seed(5)
     centres = torch.randn(6, WIDTH, generator=generator, dtype=torch.float64)
 
@@ -390,9 +393,12 @@ def test_what_moved_on_its_own_is_left_out_by_age(direction):
     moved = points(row, 2)
     batch = loss._prepare(moved, moved.clone(), row, None, None, None)
     recalled = loss._recall(batch)
-    fresh_group = loss.recent.age_groups(8)
+    places = torch.nonzero(loss.queue.rows >= 0)[:, 0]
+    fresh_group = loss.queue.age_groups(8)[places]
+    used = loss.queue.embeddings[:, places] + recalled.mean[:, None]
+    used = unit(used)
     for way in range(ways):
-        logits = batch.anchors @ torch.cat([batch.anchors, recalled.used[1 - way]]).T / 0.1
+        logits = batch.anchors @ torch.cat([batch.anchors, used[1 - way]]).T / 0.1
         logits[:, :40].fill_diagonal_(-torch.inf)
         share = logits.softmax(dim=1) * (39 + 160)
         now = [share[:, :40].sum() / (40 * 39)] + [share[:, 40:][:, fresh_group == k].mean() for k in range(8)]
@@ -416,7 +422,7 @@ def test_a_batch_larger_than_the_memory_leaves_its_last_rows():
     loss = CrossBatchInfoNCE(N, memory_size=4, temperature=TAU)
     index = torch.arange(10, 19)
     loss(torch.randn(9, WIDTH), torch.randn(9, WIDTH), index=index)
-    assert sorted(loss.recent.rows.tolist()) == [15, 16, 17, 18]
+    assert sorted(loss.queue.rows.tolist()) == [15, 16, 17, 18]
 
 
 def test_a_learned_temperature_has_the_derivative_of_the_batchs_own_terms():
@@ -450,7 +456,7 @@ def test_a_new_loss_takes_the_width_of_a_saved_state():
     buffer.seek(0)
     loss = CrossBatchInfoNCE(N, memory_size=SIZE)
     loss.load_state_dict(torch.load(buffer))
-    assert torch.equal(loss.recent.embeddings, saved.recent.embeddings)
+    assert torch.equal(loss.queue.embeddings, saved.queue.embeddings)
     with pytest.raises(AnybatchError, match=r"embeddings of shape \(2, 10, 5\) .*, this loss \(2, 11, 0\)"):
         CrossBatchInfoNCE(N, memory_size=SIZE + 1).load_state_dict(saved.state_dict())
     with pytest.raises(AnybatchError, match="remembers embeddings of 5 dimensions, these have 3"):
@@ -478,75 +484,34 @@ def test_log_weights_that_cannot_be_remembered_are_refused():
     with pytest.raises(AnybatchError, match="does not cover the candidates of earlier batches"):
         loss(anchors, positives, index=index, log_weight=torch.zeros(BATCH, BATCH))
 
-    class Own:
-        normalised = False
-
-        def tile(self, rows, columns):
-            return torch.zeros(1, 1)
-
-        def gathered(self, row_sizes, column_sizes):
-            return self
-
-        def reversed(self, num_rows):
-            return self
-
-    with pytest.raises(AnybatchError, match="log_weight is a Own, which cannot weigh candidates of earlier batches"):
-        loss(anchors, positives, index=index, log_weight=Own())
+    with pytest.raises(AnybatchError, match=r"log_weight is a list; expected LogWeights, or a tensor broadcastable to"):
+        loss(anchors, positives, index=index, log_weight=[0.0])
     assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
     rows = torch.zeros(BATCH, 1)
     value = loss(anchors, positives, index=index, log_weight=rows)
     assert value.isfinite()
-    many = SumLogWeight(
-        terms=tuple(PairMask(row_key=index, column_key=index, keys=torch.tensor([10**6])) for _ in range(13))
-    )
-    with pytest.raises(AnybatchError, match="know 13 figures of a candidate; 12 are remembered"):
-        loss(anchors, positives, index=index, log_weight=many)
 
 
 def test_kinds_of_log_weights_may_not_change():
     loss = CrossBatchInfoNCE(N, memory_size=SIZE)
     anchors, positives, index = draw(0)
     loss(anchors, positives, index=index, anchor_id=index, candidate_id=index)
-    pair = PairMask(row_key=index, column_key=index, keys=torch.tensor([10**6]))
+    weight = LogWeights.of(Examples(author=index, text_id=index), BATCH, Values("author", of="text"))
     with pytest.raises(AnybatchError, match="of other kinds"):  # as many figures, of something else
-        loss(anchors, positives, index=index, log_weight=SumLogWeight(terms=(pair, pair)))
+        loss(anchors, positives, index=index, log_weight=weight)
     with pytest.raises(AnybatchError, match="of other kinds than those of the remembered batches"):
         loss(anchors, positives, index=index)
 
 
-def test_column_features_come_back_as_they_were():
-    """Factors are kept as bits."""
-    from anybatch.losses.remembered_columns import Remembered, column_features, extended
-
-    factor = torch.tensor([-0.3, -1.7, 0.0], dtype=torch.float64)
-    weight = ClusterLogWeight(
-        row_cluster=torch.tensor([1, 2, -5]),
-        column_cluster=torch.tensor([1, 2, -5]),
-        same=SAME,
-        other=OTHER,
-        column_factor=factor,
-    )
-    remembered = Remembered(
-        num_columns=3,
-        features=column_features(weight, 3),
-        rows=torch.arange(3),
-        present=torch.tensor([True, True, False]),
-        share=slice(0, 3),
-    )
-    both = extended(weight, remembered)
-    tile = both.tile(slice(0, 3), slice(0, 6))
-    among_two = [-math.log(math.exp(-OTHER - way) + 2) for way in factor.tolist()]  # a way is one into the batch
-    torch.testing.assert_close(tile[0, 3:], torch.tensor(among_two, dtype=torch.float64))
-    own = [SAME + factor[0].item(), *among_two[1:]]
+def test_records_come_back_as_they_were():
+    """Weights and ways by column, beside a batch: floats are kept as their bits."""
+    log_ways = torch.tensor([0.3, 1.7, 0.0], dtype=torch.float64)
+    row = [SAME, OTHER, OTHER, OTHER, OTHER, 0.0]
+    examples = Examples(row=torch.arange(3), cluster=torch.tensor([1, 2, -5]), log_ways=log_ways)
+    weight = LogWeights.of(examples, 3, Inclusion(torch.tensor([[row, row]], dtype=torch.float64)))
+    memory = examples.unpacked(examples.packed()).take(slice(0, 2))
+    tile = weight.beside(memory, slice(0, 2)).tile(slice(0, 3), slice(0, 5))
+    among_two = [-math.log(math.exp(-OTHER + way) + 2) for way in log_ways.tolist()]  # a way is one into the batch
+    torch.testing.assert_close(tile[0, 3:], torch.tensor(among_two[:2], dtype=torch.float64))
+    own = [SAME - log_ways[0].item(), *among_two[1:]]
     torch.testing.assert_close(tile[0, :3], torch.tensor(own, dtype=torch.float64))
-    ids = IdMask(
-        row_positive=torch.tensor([1]),
-        row_anchor=torch.tensor([2]),
-        column_id=torch.tensor([1]),
-        column_anchor=torch.tensor([2]),
-    )
-    constant = TensorLogWeight(values=torch.ones(1, 1), normalised=False)
-    assert column_features(SumLogWeight(terms=(ids, constant)), 1).tolist() == [[1], [2], [0]]
-    by_column = TensorLogWeight(values=torch.tensor([[0.5, -2.0, 0.25]]), normalised=True)
-    kept = replace(remembered, features=column_features(by_column, 3))
-    assert extended(by_column, kept).values.tolist() == [[0.5, -2.0, 0.25] * 2]

@@ -1,4 +1,6 @@
-"""The engine against its dense twin and against finite differences: temperatures per row, weights of rows, both directions at once."""
+"""The engine against its dense twin and against finite differences: temperatures per row, weights of rows, both
+directions at once.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybatch.losses.engine import Answer, Side, dense_softmax_loss, softmax_loss, symmetric_softmax_loss
-from anybatch.losses.log_weights import TensorLogWeight
+from anybatch.losses.engine import Answer, Side, softmax_loss
+from anybatch.losses.log_weights import as_log_weights
+
+from ..reference import dense_softmax_loss
 
 
 class WithPositive:
@@ -55,12 +59,13 @@ def test_one_way_equals_the_dense_twin(shape, tile, row_wise, per_row, weighted,
     temperature = tau if per_row else tau[0].clone()
     known = {
         "rule": WithPositive(row_wise, kind["others"]),
-        "log_weight": TensorLogWeight(values=log_weight, normalised=False) if kind["masked"] else None,
+        "log_weight": as_log_weights(log_weight, *log_weight.shape) if kind["masked"] else None,
         "row_weight": row_weight if weighted else None,
     }
     inputs = [side.requires_grad_() for side in (anchors, candidates, temperature)]
-    ours, stats = softmax_loss(anchors, candidates, temperature=temperature, tile_bytes=tile, **known)
-    theirs = dense_softmax_loss(anchors, candidates, temperature=temperature, **known)
+    side = Side(temperature=temperature, **known)
+    ours, (stats,) = softmax_loss(anchors, candidates, side, tile_bytes=tile)
+    theirs = dense_softmax_loss(anchors, candidates, side)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     present = ~log_weight.isneginf() if kind["masked"] else torch.ones_like(log_weight, dtype=torch.bool)
     assert stats.num_negatives.tolist() == present.fill_diagonal_(False).sum(1).tolist()
@@ -74,9 +79,11 @@ def test_one_way_equals_the_dense_twin(shape, tile, row_wise, per_row, weighted,
 @pytest.mark.parametrize("tile", [1, 200, 10**7])
 def test_temperatures_per_row_equal_finite_differences(tile):
     anchors, candidates, tau, row_weight, _ = draw(3, 6, 3)
-    function = lambda *inputs: softmax_loss(  # noqa: E731
-        inputs[0], inputs[1], temperature=inputs[2], rule=WithPositive(), row_weight=row_weight, tile_bytes=tile
-    )[0]
+
+    def function(anchors, candidates, tau):
+        side = Side(temperature=tau, rule=WithPositive(), row_weight=row_weight)
+        return softmax_loss(anchors, candidates, side, tile_bytes=tile)[0]
+
     inputs = [side.requires_grad_() for side in (anchors, candidates, tau)]
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -86,7 +93,7 @@ def test_temperatures_per_row_equal_finite_differences(tile):
 def test_both_at_once_equal_two_runs(shape, tile, row_wise, per_row, weighted, kind):
     anchors, candidates, tau, row_weight, log_weight = draw(*shape)
     rows = len(anchors)
-    weight = TensorLogWeight(values=log_weight, normalised=False)
+    weight = as_log_weights(log_weight, *log_weight.shape)
     taus = [tau, tau.flip(0).contiguous()] if per_row else [tau[0].clone(), tau[-1].clone()]
     inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
     row_weights = [row_weight, 1.5 * row_weight] if weighted else [None, None]
@@ -95,19 +102,21 @@ def test_both_at_once_equal_two_runs(shape, tile, row_wise, per_row, weighted, k
         Side(rule=WithPositive(row_wise, kind["others"]), temperature=t, log_weight=b, row_weight=w)
         for t, b, w in zip(taus, log_weights, row_weights, strict=True)
     ]
-    ours, stats = symmetric_softmax_loss(anchors, candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
-    one, stats_one = softmax_loss(anchors, candidates, tile_bytes=tile, **arguments(sides[0]))
-    other, stats_other = softmax_loss(candidates[:rows], anchors, tile_bytes=tile, **arguments(sides[1]))
+    ours, stats = softmax_loss(anchors, candidates, *sides, tile_bytes=tile)
+    one, stats_one = softmax_loss(anchors, candidates, sides[0], tile_bytes=tile)
+    other, stats_other = softmax_loss(candidates[:rows], anchors, sides[1], tile_bytes=tile)
     theirs = (one + other) / 2
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert_all_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), 1e-12)
-    for mine, twin in zip(stats, (stats_one, stats_other), strict=True):
+    for mine, twin in zip(stats, (*stats_one, *stats_other), strict=True):
         for name in ("log_sum", "log_denominator", "objective", "num_negatives", "temperature_gradient"):
             torch.testing.assert_close(getattr(mine, name), getattr(twin, name), rtol=1e-11, atol=1e-11)
 
 
 class OwnPositiveWeight:
-    """logsumexp over the negatives minus c times the positive's logit: the positive receives -c, not minus the sum of 1."""
+    """logsumexp over the negatives minus c times the positive's logit: the positive receives -c, not minus the sum of
+    1.
+    """
 
     row_wise = True
 
@@ -124,7 +133,7 @@ class OwnPositiveWeight:
 )
 def test_the_positive_receives_what_the_rule_says(shape, tile, per_row, weighted, masked, both):
     anchors, candidates, tau, row_weight, log_weight = draw(*shape)
-    rows, weight = len(anchors), TensorLogWeight(values=log_weight, normalised=False)
+    rows, weight = len(anchors), as_log_weights(log_weight, *log_weight.shape)
     share = 0.5 + torch.arange(rows, dtype=torch.float64)
     taus = [tau, 2 * tau] if per_row else [tau[0].clone(), 2 * tau[0]]
     inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
@@ -141,21 +150,21 @@ def test_the_positive_receives_what_the_rule_says(shape, tile, per_row, weighted
         for temperature, term in zip(taus, weights, strict=True)
     ]
     theirs = anchors.new_zeros(())
-    for (queries, others), temperature, term in zip(pairs, taus, weights):
+    for (queries, others), temperature, term in zip(pairs, taus, (log_weight, log_weight[:, :rows].T)):
         logits = queries @ others.T / temperature.expand(rows)[:, None]
         removed = torch.eye(rows, len(others), dtype=torch.bool)
-        removed |= term.values[:, : len(others)].isneginf() if masked else False
-        negatives = (logits + (term.values if masked else 0.0)).masked_fill(removed, -torch.inf)
+        removed |= term.isneginf() if masked else False
+        negatives = (logits + (term if masked else 0.0)).masked_fill(removed, -torch.inf)
         per_query = negatives.logsumexp(dim=1) - share * logits.diagonal()
         per_query = torch.where(removed.all(dim=1), -share * logits.diagonal(), per_query)
         theirs = theirs + (factor * per_query).sum() / (rows * len(pairs))
     if both:
-        ours, _ = symmetric_softmax_loss(anchors, candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
+        ours, _ = softmax_loss(anchors, candidates, *sides, tile_bytes=tile)
     else:
-        ours, _ = softmax_loss(anchors, candidates, tile_bytes=tile, **arguments(sides[0]))
-        dense = dense_softmax_loss(anchors, candidates, **arguments(sides[0]))
+        ours, _ = softmax_loss(anchors, candidates, sides[0], tile_bytes=tile)
+        dense = dense_softmax_loss(anchors, candidates, sides[0])
         assert_all_close(*(torch.autograd.grad(loss, inputs[:3]) for loss in (ours, dense)))
-        ours, _ = softmax_loss(anchors, candidates, tile_bytes=tile, **arguments(sides[0]))
+        ours, _ = softmax_loss(anchors, candidates, sides[0], tile_bytes=tile)
     mine, expected = (torch.autograd.grad(loss, inputs[: 3 + both]) for loss in (ours, theirs))
     assert_all_close(mine, expected)
 
@@ -182,7 +191,7 @@ class Tilted:
 def test_both_ways_with_adjusted_logits_are_the_mean_of_both_dense_twins(shape, tile, row_wise, weighted, which):
     anchors, candidates, tau, row_weight, log_weight = draw(*shape)
     rows = len(anchors)
-    weight = TensorLogWeight(values=log_weight, normalised=False)
+    weight = as_log_weights(log_weight, *log_weight.shape)
     taus = [tau, tau.flip(0).contiguous()]
     inputs = [side.requires_grad_() for side in (anchors, candidates, *taus)]
     sides = [
@@ -197,9 +206,9 @@ def test_both_ways_with_adjusted_logits_are_the_mean_of_both_dense_twins(shape, 
             ("forward", "back"), taus, (weight, weight.reversed(rows)), (1.5, -0.7), strict=True
         )
     ]
-    ours, _ = symmetric_softmax_loss(anchors, candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
+    ours, _ = softmax_loss(anchors, candidates, *sides, tile_bytes=tile)
     one, other = (
-        dense_softmax_loss(*embeddings, **arguments(side), adjust=side.adjust)
+        dense_softmax_loss(*embeddings, side)
         for embeddings, side in zip(((anchors, candidates), (candidates[:rows], anchors)), sides, strict=True)
     )
     theirs = (one + other) / 2
@@ -215,7 +224,7 @@ def test_the_pull_of_the_columns_is_the_sum_of_the_rows_shares(shape, tile, row_
     logits = (anchors @ candidates.T - (anchors * candidates[:rows]).sum(1)[:, None]) / tau[:, None] + log_weight
     logits.fill_diagonal_(-torch.inf)
     shares = logits.exp() / (1 + logits.exp().sum(1, keepdim=True))
-    weight = TensorLogWeight(values=log_weight, normalised=False)
+    weight = as_log_weights(log_weight, *log_weight.shape)
     side = Side(
         rule=WithPositive(row_wise),
         temperature=tau,
@@ -226,34 +235,24 @@ def test_the_pull_of_the_columns_is_the_sum_of_the_rows_shares(shape, tile, row_
     anchors.requires_grad_()
     if both:
         back = Side(rule=WithPositive(row_wise), temperature=tau, log_weight=weight.reversed(rows))
-        _, (stats, _) = symmetric_softmax_loss(anchors, candidates, forward=side, back=back, tile_bytes=tile)
+        _, (stats, _) = softmax_loss(anchors, candidates, side, back, tile_bytes=tile)
     else:
-        _, stats = softmax_loss(
-            anchors, candidates, **arguments(side), column_weight=side.column_weight, tile_bytes=tile
-        )
-    torch.testing.assert_close(stats.column_pull, column_weight @ shares, rtol=1e-11, atol=1e-12)
-
-
-def arguments(side):
-    return {
-        "rule": side.rule,
-        "temperature": side.temperature,
-        "log_weight": side.log_weight,
-        "row_weight": side.row_weight,
-    }
+        _, (stats,) = softmax_loss(anchors, candidates, side, tile_bytes=tile)
+    torch.testing.assert_close(stats.column_gradient, column_weight @ shares, rtol=1e-11, atol=1e-12)
 
 
 def test_nothing_is_computed_backwards_without_gradients():
     anchors, candidates, tau, *_ = draw(0, 5, 2)
     with torch.no_grad():
-        loss, stats = softmax_loss(anchors, candidates, temperature=tau, rule=WithPositive(False), tile_bytes=1)
+        side = Side(temperature=tau, rule=WithPositive(False))
+        loss, (stats,) = softmax_loss(anchors, candidates, side, tile_bytes=1)
     assert loss.isfinite()
     assert stats.temperature_gradient is None
 
 
 def test_products_of_matrices():
     """The claim on the cost: products of tiles with the whole, counted; 3 or 4 whether one direction or both."""
-    from anybatch.losses import solver
+    from anybatch.losses.engine import solver
 
     anchors, candidates, tau, *_ = draw(1, 8, 4, width=16)
     products = []
@@ -277,7 +276,7 @@ def test_products_of_matrices():
 def test_collectives_are_those_documented(monkeypatch):
     """Counted where they are called; in one process each is an identity."""
     from anybatch.core import distributed
-    from anybatch.losses import solver
+    from anybatch.losses.engine import solver
 
     anchors, candidates, tau, *_ = draw(1, 8, 4)
     counts = {}

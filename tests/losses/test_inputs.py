@@ -12,9 +12,19 @@ import torch
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SCENT, FastCLIP, SigLIP
 from anybatch.insight.full_gradient import full_gradient
-from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, IdMask, Matryoshka, PairMask, SogCLR, TaskMask
+from anybatch.losses import (
+    CountCorrectedInfoNCE,
+    CrossBatchInfoNCE,
+    Examples,
+    InfoNCE,
+    LogWeights,
+    Matryoshka,
+    SogCLR,
+    removed,
+)
 from anybatch.losses.exact_rows import exact_rows, make_table
 from anybatch.losses.late_interaction import LateInteraction
+from anybatch.losses.log_weights import ListedPairs, same_row
 from anybatch.losses.rows import RowTable
 
 from .methods import ALL, ROWS, STATEFUL, WIDTH
@@ -162,16 +172,24 @@ class TestIntegers:
                 loss(anchors, candidates, index=index, log_weight=weight)
         assert same(state(loss), before)
 
-    def test_log_weights_hold_integers(self):
-        for make in (
-            lambda x: IdMask(row_positive=x, row_anchor=x, column_id=x, column_anchor=x),
-            lambda x: PairMask(row_key=x, column_key=x, keys=x),
-            lambda x: TaskMask(row_task=x, column_task=x),
-        ):
-            narrow = make(torch.arange(4, dtype=torch.uint8))
-            assert all(value.dtype == torch.int64 for value in vars(narrow).values() if isinstance(value, torch.Tensor))
+    def test_records_hold_integers(self):
+        for make in (lambda x: Examples(row=x), lambda x: ListedPairs(x, 10)):
+            narrow = vars(make(torch.arange(4, dtype=torch.uint8)))
+            values = [*narrow.values(), *narrow.get("columns", {}).values()]
+            assert any(isinstance(value, torch.Tensor) for value in values)
+            assert all(value.dtype == torch.int64 for value in values if isinstance(value, torch.Tensor))
             with pytest.raises(AnybatchError, match=r"torch\.bool"):
                 make(torch.ones(4, dtype=torch.bool))
+        with pytest.raises(AnybatchError, match=r"column row of the examples has shape \(3,\); .*\(4,\) as of author"):
+            Examples(row=torch.arange(3), author=torch.arange(4))
+        weights = LogWeights.of(Examples(row=torch.arange(4)), 4, same_row)
+        with pytest.raises(AnybatchError, match="records of 4 candidates; the batch has 5"):
+            InfoNCE()(torch.ones(4, 2), torch.ones(5, 2), log_weight=weights)
+        ids = torch.arange(4)
+        with pytest.raises(AnybatchError, match="have a column 'row' with other values"):
+            InfoNCE()(torch.ones(4, 2), torch.ones(4, 2), log_weight=weights, index=ids + 1)
+        with pytest.raises(AnybatchError, match=r"asks for the column 'author' .* Examples\(author=\.\.\.\)"):
+            Examples(row=ids)["author"]
 
     def test_the_row_table_checks_as_well(self):
         table = RowTable(np.arange(5), np.arange(5))
@@ -210,12 +228,18 @@ class TestIntegers:
             assert torch.equal(*equal)
 
 
+def same_group(queries, candidates, *, back):
+    return removed(queries["group"][:, None] == candidates["group"])
+
+
 class TestRepeatedRows:
     @pytest.mark.parametrize("ids", [False, True])
     @pytest.mark.parametrize("direction", DIRECTIONS)
     @pytest.mark.parametrize("name", ALL)
     def test_they_are_no_negatives(self, name, direction, ids):
-        """As with a mask of these pairs, and no row number that could say it; over steps, so that what is remembered is masked as well."""
+        """As with a mask of these pairs, and no row number that could say it; over steps, so that what is remembered
+        is masked as well.
+        """
         results = []
         for masked in (False, True):
             torch.manual_seed(0)
@@ -226,14 +250,14 @@ class TestRepeatedRows:
                 loss.zero_grad()
                 if masked:
                     columns = torch.cat([index, -2 - torch.arange(2)])
-                    mask = IdMask(row_positive=index, row_anchor=index, column_id=columns, column_anchor=columns)
+                    mask = LogWeights.of(Examples(group=columns), len(index), same_group)
                     batch = loss._prepare(anchors, candidates, index, None, None, None)
                     value = loss._of(replace(batch, log_weight=mask))
                 else:
                     known = {"anchor_id": index + 100, "candidate_id": torch.cat([index, torch.tensor([900, 901])])}
                     value = loss(anchors, candidates, index=index, **(known if ids else {}))
                 value.backward()
-            kept = {key: value for key, value in state(loss).items() if not key.endswith(("features", "kinds"))}
+            kept = {key: value for key, value in state(loss).items() if not key.endswith(("records", "kinds"))}
             results.append({"value": value.detach(), "anchors": anchors.grad, "candidates": candidates.grad, **kept})
         for key, ours in results[0].items():
             torch.testing.assert_close(ours, results[1][key], rtol=1e-12, atol=1e-12, equal_nan=True)
@@ -261,14 +285,16 @@ class TestRepeatedRows:
         loss = CrossBatchInfoNCE(ROWS, memory_size=11, temperature=0.3).double()
         anchors, candidates, _ = draw(0, extra=0)
         loss(anchors, candidates, index=torch.tensor([1, 1, 2, 3, 3, 3]))
-        assert sorted(loss.recent.rows.tolist()) == [-1] * 8 + [1, 2, 3]
-        place = loss.recent.rows.tolist().index(3)
+        assert sorted(loss.queue.rows.tolist()) == [-1] * 8 + [1, 2, 3]
+        place = loss.queue.rows.tolist().index(3)
         newest = torch.nn.functional.normalize(anchors.detach()[5], dim=0) - loss.mean[0]
-        torch.testing.assert_close(loss.recent.embeddings[0, place], newest)
+        torch.testing.assert_close(loss.queue.embeddings[0, place], newest)
 
 
 class TestCounts:
-    """Small data with label-like positives, every batch there is: what a batch says of the whole is right in the mean, exactly."""
+    """Small data with label-like positives, every batch there is: what a batch says of the whole is right in the
+    mean, exactly.
+    """
 
     N, BATCH = 9, 3
 
@@ -396,7 +422,8 @@ class TestNumbersThatAreNone:
     @pytest.mark.parametrize("name", STATEFUL)
     @pytest.mark.parametrize("normalize", [True, False])
     def test_a_step_that_overflows_leaves_no_trace_in_the_state(self, name, direction, normalize):
-        """As with float16 and a gradient scaler, which skips such steps: everything remembered stays a number, and what was remembered of the row
+        """As with float16 and a gradient scaler, which skips such steps: everything remembered stays a number, and
+        what was remembered of the row
         stays as it was."""
         for bad, where in itertools.product((torch.nan, torch.inf, -torch.inf), ("anchor", "candidate", "all")):
             torch.manual_seed(0)

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,15 +15,16 @@ from torch import nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import (
-    ClusterLogWeight,
     CountCorrectedInfoNCE,
     DecoupledInfoNCE,
     InfoNCE,
     SogCLR,
-    inclusion_log_weights,
 )
+from anybatch.losses.rows import inclusion_log_weights
+from anybatch.plans.plan import BatchPlan
 
 from .. import reference
+from .methods import cluster_weights
 
 
 def draw_batch(seed, rows, extra, width=5, repeated=True):
@@ -337,6 +339,20 @@ class TestNumbers:
                 make()
 
 
+def inclusion_weights(num_clusters, size, per_batch, cap=None):
+    """Of a row of the same cluster and of another one, for a plan without remainder rows."""
+    cluster = np.repeat(np.arange(num_clusters, dtype=np.int32), size)
+    plan = BatchPlan(
+        num_rows=len(cluster),
+        batch_size=size * per_batch,
+        cluster_size=size,
+        cluster=cluster,
+        seed=0,
+        data_digest="",
+    )
+    return inclusion_log_weights(plan, cap)[0, 0, :2].tolist()
+
+
 def test_inclusion_weights_are_unbiased_on_mined_batches():
     """Enumerate every batch of a small plan: the weighted sum over the batch must average to the mean over all other rows."""
     import itertools
@@ -345,38 +361,37 @@ def test_inclusion_weights_are_unbiased_on_mined_batches():
     n = num_clusters * size
     cluster = torch.arange(n) // size
     values = torch.randn(n, n, dtype=torch.float64)
-    same, other = inclusion_log_weights(n, (per_batch - 1) / (num_clusters - 1))
+    same, other = inclusion_weights(num_clusters, size, per_batch)
     for row in (0, 7):
         estimates = []
         for companions in itertools.combinations([c for c in range(num_clusters) if c != cluster[row]], per_batch - 1):
             columns = torch.cat([torch.nonzero(cluster == c)[:, 0] for c in (int(cluster[row]), *companions)])
             columns = columns[columns != row]
-            weight = ClusterLogWeight(
-                row_cluster=cluster[row : row + 1], column_cluster=cluster[columns], same=same, other=other
-            )
+            weight = cluster_weights(torch.cat([cluster[row : row + 1], cluster[columns]]), 1, same=same, other=other)
             estimates.append(
-                (weight.tile(slice(0, 1), slice(0, len(columns))).double().exp()[0] * values[row, columns]).sum()
+                (weight.tile(slice(0, 1), slice(1, 1 + len(columns))).exp()[0] * values[row, columns]).sum()
             )
         others = [j for j in range(n) if j != row]
         torch.testing.assert_close(torch.stack(estimates).mean(), values[row, others].mean(), rtol=1e-6, atol=1e-6)
 
 
 def test_inclusion_weights_at_the_edges():
-    assert inclusion_log_weights(11, 1.0)[0] == inclusion_log_weights(11, 1.0)[1]  # every cluster in every batch
-    uniform = inclusion_log_weights(100, 9 / 99)  # clusters of one row: plain random batches
-    assert uniform[1] == pytest.approx(-math.log(9))
-    assert inclusion_log_weights(100, 1 / 9, cap=3.0)[1] == pytest.approx(math.log(3 / 99))
-    assert inclusion_log_weights(100, 0.0) == (-math.log(99), -math.log(99))
-    with pytest.raises(AnybatchError, match="cap"):
-        inclusion_log_weights(100, 1 / 9, cap=0.5)
+    same, other = inclusion_weights(2, 5, 2)  # every cluster in every batch
+    assert same == other == pytest.approx(-math.log(9))
+    assert inclusion_weights(100, 1, 10)[1] == pytest.approx(-math.log(9))  # clusters of one row: random batches
+    assert inclusion_weights(10, 10, 2, cap=3.0) == pytest.approx([-math.log(99), math.log(3 / 99)])
+    assert inclusion_weights(10, 10, 2, cap=1000.0) == pytest.approx([-math.log(99), math.log(9 / 99)])
+    assert inclusion_weights(10, 10, 1) == [-math.log(99), -math.log(99)]  # never together
+    with pytest.raises(AnybatchError, match=r"The cap on the weights is 0\.5; expected at least 1"):
+        inclusion_weights(10, 10, 2, cap=0.5)
 
 
 def test_weighted_sogclr_and_count_corrected_equal_their_twins():
     anchors, candidates, *_ = draw_batch(5, 6, 2)
     cluster = torch.tensor([0, 0, 1, 1, -1, 2])
-    same, other = inclusion_log_weights(60, 2 / 9)
+    same, other = inclusion_weights(10, 6, 3)
     columns = torch.cat([cluster, cluster[[0, 3]]])  # explicit negatives belong to the rows that bring them
-    weight = ClusterLogWeight(row_cluster=cluster, column_cluster=columns, same=same, other=other)
+    weight = cluster_weights(columns, 6, same=same, other=other)
     linear = torch.full((6, 8), math.exp(other), dtype=torch.float64)
     for i in range(6):
         for j in range(8):

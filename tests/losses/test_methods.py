@@ -13,7 +13,7 @@ from anybatch.family import EMC2, NUCLR, SCENT, GloFND
 from anybatch.family.emc2 import _Chain, _Chained
 from anybatch.losses import DecoupledInfoNCE, SogCLR
 from anybatch.losses.base import Batch, side_of
-from anybatch.losses.candidates import Layout
+from anybatch.losses.engine.candidates import Layout
 
 from .. import reference
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SigLIP
-from anybatch.losses import ClusterLogWeight
 from anybatch.losses.registry import LossConfig, build_loss, make_loss
 from tests.ranks import on_ranks
 
 from .. import reference
+from .methods import cluster_weights
 from .test_losses import close, draw_batch, gradients
 
 
@@ -162,9 +162,8 @@ def run(name, tile, rows, extras):
     anchor_id = torch.tensor([0, 1, 0, 3, 4, 1, 6, 7])[rows]
     candidate_id = torch.cat([torch.tensor([0, 1, 2, 3, 2, 5, 6, 7])[rows], torch.tensor([7, 8, 0])[extras]])
     cluster = torch.tensor([0, 0, 1, 1, -1, 0, 2, 2])[rows]
-    weight = ClusterLogWeight(
-        row_cluster=cluster, column_cluster=torch.cat([cluster, torch.full((len(mine[2]),), -2)]), same=-0.5, other=0.25
-    )
+    columns = torch.cat([cluster, torch.full((len(mine[2]),), -2)])
+    weight = cluster_weights(columns, len(cluster), same=-0.5, other=0.25)
     loss = MAKE[name](tile).double()
     value = loss(mine[0], torch.cat(mine[1:]), log_weight=weight, anchor_id=anchor_id, candidate_id=candidate_id)
     value.backward()

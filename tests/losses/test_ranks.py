@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, InfoNCE, SogCLR
-from anybatch.losses.engine import Side, softmax_loss, symmetric_softmax_loss
+from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, SogCLR
+from anybatch.losses.engine import Side, softmax_loss
 from tests.ranks import on_ranks
 
-from .methods import ALL
+from .methods import ALL, cluster_weights
 
 SHARES = {2: [3, 5], 3: [4, 1, 3]}
 EXTRA = {2: [2, 1], 3: [0, 2, 1]}
@@ -51,7 +51,9 @@ def batch(step):
 
 
 def run(name, tile, rows, extras):
-    """Three steps on the share `rows` of the rows and `extras` of the negatives; with slices of everything this is one process."""
+    """Three steps on the share `rows` of the rows and `extras` of the negatives; with slices of everything this is
+    one process.
+    """
     torch.manual_seed(0)  # a network starts the same everywhere
     loss = {**MAKE, **METHODS}[name](tile).double()
     results = []
@@ -63,9 +65,7 @@ def run(name, tile, rows, extras):
         known = {"anchor_id": anchor_id[rows], "candidate_id": torch.cat([positive_id[rows], negative_id[extras]])}
         if name == "sogclr weights":
             columns = torch.cat([cluster[rows], torch.full((len(mine[2]),), -2)])
-            known["log_weight"] = ClusterLogWeight(
-                row_cluster=cluster[rows], column_cluster=columns, same=-3.0, other=-1.5
-            )
+            known["log_weight"] = cluster_weights(columns, len(mine[0]), same=-3.0, other=-1.5)
         loss.zero_grad()
         value = loss(mine[0], torch.cat(mine[1:]), index=index[rows], **known)
         value.backward()
@@ -84,26 +84,24 @@ def run_engine(tile, rows, extras):
     explicit = negatives[extras].clone().requires_grad_()
     candidates = torch.cat([mine[1], explicit])
     columns = torch.cat([cluster[rows], torch.full((len(explicit),), -2)])
-    weight = ClusterLogWeight(row_cluster=cluster[rows], column_cluster=columns, same=-3.0, other=-1.5)
+    weight = cluster_weights(columns, len(mine[0]), same=-3.0, other=-1.5)
     weights = (weight, weight.reversed(len(mine[0])))
     sides = [
         Side(rule=Halved(), temperature=tau, log_weight=b, row_weight=row_weight[rows])
         for tau, b in zip(mine[2:], weights, strict=True)
     ]
-    both, stats = symmetric_softmax_loss(mine[0], candidates, forward=sides[0], back=sides[1], tile_bytes=tile)
-    one, pulls = softmax_loss(
-        mine[0],
-        candidates,
+    both, stats = softmax_loss(mine[0], candidates, *sides, tile_bytes=tile)
+    side = Side(
         rule=Halved(),
         temperature=mine[2],
         log_weight=weight,
         column_weight=lambda part: row_weight[rows][part],
-        tile_bytes=tile,
     )
+    one, (pulls,) = softmax_loss(mine[0], candidates, side, tile_bytes=tile)
     (both + 0.5 * one).backward()
     figures = [stats[1].log_sum, stats[1].num_negatives, stats[1].temperature_gradient]
     gradients = [side.grad for side in (*mine, explicit)]
-    return both.detach(), one.detach(), gradients, figures, pulls.column_pull
+    return both.detach(), one.detach(), gradients, figures, pulls.column_gradient
 
 
 class Halved:

@@ -126,7 +126,10 @@ def test_states_are_shared_out_as_asked(name):
 
 def test_a_temperature_that_is_not_to_be_learned_is_not():
     assert build_loss(LossConfig(name="siglip"), num_rows=9).temperatures.log_temperature is not None
-    assert build_loss(LossConfig(name="siglip", learnable_temperature=False), num_rows=9).temperatures.log_temperature is None
+    assert (
+        build_loss(LossConfig(name="siglip", learnable_temperature=False), num_rows=9).temperatures.log_temperature
+        is None
+    )
 
 
 @pytest.mark.parametrize("version", ["v0", "v1", "v2", "v3"])

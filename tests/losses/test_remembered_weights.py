@@ -1,4 +1,6 @@
-"""Inclusion weights of remembered rows, made by a `RowTable` of real plans: the batch and the memory together estimate the sum over the data set."""
+"""Inclusion weights of remembered rows, made by a `RowTable` of real plans: the batch and the memory together
+estimate the sum over the data set.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ import torch
 from anybatch import BatchPlan
 from anybatch.insight.gradient_error import FrozenPairs, gradient_error
 from anybatch.losses import CrossBatchInfoNCE, InfoNCE
-from anybatch.losses.remembered_columns import with_remembered
 from anybatch.losses.rows import RowTable
 
 N = 240
@@ -45,7 +46,9 @@ CASES = {
 @pytest.mark.filterwarnings("ignore:A batch of 16 is a single cluster")
 @pytest.mark.parametrize("name", CASES)
 def test_the_sum_over_the_data_is_unbiased(name):
-    """Monte Carlo over epochs: positive numbers for all pairs, summed with the weights; the ratio to the true sum within 2%, a tenth of what the faults did."""
+    """Monte Carlo over epochs: positive numbers for all pairs, summed with the weights; the ratio to the true sum
+    within 2%, a tenth of what the faults did.
+    """
     drawn, negative = CASES[name]
     ids, per_row = np.arange(N), 0 if negative is None else negative.shape[1]
     table = RowTable(ids, ids, negative_id=negative, plan=drawn, weights="inclusion")
@@ -61,11 +64,11 @@ def test_the_sum_over_the_data_is_unbiased(name):
             candidates = points[arguments["candidate_id"]]
             if epoch:
                 batch = loss._prepare(points[index], candidates, **arguments_of(arguments))
-                columns = loss._recall(batch).columns[0]
-                weight = with_remembered(batch.log_weight, columns)
-                tile = weight.tile(slice(0, len(index)), slice(0, len(candidates) + 64)).double()
+                memory = loss._recall(batch).memory
+                weight = batch.log_weight.beside(memory, slice(0, len(memory)))
+                tile = weight.tile(slice(0, len(index)), slice(0, len(candidates) + len(memory)))
                 tile[:, : len(index)].fill_diagonal_(-torch.inf)
-                column = torch.cat([arguments["candidate_id"], loss.recent.rows.clamp(min=0)])
+                column = torch.cat([arguments["candidate_id"], memory["row"]])
                 total[index] += (tile.exp() * values[index][:, column]).sum(dim=1) * (N - 1)
                 times[index] += 1
             loss(points[index], candidates, **arguments)
@@ -87,7 +90,8 @@ def test_a_cap_limits_what_a_remembered_row_stands_for():
         index = torch.from_numpy(rows).long()
         arguments = table.arguments(index)
         batch = loss._prepare(points[index], points[index], **arguments_of(arguments))
-        tile = with_remembered(batch.log_weight, loss._recall(batch).columns[0]).tile(slice(0, 16), slice(0, 80))
+        memory = loss._recall(batch).memory
+        tile = batch.log_weight.beside(memory, slice(0, len(memory))).tile(slice(0, 16), slice(0, 16 + len(memory)))
         loss(points[index], points[index], **arguments)
     finite = tile[~tile.isneginf()].exp() * (N - 1)
     assert finite.unique().numpy() == pytest.approx([1.0, 3.0])
@@ -105,7 +109,9 @@ def test_all_data_remembered_is_the_exact_gradient_on_mined_batches_too():
 
 
 def test_batches_within_data_sets_remember_their_own_set_without_weights_too():
-    """Of the memory, each set's rows; of the batch itself nothing is removed. Both sides' gradients are exact when all is remembered."""
+    """Of the memory, each set's rows; of the batch itself nothing is removed. Both sides' gradients are exact when
+    all is remembered.
+    """
     drawn = plan(**sets("within"))
     table = RowTable(np.arange(N), np.arange(N), plan=drawn)
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +152,9 @@ def test_a_mask_of_data_sets_leaves_other_losses_alone():
 
 
 def test_mined_batches_do_not_make_the_memory_look_stale():
-    """Clusters of near neighbours, embeddings that stand still: what is remembered is used, because only other clusters are compared."""
+    """Clusters of near neighbours, embeddings that stand still: what is remembered is used, because only other
+    clusters are compared.
+    """
     generator = torch.Generator().manual_seed(3)
     centres = torch.randn(N // 4, 12, generator=generator)
     points = centres.repeat_interleave(4, dim=0) + 0.2 * torch.randn(N, 12, generator=generator)

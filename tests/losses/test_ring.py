@@ -1,4 +1,6 @@
-"""Candidates that travel in a ring give what gathered candidates give, on 2 and 3 gloo ranks with uneven and empty shares."""
+"""Candidates that travel in a ring give what gathered candidates give, on 2 and 3 gloo ranks with uneven and empty
+shares.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ import torch
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses import ClusterLogWeight, CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.engine import softmax_loss
+from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
+from anybatch.losses.engine import Side, softmax_loss
 from anybatch.losses.registry import LossConfig, build_loss
 from tests.ranks import on_ranks
+
+from .methods import cluster_weights
 
 DIMENSIONS = 5
 # Rows and explicit negatives of each rank; one rank has no negatives, another nothing at all.
@@ -19,7 +23,6 @@ COMMON = {"temperature": 0.2, "learnable_temperature": True}
 MAKE = {
     "infonce": lambda **k: InfoNCE(**COMMON, **k),
     "infonce both": lambda **k: InfoNCE(direction="both", **COMMON, **k),
-    "infonce margin": lambda **k: InfoNCE(temperature=0.2, margin=0.1, **k),
     "decoupled both": lambda **k: DecoupledInfoNCE(direction="both", **COMMON, **k),
     "count corrected": lambda **k: CountCorrectedInfoNCE(40, **COMMON, **k),
     "sogclr": lambda **k: SogCLR(40, gamma=0.4, **COMMON, **k),
@@ -71,7 +74,7 @@ def run(name, rows, extras, **options):
         if name in WEIGHTED:
             cluster = given["cluster"][rows]
             columns = torch.cat([cluster, torch.full((len(mine[2]),), -2)])
-            known["log_weight"] = ClusterLogWeight(row_cluster=cluster, column_cluster=columns, same=-3.0, other=-1.5)
+            known["log_weight"] = cluster_weights(columns, len(cluster), same=-3.0, other=-1.5)
         loss.zero_grad()
         value = loss(mine[0], torch.cat(mine[1:]), **known)
         value.backward()
@@ -88,18 +91,15 @@ def run_engine(rows, extras, *, ring):
     generator = torch.Generator().manual_seed(9)
     tau, row_weight = (0.2 + torch.rand(8, generator=generator, dtype=torch.float64) for _ in range(2))
     mine = [side[rows].clone().requires_grad_() for side in (anchors, positives, tau)]
-    value, stats = softmax_loss(
-        mine[0],
-        torch.cat([mine[1], negatives[extras]]),
+    side = Side(
         temperature=mine[2],
         rule=Halved(),
         row_weight=row_weight[rows],
         column_weight=lambda part: row_weight[rows][part],
-        tile_bytes=100,
-        ring=ring,
     )
+    value, (stats,) = softmax_loss(mine[0], torch.cat([mine[1], negatives[extras]]), side, tile_bytes=100, ring=ring)
     value.backward()
-    return value.detach(), [side.grad for side in mine], stats.column_pull, stats.num_negatives
+    return value.detach(), [side.grad for side in mine], stats.column_gradient, stats.num_negatives
 
 
 def worker(rank, world_size):
@@ -123,9 +123,9 @@ def worker(rank, world_size):
         results[name, "gathered"] = run(name, rows, extras)
     results["engine", "gathered"] = run_engine(rows, extras, ring=False)
     results["refused"] = False
-    side = {"temperature": torch.tensor(0.2), "rule": Halved(), "adjust": lambda rows, scores, logits: logits}
+    side = Side(temperature=torch.tensor(0.2), rule=Halved(), adjust=lambda rows, scores, logits: logits)
     try:
-        softmax_loss(torch.zeros(2, 3), torch.zeros(2, 3), ring=True, **side)
+        softmax_loss(torch.zeros(2, 3), torch.zeros(2, 3), side, ring=True)
     except AnybatchError as error:
         results["refused"] = "whole rows" in str(error)
     results["candidates were gathered"] = DIMENSIONS in in_ring

@@ -42,8 +42,9 @@ def test_ids_and_weights_of_a_batch():
     own = 1 / 12  # what it brings itself is there
     assert weight[3].tolist() == pytest.approx([*[from_remainder] * 3, own] * 3)
     capped = RowTable(ids, ids, plan=plan(), weights="inclusion", weight_cap=2.0).arguments(index)["log_weight"]
-    assert capped.other.exp().tolist() == pytest.approx([2 * same] * 3 + [2 / 12])
-    assert capped.remainder.exp().tolist()[:3] == pytest.approx([2 * same] * 3)
+    capped = capped.tile(slice(0, 4), slice(0, 4)).exp()
+    assert capped[0].tolist() == pytest.approx([same, same, 2 * same, 2 * same])
+    assert capped[3].tolist() == pytest.approx([2 / 12] * 3 + [1 / 12])
     assert "log_weight" not in RowTable(ids, ids, plan=plan()).arguments(index)
 
 
@@ -157,7 +158,9 @@ def test_a_data_set_that_is_its_own_batch_has_its_own_infonce():
 
 
 def test_ways_are_counted_within_a_data_set():
-    """The text 5 is a positive of one row of a, a hard negative of three, and a positive of four rows of b, which never come beside a."""
+    """The text 5 is a positive of one row of a, a hard negative of three, and a positive of four rows of b, which
+    never come beside a.
+    """
     task = np.repeat([0, 1], [8, 8]).astype(np.int32)
     plan = BatchPlan(
         num_rows=16, batch_size=4, cluster_size=2, cluster=np.repeat(np.arange(8, dtype=np.int32), 2), seed=0, data_digest="",
@@ -168,9 +171,10 @@ def test_ways_are_counted_within_a_data_set():
     negative_id = np.where(np.arange(16) < 3, 5, 100 + np.arange(16))[:, None]
     table = RowTable(np.arange(16), positive_id, negative_id=negative_id, plan=plan, weights="inclusion")
     weight = table.arguments(torch.arange(16), num_negatives=1)["log_weight"]
-    assert weight.column_factor.exp()[5].item() == pytest.approx(1 / 4)  # a: one row stands for itself, four bring it
-    assert weight.column_factor.exp()[12].item() == pytest.approx(1)  # b: four rows, each brings it once
-    assert weight.column_factor.exp()[16].item() == pytest.approx(1 / 4)  # row 0's hard negative
+    ways = weight.candidates["log_ways"].exp()
+    assert ways[5].item() == pytest.approx(4)  # a: one row stands for itself, four bring it
+    assert ways[12].item() == pytest.approx(1)  # b: four rows, each brings it once
+    assert ways[16].item() == pytest.approx(4)  # row 0's hard negative
 
 
 def test_suspects_are_masked_whoever_brings_them():
@@ -185,7 +189,9 @@ def test_suspects_are_masked_whoever_brings_them():
 
 
 def estimates(plan, epochs):
-    """What the weighted batches say of each row's mean over all other rows, those of its data set alone, as weights of them, and the truth: (n, n) both."""
+    """What the weighted batches say of each row's mean over all other rows, those of its data set alone, as weights
+    of them, and the truth: (n, n) both.
+    """
     n = plan.num_rows
     together = np.zeros((n, n))
     for epoch in range(epochs):
@@ -219,7 +225,9 @@ def test_inclusion_weights_are_unbiased_with_remainder_rows(per_batch, remainder
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 def test_inclusion_weights_are_unbiased_with_remainders_shares_and_a_small_set(mixing):
-    """Sets of 15 rows (3 in no cluster), of 23 at half their share (3), and a small set of 3; 3 + 2 clusters make two batches, and one sits out."""
+    """Sets of 15 rows (3 in no cluster), of 23 at half their share (3), and a small set of 3; 3 + 2 clusters make two
+    batches, and one sits out.
+    """
     sizes, size = (15, 23, 3), 4
     task = np.repeat([0, 1, 2], sizes)
     cluster, first = [], 0

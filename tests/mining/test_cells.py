@@ -1,4 +1,4 @@
-"""Coarse cells: exact sizes, near the quality of the whole, and the plan the same from a folder, a kill or a second call."""
+"""Coarse cells: exact sizes, near the quality of the whole, the plan the same from a folder or a second call."""
 
 from __future__ import annotations
 

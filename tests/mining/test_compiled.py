@@ -1,4 +1,4 @@
-"""The cache of compiled loops is a convenience: without a place for it, or with damaged files in it, mining gives what it always gives."""
+"""The cache of compiled loops is a convenience: without a place, or with damaged files, mining gives the same."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def mined(folder: Path, *arguments: str, **environment: str) -> list[str]:
     """The neighbours found by the package in `folder` without a home, and which cache was used."""
     done = subprocess.run(
         [sys.executable, *arguments],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "HOME": "/dev/null/nowhere", "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True, check=False,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "HOME": "/dev/null/nowhere", "OMP_NUM_THREADS": "1",
+        **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.split()

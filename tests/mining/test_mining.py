@@ -17,6 +17,7 @@ from anybatch.losses.rows import RowTable
 from anybatch.mining import (
     MiningConfig,
     MiningSet,
+    Window,
     audit_clusters,
     build_graph,
     check_sizes,
@@ -29,7 +30,6 @@ from anybatch.mining import (
     sample_negatives,
     suspect_pairs,
 )
-from anybatch.mining import neighbors as neighbors_module
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, SetConfig
 from anybatch.run.read_data import read_data
@@ -64,11 +64,11 @@ def naive_neighbors(queries, documents, k, anchor_id, positive_id):
 
 @pytest.mark.parametrize("distinct", [None, 20])
 @pytest.mark.parametrize(("num_rows", "k"), [(37, 5), (150, 149), (203, 17)])
-def test_exact_neighbors_equal_a_full_sort(num_rows, k, distinct, monkeypatch):
-    monkeypatch.setattr(neighbors_module, "UNIT_ROWS", 40)  # several blocks of rows
+def test_exact_neighbors_equal_a_full_sort(num_rows, k, distinct):
     anchors, positives = embeddings(num_rows)
     anchor_id, positive_id = ids(num_rows, distinct=distinct) if distinct else (np.arange(num_rows),) * 2
-    found = exact_neighbors(anchors, positives, k, anchor_id=anchor_id, positive_id=positive_id)
+    given = {"anchor_id": anchor_id, "positive_id": positive_id}
+    found = exact_neighbors(anchors, positives, k, unit_rows=40, **given)  # several blocks of rows
     for line, expected in zip(found.ids, naive_neighbors(anchors, positives, k, anchor_id, positive_id)):
         assert [i for i in line if i >= 0] == expected
         assert all(i == -1 for i in line[len(expected) :])
@@ -105,11 +105,11 @@ def test_half_precision_files_are_enough(tmp_path):
     assert np.mean(found.ids == exact.ids) > 0.95
 
 
-def small_graph(num_rows=90, seed=0, **options):
+def small_graph(num_rows=90, seed=0, skip=4, take=10, margin=None, **options):
     anchors, positives = embeddings(num_rows, seed)
     same = {"anchor_id": np.arange(num_rows), "positive_id": np.arange(num_rows)}
     found = exact_neighbors(anchors, positives, 20, **same)
-    return found, build_graph(found, **{"skip": 4, "take": 10, **options})
+    return found, build_graph(found, Window(skip, take, margin), **options)
 
 
 def test_graph_windows():
@@ -155,7 +155,7 @@ def test_clusters_are_exactly_equal_and_keep_identical_content_apart(num_rows, s
         )
     )
     found = exact_neighbors(anchors, positives, 12, **known)
-    graph = build_graph(found, skip=2, take=10)
+    graph = build_graph(found, Window(2, 10))
     signed = graph.signed(3.0)
     num_clusters = num_rows // size
     start = np.random.default_rng(seed).integers(num_clusters, size=num_rows)
@@ -236,18 +236,6 @@ def test_mine_plan(method):
     assert audit.smallest == audit.largest == 8
     assert audit.remainder_rows == 333 % 8
     assert audit.window_per_anchor > 3 * audit.random_window_per_anchor
-
-
-def test_symmetric_score_is_both_ways():
-    anchors, positives = embeddings(120)
-    config = MiningConfig(batch_size=8, cluster_size=4, skip=2, take=5, score="symmetric")
-    graph = mine_plan(anchors, positives, config=config).graph
-    scores = anchors @ positives.T
-    scores = scores + scores.T
-    np.fill_diagonal(scores, -np.inf)
-    for row in range(120):
-        order = np.argsort(-scores[row], kind="stable")
-        assert set(graph.conflict[row].indices) == set(order[:2])
 
 
 def test_negatives_come_from_the_window_and_never_repeat_content():
@@ -389,11 +377,11 @@ def test_small_sets_that_have_too_many_rows_are_told():
     assert "4 of their 12" in result.report.notes[-1]
 
 
-def test_a_data_set_that_would_never_be_dealt_is_refused():
+def test_a_data_set_that_would_never_be_sampled_is_refused():
     """One cluster, which is left over; batches of two, and no other cluster is left over."""
     sets = [MiningSet(name="large", num_rows=16), MiningSet(name="small", num_rows=4)]
     config = MiningConfig(batch_size=8, cluster_size=4)
-    with pytest.raises(AnybatchError, match="'small' would never be dealt"):
+    with pytest.raises(AnybatchError, match="'small' would never be sampled"):
         check_sizes(20, config=config, sets=sets)
     check_sizes(20, config=replace(config, mixing="mixed"), sets=sets)
     check_sizes(20, config=config, sets=[replace(sets[0], num_rows=12), replace(sets[1], num_rows=8)])
@@ -408,7 +396,7 @@ def test_random_batches_are_refused_by_the_shares_before_any_work():
         lambda: mine_plan(anchors, positives, config=config, sets=sets),
         lambda: random_plan(80, config=config, sets=sets),
     ):
-        with pytest.raises(AnybatchError, match=r"An epoch deals 8 of 80 rows.*raise the shares"):
+        with pytest.raises(AnybatchError, match=r"An epoch has 8 of 80 rows.*raise the shares"):
             refuse()
     check_sizes(80, config=replace(config, batch_size=8, mixing="mixed"), sets=sets)
 
@@ -440,7 +428,7 @@ def test_an_earlier_plan_is_a_place_to_start():
 
 
 def test_a_positive_of_the_same_anchor_in_another_row_is_no_hard_negative():
-    """Rows (a, p1), (a, p2), (b, p2): p2 is right for a, and (b, p2) must neither be drawn for (a, p1) nor sit beside it."""
+    """Rows (a, p1), (a, p2), (b, p2): p2 is right for a: (b, p2) is neither drawn for (a, p1) nor sits beside it."""
     generator = np.random.default_rng(3)
     triples = 40
     anchor = np.repeat(np.arange(triples) * 2, 3) + np.tile([0, 0, 1], triples)

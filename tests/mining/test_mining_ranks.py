@@ -1,4 +1,4 @@
-"""W gloo ranks search, embed and mine as one process does; a search killed on all of them goes on with another number."""
+"""W ranks search, embed and mine as one process does; a search killed on all goes on with another number."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from anybatch.core import distributed
 from anybatch.core.blocks import BlockArrays, release_pages
 from anybatch.core.errors import AnybatchError
 from anybatch.mining import MiningConfig, MiningSet, exact_neighbors, ivf_neighbors, mine_shared
-from anybatch.mining import inverted as inverted_module
-from anybatch.mining import neighbors as neighbors_module
 from anybatch.plans.plan import BatchPlan
 from tests.ranks import on_ranks
 
@@ -28,15 +26,12 @@ KNOWN = {"anchor_id": np.arange(211), "positive_id": np.arange(211)}
 # The ranks that only search import nothing of the pipeline: a process pays seconds for it.
 
 
-def small_searches():
-    neighbors_module.UNIT_ROWS, neighbors_module.BLOCK_UNITS = 9, 2
-    inverted_module.QUERY_ROWS = 10
+UNIT_ROWS = {"exact": 2, "ivf": 3}  # queries searched together: small, so that there are blocks for all ranks
 
 
-def small_blocks():
+def small_shards():
     from anybatch.integrations.sentence_transformers import embed as embed_module
 
-    small_searches()
     embed_module.SHARD = 10
 
 
@@ -59,7 +54,7 @@ def mine(folder, model, pairs, **options):
     from anybatch.run.make_plan import make_plan
     from anybatch.run.read_data import read_training_pairs
 
-    small_blocks()
+    small_shards()
     config = run_config(folder, model, pairs, **options)
     with open_run(config):
         return make_plan(config, read_training_pairs(config))
@@ -68,11 +63,11 @@ def mine(folder, model, pairs, **options):
 def search(name, folder, progress=None):
     find = {"exact": exact_neighbors, "ivf": ivf_neighbors}[name]
     anchors, positives = embeddings(211, topics=20)
-    return find(anchors, positives, 12, folder=folder and Path(folder) / name, progress=progress, **KNOWN)
+    folder = folder and Path(folder) / name
+    return find(anchors, positives, 12, folder=folder, progress=progress, unit_rows=UNIT_ROWS[name], **KNOWN)
 
 
 def worker(rank, world_size, folder, model, pairs, kill):
-    small_searches()
     done = []
 
     def progress(fraction):
@@ -92,9 +87,7 @@ def worker(rank, world_size, folder, model, pairs, kill):
 def keep_sizes(monkeypatch):
     from anybatch.integrations.sentence_transformers import embed as embed_module
 
-    for module in (neighbors_module, inverted_module, embed_module):
-        for name in {"UNIT_ROWS", "BLOCK_UNITS", "QUERY_ROWS", "SHARD"} & set(vars(module)):
-            monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(embed_module, "SHARD", embed_module.SHARD)
 
 
 @pytest.mark.distributed
@@ -240,7 +233,7 @@ def refused_worker(rank, world_size, folder, model, pairs):
     from anybatch.cli.app import app
 
     said = []
-    pytest.MonkeyPatch().setattr("anybatch.mining.mine.rank_rows", lambda *_, **__: said.append("searched"))
+    pytest.MonkeyPatch().setattr("anybatch.mining.mine._rank", lambda *_, **__: said.append("searched"))
     anchors, positives = embeddings(211, topics=20)
     broken = anchors.copy()
     broken[100] = np.nan
@@ -273,7 +266,7 @@ def test_what_does_not_fit_is_refused_by_all_ranks_before_the_search(tiny_model_
     expected = (
         "batch_size 10 is not a multiple of mining.cluster_size 4",
         "The data has 211 rows, fewer than one batch of 300",
-        "deals 3 of 52 clusters of 4 rows, which do not fill one batch of 16",
+        "An epoch has 3 of 52 clusters of 4 rows, which do not fill one batch of 16",
         "1 of the anchor embeddings in rows 0 to 210",
         "Anchors have",
         "batch_size 10 is not a multiple",

@@ -1,13 +1,14 @@
-"""Exact and approximate search: precision, devices, symmetric scores, and going on after a kill."""
+"""Exact and approximate search: precision, devices, and going on after a kill."""
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import pytest
 import torch
 
-from anybatch.mining import Stacked, exact_neighbors, ivf_neighbors
-from anybatch.mining import inverted as inverted_module
+from anybatch.mining import exact_neighbors, ivf_neighbors
 from anybatch.mining import neighbors as neighbors_module
 from anybatch.mining import top as top_module
 
@@ -25,16 +26,13 @@ def plain(num_rows):
 @pytest.mark.parametrize("distinct", [None, 20])
 @pytest.mark.parametrize(("num_rows", "k", "tile"), [(37, 5, (8, 16)), (150, 149, (150, 150)), (203, 17, (64, 100))])
 def test_torch_search_equals_the_compiled_one(num_rows, k, tile, distinct, monkeypatch):
-    monkeypatch.setattr(neighbors_module, "UNIT_ROWS", 50)
-    monkeypatch.setattr(neighbors_module, "DEVICE_ROWS", 50)
-    monkeypatch.setattr(neighbors_module, "PIECE_ROWS", 70)
     monkeypatch.setattr(top_module._OnDevice, "tile", tile)
     monkeypatch.setattr(top_module._Compiled, "tile", tile)
     anchors, positives = embeddings(num_rows)
     anchor_id, positive_id = ids(num_rows, distinct=distinct) if distinct else (np.arange(num_rows),) * 2
     known = {"anchor_id": anchor_id, "positive_id": positive_id}
-    compiled = exact_neighbors(anchors, positives, k, **known)
-    on_device = exact_neighbors(anchors, positives, k, device="cpu", **known)
+    compiled = exact_neighbors(anchors, positives, k, unit_rows=50, **known)
+    on_device = exact_neighbors(anchors, positives, k, device="cpu", unit_rows=50, **known)
     expected = naive_neighbors(anchors, positives, k, anchor_id, positive_id)
     for found in (compiled, on_device):
         assert [[i for i in line if i >= 0] for line in found.ids.tolist()] == expected
@@ -47,7 +45,7 @@ def test_torch_search_equals_the_compiled_one(num_rows, k, tile, distinct, monke
 def test_keys_order_signs_zeros_and_ties_as_numbers_do(values):
     generator = np.random.default_rng(0)
     tile = np.asarray(generator.choice(values, size=(7, 501)), np.float32)
-    kept = top_module._Compiled(np.full(7, 600), 20, np.arange(601), np.arange(601), torch.device("cpu"))
+    kept = top_module._Compiled(np.full(7, 600), 20, (np.arange(601), np.arange(601)), torch.device("cpu"))
     columns = generator.permutation(501).astype(np.int32)
     for start in range(0, 501, 83):
         part = np.ascontiguousarray(tile[:, columns[start : start + 83]])
@@ -58,22 +56,24 @@ def test_keys_order_signs_zeros_and_ties_as_numbers_do(values):
         np.testing.assert_array_equal(scores[line], tile[line, row] + 0.0)
 
 
-@pytest.mark.parametrize("search", [exact_neighbors, ivf_neighbors])
-def test_symmetric_score_without_a_copy(search):
-    anchors, positives = embeddings(300, width=12, topics=9)
-    stacked = search(Stacked(anchors, positives), Stacked(positives, anchors), 8, **plain(300))
-    queries, documents = np.hstack([anchors, positives]), np.hstack([positives, anchors])
-    joined = search(queries, documents, 8, **plain(300))
-    np.testing.assert_array_equal(stacked.ids, joined.ids)
-    np.testing.assert_allclose(stacked.own_score, 2 * (anchors * positives).sum(1), rtol=1e-5)
-    assert Stacked(anchors, positives).shape == (300, 24)
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_documents_in_several_pieces(device):
+    """2,048 are read at a time. Of whole numbers, whose scores are exact and often equal: the lower row is first."""
+    generator = np.random.default_rng(0)
+    anchors, positives = (generator.integers(-9, 10, (4200, 5)).astype(np.float32) for _ in range(2))
+    anchors[:, 0] = positives[:, 0] = 1.0
+    rows = np.array([0, 2047, 2048, 4199])
+    found = exact_neighbors(anchors, positives, 30, rows=rows, device=device, **plain(4200))
+    scores = anchors[rows] @ positives.T
+    scores[np.arange(4), rows] = -np.inf
+    np.testing.assert_array_equal(found.scores, -np.sort(-scores, axis=1)[:, :30])
+    if device is None:
+        np.testing.assert_array_equal(found.ids, np.argsort(-scores, axis=1, kind="stable")[:, :30])
 
 
 @pytest.mark.parametrize("search", [exact_neighbors, ivf_neighbors])
 def test_a_killed_search_goes_on(search, tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbors_module, "UNIT_ROWS", 13)
-    monkeypatch.setattr(inverted_module, "QUERY_ROWS", 13)
-    monkeypatch.setattr(neighbors_module, "BLOCK_UNITS", 4)
+    search = functools.partial(search, unit_rows=7)  # blocks of 56
     anchors, positives = (side.astype(np.float16) for side in embeddings(300, topics=30))
     np.save(tmp_path / "a.npy", anchors)
     mapped = np.load(tmp_path / "a.npy", mmap_mode="r")

@@ -320,7 +320,7 @@ def test_shares_hold_for_rows_in_no_cluster(mixing):
 
 
 def test_small_sets_that_outnumber_the_places_leave_everybody_a_chance():
-    """8 places for one set of two clusters and 12 rows of small sets: 4 of them come in an epoch, drawn from all alike."""
+    """8 places, one set of two clusters, 12 rows of small sets: 4 of them come in an epoch, drawn from all alike."""
     plan = several(sizes=(8, 3, 3, 3, 3), per_batch=2)
     seen = np.zeros(plan.num_rows)
     for epoch in range(4000):
@@ -399,7 +399,7 @@ def test_chances_of_drawing_without_return_are_exact(pool):
 
 @pytest.mark.parametrize("within", [False, True])
 def test_chances_over_very_many_clusters_come_at_once(within):
-    """With exact binomial coefficients one data set took 8 s; the mean number of clusters dealt is known without any sum."""
+    """With exact binomial coefficients a data set took 8 s; the mean number of clusters is known without a sum."""
     deal = ClusterSampling(
         cluster_task=np.repeat([0, 1], [130_000, 73_000]), shares=(1.0, 1.0), clusters_per_batch=4095, within=within
     )
@@ -418,7 +418,8 @@ def test_chances_over_very_many_clusters_come_at_once(within):
 def test_no_chance_is_above_one():
     """As rounding makes one of ten clusters of two, where a row in none takes a place."""
     deal = ClusterSampling(
-        cluster_task=np.repeat([0, 1], [10, 3]), shares=(1.0, 1.0), clusters_per_batch=3, within=False, cluster_size=2, remainders=(1, 0),
+        cluster_task=np.repeat([0, 1], [10, 3]), shares=(1.0, 1.0), clusters_per_batch=3, within=False, cluster_size=2,
+        remainders=(1, 0),
     )  # fmt: skip
     for task in (0, 1):
         assert max(vars(deal.chances(task)).values()) <= 1

@@ -45,7 +45,7 @@ def config(pairs_file, tiny_model_folder, tmp_path):
         batch_size=8,
         mining=MiningConfig(method="random"),
         train=TrainConfig(max_steps=2, save_steps=1, log_steps=1, micro_batch=4),
-        evaluation=EvaluationConfig(path=str(pairs_file), limit=20),
+        evaluation=EvaluationConfig(path=str(pairs_file)),
     )
 
 

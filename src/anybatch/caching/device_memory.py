@@ -95,9 +95,8 @@ def device_of(places: Sequence[object]) -> torch.device:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; on the CPU that is a plain RuntimeError of the allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    by_allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return by_allocator or isinstance(error, torch.OutOfMemoryError)
 
 
 def unless_out_of_memory(work: Callable[[], Result]) -> tuple[Result | None, BaseException | None]:

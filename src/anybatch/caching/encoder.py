@@ -120,7 +120,7 @@ class ModuleFacts:
         written: What forward passes may write to; nothing is watched where gradients are off.
 
     Raises:
-        AnybatchError: Batch statistics, hooks that act on a gradient as soon as it is there, what `refuse_wrapper` does.
+        AnybatchError: Batch statistics, hooks that act on a gradient before it is whole, what `refuse_wrapper` refuses.
 
     Cost: some microseconds per module.
     """
@@ -164,7 +164,7 @@ class ModuleFacts:
                 self._wrapped[module] = None
             elif isinstance(module, FSDPModule) and module not in self._sharded_inside:
                 self._wrapped[module] = None
-                self._sharded_inside.update(part for part in module.modules() if part is not module)  # type: ignore[attr-defined]
+                self._sharded_inside.update(part for part in module.modules() if part is not module)
             self._note_state(module, path)
             parts = [(name, part) for name, part in module._modules.items() if part is not None]
             waiting += [(f"{path}.{name}" if path else name, part) for name, part in reversed(parts)]

@@ -37,26 +37,18 @@ class GraphBudget:
     """Keeps the graphs of one step while they fit: all of a small batch (plain training), the first few of a large one.
 
     The tensors that autograd saves for each micro-batch are counted (each storage once, parameters and what a kept
-    graph holds already not). The next micro-batch is no longer than the last, so its bytes per padded token are no more:
+    graph holds already not). The next micro-batch is no longer than the last, so it has no more bytes per padded token:
 
         predicted = bytes measured last * padded tokens / padded tokens measured last
-        keep if in use + reserve + leaves + kept + predicted + the largest graph (a replay's working set) <= memory
+        keep if in use + reserve + leaves + spent + predicted + largest (a replay's working set) <= memory
 
     Args:
         memory: The most memory in use on the device, as in `StepMemory`.
         device: Whose memory.
-        reserve: Bytes set aside for what comes later in the step (gradients of the parameters, the loss's tiles).
-        num_rows: Rows of the whole step, all towers together: when the first embeddings show how wide they are, the
-            `leaf_bytes` of all of them are set aside as well.
+        reserve: Bytes for what comes later in the step (gradients of the parameters, the loss's tiles).
+        num_rows: Rows of the whole step, all towers together, whose embeddings need `leaves` bytes (`leaf_bytes`).
         most: The most bytes of kept graphs, where an earlier step has shown it.
         modules: Their parameters and buffers are there anyway and are not counted.
-
-    Attributes:
-        spent: Bytes of the graphs kept so far.
-        largest: Bytes of the largest graph measured.
-        leaves: Bytes set aside for the embeddings of all rows and what the loss makes of them; 0 before the first ones.
-        overrun: Whether memory ran out beside the kept graphs, in spite of the prediction.
-        bytes_per_token: Measured last; None before the first measurement in a tower.
 
     Cost: one Python call for each tensor that autograd saves.
     """
@@ -76,11 +68,13 @@ class GraphBudget:
         self.start = memory_in_use(self.device) + reserve
         self.num_rows = num_rows
         self.most = most
-        self.leaves = self.spent = self.largest = 0
-        self.overrun = False
-        self.bytes_per_token: float | None = None
+        self.leaves = 0  # bytes of the embeddings of all rows and what the loss makes of them, once seen
+        self.spent = 0  # bytes of the graphs kept so far
+        self.largest = 0  # bytes of the largest graph measured
+        self.overrun = False  # whether memory ran out beside the kept graphs, in spite of the prediction
+        self.bytes_per_token: float | None = None  # measured last; None before the first measurement in a tower
         self._last: dict[int, int] = {}  # storages of the last graph measured
-        # Storages that cost nothing more: parameters, and what kept graphs hold. They are alive: no address comes twice.
+        # Storages that cost nothing more: parameters, and what kept graphs hold. All alive: no address comes twice.
         self._there = {
             tensor.untyped_storage().data_ptr()
             for module in modules
@@ -90,9 +84,8 @@ class GraphBudget:
 
     def has_room(self, slicer: RowSlicer, rows: Tensor) -> bool:
         """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
-        if self.bytes_per_token is None:
-            return False
-        return self._fits(int(self.bytes_per_token * slicer.padded_tokens(rows)))
+        per_token = self.bytes_per_token
+        return per_token is not None and self._fits(int(per_token * slicer.padded_tokens(rows)))
 
     def keep_last(self) -> bool:
         """Note that the graph measured last is kept, if it fits; whether it does."""
@@ -146,11 +139,9 @@ def _unpack(saved: tuple[Tensor, int]) -> Tensor:
 
 
 def leaf_bytes(outputs: Sequence[Tensor], num_rows: int) -> int:
-    """Bytes that embeddings like these, of `num_rows` rows, and what the loss makes of them need at once.
+    """Bytes that embeddings like these, of `num_rows` rows in float32 or better, and what the loss makes of them need.
 
-        LEAF_COPIES * num_rows * sum over the outputs of elements per row * bytes of float32 (float64 for float64)
-
-    The copies are the leaf, its gradient, and in the loss the candidates in one piece, the normalised rows and
+    `LEAF_COPIES` at once: the leaf, its gradient, and in the loss the candidates in one piece, the normalised rows and
     gradients on their way.
     """
     sizes = (math.prod(o.shape[1:]) * torch.promote_types(o.dtype, torch.float32).itemsize for o in outputs)
@@ -167,17 +158,16 @@ class StepMemory:
 
         tokens = the largest power of two with  2 * (fixed + slope * tokens) <= memory - in use - gradients - embeddings
 
-    where fixed and slope (bytes per padded token) are measured by running the longest row, and the longest two, with a
-    graph and counting what autograd saves. Half of the room is left for kept graphs. It is found once for each encoder,
-    and again when a longer row comes. When memory runs out all the same, the step goes on with halves, and later steps
-    start from there.
+    where fixed and slope (bytes per padded token) are what autograd saves of the longest row, and of the longest two.
+    Half of the room is left for kept graphs. It is found once for each encoder, and again when a longer row comes. When
+    memory runs out all the same, the step goes on with halves, and later steps start from there.
 
     Args:
         memory: The most memory in use on the device, parameters, optimiser and other processes included: "8GiB",
             "80%", or bytes.
 
     Attributes:
-        learned: The most padded tokens of a micro-batch, learned from running out of memory; None while it never did.
+        learned: The most padded tokens of a micro-batch, known from running out of memory; None while it never did.
         learned_samples: The same in rows, of inputs without lengths (pictures).
 
     Cost: three rows through each encoder, once.
@@ -289,7 +279,7 @@ class StepMemory:
 
 
 def graph_bytes(tower: Tower, rows: Tensor, num_rows: int) -> tuple[int | None, int]:
-    """What autograd saves for these rows, None if they do not fit; and the loss's share for `num_rows`. No trace stays."""
+    """What autograd saves for these rows, None if they do not fit; and the loss's share for `num_rows`."""
     device = device_of([*tower.modules, tower.slicer.inputs])
     budget = GraphBudget(1, device=device, num_rows=num_rows, modules=tower.modules)
     with torch.enable_grad(), tower.leaving_no_trace(tower.random_state()):

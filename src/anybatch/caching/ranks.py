@@ -20,15 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
-Wrapped = DistributedDataParallel | FSDPModule
+Wrapped = nn.Module  # a DistributedDataParallel, or sharded by `fully_shard` (an FSDPModule too)
 
 
 def refuse_wrapper(module: nn.Module) -> None:
-    """Refuse what reduces in a way that caching cannot hold back.
+    """Refuse what reduces in a way that caching cannot hold back: each with what to use instead.
 
     Raises:
-        AnybatchError: `static_graph=True`, which counts on one forward pass per step; DDP's own mixed precision; the
-            older FullyShardedDataParallel; DeepSpeed's ZeRO-2 and ZeRO-3. The message says what to use.
+        AnybatchError: `static_graph=True`, DDP's mixed precision, FullyShardedDataParallel, DeepSpeed's ZeRO-2 and 3.
     """
     if isinstance(module, DistributedDataParallel) and module.static_graph:
         raise AnybatchError(
@@ -60,7 +59,7 @@ def reduces_now(module: Wrapped) -> bool:
     """Whether a backward pass at this moment would reduce: False inside the caller's own `no_sync` and its like."""
     if isinstance(module, DistributedDataParallel):
         return module.require_backward_grad_sync
-    states: list[Any] = [part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)]  # type: ignore[attr-defined]
+    states: list[Any] = [part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)]
     # What holds the switch; torch has no public reader for it, and two spellings of the attribute.
     groups = [getattr(s, "_fsdp_param_groups", None) or [getattr(s, "_fsdp_param_group", None)] for s in states]
     return all(group.reduce_grads for of_module in groups for group in of_module if group is not None)
@@ -73,7 +72,7 @@ def no_reduction(wrapped: Iterable[Wrapped]) -> Iterator[None]:
         for module in wrapped:
             if isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
-            elif reduces_now(module):
+            elif isinstance(module, FSDPModule) and reduces_now(module):
                 module.set_requires_gradient_sync(False)
                 stack.callback(module.set_requires_gradient_sync, True)
         yield
@@ -81,13 +80,7 @@ def no_reduction(wrapped: Iterable[Wrapped]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refuse_hidden_wrappers(known: Container[nn.Module]) -> Iterator[None]:
-    """Watch a call, and refuse if it runs a module that reduces and is not `known`.
-
-    It would reduce after every micro-batch, adding up what was reduced before.
-
-    Raises:
-        AnybatchError: Inside, where such a module is called.
-    """
+    """Refuse, inside, the call of a module that reduces and is not `known`: it would do so after every micro-batch."""
     if not distributed.is_active():
         yield
         return
@@ -107,9 +100,9 @@ def refuse_hidden_wrappers(known: Container[nn.Module]) -> Iterator[None]:
 
 
 def broadcast_buffers(wrapped: Iterable[Wrapped]) -> None:
-    """What the first forward pass of a DistributedDataParallel would do, before buffers are looked at: rank 0's for all.
+    """Rank 0's buffers for all, as the first forward pass of a DistributedDataParallel would do it, but at once.
 
-    Cost: one broadcast for each that has buffers, and none where it had one since the last reduction.
+    Cost: one broadcast for each that has buffers, where it had none since the last reduction.
     """
     for module in wrapped:
         if isinstance(module, DistributedDataParallel) and module._check_sync_bufs_pre_fwd():
@@ -118,15 +111,14 @@ def broadcast_buffers(wrapped: Iterable[Wrapped]) -> None:
 
 
 class DataParallelReduction:
-    """The reduction at the end of a step, of one DistributedDataParallel.
+    """The reduction at the end of a step, of one DistributedDataParallel, kept from it meanwhile (`no_reduction`).
 
     Args:
-        module: It does not reduce meanwhile (`no_reduction`).
+        module: The wrapper.
         has_gradient: Whether a parameter will have a gradient on this rank.
         failed: Whether this rank's passes failed. Then no rank goes on.
 
-    Cost: one collective of a byte per parameter, and the module's own reduction, which no longer overlaps with the
-        backward pass.
+    Cost: a collective of a byte per parameter, and the module's own, which does not overlap with the backward pass.
     """
 
     def __init__(
@@ -135,9 +127,8 @@ class DataParallelReduction:
         self.module = module
         named = module.module.named_parameters()
         self.parameters = [p for name, p in named if name not in module.parameters_to_ignore and p.is_floating_point()]
-        *self.used, self.failed = _any_rank(
-            [*map(has_gradient, self.parameters), failed], self.parameters[0].device, module.process_group
-        )
+        flags = [*map(has_gradient, self.parameters), failed]
+        *self.used, self.failed = _any_rank(flags, self.parameters[0].device, module.process_group)
 
     def run(self) -> None:
         """Reduce. A parameter without gradient is zero where another rank has one, and stays without where none has."""
@@ -185,9 +176,9 @@ class _TouchAll(torch.autograd.Function):
 def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int = 2**25) -> None:
     """Average `.grad` over all ranks, for encoders that are not wrapped in DistributedDataParallel.
 
-    A parameter without a gradient on this rank counts as zero where another rank has one, and receives the average;
-    where no rank has one it stays without. Does nothing where no process group of more than one rank exists. Leave out
-    the loss's own parameters: anybatch's losses give them the full gradient on every rank.
+    A parameter without a gradient counts as zero where another rank has one; where no rank has one it stays without.
+    Does nothing without a process group of several ranks. Leave out the loss's own parameters: anybatch's losses give
+    them the full gradient on every rank.
 
     Args:
         parameters: The same, in the same order, on every rank; those that do not require a gradient are skipped.
@@ -231,8 +222,7 @@ def same_number_on_all_ranks(micro_batches: Sequence[Tensor]) -> list[Tensor]:
     """Cut the largest micro-batches until every rank has as many: a sharded encoder gathers its weights in each pass.
 
     Raises:
-        AnybatchError: One rank has fewer rows than another has micro-batches; on all ranks, so that none waits for
-            another.
+        AnybatchError: One rank has fewer rows than another has micro-batches; on all ranks.
 
     Cost: one collective of 16 bytes.
     """

@@ -85,12 +85,8 @@ class Recording:
         """How many micro-batches hold their graph at this moment."""
         return sum(piece.outputs is not None for piece in self.pieces)
 
-    def refuse_sharded_split(self, rows: Tensor, error: BaseException | None) -> None:
-        """A micro-batch of a sharded encoder that ran out of memory ends the step.
-
-        Raises:
-            AnybatchError: The encoder is sharded.
-        """
+    def refuse_if_sharded(self, rows: Tensor, error: BaseException | None) -> None:
+        """A micro-batch of a sharded encoder that ran out of memory ends the step."""
         if self.tower.sharded:
             raise AnybatchError(
                 f"Out of memory with a micro-batch of {len(rows)} rows of a sharded encoder (fully_shard), which "
@@ -112,7 +108,7 @@ class Recording:
         slicer, halves = self.tower.slicer, list(rows.tensor_split(2))
         warnings.warn(
             f"Out of memory with a micro-batch of {len(rows)} rows ({slicer.padded_tokens(rows)} padded tokens): split "
-            f"into {len(halves[0])} and {len(halves[1])}. Lower micro_batch or max_tokens to avoid the failed attempts.",
+            f"into {len(halves[0])} and {len(halves[1])}. Lower micro_batch or max_tokens to avoid failed attempts.",
             stacklevel=2,
         )
         self.memory.note_out_of_memory(max(map(slicer.padded_tokens, halves)), by_rows=slicer.lengths is None)
@@ -132,7 +128,7 @@ def record_towers(
     *,
     micro_batch: int | Auto | None = 32,
     max_tokens: int | None = None,
-    keep_graphs: int | float | Auto | GraphBudget = 0,
+    keep_graphs: int | float | Auto = 0,
     memory: str | int | StepMemory = "80%",
     sort_by_length: bool = True,
     pad_to_multiple: int | None = None,
@@ -140,15 +136,11 @@ def record_towers(
 ) -> list[Recording]:
     """Run every encoder over the micro-batches of its batch and keep the embeddings, but not (all of) the graphs.
 
-    The first micro-batch of a tower runs with a graph even where none is kept: its output tells whether the encoder
-    trains at all. A frozen encoder is recognised that way and is never replayed.
-
     Args:
         encoders: One for each tower. Takes a micro-batch in the form of its input, returns a floating tensor `(b, ...)`
             or a tuple of them. A row's embedding must not depend on the other rows.
         inputs: One batch for each tower.
-        micro_batch, max_tokens, memory, sort_by_length, pad_to_multiple, modules: See `cached_step`.
-        keep_graphs: As there, for each tower from its first micro-batch on; or a `GraphBudget` for all.
+        micro_batch, max_tokens, keep_graphs, memory, sort_by_length, pad_to_multiple, modules: See `cached_step`.
 
     Returns:
         One recording for each tower, to be replayed together. Under `torch.no_grad()` their leaves need no gradient.
@@ -157,38 +149,34 @@ def record_towers(
         AnybatchError: What `ModuleFacts`, `RowSlicer`, `plan_micro_batches` and `refuse_neighbours` refuse; outputs
             of another shape than promised.
 
-    Warns:
-        UserWarning: Memory ran out and a micro-batch was split, or no more graphs are kept.
-
     Cost: one forward pass of each batch, and the memory of one micro-batch's graph beside the kept ones.
     """
     # 1. What the step must know before any pass: the form of the inputs, the modules, the memory there is.
-    asked = 0 if isinstance(keep_graphs, GraphBudget) else keep_graphs
-    check_limits(micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=asked, pad_to_multiple=pad_to_multiple)
-    step_memory = memory if isinstance(memory, StepMemory) else StepMemory(memory)
+    check_limits(
+        micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs, pad_to_multiple=pad_to_multiple
+    )
     slicers = [RowSlicer(batch, pad_to_multiple=pad_to_multiple) for batch in inputs]
     if not all(slicer.num_rows for slicer in slicers):
         raise AnybatchError("The batch has no rows; skip the step.")
     num_rows = sum(slicer.num_rows for slicer in slicers)
     towers = towers_of(encoders, slicers, modules)
+    step_memory, budget = memory if isinstance(memory, StepMemory) else StepMemory(memory), None
     if keep_graphs == "auto":
-        keep_graphs = step_memory.next_step(towers[0].facts.modules, inputs, num_rows=num_rows)
+        budget, keep_graphs = step_memory.next_step(towers[0].facts.modules, inputs, num_rows=num_rows), 0
     recordings = []
     for tower in towers:
+        recording = Recording(tower=tower, memory=step_memory, budget=budget)
         with _recording(tower) as called:
             # 2. The micro-batches: no padding beyond what the encoder needs, sizes that memory has room for.
             settle_trimming(tower)
             rows, tokens = step_memory.limits(tower, micro_batch, max_tokens, num_rows=num_rows)
             plan = plan_micro_batches(tower.slicer, micro_batch=rows, max_tokens=tokens, sort_by_length=sort_by_length)
-            budget = keep_graphs if isinstance(keep_graphs, GraphBudget) else None
             if tower.sharded:
-                plan, budget = same_number_on_all_ranks(plan), _no_budget(budget)
+                plan, recording.budget = same_number_on_all_ranks(plan), _no_budget(budget)
             # 3. Rows that see each other are refused.
             first = torch.is_grad_enabled() and refuse_neighbours(tower, plan)
             # 4. The passes.
-            recording = Recording(tower=tower, memory=step_memory, budget=budget)
-            to_keep = 0 if isinstance(keep_graphs, GraphBudget) else count_kept(keep_graphs, len(plan))  # type: ignore[arg-type]
-            _Recorder(recording, plan, to_keep, first=first).run()
+            _Recorder(recording, plan, count_kept(keep_graphs, len(plan)), first=first).run()
         # A compiled encoder may not fire hooks; then every module found in it counts as called. A
         # DistributedDataParallel reduces whatever was called.
         called = called or set(tower.wrapped)
@@ -212,7 +200,7 @@ def _no_budget(budget: GraphBudget | None) -> None:
 def _recording(tower: Tower) -> Iterator[set[Any]]:
     """Nothing reduces inside, and casts are not reused across passes; yields the wrappers that are called."""
     called: set[Any] = set()
-    hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in tower.facts.wrapped]  # type: ignore[union-attr]
+    hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in tower.facts.wrapped]
     torch.clear_autocast_cache()  # some releases reuse a cast made under no_grad, which has no gradient
     try:
         with no_reduction(tower.facts.wrapped), refuse_hidden_wrappers(tower.facts.flags):
@@ -256,7 +244,7 @@ class _Recorder:
             outputs, error = unless_out_of_memory(partial(self.tower.embed, rows, measuring))
         # 2. No room: as before the pass, then once more with less.
         if outputs is None:
-            self.recording.refuse_sharded_split(rows, error)
+            self.recording.refuse_if_sharded(rows, error)
             if self.training:
                 before.restore()
             written.note()
@@ -281,7 +269,7 @@ class _Recorder:
         if piece.trains:
             piece.random, piece.written = before, there
             piece.drew = wrote or not before.equals(self.random)
-            # A budget is asked again: the first graph was made before there was a measurement, the others may be larger.
+            # A budget is asked again: the first graph was made before a measurement, the others may be larger.
             if with_graph and (budget.keep_last() if budget is not None else keep):
                 piece.outputs = outputs
         self.pieces.append(piece)

@@ -73,7 +73,7 @@ class Aside:
 
 def trained_parameters(recordings: Sequence[Recording]) -> list[nn.Parameter]:
     """Those whose gradients accumulate in `.grad`: not those of a sharded module, which keeps them elsewhere."""
-    sharded = {p for r in recordings for m in r.wrapped if isinstance(m, FSDPModule) for p in m.parameters()}  # type: ignore[attr-defined]
+    sharded = {p for r in recordings for m in r.wrapped if isinstance(m, FSDPModule) for p in m.parameters()}
     return [parameter for parameter in recordings[0].tower.facts.trained if parameter not in sharded]
 
 
@@ -208,7 +208,7 @@ def _replay_next(
 
 def _split(recording: Recording, queue: deque[Piece], piece: Piece, error: BaseException | None) -> None:
     """Put the two halves of a replay that did not fit in front of the queue."""
-    recording.refuse_sharded_split(piece.rows, error)
+    recording.refuse_if_sharded(piece.rows, error)
     if piece.drew:
         recording.note_out_of_memory(piece.rows)
         raise AnybatchError(
@@ -242,7 +242,7 @@ def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Ten
 
 @torch.no_grad()
 def _difference(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], piece: Piece) -> Tensor:
-    """How far a replay is from its recording, over what rounding allows. Left on the device: it is read once a step."""
+    """How far a replay is from its recording, over what rounding allows. On the device: it is read once per step."""
     dtypes = tuple(output.dtype for output in outputs)
     if dtypes != piece.dtypes:
         raise AnybatchError(
@@ -252,13 +252,9 @@ def _difference(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], piece: 
 
 
 def _refuse_different(differences: Sequence[Tensor], too_large: Sequence[str]) -> None:
-    """Whether the replays had the recordings' random numbers, and whatever else they depend on.
+    """Refuse replays whose embeddings are further from the recorded ones than rounding brings them.
 
-    A compiler may draw in its own way in one graph and not in the other, and says nothing when it gives up compiling;
-    generators may be out of sight. So every replay is compared.
-
-    Raises:
-        AnybatchError: Embeddings are further from the recorded ones than rounding brings them.
+    A compiler may draw in its own way in one graph and not in the other; generators may be out of sight.
     """
     devices = dict.fromkeys(difference.device for difference in differences)
     largest = (float(torch.stack([d for d in differences if d.device == device]).max()) for device in devices)

@@ -46,7 +46,7 @@ def rounding_of(tensor: Tensor) -> float:
 
 
 def relative_difference(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
-    """The largest relative difference of the tensors, over what rounding allows; on their device. Above 1 they differ."""
+    """The largest relative difference of the tensors, over what rounding allows (1). On their device."""
     differences = []
     for output, reference in zip(outputs, references):
         wide = torch.promote_types(reference.dtype, torch.float32)
@@ -61,10 +61,9 @@ def relative_difference(outputs: Sequence[Tensor], references: Sequence[Tensor])
 def settle_trimming(tower: Tower) -> None:
     """Cut no padding that this encoder depends on, and all that it does not: seen on two short rows, with and without.
 
-    Once for each encoder, mode and form of inputs; before micro-batches are planned, because `slicer.lengths` follow. A
-    sharded encoder, which runs on all ranks together, is not looked at.
+    Before micro-batches are planned, because `slicer.lengths` follow. A sharded encoder is not looked at.
 
-    Cost: three forward passes of two rows without a graph, once.
+    Cost: three forward passes of two rows, once for each encoder, mode and form of inputs.
     """
     padded = tower.slicer.padded
     if padded is None:
@@ -85,8 +84,8 @@ def refuse_neighbours(tower: Tower, micro_batches: Sequence[Tensor]) -> bool:
     Raises:
         AnybatchError: Rows are not the same up to rounding without the others.
 
-    Cost: one and a half forward passes of a micro-batch without a graph, once for each encoder, mode and form of
-        inputs. Ranks of a sharded encoder agree on each step, because they must run equally many passes.
+    Cost: one and a half forward passes of a micro-batch, once for each encoder, mode and form of inputs. Ranks of a
+        sharded encoder agree on each, because they must run equally many.
     """
     if len(micro_batches) < 2:
         return False

@@ -62,21 +62,17 @@ class RowSlicer:
     `(B,)`; the same for videos. Anything else is refused by its name.
 
     Trailing columns are cut where no chosen row has a token: in a mapping with a two-dimensional `attention_mask`
-    `(B, T)`, the tensors that are sequences by their name (`input_ids`, `token_type_ids`, `position_ids` and the like,
-    all `(B, T)`, and `inputs_embeds` `(B, T, D)`) lose the columns past the last one in which the mask, or a boolean
-    tensor among them, is set. Leading padding is cut where `position_ids` are given, or where it was seen to change no
-    embedding (`trim_to`, see `row_check`); else it stays, because positions are often counted from the left. A mapping
-    that holds another tensor with an axis of length T keeps its full width: whether that axis is the sequence cannot
-    be known. `pixel_values` are known not to be one.
-
-    With `pad_to_multiple` the width is that of the longest chosen row rounded up, so that an encoder sees few widths,
-    which is what `torch.compile` wants: columns are cut to it, or added behind with a mask of 0.
+    `(B, T)`, sequences by their name (`input_ids`, `token_type_ids`, `position_ids` and the like, all `(B, T)`, and
+    `inputs_embeds` `(B, T, D)`) lose the columns past the last one in which the mask, or a boolean tensor among them,
+    is set. Leading padding is cut where `position_ids` are given, or where it was seen to change no embedding
+    (`row_check`); else it stays, because positions are often counted from the left. A mapping that holds another tensor
+    (but `pixel_values`) with an axis of length T keeps its full width: that axis may be the sequence.
 
     Args:
         inputs: A Tensor or array `(B, ...)`; a mapping, named tuple or dataclass as above, nested at will; or a list
             with one item per row. A tuple (or list) of tensors of several dtypes and equal length holds columns.
-        pad_to_multiple: Widths are multiples of it; None for that of the longest row. It should divide the encoder's
-            longest input.
+        pad_to_multiple: Widths are rounded up to multiples of it, so that a compiled encoder sees few: columns are cut,
+            or added behind with a mask of 0. It should divide the encoder's longest input. None: the longest row's.
 
     Attributes:
         num_rows: B.

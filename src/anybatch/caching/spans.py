@@ -175,8 +175,8 @@ def _counts(columns: Mapping[str, Any], grid_key: str, num_rows: int, name: str)
             counts = torch.as_tensor(columns[key]).detach().cpu().to(torch.int64)
             if counts.shape != (num_rows,) or bool((counts < 0).any()):
                 raise AnybatchError(
-                    f"{name} holds {key!r} of shape {tuple(counts.shape)}; one count for each of the {num_rows} rows is "
-                    "expected."
+                    f"{name} holds {key!r} of shape {tuple(counts.shape)}; one count for each of the {num_rows} rows "
+                    "is expected."
                 )
             return counts
     return None

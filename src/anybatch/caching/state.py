@@ -1,4 +1,4 @@
-"""What a forward pass depends on besides its inputs: random numbers, what earlier passes wrote, autocast, training mode.
+"""What a forward pass depends on besides its inputs: random numbers, what earlier passes wrote, autocast, modes.
 
 Captured when a micro-batch is recorded, put back when it is replayed.
 """

@@ -61,8 +61,10 @@ def command(options: PlanOptions) -> None:
         name: ((mining or {}).get("sets", {}).get(name) if name else mining) or {} for name in names
     }
     for name in names:
-        outlook = inspections[name].outlook.as_dict() if name in inspections else stored[name].get("outlook") or {}
-        for warning in outlook.get("warnings") or ():
+        statistics = (
+            inspections[name].statistics.as_dict() if name in inspections else stored[name].get("statistics") or {}
+        )
+        for warning in statistics.get("warnings") or ():
             say(f"Warning{name and f' ({name})'}: {warning}")
     figures = plan_sizes(plan)
     if plan.task is None:

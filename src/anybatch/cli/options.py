@@ -30,7 +30,8 @@ OutputOption = Annotated[
     str | None, typer.Option("--output", help="Folder of the run. Must be new, or hold the run to resume.")
 ]
 DataOption = Annotated[
-    str | None, typer.Option("--data", help="Pairs: JSONL(.gz), CSV, TSV, Parquet, a folder of `datasets`, or hf://OWNER/NAME.")
+    str | None,
+    typer.Option("--data", help="Pairs: JSONL(.gz), CSV, TSV, Parquet, a folder of `datasets`, or hf://OWNER/NAME."),
 ]
 AnchorOption = Annotated[str | None, typer.Option("--anchor", help="Name of the anchor column.")]
 PositiveOption = Annotated[str | None, typer.Option("--positive", help="Name of the positive column.")]

@@ -33,7 +33,11 @@ FEW = 0.02  # distinct texts per row, below which a column looks like labels
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The columns in use, in order: anchor, positive, negatives."""
+    """The columns in use, in order: anchor, positive, negatives.
+
+    >>> choose_columns(["id", "query", "pos", "neg"], None, None, None, "pairs.jsonl").names
+    ['query', 'pos', 'neg']
+    """
 
     anchor: str
     positive: str

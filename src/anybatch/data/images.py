@@ -38,6 +38,9 @@ class EncodedImage:
     Attributes:
         encoded: The bytes of its file (PNG, JPEG, WebP and so on).
         where: Row and column, for messages.
+
+    >>> describe(EncodedImage(encoded=b"no image", where="row 3, 'photo' of pairs.csv"), row=2)
+    '[image, row 2]'
     """
 
     encoded: bytes
@@ -58,16 +61,6 @@ class EncodedImage:
             raise AnybatchError(
                 f"The image in {self.where} cannot be decoded ({error}). Replace it, or leave the row out."
             ) from error
-
-    def size(self) -> tuple[int, int] | None:
-        """Width and height from the file's head; None without Pillow or where it is no image."""
-        try:
-            from PIL import Image
-
-            with Image.open(BytesIO(self.encoded)) as image:
-                return image.size
-        except Exception:
-            return None
 
     def thumbnail(self) -> str | None:
         """A small JPEG on white as a data: URI, some 2 kB; None without Pillow or where it is no image."""
@@ -129,10 +122,7 @@ class ImageColumn(Sequence[EncodedImage]):
         from datasets import concatenate_datasets
 
         where = ", ".join(column.where for column in columns)
-        joined = cls(concatenate_datasets([column.dataset for column in columns]), where)
-        if all("keys" in vars(column) for column in columns):
-            vars(joined)["keys"] = np.concatenate([column.keys for column in columns])
-        return joined
+        return cls(concatenate_datasets([column.dataset for column in columns]), where)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -225,8 +215,13 @@ def describe(value: str | EncodedImage, row: int) -> str:
     """One line for the terminal: the text with its white space tamed, or such as "[image 48x48, row 17]"."""
     if isinstance(value, str):
         return " ".join(value.split())
-    size = value.size()
-    return f"[image {size[0]}x{size[1]}, row {row}]" if size else f"[image, row {row}]"
+    try:
+        from PIL import Image
+
+        with Image.open(BytesIO(value.encoded)) as image:
+            return f"[image {image.width}x{image.height}, row {row}]"
+    except Exception:  # without Pillow, or where it is no image
+        return f"[image, row {row}]"
 
 
 def find_images(path: Path, names: Sequence[str], limit: int | None = None) -> dict[str, ImageColumn]:

@@ -331,16 +331,15 @@ def image_dataset(path: Path, names: Iterable[str]) -> Any:
 
     Of a Parquet file `datasets` keeps a copy in its cache.
     """
+    kind = _kind(path)
+    if kind not in ("dataset", ".parquet"):
+        return None
+    import pyarrow.parquet
     from datasets import Dataset, Features, Image
 
-    kind = _kind(path)
     if kind == "dataset":
         dataset = _load_dataset(path)
         return dataset if any(isinstance(dataset.features.get(name), Image) for name in names) else None
-    if kind != ".parquet":
-        return None
-    import pyarrow.parquet
-
     with _reading(path):
         schema, num_rows = pyarrow.parquet.read_schema(path), pyarrow.parquet.read_metadata(path).num_rows
     if b'"Image"' not in (schema.metadata or {}).get(b"huggingface", b""):

@@ -13,8 +13,8 @@ from anybatch.core import distributed
 from anybatch.core.configuration import Count, Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, Denominator, Direction, SoftmaxLoss, num_directions
-from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
+from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 

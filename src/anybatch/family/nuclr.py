@@ -17,7 +17,7 @@ from anybatch.losses.base import Batch, Direction, Part, SoftmaxLoss, num_direct
 from anybatch.losses.denominators import RunningDenominator, RunningRule
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats
 from anybatch.losses.gamma import Gamma
-from anybatch.losses.log_weights import LogWeight, SumLogWeight, TensorLogWeight
+from anybatch.losses.log_weights import Values, plus
 from anybatch.losses.temperatures import GlobalTemperature
 
 
@@ -126,10 +126,16 @@ class Margins(Part):
         margins = self.margins.of(batch.rows, direction=direction, dtype=dtype)
         num_explicit = len(batch.others(direction)) - len(margins)
         margins = torch.cat([margins, margins.new_full((num_explicit,), self.initial)])
-        term: LogWeight = TensorLogWeight(values=-margins[None] / tau, normalised=False, by_row=False, by_column=True)
-        if side.log_weight is not None:
-            term = SumLogWeight(terms=(side.log_weight, term))
-        return replace(side, rule=margined, log_weight=term, column_weight=margined.weight if batch.updating else None)
+        weight = plus(
+            side.log_weight,
+            len(batch.anchors),
+            Values("margin", "text" if direction == 0 else "anchor"),  # of the candidates, in either direction
+            back=direction == 1,
+            margin=-margins / tau,
+        )
+        return replace(
+            side, rule=margined, log_weight=weight, column_weight=margined.weight if batch.updating else None
+        )
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
@@ -147,14 +153,14 @@ class Margins(Part):
 
 def _derivative(side: Side, figures: SoftmaxStats) -> Tensor:
     """(B,) 1 - sum_i P_ij for the positives of this rank's rows; NaN where the batch says nothing."""
-    assert figures.column_pull is not None
+    assert figures.column_gradient is not None
     assert isinstance(side.rule, _MarginedRule)
     num_rows = len(figures.objective)
     num_rows_all = int(distributed.sum_over_ranks(figures.objective.new_tensor(num_rows)))
     if num_rows_all < 2:
         return torch.full_like(figures.objective, torch.nan)
     # With normalised log-weights the batch's sum stands for that over all the data already.
-    others = figures.column_pull[:num_rows] / (1 if side.rule.running.normalised else num_rows_all - 1)
+    others = figures.column_gradient[:num_rows] / (1 if side.rule.running.normalised else num_rows_all - 1)
     derivative = 1 - others - side.rule.positive.to(others.dtype)
     return torch.where(figures.num_negatives > 0, derivative, torch.nan)
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
-from anybatch.losses.candidates import Gathered, Layout
 from anybatch.losses.engine import TILE_BYTES, with_gradients
-from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.engine.candidates import Gathered, Layout
+from anybatch.losses.log_weights import LogWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def pair_loss(
     *,
     parameters: Tensor,
     method: PairMethod,
-    log_weight: LogWeight | None = None,
+    log_weight: LogWeights | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> tuple[Tensor, float]:
     """The pairwise loss of this batch over all ranks.
@@ -93,12 +93,17 @@ def pair_loss(
 
 
 def _solve(
-    anchors: Tensor, candidates: Tensor, method: PairMethod, log_weight: LogWeight | None, tile_bytes: int, wanted: bool
+    anchors: Tensor,
+    candidates: Tensor,
+    method: PairMethod,
+    log_weight: LogWeights | None,
+    tile_bytes: int,
+    wanted: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], float]:
     # 1. The candidates of all ranks, and the sums over positives, on which a negative's term may depend.
     layout = Layout.of(len(anchors), len(candidates), anchors.device)
     source = Gathered(candidates, layout)
-    (block,) = source.tour(gradients=True)
+    (block,) = source.blocks(gradients=True)
     candidates_all, d_candidates_all = block.candidates, block.gradient
     assert d_candidates_all is not None
     if distributed.is_active() and log_weight is not None:

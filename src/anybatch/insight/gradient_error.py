@@ -40,10 +40,12 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_ids, renumbered
 from anybatch.family import EMC2, NUCLR, GloFND
 from anybatch.insight.full_gradient import full_gradient, full_gradient_both, known_pairs, tangent
-from anybatch.losses import CrossBatchInfoNCE, GammaSchedule, IdMask, InfoNCE, LogWeight, PairMask, SumLogWeight
+from anybatch.losses import CrossBatchInfoNCE, GammaSchedule, InfoNCE
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
+from anybatch.losses.log_weights import ListedPairs, LogWeights, same_content
 from anybatch.losses.rows import RowTable
+from anybatch.plans.examples import Examples
 from anybatch.plans.plan import BatchPlan
 
 JACKKNIFE = 20  # groups of anchors
@@ -276,16 +278,9 @@ def infonce_curve(
                     if pairs.direction == "both":
                         half.add(chosen, _of_random_batch(pairs, candidates, len(first), known))
                         continue
-                    mask: LogWeight = IdMask(
-                        row_positive=pairs.positive_id[first],
-                        row_anchor=pairs.anchor_id[first],
-                        column_id=pairs.positive_id[candidates],
-                        column_anchor=pairs.anchor_id[candidates],
-                    )
-                    if len(known[0]):
-                        row_key = pairs.anchor_id[first] * known[1]
-                        matching = PairMask(row_key=row_key, column_key=pairs.positive_id[candidates], keys=known[0])
-                        mask = SumLogWeight(terms=(mask, matching))
+                    examples = Examples(anchor_id=pairs.anchor_id[candidates], text_id=pairs.positive_id[candidates])
+                    matching = ListedPairs(*known, key="anchor_id")
+                    mask = LogWeights.of(examples, len(first), same_content, matching)
                     gradient = _batch_gradient(pairs, loss, first, candidates, log_weight=mask)
                     half.add(chosen, gradient)
         curve[size] = _summarise(pairs, *sums)

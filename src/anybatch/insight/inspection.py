@@ -1,31 +1,29 @@
-"""What a plan's batches hold, measured anew from the teacher's embeddings: negatives, suspects, hubs, clusters, expected loss.
+"""What a plan's batches hold, measured anew from the teacher's embeddings: negatives, suspects, hubs, clusters,
+expected loss.
 
-A plan stores clusters and suspects, not scores; everything here follows from the embeddings again, on a sample of anchors, so
-that the plan stays at a few bytes a row.
+A plan stores clusters and suspects, not scores; everything here follows from the embeddings again, on a sample of
+anchors, so that the plan stays at a few bytes a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
+from anybatch.insight.cosines import BatchScores, Cosines, unit
 from anybatch.mining.audit import most_wanted
 from anybatch.mining.config import MiningConfig, MiningSet
-from anybatch.mining.cosines import BatchScores, Cosines, unit
-from anybatch.mining.graph import cut_windows
-from anybatch.mining.mine import fit_window, scored_vectors
-from anybatch.mining.neighbors import check_embeddings, exact_neighbors
-from anybatch.mining.outlook import Outlook, mining_outlook
+from anybatch.mining.graph import Window
+from anybatch.mining.inputs import check_embeddings
+from anybatch.mining.neighbors import exact_neighbors
+from anybatch.mining.statistics import BatchStatistics, batch_statistics
 from anybatch.plans.plan import BatchPlan
 
 DUPLICATE = 0.95  # cosine of two positives from which they are shown as saying the same
 SHOWN = 20  # pairs of rows kept of suspects, and of duplicates
-WINDOW = ("skip", "take", "margin")  # what a data set may have of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,8 @@ class RowPair:
 
     Attributes:
         row, other: Row numbers.
-        score: Suspects: the cosine of `row`'s anchor with `other`'s positive minus that with its own. Duplicates: the cosine of the two positives.
+        score: Suspects: the cosine of `row`'s anchor with `other`'s positive minus that with its own. Duplicates: the
+            cosine of the two positives.
     """
 
     row: int
@@ -48,8 +47,8 @@ class ClusterExample:
 
     Attributes:
         number: The cluster; -1 for random rows.
-        kind: "tightest", "typical" or "loosest" of those looked at, by the mean score between its rows; or "random": rows drawn
-            at random, for comparison.
+        kind: "tightest", "typical" or "loosest" of those looked at, by the mean score between its rows; or "random":
+            rows drawn at random, for comparison.
         rows: (K,) its rows.
         scores: (K, K) cosines of anchors (down) and positives (across).
     """
@@ -68,7 +67,8 @@ class PlanInspection:
         num_anchors: Anchors looked at, drawn at random; all rows where that is no more.
         skip, take: The rank window, the plan's own or (for random plans) the default that fits the data.
         temperature: Of the losses.
-        window_in_batch, conflicts_in_batch: Wanted negatives and probable false negatives in the anchor's batch of epoch 0.
+        window_in_batch, conflicts_in_batch: Wanted negatives and probable false negatives in the anchor's batch of
+            epoch 0.
         random_window_in_batch, random_conflicts_in_batch: What a random batch of this size is expected to hold.
         planned, random: The teacher's scores in the plan's batches and in random ones.
         hubs: The most wanted rows with the number of windows they are in, scaled up from the anchors looked at.
@@ -77,7 +77,7 @@ class PlanInspection:
         duplicate_share: Share of the anchors looked at with such a row.
         repeated_anchors, repeated_positives: Rows whose anchor (positive) is another row's, letter by letter.
         clusters: Examples; empty for random plans.
-        outlook: Whether mining is likely to help.
+        statistics: Whether mining is likely to help.
     """
 
     num_anchors: int
@@ -97,7 +97,7 @@ class PlanInspection:
     repeated_anchors: int
     repeated_positives: int
     clusters: list[ClusterExample]
-    outlook: Outlook
+    statistics: BatchStatistics
 
 
 def inspect_plan(
@@ -117,14 +117,16 @@ def inspect_plan(
     Args:
         plan: Mined or random.
         anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped.
-        anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all differ.
+        anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all
+            differ.
         temperature: Of the expected loss.
         num_anchors: Anchors looked at; a share measured on 2,000 of them has a standard error of at most 1.1 points.
         seed: Of the draws.
         progress: Called with the fraction of the ranking done.
 
     Raises:
-        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of anchors below 1.
+        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of
+            anchors below 1.
 
     Cost: num_anchors * n * D multiplications, as much of a look at every row, and two losses of num_anchors rows.
     """
@@ -133,6 +135,7 @@ def inspect_plan(
         plan,
         pairs,
         np.arange(plan.num_rows),
+        window=_plan_window(plan),
         temperature=temperature,
         num_anchors=num_anchors,
         seed=seed,
@@ -155,17 +158,20 @@ def inspect_sets(
 ) -> dict[str, PlanInspection]:
     """`inspect_plan` for each data set of a plan over several, each ranked by itself as in mining.
 
-    Anchors are one set's rows in the batches that the plan deals: of that set alone (`mixing="within"`), or with rows of others, which count
-    in the expected loss. Random batches are dealt the same way, of the same sets with the same shares.
+    Anchors are one set's rows in the batches that the plan deals: of that set alone (`mixing="within"`), or with rows
+    of others, which count in the expected loss. Random batches are dealt the same way, of the same sets with the same
+    shares.
 
     Args:
         plan: Made with `sets`.
         sets: Their windows, as given to `mine_plan`; without them the plan's own window holds for all.
-        anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors, seed, progress: See `inspect_plan`; anchors
+        anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors, seed, progress: See
+        `inspect_plan`; anchors
             are looked at in each set.
 
     Returns:
-        What was measured, by the set's name; row and cluster numbers are the plan's. Sets of which no row is dealt are left out.
+        What was measured, by the set's name; row and cluster numbers are the plan's. Sets of which no row is dealt are
+        left out.
 
     Raises:
         AnybatchError: As `inspect_plan`; a plan of one data set.
@@ -175,7 +181,7 @@ def inspect_sets(
     if plan.task is None:
         raise AnybatchError("The plan has one data set. Use inspect_plan.")
     pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
-    windows = {one.name: {name: value for name in WINDOW if (value := getattr(one, name)) is not None} for one in sets}
+    windows = {one.name: one.windowed(_plan_window(plan)) for one in sets}
     dealt = np.isin(np.arange(len(plan.task_names)), plan.task[plan.epoch_batches(0)])
     shown = [number for number in range(len(plan.task_names)) if dealt[number] and (plan.task == number).sum() > 1]
 
@@ -187,7 +193,7 @@ def inspect_sets(
             plan,
             pairs,
             np.flatnonzero(plan.task == number),
-            window=windows.get(plan.task_names[number], {}),
+            window=windows.get(plan.task_names[number], _plan_window(plan)),
             temperature=temperature,
             num_anchors=num_anchors,
             seed=seed,
@@ -210,7 +216,8 @@ def _checked(
     check_embeddings("positive", positives, plan.num_rows)
     if not 0 < temperature < np.inf or num_anchors < 1:
         raise AnybatchError(
-            f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at least 1."
+            f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at "
+            "least 1."
         )
     every = np.arange(plan.num_rows)
     return Cosines(
@@ -230,28 +237,25 @@ def _measure(
     num_anchors: int,
     seed: int,
     progress: Callable[[float], None] | None,
-    window: Mapping[str, Any] = MappingProxyType({}),
+    window: Window,
 ) -> PlanInspection:
-    """`members`: the rows that are ranked among each other, ascending; `window`: where theirs is not the plan's."""
+    """`members`: the rows that are ranked among each other, ascending."""
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(members), min(num_anchors, len(members)), replace=False))
     rows = members[chosen]
-    settings = {name: getattr(MiningConfig(), name) for name in WINDOW} | dict(plan.meta) | dict(window)
-    skip, take = fit_window(settings["skip"], settings["take"], len(members))
-    cut = {"skip": skip, "take": take, "margin": settings["margin"]}
+    window = window.fitted(len(members))
     whole = members[-1] - members[0] + 1 == len(members)  # then nothing is copied out of the files
     part = slice(int(members[0]), int(members[-1]) + 1) if whole else members
-    queries, documents = scored_vectors(pairs.anchors[part], pairs.positives[part], settings.get("score", "query"))
     neighbors = exact_neighbors(
-        queries,
-        documents,
-        skip + take,
+        pairs.anchors[part],
+        pairs.positives[part],
+        window.depth,
         anchor_id=pairs.anchor_id[part],
         positive_id=pairs.positive_id[part],
         rows=chosen,
         progress=progress,
     )
-    wanted, conflict = cut_windows(neighbors, **cut)
+    wanted, conflict = window.cut(neighbors)
     ids = np.where(neighbors.ids >= 0, members[neighbors.ids], -1)
     dealt = plan.epoch_batches(0)
     batch = np.full(plan.num_rows, -1)
@@ -273,8 +277,8 @@ def _measure(
     scale = len(members) / len(rows)
     return PlanInspection(
         num_anchors=len(rows),
-        skip=skip,
-        take=take,
+        skip=window.skip,
+        take=window.take,
         temperature=temperature,
         window_in_batch=float((wanted & together).sum()) / num_dealt,
         conflicts_in_batch=float((conflict & together).sum()) / num_dealt,
@@ -289,8 +293,14 @@ def _measure(
         repeated_anchors=_repeated(pairs.anchor_id[members]),
         repeated_positives=_repeated(pairs.positive_id[members]),
         clusters=_examples(plan, pairs, members, generator),
-        outlook=mining_outlook(neighbors, plan.cluster[members], rows=chosen, **cut),
+        statistics=batch_statistics(neighbors, plan.cluster[members], window, rows=chosen),
     )
+
+
+def _plan_window(plan: BatchPlan) -> Window:
+    """The plan's own window, or the default for plans that have none."""
+    default = MiningConfig().window
+    return Window(**{name: plan.meta.get(name, getattr(default, name)) for name in ("skip", "take", "margin")})
 
 
 def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
@@ -298,7 +308,8 @@ def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
     shares = plan.task_shares
     if plan.task is not None:
         rows = np.bincount(plan.task, minlength=len(plan.task_names))
-        # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a batch.
+        # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a
+        # batch.
         dealt = (np.multiply(plan.sampling.quotas, plan.cluster_size) + plan.sampling.single_rows) / np.maximum(rows, 1)
         given = np.where(plan.sampling.quotas, plan.task_shares or 1.0, 0.0)
         shares = tuple(np.where(rows, np.maximum(dealt, given), 1.0).tolist())

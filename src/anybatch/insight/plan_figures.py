@@ -48,10 +48,10 @@ def set_figures(
     plan: BatchPlan, *, inspection: PlanInspection | None = None, mining: Mapping[str, Any] | None = None
 ) -> list[Figure]:
     """What was measured and stored, of the plan's one data set or of one of several; arguments as in `plan_figures`."""
-    outlook = inspection.outlook.as_dict() if inspection is not None else (mining or {}).get("outlook")
+    statistics = inspection.statistics.as_dict() if inspection is not None else (mining or {}).get("statistics")
     return [
         *(_batches(plan, inspection) if inspection is not None else []),
-        *(_teacher(outlook, plan.cluster_size > 1) if outlook else []),
+        *(_teacher(statistics, plan.cluster_size > 1) if statistics else []),
         *_stored(mining or {}),
         *(_repeats(inspection) if inspection is not None else []),
     ]
@@ -141,19 +141,19 @@ def _batches(plan: BatchPlan, seen: PlanInspection) -> list[Figure]:
     ]
 
 
-def _teacher(outlook: Mapping[str, Any], clustered: bool) -> list[Figure]:
-    from anybatch.mining.outlook import LIMITS, NEAR
+def _teacher(statistics: Mapping[str, Any], clustered: bool) -> list[Figure]:
+    from anybatch.mining.statistics import LIMITS, NEAR
 
     teacher = [
         Figure(
             name="own positive first among all rows",
-            plan=f"{outlook['own_first']:.1%}",
+            plan=f"{statistics['own_first']:.1%}",
             good=f"{LIMITS.own_first:.0%} or more",
             meaning="How well the teacher knows the data: how often an anchor's own positive is its best match of all rows. It falls as the data grow.",
         ),
         Figure(
             name="own positive behind the skipped ranks",
-            plan=f"{outlook['own_behind_skip']:.1%}",
+            plan=f"{statistics['own_behind_skip']:.1%}",
             good=f"{LIMITS.own_behind_skip:.0%} or less",
             meaning="Anchors whose wanted negatives begin above their own positive: for them the teacher misleads.",
         ),
@@ -164,37 +164,37 @@ def _teacher(outlook: Mapping[str, Any], clustered: bool) -> list[Figure]:
         *teacher,
         Figure(
             name="wanted negatives in the cluster",
-            plan=f"{outlook['window_per_anchor']:.2f}",
-            good=f"{LIMITS.window_gain:g} times random clusters or more (here {outlook['window_gain']:.0f} times)",
+            plan=f"{statistics['window_per_anchor']:.2f}",
+            good=f"{LIMITS.window_gain:g} times random clusters or more (here {statistics['window_gain']:.0f} times)",
             meaning="As above, in the anchor's own cluster alone, which stays the same in every epoch.",
         ),
         Figure(
             name="conflicts in the cluster",
-            plan=f"{outlook['suspects_per_anchor']:.2f}",
+            plan=f"{statistics['suspects_per_anchor']:.2f}",
             good=f"{LIMITS.suspects_per_anchor:g} or less",
             meaning="Probably right answers in the anchor's own cluster.",
         ),
         Figure(
             name="wanted negatives above the own positive",
-            plan=f"{outlook['negatives_above_own']:.1%}",
+            plan=f"{statistics['negatives_above_own']:.1%}",
             good=f"{LIMITS.negatives_above_own:.0%} or less",
             meaning="Share of the wanted negatives in the cluster that score above the own positive.",
         ),
         Figure(
             name=f"wanted negatives above {NEAR:g} of the own positive",
-            plan=f"{outlook['negatives_near_own']:.1%}",
+            plan=f"{statistics['negatives_near_own']:.1%}",
             good="little more than the line above",
             meaning="The same with a margin: what comes this near is often right too.",
         ),
         Figure(
             name="score of wanted negatives against own positives",
-            plan=f"{outlook['relative_score']:.2f}",
+            plan=f"{statistics['relative_score']:.2f}",
             good="0.5 to 0.8",
             meaning="Mean score of the wanted negatives over the mean score of the positives that they stand against: near 0 they are easy, near 1 they may be right.",
         ),
         Figure(
             name="anchors without a wanted negative",
-            plan=f"{outlook['isolated']:.1%}",
+            plan=f"{statistics['isolated']:.1%}",
             good=f"{LIMITS.isolated:.0%} or less",
             meaning="For these the cluster is as good as random.",
         ),

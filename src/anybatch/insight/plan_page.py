@@ -74,7 +74,7 @@ def _part(
     plan: BatchPlan, name: str, seen: PlanInspection | None, stored: Mapping[str, Any], texts: _Texts
 ) -> dict[str, Any]:
     """What is known of the one data set, or of the one called `name`."""
-    warnings = seen.outlook.warnings if seen else (stored.get("outlook") or {}).get("warnings")
+    warnings = seen.statistics.warnings if seen else (stored.get("statistics") or {}).get("warnings")
     hubs = [tuple(hub) for hub in stored.get("hubs") or ()]
     first = 0
     if name and hubs:  # mining numbered its rows from 0
@@ -143,7 +143,7 @@ def _suspects(plan: BatchPlan, name: str, inspection: PlanInspection | None, tex
 
 
 def _score_charts(seen: PlanInspection) -> list[tuple[str, Markup]]:
-    from anybatch.mining.cosines import BINS
+    from anybatch.insight.cosines import BINS
 
     shown = np.flatnonzero(seen.planned.histogram + seen.random.histogram)
     if not len(shown):

@@ -4,36 +4,23 @@ from anybatch.losses.base import ContrastiveLoss, SoftmaxLoss
 from anybatch.losses.cross_batch import CrossBatchInfoNCE
 from anybatch.losses.denominators import RunningDenominator
 from anybatch.losses.gamma import GammaSchedule
-from anybatch.losses.log_weights import (
-    ClusterLogWeight,
-    IdMask,
-    LogWeight,
-    PairMask,
-    SumLogWeight,
-    TaskMask,
-    TensorLogWeight,
-    inclusion_log_weights,
-)
+from anybatch.losses.log_weights import LogWeights, removed
 from anybatch.losses.matryoshka import Matryoshka
 from anybatch.losses.methods import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
+from anybatch.plans.examples import Examples
 
 __all__ = [
-    "ClusterLogWeight",
     "ContrastiveLoss",
     "CountCorrectedInfoNCE",
     "CrossBatchInfoNCE",
     "DecoupledInfoNCE",
+    "Examples",
     "GammaSchedule",
-    "IdMask",
     "InfoNCE",
-    "LogWeight",
+    "LogWeights",
     "Matryoshka",
-    "PairMask",
     "RunningDenominator",
     "SoftmaxLoss",
     "SogCLR",
-    "SumLogWeight",
-    "TaskMask",
-    "TensorLogWeight",
-    "inclusion_log_weights",
+    "removed",
 ]

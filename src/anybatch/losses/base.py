@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
@@ -30,9 +30,8 @@ from anybatch.losses.engine import (
     SoftmaxStats,
     differentiable_once,
     softmax_loss,
-    symmetric_softmax_loss,
 )
-from anybatch.losses.log_weights import IdMask, LogWeight, RowMask, SumLogWeight, as_log_weight
+from anybatch.losses.log_weights import LogWeights, as_log_weights, behind, plus, same_content, same_row
 from anybatch.losses.state import State
 
 Direction = Literal["one_way", "both"]
@@ -67,7 +66,7 @@ class Batch:
     anchors: Tensor
     candidates: Tensor
     index: Tensor | None
-    log_weight: LogWeight | None
+    log_weight: LogWeights | None
     updating: bool = False
     kept: dict[int, Tensor] = field(default_factory=dict)
 
@@ -85,7 +84,7 @@ class Batch:
         """What the queries are scored against: the candidates, or the anchors."""
         return self.candidates if direction == 0 else self.anchors
 
-    def log_weight_of(self, direction: int) -> LogWeight | None:
+    def log_weight_of(self, direction: int) -> LogWeights | None:
         """The log-weights as this direction sees them."""
         if direction == 0 or self.log_weight is None:
             return self.log_weight
@@ -226,7 +225,7 @@ class ContrastiveLoss(State):
         candidates: Tensor,
         *,
         index: Tensor | None = None,
-        log_weight: LogWeight | Tensor | None = None,
+        log_weight: LogWeights | Tensor | None = None,
         anchor_id: Tensor | None = None,
         candidate_id: Tensor | None = None,
     ) -> Tensor:
@@ -236,7 +235,7 @@ class ContrastiveLoss(State):
             anchors: (B, D) float.
             candidates: (M, D) float, M >= B: the positives in the anchors' order, then explicit negatives.
             index: (B,) int rows of the data set; needed by losses with memory. Rows of one number have one content, and are no negatives.
-            log_weight: b_ij: a `LogWeight`, or a tensor broadcastable to (B, M); -inf removes a pair.
+            log_weight: b_ij: `LogWeights`, or a tensor broadcastable to (B, M); -inf removes a pair.
             anchor_id: (B,) int, 0 or more; equal for identical anchors. Goes with `candidate_id`.
             candidate_id: (M,) int; equal for identical candidates.
 
@@ -266,7 +265,7 @@ class ContrastiveLoss(State):
         anchors: Tensor,
         candidates: Tensor,
         index: Tensor | None,
-        log_weight: LogWeight | Tensor | None,
+        log_weight: LogWeights | Tensor | None,
         anchor_id: Tensor | None,
         candidate_id: Tensor | None,
     ) -> Batch:
@@ -293,10 +292,10 @@ class ContrastiveLoss(State):
         anchors: Tensor,
         candidates: Tensor,
         index: Tensor | None,
-        log_weight: LogWeight | Tensor | None,
+        log_weight: LogWeights | Tensor | None,
         anchor_id: Tensor | None,
         candidate_id: Tensor | None,
-    ) -> tuple[Tensor | None, LogWeight | None]:
+    ) -> tuple[Tensor | None, LogWeights | None]:
         """The index as int64, and all log-weights and masks."""
         num_rows, num_columns, device = len(anchors), len(candidates), anchors.device
         if (anchor_id is None) != (candidate_id is None):
@@ -305,9 +304,7 @@ class ContrastiveLoss(State):
             raise AnybatchError(
                 "This loss remembers each row: give index=, the row numbers of the batch in the data set."
             )
-        terms: list[LogWeight] = []
-        if log_weight is not None:
-            terms.append(as_log_weight(log_weight, num_rows, num_columns))
+        weights = None if log_weight is None else as_log_weights(log_weight, num_rows, num_columns)
         if anchor_id is not None and candidate_id is not None:
             anchor_id = as_integers(
                 "anchor_id",
@@ -318,16 +315,8 @@ class ContrastiveLoss(State):
                 remedy="-1 marks explicit negatives, which have no anchor.",
             )
             candidate_id = as_integers("candidate_id", candidate_id, length=num_columns, device=device)
-            owner = torch.full_like(candidate_id, -1)
-            owner[:num_rows] = anchor_id
-            terms.append(
-                IdMask(
-                    row_positive=candidate_id[:num_rows],
-                    row_anchor=anchor_id,
-                    column_id=candidate_id,
-                    column_anchor=owner,
-                )
-            )
+            owner = behind(anchor_id, num_columns)
+            weights = plus(weights, num_rows, same_content, anchor_id=owner, text_id=candidate_id)
         if index is not None:
             known = next((part.num_rows for part in self._parts if part.num_rows is not None), None)
             index = as_integers(
@@ -340,11 +329,10 @@ class ContrastiveLoss(State):
                 remedy="Make the loss with the num_rows of this data set." if known else "Give row numbers.",
             )
             rows = distributed.gather_rows(index, distributed.gather_sizes(num_rows, device))
-            if len(rows.unique()) < len(rows):  # of all ranks, and so the same on each
-                column = index.new_full((num_columns,), -1)
-                column[:num_rows] = index
-                terms.append(RowMask(row=index, column=column))
-        return index, None if not terms else terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
+            masks = (same_row,) if len(rows.unique()) < len(rows) else ()  # of all ranks, and so the same on each
+            if masks or weights is not None:
+                weights = plus(weights, num_rows, *masks, row=behind(index, num_columns))
+        return index, weights
 
 
 class SoftmaxLoss(ContrastiveLoss):
@@ -410,15 +398,7 @@ class SoftmaxLoss(ContrastiveLoss):
         for part in parts:
             sides = tuple(part.ask(side, batch, direction) for direction, side in enumerate(sides))
         # 2. The loss and its gradients.
-        options: dict[str, Any] = {"tile_bytes": self.tile_bytes, "ring": self.ring}
-        if len(sides) == 2:
-            loss, stats = symmetric_softmax_loss(
-                batch.anchors, batch.candidates, forward=sides[0], back=sides[1], **options
-            )
-        else:
-            asked = {item.name: getattr(sides[0], item.name) for item in fields(Side)}
-            loss, figures = softmax_loss(batch.anchors, batch.candidates, **asked, **options)
-            stats = (figures,)
+        loss, stats = softmax_loss(batch.anchors, batch.candidates, *sides, tile_bytes=self.tile_bytes, ring=self.ring)
         # 3. Each part learns.
         for part in parts:
             loss = part.learn(batch, sides, stats, loss)

@@ -1,4 +1,4 @@
-"""Cross-batch memory: recent batches' embeddings stay as negatives and as anchors, each anchor with the denominator it had."""
+"""Cross-batch memory: embeddings of recent batches stay as negatives, and as anchors with the denominator they had."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from anybatch.core import distributed
 from anybatch.core.configuration import Count, Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss, Denominator, Direction, figures_of, side_of
-from anybatch.losses.candidates import Layout
 from anybatch.losses.denominators import CountCorrected, WithPositive
+from anybatch.losses.embedding_queue import EmbeddingQueue
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats, softmax_loss
-from anybatch.losses.recent_pairs import MAX_FEATURES, RecentPairs
-from anybatch.losses.remembered_columns import Remembered, column_features, kinds, with_remembered
+from anybatch.losses.engine.candidates import Layout
+from anybatch.losses.log_weights import LogWeights, behind, plus, same_cluster
 from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
+from anybatch.plans.examples import Examples
 
 GROUPS = 8  # of remembered pairs, by age, that are used or left out together
 PROBES = 256  # rows of a batch, at most, that age is measured on
@@ -32,41 +33,50 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
         candidates of anchor i:   the batch's, and the remembered positives c~_j
         pull on candidate j:      p_ij from the batch's anchors, and from the remembered anchors a~_i
-                                  p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     k candidates but the positive, D_i the denominator that a~_i had in its own batch
+                                  p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     k candidates but the positive,
+                                  D_i the denominator that a~_i had in its own batch
 
-    Both parts are needed. With the remembered positives alone an anchor is pushed from n rows, and a positive by no more than the batch: the
-    two sides' gradients no longer balance, and training goes wrong (docs/methods.md). The value of the second part is 0; its gradient goes to the batch's candidates.
+    Both parts are needed. With the remembered positives alone an anchor is pushed from n rows, and a positive by no
+    more than the batch: the two sides' gradients no longer balance, and training goes wrong (docs/methods.md). The
+    value of the second part is 0; its gradient goes to the batch's candidates.
 
-    Embeddings drift, and a remembered batch stays behind: what is new is pushed from where everything was, in one direction, which feeds on
-    itself. With `centred` an embedding is remembered relative to the mean of its batch and used relative to the mean of this one, which takes that common
-    drift away: unit(x~ - mean(its batch) + mean(this batch)). Without, training from scratch loses what the memory
-    gains, or collapses (docs/methods.md).
+    Embeddings drift, and a remembered batch stays behind: what is new is pushed from where everything was, in one
+    direction, which feeds on itself. With `centred` an embedding is remembered relative to the mean of its batch and
+    used relative to the mean of this one, which takes that common drift away: unit(x~ - mean(its batch) + mean(this
+    batch)). Without, training from scratch loses what the memory gains, or collapses (docs/methods.md).
 
     Args:
         num_rows: n, rows of the data set.
         memory_size: S, pairs remembered: the newest. A row's older pair leaves when the row comes again.
-        corrected: Weight the negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for the softmax over what is there.
+        corrected: Weight the negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for
+            the softmax over what is there.
         centred: Take away the common drift; False for the plain memory of the publications.
-        mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows are less noise, above all in mined batches, and a mean
-            that is older: 64 was best from scratch, 256 on embeddings that stand still (docs/methods.md).
-        max_staleness: What moved on its own is seen in the softmax: old negatives are less near than new ones. For each eighth of the memory, by age, the log of a
-            new negative's mean share over an old one's is measured; from the first two in a row above this limit on, nothing is used until the embeddings move
-            more slowly. None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is remembered look stale.
+        mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows
+            are less noise, above all in mined batches, and a mean that is older: 64 was best from scratch, 256 on
+            embeddings that stand still (docs/methods.md).
+        max_staleness: What moved on its own is seen in the softmax: old negatives are less near than new ones. For
+            each eighth of the memory, by age, the log of a new negative's mean share over an old one's is measured;
+            from the first two in a row above this limit on, nothing is used until the embeddings move more slowly.
+            None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is
+            remembered look stale.
         temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
-    Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for remembered pairs too: ids, lists of
-    pairs, data sets, clusters and values by column are kept with them; a tensor with a value a pair is refused. A step that is not finite is not remembered. Under several
-    ranks each has the whole memory, and shares the work by rows. A learned temperature has the derivative of the batch's own terms. The mean stands
-    for the data's: batches of few clusters shift it by what they have in common.
+    Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for
+    remembered pairs too: ids, lists of pairs, data sets, clusters and values by column are kept with them; a tensor
+    with a value a pair is refused. A step that is not finite is not remembered. Under several ranks each has the
+    whole memory, and shares the work by rows. A learned temperature has the derivative of the batch's own terms. The
+    mean stands for the data's: batches of few clusters shift it by what they have in common.
 
     Raises:
-        AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width, log-weights that cannot be remembered.
+        AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width,
+            log-weights that cannot be remembered.
 
-    Cost: 8 D S bytes and some 220 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S) x D, twice for "both"; under ranks four gathers and two small
-    sums besides the engine's collectives. Reference: Wang et al. 2020,
-    "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et al. 2024, "A Gradient Accumulation Method for Dense Retriever
-    under Memory Constraint", arXiv 2406.12356; moments of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch
-    Normalization for Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
+    Cost: 8 D S bytes and some 220 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S)
+    x D, twice for "both"; under ranks four gathers and two small sums besides the engine's collectives. Reference:
+    Wang et al. 2020, "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et
+    al. 2024, "A Gradient Accumulation Method for Dense Retriever under Memory Constraint", arXiv 2406.12356; moments
+    of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch Normalization for
+    Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
     """
 
     def __init__(
@@ -89,11 +99,13 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         super().__init__(tau, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
         if memory_size < 1:
             raise AnybatchError(
-                f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without memory use CountCorrectedInfoNCE."
+                f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without "
+                "memory use CountCorrectedInfoNCE."
             )
         if max_staleness is not None and not max_staleness > 0:
             raise AnybatchError(
-                f"max_staleness is {max_staleness}; expected a positive number such as 0.1, or None to use all that is remembered."
+                f"max_staleness is {max_staleness}; expected a positive number such as 0.1, or None to use all that "
+                "is remembered."
             )
         if mean_rows < 1:
             raise AnybatchError(
@@ -104,11 +116,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self._last: tuple[Tensor, SoftmaxStats] | None = None
         self._num_used = 0
         self.denominator: Denominator = CountCorrected(num_rows) if corrected else WithPositive()
-        self.recent = RecentPairs(memory_size, num_rows)
+        self.queue = EmbeddingQueue(memory_size, num_rows)
         self.mean: Tensor
         self.mean_share: Tensor
         self.register_buffer("mean", torch.zeros(2, 0))  # running, of anchors and positives
-        # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an equal share; by direction.
+        # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an
+        # equal share; by direction.
         self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
     widths = ("mean",)
@@ -140,24 +153,16 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             queries = batch.queries(direction)
             others = batch.candidates if direction == 0 else batch.anchors
             sizes = recalled.layout.row_sizes if direction else recalled.layout.column_sizes
-            num_drawn = (sum(sizes) - 1 + recalled.present.sum()).expand(len(queries))
+            num_drawn = torch.full((len(queries),), sum(sizes) - 1 + len(recalled.memory), device=queries.device)
             side = replace(side_of(self.temperatures, self.denominator, batch, direction), num_drawn=num_drawn)
-            weight = with_remembered(side.log_weight, recalled.columns[direction])
-            columns = torch.cat([others, recalled.used[1 - direction, recalled.columns[direction].share]])
-            loss, one = softmax_loss(
-                queries,
-                columns,
-                rule=side.rule,
-                temperature=side.temperature,
-                log_weight=weight,
-                num_drawn=num_drawn,
-                tile_bytes=self.tile_bytes,
-            )
-            losses.append(loss + self._pull_of_queries(batch, recalled, direction, side))
+            weight = recalled.log_weights[direction].beside(recalled.memory, recalled.share)
+            columns = torch.cat([others, recalled.used[1 - direction, recalled.share]])
+            loss, (one,) = softmax_loss(queries, columns, replace(side, log_weight=weight), tile_bytes=self.tile_bytes)
+            losses.append(loss + self._term_of_remembered_queries(batch, recalled, direction, side))
             stats.append((one, side))
         loss = torch.stack(losses).mean()
         self._last = loss.detach(), stats[0][0]
-        self._num_used = int(recalled.present.sum())
+        self._num_used = len(recalled.memory)
         if batch.updating:
             self._remember(batch, recalled, stats)
         return loss
@@ -167,54 +172,47 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         """What is remembered, as it is used beside this batch."""
         anchors, positives, index = batch.anchors, batch.queries(1), batch.index
         assert index is not None
-        remembered = self.recent.beside(anchors.shape[1])
+        queue, embeddings = self.queue, self.queue.beside(anchors.shape[1])
+
+        # 1. The batch: its records, those of all ranks' pairs, where its embeddings are.
+        weights = plus(batch.log_weight, len(anchors), row=behind(index, len(batch.candidates)))
+        both = (weights, weights.reversed(len(anchors)))
         layout = Layout.of(len(anchors), len(batch.candidates), anchors.device)
-        sizes = layout.row_sizes
-        rows = distributed.gather_rows(index, sizes)
-        recent, mean = self.recent, self._mean(anchors, positives, len(rows))
-        used = remembered.to(anchors.dtype) + mean[:, None]
+        pairs = weights.queries.gathered(layout.row_sizes)
+        mean = self._mean(anchors, positives, len(pairs))
+
+        # 2. What is remembered and not in the batch.
+        places = torch.nonzero((queue.rows >= 0) & ~torch.isin(queue.rows, pairs["row"]))[:, 0]
+        memory = queue.examples(pairs, places)
+        used = embeddings[:, places].to(anchors.dtype) + mean[:, None]
         if self.normalize:
             used = nn.functional.normalize(used, dim=2)
-        own = [self._features(batch, direction) for direction in (0, 1)]
-        features = distributed.gather_rows(torch.cat(own).T, sizes).T.reshape(2, len(own[0]), len(rows))
-        kind = kinds(batch.log_weight)
-        if int(recent.kinds) not in (-1, kind):
-            raise AnybatchError(
-                "The ids, masks or weights of this batch are of other kinds than those of the remembered batches. Give the same kinds with every batch, or begin with "
-                "a new loss."
-            )
-        present, shares = (recent.rows >= 0) & ~torch.isin(recent.rows, rows), None
+
+        # 3. Of that, what is not stale.
+        shares = None
         if self.max_staleness is not None:
-            group = recent.age_groups(GROUPS)
-            shares = self._measure(batch, layout, rows, used, features, present, group)
-            present = present & (group < self._fresh_groups(shares))
-        places = distributed.shares(self.memory_size)
-        first = sum(places[: distributed.rank()])
-        share = slice(first, first + places[distributed.rank()])
-        kept = [
-            Remembered(
-                num_columns=number,
-                features=recent.features[direction, : features.shape[1]],
-                rows=recent.rows,
-                present=present,
-                share=share,
-            )
-            for direction, number in enumerate((len(batch.candidates), len(anchors)))
-        ]
+            group = queue.age_groups(GROUPS)[places]
+            shares = self._measure(batch, layout, both, pairs, memory, used, group)
+            kept = torch.nonzero(group < self._fresh_groups(shares))[:, 0]
+            places, memory, used = places[kept], memory.take(kept), used[:, kept]
+
+        # 4. Which of it are candidates on this rank.
+        sizes = distributed.shares(len(places))
+        first = sum(sizes[: distributed.rank()])
         return _Recalled(
             layout=layout,
-            rows=rows,
+            log_weights=both,
+            pairs=pairs,
             mean=mean,
+            places=places,
+            memory=memory,
             used=used,
-            present=present,
-            columns=kept,
-            features=features,
-            kinds=kind,
+            share=slice(first, first + sizes[distributed.rank()]),
             mean_share=shares,
         )
 
     def _mean(self, anchors: Tensor, positives: Tensor, num_rows: int) -> Tensor:
-        """(2, D) where anchors and positives are at this moment; zeros where they are not centred. One sum over ranks."""
+        """(2, D) where anchors and positives are now; zeros where they are not centred. One sum over ranks."""
         if not self.centred:
             return anchors.new_zeros(2, anchors.shape[1])
         sums = torch.stack([anchors.sum(dim=0), positives.sum(dim=0)])
@@ -235,64 +233,52 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self,
         batch: Batch,
         layout: Layout,
-        rows: Tensor,
+        log_weights: tuple[LogWeights, LogWeights],
+        pairs: Examples,
+        memory: Examples,
         used: Tensor,
-        features: Tensor,
-        present: Tensor,
         group: Tensor,
     ) -> Tensor:
-        """(2, 1 + GROUPS) running mean shares with this batch in them. The batch's own pairs are weighed as if they were remembered, so that all
-        differ in age alone. One sum over ranks, and a gather of the batch.
+        """(2, 1 + GROUPS) running mean shares with this batch in them.
+
+        The batch's own pairs are weighed as if they were remembered, and without those of a query's own cluster, so
+        that all differ in age alone. One sum over ranks, and a gather of the batch.
         """
-        sizes, first, device = layout.row_sizes, layout.first_row, used.device
-        num_rows = sum(sizes)
+        first, num_rows, device = layout.first_row, len(pairs), used.device
         probes = slice(0, min(len(batch.anchors), max(0, PROBES - first)))  # the first of all ranks' rows
+        pool = pairs.followed_by(memory)
         kind = torch.cat([torch.zeros(num_rows, dtype=torch.int64, device=device), group + 1])
         kind_of = nn.functional.one_hot(kind, 1 + GROUPS).to(used.dtype)
         totals = used.new_zeros(2, 2, 1 + GROUPS)  # share, number of pairs
         for direction in self._directions:
-            queries = batch.queries(direction)[probes]
-            fresh = distributed.gather_rows(batch.queries(1 - direction), sizes)
-            own = len(batch.candidates) if direction == 0 else len(batch.anchors)
-            columns = Remembered(
-                num_columns=own,
-                features=torch.cat([features[direction], self.recent.features[direction, : features.shape[1]]], dim=1),
-                rows=torch.cat([rows, self.recent.rows]),
-                present=torch.cat([torch.ones(num_rows, dtype=torch.bool, device=device), present]),
-                share=slice(0, num_rows + self.memory_size),
-                without_own=True,
-            )
-            weight = with_remembered(batch.log_weight_of(direction), columns)
+            # 1. The probes' logits against the batch's pairs and the remembered ones.
+            fresh = distributed.gather_rows(batch.queries(1 - direction), layout.row_sizes)
+            weight = log_weights[direction]
+            if "cluster" in pairs:
+                weight = replace(weight, terms=(*weight.terms, same_cluster))
+            own = len(weight.candidates)
+            weight = weight.beside(pool, slice(0, len(pool)))
             temperature = self.temperatures.of(batch, direction).detach()
-            logits = queries @ torch.cat([fresh, used[1 - direction]]).T / temperature
-            logits += weight.tile(probes, slice(own, own + logits.shape[1])).to(logits.dtype)
+            logits = batch.queries(direction)[probes] @ torch.cat([fresh, used[1 - direction]]).T / temperature
+            logits += weight.tile(probes, slice(own, own + len(pool))).to(logits.dtype)
             number = torch.arange(len(logits), device=device)
             logits[number, first + number] = -torch.inf
+
+            # 2. Their shares, in units of an equal one, as the number of candidates changes.
             there = ~logits.isneginf()
             share = torch.softmax(logits, dim=1).nan_to_num(0.0)  # a row without any negative
-            share *= there.sum(dim=1, keepdim=True)  # in units of an equal share, as the number of columns changes
+            share *= there.sum(dim=1, keepdim=True)
             totals[direction, 0] = share.sum(dim=0) @ kind_of
             totals[direction, 1] = there.to(used.dtype).sum(dim=0) @ kind_of
+
+        # 3. Into the running mean.
         totals = distributed.sum_over_ranks(totals)
         known, rate = self.mean_share.to(used.dtype), min(0.5, num_rows / ROWS_AVERAGED)
         now = totals[:, 0] / totals[:, 1]  # NaN where there was no pair
         return torch.where(now.isnan(), known, known + rate * (now - known))
 
-    def _features(self, batch: Batch, direction: int) -> Tensor:
-        """(F, B) of this rank's pairs as columns of a direction."""
-        weight = batch.log_weight_of(direction)
-        if weight is None:
-            return batch.anchors.new_zeros(0, len(batch.anchors), dtype=torch.int64)
-        num_columns = len(batch.candidates) if direction == 0 else len(batch.anchors)
-        features = column_features(weight, num_columns)[:, : len(batch.anchors)]
-        if len(features) > MAX_FEATURES:
-            raise AnybatchError(
-                f"The log-weights know {len(features)} figures of a candidate; {MAX_FEATURES} are remembered. Merge some of the masks."
-            )
-        return features
-
-    def _pull_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
-        """A term of value 0 whose derivative is the pull of the remembered queries on the batch's positives (anchors, on the way back)."""
+    def _term_of_remembered_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
+        """A term of value 0; its derivative is what remembered queries give the batch's positives (back: its anchors)."""
         if not torch.is_grad_enabled():
             return batch.anchors.new_zeros(())
         own, layout = batch.queries(1 - direction), recalled.layout
@@ -303,26 +289,26 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         return term - term.detach()
 
     def _gradient_of_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
-        """(B, D) sum over the remembered queries i of p_ij a~_i / tau for each of this rank's rows j; k is that of the batch's queries."""
+        """(B, D) sum over remembered queries i of p_ij a~_i / tau for each row j here; k as for the batch's queries."""
         own, queries = batch.queries(1 - direction), recalled.used[direction]
         temperature = side.temperature.detach()
-        reverse = batch.log_weight_of(1 - direction)
-        everyone = replace(recalled.columns[1 - direction], share=slice(0, self.memory_size))
-        weight = with_remembered(reverse, everyone)
-        columns_of_all = slice(everyone.num_columns, everyone.num_columns + self.memory_size)
+        reverse = recalled.log_weights[1 - direction]
+        num_columns, num_queries = len(reverse.candidates), len(queries)
+        weight = reverse.beside(recalled.memory, slice(0, num_queries))
+        columns = slice(num_columns, num_columns + num_queries)
         assert side.num_drawn is not None
         correction = own.new_zeros(len(own))
         if self.corrected:
-            correction += math.log((self.recent.num_rows or 0) - 1)
-            if not (reverse is not None and reverse.normalised):
+            correction += math.log((self.queue.num_rows or 0) - 1)
+            if not reverse.normalised:
                 correction -= side.num_drawn.to(own.dtype).clamp(min=1).log()
-        log_denominator = self.recent.log_denominator[direction].to(own.dtype)
+        log_denominator = self.queue.log_denominator[direction, recalled.places].to(own.dtype)
         gradient = torch.zeros_like(own)
-        height = max(1, self.tile_bytes // (self.memory_size * own.element_size()))
+        height = max(1, self.tile_bytes // max(1, num_queries * own.element_size()))
         for start in range(0, len(own), height):
             rows = slice(start, min(start + height, len(own)))
             logits = (own[rows] @ queries.T).div_(temperature).sub_(log_denominator).add_(correction[rows, None])
-            logits += weight.tile(rows, columns_of_all).to(logits.dtype)
+            logits += weight.tile(rows, columns).to(logits.dtype)
             gradient[rows] = logits.clamp_(max=0).exp_() @ queries  # a share is at most 1, whatever moved since
         return gradient / temperature
 
@@ -338,12 +324,11 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         figures = distributed.gather_rows(torch.cat([*centred, torch.stack(absolute, dim=1)], dim=1), sizes)
         if not bool(figures.isfinite().all()):  # a step that a scaler skips; remembered, it would spoil the next ones
             return
-        self.recent.put(
-            recalled.rows,
+        self.queue.put(
+            recalled.pairs["row"],
             figures[:, : 2 * width].unflatten(1, (2, width)).transpose(0, 1),
             figures[:, 2 * width :].T,
-            recalled.features,
-            kinds=recalled.kinds,
+            recalled.pairs,
         )
         self.mean = recalled.mean.to(self.mean.dtype)
         if recalled.mean_share is not None:
@@ -356,22 +341,22 @@ class _Recalled:
 
     Attributes:
         layout: Of the batch alone, over all ranks.
-        rows: (B_all,) rows of all ranks' batches.
+        log_weights: Of the batch alone, by direction.
+        pairs: (B_all,) records of all ranks' pairs.
         mean: (2, D) of all ranks' anchors and positives; zeros where embeddings are not centred.
-        used: (2, S, D) remembered anchors and positives, moved to this batch's mean.
-        present: (S,) which places are used: their pair is not in the batch, and not stale.
-        columns: By direction, what is known of the remembered pairs as columns.
-        features: (2, F, B_all) int64, by direction, the same of all ranks' new pairs.
-        kinds: Of the log-weights, as a number.
+        places: (K,) of the remembered pairs that are used: not in the batch, and not stale.
+        memory: (K,) their records.
+        used: (2, K, D) their anchors and positives, moved to this batch's mean.
+        share: Which of the K are candidates on this rank.
         mean_share: (2, 1 + GROUPS), with this batch in it; None where staleness is not measured.
     """
 
     layout: Layout
-    rows: Tensor
+    log_weights: tuple[LogWeights, LogWeights]
+    pairs: Examples
     mean: Tensor
+    places: Tensor
+    memory: Examples
     used: Tensor
-    present: Tensor
-    columns: list[Remembered]
-    features: Tensor
-    kinds: int
+    share: slice
     mean_share: Tensor | None

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss, check_embeddings, outside_the_graph
-from anybatch.losses.candidates import Layout
 from anybatch.losses.engine import TILE_BYTES, differentiable_once, with_gradients
-from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.engine.candidates import Layout
+from anybatch.losses.log_weights import LogWeights
 from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 
@@ -73,7 +73,7 @@ class LateInteraction(ContrastiveLoss):
         anchor_mask: Tensor | None = None,
         candidate_mask: Tensor | None = None,
         index: Tensor | None = None,
-        log_weight: LogWeight | Tensor | None = None,
+        log_weight: LogWeights | Tensor | None = None,
         anchor_id: Tensor | None = None,
         candidate_id: Tensor | None = None,
     ) -> Tensor:
@@ -129,7 +129,7 @@ def _solve(
     candidates: Tensor,
     temperature: Tensor,
     masks: tuple[Tensor, Tensor],
-    weight: LogWeight | None,
+    weight: LogWeights | None,
     tile_bytes: int,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss, and its gradients by anchors, candidates and temperature."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss, check_embeddings
-from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.log_weights import LogWeights
 from anybatch.losses.state import State
 
 
@@ -88,7 +88,7 @@ class Matryoshka(State):
         candidates: Tensor,
         *,
         index: Tensor | None = None,
-        log_weight: LogWeight | Tensor | None = None,
+        log_weight: LogWeights | Tensor | None = None,
         anchor_id: Tensor | None = None,
         candidate_id: Tensor | None = None,
     ) -> Tensor:

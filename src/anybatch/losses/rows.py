@@ -1,13 +1,10 @@
-"""What a loss may know of a data-set row: identical texts, mined clusters. Turns row numbers into arguments of a loss.
-
-Imports errors, ids, losses and plan.
-"""
+"""What a loss may know of a data-set row: identical texts, clusters. Turns row numbers into arguments of a loss."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +13,16 @@ from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_ids, as_integers, known_positives, renumbered
-from anybatch.losses import ClusterLogWeight, LogWeight, PairMask, SumLogWeight, TaskMask, inclusion_log_weights
 from anybatch.losses.base import outside_the_graph
+from anybatch.losses.log_weights import (
+    Inclusion,
+    ListedPairs,
+    LogWeights,
+    Term,
+    behind,
+    remembered_of_other_tasks,
+)
+from anybatch.plans.examples import Examples
 from anybatch.plans.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
@@ -27,23 +32,39 @@ NEVER = 1e-300  # a chance whose inverse is still a number
 class RowTable(nn.Module):
     """Look-up from row numbers to the arguments `index`, `anchor_id`, `candidate_id` and `log_weight` of a loss.
 
-    Identical texts are legal data, and must never be each other's negatives; nor must a text that another row pairs with the same anchor. Rows of a mined plan are not a uniform
-    sample of the data, and `weights="inclusion"` corrects for that.
+    Identical texts are legal data, and must never be each other's negatives; nor must a text that another row pairs
+    with the same anchor. Rows of a mined plan are not a uniform sample of the data, and `weights="inclusion"`
+    corrects for that.
 
     Args:
         anchor_id: (n,) int, 0 or more; equal where the anchors are the same text.
         positive_id: (n,) int; equal where the positives are the same text.
         negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives; None for none.
         plan: Of these rows; needed by `weights="inclusion"`.
-        weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined batches).
-        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact, unbiased weights.
-        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights the rest
-            stands for the data without them: the mean is over the rows that are not suspected.
+        weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined
+            batches).
+        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact,
+            unbiased weights.
+        columns: (n,) int each: further facts on the rows, by name, for terms of your own. An explicit negative has -1.
+        terms: Further masks and weights (`anybatch.losses.log_weights`), functions of the records.
+        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights
+            the rest stands for the data without them: the mean is over the rows that are not suspected.
 
     Raises:
-        AnybatchError: Ids that are no integers from 0 on, or of different lengths; a plan that is needed and missing, or that is of another number of rows.
+        AnybatchError: Ids that are no integers from 0 on, or of different lengths; a plan that is needed and missing,
+            or that is of another number of rows.
 
-    Cost: 8 bytes a row and id, 16 a suspect pair; a look-up a step, and a binary search a pair where there are suspects or anchors with
+    Example:
+        >>> import numpy as np, torch
+        >>> from anybatch.losses import InfoNCE
+        >>> table = RowTable(np.array([0, 0, 1]), np.array([0, 1, 2]))  # rows 0 and 1 share their anchor
+        >>> embeddings = torch.eye(3)
+        >>> loss = InfoNCE(temperature=1.0)
+        >>> round(loss(embeddings, embeddings, **table.arguments(torch.arange(3))).item(), 3),
+        loss.last_stats["num_negatives"] (0.393, 1.3333333730697632)
+
+    Cost: 8 bytes a row and id, 16 a suspect pair; a look-up a step, and a binary search a pair where there are
+    suspects or anchors with
         several positives.
     """
 
@@ -57,6 +78,8 @@ class RowTable(nn.Module):
         weights: Weights = "none",
         weight_cap: float | None = None,
         mask_suspects: bool = False,
+        columns: Mapping[str, np.ndarray] | None = None,
+        terms: Sequence[Term] = (),
     ) -> None:
         super().__init__()
         anchors, positives, negatives = _checked_ids(anchor_id, positive_id, negative_id)
@@ -65,11 +88,13 @@ class RowTable(nn.Module):
             raise AnybatchError(f"{needing} needs the plan that made the batches.")
         if plan is not None and plan.num_rows != len(anchor_id):
             raise AnybatchError(
-                f"The plan is of {plan.num_rows} rows, the ids of {len(anchor_id)}. Give the plan that was made for these data."
+                f"The plan is of {plan.num_rows} rows, the ids of {len(anchor_id)}. Give the plan that was made for "
+                "these data."
             )
         if weights == "inclusion" and plan is not None and plan.clusters_per_batch == 1:
             warnings.warn(
-                f"A batch of {plan.batch_size} is a single cluster, so rows of other clusters never come and no weight can stand for them: the "
+                f"A batch of {plan.batch_size} is a single cluster, so rows of other clusters never come and no "
+                "weight can stand for them: the "
                 "loss will follow the clusters, not the data. Use a batch of at least two clusters.",
                 stacklevel=2,
             )
@@ -95,6 +120,14 @@ class RowTable(nn.Module):
         self.weights = weights
         self.weight_cap = weight_cap
         self.mask_suspects = mask_suspects
+        self.columns, self.terms = tuple(columns or ()), tuple(terms)
+        for name, values in (columns or {}).items():
+            facts = torch.from_numpy(as_ids(name, values))
+            if facts.shape != self.anchor_id.shape:
+                raise AnybatchError(
+                    f"columns[{name!r}] has shape {tuple(facts.shape)}; expected one a row, ({len(anchors)},)."
+                )
+            self.register_buffer(f"column_{name}", facts, persistent=False)
         self.plan: BatchPlan | None = None
         if weights == "inclusion" and negatives.shape[1]:
             task = None if plan is None else plan.task
@@ -119,7 +152,7 @@ class RowTable(nn.Module):
         self.cluster = torch.as_tensor(plan.cluster.astype(np.int64), device=device)
         self.task = None if plan.task is None else torch.as_tensor(plan.task.astype(np.int64), device=device)
         if self.weights == "inclusion":
-            self.log_weights = _task_log_weights(plan, self.weight_cap).to(device)
+            self.log_weights = inclusion_log_weights(plan, self.weight_cap).to(device)
         self.suspects = None
         if self.mask_suspects and plan.suspects is not None:
             self.suspects = _suspect_keys(plan.suspects, self.positive_id.cpu().numpy(), self.width).to(device)
@@ -134,10 +167,12 @@ class RowTable(nn.Module):
 
         Args:
             index: (B,) int row numbers.
-            num_negatives: Explicit negatives a row in this batch; their columns come one after the other behind the positives.
+            num_negatives: Explicit negatives a row in this batch; their columns come one after the other behind the
+                positives.
 
         Raises:
-            AnybatchError: Row numbers that are none, or not of this table; more explicit negatives than the table knows of.
+            AnybatchError: Row numbers that are none, or not of this table; more explicit negatives than the table
+                knows of.
         """
         if num_negatives > self.negative_id.shape[1]:
             raise AnybatchError(
@@ -158,58 +193,51 @@ class RowTable(nn.Module):
             "anchor_id": self.anchor_id[index],
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }
-        terms: list[LogWeight] = []
-        if self.suspects is not None:  # also an empty list, as some losses remember what kinds of masks there are
-            terms.append(PairMask(row_key=index * self.width, column_key=arguments["candidate_id"], keys=self.suspects))
-        if len(self.known):
-            terms.append(
-                PairMask(
-                    row_key=arguments["anchor_id"] * self.width, column_key=arguments["candidate_id"], keys=self.known
-                )
-            )
-        if self.weights == "inclusion":
-            terms.append(self._inclusion(index, num_negatives, arguments["candidate_id"]))
-        elif self.task is not None and self.plan is not None and self.plan.mixing == "within":
-            # Says nothing of the batch itself: for a loss that remembers earlier ones, of other data sets.
-            task = self.task[index]
-            terms.append(TaskMask(row_task=task, column_task=task.repeat(1 + num_negatives)))
+        terms = self._terms()
         if terms:
-            arguments["log_weight"] = terms[0] if len(terms) == 1 else SumLogWeight(terms=tuple(terms))
+            examples = self._examples(index, num_negatives, arguments["candidate_id"])
+            arguments["log_weight"] = LogWeights.of(examples, len(index), *terms)
         return arguments
 
-    def _inclusion(self, index: Tensor, num_negatives: int, candidate_id: Tensor) -> ClusterLogWeight:
-        """One over the chance that a candidate was put beside the anchor; each candidate once, however many ways it has to come.
+    def _terms(self) -> list[Term]:
+        """What this table knows of negatives, besides identical texts and rows."""
+        terms = list(self.terms)
+        if self.suspects is not None:
+            terms.append(ListedPairs(self.suspects, self.width))
+        if len(self.known):
+            terms.append(ListedPairs(self.known, self.width, key="anchor_id"))
+        if self.log_weights is not None:
+            terms.append(Inclusion(self.log_weights, self.weight_cap))
+        elif self.task is not None and self.plan is not None and self.plan.mixing == "within":
+            # Says nothing of the batch itself: for a loss that remembers earlier ones, of other data sets.
+            terms.append(remembered_of_other_tasks)
+        return terms
 
-        The negatives that a row brings itself are certain to be there; they weigh as its cluster does, which is a remainder row's chance of
-        pushing one out too much.
+    def _examples(self, index: Tensor, num_negatives: int, candidate_id: Tensor) -> Examples:
+        """The record of each pair, and behind them of the explicit negatives that they bring.
+
+        An explicit negative has the cluster and the data set of its row, as it is certain to be there beside it; a
+        remainder row's weigh as its cluster does, which is such a row's chance of pushing one out too much.
         """
-        assert self.plan is not None
-        assert self.cluster is not None
-        assert self.log_weights is not None
-        cluster, task, repeat = self.cluster[index], None, 1 + num_negatives
+        repeat, cluster, task, log_ways = 1 + num_negatives, None, None, None
         if self.task is not None:
-            task = self.task[index]
-        loose = (cluster < 0).long()
-        table = self.log_weights[0 if task is None else task, loose]
-        same, other, remainder, exact_other, exact_remainder, log_spread = table.unbind(dim=1)
-        cluster = torch.where(cluster < 0, -2 - index, cluster)  # a remainder row belongs to itself
-        factor = None
-        if self.ways is not None and self.way_keys is not None and num_negatives:
-            keys = candidate_id if task is None else task.repeat(repeat) * self.width + candidate_id
-            factor = -self.ways[torch.searchsorted(self.way_keys, keys)].log()
-        return ClusterLogWeight(
-            row_cluster=cluster,
-            column_cluster=cluster.repeat(repeat),
-            same=same,
-            other=other,
-            remainder=remainder,
-            column_factor=factor,
-            row_task=task,
-            column_task=None if task is None else task.repeat(repeat),
-            exact_other=exact_other,
-            exact_remainder=exact_remainder,
-            log_spread=log_spread,
-            cap=self.weight_cap,
+            task = self.task[index].repeat(repeat)
+        if self.log_weights is not None and self.cluster is not None:
+            cluster = self.cluster[index]
+            cluster = torch.where(cluster < 0, -2 - index, cluster).repeat(repeat)  # a remainder row belongs to itself
+            if self.ways is not None and self.way_keys is not None:
+                keys = candidate_id if task is None else task * self.width + candidate_id
+                log_ways = self.ways[torch.searchsorted(self.way_keys, keys)].log()
+                if not num_negatives:  # no row brings another's text here
+                    log_ways.zero_()
+        further = {name: self.get_buffer(f"column_{name}")[index] for name in self.columns}
+        of_pairs = {**further, "anchor_id": self.anchor_id[index], "row": index}
+        return Examples(
+            text_id=candidate_id,
+            cluster=cluster,
+            task=task,
+            log_ways=log_ways,
+            **{name: behind(values, len(candidate_id)) for name, values in of_pairs.items()},
         )
 
 
@@ -223,7 +251,8 @@ def _checked_ids(
     anchors, positives, negatives = (as_ids(name, values) for name, values in given.items())
     if not anchors.shape == positives.shape == negatives.shape[:1] or negatives.ndim != 2:
         raise AnybatchError(
-            f"The ids have shapes {anchors.shape} (anchors), {positives.shape} (positives) and {negatives.shape} (negatives); expected (n,), (n,) and "
+            f"The ids have shapes {anchors.shape} (anchors), {positives.shape} (positives) and {negatives.shape} "
+            "(negatives); expected (n,), (n,) and "
             "(n, h): one anchor, one positive and h negatives a row."
         )
     if max(int(side.max(initial=0)) for side in (anchors, positives, negatives)) >= 2**31:
@@ -232,35 +261,54 @@ def _checked_ids(
     return anchors, positives, negatives
 
 
-def _task_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
-    """(data sets, 2, 6) float64: log-weights of a row of the same cluster, of another and of none; of the latter two without the cap; and the log of n - 1 over
-    the rows of the data set outside the own cluster. For an anchor in a cluster and in none.
+def inclusion_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
+    """Log of one over the chance of sharing a batch, divided by n - 1, for each data set: what `Inclusion` asks for.
 
-    The mean is over all rows but the own, to which those of other data sets add nothing: a loss that multiplies it by n - 1 has the sum over the
-    anchor's data set.
+        same cluster:   -log(n - 1) - log(chance_same)
+        elsewhere:      -log(n - 1) - log(chance_beside),      at most log(cap) above the same cluster's
+
+    With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows,
+    to which those of other data sets add nothing: a loss that multiplies it by n - 1 has the sum over the anchor's
+    data set. Rows that never come (chance 0) weigh as the same cluster's, as no weight can stand for them.
+
+    Args:
+        plan: Its sampling knows the chances.
+        cap: Trades variance for bias; None for the exact weights.
+
+    Returns:
+        (data sets, 2, 6) float64, see `Inclusion`.
+
+    Raises:
+        AnybatchError: A cap below 1.
     """
-    weights = []
+    if cap is not None and cap < 1:
+        raise AnybatchError(
+            f"The cap on the weights is {cap}; expected at least 1, the weight of a row of the own cluster."
+        )
+    table = []
+    log_others = math.log(max(2, plan.num_rows) - 1)
     for number in range(max(1, len(plan.task_names))):
-        num_rows, chances = max(2, plan.num_rows), plan.sampling.chances(number)
-        same = chances.same or 1.0  # 0 for a data set without clusters
+        chances = plan.sampling.chances(number)
         of_set = plan.num_rows if plan.task is None else int((plan.task == number).sum())
         lines = []
-        for pair, chance_same, own in (
-            ((chances.other, chances.remainder), same, plan.cluster_size),
-            ((chances.from_remainder, chances.between_remainders), 1.0, 1),
+        for chance_same, elsewhere, own in (
+            (chances.same or 1.0, (chances.other, chances.remainder), plan.cluster_size),  # 0 without clusters
+            (1.0, (chances.from_remainder, chances.between_remainders), 1),
         ):
-            capped = [inclusion_log_weights(num_rows, chance, chance_same=chance_same, cap=cap) for chance in pair]
-            exact = [-math.log(num_rows - 1) - math.log(max(chance, NEVER)) for chance in pair]
-            spread = math.log((num_rows - 1) / max(1, of_set - own))
-            lines.append([capped[0][0], capped[0][1], capped[1][1], *exact, spread])
-        weights.append(lines)
-    return torch.tensor(weights, dtype=torch.float64)
+            same = -log_others - math.log(chance_same)
+            ratios = [chance_same / chance if chance > 0 else 1.0 for chance in elsewhere]
+            capped = [same + math.log(ratio if cap is None else min(ratio, cap)) for ratio in ratios]
+            exact = [-log_others - math.log(max(chance, NEVER)) for chance in elsewhere]
+            spread = math.log((max(2, plan.num_rows) - 1) / max(1, of_set - own))
+            lines.append([same, *capped, *exact, spread])
+        table.append(lines)
+    return torch.tensor(table, dtype=torch.float64)
 
 
 def _ways(
     positive_id: np.ndarray, negative_id: np.ndarray, task: np.ndarray | None, width: int
 ) -> tuple[Tensor, Tensor]:
-    """For each candidate the ways it has into a batch (rows that bring it) over the rows that it stands for, within its data set.
+    """The ways of each candidate into a batch (rows that bring it) over the rows that it stands for, in its data set.
 
     Returns:
         (k,) int64 ascending keys data set * width + id, and (k,) float64 ways.
@@ -273,6 +321,6 @@ def _ways(
 
 
 def _suspect_keys(pairs: np.ndarray, positive_id: np.ndarray, width: int) -> Tensor:
-    """Keys row * width + text of these pairs, both ways round, ascending: the other row's positive, whoever brings it."""
+    """Keys row * width + text of these pairs, in both orders, ascending: the other's positive, whoever brings it."""
     both = np.concatenate([pairs, pairs[:, ::-1]]).astype(np.int64)
     return torch.from_numpy(np.unique(both[:, 0] * width + positive_id[both[:, 1]]))

@@ -1,4 +1,4 @@
-"""What mined batches hold, beside random ones: the figures that tell whether mining did its work."""
+"""What mined clusters hold, beside random ones: the figures that tell whether mining did its work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Audit:
 
     Attributes:
         window_per_anchor: Wanted negatives in the anchor's own cluster.
-        conflicts_per_anchor: Probable false negatives in it.
+        conflicts_per_anchor: Suspected false negatives in it.
         random_window_per_anchor, random_conflicts_per_anchor: The same expected of random clusters of this size.
         hard_pairs: Pairs of rows with identical content in one cluster; 0 unless it cannot be avoided.
         smallest, largest: Sizes of clusters.
@@ -74,15 +74,16 @@ def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.nda
     )
 
 
-def suspect_pairs(graph: MiningGraph, cluster: np.ndarray | None) -> np.ndarray:
-    """Conflicts that still share a cluster, or all if no clusters are given: (p, 2) int32 with the lower row first, each pair once, sorted."""
-    inside = (graph.conflict if cluster is None else _inside(graph.conflict, cluster)).tocoo()
+def suspect_pairs(graph: MiningGraph, cluster: np.ndarray) -> np.ndarray:
+    """Suspected false negatives that share a cluster all the same: (p, 2) int32, lower row first, distinct, sorted."""
+    inside = _inside(graph.conflict, cluster).tocoo()
     pairs = np.stack([np.minimum(inside.row, inside.col), np.maximum(inside.row, inside.col)], axis=1)
     return np.unique(pairs, axis=0).astype(np.int32)
 
 
 def most_wanted(wanted: np.ndarray, num: int = 20) -> list[tuple[int, int]]:
-    """Hubs: the rows that occur most often among `wanted` (rows of all windows, one after the other), each with its count, the most wanted first.
+    """Hubs: the rows that occur most often among `wanted` (the rows of all windows), each with its count, the most
+    wanted first.
 
     Equal counts: the lower row first.
     """

@@ -11,7 +11,7 @@ from numba.core.caching import FunctionCache
 
 
 class _Cache(FunctionCache):
-    """numba's cache, but what cannot be read or written is compiled again: a full disk or a damaged file costs seconds, not the run."""
+    """numba's cache, but what cannot be read or written is compiled again: a full disk costs seconds, not the run."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """None where there is nothing that can be used."""
@@ -26,9 +26,11 @@ class _Cache(FunctionCache):
 
 
 def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """`numba.njit`, with the machine code kept where numba finds a place: beside this file, or in the user's cache folder.
+    """`numba.njit`, with the machine code kept where numba finds a place: beside this file, or in the user's cache
+    folder.
 
-    With `cache=True` instead, numba refuses to define the function where it finds none: in a read-only installation without a home.
+    With `cache=True` instead, numba refuses to define the function where it finds none: in a read-only installation
+    without a home.
     """
     if function is None:
         return lambda given: compiled(given, **options)

@@ -9,7 +9,8 @@ from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNe
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name
 from anybatch.mining.audit import Audit
-from anybatch.mining.outlook import Outlook
+from anybatch.mining.graph import Window
+from anybatch.mining.statistics import BatchStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,25 +18,30 @@ class MiningConfig(Configuration):
     """How batches are chosen.
 
     Attributes:
-        method: "anybatch" (union of windows, recursive bisection, swap search with conflicts), "published" (B3 as released: mutual
-            edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal sizes, which plans need), "random";
-            to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth" (GCBS), "loss_ordered" (OSGD under the teacher).
+        method: "anybatch" (union of windows, recursive bisection, search by exchanges with conflicts), "published" (B3
+            as
+            released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal sizes,
+            which plans need), "random"; to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth" (GCBS),
+            "loss_ordered" (OSGD under the teacher).
         batch_size: Rows of a batch, over all ranks.
         cluster_size: Rows that sit together; the batch is a multiple of it.
-        skip: First ranks, taken for false negatives. B3: 30 for retrieval, 70 for short repeated answers. Lower it for small data.
+        skip: First ranks, suspected false negatives. B3: 30 for retrieval, 70 for short repeated answers. Lower it for
+            small data.
         take: Ranks after them that are wanted. More than twice the cluster size shrinks everything and gains nothing.
-        margin: Also a false negative: what scores above this share of the own positive (0.95 is usual); None for ranks alone.
-        score: "query" (anchor to positives, as published) or "symmetric" (both ways, as one inner product).
-        conflict_weight: What a probable false negative in the cluster costs, in wanted edges.
+        margin: Also suspected: what scores above this share of the own positive (0.95 is usual); None for ranks alone.
+        conflict_weight: What a suspected false negative in the cluster costs, in wanted edges.
         neighbors: "exact", "ivf", or "auto" by the number of rows.
         num_negatives: Explicit hard negatives drawn for each row (B3++).
-        suspects: Probable false negatives kept with the plan, for `mask_suspects`: those that share a "cluster", or "all", which may meet in any
-            batch (8 bytes * skip a row).
-        sweeps: Passes of the exchange search; each doubling gains a little more.
         mixing: With several data sets: batches "within" one (B3), or "mixed".
-        refresh_epochs: Mine anew with the student's own embeddings every so many epochs, from the clusters there are; 0 for never.
-        cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all rows at once.
+        refresh_epochs: Mine anew with the student's own embeddings every so many epochs, from the clusters there are; 0
+            for never.
+        cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all
+            rows at once.
         seed: Of everything random.
+
+    Example:
+        >>> MiningConfig(cluster_size=16, skip=5).take
+        64
     """
 
     method: Literal["anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "anybatch"
@@ -44,12 +50,9 @@ class MiningConfig(Configuration):
     skip: CountOrZero = 30
     take: Count = 64
     margin: NotNegative | None = None
-    score: Literal["query", "symmetric"] = "query"
     conflict_weight: Annotated[float, Range(0, 1e6)] = 3.0
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: CountOrZero = 0
-    suspects: Literal["cluster", "all"] = "cluster"
-    sweeps: CountOrZero = 20
     mixing: Literal["within", "mixed"] = "within"
     refresh_epochs: CountOrZero = 0
     cells: Count = 1
@@ -61,13 +64,20 @@ class MiningConfig(Configuration):
         super().__post_init__()
         if self.refresh_epochs and (self.method != "anybatch" or self.num_negatives):
             raise AnybatchError(
-                f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined negatives (num_negatives 0), "
-                f"whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
+                f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined "
+                "negatives "
+                f"(num_negatives 0), whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
             )
         if self.cells > 1 and self.method != "anybatch":
             raise AnybatchError(
-                f"mining.cells is {self.cells} with method '{self.method}', which partitions all rows at once; set mining.cells to 1, or method to 'anybatch'."
+                f"mining.cells is {self.cells} with method '{self.method}', which partitions all rows at once; set "
+                "mining.cells to 1, or method to 'anybatch'."
             )
+
+    @property
+    def window(self) -> Window:
+        """Which ranks are wanted, which suspected."""
+        return Window(self.skip, self.take, self.margin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +87,19 @@ class MiningSet(Configuration):
     Attributes:
         name: For the plan, the report and the folder of its neighbours; a plain file name.
         num_rows: Its rows.
-        skip, take, margin: Its own rank window; None for the configuration's.
-        share: Of its clusters, how many an epoch deals (rounded, at least one), and of its rows in no cluster, how many on average; in (0, 1].
+        skip, take: Its own rank window; None for the configuration's.
+        share: Of its clusters, how many are in an epoch (rounded, at least one), and of its rows in no cluster, how
+            many on average; in (0, 1].
+
+    Example:
+        >>> MiningSet(name="questions", num_rows=1000, skip=70).share
+        1.0
     """
 
     name: str
     num_rows: CountOrZero
     skip: CountOrZero | None = None
     take: Count | None = None
-    margin: NotNegative | None = None
     share: Share = 1.0
 
     section: ClassVar[str] = "sets[]"
@@ -94,24 +108,28 @@ class MiningSet(Configuration):
         super().__post_init__()
         check_name(self.name, "data set")
 
+    def windowed(self, window: Window) -> Window:
+        """Its own window, where it has one."""
+        skip = window.skip if self.skip is None else self.skip
+        return Window(skip, window.take if self.take is None else self.take, window.margin)
+
 
 @dataclass(kw_only=True)
 class MiningReport:
     """What mining did and what it cost.
 
     Attributes:
-        audit: What the clusters hold, None for random batches and for several data sets.
-        sets: The reports on the data sets, if there are several; times and memory are in each.
-        outlook: Whether mining is likely to help, with warnings; None for random batches.
+        audit: What the clusters hold; None for random batches and for several data sets.
+        statistics: Whether mining is likely to help, with warnings; None as `audit`.
         hubs: The rows that are in most rank windows, with the number of windows, most wanted first.
         recall: Of the neighbours, measured; 1.0 if exact.
-        seconds: Wall time of each stage.
-        peak_bytes: Peak resident memory in each stage.
+        seconds, peak_bytes: Wall time and peak resident memory of each stage.
         notes: What had to be changed, in words.
+        sets: The reports on the data sets, if there are several; times and memory are in each.
     """
 
     audit: Audit | None = None
-    outlook: Outlook | None = None
+    statistics: BatchStatistics | None = None
     hubs: list[tuple[int, int]] = field(default_factory=list)
     recall: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""From rankings to one signed graph: wanted edges positive, probable false negatives negative. CSR, no Python objects."""
+"""From rankings to one signed graph: wanted edges positive, suspected false negatives negative. Imports neighbours."""
 
 from __future__ import annotations
 
@@ -9,9 +9,49 @@ import numpy as np
 from scipy import sparse
 
 from anybatch.core.errors import AnybatchError
-from anybatch.mining.neighbors import Neighbors, check_at_least
+from anybatch.mining.inputs import check_at_least
+from anybatch.mining.neighbors import Neighbors
 
-Edges = Literal["union", "mutual"]
+
+@dataclass(frozen=True)
+class Window:
+    """Which ranks are what.
+
+    Attributes:
+        skip: The first ranks, which are suspected false negatives.
+        take: The ranks after them, which are wanted.
+        margin: Also suspected: whatever scores above `margin` times the row's own positive (NV-Retriever: 0.95). None:
+            ranks alone.
+    """
+
+    skip: int
+    take: int
+    margin: float | None = None
+
+    @property
+    def depth(self) -> int:
+        """Neighbours that are needed."""
+        return self.skip + self.take
+
+    def fitted(self, num_rows: int) -> Window:
+        """One that the data can fill: skip at most a tenth of the rows, take at most half of them."""
+        return Window(min(self.skip, num_rows // 10), min(self.take, max(1, num_rows // 2)), self.margin)
+
+    def cut(self, neighbors: Neighbors) -> tuple[np.ndarray, np.ndarray]:
+        """Which of each row's neighbours are wanted negatives, and which are suspected to be false ones.
+
+        Returns:
+            Two bool arrays (rows, depth): wanted, suspected. Missing neighbours are neither.
+        """
+        check_at_least("skip", self.skip, 0)
+        check_at_least("take", self.take, 1)
+        present = neighbors.ids[:, : self.depth] >= 0
+        suspected = present & (np.arange(present.shape[1]) < self.skip)[None]
+        if self.margin is not None:
+            # Relative to a positive score only: times a negative one, the margin would forbid everything.
+            limit = np.where(neighbors.own_score > 0, self.margin * neighbors.own_score, np.inf)
+            suspected |= present & (neighbors.scores[:, : self.depth] > limit[:, None])
+        return present & ~suspected, suspected
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,7 +60,7 @@ class MiningGraph:
 
     Attributes:
         window: (n, n) CSR, 1.0 where j is in i's rank window: a wanted negative of i.
-        conflict: (n, n) CSR, 1.0 where j is among i's excluded top ranks: probably a false negative.
+        conflict: (n, n) CSR, 1.0 where j is among i's excluded top ranks: suspected to be a false negative.
         weight: (n, n) symmetric CSR of what a partitioner maximises inside clusters: the number of wanted edges.
     """
 
@@ -43,61 +83,30 @@ class MiningGraph:
         return total
 
 
-def build_graph(
-    neighbors: Neighbors,
-    *,
-    skip: int,
-    take: int,
-    margin: float | None = None,
-    edges: Edges = "union",
-) -> MiningGraph:
+def build_graph(neighbors: Neighbors, window: Window, *, edges: Literal["union", "mutual"] = "union") -> MiningGraph:
     """Cut the rank windows and join them.
 
     Args:
-        neighbors: At least `skip + take` ranks.
-        skip: The first ranks, which are probably false negatives.
-        take: The ranks after them, which are wanted.
-        margin: Also a conflict: whatever scores above `margin` times the row's own positive (NV-Retriever: 0.95). None: ranks alone.
-        edges: "union": wanted by either side (twice the weight if by both); "mutual": wanted by both sides, as published.
+        neighbors: At least as many ranks as the window is deep.
+        window: Which ranks are wanted, which suspected.
+        edges: "union": wanted by either side (twice the weight if by both); "mutual": wanted by both sides, as
+            published.
 
     Cost: 12 bytes an edge and side.
     """
     num_rows = len(neighbors.ids)
-    ids = neighbors.ids[:, : skip + take]
+    ids = neighbors.ids[:, : window.depth]
     if ids.size and int(ids.max()) >= num_rows:  # sparse products check no index
         raise AnybatchError(
             f"A neighbour is row {int(ids.max())} of {num_rows}. Search the neighbours of these rows anew."
         )
-    wanted, bad = cut_windows(neighbors, skip=skip, take=take, margin=margin)
-    window, conflict = (_csr(ids, chosen, num_rows) for chosen in (wanted, bad))
-    both = window + window.T
+    wanted, conflict = (_csr(ids, chosen, num_rows) for chosen in window.cut(neighbors))
+    both = wanted + wanted.T
     if edges == "mutual":
-        both = both.multiply(window.multiply(window.T))
+        both = both.multiply(wanted.multiply(wanted.T))
     weight = sparse.csr_matrix(both, dtype=np.float32)
     weight.sort_indices()
-    return MiningGraph(window=window, conflict=conflict, weight=weight)
-
-
-def cut_windows(
-    neighbors: Neighbors, *, skip: int, take: int, margin: float | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which of each row's neighbours are wanted negatives, and which are conflicts.
-
-    Args:
-        neighbors, skip, take, margin: See `build_graph`; of all rows or of some.
-
-    Returns:
-        Two bool arrays (rows, skip + take): wanted, conflict. Missing neighbours are neither.
-    """
-    check_at_least("skip", skip, 0)
-    check_at_least("take", take, 1)
-    present = neighbors.ids[:, : skip + take] >= 0
-    bad = present & (np.arange(present.shape[1]) < skip)[None]
-    if margin is not None:
-        # Relative to a positive score only: times a negative one, the margin would forbid everything.
-        limit = np.where(neighbors.own_score > 0, margin * neighbors.own_score, np.inf)
-        bad |= present & (neighbors.scores[:, : skip + take] > limit[:, None])
-    return present & ~bad, bad
+    return MiningGraph(window=wanted, conflict=conflict, weight=weight)
 
 
 def _csr(ids: np.ndarray, chosen: np.ndarray, num_rows: int) -> sparse.csr_matrix:

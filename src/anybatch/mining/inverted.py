@@ -1,17 +1,12 @@
-"""The teacher's ranking, approximately: documents are sorted into cells, and a query is compared with the documents of the cells nearest to it.
+"""The teacher's ranking, approximately: documents in k-means cells, of which each query visits the nearest.
 
-faiss's inverted file walks the cells query by query. Here a few thousand queries go together: of a cell's documents and those of the queries that
-visit it one matrix product is made, with the exact search's selection. Queries that go together are those whose own documents are neighbours, so that
-they visit the same cells.
-
-Memory beside that of `neighbors.py`: one copy of the documents in the order of their cells, in their own type (2 n D bytes in float16), in
-`folder` if one is given; C centroids, 4 C D bytes, and TRAIN_ROWS times as much while they are made; 8 n bytes. A thread holds
-QUERY_ROWS * (4 D + 16 k) bytes.
+A query block visits cell after cell: the queries that want a cell are compared with all of its documents at once, so
+the work is matrix products, as in `exact_neighbors`. Imports distributed and blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +16,8 @@ from torch import Tensor
 
 from anybatch.core import distributed
 from anybatch.core.blocks import BlockArrays
-from anybatch.mining.neighbors import (
-    Embeddings,
-    Neighbors,
-    as_tensor,
-    check_search,
-    exact_neighbors,
-    identity_of,
-    on_cpu,
-    search_units,
-)
+from anybatch.mining.inputs import as_tensor, on_cpu
+from anybatch.mining.neighbors import Neighbors, Progress, Search, exact_neighbors, search_units
 from anybatch.mining.top import Piece, best_columns
 
 SAMPLE = 1024  # queries on which recall is measured
@@ -42,8 +29,8 @@ SCORED_ROWS = 512  # of them compared with every centroid at once, so that the s
 
 
 def ivf_neighbors(
-    queries: Embeddings,
-    documents: Embeddings,
+    queries: np.ndarray,
+    documents: np.ndarray,
     num_neighbors: int,
     *,
     anchor_id: np.ndarray,
@@ -52,17 +39,19 @@ def ivf_neighbors(
     seed: int = 0,
     device: str | None = None,
     folder: Path | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
+    unit_rows: int = QUERY_ROWS,
 ) -> Neighbors:
     """As `exact_neighbors`, approximately, with as many cells visited as the wanted recall needs on a sample.
 
-        C = 4 sqrt(n) unit centroids, by k-means; a document belongs to the cell whose centroid it has the largest inner product with,
-        a query visits the num_probes cells whose centroids it has the largest inner products with
+        C = 4 sqrt(n) unit centroids, by k-means; a document belongs to the cell whose centroid it has the largest inner
+        product with, a query visits the num_probes cells whose centroids it has the largest inner products with
 
     Args:
-        queries, documents, num_neighbors, anchor_id, positive_id, device, progress: See `exact_neighbors`.
-        target_recall: Wanted share of the true top k. For a sample of queries the true neighbours are searched; the cells that they lie in say what
-            recall any number of visited cells gives, without another search. The least number is taken whose recall is a standard error above the target.
+        queries, documents, num_neighbors, anchor_id, positive_id, device, progress, unit_rows: See `exact_neighbors`.
+        target_recall: Wanted share of the true top k. For a sample of queries the true neighbours are searched; the
+            cells that they lie in say what recall any number of visited cells gives, without another search. The least
+            number is taken whose recall is a standard error above the target.
         seed: Of k-means and of the sample.
         folder: See `exact_neighbors`; it holds the cells and the sorted documents too.
 
@@ -72,26 +61,20 @@ def ivf_neighbors(
     Raises:
         AnybatchError: See `exact_neighbors`.
 
-    Cost: multiplications: k-means TRAIN_ROWS * ROUNDS * C * C * D, finding cells 2 n C D, the sample SAMPLE * n * D, the search
-        n * n * D * (share of the documents visited). Under several ranks the search alone is shared; rank 0 makes the cells.
+    Cost: multiplications: k-means TRAIN_ROWS * ROUNDS * C * C * D, finding cells 2 n C D, the sample SAMPLE * n * D,
+        the search n * n * D * (share of the documents visited). Under several ranks only the search is shared; rank 0
+        makes the cells.
     """
-    ids = check_search(queries, documents, num_neighbors, (anchor_id, positive_id))
-    identity = ""
-    if folder is not None:
-        identity = identity_of("ivf", num_neighbors, queries, documents, *ids, target_recall, seed)
-    cells = _Cells(queries, documents, num_neighbors, ids, seed=seed, device=device, folder=folder, identity=identity)
+    ids = {"anchor_id": anchor_id, "positive_id": positive_id}
+    search = Search.checked(queries, documents, num_neighbors, device, **ids)
+    identity = "" if folder is None else search.identity("ivf", target_recall, seed)
+    cells = _Cells(search, seed=seed, folder=folder, identity=identity)
     recall, num_probes = cells.probes(target_recall)
-
-    units = [cells.order[start : start + QUERY_ROWS] for start in range(0, len(queries), QUERY_ROWS)]
+    units = [cells.order[start : start + unit_rows] for start in range(0, len(queries), unit_rows)]
     found = search_units(
-        queries,
-        documents,
-        num_neighbors,
+        search,
         [(unit, unit) for unit in units],
-        lambda block: cells.pieces(block, num_probes, device),
-        ids=ids,
-        num_results=len(queries),
-        device=device,
+        lambda block: cells.pieces(block, num_probes),
         folder=folder,
         identity=f"{identity} {num_probes}",
         progress=progress,
@@ -100,31 +83,15 @@ def ivf_neighbors(
 
 
 class _Cells:
-    """Documents in the order of their cells.
+    """Documents in the order of their cells, in memory or in files (`folder`, `identity`: see `BlockArrays`)."""
 
-    Args:
-        queries, documents, num_neighbors, seed, device, folder: See `ivf_neighbors`.
-        ids: anchor_id and positive_id.
-        identity: See `BlockArrays`.
-    """
-
-    def __init__(
-        self,
-        queries: Embeddings,
-        documents: Embeddings,
-        num_neighbors: int,
-        ids: tuple[np.ndarray, np.ndarray],
-        *,
-        seed: int,
-        device: str | None,
-        folder: Path | None,
-        identity: str,
-    ) -> None:
-        num_rows, width = documents.shape
+    def __init__(self, search: Search, *, seed: int, folder: Path | None, identity: str) -> None:
+        num_rows, width = search.documents.shape
+        self.device = search.device
         self.num_cells = max(1, min(int(4 * np.sqrt(num_rows)), num_rows))
         shapes = {
             "centroids": ((self.num_cells, width), np.float32),
-            "documents": ((num_rows, width), documents.dtype.type),
+            "documents": ((num_rows, width), search.documents.dtype.type),
             "order": ((num_rows,), np.int32),
             "starts": ((self.num_cells + 1,), np.int64),
             "recall": ((2, self.num_cells), np.float64),
@@ -134,24 +101,24 @@ class _Cells:
         self.order, self.starts = kept.arrays["order"], kept.arrays["starts"]
         with distributed.alone() as chosen:
             if chosen and kept.mine():
-                self._sort(documents, seed, device)
-                self.arrays["recall"][:] = self._recall(queries, documents, num_neighbors, ids, seed, device)
+                self._sort(search.documents, seed)
+                self.arrays["recall"][:] = self._recall(search, seed)
                 kept.finish(0)
         kept.wait()
 
     def probes(self, target_recall: float) -> tuple[float, int]:
-        """The recall reached and the number of cells to visit for it: the least whose recall is a standard error above the target."""
+        """The recall reached, and the least number of cells whose recall is a standard error above the target."""
         recall, lower = self.arrays["recall"]
         reached = np.flatnonzero(lower >= target_recall)
         last = int(reached[0]) if len(reached) else self.num_cells - 1
         return float(recall[last]), last + 1
 
-    def pieces(self, block: Tensor, num_probes: int, device: str | None) -> Iterator[Piece]:
+    def pieces(self, block: Tensor, num_probes: int) -> Iterator[Piece]:
         """For each cell that any query of the block (B, D) visits: its documents, and the queries that do."""
         every = np.arange(self.num_cells + 1, dtype=np.int32)
-        centroids = Piece(every[:-1], as_tensor(self.arrays["centroids"], device))
+        centroids = Piece(every[:-1], as_tensor(self.arrays["centroids"], self.device))
         nobody = np.full(len(block), self.num_cells)  # no centroid is any query's own
-        visits, _ = best_columns(block, nobody, [centroids], num_probes, anchor_id=every, positive_id=every)
+        visits, _ = best_columns(block, nobody, [centroids], num_probes, ids=(every, every))
         order = np.argsort(visits, axis=None, kind="stable")
         lines, cells = order // num_probes, visits.ravel()
         ends = np.cumsum(np.bincount(cells, minlength=self.num_cells)).tolist()
@@ -159,45 +126,37 @@ class _Cells:
         for cell, (first, last) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             run = slice(starts[cell], starts[cell + 1])
             if first < last and run.start < run.stop:
-                documents = as_tensor(self.arrays["documents"][run], device)
+                documents = as_tensor(self.arrays["documents"][run], self.device)
                 yield Piece(self.order[run], documents, lines[first:last])
 
-    def _sort(self, documents: Embeddings, seed: int, device: str | None) -> None:
-        centroids = spherical_kmeans(documents, self.num_cells, seed, device)
+    def _sort(self, documents: np.ndarray, seed: int) -> None:
+        centroids = spherical_kmeans(documents, self.num_cells, seed, self.device)
         self.arrays["centroids"][:] = centroids.cpu().numpy()
-        cell = assign_cells(documents, centroids, device)
+        cell = assign_cells(documents, centroids, self.device)
         self.order[:] = np.argsort(cell, kind="stable")
         self.starts[1:] = np.cumsum(np.bincount(cell, minlength=self.num_cells))
         for start in range(0, len(documents), PIECE_ROWS):
             self.arrays["documents"][start : start + PIECE_ROWS] = documents[self.order[start : start + PIECE_ROWS]]
 
-    def _recall(
-        self,
-        queries: Embeddings,
-        documents: Embeddings,
-        num_neighbors: int,
-        ids: tuple[np.ndarray, np.ndarray],
-        seed: int,
-        device: str | None,
-    ) -> np.ndarray:
-        """(2, C): for every number of visited cells the recall on a sample of queries, and the same less its standard error."""
+    def _recall(self, search: Search, seed: int) -> np.ndarray:
+        """(2, C): for every number of visited cells the recall on a sample, and that less its standard error."""
         num_rows = len(self.order)
         rows = np.sort(np.random.default_rng(seed).choice(num_rows, min(SAMPLE, num_rows), replace=False))
         truth = exact_neighbors(
-            queries,
-            documents,
-            num_neighbors,
-            anchor_id=ids[0],
-            positive_id=ids[1],
+            search.queries,
+            search.documents,
+            search.num_neighbors,
+            anchor_id=search.ids[0],
+            positive_id=search.ids[1],
             rows=rows,
-            device=device,
-        ).ids
+            device=self.device,
+        )
         cell = np.empty(num_rows, np.int32)
         cell[self.order] = np.repeat(np.arange(self.num_cells, dtype=np.int32), np.diff(self.starts))
-        scores = np.asarray(queries[rows], np.float32) @ self.arrays["centroids"].T
+        scores = np.asarray(search.queries[rows], np.float32) @ self.arrays["centroids"].T
         reached = np.empty((len(rows), self.num_cells), np.float32)
         turn = np.empty(self.num_cells, np.int32)
-        for place, found in enumerate(truth):  # the share of true neighbours found with 1, 2, ... cells
+        for place, found in enumerate(truth.ids):  # the share of true neighbours found with 1, 2, ... cells
             turn[np.argsort(-scores[place], kind="stable")] = np.arange(self.num_cells)
             turns = np.bincount(turn[cell[found[found >= 0]]], minlength=self.num_cells)
             reached[place] = np.cumsum(turns) / turns.sum() if turns.any() else 1.0
@@ -206,7 +165,7 @@ class _Cells:
         return np.stack([mean, np.where(spread == 0, mean, lower)])
 
 
-def spherical_kmeans(documents: Embeddings, num_cells: int, seed: int, device: str | None) -> Tensor:
+def spherical_kmeans(documents: np.ndarray, num_cells: int, seed: int, device: str | None) -> Tensor:
     """(C, D) unit centroids: each the direction of the mean of the sampled documents nearest to it."""
     generator = np.random.default_rng(seed)
     size = min(len(documents), TRAIN_ROWS * num_cells)
@@ -223,15 +182,16 @@ def spherical_kmeans(documents: Embeddings, num_cells: int, seed: int, device: s
     return centroids
 
 
-def assign_cells(rows: Embeddings, centroids: Tensor, device: str | None) -> np.ndarray:
+def assign_cells(rows: np.ndarray, centroids: Tensor, device: str | None) -> np.ndarray:
     """(n,) int64: the centroid with the largest inner product."""
-    # Every buffer is made once: small results between freed blocks of scores left holes that added up to 10 GB at a million rows on two threads.
+    # Every buffer is made once: small results between freed blocks of scores left holes that added up to 10 GB at a
+    # million rows on two threads.
     cells = np.empty(len(rows), np.int64)
-    room = torch.empty((min(PIECE_ROWS, len(rows)), rows.shape[1]), device=device or "cpu")
+    workspace = torch.empty((min(PIECE_ROWS, len(rows)), rows.shape[1]), device=device or "cpu")
     scores = torch.empty((SCORED_ROWS, len(centroids)), device=device or "cpu")
     for start in range(0, len(rows), PIECE_ROWS):
         given = np.ascontiguousarray(rows[start : start + PIECE_ROWS])
-        piece = room[: len(given)]
+        piece = workspace[: len(given)]
         piece.copy_(on_cpu(given))
         for place, few in enumerate(piece.split(SCORED_ROWS)):
             torch.mm(few, centroids.T, out=scores[: len(few)])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,13 +18,14 @@ from anybatch.core.resources import Measure
 from anybatch.mining.audit import audit_clusters, most_wanted, suspect_pairs
 from anybatch.mining.cells import cell_clusters
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
-from anybatch.mining.graph import Edges, MiningGraph, build_graph
+from anybatch.mining.graph import MiningGraph, Window, build_graph
+from anybatch.mining.inputs import check_embeddings, compact_ids
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
-from anybatch.mining.neighbors import Embeddings, Neighbors, Stacked, check_embeddings, compact_ids, exact_neighbors
-from anybatch.mining.outlook import mining_outlook
-from anybatch.mining.partition import equal_clusters, metis_clusters
+from anybatch.mining.neighbors import Neighbors, exact_neighbors
+from anybatch.mining.partition import SWEEPS, equal_clusters, metis_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
+from anybatch.mining.statistics import batch_statistics
 from anybatch.plans.plan import BatchPlan
 from anybatch.plans.sampling import ClusterSampling
 
@@ -58,14 +59,18 @@ def mine_plan(
     """Choose the batches.
 
     Args:
-        anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped. Scores are inner products.
+        anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped. Scores are inner
+            products.
         config: See `MiningConfig`.
         anchor_id, positive_id: (n,) int; equal for identical texts, which are never put together. None: all differ.
-        sets: Several data sets, one after the other in the rows: each is mined by itself with its own window, into one plan.
+        sets: Several data sets, one after the other in the rows: each is mined by itself with its own window, into one
+            plan.
         data_digest: `PairData.digest`, which binds the plan to its data.
-        start: (n,) int clusters of an earlier plan of the same sizes, from which the search goes on instead of from a partitioner.
+        start: (n,) int clusters of an earlier plan of the same sizes, from which the search goes on instead of from
+            METIS.
         device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
-        folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not repeated.
+        folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not
+            repeated.
         progress: Called with (stage, fraction done).
 
     Returns:
@@ -77,65 +82,53 @@ def mine_plan(
     Warns:
         UserWarning: The rank window is wider than the data and was cut.
 
-    Cost: neighbours n * n * D (exact); then a few seconds for each 100,000 rows. Memory 8 bytes * (skip + take) a row, and about
-        as much again three times for the graph.
+    Cost: neighbours n * n * D (exact); then a few seconds for each 100,000 rows. Memory 8 bytes * (skip + take) a row,
+        and about as much again three times for the graph.
 
     Reference: B3, arXiv 2505.11293, section 3, and what this library does differently in docs/mining.md.
+
+    Example:
+        >>> vectors = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+        >>> config = MiningConfig(batch_size=16, cluster_size=8, skip=2, take=16)
+        >>> mine_plan(vectors, vectors, config=config).plan.epoch_batches(0).shape
+        (12, 16)
     """
-    _check_both(anchor_embeddings, positive_embeddings)
+    # 1. Refuse what no search can mend, before it.
     num_rows = len(anchor_embeddings)
-    report = MiningReport()
-    parts = _parts(sets, num_rows)
-    anchor_id, positive_id = (
-        np.arange(num_rows) if ids is None else compact_ids(name, ids, num_rows)
-        for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
-    )
+    _check_both(anchor_embeddings, positive_embeddings)
+    report, given = MiningReport(), _given_sets(sets, num_rows)
+    ids = compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)
     if config.method == "random":
-        return MiningResult(
-            plan=random_plan(num_rows, config=config, sets=sets, data_digest=data_digest), report=report
-        )
+        plan = random_plan(num_rows, config=config, sets=sets, data_digest=data_digest)
+        return MiningResult(plan=plan, report=report)
     check_sizes(num_rows, config=config, sets=sets)
     if start is not None and start.shape != (num_rows,):
         raise AnybatchError(f"start has shape {start.shape}; expected ({num_rows},), a cluster for each row.")
+
+    # 2. Mine each data set by itself.
     cluster = np.full(num_rows, -1, np.int32)
     negatives = np.full((num_rows, config.num_negatives), -1, np.int32) if config.num_negatives else None
     suspects, graph = [], None
-    for one, rows in parts:
+    for one, rows in given:
         part = report if not sets else report.sets.setdefault(one.name, MiningReport())
         if one.num_rows < config.cluster_size:
-            warnings.warn(
-                f"The data set '{one.name}' has {one.num_rows} rows, no cluster of {config.cluster_size}: its rows come one by one in the batches of "
-                "others, and with inclusion weights they have hardly any negatives.",
-                stacklevel=2,
-            )
-            part.notes.append(
-                f"{one.num_rows} rows make no cluster of {config.cluster_size}; they come one by one in the batches of others."
-            )
+            _note_small_set(one, config, part)
             continue
-        chosen = _Part(
-            config=_windowed(config, one),
-            anchors=anchor_embeddings[rows],
-            positives=positive_embeddings[rows],
-            anchor_id=anchor_id[rows],
-            positive_id=positive_id[rows],
-            start=None if start is None else start[rows],
-            device=device,
-            folder=folder / one.name if sets and folder is not None else folder,
-            progress=_named(progress, one.name if sets else ""),
-        )
-        own, pairs, drawn, graph = chosen.mine(part)
-        first = int(cluster.max()) + 1
-        cluster[rows] = np.where(own >= 0, own + first, -1)
-        suspects.append(pairs + rows.start)
-        if negatives is not None and drawn is not None:
-            negatives[rows] = np.where(drawn >= 0, drawn + rows.start, -1)
-    meta = {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in ("seed", "batch_size", "cluster_size", "mixing", "refresh_epochs")
-    }
+        embeddings = (anchor_embeddings, positive_embeddings)
+        inputs = _inputs(one, rows, *embeddings, ids, config, bool(sets), device, folder, progress)
+        mined = _mine_set(inputs, None if start is None else start[rows], part)
+        graph = mined.graph
+        cluster[rows] = np.where(mined.cluster >= 0, mined.cluster + cluster.max() + 1, -1)
+        suspects.append(mined.suspects + rows.start)
+        if negatives is not None and mined.negatives is not None:
+            negatives[rows] = np.where(mined.negatives >= 0, mined.negatives + rows.start, -1)
+
+    # 3. Put them together.
+    apart = ("seed", "batch_size", "cluster_size", "mixing", "refresh_epochs")
+    meta = {name: value for name, value in asdict(config).items() if name not in apart}
     if not sets:
-        meta |= dict(zip(("skip", "take"), fit_window(config.skip, config.take, num_rows), strict=True))
+        window = config.window.fitted(num_rows)
+        meta |= {"skip": window.skip, "take": window.take}
     plan = BatchPlan(
         cluster_size=config.cluster_size,
         cluster=cluster,
@@ -148,22 +141,46 @@ def mine_plan(
     return MiningResult(plan=plan, report=report, graph=None if sets else graph)
 
 
-def _note_single_rows(plan: BatchPlan, report: MiningReport) -> None:
-    """Say so where the rows of small data sets are too many for their shares."""
-    wanted, sampled = sum(plan.sampling.single_quotas), plan.sampling.num_single_rows
-    if sampled < wanted:
-        note = (
-            f"The data sets without a cluster have more rows than half of the places of an epoch: {sampled} of their {wanted} come in an epoch. "
-            "Lower mining.cluster_size, or leave data sets out."
-        )
-        report.notes.append(note)
-        warnings.warn(note, stacklevel=3)
+def mine_shared(
+    anchor_embeddings: np.ndarray,
+    positive_embeddings: np.ndarray,
+    *,
+    config: MiningConfig,
+    anchor_id: np.ndarray,
+    positive_id: np.ndarray,
+    folder: Path,
+    sets: Sequence[MiningSet] = (),
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """What all ranks share of `mine_plan`: neighbours, and the coarse cells' clusters if `config.cells` asks for them.
+
+    Rank 0 then finds them finished in `folder`, and does the rest by itself. Arguments as in `mine_plan`.
+
+    Raises:
+        AnybatchError: What `mine_plan` refuses, on every rank and before the search.
+    """
+    num_rows = len(anchor_embeddings)
+    check_sizes(num_rows, config=config, sets=sets)
+    with alone() as chosen:
+        if chosen:
+            _check_both(anchor_embeddings, positive_embeddings)
+    ids = compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)
+    for one, rows in _given_sets(sets, num_rows):
+        if one.num_rows < config.cluster_size:
+            continue
+        embeddings = (anchor_embeddings, positive_embeddings)
+        inputs = _inputs(one, rows, *embeddings, ids, config, bool(sets), device, folder, progress)
+        neighbors = _rank(inputs, MiningReport())
+        if config.cells > 1:
+            with _stage(MiningReport(), "communities", inputs.progress) as advance:
+                _cells(inputs, neighbors, advance)
 
 
 def random_plan(
     num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = (), data_digest: str = ""
 ) -> BatchPlan:
-    """Random batches with the data sets, shares and mixing of `config`; every row is its own cluster. Arguments as in `mine_plan`.
+    """Random batches with the data sets, shares and mixing of `config`; every row is its own cluster. See `mine_plan`.
 
     Raises:
         AnybatchError: See `check_sizes`; `config.method` is taken for "random", whatever it is.
@@ -175,6 +192,210 @@ def random_plan(
         meta={"method": "random"},
         **_plan_settings(num_rows, config, sets, data_digest),
     )
+
+
+def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = ()) -> None:
+    """Refuse what no search can mend, before it: the same on every rank, because it reads nothing but sizes.
+
+    Raises:
+        AnybatchError: A batch that is no whole number of clusters, more than the rows, or more than an epoch's
+            clusters.
+    """
+    given = [one for one, _ in _given_sets(sets, num_rows)]
+    if num_rows < config.batch_size:
+        raise AnybatchError(
+            f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
+        )
+    size = 1 if config.method == "random" else config.cluster_size
+    if config.batch_size % size:
+        raise AnybatchError(
+            f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
+        )
+    counts = [one.num_rows // size for one in given]
+    sampling = ClusterSampling(
+        cluster_task=np.repeat(np.arange(len(given)), counts),
+        shares=tuple(one.share for one in given),
+        clusters_per_batch=config.batch_size // size,
+        within=config.mixing == "within",
+    )
+    rows = "rows" if size == 1 else f"clusters of {size} rows"
+    if sampling.num_batches < 1:
+        raise AnybatchError(
+            f"An epoch has {sum(sampling.quotas)} of {sum(counts)} {rows}, which do not fill one batch of "
+            f"{config.batch_size}. Lower the batch size, or raise the shares of the data sets."
+        )
+    for one, share in zip(given, sampling.sampled_shares, strict=True):
+        if one.num_rows >= size and not share:
+            raise AnybatchError(
+                f"The data set '{one.name}' would never be sampled: an epoch has fewer of its {rows} than a batch "
+                "holds "
+                f"({sampling.clusters_per_batch}), and those left over of all data sets do not fill a batch that "
+                "they could "
+                "share. Lower the batch size, or set mining.mixing to 'mixed'."
+            )
+
+
+class _Inputs(NamedTuple):
+    """One data set on its way to clusters; `window` as its rows allow it."""
+
+    anchors: np.ndarray
+    positives: np.ndarray
+    ids: dict[str, np.ndarray]
+    config: MiningConfig
+    window: Window
+    asked: Window
+    device: str | None
+    folder: Path | None
+    progress: Progress | None
+
+
+def _inputs(
+    one: MiningSet,
+    rows: slice,
+    anchors: np.ndarray,
+    positives: np.ndarray,
+    ids: tuple[np.ndarray, ...],
+    config: MiningConfig,
+    several: bool,
+    device: str | None,
+    folder: Path | None,
+    progress: Progress | None,
+) -> _Inputs:
+    def named(stage: str, fraction: float) -> None:
+        if progress is not None:
+            progress(f"{one.name}: {stage}" if several else stage, fraction)
+
+    asked = one.windowed(config.window)
+    return _Inputs(
+        anchors=anchors[rows],
+        positives=positives[rows],
+        ids=dict(zip(("anchor_id", "positive_id"), (side[rows] for side in ids), strict=True)),
+        config=config,
+        window=asked.fitted(one.num_rows),
+        asked=asked,
+        device=device,
+        folder=folder / one.name if several and folder is not None else folder,
+        progress=named,
+    )
+
+
+class _Mined(NamedTuple):
+    """What was mined of one data set, rows and clusters numbered within it."""
+
+    cluster: np.ndarray
+    suspects: np.ndarray
+    negatives: np.ndarray | None
+    graph: MiningGraph
+
+
+def _mine_set(inputs: _Inputs, start: np.ndarray | None, report: MiningReport) -> _Mined:
+    """Mine one data set; what was found and what it cost goes into `report`."""
+    config, window, ids = inputs.config, inputs.window, inputs.ids
+    if window != inputs.asked:
+        _note_window(inputs, report)
+
+    # 1. Rank: for each anchor the teacher's best positives.
+    neighbors = _rank(inputs, report)
+    report.recall = neighbors.recall
+
+    # 2. Join: who wants to sit beside whom, and who must not.
+    published = config.method == "published"
+    with _stage(report, "graph", inputs.progress):
+        graph = build_graph(neighbors, window, edges="mutual" if published else "union")
+        release_pages(neighbors.ids, neighbors.scores, inputs.anchors, inputs.positives)
+
+    # 3. Cut into clusters, of any sizes at first, then of equal ones.
+    with _stage(report, "communities", inputs.progress) as advance:
+        begun = _begin(inputs, graph, neighbors, start, advance)
+    with _stage(report, "refinement", inputs.progress) as advance:
+        ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
+        cluster = equal_clusters(
+            begun,
+            graph.signed(config.conflict_weight if ours else 0.0),
+            config.cluster_size,
+            sweeps=SWEEPS if ours else 0,
+            seed=config.seed,
+            progress=advance,
+            **ids,
+        )
+
+    # 4. Look at them; name suspected false negatives, draw hard ones.
+    with _stage(report, "audit", inputs.progress):
+        report.audit = audit_clusters(graph, cluster, **ids)
+        report.statistics = batch_statistics(neighbors, cluster, window)
+        report.hubs = most_wanted(graph.window.indices)
+        negatives = None
+        if config.num_negatives:
+            negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **ids)
+        return _Mined(cluster, suspect_pairs(graph, cluster), negatives, graph)
+
+
+def _rank(inputs: _Inputs, report: MiningReport) -> Neighbors:
+    """The neighbours, by exact or by approximate search."""
+    config, num_rows = inputs.config, len(inputs.anchors)
+    exact = config.neighbors == "exact" or (config.neighbors == "auto" and num_rows <= EXACT_ROWS)
+    with _stage(report, "neighbors", inputs.progress) as advance:
+        known: dict[str, Any] = {
+            "device": inputs.device,
+            "folder": inputs.folder,
+            "progress": advance,
+            **inputs.ids,
+        }
+        if exact:
+            return exact_neighbors(inputs.anchors, inputs.positives, inputs.window.depth, **known)
+        return ivf_neighbors(inputs.anchors, inputs.positives, inputs.window.depth, seed=config.seed, **known)
+
+
+def _begin(
+    inputs: _Inputs,
+    graph: MiningGraph,
+    neighbors: Neighbors,
+    start: np.ndarray | None,
+    progress: Callable[[float], None],
+) -> np.ndarray:
+    """(rows,) clusters of any sizes, as the method has them."""
+    config, num_clusters = inputs.config, len(inputs.anchors) // inputs.config.cluster_size
+    if start is not None:
+        _, numbers = np.unique(start, return_inverse=True)  # -1, the remainder, becomes a cluster that dissolves
+        return np.minimum(numbers, num_clusters - 1).astype(np.int32)
+    if config.method == "kmeans":
+        return kmeans_clusters(inputs.anchors, inputs.positives, num_clusters, seed=config.seed)
+    if config.method == "bandwidth":
+        return bandwidth_clusters(graph.weight, num_clusters)
+    if config.method == "loss_ordered":
+        return loss_ordered_clusters(neighbors, num_clusters)
+    if config.method == "published":
+        return metis_clusters(graph.weight, num_clusters, recursive=False, seed=config.seed)
+    if config.cells > 1:
+        return _cells(inputs, neighbors, progress)
+    return metis_clusters(graph.attraction(config.conflict_weight), num_clusters, recursive=True, seed=config.seed)
+
+
+def _cells(inputs: _Inputs, neighbors: Neighbors, progress: Callable[[float], None]) -> np.ndarray:
+    folder = inputs.folder and inputs.folder / "clusters"
+    return cell_clusters(
+        neighbors,
+        inputs.positives,
+        inputs.window,
+        config=inputs.config,
+        folder=folder,
+        progress=progress,
+        **inputs.ids,
+    )
+
+
+def _given_sets(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, slice]]:
+    """Each data set with its rows.
+
+    Raises:
+        AnybatchError: Names that occur twice; sizes that do not add up to the rows.
+    """
+    given = list(sets) or [MiningSet(name="data", num_rows=num_rows)]
+    if len({one.name for one in given}) < len(given) or sum(one.num_rows for one in given) != num_rows:
+        sizes = ", ".join(f"{one.name}: {one.num_rows}" for one in given)
+        raise AnybatchError(f"The data sets are {sizes}; expected different names, and {num_rows} rows in all.")
+    ends = np.cumsum([one.num_rows for one in given]).tolist()
+    return [(one, slice(end - one.num_rows, end)) for one, end in zip(given, ends, strict=True)]
 
 
 def _plan_settings(num_rows: int, config: MiningConfig, sets: Sequence[MiningSet], data_digest: str) -> dict[str, Any]:
@@ -194,160 +415,6 @@ def _plan_settings(num_rows: int, config: MiningConfig, sets: Sequence[MiningSet
     return settings
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Part:
-    """One data set on its way to clusters. `config` has its own window."""
-
-    config: MiningConfig
-    anchors: np.ndarray
-    positives: np.ndarray
-    anchor_id: np.ndarray
-    positive_id: np.ndarray
-    start: np.ndarray | None
-    device: str | None
-    folder: Path | None
-    progress: Progress | None
-
-    def mine(self, report: MiningReport) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, MiningGraph]:
-        """(rows,) clusters, suspects, hard negatives and graph; what it found and cost goes into `report`."""
-        config, ids = self.config, {"anchor_id": self.anchor_id, "positive_id": self.positive_id}
-        num_rows = len(self.anchors)
-        skip, take = _fitting_window(config, num_rows, report)
-        with _stage(report, "neighbors", self.progress) as advance:
-            neighbors = rank_rows(
-                self.anchors,
-                self.positives,
-                config=config,
-                num_neighbors=skip + take,
-                device=self.device,
-                folder=self.folder,
-                progress=advance,
-                **ids,
-            )
-            report.recall = neighbors.recall
-        with _stage(report, "graph", self.progress):
-            published = config.method == "published"
-            edges: Edges = "mutual" if published else "union"
-            graph = build_graph(neighbors, skip=skip, take=take, margin=config.margin, edges=edges)
-            release_pages(neighbors.ids, neighbors.scores, self.anchors, self.positives)
-        cluster = self._partition(graph, neighbors, (skip, take), report)
-        with _stage(report, "audit", self.progress):
-            report.audit = audit_clusters(graph, cluster, **ids)
-            report.outlook = mining_outlook(neighbors, cluster, skip=skip, take=take, margin=config.margin)
-            report.hubs = most_wanted(graph.window.indices)
-            suspects, negatives = suspect_pairs(graph, cluster if config.suspects == "cluster" else None), None
-            if config.num_negatives:
-                negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **ids)
-        return cluster, suspects, negatives, graph
-
-    def _partition(
-        self, graph: MiningGraph, neighbors: Neighbors, window: tuple[int, int], report: MiningReport
-    ) -> np.ndarray:
-        """(rows,) equal clusters."""
-        config = self.config
-        with _stage(report, "communities", self.progress) as advance:
-            start = self._begin(graph, neighbors, window, advance)
-        with _stage(report, "refinement", self.progress) as advance:
-            ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
-            return equal_clusters(
-                start,
-                graph.signed(config.conflict_weight if ours else 0.0),
-                config.cluster_size,
-                sweeps=config.sweeps if ours else 0,
-                seed=config.seed,
-                progress=advance,
-                anchor_id=self.anchor_id,
-                positive_id=self.positive_id,
-            )
-
-    def _begin(
-        self,
-        graph: MiningGraph,
-        neighbors: Neighbors,
-        window: tuple[int, int],
-        progress: Callable[[float], None],
-    ) -> np.ndarray:
-        """(rows,) clusters of any sizes."""
-        config = self.config
-        num_clusters = len(self.anchors) // config.cluster_size
-        if self.start is not None:
-            _, start = np.unique(self.start, return_inverse=True)  # -1, the remainder, becomes a cluster that dissolves
-            return np.minimum(start, num_clusters - 1).astype(np.int32)
-        if config.method == "kmeans":
-            return kmeans_clusters(self.anchors, self.positives, num_clusters, seed=config.seed)
-        if config.method == "bandwidth":
-            return bandwidth_clusters(graph.weight, num_clusters)
-        if config.method == "loss_ordered":
-            return loss_ordered_clusters(neighbors, num_clusters)
-        if config.cells > 1:
-            ids = {"anchor_id": self.anchor_id, "positive_id": self.positive_id}
-            return mine_cells(
-                neighbors,
-                self.positives,
-                window,
-                config=config,
-                folder=self.folder,
-                progress=progress,
-                **ids,
-            )
-        if config.method == "published":
-            return metis_clusters(graph.weight, num_clusters, recursive=False, seed=config.seed)
-        attraction = graph.attraction(config.conflict_weight)
-        return metis_clusters(attraction, num_clusters, recursive=True, seed=config.seed)
-
-
-def _parts(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, slice]]:
-    """Each data set with its rows.
-
-    Raises:
-        AnybatchError: Names that occur twice; sizes that do not add up to the rows.
-    """
-    chosen = list(sets) or [MiningSet(name="data", num_rows=num_rows)]
-    names = [one.name for one in chosen]
-    if len(set(names)) < len(names) or sum(one.num_rows for one in chosen) != num_rows:
-        sizes = ", ".join(f"{one.name}: {one.num_rows}" for one in chosen)
-        raise AnybatchError(f"The data sets are {sizes}; expected different names, and {num_rows} rows in all.")
-    ends = np.cumsum([one.num_rows for one in chosen]).tolist()
-    return [(one, slice(end - one.num_rows, end)) for one, end in zip(chosen, ends, strict=True)]
-
-
-def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = ()) -> None:
-    """Refuse what no search can mend, before it: the same on every rank, because it reads nothing but sizes. Arguments as in `mine_plan`.
-
-    Raises:
-        AnybatchError: A batch that is no whole number of clusters, more than the rows, or more than the clusters that an epoch deals.
-    """
-    parts = _parts(sets, num_rows)
-    if num_rows < config.batch_size:
-        raise AnybatchError(
-            f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
-        )
-    size = 1 if config.method == "random" else config.cluster_size
-    if config.batch_size % size:
-        raise AnybatchError(
-            f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
-        )
-    counts = [one.num_rows // size for one, _ in parts]
-    deal = ClusterSampling(
-        cluster_task=np.repeat(np.arange(len(parts)), counts),
-        shares=tuple(one.share for one, _ in parts),
-        clusters_per_batch=config.batch_size // size,
-        within=config.mixing == "within",
-    )
-    rows = "rows" if size == 1 else f"clusters of {size} rows"
-    if deal.num_batches < 1:
-        raise AnybatchError(
-            f"An epoch deals {sum(deal.quotas)} of {sum(counts)} {rows}, which do not fill one batch of {config.batch_size}. Lower the "
-            "batch size, or raise the shares of the data sets."
-        )
-    for (one, _), chance in zip(parts, deal.sampled_shares, strict=True):
-        if one.num_rows >= size and not chance:
-            raise AnybatchError(
-                f"The data set '{one.name}' would never be dealt: an epoch has fewer of its {rows} than a batch holds ({deal.clusters_per_batch}), and "
-                "those left over of all data sets do not fill a batch that they could share. Lower the batch size, or set mining.mixing to 'mixed'."
-            )
-
-
 def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:
     check_embeddings("anchor", anchors)
     check_embeddings("positive", positives, len(anchors))
@@ -357,153 +424,54 @@ def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:
         )
 
 
-def _windowed(config: MiningConfig, one: MiningSet) -> MiningConfig:
-    own = {name: getattr(one, name) for name in ("skip", "take", "margin") if getattr(one, name) is not None}
-    return replace(config, **own)
-
-
-def _named(progress: Progress | None, name: str) -> Progress | None:
-    if progress is None or not name:
-        return progress
-    return lambda stage, fraction: progress(f"{name}: {stage}", fraction)
-
-
-def mine_shared(
-    anchor_embeddings: np.ndarray,
-    positive_embeddings: np.ndarray,
-    *,
-    config: MiningConfig,
-    anchor_id: np.ndarray,
-    positive_id: np.ndarray,
-    folder: Path,
-    sets: Sequence[MiningSet] = (),
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """The stages of `mine_plan` that all ranks share: neighbours, and the coarse cells' clusters if `config.cells` asks for them.
-
-    Rank 0 then finds them finished in `folder`, and does the rest by itself. Arguments as in `mine_plan`.
-
-    Raises:
-        AnybatchError: What `mine_plan` refuses, on every rank and before the search.
-    """
-    check_sizes(len(anchor_embeddings), config=config, sets=sets)
-    with alone() as chosen:
-        if chosen:
-            _check_both(anchor_embeddings, positive_embeddings)
-    anchor_id, positive_id = (
-        compact_ids(name, ids, len(anchor_embeddings))
-        for name, ids in (("anchor_id", anchor_id), ("positive_id", positive_id))
+def _note_small_set(one: MiningSet, config: MiningConfig, report: MiningReport) -> None:
+    warnings.warn(
+        f"The data set '{one.name}' has {one.num_rows} rows, no cluster of {config.cluster_size}: its rows come one "
+        "by one in "
+        "the batches of others, and with inclusion weights they have hardly any negatives.",
+        stacklevel=3,
     )
-    for one, rows in _parts(sets, len(anchor_embeddings)):
-        if one.num_rows < config.cluster_size:
-            continue
-        own, own_progress = _windowed(config, one), _named(progress, one.name)
-        window = fit_window(own.skip, own.take, one.num_rows)
-        known: dict[str, Any] = {
-            "config": own,
-            "anchor_id": anchor_id[rows],
-            "positive_id": positive_id[rows],
-            "folder": folder / one.name if sets else folder,
-        }
-        with _stage(MiningReport(), "neighbors", own_progress) as advance:
-            neighbors = rank_rows(
-                anchor_embeddings[rows],
-                positive_embeddings[rows],
-                num_neighbors=sum(window),
-                device=device,
-                progress=advance,
-                **known,
-            )
-        if own.cells > 1:
-            with _stage(MiningReport(), "communities", own_progress) as advance:
-                mine_cells(neighbors, positive_embeddings[rows], window, progress=advance, **known)
-
-
-def mine_cells(
-    neighbors: Neighbors,
-    positives: np.ndarray,
-    window: tuple[int, int],
-    *,
-    config: MiningConfig,
-    anchor_id: np.ndarray,
-    positive_id: np.ndarray,
-    folder: Path | None,
-    progress: Callable[[float], None] | None = None,
-) -> np.ndarray:
-    """`cell_clusters` as `config` asks for it; `window` is (skip, take) as the data allows them. Small data sets get fewer cells."""
-    return cell_clusters(
-        neighbors,
-        positives,
-        min(config.cells, max(1, len(positives) // (4 * config.cluster_size))),
-        cluster_size=config.cluster_size,
-        skip=window[0],
-        take=window[1],
-        margin=config.margin,
-        conflict_weight=config.conflict_weight,
-        sweeps=config.sweeps,
-        seed=config.seed,
-        anchor_id=anchor_id,
-        positive_id=positive_id,
-        folder=folder and folder / "clusters",
-        progress=progress,
+    report.notes.append(
+        f"{one.num_rows} rows make no cluster of {config.cluster_size}; they come one by one in the batches of others."
     )
 
 
-def rank_rows(
-    anchors: np.ndarray,
-    positives: np.ndarray,
-    *,
-    config: MiningConfig,
-    num_neighbors: int,
-    anchor_id: np.ndarray,
-    positive_id: np.ndarray,
-    device: str | None = None,
-    folder: Path | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> Neighbors:
-    """The neighbours that `config` asks for: its score, and exact or approximate search. Arguments as in `mine_plan`."""
-    queries, documents = scored_vectors(anchors, positives, config.score)
-    where: dict[str, Any] = {"device": device, "folder": folder, "progress": progress}
-    ids = {"anchor_id": anchor_id, "positive_id": positive_id}
-    exact = config.neighbors == "exact" or (config.neighbors == "auto" and len(anchors) <= EXACT_ROWS)
-    if exact:
-        return exact_neighbors(queries, documents, num_neighbors, **ids, **where)
-    return ivf_neighbors(queries, documents, num_neighbors, **ids, seed=config.seed, **where)
-
-
-def scored_vectors(anchors: np.ndarray, positives: np.ndarray, score: str) -> tuple[Embeddings, Embeddings]:
-    """Two arrays whose inner products are the scores that `MiningConfig.score` names."""
-    if score == "symmetric":  # q_i . p_j + q_j . p_i is one inner product of twice the width
-        return Stacked(anchors, positives), Stacked(positives, anchors)
-    return anchors, positives
-
-
-def fit_window(skip: int, take: int, num_rows: int) -> tuple[int, int]:
-    """A window that the data can fill: skip at most a tenth of the rows, take at most half of them."""
-    return min(skip, num_rows // 10), min(take, max(1, num_rows // 2))
-
-
-def _fitting_window(config: MiningConfig, num_rows: int, report: MiningReport) -> tuple[int, int]:
-    skip, take = fit_window(config.skip, config.take, num_rows)
-    if (skip, take) != (config.skip, config.take):
+def _note_single_rows(plan: BatchPlan, report: MiningReport) -> None:
+    """Say so where the rows of small data sets are too many for their shares."""
+    wanted, sampled = sum(plan.sampling.single_quotas), plan.sampling.num_single_rows
+    if sampled < wanted:
         note = (
-            f"The rank window (skip {config.skip}, take {config.take}) is wider than {num_rows} rows allow; using skip {skip}, take {take}. "
-            "Set mining.skip to at most a tenth of the rows and mining.take to at most half of them."
+            f"The data sets without a cluster have more rows than half of the places of an epoch: {sampled} of their "
+            f"{wanted} "
+            "come in an epoch. Lower mining.cluster_size, or leave data sets out."
         )
         report.notes.append(note)
         warnings.warn(note, stacklevel=3)
-    return skip, take
+
+
+def _note_window(inputs: _Inputs, report: MiningReport) -> None:
+    asked, window = inputs.asked, inputs.window
+    note = (
+        f"The rank window (skip {asked.skip}, take {asked.take}) is wider than {len(inputs.anchors)} rows allow; "
+        "using skip "
+        f"{window.skip}, take {window.take}. Set mining.skip to at most a tenth of the rows and mining.take to at "
+        "most half "
+        "of them."
+    )
+    report.notes.append(note)
+    warnings.warn(note, stacklevel=4)
 
 
 @contextmanager
-def _stage(report: MiningReport, name: str, progress: Progress | None) -> Any:
+def _stage(report: MiningReport, name: str, progress: Progress | None) -> Iterator[Callable[[float], None]]:
     """Measure a stage and say where it is; yields the function that reports its fraction."""
-    if progress is not None:
-        progress(name, 0.0)
+
+    def advance(fraction: float) -> None:
+        if progress is not None:
+            progress(name, fraction)
+
+    advance(0.0)
     with Measure() as measure:
-        yield lambda fraction: progress(name, fraction) if progress is not None else None
-    report.seconds[name] = report.seconds.get(name, 0.0) + measure.seconds
-    report.peak_bytes[name] = max(report.peak_bytes.get(name, 0), measure.peak_bytes)
-    if progress is not None:
-        progress(name, 1.0)
+        yield advance
+    report.seconds[name], report.peak_bytes[name] = measure.seconds, measure.peak_bytes
+    advance(1.0)

@@ -33,7 +33,8 @@ def bandwidth_clusters(weight: sparse.csr_matrix, num_clusters: int) -> np.ndarr
     Returns:
         (n,) int32; all of equal size but for the last rows, which join the last cluster.
 
-    Reference: GCBS, Sachidananda et al. 2023, "Global Selection of Contrastive Batches via Optimization on Sample Permutations".
+    Reference: GCBS, Sachidananda et al. 2023, "Global Selection of Contrastive Batches via Optimization on Sample
+    Permutations".
     """
     order = sparse.csgraph.reverse_cuthill_mckee(weight, symmetric_mode=True)
     return _consecutive(order, num_clusters)

@@ -1,11 +1,13 @@
 """The best columns of each row of a score matrix that is made tile by tile and never held whole.
 
-A row's candidates gather in a reservoir of twice the wanted number; when it is full, a quickselect keeps the better half, and the worst kept
-score becomes the bar that a score must pass. So a tile is read once, 64 numbers at a time against one bar, and few numbers are
-looked at twice. This replaced a heap a row, which cost a third of the multiplications' time at 130 neighbours of 100,000.
+A row's candidates gather in a reservoir of twice the wanted number; when it is full, a quickselect keeps the better
+half, and the worst kept score becomes the bar that a score must pass. So a tile is read once, 64 numbers at a time
+against one bar, and few numbers are looked at twice. A heap per row cost a third of the multiplications' time at 130
+neighbours of 100,000 rows.
 
-Each call runs on one thread, without Python's lock: callers search several blocks of rows at once (`workers`). Compiled loops on threads of their own
-beside torch's made both pools wait for each other, and changed torch's number of threads for the rest of the process.
+Each call runs on one thread, without Python's lock: callers search several blocks of rows at once (`workers`). Compiled
+loops on threads of their own beside torch's made both pools wait for each other, and changed torch's number of threads
+for the rest of the process.
 
 On an accelerator the same is done with torch.topk on each tile, merged with what was kept before.
 """
@@ -45,51 +47,40 @@ class Piece(NamedTuple):
 
 
 def best_columns(
-    block: Tensor,
-    rows: np.ndarray,
-    pieces: Iterable[Piece],
-    num_kept: int,
-    *,
-    anchor_id: np.ndarray,
-    positive_id: np.ndarray,
+    block: Tensor, rows: np.ndarray, pieces: Iterable[Piece], num_kept: int, *, ids: tuple[np.ndarray, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best of all pieces for each query, without those that share an anchor or positive with it.
 
-        ids[i] = argsort_j(-block[i] . documents[j])[:num_kept]   over j with other ids than row i; equal scores: lower j first
+        ids[i] = argsort_j(-block[i] . documents[j])[:num_kept]   over j with other ids than row i; equal scores: lower
+        j
 
     Args:
         block: (B, D) float32 queries, on the device to compute on.
         rows: (B,) int, the row number of each query.
         pieces: What to compare with; no column twice for a row.
         num_kept: k.
-        anchor_id, positive_id: (n,) int64, of all rows.
+        ids: Anchor and positive ids, (n,) int64 each, of all rows.
 
     Returns:
-        ids (B, k) int32, -1 where there are fewer; scores (B, k) float32, -inf there. On an accelerator, which of several equal scores
-        at the very end of the list are kept is left to torch.topk.
+        ids (B, k) int32, -1 where there are fewer; scores (B, k) float32, -inf there. On an accelerator, which of
+        several equal scores at the very end of the list are kept is left to torch.topk.
 
     Cost: B * D multiplications a column; B * max(2k, k + 64) * 8 bytes and one tile.
     """
     keep = _Compiled if block.device.type == "cpu" else _OnDevice
-    return _search(keep(rows, num_kept, anchor_id, positive_id, block.device), block, pieces)
+    return _search(keep(rows, num_kept, ids, block.device), block, pieces)
 
 
 def best_columns_on_device(
-    block: Tensor,
-    rows: np.ndarray,
-    pieces: Iterable[Piece],
-    num_kept: int,
-    *,
-    anchor_id: np.ndarray,
-    positive_id: np.ndarray,
+    block: Tensor, rows: np.ndarray, pieces: Iterable[Piece], num_kept: int, *, ids: tuple[np.ndarray, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `best_columns` by torch operations alone, as on an accelerator, whatever the block's device."""
-    return _search(_OnDevice(rows, num_kept, anchor_id, positive_id, block.device), block, pieces)
+    return _search(_OnDevice(rows, num_kept, ids, block.device), block, pieces)
 
 
 def _search(kept: _Compiled | _OnDevice, block: Tensor, pieces: Iterable[Piece]) -> tuple[np.ndarray, np.ndarray]:
     height, width = kept.tile
-    room = torch.empty(height * width, device=block.device)
+    workspace = torch.empty(height * width, device=block.device)
     every = np.arange(len(block))
     for columns, documents, some in pieces:
         lines = every if some is None else some
@@ -101,7 +92,7 @@ def _search(kept: _Compiled | _OnDevice, block: Tensor, pieces: Iterable[Piece])
                 queries = block.index_select(0, torch.from_numpy(few).to(block.device))
             for left in range(0, len(columns), width):
                 part = documents[left : left + width]
-                tile = room[: len(few) * len(part)].view(len(few), len(part))
+                tile = workspace[: len(few) * len(part)].view(len(few), len(part))
                 torch.mm(queries, part.T, out=tile)
                 kept.add(tile, few, columns[left : left + width])
     return kept.result()
@@ -110,15 +101,13 @@ def _search(kept: _Compiled | _OnDevice, block: Tensor, pieces: Iterable[Piece])
 class _Compiled:
     """Reservoirs of 64-bit keys: the score's bits, made monotone, above the complement of the column number.
 
-    Comparing keys compares scores, and column numbers where scores are equal, so the result does not depend on the order of the pieces.
+    Comparing keys compares scores, and column numbers where scores are equal: the order of the pieces is of no matter.
     """
 
     tile = (TILE_ROWS, TILE_COLUMNS)
 
-    def __init__(
-        self, rows: np.ndarray, num_kept: int, anchor_id: np.ndarray, positive_id: np.ndarray, device: torch.device
-    ) -> None:
-        self.rows, self.num_kept, self.ids = rows, num_kept, (anchor_id, positive_id)
+    def __init__(self, rows: np.ndarray, num_kept: int, ids: tuple[np.ndarray, ...], device: torch.device) -> None:
+        self.rows, self.num_kept, self.ids = rows, num_kept, ids
         self.keys = np.empty((len(rows), max(2 * num_kept, num_kept + 64)), np.uint64)
         self.counts = np.zeros(len(rows), np.int64)
         self.bars = np.full(len(rows), -np.inf, np.float32)
@@ -141,11 +130,9 @@ class _OnDevice:
 
     tile = (4096, 16384)
 
-    def __init__(
-        self, rows: np.ndarray, num_kept: int, anchor_id: np.ndarray, positive_id: np.ndarray, device: torch.device
-    ) -> None:
+    def __init__(self, rows: np.ndarray, num_kept: int, ids: tuple[np.ndarray, ...], device: torch.device) -> None:
         self.device = device
-        self.sides = [torch.from_numpy(np.asarray(ids, np.int64)).to(device) for ids in (anchor_id, positive_id)]
+        self.sides = [torch.from_numpy(np.asarray(side, np.int64)).to(device) for side in ids]
         self.rows = torch.from_numpy(np.asarray(rows, np.int64)).to(device)
         self.scores = torch.full((len(rows), num_kept), -torch.inf, device=device)
         self.ids = torch.full((len(rows), num_kept), -1, dtype=torch.int64, device=device)
@@ -171,7 +158,7 @@ class _OnDevice:
 
 @contextmanager
 def workers() -> Iterator[Callable[[Callable[[Unit], None], Iterable[Unit]], Iterable[None]]]:
-    """A `map` over as many threads as torch uses, each of which computes on one; torch's number is afterwards what it was."""
+    """A `map` over as many threads as torch uses, each of one; torch's number is afterwards what it was."""
     num_threads = torch.get_num_threads()
     with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:

@@ -31,10 +31,10 @@ ARRAYS = ("cluster", "suspects", "negatives", "task")
 class BatchPlan:
     """Equal batches over the rows of one data set, or of several, made of clusters that are combined anew every epoch.
 
-    In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size / cluster_size`
-    whole clusters, drawn at random, one after the other. Rows in no cluster (what is left when the rows are cut into
-    clusters of exactly equal size) take the places of others, epoch by epoch others, so that no row is lost for ever:
-    `ClusterSampling` has the rules. All of it depends on nothing but the plan and the epoch.
+    In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size /
+    cluster_size` whole clusters, drawn at random, one after the other. Rows in no cluster (what is left when the rows
+    are cut into clusters of exactly equal size) take the places of others, epoch by epoch others, so that no row is
+    lost for ever: `ClusterSampling` has the rules. All of it depends on nothing but the plan and the epoch.
 
     Attributes:
         num_rows: Rows of the data.
@@ -52,8 +52,8 @@ class BatchPlan:
         meta: How the plan was made; anything that JSON holds.
 
     Raises:
-        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows than
-            a batch.
+        AnybatchError: Sizes that do not fit; a negative seed; clusters that are not all of `cluster_size`; fewer rows
+            than a batch.
 
     Example:
         >>> plan = BatchPlan(
@@ -153,7 +153,7 @@ class BatchPlan:
         return digest_of(parts)
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
-        """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster within a batch."""
+        """The batches of an epoch: (num_batches, batch_size) int64 row numbers, cluster after cluster."""
         return self.sampling.batches(self._members, self._loose, np.random.default_rng([self.seed, epoch]))
 
     def rows_left_out(self, epoch: int) -> np.ndarray:
@@ -232,8 +232,10 @@ class BatchPlan:
                 f"{path} has plan format {kept['version']}; this anybatch reads {VERSION}. Mine with the anybatch that "
                 "reads it."
             )
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in kept["plan"].items()}
-        return cls(**values, **arrays)
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in kept["plan"].items()
+        }
+        return cls(**{**values, **arrays})
 
     def _check_numbers(self) -> None:
         """Shapes and ranges, before anything is counted by them."""
@@ -267,7 +269,8 @@ class BatchPlan:
             )
         if self.cluster_size == 1 and len(placed) < self.num_rows:
             raise AnybatchError(
-                f"{self.num_rows - len(placed)} rows are in no cluster, and clusters have one row; expected each row in a "
+                f"{self.num_rows - len(placed)} rows are in no cluster, and clusters have one row; expected each row "
+                "in a "
                 "cluster of its own."
             )
 
@@ -306,7 +309,8 @@ class PlanSampler(BatchSampler):
         plan: Where the batches come from.
         rank: Give this rank's share of each global batch only; None gives the shares of all ranks one after the other,
             which is what Accelerate's batch sampler shards expect (and, with one rank, simply the batches).
-        world_size: Ranks that share a batch. A cluster lies within one rank's share where the share is a multiple of its size.
+        world_size: Ranks that share a batch. A cluster lies within one rank's share where the share is a multiple of
+            its size.
         epoch: The first epoch.
 
     Raises:

@@ -14,7 +14,8 @@ class Chances:
     """That a given other row of the same data set is in the batch of an anchor that is sampled.
 
     Attributes:
-        same, other, remainder: The anchor is in a cluster, the other row in the same, in another, in none. `same` is 1 where
+        same, other, remainder: The anchor is in a cluster, the other row in the same, in another, in none. `same` is 1
+            where
             no other row can be in the same: clusters of one row, a data set without clusters.
         from_remainder, between_remainders: The anchor is in no cluster, the other row is in one, in none.
     """
@@ -31,7 +32,8 @@ class ClusterSampling:
     """How an epoch's batches are sampled from the clusters of a plan.
 
     1. Of each data set as many clusters as its share says are drawn, and combined at random, m of them to a batch.
-    2. Rows in no cluster take places of the drawn clusters of their data set: as many as its share says on average, but on
+    2. Rows in no cluster take places of the drawn clusters of their data set: as many as its share says on average, but
+    on
        average at most (T - 1) / 2 of the T places that it has this epoch, so that every row keeps a chance.
     3. Rows of data sets without a cluster (small ones) take single places anywhere, whoever has them: as many as their
        shares say, rounded; where that is more than half of the epoch's places, half of them, drawn from all such rows.
@@ -140,17 +142,20 @@ class ClusterSampling:
     def chances(self, task: int) -> Chances:
         """The chances of a data set's pairs of rows, over the epochs that the anchor is in.
 
-        With N of its C clusters of K rows drawn, on T = N K places, p of its r remainder rows on them, H = T - p rows at
-        home, and M ordered pairs of its clusters in one batch, and S = N K (K - 1) + M K^2 ordered pairs of places in one:
+        With N of its C clusters of K rows drawn, on T = N K places, p of its r remainder rows on them, H = T - p rows
+        at home, and M ordered pairs of its clusters in one batch, and S = N K (K - 1) + M K^2 ordered pairs of places
+        in one:
 
             anchor at home       E[H] / (C K)   and a row of its cluster      E[N / C  H (H - 1) / (T (T - 1))]
-                                                and a row of another cluster  E[M / (C (C - 1))  H (H - 1) / (T (T - 1))]
-                                                and a remainder row           E[p / r  S / (T (T - 1))  H] / (C K)
-            remainder anchor     E[p] / r       and another one               E[p (p - 1) / (r (r - 1))  S / (T (T - 1))]
+                                                and a row of another cluster  E[M / (C (C - 1))  H (H - 1) / (T (T -
+                                                1))] and a remainder row           E[p / r  S / (T (T - 1))  H] / (C K)
+            remainder anchor     E[p] / r       and another one               E[p (p - 1) / (r (r - 1))  S / (T (T -
+            1))]
 
-        The expectations are over N and p. Then G rows of small data sets take places among all T' of the epoch. Beside a
-        row that keeps its place another one does with the chance (T' - G - 1) / (T' - 1). Beside a row of a small data set,
-        c of whose r rows are among the Q of which G come, another one of them is in the batch of B places with
+        The expectations are over N and p. Then G rows of small data sets take places among all T' of the epoch. Beside
+        a row that keeps its place another one does with the chance (T' - G - 1) / (T' - 1). Beside a row of a small
+        data set, c of whose r rows are among the Q of which G come, another one of them is in the batch of B places
+        with
 
             (c - 1) / (r - 1)  (G - 1) / (Q - 1)  (B - 1) / (T' - 1).
         """
@@ -229,9 +234,10 @@ def _draw(rows: np.ndarray, count: int, generator: np.random.Generator) -> np.nd
 def _drawn_without_return(pool: int, own: int, out: int) -> list[tuple[int, float]]:
     """(k, chance that k of `own` are among `out` drawn of `pool` without return), for all k of a chance above 0.
 
-    From the likeliest k outwards by the ratio of neighbours, (own - k) (out - k) / ((k + 1) (pool - own - out + k + 1)),
-    and divided by their sum: no binomial coefficient, which would have thousands of digits, and no logarithm of one, which
-    would lose as many digits as it has.
+    From the likeliest k outwards by the ratio of neighbours, (own - k) (out - k) / ((k + 1) (pool - own - out + k +
+    1)),
+    and divided by their sum: no binomial coefficient, which would have thousands of digits, and no logarithm of one,
+    which would lose as many digits as it has.
     """
     least, most = max(0, own + out - pool), min(own, out)
     k = np.arange(least, most, dtype=np.float64)

@@ -96,7 +96,6 @@ class EvaluationConfig(Configuration):
 
     Attributes:
         path: Held-out pairs; each anchor must find its positive among all of them.
-        limit: Use only the first pairs.
         retrieval: The three files of a retrieval set instead of pairs (BEIR's layout): corpus, queries, judgements.
         split: Which split of the judgements, if they have several.
 
@@ -105,7 +104,6 @@ class EvaluationConfig(Configuration):
     """
 
     path: str | None = None
-    limit: Count | None = None
     retrieval: tuple[str, str, str] | None = None
     split: str | None = None
 
@@ -113,15 +111,10 @@ class EvaluationConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_files("evaluation.retrieval", self.retrieval, ("corpus", "queries", "judgements"))
         if self.retrieval is None and self.split is not None:
             raise AnybatchError("evaluation.split is for a retrieval set (evaluation.retrieval). Leave it out.")
         if self.retrieval is not None and self.path is not None:
             raise AnybatchError("evaluation names pairs (path) and a retrieval set (retrieval); give one of them.")
-        if self.retrieval is not None and self.limit is not None:
-            raise AnybatchError(
-                "evaluation.limit is for pairs (path); a retrieval set is measured whole. Leave it out."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +124,6 @@ class TeacherConfig(Configuration):
     Attributes:
         name: A sentence-transformers model; None with precomputed embeddings, or when no mining is asked for.
         max_length: Tokens a text is cut at.
-        batch_size: Texts per forward pass.
         anchor_prompt, positive_prompt: As in `model`.
         precision: Of the embeddings on disk; "float16" halves them and ranks the same but for near ties.
         embeddings: Two `.npy` files, of anchors and of positives, each (rows, dimensions) in the rows' order.
@@ -142,17 +134,12 @@ class TeacherConfig(Configuration):
 
     name: str | None = None
     max_length: Annotated[int, Range(2)] | None = None
-    batch_size: Count = 64
     anchor_prompt: str | None = None
     positive_prompt: str | None = None
     precision: Literal["float32", "float16"] = "float32"
     embeddings: tuple[str, str] | None = None
 
     section: ClassVar[str] = "teacher"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_files("teacher.embeddings", self.embeddings, ("those of the anchors", "those of the positives"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +180,6 @@ class RunConfig(Configuration):
                     f"mining.{name} is {of_mining} and {name} is {of_run}; set {name} alone, which holds for the whole "
                     "run."
                 )
-
-
-def _check_files(name: str, files: tuple[str, ...] | None, kinds: tuple[str, ...]) -> None:
-    if files is not None and len(files) != len(kinds):
-        raise AnybatchError(f"{name} is {list(files)}; expected {len(kinds)} files: {', '.join(kinds)}.")
 
 
 def resolved(config: RunConfig) -> RunConfig:

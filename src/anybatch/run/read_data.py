@@ -92,5 +92,4 @@ def read_held_out(config: RunConfig) -> PairData | RetrievalData | None:
         negatives=(),
         images=data.images and [name for name in data.images if name not in negatives],
         quoting=data.quoting,
-        limit=held_out.limit,
     )

@@ -50,7 +50,6 @@ def teacher_embeddings(
             Path(config.output) / f"teacher_{name}.npy",
             identity={"model": teacher.name, "max_length": lengths_of(model), "data": pairs.digest},
             side=side,
-            batch_size=teacher.batch_size,
             precision=teacher.precision,
             progress=counter(progress, f"teacher: {name}s", len(texts)),
         )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 BINS = np.linspace(-2.0, 2.0, 81)  # of differences of cosines
-BLOCK = 256  # anchors whose scores are held at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,13 +27,20 @@ class BatchScores:
 
 
 class Cosines:
-    """Cosines of anchors and positives, a few rows at a time; the embeddings stay in their files."""
+    """Cosines of anchors and positives, of `block_rows` anchors at a time; the embeddings stay in their files."""
 
     def __init__(
-        self, anchors: np.ndarray, positives: np.ndarray, anchor_id: np.ndarray, positive_id: np.ndarray
+        self,
+        anchors: np.ndarray,
+        positives: np.ndarray,
+        anchor_id: np.ndarray,
+        positive_id: np.ndarray,
+        *,
+        block_rows: int = 256,
     ) -> None:
         self.anchors, self.positives = anchors, positives
         self.anchor_id, self.positive_id = anchor_id, positive_id
+        self.block_rows = block_rows
 
     def matrix(self, rows: np.ndarray) -> np.ndarray:
         """(B, B): anchors down, positives across."""
@@ -45,7 +51,8 @@ class Cosines:
     ) -> BatchScores:
         """Scores in the first batches, as many as hold `num_anchors` anchors; InfoNCE = log(1 + sum_j exp((s_ij - s_ii) / temperature)).
 
-        `among` (n,) bool: only these rows are anchors, and all of the batch are their candidates. NaN where no batch holds one.
+        `among` (n,) bool: only these rows are anchors, and all of the batch are their candidates. NaN where no batch
+        holds one.
         """
         losses, own_first, above, total = [], 0, 0, 0
         histogram = np.zeros(len(BINS) - 1)
@@ -55,8 +62,8 @@ class Cosines:
             if not len(places):
                 continue
             positives = unit(self.positives[rows])
-            for start in range(0, len(places), BLOCK):
-                block = places[start : start + BLOCK]
+            for start in range(0, len(places), self.block_rows):
+                block = places[start : start + self.block_rows]
                 part = rows[block]
                 scores = unit(self.anchors[part]) @ positives.T
                 own = scores[np.arange(len(part)), block]

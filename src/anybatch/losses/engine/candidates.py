@@ -1,8 +1,9 @@
-"""Where the candidates of all ranks are: gathered once on every rank, or travelling from rank to rank, a rank's block at a time.
+"""Where the candidates of all ranks are: gathered once, or travelling from rank to rank, a rank's block at a time.
 
     gathered   every rank holds all M_all candidates and the gradient of all; one gather, one sum
-    ring       every rank holds its own candidates, and twice a block that travels, with its gradient; W - 1 sends a tour of blocks,
-               W of gradients, each over while the block at hand is being scored
+    ring       every rank holds its own candidates, and twice a block that travels, with its gradient; a ring pass is
+    W - 1
+               sends of blocks, and W of gradients, each over while the block at hand is being scored
 
 Both hand out `Block`s, so that the solver does not know which it is.
 """
@@ -81,7 +82,7 @@ class Block:
 
     Attributes:
         candidates: (m, D).
-        gradient: (m, D), to be added to; None in a tour without gradients.
+        gradient: (m, D), to be added to; None in a pass without gradients.
         columns: Where they are among the columns of all ranks.
         rows: The rows among all whose positives are in the block.
         positives: Which of the block's columns those are, in the order of the rows.
@@ -97,7 +98,10 @@ class Block:
 
 
 class Gathered:
-    """All candidates in one block. Cost: M_all x D numbers on every rank, twice with gradients; one gather, one sum of that size."""
+    """All candidates in one block.
+
+    Cost: M_all x D numbers on every rank, twice with gradients; one gather, one sum of that size.
+    """
 
     num_blocks = 1
 
@@ -107,7 +111,7 @@ class Gathered:
         self.widest = len(self.candidates)
         self._gradient: Tensor | None = None
 
-    def tour(self, *, gradients: bool) -> Iterator[Block]:
+    def blocks(self, *, gradients: bool) -> Iterator[Block]:
         """The one block."""
         self._gradient = torch.zeros_like(self.candidates) if gradients else None
         yield Block(
@@ -120,15 +124,15 @@ class Gathered:
         )
 
     def gradient(self) -> Tensor:
-        """(M, D) of this rank's candidates, over the rows of all ranks, after a tour with gradients. One sum."""
+        """(M, D) of this rank's candidates, over the rows of all ranks, after a pass with gradients. One sum."""
         assert self._gradient is not None
         return distributed.sum_over_ranks(self._gradient)[self.layout.own_columns]
 
 
 class Ring:
-    """A rank's candidates at a time: block r goes from rank to rank + 1, and its gradient goes with it until both are home.
+    """A rank's candidates at a time: a block goes from rank to rank + 1, with its gradient, until both are home.
 
-    Each rank must take every tour to its end: a tour is W - 1 exchanges of candidates, with gradients also W of gradients.
+    Each rank must take every ring pass to its end: W - 1 exchanges of candidates, with gradients also W of gradients.
     The candidates of the next block arrive while the block at hand is scored.
 
     Cost: at most two blocks of candidates beside the rank's own, and two of gradients, whatever the number of ranks.
@@ -140,8 +144,8 @@ class Ring:
         self.widest = max(layout.column_sizes)
         self._gradient: Tensor | None = None
 
-    def tour(self, *, gradients: bool) -> Iterator[Block]:
-        """This rank's block first, then that of the rank before it, and so on around."""
+    def blocks(self, *, gradients: bool) -> Iterator[Block]:
+        """One ring pass: this rank's block first, then that of the rank before it, and so on around."""
         world_size, rank, sizes = self.num_blocks, distributed.rank(), self.layout.column_sizes
         block = self.candidates
         gradient = torch.zeros_like(block) if gradients else None
@@ -164,7 +168,7 @@ class Ring:
         self._gradient = gradient
 
     def gradient(self) -> Tensor:
-        """(M, D) of this rank's candidates, over the rows of all ranks, after a tour with gradients."""
+        """(M, D) of this rank's candidates, over the rows of all ranks, after a pass with gradients."""
         assert self._gradient is not None
         return self._gradient
 
@@ -184,7 +188,7 @@ class _Arriving:
 
 
 def _exchange(block: Tensor, num_arriving: int, *, tag: int) -> _Arriving:
-    """Send a block to the next rank while one of `num_arriving` rows comes from the rank before. Empty blocks are not sent."""
+    """Send a block to the next rank while one of `num_arriving` rows comes from the one before; not if it is empty."""
     world_size, rank = distributed.world_size(), distributed.rank()
     received = block.new_empty((num_arriving, *block.shape[1:]))
     operations = []

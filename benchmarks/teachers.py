@@ -1,9 +1,10 @@
-"""What `mining_outlook` says of good and bad teachers on the same pairs: where the thresholds of its warnings come from.
+"""What `batch_statistics` says of good and bad teachers on the same pairs: where the thresholds of its warnings come
+from.
 
-Usage: python -m benchmarks.outlook --data train.jsonl.gz --anchor-embeddings A.npy --positive-embeddings P.npy
+Usage: python -m benchmarks.teachers --data train.jsonl.gz --anchor-embeddings A.npy --positive-embeddings P.npy
 
-The embeddings are the good teacher's, of the first rows of the data at least; the bad ones are LSA (TF-IDF and a truncated SVD of the same
-texts). Writes docs/benchmarks/outlook.md.
+The embeddings are the good teacher's, of the first rows of the data at least; the bad ones are LSA (TF-IDF and a
+truncated SVD of the same texts). Writes docs/benchmarks/statistics.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--positive-embeddings", required=True)
     parser.add_argument("--teacher", default="MiniLM", help="Name of the good teacher in the table.")
     parser.add_argument("--rows", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/outlook.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/statistics.md"))
     options = parser.parse_args()
     pairs = read_pairs(options.data, anchor=options.anchor, positive=options.positive, limit=options.rows)
     files = (options.anchor_embeddings, options.positive_embeddings)
@@ -49,9 +50,11 @@ def main() -> None:
             print(lines[-1], flush=True)
     header = ["teacher", "skip, take", *SHOWN, "window_gain", "expected loss", "random", "warnings"]
     options.out.write_text(
-        f"# What the outlook says of good and bad teachers\n\n`python -m benchmarks.outlook --data train.jsonl.gz --anchor-embeddings A.npy "
-        f"--positive-embeddings P.npy` on the first {len(pairs):,} training pairs of arxiv-title-abstract; {options.teacher} embeddings of 64 tokens, LSA of the "
-        f"same texts; clusters of 32, batches of 64, other settings at their defaults; expected loss at temperature {TEMPERATURE:g}. The columns are explained in "
+        "# What batch statistics under the teacher say of good and bad teachers\n\n`python -m benchmarks.teachers "
+        f"--data train.jsonl.gz --anchor-embeddings A.npy --positive-embeddings P.npy` on the first {len(pairs):,} "
+        f"training pairs of arxiv-title-abstract; {options.teacher} embeddings of 64 tokens, LSA of the same texts; "
+        "clusters of 32, batches of 64, other settings at their defaults; expected loss at temperature "
+        f"{TEMPERATURE:g}. The columns are explained in "
         "[look before you train](../inspect.md).\n\n" + markdown_table(header, lines),
         encoding="utf-8",
     )
@@ -72,13 +75,13 @@ def figures(pairs: PairData, anchors: np.ndarray, positives: np.ndarray, skip: i
     same = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
     plan = mine_plan(anchors, positives, config=MiningConfig(skip=skip, take=take), **same).plan
     seen = inspect_plan(plan, anchors, positives, temperature=TEMPERATURE, num_anchors=len(pairs), **same)
-    outlook = seen.outlook.as_dict()
+    statistics = seen.statistics.as_dict()
     return [
-        *(f"{outlook[name]:.3f}" for name in SHOWN),
-        f"{outlook['window_gain']:.0f}",
+        *(f"{statistics[name]:.3f}" for name in SHOWN),
+        f"{statistics['window_gain']:.0f}",
         f"{seen.planned.loss:.3f}",
         f"{seen.random.loss:.3f}",
-        str(len(seen.outlook.warnings)),
+        str(len(seen.statistics.warnings)),
     ]
 
 

@@ -8,16 +8,17 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from anybatch.losses.log_weights import LogWeight
+from anybatch.losses.log_weights import LogWeights
 
 TILE_BYTES = 32 * 2**20
 
 
 class Answer(NamedTuple):
-    """What a rule says of some rows: the denominator estimate, the objective, and what the positive receives. All (b,).
+    """What a rule says of some rows, all (b,).
 
     Attributes:
-        log_denominator: nu_i, relative to the positive's logit: the gradient weight of negative j is exp(logit_ij - nu_i).
+        log_denominator: The denominator estimate, relative to the positive's logit: the gradient weight of negative j
+            is exp(logit_ij - log_denominator_i).
         objective: The value of the row.
         positive_weight: Gradient weight of the positive's logit s_ip / tau_i, negative where it is drawn near; None for
             minus the sum of the negatives', as where the objective depends on differences to the positive alone.
@@ -45,8 +46,8 @@ class Rule(Protocol):
 
         Args:
             log_sum: (b,) log-sum over the negatives, relative to the positive's logit; -inf without negatives.
-            num_drawn: (b,) candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is over. A masked one is a draw
-                that adds nothing, in the batch as in the data set.
+            num_drawn: (b,) candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is
+                over. A masked one is a draw that adds nothing, in the batch as in the data set.
             rows: Which of this rank's rows they are.
 
         Returns:
@@ -58,7 +59,8 @@ class Rule(Protocol):
 class Adjust(Protocol):
     """Rewrites the logits of whole rows before anything is summed: what depends on the scores themselves.
 
-    It must give the same answer when asked twice for the same rows, unless the rule is row-wise (then it is asked once).
+    It must give the same answer when asked twice for the same rows, unless the rule is row-wise (then it is asked
+    once).
     """
 
     def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
@@ -85,14 +87,14 @@ class Side:
         log_weight: b_ij for this rank's rows and columns; None for 0.
         row_weight: (B,) factor of each row's objective, a constant; None for 1.
         adjust: Rewrites logits; None to leave them.
-        column_weight: Weight (b,) of some rows in `SoftmaxStats.column_pull`, asked after the rule has answered for them; None if the
-            pulls of the columns are not wanted.
+        column_weight: Weight (b,) of some rows in `SoftmaxStats.column_gradient`, asked after the rule has answered
+            for them; None if that is not wanted.
         num_drawn: (B,) candidates but for the positive, see `Rule`; None for all columns but one.
     """
 
     rule: Rule
     temperature: Tensor
-    log_weight: LogWeight | None = None
+    log_weight: LogWeights | None = None
     row_weight: Tensor | None = None
     adjust: Adjust | None = None
     column_weight: Callable[[slice], Tensor] | None = None
@@ -109,9 +111,10 @@ class SoftmaxStats:
         objective: (B,) the rule's answer, before the row weight.
         num_negatives: (B,) negatives not removed.
         temperature_gradient: (B,) derivative of row_weight_i * objective_i with respect to tau_i through the logits,
-            `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted, or the temperature is a scalar
-            that needs none.
-        column_pull: (M,) `sum_i column_weight_i p_ij` over the rows of all ranks for each candidate of this rank; None unless asked for.
+            `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted, or the temperature
+            is a scalar that needs none.
+        column_gradient: (M,) `sum_i column_weight_i p_ij` over the rows of all ranks for each candidate of this rank;
+            None unless asked for.
     """
 
     log_sum: Tensor
@@ -119,4 +122,4 @@ class SoftmaxStats:
     objective: Tensor
     num_negatives: Tensor
     temperature_gradient: Tensor | None = None
-    column_pull: Tensor | None = None
+    column_gradient: Tensor | None = None

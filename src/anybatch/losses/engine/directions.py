@@ -1,0 +1,258 @@
+"""One direction of a loss: logits, log-sums, the rule's answer, what the positive and the temperature receive.
+
+Shapes, as suffixes of names (`A` and `C`: of all ranks together):
+
+    B anchors of this rank     b rows of a tile                          D dimensions
+    M candidates of this rank  m candidates of a block, p its positives
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anybatch.core import distributed
+from anybatch.losses.engine.candidates import Block, Layout
+from anybatch.losses.engine.sides import Answer, Side, SoftmaxStats
+from anybatch.losses.log_weights import LogWeights
+
+
+class Direction:
+    """What both directions have.
+
+    All (B,): `log_sum`, `num_negatives`, `log_denominator`, `objective`, `positive_weight`.
+    """
+
+    def __init__(self, side: Side, layout: Layout, positive_B: Tensor, *, num_columns: int) -> None:
+        self.side, self.layout, self.positive = side, layout, positive_B
+        self.num_rows = len(positive_B)
+        self.temperature = side.temperature.detach().expand(self.num_rows)
+        self.log_sum, self.num_negatives = torch.full_like(positive_B, -torch.inf), torch.zeros_like(positive_B)
+        drawn = torch.full_like(positive_B, num_columns - 1) if side.num_drawn is None else side.num_drawn
+        self.num_drawn = drawn.to(positive_B.dtype)
+        self.log_denominator, self.objective = torch.empty_like(positive_B), torch.empty_like(positive_B)
+        self.positive_weight: Tensor | None = None
+        self.d_temperature_rows = torch.zeros_like(positive_B)
+        self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
+
+    def answer(self, rows: slice) -> None:
+        """Ask the rule for some rows."""
+        answer = self.side.rule(self.log_sum[rows], self.num_drawn[rows], rows)
+        answer = answer if isinstance(answer, Answer) else Answer(*answer)
+        self.log_denominator[rows], self.objective[rows] = answer.log_denominator, answer.objective
+        if answer.positive_weight is not None:
+            if self.positive_weight is None:
+                self.positive_weight = torch.empty_like(self.positive)
+            self.positive_weight[rows] = answer.positive_weight
+
+    def reference(self) -> Tensor:
+        """(B,) exp(logit_ij - reference_i) = row_weight_i p_ij / tau_i, the derivative of the row's term in s_ij."""
+        reference = finite(self.log_denominator) + self.temperature.log()
+        return reference if self.side.row_weight is None else reference - self.side.row_weight.detach().log()
+
+    def total(self) -> Tensor:
+        """(B,) minus the derivative of the row's term in s_ip: what the rule says, or the sum of the negatives'."""
+        if self.positive_weight is None:
+            return (self.log_sum - self.reference()).exp()
+        total = -self.positive_weight / self.temperature
+        return total if self.side.row_weight is None else total * self.side.row_weight.detach()
+
+    def objective_sum(self) -> Tensor:
+        """Over this rank's rows, weighted."""
+        return (self.objective if self.side.row_weight is None else self.objective * self.side.row_weight).sum()
+
+    def d_temperature(self, scale: float, num_rows_all: int) -> Tensor | None:
+        """The gradient of the temperature, (B,) or a scalar. One sum over ranks for a scalar that learns."""
+        if self.side.temperature.ndim:
+            return self.d_temperature_rows * scale
+        if not self.learning:
+            return None
+        return distributed.sum_over_ranks(self.d_temperature_rows.sum()) / num_rows_all
+
+    def column_gradient(self) -> Tensor | None:
+        """See `SoftmaxStats`."""
+        return None
+
+    def stats(self, *, gradients: bool) -> SoftmaxStats:
+        """The figures of the call."""
+        return SoftmaxStats(
+            log_sum=self.log_sum,
+            log_denominator=self.log_denominator,
+            objective=self.objective,
+            num_negatives=self.num_negatives,
+            temperature_gradient=self.d_temperature_rows if gradients and self.learning else None,
+            column_gradient=self.column_gradient() if gradients else None,
+        )
+
+
+class AnchorDirection(Direction):
+    """Anchors of this rank against the candidates of all, the rows of a tile. `alone`: there is no other direction."""
+
+    def __init__(self, side: Side, layout: Layout, positive_B: Tensor, *, alone: bool) -> None:
+        super().__init__(side, layout, positive_B, num_columns=sum(layout.column_sizes))
+        self.alone = alone
+        self.difference = torch.zeros_like(positive_B)  # sum_j p_ij s_ij, where it cannot be read from d anchors
+        self.log_weight = _gathered(side.log_weight, layout.row_sizes, layout.column_sizes)
+        self.removing = self.log_weight is not None or side.adjust is not None
+        self.column_gradient_C = positive_B.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
+
+    def logits(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
+        """(b, m) relative to the positive, -inf where there is no negative; in the workspace, which may be the scores."""
+        logits_bm = torch.sub(scores_bm, self.positive[rows, None], out=workspace_bm).div_(self.temperature[rows, None])
+        if self.log_weight is not None:
+            logits_bm += self.log_weight.tile(self.layout.shifted(rows), block.columns).to(logits_bm.dtype)
+        if block.own:
+            local = torch.arange(rows.start, rows.stop, device=logits_bm.device)
+            logits_bm[local - rows.start, self.layout.first_column - block.columns.start + local] = -torch.inf
+        return logits_bm if self.side.adjust is None else self.side.adjust(rows, scores_bm, logits_bm)
+
+    def measure(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the block to the log-sums; returns exp (b, m) and peak (b,): exp(logit) = exp * exp(peak)."""
+        logits_bm = self.logits(rows, block, scores_bm, workspace_bm)
+        self.num_negatives[rows] += count(logits_bm, 1) if self.removing else logits_bm.shape[1] - block.own
+        exp_bm, peak_b, log_sum_b = exp_of(logits_bm, 1)
+        self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], log_sum_b)
+        return exp_bm, peak_b
+
+    def factor(self, rows: slice, peak_b: Tensor) -> Tensor:
+        """(b,) what turns `exp` of `measure` into the derivative of the rows' terms in the scores."""
+        return (peak_b - self.reference()[rows]).exp()
+
+    def weights(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
+        """(b, m) derivative of the rows' terms in the scores, from the scores anew."""
+        return self.logits(rows, block, scores_bm, workspace_bm).sub_(self.reference()[rows, None]).exp_()
+
+    def add_sums(self, rows: slice, block: Block, scores_bm: Tensor, exp_bm: Tensor, factor_b: Tensor | None) -> None:
+        """What else is learned from the derivative in the scores, exp * factor."""
+        if self.learning and not self.alone:
+            difference_b = (exp_bm * scores_bm).sum(dim=1)
+            self.difference[rows] += difference_b if factor_b is None else difference_b * factor_b
+        if self.column_gradient_C is not None:
+            assert self.side.column_weight is not None
+            # p_ij, from row_weight_i p_ij / tau_i
+            reference_b = self.reference()[rows]
+            weight_b = self.side.column_weight(rows).to(exp_bm.dtype)
+            weight_b = weight_b * (reference_b - finite(self.log_denominator[rows])).exp()
+            self.column_gradient_C[block.columns] += (weight_b if factor_b is None else weight_b * factor_b) @ exp_bm
+
+    def column_gradient(self) -> Tensor | None:
+        """See `SoftmaxStats`. One sum over ranks."""
+        if self.column_gradient_C is None:
+            return None
+        return distributed.sum_over_ranks(self.column_gradient_C)[self.layout.own_columns]
+
+
+class PositiveDirection(Direction):
+    """Positives of this rank against the anchors of all, read from the columns of the same scores.
+
+    Each rank sees the part of every column that lies in its rows; the parts are exchanged once.
+    """
+
+    def __init__(self, side: Side, layout: Layout, positive_B: Tensor) -> None:
+        super().__init__(side, layout, positive_B, num_columns=sum(layout.row_sizes))
+        assert side.adjust is None
+        assert side.column_weight is None
+        sizes = layout.row_sizes
+        self.log_weight = _gathered(side.log_weight, sizes, sizes)
+        both = distributed.gather_rows(torch.stack([positive_B, self.temperature], dim=1), sizes)
+        self.positive_A, self.temperature_A = both[:, 0], both[:, 1]
+        self.parts = positive_B.new_empty(2, sum(sizes))  # log-sum and number of negatives over this rank's rows
+        self.parts[0], self.parts[1] = -torch.inf, 0
+        self.difference_A = torch.zeros_like(self.positive_A)
+        self.workspace: Workspace | None = None
+        self.reference_A = self.positive_A
+
+    def logits(self, rows: slice, block: Block, scores_bm: Tensor) -> Tensor:
+        """(b, p), transposed: entry (i, j) belongs to the block's positive j."""
+        scores_bp = scores_bm[:, block.positives]
+        if self.workspace is None or self.workspace.size < scores_bp.numel():
+            self.workspace = Workspace(scores_bp, scores_bp.numel())
+        workspace_bp = self.workspace.view((scores_bp.shape[0], scores_bp.shape[1]))
+        logits_bp = torch.sub(scores_bp, self.positive_A[block.rows], out=workspace_bp)
+        logits_bp.div_(self.temperature_A[block.rows])
+        if self.log_weight is not None:
+            logits_bp += self.log_weight.tile(block.rows, self.layout.shifted(rows)).to(logits_bp.dtype).T
+        if block.own:
+            local = torch.arange(rows.start, rows.stop, device=logits_bp.device)
+            logits_bp[local - rows.start, self.layout.first_row - block.rows.start + local] = -torch.inf
+        return logits_bp
+
+    def measure(self, rows: slice, block: Block, scores_bm: Tensor) -> None:
+        """Adds the tile to its columns' log-sums."""
+        logits_bp = self.logits(rows, block, scores_bm)
+        log_sums, counts = self.parts[:, block.rows]
+        if self.log_weight is None:
+            counts += len(logits_bp)
+            if block.own:
+                self.parts[1, self.layout.shifted(rows)] -= 1  # each row's own
+        else:
+            counts += count(logits_bp, 0)
+        torch.logaddexp(log_sums, exp_of(logits_bp, 0)[2], out=log_sums)
+
+    def answer(self, rows: slice | None = None) -> None:
+        """Ask the rule for all rows, whose parts on other ranks are gathered, and gather what they are divided by."""
+        sizes = [1] * distributed.world_size()
+        parts = distributed.gather_rows(self.parts[None], sizes)  # (W, 2, A)
+        own = self.layout.own_rows
+        self.log_sum[:] = parts[:, 0, own].logsumexp(dim=0)
+        self.num_negatives[:] = parts[:, 1, own].sum(dim=0)
+        super().answer(slice(0, self.num_rows))
+        self.reference_A = distributed.gather_rows(self.reference(), self.layout.row_sizes)
+
+    def weights(self, rows: slice, block: Block, scores_bm: Tensor) -> Tensor:
+        """(b, p) derivative of the columns' terms in the scores."""
+        weight_bp = self.logits(rows, block, scores_bm).sub_(self.reference_A[block.rows]).exp_()
+        if self.learning:
+            self.difference_A[block.rows] += (weight_bp * scores_bm[:, block.positives]).sum(dim=0)
+        return weight_bp
+
+    def total(self) -> Tensor:
+        """See `Direction.total`. Called once, after the last tile: the moment to close the sums over rows as well."""
+        total_B = super().total()
+        if self.learning:
+            difference_B = distributed.sum_over_ranks(self.difference_A)[self.layout.own_rows]
+            self.d_temperature_rows = -(difference_B - total_B * self.positive) / self.temperature
+        return total_B
+
+
+def _gathered(log_weight: LogWeights | None, row_sizes: list[int], column_sizes: list[int]) -> LogWeights | None:
+    if log_weight is None or log_weight.empty:
+        return None
+    if not distributed.is_active():  # one rank alone may have log-weights that cannot be exchanged
+        return log_weight
+    return log_weight.gathered(row_sizes, column_sizes)
+
+
+def count(logits: Tensor, dim: int) -> Tensor:
+    """Pairs that are not removed, in the dtype of the logits."""
+    return (logits != -torch.inf).sum(dim=dim).to(logits.dtype)
+
+
+def exp_of(logits: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - peak), in place of the logits; peak, the greatest along `dim` (0 if all are removed); log-sum."""
+    if logits.shape[dim] == 0:
+        none = logits.new_full((logits.shape[1 - dim],), -torch.inf)
+        return logits, torch.zeros_like(none), none
+    peak = finite(logits.amax(dim=dim))
+    exp = logits.sub_(peak.unsqueeze(dim)).exp_()
+    return exp, peak, exp.sum(dim=dim).log_().add_(peak)
+
+
+def finite(log_denominator: Tensor) -> Tensor:
+    """0 in place of the -inf of rows without a negative, whose weights are 0 whatever they are divided by."""
+    return torch.where(log_denominator.isneginf(), 0.0, log_denominator)
+
+
+class Workspace:
+    """Memory for a tile, made once: fresh pages for every tile cost more than what is computed in them."""
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self.size = size
+        self._memory: Tensor | None = None
+        self._like = like
+
+    def view(self, shape: tuple[int, int]) -> Tensor:
+        """(b, m) of it."""
+        if self._memory is None:
+            self._memory = self._like.new_empty(self.size)
+        return self._memory[: shape[0] * shape[1]].view(shape)

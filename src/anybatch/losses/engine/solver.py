@@ -1,0 +1,210 @@
+"""The arithmetic of the engine: tiles of scores, log-sums of rows and columns, gradients in closed form.
+
+A rank computes the block of its own rows against the candidates of all ranks, for both directions of a loss at once:
+
+    pass 1   scores tile = anchors[rows] @ candidates.T          1 product; log-sums of rows, running log-sums of
+    columns rules    log-denominators of rows and of columns pass 2   the tile again, then d anchors and d candidates
+    3 products
+
+The passes are one when a single tile holds everything, or when there is one direction whose rule works row by row: 3
+products in place of 4. With W ranks the candidates are gathered first and the gradient of all candidates is summed
+over the ranks last, or both travel in a ring (`candidates`); no row's temperature, threshold or weight has to travel,
+because no block is computed on two ranks.
+
+What is not a product is kept cheap: tiles live in workspaces that are made once, a pair has one exponential,
+exp(logit - peak of its row), and what turns that into its gradient weight is a number a row, which is put on the
+(rows, D) side of the products. The derivative of a temperature of one direction is read from d anchors: scores are
+linear in the anchor, so d / d tau_i = -(anchor_i . d / d anchor_i) / tau_i.
+
+Suffixes of names: see `directions`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
+from anybatch.losses.engine.candidates import Block, Gathered, Layout, Ring
+from anybatch.losses.engine.directions import AnchorDirection, PositiveDirection, Workspace
+from anybatch.losses.engine.sides import Side, SoftmaxStats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solution:
+    """Gradients of the mean objective of all ranks, and figures.
+
+    Attributes:
+        loss: Scalar, the same on every rank.
+        d_anchors: (B, D), world_size times the gradient; None when not wanted. `d_candidates` (M, D) likewise.
+        d_temperatures: One a side: scalar (the whole gradient) or (B,) (world_size times it).
+        stats: One a side.
+    """
+
+    loss: Tensor
+    d_anchors: Tensor | None
+    d_candidates: Tensor | None
+    d_temperatures: tuple[Tensor | None, ...]
+    stats: tuple[SoftmaxStats, ...]
+
+
+def solve(
+    anchors: Tensor,
+    candidates: Tensor,
+    sides: tuple[Side, ...],
+    *,
+    tile_bytes: int,
+    gradients: bool,
+    ring: bool = False,
+) -> Solution:
+    """Loss and gradients of one direction (one side), or of the mean of both (anchors first, then positives).
+
+    With `ring` and several ranks the candidates are not gathered; four products, because no rank sees whole rows at
+    once.
+    """
+    # 1. Where the candidates of all ranks are.
+    layout = Layout.of(len(anchors), len(candidates), anchors.device)
+    source = _source(candidates, layout, sides, ring=ring)
+
+    # 2. The directions, and the tiles over both.
+    own_BD = candidates[: len(anchors)]
+    positive_B = (anchors * own_BD).sum(dim=1)
+    forward = AnchorDirection(sides[0], layout, positive_B, alone=len(sides) == 1)
+    back = PositiveDirection(sides[1], layout, positive_B) if len(sides) == 2 else None
+    directions = (forward,) if back is None else (forward, back)
+    tiles = _Tiles(anchors, source, forward, back, tile_bytes)
+
+    # 3. Log-sums, the rules' answers, and the negatives' part of the gradients.
+    if source.num_blocks == 1 and (len(tiles.rows) == 1 or (back is None and sides[0].rule.row_wise)):
+        tiles.one_pass(gradients=gradients)
+    else:
+        tiles.two_passes(gradients=gradients)
+
+    # 4. The loss.
+    num_rows_all = sum(layout.row_sizes) * len(sides)
+    loss = distributed.sum_over_ranks(torch.stack([side.objective_sum() for side in directions]).sum()) / num_rows_all
+    if not gradients:
+        stats = tuple(side.stats(gradients=False) for side in directions)
+        return Solution(loss=loss, d_anchors=None, d_candidates=None, d_temperatures=(None,) * len(sides), stats=stats)
+
+    # 5. The positives' part of the gradients.
+    d_anchors, d_candidates = tiles.d_anchors, source.gradient()
+    for side in directions:
+        total_B1 = side.total()[:, None]
+        d_anchors -= total_B1 * own_BD
+        d_candidates[: len(anchors)] -= total_B1 * anchors
+
+    # 6. The temperatures.
+    if back is None:
+        forward.d_temperature_rows = -(anchors * d_anchors).sum(dim=1) / forward.temperature
+    else:
+        forward.d_temperature_rows = -(forward.difference - forward.total() * positive_B) / forward.temperature
+    scale = distributed.world_size() / num_rows_all
+    return Solution(
+        loss=loss,
+        d_anchors=d_anchors.mul_(scale),
+        d_candidates=d_candidates.mul_(scale),
+        d_temperatures=tuple(side.d_temperature(scale, num_rows_all) for side in directions),
+        stats=tuple(side.stats(gradients=True) for side in directions),
+    )
+
+
+def _source(candidates: Tensor, layout: Layout, sides: tuple[Side, ...], *, ring: bool) -> Gathered | Ring:
+    if not (ring and distributed.is_active()):
+        return Gathered(candidates, layout)
+    if any(side.adjust is not None for side in sides):
+        raise AnybatchError(
+            "ring=True with a loss that looks at whole rows of scores (GloFND, EMC2): the ring has the candidates "
+            "of one rank "
+            "at a time. Use ring=False, which gathers the candidates, or another loss."
+        )
+    return Ring(candidates, layout)
+
+
+class _Tiles:
+    """This rank's rows, some at a time, against each block of candidates.
+
+    Attributes:
+        rows: Which rows a tile has.
+        d_anchors: (B, D) the negatives' part, after a pass with gradients.
+    """
+
+    def __init__(
+        self,
+        anchors: Tensor,
+        source: Gathered | Ring,
+        forward: AnchorDirection,
+        back: PositiveDirection | None,
+        tile_bytes: int,
+    ) -> None:
+        self.anchors, self.source, self.forward, self.back = anchors, source, forward, back
+        self.d_anchors = torch.zeros_like(anchors)
+        height = max(1, tile_bytes // max(1, source.widest * anchors.element_size()))
+        self.rows = [slice(start, min(start + height, len(anchors))) for start in range(0, len(anchors), height)]
+        size = min(height, len(anchors)) * source.widest
+        self._scores, self._logits = Workspace(anchors, size), Workspace(anchors, size)
+        self._keeping = back is not None or forward.side.adjust is not None
+
+    def one_pass(self, *, gradients: bool) -> None:
+        """Each tile's log-sums, answers and gradients while its scores are there."""
+        forward, back = self.forward, self.back
+        for block in self.source.blocks(gradients=gradients):
+            for rows in self.rows:
+                scores_bm, workspace_bm = self._score(rows, block)
+                exp_bm, peak_b = forward.measure(rows, block, scores_bm, workspace_bm)
+                if back is not None:
+                    back.measure(rows, block, scores_bm)
+                forward.answer(rows)
+                if back is not None:
+                    back.answer()
+                if gradients:
+                    self._add_gradient(rows, block, scores_bm, exp_bm, forward.factor(rows, peak_b))
+            if not self.rows:  # a rank without rows still takes part in the rule's collectives
+                forward.answer(slice(0, 0))
+
+    def two_passes(self, *, gradients: bool) -> None:
+        """All log-sums, then the answers, then all gradients from the scores anew."""
+        forward, back = self.forward, self.back
+        for block in self.source.blocks(gradients=False):
+            for rows in self.rows:
+                scores_bm, workspace_bm = self._score(rows, block)
+                if back is not None:
+                    back.measure(rows, block, scores_bm)
+                forward.measure(rows, block, scores_bm, workspace_bm)
+        forward.answer(slice(0, len(self.anchors)))
+        if back is not None:
+            back.answer()
+        for block in self.source.blocks(gradients=True) if gradients else ():
+            for rows in self.rows:
+                scores_bm, workspace_bm = self._score(rows, block)
+                weight_bm = forward.weights(rows, block, scores_bm, workspace_bm)
+                self._add_gradient(rows, block, scores_bm, weight_bm, None)
+
+    def _score(self, rows: slice, block: Block) -> tuple[Tensor, Tensor]:
+        """(b, m) scores, and where their logits may be put: over them if nobody needs the scores any more."""
+        shape = (rows.stop - rows.start, len(block.candidates))
+        scores_bm = self._scores.view(shape)
+        torch.mm(self.anchors[rows], block.candidates.T, out=scores_bm)
+        return scores_bm, self._logits.view(shape) if self._keeping else scores_bm
+
+    def _add_gradient(
+        self, rows: slice, block: Block, scores_bm: Tensor, exp_bm: Tensor, factor_b: Tensor | None
+    ) -> None:
+        """From exp * factor, the derivative of the rows' terms in the scores; `exp_bm` is consumed."""
+        assert block.gradient is not None
+        self.forward.add_sums(rows, block, scores_bm, exp_bm, factor_b)
+        if self.back is not None:
+            if factor_b is not None:
+                exp_bm.mul_(factor_b[:, None])
+            exp_bm[:, block.positives] += self.back.weights(rows, block, scores_bm)
+            factor_b = None
+        anchors_bD = self.anchors[rows]
+        if factor_b is None:
+            self.d_anchors[rows].addmm_(exp_bm, block.candidates)
+            block.gradient.addmm_(exp_bm.T, anchors_bD)
+        else:
+            self.d_anchors[rows] += (exp_bm @ block.candidates).mul_(factor_b[:, None])
+            block.gradient.addmm_(exp_bm.T, anchors_bD * factor_b[:, None])
