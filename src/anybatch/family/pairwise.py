@@ -133,16 +133,13 @@ class AUCCL(PairwiseLoss):
 
     lacks: ClassVar = {**PairwiseLoss.lacks, "temperature": "has no temperature, but loss.margin"}
 
+    inclusion = True  # they weigh the mean
+
     def __init__(self, *, margin: float = 1.0, normalize: bool = True, tile_bytes: int = TILE_BYTES) -> None:
         super().__init__(GlobalTemperature(1.0), normalize=normalize, tile_bytes=tile_bytes)
         if not margin > 0:
             raise AnybatchError(f"margin is {margin}; expected a positive number such as 1.0.")
         self.margin = margin
-
-    @property
-    def inclusion(self) -> bool:
-        """See `ContrastiveLoss.inclusion`: they weigh the mean."""
-        return True
 
     def _parameters_for(self, batch: Batch) -> Tensor:
         return batch.anchors.new_zeros(0)
