@@ -192,7 +192,6 @@ class ContrastiveLoss(State):
     lacks: ClassVar[Mapping[str, str]] = {}
     unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
 
-    weighs_pairs = False  # a loss without such a denominator to which inclusion log-weights mean something all the same
 
     @property
     def over_data(self) -> bool:
@@ -202,7 +201,7 @@ class ContrastiveLoss(State):
     @property
     def inclusion(self) -> bool:
         """Whether inclusion log-weights of mined batches mean something to it."""
-        return self.over_data or self.weighs_pairs
+        return self.over_data
 
     @property
     def running(self) -> Denominator | None:

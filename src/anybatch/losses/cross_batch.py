@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.core import distributed
+from anybatch.core.configuration import Count, Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss, Denominator, Direction, figures_of, side_of
 from anybatch.losses.denominators import CountCorrected, WithPositive
@@ -58,7 +59,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             from the first two in a row above this limit on, nothing is used until the embeddings move more slowly.
             None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is
             remembered look stale.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
     Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for
     remembered pairs too: ids, lists of pairs, data sets, clusters and values by column are kept with them; a tensor
@@ -82,12 +83,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self,
         num_rows: int,
         *,
-        memory_size: int = 1024,
+        memory_size: Count = 1024,
         corrected: bool = True,
         centred: bool = True,
         mean_rows: int = 64,
         max_staleness: float | None = 0.1,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -123,8 +124,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         # equal share; by direction.
         self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
-    weighs_pairs = True  # without the correction too
     widths = ("mean",)
+
+    @property
+    def over_data(self) -> bool:
+        """See `ContrastiveLoss.over_data`."""
+        return True
 
     @property
     def last_stats(self) -> dict[str, float]:
