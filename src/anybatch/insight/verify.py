@@ -31,9 +31,8 @@ class Verification:
         findings: What stands in the way of exactness, in sentences; empty where nothing was found.
 
     Example:
-        >>> def loss(anchors, positives):
-        ...     return nn.functional.cross_entropy(anchors @ positives.T, torch.arange(len(anchors)))
-        >>> verify(nn.Linear(3, 2), [torch.eye(3), torch.eye(3)], loss, micro_batch=2).exact
+        >>> from anybatch import InfoNCE
+        >>> verify(nn.Linear(6, 4), [torch.randn(8, 6), torch.randn(8, 6)], InfoNCE()).exact
         True
     """
 
