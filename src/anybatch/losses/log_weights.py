@@ -149,8 +149,9 @@ class Inclusion:
     Example:
         >>> import torch
         >>> weights = Inclusion(torch.tensor([[[0.0, 1.0, 2.0, 1.0, 2.0, 0.0]] * 2], dtype=torch.float64))
-        >>> weights(Examples(cluster=torch.tensor([0])), Examples(cluster=torch.tensor([0, 3, -7])),
-        back=False).tolist() [[0.0, 1.0, 2.0]]
+        >>> candidates = Examples(cluster=torch.tensor([0, 3, -7]))
+        >>> weights(Examples(cluster=torch.tensor([0])), candidates, back=False).tolist()
+        [[0.0, 1.0, 2.0]]
     """
 
     table: Tensor
@@ -205,9 +206,9 @@ class LogWeights:
         >>> import torch
         >>> def same_author(queries, candidates, *, back):
         ...     return removed(queries["author"][:, None] == candidates["author"])
-        >>> weights = LogWeights.of(Examples(author=torch.tensor([0, 1, 0])), 2, same_author)  # 2 pairs, 1 explicit
-        negative >>> weights.tile(slice(0, 2), slice(0, 3)).tolist()  # an anchor's own positive is never removed by
-        the losses [[-inf, 0.0, -inf], [0.0, -inf, 0.0]]
+        >>> weights = LogWeights.of(Examples(author=torch.tensor([0, 1, 0])), 2, same_author)  # the third is explicit
+        >>> weights.tile(slice(0, 2), slice(0, 3)).tolist()  # losses keep the own positive all the same
+        [[-inf, 0.0, -inf], [0.0, -inf, 0.0]]
     """
 
     queries: Examples
