@@ -102,11 +102,11 @@ class ListedPairs:
 
     def __call__(self, queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
         """See `Term`. The pair of anchor i and text j is the same pair in the candidate-to-anchor direction."""
+        if not len(self.keys):
+            return torch.zeros(1, 1, device=self.keys.device)
         anchors, texts = (candidates, queries) if back else (queries, candidates)
         own, text = anchors[self.key] * self.width, texts["text_id"]
         wanted = text[:, None] + own if back else own[:, None] + text
-        if not len(self.keys):
-            return torch.zeros(1, 1, device=wanted.device)
         place = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
         return removed(self.keys[place] == wanted)
 

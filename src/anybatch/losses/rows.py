@@ -65,8 +65,7 @@ class RowTable(nn.Module):
         1.333
 
     Cost: 8 bytes a row and id, 16 a suspect pair; a look-up a step, and a binary search a pair where there are
-    suspects or anchors with
-        several positives.
+        suspects or anchors with several positives.
     """
 
     def __init__(
