@@ -41,19 +41,21 @@ def warm_start_from_model(
     """Encode all pairs with the model as it is now, without dropout, and fill the memory of the loss from them.
 
     Args:
-        model: The model that is trained. Anchors are its queries and positives its documents, with its own prompts and routes.
-        pairs: The training pairs, in the order of the rows that the loss remembers; equal texts are no negatives of each other.
+        model: The model that is trained. Anchors are its queries and positives its documents, with its own prompts and
+            routes.
+        pairs: The training pairs, in the order of the rows that the loss remembers; equal texts are no negatives of
+            each other.
         loss: A loss of `anybatch.losses` with memory (not the `CachedLoss` around it).
         batch_size: Texts per forward pass.
-        folder: Keep embeddings and progress there (warm_start*.npy, warm_start.safetensors): a killed one goes on where it stopped, and
-            memory holds one shard of texts. None: in memory, nothing is kept.
+        folder: Keep embeddings and progress there (warm_start*.npy, warm_start.safetensors): a killed one goes on where
+            it stopped, and memory holds one shard of texts. None: in memory, nothing is kept.
         progress: Called with (stage, done, total).
 
     Raises:
         AnybatchError: A loss without memory; files of other weights in `folder`.
 
-    Cost: one forward pass a text, then the warm start. Under several processes each encodes its share; without `folder` the embeddings are then
-        gathered, with it every process must see the folder.
+    Cost: one forward pass a text, then the warm start. Under several processes each encodes its share; without `folder`
+    the embeddings are then gathered, with it every process must see the folder.
     """
     running_denominator_of(loss)
     sides = []
@@ -89,7 +91,7 @@ def probe_memory(
     batch_size: int = 128,
     seed: int = 0,
 ) -> dict[str, float]:
-    """`memory_figures` of 256 rows drawn by `seed` against 1024 targets (all of a smaller data set), encoded by the model as it is now.
+    """`memory_figures` of 256 rows drawn by `seed` against 1024 targets, or all, encoded by the model as it is now.
 
     Args:
         model, pairs, loss, batch_size: See `warm_start_from_model`.
