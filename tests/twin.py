@@ -1,8 +1,8 @@
 """The test of a method without state: its formula for one row; shapes, masks, tiles, directions, ranks are done here.
 
-    def formula(positive, negatives, drawn): ...  # logits s / tau: a scalar, (k,) kept by masks; how many drawn
-    def test_equals_its_formula(): twin.check(Method, formula, temperature=0.5)
-    def test_ranks(): twin.check_ranks(Method, temperature=0.5)
+def formula(positive, negatives, drawn): ...  # logits s / tau: a scalar, (k,) kept by masks; how many drawn
+def test_equals_its_formula(): twin.check(Method, formula, temperature=0.5)
+def test_ranks(): twin.check_ranks(Method, temperature=0.5)
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def page() -> str:
     lines = [
         "# Every setting",
         "",
-        "Written by `python tools/settings.py` from the configuration classes; `anybatch train --show-config` prints the",
-        f"values. {len(settings)} settings, of which single losses and data sets have their own.",
+        "Written by `python tools/settings.py` from the configuration classes; `anybatch train --show-config` prints",
+        f"their values. {len(settings)} settings, of which single losses and data sets have their own.",
     ]
     for section, group in groupby(settings, lambda setting: setting.key.rpartition(".")[0]):
         lines += ["", f"## {section or 'The run'}", ""]

@@ -134,7 +134,7 @@ class AUCCL(PairwiseLoss):
 
     lacks: ClassVar = {**PairwiseLoss.lacks, "temperature": "has no temperature, but loss.margin"}
 
-    inclusion = True  # they weigh the mean
+    weighs_pairs = True  # log-weights weigh the mean
 
     def __init__(self, *, margin: float = 1.0, normalize: bool = True, tile_bytes: int = TILE_BYTES) -> None:
         super().__init__(GlobalTemperature(1.0), normalize=normalize, tile_bytes=tile_bytes)

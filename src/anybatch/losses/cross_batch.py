@@ -32,7 +32,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     """InfoNCE over the batch and the S pairs before it, whose embeddings are remembered as they were.
 
         candidates of anchor i:   the batch's, and the remembered positives c~_j
-        pull on candidate j:      p_ij from the batch's anchors, and from the remembered anchors a~_i
+        weight of candidate j:    p_ij from the batch's anchors, and from the remembered anchors a~_i
                                   p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     k candidates but the positive,
                                   D_i the denominator that a~_i had in its own batch
 
@@ -71,7 +71,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width,
             log-weights that cannot be remembered.
 
-    Cost: 8 D S bytes and some 220 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S)
+    Cost: 8 D S bytes and some 100 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S)
     x D, twice for "both"; under ranks four gathers and two small sums besides the engine's collectives. Reference:
     Wang et al. 2020, "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et
     al. 2024, "A Gradient Accumulation Method for Dense Retriever under Memory Constraint", arXiv 2406.12356; moments
