@@ -18,9 +18,7 @@ from .test_refresh import config
 
 @pytest.mark.parametrize("refresh", [0, 2])
 def test_a_killed_run_goes_on_with_what_it_remembered(refresh, pairs_file, tiny_model_folder, tmp_path):
-    loss = LossConfig(
-        name="cross_batch", memory_size=20, direction="both", weights="inclusion", mask_suspects=True
-    )
+    loss = LossConfig(name="cross_batch", memory_size=20, direction="both", weights="inclusion", mask_suspects=True)
 
     def run(folder, **k):
         settings = config(pairs_file, tiny_model_folder, folder, refresh_epochs=refresh)

@@ -1,4 +1,6 @@
-"""EMC2: negatives drawn from the anchor's own softmax by one Markov chain an anchor that goes on from visit to visit."""
+"""EMC2: negatives drawn from the anchor's own softmax by one Markov chain an anchor that goes on from visit to
+visit.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
+from anybatch.core.configuration import Count, Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, Denominator, Direction, SoftmaxLoss, num_directions
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
@@ -26,28 +29,31 @@ class EMC2(SoftmaxLoss):
             Z_i <- j, l_i <- s_ij / tau + b_ij    with probability min(1, exp(s_ij / tau + b_ij - l_i))
         p_ij = share of the steps after the burn-in at which Z_i = j
 
-    whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the drift of the
-    encoder and not with the batch size. A state of an earlier batch has no embedding in this one. With `dimensions` the embedding it
-    had is kept, and pulls on the anchor as a constant; without, the anchor has no pull while the chain stays there, which costs most of
-    the pull when the temperature is low (docs/methods.md has figures). The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the
-    gradient is not the gradient of that.
+    whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the
+    drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one. With
+    `dimensions` the embedding it had is kept, and pulls on the anchor as a constant; without, the anchor has no pull
+    while the chain stays there, which costs most of the pull when the temperature is low (docs/methods.md has figures).
+    The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
+    not the gradient of that.
 
     Args:
         num_rows: n, rows of the data set.
-        dimensions: Width of the embeddings, to keep the embedding of each chain's state; None to keep its log-weight alone.
+        dimensions: Width of the embeddings, to keep the embedding of each chain's state; None to keep its log-weight
+            alone.
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
-        seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as if uninterrupted,
-            and several ranks draw what one process would.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as
+            if uninterrupted, and several ranks draw what one process would.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
     The chains and the number of steps are buffers, updated once a call in training mode with gradients enabled.
 
     Raises:
         AnybatchError: Numbers out of range; in a call: `index` missing or out of range.
 
-    Cost: 4 bytes a row and direction, with `dimensions` D 4 D more and a second gather of the candidates; M steps one after the other
-    for all rows of a tile at once; "both" directions cost two runs of the engine. Reference: Yau et al. 2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive Learning with Global
-    Convergence", arXiv 2404.10575, algorithm 1.
+    Cost: 4 bytes a row and direction, with `dimensions` D 4 D more and a second gather of the candidates; M steps one
+    after the other for all rows of a tile at once; "both" directions cost two runs of the engine. Reference: Yau et al.
+    2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive Learning with Global Convergence", arXiv 2404.10575,
+    algorithm 1.
 
     Example:
         >>> import torch
@@ -63,10 +69,10 @@ class EMC2(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        dimensions: int | None = None,
+        dimensions: Count | None = None,
         burn_in: float = 0.5,
         seed: int = 0,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -116,7 +122,8 @@ class Chains(Denominator):
         assert isinstance(side.rule, _Chained)
         if self.states is not None and self.states.shape[2] != batch.anchors.shape[1]:
             raise AnybatchError(
-                f"The chains keep embeddings of {self.states.shape[2]} dimensions, these have {batch.anchors.shape[1]}. "
+                f"The chains keep embeddings of {self.states.shape[2]} dimensions, these have "
+                f"{batch.anchors.shape[1]}. "
                 "Give EMC2 the dimensions of the model's embeddings."
             )
         queries, others = batch.queries(direction), batch.others(direction)
@@ -217,7 +224,8 @@ class _Chain:
         self.place = torch.full_like(start, -1, dtype=torch.int64)
         self.outside, self.started = torch.zeros_like(start), ~start.isnan()
         rule.batch_log_sum = torch.full_like(start, -torch.inf)
-        # Columns in an order that does not depend on how they are spread over ranks: positives, then explicit negatives.
+        # Columns in an order that does not depend on how they are spread over ranks: positives, then explicit
+        # negatives.
         num_columns = sum(layout.column_sizes)
         places = torch.full((num_columns,), -1, device=start.device)
         num_positives = sum(layout.row_sizes)
@@ -259,7 +267,9 @@ class _Chain:
         return visits.log_()
 
     def _uniform(self, rows: slice, num_steps: int, device: torch.device) -> Tensor:
-        """(b, num_steps) numbers in (0, 1) that depend on the place of the row among all ranks' rows, not on rank or tile."""
+        """(b, num_steps) numbers in (0, 1) that depend on the place of the row among all ranks' rows, not on rank or
+        tile.
+        """
         row = torch.arange(rows.start, rows.stop, device=device) + self.layout.first_row
         step = torch.arange(num_steps, device=device)
         mixed = (row[:, None] * 0x9E3779B97F4A7C1 + self.draws[0]) ^ (step[None] * 0x2545F4914F6CDD1D + self.draws[1])

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from anybatch.core.configuration import CountOrZero, NotNegative, Positive, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import PerRowValues
 from anybatch.losses.base import Batch, Direction, Part, SoftmaxLoss, num_directions
@@ -25,10 +26,12 @@ class GloFND(SoftmaxLoss):
         b_ij     = -inf where s_ij > lambda_i
         lambda_i <- lambda_i - lr (alpha - share of the batch's negatives with s_ij > lambda_i)        pinball loss
 
-    and the mean is over the others: k_i in `SogCLR` is less what is dropped, as in the paper, so that the data set is that without them.
+    and the mean is over the others: k_i in `SogCLR` is less what is dropped, as in the paper, so that the data set is
+    that without them.
 
     lambda_i follows the (1 - alpha) quantile of the similarities of anchor i over all the data, of which a batch alone
-    shows too little. Its first value is the batch's quantile. Negatives removed by masks count for no share, and add nothing to the mean, as everywhere.
+    shows too little. Its first value is the batch's quantile. Negatives removed by masks count for no share, and add
+    nothing to the mean, as everywhere.
 
     Args:
         num_rows: n, rows of the data set.
@@ -36,15 +39,16 @@ class GloFND(SoftmaxLoss):
         threshold_lr: Step, in units of similarity.
         threshold_start: Steps before thresholds are learned and used. Published: a third of all.
         gamma, eps: See `SogCLR`.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
     Thresholds and the number of steps are buffers, updated once a call in training mode with gradients enabled.
 
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
-    Cost: 12 bytes a row and direction; a comparison a score; "both" directions cost two runs of the engine. Reference: Balmaseda et
-    al. 2025, "Discovering Global False Negatives On the Fly for Self-supervised Contrastive Learning", arXiv 2502.20612, algorithm 1.
+    Cost: 12 bytes a row and direction; a comparison a score; "both" directions cost two runs of the engine. Reference:
+    Balmaseda et al. 2025, "Discovering Global False Negatives On the Fly for Self-supervised Contrastive Learning",
+    arXiv 2502.20612, algorithm 1.
 
     Example:
         >>> import torch
@@ -60,12 +64,12 @@ class GloFND(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        alpha: float = 0.01,
-        threshold_lr: float = 0.05,
-        threshold_start: int = 0,
-        gamma: float | Gamma = 0.9,
-        eps: float | None = None,
-        temperature: float = 0.05,
+        alpha: Positive = 0.01,
+        threshold_lr: NotNegative = 0.05,
+        threshold_start: CountOrZero = 0,
+        gamma: Share | Gamma = 0.9,
+        eps: NotNegative | None = None,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -134,7 +138,8 @@ class _Dropping:
 
     Attributes:
         threshold: (B,) NaN for a row without one, which takes the quantile of the batch.
-        first: (B,) that quantile; -inf for a row without negatives, or with scores that are no numbers: a step that has diverged.
+        first: (B,) that quantile; -inf for a row without negatives, or with scores that are no numbers: a step that has
+            diverged.
         share: (B,) of the negatives above the threshold; NaN for such rows.
         dropped: (B,) how many those are.
     """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
+from anybatch.core.configuration import CountOrZero, NotNegative, Positive, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import PerRowValues
 from anybatch.losses.base import Batch, Direction, Part, SoftmaxLoss, num_directions
@@ -26,12 +27,12 @@ class NUCLR(SoftmaxLoss):
 
         g_i   = mean over negatives j of exp((d_ij - zeta_j) / tau),       u_i the moving average of it
         loss  = mean_i log(u_i + exp(-max zeta / tau) / (n - 1))           the positive is in the denominator
-        P_ij  = the share of candidate j in the denominator of anchor i, over all the data (P_jj: of the positive, with zeta_j)
+        P_ij  = the share of candidate j in the denominator of anchor i, over all data (P_jj: of the positive, zeta_j)
         zeta_j <- zeta_j - lr * velocity_j,   derivative_j = 1 - sum over all anchors i of P_ij
 
-    The margins are the dual variables that make every candidate chosen once in sum, which is the density of candidates in the
-    discriminative model. The sum over all anchors is estimated by the batch's, times (n - 1) / (B - 1). The loss's value leaves out
-    the mean of the margins over tau, which is the same for all embeddings.
+    The margins are the dual variables that make every candidate chosen once in sum, which is the density of candidates
+    in the discriminative model. The sum over all anchors is estimated by the batch's, times (n - 1) / (B - 1). The
+    loss's value leaves out the mean of the margins over tau, which is the same for all embeddings.
 
     Args:
         num_rows: n, rows of the data set.
@@ -42,14 +43,15 @@ class NUCLR(SoftmaxLoss):
         margin_start: Steps before margins are learned. Published: those of 5 epochs.
         temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
-    Margins, their momentum and the number of steps are buffers, updated once a call in training mode with gradients enabled.
+    Margins, their momentum and the number of steps are buffers, updated once a call in training mode with gradients
+    enabled.
 
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
-    Cost: 12 bytes a row and direction, and a maximum over the margins a call; "both" directions cost two runs of the engine.
-    Reference: Wang et al. 2024, "On Discriminative Probabilistic Modeling for Self-Supervised Representation Learning", arXiv
-    2410.09156, section 5 and algorithm 1.
+    Cost: 12 bytes a row and direction, and a maximum over the margins a call; "both" directions cost two runs of the
+    engine. Reference: Wang et al. 2024, "On Discriminative Probabilistic Modeling for Self-Supervised Representation
+    Learning", arXiv 2410.09156, section 5 and algorithm 1.
 
     Example:
         >>> import torch
@@ -65,12 +67,12 @@ class NUCLR(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        gamma: float | Gamma = 0.9,
+        gamma: Share | Gamma = 0.9,
         margin: float = -0.05,
-        margin_lr: float = 5e-6,
+        margin_lr: NotNegative = 5e-6,
         margin_momentum: float = 0.1,
-        margin_start: int = 0,
-        temperature: float = 0.05,
+        margin_start: CountOrZero = 0,
+        temperature: Positive = 0.05,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,
@@ -85,7 +87,8 @@ class NUCLR(SoftmaxLoss):
 
 
 class Margins(Part):
-    """A margin per row as a candidate, beside a running denominator. Works at one temperature for all rows, which is fixed.
+    """A margin per row as a candidate, beside a running denominator. Works at one temperature for all rows, which is
+    fixed.
 
     Args:
         num_rows: n.
@@ -141,7 +144,8 @@ class Margins(Part):
         if not batch.updating:
             return loss
         if int(self.num_steps) >= self.start:
-            # Before any margin moves: the derivatives of both directions belong to the margins that the loss was made with.
+            # Before any margin moves: the derivatives of both directions belong to the margins that the loss was made
+            # with.
             derivatives = [_derivative(side, figures) for side, figures in zip(sides, stats, strict=True)]
             for direction, derivative in enumerate(derivatives):
                 heard = derivative.isfinite()
@@ -166,7 +170,8 @@ def _derivative(side: Side, figures: SoftmaxStats) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _MarginedRule:
-    """A running log-mean with the largest margin in the positive's place; records the shares that each positive's own margin gives.
+    """A running log-mean with the largest margin in the positive's place; records the shares that each positive's own
+    margin gives.
 
     Attributes:
         running: The rule of the running denominator.

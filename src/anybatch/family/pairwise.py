@@ -10,6 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from anybatch.core.configuration import Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.family.pair_engine import PairMethod, PairOutcome, pair_loss
 from anybatch.losses.base import Batch, ContrastiveLoss
@@ -86,7 +87,7 @@ class SigLIP(PairwiseLoss):
     def __init__(
         self,
         *,
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
         learnable_temperature: bool = True,
         min_temperature: float = MIN_TEMPERATURE,
         bias: float = -10.0,
@@ -132,16 +133,13 @@ class AUCCL(PairwiseLoss):
 
     lacks: ClassVar = {**PairwiseLoss.lacks, "temperature": "has no temperature, but loss.margin"}
 
+    weighs_pairs = True  # log-weights weigh the mean
+
     def __init__(self, *, margin: float = 1.0, normalize: bool = True, tile_bytes: int = TILE_BYTES) -> None:
         super().__init__(GlobalTemperature(1.0), normalize=normalize, tile_bytes=tile_bytes)
         if not margin > 0:
             raise AnybatchError(f"margin is {margin}; expected a positive number such as 1.0.")
         self.margin = margin
-
-    @property
-    def inclusion(self) -> bool:
-        """See `ContrastiveLoss.inclusion`: they weigh the mean."""
-        return True
 
     def _parameters_for(self, batch: Batch) -> Tensor:
         return batch.anchors.new_zeros(0)

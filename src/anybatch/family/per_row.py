@@ -29,7 +29,8 @@ class PerRowValues(State):
         momentum: Weight of the old velocity, in [0, 1).
         clip: Derivatives are limited to [-clip, clip].
 
-    Under several ranks every rank holds all values, and all make the same update. An update happens in float32 or better.
+    Under several ranks every rank holds all values, and all make the same update. An update happens in float32 or
+    better.
 
     Raises:
         AnybatchError: Numbers out of range.
@@ -61,7 +62,8 @@ class PerRowValues(State):
         super().__init__(num_rows)
         if lr <= 0 or not 0 <= momentum < 1 or clip <= 0:
             raise AnybatchError(
-                f"The learning rate of the rows' values is {lr}, their momentum {momentum}, the clip {clip}; expected positive numbers and a momentum "
+                f"The learning rate of the rows' values is {lr}, their momentum {momentum}, the clip {clip}; expected "
+                "positive numbers and a momentum "
                 "in [0, 1)."
             )
         self.limits, self.lr, self.momentum, self.clip = limits, lr, momentum, clip
@@ -93,7 +95,9 @@ class PerRowValues(State):
 
 
 def _finite(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Those whose value is a number: a step that has diverged is the trainer's to skip, and must leave no NaN behind."""
+    """Those whose value is a number: a step that has diverged is the trainer's to skip, and must leave no NaN
+    behind.
+    """
     fine = values.isfinite()
     return rows[fine], values[fine]
 

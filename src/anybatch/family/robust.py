@@ -1,4 +1,6 @@
-"""FastCLIP, iSogCLR and TempNet: a running denominator, and temperatures that are learned from the dual of a robust loss."""
+"""FastCLIP, iSogCLR and TempNet: a running denominator, and temperatures that are learned from the dual of a robust
+loss.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from typing import ClassVar, Literal, final
 
 from torch import nn
 
+from anybatch.core.configuration import Count, NotNegative, Positive, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import Range
 from anybatch.family.temperatures import NetworkTemperature, PerRowTemperature, check_limits
@@ -27,15 +30,16 @@ class FastCLIP(SoftmaxLoss):
         v2   mean_i tau_i (log(eps + u_i) + rho)         tau_i learned per row and direction, in buffers
         v3   tau (mean_i log(eps + u_i) + rho)           one learned tau
 
-    and the mean over the two directions. `u_i` is SogCLR's. The published loss is the sum of the directions, twice this:
-    "2 rho tau" there is "rho tau" here. Derivatives in tau are exact for u_i held fixed. The released code of v3
-    counts the derivative through the similarities twice against the other two terms, and divides v2's Adam step by the second
-    moment in place of its root; neither is reproduced. v2 here steps with momentum, as iSogCLR does.
+    and the mean over the two directions. `u_i` is SogCLR's. The published loss is the sum of the directions, twice
+    this: "2 rho tau" there is "rho tau" here. Derivatives in tau are exact for u_i held fixed. The released code of v3
+    counts the derivative through the similarities twice against the other two terms, and divides v2's Adam step by the
+    second moment in place of its root; neither is reproduced. v2 here steps with momentum, as iSogCLR does.
 
     Args:
         num_rows: n, rows of the data set.
         version: "v0" to "v3".
-        gamma: Weight of the new batch, or a `GammaSchedule`; published: `GammaSchedule(0.2, num_steps=half of all, steps_per_epoch=...)`.
+        gamma: Weight of the new batch, or a `GammaSchedule`; published: `GammaSchedule(0.2, num_steps=half of all,
+            steps_per_epoch=...)`.
         rho: v2, v3: published 6.5 (3 million pairs), 8.5 (12 million), 16 (400 million).
         eps: Added to u_i; None for 1 / (n - 1).
         sharded: Each rank stores the running denominators of one W-th of the rows.
@@ -44,13 +48,14 @@ class FastCLIP(SoftmaxLoss):
         temperature_lr, temperature_momentum: v2: step of each row's temperature, see `PerRowValues`.
         direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
-    v0 and v3 learn a parameter, for the caller's optimizer. Published for v3: a third of the learning rate once tau is below .03.
+    v0 and v3 learn a parameter, for the caller's optimizer. Published for v3: a third of the learning rate once tau is
+    below .03.
 
     Raises:
         AnybatchError: An unknown version, numbers out of range; in a call as `SogCLR`.
 
-    Cost: 4 bytes a row and direction; v2 12. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques to
-    Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
+    Cost: 4 bytes a row and direction; v2 12. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques
+    to Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
 
     Example:
         >>> import torch
@@ -75,13 +80,13 @@ class FastCLIP(SoftmaxLoss):
         num_rows: int,
         *,
         version: Version = "v3",
-        gamma: float | Gamma = 0.2,
-        rho: float = 6.5,
-        eps: float | None = 1e-14,
+        gamma: Share | Gamma = 0.2,
+        rho: NotNegative = 6.5,
+        eps: NotNegative | None = 1e-14,
         sharded: bool = False,
-        temperature: float | None = None,
+        temperature: Positive | None = None,
         temperature_range: Range = (0.01, 1.0),
-        temperature_lr: float = 0.01,
+        temperature_lr: NotNegative = 0.01,
         temperature_momentum: float = 0.5,
         direction: Direction = "both",
         normalize: bool = True,
@@ -118,17 +123,19 @@ class ISogCLR(SoftmaxLoss):
     """SogCLR with a temperature per row and direction, from the dual of a distributionally robust loss.
 
         F          = mean_i tau_i (log(eps + u_i) + rho)
-        dF/d tau_i = log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i      (times 1/B; rho - KL(p_i, uniform) at gamma = 1, eps = 0)
+        dF/d tau_i = log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i      (times 1 / B)
 
-    The factor tau_i is part of the objective, because it is what makes tau_i learnable: at temperatures that stand still the gradient is tau times
-    that of `SogCLR(eps=0)`. With SGD take a learning rate larger by one over the temperature; Adam does not notice.
+    The factor tau_i is part of the objective, because it is what makes tau_i learnable: at temperatures that stand
+    still the gradient is tau times that of `SogCLR(eps=0)`. With SGD take a learning rate larger by one over the
+    temperature; Adam does not notice.
 
-    Temperatures and their momentum are buffers: saved in `state_dict`, updated once a call in training mode with gradients
-    enabled, by their own rate, after the gradient of the embeddings was taken at the old temperatures.
+    Temperatures and their momentum are buffers: saved in `state_dict`, updated once a call in training mode with
+    gradients enabled, by their own rate, after the gradient of the embeddings was taken at the old temperatures.
 
     Args:
         num_rows: n, rows of the data set.
-        rho: Radius: larger lets a row's weight concentrate on fewer negatives, and lowers its temperature. Published: 6 to 8.
+        rho: Radius: larger lets a row's weight concentrate on fewer negatives, and lowers its temperature. Published: 6
+            to 8.
         gamma: Weight of the new batch, or a `GammaSchedule`.
         eps: Added to u_i; 0 is the published objective, None is 1 / (n - 1).
         sharded: Each rank stores the running denominators of one W-th of the rows.
@@ -142,8 +149,9 @@ class ISogCLR(SoftmaxLoss):
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
-    Cost: 12 bytes a row and direction; three collectives more a direction. Reference: Qiu et al. 2023, "Not All Semantics are
-    Created Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization", arXiv 2305.11965, algorithm 1.
+    Cost: 12 bytes a row and direction; three collectives more a direction. Reference: Qiu et al. 2023, "Not All
+    Semantics are Created Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization",
+    arXiv 2305.11965, algorithm 1.
 
     Example:
         >>> import torch
@@ -159,13 +167,13 @@ class ISogCLR(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        rho: float = 7.0,
-        gamma: float | Gamma = 0.8,
-        eps: float | None = 0.0,
+        rho: NotNegative = 7.0,
+        gamma: Share | Gamma = 0.8,
+        eps: NotNegative | None = 0.0,
         sharded: bool = False,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         temperature_range: Range = (0.005, 1.0),
-        temperature_lr: float = 0.01,
+        temperature_lr: NotNegative = 0.01,
         temperature_momentum: float = 0.5,
         temperature_clip: float = 5.0,
         direction: Direction = "one_way",
@@ -200,8 +208,9 @@ class TempNet(SoftmaxLoss):
         dimensions: Width of the embeddings.
         rho, gamma, eps, sharded, temperature, temperature_range: See `ISogCLR`.
         hidden: Width of the default network's hidden layer.
-        net: Own networks, one module a direction that takes (B, D) to (B, 1). The published one pools over 256 prototypes,
-            which is reproduced by giving it here; the default has two layers and starts at `temperature` everywhere.
+        net: Own networks, one module a direction that takes (B, D) to (B, 1). The published one pools over 256
+            prototypes, which is reproduced by giving it here; the default has two layers and starts at `temperature`
+            everywhere.
         direction, normalize, tile_bytes: See `ContrastiveLoss`.
 
     The networks' parameters are the loss's own, for the caller's optimizer.
@@ -209,8 +218,8 @@ class TempNet(SoftmaxLoss):
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
-    Cost: 4 bytes a row and direction, and the networks. Reference: Qiu et al. 2024, "To Cool or not to Cool? Temperature Network
-    Meets Large Foundation Models via DRO", arXiv 2404.04575, section 4.
+    Cost: 4 bytes a row and direction, and the networks. Reference: Qiu et al. 2024, "To Cool or not to Cool?
+    Temperature Network Meets Large Foundation Models via DRO", arXiv 2404.04575, section 4.
 
     Example:
         >>> import torch
@@ -225,13 +234,13 @@ class TempNet(SoftmaxLoss):
     def __init__(
         self,
         num_rows: int,
-        dimensions: int,
+        dimensions: Count,
         *,
-        rho: float = 7.0,
-        gamma: float | Gamma = 0.8,
-        eps: float | None = 0.0,
+        rho: NotNegative = 7.0,
+        gamma: Share | Gamma = 0.8,
+        eps: NotNegative | None = 0.0,
         sharded: bool = False,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         temperature_range: Range = (0.005, 0.1),
         hidden: int = 64,
         net: nn.ModuleList | None = None,

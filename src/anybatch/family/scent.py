@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from anybatch.core.configuration import NotNegative, Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
 from anybatch.losses.denominators import RunningDenominator
@@ -52,30 +53,36 @@ class SCENT(SoftmaxLoss):
         nu_i <- argmin over nu of  exp(L_i - nu) + nu + D(nu, nu_i) / alpha,     L_i = log of the batch's mean
               = nu_i + log(1 + alpha exp(L_i)) - log(1 + alpha exp(nu_i))
 
-    where D is the Bregman divergence of exp(-nu). Written as an average of exp(nu), it is SogCLR's with a gamma for each row:
+    where D is the Bregman divergence of exp(-nu). Written as an average of exp(nu), it is SogCLR's with a gamma for
+    each row:
 
         gamma_i = alpha exp(nu_i) / (1 + alpha exp(nu_i)),    u_i <- (1 - gamma_i) u_i + gamma_i exp(L_i)
 
-    so a row with a large denominator, whose batches vary most, follows them faster. The loss and its gradient are those of `SogCLR`.
+    so a row with a large denominator, whose batches vary most, follows them faster. The loss and its gradient are those
+    of `SogCLR`.
 
     Args:
         num_rows: n, rows of the data set.
-        alpha: Step, above 0: gamma is one half where u_i = 1 / alpha. u_i has no natural scale: at temperature .05 it is e^-8 for a typical row of
-            a trained encoder and 1 for a fresh one, so alpha must be near one over it. The released code takes e^10. None for n - 1: one half where
-            the negatives of the whole data set weigh as much as the positive.
+        alpha: Step, above 0: gamma is one half where u_i = 1 / alpha. u_i has no natural scale: at temperature .05 it
+            is e^-8 for a typical row of a trained encoder and 1 for a fresh one, so alpha must be near one over it. The
+            released code takes e^10. None for n - 1: one half where the negatives of the whole data set weigh as much
+            as the positive.
         eps: Added to u_i in the loss; None is 1 / (n - 1), the full-data InfoNCE; 0 is the published objective.
         sharded: Each rank stores one W-th of the rows.
         temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
-    An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the weight of a later near one is
-    as large as 1 / gamma_i (alpha = 1 on the embeddings of docs/benchmarks/global_loss.md: gradients a hundred times too long).
+    An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the
+    weight of a later near one is as large as 1 / gamma_i (alpha = 1 on the embeddings of
+    docs/benchmarks/global_loss.md: gradients a hundred times too long).
 
-    A row's first visit takes the batch's value whole; that is a flag of its own (the released code takes nu = 0 for it).
+    A row's first visit takes the batch's value whole; that is a flag of its own (the released code takes nu = 0 for
+    it).
 
     Raises:
         AnybatchError: alpha or eps out of range; in a call as `SogCLR`.
 
-    Cost: that of `SogCLR`. Reference: "SCENT", stochastic optimization of compositional entropic risks, arXiv 2602.02877.
+    Cost: that of `SogCLR`. Reference: "SCENT", stochastic optimization of compositional entropic risks, arXiv
+    2602.02877.
 
     Example:
         >>> import torch
@@ -91,10 +98,10 @@ class SCENT(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        alpha: float | None = None,
-        eps: float | None = None,
+        alpha: Positive | None = None,
+        eps: NotNegative | None = None,
         sharded: bool = False,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",

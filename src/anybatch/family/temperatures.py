@@ -1,12 +1,15 @@
 """Temperatures of single rows: learned, or read off the embedding. The dual of a distributionally robust loss.
 
-The worst-case mean of the differences d_ij = s_ij - s_ip over distributions p_i of negatives that stay within KL(p_i, uniform) <= rho is
+The worst-case mean of the differences d_ij = s_ij - s_ip over distributions p_i of negatives that stay within KL(p_i,
+uniform) <= rho is
 
     F_i = min over tau_i of  tau_i (log(eps + u_i(tau_i)) + rho),     u_i = mean_j exp(d_ij / tau_i)
 
-so that a row whose negatives are many and close gets a high temperature, and a rare one a low one. With p_ij = exp(d_ij / tau_i) / (k (eps + u_i)):
+so that a row whose negatives are many and close gets a high temperature, and a rare one a low one. With p_ij = exp(d_ij
+/ tau_i) / (k (eps + u_i)):
 
-    dF_i / d tau_i = log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i          (rho - KL(p_i, uniform) at gamma = 1, eps = 0)
+    dF_i / d tau_i = log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i
+                   = rho - KL(p_i, uniform) at gamma = 1, eps = 0
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from anybatch.losses.temperatures import check_rho, times_temperature
 
 
 class PerRowTemperature(Temperature):
-    """A temperature per row and direction, stepped with momentum, by its own rate, after the gradient was taken at the old temperatures.
+    """A temperature per row and direction, stepped with momentum, by its own rate, after the gradient was taken at the
+    old temperatures.
 
     Args:
         num_rows: n.
@@ -82,8 +86,9 @@ class PerRowTemperature(Temperature):
 class NetworkTemperature(Temperature):
     """A temperature from the embedding: low + (high - low) * sigmoid(net(embedding)), one network a direction.
 
-    The embedding is a constant to the network: it learns from the temperatures' derivatives alone. Every rank evaluates it
-    on the rows of all ranks, so that its parameters receive the full gradient without a collective in the backward pass.
+    The embedding is a constant to the network: it learns from the temperatures' derivatives alone. Every rank evaluates
+    it on the rows of all ranks, so that its parameters receive the full gradient without a collective in the backward
+    pass.
 
     Args:
         dimensions: Width of the embeddings.
@@ -94,10 +99,11 @@ class NetworkTemperature(Temperature):
         hidden: Width of the hidden layer.
         net: One module a direction that takes (B, D) to (B, 1), in place of the default of two layers.
 
-    A network that draws random numbers, for dropout, is asked once a call. Under several ranks each rank draws its own, and the gradients of its
-    parameters then differ from rank to rank: average them, as DDP does.
+    A network that draws random numbers, for dropout, is asked once a call. Under several ranks each rank draws its own,
+    and the gradients of its parameters then differ from rank to rank: average them, as DDP does.
 
-    Cost: parameters of `net`. Collectives a direction: two of sizes, a gather of the embeddings and one of (B,) numbers.
+    Cost: parameters of `net`. Collectives a direction: two of sizes, a gather of the embeddings and one of (B,)
+    numbers.
     """
 
     def __init__(
@@ -168,7 +174,8 @@ def check_limits(limits: Range, initial: float) -> None:
     low, high = limits
     if not 0 < low < high or not low <= initial <= high:
         raise AnybatchError(
-            f"temperature_range is {limits} and the first temperature {initial}; expected 0 < low < high and a temperature between them."
+            f"temperature_range is {limits} and the first temperature {initial}; expected 0 < low < high and a "
+            "temperature between them."
         )
 
 

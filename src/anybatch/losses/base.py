@@ -1,12 +1,14 @@
-"""What all losses share: arguments checked, embeddings normalised, ids turned into masks, parts asked in one or two directions.
+"""What all losses share: arguments checked, embeddings normalised, ids turned into masks, parts asked in one or two
+directions.
 
 A loss is a composition. Its parts own what they remember, and none knows of another:
 
     temperature    what similarities are divided by: a number, one per row, one from the embedding
-    denominator    what the method takes for the log-sum over all negatives: the batch's own, corrected, a running one, a chain
+    denominator    what stands for the log-sum over all negatives: the batch's, corrected, running, a chain
     others         what changes the logits: a margin per candidate, a threshold per anchor
 
-Classes are abstract or final: a published method is a final `SoftmaxLoss` whose constructor puts parts together, and nothing else.
+Classes are abstract or final: a published method is a final `SoftmaxLoss` whose constructor puts parts together, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ class Part(State):
     """Abstract: a part of a loss. Both methods are hooks, which do nothing here.
 
     Attributes:
-        plain: Whether beside it a running denominator is the mean over all negatives, which `warm_start` can fill and a probe can check.
+        plain: Whether beside it a running denominator is the mean over all negatives, which `warm_start` can fill and a
+            probe can check.
     """
 
     plain = True
@@ -143,7 +146,8 @@ class Denominator(Part):
 
     @abstractmethod
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
-        """The rule for one call and direction. It answers for the weight of the positive as well as for that of the negatives, see `Rule`.
+        """The rule for one call and direction. It answers for the weight of the positive as well as for that of the
+        negatives, see `Rule`.
 
         Args:
             batch: The arguments of the call.
@@ -161,9 +165,9 @@ class ContrastiveLoss(State):
         direction: "one_way": anchors against candidates. "both": the mean of that and of positives against anchors.
         normalize: L2-normalise the embeddings first, in float32 or better.
         tile_bytes: Memory for scores at a time.
-        ring: Under several ranks hold two ranks' candidates (and their gradients) at a time instead of all: they travel from rank to rank
-            instead of being gathered. The same loss, with one matrix product and one ring pass more. Not for losses that look at whole rows of
-            scores (GloFND, EMC2).
+        ring: Under several ranks hold two ranks' candidates (and their gradients) at a time instead of all: they travel
+            from rank to rank instead of being gathered. The same loss, with one matrix product and one ring pass more.
+            Not for losses that look at whole rows of scores (GloFND, EMC2).
     """
 
     def __init__(
@@ -182,25 +186,29 @@ class ContrastiveLoss(State):
         self.direction: Direction = direction
         self.normalize, self.tile_bytes, self.ring = normalize, tile_bytes, ring
 
-    # For the rooms that use losses by name: options of most methods that this one does not have, and why; of an option with a
-    # few values, those that each value leaves unused.
+    # For the rooms that use losses by name: options of most methods that this one does not
+    # have, and why; of an option with a few values, those that each value leaves unused.
     lacks: ClassVar[Mapping[str, str]] = {}
     unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
+    weighs_pairs: ClassVar[bool] = False  # inclusion log-weights mean something to it though it is not `over_data`
+
 
     @property
     def over_data(self) -> bool:
         """Whether the loss stands for the data set, and not for the batch alone."""
-        return False
+        return any(isinstance(part, Denominator) and part.over_data for part in self._parts)
 
     @property
     def inclusion(self) -> bool:
         """Whether inclusion log-weights of mined batches mean something to it."""
-        return self.over_data
+        return self.over_data or self.weighs_pairs
 
     @property
     def running(self) -> Denominator | None:
-        """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked; else None."""
-        return None
+        """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked."""
+        parts = [part for part in self.modules() if isinstance(part, Part)]
+        denominators = [part for part in parts if isinstance(part, Denominator)]
+        return denominators[0] if denominators and all(part.plain for part in parts) else None
 
     @property
     def temperature(self) -> float:
@@ -234,7 +242,8 @@ class ContrastiveLoss(State):
         Args:
             anchors: (B, D) float.
             candidates: (M, D) float, M >= B: the positives in the anchors' order, then explicit negatives.
-            index: (B,) int rows of the data set; needed by losses with memory. Rows of one number have one content, and are no negatives.
+            index: (B,) int rows of the data set; needed by losses with memory. Rows of one number have one content, and
+                are no negatives.
             log_weight: b_ij: `LogWeights`, or a tensor broadcastable to (B, M); -inf removes a pair.
             anchor_id: (B,) int, 0 or more; equal for identical anchors. Goes with `candidate_id`.
             candidate_id: (M,) int; equal for identical candidates.
@@ -243,10 +252,11 @@ class ContrastiveLoss(State):
             Scalar, float32 (float64 for float64 embeddings), differentiable in the embeddings and the temperature.
 
         Raises:
-            AnybatchError: Shapes, types or devices that do not fit, a negative anchor_id, an index that is missing or out of range; in the backward
-                pass: a second derivative.
+            AnybatchError: Shapes, types or devices that do not fit, a negative anchor_id, an index that is missing or
+                out of range; in the backward pass: a second derivative.
 
-        Cost and collectives: see `engine`, and with `index` two gathers of it; nothing is communicated in the backward pass.
+        Cost and collectives: see `engine`, and with `index` two gathers of it; nothing is communicated in the backward
+        pass.
         """
         batch = self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id)
         return differentiable_once(self._of(batch))
@@ -269,7 +279,9 @@ class ContrastiveLoss(State):
         anchor_id: Tensor | None,
         candidate_id: Tensor | None,
     ) -> Batch:
-        """The arguments of `forward`, checked, in float32 or better, normalised if wanted, with ids turned into masks."""
+        """The arguments of `forward`, checked, in float32 or better, normalised if wanted, with ids turned into
+        masks.
+        """
         dtype = check_embeddings(anchors, candidates)
         if (
             anchors.ndim != 2
@@ -278,7 +290,8 @@ class ContrastiveLoss(State):
             or len(candidates) < len(anchors)
         ):
             raise AnybatchError(
-                f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, D) and (M, D) with M >= B: "
+                f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, D) "
+                "and (M, D) with M >= B: "
                 "the positives in the anchors' order, then explicit negatives."
             )
         anchors, candidates = anchors.to(dtype), candidates.to(dtype)
@@ -336,11 +349,12 @@ class ContrastiveLoss(State):
 
 
 class SoftmaxLoss(ContrastiveLoss):
-    """A softmax with a denominator of one's choice. A published method is a final subclass that puts the parts together in its constructor.
+    """A softmax with a denominator of one's choice. A published method is a final subclass that puts the parts together
+    in its constructor.
 
         L_i      = log-sum over the batch's negatives of exp(logit_ij),   logit_ij = (s_ij - s_ip) / tau_i + b_ij
         loss     = mean_i objective_i,    (log_denominator_i, objective_i) = denominator(L_i)
-        gradient:  exp(logit_ij - log_denominator_i) / tau_i for negative j, and what the denominator says for the positive
+        gradient = exp(logit_ij - log_denominator_i) / tau_i for negative j, the denominator's word for the positive
 
     Args:
         temperature, denominator: The parts that every such loss has.
@@ -373,18 +387,10 @@ class SoftmaxLoss(ContrastiveLoss):
 
     @property
     def last_stats(self) -> dict[str, float]:
-        """Figures of the last call as plain floats: objective, log_denominator, negatives per anchor, temperature. Empty before it."""
+        """Figures of the last call as plain floats: objective, log_denominator, negatives per anchor, temperature.
+        Empty before it.
+        """
         return {} if self._last is None else figures_of(*self._last, self.temperature)
-
-    @property
-    def over_data(self) -> bool:
-        """See `ContrastiveLoss.over_data`."""
-        return self.denominator.over_data
-
-    @property
-    def running(self) -> Denominator | None:
-        """The denominator, if it remembers the mean over all negatives of each row, which can be computed, filled in and checked; else None."""
-        return self.denominator if all(part.plain for part in (self.denominator, *self._others)) else None
 
     @property
     def _others(self) -> list[Part]:
@@ -428,23 +434,27 @@ def check_embeddings(anchors: Tensor, candidates: Tensor) -> torch.dtype:
     """The dtype to compute in: float64 if either side is, else float32.
 
     Raises:
-        AnybatchError: No tensors, but what sentence-transformers' Trainer hands to a loss; other numbers than floats, two devices, a transform that a loss does not know.
+        AnybatchError: No tensors, but what sentence-transformers' Trainer hands to a loss; other numbers than floats,
+            two devices, a transform that a loss does not know.
     """
     wrong = [type(given).__name__ for given in (anchors, candidates) if not isinstance(given, Tensor)]
     if wrong:
         raise AnybatchError(
-            f"A loss got {' and '.join(wrong)}; expected embeddings, tensors (B, D) and (M, D). In sentence-transformers' Trainer give it inside the model's "
+            f"A loss got {' and '.join(wrong)}; expected embeddings, tensors (B, D) and (M, D). In "
+            "sentence-transformers' Trainer give it inside the model's "
             "cached step: loss=CachedLoss(model, loss), from anybatch.integrations.sentence_transformers."
         )
     if not (anchors.is_floating_point() and candidates.is_floating_point()) or anchors.device != candidates.device:
         raise AnybatchError(
-            f"anchors are {anchors.dtype} on {anchors.device} and candidates {candidates.dtype} on {candidates.device}; expected floats on one device."
+            f"anchors are {anchors.dtype} on {anchors.device} and candidates {candidates.dtype} on "
+            f"{candidates.device}; expected floats on one device."
         )
     if torch._C._are_functorch_transforms_active() or any(
         unpack_dual(side).tangent is not None for side in (anchors, candidates)
     ):
         raise AnybatchError(
-            "A loss of anybatch does not run inside torch.func's transforms (grad, vmap, jvp, ...) or with forward-mode derivatives: its gradient is computed "
+            "A loss of anybatch does not run inside torch.func's transforms (grad, vmap, jvp, ...) or with "
+            "forward-mode derivatives: its gradient is computed "
             "in closed form for a backward pass. Use loss.backward() or torch.autograd.grad."
         )
     return torch.float64 if torch.float64 in (anchors.dtype, candidates.dtype) else torch.float32

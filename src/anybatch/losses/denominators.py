@@ -54,10 +54,11 @@ class CountCorrected(Denominator):
 class RunningDenominator(Denominator):
     """A moving average of exp(x) for each row and direction, kept as its logarithm, in `log_mean`.
 
-        u_i <- (1 - gamma) u_i + gamma * mean over the row's occurrences in the batch of exp(x),     denominator: log(eps + u_i)
+        u_i <- (1 - gamma) u_i + gamma * mean over the row's occurrences in the batch of exp(x)
+        denominator = log(eps + u_i)
 
-    Rows never visited are NaN (a flag of its own, not a threshold) and take the batch's value whole. Occurrences of one row in a
-    batch are combined first, in their order, so that the result does not depend on the machine.
+    Rows never visited are NaN (a flag of its own, not a threshold) and take the batch's value whole. Occurrences of one
+    row in a batch are combined first, in their order, so that the result does not depend on the machine.
 
     Args:
         num_rows: n.
@@ -66,8 +67,8 @@ class RunningDenominator(Denominator):
         eps: Added to u_i; None for 1 / (n - 1).
         sharded: Each rank stores one W-th of the rows, see `State`.
 
-    Cost: 4 bytes a row and direction, divided by the ranks if sharded; an update touches B of them. Collectives a call with W ranks:
-    one of sizes, two gathers of B numbers; sharded: one sum of B numbers more.
+    Cost: 4 bytes a row and direction, divided by the ranks if sharded; an update touches B of them. Collectives a call
+    with W ranks: one of sizes, two gathers of B numbers; sharded: one sum of B numbers more.
 
     Example:
         >>> import torch
@@ -150,8 +151,9 @@ class RunningDenominator(Denominator):
             dimensions: Width of the embeddings.
 
         Returns:
-            (B,) in the dtype of `batch`; -inf for rows never visited of which the batch says nothing. Such rows, and those whose mean is 0, stay
-            unvisited. Rows of which the batch says NaN or +inf keep what they knew, in the memory but not in what is returned.
+            (B,) in the dtype of `batch`; -inf for rows never visited of which the batch says nothing. Such rows, and
+            those whose mean is 0, stay unvisited. Rows of which the batch says NaN or +inf keep what they knew, in the
+            memory but not in what is returned.
         """
         # 1. What the batches of all ranks say of each row.
         sizes = distributed.gather_sizes(len(index), index.device)
@@ -160,7 +162,8 @@ class RunningDenominator(Denominator):
         figures = distributed.gather_rows(torch.stack([batch, heard], dim=1), sizes)
         rows, inverse = torch.unique(index_all, return_inverse=True)
         combined, some = _combine(figures[:, 0], figures[:, 1], inverse, len(rows))
-        # 2. With what is known. The state is float32; the arithmetic is the batch's, so that float64 checks see no rounding but the state's own.
+        # 2. With what is known. The state is float32; the arithmetic is the batch's, so that float64 checks see no
+        # rounding but the state's own.
         old = self.read("log_mean", rows, direction=direction).to(batch.dtype)
         if isinstance(self.gamma, Gamma):
             log_gamma, log_stay = self.gamma.log_shares(old)
@@ -194,7 +197,8 @@ class RunningRule:
 
     Attributes:
         constant: Added to the objective.
-        dropped: (B,) candidates that the method takes out of the data set, so that the mean is not over them; None for none.
+        dropped: (B,) candidates that the method takes out of the data set, so that the mean is not over them; None for
+            none.
         row_wise: False: a row may occur twice in the batch, and then shares its state.
     """
 
@@ -216,7 +220,9 @@ class RunningRule:
         return objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant)
 
     def remember(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both (b,)."""
+        """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both
+        (b,).
+        """
         drawn = num_drawn if self.dropped is None else num_drawn - self.dropped[rows]
         correction = torch.zeros_like(log_sum) if self.normalised else drawn.clamp(min=1).log()
         log_mean = self.denominator.blend(
@@ -265,7 +271,9 @@ class _CountCorrectedRule:
 
 
 def _combine(values: Tensor, heard: Tensor, inverse: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Log of the mean of exp(values) over those of each group for which `heard` is 1, and (groups,) bool whether there are any."""
+    """Log of the mean of exp(values) over those of each group for which `heard` is 1, and (groups,) bool whether there
+    are any.
+    """
     total, count = values.new_full((num_groups,), -torch.inf), heard.new_zeros(num_groups).index_add_(0, inverse, heard)
     if len(inverse) == num_groups:
         total[inverse] = values

@@ -31,8 +31,9 @@ class GammaSchedule(Gamma):
 
         gamma_t = gamma + (1 - gamma) (1 + cos(pi e / E)) / 2 for e < E, then gamma
 
-    with e = t / steps_per_epoch rounded down and E = num_steps / steps_per_epoch: it starts at 1, where the denominators still hold
-    what an untrained encoder said, and goes down as the encoder slows. `steps_per_epoch=1` moves it at every step.
+    with e = t / steps_per_epoch rounded down and E = num_steps / steps_per_epoch: it starts at 1, where the
+    denominators still hold what an untrained encoder said, and goes down as the encoder slows. `steps_per_epoch=1`
+    moves it at every step.
 
     Args:
         gamma: The final weight of a new batch, in (0, 1].
@@ -59,7 +60,8 @@ class GammaSchedule(Gamma):
             raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1.")
         if num_steps < 1 or steps_per_epoch < 1:
             raise AnybatchError(
-                f"num_steps is {num_steps} and steps_per_epoch {steps_per_epoch}; expected the steps that gamma takes from 1 to {gamma}, and those "
+                f"num_steps is {num_steps} and steps_per_epoch {steps_per_epoch}; expected the steps that gamma takes "
+                f"from 1 to {gamma}, and those "
                 "after which it changes, at least 1 each. Half of all steps is a good choice for num_steps."
             )
         self.gamma, self.num_steps, self.steps_per_epoch = gamma, num_steps, steps_per_epoch

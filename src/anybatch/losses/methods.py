@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import final
 
+from anybatch.core.configuration import NotNegative, Positive, Share
 from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
 from anybatch.losses.denominators import CountCorrected, RunningDenominator, WithoutPositive, WithPositive
 from anybatch.losses.engine import TILE_BYTES
@@ -22,8 +23,8 @@ class InfoNCE(SoftmaxLoss):
     Args:
         temperature: Similarities are divided by it. Seen: .01 to .07 for text, .07 to .1 for images.
         learnable_temperature: Train it, through its logarithm, so that it stays positive.
-        min_temperature: A learned temperature is put back to it at the start of a training step, so that its gradient stays alive; what is read
-            is never below it.
+        min_temperature: A learned temperature is put back to it at the start of a training step, so that its gradient
+            stays alive; what is read is never below it.
         direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
 
     Log-weights are added to the logits as they are.
@@ -42,7 +43,7 @@ class InfoNCE(SoftmaxLoss):
     def __init__(
         self,
         *,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -78,7 +79,7 @@ class DecoupledInfoNCE(SoftmaxLoss):
     def __init__(
         self,
         *,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -94,13 +95,14 @@ class DecoupledInfoNCE(SoftmaxLoss):
 
 @final
 class CountCorrectedInfoNCE(SoftmaxLoss):
-    """InfoNCE over the whole data set, estimated from the batch: each of its k candidates but the positive stands for (n - 1) / k rows.
+    """InfoNCE over the whole data set, estimated from the batch: each of its k candidates but the positive stands for
+    (n - 1) / k rows.
 
         log_denominator_i = logaddexp(log_mean_i + log(n - 1), 0),   log_mean_i = log_sum_i - log k
 
-    A masked candidate counts in k and adds nothing to the sum, as it adds nothing to that over the data set. With normalised log-weights (mined
-    batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself. It needs no memory, and is the baseline that every memory
-    has to beat.
+    A masked candidate counts in k and adds nothing to the sum, as it adds nothing to that over the data set. With
+    normalised log-weights (mined batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself.
+    It needs no memory, and is the baseline that every memory has to beat.
 
     Args:
         num_rows: n, rows of the data set.
@@ -120,7 +122,7 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -141,27 +143,31 @@ class SogCLR(SoftmaxLoss):
         u_i <- (1 - gamma) u_i + gamma / k * sum over the batch's negatives of exp((s_ij - s_ip) / tau)
         loss = mean_i log(eps + u_i),    p_ij = exp((s_ij - s_ip) / tau) / (k (eps + u_i))
 
-    in the log domain; k are the candidates but the positive, of which masked ones add nothing. With normalised log-weights (mined batches) the mean
-    is the weighted sum. The published loss is tau times this; with a fixed temperature that is a factor on the learning rate. With a learnable
-    temperature the derivative is that of the batch's own term with u_i held, as for the embeddings.
+    in the log domain; k are the candidates but the positive, of which masked ones add nothing. With normalised
+    log-weights (mined batches) the mean is the weighted sum. The published loss is tau times this; with a fixed
+    temperature that is a factor on the learning rate. With a learnable temperature the derivative is that of the
+    batch's own term with u_i held, as for the embeddings.
 
-    gamma = 1 gives, without memory, InfoNCE for eps = 1 / k, decoupled InfoNCE for eps = 0 and count-corrected InfoNCE for
-    eps = 1 / (n - 1) (gradients; the values differ by a constant).
+    gamma = 1 gives, without memory, InfoNCE for eps = 1 / k, decoupled InfoNCE for eps = 0 and count-corrected InfoNCE
+    for eps = 1 / (n - 1) (gradients; the values differ by a constant).
 
     Args:
         num_rows: n, rows of the data set.
-        gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to .2 along a cosine.
+        gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to
+            .2 along a cosine.
         eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
         sharded: Each rank stores one W-th of the rows.
         temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `InfoNCE`.
 
-    The running denominators are updated once a call, in training mode with gradients enabled, and are part of `state_dict`.
+    The running denominators are updated once a call, in training mode with gradients enabled, and are part of
+    `state_dict`.
 
     Raises:
-        AnybatchError: gamma or eps out of range; in a call: `index` missing or out of range, embeddings of another width.
+        AnybatchError: gamma or eps out of range; in a call: `index` missing or out of range, embeddings of another
+            width.
 
-    Cost: 4 bytes a row and direction. Reference: Yuan et al. 2022, "Provable Stochastic Optimization for Global Contrastive
-    Learning", arXiv 2202.12387, algorithm 1.
+    Cost: 4 bytes a row and direction. Reference: Yuan et al. 2022, "Provable Stochastic Optimization for Global
+    Contrastive Learning", arXiv 2202.12387, algorithm 1.
 
     Example:
         >>> import torch
@@ -177,10 +183,10 @@ class SogCLR(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        gamma: float | Gamma = 0.9,
-        eps: float | None = None,
+        gamma: Share | Gamma = 0.9,
+        eps: NotNegative | None = None,
         sharded: bool = False,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",

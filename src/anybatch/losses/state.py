@@ -1,7 +1,9 @@
-"""What a loss remembers: buffers with an entry per row of the data set. Saved, refused, grown and shared over ranks here, and nowhere else.
+"""What a loss remembers: buffers with an entry per row of the data set. Saved, refused, grown and shared over ranks
+here, and nowhere else.
 
-A saved state is what `state_dict` gives. A module with entries per row (directions, rows, ...) has beside them `version`, `embedding_width` (of the
-embeddings that they follow from, 0 before the first) and `shard` (rank, ranks, rows). Nothing but a sharded `read` needs a process group.
+A saved state is what `state_dict` gives. A module with entries per row (directions, rows, ...) has beside them
+`version`, `embedding_width` (of the embeddings that they follow from, 0 before the first) and `shard` (rank, ranks,
+rows). Nothing but a sharded `read` needs a process group.
 """
 
 from __future__ import annotations
@@ -21,22 +23,25 @@ from anybatch.core.errors import AnybatchError
 VERSION = 4  # 4: named by parts
 JOIN = "Join the shards with anybatch.losses.state.join_shards and load the whole state."
 OTHER_LOSS = (
-    "Make the loss with the settings and the data set that the state was saved with, or, if rows were appended, pass the state through "
+    "Make the loss with the settings and the data set that the state was saved with, or, if rows were appended, pass "
+    "the state through "
     "anybatch.losses.state.grown_state(state, loss)."
 )
 
 
 class State(nn.Module):
-    """Base of losses and their parts: a saved state loads whole or is refused, whatever `strict` says; casts leave it in float32 or better.
+    """Base of losses and their parts: a saved state loads whole or is refused, whatever `strict` says; casts leave it
+    in float32 or better.
 
     Args:
         num_rows: n, rows of the data set; None for what depends on no number of rows.
-        sharded: Each rank stores the rows r with r % world_size == rank. Decided when they are first used, because the process group seldom exists
-            when a loss is made. Equal to the whole state bit for bit.
+        sharded: Each rank stores the rows r with r % world_size == rank. Decided when they are first used, because the
+            process group seldom exists when a loss is made. Equal to the whole state bit for bit.
 
     Attributes:
         fresh: For each buffer with entries per row, by name, what the entry holds before the row's first visit.
-        widths: Buffers whose last dimension is the width of the embeddings, 0 before the first; it comes with the state.
+        widths: Buffers whose last dimension is the width of the embeddings, 0 before the first; it comes with the
+            state.
         needs_index: Whether calls must say which rows of the data set they hold.
 
     Cost: sharded, a read has one sum over ranks.
@@ -90,7 +95,9 @@ class State(nn.Module):
         return distributed.sum_over_ranks(values)
 
     def write(self, name: str, rows: Tensor, values: Tensor, *, direction: int) -> None:
-        """Replace the entries of some rows, see `read`. A number beyond the buffer's type becomes its largest: infinity would be for ever."""
+        """Replace the entries of some rows, see `read`. A number beyond the buffer's type becomes its largest: infinity
+        would be for ever.
+        """
         self._settle()
         stored = self.get_buffer(name)
         limits = torch.finfo(stored.dtype)
@@ -106,16 +113,19 @@ class State(nn.Module):
         """
         if int(self.embedding_width) not in (0, width):
             raise AnybatchError(
-                f"The loss remembers rows by embeddings of {int(self.embedding_width)} dimensions, these have {width}. Denominators of different "
+                f"The loss remembers rows by embeddings of {int(self.embedding_width)} dimensions, these have {width}. "
+                "Denominators of different "
                 "widths must not be mixed: use one loss a width (anybatch.losses.Matryoshka makes them)."
             )
 
     def grow(self, num_rows: int) -> None:
-        """Make room for rows appended to the data set: the loss becomes that for `num_rows` rows, and the old ones keep their states.
+        """Make room for rows appended to the data set: the loss becomes that for `num_rows` rows, and the old ones keep
+        their states.
 
-        Whatever is remembered per row gets entries behind the old ones, as in a loss just made; what follows from the number of rows (`eps=None`, ...)
-        follows from the new one. Nothing to do for a loss that depends on no number of rows. Parameters, which an optimizer may hold, are neither
-        replaced nor resized. Buffers are replaced; grow before the loss is wrapped in DDP, on every rank.
+        Whatever is remembered per row gets entries behind the old ones, as in a loss just made; what follows from the
+        number of rows (`eps=None`, ...) follows from the new one. Nothing to do for a loss that depends on no number of
+        rows. Parameters, which an optimizer may hold, are neither replaced nor resized. Buffers are replaced; grow
+        before the loss is wrapped in DDP, on every rank.
 
         Raises:
             AnybatchError: Fewer rows than before.
@@ -146,7 +156,8 @@ class State(nn.Module):
         return self
 
     def _settle(self) -> None:
-        """Decide, from the process group at this moment, which rows of a sharded state this rank stores. Every use does so.
+        """Decide, from the process group at this moment, which rows of a sharded state this rank stores. Every use does
+        so.
 
         Raises:
             AnybatchError: It was decided before, for another number of ranks, and something is stored.
@@ -193,7 +204,8 @@ class State(nn.Module):
         )  # a part of a model, whose state may have its own file; strictly, torch refuses it
         if (missing or unexpected) and not elsewhere:
             raise AnybatchError(
-                f"The saved state is of another loss than this {type(self).__name__}: missing are {_listed(missing)}, unknown here are "
+                f"The saved state is of another loss than this {type(self).__name__}: missing are {_listed(missing)}, "
+                "unknown here are "
                 f"{_listed(unexpected)}. " + OTHER_LOSS
             )
         # 2. What has the width of the saved embeddings takes it; of a whole state this rank takes its shard.
@@ -226,14 +238,16 @@ class State(nn.Module):
         width, own_width = (int(number) for number in (state.get(prefix + "embedding_width", 0), self.embedding_width))
         if width and own_width and width != own_width:
             raise AnybatchError(
-                f"The saved state is of embeddings of {width} dimensions, this one of {own_width}. Load it into a loss just made."
+                f"The saved state is of embeddings of {width} dimensions, this one of {own_width}. Load it into a loss "
+                "just made."
             )
 
 
 def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One whole state from the state dictionaries of all ranks of a loss whose state is sharded, in any order.
 
-    It loads into a whole state, and into a sharded one of any number of ranks. Needs no process group: read the ranks' files.
+    It loads into a whole state, and into a sharded one of any number of ranks. Needs no process group: read the ranks'
+    files.
 
     Raises:
         AnybatchError: A shard is missing or comes twice.
@@ -266,8 +280,8 @@ def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def grown_state(state: Mapping[str, Tensor], loss: nn.Module) -> dict[str, Tensor]:
     """A whole saved state, made to fit a loss for a data set to which rows were appended.
 
-    `loss.load_state_dict(grown_state(torch.load(path), loss))` is the explicit request without which a state of another size is refused. The old
-    rows come back as they were saved; the new ones are as in a loss just made.
+    `loss.load_state_dict(grown_state(torch.load(path), loss))` is the explicit request without which a state of another
+    size is refused. The old rows come back as they were saved; the new ones are as in a loss just made.
 
     Args:
         state: What `loss.state_dict()` gave, of fewer rows or as many.
@@ -293,7 +307,8 @@ def grown_state(state: Mapping[str, Tensor], loss: nn.Module) -> dict[str, Tenso
 
 
 def occurrences(inverse: Tensor, num_groups: int) -> Iterator[Tensor]:
-    """Positions of the first member of each group, of the second, and so on: one of each group at a time, so that additions have a fixed order.
+    """Positions of the first member of each group, of the second, and so on: one of each group at a time, so that
+    additions have a fixed order.
 
     Args:
         inverse: (b,) int64, the group of each position.
@@ -320,12 +335,13 @@ def _check_entries(module: nn.Module, state: Mapping[str, Any], prefix: str, *, 
             expected[-1] = given[-1]
         if expected != given or saved.is_floating_point() != own.is_floating_point():
             raise AnybatchError(
-                f"The saved state has {prefix + name} of shape {tuple(saved.shape)} ({saved.dtype}), this loss {tuple(own.shape)} ({own.dtype}). "
-                + OTHER_LOSS
+                f"The saved state has {prefix + name} of shape {tuple(saved.shape)} ({saved.dtype}), this loss "
+                f"{tuple(own.shape)} ({own.dtype}). " + OTHER_LOSS
             )
         if name == "version" and int(saved) != int(own):
             raise AnybatchError(
-                f"The saved state has version {int(saved)} ({prefix + name}); this anybatch reads version {int(own)}. Use the anybatch that it was "
+                f"The saved state has version {int(saved)} ({prefix + name}); this anybatch reads version {int(own)}. "
+                "Use the anybatch that it was "
                 "saved with, or begin with a new loss."
             )
 

@@ -13,7 +13,8 @@ from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, Temperature
 from anybatch.losses.engine import Side, SoftmaxStats
 
-MIN_TEMPERATURE = 0.01  # of a learned one: below, a cosine's float32 error is seen in the loss, and a step of its log doubles the gradient
+# Of a learned one: below, a cosine's float32 error is seen in the loss, and a step of its log doubles the gradient.
+MIN_TEMPERATURE = 0.01
 
 
 class GlobalTemperature(Temperature):
@@ -22,9 +23,10 @@ class GlobalTemperature(Temperature):
     Args:
         initial: The first value, or the only one.
         learnable: Train it: `log_temperature`, a parameter for the caller's optimizer.
-        limits: (low, high). A learned temperature is put back to them at the start of a training step, so that its gradient stays alive; what is read
-            is never outside.
-        rho: The loss is tau (mean_i objective_i + rho), whose factor has a derivative of its own; None for the loss as it is.
+        limits: (low, high). A learned temperature is put back to them at the start of a training step, so that its
+            gradient stays alive; what is read is never outside.
+        rho: The loss is tau (mean_i objective_i + rho), whose factor has a derivative of its own; None for the loss as
+            it is.
     """
 
     per_row = False
@@ -40,7 +42,8 @@ class GlobalTemperature(Temperature):
         super().__init__()
         if not 0 < limits[0] < math.inf or (learnable and initial < limits[0]):
             raise AnybatchError(
-                f"min_temperature is {limits[0]} and the first temperature {initial}; expected a positive floor, and a learned temperature above it. "
+                f"min_temperature is {limits[0]} and the first temperature {initial}; expected a positive floor, and a "
+                "learned temperature above it. "
                 "Set min_temperature lower, or begin higher."
             )
         if not initial > 0:
@@ -61,7 +64,9 @@ class GlobalTemperature(Temperature):
         return self.like(batch.anchors, updating=batch.updating)
 
     def like(self, tensor: Tensor, *, updating: bool) -> Tensor:
-        """The temperature as a scalar in the dtype and on the device of `tensor`, attached to autograd where it is learned."""
+        """The temperature as a scalar in the dtype and on the device of `tensor`, attached to autograd where it is
+        learned.
+        """
         if self.log_temperature is None:
             return tensor.new_tensor(self.initial)
         limited = self.log_temperature.detach().clamp(*(math.log(limit) for limit in self.limits))
