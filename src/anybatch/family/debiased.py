@@ -1,4 +1,4 @@
-"""Debiased InfoNCE: some of the batch's negatives are positives that nobody labelled; their share of the sum is taken off."""
+"""Debiased InfoNCE: the share of unlabelled positives among the negatives is taken off their sum."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class DebiasedInfoNCE(SoftmaxLoss):
         g_i  = max( (sum_j exp(s_ij / tau) / N - tau_plus exp(s_ip / tau)) / (1 - tau_plus),  exp(-1 / tau) )
         loss = mean_i log(1 + N g_i / exp(s_ip / tau))
 
-    over the N candidates but the positive: if a share `tau_plus` of them have the anchor's class, and the positive stands for
-    that class, g_i is the mean over the others. No mean of similarities can be below exp(-1 / tau), where the estimate is
-    clamped: there the negatives receive no gradient, and the positive that of the clamped term. A masked candidate is one of
-    the N and adds nothing, so `tau_plus` is the share of false negatives that no mask removes. A row without any negative
-    contributes 0.
+    over the N candidates but the positive: if a share `tau_plus` of them have the anchor's class, and the positive
+    stands for that class, g_i is the mean over the others. No mean of similarities can be below exp(-1 / tau), where
+    the estimate is clamped: there the negatives receive no gradient, and the positive that of the clamped term. A
+    masked candidate is one of the N and adds nothing, so `tau_plus` is the share of false negatives that no mask
+    removes. A row without any negative contributes 0.
 
     Args:
         tau_plus: Share of false negatives, 0 for InfoNCE. Published: .1 on CIFAR-10, .01 to .05 where classes are many.
@@ -39,8 +39,8 @@ class DebiasedInfoNCE(SoftmaxLoss):
     Raises:
         AnybatchError: A share out of range.
 
-    Cost: no state. Reference: Chuang et al. 2020, "Debiased Contrastive Learning", arXiv 2007.00224, equations 7 and 8 with one
-    positive (M = 1).
+    Cost: no state. Reference: Chuang et al. 2020, "Debiased Contrastive Learning", arXiv 2007.00224, equations 7 and 8
+    with one positive (M = 1).
 
     Example:
         >>> import torch

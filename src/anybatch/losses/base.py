@@ -192,7 +192,6 @@ class ContrastiveLoss(State):
     unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
     weighs_pairs: ClassVar[bool] = False  # inclusion log-weights mean something to it though it is not `over_data`
 
-
     @property
     def over_data(self) -> bool:
         """Whether the loss stands for the data set, and not for the batch alone."""

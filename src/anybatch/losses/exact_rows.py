@@ -1,4 +1,4 @@
-"""The softmax of a row over the whole data set, exactly, from embeddings in tiles. For filling and checking what a loss remembers.
+"""The softmax of a row over the data set, exactly, from embeddings in tiles: to fill and check what a loss remembers.
 
     log_sum_i    = logsumexp_{j allowed} (s_ij - s_ip(i)) / tau
     mean_logit_i = sum_j p_ij (s_ij - s_ip(i)) / tau,     p_ij = exp((s_ij - s_ip(i)) / tau - log_sum_i)
@@ -178,8 +178,8 @@ def exact_rows(
 ) -> Rows:
     """The figures of some rows against all targets.
 
-    A target is not a negative of a row if it is the row's own, has the content of the row's own, or belongs to a row with
-    the same query.
+    A target is not a negative of a row if it is the row's own, has the content of the row's own, or belongs to a row
+    with the same query.
 
     Args:
         table: The data set.
@@ -237,7 +237,7 @@ def _finite(values: Tensor) -> Tensor:
 
 
 class _Remover:
-    """Sets the logits of pairs that are no negatives to -inf, comparing ids only in columns that any of the rows shares."""
+    """Sets logits of pairs that are no negatives to -inf, comparing ids only in columns that any of the rows shares."""
 
     def __init__(self, table: Table, rows: Tensor) -> None:
         self.rows = rows

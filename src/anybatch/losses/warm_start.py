@@ -1,7 +1,7 @@
 """The running denominators of a loss, and the exact ones: filled in before training, compared with them during it.
 
-A moving average over few epochs has little to average, so `warm_start` computes every row's. `memory_figures` says how far
-they are from the exact ones later on, and what the objective over the data set is, which no value of a batch says.
+A moving average over few epochs has little to average, so `warm_start` computes every row's. `memory_figures` says how
+far they are from the exact ones later on, and what the objective over the data set is, which no value of a batch says.
 
 Cost: encoding the data once (not done here), then n x n x D multiply-adds a direction. With W ranks each takes
 its share of the rows. docs/memory.md has measured figures.
@@ -41,12 +41,14 @@ def running_denominator_of(loss: nn.Module) -> RunningDenominator:
     """The running denominator of a loss, if it holds the log-mean over all negatives.
 
     Raises:
-        AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives (GloFND).
+        AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives
+            (GloFND).
     """
     running = loss.running if isinstance(loss, ContrastiveLoss) else None
     if not isinstance(running, RunningDenominator):
         raise AnybatchError(
-            f"{type(loss).__name__} has no memory of plain denominators; this is for losses that have one, such as SogCLR."
+            f"{type(loss).__name__} has no memory of plain denominators; this is for losses that have one, such as "
+            "SogCLR."
         )
     return running
 
@@ -62,21 +64,22 @@ def warm_start(
     tile_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Replace every running denominator of the loss by the log-mean over the data set, at the temperature of this moment.
+    """Replace every running denominator of the loss by the log-mean over the data set, at the present temperature.
 
         log u_i <- log mean_{j allowed} exp((s_ij - s_ip(i)) / tau_i)
 
-    in each direction that the loss has (1: positives against anchors). Explicit negatives are not counted: they are not a
-    sample of the data set.
+    in each direction that the loss has (1: positives against anchors). Explicit negatives are not counted: they are not
+    a sample of the data set.
 
     Args:
         loss: A loss with a running denominator.
-        anchors: (n, D) array, memory map or tensor in row order, from the model as it is now. float32, or float64 for checks.
+        anchors: (n, D) array, memory map or tensor in row order, from the model as it is now. float32, or float64 for
+            checks.
         positives: (n, D), row i the positive of row i.
-        anchor_id, positive_id: (n,) int; equal for equal content, which is never a negative. Without them only the row's own
-            positive is left out.
-        file: Progress, and at the end the result, are kept here: an interrupted call goes on from it, a finished one is only
-            read.
+        anchor_id, positive_id: (n,) int; equal for equal content, which is never a negative. Without them only the
+            row's own positive is left out.
+        file: Progress, and at the end the result, are kept here: an interrupted call goes on from it, a finished one is
+            only read.
         tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
         progress: Called with (rows done, rows in all), all directions together.
 
@@ -84,9 +87,9 @@ def warm_start(
         AnybatchError: A loss without running denominators, embeddings that do not fit it, a file of other embeddings,
             temperatures or settings, one that cannot be written; on every rank, whichever found it.
 
-    Cost: see the module; 4 bytes a row and direction on each rank while it works. With `file`, rank 0 reads all embeddings once
-        more for their digest, about 1 GB a second. Collectives: two agreements, and one gather of the values a block, with
-        `file` also an agreement; every rank needs all embeddings.
+    Cost: see the module; 4 bytes a row and direction on each rank while it works. With `file`, rank 0 reads all
+    embeddings once more for their digest, about 1 GB a second. Collectives: two agreements, and one gather of the
+    values a block, with `file` also an agreement; every rank needs all embeddings.
 
     Example:
         >>> import torch
@@ -153,12 +156,13 @@ def memory_figures(
 ) -> dict[str, float]:
     """The running denominators of some rows beside the exact ones.
 
-    With nu_i = log u_i the exact log-mean over the given targets, m_i the running one, p_i the exact softmax over the negatives:
+    With nu_i = log u_i the exact log-mean over the given targets, m_i the running one, p_i the exact softmax over the
+    negatives:
 
         memory_visited        share of the probe rows that have a state
         memory_log_rmse       root mean square of m_i - nu_i over those
         memory_log_bias       mean of m_i - nu_i: the part of it that is only a factor on the learning rate
-        memory_log_rmse_floor root mean square of the standard error of nu_i, where the N rows are a sample; 0 for all rows
+        memory_log_rmse_floor root mean square of the standard error of nu_i, if the N rows are a sample; 0 for all
         objective_true        mean_i tau_i log(eps + u_i), as the papers write it
         objective_memory      mean_i tau_i log(eps + exp(m_i)): what the loss takes it for
         surrogate             mean_i sum_j w_ij (s_ij - s_ip(i)) with w_ij from m_i: its gradient is the one followed
@@ -167,10 +171,11 @@ def memory_figures(
 
     Args:
         loss: A loss with a running denominator.
-        anchors, positives: (N, D) embeddings of N rows by the model as it is now: all rows of the data set, or a sample.
+        anchors, positives: (N, D) embeddings of N rows by the model as it is now: all rows of the data set, or a
+            sample.
         index: (N,) int64 which row of the data set each is.
-        probe: Which of the N rows to probe: positions, or a number of the first ones; None for all. The others only serve as
-            targets.
+        probe: Which of the N rows to probe: positions, or a number of the first ones; None for all. The others only
+            serve as targets.
         anchor_id, positive_id: (N,) int; equal for equal content.
         direction: Which state; 1 scores positives against anchors.
         tile_bytes: As in `warm_start`.
@@ -236,7 +241,7 @@ def _blocks(num_rows: int, num_directions: int, done: int) -> list[tuple[int, in
 
 
 def _identity(loss: ContrastiveLoss, table: Table, num_directions: int) -> str:
-    """What made a file: settings, temperatures, ids and all embeddings, each of which is scored against many others anyway."""
+    """What made a file: settings, temperatures, ids and all embeddings."""
     temperature: float | str = loss.temperature
     if loss.temperatures.per_row:  # a digest of all that they follow from
         state = sorted(loss.temperatures.state_dict().items())
