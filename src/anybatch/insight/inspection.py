@@ -149,8 +149,8 @@ def inspect_sets(
 ) -> dict[str, PlanInspection]:
     """`inspect_plan` for each data set of a plan over several, each ranked by itself as in mining.
 
-    Anchors are one set's rows in the plan's batches: of that set alone (`mixing="within"`), or with rows of others, which
-    count in the expected loss. Random batches are sampled the same way, of the same sets with the same shares.
+    Anchors are one set's rows in the plan's batches: of that set alone (`mixing="within"`), or with rows of others,
+    which count in the expected loss. Random batches are sampled the same way, of the same sets with the same shares.
 
     Args:
         plan: Made with `sets`.
@@ -210,8 +210,8 @@ class _Look:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < np.inf or self.num_anchors < 1:
             raise AnybatchError(
-                f"The temperature is {self.temperature} and the number of anchors {self.num_anchors}; expected above 0, "
-                "and at least 1."
+                f"The temperature is {self.temperature} and the number of anchors {self.num_anchors}; expected above "
+                "0, and at least 1."
             )
 
 
