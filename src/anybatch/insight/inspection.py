@@ -77,6 +77,12 @@ class PlanInspection:
         repeated_anchors, repeated_positives: Rows whose anchor (positive) is another row's, letter by letter.
         clusters: Examples; empty for random plans.
         statistics: Whether mining is likely to help.
+
+    Example:
+        >>> embeddings = np.random.default_rng(0).normal(size=(2, 64, 8))
+        >>> seen = inspect_plan(BatchPlan.random(64, 8), *embeddings)
+        >>> seen.num_anchors, seen.clusters
+        (64, [])
     """
 
     num_anchors: int
