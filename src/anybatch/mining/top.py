@@ -103,7 +103,7 @@ class _Reservoirs(NamedTuple):
 
     Attributes:
         keys: (B, capacity) uint64: a score's bits, made monotone, above the complement of the column number.
-            Comparing keys compares scores, and column numbers where scores are equal: the order of the pieces is of no matter.
+            Comparing keys compares scores, and column numbers where scores are equal: the order of pieces is no matter.
         counts, bars: (B,) keys in use, and the score that a column must reach.
         rows: (B,) row numbers.
         anchor_id, positive_id: Of all rows.
