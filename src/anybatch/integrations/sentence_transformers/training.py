@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from anybatch.caching.device_memory import parse_memory
-from anybatch.caching.state import RandomState, training_modes
+from anybatch.caching.state import RandomState
 from anybatch.core import distributed
 from anybatch.core.configuration import Configuration, Count, Fraction, NotNegative, Positive
 from anybatch.core.errors import AnybatchError
@@ -248,12 +248,14 @@ def _make_trainer(**settings: Any) -> Any:
 @contextmanager
 def forgotten(model: torch.nn.Module) -> Iterator[None]:
     """What a step does to generators, buffers, modes and gradients of `model` in here is undone at the end."""
-    start, buffers = RandomState(), [(buffer, buffer.clone()) for buffer in model.buffers()]
+    start, modes = RandomState(), {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with training_modes({module: module.training for module in model.modules()}):
-            yield
+        yield
     finally:
         start.restore()
+        for module, mode in modes.items():
+            module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
