@@ -84,7 +84,7 @@ class TrainResult:
         evaluation_seconds: Wall time spent in `evaluate`, in this session.
 
     Example:
-        >>> TrainResult(log=[{"step": 1, "epoch": 0.5, "loss": 2.1}], num_steps=1, evaluation_seconds=0.0).log[-1]["loss"]
+        >>> TrainResult(log=[{"step": 1, "loss": 2.1}], num_steps=1, evaluation_seconds=0.0).log[-1]["loss"]
         2.1
     """
 
