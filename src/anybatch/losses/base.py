@@ -192,6 +192,8 @@ class ContrastiveLoss(State):
     lacks: ClassVar[Mapping[str, str]] = {}
     unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
 
+    weighs_mean: ClassVar[bool] = False  # whether log-weights weigh a mean over the negatives
+
     @property
     def over_data(self) -> bool:
         """Whether the loss stands for the data set, and not for the batch alone."""
@@ -200,7 +202,7 @@ class ContrastiveLoss(State):
     @property
     def inclusion(self) -> bool:
         """Whether inclusion log-weights of mined batches mean something to it."""
-        return self.over_data
+        return self.over_data or self.weighs_mean
 
     @property
     def running(self) -> Denominator | None:
