@@ -132,7 +132,6 @@ class AUCCL(PairwiseLoss):
         0.0
     """
 
-    weighs_mean = True
     lacks: ClassVar = {**PairwiseLoss.lacks, "temperature": "has no temperature, but loss.margin"}
 
     weighs_pairs = True  # log-weights weigh the mean

@@ -186,13 +186,11 @@ class ContrastiveLoss(State):
         self.direction: Direction = direction
         self.normalize, self.tile_bytes, self.ring = normalize, tile_bytes, ring
 
-    # For the rooms that use losses by name: options of most methods that this one does not have, and why; of an option
-    # with a
-    # few values, those that each value leaves unused.
+    # For the rooms that use losses by name: options of most methods that this one does not
+    # have, and why; of an option with a few values, those that each value leaves unused.
     lacks: ClassVar[Mapping[str, str]] = {}
     unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
-
-    weighs_mean: ClassVar[bool] = False  # whether log-weights weigh a mean over the negatives
+    weighs_pairs: ClassVar[bool] = False  # inclusion log-weights mean something to it though it is not `over_data`
 
     @property
     def over_data(self) -> bool:
@@ -202,7 +200,7 @@ class ContrastiveLoss(State):
     @property
     def inclusion(self) -> bool:
         """Whether inclusion log-weights of mined batches mean something to it."""
-        return self.over_data or self.weighs_mean
+        return self.over_data or self.weighs_pairs
 
     @property
     def running(self) -> Denominator | None:

@@ -71,8 +71,19 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width,
             log-weights that cannot be remembered.
 
+    Example:
+        >>> import torch
+        >>> loss = CrossBatchInfoNCE(1000, memory_size=64)
+        >>> anchors, positives = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+        >>> for step in range(2):
+        ...     loss(anchors, positives, index=torch.arange(8) + 8 * step).backward()
+        >>> loss.last_stats["remembered"]
+        8.0
+
     Cost: 8 D S bytes and some 100 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S)
-    x D, twice for "both"; under ranks four gathers and two small sums besides the engine's collectives. Reference:
+    x D, twice for "both"; under ranks four gathers and two small sums besides the engine's collectives.
+
+    Reference:
     Wang et al. 2020, "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et
     al. 2024, "A Gradient Accumulation Method for Dense Retriever under Memory Constraint", arXiv 2406.12356; moments
     of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch Normalization for
