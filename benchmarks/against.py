@@ -24,6 +24,7 @@ CASES = (
     *("cached step", "cached step, graphs kept", "cached step, dropout", "cached step, auto"),
     *("loss, 4,096 rows", "loss both ways, 4,096 rows", *REPEATS),
     *("count-corrected, 4,096 rows", "SogCLR, 4,096 rows", "cross-batch, 1,024 rows"),
+    "mining, 4,096 rows",
 )
 
 
@@ -34,6 +35,7 @@ def make_cases() -> dict[str, Callable[[], Any]]:
 
     from anybatch.caching import StepMemory, cached_step
     from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, InfoNCE, SogCLR
+    from anybatch.mining import MiningConfig, mine_plan
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -67,6 +69,8 @@ def make_cases() -> dict[str, Callable[[], Any]]:
         return lambda: loss(*(side.detach().requires_grad_() for side in sides), **arguments).backward()
 
     index = torch.arange(4096)
+    topics = torch.randn(400, 64, generator=generator)[torch.arange(4096) % 400]
+    anchors, positives = ((topics + torch.randn(4096, 64, generator=generator)).numpy() for _ in range(2))
     return {
         "cached step": step(plain, micro_batch=16),
         "cached step, graphs kept": step(plain, micro_batch=16, keep_graphs=1.0),
@@ -79,6 +83,7 @@ def make_cases() -> dict[str, Callable[[], Any]]:
         "count-corrected, 4,096 rows": alone(CountCorrectedInfoNCE(10_000), 4096),
         "SogCLR, 4,096 rows": alone(SogCLR(10_000), 4096, index=index),
         "cross-batch, 1,024 rows": alone(CrossBatchInfoNCE(10_000, memory_size=1024), 1024, index=index[:1024]),
+        "mining, 4,096 rows": lambda: mine_plan(anchors, positives, config=MiningConfig()),
     }
 
 

@@ -375,7 +375,6 @@ MINING: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "ours, hard negatives": {"method": "anybatch", "num_negatives": 2},
     "ours, margin": {"method": "anybatch", "margin": 0.9},
-    "ours, cells": {"method": "anybatch", "cells": 3},
     "ours, approximate neighbours": {"method": "anybatch", "neighbors": "ivf"},
     "ours, from earlier clusters": {"method": "anybatch", "start": True},
     "published, hard negatives": {"method": "published", "num_negatives": 2},

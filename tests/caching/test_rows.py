@@ -70,22 +70,22 @@ def test_no_trimming_where_an_axis_may_or_may_not_be_the_sequence(extra):
 
 
 @pytest.mark.parametrize("width", [3, 5, 8])
-def test_pictures_beside_a_text_leave_it_its_lengths(width):
-    """Whatever axis of the pictures, channels or height, happens to be as long as the sequence."""
-    pictures = torch.arange(4 * 3 * 8 * 8.0).view(4, 3, 8, 8)
-    batch = padded([2, 1, 3, 2], width, pixel_values=pictures)
+def test_images_beside_a_text_leave_it_its_lengths(width):
+    """Whatever axis of the images, channels or height, happens to be as long as the sequence."""
+    images = torch.arange(4 * 3 * 8 * 8.0).view(4, 3, 8, 8)
+    batch = padded([2, 1, 3, 2], width, pixel_values=images)
     slicer = RowSlicer(batch)
     assert slicer.lengths.tolist() == [2, 1, 3, 2]
-    assert not slicer.pictures
+    assert not slicer.images
     assert [part.tolist() for part in plan_micro_batches(slicer, micro_batch=4, max_tokens=4)] == [[2], [0, 3], [1]]
     for wide, rows in ((slicer, [1, 0]), (RowSlicer(batch, pad_to_multiple=4), [3, 1])):
         part = wide.take(torch.tensor(rows))
-        assert torch.equal(part["pixel_values"], pictures[rows])
+        assert torch.equal(part["pixel_values"], images[rows])
         assert part["input_ids"].shape == (2, 2 if wide is slicer else 4)
-    unknown = RowSlicer(padded([2, 1, 3, 2], width, pixel_values=pictures, other=torch.zeros(4, width)))
+    unknown = RowSlicer(padded([2, 1, 3, 2], width, pixel_values=images, other=torch.zeros(4, width)))
     with pytest.raises(AnybatchError, match="max_tokens"):
         plan_micro_batches(unknown, micro_batch=4, max_tokens=4)
-    assert RowSlicer({"pixel_values": pictures, "attention_mask": torch.ones(4, 2, 2)}).pictures
+    assert RowSlicer({"pixel_values": images, "attention_mask": torch.ones(4, 2, 2)}).images
 
 
 def test_nested_mappings_trim_on_their_own():
@@ -250,7 +250,7 @@ def test_a_tuple_of_like_tensors_may_be_rows_or_columns():
 
 
 def patches(counts, generator):
-    """Qwen's form: grids picture by picture, patches one after the other; each patch says whose it is."""
+    """Qwen's form: grids image by image, patches one after the other; each patch says whose it is."""
     grids = [torch.randint(1, 4, (count, 3), generator=generator) for count in counts]
     pixels = [torch.full((int(grid.prod(1).sum()), 2), float(row)) for row, grid in enumerate(grids)]
     return torch.cat(grids), torch.cat(pixels), grids
@@ -258,8 +258,8 @@ def patches(counts, generator):
 
 @given(counts=st.lists(st.integers(0, 3), min_size=2, max_size=6), seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_pictures_go_with_their_rows(counts, seed, data):
-    """As many pictures as rows or not, none in a row or several; by patches, by pictures, and videos beside them."""
+def test_images_go_with_their_rows(counts, seed, data):
+    """As many images as rows or not, none in a row or several; by patches, by images, and videos beside them."""
     generator = torch.Generator().manual_seed(seed)
     grid, pixels, grids = patches(counts, generator)
     film, frames, films = patches(counts[::-1], generator)
@@ -269,8 +269,8 @@ def test_pictures_go_with_their_rows(counts, seed, data):
     )
     by_patch |= {"video_grid_thw": film, "pixel_values_videos": frames, "num_videos_per_sample": counts[::-1]}
     owner = torch.repeat_interleave(torch.arange(rows), torch.tensor(counts))
-    by_picture = padded([2] * rows, 3, pixel_values=owner.view(-1, 1, 1, 1).float(), num_images_per_sample=counts)
-    by_picture["image_sizes"] = owner.view(-1, 1)
+    by_image = padded([2] * rows, 3, pixel_values=owner.view(-1, 1, 1, 1).float(), num_images_per_sample=counts)
+    by_image["image_sizes"] = owner.view(-1, 1)
     chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=4))
     part = RowSlicer(by_patch).take(torch.tensor(chosen))
     wanted = torch.cat([grids[row] for row in chosen])
@@ -284,15 +284,15 @@ def test_pictures_go_with_their_rows(counts, seed, data):
     if sum(len(films[row]) for row in chosen):
         assert torch.equal(part["video_grid_thw"], torch.cat([films[row] for row in chosen]))
         assert len(part["pixel_values_videos"]) == int(part["video_grid_thw"].prod(1).sum())
-    part = RowSlicer(by_picture).take(torch.tensor(chosen))
+    part = RowSlicer(by_image).take(torch.tensor(chosen))
     mine = torch.cat([owner[owner == row] for row in chosen])
     assert torch.equal(part["pixel_values"].flatten().long(), mine) if len(mine) else "image_sizes" not in part
 
 
-def test_pictures_of_unknown_rows_are_refused():
+def test_images_of_unknown_rows_are_refused():
     grid, pixels, _ = patches([1, 2, 0], torch.Generator().manual_seed(0))
     for extra in (
-        {"image_grid_thw": grid, "pixel_values": pixels},  # three pictures and three rows, and not one each
+        {"image_grid_thw": grid, "pixel_values": pixels},  # three images and three rows, and not one each
         {"pixel_values": torch.zeros(3, 3, 4, 4), "image_sizes": torch.zeros(3, 2)},
     ):
         with pytest.raises(AnybatchError, match="num_images_per_sample"):
@@ -301,11 +301,11 @@ def test_pictures_of_unknown_rows_are_refused():
         RowSlicer(padded([1] * 3, 3, image_grid_thw=grid, pixel_values=pixels, num_images_per_sample=[1, 2, 1]))
     with pytest.raises(AnybatchError, match="one count for each of the 3 rows"):
         RowSlicer(padded([1] * 3, 3, image_grid_thw=grid, pixel_values=pixels, num_images_per_sample=[3]))
-    alone = RowSlicer({"image_grid_thw": grid, "pixel_values": pixels})  # pictures alone are the rows
+    alone = RowSlicer({"image_grid_thw": grid, "pixel_values": pixels})  # images alone are the rows
     assert alone.num_rows == 3
-    padded_pictures = padded([1] * 3, 3, pixel_values=torch.zeros(3, 2, 3, 4, 4), pixel_attention_mask=torch.ones(3, 2))
-    padded_pictures["num_images_per_sample"] = torch.tensor([2, 1, 0])
-    assert RowSlicer(padded_pictures).take(torch.tensor([0, 2]))["pixel_values"].shape[0] == 2
+    padded_images = padded([1] * 3, 3, pixel_values=torch.zeros(3, 2, 3, 4, 4), pixel_attention_mask=torch.ones(3, 2))
+    padded_images["num_images_per_sample"] = torch.tensor([2, 1, 0])
+    assert RowSlicer(padded_images).take(torch.tensor([0, 2]))["pixel_values"].shape[0] == 2
 
 
 @given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=7), data=st.data())

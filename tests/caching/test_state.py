@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from anybatch.caching import cached_step
+from anybatch.caching.state import LARGEST_BUFFER
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Mlp, Softmax, clone, gradients, recorded, relative_error, send_back, vectors
 
@@ -196,10 +197,14 @@ def test_what_cannot_be_brought_back_is_refused_and_changes_no_gradient():
     cached_step(loss, encoder, [vectors(9), vectors(9, seed=1)], micro_batch=3, keep_graphs=1.0)  # nothing to replay
 
 
-def test_a_buffer_too_large_to_keep_is_named(monkeypatch):
-    monkeypatch.setattr("anybatch.caching.state.LARGEST_BUFFER", 4)
+TOO_LARGE = LARGEST_BUFFER // 8 + 1  # numbers in float64
+
+
+def test_a_buffer_too_large_to_keep_is_named():
+    encoder = Counter("in place")
+    encoder.count = torch.zeros(TOO_LARGE)
     with pytest.raises(AnybatchError, match="It writes to count, too large"):
-        cached_step(Softmax(), Counter("in place"), [vectors(9), vectors(9, seed=1)], micro_batch=3)
+        cached_step(Softmax(), lambda x: encoder.inner(x) * encoder.count.add_(1)[0], [vectors(9)] * 2, micro_batch=3)
 
 
 def test_another_dtype_in_the_replay_is_refused():
@@ -377,15 +382,18 @@ def test_one_micro_batch_writes_a_teacher_once():
     torch.testing.assert_close(encoder.state_dict(), reference.state_dict(), rtol=1e-12, atol=1e-14)
 
 
-def test_a_teacher_too_large_to_keep_is_named(monkeypatch):
-    monkeypatch.setattr("anybatch.caching.state.LARGEST_BUFFER", 64)
+def test_a_teacher_too_large_to_keep_is_named():
+    encoder = Teacher("in place", False)
+    encoder.teacher.register_parameter("table", nn.Parameter(torch.zeros(TOO_LARGE), requires_grad=False))
     with pytest.raises(AnybatchError, match=r"writes to teacher\..*after the step"):
-        cached_step(Softmax(), Teacher("in place", False), [vectors(9), vectors(9, seed=1)], micro_batch=3)
+        cached_step(
+            Softmax(), lambda x: encoder.student(x) + encoder.teacher.table.add_(1)[0], [vectors(9)] * 2, micro_batch=3
+        )
 
 
-def test_a_frozen_embedding_with_a_largest_norm_runs(monkeypatch):
-    monkeypatch.setattr("anybatch.caching.state.LARGEST_BUFFER", 64)
-    encoder = nn.Sequential(nn.Embedding(60, 6, max_norm=0.5).requires_grad_(False), Mlp())
+def test_a_frozen_embedding_with_a_largest_norm_runs():
+    table = nn.Embedding(TOO_LARGE // 6 + 1, 6, max_norm=0.5).requires_grad_(False)
+    encoder = nn.Sequential(table, Mlp())
     ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     reference, loss = clone(encoder), Softmax()
     cached_step(loss, encoder, list(ids), micro_batch=3)

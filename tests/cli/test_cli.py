@@ -292,8 +292,8 @@ class TestMistakes:
             ("set batch_size alone", "--set mining.batch_size=16"),
             ("give one of them", "--set evaluation.retrieval=[c,q,r]"),
             (r"evaluation\.split is for", "--set evaluation.split=test"),
-            (r"evaluation\.retrieval is .*a list of 3", "--set evaluation.retrieval=[c,q]"),
-            (r"teacher\.embeddings is .*a list of 2", "--set teacher.embeddings=[a.npy]"),
+            (r"evaluation\.retrieval is .*three texts", "--set evaluation.retrieval=[c,q]"),
+            (r"teacher\.embeddings is .*two texts", "--set teacher.embeddings=[a.npy]"),
             ("does not define", "--set loss.weights=inclusion"),
         ],
     )

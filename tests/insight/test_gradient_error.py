@@ -11,7 +11,7 @@ import torch
 from anybatch import BatchPlan
 from anybatch.core.errors import AnybatchError
 from anybatch.family import EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, TempNet
-from anybatch.insight.full_gradient import full_gradient, full_gradient_both
+from anybatch.insight.full_gradient import content_masks, full_gradient
 from anybatch.insight.gradient_error import FrozenPairs, effective_batch_size, gradient_error, infonce_curve
 from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.rows import RowTable
@@ -44,7 +44,7 @@ def test_full_gradient_equals_autograd(num_rows, tile_bytes):
     allowed[2, 7] = False  # the text of row 7 is what row 5 pairs with the same anchor
     expected = naive_gradient(anchors, positives, 0.1, allowed)
     sides = torch.tensor(anchors), torch.tensor(positives)
-    ids = {"anchor_id": anchor_id, "positive_id": positive_id}
+    ids = {"masks": content_masks(anchor_id, positive_id)}
     ours = full_gradient(*sides, temperature=0.1, tile_bytes=tile_bytes, **ids)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     some = torch.tensor([3, 9, 10])
@@ -266,13 +266,13 @@ def test_the_two_way_gradient_equals_autograd(num_rows, tile_bytes):
     allowed[2, 7] = False
     expected = naive_both(anchors, positives, 0.1, allowed)
     sides = torch.tensor(anchors), torch.tensor(positives)
-    ids = {"anchor_id": anchor_id, "positive_id": positive_id}
-    ours = full_gradient_both(*sides, temperature=0.1, tile_bytes=tile_bytes, **ids)
+    ids = {"masks": content_masks(anchor_id, positive_id), "direction": "both"}
+    ours = full_gradient(*sides, temperature=0.1, tile_bytes=tile_bytes, **ids)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     some = torch.tensor([3, 9, 10])
-    part = full_gradient_both(*sides, temperature=0.1, rows=some, tile_bytes=tile_bytes, **ids)
+    part = full_gradient(*sides, temperature=0.1, rows=some, tile_bytes=tile_bytes, **ids)
     torch.testing.assert_close(part, expected[some], rtol=1e-10, atol=1e-12)
-    bare = full_gradient_both(*sides, temperature=0.1, tile_bytes=tile_bytes)
+    bare = full_gradient(*sides, temperature=0.1, direction="both", tile_bytes=tile_bytes)
     expected = naive_both(anchors, positives, 0.1, reference.pairs_allowed(num_rows, num_rows))
     torch.testing.assert_close(bare, expected, rtol=1e-10, atol=1e-12)
 

@@ -7,7 +7,8 @@ import pytest
 
 from anybatch import BatchPlan
 from anybatch.insight.gradient_error import FrozenPairs
-from anybatch.insight.gradient_methods import METHODS, compare_methods, comparison_rows, recommendation
+from anybatch.insight.gradient_methods import compare_methods, comparison_rows, core_methods, name_of, recommendation
+from anybatch.losses.registry import LossConfig
 
 from .test_gradient_error import embeddings
 
@@ -34,11 +35,14 @@ def comparison():
 
 
 def test_every_method_on_both_kinds_of_batches(comparison):
-    unweighted = [method.name for method in METHODS if method.weights == "none"]
+    weighted = [method for method in core_methods() if method.weights == "inclusion"]
+    assert {method.name for method in weighted} == {"count_corrected", "cross_batch", "sogclr"}
+    names = {"infonce", "decoupled", *(method.name for method in weighted)}
     assert {(line.method, line.batches) for line in comparison.lines} == {
-        *((name, "random") for name in unweighted),
-        *((method.name, "plan") for method in METHODS),
+        *((name, batches) for name in names for batches in ("random", "plan")),
+        *((name_of(method), "plan") for method in weighted),
     }
+    assert comparison.order[:4] == ("infonce", "decoupled", "count_corrected", "count_corrected, weights=inclusion")
     cosines = [line.error.shared_cosine for line in comparison.lines]
     assert cosines == sorted(cosines, reverse=True)
     assert list(comparison.curve) == [8, 16, 32, 64]
@@ -51,8 +55,10 @@ def test_random_plans_and_plans_of_one_cluster_leave_out_what_has_no_meaning():
     pairs = FrozenPairs.prepare(*embeddings(80), temperature=0.2)
     plain = compare_methods(pairs, BatchPlan.random(80, 10), epochs=1)
     assert {line.batches for line in plain.lines} == {"random"}
-    single = compare_methods(pairs, mined(80, 8, 8), methods=[*METHODS[:1], METHODS[3]], epochs=1)
+    chosen = [LossConfig(name="infonce"), LossConfig(name="sogclr", gamma=0.5, weights="inclusion")]
+    single = compare_methods(pairs, mined(80, 8, 8), methods=chosen, epochs=1)
     assert {(line.method, line.batches) for line in single.lines} == {("infonce", "random"), ("infonce", "plan")}
+    assert single.order == ("infonce", "sogclr, gamma=0.5, weights=inclusion")
 
 
 def test_the_simplest_of_the_equally_good_is_recommended(comparison):

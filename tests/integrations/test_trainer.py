@@ -34,7 +34,7 @@ from anybatch.integrations.sentence_transformers import (
     train_model,
     with_index,
 )
-from anybatch.losses import InfoNCE, Matryoshka, SogCLR
+from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan, PlanSampler
@@ -403,6 +403,88 @@ def test_a_state_that_no_checkpoint_holds_is_said(tiny_model_folder, tmp_path):
     run(sogclr(ROWS), LossStateCallback, save_strategy="steps")  # warnings are errors here
     run(sogclr(ROWS), save_strategy="no")
     run(lambda model: CachedLoss(model, InfoNCE(), micro_batch=4), save_strategy="steps")
+
+
+def test_several_losses_are_saved_and_restored_together(tiny_model_folder, tmp_path):
+    """A loss for each data set, as the Trainer takes them: a resumed run ends with both states of the uninterrupted one."""
+    sets = with_index({"a": dataset(16), "b": dataset(24, offset=60)})
+
+    def run(folder, *, checkpoint=None, callbacks=None, **settings):
+        torch.manual_seed(0)
+        model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+        losses = {
+            "a": CachedLoss(model, SogCLR(40, gamma=0.5), micro_batch=4),
+            "b": CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=4),
+        }
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=BATCH,
+            max_steps=4,
+            learning_rate=1e-2,
+            save_steps=2,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            multi_dataset_batch_sampler=MultiDatasetBatchSamplers.ROUND_ROBIN,
+        )
+        training = SentenceTransformerTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=sets,
+            loss=losses,
+            callbacks=[LossStateCallback(losses)] if callbacks is None else callbacks(losses),
+        )
+        training.train(resume_from_checkpoint=checkpoint)
+        logged = [line for line in training.state.log_history if "loss" in line]
+        return {name: loss.loss.state_dict() for name, loss in losses.items()}, logged
+
+    whole, logged = run(tmp_path)
+    assert any(name.startswith("a_") for name in logged[-1])
+    resumed, _ = run(tmp_path, checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, state in whole.items():
+        assert state, "else nothing was compared"
+        for key, value in state.items():
+            assert torch.equal(resumed[name][key].nan_to_num(9), value.nan_to_num(9)), (name, key)
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    grown = {
+        "a": CachedLoss(model, SogCLR(44, gamma=0.5)),
+        "b": CachedLoss(model, InfoNCE(learnable_temperature=True)),
+    }
+    load_grown_loss(grown, tmp_path / "checkpoint-4")
+    old, new = (states["a"] for states in (whole, {"a": grown["a"].loss.state_dict()}))
+    name = next(name for name in old if name.endswith("log_mean"))
+    assert torch.equal(new[name][:, :40].nan_to_num(9), old[name].nan_to_num(9))
+    with pytest.raises(AnybatchError, match=r"2 LossStateCallbacks.*LossStateCallback\(losses\)"):
+        run(tmp_path / "two", callbacks=lambda losses: [LossStateCallback(loss) for loss in losses.values()])
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_mined_batches_are_no_uniform_sample(table, tiny_model_folder, tmp_path, caplog):
+    """Said once, of a loss over the data set without inclusion weights, whether the plan is in the row table or not."""
+    cluster = (np.arange(ROWS) // 4).astype(np.int32)
+    mined = BatchPlan(num_rows=ROWS, batch_size=BATCH, cluster_size=4, cluster=cluster, seed=0, data_digest="")
+    words = "takes the batch's negatives for a uniform sample"
+
+    def run(loss, plan, **settings):
+        caplog.clear()
+        rows = RowTable(np.arange(ROWS), np.arange(ROWS), plan=plan, **settings) if table or settings else None
+        training, _ = one_trainer(
+            tiny_model_folder,
+            tmp_path,
+            with_index(dataset()),
+            lambda model: CachedLoss(model, loss, rows=rows, micro_batch=4),
+            batch_sampler=PlanBatches(plan),
+            max_steps=2,
+        )
+        training.train()
+        return caplog.text.count(words)
+
+    assert run(CountCorrectedInfoNCE(ROWS), mined) == 1
+    assert run(CountCorrectedInfoNCE(ROWS), mined, weights="inclusion") == 0
+    assert run(CountCorrectedInfoNCE(ROWS), BatchPlan.random(ROWS, BATCH, data_digest="")) == 0
+    assert run(InfoNCE(), mined) == 0
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CARD, CONTENTS, seal_folder
 from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig, last_whole_checkpoint, train_model
 from anybatch.integrations.sentence_transformers import callback as callback_module
-from anybatch.integrations.sentence_transformers.training import _is_write_failure, _make_recorder, forgotten
+from anybatch.integrations.sentence_transformers.recorder import Recorder
+from anybatch.integrations.sentence_transformers.training import _is_write_failure, forgotten
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.plans.plan import BatchPlan
 
@@ -93,16 +94,16 @@ def test_only_the_first_rank_writes_the_log_and_its_lines_come_back_from_the_che
     lines = [{"step": step, "epoch": 0.1 * step, "loss": 1.0} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "ep')
     before = path.read_text()
-    first = _make_recorder(path, None, None, None)
+    first = Recorder(path)
     first.lines = lines[:2]
     state = SimpleNamespace(global_step=2, epoch=0.2, is_world_process_zero=False)
     state.stateful_callbacks = {"Recorder": json.loads(json.dumps(first.state()))}
-    other = _make_recorder(path, None, None, None)
+    other = Recorder(path)
     other.on_train_begin(None, state, None)
     other.on_log(None, state, None, logs={"loss": 1.0})
     assert path.read_text() == before
     state.is_world_process_zero = True
-    again = _make_recorder(path, None, None, None)
+    again = Recorder(path)
     again.on_train_begin(None, state, None)
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2] == again.lines
 

@@ -19,7 +19,6 @@ from tests.ranks import on_ranks
 
 from .test_mining import embeddings
 
-CELLS = {2: 1, 3: 3}  # coarse cells for a number of ranks: partition by rank 0, and shared
 KNOWN = {"anchor_id": np.arange(211), "positive_id": np.arange(211)}
 
 
@@ -35,7 +34,7 @@ def small_shards():
     embed_module.SHARD = 10
 
 
-def run_config(folder, model, pairs, *, cells=1, precision="float32"):
+def run_config(folder, model, pairs, *, precision="float32"):
     from anybatch.integrations.sentence_transformers import ModelConfig
     from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 
@@ -44,7 +43,7 @@ def run_config(folder, model, pairs, *, cells=1, precision="float32"):
         data=DataConfig(path=str(pairs)),
         model=ModelConfig(name=str(model), device="cpu"),
         teacher=TeacherConfig(name=str(model), precision=precision),  # pyright: ignore[reportArgumentType]
-        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6, cells=cells),
+        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6),
         batch_size=8,
     )
 
@@ -79,9 +78,7 @@ def worker(rank, world_size, folder, model, pairs, kill):
         found = search(name, folder, progress)
         np.savez(f"{folder}/{name}-{rank}.npz", ids=found.ids, scores=found.scores, own=found.own_score)
     np.save(f"{folder}/blocks-{rank}.npy", len(done))
-    (Path(folder) / f"digest-{rank}").write_text(
-        mine(Path(folder) / "run", model, pairs, cells=CELLS[world_size]).digest
-    )
+    (Path(folder) / f"digest-{rank}").write_text(mine(Path(folder) / "run", model, pairs).digest)
 
 
 def keep_sizes(monkeypatch):
@@ -94,7 +91,7 @@ def keep_sizes(monkeypatch):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_mine_as_one_process_does(world_size, tiny_model_folder, pairs_file, tmp_path, monkeypatch):
     keep_sizes(monkeypatch)
-    alone = mine(tmp_path / "alone", tiny_model_folder, pairs_file, cells=CELLS[world_size])
+    alone = mine(tmp_path / "alone", tiny_model_folder, pairs_file)
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, tiny_model_folder, pairs_file)
         if world_size == 3:  # two ranks were killed at half of the exact search

@@ -143,7 +143,6 @@ def cases() -> dict[str, dict[str, Callable[[], object]]]:
                     "margin": (0.0, 3e38),
                     "conflict_weight": (0.0, 1e6, 1e-30),
                     "num_negatives": (1, 7, 59, 100),
-                    "cells": (2, 7, 60, 2**40),
                     "seed": (2**31, 2**32 - 1),
                     "neighbors": ("ivf",),
                 }.items()

@@ -54,34 +54,41 @@ def _reach(value: Any, depth: int, seen: set[int]) -> Iterator[nn.Module | Gener
     """Modules and generator objects that a value is or holds; modules one level less deep."""
     if type(value) in _PLAIN or depth < 0 or id(value) in seen or isinstance(value, (Tensor, type, types.ModuleType)):
         return
-    inner: Iterable[Any] = ()
     if isinstance(value, nn.Module):
         if depth > 0:
             yield value
     elif isinstance(value, _GENERATORS):
         if not isinstance(value, random.SystemRandom):  # it has no state
             yield value
-    elif isinstance(value, functools.partial):
-        depth, inner = depth + 1, (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, types.MethodType):
-        depth, inner = depth + 1, (value.__func__, value.__self__)
-    elif isinstance(value, types.BuiltinMethodType):  # the `random` of a generator
-        depth, inner = depth + 1, (value.__self__,)
-    elif isinstance(value, dict):
-        inner = value.values()
-    elif isinstance(value, (list, tuple, set)):
-        inner = value
-    elif isinstance(value, types.FunctionType):
-        seen.add(id(value))
-        inner = _named_by(value)
-    elif hasattr(value, "__dict__"):
-        seen.add(id(value))
-        inner = vars(value).values()
-        for method in _methods(type(value)):  # what they name need not be run
-            yield from (found for found in _reach(method, depth - 1, seen) if not isinstance(found, nn.Module))
-    for item in inner:
-        if type(item) not in _PLAIN:  # told at once: nearly all attributes are
-            yield from _reach(item, depth - 1, seen)
+    elif called := _called_by(value):
+        for item in called:
+            yield from _reach(item, depth, seen)
+    else:
+        inner: Iterable[Any] = ()
+        if isinstance(value, dict):
+            inner = value.values()
+        elif isinstance(value, (list, tuple, set)):
+            inner = value
+        elif isinstance(value, types.FunctionType):
+            seen.add(id(value))
+            inner = _named_by(value)
+        elif hasattr(value, "__dict__"):
+            seen.add(id(value))
+            inner = vars(value).values()
+            for method in _methods(type(value)):  # what they name need not be run
+                yield from (found for found in _reach(method, depth - 1, seen) if not isinstance(found, nn.Module))
+        for item in inner:
+            if type(item) not in _PLAIN:  # told at once: nearly all attributes are
+                yield from _reach(item, depth - 1, seen)
+
+
+def _called_by(value: Any) -> tuple[Any, ...]:
+    """What a partial function or a bound method stands for; a built-in one may be the `random` of a generator."""
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, types.MethodType):
+        return (value.__func__, value.__self__)
+    return (value.__self__,) if isinstance(value, types.BuiltinMethodType) else ()
 
 
 @functools.lru_cache(maxsize=4096)

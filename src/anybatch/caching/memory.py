@@ -168,11 +168,12 @@ class StepMemory:
 
     Attributes:
         learned: The most padded tokens of a micro-batch, known from running out of memory; None while it never did.
-        learned_samples: The same in rows, of inputs without lengths (pictures).
+        learned_samples: The same in rows, of inputs without lengths (images).
 
     Cost: three rows through each encoder, once.
 
     Example:
+        >>> from anybatch import InfoNCE, cached_step
         >>> encoder, memory = torch.nn.Linear(6, 4), StepMemory("80%")
         >>> for _ in range(2):
         ...     inputs = [torch.randn(8, 6), torch.randn(8, 6)]
@@ -232,7 +233,7 @@ class StepMemory:
             )
         lengths = tower.slicer.lengths
         length = 1 if lengths is None else int(lengths.max())
-        # A function may be made anew for every step, its modules are not. One model may take texts and pictures.
+        # A function may be made anew for every step, its modules are not. One model may take texts and images.
         key = (tower.visible or tower.modules or (tower.encode,), lengths is None)
         known = self._found.get(key)
         if known is None or length > known[0]:

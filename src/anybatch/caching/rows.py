@@ -46,7 +46,9 @@ _Path = tuple[str, ...]  # of keys, from the batch inwards
 class Shared:
     """Marks a value of a batch that all rows share: every micro-batch receives `value` whole.
 
-    cached_step(loss, encoder, [{**batch, "bias": Shared(bias)} for batch in batches])
+    Example:
+        >>> RowSlicer({"ids": torch.arange(3), "bias": Shared([0.5])}).take(torch.tensor([2]))
+        {'ids': tensor([2]), 'bias': [0.5]}
     """
 
     value: Any
@@ -57,8 +59,8 @@ class RowSlicer:
 
     In a mapping, tensors, arrays, lists and tuples with B entries are cut; numbers, words, None and zero-dimensional
     tensors go to every micro-batch, and so does what is wrapped in `Shared`. Two forms without one entry per row are
-    known: words one after the other with `offsets` `(B,)`, as an embedding bag takes them, and pictures counted by
-    picture (`image_grid_thw` with flattened `pixel_values`, or `pixel_values` alone), with `num_images_per_sample`
+    known: words one after the other with `offsets` `(B,)`, as an embedding bag takes them, and images counted by
+    image (`image_grid_thw` with flattened `pixel_values`, or `pixel_values` alone), with `num_images_per_sample`
     `(B,)`; the same for videos. Anything else is refused by its name.
 
     Trailing columns are cut where no chosen row has a token: in a mapping with a two-dimensional `attention_mask`
@@ -78,12 +80,12 @@ class RowSlicer:
         num_rows: B.
         lengths: `(B,)` int64 on the CPU, the tokens a row needs, rounded up (summed over nested mappings), or None
             where nothing tells.
-        pictures: Whether the rows are pictures: a mapping with `pixel_values` and without a two-dimensional
+        images: Whether the rows are images: a mapping with `pixel_values` and without a two-dimensional
             `attention_mask`, whose rows cost the same.
 
     Raises:
         AnybatchError: What is neither cut nor shared, by its key; flattened (unpadded) sequences; nothing to cut at
-            all; `pad_to_multiple` below 1, or for inputs, other than pictures, of which nothing tells the lengths.
+            all; `pad_to_multiple` below 1, or for inputs, other than images, of which nothing tells the lengths.
 
     Cost: one copy of each attention mask to the host.
 
@@ -105,8 +107,8 @@ class RowSlicer:
         self._check(inputs, ())
         self.trim_to("trailing")
         pixels = isinstance(inputs, Mapping) and PIXELS in inputs and not has_mask(inputs)
-        self.pictures = pixels and self.lengths is None
-        if pad_to_multiple is not None and not self._spans and not self.pictures:
+        self.images = pixels and self.lengths is None
+        if pad_to_multiple is not None and not self._spans and not self.images:
             raise AnybatchError(
                 f"pad_to_multiple is {pad_to_multiple}, but nothing tells the lengths of these inputs: they have no "
                 "two-dimensional attention_mask, or hold a tensor of unknown meaning with an axis as long as it. Pad "
@@ -152,7 +154,7 @@ class RowSlicer:
             spans = self._spans.get(path)
             here = spans.window(rows, self.trim) if spans is not None else None
             taken = {key: self._take(item, rows, (*path, str(key)), here) for key, item in columns.items()}
-            # A micro-batch without pictures has no keys of theirs, as if its processor had seen none.
+            # A micro-batch without images has no keys of theirs, as if its processor had seen none.
             pieces = {key: self._pieces.get((*path, str(key))) for key in columns} if self._pieces else {}
             empty = [key for key, part in pieces.items() if part is not None and part.optional and not len(taken[key])]
             return _rebuilt(value, {key: item for key, item in taken.items() if key not in empty}, dropped=empty)
@@ -199,7 +201,7 @@ class RowSlicer:
         if problem is not None:
             raise AnybatchError(
                 f"{name} {problem}, but the batch has {self.num_rows} rows. Caching cuts the batch by rows: give one "
-                "entry per row; for pictures or patches that are counted by themselves (image_grid_thw and the like) "
+                "entry per row; for images or patches that are counted by themselves (image_grid_thw and the like) "
                 "add num_images_per_sample, one number per row; wrap what all rows share in "
                 "anybatch.caching.Shared(...)."
             )

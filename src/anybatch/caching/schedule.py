@@ -27,7 +27,7 @@ def plan_micro_batches(
     Args:
         inputs: The batch, or a `RowSlicer` of it.
         micro_batch: The most rows in a micro-batch; None: no limit (then `max_tokens` is needed).
-        max_tokens: The most padded tokens in a micro-batch; a single longer row still gets one of its own. Pictures
+        max_tokens: The most padded tokens in a micro-batch; a single longer row still gets one of its own. Images
             have no tokens to count: `micro_batch` alone holds for them.
         sort_by_length: Longest first; False keeps the order of the batch. Without an attention mask there is no
             length and the order is kept.
@@ -43,7 +43,7 @@ def plan_micro_batches(
     slicer = inputs if isinstance(inputs, RowSlicer) else RowSlicer(inputs)
     check_limits(micro_batch=micro_batch, max_tokens=max_tokens)
     lengths = slicer.lengths
-    if max_tokens is not None and lengths is None and not (slicer.pictures and micro_batch is not None):
+    if max_tokens is not None and lengths is None and not (slicer.images and micro_batch is not None):
         raise AnybatchError(
             "max_tokens counts tokens, but nothing tells the lengths of these inputs: they have no two-dimensional "
             "attention_mask, or hold a tensor of unknown meaning with an axis as long as it. Use micro_batch."

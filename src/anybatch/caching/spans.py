@@ -1,4 +1,4 @@
-"""Where the tokens and the pictures of each row are, in tensors that padding widens or that are not counted by row."""
+"""Where the tokens and the images of each row are, in tensors that padding widens or that are not counted by row."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _SEQUENCES = frozenset(
         *("special_tokens_mask", "global_attention_mask", "query_expansion_positions"),
     )
 )  # (B, T) by their name: their second axis is the sequence
-GRIDS = {"image_grid_thw": PIXELS, "video_grid_thw": "pixel_values_videos"}  # picture by picture, and patch by patch
+GRIDS = {"image_grid_thw": PIXELS, "video_grid_thw": "pixel_values_videos"}  # image by image, and patch by patch
 COUNTS = {
     "image_grid_thw": ("num_images_per_sample", "images_per_sample"),
     "video_grid_thw": ("num_videos_per_sample", "videos_per_sample"),
 }
-_BY_PICTURE = (PIXELS, "image_sizes", "image_position_ids")  # of models that have no grid
-_BY_ROW = ("pixel_attention_mask", "aspect_ratio_ids")  # where they are, the pictures of a row are padded to as many
+_BY_IMAGE = (PIXELS, "image_sizes", "image_position_ids")  # of models that have no grid
+_BY_ROW = ("pixel_attention_mask", "aspect_ratio_ids")  # where they are, the images of a row are padded to as many
 Trim = Literal["both", "trailing", "none"]
 
 
@@ -114,7 +114,7 @@ class Pieces:
 
 
 def pieces_of(columns: Mapping[str, Any], num_rows: int, name: str) -> dict[str, Pieces]:
-    """What in a mapping is not counted by row, where something tells whose it is: bags of words, pictures, videos."""
+    """What in a mapping is not counted by row, where something tells whose it is: bags of words, images, videos."""
     found: dict[str, Pieces] = {}
     if is_bag(columns):
         ids, starts = columns["input_ids"], columns["offsets"].detach().cpu().to(torch.int64)
@@ -128,22 +128,22 @@ def pieces_of(columns: Mapping[str, Any], num_rows: int, name: str) -> dict[str,
         found = {key: Pieces(sizes) for key in flat if key in certain or len(ids) != num_rows}
         found["offsets"] = Pieces(sizes, offsets=True)
     for grid_key in GRIDS:
-        found |= _pieces_of_pictures(columns, grid_key, num_rows, name)
+        found |= _pieces_of_images(columns, grid_key, num_rows, name)
     return found
 
 
-def _pieces_of_pictures(columns: Mapping[str, Any], grid_key: str, num_rows: int, name: str) -> dict[str, Pieces]:
+def _pieces_of_images(columns: Mapping[str, Any], grid_key: str, num_rows: int, name: str) -> dict[str, Pieces]:
     found: dict[str, Pieces] = {}
     grid, pixel_key = columns.get(grid_key), GRIDS[grid_key]
     counts = _counts(columns, grid_key, num_rows, name)
-    by_picture = [key for key in _BY_PICTURE if grid_key == "image_grid_thw" and key in columns]
+    by_image = [key for key in _BY_IMAGE if grid_key == "image_grid_thw" and key in columns]
     padded = any(key in columns for key in _BY_ROW)
-    rows_are_pictures = not any(key in columns for key in (MASK, "input_ids", "inputs_embeds"))
-    # Sizes beside pixels: a row has any number of pictures.
-    unclear = grid_key if grid is not None else PIXELS if len(by_picture) > 1 and not padded else None
-    if unclear is not None and counts is None and not rows_are_pictures:
+    rows_are_images = not any(key in columns for key in (MASK, "input_ids", "inputs_embeds"))
+    # Sizes beside pixels: a row has any number of images.
+    unclear = grid_key if grid is not None else PIXELS if len(by_image) > 1 and not padded else None
+    if unclear is not None and counts is None and not rows_are_images:
         raise AnybatchError(
-            f"{unclear!r} is counted by picture, and nothing tells which of the {num_rows} rows a picture belongs to. "
+            f"{unclear!r} is counted by image, and nothing tells which of the {num_rows} rows an image belongs to. "
             f"Add {COUNTS[grid_key][0]!r}, a tensor with one count per row."
         )
     if grid is not None:
@@ -155,9 +155,9 @@ def _pieces_of_pictures(columns: Mapping[str, Any], grid_key: str, num_rows: int
         if pixel_key in columns:
             _refuse_sum(sizes, len(columns[pixel_key]), pixel_key, name)
             found[pixel_key] = Pieces(sizes, optional=True)
-        by_picture = [grid_key, *(key for key in by_picture if key != pixel_key)]
+        by_image = [grid_key, *(key for key in by_image if key != pixel_key)]
     if counts is not None and not padded:
-        for key in by_picture:
+        for key in by_image:
             _refuse_sum(counts, len(columns[key]), key, name)
             found[key] = Pieces(counts, optional=True)
     return found

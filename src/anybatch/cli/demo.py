@@ -32,7 +32,7 @@ BASE = {
 
 
 class Method(NamedTuple):
-    """One row of the demo's table: how it differs from the base configuration, and whether it takes the mined batches."""
+    """One row of the demo's table: how it differs from `BASE`, and whether it takes the mined batches."""
 
     name: str
     description: str

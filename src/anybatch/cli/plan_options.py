@@ -94,8 +94,8 @@ class PlanSources:
             source = replace(source or DataConfig(path=options.data), path=options.data, sets=(), **chosen)
         elif chosen:
             raise AnybatchError(
-                "--anchor, --positive, --negative, --image and --limit describe the file of --data, which is not given. "
-                "Add --data."
+                "--anchor, --positive, --negative, --image and --limit describe the file of --data, which is not "
+                "given. Add --data."
             )
         if source is None:
             self.missing.append("Texts: the data is not known. Give it with --data (and --anchor, --positive).")

@@ -278,7 +278,8 @@ def _expected(hint: Any) -> str:
         elif origin is typing.Literal:
             words.append(("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments)))
         elif origin is tuple and arguments[-1] is not ...:
-            words.append(f"a list of {len(arguments)}, each of it {_expected(arguments[0])}")
+            number = {2: "two", 3: "three"}.get(len(arguments), len(arguments))
+            words.append(f"{number} {'texts' if arguments[0] is str else 'numbers'}")
         elif origin is tuple:
             words.append(f"a list, each of it {_expected(arguments[0])}")
         else:

@@ -123,9 +123,9 @@ def launched_ranks() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[bool]:
-    """What rank 0 does by itself: yields whether this is rank 0; inside there is no group, and at the end all ranks meet.
+    """What rank 0 does by itself: yields whether this is rank 0; inside there is no group.
 
-    One `agree`: if rank 0 fails, so do the others.
+    At the end all ranks meet in one `agree`: if rank 0 fails, so do the others.
 
     >>> with alone() as chosen:
     ...     if chosen:

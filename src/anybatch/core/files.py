@@ -194,7 +194,8 @@ def _sync(path: str | os.PathLike[str]) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Be the only writer of `folder`: hold the lock of its file `.lock`.
 
-    The system releases it however a process ends. It holds between processes, between machines on NFS (Linux), and between two runs of one process.
+    The system releases it however a process ends. It holds between processes, between machines on NFS (Linux), and
+    between two runs of one process.
 
     Raises:
         AnybatchError: Somebody else holds it.

@@ -10,6 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from anybatch.core.configuration import Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.family.pair_engine import PairMethod, PairOutcome, pair_loss
 from anybatch.losses.base import Batch, ContrastiveLoss
@@ -86,7 +87,7 @@ class SigLIP(PairwiseLoss):
     def __init__(
         self,
         *,
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
         learnable_temperature: bool = True,
         min_temperature: float = MIN_TEMPERATURE,
         bias: float = -10.0,

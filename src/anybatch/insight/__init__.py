@@ -1,7 +1,6 @@
-"""One self-contained HTML page (jinja2, inline SVG), and the same results as tables. Shows the types of plan, data and mining."""
+"""What to know before training, as tables, figures and HTML pages. The core never imports this room."""
 
-from anybatch.insight.gradient_page import render_gradient_page
-from anybatch.insight.page import Report, render_report
+from anybatch.insight.pages import Report, render_gradient_page, render_report
 from anybatch.insight.plan_figures import Figure, plan_figures, plan_sizes, set_figures
 from anybatch.insight.plan_page import render_plan_page
 from anybatch.insight.tables import MethodResult, comparison_table, markdown_table, metrics_table

@@ -1,4 +1,8 @@
-"""Small charts as SVG text: bars and lines, readable in light and dark, with a title for screen readers."""
+"""Small charts as SVG text: bars, lines, a square of scores; readable in light and dark, titled for screen readers.
+
+No charting library was found that draws these without a script, fits both colour schemes and is permissive and light
+(docs/log.md).
+"""
 
 from __future__ import annotations
 
@@ -6,89 +10,93 @@ from collections.abc import Sequence
 from html import escape
 
 COLOURS = ("#2f6fde", "#d9730d", "#2a9d62", "#b5489a", "#7a6ff0", "#c0392b", "#4b8f9a", "#8a7a2b")
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 64, 190, 16, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 64, 190, 16, 40
+LABELS, BAR = 250, 28  # of a bar chart: width of the labels, height of a line
+CELL = 12  # of a square of scores
 
 
 def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], *, baseline: float | None = None) -> str:
     """Horizontal bars, one a label; a dashed line marks the baseline."""
-    line, left, right = 28, 250, 70
-    height = line * len(labels) + 12
-    top = max([*values, baseline or 0.0]) or 1.0
-    scale = (WIDTH - left - right) / top
-    parts = [_open(title, height)]
+    height = BAR * len(labels) + 12
+    scale = (WIDTH - LABELS - 70) / (max([*values, baseline or 0.0]) or 1.0)
+    parts = []
     for number, (label, value) in enumerate(zip(labels, values, strict=True)):
-        y = number * line + 8
-        parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{escape(label)}</text>')
-        parts.append(
-            f'<rect x="{left}" y="{y}" width="{max(0.0, value * scale):.1f}" height="{line - 10}" fill="{COLOURS[number % len(COLOURS)]}"/>'
-        )
-        parts.append(f'<text x="{left + value * scale + 6:.1f}" y="{y + 14}">{value:.4g}</text>')
+        y, length = number * BAR + 8, value * scale
+        colour = COLOURS[number % len(COLOURS)]
+        parts += [
+            _text(LABELS - 8, y + 14, label, "end"),
+            f'<rect x="{LABELS}" y="{y}" width="{max(0.0, length):.1f}" height="{BAR - 10}" fill="{colour}"/>',
+            _text(LABELS + length + 6, y + 14, f"{value:.4g}"),
+        ]
     if baseline is not None:
-        x = left + baseline * scale
-        parts.append(f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}" class="baseline"/>')
-    return "".join([*parts, "</svg>"])
+        x = LABELS + baseline * scale
+        parts.append(_line(x, 0, x, height, "baseline"))
+    return _drawing(title, WIDTH, height, parts)
 
 
 def line_chart(
     title: str, x_title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], *, mark: float | None = None
 ) -> str:
-    """Lines through (x, y) points, one a series, with a legend; series without points are left out; a dashed line marks the x of `mark`."""
-    shown = [(number, name, points) for number, (name, points) in enumerate(series) if points]
-    height = 300
+    """Lines through (x, y) points, one a series, with a legend; a dashed line marks the x of `mark`.
+
+    Series without points are left out; without any, the chart is "".
+    """
+    shown = [(COLOURS[number % len(COLOURS)], name, points) for number, (name, points) in enumerate(series) if points]
     if not shown:
         return ""
-    xs = [x for _, _, points in shown for x, _ in points]
-    ys = [y for _, _, points in shown for _, y in points]
-    low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys), max(ys)
-    span_x, span_y = (high_x - low_x) or 1.0, (high_y - low_y) or 1.0
+    xs, ys = zip(*(point for _, _, points in shown for point in points), strict=True)
+    low_x, low_y = min(xs), min(ys)
+    span_x, span_y = (max(xs) - low_x) or 1.0, (max(ys) - low_y) or 1.0
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
-    def place(x: float, y: float) -> str:
-        across = LEFT + (x - low_x) / span_x * (WIDTH - LEFT - RIGHT)
-        return f"{across:.1f},{TOP + (high_y - y) / span_y * (height - TOP - BOTTOM):.1f}"
+    def across(x: float) -> float:
+        return LEFT + (x - low_x) / span_x * (right - LEFT)
 
-    parts = [_open(title, height)]
-    for step in range(5):
-        y = low_y + span_y * step / 4
-        vertical = place(low_x, y).split(",")[1]
-        parts.append(f'<line x1="{LEFT}" y1="{vertical}" x2="{WIDTH - RIGHT}" y2="{vertical}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{float(vertical) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    def down(y: float) -> float:
+        return bottom - (y - low_y) / span_y * (bottom - TOP)
+
+    parts = []
+    for y in (low_y + span_y * step / 4 for step in range(5)):
+        parts += [_line(LEFT, down(y), right, down(y), "grid"), _text(LEFT - 6, down(y) + 4, f"{y:.3g}", "end")]
+    if mark is not None and low_x <= mark <= max(xs):
+        parts.append(_line(across(mark), TOP, across(mark), bottom, "baseline"))
     digits = 0 if span_x >= 10 else 2
-    if mark is not None and low_x <= mark <= high_x:
-        x = place(mark, low_y).split(",")[0]
-        parts.append(f'<line x1="{x}" y1="{TOP}" x2="{x}" y2="{height - BOTTOM}" class="baseline"/>')
-    for x in (low_x, (low_x + high_x) / 2, high_x):
-        parts.append(
-            f'<text x="{place(x, low_y).split(",")[0]}" y="{height - 22}" text-anchor="middle">{x:,.{digits}f}</text>'
-        )
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">{escape(x_title)}</text>'
-    )
-    for row, (number, name, points) in enumerate(shown):
-        colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(place(x, y) for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    for x in (low_x, (low_x + max(xs)) / 2, max(xs)):
+        parts.append(_text(across(x), HEIGHT - 22, f"{x:,.{digits}f}", "middle"))
+    parts.append(_text((LEFT + right) / 2, HEIGHT - 5, x_title, "middle"))
+    for row, (colour, name, points) in enumerate(shown):
+        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
         y = TOP + 6 + row * 20
-        parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{y - 4}" width="12" height="4" fill="{colour}"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT + 30}" y="{y + 3}">{escape(name)}</text>')
-    return "".join([*parts, "</svg>"])
+        parts += [
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>',
+            f'<rect x="{right + 12}" y="{y - 4}" width="12" height="4" fill="{colour}"/>',
+            _text(right + 30, y + 3, name),
+        ]
+    return _drawing(title, WIDTH, HEIGHT, parts)
 
 
 def heat_map(title: str, scores: Sequence[Sequence[float]], low: float, high: float) -> str:
     """A square of scores: the stronger the colour, the higher between `low` and `high`; the diagonal is outlined."""
-    size = 12
-    side = size * len(scores)
-    parts = [
-        f'<svg viewBox="0 0 {side} {side}" role="img" xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>'
-    ]
+    parts = []
     for row, line in enumerate(scores):
         for column, score in enumerate(line):
             depth = min(1.0, max(0.0, (score - low) / ((high - low) or 1.0)))
-            outline = ' stroke="#d9730d" stroke-width="2"' if row == column else ""
+            outline = f' stroke="{COLOURS[1]}" stroke-width="2"' if row == column else ""
             parts.append(
-                f'<rect x="{column * size}" y="{row * size}" width="{size}" height="{size}" fill="{COLOURS[0]}" fill-opacity="{depth:.2f}"{outline}/>'
+                f'<rect x="{column * CELL}" y="{row * CELL}" width="{CELL}" height="{CELL}" fill="{COLOURS[0]}" '
+                f'fill-opacity="{depth:.2f}"{outline}/>'
             )
-    return "".join([*parts, "</svg>"])
+    return _drawing(title, CELL * len(scores), CELL * len(scores), parts)
 
 
-def _open(title: str, height: float) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>'
+def _drawing(title: str, width: float, height: float, parts: Sequence[str]) -> str:
+    opening = f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
+    return "".join([opening, f"<title>{escape(title)}</title>", *parts, "</svg>"])
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'

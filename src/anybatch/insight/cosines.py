@@ -1,4 +1,4 @@
-"""The teacher's scores in batches of the plan: expected loss and the distribution of negatives, a block of anchors at a time."""
+"""The teacher's scores in batches of a plan: expected loss and how hard negatives are, a block of anchors at a time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class Cosines:
     def batch_scores(
         self, batches: np.ndarray, num_anchors: int, temperature: float, *, among: np.ndarray | None = None
     ) -> BatchScores:
-        """Scores in the first batches, as many as hold `num_anchors` anchors; InfoNCE = log(1 + sum_j exp((s_ij - s_ii) / temperature)).
+        """Scores in the first batches, as many as hold `num_anchors` anchors.
+
+        InfoNCE = log(1 + sum_j exp((s_ij - s_ii) / temperature)).
 
         `among` (n,) bool: only these rows are anchors, and all of the batch are their candidates. NaN where no batch
         holds one.

@@ -1,6 +1,6 @@
 """Check on the model, data and loss of a run that caching is exact for them, before time is spent on training.
 
-Imports pipeline and caching; the command line calls it.
+The command line calls it.
 """
 
 from __future__ import annotations

@@ -4,24 +4,25 @@ For unit embeddings a_i (anchors) and c_j (positives) that stand still, the grad
 
     g*_i = d L_i / d a_i = 1 / tau * sum_{j != i} p_ij (c_j - c_i),     p_ij = exp(s_ij / tau) / sum_k exp(s_ik / tau)
 
-over all n rows. A batch gives g_i = B * d loss / d a_i for each of its anchors. Both are projected onto the tangent space at a_i:
-the rest never passes the normalisation. Over anchors i and over draws of the batch in which i sits, relative to rms_i |g*_i|:
+over all n rows. A batch gives g_i = B * d loss / d a_i for each of its anchors. Both are projected onto the tangent
+space at a_i: the rest never passes the normalisation. Over anchors i and over draws of the batch in which i sits,
+relative to rms_i |g*_i|:
 
     bias        = rms_i |E g_i - g*_i|                   what no number of steps averages away
     rmse        = rms_i,draw |g_i - g*_i|                one batch; rmse^2 = bias^2 + noise^2
-    scaled_rmse = min_s rms_i,draw |s g_i - g*_i|        the same with the learning rate that suits the method; sqrt(1 - cosine^2)
+    scaled_rmse = min_s rms_i,draw |s g_i - g*_i|        at the best learning rate: sqrt(1 - cosine^2)
 
-Parameters are shared, and so an error that all anchors have in common adds up where independent ones cancel. The third kind of figure is that of
-a linear map shared by all anchors, G = mean_i g_i a_i^T, after averaging over batches: its cosine with the exact one, and its bias. A method can be
-near in every single anchor and yet go astray together; in training, this is the figure that told (docs/benchmarks/shared_direction.md).
+Parameters are shared, and so an error that all anchors have in common adds up where independent ones cancel. The third
+kind of figure is that of a linear map shared by all anchors, G = mean_i g_i a_i^T, after averaging over batches: its
+cosine with the exact one, and its bias. A method can be near in every single anchor and yet go astray together; in
+training, this is the figure that told (docs/benchmarks/shared_direction.md).
 
 The effective batch size is the size of the random batch for which plain InfoNCE has the same error.
 
-For two-way losses the exact objective is the mean of both directions' losses. Its gradient with respect to anchor i and that with respect to positive i
-(`full_gradient_both`) stand side by side as one vector, g*_i of 2 D numbers, and so do those of a batch: all figures are of both together. There are two
-linear maps then, one shared by all anchors and one by all positives, and the measure is two-way InfoNCE on random batches.
-
-Imports errors, ids, losses, plan and rows.
+For two-way losses the exact objective is the mean of both directions' losses. Its gradient with respect to anchor i and
+that with respect to positive i stand side by side as one vector, g*_i of 2 D numbers, and so do those of a batch: all
+figures are of both together. There are two linear maps then, one shared by all anchors and one by all positives, and
+the measure is two-way InfoNCE on random batches.
 """
 
 from __future__ import annotations
@@ -38,14 +39,11 @@ from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_ids, renumbered
-from anybatch.family import EMC2, NUCLR, GloFND
-from anybatch.insight.full_gradient import full_gradient, full_gradient_both, known_pairs, tangent
-from anybatch.losses import CrossBatchInfoNCE, GammaSchedule, InfoNCE
+from anybatch.insight.full_gradient import content_masks, full_gradient, tangent
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
-from anybatch.losses.log_weights import ListedPairs, LogWeights, same_content
+from anybatch.losses.log_weights import LogWeights
 from anybatch.losses.rows import RowTable
-from anybatch.plans.examples import Examples
 from anybatch.plans.plan import BatchPlan
 
 JACKKNIFE = 20  # groups of anchors
@@ -54,17 +52,30 @@ CURVE_CHUNK = 256  # anchors that share one random batch in `infonce_curve`
 
 @dataclass(frozen=True, kw_only=True)
 class GradientError:
-    """Errors of a method's gradient relative to the exact one's root mean square; each with its standard error over anchors.
+    """Errors of a method's gradient relative to the exact one's root mean square; each with its standard error over
+    anchors.
 
     Attributes:
         bias, bias_se: Of the mean over batches. 0 where the noise hides it.
         rmse, rmse_se: Of one batch.
         scaled_rmse, scaled_rmse_se: Of one batch after the best common factor.
         scale: That factor; above 1 where the method's gradient is too short.
-        shared_bias, shared_bias_se: |E G - G*| / |G*| of a linear map shared by all anchors (two-way: and of one shared by all positives).
+        shared_bias, shared_bias_se: |E G - G*| / |G*| of a linear map shared by all anchors (two-way: and of one shared
+            by all positives).
         shared_cosine, shared_cosine_se: Of E G with G*; 1 if only the length is wrong.
         num_anchors: Anchors measured.
         num_draws: Batches seen for each anchor, on average.
+
+    Example:
+        >>> from anybatch.losses import InfoNCE
+        >>> embeddings = np.random.default_rng(0).normal(size=(2, 64, 8))
+        >>> pairs = FrozenPairs.prepare(*embeddings, temperature=0.2)
+        >>> small, large = (
+        ...     gradient_error(pairs, InfoNCE(temperature=0.2), plan=BatchPlan.random(64, size), epochs=4)
+        ...     for size in (4, 32)
+        ... )
+        >>> small.rmse > large.rmse
+        True
     """
 
     bias: float
@@ -94,9 +105,11 @@ class FrozenPairs:
     Attributes:
         anchors, positives: (n, D) float32 or float64, unit rows.
         anchor_id, positive_id: (n,) int64; equal for identical texts, which are never negatives of each other.
+        masks: -inf for pairs of rows that are no negatives of each other; None if all texts differ.
         temperature: Of the exact objective.
         probes: (P,) int64 rows whose gradient is compared, ascending.
-        exact: (P, D), their exact gradients; two-way (P, 2 D), those of the rows' anchors, then those of their positives.
+        exact: (P, D), their exact gradients; two-way (P, 2 D), those of the rows' anchors, then those of their
+            positives.
         direction: Of the objective.
     """
 
@@ -104,6 +117,7 @@ class FrozenPairs:
     positives: Tensor
     anchor_id: Tensor
     positive_id: Tensor
+    masks: LogWeights | None
     temperature: float
     probes: Tensor
     exact: Tensor
@@ -126,18 +140,21 @@ class FrozenPairs:
         """Normalise, choose the probes, and take their exact gradients.
 
         Args:
-            anchors, positives: (n, D) float; rows need not be of unit length. float64 is kept, all else becomes float32.
+            anchors, positives: (n, D) float; rows need not be of unit length. float64 is kept, all else becomes
+                float32.
             temperature: Similarities are divided by it.
-            direction: "one_way" for the anchors' gradient of their own losses, "both" for that of anchors and positives in both directions' losses.
+            direction: "one_way" for the anchors' gradient of their own losses, "both" for that of anchors and positives
+                in both directions' losses.
             anchor_id, positive_id: (n,) int; None: all texts differ.
             num_probes: Anchors (two-way: pairs) to compare, drawn at random; None for all.
             seed: Of the draw.
             tile_bytes: Memory for scores.
 
         Raises:
-            AnybatchError: Shapes that do not fit, rows that are zero, NaN or infinite, fewer than 3 rows, an unknown direction.
+            AnybatchError: Shapes that do not fit, rows that are zero, NaN or infinite, fewer than 3 rows, an unknown
+                direction.
 
-        Cost: see `full_gradient` and `full_gradient_both`, plus P * D or P * 2 D numbers.
+        Cost: see `full_gradient`, plus P * D or P * 2 D numbers.
         """
         if direction not in get_args(Direction):
             raise AnybatchError(f"direction is {direction!r}; expected 'one_way' or 'both'.")
@@ -146,36 +163,31 @@ class FrozenPairs:
         num_rows = len(anchors)
         if anchors.ndim != 2 or anchors.shape != positives.shape or num_rows < 3:
             raise AnybatchError(
-                f"Embeddings have shapes {anchors.shape} and {positives.shape}; expected (rows, D) twice, one row a pair, at least 3 rows."
+                f"Embeddings have shapes {anchors.shape} and {positives.shape}; expected (rows, D) twice, one row a "
+                "pair, at least 3 rows."
             )
         sides = [_unit(side, name) for side, name in ((anchors, "anchor"), (positives, "positive"))]
         count = num_rows if num_probes is None else min(num_probes, num_rows)
-        probes = np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
+        probes = torch.from_numpy(np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False)))
         ids = [
-            torch.arange(num_rows) if known is None else torch.as_tensor(renumbered(as_ids(name, known)))
-            for name, known in (("anchor_id", anchor_id), ("positive_id", positive_id))
+            torch.arange(num_rows) if given is None else torch.as_tensor(renumbered(as_ids(name, given)))
+            for name, given in (("anchor_id", anchor_id), ("positive_id", positive_id))
         ]
-        if any(len(known) != num_rows for known in ids):
+        if any(len(side) != num_rows for side in ids):
             raise AnybatchError(f"The ids cover {len(ids[0])} and {len(ids[1])} rows; expected {num_rows}.")
-        chosen = torch.from_numpy(probes)
-        repeated = any(
-            len(known.unique()) < num_rows for known in ids
-        )  # else there is nothing to mask but the own pair
-        exact = (full_gradient if direction == "one_way" else full_gradient_both)(
-            *sides,
-            temperature=temperature,
-            rows=chosen,
-            anchor_id=ids[0] if repeated else None,
-            positive_id=ids[1] if repeated else None,
-            tile_bytes=tile_bytes,
+        repeated = any(len(side.unique()) < num_rows for side in ids)  # else only the own pair is no negative
+        masks = content_masks(*ids) if repeated else None
+        exact = full_gradient(
+            *sides, temperature=temperature, direction=direction, rows=probes, masks=masks, tile_bytes=tile_bytes
         )
         return cls(
             anchors=sides[0],
             positives=sides[1],
             anchor_id=ids[0],
             positive_id=ids[1],
+            masks=masks,
             temperature=temperature,
-            probes=chosen,
+            probes=probes,
             exact=exact,
             direction=direction,
         )
@@ -200,13 +212,14 @@ def gradient_error(
 ) -> GradientError:
     """Measure a method: its loss, the plan's batches, its log-weights.
 
-    Two copies of the loss go through the plan under two seeds, independently: `run_in` epochs to bring the memory to its
-    stationary state, then `epochs` that count. The square of the bias is the mean over anchors of the inner product of the two
-    copies' mean errors, so that noise, which is independent in the two, does not count as bias.
+    Two copies of the loss go through the plan under two seeds, independently: `run_in` epochs to bring the memory to
+    its stationary state, then `epochs` that count. The square of the bias is the mean over anchors of the inner product
+    of the two copies' mean errors, so that noise, which is independent in the two, does not count as bias.
 
     Args:
         pairs: The embeddings and their exact gradient.
-        loss: Any loss of the library's contract in the direction of `pairs`; copied, so its own state is where both copies start.
+        loss: Any loss of the library's contract in the direction of `pairs`; copied, so its own state is where both
+            copies start.
         plan: Its batches; regrouped every epoch.
         table: Gives log-weights and masks; None for the ids of `pairs` and no weights.
         run_in: Epochs before measuring. A memory that forgets at rate gamma needs about 3 / gamma.
@@ -215,11 +228,13 @@ def gradient_error(
     Raises:
         AnybatchError: A plan for another number of rows; a loss of another direction than the exact gradient's.
 
-    Cost: 2 * (run_in + epochs) * n / B calls of the loss, fewer if batches without probes can be skipped; 2 * P * D numbers (two-way: 4 * P * D).
+    Cost: 2 * (run_in + epochs) * n / B calls of the loss, fewer if batches without probes can be skipped; 2 * P * D
+        numbers (two-way: 4 * P * D).
     """
     if plan.num_rows != len(pairs):
         raise AnybatchError(
-            f"The plan has {plan.num_rows} rows, the embeddings {len(pairs)}. Give the embeddings of the data that the plan was made for."
+            f"The plan has {plan.num_rows} rows, the embeddings {len(pairs)}. Give the embeddings of the data that "
+            "the plan was made for."
         )
     direction = getattr(loss, "direction", pairs.direction)
     if direction != pairs.direction:
@@ -239,10 +254,11 @@ def gradient_error(
 def infonce_curve(
     pairs: FrozenPairs, *, batch_sizes: Sequence[int] | None = None, epochs: int = 2, seed: int = 0
 ) -> dict[int, GradientError]:
-    """The error of plain InfoNCE, in the direction of `pairs`, on random batches of each size, which effective batch sizes are read from.
+    """The error of plain InfoNCE, in the direction of `pairs`, on random batches of each size, which effective batch
+    sizes are read from.
 
-    An anchor's gradient depends on the batch's candidates alone, so up to 256 probes at a time are put through each random batch. Two-way it
-    depends on the whole batch, of which as many are probes, or an eighth.
+    An anchor's gradient depends on the batch's candidates alone, so up to 256 probes at a time are put through each
+    random batch. Two-way it depends on the whole batch, of which as many are probes, or an eighth.
 
     Args:
         pairs: The embeddings and their exact gradient.
@@ -250,7 +266,8 @@ def infonce_curve(
         epochs: Draws for each probe, in each of two independent halves.
         seed: Of the batches.
 
-    Cost: 2 * epochs * P * B * D multiplications a size, three times over; two-way four times, and B * B * D for each 256 probes (B / 8 where
+    Cost: 2 * epochs * P * B * D multiplications a size, three times over; two-way four times, and B * B * D for each
+        256 probes (B / 8 where
     that is more).
     """
     num_rows = len(pairs)
@@ -261,7 +278,6 @@ def infonce_curve(
     for size in batch_sizes:
         if not 2 <= size <= num_rows:
             raise AnybatchError(f"batch_sizes holds {size}; expected sizes from 2 to the number of rows, {num_rows}.")
-    loss, known = InfoNCE(temperature=pairs.temperature), known_pairs(pairs.anchor_id, pairs.positive_id)
     curve: dict[int, GradientError] = {}
     for size in batch_sizes:
         at_once = min(size, max(CURVE_CHUNK, size // 8) if pairs.direction == "both" else CURVE_CHUNK)
@@ -274,15 +290,7 @@ def infonce_curve(
                     free = np.ones(num_rows, bool)
                     free[first] = False
                     rest = generator.choice(np.flatnonzero(free), size - len(first), replace=False)
-                    candidates = torch.cat([first, torch.from_numpy(rest)])
-                    if pairs.direction == "both":
-                        half.add(chosen, _of_random_batch(pairs, candidates, len(first), known))
-                        continue
-                    examples = Examples(anchor_id=pairs.anchor_id[candidates], text_id=pairs.positive_id[candidates])
-                    matching = ListedPairs(*known, key="anchor_id")
-                    mask = LogWeights.of(examples, len(first), same_content, matching)
-                    gradient = _batch_gradient(pairs, loss, first, candidates, log_weight=mask)
-                    half.add(chosen, gradient)
+                    half.add(chosen, _of_random_batch(pairs, torch.cat([first, torch.from_numpy(rest)]), len(first)))
         curve[size] = _summarise(pairs, *sums)
     return curve
 
@@ -334,82 +342,73 @@ def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, 
     place = torch.full((len(pairs),), -1)
     place[pairs.probes] = torch.arange(len(pairs.probes))
     loss.train()
-    # Batches without a probe can be skipped where all that is remembered belongs to single rows, and a probe's gradient asks for its own row's state only:
-    # two-way, it is a candidate of the batch's other rows as well, at their states.
-    shared = isinstance(loss, (NUCLR, GloFND, EMC2, CrossBatchInfoNCE)) or any(
-        isinstance(m, GammaSchedule) for m in loss.modules()
-    )
-    shared = shared or (pairs.direction == "both" and any(True for _ in loss.buffers()))
+    remembers = any(True for _ in loss.buffers())  # then batches without a probe leave something behind as well
     for epoch in range(run_in + epochs):
         for batch in torch.from_numpy(plan.epoch_batches(epoch)):
             probes = place[batch]
             present = probes >= 0
-            if not present.any() and not shared:
+            if not present.any() and not remembers:
                 continue
-            gradient = _batch_gradient(pairs, loss, batch, batch, **table.arguments(batch))
+            gradient = _batch_gradient(pairs, loss, batch, table)
             if epoch >= run_in and present.any():
                 sums.add(probes[present], gradient[present])
     return sums
 
 
-def _batch_gradient(
-    pairs: FrozenPairs, loss: nn.Module, rows: Tensor, candidates: Tensor, **arguments: object
-) -> Tensor:
-    """B times the gradient of the batch's mean loss with respect to its anchors, (B, D); two-way also to its positives, (B, 2 D)."""
-    anchors, positives = pairs.anchors[rows].requires_grad_(), pairs.positives[candidates]
+def _batch_gradient(pairs: FrozenPairs, loss: nn.Module, batch: Tensor, table: RowTable) -> Tensor:
+    """B times the gradient of the batch's mean loss with respect to its anchors; two-way also to its positives."""
+    leaves = [pairs.anchors[batch].requires_grad_(), pairs.positives[batch]]
     if pairs.direction == "both":
-        positives.requires_grad_()
-    value = loss(anchors, positives, **arguments)
-    leaves = [leaf for leaf in (anchors, positives) if leaf.requires_grad]
-    gradients = torch.autograd.grad(value, leaves)
-    parts = [tangent(part * len(rows), leaf.detach()) for part, leaf in zip(gradients, leaves, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        leaves[1].requires_grad_()
+    value = loss(*leaves, **table.arguments(batch))
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    gradients = torch.autograd.grad(value, trained)
+    parts = [tangent(part * len(batch), leaf.detach()) for part, leaf in zip(gradients, trained, strict=True)]
+    return torch.cat(parts, dim=1)
 
 
-def _of_random_batch(pairs: FrozenPairs, batch: Tensor, num_first: int, known: tuple[Tensor, int]) -> Tensor:
-    """(num_first, 2 D): the two-way gradient of plain InfoNCE on one batch, for its first rows. The batch is its whole data set."""
-    return full_gradient_both(
+def _of_random_batch(pairs: FrozenPairs, batch: Tensor, num_first: int) -> Tensor:
+    """The gradient of plain InfoNCE on one batch, which is its whole data set, for its first rows."""
+    masks = pairs.masks
+    if masks is not None:
+        masks = LogWeights.of(masks.candidates.take(batch), len(batch), *masks.terms)
+    return full_gradient(
         pairs.anchors[batch],
         pairs.positives[batch],
         temperature=pairs.temperature,
+        direction=pairs.direction,
         rows=torch.arange(num_first),
-        anchor_id=pairs.anchor_id[batch],
-        positive_id=pairs.positive_id[batch],
-        known=known,
+        masks=masks,
     )
 
 
 def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError:
+    # 1. Of each anchor that both copies saw: what was added up, per draw.
     seen = (first.count > 0) & (second.count > 0)
     if int(seen.sum()) < 2:
         raise AnybatchError("Fewer than two anchors were in a batch; measure more epochs or more probes.")
-    exact = pairs.exact[seen]
+    exact, units = pairs.exact[seen], pairs.units(pairs.probes[seen])
     squared = exact.square().sum(dim=1).double()
-    means = [half.gradient[seen] / half.count[seen, None].to(exact.dtype) - exact for half in (first, second)]
-    bias = (means[0] * means[1]).sum(dim=1).double()
-    shared, shared_se = _shared(
-        means[0],
-        means[1],
-        exact,
-        pairs.units(pairs.probes[seen]),
-        num_rows=len(pairs),
-        width=pairs.anchors.shape[1],
-    )
     count = (first.count + second.count)[seen]
     error, along, length = (
-        (a + b)[seen] / count
-        for a, b in ((first.error, second.error), (first.along, second.along), (first.length, second.length))
+        (getattr(first, name) + getattr(second, name))[seen] / count for name in ("error", "along", "length")
     )
+    # 2. The copies' mean errors on the two sides of a product, so that noise does not count as bias.
+    means = [half.gradient[seen] / half.count[seen, None].to(exact.dtype) - exact for half in (first, second)]
+    bias, bias_se = _root_ratio((means[0] * means[1]).sum(dim=1).double(), squared)
+    width = pairs.anchors.shape[1]
+    shared, shared_se = _shared(means[0], means[1], exact, units, num_rows=len(pairs), width=width)
+    # 3. One batch, and one batch after the best common factor.
+    rmse, rmse_se = _root_ratio(error, squared)
     scale = float(along.sum() / length.sum()) if length.sum() > 0 else 0.0
-    scaled = scale**2 * length - 2 * scale * along + squared
-    figures = [_root_ratio(part, squared) for part in (bias, error, scaled)]
+    scaled_rmse, scaled_rmse_se = _root_ratio(scale**2 * length - 2 * scale * along + squared, squared)
     return GradientError(
-        bias=figures[0][0],
-        bias_se=figures[0][1],
-        rmse=figures[1][0],
-        rmse_se=figures[1][1],
-        scaled_rmse=figures[2][0],
-        scaled_rmse_se=figures[2][1],
+        bias=bias,
+        bias_se=bias_se,
+        rmse=rmse,
+        rmse_se=rmse_se,
+        scaled_rmse=scaled_rmse,
+        scaled_rmse_se=scaled_rmse_se,
         scale=scale,
         shared_bias=shared[0],
         shared_bias_se=shared_se[0],
@@ -423,12 +422,13 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
 def _shared(
     first: Tensor, second: Tensor, exact: Tensor, units: Tensor, *, num_rows: int, width: int
 ) -> tuple[list[float], list[float]]:
-    """Bias and cosine of the mean gradient of a shared linear map, and their standard errors by a jackknife over anchors.
+    """Bias and cosine of the mean gradient of a shared linear map, with standard errors by a jackknife over anchors.
 
     Two-way there are two maps, of anchors and of positives, taken as one vector of parameters.
 
-    |mean_i e_i a_i^T|^2 over all n rows is the mean of (e_i . e_j)(a_i . a_j) over i and j; of P rows drawn from them, pairs with i = j have weight
-    1 / n, not 1 / P, or the scatter of the draw would count. The two halves' errors stand on the two sides, so that noise does not count either.
+    |mean_i e_i a_i^T|^2 over all n rows is the mean of (e_i . e_j)(a_i . a_j) over i and j; of P rows drawn from them,
+    pairs with i = j have weight 1 / n, not 1 / P, or the scatter of the draw would count. The two halves' errors stand
+    on the two sides, so that noise does not count either.
 
     Args:
         first, second: (P, D) mean errors of the two halves; two-way (P, 2 D).
@@ -477,7 +477,7 @@ def _shared(
 
 
 def _root_ratio(part: Tensor, whole: Tensor) -> tuple[float, float]:
-    """sqrt(sum part / sum whole), 0 where it is negative, and its standard error over the entries (ratio estimator, delta method)."""
+    """sqrt(sum part / sum whole), 0 where negative, and its standard error (ratio estimator, delta method)."""
     ratio = float(part.sum() / whole.sum())
     residual = part - ratio * whole
     ratio_se = float(residual.std() / whole.mean()) / math.sqrt(len(part))
@@ -492,6 +492,7 @@ def _unit(side: np.ndarray, name: str) -> Tensor:
     bad = torch.nonzero(~(lengths[:, 0].isfinite() & (lengths[:, 0] > 0)))[:, 0]
     if len(bad):
         raise AnybatchError(
-            f"{len(bad)} {name} embeddings are zero, NaN or infinite, the first in row {int(bad[0])}. They have no direction to compare."
+            f"{len(bad)} {name} embeddings are zero, NaN or infinite, the first in row {int(bad[0])}. They have no "
+            "direction to compare."
         )
     return tensor / lengths

@@ -1,5 +1,4 @@
-"""What a plan's batches hold, measured anew from the teacher's embeddings: negatives, suspects, hubs, clusters,
-expected loss.
+"""What a plan's batches hold, measured anew from the teacher's embeddings: negatives, hubs, clusters, expected loss.
 
 A plan stores clusters and suspects, not scores; everything here follows from the embeddings again, on a sample of
 anchors, so that the plan stays at a few bytes a row.
@@ -8,7 +7,7 @@ anchors, so that the plan stays at a few bytes a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -130,17 +129,9 @@ def inspect_plan(
 
     Cost: num_anchors * n * D multiplications, as much of a look at every row, and two losses of num_anchors rows.
     """
-    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
-    return _measure(
-        plan,
-        pairs,
-        np.arange(plan.num_rows),
-        window=_plan_window(plan),
-        temperature=temperature,
-        num_anchors=num_anchors,
-        seed=seed,
-        progress=progress,
-    )
+    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id)
+    look = _Look(temperature=temperature, num_anchors=num_anchors, seed=seed)
+    return _measure(plan, pairs, np.arange(plan.num_rows), _plan_window(plan), look, progress)
 
 
 def inspect_sets(
@@ -158,20 +149,18 @@ def inspect_sets(
 ) -> dict[str, PlanInspection]:
     """`inspect_plan` for each data set of a plan over several, each ranked by itself as in mining.
 
-    Anchors are one set's rows in the batches that the plan deals: of that set alone (`mixing="within"`), or with rows
-    of others, which count in the expected loss. Random batches are dealt the same way, of the same sets with the same
-    shares.
+    Anchors are one set's rows in the plan's batches: of that set alone (`mixing="within"`), or with rows of others, which
+    count in the expected loss. Random batches are sampled the same way, of the same sets with the same shares.
 
     Args:
         plan: Made with `sets`.
-        sets: Their windows, as given to `mine_plan`; without them the plan's own window holds for all.
         anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors, seed, progress: See
-        `inspect_plan`; anchors
-            are looked at in each set.
+            `inspect_plan`; anchors are looked at in each set.
+        sets: Their windows, as given to `mine_plan`; without them the plan's own window holds for all.
 
     Returns:
-        What was measured, by the set's name; row and cluster numbers are the plan's. Sets of which no row is dealt are
-        left out.
+        What was measured, by the set's name; row and cluster numbers are the plan's. Sets of which no row is in a batch
+        are left out.
 
     Raises:
         AnybatchError: As `inspect_plan`; a plan of one data set.
@@ -180,26 +169,20 @@ def inspect_sets(
     """
     if plan.task is None:
         raise AnybatchError("The plan has one data set. Use inspect_plan.")
-    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors)
-    windows = {one.name: one.windowed(_plan_window(plan)) for one in sets}
-    dealt = np.isin(np.arange(len(plan.task_names)), plan.task[plan.epoch_batches(0)])
-    shown = [number for number in range(len(plan.task_names)) if dealt[number] and (plan.task == number).sum() > 1]
+    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id)
+    look = _Look(temperature=temperature, num_anchors=num_anchors, seed=seed)
+    of_plan = _plan_window(plan)
+    windows = {part.name: part.windowed(of_plan) for part in sets}
+    in_batches = plan.task[plan.epoch_batches(0)]
+    members = {name: np.flatnonzero(plan.task == number) for number, name in enumerate(plan.task_names)}
+    shown = [name for number, name in enumerate(members) if (in_batches == number).any() and len(members[name]) > 1]
 
     def advance(done: int) -> Callable[[float], None]:
         return lambda fraction: progress((done + fraction) / len(shown)) if progress is not None else None
 
     return {
-        plan.task_names[number]: _measure(
-            plan,
-            pairs,
-            np.flatnonzero(plan.task == number),
-            window=windows.get(plan.task_names[number], _plan_window(plan)),
-            temperature=temperature,
-            num_anchors=num_anchors,
-            seed=seed,
-            progress=advance(place),
-        )
-        for place, number in enumerate(shown)
+        name: _measure(plan, pairs, members[name], windows.get(name, of_plan), look, advance(place))
+        for place, name in enumerate(shown)
     }
 
 
@@ -209,39 +192,41 @@ def _checked(
     positives: np.ndarray,
     anchor_id: np.ndarray | None,
     positive_id: np.ndarray | None,
-    temperature: float,
-    num_anchors: int,
 ) -> Cosines:
     check_embeddings("anchor", anchors, plan.num_rows)
     check_embeddings("positive", positives, plan.num_rows)
-    if not 0 < temperature < np.inf or num_anchors < 1:
-        raise AnybatchError(
-            f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at "
-            "least 1."
-        )
-    every = np.arange(plan.num_rows)
-    return Cosines(
-        anchors,
-        positives,
-        every if anchor_id is None else np.asarray(anchor_id),
-        every if positive_id is None else np.asarray(positive_id),
-    )
+    ids = (np.arange(plan.num_rows) if given is None else np.asarray(given) for given in (anchor_id, positive_id))
+    return Cosines(anchors, positives, *ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What is looked at: see `inspect_plan`."""
+
+    temperature: float
+    num_anchors: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < np.inf or self.num_anchors < 1:
+            raise AnybatchError(
+                f"The temperature is {self.temperature} and the number of anchors {self.num_anchors}; expected above 0, "
+                "and at least 1."
+            )
 
 
 def _measure(
     plan: BatchPlan,
     pairs: Cosines,
     members: np.ndarray,
-    *,
-    temperature: float,
-    num_anchors: int,
-    seed: int,
-    progress: Callable[[float], None] | None,
     window: Window,
+    look: _Look,
+    progress: Callable[[float], None] | None,
 ) -> PlanInspection:
     """`members`: the rows that are ranked among each other, ascending."""
-    generator = np.random.default_rng(seed)
-    chosen = np.sort(generator.choice(len(members), min(num_anchors, len(members)), replace=False))
+    # 1. Some anchors, and how the teacher ranks the others for them.
+    generator = np.random.default_rng(look.seed)
+    chosen = np.sort(generator.choice(len(members), min(look.num_anchors, len(members)), replace=False))
     rows = members[chosen]
     window = window.fitted(len(members))
     whole = members[-1] - members[0] + 1 == len(members)  # then nothing is copied out of the files
@@ -257,21 +242,23 @@ def _measure(
     )
     wanted, conflict = window.cut(neighbors)
     ids = np.where(neighbors.ids >= 0, members[neighbors.ids], -1)
-    dealt = plan.epoch_batches(0)
+
+    # 2. Which of them share the anchor's batch, and how many would by chance.
+    batches = plan.epoch_batches(0)
     batch = np.full(plan.num_rows, -1)
-    batch[dealt] = np.arange(len(dealt))[:, None]
+    batch[batches] = np.arange(len(batches))[:, None]
     home = batch[rows]
     together = (batch[ids] == home[:, None]) & (home >= 0)[:, None]
-    num_dealt = max(1, int((home >= 0).sum()))
+    num_placed = max(1, int((home >= 0).sum()))
     # That a given row of theirs is in an anchor's random batch: by how many of them such a batch holds.
     sizes = np.bincount(batch[members][batch[members] >= 0]).astype(np.float64)
     by_chance = float(np.sum(sizes * (sizes - 1))) / max(1.0, float(np.sum(sizes))) / max(1, len(members) - 1)
 
-    among = np.zeros(plan.num_rows, bool)
-    among[members] = True
+    # 3. The teacher's scores in the plan's batches and in random ones.
+    among = np.isin(np.arange(plan.num_rows), members)
     planned, random = (
-        pairs.batch_scores(batches, num_anchors, temperature, among=among)
-        for batches in (dealt, _random_batches(plan, seed))
+        pairs.batch_scores(some, look.num_anchors, look.temperature, among=among)
+        for some in (batches, _random_batches(plan, look.seed))
     )
     duplicates = _duplicates(rows, ids[:, :8], pairs.positives)
     scale = len(members) / len(rows)
@@ -279,9 +266,9 @@ def _measure(
         num_anchors=len(rows),
         skip=window.skip,
         take=window.take,
-        temperature=temperature,
-        window_in_batch=float((wanted & together).sum()) / num_dealt,
-        conflicts_in_batch=float((conflict & together).sum()) / num_dealt,
+        temperature=look.temperature,
+        window_in_batch=float((wanted & together).sum()) / num_placed,
+        conflicts_in_batch=float((conflict & together).sum()) / num_placed,
         random_window_in_batch=float(wanted.sum()) / len(rows) * by_chance,
         random_conflicts_in_batch=float(conflict.sum()) / len(rows) * by_chance,
         planned=planned,
@@ -304,45 +291,37 @@ def _plan_window(plan: BatchPlan) -> Window:
 
 
 def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
-    """An epoch of random batches, of the same data sets with the same shares; of none fewer rows than the plan deals."""
+    """An epoch of random batches, of the same data sets with the same shares; of none fewer rows than the plan's."""
     shares = plan.task_shares
     if plan.task is not None:
         rows = np.bincount(plan.task, minlength=len(plan.task_names))
-        # A plan deals at least one cluster of each data set, which may be more than its share and is what fills a
-        # batch.
-        dealt = (np.multiply(plan.sampling.quotas, plan.cluster_size) + plan.sampling.single_rows) / np.maximum(rows, 1)
-        given = np.where(plan.sampling.quotas, plan.task_shares or 1.0, 0.0)
-        shares = tuple(np.where(rows, np.maximum(dealt, given), 1.0).tolist())
-    return BatchPlan(
-        num_rows=plan.num_rows,
-        batch_size=plan.batch_size,
-        cluster_size=1,
-        cluster=np.arange(plan.num_rows, dtype=np.int32),
-        seed=seed,
-        data_digest="",
-        task=plan.task,
-        task_names=plan.task_names,
-        task_shares=shares,
-        mixing=plan.mixing,
-    ).epoch_batches(0)
+        # At least one cluster of each data set is in a plan: more than its share, perhaps, and what fills a batch.
+        clusters = np.asarray(plan.sampling.quotas)
+        sampled = (clusters * plan.cluster_size + plan.sampling.single_rows) / np.maximum(rows, 1)
+        asked = np.where(clusters, plan.task_shares or 1.0, 0.0)
+        shares = tuple(np.where(rows, np.maximum(sampled, asked), 1.0).tolist())
+    every = np.arange(plan.num_rows, dtype=np.int32)
+    unmined = replace(plan, cluster_size=1, cluster=every, seed=seed, task_shares=shares, suspects=None, negatives=None)
+    return unmined.epoch_batches(0)
 
 
 def _suspects(plan: BatchPlan, pairs: Cosines, among: np.ndarray) -> list[RowPair]:
-    """The plan's suspects by how far the other's positive scores above the own, in the direction in which it does so most."""
-    if plan.suspects is None:
-        return []
-    suspects = plan.suspects[among[plan.suspects].all(axis=1)]
-    if not len(suspects):
-        return []
-    both = np.concatenate([suspects, suspects[:, ::-1]])
-    scores = np.concatenate([pairs.over_own(block[:, 0], block[:, 1]) for block in _blocks(both)])
-    half = len(suspects)
-    forward = scores[:half] >= scores[half:]
-    best = np.where(forward, scores[:half], scores[half:])
-    order = np.argsort(-best, kind="stable")
-    chosen = np.where(forward[order, None], both[order], both[half + order])
-    found = (RowPair(row=int(a), other=int(b), score=float(s)) for (a, b), s in zip(chosen, best[order], strict=True))
-    return _shown(found, pairs.positive_id)
+    """The plan's suspects by how far the other's positive scores above the own, in the worse of both directions."""
+    suspects = np.zeros((0, 2), np.int32) if plan.suspects is None else plan.suspects
+    suspects = suspects[among[suspects].all(axis=1)]
+    both = np.stack([suspects, suspects[:, ::-1]])  # (2, p, 2)
+    blocks = _blocks(both.reshape(-1, 2))
+    scores = np.concatenate([np.zeros(0), *(pairs.over_own(block[:, 0], block[:, 1]) for block in blocks)]).reshape(
+        2, -1
+    )
+    order, worse = np.argsort(-scores.max(axis=0), kind="stable"), scores.argmax(axis=0)
+    return _shown(
+        (
+            RowPair(row=int(both[worse[place], place, 0]), other=int(both[worse[place], place, 1]), score=score)
+            for place, score in zip(order, scores.max(axis=0)[order].tolist(), strict=True)
+        ),
+        pairs.positive_id,
+    )
 
 
 def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:

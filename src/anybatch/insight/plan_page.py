@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from anybatch.data.images import EncodedImage, describe
 from anybatch.insight.charts import bar_chart, heat_map, line_chart
-from anybatch.insight.page import load_template
+from anybatch.insight.pages import drawings, render
 from anybatch.insight.plan_figures import plan_sizes, set_figures
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def render_plan_page(
         else [_part(plan, name, sets.get(name), of_sets.get(name) or {}, texts) for name in plan.task_names]
     )
     known = [part["warnings"] for part in parts if part["warnings"] is not None]
-    return load_template("plan.html").render(
+    return render(
+        "plan.html",
         title=title,
         plan=plan,
         missing=missing,
@@ -75,71 +76,55 @@ def _part(
 ) -> dict[str, Any]:
     """What is known of the one data set, or of the one called `name`."""
     warnings = seen.statistics.warnings if seen else (stored.get("statistics") or {}).get("warnings")
-    hubs = [tuple(hub) for hub in stored.get("hubs") or ()]
-    first = 0
-    if name and hubs:  # mining numbered its rows from 0
-        first = int(np.flatnonzero(plan.task == plan.task_names.index(name))[0])
-    shown = [(row + first, count) for row, count in hubs] or (seen.hubs if seen else [])
+    rows = np.arange(plan.num_rows) if plan.task is None else np.flatnonzero(plan.task == plan.task_names.index(name))
+    hubs = [(row + int(rows[0]), count) for row, count in stored.get("hubs") or ()]  # mining numbered its rows from 0
     prefix = f"{name}: " if name else ""
-    num_rows = int((plan.task == plan.task_names.index(name)).sum()) if name else plan.num_rows
     return {
         "name": name,
-        "num_rows": num_rows,
+        "num_rows": len(rows),
         "num_anchors": seen.num_anchors if seen else 0,
         "warnings": None if warnings is None else [prefix + warning for warning in warnings],
         "notes": [prefix + note for note in stored.get("notes") or ()],
         "figures": set_figures(plan, inspection=seen, mining=stored),
         "charts": _score_charts(seen) if seen else [],
-        "hubs": [{"count": count, **texts.row(row)} for row, count in shown[:10]],
+        "hubs": [{"count": count, **texts.row(row)} for row, count in (hubs or (seen.hubs if seen else []))[:10]],
         "hubs_estimated": not hubs,
-        "suspects": _suspects(plan, name, seen, texts),
+        "suspects": [texts.pair(pair) for pair in seen.suspects] if seen else _unscored(plan, rows, texts),
         "duplicates": [texts.pair(pair) for pair in seen.duplicates] if seen else [],
         "clusters": _clusters(seen, texts) if seen else [],
     }
 
 
 class _Texts:
-    """Rows with their texts, cut to a readable length, and thumbnails of their images; without data, row numbers alone."""
+    """Rows with their texts, cut to a readable length, or thumbnails of images; without data, row numbers alone."""
 
     def __init__(self, pairs: PairData | None) -> None:
         self.pairs = pairs
         self.left = IMAGE_CHARACTERS
 
     def row(self, row: int) -> dict[str, Any]:
-        if self.pairs is None:
-            return {"row": row, "anchor": "", "positive": ""}
-        return {
-            "row": row,
-            "anchor": self._show(self.pairs.anchors[row], row),
-            "positive": self._show(self.pairs.positives[row], row),
-        }
+        pairs = self.pairs
+        sides = ("", "") if pairs is None else [self._show(side[row], row) for side in (pairs.anchors, pairs.positives)]
+        return {"row": row, "anchor": sides[0], "positive": sides[1]}
+
+    def pair(self, pair: RowPair) -> dict[str, Any]:
+        return {"score": f"{pair.score:.3f}", "first": self.row(pair.row), "second": self.row(pair.other)}
 
     def _show(self, value: str | EncodedImage, row: int) -> str | Markup:
         if isinstance(value, str):
-            return _cut(value)
+            return value if len(value) <= TEXT_LENGTH else value[:TEXT_LENGTH].rstrip() + " …"
         name, thumbnail = describe(value, row), value.thumbnail() if self.left > 0 else None
         if thumbnail is None:
             return name
         self.left -= len(thumbnail)
         return Markup('<img src="{}" alt="{}" title="{}">').format(thumbnail, name, name)
 
-    def pair(self, pair: RowPair) -> dict[str, Any]:
-        return {"score": f"{pair.score:.3f}", "first": self.row(pair.row), "second": self.row(pair.other)}
 
-
-def _cut(text: str) -> str:
-    return text if len(text) <= TEXT_LENGTH else text[:TEXT_LENGTH].rstrip() + " …"
-
-
-def _suspects(plan: BatchPlan, name: str, inspection: PlanInspection | None, texts: _Texts) -> list[dict[str, Any]]:
-    if inspection is not None:
-        return [texts.pair(pair) for pair in inspection.suspects]
-    first = np.zeros((0, 2), np.int64) if plan.suspects is None else plan.suspects
-    if name and plan.task is not None:
-        first = first[plan.task[first[:, 0]] == plan.task_names.index(name)]
-    return [
-        {"score": "", "first": texts.row(row), "second": texts.row(other)} for row, other in first[:UNSCORED].tolist()
-    ]
+def _unscored(plan: BatchPlan, rows: np.ndarray, texts: _Texts) -> list[dict[str, Any]]:
+    """The first suspects of these rows, where there are no scores."""
+    suspects = np.zeros((0, 2), np.int64) if plan.suspects is None else plan.suspects
+    suspects = suspects[np.isin(suspects[:, 0], rows)][:UNSCORED].tolist()
+    return [{"score": "", "first": texts.row(row), "second": texts.row(other)} for row, other in suspects]
 
 
 def _score_charts(seen: PlanInspection) -> list[tuple[str, Markup]]:
@@ -154,59 +139,48 @@ def _score_charts(seen: PlanInspection) -> list[tuple[str, Markup]]:
         (name, list(zip(middle, scores.histogram[kept].tolist(), strict=True)))
         for name, scores in (("this plan", seen.planned), ("random batches", seen.random))
     ]
-    drawing = line_chart("Scores of negatives", "negative's score minus the own positive's", series, mark=0.0)
     caption = (
-        "How hard the negatives are: the teacher's score of each negative in a batch minus that of the anchor's own positive. Far left is easy, near 0 "
-        "(dashed) is hard, right of it the teacher prefers the negative. A good plan lies right of random batches and ends near 0."
+        "How hard the negatives are: the teacher's score of each negative in a batch minus that of the anchor's own "
+        "positive. Far left is easy, near 0 (dashed) is hard, right of it the teacher prefers the negative. A good "
+        "plan lies right of random batches and ends near 0."
     )
-    return [(caption, Markup(drawing))]
+    chart = line_chart("Scores of negatives", "negative's score minus the own positive's", series, mark=0.0)
+    return drawings((caption, chart))
 
 
 def _stage_charts(stored: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     seconds, peak = stored.get("seconds") or {}, stored.get("peak_bytes") or {}
-    charts = []
-    if seconds:
-        charts.append(
-            ("Seconds of each stage", bar_chart("Seconds of each stage", list(seconds), list(seconds.values())))
-        )
-    if peak:
-        gib = [value / 2**30 for value in peak.values()]
-        charts.append(("Peak memory in each stage, GiB", bar_chart("Peak memory of each stage", list(peak), gib)))
-    return [(title, Markup(drawing)) for title, drawing in charts]
+    figures = {"Seconds of each stage": seconds}
+    figures["Peak memory in each stage, GiB"] = {stage: value / 2**30 for stage, value in peak.items()}
+    charts = [(title, bar_chart(title, list(of), list(of.values()))) for title, of in figures.items() if of]
+    return drawings(*charts)
 
 
 def _clusters(seen: PlanInspection, texts: _Texts) -> list[dict[str, Any]]:
-    if not seen.clusters:
-        return []
-    every = np.concatenate([example.scores.ravel() for example in seen.clusters])
-    low, high = float(every.min()), float(every.max())
+    every = [example.scores.ravel() for example in seen.clusters]
+    low, high = (float(np.concatenate(every).min()), float(np.concatenate(every).max())) if every else (0.0, 0.0)
     return [_cluster(example, texts, low, high) for example in seen.clusters]
 
 
 def _cluster(example: ClusterExample, texts: _Texts, low: float, high: float) -> dict[str, Any]:
     own = np.diag(example.scores)
     others = np.where(np.eye(len(own), dtype=bool), -np.inf, example.scores)
-    name = (
-        "Random rows, for comparison"
-        if example.number < 0
-        else f"Cluster {example.number}, the {example.kind} of those looked at"
-    )
-    rows = [
-        {
-            **texts.row(int(row)),
-            "own": f"{own[place]:.2f}",
-            "best": f"{others[place].max():.2f}",
-            "above": bool(others[place].max() > own[place]),
-        }
-        for place, row in enumerate(example.rows[:HEAT_ROWS])
-    ]
-    drawing = heat_map(name, example.scores[:HEAT_ROWS, :HEAT_ROWS].tolist(), low, high)
-    mean = float(example.scores[np.isfinite(others)].mean())
+    best = others.max(axis=1)
+    of_those = f"Cluster {example.number}, the {example.kind} of those looked at"
+    name = "Random rows, for comparison" if example.number < 0 else of_those
     return {
         "name": name,
-        "mean": f"{mean:.2f}",
+        "mean": f"{example.scores[np.isfinite(others)].mean():.2f}",
         "own": f"{own.mean():.2f}",
         "size": len(own),
-        "rows": rows,
-        "drawing": Markup(drawing),
+        "rows": [
+            {
+                **texts.row(int(row)),
+                "own": f"{own[place]:.2f}",
+                "best": f"{best[place]:.2f}",
+                "above": bool(best[place] > own[place]),
+            }
+            for place, row in enumerate(example.rows[:HEAT_ROWS])
+        ],
+        "drawing": Markup(heat_map(name, example.scores[:HEAT_ROWS, :HEAT_ROWS].tolist(), low, high)),
     }

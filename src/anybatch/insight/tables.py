@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-SHOWN = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
-TITLES = {"recall@1": "recall@1", "recall@10": "recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10"}
+SHOWN = {"recall@1": "recall@1", "recall@10": "recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +22,12 @@ class MethodResult:
         peak_bytes: Peak resident memory while training.
         curve: (pairs seen, value) of a held-out figure along the way.
         loss: (pairs seen, training loss) along the way.
+
+    Example:
+        >>> metrics = {"recall@1": 0.5, "recall@10": 0.8, "mrr@10": 0.6, "ndcg@10": 0.65}
+        >>> result = MethodResult(name="base", description="InfoNCE", metrics=metrics, seconds=10.0)
+        >>> comparison_rows([result], baseline="base")[1][0][:3]
+        ['base', '0.5000', '0.8000']
     """
 
     name: str
@@ -36,13 +41,11 @@ class MethodResult:
 
 def metrics_table(results: Mapping[str, Mapping[str, float]]) -> Table:
     """Figures of several models, one line each."""
-    table = Table()
-    table.add_column("")
-    for name in SHOWN:
-        table.add_column(TITLES[name], justify="right")
-    for label, metrics in results.items():
-        table.add_row(label, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in SHOWN))
-    return table
+    lines = [
+        [label, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in SHOWN)]
+        for label, metrics in results.items()
+    ]
+    return _table(["", *SHOWN.values()], lines, left=(0,))
 
 
 def comparison_rows(results: Sequence[MethodResult], baseline: str) -> tuple[list[str], list[list[str]]]:
@@ -53,7 +56,7 @@ def comparison_rows(results: Sequence[MethodResult], baseline: str) -> tuple[lis
         baseline: The name of the one the others are compared with.
     """
     base = next(result for result in results if result.name == baseline)
-    header = ["method", *(TITLES[name] for name in SHOWN), "against baseline", "seconds", "peak memory"]
+    header = ["method", *SHOWN.values(), "against baseline", "seconds", "peak memory"]
     lines = []
     for result in results:
         difference = result.metrics["ndcg@10"] - base.metrics["ndcg@10"]
@@ -73,9 +76,13 @@ def comparison_rows(results: Sequence[MethodResult], baseline: str) -> tuple[lis
 def comparison_table(results: Sequence[MethodResult], baseline: str) -> Table:
     """The comparison for the terminal."""
     header, lines = comparison_rows(results, baseline)
+    return _table(header, lines, left=(0, 5))
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int]) -> Table:
     table = Table()
     for number, title in enumerate(header):
-        table.add_column(title, justify="left" if number in (0, 5) else "right")
+        table.add_column(title, justify="left" if number in left else "right")
     for line in lines:
         table.add_row(*line)
     return table

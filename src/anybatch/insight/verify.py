@@ -29,6 +29,11 @@ class Verification:
             is less (some gradients, such as that of a key's bias, are zero but for rounding).
         loss_error: Relative difference of the two losses.
         findings: What stands in the way of exactness, in sentences; empty where nothing was found.
+
+    Example:
+        >>> from anybatch import InfoNCE
+        >>> verify(nn.Linear(6, 4), [torch.randn(8, 6), torch.randn(8, 6)], InfoNCE()).exact
+        True
     """
 
     error: float

@@ -40,12 +40,13 @@ METHODS: dict[str, str] = {
     "scent": "anybatch.family.scent.SCENT",
     "siglip": "anybatch.family.pairwise.SigLIP",
     "auc_cl": "anybatch.family.pairwise.AUCCL",
+    "debiased": "anybatch.family.debiased.DebiasedInfoNCE",
 }
-# Parameters that no file sets: the run knows them, or another value has won in no benchmark (docs/log.md).
+# Parameters that no file sets: the run knows them, or another value than the published one won in no benchmark (docs/log.md).
 IN_PYTHON_ONLY = (
     *("num_rows", "normalize", "tile_bytes", "min_temperature", "seed", "hidden"),
     *("centred", "corrected", "mean_rows", "max_staleness"),
-    *("temperature_momentum", "temperature_clip", "margin_momentum"),
+    *("temperature_momentum", "temperature_clip", "margin_momentum", "threshold_lr", "burn_in", "bias"),
 )
 FIRST_TEMPERATURE = 0.05  # to look at data with, for a loss that has none
 
@@ -97,7 +98,7 @@ class LossConfig(Configuration):
     `LossConfig(name="sogclr", gamma=0.8)` is of a class that is made from the method's constructor, and holds all of its options.
 
     Attributes:
-        name: The method, one of `METHODS`.
+        name: The method, see docs/methods.md.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
         mask_suspects: Pairs that the plan suspects of being false negatives are no negatives.

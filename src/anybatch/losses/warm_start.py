@@ -3,8 +3,8 @@
 A moving average over few epochs has little to average, so `warm_start` computes every row's. `memory_figures` says how far
 they are from the exact ones later on, and what the objective over the data set is, which no value of a batch says.
 
-Cost: encoding the data once (not done here), then n x m x D multiply-adds a direction, m = n or the sample. With W ranks each
-takes its share of the rows. docs/memory.md has measured figures.
+Cost: encoding the data once (not done here), then n x n x D multiply-adds a direction. With W ranks each takes
+its share of the rows. docs/memory.md has measured figures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,25 +37,6 @@ FILL_ROWS = 2**22
 DIGEST_ROWS = 2**14  # rows digested at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class WarmStart:
-    """What a warm start did.
-
-    Attributes:
-        num_rows: Rows filled, a direction.
-        num_columns: Targets that each was scored against.
-        standard_error: Root mean square over rows of the standard error of the log-denominator, estimated from the sample
-            itself; 0 when every target was counted. A lower bound where a few close targets carry the mean and are mostly not
-            in the sample. Of this rank's rows in this call: NaN if a finished file was only read.
-        seconds: Wall time of this call.
-    """
-
-    num_rows: int
-    num_columns: int
-    standard_error: float
-    seconds: float
-
-
 def running_denominator_of(loss: nn.Module) -> RunningDenominator:
     """The running denominator of a loss, if it holds the log-mean over all negatives.
 
@@ -78,12 +58,10 @@ def warm_start(
     *,
     anchor_id: Ids = None,
     positive_id: Ids = None,
-    sample: int | None = None,
-    seed: int = 0,
     file: str | Path | None = None,
     tile_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> WarmStart:
+) -> None:
     """Replace every running denominator of the loss by the log-mean over the data set, at the temperature of this moment.
 
         log u_i <- log mean_{j allowed} exp((s_ij - s_ip(i)) / tau_i)
@@ -97,9 +75,6 @@ def warm_start(
         positives: (n, D), row i the positive of row i.
         anchor_id, positive_id: (n,) int; equal for equal content, which is never a negative. Without them only the row's own
             positive is left out.
-        sample: Score against this many targets drawn at random, the same for all rows, instead of all n. The error of a row's
-            log-mean is about sqrt((x2 - 1) / sample), x2 the mean square over the squared mean of exp(logit).
-        seed: Of the sample.
         file: Progress, and at the end the result, are kept here: an interrupted call goes on from it, a finished one is only
             read.
         tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
@@ -117,11 +92,11 @@ def warm_start(
         >>> import torch
         >>> from anybatch.losses import SogCLR
         >>> loss, embeddings = SogCLR(100), torch.randn(2, 100, 8)
-        >>> warm_start(loss, *embeddings).num_columns, int(loss.denominator.visited.sum())
-        (100, 100)
+        >>> warm_start(loss, *embeddings)
+        >>> int(loss.denominator.visited.sum())
+        100
     """
     # 1. What is to be filled, and from what; only rank 0 reads and writes the file.
-    began = time.perf_counter()
     with distributed.agreed():
         running = running_denominator_of(loss)
         device, num_directions, num_rows = running.log_mean.device, len(running.log_mean), len(anchors)
@@ -130,10 +105,8 @@ def warm_start(
         )
         if num_rows != running.num_rows:
             raise AnybatchError(f"Got embeddings of {num_rows} rows; the memory was made for {running.num_rows}.")
-        columns = _draw(num_rows, sample, seed)
-        identity = _identity(loss, table, num_directions, sample, seed) if file and distributed.rank() == 0 else ""
+        identity = _identity(loss, table, num_directions) if file and distributed.rank() == 0 else ""
     values, done = _open(file, identity, num_directions, num_rows, device)
-    errors: list[Tensor] = []
     saved, writing = time.perf_counter(), 0.0
     if progress is not None and done:
         progress(done, values.numel())
@@ -143,12 +116,10 @@ def warm_start(
         first = start + sum(sizes[: distributed.rank()])
         rows = slice(first, first + sizes[distributed.rank()])
         numbers = torch.arange(rows.start, rows.stop, device=device)
-        moments = columns is not None
-        options = {"direction": direction, "columns": columns, "moments": moments, "tile_bytes": tile_bytes}
-        figures, _ = exact_rows_of(loss, table, rows, numbers, **options)
+        figures, _ = exact_rows_of(
+            loss, table, rows, numbers, direction=direction, moments=False, tile_bytes=tile_bytes
+        )
         values[direction, start:stop] = distributed.gather_rows(figures.log_mean.float(), sizes)
-        if columns is not None:
-            errors.append(figures.standard_error(num_rows - 1))
         done = direction * num_rows + stop
         if file is not None:
             with distributed.alone() as chosen:
@@ -166,13 +137,6 @@ def warm_start(
         part = torch.where(part.isneginf(), torch.nan, part)
         numbers = torch.arange(start, start + len(part), device=device)
         running.fill(numbers, part, direction=direction, dimensions=anchors.shape[1])
-    stated = float(torch.cat(errors).square().mean().sqrt()) if errors else float("nan")
-    return WarmStart(
-        num_rows=num_rows,
-        num_columns=num_rows if columns is None else len(columns),
-        standard_error=0.0 if columns is None else stated,
-        seconds=time.perf_counter() - began,
-    )
 
 
 def memory_figures(
@@ -260,14 +224,6 @@ def _mean(values: Tensor) -> float:
     return values.mean().item() if len(values) else 0.0
 
 
-def _draw(num_rows: int, sample: int | None, seed: int) -> np.ndarray | None:
-    if sample is None or sample >= num_rows:
-        return None
-    if sample < 2:
-        raise AnybatchError(f"sample is {sample}; expected at least 2 targets, or None for all.")
-    return np.sort(np.random.default_rng(seed).choice(num_rows, sample, replace=False))
-
-
 def _blocks(num_rows: int, num_directions: int, done: int) -> list[tuple[int, int, int]]:
     """(direction, first row, row after the last) of what is left to do."""
     height = BLOCK_ROWS * distributed.world_size()
@@ -279,7 +235,7 @@ def _blocks(num_rows: int, num_directions: int, done: int) -> list[tuple[int, in
     ]
 
 
-def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: int | None, seed: int) -> str:
+def _identity(loss: ContrastiveLoss, table: Table, num_directions: int) -> str:
     """What made a file: settings, temperatures, ids and all embeddings, each of which is scored against many others anyway."""
     temperature: float | str = loss.temperature
     if loss.temperatures.per_row:  # a digest of all that they follow from
@@ -288,7 +244,7 @@ def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: 
         limits = json.dumps(loss.temperatures.limits).encode()
         temperature = digest_of([limits, *itertools.chain.from_iterable(tensors)])
     ids = [b"" if ids is None else ids.cpu().numpy().tobytes() for ids in (table.query_id, table.target_id)]
-    settings = [list(table.queries.shape), num_directions, temperature, loss.normalize, sample, seed]
+    settings = [list(table.queries.shape), num_directions, temperature, loss.normalize]
     blocks = itertools.chain(_bytes_of(table.queries), _bytes_of(table.targets))
     return json.dumps({"settings": settings, "digest": digest_of(itertools.chain(ids, blocks))})
 

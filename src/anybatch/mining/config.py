@@ -35,8 +35,6 @@ class MiningConfig(Configuration):
         mixing: With several data sets: batches "within" one (B3), or "mixed".
         refresh_epochs: Mine anew with the student's own embeddings every so many epochs, from the clusters there are; 0
             for never.
-        cells: Coarse cells that are partitioned apart, which takes less memory and lets ranks share the work; 1: all
-            rows at once.
         seed: Of everything random.
 
     Example:
@@ -55,7 +53,6 @@ class MiningConfig(Configuration):
     num_negatives: CountOrZero = 0
     mixing: Literal["within", "mixed"] = "within"
     refresh_epochs: CountOrZero = 0
-    cells: Count = 1
     seed: Seed = 0
 
     section: ClassVar[str] = "mining"
@@ -67,11 +64,6 @@ class MiningConfig(Configuration):
                 f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined "
                 "negatives "
                 f"(num_negatives 0), whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
-            )
-        if self.cells > 1 and self.method != "anybatch":
-            raise AnybatchError(
-                f"mining.cells is {self.cells} with method '{self.method}', which partitions all rows at once; set "
-                "mining.cells to 1, or method to 'anybatch'."
             )
 
     @property

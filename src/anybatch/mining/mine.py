@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.core.resources import Measure
 from anybatch.mining.audit import audit_clusters, most_wanted, suspect_pairs
-from anybatch.mining.cells import cell_clusters
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
 from anybatch.mining.graph import MiningGraph, Window, build_graph
 from anybatch.mining.inputs import check_embeddings, compact_ids
@@ -94,9 +94,9 @@ def mine_plan(
         (12, 16)
     """
     # 1. Refuse what no search can mend, before it.
-    num_rows = len(anchor_embeddings)
     _check_both(anchor_embeddings, positive_embeddings)
-    report, given = MiningReport(), _given_sets(sets, num_rows)
+    num_rows, report = len(anchor_embeddings), MiningReport()
+    _given_sets(sets, num_rows)
     ids = compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)
     if config.method == "random":
         plan = random_plan(num_rows, config=config, sets=sets, data_digest=data_digest)
@@ -109,32 +109,27 @@ def mine_plan(
     cluster = np.full(num_rows, -1, np.int32)
     negatives = np.full((num_rows, config.num_negatives), -1, np.int32) if config.num_negatives else None
     suspects, graph = [], None
-    for one, rows in given:
+    for one in _each_set(anchor_embeddings, positive_embeddings, ids, config, sets, folder, progress):
         part = report if not sets else report.sets.setdefault(one.name, MiningReport())
-        if one.num_rows < config.cluster_size:
+        if len(one.anchors) < config.cluster_size:
             _note_small_set(one, config, part)
             continue
-        embeddings = (anchor_embeddings, positive_embeddings)
-        inputs = _inputs(one, rows, *embeddings, ids, config, bool(sets), device, folder, progress)
-        mined = _mine_set(inputs, None if start is None else start[rows], part)
+        mined = _mine_set(one, config, None if start is None else start[one.rows], device, part)
         graph = mined.graph
-        cluster[rows] = np.where(mined.cluster >= 0, mined.cluster + cluster.max() + 1, -1)
-        suspects.append(mined.suspects + rows.start)
+        cluster[one.rows] = np.where(mined.cluster >= 0, mined.cluster + cluster.max() + 1, -1)
+        suspects.append(mined.suspects + one.rows.start)
         if negatives is not None and mined.negatives is not None:
-            negatives[rows] = np.where(mined.negatives >= 0, mined.negatives + rows.start, -1)
+            negatives[one.rows] = np.where(mined.negatives >= 0, mined.negatives + one.rows.start, -1)
 
     # 3. Put them together.
-    apart = ("seed", "batch_size", "cluster_size", "mixing", "refresh_epochs")
-    meta = {name: value for name, value in asdict(config).items() if name not in apart}
-    if not sets:
-        window = config.window.fitted(num_rows)
-        meta |= {"skip": window.skip, "take": window.take}
+    window = config.window if sets else config.window.fitted(num_rows)
+    settings = {name: getattr(config, name) for name in ("method", "conflict_weight", "neighbors", "num_negatives")}
     plan = BatchPlan(
         cluster_size=config.cluster_size,
         cluster=cluster,
         suspects=np.concatenate(suspects) if suspects else None,
         negatives=negatives,
-        meta=meta,
+        meta=settings | asdict(window),
         **_plan_settings(num_rows, config, sets, data_digest),
     )
     _note_single_rows(plan, report)
@@ -153,7 +148,7 @@ def mine_shared(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """What all ranks share of `mine_plan`: neighbours, and the coarse cells' clusters if `config.cells` asks for them.
+    """What all ranks share of `mine_plan`: the neighbours.
 
     Rank 0 then finds them finished in `folder`, and does the rest by itself. Arguments as in `mine_plan`.
 
@@ -166,15 +161,9 @@ def mine_shared(
         if chosen:
             _check_both(anchor_embeddings, positive_embeddings)
     ids = compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)
-    for one, rows in _given_sets(sets, num_rows):
-        if one.num_rows < config.cluster_size:
-            continue
-        embeddings = (anchor_embeddings, positive_embeddings)
-        inputs = _inputs(one, rows, *embeddings, ids, config, bool(sets), device, folder, progress)
-        neighbors = _rank(inputs, MiningReport())
-        if config.cells > 1:
-            with _stage(MiningReport(), "communities", inputs.progress) as advance:
-                _cells(inputs, neighbors, advance)
+    for one in _each_set(anchor_embeddings, positive_embeddings, ids, config, sets, folder, progress):
+        if len(one.anchors) >= config.cluster_size:
+            _rank(one, config, device, MiningReport())
 
 
 def random_plan(
@@ -235,48 +224,46 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
             )
 
 
-class _Inputs(NamedTuple):
-    """One data set on its way to clusters; `window` as its rows allow it."""
+class _Set(NamedTuple):
+    """One data set on its way to clusters; `window` as its rows allow it, `asked` as the configuration says."""
 
+    name: str
+    rows: slice
     anchors: np.ndarray
     positives: np.ndarray
     ids: dict[str, np.ndarray]
-    config: MiningConfig
     window: Window
     asked: Window
-    device: str | None
     folder: Path | None
-    progress: Progress | None
+    progress: Progress
 
 
-def _inputs(
-    one: MiningSet,
-    rows: slice,
+def _each_set(
     anchors: np.ndarray,
     positives: np.ndarray,
     ids: tuple[np.ndarray, ...],
     config: MiningConfig,
-    several: bool,
-    device: str | None,
+    sets: Sequence[MiningSet],
     folder: Path | None,
     progress: Progress | None,
-) -> _Inputs:
-    def named(stage: str, fraction: float) -> None:
+) -> Iterator[_Set]:
+    def named(stage: str, fraction: float, prefix: str) -> None:
         if progress is not None:
-            progress(f"{one.name}: {stage}" if several else stage, fraction)
+            progress(prefix + stage, fraction)
 
-    asked = one.windowed(config.window)
-    return _Inputs(
-        anchors=anchors[rows],
-        positives=positives[rows],
-        ids=dict(zip(("anchor_id", "positive_id"), (side[rows] for side in ids), strict=True)),
-        config=config,
-        window=asked.fitted(one.num_rows),
-        asked=asked,
-        device=device,
-        folder=folder / one.name if several and folder is not None else folder,
-        progress=named,
-    )
+    for one, rows in _given_sets(sets, len(anchors)):
+        asked = one.windowed(config.window)
+        yield _Set(
+            name=one.name,
+            rows=rows,
+            anchors=anchors[rows],
+            positives=positives[rows],
+            ids={"anchor_id": ids[0][rows], "positive_id": ids[1][rows]},
+            window=asked.fitted(one.num_rows),
+            asked=asked,
+            folder=folder / one.name if sets and folder is not None else folder,
+            progress=partial(named, prefix=f"{one.name}: " if sets else ""),
+        )
 
 
 class _Mined(NamedTuple):
@@ -288,26 +275,26 @@ class _Mined(NamedTuple):
     graph: MiningGraph
 
 
-def _mine_set(inputs: _Inputs, start: np.ndarray | None, report: MiningReport) -> _Mined:
+def _mine_set(
+    one: _Set, config: MiningConfig, start: np.ndarray | None, device: str | None, report: MiningReport
+) -> _Mined:
     """Mine one data set; what was found and what it cost goes into `report`."""
-    config, window, ids = inputs.config, inputs.window, inputs.ids
-    if window != inputs.asked:
-        _note_window(inputs, report)
+    if one.window != one.asked:
+        _note_window(one, report)
 
     # 1. Rank: for each anchor the teacher's best positives.
-    neighbors = _rank(inputs, report)
+    neighbors = _rank(one, config, device, report)
     report.recall = neighbors.recall
 
     # 2. Join: who wants to sit beside whom, and who must not.
-    published = config.method == "published"
-    with _stage(report, "graph", inputs.progress):
-        graph = build_graph(neighbors, window, edges="mutual" if published else "union")
-        release_pages(neighbors.ids, neighbors.scores, inputs.anchors, inputs.positives)
+    with _stage(report, "graph", one.progress):
+        graph = build_graph(neighbors, one.window, edges="mutual" if config.method == "published" else "union")
+        release_pages(neighbors.ids, neighbors.scores, one.anchors, one.positives)
 
     # 3. Cut into clusters, of any sizes at first, then of equal ones.
-    with _stage(report, "communities", inputs.progress) as advance:
-        begun = _begin(inputs, graph, neighbors, start, advance)
-    with _stage(report, "refinement", inputs.progress) as advance:
+    with _stage(report, "communities", one.progress):
+        begun = _begin(one, config, graph, neighbors, start)
+    with _stage(report, "refinement", one.progress) as advance:
         ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
         cluster = equal_clusters(
             begun,
@@ -316,72 +303,46 @@ def _mine_set(inputs: _Inputs, start: np.ndarray | None, report: MiningReport) -
             sweeps=SWEEPS if ours else 0,
             seed=config.seed,
             progress=advance,
-            **ids,
+            **one.ids,
         )
 
     # 4. Look at them; name suspected false negatives, draw hard ones.
-    with _stage(report, "audit", inputs.progress):
-        report.audit = audit_clusters(graph, cluster, **ids)
-        report.statistics = batch_statistics(neighbors, cluster, window)
+    with _stage(report, "audit", one.progress):
+        report.audit = audit_clusters(graph, cluster, **one.ids)
+        report.statistics = batch_statistics(neighbors, cluster, one.window)
         report.hubs = most_wanted(graph.window.indices)
         negatives = None
         if config.num_negatives:
-            negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **ids)
+            negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **one.ids)
         return _Mined(cluster, suspect_pairs(graph, cluster), negatives, graph)
 
 
-def _rank(inputs: _Inputs, report: MiningReport) -> Neighbors:
+def _rank(one: _Set, config: MiningConfig, device: str | None, report: MiningReport) -> Neighbors:
     """The neighbours, by exact or by approximate search."""
-    config, num_rows = inputs.config, len(inputs.anchors)
-    exact = config.neighbors == "exact" or (config.neighbors == "auto" and num_rows <= EXACT_ROWS)
-    with _stage(report, "neighbors", inputs.progress) as advance:
-        known: dict[str, Any] = {
-            "device": inputs.device,
-            "folder": inputs.folder,
-            "progress": advance,
-            **inputs.ids,
-        }
-        if exact:
-            return exact_neighbors(inputs.anchors, inputs.positives, inputs.window.depth, **known)
-        return ivf_neighbors(inputs.anchors, inputs.positives, inputs.window.depth, seed=config.seed, **known)
+    exact = config.neighbors == "exact" or (config.neighbors == "auto" and len(one.anchors) <= EXACT_ROWS)
+    search = exact_neighbors if exact else partial(ivf_neighbors, seed=config.seed)
+    with _stage(report, "neighbors", one.progress) as advance:
+        where: dict[str, Any] = {"device": device, "folder": one.folder, "progress": advance}
+        return search(one.anchors, one.positives, one.window.depth, **one.ids, **where)
 
 
 def _begin(
-    inputs: _Inputs,
-    graph: MiningGraph,
-    neighbors: Neighbors,
-    start: np.ndarray | None,
-    progress: Callable[[float], None],
+    one: _Set, config: MiningConfig, graph: MiningGraph, neighbors: Neighbors, start: np.ndarray | None
 ) -> np.ndarray:
     """(rows,) clusters of any sizes, as the method has them."""
-    config, num_clusters = inputs.config, len(inputs.anchors) // inputs.config.cluster_size
+    num_clusters = len(one.anchors) // config.cluster_size
     if start is not None:
         _, numbers = np.unique(start, return_inverse=True)  # -1, the remainder, becomes a cluster that dissolves
         return np.minimum(numbers, num_clusters - 1).astype(np.int32)
     if config.method == "kmeans":
-        return kmeans_clusters(inputs.anchors, inputs.positives, num_clusters, seed=config.seed)
+        return kmeans_clusters(one.anchors, one.positives, num_clusters, seed=config.seed)
     if config.method == "bandwidth":
         return bandwidth_clusters(graph.weight, num_clusters)
     if config.method == "loss_ordered":
         return loss_ordered_clusters(neighbors, num_clusters)
-    if config.method == "published":
-        return metis_clusters(graph.weight, num_clusters, recursive=False, seed=config.seed)
-    if config.cells > 1:
-        return _cells(inputs, neighbors, progress)
-    return metis_clusters(graph.attraction(config.conflict_weight), num_clusters, recursive=True, seed=config.seed)
-
-
-def _cells(inputs: _Inputs, neighbors: Neighbors, progress: Callable[[float], None]) -> np.ndarray:
-    folder = inputs.folder and inputs.folder / "clusters"
-    return cell_clusters(
-        neighbors,
-        inputs.positives,
-        inputs.window,
-        config=inputs.config,
-        folder=folder,
-        progress=progress,
-        **inputs.ids,
-    )
+    published = config.method == "published"
+    weight = graph.weight if published else graph.attraction(config.conflict_weight)
+    return metis_clusters(weight, num_clusters, recursive=not published, seed=config.seed)
 
 
 def _given_sets(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, slice]]:
@@ -424,15 +385,14 @@ def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:
         )
 
 
-def _note_small_set(one: MiningSet, config: MiningConfig, report: MiningReport) -> None:
+def _note_small_set(one: _Set, config: MiningConfig, report: MiningReport) -> None:
+    beside = "come one by one in the batches of others"
+    report.notes.append(f"{len(one.anchors)} rows make no cluster of {config.cluster_size}; they {beside}.")
     warnings.warn(
-        f"The data set '{one.name}' has {one.num_rows} rows, no cluster of {config.cluster_size}: its rows come one "
-        "by one in "
-        "the batches of others, and with inclusion weights they have hardly any negatives.",
+        f"The data set '{one.name}' has {len(one.anchors)} rows, no cluster of {config.cluster_size}: its rows "
+        f"{beside}, and "
+        "with inclusion weights they have hardly any negatives.",
         stacklevel=3,
-    )
-    report.notes.append(
-        f"{one.num_rows} rows make no cluster of {config.cluster_size}; they come one by one in the batches of others."
     )
 
 
@@ -440,38 +400,29 @@ def _note_single_rows(plan: BatchPlan, report: MiningReport) -> None:
     """Say so where the rows of small data sets are too many for their shares."""
     wanted, sampled = sum(plan.sampling.single_quotas), plan.sampling.num_single_rows
     if sampled < wanted:
-        note = (
+        report.notes.append(
             f"The data sets without a cluster have more rows than half of the places of an epoch: {sampled} of their "
-            f"{wanted} "
-            "come in an epoch. Lower mining.cluster_size, or leave data sets out."
+            f"{wanted} come in an epoch. Lower mining.cluster_size, or leave data sets out."
         )
-        report.notes.append(note)
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(report.notes[-1], stacklevel=3)
 
 
-def _note_window(inputs: _Inputs, report: MiningReport) -> None:
-    asked, window = inputs.asked, inputs.window
-    note = (
-        f"The rank window (skip {asked.skip}, take {asked.take}) is wider than {len(inputs.anchors)} rows allow; "
-        "using skip "
-        f"{window.skip}, take {window.take}. Set mining.skip to at most a tenth of the rows and mining.take to at "
-        "most half "
-        "of them."
+def _note_window(one: _Set, report: MiningReport) -> None:
+    report.notes.append(
+        f"The rank window (skip {one.asked.skip}, take {one.asked.take}) is wider than {len(one.anchors)} rows "
+        "allow; using "
+        f"skip {one.window.skip}, take {one.window.take}. Set mining.skip to at most a tenth of the rows and "
+        "mining.take to "
+        "at most half of them."
     )
-    report.notes.append(note)
-    warnings.warn(note, stacklevel=4)
+    warnings.warn(report.notes[-1], stacklevel=4)
 
 
 @contextmanager
-def _stage(report: MiningReport, name: str, progress: Progress | None) -> Iterator[Callable[[float], None]]:
+def _stage(report: MiningReport, name: str, progress: Progress) -> Iterator[Callable[[float], None]]:
     """Measure a stage and say where it is; yields the function that reports its fraction."""
-
-    def advance(fraction: float) -> None:
-        if progress is not None:
-            progress(name, fraction)
-
-    advance(0.0)
+    progress(name, 0.0)
     with Measure() as measure:
-        yield advance
+        yield partial(progress, name)
     report.seconds[name], report.peak_bytes[name] = measure.seconds, measure.peak_bytes
-    advance(1.0)
+    progress(name, 1.0)

@@ -98,29 +98,45 @@ def _search(kept: _Compiled | _OnDevice, block: Tensor, pieces: Iterable[Piece])
     return kept.result()
 
 
-class _Compiled:
-    """Reservoirs of 64-bit keys: the score's bits, made monotone, above the complement of the column number.
+class _Reservoirs(NamedTuple):
+    """What is kept of each row of a block.
 
-    Comparing keys compares scores, and column numbers where scores are equal: the order of the pieces is of no matter.
+    Attributes:
+        keys: (B, capacity) uint64: a score's bits, made monotone, above the complement of the column number. Comparing keys
+            compares scores, and column numbers where scores are equal: the order of the pieces is of no matter.
+        counts, bars: (B,) keys in use, and the score that a column must reach.
+        rows: (B,) row numbers.
+        anchor_id, positive_id: Of all rows.
+        num_kept: k.
     """
+
+    keys: np.ndarray
+    counts: np.ndarray
+    bars: np.ndarray
+    rows: np.ndarray
+    anchor_id: np.ndarray
+    positive_id: np.ndarray
+    num_kept: int
+
+
+class _Compiled:
+    """Reservoirs in memory, filled by a compiled loop."""
 
     tile = (TILE_ROWS, TILE_COLUMNS)
 
     def __init__(self, rows: np.ndarray, num_kept: int, ids: tuple[np.ndarray, ...], device: torch.device) -> None:
-        self.rows, self.num_kept, self.ids = rows, num_kept, ids
-        self.keys = np.empty((len(rows), max(2 * num_kept, num_kept + 64)), np.uint64)
-        self.counts = np.zeros(len(rows), np.int64)
-        self.bars = np.full(len(rows), -np.inf, np.float32)
+        keys = np.empty((len(rows), max(2 * num_kept, num_kept + 64)), np.uint64)
+        counts, bars = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf, np.float32)
+        self.kept = _Reservoirs(keys, counts, bars, rows, *ids, num_kept)
 
     def add(self, tile: Tensor, lines: np.ndarray, columns: np.ndarray) -> None:
         scores = tile.numpy()
-        kept = (self.keys, self.counts, self.bars)
-        _gather(scores, scores.view(np.uint32), columns, lines, self.rows, *self.ids, *kept, self.num_kept)
+        _gather(self.kept, scores, scores.view(np.uint32), columns, lines)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.empty((len(self.rows), self.num_kept), np.int32)
-        scores = np.empty((len(self.rows), self.num_kept), np.float32)
-        _decode(self.keys, self.counts, ids, scores.view(np.uint32))
+        shape = (len(self.kept.rows), self.kept.num_kept)
+        ids, scores = np.empty(shape, np.int32), np.empty(shape, np.float32)
+        _decode(self.kept.keys, self.kept.counts, ids, scores.view(np.uint32))
         scores[ids < 0] = -np.inf
         return ids, scores
 
@@ -169,13 +185,12 @@ def workers() -> Iterator[Callable[[Callable[[Unit], None], Iterable[Unit]], Ite
 
 
 @compiled(nogil=True)
-def _gather(
-    scores, bits, columns, lines, rows, anchor_id, positive_id, keys, counts, bars, num_kept
-):  # pragma: no cover - compiled
+def _gather(kept, scores, bits, columns, lines):  # pragma: no cover - compiled
     """Read a tile: what passes a row's bar goes into its reservoir."""
+    keys, anchor_id, positive_id = kept.keys, kept.anchor_id, kept.positive_id
     for tile_line in range(scores.shape[0]):
         line = lines[tile_line]
-        row, bar, count = rows[line], bars[line], counts[line]
+        row, bar, count = kept.rows[line], kept.bars[line], kept.counts[line]
         own_anchor, own_positive = anchor_id[row], positive_id[row]
         for first in range(0, scores.shape[1], SEGMENT):
             last = min(first + SEGMENT, scores.shape[1])
@@ -193,9 +208,9 @@ def _gather(
                     keys[line, count] = _key(bits[tile_line, place], other)
                     count += 1
                     if count == keys.shape[1]:
-                        bar = _score(_select(keys[line], num_kept))
-                        count = num_kept
-        bars[line], counts[line] = bar, count
+                        bar = _score(_select(keys[line], kept.num_kept))
+                        count = kept.num_kept
+        kept.bars[line], kept.counts[line] = bar, count
 
 
 @compiled(inline="always")

@@ -1,4 +1,4 @@
-"""sentence-transformers: our cached step, plans and memory inside its Trainer. Imports its guest lazily, and every room below."""
+"""sentence-transformers: our cached step, plans and memory inside its Trainer. Imported when a name is asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "CachedLoss": "loss",
-    "CachedLateInteraction": "late_interaction",
+    "CachedLateInteraction": "loss",
     "PlanBatches": "batches",
     "with_index": "batches",
     "LossStateCallback": "callback",

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 REPEATS = 100  # rows with a number that another row has: so many are compared with it
+NUMBERS = (
+    "The column of labels must hold row numbers, one for each row of all training sets together. Remove or rename it, "
+    "and call with_index on the data set; on several, once on the dictionary of them."
+)
 Sets = TypeVar("Sets", bound="Dataset | dict[str, Dataset]")
 
 
@@ -28,14 +32,20 @@ def with_index(dataset: Sets, *, first: int = 0) -> Sets:
     """`dataset` with a column `label` that holds each row's number, which is how the row index reaches the loss.
 
     Args:
-        dataset: A data set, or several as the Trainer takes them: a `DatasetDict` or a dictionary. Their numbers run through all of them, in
-            their order, so that each row has its own: the loss is one for all their rows together.
+        dataset: A data set, or several as the Trainer takes them: a `DatasetDict` or a dictionary. Their numbers run
+            through all of them, in their order, so that each row has its own: one loss is for all of them.
         first: The first number.
 
     Select, shuffle, split or filter after it as you like: a row keeps its number.
 
     Raises:
-        AnybatchError: A label or score column, which these losses would never read; a stream, whose rows have no fixed numbers; no data set.
+        AnybatchError: A label or score column, which these losses would never read; a stream, whose rows have no fixed
+            numbers; no data set.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> with_index(Dataset.from_dict({"anchor": ["a", "b"], "positive": ["A", "B"]}))["label"][:]
+        [0, 1]
     """
     from datasets import Dataset
     from sentence_transformers.util.dataset import DEFAULT_LABEL_COLUMNS
@@ -52,9 +62,9 @@ def with_index(dataset: Sets, *, first: int = 0) -> Sets:
         return type(dataset)(numbered)  # pyright: ignore[reportReturnType] - DatasetDict and dict alike
     if not isinstance(dataset, Dataset):
         raise AnybatchError(
-            f"Got a {type(dataset).__name__}; expected a Dataset of the package datasets, or a dictionary of them. Rows of a stream have no fixed "
-            "numbers: let it yield a column 'label' with a whole number that is always the same for a row, from 0 to the loss's num_rows - 1, or read "
-            "it into a Dataset first."
+            f"Got a {type(dataset).__name__}; expected a Dataset of the package datasets, or a dictionary of them. "
+            "Rows of a stream have no fixed numbers: let it yield a column 'label' with a whole number that is always "
+            "the same for a row, from 0 to the loss's num_rows - 1, or read it into a Dataset first."
         )
     taken = [name for name in DEFAULT_LABEL_COLUMNS if name in dataset.column_names]
     if taken:
@@ -62,7 +72,9 @@ def with_index(dataset: Sets, *, first: int = 0) -> Sets:
             f"The data set has the column '{taken[0]}', which contrastive losses do not use. Remove or rename it."
         )
     numbers = np.arange(first, first + len(dataset))
-    return dataset.add_column("label", numbers, new_fingerprint=f"{dataset._fingerprint}-indexed-{first}")  # pyright: ignore[reportReturnType]
+    return dataset.add_column(  # pyright: ignore[reportReturnType]
+        "label", numbers, new_fingerprint=f"{dataset._fingerprint}-indexed-{first}"
+    )
 
 
 def check_numbers(sets: Sequence[Dataset], num_rows: int | None) -> None:
@@ -79,6 +91,7 @@ def check_numbers(sets: Sequence[Dataset], num_rows: int | None) -> None:
     """
     from sentence_transformers.util.dataset import DEFAULT_LABEL_COLUMNS
 
+    # 1. The numbers of all rows.
     columns = []
     for part in sets:
         for name in [name for name in DEFAULT_LABEL_COLUMNS if name in part.column_names][:1]:
@@ -89,7 +102,9 @@ def check_numbers(sets: Sequence[Dataset], num_rows: int | None) -> None:
     numbers = np.concatenate([column for _, _, column in columns]) if columns else np.zeros(0, np.int64)
     if not len(numbers):
         return
-    check_range(int(numbers.min()), int(numbers.max()), num_rows)
+    _check_range(int(numbers.min()), int(numbers.max()), num_rows)
+
+    # 2. Rows with one number must be the same row.
     order = np.argsort(numbers, kind="stable")
     again = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])[:REPEATS]
     ends = np.cumsum([len(column) for _, _, column in columns])
@@ -99,23 +114,18 @@ def check_numbers(sets: Sequence[Dataset], num_rows: int | None) -> None:
         row = part.with_format(None)[int(place - ends[ends <= place].max(initial=0))]
         return {key: value for key, value in row.items() if key not in (name, "dataset_name")}
 
-    for one, two in zip(order[again], order[again + 1], strict=True):
-        if content(one) != content(two):
-            raise AnybatchError(f"Two different rows have the number {numbers[one]}. {NUMBERS}")
+    for first, second in zip(order[again], order[again + 1], strict=True):
+        if content(first) != content(second):
+            raise AnybatchError(f"Two different rows have the number {numbers[first]}. {NUMBERS}")
 
 
-NUMBERS = (
-    "The column of labels must hold row numbers, one for each row of all training sets together. Remove or rename it, and call with_index on the data set; on "
-    "several, once on the dictionary of them."
-)
-
-
-def check_range(low: int, high: int, num_rows: int | None) -> None:
+def _check_range(low: int, high: int, num_rows: int | None) -> None:
     """Refuse numbers that a loss or a row table has no rows for."""
     if low < 0 or (num_rows is not None and high >= num_rows):
-        known = "0 or more" if num_rows is None else f"0 to {num_rows - 1}, the rows of the loss or its row table"
+        expected = "0 or more" if num_rows is None else f"0 to {num_rows - 1}, the rows of the loss or its row table"
         raise AnybatchError(
-            f"Row numbers run from {low} to {high}; expected {known}. Make the loss for all rows of the training sets, and number these with with_index."
+            f"Row numbers run from {low} to {high}; expected {expected}. Make the loss for all rows of the training "
+            "sets, and number these with with_index."
         )
 
 
@@ -129,19 +139,20 @@ def num_rows_of(loss: nn.Module, rows: RowTable | None) -> int | None:
 def row_numbers(labels: Tensor, features: Sequence[dict[str, Any]], num_rows: int | None) -> Tensor:
     """The labels of a batch as row numbers: whole numbers in range, and rows with the same number have the same texts.
 
-    A column of scores or classes in their place would train to nothing without a word. Cost: a sort of B numbers, one wait for the device.
+    A column of scores or classes in their place would train to nothing without a word. Cost: a sort of B numbers, one
+    wait for the device.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
         raise AnybatchError(f"The labels are {labels.dtype} of shape {tuple(labels.shape)}. {NUMBERS}")
     numbers, order = labels.long().sort(stable=True)
     same = numbers[1:] == numbers[:-1]
     low, high, repeats = torch.stack([numbers[0], numbers[-1], same.sum()]).tolist() if len(numbers) else (0, 0, 0)
-    check_range(low, high, num_rows)
+    _check_range(low, high, num_rows)
     for column in features if repeats else ():
-        words = column.get("input_ids")
-        if words is not None and len(words) == len(labels):
-            first, second = order[:-1][same].to(words.device), order[1:][same].to(words.device)
-            if not torch.equal(words[first], words[second]):
+        tokens = column.get("input_ids")
+        if tokens is not None and len(tokens) == len(labels):
+            first, second = order[:-1][same].to(tokens.device), order[1:][same].to(tokens.device)
+            if not torch.equal(tokens[first], tokens[second]):
                 raise AnybatchError(
                     f"Different rows of a batch have one number, such as {int(numbers[1:][same][0])}. {NUMBERS}"
                 )
@@ -152,17 +163,25 @@ class PlanBatches:
     """`batch_sampler=PlanBatches(plan)`: batches of the plan for the training set, plain ones for anything else.
 
     The Trainer sends its evaluation sets through the same argument; they are told from the training set by the row
-    numbers that `with_index` put into it, not by trust. `LossStateCallback` checks that the training set did get the plan.
+    numbers that `with_index` put into it, not by trust. `LossStateCallback` checks that the training set did get the
+    plan.
 
     Args:
-        plan, more_plans: A plan's rows are those of the training set. Several training sets, numbered by one call of `with_index`, have a plan
-            each, in their order.
+        plan, more_plans: A plan's rows are those of the training set. Several training sets, numbered by one call of
+            `with_index`, have a plan each, in their order.
 
     Raises:
         AnybatchError: A training set with other texts or images than the plan was made for, where the plan knows them
             (`data_digest`) and the columns are texts or images; shares that do not add up to the plan's batch.
 
-    Cost: one pass over the texts (about 2 seconds a million short ones) and images (1 GB a second) of each data set, once.
+    Cost: one pass over the texts (about 2 seconds a million short ones) and images (1 GB a second), once.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> numbered = with_index(Dataset.from_dict({"anchor": list("abcd"), "positive": list("ABCD")}))
+        >>> batches = PlanBatches(BatchPlan.random(4, 2, seed=0))
+        >>> [sorted(rows) for rows in batches(numbered, batch_size=2, drop_last=True)]
+        [[1, 3], [0, 2]]
     """
 
     def __init__(self, plan: BatchPlan, *more_plans: BatchPlan) -> None:
@@ -173,15 +192,14 @@ class PlanBatches:
         """The protocol's factory; `settings` are the generator, seed and label columns that a plan does not need."""
         plan = self._plan_of(dataset)
         if plan is None:
-            return BatchSampler(
-                RandomSampler(dataset, generator=settings.get("generator")), batch_size=batch_size, drop_last=drop_last
-            )
+            shuffled = RandomSampler(dataset, generator=settings.get("generator"))
+            return BatchSampler(shuffled, batch_size=batch_size, drop_last=drop_last)
         self.check(dataset, plan)
         world_size = distributed.world_size()
         if batch_size * world_size != plan.batch_size:
             raise AnybatchError(
-                f"The plan has batches of {plan.batch_size}; the Trainer asks for {batch_size} rows on each of {world_size} process(es). "
-                f"Set per_device_train_batch_size to {plan.batch_size // world_size}."
+                f"The plan has batches of {plan.batch_size}; the Trainer asks for {batch_size} rows on each of "
+                f"{world_size} process(es). Set per_device_train_batch_size to {plan.batch_size // world_size}."
             )
         return PlanSampler(plan, world_size=world_size)
 
@@ -204,7 +222,7 @@ class PlanBatches:
 
 
 def _data_digest(dataset: Dataset, expected: str) -> str:
-    """The digest of the rows of `dataset`; `expected` itself where nothing can be compared (no digest, columns of neither texts nor images).
+    """The digest of the rows; `expected` itself where nothing can be compared (no digest, columns of other things).
 
     Columns may have been added after mining, such as mined negatives: the first two or more of them decide.
     """

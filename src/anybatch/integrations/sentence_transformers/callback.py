@@ -1,10 +1,11 @@
-"""What the Trainer's checkpoints leave out: the loss's state, the sampler's epoch, and whether the checkpoint is whole."""
+"""What the Trainer's checkpoints leave out: the loss's state, the sampler's epoch, whether the checkpoint is whole."""
 
 from __future__ import annotations
 
 import logging
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,90 +13,73 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerCallback
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
-from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.integrations.sentence_transformers.loss import CachedTrainerLoss
 from anybatch.losses.state import State, grown_state, join_shards
-from anybatch.plans.plan import PlanSampler
+from anybatch.plans.plan import BatchPlan, PlanSampler
 
 logger = logging.getLogger("anybatch")
 LOSS_STATE = "anybatch_loss.safetensors"
+Losses = CachedTrainerLoss | Mapping[str, CachedTrainerLoss]
 
 
 class LossStateCallback(TrainerCallback):
     """Saves and restores the state of the loss, sets the epoch of loss and plan, adds the loss's figures to the log.
 
     Args:
-        loss: The loss given to the Trainer.
-        resume_from: The checkpoint given to `trainer.train(resume_from_checkpoint=...)` when it is not in the Trainer's output folder.
+        loss: The loss given to the Trainer; of several data sets with a loss each, the same dictionary.
+        resume_from: The checkpoint given to `trainer.train(resume_from_checkpoint=...)` when it is not in the Trainer's
+            output folder.
         run: Tells the checkpoints of one run from those of others.
         checked: A checkpoint that was found whole just now (`last_whole_checkpoint`), which is not read a second time.
 
     Raises:
-        AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state (memory would silently start from nothing), or of a
-            run with another plan; the plan given as `batch_sampler` did not reach the training set.
+        AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state (memory would
+            silently start from nothing), or of a run with another plan; the plan given as `batch_sampler` did not reach
+            the training set.
+
+    Example:
+        >>> from anybatch.integrations.sentence_transformers import CachedLoss
+        >>> from anybatch.losses import SogCLR
+        >>> loss = CachedLoss(nn.Linear(3, 2), SogCLR(num_rows=1000))  # the model: a SentenceTransformer
+        >>> callbacks = [LossStateCallback(loss)]  # SentenceTransformerTrainer(loss=loss, callbacks=callbacks, ...)
     """
 
     def __init__(
-        self,
-        loss: CachedLoss,
-        resume_from: str | Path | None = None,
-        *,
-        run: str = "",
-        checked: Path | None = None,
+        self, loss: Losses, resume_from: str | Path | None = None, *, run: str = "", checked: Path | None = None
     ) -> None:
-        self.loss = loss
-        self.resume_from = resume_from
-        self.run = run
-        self.checked = checked
+        self.losses = dict(loss) if isinstance(loss, Mapping) else {"": loss}
+        self.resume_from, self.run, self.checked = resume_from, run, checked
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the plan; restore the loss."""
         loader = kwargs.get("train_dataloader")
         sets = training_sets(loader)
         if isinstance(getattr(args, "batch_sampler", None), PlanBatches):
-            planned = sum(isinstance(sampler, PlanSampler) for sampler in samplers(loader))
-            if planned < max(1, len(sets)):
+            unplanned = max(1, len(sets)) - sum(isinstance(sampler, PlanSampler) for sampler in samplers(loader))
+            if unplanned > 0:
                 raise AnybatchError(
-                    f"The plan was not used{f' for {len(sets) - planned} of {len(sets)} training sets' if len(sets) > 1 else ''}: a training set is not the one "
-                    "it was made for, or has no row numbers. Give the Trainer with_index(dataset), with the rows in the plan's order; of several data sets, "
-                    "with_index(dictionary) and PlanBatches(plan, another plan, ...), a plan each."
+                    "The plan was not "
+                    f"used{f' for {unplanned} of {len(sets)} training sets' if len(sets) > 1 else ''}: a training set "
+                    "is not the one it was made for, or has no row numbers. Give the Trainer with_index(dataset), "
+                    "with the rows in the plan's order; of several data sets, with_index(dictionary) and "
+                    "PlanBatches(plan, another plan, ...), a plan each."
                 )
-        check_numbers(sets, num_rows_of(self.loss.loss, self.loss.rows))
+        for loss in self.losses.values():
+            check_numbers(sets, num_rows_of(loss.loss, loss.rows))
         if state.global_step:
             folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._restore(folder, plans=plan_digests(loader))
             if state.is_world_process_zero:
-                self._warn_of_changes(folder)
+                _warn_of_changes(folder)
 
-    def _warn_of_changes(self, folder: Path) -> None:
-        """Say what keeps the resumed run from being the uninterrupted one, bit for bit."""
-        ranks, threads = len(list(folder.glob("rng_state_*.pth"))) or 1, read_json(folder / CONTENTS, "").get("threads")
-        if ranks != distributed.world_size():
-            logger.warning(
-                "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have been.",
-                folder.name,
-                ranks,
-                distributed.world_size(),
-            )
-        if threads not in (None, torch.get_num_threads()):
-            logger.warning(
-                "%s was saved with %s threads, and %d go on: sums are rounded otherwise. Set OMP_NUM_THREADS=%s for the same bits.",
-                folder.name,
-                threads,
-                torch.get_num_threads(),
-                threads,
-            )
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where the Trainer went back to its best checkpoint, the loss goes with it: a model and a loss of one step."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._restore(Path(state.best_model_checkpoint))
@@ -103,11 +87,11 @@ class LossStateCallback(TrainerCallback):
     def _restore(self, folder: Path, *, plans: str = "") -> None:
         """Load the loss from a checkpoint, which must be of a run with these plans."""
         if folder != self.checked:
-            check_checkpoint(folder)
+            _check_checkpoint(folder)
         if not (folder / LOSS_STATE).exists():
             raise AnybatchError(
-                f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on would restart "
-                "the memory of the loss from nothing. Resume from an older checkpoint."
+                f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on "
+                "would restart the memory of the loss from nothing. Resume from an older checkpoint."
             )
         with safe_open(folder / LOSS_STATE, framework="pt") as file:
             saved = (file.metadata() or {}).get("plan")
@@ -117,82 +101,78 @@ class LossStateCallback(TrainerCallback):
                 f"{folder} was trained {was}; the plan given now is {plans[:12]} (digests). "
                 "Resume with the plan that the run was started with, or start a new run."
             )
-        self.loss.loss.load_state_dict(read_loss_state(folder, whole=False))
+        _state_of(self.losses).load_state_dict(read_loss_state(folder, whole=False))
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the plan and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
-        epoch = int(state.epoch or 0)
-        loader = kwargs.get("train_dataloader")
-        if plan_digests(loader):
-            innermost_sampler(loader).set_epoch(epoch)
-        set_epoch = getattr(self.loss.loss, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(epoch)
+        epoch, loader = int(state.epoch or 0), kwargs.get("train_dataloader")
+        told = [innermost_sampler(loader)] if plan_digests(loader) else []
+        for part in (*told, *(loss.loss for loss in self.losses.values())):
+            set_epoch = getattr(part, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint, and at last, after every rank has written its share, the list of its contents. One barrier.
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the loss to the checkpoint; at last, after every rank has written, the list of its contents. One barrier.
 
         Of a memory that is sharded each rank adds its own part, and the file of the first rank tells their number.
         """
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        sharded = _is_sharded(self.loss)
-        if sharded:
-            # Another rank makes it as well, perhaps a moment later or on another machine.
-            folder.mkdir(parents=True, exist_ok=True)
-            shard = _shard_file(distributed.rank(), distributed.world_size())
-            write_bytes(folder / shard, save(_tensors(self.loss)))
+        module = _state_of(self.losses)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        if _is_sharded(module):
+            folder.mkdir(parents=True, exist_ok=True)  # another rank makes it as well, perhaps on another machine
+            write_bytes(folder / _shard_file(distributed.rank(), distributed.world_size()), save(tensors))
+            tensors = {"num_shards": torch.tensor(distributed.world_size())}
         distributed.barrier()
         if state.is_world_process_zero:
-            tensors = {"num_shards": torch.tensor(distributed.world_size())} if sharded else _tensors(self.loss)
             digests = plan_digests(kwargs.get("train_dataloader"))
-            metadata = {"plan": digests} if digests else None
-            write_bytes(folder / LOSS_STATE, save(tensors, metadata))
+            write_bytes(folder / LOSS_STATE, save(tensors, {"plan": digests} if digests else None))
             seal_folder(folder, run=self.run, threads=torch.get_num_threads())
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the loss's own figures to the trainer's log."""
-        figures = getattr(self.loss.loss, "last_stats", None)
-        if logs is None or "loss" not in logs or not figures:
-            return
-        logs.update(figures)
-        if state.log_history:
-            state.log_history[-1].update(figures)
+        for name, loss in self.losses.items():
+            figures = getattr(loss.loss, "last_stats", None) or {}
+            add_to_log(state, logs, {f"{name}_{key}" if name else key: value for key, value in figures.items()})
 
 
-def load_grown_loss(loss: CachedLoss, checkpoint: str | Path) -> None:
-    """Give the loss of a new run what the loss of an older run's checkpoint knew, where rows were appended to the data set in between.
+def add_to_log(state: Any, logs: dict[str, Any] | None, figures: Mapping[str, float]) -> bool:
+    """Put figures into the line of the log that the Trainer is about to write; False if it is none of training."""
+    if logs is None or "loss" not in logs:
+        return False
+    for line in (logs, *state.log_history[-1:]):
+        line.update(figures)
+    return True
 
-    Make the loss for the new number of rows, start from the old model, and call this before `trainer.train()`, on every rank: it is not a resume, the
-    new run counts its steps from 0. The old rows get their states back, the new ones begin fresh. A memory that was sharded over any number of
-    ranks is joined from their files.
+
+def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:
+    """Give the loss of a new run what the loss of an older run's checkpoint knew, where rows were appended in between.
+
+    Make the loss for the new number of rows, start from the old model, and call this before `trainer.train()`, on every
+    rank: it is not a resume, the new run counts its steps from 0. The old rows get their states back, the new ones
+    begin fresh. A memory that was sharded over any number of ranks is joined from their files.
 
     Args:
-        loss: The loss given to the new Trainer.
+        loss: What is given to the new Trainer: a loss, or a dictionary of losses.
         checkpoint: A folder that `LossStateCallback` wrote to, `checkpoint-500` or the like.
 
     Raises:
-        AnybatchError: The checkpoint has no loss state, not all of its shards, one of more rows, or that of another loss.
+        AnybatchError: The checkpoint has no loss state, not all of its shards, one of more rows, or that of another
+            loss.
     """
-    folder = Path(checkpoint)
+    folder, module = Path(checkpoint), _state_of(loss)
     if not (folder / LOSS_STATE).exists():
         raise AnybatchError(f"{folder} has no {LOSS_STATE}. Give a checkpoint that was saved with LossStateCallback.")
     if (folder / CONTENTS).exists():  # files of ranks that were brought together by hand have none
-        check_checkpoint(folder)
+        _check_checkpoint(folder)
     state = read_loss_state(folder)
     try:
-        loss.loss.load_state_dict(grown_state(state, loss.loss))
+        module.load_state_dict(grown_state(state, module))
     except RuntimeError as error:
         raise AnybatchError(
-            f"The state in {folder} does not fit {type(loss.loss).__name__}: {error} Make the loss that the checkpoint was saved with."
+            f"The state in {folder} does not fit {type(module).__name__}: {error} Make the loss that the checkpoint "
+            "was saved with."
         ) from error
 
 
@@ -216,19 +196,20 @@ def read_loss_state(folder: Path, *, whole: bool = True) -> dict[str, torch.Tens
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
         raise AnybatchError(
-            f"{folder} holds a memory sharded over {ranks} ranks, without {', '.join(missing)}. Bring the files of all ranks together in it."
+            f"{folder} holds a memory sharded over {ranks} ranks, without {', '.join(missing)}. Bring the files of all "
+            "ranks together in it."
         )
     return join_shards([load_file(shard) for shard in shards])
 
 
 def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
-    """The checkpoints under `folder`, whole or not, and their steps; `checkpoint-best` and the like are not among them."""
-    found = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
-    return {path: int(number) for path, number in found.items() if number.isdecimal()}
+    """The checkpoints under `folder`, whole or not, and their steps; not `checkpoint-best` and the like."""
+    names = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
+    return {path: int(number) for path, number in names.items() if number.isdecimal()}
 
 
 def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path | None:
-    """The newest checkpoint under `folder` whose every file is as it was written, or None if there is none or all were cut short.
+    """The newest checkpoint whose every file is as it was written; None if there is none or all were cut short.
 
     Newer ones that are not whole are named in the log.
 
@@ -253,38 +234,59 @@ def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path
     if len(flaws) > 1 or any((path / CONTENTS).exists() for path in flaws):  # a kill cuts one short
         told = "; ".join(f"{path.name} {flaw}" for path, flaw in flaws.items())
         raise AnybatchError(
-            f"No checkpoint in {folder} is whole: {told}. Delete that folder to train from the beginning, or bring back its files."
+            f"No checkpoint in {folder} is whole: {told}. Delete that folder to train from the beginning, or bring "
+            "back its files."
         )
     for path, flaw in flaws.items():
         logger.warning("%s %s. Training begins anew.", path, flaw)
     return None
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Refuse a checkpoint that was cut short or damaged.
-
-    Raises:
-        AnybatchError: It was.
-    """
+def _check_checkpoint(folder: Path) -> None:
+    """Refuse a checkpoint that was cut short or damaged."""
     flaw = flaw_of(folder)
     if flaw is not None:
         raise AnybatchError(
-            f"{folder} {flaw}. It cannot be trusted (a checkpoint of LossStateCallback has that list); give an older checkpoint."
+            f"{folder} {flaw}. It cannot be trusted (a checkpoint of LossStateCallback has that list); give an older "
+            "checkpoint."
         )
 
 
-def _is_sharded(loss: CachedLoss) -> bool:
-    """Whether ranks hold different states of the loss."""
-    shared_out = any(isinstance(module, State) and module.sharded for module in loss.loss.modules())
-    return shared_out and distributed.is_active()
+def _warn_of_changes(folder: Path) -> None:
+    """Say what keeps the resumed run from being the uninterrupted one, bit for bit."""
+    ranks, world_size = len(list(folder.glob("rng_state_*.pth"))) or 1, distributed.world_size()
+    threads, now = read_json(folder / CONTENTS, "").get("threads"), torch.get_num_threads()
+    if ranks != world_size:
+        logger.warning(
+            "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have "
+            "been.",
+            *(folder.name, ranks, world_size),
+        )
+    if threads not in (None, now):
+        logger.warning(
+            "%s was saved with %s threads, and %d go on: sums are rounded otherwise. Set OMP_NUM_THREADS=%s for the "
+            "same bits.",
+            *(folder.name, threads, now, threads),
+        )
+
+
+def _state_of(losses: Losses) -> nn.Module:
+    """All that is to be saved, as one module."""
+    if not isinstance(losses, Mapping):
+        return losses.loss
+    if list(losses) == [""]:
+        return losses[""].loss
+    return nn.ModuleDict({name: loss.loss for name, loss in losses.items()})
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether ranks hold different states of it."""
+    sharded = any(isinstance(part, State) and part.sharded for part in module.modules())
+    return sharded and distributed.is_active()
 
 
 def _shard_file(rank: int, ranks: int) -> str:
     return f"anybatch_loss-{rank}-of-{ranks}.safetensors"
-
-
-def _tensors(loss: CachedLoss) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in loss.loss.state_dict().items()}
 
 
 def innermost_sampler(dataloader: Any) -> Any:
@@ -302,7 +304,7 @@ def samplers(dataloader: Any) -> list[Any]:
 
 
 def plan_digests(dataloader: Any) -> str:
-    """What identifies the plans that the training sets are dealt by; "" without a plan."""
+    """What identifies the plans of the training sets; "" without a plan."""
     return " ".join(sampler.plan.digest for sampler in samplers(dataloader) if isinstance(sampler, PlanSampler))
 
 
@@ -312,29 +314,42 @@ def training_sets(dataloader: Any) -> list[Dataset]:
     return [part for part in getattr(dataset, "datasets", [dataset]) if isinstance(part, Dataset)]
 
 
-def check_is_saved(loss: CachedLoss) -> None:
-    """Called in a step: warn if it is one of a Trainer whose checkpoints leave out the state of the loss.
+def check_first_step(loss: CachedTrainerLoss) -> None:
+    """In a first step: warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample.
 
     Raises:
-        AnybatchError: Several callbacks of this kind, which would overwrite each other's file.
+        AnybatchError: Several `LossStateCallback`, which would overwrite each other's file.
     """
-    for frame, _ in traceback.walk_stack(None):
-        if frame.f_code.co_name != "compute_loss":  # to look at a frame's variables keeps them alive until it ends
-            continue
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer):
-            break
-    else:
-        return
+    frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "compute_loss")
+    owners = (frame.f_locals.get("self") for frame in frames)  # to look at a frame's variables keeps them alive
+    trainer = next((owner for owner in owners if isinstance(owner, Trainer)), None)
+    if trainer is not None:
+        _check_is_saved(loss, trainer)
+    plans: tuple[BatchPlan | None, ...] = () if loss.rows is None else (loss.rows.plan,)
+    if trainer is not None and isinstance(batches := getattr(trainer.args, "batch_sampler", None), PlanBatches):
+        plans += batches.plans
+    mined = any(plan is not None and plan.cluster_size > 1 for plan in plans)
+    weighted = loss.rows is not None and loss.rows.weights == "inclusion"
+    if mined and not weighted and getattr(loss.loss, "inclusion", False) and distributed.rank() == 0:
+        logger.warning(
+            "%s takes the batch's negatives for a uniform sample of the data, and the plan's batches are mined. Give "
+            "it rows=RowTable(..., plan=plan, weights='inclusion'), or use random batches or InfoNCE.",
+            type(loss.loss).__name__,
+        )
+
+
+def _check_is_saved(loss: CachedTrainerLoss, trainer: Trainer) -> None:
     saving = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossStateCallback)]
     if len(saving) > 1:
         raise AnybatchError(
-            f"The Trainer has {len(saving)} LossStateCallbacks; expected one, as all write {LOSS_STATE}."
+            f"The Trainer has {len(saving)} LossStateCallbacks; expected one, as all write {LOSS_STATE}. Of several "
+            "losses give it the dictionary that the Trainer has: LossStateCallback(losses)."
         )
     saves = trainer.args.save_strategy != "no" or trainer.args.load_best_model_at_end
-    if saves and loss.loss.state_dict() and not any(callback.loss is loss for callback in saving):
+    saved = any(known is loss for callback in saving for known in callback.losses.values())
+    if saves and loss.loss.state_dict() and not saved:
         warnings.warn(
-            f"The Trainer's checkpoints leave out the state of {type(loss.loss).__name__}, which would begin anew after a resume. Give it "
-            "callbacks=[LossStateCallback(loss)].",
-            stacklevel=2,
+            f"The Trainer's checkpoints leave out the state of {type(loss.loss).__name__}, which would begin anew "
+            "after a resume. Give it callbacks=[LossStateCallback(loss)].",
+            stacklevel=3,
         )

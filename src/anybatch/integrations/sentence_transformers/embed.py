@@ -1,6 +1,7 @@
-"""Embed texts or images with a sentence-transformers model: in shards, onto disk, resumable, over several ranks. Replaces one long `encode` call.
+"""Embed texts or images with a sentence-transformers model: in shards, onto disk, resumable, over several ranks.
 
-Cost: one forward pass per text; memory is one shard of texts, or one forward pass of decoded images, whatever their number.
+Replaces one long `encode` call. Cost: one forward pass per text; memory is one shard of texts, or one forward pass of
+decoded images, whatever their number.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from anybatch.core import distributed
 from anybatch.core.blocks import BlockArrays
@@ -34,6 +36,7 @@ def embed_texts(
     side: Side | None = None,
     batch_size: int = 64,
     prompt: str | None = None,
+    shared: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """L2-normalised embeddings of `texts`, in memory.
@@ -41,27 +44,35 @@ def embed_texts(
     Args:
         model: Any sentence-transformers model whose output is one vector a text.
         texts: N texts; or a column of images, for a model that takes them.
-        side: "query" for anchors, "document" for positives and negatives: the prompt and the route (tower) of `encode_query` and
-            `encode_document`. None: those of `encode`.
+        side: "query" for anchors, "document" for positives and negatives: the prompt and the route (tower) of
+            `encode_query` and `encode_document`. None: those of `encode`.
         batch_size: Texts or images per forward pass; inside a shard texts are sorted by length.
         prompt: Text put in front of each; None for the model's own, "" for none. Not for images.
-        progress: Called with the number of texts embedded since the last call.
+        shared: Under several ranks each embeds its share, and all get all. Otherwise each embeds what it is given.
+        progress: Called with the number of texts embedded here since the last call.
 
     Returns:
         float32 (N, D).
 
     Raises:
-        AnybatchError: Images for a model that takes none, or with a prompt; an image that cannot be decoded; Pillow is not installed.
+        AnybatchError: Images for a model that takes none, or with a prompt; an image that cannot be decoded; Pillow is
+            not installed.
     """
     _check(model, texts, prompt)
     settings = _settings(model, side, prompt)
-    parts = []
-    for start in range(0, len(texts), SHARD):
-        shard = texts[start : start + SHARD]
+    sizes = distributed.shares(len(texts)) if shared else [len(texts)]
+    place = distributed.rank() if shared else 0
+    first, end = sum(sizes[:place]), sum(sizes[: place + 1])
+    parts = [np.zeros((0, model.get_embedding_dimension() or 0), np.float32)]
+    for start in range(first, end, SHARD):
+        shard = texts[start : min(start + SHARD, end)]
         parts.append(_encode(model, shard, batch_size, settings))
         if progress is not None:
             progress(len(shard))
-    return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
+    embeddings = np.concatenate(parts[1:] or parts)
+    if not shared or not distributed.is_active():
+        return embeddings
+    return distributed.gather_rows(torch.from_numpy(embeddings).to(model.device), sizes).cpu().numpy()
 
 
 def embed_to_file(
@@ -76,68 +87,70 @@ def embed_to_file(
     precision: Literal["float32", "float16"] = "float32",
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """As `embed_texts`, onto `path` (.npy), going on where a killed run stopped; under several ranks each embeds its share of the shards.
+    """As `embed_texts`, onto `path` (.npy), going on where a killed run stopped; ranks share the shards.
 
     Args:
         model, texts, side, batch_size, prompt, progress: See `embed_texts`.
-        path: The final file; `path.origin` says what made it, and its digest. While work is under way it is in the folder `path.partial`.
-        identity: What made the embeddings (name, lengths, data digest), beside what is seen here: texts, prompt, route and the
-            model's weights. Work of another identity is not resumed, and a finished file of another identity is refused.
+        path: The final file; `path.origin` says what made it, and its digest. While work is under way it is in the
+            folder `path.partial`.
+        identity: What made the embeddings (name, lengths, data digest), beside what is seen here: texts, prompt, route
+            and the model's weights. Work of another identity is not resumed, and a finished file of another is refused.
         precision: Of the file.
 
     Returns:
         The memory-mapped array (N, D).
 
     Raises:
-        AnybatchError: `path` exists and was made by another model or of other texts, or is damaged; what `embed_texts` refuses.
+        AnybatchError: `path` exists and was made by another model or of other texts, or is damaged; what `embed_texts`
+            refuses.
 
     Cost: as `embed_texts`, and one digest of the model's weights (about 1 GB a second).
     """
+    # 1. What made the embeddings; a finished file must be of it.
     _check(model, texts, prompt)
     path = Path(path)
-    partial, origin = path.with_name(path.name + ".partial"), _origin(path)
     settings = _settings(model, side, prompt)
     seen = {**settings, "texts": digest_of(row_keys(texts)), "weights": weights_digest(model)}
-    identity = json.loads(json.dumps({**identity, **seen}))
-    if precision != "float32":
-        identity["precision"] = precision
+    stored_as = {} if precision == "float32" else {"precision": precision}
+    identity = json.loads(json.dumps({**identity, **seen, **stored_as}))
+    report = progress or (lambda count: None)
     if path.exists():
         with distributed.alone() as chosen:
             if chosen:
                 check_embedded(path, identity)
-        if progress is not None:
-            progress(len(texts))
+        report(len(texts))
         return np.load(path, mmap_mode="r")
+
+    # 2. This rank's shards, but for those that a killed run has left.
     width = model.get_embedding_dimension()
     if width is None:
         raise AnybatchError(
             "The teacher does not state its embedding dimension; give precomputed embeddings (.npy) instead."
         )
-    shapes = {"embeddings": ((len(texts), width), np.dtype(precision).type)}
+    partial = path.with_name(path.name + ".partial")
     kept = BlockArrays(
-        shapes,
+        {"embeddings": ((len(texts), width), np.dtype(precision).type)},
         -(-len(texts) // SHARD),
         folder=partial,
         identity=json.dumps(identity, sort_keys=True),
         rows=lambda block: slice(block * SHARD, (block + 1) * SHARD),
     )
     left = kept.mine()
-    done = sum(len(texts[block * SHARD : (block + 1) * SHARD]) for block in kept.share() if block not in left)
-    if progress is not None and done:
-        progress(done)
+    if done := sum(len(texts[block * SHARD : (block + 1) * SHARD]) for block in kept.share() if block not in left):
+        report(done)
     for block in left:
         shard = texts[block * SHARD : (block + 1) * SHARD]
-        kept.arrays["embeddings"][block * SHARD : block * SHARD + len(shard)] = _encode(
-            model, shard, batch_size, settings
-        )
+        rows = slice(block * SHARD, block * SHARD + len(shard))
+        kept.arrays["embeddings"][rows] = _encode(model, shard, batch_size, settings)
         kept.finish(block)
-        if progress is not None:
-            progress(len(shard))
+        report(len(shard))
     kept.wait()
+
+    # 3. The file, once all ranks are done.
     with distributed.alone() as chosen:
         if chosen:
             embeddings = partial / "embeddings.npy"
-            write_json(origin, {"identity": identity, "content": file_digest(embeddings)})
+            write_json(_origin(path), {"identity": identity, "content": file_digest(embeddings)})
             os.replace(embeddings, path)
             shutil.rmtree(partial)
     return np.load(path, mmap_mode="r")
@@ -158,7 +171,8 @@ def check_embedded(path: Path, identity: dict[str, Any] | None = None) -> None:
             raise AnybatchError(f"{path} is damaged: it is not what was written there. {remedy}")
     if identity is not None and record.get("identity") != identity:
         raise AnybatchError(
-            f"{path} holds embeddings of another model or of other texts. Choose another output folder, or delete that file."
+            f"{path} holds embeddings of another model or of other texts. Choose another output folder, or delete that "
+            "file."
         )
 
 
@@ -173,8 +187,9 @@ def _check(model: SentenceTransformer, column: Column, prompt: str | None) -> No
         raise AnybatchError(f"The prompt {prompt!r} was given for images. Prompts are put before texts: leave it out.")
     if not model.supports("image"):
         raise AnybatchError(
-            f"The column {column.where} holds images, and the model takes {', '.join(map(str, model.modalities))} only. Choose a model for "
-            "images and texts (CLIP, SigLIP and the like), or give precomputed embeddings (.npy) where they are enough."
+            f"The column {column.where} holds images, and the model takes {', '.join(map(str, model.modalities))} "
+            "only. Choose a model for images and texts (CLIP, SigLIP and the like), or give precomputed embeddings "
+            "(.npy) where they are enough."
         )
 
 
@@ -187,7 +202,7 @@ def _settings(model: SentenceTransformer, side: Side | None, prompt: str | None)
 def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings: dict[str, Any]) -> np.ndarray:
     if isinstance(texts, ImageColumn):  # decoded, a shard of photographs would take gigabytes
         starts = range(0, len(texts), batch_size)
-        images = ([one.decode() for one in texts[start : start + batch_size]] for start in starts)
+        images = ([image.decode() for image in texts[start : start + batch_size]] for start in starts)
         return np.concatenate([_forward(model, part, batch_size, settings) for part in images])
     return _forward(model, list(texts), batch_size, settings)
 
@@ -207,7 +222,6 @@ def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, set
 
 def weights_digest(model: SentenceTransformer) -> str:
     """Tells a model from one of the same name that was trained further."""
-    import torch
 
     def parts() -> Iterator[bytes]:
         for name, tensor in sorted(model.state_dict().items()):

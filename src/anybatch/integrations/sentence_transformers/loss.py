@@ -1,22 +1,24 @@
-"""Our cached step behind sentence-transformers' protocol for cached losses.
+"""Our cached step behind sentence-transformers' protocol for cached losses: one embedding per text, or one per token.
 
-What it replaces: `CachedMultipleNegativesRankingLoss`. The Trainer, `MatryoshkaLoss`, PEFT and trackers see the same
-protocol (`uses_gradient_cache`, `calculate_loss`, a backward pass deferred to a hook on the returned loss); underneath are
-length-sorted micro-batches, replay inside the caller's autocast, graphs kept while asked, and any loss of `anybatch.losses`.
+What it replaces: `CachedMultipleNegativesRankingLoss` and `CachedMultiVectorMultipleNegativesRankingLoss`. The Trainer,
+`MatryoshkaLoss`, PEFT and trackers see the same protocol (`uses_gradient_cache`, `calculate_loss`, a backward pass
+deferred to a hook on the returned loss); underneath are length-sorted micro-batches, replay inside the caller's
+autocast, graphs kept while asked, and any loss of `anybatch.losses`.
 
 Cost: one more forward pass than the plain step for the micro-batches whose graph is not kept.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anybatch.caching.encoder import modules_of, parameters_of
+from anybatch.caching.encoder import Encoder, modules_of, parameters_of
 from anybatch.caching.memory import StepMemory
 from anybatch.caching.recording import Auto, Recording, record_towers
 from anybatch.caching.replay import Aside, replay
@@ -27,48 +29,15 @@ from anybatch.integrations.sentence_transformers.batches import num_rows_of, row
 from anybatch.losses import InfoNCE
 from anybatch.losses.rows import RowTable
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
-
-class CachedLoss(nn.Module):
-    """Any anybatch loss as a sentence-transformers loss, with gradient caching.
-
-    Args:
-        model: The model that is trained. It must be the one given to the Trainer.
-        loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
-        rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
-        micro_batch: Rows per forward pass; the memory of the encoder is that of this many rows, whatever the batch size.
-            "auto" finds the padded tokens that `memory` has room for, once, and halves them when memory runs out.
-        max_tokens: Padded tokens per forward pass, in place of a fixed number of rows; None to go by `micro_batch` alone.
-        keep_graphs: Fraction of the micro-batches, longest first, whose graph is kept so that no second forward
-            is needed: 0.0 is GradCache, 1.0 is plain training, "auto" keeps what `memory` has room for. The gradient is
-            the same to the last bit.
-        memory: For "auto": the most memory in use on the device, "8GiB" or "80%".
-        pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled model sees few shapes; None for the longest row's.
-
-    Inputs:
-        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label` column
-        holding the row number (`anybatch.integrations.sentence_transformers.with_index`) is required by a loss with memory and
-        by `rows`.
-
-    Raises:
-        AnybatchError: A limit that no batch could use; fewer than two columns; row numbers missing where they are needed.
-
-    Relations:
-        With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`, except
-        that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does not enlarge
-        the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
-
-    Reference:
-        Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983, section 3.
-    """
+class CachedTrainerLoss(nn.Module):
+    """Abstract: a cached step as a loss of sentence-transformers' Trainer. See `CachedLoss` for the arguments."""
 
     uses_gradient_cache = True
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: Any,
         loss: nn.Module,
         *,
         rows: RowTable | None = None,
@@ -92,22 +61,37 @@ class CachedLoss(nn.Module):
         self.pad_to_multiple = pad_to_multiple
         self._looked = False  # whether the Trainer saves the state, in the first step
 
+    @abstractmethod
+    def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
+        """The encoder of each column."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
+        """The loss of what the encoders returned; where gradients are on, detached, its gradient left in the leaves."""
+        raise NotImplementedError
+
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        """The loss of one batch; its backward pass replays the encoder. Without gradients: plain InfoNCE, memory untouched."""
+        """The loss of one batch; its backward pass replays the encoder. Without gradients nothing is remembered."""
+        # 1. What can be refused before any forward pass.
         features = list(sentence_features)
         if len(features) < 2:
             raise AnybatchError(
-                f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this order."
+                f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this "
+                "order."
             )
-        if torch.is_grad_enabled() and not self._looked:
-            from anybatch.integrations.sentence_transformers.callback import check_is_saved
+        training = torch.is_grad_enabled()
+        if training and not self._looked:
+            from anybatch.integrations.sentence_transformers.callback import check_first_step
 
             self._looked = True
-            check_is_saved(self)
-        if labels is not None and torch.is_grad_enabled():
+            check_first_step(self)
+        if labels is not None and training:
             labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
+
+        # 2. Forward passes, micro-batch by micro-batch.
         recordings = record_towers(
-            [self._encode] * len(features),
+            self._encoders(features),
             features,
             micro_batch=self.micro_batch,
             max_tokens=self.max_tokens,
@@ -116,23 +100,109 @@ class CachedLoss(nn.Module):
             pad_to_multiple=self.pad_to_multiple,
             modules=[self.model],
         )
-        embeddings = [[recording.embeddings] for recording in recordings]
-        if not torch.is_grad_enabled():
-            return self.calculate_loss(embeddings, labels)
+        leaves = [recording.leaves for recording in recordings]
+        if not training:
+            return self._value(leaves, labels)
+
+        # 3. The loss, and its gradient for the embeddings and for its own parameters, which wait for the outer one.
         aside = Aside(parameters_of([self.model, *modules_of(self.loss)]))
         try:
-            loss = self.calculate_loss(embeddings, labels, with_backward=True).detach().requires_grad_()
+            value = self._value(leaves, labels).detach().requires_grad_()
         finally:
-            beside = aside.put_back()  # they wait for the outer gradient
-        gradients = []
-        for column, [leaf] in enumerate(embeddings):
+            beside = aside.put_back()
+        for column, (leaf, *_) in enumerate(leaves):
             if leaf.grad is None and leaf.requires_grad:
                 raise AnybatchError(
                     f"Input column {column} received no gradient: the loss never read it. Remove it from the data set."
                 )
-            gradients.append([leaf.grad])
-        loss.register_hook(partial(deferred_backward, recordings=recordings, gradients=gradients, beside=beside))
-        return loss
+
+        # 4. The second half, once the outer gradient (1 / accumulation steps, a scaler) is known.
+        gradients = [[leaf.grad for leaf in of_column] for of_column in leaves]
+        value.register_hook(partial(_deferred_backward, recordings=recordings, gradients=gradients, beside=beside))
+        return value
+
+    def _arguments(self, labels: Tensor | None, device: torch.device, num_negatives: int) -> dict[str, Any]:
+        """What the loss is told of the batch's rows. Rows of an evaluation set are not in the table.
+
+        Raises:
+            AnybatchError: Row numbers are missing.
+        """
+        if labels is None and self.rows is not None:
+            raise AnybatchError(
+                "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
+            )
+        if labels is None:
+            return {}
+        index = labels.to(device, torch.int64)
+        return {"index": index} if self.rows is None else self.rows.arguments(index, num_negatives=num_negatives)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of this loss."""
+        return {"loss": type(self.loss).__name__, "micro_batch": self.micro_batch, "max_tokens": self.max_tokens}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the caching method."""
+        return (
+            "@misc{gao2021scaling, "
+            "title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}, "
+            "author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan}, year={2021}, eprint={2101.06983}}"
+        )
+
+
+class CachedLoss(CachedTrainerLoss):
+    """Any anybatch loss as a sentence-transformers loss, with gradient caching.
+
+    Args:
+        model: The model that is trained. It must be the one given to the Trainer.
+        loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
+        rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
+        micro_batch: Rows per forward pass; the memory of the encoder is that of this many rows, whatever the batch
+            size. "auto" finds the padded tokens that `memory` has room for, once, and halves them when memory runs out.
+        max_tokens: Padded tokens per forward pass, in place of a fixed number of rows; None to go by `micro_batch`
+            alone.
+        keep_graphs: Fraction of the micro-batches, longest first, whose graph is kept so that no second forward pass is
+            needed: 0.0 is GradCache, 1.0 is plain training, "auto" keeps what `memory` has room for. The gradient is
+                the
+            same to the last bit.
+        memory: For "auto": the most memory in use on the device, "8GiB" or "80%".
+        pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled model sees few shapes; None for
+            the longest row's.
+
+    Inputs:
+        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label`
+        column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
+
+    Raises:
+        AnybatchError: A limit that no batch could use; fewer than two columns; row numbers missing where they are
+            needed.
+
+    Warns:
+        UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data
+            set on mined batches without inclusion weights.
+
+    Relations:
+        With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`,
+        except that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does
+        not enlarge
+        the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
+
+    Reference:
+        Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983, section
+        3.
+
+    Example:
+        >>> class Model(nn.Module):  # or a SentenceTransformer
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(3, 2)
+        ...     def forward(self, features):
+        ...         return {"sentence_embedding": self.layer(features["x"])}
+        >>> loss = CachedLoss(Model(), InfoNCE(temperature=0.05), micro_batch=2)
+        >>> loss([{"x": torch.eye(3)}, {"x": torch.eye(3)}]).backward()
+        >>> loss.model.layer.weight.grad.shape
+        torch.Size([2, 3])
+    """
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -146,21 +216,10 @@ class CachedLoss(nn.Module):
         """
         columns = [torch.cat(blocks) if len(blocks) > 1 else blocks[0] for blocks in reps]
         anchors, candidates = columns[0], torch.cat(columns[1:])
-        if not torch.is_grad_enabled():
-            # Evaluation rows are not training rows: their numbers mean nothing to the memory or to the table.
-            return InfoNCE(temperature=float(getattr(self.loss, "temperature", 0.05)), normalize=True)(
-                anchors, candidates
-            )
-        arguments: dict[str, Any] = {}
-        if labels is not None:
-            index = labels.to(anchors.device, torch.int64)
-            arguments = {"index": index}
-            if self.rows is not None:
-                arguments = self.rows.arguments(index, num_negatives=len(columns) - 2)
-        elif self.rows is not None:
-            raise AnybatchError(
-                "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
-            )
+        if not torch.is_grad_enabled():  # row numbers of an evaluation set mean nothing to the memory or to the table
+            plain = InfoNCE(temperature=float(getattr(self.loss, "temperature", 0.05)), normalize=True)
+            return plain(anchors, candidates)
+        arguments = self._arguments(labels, anchors.device, len(columns) - 2)
         with without_autocast():  # the embeddings are float32 or better, and so is all that the loss does with them
             value = self.loss(anchors, candidates, **arguments)
             if with_backward:
@@ -168,29 +227,105 @@ class CachedLoss(nn.Module):
                 return value.detach()
         return value
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """What the model card says of this loss."""
-        return {"loss": type(self.loss).__name__, "micro_batch": self.micro_batch, "max_tokens": self.max_tokens}
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the caching method."""
-        return (
-            "@misc{gao2021scaling, title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}, "
-            "author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan}, year={2021}, eprint={2101.06983}}"
-        )
+    def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
+        return [self._encode] * len(features)
 
     def _encode(self, features: dict[str, Any]) -> Tensor:
         return self.model(features)["sentence_embedding"]
 
+    def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
+        return self.calculate_loss([[embeddings] for (embeddings,) in leaves], labels, with_backward=True)
+
+
+class CachedLateInteraction(CachedTrainerLoss):
+    """`LateInteraction` as a loss of sentence-transformers' MultiVectorEncoderTrainer (ColBERT), with gradient caching.
+
+    Args:
+        model: The multi-vector model that is trained. It must be the one given to the Trainer.
+        loss: The loss on token embeddings.
+        rows, micro_batch, max_tokens, keep_graphs, memory, pad_to_multiple: As in `CachedLoss`.
+
+    Inputs:
+        Columns as in `CachedLoss`. A column is encoded as a query if it is the first and as a document otherwise,
+        unless the collator has stamped another `task` on it.
+
+    Raises:
+        AnybatchError: As `CachedLoss`; inputs without an attention mask.
+
+    Relations:
+        With `LateInteraction(temperature=1.0)` the gradients are those of
+        `MultiVectorMultipleNegativesRankingLoss(scale=1.0)`.
+
+    Cost: as `CachedLoss`; 4 bytes times rows, tokens and dimensions for the leaves of a column, and as much for their
+        gradient.
+
+    Example:
+        >>> class Model(nn.Module):  # or a MultiVectorEncoder
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed = nn.Embedding(9, 4)
+        ...     def forward(self, features, task):
+        ...         return {"token_embeddings": self.embed(features["input_ids"]), **features}
+        >>> from anybatch.losses.late_interaction import LateInteraction
+        >>> loss = CachedLateInteraction(Model(), LateInteraction(), micro_batch=2)
+        >>> texts = {"input_ids": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
+        >>> loss([texts, texts]).backward()
+        >>> loss.model.embed.weight.grad.shape
+        torch.Size([9, 4])
+    """
+
+    def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
+        tasks = ["query", *["document"] * (len(features) - 1)]
+        return [
+            partial(_encode_tokens, self.model, task=task, width=_width(column))
+            for task, column in zip(tasks, features, strict=True)
+        ]
+
+    def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
+        (anchors, anchor_mask), *others = leaves
+        width = max(tokens.shape[1] for tokens, _ in others)
+        candidates = torch.cat([_padded(tokens, width) for tokens, _ in others])
+        candidate_mask = torch.cat([_padded(mask, width) for _, mask in others])
+        training = torch.is_grad_enabled()
+        arguments = {}
+        if training and self.rows is not None:
+            arguments = self._arguments(labels, anchors.device, len(others) - 1)
+        with without_autocast():
+            value = self.loss(anchors, candidates, anchor_mask=anchor_mask, candidate_mask=candidate_mask, **arguments)
+            if training:
+                value.backward()
+        return value.detach()
+
+
+def _encode_tokens(model: nn.Module, features: dict[str, Any], *, task: str, width: int) -> tuple[Tensor, ...]:
+    """Token embeddings and mask `(b, width, ...)`; rows cut narrower are padded to the batch's width."""
+    output = model(features, task=features.get("task", task))
+    tokens, mask = output["token_embeddings"], output["attention_mask"]
+    tokens = tokens * mask[..., None].to(tokens.dtype)  # what is masked counts for nothing, as beyond the width
+    return _padded(tokens, width), _padded(mask.to(torch.float32), width)
+
+
+def _width(features: dict[str, Any]) -> int:
+    mask = features.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise AnybatchError(
+            "Late interaction needs padded inputs with a two-dimensional attention_mask. Use a collator that pads."
+        )
+    return mask.shape[1]
+
+
+def _padded(value: Tensor, width: int) -> Tensor:
+    """`(b, T, ...)` with zeros up to `(b, width, ...)`."""
+    missing = width - value.shape[1]
+    return nn.functional.pad(value, (*[0, 0] * (value.ndim - 2), 0, missing)) if missing else value
+
 
 @torch.no_grad()
-def deferred_backward(
+def _deferred_backward(
     outer: Tensor,
     *,
     recordings: list[Recording],
     gradients: list[list[Tensor | None]],
     beside: list[tuple[nn.Parameter, Tensor]],
 ) -> None:
-    """The deferred backward pass: `outer` is the gradient that reached the loss (1 / accumulation steps, a scaler)."""
     replay(recordings, gradients, scale=outer, beside=beside)

@@ -1,7 +1,10 @@
-"""Load a sentence-transformers model, whole or only its first layers; and what the model knows of queries and documents.
+"""Load a sentence-transformers model, whole or only its first layers; and what the model knows of queries and
+documents.
 
-An anchor is a query, positives and negatives are documents: prompts and routes (two towers) are those that `encode_query` and `encode_document`
-use. The prompts of a configuration go into the model, so that all that embeds or trains finds them there, and `save_pretrained` saves them.
+An anchor is a query, positives and negatives are documents: prompts and routes (two towers) are those that
+    `encode_query`
+and `encode_document` use. The prompts of a configuration go into the model, so that all that embeds or trains finds
+them there, and `save_pretrained` saves them.
 """
 
 from __future__ import annotations
@@ -24,10 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("anybatch")
 Side = Literal["query", "document"]
-NAMES = {
-    "query": ("query",),
-    "document": ("document", "passage", "corpus", "doc"),
-}  # of prompts and routes, the first that is there
+# Of prompts and routes, the first that is there.
+NAMES = {"query": ("query",), "document": ("document", "passage", "corpus", "doc")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,14 @@ class ModelConfig(Configuration):
         name: A folder, or a name on the Hugging Face hub; None where no model is loaded, as in mining.
         num_layers: Keep only the first layers of the transformer (a fast student); None keeps all.
         max_length: Tokens a text is cut at; None keeps the model's own limit.
-        anchor_prompt: Text put before each anchor or query (an instruction, with its final space); None for the model's own, "" for none.
+        anchor_prompt: Text put before each anchor or query (an instruction, with its final space); None for the model's
+            own, "" for none.
         positive_prompt: Text put before each positive, negative or document.
         device: Where it runs; None chooses a GPU if there is one.
+
+    Example:
+        >>> ModelConfig(name="my/model", max_length=128).num_layers is None
+        True
     """
 
     name: str | None = None
@@ -54,42 +60,47 @@ class ModelConfig(Configuration):
 
 
 def load_model(config: ModelConfig) -> SentenceTransformer:
-    """Load `config.name`, keep `config.num_layers` layers, set the length and the prompts; say the prompts and routes to the log.
+    """Load `config.name`, keep `config.num_layers` layers, set the length and the prompts; say the prompts and routes
+    to the log.
 
     Raises:
-        AnybatchError: No name; the model cannot be found or loaded; it has no list of layers to cut; too few layers; no length to set.
+        AnybatchError: No name; the model cannot be found or loaded; it has no list of layers to cut; too few layers; no
+            length to set.
     """
     import torch
     from sentence_transformers import SentenceTransformer
 
+    # 1. What can be refused before anything is loaded.
     if config.name is None:
         raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
-    if (Path(config.name) / CONTENTS).exists():
-        flaw = flaw_of(Path(config.name))
-        if flaw is not None:
-            raise AnybatchError(
-                f"{config.name} {flaw}. If you changed it yourself, delete {CONTENTS} there; else bring back the files that were saved."
-            )
+    if (Path(config.name) / CONTENTS).exists() and (flaw := flaw_of(Path(config.name))) is not None:
+        raise AnybatchError(
+            f"{config.name} {flaw}. If you changed it yourself, delete {CONTENTS} there; else bring back the files "
+            "that were saved."
+        )
     try:
         torch.empty(0, device=config.device)
     except (AssertionError, RuntimeError) as error:
         raise AnybatchError(
-            f"model.device is '{config.device}', which PyTorch cannot use on this machine ({str(error).splitlines()[0]}). Leave it out, or set it to cpu."
+            f"model.device is '{config.device}', which PyTorch cannot use on this machine "
+            f"({str(error).splitlines()[0]}). Leave it out, or set it to cpu."
         ) from error
+
+    # 2. The model.
     try:
         with torch.random.fork_rng(devices=()):  # weights that the files lack are drawn, the same ones at every load
             torch.default_generator.manual_seed(0)
             model = SentenceTransformer(config.name, device=config.device)
-    except (
-        Exception
-    ) as error:  # broken, cut or pickled files fail in the readers of four libraries with nearly anything
+    except Exception as error:  # broken, cut or pickled files fail in four libraries' readers with nearly anything
         reason = next(iter(str(error).splitlines()), "")
         if type(error).__name__ == "UnpicklingError":  # whose message advises to run what is in the file
             reason = "its weights are pickled Python objects, which are not run here; have them saved as safetensors"
         raise AnybatchError(
-            f"Cannot load the model {config.name!r}: {reason} ({type(error).__name__}). Expected the folder of a sentence-transformers model with whole "
-            "files, or a hub name that this machine can reach."
+            f"Cannot load the model {config.name!r}: {reason} ({type(error).__name__}). Expected the folder of a "
+            "sentence-transformers model with whole files, or a hub name that this machine can reach."
         ) from error
+
+    # 3. What the configuration changes in it.
     if config.num_layers is not None:
         keep_first_layers(model, config.num_layers)
     if config.max_length is not None:
@@ -102,13 +113,18 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
 
 
 def side_prompt(model: SentenceTransformer, side: Side | None) -> str:
-    """What the model puts before the texts of a side, as `encode_query` and `encode_document` choose it (of None: `encode`); "" for nothing."""
+    """What the model puts before the texts of a side, as `encode_query` and `encode_document` choose it; "" for
+    nothing.
+
+    Of None: as `encode` chooses it.
+    """
     name = next((name for name in NAMES.get(side or "", ()) if name in model.prompts), model.default_prompt_name)
     return (model.prompts.get(name) if name is not None else None) or ""
 
 
 def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
-    """The `task` that leads a side's inputs through the model's own tower (`Router`); None for a model that knows no tasks.
+    """The `task` that leads a side's inputs through the model's own tower (`Router`); None for a model that knows no
+    tasks.
 
     Raises:
         AnybatchError: The model has towers, and none for this side.
@@ -127,25 +143,27 @@ def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
     task = next((name for name in NAMES[side] if name in tasks), side if by_modality else None)
     if task is None:
         raise AnybatchError(
-            f"The model has the routes {', '.join(sorted(tasks))}, and none for a {side}. Name the routes of its Router 'query' and 'document'."
+            f"The model has the routes {', '.join(sorted(tasks))}, and none for a {side}. Name the routes of its "
+            "Router 'query' and 'document'."
         )
     return task
 
 
 def side_inputs(model: SentenceTransformer, inputs: list[Any], side: Side) -> dict[str, Any]:
-    """Texts or images of a side as the model's features: prompt and route included, as the Trainer's collator makes them."""
+    """Texts or images of a side as the model's features, prompt and route included, as in the Trainer's collator."""
     task = side_task(model, side)
     features = dict(model.preprocess(inputs, prompt=side_prompt(model, side), task=task))
     return features if task is None else features | {"task": task}
 
 
 def warn_of_instructions(model: SentenceTransformer, sets: Sequence[PairSet]) -> None:
-    """Warn where the model leaves prompts out of its pooling: a data set's instruction is part of the text, so it is pooled."""
-    instructed = [one.name for one in sets if one.anchor_prompt or one.positive_prompt]
+    """Warn where the model leaves prompts out of its pooling: a data set's instruction is pooled all the same."""
+    instructed = [part.name for part in sets if part.anchor_prompt or part.positive_prompt]
     if instructed and any(getattr(module, "include_prompt", True) is False for module in model.modules()):
         logger.warning(
-            "The instructions of the data set '%s' are part of its texts, and this model leaves prompts out of its pooling (include_prompt=False): "
-            "they are pooled all the same. Use model.anchor_prompt and model.positive_prompt for what is to be left out.",
+            "The instructions of the data set '%s' are part of its texts, and this model leaves prompts out of its "
+            "pooling (include_prompt=False): they are pooled all the same. Use model.anchor_prompt and "
+            "model.positive_prompt for what is to be left out.",
             instructed[0],
         )
 
@@ -176,7 +194,8 @@ def _set_length(model: SentenceTransformer, max_length: int) -> None:
                 module.max_seq_length = max_length
         if getattr(module, "max_seq_length", None) != max_length:
             raise AnybatchError(
-                f"A length of {max_length} tokens was asked for, and a {type(module).__name__} does not cut its texts. Leave max_length unset."
+                f"A length of {max_length} tokens was asked for, and a {type(module).__name__} does not cut its "
+                "texts. Leave max_length unset."
             )
 
 
@@ -187,9 +206,8 @@ def _say_sides(model: SentenceTransformer, name: str, own: dict[str, str]) -> No
         prompt, task = side_prompt(model, side), side_task(model, side)
         origin = "" if prompt == own[side] else f" (given; its own is {own[side]!r})" if own[side] else " (given)"
         shown = f"with the prompt {prompt!r}" if prompt else "without a prompt"
-        sides.append(
-            f"{'queries' if side == 'query' else 'documents'} {shown}{origin}{f', through the route {task!r}' if task else ''}"
-        )
+        readers, route = "queries" if side == "query" else "documents", f", through the route {task!r}" if task else ""
+        sides.append(f"{readers} {shown}{origin}{route}")
     used = {side_prompt(model, side) for side in get_args(Side)} | set(own.values())
     unused = [key for key, prompt in model.prompts.items() if prompt and prompt not in used]
     ignored = f"; not used: its prompts {', '.join(map(repr, unused))}" if unused else ""
@@ -210,7 +228,8 @@ def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
     total = getattr(config, "num_hidden_layers", None)
     if backbone is None or total is None:
         raise AnybatchError(
-            "model.num_layers needs a transformer with a 'num_hidden_layers' setting; this model has none. Leave it unset."
+            "model.num_layers needs a transformer with a 'num_hidden_layers' setting; this model has none. Leave it "
+            "unset."
         )
     if not 1 <= num_layers <= total:
         raise AnybatchError(

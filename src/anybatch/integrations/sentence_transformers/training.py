@@ -1,33 +1,30 @@
-"""Train a sentence-transformers model on pairs with a plan and a loss: the Trainer, set up so that a killed run resumes exactly."""
+"""Train a model on pairs with a plan and a loss: the Trainer, set up so that a killed run resumes exactly."""
 
 from __future__ import annotations
 
 import errno
-import json
 import math
-import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 
 from anybatch.caching.device_memory import parse_memory
+from anybatch.caching.state import RandomState, training_modes
 from anybatch.core import distributed
 from anybatch.core.configuration import Configuration, Count, Fraction, NotNegative, Positive
 from anybatch.core.errors import AnybatchError
-from anybatch.core.files import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
+    from anybatch.integrations.sentence_transformers.batches import PlanBatches
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.plans.plan import BatchPlan
 
@@ -43,13 +40,17 @@ class TrainConfig(Configuration):
         warmup: Fraction of the steps over which the learning rate rises; then it falls linearly to 0.
         weight_decay: AdamW's, on the encoder's matrices; never on the loss's own parameters.
         micro_batch: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
-        keep_graphs: Fraction of the micro-batches whose graph is kept, so that they need no second forward pass; "auto" keeps
-            what `memory` has room for. The gradient is the same to the last bit.
+        keep_graphs: Fraction of the micro-batches whose graph is kept, so that they need no second forward pass; "auto"
+            keeps what `memory` has room for. The gradient is the same to the last bit.
         memory: The most memory in use on the device, such as "8GiB" or "80%".
         bf16: Run the encoder under bfloat16 autocast.
         save_steps: Steps between checkpoints (the two newest whole ones are kept).
         log_steps: Steps between lines of the log; the last step has one as well.
         eval_steps: Steps between evaluations on the held-out pairs; None for the end only.
+
+    Example:
+        >>> TrainConfig(epochs=2, learning_rate=2e-5).save_steps
+        200
     """
 
     epochs: Count = 1
@@ -77,8 +78,8 @@ class TrainResult:
     """What `train_model` did.
 
     Attributes:
-        log: The lines of `log.jsonl`: one dictionary a line, with `step` and `epoch`. Empty on all ranks but the first, which
-            alone writes.
+        log: The lines of `log.jsonl`: one dictionary a line, with `step` and `epoch`. Empty on all ranks but the first,
+            which alone writes.
         num_steps: Optimiser steps, those before a resume included.
         evaluation_seconds: Wall time spent in `evaluate`, in this session.
     """
@@ -105,9 +106,11 @@ def train_model(
 ) -> TrainResult:
     """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
 
+    On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
+
     Args:
-        model, loss: The encoder, and the loss around it. Prompts and routes are the model's own (`model.prompts`): the first column is its
-            query, the others its documents.
+        model, loss: The encoder, and the loss around it. Prompts and routes are the model's own (`model.prompts`): the
+            first column is its query, the others its documents.
         dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here.
         plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
         config: See `TrainConfig`.
@@ -123,40 +126,83 @@ def train_model(
         The log, the steps and the cost of evaluating.
 
     Raises:
-        AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds checkpoints
-            or a log, and `resume` is off; checkpoints that are all damaged.
-
-    Notes:
-        On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
+        AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds
+            checkpoints or a log, and `resume` is off; checkpoints that are all damaged.
     """
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-
     from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
-    from anybatch.integrations.sentence_transformers.callback import (
-        LossStateCallback,
-        checkpoint_steps,
-        last_whole_checkpoint,
-    )
-    from anybatch.integrations.sentence_transformers.model import column_sides, side_prompt, side_task
+    from anybatch.integrations.sentence_transformers.callback import LossStateCallback
+    from anybatch.integrations.sentence_transformers.recorder import Recorder
 
+    # 1. What can be refused before anything is written.
     output = Path(output)
-    world_size = distributed.world_size()
     check_shared_equally(plan.batch_size)
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed, plan)
-    sides = column_sides(dataset.column_names)
-    checkpoints = output / "checkpoints"
-    if not resume and (checkpoint_steps(checkpoints) or (output / "log.jsonl").exists()):
+    checkpoint = _checkpoint_to_resume(output, resume, run)
+
+    # 2. The Trainer.
+    recorder = Recorder(output / "log.jsonl", config.eval_steps, evaluate, progress)
+    trainer = _make_trainer(
+        model=model,
+        args=_arguments(model, dataset.column_names, batches, config, output / "checkpoints", seed),
+        train_dataset=indexed,
+        loss=loss,
+        callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder],
+    )
+
+    # 3. Training.
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    except AnybatchError:
+        raise
+    except Exception as error:
+        if not _is_write_failure(error):
+            raise
         raise AnybatchError(
-            f"{output} already holds checkpoints or a log. Go on with that training (resume=True), or choose another folder."
+            f"Writing under {output} failed: {error}. Older whole checkpoints are unchanged: free some space, then go "
+            "on with --resume."
+        ) from error
+    return TrainResult(
+        log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=recorder.evaluation_seconds
+    )
+
+
+def _checkpoint_to_resume(output: Path, resume: bool, run: str) -> Path | None:
+    """The last whole checkpoint of the run, for whoever resumes; what a kill left unfinished after it is deleted.
+
+    Nothing in it can be trusted, and the Trainer counts it.
+    """
+    from anybatch.integrations.sentence_transformers.callback import checkpoint_steps, last_whole_checkpoint
+
+    checkpoints = output / "checkpoints"
+    steps = checkpoint_steps(checkpoints)
+    if not resume and (steps or (output / "log.jsonl").exists()):
+        raise AnybatchError(
+            f"{output} already holds checkpoints or a log. Go on with that training (resume=True), or choose another "
+            "folder."
         )
     checkpoint = last_whole_checkpoint(checkpoints, run=run) if resume else None
     if distributed.rank() == 0:
-        _remove_cut_short(checkpoints, checkpoint)
+        newest = steps[checkpoint] if checkpoint is not None else -1
+        for path in (path for path, step in steps.items() if step > newest):
+            shutil.rmtree(path)
     distributed.barrier()  # nobody trains, or writes, before all have looked
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=plan.batch_size // world_size,
+    return checkpoint
+
+
+def _arguments(
+    model: SentenceTransformer, columns: list[str], batches: PlanBatches, config: TrainConfig, output: Path, seed: int
+) -> Any:
+    """The Trainer's arguments."""
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    from anybatch.integrations.sentence_transformers.model import column_sides, side_prompt, side_task
+
+    world_size, on_cpu = distributed.world_size(), model.device.type == "cpu"
+    sides = column_sides(columns)
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=batches.plans[0].batch_size // world_size,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
@@ -171,59 +217,43 @@ def train_model(
         prompts={name: prompt for name, side in sides.items() if (prompt := side_prompt(model, side))} or None,
         router_mapping={name: task for name, side in sides.items() if (task := side_task(model, side)) is not None},
         seed=seed,
-        use_cpu=model.device.type == "cpu",
-        ddp_backend="gloo" if world_size > 1 and model.device.type == "cpu" else None,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if world_size > 1 and on_cpu else None,
         dataloader_pin_memory=model.device.type == "cuda",
         report_to="none",
         disable_tqdm=True,
     )
-    recorder = _make_recorder(output / "log.jsonl", config.eval_steps, evaluate, progress)
+
+
+def _make_trainer(**settings: Any) -> Any:
+    """A Trainer that decays the encoder alone and prints nothing: our progress replaces its lines."""
+    from sentence_transformers import SentenceTransformerTrainer
+    from transformers import PrinterCallback, ProgressCallback
+
+    of_loss = {id(parameter) for parameter in settings["loss"].loss.parameters()}
 
     class Trainer(SentenceTransformerTrainer):
-        """Decays the encoder alone: decay would pull a learned log-temperature to 0, the temperature to 1."""
+        """Decay would pull a learned log-temperature to 0, the temperature to 1."""
 
         def get_decay_parameter_names(self, model: Any) -> list[str]:
-            own = {id(parameter) for parameter in loss.loss.parameters()}
-            free = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+            free = {name for name, parameter in model.named_parameters() if id(parameter) in of_loss}
             return [name for name in super().get_decay_parameter_names(model) if name not in free]
 
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=indexed,
-        loss=loss,
-        callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder],
-    )
-    _silence(trainer)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    except AnybatchError:
-        raise
-    except Exception as error:
-        if not _is_write_failure(error):
-            raise
-        raise AnybatchError(
-            f"Writing under {output} failed: {error}. Older whole checkpoints are unchanged: free some space, then go on with --resume."
-        ) from error
-    return TrainResult(
-        log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=recorder.evaluation_seconds
-    )
+    trainer = Trainer(**settings)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
 
 
 @contextmanager
 def forgotten(model: torch.nn.Module) -> Iterator[None]:
-    """Whatever a step does to generators, buffers, modes and gradients of `model` while this is open is undone at its end."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what others draw from
+    """What a step does to generators, buffers, modes and gradients of `model` in here is undone at the end."""
+    start, buffers = RandomState(), [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with training_modes({module: module.training for module in model.modules()}):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for module, mode in modes.items():
-            module.training = mode
+        start.restore()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -239,80 +269,9 @@ def check_shared_equally(batch_size: int) -> None:
     world_size = distributed.world_size()
     if batch_size % world_size:
         raise AnybatchError(
-            f"The batch size {batch_size} cannot be shared equally by {world_size} processes. Use a multiple of {world_size}."
+            f"The batch size {batch_size} cannot be shared equally by {world_size} processes. Use a multiple of "
+            f"{world_size}."
         )
-
-
-def _remove_cut_short(checkpoints: Path, checkpoint: Path | None) -> None:
-    """Delete what a kill left unfinished after `checkpoint`: nothing in it can be trusted, and the Trainer counts it."""
-    from anybatch.integrations.sentence_transformers.callback import checkpoint_steps
-
-    steps = checkpoint_steps(checkpoints)
-    newest = steps[checkpoint] if checkpoint is not None else -1
-    for path, step in steps.items():
-        if step > newest:
-            shutil.rmtree(path)
-
-
-def _make_recorder(
-    path: Path,
-    eval_steps: int | None,
-    evaluate: Callable[[SentenceTransformer], dict[str, float]] | None,
-    progress: Callable[[int, int, dict[str, float]], None] | None,
-) -> Any:
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import ExportableState
-
-    class Recorder(TrainerCallback, ExportableState):
-        """Writes the log, runs the evaluations, reports progress. The log's lines go into the checkpoints, and come back from there."""
-
-        def __init__(self) -> None:
-            self.lines: list[dict[str, Any]] = []
-            self.latest: dict[str, float] = {}
-            self.evaluation_seconds = 0.0
-
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"lines": [json.dumps(line) for line in self.lines]}}
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not state.is_world_process_zero:
-                return
-            if state.global_step:
-                self.lines = [json.loads(line) for line in state.stateful_callbacks["Recorder"]["attributes"]["lines"]]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-        ) -> None:
-            if logs and "loss" in logs:
-                self._write(state, {name: value for name, value in logs.items() if isinstance(value, (int, float))})
-
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if (
-                evaluate is not None
-                and eval_steps
-                and state.global_step % eval_steps == 0
-                and state.is_world_process_zero
-            ):
-                training, started = model.training, time.perf_counter()
-                model.eval()
-                self._write(state, {f"eval_{name}": value for name, value in evaluate(model).items()})
-                model.train(training)
-                self.evaluation_seconds += time.perf_counter() - started
-            if progress is not None:
-                progress(state.global_step, state.max_steps, self.latest)
-            control.should_log |= state.global_step >= state.max_steps  # a short run leaves a line as well
-
-        def _write(self, state: Any, figures: dict[str, Any]) -> None:
-            if not state.is_world_process_zero:
-                return
-            self.latest = {**self.latest, **figures}
-            line = {"step": state.global_step, "epoch": state.epoch, **figures}
-            self.lines.append(line)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    return Recorder()
 
 
 def _is_write_failure(error: Exception) -> bool:
@@ -322,11 +281,3 @@ def _is_write_failure(error: Exception) -> bool:
     # A file that cannot be read is another matter: "Error while deserializing".
     forms = ("Error while serializing", "PytorchStreamWriter", "unexpected pos", "iostream error", "No space left")
     return any(words in str(error) for words in forms)
-
-
-def _silence(trainer: Any) -> None:
-    """Our progress replaces the Trainer's printing of every log line."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
