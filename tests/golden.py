@@ -502,7 +502,7 @@ def small_run() -> Case:
             model=ModelConfig(name=str(model), device="cpu"),
             batch_size=12,
             seed=3,
-            teacher=TeacherConfig(anchor_embeddings=paths[0], positive_embeddings=paths[1]),
+            teacher=TeacherConfig(embeddings=(paths[0], paths[1])),
             mining=MiningConfig(cluster_size=4, skip=1, take=6, num_negatives=1),
             loss=registry.LossConfig(
                 name="sogclr", direction="both", gamma=0.5, weights="inclusion", weight_cap=4.0, mask_suspects=True
