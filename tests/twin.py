@@ -1,6 +1,6 @@
-"""The test of a method without state: its formula for one row in float64; shapes, masks, tiles, directions and ranks are done here.
+"""The test of a method without state: its formula for one row; shapes, masks, tiles, directions, ranks are done here.
 
-def formula(positive, negatives, drawn): ...        # logits s / tau: a scalar, (k,) those that no mask removes, how many were drawn
+def formula(positive, negatives, drawn): ...  # logits s / tau: a scalar, (k,) kept by masks; how many drawn
 def test_equals_its_formula(): twin.check(Method, formula, temperature=0.5)
 def test_ranks(): twin.check_ranks(Method, temperature=0.5)
 """
@@ -44,7 +44,7 @@ def draw(rows: int, extra: int, *, near: float, seed: int) -> tuple[Tensor, Tens
 
 
 def check(make: Callable[..., Any], formula: Formula, *, temperature: float, **options: Any) -> None:
-    """Value and gradients of `make(temperature=..., direction=..., tile_bytes=..., **options)` are those of the formula."""
+    """Value and gradients of `make(temperature=..., direction=..., tile_bytes=...)` are those of the formula."""
     forms = itertools.product(SHAPES, (1, 150, 10**7), (False, True), (False, True), (0.0, 3.0))
     for seed, ((rows, extra), tile_bytes, ids, both, near) in enumerate(forms):
         anchors, candidates, anchor_id, candidate_id = draw(rows, extra, near=near, seed=seed)

@@ -20,12 +20,15 @@ from typing import Any
 
 from anybatch.core.configuration import _expected as expected
 from anybatch.losses.base import ContrastiveLoss
-from anybatch.losses.registry import METHODS, LossConfig, Option, method_of, options_of
+from anybatch.losses.registry import METHODS, LossConfig, method_of, options_of
 from anybatch.run.config import RunConfig, SetConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 ELSEWHERE = {
     "gamma_steps": "Let gamma fall from 1 along a cosine of so many steps (`GammaSchedule`); none: it is constant."
+}
+CLASSES: dict[str, type] = {"ContrastiveLoss": ContrastiveLoss} | {
+    kind.__name__: kind for kind in map(method_of, METHODS)
 }
 OF_THE_RUN = ("mining.batch_size", "mining.seed")  # refused where they differ from the run's own
 
@@ -59,6 +62,7 @@ def settings_of(kind: type, section: str = "") -> Iterator[Setting]:
             yield Setting(key, "a list of sections", "none", said[field.name])
         elif key not in OF_THE_RUN:
             default = "has to be given" if field.default is dataclasses.MISSING else f"default {shown(field.default)}"
+            hint = typing.Literal[tuple(METHODS)] if key == "loss.name" else hint
             yield Setting(key, expected(hint), default, said[field.name])
     if kind is LossConfig:
         yield from settings_of_methods(section)
@@ -67,28 +71,37 @@ def settings_of(kind: type, section: str = "") -> Iterator[Setting]:
 
 
 def settings_of_methods(section: str) -> Iterator[Setting]:
-    """The settings that one method or several have in their constructors, each once, with the methods that have it."""
-    shared = meanings(method_of("infonce"), "Args") | meanings(ContrastiveLoss, "Args") | ELSEWHERE
-    for key in dict.fromkeys(key for name in METHODS for key in options_of(name)):
-        owners = {name: options_of(name)[key] for name in METHODS if key in options_of(name)}
-        said = {name: meanings(method_of(name), "Args").get(key, "See") for name in owners}
-        own = {text: name for name, text in reversed(said.items()) if not text.startswith("See")}
-        texts = list(own) if len(own) == 1 else [f"{own[text]}: {text}" for text in reversed(own)]
-        kinds, defaults = (
-            {str(value) for value in values} for values in zip(*map(described, owners.values()), strict=True)
-        )
-        yield Setting(
-            section + key,
-            max(kinds, key=len),
-            "default " + " or ".join(sorted(defaults)),
-            f"Of {', '.join(owners)}. {' '.join(texts) or shared[key]}",
-        )
+    """The options of single losses, from their constructors: a name once, whichever losses have it."""
+    owners: dict[str, list[str]] = {}
+    for method in METHODS:
+        for name in options_of(method):
+            owners.setdefault(name, []).append(method)
+    for name, methods in owners.items():
+        # Losses for which a value, or what it does, is the same stand together.
+        kinds, defaults, said = {}, {}, {}
+        for method in methods:
+            hint, default = options_of(method)[name]
+            missing = default is inspect.Parameter.empty
+            kinds.setdefault(expected(hint), []).append(method)
+            defaults.setdefault("has to be given" if missing else f"default {shown(default)}", []).append(method)
+            said.setdefault(meaning_of(method_of(method), name), []).append(method)
+        kind, default = (" / ".join(joined(values)) for values in (kinds, defaults))
+        yield Setting(section + name, kind, default, f"{', '.join(methods)}: {' '.join(joined(said))}")
 
 
-def described(option: Option) -> tuple[str, str]:
-    """What an option may be, and its default."""
-    required = option.default is inspect.Parameter.empty
-    return expected(option.hint), "none, has to be given" if required else shown(option.default)
+def joined(values: dict[str, list[str]]) -> list[str]:
+    """Texts: that of most losses first, the others' with their names."""
+    first, *others = sorted(values.items(), key=lambda item: -len(item[1]))
+    return [first[0], *(f"{', '.join(owners)}: {text}" for text, owners in others)]
+
+
+def meaning_of(kind: type, name: str) -> str:
+    """What the Args of a class say of a parameter, or those of the class that they name for it."""
+    text = (meanings(kind, "Args") | ELSEWHERE)[name]
+    other = re.match(r"See `(\w+)`", text)
+    return (
+        meaning_of(getattr(sys.modules[kind.__module__], other[1], None) or CLASSES[other[1]], name) if other else text
+    )
 
 
 def shown(value: Any) -> str:

@@ -180,10 +180,10 @@ def test_images_and_texts_of_one_encoder_are_measured_apart(device):
     assert no_rows is None
     assert no_tokens is None
     assert tokens != rows
-    budget.note_out_of_memory(3, by_rows=True)
+    budget.record_out_of_memory(3, by_rows=True)
     assert auto_limits(budget, encoder, slicers[1]) == (3, None)
     assert auto_limits(budget, encoder, slicers[0]) == found[0]
-    budget.note_out_of_memory(40, by_rows=False)
+    budget.record_out_of_memory(40, by_rows=False)
     assert (budget.learned, budget.learned_samples) == (40, 3)
 
 

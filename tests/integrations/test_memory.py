@@ -49,9 +49,8 @@ def test_equals_the_loss_on_the_whole_data_set(model, pairs, tmp_path):
     trained, warmed, filed = (SogCLR(ROWS, gamma=1.0, direction="both") for _ in range(3))
     model.train()
     seen = []
-    done = warm_start_from_model(model, pairs, warmed, progress=lambda *figures: seen.append(figures), batch_size=16)
+    warm_start_from_model(model, pairs, warmed, progress=lambda *figures: seen.append(figures), batch_size=16)
     assert model.training
-    assert (done.num_rows, done.standard_error) == (ROWS, 0.0)
     assert [figures[0] for figures in seen] == [
         "warm start: anchors",
         "warm start: positives",

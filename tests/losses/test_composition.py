@@ -114,7 +114,7 @@ def is_open(method):
     )
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", sorted(CLASSES, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)
 def test_no_class_overrides_a_concrete_method(cls):
     """What torch itself asks to be overridden aside: construction, casts, saving and loading."""
     hooks_of_torch = {name for base in nn.Module.__mro__ for name in vars(base)} - {"forward"}

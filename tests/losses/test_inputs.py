@@ -352,7 +352,7 @@ class TestCounts:
             device=torch.device("cpu"),
         )
         exact = exact_rows(table, slice(0, self.N), temperature=0.3)
-        assert exact.num_drawn.tolist() == [self.N - 1] * self.N
+        assert exact.num_drawn == self.N - 1
         for row in range(self.N):
             told = []
             for index in self.batches(row):

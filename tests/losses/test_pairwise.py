@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SigLIP
-from anybatch.losses.registry import LossConfig, build_loss
+from anybatch.losses.registry import LossConfig, build_loss, make_loss
 from tests.ranks import on_ranks
 
 from .. import reference
@@ -110,7 +110,7 @@ def test_published_start_and_training():
 
 
 def test_configuration_and_mistakes():
-    built = build_loss(LossConfig(name="siglip", temperature=0.1, learnable_temperature=True, bias=-8.0), num_rows=9)
+    built = make_loss("siglip", 9, temperature=0.1, bias=-8.0)
     assert isinstance(built, SigLIP)
     assert built.bias.item() == -8.0
     assert build_loss(LossConfig(name="auc_cl", margin=0.5), num_rows=9).margin == 0.5

@@ -146,7 +146,7 @@ class ModuleFacts:
         for encode in encoders:
             if id(encode) not in self.visible:
                 found = list(_reach(encode, 3, set()))
-                self._note_generators(found)
+                self._add_generators(found)
                 self.visible[id(encode)] = tuple(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
         visible = (module for held in self.visible.values() for module in held)
         self.modules = tuple(dict.fromkeys(visible if modules is None else modules))
@@ -172,11 +172,11 @@ class ModuleFacts:
             elif isinstance(module, FSDPModule) and module not in self._sharded_inside:
                 self._wrapped[module] = None
                 self._sharded_inside.update(part for part in module.modules() if part is not module)
-            self._note_state(module, path)
+            self._add_state(module, path)
             parts = [(name, part) for name, part in module._modules.items() if part is not None]
             waiting += [(f"{path}.{name}" if path else name, part) for name, part in reversed(parts)]
 
-    def _note_state(self, module: nn.Module, path: str) -> None:
+    def _add_state(self, module: nn.Module, path: str) -> None:
         """What one module itself holds, and its parts do not."""
         holder = vars(module)
         for key, value in holder.items():
@@ -184,9 +184,9 @@ class ModuleFacts:
             if kind is int or kind is float:
                 self._places.append(Place(holder, key, path))
             elif kind not in _PLAIN and key not in _OF_TORCH and (kind not in _CONTAINERS or value):
-                self._note_generators(_reach(value, 3, self._seen))
+                self._add_generators(_reach(value, 3, self._seen))
         for method in _methods(type(module)):
-            self._note_generators(_reach(method, 3, self._seen))
+            self._add_generators(_reach(method, 3, self._seen))
         self._places += [Place(module._buffers, key, path) for key in module._buffers]
         for key, parameter in module._parameters.items():
             if parameter is None:
@@ -204,7 +204,7 @@ class ModuleFacts:
                     "step, or train without caching."
                 )
 
-    def _note_generators(self, found: Iterable[nn.Module | Generator]) -> None:
+    def _add_generators(self, found: Iterable[nn.Module | Generator]) -> None:
         self._generators.update((id(part), part) for part in found if not isinstance(part, nn.Module))
 
 
@@ -272,9 +272,9 @@ class Tower:
             yield
         finally:
             random.restore()
-            written.note()
+            written.update()
             written.restore(there)
-            written.note()
+            written.update()
 
 
 def towers_of(

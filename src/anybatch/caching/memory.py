@@ -82,7 +82,7 @@ class GraphBudget:
             if not is_traceable_wrapper_subclass(tensor)
         }
 
-    def has_room(self, slicer: RowSlicer, rows: Tensor) -> bool:
+    def will_fit(self, slicer: RowSlicer, rows: Tensor) -> bool:
         """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
         per_token = self.bytes_per_token
         return per_token is not None and self._fits(int(per_token * slicer.padded_tokens(rows)))
@@ -96,7 +96,7 @@ class GraphBudget:
         self._there |= self._last.keys()
         return True
 
-    def note_embeddings(self, outputs: Sequence[Tensor]) -> None:
+    def record_embeddings(self, outputs: Sequence[Tensor]) -> None:
         """Set memory aside for the embeddings of the whole step, now that some are there. Ranks share each other's."""
         self.leaves = max(self.leaves, leaf_bytes(outputs, self.num_rows * distributed.world_size()))
 
@@ -217,7 +217,7 @@ class StepMemory:
         rows: int | None = micro_batch  # type: ignore[assignment]
         return (_least(rows, learned), max_tokens) if by_rows else (rows, _least(max_tokens, learned))
 
-    def note_out_of_memory(self, tokens: int, *, by_rows: bool) -> None:
+    def record_out_of_memory(self, tokens: int, *, by_rows: bool) -> None:
         """Memory ran out; `tokens` padded tokens are tried next (rows, of inputs without lengths)."""
         if by_rows:
             self.learned_samples = _least(tokens, self.learned_samples)
@@ -287,7 +287,7 @@ def graph_bytes(tower: Tower, rows: Tensor, num_rows: int) -> tuple[int | None, 
         outputs, _ = unless_out_of_memory(partial(tower.embed, rows, budget.measure(tower.slicer, rows)))
     if outputs is None:
         return None, 0
-    budget.note_embeddings(outputs)
+    budget.record_embeddings(outputs)
     return budget.largest, budget.leaves
 
 

@@ -111,13 +111,13 @@ class Recording:
             f"into {len(halves[0])} and {len(halves[1])}. Lower micro_batch or max_tokens to avoid failed attempts.",
             stacklevel=2,
         )
-        self.memory.note_out_of_memory(max(map(slicer.padded_tokens, halves)), by_rows=slicer.lengths is None)
+        self.memory.record_out_of_memory(max(map(slicer.padded_tokens, halves)), by_rows=slicer.lengths is None)
         return halves
 
-    def note_out_of_memory(self, rows: Tensor) -> None:
+    def record_out_of_memory(self, rows: Tensor) -> None:
         """A pass over these rows failed for good: later steps take fewer, and keep fewer graphs."""
         slicer = self.tower.slicer
-        self.memory.note_out_of_memory(max(1, slicer.padded_tokens(rows) // 2), by_rows=slicer.lengths is None)
+        self.memory.record_out_of_memory(max(1, slicer.padded_tokens(rows) // 2), by_rows=slicer.lengths is None)
         if self.budget is not None:
             self.budget.overrun = True
 
@@ -237,7 +237,7 @@ class _Recorder:
         # 1. One forward pass. Until an output needs a gradient a graph is asked for: it costs nothing where nothing
         #    trains, and tells so. In an encoder's first step always, and dropped: what it keeps for later passes
         #    (weights for each width) then leads to its parameters.
-        keep = len(self.pieces) < self.to_keep or (budget is not None and budget.has_room(slicer, rows))
+        keep = len(self.pieces) < self.to_keep or (budget is not None and budget.will_fit(slicer, rows))
         with_graph = self.training and (keep or not any(self.trains))
         with torch.set_grad_enabled(with_graph or self.first):
             measuring = budget.measure(slicer, rows) if budget is not None and with_graph else None
@@ -247,7 +247,7 @@ class _Recorder:
             self.recording.refuse_if_sharded(rows, error)
             if self.training:
                 before.restore()
-            written.note()
+            written.update()
             written.restore(there)
             if self.first and not with_graph:
                 self.first = False
@@ -259,7 +259,7 @@ class _Recorder:
             return
         # 3. The embeddings, and what a replay will need.
         self._store(rows, outputs)
-        wrote = written.note()
+        wrote = written.update()
         if self.training:
             self.random = before.now()  # which the next one starts from
         piece = Piece(rows=rows, trains=any(self.trains), dtypes=tuple(output.dtype for output in outputs))
@@ -297,7 +297,7 @@ class _Recorder:
                 self.flats.append(torch.empty((num_rows, *output.shape[1:]), dtype=dtype, device=output.device))
             self.trains = [False] * len(outputs)
             if self.budget is not None:
-                self.budget.note_embeddings(outputs)
+                self.budget.record_embeddings(outputs)
         if [output.shape[1:] for output in outputs] != [flat.shape[1:] for flat in self.flats]:
             raise AnybatchError(
                 f"The encoder returned shapes {[tuple(o.shape) for o in outputs]} for one micro-batch and "

@@ -196,7 +196,7 @@ def _replay_next(
         with without_autocast():
             _, error = unless_out_of_memory(partial(_backward, outputs, grads, piece.rows))
     if error is not None:
-        recording.note_out_of_memory(piece.rows)
+        recording.record_out_of_memory(piece.rows)
         undone = "No gradient was changed."
         if tower.sharded:
             undone = "The gradients of this step are incomplete: set them to zero."
@@ -210,7 +210,7 @@ def _split(recording: Recording, queue: deque[Piece], piece: Piece, error: BaseE
     """Put the two halves of a replay that did not fit in front of the queue."""
     recording.refuse_if_sharded(piece.rows, error)
     if piece.drew:
-        recording.note_out_of_memory(piece.rows)
+        recording.record_out_of_memory(piece.rows)
         raise AnybatchError(
             f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split now: its "
             "random numbers (dropout) belong to the whole. No gradient was changed. The next step takes less if it has "

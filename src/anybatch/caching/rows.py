@@ -218,11 +218,11 @@ class RowSlicer:
         if spans is not None:
             self._spans[path] = spans
             if self.pad_to_multiple is not None:
-                self._note_padding(columns, path)
+                self._record_padding(columns, path)
         for key, item in columns.items():
             self._check(item, (*path, str(key)))
 
-    def _note_padding(self, columns: Mapping[str, Any], path: _Path) -> None:
+    def _record_padding(self, columns: Mapping[str, Any], path: _Path) -> None:
         """The id that the tokenizer pads with: some encoders count positions from it. 0 where no row is padded."""
         for key in ("input_ids", "token_ids"):
             ids, mask = columns.get(key), columns[MASK]

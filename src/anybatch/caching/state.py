@@ -111,7 +111,7 @@ class _Content:
 class WrittenState:
     """Numbers and buffers (`places`) and frozen parameters, watched for what forward passes write.
 
-    `note` after every forward pass finds what it wrote (counters, running averages, teachers); `snapshot` before one,
+    `update` after every forward pass finds what it wrote (counters, running averages, teachers); `snapshot` before one,
     and `restore` with it later, bring back what was there. Frozen parameters are many and seldom written: they are
     copied from the moment that one is about to be written (`before_write`), or has been in an earlier step.
 
@@ -139,7 +139,7 @@ class WrittenState:
         kept = self.first.items()
         return [self.places[n].name for n, value in kept if isinstance(value, _Content) and value.content is None]
 
-    def note(self) -> bool:
+    def update(self) -> bool:
         """Take down what the last forward pass has written; whether it wrote."""
         wrote = False
         for number, old in self.values.items():
@@ -192,7 +192,7 @@ class WrittenState:
         self.values = {number: self.values[number] for number in self.first}
 
     def snapshot(self) -> dict[int, Any]:
-        """What was there after the last `note`, of all that was ever written."""
+        """What was there after the last `update`, of all that was ever written."""
         return {number: self.values[number] for number in self.first}
 
     def now(self) -> dict[int, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
+from anybatch.core.configuration import Count, Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, Denominator, Direction, SoftmaxLoss, num_directions
 from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
@@ -42,7 +43,7 @@ class EMC2(SoftmaxLoss):
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
         seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as
             if uninterrupted, and several ranks draw what one process would.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
     The chains and the number of steps are buffers, updated once a call in training mode with gradients enabled.
 
@@ -68,10 +69,10 @@ class EMC2(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        dimensions: int | None = None,
+        dimensions: Count | None = None,
         burn_in: float = 0.5,
         seed: int = 0,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",

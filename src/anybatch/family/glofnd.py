@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from anybatch.core.configuration import CountOrZero, NotNegative, Positive, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import PerRowValues
 from anybatch.losses.base import Batch, Direction, Part, SoftmaxLoss, num_directions
@@ -38,7 +39,7 @@ class GloFND(SoftmaxLoss):
         threshold_lr: Step, in units of similarity.
         threshold_start: Steps before thresholds are learned and used. Published: a third of all.
         gamma, eps: See `SogCLR`.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
     Thresholds and the number of steps are buffers, updated once a call in training mode with gradients enabled.
 
@@ -63,12 +64,12 @@ class GloFND(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        alpha: float = 0.01,
-        threshold_lr: float = 0.05,
-        threshold_start: int = 0,
-        gamma: float | Gamma = 0.9,
-        eps: float | None = None,
-        temperature: float = 0.05,
+        alpha: Positive = 0.01,
+        threshold_lr: NotNegative = 0.05,
+        threshold_start: CountOrZero = 0,
+        gamma: Share | Gamma = 0.9,
+        eps: NotNegative | None = None,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",

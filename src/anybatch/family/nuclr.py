@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
+from anybatch.core.configuration import CountOrZero, NotNegative, Positive, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import PerRowValues
 from anybatch.losses.base import Batch, Direction, Part, SoftmaxLoss, num_directions
@@ -66,12 +67,12 @@ class NUCLR(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        gamma: float | Gamma = 0.9,
+        gamma: Share | Gamma = 0.9,
         margin: float = -0.05,
-        margin_lr: float = 5e-6,
+        margin_lr: NotNegative = 5e-6,
         margin_momentum: float = 0.1,
-        margin_start: int = 0,
-        temperature: float = 0.05,
+        margin_start: CountOrZero = 0,
+        temperature: Positive = 0.05,
         direction: Direction = "one_way",
         normalize: bool = True,
         tile_bytes: int = TILE_BYTES,

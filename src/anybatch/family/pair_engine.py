@@ -1,7 +1,7 @@
 """The tiled sum over pairs that pairwise losses share: no denominator, each pair is judged on its own.
 
-Computes exactly, without ever holding the B x M scores, for scores s_ij = <anchor_i, candidate_j> and weights w_ij = exp(b_ij)
-(0 for the anchor's own positive and for removed pairs):
+Computes exactly, without ever holding the B x M scores, for scores s_ij = <anchor_i, candidate_j> and weights w_ij =
+exp(b_ij) (0 for the anchor's own positive and for removed pairs):
 
     positive sums  P = sum_i f(s_ip(i))
     negative sums  N = sum_ij w_ij g(s_ij; P / B),   and W = sum_ij w_ij
@@ -9,9 +9,9 @@ Computes exactly, without ever holding the B x M scores, for scores s_ij = <anch
 
 and the gradient in closed form. A method is f, g and h.
 
-Cost: three matrix products of B x M x D; `tile_bytes` of scores at a time and a few tensors of that size; nothing is kept for
-the backward pass but the gradients. With W ranks, in the forward pass: the collectives of `candidates.Gathered`, those of the
-log-weights, and two sums of a few numbers; nothing in the backward pass.
+Cost: three matrix products of B x M x D; `tile_bytes` of scores at a time and a few tensors of that size; nothing is
+kept for the backward pass but the gradients. With W ranks, in the forward pass: the collectives of
+`candidates.Gathered`, those of the log-weights, and two sums of a few numbers; nothing in the backward pass.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PairMethod(Protocol):
         ...
 
     def of_negatives(self, scores: Tensor, weight: Tensor, positive_means: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sums (K,) over a tile of negatives, and the unscaled derivative by each score, weight included."""
+        """The weighted sums (K,) over a tile of negatives; the unscaled derivative by each score, weight included."""
         ...
 
     def finish(
@@ -83,8 +83,9 @@ def pair_loss(
         tile_bytes: Memory for scores; the height of a tile follows from it.
 
     Returns:
-        The loss, and the mean number of negatives per anchor of this rank (pairs of weight 0 left out). Each rank's embeddings
-        receive world_size times the gradient of the global loss, the parameters the whole gradient on every rank.
+        The loss, and the mean number of negatives per anchor of this rank (pairs of weight 0 left out). Each rank's
+        embeddings receive world_size times the gradient of the global loss, the parameters the whole gradient on every
+        rank.
     """
     wanted = torch.is_grad_enabled()
     with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Losses without a denominator: every pair is judged on its own, so the batch size enters only as the number of pairs seen."""
+"""Losses without a denominator: every pair is judged alone; the batch size is no more than a number of pairs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from anybatch.core.configuration import Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.family.pair_engine import PairMethod, PairOutcome, pair_loss
 from anybatch.losses.base import Batch, ContrastiveLoss
@@ -20,7 +21,8 @@ from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 class PairwiseLoss(ContrastiveLoss):
     """Abstract: a method supplies its parameters and f, g and h of `pair_engine`. Same call as every `ContrastiveLoss`.
 
-    There is one direction: a pair counts the same seen from either side. `log_weight` multiplies a pair's term by exp(b_ij).
+    There is one direction: a pair counts the same seen from either side. `log_weight` multiplies a pair's term by
+    exp(b_ij).
     """
 
     lacks: ClassVar = {"direction": "judges pairs, which have one direction"}
@@ -28,7 +30,7 @@ class PairwiseLoss(ContrastiveLoss):
 
     @property
     def last_stats(self) -> dict[str, float]:
-        """Figures of the last call as plain floats: objective, negatives per anchor, temperature, bias. Empty before it."""
+        """Figures of the last call: objective, negatives per anchor, temperature, bias. Empty before it."""
         if self._last is None:
             return {}
         loss, num_negatives = self._last
@@ -65,8 +67,8 @@ class SigLIP(PairwiseLoss):
         x_ij = s_ij / tau + bias
         loss = (1 / B) sum_i [softplus(-x_ip(i)) + sum_{j != p(i)} exp(b_ij) softplus(x_ij)]
 
-    The paper's t is 1 / tau, trained through its logarithm, t' = log 10 at first; the bias starts at -10, because almost all
-    pairs are negatives. Both are parameters of this Module: see that your optimizer trains them.
+    The paper's t is 1 / tau, trained through its logarithm, t' = log 10 at first; the bias starts at -10, because
+    almost all pairs are negatives. Both are parameters of this Module: see that your optimizer trains them.
 
     Args:
         temperature: tau at first.
@@ -74,8 +76,8 @@ class SigLIP(PairwiseLoss):
         bias: The bias at first; trained.
         normalize, tile_bytes: See `ContrastiveLoss`.
 
-    Cost: no state. Reference: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, equation 1
-    and algorithm 1.
+    Cost: no state. Reference: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343,
+    equation 1 and algorithm 1.
 
     Example:
         >>> import torch
@@ -86,7 +88,7 @@ class SigLIP(PairwiseLoss):
     def __init__(
         self,
         *,
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
         learnable_temperature: bool = True,
         min_temperature: float = MIN_TEMPERATURE,
         bias: float = -10.0,
@@ -106,23 +108,23 @@ class SigLIP(PairwiseLoss):
 
 @final
 class AUCCL(PairwiseLoss):
-    """Every positive should outscore every negative of the batch by a margin: the square surrogate of the area under the ROC curve.
+    """Every positive should outscore every negative by a margin: the square surrogate of the area under the ROC curve.
 
         loss = mean over positives i and negative pairs (k, l) of (margin - s_ip(i) + s_kl)^2
              = Var(s+) + Var(s-) + (margin - mean s+ + mean s-)^2
 
-    The second line is the min-max form of the AUC literature with its three inner variables (the two means, and the multiplier
-    margin - mean s+ + mean s-) at their exact optimum for the batch, so there are no extra parameters and no second optimizer.
-    A mean over negative pairs does not grow with the batch, which is why its optimum moves little with the batch size.
-    Log-weights weigh the mean.
+    The second line is the min-max form of the AUC literature with its three inner variables (the two means, and the
+    multiplier margin - mean s+ + mean s-) at their exact optimum for the batch, so there are no extra parameters and no
+    second optimizer. A mean over negative pairs does not grow with the batch, which is why its optimum moves little
+    with the batch size. Log-weights weigh the mean.
 
     Args:
         margin: Wanted lead of a positive, in units of cosine similarity.
         normalize, tile_bytes: See `ContrastiveLoss`.
 
-    Cost: no state. Reference: the square AUC loss of Ying et al. 2016, "Stochastic Online AUC Maximization", theorem 1, on
-    pairs of embeddings as proposed by Sharma et al. 2024, "AUC-CL" (ICLR); that paper follows the inner variables by stochastic
-    steps instead.
+    Cost: no state. Reference: the square AUC loss of Ying et al. 2016, "Stochastic Online AUC Maximization", theorem 1,
+    on pairs of embeddings as proposed by Sharma et al. 2024, "AUC-CL" (ICLR); that paper follows the inner variables by
+    stochastic steps instead.
 
     Example:
         >>> import torch

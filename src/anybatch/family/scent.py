@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from anybatch.core.configuration import NotNegative, Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
 from anybatch.losses.denominators import RunningDenominator
@@ -97,10 +98,10 @@ class SCENT(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        alpha: float | None = None,
-        eps: float | None = None,
+        alpha: Positive | None = None,
+        eps: NotNegative | None = None,
         sharded: bool = False,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",

@@ -114,7 +114,7 @@ def verify(
             return Verification.refused(str(error))
         finally:
             # Where random numbers are drawn or state is written, what a row meets belongs to its micro-batch.
-            by_piece = written.note() or not start.equals(start.now())
+            by_piece = written.update() or not start.equals(start.now())
             start.restore()
             written.restore({})
         cached = _take_gradients(names)

@@ -186,13 +186,11 @@ class ContrastiveLoss(State):
         self.direction: Direction = direction
         self.normalize, self.tile_bytes, self.ring = normalize, tile_bytes, ring
 
-    # For the rooms that use losses by name: options of most methods that this one does not have, and why; of an option
-    # with a
-    # few values, those that each value leaves unused.
+    # For the rooms that use losses by name: options of most methods that this one does not
+    # have, and why; of an option with a few values, those that each value leaves unused.
     lacks: ClassVar[Mapping[str, str]] = {}
     unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
-
-    weighs_pairs = False  # a loss without such a denominator to which inclusion log-weights mean something all the same
+    weighs_pairs: ClassVar[bool] = False  # inclusion log-weights mean something to it though it is not `over_data`
 
     @property
     def over_data(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.core import distributed
+from anybatch.core.configuration import Count, Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import Batch, ContrastiveLoss, Denominator, Direction, figures_of, side_of
 from anybatch.losses.denominators import CountCorrected, WithPositive
@@ -58,7 +59,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             from the first two in a row above this limit on, nothing is used until the embeddings move more slowly.
             None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is
             remembered look stale.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
 
     Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for
     remembered pairs too: ids, lists of pairs, data sets, clusters and values by column are kept with them; a tensor
@@ -70,8 +71,19 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width,
             log-weights that cannot be remembered.
 
+    Example:
+        >>> import torch
+        >>> loss = CrossBatchInfoNCE(1000, memory_size=64)
+        >>> anchors, positives = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+        >>> for step in range(2):
+        ...     loss(anchors, positives, index=torch.arange(8) + 8 * step).backward()
+        >>> loss.last_stats["remembered"]
+        8.0
+
     Cost: 8 D S bytes and some 100 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S)
-    x D, twice for "both"; under ranks four gathers and two small sums besides the engine's collectives. Reference:
+    x D, twice for "both"; under ranks four gathers and two small sums besides the engine's collectives.
+
+    Reference:
     Wang et al. 2020, "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et
     al. 2024, "A Gradient Accumulation Method for Dense Retriever under Memory Constraint", arXiv 2406.12356; moments
     of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch Normalization for
@@ -82,12 +94,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self,
         num_rows: int,
         *,
-        memory_size: int = 1024,
+        memory_size: Count = 1024,
         corrected: bool = True,
         centred: bool = True,
         mean_rows: int = 64,
         max_staleness: float | None = 0.1,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -123,8 +135,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         # equal share; by direction.
         self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
-    weighs_pairs = True  # without the correction too
     widths = ("mean",)
+
+    @property
+    def over_data(self) -> bool:
+        """See `ContrastiveLoss.over_data`."""
+        return True
 
     @property
     def last_stats(self) -> dict[str, float]:

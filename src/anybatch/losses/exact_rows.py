@@ -1,4 +1,4 @@
-"""The softmax of a row over the whole data set, exactly, from embeddings in tiles. For filling and checking what a loss remembers.
+"""The softmax of a row over the data set, exactly, from embeddings in tiles: to fill and check what a loss remembers.
 
     log_sum_i    = logsumexp_{j allowed} (s_ij - s_ip(i)) / tau
     mean_logit_i = sum_j p_ij (s_ij - s_ip(i)) / tau,     p_ij = exp((s_ij - s_ip(i)) / tau - log_sum_i)
@@ -9,6 +9,7 @@ Cost: one matrix product of R x M x D, one exponential a pair and four passes ov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,21 +33,21 @@ class Rows:
     Attributes:
         log_sum: Relative to the positive; -inf without negatives.
         num_negatives: Targets that are negatives.
-        num_drawn: k, targets but the row's own, negatives or not: what the mean is over.
+        num_drawn: k, targets but the row's own, negatives or not: what the mean is over; the same for all rows.
         mean_logit: Mean logit under the softmax, relative to the positive; 0 without negatives.
         purity: Sum of p_ij^2: one over the number of negatives that share the gradient, in the strict sense.
     """
 
     log_sum: Tensor
     num_negatives: Tensor
-    num_drawn: Tensor
+    num_drawn: int
     mean_logit: Tensor
     purity: Tensor
 
     @property
     def log_mean(self) -> Tensor:
         """Log of the mean of exp(relative logit) over the targets, of which those that are no negatives add 0."""
-        return self.log_sum - self.num_drawn.clamp(min=1).log()
+        return self.log_sum - math.log(max(1, self.num_drawn))
 
     @property
     def entropy(self) -> Tensor:
@@ -55,8 +56,8 @@ class Rows:
 
     def standard_error(self, population: int) -> Tensor:
         """Of `log_mean` as an estimate from k targets drawn from `population` without replacement (delta method)."""
-        k = self.num_drawn.clamp(min=1)
-        return ((k * self.purity - 1).clamp(min=0) / k * (1 - k / max(1, population)).clamp(min=0)).sqrt()
+        k = max(1, self.num_drawn)
+        return ((k * self.purity - 1).clamp(min=0) / k * max(0.0, 1 - k / max(1, population))).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,6 @@ def exact_rows_of(
     index: Tensor,
     *,
     direction: int,
-    columns: np.ndarray | None = None,
     moments: bool = True,
     tile_bytes: int | None = None,
 ) -> tuple[Rows, Tensor]:
@@ -141,7 +141,7 @@ def exact_rows_of(
         rows: Which of the table's rows.
         index: (R,) int64 their numbers in the data set.
         direction: 0 for anchors against positives, 1 for the other way.
-        columns, moments, tile_bytes: See `exact_rows`.
+        moments, tile_bytes: See `exact_rows`.
 
     Returns:
         The figures, and a scalar or (R,).
@@ -151,8 +151,8 @@ def exact_rows_of(
     with torch.no_grad(), _evaluating(loss, table.device):
         temperature = loss.temperatures.of(batch, direction)
     side = table.reversed() if direction else table
-    options = {"columns": columns, "moments": moments, "tile_bytes": tile_bytes}
-    return exact_rows(side, rows, temperature=temperature, **options), temperature
+    figures = exact_rows(side, rows, temperature=temperature, moments=moments, tile_bytes=tile_bytes)
+    return figures, temperature
 
 
 @contextmanager
@@ -173,25 +173,23 @@ def exact_rows(
     rows: slice | np.ndarray,
     *,
     temperature: Tensor | float,
-    columns: np.ndarray | None = None,
     moments: bool = True,
     tile_bytes: int | None = None,
 ) -> Rows:
-    """The figures of some rows against all targets, or some.
+    """The figures of some rows against all targets.
 
-    A target is not a negative of a row if it is the row's own, has the content of the row's own, or belongs to a row with
-    the same query.
+    A target is not a negative of a row if it is the row's own, has the content of the row's own, or belongs to a row
+    with the same query.
 
     Args:
         table: The data set.
         rows: Which rows; few enough that (rows, D) and a column or so of scores fit.
         temperature: Similarities are divided by it: a number, or (R,) one a row.
-        columns: (m,) int64 ascending: the targets to count; None for all n.
         moments: Also find `mean_logit` and `purity`, at about the cost of the exponential; else they are NaN.
         tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
     """
     # 1. The rows, their own targets, and sums relative to the greatest logit so far.
-    total = len(table.targets) if columns is None else len(columns)
+    total = len(table.targets)
     queries, positives = table.take(table.queries, rows), table.take(table.targets, rows)
     numbers = np.arange(len(table.queries))[rows] if isinstance(rows, slice) else rows
     temperature = torch.as_tensor(temperature, dtype=queries.dtype, device=table.device)
@@ -208,7 +206,7 @@ def exact_rows(
     )
     # 2. A tile of targets at a time.
     for start in range(0, total, width):
-        chosen = slice(start, min(start + width, total)) if columns is None else columns[start : start + width]
+        chosen = slice(start, min(start + width, total))
         logits = torch.addmm(-positive[:, None], scaled, table.take(table.targets, chosen).T)
         removed = remove(logits, chosen)
         counts += logits.shape[1] - (logits.isneginf().sum(dim=1) if removed else 0)
@@ -227,7 +225,7 @@ def exact_rows(
     return Rows(
         log_sum=torch.where(some, peak + safe.log(), -torch.inf),
         num_negatives=counts,
-        num_drawn=total - remove.own,
+        num_drawn=total - 1,
         mean_logit=torch.where(some, firsts / safe, 0.0),
         purity=torch.where(some, squares / safe**2, 0.0),
     )
@@ -239,27 +237,22 @@ def _finite(values: Tensor) -> Tensor:
 
 
 class _Remover:
-    """Sets the logits of pairs that are no negatives to -inf. Most columns have nothing to do with these rows: not every pair is compared."""
+    """Sets logits of pairs that are no negatives to -inf, comparing ids only in columns that any of the rows shares."""
 
     def __init__(self, table: Table, rows: Tensor) -> None:
         self.rows = rows
-        self.own = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)  # 1 once the own target has come
         given = [ids for ids in (table.query_id, table.target_id) if ids is not None]
         self.ids = [(ids[rows], ids, torch.isin(ids, ids[rows])) for ids in given]
 
-    def __call__(self, logits: Tensor, columns: slice | np.ndarray) -> bool:
+    def __call__(self, logits: Tensor, columns: slice) -> bool:
         """Whether anything may have been removed."""
-        numbers = np.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
-        numbers = torch.as_tensor(numbers, device=logits.device)
-        place = torch.searchsorted(numbers, self.rows).clamp_(max=len(numbers) - 1)
-        own = (numbers[place] == self.rows).nonzero()[:, 0]
-        logits[own, place[own]] = -torch.inf
-        self.own[own] = 1.0
+        own = ((self.rows >= columns.start) & (self.rows < columns.stop)).nonzero()[:, 0]
+        logits[own, self.rows[own] - columns.start] = -torch.inf
         removed = len(own) > 0
         for of_rows, of_all, met in self.ids:
-            watched = met[numbers].nonzero()[:, 0]
+            watched = met[columns].nonzero()[:, 0]
             if len(watched):
-                same = of_rows[:, None] == of_all[numbers[watched]][None]
+                same = of_rows[:, None] == of_all[columns][watched][None]
                 logits[:, watched] = logits[:, watched].masked_fill_(same, -torch.inf)
                 removed = True
         return removed

@@ -1,6 +1,7 @@
-"""Late interaction (ColBERT): InfoNCE over MaxSim scores of token embeddings, in tiles, with the gradient in closed form.
+"""Late interaction (ColBERT): InfoNCE over MaxSim scores of tokens, in tiles, with the gradient in closed form.
 
-Shapes: B anchors of Tq tokens, M candidates of Td tokens, D dimensions; `_all` marks the candidates of all ranks together.
+Shapes: B anchors of Tq tokens, M candidates of Td tokens, D dimensions; `_all` marks the candidates of all ranks
+together.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class LateInteraction(ContrastiveLoss):
 
     The maximum's gradient goes to the token that reached it (the first of equals).
 
-    Cost: three matrix products of (B Tq) x (M Td) x D; token similarities of a tile, and 2 or 4 bytes for each token of a
-        tile's anchors and each candidate. Neither all similarities nor all scores are held at once. With W ranks: seven
-        collectives in the forward pass (one as large as all candidates' gradients), none in the backward pass.
+    Cost: three matrix products of (B Tq) x (M Td) x D; token similarities of a tile, and 2 or 4 bytes for each token of
+    a tile's anchors and each candidate. Neither all similarities nor all scores are held at once. With W ranks: seven
+    collectives in the forward pass (one as large as all candidates' gradients), none in the backward pass.
 
     Reference: Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, equation 3.
 
@@ -206,8 +207,8 @@ def _checked_masks(
     shapes = tuple(anchors.shape), tuple(candidates.shape)
     if [len(shape) for shape in shapes] != [3, 3] or shapes[0][2] != shapes[1][2] or shapes[1][0] < shapes[0][0]:
         raise AnybatchError(
-            f"anchors have shape {shapes[0]} and candidates {shapes[1]}; expected (B, Tq, D) and (M, Td, D) with M >= B: "
-            "the positives in the anchors' order, then explicit negatives."
+            f"anchors have shape {shapes[0]} and candidates {shapes[1]}; expected (B, Tq, D) and (M, Td, D) with "
+            "M >= B: the positives in the anchors' order, then explicit negatives."
         )
     masks = []
     for name, side, mask in (("anchor_mask", anchors, anchor_mask), ("candidate_mask", candidates, candidate_mask)):

@@ -102,11 +102,11 @@ class ListedPairs:
 
     def __call__(self, queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
         """See `Term`. The pair of anchor i and text j is the same pair in the candidate-to-anchor direction."""
+        if not len(self.keys):
+            return torch.zeros(1, 1, device=self.keys.device)
         anchors, texts = (candidates, queries) if back else (queries, candidates)
         own, text = anchors[self.key] * self.width, texts["text_id"]
         wanted = text[:, None] + own if back else own[:, None] + text
-        if not len(self.keys):
-            return torch.zeros(1, 1, device=wanted.device)
         place = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
         return removed(self.keys[place] == wanted)
 
@@ -149,8 +149,9 @@ class Inclusion:
     Example:
         >>> import torch
         >>> weights = Inclusion(torch.tensor([[[0.0, 1.0, 2.0, 1.0, 2.0, 0.0]] * 2], dtype=torch.float64))
-        >>> weights(Examples(cluster=torch.tensor([0])), Examples(cluster=torch.tensor([0, 3, -7])),
-        back=False).tolist() [[0.0, 1.0, 2.0]]
+        >>> candidates = Examples(cluster=torch.tensor([0, 3, -7]))
+        >>> weights(Examples(cluster=torch.tensor([0])), candidates, back=False).tolist()
+        [[0.0, 1.0, 2.0]]
     """
 
     table: Tensor
@@ -205,9 +206,9 @@ class LogWeights:
         >>> import torch
         >>> def same_author(queries, candidates, *, back):
         ...     return removed(queries["author"][:, None] == candidates["author"])
-        >>> weights = LogWeights.of(Examples(author=torch.tensor([0, 1, 0])), 2, same_author)  # 2 pairs, 1 explicit
-        negative >>> weights.tile(slice(0, 2), slice(0, 3)).tolist()  # an anchor's own positive is never removed by
-        the losses [[-inf, 0.0, -inf], [0.0, -inf, 0.0]]
+        >>> weights = LogWeights.of(Examples(author=torch.tensor([0, 1, 0])), 2, same_author)  # the third is explicit
+        >>> weights.tile(slice(0, 2), slice(0, 3)).tolist()  # losses keep the own positive all the same
+        [[-inf, 0.0, -inf], [0.0, -inf, 0.0]]
     """
 
     queries: Examples

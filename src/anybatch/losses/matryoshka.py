@@ -20,24 +20,27 @@ class Matryoshka(State):
 
         loss = sum_k weight_k loss_k(anchors[:, :d_k], candidates[:, :d_k])
 
-    The loss normalises each prefix anew (unless it was made with `normalize=False`, which leaves the scores raw dot products). Every prefix has a
-    loss of its own: its own memory, thresholds and learned temperature, because a denominator of one width says nothing of another.
-    What it replaces: a wrapper that calls one loss once a dimension, under which a loss with memory had to be refused.
+    The loss normalises each prefix anew (unless it was made with `normalize=False`, which leaves the scores raw dot
+    products). Every prefix has a loss of its own: its own memory, thresholds and learned temperature, because a
+    denominator of one width says nothing of another. What it replaces: a wrapper that calls one loss once a dimension,
+    under which a loss with memory had to be refused.
 
     Args:
-        loss: A loss of `anybatch.losses`, copied once a dimension as it stands; or one loss a dimension, for those that are made for a width
-            (`TempNet`, `EMC2` with states).
+        loss: A loss of `anybatch.losses`, copied once a dimension as it stands; or one loss a dimension, for those that
+            are made for a width (`TempNet`, `EMC2` with states).
         dimensions: Widths of the prefixes, all different; the full width is among them only if given.
         weights: One a dimension, 0 or more; None for 1 each. The sum is not divided by them.
 
     The embeddings are one leaf and receive one gradient, so that a cached step replays the encoder once.
 
     Raises:
-        AnybatchError: Dimensions or weights that make no sense; in a call: embeddings narrower than a prefix; what the loss refuses.
+        AnybatchError: Dimensions or weights that make no sense; in a call: embeddings narrower than a prefix; what the
+            loss refuses.
 
-    Cost: that of the losses: matrix products over sum_k d_k dimensions, the pointwise part once a dimension, memory and collectives once a
-    dimension. Four prefixes of 384 dimensions cost about two plain losses. Scores accumulated from block to block, s_d2 = s_d1 + block, would
-    bring the products down to those of the longest prefix, at the price of an engine that holds the tiles of all prefixes at once: not done.
+    Cost: that of the losses: matrix products over sum_k d_k dimensions, the pointwise part once a dimension, memory and
+    collectives once a dimension. Four prefixes of 384 dimensions cost about two plain losses. Scores accumulated from
+    block to block, s_d2 = s_d1 + block, would bring the products down to those of the longest prefix, at the price of
+    an engine that holds the tiles of all prefixes at once: not done.
 
     Reference: Kusupati et al. 2022, "Matryoshka Representation Learning", arXiv 2205.13147, equation 1.
     """
@@ -56,7 +59,8 @@ class Matryoshka(State):
         losses = list(loss) if isinstance(loss, Sequence) else [copy.deepcopy(loss) for _ in self.dimensions]
         if len(losses) != len(self.dimensions) or len(set(map(id, losses))) < len(losses):
             raise AnybatchError(
-                f"{len(losses)} losses for {len(self.dimensions)} dimensions; give one loss, which is copied, or a different one for each dimension."
+                f"{len(losses)} losses for {len(self.dimensions)} dimensions; give one loss, which is copied, or a "
+                "different one for each dimension."
             )
         self.losses = nn.ModuleList(losses)
 
@@ -74,7 +78,7 @@ class Matryoshka(State):
 
     @property
     def last_stats(self) -> dict[str, float]:
-        """Figures of the longest prefix, and every prefix's objective as `objective_64` and so on. Empty before the first call."""
+        """Figures of the longest prefix, and every prefix's objective as `objective_64` and so on."""
         figures = dict(self.widest.last_stats)
         for dimension, loss in zip(self.dimensions, self.losses, strict=True):
             assert isinstance(loss, ContrastiveLoss)
@@ -124,7 +128,7 @@ class Matryoshka(State):
 
 
 def check_prefixes(dimensions: Sequence[int], weights: Sequence[float] | None, name: str) -> None:
-    """Refuse prefixes that are none, equal or empty, and weights that are not theirs; `name` is what they are called, with its verb.
+    """Refuse prefixes that are none, equal or empty, and other weights than theirs; `name` is theirs, with its verb.
 
     Raises:
         AnybatchError: They are.
@@ -133,5 +137,6 @@ def check_prefixes(dimensions: Sequence[int], weights: Sequence[float] | None, n
         raise AnybatchError(f"{name} {list(dimensions)}; expected different positive widths such as [384, 128, 64].")
     if weights is not None and not (len(weights) == len(dimensions) and all(0 <= w < math.inf for w in weights)):
         raise AnybatchError(
-            f"weights are {list(weights)} for dimensions {list(dimensions)}; expected one number a dimension, 0 or more."
+            f"weights are {list(weights)} for dimensions {list(dimensions)}; expected one number a dimension, "
+            "0 or more."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import final
 
+from anybatch.core.configuration import NotNegative, Positive, Share
 from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
 from anybatch.losses.denominators import CountCorrected, RunningDenominator, WithoutPositive, WithPositive
 from anybatch.losses.engine import TILE_BYTES
@@ -42,7 +43,7 @@ class InfoNCE(SoftmaxLoss):
     def __init__(
         self,
         *,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -78,7 +79,7 @@ class DecoupledInfoNCE(SoftmaxLoss):
     def __init__(
         self,
         *,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -121,7 +122,7 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",
@@ -182,10 +183,10 @@ class SogCLR(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        gamma: float | Gamma = 0.9,
-        eps: float | None = None,
+        gamma: Share | Gamma = 0.9,
+        eps: NotNegative | None = None,
         sharded: bool = False,
-        temperature: float = 0.05,
+        temperature: Positive = 0.05,
         learnable_temperature: bool = False,
         min_temperature: float = MIN_TEMPERATURE,
         direction: Direction = "one_way",

@@ -1,6 +1,7 @@
-"""Losses by name. Adding a method is one line of `METHODS`: its settings are its constructor's parameters, with their types, defaults and checks.
+"""Losses by name. A method is one line of `METHODS`: its settings are its constructor's: types, defaults, checks.
 
-What a method is (whether it stands for the data set, whether a warm start can fill it) the loss itself says, see `ContrastiveLoss`.
+What a method is (whether it stands for the data set, whether a warm start can fill it) the loss itself says, see
+`ContrastiveLoss`.
 """
 
 from __future__ import annotations
@@ -40,18 +41,19 @@ METHODS: dict[str, str] = {
     "scent": "anybatch.family.scent.SCENT",
     "siglip": "anybatch.family.pairwise.SigLIP",
     "auc_cl": "anybatch.family.pairwise.AUCCL",
+    "debiased": "anybatch.family.debiased.DebiasedInfoNCE",
 }
-# Parameters that no file sets: the run knows them, or another value has won in no benchmark (docs/log.md).
+# Parameters that no file sets: the run knows them, or no other value than the default won in a benchmark (docs/log.md).
 IN_PYTHON_ONLY = (
     *("num_rows", "normalize", "tile_bytes", "min_temperature", "seed", "hidden"),
     *("centred", "corrected", "mean_rows", "max_staleness"),
-    *("temperature_momentum", "temperature_clip", "margin_momentum"),
+    *("temperature_momentum", "temperature_clip", "margin_momentum", "threshold_lr", "burn_in", "bias"),
 )
 FIRST_TEMPERATURE = 0.05  # to look at data with, for a loss that has none
 
 
 class Option(typing.NamedTuple):
-    """One setting of a method, from its constructor: its annotation, and its default (`inspect.Parameter.empty` without)."""
+    """A parameter of a constructor: its annotation, and its default (`inspect.Parameter.empty` without)."""
 
     hint: Any
     default: Any
@@ -69,7 +71,7 @@ def method_of(name: str) -> type[ContrastiveLoss]:
 
 @functools.cache
 def options_of(name: str) -> dict[str, Option]:
-    """What a configuration can set of a method: the constructor's parameters that are numbers, words, truth values or lists of them."""
+    """What a file can set of a method: its constructor's parameters that are numbers, words, truth values or lists."""
     make = method_of(name).__init__
     hints = typing.get_type_hints(make, include_extras=True)
     options = {
@@ -94,16 +96,20 @@ def _plain(hint: Any) -> Any:
 class LossConfig(Configuration):
     """A loss by name, with the options of its method beside those that all methods share.
 
-    `LossConfig(name="sogclr", gamma=0.8)` is of a class that is made from the method's constructor, and holds all of its options.
+    `LossConfig(name="sogclr", gamma=0.8)` is of a class that is made from the method's constructor, and holds all of
+    its options.
 
     Attributes:
-        name: The method, one of `METHODS`.
+        name: The method, see docs/methods.md.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
-        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact weight.
+        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact
+            weight.
         mask_suspects: Pairs that the plan suspects of being false negatives are no negatives.
-        matryoshka: Widths of prefixes of the embeddings that must be good embeddings themselves: the loss is the sum over them, each with a memory
-            and a learned temperature of its own. The full width is among them only if given. None for the embeddings as they are.
-        warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once (docs/memory.md).
+        matryoshka: Widths of prefixes of the embeddings that must be good embeddings themselves: the loss is the sum
+            over them, each with a memory and a learned temperature of its own. The full width is among them only if
+            given. None for the embeddings as they are.
+        warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once
+            (docs/memory.md).
         probe_steps: Every so many steps compare it with the exact one on a few rows; the figures go into the log.
 
     Raises:
@@ -204,8 +210,8 @@ class LossConfig(Configuration):
         """What the method does not define of the options that all methods share."""
         if self.weights == "inclusion" and not example.inclusion:
             raise AnybatchError(
-                f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own. "
-                "Use loss.name=count_corrected (no memory) or sogclr."
+                f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own."
+                " Use loss.name=count_corrected (no memory) or sogclr."
             )
         for name, value in (("warm_start", self.warm_start), ("probe_steps", self.probe_steps)):
             if value and not isinstance(example.running, RunningDenominator):

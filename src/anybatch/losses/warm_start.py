@@ -1,10 +1,10 @@
 """The running denominators of a loss, and the exact ones: filled in before training, compared with them during it.
 
-A moving average over few epochs has little to average, so `warm_start` computes every row's. `memory_figures` says how far
-they are from the exact ones later on, and what the objective over the data set is, which no value of a batch says.
+A moving average over few epochs has little to average, so `warm_start` computes every row's. `memory_figures` says how
+far they are from the exact ones later on, and what the objective over the data set is, which no value of a batch says.
 
-Cost: encoding the data once (not done here), then n x m x D multiply-adds a direction, m = n or the sample. With W ranks each
-takes its share of the rows. docs/memory.md has measured figures.
+Cost: encoding the data once (not done here), then n x n x D multiply-adds a direction. With W ranks each takes
+its share of the rows. docs/memory.md has measured figures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,35 +37,18 @@ FILL_ROWS = 2**22
 DIGEST_ROWS = 2**14  # rows digested at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class WarmStart:
-    """What a warm start did.
-
-    Attributes:
-        num_rows: Rows filled, a direction.
-        num_columns: Targets that each was scored against.
-        standard_error: Root mean square over rows of the standard error of the log-denominator, estimated from the sample
-            itself; 0 when every target was counted. A lower bound where a few close targets carry the mean and are mostly not
-            in the sample. Of this rank's rows in this call: NaN if a finished file was only read.
-        seconds: Wall time of this call.
-    """
-
-    num_rows: int
-    num_columns: int
-    standard_error: float
-    seconds: float
-
-
 def running_denominator_of(loss: nn.Module) -> RunningDenominator:
     """The running denominator of a loss, if it holds the log-mean over all negatives.
 
     Raises:
-        AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives (GloFND).
+        AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives
+            (GloFND).
     """
     running = loss.running if isinstance(loss, ContrastiveLoss) else None
     if not isinstance(running, RunningDenominator):
         raise AnybatchError(
-            f"{type(loss).__name__} has no memory of plain denominators; this is for losses that have one, such as SogCLR."
+            f"{type(loss).__name__} has no memory of plain denominators; this is for losses that have one, such as "
+            "SogCLR."
         )
     return running
 
@@ -78,30 +60,26 @@ def warm_start(
     *,
     anchor_id: Ids = None,
     positive_id: Ids = None,
-    sample: int | None = None,
-    seed: int = 0,
     file: str | Path | None = None,
     tile_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> WarmStart:
-    """Replace every running denominator of the loss by the log-mean over the data set, at the temperature of this moment.
+) -> None:
+    """Replace every running denominator of the loss by the log-mean over the data set, at the present temperature.
 
         log u_i <- log mean_{j allowed} exp((s_ij - s_ip(i)) / tau_i)
 
-    in each direction that the loss has (1: positives against anchors). Explicit negatives are not counted: they are not a
-    sample of the data set.
+    in each direction that the loss has (1: positives against anchors). Explicit negatives are not counted: they are not
+    a sample of the data set.
 
     Args:
         loss: A loss with a running denominator.
-        anchors: (n, D) array, memory map or tensor in row order, from the model as it is now. float32, or float64 for checks.
+        anchors: (n, D) array, memory map or tensor in row order, from the model as it is now. float32, or float64 for
+            checks.
         positives: (n, D), row i the positive of row i.
-        anchor_id, positive_id: (n,) int; equal for equal content, which is never a negative. Without them only the row's own
-            positive is left out.
-        sample: Score against this many targets drawn at random, the same for all rows, instead of all n. The error of a row's
-            log-mean is about sqrt((x2 - 1) / sample), x2 the mean square over the squared mean of exp(logit).
-        seed: Of the sample.
-        file: Progress, and at the end the result, are kept here: an interrupted call goes on from it, a finished one is only
-            read.
+        anchor_id, positive_id: (n,) int; equal for equal content, which is never a negative. Without them only the
+            row's own positive is left out.
+        file: Progress, and at the end the result, are kept here: an interrupted call goes on from it, a finished one is
+            only read.
         tile_bytes: Memory for scores; None for 8 MiB on a CPU (what its caches like), 256 MiB elsewhere.
         progress: Called with (rows done, rows in all), all directions together.
 
@@ -109,19 +87,19 @@ def warm_start(
         AnybatchError: A loss without running denominators, embeddings that do not fit it, a file of other embeddings,
             temperatures or settings, one that cannot be written; on every rank, whichever found it.
 
-    Cost: see the module; 4 bytes a row and direction on each rank while it works. With `file`, rank 0 reads all embeddings once
-        more for their digest, about 1 GB a second. Collectives: two agreements, and one gather of the values a block, with
-        `file` also an agreement; every rank needs all embeddings.
+    Cost: see the module; 4 bytes a row and direction on each rank while it works. With `file`, rank 0 reads all
+    embeddings once more for their digest, about 1 GB a second. Collectives: two agreements, and one gather of the
+    values a block, with `file` also an agreement; every rank needs all embeddings.
 
     Example:
         >>> import torch
         >>> from anybatch.losses import SogCLR
         >>> loss, embeddings = SogCLR(100), torch.randn(2, 100, 8)
-        >>> warm_start(loss, *embeddings).num_columns, int(loss.denominator.visited.sum())
-        (100, 100)
+        >>> warm_start(loss, *embeddings)
+        >>> int(loss.denominator.visited.sum())
+        100
     """
     # 1. What is to be filled, and from what; only rank 0 reads and writes the file.
-    began = time.perf_counter()
     with distributed.agreed():
         running = running_denominator_of(loss)
         device, num_directions, num_rows = running.log_mean.device, len(running.log_mean), len(anchors)
@@ -130,10 +108,8 @@ def warm_start(
         )
         if num_rows != running.num_rows:
             raise AnybatchError(f"Got embeddings of {num_rows} rows; the memory was made for {running.num_rows}.")
-        columns = _draw(num_rows, sample, seed)
-        identity = _identity(loss, table, num_directions, sample, seed) if file and distributed.rank() == 0 else ""
+        identity = _identity(loss, table, num_directions) if file and distributed.rank() == 0 else ""
     values, done = _open(file, identity, num_directions, num_rows, device)
-    errors: list[Tensor] = []
     saved, writing = time.perf_counter(), 0.0
     if progress is not None and done:
         progress(done, values.numel())
@@ -143,12 +119,10 @@ def warm_start(
         first = start + sum(sizes[: distributed.rank()])
         rows = slice(first, first + sizes[distributed.rank()])
         numbers = torch.arange(rows.start, rows.stop, device=device)
-        moments = columns is not None
-        options = {"direction": direction, "columns": columns, "moments": moments, "tile_bytes": tile_bytes}
-        figures, _ = exact_rows_of(loss, table, rows, numbers, **options)
+        figures, _ = exact_rows_of(
+            loss, table, rows, numbers, direction=direction, moments=False, tile_bytes=tile_bytes
+        )
         values[direction, start:stop] = distributed.gather_rows(figures.log_mean.float(), sizes)
-        if columns is not None:
-            errors.append(figures.standard_error(num_rows - 1))
         done = direction * num_rows + stop
         if file is not None:
             with distributed.alone() as chosen:
@@ -166,13 +140,6 @@ def warm_start(
         part = torch.where(part.isneginf(), torch.nan, part)
         numbers = torch.arange(start, start + len(part), device=device)
         running.fill(numbers, part, direction=direction, dimensions=anchors.shape[1])
-    stated = float(torch.cat(errors).square().mean().sqrt()) if errors else float("nan")
-    return WarmStart(
-        num_rows=num_rows,
-        num_columns=num_rows if columns is None else len(columns),
-        standard_error=0.0 if columns is None else stated,
-        seconds=time.perf_counter() - began,
-    )
 
 
 def memory_figures(
@@ -189,12 +156,13 @@ def memory_figures(
 ) -> dict[str, float]:
     """The running denominators of some rows beside the exact ones.
 
-    With nu_i = log u_i the exact log-mean over the given targets, m_i the running one, p_i the exact softmax over the negatives:
+    With nu_i = log u_i the exact log-mean over the given targets, m_i the running one, p_i the exact softmax over the
+    negatives:
 
         memory_visited        share of the probe rows that have a state
         memory_log_rmse       root mean square of m_i - nu_i over those
         memory_log_bias       mean of m_i - nu_i: the part of it that is only a factor on the learning rate
-        memory_log_rmse_floor root mean square of the standard error of nu_i, where the N rows are a sample; 0 for all rows
+        memory_log_rmse_floor root mean square of the standard error of nu_i, if the N rows are a sample; 0 for all
         objective_true        mean_i tau_i log(eps + u_i), as the papers write it
         objective_memory      mean_i tau_i log(eps + exp(m_i)): what the loss takes it for
         surrogate             mean_i sum_j w_ij (s_ij - s_ip(i)) with w_ij from m_i: its gradient is the one followed
@@ -203,10 +171,11 @@ def memory_figures(
 
     Args:
         loss: A loss with a running denominator.
-        anchors, positives: (N, D) embeddings of N rows by the model as it is now: all rows of the data set, or a sample.
+        anchors, positives: (N, D) embeddings of N rows by the model as it is now: all rows of the data set, or a
+            sample.
         index: (N,) int64 which row of the data set each is.
-        probe: Which of the N rows to probe: positions, or a number of the first ones; None for all. The others only serve as
-            targets.
+        probe: Which of the N rows to probe: positions, or a number of the first ones; None for all. The others only
+            serve as targets.
         anchor_id, positive_id: (N,) int; equal for equal content.
         direction: Which state; 1 scores positives against anchors.
         tile_bytes: As in `warm_start`.
@@ -260,14 +229,6 @@ def _mean(values: Tensor) -> float:
     return values.mean().item() if len(values) else 0.0
 
 
-def _draw(num_rows: int, sample: int | None, seed: int) -> np.ndarray | None:
-    if sample is None or sample >= num_rows:
-        return None
-    if sample < 2:
-        raise AnybatchError(f"sample is {sample}; expected at least 2 targets, or None for all.")
-    return np.sort(np.random.default_rng(seed).choice(num_rows, sample, replace=False))
-
-
 def _blocks(num_rows: int, num_directions: int, done: int) -> list[tuple[int, int, int]]:
     """(direction, first row, row after the last) of what is left to do."""
     height = BLOCK_ROWS * distributed.world_size()
@@ -279,8 +240,8 @@ def _blocks(num_rows: int, num_directions: int, done: int) -> list[tuple[int, in
     ]
 
 
-def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: int | None, seed: int) -> str:
-    """What made a file: settings, temperatures, ids and all embeddings, each of which is scored against many others anyway."""
+def _identity(loss: ContrastiveLoss, table: Table, num_directions: int) -> str:
+    """What made a file: settings, temperatures, ids and all embeddings."""
     temperature: float | str = loss.temperature
     if loss.temperatures.per_row:  # a digest of all that they follow from
         state = sorted(loss.temperatures.state_dict().items())
@@ -288,7 +249,7 @@ def _identity(loss: ContrastiveLoss, table: Table, num_directions: int, sample: 
         limits = json.dumps(loss.temperatures.limits).encode()
         temperature = digest_of([limits, *itertools.chain.from_iterable(tensors)])
     ids = [b"" if ids is None else ids.cpu().numpy().tobytes() for ids in (table.query_id, table.target_id)]
-    settings = [list(table.queries.shape), num_directions, temperature, loss.normalize, sample, seed]
+    settings = [list(table.queries.shape), num_directions, temperature, loss.normalize]
     blocks = itertools.chain(_bytes_of(table.queries), _bytes_of(table.targets))
     return json.dumps({"settings": settings, "digest": digest_of(itertools.chain(ids, blocks))})
 

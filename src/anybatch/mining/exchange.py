@@ -219,7 +219,7 @@ def best_exchanges(graph, clusters, order):  # pragma: no cover - compiled
         for edge in range(graph.indptr[row], graph.indptr[row + 1]):
             link[cluster[graph.indices[edge]]] += graph.data[edge]
         targets = _two_strongest(graph, cluster, link, row, pool)
-        leaving = _clashes(graph, row, -1, members[home]) if home < pool else 0
+        leaving = _clashes(graph, row, -1, members[home]) if home < pool and graph.duplicates[row] else 0
         if targets[0] < 0 and leaving > 0:
             targets = ((home + 1) % pool, -1)  # nothing attracts it, but it must not stay
         gain, target, place = _best_place(graph, clusters, link, row, targets, leaving)
@@ -274,7 +274,8 @@ def _best_place(graph, clusters, link, row, targets, leaving):  # pragma: no cov
             gain = link[target] - at_home - between - (between if home < pool else 0.0) + to_home - to_target
             if gain + HARD * leaving <= best_gain and not graph.duplicates[other]:
                 continue
-            gain -= HARD * _more_clashes(graph, members, row, other, home, target, leaving)
+            if graph.duplicates[row] or graph.duplicates[other]:
+                gain -= HARD * _more_clashes(graph, members, row, other, home, target, leaving)
             if gain > best_gain:
                 best_gain, best_target, best_place = gain, target, place
     return best_gain, best_target, best_place
@@ -308,11 +309,15 @@ def anneal(graph, clusters, temperature, seed):  # pragma: no cover - compiled
     for step in range(len(cluster)):
         row = np.random.randint(len(cluster))  # noqa: NPY002
         home = cluster[row]
-        leaving = _clashes(graph, row, -1, members[home]) if home < pool else 0
+        leaving = _clashes(graph, row, -1, members[home]) if home < pool and graph.duplicates[row] else 0
         target, to_target = _drawn_target(graph, cluster, link, seen, seen_in, row, step, temperature, leaving)
         if target < 0 or target == home:
             continue
-        place = _loosest_member(members[target], tie)
+        place = -1
+        for _ in range(TRIALS):  # the one that holds least to its cluster
+            trial = np.random.randint(members.shape[1])  # noqa: NPY002
+            if place < 0 or tie[members[target, trial]] < tie[members[target, place]]:
+                place = trial
         other = members[target, place]
         to_home, between = 0.0, 0.0
         for edge in range(graph.indptr[other], graph.indptr[other + 1]):
@@ -321,7 +326,8 @@ def anneal(graph, clusters, temperature, seed):  # pragma: no cover - compiled
             if cluster[graph.indices[edge]] == home and home < pool:
                 to_home += graph.data[edge]
         gain = to_target - tie[row] + to_home - tie[other] - (2 * between if home < pool else between)
-        gain -= HARD * _more_clashes(graph, members, row, other, home, target, leaving)
+        if graph.duplicates[row] or graph.duplicates[other]:
+            gain -= HARD * _more_clashes(graph, members, row, other, home, target, leaving)
         if gain > temperature * np.log(np.random.random() + 1e-300) + 1e-6:  # noqa: NPY002
             _move(graph, clusters, row, home, target)
             _move(graph, clusters, other, target, home)
@@ -345,7 +351,8 @@ def _drawn_target(graph, cluster, link, seen, seen_in, row, step, temperature, l
                 num_seen += 1
             link[where] += graph.data[edge]
     target, best, to_target = -1, -np.inf, 0.0
-    for where in seen[:num_seen]:
+    for position in range(num_seen):
+        where = seen[position]
         if link[where] > 0.0:
             # The largest of the values plus Gumbel noise is a draw from their softmax.
             noise = -temperature * np.log(-np.log(np.random.random() + 1e-300))  # noqa: NPY002
@@ -354,20 +361,9 @@ def _drawn_target(graph, cluster, link, seen, seen_in, row, step, temperature, l
     if target < 0 and leaving > 0:  # nothing attracts it, but it must not stay
         target = np.random.randint(pool)  # noqa: NPY002
         to_target = link[target]
-    for where in seen[:num_seen]:
-        link[where] = 0.0
+    for position in range(num_seen):
+        link[seen[position]] = 0.0
     return target, to_target
-
-
-@compiled
-def _loosest_member(members, tie):  # pragma: no cover - compiled
-    """The place, of a few drawn at random, whose row holds least to its cluster."""
-    place = -1
-    for _ in range(TRIALS):
-        trial = np.random.randint(len(members))  # noqa: NPY002
-        if place < 0 or tie[members[trial]] < tie[members[place]]:
-            place = trial
-    return place
 
 
 @compiled

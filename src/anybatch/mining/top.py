@@ -127,7 +127,7 @@ class _Compiled:
     def __init__(self, rows: np.ndarray, num_kept: int, ids: tuple[np.ndarray, ...], device: torch.device) -> None:
         keys = np.empty((len(rows), max(2 * num_kept, num_kept + 64)), np.uint64)
         counts, bars = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf, np.float32)
-        self.kept = _Reservoirs(keys, counts, bars, rows, *ids, num_kept)
+        self.kept = _Reservoirs(keys, counts, bars, rows, ids[0], ids[1], num_kept)
 
     def add(self, tile: Tensor, lines: np.ndarray, columns: np.ndarray) -> None:
         scores = tile.numpy()

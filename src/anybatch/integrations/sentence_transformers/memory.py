@@ -18,7 +18,7 @@ from anybatch.integrations.sentence_transformers.callback import add_to_log
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.model import Side, lengths_of
 from anybatch.losses import ContrastiveLoss
-from anybatch.losses.warm_start import WarmStart, memory_figures, running_denominator_of, warm_start
+from anybatch.losses.warm_start import memory_figures, running_denominator_of, warm_start
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -35,11 +35,9 @@ def warm_start_from_model(
     loss: ContrastiveLoss,
     *,
     batch_size: int = 128,
-    sample: int | None = None,
-    seed: int = 0,
     folder: str | Path | None = None,
     progress: Report | None = None,
-) -> WarmStart:
+) -> None:
     """Encode all pairs with the model as it is now, without dropout, and fill the loss's denominators from them.
 
     Args:
@@ -49,13 +47,9 @@ def warm_start_from_model(
             each other.
         loss: A loss of `anybatch.losses` with running denominators (not the `CachedLoss` around it).
         batch_size: Texts per forward pass.
-        sample, seed: See `anybatch.losses.warm_start.warm_start`.
         folder: Keep embeddings and progress there (warm_start*.npy, warm_start.safetensors): a killed one goes on where
             it stopped, and memory holds one shard of texts. None: in memory, nothing is kept.
         progress: Called with (stage, done, total).
-
-    Returns:
-        What was done.
 
     Raises:
         AnybatchError: A loss without running denominators; files of other weights in `folder`.
@@ -77,14 +71,12 @@ def warm_start_from_model(
                 embed_to_file(model, texts, path, identity=identity, side=side, batch_size=batch_size, progress=report)
             )
     model.train(training)
-    return warm_start(
+    warm_start(
         loss,
         sides[0],
         sides[1],
         anchor_id=pairs.anchor_id,
         positive_id=pairs.positive_id,
-        sample=sample,
-        seed=seed,
         file=None if folder is None else Path(folder) / "warm_start.safetensors",
         progress=None if progress is None else lambda done, total: progress("warm start: denominators", done, total),
     )

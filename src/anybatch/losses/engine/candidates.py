@@ -2,8 +2,7 @@
 
     gathered   every rank holds all M_all candidates and the gradient of all; one gather, one sum
     ring       every rank holds its own candidates, and twice a block that travels, with its gradient; a ring pass is
-    W - 1
-               sends of blocks, and W of gradients, each over while the block at hand is being scored
+               W - 1 sends of blocks, and W of gradients, each over while the block at hand is being scored
 
 Both hand out `Block`s, so that the solver does not know which it is.
 """

@@ -2,9 +2,9 @@
 
 A rank computes the block of its own rows against the candidates of all ranks, for both directions of a loss at once:
 
-    pass 1   scores tile = anchors[rows] @ candidates.T          1 product; log-sums of rows, running log-sums of
-    columns rules    log-denominators of rows and of columns pass 2   the tile again, then d anchors and d candidates
-    3 products
+    pass 1   scores tile = anchors[rows] @ candidates.T       1 product; log-sums of rows, running ones of columns
+    rules    log-denominators of rows and of columns
+    pass 2   the tile again, then d anchors and d candidates  3 products
 
 The passes are one when a single tile holds everything, or when there is one direction whose rule works row by row: 3
 products in place of 4. With W ranks the candidates are gathered first and the gradient of all candidates is summed
