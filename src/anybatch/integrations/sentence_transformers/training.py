@@ -82,6 +82,10 @@ class TrainResult:
             which alone writes.
         num_steps: Optimiser steps, those before a resume included.
         evaluation_seconds: Wall time spent in `evaluate`, in this session.
+
+    Example:
+        >>> TrainResult(log=[{"step": 10, "epoch": 0.5, "loss": 1.2}], num_steps=10, evaluation_seconds=0.0).log[-1]["loss"]
+        1.2
     """
 
     log: list[dict[str, Any]]
