@@ -13,7 +13,7 @@ import pytest
 import anybatch
 
 OPTIONAL = {"anybatch.data.images": "PIL"}  # modules whose examples need an extra, and what they import of it
-ROOMS = ("caching", "family", "insight", "losses", "losses.engine", "mining", "integrations.sentence_transformers")
+ROOMS = ("caching", "family", "insight", "losses", "mining", "integrations.sentence_transformers")
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(anybatch.__path__, "anybatch.")

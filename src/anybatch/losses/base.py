@@ -168,6 +168,11 @@ class ContrastiveLoss(State):
         ring: Under several ranks hold two ranks' candidates (and their gradients) at a time instead of all: they travel
             from rank to rank instead of being gathered. The same loss, with one matrix product and one ring pass more.
             Not for losses that look at whole rows of scores (GloFND, EMC2).
+
+    Example:
+        >>> from anybatch.losses import InfoNCE, SogCLR  # two subclasses, asked what they are
+        >>> InfoNCE().over_data, SogCLR(1000).over_data
+        (False, True)
     """
 
     def __init__(

@@ -43,6 +43,13 @@ class Matryoshka(State):
     an engine that holds the tiles of all prefixes at once: not done.
 
     Reference: Kusupati et al. 2022, "Matryoshka Representation Learning", arXiv 2205.13147, equation 1.
+
+    Example:
+        >>> import torch
+        >>> from anybatch.losses import InfoNCE
+        >>> loss = Matryoshka(InfoNCE(), [16, 8])
+        >>> loss(torch.randn(4, 16), torch.randn(4, 16)).ndim
+        0
     """
 
     def __init__(

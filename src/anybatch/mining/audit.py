@@ -25,6 +25,14 @@ class Audit:
         isolated_rows: Rows with no wanted edge at all.
         kept_weight: Share of the graph's weight that lies inside clusters.
         largest_in_degree: How many windows the most wanted row is in (a hub).
+
+    Example:
+        >>> from anybatch.mining import MiningConfig, mine_plan
+        >>> vectors = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+        >>> config = MiningConfig(batch_size=16, cluster_size=8, skip=2, take=16)
+        >>> audit = mine_plan(vectors, vectors, config=config).report.audit
+        >>> audit.smallest, audit.largest, audit.window_per_anchor > audit.random_window_per_anchor
+        (8, 8, True)
     """
 
     window_per_anchor: float

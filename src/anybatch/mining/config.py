@@ -105,6 +105,10 @@ class MiningReport:
         seconds, peak_bytes: Wall time and peak resident memory of each stage.
         notes: What had to be changed, in words.
         sets: The reports on the data sets, if there are several; times and memory are in each.
+
+    Example:
+        >>> MiningReport(seconds={"graph": 1.5}).as_dict()["seconds"]
+        {'graph': 1.5}
     """
 
     audit: Audit | None = None

@@ -22,6 +22,12 @@ class Window:
         take: The ranks after them, which are wanted.
         margin: Also suspected: whatever scores above `margin` times the row's own positive (NV-Retriever: 0.95). None:
             ranks alone.
+
+    Example:
+        >>> Window(skip=30, take=64).depth
+        94
+        >>> Window(skip=30, take=64).fitted(100)  # what 100 rows can fill
+        Window(skip=10, take=50, margin=None)
     """
 
     skip: int
@@ -62,6 +68,12 @@ class MiningGraph:
         window: (n, n) CSR, 1.0 where j is in i's rank window: a wanted negative of i.
         conflict: (n, n) CSR, 1.0 where j is among i's excluded top ranks: suspected to be a false negative.
         weight: (n, n) symmetric CSR of what a partitioner maximises inside clusters: the number of wanted edges.
+
+    Example:
+        >>> ids = np.array([[1, 2], [0, 2], [0, 1]], np.int32)  # of each row the nearest others, best first
+        >>> neighbors = Neighbors(ids=ids, scores=np.ones((3, 2), np.float32), own_score=np.ones(3, np.float32))
+        >>> build_graph(neighbors, Window(skip=1, take=1)).conflict.toarray().tolist()
+        [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
 
     window: sparse.csr_matrix

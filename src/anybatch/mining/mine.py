@@ -35,7 +35,14 @@ EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MiningResult:
-    """The plan and the report on it; the graph, for those who want to look."""
+    """The plan and the report on it; the graph, for those who want to look.
+
+    Example:
+        >>> vectors = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+        >>> result = mine_plan(vectors, vectors, config=MiningConfig(batch_size=16, cluster_size=8, skip=2, take=16))
+        >>> result.plan.num_rows, result.report.recall
+        (64, 1.0)
+    """
 
     plan: BatchPlan
     report: MiningReport

@@ -44,6 +44,11 @@ class Neighbors:
         own_score: (n,) float32: the score of the row with itself, that is of the anchor with its own positive.
         recall: Of the true top k, measured on a sample; 1.0 for exact search.
         num_probes: Cells that each query visited; 0 for exact search.
+
+    Example:
+        >>> vectors, rows = np.eye(3, 2, dtype=np.float32), np.arange(3)
+        >>> exact_neighbors(vectors, vectors, 2, anchor_id=rows, positive_id=rows).ids.shape
+        (3, 2)
     """
 
     ids: np.ndarray

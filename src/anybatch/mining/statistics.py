@@ -42,6 +42,10 @@ class StatisticsLimits:
             with a union of windows; mutual edges leave .38 of the rows without an edge.
         window_gain: Least `window_gain`. 20 to 60 were measured; below 3 the batches are hardly harder than random
             ones.
+
+    Example:
+        >>> replace(LIMITS, own_first=0.3).own_first  # for a million rows
+        0.3
     """
 
     own_first: float = 0.4
@@ -72,6 +76,13 @@ class BatchStatistics:
         relative_score: Mean score of the negatives over the mean score of the positives that they stand against.
         isolated: Share of anchors without a single wanted negative.
         warnings: What is likely to hurt, in words, worst first; empty where nothing is.
+
+    Example:
+        >>> from anybatch.mining import MiningConfig, mine_plan
+        >>> vectors = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+        >>> config = MiningConfig(batch_size=16, cluster_size=8, skip=2, take=16)
+        >>> mine_plan(vectors, vectors, config=config).report.statistics.num_anchors
+        64
     """
 
     num_anchors: int
