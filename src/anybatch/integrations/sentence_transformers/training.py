@@ -84,13 +84,8 @@ class TrainResult:
         evaluation_seconds: Wall time spent in `evaluate`, in this session.
 
     Example:
-    <<<<<<< HEAD
         >>> TrainResult(log=[{"step": 1, "loss": 2.1}], num_steps=1, evaluation_seconds=0.0).log[-1]["loss"]
         2.1
-    =======
-        >>> TrainResult(log=[{"step": 10, "epoch": 0.5, "loss": 1.2}], num_steps=10, evaluation_seconds=0.0).log[-1]["loss"]
-        1.2
-    >>>>>>> tests
     """
 
     log: list[dict[str, Any]]
