@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from anybatch.insight import markdown_table
 from anybatch.losses import CrossBatchInfoNCE, registry
-from anybatch.losses.base import Batch
 from anybatch.losses.engine import Side
+from anybatch.losses.parts import Batch
 from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan

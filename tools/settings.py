@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.core.configuration import _expected as expected
-from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.base import OneTemperature, Scoring
 from anybatch.losses.registry import METHODS, LossConfig, method_of, options_of
 from anybatch.run.config import RunConfig, SetConfig
 
@@ -27,9 +27,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 ELSEWHERE = {
     "gamma_steps": "Let gamma fall from 1 along a cosine of so many steps (`GammaSchedule`); none: it is constant."
 }
-CLASSES: dict[str, type] = {"ContrastiveLoss": ContrastiveLoss} | {
-    kind.__name__: kind for kind in map(method_of, METHODS)
-}
+CLASSES: dict[str, type] = {kind.__name__: kind for kind in map(method_of, METHODS)}
 OF_THE_RUN = ("mining.batch_size", "mining.seed")  # refused where they differ from the run's own
 
 
@@ -97,7 +95,7 @@ def joined(values: dict[str, list[str]]) -> list[str]:
 
 def meaning_of(kind: type, name: str) -> str:
     """What the Args of a class say of a parameter, or those of the class that they name for it."""
-    text = (meanings(kind, "Args") | ELSEWHERE)[name]
+    text = (meanings(Scoring) | meanings(OneTemperature) | meanings(kind, "Args") | ELSEWHERE)[name]
     other = re.match(r"See `(\w+)`", text)
     return (
         meaning_of(getattr(sys.modules[kind.__module__], other[1], None) or CLASSES[other[1]], name) if other else text

@@ -12,8 +12,9 @@ from anybatch.core.errors import AnybatchError
 from anybatch.family import EMC2, NUCLR, SCENT, GloFND
 from anybatch.family.emc2 import _Chain, _Chained
 from anybatch.losses import DecoupledInfoNCE, SogCLR
-from anybatch.losses.base import Batch, side_of
+from anybatch.losses.base import side_of
 from anybatch.losses.engine.candidates import Layout
+from anybatch.losses.parts import Batch
 
 from .. import reference
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from anybatch import family, losses
 from anybatch.family.per_row import PerRowValues
 from anybatch.losses import InfoNCE, SoftmaxLoss
-from anybatch.losses.base import ContrastiveLoss, Denominator, Part, Temperature
+from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.denominators import WithPositive
 from anybatch.losses.engine import Answer
 from anybatch.losses.gamma import Gamma
+from anybatch.losses.parts import Denominator, GlobalTemperature, Part, Temperature
 from anybatch.losses.state import State
-from anybatch.losses.temperatures import GlobalTemperature
 
 from .. import reference
 from .methods import ALL, ROWS, WIDTH

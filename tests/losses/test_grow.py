@@ -22,8 +22,8 @@ from anybatch.losses import (
     SoftmaxLoss,
     SogCLR,
 )
+from anybatch.losses.parts import GlobalTemperature
 from anybatch.losses.state import grown_state, join_shards
-from anybatch.losses.temperatures import GlobalTemperature
 from tests.ranks import on_ranks
 
 OLD, NEW, WIDTH = 13, 20, 4

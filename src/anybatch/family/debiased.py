@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, final
+from typing import Annotated, ClassVar, Unpack, final
 
 import torch
 from torch import Tensor
 
 from anybatch.core.configuration import Positive, Range
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import Batch, Denominator, Direction, SoftmaxLoss
-from anybatch.losses.engine import TILE_BYTES, Answer, Rule
-from anybatch.losses.temperatures import GlobalTemperature
+from anybatch.losses.base import Scoring, SoftmaxLoss
+from anybatch.losses.engine import Answer, Rule
+from anybatch.losses.parts import Batch, Denominator, GlobalTemperature
 
 
 @final
@@ -32,7 +32,7 @@ class DebiasedInfoNCE(SoftmaxLoss):
     Args:
         tau_plus: Share of false negatives, 0 for InfoNCE. Published: .1 on CIFAR-10, .01 to .05 where classes are many.
         temperature: Fixed, because the clamp has a derivative by it that the engine does not take. Published: .5.
-        direction, tile_bytes: See `ContrastiveLoss`. Embeddings are normalised, as the clamp supposes.
+        scoring: See `Scoring`.
 
     Log-weights are added to the logits as they are.
 
@@ -50,20 +50,20 @@ class DebiasedInfoNCE(SoftmaxLoss):
         torch.Size([8, 16])
     """
 
+    lacks: ClassVar = {"normalize": "normalises in any case, as its clamp supposes"}
+
     def __init__(
         self,
         *,
         tau_plus: Annotated[float, Range(0, 1)] = 0.1,
         temperature: Positive = 0.5,
-        direction: Direction = "one_way",
-        tile_bytes: int = TILE_BYTES,
+        **scoring: Unpack[Scoring],
     ) -> None:
         if not 0 <= tau_plus < 1:
             raise AnybatchError(
                 f"tau_plus is {tau_plus}; expected the share of false negatives, 0 or more and below 1."
             )
-        tau = GlobalTemperature(temperature)
-        super().__init__(tau, Debiased(tau_plus, temperature), direction=direction, tile_bytes=tile_bytes)
+        super().__init__(GlobalTemperature(temperature), Debiased(tau_plus, temperature), **scoring)
 
 
 class Debiased(Denominator):

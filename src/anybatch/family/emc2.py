@@ -4,20 +4,19 @@ visit.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from typing import final
+from typing import ClassVar, Unpack, final
 
 import torch
 from torch import Tensor
 
 from anybatch.core import distributed
-from anybatch.core.configuration import Count, Positive
+from anybatch.core.configuration import Count
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import Batch, Denominator, Direction, SoftmaxLoss, num_directions
-from anybatch.losses.engine import TILE_BYTES, Rule, Side, SoftmaxStats
+from anybatch.losses.base import OneTemperature, SoftmaxLoss
+from anybatch.losses.engine import Rule, Side, SoftmaxStats
 from anybatch.losses.engine.candidates import Layout
-from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
+from anybatch.losses.parts import Batch, Denominator
 
 
 @final
@@ -43,7 +42,7 @@ class EMC2(SoftmaxLoss):
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
         seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as
             if uninterrupted, and several ranks draw what one process would.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
+        scoring: See `OneTemperature`.
 
     The chains and the number of steps are buffers, updated once a call in training mode with gradients enabled.
 
@@ -63,6 +62,7 @@ class EMC2(SoftmaxLoss):
         8
     """
 
+    lacks: ClassVar = {"ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time"}
     denominator: Chains
 
     def __init__(
@@ -72,16 +72,10 @@ class EMC2(SoftmaxLoss):
         dimensions: Count | None = None,
         burn_in: float = 0.5,
         seed: int = 0,
-        temperature: Positive = 0.05,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
+        **scoring: Unpack[OneTemperature],
     ) -> None:
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
-        chains = Chains(num_rows, num_directions(direction), embeddings=dimensions, burn_in=burn_in, seed=seed)
-        super().__init__(tau, chains, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+        chains = Chains(num_rows, self.num_directions(scoring), embeddings=dimensions, burn_in=burn_in, seed=seed)
+        super().__init__(None, chains, **scoring)
 
 
 class Chains(Denominator):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from typing import final
+from typing import ClassVar, Unpack, final
 
 import torch
 from torch import Tensor
@@ -12,11 +11,11 @@ from torch import Tensor
 from anybatch.core.configuration import CountOrZero, NotNegative, Positive, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import PerRowValues
-from anybatch.losses.base import Batch, Direction, Part, SoftmaxLoss, num_directions
+from anybatch.losses.base import OneTemperature, SoftmaxLoss
 from anybatch.losses.denominators import RunningDenominator, RunningRule
-from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats
+from anybatch.losses.engine import Side, SoftmaxStats
 from anybatch.losses.gamma import Gamma
-from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
+from anybatch.losses.parts import Batch, Part
 
 
 @final
@@ -39,7 +38,7 @@ class GloFND(SoftmaxLoss):
         threshold_lr: Step, in units of similarity.
         threshold_start: Steps before thresholds are learned and used. Published: a third of all.
         gamma, eps: See `SogCLR`.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
+        scoring: See `OneTemperature`.
 
     Thresholds and the number of steps are buffers, updated once a call in training mode with gradients enabled.
 
@@ -58,6 +57,7 @@ class GloFND(SoftmaxLoss):
         8
     """
 
+    lacks: ClassVar = {"ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time"}
     denominator: RunningDenominator
 
     def __init__(
@@ -69,18 +69,12 @@ class GloFND(SoftmaxLoss):
         threshold_start: CountOrZero = 0,
         gamma: Share | Gamma = 0.9,
         eps: NotNegative | None = None,
-        temperature: Positive = 0.05,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
+        **scoring: Unpack[OneTemperature],
     ) -> None:
-        directions = num_directions(direction)
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
+        directions = self.num_directions(scoring)
         running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps)
         thresholds = Thresholds(num_rows, directions, alpha=alpha, lr=threshold_lr, start=threshold_start)
-        super().__init__(tau, running, thresholds, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+        super().__init__(None, running, thresholds, **scoring)
 
 
 class Thresholds(Part):

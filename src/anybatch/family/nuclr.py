@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Unpack, final
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from anybatch.core import distributed
 from anybatch.core.configuration import CountOrZero, NotNegative, Positive, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import PerRowValues
-from anybatch.losses.base import Batch, Direction, Part, SoftmaxLoss, num_directions
+from anybatch.losses.base import Scoring, SoftmaxLoss
 from anybatch.losses.denominators import RunningDenominator, RunningRule
-from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats
+from anybatch.losses.engine import Side, SoftmaxStats
 from anybatch.losses.gamma import Gamma
 from anybatch.losses.log_weights import Values, plus
-from anybatch.losses.temperatures import GlobalTemperature
+from anybatch.losses.parts import Batch, GlobalTemperature, Part
 
 
 @final
@@ -41,7 +41,8 @@ class NUCLR(SoftmaxLoss):
         margin_lr: Published: 5e-6 for text, more for images.
         margin_momentum: Weight of the old velocity.
         margin_start: Steps before margins are learned. Published: those of 5 epochs.
-        temperature, direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        temperature: Fixed.
+        scoring: See `Scoring`.
 
     Margins, their momentum and the number of steps are buffers, updated once a call in training mode with gradients
     enabled.
@@ -73,17 +74,14 @@ class NUCLR(SoftmaxLoss):
         margin_momentum: float = 0.1,
         margin_start: CountOrZero = 0,
         temperature: Positive = 0.05,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
+        **scoring: Unpack[Scoring],
     ) -> None:
-        directions = num_directions(direction)
+        directions = self.num_directions(scoring)
         margins = Margins(
             num_rows, directions, initial=margin, lr=margin_lr, momentum=margin_momentum, start=margin_start
         )
         running = RunningDenominator(num_rows, directions, gamma=gamma)
-        tau = GlobalTemperature(temperature)
-        super().__init__(tau, running, margins, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+        super().__init__(GlobalTemperature(temperature), running, margins, **scoring)
 
 
 class Margins(Part):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Unpack, final
 
 import torch
 from torch import Tensor, nn
 
-from anybatch.core.configuration import Positive
 from anybatch.core.errors import AnybatchError
 from anybatch.family.pair_engine import PairMethod, PairOutcome, pair_loss
-from anybatch.losses.base import Batch, ContrastiveLoss
-from anybatch.losses.engine import TILE_BYTES
-from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
+from anybatch.losses.base import ContrastiveLoss, OneTemperature, Scoring
+from anybatch.losses.parts import Batch, GlobalTemperature
 
 
 class PairwiseLoss(ContrastiveLoss):
@@ -25,7 +23,10 @@ class PairwiseLoss(ContrastiveLoss):
     exp(b_ij).
     """
 
-    lacks: ClassVar = {"direction": "judges pairs, which have one direction"}
+    lacks: ClassVar[Mapping[str, str]] = {
+        "direction": "judges pairs, which have one direction",
+        "ring": "gathers the candidates of all ranks",
+    }
     _last: tuple[Tensor, float] | None = None
 
     @property
@@ -71,10 +72,8 @@ class SigLIP(PairwiseLoss):
     almost all pairs are negatives. Both are parameters of this Module: see that your optimizer trains them.
 
     Args:
-        temperature: tau at first.
-        learnable_temperature, min_temperature: Train it; see `InfoNCE`.
         bias: The bias at first; trained.
-        normalize, tile_bytes: See `ContrastiveLoss`.
+        scoring: See `OneTemperature`; `temperature` is tau at first.
 
     Cost: no state. Reference: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343,
     equation 1 and algorithm 1.
@@ -85,18 +84,10 @@ class SigLIP(PairwiseLoss):
         0.6932
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 0.1,
-        learnable_temperature: bool = True,
-        min_temperature: float = MIN_TEMPERATURE,
-        bias: float = -10.0,
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
-    ) -> None:
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
-        super().__init__(tau, normalize=normalize, tile_bytes=tile_bytes)
+    defaults: ClassVar[OneTemperature] = {"temperature": 0.1, "learnable_temperature": True}
+
+    def __init__(self, *, bias: float = -10.0, **scoring: Unpack[OneTemperature]) -> None:
+        super().__init__(**scoring)
         self.bias = nn.Parameter(torch.tensor(float(bias)))
 
     def _parameters_for(self, batch: Batch) -> Tensor:
@@ -120,7 +111,7 @@ class AUCCL(PairwiseLoss):
 
     Args:
         margin: Wanted lead of a positive, in units of cosine similarity.
-        normalize, tile_bytes: See `ContrastiveLoss`.
+        scoring: See `Scoring`.
 
     Cost: no state. Reference: the square AUC loss of Ying et al. 2016, "Stochastic Online AUC Maximization", theorem 1,
     on pairs of embeddings as proposed by Sharma et al. 2024, "AUC-CL" (ICLR); that paper follows the inner variables by
@@ -136,8 +127,8 @@ class AUCCL(PairwiseLoss):
 
     weighs_pairs = True  # log-weights weigh the mean
 
-    def __init__(self, *, margin: float = 1.0, normalize: bool = True, tile_bytes: int = TILE_BYTES) -> None:
-        super().__init__(GlobalTemperature(1.0), normalize=normalize, tile_bytes=tile_bytes)
+    def __init__(self, *, margin: float = 1.0, **scoring: Unpack[Scoring]) -> None:
+        super().__init__(GlobalTemperature(1.0), **scoring)
         if not margin > 0:
             raise AnybatchError(f"margin is {margin}; expected a positive number such as 1.0.")
         self.margin = margin

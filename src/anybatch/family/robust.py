@@ -4,7 +4,7 @@ loss.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, Unpack, final
 
 from torch import nn
 
@@ -12,11 +12,10 @@ from anybatch.core.configuration import Count, NotNegative, Positive, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import Range
 from anybatch.family.temperatures import NetworkTemperature, PerRowTemperature, check_limits
-from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
+from anybatch.losses.base import OneTemperature, Scoring, SoftmaxLoss
 from anybatch.losses.denominators import RunningDenominator
-from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.gamma import Gamma
-from anybatch.losses.temperatures import GlobalTemperature
+from anybatch.losses.parts import GlobalTemperature
 
 Version = Literal["v0", "v1", "v2", "v3"]
 
@@ -46,7 +45,7 @@ class FastCLIP(SoftmaxLoss):
         temperature: The first (v1: the only) temperature; None for .07 (v0, v3) or .03 (v1, v2).
         temperature_range: Range of a learned temperature.
         temperature_lr, temperature_momentum: v2: step of each row's temperature, see `PerRowValues`.
-        direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        scoring: See `Scoring`.
 
     v0 and v3 learn a parameter, for the caller's optimizer. Published for v3: a third of the learning rate once tau is
     below .03.
@@ -65,6 +64,7 @@ class FastCLIP(SoftmaxLoss):
         ['temperatures.log_temperature']
     """
 
+    defaults: ClassVar[OneTemperature] = {"direction": "both"}
     unused: ClassVar = {
         "version": {
             "v0": ("rho", "temperature_lr"),
@@ -88,15 +88,13 @@ class FastCLIP(SoftmaxLoss):
         temperature_range: Range = (0.01, 1.0),
         temperature_lr: NotNegative = 0.01,
         temperature_momentum: float = 0.5,
-        direction: Direction = "both",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
+        **scoring: Unpack[Scoring],
     ) -> None:
         if version not in ("v0", "v1", "v2", "v3"):
             raise AnybatchError(f"version is {version!r}; expected 'v0', 'v1', 'v2' or 'v3'.")
         if temperature is None:
             temperature = 0.07 if version in ("v0", "v3") else 0.03
-        directions, tau = num_directions(direction), None
+        directions, tau = self.num_directions(scoring), None
         if version == "v2":
             tau = PerRowTemperature(
                 num_rows,
@@ -115,7 +113,7 @@ class FastCLIP(SoftmaxLoss):
             factor = rho if version == "v3" else None
             tau = GlobalTemperature(temperature, learnable=True, limits=temperature_range, rho=factor)
         running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, sharded=sharded)
-        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+        super().__init__(tau, running, **scoring)
 
 
 @final
@@ -144,7 +142,7 @@ class ISogCLR(SoftmaxLoss):
         temperature_lr: Published: .01 to .03.
         temperature_momentum: Weight of the old velocity. Released: .5 for two modalities, .1 for one.
         temperature_clip: Limit of a derivative. Released: 5 and 3.
-        direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        scoring: See `Scoring`.
 
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
@@ -176,11 +174,9 @@ class ISogCLR(SoftmaxLoss):
         temperature_lr: NotNegative = 0.01,
         temperature_momentum: float = 0.5,
         temperature_clip: float = 5.0,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
+        **scoring: Unpack[Scoring],
     ) -> None:
-        directions = num_directions(direction)
+        directions = self.num_directions(scoring)
         tau = PerRowTemperature(
             num_rows,
             directions,
@@ -192,7 +188,7 @@ class ISogCLR(SoftmaxLoss):
             clip=temperature_clip,
         )
         running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, sharded=sharded)
-        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+        super().__init__(tau, running, **scoring)
 
 
 @final
@@ -211,7 +207,7 @@ class TempNet(SoftmaxLoss):
         net: Own networks, one module a direction that takes (B, D) to (B, 1). The published one pools over 256
             prototypes, which is reproduced by giving it here; the default has two layers and starts at `temperature`
             everywhere.
-        direction, normalize, tile_bytes: See `ContrastiveLoss`.
+        scoring: See `Scoring`.
 
     The networks' parameters are the loss's own, for the caller's optimizer.
 
@@ -244,13 +240,11 @@ class TempNet(SoftmaxLoss):
         temperature_range: Range = (0.005, 0.1),
         hidden: int = 64,
         net: nn.ModuleList | None = None,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
+        **scoring: Unpack[Scoring],
     ) -> None:
-        directions = num_directions(direction)
+        directions = self.num_directions(scoring)
         tau = NetworkTemperature(
             dimensions, directions, initial=temperature, limits=temperature_range, rho=rho, hidden=hidden, net=net
         )
         running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, sharded=sharded)
-        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+        super().__init__(tau, running, **scoring)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import Unpack, final
 
 import torch
 from torch import Tensor
 
 from anybatch.core.configuration import NotNegative, Positive
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
+from anybatch.losses.base import OneTemperature, SoftmaxLoss
 from anybatch.losses.denominators import RunningDenominator
-from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.gamma import Gamma
-from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 
 class ProximalGamma(Gamma):
@@ -69,7 +67,7 @@ class SCENT(SoftmaxLoss):
             as the positive.
         eps: Added to u_i in the loss; None is 1 / (n - 1), the full-data InfoNCE; 0 is the published objective.
         sharded: Each rank stores one W-th of the rows.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
+        scoring: See `OneTemperature`.
 
     An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the
     weight of a later near one is as large as 1 / gamma_i (alpha = 1 on the embeddings of
@@ -101,14 +99,8 @@ class SCENT(SoftmaxLoss):
         alpha: Positive | None = None,
         eps: NotNegative | None = None,
         sharded: bool = False,
-        temperature: Positive = 0.05,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
+        **scoring: Unpack[OneTemperature],
     ) -> None:
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
         gamma = ProximalGamma(num_rows, alpha)
-        running = RunningDenominator(num_rows, num_directions(direction), gamma=gamma, eps=eps, sharded=sharded)
-        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+        running = RunningDenominator(num_rows, self.num_directions(scoring), gamma=gamma, eps=eps, sharded=sharded)
+        super().__init__(None, running, **scoring)

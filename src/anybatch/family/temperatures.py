@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import PerRowValues, Range
-from anybatch.losses.base import Batch, Temperature
 from anybatch.losses.engine import Side, SoftmaxStats
-from anybatch.losses.temperatures import check_rho, times_temperature
+from anybatch.losses.parts import Batch, Temperature, check_rho, times_temperature
 
 
 class PerRowTemperature(Temperature):

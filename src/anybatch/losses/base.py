@@ -1,39 +1,29 @@
 """What all losses share: arguments checked, embeddings normalised, ids turned into masks, parts asked in one or two
 directions.
 
-A loss is a composition. Its parts own what they remember, and none knows of another:
-
-    temperature    what similarities are divided by: a number, one per row, one from the embedding
-    denominator    what stands for the log-sum over all negatives: the batch's, corrected, running, a chain
-    others         what changes the logits: a margin per candidate, a threshold per anchor
-
-Classes are abstract or final: a published method is a final `SoftmaxLoss` whose constructor puts parts together, and
-nothing else.
+A loss is a composition of `parts`. Classes are abstract or final: a published method is a final `SoftmaxLoss` whose
+constructor puts parts together, and nothing else.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from anybatch.core import distributed
+from anybatch.core.configuration import Positive, unknown_key
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_integers
-from anybatch.losses.engine import (
-    TILE_BYTES,
-    Rule,
-    Side,
-    SoftmaxStats,
-    differentiable_once,
-    softmax_loss,
-)
+from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats, differentiable_once, softmax_loss
 from anybatch.losses.log_weights import LogWeights, as_log_weights, behind, plus, same_content, same_row
+from anybatch.losses.parts import MIN_TEMPERATURE, Batch, Denominator, GlobalTemperature, Part, Temperature
 from anybatch.losses.state import State
 
 Direction = Literal["one_way", "both"]
@@ -42,132 +32,63 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def outside_the_graph(method: F) -> F:
     """Under `torch.compile` the method runs as it is, between two graphs: it asks for values, and keeps state."""
-    return cast(
-        F, torch._disable_dynamo(method)
-    )  # torch.compiler.disable would import the compiler when a class is made
+    # torch.compiler.disable would import the compiler when a class is made.
+    return cast(F, torch._disable_dynamo(method))
 
 
-def num_directions(direction: Direction) -> int:
-    """States that a row has."""
-    return 2 if direction == "both" else 1
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """The arguments of one call, checked and normalised.
+class Scoring(TypedDict, total=False):
+    """Options that all losses share: keywords of their constructors. `DEFAULTS` has their defaults.
 
     Attributes:
-        anchors: (B, D) float32 or float64.
-        candidates: (M, D).
-        index: (B,) int64 rows of the data set, or None.
-        log_weight: Log-weights and masks from the anchors to the candidates; None for 0.
-        updating: Whether this call may change state.
-        kept: By direction, what a part made at the start of the call and needs at its end.
-    """
-
-    anchors: Tensor
-    candidates: Tensor
-    index: Tensor | None
-    log_weight: LogWeights | None
-    updating: bool = False
-    kept: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> Tensor:
-        """The index, of a part that needs one."""
-        assert self.index is not None
-        return self.index
-
-    def queries(self, direction: int) -> Tensor:
-        """(B, D) what is scored against the others: the anchors (direction 0), or the positives (1)."""
-        return self.anchors if direction == 0 else self.candidates[: len(self.anchors)]
-
-    def others(self, direction: int) -> Tensor:
-        """What the queries are scored against: the candidates, or the anchors."""
-        return self.candidates if direction == 0 else self.anchors
-
-    def log_weight_of(self, direction: int) -> LogWeights | None:
-        """The log-weights as this direction sees them."""
-        if direction == 0 or self.log_weight is None:
-            return self.log_weight
-        return self.log_weight.reversed(len(self.anchors))
-
-
-class Part(State):
-    """Abstract: a part of a loss. Both methods are hooks, which do nothing here.
-
-    Attributes:
-        plain: Whether beside it a running denominator is the mean over all negatives, which `warm_start` can fill and a
-            probe can check.
-    """
-
-    plain = True
-
-    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
-        """Change what the engine is asked in one direction: log-weights, logits, the weight of rows."""
-        return side
-
-    def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
-        """Learn from the engine's answer; returns the loss, to which terms of value 0 may be added."""
-        return loss
-
-
-class Temperature(Part):
-    """Abstract: what similarities are divided by.
-
-    Attributes:
-        limits: (low, high) of one that is learned.
-        per_row: Whether rows differ.
-    """
-
-    limits: tuple[float, float]
-    per_row = True
-
-    @property
-    @abstractmethod
-    def value(self) -> float:
-        """At this moment; where rows differ a mean."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def of(self, batch: Batch, direction: int) -> Tensor:
-        """A scalar, attached to autograd if it is learned there, or (B,) one per row."""
-        raise NotImplementedError
-
-
-class Denominator(Part):
-    """Abstract: what a method takes for the log-sum over all negatives, given what the batch says.
-
-    Attributes:
-        over_data: Whether it stands for all rows of the data set, and not for those of the batch.
-    """
-
-    over_data = True
-
-    @abstractmethod
-    def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
-        """The rule for one call and direction. It answers for the weight of the positive as well as for that of the
-        negatives, see `Rule`.
-
-        Args:
-            batch: The arguments of the call.
-            direction: 0 for anchors against candidates, 1 for candidates against anchors.
-            normalised: Whether the log-weights already make the log-sum an estimate of the log-mean over the data.
-        """
-        raise NotImplementedError
-
-
-class ContrastiveLoss(State):
-    """Abstract base of all losses: one call for all of them. A subclass supplies `_of`.
-
-    Args:
-        temperature: What similarities are divided by.
         direction: "one_way": anchors against candidates. "both": the mean of that and of positives against anchors.
         normalize: L2-normalise the embeddings first, in float32 or better.
         tile_bytes: Memory for scores at a time.
         ring: Under several ranks hold two ranks' candidates (and their gradients) at a time instead of all: they travel
             from rank to rank instead of being gathered. The same loss, with one matrix product and one ring pass more.
             Not for losses that look at whole rows of scores (GloFND, EMC2).
+    """
+
+    direction: Direction
+    normalize: bool
+    tile_bytes: int
+    ring: bool
+
+
+class OneTemperature(Scoring, total=False):
+    """And those of a loss with one temperature for all rows.
+
+    Attributes:
+        temperature: Similarities are divided by it. Seen: .01 to .07 for text, .07 to .1 for images.
+        learnable_temperature: Train it, through its logarithm, so that it stays positive.
+        min_temperature: A learned temperature is put back to it at the start of a training step, so that its gradient
+            stays alive; what is read is never below it.
+    """
+
+    temperature: Positive
+    learnable_temperature: bool
+    min_temperature: float
+
+
+DEFAULTS = OneTemperature(
+    direction="one_way",
+    normalize=True,
+    tile_bytes=TILE_BYTES,
+    ring=False,
+    temperature=0.05,
+    learnable_temperature=False,
+    min_temperature=MIN_TEMPERATURE,
+)
+
+
+class ContrastiveLoss(State):
+    """Abstract base of all losses: one call for all of them. A subclass supplies `_of`.
+
+    Args:
+        tau: The temperature; None for one for all rows, made from `scoring`.
+        scoring: See `Scoring`; without `tau` `OneTemperature`.
+
+    Raises:
+        AnybatchError: An option that the loss does not have.
 
     Example:
         >>> from anybatch.losses import InfoNCE, SogCLR  # two subclasses, asked what they are
@@ -175,27 +96,49 @@ class ContrastiveLoss(State):
         (False, True)
     """
 
-    def __init__(
-        self,
-        temperature: Temperature,
-        *,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
-        ring: bool = False,
-    ) -> None:
-        super().__init__()
-        if direction not in ("one_way", "both"):
-            raise AnybatchError(f"direction is {direction!r}; expected 'one_way' or 'both'.")
-        self.temperatures = temperature
-        self.direction: Direction = direction
-        self.normalize, self.tile_bytes, self.ring = normalize, tile_bytes, ring
-
-    # For the rooms that use losses by name: options of most methods that this one does not
-    # have, and why; of an option with a few values, those that each value leaves unused.
+    # Shared options whose default is another one here; those that this loss does not have, and why.
+    defaults: ClassVar[OneTemperature] = {}
     lacks: ClassVar[Mapping[str, str]] = {}
+    # For the rooms that use losses by name: of an option with a few values, the options that each value leaves unused.
     unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
     weighs_pairs: ClassVar[bool] = False  # inclusion log-weights mean something to it though it is not `over_data`
+
+    def __init__(self, tau: Temperature | None = None, **scoring: Unpack[OneTemperature]) -> None:
+        super().__init__()
+        self._refuse_unknown(scoring, OneTemperature if tau is None else Scoring)
+        chosen = self.scoring(scoring)
+        if chosen["direction"] not in ("one_way", "both"):
+            raise AnybatchError(f"direction is {chosen['direction']!r}; expected 'one_way' or 'both'.")
+        if tau is None:
+            limits = (chosen["min_temperature"], math.inf)
+            tau = GlobalTemperature(chosen["temperature"], learnable=chosen["learnable_temperature"], limits=limits)
+        self.temperatures = tau
+        self.direction: Direction = chosen["direction"]
+        self.normalize, self.tile_bytes, self.ring = chosen["normalize"], chosen["tile_bytes"], chosen["ring"]
+
+    @classmethod
+    def scoring(cls, given: Scoring) -> dict[str, Any]:
+        """The shared options: those given, and this loss's defaults of the others."""
+        return {**DEFAULTS, **cls.defaults, **given}
+
+    @classmethod
+    def num_directions(cls, given: Scoring) -> int:
+        """States that a row has."""
+        return 2 if cls.scoring(given)["direction"] == "both" else 1
+
+    def _refuse_unknown(self, given: Mapping[str, Any], shared: type) -> None:
+        name, known = type(self).__name__, shared.__annotations__.keys() - self.lacks.keys()
+        for key in sorted(given.keys() - known):
+            if key in self.lacks:
+                raise AnybatchError(f"{key} is given, and {name} {self.lacks[key]}. Remove it.")
+            own = inspect.signature(type(self)).parameters.values()
+            own = {parameter.name for parameter in own if parameter.kind is parameter.KEYWORD_ONLY}
+            raise unknown_key(f"{name}.{key}", key, sorted(known | own))
+
+    @property
+    def directions(self) -> range:
+        """0 for anchors against candidates, and 1 for positives against anchors if it has them."""
+        return range(self.num_directions({"direction": self.direction}))
 
     @property
     def over_data(self) -> bool:
@@ -361,30 +304,26 @@ class SoftmaxLoss(ContrastiveLoss):
         gradient = exp(logit_ij - log_denominator_i) / tau_i for negative j, the denominator's word for the positive
 
     Args:
-        temperature, denominator: The parts that every such loss has.
+        tau, denominator: The parts that every such loss has; for `tau` see `ContrastiveLoss`.
         others: Parts that change the logits, in their order.
-        direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
+        scoring: See `Scoring`.
 
     Example:
         >>> import torch
         >>> from anybatch.losses.denominators import WithPositive
-        >>> from anybatch.losses.temperatures import GlobalTemperature
-        >>> loss = SoftmaxLoss(GlobalTemperature(0.05), WithPositive())  # InfoNCE
+        >>> loss = SoftmaxLoss(None, WithPositive(), temperature=0.05)  # InfoNCE
         >>> round(loss(torch.eye(4), torch.eye(4)).item(), 6)
         0.0
     """
 
     def __init__(
         self,
-        temperature: Temperature,
+        tau: Temperature | None,
         denominator: Denominator,
         *others: Part,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
-        ring: bool = False,
+        **scoring: Unpack[OneTemperature],
     ) -> None:
-        super().__init__(temperature, direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring)
+        super().__init__(tau, **scoring)
         self.denominator = denominator
         self.others = nn.ModuleList(others)
         self._last: tuple[Tensor, SoftmaxStats] | None = None
@@ -402,9 +341,8 @@ class SoftmaxLoss(ContrastiveLoss):
 
     def _of(self, batch: Batch) -> Tensor:
         # 1. What the engine is asked: each part in turn, in each direction.
-        directions = range(num_directions(self.direction))
         parts = (self.temperatures, self.denominator, *self._others)
-        sides = tuple(side_of(self.temperatures, self.denominator, batch, direction) for direction in directions)
+        sides = tuple(side_of(self.temperatures, self.denominator, batch, direction) for direction in self.directions)
         for part in parts:
             sides = tuple(part.ask(side, batch, direction) for direction, side in enumerate(sides))
         # 2. The loss and its gradients.

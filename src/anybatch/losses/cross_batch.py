@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import final
+from typing import ClassVar, Unpack, final
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.core import distributed
-from anybatch.core.configuration import Count, Positive
+from anybatch.core.configuration import Count
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import Batch, ContrastiveLoss, Denominator, Direction, figures_of, side_of
+from anybatch.losses.base import ContrastiveLoss, OneTemperature, figures_of, side_of
 from anybatch.losses.denominators import CountCorrected, WithPositive
 from anybatch.losses.embedding_queue import EmbeddingQueue
-from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats, softmax_loss
+from anybatch.losses.engine import Side, SoftmaxStats, softmax_loss
 from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.log_weights import LogWeights, behind, plus, same_cluster
-from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
+from anybatch.losses.parts import Batch, Denominator
 from anybatch.plans.examples import Examples
 
 GROUPS = 8  # of remembered pairs, by age, that are used or left out together
@@ -59,7 +59,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             from the first two in a row above this limit on, nothing is used until the embeddings move more slowly.
             None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is
             remembered look stale.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes: See `InfoNCE`.
+        scoring: See `OneTemperature`.
 
     Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for
     remembered pairs too: ids, lists of pairs, data sets, clusters and values by column are kept with them; a tensor
@@ -90,6 +90,8 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
     """
 
+    lacks: ClassVar = {"ring": "scores a memory beside the candidates of all ranks"}
+
     def __init__(
         self,
         num_rows: int,
@@ -99,15 +101,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         centred: bool = True,
         mean_rows: int = 64,
         max_staleness: float | None = 0.1,
-        temperature: Positive = 0.05,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
+        **scoring: Unpack[OneTemperature],
     ) -> None:
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
-        super().__init__(tau, direction=direction, normalize=normalize, tile_bytes=tile_bytes)
+        super().__init__(**scoring)
         if memory_size < 1:
             raise AnybatchError(
                 f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without "
@@ -144,10 +140,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             return {}
         return {**figures_of(*self._last, self.temperature), "remembered": float(self._num_used)}
 
-    @property
-    def _directions(self) -> tuple[int, ...]:
-        return (0, 1) if self.direction == "both" else (0,)
-
     def _of(self, batch: Batch) -> Tensor:
         with torch.autocast(batch.anchors.device.type, enabled=False):
             return self._beside(batch, self._recall(batch))
@@ -155,7 +147,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     def _beside(self, batch: Batch, recalled: _Recalled) -> Tensor:
         """The loss of the batch beside what is remembered."""
         losses, stats = [], []
-        for direction in self._directions:
+        for direction in self.directions:
             queries = batch.queries(direction)
             others = batch.candidates if direction == 0 else batch.anchors
             sizes = recalled.layout.row_sizes if direction else recalled.layout.column_sizes
@@ -256,7 +248,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         kind = torch.cat([torch.zeros(num_rows, dtype=torch.int64, device=device), group + 1])
         kind_of = nn.functional.one_hot(kind, 1 + GROUPS).to(used.dtype)
         totals = used.new_zeros(2, 2, 1 + GROUPS)  # share, number of pairs
-        for direction in self._directions:
+        for direction in self.directions:
             # 1. The probes' logits against the batch's pairs and the remembered ones.
             fresh = distributed.gather_rows(batch.queries(1 - direction), layout.row_sizes)
             weight = log_weights[direction]

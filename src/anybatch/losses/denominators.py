@@ -16,9 +16,9 @@ from torch import Tensor
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import Batch, Denominator
 from anybatch.losses.engine import Rule, Side, SoftmaxStats
 from anybatch.losses.gamma import Gamma, log_shares
+from anybatch.losses.parts import Batch, Denominator
 from anybatch.losses.state import occurrences
 
 

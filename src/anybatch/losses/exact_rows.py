@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import Batch, ContrastiveLoss
+from anybatch.losses.base import ContrastiveLoss
+from anybatch.losses.parts import Batch
 
 Embeddings: TypeAlias = "np.ndarray | Tensor"
 Ids: TypeAlias = "np.ndarray | Tensor | None"

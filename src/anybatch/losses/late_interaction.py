@@ -6,19 +6,18 @@ together.
 
 from __future__ import annotations
 
-import math
-from typing import final
+from typing import ClassVar, Unpack, final
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss, check_embeddings, outside_the_graph
-from anybatch.losses.engine import TILE_BYTES, differentiable_once, with_gradients
+from anybatch.losses.base import ContrastiveLoss, OneTemperature, check_embeddings, outside_the_graph
+from anybatch.losses.engine import differentiable_once, with_gradients
 from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.log_weights import LogWeights
-from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
+from anybatch.losses.parts import GlobalTemperature
 
 
 @final
@@ -29,10 +28,8 @@ class LateInteraction(ContrastiveLoss):
         loss = mean_i ( logsumexp_j (s_ij / tau + b_ij) - s_ip / tau )
 
     Args:
-        temperature: Scores, which grow with the number of an anchor's tokens, are divided by it.
-        learnable_temperature, min_temperature: Train it, through its logarithm; see `InfoNCE`.
-        normalize: L2-normalise each token's embedding first.
-        tile_bytes: Memory for token similarities at a time.
+        scoring: See `OneTemperature`, of tokens: each is normalised, and `tile_bytes` are those of their similarities.
+            Scores grow with the number of an anchor's tokens, so the temperature is 1.
 
     The maximum's gradient goes to the token that reached it (the first of equals).
 
@@ -52,17 +49,11 @@ class LateInteraction(ContrastiveLoss):
 
     temperatures: GlobalTemperature
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
-    ) -> None:
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
-        super().__init__(tau, normalize=normalize, tile_bytes=tile_bytes)
+    defaults: ClassVar[OneTemperature] = {"temperature": 1.0}
+    lacks: ClassVar = {"direction": "scores anchors against candidates", "ring": "gathers the candidates of all ranks"}
+
+    def __init__(self, **scoring: Unpack[OneTemperature]) -> None:
+        super().__init__(**scoring)
         self._objective: Tensor | None = None
 
     @outside_the_graph

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import final
+from typing import Unpack, final
 
-from anybatch.core.configuration import NotNegative, Positive, Share
-from anybatch.losses.base import Direction, SoftmaxLoss, num_directions
+from anybatch.core.configuration import NotNegative, Share
+from anybatch.losses.base import OneTemperature, SoftmaxLoss
 from anybatch.losses.denominators import CountCorrected, RunningDenominator, WithoutPositive, WithPositive
-from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.gamma import Gamma
-from anybatch.losses.temperatures import MIN_TEMPERATURE, GlobalTemperature
 
 
 @final
@@ -21,11 +18,7 @@ class InfoNCE(SoftmaxLoss):
         loss = mean_i log(1 + sum_j exp((s_ij - s_ip) / tau + b_ij))
 
     Args:
-        temperature: Similarities are divided by it. Seen: .01 to .07 for text, .07 to .1 for images.
-        learnable_temperature: Train it, through its logarithm, so that it stays positive.
-        min_temperature: A learned temperature is put back to it at the start of a training step, so that its gradient
-            stays alive; what is read is never below it.
-        direction, normalize, tile_bytes, ring: See `ContrastiveLoss`.
+        scoring: See `OneTemperature`.
 
     Log-weights are added to the logits as they are.
 
@@ -40,21 +33,8 @@ class InfoNCE(SoftmaxLoss):
         torch.Size([8, 16])
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 0.05,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
-        ring: bool = False,
-    ) -> None:
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
-        super().__init__(
-            tau, WithPositive(), direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring
-        )
+    def __init__(self, **scoring: Unpack[OneTemperature]) -> None:
+        super().__init__(None, WithPositive(), **scoring)
 
 
 @final
@@ -64,7 +44,7 @@ class DecoupledInfoNCE(SoftmaxLoss):
         log_denominator_i = log_sum_i
 
     Args:
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `InfoNCE`.
+        scoring: See `OneTemperature`.
 
     An anchor without any negative contributes 0.
 
@@ -76,21 +56,8 @@ class DecoupledInfoNCE(SoftmaxLoss):
         -2.0
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 0.05,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
-        ring: bool = False,
-    ) -> None:
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
-        super().__init__(
-            tau, WithoutPositive(), direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring
-        )
+    def __init__(self, **scoring: Unpack[OneTemperature]) -> None:
+        super().__init__(None, WithoutPositive(), **scoring)
 
 
 @final
@@ -106,7 +73,7 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
 
     Args:
         num_rows: n, rows of the data set.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `InfoNCE`.
+        scoring: See `OneTemperature`.
 
     Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, arXiv 2202.12387.
 
@@ -118,22 +85,8 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
         0
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        *,
-        temperature: Positive = 0.05,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
-        ring: bool = False,
-    ) -> None:
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
-        super().__init__(
-            tau, CountCorrected(num_rows), direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring
-        )
+    def __init__(self, num_rows: int, **scoring: Unpack[OneTemperature]) -> None:
+        super().__init__(None, CountCorrected(num_rows), **scoring)
 
 
 @final
@@ -157,7 +110,7 @@ class SogCLR(SoftmaxLoss):
             .2 along a cosine.
         eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
         sharded: Each rank stores one W-th of the rows.
-        temperature, learnable_temperature, min_temperature, direction, normalize, tile_bytes, ring: See `InfoNCE`.
+        scoring: See `OneTemperature`.
 
     The running denominators are updated once a call, in training mode with gradients enabled, and are part of
     `state_dict`.
@@ -186,14 +139,7 @@ class SogCLR(SoftmaxLoss):
         gamma: Share | Gamma = 0.9,
         eps: NotNegative | None = None,
         sharded: bool = False,
-        temperature: Positive = 0.05,
-        learnable_temperature: bool = False,
-        min_temperature: float = MIN_TEMPERATURE,
-        direction: Direction = "one_way",
-        normalize: bool = True,
-        tile_bytes: int = TILE_BYTES,
-        ring: bool = False,
+        **scoring: Unpack[OneTemperature],
     ) -> None:
-        tau = GlobalTemperature(temperature, learnable=learnable_temperature, limits=(min_temperature, math.inf))
-        running = RunningDenominator(num_rows, num_directions(direction), gamma=gamma, eps=eps, sharded=sharded)
-        super().__init__(tau, running, direction=direction, normalize=normalize, tile_bytes=tile_bytes, ring=ring)
+        running = RunningDenominator(num_rows, self.num_directions(scoring), gamma=gamma, eps=eps, sharded=sharded)
+        super().__init__(None, running, **scoring)

@@ -72,12 +72,21 @@ def method_of(name: str) -> type[ContrastiveLoss]:
 @functools.cache
 def options_of(name: str) -> dict[str, Option]:
     """What a file can set of a method: its constructor's parameters that are numbers, words, truth values or lists."""
-    make = method_of(name).__init__
-    hints = typing.get_type_hints(make, include_extras=True)
+    method = method_of(name)
+    hints = typing.get_type_hints(method.__init__, include_extras=True)
+    parameters = {
+        key: Option(hints.get(key), parameter.default)
+        for key, parameter in inspect.signature(method).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    (shared,) = typing.get_args(hints["scoring"])  # `Unpack[OneTemperature]`, or `Unpack[Scoring]`
+    for key, hint in typing.get_type_hints(shared, include_extras=True).items():
+        if key not in method.lacks:
+            parameters[key] = Option(hint, method.scoring({})[key])
     options = {
-        key: Option(hint, parameter.default)
-        for key, parameter in inspect.signature(make).parameters.items()
-        if key not in IN_PYTHON_ONLY and (hint := _plain(hints.get(key))) is not None
+        key: option._replace(hint=hint)
+        for key, option in parameters.items()
+        if key not in IN_PYTHON_ONLY and (hint := _plain(option.hint)) is not None
     }
     return options | {"gamma_steps": GAMMA_STEPS} if "gamma" in options else options
 
