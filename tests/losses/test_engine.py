@@ -31,7 +31,7 @@ class WithPositive:
         if self.others is not None:
             correction = math.log(self.others) - num_drawn.clamp(min=1).log()
         objective = torch.logaddexp(log_sum + correction, torch.zeros_like(log_sum))
-        return objective - correction, objective
+        return Answer(objective - correction, objective)
 
 
 def draw(seed, rows, extra, width=5):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, SogCLR
-from anybatch.losses.engine import Side, softmax_loss
+from anybatch.losses.engine import Answer, Side, softmax_loss
 from tests.ranks import on_ranks
 
 from .methods import ALL, cluster_weights
@@ -110,7 +110,7 @@ class Halved:
     row_wise = False
 
     def __call__(self, log_sum, num_negatives, rows):
-        return log_sum + 0.5, log_sum + 0.1 * num_negatives
+        return Answer(log_sum + 0.5, log_sum + 0.1 * num_negatives)
 
 
 def worker(rank, world_size):

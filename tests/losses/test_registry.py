@@ -16,6 +16,7 @@ import yaml
 from anybatch import family
 from anybatch.core.configuration import from_mapping, to_yaml
 from anybatch.core.errors import AnybatchError
+from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses.registry import METHODS, LossConfig, build_loss, first_temperature, method_of, options_of
 
 SHARDED = [name for name in METHODS if "sharded" in options_of(name)]
@@ -84,6 +85,22 @@ def test_mistakes(given, match):
     for make in (lambda: LossConfig(**given), lambda: from_mapping(LossConfig, given, "loss")):
         with pytest.raises(AnybatchError, match=match):
             make()
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: SogCLR(9, gama=0.5), "'SogCLR.gama': did you mean 'gamma'"),
+        (lambda: InfoNCE(directions="both"), "'InfoNCE.directions': did you mean 'direction'"),
+        (lambda: family.FastCLIP(9, min_temperature=0.1), "'FastCLIP.min_temperature': did you mean 'temperature"),
+        (lambda: family.GloFND(9, ring=True), "ring is given, and GloFND looks at whole rows"),
+        (lambda: family.SigLIP(direction="both"), "direction is given, and SigLIP judges pairs"),
+        (lambda: InfoNCE(direction="sideways"), "direction is 'sideways'"),
+    ],
+)
+def test_keywords_that_a_constructor_does_not_have(make, match):
+    with pytest.raises(AnybatchError, match=match):
+        make()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,8 +9,9 @@ import torch
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
+from anybatch.family import NUCLR, SCENT, DebiasedInfoNCE, FastCLIP, ISogCLR
 from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.engine import Side, softmax_loss
+from anybatch.losses.engine import Answer, Side, softmax_loss
 from anybatch.losses.registry import LossConfig, build_loss
 from tests.ranks import on_ranks
 
@@ -27,6 +28,11 @@ MAKE = {
     "count corrected": lambda **k: CountCorrectedInfoNCE(40, **COMMON, **k),
     "sogclr": lambda **k: SogCLR(40, gamma=0.4, **COMMON, **k),
     "sogclr both": lambda **k: SogCLR(40, gamma=0.4, direction="both", **COMMON, **k),
+    "scent": lambda **k: SCENT(40, **COMMON, **k),
+    "fastclip v2 both": lambda **k: FastCLIP(40, version="v2", gamma=0.4, **k),
+    "isogclr": lambda **k: ISogCLR(40, gamma=0.4, **k),
+    "nuclr both": lambda **k: NUCLR(40, gamma=0.4, margin_lr=0.05, direction="both", **k),
+    "debiased both": lambda **k: DebiasedInfoNCE(direction="both", **k),
     "prefixes": lambda **k: Matryoshka(SogCLR(40, gamma=0.4, **COMMON, **k), [5, 2]),
 }
 WEIGHTED = ("sogclr", "sogclr both", "count corrected")
@@ -38,7 +44,7 @@ class Halved:
     row_wise = False
 
     def __call__(self, log_sum, num_negatives, rows):
-        return log_sum + 0.5, log_sum + 0.1 * num_negatives
+        return Answer(log_sum + 0.5, log_sum + 0.1 * num_negatives)
 
 
 def batch(step):
@@ -58,6 +64,7 @@ def batch(step):
 
 def run(name, rows, extras, **options):
     """Two steps on a share of the rows; values, gradients of embeddings and of the temperature, and the state."""
+    torch.manual_seed(0)  # a network begins at random
     loss = MAKE[name](**options).double()
     results = []
     for step in range(2):
@@ -165,5 +172,5 @@ def test_alone_it_is_the_plain_loss():
 
 def test_settings():
     assert build_loss(LossConfig(name="sogclr", ring=True), num_rows=10).ring
-    with pytest.raises(AnybatchError, match=r"loss.ring is given, which 'glofnd' does not know"):
+    with pytest.raises(AnybatchError, match=r"loss.ring is given, and 'glofnd' looks at whole rows"):
         LossConfig(name="glofnd", ring=True)

@@ -14,7 +14,7 @@ from anybatch.core import distributed
 from anybatch.core.configuration import Count
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import OneTemperature, SoftmaxLoss
-from anybatch.losses.engine import Rule, Side, SoftmaxStats
+from anybatch.losses.engine import Answer, Rule, Side, SoftmaxStats
 from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.parts import Batch, Denominator
 
@@ -188,9 +188,9 @@ class _Chained:
     def __init__(self) -> None:
         self.batch_log_sum = torch.empty(0)
 
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
         objective = self.batch_log_sum[rows]
-        return torch.zeros_like(log_sum), torch.where(objective.isneginf(), 0.0, objective)
+        return Answer(torch.zeros_like(log_sum), torch.where(objective.isneginf(), 0.0, objective))
 
 
 class _Chain:

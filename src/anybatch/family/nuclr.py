@@ -15,7 +15,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import PerRowValues
 from anybatch.losses.base import Scoring, SoftmaxLoss
 from anybatch.losses.denominators import RunningDenominator, RunningRule
-from anybatch.losses.engine import Side, SoftmaxStats
+from anybatch.losses.engine import Answer, Side, SoftmaxStats
 from anybatch.losses.gamma import Gamma
 from anybatch.losses.log_weights import Values, plus
 from anybatch.losses.parts import Batch, GlobalTemperature, Part
@@ -184,14 +184,14 @@ class _MarginedRule:
     positive: Tensor
     row_wise: bool = False
 
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
         log_mean, correction = self.running.remember(log_sum, num_drawn, rows)
         objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.running.log_eps))
         own = self.log_own[rows]
         exact = torch.logaddexp(log_mean.to(own.dtype), own)
         self.factor[rows] = (objective - exact).exp() * (1 if self.running.normalised else num_drawn)
         self.positive[rows] = (own - exact).exp()
-        return objective + correction, objective
+        return Answer(objective + correction, objective)
 
     def weight(self, rows: slice) -> Tensor:
         """Weights of the rows in the gradient weights of the columns."""

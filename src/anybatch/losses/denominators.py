@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.engine import Rule, Side, SoftmaxStats
+from anybatch.losses.engine import Answer, Rule, Side, SoftmaxStats
 from anybatch.losses.gamma import Gamma, log_shares
 from anybatch.losses.parts import Batch, Denominator
 from anybatch.losses.state import occurrences
@@ -213,11 +213,11 @@ class RunningRule:
     dropped: Tensor | None = None
     row_wise: bool = False
 
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
         """See `Rule`."""
         log_mean, correction = self.remember(log_sum, num_drawn, rows)
         objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
-        return objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant)
+        return Answer(objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant))
 
     def remember(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both
@@ -241,17 +241,17 @@ class WithPositiveRule:
 
     row_wise = True
 
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
         """See `Rule`."""
         log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
-        return log_denominator, log_denominator
+        return Answer(log_denominator, log_denominator)
 
 
 class _WithoutPositiveRule:
     row_wise = True
 
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return log_sum, torch.where(log_sum.isneginf(), 0.0, log_sum)
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
+        return Answer(log_sum, torch.where(log_sum.isneginf(), 0.0, log_sum))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,14 +260,14 @@ class _CountCorrectedRule:
     normalised: bool
     row_wise: bool = True
 
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
         # A masked candidate counts in k and adds nothing to the sum, as it adds nothing to that over the data set.
         if self.normalised:
             correction = torch.full_like(log_sum, self.log_num_others)
         else:
             correction = self.log_num_others - num_drawn.clamp(min=1).log()
         objective = torch.logaddexp(log_sum + correction, torch.zeros_like(log_sum))
-        return objective - correction, objective
+        return Answer(objective - correction, objective)
 
 
 def _combine(values: Tensor, heard: Tensor, inverse: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anybatch.core import distributed
 from anybatch.losses.engine.candidates import Block, Layout
-from anybatch.losses.engine.sides import Answer, Side, SoftmaxStats
+from anybatch.losses.engine.sides import Side, SoftmaxStats
 from anybatch.losses.log_weights import LogWeights
 
 
@@ -38,7 +38,6 @@ class Direction:
     def answer(self, rows: slice) -> None:
         """Ask the rule for some rows."""
         answer = self.side.rule(self.log_sum[rows], self.num_drawn[rows], rows)
-        answer = answer if isinstance(answer, Answer) else Answer(*answer)
         self.log_denominator[rows], self.objective[rows] = answer.log_denominator, answer.objective
         if answer.positive_weight is not None:
             if self.positive_weight is None:

@@ -41,7 +41,7 @@ class Rule(Protocol):
         """See the class."""
         ...
 
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer | tuple[Tensor, Tensor]:
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
         """Answer for some rows.
 
         Args:
@@ -49,9 +49,6 @@ class Rule(Protocol):
             num_drawn: (b,) candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is
                 over. A masked one is a draw that adds nothing, in the batch as in the data set.
             rows: Which of this rank's rows they are.
-
-        Returns:
-            See `Answer`; a plain pair is one without `positive_weight`.
         """
         ...
 
