@@ -123,12 +123,12 @@ MUTATIONS = [
     *of(
         "losses/denominators.py",
         "losses/test_losses.py",
-        ("return objective - correction, objective", "return objective, objective"),
+        ("return Answer(objective - correction, objective)", "return Answer(objective, objective)"),
     ),
     *of(
         "losses/denominators.py",
         "losses/test_losses.py",
-        ("return objective + correction, torch.where", "return objective, torch.where"),
+        ("return Answer(objective + correction, torch.where", "return Answer(objective, torch.where"),
     ),
     *of(
         "losses/denominators.py",

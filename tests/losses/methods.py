@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import torch
 
-from anybatch.family import EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, TempNet
-from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledInfoNCE, GammaSchedule, InfoNCE, SogCLR
+from anybatch.losses import ContrastiveLoss, GammaSchedule
 from anybatch.losses.log_weights import Inclusion, LogWeights
+from anybatch.losses.registry import make_loss
 from anybatch.plans.examples import Examples
 
 ROWS, WIDTH = 40, 5
-STATELESS = {
-    "infonce": lambda **k: InfoNCE(learnable_temperature=True, **k),
-    "decoupled": lambda **k: DecoupledInfoNCE(learnable_temperature=True, **k),
-    "count corrected": lambda **k: CountCorrectedInfoNCE(ROWS, learnable_temperature=True, **k),
+LEARNED, WIDE = {"learnable_temperature": True}, {"temperature_range": (0.002, 1.0)}
+SCHEDULED = {"gamma": GammaSchedule(0.2, num_steps=4, steps_per_epoch=2)}
+TABLE = {  # the name in the registry, and settings
+    "infonce": ("infonce", LEARNED),
+    "decoupled": ("decoupled", LEARNED),
+    "count corrected": ("count_corrected", LEARNED),
+    "sogclr": ("sogclr", {"gamma": 0.4, **LEARNED}),
+    "sogclr scheduled": ("sogclr", SCHEDULED),
+    "fastclip v0": ("fastclip", {"version": "v0", "gamma": 0.4, **WIDE}),
+    "fastclip v1": ("fastclip", {"version": "v1", **SCHEDULED}),
+    "fastclip v2": ("fastclip", {"version": "v2", "gamma": 0.4, **WIDE}),
+    "fastclip v3": ("fastclip", {"version": "v3", "gamma": 0.4, **WIDE}),
+    "isogclr": ("isogclr", {"gamma": 0.4, "eps": 1e-4, **WIDE}),
+    "tempnet": ("tempnet", {"gamma": 0.4, "hidden": 3, **WIDE}),
+    "nuclr": ("nuclr", {"gamma": 0.4, "margin_lr": 0.05, "margin_start": 1}),
+    "glofnd": ("glofnd", {"gamma": 0.4, "alpha": 0.3, "threshold_start": 1}),
+    "emc2": ("emc2", LEARNED),
+    "emc2 with states": ("emc2", LEARNED),
+    "cross batch": ("cross_batch", {"memory_size": 11, **LEARNED}),
+    "scent": ("scent", {"alpha": 0.3}),
 }
-STATEFUL = {
-    "sogclr": lambda **k: SogCLR(ROWS, gamma=0.4, learnable_temperature=True, **k),
-    "sogclr scheduled": lambda **k: SogCLR(ROWS, gamma=GammaSchedule(0.2, num_steps=4, steps_per_epoch=2), **k),
-    "fastclip v0": lambda **k: FastCLIP(ROWS, version="v0", gamma=0.4, temperature_range=(0.002, 1.0), **k),
-    "fastclip v1": lambda **k: FastCLIP(ROWS, version="v1", gamma=GammaSchedule(0.2, num_steps=4), **k),
-    "fastclip v2": lambda **k: FastCLIP(ROWS, version="v2", gamma=0.4, temperature_range=(0.002, 1.0), **k),
-    "fastclip v3": lambda **k: FastCLIP(ROWS, version="v3", gamma=0.4, temperature_range=(0.002, 1.0), **k),
-    "isogclr": lambda **k: ISogCLR(ROWS, gamma=0.4, eps=1e-4, temperature_range=(0.002, 1.0), **k),
-    "tempnet": lambda **k: TempNet(ROWS, WIDTH, gamma=0.4, temperature_range=(0.002, 1.0), hidden=3, **k),
-    "nuclr": lambda **k: NUCLR(ROWS, gamma=0.4, margin_lr=0.05, margin_start=1, **k),
-    "glofnd": lambda **k: GloFND(ROWS, gamma=0.4, alpha=0.3, threshold_start=1, **k),
-    "emc2": lambda **k: EMC2(ROWS, learnable_temperature=True, **k),
-    "emc2 with states": lambda **k: EMC2(ROWS, dimensions=WIDTH, learnable_temperature=True, **k),
-    "cross batch": lambda **k: CrossBatchInfoNCE(ROWS, memory_size=11, learnable_temperature=True, **k),
-    "scent": lambda **k: SCENT(ROWS, alpha=0.3, **k),
-}
-ALL = {**STATELESS, **STATEFUL}
+OF_A_WIDTH = ("tempnet", "emc2 with states")
+
+
+def make(name: str, num_rows: int = ROWS, width: int = WIDTH, **options: object) -> ContrastiveLoss:
+    """A loss of the table, with these settings in place of its own."""
+    method, settings = TABLE[name]
+    settings = {key: copy.deepcopy(value) for key, value in settings.items()}  # a schedule has a position
+    if name in OF_A_WIDTH:
+        settings["dimensions"] = width
+    return make_loss(method, num_rows, **{**settings, **options})
+
+
+ALL = {name: partial(make, name) for name in TABLE}
+STATEFUL = {name: ALL[name] for name in TABLE if name not in ("infonce", "decoupled", "count corrected")}
 
 
 def cluster_weights(cluster, num_rows, *, same, other, loose=None, cap=None, **columns):

@@ -10,44 +10,26 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from anybatch.core.errors import AnybatchError
-from anybatch.family import EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, SigLIP, TempNet
-from anybatch.losses import (
-    CountCorrectedInfoNCE,
-    CrossBatchInfoNCE,
-    DecoupledInfoNCE,
-    GammaSchedule,
-    InfoNCE,
-    Matryoshka,
-    RunningDenominator,
-    SoftmaxLoss,
-    SogCLR,
-)
-from anybatch.losses.parts import GlobalTemperature
+from anybatch.family import SCENT, FastCLIP, SigLIP
+from anybatch.losses import Matryoshka, RunningDenominator, SoftmaxLoss, SogCLR
 from anybatch.losses.state import grown_state, join_shards
 from tests.ranks import on_ranks
 
+from . import methods
+from .methods import TABLE
+
 OLD, NEW, WIDTH = 13, 20, 4
-MAKE = {
-    "infonce": lambda n, **k: InfoNCE(learnable_temperature=True, **k),
-    "decoupled": lambda n, **k: DecoupledInfoNCE(**k),
-    "count corrected": lambda n, **k: CountCorrectedInfoNCE(n, **k),
-    "cross batch": lambda n, **k: CrossBatchInfoNCE(n, memory_size=9, **k),
-    "sogclr": lambda n, **k: SogCLR(n, gamma=0.4, learnable_temperature=True, **k),
-    "sogclr scheduled": lambda n, **k: SogCLR(n, eps=0.0, gamma=GammaSchedule(0.2, num_steps=8), **k),
-    "fastclip v0": lambda n, **k: FastCLIP(n, version="v0", gamma=0.4, eps=None, **k),
-    "fastclip v1": lambda n, **k: FastCLIP(n, version="v1", gamma=0.4, **k),
-    "fastclip v2": lambda n, **k: FastCLIP(n, version="v2", gamma=0.4, temperature_lr=0.1, **k),
-    "fastclip v3": lambda n, **k: FastCLIP(n, version="v3", gamma=0.4, eps=None, **k),
-    "isogclr": lambda n, **k: ISogCLR(n, gamma=0.4, eps=None, temperature_lr=0.1, **k),
-    "tempnet": lambda n, **k: TempNet(n, WIDTH, gamma=0.4, temperature_range=(0.01, 1.0), hidden=3, eps=None, **k),
-    "nuclr": lambda n, **k: NUCLR(n, gamma=0.4, margin=0.25, margin_lr=0.05, margin_start=1, **k),
-    "glofnd": lambda n, **k: GloFND(n, gamma=0.4, alpha=0.3, **k),
-    "emc2": lambda n, **k: EMC2(n, **k),
-    "emc2 with states": lambda n, **k: EMC2(n, dimensions=WIDTH, **k),
-    "scent": lambda n, **k: SCENT(n, **k),
-    "matryoshka": lambda n, **k: Matryoshka(ISogCLR(n, gamma=0.4, eps=None, **k), [WIDTH, 2]),
-    "matryoshka nuclr": lambda n, **k: Matryoshka(NUCLR(n, margin=0.25, margin_lr=0.05, **k), [WIDTH, 3]),
+# Settings that follow from the number of rows, and a quarter, which is one number in float32 and float64.
+SETTINGS = {
+    **{name: {"eps": None} for name in ("fastclip v0", "fastclip v3", "isogclr", "tempnet")},
+    **{name: {"temperature_lr": 0.1, "eps": None} for name in ("fastclip v2", "isogclr")},
+    "nuclr": {"margin": 0.25},
+    "cross batch": {"memory_size": 9},
+    "glofnd": {"threshold_start": 0},
+    "scent": {"alpha": None},
 }
+PREFIXES = {"matryoshka": ("isogclr", 2), "matryoshka nuclr": ("nuclr", 3)}
+NAMES = [*TABLE, *PREFIXES]
 # The buffers with an entry a row, named here a second time so that one forgotten by the library shows.
 PER_ROW = {"log_mean", "log_weight", "values", "velocity", "states"}
 
@@ -62,8 +44,11 @@ def of_the_size(loss):
 
 
 def make(name, num_rows, direction="both"):
-    torch.manual_seed(0)  # networks begin at random; a quarter is the same number in float32 and float64
-    return MAKE[name](num_rows, temperature=0.25, direction=direction).double()
+    torch.manual_seed(0)  # networks begin at random
+    method, narrow = PREFIXES.get(name, (name, None))
+    options = {"temperature": 0.25, "direction": direction, **SETTINGS.get(method, {})}
+    loss = methods.make(method, num_rows, WIDTH, **options)
+    return (loss if narrow is None else Matryoshka(loss, [WIDTH, narrow])).double()
 
 
 def step(loss, seed, high, *, train=True):
@@ -114,7 +99,7 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("direction", ["one_way", "both"])
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_grown_loss_equals_one_made_at_the_larger_size(name, direction):
     grown = trained(name, OLD, direction)
     parameters = list(grown.parameters())
@@ -139,7 +124,7 @@ def test_a_grown_loss_equals_one_made_at_the_larger_size(name, direction):
             assert_same(other, twin)
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_grown_loaded_through_a_file(name, tmp_path):
     old = trained(name, OLD)
     save_file({key: value.clone() for key, value in old.state_dict().items()}, tmp_path / "old.safetensors")
@@ -154,7 +139,7 @@ def test_saved_grown_loaded_through_a_file(name, tmp_path):
     assert_same(grown, resumed)
 
 
-@pytest.mark.parametrize("name", [name for name in MAKE if name not in ("infonce", "decoupled")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("infonce", "decoupled")])
 def test_it_only_grows(name):
     loss = trained(name, OLD)
     before = copy.deepcopy(loss)
@@ -189,7 +174,7 @@ def test_one_denominator_under_two_names():
 
     def two(num_rows):
         running = RunningDenominator(num_rows)
-        return torch.nn.ModuleList(SoftmaxLoss(GlobalTemperature(0.3), running) for _ in range(2))
+        return torch.nn.ModuleList(SoftmaxLoss(None, running, temperature=0.3) for _ in range(2))
 
     old, new = two(OLD), two(NEW)
     step(old[0].double(), 0, OLD)

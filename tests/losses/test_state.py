@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from anybatch.core.errors import AnybatchError
-from anybatch.family import AUCCL, EMC2, NUCLR, SCENT, FastCLIP, GloFND, ISogCLR, SigLIP, TempNet
+from anybatch.family import AUCCL, EMC2, NUCLR, FastCLIP, ISogCLR, SigLIP, TempNet
 from anybatch.losses import CrossBatchInfoNCE, GammaSchedule, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.late_interaction import LateInteraction
-from anybatch.losses.registry import LossConfig, build_loss, make_loss
+from anybatch.losses.registry import METHODS, LossConfig, build_loss, make_loss, options_of
 from anybatch.losses.state import grown_state
 
+from . import methods
 from .methods import ROWS
 
 WIDTH = 6
-STATEFUL = {
-    "sogclr": SogCLR,
+STATEFUL = {name: partial(methods.make, name, width=WIDTH) for name in methods.STATEFUL}
+STATEFUL |= {
     "sogclr sharded": lambda n: SogCLR(n, sharded=True),
-    "fastclip v2": lambda n: FastCLIP(n, version="v2"),
-    "fastclip v3": FastCLIP,
-    "isogclr": ISogCLR,
-    "tempnet": lambda n: TempNet(n, WIDTH),
-    "nuclr": NUCLR,
-    "glofnd": GloFND,
-    "emc2": lambda n: EMC2(n, dimensions=WIDTH),
-    "scent": SCENT,
-    "cross batch": lambda n: CrossBatchInfoNCE(n, memory_size=8),
     "matryoshka": lambda n: Matryoshka(SogCLR(n), [WIDTH, 3]),
 }
 
@@ -185,19 +178,10 @@ def test_numbers_of_another_kind_are_refused():
     )
 
 
+ONE_TEMPERATURE = [name for name in METHODS if "learnable_temperature" in options_of(name)]
 LEARNED = {
     name: (lambda name=name: build_loss(LossConfig(name=name, learnable_temperature=True), num_rows=64))
-    for name in (
-        "infonce",
-        "decoupled",
-        "count_corrected",
-        "cross_batch",
-        "sogclr",
-        "glofnd",
-        "emc2",
-        "scent",
-        "siglip",
-    )
+    for name in ONE_TEMPERATURE
 }
 LEARNED |= {f"fastclip {v}": (lambda v=v: FastCLIP(64, version=v)) for v in ("v0", "v2", "v3")}
 LEARNED |= {"isogclr": lambda: ISogCLR(64), "tempnet": lambda: TempNet(64, 16)}
@@ -259,17 +243,7 @@ def test_the_gradient_at_the_floor_is_that_of_the_loss():
 
 
 def test_the_floor_is_one_setting():
-    for name in (
-        "infonce",
-        "decoupled",
-        "count_corrected",
-        "cross_batch",
-        "sogclr",
-        "glofnd",
-        "emc2",
-        "scent",
-        "siglip",
-    ):
+    for name in ONE_TEMPERATURE:
         loss = make_loss(name, 9, temperature=0.05, learnable_temperature=True, min_temperature=0.03)
         with torch.no_grad():
             loss.temperatures.log_temperature.fill_(-9.0)
