@@ -76,4 +76,6 @@ with tempfile.TemporaryDirectory() as folder:
     parts = fit(4, Path(folder) / "parts.ckpt", resume=True)
 same = all(torch.equal(value, parts.state_dict()[name]) for name, value in whole.state_dict().items())
 assert same, "the resumed run must be the uninterrupted one"
-print(f"every row visited: {bool(whole.loss.denominator.visited.all())}; resumed run equal to the uninterrupted one: {same}")
+print(
+    f"every row visited: {bool(whole.loss.denominator.visited.all())}; resumed run equal to the uninterrupted one: {same}"
+)

@@ -83,7 +83,7 @@ STATE_NAMES = {
 # Not compared: constants of the format, and how the queue encodes what it knows of its rows.
 STATE_IGNORED = r".*\.(version|embedding_width|shard)|queue\.(records|kinds)"
 # In the file, until it is written again, of what was cut (docs/log.md).
-CUT = ("loss: infonce, margin", "loss: infonce, hardness", "loss: sogclr, float16")
+CUT = ("loss: infonce, margin", "loss: infonce, hardness", "loss: sogclr, float16", "plan: ours, from earlier")
 
 
 def build(name: str, *, num_rows: int = ROWS, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
@@ -376,7 +376,6 @@ MINING: dict[str, dict[str, Any]] = {
     "ours, hard negatives": {"method": "anybatch", "num_negatives": 2},
     "ours, margin": {"method": "anybatch", "margin": 0.9},
     "ours, approximate neighbours": {"method": "anybatch", "neighbors": "ivf"},
-    "ours, from earlier clusters": {"method": "anybatch", "start": True},
     "published, hard negatives": {"method": "published", "num_negatives": 2},
 }
 SETS = {"one set": None, "mixed": "mixed", "within": "within"}
@@ -407,8 +406,6 @@ def mined(options: dict[str, Any], mixing: str | None) -> BatchPlan:
         first, second = SET_ROWS
         sets = [MiningSet(name="first", num_rows=first), MiningSet(name="second", num_rows=second, take=12, share=0.7)]
     rows = np.arange(MINING_ROWS)
-    start = rows // 8 if options.get("start") else None
-    options = {key: value for key, value in options.items() if key != "start"}
     config = MiningConfig(batch_size=24, cluster_size=8, skip=2, take=16, seed=4, **options)
     return mine_plan(
         anchors,
@@ -417,7 +414,6 @@ def mined(options: dict[str, Any], mixing: str | None) -> BatchPlan:
         anchor_id=np.where(rows % 29 == 11, rows - 3, rows),
         positive_id=np.where(rows % 17 == 6, rows - 5, rows),
         sets=sets,
-        start=start,
     ).plan
 
 
@@ -506,7 +502,7 @@ def small_run() -> Case:
             model=ModelConfig(name=str(model), device="cpu"),
             batch_size=12,
             seed=3,
-            teacher=TeacherConfig(anchor_embeddings=paths[0], positive_embeddings=paths[1]),
+            teacher=TeacherConfig(embeddings=(paths[0], paths[1])),
             mining=MiningConfig(cluster_size=4, skip=1, take=6, num_negatives=1),
             loss=registry.LossConfig(
                 name="sogclr", direction="both", gamma=0.5, weights="inclusion", weight_cap=4.0, mask_suspects=True

@@ -15,7 +15,9 @@ import anybatch
 OPTIONAL = {"anybatch.data.images": "PIL"}  # modules whose examples need an extra, and what they import of it
 ROOMS = ("caching", "family", "insight", "losses", "mining", "integrations.sentence_transformers")
 MODULES = sorted(
-    module.name for module in pkgutil.walk_packages(anybatch.__path__, "anybatch.") if module.name != "anybatch.__main__"
+    module.name
+    for module in pkgutil.walk_packages(anybatch.__path__, "anybatch.")
+    if module.name != "anybatch.__main__"
 )
 
 

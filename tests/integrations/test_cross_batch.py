@@ -1,28 +1,35 @@
-"""Cross-batch memory through the whole pipeline: killed in mid-epoch and resumed with what it remembered, mined batches, suspects, refresh."""
+"""Cross-batch memory through the whole pipeline: killed in mid-epoch and resumed with what it remembered, mined batches, suspects."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from anybatch.integrations.sentence_transformers import last_whole_checkpoint
+from anybatch.integrations.sentence_transformers import ModelConfig, TrainConfig, last_whole_checkpoint
 from anybatch.losses.registry import LossConfig
+from anybatch.mining import MiningConfig
 from anybatch.run import job
+from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 
-from .test_refresh import config
 
-
-@pytest.mark.parametrize("refresh", [0, 2])
-def test_a_killed_run_goes_on_with_what_it_remembered(refresh, pairs_file, tiny_model_folder, tmp_path):
+def test_a_killed_run_goes_on_with_what_it_remembered(pairs_file, tiny_model_folder, tmp_path):
     loss = LossConfig(name="cross_batch", memory_size=20, direction="both", weights="inclusion", mask_suspects=True)
 
     def run(folder, **k):
-        settings = config(pairs_file, tiny_model_folder, folder, refresh_epochs=refresh)
-        return job.train(replace(settings, loss=loss), **k)
+        settings = RunConfig(
+            output=str(folder),
+            data=DataConfig(path=str(pairs_file), limit=40),
+            model=ModelConfig(name=str(tiny_model_folder), device="cpu"),
+            teacher=TeacherConfig(name=str(tiny_model_folder)),
+            batch_size=8,
+            mining=MiningConfig(cluster_size=4, skip=1, take=6),
+            loss=loss,
+            train=TrainConfig(epochs=4, log_steps=1, save_steps=3, micro_batch=4, learning_rate=1e-2),
+        )
+        return job.train(settings, **k)
 
     def log(folder):
         return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

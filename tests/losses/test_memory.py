@@ -25,11 +25,11 @@ def same(first, second):
 
 
 def test_occurrences_of_a_row_are_combined_first():
-    running = Running(4, gamma=0.5)
+    running = Running(4, gamma=0.25)
     new = visit(running, [0, 1, 1], [math.log(2.0), math.log(4.0), math.log(8.0)])
     assert new.exp().tolist() == pytest.approx([2.0, 6.0, 6.0])
-    assert visit(running, [0], [math.log(4.0)]).exp().tolist() == pytest.approx([3.0])
-    assert running.log_mean.exp().nan_to_num(-1).tolist() == [pytest.approx([3.0, 6.0, -1.0, -1.0])]
+    assert visit(running, [0], [math.log(4.0)]).exp().tolist() == pytest.approx([2.5])
+    assert running.log_mean.exp().nan_to_num(-1).tolist() == [pytest.approx([2.5, 6.0, -1.0, -1.0])]
 
 
 class TestGrowth:

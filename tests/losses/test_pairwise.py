@@ -113,7 +113,7 @@ def test_configuration_and_mistakes():
     built = make_loss("siglip", 9, temperature=0.1, bias=-8.0)
     assert isinstance(built, SigLIP)
     assert built.bias.item() == -8.0
-    assert build_loss(LossConfig(name="auc_cl", margin=0.5), num_rows=9).margin == 0.5
+    assert build_loss(LossConfig(name="auc_cl", margin=0.5, weights="inclusion"), num_rows=9).margin == 0.5
     for settings_, match in (
         ({"name": "siglip", "direction": "both"}, "one direction"),
         ({"name": "auc_cl", "temperature": 0.1}, "no temperature"),

@@ -415,18 +415,6 @@ def test_the_name_of_a_data_set_cannot_lead_out_of_the_run(tmp_path):
     assert len(read_data(DataConfig(path=str(tmp_path / ".a.jsonl")))) == 1  # one data set needs no name
 
 
-def test_an_earlier_plan_is_a_place_to_start():
-    generator = np.random.default_rng(2)
-    anchors = generator.standard_normal((203, 16)).astype(np.float32)
-    positives = anchors + 0.3 * generator.standard_normal((203, 16)).astype(np.float32)
-    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12)
-    first = mine_plan(anchors, positives, config=config)
-    moved = anchors + 0.05 * generator.standard_normal(anchors.shape).astype(np.float32)
-    second = mine_plan(moved, positives, config=config, start=first.plan.cluster)
-    assert np.bincount(second.plan.cluster[second.plan.cluster >= 0]).tolist() == [8] * 25
-    assert second.report.audit.window_per_anchor > 0.9 * first.report.audit.window_per_anchor
-
-
 def test_a_positive_of_the_same_anchor_in_another_row_is_no_hard_negative():
     """Rows (a, p1), (a, p2), (b, p2): p2 is right for a: (b, p2) is neither drawn for (a, p1) nor sits beside it."""
     generator = np.random.default_rng(3)

@@ -1,7 +1,7 @@
 """Retrieval figures: recall, MRR and nDCG as trec_eval defines them.
 
 Ties are broken as trec_eval breaks them: scores are compared in float32, and among equal ones the document whose id is
-greater as a string goes first. So the figures agree with pytrec-eval-terrier, ties included. Imports errors.
+greater as a string goes first. So the figures agree with pytrec-eval-terrier, ties included.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def rank_embeddings(queries: np.ndarray, corpus: np.ndarray, *, top_k: int = 100
     transposed = np.ascontiguousarray(corpus.T, dtype=np.float32)
     for start in range(0, len(queries), block):
         similarity = np.asarray(queries[start : start + block], dtype=np.float32) @ transposed
-        # The k-th best score, then all documents at least as good: ties at the edge are decided by row number, not by chance.
+        # The k-th best score, then all documents at least as good: row numbers, not chance, decide ties at the edge.
         edge = np.partition(similarity, -top_k, axis=1)[:, -top_k]
         for offset, line in enumerate(similarity):
             found = np.flatnonzero(line >= edge[offset])
@@ -142,7 +142,7 @@ def pair_metrics(
 
 
 def _figures(gains: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> np.ndarray:
-    """(3, len(ks)): recall, reciprocal rank, nDCG of one query, from the grades in ranked order and all relevant grades."""
+    """(3, len(ks)): recall, reciprocal rank, nDCG of one query; from grades in ranked order and all relevant ones."""
     figures = np.zeros((3, len(ks)))
     if not len(relevant):
         return figures
@@ -175,5 +175,6 @@ def _check_embeddings(queries: np.ndarray, corpus: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
         if len(bad):
             raise AnybatchError(
-                f"{len(bad)} {name} embeddings are NaN or infinite, the first in row {bad[0]}. The model has diverged or its input is broken."
+                f"{len(bad)} {name} embeddings are NaN or infinite, the first in row {bad[0]}. The model has diverged "
+                "or its input is broken."
             )

@@ -27,7 +27,13 @@ class BatchScores:
 
 
 class Cosines:
-    """Cosines of anchors and positives, of `block_rows` anchors at a time; the embeddings stay in their files."""
+    """Cosines of anchors and positives, of `block_rows` anchors at a time; the embeddings stay in their files.
+
+    Example:
+        >>> cosines = Cosines(np.eye(3), np.eye(3), np.arange(3), np.arange(3))
+        >>> cosines.matrix(np.array([0, 2])).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
 
     def __init__(
         self,

@@ -111,6 +111,11 @@ class FrozenPairs:
         exact: (P, D), their exact gradients; two-way (P, 2 D), those of the rows' anchors, then those of their
             positives.
         direction: Of the objective.
+
+    Example:
+        >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)), num_probes=5)
+        >>> tuple(pairs.exact.shape)
+        (5, 8)
     """
 
     anchors: Tensor

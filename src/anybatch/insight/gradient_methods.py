@@ -75,6 +75,11 @@ class GradientComparison:
         num_rows: n.
         temperature: Of the objective.
         direction: Of the objective.
+
+    Example:
+        >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)))
+        >>> compare_methods(pairs, BatchPlan.random(32, 8), methods=[LossConfig()], epochs=1).recommended.method
+        'infonce'
     """
 
     lines: tuple[MethodError, ...]

@@ -77,6 +77,12 @@ class PlanInspection:
         repeated_anchors, repeated_positives: Rows whose anchor (positive) is another row's, letter by letter.
         clusters: Examples; empty for random plans.
         statistics: Whether mining is likely to help.
+
+    Example:
+        >>> embeddings = np.random.default_rng(0).normal(size=(2, 64, 8))
+        >>> seen = inspect_plan(BatchPlan.random(64, 8), *embeddings)
+        >>> seen.num_anchors, seen.clusters
+        (64, [])
     """
 
     num_anchors: int
@@ -149,8 +155,8 @@ def inspect_sets(
 ) -> dict[str, PlanInspection]:
     """`inspect_plan` for each data set of a plan over several, each ranked by itself as in mining.
 
-    Anchors are one set's rows in the plan's batches: of that set alone (`mixing="within"`), or with rows of others, which
-    count in the expected loss. Random batches are sampled the same way, of the same sets with the same shares.
+    Anchors are one set's rows in the plan's batches: of that set alone (`mixing="within"`), or with rows of others,
+    which count in the expected loss. Random batches are sampled the same way, of the same sets with the same shares.
 
     Args:
         plan: Made with `sets`.
@@ -210,8 +216,8 @@ class _Look:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < np.inf or self.num_anchors < 1:
             raise AnybatchError(
-                f"The temperature is {self.temperature} and the number of anchors {self.num_anchors}; expected above 0, "
-                "and at least 1."
+                f"The temperature is {self.temperature} and the number of anchors {self.num_anchors}; expected above "
+                "0, and at least 1."
             )
 
 

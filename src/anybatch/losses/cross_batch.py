@@ -138,11 +138,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     widths = ("mean",)
 
     @property
-    def over_data(self) -> bool:
-        """See `ContrastiveLoss.over_data`."""
-        return True
-
-    @property
     def last_stats(self) -> dict[str, float]:
         """See `SoftmaxLoss.last_stats`; and `remembered`, the pairs of the memory that were used."""
         if self._last is None:

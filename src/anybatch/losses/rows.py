@@ -133,7 +133,7 @@ class RowTable(nn.Module):
             task = None if plan is None else plan.task
             self.way_keys, self.ways = _ways(positives, negatives, task, self.width)
         if plan is not None:
-            self.use_plan(plan)
+            self._look_up(plan)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
         """Casts of a whole model leave the table in the precision of the plan's arithmetic; it only moves."""
@@ -145,8 +145,8 @@ class RowTable(nn.Module):
         super()._apply(moved, recurse)
         return self
 
-    def use_plan(self, plan: BatchPlan) -> None:
-        """Look up this plan from now on: clusters, weights and suspects. It must be of these rows."""
+    def _look_up(self, plan: BatchPlan) -> None:
+        """Clusters, weights and suspects of the plan."""
         self.plan = plan
         device = self.anchor_id.device
         self.cluster = torch.as_tensor(plan.cluster.astype(np.int64), device=device)

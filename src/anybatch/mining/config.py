@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed, Share
-from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name
 from anybatch.mining.audit import Audit
 from anybatch.mining.graph import Window
@@ -33,8 +32,6 @@ class MiningConfig(Configuration):
         neighbors: "exact", "ivf", or "auto" by the number of rows.
         num_negatives: Explicit hard negatives drawn for each row (B3++).
         mixing: With several data sets: batches "within" one (B3), or "mixed".
-        refresh_epochs: Mine anew with the student's own embeddings every so many epochs, from the clusters there are; 0
-            for never.
         seed: Of everything random.
 
     Example:
@@ -52,19 +49,9 @@ class MiningConfig(Configuration):
     neighbors: Literal["auto", "exact", "ivf"] = "auto"
     num_negatives: CountOrZero = 0
     mixing: Literal["within", "mixed"] = "within"
-    refresh_epochs: CountOrZero = 0
     seed: Seed = 0
 
     section: ClassVar[str] = "mining"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.refresh_epochs and (self.method != "anybatch" or self.num_negatives):
-            raise AnybatchError(
-                f"mining.refresh_epochs is {self.refresh_epochs}, which needs mining.method 'anybatch' and no mined "
-                "negatives "
-                f"(num_negatives 0), whose texts are columns of the data; got '{self.method}' and {self.num_negatives}."
-            )
 
     @property
     def window(self) -> Window:

@@ -58,7 +58,6 @@ def mine_plan(
     positive_id: np.ndarray | None = None,
     sets: Sequence[MiningSet] = (),
     data_digest: str = "",
-    start: np.ndarray | None = None,
     device: str | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -73,8 +72,6 @@ def mine_plan(
         sets: Several data sets, one after the other in the rows: each is mined by itself with its own window, into one
             plan.
         data_digest: `PairData.digest`, which binds the plan to its data.
-        start: (n,) int clusters of an earlier plan of the same sizes, from which the search goes on instead of from
-            METIS.
         device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
         folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not
             repeated.
@@ -109,8 +106,6 @@ def mine_plan(
         plan = random_plan(num_rows, config=config, sets=sets, data_digest=data_digest)
         return MiningResult(plan=plan, report=report)
     check_sizes(num_rows, config=config, sets=sets)
-    if start is not None and start.shape != (num_rows,):
-        raise AnybatchError(f"start has shape {start.shape}; expected ({num_rows},), a cluster for each row.")
 
     # 2. Mine each data set by itself.
     cluster = np.full(num_rows, -1, np.int32)
@@ -121,7 +116,7 @@ def mine_plan(
         if len(one.anchors) < config.cluster_size:
             _note_small_set(one, config, part)
             continue
-        mined = _mine_set(one, config, None if start is None else start[one.rows], device, part)
+        mined = _mine_set(one, config, device, part)
         graph = mined.graph
         cluster[one.rows] = np.where(mined.cluster >= 0, mined.cluster + cluster.max() + 1, -1)
         suspects.append(mined.suspects + one.rows.start)
@@ -282,9 +277,7 @@ class _Mined(NamedTuple):
     graph: MiningGraph
 
 
-def _mine_set(
-    one: _Set, config: MiningConfig, start: np.ndarray | None, device: str | None, report: MiningReport
-) -> _Mined:
+def _mine_set(one: _Set, config: MiningConfig, device: str | None, report: MiningReport) -> _Mined:
     """Mine one data set; what was found and what it cost goes into `report`."""
     if one.window != one.asked:
         _note_window(one, report)
@@ -300,7 +293,7 @@ def _mine_set(
 
     # 3. Cut into clusters, of any sizes at first, then of equal ones.
     with _stage(report, "communities", one.progress):
-        begun = _begin(one, config, graph, neighbors, start)
+        begun = _begin(one, config, graph, neighbors)
     with _stage(report, "refinement", one.progress) as advance:
         ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
         cluster = equal_clusters(
@@ -333,14 +326,9 @@ def _rank(one: _Set, config: MiningConfig, device: str | None, report: MiningRep
         return search(one.anchors, one.positives, one.window.depth, **one.ids, **where)
 
 
-def _begin(
-    one: _Set, config: MiningConfig, graph: MiningGraph, neighbors: Neighbors, start: np.ndarray | None
-) -> np.ndarray:
+def _begin(one: _Set, config: MiningConfig, graph: MiningGraph, neighbors: Neighbors) -> np.ndarray:
     """(rows,) clusters of any sizes, as the method has them."""
     num_clusters = len(one.anchors) // config.cluster_size
-    if start is not None:
-        _, numbers = np.unique(start, return_inverse=True)  # -1, the remainder, becomes a cluster that dissolves
-        return np.minimum(numbers, num_clusters - 1).astype(np.int32)
     if config.method == "kmeans":
         return kmeans_clusters(one.anchors, one.positives, num_clusters, seed=config.seed)
     if config.method == "bandwidth":

@@ -102,8 +102,8 @@ class _Reservoirs(NamedTuple):
     """What is kept of each row of a block.
 
     Attributes:
-        keys: (B, capacity) uint64: a score's bits, made monotone, above the complement of the column number. Comparing keys
-            compares scores, and column numbers where scores are equal: the order of the pieces is of no matter.
+        keys: (B, capacity) uint64: a score's bits, made monotone, above the complement of the column number.
+            Comparing keys compares scores, and column numbers where scores are equal: the order of pieces is no matter.
         counts, bars: (B,) keys in use, and the score that a column must reach.
         rows: (B,) row numbers.
         anchor_id, positive_id: Of all rows.

@@ -7,27 +7,22 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, seal_folder
-from anybatch.core.progress import Progress, counter
+from anybatch.core.progress import Progress
 from anybatch.core.resources import Measure
 from anybatch.data.pairs import PairData
-from anybatch.integrations.sentence_transformers.embed import embed_texts
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.memory import MemoryCallback, warm_start_from_model
-from anybatch.integrations.sentence_transformers.model import Side
-from anybatch.integrations.sentence_transformers.refresh import RefreshPlan
 from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
 from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
-from anybatch.mining import mine_plan
 from anybatch.plans.plan import BatchPlan
-from anybatch.run.config import RunConfig, resolved
+from anybatch.run.config import RunConfig
 from anybatch.run.folder import run_digest
-from anybatch.run.read_data import mining_sets
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -69,7 +64,6 @@ def train_on_plan(
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
     )
-    refresh = refresh_callbacks(config, model, pairs, loss, resume=resume, progress=progress)
     memory = memory_callbacks(config, model, pairs, loss, resume=resume, progress=progress)
     with Measure() as measure:
         trained = train_model(
@@ -83,7 +77,7 @@ def train_on_plan(
             resume=resume,
             evaluate=evaluate,
             progress=lambda done, total, figures: progress("training", done, total, figures),
-            callbacks=[*refresh, *memory],
+            callbacks=memory,
             run=run_digest(Path(config.output)),
         )
     return trained, measure
@@ -99,44 +93,6 @@ def warn_of_mined_batches(config: RunConfig, plan: BatchPlan) -> None:
             "mining.method=random, or use loss.name=infonce.",
             config.loss.name,
         )
-
-
-def refresh_callbacks(
-    config: RunConfig,
-    model: SentenceTransformer,
-    pairs: PairData,
-    loss: CachedLoss,
-    *,
-    resume: bool,
-    progress: Progress,
-) -> Sequence[TrainerCallback]:
-    """The callback that mines anew with the student's embeddings, if `config.mining.refresh_epochs` asks for it."""
-    if not config.mining.refresh_epochs:
-        return []
-    if config.plan is not None:
-        raise AnybatchError(
-            "mining.refresh_epochs needs a plan that this run mines itself, with the settings of its own "
-            "configuration; remove plan, or set mining.refresh_epochs to 0."
-        )
-
-    def make(current: BatchPlan) -> BatchPlan:
-        anchors, positives = (
-            embed_texts(model, texts, side=side, progress=counter(progress, "refresh: embedding", len(texts)))
-            for side, texts in zip(get_args(Side), pairs.prompted[:2], strict=True)
-        )
-        return mine_plan(
-            anchors,
-            positives,
-            config=resolved(config).mining,
-            anchor_id=pairs.anchor_id,
-            positive_id=pairs.positive_id,
-            sets=mining_sets(config, pairs),
-            data_digest=current.data_digest,
-            start=current.cluster,
-            progress=lambda stage, fraction: progress(f"refresh: {stage}", round(100 * fraction), 100),
-        ).plan
-
-    return [RefreshPlan(loss, make, every=config.mining.refresh_epochs, folder=config.output, restart=resume)]
 
 
 def memory_callbacks(

@@ -13,7 +13,6 @@ _HOME = {
     "LossStateCallback": "callback",
     "last_whole_checkpoint": "callback",
     "load_grown_loss": "callback",
-    "RefreshPlan": "refresh",
     "MemoryCallback": "memory",
     "probe_memory": "memory",
     "warm_start_from_model": "memory",

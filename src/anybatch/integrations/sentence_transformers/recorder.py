@@ -20,6 +20,9 @@ class Recorder(TrainerCallback, ExportableState):
     Args:
         path: The log, a line of JSON each.
         eval_steps, evaluate, progress: See `train_model`; None for none.
+
+    Example:
+        >>> callbacks = [Recorder(Path("log.jsonl"))]  # the last one, so that the log has the figures of the others
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from anybatch.caching.device_memory import parse_memory
-from anybatch.caching.state import RandomState, training_modes
+from anybatch.caching.state import RandomState
 from anybatch.core import distributed
 from anybatch.core.configuration import Configuration, Count, Fraction, NotNegative, Positive
 from anybatch.core.errors import AnybatchError
@@ -84,8 +84,8 @@ class TrainResult:
         evaluation_seconds: Wall time spent in `evaluate`, in this session.
 
     Example:
-        >>> TrainResult(log=[{"step": 10, "epoch": 0.5, "loss": 1.2}], num_steps=10, evaluation_seconds=0.0).log[-1]["loss"]
-        1.2
+        >>> TrainResult(log=[{"step": 1, "loss": 2.1}], num_steps=1, evaluation_seconds=0.0).log[-1]["loss"]
+        2.1
     """
 
     log: list[dict[str, Any]]
@@ -252,12 +252,14 @@ def _make_trainer(**settings: Any) -> Any:
 @contextmanager
 def forgotten(model: torch.nn.Module) -> Iterator[None]:
     """What a step does to generators, buffers, modes and gradients of `model` in here is undone at the end."""
-    start, buffers = RandomState(), [(buffer, buffer.clone()) for buffer in model.buffers()]
+    start, modes = RandomState(), {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with training_modes({module: module.training for module in model.modules()}):
-            yield
+        yield
     finally:
         start.restore()
+        for module, mode in modes.items():
+            module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
