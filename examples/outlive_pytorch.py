@@ -1,4 +1,4 @@
-"""Outlive the batch: each example remembers its denominator, so that batches of 32 follow the objective over all rows."""
+"""Outlive the batch: each example remembers its denominator, so that batches of 32 follow that over all rows."""
 
 import torch
 from torch import nn

@@ -1,4 +1,5 @@
-"""All three levers inside sentence-transformers' own Trainer: mined batches, a batch of 64 in the memory of 16, SogCLR's memory.
+"""All three levers inside sentence-transformers' own Trainer: mined batches, a batch of 64 in the memory of 16,
+SogCLR's memory.
 
 Usage: python examples/sentence_transformers_all.py MODEL [PAIRS], where MODEL is a folder or a hub name.
 """

@@ -1,4 +1,5 @@
-"""Two encoders of different kinds under one two-way loss with memory, in plain PyTorch; stopped in mid-epoch, and resumed to the same bit.
+"""Two encoders of different kinds under one two-way loss with memory, in plain PyTorch; stopped in mid-epoch, and
+resumed to the same bit.
 
 The pictures are drawn from their captions ("red square large top left"), so that the example needs no data.
 """
