@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from anybatch.cli import progress
 from anybatch.cli.app import app
-from anybatch.core.configuration import load_config
 from anybatch.core.errors import AnybatchError
+from anybatch.core.yaml_files import load_config
 from anybatch.run.config import RunConfig
 
 runner = CliRunner()
