@@ -1,8 +1,9 @@
-"""Is this checkout slower than another one: `python -m benchmarks.against CHECKOUT`, such as a `git worktree` of the commit before.
+"""Is this checkout slower than another one: `python -m benchmarks.against CHECKOUT`, such as a `git worktree` of the
+commit before.
 
-One process for each checkout, asked in turn for the same piece of work, round after round, so that both meet the same machine. Processor seconds; the
-ratio of a round is this checkout's over the other's, of which the median and the middle half are printed. Exit code 1 where a median is above --limit.
-Some 3 minutes on one idle core.
+One process for each checkout, asked in turn for the same piece of work, round after round, so that both meet the same
+machine. Processor seconds; the ratio of a round is this checkout's over the other's, of which the median and the middle
+half are printed. Exit code 1 where a median is above --limit. Some 3 minutes on one idle core.
 """
 
 from __future__ import annotations

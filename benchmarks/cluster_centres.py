@@ -1,14 +1,17 @@
 """An experiment: InfoNCE over all data, the batch exactly and every cluster that is not in it by its centre.
 
-    log_denominator_i = log(1 + sum_{j in batch} exp(d_ij / tau) + sum_{c not in batch} K_c exp((a_i . mu_c - s_ip) / tau + offset))
+    log_denominator_i = log(1 + sum_{j in batch} exp(d_ij / tau)
+                              + sum_{c not in batch} K_c exp((a_i . mu_c - s_ip) / tau + offset))
 
-mu_c is the mean embedding of cluster c and K_c its number of members, both from the last batch that held it: a mined batch holds whole
-clusters. The exponential of a mean is less than the mean of exponentials; `offset` makes up for it, measured on the batch's own clusters, where both
-are known. Clusters not seen yet are stood for by those that were.
+mu_c is the mean embedding of cluster c and K_c its number of members, both from the last batch that held it: a mined
+batch holds whole clusters. The exponential of a mean is less than the mean of exponentials; `offset` makes up for it,
+measured on the batch's own clusters, where both are known. Clusters not seen yet are stood for by those that were.
 
-It is no loss of the library, because it fails where it matters. For single anchors, on embeddings that stand still, it is far nearer to the full
-gradient than anything else of this cost (docs/benchmarks/global_loss.md). But its errors are common to all anchors, so that they add up in shared parameters: it trains
-worse than plain InfoNCE (docs/benchmarks/shared_direction.md), and from scratch, at usual rates, it collapses.
+It is no loss of the library, because it fails where it matters. For single anchors, on embeddings that stand still, it
+is far nearer to the full gradient than anything else of this cost (docs/benchmarks/global_loss.md). But its errors are
+common to all anchors, so that they add up in shared parameters: it trains worse than plain InfoNCE
+(docs/benchmarks/shared_direction.md), and
+from scratch, at usual rates, it collapses.
 
 One process, one direction. Cost: C * D numbers for C clusters, and a product of B x C x D a step.
 """
@@ -34,8 +37,8 @@ class ClusterCentres(nn.Module):
         dimensions: D.
         temperature: tau.
 
-    Call: `loss(anchors, candidates, *, index, anchor_id=None, candidate_id=None)`, (B, D) each and the rows' numbers, as for the library's losses.
-    Texts with equal ids are not each other's negatives in the batch.
+    Call: `loss(anchors, candidates, *, index, anchor_id=None, candidate_id=None)`, (B, D) each and the rows' numbers,
+    as for the library's losses. Texts with equal ids are not each other's negatives in the batch.
     """
 
     def __init__(self, cluster: np.ndarray, *, dimensions: int, temperature: float = 0.05) -> None:
@@ -92,7 +95,9 @@ class ClusterCentres(nn.Module):
         self.centre[clusters], self.count[clusters] = total / count[:, None], count
 
     def _calibrate(self, scaled: Tensor, own: Tensor, positives: Tensor) -> None:
-        """Compare the sums over the batch's other clusters with their centres' estimates, each anchor in proportion to its softmax."""
+        """Compare the sums over the batch's other clusters with their centres' estimates, each anchor in proportion to
+        its softmax.
+        """
         clusters, inverse = torch.unique(own, return_inverse=True)
         share = torch.softmax(scaled @ positives.T, dim=1)
         top = (scaled @ positives.T).logsumexp(dim=1, keepdim=True)

@@ -1,15 +1,18 @@
-"""What a run does with what disks, kills and hasty hands do to its folder: damaged files, kill -9, two writers, a full disk.
+"""What a run does with what disks, kills and hasty hands do to its folder: damaged files, kill -9, two writers, a full
+disk.
 
     python -m benchmarks.faults
 
-Every fault is one command of `anybatch` in a process of its own (forked: imports are paid once) on a copy of a folder that a killed run left. It ends
-
-Of plans, checkpoints, memories and teacher embeddings every flipped bit is also given to the function alone that reads them: thousands could be tried so.
+Every fault is one command of `anybatch` in a process of its own (forked: imports are paid once) on a copy of a folder
+that a killed run left. It ends
 
     refused     exit code 2 and a message
-    same        exit code 0 and the results of the run that nothing happened to: plan, weights, log and figures, bit for bit
+    same        exit code 0 and the results of the run that nothing happened to: plan, weights, log, figures, bit by bit
     silent      exit code 0 and other results: what must not happen
     crashed     anything else, a traceback or a signal
+
+Of plans, checkpoints, memories and teacher embeddings every flipped bit is also given to the function alone that reads
+them: thousands could be tried so.
 
 The model is a random transformer of two layers; data, model and teacher are made here, nothing is fetched.
 """
@@ -60,9 +63,12 @@ def main() -> None:
     lines = [
         "# Faults",
         "",
-        f"What a run does with damage, kills and other writers. {ROWS} pairs, a random transformer of two layers, SogCLR on mined batches. Every fault is one "
-        "command on a copy of the folder of a killed run; *same* means plan, weights, log and figures of the undisturbed run, bit for bit. Made by "
-        f"`python -m benchmarks.faults --flips {options.flips} --kills {options.kills}` on a {os.cpu_count()}-core {platform.machine()} CPU in "
+        f"What a run does with damage, kills and other writers. {ROWS} pairs, a random transformer of two layers, "
+        "SogCLR on mined batches. Every fault is one "
+        "command on a copy of the folder of a killed run; *same* means plan, weights, log and figures of the "
+        "undisturbed run, bit for bit. Made by "
+        f"`python -m benchmarks.faults --flips {options.flips} --kills {options.kills}` on a {os.cpu_count()}-core "
+        f"{platform.machine()} CPU in "
         f"{(time.perf_counter() - started) / 60:.0f} minutes, seed 0.",
         "",
         f"| fault | tried | {' | '.join(ENDS)} |",
@@ -253,7 +259,9 @@ class Faults:
         return self.resumed(verb, copy, said=said if how == "flip" else "")
 
     def resumed(self, verb: str, folder: Path, *, said: str = "") -> str:
-        """How a run ends that goes on in `folder`, which is removed; if it goes on, it must speak of what it did (`said`)."""
+        """How a run ends that goes on in `folder`, which is removed; if it goes on, it must speak of what it did
+        (`said`).
+        """
         resume = ["--resume"] if (folder / "config.yaml").exists() else []
         code, told = run_apart(partial(command, *self.arguments(verb, folder, more=resume)))
         try:

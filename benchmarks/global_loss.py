@@ -2,9 +2,10 @@
 
 Usage: python -m benchmarks.global_loss --data FOLDER [--direction both]
 
-FOLDER holds `*anchor.npy` and `*positive.npy`, (n, D) float each, such as `anybatch mine` leaves in its output folder. What is measured is
-defined in anybatch/evaluation/gradient_error.py. Finished lines are appended to docs/benchmarks/global_loss.jsonl and skipped when run again; the
-table in global_loss.md is made of that file (`--direction both`: global_loss_both). Adding a method is one line of `METHODS`.
+FOLDER holds `*anchor.npy` and `*positive.npy`, (n, D) float each, such as `anybatch mine` leaves in its output folder.
+What is measured is defined in anybatch/evaluation/gradient_error.py. Finished lines are appended to
+docs/benchmarks/global_loss.jsonl and skipped when run again; the table in global_loss.md is made of that file
+(`--direction both`: global_loss_both). Adding a method is one line of `METHODS`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One line of the table: a loss, the batches it is for, its log-weights, the epochs its memory takes to settle, its batch sizes and directions."""
+    """One line of the table: a loss, the batches it is for, its log-weights, the epochs its memory takes to settle, its
+    batch sizes and directions.
+    """
 
     name: str
     make: Callable[[Setting], nn.Module]
@@ -254,7 +257,8 @@ def main() -> None:
                     }
                 )
                 print(
-                    f"B={batch_size} {batches}: {method.name}: bias {error.bias:.3f} rmse {error.rmse:.3f} ({seconds:.0f} s)",
+                    f"B={batch_size} {batches}: {method.name}: bias {error.bias:.3f} rmse {error.rmse:.3f} "
+                    f"({seconds:.0f} s)",
                     flush=True,
                 )
     write_table(options.out, tuple(common.values()))
@@ -294,20 +298,32 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
         for x in [*reached, *sorted(at_aim, key=lambda line: -line["shared_cosine"])[:3]]
     )
     parts = [
-        f"# Distance to the full-data gradient\n\n`python -m benchmarks.global_loss --data FOLDER{option}` on the first {rows:,} pairs of arxiv-title-abstract, "
-        "embedded by all-MiniLM-L6-v2 (384 dimensions, standing still), which is also the teacher of the mined batches. Temperature "
-        f"{temperature:g}; {probes:,} anchors, {2 * epochs} batches each, in two independent halves. Machine: 2-core x86 CPU, one thread.\n\n"
-        f"All errors are relative to the exact gradient's root mean square, with respect to the embeddings of the {measured_in} "
-        "(`anybatch.insight.gradient_error`); ± is one standard error over anchors. Effective: the random InfoNCE batch with the same error, by RMSE "
-        f"/ bias / RMSE after the best common factor; the factor is in the column before. The largest size on the curve is {max(curves['rmse']):,}.\n\n"
+        f"# Distance to the full-data gradient\n\n`python -m benchmarks.global_loss --data FOLDER{option}` on the "
+        f"first {rows:,} pairs of arxiv-title-abstract, "
+        "embedded by all-MiniLM-L6-v2 (384 dimensions, standing still), which is also the teacher of the mined "
+        "batches. Temperature "
+        f"{temperature:g}; {probes:,} anchors, {2 * epochs} batches each, in two independent halves. Machine: 2-core "
+        "x86 CPU, one thread.\n\n"
+        "All errors are relative to the exact gradient's root mean square, with respect to the embeddings of the "
+        f"{measured_in} "
+        "(`anybatch.insight.gradient_error`); ± is one standard error over anchors. Effective: the random InfoNCE "
+        "batch with the same error, by RMSE "
+        "/ bias / RMSE after the best common factor; the factor is in the column before. The largest size on the "
+        f"curve is {max(curves['rmse']):,}.\n\n"
         f"**The aim**, RMSE at a mined batch of {AIM[0]} no larger than that of random InfoNCE at {AIM[1]:,}: "
         + (f"reached by {names}. " if reached else "not reached. ")
         + f"The best that miss it: {best}. Beside it, the shared cosines at {AIM[0]}: {shared}.\n\n"
-        "Mined: clusters of 32 (half a batch where that is less), no ranks skipped, so that the hardest rows sit together; skip 30 keeps the thirty nearest "
-        "apart as probable false negatives, though they weigh most in the exact gradient; the weak teacher sees sixteen random directions of the embeddings. "
-        "Cross-batch: the last 1,024 or 4,096 pairs remembered, which is easy while they stand still (what is left is the noise of the mean that would take a drift "
-        "away); what it does in training is in [another table](global_training.md). Cluster centres: the experiment in `benchmarks/cluster_centres.py`, the batch exactly and all other clusters by their mean embedding. All embeddings "
-        f"stand still, so no memory is ever stale here{alone}. In training that experiment fails: [shared direction and "
+        "Mined: clusters of 32 (half a batch where that is less), no ranks skipped, so that the hardest rows sit "
+        "together; skip 30 keeps the thirty nearest "
+        "apart as probable false negatives, though they weigh most in the exact gradient; the weak teacher sees "
+        "sixteen random directions of the embeddings. "
+        "Cross-batch: the last 1,024 or 4,096 pairs remembered, which is easy while they stand still (what is left is "
+        "the noise of the mean that would take a drift "
+        "away); what it does in training is in [another table](global_training.md). Cluster centres: the experiment "
+        "in `benchmarks/cluster_centres.py`, the batch exactly and all other clusters by their mean embedding. All "
+        "embeddings "
+        f"stand still, so no memory is ever stale here{alone}. In training that experiment fails: [shared direction "
+        "and "
         "training](shared_direction.md).\n\n## Random InfoNCE, the measure\n\n",
         markdown_table(
             ["batch", "RMSE", "bias", "RMSE, scaled"],

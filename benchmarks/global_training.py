@@ -1,18 +1,22 @@
-"""Does a better gradient make a better model? Small encoders from scratch, every method at every batch size, tuned and repeated.
+"""Does a better gradient make a better model? Small encoders from scratch, every method at every batch size.
 
 Usage:
-    python -m benchmarks.global_training --task arxiv --data FOLDER [--anchor-embeddings A.npy --positive-embeddings P.npy]
+    python -m benchmarks.global_training --task arxiv --data FOLDER
+        [--anchor-embeddings A.npy --positive-embeddings P.npy]
     python -m benchmarks.global_training --task emoji --data FOLDER
     python -m benchmarks.global_training --table-only
 
-A method is written BATCHES/LOSS[/WEIGHTS]: "random", "mined" (clusters of 32, or half a batch), or "mined8" for clusters of 8 and so on; a name of `anybatch.losses.registry`, or "cluster_centres" (an experiment, one way only); "inclusion" for the inclusion weights.
-A name may go on with settings, such as "cross_batch,memory_size=256" or "cross_batch,centred=false"; "cross_batch_one_sided" remembers candidates only.
-Each (task, method, batch size, budget) is a family: at least three learning rates with seed 0, judged on the development split and extended while
-the best is at the edge; then the best rate with two more seeds. Each finished run is one line of docs/benchmarks/global_training.jsonl; runs
-that are there are skipped, so the command can be stopped and started at will. The table is made of that file.
+A method is written BATCHES/LOSS[/WEIGHTS]: "random", "mined" (clusters of 32, or half a batch), or "mined8" for
+clusters of 8 and so on; a name of `anybatch.losses.registry`, or "cluster_centres" (an experiment, one way only);
+"inclusion" for the inclusion weights. A name may go on with settings, such as "cross_batch,memory_size=256" or
+"cross_batch,centred=false"; "cross_batch_one_sided" remembers candidates only. Each (task, method, batch size, budget)
+is a family: at least three learning rates with seed 0, judged on the development split and extended while the best is
+at the edge; then the best rate with two more seeds. Each finished run is one line of
+docs/benchmarks/global_training.jsonl; runs that are there are skipped, so the command can be stopped and started at
+will. The table is made of that file.
 
-Budgets: `--pairs N` trains every batch size on as many pairs, `--steps N` for as many optimiser steps; give both to run both. At equal pairs a
-small batch takes more steps, and may win for that reason alone: read the two tables together.
+Budgets: `--pairs N` trains every batch size on as many pairs, `--steps N` for as many optimiser steps; give both to run
+both. At equal pairs a small batch takes more steps, and may win for that reason alone: read the two tables together.
 """
 
 from __future__ import annotations
@@ -96,7 +100,8 @@ class Study:
                 file.write(json.dumps(line) + "\n")
             self.done[key] = line
             print(
-                f"{cell.task} {cell.method} B={cell.batch_size} {cell.budget} lr={cell.learning_rate:.1e} seed={cell.seed}: dev "
+                f"{cell.task} {cell.method} B={cell.batch_size} {cell.budget} lr={cell.learning_rate:.1e} "
+                f"seed={cell.seed}: dev "
                 f"{line['dev']['ndcg@10']:.4f} test {line['test']['ndcg@10']:.4f} in {line['seconds']:.0f} s",
                 flush=True,
             )
@@ -218,15 +223,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_table(results: Path, out: Path) -> None:
-    """One table a task and budget: methods down, batch sizes across, nDCG@10 on test as mean and spread over the seeds of the best rate."""
+    """One table a task and budget: methods down, batch sizes across, nDCG@10 on test as mean and spread over the seeds
+    of the best rate.
+    """
     lines = {key_of(line): line for line in read_lines(results)}.values()
     parts = [
         "# Training with the methods of this library\n\n"
-        "`python -m benchmarks.global_training` (see its first lines for the options); every run is a line of `global_training.jsonl`. Machine: 2-core "
-        "x86 CPU, one thread a run. Encoders from scratch, 128 dimensions: word bags for text, four convolutions for pictures at 24 x 24. arxiv: "
-        "title to abstract among 5,000; emoji: pictures and captions of concepts never seen in training, mean of both directions. Adam, warm-up and "
-        "linear decay; learning rate tuned for every cell on the development split (seed 0), then three seeds on the test split.\n\n"
-        "Cells: nDCG@10 mean ± standard deviation over the seeds (number of seeds where it is not three) at the best rate.\n"
+        "`python -m benchmarks.global_training` (see its first lines for the options); every run is a line of "
+        "`global_training.jsonl`. Machine: 2-core "
+        "x86 CPU, one thread a run. Encoders from scratch, 128 dimensions: word bags for text, four convolutions for "
+        "pictures at 24 x 24. arxiv: "
+        "title to abstract among 5,000; emoji: pictures and captions of concepts never seen in training, mean of both "
+        "directions. Adam, warm-up and "
+        "linear decay; learning rate tuned for every cell on the development split (seed 0), then three seeds on the "
+        "test split.\n\n"
+        "Cells: nDCG@10 mean ± standard deviation over the seeds (number of seeds where it is not three) at the best "
+        "rate.\n"
     ]
     groups = sorted({(x["task"], x["budget"], x["amount"], x["rows"], x["teacher"]) for x in lines})
     for task, budget, amount, rows, teacher in groups:
@@ -247,8 +259,8 @@ def write_table(results: Path, out: Path) -> None:
         steps = {size: next(x["num_steps"] for x in chosen if x["batch_size"] == size) for size in sizes}
         header = ["method", *(f"B={size} ({steps[size]:,} steps)" for size in sizes)]
         parts.append(
-            f"\n## {task}: {rows:,} training pairs, {amount:,} {budget} for every batch size, teacher for mining: {teacher}\n\n"
-            + markdown_table(header, body)
+            f"\n## {task}: {rows:,} training pairs, {amount:,} {budget} for every batch size, teacher for mining: "
+            f"{teacher}\n\n" + markdown_table(header, body)
         )
     out.write_text("".join(parts), encoding="utf-8")
 

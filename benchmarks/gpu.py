@@ -1,14 +1,17 @@
-"""What a GPU says, in under 8 minutes: `python -m benchmarks.gpu [--output FOLDER]`, the most telling measurements first.
+"""What a GPU says, in under 8 minutes: `python -m benchmarks.gpu [--output FOLDER]`, the most telling first.
 
     exactness   gradient of the cached and of the plain step, in float32 and bf16, against the plain step in float64
-    loss        time and peak memory of the loss alone, at 8,192 and 65,536 rows, beside plain PyTorch and the products of matrices alone
-    step        time and peak memory of a whole step in bf16, beside plain training and sentence-transformers' cached loss, method after
-                method in every round; encoders of MiniLM's and of BERT-base's size
+    loss        time and peak memory of the loss alone, at 8,192 and 65,536 rows, beside plain PyTorch and the products
+                of matrices alone
+    step        time and peak memory of a whole step in bf16, beside plain training and sentence-transformers' cached
+                loss, method after method in every round; encoders of MiniLM's and of BERT-base's size
 
-Needs torch and this checkout (anybatch need not be installed) and no network: encoders have random weights, inputs are random token ids of natural
-lengths. transformers gives the encoder where it is installed, else torch's own layers of the same size; sentence-transformers, of any release with a
-cached loss, is measured where it is installed. Each measurement is a line of FOLDER/gpu.jsonl as soon as it is done, also the one that fails or finds no
-memory; FOLDER/gpu.md is the table. FOLDER is $OUT or docs/benchmarks if not given. On a CPU the sizes are those of a toy, to see that all of it runs.
+Needs torch and this checkout (anybatch need not be installed) and no network: encoders have random weights, inputs are
+random token ids of natural lengths. transformers gives the encoder where it is installed, else torch's own layers of
+the same size; sentence-transformers, of any release with a cached loss, is measured where it is installed. Each
+measurement is a line of FOLDER/gpu.jsonl as soon as it is done, also the one that fails or finds no memory;
+FOLDER/gpu.md is the table. FOLDER is $OUT or docs/benchmarks if not given. On a CPU the sizes are those of a toy, to
+see that all of it runs.
 """
 
 from __future__ import annotations
@@ -102,7 +105,9 @@ TOY = Sizes(
 
 
 class Report:
-    """The lines so far, and how much time is left. A measurement that fails is a line as well, and the next one goes on."""
+    """The lines so far, and how much time is left. A measurement that fails is a line as well, and the next one goes
+    on.
+    """
 
     def __init__(self, folder: Path, device: torch.device, seconds: float) -> None:
         self.folder, self.device, self.end = folder, device, time.monotonic() + seconds
@@ -438,7 +443,8 @@ def page(report: Report, machine: str) -> str:
     """The tables as Markdown."""
     text = ["# On a GPU", "", f"{machine}. `python -m benchmarks.gpu`; every measurement is a line of gpu.jsonl.", ""]
     text += [
-        "Relative distance of a step's gradient to that of the plain step in float64, and to the plain step's in the same precision:",
+        "Relative distance of a step's gradient to that of the plain step in float64, and to the plain step's in the "
+        "same precision:",
         "",
     ]
     text += ["| precision | step | to float64 | to plain |", "|---|---|---|---|"]

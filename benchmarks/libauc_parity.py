@@ -2,8 +2,9 @@
 
 Usage: python -m benchmarks.libauc_parity --data FOLDER
 
-FOLDER as for `benchmarks.global_loss`; LibAUC (`pip install libauc`, MIT) is not a dependency. Both losses see the same batches in the same order and keep
-their own state. Where a line is not 1, the column `why` says which of the two does what. The table goes to docs/benchmarks/libauc_parity.md.
+FOLDER as for `benchmarks.global_loss`; LibAUC (`pip install libauc`, MIT) is not a dependency. Both losses see the same
+batches in the same order and keep their own state. Where a line is not 1, the column `why` says which of the two does
+what. The table goes to docs/benchmarks/libauc_parity.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Case:
 
     Attributes:
         name: What is compared.
-        views: "two views" (`GCLoss_v1`: each view against all others of both views) or "two modalities" (`GCLoss_v2`: each against the other side).
+        views: "two views" (`GCLoss_v1`: each view against all others of both views) or "two modalities" (`GCLoss_v2`:
+            each against the other side).
         learned: Temperatures of single examples (iSogCLR).
         shared: Two views: our state and temperature is one an image, as theirs in storage; False: one a view.
         gamma: Weight of the new batch.
@@ -51,7 +53,10 @@ class Case:
     why: str = ""
 
 
-OWN_VIEW = "theirs weighs a view by its own new average and stores the mean of both; the positive's weight is 1 there, the negatives' sum here"
+OWN_VIEW = (
+    "theirs weighs a view by its own new average and stores the mean of both; "
+    "the positive's weight is 1 there, the negatives' sum here"
+)
 CASES = (
     Case(name="SogCLR, two views, gamma 1", views=True, shared=False, gamma=1.0),
     Case(name="SogCLR, two views, state a view", views=True, shared=False, why=OWN_VIEW),
@@ -85,7 +90,8 @@ def compare(
     Args:
         case: Which.
         anchors, positives: (n, D) float, unit rows.
-        batch_size: Rows a batch; the last rows of an epoch's order are left out. Where there are any, LibAUC gives a row that comes first after epoch 0
+        batch_size: Rows a batch; the last rows of an epoch's order are left out. Where there are any, LibAUC gives a
+            row that comes first after epoch 0
             gamma times its batch's value, not the whole.
         epochs: Times through the rows.
         temperature: Of both, at first.
@@ -119,8 +125,8 @@ def compare(
 def expected_scale(case: Case, batch_size: int, temperature: float) -> float:
     """Theirs over ours, from the definitions.
 
-    Two views: the sum of the two, where ours is the mean (2). Two modalities: not divided by the B - 1 negatives. SogCLR: tau times the log, where
-    ours is the log; iSogCLR carries tau in both.
+    Two views: the sum of the two, where ours is the mean (2). Two modalities: not divided by the B - 1 negatives.
+    SogCLR: tau times the log, where ours is the log; iSogCLR carries tau in both.
     """
     factor = 2.0 if case.views else batch_size - 1.0
     return factor if case.learned else factor * temperature
@@ -244,12 +250,18 @@ def main() -> None:
         rows.append([case.name, *figures, gap, case.why])
         print(" | ".join(rows[-1][:-1]), flush=True)
     text = (
-        f"# Parity with LibAUC\n\n`python -m benchmarks.libauc_parity --data FOLDER` with LibAUC {version('libauc')}: {options.rows:,} pairs of arxiv-title-abstract "
-        f"embedded by all-MiniLM-L6-v2, standing still; batches of {options.batch_size}, {options.epochs} epochs, gamma .9 where no other is named, first temperature "
-        f"{options.temperature:g}. The gradient of all embeddings of a step, theirs against ours; both keep their own state.\n\n"
-        "Two views is `GCLoss_v1`, two modalities `GCLoss_v2`. 1 - cosine is the largest of an epoch's steps; scale is theirs over ours in length, beside what follows "
-        "from the definitions: tau times the log where ours is the log (SogCLR), the sum of two views where ours is the mean, and in `GCLoss_v2` not divided by the "
-        "B - 1 negatives. The last number is how far learned temperatures are apart. `GCLoss_v1` with iSogCLR does not detach the step of its temperatures, so its table keeps the "
+        f"# Parity with LibAUC\n\n`python -m benchmarks.libauc_parity --data FOLDER` with LibAUC {version('libauc')}: "
+        f"{options.rows:,} pairs of arxiv-title-abstract "
+        f"embedded by all-MiniLM-L6-v2, standing still; batches of {options.batch_size}, {options.epochs} epochs, "
+        "gamma .9 where no other is named, first temperature "
+        f"{options.temperature:g}. The gradient of all embeddings of a step, theirs against ours; both keep their own "
+        "state.\n\n"
+        "Two views is `GCLoss_v1`, two modalities `GCLoss_v2`. 1 - cosine is the largest of an epoch's steps; scale "
+        "is theirs over ours in length, beside what follows "
+        "from the definitions: tau times the log where ours is the log (SogCLR), the sum of two views where ours is "
+        "the mean, and in `GCLoss_v2` not divided by the "
+        "B - 1 negatives. The last number is how far learned temperatures are apart. `GCLoss_v1` with iSogCLR does "
+        "not detach the step of its temperatures, so its table keeps the "
         "autograd graph of every step so far; neither does it save any state (`state_dict()` is empty in both).\n\n"
     )
     header = ["case", "1 - cosine, epoch 1", "last epoch", "mean cosine", "scale", "expected", "temperatures", "why"]

@@ -1,7 +1,7 @@
 """What each loss costs by itself, without an encoder: `python -m benchmarks.loss_cost`.
 
-Time of the loss and its gradient on given embeddings, relative to InfoNCE in the same direction, interleaved, one thread; and
-both directions in one run of the engine against two. Writes docs/benchmarks/loss_cost.md.
+Time of the loss and its gradient on given embeddings, relative to InfoNCE in the same direction, interleaved, one
+thread; and both directions in one run of the engine against two. Writes docs/benchmarks/loss_cost.md.
 """
 
 from __future__ import annotations
@@ -100,20 +100,25 @@ def main() -> None:
     lines = [
         "# What a loss costs by itself",
         "",
-        f"Loss and gradient on given embeddings: {rows} pairs of {width} dimensions, float32, {NUM_ROWS:,} rows of memory, one thread. Median of "
-        f"{options.repeats}, interleaved; the factor is to InfoNCE in the same column. Made by `python -m benchmarks.loss_cost --batch-size {rows}` on a "
-        f"2-core {platform.machine()} CPU, torch {torch.__version__.split('+')[0]}. Next to an encoder all of this is small: compare with the seconds of its step.",
+        f"Loss and gradient on given embeddings: {rows} pairs of {width} dimensions, float32, {NUM_ROWS:,} rows of "
+        "memory, one thread. Median of "
+        f"{options.repeats}, interleaved; the factor is to InfoNCE in the same column. Made by `python -m "
+        f"benchmarks.loss_cost --batch-size {rows}` on a "
+        f"2-core {platform.machine()} CPU, torch {torch.__version__.split('+')[0]}. Next to an encoder all of this is "
+        "small: compare with the seconds of its step.",
         "",
         "| loss | one way, ms | factor | both directions, ms | factor |",
         "|---|---|---|---|---|",
     ]
     for name in CONFIGS:
         lines.append(
-            f"| {name} | {one[name] * 1e3:.0f} | {one[name] / one['InfoNCE']:.2f} | {both[name] * 1e3:.0f} | {both[name] / both['InfoNCE']:.2f} |"
+            f"| {name} | {one[name] * 1e3:.0f} | {one[name] / one['InfoNCE']:.2f} | {both[name] * 1e3:.0f} | "
+            f"{both[name] / both['InfoNCE']:.2f} |"
         )
     lines += [
         "",
-        f"Both directions of InfoNCE in one run of the engine {both['InfoNCE'] * 1e3:.0f} ms (3 matrix products, one tile), in many tiles "
+        f"Both directions of InfoNCE in one run of the engine {both['InfoNCE'] * 1e3:.0f} ms (3 matrix products, one "
+        "tile), in many tiles "
         f"{tiled['one run'] * 1e3:.0f} ms (4), as two runs {both['two runs'] * 1e3:.0f} ms (6).",
         "",
     ]

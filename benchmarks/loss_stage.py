@@ -1,4 +1,6 @@
-"""The loss alone, on embeddings that are already there: time over the time of its matrix products. Part of `benchmarks.caching`."""
+"""The loss alone, on embeddings that are already there: time over the time of its matrix products. Part of
+`benchmarks.caching`.
+"""
 
 from __future__ import annotations
 

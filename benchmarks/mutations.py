@@ -1,8 +1,10 @@
-"""Whether the tests would notice: `python -m benchmarks.mutations`, some 50 small mistakes, one at a time, two side by side; 15 minutes.
+"""Whether the tests would notice: `python -m benchmarks.mutations`, some 50 small mistakes, one at a time, two side by
+side; 15 minutes.
 
-Each is made in a copy of `src` in a temporary folder, never in the working tree, and the test file that mirrors the changed module must
-fail. First the same files must pass on an unchanged copy: those that do not judge nothing. Exit code 1 where a mistake survives or is not judged, 2 where
-its text is not in the source (any more): then name the new text below, or drop the entry and say why.
+Each is made in a copy of `src` in a temporary folder, never in the working tree, and the test file that mirrors the
+changed module must fail. First the same files must pass on an unchanged copy: those that do not judge nothing. Exit
+code 1 where a mistake survives or is not judged, 2 where its text is not in the source (any more): then name the new
+text below, or drop the entry and say why.
 
 A test that is caught here shows that the tests state the right value, not that the code is right.
 """
@@ -255,7 +257,8 @@ def mutated(text: str, mutation: Mutation) -> str:
     count = text.count(mutation.old)
     if count != 1 or mutation.old == mutation.new:
         raise NotFound(
-            f"src/anybatch/{mutation.file} holds {mutation.old!r} {count} times; expected once. The code has changed: mend this entry of "
+            f"src/anybatch/{mutation.file} holds {mutation.old!r} {count} times; expected once. The code has changed: "
+            "mend this entry of "
             "benchmarks/mutations.py."
         )
     return text.replace(mutation.old, mutation.new)
@@ -278,7 +281,9 @@ def check(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
 
 
 def run(tests: Sequence[str], mutation: Mutation | None, root: Path = ROOT) -> tuple[str, str, float]:
-    """Result, failing test and seconds of these files on a copy of src with the mistake in it (None: as it is; then all failing tests)."""
+    """Result, failing test and seconds of these files on a copy of src with the mistake in it (None: as it is; then all
+    failing tests).
+    """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / "src"
@@ -318,8 +323,10 @@ def page(rows: Sequence[tuple[Mutation, str, str]], seconds: float, jobs: int) -
     lines = [
         "# Mistakes that the tests must notice",
         "",
-        f"{caught} of {len(rows)} caught, each by the file that mirrors the changed module. {seconds / 60:.0f} minutes, {jobs} at a time.",
-        "`python -m benchmarks.mutations`; each mistake is made in a copy of `src`, and the same files pass without it.",
+        f"{caught} of {len(rows)} caught, each by the file that mirrors the changed module. {seconds / 60:.0f} "
+        f"minutes, {jobs} at a time.",
+        "`python -m benchmarks.mutations`; each mistake is made in a copy of `src`, and the same files pass without "
+        "it.",
         "",
         "| module | text | mistake | result | first failing test |",
         "|---|---|---|---|---|",

@@ -1,9 +1,11 @@
 """Exact neighbours beside the matrix product alone and faiss's flat index, on the same rows in the same run.
 
-Usage: python -m benchmarks.neighbors --anchor-embeddings A.npy --positive-embeddings P.npy [--rows 100000] [--queries 4096] [--threads 1 2]
+Usage: python -m benchmarks.neighbors --anchor-embeddings A.npy --positive-embeddings P.npy [--rows 100000] [--queries
+4096] [--threads 1 2]
 
-The queries are a sample of the rows: time is proportional to their number (it is given per query and row). More rows than the files hold are
-made as `benchmarks.mining_scale` makes them. Each line is appended to docs/benchmarks/neighbors.jsonl; neighbors.md is made of that file.
+The queries are a sample of the rows: time is proportional to their number (it is given per query and row). More rows
+than the files hold are made as `benchmarks.mining_scale` makes them. Each line is appended to
+docs/benchmarks/neighbors.jsonl; neighbors.md is made of that file.
 """
 
 from __future__ import annotations
@@ -146,11 +148,14 @@ def write_table() -> None:
     ]
     text = (
         "# Exact neighbours\n\n"
-        "`python -m benchmarks.neighbors --anchor-embeddings A.npy --positive-embeddings P.npy`: the 130 best documents of each query, for "
-        f"{lines[-1]['queries']:,} sampled queries against all rows. Nanoseconds of wall time a pair of query and document, best of {ROUNDS}, the three in turn: the matrix "
-        "product alone (torch, tiles of 2,048 documents, nothing kept), `exact_neighbors` (which also leaves out the row's own texts), and faiss's `IndexFlatIP.search`. "
-        '"All rows" is what the search of every row takes at that rate. Machine: 2-core x86 CPU, shared with other work (load: processes that wanted a core in the last minute).\n\n'
-        + markdown_table(header, rows)
+        "`python -m benchmarks.neighbors --anchor-embeddings A.npy --positive-embeddings P.npy`: the 130 best "
+        "documents of each query, for "
+        f"{lines[-1]['queries']:,} sampled queries against all rows. Nanoseconds of wall time a pair of query and "
+        f"document, best of {ROUNDS}, the three in turn: the matrix "
+        "product alone (torch, tiles of 2,048 documents, nothing kept), `exact_neighbors` (which also leaves out the "
+        "row's own texts), and faiss's `IndexFlatIP.search`. "
+        '"All rows" is what the search of every row takes at that rate. Machine: 2-core x86 CPU, shared with other '
+        "work (load: processes that wanted a core in the last minute).\n\n" + markdown_table(header, rows)
     )
     (FOLDER / "neighbors.md").write_text(text, encoding="utf-8")
 

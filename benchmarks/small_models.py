@@ -1,11 +1,13 @@
-"""Small data sets and encoders that train from scratch in under a minute on one core: word bags for text, four convolutions for images.
+"""Small data sets and encoders that train from scratch in under a minute on one core: word bags for text, four
+convolutions for images.
 
 Two tasks, each with training, development and test pairs:
 
     arxiv   title -> abstract; one encoder for both sides: mean of word embeddings, then a residual MLP, 128 dimensions
     emoji   picture <-> caption, both ways; convolutions for pictures at 24 x 24, word bags for captions
 
-Words are hashed (CRC-32) into a small table, so that there is no vocabulary to keep. Tokenised data are cached in one file a split.
+Words are hashed (CRC-32) into a small table, so that there is no vocabulary to keep. Tokenised data are cached in one
+file a split.
 """
 
 from __future__ import annotations
@@ -164,7 +166,9 @@ def load_task(name: str, folder: Path, *, cache: Path, limit: int | None = None)
 
 
 def lsa_teacher(split: Split, *, dimensions: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """A weak teacher from the training data alone: tf-idf of the words, truncated SVD. Pictures take the embedding of their caption."""
+    """A weak teacher from the training data alone: tf-idf of the words, truncated SVD. Pictures take the embedding of
+    their caption.
+    """
     from scipy.sparse import csr_matrix, diags, vstack
     from scipy.sparse.linalg import svds
 

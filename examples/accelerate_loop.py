@@ -29,8 +29,9 @@ encoder, optimizer, loader = accelerator.prepare(encoder, optimizer, loader)
 memory = StepMemory("80%")  # one object for all steps: it probes once, and remembers what did not fit
 for batch in loader:
     optimizer.zero_grad()
-    # In place of accelerator.backward(loss(encoder(a), encoder(p))). The prepared encoder carries DDP and autocast. With an
-    # fp16 scaler give scale=accelerator.scaler.get_scale(); when accumulating, scale=1 / steps under accelerator.accumulate.
+    # In place of accelerator.backward(loss(encoder(a), encoder(p))). The prepared encoder carries DDP and autocast.
+    # With an fp16 scaler give scale=accelerator.scaler.get_scale(); when accumulating, scale=1 / steps under
+    # accelerator.accumulate.
     value = cached_step(loss, encoder, list(batch), micro_batch="auto", keep_graphs="auto", memory=memory)
     accelerator.clip_grad_norm_(encoder.parameters(), 1.0)
     optimizer.step()

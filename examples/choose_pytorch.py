@@ -1,6 +1,7 @@
 """Choose the batch: let a teacher decide who sits together, in plain PyTorch.
 
-The teacher here is TF-IDF reduced by a random projection, so that the example runs anywhere in seconds; any (n, d) arrays do.
+The teacher here is TF-IDF reduced by a random projection, so that the example runs anywhere in seconds; any (n, d)
+arrays do.
 """
 
 import numpy as np

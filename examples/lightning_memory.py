@@ -1,7 +1,7 @@
-"""A loss with memory in a Lightning module: the module's checkpoint holds its state. Needs `pip install lightning`; without it this says so and stops.
+"""A loss with state in a Lightning module, whose checkpoint holds it. Without `pip install lightning` this stops.
 
-The loss is a child of the module, so that Lightning saves its buffers (the memory) and moves them; the data set gives row numbers. Automatic
-optimisation and DDP do here: the loss gathers over ranks itself, and its gradient is made for DDP's averaging.
+The loss is a child of the module, so that Lightning saves and moves its buffers; the data set gives row numbers.
+Automatic optimisation and DDP do here: the loss gathers over ranks itself, and its gradient suits the averaging of DDP.
 """
 
 import importlib.util
@@ -76,6 +76,4 @@ with tempfile.TemporaryDirectory() as folder:
     parts = fit(4, Path(folder) / "parts.ckpt", resume=True)
 same = all(torch.equal(value, parts.state_dict()[name]) for name, value in whole.state_dict().items())
 assert same, "the resumed run must be the uninterrupted one"
-print(
-    f"every row visited: {bool(whole.loss.denominator.visited.all())}; resumed run equal to the uninterrupted one: {same}"
-)
+print(f"every row visited: {bool(whole.loss.denominator.visited.all())}; resumed equals uninterrupted: {same}")

@@ -1,7 +1,7 @@
-"""The cached step in a Lightning module, by manual optimisation. Needs `pip install lightning`; without it this says so and stops.
+"""The cached step in a Lightning module, by manual optimisation. Without `pip install lightning` this stops.
 
-For one device. Lightning's DDP strategy wraps the module around `training_step`, so the several backward passes inside it
-would each reduce; on several devices use Accelerate or torchrun (accelerate_loop.py).
+For one device. Lightning's DDP strategy wraps the module around `training_step`, so the several backward passes inside
+it would each reduce; on several devices use Accelerate or torchrun (accelerate_loop.py).
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Outlive the batch: each example remembers its denominator, so that batches of 32 follow the objective over all rows."""
+"""Outlive the batch: each example remembers its denominator, and batches of 32 follow the loss over all rows."""
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ def bags(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 encoder = nn.EmbeddingBag(len(vocabulary), 64)
 optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-2)
 
-# The lever itself: one loss with a memory of one number a row; the table keeps identical texts from being negatives.
+# The lever itself: one loss with one remembered number per row; the table keeps identical texts from being negatives.
 loss = SogCLR(num_rows=len(pairs), temperature=0.1, gamma=0.6)
 table = RowTable(pairs.anchor_id, pairs.positive_id)
 
@@ -42,6 +42,5 @@ for epoch in range(5):
         total += value.item()
     print(f"epoch {epoch}: estimated objective over all rows {total / len(sampler):.3f}")
 
-torch.save(
-    {"encoder": encoder.state_dict(), "loss": loss.state_dict()}, "checkpoint.pt"
-)  # the memory is part of the state
+# What the loss remembers is part of its state.
+torch.save({"encoder": encoder.state_dict(), "loss": loss.state_dict()}, "checkpoint.pt")

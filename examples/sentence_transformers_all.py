@@ -1,4 +1,4 @@
-"""All three levers inside sentence-transformers' own Trainer: mined batches, a batch of 64 in the memory of 16, SogCLR's memory.
+"""All three levers in sentence-transformers' own Trainer: mined batches, 64 rows in the memory of 16, SogCLR's state.
 
 Usage: python examples/sentence_transformers_all.py MODEL [PAIRS], where MODEL is a folder or a hub name.
 """
@@ -29,7 +29,7 @@ plan = mine_plan(
     data_digest=pairs.digest,
 ).plan
 
-# Outlive: a remembered denominator a row, corrected for mined batches. Grow: 16 rows at a time through the encoder.
+# Outlive: a remembered denominator per row, corrected for mined batches. Grow: 16 rows at a time through the encoder.
 rows = RowTable(pairs.anchor_id, pairs.positive_id, plan=plan, weights="inclusion")
 loss = CachedLoss(model, SogCLR(num_rows=len(pairs), temperature=0.05, gamma=0.8), rows=rows, micro_batch=16)
 

@@ -1,4 +1,4 @@
-"""Two encoders of different kinds under one two-way loss with memory, in plain PyTorch; stopped in mid-epoch, and resumed to the same bit.
+"""Two encoders of different kinds under one two-way loss with state; stopped in mid-epoch, resumed to the same bit.
 
 The pictures are drawn from their captions ("red square large top left"), so that the example needs no data.
 """
@@ -44,7 +44,7 @@ def train(num_steps: int, *, checkpoint: str, resume: bool) -> nn.ModuleDict:
         {
             "picture": nn.Sequential(*conv, nn.Flatten(), nn.Linear(32 * 6 * 6, 64)),
             "text": nn.Sequential(nn.EmbeddingBag(len(vocabulary), 64), nn.GELU(), nn.Linear(64, 64)),
-            # Two-way: 8 bytes a row. The learned temperature is the loss's own parameter, and goes to the optimizer.
+            # Two-way: 8 bytes per row. The learned temperature is the loss's own parameter, and goes to the optimizer.
             "loss": FastCLIP(len(captions), version="v3", gamma=0.5, temperature_range=(0.02, 0.2)),
         }
     )

@@ -32,7 +32,9 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_tiny_model(folder: Path) -> Path:
-    """A sentence-transformers model folder: two BERT layers of width 32, random weights, dropout on, word-level tokenizer."""
+    """A sentence-transformers model folder: two BERT layers of width 32, random weights, dropout on, word-level
+    tokenizer.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer

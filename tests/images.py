@@ -44,7 +44,9 @@ def save_pairs(folder: Path, numbers: list[int], *, anchor: str = "image", posit
 
 
 def save_clip(folder: Path) -> Path:
-    """A sentence-transformers model folder: CLIP of one layer and width 16 a tower, random weights, word-level tokenizer."""
+    """A sentence-transformers model folder: CLIP of one layer and width 16 a tower, random weights, word-level
+    tokenizer.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Transformer

@@ -1,7 +1,8 @@
 """Several ranks on one machine: `on_ranks(function, world_size, ...)` gives what each rank returned.
 
-A rank's process is forked from a server that has imported torch once. It does not go through the interpreter's finalisation:
-a thread of gloo that still holds the last collective's tensor would ask for the interpreter's lock then, and abort the process.
+A rank's process is forked from a server that has imported torch once. It does not go through the interpreter's
+finalisation: a thread of gloo that still holds the last collective's tensor would ask for the interpreter's lock then,
+and abort the process.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: str,
 
 
 def on_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds: float = 60) -> list[Any]:
-    """What `function(rank, world_size, *args)` returned on each rank of a gloo group, `None` for a rank that ended itself.
+    """What `function(rank, world_size, *args)` returned on each rank of a gloo group, `None` for a rank that ended
+    itself.
 
     Args:
         function: Of a module, so that a new process can import it.

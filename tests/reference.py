@@ -104,9 +104,11 @@ class NaiveSogCLR:
 
 
 def dense_softmax_loss(anchors, candidates, side):
-    """The engine (`anybatch.losses.engine.softmax_loss`) on one rank, in one direction: the whole matrix, plain autograd.
+    """The engine (`anybatch.losses.engine.softmax_loss`) on one rank, in one direction: the whole matrix, plain
+    autograd.
 
-    The rule's answer is treated as a constant, and the surrogate `sum_j stop_grad(weight_ij) s_ij / tau_i`, the positive
+    The rule's answer is treated as a constant, and the surrogate `sum_j stop_grad(weight_ij) s_ij / tau_i`, the
+    positive
     included, is added with value zero: its derivative is the gradient that the engine has in closed form.
     """
     num_rows, everything = len(anchors), slice(0, len(anchors))

@@ -18,6 +18,9 @@ def test_importing_anybatch_imports_nothing_heavy():
 
 
 def test_mining_and_losses_do_not_import_the_trainer():
-    code = "import sys, anybatch.mining, anybatch.losses, anybatch.caching, anybatch.plans.plan, anybatch.losses.rows; print('transformers' in sys.modules)"
+    code = (
+        "import sys, anybatch.mining, anybatch.losses, anybatch.caching, anybatch.plans.plan, anybatch.losses.rows; "
+        "print('transformers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -98,7 +98,8 @@ def test_nothing_but_torch_is_needed():
         "device = torch.device('cpu')\n"
         "model = torch.nn.Sequential(gpu.Encoder('toy', device, dropout=0.0))\n"
         "batch = gpu.batch_of(9, gpu.TOY, device)\n"
-        "one, two = (gpu.gradient(model, gpu.step_of(name, model, batch, torch.float32, 4)) for name in (gpu.PLAIN, gpu.AUTO))\n"
+        "one, two = (gpu.gradient(model, gpu.step_of(name, model, batch, torch.float32, 4)) for name in (gpu.PLAIN, "
+        "gpu.AUTO))\n"
         "print(float((one - two).norm() / one.norm()), gpu.versions())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The list of mistakes fits the source, and a mistake of which no test speaks is told apart from one that is noticed."""
+"""The list of mistakes fits the source, and a mistake that no test notices is told apart from one that is noticed."""
 
 from __future__ import annotations
 

@@ -210,8 +210,8 @@ def test_whatever_has_one_entry_a_row_is_cut(rows, names, nested, data):
 @pytest.mark.parametrize(
     "value",
     [
-        [1, 2], (1, 2, 3), np.zeros(5), torch.zeros(3), {1, 2, 3, 4}, object(), range(9), [torch.zeros(4), torch.zeros(4)],
-        torch.nn.utils.rnn.pack_sequence([torch.zeros(2)]).data,
+        [1, 2], (1, 2, 3), np.zeros(5), torch.zeros(3), {1, 2, 3, 4}, object(), range(9),
+        [torch.zeros(4), torch.zeros(4)], torch.nn.utils.rnn.pack_sequence([torch.zeros(2)]).data,
     ],
 )  # fmt: skip
 def test_anything_else_is_refused_by_its_name_or_declared_shared(value):

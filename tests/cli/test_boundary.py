@@ -1,4 +1,6 @@
-"""The one place where errors become messages and exit codes: 0, 2 with one message, 130 and 143 with a line, 1 with a traceback for a bug of ours."""
+"""The one place where errors become messages and exit codes: 0, 2 with one message, 130 and 143 with a line, 1 with a
+traceback for a bug of ours.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def anybatch(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "anybatch", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 
@@ -341,7 +344,9 @@ def test_under_torchrun_one_rank_speaks_and_all_end(pairs_file, tmp_path):
 
 @pytest.mark.slow
 def test_numbers_of_options(main, tiny_model_folder, pairs_file, tmp_path):
-    """Every option that takes a number, of every verb, with numbers that make no sense: done or refused, never a traceback."""
+    """Every option that takes a number, of every verb, with numbers that make no sense: done or refused, never a
+    traceback.
+    """
     vectors = np.random.default_rng(0).normal(size=(97, 8)).astype(np.float32)
     sides = [tmp_path / f"{side}.npy" for side in ("anchor", "positive")]
     for path in sides:

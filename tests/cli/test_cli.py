@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from anybatch.cli import progress
 from anybatch.cli.app import app
-from anybatch.core.configuration import load_config
 from anybatch.core.errors import AnybatchError
+from anybatch.core.yaml_files import load_config
 from anybatch.run.config import RunConfig
 
 runner = CliRunner()
@@ -150,7 +150,9 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, tmp_path):
-    """Kill -9 in mid-epoch after a checkpoint; the memory of SogCLR, the optimiser, the dropout and the batches must all come back."""
+    """Kill -9 in mid-epoch after a checkpoint; the memory of SogCLR, the optimiser, the dropout and the batches must
+    all come back.
+    """
     more = (
         "mining.cluster_size=4",
         "mining.skip=1",
@@ -184,7 +186,9 @@ def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, 
 
 @pytest.mark.slow
 def test_disk_full_while_training(pairs_file, tiny_model_folder, tmp_path):
-    """Files may not grow past 60 kB, as on a full disk: the first checkpoint fails, what was there stays, and the run resumes."""
+    """Files may not grow past 60 kB, as on a full disk: the first checkpoint fails, what was there stays, and the run
+    resumes.
+    """
     out = tmp_path / "run"
     arguments = settings(pairs_file, tiny_model_folder, out, "mining.method=random", "train.epochs=1")
     limit = (
@@ -348,7 +352,9 @@ class TestMistakes:
         self.refuse("There is no folder", "evaluate", "no-model", "--data", str(pairs_file), "--output", str(output))
 
     def test_another_plan_on_resume(self, pairs_file, tiny_model_folder, tmp_path, out):
-        """The plan lies outside the run's folder and is made anew, with another seed, between the run and its resumption."""
+        """The plan lies outside the run's folder and is made anew, with another seed, between the run and its
+        resumption.
+        """
         from anybatch.plans.plan import BatchPlan
 
         run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "mined", "mining.method=random"))

@@ -1,4 +1,6 @@
-"""Image-caption pairs through the command line: mine, inspect, train, resume. The files are made as docs/images.md makes them."""
+"""Image-caption pairs through the command line: mine, inspect, train, resume. The files are made as docs/images.md
+makes them.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ def launch(*arguments):
 
 @pytest.mark.distributed
 def test_two_processes_equal_one(pairs_file, tiny_model_folder, tmp_path):
-    """Without dropout, whose masks depend on how the rows are shared out. Six steps; the second run of two goes on after four."""
+    """Without dropout, whose masks depend on how the rows are shared out. Six steps; the second run of two goes on
+    after four.
+    """
     model = tmp_path / "model"
     shutil.copytree(tiny_model_folder, model)
     config = json.loads((model / "config.json").read_text())

@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 import numpy as np
 import pytest
 
-from anybatch.core.configuration import Configuration, differences, from_mapping, load_config, to_yaml
+from anybatch.core.configuration import Configuration, differences, from_mapping
 from anybatch.core.errors import AnybatchError
+from anybatch.core.yaml_files import load_config, to_yaml
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import LossConfig

@@ -1,4 +1,6 @@
-"""Columns of images: lazy, the same image by its bytes, in every file that holds them, and refused where they cannot be."""
+"""Columns of images: lazy, the same image by its bytes, in every file that holds them, and refused where they cannot
+be.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What an independent writer wrote is read back, row by row; what can be read two ways, or not at all, is named with its line."""
+"""What an independent writer wrote is read back, row by row; what can be read two ways, or not at all, is named with
+its line.
+"""
 
 from __future__ import annotations
 

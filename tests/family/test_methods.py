@@ -40,7 +40,7 @@ class TestNUCLR:
     TAU = 0.3
 
     def objective(self, anchors, candidates, margins):
-        """The full objective of one direction, the batch being all the data: mean log(u_i + own) + mean margin / tau."""
+        """The full objective of one direction, the batch being all data: mean log(u_i + own) + mean margin / tau."""
         _, gap = gaps(anchors, candidates)
         n = len(gap)
         terms = ((gap - margins[None]) / self.TAU).exp()
@@ -170,7 +170,9 @@ class TestGloFND:
 
 class TestEMC2:
     def test_the_mean_gradient_goes_to_that_of_all_the_data(self):
-        """Frozen embeddings, batches of 5 of 20 at a low temperature: the chains are nearer to the truth than the batches are."""
+        """Frozen embeddings, batches of 5 of 20 at a low temperature: the chains are nearer to the truth than the
+        batches are.
+        """
         generator = torch.Generator().manual_seed(0)
         n, size = 20, 5
         anchors, candidates = draw(4, n, 0, noise=0.4)
@@ -292,7 +294,9 @@ class TestSCENT:
 
     @pytest.mark.parametrize("temperature", [0.02, 0.05, 0.2])
     def test_the_default_step_follows_on_every_scale(self, temperature):
-        """With standing embeddings the weight of a batch stays near the true one; with a step of 1 at low temperature it explodes."""
+        """With standing embeddings the weight of a batch stays near the true one; with a step of 1 at low temperature
+        it explodes.
+        """
         generator = torch.Generator().manual_seed(5)
         rows, width = 512, 16
         anchors = torch.nn.functional.normalize(torch.randn(rows, width, generator=generator), dim=1)

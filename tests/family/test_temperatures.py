@@ -1,4 +1,6 @@
-"""Learned temperatures: FastCLIP, iSogCLR, TempNet against a naive twin over several steps, and against finite differences."""
+"""Learned temperatures: FastCLIP, iSogCLR, TempNet against a naive twin over several steps, and against finite
+differences.
+"""
 
 from __future__ import annotations
 
@@ -120,13 +122,17 @@ def test_fastclip_with_one_temperature_equals_its_twin(version):
         assert loss.temperatures.log_temperature.grad.item() == pytest.approx(derivative * tau, rel=1e-9)
 
 
+def temp_net(**options):
+    return TempNet(ROWS, WIDTH, gamma=1.0, rho=0.5, temperature=0.3, temperature_range=(0.1, 1.0), hidden=3, **options)
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: FastCLIP(ROWS, version="v0", gamma=1.0, eps=1e-3, temperature=0.3),
         lambda: FastCLIP(ROWS, version="v3", gamma=1.0, eps=0.0, rho=0.5, temperature=0.3),
-        lambda: TempNet(ROWS, WIDTH, gamma=1.0, eps=1e-3, rho=0.5, temperature=0.3, temperature_range=(0.1, 1.0), hidden=3),
-        lambda: TempNet(ROWS, WIDTH, gamma=1.0, rho=0.5, temperature=0.3, temperature_range=(0.1, 1.0), hidden=3, direction="both"),
+        lambda: temp_net(eps=1e-3),
+        lambda: temp_net(direction="both"),
     ],
 )  # fmt: skip
 def test_parameters_equal_finite_differences(make):
@@ -158,7 +164,8 @@ def test_parameters_equal_finite_differences(make):
 def test_each_temperature_moves_along_the_derivative_of_its_own_objective(direction):
     def make():
         loss = ISogCLR(
-            ROWS, rho=0.5, gamma=1.0, temperature=0.3, temperature_lr=0.01, temperature_momentum=0.0, direction=direction
+            ROWS, rho=0.5, gamma=1.0, temperature=0.3, temperature_lr=0.01, temperature_momentum=0.0,
+            direction=direction,
         ).double()  # fmt: skip
         loss.temperatures.rows.values[:] = torch.linspace(
             0.2, 0.5, loss.temperatures.rows.values.numel(), dtype=torch.float64

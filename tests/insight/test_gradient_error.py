@@ -1,4 +1,4 @@
-"""The exact gradient against a loop, the error of known estimators, and the curve that effective sizes are read from."""
+"""The exact gradient against a loop, the error of known estimators, and the curve that gives effective sizes."""
 
 import itertools
 import math
@@ -73,7 +73,7 @@ def test_the_whole_data_as_one_batch_has_no_error(loss, run_in):
 
 
 def test_bias_and_rmse_equal_an_enumeration_of_all_batches():
-    """n = 7, B = 3: every batch of every anchor, in a loop; the estimate must fall within its standard errors' reach."""
+    """n = 7, B = 3: every batch of every anchor, in a loop; the estimate must be within its standard errors."""
     anchors, positives = embeddings(7, 4, seed=3)
     tau = 0.3
     exact = naive_gradient(anchors, positives, tau, reference.pairs_allowed(7, 7))
@@ -249,7 +249,9 @@ def test_mistakes():
 
 
 def naive_both(anchors, positives, tau, allowed):
-    """(n, 2 D): n times the gradient of the mean of both directions' losses, autograd through the normalisation, over loops."""
+    """(n, 2 D): n times the gradient of the mean of both directions' losses, autograd through the normalisation, over
+    loops.
+    """
     leaves = [torch.tensor(side, requires_grad=True) for side in (anchors, positives)]
     forth = reference.infonce(*leaves, tau, allowed)
     back = reference.infonce(leaves[1], leaves[0], tau, allowed.T)
@@ -316,7 +318,7 @@ def test_the_whole_data_as_one_two_way_batch_has_no_error(name):
 
 
 def test_two_way_figures_equal_an_enumeration_of_all_batches():
-    """n = 7, B = 3, as above: every batch of every pair, the gradient of both its sides, also of the two shared maps."""
+    """n = 7, B = 3, as above: every batch of every pair, the gradient of both sides, also of the two shared maps."""
     anchors, positives = embeddings(7, 4, seed=3)
     tau = 0.3
     exact = naive_both(anchors, positives, tau, reference.pairs_allowed(7, 7))
@@ -352,7 +354,9 @@ def test_two_way_figures_equal_an_enumeration_of_all_batches():
 
 
 def test_a_two_way_memory_beside_a_naive_twin():
-    """n = 40, batches of 8, SogCLR: every gradient of one of the two halves' epochs from Python floats, figure by figure."""
+    """n = 40, batches of 8, SogCLR: every gradient of one of the two halves' epochs from Python floats, figure by
+    figure.
+    """
     num_rows, tau, gamma, eps = 40, 0.3, 0.5, 1 / 39
     anchors, positives = embeddings(num_rows)
     pairs = FrozenPairs.prepare(anchors, positives, temperature=tau, direction="both", num_probes=11)
@@ -416,7 +420,9 @@ def test_directions_must_agree():
 
 @pytest.mark.parametrize("direction", ["one_way", "both"])
 def test_what_is_remembered_of_other_batches_counts_although_they_hold_no_probe(direction):
-    """A memory of all the data on embeddings that stand still: no error, whatever the batch; also where most batches hold no probe."""
+    """A memory of all the data on embeddings that stand still: no error, whatever the batch; also where most batches
+    hold no probe.
+    """
     pairs = FrozenPairs.prepare(*embeddings(48), temperature=0.2, direction=direction, num_probes=5)
     loss = CrossBatchInfoNCE(48, memory_size=48, temperature=0.2, direction=direction, centred=False)
     result = gradient_error(pairs, loss, plan=BatchPlan.random(48, 6), run_in=5, epochs=2)

@@ -107,7 +107,9 @@ def test_one_set_is_refused_and_agrees_with_inspect_plan():
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 def test_small_shares_that_still_deal_a_cluster_of_each_set(mixing):
-    """A tenth of 40 rows is 4, and a tenth of one cluster is one: the random batches have as many rows of each as the plan."""
+    """A tenth of 40 rows is 4, and a tenth of one cluster is one: the random batches have as many rows of each as the
+    plan.
+    """
     anchors, positives = embeddings(80)
     sets = [MiningSet(name=name, num_rows=40, share=0.1) for name in "ab"]
     config = MiningConfig(batch_size=64, cluster_size=32, skip=2, take=10, mixing=mixing)

@@ -1,4 +1,6 @@
-"""Cross-batch memory through the whole pipeline: killed in mid-epoch and resumed with what it remembered, mined batches, suspects."""
+"""Cross-batch memory through the whole pipeline: killed in mid-epoch and resumed with what it remembered, mined
+batches, suspects.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,9 @@ def gradients(loss, features, labels=None, outer=1.0):
 
 
 def worst(ours, theirs):
-    """Largest difference relative to the largest gradient (some gradients, such as a key's bias, are zero but for rounding)."""
+    """Largest difference relative to the largest gradient (some gradients, such as a key's bias, are zero but for
+    rounding).
+    """
     scale = max(theirs[name].norm() for name in theirs)
     assert set(ours) == set(theirs)
     return max(((ours[name] - theirs[name]).norm() / scale).item() for name in theirs)
@@ -127,7 +129,9 @@ def test_padded_widths_change_no_gradient(model, multiple):
 
 
 def test_a_compiled_model_has_the_gradients_of_the_plain_one(model, monkeypatch):
-    """Dropout on; nothing replayed and nothing compiled on the one side. Two graphs a shape at most, and none in later steps."""
+    """Dropout on; nothing replayed and nothing compiled on the one side. Two graphs a shape at most, and none in later
+    steps.
+    """
     model.train()
     features = columns(model, rows=6, negatives=0)
     known = {"micro_batch": 3, "pad_to_multiple": 8}
@@ -203,7 +207,7 @@ def test_mistakes(model):
 
 
 def accumulated(loss, batches, labels=None):
-    """Two backward passes of half the loss each, as under gradient accumulation; the temperature had a gradient before."""
+    """Two backward passes of half the loss each, as under accumulation; the temperature had a gradient before."""
     loss.zero_grad()
     loss.loss.temperatures.log_temperature.grad = torch.tensor(3.0)
     for features in batches:
@@ -212,7 +216,9 @@ def accumulated(loss, batches, labels=None):
 
 
 def test_learned_temperature_follows_the_outer_gradient(model):
-    """Accumulation 2 equals the plain loss under autograd, the temperature's gradient included, which is added to what was there."""
+    """Accumulation 2 equals the plain loss under autograd, the temperature's gradient included, which is added to what
+    was there.
+    """
     model.eval()
     batches = [columns(model, negatives=1), columns(model, rows=7, negatives=1)]
     cached = CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=3)
@@ -271,7 +277,7 @@ def test_auto_is_plain_training_where_it_fits(model):
 
 
 def test_running_out_of_memory_is_survived(model):
-    """A device with room for 40 padded tokens: the batch is split, says so, and the gradient is that of the plain loss."""
+    """A device with room for 40 padded tokens: the batch is split, says so, and has the plain gradient."""
     model.eval()
 
     def crowded(module, inputs):
@@ -411,7 +417,8 @@ def test_a_column_that_the_loss_ignores_is_named(model):
 LIMITS = [
     {"micro_batch": 0}, {"micro_batch": -3}, {"micro_batch": True}, {"micro_batch": 2.5}, {"micro_batch": "all"},
     {"max_tokens": 0}, {"max_tokens": True}, {"keep_graphs": 2.0}, {"keep_graphs": -1}, {"keep_graphs": True},
-    {"keep_graphs": float("nan")}, {"keep_graphs": "some"}, {"keep_graphs": None}, {"micro_batch": None}, {"memory": "much"},
+    {"keep_graphs": float("nan")}, {"keep_graphs": "some"}, {"keep_graphs": None}, {"micro_batch": None},
+    {"memory": "much"},
 ]  # fmt: skip
 
 

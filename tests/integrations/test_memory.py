@@ -176,7 +176,9 @@ def test_settings():
 
 
 def test_sharded_memory_in_checkpoints(tmp_path, monkeypatch):
-    """Two ranks one after the other; nothing here needs a collective but the barrier. Rank 0 last, whose file marks the checkpoint whole."""
+    """Two ranks one after the other; nothing here needs a collective but the barrier. Rank 0 last, whose file marks the
+    checkpoint whole.
+    """
     arguments = SimpleNamespace(output_dir=str(tmp_path))
     monkeypatch.setattr(dist, "barrier", lambda: None)
 

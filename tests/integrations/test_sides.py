@@ -1,4 +1,6 @@
-"""What a model knows of queries and documents (prompts, towers) holds wherever anybatch embeds or trains: compared with encode_query, encode_document."""
+"""What a model knows of queries and documents (prompts, towers) holds wherever anybatch embeds or trains: compared with
+encode_query, encode_document.
+"""
 
 from __future__ import annotations
 

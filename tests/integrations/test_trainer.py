@@ -1,4 +1,4 @@
-"""Inside sentence-transformers' Trainer: the plan is dealt, evaluation gets plain batches, and two processes equal one."""
+"""Inside sentence-transformers' Trainer: batches of the plan, plain ones in evaluation, two processes equal one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def dataset(rows=ROWS, offset=0):
 def trainer(
     folder, output, *, seen, train=None, evaluation=None, world_size=1, batch_size=BATCH, plan_seed=3, **settings
 ):
-    """A trainer without dropout, so that the number of processes cannot matter; `seen` collects the rows of each step."""
+    """A trainer without dropout, so that the number of processes cannot matter; `seen` collects each step's rows."""
     model = SentenceTransformer(str(folder), device="cpu")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -224,7 +224,9 @@ def sogclr(rows, **settings):
 
 
 class TestRowNumbers:
-    """What comes through the label column is a row number of its own for each row, or it is refused before the first step."""
+    """What comes through the label column is a row number of its own for each row, or it is refused before the first
+    step.
+    """
 
     @pytest.mark.parametrize("kind", [dict, DatasetDict])
     @pytest.mark.parametrize("order", ["ROUND_ROBIN", "PROPORTIONAL"])
@@ -406,7 +408,9 @@ def test_a_state_that_no_checkpoint_holds_is_said(tiny_model_folder, tmp_path):
 
 
 def test_several_losses_are_saved_and_restored_together(tiny_model_folder, tmp_path):
-    """A loss for each data set, as the Trainer takes them: a resumed run ends with both states of the uninterrupted one."""
+    """A loss for each data set, as the Trainer takes them: a resumed run ends with both states of the uninterrupted
+    one.
+    """
     sets = with_index({"a": dataset(16), "b": dataset(24, offset=60)})
 
     def run(folder, *, checkpoint=None, callbacks=None, **settings):
@@ -504,13 +508,15 @@ torch.set_num_threads(1)
 from pathlib import Path
 from tests.integrations.test_trainer import trainer
 seen = []
-training, loss = trainer(Path(sys.argv[1]), Path(sys.argv[2]), seen=seen, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+ranks = int(os.environ.get("WORLD_SIZE", 1))
+training, loss = trainer(Path(sys.argv[1]), Path(sys.argv[2]), seen=seen, world_size=ranks)
 training.train()
 rank = os.environ.get("RANK", "0")
 from safetensors.torch import save_file
 model = training.accelerator.unwrap_model(training.model)
-save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, f"{sys.argv[2]}/model-{rank}.safetensors")
-save_file({name: tensor.clone() for name, tensor in loss.loss.state_dict().items()}, f"{sys.argv[2]}/loss-{rank}.safetensors")
+for name, part in (("model", model), ("loss", loss.loss)):
+    state = {key: tensor.clone() for key, tensor in part.state_dict().items()}
+    save_file(state, f"{sys.argv[2]}/{name}-{rank}.safetensors")
 Path(f"{sys.argv[2]}/seen-{rank}.json").write_text(json.dumps(seen))
 """
 

@@ -73,7 +73,7 @@ def test_resuming_deletes_only_what_was_cut_short(tiny_model_folder, tmp_path):
 
 
 def test_another_number_of_ranks_or_threads_is_said_aloud(tiny_model_folder, tmp_path, caplog):
-    """Generators of ranks that were not there cannot be brought back: dropout is another than in the uninterrupted run."""
+    """Generators of ranks that were not there cannot be brought back: dropout is another than without the break."""
     train(tiny_model_folder, tmp_path)
     assert "was saved" not in caplog.text
     newest = tmp_path / "checkpoints" / "checkpoint-3"

@@ -1,4 +1,6 @@
-"""Losses are put together from parts: a new denominator says what the positive receives too; no class overrides another's method."""
+"""Losses are put together from parts: a new denominator says what the positive receives too; no class overrides
+another's method.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from .methods import ALL, ROWS, WIDTH
 
 @dataclass
 class HeldRule:
-    """The mean over all negatives is known, u_i: then the positive's gradient weight is -u_i / (eps + u_i), whatever the batch holds."""
+    """The mean over all negatives is known, u_i: then the positive's gradient weight is -u_i / (eps + u_i), whatever
+    the batch holds.
+    """
 
     u: Tensor
     eps: float

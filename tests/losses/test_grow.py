@@ -52,7 +52,9 @@ def make(name, num_rows, direction="both"):
 
 
 def step(loss, seed, high, *, train=True):
-    """One batch of 7 of the first `high` rows, one of them twice: value, gradients of embeddings and of the loss's own parameters."""
+    """One batch of 7 of the first `high` rows, one of them twice: value, gradients of embeddings and of the loss's own
+    parameters.
+    """
     generator = torch.Generator().manual_seed(seed)
     anchors, positives = (torch.randn(7, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
     index = torch.randint(high, (7,), generator=generator)
@@ -76,7 +78,9 @@ def trained(name, num_rows, direction="both"):
 
 
 def copied_by_hand(old, name, direction):
-    """A loss made for NEW rows; of the old one everything with an entry a row goes into the first rows, the rest as it is."""
+    """A loss made for NEW rows; of the old one everything with an entry a row goes into the first rows, the rest as it
+    is.
+    """
     twin = make(name, NEW, direction)
     theirs = old.state_dict()
     state = twin.state_dict()

@@ -354,7 +354,9 @@ def inclusion_weights(num_clusters, size, per_batch, cap=None):
 
 
 def test_inclusion_weights_are_unbiased_on_mined_batches():
-    """Enumerate every batch of a small plan: the weighted sum over the batch must average to the mean over all other rows."""
+    """Enumerate every batch of a small plan: the weighted sum over the batch must average to the mean over all other
+    rows.
+    """
     import itertools
 
     num_clusters, size, per_batch = 5, 3, 2

@@ -1,4 +1,6 @@
-"""Matryoshka: the sum over prefixes, a memory for each, from one leaf; resumed, on ranks, by configuration, and beside sentence-transformers."""
+"""Matryoshka: the sum over prefixes, a memory for each, from one leaf; resumed, on ranks, by configuration, and beside
+sentence-transformers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""W gloo ranks with uneven shares equal one process with the same global batch: loss, gradients, temperature, memory."""
+"""W gloo ranks with uneven shares equal one process with the same global batch: loss, gradients, state."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(name, tile, rows, extras):
 
 
 def run_engine(tile, rows, extras):
-    """The engine itself, with a learned temperature for each row and direction, weights of rows and pulls of columns."""
+    """The engine itself, with a learned temperature for each row and direction, row weights, column gradients."""
     anchors, positives, negatives, *_, cluster = batch(0)
     generator = torch.Generator().manual_seed(9)
     taus = [0.2 + torch.rand(8, generator=generator, dtype=torch.float64) for _ in range(2)]

@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from anybatch import family
-from anybatch.core.configuration import from_mapping, to_yaml
+from anybatch.core.configuration import from_mapping
 from anybatch.core.errors import AnybatchError
+from anybatch.core.yaml_files import to_yaml
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses.registry import METHODS, LossConfig, build_loss, first_temperature, method_of, options_of
 

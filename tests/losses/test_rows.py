@@ -146,8 +146,8 @@ def test_a_data_set_that_is_its_own_batch_has_its_own_infonce():
     """8 of 64 rows are the set a and come together; the loss was made for all 64 rows, as `anybatch train` makes it."""
     task = np.repeat([0, 1], [8, 56]).astype(np.int32)
     plan = BatchPlan(
-        num_rows=64, batch_size=8, cluster_size=2, cluster=np.repeat(np.arange(32, dtype=np.int32), 2), seed=0, data_digest="",
-        task=task, task_names=("a", "b"), mixing="within",
+        num_rows=64, batch_size=8, cluster_size=2, cluster=np.repeat(np.arange(32, dtype=np.int32), 2), seed=0,
+        data_digest="", task=task, task_names=("a", "b"), mixing="within",
     )  # fmt: skip
     index = torch.arange(8)
     arguments = RowTable(np.arange(64), np.arange(64), plan=plan, weights="inclusion").arguments(index)
@@ -163,8 +163,8 @@ def test_ways_are_counted_within_a_data_set():
     """
     task = np.repeat([0, 1], [8, 8]).astype(np.int32)
     plan = BatchPlan(
-        num_rows=16, batch_size=4, cluster_size=2, cluster=np.repeat(np.arange(8, dtype=np.int32), 2), seed=0, data_digest="",
-        task=task, task_names=("a", "b"), mixing="within",
+        num_rows=16, batch_size=4, cluster_size=2, cluster=np.repeat(np.arange(8, dtype=np.int32), 2), seed=0,
+        data_digest="", task=task, task_names=("a", "b"), mixing="within",
     )  # fmt: skip
     positive_id = np.arange(16)
     positive_id[12:] = 5
@@ -237,8 +237,8 @@ def test_inclusion_weights_are_unbiased_with_remainders_shares_and_a_small_set(m
         first += rows // size
     cluster = np.concatenate(cluster).astype(np.int32)
     plan = BatchPlan(
-        num_rows=41, batch_size=8, cluster_size=size, cluster=cluster, seed=0, data_digest="", task=task.astype(np.int32),
-        task_names=("a", "b", "c"), task_shares=(1.0, 0.5, 0.5), mixing=mixing,
+        num_rows=41, batch_size=8, cluster_size=size, cluster=cluster, seed=0, data_digest="",
+        task=task.astype(np.int32), task_names=("a", "b", "c"), task_shares=(1.0, 0.5, 0.5), mixing=mixing,
     )  # fmt: skip
     found, truth = estimates(plan, 10_000)
     kinds = [cluster < 0, cluster >= 0]

@@ -228,7 +228,9 @@ def test_a_learned_temperature_has_a_floor_and_comes_back_from_it(name):
 
 
 def test_the_gradient_at_the_floor_is_that_of_the_loss():
-    """Projected, not clamped in the forward pass: at the floor, and from below it, the derivative is that of a temperature of .01."""
+    """Projected, not clamped in the forward pass: at the floor, and from below it, the derivative is that of a
+    temperature of .01.
+    """
     anchors, candidates = torch.randn(8, 5), torch.randn(8, 5)
     gradients = []
     for start, mode in ((math.log(0.01), True), (-30.0, True), (-30.0, False)):

@@ -1,4 +1,6 @@
-"""Parts of a run that are no verb of their own. The run's folder: one writer, nothing left by a failed start, nothing taken on trust from what an earlier command left."""
+"""Parts of a run that are no verb of their own. The run's folder: one writer, nothing left by a failed start, nothing
+taken on trust from what an earlier command left.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +214,9 @@ class TestStalePlans:
 class TestStaleFigures:
     @pytest.mark.parametrize("what", ["the weights of model.name", "the held-out data"])
     def test_what_the_run_began_with_was_changed(self, config, tiny_model_folder, pairs_file, tmp_path, what):
-        """The figures before training are measured once; they would stand beside those of another model, or of other pairs."""
+        """The figures before training are measured once; they would stand beside those of another model, or of other
+        pairs.
+        """
         own, held_out = tmp_path / "model", tmp_path / "held out.jsonl"
         shutil.copytree(tiny_model_folder, own)
         held_out.write_text("".join(pairs_file.read_text().splitlines(True)[:20]))

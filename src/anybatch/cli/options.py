@@ -70,7 +70,7 @@ class RunOptions:
             resume: Without `--config`, take the configuration kept in the run's folder.
             plan: The short cut of `train` alone.
         """
-        from anybatch.core.configuration import load_config
+        from anybatch.core.yaml_files import load_config
         from anybatch.run.config import RunConfig
 
         config = resumed(self.output) if resume and self.config is None else self.config

@@ -58,7 +58,7 @@ class PlanSources:
     """
 
     def __init__(self, options: PlanOptions) -> None:
-        from anybatch.core.configuration import load_config
+        from anybatch.core.yaml_files import load_config
         from anybatch.losses.registry import LossConfig, first_temperature
         from anybatch.plans.plan import BatchPlan
         from anybatch.run.config import RunConfig

@@ -24,7 +24,7 @@ def command(
     ] = False,
 ) -> None:
     """Train a model: choose the batches (unless a plan is given), fine-tune, evaluate; everything lands in OUTPUT."""
-    from anybatch.core.configuration import to_yaml
+    from anybatch.core.yaml_files import to_yaml
     from anybatch.insight.tables import metrics_table
     from anybatch.run import job
     from anybatch.run.config import resolved

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses that check themselves, and YAML files that become them.
+"""Configuration: frozen dataclasses that check themselves, whether made in Python or from a file (`yaml_files`).
 
 The annotations of a configuration class are its one description: every field is checked against its own when an object
 is made, in Python as from a file. Choices are `Literal`s, ranges are `Annotated[int, Range(...)]`, and all numbers are
@@ -16,10 +16,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
-
-import yaml
 
 from anybatch.core.errors import AnybatchError
 
@@ -98,31 +95,6 @@ def _dotted(section: str, name: object) -> str:
     return f"{section}.{name}" if section else str(name)
 
 
-def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win.
-
-    Raises:
-        AnybatchError: No such file, not a mapping, an unknown key (names the nearest valid one), a wrong type, a value
-            that is missing.
-    """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-        except OSError as error:
-            message = f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
-            raise AnybatchError(message) from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such date, nested too deeply
-            raise AnybatchError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise AnybatchError(
-                f"{path} holds a {type(tree).__name__}; expected sections such as 'data:' and 'model:'."
-            )
-    for override in overrides:
-        _apply(tree, override)
-    return from_mapping(kind, tree)
-
-
 def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `kind` from nested mappings; `where` is the dotted path used in messages."""
     if issubclass(kind, Configuration):
@@ -154,51 +126,10 @@ def unknown_key(name: str, key: str, known: Sequence[str]) -> AnybatchError:
     return AnybatchError(f"Unknown configuration key '{name}': {hint}")
 
 
-def to_yaml(config: Any) -> str:
-    """The resolved configuration, every default written out."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
 def differences(old: Any, new: Any) -> list[str]:
     """The dotted keys in which two configurations of one kind differ, with both values."""
     before, after = (_flatten(dataclasses.asdict(config)) for config in (old, new))
     return [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in after.items() if before.get(key) != value]
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML values only, and every key once: YAML itself would let the last of two sections replace the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                continue
-            if key in seen:
-                where = f"line {key_node.start_mark.line + 1} has the key '{key}' a second time"
-                raise yaml.YAMLError(f"{where}; keep one, with all that belongs to it.")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Put the value of `--set section.key=value` into the tree."""
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise AnybatchError(f"Cannot read --set {override!r}: expected section.key=value.")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise AnybatchError(f"Cannot read the value of --set {override!r} as YAML: {error}") from error
-    *parents, last = key.strip().split(".")
-    for depth, parent in enumerate(parents, start=1):
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            section = ".".join(parents[:depth])
-            raise AnybatchError(f"Cannot apply --set {override!r}: '{section}' is a value, not a section.")
-    tree[last] = value
 
 
 def convert(hint: Any, value: Any, name: str, *, text: bool = False) -> Any:

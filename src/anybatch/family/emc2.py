@@ -30,8 +30,8 @@ class EMC2(SoftmaxLoss):
 
     whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the
     drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one. With
-    `dimensions` the embedding it had is kept, and pulls on the anchor as a constant; without, the anchor has no pull
-    while the chain stays there, which costs most of the pull when the temperature is low (docs/methods.md has figures).
+    `dimensions` the embedding it had is kept, a constant in the gradient; without, the anchor has no negative while the
+    chain stays there, which costs most of the gradient when the temperature is low (docs/methods.md has figures).
     The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
     not the gradient of that.
 
@@ -137,7 +137,7 @@ class Chains(Denominator):
         for direction, side in enumerate(sides):
             assert isinstance(side.adjust, _Chain)
             if self.states is not None and torch.is_grad_enabled():
-                loss = loss + self._pull_of_states(batch, side, side.adjust, direction) / len(sides)
+                loss = loss + self._gradient_of_states(batch, side, side.adjust, direction) / len(sides)
         if not batch.updating:
             return loss
         self.num_steps += 1
@@ -147,18 +147,18 @@ class Chains(Denominator):
             self._keep(batch, side.adjust, direction)
         return loss
 
-    def _pull_of_states(self, batch: Batch, side: Side, chain: _Chain, direction: int) -> Tensor:
-        """A term of value 0 whose derivative is the pull of the states that are not in this batch."""
+    def _gradient_of_states(self, batch: Batch, side: Side, chain: _Chain, direction: int) -> Tensor:
+        """A term of value 0 whose derivative is what the states give that are not in this batch."""
         assert self.states is not None
         queries = batch.queries(direction)
         positives = batch.queries(1 - direction)
         states = self.states[direction, batch.rows].to(queries.dtype)
-        gap = ((states - positives) * queries).sum(dim=1)
+        difference = ((states - positives) * queries).sum(dim=1)
         tau = side.temperature
         num_rows_all = sum(chain.layout.row_sizes)
-        pull = (chain.outside * gap).sum() * distributed.world_size() / tau.detach()
-        slope = -distributed.sum_over_ranks((chain.outside * gap).sum()) / tau.detach() ** 2
-        return (pull - pull.detach() + slope * (tau - tau.detach())) / num_rows_all
+        term = (chain.outside * difference).sum() * distributed.world_size() / tau.detach()
+        slope = -distributed.sum_over_ranks((chain.outside * difference).sum()) / tau.detach() ** 2
+        return (term - term.detach() + slope * (tau - tau.detach())) / num_rows_all
 
     def _keep(self, batch: Batch, chain: _Chain, direction: int) -> None:
         """Store where the chains of all ranks' rows ended."""
@@ -181,7 +181,7 @@ class Chains(Denominator):
 
 
 class _Chained:
-    """The pulls are shares already; the objective is what the batch said before the chain."""
+    """The gradient weights are shares already; the objective is what the batch said before the chain."""
 
     row_wise = True
 

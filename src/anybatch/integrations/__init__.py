@@ -1,1 +1,1 @@
-"""Guests: sentence-transformers and others, each imported inside its own file. Imports every room but report and cli."""
+"""Trainers that anybatch plugs into: sentence-transformers, imported inside its own files."""

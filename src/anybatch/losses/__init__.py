@@ -1,4 +1,4 @@
-"""Outlive the batch: one tiled softmax engine, and losses put together from denominators, temperatures and log-weights."""
+"""Outlive the batch: one tiled softmax engine, and losses composed of denominators, temperatures and log-weights."""
 
 from anybatch.losses.base import ContrastiveLoss, SoftmaxLoss
 from anybatch.losses.cross_batch import CrossBatchInfoNCE

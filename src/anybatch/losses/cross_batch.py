@@ -276,7 +276,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         return torch.where(now.isnan(), known, known + rate * (now - known))
 
     def _term_of_remembered_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
-        """A term of value 0; its derivative is what remembered queries give the batch's positives (back: its anchors)."""
+        """A term of value 0; its derivative is what remembered queries give the batch's positives (back: anchors)."""
         if not torch.is_grad_enabled():
             return batch.anchors.new_zeros(())
         own, layout = batch.queries(1 - direction), recalled.layout

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from anybatch.core.configuration import Configuration, Count, CountOrZero, Range, Seed, Share, load_config
+from anybatch.core.configuration import Configuration, Count, CountOrZero, Range, Seed, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, read_sealed
+from anybatch.core.yaml_files import load_config
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import LossConfig

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.core import distributed
-from anybatch.core.configuration import differences, to_yaml
+from anybatch.core.configuration import differences
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import SEAL, file_digest, locked, read_json, write_sealed
+from anybatch.core.yaml_files import to_yaml
 from anybatch.run.config import RunConfig, read_config, resolved
 
 LITTER = ("desktop.ini", "Thumbs.db")  # beside hidden files, what file managers leave in folders

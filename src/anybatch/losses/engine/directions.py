@@ -96,7 +96,7 @@ class AnchorDirection(Direction):
         self.column_gradient_C = positive_B.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
 
     def logits(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
-        """(b, m) relative to the positive, -inf where there is no negative; in the workspace, which may be the scores."""
+        """(b, m) relative to the positive, -inf where there is no negative; in the workspace (perhaps the scores)."""
         logits_bm = torch.sub(scores_bm, self.positive[rows, None], out=workspace_bm).div_(self.temperature[rows, None])
         if self.log_weight is not None:
             logits_bm += self.log_weight.tile(self.layout.shifted(rows), block.columns).to(logits_bm.dtype)
