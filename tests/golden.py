@@ -82,8 +82,6 @@ STATE_NAMES = {
 }
 # Not compared: constants of the format, and how the queue encodes what it knows of its rows.
 STATE_IGNORED = r".*\.(version|embedding_width|shard)|queue\.(records|kinds)"
-# In the file, until it is written again, of what was cut (docs/log.md).
-CUT = ("loss: infonce, margin", "loss: infonce, hardness", "loss: sogclr, float16", "plan: ours, from earlier")
 
 
 def build(name: str, *, num_rows: int = ROWS, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
@@ -605,8 +603,7 @@ def read(path: Path) -> dict[str, tuple[np.ndarray, int]]:
     kept = load_file(path)
     names = zlib.decompress(kept["names"].tobytes()).decode().split("\n")
     values = np.split(kept["values"], np.cumsum(kept["lengths"].astype(np.int64))[:-1])
-    found = dict(zip(names, zip(values, kept["digests"].tolist(), strict=True), strict=True))
-    return {name: one for name, one in found.items() if not name.startswith(CUT)}
+    return dict(zip(names, zip(values, kept["digests"].tolist(), strict=True), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -264,7 +264,7 @@ def test_a_common_drift_is_taken_away(rows, rate):
         loss(points[:64, 0], points[:64, 1], index=torch.arange(64))
         moved = points[64 : 64 + rows] + drift
         index = torch.arange(64, 64 + rows)
-        used = loss._recall(loss._prepare(moved[:, 0], moved[:, 1], index, None, None, None)).used
+        used = loss._recall(loss._prepare(moved[:, 0], moved[:, 1], index=index)).used
         torch.testing.assert_close(used, (points[:64] + expected).transpose(0, 1), rtol=0, atol=1e-12)
 
 
@@ -300,7 +300,9 @@ def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
     arguments = known.arguments(index)
     arguments["candidate_id"] = torch.cat([arguments["candidate_id"], 100 + torch.arange(5)])
     ids = (arguments["anchor_id"], arguments["candidate_id"])
-    batch = loss._prepare(anchors, torch.cat([positives, negatives]), index, None, *ids)
+    batch = loss._prepare(
+        anchors, torch.cat([positives, negatives]), index=index, anchor_id=ids[0], candidate_id=ids[1]
+    )
     recalled = loss._recall(batch)
     counts = torch.arange(3, 3 + BATCH).double()
     pull = loss._gradient_of_queries(
@@ -391,7 +393,7 @@ def test_what_moved_on_its_own_is_left_out_by_age(direction):
     assert (still[:ways].log() - still[:ways, :1].log()).abs().max() < 0.1
     row = torch.arange(40) + 160
     moved = points(row, 2)
-    batch = loss._prepare(moved, moved.clone(), row, None, None, None)
+    batch = loss._prepare(moved, moved.clone(), index=row)
     recalled = loss._recall(batch)
     places = torch.nonzero(loss.queue.rows >= 0)[:, 0]
     fresh_group = loss.queue.age_groups(8)[places]
@@ -412,10 +414,7 @@ def test_what_moved_on_its_own_is_left_out_by_age(direction):
         loss(turned, turned.clone(), index=row)
     assert loss.last_stats["remembered"] < 80
     everything = CrossBatchInfoNCE(400, memory_size=160, temperature=0.1, max_staleness=None).double()
-    assert (
-        everything._recall(everything._prepare(moved, moved.clone(), torch.arange(40), None, None, None)).mean_share
-        is None
-    )
+    assert everything._recall(everything._prepare(moved, moved.clone(), index=torch.arange(40))).mean_share is None
 
 
 def test_a_batch_larger_than_the_memory_leaves_its_last_rows():

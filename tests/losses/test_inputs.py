@@ -251,7 +251,7 @@ class TestRepeatedRows:
                 if masked:
                     columns = torch.cat([index, -2 - torch.arange(2)])
                     mask = LogWeights.of(Examples(group=columns), len(index), same_group)
-                    batch = loss._prepare(anchors, candidates, index, None, None, None)
+                    batch = loss._prepare(anchors, candidates, index=index)
                     value = loss._of(replace(batch, log_weight=mask))
                 else:
                     known = {"anchor_id": index + 100, "candidate_id": torch.cat([index, torch.tensor([900, 901])])}

@@ -80,6 +80,15 @@ DEFAULTS = OneTemperature(
 )
 
 
+class Known(TypedDict, total=False):
+    """What a call may say of its examples, see `ContrastiveLoss.forward`."""
+
+    index: Tensor | None
+    log_weight: LogWeights | Tensor | None
+    anchor_id: Tensor | None
+    candidate_id: Tensor | None
+
+
 class ContrastiveLoss(State):
     """Abstract base of all losses: one call for all of them. A subclass supplies `_of`.
 
@@ -205,8 +214,8 @@ class ContrastiveLoss(State):
         Cost and collectives: see `engine`, and with `index` two gathers of it; nothing is communicated in the backward
         pass.
         """
-        batch = self._prepare(anchors, candidates, index, log_weight, anchor_id, candidate_id)
-        return differentiable_once(self._of(batch))
+        known = Known(index=index, log_weight=log_weight, anchor_id=anchor_id, candidate_id=candidate_id)
+        return differentiable_once(self._of(self._prepare(anchors, candidates, **known)))
 
     @property
     def _updating(self) -> bool:
@@ -217,25 +226,11 @@ class ContrastiveLoss(State):
     def _parts(self) -> list[State]:
         return [part for part in self.children() if isinstance(part, State)]
 
-    def _prepare(
-        self,
-        anchors: Tensor,
-        candidates: Tensor,
-        index: Tensor | None,
-        log_weight: LogWeights | Tensor | None,
-        anchor_id: Tensor | None,
-        candidate_id: Tensor | None,
-    ) -> Batch:
-        """The arguments of `forward`, checked, in float32 or better, normalised if wanted, with ids turned into
-        masks.
-        """
+    def _prepare(self, anchors: Tensor, candidates: Tensor, **known: Unpack[Known]) -> Batch:
+        """The arguments of `forward`, checked, in float32 or better, normalised if wanted, ids turned into masks."""
         dtype = check_embeddings(anchors, candidates)
-        if (
-            anchors.ndim != 2
-            or candidates.ndim != 2
-            or anchors.shape[1] != candidates.shape[1]
-            or len(candidates) < len(anchors)
-        ):
+        fitting = anchors.ndim == candidates.ndim == 2 and anchors.shape[1] == candidates.shape[1]
+        if not fitting or len(candidates) < len(anchors):
             raise AnybatchError(
                 f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, D) "
                 "and (M, D) with M >= B: "
@@ -244,17 +239,18 @@ class ContrastiveLoss(State):
         anchors, candidates = anchors.to(dtype), candidates.to(dtype)
         if self.normalize:
             anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
-        index, weight = self._weight(anchors, candidates, index, log_weight, anchor_id, candidate_id)
+        index, weight = self._weight(anchors, candidates, **known)
         return Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight, updating=self._updating)
 
     def _weight(
         self,
         anchors: Tensor,
         candidates: Tensor,
-        index: Tensor | None,
-        log_weight: LogWeights | Tensor | None,
-        anchor_id: Tensor | None,
-        candidate_id: Tensor | None,
+        *,
+        index: Tensor | None = None,
+        log_weight: LogWeights | Tensor | None = None,
+        anchor_id: Tensor | None = None,
+        candidate_id: Tensor | None = None,
     ) -> tuple[Tensor | None, LogWeights | None]:
         """The index as int64, and all log-weights and masks."""
         num_rows, num_columns, device = len(anchors), len(candidates), anchors.device

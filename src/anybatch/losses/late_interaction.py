@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss, OneTemperature, check_embeddings, outside_the_graph
+from anybatch.losses.base import ContrastiveLoss, Known, OneTemperature, check_embeddings, outside_the_graph
 from anybatch.losses.engine import differentiable_once, with_gradients
 from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.log_weights import LogWeights
@@ -64,10 +64,7 @@ class LateInteraction(ContrastiveLoss):
         *,
         anchor_mask: Tensor | None = None,
         candidate_mask: Tensor | None = None,
-        index: Tensor | None = None,
-        log_weight: LogWeights | Tensor | None = None,
-        anchor_id: Tensor | None = None,
-        candidate_id: Tensor | None = None,
+        **known: Unpack[Known],
     ) -> Tensor:
         """The mean over the batch of all ranks.
 
@@ -76,7 +73,7 @@ class LateInteraction(ContrastiveLoss):
             candidates: (M, Td, D) float, padded, M >= B: the positives in the anchors' order, then explicit negatives.
             anchor_mask: (B, Tq), true or nonzero for tokens that count; None for all.
             candidate_mask: (M, Td), likewise; every candidate needs one token that counts.
-            index, log_weight, anchor_id, candidate_id: As in `ContrastiveLoss`.
+            known: As in `ContrastiveLoss`.
 
         Returns:
             Scalar, float32 (float64 for float64 embeddings), differentiable in the embeddings and the temperature.
@@ -94,7 +91,7 @@ class LateInteraction(ContrastiveLoss):
             ]
             if self.normalize:
                 sides = [nn.functional.normalize(side, dim=-1) for side in sides]
-            _, weight = self._weight(anchors, candidates, index, log_weight, anchor_id, candidate_id)
+            _, weight = self._weight(anchors, candidates, **known)
             temperature = self.temperatures.like(sides[0], updating=self._updating)
             with torch.no_grad():
                 loss, gradients = _solve(sides[0], sides[1], temperature, masks, weight, self.tile_bytes)
@@ -107,13 +104,6 @@ class LateInteraction(ContrastiveLoss):
         if self._objective is None:
             return {}
         return {"objective": self._objective.item(), "temperature": self.temperature}
-
-
-def maxsim(anchors: Tensor, candidates: Tensor, anchor_mask: Tensor, candidate_mask: Tensor) -> Tensor:
-    """The slow reference: all scores (B, M) at once, by autograd. For tests and for reading."""
-    similarity = torch.einsum("itd,jud->ijtu", anchors, candidates)
-    best = similarity.masked_fill(~candidate_mask.bool()[None, :, None, :], -torch.inf).amax(dim=3)
-    return (best * anchor_mask[:, None, :].to(best.dtype)).sum(dim=2)
 
 
 def _solve(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss, check_embeddings
-from anybatch.losses.log_weights import LogWeights
+from anybatch.losses.base import ContrastiveLoss, Known, check_embeddings
 from anybatch.losses.state import State
 
 
@@ -93,22 +93,13 @@ class Matryoshka(State):
                 figures[f"objective_{dimension}"] = loss.last_stats["objective"]
         return figures
 
-    def forward(
-        self,
-        anchors: Tensor,
-        candidates: Tensor,
-        *,
-        index: Tensor | None = None,
-        log_weight: LogWeights | Tensor | None = None,
-        anchor_id: Tensor | None = None,
-        candidate_id: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, anchors: Tensor, candidates: Tensor, **known: Unpack[Known]) -> Tensor:
         """The weighted sum over the prefixes, over the batch of all ranks.
 
         Args:
             anchors: (B, D) float, D at least the largest of `dimensions`.
             candidates: (M, D).
-            index, log_weight, anchor_id, candidate_id: See `ContrastiveLoss.forward`; the same for every prefix.
+            known: `index` and so on, see `ContrastiveLoss.forward`; the same for every prefix.
 
         Returns:
             Scalar, float32 (float64 for float64 embeddings).
@@ -120,15 +111,7 @@ class Matryoshka(State):
                 "Leave out the dimensions that the model does not have."
             )
         terms = [
-            weight
-            * loss(
-                anchors[..., :dimension],
-                candidates[..., :dimension],
-                index=index,
-                log_weight=log_weight,
-                anchor_id=anchor_id,
-                candidate_id=candidate_id,
-            )
+            weight * loss(anchors[..., :dimension], candidates[..., :dimension], **known)
             for dimension, weight, loss in zip(self.dimensions, self.weights, self.losses, strict=True)
         ]
         return torch.stack(terms).sum()

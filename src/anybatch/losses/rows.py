@@ -68,6 +68,18 @@ class RowTable(nn.Module):
         suspects or anchors with several positives.
     """
 
+    # Buffers, and not persistent: the table is made from data and plan, which have their own files and digests.
+    anchor_id: Tensor
+    positive_id: Tensor
+    negative_id: Tensor
+    known: Tensor  # keys of pairs that are positives, of anchors with several
+    cluster: Tensor | None
+    task: Tensor | None
+    log_weights: Tensor | None
+    ways: Tensor | None
+    way_keys: Tensor | None
+    suspects: Tensor | None  # keys of pairs
+
     def __init__(
         self,
         anchor_id: np.ndarray,
@@ -98,29 +110,14 @@ class RowTable(nn.Module):
                 "loss will follow the clusters, not the data. Use a batch of at least two clusters.",
                 stacklevel=2,
             )
-        # Not persistent: the table is made from data and plan, which have their own files and digests.
-        self.anchor_id: Tensor
-        self.positive_id: Tensor
-        self.register_buffer("anchor_id", torch.from_numpy(anchors), persistent=False)
-        self.register_buffer("positive_id", torch.from_numpy(positives), persistent=False)
-        self.negative_id: Tensor
-        self.register_buffer("negative_id", torch.from_numpy(negatives), persistent=False)
-        self.width = 1 + int(max(side.max(initial=0) for side in (positives, negatives)))
-        self.known: Tensor
-        known = torch.from_numpy(known_positives(anchors, positives, self.width))
-        self.register_buffer("known", known, persistent=False)
-        for name in ("cluster", "task", "log_weights", "ways", "way_keys", "suspects"):
-            self.register_buffer(name, None, persistent=False)
-        self.cluster: Tensor | None
-        self.task: Tensor | None
-        self.log_weights: Tensor | None
-        self.ways: Tensor | None
-        self.way_keys: Tensor | None
-        self.suspects: Tensor | None
-        self.weights = weights
-        self.weight_cap = weight_cap
-        self.mask_suspects = mask_suspects
+        # 1. Ids and further facts.
+        self.plan, self.weight_cap = plan, weight_cap
         self.columns, self.terms = tuple(columns or ()), tuple(terms)
+        self.width = 1 + int(max(side.max(initial=0) for side in (positives, negatives)))
+        known = known_positives(anchors, positives, self.width)
+        ids = {"anchor_id": anchors, "positive_id": positives, "negative_id": negatives, "known": known}
+        for name, values in ids.items():
+            self.register_buffer(name, torch.from_numpy(values), persistent=False)
         for name, values in (columns or {}).items():
             facts = torch.from_numpy(as_ids(name, values))
             if facts.shape != self.anchor_id.shape:
@@ -128,12 +125,23 @@ class RowTable(nn.Module):
                     f"columns[{name!r}] has shape {tuple(facts.shape)}; expected one a row, ({len(anchors)},)."
                 )
             self.register_buffer(f"column_{name}", facts, persistent=False)
-        self.plan: BatchPlan | None = None
-        if weights == "inclusion" and negatives.shape[1]:
-            task = None if plan is None else plan.task
-            self.way_keys, self.ways = _ways(positives, negatives, task, self.width)
-        if plan is not None:
-            self._look_up(plan)
+        # 2. Clusters, weights and suspected pairs of the plan.
+        for name in ("cluster", "task", "log_weights", "ways", "way_keys", "suspects"):
+            self.register_buffer(name, None, persistent=False)
+        if plan is None:
+            return
+        self.cluster = torch.from_numpy(plan.cluster.astype(np.int64))
+        self.task = None if plan.task is None else torch.from_numpy(plan.task.astype(np.int64))
+        if weights == "inclusion":
+            self.log_weights = inclusion_log_weights(plan, weight_cap)
+            if negatives.shape[1]:
+                self.way_keys, self.ways = _ways(positives, negatives, plan.task, self.width)
+        if mask_suspects and plan.suspects is not None:
+            self.suspects = _suspect_keys(plan.suspects, positives, self.width)
+        elif mask_suspects:
+            warnings.warn(
+                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
         """Casts of a whole model leave the table in the precision of the plan's arithmetic; it only moves."""
@@ -144,22 +152,6 @@ class RowTable(nn.Module):
 
         super()._apply(moved, recurse)
         return self
-
-    def _look_up(self, plan: BatchPlan) -> None:
-        """Clusters, weights and suspects of the plan."""
-        self.plan = plan
-        device = self.anchor_id.device
-        self.cluster = torch.as_tensor(plan.cluster.astype(np.int64), device=device)
-        self.task = None if plan.task is None else torch.as_tensor(plan.task.astype(np.int64), device=device)
-        if self.weights == "inclusion":
-            self.log_weights = inclusion_log_weights(plan, self.weight_cap).to(device)
-        self.suspects = None
-        if self.mask_suspects and plan.suspects is not None:
-            self.suspects = _suspect_keys(plan.suspects, self.positive_id.cpu().numpy(), self.width).to(device)
-        if self.mask_suspects and plan.suspects is None:
-            warnings.warn(
-                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
-            )
 
     @outside_the_graph
     def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:

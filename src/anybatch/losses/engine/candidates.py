@@ -20,12 +20,6 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
 
-def check_rows(row_sizes: list[int]) -> None:
-    """Refuse a batch that is empty on all ranks, which has no mean. One that is empty on some is fine."""
-    if not sum(row_sizes):
-        raise AnybatchError("The batch has no rows, so the loss has no mean. Skip it, or look at what made it empty.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where this rank's rows and columns are among those of all ranks."""
@@ -41,10 +35,13 @@ class Layout:
         """One collective a side under several ranks, none otherwise.
 
         Raises:
-            AnybatchError: No rank has a row.
+            AnybatchError: No rank has a row, so that there is no mean; on some ranks there may be none.
         """
         row_sizes = distributed.gather_sizes(num_rows, device)
-        check_rows(row_sizes)
+        if not sum(row_sizes):
+            raise AnybatchError(
+                "The batch has no rows, so the loss has no mean. Skip it, or look at what made it empty."
+            )
         column_sizes = distributed.gather_sizes(num_columns, device)
         starts = [sum(column_sizes[:number]) for number in range(len(column_sizes))]
         positive_columns: Tensor | slice = slice(0, num_rows)
