@@ -23,7 +23,7 @@ def comparisons():
 def test_golden_values(comparisons, kind):
     """Float64 to 1e-12, plans exactly, float32 as far as another processor's sums agree."""
     chosen = [one for one in comparisons if one.name.startswith(kind)]
-    assert len(chosen) >= {"loss": 2500, "plan": 150, "cached step": 16, "short run": 30}[kind]
+    assert len(chosen) >= {"loss": 2500, "plan": 140, "cached step": 16, "short run": 30}[kind]
     bad = [f"{one.difference:.1e} (allowed {one.allowed:.0e}) {one.name}" for one in chosen if not one.good]
     assert not bad, f"{len(bad)} of {len(chosen)} differ:\n" + "\n".join(bad[:40])
 

@@ -148,16 +148,6 @@ def cases() -> dict[str, dict[str, Callable[[], object]]]:
                 }.items()
                 for value in values
             },
-            **{
-                f"start {name}": lambda value=value: mine_plan(X, X, config=CONFIG, start=value)
-                for name, value in (
-                    ("negative", start - 100),
-                    ("large", start + 10**6),
-                    ("nan", changed(start, np.nan, float)),
-                    ("short", start[1:]),
-                    ("alike", start * 0),
-                )
-            },
             "sets that do not add up": lambda: mine_plan(X, X, config=CONFIG, sets=[MiningSet(name="a", num_rows=5)]),
             "a set of no rows": lambda: mine_plan(
                 X, X, config=CONFIG, sets=[MiningSet(name="a", num_rows=0), MiningSet(name="b", num_rows=ROWS)]
