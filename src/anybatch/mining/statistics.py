@@ -198,10 +198,8 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Sta
     if figures["negatives_above_own"] > limits.negatives_above_own:
         found.append(
             f"{figures['negatives_above_own']:.1%} of the wanted negatives beside an anchor score above its own "
-            "positive "
-            f"(good: {limits.negatives_above_own:.0%} or less): many are probably right answers. Set mining.margin "
-            "to 0.95, "
-            "or raise mining.skip."
+            f"positive (good: {limits.negatives_above_own:.0%} or less): many are probably right answers. Set "
+            "mining.margin to 0.95, or raise mining.skip."
         )
     if figures["suspects_per_anchor"] > limits.suspects_per_anchor:
         found.append(
@@ -211,8 +209,7 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Sta
     if figures["isolated"] > limits.isolated:
         found.append(
             f"{figures['isolated']:.1%} of the anchors have no wanted negative beside them (good: "
-            f"{limits.isolated:.0%} or "
-            "less). Raise mining.take or mining.cluster_size."
+            f"{limits.isolated:.0%} or less). Raise mining.take or mining.cluster_size."
         )
     if figures["window_gain"] < limits.window_gain:
         found.append(

@@ -144,8 +144,7 @@ class CachedTrainerLoss(nn.Module):
     def citation(self) -> str:
         """BibTeX of the caching method."""
         return (
-            "@misc{gao2021scaling, "
-            "title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}, "
+            "@misc{gao2021scaling, title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}, "
             "author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan}, year={2021}, eprint={2101.06983}}"
         )
 
