@@ -27,13 +27,12 @@ class StatisticsLimits:
     arxiv-title-abstract, windows (skip 30, take 64) and (5, 40): MiniLM, with which mining helped a pretrained student
     (`own_first` .70, `own_behind_skip` .07 and .15, `negatives_above_own` .05 and .08), and LSA of 128 dimensions, a
     teacher of the kind with which mining hurt a student from scratch (.21; .41 and .61; .35 and .43). Two points make a
-    rule of thumb, and a later study (docs/mining.md) did not confirm it: a weak teacher's batches trained no worse than
+    rule of thumb, and a later study (docs/log.md) did not confirm it: a weak teacher's batches trained no worse than
     a good one's. So a warning is a question to look into, not a verdict.
 
     Attributes:
         own_first: Least `own_first`. A teacher that misses most own positives knows topics, not pairs. It falls as the
-            data
-            grow: of a million rows some are better than any positive.
+            data grow: of a million rows some are better than any positive.
         own_behind_skip: Most `own_behind_skip`. Such anchors' wanted negatives begin above their positive.
         negatives_above_own: Most `negatives_above_own`: what the teacher itself holds to be better answers.
         suspects_per_anchor: Most `suspects_per_anchor`. At the default conflict weight .1 to .4 were measured; 1.3 in
