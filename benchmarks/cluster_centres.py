@@ -10,8 +10,7 @@ measured on the batch's own clusters, where both are known. Clusters not seen ye
 It is no loss of the library, because it fails where it matters. For single anchors, on embeddings that stand still, it
 is far nearer to the full gradient than anything else of this cost (docs/benchmarks/global_loss.md). But its errors are
 common to all anchors, so that they add up in shared parameters: it trains worse than plain InfoNCE
-(docs/benchmarks/shared_direction.md), and
-from scratch, at usual rates, it collapses.
+(docs/benchmarks/shared_direction.md), and from scratch, at usual rates, it collapses.
 
 One process, one direction. Cost: C * D numbers for C clusters, and a product of B x C x D a step.
 """

@@ -64,11 +64,9 @@ def main() -> None:
         "# Faults",
         "",
         f"What a run does with damage, kills and other writers. {ROWS} pairs, a random transformer of two layers, "
-        "SogCLR on mined batches. Every fault is one "
-        "command on a copy of the folder of a killed run; *same* means plan, weights, log and figures of the "
-        "undisturbed run, bit for bit. Made by "
-        f"`python -m benchmarks.faults --flips {options.flips} --kills {options.kills}` on a {os.cpu_count()}-core "
-        f"{platform.machine()} CPU in "
+        "SogCLR on mined batches. Every fault is one command on a copy of the folder of a killed run; *same* means "
+        "plan, weights, log and figures of the undisturbed run, bit for bit. Made by `python -m benchmarks.faults "
+        f"--flips {options.flips} --kills {options.kills}` on a {os.cpu_count()}-core {platform.machine()} CPU in "
         f"{(time.perf_counter() - started) / 60:.0f} minutes, seed 0.",
         "",
         f"| fault | tried | {' | '.join(ENDS)} |",

@@ -95,12 +95,10 @@ def write_table(results: Path) -> None:
     text = (
         "# One pass over 60,000 pairs\n\n"
         "`python -m benchmarks.full_run --data FOLDER --model FOLDER`: `anybatch train` with "
-        "`benchmarks/configs/arxiv.yaml`; loss and plan are all that "
-        "changes. Student: the first layer of all-MiniLM-L6-v2, 32 tokens; teacher for mining: all of it, 64 tokens; "
-        "batch 64, one learning rate "
-        "(2e-4; 8e-4 at 1,024), one seed. Test: title to abstract among 5,000. Machine: 2-core x86 CPU, "
-        f"{first['threads']} thread(s), shared with other work and "
-        "paused for some of it, so wall times say nothing and are left out.\n\n"
+        "`benchmarks/configs/arxiv.yaml`; loss and plan are all that changes. Student: the first layer of "
+        "all-MiniLM-L6-v2, 32 tokens; teacher for mining: all of it, 64 tokens; batch 64, one learning rate (2e-4; "
+        f"8e-4 at 1,024), one seed. Test: title to abstract among 5,000. Machine: 2-core x86 CPU, {first['threads']} "
+        "thread(s), shared with other work and paused for some of it, so wall times say nothing and are left out.\n\n"
         + markdown_table(header, rows)
         + "\nOne seed and one learning rate: differences of about .01 mean nothing.\n"
     )

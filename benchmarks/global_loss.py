@@ -299,32 +299,24 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
     )
     parts = [
         f"# Distance to the full-data gradient\n\n`python -m benchmarks.global_loss --data FOLDER{option}` on the "
-        f"first {rows:,} pairs of arxiv-title-abstract, "
-        "embedded by all-MiniLM-L6-v2 (384 dimensions, standing still), which is also the teacher of the mined "
-        "batches. Temperature "
-        f"{temperature:g}; {probes:,} anchors, {2 * epochs} batches each, in two independent halves. Machine: 2-core "
-        "x86 CPU, one thread.\n\n"
+        f"first {rows:,} pairs of arxiv-title-abstract, embedded by all-MiniLM-L6-v2 (384 dimensions, standing still), "
+        f"which is also the teacher of the mined batches. Temperature {temperature:g}; {probes:,} anchors, "
+        f"{2 * epochs} batches each, in two independent halves. Machine: 2-core x86 CPU, one thread.\n\n"
         "All errors are relative to the exact gradient's root mean square, with respect to the embeddings of the "
-        f"{measured_in} "
-        "(`anybatch.insight.gradient_error`); ± is one standard error over anchors. Effective: the random InfoNCE "
-        "batch with the same error, by RMSE "
-        "/ bias / RMSE after the best common factor; the factor is in the column before. The largest size on the "
-        f"curve is {max(curves['rmse']):,}.\n\n"
+        f"{measured_in} (`anybatch.insight.gradient_error`); ± is one standard error over anchors. Effective: the "
+        "random InfoNCE batch with the same error, by RMSE / bias / RMSE after the best common factor; the factor is "
+        f"in the column before. The largest size on the curve is {max(curves['rmse']):,}.\n\n"
         f"**The aim**, RMSE at a mined batch of {AIM[0]} no larger than that of random InfoNCE at {AIM[1]:,}: "
         + (f"reached by {names}. " if reached else "not reached. ")
         + f"The best that miss it: {best}. Beside it, the shared cosines at {AIM[0]}: {shared}.\n\n"
         "Mined: clusters of 32 (half a batch where that is less), no ranks skipped, so that the hardest rows sit "
-        "together; skip 30 keeps the thirty nearest "
-        "apart as probable false negatives, though they weigh most in the exact gradient; the weak teacher sees "
-        "sixteen random directions of the embeddings. "
-        "Cross-batch: the last 1,024 or 4,096 pairs remembered, which is easy while they stand still (what is left is "
-        "the noise of the mean that would take a drift "
-        "away); what it does in training is in [another table](global_training.md). Cluster centres: the experiment "
-        "in `benchmarks/cluster_centres.py`, the batch exactly and all other clusters by their mean embedding. All "
-        "embeddings "
-        f"stand still, so no memory is ever stale here{alone}. In training that experiment fails: [shared direction "
-        "and "
-        "training](shared_direction.md).\n\n## Random InfoNCE, the measure\n\n",
+        "together; skip 30 keeps the thirty nearest apart as probable false negatives, though they weigh most in the "
+        "exact gradient; the weak teacher sees sixteen random directions of the embeddings. Cross-batch: the last "
+        "1,024 or 4,096 pairs remembered, which is easy while they stand still (what is left is the noise of the mean "
+        "that would take a drift away); what it does in training is in [another table](global_training.md). Cluster "
+        "centres: the experiment in `benchmarks/cluster_centres.py`, the batch exactly and all other clusters by "
+        f"their mean embedding. All embeddings stand still, so no memory is ever stale here{alone}. In training that "
+        "experiment fails: [shared direction and training](shared_direction.md).\n\n## Random InfoNCE, the measure\n\n",
         markdown_table(
             ["batch", "RMSE", "bias", "RMSE, scaled"],
             [[f"{size:,}", *(f"{curves[name][size]:.3f}" for name in ERRORS)] for size in sorted(curves["rmse"])],

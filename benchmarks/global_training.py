@@ -101,8 +101,8 @@ class Study:
             self.done[key] = line
             print(
                 f"{cell.task} {cell.method} B={cell.batch_size} {cell.budget} lr={cell.learning_rate:.1e} "
-                f"seed={cell.seed}: dev "
-                f"{line['dev']['ndcg@10']:.4f} test {line['test']['ndcg@10']:.4f} in {line['seconds']:.0f} s",
+                f"seed={cell.seed}: dev {line['dev']['ndcg@10']:.4f} test {line['test']['ndcg@10']:.4f} in "
+                f"{line['seconds']:.0f} s",
                 flush=True,
             )
         return self.done[key]
@@ -230,13 +230,11 @@ def write_table(results: Path, out: Path) -> None:
     parts = [
         "# Training with the methods of this library\n\n"
         "`python -m benchmarks.global_training` (see its first lines for the options); every run is a line of "
-        "`global_training.jsonl`. Machine: 2-core "
-        "x86 CPU, one thread a run. Encoders from scratch, 128 dimensions: word bags for text, four convolutions for "
-        "pictures at 24 x 24. arxiv: "
-        "title to abstract among 5,000; emoji: pictures and captions of concepts never seen in training, mean of both "
-        "directions. Adam, warm-up and "
-        "linear decay; learning rate tuned for every cell on the development split (seed 0), then three seeds on the "
-        "test split.\n\n"
+        "`global_training.jsonl`. Machine: 2-core x86 CPU, one thread a run. Encoders from scratch, 128 dimensions: "
+        "word bags for text, four convolutions for pictures at 24 x 24. arxiv: title to abstract among 5,000; emoji: "
+        "pictures and captions of concepts never seen in training, mean of both directions. Adam, warm-up and linear "
+        "decay; learning rate tuned for every cell on the development split (seed 0), then three seeds on the test "
+        "split.\n\n"
         "Cells: nDCG@10 mean ± standard deviation over the seeds (number of seeds where it is not three) at the best "
         "rate.\n"
     ]

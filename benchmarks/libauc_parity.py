@@ -54,8 +54,8 @@ class Case:
 
 
 OWN_VIEW = (
-    "theirs weighs a view by its own new average and stores the mean of both; "
-    "the positive's weight is 1 there, the negatives' sum here"
+    "theirs weighs a view by its own new average and stores the mean of both; the positive's weight is 1 there, the "
+    "negatives' sum here"
 )
 CASES = (
     Case(name="SogCLR, two views, gamma 1", views=True, shared=False, gamma=1.0),
@@ -251,18 +251,16 @@ def main() -> None:
         print(" | ".join(rows[-1][:-1]), flush=True)
     text = (
         f"# Parity with LibAUC\n\n`python -m benchmarks.libauc_parity --data FOLDER` with LibAUC {version('libauc')}: "
-        f"{options.rows:,} pairs of arxiv-title-abstract "
-        f"embedded by all-MiniLM-L6-v2, standing still; batches of {options.batch_size}, {options.epochs} epochs, "
-        "gamma .9 where no other is named, first temperature "
+        f"{options.rows:,} pairs of arxiv-title-abstract embedded by all-MiniLM-L6-v2, standing still; batches of "
+        f"{options.batch_size}, {options.epochs} epochs, gamma .9 where no other is named, first temperature "
         f"{options.temperature:g}. The gradient of all embeddings of a step, theirs against ours; both keep their own "
         "state.\n\n"
-        "Two views is `GCLoss_v1`, two modalities `GCLoss_v2`. 1 - cosine is the largest of an epoch's steps; scale "
-        "is theirs over ours in length, beside what follows "
-        "from the definitions: tau times the log where ours is the log (SogCLR), the sum of two views where ours is "
-        "the mean, and in `GCLoss_v2` not divided by the "
-        "B - 1 negatives. The last number is how far learned temperatures are apart. `GCLoss_v1` with iSogCLR does "
-        "not detach the step of its temperatures, so its table keeps the "
-        "autograd graph of every step so far; neither does it save any state (`state_dict()` is empty in both).\n\n"
+        "Two views is `GCLoss_v1`, two modalities `GCLoss_v2`. 1 - cosine is the largest of an epoch's steps; scale is "
+        "theirs over ours in length, beside what follows from the definitions: tau times the log where ours is the log "
+        "(SogCLR), the sum of two views where ours is the mean, and in `GCLoss_v2` not divided by the B - 1 negatives. "
+        "The last number is how far learned temperatures are apart. `GCLoss_v1` with iSogCLR does not detach the step "
+        "of its temperatures, so its table keeps the autograd graph of every step so far; neither does it save any "
+        "state (`state_dict()` is empty in both).\n\n"
     )
     header = ["case", "1 - cosine, epoch 1", "last epoch", "mean cosine", "scale", "expected", "temperatures", "why"]
     options.out.write_text(text + markdown_table(header, rows), encoding="utf-8")

@@ -101,11 +101,10 @@ def main() -> None:
         "# What a loss costs by itself",
         "",
         f"Loss and gradient on given embeddings: {rows} pairs of {width} dimensions, float32, {NUM_ROWS:,} rows of "
-        "memory, one thread. Median of "
-        f"{options.repeats}, interleaved; the factor is to InfoNCE in the same column. Made by `python -m "
-        f"benchmarks.loss_cost --batch-size {rows}` on a "
-        f"2-core {platform.machine()} CPU, torch {torch.__version__.split('+')[0]}. Next to an encoder all of this is "
-        "small: compare with the seconds of its step.",
+        f"memory, one thread. Median of {options.repeats}, interleaved; the factor is to InfoNCE in the same column. "
+        f"Made by `python -m benchmarks.loss_cost --batch-size {rows}` on a 2-core {platform.machine()} CPU, torch "
+        f"{torch.__version__.split('+')[0]}. Next to an encoder all of this is small: compare with the seconds of its "
+        "step.",
         "",
         "| loss | one way, ms | factor | both directions, ms | factor |",
         "|---|---|---|---|---|",
@@ -118,8 +117,7 @@ def main() -> None:
     lines += [
         "",
         f"Both directions of InfoNCE in one run of the engine {both['InfoNCE'] * 1e3:.0f} ms (3 matrix products, one "
-        "tile), in many tiles "
-        f"{tiled['one run'] * 1e3:.0f} ms (4), as two runs {both['two runs'] * 1e3:.0f} ms (6).",
+        f"tile), in many tiles {tiled['one run'] * 1e3:.0f} ms (4), as two runs {both['two runs'] * 1e3:.0f} ms (6).",
         "",
     ]
     write_text(options.output, "\n".join(lines))

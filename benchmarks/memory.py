@@ -45,10 +45,9 @@ def main() -> None:
     )  # fmt: skip
     parts = [
         "# Memory",
-        f"`python -m benchmarks.memory --rows {options.rows}`. "
-        f"{len(pairs):,} title and abstract pairs of the packed sample, all-MiniLM-L6-v2, temperature {TAU}; the cost "
-        "on random vectors. "
-        f"Machine: {options.device}, {torch.get_num_threads()} thread(s) of a shared 2-core x86.",
+        f"`python -m benchmarks.memory --rows {options.rows}`. {len(pairs):,} title and abstract pairs of the packed "
+        f"sample, all-MiniLM-L6-v2, temperature {TAU}; the cost on random vectors. Machine: {options.device}, "
+        f"{torch.get_num_threads()} thread(s) of a shared 2-core x86.",
         "## What a warm start costs, one direction\n\nEvery row against every row, exactly.\n\n" + cost,
         "## What epochs of moving average know\n\nFrozen embeddings, random batches of "
         f"{BATCH}, log rmse of the states against the exact ones, over visited rows, from an empty memory and from a "

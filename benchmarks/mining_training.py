@@ -360,12 +360,11 @@ def write_table() -> None:
     header = ["data", "student", "teacher", "batches", "loss", "nDCG@10 ± sd", "against random ± se", "seeds"]
     (FOLDER / "mining_training.md").write_text(
         "# When does mining help?\n\n`python -m benchmarks.mining_training --data FOLDER --model FOLDER` (see its "
-        "docstring for students, teachers and tuning). Machine: "
-        "2-core x86 CPU. The same number of pairs and of steps in every row of a data set and student; learning rates "
-        "tuned with random batches.\n\n"
+        "docstring for students, teachers and tuning). Machine: 2-core x86 CPU. The same number of pairs and of steps "
+        "in every row of a data set and student; learning rates tuned with random batches.\n\n"
         + "## In short\n\nDifference from random batches with the same loss, student and seed, over all combinations "
-        "of data, student and teacher below: "
-        "its mean, the lowest and the highest, and how many are above and below 0 by more than two standard errors.\n\n"
+        "of data, student and teacher below: its mean, the lowest and the highest, and how many are above and below 0 "
+        "by more than two standard errors.\n\n"
         + markdown_table(["loss", "batches", "mean", "lowest", "highest", "better / worse / of"], summary)
         + "\n## Everything\n\n"
         + markdown_table(header, rows),

@@ -258,8 +258,7 @@ def mutated(text: str, mutation: Mutation) -> str:
     if count != 1 or mutation.old == mutation.new:
         raise NotFound(
             f"src/anybatch/{mutation.file} holds {mutation.old!r} {count} times; expected once. The code has changed: "
-            "mend this entry of "
-            "benchmarks/mutations.py."
+            "mend this entry of benchmarks/mutations.py."
         )
     return text.replace(mutation.old, mutation.new)
 

@@ -149,11 +149,10 @@ def write_table() -> None:
     text = (
         "# Exact neighbours\n\n"
         "`python -m benchmarks.neighbors --anchor-embeddings A.npy --positive-embeddings P.npy`: the 130 best "
-        "documents of each query, for "
-        f"{lines[-1]['queries']:,} sampled queries against all rows. Nanoseconds of wall time a pair of query and "
-        f"document, best of {ROUNDS}, the three in turn: the matrix "
-        "product alone (torch, tiles of 2,048 documents, nothing kept), `exact_neighbors` (which also leaves out the "
-        "row's own texts), and faiss's `IndexFlatIP.search`. "
+        f"documents of each query, for {lines[-1]['queries']:,} sampled queries against all rows. Nanoseconds of wall "
+        f"time a pair of query and document, best of {ROUNDS}, the three in turn: the matrix product alone (torch, "
+        "tiles of 2,048 documents, nothing kept), `exact_neighbors` (which also leaves out the row's own texts), and "
+        "faiss's `IndexFlatIP.search`. "
         '"All rows" is what the search of every row takes at that rate. Machine: 2-core x86 CPU, shared with other '
         "work (load: processes that wanted a core in the last minute).\n\n" + markdown_table(header, rows)
     )

@@ -102,13 +102,11 @@ def main() -> None:
     header = ["method", "nDCG@10 (seeds)", "shared cosine", "shared bias", "RMSE", "RMSE, scaled", "bias"]
     options.out.write_text(
         "# Which gradient figure tells how training goes?\n\n`python -m benchmarks.shared_direction --data FOLDER "
-        "--anchor-embeddings A.npy "
-        f"--positive-embeddings P.npy`: a word-bag student, {ROWS:,} pairs of arxiv-title-abstract, batches of "
-        f"{BATCH}, trained on {FIRST[0]:,} pairs with InfoNCE "
-        f"(nDCG@10 {begun:.4f} on the development pairs); gradients measured on its embeddings there; then "
-        f"{THEN[0]:,} pairs more with each method at one rate "
-        f"({THEN[1]:g}). Teacher of the mined batches: all-MiniLM-L6-v2, skip 10. Machine: 2-core x86 CPU, one "
-        "thread. Best in training first.\n\n"
+        f"--anchor-embeddings A.npy --positive-embeddings P.npy`: a word-bag student, {ROWS:,} pairs of "
+        f"arxiv-title-abstract, batches of {BATCH}, trained on {FIRST[0]:,} pairs with InfoNCE (nDCG@10 {begun:.4f} on "
+        f"the development pairs); gradients measured on its embeddings there; then {THEN[0]:,} pairs more with each "
+        f"method at one rate ({THEN[1]:g}). Teacher of the mined batches: all-MiniLM-L6-v2, skip 10. Machine: 2-core "
+        "x86 CPU, one thread. Best in training first.\n\n"
         + markdown_table(header, body)
         + "\nOne student, one rate, two seeds: an example, not a law.\n",
         encoding="utf-8",

@@ -185,12 +185,10 @@ def _report(folder: Path, configs: dict[str, RunConfig], results: dict[str, RunR
         intro=[
             f"The first two layers of all-MiniLM-L6-v2, fine-tuned on {len(titles)} title/abstract pairs of arXiv "
             f"papers, {base.train.epochs * len(titles)} pairs seen by every method; measured on 1,000 held-out pairs "
-            "of later years: "
-            "each title must find its abstract. The teacher that mined the batches is the whole model.",
+            "of later years: each title must find its abstract. The teacher that mined the batches is the whole model.",
             "One seed and a few minutes of training: differences of a hundredth mean little. At equal pairs seen, a "
             "large batch takes fewer steps, which costs it quality in a run as short as this one; memory needs more "
-            "visits to each "
-            "example than it gets here.",
+            "visits to each example than it gets here.",
         ],
         results=rows,
         baseline=METHODS[0].name,

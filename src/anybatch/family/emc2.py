@@ -117,8 +117,7 @@ class Chains(Denominator):
         if self.states is not None and self.states.shape[2] != batch.anchors.shape[1]:
             raise AnybatchError(
                 f"The chains keep embeddings of {self.states.shape[2]} dimensions, these have "
-                f"{batch.anchors.shape[1]}. "
-                "Give EMC2 the dimensions of the model's embeddings."
+                f"{batch.anchors.shape[1]}. Give EMC2 the dimensions of the model's embeddings."
             )
         queries, others = batch.queries(direction), batch.others(direction)
         chain = _Chain(

@@ -63,8 +63,7 @@ class PerRowValues(State):
         if lr <= 0 or not 0 <= momentum < 1 or clip <= 0:
             raise AnybatchError(
                 f"The learning rate of the rows' values is {lr}, their momentum {momentum}, the clip {clip}; expected "
-                "positive numbers and a momentum "
-                "in [0, 1)."
+                "positive numbers and a momentum in [0, 1)."
             )
         self.limits, self.lr, self.momentum, self.clip = limits, lr, momentum, clip
         self.register_rows("values", fresh=initial, directions=directions)

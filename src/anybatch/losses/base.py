@@ -233,8 +233,7 @@ class ContrastiveLoss(State):
         if not fitting or len(candidates) < len(anchors):
             raise AnybatchError(
                 f"anchors have shape {tuple(anchors.shape)} and candidates {tuple(candidates.shape)}; expected (B, D) "
-                "and (M, D) with M >= B: "
-                "the positives in the anchors' order, then explicit negatives."
+                "and (M, D) with M >= B: the positives in the anchors' order, then explicit negatives."
             )
         anchors, candidates = anchors.to(dtype), candidates.to(dtype)
         if self.normalize:
@@ -379,8 +378,8 @@ def check_embeddings(anchors: Tensor, candidates: Tensor) -> torch.dtype:
     if wrong:
         raise AnybatchError(
             f"A loss got {' and '.join(wrong)}; expected embeddings, tensors (B, D) and (M, D). In "
-            "sentence-transformers' Trainer give it inside the model's "
-            "cached step: loss=CachedLoss(model, loss), from anybatch.integrations.sentence_transformers."
+            "sentence-transformers' Trainer give it inside the model's cached step: loss=CachedLoss(model, loss), from "
+            "anybatch.integrations.sentence_transformers."
         )
     if not (anchors.is_floating_point() and candidates.is_floating_point()) or anchors.device != candidates.device:
         raise AnybatchError(
@@ -392,7 +391,7 @@ def check_embeddings(anchors: Tensor, candidates: Tensor) -> torch.dtype:
     ):
         raise AnybatchError(
             "A loss of anybatch does not run inside torch.func's transforms (grad, vmap, jvp, ...) or with "
-            "forward-mode derivatives: its gradient is computed "
-            "in closed form for a backward pass. Use loss.backward() or torch.autograd.grad."
+            "forward-mode derivatives: its gradient is computed in closed form for a backward pass. Use "
+            "loss.backward() or torch.autograd.grad."
         )
     return torch.float64 if torch.float64 in (anchors.dtype, candidates.dtype) else torch.float32

@@ -90,9 +90,8 @@ class EmbeddingQueue(State):
         """
         if int(self.kinds) not in (-1, _kinds(like)):
             raise AnybatchError(
-                "The ids, masks or weights of this batch are of other kinds than those of the remembered batches. "
-                "Give the "
-                "same kinds with every batch, or begin with a new loss."
+                "The ids, masks or weights of this batch are of other kinds than those of the remembered batches. Give "
+                "the same kinds with every batch, or begin with a new loss."
             )
         records = self.records if self.records.shape[1] else self.records.new_zeros(self.size, len(like.columns))
         return like.unpacked(records[places])

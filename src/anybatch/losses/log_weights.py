@@ -291,10 +291,8 @@ class LogWeights:
         if self.pairs is not None:
             raise AnybatchError(
                 f"log_weight is a tensor of shape {tuple(self.pairs.shape)}, which does not cover the candidates of "
-                f"{elsewhere}. "
-                "Give ids (anchor_id, candidate_id), LogWeights over records of the examples (RowTable makes "
-                "them), or a "
-                "tensor of shape (1, M) or (B, 1)."
+                f"{elsewhere}. Give ids (anchor_id, candidate_id), LogWeights over records of the examples (RowTable "
+                "makes them), or a tensor of shape (1, M) or (B, 1)."
             )
 
 

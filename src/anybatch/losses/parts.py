@@ -136,8 +136,7 @@ class GlobalTemperature(Temperature):
         if not 0 < limits[0] < math.inf or (learnable and initial < limits[0]):
             raise AnybatchError(
                 f"min_temperature is {limits[0]} and the first temperature {initial}; expected a positive floor, and a "
-                "learned temperature above it. "
-                "Set min_temperature lower, or begin higher."
+                "learned temperature above it. Set min_temperature lower, or begin higher."
             )
         if not initial > 0:
             raise AnybatchError(f"temperature is {initial}; expected a positive number such as 0.05.")

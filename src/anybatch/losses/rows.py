@@ -106,8 +106,8 @@ class RowTable(nn.Module):
         if weights == "inclusion" and plan is not None and plan.clusters_per_batch == 1:
             warnings.warn(
                 f"A batch of {plan.batch_size} is a single cluster, so rows of other clusters never come and no "
-                "weight can stand for them: the "
-                "loss will follow the clusters, not the data. Use a batch of at least two clusters.",
+                "weight can stand for them: the loss will follow the clusters, not the data. Use a batch of at least "
+                "two clusters.",
                 stacklevel=2,
             )
         # 1. Ids and further facts.
@@ -244,8 +244,7 @@ def _checked_ids(
     if not anchors.shape == positives.shape == negatives.shape[:1] or negatives.ndim != 2:
         raise AnybatchError(
             f"The ids have shapes {anchors.shape} (anchors), {positives.shape} (positives) and {negatives.shape} "
-            "(negatives); expected (n,), (n,) and "
-            "(n, h): one anchor, one positive and h negatives a row."
+            "(negatives); expected (n,), (n,) and (n, h): one anchor, one positive and h negatives a row."
         )
     if max(int(side.max(initial=0)) for side in (anchors, positives, negatives)) >= 2**31:
         texts = renumbered(np.concatenate([positives[:, None], negatives], axis=1))

@@ -24,8 +24,7 @@ VERSION = 4  # 4: named by parts
 JOIN = "Join the shards with anybatch.losses.state.join_shards and load the whole state."
 OTHER_LOSS = (
     "Make the loss with the settings and the data set that the state was saved with, or, if rows were appended, pass "
-    "the state through "
-    "anybatch.losses.state.grown_state(state, loss)."
+    "the state through anybatch.losses.state.grown_state(state, loss)."
 )
 
 
@@ -114,8 +113,8 @@ class State(nn.Module):
         if int(self.embedding_width) not in (0, width):
             raise AnybatchError(
                 f"The loss remembers rows by embeddings of {int(self.embedding_width)} dimensions, these have {width}. "
-                "Denominators of different "
-                "widths must not be mixed: use one loss a width (anybatch.losses.Matryoshka makes them)."
+                "Denominators of different widths must not be mixed: use one loss a width (anybatch.losses.Matryoshka "
+                "makes them)."
             )
 
     def grow(self, num_rows: int) -> None:
@@ -341,8 +340,7 @@ def _check_entries(module: nn.Module, state: Mapping[str, Any], prefix: str, *, 
         if name == "version" and int(saved) != int(own):
             raise AnybatchError(
                 f"The saved state has version {int(saved)} ({prefix + name}); this anybatch reads version {int(own)}. "
-                "Use the anybatch that it was "
-                "saved with, or begin with a new loss."
+                "Use the anybatch that it was saved with, or begin with a new loss."
             )
 
 

@@ -18,10 +18,9 @@ class MiningConfig(Configuration):
 
     Attributes:
         method: "anybatch" (union of windows, recursive bisection, search by exchanges with conflicts), "published" (B3
-            as
-            released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal sizes,
-            which plans need), "random"; to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth" (GCBS),
-            "loss_ordered" (OSGD under the teacher).
+            as released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal
+            sizes, which plans need), "random"; to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth"
+            (GCBS), "loss_ordered" (OSGD under the teacher).
         batch_size: Rows of a batch, over all ranks.
         cluster_size: Rows that sit together; the batch is a multiple of it.
         skip: First ranks, suspected false negatives. B3: 30 for retrieval, 70 for short repeated answers. Lower it for

@@ -219,10 +219,8 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
         if one.num_rows >= size and not share:
             raise AnybatchError(
                 f"The data set '{one.name}' would never be sampled: an epoch has fewer of its {rows} than a batch "
-                "holds "
-                f"({sampling.clusters_per_batch}), and those left over of all data sets do not fill a batch that "
-                "they could "
-                "share. Lower the batch size, or set mining.mixing to 'mixed'."
+                f"holds ({sampling.clusters_per_batch}), and those left over of all data sets do not fill a batch that "
+                "they could share. Lower the batch size, or set mining.mixing to 'mixed'."
             )
 
 
@@ -385,8 +383,7 @@ def _note_small_set(one: _Set, config: MiningConfig, report: MiningReport) -> No
     report.notes.append(f"{len(one.anchors)} rows make no cluster of {config.cluster_size}; they {beside}.")
     warnings.warn(
         f"The data set '{one.name}' has {len(one.anchors)} rows, no cluster of {config.cluster_size}: its rows "
-        f"{beside}, and "
-        "with inclusion weights they have hardly any negatives.",
+        f"{beside}, and with inclusion weights they have hardly any negatives.",
         stacklevel=3,
     )
 
@@ -404,11 +401,9 @@ def _note_single_rows(plan: BatchPlan, report: MiningReport) -> None:
 
 def _note_window(one: _Set, report: MiningReport) -> None:
     report.notes.append(
-        f"The rank window (skip {one.asked.skip}, take {one.asked.take}) is wider than {len(one.anchors)} rows "
-        "allow; using "
-        f"skip {one.window.skip}, take {one.window.take}. Set mining.skip to at most a tenth of the rows and "
-        "mining.take to "
-        "at most half of them."
+        f"The rank window (skip {one.asked.skip}, take {one.asked.take}) is wider than {len(one.anchors)} rows allow; "
+        f"using skip {one.window.skip}, take {one.window.take}. Set mining.skip to at most a tenth of the rows and "
+        "mining.take to at most half of them."
     )
     warnings.warn(report.notes[-1], stacklevel=4)
 

@@ -27,13 +27,12 @@ class StatisticsLimits:
     arxiv-title-abstract, windows (skip 30, take 64) and (5, 40): MiniLM, with which mining helped a pretrained student
     (`own_first` .70, `own_behind_skip` .07 and .15, `negatives_above_own` .05 and .08), and LSA of 128 dimensions, a
     teacher of the kind with which mining hurt a student from scratch (.21; .41 and .61; .35 and .43). Two points make a
-    rule of thumb, and a later study (docs/mining.md) did not confirm it: a weak teacher's batches trained no worse than
+    rule of thumb, and a later study (docs/log.md) did not confirm it: a weak teacher's batches trained no worse than
     a good one's. So a warning is a question to look into, not a verdict.
 
     Attributes:
         own_first: Least `own_first`. A teacher that misses most own positives knows topics, not pairs. It falls as the
-            data
-            grow: of a million rows some are better than any positive.
+            data grow: of a million rows some are better than any positive.
         own_behind_skip: Most `own_behind_skip`. Such anchors' wanted negatives begin above their positive.
         negatives_above_own: Most `negatives_above_own`: what the teacher itself holds to be better answers.
         suspects_per_anchor: Most `suspects_per_anchor`. At the default conflict weight .1 to .4 were measured; 1.3 in
@@ -198,10 +197,8 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Sta
     if figures["negatives_above_own"] > limits.negatives_above_own:
         found.append(
             f"{figures['negatives_above_own']:.1%} of the wanted negatives beside an anchor score above its own "
-            "positive "
-            f"(good: {limits.negatives_above_own:.0%} or less): many are probably right answers. Set mining.margin "
-            "to 0.95, "
-            "or raise mining.skip."
+            f"positive (good: {limits.negatives_above_own:.0%} or less): many are probably right answers. Set "
+            "mining.margin to 0.95, or raise mining.skip."
         )
     if figures["suspects_per_anchor"] > limits.suspects_per_anchor:
         found.append(
@@ -211,8 +208,7 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Sta
     if figures["isolated"] > limits.isolated:
         found.append(
             f"{figures['isolated']:.1%} of the anchors have no wanted negative beside them (good: "
-            f"{limits.isolated:.0%} or "
-            "less). Raise mining.take or mining.cluster_size."
+            f"{limits.isolated:.0%} or less). Raise mining.take or mining.cluster_size."
         )
     if figures["window_gain"] < limits.window_gain:
         found.append(

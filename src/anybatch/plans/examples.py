@@ -78,8 +78,8 @@ class Examples:
         if name not in self.columns:
             raise AnybatchError(
                 f"A mask or weight asks for the column {name!r} of the examples, which has "
-                f"{', '.join(self.columns) or 'none'}. "
-                f"Give it: Examples({name}=...), or RowTable(..., columns={{{name!r}: ...}})."
+                f"{', '.join(self.columns) or 'none'}. Give it: Examples({name}=...), or RowTable(..., "
+                f"columns={{{name!r}: ...}})."
             )
         return self.columns[name]
 

@@ -270,8 +270,7 @@ class BatchPlan:
         if self.cluster_size == 1 and len(placed) < self.num_rows:
             raise AnybatchError(
                 f"{self.num_rows - len(placed)} rows are in no cluster, and clusters have one row; expected each row "
-                "in a "
-                "cluster of its own."
+                "in a cluster of its own."
             )
 
     def _check_tasks(self) -> None:

@@ -15,8 +15,7 @@ class Chances:
 
     Attributes:
         same, other, remainder: The anchor is in a cluster, the other row in the same, in another, in none. `same` is 1
-            where
-            no other row can be in the same: clusters of one row, a data set without clusters.
+            where no other row can be in the same: clusters of one row, a data set without clusters.
         from_remainder, between_remainders: The anchor is in no cluster, the other row is in one, in none.
     """
 
@@ -33,8 +32,7 @@ class ClusterSampling:
 
     1. Of each data set as many clusters as its share says are drawn, and combined at random, m of them to a batch.
     2. Rows in no cluster take places of the drawn clusters of their data set: as many as its share says on average, but
-    on
-       average at most (T - 1) / 2 of the T places that it has this epoch, so that every row keeps a chance.
+       on average at most (T - 1) / 2 of the T places that it has this epoch, so that every row keeps a chance.
     3. Rows of data sets without a cluster (small ones) take single places anywhere, whoever has them: as many as their
        shares say, rounded; where that is more than half of the epoch's places, half of them, drawn from all such rows.
 

@@ -67,9 +67,9 @@ class LossStateCallback(TrainerCallback):
                 raise AnybatchError(
                     "The plan was not "
                     f"used{f' for {unplanned} of {len(sets)} training sets' if len(sets) > 1 else ''}: a training set "
-                    "is not the one it was made for, or has no row numbers. Give the Trainer with_index(dataset), "
-                    "with the rows in the plan's order; of several data sets, with_index(dictionary) and "
-                    "PlanBatches(plan, another plan, ...), a plan each."
+                    "is not the one it was made for, or has no row numbers. Give the Trainer with_index(dataset), with "
+                    "the rows in the plan's order; of several data sets, with_index(dictionary) and PlanBatches(plan, "
+                    "another plan, ...), a plan each."
                 )
         for loss in self.losses.values():
             check_numbers(sets, num_rows_of(loss.loss, loss.rows))

@@ -144,8 +144,7 @@ class CachedTrainerLoss(nn.Module):
     def citation(self) -> str:
         """BibTeX of the caching method."""
         return (
-            "@misc{gao2021scaling, "
-            "title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}, "
+            "@misc{gao2021scaling, title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}, "
             "author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan}, year={2021}, eprint={2101.06983}}"
         )
 
@@ -163,8 +162,7 @@ class CachedLoss(CachedTrainerLoss):
             alone.
         keep_graphs: Fraction of the micro-batches, longest first, whose graph is kept so that no second forward pass is
             needed: 0.0 is GradCache, 1.0 is plain training, "auto" keeps what `memory` has room for. The gradient is
-                the
-            same to the last bit.
+            the same to the last bit.
         memory: For "auto": the most memory in use on the device, "8GiB" or "80%".
         pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled model sees few shapes; None for
             the longest row's.
@@ -184,8 +182,7 @@ class CachedLoss(CachedTrainerLoss):
     Relations:
         With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`,
         except that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does
-        not enlarge
-        the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
+        not enlarge the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
 
     Reference:
         Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983, section

@@ -2,9 +2,8 @@
 documents.
 
 An anchor is a query, positives and negatives are documents: prompts and routes (two towers) are those that
-    `encode_query`
-and `encode_document` use. The prompts of a configuration go into the model, so that all that embeds or trains finds
-them there, and `save_pretrained` saves them.
+`encode_query` and `encode_document` use. The prompts of a configuration go into the model, so that all that embeds or
+trains finds them there, and `save_pretrained` saves them.
 """
 
 from __future__ import annotations

@@ -105,10 +105,8 @@ def refuse_twice() -> None:
     if torch.is_grad_enabled():
         raise Twice(
             "A loss of anybatch can be differentiated once, and create_graph=True asks for more: its gradient is "
-            "computed "
-            "in closed form, and has no derivative of its own. Leave the loss out of gradient penalties and other "
-            "second "
-            "derivatives, or call backward without create_graph."
+            "computed in closed form, and has no derivative of its own. Leave the loss out of gradient penalties and "
+            "other second derivatives, or call backward without create_graph."
         )
 
 

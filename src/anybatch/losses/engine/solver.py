@@ -117,9 +117,8 @@ def _source(candidates: Tensor, layout: Layout, sides: tuple[Side, ...], *, ring
         return Gathered(candidates, layout)
     if any(side.adjust is not None for side in sides):
         raise AnybatchError(
-            "ring=True with a loss that looks at whole rows of scores (GloFND, EMC2): the ring has the candidates "
-            "of one rank "
-            "at a time. Use ring=False, which gathers the candidates, or another loss."
+            "ring=True with a loss that looks at whole rows of scores (GloFND, EMC2): the ring has the candidates of "
+            "one rank at a time. Use ring=False, which gathers the candidates, or another loss."
         )
     return Ring(candidates, layout)
 
