@@ -35,7 +35,7 @@ class PerRowValues(State):
     Raises:
         AnybatchError: Numbers out of range.
 
-    Cost: 8 bytes a row and direction. Collectives of an update: see `mean_by_row`.
+    Cost: 8 bytes a row and direction. Collectives of an update: one of sizes, two gathers of B numbers.
 
     Example:
         >>> import torch
@@ -82,36 +82,27 @@ class PerRowValues(State):
             direction: Which values.
         """
         gradient = torch.where(gradient.isfinite(), gradient.clamp(-self.clip, self.clip), torch.nan)
-        rows, mean = _finite(*mean_by_row(index, gradient.to(self.values.dtype)))
+        rows, mean = _mean_by_row(index, gradient.to(self.values.dtype))
         velocity = self.momentum * self.velocity[direction, rows] + (1 - self.momentum) * mean
         self.velocity[direction, rows] = velocity
         self.values[direction, rows] = (self.values[direction, rows] - self.lr * velocity).clamp(*self.limits)
 
     def start(self, index: Tensor, values: Tensor, *, direction: int) -> None:
         """Give rows their first value, the mean over their occurrences."""
-        rows, mean = _finite(*mean_by_row(index, values.to(self.values.dtype)))
+        rows, mean = _mean_by_row(index, values.to(self.values.dtype))
         self.values[direction, rows] = mean.clamp(*self.limits)
 
 
-def _finite(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Those whose value is a number: a step that has diverged is the trainer's to skip, and must leave no NaN
-    behind.
-    """
-    fine = values.isfinite()
-    return rows[fine], values[fine]
-
-
-def mean_by_row(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of each row's values over its occurrences on all ranks, added in a fixed order.
+def _mean_by_row(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each row's values over its occurrences on all ranks, added in a fixed order; the same on every rank.
 
     Args:
         index: (b,) int64 rows; ranks may hold different numbers of them.
         values: (b,) float.
 
     Returns:
-        rows (r,), ascending and distinct, and means (r,). The same on every rank.
-
-    Cost: O(b log b). Collectives: one of sizes, two gathers of b numbers.
+        rows (r,), ascending and distinct, and means (r,), of those whose mean is a number: a step that has diverged is
+        the trainer's to skip, and must leave no NaN behind.
     """
     sizes = distributed.gather_sizes(len(index), index.device)
     index_all, values_all = distributed.gather_rows(index, sizes), distributed.gather_rows(values, sizes)
@@ -119,4 +110,6 @@ def mean_by_row(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     total = values_all.new_zeros(len(rows))
     for chosen in occurrences(inverse, len(rows)):
         total[inverse[chosen]] += values_all[chosen]
-    return rows, total / count
+    mean = total / count
+    fine = mean.isfinite()
+    return rows[fine], mean[fine]

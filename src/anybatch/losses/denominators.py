@@ -29,7 +29,7 @@ class WithPositive(Denominator):
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
-        return WithPositiveRule()
+        return _WithPositiveRule()
 
 
 class WithoutPositive(Denominator):
@@ -107,6 +107,11 @@ class RunningDenominator(Denominator):
         return 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
 
     @property
+    def log_eps(self) -> float:
+        """Its logarithm."""
+        return math.log(self.eps) if self.eps > 0 else -math.inf
+
+    @property
     def visited(self) -> Tensor:
         """(directions, stored rows) bool: of this rank's rows."""
         return ~self.log_mean.isnan()
@@ -118,7 +123,7 @@ class RunningDenominator(Denominator):
             denominator=self,
             index=batch.rows,
             direction=direction,
-            log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
+            log_eps=self.log_eps,
             normalised=normalised,
             update=batch.updating,
             dimensions=batch.anchors.shape[1],
@@ -236,13 +241,10 @@ class RunningRule:
         return log_mean, correction
 
 
-class WithPositiveRule:
-    """The rule of InfoNCE."""
-
+class _WithPositiveRule:
     row_wise = True
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
-        """See `Rule`."""
         log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
         return Answer(log_denominator, log_denominator)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,7 +199,7 @@ def memory_figures(
     numbers = rows[torch.as_tensor(chosen, device=device)]
     exact, tau = exact_rows_of(loss, table, chosen, numbers, direction=direction, tile_bytes=tile_bytes)
     tau, truth = tau.double().expand(len(numbers)), exact.log_mean
-    log_eps = truth.new_tensor(math.log(running.eps) if running.eps > 0 else -math.inf)
+    log_eps = truth.new_tensor(running.log_eps)
     remembered = running.read("log_mean", numbers, direction=direction).double()
     usable, visited = truth.isfinite(), ~remembered.isnan()
     figures = {
