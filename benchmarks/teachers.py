@@ -74,7 +74,7 @@ def figures(pairs: PairData, anchors: np.ndarray, positives: np.ndarray, skip: i
     """One line of the table."""
     same = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
     plan = mine_plan(anchors, positives, config=MiningConfig(skip=skip, take=take), **same).plan
-    seen = inspect_plan(plan, anchors, positives, temperature=TEMPERATURE, num_anchors=len(pairs), **same)
+    seen = inspect_plan(plan, anchors, positives, temperature=TEMPERATURE, num_anchors=len(pairs), **same)[""]
     statistics = seen.statistics.as_dict()
     return [
         *(f"{statistics[name]:.3f}" for name in SHOWN),
