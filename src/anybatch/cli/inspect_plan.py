@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
 from anybatch.cli.options import with_options
 from anybatch.cli.plan_options import PlanOptions, PlanSources
 from anybatch.cli.progress import Bars, say, show
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from anybatch.data.pairs import PairData
     from anybatch.insight import Figure
     from anybatch.insight.inspection import PlanInspection
@@ -62,14 +63,14 @@ def command(options: PlanOptions) -> None:
     tables = {
         name: set_figures(plan, inspection=inspections.get(name), stored=of_set) for name, of_set in stored.items()
     }
-    table = _table(f"Plan {escape(str(sources.path))}", [*plan_sizes(plan), *tables.pop("", [])])
+    table = _table(f"Plan {sources.path}", [*plan_sizes(plan), *tables.pop("", [])])
     for stage, seconds in (mining or {}).get("seconds", {}).items():
         peak = (mining or {}).get("peak_bytes", {}).get(stage, 0)
         table.add_row(f"mining: {stage}", f"{seconds:.1f} s", "", f"peak {peak / 2**30:.2f} GiB")
     show(table)
     for name, figures in tables.items():
         if figures:
-            show(_table(f"Data set {escape(name)}", figures))
+            show(_table(f"Data set {name}", figures))
     for name in stored:
         _print_suspects(name, inspections.get(name), pairs)
     for line in missing:
@@ -90,12 +91,10 @@ def command(options: PlanOptions) -> None:
 
 
 def _table(title: str, figures: list[Figure]) -> Table:
-    table = Table("", title=title, title_justify="left")
-    for name in ("this plan", "random", "good"):
-        table.add_column(name, justify="left" if name == "good" else "right")
-    for figure in figures:
-        table.add_row(figure.name, figure.plan, figure.random, figure.good)
-    return table
+    from anybatch.insight.tables import rich_table
+
+    lines = [(figure.name, figure.plan, figure.random, figure.good) for figure in figures]
+    return rich_table(["", "this plan", "random", "good"], lines, left=(0, 3), title=escape(title))
 
 
 def _print_suspects(name: str, inspection: PlanInspection | None, pairs: PairData | None) -> None:

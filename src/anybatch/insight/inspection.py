@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
-from anybatch.insight.cosines import BatchScores, Cosines, unit
+from anybatch.insight.cosines import BatchScores, Cosines
 from anybatch.mining.audit import most_wanted
 from anybatch.mining.config import MiningConfig, MiningSet
 from anybatch.mining.graph import Window
@@ -220,7 +220,7 @@ def _measure(
         pairs.batch_scores(some, num_anchors, temperature, among=among)
         for some in (batches, _random_batches(plan, seed))
     )
-    duplicates = _duplicates(rows, ids[:, :8], pairs.positives)
+    duplicates = _duplicates(rows, ids[:, :8], pairs)
     scale = len(members) / len(rows)
     return PlanInspection(
         num_anchors=len(rows),
@@ -263,19 +263,18 @@ def _suspects(plan: BatchPlan, pairs: Cosines, among: np.ndarray) -> list[RowPai
     """The plan's suspects by how far the other's positive scores above the own, in the worse of both directions."""
     suspects = np.zeros((0, 2), np.int32) if plan.suspects is None else plan.suspects
     suspects = suspects[among[suspects].all(axis=1)]
-    both = np.stack([suspects, suspects[:, ::-1]])  # (2, p, 2)
-    blocks = _blocks(both.reshape(-1, 2))
-    scores = np.concatenate([np.zeros(0), *(pairs.over_own(block[:, 0], block[:, 1]) for block in blocks)]).reshape(
-        2, -1
+    rows, others = np.concatenate([suspects, suspects[:, ::-1]]).T
+    scores = (pairs.between(rows, others) - pairs.between(rows, rows)).reshape(2, -1)
+    score, worse = scores.max(axis=0), scores.argmax(axis=0)
+    found = (
+        RowPair(
+            row=int(suspects[place, worse[place]]),
+            other=int(suspects[place, 1 - worse[place]]),
+            score=float(score[place]),
+        )
+        for place in np.argsort(-score, kind="stable")
     )
-    order, worse = np.argsort(-scores.max(axis=0), kind="stable"), scores.argmax(axis=0)
-    return _shown(
-        (
-            RowPair(row=int(both[worse[place], place, 0]), other=int(both[worse[place], place, 1]), score=score)
-            for place, score in zip(order, scores.max(axis=0)[order].tolist(), strict=True)
-        ),
-        pairs.positive_id,
-    )
+    return _shown(found, pairs.positive_id)
 
 
 def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:
@@ -288,18 +287,15 @@ def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:
     return list(kinds.values())
 
 
-def _blocks(pairs: np.ndarray, size: int = 8192) -> list[np.ndarray]:
-    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
-
-
-def _duplicates(rows: np.ndarray, ids: np.ndarray, positives: np.ndarray) -> list[RowPair]:
+def _duplicates(rows: np.ndarray, ids: np.ndarray, pairs: Cosines) -> list[RowPair]:
     """Among each anchor's best neighbours those whose positive nearly equals its own."""
     line, column = np.nonzero(ids >= 0)
-    found = []
-    for block in _blocks(np.stack([rows[line], ids[line, column]], axis=1)):
-        cosines = np.einsum("pd,pd->p", unit(positives[block[:, 0]]), unit(positives[block[:, 1]]))
-        for place in np.flatnonzero(cosines >= DUPLICATE):
-            found.append(RowPair(row=int(block[place, 0]), other=int(block[place, 1]), score=float(cosines[place])))
+    others = ids[line, column]
+    cosines = pairs.between(rows[line], others, side="positives")
+    found = [
+        RowPair(row=int(rows[line[place]]), other=int(others[place]), score=float(cosines[place]))
+        for place in np.flatnonzero(cosines >= DUPLICATE)
+    ]
     return sorted(found, key=lambda pair: -pair.score)
 
 
