@@ -10,6 +10,7 @@ truncated SVD of the same texts). Writes docs/benchmarks/statistics.md.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,8 @@ def figures(pairs: PairData, anchors: np.ndarray, positives: np.ndarray, skip: i
     """One line of the table."""
     same = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
     plan = mine_plan(anchors, positives, config=MiningConfig(skip=skip, take=take), **same).plan
-    seen = inspect_plan(plan, anchors, positives, temperature=TEMPERATURE, num_anchors=len(pairs), **same)
-    statistics = seen.statistics.as_dict()
+    seen = inspect_plan(plan, anchors, positives, temperature=TEMPERATURE, num_anchors=len(pairs), **same)[""]
+    statistics = asdict(seen.statistics)
     return [
         *(f"{statistics[name]:.3f}" for name in SHOWN),
         f"{statistics['window_gain']:.0f}",

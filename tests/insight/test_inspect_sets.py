@@ -1,4 +1,4 @@
-"""`inspect_sets` against loops over all pairs, for batches of one set each and for mixed ones."""
+"""`inspect_plan` of several data sets against loops over all pairs, for batches of one set each and for mixed ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from anybatch.core.errors import AnybatchError
-from anybatch.insight.inspection import _random_batches, inspect_plan, inspect_sets
+from anybatch.insight.inspection import _random_batches, inspect_plan
 from anybatch.mining import MiningConfig, MiningSet, mine_plan
 
 from ..mining.test_mining import embeddings, naive_neighbors
@@ -41,7 +40,7 @@ def mined(mixing):
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 def test_equals_a_loop(mixing):
     plan, anchors, positives, same, sets = mined(mixing)
-    seen = inspect_sets(plan, anchors, positives, sets=sets, temperature=TEMPERATURE, num_anchors=10**6, **same)
+    seen = inspect_plan(plan, anchors, positives, sets=sets, temperature=TEMPERATURE, num_anchors=10**6, **same)
     assert set(seen) >= {"first", "second"}
     scores = anchors.astype(np.float64) @ positives.astype(np.float64).T
     batches = plan.epoch_batches(0)
@@ -90,14 +89,12 @@ def test_equals_a_loop(mixing):
     assert seen["second"].repeated_anchors == 2
 
 
-def test_one_set_is_refused_and_agrees_with_inspect_plan():
+def test_one_named_set_agrees_with_a_plan_without_sets():
     anchors, positives = embeddings(70)
     config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, mixing="mixed")  # as without sets
     plan = mine_plan(anchors, positives, config=config).plan
-    with pytest.raises(AnybatchError, match="Use inspect_plan"):
-        inspect_sets(plan, anchors, positives)
     alone = mine_plan(anchors, positives, config=config, sets=[MiningSet(name="only", num_rows=70)]).plan
-    one, other = inspect_plan(plan, anchors, positives), inspect_sets(alone, anchors, positives)["only"]
+    one, other = inspect_plan(plan, anchors, positives)[""], inspect_plan(alone, anchors, positives)["only"]
     assert one.window_in_batch == other.window_in_batch
     assert one.planned.loss == other.planned.loss
     assert one.random.loss == other.random.loss
@@ -117,7 +114,7 @@ def test_small_shares_that_still_deal_a_cluster_of_each_set(mixing):
     batches = _random_batches(plan, 0)
     assert batches.shape == plan.epoch_batches(0).shape == (1, 64)
     assert np.bincount(plan.task[batches[0]]).tolist() == [32, 32]
-    assert set(inspect_sets(plan, anchors, positives, sets=sets)) == {"a", "b"}
+    assert set(inspect_plan(plan, anchors, positives, sets=sets)) == {"a", "b"}
 
 
 def test_one_positive_of_many_rows_is_shown_once():
@@ -130,7 +127,7 @@ def test_one_positive_of_many_rows_is_shown_once():
     config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, conflict_weight=0.0)
     plan = mine_plan(anchors, positives, config=config, positive_id=positive_id).plan
     plan = replace(plan, suspects=np.array([[0, 9], [1, 10], [2, 33], [3, 11]], np.int32))
-    seen = inspect_plan(plan, anchors, positives, positive_id=positive_id)
+    seen = inspect_plan(plan, anchors, positives, positive_id=positive_id)[""]
     scores = anchors.astype(np.float64) @ positives.astype(np.float64).T
     over = {
         (row, other): scores[row, other] - scores[row, row]

@@ -105,7 +105,7 @@ def test_inspection_equals_a_loop(kind):
     plan = result.plan if kind == "mined" else BatchPlan.random(143, 16, seed=3)
     if kind == "random":
         plan = replace(plan, meta={"method": "random", "skip": SKIP, "take": TAKE})
-    seen = inspect_plan(plan, anchors, positives, temperature=0.1, **same)
+    seen = inspect_plan(plan, anchors, positives, temperature=0.1, **same)[""]
     scores, ranks, wanted, conflicts = windows(anchors, positives, same)
     dealt = plan.epoch_batches(0)
     batch_of = {int(row): set(line.tolist()) - {int(row)} for line in dealt for row in line}
@@ -169,17 +169,17 @@ def test_unnormalised_embeddings_and_blocks():
     assert blocks.loss == pytest.approx(whole.loss, rel=1e-6)
     assert (blocks.own_first, blocks.above_own) == (whole.own_first, whole.above_own)
     np.testing.assert_allclose(blocks.histogram, whole.histogram)
-    longer = inspect_plan(mined()[0].plan, 3 * anchors, 2 * positives, **same)
-    plain = inspect_plan(mined()[0].plan, anchors, positives, **same)
+    longer = inspect_plan(mined()[0].plan, 3 * anchors, 2 * positives, **same)[""]
+    plain = inspect_plan(mined()[0].plan, anchors, positives, **same)[""]
     assert longer.planned.loss == pytest.approx(plain.planned.loss, rel=1e-5)
 
 
 def test_a_sample_is_near_the_whole_and_repeatable():
     anchors, positives = embeddings(1500, seed=1, width=16)
     result = mine_plan(anchors, positives, config=MiningConfig(batch_size=32, cluster_size=8, skip=5, take=20))
-    whole = inspect_plan(result.plan, anchors, positives, num_anchors=5000)
-    part = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)
-    again = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)
+    whole = inspect_plan(result.plan, anchors, positives, num_anchors=5000)[""]
+    part = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)[""]
+    again = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)[""]
     assert whole.num_anchors == 1500
     assert whole.statistics == result.report.statistics
     assert part.num_anchors == 400

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anybatch.data.pairs import PairData
-from anybatch.insight import plan_figures, render_plan_page
+from anybatch.insight import plan_sizes, render_plan_page, set_figures
 from anybatch.insight.inspection import inspect_plan
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
@@ -33,7 +33,7 @@ def mined():
         anchors=[f"anchor {row} {EVIL}" for row in range(130)],
         positives=[f"positive {row} {EVIL} {'long ' * 100}" for row in range(130)],
     )
-    seen = inspect_plan(result.plan, anchors, positives)
+    seen = inspect_plan(result.plan, anchors, positives)[""]
     return result.plan, pairs, seen, json.loads(json.dumps(result.report.as_dict()))
 
 
@@ -50,7 +50,7 @@ def check(page):
 def test_whole_page_is_escaped_and_stands_alone(mined):
     plan, pairs, seen, stored = mined
     assert len(seen.suspects) > 0
-    page = render_plan_page(plan, title=f"Plan {EVIL}", pairs=pairs, inspection=seen, mining=stored)
+    page = render_plan_page(plan, title=f"Plan {EVIL}", pairs=pairs, inspections={"": seen}, mining=stored)
     check(page)
     assert "<script" not in page
     assert "&lt;script&gt;alert(" in page
@@ -68,9 +68,9 @@ def test_whole_page_is_escaped_and_stands_alone(mined):
 def test_warnings_come_first(mined):
     plan, pairs, _, stored = mined
     anchors, positives = embeddings(130)
-    bad = inspect_plan(plan, anchors, positives[::-1].copy())
+    bad = inspect_plan(plan, anchors, positives[::-1].copy())[""]
     assert bad.statistics.warnings
-    page = render_plan_page(plan, title="Plan", pairs=pairs, inspection=bad, mining=stored)
+    page = render_plan_page(plan, title="Plan", pairs=pairs, inspections={"": bad}, mining=stored)
     check(page)
     assert page.count('<p class="warning">') == len(bad.statistics.warnings)
     assert page.index(bad.statistics.warnings[0].split("%")[0].split(" for ")[0]) < page.index("<h2>Figures</h2>")
@@ -93,7 +93,7 @@ def test_without_embeddings_and_texts(mined):
 def test_random_plan():
     anchors, positives = embeddings(60)
     plan = BatchPlan.random(60, 8)
-    page = render_plan_page(plan, title="Plan", inspection=inspect_plan(plan, anchors, positives))
+    page = render_plan_page(plan, title="Plan", inspections=inspect_plan(plan, anchors, positives))
     check(page)
     assert "nothing was chosen" in page
     assert "wanted negatives in the cluster" not in page
@@ -101,7 +101,11 @@ def test_random_plan():
 
 def test_figures_say_what_was_measured(mined):
     plan, _, seen, stored = mined
-    shown = {figure.name: figure for figure in plan_figures(plan, inspection=seen, mining=stored)}
+
+    def known(inspection):
+        return [*plan_sizes(plan), *set_figures(plan, inspection=inspection, stored=stored)]
+
+    shown = {figure.name: figure for figure in known(seen)}
     assert shown["wanted negatives in the batch"].plan == f"{seen.window_in_batch:.2f}"
     assert shown["wanted negatives in the batch"].random == f"{seen.random_window_in_batch:.2f}"
     loss = shown["expected loss at temperature 0.05"]
@@ -111,5 +115,5 @@ def test_figures_say_what_was_measured(mined):
     assert shown["kept weight"].plan == f"{stored['audit']['kept_weight']:.1%}"
     assert shown["conflicts in the cluster"].plan == f"{seen.statistics.suspects_per_anchor:.2f}"
     assert all(figure.meaning for figure in shown.values())
-    from_mining = {figure.name: figure.plan for figure in plan_figures(plan, mining=stored)}
+    from_mining = {figure.name: figure.plan for figure in known(None)}
     assert from_mining["conflicts in the cluster"] == shown["conflicts in the cluster"].plan

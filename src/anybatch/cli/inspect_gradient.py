@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from anybatch.cli.options import with_options
 from anybatch.cli.plan_options import PlanOptions, PlanSources
@@ -23,6 +22,7 @@ def command(
     from anybatch.insight import render_gradient_page
     from anybatch.insight.gradient_error import FrozenPairs
     from anybatch.insight.gradient_methods import compare_methods, comparison_rows, recommendation
+    from anybatch.insight.tables import rich_table
 
     sources = PlanSources(options)
     pairs, vectors = sources.pairs(), sources.embeddings()
@@ -50,12 +50,7 @@ def command(
         comparison = compare_methods(frozen, sources.plan, progress=lambda done, total: bars("methods", done, total))
     header, lines = comparison_rows(comparison)
     both = ", both directions" if direction == "both" else ""
-    table = Table(title=f"Distance to the gradient over all data{both}", title_justify="left")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number < 2 else "right")
-    for line in lines:
-        table.add_row(*line)
-    show(table)
+    show(rich_table(header, lines, left=(0, 1), title=f"Distance to the gradient over all data{both}"))
     without = "Repeated texts: the data is not at hand, so that all rows count as different. Give it with --data."
     missing = [without] if pairs is None else []
     for sentence in (*recommendation(comparison), *(f"Not taken into account: {line}" for line in missing)):

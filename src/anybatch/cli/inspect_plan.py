@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
 from anybatch.cli.options import with_options
 from anybatch.cli.plan_options import PlanOptions, PlanSources
 from anybatch.cli.progress import Bars, say, show
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from anybatch.data.pairs import PairData
     from anybatch.insight import Figure
     from anybatch.insight.inspection import PlanInspection
@@ -29,7 +29,8 @@ def command(options: PlanOptions) -> None:
     """
     from anybatch.core.files import write_text
     from anybatch.insight import plan_sizes, render_plan_page, set_figures
-    from anybatch.insight.inspection import inspect_plan, inspect_sets
+    from anybatch.insight.inspection import inspect_plan
+    from anybatch.insight.plan_figures import statistics_of, stored_of
 
     # 1. Find what belongs to the plan.
     sources = PlanSources(options)
@@ -43,42 +44,34 @@ def command(options: PlanOptions) -> None:
         if pairs is None:
             missing.append("Repeated texts are not recognised without the data: their rows count as different.")
         with Bars() as bars:
-            measure = inspect_plan if plan.task is None else partial(inspect_sets, sets=sources.windows())
-            measured = measure(
+            inspections = inspect_plan(
                 plan,
                 *vectors,
+                sets=sources.windows(),
                 anchor_id=None if pairs is None else pairs.anchor_id,
                 positive_id=None if pairs is None else pairs.positive_id,
                 temperature=sources.temperature,
                 num_anchors=options.anchors,
                 progress=lambda fraction: bars("ranking", round(100 * fraction), 100),
             )
-        inspections = measured if isinstance(measured, dict) else {"": measured}
 
     # 3. Print warnings, figures, suspected false negatives, and what could not be shown.
-    names = ("",) if plan.task is None else plan.task_names
-    stored: dict[str, dict[str, Any]] = {
-        name: ((mining or {}).get("sets", {}).get(name) if name else mining) or {} for name in names
-    }
-    for name in names:
-        statistics = (
-            inspections[name].statistics.as_dict() if name in inspections else stored[name].get("statistics") or {}
-        )
-        for warning in statistics.get("warnings") or ():
+    stored = {name: stored_of(mining, name) for name in plan.set_rows}
+    for name, of_set in stored.items():
+        for warning in statistics_of(inspections.get(name), of_set).get("warnings") or ():
             say(f"Warning{name and f' ({name})'}: {warning}")
-    figures = plan_sizes(plan)
-    if plan.task is None:
-        figures += set_figures(plan, inspection=inspections.get(""), mining=mining)
-    table = _table(f"Plan {escape(str(sources.path))}", figures)
+    tables = {
+        name: set_figures(plan, inspection=inspections.get(name), stored=of_set) for name, of_set in stored.items()
+    }
+    table = _table(f"Plan {sources.path}", [*plan_sizes(plan), *tables.pop("", [])])
     for stage, seconds in (mining or {}).get("seconds", {}).items():
         peak = (mining or {}).get("peak_bytes", {}).get(stage, 0)
         table.add_row(f"mining: {stage}", f"{seconds:.1f} s", "", f"peak {peak / 2**30:.2f} GiB")
     show(table)
-    for name in plan.task_names:
-        of_set = set_figures(plan, inspection=inspections.get(name), mining=stored[name])
-        if of_set:
-            show(_table(f"Data set {escape(name)}", of_set))
-    for name in names:
+    for name, figures in tables.items():
+        if figures:
+            show(_table(f"Data set {name}", figures))
+    for name in stored:
         _print_suspects(name, inspections.get(name), pairs)
     for line in missing:
         say(f"Not shown: {line}")
@@ -89,8 +82,7 @@ def command(options: PlanOptions) -> None:
             plan,
             title=f"Plan {sources.path}",
             pairs=pairs,
-            inspection=inspections.get(""),
-            sets=inspections,
+            inspections=inspections,
             mining=mining,
             missing=missing,
         )
@@ -99,12 +91,10 @@ def command(options: PlanOptions) -> None:
 
 
 def _table(title: str, figures: list[Figure]) -> Table:
-    table = Table("", title=title, title_justify="left")
-    for name in ("this plan", "random", "good"):
-        table.add_column(name, justify="left" if name == "good" else "right")
-    for figure in figures:
-        table.add_row(figure.name, figure.plan, figure.random, figure.good)
-    return table
+    from anybatch.insight.tables import rich_table
+
+    lines = [(figure.name, figure.plan, figure.random, figure.good) for figure in figures]
+    return rich_table(["", "this plan", "random", "good"], lines, left=(0, 3), title=escape(title))
 
 
 def _print_suspects(name: str, inspection: PlanInspection | None, pairs: PairData | None) -> None:

@@ -98,10 +98,14 @@ class Cosines:
             histogram=histogram / max(1, total),
         )
 
-    def over_own(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """(p,): cosine of each row's anchor with the other's positive, minus that with its own."""
-        anchors = unit(self.anchors[rows])
-        return np.einsum("pd,pd->p", anchors, unit(self.positives[others]) - unit(self.positives[rows]))
+    def between(self, rows: np.ndarray, others: np.ndarray, *, side: str = "anchors") -> np.ndarray:
+        """(p,): cosine of each row's anchor (or `side`) with the other's positive, a block of pairs at a time."""
+        found = [np.zeros(0)]
+        for start in range(0, len(rows), 8192):
+            part = slice(start, start + 8192)
+            ours, theirs = getattr(self, side)[rows[part]], self.positives[others[part]]
+            found.append(np.einsum("pd,pd->p", unit(ours), unit(theirs)))
+        return np.concatenate(found)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

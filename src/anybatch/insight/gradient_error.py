@@ -200,10 +200,10 @@ class FrozenPairs:
     def __len__(self) -> int:
         return len(self.anchors)
 
-    def units(self, rows: Tensor) -> Tensor:
-        """The unit embeddings that `exact` is the gradient of: (R, D) anchors, or (R, 2 D) anchors and positives."""
-        anchors = self.anchors[rows]
-        return anchors if self.direction == "one_way" else torch.cat([anchors, self.positives[rows]], dim=1)
+    @property
+    def trained(self) -> list[Tensor]:
+        """The embeddings that `exact` is the gradient of: anchors, or anchors and positives."""
+        return [self.anchors] if self.direction == "one_way" else [self.anchors, self.positives]
 
 
 def gradient_error(
@@ -272,8 +272,7 @@ def infonce_curve(
         seed: Of the batches.
 
     Cost: 2 * epochs * P * B * D multiplications a size, three times over; two-way four times, and B * B * D for each
-        256 probes (B / 8 where
-    that is more).
+        256 probes (B / 8 where that is more).
     """
     num_rows = len(pairs)
     if batch_sizes is None:
@@ -325,21 +324,18 @@ class _Sums:
     """What is added up for each probe over its draws."""
 
     def __init__(self, pairs: FrozenPairs) -> None:
-        num_probes = len(pairs.probes)
         self.pairs = pairs
         self.gradient = torch.zeros_like(pairs.exact)
-        self.count, self.error, self.along, self.length = (
-            torch.zeros(num_probes, dtype=torch.float64) for _ in range(4)
-        )
+        self.count = torch.zeros(len(pairs.probes), dtype=torch.float64)
+        self.figures = torch.zeros(3, len(pairs.probes), dtype=torch.float64)  # |g - g*|^2, g . g*, |g|^2
 
     def add(self, probes: Tensor, gradient: Tensor) -> None:
         """Count one draw of these probes (positions in `pairs.probes`, all different)."""
         exact = self.pairs.exact[probes]
         self.gradient[probes] += gradient
         self.count[probes] += 1
-        self.error[probes] += (gradient - exact).square().sum(dim=1).double()
-        self.along[probes] += (gradient * exact).sum(dim=1).double()
-        self.length[probes] += gradient.square().sum(dim=1).double()
+        products = (gradient - exact).square(), gradient * exact, gradient.square()
+        self.figures[:, probes] += torch.stack([product.sum(dim=1).double() for product in products])
 
 
 def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, run_in: int, epochs: int) -> _Sums:
@@ -362,12 +358,9 @@ def _run(pairs: FrozenPairs, loss: nn.Module, plan: BatchPlan, table: RowTable, 
 
 def _batch_gradient(pairs: FrozenPairs, loss: nn.Module, batch: Tensor, table: RowTable) -> Tensor:
     """B times the gradient of the batch's mean loss with respect to its anchors; two-way also to its positives."""
-    leaves = [pairs.anchors[batch].requires_grad_(), pairs.positives[batch]]
-    if pairs.direction == "both":
-        leaves[1].requires_grad_()
-    value = loss(*leaves, **table.arguments(batch))
-    trained = [leaf for leaf in leaves if leaf.requires_grad]
-    gradients = torch.autograd.grad(value, trained)
+    leaves = [pairs.anchors[batch], pairs.positives[batch]]
+    trained = [leaf.requires_grad_() for leaf in leaves[: len(pairs.trained)]]
+    gradients = torch.autograd.grad(loss(*leaves, **table.arguments(batch)), trained)
     parts = [tangent(part * len(batch), leaf.detach()) for part, leaf in zip(gradients, trained, strict=True)]
     return torch.cat(parts, dim=1)
 
@@ -392,17 +385,14 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
     seen = (first.count > 0) & (second.count > 0)
     if int(seen.sum()) < 2:
         raise AnybatchError("Fewer than two anchors were in a batch; measure more epochs or more probes.")
-    exact, units = pairs.exact[seen], pairs.units(pairs.probes[seen])
+    exact, units = pairs.exact[seen], [side[pairs.probes[seen]] for side in pairs.trained]
     squared = exact.square().sum(dim=1).double()
     count = (first.count + second.count)[seen]
-    error, along, length = (
-        (getattr(first, name) + getattr(second, name))[seen] / count for name in ("error", "along", "length")
-    )
+    error, along, length = (first.figures + second.figures)[:, seen] / count
     # 2. The copies' mean errors on the two sides of a product, so that noise does not count as bias.
     means = [half.gradient[seen] / half.count[seen, None].to(exact.dtype) - exact for half in (first, second)]
     bias, bias_se = _root_ratio((means[0] * means[1]).sum(dim=1).double(), squared)
-    width = pairs.anchors.shape[1]
-    shared, shared_se = _shared(means[0], means[1], exact, units, num_rows=len(pairs), width=width)
+    shared, shared_se = _shared((*means, exact), units, num_rows=len(pairs))
     # 3. One batch, and one batch after the best common factor.
     rmse, rmse_se = _root_ratio(error, squared)
     scale = float(along.sum() / length.sum()) if length.sum() > 0 else 0.0
@@ -424,9 +414,7 @@ def _summarise(pairs: FrozenPairs, first: _Sums, second: _Sums) -> GradientError
     )
 
 
-def _shared(
-    first: Tensor, second: Tensor, exact: Tensor, units: Tensor, *, num_rows: int, width: int
-) -> tuple[list[float], list[float]]:
+def _shared(sides: Sequence[Tensor], units: Sequence[Tensor], *, num_rows: int) -> tuple[list[float], list[float]]:
     """Bias and cosine of the mean gradient of a shared linear map, with standard errors by a jackknife over anchors.
 
     Two-way there are two maps, of anchors and of positives, taken as one vector of parameters.
@@ -436,23 +424,24 @@ def _shared(
     on the two sides, so that noise does not count either.
 
     Args:
-        first, second: (P, D) mean errors of the two halves; two-way (P, 2 D).
-        exact: Of the same shape.
-        units: The embeddings, of the same shape.
+        sides: (P, D) mean errors of the two halves and the exact gradient; two-way (P, 2 D).
+        units: (P, D) the embeddings, of each side that is trained.
         num_rows: n.
-        width: D.
     """
-    groups = torch.arange(len(exact)) % min(JACKKNIFE, len(exact))
-    sides = (first, second, exact)
+    count = len(units[0])
+    groups = torch.arange(count) % min(JACKKNIFE, count)
     parts = []
     for group in range(int(groups.max()) + 1):
         rows = groups == group
-        maps = [(side[rows].split(width, dim=1), units[rows].split(width, dim=1)) for side in sides]
-        matrices = [torch.cat([part.T @ unit for part, unit in zip(*pair, strict=True)]).double() for pair in maps]
+        gradients = [side[rows].chunk(len(units), dim=1) for side in sides]
+        matrices = [
+            torch.cat([part.T @ unit[rows] for part, unit in zip(side, units, strict=True)]).double()
+            for side in gradients
+        ]
         own = [[float((a[rows] * b[rows]).sum()) for b in sides] for a in sides]
         parts.append((matrices, torch.tensor(own, dtype=torch.float64), int(rows.sum())))
     total = [torch.stack([part[0][side] for part in parts]).sum(dim=0) for side in range(3)]
-    own_total, count = torch.stack([part[1] for part in parts]).sum(dim=0), len(exact)
+    own_total = torch.stack([part[1] for part in parts]).sum(dim=0)
 
     def figures(matrices: list[Tensor], own: Tensor, count: int) -> list[float]:
         def product(a: int, b: int) -> float:

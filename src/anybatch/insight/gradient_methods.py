@@ -39,10 +39,14 @@ def core_methods() -> list[LossConfig]:
 def name_of(method: LossConfig) -> str:
     """The method in the words of the configuration: `loss.name`, with what else has to be set."""
     known = options_of(method.name)
-    given = {name: value for name, value in method.options.items() if value != known[name].default}
-    given = {name: value for name, value in given.items() if name not in ("temperature", "direction")}
-    weights = {} if method.weights == "none" else {"weights": method.weights}
-    return ", ".join([method.name, *(f"{name}={value}" for name, value in {**given, **weights}.items())])
+    given = {
+        name: value
+        for name, value in method.options.items()
+        if value != known[name].default and name not in ("temperature", "direction")
+    }
+    if method.weights != "none":
+        given["weights"] = method.weights
+    return ", ".join([method.name, *(f"{name}={value}" for name, value in given.items())])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
-from anybatch.insight.cosines import BatchScores, Cosines, unit
+from anybatch.insight.cosines import BatchScores, Cosines
 from anybatch.mining.audit import most_wanted
 from anybatch.mining.config import MiningConfig, MiningSet
 from anybatch.mining.graph import Window
@@ -60,7 +60,7 @@ class ClusterExample:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlanInspection:
-    """What `inspect_plan` measured.
+    """What `inspect_plan` measured of one data set.
 
     Attributes:
         num_anchors: Anchors looked at, drawn at random; all rows where that is no more.
@@ -80,7 +80,7 @@ class PlanInspection:
 
     Example:
         >>> embeddings = np.random.default_rng(0).normal(size=(2, 64, 8))
-        >>> seen = inspect_plan(BatchPlan.random(64, 8), *embeddings)
+        >>> seen = inspect_plan(BatchPlan.random(64, 8), *embeddings)[""]
         >>> seen.num_anchors, seen.clusters
         (64, [])
     """
@@ -110,41 +110,6 @@ def inspect_plan(
     anchor_embeddings: np.ndarray,
     positive_embeddings: np.ndarray,
     *,
-    anchor_id: np.ndarray | None = None,
-    positive_id: np.ndarray | None = None,
-    temperature: float = 0.05,
-    num_anchors: int = 2000,
-    seed: int = 0,
-    progress: Callable[[float], None] | None = None,
-) -> PlanInspection:
-    """Measure a plan against random batches under a teacher's scores.
-
-    Args:
-        plan: Mined or random.
-        anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped.
-        anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all
-            differ.
-        temperature: Of the expected loss.
-        num_anchors: Anchors looked at; a share measured on 2,000 of them has a standard error of at most 1.1 points.
-        seed: Of the draws.
-        progress: Called with the fraction of the ranking done.
-
-    Raises:
-        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of
-            anchors below 1.
-
-    Cost: num_anchors * n * D multiplications, as much of a look at every row, and two losses of num_anchors rows.
-    """
-    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id)
-    look = _Look(temperature=temperature, num_anchors=num_anchors, seed=seed)
-    return _measure(plan, pairs, np.arange(plan.num_rows), _plan_window(plan), look, progress)
-
-
-def inspect_sets(
-    plan: BatchPlan,
-    anchor_embeddings: np.ndarray,
-    positive_embeddings: np.ndarray,
-    *,
     sets: Sequence[MiningSet] = (),
     anchor_id: np.ndarray | None = None,
     positive_id: np.ndarray | None = None,
@@ -153,72 +118,58 @@ def inspect_sets(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, PlanInspection]:
-    """`inspect_plan` for each data set of a plan over several, each ranked by itself as in mining.
+    """Measure a plan against random batches under a teacher's scores, each data set ranked by itself as in mining.
 
     Anchors are one set's rows in the plan's batches: of that set alone (`mixing="within"`), or with rows of others,
     which count in the expected loss. Random batches are sampled the same way, of the same sets with the same shares.
 
     Args:
-        plan: Made with `sets`.
-        anchor_embeddings, positive_embeddings, anchor_id, positive_id, temperature, num_anchors, seed, progress: See
-            `inspect_plan`; anchors are looked at in each set.
-        sets: Their windows, as given to `mine_plan`; without them the plan's own window holds for all.
+        plan: Mined or random.
+        anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped.
+        sets: The data sets' windows, as given to `mine_plan`; without them the plan's own window holds for all.
+        anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all
+            differ.
+        temperature: Of the expected loss.
+        num_anchors: Anchors looked at in each set; a share measured on 2,000 of them has a standard error of at most
+            1.1 points.
+        seed: Of the draws.
+        progress: Called with the fraction of the ranking done.
 
     Returns:
-        What was measured, by the set's name; row and cluster numbers are the plan's. Sets of which no row is in a batch
-        are left out.
+        What was measured, by the data set's name, "" where the plan has one; row and cluster numbers are the plan's.
+        Sets of which no row is in a batch are left out.
 
     Raises:
-        AnybatchError: As `inspect_plan`; a plan of one data set.
+        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of
+            anchors below 1.
 
-    Cost: that of `inspect_plan` for each set, over its own rows.
+    Cost, summed over sets of n rows: num_anchors * n * D multiplications, as much of a look at every row, and two
+    losses of num_anchors rows.
     """
-    if plan.task is None:
-        raise AnybatchError("The plan has one data set. Use inspect_plan.")
-    pairs = _checked(plan, anchor_embeddings, positive_embeddings, anchor_id, positive_id)
-    look = _Look(temperature=temperature, num_anchors=num_anchors, seed=seed)
-    of_plan = _plan_window(plan)
-    windows = {part.name: part.windowed(of_plan) for part in sets}
-    in_batches = plan.task[plan.epoch_batches(0)]
-    members = {name: np.flatnonzero(plan.task == number) for number, name in enumerate(plan.task_names)}
-    shown = [name for number, name in enumerate(members) if (in_batches == number).any() and len(members[name]) > 1]
+    check_embeddings("anchor", anchor_embeddings, plan.num_rows)
+    check_embeddings("positive", positive_embeddings, plan.num_rows)
+    if not 0 < temperature < np.inf or num_anchors < 1:
+        raise AnybatchError(
+            f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at least "
+            "1."
+        )
+    ids = (np.arange(plan.num_rows) if given is None else np.asarray(given) for given in (anchor_id, positive_id))
+    pairs = Cosines(anchor_embeddings, positive_embeddings, *ids)
+    default = MiningConfig().window  # of plans that have none
+    window = Window(**{name: plan.meta.get(name, getattr(default, name)) for name in ("skip", "take", "margin")})
+    windows = {part.name: part.windowed(window) for part in sets}
+    placed = np.bincount(plan.epoch_batches(0).ravel(), minlength=plan.num_rows) > 0
+    shown = {name: rows for name, rows in plan.set_rows.items() if placed[rows].any() and len(rows) > 1}
 
     def advance(done: int) -> Callable[[float], None]:
         return lambda fraction: progress((done + fraction) / len(shown)) if progress is not None else None
 
     return {
-        name: _measure(plan, pairs, members[name], windows.get(name, of_plan), look, advance(place))
-        for place, name in enumerate(shown)
+        name: _measure(
+            plan, pairs, rows, windows.get(name, window), temperature, num_anchors, seed, progress=advance(place)
+        )
+        for place, (name, rows) in enumerate(shown.items())
     }
-
-
-def _checked(
-    plan: BatchPlan,
-    anchors: np.ndarray,
-    positives: np.ndarray,
-    anchor_id: np.ndarray | None,
-    positive_id: np.ndarray | None,
-) -> Cosines:
-    check_embeddings("anchor", anchors, plan.num_rows)
-    check_embeddings("positive", positives, plan.num_rows)
-    ids = (np.arange(plan.num_rows) if given is None else np.asarray(given) for given in (anchor_id, positive_id))
-    return Cosines(anchors, positives, *ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Look:
-    """What is looked at: see `inspect_plan`."""
-
-    temperature: float
-    num_anchors: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < np.inf or self.num_anchors < 1:
-            raise AnybatchError(
-                f"The temperature is {self.temperature} and the number of anchors {self.num_anchors}; expected above "
-                "0, and at least 1."
-            )
 
 
 def _measure(
@@ -226,13 +177,16 @@ def _measure(
     pairs: Cosines,
     members: np.ndarray,
     window: Window,
-    look: _Look,
-    progress: Callable[[float], None] | None,
+    temperature: float,
+    num_anchors: int,
+    seed: int,
+    *,
+    progress: Callable[[float], None],
 ) -> PlanInspection:
     """`members`: the rows that are ranked among each other, ascending."""
     # 1. Some anchors, and how the teacher ranks the others for them.
-    generator = np.random.default_rng(look.seed)
-    chosen = np.sort(generator.choice(len(members), min(look.num_anchors, len(members)), replace=False))
+    generator = np.random.default_rng(seed)
+    chosen = np.sort(generator.choice(len(members), min(num_anchors, len(members)), replace=False))
     rows = members[chosen]
     window = window.fitted(len(members))
     whole = members[-1] - members[0] + 1 == len(members)  # then nothing is copied out of the files
@@ -263,16 +217,16 @@ def _measure(
     # 3. The teacher's scores in the plan's batches and in random ones.
     among = np.isin(np.arange(plan.num_rows), members)
     planned, random = (
-        pairs.batch_scores(some, look.num_anchors, look.temperature, among=among)
-        for some in (batches, _random_batches(plan, look.seed))
+        pairs.batch_scores(some, num_anchors, temperature, among=among)
+        for some in (batches, _random_batches(plan, seed))
     )
-    duplicates = _duplicates(rows, ids[:, :8], pairs.positives)
+    duplicates = _duplicates(rows, ids[:, :8], pairs)
     scale = len(members) / len(rows)
     return PlanInspection(
         num_anchors=len(rows),
         skip=window.skip,
         take=window.take,
-        temperature=look.temperature,
+        temperature=temperature,
         window_in_batch=float((wanted & together).sum()) / num_placed,
         conflicts_in_batch=float((conflict & together).sum()) / num_placed,
         random_window_in_batch=float(wanted.sum()) / len(rows) * by_chance,
@@ -288,12 +242,6 @@ def _measure(
         clusters=_examples(plan, pairs, members, generator),
         statistics=batch_statistics(neighbors, plan.cluster[members], window, rows=chosen),
     )
-
-
-def _plan_window(plan: BatchPlan) -> Window:
-    """The plan's own window, or the default for plans that have none."""
-    default = MiningConfig().window
-    return Window(**{name: plan.meta.get(name, getattr(default, name)) for name in ("skip", "take", "margin")})
 
 
 def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
@@ -315,19 +263,18 @@ def _suspects(plan: BatchPlan, pairs: Cosines, among: np.ndarray) -> list[RowPai
     """The plan's suspects by how far the other's positive scores above the own, in the worse of both directions."""
     suspects = np.zeros((0, 2), np.int32) if plan.suspects is None else plan.suspects
     suspects = suspects[among[suspects].all(axis=1)]
-    both = np.stack([suspects, suspects[:, ::-1]])  # (2, p, 2)
-    blocks = _blocks(both.reshape(-1, 2))
-    scores = np.concatenate([np.zeros(0), *(pairs.over_own(block[:, 0], block[:, 1]) for block in blocks)]).reshape(
-        2, -1
+    rows, others = np.concatenate([suspects, suspects[:, ::-1]]).T
+    scores = (pairs.between(rows, others) - pairs.between(rows, rows)).reshape(2, -1)
+    score, worse = scores.max(axis=0), scores.argmax(axis=0)
+    found = (
+        RowPair(
+            row=int(suspects[place, worse[place]]),
+            other=int(suspects[place, 1 - worse[place]]),
+            score=float(score[place]),
+        )
+        for place in np.argsort(-score, kind="stable")
     )
-    order, worse = np.argsort(-scores.max(axis=0), kind="stable"), scores.argmax(axis=0)
-    return _shown(
-        (
-            RowPair(row=int(both[worse[place], place, 0]), other=int(both[worse[place], place, 1]), score=score)
-            for place, score in zip(order, scores.max(axis=0)[order].tolist(), strict=True)
-        ),
-        pairs.positive_id,
-    )
+    return _shown(found, pairs.positive_id)
 
 
 def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:
@@ -340,18 +287,15 @@ def _shown(pairs: Iterable[RowPair], positive_id: np.ndarray) -> list[RowPair]:
     return list(kinds.values())
 
 
-def _blocks(pairs: np.ndarray, size: int = 8192) -> list[np.ndarray]:
-    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
-
-
-def _duplicates(rows: np.ndarray, ids: np.ndarray, positives: np.ndarray) -> list[RowPair]:
+def _duplicates(rows: np.ndarray, ids: np.ndarray, pairs: Cosines) -> list[RowPair]:
     """Among each anchor's best neighbours those whose positive nearly equals its own."""
     line, column = np.nonzero(ids >= 0)
-    found = []
-    for block in _blocks(np.stack([rows[line], ids[line, column]], axis=1)):
-        cosines = np.einsum("pd,pd->p", unit(positives[block[:, 0]]), unit(positives[block[:, 1]]))
-        for place in np.flatnonzero(cosines >= DUPLICATE):
-            found.append(RowPair(row=int(block[place, 0]), other=int(block[place, 1]), score=float(cosines[place])))
+    others = ids[line, column]
+    cosines = pairs.between(rows[line], others, side="positives")
+    found = [
+        RowPair(row=int(rows[line[place]]), other=int(others[place]), score=float(cosines[place]))
+        for place in np.flatnonzero(cosines >= DUPLICATE)
+    ]
     return sorted(found, key=lambda pair: -pair.score)
 
 

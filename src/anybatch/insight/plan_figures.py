@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Figure:
 
     Example:
         >>> from anybatch.plans.plan import BatchPlan
-        >>> [(figure.name, figure.plan) for figure in plan_figures(BatchPlan.random(10, 4, seed=0))][:2]
+        >>> [(figure.name, figure.plan) for figure in plan_sizes(BatchPlan.random(10, 4, seed=0))][:2]
         [('batches an epoch', '2 of 4'), ('remainder rows', '0')]
     """
 
@@ -36,29 +36,31 @@ class Figure:
     good: str = ""
 
 
-def plan_figures(
-    plan: BatchPlan, *, inspection: PlanInspection | None = None, mining: Mapping[str, Any] | None = None
-) -> list[Figure]:
-    """All figures that are known.
+def stored_of(mining: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """What mining stored of the data set called `name` ("": of the only one); empty where nothing."""
+    mining = mining or {}
+    return (mining.get("sets") or {}).get(name) or {} if name else mining
+
+
+def statistics_of(inspection: PlanInspection | None, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The figures of `BatchStatistics`, measured anew or as mining stored them; empty where neither is known."""
+    return asdict(inspection.statistics) if inspection is not None else stored.get("statistics") or {}
+
+
+def set_figures(plan: BatchPlan, *, inspection: PlanInspection | None, stored: Mapping[str, Any]) -> list[Figure]:
+    """What is known of one data set.
 
     Args:
         plan: The plan.
         inspection: What was measured from the embeddings, or None.
-        mining: What mining stored (`mining.json`), or None.
+        stored: What mining stored (`stored_of`).
     """
-    return [*plan_sizes(plan), *set_figures(plan, inspection=inspection, mining=mining)]
-
-
-def set_figures(
-    plan: BatchPlan, *, inspection: PlanInspection | None = None, mining: Mapping[str, Any] | None = None
-) -> list[Figure]:
-    """What was measured and stored of the plan's one data set, or of one of several; arguments as in `plan_figures`."""
-    statistics = inspection.statistics.as_dict() if inspection is not None else (mining or {}).get("statistics")
+    statistics = statistics_of(inspection, stored)
     return [
         *(_batches(plan, inspection) if inspection is not None else []),
         *(_teacher(statistics) if statistics else []),
         *(_clusters(statistics) if statistics and plan.cluster_size > 1 else []),
-        *_stored(mining or {}),
+        *_stored(stored),
         *(_repeats(inspection) if inspection is not None else []),
     ]
 

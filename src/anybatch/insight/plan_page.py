@@ -12,7 +12,7 @@ from markupsafe import Markup
 from anybatch.data.images import EncodedImage, describe
 from anybatch.insight.charts import bar_chart, heat_map, line_chart
 from anybatch.insight.pages import drawings, render
-from anybatch.insight.plan_figures import plan_sizes, set_figures
+from anybatch.insight.plan_figures import plan_sizes, set_figures, statistics_of, stored_of
 
 if TYPE_CHECKING:
     from anybatch.data.pairs import PairData
@@ -30,8 +30,7 @@ def render_plan_page(
     *,
     title: str,
     pairs: PairData | None = None,
-    inspection: PlanInspection | None = None,
-    sets: Mapping[str, PlanInspection] = MappingProxyType({}),
+    inspections: Mapping[str, PlanInspection] = MappingProxyType({}),
     mining: Mapping[str, Any] | None = None,
     missing: Sequence[str] = (),
 ) -> str:
@@ -41,21 +40,17 @@ def render_plan_page(
         plan: The plan.
         title: Heading, such as its path.
         pairs: The data, for its texts and images; None shows row numbers.
-        inspection: What was measured from the embeddings; None leaves those parts out.
-        sets: The same for each of several data sets (`inspect_sets`), by name, instead.
+        inspections: What `inspect_plan` measured from the embeddings; those parts are left out without.
         mining: What mining stored (`mining.json`); None leaves those parts out.
         missing: What could not be shown and which option gives it, in words.
 
     All texts are escaped. Images are shown small, re-encoded, `IMAGE_CHARACTERS` in all at most.
     """
     texts = _Texts(pairs)
-    stored = mining or {}
-    of_sets = stored.get("sets") or {}
-    parts = (
-        [_part(plan, "", inspection, stored, texts)]
-        if plan.task is None
-        else [_part(plan, name, sets.get(name), of_sets.get(name) or {}, texts) for name in plan.task_names]
-    )
+    parts = [
+        _part(plan, name, rows, inspections.get(name), stored_of(mining, name), texts)
+        for name, rows in plan.set_rows.items()
+    ]
     known = [part["warnings"] for part in parts if part["warnings"] is not None]
     return render(
         "plan.html",
@@ -66,17 +61,21 @@ def render_plan_page(
         notes=[note for part in parts for note in part["notes"]],
         sizes=plan_sizes(plan),
         parts=parts,
-        stages=_stage_charts(stored),
+        stages=_stage_charts(mining or {}),
         settings=plan.meta,
     )
 
 
 def _part(
-    plan: BatchPlan, name: str, seen: PlanInspection | None, stored: Mapping[str, Any], texts: _Texts
+    plan: BatchPlan,
+    name: str,
+    rows: np.ndarray,
+    seen: PlanInspection | None,
+    stored: Mapping[str, Any],
+    texts: _Texts,
 ) -> dict[str, Any]:
-    """What is known of the one data set, or of the one called `name`."""
-    warnings = seen.statistics.warnings if seen else (stored.get("statistics") or {}).get("warnings")
-    rows = np.arange(plan.num_rows) if plan.task is None else np.flatnonzero(plan.task == plan.task_names.index(name))
+    """What is known of one data set."""
+    warnings = statistics_of(seen, stored).get("warnings")
     hubs = [(row + int(rows[0]), count) for row, count in stored.get("hubs") or ()]  # mining numbered its rows from 0
     prefix = f"{name}: " if name else ""
     return {
@@ -85,7 +84,7 @@ def _part(
         "num_anchors": seen.num_anchors if seen else 0,
         "warnings": None if warnings is None else [prefix + warning for warning in warnings],
         "notes": [prefix + note for note in stored.get("notes") or ()],
-        "figures": set_figures(plan, inspection=seen, mining=stored),
+        "figures": set_figures(plan, inspection=seen, stored=stored),
         "charts": _score_charts(seen) if seen else [],
         "hubs": [{"count": count, **texts.row(row)} for row, count in (hubs or (seen.hubs if seen else []))[:10]],
         "hubs_estimated": not hubs,

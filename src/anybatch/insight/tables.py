@@ -45,7 +45,7 @@ def metrics_table(results: Mapping[str, Mapping[str, float]]) -> Table:
         [label, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in SHOWN)]
         for label, metrics in results.items()
     ]
-    return _table(["", *SHOWN.values()], lines, left=(0,))
+    return rich_table(["", *SHOWN.values()], lines, left=(0,))
 
 
 def comparison_rows(results: Sequence[MethodResult], baseline: str) -> tuple[list[str], list[list[str]]]:
@@ -76,13 +76,16 @@ def comparison_rows(results: Sequence[MethodResult], baseline: str) -> tuple[lis
 def comparison_table(results: Sequence[MethodResult], baseline: str) -> Table:
     """The comparison for the terminal."""
     header, lines = comparison_rows(results, baseline)
-    return _table(header, lines, left=(0, 5))
+    return rich_table(header, lines, left=(0, 5))
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int]) -> Table:
-    table = Table()
-    for number, title in enumerate(header):
-        table.add_column(title, justify="left" if number in left else "right")
+def rich_table(
+    header: Sequence[str], lines: Sequence[Sequence[str]], *, left: Sequence[int], title: str | None = None
+) -> Table:
+    """A table for the terminal; the columns numbered in `left` begin at the left, numbers end at the right."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number in left else "right")
     for line in lines:
         table.add_row(*line)
     return table

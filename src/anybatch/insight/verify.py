@@ -164,11 +164,10 @@ def _compare(
     floor = 1e-3 * sum(float(gradient.double().norm()) ** 2 for gradient in plain.values()) ** 0.5
     difference = reference = product = 0.0
     for name in sorted(plain.keys() & cached.keys()):
-        wanted, got = plain[name].double(), cached[name].double()
-        error, size = float((got - wanted).norm()), float(wanted.norm())
+        error, size, along = _against(cached[name], plain[name])
         errors[name] = error / max(size, floor) if max(size, floor) > 0 else float(error > 0)
         difference, reference = difference + error**2, reference + size**2
-        product += float((got * wanted).sum())
+        product += along
     error = (difference / reference) ** 0.5 if reference > 0 else float(difference > 0)
     ratio = product / reference if reference > 0 else 1.0
     remainder = (max(0.0, difference - (ratio - 1) ** 2 * reference) / reference) ** 0.5 if reference > 0 else 0.0
@@ -189,12 +188,17 @@ def _wrong_sizes(plain: dict[str, Tensor], cached: dict[str, Tensor], tolerance:
     """Parameters of the loss are few and their gradients small: beside an encoder's, a wrong factor would go unseen."""
     found = []
     for name in plain.keys() & cached.keys():
-        wanted, got = plain[name].double(), cached[name].double()
-        size = float(wanted.norm())
-        if size > 0 and float((got - wanted).norm()) > tolerance * size:
-            ratio = float((got * wanted).sum()) / size**2
+        error, size, along = _against(cached[name], plain[name])
+        if size > 0 and error > tolerance * size:
+            ratio = along / size**2
             found.append(f"The loss's own parameter {name} gets {ratio:.4g} times its gradient: a scale is wrong.")
     return found
+
+
+def _against(got: Tensor, wanted: Tensor) -> tuple[float, float, float]:
+    """Norm of the difference, norm of what is wanted, and their product."""
+    got, wanted = got.double(), wanted.double()
+    return float((got - wanted).norm()), float(wanted.norm()), float((got * wanted).sum())
 
 
 def _parameter_names(parts: Sequence[nn.Module]) -> dict[nn.Parameter, str]:

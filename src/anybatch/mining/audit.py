@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
@@ -47,10 +46,6 @@ class Audit:
     kept_weight: float
     largest_in_degree: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.ndarray, positive_id: np.ndarray) -> Audit:
     """Count.
@@ -65,13 +60,13 @@ def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.nda
     num_rows = len(cluster)
     sizes = np.bincount(cluster[cluster >= 0])
     sizes = sizes[sizes > 0]
-    companions = float(np.sum(sizes * (sizes - 1))) / num_rows / max(1, num_rows - 1)
+    by_chance = together_by_chance(cluster)
     total_weight = float(graph.weight.sum())
     return Audit(
         window_per_anchor=_inside(graph.window, cluster).nnz / num_rows,
         conflicts_per_anchor=_inside(graph.conflict, cluster).nnz / num_rows,
-        random_window_per_anchor=graph.window.nnz / num_rows * companions,
-        random_conflicts_per_anchor=graph.conflict.nnz / num_rows * companions,
+        random_window_per_anchor=graph.window.nnz / num_rows * by_chance,
+        random_conflicts_per_anchor=graph.conflict.nnz / num_rows * by_chance,
         hard_pairs=_hard_pairs(cluster, anchor_id, positive_id),
         smallest=int(sizes.min(initial=num_rows)),
         largest=int(sizes.max(initial=0)),
@@ -80,6 +75,12 @@ def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.nda
         kept_weight=float(_inside(graph.weight, cluster).data.sum()) / total_weight if total_weight else 0.0,
         largest_in_degree=int(np.bincount(graph.window.indices, minlength=1).max(initial=0)),
     )
+
+
+def together_by_chance(cluster: np.ndarray) -> float:
+    """How often two rows drawn at random share a cluster; -1 for rows in none."""
+    sizes = np.bincount(cluster[cluster >= 0])
+    return float(np.sum(sizes * (sizes - 1.0))) / len(cluster) / max(1, len(cluster) - 1)
 
 
 def suspect_pairs(graph: MiningGraph, cluster: np.ndarray) -> np.ndarray:

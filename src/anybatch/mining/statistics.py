@@ -8,11 +8,12 @@ not also right. A teacher that cannot find the row's own positive can vouch for 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from anybatch.mining.audit import together_by_chance
 from anybatch.mining.graph import Window
 from anybatch.mining.neighbors import Neighbors
 
@@ -96,10 +97,6 @@ class BatchStatistics:
     isolated: float
     warnings: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def batch_statistics(
     neighbors: Neighbors,
@@ -137,9 +134,8 @@ def batch_statistics(
         )
         count.update(_counts(block, cluster, cluster[rows[part]], window))
     num_anchors, negatives = len(rows), max(1, count["negatives"])
-    sizes = np.bincount(cluster[cluster >= 0])
-    companions = float(np.sum(sizes * (sizes - 1.0))) / len(cluster) / max(1, len(cluster) - 1)
-    expected = count["wanted"] * companions
+    by_chance = together_by_chance(cluster)
+    expected = count["wanted"] * by_chance
     figures = {
         "own_first": count["own_first"] / num_anchors,
         "own_behind_skip": count["own_behind_skip"] / num_anchors,
@@ -152,7 +148,7 @@ def batch_statistics(
         "relative_score": count["score"] / count["against"] if count["against"] else 0.0,
         "isolated": count["isolated"] / num_anchors,
     }
-    warnings = tuple(_warnings(figures, bool(companions), window.skip, limits))
+    warnings = tuple(_warnings(figures, bool(by_chance), window.skip, limits))
     return BatchStatistics(num_anchors=num_anchors, **figures, warnings=warnings)
 
 

@@ -178,9 +178,16 @@ class BatchPlan:
                 "rows in the same order, or mine these data anew."
             )
 
+    @property
+    def set_rows(self) -> dict[str, np.ndarray]:
+        """Each data set's rows, ascending, by its name; all rows under "" where there is one."""
+        if self.task is None:
+            return {"": np.arange(self.num_rows)}
+        return {name: np.flatnonzero(self.task == number) for number, name in enumerate(self.task_names)}
+
     def stats(self) -> dict[str, Any]:
         """What `anybatch inspect` shows."""
-        sizes = {f"rows.{name}": int((self.task == number).sum()) for number, name in enumerate(self.task_names)}
+        sizes = {f"rows.{name}": len(rows) for name, rows in self.set_rows.items() if name}
         return {
             "rows": self.num_rows,
             "batch_size": self.batch_size,
