@@ -67,3 +67,8 @@ def test_by_name():
         LossConfig(name="debiased", tau_plus=1.0)
     with pytest.raises(AnybatchError, match="inclusion"):
         LossConfig(name="debiased", weights="inclusion")
+
+
+def test_nan_is_not_taken_for_a_clamped_estimate():
+    anchors, candidates = torch.eye(4), torch.cat([torch.eye(4), torch.full((1, 4), torch.nan)])
+    assert DebiasedInfoNCE(tau_plus=0.1)(anchors, candidates).isnan()

@@ -242,3 +242,18 @@ def test_two_gathers_a_direction_whatever_the_terms(monkeypatch):
         calls.clear()
         part.gathered([ROWS], [columns])
         assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("term", "given"),
+    [
+        (lambda q, c, *, back: q["row"][:, None] == c["row"], r"torch.bool \(3, 3\)"),
+        (lambda q, c, *, back: None, "NoneType"),
+        (lambda q, c, *, back: torch.zeros(2, 3), r"torch.float32 \(2, 3\)"),
+    ],
+)
+def test_a_term_that_gives_no_log_weights_is_refused(term, given):
+    """A bool would be added as a weight of 1, and the pair kept."""
+    rows = Examples(row=torch.arange(3))
+    with pytest.raises(AnybatchError, match=f"The term <lambda> gave {given}"):
+        InfoNCE()(torch.eye(3), torch.eye(3), log_weight=LogWeights(queries=rows, candidates=rows, terms=(term,)))

@@ -8,7 +8,7 @@ import torch
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE
-from anybatch.losses.rows import RowTable
+from anybatch.losses.rows import RESERVED, RowTable
 from anybatch.plans.plan import BatchPlan
 
 
@@ -265,3 +265,15 @@ def test_a_cast_of_the_model_leaves_the_table_alone(cast):
         assert torch.equal(table[0].get_buffer(name), values), name
     assert twin.log_weights.dtype == twin.ways.dtype == torch.float64
     assert table.to("meta")[0].log_weights.device.type == "meta"  # moved as before
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        *(({"columns": {name: np.arange(4)}}, f"a column '{name}'") for name in (*RESERVED, "a.b")),
+        ({"weights": "incluson"}, "weights is 'incluson'; expected one of none, inclusion"),
+    ],
+)
+def test_names_that_the_table_uses_itself_or_does_not_know_are_refused(given, match):
+    with pytest.raises(AnybatchError, match=match):
+        RowTable(np.arange(4), np.arange(4), **given)

@@ -95,7 +95,7 @@ class _DebiasedRule:
         share = self.tau_plus * (log_drawn - log_sum).exp()  # of the sum, that is taken off
         estimate = log_sum + torch.log1p(-share.clamp(max=1.0)) - log_kept
         floor = torch.where(log_sum.isneginf(), -torch.inf, self.least[rows].to(log_sum.dtype) + log_drawn)
-        clamped = ~(estimate > floor)
+        clamped = (estimate <= floor) | log_sum.isneginf()  # NaN stays NaN
         log_negatives = torch.where(clamped, floor, estimate)
         objective = torch.logaddexp(log_negatives, torch.zeros_like(log_negatives))
         log_denominator = torch.where(clamped, torch.inf, objective + log_kept)

@@ -41,7 +41,8 @@ class EMC2(SoftmaxLoss):
             alone.
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
         seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as
-            if uninterrupted, and several ranks draw what one process would.
+            if uninterrupted, and several ranks draw what one process would (with explicit negatives another sample,
+            whose order follows the ranks).
         scoring: See `OneTemperature`.
 
     The chains and the number of steps are buffers, updated once a call in training mode with gradients enabled.

@@ -65,7 +65,7 @@ class GloFND(SoftmaxLoss):
         num_rows: int,
         *,
         alpha: Positive = 0.01,
-        threshold_lr: NotNegative = 0.05,
+        threshold_lr: Positive = 0.05,
         threshold_start: CountOrZero = 0,
         gamma: Share | Gamma = 0.9,
         eps: NotNegative | None = None,

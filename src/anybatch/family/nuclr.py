@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
-from anybatch.core.configuration import CountOrZero, NotNegative, Positive, Share
+from anybatch.core.configuration import CountOrZero, Positive, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import PerRowValues
 from anybatch.losses.base import Scoring, SoftmaxLoss
@@ -70,7 +70,7 @@ class NUCLR(SoftmaxLoss):
         *,
         gamma: Share | Gamma = 0.9,
         margin: float = -0.05,
-        margin_lr: NotNegative = 5e-6,
+        margin_lr: Positive = 5e-6,
         margin_momentum: float = 0.1,
         margin_start: CountOrZero = 0,
         temperature: Positive = 0.05,

@@ -86,7 +86,7 @@ class FastCLIP(SoftmaxLoss):
         sharded: bool = False,
         temperature: Positive | None = None,
         temperature_range: Range = (0.01, 1.0),
-        temperature_lr: NotNegative = 0.01,
+        temperature_lr: Positive = 0.01,
         temperature_momentum: float = 0.5,
         **scoring: Unpack[Scoring],
     ) -> None:
@@ -171,7 +171,7 @@ class ISogCLR(SoftmaxLoss):
         sharded: bool = False,
         temperature: Positive = 0.05,
         temperature_range: Range = (0.005, 1.0),
-        temperature_lr: NotNegative = 0.01,
+        temperature_lr: Positive = 0.01,
         temperature_momentum: float = 0.5,
         temperature_clip: float = 5.0,
         **scoring: Unpack[Scoring],
@@ -225,6 +225,7 @@ class TempNet(SoftmaxLoss):
         0.05
     """
 
+    lacks: ClassVar = {"ring": "asks its network of all embeddings, which a ring does not bring together"}
     denominator: RunningDenominator
 
     def __init__(

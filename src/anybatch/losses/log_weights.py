@@ -237,8 +237,20 @@ class LogWeights:
         """The log-weights of these queries and candidates, broadcastable to (rows, columns)."""
         queries, candidates = self.queries.take(rows), self.candidates.take(columns)
         parts = [] if self.pairs is None else [self.pairs[rows, columns]]
-        parts += [term(queries, candidates, back=self.back) for term in self.terms]
+        parts += [self._asked(term, queries, candidates) for term in self.terms]
         return sum(parts[1:], parts[0]) if parts else torch.zeros(())
+
+    def _asked(self, term: Term, queries: Examples, candidates: Examples) -> Tensor:
+        weights = term(queries, candidates, back=self.back)
+        if isinstance(weights, Tensor) and weights.is_floating_point() and weights.ndim <= 2:
+            sizes = zip(weights.shape[::-1], (len(candidates), len(queries)), strict=False)
+            if all(size in (1, expected) for size, expected in sizes):
+                return weights
+        given = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise AnybatchError(
+            f"The term {getattr(term, '__name__', type(term).__name__)} gave {given}; expected floats broadcastable to "
+            f"({len(queries)}, {len(candidates)}), queries by candidates. Of a mask of bools give `removed(mask)`."
+        )
 
     def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> LogWeights:
         """The same over the queries and candidates of all ranks. Two collectives, whatever the terms.

@@ -136,7 +136,7 @@ class GlobalTemperature(Temperature):
         if not 0 < limits[0] < math.inf or (learnable and initial < limits[0]):
             raise AnybatchError(
                 f"min_temperature is {limits[0]} and the first temperature {initial}; expected a positive floor, and a "
-                "learned temperature above it. Set min_temperature lower, or begin higher."
+                "learned temperature above it. Begin higher, or in Python give a lower min_temperature."
             )
         if not initial > 0:
             raise AnybatchError(f"temperature is {initial}; expected a positive number such as 0.05.")
@@ -149,7 +149,8 @@ class GlobalTemperature(Temperature):
         """See `Temperature.value`."""
         if self.log_temperature is None:
             return self.initial
-        return min(max(math.exp(self.log_temperature.item()), self.limits[0]), self.limits[1])
+        value = math.exp(min(self.log_temperature.item(), 700.0))  # finite, though it may have diverged
+        return min(max(value, self.limits[0]), self.limits[1])
 
     def of(self, batch: Batch, direction: int) -> Tensor:
         """See `Temperature.of`."""

@@ -222,6 +222,10 @@ class LossConfig(Configuration):
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own."
                 " Use loss.name=count_corrected (no memory) or sogclr."
             )
+        if self.weight_cap is not None and self.weights == "none":
+            raise AnybatchError(
+                "loss.weight_cap is given, which loss.weights 'none' does not use. Remove it, or set inclusion."
+            )
         for name, value in (("warm_start", self.warm_start), ("probe_steps", self.probe_steps)):
             if value and not isinstance(example.running, RunningDenominator):
                 raise AnybatchError(
@@ -279,13 +283,14 @@ def _build(config: LossConfig, num_rows: int, width: int | None) -> ContrastiveL
     """One loss; `width` is that of the prefix which it is for, None for whole embeddings."""
     arguments = config.options
     for name, option in options_of(config.name).items():
-        if option.default is inspect.Parameter.empty and width is not None:  # the width of the embeddings
+        if (option.default is inspect.Parameter.empty or name == "dimensions") and width is not None:
             if arguments[name] is not None:
                 raise AnybatchError(
                     f"{name} is {arguments[name]} and loss.matryoshka {list(config.matryoshka or ())}, which says the "
                     f"widths already. Leave out loss.{name}."
                 )
-            arguments[name] = width
+            if option.default is inspect.Parameter.empty:  # it needs to know the width of its embeddings
+                arguments[name] = width
     steps = arguments.pop("gamma_steps", None)
     if steps is not None:
         arguments["gamma"] = GammaSchedule(arguments["gamma"], num_steps=steps)

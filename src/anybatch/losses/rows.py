@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from anybatch.plans.examples import Examples
 from anybatch.plans.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
+RESERVED = ("anchor_id", "text_id", "row", "cluster", "task", "log_ways", "remembered", "num_remembered")
 NEVER = 1e-300  # a chance whose inverse is still a number
 
 
@@ -95,6 +96,8 @@ class RowTable(nn.Module):
     ) -> None:
         super().__init__()
         anchors, positives, negatives = _checked_ids(anchor_id, positive_id, negative_id)
+        if weights not in get_args(Weights):
+            raise AnybatchError(f"weights is {weights!r}; expected one of {', '.join(get_args(Weights))}.")
         if plan is None and (weights == "inclusion" or mask_suspects):
             needing = "weights='inclusion'" if weights == "inclusion" else "mask_suspects"
             raise AnybatchError(f"{needing} needs the plan that made the batches.")
@@ -119,6 +122,11 @@ class RowTable(nn.Module):
         for name, values in ids.items():
             self.register_buffer(name, torch.from_numpy(values), persistent=False)
         for name, values in (columns or {}).items():
+            if name in RESERVED or not name.isidentifier():
+                raise AnybatchError(
+                    f"columns has a column {name!r}; expected a name of letters, digits and underscores that the table "
+                    f"does not use itself ({', '.join(RESERVED)}). Choose another."
+                )
             facts = torch.from_numpy(as_ids(name, values))
             if facts.shape != self.anchor_id.shape:
                 raise AnybatchError(

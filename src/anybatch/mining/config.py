@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed, Share
+from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name
 from anybatch.mining.audit import Audit
 from anybatch.mining.graph import Window
@@ -51,6 +52,14 @@ class MiningConfig(Configuration):
     seed: Seed = 0
 
     section: ClassVar[str] = "mining"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "random" and self.num_negatives:
+            raise AnybatchError(
+                f"mining.num_negatives is {self.num_negatives}, and mining.method 'random' ranks nothing to draw them "
+                "from. Remove it, or choose another method."
+            )
 
     @property
     def window(self) -> Window:

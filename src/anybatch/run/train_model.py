@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, seal_folder
@@ -56,9 +58,12 @@ def train_on_plan(
         weight_cap=config.loss.weight_cap,
         mask_suspects=config.loss.mask_suspects,
     )
+    with torch.random.fork_rng():  # a network of the loss begins with the same weights in each run, on every rank
+        torch.manual_seed(config.seed)
+        inner = build_loss(config.loss, num_rows=len(pairs))
     loss = CachedLoss(
         model,
-        build_loss(config.loss, num_rows=len(pairs)),
+        inner,
         rows=rows.to(model.device),
         micro_batch=config.train.micro_batch,
         keep_graphs=config.train.keep_graphs,
