@@ -114,7 +114,7 @@ class RowTable(nn.Module):
                 stacklevel=2,
             )
         # 1. Ids and further facts.
-        self.plan, self.weight_cap = plan, weight_cap
+        self.plan, self.weights, self.weight_cap, self.mask_suspects = plan, weights, weight_cap, mask_suspects
         self.columns, self.terms = tuple(columns or ()), tuple(terms)
         self.width = 1 + int(max(side.max(initial=0) for side in (positives, negatives)))
         known = known_positives(anchors, positives, self.width)
