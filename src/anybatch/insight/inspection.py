@@ -291,7 +291,7 @@ def _duplicates(rows: np.ndarray, ids: np.ndarray, pairs: Cosines) -> list[RowPa
     """Among each anchor's best neighbours those whose positive nearly equals its own."""
     line, column = np.nonzero(ids >= 0)
     others = ids[line, column]
-    cosines = pairs.between(rows[line], others, side="positives")
+    cosines = pairs.between(rows[line], others, positives=True)
     found = [
         RowPair(row=int(rows[line[place]]), other=int(others[place]), score=float(cosines[place]))
         for place in np.flatnonzero(cosines >= DUPLICATE)
