@@ -235,9 +235,9 @@ def test_mistakes():
     anchors, positives = embeddings(20)
     with pytest.raises(AnybatchError, match="shapes"):
         FrozenPairs.prepare(anchors, positives[:10])
-    with pytest.raises(AnybatchError, match="1 positive embeddings are zero"):
+    with pytest.raises(AnybatchError, match=r"1 of the positive embeddings .* all zero"):
         FrozenPairs.prepare(anchors, np.where(np.arange(20)[:, None] == 3, 0.0, positives))
-    with pytest.raises(AnybatchError, match="ids cover"):
+    with pytest.raises(AnybatchError, match="anchor_id has shape"):
         FrozenPairs.prepare(anchors, positives, anchor_id=np.arange(3))
     pairs = FrozenPairs.prepare(anchors, positives)
     with pytest.raises(AnybatchError, match="plan has 21 rows"):

@@ -98,13 +98,13 @@ class Cosines:
             histogram=histogram / max(1, total),
         )
 
-    def between(self, rows: np.ndarray, others: np.ndarray, *, side: str = "anchors") -> np.ndarray:
-        """(p,): cosine of each row's anchor (or `side`) with the other's positive, a block of pairs at a time."""
+    def between(self, rows: np.ndarray, others: np.ndarray, *, positives: bool = False) -> np.ndarray:
+        """(p,): cosine of each row's anchor (or positive) with the other's positive, a block of pairs at a time."""
+        own = self.positives if positives else self.anchors
         found = [np.zeros(0)]
         for start in range(0, len(rows), 8192):
             part = slice(start, start + 8192)
-            ours, theirs = getattr(self, side)[rows[part]], self.positives[others[part]]
-            found.append(np.einsum("pd,pd->p", unit(ours), unit(theirs)))
+            found.append(np.einsum("pd,pd->p", unit(own[rows[part]]), unit(self.positives[others[part]])))
         return np.concatenate(found)
 
 

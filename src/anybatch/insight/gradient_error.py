@@ -14,15 +14,14 @@ relative to rms_i |g*_i|:
 
 Parameters are shared, and so an error that all anchors have in common adds up where independent ones cancel. The third
 kind of figure is that of a linear map shared by all anchors, G = mean_i g_i a_i^T, after averaging over batches: its
-cosine with the exact one, and its bias. A method can be near in every single anchor and yet go astray together; in
-training, this is the figure that told (docs/benchmarks/shared_direction.md).
+cosine with the exact one, and its bias. In training, this is the figure that told
+(docs/benchmarks/shared_direction.md).
 
 The effective batch size is the size of the random batch for which plain InfoNCE has the same error.
 
-For two-way losses the exact objective is the mean of both directions' losses. Its gradient with respect to anchor i and
-that with respect to positive i stand side by side as one vector, g*_i of 2 D numbers, and so do those of a batch: all
-figures are of both together. There are two linear maps then, one shared by all anchors and one by all positives, and
-the measure is two-way InfoNCE on random batches.
+For two-way losses the gradients of anchor i and of positive i stand side by side as one vector of 2 D numbers, of the
+exact objective (the mean of both directions' losses) and of a batch: all figures are of both together. There are two
+linear maps then, one shared by all anchors and one by all positives.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
-from anybatch.core.ids import as_ids, renumbered
 from anybatch.insight.full_gradient import content_masks, full_gradient, tangent
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.log_weights import LogWeights
 from anybatch.losses.rows import RowTable
+from anybatch.mining.inputs import check_embeddings, compact_ids
 from anybatch.plans.plan import BatchPlan
 
 JACKKNIFE = 20  # groups of anchors
@@ -171,15 +170,12 @@ class FrozenPairs:
                 f"Embeddings have shapes {anchors.shape} and {positives.shape}; expected (rows, D) twice, one row a "
                 "pair, at least 3 rows."
             )
-        sides = [_unit(side, name) for side, name in ((anchors, "anchor"), (positives, "positive"))]
+        check_embeddings("anchor", anchors)
+        check_embeddings("positive", positives)
+        sides = [_unit(anchors), _unit(positives)]
         count = num_rows if num_probes is None else min(num_probes, num_rows)
         probes = torch.from_numpy(np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False)))
-        ids = [
-            torch.arange(num_rows) if given is None else torch.as_tensor(renumbered(as_ids(name, given)))
-            for name, given in (("anchor_id", anchor_id), ("positive_id", positive_id))
-        ]
-        if any(len(side) != num_rows for side in ids):
-            raise AnybatchError(f"The ids cover {len(ids[0])} and {len(ids[1])} rows; expected {num_rows}.")
+        ids = [torch.from_numpy(side) for side in compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)]
         repeated = any(len(side.unique()) < num_rows for side in ids)  # else only the own pair is no negative
         masks = content_masks(*ids) if repeated else None
         exact = full_gradient(
@@ -480,13 +476,6 @@ def _root_ratio(part: Tensor, whole: Tensor) -> tuple[float, float]:
     return root, min(ratio_se / (2 * root), math.sqrt(ratio_se)) if root > 0 else math.sqrt(ratio_se)
 
 
-def _unit(side: np.ndarray, name: str) -> Tensor:
+def _unit(side: np.ndarray) -> Tensor:
     tensor = torch.as_tensor(np.array(side, dtype=np.float64 if side.dtype == np.float64 else np.float32))
-    lengths = tensor.norm(dim=1, keepdim=True)
-    bad = torch.nonzero(~(lengths[:, 0].isfinite() & (lengths[:, 0] > 0)))[:, 0]
-    if len(bad):
-        raise AnybatchError(
-            f"{len(bad)} {name} embeddings are zero, NaN or infinite, the first in row {int(bad[0])}. They have no "
-            "direction to compare."
-        )
-    return tensor / lengths
+    return tensor / tensor.norm(dim=1, keepdim=True)

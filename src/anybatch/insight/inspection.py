@@ -16,7 +16,7 @@ from anybatch.insight.cosines import BatchScores, Cosines
 from anybatch.mining.audit import most_wanted
 from anybatch.mining.config import MiningConfig, MiningSet
 from anybatch.mining.graph import Window
-from anybatch.mining.inputs import check_embeddings
+from anybatch.mining.inputs import check_embeddings, compact_ids
 from anybatch.mining.neighbors import exact_neighbors
 from anybatch.mining.statistics import BatchStatistics, batch_statistics
 from anybatch.plans.plan import BatchPlan
@@ -143,8 +143,8 @@ def inspect_plan(
         AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of
             anchors below 1.
 
-    Cost, summed over sets of n rows: num_anchors * n * D multiplications, as much of a look at every row, and two
-    losses of num_anchors rows.
+    Cost, summed over sets of n rows: num_anchors * n * D multiplications, a look at every row, and two losses of
+    num_anchors rows.
     """
     check_embeddings("anchor", anchor_embeddings, plan.num_rows)
     check_embeddings("positive", positive_embeddings, plan.num_rows)
@@ -153,7 +153,7 @@ def inspect_plan(
             f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at least "
             "1."
         )
-    ids = (np.arange(plan.num_rows) if given is None else np.asarray(given) for given in (anchor_id, positive_id))
+    ids = compact_ids(plan.num_rows, anchor_id=anchor_id, positive_id=positive_id)
     pairs = Cosines(anchor_embeddings, positive_embeddings, *ids)
     default = MiningConfig().window  # of plans that have none
     window = Window(**{name: plan.meta.get(name, getattr(default, name)) for name in ("skip", "take", "margin")})
@@ -291,7 +291,7 @@ def _duplicates(rows: np.ndarray, ids: np.ndarray, pairs: Cosines) -> list[RowPa
     """Among each anchor's best neighbours those whose positive nearly equals its own."""
     line, column = np.nonzero(ids >= 0)
     others = ids[line, column]
-    cosines = pairs.between(rows[line], others, side="positives")
+    cosines = pairs.between(rows[line], others, positives=True)
     found = [
         RowPair(row=int(rows[line[place]]), other=int(others[place]), score=float(cosines[place]))
         for place in np.flatnonzero(cosines >= DUPLICATE)

@@ -68,24 +68,22 @@ def set_figures(plan: BatchPlan, *, inspection: PlanInspection | None, stored: M
 def plan_sizes(plan: BatchPlan) -> list[Figure]:
     """What the plan itself says."""
     stats = plan.stats()
-    figures = [
-        Figure(
-            "batches an epoch",
-            f"{plan.num_batches:,} of {plan.batch_size}",
-            f"The {plan.num_rows:,} rows, each at most once an epoch, in batches of equal size.",
-        ),
-        Figure(
-            "clusters",
-            f"{plan.num_clusters:,} of {plan.cluster_size}",
-            f"Rows that always sit together; a batch is {plan.clusters_per_batch} of them, drawn anew every epoch. A "
-            "plan with clusters of other sizes is refused.",
-            good="all of one size",
-        ),
+    batches = Figure(
+        "batches an epoch",
+        f"{plan.num_batches:,} of {plan.batch_size}",
+        f"The {plan.num_rows:,} rows, each at most once an epoch, in batches of equal size.",
+    )
+    clusters = Figure(
+        "clusters",
+        f"{plan.num_clusters:,} of {plan.cluster_size}",
+        f"Rows that always sit together; a batch is {plan.clusters_per_batch} of them, drawn anew every epoch.",
+        good="all of one size (others are refused)",
+    )
+    rest = [
         Figure(
             "remainder rows",
             f"{stats['remainder_rows']:,}",
-            "Rows in no cluster, because the rows do not divide evenly. They take turns with others, so none is lost "
-            "for ever.",
+            "Rows in no cluster, as the rows do not divide evenly. They take turns with others: none is lost.",
             good=f"below {plan.cluster_size}",
         ),
         Figure(
@@ -97,12 +95,11 @@ def plan_sizes(plan: BatchPlan) -> list[Figure]:
         Figure(
             "suspect pairs",
             f"{stats['suspect_pairs']:,}",
-            "Pairs that share a cluster although one scores so high for the other that it may be a right answer too (a "
-            "false negative).",
+            "Pairs in one cluster where one may be a right answer to the other too (a false negative).",
             good="few",
         ),
     ]
-    return [figure for figure in figures if plan.cluster_size > 1 or figure.name != "clusters"]
+    return [batches, *([clusters] if plan.cluster_size > 1 else []), *rest]
 
 
 def _batches(plan: BatchPlan, seen: PlanInspection) -> list[Figure]:
@@ -113,38 +110,35 @@ def _batches(plan: BatchPlan, seen: PlanInspection) -> list[Figure]:
         Figure(
             "wanted negatives in the batch",
             f"{seen.window_in_batch:.2f}",
-            f"Rows beside an anchor that the teacher ranks hard but probably wrong ({window} of all rows). They are "
-            "what mining is for.",
+            f"Rows beside an anchor that are hard but probably wrong ({window} of all rows): what mining is for.",
             random=f"{seen.random_window_in_batch:.2f}",
             good="many times random",
         ),
         Figure(
             "conflicts in the batch",
             f"{seen.conflicts_in_batch:.2f}",
-            f"Rows beside an anchor among its first {seen.skip} ranks or above the margin: probably right answers, "
-            "which training would push away.",
+            f"Rows beside an anchor among its first {seen.skip} ranks or above the margin: probably right answers.",
             random=f"{seen.random_conflicts_in_batch:.2f}",
             good="well below the wanted negatives",
         ),
         Figure(
             f"expected loss at temperature {seen.temperature:g}",
             f"{seen.planned.loss:.3f}",
-            "The loss (InfoNCE, in nats) that the teacher itself would have in these batches. Harder batches teach "
-            "more; batches that the teacher cannot solve teach noise.",
+            "InfoNCE, in nats, of the teacher itself. Hard batches teach; those that it cannot solve teach noise.",
             random=f"{seen.random.loss:.3f}",
             good=f"above random, well below {guess:.2f} (guessing)",
         ),
         Figure(
             "own positive first in the batch",
             f"{seen.planned.own_first:.1%}",
-            "How often the teacher scores an anchor's own positive above all other positives of its batch.",
+            "How often the teacher scores an anchor's own positive above all others of its batch.",
             random=f"{seen.random.own_first:.1%}",
             good="below random, above 50%",
         ),
         Figure(
             "negatives above the own positive",
             f"{seen.planned.above_own:.2%}",
-            "Share of all negatives in the batch that the teacher holds to be better answers than the right one.",
+            "Share of all negatives in the batch that the teacher scores above the right answer.",
             random=f"{seen.random.above_own:.2%}",
             good="a few per cent at most",
         ),
@@ -159,8 +153,7 @@ def _teacher(statistics: Mapping[str, Any]) -> list[Figure]:
         Figure(
             "own positive first among all rows",
             f"{statistics['own_first']:.1%}",
-            "How well the teacher knows the data: how often an anchor's own positive is its best match of all rows. It "
-            "falls as the data grow.",
+            "How well the teacher knows the data: how often the right answer is its best. Falls as the data grow.",
             good=f"{LIMITS.own_first:.0%} or more",
         ),
         Figure(
@@ -205,8 +198,7 @@ def _clusters(statistics: Mapping[str, Any]) -> list[Figure]:
         Figure(
             "score of wanted negatives against own positives",
             f"{statistics['relative_score']:.2f}",
-            "Mean score of the wanted negatives over the mean score of the positives that they stand against: near 0 "
-            "they are easy, near 1 they may be right.",
+            "Ratio of their mean scores: near 0 the wanted negatives are easy, near 1 they may be right.",
             good="0.5 to 0.8",
         ),
         Figure(
@@ -240,8 +232,7 @@ def _stored(mining: Mapping[str, Any]) -> list[Figure]:
         Figure(
             "identical texts in one cluster",
             f"{audit['hard_pairs']:,}",
-            "Pairs of rows with the same anchor or the same positive that could not be kept apart. Our losses leave "
-            "them out.",
+            "Pairs with the same anchor or positive that could not be kept apart. Our losses leave them out.",
             good="0",
         ),
         Figure(
@@ -275,8 +266,7 @@ def _repeats(seen: PlanInspection) -> list[Figure]:
         Figure(
             "rows with a near duplicate",
             f"{seen.duplicate_share:.1%}",
-            "Another row's positive says nearly the same (looked for among each anchor's eight nearest rows). Such "
-            "rows are false negatives of each other: remove them from the data.",
+            "Another positive, of the anchor's eight nearest rows, says nearly the same: remove such rows.",
             good="below 5%",
         ),
     ]
