@@ -215,7 +215,15 @@ def test_refinement_keeps_conflicts_apart_and_beats_the_start():
 @pytest.mark.parametrize("method", ["anybatch", "published", "random"])
 def test_mine_plan(method):
     anchors, positives = embeddings(333)
-    config = MiningConfig(method=method, batch_size=24, cluster_size=8, skip=3, take=12, num_negatives=2, seed=4)
+    config = MiningConfig(
+        method=method,
+        batch_size=24,
+        cluster_size=8,
+        skip=3,
+        take=12,
+        num_negatives=0 if method == "random" else 2,
+        seed=4,
+    )
     stages = []
     results = [
         mine_plan(
