@@ -31,7 +31,8 @@ def public_classes() -> dict[str, type]:
         named += [(module, name) for name in module.__all__]
     for module in MODULES:
         importlib.import_module(module)
-    values = [getattr(module, name) for module, name in named] + Configuration.__subclasses__()
+    settings = [kind for kind in Configuration.__subclasses__() if kind.__module__.startswith("anybatch.")]
+    values = [getattr(module, name) for module, name in named] + settings
     return {f"{kind.__module__}.{kind.__qualname__}": kind for kind in values if inspect.isclass(kind)}
 
 
