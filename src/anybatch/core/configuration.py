@@ -187,13 +187,6 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
     return number
 
 
-def _items(arguments: tuple[Any, ...], items: Any, name: str, text: bool) -> tuple[Any, ...]:
-    """The items of a list, of any length or as many as `arguments`."""
-    if not isinstance(items, (list, tuple)) or (arguments[-1] is not Ellipsis and len(items) != len(arguments)):
-        raise TypeError
-    return tuple(convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
-
-
 def _choices(hint: Any) -> tuple[Any, ...]:
     """The alternatives of an annotation."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
