@@ -5,6 +5,7 @@ another's method.
 from __future__ import annotations
 
 import inspect
+import math
 import pickle
 from dataclasses import dataclass
 
@@ -127,3 +128,10 @@ def test_no_class_overrides_a_concrete_method(cls):
             continue
         above = [vars(base)[name] for base in cls.__mro__[1:] if name in vars(base) and base not in nn.Module.__mro__]
         assert all(is_open(other) for other in above), f"{cls.__name__}.{name}"
+
+
+def test_a_learned_temperature_that_diverged_is_still_a_number():
+    loss = losses.SogCLR(8, learnable_temperature=True)
+    with torch.no_grad():
+        loss.temperatures.log_temperature.fill_(1e4)
+    assert math.isfinite(loss.temperature)

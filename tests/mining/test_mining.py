@@ -445,3 +445,8 @@ def test_a_positive_of_the_same_anchor_in_another_row_is_no_hard_negative():
     mask = rows.arguments(batch)["log_weight"].tile(slice(0, 4), slice(0, 4))
     listed = mask.isneginf() & ~torch.eye(4, dtype=torch.bool)  # a mask never touches the own positive
     assert listed.nonzero().tolist() == [[0, 1]]  # for a, b's positive; for b, a's p1 is a true negative
+
+
+def test_hard_negatives_of_random_batches_are_refused():
+    with pytest.raises(AnybatchError, match=r"num_negatives is 2, and mining\.method 'random' ranks nothing"):
+        MiningConfig(method="random", num_negatives=2)

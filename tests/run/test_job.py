@@ -22,6 +22,7 @@ from anybatch.cli import demo, inspect
 from anybatch.cli.options import resumed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, SEAL, write_json
+from anybatch.integrations.sentence_transformers import last_whole_checkpoint
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import LossConfig
@@ -446,3 +447,17 @@ def test_files_that_are_no_embeddings_of_the_data(tmp_path, save, match):
     save(path)
     with pytest.raises(AnybatchError, match=match):
         read_embeddings(str(path), 24)
+
+
+def test_what_a_loss_draws_at_its_start_follows_the_seed_of_the_run(config, tmp_path):
+    """TempNet's network: the same in two runs, and so on every rank, whatever was drawn before."""
+    states = []
+    for number in range(2):
+        torch.manual_seed(number)
+        output = tmp_path / str(number)
+        job.train(replace(config, output=str(output), loss=LossConfig(name="tempnet", dimensions=32)))
+        checkpoint = last_whole_checkpoint(output / "checkpoints")
+        states.append(load_file(checkpoint / "anybatch_loss.safetensors"))
+    assert any("net" in name for name in states[0])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name].nan_to_num(-9), states[1][name].nan_to_num(-9)) for name in states[0])
