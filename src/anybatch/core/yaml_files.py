@@ -16,12 +16,7 @@ T = TypeVar("T")
 
 
 def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win.
-
-    Raises:
-        AnybatchError: No such file, not a mapping, an unknown key (names the nearest valid one), a wrong type, a value
-            that is missing.
-    """
+    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win."""
     tree: dict[str, Any] = {}
     if path is not None:
         try:

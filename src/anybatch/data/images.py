@@ -1,8 +1,4 @@
-"""Columns of images: lazy, undecoded, told apart by their encoded bytes.
-
-Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second and the disk); 24 bytes per row and one
-block of rows in memory.
-"""
+"""Columns of images: lazy, undecoded, told apart by their encoded bytes, which ids and digest read once."""
 
 from __future__ import annotations
 
@@ -33,11 +29,7 @@ THUMBNAIL = 64  # pixels of the longer side
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedImage:
-    """One image as it was stored.
-
-    Attributes:
-        encoded: The bytes of its file (PNG, JPEG, WebP and so on).
-        where: Row and column, for messages.
+    """One image as it was stored: the bytes of its file, and row and column for messages.
 
     >>> describe(EncodedImage(encoded=b"no image", where="row 3, 'photo' of pairs.csv"), row=2)
     '[image, row 2]'
@@ -47,11 +39,7 @@ class EncodedImage:
     where: str
 
     def decode(self) -> Image:
-        """The image in RGB, turned upright, exactly as `datasets` gives it to the Trainer.
-
-        Raises:
-            AnybatchError: Pillow is not installed; bytes that are no image.
-        """
+        """The image in RGB, turned upright, exactly as `datasets` gives it to the Trainer."""
         _need_pillow()
         from datasets import Image as Feature
 
@@ -153,21 +141,14 @@ class ImageColumn(Sequence[EncodedImage]):
 
     @cached_property
     def keys(self) -> np.ndarray:
-        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image.
-
-        Raises:
-            AnybatchError: A row without an image.
-        """
+        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image."""
         keys = np.empty((len(self), KEY), np.uint8)
         for place, image in enumerate(self):
             keys[place] = np.frombuffer(hashlib.blake2b(image.encoded, digest_size=KEY).digest(), np.uint8)
         return keys
 
     def decoded(self, name: str) -> Dataset:
-        """A data set with the one column `name`, whose images are decoded as they are read: what the Trainer takes.
-
-        Of a selection the bytes are written out in its order, into a temporary file that goes when the process ends.
-        """
+        """A data set with the one column `name`, decoded as it is read. A selection is written into a temporary file."""
         from datasets import Image as Feature
         from datasets.fingerprint import get_temporary_cache_files_directory
 

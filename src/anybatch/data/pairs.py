@@ -1,8 +1,4 @@
-"""Read training pairs, and refuse what cannot be trained on.
-
-Cost: the texts in memory once, and one pass for ids and digest (about 2 seconds a million short texts). Images stay in
-their files.
-"""
+"""Read training pairs, and refuse what cannot be trained on. Images stay in their files."""
 
 from __future__ import annotations
 
@@ -47,11 +43,7 @@ HELD_OUT = re.compile(rf"{_TESTS}(?![a-z])|.*(?<![a-z]){_TESTS}(?=$|\.)", re.IGN
 class PairSet:
     """One of several data sets, whose rows lie one after the other in a `PairData`.
 
-    Attributes:
-        name: For plans, reports and folders; a plain file name.
-        num_rows: Its rows.
-        anchor_prompt, positive_prompt: Instructions put before its texts in training; a teacher reads the texts
-            without them.
+    Prompts are instructions put before its texts in training; a teacher reads the texts without them.
 
     >>> PairSet(name="questions", num_rows=1000, anchor_prompt="Find the answer: ").num_rows
     1000
@@ -130,12 +122,8 @@ class PairData:
         ]
 
     def to_dataset(self) -> Dataset:
-        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included.
-
-        Images are decoded as they are read.
-
-        Raises:
-            AnybatchError: Images, and Pillow is not installed.
+        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included; images are
+        decoded as they are read.
         """
         from datasets import Dataset, concatenate_datasets
 
@@ -161,12 +149,7 @@ def text_digest(columns: Sequence[Column]) -> str:
 
 
 def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
-    """Several data sets, one after the other.
-
-    Raises:
-        AnybatchError: Names that occur twice; different numbers of negative columns; a column with texts in one and
-            images in another; an instruction for images.
-    """
+    """Several data sets, one after the other."""
     names = [part.name for part in sets]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -197,11 +180,7 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
     """The data sets that a path names, by their names; empty for one file or one saved data set.
 
     Of a folder its files and saved data sets, those of its folders (one a task), or the splits of a `DatasetDict`; of a
-    pattern such as data/*.jsonl what matches it.
-
-    Raises:
-        AnybatchError: A folder that holds neither, or something else beside; two of one name; splits that are meant for
-            testing.
+    pattern such as data/*.jsonl what matches it. Splits that are meant for testing are refused.
     """
     path = Path(path)
     if path.is_dir() and not (path / "state.json").exists():
@@ -289,10 +268,9 @@ def read_pairs(
     own, several negatives are columns: as many as every row has, with a warning where some have more.
 
     Raises:
-        AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there
-            (with the nearest name), a text that is empty or no text (with its row, counted from 1), negatives in some
-            rows only, paths of images that are not there. A declared image that is not there is found when ids or
-            digest are asked for.
+        AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there, a
+            text that is empty or no text (with its row, counted from 1), paths of images that are not there. A declared
+            image that is not there is found when ids or digest are asked for.
 
     Cost: the texts in memory once; about 3 seconds a million rows of JSON.
     """

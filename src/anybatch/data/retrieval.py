@@ -20,12 +20,7 @@ logger = logging.getLogger("anybatch")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RetrievalData:
-    """Queries, documents and which documents are relevant to which query.
-
-    Attributes:
-        query_ids, query_texts: Queries, judged ones only.
-        corpus_ids, corpus_texts: Documents (title and text joined by a space).
-        relevance: Query id to document id to grade.
+    """Judged queries, documents (title and text joined by a space), and grades by query id and document id.
 
     >>> pets = {"query_ids": ["q1"], "query_texts": ["What purrs?"], "corpus_ids": ["d1"], "corpus_texts": ["A cat."]}
     >>> len(RetrievalData(**pets, relevance={"q1": {"d1": 1}}).digest)
@@ -53,22 +48,14 @@ def read_retrieval(
     split: str | None = None,
     quoting: Quoting | None = None,
 ) -> RetrievalData:
-    """Read a retrieval set in BEIR's layout.
+    """Read a retrieval set in BEIR's layout. Ids are compared as texts; what is not used is said to the log.
 
     Args:
         corpus: JSONL with `id` (or `_id`), `text` and optionally `title`.
-        queries: JSONL with `id` (or `_id`) and `text`, optionally `split`.
+        queries: JSONL with `id` (or `_id`) and `text`.
         qrels: TSV with a header: query id, document id, grade, optionally `split`.
         split: Keep only this split of `qrels`, which must then have a column `split`.
         quoting: Of TSV and CSV, see `read_pairs`.
-
-    Ids are compared as texts, digit by digit. What is not used (queries without judgements, other splits) is said to
-    the log.
-
-    Raises:
-        AnybatchError: Missing files or columns; an id twice, or one that is neither a text nor a whole number; a grade
-            that is no whole number; judgements of unknown queries or documents, or twice with different grades;
-            nothing left.
     """
     documents = {
         identity: f"{record.get('title') or ''} {record['text']}".strip()

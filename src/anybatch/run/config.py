@@ -189,11 +189,7 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration kept in a run's folder, as it was written.
-
-    Raises:
-        AnybatchError: It was changed or damaged since.
-    """
+    """The configuration kept in a run's folder, refused if it was changed or damaged since."""
     path = folder / "config.yaml"
     read_sealed(
         path,
@@ -205,15 +201,9 @@ def read_config(folder: Path) -> RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run left behind.
-
-    Attributes:
-        metrics: Figures of the trained model on the held-out data; empty without such data.
-        metrics_untrained: The same of the model before training.
-        log: The lines of `log.jsonl`.
-        train_seconds: Wall time of training, without embedding, mining and evaluation; of the last session if resumed.
-        train_peak_bytes: Peak resident memory while training.
-        num_steps: Optimiser steps.
+    """What a run left behind: figures of the trained and of the untrained model on the held-out data (none without such
+    data), the lines of `log.jsonl`, wall time of training alone (of the last session if resumed), peak resident memory
+    meanwhile.
     """
 
     metrics: dict[str, float]

@@ -43,10 +43,8 @@ def train_on_plan(
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None,
     progress: Progress,
 ) -> tuple[TrainResult, Measure]:
-    """Train `model` in place on the batches of `plan`, in the folder of the run. Arguments as in `train_model`.
-
-    Returns:
-        What the training did, and what it cost; the warm start is not in it.
+    """Train `model` in place on the batches of `plan`, in the folder of the run: what it did, and what it cost without
+    the warm start. Arguments as in `train_model`.
     """
     warn_of_mined_batches(config, plan)
     rows = RowTable(
@@ -109,10 +107,8 @@ def memory_callbacks(
     resume: bool,
     progress: Progress,
 ) -> Sequence[TrainerCallback]:
-    """Fill the running denominators as `config.loss` asks, unless a checkpoint will bring them.
-
-    Returns:
-        The callback that measures them while training, if it is asked for.
+    """Fill the running denominators as `config.loss` asks, unless a checkpoint will bring them; the callback that
+    measures them while training, if it is asked for.
     """
     settings, folder = config.loss, Path(config.output)
     resumed = resume and any((folder / "checkpoints").glob(f"*/{CONTENTS}"))

@@ -40,9 +40,8 @@ class LossStateCallback(TrainerCallback):
         checked: A checkpoint that was found whole just now (`last_whole_checkpoint`), which is not read a second time.
 
     Raises:
-        AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state (memory would
-            silently start from nothing), or of a run with another plan; the plan given as `batch_sampler` did not reach
-            the training set.
+        AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state, or of a run with
+            another plan; the plan given as `batch_sampler` did not reach the training set.
 
     Example:
         >>> from anybatch.integrations.sentence_transformers import CachedLoss
@@ -113,10 +112,7 @@ class LossStateCallback(TrainerCallback):
                 set_epoch(epoch)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint; at last, after every rank has written, the list of its contents. One barrier.
-
-        Of a memory that is sharded each rank adds its own part, and the file of the first rank tells their number.
-        """
+        """Add the loss to the checkpoint (each rank its part of a sharded memory), and last the list of contents. One barrier."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         module = _state_of(self.losses)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
@@ -152,14 +148,6 @@ def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:
     Make the loss for the new number of rows, start from the old model, and call this before `trainer.train()`, on every
     rank: it is not a resume, the new run counts its steps from 0. The old rows get their states back, the new ones
     begin fresh. A memory that was sharded over any number of ranks is joined from their files.
-
-    Args:
-        loss: What is given to the new Trainer: a loss, or a dictionary of losses.
-        checkpoint: A folder that `LossStateCallback` wrote to, `checkpoint-500` or the like.
-
-    Raises:
-        AnybatchError: The checkpoint has no loss state, not all of its shards, one of more rows, or that of another
-            loss.
     """
     folder, module = Path(checkpoint), _state_of(loss)
     if not (folder / LOSS_STATE).exists():
@@ -179,12 +167,7 @@ def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:
 def read_loss_state(folder: Path, *, whole: bool = True) -> dict[str, torch.Tensor]:
     """The state of the loss in a checkpoint; of a sharded memory all shards joined.
 
-    Args:
-        folder: The checkpoint.
-        whole: Without it the shard of this rank is enough, where there are as many as ranks.
-
-    Raises:
-        AnybatchError: A shard is missing.
+    Without `whole` the shard of this rank is enough, where there are as many as ranks.
     """
     state = load_file(folder / LOSS_STATE)
     if "num_shards" not in state:
@@ -209,18 +192,9 @@ def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
 
 
 def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path | None:
-    """The newest checkpoint whose every file is as it was written; None if there is none or all were cut short.
-
-    Newer ones that are not whole are named in the log.
-
-    Args:
-        folder: Of the checkpoints.
-        run: As it was given to `LossStateCallback`; None for the checkpoints of any run.
-
-    Raises:
-        AnybatchError: There were whole ones, but all of them are damaged.
-
-    Cost: one pass over the files of one checkpoint, about 1 GB a second.
+    """The newest checkpoint, of this `run` or any, whose every file is as it was written; None if there is none or all
+    were cut short. Newer ones that are not whole are named in the log; where all are damaged, an AnybatchError names
+    them.
     """
     steps = checkpoint_steps(folder)
     flaws: dict[Path, str] = {}
@@ -315,11 +289,7 @@ def training_sets(dataloader: Any) -> list[Dataset]:
 
 
 def check_first_step(loss: CachedTrainerLoss) -> None:
-    """In a first step: warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample.
-
-    Raises:
-        AnybatchError: Several `LossStateCallback`, which would overwrite each other's file.
-    """
+    """Warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample."""
     frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "compute_loss")
     owners = (frame.f_locals.get("self") for frame in frames)  # to look at a frame's variables keeps them alive
     trainer = next((owner for owner in owners if isinstance(owner, Trainer)), None)

@@ -1,7 +1,6 @@
 """Embed texts or images with a sentence-transformers model: in shards, onto disk, resumable, over several ranks.
 
-Replaces one long `encode` call. Cost: one forward pass per text; memory is one shard of texts, or one forward pass of
-decoded images, whatever their number.
+Memory is one shard of texts, or one forward pass of decoded images, whatever their number.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def embed_texts(
     shared: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """L2-normalised embeddings of `texts`, in memory.
+    """L2-normalised embeddings of `texts`, in memory: float32 (N, D).
 
     Args:
         model: Any sentence-transformers model whose output is one vector a text.
@@ -50,13 +49,6 @@ def embed_texts(
         prompt: Text put in front of each; None for the model's own, "" for none. Not for images.
         shared: Under several ranks each embeds its share, and all get all. Otherwise each embeds what it is given.
         progress: Called with the number of texts embedded here since the last call.
-
-    Returns:
-        float32 (N, D).
-
-    Raises:
-        AnybatchError: Images for a model that takes none, or with a prompt; an image that cannot be decoded; Pillow is
-            not installed.
     """
     _check(model, texts, prompt)
     settings = _settings(model, side, prompt)
@@ -97,14 +89,7 @@ def embed_to_file(
             and the model's weights. Work of another identity is not resumed, and a finished file of another is refused.
         precision: Of the file.
 
-    Returns:
-        The memory-mapped array (N, D).
-
-    Raises:
-        AnybatchError: `path` exists and was made by another model or of other texts, or is damaged; what `embed_texts`
-            refuses.
-
-    Cost: as `embed_texts`, and one digest of the model's weights (about 1 GB a second).
+    Returns the memory-mapped array (N, D).
     """
     # 1. What made the embeddings; a finished file must be of it.
     _check(model, texts, prompt)
@@ -160,8 +145,6 @@ def check_embedded(path: Path, identity: dict[str, Any] | None = None) -> None:
     """Refuse a file of `embed_to_file` that is not what was written, or not of this `identity`.
 
     A file of somebody else's, which has no record of its origin, is refused only if an identity is given.
-
-    Cost: one digest of the file, about 1 GB a second.
     """
     origin, remedy = _origin(path), f"Delete {path}; it is made anew then."
     record: dict[str, Any] = {}

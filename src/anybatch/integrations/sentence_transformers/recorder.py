@@ -17,10 +17,6 @@ from anybatch.core.files import write_text
 class Recorder(TrainerCallback, ExportableState):
     """Writes the log, runs the evaluations, reports progress. The log's lines go into the checkpoints, and come back.
 
-    Args:
-        path: The log, a line of JSON each.
-        eval_steps, evaluate, progress: See `train_model`; None for none.
-
     Example:
         >>> callbacks = [Recorder(Path("log.jsonl"))]  # the last one, so that the log has the figures of the others
     """

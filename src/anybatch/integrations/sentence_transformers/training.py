@@ -75,13 +75,7 @@ class TrainConfig(Configuration):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What `train_model` did.
-
-    Attributes:
-        log: The lines of `log.jsonl`: one dictionary a line, with `step` and `epoch`. Empty on all ranks but the first,
-            which alone writes.
-        num_steps: Optimiser steps, those before a resume included.
-        evaluation_seconds: Wall time spent in `evaluate`, in this session.
+    """What `train_model` did. Only the first rank has the lines of `log.jsonl`.
 
     Example:
         >>> TrainResult(log=[{"step": 1, "loss": 2.1}], num_steps=1, evaluation_seconds=0.0).log[-1]["loss"]
@@ -113,25 +107,18 @@ def train_model(
     On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
 
     Args:
-        model, loss: The encoder, and the loss around it. Prompts and routes are the model's own (`model.prompts`): the
-            first column is its query, the others its documents.
+        model, loss: The encoder, and the loss around it. The first column is a query, the others documents, with the
+            model's own prompts and routes.
         dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here.
         plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
         config: See `TrainConfig`.
-        output: Folder of the run; must exist.
+        output: Folder of the run; must exist, without checkpoints or a log of another.
         seed: Dropout and the like. The batches follow the plan's own seed.
         resume: Go on from the last whole checkpoint; with none, start from the beginning.
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
         progress: Called after every step with (steps done, steps in all, latest figures).
         callbacks: Further callbacks, which run before the loss is restored or saved and before the log is written.
         run: Tells the checkpoints of this run from those of others, which are not resumed.
-
-    Returns:
-        The log, the steps and the cost of evaluating.
-
-    Raises:
-        AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds
-            checkpoints or a log, and `resume` is off; checkpoints that are all damaged.
     """
     from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
     from anybatch.integrations.sentence_transformers.callback import LossStateCallback
@@ -172,10 +159,7 @@ def train_model(
 
 
 def _checkpoint_to_resume(output: Path, resume: bool, run: str) -> Path | None:
-    """The last whole checkpoint of the run, for whoever resumes; what a kill left unfinished after it is deleted.
-
-    Nothing in it can be trusted, and the Trainer counts it.
-    """
+    """The last whole checkpoint of the run, for whoever resumes; what a kill left unfinished after it is deleted."""
     from anybatch.integrations.sentence_transformers.callback import checkpoint_steps, last_whole_checkpoint
 
     checkpoints = output / "checkpoints"
@@ -267,11 +251,7 @@ def forgotten(model: torch.nn.Module) -> Iterator[None]:
 
 
 def check_shared_equally(batch_size: int) -> None:
-    """Refuse a batch that the processes cannot share.
-
-    Raises:
-        AnybatchError: It is no multiple of their number.
-    """
+    """Refuse a batch that the processes cannot share."""
     world_size = distributed.world_size()
     if batch_size % world_size:
         raise AnybatchError(
