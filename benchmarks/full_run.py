@@ -48,14 +48,11 @@ def main() -> None:
             f"output={folder}",
             f"data.path={options.data / 'train.jsonl.gz'}",
             f"evaluation.path={options.data / 'test.jsonl.gz'}",
-            f"teacher.name={options.model}",
             f"model.name={options.model}",
             *METHODS[name],
         ]
-        if options.anchor_embeddings:
-            settings += [
-                f"teacher.embeddings=[{options.anchor_embeddings}, {options.positive_embeddings}]",
-            ]
+        vectors = f"teacher.embeddings=[{options.anchor_embeddings}, {options.positive_embeddings}]"
+        settings.append(vectors if options.anchor_embeddings else f"teacher.name={options.model}")
         resume = ["--resume"] if (folder / "config.yaml").exists() else []
         arguments = [item for setting in settings for item in ("--set", setting)]
         subprocess.run(

@@ -135,18 +135,22 @@ class ModuleFacts:
                 self.visible[id(encode)] = tuple(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
         visible = (module for held in self.visible.values() for module in held)
         self.modules = tuple(dict.fromkeys(visible if modules is None else modules))
-        for root in self.modules:
-            for path, module in root.named_modules():
-                if module not in self.flags:
-                    self.flags[module] = module.training
-                    _refuse_batch_statistics(module, path)
-                    refuse_wrapper(module)
-                    self._add_state(module, path)
+        waiting = [("", module) for module in reversed(self.modules)]
+        while waiting:
+            path, module = waiting.pop()
+            if module not in self.flags:
+                self.flags[module] = module.training
+                _refuse_batch_statistics(module, path)
+                refuse_wrapper(module)
+                self._add_state(module, path)
+                parts = reversed(module._modules.items())
+                waiting += [(f"{path}.{name}".lstrip("."), part) for name, part in parts if part is not None]
         reducing = [module for module in self.flags if isinstance(module, (DistributedDataParallel, FSDPModule))]
         sharded = [module for module in reducing if isinstance(module, FSDPModule)]
         inside = {part for module in sharded for part in module.modules() if part is not module}
         self.wrapped: list[Wrapped] = [module for module in reducing if module not in inside]
-        self.trained = parameters_of(self.modules)
+        held = (parameter for module in self.flags for parameter in module._parameters.values())
+        self.trained = list(dict.fromkeys(p for p in held if p is not None and p.requires_grad))
         self.generators = tuple(self._generators.values())
         broadcast_buffers(self.wrapped)
         self.written = WrittenState(self._places, self._frozen) if torch.is_grad_enabled() else WrittenState()

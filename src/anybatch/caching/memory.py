@@ -210,8 +210,8 @@ class StepMemory:
         """Padded tokens of a micro-batch; rows, where there are no lengths."""
         if any(isinstance(module, FSDPModule) for module in tower.wrapped):
             raise AnybatchError(
-                'micro_batch="auto" tries rows on each rank alone, and a sharded encoder (fully_shard) runs on all ranks '
-                "together. Give micro_batch or max_tokens a number."
+                'micro_batch="auto" tries rows on each rank alone, and a sharded encoder (fully_shard) runs '
+                "on all ranks together. Give micro_batch or max_tokens a number."
             )
         lengths = tower.slicer.lengths
         length = 1 if lengths is None else int(lengths.max())
@@ -270,5 +270,4 @@ def graph_bytes(tower: Tower, rows: Tensor, num_rows: int) -> tuple[int | None, 
 
 
 def _least(*limits: int | None) -> int | None:
-    """The smallest of the limits that are set."""
     return min((limit for limit in limits if limit is not None), default=None)

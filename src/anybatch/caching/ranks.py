@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
+BUCKET_BYTES = 2**25  # gradients are averaged together in pieces of about this size
 Wrapped = nn.Module  # a DistributedDataParallel, or sharded by `fully_shard` (an FSDPModule too)
 
 
@@ -162,7 +163,7 @@ class _TouchAll(torch.autograd.Function):
         return (None,) * (1 + ctx.count)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int = 2**25) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average `.grad` over all ranks, for encoders that are not wrapped in DistributedDataParallel.
 
     A parameter without a gradient counts as zero where another rank has one; where no rank has one it stays without.
@@ -170,7 +171,6 @@ def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int =
 
     Args:
         parameters: The same, in the same order, on every rank; those that do not require a gradient are skipped.
-        bucket_bytes: Gradients are reduced together in pieces of about this size.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not distributed.is_active() or not trained:
@@ -180,7 +180,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int =
     for parameter in (parameter for parameter, reached in zip(trained, used) if reached):
         bucket = buckets.setdefault((parameter.dtype, parameter.device), [])
         bucket.append(parameter)
-        if sum(p.numel() * p.element_size() for p in bucket) >= bucket_bytes:
+        if sum(p.numel() * p.element_size() for p in bucket) >= BUCKET_BYTES:
             _average(bucket)
             bucket.clear()
     for bucket in filter(None, buckets.values()):

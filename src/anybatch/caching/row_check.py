@@ -114,7 +114,6 @@ class _Passes:
         self.first = True
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The embeddings of `rows`."""
         # The first pass of all has a graph: what the encoder keeps for later passes must lead to its parameters.
         with_graph, self.first = self.first, False
         with self.tower.leaving_no_trace(self.random):

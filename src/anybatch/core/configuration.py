@@ -179,7 +179,6 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of an annotation."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 

@@ -31,7 +31,7 @@ SEAL = _MARK.decode() + "0" * _DIGITS  # stands in what `write_sealed` is given;
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it onto `path`: the old file or the new, never half."""
+    """Let `write` fill a temporary file beside `path`, then rename it onto `path`: never half of a file."""
     path = Path(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

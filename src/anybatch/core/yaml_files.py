@@ -57,7 +57,6 @@ class _Loader(yaml.SafeLoader):
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Put the value of `--set section.key=value` into the tree."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise AnybatchError(f"Cannot read --set {override!r}: expected section.key=value.")

@@ -80,9 +80,7 @@ def choose_columns(
         negatives = sorted(named, key=lambda name: int(re.sub(r"\D", "", name) or 0))
     result = Chosen(anchor=chosen[0], positive=chosen[1], negatives=tuple(negatives))
     if len(set(result.names)) < len(result.names):
-        raise AnybatchError(
-            f"The columns {', '.join(result.names)} name one column twice; anchor, positive and negatives must differ."
-        )
+        raise AnybatchError(f"The columns {', '.join(result.names)} name one column twice; expected different ones.")
     return result
 
 
@@ -168,15 +166,12 @@ def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[s
         if distinct == 1 < len(texts):
             doubt = f"all {len(texts)} {side}s are one text ({texts[0]!r:.40})"
         elif distinct < FEW * len(texts):
-            doubt = (
-                f"its {len(texts)} {side}s are {distinct} distinct texts, and equal ones are no negatives of each other"
-            )
+            doubt = f"its {len(texts)} {side}s are {distinct} distinct texts; equal ones are no negatives of each other"
         elif all(NUMBER.fullmatch(text) for text in texts):
             doubt = f"all {side}s are numbers, such as {texts[0]!r:.40}"
         elif all(text[0] == "[" and text[-1] == "]" for text in texts):
             doubt = (
-                f"all {side}s are written lists, such as {texts[0]!r:.40}, and are taken as they stand (JSON lines and "
-                "Parquet hold lists)"
+                f"all {side}s are written lists, such as {texts[0]!r:.40}, taken as they stand (JSON lines hold lists)"
             )
         elif words := sum(text in NO_TEXTS for text in texts):
             doubt = f"{words} of {len(texts)} {side}s are words such as None or nan, and are taken as texts"

@@ -90,7 +90,7 @@ class ImageColumn(Sequence[EncodedImage]):
         """The column `name` of a data set, which has the feature `Image`."""
         from datasets import Image as Feature
 
-        column = _renamed(dataset.with_format(None).select_columns([name]), NAME)
+        column = dataset.with_format(None).select_columns([name]).rename_columns({name: NAME})
         return cls(column.cast_column(NAME, Feature(decode=False)), f"'{name}' of {where}")
 
     @classmethod
@@ -148,7 +148,7 @@ class ImageColumn(Sequence[EncodedImage]):
         return keys
 
     def decoded(self, name: str) -> Dataset:
-        """A data set with the one column `name`, decoded as it is read. A selection is written into a temporary file."""
+        """A data set with the column `name`, decoded as it is read. A selection goes into a temporary file."""
         from datasets import Image as Feature
         from datasets.fingerprint import get_temporary_cache_files_directory
 
@@ -157,7 +157,7 @@ class ImageColumn(Sequence[EncodedImage]):
         if dataset._indices is not None:  # left to itself, `datasets` would write beside the user's data
             file = Path(get_temporary_cache_files_directory()) / f"{dataset._fingerprint}.arrow"
             dataset = dataset.flatten_indices(cache_file_name=str(file))
-        return _renamed(dataset, name).cast_column(name, Feature(mode=MODE))
+        return dataset.rename_columns({NAME: name}).cast_column(name, Feature(mode=MODE))
 
     def _image(self, value: dict[str, Any] | None, place: int) -> EncodedImage:
         where = f"row {int(self.rows[place]) + 1}, {self.where}"
@@ -167,8 +167,8 @@ class ImageColumn(Sequence[EncodedImage]):
                 encoded = Path(path).read_bytes()
             except OSError as error:
                 raise AnybatchError(
-                    f"Cannot read the image {path} ({where}): {error.strerror or error}. Every row needs an image: put "
-                    "the file back, or leave the row out."
+                    f"Cannot read the image {path} ({where}): {error.strerror or error}. Put it back, or leave the row "
+                    "out."
                 ) from error
         if not encoded:
             raise AnybatchError(f"There is no image in {where}. Every row needs one: fill it or leave the row out.")
@@ -220,12 +220,6 @@ def holds_images(dataset: Dataset, name: str) -> bool:
     from datasets import Image as Feature
 
     return isinstance(dataset.features.get(name), Feature)
-
-
-def _renamed(dataset: Dataset, name: str) -> Dataset:
-    """The data set with its one column called `name`."""
-    (old,) = dataset.column_names
-    return dataset if old == name else dataset.rename_column(old, name)
 
 
 def _need_pillow() -> None:

@@ -108,17 +108,13 @@ class PairData:
         columns = [self.anchors, self.positives, *self.negatives]
         if not any(part.anchor_prompt or part.positive_prompt for part in self.sets):
             return columns
-        prompts = {
-            side: [prompt for part in self.sets for prompt in [getattr(part, f"{side}_prompt")] * part.num_rows]
-            for side in ("anchor", "positive")
-        }
+        of_anchors = [part.anchor_prompt for part in self.sets for _ in range(part.num_rows)]
+        of_others = [part.positive_prompt for part in self.sets for _ in range(part.num_rows)]
         return [
             column
             if isinstance(column, ImageColumn)
-            else [
-                prompt + text for prompt, text in zip(prompts["positive" if number else "anchor"], column, strict=True)
-            ]
-            for number, column in enumerate(columns)
+            else list(map(str.__add__, of_others if place else of_anchors, column))
+            for place, column in enumerate(columns)
         ]
 
     def to_dataset(self) -> Dataset:
@@ -128,13 +124,10 @@ class PairData:
         from datasets import Dataset, concatenate_datasets
 
         names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(self.negatives) + 1))]
-        columns = dict(zip(names, self.prompted, strict=True))
-        if not any(isinstance(column, ImageColumn) for column in columns.values()):
-            return Dataset.from_dict({name: list(column) for name, column in columns.items()})
         # One by one: the order of the columns says who is the anchor, and `select_columns` changes it for some readers.
         parts = [
             column.decoded(name) if isinstance(column, ImageColumn) else Dataset.from_dict({name: list(column)})
-            for name, column in columns.items()
+            for name, column in zip(names, self.prompted, strict=True)
         ]
         return concatenate_datasets(parts, axis=1)
 
@@ -165,7 +158,7 @@ def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
             if isinstance(column, ImageColumn) and getattr(part, f"{side}_prompt"):
                 raise AnybatchError(
                     f"The data set '{part.name}' has an instruction for its {side}s ({side}_prompt), which are images. "
-                    "Instructions are put before texts: leave it out."
+                    "Leave it out."
                 )
     return PairData(
         anchors=_join([part.anchors for part in parts], "anchor"),
@@ -200,10 +193,8 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name, file in sets:
         if name in found:
-            raise AnybatchError(
-                f"Two data sets are called '{name}': {found[name].name} and {file.name}. Rename one, or name them in "
-                "data.sets."
-            )
+            clash = f"{found[name].name} and {file.name}"
+            raise AnybatchError(f"Two data sets are called '{name}': {clash}. Rename one, or name them in data.sets.")
         found[name] = file
     return found
 
@@ -220,14 +211,12 @@ def _sets_of(path: Path) -> Iterator[tuple[str, Path]]:
             continue
         inner = list(_sets_in(folder))  # one folder a task
         if not inner and not folder.name.startswith("."):
-            raise AnybatchError(
-                f"{path} holds the folder {folder.name}, which is no data set. Name the data sets in data.sets."
-            )
+            found = f"{path} holds the folder {folder.name}, which is no data set"
+            raise AnybatchError(f"{found}. Name the data sets in data.sets.")
         yield from ((folder.name if len(inner) == 1 else f"{folder.name}-{name}", file) for name, file in inner)
 
 
 def _sets_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files of pairs and saved data sets right in a folder, with their names."""
     for path in sorted(folder.iterdir()):
         a_file = path.is_file() and path.name.removesuffix(".gz").lower().endswith(KINDS)
         if a_file or (path / "state.json").exists():
@@ -282,9 +271,7 @@ def read_pairs(
     chosen = choose_columns(present, anchor, positive, negatives, where)
     foreign = [name for name in images or () if name not in chosen.names]
     if foreign:
-        raise AnybatchError(
-            f"'{foreign[0]}' is said to hold images, but is none of the columns {', '.join(chosen.names)}."
-        )
+        raise AnybatchError(f"'{foreign[0]}' shall hold images, but is none of the columns {', '.join(chosen.names)}.")
     if limit is not None and limit < 1:
         raise AnybatchError(f"The limit is {limit}; expected at least 1 row.")
     limit = limit and min(limit, sys.maxsize)
@@ -328,7 +315,6 @@ def read_pairs(
 
 
 def _join(columns: Sequence[Column], name: str) -> Column:
-    """A column of several data sets."""
     images = [column for column in columns if isinstance(column, ImageColumn)]
     if not images:
         return [text for column in columns for text in column]  # pyright: ignore[reportReturnType]

@@ -141,7 +141,6 @@ def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
-    """The JSON object that a line holds."""
     array = " The file seems to be one JSON array: write its objects one a line." if line[0] == "[" else ""
     try:
         record = _decode(line)
@@ -233,7 +232,6 @@ def _doubt(path: Path, first: int, last: int, *, certain: bool) -> None:
 
 
 def _could_be_rows(row: list[str], delimiter: str) -> bool:
-    """Whether each of the lines of a row would be a row by itself."""
     lines = re.split(r"\r\n|\r|\n", delimiter.join(row))
     return all(line.count(delimiter) == len(row) - 1 for line in lines)
 
@@ -254,7 +252,6 @@ def _has_plain_lines(path: Path, delimiter: str, width: int) -> bool:
 
 @contextlib.contextmanager
 def _reading(path: Path, kind: str = "Parquet") -> Iterator[None]:
-    """Errors of pyarrow as messages."""
     import pyarrow
 
     try:
@@ -278,7 +275,6 @@ def _dataset_records(path: Path, names: Sequence[str] | None) -> Iterator[Mappin
 
 
 def _load_dataset(path: Path) -> Any:
-    """A folder of `save_to_disk`, or a data set of the hub."""
     from datasets import DatasetDict, load_from_disk
 
     if path.parts[0] == "hf:":

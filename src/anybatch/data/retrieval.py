@@ -77,14 +77,12 @@ def read_retrieval(
         if query not in texts or document not in documents:
             unknown = f"query {query}" if query not in texts else f"document {document}"
             raise AnybatchError(
-                f"Row {row} of {qrels} judges {unknown}, which is not in the set. Give the files of one set."
+                f"Row {row} of {qrels} judges {unknown}, which is not there. Give the files of one set."
             )
         grade = _grade(record, row, qrels)
         if relevance.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise AnybatchError(
-                f"Row {row} of {qrels} grades document {document} for query {query} a second time, and differently. "
-                "Keep one grade."
-            )
+            second = f"grades document {document} for query {query} a second time, and differently"
+            raise AnybatchError(f"Row {row} of {qrels} {second}. Keep one grade.")
     _check_judgements(relevance, splits, split, qrels)
     others = ", ".join(f"{name!r} ({count} judgements)" for name, count in splits.items() if name != split)
     unused = f"{len(texts) - len(relevance)} queries without judgements"
@@ -102,7 +100,6 @@ def read_retrieval(
 def _check_judgements(
     relevance: Mapping[str, Mapping[str, int]], splits: Counter[str], split: str | None, qrels: object
 ) -> None:
-    """Refuse a split that cannot be told, and judgements that say nothing."""
     present = ", ".join(sorted(splits))
     if split is not None and not splits:
         raise AnybatchError(f"Asked for split {split!r}, but {qrels} has no column 'split'. Leave split (--split) out.")
@@ -143,9 +140,7 @@ def _by_id(path: Path, quoting: Quoting | None) -> Iterator[tuple[str, Mapping[s
             if not isinstance(record.get(name), str) and not (name == "title" and record.get(name) is None):
                 raise AnybatchError(f"Row {row} of {path} has the {name} {record[name]!r:.60}; expected a text.")
         if identity in seen:
-            raise AnybatchError(
-                f"Row {row} of {path} has the id {identity} again. Ids must differ: keep one of the rows."
-            )
+            raise AnybatchError(f"Row {row} of {path} has the id {identity} again. Keep one of the rows.")
         seen.add(identity)
         yield identity, record
 
@@ -158,6 +153,4 @@ def _grade(record: Mapping[str, Any], row: int, where: object) -> int:
             return int(grade)
     except (TypeError, ValueError, KeyError):
         pass
-    raise AnybatchError(
-        f"Row {row} of {where} has the grade {record.get('score')!r}; expected a whole number such as 1."
-    )
+    raise AnybatchError(f"Row {row} of {where} has the grade {record.get('score')!r}; expected a whole number.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -142,6 +142,16 @@ class TeacherConfig(Configuration):
 
     section: ClassVar[str] = "teacher"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = (field.name for field in fields(self) if field.name != "embeddings")
+        unused = [name for name in names if getattr(self, name) != getattr(TeacherConfig, name)]
+        if self.embeddings is not None and unused:
+            raise AnybatchError(
+                f"teacher.{unused[0]} is for a teacher that embeds the data, and teacher.embeddings are given. Leave "
+                "one of them out."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Configuration):
@@ -181,6 +191,11 @@ class RunConfig(Configuration):
                     f"mining.{name} is {of_mining} and {name} is {of_run}; set {name} alone, which holds for the whole "
                     "run."
                 )
+        if self.train.eval_steps is not None and (self.evaluation.path or self.evaluation.retrieval) is None:
+            raise AnybatchError(
+                f"train.eval_steps is {self.train.eval_steps}, and there is no held-out data to evaluate on. Give "
+                "evaluation.path or evaluation.retrieval, or leave it out."
+            )
 
 
 def resolved(config: RunConfig) -> RunConfig:

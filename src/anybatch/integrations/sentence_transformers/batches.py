@@ -50,17 +50,15 @@ def with_index(dataset: Sets, *, first: int = 0) -> Sets:
         numbered = {}
         for name, part in dataset.items():
             if isinstance(part, dict):
-                raise AnybatchError(
-                    f"'{name}' is a dictionary of data sets itself; expected a data set. Give the splits to train on."
-                )
+                raise AnybatchError(f"'{name}' is a dictionary of data sets itself. Give the splits to train on.")
             numbered[name] = with_index(part, first=first)
             first += len(part)
         return type(dataset)(numbered)  # pyright: ignore[reportReturnType] - DatasetDict and dict alike
     if not isinstance(dataset, Dataset):
         raise AnybatchError(
             f"Got a {type(dataset).__name__}; expected a Dataset of the package datasets, or a dictionary of them. "
-            "Rows of a stream have no fixed numbers: let it yield a column 'label' with a whole number that is always "
-            "the same for a row, from 0 to the loss's num_rows - 1, or read it into a Dataset first."
+            "Rows of a stream have no fixed numbers: read it into a Dataset first, or let it yield a column 'label', "
+            "the row's own number from 0 to the loss's num_rows - 1."
         )
     taken = [name for name in DEFAULT_LABEL_COLUMNS if name in dataset.column_names]
     if taken:
@@ -108,7 +106,6 @@ def check_numbers(sets: Sequence[Dataset], num_rows: int | None) -> None:
 
 
 def _check_range(low: int, high: int, num_rows: int | None) -> None:
-    """Refuse numbers that a loss or a row table has no rows for."""
     if low < 0 or (num_rows is not None and high >= num_rows):
         expected = "0 or more" if num_rows is None else f"0 to {num_rows - 1}, the rows of the loss or its row table"
         raise AnybatchError(

@@ -63,12 +63,11 @@ class LossStateCallback(TrainerCallback):
         if isinstance(getattr(args, "batch_sampler", None), PlanBatches):
             unplanned = max(1, len(sets)) - sum(isinstance(sampler, PlanSampler) for sampler in samplers(loader))
             if unplanned > 0:
+                of_sets = f" for {unplanned} of {len(sets)} training sets" if len(sets) > 1 else ""
                 raise AnybatchError(
-                    "The plan was not "
-                    f"used{f' for {unplanned} of {len(sets)} training sets' if len(sets) > 1 else ''}: a training set "
-                    "is not the one it was made for, or has no row numbers. Give the Trainer with_index(dataset), with "
-                    "the rows in the plan's order; of several data sets, with_index(dictionary) and PlanBatches(plan, "
-                    "another plan, ...), a plan each."
+                    f"The plan was not used{of_sets}: a training set is not the one it was made for, or has no row "
+                    "numbers. Give the Trainer with_index(dataset), with the rows in the plan's order; of several data "
+                    "sets, with_index(dictionary) and PlanBatches(plan, another plan, ...), a plan each."
                 )
         for loss in self.losses.values():
             check_numbers(sets, num_rows_of(loss.loss, loss.rows))
@@ -89,8 +88,8 @@ class LossStateCallback(TrainerCallback):
             _check_checkpoint(folder)
         if not (folder / LOSS_STATE).exists():
             raise AnybatchError(
-                f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on "
-                "would restart the memory of the loss from nothing. Resume from an older checkpoint."
+                f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and the memory of "
+                "the loss would start from nothing. Resume from an older checkpoint."
             )
         with safe_open(folder / LOSS_STATE, framework="pt") as file:
             saved = (file.metadata() or {}).get("plan")
@@ -112,7 +111,7 @@ class LossStateCallback(TrainerCallback):
                 set_epoch(epoch)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint (each rank its part of a sharded memory), and last the list of contents. One barrier."""
+        """Add the loss to the checkpoint (of a sharded memory each rank its part), and last the list of contents."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         module = _state_of(self.losses)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
@@ -159,8 +158,7 @@ def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:
         module.load_state_dict(grown_state(state, module))
     except RuntimeError as error:
         raise AnybatchError(
-            f"The state in {folder} does not fit {type(module).__name__}: {error} Make the loss that the checkpoint "
-            "was saved with."
+            f"The state in {folder} does not fit {type(module).__name__}: {error} Make the loss that was saved."
         ) from error
 
 
@@ -208,8 +206,7 @@ def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path
     if len(flaws) > 1 or any((path / CONTENTS).exists() for path in flaws):  # a kill cuts one short
         told = "; ".join(f"{path.name} {flaw}" for path, flaw in flaws.items())
         raise AnybatchError(
-            f"No checkpoint in {folder} is whole: {told}. Delete that folder to train from the beginning, or bring "
-            "back its files."
+            f"No checkpoint in {folder} is whole: {told}. Bring back its files, or delete it to train from the start."
         )
     for path, flaw in flaws.items():
         logger.warning("%s %s. Training begins anew.", path, flaw)
@@ -217,12 +214,10 @@ def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path
 
 
 def _check_checkpoint(folder: Path) -> None:
-    """Refuse a checkpoint that was cut short or damaged."""
     flaw = flaw_of(folder)
     if flaw is not None:
         raise AnybatchError(
-            f"{folder} {flaw}. It cannot be trusted (a checkpoint of LossStateCallback has that list); give an older "
-            "checkpoint."
+            f"{folder} {flaw}. It cannot be trusted (LossStateCallback leaves that list); give an older checkpoint."
         )
 
 
@@ -232,8 +227,7 @@ def _warn_of_changes(folder: Path) -> None:
     threads, now = read_json(folder / CONTENTS, "").get("threads"), torch.get_num_threads()
     if ranks != world_size:
         logger.warning(
-            "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have "
-            "been.",
+            "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would be.",
             *(folder.name, ranks, world_size),
         )
     if threads not in (None, now):
@@ -245,18 +239,13 @@ def _warn_of_changes(folder: Path) -> None:
 
 
 def _state_of(losses: Losses) -> nn.Module:
-    """All that is to be saved, as one module."""
-    if not isinstance(losses, Mapping):
-        return losses.loss
-    if list(losses) == [""]:
-        return losses[""].loss
-    return nn.ModuleDict({name: loss.loss for name, loss in losses.items()})
+    losses = losses if isinstance(losses, Mapping) else {"": losses}
+    modules = {name: loss.loss for name, loss in losses.items()}
+    return modules[""] if list(modules) == [""] else nn.ModuleDict(modules)
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Whether ranks hold different states of it."""
-    sharded = any(isinstance(part, State) and part.sharded for part in module.modules())
-    return sharded and distributed.is_active()
+    return distributed.is_active() and any(isinstance(part, State) and part.sharded for part in module.modules())
 
 
 def _shard_file(rank: int, ranks: int) -> str:

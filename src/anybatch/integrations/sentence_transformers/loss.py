@@ -60,7 +60,6 @@ class CachedTrainerLoss(nn.Module):
 
     @abstractmethod
     def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
-        """The encoder of each column."""
         raise NotImplementedError
 
     @abstractmethod
@@ -183,7 +182,7 @@ class CachedLoss(CachedTrainerLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss on embeddings already computed: a list of blocks (rows, D) a column. `MatryoshkaLoss` wraps this method.
+        """The loss on embeddings computed already: blocks (rows, D) of each column. `MatryoshkaLoss` wraps this method.
 
         `with_backward` leaves the gradient in the blocks' `.grad` and returns the loss detached.
         """

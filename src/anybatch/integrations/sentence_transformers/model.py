@@ -57,7 +57,7 @@ class ModelConfig(Configuration):
 
 
 def load_model(config: ModelConfig) -> SentenceTransformer:
-    """Load `config.name`, cut to `config.num_layers` layers, set length and prompts; say prompts and routes to the log."""
+    """Load `config.name`, cut to `config.num_layers` layers, set length and prompts; log prompts and routes."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -104,13 +104,13 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
 
 
 def side_prompt(model: SentenceTransformer, side: Side | None) -> str:
-    """What the model puts before the texts of a side, as `encode_query` and `encode_document` choose it; "" for nothing."""
+    """What the model puts before a side's texts, as `encode_query` and `encode_document` choose it; "" for nothing."""
     name = next((name for name in NAMES.get(side or "", ()) if name in model.prompts), model.default_prompt_name)
     return (model.prompts.get(name) if name is not None else None) or ""
 
 
 def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
-    """The `task` that leads a side's inputs through the model's own tower (`Router`); None for a model without tasks."""
+    """The `task` that leads a side's inputs through the model's own tower (`Router`); None without tasks."""
     from sentence_transformers.base.modules import Router
 
     if side is None or "task" not in model.get_model_kwargs():
@@ -182,7 +182,6 @@ def _set_length(model: SentenceTransformer, max_length: int) -> None:
 
 
 def _say_sides(model: SentenceTransformer, name: str, own: dict[str, str]) -> None:
-    """One line to the log on prompts and routes, where there are any."""
     sides = []
     for side in get_args(Side):
         prompt, task = side_prompt(model, side), side_task(model, side)

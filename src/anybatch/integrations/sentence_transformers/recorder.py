@@ -28,8 +28,7 @@ class Recorder(TrainerCallback, ExportableState):
         evaluate: Callable[[Any], dict[str, float]] | None = None,
         progress: Callable[[int, int, dict[str, float]], None] | None = None,
     ) -> None:
-        self.path, self.evaluate, self.progress = path, evaluate, progress
-        self.eval_steps = eval_steps if evaluate is not None else None
+        self.path, self.eval_steps, self.evaluate, self.progress = path, eval_steps, evaluate, progress
         self.lines: list[dict[str, Any]] = []
         self.latest: dict[str, float] = {}
         self.evaluation_seconds = 0.0

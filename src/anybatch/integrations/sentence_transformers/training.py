@@ -126,6 +126,8 @@ def train_model(
 
     # 1. What can be refused before anything is written.
     output = Path(output)
+    if config.eval_steps is not None and evaluate is None:
+        raise AnybatchError(f"train.eval_steps is {config.eval_steps}; give something to evaluate, or leave it out.")
     check_shared_equally(plan.batch_size)
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed, plan)
@@ -181,7 +183,6 @@ def _checkpoint_to_resume(output: Path, resume: bool, run: str) -> Path | None:
 def _arguments(
     model: SentenceTransformer, columns: list[str], batches: PlanBatches, config: TrainConfig, output: Path, seed: int
 ) -> Any:
-    """The Trainer's arguments."""
     from sentence_transformers import SentenceTransformerTrainingArguments
 
     from anybatch.integrations.sentence_transformers.model import column_sides, side_prompt, side_task
