@@ -150,11 +150,6 @@ def warn_of_instructions(model: SentenceTransformer, sets: Sequence[PairSet]) ->
         )
 
 
-def column_sides(names: Sequence[str]) -> dict[str, Side]:
-    """The side of each column of a training set: the first is the query."""
-    return {name: "query" if place == 0 else "document" for place, name in enumerate(names)}
-
-
 def lengths_of(model: SentenceTransformer) -> list[Any]:
     """The length that each of the model's input modules (one, or one a route) cuts texts at."""
     return [getattr(module, "max_seq_length", None) for module in _input_modules(model)]

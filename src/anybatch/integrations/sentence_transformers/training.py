@@ -185,10 +185,10 @@ def _arguments(
 ) -> Any:
     from sentence_transformers import SentenceTransformerTrainingArguments
 
-    from anybatch.integrations.sentence_transformers.model import column_sides, side_prompt, side_task
+    from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 
     world_size, on_cpu = distributed.world_size(), model.device.type == "cpu"
-    sides = column_sides(columns)
+    sides: dict[str, Side] = {name: "document" if place else "query" for place, name in enumerate(columns)}
     return SentenceTransformerTrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=batches.plans[0].batch_size // world_size,
