@@ -197,26 +197,20 @@ def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
 
     backbone: Any = model[0].model if hasattr(model[0], "model") else getattr(model[0], "auto_model", None)
     config: Any = getattr(backbone, "config", None)
-    total = getattr(config, "num_hidden_layers", None)
-    if backbone is None or total is None:
-        raise AnybatchError(
-            "model.num_layers needs a transformer with a 'num_hidden_layers' setting; this model has none. Leave it "
-            "unset."
-        )
-    if not 1 <= num_layers <= total:
-        raise AnybatchError(
-            f"model.num_layers is {num_layers}; expected 1 to {total}, the number of layers of this model."
-        )
+    total: int = getattr(config, "num_hidden_layers", None) or 0
     stacks = [
         (parent, name)
-        for parent in backbone.modules()
+        for parent in (backbone.modules() if total else ())
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == total
     ]
     if len(stacks) != 1:
         raise AnybatchError(
-            f"Found {len(stacks)} stacks of {total} layers in this model, expected one. Leave model.num_layers unset."
+            "model.num_layers needs a transformer with one list of 'num_hidden_layers' layers; this model has "
+            f"{len(stacks)}. Leave it unset."
         )
+    if not 1 <= num_layers <= total:
+        raise AnybatchError(f"model.num_layers is {num_layers}; expected 1 to {total}, the layers of this model.")
     parent, name = stacks[0]
     setattr(parent, name, getattr(parent, name)[:num_layers])
     config.num_hidden_layers = num_layers

@@ -168,8 +168,7 @@ def _checkpoint_to_resume(output: Path, resume: bool, run: str) -> Path | None:
     steps = checkpoint_steps(checkpoints)
     if not resume and (steps or (output / "log.jsonl").exists()):
         raise AnybatchError(
-            f"{output} already holds checkpoints or a log. Go on with that training (resume=True), or choose another "
-            "folder."
+            f"{output} already holds checkpoints or a log. Go on with it (resume=True), or choose another folder."
         )
     checkpoint = last_whole_checkpoint(checkpoints, run=run) if resume else None
     if distributed.rank() == 0:
@@ -256,8 +255,7 @@ def check_shared_equally(batch_size: int) -> None:
     world_size = distributed.world_size()
     if batch_size % world_size:
         raise AnybatchError(
-            f"The batch size {batch_size} cannot be shared equally by {world_size} processes. Use a multiple of "
-            f"{world_size}."
+            f"{world_size} processes cannot share a batch of {batch_size} equally. Use a multiple of {world_size}."
         )
 
 
