@@ -46,12 +46,15 @@ class Scoring(TypedDict, total=False):
         ring: Under several ranks hold two ranks' candidates (and their gradients) at a time instead of all: they travel
             from rank to rank instead of being gathered. The same loss, with one matrix product and one ring pass more.
             Not for losses that look at whole rows of scores (GloFND, EMC2).
+        mask_margin: Candidates that score more than this above the own positive, s_ij > s_ip + margin, are suspected
+            false negatives, and no negatives. Published: .1 (Qwen3-Embedding); a negative margin masks more.
     """
 
     direction: Direction
     normalize: bool
     tile_bytes: int
     ring: bool
+    mask_margin: float | None
 
 
 class OneTemperature(Scoring, total=False):
@@ -74,6 +77,7 @@ DEFAULTS = OneTemperature(
     normalize=True,
     tile_bytes=TILE_BYTES,
     ring=False,
+    mask_margin=None,
     temperature=0.05,
     learnable_temperature=False,
     min_temperature=MIN_TEMPERATURE,
@@ -118,12 +122,16 @@ class ContrastiveLoss(State):
         chosen = self.scoring(scoring)
         if chosen["direction"] not in ("one_way", "both"):
             raise AnybatchError(f"direction is {chosen['direction']!r}; expected 'one_way' or 'both'.")
+        margin = chosen["mask_margin"]
+        if margin is not None and not math.isfinite(margin):
+            raise AnybatchError(f"mask_margin is {margin}; expected a number such as 0.1, or None to mask nothing.")
         if tau is None:
             limits = (chosen["min_temperature"], math.inf)
             tau = GlobalTemperature(chosen["temperature"], learnable=chosen["learnable_temperature"], limits=limits)
         self.temperatures = tau
         self.direction: Direction = chosen["direction"]
         self.normalize, self.tile_bytes, self.ring = chosen["normalize"], chosen["tile_bytes"], chosen["ring"]
+        self.mask_margin: float | None = margin
 
     @classmethod
     def scoring(cls, given: Scoring) -> dict[str, Any]:
@@ -164,7 +172,8 @@ class ContrastiveLoss(State):
         """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked."""
         parts = [part for part in self.modules() if isinstance(part, Part)]
         denominators = [part for part in parts if isinstance(part, Denominator)]
-        return denominators[0] if denominators and all(part.plain for part in parts) else None
+        plain = all(part.plain for part in parts) and self.mask_margin is None
+        return denominators[0] if denominators and plain else None
 
     @property
     def temperature(self) -> float:
@@ -225,6 +234,13 @@ class ContrastiveLoss(State):
     @property
     def _parts(self) -> list[State]:
         return [part for part in self.children() if isinstance(part, State)]
+
+    def _side(self, denominator: Denominator, batch: Batch, direction: int) -> Side:
+        """What the engine is asked in one direction, before other parts change it."""
+        weight = batch.log_weight_of(direction)
+        rule = denominator.rule(batch, direction, normalised=weight is not None and weight.normalised)
+        temperature = self.temperatures.of(batch, direction)
+        return Side(rule=rule, temperature=temperature, log_weight=weight, mask_margin=self.mask_margin)
 
     def _prepare(self, anchors: Tensor, candidates: Tensor, **known: Unpack[Known]) -> Batch:
         """The arguments of `forward`, checked, in float32 or better, normalised if wanted, ids turned into masks."""
@@ -337,7 +353,7 @@ class SoftmaxLoss(ContrastiveLoss):
     def _of(self, batch: Batch) -> Tensor:
         # 1. What the engine is asked: each part in turn, in each direction.
         parts = (self.temperatures, self.denominator, *self._others)
-        sides = tuple(side_of(self.temperatures, self.denominator, batch, direction) for direction in self.directions)
+        sides = tuple(self._side(self.denominator, batch, direction) for direction in self.directions)
         for part in parts:
             sides = tuple(part.ask(side, batch, direction) for direction, side in enumerate(sides))
         # 2. The loss and its gradients.
@@ -347,13 +363,6 @@ class SoftmaxLoss(ContrastiveLoss):
             loss = part.learn(batch, sides, stats, loss)
         self._last = loss.detach(), stats[0]
         return loss
-
-
-def side_of(temperature: Temperature, denominator: Denominator, batch: Batch, direction: int) -> Side:
-    """What the engine is asked in one direction, before other parts change it."""
-    weight = batch.log_weight_of(direction)
-    rule = denominator.rule(batch, direction, normalised=weight is not None and weight.normalised)
-    return Side(rule=rule, temperature=temperature.of(batch, direction), log_weight=weight)
 
 
 def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from anybatch.core import distributed
 from anybatch.core.configuration import Count
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss, OneTemperature, figures_of, side_of
+from anybatch.losses.base import ContrastiveLoss, OneTemperature, figures_of
 from anybatch.losses.denominators import CountCorrected, WithPositive
 from anybatch.losses.embedding_queue import EmbeddingQueue
 from anybatch.losses.engine import Side, SoftmaxStats, softmax_loss
@@ -152,7 +152,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             others = batch.candidates if direction == 0 else batch.anchors
             sizes = recalled.layout.row_sizes if direction else recalled.layout.column_sizes
             num_drawn = torch.full((len(queries),), sum(sizes) - 1 + len(recalled.memory), device=queries.device)
-            side = replace(side_of(self.temperatures, self.denominator, batch, direction), num_drawn=num_drawn)
+            side = replace(self._side(self.denominator, batch, direction), num_drawn=num_drawn)
             weight = recalled.log_weights[direction].beside(recalled.memory, recalled.share)
             columns = torch.cat([others, recalled.used[1 - direction, recalled.share]])
             loss, (one,) = softmax_loss(queries, columns, replace(side, log_weight=weight), tile_bytes=self.tile_bytes)
@@ -301,11 +301,15 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             if not reverse.normalised:
                 correction -= side.num_drawn.to(own.dtype).clamp(min=1).log()
         log_denominator = self.queue.log_denominator[direction, recalled.places].to(own.dtype)
+        highest = (queries * recalled.used[1 - direction]).sum(dim=1) + (self.mask_margin or 0.0)
         gradient = torch.zeros_like(own)
         height = max(1, self.tile_bytes // max(1, num_queries * own.element_size()))
         for start in range(0, len(own), height):
             rows = slice(start, min(start + height, len(own)))
-            logits = (own[rows] @ queries.T).div_(temperature).sub_(log_denominator).add_(correction[rows, None])
+            scores = own[rows] @ queries.T
+            if self.mask_margin is not None:
+                scores.masked_fill_(scores > highest, -torch.inf)
+            logits = scores.div_(temperature).sub_(log_denominator).add_(correction[rows, None])
             logits += weight.tile(rows, columns).to(logits.dtype)
             gradient[rows] = logits.clamp_(max=0).exp_() @ queries  # a share is at most 1, whatever moved since
         return gradient / temperature

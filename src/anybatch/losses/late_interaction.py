@@ -94,7 +94,9 @@ class LateInteraction(ContrastiveLoss):
             _, weight = self._weight(anchors, candidates, **known)
             temperature = self.temperatures.like(sides[0], updating=self._updating)
             with torch.no_grad():
-                loss, gradients = _solve(sides[0], sides[1], temperature, masks, weight, self.tile_bytes)
+                loss, gradients = _solve(
+                    sides[0], sides[1], temperature, masks, weight, self.tile_bytes, self.mask_margin
+                )
         self._objective = loss
         return differentiable_once(with_gradients(loss, (*sides, temperature), gradients))
 
@@ -113,6 +115,7 @@ def _solve(
     masks: tuple[Tensor, Tensor],
     weight: LogWeights | None,
     tile_bytes: int,
+    mask_margin: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss, and its gradients by anchors, candidates and temperature."""
     # 1. The candidates of all ranks, padded to the longest, and the sizes of a tile: one row's best tokens against all
@@ -150,6 +153,8 @@ def _solve(
             logits += weight.tile(layout.shifted(rows), slice(0, num_columns)).to(logits.dtype)
         local = torch.arange(len(live), device=anchors.device)
         positive = layout.first_column + start + local
+        if mask_margin is not None:
+            logits.masked_fill_(scores > scores[local, positive][:, None] + mask_margin, -torch.inf)
         logits[local, positive] = scores[local, positive] / temperature  # a log-weight never touches the positive
         log_sum = logits.logsumexp(dim=1)
         loss = loss + (log_sum - logits[local, positive]).sum()

@@ -23,17 +23,26 @@ class Direction:
     All (B,): `log_sum`, `num_negatives`, `log_denominator`, `objective`, `positive_weight`.
     """
 
-    def __init__(self, side: Side, layout: Layout, positive_B: Tensor, *, num_columns: int) -> None:
+    def __init__(self, side: Side, layout: Layout, positive_B: Tensor, column_sizes: list[int]) -> None:
         self.side, self.layout, self.positive = side, layout, positive_B
         self.num_rows = len(positive_B)
+        self.log_weight = _gathered(side.log_weight, layout.row_sizes, column_sizes)
+        self.removing = any(given is not None for given in (self.log_weight, side.mask_margin, side.adjust))
         self.temperature = side.temperature.detach().expand(self.num_rows)
         self.log_sum, self.num_negatives = torch.full_like(positive_B, -torch.inf), torch.zeros_like(positive_B)
-        drawn = torch.full_like(positive_B, num_columns - 1) if side.num_drawn is None else side.num_drawn
+        drawn = torch.full_like(positive_B, sum(column_sizes) - 1) if side.num_drawn is None else side.num_drawn
         self.num_drawn = drawn.to(positive_B.dtype)
         self.log_denominator, self.objective = torch.empty_like(positive_B), torch.empty_like(positive_B)
         self.positive_weight: Tensor | None = None
         self.d_temperature_rows = torch.zeros_like(positive_B)
         self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
+
+    def relative(self, scores: Tensor, positive: Tensor, temperature: Tensor, workspace: Tensor) -> Tensor:
+        """Logits relative to the positive, in the workspace; -inf above the margin."""
+        logits = torch.sub(scores, positive, out=workspace)
+        if self.side.mask_margin is not None:
+            logits.masked_fill_(logits > self.side.mask_margin, -torch.inf)
+        return logits.div_(temperature)
 
     def answer(self, rows: slice) -> None:
         """Ask the rule for some rows."""
@@ -88,16 +97,14 @@ class AnchorDirection(Direction):
     """Anchors of this rank against the candidates of all, the rows of a tile. `alone`: there is no other direction."""
 
     def __init__(self, side: Side, layout: Layout, positive_B: Tensor, *, alone: bool) -> None:
-        super().__init__(side, layout, positive_B, num_columns=sum(layout.column_sizes))
+        super().__init__(side, layout, positive_B, layout.column_sizes)
         self.alone = alone
         self.difference = torch.zeros_like(positive_B)  # sum_j p_ij s_ij, where it cannot be read from d anchors
-        self.log_weight = _gathered(side.log_weight, layout.row_sizes, layout.column_sizes)
-        self.removing = self.log_weight is not None or side.adjust is not None
         self.column_gradient_C = positive_B.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
 
     def logits(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
         """(b, m) relative to the positive, -inf where there is no negative; in the workspace (perhaps the scores)."""
-        logits_bm = torch.sub(scores_bm, self.positive[rows, None], out=workspace_bm).div_(self.temperature[rows, None])
+        logits_bm = self.relative(scores_bm, self.positive[rows, None], self.temperature[rows, None], workspace_bm)
         if self.log_weight is not None:
             logits_bm += self.log_weight.tile(self.layout.shifted(rows), block.columns).to(logits_bm.dtype)
         if block.own:
@@ -148,14 +155,12 @@ class PositiveDirection(Direction):
     """
 
     def __init__(self, side: Side, layout: Layout, positive_B: Tensor) -> None:
-        super().__init__(side, layout, positive_B, num_columns=sum(layout.row_sizes))
+        super().__init__(side, layout, positive_B, layout.row_sizes)
         assert side.adjust is None
         assert side.column_weight is None
-        sizes = layout.row_sizes
-        self.log_weight = _gathered(side.log_weight, sizes, sizes)
-        both = distributed.gather_rows(torch.stack([positive_B, self.temperature], dim=1), sizes)
+        both = distributed.gather_rows(torch.stack([positive_B, self.temperature], dim=1), layout.row_sizes)
         self.positive_A, self.temperature_A = both[:, 0], both[:, 1]
-        self.parts = positive_B.new_empty(2, sum(sizes))  # log-sum and number of negatives over this rank's rows
+        self.parts = positive_B.new_empty(2, len(both))  # log-sum and number of negatives over this rank's rows
         self.parts[0], self.parts[1] = -torch.inf, 0
         self.difference_A = torch.zeros_like(self.positive_A)
         self.workspace: Workspace | None = None
@@ -167,8 +172,8 @@ class PositiveDirection(Direction):
         if self.workspace is None or self.workspace.size < scores_bp.numel():
             self.workspace = Workspace(scores_bp, scores_bp.numel())
         workspace_bp = self.workspace.view((scores_bp.shape[0], scores_bp.shape[1]))
-        logits_bp = torch.sub(scores_bp, self.positive_A[block.rows], out=workspace_bp)
-        logits_bp.div_(self.temperature_A[block.rows])
+        positive_p, temperature_p = self.positive_A[block.rows], self.temperature_A[block.rows]
+        logits_bp = self.relative(scores_bp, positive_p, temperature_p, workspace_bp)
         if self.log_weight is not None:
             logits_bp += self.log_weight.tile(block.rows, self.layout.shifted(rows)).to(logits_bp.dtype).T
         if block.own:
@@ -180,7 +185,7 @@ class PositiveDirection(Direction):
         """Adds the tile to its columns' log-sums."""
         logits_bp = self.logits(rows, block, scores_bm)
         log_sums, counts = self.parts[:, block.rows]
-        if self.log_weight is None:
+        if not self.removing:
             counts += len(logits_bp)
             if block.own:
                 self.parts[1, self.layout.shifted(rows)] -= 1  # each row's own

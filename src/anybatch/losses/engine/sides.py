@@ -82,6 +82,8 @@ class Side:
         rule: The method.
         temperature: Scalar, or (B,) one for each row of this rank. Receives a gradient if it requires one.
         log_weight: b_ij for this rank's rows and columns; None for 0.
+        mask_margin: Pairs whose score is above the own positive's by more than this are no negatives; None to keep them.
+            A constant of the derivative.
         row_weight: (B,) factor of each row's objective, a constant; None for 1.
         adjust: Rewrites logits; None to leave them.
         column_weight: Weight (b,) of some rows in `SoftmaxStats.column_gradient`, asked after the rule has answered
@@ -92,6 +94,7 @@ class Side:
     rule: Rule
     temperature: Tensor
     log_weight: LogWeights | None = None
+    mask_margin: float | None = None
     row_weight: Tensor | None = None
     adjust: Adjust | None = None
     column_weight: Callable[[slice], Tensor] | None = None
