@@ -63,7 +63,10 @@ class EMC2(SoftmaxLoss):
         8
     """
 
-    lacks: ClassVar = {"ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time"}
+    lacks: ClassVar = {
+        "ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time",
+        "joint": "looks at whole rows of scores",
+    }
     denominator: Chains
 
     def __init__(

@@ -26,6 +26,7 @@ class PairwiseLoss(ContrastiveLoss):
     lacks: ClassVar[Mapping[str, str]] = {
         "direction": "judges pairs, which have one direction",
         "ring": "gathers the candidates of all ranks",
+        "joint": "judges pairs, and has no softmax",
         "mask_margin": "judges each pair on its own, with no own positive beside it",
     }
     _last: tuple[Tensor, float] | None = None

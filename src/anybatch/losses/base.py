@@ -11,7 +11,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypedDict, TypeVar, Unpack, cast
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from anybatch.core.configuration import Positive, unknown_key
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_integers
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats, differentiable_once, softmax_loss
+from anybatch.losses.joint import Kind, check_kinds, joint_softmax_loss
 from anybatch.losses.log_weights import LogWeights, as_log_weights, behind, plus, same_content, same_row
 from anybatch.losses.parts import MIN_TEMPERATURE, Batch, Denominator, GlobalTemperature, Part, Temperature
 from anybatch.losses.state import State
@@ -65,11 +66,15 @@ class OneTemperature(Scoring, total=False):
         learnable_temperature: Train it, through its logarithm, so that it stays positive.
         min_temperature: A learned temperature is put back to it at the start of a training step, so that its gradient
             stays alive; what is read is never below it.
+        joint: Further kinds of pairs in each anchor's softmax, by the names of sentence-transformers' `directions`:
+            "query_to_query", the other anchors; "doc_to_query", the own positive against all anchors; "doc_to_doc",
+            the own positive against other rows' texts. Qwen3-Embedding: the first and the last, with `mask_margin` .1.
     """
 
     temperature: Positive
     learnable_temperature: bool
     min_temperature: float
+    joint: tuple[Kind, ...]
 
 
 DEFAULTS = OneTemperature(
@@ -81,6 +86,7 @@ DEFAULTS = OneTemperature(
     temperature=0.05,
     learnable_temperature=False,
     min_temperature=MIN_TEMPERATURE,
+    joint=(),
 )
 
 
@@ -125,6 +131,7 @@ class ContrastiveLoss(State):
         margin = chosen["mask_margin"]
         if margin is not None and not math.isfinite(margin):
             raise AnybatchError(f"mask_margin is {margin}; expected a number such as 0.1, or None to mask nothing.")
+        check_kinds(chosen["joint"], chosen["direction"])
         if tau is None:
             limits = (chosen["min_temperature"], math.inf)
             tau = GlobalTemperature(chosen["temperature"], learnable=chosen["learnable_temperature"], limits=limits)
@@ -132,6 +139,7 @@ class ContrastiveLoss(State):
         self.direction: Direction = chosen["direction"]
         self.normalize, self.tile_bytes, self.ring = chosen["normalize"], chosen["tile_bytes"], chosen["ring"]
         self.mask_margin: float | None = margin
+        self.joint: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind in chosen["joint"])
 
     @classmethod
     def scoring(cls, given: Scoring) -> dict[str, Any]:
@@ -172,7 +180,7 @@ class ContrastiveLoss(State):
         """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked."""
         parts = [part for part in self.modules() if isinstance(part, Part)]
         denominators = [part for part in parts if isinstance(part, Denominator)]
-        plain = all(part.plain for part in parts) and self.mask_margin is None
+        plain = all(part.plain for part in parts) and self.mask_margin is None and not self.joint
         return denominators[0] if denominators and plain else None
 
     @property
@@ -357,7 +365,11 @@ class SoftmaxLoss(ContrastiveLoss):
         for part in parts:
             sides = tuple(part.ask(side, batch, direction) for direction, side in enumerate(sides))
         # 2. The loss and its gradients.
-        loss, stats = softmax_loss(batch.anchors, batch.candidates, *sides, tile_bytes=self.tile_bytes, ring=self.ring)
+        how = {"tile_bytes": self.tile_bytes, "ring": self.ring}
+        if self.joint:
+            loss, stats = joint_softmax_loss(batch, sides[0], self.joint, over_data=self.over_data, **how)
+        else:
+            loss, stats = softmax_loss(batch.anchors, batch.candidates, *sides, **how)
         # 3. Each part learns.
         for part in parts:
             loss = part.learn(batch, sides, stats, loss)

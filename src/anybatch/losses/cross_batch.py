@@ -90,7 +90,10 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
     """
 
-    lacks: ClassVar = {"ring": "scores a memory beside the candidates of all ranks"}
+    lacks: ClassVar = {
+        "ring": "scores a memory beside the candidates of all ranks",
+        "joint": "remembers pairs for anchors against candidates",
+    }
 
     def __init__(
         self,

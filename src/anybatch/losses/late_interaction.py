@@ -50,7 +50,11 @@ class LateInteraction(ContrastiveLoss):
     temperatures: GlobalTemperature
 
     defaults: ClassVar[OneTemperature] = {"temperature": 1.0}
-    lacks: ClassVar = {"direction": "scores anchors against candidates", "ring": "gathers the candidates of all ranks"}
+    lacks: ClassVar = {
+        "direction": "scores anchors against candidates",
+        "joint": "scores anchors against candidates",
+        "ring": "gathers the candidates of all ranks",
+    }
 
     def __init__(self, **scoring: Unpack[OneTemperature]) -> None:
         super().__init__(**scoring)

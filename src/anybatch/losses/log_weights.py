@@ -258,7 +258,7 @@ class LogWeights:
         Raises:
             AnybatchError: A (B, M) tensor, which says nothing of the pairs across ranks.
         """
-        self._refuse_pairs("the other ranks")
+        self.refuse_pairs("the other ranks")
         return replace(
             self, queries=self.queries.gathered(row_sizes), candidates=self.candidates.gathered(column_sizes)
         )
@@ -283,7 +283,7 @@ class LogWeights:
         Raises:
             AnybatchError: A (B, M) tensor, which says nothing of them; examples of which other things are known.
         """
-        self._refuse_pairs("earlier batches")
+        self.refuse_pairs("earlier batches")
         task, device = self.queries.get("task"), memory["row"].device
         num_remembered = torch.full((len(self.queries),), len(memory), device=device)
         if task is not None:
@@ -299,7 +299,8 @@ class LogWeights:
             candidates=fresh.followed_by(old),
         )
 
-    def _refuse_pairs(self, elsewhere: str) -> None:
+    def refuse_pairs(self, elsewhere: str) -> None:
+        """Refuse a tensor with a value a pair."""
         if self.pairs is not None:
             raise AnybatchError(
                 f"log_weight is a tensor of shape {tuple(self.pairs.shape)}, which does not cover the candidates of "

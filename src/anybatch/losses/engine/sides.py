@@ -82,8 +82,8 @@ class Side:
         rule: The method.
         temperature: Scalar, or (B,) one for each row of this rank. Receives a gradient if it requires one.
         log_weight: b_ij for this rank's rows and columns; None for 0.
-        mask_margin: Pairs whose score is above the own positive's by more than this are no negatives; None to keep them.
-            A constant of the derivative.
+        mask_margin: Pairs whose score is above the own positive's by more than this are no negatives, which is a
+            constant of the derivative; None to keep them.
         row_weight: (B,) factor of each row's objective, a constant; None for 1.
         adjust: Rewrites logits; None to leave them.
         column_weight: Weight (b,) of some rows in `SoftmaxStats.column_gradient`, asked after the rule has answered
