@@ -27,6 +27,7 @@ class PairwiseLoss(ContrastiveLoss):
         "direction": "judges pairs, which have one direction",
         "ring": "gathers the candidates of all ranks",
         "joint": "judges pairs, and has no softmax",
+        "positives": "judges pairs, of which each has one positive",
         "mask_margin": "judges each pair on its own, with no own positive beside it",
     }
     _last: tuple[Tensor, float] | None = None

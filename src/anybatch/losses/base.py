@@ -11,6 +11,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
 import torch
@@ -26,6 +27,7 @@ from anybatch.losses.joint import Kind, check_kinds, joint_softmax_loss
 from anybatch.losses.log_weights import LogWeights, as_log_weights, behind, plus, same_content, same_row
 from anybatch.losses.parts import MIN_TEMPERATURE, Batch, Denominator, GlobalTemperature, Part, Temperature
 from anybatch.losses.state import State
+from anybatch.plans.examples import Examples
 
 Direction = Literal["one_way", "both"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,12 +71,15 @@ class OneTemperature(Scoring, total=False):
         joint: Further kinds of pairs in each anchor's softmax, by the names of sentence-transformers' `directions`:
             "query_to_query", the other anchors; "doc_to_query", the own positive against all anchors; "doc_to_doc",
             the own positive against other rows' texts. Qwen3-Embedding: the first and the last, with `mask_margin` .1.
+        positives: Column of the examples' records ("anchor_id", "text_id", or one given to `RowTable`) whose equal
+            values are positives of each other: the mean of their logits is raised (SupCon). None: the own alone.
     """
 
     temperature: Positive
     learnable_temperature: bool
     min_temperature: float
     joint: tuple[Kind, ...]
+    positives: str | None
 
 
 DEFAULTS = OneTemperature(
@@ -87,6 +92,7 @@ DEFAULTS = OneTemperature(
     learnable_temperature=False,
     min_temperature=MIN_TEMPERATURE,
     joint=(),
+    positives=None,
 )
 
 
@@ -131,7 +137,7 @@ class ContrastiveLoss(State):
         margin = chosen["mask_margin"]
         if margin is not None and not math.isfinite(margin):
             raise AnybatchError(f"mask_margin is {margin}; expected a number such as 0.1, or None to mask nothing.")
-        check_kinds(chosen["joint"], chosen["direction"])
+        check_kinds(chosen["joint"], chosen["direction"], chosen["positives"])
         if tau is None:
             limits = (chosen["min_temperature"], math.inf)
             tau = GlobalTemperature(chosen["temperature"], learnable=chosen["learnable_temperature"], limits=limits)
@@ -140,6 +146,7 @@ class ContrastiveLoss(State):
         self.normalize, self.tile_bytes, self.ring = chosen["normalize"], chosen["tile_bytes"], chosen["ring"]
         self.mask_margin: float | None = margin
         self.joint: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind in chosen["joint"])
+        self.positives: str | None = chosen["positives"]
 
     @classmethod
     def scoring(cls, given: Scoring) -> dict[str, Any]:
@@ -180,7 +187,8 @@ class ContrastiveLoss(State):
         """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked."""
         parts = [part for part in self.modules() if isinstance(part, Part)]
         denominators = [part for part in parts if isinstance(part, Denominator)]
-        plain = all(part.plain for part in parts) and self.mask_margin is None and not self.joint
+        plain = not self.joint and self.positives is None and self.mask_margin is None
+        plain &= all(part.plain for part in parts)
         return denominators[0] if denominators and plain else None
 
     @property
@@ -311,6 +319,10 @@ class ContrastiveLoss(State):
             masks = (same_row,) if len(rows.unique()) < len(rows) else ()  # of all ranks, and so the same on each
             if masks or weights is not None:
                 weights = plus(weights, num_rows, *masks, row=behind(index, num_columns))
+        if self.positives is not None:
+            weights = weights or LogWeights(queries=Examples(), candidates=Examples())
+            _ = weights.candidates[self.positives]  # says what is missing
+            weights = replace(weights, positives=self.positives)
         return index, weights
 
 

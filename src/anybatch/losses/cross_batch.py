@@ -93,6 +93,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     lacks: ClassVar = {
         "ring": "scores a memory beside the candidates of all ranks",
         "joint": "remembers pairs for anchors against candidates",
+        "positives": "remembers one positive an anchor",
     }
 
     def __init__(

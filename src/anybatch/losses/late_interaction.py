@@ -53,6 +53,7 @@ class LateInteraction(ContrastiveLoss):
     lacks: ClassVar = {
         "direction": "scores anchors against candidates",
         "joint": "scores anchors against candidates",
+        "positives": "has one positive an anchor",
         "ring": "gathers the candidates of all ranks",
     }
 

@@ -37,11 +37,14 @@ class Direction:
         self.d_temperature_rows = torch.zeros_like(positive_B)
         self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
 
-    def relative(self, scores: Tensor, positive: Tensor, temperature: Tensor, workspace: Tensor) -> Tensor:
-        """Logits relative to the positive, in the workspace; -inf above the margin."""
+    def relative(
+        self, scores: Tensor, positive: Tensor, temperature: Tensor, workspace: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
+        """Logits relative to the positive, in the workspace; -inf above the margin but for those `kept`."""
         logits = torch.sub(scores, positive, out=workspace)
         if self.side.mask_margin is not None:
-            logits.masked_fill_(logits > self.side.mask_margin, -torch.inf)
+            above = logits > self.side.mask_margin
+            logits.masked_fill_(above if kept is None else above & ~kept, -torch.inf)
         return logits.div_(temperature)
 
     def answer(self, rows: slice) -> None:
@@ -101,24 +104,63 @@ class AnchorDirection(Direction):
         self.alone = alone
         self.difference = torch.zeros_like(positive_B)  # sum_j p_ij s_ij, where it cannot be read from d anchors
         self.column_gradient_C = positive_B.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
+        self.several = self.log_weight is not None and self.log_weight.positives is not None
+        # Over further positives: their number, and the sum of their logits.
+        self.num_further, self.sum_further = torch.zeros_like(positive_B), torch.zeros_like(positive_B)
 
     def logits(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
         """(b, m) relative to the positive, -inf where there is no negative; in the workspace (perhaps the scores)."""
-        logits_bm = self.relative(scores_bm, self.positive[rows, None], self.temperature[rows, None], workspace_bm)
+        positive_b1, temperature_b1 = self.positive[rows, None], self.temperature[rows, None]
+        further_bm = self.further(rows, block) if self.several else None
+        logits_bm = self.relative(scores_bm, positive_b1, temperature_b1, workspace_bm, further_bm)
         if self.log_weight is not None:
             logits_bm += self.log_weight.tile(self.layout.shifted(rows), block.columns).to(logits_bm.dtype)
         if block.own:
-            local = torch.arange(rows.start, rows.stop, device=logits_bm.device)
-            logits_bm[local - rows.start, self.layout.first_column - block.columns.start + local] = -torch.inf
+            logits_bm[self.own(rows, block)] = -torch.inf
         return logits_bm if self.side.adjust is None else self.side.adjust(rows, scores_bm, logits_bm)
+
+    def own(self, rows: slice, block: Block) -> tuple[Tensor, Tensor]:
+        """Where the rows' own positives are in a tile of their block."""
+        local = torch.arange(rows.start, rows.stop, device=self.positive.device)
+        return local - rows.start, self.layout.first_column - block.columns.start + local
+
+    def further(self, rows: slice, block: Block) -> Tensor:
+        """(b, m) bool: candidates that are positives of the row beside its own."""
+        assert self.log_weight is not None
+        further_bm = self.log_weight.further_positives(self.layout.shifted(rows), block.columns)
+        if block.own:
+            further_bm[self.own(rows, block)] = False
+        return further_bm
 
     def measure(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the block to the log-sums; returns exp (b, m) and peak (b,): exp(logit) = exp * exp(peak)."""
         logits_bm = self.logits(rows, block, scores_bm, workspace_bm)
         self.num_negatives[rows] += count(logits_bm, 1) if self.removing else logits_bm.shape[1] - block.own
+        if self.several:
+            further_bm = self.further(rows, block)
+            number_b = further_bm.sum(dim=1).to(logits_bm.dtype)
+            self.num_further[rows] += number_b
+            self.num_negatives[rows] -= number_b
+            sum_b = (further_bm * scores_bm).sum(dim=1) - number_b * self.positive[rows]
+            self.sum_further[rows] += sum_b / self.temperature[rows]
         exp_bm, peak_b, log_sum_b = exp_of(logits_bm, 1)
         self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], log_sum_b)
         return exp_bm, peak_b
+
+    def answer(self, rows: slice) -> None:
+        """See `Direction.answer`; the positives' mean logit off the objective, where there are several."""
+        super().answer(rows)
+        if self.several:
+            self.objective[rows] -= self.sum_further[rows] / (1 + self.num_further[rows])
+
+    def share(self) -> Tensor:
+        """(B,) what each of several positives takes off its derivative in the score."""
+        share = 1 / (self.temperature * (1 + self.num_further))
+        return share if self.side.row_weight is None else share * self.side.row_weight.detach()
+
+    def total(self) -> Tensor:
+        """See `Direction.total`; the objective's mean logit is relative to the own positive as well."""
+        return super().total() - self.num_further * self.share() if self.several else super().total()
 
     def factor(self, rows: slice, peak_b: Tensor) -> Tensor:
         """(b,) what turns `exp` of `measure` into the derivative of the rows' terms in the scores."""

@@ -100,6 +100,12 @@ class Side:
     column_weight: Callable[[slice], Tensor] | None = None
     num_drawn: Tensor | None = None
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the columns of the other direction's scores do not do."""
+        several = self.log_weight is not None and self.log_weight.positives is not None
+        return self.adjust is not None or self.column_weight is not None or several
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SoftmaxStats:
