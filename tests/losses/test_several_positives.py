@@ -199,7 +199,10 @@ def test_ranks_equal_one_process():
     ("make", "words"),
     [
         (lambda: DecoupledInfoNCE(positives="label"), "positives is given, and DecoupledInfoNCE has no positive"),
-        (lambda: InfoNCE(positives="label", joint=("doc_to_doc",)), "joint is doc_to_doc and positives 'label'"),
+        (
+            lambda: InfoNCE(positives="label", joint=("doc_to_doc",)),
+            "joint=.'doc_to_doc',. and positives='label' are given",
+        ),
         (lambda: InfoNCE(positives="label")(torch.eye(3), torch.eye(3)), "column 'label' of the examples"),
     ],
 )

@@ -28,6 +28,7 @@ class PairwiseLoss(ContrastiveLoss):
         "ring": "gathers the candidates of all ranks",
         "joint": "judges pairs, and has no softmax",
         "positives": "judges pairs, of which each has one positive",
+        "hardness": "judges each pair on its own",
         "mask_margin": "judges each pair on its own, with no own positive beside it",
     }
     _last: tuple[Tensor, float] | None = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from anybatch.core import distributed
-from anybatch.core.configuration import Positive, unknown_key
+from anybatch.core.configuration import NotNegative, Positive, unknown_key
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_integers
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats, differentiable_once, softmax_loss
@@ -73,6 +73,8 @@ class OneTemperature(Scoring, total=False):
             the own positive against other rows' texts. Qwen3-Embedding: the first and the last, with `mask_margin` .1.
         positives: Column of the examples' records ("anchor_id", "text_id", or one given to `RowTable`) whose equal
             values are positives of each other: the mean of their logits is raised (SupCon). None: the own alone.
+        hardness: Weigh each negative by exp(hardness s_ij / tau) over the mean of that over the anchor's negatives; 0
+            for all alike. Published: .5 to 2 (Robinson et al. 2021, beta).
     """
 
     temperature: Positive
@@ -80,6 +82,7 @@ class OneTemperature(Scoring, total=False):
     min_temperature: float
     joint: tuple[Kind, ...]
     positives: str | None
+    hardness: NotNegative
 
 
 DEFAULTS = OneTemperature(
@@ -93,6 +96,7 @@ DEFAULTS = OneTemperature(
     min_temperature=MIN_TEMPERATURE,
     joint=(),
     positives=None,
+    hardness=0.0,
 )
 
 
@@ -137,7 +141,8 @@ class ContrastiveLoss(State):
         margin = chosen["mask_margin"]
         if margin is not None and not math.isfinite(margin):
             raise AnybatchError(f"mask_margin is {margin}; expected a number such as 0.1, or None to mask nothing.")
-        check_kinds(chosen["joint"], chosen["direction"], chosen["positives"])
+        check_kinds(chosen["joint"], chosen["direction"])
+        _check_one_of(chosen)
         if tau is None:
             limits = (chosen["min_temperature"], math.inf)
             tau = GlobalTemperature(chosen["temperature"], learnable=chosen["learnable_temperature"], limits=limits)
@@ -147,6 +152,7 @@ class ContrastiveLoss(State):
         self.mask_margin: float | None = margin
         self.joint: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind in chosen["joint"])
         self.positives: str | None = chosen["positives"]
+        self.hardness: float = chosen["hardness"]
 
     @classmethod
     def scoring(cls, given: Scoring) -> dict[str, Any]:
@@ -187,8 +193,8 @@ class ContrastiveLoss(State):
         """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked."""
         parts = [part for part in self.modules() if isinstance(part, Part)]
         denominators = [part for part in parts if isinstance(part, Denominator)]
-        plain = not self.joint and self.positives is None and self.mask_margin is None
-        plain &= all(part.plain for part in parts)
+        changed = self.joint or self.positives or self.hardness or self.mask_margin is not None
+        plain = not changed and all(part.plain for part in parts)
         return denominators[0] if denominators and plain else None
 
     @property
@@ -256,7 +262,8 @@ class ContrastiveLoss(State):
         weight = batch.log_weight_of(direction)
         rule = denominator.rule(batch, direction, normalised=weight is not None and weight.normalised)
         temperature = self.temperatures.of(batch, direction)
-        return Side(rule=rule, temperature=temperature, log_weight=weight, mask_margin=self.mask_margin)
+        options = {"mask_margin": self.mask_margin, "hardness": self.hardness}
+        return Side(rule=rule, temperature=temperature, log_weight=weight, **options)
 
     def _prepare(self, anchors: Tensor, candidates: Tensor, **known: Unpack[Known]) -> Batch:
         """The arguments of `forward`, checked, in float32 or better, normalised if wanted, ids turned into masks."""
@@ -387,6 +394,19 @@ class SoftmaxLoss(ContrastiveLoss):
             loss = part.learn(batch, sides, stats, loss)
         self._last = loss.detach(), stats[0]
         return loss
+
+
+def _check_one_of(chosen: Mapping[str, Any]) -> None:
+    """Refuse a negative hardness, and options that have no meaning beside each other."""
+    if not 0 <= chosen["hardness"] < math.inf:
+        raise AnybatchError(f"hardness is {chosen['hardness']}; expected a number of 0 or more, such as 1.0.")
+    given = [name for name in ("joint", "positives", "hardness") if chosen[name]]
+    if len(given) > 1:
+        raise AnybatchError(
+            f"{' and '.join(f'{name}={chosen[name]!r}' for name in given)} are given; expected at most one of joint, "
+            "positives and hardness. Leave out the others; for several positives among both views of a batch see "
+            "docs/losses.md."
+        )
 
 
 def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: float) -> dict[str, float]:

@@ -94,6 +94,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         "ring": "scores a memory beside the candidates of all ranks",
         "joint": "remembers pairs for anchors against candidates",
         "positives": "remembers one positive an anchor",
+        "hardness": "remembers the denominator of an anchor without its negatives' weights",
     }
 
     def __init__(

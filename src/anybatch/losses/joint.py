@@ -30,8 +30,8 @@ Kind = Literal["query_to_query", "doc_to_query", "doc_to_doc"]
 ANCHOR, TEXT = 0, 1  # in the record: what an embedding is of its pair
 
 
-def check_kinds(kinds: tuple[str, ...], direction: str, positives: str | None) -> None:
-    """Refuse what is no kind, a second softmax beside the joint one, and several positives in it."""
+def check_kinds(kinds: tuple[str, ...], direction: str) -> None:
+    """Refuse what is no kind, and a second softmax beside the joint one."""
     unknown = [kind for kind in kinds if kind not in get_args(Kind)]
     if unknown:
         raise AnybatchError(
@@ -42,11 +42,6 @@ def check_kinds(kinds: tuple[str, ...], direction: str, positives: str | None) -
         raise AnybatchError(
             f"joint is {', '.join(kinds)} and direction 'both': the one is one softmax for all kinds, the other the "
             "mean of two. Use direction='one_way', with 'doc_to_query' in joint for the other direction's pairs."
-        )
-    if kinds and positives is not None:
-        raise AnybatchError(
-            f"joint is {', '.join(kinds)} and positives {positives!r}: a joint softmax has one positive an anchor. "
-            "Leave out one of the two; for several positives among both views of a batch see docs/losses.md."
         )
 
 

@@ -54,6 +54,7 @@ class LateInteraction(ContrastiveLoss):
         "direction": "scores anchors against candidates",
         "joint": "scores anchors against candidates",
         "positives": "has one positive an anchor",
+        "hardness": "has one weight for all negatives",
         "ring": "gathers the candidates of all ranks",
     }
 

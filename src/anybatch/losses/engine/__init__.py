@@ -55,8 +55,8 @@ def softmax_loss(
     """The loss of this batch over all ranks, in one direction, or the mean of both from the same scores.
 
     Both directions cost 4 matrix products (3 when one tile holds everything) instead of the 6 to 8 of two runs.
-    Explicit negatives take part in the first only. A second side that adjusts logits, asks for the gradient weights of
-    candidates or has several positives a row is asked in rows of its own, so then two runs are what is done.
+    Explicit negatives take part in the first only. A second side that needs rows of its own (`Side.needs_rows`) takes a
+    second run.
 
     Args:
         anchors: (B, D), this rank's. Row i's positive is candidate i.

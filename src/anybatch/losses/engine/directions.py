@@ -34,6 +34,7 @@ class Direction:
         self.num_drawn = drawn.to(positive_B.dtype)
         self.log_denominator, self.objective = torch.empty_like(positive_B), torch.empty_like(positive_B)
         self.positive_weight: Tensor | None = None
+        self.log_hardness = torch.zeros_like(positive_B)  # log of the mean factor of the negatives, see `Side.hardness`
         self.d_temperature_rows = torch.zeros_like(positive_B)
         self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
 
@@ -49,8 +50,9 @@ class Direction:
 
     def answer(self, rows: slice) -> None:
         """Ask the rule for some rows."""
-        answer = self.side.rule(self.log_sum[rows], self.num_drawn[rows], rows)
-        self.log_denominator[rows], self.objective[rows] = answer.log_denominator, answer.objective
+        shift_b = self.log_hardness[rows] if self.side.hardness else 0.0
+        answer = self.side.rule(self.log_sum[rows] - shift_b, self.num_drawn[rows], rows)
+        self.log_denominator[rows], self.objective[rows] = answer.log_denominator + shift_b, answer.objective
         if answer.positive_weight is not None:
             if self.positive_weight is None:
                 self.positive_weight = torch.empty_like(self.positive)
@@ -87,8 +89,8 @@ class Direction:
     def stats(self, *, gradients: bool) -> SoftmaxStats:
         """The figures of the call."""
         return SoftmaxStats(
-            log_sum=self.log_sum,
-            log_denominator=self.log_denominator,
+            log_sum=self.log_sum - self.log_hardness,
+            log_denominator=self.log_denominator - self.log_hardness,
             objective=self.objective,
             num_negatives=self.num_negatives,
             temperature_gradient=self.d_temperature_rows if gradients and self.learning else None,
@@ -107,6 +109,9 @@ class AnchorDirection(Direction):
         self.several = self.log_weight is not None and self.log_weight.positives is not None
         # Over further positives: their number, and the sum of their logits.
         self.num_further, self.sum_further = torch.zeros_like(positive_B), torch.zeros_like(positive_B)
+        self.factors = positive_B.new_full(
+            (2, self.num_rows), -torch.inf
+        )  # log-sums of the negatives' factors, of ones
 
     def logits(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
         """(b, m) relative to the positive, -inf where there is no negative; in the workspace (perhaps the scores)."""
@@ -117,6 +122,8 @@ class AnchorDirection(Direction):
             logits_bm += self.log_weight.tile(self.layout.shifted(rows), block.columns).to(logits_bm.dtype)
         if block.own:
             logits_bm[self.own(rows, block)] = -torch.inf
+        if self.side.hardness:
+            logits_bm += self.side.hardness * (scores_bm - positive_b1) / temperature_b1
         return logits_bm if self.side.adjust is None else self.side.adjust(rows, scores_bm, logits_bm)
 
     def own(self, rows: slice, block: Block) -> tuple[Tensor, Tensor]:
@@ -143,12 +150,18 @@ class AnchorDirection(Direction):
             self.num_negatives[rows] -= number_b
             sum_b = (further_bm * scores_bm).sum(dim=1) - number_b * self.positive[rows]
             self.sum_further[rows] += sum_b / self.temperature[rows]
+        if self.side.hardness:
+            plain_bm = (scores_bm - self.positive[rows, None]) / self.temperature[rows, None]
+            for sums, power in zip(self.factors, (1.0, 1.0 + self.side.hardness), strict=True):
+                sums[rows] = torch.logaddexp(sums[rows], (logits_bm - power * plain_bm).logsumexp(dim=1))
         exp_bm, peak_b, log_sum_b = exp_of(logits_bm, 1)
         self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], log_sum_b)
         return exp_bm, peak_b
 
     def answer(self, rows: slice) -> None:
         """See `Direction.answer`; the positives' mean logit off the objective, where there are several."""
+        if self.side.hardness:
+            self.log_hardness[rows] = finite(self.factors[0, rows]) - finite(self.factors[1, rows])
         super().answer(rows)
         if self.several:
             self.objective[rows] -= self.sum_further[rows] / (1 + self.num_further[rows])
