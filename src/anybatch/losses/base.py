@@ -364,14 +364,14 @@ class SoftmaxLoss(ContrastiveLoss):
         super().__init__(tau, **scoring)
         self.denominator = denominator
         self.others = nn.ModuleList(others)
-        self._last: tuple[Tensor, SoftmaxStats] | None = None
+        self._last: tuple[Tensor, SoftmaxStats, Tensor] | None = None
 
     @property
     def last_stats(self) -> dict[str, float]:
         """Figures of the last call as plain floats: objective, log_denominator, negatives per anchor, temperature.
         Empty before it.
         """
-        return {} if self._last is None else figures_of(*self._last, self.temperature)
+        return {} if self._last is None else figures_of(*self._last)
 
     @property
     def _others(self) -> list[Part]:
@@ -392,7 +392,7 @@ class SoftmaxLoss(ContrastiveLoss):
         # 3. Each part learns.
         for part in parts:
             loss = part.learn(batch, sides, stats, loss)
-        self._last = loss.detach(), stats[0]
+        self._last = loss.detach(), stats[0], torch.cat([side.temperature.detach().view(-1) for side in sides])
         return loss
 
 
@@ -409,14 +409,14 @@ def _check_one_of(chosen: Mapping[str, Any]) -> None:
         )
 
 
-def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: float) -> dict[str, float]:
-    """Figures of a call for logs."""
+def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: Tensor) -> dict[str, float]:
+    """Figures of a call for logs; of temperatures that differ by row the batch's mean."""
     seen = stats.log_denominator[(stats.num_negatives > 0) & stats.log_denominator.isfinite()]
     return {
         "objective": loss.item(),
         "log_denominator": seen.mean().item() if len(seen) else 0.0,
         "num_negatives": stats.num_negatives.mean().item(),
-        "temperature": temperature,
+        "temperature": round(temperature.mean().item(), 7),  # 0.05, not its float32
     }
 
 

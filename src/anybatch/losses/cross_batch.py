@@ -125,7 +125,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             )
         self.memory_size, self.corrected, self.centred = memory_size, corrected, centred
         self.max_staleness, self.mean_rows = max_staleness, mean_rows
-        self._last: tuple[Tensor, SoftmaxStats] | None = None
+        self._last: tuple[Tensor, SoftmaxStats, Tensor] | None = None
         self._num_used = 0
         self.denominator: Denominator = CountCorrected(num_rows) if corrected else WithPositive()
         self.queue = EmbeddingQueue(memory_size, num_rows)
@@ -143,7 +143,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         """See `SoftmaxLoss.last_stats`; and `remembered`, the pairs of the memory that were used."""
         if self._last is None:
             return {}
-        return {**figures_of(*self._last, self.temperature), "remembered": float(self._num_used)}
+        return {**figures_of(*self._last), "remembered": float(self._num_used)}
 
     def _of(self, batch: Batch) -> Tensor:
         with torch.autocast(batch.anchors.device.type, enabled=False):
@@ -164,7 +164,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             losses.append(loss + self._term_of_remembered_queries(batch, recalled, direction, side))
             stats.append((one, side))
         loss = torch.stack(losses).mean()
-        self._last = loss.detach(), stats[0][0]
+        self._last = loss.detach(), stats[0][0], stats[0][1].temperature.detach()
         self._num_used = len(recalled.memory)
         if batch.updating:
             self._remember(batch, recalled, stats)

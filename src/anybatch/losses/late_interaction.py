@@ -60,7 +60,7 @@ class LateInteraction(ContrastiveLoss):
 
     def __init__(self, **scoring: Unpack[OneTemperature]) -> None:
         super().__init__(**scoring)
-        self._objective: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
     @outside_the_graph
     def forward(
@@ -103,15 +103,16 @@ class LateInteraction(ContrastiveLoss):
                 loss, gradients = _solve(
                     sides[0], sides[1], temperature, masks, weight, self.tile_bytes, self.mask_margin
                 )
-        self._objective = loss
+        self._last = loss, temperature.detach()
         return differentiable_once(with_gradients(loss, (*sides, temperature), gradients))
 
     @property
     def last_stats(self) -> dict[str, float]:
         """Figures of the last call as plain floats: objective and temperature. Empty before it."""
-        if self._objective is None:
+        if self._last is None:
             return {}
-        return {"objective": self._objective.item(), "temperature": self.temperature}
+        objective, temperature = (figure.item() for figure in self._last)
+        return {"objective": objective, "temperature": round(temperature, 7)}
 
 
 def _solve(

@@ -104,10 +104,15 @@ class Side:
     num_drawn: Tensor | None = None
 
     @property
+    def rereads_scores(self) -> bool:
+        """Whether a tile's scores are needed beside its logits."""
+        several = self.log_weight is not None and self.log_weight.positives is not None
+        return self.adjust is not None or several or self.hardness > 0
+
+    @property
     def needs_rows(self) -> bool:
         """Whether the columns of the other direction's scores do not do."""
-        several = self.log_weight is not None and self.log_weight.positives is not None
-        return self.adjust is not None or self.column_weight is not None or several or self.hardness > 0
+        return self.rereads_scores or self.column_weight is not None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -145,7 +145,7 @@ class _Tiles:
         self.rows = [slice(start, min(start + height, len(anchors))) for start in range(0, len(anchors), height)]
         size = min(height, len(anchors)) * source.widest
         self._scores, self._logits = Workspace(anchors, size), Workspace(anchors, size)
-        self._keeping = back is not None or forward.side.needs_rows
+        self._keeping = back is not None or forward.side.rereads_scores
 
     def one_pass(self, *, gradients: bool) -> None:
         """Each tile's log-sums, answers and gradients while its scores are there."""
