@@ -110,7 +110,7 @@ def test_ranks_equal_one_process():
     ("make", "words"),
     [
         (lambda: InfoNCE(hardness=-1.0), "hardness is -1.0; expected a number of 0 or more"),
-        (lambda: InfoNCE(hardness=1.0, positives="label"), "positives='label' and hardness=1.0 are given"),
+        (lambda: InfoNCE(hardness=1.0, positives_by="label"), "positives_by='label' and hardness=1.0 are given"),
         (lambda: CrossBatchInfoNCE(N, hardness=1.0), "hardness is given, and CrossBatchInfoNCE remembers"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from anybatch.caching import cached_step
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.log_weights import LogWeights, Values, removed
@@ -98,10 +99,13 @@ def test_masks_and_counts(kinds, rows, negatives):
     anchor_id = torch.arange(rows) % (rows - 1)
     candidate_id = torch.arange(rows * (1 + negatives)) % (rows + 2)
     candidate_id[1] = candidate_id[0]
-    ids = {"anchor_id": anchor_id, "candidate_id": candidate_id}
+    index = torch.arange(rows)
+    index[3] = index[1]  # a row that came twice
+    ids = {"anchor_id": anchor_id, "candidate_id": candidate_id, "index": index}
 
     def allowed(i, j):
-        return candidate_id[i] != candidate_id[j] and (j >= rows or anchor_id[i] != anchor_id[j])
+        same_pair = j < rows and (anchor_id[i] == anchor_id[j] or index[i] == index[j])
+        return candidate_id[i] != candidate_id[j] and not same_pair
 
     pairs = lambda: Pairs(*leaves, kinds, allowed=allowed, margin=0.1)  # noqa: E731
     options = {"temperature": TAU, "joint": kinds, "mask_margin": 0.1, "tile_bytes": 200}
@@ -149,19 +153,21 @@ def test_normalised_weights_are_each_kinds_own(kinds):
 
 @pytest.mark.parametrize("kinds", SUBSETS)
 def test_a_running_denominator_follows_all_kinds(kinds):
-    """SogCLR over two visits: the weights are those of the moving average, held."""
+    """SogCLR over two batches with some rows in common: the weights are those of the moving average, held."""
     loss = SogCLR(20, gamma=0.4, temperature=TAU, joint=kinds, tile_bytes=300).double()
     u, eps, own = {}, 1 / 19, 2.0 if "doc_to_query" in kinds else 1.0
-    for step in range(2):
-        leaves = draw(6, 0, seed=step)
-        value = loss(*leaves, index=torch.arange(6))
+    data = [side.detach() for side in draw(9, 0)]
+    for rows in (range(6), range(3, 9)):
+        leaves = [side[rows.start : rows.stop].clone().requires_grad_() for side in data]
+        value = loss(*leaves, index=torch.tensor(rows))
         pairs, surrogate, objective = Pairs(*leaves, kinds), 0.0, 0.0
         for i in range(6):
             terms = [logit - pairs.positive(i) / TAU for logits, count in pairs.of(i) for logit in logits]
             mean = sum(term.exp().item() for term in terms) / 5
-            u[i] = mean if i not in u else 0.6 * u[i] + 0.4 * mean
-            objective += math.log(own * eps + u[i])
-            surrogate = surrogate + sum(term.detach().exp() * term for term in terms) / 5 / (own * eps + u[i])
+            row = rows[i]
+            u[row] = mean if row not in u else 0.6 * u[row] + 0.4 * mean
+            objective += math.log(own * eps + u[row])
+            surrogate = surrogate + sum(term.detach().exp() * term for term in terms) / 5 / (own * eps + u[row])
         assert value.item() == pytest.approx(objective / 6, rel=1e-6)  # the state is float32
         mine, theirs = (torch.autograd.grad(scalar, leaves) for scalar in (value, surrogate / 6))
         for one, other in zip(mine, theirs, strict=True):
@@ -183,6 +189,25 @@ def on_rank(rank, world_size, kinds, corrected, options):
     value = loss(mine, own, anchor_id=torch.arange(6)[rows] % 4, candidate_id=ids)
     value.backward()
     return [value.detach(), mine.grad, own.grad.view(2, -1, 5), loss.temperatures.log_temperature.grad]
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_cached_step_equals_the_plain_one(corrected):
+    """With the guest's choice of Qwen3-Embedding, explicit negatives among the texts."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randn(6, 7, generator=generator, dtype=torch.float64) for _ in range(3)]
+    make = (lambda **k: CountCorrectedInfoNCE(50, **k)) if corrected else InfoNCE
+    loss, gradients = make(temperature=TAU, joint=("query_to_query", "doc_to_doc"), mask_margin=0.1), []
+    for micro_batch in (None, 2):
+        torch.manual_seed(0)
+        encoder = torch.nn.Linear(7, 5).double()
+        if micro_batch is None:
+            loss(encoder(texts[0]), torch.cat([encoder(text) for text in texts[1:]])).backward()
+        else:
+            cached_step(loss, [encoder] * 3, texts, micro_batch=micro_batch)
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize(("kinds", "corrected"), [(("query_to_query",), False), (KINDS, True)])

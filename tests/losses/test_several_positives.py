@@ -73,7 +73,7 @@ def assert_equal(ours, theirs, leaves):
 def test_equals_the_formula(name, shape, tile, both, margin):
     (make, scale), (leaves, labels) = MAKE[name], draw(*shape)
     options = {"direction": "both" if both else "one_way", "tile_bytes": tile, "mask_margin": margin}
-    value = make(temperature=TAU, positives="label", **options)(*leaves, log_weight=records(labels, shape[1]))
+    value = make(temperature=TAU, positives_by="label", **options)(*leaves, log_weight=records(labels, shape[1]))
     known = {"scale": scale, "margin": math.inf if margin is None else margin}
     expected = supcon(*leaves, labels, **known)
     if both:
@@ -88,7 +88,7 @@ def test_ids_that_are_masks_elsewhere(column):
     other = torch.arange(8)
     other[7] = other[0]
     anchor_id, text_id = (ids, other) if column == "anchor_id" else (other, ids)
-    value = InfoNCE(temperature=TAU, positives=column)(*leaves, anchor_id=anchor_id, candidate_id=text_id)
+    value = InfoNCE(temperature=TAU, positives_by=column)(*leaves, anchor_id=anchor_id, candidate_id=text_id)
     assert_equal(value, supcon(*leaves, ids, masked=lambda i, j: other[i] == other[j]), leaves)
 
 
@@ -98,7 +98,7 @@ def test_all_views_of_a_batch_are_supcon():
     leaves, index = [first, second], torch.arange(6)
     views, others = torch.cat([first, second]), torch.cat([second, first])
     known = LogWeights.of(Examples(label=labels.repeat(2)), 12)
-    value = InfoNCE(temperature=TAU, positives="label")(views, others, index=index.repeat(2), log_weight=known)
+    value = InfoNCE(temperature=TAU, positives_by="label")(views, others, index=index.repeat(2), log_weight=known)
     embeddings, labels = reference.unit(views), labels.repeat(2)
     logits = embeddings @ embeddings.T / TAU
     same = (labels[:, None] == labels) & ~torch.eye(12, dtype=torch.bool)
@@ -112,7 +112,7 @@ def test_weights_that_stand_for_the_data_hold_for_positives_too():
     """A positive in another cluster stands for others in the denominator; one of another data set is none."""
     leaves, labels = draw(8, 0, seed=1)
     cluster = torch.arange(8) // 4
-    loss = CountCorrectedInfoNCE(50, temperature=TAU, positives="label")
+    loss = CountCorrectedInfoNCE(50, temperature=TAU, positives_by="label")
     same, other = math.log(2 / 49), math.log(9 / 49)
     weight = cluster_weights(cluster, 8, same=same, other=other, label=labels)
     value = loss(*leaves, log_weight=weight)
@@ -140,11 +140,11 @@ def test_a_running_denominator():
     """The first visit is that of the batch: gradients of SogCLR with eps = 1 / k are InfoNCE's."""
     leaves, labels = draw(7, 0, seed=5)
     known = {"index": torch.arange(7), "log_weight": records(labels, 0)}
-    running = SogCLR(7, temperature=TAU, positives="label").double()
+    running = SogCLR(7, temperature=TAU, positives_by="label").double()
     assert running.running is None
     pairs = [
         torch.autograd.grad(loss(*leaves, **known), leaves)
-        for loss in (running, InfoNCE(temperature=TAU, positives="label"))
+        for loss in (running, InfoNCE(temperature=TAU, positives_by="label"))
     ]
     for mine, other in zip(*pairs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-8)  # the state is float32
@@ -152,12 +152,12 @@ def test_a_running_denominator():
 
 def test_figures_and_a_temperature_that_learns():
     leaves, labels = draw(9, 2, seed=2)
-    loss = InfoNCE(temperature=TAU, learnable_temperature=True, positives="label").double()
+    loss = InfoNCE(temperature=TAU, learnable_temperature=True, positives_by="label").double()
     with torch.no_grad():
         loss.temperatures.log_temperature.fill_(math.log(TAU))
     values = []
     for tau in (TAU, TAU * math.exp(1e-5), TAU * math.exp(-1e-5)):
-        fixed = InfoNCE(temperature=tau, positives="label")
+        fixed = InfoNCE(temperature=tau, positives_by="label")
         values.append(fixed(*leaves, log_weight=records(labels, 2)))
     loss(*leaves, log_weight=records(labels, 2)).backward()
     torch.testing.assert_close(loss.temperatures.log_temperature.grad, (values[1] - values[2]).detach() / 2e-5)
@@ -175,7 +175,7 @@ def on_rank(rank, world_size, options):
     explicit = slice(first, first + 1) if world_size > 1 else slice(9, 12)
     mine = [anchors.detach()[rows], torch.cat([candidates.detach()[rows], candidates.detach()[explicit]])]
     leaves = [side.requires_grad_() for side in mine]
-    loss = CountCorrectedInfoNCE(50, temperature=TAU, positives="label", **options)
+    loss = CountCorrectedInfoNCE(50, temperature=TAU, positives_by="label", **options)
     value = loss(*leaves, log_weight=records(labels[rows], explicit.stop - explicit.start))
     value.backward()
     return [value.detach(), *(leaf.grad for leaf in leaves)]
@@ -198,12 +198,12 @@ def test_ranks_equal_one_process():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: DecoupledInfoNCE(positives="label"), "positives is given, and DecoupledInfoNCE has no positive"),
+        (lambda: DecoupledInfoNCE(positives_by="label"), "positives_by is given, and DecoupledInfoNCE has no positive"),
         (
-            lambda: InfoNCE(positives="label", joint=("doc_to_doc",)),
-            "joint=.'doc_to_doc',. and positives='label' are given",
+            lambda: InfoNCE(positives_by="label", joint=("doc_to_doc",)),
+            "joint=.'doc_to_doc',. and positives_by='label' are given",
         ),
-        (lambda: InfoNCE(positives="label")(torch.eye(3), torch.eye(3)), "column 'label' of the examples"),
+        (lambda: InfoNCE(positives_by="label")(torch.eye(3), torch.eye(3)), "column 'label' of the examples"),
     ],
 )
 def test_mistakes(make, words):

@@ -60,7 +60,7 @@ class GloFND(SoftmaxLoss):
     lacks: ClassVar = {
         "ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time",
         "joint": "looks at whole rows of scores",
-        "positives": "takes every candidate but one for a negative",
+        "positives_by": "takes every candidate but one for a negative",
         "hardness": "drops negatives by their scores already",
     }
     denominator: RunningDenominator

@@ -27,7 +27,7 @@ class PairwiseLoss(ContrastiveLoss):
         "direction": "judges pairs, which have one direction",
         "ring": "gathers the candidates of all ranks",
         "joint": "judges pairs, and has no softmax",
-        "positives": "judges pairs, of which each has one positive",
+        "positives_by": "judges pairs, of which each has one positive",
         "hardness": "judges each pair on its own",
         "mask_margin": "judges each pair on its own, with no own positive beside it",
     }

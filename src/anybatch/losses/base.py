@@ -71,7 +71,7 @@ class OneTemperature(Scoring, total=False):
         joint: Further kinds of pairs in each anchor's softmax, by the names of sentence-transformers' `directions`:
             "query_to_query", the other anchors; "doc_to_query", the own positive against all anchors; "doc_to_doc",
             the own positive against other rows' texts. Qwen3-Embedding: the first and the last, with `mask_margin` .1.
-        positives: Column of the examples' records ("anchor_id", "text_id", or one given to `RowTable`) whose equal
+        positives_by: Column of the examples' records ("anchor_id", "text_id", or one given to `RowTable`) whose equal
             values are positives of each other: the mean of their logits is raised (SupCon). None: the own alone.
         hardness: Weigh each negative by exp(hardness s_ij / tau) over the mean of that over the anchor's negatives; 0
             for all alike. Published: .5 to 2 (Robinson et al. 2021, beta).
@@ -81,7 +81,7 @@ class OneTemperature(Scoring, total=False):
     learnable_temperature: bool
     min_temperature: float
     joint: tuple[Kind, ...]
-    positives: str | None
+    positives_by: str | None
     hardness: NotNegative
 
 
@@ -95,7 +95,7 @@ DEFAULTS = OneTemperature(
     learnable_temperature=False,
     min_temperature=MIN_TEMPERATURE,
     joint=(),
-    positives=None,
+    positives_by=None,
     hardness=0.0,
 )
 
@@ -151,7 +151,7 @@ class ContrastiveLoss(State):
         self.normalize, self.tile_bytes, self.ring = chosen["normalize"], chosen["tile_bytes"], chosen["ring"]
         self.mask_margin: float | None = margin
         self.joint: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind in chosen["joint"])
-        self.positives: str | None = chosen["positives"]
+        self.positives_by: str | None = chosen["positives_by"]
         self.hardness: float = chosen["hardness"]
 
     @classmethod
@@ -193,7 +193,7 @@ class ContrastiveLoss(State):
         """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked."""
         parts = [part for part in self.modules() if isinstance(part, Part)]
         denominators = [part for part in parts if isinstance(part, Denominator)]
-        changed = self.joint or self.positives or self.hardness or self.mask_margin is not None
+        changed = self.joint or self.positives_by or self.hardness or self.mask_margin is not None
         plain = not changed and all(part.plain for part in parts)
         return denominators[0] if denominators and plain else None
 
@@ -326,10 +326,10 @@ class ContrastiveLoss(State):
             masks = (same_row,) if len(rows.unique()) < len(rows) else ()  # of all ranks, and so the same on each
             if masks or weights is not None:
                 weights = plus(weights, num_rows, *masks, row=behind(index, num_columns))
-        if self.positives is not None:
+        if self.positives_by is not None:
             weights = weights or LogWeights(queries=Examples(), candidates=Examples())
-            _ = weights.candidates[self.positives]  # says what is missing
-            weights = replace(weights, positives=self.positives)
+            _ = weights.candidates[self.positives_by]  # says what is missing
+            weights = replace(weights, positives_by=self.positives_by)
         return index, weights
 
 
@@ -400,11 +400,11 @@ def _check_one_of(chosen: Mapping[str, Any]) -> None:
     """Refuse a negative hardness, and options that have no meaning beside each other."""
     if not 0 <= chosen["hardness"] < math.inf:
         raise AnybatchError(f"hardness is {chosen['hardness']}; expected a number of 0 or more, such as 1.0.")
-    given = [name for name in ("joint", "positives", "hardness") if chosen[name]]
+    given = [name for name in ("joint", "positives_by", "hardness") if chosen[name]]
     if len(given) > 1:
         raise AnybatchError(
             f"{' and '.join(f'{name}={chosen[name]!r}' for name in given)} are given; expected at most one of joint, "
-            "positives and hardness. Leave out the others; for several positives among both views of a batch see "
+            "positives_by and hardness. Leave out the others; for several positives among both views of a batch see "
             "docs/losses.md."
         )
 

@@ -93,7 +93,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     lacks: ClassVar = {
         "ring": "scores a memory beside the candidates of all ranks",
         "joint": "remembers pairs for anchors against candidates",
-        "positives": "remembers one positive an anchor",
+        "positives_by": "remembers one positive an anchor",
         "hardness": "remembers the denominator of an anchor without its negatives' weights",
     }
 

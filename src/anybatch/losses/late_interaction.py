@@ -53,7 +53,7 @@ class LateInteraction(ContrastiveLoss):
     lacks: ClassVar = {
         "direction": "scores anchors against candidates",
         "joint": "scores anchors against candidates",
-        "positives": "has one positive an anchor",
+        "positives_by": "has one positive an anchor",
         "hardness": "has one weight for all negatives",
         "ring": "gathers the candidates of all ranks",
     }

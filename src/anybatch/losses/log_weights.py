@@ -205,7 +205,7 @@ class LogWeights:
         pairs: (B, M) further values, one a pair, which mean nothing for other candidates; None for none.
         pairs_normalised: See `Term`, for `pairs`.
         back: Queries are positives and candidates anchors.
-        positives: Column whose equal values, 0 or more, make a candidate a further positive of the query, not the
+        positives_by: Column whose equal values, 0 or more, make a candidate a further positive of the query, not the
             query's own row again. No mask removes it; weights that stand for the data hold. None for the own alone.
 
     Example:
@@ -223,7 +223,7 @@ class LogWeights:
     pairs: Tensor | None = None
     pairs_normalised: bool = False
     back: bool = False
-    positives: str | None = None
+    positives_by: str | None = None
 
     @classmethod
     def of(cls, candidates: Examples, num_rows: int, *terms: Term) -> LogWeights:
@@ -233,7 +233,7 @@ class LogWeights:
     @property
     def empty(self) -> bool:
         """Whether all of them are 0."""
-        return not self.terms and self.pairs is None and self.positives is None
+        return not self.terms and self.pairs is None and self.positives_by is None
 
     @property
     def normalised(self) -> bool:
@@ -244,17 +244,17 @@ class LogWeights:
         """The log-weights of these queries and candidates, broadcastable to (rows, columns)."""
         known = self._parts(rows, columns)
         parts = [part for part, _ in known]
-        if self.positives is not None:
+        if self.positives_by is not None:
             kept = self.further_positives(rows, columns)
             parts = [part if fixed else torch.where(kept & part.isneginf(), 0.0, part) for part, fixed in known]
         return sum(parts[1:], parts[0]) if parts else torch.zeros(())
 
     def further_positives(self, rows: slice | Tensor, columns: slice) -> Tensor:
-        """(rows, columns) bool, see `positives`."""
-        assert self.positives is not None
+        """(rows, columns) bool, see `positives_by`."""
+        assert self.positives_by is not None
         queries, candidates = self.queries.take(rows), self.candidates.take(columns)
-        ids = queries[self.positives][:, None]
-        further = (ids >= 0) & (ids == candidates[self.positives])
+        ids = queries[self.positives_by][:, None]
+        further = (ids >= 0) & (ids == candidates[self.positives_by])
         if "row" in queries:
             further &= queries["row"][:, None] != candidates["row"]
         for part, normalised in self._parts(rows, columns):

@@ -56,7 +56,7 @@ class DecoupledInfoNCE(SoftmaxLoss):
         -2.0
     """
 
-    lacks: ClassVar = {"positives": "has no positive in its denominator, and so no place for several"}
+    lacks: ClassVar = {"positives_by": "has no positive in its denominator, and so no place for several"}
 
     def __init__(self, **scoring: Unpack[OneTemperature]) -> None:
         super().__init__(None, WithoutPositive(), **scoring)

@@ -106,7 +106,7 @@ class AnchorDirection(Direction):
         self.alone = alone
         self.difference = torch.zeros_like(positive_B)  # sum_j p_ij s_ij, where it cannot be read from d anchors
         self.column_gradient_C = positive_B.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
-        self.several = self.log_weight is not None and self.log_weight.positives is not None
+        self.several = self.log_weight is not None and self.log_weight.positives_by is not None
         # Over further positives: their number, and the sum of their logits.
         self.num_further, self.sum_further = torch.zeros_like(positive_B), torch.zeros_like(positive_B)
         self.factors = positive_B.new_full(

@@ -106,7 +106,7 @@ class Side:
     @property
     def rereads_scores(self) -> bool:
         """Whether a tile's scores are needed beside its logits."""
-        several = self.log_weight is not None and self.log_weight.positives is not None
+        several = self.log_weight is not None and self.log_weight.positives_by is not None
         return self.adjust is not None or several or self.hardness > 0
 
     @property
