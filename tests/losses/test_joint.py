@@ -87,7 +87,8 @@ class Pairs:
             terms = 2.0 * own if "doc_to_query" in self.kinds else own
             for logits, count in self.of(i):
                 terms = terms + scale(count) * sum((logit - positive).exp() for logit in logits)
-            total = total + torch.log(terms)
+            if isinstance(terms, torch.Tensor) or terms > 0:  # else the row has no negative, and contributes 0
+                total = total + torch.log(positive * 0 + terms)
         return total / self.rows
 
 

@@ -34,7 +34,7 @@ class Direction:
         self.num_drawn = drawn.to(positive_B.dtype)
         self.log_denominator, self.objective = torch.empty_like(positive_B), torch.empty_like(positive_B)
         self.positive_weight: Tensor | None = None
-        self.log_hardness = torch.zeros_like(positive_B)  # log of the mean factor of the negatives, see `Side.hardness`
+        self.log_hardness: Tensor | None = None  # (B,) log of the mean factor of the negatives, see `Side.hardness`
         self.d_temperature_rows = torch.zeros_like(positive_B)
         self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
 
@@ -50,9 +50,13 @@ class Direction:
 
     def answer(self, rows: slice) -> None:
         """Ask the rule for some rows."""
-        shift_b = self.log_hardness[rows] if self.side.hardness else 0.0
-        answer = self.side.rule(self.log_sum[rows] - shift_b, self.num_drawn[rows], rows)
-        self.log_denominator[rows], self.objective[rows] = answer.log_denominator + shift_b, answer.objective
+        log_sum_b = self.log_sum[rows]
+        if self.log_hardness is not None:
+            log_sum_b = log_sum_b - self.log_hardness[rows]
+        answer = self.side.rule(log_sum_b, self.num_drawn[rows], rows)
+        self.log_denominator[rows], self.objective[rows] = answer.log_denominator, answer.objective
+        if self.log_hardness is not None:
+            self.log_denominator[rows] += self.log_hardness[rows]
         if answer.positive_weight is not None:
             if self.positive_weight is None:
                 self.positive_weight = torch.empty_like(self.positive)
@@ -88,9 +92,12 @@ class Direction:
 
     def stats(self, *, gradients: bool) -> SoftmaxStats:
         """The figures of the call."""
+        log_sum, log_denominator = self.log_sum, self.log_denominator
+        if self.log_hardness is not None:
+            log_sum, log_denominator = log_sum - self.log_hardness, log_denominator - self.log_hardness
         return SoftmaxStats(
-            log_sum=self.log_sum - self.log_hardness,
-            log_denominator=self.log_denominator - self.log_hardness,
+            log_sum=log_sum,
+            log_denominator=log_denominator,
             objective=self.objective,
             num_negatives=self.num_negatives,
             temperature_gradient=self.d_temperature_rows if gradients and self.learning else None,
@@ -107,11 +114,11 @@ class AnchorDirection(Direction):
         self.difference = torch.zeros_like(positive_B)  # sum_j p_ij s_ij, where it cannot be read from d anchors
         self.column_gradient_C = positive_B.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
         self.several = self.log_weight is not None and self.log_weight.positives_by is not None
-        # Over further positives: their number, and the sum of their logits.
-        self.num_further, self.sum_further = torch.zeros_like(positive_B), torch.zeros_like(positive_B)
-        self.factors = positive_B.new_full(
-            (2, self.num_rows), -torch.inf
-        )  # log-sums of the negatives' factors, of ones
+        if self.several:  # over further positives: their number, and the sum of their logits
+            self.num_further, self.sum_further = torch.zeros_like(positive_B), torch.zeros_like(positive_B)
+        if side.hardness:  # over negatives: log-sums of their factors, and of ones
+            self.factors = positive_B.new_full((2, self.num_rows), -torch.inf)
+            self.log_hardness = torch.empty_like(positive_B)
 
     def logits(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
         """(b, m) relative to the positive, -inf where there is no negative; in the workspace (perhaps the scores)."""
@@ -160,7 +167,7 @@ class AnchorDirection(Direction):
 
     def answer(self, rows: slice) -> None:
         """See `Direction.answer`; the positives' mean logit off the objective, where there are several."""
-        if self.side.hardness:
+        if self.log_hardness is not None:
             self.log_hardness[rows] = finite(self.factors[0, rows]) - finite(self.factors[1, rows])
         super().answer(rows)
         if self.several:
