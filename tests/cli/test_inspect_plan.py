@@ -123,7 +123,8 @@ def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
 def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, heard):
     """A run that embedded its data itself, with a teacher that knows nothing."""
     folder = tmp_path / "run"
-    given = settings(pairs_file, tiny_model_folder, folder, "mining.cluster_size=4")
+    more = ("mining.cluster_size=4", "mining.skip=1", "mining.take=6")
+    given = settings(pairs_file, tiny_model_folder, folder, *more)
     run("mine", *given, "--teacher", str(tiny_model_folder))
     run("inspect", "plan", str(folder))
     said = heard()

@@ -20,8 +20,9 @@ from anybatch.mining.inputs import check_embeddings, compact_ids
 from anybatch.plans.plan import BatchPlan
 
 MARGIN = 0.95  # of the own positive's score, from which a negative is suspected to be false (NV-Retriever)
-SHOWN = 20  # suspected pairs kept, the most suspected first
-BLOCK = 2**23  # scores held at once
+SHOWN = 20  # pairs kept, the most suspected first
+LOOKED_AT = 200  # pairs of a block of anchors, of which many may have the same two positives
+BLOCK = 2**22  # scores held at once
 MANY_SUSPECTS = 1.0  # an anchor: .1 to .4 were measured at the default conflict weight, 1.3 in the published recipe
 LITTLE_MASS = 3.0  # times that of random batches
 WEAK_TEACHER = 0.4  # own positives first; about midway between teachers of .70 and .21 (docs/benchmarks/teachers.md)
@@ -29,7 +30,7 @@ WEAK_TEACHER = 0.4  # own positives first; about midway between teachers of .70 
 
 @dataclass(frozen=True, kw_only=True)
 class RowPair:
-    """A negative in the batch of `row` that may be right as well.
+    """A negative in the batch of `row`, which may be right as well.
 
     Attributes:
         row, other: Row numbers.
@@ -65,7 +66,8 @@ class PlanInspection:
         num_anchors: Anchors looked at, drawn at random from those in the batches of epoch 0.
         own_first: Share of anchors whose own positive the teacher scores above every negative of the data set.
         planned, random: In the plan's batches, and expected of random ones of the same size.
-        suspects: The most suspected negatives in the plan's batches (of the same two positives one pair).
+        suspects: The negatives in the plan's batches that score highest against the own positive (of the same two
+            positives one pair), above `MARGIN` or not.
 
     Example:
         >>> embeddings = np.random.default_rng(0).normal(size=(2, 64, 8))
@@ -194,7 +196,7 @@ def _inspect_set(
     chosen = np.sort(np.random.default_rng(seed).choice(placed, min(num_anchors, len(placed)), replace=False))
     positives = _unit(sides[1][members])
     suspected = _pair_keys(plan)
-    sums, pairs, above, first = np.zeros(3), [], 0, 0
+    sums, pairs, near, above, first = np.zeros(3), [], 0, 0, 0
     height = max(1, BLOCK // len(members))
     for start in range(0, len(chosen), height):
         # 2. The softmax over each anchor's negatives.
@@ -216,11 +218,14 @@ def _inspect_set(
         listed = np.isin(rows[line] * plan.num_rows + members[column], suspected)
         masked = float(mass[line, column][listed].sum())
         sums += [float(mass[in_cluster].sum()), float(mass[in_batch].sum()), masked]
-        near = negative & (own > 0) & (scores >= MARGIN * own)
+        ratio = np.where(negative & (own > 0), scores / own, -np.inf)
         first += int((best[:, 0] <= own[:, 0]).sum())
-        above += int(near.sum())
-        line, column = np.nonzero(near & in_batch)
-        pairs += zip(rows[line], members[column], (scores / own)[line, column], strict=True)
+        above += int((ratio >= MARGIN).sum())
+        line, column = np.nonzero(in_batch & np.isfinite(ratio))
+        beside = ratio[line, column]
+        near += int((beside >= MARGIN).sum())
+        most = np.argsort(-beside, kind="stable")[:LOOKED_AT]
+        pairs += zip(rows[line[most]], members[column[most]], beside[most], strict=True)
         progress((start + len(rows)) / len(chosen))
     # 4. That a given row of theirs is in an anchor's random batch: by how many of them such a batch holds.
     sizes = np.bincount(home[placed]).astype(np.float64)
@@ -229,7 +234,7 @@ def _inspect_set(
     return PlanInspection(
         num_anchors=len(chosen),
         own_first=first / len(chosen),
-        planned=BatchMass(in_cluster=in_cluster, in_batch=in_batch, masked=masked, suspects=len(pairs) / len(chosen)),
+        planned=BatchMass(in_cluster=in_cluster, in_batch=in_batch, masked=masked, suspects=near / len(chosen)),
         random=BatchMass(
             in_cluster=(plan.cluster_size - 1) / (len(members) - 1),
             in_batch=by_chance,
