@@ -22,6 +22,7 @@ from torch import nn
 
 from anybatch.insight import markdown_table
 from anybatch.insight.gradient_error import FrozenPairs, gradient_error
+from anybatch.insight.gradient_methods import ERRORS, error_cells
 from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
@@ -76,9 +77,10 @@ def main() -> None:
     rows = []
     for method in METHODS:
         plan = plans[method.split("/")[0]]
-        loss, table = loss_and_table(method, task, plan)
+        loss, _ = loss_and_table(method, task, plan)
         run_in = 2 if "centres" in method else 0
-        error = gradient_error(pairs, loss, plan=plan, table=table, run_in=run_in, epochs=2)
+        weights = "inclusion" if method.endswith("inclusion") else "none"
+        error = gradient_error(pairs, loss, plan=plan, weights=weights, run_in=run_in, num_batches=2 * plan.num_batches)
         after = []
         for seed in SEEDS:
             copied = copy.deepcopy(student)
@@ -91,15 +93,11 @@ def main() -> None:
         [
             method,
             f"{mean:.4f} ({', '.join(f'{value:.4f}' for value in after)})",
-            f"{error.shared_cosine:.2f} ± {error.shared_cosine_se:.2f}",
-            f"{error.shared_bias:.2f} ± {error.shared_bias_se:.2f}",
-            f"{error.rmse:.3f}",
-            f"{error.scaled_rmse:.3f}",
-            f"{error.bias:.3f}",
+            *error_cells(error),
         ]
         for mean, method, error, after in rows
     ]
-    header = ["method", "nDCG@10 (seeds)", "shared cosine", "shared bias", "RMSE", "RMSE, scaled", "bias"]
+    header = ["method", "nDCG@10 (seeds)", *ERRORS]
     options.out.write_text(
         "# Which gradient figure tells how training goes?\n\n`python -m benchmarks.shared_direction --data FOLDER "
         f"--anchor-embeddings A.npy --positive-embeddings P.npy`: a word-bag student, {ROWS:,} pairs of "
