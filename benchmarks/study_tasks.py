@@ -28,7 +28,7 @@ from anybatch.core.files import digest_of
 from anybatch.data.retrieval import read_retrieval
 
 TEXTS = ("arxiv", "scifact", "snli", "docstrings")
-ARXIV = {"train": 20_000, "dev": 1_000, "test": 2_000}
+ARXIV = {"train": 10_000, "dev": 1_000, "test": 2_000}
 MIXED, PIXELS, TEACHER_TOKENS = 5_000, 16, 64
 Inputs = Sequence[str] | np.ndarray  # texts, or uint8 pictures (n, 3, PIXELS, PIXELS)
 
