@@ -31,7 +31,6 @@ from anybatch.losses.registry import LossConfig, build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
-from benchmarks.cluster_centres import ClusterCentres
 
 FOLDER = Path("docs/benchmarks")
 AIM = (64, 2048)  # mined and corrected at 64 with the error of random InfoNCE at 2,048
@@ -43,16 +42,14 @@ class Setting:
     """What a method is made for."""
 
     num_rows: int
-    dimensions: int
     temperature: float
     direction: Direction
-    plan: BatchPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One line of the table: a loss, the batches it is for, its log-weights, the epochs its memory takes to settle, its
-    batch sizes and directions.
+    batch sizes.
     """
 
     name: str
@@ -62,7 +59,6 @@ class Method:
     cap: float | None = None
     run_in: int = 0
     batch_sizes: tuple[int, ...] = (8, 32, 64, 128)
-    directions: tuple[Direction, ...] = ("one_way", "both")
 
 
 def sogclr(gamma: float) -> Callable[[Setting], nn.Module]:
@@ -87,11 +83,6 @@ def named(name: Literal["scent", "emc2", "glofnd", "nuclr", "isogclr"]) -> Calla
     return lambda s: build_loss(
         LossConfig(name=name, temperature=s.temperature, direction=s.direction), num_rows=s.num_rows
     )
-
-
-def centres(s: Setting) -> nn.Module:
-    """One vector a cluster."""
-    return ClusterCentres(s.plan.cluster, dimensions=s.dimensions, temperature=s.temperature)
 
 
 SLOW = (64,)  # a memory that forgets slowly takes many epochs to settle: measured at one size
@@ -145,13 +136,6 @@ METHODS = (
     Method(name="GloFND", make=named("glofnd"), run_in=5, batch_sizes=SLOW, batches=("random",)),
     Method(name="NUCLR", make=named("nuclr"), run_in=5, batch_sizes=SLOW, batches=("random",)),
     Method(name="iSogCLR", make=named("isogclr"), run_in=5, batch_sizes=SLOW, batches=("random",)),
-    Method(
-        name="cluster centres",
-        make=centres,
-        run_in=1,
-        batches=(*CLUSTERED, "random clusters"),
-        directions=("one_way",),
-    ),
 )
 
 
@@ -160,13 +144,6 @@ def make_plan(batches: str, sides: tuple[np.ndarray, np.ndarray], batch_size: in
     num_rows, size = len(sides[0]), min(32, batch_size // 2)
     if batches == "random":
         return BatchPlan.random(num_rows, batch_size)
-    if batches == "random clusters":
-        cluster = np.full(num_rows, -1, np.int32)
-        placed = np.random.default_rng(0).permutation(num_rows)[: num_rows // size * size]
-        cluster[placed] = np.arange(len(placed)) // size
-        return BatchPlan(
-            num_rows=num_rows, batch_size=batch_size, cluster_size=size, cluster=cluster, seed=0, data_digest=""
-        )
     if batches == "mined, weak teacher":  # sixteen random directions of the embeddings
         directions = np.random.default_rng(0).normal(size=(sides[0].shape[1], 16)).astype(np.float32)
         sides = (sides[0] @ directions, sides[1] @ directions)
@@ -221,7 +198,7 @@ def main() -> None:
             record({"method": "InfoNCE", "batches": "curve", "batch_size": size, **asdict(error)})
     for batch_size in options.batch_sizes:
         plans: dict[str, BatchPlan] = {}
-        for method in (method for method in METHODS if options.direction in method.directions):
+        for method in METHODS:
             for batches in method.batches if batch_size in method.batch_sizes else ():
                 key = (*common.values(), method.name, batches, batch_size)
                 if key in done:
@@ -231,10 +208,8 @@ def main() -> None:
                 plan, begun = plans[batches], time.perf_counter()
                 setting = Setting(
                     num_rows=len(pairs),
-                    dimensions=sides[0].shape[1],
                     temperature=options.temperature,
                     direction=options.direction,
-                    plan=plan,
                 )
                 ids = np.arange(len(pairs))
                 error = gradient_error(
@@ -313,10 +288,8 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
         "together; skip 30 keeps the thirty nearest apart as probable false negatives, though they weigh most in the "
         "exact gradient; the weak teacher sees sixteen random directions of the embeddings. Cross-batch: the last "
         "1,024 or 4,096 pairs remembered, which is easy while they stand still (what is left is the noise of the mean "
-        "that would take a drift away); what it does in training is in [another table](global_training.md). Cluster "
-        "centres: the experiment in `benchmarks/cluster_centres.py`, the batch exactly and all other clusters by "
-        f"their mean embedding. All embeddings stand still, so no memory is ever stale here{alone}. In training that "
-        "experiment fails: [shared direction and training](shared_direction.md).\n\n## Random InfoNCE, the measure\n\n",
+        "that would take a drift away); what it does in training is in the [study](study.md). All embeddings stand "
+        f"still, so no memory is ever stale here{alone}.\n\n## Random InfoNCE, the measure\n\n",
         markdown_table(
             ["batch", "RMSE", "bias", "RMSE, scaled"],
             [[f"{size:,}", *(f"{curves[name][size]:.3f}" for name in ERRORS)] for size in sorted(curves["rmse"])],

@@ -8,8 +8,8 @@ Usage: python -m benchmarks.study --data FOLDER --model FOLDER [--work FOLDER] [
 students are cut too (`benchmarks.small_models`). A cell is a task, student, arm, batch size and budget. Its rate is
 tuned: three rates, and on while the best is at the edge, each with three seeds, by the mean nDCG@10 on development
 queries; the figure is the mean on test queries at the best rate. A finished run is a line of --results, appended at
-once, and never run again: the command can be killed at any time and given again. The default order is `ORDER`.
-`--report` writes docs/benchmarks/study.md and quality.svg of the lines so far.
+once, and never run again: the command can be killed at any time and given again. The default order is `ORDER`. At the
+end, or at once with `--report`, study.md and quality.svg are written of all lines.
 
 Budgets: "pairs", as many training pairs for every batch size (`PASSES`); "steps", as many steps as `pairs` gives 64.
 
@@ -39,7 +39,8 @@ from anybatch.mining import MiningConfig, MiningSet, mine_plan
 from anybatch.plans.plan import BatchPlan
 from benchmarks.caching import Lines
 from benchmarks.small_models import Student, score
-from benchmarks.study_tasks import TEXTS, Task, load_task, teacher_embeddings
+from benchmarks.study_report import write
+from benchmarks.study_tasks import Task, load_task, teacher_embeddings
 
 RESULTS = Path("docs/benchmarks/study.jsonl")
 SEEDS = (0, 1, 2)
@@ -172,9 +173,7 @@ class Study:
             weights="inclusion" if corrected and not half else "none",
         )
         halves = Halves(plan) if half else None
-        loss = registry.make_loss(
-            method, len(task), temperature=task.temperature, direction=task.direction, **settings
-        )
+        loss = registry.make_loss(method, len(task), temperature=task.temperature, direction=task.direction, **settings)
 
         # 2. The student.
         student = Student(cell.student, pictures=isinstance(task.anchors, np.ndarray), model=self.options.model)
@@ -224,9 +223,7 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(line[name] for name in Cell.__dataclass_fields__)
 
 
-def sampled(
-    plan: BatchPlan, steps: int, halves: Halves | None, random: np.random.Generator
-) -> Iterator[np.ndarray]:
+def sampled(plan: BatchPlan, steps: int, halves: Halves | None, random: np.random.Generator) -> Iterator[np.ndarray]:
     """The plan's batches, epoch after epoch, with independent rows behind them where they are half of a batch."""
     epoch = 0
     while steps > 0:
@@ -294,7 +291,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for student, sizes, arms, budget in ORDER:
         for size in sizes:
             for task in TASKS:
-                if task in SMALL_TASKS and size > 64 or task == "emoji" and student != "small":
+                if (task in SMALL_TASKS and size > 64) or (task == "emoji" and student != "small"):
                     continue
                 of_task = (*(WITHIN if task == "mixture" else ()), *arms)
                 for arm in of_task:
@@ -315,7 +312,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 
 def main() -> None:
-    """Run what is asked for and not done."""
+    """Run what is asked for and not done, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--model", help="folder of all-MiniLM-L6-v2: the teacher")
@@ -325,13 +322,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", nargs="*", type=kind, default=[], help="of the default order, only these")
     parser.add_argument("--limit", type=int, help="only the first training pairs of arxiv")
     parser.add_argument("--steps", type=int, help="at most so many steps, to try it")
-    parser.add_argument("--report", action="store_true", help="write table and figure, run nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS.parent, help="where table and figure go")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="The rank window")
     study = Study(options)
-    for cell in cells(options):
-        study.tune(cell)
+    if not options.report:
+        for cell in cells(options):
+            study.tune(cell)
+    write(study.lines.lines, seeds=SEEDS, tasks=TASKS, num_asked=len(list(cells(options))), out=options.out)
 
 
 if __name__ == "__main__":

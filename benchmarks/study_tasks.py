@@ -1,11 +1,11 @@
 """The data of the study: five tasks and a mixture, each with training pairs and searches to be tuned and tested on.
 
-    arxiv        title -> abstract; searched among the abstracts of all splits
-    scifact      title or claim -> abstract; the claims are searched for among all abstracts (without their titles)
-    snli         premise -> what it entails, of dev; those of test are searched among the hypotheses of both
-    docstrings   first paragraph of a docstring -> body of the function, from the library of the running CPython
-    emoji        picture <-> caption, both ways; concepts never seen, among those of their split
-    mixture      the four text tasks, at most MIXED pairs of each; the figure is the mean over the four
+arxiv        title -> abstract; searched among the abstracts of all splits
+scifact      title or claim -> abstract; the claims are searched for among all abstracts (without their titles)
+snli         premise -> what it entails, of dev; those of test are searched among the hypotheses of both
+docstrings   first paragraph of a docstring -> body of the function, from the library of the running CPython
+emoji        picture <-> caption, both ways; concepts never seen, among those of their split
+mixture      the four text tasks, at most MIXED pairs of each; the figure is the mean over the four
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +93,7 @@ def teacher_embeddings(task: Task, model: Any, folder: Path) -> tuple[np.ndarray
             teacher_embeddings(
                 replace(task, anchors=task.anchors[a:b], positives=task.positives[a:b], parts=()), model, folder
             )
-            for a, b in zip(starts, starts[1:], strict=False)
+            for a, b in pairwise(starts)
         ]
         return np.concatenate([a for a, _ in sides]), np.concatenate([p for _, p in sides])
     anchors = task.labels if task.labels is not None else task.anchors

@@ -15,7 +15,7 @@ relative to rms_i |g*_i|:
 Parameters are shared, and so an error that all anchors have in common adds up where independent ones cancel. The third
 kind of figure is that of a linear map shared by all anchors, G = mean_i g_i a_i^T, after averaging over batches: its
 cosine with the exact one, and its bias. In training, this is the figure that told
-(docs/benchmarks/shared_direction.md).
+(docs/log.md).
 
 The effective batch size is the size of the random batch for which plain InfoNCE has the same error.
 
