@@ -201,7 +201,9 @@ def _bags(words: str, same: _Same, special: bool) -> Bags:
                 for text in same.texts
             ]
         )
-    found = _tokenizer(words)(list(same.texts), truncation=True, max_length=WORDS, add_special_tokens=special)
+    found = _tokenizer(words)(
+        list(same.texts), truncation=True, max_length=32 if special else WORDS, add_special_tokens=special
+    )
     return Bags.of(found["input_ids"])
 
 

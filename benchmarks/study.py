@@ -12,6 +12,7 @@ once, and never run again: the command can be killed at any time and given again
 end, or at once with `--report`, study.md and quality.svg are written of all lines.
 
 Budgets: "pairs", as many training pairs for every batch size (`PASSES`); "steps", as many steps as `pairs` gives 64.
+Transformers see LARGE pairs of 32 tokens once, and search 500 queries in some 2,000 documents.
 
 An arm is BATCHES/LOSS, see `BATCHES` and `LOSSES`. Mined batches have inclusion weights under every loss that is
 corrected. `fresh` is no method but a ceiling: a memory of 1,024 random rows, embedded anew at every step.
@@ -40,13 +41,14 @@ from anybatch.plans.plan import BatchPlan
 from benchmarks.caching import Lines
 from benchmarks.small_models import Student, score
 from benchmarks.study_report import write
-from benchmarks.study_tasks import Task, load_task, teacher_embeddings
+from benchmarks.study_tasks import Search, Task, load_task, teacher_embeddings
 
 RESULTS = Path("docs/benchmarks/study.jsonl")
 SEEDS = (0, 1, 2)
 PASSES = {"arxiv": 4, "docstrings": 8, "snli": 8, "scifact": 6, "emoji": 5, "mixture": 2}
 CENTRE = {"small": 3e-3, "words": 1e-3, "layers1": 1e-4, "layers2": 1e-4}  # rate at 64; it grows with sqrt(B)
 FRESH = 1_024  # rows of the ceiling's memory
+LARGE = 6_000  # pairs that a transformer is trained on
 
 # How batches are made: settings of mining. "random" mixes the tasks of a mixture, all others stay within one.
 BATCHES: dict[str, dict[str, Any]] = {
@@ -129,6 +131,12 @@ class Study:
             teacher = teacher_embeddings(task, self.options.model, self.options.work)
         return mine_plan(*teacher, config=config, sets=sets, **task.ids).plan
 
+    @cache  # noqa: B019
+    def searches(self, name: str, split: str, shorter: bool) -> list[Search]:
+        """Those of a task's split."""
+        searches = list(getattr(self.task(name), split))
+        return [search.first(500, 1_500) for search in searches] if shorter else searches
+
     def tune(self, cell: Cell) -> None:
         """All runs of a cell: rates round the usual one, and on while the best is at the edge."""
         centre = CENTRE[cell.student] * (cell.batch_size / 64) ** 0.5
@@ -178,7 +186,9 @@ class Study:
         # 2. The student.
         student = Student(cell.student, pictures=isinstance(task.anchors, np.ndarray), model=self.options.model)
         optimizers = student.optimizers(cell.rate)
-        steps = max(1, len(task) * PASSES[cell.task] // (64 if cell.budget == "steps" else cell.batch_size))
+        large = cell.student.startswith("layers")
+        pairs = min(len(task), LARGE) if large else len(task) * PASSES[cell.task]
+        steps = max(1, pairs // (64 if cell.budget == "steps" else cell.batch_size))
         steps = min(steps, self.options.steps or steps)
         warm = max(1, steps // 10)
         schedules = [
@@ -208,7 +218,7 @@ class Study:
 
         # 4. Search.
         trained = time.perf_counter() - begun
-        figures = {split: score(student, getattr(task, split)) for split in ("dev", "test")}
+        figures = {split: score(student, self.searches(cell.task, split, large)) for split in ("dev", "test")}
         return {
             **{split: round(figure, 5) for split, figure in figures.items()},
             "steps": steps,

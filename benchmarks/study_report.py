@@ -27,7 +27,11 @@ DRAWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Mean nDCG@10 of some seeds on test queries, its standard error, and whether the best rate was the last tried."""
+    """Mean nDCG@10 of some seeds on test queries, its standard error, and whether the best rate was the last tried.
+
+    Three seeds tell little of their own spread, so the error is of the standard deviation pooled over the arms of a
+    task, student, batch size and budget.
+    """
 
     mean: float
     error: float
@@ -49,17 +53,18 @@ class Results:
         for line in lines:
             where = (line["student"], line["budget"], line["task"], line["arm"], line["batch_size"])
             runs[where][line["rate"]][line["seed"]] = line
-        self.figures: dict[Where, Figure] = {}
+        found: dict[Where, tuple[list[float], bool]] = {}
         self.tasks = tasks
         for where, rates in runs.items():
             done = {rate: by_seed for rate, by_seed in rates.items() if len(by_seed) == len(seeds)}
             if len(done) < 3:
                 continue
             best = max(done, key=lambda rate: statistics.fmean(line["dev"] for line in done[rate].values()))
-            tests = [line["test"] for line in done[best].values()]
-            error = statistics.stdev(tests) / math.sqrt(len(tests)) if len(tests) > 1 else math.inf
-            edge = best in (min(done), max(done))
-            self.figures[where] = Figure(mean=statistics.fmean(tests), error=error, edge=edge)
+            found[where] = [line["test"] for line in done[best].values()], best in (min(done), max(done))
+        self.figures = {
+            where: Figure(mean=statistics.fmean(tests), error=_pooled(found, where) / len(seeds) ** 0.5, edge=edge)
+            for where, (tests, edge) in found.items()
+        }
         arms = {arm for _, _, _, arm, _ in self.figures}
         self.ours = "ours" if any(arm.startswith("ours/") for arm in arms) else "ours-hand"
         self.arms = sorted(arms, key=lambda arm: (arm.split("/")[1], arm))
@@ -71,6 +76,13 @@ class Results:
     def base(self, task: str, loss: str) -> str:
         """Random batches, within one task each."""
         return f"{'within' if task == 'mixture' else 'random'}/{loss}"
+
+
+def _pooled(found: Mapping[Where, tuple[list[float], bool]], where: Where) -> float:
+    """The standard deviation over seeds, of all arms in the same place."""
+    place = (*where[:3], where[4])
+    spreads = [statistics.variance(tests) for other, (tests, _) in found.items() if (*other[:3], other[4]) == place]
+    return math.sqrt(statistics.fmean(spreads))
 
 
 Comparison = tuple[Figure, Figure]
@@ -87,14 +99,15 @@ def write(
         f"runs so far, {len(results.figures)} cells of {num_asked} done. Machine: 2-core x86 CPU, one thread a run, "
         "float32.\n\nA figure is the mean nDCG@10 of three seeds on test queries ± its standard error, at the rate "
         "that was best on development queries over the same seeds (three rates or more; `*`: the best was still the "
-        "last one tried). Teacher: all-MiniLM-L6-v2. Three seeds make a rough standard error: read differences, not "
-        "digits. Empty: not run.\n\n![quality against batch size](quality.svg)\n"
+        "last one tried). The error is of the seeds' standard deviation, pooled over the arms of a column. Teacher: "
+        "all-MiniLM-L6-v2. Empty: not run.\n\n![quality against batch size](quality.svg)\n"
     ]
     students = list(dict.fromkeys(where[0] for where in results.figures))
     parts += [f"\n## Aims\n\n{_aims(results, students)}\n## Each arm against InfoNCE with random batches\n\n"]
     parts += [
         "At the same size, task, student and budget: mean difference, and in how many cells it is higher or lower by "
-        "two standard errors.\n\n" + _against(results)
+        "two standard errors. Share of the ceiling: of what a fresh memory of 1,024 random rows gains, the median "
+        "over the cells where it gains more than two standard errors.\n\n" + _against(results)
     ]
     for student, budget in dict.fromkeys(where[:2] for where in results.figures):
         for task in tasks:
@@ -164,19 +177,23 @@ def _against(results: Results) -> str:
     rows = []
     for student in dict.fromkeys(where[0] for where in results.figures):
         for arm in results.arms:
-            pairs = []
+            gaps, shares, counts = [], [], [0, 0]
             for (name, budget, task, other, size), figure in results.figures.items():
                 base = results.of(name, task, results.base(task, "infonce"), size, budget)
-                if (name, other) == (student, arm) and base is not None and other != results.base(task, "infonce"):
-                    pairs.append((figure, base))
-            if pairs:
-                gaps = [a.mean - b.mean for a, b in pairs]
-                counts = (sum(a.above(b) for a, b in pairs), sum(b.above(a) for a, b in pairs))
-                figures = [statistics.fmean(gaps), min(gaps), max(gaps)]
-                rows.append(
-                    [student, arm, *(f"{gap:+.3f}" for gap in figures), f"{counts[0]} / {counts[1]} / {len(pairs)}"]
-                )
-    return markdown_table(["student", "batches/loss", "mean", "lowest", "highest", "higher / lower / of"], rows)
+                if (name, other) != (student, arm) or base is None or base is figure:
+                    continue
+                gaps.append(figure.mean - base.mean)
+                counts[0] += figure.above(base)
+                counts[1] += base.above(figure)
+                ceiling = results.of(name, task, "random/fresh", size, budget)
+                if ceiling is not None and ceiling.above(base):
+                    shares.append(gaps[-1] / (ceiling.mean - base.mean))
+            if gaps:
+                figures = [f"{gap:+.3f}".replace("0.", ".") for gap in (statistics.fmean(gaps), min(gaps), max(gaps))]
+                share = f"{statistics.median(shares):.0%} of {len(shares)}" if shares else ""
+                rows.append([student, arm, *figures, f"{counts[0]} / {counts[1]} / {len(gaps)}", share])
+    header = ["student", "batches/loss", "mean", "lowest", "highest", "higher / lower / of", "share of the ceiling"]
+    return markdown_table(header, rows)
 
 
 def _drawing(results: Results, student: str = "small", budget: str = "pairs") -> str:

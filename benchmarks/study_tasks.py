@@ -43,6 +43,14 @@ class Search:
     relevant: Sequence[set[int]]
     back: bool = False
 
+    def first(self, queries: int, others: int) -> Search:
+        """The first queries, among what they should find and the first of the others. Of texts."""
+        wanted = set().union(*self.relevant[:queries])
+        kept = [*sorted(wanted), *[n for n in range(len(self.corpus)) if n not in wanted][:others]]
+        place = {number: position for position, number in enumerate(kept)}
+        relevant = [{place[number] for number in numbers} for numbers in self.relevant[:queries]]
+        return replace(self, queries=self.queries[:queries], corpus=[self.corpus[n] for n in kept], relevant=relevant)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
