@@ -14,7 +14,7 @@ end, or at once with `--report`, study.md and quality.svg are written of all lin
 Budgets: "pairs", as many training pairs for every batch size (`PASSES`); "steps", as many steps as `pairs` gives 64.
 Transformers see LARGE pairs of 32 tokens once, and search 500 queries in some 2,000 documents.
 
-An arm is BATCHES/LOSS, see `BATCHES` and `LOSSES`. Mined batches have inclusion weights under every loss that is
+An arm is BATCHES/LOSS, see `BATCHES` and `LOSSES`. "+half": large clusters, and as many independent rows beside them. Mined batches have inclusion weights under every loss that is
 corrected. `fresh` is no method but a ceiling: a memory of 1,024 random rows, embedded anew at every step.
 """
 
@@ -119,11 +119,12 @@ class Study:
     def plan(self, name: str, batches: str, batch_size: int) -> BatchPlan:
         """The batches of an arm; of one with independent rows, the mined half of them."""
         task, settings = self.task(name), dict(BATCHES[batches])
-        if batches.endswith("+half"):
-            batch_size //= 2
+        half = batches.endswith("+half")
         if settings.get("method") != "random":
-            published = settings.get("method") == "published"
-            settings["cluster_size"] = min(32, batch_size // 2) if published else max(2, batch_size // 16)
+            large = half or settings.get("method") == "published"
+            settings["cluster_size"] = min(32, batch_size // 2) if large else max(2, batch_size // 16)
+        if half:
+            batch_size //= 2
         config = MiningConfig(batch_size=batch_size, **settings)
         sets = [MiningSet(name=part, num_rows=size) for part, size in task.parts]
         teacher = (np.ones((len(task), 1), np.float32),) * 2  # of random batches, not looked at
