@@ -14,8 +14,9 @@ end, or at once with `--report`, study.md and quality.svg are written of all lin
 Budgets: "pairs", as many training pairs for every batch size (`PASSES`); "steps", as many steps as `pairs` gives 64.
 Transformers see LARGE pairs of 32 tokens once, and search 500 queries in some 2,000 documents.
 
-An arm is BATCHES/LOSS, see `BATCHES` and `LOSSES`. "+half": large clusters, and as many independent rows beside them. Mined batches have inclusion weights under every loss that is
-corrected. `fresh` is no method but a ceiling: a memory of 1,024 random rows, embedded anew at every step.
+An arm is BATCHES/LOSS, see `BATCHES` and `LOSSES`. Mined batches have inclusion weights under every loss that is
+corrected; "+half": large clusters, and as many independent rows beside them. `fresh` is no method but a ceiling: a
+memory of 1,024 random rows, embedded anew at every step. Temperatures are the task's for all arms.
 """
 
 from __future__ import annotations
