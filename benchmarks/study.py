@@ -298,8 +298,8 @@ class Halves:
         return self.table[queries["mined"]].gather(1, same.long())
 
 
-def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """What was asked for, in the order of `ORDER`."""
+def cells(options: argparse.Namespace | None) -> Iterator[Cell]:
+    """What was asked for, or all, in the order of `ORDER`."""
     for student, sizes, arms, budget in ORDER:
         for size in sizes:
             for task in TASKS:
@@ -310,7 +310,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                     if task == "mixture" and "+half" in arm:  # written for one task
                         continue
                     cell = Cell(task=task, student=student, arm=arm, batch_size=size, budget=budget)  # pyright: ignore
-                    if all(
+                    if options is None or all(
                         not chosen or value in chosen
                         for chosen, value in (
                             (options.students, student),
@@ -343,7 +343,8 @@ def main() -> None:
     if not options.report:
         for cell in cells(options):
             study.tune(cell)
-    write(study.lines.lines, seeds=SEEDS, tasks=TASKS, num_asked=len(list(cells(options))), out=options.out)
+    asked = [(cell.student, cell.budget, cell.task, cell.arm, cell.batch_size) for cell in cells(None)]
+    write(study.lines.lines, seeds=SEEDS, tasks=TASKS, asked=list(dict.fromkeys(asked)), out=options.out)
 
 
 if __name__ == "__main__":

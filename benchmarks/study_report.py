@@ -23,6 +23,8 @@ DRAWN = {
     "{ours}/infonce": "ours, InfoNCE",
     "{ours}/corrected": "ours, corrected",
 }
+# What is recommended to each student (docs/methods.md): it must not be worse than InfoNCE anywhere.
+RECOMMENDED = {"small": "random/cross_batch", "words": "random/cross_batch", "layers1": "{ours}/infonce"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +50,19 @@ class Figure:
 class Results:
     """The figure of every cell whose three rates are done, with all seeds."""
 
-    def __init__(self, lines: Iterable[Mapping[str, Any]], seeds: Sequence[int], tasks: Sequence[str]) -> None:
+    def __init__(
+        self,
+        lines: Iterable[Mapping[str, Any]],
+        seeds: Sequence[int],
+        tasks: Sequence[str],
+        asked: Sequence[Where],
+    ) -> None:
         runs: dict[Where, dict[float, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
         for line in lines:
             where = (line["student"], line["budget"], line["task"], line["arm"], line["batch_size"])
             runs[where][line["rate"]][line["seed"]] = line
         found: dict[Where, tuple[list[float], bool]] = {}
-        self.tasks = tasks
+        self.tasks, self.asked = tasks, asked
         for where, rates in runs.items():
             done = {rate: by_seed for rate, by_seed in rates.items() if len(by_seed) == len(seeds)}
             if len(done) < 3:
@@ -89,14 +97,14 @@ Comparison = tuple[Figure, Figure]
 
 
 def write(
-    lines: Sequence[Mapping[str, Any]], *, seeds: Sequence[int], tasks: Sequence[str], num_asked: int, out: Path
+    lines: Sequence[Mapping[str, Any]], *, seeds: Sequence[int], tasks: Sequence[str], asked: Sequence[Where], out: Path
 ) -> None:
-    """study.md and quality.svg in the folder `out`."""
-    results = Results(lines, seeds, tasks)
+    """study.md and quality.svg in the folder `out`; `asked`: all cells that the study is to have."""
+    results = Results(lines, seeds, tasks, asked)
     parts = [
         "# The study\n\n`python -m benchmarks.study --data FOLDER --model FOLDER` (what is trained and searched stands "
         f"in `benchmarks/study_tasks.py` and `small_models.py`); every run is a line of `study.jsonl`: {len(lines):,} "
-        f"runs so far, {len(results.figures)} cells of {num_asked} done. Machine: 2-core x86 CPU, one thread a run, "
+        f"runs so far, {len(results.figures)} cells of {len(asked)} done. Machine: 2-core x86 CPU, one thread a run, "
         "float32.\n\nA figure is the mean nDCG@10 of three seeds on test queries ± its standard error, at the rate "
         "that was best on development queries over the same seeds (three rates or more; `*`: the best was still the "
         "last one tried). The error is of the seeds' standard deviation, pooled over the arms of a column. Teacher: "
@@ -127,8 +135,11 @@ def write(
 
 def _aims(results: Results, students: Sequence[str]) -> str:
     rows = []
-    single = [task for task in results.tasks if task != "mixture"]
     for student in students:
+        places = [(where[2], where[4]) for where in results.asked if where[:2] == (student, "pairs")]
+        places = sorted(set(places), key=lambda place: (results.tasks.index(place[0]), place[1]))
+        single = [task for task, size in places if (task != "mixture", size) == (True, 64)]
+        large = [task for task, size in places if size == 1024]
 
         def cell(task: str, arm: str, size: int = 64, budget: str = "pairs", student: str = student) -> Figure | None:
             return results.of(student, task, arm, size, budget)
@@ -139,14 +150,12 @@ def _aims(results: Results, students: Sequence[str]) -> str:
 
         for loss in ("infonce", "corrected", "cross_batch"):
             pairs = {t: (cell(t, f"{{ours}}/{loss}"), cell(t, f"random/{loss}")) for t in single}
-            rows.append([student, f"mined > random within task, {loss}, at 64, on 3 of 5", *_verdict(pairs, 3)])
+            rows.append(
+                [student, f"mined > random within task, {loss}, at 64, on 3 of {len(single)}", *_verdict(pairs, 3)]
+            )
         for budget in ("pairs", "steps"):
-            for loss in ("infonce", "corrected"):
-                pairs = {
-                    t: (cell(t, f"{{ours}}/{loss}"), cell(t, "random/infonce", 1024, budget))
-                    for t in results.tasks
-                    if t not in ("scifact", "snli")
-                }
+            for loss in ("infonce", "corrected") if large else ():
+                pairs = {t: (cell(t, f"{{ours}}/{loss}"), cell(t, "random/infonce", 1024, budget)) for t in large}
                 name = f"mined ({loss}) at 64 >= InfoNCE at 1,024, equal {budget}, on 3"
                 rows.append([student, name, *_verdict(pairs, 3, at_least=True)])
         together = "{ours}+negatives/cross_batch"
@@ -155,17 +164,29 @@ def _aims(results: Results, students: Sequence[str]) -> str:
         rows.append([student, "everything together >= best single lever, on 4", *_verdict(pairs, 4, at_least=True)])
         pairs = {t: (cell(t, "random/sogclr"), cell(t, "random/corrected")) for t in ("docstrings", "snli")}
         rows.append([student, "SogCLR >= count-corrected where rows come 8 times", *_verdict(pairs, 2, at_least=True)])
+        recipe = RECOMMENDED.get(student, "random/infonce")
+        pairs = {
+            f"{t} {size}": (cell(t, recipe, size), cell(t, results.base(t, "infonce"), size)) for t, size in places
+        }
+        name = f"{recipe.format(ours=results.ours)} nowhere below InfoNCE by one error"
+        rows.append([student, name, *_verdict(pairs, len(pairs), at_least=True, errors=1.0)])
     return markdown_table(["student", "aim", "verdict", "higher", "lower", "tasks (difference)"], rows)
 
 
-def _verdict(pairs: Mapping[str, tuple[Figure | None, Figure | None]], wanted: int, *, at_least: bool = False) -> list:
-    """Held, not held, or not run; tasks higher and lower by two standard errors; every difference.
+def _verdict(
+    pairs: Mapping[str, tuple[Figure | None, Figure | None]],
+    wanted: int,
+    *,
+    at_least: bool = False,
+    errors: float = 2.0,
+) -> list[str]:
+    """Held, not held, or not run; tasks higher and lower by so many standard errors; every difference.
 
-    `at_least`: a task counts where it is not lower by two standard errors; else where it is higher by them.
+    `at_least`: a task counts where it is not lower by them; else where it is higher.
     """
     known: dict[str, Comparison] = {t: (a, b) for t, (a, b) in pairs.items() if a is not None and b is not None}
-    higher = [task for task, (a, b) in known.items() if a.above(b)]
-    lower = [task for task, (a, b) in known.items() if b.above(a)]
+    higher = [task for task, (a, b) in known.items() if a.above(b, errors)]
+    lower = [task for task, (a, b) in known.items() if b.above(a, errors)]
     count = len(known) - len(lower) if at_least else len(higher)
     missing = len(pairs) - len(known)
     verdict = "held" if count >= wanted else "not run" if count + missing >= wanted else "not held"

@@ -190,7 +190,9 @@ def lines_of(**figures):
 @pytest.mark.parametrize(("gain", "verdict"), [(0.1, "held"), (0.0005, "not held"), (-0.1, "not held")])
 def test_aims_are_read_off_the_lines(gain, verdict, tmp_path):
     lines = lines_of(**{"random/infonce": 0.3, "ours-hand/infonce": 0.3 + gain})
-    study_report.write(lines, seeds=(0, 1, 2), tasks=("arxiv", "snli", "emoji"), num_asked=9, out=tmp_path)
+    tasks = ("arxiv", "snli", "emoji")
+    asked = [("small", "pairs", task, "random/infonce", 64) for task in tasks]
+    study_report.write(lines, seeds=(0, 1, 2), tasks=tasks, asked=asked, out=tmp_path)
     text = (tmp_path / "study.md").read_text()
     row = next(line for line in text.splitlines() if "mined > random within task, infonce" in line)
     assert f"| {verdict} |" in row
