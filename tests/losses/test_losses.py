@@ -97,39 +97,53 @@ def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both):
         torch.testing.assert_close(ours[2], theirs[2] * tau, rtol=1e-9, atol=1e-9)  # d/d log tau = tau d/d tau
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(
     shape=shapes,
     gamma=st.sampled_from([0.2, 0.9, 1.0]),
     eps=st.sampled_from([None, 0.0, 1e-3]),
+    state=st.sampled_from(["absolute", "relative"]),
+    both=st.booleans(),
     ids=st.booleans(),
     tile=st.sampled_from([1, 200, 10**7]),
     steps=st.integers(1, 4),
 )
-def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, ids, tile, steps):
+def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, state, both, ids, tile, steps):
+    """Values, states, and the gradients of embeddings and of a learned temperature: by autograd of the surrogate."""
     seed, rows, extra = shape
-    loss = SogCLR(12, gamma=gamma, eps=eps, temperature=0.5, tile_bytes=tile)
-    loss.denominator.double()
-    twin = reference.NaiveSogCLR(12, gamma, eps)
+    loss = SogCLR(
+        12, gamma=gamma, eps=eps, state=state, temperature=0.5, learnable_temperature=True, tile_bytes=tile,
+        direction="both" if both else "one_way",
+    ).double()  # fmt: skip
+    loss.temperatures.log_temperature.data.fill_(math.log(0.5))
+    twins = [reference.NaiveSogCLR(12, gamma, eps, absolute=state == "absolute") for _ in range(1 + both)]
     for step in range(steps):
         anchors, candidates, anchor_id, candidate_id = draw_batch(seed + step, rows, extra)
         index = torch.randint(12, (rows,), generator=torch.Generator().manual_seed(seed + step))  # with repetitions
         known = {"anchor_id": anchor_id, "candidate_id": candidate_id} if ids else {}
-        for tensor in (anchors, candidates):
+        tau = torch.tensor(0.5, dtype=torch.float64)
+        for tensor in (anchors, candidates, tau):
             tensor.requires_grad_()
         value = loss(anchors, candidates, index=index, **known)
         allowed = reference.pairs_allowed(rows, rows + extra, **known)
         allowed[:, :rows] &= index[:, None] != index[None]
-        surrogate, objective = twin.step(anchors, candidates, 0.5, allowed, index.tolist())
+        surrogate, objective = twins[0].step(anchors, candidates, tau, allowed, index.tolist())
+        if both:
+            back = reference.pairs_allowed(rows, rows, candidate_id[:rows] if ids else None, anchor_id if ids else None)
+            back &= index[:, None] != index[None]
+            other, other_objective = twins[1].step(candidates[:rows], anchors, tau, back, index.tolist())
+            surrogate, objective = (surrogate + other) / 2, (objective + other_objective) / 2
         assert value.item() == pytest.approx(objective, abs=1e-9)
-        if isinstance(surrogate, torch.Tensor):
-            close(gradients(value, anchors, candidates), gradients(surrogate, anchors, candidates), 1e-9)
-        else:
-            assert all(gradient.abs().max() == 0 for gradient in gradients(value, anchors, candidates))
-        for row in range(12):
-            assert bool(loss.denominator.visited[0, row]) == (row in twin.u)
-            if row in twin.u:
-                assert loss.denominator.log_mean[0, row].exp().item() == pytest.approx(twin.u[row], rel=1e-9)
+        ours = gradients(value, anchors, candidates, loss.temperatures.log_temperature)
+        theirs = gradients(surrogate, anchors, candidates, tau)
+        close(ours, (*theirs[:2], 0.5 * theirs[2]), 1e-9)  # d / d log tau
+        for direction, twin in enumerate(twins):
+            for row in range(12):
+                assert bool(loss.denominator.visited[direction, row]) == (row in twin.u)
+                if row in twin.u:
+                    assert loss.denominator.log_mean[direction, row].exp().item() == pytest.approx(
+                        twin.u[row], rel=1e-9
+                    )
 
 
 @pytest.mark.parametrize("eps_of", ["one over k", "zero", "one over n - 1"])
