@@ -68,13 +68,12 @@ def count_corrected(anchors, candidates, tau, allowed, num_rows):
 class NaiveSogCLR:
     """SogCLR in the linear domain, one Python float an example.
 
-    `absolute`: the state is a mean of exp(s_ij / tau), and the positive receives u / (eps + u), as in the released code
-    for images. Else a mean of exp((s_ij - s_ii) / tau), and the positive receives what the batch's negatives do, as in
-    the released code for two modalities.
+    The state is a mean of exp(s_ij / tau) ("absolute") or of exp((s_ij - s_ii) / tau) ("relative"); the positive
+    receives u / (eps + u) ("exact") or what the batch's negatives do ("batch").
     """
 
-    def __init__(self, num_rows, gamma, eps, *, absolute=True):
-        self.u, self.gamma, self.absolute = {}, gamma, absolute
+    def __init__(self, num_rows, gamma, eps, *, state="absolute", positive="batch"):
+        self.u, self.gamma, self.absolute, self.exact = {}, gamma, state == "absolute", positive == "exact"
         self.eps = eps if eps is not None else 1 / (num_rows - 1)
 
     def step(self, anchors, candidates, tau, allowed, index, weight=None):
@@ -101,7 +100,7 @@ class NaiveSogCLR:
             for j, term in zip(negatives, terms, strict=True):
                 pull += term / (self.eps + u)
                 surrogate = surrogate + term / (self.eps + u) * scores[i, j]
-            if self.absolute:
+            if self.exact:
                 pull = u / (self.eps + u) if u and drawn else 0.0
             surrogate = surrogate - pull * scores[i, i]
         for row, values in visits.items():

@@ -366,6 +366,8 @@ class TestCounts:
         ("make", "factor"),
         [
             (lambda n: SogCLR(n, gamma=1e-9, temperature=0.3), 1.0),
+            (lambda n: SogCLR(n, gamma=1e-9, temperature=0.3, positive="batch"), 1.0),
+            (lambda n: SogCLR(n, gamma=1e-9, temperature=0.3, state="relative"), 1.0),
             (lambda n: SCENT(n, alpha=1e-9, temperature=0.3), 1.0),
             (lambda n: FastCLIP(n, version="v1", gamma=1e-9, eps=None, temperature=0.3, direction="one_way"), 0.3),
         ],

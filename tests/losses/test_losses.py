@@ -103,20 +103,22 @@ def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both):
     gamma=st.sampled_from([0.2, 0.9, 1.0]),
     eps=st.sampled_from([None, 0.0, 1e-3]),
     state=st.sampled_from(["absolute", "relative"]),
+    positive=st.sampled_from(["batch", "exact"]),
     both=st.booleans(),
     ids=st.booleans(),
     tile=st.sampled_from([1, 200, 10**7]),
     steps=st.integers(1, 4),
 )
-def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, state, both, ids, tile, steps):
+def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, state, positive, both, ids, tile, steps):
     """Values, states, and the gradients of embeddings and of a learned temperature: by autograd of the surrogate."""
     seed, rows, extra = shape
     loss = SogCLR(
-        12, gamma=gamma, eps=eps, state=state, temperature=0.5, learnable_temperature=True, tile_bytes=tile,
+        12, gamma=gamma, eps=eps, state=state, positive=positive, temperature=0.5, learnable_temperature=True,
+        tile_bytes=tile,
         direction="both" if both else "one_way",
     ).double()  # fmt: skip
     loss.temperatures.log_temperature.data.fill_(math.log(0.5))
-    twins = [reference.NaiveSogCLR(12, gamma, eps, absolute=state == "absolute") for _ in range(1 + both)]
+    twins = [reference.NaiveSogCLR(12, gamma, eps, state=state, positive=positive) for _ in range(1 + both)]
     for step in range(steps):
         anchors, candidates, anchor_id, candidate_id = draw_batch(seed + step, rows, extra)
         index = torch.randint(12, (rows,), generator=torch.Generator().manual_seed(seed + step))  # with repetitions
@@ -155,11 +157,11 @@ def test_gamma_one_needs_no_memory(eps_of):
         "zero": (0.0, DecoupledInfoNCE(temperature=0.1)),
         "one over n - 1": (1 / (n - 1), CountCorrectedInfoNCE(n, temperature=0.1)),
     }[eps_of]
-    memory = SogCLR(n, gamma=1.0, eps=eps, temperature=0.1)
     anchors.requires_grad_()
-    ours = gradients(memory(anchors, candidates, index=torch.arange(rows)), anchors)
     theirs = gradients(stateless(anchors, candidates), anchors)
-    close(ours, theirs, 1e-10)
+    for positive in ("batch", "exact"):
+        memory = SogCLR(n, gamma=1.0, eps=eps, positive=positive, temperature=0.1)
+        close(gradients(memory(anchors, candidates, index=torch.arange(rows)), anchors), theirs, 1e-10)
 
 
 def test_infonce_is_cross_entropy():
@@ -346,6 +348,8 @@ class TestNumbers:
             (lambda: InfoNCE(direction="sideways"), "direction"),
             (lambda: SogCLR(10, gamma=0.0), "gamma is 0"),
             (lambda: SogCLR(10, eps=-1.0), "eps is -1"),
+            (lambda: SogCLR(10, state="both"), "state is 'both'"),
+            (lambda: SogCLR(10, positive="none"), "positive is 'none'"),
             (lambda: SogCLR(1), "num_rows is 1"),
             (lambda: CountCorrectedInfoNCE(1), "num_rows is 1"),
         ):

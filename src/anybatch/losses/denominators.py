@@ -23,6 +23,7 @@ from anybatch.losses.parts import Batch, Denominator
 from anybatch.losses.state import occurrences
 
 Reference = Literal["absolute", "relative"]
+PositiveWeight = Literal["exact", "batch"]
 
 
 class WithPositive(Denominator):
@@ -106,6 +107,10 @@ class RunningDenominator(Denominator):
         state: "absolute": u_i is a mean of exp(s_ij / tau), and what it stands for moves with the negatives alone.
             "relative": of exp((s_ij - s_ip) / tau), which goes stale as the positive moves, and not when the
             temperature does.
+        positive: Gradient weight of the positive's logit. "exact": -u_i / (eps + u_i), the derivative with u_i held.
+            "batch": minus the sum of what the batch's negatives receive, whose mean over batches is the same where u_i
+            is right. None: exact beside an absolute state, as released for images; of the batch beside a relative one,
+            as released for two modalities.
         sharded: Each rank stores one W-th of the rows, see `State`.
 
     Cost: 4 bytes a row and direction, divided by the ranks if sharded; an update touches B of them. Collectives a call
@@ -132,6 +137,7 @@ class RunningDenominator(Denominator):
         gamma: float | Gamma = 0.9,
         eps: float | None = None,
         state: Reference = "absolute",
+        positive: PositiveWeight | None = None,
         sharded: bool = False,
     ) -> None:
         super().__init__(num_rows, sharded=sharded)
@@ -141,7 +147,11 @@ class RunningDenominator(Denominator):
             raise AnybatchError(f"eps is {eps}; expected 0 or more, or None for 1 / (num_rows - 1).")
         if state not in get_args(Reference):
             raise AnybatchError(f"state is {state!r}; expected 'absolute' or 'relative'.")
-        self.gamma, self._eps, self.absolute = gamma, eps, state == "absolute"
+        if positive is not None and positive not in get_args(PositiveWeight):
+            raise AnybatchError(f"positive is {positive!r}; expected 'exact' or 'batch', or None to follow the state.")
+        self.gamma, self._eps = gamma, eps
+        self.absolute = state == "absolute"
+        self.exact_positive = self.absolute if positive is None else positive == "exact"
         self.register_rows("log_mean", fresh=torch.nan, directions=directions)
 
     @property
@@ -179,8 +189,8 @@ class RunningDenominator(Denominator):
             return side
         assert isinstance(side.rule, RunningRule)
         queries = batch.queries(direction).detach()
-        positive = (queries * batch.others(direction)[: len(queries)].detach()).sum(dim=1)
-        return replace(side, rule=replace(side.rule, positive=positive / side.temperature.detach()))
+        level = (queries * batch.others(direction)[: len(queries)].detach()).sum(dim=1) / side.temperature.detach()
+        return replace(side, rule=replace(side.rule, level=level))
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
@@ -193,7 +203,7 @@ class RunningDenominator(Denominator):
         visits: Visits,
         batch: Tensor,
         *,
-        positive: Tensor | None = None,
+        level: Tensor | None = None,
         heard: Tensor | None = None,
         direction: int,
         update: bool,
@@ -204,7 +214,7 @@ class RunningDenominator(Denominator):
         Args:
             visits: The rows.
             batch: (B,) what this batch says: the log of a mean; -inf for a mean of 0, all of whose terms are masked.
-            positive: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
+            level: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
             heard: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
             direction: Which state.
             update: Store the result.
@@ -217,13 +227,13 @@ class RunningDenominator(Denominator):
         """
         # 1. What the batches of all ranks say.
         heard = torch.ones_like(batch) if heard is None else heard.to(batch.dtype)
-        positive = torch.zeros_like(batch) if positive is None else positive.to(batch.dtype)
-        figures = distributed.gather_rows(torch.stack([batch, positive, heard], dim=1), visits.sizes)
-        batch, positive, heard = figures.unbind(dim=1)
+        level = torch.zeros_like(batch) if level is None else level.to(batch.dtype)
+        figures = distributed.gather_rows(torch.stack([batch, level, heard], dim=1), visits.sizes)
+        batch, level, heard = figures.unbind(dim=1)
         # 2. With what is known. The state is float32; the arithmetic is the batch's, so that float64 checks see no
         # rounding but the state's own, and relative to the positive: a first visit is the batch's value exactly.
         stored = self.read("log_mean", visits.rows, direction=direction).to(batch.dtype)
-        old = stored[visits.inverse] - positive
+        old = stored[visits.inverse] - level
         if isinstance(self.gamma, Gamma):
             log_gamma, log_stay = self.gamma.log_shares(old)
         else:
@@ -232,7 +242,7 @@ class RunningDenominator(Denominator):
         new = torch.where(heard > 0, new, torch.where(old.isnan(), -torch.inf, old))
         # 3. A step that has diverged (NaN, +inf) is the trainer's to skip.
         if update:
-            mean, some = _combine(new + positive, heard, visits.inverse, len(visits.rows))
+            mean, some = _combine(new + level, heard, visits.inverse, len(visits.rows))
             mean = torch.where(mean.isneginf(), torch.nan, torch.where(mean.isfinite(), mean, stored))
             self.fill(visits.rows, torch.where(some, mean, stored), direction=direction, dimensions=dimensions)
         return new[visits.own]
@@ -254,12 +264,8 @@ class RunningDenominator(Denominator):
 class RunningRule:
     """A running log-mean, plus eps.
 
-    With u_i held, d log(eps + u_i) / d s_ip is exactly -u_i / (eps + u_i) / tau: an absolute state says so of the
-    positive, as the released SogCLR does for images. The released two-way forms, whose state is relative, give it minus
-    the sum of what this batch's negatives receive.
-
     Attributes:
-        positive: (B,) logits of the positives, s_ip / tau, of an absolute state; None of a relative one.
+        level: (B,) logits of the positives, s_ip / tau, of an absolute state; None of a relative one.
         constant: Added to the objective.
         dropped: (B,) candidates that the method takes out of the data set, so that the mean is not over them; None for
             none.
@@ -273,7 +279,7 @@ class RunningRule:
     normalised: bool
     update: bool
     dimensions: int
-    positive: Tensor | None = None
+    level: Tensor | None = None
     constant: float = 0.0
     dropped: Tensor | None = None
     row_wise: bool = False
@@ -292,7 +298,7 @@ class RunningRule:
         log_mean = self.denominator.blend(
             self.visits,
             log_sum - correction,
-            positive=self.positive,
+            level=self.level,
             heard=drawn > 0,
             direction=self.direction,
             update=self.update,
@@ -300,7 +306,7 @@ class RunningRule:
         )
         objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
         weight = None
-        if self.positive is not None:
+        if self.denominator.exact_positive:
             weight = torch.where((drawn > 0) & ~log_mean.isneginf(), -(log_mean - objective).exp(), 0.0)
         value = torch.where(objective.isneginf(), 0.0, objective + self.constant)
         return Answer(objective + correction, value, weight), log_mean

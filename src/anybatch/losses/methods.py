@@ -6,7 +6,14 @@ from typing import Unpack, final
 
 from anybatch.core.configuration import NotNegative, Share
 from anybatch.losses.base import OneTemperature, SoftmaxLoss
-from anybatch.losses.denominators import CountCorrected, Reference, RunningDenominator, WithoutPositive, WithPositive
+from anybatch.losses.denominators import (
+    CountCorrected,
+    PositiveWeight,
+    Reference,
+    RunningDenominator,
+    WithoutPositive,
+    WithPositive,
+)
 from anybatch.losses.gamma import Gamma
 
 
@@ -112,9 +119,11 @@ class SogCLR(SoftmaxLoss):
         gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to
             .2 along a cosine.
         eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
-        state: "absolute" as above, which is the released form for images. "relative", that for two modalities: the
-            moving average is of exp((s_ij - s_ip) / tau), which goes stale as the positive moves, and the positive
-            receives minus the sum of what the batch's negatives do.
+        state: "absolute" as above, released for images. "relative", released for two modalities: the moving average is
+            of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
+        positive: "exact" as above, released for images. "batch", released for two modalities: minus the sum of what the
+            batch's negatives receive, noisier, and balanced also where u_i is stale. None for "exact" beside an
+            absolute state, "batch" beside a relative one. docs/memory.md says which trained better.
         sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
 
@@ -155,9 +164,17 @@ class SogCLR(SoftmaxLoss):
         gamma: Share | Gamma = 0.9,
         eps: NotNegative | None = None,
         state: Reference = "absolute",
+        positive: PositiveWeight | None = None,
         sharded: bool = False,
         **scoring: Unpack[OneTemperature],
     ) -> None:
-        directions = self.num_directions(scoring)
-        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, sharded=sharded)
+        running = RunningDenominator(
+            num_rows,
+            self.num_directions(scoring),
+            gamma=gamma,
+            eps=eps,
+            state=state,
+            positive=positive,
+            sharded=sharded,
+        )
         super().__init__(None, running, **scoring)
