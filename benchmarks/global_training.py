@@ -169,7 +169,10 @@ class Study:
         path = self.cache / f"plan-{cell.task}-{cell.rows}-{cell.teacher}-{batch_size}-{size}.safetensors"
         if not path.exists():
             anchors, positives = lsa_teacher(train) if self.given is None else self.given
-            config = MiningConfig(batch_size=batch_size, cluster_size=size, skip=SKIP[self.task.name])
+            window = (SKIP[self.task.name], 64)
+            config = MiningConfig(
+                batch_size=batch_size, cluster_size=size, window=window, margin=None, conflict_weight=3.0
+            )
             result = mine_plan(
                 anchors, positives, config=config, anchor_id=train.anchor_id, positive_id=train.positive_id
             )

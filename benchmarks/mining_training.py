@@ -67,7 +67,7 @@ def arxiv(data: Path) -> Setting:
         train=read_pairs(files["train"], limit=12_000, **columns),
         validation=read_pairs(files["dev"], limit=1_500, **columns),
         test=read_pairs(files["test"], limit=3_000, **columns),
-        mining=MiningConfig(batch_size=64, cluster_size=32, skip=30, take=64),
+        mining=MiningConfig(batch_size=64, cluster_size=32, window=(30, 64), margin=None, conflict_weight=3.0),
         epochs=4,
         lengths=(32, 128),
     )
@@ -94,7 +94,7 @@ def scifact(data: Path) -> Setting:
         train=train,
         validation=validation,
         test=test,
-        mining=MiningConfig(batch_size=32, cluster_size=8, skip=5, take=20),
+        mining=MiningConfig(batch_size=32, cluster_size=8, window=(5, 20), margin=None, conflict_weight=3.0),
         epochs=15,
         lengths=(32, 128),
     )

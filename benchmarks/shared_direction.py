@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     task = load_task("arxiv", options.data, cache=options.cache, limit=ROWS)
     teacher = [np.load(path, mmap_mode="r")[:ROWS] for path in (options.anchor_embeddings, options.positive_embeddings)]
-    config = MiningConfig(batch_size=BATCH, skip=10)
+    config = MiningConfig(batch_size=BATCH, cluster_size=32, window=(10, 64), margin=None, conflict_weight=3.0)
     ids = {"anchor_id": task.train.anchor_id, "positive_id": task.train.positive_id}
     plans = {
         "random": BatchPlan.random(ROWS, BATCH),

@@ -74,7 +74,8 @@ def lsa(pairs: PairData, width: int) -> list[np.ndarray]:
 def figures(pairs: PairData, anchors: np.ndarray, positives: np.ndarray, skip: int, take: int) -> list[str]:
     """One line of the table."""
     same = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
-    plan = mine_plan(anchors, positives, config=MiningConfig(skip=skip, take=take), **same).plan
+    config = MiningConfig(cluster_size=32, window=(skip, take), margin=None, conflict_weight=3.0)
+    plan = mine_plan(anchors, positives, config=config, **same).plan
     seen = inspect_plan(plan, anchors, positives, temperature=TEMPERATURE, num_anchors=len(pairs), **same)[""]
     statistics = asdict(seen.statistics)
     return [

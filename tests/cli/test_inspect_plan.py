@@ -24,8 +24,7 @@ def mined(pairs_file, tiny_model_folder, tmp_path):
         np.save(tmp_path / f"{name}.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
     more = (
         "mining.cluster_size=4",
-        "mining.skip=3",
-        "mining.take=9",
+        "mining.window=[3, 9]",
         "mining.conflict_weight=0",
         "loss.temperature=0.2",
     )
@@ -120,7 +119,7 @@ def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
 
 def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, heard, caplog):
     """A run that embedded its data itself; `mine` and `inspect` warn alike."""
-    more = ("mining.cluster_size=4", "mining.skip=1", "mining.take=6")
+    more = ("mining.cluster_size=4", "mining.window=[1, 6]")
     folder = tmp_path / "run"
     run("mine", *settings(pairs_file, tiny_model_folder, folder, *more), "--teacher", str(tiny_model_folder))
     run("inspect", "plan", str(folder))
@@ -137,7 +136,7 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
     lines = pairs_file.read_text().splitlines(keepends=True)
     for name, part in (("first", lines[:50]), ("second", lines[50:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
-    sets = [{"path": str(tmp_path / "first.jsonl"), "skip": 2}, {"path": str(tmp_path / "second.jsonl")}]
+    sets = [{"path": str(tmp_path / "first.jsonl"), "window": [2, 9]}, {"path": str(tmp_path / "second.jsonl")}]
     generator = np.random.default_rng(0)
     anchors = generator.normal(size=(97, 8)).astype(np.float32)
     for name, rows in (("a", anchors), ("p", anchors + 0.2 * generator.normal(size=(97, 8)).astype(np.float32))):
@@ -147,7 +146,7 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
         "data": {"sets": sets},
         "batch_size": 8,
         "teacher": {"embeddings": [str(tmp_path / "a.npy"), str(tmp_path / "p.npy")]},
-        "mining": {"cluster_size": 4, "skip": 3, "take": 9, "conflict_weight": 0.0},
+        "mining": {"cluster_size": 4, "window": [3, 9], "margin": None, "conflict_weight": 0.0},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     run("mine", "--config", str(tmp_path / "run.yaml"))
@@ -159,7 +158,7 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
     assert said.count("expected loss at temperature 0.05") == 2
     assert said.count("kept weight") == 2  # from mining.json
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
-    assert "ranks 3 to 11 of all rows" in page  # the first set's own window, found in the run's configuration
+    assert "ranks 3 to 11 of all rows" in page  # the first set's own window
     assert "ranks 4 to 12 of all rows" in page
     for name, num_rows in (("first", 50), ("second", 47)):
         assert f"<h2>Data set {name}</h2>" in page

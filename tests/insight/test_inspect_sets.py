@@ -28,10 +28,10 @@ def mined(mixing):
     anchors[80] = anchors[75]
     same = {"anchor_id": anchor_id, "positive_id": np.arange(len(anchors))}
     sets = [
-        MiningSet(name=name, num_rows=size, **dict(zip(("skip", "take"), WINDOWS.get(name, ()), strict=False)))
+        MiningSet(name=name, num_rows=size, window=WINDOWS.get(name))
         for name, size in SIZES.items()
     ]
-    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, mixing=mixing, conflict_weight=0.0, seed=1)
+    config = MiningConfig(batch_size=16, cluster_size=8, window=(3, 12), mixing=mixing, margin=None, conflict_weight=0.0, seed=1)
     with pytest.warns(UserWarning, match="'tiny' has 5 rows"):
         plan = mine_plan(anchors, positives, config=config, sets=sets, **same).plan
     return plan, anchors, positives, same, sets
@@ -40,7 +40,7 @@ def mined(mixing):
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 def test_equals_a_loop(mixing):
     plan, anchors, positives, same, sets = mined(mixing)
-    seen = inspect_plan(plan, anchors, positives, sets=sets, temperature=TEMPERATURE, num_anchors=10**6, **same)
+    seen = inspect_plan(plan, anchors, positives, temperature=TEMPERATURE, num_anchors=10**6, **same)
     assert set(seen) >= {"first", "second"}
     scores = anchors.astype(np.float64) @ positives.astype(np.float64).T
     batches = plan.epoch_batches(0)
@@ -91,7 +91,7 @@ def test_equals_a_loop(mixing):
 
 def test_one_named_set_agrees_with_a_plan_without_sets():
     anchors, positives = embeddings(70)
-    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, mixing="mixed")  # as without sets
+    config = MiningConfig(batch_size=16, cluster_size=8, window=(3, 12), mixing="mixed")  # as without sets
     plan = mine_plan(anchors, positives, config=config).plan
     alone = mine_plan(anchors, positives, config=config, sets=[MiningSet(name="only", num_rows=70)]).plan
     one, other = inspect_plan(plan, anchors, positives)[""], inspect_plan(alone, anchors, positives)["only"]
@@ -109,7 +109,7 @@ def test_small_shares_that_still_deal_a_cluster_of_each_set(mixing):
     """
     anchors, positives = embeddings(80)
     sets = [MiningSet(name=name, num_rows=40, share=0.1) for name in "ab"]
-    config = MiningConfig(batch_size=64, cluster_size=32, skip=2, take=10, mixing=mixing)
+    config = MiningConfig(batch_size=64, cluster_size=32, window=(2, 10), mixing=mixing)
     plan = mine_plan(anchors, positives, config=config, sets=sets).plan
     batches = _random_batches(plan, 0)
     assert batches.shape == plan.epoch_batches(0).shape == (1, 64)
@@ -124,7 +124,7 @@ def test_one_positive_of_many_rows_is_shown_once():
     positives = positives[positive_id * 4]
     positives[4:8] = positives[0] + 1e-3  # two captions that say the same
     positives[4:8] /= np.linalg.norm(positives[4:8], axis=1, keepdims=True)
-    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, conflict_weight=0.0)
+    config = MiningConfig(batch_size=16, cluster_size=8, window=(3, 12), conflict_weight=0.0)
     plan = mine_plan(anchors, positives, config=config, positive_id=positive_id).plan
     plan = replace(plan, suspects=np.array([[0, 9], [1, 10], [2, 33], [3, 11]], np.int32))
     seen = inspect_plan(plan, anchors, positives, positive_id=positive_id)[""]

@@ -38,7 +38,7 @@ def data(num_rows=143):
 
 def mined(**settings):
     anchors, positives, same = data()
-    config = MiningConfig(batch_size=16, cluster_size=8, skip=SKIP, take=TAKE, seed=2, **settings)
+    config = MiningConfig(batch_size=16, cluster_size=8, window=(SKIP, TAKE), seed=2, **settings)
     return mine_plan(anchors, positives, config=config, **same), anchors, positives, same
 
 
@@ -104,7 +104,7 @@ def test_inspection_equals_a_loop(kind):
     result, anchors, positives, same = mined()
     plan = result.plan if kind == "mined" else BatchPlan.random(143, 16, seed=3)
     if kind == "random":
-        plan = replace(plan, meta={"method": "random", "skip": SKIP, "take": TAKE})
+        plan = replace(plan, meta={"method": "random", "windows": {"": (SKIP, TAKE)}})
     seen = inspect_plan(plan, anchors, positives, temperature=0.1, **same)[""]
     scores, ranks, wanted, conflicts = windows(anchors, positives, same)
     dealt = plan.epoch_batches(0)
@@ -176,7 +176,7 @@ def test_unnormalised_embeddings_and_blocks():
 
 def test_a_sample_is_near_the_whole_and_repeatable():
     anchors, positives = embeddings(1500, seed=1, width=16)
-    result = mine_plan(anchors, positives, config=MiningConfig(batch_size=32, cluster_size=8, skip=5, take=20))
+    result = mine_plan(anchors, positives, config=MiningConfig(batch_size=32, cluster_size=8, window=(5, 20)))
     whole = inspect_plan(result.plan, anchors, positives, num_anchors=5000)[""]
     part = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)[""]
     again = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)[""]
@@ -190,7 +190,7 @@ def test_a_sample_is_near_the_whole_and_repeatable():
 
 def test_a_teacher_that_knows_nothing_is_warned_of_and_a_good_one_is_not():
     anchors, positives = embeddings(600, width=64, topics=30)
-    config = MiningConfig(batch_size=32, cluster_size=8, skip=5, take=20)
+    config = MiningConfig(batch_size=32, cluster_size=8, window=(5, 20))
     good = mine_plan(anchors, positives, config=config).report.statistics
     shuffled = positives[np.random.default_rng(0).permutation(600)]
     bad = mine_plan(anchors, shuffled, config=config).report.statistics

@@ -26,7 +26,7 @@ def mined():
     result = mine_plan(
         anchors,
         positives,
-        config=MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, conflict_weight=0.0),
+        config=MiningConfig(batch_size=16, cluster_size=8, window=(3, 12), conflict_weight=0.0),
         data_digest="d",
     )
     pairs = PairData(

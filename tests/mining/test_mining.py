@@ -105,11 +105,11 @@ def test_half_precision_files_are_enough(tmp_path):
     assert np.mean(found.ids == exact.ids) > 0.95
 
 
-def small_graph(num_rows=90, seed=0, skip=4, take=10, margin=None, **options):
+def small_graph(num_rows=90, seed=0, window=(4, 10), margin=None, **options):
     anchors, positives = embeddings(num_rows, seed)
     same = {"anchor_id": np.arange(num_rows), "positive_id": np.arange(num_rows)}
     found = exact_neighbors(anchors, positives, 20, **same)
-    return found, build_graph(found, Window(skip, take, margin), **options)
+    return found, build_graph(found, Window(*window, margin), **options)
 
 
 def test_graph_windows():
@@ -124,7 +124,7 @@ def test_graph_windows():
 
 
 def test_margin_makes_conflicts():
-    found, graph = small_graph(skip=0, take=20, margin=0.8)
+    found, graph = small_graph(window=(0, 20), margin=0.8)
     for row in range(90):
         above = {i for i, s in zip(found.ids[row], found.scores[row]) if s > 0.8 * found.own_score[row]}
         assert set(graph.conflict[row].indices) == above
@@ -198,12 +198,12 @@ def test_audit_counts_what_a_loop_counts():
     assert audit.window_per_anchor == pytest.approx(sum(graph.window[i, j] for i, j in inside) / 90)
     assert audit.conflicts_per_anchor == pytest.approx(sum(graph.conflict[i, j] for i, j in inside) / 90)
     assert audit.remainder_rows == 10
-    expected = {tuple(sorted(pair)) for pair in inside if graph.conflict[pair]}
-    assert {tuple(pair) for pair in suspect_pairs(graph, cluster).tolist()} == expected
+    expected = {tuple(sorted(pair)) for pair in zip(*graph.conflict.nonzero(), strict=True)}
+    assert [tuple(pair) for pair in suspect_pairs(graph.conflict).tolist()] == sorted(expected)
 
 
 def test_refinement_keeps_conflicts_apart_and_beats_the_start():
-    _, graph = small_graph(600, skip=4, take=12)
+    _, graph = small_graph(600, window=(4, 12))
     same = {"anchor_id": np.arange(600), "positive_id": np.arange(600)}
     start = metis_clusters(graph.weight, 600 // 8, recursive=True)
     ours = audit_clusters(graph, equal_clusters(start, graph.signed(5.0), 8, **same), **same)
@@ -219,8 +219,7 @@ def test_mine_plan(method):
         method=method,
         batch_size=24,
         cluster_size=8,
-        skip=3,
-        take=12,
+        window=(3, 12),
         num_negatives=0 if method == "random" else 2,
         seed=4,
     )
@@ -247,7 +246,7 @@ def test_mine_plan(method):
 
 
 def test_negatives_come_from_the_window_and_never_repeat_content():
-    _, graph = small_graph(120, take=10)
+    _, graph = small_graph(120)
     anchor_id, positive_id = ids(120, distinct=60)
     cluster = np.arange(120) // 6
     drawn = sample_negatives(graph, cluster, 3, anchor_id=anchor_id, positive_id=positive_id, seed=1)
@@ -266,7 +265,7 @@ def test_negatives_come_from_the_window_and_never_repeat_content():
 
 
 def test_frequent_items_are_drawn_more_often():
-    _, graph = small_graph(400, take=10)
+    _, graph = small_graph(400)
     cluster = np.arange(400) // 8
     same = {"anchor_id": np.arange(400), "positive_id": np.arange(400)}
     windows = [set(graph.window[row].indices.tolist()) for row in range(400)]
@@ -294,7 +293,7 @@ def test_mining_leaves_the_number_of_threads_alone(threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        mine_plan(*embeddings(60), config=MiningConfig(batch_size=8, cluster_size=4, skip=1, take=4))
+        mine_plan(*embeddings(60), config=MiningConfig(batch_size=8, cluster_size=4, window=(1, 4)))
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -304,13 +303,13 @@ def test_mining_leaves_the_number_of_threads_alone(threads):
 def test_tiny_data_is_mined_with_a_warning(num_rows):
     anchors, positives = embeddings(num_rows)
     with pytest.warns(UserWarning, match="wider than"):
-        plan = mine_plan(anchors, positives, config=MiningConfig(batch_size=8, cluster_size=4)).plan
+        plan = mine_plan(anchors, positives, config=MiningConfig(batch_size=8, cluster_size=4, window=(30, 64))).plan
     assert plan.num_batches == num_rows // 8
 
 
 def test_mistakes():
     anchors, positives = embeddings(50)
-    config = MiningConfig(batch_size=8, cluster_size=4, skip=1, take=4)
+    config = MiningConfig(batch_size=8, cluster_size=4, window=(1, 4))
     for value, match in ((np.nan, "NaN or infinite; the first is row 7"), (0.0, "all zero; the first is row 7")):
         bad = positives.copy()
         bad[7] = value
@@ -324,8 +323,12 @@ def test_mistakes():
         mine_plan(anchors, positives, config=MiningConfig(batch_size=10, cluster_size=4))
     with pytest.raises(AnybatchError, match="fewer than one batch"):
         mine_plan(anchors, positives, config=MiningConfig(batch_size=64, cluster_size=4))
-    with pytest.raises(AnybatchError, match=r"mining\.take is 0"):
-        MiningConfig(take=0)
+    for window in ((3, 0), (3,), (-1, 5), "wide"):
+        with pytest.raises(AnybatchError, match=r"mining\.window"):
+            MiningConfig(window=window)
+    for method in ("published", "kmeans", "bandwidth", "loss_ordered", "random"):
+        with pytest.raises(AnybatchError, match=r"conflict_weight is 5\.0, and mining\.method .* has no conflict term"):
+            MiningConfig(method=method, conflict_weight=5)
 
 
 @pytest.mark.parametrize("method", ["kmeans", "bandwidth", "loss_ordered"])
@@ -333,7 +336,7 @@ def test_neighbouring_recipes_make_equal_clusters_over_the_same_parts(method):
     generator = np.random.default_rng(0)
     anchors = generator.standard_normal((203, 16)).astype(np.float32)
     positives = anchors + 0.3 * generator.standard_normal((203, 16)).astype(np.float32)
-    config = MiningConfig(method=method, batch_size=16, cluster_size=8, skip=3, take=12)
+    config = MiningConfig(method=method, batch_size=16, cluster_size=8, window=(3, 12))
     result = mine_plan(anchors, positives, config=config)
     assert np.bincount(result.plan.cluster[result.plan.cluster >= 0]).tolist() == [8] * 25
     audit = result.report.audit
@@ -349,11 +352,11 @@ def test_several_data_sets_make_one_plan():
     anchors = generator.standard_normal((310, 16)).astype(np.float32)
     positives = anchors + 0.3 * generator.standard_normal((310, 16)).astype(np.float32)
     sets = [
-        MiningSet(name="large", num_rows=203, skip=2, take=20, share=0.5),
+        MiningSet(name="large", num_rows=203, window=(2, 20), share=0.5),
         MiningSet(name="small", num_rows=101),
         MiningSet(name="tiny", num_rows=6),
     ]
-    config = MiningConfig(batch_size=16, cluster_size=8, skip=3, take=12, num_negatives=2)
+    config = MiningConfig(batch_size=16, cluster_size=8, window=(3, 12), num_negatives=2)
     with pytest.warns(UserWarning, match="'tiny' has 6 rows"):
         result = mine_plan(anchors, positives, config=config, sets=sets)
     plan = result.plan
@@ -432,7 +435,7 @@ def test_a_positive_of_the_same_anchor_in_another_row_is_no_hard_negative():
     centres = generator.standard_normal((2 * triples, 12)).astype(np.float32)
     anchors = centres[anchor // 2] + 0.2 * generator.standard_normal((3 * triples, 12)).astype(np.float32)
     positives = centres[positive // 2] + 0.2 * generator.standard_normal((3 * triples, 12)).astype(np.float32)
-    config = MiningConfig(batch_size=16, cluster_size=8, skip=0, take=20, num_negatives=3)
+    config = MiningConfig(batch_size=16, cluster_size=8, window=(0, 20), num_negatives=3)
     plan = mine_plan(anchors, positives, config=config, anchor_id=anchor, positive_id=positive).plan
     pairs = set(zip(anchor.tolist(), positive.tolist(), strict=True))
     assert (plan.negatives >= 0).sum() > 200

@@ -47,7 +47,6 @@ def command(options: PlanOptions) -> None:
             inspections = inspect_plan(
                 plan,
                 *vectors,
-                sets=sources.windows(),
                 anchor_id=None if pairs is None else pairs.anchor_id,
                 positive_id=None if pairs is None else pairs.positive_id,
                 temperature=sources.temperature,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from anybatch.data.pairs import PairData
-    from anybatch.mining import MiningSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,15 +156,3 @@ class PlanSources:
                 f"{'is missing' if stored is None else 'belongs to another plan'}. Keep the two files together."
             )
         return None
-
-    def windows(self) -> list[MiningSet]:
-        """The first ranks of the rows' windows that the run gave its data sets, which the plan does not keep."""
-        from anybatch.mining import MiningSet
-
-        names = self.plan.task_names
-        if self.config is None or len(self.config.data.sets) != len(names):
-            return []
-        return [
-            MiningSet(name=name, num_rows=0, skip=of_set.skip)
-            for name, of_set in zip(names, self.config.data.sets, strict=True)
-        ]

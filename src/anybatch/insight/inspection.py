@@ -6,17 +6,17 @@ anchors, so that the plan stays at a few bytes a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.cosines import BatchScores, Cosines
-from anybatch.mining.audit import most_wanted
-from anybatch.mining.config import MiningConfig, MiningSet
+from anybatch.mining.audit import Beside, most_wanted
+from anybatch.mining.config import MiningConfig
 from anybatch.mining.graph import Window
-from anybatch.mining.inputs import check_embeddings, compact_ids
+from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
 from anybatch.mining.neighbors import exact_neighbors
 from anybatch.mining.statistics import BatchStatistics, batch_statistics
 from anybatch.plans.plan import BatchPlan
@@ -110,7 +110,6 @@ def inspect_plan(
     anchor_embeddings: np.ndarray,
     positive_embeddings: np.ndarray,
     *,
-    sets: Sequence[MiningSet] = (),
     anchor_id: np.ndarray | None = None,
     positive_id: np.ndarray | None = None,
     temperature: float = 0.05,
@@ -126,7 +125,6 @@ def inspect_plan(
     Args:
         plan: Mined or random.
         anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped.
-        sets: The data sets' windows, as given to `mine_plan`; without them the plan's own window holds for all.
         anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all
             differ.
         temperature: Of the expected loss.
@@ -155,9 +153,6 @@ def inspect_plan(
         )
     ids = compact_ids(plan.num_rows, anchor_id=anchor_id, positive_id=positive_id)
     pairs = Cosines(anchor_embeddings, positive_embeddings, *ids)
-    default = MiningConfig().window  # of plans that have none
-    window = Window(**{name: plan.meta.get(name, getattr(default, name)) for name in ("skip", "take", "margin")})
-    windows = {part.name: part.windowed(window) for part in sets}
     placed = np.bincount(plan.epoch_batches(0).ravel(), minlength=plan.num_rows) > 0
     shown = {name: rows for name, rows in plan.set_rows.items() if placed[rows].any() and len(rows) > 1}
 
@@ -165,9 +160,7 @@ def inspect_plan(
         return lambda fraction: progress((done + fraction) / len(shown)) if progress is not None else None
 
     return {
-        name: _measure(
-            plan, pairs, rows, windows.get(name, window), temperature, num_anchors, seed, progress=advance(place)
-        )
+        name: _measure(plan, pairs, name, rows, temperature, num_anchors, seed, progress=advance(place))
         for place, (name, rows) in enumerate(shown.items())
     }
 
@@ -175,20 +168,22 @@ def inspect_plan(
 def _measure(
     plan: BatchPlan,
     pairs: Cosines,
+    name: str,
     members: np.ndarray,
-    window: Window,
     temperature: float,
     num_anchors: int,
     seed: int,
     *,
     progress: Callable[[float], None],
 ) -> PlanInspection:
-    """`members`: the rows that are ranked among each other, ascending."""
+    """`members`: the rows of the set `name`, which are ranked among each other, ascending."""
     # 1. Some anchors, and how the teacher ranks the others for them.
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(members), min(num_anchors, len(members)), replace=False))
     rows = members[chosen]
-    window = window.fitted(len(members))
+    text = first_rows(pairs.positive_id[members])
+    columns = np.flatnonzero(text == np.arange(len(text)))
+    window = _window(plan, name, len(members), len(columns))
     whole = members[-1] - members[0] + 1 == len(members)  # then nothing is copied out of the files
     part = slice(int(members[0]), int(members[-1]) + 1) if whole else members
     neighbors = exact_neighbors(
@@ -198,6 +193,7 @@ def _measure(
         anchor_id=pairs.anchor_id[part],
         positive_id=pairs.positive_id[part],
         rows=chosen,
+        columns=columns,
         progress=progress,
     )
     wanted, conflict = window.cut(neighbors)
@@ -208,7 +204,8 @@ def _measure(
     batch = np.full(plan.num_rows, -1)
     batch[batches] = np.arange(len(batches))[:, None]
     home = batch[rows]
-    together = (batch[ids] == home[:, None]) & (home >= 0)[:, None]
+    beside = Beside(batch[members], text)
+    together = beside.count(home[:, None], neighbors.ids)
     num_placed = max(1, int((home >= 0).sum()))
     # That a given row of theirs is in an anchor's random batch: by how many of them such a batch holds.
     sizes = np.bincount(batch[members][batch[members] >= 0]).astype(np.float64)
@@ -227,10 +224,10 @@ def _measure(
         skip=window.skip,
         take=window.take,
         temperature=temperature,
-        window_in_batch=float((wanted & together).sum()) / num_placed,
-        conflicts_in_batch=float((conflict & together).sum()) / num_placed,
-        random_window_in_batch=float(wanted.sum()) / len(rows) * by_chance,
-        random_conflicts_in_batch=float(conflict.sum()) / len(rows) * by_chance,
+        window_in_batch=float((wanted * together).sum()) / num_placed,
+        conflicts_in_batch=float((conflict * together).sum()) / num_placed,
+        random_window_in_batch=float((wanted * beside.rows_of_text[neighbors.ids]).sum()) / len(rows) * by_chance,
+        random_conflicts_in_batch=float((conflict * beside.rows_of_text[neighbors.ids]).sum()) / len(rows) * by_chance,
         planned=planned,
         random=random,
         hubs=[(row, round(count * scale)) for row, count in most_wanted(ids[wanted])],
@@ -240,8 +237,16 @@ def _measure(
         repeated_anchors=_repeated(pairs.anchor_id[members]),
         repeated_positives=_repeated(pairs.positive_id[members]),
         clusters=_examples(plan, pairs, members, generator),
-        statistics=batch_statistics(neighbors, plan.cluster[members], window, rows=chosen),
+        statistics=batch_statistics(neighbors, plan.cluster[members], window, text=text, rows=chosen),
     )
+
+
+def _window(plan: BatchPlan, name: str, num_rows: int, num_texts: int) -> Window:
+    """The rank window that a data set was mined with; the default one for plans that were not mined."""
+    windows = plan.meta.get("windows")
+    if windows is not None and name in windows:
+        return Window(*windows[name], plan.meta.get("margin"))
+    return MiningConfig(batch_size=plan.batch_size).window_for(num_rows, num_texts)[1]
 
 
 def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:
