@@ -402,7 +402,10 @@ def mined(options: dict[str, Any], mixing: str | None) -> BatchPlan:
     if mixing is not None:
         options = {**options, "mixing": mixing}
         first, second = SET_ROWS
-        sets = [MiningSet(name="first", num_rows=first), MiningSet(name="second", num_rows=second, window=(2, 12), share=0.7)]
+        sets = [
+            MiningSet(name="first", num_rows=first),
+            MiningSet(name="second", num_rows=second, window=(2, 12), share=0.7),
+        ]
     rows = np.arange(MINING_ROWS)
     options = {"margin": None, "conflict_weight": 3.0 if options["method"] == "anybatch" else "auto", **options}
     config = MiningConfig(batch_size=24, cluster_size=8, window=(2, 16), seed=4, **options)

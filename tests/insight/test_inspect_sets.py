@@ -15,6 +15,7 @@ from ..mining.test_mining import embeddings, naive_neighbors
 SIZES = {"first": 70, "second": 45, "tiny": 5}
 WINDOWS = {"first": (2, 9), "second": (1, 6)}
 TEMPERATURE = 0.2
+BY_RANK = {"margin": None, "conflict_weight": 0.0}
 
 
 def mined(mixing):
@@ -27,19 +28,16 @@ def mined(mixing):
     anchor_id[80] = anchor_id[75]
     anchors[80] = anchors[75]
     same = {"anchor_id": anchor_id, "positive_id": np.arange(len(anchors))}
-    sets = [
-        MiningSet(name=name, num_rows=size, window=WINDOWS.get(name))
-        for name, size in SIZES.items()
-    ]
-    config = MiningConfig(batch_size=16, cluster_size=8, window=(3, 12), mixing=mixing, margin=None, conflict_weight=0.0, seed=1)
+    sets = [MiningSet(name=name, num_rows=size, window=WINDOWS.get(name)) for name, size in SIZES.items()]
+    config = MiningConfig(batch_size=16, cluster_size=8, window=(3, 12), mixing=mixing, seed=1, **BY_RANK)
     with pytest.warns(UserWarning, match="'tiny' has 5 rows"):
         plan = mine_plan(anchors, positives, config=config, sets=sets, **same).plan
-    return plan, anchors, positives, same, sets
+    return plan, anchors, positives, same
 
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 def test_equals_a_loop(mixing):
-    plan, anchors, positives, same, sets = mined(mixing)
+    plan, anchors, positives, same = mined(mixing)
     seen = inspect_plan(plan, anchors, positives, temperature=TEMPERATURE, num_anchors=10**6, **same)
     assert set(seen) >= {"first", "second"}
     scores = anchors.astype(np.float64) @ positives.astype(np.float64).T
@@ -114,7 +112,7 @@ def test_small_shares_that_still_deal_a_cluster_of_each_set(mixing):
     batches = _random_batches(plan, 0)
     assert batches.shape == plan.epoch_batches(0).shape == (1, 64)
     assert np.bincount(plan.task[batches[0]]).tolist() == [32, 32]
-    assert set(inspect_plan(plan, anchors, positives, sets=sets)) == {"a", "b"}
+    assert set(inspect_plan(plan, anchors, positives)) == {"a", "b"}
 
 
 def test_one_positive_of_many_rows_is_shown_once():

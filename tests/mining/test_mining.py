@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.pairs import PairSet
@@ -30,6 +31,7 @@ from anybatch.mining import (
     sample_negatives,
     suspect_pairs,
 )
+from anybatch.mining.inputs import first_rows
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, SetConfig
 from anybatch.run.read_data import read_data
@@ -82,6 +84,105 @@ def test_equal_scores_go_to_the_lower_row():
     for row, line in enumerate(found.ids):
         expected = [i for i in [*range(15, 30), *range(15)] if i != row][:20]
         assert line.tolist() == expected
+
+
+@pytest.mark.parametrize("search", [exact_neighbors, ivf_neighbors])
+def test_a_text_of_many_rows_is_one_rank(search, tmp_path):
+    anchors, positives = embeddings(300, topics=20)
+    positive_id = np.random.default_rng(1).integers(60, size=300)
+    positives = positives[first_rows(positive_id)]
+    texts = np.unique(first_rows(positive_id))
+    known = {"anchor_id": np.arange(300), "positive_id": positive_id, "columns": texts}
+    found = search(anchors, positives, 25, folder=tmp_path / "a", unit_rows=70, **known)
+    expected = naive_neighbors(anchors, positives, 300, np.arange(300), positive_id)
+    ranks = [[row for row in line if row in set(texts.tolist())][:25] for line in expected]
+    if search is exact_neighbors:
+        assert found.ids.tolist() == ranks
+    else:
+        assert np.mean([len(set(a) & set(b)) / 25 for a, b in zip(found.ids.tolist(), ranks)]) > 0.9
+    again = search(anchors, positives, 25, folder=tmp_path / "a", unit_rows=70, **known)  # read, not searched
+    np.testing.assert_array_equal(found.ids, again.ids)
+
+
+def labels(num_labels=60, rows=20, seed=0):
+    """Rows with one of few labels as positive, labels in groups of ten; each anchor's rank of each label."""
+    generator = np.random.default_rng(seed)
+    label = generator.normal(size=(num_labels, 32)) * 0.7
+    label += np.repeat(generator.normal(size=(num_labels // 10, 32)), 10, axis=0)
+    label /= np.linalg.norm(label, axis=1, keepdims=True)
+    y = generator.permutation(np.repeat(np.arange(num_labels), rows))
+    anchors = label[y] + generator.normal(size=(len(y), 32)) / np.sqrt(32)
+    scores = anchors @ label.T
+    scores[np.arange(len(y)), y] = -np.inf
+    sides = (side.astype(np.float32) for side in (anchors, label[y]))
+    return *sides, y, np.argsort(np.argsort(-scores, axis=1), axis=1)
+
+
+def hardest_beside(cluster, y, ranks, most=10):
+    """Rows of an anchor's cluster with one of its hardest wrong labels."""
+    beside = (cluster[:, None] == cluster[None]) & (cluster >= 0)[:, None]
+    return (beside & (y[:, None] != y[None]) & (ranks[:, y] < most)).sum() / len(y)
+
+
+@pytest.mark.parametrize("neighbors", ["exact", "ivf"])
+def test_windows_of_labels_are_over_labels(neighbors):
+    """As hard as by B3's own rule, whose windows are all rows of an anchor's hardest labels; 5.4 of 19.2 by rows."""
+    anchors, positives, y, ranks = labels()
+    wanted = (ranks < 0.3 * 59)[:, y]
+    mutual = sparse.csr_matrix((wanted & wanted.T).astype(np.float32))
+    by_hand = metis_clusters(mutual, len(y) // 32, recursive=False)
+    by_hand = equal_clusters(by_hand, mutual, 32, anchor_id=np.arange(len(y)), positive_id=np.arange(len(y)), sweeps=0)
+    for method in ("anybatch", "published"):
+        config = MiningConfig(method=method, cluster_size=32, neighbors=neighbors)
+        result = mine_plan(anchors, positives, config=config, positive_id=y)
+        assert hardest_beside(result.plan.cluster, y, ranks) > 0.97 * hardest_beside(by_hand, y, ranks) > 12
+        # The report counts rows of the window's labels, not the one row of each that was ranked.
+        take = result.plan.meta["windows"][""][1]
+        assert take == (10 if method == "anybatch" else 18)
+        scores = np.where(ranks[:, y] < take, anchors @ positives.T, 2.0)
+        limit = np.inf if result.plan.meta["margin"] is None else 0.95 * (anchors * positives).sum(1)
+        wanted = (scores <= np.where(limit > 0, limit, np.inf)[:, None]) if method == "anybatch" else scores < 2
+        beside = result.plan.cluster[:, None] == result.plan.cluster[None]
+        beside &= (result.plan.cluster >= 0)[:, None] & (y[:, None] != y[None])
+        count = (beside & wanted & (ranks[:, y] < take)).sum() / len(y)
+        if neighbors == "exact":
+            assert result.report.audit.window_per_anchor == pytest.approx(count, rel=1e-3)
+            assert result.report.statistics.window_per_anchor == pytest.approx(count, rel=1e-3)
+    small = mine_plan(anchors, positives, config=MiningConfig(), positive_id=y).plan
+    assert small.cluster_size == 4
+    assert hardest_beside(small.cluster, y, ranks) > 2.5
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "size", "published"),
+    [
+        *((16, 2, 16), (32, 2, 32), (64, 4, 32), (96, 6, 32), (256, 16, 32), (1024, 32, 32), (4096, 32, 32)),
+        *((33, 3, 11), (7, 7, 7), (2, 2, 2), (10, 2, 10), (48, 3, 24)),
+    ],
+)
+def test_cluster_sizes_follow_the_batch(batch_size, size, published):
+    assert MiningConfig(batch_size=batch_size).settled().cluster_size == size
+    assert MiningConfig(batch_size=batch_size, method="published").settled().cluster_size == published
+
+
+@pytest.mark.parametrize(
+    ("method", "num_rows", "num_texts", "expected"),
+    [
+        ("anybatch", 10_000, 9_000, Window(0, 32, 0.95)),
+        ("anybatch", 40, 40, Window(0, 20, 0.95)),
+        ("anybatch", 5_000, 100, Window(0, 10, 0.95)),
+        ("anybatch", 50_000, 1_000, Window(0, 32, 0.95)),
+        ("anybatch", 50, 2, Window(0, 1, 0.95)),
+        ("anybatch", 50, 1, Window(0, 1, 0.95)),
+        ("published", 10_000, 9_000, Window(30, 100)),
+        ("published", 5_000, 101, Window(0, 30)),
+    ],
+)
+def test_windows_follow_the_data(method, num_rows, num_texts, expected):
+    asked, fitted = MiningConfig(method=method).settled().window_for(num_rows, num_texts)
+    assert asked == fitted == expected
+    asked, _ = MiningConfig(method=method).settled().window_for(num_rows, num_texts, (3, 5))
+    assert asked == replace(expected, skip=3, take=5)
 
 
 def test_inverted_file_states_a_recall_it_has():

@@ -322,7 +322,7 @@ def test_a_result_or_a_message(function, outcomes):
 
 
 def test_the_settings_of_the_segfault_are_refused_by_name():
-    with pytest.raises(AnybatchError, match=r"mining\.conflict_weight is nan; expected auto, or a finite number from 0"):
+    with pytest.raises(AnybatchError, match=r"mining\.conflict_weight is nan; expected auto, or a finite number"):
         replace(CONFIG, conflict_weight=float("nan"))
 
 

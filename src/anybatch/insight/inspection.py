@@ -245,8 +245,9 @@ def _window(plan: BatchPlan, name: str, num_rows: int, num_texts: int) -> Window
     """The rank window that a data set was mined with; the default one for plans that were not mined."""
     windows = plan.meta.get("windows")
     if windows is not None and name in windows:
-        return Window(*windows[name], plan.meta.get("margin"))
-    return MiningConfig(batch_size=plan.batch_size).window_for(num_rows, num_texts)[1]
+        skip, take = windows[name]
+        return Window(skip, take, plan.meta.get("margin"))
+    return MiningConfig(batch_size=plan.batch_size).settled().window_for(num_rows, num_texts)[1]
 
 
 def _random_batches(plan: BatchPlan, seed: int) -> np.ndarray:

@@ -133,7 +133,7 @@ class _Cells:
                 yield Piece(self.order[run], documents, lines[first:last])
 
     def query_order(self, search: Search) -> np.ndarray:
-        """(n,) int32 all rows, cell after cell of their own documents: a row's document may stand under another's number."""
+        """(n,) int32 all rows, cell after cell of their own documents, which may be searched under another row."""
         if len(self.order) == len(search.queries):
             return self.order
         place = np.full(len(search.queries), len(self.order), np.int32)  # of each positive in the order of the cells

@@ -17,7 +17,7 @@ from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.core.resources import Measure
 from anybatch.mining.audit import audit_clusters, most_wanted, suspect_pairs
-from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, label_like
+from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
 from anybatch.mining.graph import MiningGraph, Window, build_graph
 from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
 from anybatch.mining.inverted import ivf_neighbors
@@ -97,8 +97,8 @@ def mine_plan(
         >>> mine_plan(vectors, vectors, config=config).plan.epoch_batches(0).shape
         (12, 16)
     """
-    config = config.settled()
     # 1. Refuse what no search can mend, before it.
+    settled = config.settled()
     _check_both(anchor_embeddings, positive_embeddings)
     num_rows, report = len(anchor_embeddings), MiningReport()
     _given_sets(sets, num_rows)
@@ -112,12 +112,12 @@ def mine_plan(
     cluster = np.full(num_rows, -1, np.int32)
     negatives = np.full((num_rows, config.num_negatives), -1, np.int32) if config.num_negatives else None
     suspects, graph, windows = [], None, {}
-    for one in _each_set(anchor_embeddings, positive_embeddings, ids, config, sets, folder, progress):
+    for one in _each_set(anchor_embeddings, positive_embeddings, ids, settled, sets, folder, progress):
         part = report if not sets else report.sets.setdefault(one.name, MiningReport())
-        if len(one.anchors) < config.cluster_size:
-            _note_small_set(one, config, part)
+        if len(one.anchors) < settled.cluster_size:
+            _note_small_set(one, settled, part)
             continue
-        mined = _mine_set(one, config, device, part)
+        mined = _mine_set(one, settled, device, part)
         graph = mined.graph
         cluster[one.rows] = np.where(mined.cluster >= 0, mined.cluster + cluster.max() + 1, -1)
         windows[one.name if sets else ""] = [one.window.skip, one.window.take]
@@ -127,9 +127,9 @@ def mine_plan(
 
     # 3. Put them together.
     names = ("method", "margin", "conflict_weight", "neighbors", "num_negatives")
-    settings = {name: getattr(config, name) for name in names} | {"windows": windows}
+    settings = {name: getattr(settled, name) for name in names} | {"windows": windows}
     plan = BatchPlan(
-        cluster_size=config.cluster_size,
+        cluster_size=settled.cluster_size,
         cluster=cluster,
         suspects=np.concatenate(suspects) if suspects else None,
         negatives=negatives,
@@ -159,15 +159,15 @@ def mine_shared(
     Raises:
         AnybatchError: What `mine_plan` refuses, on every rank and before the search.
     """
-    config, num_rows = config.settled(), len(anchor_embeddings)
+    num_rows, settled = len(anchor_embeddings), config.settled()
     check_sizes(num_rows, config=config, sets=sets)
     with alone() as chosen:
         if chosen:
             _check_both(anchor_embeddings, positive_embeddings)
     ids = compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)
-    for one in _each_set(anchor_embeddings, positive_embeddings, ids, config, sets, folder, progress):
-        if len(one.anchors) >= config.cluster_size:
-            _rank(one, config, device, MiningReport())
+    for one in _each_set(anchor_embeddings, positive_embeddings, ids, settled, sets, folder, progress):
+        if len(one.anchors) >= settled.cluster_size:
+            _rank(one, settled, device, MiningReport())
 
 
 def random_plan(
@@ -178,7 +178,7 @@ def random_plan(
     Raises:
         AnybatchError: See `check_sizes`; `config.method` is taken for "random", whatever it is.
     """
-    check_sizes(num_rows, config=replace(config, method="random"), sets=sets)
+    check_sizes(num_rows, config=replace(config, method="random", conflict_weight="auto", num_negatives=0), sets=sets)
     return BatchPlan(
         cluster=np.arange(num_rows, dtype=np.int32),
         cluster_size=1,
@@ -194,12 +194,12 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
         AnybatchError: A batch that is no whole number of clusters, more than the rows, or more than an epoch's
             clusters.
     """
-    config, given = config.settled(), [one for one, _ in _given_sets(sets, num_rows)]
+    settled, given = config.settled(), [one for one, _ in _given_sets(sets, num_rows)]
     if num_rows < config.batch_size:
         raise AnybatchError(
             f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
         )
-    size = 1 if config.method == "random" else config.cluster_size
+    size = 1 if config.method == "random" else settled.cluster_size
     if config.batch_size % size:
         raise AnybatchError(
             f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
@@ -253,8 +253,10 @@ class _Set(NamedTuple):
 
     @property
     def apart(self) -> dict[str, np.ndarray]:
-        """The ids that rows of one cluster must not share. Of labels, fewer than a cluster may have rows, it may hold some
-        twice: such a place is lost, as the loss masks it, but what is beside it is harder."""
+        """The ids that rows of one cluster must not share; of labels, which it may hold twice, the anchors' alone.
+
+        A place of a label that is there already is lost, as the loss masks it; but what is beside it is harder.
+        """
         labels = label_like(len(self.text), len(self.texts))
         return self.ids | ({"positive_id": np.arange(len(self.text))} if labels else {})
 
@@ -263,7 +265,7 @@ def _each_set(
     anchors: np.ndarray,
     positives: np.ndarray,
     ids: tuple[np.ndarray, ...],
-    config: MiningConfig,
+    config: SettledConfig,
     sets: Sequence[MiningSet],
     folder: Path | None,
     progress: Progress | None,
@@ -298,7 +300,7 @@ class _Mined(NamedTuple):
     graph: MiningGraph
 
 
-def _mine_set(one: _Set, config: MiningConfig, device: str | None, report: MiningReport) -> _Mined:
+def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> _Mined:
     """Mine one data set; what was found and what it cost goes into `report`."""
     if one.window != one.asked:
         _note_window(one, report)
@@ -339,7 +341,7 @@ def _mine_set(one: _Set, config: MiningConfig, device: str | None, report: Minin
         return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph)
 
 
-def _rank(one: _Set, config: MiningConfig, device: str | None, report: MiningReport) -> Neighbors:
+def _rank(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> Neighbors:
     """The neighbours, by exact or by approximate search."""
     exact = config.neighbors == "exact" or (config.neighbors == "auto" and len(one.anchors) <= EXACT_ROWS)
     search = exact_neighbors if exact else partial(ivf_neighbors, seed=config.seed)
@@ -348,7 +350,7 @@ def _rank(one: _Set, config: MiningConfig, device: str | None, report: MiningRep
         return search(one.anchors, one.positives, one.window.depth, columns=one.texts, **one.ids, **where)
 
 
-def _begin(one: _Set, config: MiningConfig, graph: MiningGraph, neighbors: Neighbors) -> np.ndarray:
+def _begin(one: _Set, config: SettledConfig, graph: MiningGraph, neighbors: Neighbors) -> np.ndarray:
     """(rows,) clusters of any sizes, as the method has them."""
     num_clusters = len(one.anchors) // config.cluster_size
     if config.method == "kmeans":
@@ -402,7 +404,7 @@ def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:
         )
 
 
-def _note_small_set(one: _Set, config: MiningConfig, report: MiningReport) -> None:
+def _note_small_set(one: _Set, config: SettledConfig, report: MiningReport) -> None:
     beside = "come one by one in the batches of others"
     report.notes.append(f"{len(one.anchors)} rows make no cluster of {config.cluster_size}; they {beside}.")
     warnings.warn(

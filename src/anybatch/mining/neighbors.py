@@ -116,9 +116,7 @@ def checked_rows(name: str, rows: np.ndarray | None, num_rows: int) -> np.ndarra
     """Row numbers, checked; None for all."""
     rows = np.arange(num_rows) if rows is None else np.asarray(rows)
     if rows.dtype.kind not in "iu" or (len(rows) and not 0 <= rows.min() <= rows.max() < num_rows):
-        raise AnybatchError(
-            f"{name} are {rows.dtype}, {rows[:3]}...; expected whole numbers from 0 to {num_rows - 1}."
-        )
+        raise AnybatchError(f"{name} are {rows.dtype}, {rows[:3]}...; expected whole numbers from 0 to {num_rows - 1}.")
     return rows
 
 

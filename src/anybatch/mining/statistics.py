@@ -212,7 +212,7 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Sta
     if figures["window_gain"] < limits.window_gain:
         found.append(
             f"The clusters hold only {figures['window_gain']:.1f} times the wanted negatives of random ones (good: "
-            f"{limits.window_gain:g} or more): mining changes little here. Lower m of mining.window [p, m], or save the time and use "
-            "random batches."
+            f"{limits.window_gain:g} or more): mining changes little here. Lower m of mining.window [p, m], or save "
+            "the time and use random batches."
         )
     return found
