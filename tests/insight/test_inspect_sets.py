@@ -122,7 +122,7 @@ def test_one_positive_of_many_rows_is_shown_once():
     positives = positives[positive_id * 4]
     positives[4:8] = positives[0] + 1e-3  # two captions that say the same
     positives[4:8] /= np.linalg.norm(positives[4:8], axis=1, keepdims=True)
-    config = MiningConfig(batch_size=16, cluster_size=8, window=(3, 12), conflict_weight=0.0)
+    config = MiningConfig(batch_size=16, cluster_size=8, window=(1, 8), margin=None, conflict_weight=0.0)
     plan = mine_plan(anchors, positives, config=config, positive_id=positive_id).plan
     plan = replace(plan, suspects=np.array([[0, 9], [1, 10], [2, 33], [3, 11]], np.int32))
     seen = inspect_plan(plan, anchors, positives, positive_id=positive_id)[""]
