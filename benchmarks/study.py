@@ -55,11 +55,11 @@ LARGE = 6_000  # pairs that a transformer is trained on
 BATCHES: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "mixing": "mixed"},
     "within": {"method": "random"},
-    "published": {"method": "published", "skip": 30, "take": 100},
-    "ours-hand": {"skip": 5, "take": 64, "conflict_weight": 30.0},
-    "ours-hand+half": {"skip": 5, "take": 64, "conflict_weight": 30.0},
-    "ours-hand+negatives": {"skip": 5, "take": 64, "conflict_weight": 30.0, "num_negatives": 2},
-    "published+negatives": {"method": "published", "skip": 30, "take": 100, "num_negatives": 2},
+    "published": {"method": "published", "window": (30, 100)},
+    "ours-hand": {"window": (5, 64), "margin": None},
+    "ours-hand+half": {"window": (5, 64), "margin": None},
+    "ours-hand+negatives": {"window": (5, 64), "margin": None, "num_negatives": 2},
+    "published+negatives": {"method": "published", "window": (30, 100), "num_negatives": 2},
 }
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "infonce": ("infonce", {}),
