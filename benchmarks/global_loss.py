@@ -30,7 +30,6 @@ from anybatch.losses.base import Direction
 from anybatch.losses.registry import LossConfig, build_loss
 from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
-from benchmarks.cluster_centres import ClusterCentres
 
 FOLDER = Path("docs/benchmarks")
 FIGURES = [field.name for field in fields(GradientError)]
@@ -41,16 +40,14 @@ class Setting:
     """What a method is made for."""
 
     num_rows: int
-    dimensions: int
     temperature: float
     direction: Direction
-    plan: BatchPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One line of the table: a loss, the batches it is for, its log-weights, the epochs its memory takes to settle, its
-    batch sizes and directions.
+    batch sizes.
     """
 
     name: str
@@ -60,7 +57,6 @@ class Method:
     cap: float | None = None
     run_in: int = 0
     batch_sizes: tuple[int, ...] = (8, 32, 64, 128)
-    directions: tuple[Direction, ...] = ("one_way", "both")
 
 
 def sogclr(gamma: float) -> Callable[[Setting], nn.Module]:
@@ -85,11 +81,6 @@ def named(name: Literal["scent", "emc2", "glofnd", "nuclr", "isogclr"]) -> Calla
     return lambda s: build_loss(
         LossConfig(name=name, temperature=s.temperature, direction=s.direction), num_rows=s.num_rows
     )
-
-
-def centres(s: Setting) -> nn.Module:
-    """One vector a cluster."""
-    return ClusterCentres(s.plan.cluster, dimensions=s.dimensions, temperature=s.temperature)
 
 
 SLOW = (64,)  # a memory that forgets slowly takes many epochs to settle: measured at one size
@@ -143,13 +134,6 @@ METHODS = (
     Method(name="GloFND", make=named("glofnd"), run_in=5, batch_sizes=SLOW, batches=("random",)),
     Method(name="NUCLR", make=named("nuclr"), run_in=5, batch_sizes=SLOW, batches=("random",)),
     Method(name="iSogCLR", make=named("isogclr"), run_in=5, batch_sizes=SLOW, batches=("random",)),
-    Method(
-        name="cluster centres",
-        make=centres,
-        run_in=1,
-        batches=(*CLUSTERED, "random clusters"),
-        directions=("one_way",),
-    ),
 )
 
 
@@ -159,13 +143,6 @@ def make_plan(batches: str, sides: tuple[np.ndarray, np.ndarray], batch_size: in
     size = 4 if batches == "mined, clusters of 4" else min(32, batch_size // 2)
     if batches == "random":
         return BatchPlan.random(num_rows, batch_size)
-    if batches == "random clusters":
-        cluster = np.full(num_rows, -1, np.int32)
-        placed = np.random.default_rng(0).permutation(num_rows)[: num_rows // size * size]
-        cluster[placed] = np.arange(len(placed)) // size
-        return BatchPlan(
-            num_rows=num_rows, batch_size=batch_size, cluster_size=size, cluster=cluster, seed=0, data_digest=""
-        )
     if batches == "mined, weak teacher":  # sixteen random directions of the embeddings
         directions = np.random.default_rng(0).normal(size=(sides[0].shape[1], 16)).astype(np.float32)
         sides = (sides[0] @ directions, sides[1] @ directions)
@@ -200,7 +177,7 @@ def main() -> None:
     common = {
         "rows": len(pairs),
         "temperature": options.temperature,
-        "num_batches": options.num_batches,
+        "draws": options.num_batches,
         "direction": options.direction,
     }
     done = {key_of(line) for line in read_lines(options.out)}
@@ -219,7 +196,7 @@ def main() -> None:
             record({"method": "InfoNCE", "batches": "curve", "batch_size": size, **asdict(error)})
     for batch_size in options.batch_sizes:
         plans: dict[str, BatchPlan] = {}
-        for method in (method for method in METHODS if options.direction in method.directions):
+        for method in METHODS:
             for batches in method.batches if batch_size in method.batch_sizes else ():
                 key = (*common.values(), method.name, batches, batch_size)
                 if key in done:
@@ -229,10 +206,8 @@ def main() -> None:
                 plan, begun = plans[batches], time.perf_counter()
                 setting = Setting(
                     num_rows=len(pairs),
-                    dimensions=sides[0].shape[1],
                     temperature=options.temperature,
                     direction=options.direction,
-                    plan=plan,
                 )
                 error = gradient_error(
                     pairs,
@@ -263,7 +238,7 @@ def main() -> None:
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
     """What identifies a line."""
-    names = ("rows", "temperature", "num_batches", "direction", "method", "batches", "batch_size")
+    names = ("rows", "temperature", "draws", "direction", "method", "batches", "batch_size")
     return tuple(line[name] for name in names)
 
 

@@ -16,14 +16,16 @@ from torch import nn
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import (
     CountCorrectedInfoNCE,
+    CrossBatchInfoNCE,
     DecoupledInfoNCE,
     InfoNCE,
     SogCLR,
 )
+from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import inclusion_log_weights
 from anybatch.plans.plan import BatchPlan
 
-from .. import reference
+from .. import reference, twin
 from .methods import cluster_weights
 
 
@@ -66,15 +68,15 @@ LOSSES = {
     ids=st.booleans(),
     tile=st.sampled_from([1, 200, 10**7]),
     both=st.booleans(),
+    margin=st.sampled_from([None, -0.1, 0.2]),
 )
-def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both):
-    make, twin = LOSSES[name]
+def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both, margin):
+    make, formula = LOSSES[name]
     anchors, candidates, anchor_id, candidate_id = draw_batch(*shape)
     rows = len(anchors)
     known = {"anchor_id": anchor_id, "candidate_id": candidate_id} if ids else {}
-    loss = make(
-        temperature=tau, learnable_temperature=True, tile_bytes=tile, direction="both" if both else "one_way"
-    ).double()
+    settings = {"tile_bytes": tile, "direction": "both" if both else "one_way", "mask_margin": margin}
+    loss = make(temperature=tau, learnable_temperature=True, **settings).double()
     with torch.no_grad():
         loss.temperatures.log_temperature.fill_(math.log(tau))  # in float64, after it was made in float32
     for tensor in (anchors, candidates):
@@ -82,10 +84,14 @@ def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both):
     value = loss(anchors, candidates, **known)
     temperature = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
     allowed = reference.pairs_allowed(rows, len(candidates), **known)
-    expected = twin(anchors, candidates, temperature, allowed)
+    scores = reference.unit(anchors) @ reference.unit(candidates).T
+    highest = scores.diagonal()[:, None] + (math.inf if margin is None else margin)
+    allowed &= scores <= highest
+    expected = formula(anchors, candidates, temperature, allowed)
     if both:
         back = reference.pairs_allowed(rows, rows, candidate_id[:rows] if ids else None, anchor_id if ids else None)
-        expected = (expected + twin(candidates[:rows], anchors, temperature, back)) / 2
+        back &= highest >= scores[:, :rows].T
+        expected = (expected + formula(candidates[:rows], anchors, temperature, back)) / 2
     if not isinstance(expected, torch.Tensor) or not expected.requires_grad:
         assert value.item() == pytest.approx(float(expected))
         return
@@ -97,39 +103,55 @@ def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both):
         torch.testing.assert_close(ours[2], theirs[2] * tau, rtol=1e-9, atol=1e-9)  # d/d log tau = tau d/d tau
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(
     shape=shapes,
     gamma=st.sampled_from([0.2, 0.9, 1.0]),
     eps=st.sampled_from([None, 0.0, 1e-3]),
+    state=st.sampled_from(["absolute", "relative"]),
+    positive=st.sampled_from(["batch", "exact"]),
+    both=st.booleans(),
     ids=st.booleans(),
     tile=st.sampled_from([1, 200, 10**7]),
     steps=st.integers(1, 4),
 )
-def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, ids, tile, steps):
+def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, state, positive, both, ids, tile, steps):
+    """Values, states, and the gradients of embeddings and of a learned temperature: by autograd of the surrogate."""
     seed, rows, extra = shape
-    loss = SogCLR(12, gamma=gamma, eps=eps, temperature=0.5, tile_bytes=tile)
-    loss.denominator.double()
-    twin = reference.NaiveSogCLR(12, gamma, eps)
+    loss = SogCLR(
+        12, gamma=gamma, eps=eps, state=state, positive=positive, temperature=0.5, learnable_temperature=True,
+        tile_bytes=tile,
+        direction="both" if both else "one_way",
+    ).double()  # fmt: skip
+    loss.temperatures.log_temperature.data.fill_(math.log(0.5))
+    twins = [reference.NaiveSogCLR(12, gamma, eps, state=state, positive=positive) for _ in range(1 + both)]
     for step in range(steps):
         anchors, candidates, anchor_id, candidate_id = draw_batch(seed + step, rows, extra)
         index = torch.randint(12, (rows,), generator=torch.Generator().manual_seed(seed + step))  # with repetitions
         known = {"anchor_id": anchor_id, "candidate_id": candidate_id} if ids else {}
-        for tensor in (anchors, candidates):
+        tau = torch.tensor(0.5, dtype=torch.float64)
+        for tensor in (anchors, candidates, tau):
             tensor.requires_grad_()
         value = loss(anchors, candidates, index=index, **known)
         allowed = reference.pairs_allowed(rows, rows + extra, **known)
         allowed[:, :rows] &= index[:, None] != index[None]
-        surrogate, objective = twin.step(anchors, candidates, 0.5, allowed, index.tolist())
+        surrogate, objective = twins[0].step(anchors, candidates, tau, allowed, index.tolist())
+        if both:
+            back = reference.pairs_allowed(rows, rows, candidate_id[:rows] if ids else None, anchor_id if ids else None)
+            back &= index[:, None] != index[None]
+            other, other_objective = twins[1].step(candidates[:rows], anchors, tau, back, index.tolist())
+            surrogate, objective = (surrogate + other) / 2, (objective + other_objective) / 2
         assert value.item() == pytest.approx(objective, abs=1e-9)
-        if isinstance(surrogate, torch.Tensor):
-            close(gradients(value, anchors, candidates), gradients(surrogate, anchors, candidates), 1e-9)
-        else:
-            assert all(gradient.abs().max() == 0 for gradient in gradients(value, anchors, candidates))
-        for row in range(12):
-            assert bool(loss.denominator.visited[0, row]) == (row in twin.u)
-            if row in twin.u:
-                assert loss.denominator.log_mean[0, row].exp().item() == pytest.approx(twin.u[row], rel=1e-9)
+        ours = gradients(value, anchors, candidates, loss.temperatures.log_temperature)
+        theirs = gradients(surrogate, anchors, candidates, tau)
+        close(ours, (*theirs[:2], 0.5 * theirs[2]), 1e-9)  # d / d log tau
+        for direction, own in enumerate(twins):
+            for row in range(12):
+                assert bool(loss.denominator.visited[direction, row]) == (row in own.u)
+                if row in own.u:
+                    assert loss.denominator.log_mean[direction, row].exp().item() == pytest.approx(
+                        own.u[row], rel=1e-9
+                    )
 
 
 @pytest.mark.parametrize("eps_of", ["one over k", "zero", "one over n - 1"])
@@ -141,11 +163,11 @@ def test_gamma_one_needs_no_memory(eps_of):
         "zero": (0.0, DecoupledInfoNCE(temperature=0.1)),
         "one over n - 1": (1 / (n - 1), CountCorrectedInfoNCE(n, temperature=0.1)),
     }[eps_of]
-    memory = SogCLR(n, gamma=1.0, eps=eps, temperature=0.1)
     anchors.requires_grad_()
-    ours = gradients(memory(anchors, candidates, index=torch.arange(rows)), anchors)
     theirs = gradients(stateless(anchors, candidates), anchors)
-    close(ours, theirs, 1e-10)
+    for positive in ("batch", "exact"):
+        memory = SogCLR(n, gamma=1.0, eps=eps, positive=positive, temperature=0.1)
+        close(gradients(memory(anchors, candidates, index=torch.arange(rows)), anchors), theirs, 1e-10)
 
 
 def test_infonce_is_cross_entropy():
@@ -302,7 +324,6 @@ class TestNumbers:
             loss(anchors, anchors).backward()
             optimizer.step()
         assert 0 < loss.temperature < 0.5
-        assert loss.last_stats["temperature"] == loss.temperature
 
     @pytest.mark.parametrize(
         ("arguments", "match"),
@@ -332,6 +353,8 @@ class TestNumbers:
             (lambda: InfoNCE(direction="sideways"), "direction"),
             (lambda: SogCLR(10, gamma=0.0), "gamma is 0"),
             (lambda: SogCLR(10, eps=-1.0), "eps is -1"),
+            (lambda: SogCLR(10, state="both"), "state is 'both'"),
+            (lambda: SogCLR(10, positive="none"), "positive is 'none'"),
             (lambda: SogCLR(1), "num_rows is 1"),
             (lambda: CountCorrectedInfoNCE(1), "num_rows is 1"),
         ):
@@ -401,12 +424,12 @@ def test_weighted_sogclr_and_count_corrected_equal_their_twins():
                 linear[i, j] = math.exp(same)
     allowed = reference.pairs_allowed(6, 8)
     anchors.requires_grad_()
-    twin = reference.NaiveSogCLR(60, 0.7, None)
+    naive = reference.NaiveSogCLR(60, 0.7, None)
     loss = SogCLR(60, gamma=0.7, temperature=0.2)
     loss.denominator.double()
     for _ in range(2):
         value = loss(anchors, candidates, index=torch.arange(6), log_weight=weight)
-        surrogate, objective = twin.step(anchors, candidates, 0.2, allowed, list(range(6)), linear)
+        surrogate, objective = naive.step(anchors, candidates, 0.2, allowed, list(range(6)), linear)
         assert value.item() == pytest.approx(objective, rel=1e-6)
         close(gradients(value, anchors), gradients(surrogate, anchors), 1e-6)
     scores = reference.unit(anchors) @ reference.unit(candidates).T / 0.2
@@ -449,3 +472,22 @@ def test_a_diverged_step_leaves_the_memory_as_it_was():
 def test_a_log_weight_that_wants_a_gradient_is_refused():
     with pytest.raises(AnybatchError, match="NUCLR"):
         InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), log_weight=torch.zeros(2, 2, requires_grad=True))
+
+
+def test_scores_above_the_margin_are_no_negatives():
+    formula = lambda positive, negatives, _: torch.cat([positive[None], negatives]).logsumexp(0) - positive  # noqa: E731
+    twin.check(InfoNCE, formula, temperature=0.5, mask_margin=0.1)
+    twin.check_ranks(InfoNCE, temperature=0.5, mask_margin=0.1)
+    twin.check_ranks(InfoNCE, temperature=0.5, mask_margin=0.1, ring=True)
+
+
+@pytest.mark.parametrize("make", [InfoNCE, LateInteraction, lambda **k: CrossBatchInfoNCE(9, **k)])
+def test_the_figures_show_the_temperature_of_the_call(make):
+    """And not that which the optimizer has made since."""
+    loss = make(temperature=0.25, learnable_temperature=True)
+    sides = torch.randn(2, 4, 3, 5) if isinstance(loss, LateInteraction) else torch.randn(2, 4, 5)
+    loss(*sides, index=torch.arange(4))
+    with torch.no_grad():
+        loss.temperatures.log_temperature.add_(1.0)
+    assert loss.last_stats["temperature"] == 0.25
+    assert loss.temperature > 0.6
