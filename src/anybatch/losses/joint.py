@@ -176,8 +176,9 @@ class JointRule:
         # A rule knows of one term of the positive, so it is asked for the denominator over their number.
         shift = math.log(self.num_positives)
         answer = self.rule(log_sum - shift, num_drawn[:num_pairs], slice(0, num_pairs))
-        stated = answer.objective + torch.where(answer.log_denominator.isneginf(), 0.0, shift)  # nothing to divide by
-        objective = torch.cat([stated, torch.zeros_like(log_sum)])
+        empty = answer.log_denominator.isneginf()  # without the positive, and without a negative
+        objective = torch.where(empty, answer.objective, answer.objective + shift)
+        objective = torch.cat([objective, torch.zeros_like(log_sum)])
         weight = None if answer.positive_weight is None else (answer.positive_weight / 2).repeat(2)
         return Answer((answer.log_denominator + shift).repeat(2), objective, weight)
 
