@@ -66,40 +66,47 @@ def count_corrected(anchors, candidates, tau, allowed, num_rows):
 
 
 class NaiveSogCLR:
-    """SogCLR in the linear domain, one Python float an example."""
+    """SogCLR in the linear domain, one Python float an example.
 
-    def __init__(self, num_rows, gamma, eps):
-        self.u, self.gamma, self.eps = {}, gamma, eps if eps is not None else 1 / (num_rows - 1)
+    The state is a mean of exp(s_ij / tau) ("absolute") or of exp((s_ij - s_ii) / tau) ("relative"); the positive
+    receives u / (eps + u) ("exact") or what the batch's negatives do ("batch").
+    """
+
+    def __init__(self, num_rows, gamma, eps, *, state="absolute", positive="batch"):
+        self.u, self.gamma, self.absolute, self.exact = {}, gamma, state == "absolute", positive == "exact"
+        self.eps = eps if eps is not None else 1 / (num_rows - 1)
 
     def step(self, anchors, candidates, tau, allowed, index, weight=None):
         """The surrogate whose gradient is SogCLR's (without the factor tau), and the objective's value."""
         scores = unit(anchors) @ unit(candidates).T / tau
-        batch: dict[int, list[float]] = {}
+        surrogate, objective, visits = 0.0, 0.0, {}
         for i, row in enumerate(index):
+            drawn = len(candidates) - index.count(row)  # but for the row itself
+            share = 1 / max(1, drawn)
             negatives = [j for j in range(len(candidates)) if allowed[i, j]]
-            if len(candidates) > 1:
-                g = sum(
-                    (scores[i, j] - scores[i, i]).exp().item()
-                    * (1 / (len(candidates) - 1) if weight is None else weight[i, j])
-                    for j in negatives
-                )
-                batch.setdefault(row, []).append(g)
-        for row, values in batch.items():
-            mean = sum(values) / len(values)
-            new = (1 - self.gamma) * self.u[row] + self.gamma * mean if row in self.u else mean
-            if new:
-                self.u[row] = new
-            else:  # nothing but masked candidates so far: as if never visited
-                self.u.pop(row, None)
-        surrogate, objective = 0.0, 0.0
-        for i, row in enumerate(index):
-            negatives = [j for j in range(len(candidates)) if allowed[i, j]]
-            u = self.u.get(row, 0.0)
+            shares = [share if weight is None else float(weight[i, j]) for j in negatives]
+            own = scores[i, i].detach().exp() if self.absolute else 1.0  # what makes the state relative at use
+            terms = [w * (scores[i, j] - scores[i, i]).exp().item() for j, w in zip(negatives, shares, strict=True)]
+            old = self.u.get(row)
+            batch = sum(terms) * float(own)
+            new = batch if old is None else (1 - self.gamma) * old + self.gamma * batch
+            if not drawn:  # the batch says nothing
+                new = old or 0.0
+            else:
+                visits.setdefault(row, []).append(new)
+            u = new / float(own)
             objective += math.log(self.eps + u) if self.eps + u > 0 else 0.0
-            for j in negatives:
-                d = scores[i, j] - scores[i, i]
-                w = d.detach().exp() * (1 / (len(candidates) - 1) if weight is None else weight[i, j]) / (self.eps + u)
-                surrogate = surrogate + w * d
+            pull = 0.0
+            for j, term in zip(negatives, terms, strict=True):
+                pull += term / (self.eps + u)
+                surrogate = surrogate + term / (self.eps + u) * scores[i, j]
+            if self.exact:
+                pull = u / (self.eps + u) if u and drawn else 0.0
+            surrogate = surrogate - pull * scores[i, i]
+        for row, values in visits.items():
+            self.u[row] = sum(values) / len(values)
+            if not self.u[row]:  # nothing but masked candidates so far: as if never visited
+                del self.u[row]
         return surrogate / len(index), objective / len(index)
 
 

@@ -19,38 +19,41 @@ ROWS, WIDTH = 12, 5
 
 
 class NaiveRobust:
-    """tau_i (log(eps + u_i) + rho) in the linear domain, one Python float an example; one direction."""
+    """tau_i (log(eps + u_i) + rho) in the linear domain, one Python float an example; one direction.
 
-    def __init__(self, gamma, eps, rho, tau, lr=0.0, momentum=0.0, limits=(0.0, math.inf), clip=math.inf):
-        self.gamma, self.eps, self.rho = gamma, eps, rho
+    The state is a mean of exp(s_ij / tau_i) and the positive receives u_i / (eps + u_i), or, as released for two
+    modalities, it is a mean of exp((s_ij - s_ii) / tau_i) and the positive receives what the batch's negatives do.
+    """
+
+    def __init__(
+        self, gamma, eps, rho, tau, lr=0.0, momentum=0.0, limits=(0.0, math.inf), clip=math.inf, state="absolute"
+    ):
+        self.gamma, self.eps, self.rho, self.absolute = gamma, eps, rho, state == "absolute"
         self.u, self.tau, self.velocity = {}, dict.fromkeys(range(ROWS), tau), dict.fromkeys(range(ROWS), 0.0)
         self.lr, self.momentum, self.limits, self.clip = lr, momentum, limits, clip
 
-    @staticmethod
-    def negatives(i, index, candidates):
-        """All candidates but those of the same row."""
-        return [j for j in range(len(candidates)) if j >= len(index) or index[j] != index[i]]
-
     def step(self, anchors, candidates, index):
         scores = reference.unit(anchors) @ reference.unit(candidates).T
-        batch = {}
+        surrogate, objective, visits, derivatives = 0.0, 0.0, {}, {}
         for i, row in enumerate(index):
-            gaps = [(scores[i, j] - scores[i, i]).item() for j in self.negatives(i, index, candidates)]
-            batch.setdefault(row, []).append(sum(math.exp(d / self.tau[row]) for d in gaps) / (len(candidates) - 1))
-        for row, values in batch.items():
-            mean = sum(values) / len(values)
-            self.u[row] = mean if row not in self.u else (1 - self.gamma) * self.u[row] + self.gamma * mean
-        surrogate, objective, derivatives = 0.0, 0.0, {}
-        for i, row in enumerate(index):
-            tau, total = self.tau[row], self.eps + self.u[row]
+            tau, own = self.tau[row], scores[i, i]
+            negatives = [j for j in range(len(candidates)) if j >= len(index) or index[j] != row]
+            level = own.item() if self.absolute else 0.0
+            terms = [math.exp((scores[i, j] - own).item() / tau) / len(negatives) for j in negatives]
+            mean = sum(terms) * math.exp(level / tau)
+            new = mean if row not in self.u else (1 - self.gamma) * self.u[row] + self.gamma * mean
+            visits.setdefault(row, []).append(new)
+            u = new / math.exp(level / tau)
+            total = self.eps + u
             objective += tau * (math.log(total) + self.rho)
-            derivative = math.log(total) + self.rho
-            for j in self.negatives(i, index, candidates):
-                gap = scores[i, j] - scores[i, i]
-                pull = math.exp(gap.item() / tau) / (len(candidates) - 1) / total
-                surrogate = surrogate + pull * gap
-                derivative -= pull * gap.item() / tau
+            pulls = [term / total for term in terms]
+            logits = sum(pull * scores[i, j] for pull, j in zip(pulls, negatives, strict=True))
+            logits = logits - (u / total if self.absolute else sum(pulls)) * own
+            surrogate = surrogate + logits
+            derivative = math.log(total) + self.rho - logits.item() / tau
             derivatives.setdefault(row, []).append(max(-self.clip, min(self.clip, derivative)))
+        for row, values in visits.items():
+            self.u[row] = sum(values) / len(values)
         for row, values in derivatives.items():
             mean = sum(values) / len(values)
             self.velocity[row] = self.momentum * self.velocity[row] + (1 - self.momentum) * mean
@@ -66,14 +69,15 @@ def draw(seed, rows=6, extra=3):
     return make(rows, WIDTH), make(rows + extra, WIDTH), index
 
 
-def test_isogclr_equals_its_twin_over_several_steps():
+@pytest.mark.parametrize("state", ["absolute", "relative"])
+def test_isogclr_equals_its_twin_over_several_steps(state):
     limits = (0.1, 0.6)
     loss = ISogCLR(
         ROWS, rho=0.7, gamma=0.4, eps=1e-3, temperature=0.3, temperature_range=limits, temperature_lr=0.1,
-        temperature_momentum=0.3, temperature_clip=1.5,
+        temperature_momentum=0.3, temperature_clip=1.5, state=state,
     ).double()  # fmt: skip
     loss.temperatures.rows.values.fill_(0.3)  # exactly, not as float32 has it
-    twin = NaiveRobust(0.4, 1e-3, 0.7, 0.3, lr=0.1, momentum=0.3, limits=limits, clip=1.5)
+    twin = NaiveRobust(0.4, 1e-3, 0.7, 0.3, lr=0.1, momentum=0.3, limits=limits, clip=1.5, state=state)
     for step in range(5):
         anchors, candidates, index = draw(step)
         value = loss(anchors, candidates, index=index)
@@ -91,15 +95,16 @@ def test_isogclr_equals_its_twin_over_several_steps():
     assert loss.temperature == pytest.approx(sum(twin.tau.values()) / ROWS)
 
 
+@pytest.mark.parametrize("state", ["absolute", "relative"])
 @pytest.mark.parametrize("version", ["v0", "v1", "v3"])
-def test_fastclip_with_one_temperature_equals_its_twin(version):
+def test_fastclip_with_one_temperature_equals_its_twin(version, state):
     """Both directions; embeddings, the loss's value and the learned temperature's derivative, memory held."""
     tau, rho, eps, gamma = 0.3, 0.7, 1e-3, 0.4
-    loss = FastCLIP(ROWS, version=version, rho=rho, gamma=gamma, eps=eps, temperature=tau).double()
+    loss = FastCLIP(ROWS, version=version, rho=rho, gamma=gamma, eps=eps, temperature=tau, state=state).double()
     if loss.temperatures.log_temperature is not None:
         with torch.no_grad():
             loss.temperatures.log_temperature.fill_(math.log(tau))
-    there, back = (NaiveRobust(gamma, eps, rho if version == "v3" else 0.0, tau) for _ in range(2))
+    there, back = (NaiveRobust(gamma, eps, rho if version == "v3" else 0.0, tau, state=state) for _ in range(2))
     for step in range(4):
         anchors, candidates, index = draw(step, extra=2)
         loss.zero_grad()
@@ -129,7 +134,10 @@ def temp_net(**options):
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: SogCLR(ROWS, gamma=1.0, temperature=0.3, learnable_temperature=True, direction="both"),
+        lambda: SogCLR(ROWS, gamma=1.0, eps=0.0, temperature=0.3, learnable_temperature=True),
         lambda: FastCLIP(ROWS, version="v0", gamma=1.0, eps=1e-3, temperature=0.3),
+        lambda: FastCLIP(ROWS, version="v0", gamma=1.0, eps=1e-3, temperature=0.3, state="relative"),
         lambda: FastCLIP(ROWS, version="v3", gamma=1.0, eps=0.0, rho=0.5, temperature=0.3),
         lambda: temp_net(eps=1e-3),
         lambda: temp_net(direction="both"),

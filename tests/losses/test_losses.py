@@ -103,39 +103,55 @@ def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both, m
         torch.testing.assert_close(ours[2], theirs[2] * tau, rtol=1e-9, atol=1e-9)  # d/d log tau = tau d/d tau
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(
     shape=shapes,
     gamma=st.sampled_from([0.2, 0.9, 1.0]),
     eps=st.sampled_from([None, 0.0, 1e-3]),
+    state=st.sampled_from(["absolute", "relative"]),
+    positive=st.sampled_from(["batch", "exact"]),
+    both=st.booleans(),
     ids=st.booleans(),
     tile=st.sampled_from([1, 200, 10**7]),
     steps=st.integers(1, 4),
 )
-def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, ids, tile, steps):
+def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, state, positive, both, ids, tile, steps):
+    """Values, states, and the gradients of embeddings and of a learned temperature: by autograd of the surrogate."""
     seed, rows, extra = shape
-    loss = SogCLR(12, gamma=gamma, eps=eps, temperature=0.5, tile_bytes=tile)
-    loss.denominator.double()
-    naive = reference.NaiveSogCLR(12, gamma, eps)
+    loss = SogCLR(
+        12, gamma=gamma, eps=eps, state=state, positive=positive, temperature=0.5, learnable_temperature=True,
+        tile_bytes=tile,
+        direction="both" if both else "one_way",
+    ).double()  # fmt: skip
+    loss.temperatures.log_temperature.data.fill_(math.log(0.5))
+    twins = [reference.NaiveSogCLR(12, gamma, eps, state=state, positive=positive) for _ in range(1 + both)]
     for step in range(steps):
         anchors, candidates, anchor_id, candidate_id = draw_batch(seed + step, rows, extra)
         index = torch.randint(12, (rows,), generator=torch.Generator().manual_seed(seed + step))  # with repetitions
         known = {"anchor_id": anchor_id, "candidate_id": candidate_id} if ids else {}
-        for tensor in (anchors, candidates):
+        tau = torch.tensor(0.5, dtype=torch.float64)
+        for tensor in (anchors, candidates, tau):
             tensor.requires_grad_()
         value = loss(anchors, candidates, index=index, **known)
         allowed = reference.pairs_allowed(rows, rows + extra, **known)
         allowed[:, :rows] &= index[:, None] != index[None]
-        surrogate, objective = naive.step(anchors, candidates, 0.5, allowed, index.tolist())
+        surrogate, objective = twins[0].step(anchors, candidates, tau, allowed, index.tolist())
+        if both:
+            back = reference.pairs_allowed(rows, rows, candidate_id[:rows] if ids else None, anchor_id if ids else None)
+            back &= index[:, None] != index[None]
+            other, other_objective = twins[1].step(candidates[:rows], anchors, tau, back, index.tolist())
+            surrogate, objective = (surrogate + other) / 2, (objective + other_objective) / 2
         assert value.item() == pytest.approx(objective, abs=1e-9)
-        if isinstance(surrogate, torch.Tensor):
-            close(gradients(value, anchors, candidates), gradients(surrogate, anchors, candidates), 1e-9)
-        else:
-            assert all(gradient.abs().max() == 0 for gradient in gradients(value, anchors, candidates))
-        for row in range(12):
-            assert bool(loss.denominator.visited[0, row]) == (row in naive.u)
-            if row in naive.u:
-                assert loss.denominator.log_mean[0, row].exp().item() == pytest.approx(naive.u[row], rel=1e-9)
+        ours = gradients(value, anchors, candidates, loss.temperatures.log_temperature)
+        theirs = gradients(surrogate, anchors, candidates, tau)
+        close(ours, (*theirs[:2], 0.5 * theirs[2]), 1e-9)  # d / d log tau
+        for direction, own in enumerate(twins):
+            for row in range(12):
+                assert bool(loss.denominator.visited[direction, row]) == (row in own.u)
+                if row in own.u:
+                    assert loss.denominator.log_mean[direction, row].exp().item() == pytest.approx(
+                        own.u[row], rel=1e-9
+                    )
 
 
 @pytest.mark.parametrize("eps_of", ["one over k", "zero", "one over n - 1"])
@@ -147,11 +163,11 @@ def test_gamma_one_needs_no_memory(eps_of):
         "zero": (0.0, DecoupledInfoNCE(temperature=0.1)),
         "one over n - 1": (1 / (n - 1), CountCorrectedInfoNCE(n, temperature=0.1)),
     }[eps_of]
-    memory = SogCLR(n, gamma=1.0, eps=eps, temperature=0.1)
     anchors.requires_grad_()
-    ours = gradients(memory(anchors, candidates, index=torch.arange(rows)), anchors)
     theirs = gradients(stateless(anchors, candidates), anchors)
-    close(ours, theirs, 1e-10)
+    for positive in ("batch", "exact"):
+        memory = SogCLR(n, gamma=1.0, eps=eps, positive=positive, temperature=0.1)
+        close(gradients(memory(anchors, candidates, index=torch.arange(rows)), anchors), theirs, 1e-10)
 
 
 def test_infonce_is_cross_entropy():
@@ -337,6 +353,8 @@ class TestNumbers:
             (lambda: InfoNCE(direction="sideways"), "direction"),
             (lambda: SogCLR(10, gamma=0.0), "gamma is 0"),
             (lambda: SogCLR(10, eps=-1.0), "eps is -1"),
+            (lambda: SogCLR(10, state="both"), "state is 'both'"),
+            (lambda: SogCLR(10, positive="none"), "positive is 'none'"),
             (lambda: SogCLR(1), "num_rows is 1"),
             (lambda: CountCorrectedInfoNCE(1), "num_rows is 1"),
         ):

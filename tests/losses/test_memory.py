@@ -12,24 +12,29 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import RunningDenominator as Running
 from anybatch.losses import SogCLR
+from anybatch.losses.denominators import Visits
 from anybatch.losses.state import VERSION, grown_state, join_shards
 from tests.ranks import on_ranks
 
 
 def visit(running, index, values, *, direction=0):
-    return running.blend(torch.tensor(index), torch.tensor(values), direction=direction, update=True, dimensions=4)
+    return running.blend(
+        Visits.of(torch.tensor(index)), torch.tensor(values), direction=direction, update=True, dimensions=4
+    )
 
 
 def same(first, second):
     return first.dtype == second.dtype and torch.equal(first.nan_to_num(-99.0), second.nan_to_num(-99.0))
 
 
-def test_occurrences_of_a_row_are_combined_first():
+def test_each_occurrence_uses_its_own_average_and_their_mean_is_stored():
     running = Running(4, gamma=0.25)
     new = visit(running, [0, 1, 1], [math.log(2.0), math.log(4.0), math.log(8.0)])
-    assert new.exp().tolist() == pytest.approx([2.0, 6.0, 6.0])
-    assert visit(running, [0], [math.log(4.0)]).exp().tolist() == pytest.approx([2.5])
-    assert running.log_mean.exp().nan_to_num(-1).tolist() == [pytest.approx([2.5, 6.0, -1.0, -1.0])]
+    assert new.exp().tolist() == pytest.approx([2.0, 4.0, 8.0])
+    assert visit(running, [1, 0, 1], [math.log(2.0), math.log(4.0), 0.0]).exp().tolist() == pytest.approx(
+        [5.0, 2.5, 4.75]
+    )
+    assert running.log_mean.exp().nan_to_num(-1).tolist() == [pytest.approx([2.5, 4.875, -1.0, -1.0])]
 
 
 class TestGrowth:
@@ -89,7 +94,9 @@ def run(running, shares, rank):
         index = torch.randint(26 if step >= 5 else 23, (sum(shares),), generator=generator)
         values = 3 * torch.randn(sum(shares), generator=generator)
         values[3] = -torch.inf
-        results.append(running.blend(index[part], values[part], direction=step % 2, update=step != 6, dimensions=4))
+        results.append(
+            running.blend(Visits.of(index[part]), values[part], direction=step % 2, update=step != 6, dimensions=4)
+        )
     return results
 
 

@@ -98,6 +98,7 @@ def test_fills_both_directions_exactly(ids):
     back = naive(positives, anchors, 0.07, *((positive_id, anchor_id) if ids else ()))
     for direction, rows in enumerate((forward, back)):
         expected = torch.stack([(row.exp().sum() / (N - 1)).log() for row in rows])
+        expected += (reference.unit(anchors) * reference.unit(positives)).sum(dim=1) / 0.07
         torch.testing.assert_close(loss.denominator.log_mean[direction], expected, rtol=1e-6, atol=1e-6)
     assert int(loss.denominator.embedding_width) == WIDTH
 
@@ -198,7 +199,10 @@ class TestMonitoring:
         anchors, positives, *_ = data()
         loss = SogCLR(50, temperature=0.1)
         index = torch.arange(50)[-N:]
-        loss.denominator.fill(index[:20], torch.zeros(20), direction=0, dimensions=WIDTH)
+        positive = (reference.unit(anchors) * reference.unit(positives)).sum(dim=1) / 0.1
+        loss.denominator.double().fill(
+            index[:20], positive[:20], direction=0, dimensions=WIDTH
+        )  # 0 beside the positive
         figures = memory_figures(loss, anchors, positives, index=index, probe=30)
         truth = torch.stack([row.exp().mean().log() for row in naive(anchors, positives, 0.1)])[:20]
         assert figures["memory_visited"] == pytest.approx(2 / 3)

@@ -137,6 +137,13 @@ class TestFailedStart:
             assert folder == "absent" or not list(out.iterdir())
         {"train": job.train, "mine": mine}[verb](config)
 
+    def test_settings_that_nothing_would_read(self, config):
+        with pytest.raises(AnybatchError, match=r"train\.eval_steps is 5, and there is no held-out data"):
+            replace(config, evaluation=EvaluationConfig(), train=TrainConfig(eval_steps=5))
+        for setting in ({"name": "m"}, {"max_length": 9}, {"anchor_prompt": ""}, {"precision": "float16"}):
+            with pytest.raises(AnybatchError, match=rf"teacher\.{next(iter(setting))} .*teacher\.embeddings are given"):
+                TeacherConfig(embeddings=("a.npy", "p.npy"), **setting)
+
     def test_what_caching_refuses_is_refused_before_mining(self, config, tiny_model_folder, tmp_path, monkeypatch):
         model = SentenceTransformer(str(tiny_model_folder), device="cpu")
         model[0].model.embeddings.LayerNorm = torch.nn.Sequential(

@@ -185,13 +185,12 @@ class _MarginedRule:
     row_wise: bool = False
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
-        log_mean, correction = self.running.remember(log_sum, num_drawn, rows)
-        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.running.log_eps))
+        answer, log_mean = self.running.remember(log_sum, num_drawn)
         own = self.log_own[rows]
         exact = torch.logaddexp(log_mean.to(own.dtype), own)
-        self.factor[rows] = (objective - exact).exp() * (1 if self.running.normalised else num_drawn)
+        self.factor[rows] = (answer.log_denominator - exact).exp()
         self.positive[rows] = (own - exact).exp()
-        return Answer(objective + correction, objective)
+        return answer
 
     def weight(self, rows: slice) -> Tensor:
         """Weights of the rows in the gradient weights of the columns."""

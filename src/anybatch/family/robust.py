@@ -13,7 +13,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.family.per_row import Range
 from anybatch.family.temperatures import NetworkTemperature, PerRowTemperature, check_limits
 from anybatch.losses.base import OneTemperature, Scoring, SoftmaxLoss
-from anybatch.losses.denominators import RunningDenominator
+from anybatch.losses.denominators import Reference, RunningDenominator
 from anybatch.losses.gamma import Gamma
 from anybatch.losses.parts import GlobalTemperature
 
@@ -41,6 +41,7 @@ class FastCLIP(SoftmaxLoss):
             steps_per_epoch=...)`.
         rho: v2, v3: published 6.5 (3 million pairs), 8.5 (12 million), 16 (400 million).
         eps: Added to u_i; None for 1 / (n - 1).
+        state: "relative" is the published form; see `SogCLR`.
         sharded: Each rank stores the running denominators of one W-th of the rows.
         temperature: The first (v1: the only) temperature; None for .07 (v0, v3) or .03 (v1, v2).
         temperature_range: Range of a learned temperature.
@@ -83,6 +84,7 @@ class FastCLIP(SoftmaxLoss):
         gamma: Share | Gamma = 0.2,
         rho: NotNegative = 6.5,
         eps: NotNegative | None = 1e-14,
+        state: Reference = "absolute",
         sharded: bool = False,
         temperature: Positive | None = None,
         temperature_range: Range = (0.01, 1.0),
@@ -112,7 +114,7 @@ class FastCLIP(SoftmaxLoss):
             check_limits(temperature_range, temperature)
             factor = rho if version == "v3" else None
             tau = GlobalTemperature(temperature, learnable=True, limits=temperature_range, rho=factor)
-        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, sharded=sharded)
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, sharded=sharded)
         super().__init__(tau, running, **scoring)
 
 
@@ -122,6 +124,8 @@ class ISogCLR(SoftmaxLoss):
 
         F          = mean_i tau_i (log(eps + u_i) + rho)
         dF/d tau_i = log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i      (times 1 / B)
+
+    (with an absolute state the positive's p is u_i / (eps + u_i) in both the derivative and the gradient).
 
     The factor tau_i is part of the objective, because it is what makes tau_i learnable: at temperatures that stand
     still the gradient is tau times that of `SogCLR(eps=0)`. With SGD take a learning rate larger by one over the
@@ -136,6 +140,7 @@ class ISogCLR(SoftmaxLoss):
             to 8.
         gamma: Weight of the new batch, or a `GammaSchedule`.
         eps: Added to u_i; 0 is the published objective, None is 1 / (n - 1).
+        state: "relative" is the published form for two modalities, "absolute" that for images; see `SogCLR`.
         sharded: Each rank stores the running denominators of one W-th of the rows.
         temperature: The first temperature.
         temperature_range: Temperatures are kept in it.
@@ -168,6 +173,7 @@ class ISogCLR(SoftmaxLoss):
         rho: NotNegative = 7.0,
         gamma: Share | Gamma = 0.8,
         eps: NotNegative | None = 0.0,
+        state: Reference = "absolute",
         sharded: bool = False,
         temperature: Positive = 0.05,
         temperature_range: Range = (0.005, 1.0),
@@ -187,7 +193,7 @@ class ISogCLR(SoftmaxLoss):
             momentum=temperature_momentum,
             clip=temperature_clip,
         )
-        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, sharded=sharded)
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, sharded=sharded)
         super().__init__(tau, running, **scoring)
 
 
@@ -202,7 +208,7 @@ class TempNet(SoftmaxLoss):
     Args:
         num_rows: n, rows of the data set.
         dimensions: Width of the embeddings.
-        rho, gamma, eps, sharded, temperature, temperature_range: See `ISogCLR`.
+        rho, gamma, eps, state, sharded, temperature, temperature_range: See `ISogCLR`.
         hidden: Width of the default network's hidden layer.
         net: Own networks, one module a direction that takes (B, D) to (B, 1). The published one pools over 256
             prototypes, which is reproduced by giving it here; the default has two layers and starts at `temperature`
@@ -236,6 +242,7 @@ class TempNet(SoftmaxLoss):
         rho: NotNegative = 7.0,
         gamma: Share | Gamma = 0.8,
         eps: NotNegative | None = 0.0,
+        state: Reference = "absolute",
         sharded: bool = False,
         temperature: Positive = 0.05,
         temperature_range: Range = (0.005, 0.1),
@@ -247,5 +254,5 @@ class TempNet(SoftmaxLoss):
         tau = NetworkTemperature(
             dimensions, directions, initial=temperature, limits=temperature_range, rho=rho, hidden=hidden, net=net
         )
-        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, sharded=sharded)
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, sharded=sharded)
         super().__init__(tau, running, **scoring)

@@ -9,7 +9,8 @@ Running           log(eps + u_i), u_i the mean over visits    SogCLR and its fam
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from anybatch.losses.engine import Answer, Rule, Side, SoftmaxStats
 from anybatch.losses.gamma import Gamma, log_shares
 from anybatch.losses.parts import Batch, Denominator
 from anybatch.losses.state import occurrences
+
+Reference = Literal["absolute", "relative"]
+PositiveWeight = Literal["exact", "batch"]
 
 
 class WithPositive(Denominator):
@@ -51,20 +55,62 @@ class CountCorrected(Denominator):
         return _CountCorrectedRule(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Visits:
+    """Which rows the batches of all ranks visit. `of` costs a gather of sizes and one of the rows.
+
+    Attributes:
+        rows: (R,) int64, distinct and ascending; the same on every rank.
+        inverse: (B_all,) which of them each place of the batch holds.
+        sizes: Places by rank.
+        own: This rank's places.
+
+    Example:
+        >>> Visits.of(torch.tensor([7, 2, 7])).repeated.tolist()
+        [1, 0, 1]
+    """
+
+    rows: Tensor
+    inverse: Tensor
+    sizes: list[int]
+    own: slice
+
+    @classmethod
+    def of(cls, index: Tensor) -> Visits:
+        """Of this rank's rows, (B,) int64."""
+        sizes = distributed.gather_sizes(len(index), index.device)
+        rows, inverse = torch.unique(distributed.gather_rows(index, sizes), return_inverse=True)
+        first = sum(sizes[: distributed.rank()])
+        return cls(rows=rows, inverse=inverse, sizes=sizes, own=slice(first, first + len(index)))
+
+    @property
+    def repeated(self) -> Tensor:
+        """(B,) how often the row of each of this rank's places comes at others."""
+        return torch.bincount(self.inverse, minlength=len(self.rows))[self.inverse[self.own]] - 1
+
+
 class RunningDenominator(Denominator):
     """A moving average of exp(x) for each row and direction, kept as its logarithm, in `log_mean`.
 
         u_i <- (1 - gamma) u_i + gamma * mean over the row's occurrences in the batch of exp(x)
-        denominator = log(eps + u_i)
+        denominator = log(eps + u_i),   u_i divided by exp(s_ip / tau) if the state is absolute
 
-    Rows never visited are NaN (a flag of its own, not a threshold) and take the batch's value whole. Occurrences of one
-    row in a batch are combined first, in their order, so that the result does not depend on the machine.
+    Rows never visited are NaN (a flag of its own, not a threshold) and take the batch's value whole. Each occurrence of
+    a row in a batch, such as a view of an image, uses its own moving average; what is stored is their mean, added in
+    their order, so that the result does not depend on the machine.
 
     Args:
         num_rows: n.
         directions: Independent states per row.
         gamma: Weight of the new batch, in (0, 1], or a module that says it, such as a `GammaSchedule`.
         eps: Added to u_i; None for 1 / (n - 1).
+        state: "absolute": u_i is a mean of exp(s_ij / tau), and what it stands for moves with the negatives alone.
+            "relative": of exp((s_ij - s_ip) / tau), which goes stale as the positive moves, and not when the
+            temperature does.
+        positive: Gradient weight of the positive's logit. "exact": -u_i / (eps + u_i), the derivative with u_i held.
+            "batch": minus the sum of what the batch's negatives receive, whose mean over batches is the same where u_i
+            is right. None: exact beside an absolute state, as released for images; of the batch beside a relative one,
+            as released for two modalities.
         sharded: Each rank stores one W-th of the rows, see `State`.
 
     Cost: 4 bytes a row and direction, divided by the ranks if sharded; an update touches B of them. Collectives a call
@@ -73,7 +119,7 @@ class RunningDenominator(Denominator):
     Example:
         >>> import torch
         >>> running = RunningDenominator(3, gamma=0.5)
-        >>> row = torch.tensor([1])
+        >>> row = Visits.of(torch.tensor([1]))
         >>> for value in (2.0, 4.0):
         ...     u = running.blend(row, torch.tensor([value]).log(), direction=0, update=True, dimensions=8).exp()
         >>> round(u.item(), 5)
@@ -90,6 +136,8 @@ class RunningDenominator(Denominator):
         *,
         gamma: float | Gamma = 0.9,
         eps: float | None = None,
+        state: Reference = "absolute",
+        positive: PositiveWeight | None = None,
         sharded: bool = False,
     ) -> None:
         super().__init__(num_rows, sharded=sharded)
@@ -97,12 +145,18 @@ class RunningDenominator(Denominator):
             raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1, or a GammaSchedule.")
         if eps is not None and eps < 0:
             raise AnybatchError(f"eps is {eps}; expected 0 or more, or None for 1 / (num_rows - 1).")
+        if state not in get_args(Reference):
+            raise AnybatchError(f"state is {state!r}; expected 'absolute' or 'relative'.")
+        if positive is not None and positive not in get_args(PositiveWeight):
+            raise AnybatchError(f"positive is {positive!r}; expected 'exact' or 'batch', or None to follow the state.")
         self.gamma, self._eps = gamma, eps
+        self.absolute = state == "absolute"
+        self.exact_positive = self.absolute if positive is None else positive == "exact"
         self.register_rows("log_mean", fresh=torch.nan, directions=directions)
 
     @property
     def eps(self) -> float:
-        """What is added to u_i."""
+        """What is added to u_i, relative to the positive."""
         assert self.num_rows is not None
         return 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
 
@@ -121,13 +175,22 @@ class RunningDenominator(Denominator):
         self.check_width(batch.anchors.shape[1])
         return RunningRule(
             denominator=self,
-            index=batch.rows,
+            visits=Visits.of(batch.rows),
             direction=direction,
             log_eps=self.log_eps,
             normalised=normalised,
             update=batch.updating,
             dimensions=batch.anchors.shape[1],
         )
+
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """See `Part.ask`: an absolute state needs the positives' logits."""
+        if not self.absolute:
+            return side
+        assert isinstance(side.rule, RunningRule)
+        queries = batch.queries(direction).detach()
+        level = (queries * batch.others(direction)[: len(queries)].detach()).sum(dim=1) / side.temperature.detach()
+        return replace(side, rule=replace(side.rule, level=level))
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
@@ -137,58 +200,59 @@ class RunningDenominator(Denominator):
 
     def blend(
         self,
-        index: Tensor,
+        visits: Visits,
         batch: Tensor,
         *,
+        level: Tensor | None = None,
         heard: Tensor | None = None,
         direction: int,
         update: bool,
         dimensions: int,
     ) -> Tensor:
-        """The new state of the batch's rows, stored if `update`.
+        """The moving average at each of the batch's rows; their mean per row is stored if `update`.
 
         Args:
-            index: (B,) int64 rows.
+            visits: The rows.
             batch: (B,) what this batch says: the log of a mean; -inf for a mean of 0, all of whose terms are masked.
+            level: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
             heard: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
             direction: Which state.
             update: Store the result.
             dimensions: Width of the embeddings.
 
         Returns:
-            (B,) in the dtype of `batch`; -inf for rows never visited of which the batch says nothing. Such rows, and
-            those whose mean is 0, stay unvisited. Rows of which the batch says NaN or +inf keep what they knew, in the
-            memory but not in what is returned.
+            (B,) relative as `batch` is, and in its dtype; -inf for rows never visited of which the batch says nothing.
+            Such rows, and those whose mean is 0, stay unvisited. Rows of which the batch says NaN or +inf keep what
+            they knew, in the memory but not in what is returned.
         """
-        # 1. What the batches of all ranks say of each row.
-        sizes = distributed.gather_sizes(len(index), index.device)
+        # 1. What the batches of all ranks say.
         heard = torch.ones_like(batch) if heard is None else heard.to(batch.dtype)
-        index_all = distributed.gather_rows(index, sizes)
-        figures = distributed.gather_rows(torch.stack([batch, heard], dim=1), sizes)
-        rows, inverse = torch.unique(index_all, return_inverse=True)
-        combined, some = _combine(figures[:, 0], figures[:, 1], inverse, len(rows))
+        level = torch.zeros_like(batch) if level is None else level.to(batch.dtype)
+        figures = distributed.gather_rows(torch.stack([batch, level, heard], dim=1), visits.sizes)
+        batch, level, heard = figures.unbind(dim=1)
         # 2. With what is known. The state is float32; the arithmetic is the batch's, so that float64 checks see no
-        # rounding but the state's own.
-        old = self.read("log_mean", rows, direction=direction).to(batch.dtype)
+        # rounding but the state's own, and relative to the positive: a first visit is the batch's value exactly.
+        stored = self.read("log_mean", visits.rows, direction=direction).to(batch.dtype)
+        old = stored[visits.inverse] - level
         if isinstance(self.gamma, Gamma):
             log_gamma, log_stay = self.gamma.log_shares(old)
         else:
             log_gamma, log_stay = log_shares(self.gamma)
-        new = torch.where(old.isnan(), combined, torch.logaddexp(old + log_stay, combined + log_gamma))
-        new = torch.where(some, new, torch.where(old.isnan(), -torch.inf, old))
+        new = torch.where(old.isnan(), batch, torch.logaddexp(old + log_stay, batch + log_gamma))
+        new = torch.where(heard > 0, new, torch.where(old.isnan(), -torch.inf, old))
         # 3. A step that has diverged (NaN, +inf) is the trainer's to skip.
         if update:
-            stored = torch.where(new.isneginf(), torch.nan, torch.where(new.isfinite(), new, old))
-            self.fill(rows, stored, direction=direction, dimensions=dimensions)
-        first = sum(sizes[: distributed.rank()])
-        return new[inverse[first : first + len(index)]]
+            mean, some = _combine(new + level, heard, visits.inverse, len(visits.rows))
+            mean = torch.where(mean.isneginf(), torch.nan, torch.where(mean.isfinite(), mean, stored))
+            self.fill(visits.rows, torch.where(some, mean, stored), direction=direction, dimensions=dimensions)
+        return new[visits.own]
 
     def fill(self, rows: Tensor, log_mean: Tensor, *, direction: int, dimensions: int) -> None:
         """Replace the state of some rows, such as by the exact log-mean.
 
         Args:
             rows: (R,) int64, **the same on every rank**.
-            log_mean: (R,); NaN for never visited.
+            log_mean: (R,), absolute or relative as the state is; NaN for never visited.
             direction: Which state.
             dimensions: Width of the embeddings the values come from.
         """
@@ -201,44 +265,51 @@ class RunningRule:
     """A running log-mean, plus eps.
 
     Attributes:
+        level: (B,) logits of the positives, s_ip / tau, of an absolute state; None of a relative one.
         constant: Added to the objective.
         dropped: (B,) candidates that the method takes out of the data set, so that the mean is not over them; None for
             none.
-        row_wise: False: a row may occur twice in the batch, and then shares its state.
+        row_wise: False: asked for all rows of the batch at once, among which a row may occur twice.
     """
 
     denominator: RunningDenominator
-    index: Tensor
+    visits: Visits
     direction: int
     log_eps: float
     normalised: bool
     update: bool
     dimensions: int
+    level: Tensor | None = None
     constant: float = 0.0
     dropped: Tensor | None = None
     row_wise: bool = False
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
         """See `Rule`."""
-        log_mean, correction = self.remember(log_sum, num_drawn, rows)
-        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
-        return Answer(objective + correction, torch.where(objective.isneginf(), 0.0, objective + self.constant))
+        return self.remember(log_sum, num_drawn)[0]
 
-    def remember(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The rows' running log-means, and the correction that takes a log-mean to a log-sum over the batch. Both
-        (b,).
-        """
-        drawn = num_drawn if self.dropped is None else num_drawn - self.dropped[rows]
+    def remember(self, log_sum: Tensor, num_drawn: Tensor) -> tuple[Answer, Tensor]:
+        """The answer for all rows of the batch, and their running log-means, relative to the positive, (B,)."""
+        drawn = num_drawn - self.visits.repeated  # the row itself is none of the n - 1 others
+        if self.dropped is not None:
+            drawn = drawn - self.dropped
+        # What takes a log-mean to a log-sum over the batch.
         correction = torch.zeros_like(log_sum) if self.normalised else drawn.clamp(min=1).log()
         log_mean = self.denominator.blend(
-            self.index[rows],
+            self.visits,
             log_sum - correction,
+            level=self.level,
             heard=drawn > 0,
             direction=self.direction,
             update=self.update,
             dimensions=self.dimensions,
         )
-        return log_mean, correction
+        objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
+        weight = None
+        if self.denominator.exact_positive:
+            weight = torch.where((drawn > 0) & ~log_mean.isneginf(), -(log_mean - objective).exp(), 0.0)
+        value = torch.where(objective.isneginf(), 0.0, objective + self.constant)
+        return Answer(objective + correction, value, weight), log_mean
 
 
 class _WithPositiveRule:

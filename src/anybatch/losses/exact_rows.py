@@ -33,6 +33,7 @@ class Rows:
 
     Attributes:
         log_sum: Relative to the positive; -inf without negatives.
+        positive: Logit of the row's own positive.
         num_negatives: Targets that are negatives.
         num_drawn: k, targets but the row's own, negatives or not: what the mean is over; the same for all rows.
         mean_logit: Mean logit under the softmax, relative to the positive; 0 without negatives.
@@ -40,6 +41,7 @@ class Rows:
     """
 
     log_sum: Tensor
+    positive: Tensor
     num_negatives: Tensor
     num_drawn: int
     mean_logit: Tensor
@@ -225,6 +227,7 @@ def exact_rows(
     safe = torch.where(some, sums, 1.0)
     return Rows(
         log_sum=torch.where(some, peak + safe.log(), -torch.inf),
+        positive=positive.double(),
         num_negatives=counts,
         num_drawn=total - 1,
         mean_logit=torch.where(some, firsts / safe, 0.0),

@@ -6,7 +6,14 @@ from typing import ClassVar, Unpack, final
 
 from anybatch.core.configuration import NotNegative, Share
 from anybatch.losses.base import OneTemperature, SoftmaxLoss
-from anybatch.losses.denominators import CountCorrected, RunningDenominator, WithoutPositive, WithPositive
+from anybatch.losses.denominators import (
+    CountCorrected,
+    PositiveWeight,
+    Reference,
+    RunningDenominator,
+    WithoutPositive,
+    WithPositive,
+)
 from anybatch.losses.gamma import Gamma
 
 
@@ -95,13 +102,16 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
 class SogCLR(SoftmaxLoss):
     """The objective over all data, followed from small batches.
 
-        u_i <- (1 - gamma) u_i + gamma / k * sum over the batch's negatives of exp((s_ij - s_ip) / tau)
-        loss = mean_i log(eps + u_i),    p_ij = exp((s_ij - s_ip) / tau) / (k (eps + u_i))
+        v_i <- (1 - gamma) v_i + gamma / k * sum over the batch's negatives of exp(s_ij / tau)
+        u_i  = v_i / exp(s_ip / tau)
+        loss = mean_i log(eps + u_i)
+        gradient weight of negative j, in s_ij / tau:    exp((s_ij - s_ip) / tau) / (k (eps + u_i))
+                    and of the positive, in s_ip / tau:  -u_i / (eps + u_i)
 
     in the log domain; k are the candidates but the positive, of which masked ones add nothing. With normalised
     log-weights (mined batches) the mean is the weighted sum. The published loss is tau times this; with a fixed
-    temperature that is a factor on the learning rate. With a learnable temperature the derivative is that of the
-    batch's own term with u_i held, as for the embeddings.
+    temperature that is a factor on the learning rate. Gradients, that of a learnable temperature too, are those with
+    u_i held.
 
     gamma = 1 gives, without memory, InfoNCE for eps = 1 / k, decoupled InfoNCE for eps = 0 and count-corrected InfoNCE
     for eps = 1 / (n - 1) (gradients; the values differ by a constant).
@@ -111,6 +121,11 @@ class SogCLR(SoftmaxLoss):
         gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to
             .2 along a cosine.
         eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
+        state: "absolute" as above, released for images. "relative", released for two modalities: the moving average is
+            of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
+        positive: "exact" as above, released for images. "batch", released for two modalities: minus the sum of what the
+            batch's negatives receive, noisier, and balanced also where u_i is stale. None for "exact" beside an
+            absolute state, "batch" beside a relative one. docs/memory.md says which trained better.
         sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
 
@@ -130,6 +145,16 @@ class SogCLR(SoftmaxLoss):
         >>> value = loss(torch.randn(8, 16), torch.randn(8, 16), index=torch.arange(8))
         >>> int(loss.denominator.visited.sum())
         8
+
+        Images without labels, the released loss for two views: each view against all others of both views, one state
+        an image.
+
+        >>> images = SogCLR(1000, gamma=0.9, eps=0.0, temperature=0.1)
+        >>> first, second = torch.randn(2, 8, 16, requires_grad=True)
+        >>> index = torch.arange(8).repeat(2)  # an image's other view is its positive, and no negative
+        >>> images(torch.cat([first, second]), torch.cat([second, first]), index=index).backward()
+        >>> images.last_stats["num_negatives"]  # 2 B - 2
+        14.0
     """
 
     denominator: RunningDenominator
@@ -140,8 +165,18 @@ class SogCLR(SoftmaxLoss):
         *,
         gamma: Share | Gamma = 0.9,
         eps: NotNegative | None = None,
+        state: Reference = "absolute",
+        positive: PositiveWeight | None = None,
         sharded: bool = False,
         **scoring: Unpack[OneTemperature],
     ) -> None:
-        running = RunningDenominator(num_rows, self.num_directions(scoring), gamma=gamma, eps=eps, sharded=sharded)
+        running = RunningDenominator(
+            num_rows,
+            self.num_directions(scoring),
+            gamma=gamma,
+            eps=eps,
+            state=state,
+            positive=positive,
+            sharded=sharded,
+        )
         super().__init__(None, running, **scoring)

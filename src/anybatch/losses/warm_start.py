@@ -65,7 +65,7 @@ def warm_start(
 ) -> None:
     """Replace every running denominator of the loss by the log-mean over the data set, at the present temperature.
 
-        log u_i <- log mean_{j allowed} exp((s_ij - s_ip(i)) / tau_i)
+        log u_i <- log mean_{j allowed} exp(s_ij / tau_i)      a relative state: of exp((s_ij - s_ip(i)) / tau_i)
 
     in each direction that the loss has (1: positives against anchors). Explicit negatives are not counted: they are not
     a sample of the data set.
@@ -121,7 +121,8 @@ def warm_start(
         figures, _ = exact_rows_of(
             loss, table, rows, numbers, direction=direction, moments=False, tile_bytes=tile_bytes
         )
-        values[direction, start:stop] = distributed.gather_rows(figures.log_mean.float(), sizes)
+        log_mean = figures.log_mean + figures.positive * running.absolute
+        values[direction, start:stop] = distributed.gather_rows(log_mean.float(), sizes)
         done = direction * num_rows + stop
         if file is not None:
             with distributed.alone() as chosen:
@@ -200,7 +201,7 @@ def memory_figures(
     exact, tau = exact_rows_of(loss, table, chosen, numbers, direction=direction, tile_bytes=tile_bytes)
     tau, truth = tau.double().expand(len(numbers)), exact.log_mean
     log_eps = truth.new_tensor(running.log_eps)
-    remembered = running.read("log_mean", numbers, direction=direction).double()
+    remembered = running.read("log_mean", numbers, direction=direction).double() - exact.positive * running.absolute
     usable, visited = truth.isfinite(), ~remembered.isnan()
     figures = {
         "memory_visited": _mean(visited.double()),

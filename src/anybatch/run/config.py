@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -142,6 +142,16 @@ class TeacherConfig(Configuration):
 
     section: ClassVar[str] = "teacher"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = (field.name for field in fields(self) if field.name != "embeddings")
+        unused = [name for name in names if getattr(self, name) != getattr(TeacherConfig, name)]
+        if self.embeddings is not None and unused:
+            raise AnybatchError(
+                f"teacher.{unused[0]} is for a teacher that embeds the data, and teacher.embeddings are given. Leave "
+                "one of them out."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Configuration):
@@ -181,6 +191,11 @@ class RunConfig(Configuration):
                     f"mining.{name} is {of_mining} and {name} is {of_run}; set {name} alone, which holds for the whole "
                     "run."
                 )
+        if self.train.eval_steps is not None and (self.evaluation.path or self.evaluation.retrieval) is None:
+            raise AnybatchError(
+                f"train.eval_steps is {self.train.eval_steps}, and there is no held-out data to evaluate on. Give "
+                "evaluation.path or evaluation.retrieval, or leave it out."
+            )
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -189,11 +204,7 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration kept in a run's folder, as it was written.
-
-    Raises:
-        AnybatchError: It was changed or damaged since.
-    """
+    """The configuration kept in a run's folder, refused if it was changed or damaged since."""
     path = folder / "config.yaml"
     read_sealed(
         path,
@@ -205,15 +216,9 @@ def read_config(folder: Path) -> RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run left behind.
-
-    Attributes:
-        metrics: Figures of the trained model on the held-out data; empty without such data.
-        metrics_untrained: The same of the model before training.
-        log: The lines of `log.jsonl`.
-        train_seconds: Wall time of training, without embedding, mining and evaluation; of the last session if resumed.
-        train_peak_bytes: Peak resident memory while training.
-        num_steps: Optimiser steps.
+    """What a run left behind: figures of the trained and of the untrained model on the held-out data (none without such
+    data), the lines of `log.jsonl`, wall time of training alone (of the last session if resumed), peak resident memory
+    meanwhile.
     """
 
     metrics: dict[str, float]

@@ -7,11 +7,10 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, seal_folder
 from anybatch.core.progress import Progress
@@ -43,12 +42,9 @@ def train_on_plan(
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None,
     progress: Progress,
 ) -> tuple[TrainResult, Measure]:
-    """Train `model` in place on the batches of `plan`, in the folder of the run. Arguments as in `train_model`.
-
-    Returns:
-        What the training did, and what it cost; the warm start is not in it.
+    """Train `model` in place on the batches of `plan`, in the folder of the run: what it did, and what it cost without
+    the warm start. Arguments as in `train_model`.
     """
-    warn_of_mined_batches(config, plan)
     rows = RowTable(
         pairs.anchor_id,
         pairs.positive_id,
@@ -88,18 +84,6 @@ def train_on_plan(
     return trained, measure
 
 
-def warn_of_mined_batches(config: RunConfig, plan: BatchPlan) -> None:
-    """Warn where mined batches meet a loss that stands for the whole data set."""
-    stands_for_all = config.loss.example().over_data
-    if stands_for_all and plan.cluster_size > 1 and not plan.negatives_per_row and distributed.rank() == 0:
-        logger.warning(
-            "Before you train: mined batches with a loss that stands for the whole data set ('%s') did no better than "
-            "random ones in any of our measurements, and worse in half of them (docs/mining.md). Compare with "
-            "mining.method=random, or use loss.name=infonce.",
-            config.loss.name,
-        )
-
-
 def memory_callbacks(
     config: RunConfig,
     model: SentenceTransformer,
@@ -109,32 +93,17 @@ def memory_callbacks(
     resume: bool,
     progress: Progress,
 ) -> Sequence[TrainerCallback]:
-    """Fill the running denominators as `config.loss` asks, unless a checkpoint will bring them.
-
-    Returns:
-        The callback that measures them while training, if it is asked for.
+    """Fill the running denominators as `config.loss` asks, unless a checkpoint will bring them; the callback that
+    measures them while training, if it is asked for.
     """
     settings, folder = config.loss, Path(config.output)
     resumed = resume and any((folder / "checkpoints").glob(f"*/{CONTENTS}"))
+    inner: Any = loss.loss  # one without running denominators is refused by name
     if settings.warm_start and not resumed:
         loss.to(model.device)
-        warm_start_from_model(
-            model,
-            pairs,
-            loss.loss,  # pyright: ignore[reportArgumentType] - one without running denominators is refused by name
-            folder=folder,
-            progress=progress,
-        )
-    if settings.probe_steps is None:
-        return []
-    return [
-        MemoryCallback(
-            model,
-            pairs,
-            loss.loss,  # pyright: ignore[reportArgumentType] - as above
-            probe_steps=settings.probe_steps,
-        )
-    ]
+        warm_start_from_model(model, pairs, inner, folder=folder, progress=progress)
+    steps = settings.probe_steps
+    return [] if steps is None else [MemoryCallback(model, pairs, inner, probe_steps=steps)]
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:

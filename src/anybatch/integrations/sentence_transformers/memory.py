@@ -41,21 +41,15 @@ def warm_start_from_model(
     """Encode all pairs with the model as it is now, without dropout, and fill the loss's denominators from them.
 
     Args:
-        model: The model that is trained. Anchors are its queries and positives its documents, with its own prompts and
-            routes.
-        pairs: The training pairs, in the order of the rows that the loss remembers; equal texts are no negatives of
-            each other.
+        model: The model that is trained. Anchors are its queries and positives its documents.
+        pairs: The training pairs, in the order of the rows that the loss remembers.
         loss: A loss of `anybatch.losses` with running denominators (not the `CachedLoss` around it).
         batch_size: Texts per forward pass.
-        folder: Keep embeddings and progress there (warm_start*.npy, warm_start.safetensors): a killed one goes on where
-            it stopped, and memory holds one shard of texts. None: in memory, nothing is kept.
+        folder: Keep embeddings and progress there (warm_start*): a killed one goes on where it stopped, and memory
+            holds one shard of texts. Every process must see it. None: in memory.
         progress: Called with (stage, done, total).
 
-    Raises:
-        AnybatchError: A loss without running denominators; files of other weights in `folder`.
-
-    Cost: one forward pass per text, then the warm start. Under several processes each encodes its share; without
-        `folder` the embeddings are then gathered, with it every process must see the folder.
+    Cost: one forward pass per text, shared over processes, then the warm start.
     """
     running_denominator_of(loss)
     sides = []
@@ -87,11 +81,7 @@ def probe_memory(
 ) -> dict[str, float]:
     """`memory_figures` of 256 rows against 1024 targets (all of a smaller data set), encoded by the model as it is now.
 
-    Args:
-        model, pairs, loss, batch_size: See `warm_start_from_model`.
-        seed: Which rows; the same at every call, so that figures can be compared over a run.
-
-    Cost: 2048 forward passes at most.
+    The same rows for one `seed`, so that figures can be compared over a run. Cost: 2048 forward passes at most.
     """
     directions = len(running_denominator_of(loss).log_mean)
     rows = np.random.default_rng(seed).choice(len(pairs), min(PROBE_TARGETS, len(pairs)), replace=False)
@@ -118,11 +108,7 @@ def probe_memory(
 
 
 class MemoryCallback(TrainerCallback):
-    """Puts the running denominators beside the exact ones into the log, every so many steps.
-
-    Args:
-        model, pairs, loss: See `warm_start_from_model`.
-        probe_steps: Steps between measurements (`probe_memory`), which go into the next line of the log.
+    """Puts the running denominators beside the exact ones into the log, every `probe_steps` steps (`probe_memory`).
 
     Give it to the Trainer before the callback that writes the log.
 

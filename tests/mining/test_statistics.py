@@ -1,4 +1,4 @@
-"""What `inspect_plan` and `batch_statistics` say, against loops over all pairs."""
+"""What `batch_statistics` says, against loops over all pairs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from anybatch.core.errors import AnybatchError
-from anybatch.insight.cosines import BINS, Cosines
-from anybatch.insight.inspection import DUPLICATE, inspect_plan
 from anybatch.mining import MiningConfig, StatisticsLimits, Window, batch_statistics, exact_neighbors, mine_plan
-from anybatch.plans.plan import BatchPlan
 
-from ..mining.test_mining import embeddings, naive_neighbors
+from .test_mining import embeddings, naive_neighbors
 
 SKIP, TAKE = 3, 12
 
@@ -58,10 +54,6 @@ def windows(anchors, positives, same, margin=None):
     return scores, ranks, wanted, conflicts
 
 
-def different(same, row, other):
-    return all(ids[row] != ids[other] for ids in same.values())
-
-
 @pytest.mark.parametrize("margin", [None, 0.9])
 def test_batch_statistics_equal_a_loop(margin):
     result, anchors, positives, same = mined(margin=margin)
@@ -97,95 +89,6 @@ def test_batch_statistics_equal_a_loop(margin):
     degree = np.bincount([j for line in wanted for j in line], minlength=num_rows)
     assert result.report.hubs == [(int(j), int(degree[j])) for j in np.argsort(-degree, kind="stable")[:20]]
     json.dumps(result.report.as_dict())
-
-
-@pytest.mark.parametrize("kind", ["mined", "random"])
-def test_inspection_equals_a_loop(kind):
-    result, anchors, positives, same = mined()
-    plan = result.plan if kind == "mined" else BatchPlan.random(143, 16, seed=3)
-    if kind == "random":
-        plan = replace(plan, meta={"method": "random", "skip": SKIP, "take": TAKE})
-    seen = inspect_plan(plan, anchors, positives, temperature=0.1, **same)[""]
-    scores, ranks, wanted, conflicts = windows(anchors, positives, same)
-    dealt = plan.epoch_batches(0)
-    batch_of = {int(row): set(line.tolist()) - {int(row)} for line in dealt for row in line}
-    for figure, chance, sets in (
-        (seen.window_in_batch, seen.random_window_in_batch, wanted),
-        (seen.conflicts_in_batch, seen.random_conflicts_in_batch, conflicts),
-    ):
-        assert figure == pytest.approx(np.mean([len(sets[row] & others) for row, others in batch_of.items()]))
-        assert chance == pytest.approx(np.mean([len(line) for line in sets]) * 15 / 142)
-
-    losses, first, differences = [], [], []
-    for row, others in batch_of.items():
-        negatives = [j for j in others if different(same, row, j)]
-        values = np.array([scores[row, j] - scores[row, row] for j in negatives])
-        losses.append(np.log(1 + np.exp(values / 0.1).sum()))
-        first.append((values <= 0).all())
-        differences += values.tolist()
-    assert seen.planned.loss == pytest.approx(np.mean(losses), rel=1e-5)
-    assert seen.planned.own_first == pytest.approx(np.mean(first))
-    assert seen.planned.above_own == pytest.approx(np.mean(np.array(differences) > 0))
-    expected = np.histogram(differences, BINS)[0] / len(differences)
-    np.testing.assert_allclose(seen.planned.histogram, expected, atol=2 / len(differences))  # float32 at a bin's edge
-
-    degree = np.bincount([j for line in wanted for j in line], minlength=143)
-    assert seen.hubs == [(int(j), int(degree[j])) for j in np.argsort(-degree, kind="stable")[:20]]
-    near = positives.astype(np.float64) @ positives.astype(np.float64).T
-    twins = {(i, j) for i in range(143) for j in ranks[i][:8] if near[i, j] >= DUPLICATE}
-    assert (100, 101) in twins
-    assert {(pair.row, pair.other) for pair in seen.duplicates} <= twins
-    assert len(seen.duplicates) == min(20, len(twins))
-    assert seen.duplicate_share == pytest.approx(len({i for i, _ in twins}) / 143)
-    assert (seen.repeated_anchors, seen.repeated_positives) == (5, 3)
-    if kind == "random":
-        assert seen.suspects == []
-        assert seen.clusters == []
-        return
-    assert plan.suspects is not None
-    best = sorted(
-        (max(scores[i, j] - scores[i, i], scores[j, i] - scores[j, j]) for i, j in plan.suspects), reverse=True
-    )
-    np.testing.assert_allclose([pair.score for pair in seen.suspects], best[:20], atol=1e-5)
-    for pair in seen.suspects:
-        assert pair.score == pytest.approx(scores[pair.row, pair.other] - scores[pair.row, pair.row], abs=1e-5)
-    means = {}
-    for example in seen.clusters:
-        np.testing.assert_allclose(example.scores, scores[np.ix_(example.rows, example.rows)], atol=1e-5)
-        means[example.kind] = (example.scores.sum() - np.trace(example.scores)) / 56
-        if example.kind != "random":
-            assert set(example.rows) == set(np.flatnonzero(plan.cluster == example.number))
-    assert means["tightest"] >= means["typical"] >= means["loosest"]
-    assert seen.planned.loss > seen.random.loss  # mined batches are harder
-
-
-def test_unnormalised_embeddings_and_blocks():
-    """Losses are of cosines whatever the lengths, and the same in blocks of any size."""
-    result, anchors, positives, same = mined()
-    batches = result.plan.epoch_batches(0)
-    whole, blocks = (
-        Cosines(anchors, positives, **same, block_rows=rows).batch_scores(batches, 60, 0.1) for rows in (256, 5)
-    )
-    assert blocks.loss == pytest.approx(whole.loss, rel=1e-6)
-    assert (blocks.own_first, blocks.above_own) == (whole.own_first, whole.above_own)
-    np.testing.assert_allclose(blocks.histogram, whole.histogram)
-    longer = inspect_plan(mined()[0].plan, 3 * anchors, 2 * positives, **same)[""]
-    plain = inspect_plan(mined()[0].plan, anchors, positives, **same)[""]
-    assert longer.planned.loss == pytest.approx(plain.planned.loss, rel=1e-5)
-
-
-def test_a_sample_is_near_the_whole_and_repeatable():
-    anchors, positives = embeddings(1500, seed=1, width=16)
-    result = mine_plan(anchors, positives, config=MiningConfig(batch_size=32, cluster_size=8, skip=5, take=20))
-    whole = inspect_plan(result.plan, anchors, positives, num_anchors=5000)[""]
-    part = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)[""]
-    again = inspect_plan(result.plan, anchors, positives, num_anchors=400, seed=3)[""]
-    assert whole.num_anchors == 1500
-    assert whole.statistics == result.report.statistics
-    assert part.num_anchors == 400
-    assert part.statistics.window_per_anchor == pytest.approx(whole.statistics.window_per_anchor, rel=0.15)
-    assert part.planned.loss == pytest.approx(whole.planned.loss, rel=0.25)
-    assert (part.statistics, part.hubs, part.suspects) == (again.statistics, again.hubs, again.suspects)
 
 
 def test_a_teacher_that_knows_nothing_is_warned_of_and_a_good_one_is_not():
@@ -224,13 +127,3 @@ def test_every_limit_has_its_warning(limit, value, words):
     loud = batch_statistics(neighbors, result.plan.cluster, window, limits=limits)
     assert len(loud.warnings) == 1
     assert words in loud.warnings[0]
-
-
-def test_mistakes():
-    result, anchors, positives, _ = mined()
-    with pytest.raises(AnybatchError, match=r"expected \(143, dim"):
-        inspect_plan(result.plan, anchors[:-1], positives[:-1])
-    with pytest.raises(AnybatchError, match="temperature is 0"):
-        inspect_plan(result.plan, anchors, positives, temperature=0)
-    with pytest.raises(AnybatchError, match="number of anchors 0"):
-        inspect_plan(result.plan, anchors, positives, num_anchors=0)
