@@ -65,12 +65,13 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "infonce": ("infonce", {}),
     "corrected": ("count_corrected", {}),
     "cross_batch": ("cross_batch", {"memory_size": 256}),
-    "sogclr-before": ("sogclr", {}),
+    "sogclr": ("sogclr", {}),
+    "sogclr-relative": ("sogclr", {"state": "relative"}),  # as it was: and the positive as minus the sum
     "fresh": ("cross_batch", {"memory_size": FRESH, "centred": False, "max_staleness": None}),
 }
 MAIN = ("random/infonce", "random/corrected", "random/cross_batch", "ours-hand/infonce", "ours-hand/corrected")
 REST = (
-    *("published/infonce", "published/corrected", "ours-hand/cross_batch", "random/sogclr-before"),
+    *("published/infonce", "published/corrected", "ours-hand/cross_batch", "random/sogclr", "random/sogclr-relative"),
     *("ours-hand+negatives/infonce", "ours-hand+negatives/corrected", "ours-hand+negatives/cross_batch"),
     *("ours-hand+half/infonce", "ours-hand+half/corrected", "published+negatives/infonce", "random/fresh"),
 )
