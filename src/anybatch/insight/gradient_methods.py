@@ -66,7 +66,7 @@ class GradientComparison:
     Example:
         >>> import numpy as np
         >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)))
-        >>> compare_methods(pairs, BatchPlan.random(32, 8), methods=[LossConfig()]).recommended.method
+        >>> compare_methods(pairs, BatchPlan.random(32, 8), methods=[LossConfig(name="infonce")]).recommended.method
         'infonce'
     """
 

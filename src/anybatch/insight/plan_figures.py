@@ -97,7 +97,7 @@ class PlanGradients:
         >>> plan = BatchPlan(
         ...     num_rows=32, batch_size=8, cluster_size=4, cluster=clusters, seed=0, data_digest=""
         ... )
-        >>> PlanGradients.measure(pairs, plan, LossConfig()).loss
+        >>> PlanGradients.measure(pairs, plan, LossConfig(name="infonce")).loss
         'infonce'
     """
 
