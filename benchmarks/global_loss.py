@@ -146,8 +146,9 @@ def make_plan(batches: str, sides: tuple[np.ndarray, np.ndarray], batch_size: in
     if batches == "mined, weak teacher":  # sixteen random directions of the embeddings
         directions = np.random.default_rng(0).normal(size=(sides[0].shape[1], 16)).astype(np.float32)
         sides = (sides[0] @ directions, sides[1] @ directions)
-    skip = 30 if batches == "mined, skip 30" else 0
-    return mine_plan(*sides, config=MiningConfig(batch_size=batch_size, cluster_size=size, skip=skip)).plan
+    window = (30 if batches == "mined, skip 30" else 0, 64)
+    settings = {"window": window, "margin": None, "conflict_weight": 3.0}
+    return mine_plan(*sides, config=MiningConfig(batch_size=batch_size, cluster_size=size, **settings)).plan
 
 
 def main() -> None:

@@ -287,7 +287,7 @@ def plan_sizes(plan: BatchPlan) -> list[Figure]:
         ),
         "suspected pairs": (
             f"{stats['suspect_pairs']:,}",
-            "Pairs in one cluster that mining suspects of being right answers to each other.",
+            "Pairs that mining suspects of being right answers to each other, which loss.mask_suspects removes.",
         ),
     }
     return [(name, value, "", meaning) for name, (value, meaning) in sizes.items()]
