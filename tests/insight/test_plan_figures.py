@@ -83,7 +83,7 @@ def test_figures_equal_a_loop(kind):
                 mass = {j: np.exp(scores[row, j] / TAU) for j in negatives}
                 inside = [j for j in negatives if plan.cluster[j] == plan.cluster[row] >= 0]
                 beside = [j for j in negatives if j in rows | brought]
-                masked = [j for j in inside if (row, j) in suspected]
+                masked = [j for j in negatives if (row, j) in suspected]
                 sums += [sum(mass[j] for j in part) / sum(mass.values()) for part in (inside, beside, masked)]
                 high = [j for j in negatives if 0 < MARGIN * scores[row, row] <= scores[row, j]]
                 near, near_all = near + len(set(high) & set(beside)), near_all + len(high)
