@@ -146,8 +146,9 @@ def make_plan(batches: str, sides: tuple[np.ndarray, np.ndarray], batch_size: in
     if batches == "mined, weak teacher":  # sixteen random directions of the embeddings
         directions = np.random.default_rng(0).normal(size=(sides[0].shape[1], 16)).astype(np.float32)
         sides = (sides[0] @ directions, sides[1] @ directions)
-    skip = 30 if batches == "mined, skip 30" else 0
-    return mine_plan(*sides, config=MiningConfig(batch_size=batch_size, cluster_size=size, skip=skip)).plan
+    window = (30 if batches == "mined, skip 30" else 0, 64)
+    settings = {"window": window, "margin": None, "conflict_weight": 3.0}
+    return mine_plan(*sides, config=MiningConfig(batch_size=batch_size, cluster_size=size, **settings)).plan
 
 
 def main() -> None:
@@ -177,7 +178,7 @@ def main() -> None:
     common = {
         "rows": len(pairs),
         "temperature": options.temperature,
-        "num_batches": options.num_batches,
+        "draws": options.num_batches,
         "direction": options.direction,
     }
     done = {key_of(line) for line in read_lines(options.out)}
@@ -238,7 +239,7 @@ def main() -> None:
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
     """What identifies a line."""
-    names = ("rows", "temperature", "num_batches", "direction", "method", "batches", "batch_size")
+    names = ("rows", "temperature", "draws", "direction", "method", "batches", "batch_size")
     return tuple(line[name] for name in names)
 
 

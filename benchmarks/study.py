@@ -55,22 +55,23 @@ LARGE = 6_000  # pairs that a transformer is trained on
 BATCHES: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "mixing": "mixed"},
     "within": {"method": "random"},
-    "published": {"method": "published", "skip": 30, "take": 100},
-    "ours-hand": {"skip": 5, "take": 64, "conflict_weight": 30.0},
-    "ours-hand+half": {"skip": 5, "take": 64, "conflict_weight": 30.0},
-    "ours-hand+negatives": {"skip": 5, "take": 64, "conflict_weight": 30.0, "num_negatives": 2},
-    "published+negatives": {"method": "published", "skip": 30, "take": 100, "num_negatives": 2},
+    "published": {"method": "published", "window": (30, 100)},
+    "ours-hand": {"window": (5, 64), "margin": None},
+    "ours-hand+half": {"window": (5, 64), "margin": None},
+    "ours-hand+negatives": {"window": (5, 64), "margin": None, "num_negatives": 2},
+    "published+negatives": {"method": "published", "window": (30, 100), "num_negatives": 2},
 }
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "infonce": ("infonce", {}),
     "corrected": ("count_corrected", {}),
     "cross_batch": ("cross_batch", {"memory_size": 256}),
-    "sogclr-before": ("sogclr", {}),
+    "sogclr": ("sogclr", {}),
+    "sogclr-relative": ("sogclr", {"state": "relative"}),  # as it was: and the positive as minus the sum
     "fresh": ("cross_batch", {"memory_size": FRESH, "centred": False, "max_staleness": None}),
 }
 MAIN = ("random/infonce", "random/corrected", "random/cross_batch", "ours-hand/infonce", "ours-hand/corrected")
 REST = (
-    *("published/infonce", "published/corrected", "ours-hand/cross_batch", "random/sogclr-before"),
+    *("published/infonce", "published/corrected", "ours-hand/cross_batch", "random/sogclr", "random/sogclr-relative"),
     *("ours-hand+negatives/infonce", "ours-hand+negatives/corrected", "ours-hand+negatives/cross_batch"),
     *("ours-hand+half/infonce", "ours-hand+half/corrected", "published+negatives/infonce", "random/fresh"),
 )

@@ -72,7 +72,8 @@ def lsa(pairs: PairData, width: int) -> list[np.ndarray]:
 def figures(pairs: PairData, anchors: np.ndarray, positives: np.ndarray, skip: int, take: int) -> list[str]:
     """One line of the table."""
     same = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
-    result = mine_plan(anchors, positives, config=MiningConfig(skip=skip, take=take), **same)
+    config = MiningConfig(cluster_size=32, window=(skip, take), margin=None, conflict_weight=3.0)
+    result = mine_plan(anchors, positives, config=config, **same)
     seen = inspect_plan(result.plan, anchors, positives, temperature=TEMPERATURE, num_anchors=len(pairs), **same)[""]
     statistics = result.report.as_dict()["statistics"]
     return [

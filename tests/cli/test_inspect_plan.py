@@ -24,8 +24,7 @@ def mined(pairs_file, tiny_model_folder, tmp_path):
         np.save(tmp_path / f"{name}.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
     more = (
         "mining.cluster_size=4",
-        "mining.skip=3",
-        "mining.take=9",
+        "mining.window=[3, 9]",
         "mining.conflict_weight=0",
         "loss.temperature=0.2",
     )
@@ -123,7 +122,7 @@ def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
 def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, heard):
     """A run that embedded its data itself, with a teacher that knows nothing."""
     folder = tmp_path / "run"
-    more = ("mining.cluster_size=4", "mining.skip=1", "mining.take=6")
+    more = ("mining.cluster_size=4", "mining.window=[1, 6]")
     given = settings(pairs_file, tiny_model_folder, folder, *more)
     run("mine", *given, "--teacher", str(tiny_model_folder))
     run("inspect", "plan", str(folder))
@@ -136,7 +135,7 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
     lines = pairs_file.read_text().splitlines(keepends=True)
     for name, part in (("first", lines[:50]), ("second", lines[50:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
-    sets = [{"path": str(tmp_path / "first.jsonl"), "skip": 2}, {"path": str(tmp_path / "second.jsonl")}]
+    sets = [{"path": str(tmp_path / "first.jsonl"), "window": [2, 9]}, {"path": str(tmp_path / "second.jsonl")}]
     generator = np.random.default_rng(0)
     anchors = generator.normal(size=(97, 8)).astype(np.float32)
     for name, rows in (("a", anchors), ("p", anchors + 0.2 * generator.normal(size=(97, 8)).astype(np.float32))):
@@ -146,7 +145,7 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
         "data": {"sets": sets},
         "batch_size": 8,
         "teacher": {"embeddings": [str(tmp_path / "a.npy"), str(tmp_path / "p.npy")]},
-        "mining": {"cluster_size": 4, "skip": 3, "take": 9, "conflict_weight": 0.0},
+        "mining": {"cluster_size": 4, "window": [3, 9], "margin": None, "conflict_weight": 0.0},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     run("mine", "--config", str(tmp_path / "run.yaml"))

@@ -157,7 +157,7 @@ def test_two_towers_are_mined_measured_and_remembered_through_their_own(tiny_mod
         output=str(tmp_path / "run"),
         data=DataConfig(path=str(pairs_file)),
         teacher=TeacherConfig(name=str(folder)),
-        mining=MiningConfig(cluster_size=4, skip=1, take=6),
+        mining=MiningConfig(cluster_size=4, window=(1, 6)),
         batch_size=8,
     )
     np.testing.assert_allclose(teacher_embeddings(config, pairs)[0], anchors, atol=1e-6)

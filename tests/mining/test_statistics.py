@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from anybatch.mining import MiningConfig, StatisticsLimits, Window, batch_statistics, exact_neighbors, mine_plan
+from anybatch.mining.inputs import first_rows
 
 from .test_mining import embeddings, naive_neighbors
 
@@ -32,16 +33,18 @@ def data(num_rows=143):
     return anchors, positives, {"anchor_id": anchor_id, "positive_id": positive_id}
 
 
-def mined(**settings):
+def mined(margin=None):
     anchors, positives, same = data()
-    config = MiningConfig(batch_size=16, cluster_size=8, skip=SKIP, take=TAKE, seed=2, **settings)
+    config = MiningConfig(batch_size=16, cluster_size=8, window=(SKIP, TAKE), margin=margin, seed=2)
     return mine_plan(anchors, positives, config=config, **same), anchors, positives, same
 
 
 def windows(anchors, positives, same, margin=None):
-    """Each row's wanted negatives and conflicts, and all scores, in float64."""
+    """All scores, in float64; of each row the texts ranked; the rows with wanted, with suspected texts."""
     scores = anchors.astype(np.float64) @ positives.astype(np.float64).T
-    ranks = naive_neighbors(anchors, positives, SKIP + TAKE, **same)
+    text = first_rows(same["positive_id"])
+    ranks = naive_neighbors(anchors, positives, len(text), **same)
+    ranks = [[row for row in line if text[row] == row][: SKIP + TAKE] for line in ranks]
     wanted, conflicts = [], []
     for row, line in enumerate(ranks):
         bad = {
@@ -49,8 +52,8 @@ def windows(anchors, positives, same, margin=None):
             for rank, other in enumerate(line)
             if rank < SKIP or (margin is not None and 0 < margin * scores[row, row] < scores[row, other])
         }
-        conflicts.append(bad)
-        wanted.append(set(line) - bad)
+        for found, texts in ((conflicts, bad), (wanted, set(line) - bad)):
+            found.append(set(np.flatnonzero(np.isin(text, list(texts))).tolist()))
     return scores, ranks, wanted, conflicts
 
 
@@ -64,8 +67,9 @@ def test_batch_statistics_equal_a_loop(margin):
     negatives = [(i, j) for i in range(num_rows) for j in wanted[i] & beside[i]]
     statistics = result.report.statistics
     assert statistics is not None
-    neighbors, window = exact_neighbors(anchors, positives, SKIP + TAKE, **same), Window(SKIP, TAKE, margin)
-    blocks = batch_statistics(neighbors, cluster, window, block_rows=37)  # several, the last one ragged
+    text, window = first_rows(same["positive_id"]), Window(SKIP, TAKE, margin)
+    neighbors = exact_neighbors(anchors, positives, SKIP + TAKE, columns=np.unique(text), **same)
+    blocks = batch_statistics(neighbors, cluster, window, text=text, block_rows=37)  # several, the last one ragged
     assert blocks.relative_score == pytest.approx(statistics.relative_score)
     assert replace(blocks, relative_score=statistics.relative_score) == statistics
     assert statistics.num_anchors == num_rows
@@ -86,14 +90,14 @@ def test_batch_statistics_equal_a_loop(margin):
     assert 0 < above < near < 1 or margin is not None
     assert result.report.audit is not None
     assert statistics.window_per_anchor == pytest.approx(result.report.audit.window_per_anchor)
-    degree = np.bincount([j for line in wanted for j in line], minlength=num_rows)
+    degree = np.bincount([j for line in wanted for j in line if text[j] == j], minlength=num_rows)
     assert result.report.hubs == [(int(j), int(degree[j])) for j in np.argsort(-degree, kind="stable")[:20]]
     json.dumps(result.report.as_dict())
 
 
 def test_a_teacher_that_knows_nothing_is_warned_of_and_a_good_one_is_not():
     anchors, positives = embeddings(600, width=64, topics=30)
-    config = MiningConfig(batch_size=32, cluster_size=8, skip=5, take=20)
+    config = MiningConfig(batch_size=32, cluster_size=8, window=(5, 20))
     good = mine_plan(anchors, positives, config=config).report.statistics
     shuffled = positives[np.random.default_rng(0).permutation(600)]
     bad = mine_plan(anchors, shuffled, config=config).report.statistics

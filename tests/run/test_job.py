@@ -36,7 +36,7 @@ from anybatch.run.read_data import read_training_pairs
 from anybatch.run.teacher import read_embeddings
 
 MARK = SEAL.rstrip("0").encode()
-MINED = MiningConfig(cluster_size=4, skip=1, take=6)
+MINED = MiningConfig(cluster_size=4, window=(1, 6))
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def test_embeddings_of_any_float_and_byte_order(tmp_path, kind, order):
     assert got.dtype.isnative
     assert got.dtype.itemsize <= 8
     np.testing.assert_array_equal(got, values.astype(got.dtype))
-    config = MiningConfig(cluster_size=4, skip=1, take=6, batch_size=8)
+    config = MiningConfig(cluster_size=4, window=(1, 6), batch_size=8)
     plan = mine_plan(got, got, config=config, anchor_id=np.arange(24), positive_id=np.arange(24)).plan
     plain = values.astype(np.float32)
     assert (

@@ -269,25 +269,7 @@ def _most_suspected(pairs: Sequence[tuple[int, int, float]], positive_id: np.nda
     return list(kinds.values())
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table.
-
-    Attributes:
-        name: What was counted.
-        plan: Its value in this plan.
-        random: Its value in random batches, where there is one.
-        meaning: What it is, in a sentence for a reader who knows nothing of it.
-
-    Example:
-        >>> [(figure.name, figure.plan) for figure in plan_sizes(BatchPlan.random(10, 4, seed=0))][:2]
-        [('batches an epoch', '2 of 4'), ('rows that sit out an epoch', '2')]
-    """
-
-    name: str
-    plan: str
-    random: str
-    meaning: str
+Figure = tuple[str, str, str, str]  # name, its value in the plan, in random batches, what it is in a sentence
 
 
 def plan_sizes(plan: BatchPlan) -> list[Figure]:
@@ -305,10 +287,10 @@ def plan_sizes(plan: BatchPlan) -> list[Figure]:
         ),
         "suspected pairs": (
             f"{stats['suspect_pairs']:,}",
-            "Pairs in one cluster that mining suspects of being right answers to each other.",
+            "Pairs that mining suspects of being right answers to each other, which loss.mask_suspects removes.",
         ),
     }
-    return [Figure(name, value, "", meaning) for name, (value, meaning) in sizes.items()]
+    return [(name, value, "", meaning) for name, (value, meaning) in sizes.items()]
 
 
 def set_figures(seen: PlanInspection) -> list[Figure]:
@@ -316,7 +298,7 @@ def set_figures(seen: PlanInspection) -> list[Figure]:
     plan, random = seen.planned, seen.random
 
     def share(name: str, field: str, meaning: str) -> Figure:
-        return Figure(name, f"{getattr(plan, field):.1%}", f"{getattr(random, field):.1%}", meaning)
+        return name, f"{getattr(plan, field):.1%}", f"{getattr(random, field):.1%}", meaning
 
     mass = "of the negatives' softmax mass over the whole data set under the teacher"
     return [
@@ -325,13 +307,13 @@ def set_figures(seen: PlanInspection) -> list[Figure]:
         ),
         share("mass in the batch", "in_batch", f"Share {mass} that its batch holds: what mining is for."),
         share("mass masked", "masked", "Share that mining suspects in its cluster, which loss.mask_suspects removes."),
-        Figure(
+        (
             "suspected false negatives an anchor",
             f"{plan.suspects:.2f}",
             f"{random.suspects:.2f}",
             f"Negatives in its batch that the teacher scores above {MARGIN:g} of the own positive: perhaps right.",
         ),
-        Figure(
+        (
             "own positive first",
             f"{seen.own_first:.1%}",
             "",
@@ -344,7 +326,7 @@ def gradient_figures(gradients: PlanGradients) -> list[Figure]:
     """The parameter-gradient error, against the gradient over all data."""
     cells = zip(ERRORS.items(), error_cells(gradients.planned), error_cells(gradients.random), strict=True)
     of = f"gradient of {gradients.loss}: "
-    return [Figure(of + name, plan, random, meaning) for (name, meaning), plan, random in cells]
+    return [(of + name, plan, random, meaning) for (name, meaning), plan, random in cells]
 
 
 def plan_warnings(plan: BatchPlan, seen: PlanInspection | None, gradients: PlanGradients | None) -> list[str]:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from anybatch.core.configuration import Configuration, Count, CountOrZero, Range, Seed, Share
+from anybatch.core.configuration import Configuration, Count, Range, Seed, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, read_sealed
 from anybatch.core.yaml_files import load_config
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import LossConfig
-from anybatch.mining import MiningConfig
+from anybatch.mining import MiningConfig, RankWindow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,11 @@ class SetConfig(Configuration):
         anchor, positive: As in `data`.
         anchor_prompt, positive_prompt: Instructions before its texts (not images) in training, behind the model's
             own.
-        skip: The first ranks of its rows, taken for false negatives, as `mining.skip`.
+        window: Its own rank window, as `mining.window`.
         share: Of its clusters, how many an epoch samples, in (0, 1]: a large set at .25 weighs a quarter.
 
     Example:
-        >>> SetConfig(path="questions.jsonl", anchor_prompt="question: ", share=0.25).skip
+        >>> SetConfig(path="questions.jsonl", anchor_prompt="question: ", share=0.25).window
     """
 
     path: str
@@ -39,7 +39,7 @@ class SetConfig(Configuration):
     positive: str | None = None
     anchor_prompt: str = ""
     positive_prompt: str = ""
-    skip: CountOrZero | None = None
+    window: RankWindow | None = None
     share: Share = 1.0
 
     section: ClassVar[str] = "data.sets[]"
