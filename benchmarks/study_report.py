@@ -255,8 +255,9 @@ def _drawing(results: Results, student: str = "small", budget: str = "pairs") ->
             x = at(size, low).split(",")[0]
             parts.append(f'<text x="{x}" y="{y0 + deep + 14}" text-anchor="middle">{size:,}</text>')
         for number, points in enumerate(series):
+            aside = f'transform="translate({(number - 2) * 3} 0)"'  # so that no error bar hides another
             line = " ".join(at(size, figure.mean) for size, figure in points)
             bars = "".join(f"M{at(s, f.mean - f.error)}L{at(s, f.mean + f.error)}" for s, f in points)
-            style = f'fill="none" stroke="{COLOURS[number]}"'
+            style = f'{aside} fill="none" stroke="{COLOURS[number]}"'
             parts.append(f'<polyline points="{line}" {style} stroke-width="2"/><path d="{bars}" {style}/>')
     return "".join([*parts, "</svg>\n"])
