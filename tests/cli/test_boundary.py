@@ -186,7 +186,7 @@ def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]
         "output not UTF-8": [*train, "--output", f"{tmp_path}/\udcff"],
         "output of nothing": [*train, "--output", ""],
         "output a device": [*train, "--output", "/dev/null/run"],
-        "no teacher": mine,
+        "no teacher": [*mine, "--set", "mining.method=anybatch"],
         "embeddings complex": [*mine, *vectors, "--set", "mining.cluster_size=4"],
         "resume nothing": ["train", "--resume", "--output", tmp_path / "nothing"],
         "plan missing": [*train, "--output", tmp_path / "out", "--plan", tmp_path / "no.safetensors"],

@@ -296,7 +296,7 @@ class TestMistakes:
             (r"evaluation\.split is for", "--set evaluation.split=test"),
             (r"evaluation\.retrieval is .*three texts", "--set evaluation.retrieval=[c,q]"),
             (r"teacher\.embeddings is .*two texts", "--set teacher.embeddings=[a.npy]"),
-            ("does not define", "--set loss.weights=inclusion"),
+            ("does not define", "--set loss.name=infonce --set loss.weights=inclusion"),
         ],
     )
     def test_nothing_is_written(self, match, more, pairs_file, tiny_model_folder, tmp_path, out):
@@ -374,10 +374,10 @@ class TestMistakes:
             "already holds a run", "mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random")
         )
         self.refuse(
-            "another configuration.*loss.name.*start a new run from it: --model .*/model",
+            "another configuration.*loss.temperature.*start a new run from it: --model .*/model",
             "train",
             "--resume",
-            *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "loss.name=sogclr"),
+            *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "loss.temperature=0.3"),
         )
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 

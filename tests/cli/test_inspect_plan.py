@@ -27,6 +27,7 @@ def mined(pairs_file, tiny_model_folder, tmp_path):
         "mining.window=[3, 9]",
         "mining.conflict_weight=0",
         "loss.temperature=0.2",
+        "loss.name=infonce",
     )
     vectors = f"teacher.embeddings=[{tmp_path}/a.npy, {tmp_path}/p.npy]"
     run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more, vectors))

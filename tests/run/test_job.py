@@ -33,10 +33,11 @@ from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, Teacher
 from anybatch.run.folder import open_run
 from anybatch.run.make_plan import make_plan
 from anybatch.run.read_data import read_training_pairs
+from anybatch.run.recipe import with_recipe
 from anybatch.run.teacher import read_embeddings
 
 MARK = SEAL.rstrip("0").encode()
-MINED = MiningConfig(cluster_size=4, window=(1, 6))
+MINED = MiningConfig(method="anybatch", cluster_size=4, window=(1, 6))
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def save_embeddings(folder: Path, seed: int = 0, rows: int = 97) -> TeacherConfi
 
 
 def mine(config: RunConfig, *, resume: bool = False) -> BatchPlan:
+    config = with_recipe(config)
     pairs = read_training_pairs(config)
     with open_run(config, resume=resume):
         return make_plan(config, pairs)
