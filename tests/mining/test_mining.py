@@ -139,9 +139,9 @@ def test_windows_of_labels_are_over_labels(neighbors):
         # The report counts rows of the window's labels, not the one row of each that was ranked.
         take = result.plan.meta["windows"][""][1]
         assert take == (10 if method == "anybatch" else 18)
-        scores = np.where(ranks[:, y] < take, anchors @ positives.T, 2.0)
-        limit = np.inf if result.plan.meta["margin"] is None else 0.95 * (anchors * positives).sum(1)
-        wanted = (scores <= np.where(limit > 0, limit, np.inf)[:, None]) if method == "anybatch" else scores < 2
+        scores = anchors @ positives.T
+        limit = 0.95 * (np.diag(scores) - scores.mean()) + scores.mean() if method == "anybatch" else np.full(len(y), 2)
+        wanted = scores <= np.where(limit > scores.mean(), limit, np.inf)[:, None]
         beside = result.plan.cluster[:, None] == result.plan.cluster[None]
         beside &= (result.plan.cluster >= 0)[:, None] & (y[:, None] != y[None])
         count = (beside & wanted & (ranks[:, y] < take)).sum() / len(y)
@@ -168,10 +168,10 @@ def test_cluster_sizes_follow_the_batch(batch_size, size, published):
 @pytest.mark.parametrize(
     ("method", "num_rows", "num_texts", "expected"),
     [
-        ("anybatch", 10_000, 9_000, Window(0, 32, 0.95)),
-        ("anybatch", 40, 40, Window(0, 20, 0.95)),
-        ("anybatch", 5_000, 100, Window(0, 10, 0.95)),
-        ("anybatch", 50_000, 1_000, Window(0, 32, 0.95)),
+        ("anybatch", 10_000, 9_000, Window(5, 32, 0.95)),
+        ("anybatch", 40, 40, Window(4, 20, 0.95)),
+        ("anybatch", 5_000, 100, Window(5, 10, 0.95)),
+        ("anybatch", 50_000, 1_000, Window(5, 32, 0.95)),
         ("anybatch", 50, 2, Window(0, 1, 0.95)),
         ("anybatch", 50, 1, Window(0, 1, 0.95)),
         ("published", 10_000, 9_000, Window(30, 100)),
@@ -232,6 +232,30 @@ def test_margin_makes_conflicts():
     signed = graph.signed(2.0).toarray()
     expected = graph.weight.toarray() - 2.0 * (graph.conflict.toarray() + graph.conflict.toarray().T)
     np.testing.assert_allclose(signed, expected, rtol=1e-6)
+
+
+def test_a_margin_counts_from_the_mean_score():
+    """Of a model whose cosines are all .9 and more, a margin from 0 would suspect every row."""
+    anchors, positives = embeddings(300, width=16, topics=20)
+    shifted = tuple(np.concatenate([side, np.full((300, 1), 3.0, np.float32)], axis=1) for side in (anchors, positives))
+    plain, crowded = (
+        mine_plan(*sides, config=MiningConfig(window=(0, 32))).report.statistics
+        for sides in ((anchors, positives), shifted)
+    )
+    assert plain.isolated < 0.2
+    assert crowded.isolated < 0.2
+    assert crowded.window_per_anchor == pytest.approx(plain.window_per_anchor, rel=0.1)
+
+
+def test_as_many_ranks_are_skipped_as_the_teacher_is_unsure_of():
+    found, _ = small_graph()
+    scores = np.full((90, 20), 0.5, np.float32)
+    for rank, share in enumerate((60, 45, 30, 29, 80)):  # of 90 rows, those that the margin suspects
+        scores[:share, rank] = 0.99
+    found = replace(found, scores=scores, own_score=np.ones(90, np.float32))
+    assert Window(5, 10, 0.95).to_conflicts(found) == Window(3, 10, 0.95)
+    assert Window(2, 10, 0.95).to_conflicts(found) == Window(2, 10, 0.95)
+    assert Window(5, 10).to_conflicts(found) == Window(0, 10)
 
 
 def objective(signed, cluster):

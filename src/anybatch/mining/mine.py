@@ -120,7 +120,7 @@ def mine_plan(
         mined = _mine_set(one, settled, device, part)
         graph = mined.graph
         cluster[one.rows] = np.where(mined.cluster >= 0, mined.cluster + cluster.max() + 1, -1)
-        windows[one.name if sets else ""] = [one.window.skip, one.window.take]
+        windows[one.name if sets else ""] = [mined.window.skip, mined.window.take]
         suspects.append(mined.suspects + one.rows.start)
         if negatives is not None and mined.negatives is not None:
             negatives[one.rows] = np.where(mined.negatives >= 0, mined.negatives + one.rows.start, -1)
@@ -233,6 +233,7 @@ class _Set(NamedTuple):
         ids: anchor_id and positive_id, (rows,) int.
         text: Of each row the first one with its positive, which stands for it where positives are ranked.
         window, asked: As its texts allow it, and as the configuration says.
+        auto: Whether the teacher's scores say how many ranks are skipped.
     """
 
     name: str
@@ -243,6 +244,7 @@ class _Set(NamedTuple):
     text: np.ndarray
     window: Window
     asked: Window
+    auto: bool
     folder: Path | None
     progress: Progress
 
@@ -286,6 +288,7 @@ def _each_set(
             text=text,
             window=window,
             asked=asked,
+            auto=config.method != "published" and (config.window if one.window is None else one.window) == "auto",
             folder=folder / one.name if sets and folder is not None else folder,
             progress=partial(named, prefix=f"{one.name}: " if sets else ""),
         )
@@ -298,6 +301,7 @@ class _Mined(NamedTuple):
     suspects: np.ndarray
     negatives: np.ndarray | None
     graph: MiningGraph
+    window: Window
 
 
 def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> _Mined:
@@ -308,6 +312,8 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     # 1. Rank: for each anchor the teacher's best positives.
     neighbors = _rank(one, config, device, report)
     report.recall = neighbors.recall
+    if one.auto:
+        one = one._replace(window=one.window.to_conflicts(neighbors))
 
     # 2. Join: who wants to sit beside whom, and who must not.
     with _stage(report, "graph", one.progress):
@@ -338,7 +344,7 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
         negatives = None
         if config.num_negatives:
             negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **one.ids)
-        return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph)
+        return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
 
 
 def _rank(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> Neighbors:
@@ -347,7 +353,9 @@ def _rank(one: _Set, config: SettledConfig, device: str | None, report: MiningRe
     search = exact_neighbors if exact else partial(ivf_neighbors, seed=config.seed)
     with _stage(report, "neighbors", one.progress) as advance:
         where: dict[str, Any] = {"device": device, "folder": one.folder, "progress": advance}
-        return search(one.anchors, one.positives, one.window.depth, columns=one.texts, **one.ids, **where)
+        found = search(one.anchors, one.positives, one.window.depth, columns=one.texts, **one.ids, **where)
+    anchor, positive = (side.mean(axis=0, dtype=np.float64) for side in (one.anchors, one.positives))
+    return replace(found, mean_score=float(anchor @ positive))
 
 
 def _begin(one: _Set, config: SettledConfig, graph: MiningGraph, neighbors: Neighbors) -> np.ndarray:
