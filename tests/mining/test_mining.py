@@ -383,31 +383,50 @@ def test_negatives_come_from_the_window_and_never_repeat_content():
         items = [item for item in line if item >= 0]
         assert len(set(items)) == len(items)
         for item in items:
-            assert item in graph.window[row].indices
+            assert any(item in graph.window[other].indices for other in np.flatnonzero(cluster == cluster[row]))
             assert cluster[item] != cluster[row]
             assert anchor_id[item] != anchor_id[row]
             assert positive_id[item] != positive_id[row]
 
 
-def test_frequent_items_are_drawn_more_often():
+def test_negatives_are_weighed_by_all_rows_of_the_cluster():
+    """Windows less twice the conflicts of all members; drawn in proportion, or to its square; no text twice."""
     _, graph = small_graph(400)
     cluster = np.arange(400) // 8
     same = {"anchor_id": np.arange(400), "positive_id": np.arange(400)}
-    windows = [set(graph.window[row].indices.tolist()) for row in range(400)]
-    frequency = [
-        {
-            item: sum(item in windows[other] for other in np.flatnonzero(cluster == cluster[row]))
-            for item in windows[row]
-            if cluster[item] != cluster[row]
-        }
-        for row in range(400)
-    ]
-    expected = sum(sum(count for count in items.values() if count > 1) / sum(items.values()) for items in frequency)
-    often = 0
-    for seed in range(20):
-        drawn = sample_negatives(graph, cluster, 1, seed=seed, **same)[:, 0]
-        often += sum(frequency[row][item] > 1 for row, item in enumerate(drawn) if item >= 0)
-    assert often / 20 == pytest.approx(expected, rel=0.05)
+    windows, conflicts = graph.window.toarray() > 0, graph.conflict.toarray() > 0
+    members = slice(0, 8)  # the first cluster
+    weight = windows[members].sum(axis=0) - 2 * conflicts[members].sum(axis=0)
+    weight[members] = 0
+    counts = []
+    for power in (1, 2):
+        drawn = [sample_negatives(graph, cluster, 1, power=power, seed=seed, **same)[members] for seed in range(300)]
+        counts.append(np.bincount(np.concatenate(drawn).ravel(), minlength=400))
+        assert set(np.flatnonzero(counts[-1])) == set(np.flatnonzero(weight > 0))
+    plain, squared = (count[weight >= 2].mean() / count[weight == 1].mean() for count in counts)
+    assert 1.3 < plain < 2.5  # below 2, were it not for those of 3 and more: each is drawn once at most
+    assert squared > 1.3 * plain
+    drawn = sample_negatives(graph, cluster, 2, **same)
+    for items in drawn.reshape(50, 16):
+        assert len(np.unique(items[items >= 0])) == np.count_nonzero(items >= 0)
+    own = np.take_along_axis(windows, np.maximum(drawn, 0).astype(int), axis=1)[drawn >= 0]
+    assert own.mean() > 0.6  # most go to a row that wants them
+
+
+def test_hard_negatives_keep_clear_of_what_the_cluster_excludes():
+    """At most 4 of an anchor's excluded ranks among five negatives a row; 8.8 where each row drew for itself."""
+    anchors, positives = embeddings(3000, topics=60, width=24)
+    config = MiningConfig(method="published", num_negatives=5)
+    result = mine_plan(anchors, positives, config=config)
+    window, conflict = (matrix.toarray() > 0 for matrix in (result.graph.window, result.graph.conflict))
+    excluded = wanted = 0
+    for number in range(result.plan.num_clusters):
+        rows = np.flatnonzero(result.plan.cluster == number)
+        drawn = result.plan.negatives[rows]
+        pairs = np.ix_(rows, drawn[drawn >= 0])
+        excluded, wanted = excluded + conflict[pairs].sum(), wanted + window[pairs].sum()
+    assert excluded / 3000 < 4.0
+    assert wanted / 3000 > 21
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -30,6 +30,7 @@ from anybatch.plans.plan import BatchPlan
 from anybatch.plans.sampling import ClusterSampling
 
 Progress = Callable[[str, float], None]
+HARDEST_LABELS = 10  # of which hard negatives are drawn: published
 EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
 
 
@@ -254,13 +255,17 @@ class _Set(NamedTuple):
         return np.flatnonzero(self.text == np.arange(len(self.text)))
 
     @property
+    def labels(self) -> bool:
+        """Whether its positives are labels."""
+        return label_like(len(self.text), len(self.texts))
+
+    @property
     def apart(self) -> dict[str, np.ndarray]:
         """The ids that rows of one cluster must not share; of labels, which it may hold twice, the anchors' alone.
 
         A place of a label that is there already is lost, as the loss masks it; but what is beside it is harder.
         """
-        labels = label_like(len(self.text), len(self.texts))
-        return self.ids | ({"positive_id": np.arange(len(self.text))} if labels else {})
+        return self.ids | ({"positive_id": np.arange(len(self.text))} if self.labels else {})
 
 
 def _each_set(
@@ -343,7 +348,12 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
         report.hubs = most_wanted(graph.window.indices)
         negatives = None
         if config.num_negatives:
-            negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **one.ids)
+            published = config.method == "published"
+            if published and one.labels:
+                few = replace(one.window, take=min(HARDEST_LABELS, one.window.take))
+                graph = build_graph(neighbors, few, text=one.text)
+            power = 1 if published else 2
+            negatives = sample_negatives(graph, cluster, config.num_negatives, power=power, seed=config.seed, **one.ids)
         return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
 
 
