@@ -178,7 +178,7 @@ def main() -> None:
     common = {
         "rows": len(pairs),
         "temperature": options.temperature,
-        "num_batches": options.num_batches,
+        "draws": options.num_batches,
         "direction": options.direction,
     }
     done = {key_of(line) for line in read_lines(options.out)}
@@ -239,7 +239,7 @@ def main() -> None:
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
     """What identifies a line."""
-    names = ("rows", "temperature", "num_batches", "direction", "method", "batches", "batch_size")
+    names = ("rows", "temperature", "draws", "direction", "method", "batches", "batch_size")
     return tuple(line[name] for name in names)
 
 

@@ -224,6 +224,9 @@ def test_data_sets_of_a_folder(tmp_path):
     for name in ("b.jsonl", "a.csv.gz", "notes.txt"):
         (tmp_path / "files" / name).write_text("")
     assert list(find_sets(tmp_path / "files")) == ["a", "b"]
+    (tmp_path / "files" / "a.tsv").write_text("")
+    with pytest.raises(AnybatchError, match=r"called 'a': a\.csv\.gz and a\.tsv\. Rename one"):
+        find_sets(tmp_path / "files")
     pairs = PairData(anchors=["a", "b"], positives=["x", "y"])
     DatasetDict({"train": pairs.to_dataset(), "more": pairs.to_dataset()}).save_to_disk(str(tmp_path / "dict"))
     found = find_sets(tmp_path / "dict")

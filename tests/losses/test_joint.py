@@ -163,12 +163,15 @@ def test_a_running_denominator_follows_all_kinds(kinds):
         value = loss(*leaves, index=torch.tensor(rows))
         pairs, surrogate, objective = Pairs(*leaves, kinds), 0.0, 0.0
         for i in range(6):
-            terms = [logit - pairs.positive(i) / TAU for logits, count in pairs.of(i) for logit in logits]
-            mean = sum(term.exp().item() for term in terms) / 5
+            positive = pairs.positive(i) / TAU
+            terms = [logit for logits, _ in pairs.of(i) for logit in logits]
+            shares = [(term - positive).detach().exp() / 5 for term in terms]
+            mean = sum(shares).item()
             row = rows[i]
             u[row] = mean if row not in u else 0.6 * u[row] + 0.4 * mean
             objective += math.log(own * eps + u[row])
-            surrogate = surrogate + sum(term.detach().exp() * term for term in terms) / 5 / (own * eps + u[row])
+            drawn = sum(share * term for share, term in zip(shares, terms, strict=True)) - u[row] * positive
+            surrogate = surrogate + drawn / (own * eps + u[row])
         assert value.item() == pytest.approx(objective / 6, rel=1e-6)  # the state is float32
         mine, theirs = (torch.autograd.grad(scalar, leaves) for scalar in (value, surrogate / 6))
         for one, other in zip(mine, theirs, strict=True):

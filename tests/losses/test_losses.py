@@ -149,9 +149,7 @@ def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, state, pos
             for row in range(12):
                 assert bool(loss.denominator.visited[direction, row]) == (row in own.u)
                 if row in own.u:
-                    assert loss.denominator.log_mean[direction, row].exp().item() == pytest.approx(
-                        own.u[row], rel=1e-9
-                    )
+                    assert loss.denominator.log_mean[direction, row].exp().item() == pytest.approx(own.u[row], rel=1e-9)
 
 
 @pytest.mark.parametrize("eps_of", ["one over k", "zero", "one over n - 1"])

@@ -87,7 +87,7 @@ def command(
     for warning in warnings:
         say(f"Warning: {warning}")
     for title, figures in tables.items():
-        lines = [(figure.name, figure.plan, figure.random) for figure in figures]
+        lines = [figure[:3] for figure in figures]
         show(rich_table(["", "this plan", "random"], lines, left=(0,), title=escape(title)))
     for name, seen in inspections.items():
         if pairs is not None and seen.suspects:

@@ -73,10 +73,10 @@ class PlanSources:
         self.config = load_config(RunConfig, written) if written.exists() else None
         self.path = folder / "plan.safetensors" if options.path.is_dir() else options.path
         self.plan = BatchPlan.load(self.path)
-        self.loss = LossConfig() if self.config is None else self.config.loss
+        self.loss = LossConfig(name="infonce") if self.config is None else self.config.loss
         given = options.temperature
         self.temperature = first_temperature(self.loss) if given is None else given
-        self.direction = getattr(self.loss.example(), "direction", "one_way")
+        self.direction: Any = getattr(self.loss.example(), "direction", "one_way")
         self.missing: list[str] = []
 
     def pairs(self) -> PairData | None:
@@ -141,7 +141,7 @@ class PlanSources:
             return None
         return anchors, positives
 
-    def ids(self, pairs: PairData | None) -> dict[str, np.ndarray | None]:
+    def ids(self, pairs: PairData | None) -> dict[str, Any]:
         """Which texts are the same; without the data all rows count as different."""
         return {name: None if pairs is None else getattr(pairs, name) for name in ("anchor_id", "positive_id")}
 

@@ -85,7 +85,7 @@ class GradientError:
     @property
     def bias_to_remove(self) -> bool:
         """Whether the mean over batches points elsewhere than the full-data gradient."""
-        return self.cosine + 2 * self.cosine_se < STRAIGHT
+        return not self.cosine + 2 * self.cosine_se >= STRAIGHT  # NaN, where noise hides the mean, counts as elsewhere
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,13 +98,13 @@ class FrozenPairs:
         temperature: Of the full-data objective.
         direction: Of it: "one_way", or "both" for the mean of both directions' losses.
         tied: Whether one map is shared by both sides, as where one encoder embeds both.
-        full: Two estimates, (groups, P) each, of the full-data gradient in the P parameters, by group of anchors. Equal
-            and of one group where all anchors were taken: then they are exact.
+        full: (2, groups, P) two estimates of the full-data gradient in the P parameters, by group of anchors. Equal and
+            of one group where all anchors were taken: then they are exact.
 
     Example:
         >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)))
-        >>> [tuple(half.shape) for half in pairs.full]
-        [(1, 64), (1, 64)]
+        >>> tuple(pairs.full.shape)
+        (2, 1, 64)
     """
 
     anchors: Tensor
@@ -114,7 +114,7 @@ class FrozenPairs:
     temperature: float
     direction: Direction
     tied: bool
-    full: tuple[Tensor, Tensor]
+    full: Tensor
 
     @classmethod
     def prepare(
@@ -170,13 +170,12 @@ class FrozenPairs:
             return _parameters(parts, tied)
 
         if num_anchors is None or num_anchors >= num_rows:
-            full = (gradient(torch.arange(num_rows))[None],) * 2
+            full = gradient(torch.arange(num_rows)).expand(2, 1, -1)
         else:
             generator = np.random.default_rng(seed)
             size = max(1, num_anchors // (2 * GROUPS))
             halves = [generator.choice(num_rows, (GROUPS, size), replace=False) for _ in range(2)]
-            first, second = (torch.stack([gradient(torch.from_numpy(rows)) for rows in half]) for half in halves)
-            full = (first, second)
+            full = torch.stack([torch.stack([gradient(torch.from_numpy(rows)) for rows in half]) for half in halves])
         return cls(
             anchors=sides[0],
             positives=sides[1],
@@ -292,7 +291,7 @@ def _parameters(maps: Sequence[Tensor], tied: bool) -> Tensor:
 
 
 def _summarise(
-    halves: Sequence[Tensor], squares: Tensor, counts: Tensor, full: tuple[Tensor, Tensor], per_epoch: int
+    halves: Sequence[Tensor], squares: Tensor, counts: Tensor, full: Tensor, per_epoch: int
 ) -> GradientError:
     """All figures from inner products between the halves.
 

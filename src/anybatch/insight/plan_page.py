@@ -53,17 +53,13 @@ def render_plan_page(
     if not inspections and plan.suspects is not None:
         listed = plan.suspects[:UNSCORED].tolist()
         suspects = {"Suspected false negatives": [("", *texts.cells(row, other)) for row, other in listed]}
-    lines = {
-        heading: [(figure.name, figure.plan, figure.random, figure.meaning) for figure in figures]
-        for heading, figures in tables.items()
-    }
     return render(
         "plan.html",
         title=title,
         plan=plan,
         warnings=warnings,
         missing=missing,
-        tables=lines,
+        tables=tables,
         suspects={heading: found for heading, found in suspects.items() if found},
     )
 

@@ -23,7 +23,7 @@ from anybatch.core.configuration import NotNegative, Positive, unknown_key
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_integers
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats, differentiable_once, softmax_loss
-from anybatch.losses.joint import Kind, check_kinds, joint_softmax_loss
+from anybatch.losses.engine.joint import Kind, check_kinds, joint_softmax_loss
 from anybatch.losses.log_weights import LogWeights, as_log_weights, behind, plus, same_content, same_row
 from anybatch.losses.parts import MIN_TEMPERATURE, Batch, Denominator, GlobalTemperature, Part, Temperature
 from anybatch.losses.state import State
@@ -386,7 +386,8 @@ class SoftmaxLoss(ContrastiveLoss):
         # 2. The loss and its gradients.
         how = {"tile_bytes": self.tile_bytes, "ring": self.ring}
         if self.joint:
-            loss, stats = joint_softmax_loss(batch, sides[0], self.joint, over_data=self.over_data, **how)
+            how["over_data"] = self.over_data
+            loss, stats = joint_softmax_loss(batch.anchors, batch.candidates, sides[0], self.joint, **how)
         else:
             loss, stats = softmax_loss(batch.anchors, batch.candidates, *sides, **how)
         # 3. Each part learns.

@@ -23,7 +23,6 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.engine import Answer, Rule, Side, SoftmaxStats, softmax_loss
 from anybatch.losses.log_weights import LogWeights, Term, behind
-from anybatch.losses.parts import Batch
 from anybatch.plans.examples import Examples
 
 Kind = Literal["query_to_query", "doc_to_query", "doc_to_doc"]
@@ -46,12 +45,19 @@ def check_kinds(kinds: tuple[str, ...], direction: str) -> None:
 
 
 def joint_softmax_loss(
-    batch: Batch, side: Side, kinds: tuple[Kind, ...], *, over_data: bool, tile_bytes: int, ring: bool
+    anchors: Tensor,
+    candidates: Tensor,
+    side: Side,
+    kinds: tuple[Kind, ...],
+    *,
+    over_data: bool,
+    tile_bytes: int,
+    ring: bool,
 ) -> tuple[Tensor, tuple[SoftmaxStats, ...]]:
     """`softmax_loss` in one direction, with further kinds of negatives in each anchor's softmax.
 
     Args:
-        batch: Of this rank.
+        anchors, candidates: See `softmax_loss`.
         side: Anchors against candidates alone.
         kinds: Which pairs are negatives besides.
         over_data: The rule takes the candidates for a sample of all rows. Then each kind is one of its own: its
@@ -66,8 +72,7 @@ def joint_softmax_loss(
         raise AnybatchError(
             "joint is for losses that do not look at whole rows of scores. Leave it out, or use InfoNCE."
         )
-    anchors, candidates, device = batch.anchors, batch.candidates, batch.anchors.device
-    num_rows, num_columns = len(anchors), len(candidates)
+    num_rows, num_columns, device = len(anchors), len(candidates), anchors.device
     # 1. How many of each kind a row has, over all ranks.
     row_sizes = distributed.gather_sizes(num_rows, device)
     num_drawn = sum(distributed.gather_sizes(num_columns, device)) - 1
@@ -77,17 +82,17 @@ def joint_softmax_loss(
             f"joint has doc_to_doc, and the batch {num_columns - num_rows} explicit negatives for {num_rows} anchors; "
             "expected the same number for each, so that a text's own are known: they are not its negatives."
         )
-    counts = {"query_to_query": sum(row_sizes) - 1, "doc_to_query": sum(row_sizes) - 1}
-    counts["doc_to_doc"] = num_drawn - own_negatives
     normalised = side.log_weight is not None and side.log_weight.normalised
-    weights = {
-        kind: math.log(max(1, num_drawn) / max(1, count)) if over_data and not normalised else 0.0
-        for kind, count in counts.items()
-        if kind in kinds
-    }
-    of_kinds = [
-        [weights.get("query_to_query", -math.inf), 0.0],
-        [weights.get("doc_to_query", -math.inf), weights.get("doc_to_doc", -math.inf)],
+
+    def weight_of(kind: Kind, count: int) -> float:
+        if kind not in kinds:
+            return -math.inf
+        return math.log(max(1, num_drawn) / max(1, count)) if over_data and not normalised else 0.0
+
+    other_anchors, other_texts = sum(row_sizes) - 1, num_drawn - own_negatives
+    weights = [
+        [weight_of("query_to_query", other_anchors), 0.0],
+        [weight_of("doc_to_query", other_anchors), weight_of("doc_to_doc", other_texts)],
     ]
     # 2. The records of rows and candidates.
     known = side.log_weight or LogWeights(queries=Examples(), candidates=Examples())
@@ -101,7 +106,7 @@ def joint_softmax_loss(
     log_weight = LogWeights(
         queries=as_anchor.followed_by(positives) if twice else as_anchor,
         candidates=positives.followed_by(as_anchor).followed_by(negatives),
-        terms=(Kinds(torch.tensor(of_kinds, dtype=torch.float64, device=device), known.terms, normalised),),
+        terms=(Kinds(torch.tensor(weights, dtype=torch.float64, device=device), known.terms, normalised),),
     )
     # 3. The engine.
     texts = candidates[:num_rows]
@@ -176,8 +181,9 @@ class JointRule:
         # A rule knows of one term of the positive, so it is asked for the denominator over their number.
         shift = math.log(self.num_positives)
         answer = self.rule(log_sum - shift, num_drawn[:num_pairs], slice(0, num_pairs))
-        stated = answer.objective + torch.where(answer.log_denominator.isneginf(), 0.0, shift)  # nothing to divide by
-        objective = torch.cat([stated, torch.zeros_like(log_sum)])
+        empty = answer.log_denominator.isneginf()  # without the positive, and without a negative
+        objective = torch.where(empty, answer.objective, answer.objective + shift)
+        objective = torch.cat([objective, torch.zeros_like(log_sum)])
         weight = None if answer.positive_weight is None else (answer.positive_weight / 2).repeat(2)
         return Answer((answer.log_denominator + shift).repeat(2), objective, weight)
 
