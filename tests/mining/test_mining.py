@@ -597,3 +597,26 @@ def test_a_positive_of_the_same_anchor_in_another_row_is_no_hard_negative():
 def test_hard_negatives_of_random_batches_are_refused():
     with pytest.raises(AnybatchError, match=r"num_negatives is 2, and mining\.method 'random' ranks nothing"):
         MiningConfig(method="random", num_negatives=2)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_inclusion_weights_of_small_clusters_stand_for_all_that_is_not_suspected(size):
+    """Over many batches the weighted sum is the mean over the data; suspects of any cluster add nothing to either."""
+    anchors, positives = embeddings(24, topics=3)
+    config = MiningConfig(batch_size=8, cluster_size=size, window=(1, 6))
+    plan = mine_plan(anchors, positives, config=config).plan
+    other = plan.cluster[plan.suspects[:, 0]] != plan.cluster[plan.suspects[:, 1]]
+    assert other.any()
+    values = np.random.default_rng(0).uniform(1, 2, size=24)
+    wanted = ~np.eye(24, dtype=bool)
+    wanted[tuple(plan.suspects.T)] = wanted[tuple(plan.suspects[:, ::-1].T)] = False
+    table = RowTable(np.arange(24), np.arange(24), plan=plan, weights="inclusion", mask_suspects=True)
+    sums, count = np.zeros(24), np.zeros(24)
+    for epoch in range(400):
+        for batch in plan.epoch_batches(epoch):
+            weight = table.arguments(torch.from_numpy(batch))["log_weight"].tile(slice(0, 8), slice(0, 8)).exp().numpy()
+            np.fill_diagonal(weight, 0)
+            sums[batch] += weight @ values[batch]
+            count[batch] += 1
+    np.testing.assert_allclose((sums / count).mean(), ((wanted @ values) / 23).mean(), rtol=0.02)
+    np.testing.assert_allclose(sums / count, wanted @ values / 23, rtol=0.25)
