@@ -92,8 +92,6 @@ def test_batch_statistics_equal_a_loop(margin):
     assert 0 < above < near < 1 or margin is not None
     assert result.report.audit is not None
     assert statistics.window_per_anchor == pytest.approx(result.report.audit.window_per_anchor)
-    degree = np.bincount([j for line in wanted for j in line if text[j] == j], minlength=num_rows)
-    assert result.report.hubs == [(int(j), int(degree[j])) for j in np.argsort(-degree, kind="stable")[:20]]
     json.dumps(result.report.as_dict())
 
 

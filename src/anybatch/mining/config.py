@@ -188,7 +188,6 @@ class MiningReport:
     Attributes:
         audit: What the clusters hold; None for random batches and for several data sets.
         statistics: Whether mining is likely to help, with warnings; None as `audit`.
-        hubs: The rows that are in most rank windows, with the number of windows, most wanted first.
         recall: Of the neighbours, measured; 1.0 if exact.
         seconds, peak_bytes: Wall time and peak resident memory of each stage.
         notes: What had to be changed, in words.
@@ -201,7 +200,6 @@ class MiningReport:
 
     audit: Audit | None = None
     statistics: BatchStatistics | None = None
-    hubs: list[tuple[int, int]] = field(default_factory=list)
     recall: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from anybatch.core.blocks import release_pages
 from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.core.resources import Measure
-from anybatch.mining.audit import audit_clusters, most_wanted, suspect_pairs
+from anybatch.mining.audit import audit_clusters, suspect_pairs
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
 from anybatch.mining.graph import MiningGraph, Window, build_graph
 from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
@@ -345,7 +345,6 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     with _stage(report, "audit", one.progress):
         report.audit = audit_clusters(graph, cluster, **one.ids)
         report.statistics = batch_statistics(neighbors, cluster, one.window, text=one.text)
-        report.hubs = most_wanted(graph.window.indices)
         negatives = None
         if config.num_negatives:
             published = config.method == "published"
