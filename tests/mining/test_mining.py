@@ -139,9 +139,9 @@ def test_windows_of_labels_are_over_labels(neighbors):
         # The report counts rows of the window's labels, not the one row of each that was ranked.
         take = result.plan.meta["windows"][""][1]
         assert take == (10 if method == "anybatch" else 18)
-        scores = np.where(ranks[:, y] < take, anchors @ positives.T, 2.0)
-        limit = np.inf if result.plan.meta["margin"] is None else 0.95 * (anchors * positives).sum(1)
-        wanted = (scores <= np.where(limit > 0, limit, np.inf)[:, None]) if method == "anybatch" else scores < 2
+        scores = anchors @ positives.T
+        limit = 0.95 * (np.diag(scores) - scores.mean()) + scores.mean() if method == "anybatch" else np.full(len(y), 2)
+        wanted = scores <= np.where(limit > scores.mean(), limit, np.inf)[:, None]
         beside = result.plan.cluster[:, None] == result.plan.cluster[None]
         beside &= (result.plan.cluster >= 0)[:, None] & (y[:, None] != y[None])
         count = (beside & wanted & (ranks[:, y] < take)).sum() / len(y)
@@ -168,10 +168,10 @@ def test_cluster_sizes_follow_the_batch(batch_size, size, published):
 @pytest.mark.parametrize(
     ("method", "num_rows", "num_texts", "expected"),
     [
-        ("anybatch", 10_000, 9_000, Window(0, 32, 0.95)),
-        ("anybatch", 40, 40, Window(0, 20, 0.95)),
-        ("anybatch", 5_000, 100, Window(0, 10, 0.95)),
-        ("anybatch", 50_000, 1_000, Window(0, 32, 0.95)),
+        ("anybatch", 10_000, 9_000, Window(5, 32, 0.95)),
+        ("anybatch", 40, 40, Window(4, 20, 0.95)),
+        ("anybatch", 5_000, 100, Window(5, 10, 0.95)),
+        ("anybatch", 50_000, 1_000, Window(5, 32, 0.95)),
         ("anybatch", 50, 2, Window(0, 1, 0.95)),
         ("anybatch", 50, 1, Window(0, 1, 0.95)),
         ("published", 10_000, 9_000, Window(30, 100)),
@@ -232,6 +232,30 @@ def test_margin_makes_conflicts():
     signed = graph.signed(2.0).toarray()
     expected = graph.weight.toarray() - 2.0 * (graph.conflict.toarray() + graph.conflict.toarray().T)
     np.testing.assert_allclose(signed, expected, rtol=1e-6)
+
+
+def test_a_margin_counts_from_the_mean_score():
+    """Of a model whose cosines are all .9 and more, a margin from 0 would suspect every row."""
+    anchors, positives = embeddings(300, width=16, topics=20)
+    shifted = tuple(np.concatenate([side, np.full((300, 1), 3.0, np.float32)], axis=1) for side in (anchors, positives))
+    plain, crowded = (
+        mine_plan(*sides, config=MiningConfig(window=(0, 32))).report.statistics
+        for sides in ((anchors, positives), shifted)
+    )
+    assert plain.isolated < 0.2
+    assert crowded.isolated < 0.2
+    assert crowded.window_per_anchor == pytest.approx(plain.window_per_anchor, rel=0.1)
+
+
+def test_as_many_ranks_are_skipped_as_the_teacher_is_unsure_of():
+    found, _ = small_graph()
+    scores = np.full((90, 20), 0.5, np.float32)
+    for rank, share in enumerate((60, 45, 30, 29, 80)):  # of 90 rows, those that the margin suspects
+        scores[:share, rank] = 0.99
+    found = replace(found, scores=scores, own_score=np.ones(90, np.float32))
+    assert Window(5, 10, 0.95).to_conflicts(found) == Window(3, 10, 0.95)
+    assert Window(2, 10, 0.95).to_conflicts(found) == Window(2, 10, 0.95)
+    assert Window(5, 10).to_conflicts(found) == Window(0, 10)
 
 
 def objective(signed, cluster):
@@ -359,31 +383,50 @@ def test_negatives_come_from_the_window_and_never_repeat_content():
         items = [item for item in line if item >= 0]
         assert len(set(items)) == len(items)
         for item in items:
-            assert item in graph.window[row].indices
+            assert any(item in graph.window[other].indices for other in np.flatnonzero(cluster == cluster[row]))
             assert cluster[item] != cluster[row]
             assert anchor_id[item] != anchor_id[row]
             assert positive_id[item] != positive_id[row]
 
 
-def test_frequent_items_are_drawn_more_often():
+def test_negatives_are_weighed_by_all_rows_of_the_cluster():
+    """Windows less twice the conflicts of all members; drawn in proportion, or to its square; no text twice."""
     _, graph = small_graph(400)
     cluster = np.arange(400) // 8
     same = {"anchor_id": np.arange(400), "positive_id": np.arange(400)}
-    windows = [set(graph.window[row].indices.tolist()) for row in range(400)]
-    frequency = [
-        {
-            item: sum(item in windows[other] for other in np.flatnonzero(cluster == cluster[row]))
-            for item in windows[row]
-            if cluster[item] != cluster[row]
-        }
-        for row in range(400)
-    ]
-    expected = sum(sum(count for count in items.values() if count > 1) / sum(items.values()) for items in frequency)
-    often = 0
-    for seed in range(20):
-        drawn = sample_negatives(graph, cluster, 1, seed=seed, **same)[:, 0]
-        often += sum(frequency[row][item] > 1 for row, item in enumerate(drawn) if item >= 0)
-    assert often / 20 == pytest.approx(expected, rel=0.05)
+    windows, conflicts = graph.window.toarray() > 0, graph.conflict.toarray() > 0
+    members = slice(0, 8)  # the first cluster
+    weight = windows[members].sum(axis=0) - 2 * conflicts[members].sum(axis=0)
+    weight[members] = 0
+    counts = []
+    for power in (1, 2):
+        drawn = [sample_negatives(graph, cluster, 1, power=power, seed=seed, **same)[members] for seed in range(300)]
+        counts.append(np.bincount(np.concatenate(drawn).ravel(), minlength=400))
+        assert set(np.flatnonzero(counts[-1])) == set(np.flatnonzero(weight > 0))
+    plain, squared = (count[weight >= 2].mean() / count[weight == 1].mean() for count in counts)
+    assert 1.3 < plain < 2.5  # below 2, were it not for those of 3 and more: each is drawn once at most
+    assert squared > 1.3 * plain
+    drawn = sample_negatives(graph, cluster, 2, **same)
+    for items in drawn.reshape(50, 16):
+        assert len(np.unique(items[items >= 0])) == np.count_nonzero(items >= 0)
+    own = np.take_along_axis(windows, np.maximum(drawn, 0).astype(int), axis=1)[drawn >= 0]
+    assert own.mean() > 0.6  # most go to a row that wants them
+
+
+def test_hard_negatives_keep_clear_of_what_the_cluster_excludes():
+    """At most 4 of an anchor's excluded ranks among five negatives a row; 8.8 where each row drew for itself."""
+    anchors, positives = embeddings(3000, topics=60, width=24)
+    config = MiningConfig(method="published", num_negatives=5)
+    result = mine_plan(anchors, positives, config=config)
+    window, conflict = (matrix.toarray() > 0 for matrix in (result.graph.window, result.graph.conflict))
+    excluded = wanted = 0
+    for number in range(result.plan.num_clusters):
+        rows = np.flatnonzero(result.plan.cluster == number)
+        drawn = result.plan.negatives[rows]
+        pairs = np.ix_(rows, drawn[drawn >= 0])
+        excluded, wanted = excluded + conflict[pairs].sum(), wanted + window[pairs].sum()
+    assert excluded / 3000 < 4.0
+    assert wanted / 3000 > 21
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -554,3 +597,26 @@ def test_a_positive_of_the_same_anchor_in_another_row_is_no_hard_negative():
 def test_hard_negatives_of_random_batches_are_refused():
     with pytest.raises(AnybatchError, match=r"num_negatives is 2, and mining\.method 'random' ranks nothing"):
         MiningConfig(method="random", num_negatives=2)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_inclusion_weights_of_small_clusters_stand_for_all_that_is_not_suspected(size):
+    """Over many batches the weighted sum is the mean over the data; suspects of any cluster add nothing to either."""
+    anchors, positives = embeddings(24, topics=3)
+    config = MiningConfig(batch_size=8, cluster_size=size, window=(1, 6))
+    plan = mine_plan(anchors, positives, config=config).plan
+    other = plan.cluster[plan.suspects[:, 0]] != plan.cluster[plan.suspects[:, 1]]
+    assert other.any()
+    values = np.random.default_rng(0).uniform(1, 2, size=24)
+    wanted = ~np.eye(24, dtype=bool)
+    wanted[tuple(plan.suspects.T)] = wanted[tuple(plan.suspects[:, ::-1].T)] = False
+    table = RowTable(np.arange(24), np.arange(24), plan=plan, weights="inclusion", mask_suspects=True)
+    sums, count = np.zeros(24), np.zeros(24)
+    for epoch in range(400):
+        for batch in plan.epoch_batches(epoch):
+            weight = table.arguments(torch.from_numpy(batch))["log_weight"].tile(slice(0, 8), slice(0, 8)).exp().numpy()
+            np.fill_diagonal(weight, 0)
+            sums[batch] += weight @ values[batch]
+            count[batch] += 1
+    np.testing.assert_allclose((sums / count).mean(), ((wanted @ values) / 23).mean(), rtol=0.02)
+    np.testing.assert_allclose(sums / count, wanted @ values / 23, rtol=0.25)

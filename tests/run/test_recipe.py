@@ -10,6 +10,8 @@ from anybatch.losses.registry import LossConfig, build_loss
 from anybatch.mining import MiningConfig
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
+from anybatch.run.make_plan import check_start
+from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
 
 CONFIG = RunConfig(output="run", data=DataConfig(path="pairs.jsonl"))
@@ -51,3 +53,12 @@ def test_what_nobody_settled_is_refused():
         build_loss(LossConfig(), num_rows=8)
     with pytest.raises(AnybatchError, match=r"loss.gamma is given, which the recommended loss .* it is for .*sogclr"):
         LossConfig(gamma=0.5)
+
+
+def test_what_random_batches_do_not_use_is_named(pairs_file, tmp_path, caplog):
+    paths = (str(tmp_path / "a.npy"), str(tmp_path / "p.npy"))
+    mining = MiningConfig(method="random", window=(3, 9), margin=None)
+    config = replace(CONFIG, data=DataConfig(path=str(pairs_file)), batch_size=8, mining=mining)
+    config = replace(config, teacher=TeacherConfig(embeddings=paths))
+    check_start(config, read_training_pairs(config))
+    assert "Not used: mining.window, mining.margin, teacher.embeddings. mining.method is 'random'" in caplog.text

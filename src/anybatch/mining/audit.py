@@ -22,9 +22,6 @@ class Audit:
         hard_pairs: Pairs of rows with identical content in one cluster; 0 unless it cannot be avoided.
         smallest, largest: Sizes of clusters.
         remainder_rows: Rows in no cluster.
-        isolated_rows: Rows with no wanted edge at all.
-        kept_weight: Share of the graph's weight that lies inside clusters.
-        largest_in_degree: How many windows the most wanted row is in (a hub).
 
     Example:
         >>> from anybatch.mining import MiningConfig, mine_plan
@@ -43,9 +40,6 @@ class Audit:
     smallest: int
     largest: int
     remainder_rows: int
-    isolated_rows: int
-    kept_weight: float
-    largest_in_degree: int
 
 
 def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.ndarray, positive_id: np.ndarray) -> Audit:
@@ -62,7 +56,6 @@ def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.nda
     sizes = np.bincount(cluster[cluster >= 0])
     sizes = sizes[sizes > 0]
     by_chance = together_by_chance(cluster)
-    total_weight = float(graph.weight.sum())
     return Audit(
         window_per_anchor=beside.edges(graph.window) / num_rows,
         conflicts_per_anchor=beside.edges(graph.conflict) / num_rows,
@@ -72,9 +65,6 @@ def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.nda
         smallest=int(sizes.min(initial=num_rows)),
         largest=int(sizes.max(initial=0)),
         remainder_rows=int((cluster < 0).sum()),
-        isolated_rows=int((np.diff(graph.weight.indptr) == 0).sum()),
-        kept_weight=_kept_weight(graph.weight, cluster) / total_weight if total_weight else 0.0,
-        largest_in_degree=int(np.bincount(graph.window.indices, minlength=1).max(initial=0)),
     )
 
 
@@ -125,23 +115,6 @@ def suspect_pairs(conflict: sparse.csr_matrix) -> np.ndarray:
     rows, others = np.repeat(np.arange(num_rows), np.diff(conflict.indptr)), conflict.indices
     keys = np.unique(np.minimum(rows, others) * num_rows + np.maximum(rows, others))
     return np.stack(np.divmod(keys, max(1, num_rows)), axis=1).astype(np.int32)
-
-
-def most_wanted(wanted: np.ndarray, num: int = 20) -> list[tuple[int, int]]:
-    """Hubs: the rows that occur most often among `wanted` (the rows of all windows), each with its count, the most
-    wanted first.
-
-    Equal counts: the lower row first.
-    """
-    counts = np.bincount(wanted)
-    order = np.argsort(-counts, kind="stable")[:num]
-    return [(int(row), int(counts[row])) for row in order if counts[row]]
-
-
-def _kept_weight(weight: sparse.csr_matrix, cluster: np.ndarray) -> float:
-    """Sum of the weights inside clusters."""
-    rows = np.repeat(np.arange(len(cluster)), np.diff(weight.indptr))
-    return float(weight.data[(cluster[rows] == cluster[weight.indices]) & (cluster[rows] >= 0)].sum())
 
 
 def _hard_pairs(cluster: np.ndarray, anchor_id: np.ndarray, positive_id: np.ndarray) -> int:

@@ -34,8 +34,8 @@ class MiningConfig(Configuration):
             clusters or more, 2 to 32; 32 for "published".
         window: Ranks of distinct positives, [p, m]: the first p are suspected false negatives, the m after them are
             wanted. "auto": see `auto_window`; as published for "published".
-        margin: Also suspected: what scores above this share of the own positive. "auto": 0.95, for "published" none;
-            None for ranks alone.
+        margin: Also suspected: what scores above this share of the own positive, both counted from the mean score.
+            "auto": 0.95, for "published" none; None for ranks alone.
         conflict_weight: What a suspected false negative in the cluster costs, in wanted edges; of method "anybatch"
             alone. "auto": 30.
         neighbors: "exact", "ivf", or "auto" by the number of rows.
@@ -134,9 +134,9 @@ def label_like(num_rows: int, num_texts: int) -> bool:
 def auto_window(method: str, cluster_size: int, num_rows: int, num_texts: int) -> tuple[int, int]:
     """The ranks [p, m] of a data set.
 
-        anybatch    p = 0     m = 2 K, at least 32        conflicts end where scores fall below the margin, row by row
+        anybatch    p = 5     m = 2 K, at least 32        p at most: see `Window.to_conflicts`
         published   p = 30    m = 100
-        labels      p = 0     m = 30% of the wrong labels (published); a tenth of the labels, at least 10 (anybatch)
+        labels      p = 0, m = 30% of the wrong labels (published); p = 5, m = a tenth, at least 10 (anybatch)
 
     Measured on 4,096 titles and abstracts, batches of 64: with clusters of 4 windows of 8 to 64 ranks are alike.
     """
@@ -144,7 +144,7 @@ def auto_window(method: str, cluster_size: int, num_rows: int, num_texts: int) -
     if method == "published":
         return (0, max(1, round(LABEL_SHARE * (num_texts - 1)))) if labels else (30, 100)
     take = max(32, 2 * cluster_size)
-    return 0, max(1, min(take, max(10, num_texts // 10) if labels else take, num_texts // 2))
+    return min(5, num_texts // 10), max(1, min(take, max(10, num_texts // 10) if labels else take, num_texts // 2))
 
 
 def _check_window(name: str, window: RankWindow | None) -> None:
@@ -188,7 +188,6 @@ class MiningReport:
     Attributes:
         audit: What the clusters hold; None for random batches and for several data sets.
         statistics: Whether mining is likely to help, with warnings; None as `audit`.
-        hubs: The rows that are in most rank windows, with the number of windows, most wanted first.
         recall: Of the neighbours, measured; 1.0 if exact.
         seconds, peak_bytes: Wall time and peak resident memory of each stage.
         notes: What had to be changed, in words.
@@ -201,7 +200,6 @@ class MiningReport:
 
     audit: Audit | None = None
     statistics: BatchStatistics | None = None
-    hubs: list[tuple[int, int]] = field(default_factory=list)
     recall: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)

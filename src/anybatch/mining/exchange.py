@@ -160,13 +160,7 @@ def _place_attracted(graph, cluster, members, filled, rows):  # pragma: no cover
             where = cluster[graph.indices[edge]]
             if where < pool:
                 link[where] = 0.0
-        if best >= 0:
-            members[best, filled[best]] = row
-            filled[best] += 1
-            cluster[row] = best
-        else:
-            waiting[num_waiting] = row
-            num_waiting += 1
+        num_waiting = _place_or_wait(cluster, members, filled, row, best, waiting, num_waiting)
     return waiting[:num_waiting]
 
 
@@ -187,14 +181,20 @@ def _place_free(graph, cluster, members, filled, rows, anywhere):  # pragma: no 
                 if filled[where] < size and _clashes(graph, row, -1, members[where, : filled[where]]) == 0:
                     target = where
                     break
-        if target >= 0:
-            members[target, filled[target]] = row
-            filled[target] += 1
-            cluster[row] = target
-        else:
-            waiting[num_waiting] = row
-            num_waiting += 1
+        num_waiting = _place_or_wait(cluster, members, filled, row, target, waiting, num_waiting)
     return waiting[:num_waiting]
+
+
+@compiled
+def _place_or_wait(cluster, members, filled, row, target, waiting, num_waiting):  # pragma: no cover - compiled
+    """The row goes to the cluster `target`, or waits where that is -1; returns how many wait."""
+    if target < 0:
+        waiting[num_waiting] = row
+        return num_waiting + 1
+    members[target, filled[target]] = row
+    filled[target] += 1
+    cluster[row] = target
+    return num_waiting
 
 
 @compiled

@@ -6,7 +6,7 @@ join rows, lead to some of its rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.mining.inputs import BLOCK_ROWS, check_at_least
 from anybatch.mining.neighbors import Neighbors
 
+UNSURE = 1 / 3  # of the rows: a rank that the margin suspects of so many is skipped in all
 EDGES = 128  # about as many lead from a row whose ranks are texts of several rows: of 50 rows of a label a few do
 
 
@@ -26,8 +27,8 @@ class Window:
     Attributes:
         skip: The first ranks, which are suspected false negatives.
         take: The ranks after them, which are wanted.
-        margin: Also suspected: whatever scores above `margin` times the row's own positive (NV-Retriever: 0.95). None:
-            ranks alone.
+        margin: Also suspected: whatever scores above this share of the row's own positive, both counted from the mean
+            score (NV-Retriever: 0.95, from 0). None: ranks alone.
 
     Example:
         >>> Window(skip=30, take=64).depth
@@ -49,6 +50,17 @@ class Window:
         """One that the data can fill: skip at most a tenth of the distinct positives, take at most half of them."""
         return Window(min(self.skip, num_texts // 10), min(self.take, max(1, num_texts // 2)), self.margin)
 
+    def to_conflicts(self, neighbors: Neighbors) -> Window:
+        """One that skips only as many of its first ranks as conflicts go: ranks that the margin suspects of every third
+        row or more.
+
+        Where the teacher is unsure of that many, it is likely to overlook others; elsewhere the first ranks are the
+        hardest negatives, and hold the most softmax mass.
+        """
+        first = replace(neighbors, ids=neighbors.ids[:, : self.skip], scores=neighbors.scores[:, : self.skip])
+        _, suspected = replace(self, skip=0).cut(first)
+        return replace(self, skip=int(np.cumprod(suspected.mean(axis=0) >= UNSURE).sum()))
+
     def cut(self, neighbors: Neighbors) -> tuple[np.ndarray, np.ndarray]:
         """Which of each row's neighbours are wanted negatives, and which are suspected to be false ones.
 
@@ -60,8 +72,9 @@ class Window:
         present = neighbors.ids[:, : self.depth] >= 0
         suspected = present & (np.arange(present.shape[1]) < self.skip)[None]
         if self.margin is not None:
-            # Relative to a positive score only: times a negative one, the margin would forbid everything.
-            limit = np.where(neighbors.own_score > 0, self.margin * neighbors.own_score, np.inf)
+            # Of an own positive above the mean only: times a negative number, the margin would forbid everything.
+            above = neighbors.own_score - neighbors.mean_score
+            limit = np.where(above > 0, self.margin * above + neighbors.mean_score, np.inf)
             suspected |= present & (neighbors.scores[:, : self.depth] > limit[:, None])
         return present & ~suspected, suspected
 

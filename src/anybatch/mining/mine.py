@@ -16,7 +16,7 @@ from anybatch.core.blocks import release_pages
 from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.core.resources import Measure
-from anybatch.mining.audit import audit_clusters, most_wanted, suspect_pairs
+from anybatch.mining.audit import audit_clusters, suspect_pairs
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
 from anybatch.mining.graph import MiningGraph, Window, build_graph
 from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
@@ -30,6 +30,7 @@ from anybatch.plans.plan import BatchPlan
 from anybatch.plans.sampling import ClusterSampling
 
 Progress = Callable[[str, float], None]
+HARDEST_LABELS = 10  # of which hard negatives are drawn: published
 EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
 
 
@@ -120,7 +121,7 @@ def mine_plan(
         mined = _mine_set(one, settled, device, part)
         graph = mined.graph
         cluster[one.rows] = np.where(mined.cluster >= 0, mined.cluster + cluster.max() + 1, -1)
-        windows[one.name if sets else ""] = [one.window.skip, one.window.take]
+        windows[one.name if sets else ""] = [mined.window.skip, mined.window.take]
         suspects.append(mined.suspects + one.rows.start)
         if negatives is not None and mined.negatives is not None:
             negatives[one.rows] = np.where(mined.negatives >= 0, mined.negatives + one.rows.start, -1)
@@ -233,6 +234,7 @@ class _Set(NamedTuple):
         ids: anchor_id and positive_id, (rows,) int.
         text: Of each row the first one with its positive, which stands for it where positives are ranked.
         window, asked: As its texts allow it, and as the configuration says.
+        auto: Whether the teacher's scores say how many ranks are skipped.
     """
 
     name: str
@@ -243,6 +245,7 @@ class _Set(NamedTuple):
     text: np.ndarray
     window: Window
     asked: Window
+    auto: bool
     folder: Path | None
     progress: Progress
 
@@ -252,13 +255,17 @@ class _Set(NamedTuple):
         return np.flatnonzero(self.text == np.arange(len(self.text)))
 
     @property
+    def labels(self) -> bool:
+        """Whether its positives are labels."""
+        return label_like(len(self.text), len(self.texts))
+
+    @property
     def apart(self) -> dict[str, np.ndarray]:
         """The ids that rows of one cluster must not share; of labels, which it may hold twice, the anchors' alone.
 
         A place of a label that is there already is lost, as the loss masks it; but what is beside it is harder.
         """
-        labels = label_like(len(self.text), len(self.texts))
-        return self.ids | ({"positive_id": np.arange(len(self.text))} if labels else {})
+        return self.ids | ({"positive_id": np.arange(len(self.text))} if self.labels else {})
 
 
 def _each_set(
@@ -286,6 +293,7 @@ def _each_set(
             text=text,
             window=window,
             asked=asked,
+            auto=config.method != "published" and (config.window if one.window is None else one.window) == "auto",
             folder=folder / one.name if sets and folder is not None else folder,
             progress=partial(named, prefix=f"{one.name}: " if sets else ""),
         )
@@ -298,6 +306,7 @@ class _Mined(NamedTuple):
     suspects: np.ndarray
     negatives: np.ndarray | None
     graph: MiningGraph
+    window: Window
 
 
 def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> _Mined:
@@ -308,6 +317,8 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     # 1. Rank: for each anchor the teacher's best positives.
     neighbors = _rank(one, config, device, report)
     report.recall = neighbors.recall
+    if one.auto:
+        one = one._replace(window=one.window.to_conflicts(neighbors))
 
     # 2. Join: who wants to sit beside whom, and who must not.
     with _stage(report, "graph", one.progress):
@@ -334,11 +345,15 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     with _stage(report, "audit", one.progress):
         report.audit = audit_clusters(graph, cluster, **one.ids)
         report.statistics = batch_statistics(neighbors, cluster, one.window, text=one.text)
-        report.hubs = most_wanted(graph.window.indices)
         negatives = None
         if config.num_negatives:
-            negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **one.ids)
-        return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph)
+            published = config.method == "published"
+            if published and one.labels:
+                few = replace(one.window, take=min(HARDEST_LABELS, one.window.take))
+                graph = build_graph(neighbors, few, text=one.text)
+            power = 1 if published else 2
+            negatives = sample_negatives(graph, cluster, config.num_negatives, power=power, seed=config.seed, **one.ids)
+        return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
 
 
 def _rank(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> Neighbors:
@@ -347,7 +362,9 @@ def _rank(one: _Set, config: SettledConfig, device: str | None, report: MiningRe
     search = exact_neighbors if exact else partial(ivf_neighbors, seed=config.seed)
     with _stage(report, "neighbors", one.progress) as advance:
         where: dict[str, Any] = {"device": device, "folder": one.folder, "progress": advance}
-        return search(one.anchors, one.positives, one.window.depth, columns=one.texts, **one.ids, **where)
+        found = search(one.anchors, one.positives, one.window.depth, columns=one.texts, **one.ids, **where)
+    anchor, positive = (side.mean(axis=0, dtype=np.float64) for side in (one.anchors, one.positives))
+    return replace(found, mean_score=float(anchor @ positive))
 
 
 def _begin(one: _Set, config: SettledConfig, graph: MiningGraph, neighbors: Neighbors) -> np.ndarray:

@@ -42,6 +42,8 @@ class Neighbors:
         ids: (n, k) int32; -1 where there are fewer than k.
         scores: (n, k) float32; -inf beside -1.
         own_score: (n,) float32: the score of the row with itself, that is of the anchor with its own positive.
+        mean_score: Of all anchors with all positives: from where a margin counts. Many models give any two texts a
+            cosine of .7 and more.
         recall: Of the true top k, measured on a sample; 1.0 for exact search.
         num_probes: Cells that each query visited; 0 for exact search.
 
@@ -54,6 +56,7 @@ class Neighbors:
     ids: np.ndarray
     scores: np.ndarray
     own_score: np.ndarray
+    mean_score: float = 0.0
     recall: float = 1.0
     num_probes: int = 0
 

@@ -151,7 +151,7 @@ def batch_statistics(
         "relative_score": count["score"] / count["against"] if count["against"] else 0.0,
         "isolated": count["isolated"] / num_anchors,
     }
-    warnings = tuple(_warnings(figures, bool(by_chance), window.skip, limits))
+    warnings = tuple(_warnings(figures, bool(by_chance), window, limits))
     return BatchStatistics(num_anchors=num_anchors, **figures, warnings=warnings)
 
 
@@ -177,7 +177,7 @@ def _counts(neighbors: Neighbors, beside: Beside, home: np.ndarray, window: Wind
     }
 
 
-def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: StatisticsLimits) -> list[str]:
+def _warnings(figures: dict[str, float], clustered: bool, window: Window, limits: StatisticsLimits) -> list[str]:
     found = []
     if figures["own_first"] < limits.own_first:
         found.append(
@@ -185,11 +185,12 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Sta
             f"{limits.own_first:.0%} or more). A teacher that does not know the pairs cannot tell hard negatives from "
             "right answers. Use a better teacher, or random batches with count-corrected InfoNCE."
         )
-    if figures["own_behind_skip"] > limits.own_behind_skip:
+    # With a margin what is above the own positive is suspected, not wanted.
+    if window.margin is None and figures["own_behind_skip"] > limits.own_behind_skip:
         found.append(
-            f"For {figures['own_behind_skip']:.1%} of the anchors the teacher ranks the own positive behind the {skip} "
-            f"skipped rows (good: {limits.own_behind_skip:.0%} or less): their wanted negatives begin above it. Raise "
-            "p of mining.window [p, m], set mining.margin to 0.95, or use a better teacher."
+            f"For {figures['own_behind_skip']:.1%} of the anchors the teacher ranks the own positive behind the "
+            f"{window.skip} skipped rows (good: {limits.own_behind_skip:.0%} or less): their wanted negatives begin "
+            "above it. Raise p of mining.window [p, m], set mining.margin to 0.95, or use a better teacher."
         )
     if not clustered:
         return found  # random batches: nothing was chosen that could hurt

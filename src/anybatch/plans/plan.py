@@ -43,7 +43,7 @@ class BatchPlan:
         cluster: (num_rows,) int32, each row's cluster 0, 1, ...; -1 for rows in none.
         seed: Of the combination of clusters.
         data_digest: Digest of the texts (`PairData.digest`).
-        suspects: (p, 2) int32 suspected false negatives, pairs of rows that share a cluster; None: not looked for.
+        suspects: (p, 2) int32 suspected false negatives, pairs of rows of any clusters; None: not looked for.
         negatives: (num_rows, h) int32 rows mined as hard negatives of each anchor, -1 for none; None for none at all.
         task: (num_rows,) int32, each row's data set; None for one data set.
         task_names: Their names.

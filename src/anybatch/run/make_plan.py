@@ -12,7 +12,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, write_json
 from anybatch.core.progress import Progress, no_progress
 from anybatch.data.pairs import PairData
-from anybatch.mining import check_sizes, mine_plan, mine_shared, random_plan
+from anybatch.mining import MiningConfig, check_sizes, mine_plan, mine_shared, random_plan
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, resolved
 from anybatch.run.read_data import mining_sets
@@ -31,8 +31,20 @@ def check_start(config: RunConfig, pairs: PairData) -> None:
         _load_plan(Path(config.plan), config, pairs)
         return
     check_sizes(len(pairs), config=resolved(config).mining, sets=mining_sets(config, pairs))
-    if config.mining.method != "random" and (config.teacher.embeddings is not None or not config.teacher.name):
+    if config.mining.method == "random":
+        _name_unused(config)
+    elif config.teacher.embeddings is not None or not config.teacher.name:
         teacher_embeddings(config, pairs)
+
+
+def _name_unused(config: RunConfig) -> None:
+    """Say what random batches take no notice of: a run is often compared with random batches by one setting."""
+    default = MiningConfig()
+    names = ("cluster_size", "window", "margin", "neighbors")
+    unused = [f"mining.{name}" for name in names if getattr(config.mining, name) != getattr(default, name)]
+    unused += [f"teacher.{name}" for name in ("name", "embeddings") if getattr(config.teacher, name) is not None]
+    if unused and distributed.rank() == 0:
+        logger.warning("Not used: %s. mining.method is 'random', which ranks nothing.", ", ".join(unused))
 
 
 def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progress) -> BatchPlan:
