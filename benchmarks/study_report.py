@@ -13,6 +13,7 @@ from typing import Any
 
 from anybatch.insight import markdown_table
 from anybatch.insight.charts import COLOURS
+from anybatch.run.recipe import LARGEST_REMEMBERING
 
 Where = tuple[str, str, str, str, int]  # student, budget, task, arm, batch size
 SIZES = (16, 64, 256, 1024)
@@ -21,10 +22,8 @@ DRAWN = {
     "random/corrected": "count-corrected",
     "random/cross_batch": "cross-batch",
     "ours/infonce": "ours, InfoNCE",
-    "ours/corrected": "ours, corrected",
+    "ours/cross_batch": "ours, cross-batch",
 }
-# What is recommended to each student (docs/methods.md): it must not be worse than InfoNCE anywhere.
-RECOMMENDED = {"small": "random/cross_batch", "words": "random/cross_batch", "layers1": "ours/infonce"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +82,11 @@ class Results:
     def base(self, task: str, loss: str) -> str:
         """Random batches, within one task each."""
         return f"{'within' if task == 'mixture' else 'random'}/{loss}"
+
+    def recommended(self, task: str, size: int, teacher: bool) -> str:
+        """What `loss: auto` and `mining: auto` take (`anybatch.run.recipe`)."""
+        loss = "cross_batch" if size <= LARGEST_REMEMBERING else "corrected"
+        return f"ours/{loss}" if teacher else self.base(task, loss)
 
 
 def _pooled(found: Mapping[Where, tuple[list[float], bool]], where: Where) -> float:
@@ -163,12 +167,14 @@ def _aims(results: Results, students: Sequence[str]) -> str:
         rows.append([student, "everything together >= best single lever, on 4", *_verdict(pairs, 4, at_least=True)])
         pairs = {t: (cell(t, "random/sogclr"), cell(t, "random/corrected")) for t in ("docstrings", "snli")}
         rows.append([student, "SogCLR >= count-corrected where rows come 8 times", *_verdict(pairs, 2, at_least=True)])
-        recipe = RECOMMENDED.get(student, "random/infonce")
-        pairs = {
-            f"{t} {size}": (cell(t, recipe, size), cell(t, results.base(t, "infonce"), size)) for t, size in places
-        }
-        name = f"{recipe} nowhere below InfoNCE by one error"
-        rows.append([student, name, *_verdict(pairs, len(pairs), at_least=True, errors=1.0)])
+        for teacher in (False, True):
+            pairs = {
+                f"{t} {size}": (cell(t, results.recommended(t, size, teacher), size), cell(t, base, size))
+                for t, size in places
+                if (base := results.base(t, "infonce"))
+            }
+            name = f"recommended with{'' if teacher else 'out'} a teacher: nowhere below InfoNCE by one error"
+            rows.append([student, name, *_verdict(pairs, len(pairs), at_least=True, errors=1.0)])
     return markdown_table(["student", "aim", "verdict", "higher", "lower", "tasks (difference)"], rows)
 
 
