@@ -119,7 +119,6 @@ class LossConfig(Configuration):
             given. None for the embeddings as they are.
         warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once
             (docs/memory.md).
-        probe_steps: Every so many steps compare it with the exact one on a few rows; the figures go into the log.
 
     Raises:
         AnybatchError: A value out of range, an option of another method, options that exclude each other.
@@ -134,7 +133,6 @@ class LossConfig(Configuration):
     mask_suspects: bool = False
     matryoshka: tuple[Count, ...] | None = None
     warm_start: bool = False
-    probe_steps: Count | None = None
 
     section: ClassVar[str] = "loss"
 
@@ -226,17 +224,16 @@ class LossConfig(Configuration):
             raise AnybatchError(
                 "loss.weight_cap is given, which loss.weights 'none' does not use. Remove it, or set inclusion."
             )
-        for name, value in (("warm_start", self.warm_start), ("probe_steps", self.probe_steps)):
-            if value and not isinstance(example.running, RunningDenominator):
-                raise AnybatchError(
-                    f"loss.{name} is {value}, but '{self.name}' has no running denominator of all negatives. It is for "
-                    "methods that have one, such as sogclr."
-                )
-            if value and self.matryoshka is not None:
-                raise AnybatchError(
-                    f"loss.{name} is {value} and loss.matryoshka {list(self.matryoshka)}: a warm start and a probe are "
-                    "for one memory, and each prefix has its own. Leave out one of the two."
-                )
+        if self.warm_start and not isinstance(example.running, RunningDenominator):
+            raise AnybatchError(
+                f"loss.warm_start is given, but '{self.name}' has no running denominator of all negatives. It is for "
+                "methods that have one, such as sogclr."
+            )
+        if self.warm_start and self.matryoshka is not None:
+            raise AnybatchError(
+                f"loss.warm_start is given and loss.matryoshka {list(self.matryoshka)}: a warm start is for one "
+                "memory, and each prefix has its own. Leave out one of the two."
+            )
 
 
 @functools.cache
