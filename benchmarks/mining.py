@@ -102,7 +102,8 @@ def main() -> None:
     random = np.random.default_rng(0).permutation(num_rows) // SIZE
     record("random", 0.0, audit_clusters(union, np.where(random < num_clusters, random, -1), **same))
     with Measure() as measure:
-        mine_plan(anchors, positives, config=MiningConfig(cluster_size=SIZE, skip=SKIP, take=TAKE))
+        settings = {"window": (SKIP, TAKE), "margin": None, "conflict_weight": 3.0}
+        mine_plan(anchors, positives, config=MiningConfig(cluster_size=SIZE, **settings))
     peak = f"{measure.peak_bytes / 2**30:.1f} GiB"
     whole = f"The whole of `mine_plan` with its defaults otherwise: {measure.seconds:.0f} s, peak {peak}."
     header = ["clusters", "window negatives an anchor", "ratio", "conflicts an anchor", "ratio", "sizes", "seconds"]

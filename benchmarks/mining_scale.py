@@ -77,7 +77,8 @@ def measure(options: argparse.Namespace) -> None:
             last.update(stage=stage, done=done)
             print(f"{num_rows}: {stage} {done:.0%}", flush=True)
 
-    config = MiningConfig(skip=SKIP, take=TAKE, neighbors=options.neighbors)
+    before = {"margin": None, "conflict_weight": 3.0}  # the defaults that the table was made with
+    config = MiningConfig(cluster_size=32, window=(SKIP, TAKE), neighbors=options.neighbors, **before)
     report = mine_plan(anchors, positives, config=config, folder=folder, progress=show).report
     shutil.rmtree(folder)
     assert report.audit is not None

@@ -1,37 +1,30 @@
-"""Small data sets and encoders that train from scratch in under a minute on one core: word bags for text, four
-convolutions for images.
+"""Students that train in seconds to minutes on one core, and their figures on a search.
 
-Two tasks, each with training, development and test pairs:
+    small    texts: mean of word embeddings, then a residual MLP, 128 dimensions; pictures: four convolutions; scratch
+    words    texts: the same over the pretrained token table of a sentence-transformers model
+    layers1  texts: that model, cut to its first layer (layers2: its first two), mean pooling
 
-    arxiv   title -> abstract; one encoder for both sides: mean of word embeddings, then a residual MLP, 128 dimensions
-    emoji   picture <-> caption, both ways; convolutions for pictures at 24 x 24, word bags for captions
-
-Words are hashed (CRC-32) into a small table, so that there is no vocabulary to keep. Tokenised data are cached in one
-file a split.
+Words of `small` are hashed (CRC-32) into a small table, so that there is no vocabulary to keep.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import itertools
-import json
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybatch.core.files import digest_of, write_atomically
-from anybatch.evaluation.retrieval import pair_metrics
+from benchmarks.study_tasks import Inputs, Search
 
-BUCKETS, WIDTH, WORDS, PIXELS = 2**14, 128, 64, 24
-EVALUATION_ROWS = 512  # texts or pictures a forward pass when evaluating
+BUCKETS, WIDTH, WORDS = 2**13, 128, 64
+BLOCK = 512  # texts or pictures a forward pass when evaluating
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +33,13 @@ class Bags:
 
     words: np.ndarray
     starts: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Bags:
+        """From the words of each row; a row without any has word 0."""
+        rows = [row or [0] for row in rows]
+        starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        return cls(words=np.concatenate([np.asarray(row, np.int64) for row in rows]), starts=starts)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -53,42 +53,19 @@ class Bags:
         return torch.from_numpy(self.words[places]), torch.from_numpy(offsets)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Split:
-    """Pairs: inputs of both sides and ids, equal for identical texts. Pictures are uint8 (n, 3, PIXELS, PIXELS)."""
-
-    anchors: Bags | np.ndarray
-    positives: Bags
-    anchor_id: np.ndarray
-    positive_id: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.anchor_id)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Task:
-    """A data set with its splits, and which direction it is trained and tested in."""
-
-    name: str
-    direction: Literal["one_way", "both"]
-    temperature: float
-    train: Split
-    dev: Split
-    test: Split
-    make_model: Callable[[], PairModel]
-
-
 class WordBags(nn.Module):
-    """Mean of word embeddings, then a residual MLP: (rows of words) -> (B, WIDTH)."""
+    """Mean of word embeddings, then a residual MLP: (rows of words) -> (B, width)."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: Tensor, *, sparse: bool) -> None:
         super().__init__()
-        self.table = nn.EmbeddingBag(BUCKETS, WIDTH, mode="mean")
-        nn.init.normal_(self.table.weight, std=0.1)
+        width = table.shape[1]
+        self.table = nn.EmbeddingBag.from_pretrained(table.clone(), mode="mean", sparse=sparse, freeze=False)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
+            nn.LayerNorm(width), nn.Linear(width, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, width)
         )
+        if sparse:  # pretrained: begins as the mean of its words
+            nn.init.zeros_(self.mlp[-1].weight)  # pyright: ignore
+            nn.init.zeros_(self.mlp[-1].bias)  # pyright: ignore
 
     def forward(self, bags: Bags, rows: np.ndarray) -> Tensor:
         """Embed some rows."""
@@ -97,162 +74,148 @@ class WordBags(nn.Module):
 
 
 class Pictures(nn.Module):
-    """Four convolutions and a linear map: (B, 3, PIXELS, PIXELS) -> (B, WIDTH)."""
+    """Four convolutions and a linear map: (B, 3, 16, 16) -> (B, WIDTH)."""
 
     def __init__(self) -> None:
         super().__init__()
         widths, layers = (3, 32, 64, 96, 128), []
         for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 4, WIDTH))
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1], WIDTH))
 
     def forward(self, pictures: np.ndarray, rows: np.ndarray) -> Tensor:
         """Embed some rows."""
         return self.layers(torch.from_numpy(pictures[rows]).float() / 127.5 - 1)
 
 
-class PairModel(nn.Module):
-    """Two encoders, which may be one and the same."""
+class FirstLayers(nn.Module):
+    """The first layers of a transformer, mean pooling."""
 
-    def __init__(self, anchor: nn.Module, positive: nn.Module) -> None:
+    def __init__(self, model: str, layers: int) -> None:
         super().__init__()
-        self.anchor, self.positive = anchor, positive
+        from transformers import AutoModel
 
-    def forward(self, split: Split, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Embeddings of both sides of some pairs, (B, WIDTH) each, not normalised."""
-        return self.anchor(split.anchors, rows), self.positive(split.positives, rows)
+        self.transformer = AutoModel.from_pretrained(model, add_pooling_layer=False)
+        self.transformer.encoder.layer = self.transformer.encoder.layer[:layers]
+        for module in self.transformer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
 
-
-def tied_word_bags() -> PairModel:
-    """One word-bag encoder for both sides."""
-    encoder = WordBags()
-    return PairModel(encoder, encoder)
-
-
-def picture_and_words() -> PairModel:
-    """Convolutions for the anchors, word bags for the positives."""
-    return PairModel(Pictures(), WordBags())
-
-
-def evaluate(model: PairModel, split: Split, *, direction: str) -> dict[str, float]:
-    """nDCG@10 and recall@1 on the pairs of a split among themselves; for "both", the mean of the two directions."""
-    model.eval()
-    with torch.no_grad():
-        blocks = [
-            model(split, np.arange(start, min(start + EVALUATION_ROWS, len(split))))
-            for start in range(0, len(split), EVALUATION_ROWS)
-        ]
-    model.train()
-    anchors, positives = (nn.functional.normalize(torch.cat(side), dim=1).numpy() for side in zip(*blocks, strict=True))
-    there = pair_metrics(anchors, positives, anchor_id=split.anchor_id, positive_id=split.positive_id, ks=(1, 10))
-    if direction == "both":
-        back = pair_metrics(positives, anchors, anchor_id=split.positive_id, positive_id=split.anchor_id, ks=(1, 10))
-        there = {name: (there[name] + back[name]) / 2 for name in there}
-    return {name: there[name] for name in ("ndcg@10", "recall@1")}
+    def forward(self, bags: Bags, rows: np.ndarray) -> Tensor:
+        """Embed some rows."""
+        texts = [torch.from_numpy(bags.words[bags.starts[row] : bags.starts[row + 1]]) for row in rows]
+        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        there = torch.arange(tokens.shape[1])[None] < torch.tensor([len(text) for text in texts])[:, None]
+        states = self.transformer(input_ids=tokens, attention_mask=there.long()).last_hidden_state
+        return (states * there[:, :, None]).sum(dim=1) / there.sum(dim=1, keepdim=True)
 
 
-def load_task(name: str, folder: Path, *, cache: Path, limit: int | None = None) -> Task:
-    """Read a task's data.
+class Student(nn.Module):
+    """Encoders of both sides, which may be one and the same, and how inputs are made ready for them.
 
     Args:
-        name: "arxiv" or "emoji".
-        folder: Where its data lie: train/dev/test.jsonl.gz with title and abstract; images.npz and meta.jsonl.gz.
-        cache: Folder for tokenised data.
-        limit: Use only the first training pairs.
+        kind: See the module.
+        pictures: Whether the anchors are pictures.
+        model: Path of the pretrained model, of the kinds that need one.
     """
-    make: dict[str, Callable[[Path, Path, int | None], Task]] = {"arxiv": _arxiv, "emoji": _emoji}
-    cache.mkdir(parents=True, exist_ok=True)
-    return make[name](folder, cache, limit)
+
+    def __init__(self, kind: str, *, pictures: bool, model: str | None) -> None:
+        super().__init__()
+        self.kind, self.model = kind, model
+        if kind == "small":
+            self.positive: nn.Module = WordBags(torch.randn(BUCKETS, WIDTH) * 0.1, sparse=False)
+        elif kind == "words":
+            self.positive = WordBags(_token_table(model), sparse=True)
+        else:
+            self.positive = FirstLayers(str(model), int(kind.removeprefix("layers")))
+        self.anchor = Pictures() if pictures else self.positive
+
+    def prepare(self, inputs: Inputs) -> Bags | np.ndarray:
+        """Texts as word numbers, once for all runs; pictures as they are."""
+        if isinstance(inputs, np.ndarray):
+            return inputs
+        return _bags("small" if self.kind == "small" else str(self.model), _Same(inputs), self.kind[:6] == "layers")
+
+    def forward(self, inputs: Inputs, rows: np.ndarray, *, back: bool) -> Tensor:
+        """(B, D) of some anchors, or (back) of some positives; not normalised."""
+        return (self.positive if back else self.anchor)(self.prepare(inputs), rows)
+
+    @torch.no_grad()
+    def embed(self, inputs: Inputs, *, back: bool) -> Tensor:
+        """(n, D) of unit length."""
+        blocks = np.array_split(np.arange(len(inputs)), max(1, len(inputs) // BLOCK))
+        return nn.functional.normalize(torch.cat([self(inputs, rows, back=back) for rows in blocks]), dim=1)
+
+    def optimizers(self, rate: float) -> list[torch.optim.Optimizer]:
+        """Adam; a pretrained table has a sparse one."""
+        sparse = [layer for layer in self.modules() if isinstance(layer, nn.EmbeddingBag) and layer.sparse]
+        tables = {parameter for layer in sparse for parameter in layer.parameters()}
+        rest = [parameter for parameter in self.parameters() if parameter not in tables]
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr=rate, fused=True)]
+        return optimizers + ([torch.optim.SparseAdam(list(tables), lr=rate)] if tables else [])
 
 
-def lsa_teacher(split: Split, *, dimensions: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """A weak teacher from the training data alone: tf-idf of the words, truncated SVD. Pictures take the embedding of
-    their caption.
-    """
-    from scipy.sparse import csr_matrix, diags, vstack
-    from scipy.sparse.linalg import svds
+def score(student: Student, searches: Sequence[Search]) -> float:
+    """nDCG@10, the mean over the searches."""
+    student.eval()
+    embedded: dict[tuple[int, bool], Tensor] = {}
 
-    sides = [split.positives if isinstance(side, np.ndarray) else side for side in (split.anchors, split.positives)]
-    counts = [
-        csr_matrix((np.ones(len(bags.words), np.float32), bags.words, bags.starts), shape=(len(bags), BUCKETS))
-        for bags in sides
-    ]
-    for side in counts:
-        side.sum_duplicates()  # so that an entry is a word of a document, however often it occurs
-    documents = np.bincount(vstack(counts).tocsr().indices, minlength=BUCKETS)
-    idf = diags(np.log(2 * len(split) / np.maximum(1, documents)).astype(np.float32))
-    for side in counts:
-        side.data = np.sqrt(side.data)
-    weighted = [csr_matrix(side @ idf) for side in counts]
-    start = np.random.default_rng(0).normal(size=min(len(split), BUCKETS))
-    _, values, vectors = svds(weighted[1], k=min(dimensions, len(split) - 1), v0=start)
-    assert vectors is not None
-    projected = [np.asarray(side @ vectors.T) / np.sqrt(values + 1e-6) for side in weighted]
-    return tuple(side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-9) for side in projected)  # pyright: ignore
+    def embed(inputs: Inputs, back: bool) -> Tensor:
+        key = id(inputs), back
+        if key not in embedded:
+            embedded[key] = student.embed(inputs, back=back)
+        return embedded[key]
+
+    figures = []
+    for search in searches:
+        queries, corpus = embed(search.queries, search.back), embed(search.corpus, not search.back)
+        depth, total = min(10, len(corpus)), 0.0
+        gains = 1 / np.log2(np.arange(2, 2 + depth))
+        best = torch.cat([(block @ corpus.T).topk(depth, dim=1).indices for block in queries.split(BLOCK)]).numpy()
+        for found, wanted in zip(best, search.relevant, strict=True):
+            total += gains[np.isin(found, list(wanted))].sum() / gains[: len(wanted)].sum()
+        figures.append(total / len(queries))
+    student.train()
+    return float(np.mean(figures))
 
 
-def _arxiv(folder: Path, cache: Path, limit: int | None) -> Task:
-    splits = {}
-    for name in ("train", "dev", "test"):
-        rows = _lines(folder / f"{name}.jsonl.gz")[: limit if name == "train" else None]
-        titles, abstracts = ([row[column] for row in rows] for column in ("title", "abstract"))
-        splits[name] = Split(
-            anchors=_bags(titles, cache),
-            positives=_bags(abstracts, cache),
-            anchor_id=_ids(titles),
-            positive_id=_ids(abstracts),
+class _Same:
+    """A list as a key of a cache: equal where it is the very same list, which is kept."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.texts is other.texts
+
+    def __hash__(self) -> int:
+        return id(self.texts)
+
+
+@cache
+def _bags(words: str, same: _Same, special: bool) -> Bags:
+    if words == "small":
+        return Bags.of(
+            [
+                [zlib.crc32(word.encode()) % BUCKETS for word in re.findall(r"\w+", text.lower())[:WORDS]]
+                for text in same.texts
+            ]
         )
-    return Task(name="arxiv", direction="one_way", temperature=0.05, make_model=tied_word_bags, **splits)
+    found = _tokenizer(words)(
+        list(same.texts), truncation=True, max_length=32 if special else WORDS, add_special_tokens=special
+    )
+    return Bags.of(found["input_ids"])
 
 
-def _emoji(folder: Path, cache: Path, limit: int | None) -> Task:
-    from PIL import Image
+@cache
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
 
-    stored, meta = np.load(folder / "images.npz"), _lines(folder / "meta.jsonl.gz")
-    data, offsets = stored["data"], stored["offsets"]
-    splits = {}
-    for name, wanted in (("train", "train"), ("dev", "dev_concept"), ("test", "test_concept")):
-        rows = [row for row in meta if row["split"] == wanted][: limit if name == "train" else None]
-        captions = [f"{row['label']}: {', '.join(row['tags'])}" for row in rows]
-        pictures = [
-            Image.open(io.BytesIO(data[offsets[row["i"]] : offsets[row["i"] + 1]].tobytes()))
-            .convert("RGB")
-            .resize((PIXELS, PIXELS), Image.Resampling.BOX)
-            for row in rows
-        ]
-        splits[name] = Split(
-            anchors=np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures]),
-            positives=_bags(captions, cache),
-            anchor_id=np.arange(len(rows)),
-            positive_id=_ids(captions),
-        )
-    return Task(name="emoji", direction="both", temperature=0.07, make_model=picture_and_words, **splits)
+    return AutoTokenizer.from_pretrained(model)
 
 
-def _bags(texts: Sequence[str], cache: Path) -> Bags:
-    """Hash the words of each text, at most WORDS, at least one; kept in `cache` under the digest of the texts."""
-    path = cache / f"bags-{BUCKETS}-{WORDS}-{digest_of(text.encode() for text in texts)}.npz"
-    if not path.exists():
-        rows = [
-            [zlib.crc32(word.encode()) % BUCKETS for word in re.findall(r"\w+", text.lower())[:WORDS]] or [0]
-            for text in texts
-        ]
-        starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        words = np.concatenate([np.asarray(row, np.int64) for row in rows])
+@cache
+def _token_table(model: str | None) -> Tensor:
+    from transformers import AutoModel
 
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.savez(file, words=words, starts=starts)
-
-        write_atomically(path, write)
-    stored = np.load(path)
-    return Bags(words=stored["words"], starts=stored["starts"])
-
-
-def _ids(texts: Sequence[str]) -> np.ndarray:
-    return np.unique(np.asarray(texts), return_inverse=True)[1].reshape(-1)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf8") as file:
-        return [json.loads(line) for line in file]
+    return AutoModel.from_pretrained(str(model)).embeddings.word_embeddings.weight.detach()

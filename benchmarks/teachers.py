@@ -1,5 +1,4 @@
-"""What `batch_statistics` says of good and bad teachers on the same pairs: where the thresholds of its warnings come
-from.
+"""What batch statistics and `inspect plan` say of good and bad teachers on the same pairs.
 
 Usage: python -m benchmarks.teachers --data train.jsonl.gz --anchor-embeddings A.npy --positive-embeddings P.npy
 
@@ -10,7 +9,6 @@ truncated SVD of the same texts). Writes docs/benchmarks/statistics.md.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from anybatch.data.pairs import PairData, read_pairs
 from anybatch.insight import markdown_table
-from anybatch.insight.inspection import inspect_plan
+from anybatch.insight.plan_figures import inspect_plan
 from anybatch.mining import MiningConfig, mine_plan
 
 WINDOWS = ((30, 64), (5, 40))
@@ -49,12 +47,12 @@ def main() -> None:
         for skip, take in WINDOWS:
             lines.append([name, f"{skip}, {take}", *figures(pairs, anchors, positives, skip, take)])
             print(lines[-1], flush=True)
-    header = ["teacher", "skip, take", *SHOWN, "window_gain", "expected loss", "random", "warnings"]
+    header = ["teacher", "skip, take", *SHOWN, "window_gain", "mass in the batch", "suspects", "warnings"]
     options.out.write_text(
         "# What batch statistics under the teacher say of good and bad teachers\n\n`python -m benchmarks.teachers "
         f"--data train.jsonl.gz --anchor-embeddings A.npy --positive-embeddings P.npy` on the first {len(pairs):,} "
         f"training pairs of arxiv-title-abstract; {options.teacher} embeddings of 64 tokens, LSA of the same texts; "
-        "clusters of 32, batches of 64, other settings at their defaults; expected loss at temperature "
+        "clusters of 32, batches of 64, other settings at their defaults; softmax mass at temperature "
         f"{TEMPERATURE:g}. The columns are explained in "
         "[look before you train](../inspect.md).\n\n" + markdown_table(header, lines),
         encoding="utf-8",
@@ -74,15 +72,16 @@ def lsa(pairs: PairData, width: int) -> list[np.ndarray]:
 def figures(pairs: PairData, anchors: np.ndarray, positives: np.ndarray, skip: int, take: int) -> list[str]:
     """One line of the table."""
     same = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
-    plan = mine_plan(anchors, positives, config=MiningConfig(skip=skip, take=take), **same).plan
-    seen = inspect_plan(plan, anchors, positives, temperature=TEMPERATURE, num_anchors=len(pairs), **same)[""]
-    statistics = asdict(seen.statistics)
+    config = MiningConfig(cluster_size=32, window=(skip, take), margin=None, conflict_weight=3.0)
+    result = mine_plan(anchors, positives, config=config, **same)
+    seen = inspect_plan(result.plan, anchors, positives, temperature=TEMPERATURE, num_anchors=len(pairs), **same)[""]
+    statistics = result.report.as_dict()["statistics"]
     return [
         *(f"{statistics[name]:.3f}" for name in SHOWN),
         f"{statistics['window_gain']:.0f}",
-        f"{seen.planned.loss:.3f}",
-        f"{seen.random.loss:.3f}",
-        str(len(seen.statistics.warnings)),
+        f"{seen.planned.in_batch:.3f}",
+        f"{seen.planned.suspects:.3f}",
+        str(len(statistics["warnings"])),
     ]
 
 

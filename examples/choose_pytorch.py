@@ -20,7 +20,7 @@ teacher_positives = vectorizer.transform(pairs.positives) @ projection
 result = mine_plan(
     teacher_anchors.astype(np.float32),
     teacher_positives.astype(np.float32),
-    config=MiningConfig(batch_size=64, cluster_size=16, skip=2, take=32),
+    config=MiningConfig(batch_size=64, cluster_size=16, window=(2, 32)),
     anchor_id=pairs.anchor_id,
     positive_id=pairs.positive_id,
     data_digest=pairs.digest,

@@ -23,7 +23,7 @@ pairs = sample.load("train", limit=int(sys.argv[2]) if len(sys.argv) > 2 else 51
 plan = mine_plan(
     embed_texts(model, pairs.anchors, side="query"),
     embed_texts(model, pairs.positives, side="document"),
-    config=MiningConfig(batch_size=64, cluster_size=16, skip=2, take=32),
+    config=MiningConfig(batch_size=64, cluster_size=16, window=(2, 32)),
     anchor_id=pairs.anchor_id,
     positive_id=pairs.positive_id,
     data_digest=pairs.digest,

@@ -402,9 +402,13 @@ def mined(options: dict[str, Any], mixing: str | None) -> BatchPlan:
     if mixing is not None:
         options = {**options, "mixing": mixing}
         first, second = SET_ROWS
-        sets = [MiningSet(name="first", num_rows=first), MiningSet(name="second", num_rows=second, take=12, share=0.7)]
+        sets = [
+            MiningSet(name="first", num_rows=first),
+            MiningSet(name="second", num_rows=second, window=(2, 12), share=0.7),
+        ]
     rows = np.arange(MINING_ROWS)
-    config = MiningConfig(batch_size=24, cluster_size=8, skip=2, take=16, seed=4, **options)
+    options = {"margin": None, "conflict_weight": 3.0 if options["method"] == "anybatch" else "auto", **options}
+    config = MiningConfig(batch_size=24, cluster_size=8, window=(2, 16), seed=4, **options)
     return mine_plan(
         anchors,
         positives,
@@ -501,7 +505,7 @@ def small_run() -> Case:
             batch_size=12,
             seed=3,
             teacher=TeacherConfig(embeddings=(paths[0], paths[1])),
-            mining=MiningConfig(cluster_size=4, skip=1, take=6, num_negatives=1),
+            mining=MiningConfig(cluster_size=4, window=(1, 6), margin=None, conflict_weight=3.0, num_negatives=1),
             loss=registry.LossConfig(
                 name="sogclr", direction="both", gamma=0.5, weights="inclusion", weight_cap=4.0, mask_suspects=True
             ),

@@ -24,10 +24,18 @@ EXTRA = [2, 1, 0]  # and their explicit negatives
 
 
 def expected(
-    formula: Formula, anchors: Tensor, candidates: Tensor, temperature: float, allowed: Tensor, weight: Tensor
+    formula: Formula,
+    anchors: Tensor,
+    candidates: Tensor,
+    temperature: float,
+    allowed: Tensor,
+    weight: Tensor,
+    margin: float | None = None,
 ):
     """The mean of the formula over the rows, a loop with plain autograd."""
     scores = reference.unit(anchors) @ reference.unit(candidates).T / temperature
+    if margin is not None:
+        allowed = allowed & (scores * temperature <= scores.diagonal()[:, None] * temperature + margin)
     rows = [
         formula(scores[i, i], (scores[i] + weight[i])[allowed[i]], len(candidates) - 1) for i in range(len(anchors))
     ]
@@ -45,6 +53,7 @@ def draw(rows: int, extra: int, *, near: float, seed: int) -> tuple[Tensor, Tens
 
 def check(make: Callable[..., Any], formula: Formula, *, temperature: float, **options: Any) -> None:
     """Value and gradients of `make(temperature=..., direction=..., tile_bytes=...)` are those of the formula."""
+    margin = options.get("mask_margin")
     forms = itertools.product(SHAPES, (1, 150, 10**7), (False, True), (False, True), (0.0, 3.0))
     for seed, ((rows, extra), tile_bytes, ids, both, near) in enumerate(forms):
         anchors, candidates, anchor_id, candidate_id = draw(rows, extra, near=near, seed=seed)
@@ -54,11 +63,12 @@ def check(make: Callable[..., Any], formula: Formula, *, temperature: float, **o
         sides = [side.requires_grad_() for side in (anchors, candidates)]
         loss = make(temperature=temperature, direction="both" if both else "one_way", tile_bytes=tile_bytes, **options)
         value = loss(*sides, log_weight=weight if ids and not both else None, **known)
-        wanted = expected(formula, *sides, temperature, allowed, weight)
+        wanted = expected(formula, *sides, temperature, allowed, weight, margin)
         if both:
             back = reference.pairs_allowed(rows, rows, *((candidate_id[:rows], anchor_id) if ids else ()))
             none = torch.zeros(rows, rows, dtype=torch.float64)
-            wanted = (wanted + expected(formula, candidates[:rows], anchors, temperature, back, none)) / 2
+            reverse = expected(formula, candidates[:rows], anchors, temperature, back, none, margin)
+            wanted = (wanted + reverse) / 2
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
         ours, theirs = (torch.autograd.grad(scalar, sides, allow_unused=True) for scalar in (value, wanted))
         for mine, other in zip(ours, theirs, strict=True):

@@ -53,25 +53,23 @@ def batches(num_steps, rows=18):
     return [[texts(rows, 13, 2 * step), texts(rows, 30, 2 * step + 1)] for step in range(num_steps)]
 
 
-def cached(encoder, loss, inputs, *, micro_batch=4, keep_graphs=0.0):
+def cached(encoder, loss, inputs, *, micro_batch=4, keep_graphs=0.0, multiple=MULTIPLE):
     torch.manual_seed(7)
     for one in inputs:
-        cached_step(
-            loss, encoder, one, micro_batch=micro_batch, keep_graphs=keep_graphs, pad_to_multiple=MULTIPLE
-        )  # fmt: skip
+        cached_step(loss, encoder, one, micro_batch=micro_batch, keep_graphs=keep_graphs, pad_to_multiple=multiple)
     return gradients(getattr(encoder, "_orig_mod", encoder), loss)
 
 
-def plain(encoder, loss, inputs, *, micro_batch=4):
+def plain(encoder, loss, inputs, *, multiple=MULTIPLE):
     """One graph a step, made of the same micro-batches, because masks belong to them."""
     torch.manual_seed(7)
+
+    def cut(batch, rows):
+        return RowSlicer(batch, pad_to_multiple=multiple).take(rows)
+
     for one in inputs:
-        plans = [
-            plan_micro_batches(RowSlicer(batch, pad_to_multiple=MULTIPLE), micro_batch=micro_batch) for batch in one
-        ]
-        plain_step_in_pieces(
-            loss, [encoder] * 2, one, plans, lambda batch, rows: RowSlicer(batch, pad_to_multiple=MULTIPLE).take(rows)
-        )
+        plans = [plan_micro_batches(RowSlicer(batch, pad_to_multiple=multiple), micro_batch=4) for batch in one]
+        plain_step_in_pieces(loss, [encoder] * 2, one, plans, cut)
     return gradients(encoder, loss)
 
 
@@ -115,22 +113,12 @@ def test_dynamic_sizes_need_no_multiple():
     """Without `pad_to_multiple`, and with dynamic=True: a handful of graphs for any width and any number of rows."""
     backend = Counting("aot_eager")
     compiled = torch.compile(Words().double(), backend=backend, dynamic=True)
-    inputs = batches(3)
-    torch.manual_seed(7)
-    loss = Softmax().double()
-    for one in inputs:
-        cached_step(loss, compiled, one, micro_batch=4)
-    again = Words().double()
-    torch.manual_seed(7)
-    reference = Softmax().double()
-    for one in inputs:
-        plans = [plan_micro_batches(batch, micro_batch=4) for batch in one]
-        plain_step_in_pieces(reference, [again] * 2, one, plans, lambda batch, rows: RowSlicer(batch).take(rows))
-    assert relative_error(gradients(compiled._orig_mod, loss), gradients(again, reference)) < 1e-12
+    inputs, loss = batches(3), Softmax().double()
+    got = cached(compiled, loss, inputs, multiple=None)
+    assert relative_error(got, plain(Words().double(), Softmax().double(), inputs, multiple=None)) < 1e-12
     once = backend.graphs
     assert once <= 6
-    for one in batches(6, rows=17)[3:]:
-        cached_step(loss, compiled, one, micro_batch=5)
+    cached(compiled, loss, batches(6, rows=17)[3:], micro_batch=5, multiple=None)
     assert backend.graphs == once
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from anybatch.caching import RowSlicer, cached_step, plan_micro_batches
+from anybatch.caching import cached_step, plan_micro_batches
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import (
     Mlp,
@@ -77,6 +77,7 @@ def test_one_tower():
 
 
 def test_a_mask_and_the_outer_scale():
+    """luyug/GradCache: keyword arguments to the loss raise."""
     encoder = Mlp()
     log_weight = torch.zeros(10, 10)
     log_weight[0, 1] = log_weight[3, 7] = -torch.inf
@@ -210,27 +211,18 @@ def test_batch_norm_is_refused_by_name():
     assert both_ways(Softmax(), [encoder, encoder], inputs, micro_batch=2) < EXACT
 
 
-def test_unused_tower():
-    with pytest.raises(AnybatchError, match=r"tower\(s\) 1"):
-        cached_step(lambda a, c: a.sum(), Mlp(), [vectors(4), vectors(4)], micro_batch=2)
-
-
-def test_nothing_to_train():
-    encoder = Mlp().requires_grad_(False)
-    loss = Softmax()
-    loss.requires_grad_(False)
-    with pytest.raises(AnybatchError, match="frozen"):
-        cached_step(loss, encoder, [vectors(4), vectors(4)], micro_batch=2)
-
-
-def test_losses_that_return_no_scalar():
-    with pytest.raises(AnybatchError, match=r"shape \(4,\)"):
-        cached_step(lambda a, c: (a * c).sum(1), Mlp(), [vectors(4), vectors(4)])
-
-
-def test_towers_and_encoders_must_agree():
-    with pytest.raises(AnybatchError, match="2 encoders for 3 towers"):
-        cached_step(Softmax(), [Mlp(), Mlp()], [vectors(4)] * 3)
+@pytest.mark.parametrize(
+    ("loss", "encoders", "towers", "match"),
+    [
+        (lambda a, c: a.sum(), Mlp(), 2, r"tower\(s\) 1"),
+        (Softmax().requires_grad_(False), Mlp().requires_grad_(False), 2, "frozen"),
+        (lambda a, c: (a * c).sum(1), Mlp(), 2, r"shape \(4,\)"),
+        (Softmax(), [Mlp(), Mlp()], 3, "2 encoders for 3 towers"),
+    ],
+)
+def test_what_makes_no_step(loss, encoders, towers, match):
+    with pytest.raises(AnybatchError, match=match):
+        cached_step(loss, encoders, [vectors(4).float()] * towers, micro_batch=2)
 
 
 def test_inputs_that_need_a_gradient():
@@ -241,9 +233,3 @@ def test_inputs_that_need_a_gradient():
     wanted, learned.grad = learned.grad, None
     cached_step(Softmax(), encoder, [learned, fixed], micro_batch=3)
     torch.testing.assert_close(learned.grad, wanted, rtol=EXACT, atol=1e-16)
-
-
-def test_slicer_is_accepted_everywhere():
-    batch = texts(9, 8, 1)
-    plan = plan_micro_batches(RowSlicer(batch), micro_batch=4)
-    assert sorted(torch.cat(plan).tolist()) == list(range(9))

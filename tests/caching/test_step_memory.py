@@ -356,12 +356,7 @@ def test_graphs_that_share_storage_are_counted_once():
     assert budget.spent == 4 * (200 * 7 + 4 * (2 * 6 + 2 * 7 + 2 * 200))
 
 
-def test_mistakes():
-    for options in ({"micro_batch": "many"}, {"keep_graphs": "all"}):
-        with pytest.raises(AnybatchError, match='"auto"'):
-            record_towers([Mlp()], [torch.randn(4, 6)], **options)
-    with pytest.raises(AnybatchError, match="memory is"):
-        StepMemory("lots")
+def test_what_says_that_memory_ran_out():
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
 

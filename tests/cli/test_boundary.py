@@ -351,7 +351,7 @@ def test_numbers_of_options(main, tiny_model_folder, pairs_file, tmp_path):
     sides = [tmp_path / f"{side}.npy" for side in ("anchor", "positive")]
     for path in sides:
         np.save(path, vectors)
-    given = [f"teacher.embeddings=[{sides[0]}, {sides[1]}]", "mining.cluster_size=4", "mining.skip=1", "mining.take=6"]
+    given = [f"teacher.embeddings=[{sides[0]}, {sides[1]}]", "mining.cluster_size=4", "mining.window=[1, 6]"]
     run = tmp_path / "run"
     sets = [item for value in given for item in ("--set", value)]
     assert main("mine", "--data", pairs_file, "--batch-size", 8, "--output", run, *sets)[0] == 0

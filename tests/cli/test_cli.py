@@ -54,14 +54,13 @@ def settings(pairs: Path, model: Path, output: Path, *more: str) -> list[str]:
 
 METHODS = {
     "random infonce": ("mining.method=random",),
-    "mined infonce": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6"),
-    "mined negatives": ("mining.cluster_size=4", "mining.skip=1", "mining.take=6", "mining.num_negatives=2"),
+    "mined infonce": ("mining.cluster_size=4", "mining.window=[1, 6]"),
+    "mined negatives": ("mining.cluster_size=4", "mining.window=[1, 6]", "mining.num_negatives=2"),
     "random sogclr": ("mining.method=random", "loss.name=sogclr", "loss.gamma=0.6", "loss.learnable_temperature=false"),
     "prefixes with memory": ("mining.method=random", "loss.name=sogclr", "loss.matryoshka=[32, 8]"),
     "mined sogclr weights": (
         "mining.cluster_size=4",
-        "mining.skip=1",
-        "mining.take=6",
+        "mining.window=[1, 6]",
         "loss.name=sogclr",
         "loss.weights=inclusion",
     ),
@@ -155,8 +154,7 @@ def test_killed_and_resumed_equals_uninterrupted(pairs_file, tiny_model_folder, 
     """
     more = (
         "mining.cluster_size=4",
-        "mining.skip=1",
-        "mining.take=6",
+        "mining.window=[1, 6]",
         "loss.name=sogclr",
         "loss.gamma=0.6",
         "train.epochs=4",

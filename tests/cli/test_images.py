@@ -35,7 +35,7 @@ def saved(tmp_path_factory):
 
 
 def settings(saved, output, *more):
-    chosen = ("mining.cluster_size=4", "mining.skip=2", "mining.take=8", "mining.conflict_weight=0", *more)
+    chosen = ("mining.cluster_size=4", "mining.window=[2, 8]", "mining.conflict_weight=0", *more)
     data = ("--data", str(saved), "--anchor", "image", "--positive", "caption", "--batch-size", "8")
     return [*data, "--output", str(output), *(item for value in chosen for item in ("--set", value))]
 
@@ -73,9 +73,8 @@ def test_mining_with_a_model_and_looking_at_the_plan(saved, clip_folder, tmp_pat
     assert re.search(r"own positive: a (red|green|blue|black|white) ", said)
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     images = re.findall(r'<img src="data:image/jpeg;base64,[\w+/=]+" alt="\[image 2[04]x\d\d, row (\d+)\]"', page)
-    assert len(images) == page.count("<img") > 20
-    for heading in ("Suspected false negatives", "Example clusters"):
-        assert heading in page
+    assert len(images) == page.count("<img") >= 10
+    assert "Suspected false negatives" in page
     monkeypatch.setattr(plan_page, "IMAGE_CHARACTERS", 3000)  # a page stays small: then images are named
     run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "small.html"))
     small = (tmp_path / "small.html").read_text(encoding="utf-8")

@@ -24,8 +24,7 @@ def mined(pairs_file, tiny_model_folder, tmp_path):
         np.save(tmp_path / f"{name}.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
     more = (
         "mining.cluster_size=4",
-        "mining.skip=3",
-        "mining.take=9",
+        "mining.window=[3, 9]",
         "mining.conflict_weight=0",
         "loss.temperature=0.2",
     )
@@ -35,16 +34,23 @@ def mined(pairs_file, tiny_model_folder, tmp_path):
 
 
 def test_a_run_folder_has_everything(mined, tmp_path, heard, pairs_file):
-    run("inspect", "plan", str(mined), "--html", str(tmp_path / "plan.html"))
+    files = ["--html", str(tmp_path / "plan.html"), "--json", str(tmp_path / "plan.json")]
+    run("inspect", "plan", str(mined), *files)
     said = heard()
     assert "Not shown" not in said
-    assert "expected loss at temperature 0.2" in said
-    assert "mining: neighbors" in said
+    for name in ("mass in the batch", "suspected false negatives an anchor", "gradient of infonce: error of an epoch"):
+        assert name in said
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert "Not shown" not in page
     assert "Suspected false negatives" in page
-    with pytest.raises(AnybatchError, match=r"plan\.html exists"):
-        run("inspect", "plan", str(mined), "--html", str(tmp_path / "plan.html"))
+    figures = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert set(figures) == {"plan", "sets", "gradient", "warnings", "missing"}
+    assert f"{figures['sets']['']['planned']['in_batch']:.1%}" in said
+    error = figures["gradient"]["planned"]
+    assert f"{error['bias']:.2f} ± {error['bias_se']:.2f}" in said
+    for option, file in (("--html", "plan"), ("--json", "plan")):
+        with pytest.raises(AnybatchError, match=rf"plan\.{option[2:]} exists"):
+            run("inspect", "plan", str(mined), option, str(tmp_path / f"{file}.{option[2:]}"))
 
 
 def test_a_plan_alone_says_what_is_missing_and_which_option_gives_it(mined, tmp_path, heard, pairs_file):
@@ -53,33 +59,28 @@ def test_a_plan_alone_says_what_is_missing_and_which_option_gives_it(mined, tmp_
     shutil.copy(mined / "plan.safetensors", alone)
     run("inspect", "plan", str(alone / "plan.safetensors"))
     said = heard()
-    for option in ("--data", "--embeddings ANCHORS.npy POSITIVES.npy", "mining.json"):
+    for option in ("--data", "--embeddings ANCHORS.npy POSITIVES.npy"):
         assert option in said
-    assert "expected loss at temperature" not in said
+    assert "mass in the batch" not in said
     more = ["--data", str(pairs_file), "--embeddings", str(tmp_path / "a.npy"), str(tmp_path / "p.npy")]
     run("inspect", "plan", str(alone), *more, "--temperature", "0.1", "--anchors", "50")
     said = heard()[len(said) :]
-    assert "expected loss at temperature 0.1" in said
-    assert said.count("Not shown:") == 1
-    assert "Kept weight" in said
+    assert "mass in the batch" in said
+    assert "Not shown" not in said
 
 
-def test_figures_of_another_plan_are_not_shown(mined, heard):
+def test_without_embeddings_the_warnings_of_mining_are_shown(mined, tmp_path, heard):
+    for name in ("a", "p"):
+        (tmp_path / f"{name}.npy").unlink()
     path = mined / "mining.json"
-    write_json(path, {**read_json(path, ""), "plan": "another"})
+    stored = read_json(path, "")
+    write_json(path, {**stored, "statistics": {**stored["statistics"], "warnings": ["Look twice."]}})
     run("inspect", "plan", str(mined))
-    assert "belongs to another plan" in heard()
-    assert "mining: neighbors" not in heard()
-
-
-def test_a_run_on_a_plan_made_elsewhere(mined, heard, pairs_file, tiny_model_folder, tmp_path):
-    plan = str(mined / "plan.safetensors")
-    given = settings(pairs_file, tiny_model_folder, tmp_path / "trained", "train.max_steps=1", "train.warmup=0")
-    run("train", *given, "--plan", plan)
-    run("inspect", "plan", str(tmp_path / "trained"))
+    assert "Warning: Look twice." in heard()
+    write_json(path, {**read_json(path, ""), "plan": "another"})
     said = heard()
-    assert "/trained/plan.safetensors" in said
-    assert "mining: neighbors" in said
+    run("inspect", "plan", str(mined))
+    assert "Look twice" not in heard()[len(said) :]
 
 
 def test_data_that_the_run_names_but_that_is_gone(mined, heard, pairs_file):
@@ -88,7 +89,7 @@ def test_data_that_the_run_names_but_that_is_gone(mined, heard, pairs_file):
     said = heard()
     assert "Not shown: Texts: There is no file" in said
     assert "Repeated texts are not recognised" in said
-    assert "expected loss at temperature 0.2" in said
+    assert "mass in the batch" in said
 
 
 def test_moved_data_is_read_in_the_columns_of_the_run(mined, heard, pairs_file, tmp_path):
@@ -118,26 +119,23 @@ def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
         run("inspect", "run", str(tmp_path / "absent"))
 
 
-def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, heard, caplog):
-    """A run that embedded its data itself; `mine` and `inspect` warn alike."""
-    more = ("mining.cluster_size=4", "mining.skip=1", "mining.take=6")
+def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, heard):
+    """A run that embedded its data itself, with a teacher that knows nothing."""
     folder = tmp_path / "run"
-    run("mine", *settings(pairs_file, tiny_model_folder, folder, *more), "--teacher", str(tiny_model_folder))
+    more = ("mining.cluster_size=4", "mining.window=[1, 6]")
+    given = settings(pairs_file, tiny_model_folder, folder, *more)
+    run("mine", *given, "--teacher", str(tiny_model_folder))
     run("inspect", "plan", str(folder))
     said = heard()
-    warning = next(words for words in caplog.messages if words.startswith("Before")).removeprefix("Before you train: ")
-    assert warning.startswith("For ")  # with skip 1, many positives fall behind it
-    assert f"Warning: {warning}" in said
     assert "Not shown" not in said
-    assert "rows that repeat an anchor" in said
-    assert "14" in next(line for line in said.splitlines() if "rows that repeat an anchor" in line)
+    assert "Warning: The teacher finds the own positive first for only" in said
 
 
 def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard):
     lines = pairs_file.read_text().splitlines(keepends=True)
     for name, part in (("first", lines[:50]), ("second", lines[50:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
-    sets = [{"path": str(tmp_path / "first.jsonl"), "skip": 2}, {"path": str(tmp_path / "second.jsonl")}]
+    sets = [{"path": str(tmp_path / "first.jsonl"), "window": [2, 9]}, {"path": str(tmp_path / "second.jsonl")}]
     generator = np.random.default_rng(0)
     anchors = generator.normal(size=(97, 8)).astype(np.float32)
     for name, rows in (("a", anchors), ("p", anchors + 0.2 * generator.normal(size=(97, 8)).astype(np.float32))):
@@ -147,33 +145,20 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
         "data": {"sets": sets},
         "batch_size": 8,
         "teacher": {"embeddings": [str(tmp_path / "a.npy"), str(tmp_path / "p.npy")]},
-        "mining": {"cluster_size": 4, "skip": 3, "take": 9, "conflict_weight": 0.0},
+        "mining": {"cluster_size": 4, "window": [3, 9], "margin": None, "conflict_weight": 0.0},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     run("mine", "--config", str(tmp_path / "run.yaml"))
     run("inspect", "plan", str(tmp_path / "run"), "--html", str(tmp_path / "plan.html"))
     said = heard()
-    assert "Not shown" not in said
+    assert said.count("Not shown: ") == 1
+    assert "Not shown: The gradient's error: of several data sets" in said
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     for name in ("first", "second"):
         assert f"Data set {name}" in said
-    assert said.count("expected loss at temperature 0.05") == 2
-    assert said.count("kept weight") == 2  # from mining.json
-    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
-    assert "ranks 3 to 11 of all rows" in page  # the first set's own window, found in the run's configuration
-    assert "ranks 4 to 12 of all rows" in page
-    for name, num_rows in (("first", 50), ("second", 47)):
         assert f"<h2>Data set {name}</h2>" in page
-        assert f"<h2>Example clusters of {name}</h2>" in page
-        assert f"Shares and means over {num_rows} of {num_rows} anchors" in page
+        assert f"<h2>Suspected false negatives of {name}</h2>" in page
+    assert said.count("mass in the batch") == 2
     checker = Checker()
     checker.feed(page)
     assert checker.stack == []
-    shutil.copytree(tmp_path / "run", tmp_path / "alone")
-    for name in ("a", "p"):
-        (tmp_path / f"{name}.npy").unlink()
-    run("inspect", "plan", str(tmp_path / "alone"), "--html", str(tmp_path / "alone.html"))
-    assert "Scores, expected loss, example clusters" in heard()[len(said) :]
-    page = (tmp_path / "alone.html").read_text(encoding="utf-8")
-    assert page.count('<th scope="row">kept weight</th>') == 2
-    hub = json.loads((tmp_path / "run" / "mining.json").read_text())["sets"]["second"]["hubs"][0]
-    assert f"row {hub[0] + 50}</span>" in page  # the set's rows begin at 50

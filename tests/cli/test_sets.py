@@ -21,7 +21,7 @@ def test_a_folder_is_mined_into_one_plan(tiny_model_folder, tmp_path):
     folder.mkdir()
     write(folder / "first.jsonl", range(21))
     write(folder / "second.jsonl", range(100, 130))
-    chosen = ["mining.cluster_size=4", "mining.skip=1", "mining.take=6", "data.limit=25", "model.device=cpu"]
+    chosen = ["mining.cluster_size=4", "mining.window=[1, 6]", "data.limit=25", "model.device=cpu"]
     run(
         *("mine", "--data", str(folder), "--teacher", str(tiny_model_folder), "--output", str(tmp_path / "run")),
         *("--batch-size", "8"),
@@ -41,13 +41,13 @@ def test_sets_train_with_their_own_instructions(tiny_model_folder, tmp_path):
         "data": {
             "sets": [
                 {"path": str(tmp_path / "a.jsonl"), "name": "alpha", "anchor_prompt": "find: "},
-                {"path": str(tmp_path / "b.jsonl"), "skip": 2, "share": 0.5},
+                {"path": str(tmp_path / "b.jsonl"), "window": [2, 6], "share": 0.5},
             ]
         },
         "model": {"name": str(tiny_model_folder), "device": "cpu"},
         "teacher": {"name": str(tiny_model_folder)},
         "batch_size": 8,
-        "mining": {"cluster_size": 4, "skip": 1, "take": 6},
+        "mining": {"cluster_size": 4, "window": [1, 6]},
         "loss": {"name": "count_corrected", "mask_suspects": True},
         "train": {"epochs": 2, "log_steps": 1},
     }

@@ -11,7 +11,7 @@ import pytest
 from anybatch.core.errors import AnybatchError
 from anybatch.data.columns import choose_columns
 from anybatch.data.images import ImageColumn
-from anybatch.data.pairs import PairSet, find_sets, join_pairs, read_pairs
+from anybatch.data.pairs import find_sets, read_pairs
 from anybatch.data.retrieval import read_retrieval
 from tests.images import image
 
@@ -224,15 +224,7 @@ def test_one_folder_a_task(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        ("train", "test"),
-        ("train", "validation-00000"),
-        ("a", "dev"),
-        ("a", "eval_2"),
-        ("a", "pairs-test"),
-        ("a", "Test"),
-    ],
+    "names", [("train", name) for name in ("test", "validation-00000", "dev", "eval_2", "pairs-test", "Test")]
 )
 def test_files_meant_for_testing_are_not_trained_on(tmp_path, names):
     for name in names:
@@ -245,14 +237,6 @@ def test_names_that_only_begin_alike_are_trained_on(tmp_path):
     for name in ("developers", "values", "contest", "testimony", "retest_questions"):
         (tmp_path / f"{name}.jsonl").write_text("x")
     assert len(find_sets(tmp_path)) == 5
-
-
-def test_data_sets_with_and_without_negatives_name_the_way_out(tmp_path):
-    first = read_pairs(write(tmp_path / "a.jsonl", [{"anchor": "a", "positive": "p", "negative": "n"}]))
-    second = read_pairs(write(tmp_path / "b.jsonl", [{"anchor": "a", "positive": "p"}]))
-    sets = [PairSet(name=name, num_rows=1) for name in "ab"]
-    with pytest.raises(AnybatchError, match=r"0 and 1 columns of negatives.*data\.negatives=\[\]"):
-        join_pairs([first, second], sets)
 
 
 @pytest.mark.parametrize("identity", [10**15, 10**16 + 1, 2**63 - 1, "007", "0010", "1e3", "1.0", "é", "9" * 30])

@@ -215,7 +215,7 @@ def test_several_data_sets_lie_one_after_the_other(tmp_path):
     assert joined.digest != join_pairs([first, second], [replace(one, anchor_prompt="") for one in sets]).digest
     with pytest.raises(AnybatchError, match="called 'one'"):
         join_pairs([first, second], [sets[0], replace(sets[1], name="one")])
-    with pytest.raises(AnybatchError, match="0 and 1 columns of negatives"):
+    with pytest.raises(AnybatchError, match=r"0 and 1 columns of negatives.*data\.negatives=\[\]"):
         join_pairs([first, replace(second, negatives=())], sets)
 
 
@@ -224,6 +224,9 @@ def test_data_sets_of_a_folder(tmp_path):
     for name in ("b.jsonl", "a.csv.gz", "notes.txt"):
         (tmp_path / "files" / name).write_text("")
     assert list(find_sets(tmp_path / "files")) == ["a", "b"]
+    (tmp_path / "files" / "a.tsv").write_text("")
+    with pytest.raises(AnybatchError, match=r"called 'a': a\.csv\.gz and a\.tsv\. Rename one"):
+        find_sets(tmp_path / "files")
     pairs = PairData(anchors=["a", "b"], positives=["x", "y"])
     DatasetDict({"train": pairs.to_dataset(), "more": pairs.to_dataset()}).save_to_disk(str(tmp_path / "dict"))
     found = find_sets(tmp_path / "dict")

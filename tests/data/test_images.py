@@ -97,7 +97,7 @@ def test_parquet_and_paths_give_the_same(pairs, folder, tmp_path, monkeypatch):
         AnybatchError, match=r"'image' .*seems to hold paths.*no file .*3\.png \(row 4\).*data\.images=\[\]"
     ):
         read_pairs(tmp_path / "pairs.jsonl", **named)
-    with pytest.raises(AnybatchError, match="'photo' is said to hold images"):
+    with pytest.raises(AnybatchError, match="'photo' shall hold images"):
         read_pairs(tmp_path / "pairs.jsonl", **named, images=["photo"])
 
 

@@ -12,7 +12,6 @@ from anybatch.core.errors import AnybatchError
 from anybatch.family import EMC2, NUCLR, SCENT, GloFND
 from anybatch.family.emc2 import _Chain, _Chained
 from anybatch.losses import DecoupledInfoNCE, SogCLR
-from anybatch.losses.base import side_of
 from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.parts import Batch
 
@@ -240,7 +239,7 @@ class TestEMC2:
     def test_draws_look_uniform(self):
         loss, points = EMC2(4000), torch.zeros(300, 2)
         batch = Batch(anchors=points, candidates=points, index=torch.arange(300), log_weight=None)
-        chain = loss.denominator.ask(side_of(loss.temperatures, loss.denominator, batch, 0), batch, 0).adjust
+        chain = loss.denominator.ask(loss._side(loss.denominator, batch, 0), batch, 0).adjust
         draws = chain._uniform(slice(0, 300), 300, torch.device("cpu")).double()
         assert 0 < draws.min() < draws.max() < 1
         assert abs(draws.mean() - 0.5) < 0.004  # four standard errors

@@ -20,9 +20,10 @@ class Killed(Exception):
 
 def test_embedding_goes_on_after_a_kill(tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module, "SHARD", 5)
-    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
-    whole = embed_texts(model, TEXTS, prompt="mata ")
-    calls = []
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu", prompts={"query": "mata "})
+    whole = embed_texts(model, TEXTS, side="query")
+    assert not np.allclose(whole, embed_texts(model, TEXTS), atol=1e-3)
+    calls, options = [], {"identity": {"model": "m"}, "side": "query"}
 
     def count(texts):
         calls.append(texts)
@@ -31,11 +32,11 @@ def test_embedding_goes_on_after_a_kill(tiny_model_folder, tmp_path, monkeypatch
 
     path = tmp_path / "teacher.npy"
     with pytest.raises(Killed):
-        embed_to_file(model, TEXTS, path, identity={"model": "m"}, prompt="mata ", progress=count)
+        embed_to_file(model, TEXTS, path, progress=count, **options)
     assert not path.exists()
     (tmp_path / "again").touch()
     calls.clear()
-    rows = embed_to_file(model, TEXTS, path, identity={"model": "m"}, prompt="mata ", progress=count)
+    rows = embed_to_file(model, TEXTS, path, progress=count, **options)
     assert calls[0] == 15, "three shards were done; they are not made again"
     assert sum(calls) == len(TEXTS)
     np.testing.assert_allclose(rows, whole, atol=1e-6)
@@ -79,10 +80,10 @@ def test_a_teacher_trained_further_is_another_teacher(tiny_model_folder, tmp_pat
 def test_an_empty_prompt_is_no_prompt_also_where_the_model_has_a_default_one(tiny_model_folder):
     model = SentenceTransformer(str(tiny_model_folder), device="cpu")
     plain = embed_texts(model, TEXTS)
-    model.prompts, model.default_prompt_name = {"any": "mata nodis "}, "any"
-    np.testing.assert_array_equal(embed_texts(model, TEXTS, prompt=""), plain)
+    model.prompts, model.default_prompt_name = {"any": "mata nodis ", "query": ""}, "any"
+    np.testing.assert_array_equal(embed_texts(model, TEXTS, side="query"), plain)
     assert not np.allclose(embed_texts(model, TEXTS), plain, atol=1e-3)
-    np.testing.assert_array_equal(embed_texts(model, TEXTS), embed_texts(model, TEXTS, prompt="mata nodis "))
+    np.testing.assert_array_equal(embed_texts(model, TEXTS), embed_texts(model, TEXTS, side="document"))
 
 
 def test_first_layers_survive_saving(tiny_model_folder, tmp_path):

@@ -87,9 +87,7 @@ def test_resumes_and_knows_its_images(model, pairs, tmp_path, monkeypatch):
         embed_to_file(model, other.anchors, tmp_path / "e.npy", identity={"of": 1})
 
 
-def test_what_does_not_go_together(model, pairs, tiny_model_folder):
-    with pytest.raises(AnybatchError, match="prompt 'see: ' was given for images"):
-        embed_texts(model, pairs.anchors, prompt="see: ")
+def test_images_for_a_model_of_texts_are_refused(pairs, tiny_model_folder):
     reader = SentenceTransformer(str(tiny_model_folder), device="cpu")
     with pytest.raises(AnybatchError, match="holds images, and the model takes text"):
         embed_texts(reader, pairs.anchors)

@@ -46,46 +46,47 @@ def towers(folder, *, names=("query", "document"), prompts=False):
     return model
 
 
-def variant(folder, name):
-    """A model of the kind `name`."""
-    if name == "router":
-        return towers(folder)
-    if name == "router with prompts":
-        return towers(folder, prompts=True)
-    model = SentenceTransformer(str(folder), device="cpu")
-    if name == "router behind the transformer":
-        torch.manual_seed(4)
-        heads = {side: [Dense(32, 16)] for side in ("query", "document")}
-        return SentenceTransformer(modules=[*model.children(), Router(heads)], device="cpu")
-    if name == "prompts":
-        model.prompts = {"query": QUERY, "document": DOCUMENT}
-    if name == "a prompt for passages":
-        model.prompts = {"query": QUERY, "passage": DOCUMENT}
-    if name == "a default prompt":
-        model.prompts, model.default_prompt_name = {"any": QUERY}, "any"
-    if name == "a default prompt beside an empty one":
-        model.prompts, model.default_prompt_name = {"any": QUERY, "query": ""}, "any"
-    if name == "prompts that are not pooled":
-        model.prompts = {"query": QUERY, "document": DOCUMENT}
-        model.set_pooling_include_prompt(False)
-    if name == "static":
-        model = SentenceTransformer(modules=[StaticEmbedding(model.tokenizer, embedding_dim=16)], device="cpu")
-        model.prompts |= {"query": QUERY}
+def headed(model):
+    torch.manual_seed(4)
+    heads = {side: [Dense(32, 16)] for side in ("query", "document")}
+    return SentenceTransformer(modules=[*model.children(), Router(heads)], device="cpu")
+
+
+def static(model):
+    model = SentenceTransformer(modules=[StaticEmbedding(model.tokenizer, embedding_dim=16)], device="cpu")
+    return prompted(model, {**model.prompts, "query": QUERY})
+
+
+def prompted(model, prompts, default=None):
+    model.prompts, model.default_prompt_name = prompts, default
     return model
 
 
-VARIANTS = (
-    "plain",
-    "prompts",
-    "a prompt for passages",
-    "a default prompt",
-    "a default prompt beside an empty one",
-    "prompts that are not pooled",
-    "router",
-    "router with prompts",
-    "router behind the transformer",
-    "static",
-)
+def not_pooled(model):
+    model.set_pooling_include_prompt(False)
+    return prompted(model, {"query": QUERY, "document": DOCUMENT})
+
+
+VARIANTS = {
+    "plain": lambda model: model,
+    "prompts": lambda model: prompted(model, {"query": QUERY, "document": DOCUMENT}),
+    "a prompt for passages": lambda model: prompted(model, {"query": QUERY, "passage": DOCUMENT}),
+    "a default prompt": lambda model: prompted(model, {"any": QUERY}, "any"),
+    "a default prompt beside an empty one": lambda model: prompted(model, {"any": QUERY, "query": ""}, "any"),
+    "prompts that are not pooled": not_pooled,
+    "router behind the transformer": headed,
+    "static": static,
+    "router": None,
+    "router with prompts": None,
+}
+
+
+def variant(folder, name):
+    """A model of the kind `name`."""
+    make = VARIANTS[name]
+    if make is None:
+        return towers(folder, prompts="prompts" in name)
+    return make(SentenceTransformer(str(folder), device="cpu"))
 
 
 def truth(model, texts):
@@ -108,7 +109,8 @@ def test_a_side_is_embedded_as_the_model_itself_embeds_it(tiny_model_folder, nam
     differ = name not in ("plain", "a default prompt")
     assert np.allclose(*expected, atol=1e-3) != differ  # else the comparison would find nothing
     bare = model.encode(TEXTS, prompt="", normalize_embeddings=True, **({"task": "query"} if "router" in name else {}))
-    np.testing.assert_allclose(embed_texts(model, TEXTS, side="query", prompt=""), bare, atol=1e-6)
+    model.prompts = {"query": ""}
+    np.testing.assert_allclose(embed_texts(model, TEXTS, side="query"), bare, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "static"])
@@ -155,7 +157,7 @@ def test_two_towers_are_mined_measured_and_remembered_through_their_own(tiny_mod
         output=str(tmp_path / "run"),
         data=DataConfig(path=str(pairs_file)),
         teacher=TeacherConfig(name=str(folder)),
-        mining=MiningConfig(cluster_size=4, skip=1, take=6),
+        mining=MiningConfig(cluster_size=4, window=(1, 6)),
         batch_size=8,
     )
     np.testing.assert_allclose(teacher_embeddings(config, pairs)[0], anchors, atol=1e-6)

@@ -53,6 +53,23 @@ def dataset(rows=ROWS, offset=0):
     )
 
 
+def arguments(output, **settings):
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(output),
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **{"per_device_train_batch_size": BATCH, "save_strategy": "no", **settings},
+    )
+
+
+def without_callback(training):
+    callbacks = training.callback_handler.callbacks
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LossStateCallback)]
+    return training
+
+
 def trainer(
     folder, output, *, seen, train=None, evaluation=None, world_size=1, batch_size=BATCH, plan_seed=3, **settings
 ):
@@ -72,24 +89,19 @@ def trainer(
         return forward(features, labels)
 
     loss.forward = watched
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(output),
+    used = arguments(
+        output,
         per_device_train_batch_size=batch_size // world_size,
         per_device_eval_batch_size=4,
         num_train_epochs=2,
         learning_rate=1e-3,
         batch_sampler=PlanBatches(plan),
-        save_strategy=settings.pop("save_strategy", "no"),
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
         ddp_backend="gloo" if world_size > 1 else None,
-        dataloader_pin_memory=False,
         **settings,
     )
     return SentenceTransformerTrainer(
         model=model,
-        args=arguments,
+        args=used,
         train_dataset=with_index(dataset()) if train is None else train,
         eval_dataset=evaluation,
         loss=loss,
@@ -204,18 +216,10 @@ def one_trainer(folder, output, train, loss_of, *callbacks, evaluation=None, **s
     """A short run on any data sets with any loss; learning rate 0 unless given."""
     model = SentenceTransformer(str(folder), device="cpu")
     loss = loss_of(model)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=BATCH,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        **{"num_train_epochs": 1, "learning_rate": 0.0, "save_strategy": "no", **settings},
-    )
+    args = arguments(output, **{"num_train_epochs": 1, "learning_rate": 0.0, **settings})
     used = [LossStateCallback(loss), *callbacks] if isinstance(loss, CachedLoss) else list(callbacks)
     return SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=train, eval_dataset=evaluation, loss=loss, callbacks=used
+        model=model, args=args, train_dataset=train, eval_dataset=evaluation, loss=loss, callbacks=used
     ), loss
 
 
@@ -320,13 +324,8 @@ class TestRowNumbers:
         ):
             train = dataset().add_column(*next(iter(column.items())))
             training, _ = one_trainer(tiny_model_folder, tmp_path, train, sogclr(ROWS))
-            training.callback_handler.callbacks = [
-                callback
-                for callback in training.callback_handler.callbacks
-                if not isinstance(callback, LossStateCallback)
-            ]
             with pytest.raises(AnybatchError, match=match):
-                training.train()
+                without_callback(training).train()
 
     def test_sets_numbered_apart_collide(self, tiny_model_folder, tmp_path):
         sets = {"a": with_index(dataset(16)), "b": with_index(dataset(24, offset=60))}
@@ -391,9 +390,7 @@ def test_a_state_that_no_checkpoint_holds_is_said(tiny_model_folder, tmp_path):
         training, loss = one_trainer(
             tiny_model_folder, tmp_path, with_index(dataset()), loss_of, max_steps=1, **settings
         )
-        training.callback_handler.callbacks = [
-            callback for callback in training.callback_handler.callbacks if not isinstance(callback, LossStateCallback)
-        ]
+        without_callback(training)
         for make in callbacks:
             training.add_callback(make(loss))
         training.train()
@@ -420,26 +417,17 @@ def test_several_losses_are_saved_and_restored_together(tiny_model_folder, tmp_p
             "a": CachedLoss(model, SogCLR(40, gamma=0.5), micro_batch=4),
             "b": CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=4),
         }
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=BATCH,
+        args = arguments(
+            folder,
             max_steps=4,
             learning_rate=1e-2,
+            save_strategy="steps",
             save_steps=2,
             logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.ROUND_ROBIN,
         )
-        training = SentenceTransformerTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=sets,
-            loss=losses,
-            callbacks=[LossStateCallback(losses)] if callbacks is None else callbacks(losses),
-        )
+        used = [LossStateCallback(losses)] if callbacks is None else callbacks(losses)
+        training = SentenceTransformerTrainer(model=model, args=args, train_dataset=sets, loss=losses, callbacks=used)
         training.train(resume_from_checkpoint=checkpoint)
         logged = [line for line in training.state.log_history if "loss" in line]
         return {name: loss.loss.state_dict() for name, loss in losses.items()}, logged

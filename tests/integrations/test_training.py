@@ -245,6 +245,12 @@ def test_weight_decay_leaves_the_temperature_alone(tiny_model_folder, tmp_path):
     assert weights[1] < 0.97 * weights[0], "the encoder does decay"
 
 
+def test_steps_of_evaluations_without_an_evaluation_are_refused(tiny_model_folder, tmp_path):
+    with pytest.raises(AnybatchError, match=r"train\.eval_steps is 2; give something to evaluate"):
+        train(tiny_model_folder, tmp_path, eval_steps=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_steps_and_seconds_are_those_of_training(tiny_model_folder, tmp_path):
     """Five steps, logged every second, and the last one as well."""
 

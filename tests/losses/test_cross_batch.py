@@ -17,7 +17,6 @@ from anybatch.losses import (
     InfoNCE,
     LogWeights,
 )
-from anybatch.losses.base import side_of
 from anybatch.losses.log_weights import Inclusion, ListedPairs, Values
 
 N, WIDTH, BATCH, SIZE, TAU = 50, 5, 6, 10, 0.3
@@ -84,8 +83,9 @@ class Twin:
     batch.
     """
 
-    def __init__(self, world, *, corrected=True, centred=True, both=False, size=SIZE):
+    def __init__(self, world, *, corrected=True, centred=True, both=False, size=SIZE, margin=math.inf):
         self.world, self.corrected, self.centred, self.both, self.size = world, corrected, centred, both, size
+        self.margin = margin
         self.pairs, self.means = [], None
 
     def _shift(self, k):
@@ -110,7 +110,11 @@ class Twin:
                 )
                 for c, (row, vector, remembered) in enumerate(columns)
             ]
-            kept = [(weight, vector) for weight, vector in weights if weight > -math.inf]
+            kept = [
+                (weight, vector)
+                for weight, vector in weights
+                if weight > -math.inf and queries[i] @ vector <= positive * TAU + self.margin
+            ]
             counts.append(len(columns) - 1)
             terms = [queries[i] @ vector / TAU + weight + self._shift(counts[i]) for weight, vector in kept]
             log_denominator = torch.logsumexp(torch.stack([positive, *terms]), dim=0)
@@ -120,7 +124,7 @@ class Twin:
         for row, *sides, log_denominators in memory:
             for j in range(len(index)):
                 weight = self.world.log_weight(index[j], row, back=not back, alive=alive, remembered=True)
-                if weight > -math.inf:
+                if weight > -math.inf and sides[back] @ others[j] <= sides[0] @ sides[1] + self.margin:
                     score = sides[back] @ others[j] / TAU
                     pull = (
                         (score + weight + self._shift(counts[j]) - log_denominators[back]).exp().clamp(max=1).detach()
@@ -193,12 +197,23 @@ def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
     assert sorted(loss.queue.rows[loss.queue.rows >= 0].tolist()) == sorted(row for row, *_ in twin.pairs)
 
 
-@pytest.mark.parametrize(("corrected", "centred"), [(False, True), (True, False), (False, False)])
-def test_options_equal_the_twin(corrected, centred):
-    loss = CrossBatchInfoNCE(
-        N, memory_size=SIZE, temperature=TAU, max_staleness=None, corrected=corrected, centred=centred
-    ).double()
-    twin = Twin(World(), corrected=corrected, centred=centred)
+@pytest.mark.parametrize("direction", ["one_way", "both"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"corrected": False},
+        {"centred": False},
+        {"corrected": False, "centred": False},
+        {"mask_margin": 0.1},
+        {"mask_margin": 0.3, "centred": False},
+    ],
+)
+def test_options_equal_the_twin(options, direction):
+    settings = {"memory_size": SIZE, "temperature": TAU, "max_staleness": None, "direction": direction}
+    loss = CrossBatchInfoNCE(N, **settings, **options).double()
+    margin = options.get("mask_margin", math.inf)
+    known = {name: value for name, value in options.items() if name != "mask_margin"}
+    twin = Twin(World(), both=direction == "both", margin=margin, **known)
     for step in range(4):
         anchors, positives, index = draw(step)
         mine = torch.autograd.grad(loss(anchors, positives, index=index), [anchors, positives])
@@ -306,7 +321,7 @@ def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
     recalled = loss._recall(batch)
     counts = torch.arange(3, 3 + BATCH).double()
     pull = loss._gradient_of_queries(
-        batch, recalled, 0, replace(side_of(loss.temperatures, loss.denominator, batch, 0), num_drawn=counts)
+        batch, recalled, 0, replace(loss._side(loss.denominator, batch, 0), num_drawn=counts)
     )
     expected = torch.zeros_like(pull)
     for j, row in enumerate(index.tolist()):

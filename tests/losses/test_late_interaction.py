@@ -22,32 +22,36 @@ def ragged(rows, width, dimensions=5, seed=0):
     return tokens, torch.arange(width) < lengths[:, None]
 
 
-def twin(anchors, candidates, anchor_mask, candidate_mask, temperature, log_weight=None):
+def twin(anchors, candidates, anchor_mask, candidate_mask, temperature, log_weight=None, margin=torch.inf):
     anchors, candidates = (torch.nn.functional.normalize(side, dim=-1) for side in (anchors, candidates))
-    logits = maxsim(anchors, candidates, anchor_mask, candidate_mask) / temperature
+    scores = maxsim(anchors, candidates, anchor_mask, candidate_mask)
+    logits = (scores / temperature).masked_fill(scores > scores.diagonal()[:, None] + margin, -torch.inf)
     logits = logits if log_weight is None else logits + log_weight
     return torch.nn.functional.cross_entropy(logits, torch.arange(len(anchors)))
 
 
-def both(rows, columns, tile_bytes, log_weight=None):
+def both(rows, columns, tile_bytes, log_weight=None, margin=None):
     (q, q_mask), (d, d_mask) = ragged(rows, 7), ragged(columns, 11, seed=1)
     found = []
     for name in ("ours", "twin"):
-        loss = LateInteraction(temperature=0.4, learnable_temperature=True, tile_bytes=tile_bytes).double()
+        options = {"temperature": 0.4, "learnable_temperature": True, "tile_bytes": tile_bytes, "mask_margin": margin}
+        loss = LateInteraction(**options).double()
         leaves = [side.clone().requires_grad_() for side in (q, d)]
         if name == "ours":
             value = loss(*leaves, anchor_mask=q_mask, candidate_mask=d_mask, log_weight=log_weight)
         else:
-            value = twin(*leaves, q_mask, d_mask, loss.temperatures.log_temperature.exp(), log_weight)
+            tau = loss.temperatures.log_temperature.exp()
+            value = twin(*leaves, q_mask, d_mask, tau, log_weight, torch.inf if margin is None else margin)
         (value * 3).backward()
         found.append([value, *(leaf.grad for leaf in leaves), loss.temperatures.log_temperature.grad])
     return found
 
 
+@pytest.mark.parametrize("margin", [None, 0.2])
 @pytest.mark.parametrize(("rows", "columns"), [(8, 8), (7, 19), (1, 3)])
 @pytest.mark.parametrize("tile_bytes", [1, 3000, 2**25])
-def test_equals_the_twin(rows, columns, tile_bytes):
-    for mine, wanted in zip(*both(rows, columns, tile_bytes)):
+def test_equals_the_twin(rows, columns, tile_bytes, margin):
+    for mine, wanted in zip(*both(rows, columns, tile_bytes, margin=margin)):
         torch.testing.assert_close(mine, wanted, rtol=1e-11, atol=1e-13)
 
 

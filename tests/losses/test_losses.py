@@ -16,14 +16,16 @@ from torch import nn
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import (
     CountCorrectedInfoNCE,
+    CrossBatchInfoNCE,
     DecoupledInfoNCE,
     InfoNCE,
     SogCLR,
 )
+from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import inclusion_log_weights
 from anybatch.plans.plan import BatchPlan
 
-from .. import reference
+from .. import reference, twin
 from .methods import cluster_weights
 
 
@@ -66,15 +68,15 @@ LOSSES = {
     ids=st.booleans(),
     tile=st.sampled_from([1, 200, 10**7]),
     both=st.booleans(),
+    margin=st.sampled_from([None, -0.1, 0.2]),
 )
-def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both):
-    make, twin = LOSSES[name]
+def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both, margin):
+    make, formula = LOSSES[name]
     anchors, candidates, anchor_id, candidate_id = draw_batch(*shape)
     rows = len(anchors)
     known = {"anchor_id": anchor_id, "candidate_id": candidate_id} if ids else {}
-    loss = make(
-        temperature=tau, learnable_temperature=True, tile_bytes=tile, direction="both" if both else "one_way"
-    ).double()
+    settings = {"tile_bytes": tile, "direction": "both" if both else "one_way", "mask_margin": margin}
+    loss = make(temperature=tau, learnable_temperature=True, **settings).double()
     with torch.no_grad():
         loss.temperatures.log_temperature.fill_(math.log(tau))  # in float64, after it was made in float32
     for tensor in (anchors, candidates):
@@ -82,10 +84,14 @@ def test_stateless_losses_equal_their_twins(name, shape, tau, ids, tile, both):
     value = loss(anchors, candidates, **known)
     temperature = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
     allowed = reference.pairs_allowed(rows, len(candidates), **known)
-    expected = twin(anchors, candidates, temperature, allowed)
+    scores = reference.unit(anchors) @ reference.unit(candidates).T
+    highest = scores.diagonal()[:, None] + (math.inf if margin is None else margin)
+    allowed &= scores <= highest
+    expected = formula(anchors, candidates, temperature, allowed)
     if both:
         back = reference.pairs_allowed(rows, rows, candidate_id[:rows] if ids else None, anchor_id if ids else None)
-        expected = (expected + twin(candidates[:rows], anchors, temperature, back)) / 2
+        back &= highest >= scores[:, :rows].T
+        expected = (expected + formula(candidates[:rows], anchors, temperature, back)) / 2
     if not isinstance(expected, torch.Tensor) or not expected.requires_grad:
         assert value.item() == pytest.approx(float(expected))
         return
@@ -139,13 +145,11 @@ def test_sogclr_equals_its_twin_over_several_steps(shape, gamma, eps, state, pos
         ours = gradients(value, anchors, candidates, loss.temperatures.log_temperature)
         theirs = gradients(surrogate, anchors, candidates, tau)
         close(ours, (*theirs[:2], 0.5 * theirs[2]), 1e-9)  # d / d log tau
-        for direction, twin in enumerate(twins):
+        for direction, own in enumerate(twins):
             for row in range(12):
-                assert bool(loss.denominator.visited[direction, row]) == (row in twin.u)
-                if row in twin.u:
-                    assert loss.denominator.log_mean[direction, row].exp().item() == pytest.approx(
-                        twin.u[row], rel=1e-9
-                    )
+                assert bool(loss.denominator.visited[direction, row]) == (row in own.u)
+                if row in own.u:
+                    assert loss.denominator.log_mean[direction, row].exp().item() == pytest.approx(own.u[row], rel=1e-9)
 
 
 @pytest.mark.parametrize("eps_of", ["one over k", "zero", "one over n - 1"])
@@ -318,7 +322,6 @@ class TestNumbers:
             loss(anchors, anchors).backward()
             optimizer.step()
         assert 0 < loss.temperature < 0.5
-        assert loss.last_stats["temperature"] == loss.temperature
 
     @pytest.mark.parametrize(
         ("arguments", "match"),
@@ -419,12 +422,12 @@ def test_weighted_sogclr_and_count_corrected_equal_their_twins():
                 linear[i, j] = math.exp(same)
     allowed = reference.pairs_allowed(6, 8)
     anchors.requires_grad_()
-    twin = reference.NaiveSogCLR(60, 0.7, None)
+    naive = reference.NaiveSogCLR(60, 0.7, None)
     loss = SogCLR(60, gamma=0.7, temperature=0.2)
     loss.denominator.double()
     for _ in range(2):
         value = loss(anchors, candidates, index=torch.arange(6), log_weight=weight)
-        surrogate, objective = twin.step(anchors, candidates, 0.2, allowed, list(range(6)), linear)
+        surrogate, objective = naive.step(anchors, candidates, 0.2, allowed, list(range(6)), linear)
         assert value.item() == pytest.approx(objective, rel=1e-6)
         close(gradients(value, anchors), gradients(surrogate, anchors), 1e-6)
     scores = reference.unit(anchors) @ reference.unit(candidates).T / 0.2
@@ -467,3 +470,22 @@ def test_a_diverged_step_leaves_the_memory_as_it_was():
 def test_a_log_weight_that_wants_a_gradient_is_refused():
     with pytest.raises(AnybatchError, match="NUCLR"):
         InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), log_weight=torch.zeros(2, 2, requires_grad=True))
+
+
+def test_scores_above_the_margin_are_no_negatives():
+    formula = lambda positive, negatives, _: torch.cat([positive[None], negatives]).logsumexp(0) - positive  # noqa: E731
+    twin.check(InfoNCE, formula, temperature=0.5, mask_margin=0.1)
+    twin.check_ranks(InfoNCE, temperature=0.5, mask_margin=0.1)
+    twin.check_ranks(InfoNCE, temperature=0.5, mask_margin=0.1, ring=True)
+
+
+@pytest.mark.parametrize("make", [InfoNCE, LateInteraction, lambda **k: CrossBatchInfoNCE(9, **k)])
+def test_the_figures_show_the_temperature_of_the_call(make):
+    """And not that which the optimizer has made since."""
+    loss = make(temperature=0.25, learnable_temperature=True)
+    sides = torch.randn(2, 4, 3, 5) if isinstance(loss, LateInteraction) else torch.randn(2, 4, 5)
+    loss(*sides, index=torch.arange(4))
+    with torch.no_grad():
+        loss.temperatures.log_temperature.add_(1.0)
+    assert loss.last_stats["temperature"] == 0.25
+    assert loss.temperature > 0.6

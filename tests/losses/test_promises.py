@@ -306,3 +306,24 @@ def test_a_cast_leaves_what_is_learned_in_float32(name, dtype):
         torch.optim.SGD(loss.parameters(), lr=1e-5).step()
         moved = state(loss)
         assert all(not torch.equal(moved[key], before[key]) for key, value in gradients.items() if value.any())
+
+
+@pytest.mark.parametrize("tile", [1, 10**7])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "cross batch"])  # which has a test of its own
+def test_the_margin_is_a_mask(name, tile):
+    """The same step, state included, as with the pairs given by hand, whatever the method does with what is left."""
+    results = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        loss = ALL[name](temperature=0.3, direction="one_way", tile_bytes=tile, mask_margin=None if by_hand else 0.2)
+        loss = loss.double()
+        for step in range(3):
+            anchors, candidates, index = draw(step)
+            scores = torch.cosine_similarity(anchors[:, None], candidates[None], dim=2).detach()
+            mask = torch.zeros_like(scores).masked_fill_(scores > scores.diagonal()[:, None] + 0.2, -torch.inf)
+            assert mask.isneginf().any()
+            value = loss(anchors, candidates, index=index, log_weight=mask if by_hand else None)
+            value.backward()
+        results.append([value.detach(), anchors.grad, candidates.grad, *state(loss).values()])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-11, equal_nan=True)

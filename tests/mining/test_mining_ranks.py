@@ -43,7 +43,7 @@ def run_config(folder, model, pairs, *, precision="float32"):
         data=DataConfig(path=str(pairs)),
         model=ModelConfig(name=str(model), device="cpu"),
         teacher=TeacherConfig(name=str(model), precision=precision),  # pyright: ignore[reportArgumentType]
-        mining=MiningConfig(method="anybatch", cluster_size=4, skip=2, take=6),
+        mining=MiningConfig(method="anybatch", cluster_size=4, window=(2, 6)),
         batch_size=8,
     )
 

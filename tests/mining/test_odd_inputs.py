@@ -39,7 +39,7 @@ ROWS = 60
 rng = np.random.default_rng(0)
 X = rng.normal(size=(ROWS, 8)).astype(np.float32)
 IDS = np.arange(ROWS)
-CONFIG = MiningConfig(batch_size=8, cluster_size=4, skip=2, take=6)
+CONFIG = MiningConfig(batch_size=8, cluster_size=4, window=(2, 6))
 NEIGHBORS = exact_neighbors(X, X, 8, anchor_id=IDS, positive_id=IDS)
 GRAPH = build_graph(NEIGHBORS, Window(2, 6))
 
@@ -136,8 +136,7 @@ def cases() -> dict[str, dict[str, Callable[[], object]]]:
             **{
                 f"{field} {value}": mined(**{field: value})
                 for field, values in {
-                    "skip": (0, 59, 2**40),
-                    "take": (1, 59, 2**40),
+                    "window": ((0, 1), (59, 59), (2**40, 2**40), (2, 0)),
                     "cluster_size": (2, 8, 59, 60, 61, 2**40),
                     "batch_size": (1, 4, 60, 64, 2**40),
                     "margin": (0.0, 3e38),
@@ -323,7 +322,7 @@ def test_a_result_or_a_message(function, outcomes):
 
 
 def test_the_settings_of_the_segfault_are_refused_by_name():
-    with pytest.raises(AnybatchError, match=r"mining\.conflict_weight is nan; expected a finite number from 0"):
+    with pytest.raises(AnybatchError, match=r"mining\.conflict_weight is nan; expected auto, or a finite number"):
         replace(CONFIG, conflict_weight=float("nan"))
 
 

@@ -36,7 +36,7 @@ from anybatch.run.read_data import read_training_pairs
 from anybatch.run.teacher import read_embeddings
 
 MARK = SEAL.rstrip("0").encode()
-MINED = MiningConfig(cluster_size=4, skip=1, take=6)
+MINED = MiningConfig(cluster_size=4, window=(1, 6))
 
 
 @pytest.fixture
@@ -136,6 +136,13 @@ class TestFailedStart:
             assert out.parent.exists() == (folder == "empty"), "what was made on the way goes as well"
             assert folder == "absent" or not list(out.iterdir())
         {"train": job.train, "mine": mine}[verb](config)
+
+    def test_settings_that_nothing_would_read(self, config):
+        with pytest.raises(AnybatchError, match=r"train\.eval_steps is 5, and there is no held-out data"):
+            replace(config, evaluation=EvaluationConfig(), train=TrainConfig(eval_steps=5))
+        for setting in ({"name": "m"}, {"max_length": 9}, {"anchor_prompt": ""}, {"precision": "float16"}):
+            with pytest.raises(AnybatchError, match=rf"teacher\.{next(iter(setting))} .*teacher\.embeddings are given"):
+                TeacherConfig(embeddings=("a.npy", "p.npy"), **setting)
 
     def test_what_caching_refuses_is_refused_before_mining(self, config, tiny_model_folder, tmp_path, monkeypatch):
         model = SentenceTransformer(str(tiny_model_folder), device="cpu")
@@ -402,7 +409,7 @@ def test_embeddings_of_any_float_and_byte_order(tmp_path, kind, order):
     assert got.dtype.isnative
     assert got.dtype.itemsize <= 8
     np.testing.assert_array_equal(got, values.astype(got.dtype))
-    config = MiningConfig(cluster_size=4, skip=1, take=6, batch_size=8)
+    config = MiningConfig(cluster_size=4, window=(1, 6), batch_size=8)
     plan = mine_plan(got, got, config=config, anchor_id=np.arange(24), positive_id=np.arange(24)).plan
     plain = values.astype(np.float32)
     assert (

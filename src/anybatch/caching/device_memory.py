@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +19,7 @@ Result = TypeVar("Result")
 
 
 def parse_memory(memory: str | int, total: int) -> int:
-    """Bytes of `"8GiB"`, `"500MB"`, `"80%"` (of `total` bytes) or a plain number.
-
-    Raises:
-        AnybatchError: Not one of these forms, zero, or more than 100%.
-    """
+    """Bytes of `"8GiB"`, `"500MB"`, `"80%"` (of `total` bytes) or a plain number; else an AnybatchError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-z]*)\s*", str(memory), flags=re.IGNORECASE)
     unit = match.group(2).upper() if match else None
     if match is None or (unit != "%" and unit not in _UNITS):
@@ -34,23 +31,16 @@ def parse_memory(memory: str | int, total: int) -> int:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the device; on the CPU those of the machine, or of its container where that has fewer.
-
-    Raises:
-        AnybatchError: A device whose memory cannot be read.
-    """
+    """Bytes of the device; on the CPU those of the machine, or of its container where that has fewer."""
     backend: Any = getattr(torch, device.type, None)
     if hasattr(backend, "mem_get_info"):  # CUDA (and ROCm), XPU
         return backend.mem_get_info(device)[1]
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     if device.type == "cpu":
-        import psutil
-
         return min(psutil.virtual_memory().total, _container_limit() or 2**63)
     raise AnybatchError(
-        f"The memory of a {device.type} device cannot be read; give micro_batch and keep_graphs numbers instead of "
-        "'auto'."
+        f"The memory of a {device.type} device cannot be read; give micro_batch and keep_graphs numbers, not 'auto'."
     )
 
 
@@ -64,8 +54,6 @@ def memory_in_use(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
     if _container_limit() is None:
-        import psutil
-
         memory = psutil.virtual_memory()
         return memory.total - memory.available
     current = int((_CGROUP / "memory.current").read_text())
@@ -83,11 +71,8 @@ def _container_limit() -> int | None:
 def device_of(places: Sequence[object]) -> torch.device:
     """The first device of modules and inputs that is not the CPU, else the CPU."""
     for place in places:
-        if isinstance(place, nn.Module):
-            values = place.parameters()
-        else:
-            values = place.values() if isinstance(place, Mapping) else [place]
-        for value in values:
+        held = place.parameters() if isinstance(place, nn.Module) else [place]
+        for value in place.values() if isinstance(place, Mapping) else held:
             if isinstance(value, Tensor) and value.device.type != "cpu":
                 return value.device
     return torch.device("cpu")
@@ -106,8 +91,7 @@ def unless_out_of_memory(work: Callable[[], Result]) -> tuple[Result | None, Bas
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
-        # The traceback would keep the failed pass's tensors alive.
-        failure = error.with_traceback(None)
+        failure = error.with_traceback(None)  # which would keep the failed pass's tensors alive
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None, failure

@@ -1,7 +1,4 @@
-"""An encoder: one call of it on some rows, and the modules and generators behind it, found by looking.
-
-Everything that a step must know of the modules comes from one walk over them (`ModuleFacts`).
-"""
+"""An encoder: one call of it on some rows, and the modules and generators behind it, found by one walk over them."""
 
 from __future__ import annotations
 
@@ -36,11 +33,8 @@ _OF_TORCH = frozenset(("_parameters", "_buffers", "_modules", "training"))
 
 
 def modules_of(function: Callable[..., Any]) -> list[nn.Module]:
-    """The modules that a callable is or visibly holds, each once.
-
-    Looks at the callable itself, the object of a bound method and its attributes, the arguments of a
-    `functools.partial`, and the variables and defaults of a function. What hides deeper is not found; name it
-    with `modules=`.
+    """The modules that a callable is or visibly holds, each once: attributes, arguments of a `functools.partial`,
+    variables and defaults of a function. What hides deeper is not found; name it with `modules=`.
     """
     return list(dict.fromkeys(found for found in _reach(function, 3, set()) if isinstance(found, nn.Module)))
 
@@ -113,12 +107,8 @@ def _named_by(function: types.FunctionType) -> list[Any]:
 class ModuleFacts:
     """What a step must know of the modules behind its encoders, from one walk over all of them.
 
-    Args:
-        encoders: Of all towers.
-        modules: Those that the encoders run; None: found by `modules_of`.
-
     Attributes:
-        modules: Those of all encoders, without the ones below them.
+        modules: Those of all encoders, without the ones below them: the given ones, or what `modules_of` finds.
         visible: What `modules_of` finds in each encoder, by its id.
         flags: The training flag of every module at or below them.
         wrapped: Every DistributedDataParallel, and every outermost `fully_shard`ed module.
@@ -128,8 +118,6 @@ class ModuleFacts:
 
     Raises:
         AnybatchError: Batch statistics, hooks that act on a gradient before it is whole, what `refuse_wrapper` refuses.
-
-    Cost: some microseconds per module.
     """
 
     def __init__(self, encoders: Sequence[Encoder], modules: Sequence[nn.Module] | None) -> None:
@@ -138,9 +126,6 @@ class ModuleFacts:
         self.visible: dict[int, tuple[nn.Module, ...]] = {}
         self._places: list[Place] = []
         self._frozen: list[Place] = []
-        self._trained: dict[nn.Parameter, None] = {}
-        self._wrapped: dict[Any, None] = {}
-        self._sharded_inside: set[nn.Module] = set()
         self._generators: dict[int, Generator] = {}
         self._seen: set[int] = set()
         for encode in encoders:
@@ -150,31 +135,25 @@ class ModuleFacts:
                 self.visible[id(encode)] = tuple(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
         visible = (module for held in self.visible.values() for module in held)
         self.modules = tuple(dict.fromkeys(visible if modules is None else modules))
-        for module in self.modules:
-            self._walk(module)
-        self.wrapped: list[Wrapped] = [module for module in self._wrapped if module not in self._sharded_inside]
-        self.trained = list(self._trained)
+        waiting = [("", module) for module in reversed(self.modules)]
+        while waiting:
+            path, module = waiting.pop()
+            if module not in self.flags:
+                self.flags[module] = module.training
+                _refuse_batch_statistics(module, path)
+                refuse_wrapper(module)
+                self._add_state(module, path)
+                parts = reversed(module._modules.items())
+                waiting += [(f"{path}.{name}".lstrip("."), part) for name, part in parts if part is not None]
+        reducing = [module for module in self.flags if isinstance(module, (DistributedDataParallel, FSDPModule))]
+        sharded = [module for module in reducing if isinstance(module, FSDPModule)]
+        inside = {part for module in sharded for part in module.modules() if part is not module}
+        self.wrapped: list[Wrapped] = [module for module in reducing if module not in inside]
+        held = (parameter for module in self.flags for parameter in module._parameters.values())
+        self.trained = list(dict.fromkeys(p for p in held if p is not None and p.requires_grad))
         self.generators = tuple(self._generators.values())
         broadcast_buffers(self.wrapped)
         self.written = WrittenState(self._places, self._frozen) if torch.is_grad_enabled() else WrittenState()
-
-    def _walk(self, root: nn.Module) -> None:
-        waiting = [("", root)]
-        while waiting:
-            path, module = waiting.pop()
-            if module in self.flags:
-                continue
-            self.flags[module] = module.training
-            _refuse_batch_statistics(module, path)
-            refuse_wrapper(module)
-            if isinstance(module, DistributedDataParallel):
-                self._wrapped[module] = None
-            elif isinstance(module, FSDPModule) and module not in self._sharded_inside:
-                self._wrapped[module] = None
-                self._sharded_inside.update(part for part in module.modules() if part is not module)
-            self._add_state(module, path)
-            parts = [(name, part) for name, part in module._modules.items() if part is not None]
-            waiting += [(f"{path}.{name}" if path else name, part) for name, part in reversed(parts)]
 
     def _add_state(self, module: nn.Module, path: str) -> None:
         """What one module itself holds, and its parts do not."""
@@ -189,19 +168,14 @@ class ModuleFacts:
             self._add_generators(_reach(method, 3, self._seen))
         self._places += [Place(module._buffers, key, path) for key in module._buffers]
         for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if parameter.requires_grad:
-                self._trained[parameter] = None
-            else:
+            if parameter is not None and not parameter.requires_grad:
                 self._frozen.append(Place(module._parameters, key, path))
             acting = getattr(parameter, "_post_accumulate_grad_hooks", None)
             if torch.is_grad_enabled() and (acting or hasattr(parameter, "_in_backward_optimizers")):
                 raise AnybatchError(
                     f"{f'{path}.{key}'.lstrip('.')} has a hook that runs whenever a gradient is accumulated "
-                    "(register_post_accumulate_grad_hook, an optimizer in the backward pass). Under caching that is "
-                    "once per micro-batch, with a part of the gradient. Remove the hook and step after the cached "
-                    "step, or train without caching."
+                    "(register_post_accumulate_grad_hook, an optimizer in the backward pass), under caching once per "
+                    "micro-batch, with a part of the gradient. Remove the hook and step after the cached step."
                 )
 
     def _add_generators(self, found: Iterable[nn.Module | Generator]) -> None:
@@ -242,24 +216,20 @@ class Tower:
         return RandomState(self.facts.generators)
 
     def embed(self, rows: Tensor, context: contextlib.AbstractContextManager[None] | None = None) -> tuple[Tensor, ...]:
-        """The encoder's tensors `(b, ...)` for `rows` `(b,)`, computed inside `context`.
-
-        Raises:
-            AnybatchError: The output is no Tensor or tuple of Tensors, not floating, or has not one embedding per row.
-        """
+        """The encoder's tensors `(b, ...)` for `rows` `(b,)`, computed inside `context`; other outputs are refused."""
         with context or contextlib.nullcontext():
             outputs = self.encode(self.slicer.take(rows))
         tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
         if not isinstance(tensors, (tuple, list)) or not all(isinstance(output, Tensor) for output in tensors):
             raise AnybatchError(
-                f"The encoder returned {type(outputs).__name__}; a Tensor (b, D) or a tuple of Tensors is expected. "
-                'Pick the embedding inside, for instance lambda batch: model(batch)["sentence_embedding"].'
+                f"The encoder returned {type(outputs).__name__}; expected a Tensor (b, D) or a tuple of Tensors, for "
+                'instance by lambda batch: model(batch)["sentence_embedding"].'
             )
         for output in tensors:
             if output.ndim == 0 or output.shape[0] != len(rows) or not output.is_floating_point():
                 raise AnybatchError(
                     f"The encoder returned a {output.dtype} tensor of shape {tuple(output.shape)} for {len(rows)} "
-                    "rows; a floating tensor with one embedding per row is expected."
+                    "rows; expected a floating tensor with one embedding per row."
                 )
         return tuple(tensors)
 
@@ -289,8 +259,7 @@ def _refuse_batch_statistics(module: nn.Module, path: str) -> None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
         kind = type(module).__name__
         raise AnybatchError(
-            f"{path or kind} is a {kind} that normalises with the statistics of its batch. Under caching it sees "
-            "micro-batches, so the gradient cannot equal that of the whole batch, and its running statistics would be "
-            f"updated twice. Put it in evaluation mode (module.{path or 'bn'}.eval(), after every model.train()), or "
-            "replace it by LayerNorm or GroupNorm, or train without caching."
+            f"{path or kind} is a {kind} that normalises with the statistics of its batch, under caching those of a "
+            f"micro-batch. Put it in evaluation mode (module.{path or 'bn'}.eval(), after every model.train()), use "
+            "LayerNorm or GroupNorm, or train without caching."
         )

@@ -13,44 +13,41 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from anybatch.caching.device_memory import (
-    device_of,
-    memory_in_use,
-    parse_memory,
-    total_memory,
-    unless_out_of_memory,
-)
+from anybatch.caching.device_memory import device_of, memory_in_use, parse_memory, total_memory, unless_out_of_memory
 from anybatch.caching.encoder import Tower, parameters_of
 from anybatch.caching.rows import RowSlicer
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
-LEAF_COPIES = 6  # tensors of the embeddings' size at the loss's peak: see `leaf_bytes`
+# Tensors of the embeddings' size at the loss's peak: the leaf, its gradient, and in the loss the candidates in one
+# piece, the normalised rows and gradients on their way.
+LEAF_COPIES = 6
 # Larger micro-batches are not faster: on a CPU they leave the caches, on a GPU the units are busy.
 MOST_TOKENS = {"cpu": 2048}
 MOST_TOKENS_ACCELERATOR = 32_768
 FEWEST_TOKENS = 64
+NO_ROOM = (
+    "the encoder does not fit with its longest input. Shorten the inputs, use gradient checkpointing inside the "
+    "encoder, or a smaller model."
+)
 LOSS_RESERVE = 2**26  # score tiles; the embeddings and their gradients come on top (`leaf_bytes`)
 
 
 class GraphBudget:
     """Keeps the graphs of one step while they fit: all of a small batch (plain training), the first few of a large one.
 
-    The tensors that autograd saves for each micro-batch are counted (each storage once, parameters and what a kept
-    graph holds already not). The next micro-batch is no longer than the last, so it has no more bytes per padded token:
+    What autograd saves for a micro-batch is counted (each storage once, parameters and what a kept graph holds already
+    not). The next one is no longer, so it has no more bytes per padded token:
 
         predicted = bytes measured last * padded tokens / padded tokens measured last
         keep if in use + reserve + leaves + spent + predicted + largest (a replay's working set) <= memory
 
     Args:
-        memory: The most memory in use on the device, as in `StepMemory`.
-        device: Whose memory.
+        memory: As in `StepMemory`, of `device`.
         reserve: Bytes for what comes later in the step (gradients of the parameters, the loss's tiles).
         num_rows: Rows of the whole step, all towers together, whose embeddings need `leaves` bytes (`leaf_bytes`).
         most: The most bytes of kept graphs, where an earlier step has shown it.
         modules: Their parameters and buffers are there anyway and are not counted.
-
-    Cost: one Python call for each tensor that autograd saves.
     """
 
     def __init__(
@@ -73,14 +70,9 @@ class GraphBudget:
         self.largest = 0  # bytes of the largest graph measured
         self.overrun = False  # whether memory ran out beside the kept graphs, in spite of the prediction
         self.bytes_per_token: float | None = None  # measured last; None before the first measurement in a tower
-        self._last: dict[int, int] = {}  # storages of the last graph measured
+        self._last: dict[int, int] = {}  # storages of the last graph measured, and their bytes
         # Storages that cost nothing more: parameters, and what kept graphs hold. All alive: no address comes twice.
-        self._there = {
-            tensor.untyped_storage().data_ptr()
-            for module in modules
-            for tensor in (*module.parameters(), *module.buffers())
-            if not is_traceable_wrapper_subclass(tensor)
-        }
+        self._there = _storages(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
     def will_fit(self, slicer: RowSlicer, rows: Tensor) -> bool:
         """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
@@ -93,7 +85,7 @@ class GraphBudget:
         if not self._fits(size):
             return False
         self.spent += size
-        self._there |= self._last.keys()
+        self._there |= self._last
         return True
 
     def record_embeddings(self, outputs: Sequence[Tensor]) -> None:
@@ -106,11 +98,7 @@ class GraphBudget:
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> tuple[Tensor, int]:
-            if not is_traceable_wrapper_subclass(
-                tensor
-            ):  # such a tensor (sharded, quantised) has no storage of its own
-                storage = tensor.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
+            sizes.update(_storages([tensor]))
             # Not the tensor itself: an output that its own node saves would hold the graph, which would never be freed.
             return tensor.detach(), tensor._version
 
@@ -126,24 +114,25 @@ class GraphBudget:
         return self.start + self.leaves + self.spent + size + max(self.largest, size) <= self.limit
 
 
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Addresses and bytes; a wrapper (sharded, quantised) has no storage of its own."""
+    plain = (tensor.untyped_storage() for tensor in tensors if not is_traceable_wrapper_subclass(tensor))
+    return {storage.data_ptr(): storage.nbytes() for storage in plain}
+
+
 def _unpack(saved: tuple[Tensor, int]) -> Tensor:
     """The saved tensor; autograd's own check of its version rests where there are hooks."""
     tensor, version = saved
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
-            f"of shape {tuple(tensor.shape)} is at version {tensor._version}; expected version {version}. Use the "
-            "operation that is not in place in the encoder."
+            f"of shape {tuple(tensor.shape)} is at version {tensor._version}; expected version {version}."
         )
     return tensor
 
 
 def leaf_bytes(outputs: Sequence[Tensor], num_rows: int) -> int:
-    """Bytes that embeddings like these, of `num_rows` rows in float32 or better, and what the loss makes of them need.
-
-    `LEAF_COPIES` at once: the leaf, its gradient, and in the loss the candidates in one piece, the normalised rows and
-    gradients on their way.
-    """
+    """Bytes that embeddings of `num_rows` rows, in float32 or better, and what the loss makes of them need."""
     sizes = (math.prod(o.shape[1:]) * torch.promote_types(o.dtype, torch.float32).itemsize for o in outputs)
     return LEAF_COPIES * num_rows * sum(sizes)
 
@@ -163,14 +152,12 @@ class StepMemory:
     memory runs out all the same, the step goes on with halves, and later steps start from there.
 
     Args:
-        memory: The most memory in use on the device, parameters, optimiser and other processes included: "8GiB",
-            "80%", or bytes.
+        memory: The most memory in use on the device, parameters, optimiser and other processes included: "8GiB", "80%",
+            or bytes.
 
     Attributes:
         learned: The most padded tokens of a micro-batch, known from running out of memory; None while it never did.
         learned_samples: The same in rows, of inputs without lengths (images).
-
-    Cost: three rows through each encoder, once.
 
     Example:
         >>> from anybatch import InfoNCE, cached_step
@@ -203,12 +190,7 @@ class StepMemory:
     def limits(
         self, tower: Tower, micro_batch: int | str | None, max_tokens: int | None, *, num_rows: int
     ) -> tuple[int | None, int | None]:
-        """`micro_batch` and `max_tokens` of a tower in a step of `num_rows` rows: as wanted, probed, and learned.
-
-        Raises:
-            AnybatchError: With "auto", a single row does not fit on the device, or the encoder is sharded, which cannot
-                run on one rank alone.
-        """
+        """`micro_batch` and `max_tokens` of a tower in a step of `num_rows` rows: as wanted, probed, and learned."""
         by_rows = tower.slicer.lengths is None
         learned = self.learned_samples if by_rows else self.learned
         if micro_batch == "auto":
@@ -228,8 +210,8 @@ class StepMemory:
         """Padded tokens of a micro-batch; rows, where there are no lengths."""
         if any(isinstance(module, FSDPModule) for module in tower.wrapped):
             raise AnybatchError(
-                'micro_batch="auto" tries rows on each rank by itself, and a sharded encoder (fully_shard) runs on all '
-                "ranks together. Give micro_batch or max_tokens a number."
+                'micro_batch="auto" tries rows on each rank alone, and a sharded encoder (fully_shard) runs '
+                "on all ranks together. Give micro_batch or max_tokens a number."
             )
         lengths = tower.slicer.lengths
         length = 1 if lengths is None else int(lengths.max())
@@ -249,10 +231,7 @@ class StepMemory:
         one, leaves = graph_bytes(tower, order[:1], num_rows)
         two, _ = graph_bytes(tower, order[:2], num_rows)
         if one is None:
-            raise AnybatchError(
-                "Out of memory with a single row: the encoder does not fit with its longest input. Shorten the inputs, "
-                "use gradient checkpointing inside the encoder, or a smaller model."
-            )
+            raise AnybatchError(f"Out of memory with a single row: {NO_ROOM}")
         tokens = slicer.padded_tokens(order[:1])
         if two is None:
             return tokens
@@ -264,9 +243,8 @@ class StepMemory:
         room = limit - memory_in_use(device) - LOSS_RESERVE - leaves - gradient_bytes(tower.facts.modules)
         if 2 * one > room:
             warnings.warn(
-                f"memory={self.memory!r} leaves {max(0, room) / 2**20:.0f} MiB for the encoder, and a micro-batch of "
-                f"one row ({tokens} tokens) needs about {2 * one / 2**20:.0f} MiB. Going on with single rows: the "
-                "budget will be exceeded.",
+                f"memory={self.memory!r} leaves {max(0, room) / 2**20:.0f} MiB for the encoder, and one row ({tokens} "
+                f"tokens) needs about {2 * one / 2**20:.0f} MiB. With single rows the budget will be exceeded.",
                 stacklevel=2,
             )
             return tokens
@@ -292,5 +270,4 @@ def graph_bytes(tower: Tower, rows: Tensor, num_rows: int) -> tuple[int | None, 
 
 
 def _least(*limits: int | None) -> int | None:
-    """The smallest of the limits that are set."""
     return min((limit for limit in limits if limit is not None), default=None)

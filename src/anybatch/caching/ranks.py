@@ -1,8 +1,8 @@
 """Gradients over ranks: encoders that reduce their own are found, kept from it until the end of the step, or refused.
 
-A DistributedDataParallel reduces what its last backward pass used. Under caching that is what the last micro-batch
-used, so all passes of a step accumulate locally, and one pass without a gradient through every parameter follows: the
-wrapper then reduces by its own rules (buckets, communication hooks, groups) what any micro-batch of any rank has left.
+A DistributedDataParallel reduces what its last backward pass used, under caching what the last micro-batch used. So all
+passes of a step accumulate locally, and one pass without a gradient through every parameter follows: the wrapper then
+reduces by its own rules (buckets, communication hooks, groups) what any micro-batch of any rank has left.
 """
 
 from __future__ import annotations
@@ -20,38 +20,35 @@ from torch.nn.parallel import DistributedDataParallel
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
+BUCKET_BYTES = 2**25  # gradients are averaged together in pieces of about this size
 Wrapped = nn.Module  # a DistributedDataParallel, or sharded by `fully_shard` (an FSDPModule too)
 
 
 def refuse_wrapper(module: nn.Module) -> None:
-    """Refuse what reduces in a way that caching cannot hold back: each with what to use instead.
-
-    Raises:
-        AnybatchError: `static_graph=True`, DDP's mixed precision, FullyShardedDataParallel, DeepSpeed's ZeRO-2 and 3.
-    """
+    """Refuse what reduces in a way that caching cannot hold back: each with what to use instead."""
     if isinstance(module, DistributedDataParallel) and module.static_graph:
         raise AnybatchError(
-            "DistributedDataParallel(static_graph=True) expects the same use of every parameter in each backward pass, "
-            "and caching makes several. Build it with static_graph=False."
+            "DistributedDataParallel(static_graph=True) expects equal backward passes, and caching makes several. "
+            "Build it with static_graph=False."
         )
     if isinstance(module, DistributedDataParallel) and module.mixed_precision is not None:
         raise AnybatchError(
-            "DistributedDataParallel(mixed_precision=...) is not supported by caching, which runs its passes under "
-            "no_sync. Use autocast."
+            "DistributedDataParallel(mixed_precision=...) is not supported by caching, which runs under no_sync. Use "
+            "autocast."
         )
     if isinstance(module, FullyShardedDataParallel):
         raise AnybatchError(
             "FullyShardedDataParallel is not supported by caching. Use fully_shard (torch.distributed.fsdp, in "
-            "Accelerate fsdp_version: 2), whose gradient reduction can be held back until the last micro-batch."
+            "Accelerate fsdp_version: 2), whose reduction can be held back."
         )
     stage = 3 if any(hasattr(parameter, "ds_id") for parameter in module._parameters.values()) else 0
     if type(module).__module__.partition(".")[0] == "deepspeed" and hasattr(module, "zero_optimization_stage"):
         stage = max(stage, int(module.zero_optimization_stage()))  # type: ignore[operator]
     if stage >= 2:
         raise AnybatchError(
-            f"DeepSpeed ZeRO-{stage} shards the gradients in each backward pass, and caching makes several per step, "
-            "so all but the last would be lost or reduced twice. Use fully_shard (FSDP2; in Accelerate fsdp_version: "
-            "2), which shards as much, or DistributedDataParallel, or DeepSpeed with zero_optimization.stage 1."
+            f"DeepSpeed ZeRO-{stage} shards the gradients in each backward pass, and caching makes several per step. "
+            "Use fully_shard (FSDP2; in Accelerate fsdp_version: 2), which shards as much, or DistributedDataParallel, "
+            "or DeepSpeed with zero_optimization.stage 1."
         )
 
 
@@ -88,8 +85,8 @@ def refuse_hidden_wrappers(known: Container[nn.Module]) -> Iterator[None]:
     def check(module: nn.Module, _: Any) -> None:
         if isinstance(module, (DistributedDataParallel, FSDPModule)) and module not in known:
             raise AnybatchError(
-                f"The encoder runs a {type(module).__name__} module that cannot be found by looking at it, so its "
-                "gradient reduction cannot be held back until the last micro-batch. Name it: modules=[module]."
+                f"The encoder runs a {type(module).__name__} module that cannot be found by looking at it, so that its "
+                "gradient reduction cannot be held back. Name it: modules=[module]."
             )
 
     hook = nn.modules.module.register_module_forward_pre_hook(check)
@@ -100,10 +97,7 @@ def refuse_hidden_wrappers(known: Container[nn.Module]) -> Iterator[None]:
 
 
 def broadcast_buffers(wrapped: Iterable[Wrapped]) -> None:
-    """Rank 0's buffers for all, as the first forward pass of a DistributedDataParallel would do it, but at once.
-
-    Cost: one broadcast for each that has buffers, where it had none since the last reduction.
-    """
+    """Rank 0's buffers for all, as the first forward pass of a DistributedDataParallel would do it, but at once."""
     for module in wrapped:
         if isinstance(module, DistributedDataParallel) and module._check_sync_bufs_pre_fwd():
             module._sync_buffers()
@@ -113,12 +107,8 @@ def broadcast_buffers(wrapped: Iterable[Wrapped]) -> None:
 class DataParallelReduction:
     """The reduction at the end of a step, of one DistributedDataParallel, kept from it meanwhile (`no_reduction`).
 
-    Args:
-        module: The wrapper.
-        has_gradient: Whether a parameter will have a gradient on this rank.
-        failed: Whether this rank's passes failed. Then no rank goes on.
-
-    Cost: a collective of a byte per parameter, and the module's own, which does not overlap with the backward pass.
+    Asks the other ranks which parameters will have a gradient (a collective of a byte each) and whether their passes
+    `failed`: then no rank goes on.
     """
 
     def __init__(
@@ -173,18 +163,14 @@ class _TouchAll(torch.autograd.Function):
         return (None,) * (1 + ctx.count)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int = 2**25) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average `.grad` over all ranks, for encoders that are not wrapped in DistributedDataParallel.
 
     A parameter without a gradient counts as zero where another rank has one; where no rank has one it stays without.
-    Does nothing without a process group of several ranks. Leave out the loss's own parameters: anybatch's losses give
-    them the full gradient on every rank.
+    Leave out the loss's own parameters: anybatch's losses give them the full gradient on every rank.
 
     Args:
         parameters: The same, in the same order, on every rank; those that do not require a gradient are skipped.
-        bucket_bytes: Gradients are reduced together in pieces of about this size.
-
-    Cost: one all-reduce of a byte per parameter, and one for every `bucket_bytes` of gradients of one dtype.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not distributed.is_active() or not trained:
@@ -194,7 +180,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int =
     for parameter in (parameter for parameter, reached in zip(trained, used) if reached):
         bucket = buckets.setdefault((parameter.dtype, parameter.device), [])
         bucket.append(parameter)
-        if sum(p.numel() * p.element_size() for p in bucket) >= bucket_bytes:
+        if sum(p.numel() * p.element_size() for p in bucket) >= BUCKET_BYTES:
             _average(bucket)
             bucket.clear()
     for bucket in filter(None, buckets.values()):
@@ -219,21 +205,15 @@ def on_any_rank(flag: bool, *, ask: bool) -> bool:
 
 
 def same_number_on_all_ranks(micro_batches: Sequence[Tensor]) -> list[Tensor]:
-    """Cut the largest micro-batches until every rank has as many: a sharded encoder gathers its weights in each pass.
-
-    Raises:
-        AnybatchError: One rank has fewer rows than another has micro-batches; on all ranks.
-
-    Cost: one collective of 16 bytes.
-    """
+    """Cut the largest micro-batches until every rank has as many: a sharded encoder gathers weights in each pass."""
     pieces = list(micro_batches)
     extremes = torch.tensor([len(pieces), -sum(map(len, pieces))], device=_collective_device())
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     wanted, fewest = int(extremes[0]), -int(extremes[1])
     if wanted > fewest:
         raise AnybatchError(
-            f"One rank has {wanted} micro-batches and another {fewest} rows, but a sharded encoder (fully_shard) must "
-            "run equally often on every rank. Give all ranks as many rows, or raise micro_batch or max_tokens."
+            f"One rank has {wanted} micro-batches and another {fewest} rows; a sharded encoder (fully_shard) must run "
+            "equally often on every rank. Give all ranks as many rows, or raise micro_batch or max_tokens."
         )
     while len(pieces) < wanted:
         largest = max(range(len(pieces)), key=lambda number: len(pieces[number]))

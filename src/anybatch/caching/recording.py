@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.caching.device_memory import unless_out_of_memory
 from anybatch.caching.encoder import Encoder, Tower, towers_of
-from anybatch.caching.memory import GraphBudget, StepMemory
+from anybatch.caching.memory import NO_ROOM, GraphBudget, StepMemory
 from anybatch.caching.ranks import Wrapped, no_reduction, refuse_hidden_wrappers, same_number_on_all_ranks
 from anybatch.caching.row_check import refuse_neighbours, settle_trimming
 from anybatch.caching.rows import RowSlicer
@@ -43,14 +43,11 @@ class Piece:
 
 @dataclass(kw_only=True)
 class Recording:
-    """The embeddings of one tower's batch, cut off from the encoder, and what is needed to get back into it.
+    """The embeddings of one tower's batch, cut off from the encoder, and what leads back into it.
 
-    Attributes:
-        leaves: One tensor `(B, ...)` for each tensor that the encoder returns, in the row order of the batch; float32
-            or float64. They require grad where the encoder's did.
-        pieces: In the order of their passes.
-        wrapped: What must not reduce over ranks before the step's last pass.
-        spent: Whether it has been replayed.
+    `leaves` has one tensor `(B, ...)` for each that the encoder returns, in the row order of the batch, in float32 or
+    float64; they require grad where the encoder's did. `wrapped` must not reduce over ranks before the step's last
+    pass.
     """
 
     tower: Tower
@@ -64,11 +61,7 @@ class Recording:
 
     @property
     def embeddings(self) -> Tensor:
-        """The one leaf `(B, D)`.
-
-        Raises:
-            AnybatchError: The encoder returns several tensors; read `leaves`.
-        """
+        """The one leaf `(B, D)`."""
         if len(self.leaves) != 1:
             raise AnybatchError(
                 f"The encoder returned {len(self.leaves)} tensors; read .leaves instead of .embeddings."
@@ -90,21 +83,13 @@ class Recording:
         if self.tower.sharded:
             raise AnybatchError(
                 f"Out of memory with a micro-batch of {len(rows)} rows of a sharded encoder (fully_shard), which "
-                "cannot be split now: the other ranks take part in each of its passes. Lower micro_batch, max_tokens "
-                "or keep_graphs on all ranks."
+                "cannot be split now: all ranks take part in it. Lower micro_batch, max_tokens or keep_graphs on all."
             ) from error
 
     def split(self, rows: Tensor, error: BaseException | None) -> list[Tensor]:
-        """The two halves of a micro-batch that did not fit; later steps start from their size.
-
-        Raises:
-            AnybatchError: It has one row only.
-        """
+        """The two halves of a micro-batch that did not fit; later steps start from their size."""
         if len(rows) == 1:
-            raise AnybatchError(
-                "Out of memory with a single row in the micro-batch: the encoder does not fit with its longest input. "
-                "Shorten the inputs, use gradient checkpointing inside the encoder, or a smaller model."
-            ) from error
+            raise AnybatchError(f"Out of memory with a single row: {NO_ROOM}") from error
         slicer, halves = self.tower.slicer, list(rows.tensor_split(2))
         warnings.warn(
             f"Out of memory with a micro-batch of {len(rows)} rows ({slicer.padded_tokens(rows)} padded tokens): split "
@@ -146,10 +131,8 @@ def record_towers(
         One recording for each tower, to be replayed together. Under `torch.no_grad()` their leaves need no gradient.
 
     Raises:
-        AnybatchError: What `ModuleFacts`, `RowSlicer`, `plan_micro_batches` and `refuse_neighbours` refuse; outputs
-            of another shape than promised.
-
-    Cost: one forward pass of each batch, and the memory of one micro-batch's graph beside the kept ones.
+        AnybatchError: What `ModuleFacts`, `RowSlicer`, `plan_micro_batches` and `refuse_neighbours` refuse; outputs of
+            another shape than promised.
     """
     # 1. What the step must know before any pass: the form of the inputs, the modules, the memory there is.
     check_limits(
@@ -172,7 +155,13 @@ def record_towers(
             rows, tokens = step_memory.limits(tower, micro_batch, max_tokens, num_rows=num_rows)
             plan = plan_micro_batches(tower.slicer, micro_batch=rows, max_tokens=tokens, sort_by_length=sort_by_length)
             if tower.sharded:
-                plan, recording.budget = same_number_on_all_ranks(plan), _no_budget(budget)
+                plan, recording.budget = same_number_on_all_ranks(plan), None
+                if budget is not None:
+                    warnings.warn(
+                        "keep_graphs='auto' is ignored for a sharded encoder (fully_shard), which must run equally "
+                        "often on every rank. Give keep_graphs a number.",
+                        stacklevel=2,
+                    )
             # 3. Rows that see each other are refused.
             first = torch.is_grad_enabled() and refuse_neighbours(tower, plan)
             # 4. The passes.
@@ -180,20 +169,10 @@ def record_towers(
         # A compiled encoder may not fire hooks; then every module found in it counts as called. A
         # DistributedDataParallel reduces whatever was called.
         called = called or set(tower.wrapped)
-        wrapped = tower.facts.wrapped
-        recording.wrapped = [m for m in wrapped if m in called or isinstance(m, DistributedDataParallel)]
+        recording.wrapped = [m for m in tower.facts.wrapped if m in called or isinstance(m, DistributedDataParallel)]
         recordings.append(recording)
     towers[0].facts.written.close()
     return recordings
-
-
-def _no_budget(budget: GraphBudget | None) -> None:
-    if budget is not None:
-        warnings.warn(
-            "keep_graphs='auto' is ignored for a sharded encoder (fully_shard), which must run equally often on every "
-            "rank. Give keep_graphs a number.",
-            stacklevel=3,
-        )
 
 
 @contextlib.contextmanager
@@ -302,8 +281,7 @@ class _Recorder:
             raise AnybatchError(
                 f"The encoder returned shapes {[tuple(o.shape) for o in outputs]} for one micro-batch and "
                 f"{[(len(rows), *flat.shape[1:]) for flat in self.flats]} would fit the first. Embeddings must have "
-                "the same shape in every micro-batch; token embeddings, whose width follows the longest row, must be "
-                "padded to a fixed width inside the encoder."
+                "the same shape; token embeddings must be padded to a fixed width inside the encoder."
             )
         for flat, output in zip(self.flats, outputs):
             flat.index_copy_(0, rows.to(flat.device), output.detach().to(flat.dtype))

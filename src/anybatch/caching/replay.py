@@ -1,8 +1,7 @@
 """The second half of a cached step: the gradients of the embeddings go back through the encoders.
 
-It leaves in every parameter's `.grad` what the whole batch in one pass would have left, because the loss depends on an
-encoder only through its embeddings: d loss / d theta = sum over micro-batches of
-(d embeddings_m / d theta)^T (d loss / d embeddings_m).
+The loss depends on an encoder only through its embeddings, so that d loss / d theta is the sum over micro-batches of (d
+embeddings_m / d theta)^T (d loss / d embeddings_m): what the whole batch in one pass would have left in `.grad`.
 """
 
 from __future__ import annotations
@@ -23,14 +22,15 @@ from anybatch.caching.row_check import relative_difference
 from anybatch.caching.state import training_modes, without_autocast
 from anybatch.core.errors import AnybatchError
 
+UNCHANGED = "No gradient was changed."
+NEXT_STEP = "The next step takes less if it has the same StepMemory; or lower micro_batch, max_tokens"
+
 
 class Aside:
-    """Takes the `.grad` of parameters away, so that backward passes leave this step's contribution alone in it.
+    """Takes the `.grad` of parameters away, so that backward passes leave this step's contribution alone there.
 
-    Then `merge` adds both, or `put_back` leaves the parameters as they were. Hooks of the parameters (`register_hook`)
-    rest meanwhile and run once, on the whole contribution, as they do in a plain step.
-
-    Cost: where gradients were accumulated before, as much memory again.
+    Hooks of the parameters (`register_hook`) rest meanwhile and run once, on the whole contribution, as in a plain
+    step. Where gradients were accumulated before, it needs as much memory again.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -86,28 +86,22 @@ def replay(
 ) -> None:
     """Send the gradients of the leaves into the encoders, micro-batch by micro-batch, in recorded order.
 
-    Which graphs were kept changes the time and not one bit of the gradient. A replayed micro-batch runs under the
-    random state, buffers, autocast and training mode of its recording, and its embeddings are compared with the
-    recorded ones; afterwards generators and buffers are where they were. All or nothing: a step that fails leaves every
-    `.grad` as it was.
+    Which graphs were kept changes not one bit of the gradient. A replayed micro-batch runs under the random state,
+    buffers, autocast and training mode of its recording, and its embeddings are compared with the recorded ones. All or
+    nothing: a step that fails leaves every `.grad` as it was.
 
     Encoders reduce over ranks only if they would do so now (an outer `no_sync` is respected): DistributedDataParallel
-    once, after all passes, over all that any micro-batch of any rank used; `fully_shard` in the last backward pass of
-    the last recording that calls it.
+    once, after all passes; `fully_shard` in the last backward pass of the last recording that calls it.
 
     Args:
         recordings: All of one `record_towers`.
-        grads: For each recording, for each of its leaves, the gradient `(B, ...)`, or None if the loss does not use it.
-        scale: Multiplies every gradient, in their dtype, before they meet half precision (a gradient scaler, an outer
-            gradient).
+        grads: For each leaf of each recording its gradient `(B, ...)`, or None if the loss does not use it.
+        scale: Multiplies every gradient, in their dtype, before they meet half precision.
         beside: Gradients that the loss gave to parameters itself, which wait for `scale`.
 
     Raises:
         AnybatchError: A recording used twice, gradients of another number or shape, out of memory in a backward pass,
             an encoder whose replay differs from its recording, on any rank.
-
-    Cost: forward and backward of every micro-batch that was not kept; one gradient reduction per step for each
-        DistributedDataParallel and sharded encoder. A sharded one gathers its weights in every pass.
     """
     # 1. This step's gradients, apart from what was accumulated before: those of the loss first.
     scaled = [_checked_grads(recording, given, scale) for recording, given in zip(recordings, grads, strict=True)]
@@ -128,9 +122,7 @@ def replay(
         # 3. All ranks go on, or none does.
         reductions = [DataParallelReduction(m, aside.has_gradient, failed=failure is not None) for m in reducing]
         if failure is not None or any(reduction.failed for reduction in reductions):
-            raise failure or AnybatchError(
-                "Another rank could not replay this step, and says why. No gradient was changed."
-            )
+            raise failure or AnybatchError(f"Another rank could not replay this step, and says why. {UNCHANGED}")
     except BaseException:
         aside.put_back()
         raise
@@ -197,12 +189,10 @@ def _replay_next(
             _, error = unless_out_of_memory(partial(_backward, outputs, grads, piece.rows))
     if error is not None:
         recording.record_out_of_memory(piece.rows)
-        undone = "No gradient was changed."
-        if tower.sharded:
-            undone = "The gradients of this step are incomplete: set them to zero."
+        incomplete = "The gradients of this step are incomplete: set them to zero."
         raise AnybatchError(
-            f"Out of memory in the backward pass of a micro-batch of {len(piece.rows)} rows. {undone} The next step "
-            "takes less if it has the same StepMemory; or lower micro_batch, max_tokens, memory or keep_graphs."
+            f"Out of memory in the backward pass of a micro-batch of {len(piece.rows)} rows. "
+            f"{incomplete if tower.sharded else UNCHANGED} {NEXT_STEP}, memory or keep_graphs."
         ) from error
 
 
@@ -213,8 +203,7 @@ def _split(recording: Recording, queue: deque[Piece], piece: Piece, error: BaseE
         recording.record_out_of_memory(piece.rows)
         raise AnybatchError(
             f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split now: its "
-            "random numbers (dropout) belong to the whole. No gradient was changed. The next step takes less if it has "
-            "the same StepMemory; or lower micro_batch or max_tokens."
+            f"random numbers (dropout) belong to the whole. {UNCHANGED} {NEXT_STEP}."
         ) from error
     halves = recording.split(piece.rows, error)
     queue.extendleft(Piece(rows=rows, drew=False, trains=True, dtypes=piece.dtypes) for rows in reversed(halves))
@@ -234,9 +223,9 @@ def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor | None], rows: Ten
         if "backward through the graph a second time" not in str(error):
             raise
         raise AnybatchError(
-            "The encoder uses what an earlier forward pass computed from its parameters, such as weights kept in a "
-            "dictionary or a parametrization under torch.nn.utils.parametrize.cached(). One backward pass has used it "
-            "up, and every micro-batch has its own. Compute it in each forward pass. No gradient was changed."
+            "The encoder uses what an earlier forward pass computed from its parameters (weights kept in a dictionary, "
+            "a parametrization under torch.nn.utils.parametrize.cached()), and one backward pass has used it up. "
+            f"Compute it in each forward pass. {UNCHANGED}"
         ) from error
 
 
@@ -252,24 +241,21 @@ def _difference(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], piece: 
 
 
 def _refuse_different(differences: Sequence[Tensor], too_large: Sequence[str]) -> None:
-    """Refuse replays whose embeddings are further from the recorded ones than rounding brings them.
-
-    A compiler may draw in its own way in one graph and not in the other; generators may be out of sight.
-    """
+    """A compiler may draw in its own way in one graph and not in the other; generators may be out of sight."""
     devices = dict.fromkeys(difference.device for difference in differences)
     largest = (float(torch.stack([d for d in differences if d.device == device]).max()) for device in devices)
     difference = max(largest, default=0.0)
     if difference > 1:
-        named = f" It writes to {', '.join(too_large[:3])}, too large to be kept for every micro-batch."
+        names = ", ".join(too_large[:3])
+        named = f" It writes to {names}, too large to be kept for every micro-batch." if names else ""
         raise AnybatchError(
             f"A replay differs from its recording by {difference:.1f} times what rounding allows: the encoder drew "
-            f"other random numbers (dropout), or something else that it depends on has changed."
-            f"{named if too_large else ''} What torch, NumPy and Python draw by their global generators or by "
-            "generator objects that the encoder visibly holds is replayed, and so are buffers and numbers that its "
-            "modules count; keep such state there, or outside the encoder. If the encoder is compiled, set "
+            f"other random numbers (dropout), or something else that it depends on has changed.{named} Replayed are "
+            "the global generators of torch, NumPy and Python, generator objects that the encoder visibly holds, "
+            "buffers and numbers of its modules: keep such state there. If the encoder is compiled, set "
             "torch._inductor.config.fallback_random = True before compiling, and torch._dynamo.config.recompile_limit "
-            "to more than twice the number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. No "
-            "gradient was changed."
+            "to more than twice the number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. "
+            f"{UNCHANGED}"
         )
 
 

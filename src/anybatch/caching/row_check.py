@@ -1,7 +1,7 @@
 """Whether a row's embedding depends on the rows beside it, or on its padding: looked at once for each encoder.
 
 Batch statistics by functional calls, attention over the batch, experts with a capacity: no type of module tells. What
-goes in twice with other neighbours does, on rows of a real batch.
+goes in twice with other neighbours does.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from anybatch.caching.spans import Trim
 from anybatch.caching.state import WrittenState, training_modes
 from anybatch.core.errors import AnybatchError
 
-MOST_ANSWERS = 64  # of one model
+MOST_ANSWERS = 64  # of one model and question
 _WORDS = (str, int, float, type(None))
 _NO_MODULE = nn.Module()  # stands for those of encoders whose modules are not found
-# For each module: what was found, by encoder and form of inputs.
-_trims: WeakKeyDictionary[nn.Module, dict[Any, Trim]] = WeakKeyDictionary()
-_alone: WeakKeyDictionary[nn.Module, dict[Any, float | None]] = WeakKeyDictionary()
+# For each module: what was found by each question (the function that asks), by encoder and form of inputs.
+_found: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Any]]] = WeakKeyDictionary()
 Answer = TypeVar("Answer")
 
 
@@ -61,15 +60,14 @@ def relative_difference(outputs: Sequence[Tensor], references: Sequence[Tensor])
 def settle_trimming(tower: Tower) -> None:
     """Cut no padding that this encoder depends on, and all that it does not: seen on two short rows, with and without.
 
-    Before micro-batches are planned, because `slicer.lengths` follow. A sharded encoder is not looked at.
-
-    Cost: three forward passes of two rows, once for each encoder, mode and form of inputs.
+    Before micro-batches are planned, because lengths follow. Three forward passes of two rows, once for each encoder,
+    mode and form of inputs; a sharded encoder is not looked at.
     """
     padded = tower.slicer.padded
     if padded is None:
         return
-    key, answers = _key(tower), _answers(_trims, tower)
-    trim: Trim | None = next((keys[key] for keys in answers if key in keys), None)
+    key, answers = _key(tower), _answers(settle_trimming, tower)
+    trim: Trim | None = next((known[key] for known in answers if key in known), None)
     if trim is None and torch.is_grad_enabled() and not tower.sharded:
         passes = _Passes(tower)
         trim = _constant_in_some_mode(passes, lambda: _harmless_trim(passes, *padded))
@@ -79,19 +77,16 @@ def settle_trimming(tower: Tower) -> None:
 
 
 def refuse_neighbours(tower: Tower, micro_batches: Sequence[Tensor]) -> bool:
-    """Take half of a micro-batch without the other half, and compare; whether that was done now.
+    """Refuse an encoder that gives half of a micro-batch other embeddings without the other half; whether it was asked.
 
-    Raises:
-        AnybatchError: Rows are not the same up to rounding without the others.
-
-    Cost: one and a half forward passes of a micro-batch, once for each encoder, mode and form of inputs. Ranks of a
-        sharded encoder agree on each, because they must run equally many.
+    One and a half forward passes of a micro-batch, once for each encoder, mode and form of inputs. Ranks of a sharded
+    encoder agree on each, because they must run equally many.
     """
     if len(micro_batches) < 2:
         return False
-    key, answers = _key(tower), _answers(_alone, tower)
-    known = all(key in keys or len(keys) >= MOST_ANSWERS for keys in answers)
-    if not on_any_rank(not known, ask=tower.sharded):
+    key, answers = _key(tower), _answers(refuse_neighbours, tower)
+    unknown = any(key not in known and len(known) < MOST_ANSWERS for known in answers)
+    if not on_any_rank(unknown, ask=tower.sharded):
         return False
     rows = micro_batches[0] if len(micro_batches[0]) > 1 else torch.cat([micro_batches[0], micro_batches[1][:1]])
     if tower.slicer.lengths is not None:  # the longest row stays, and with it the width
@@ -101,9 +96,9 @@ def refuse_neighbours(tower: Tower, micro_batches: Sequence[Tensor]) -> bool:
     if passes.any_rank(difference is not None and difference > 2):
         raise AnybatchError(
             "A row's embedding depends on the rows that go through the encoder with it: half of a micro-batch alone "
-            "has other embeddings. So micro-batches cannot give the gradient of the whole batch. Look for statistics "
-            "over the batch (batch normalisation, x - x.mean(0)), attention between rows, experts with a capacity; "
-            "replace them (LayerNorm, GroupNorm), put them in evaluation mode, or train without caching."
+            "has other embeddings. Look for statistics over the batch (batch normalisation, x - x.mean(0)), attention "
+            "between rows, experts with a capacity; replace them (LayerNorm, GroupNorm), put them in evaluation mode, "
+            "or train without caching."
         )
     _remember(answers, key, difference)
     return True
@@ -119,7 +114,6 @@ class _Passes:
         self.first = True
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The embeddings of `rows`."""
         # The first pass of all has a graph: what the encoder keeps for later passes must lead to its parameters.
         with_graph, self.first = self.first, False
         with self.tower.leaving_no_trace(self.random):
@@ -133,8 +127,7 @@ class _Passes:
 def _constant_in_some_mode(passes: _Passes, ask: Callable[[], Answer | None]) -> Answer | None:
     """What comes of passes in which nothing is random; None where there are none, or no memory for them.
 
-    Dropout and torch's other random numbers are made constant, because a mask has the shape of what goes through
-    together. Where other generators are drawn from, the passes are made in evaluation mode.
+    Where generators other than torch's are drawn from, the passes are made in evaluation mode.
     """
     as_is = passes.tower.facts.flags
     for flags in (as_is, dict.fromkeys(as_is, False)):
@@ -191,15 +184,15 @@ def _harmless_trim(passes: _Passes, rows: Tensor, leading: bool) -> Trim:
         slicer.trim_to(before)
 
 
-def _answers(found: WeakKeyDictionary[nn.Module, dict[Any, Any]], tower: Tower) -> list[dict[Any, Any]]:
-    return [found.setdefault(module, {}) for module in tower.modules or (_NO_MODULE,)]
+def _answers(question: Callable[..., Any], tower: Tower) -> list[dict[Any, Any]]:
+    return [_found.setdefault(module, {}).setdefault(question, {}) for module in tower.modules or (_NO_MODULE,)]
 
 
 def _remember(answers: list[dict[Any, Any]], key: Any, answer: Any) -> None:
-    for keys in answers:
-        if len(keys) >= MOST_ANSWERS:
-            keys.pop(next(iter(keys)))
-        keys[key] = answer
+    for known in answers:
+        if len(known) >= MOST_ANSWERS:
+            known.pop(next(iter(known)))
+        known[key] = answer
 
 
 def _key(tower: Tower) -> Any:
@@ -208,9 +201,8 @@ def _key(tower: Tower) -> Any:
 
 
 class _Constant(TorchDispatchMode):
-    """torch's random operations give constants: dropout keeps all, noise is its middle, permutations turn round.
-
-    Frozen parameters are kept before they are written.
+    """torch's random operations give constants: dropout keeps all, permutations turn round. A mask has the shape of
+    what goes through together. Frozen parameters are kept before they are written.
     """
 
     def __init__(self, written: WrittenState) -> None:

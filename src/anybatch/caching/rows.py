@@ -40,6 +40,10 @@ _SHARED_KEYS = ("modality", "task", "prompt_length")  # of sentence-transformers
 _SIMPLE = (str, bytes, numbers.Number, enum.Enum, np.generic, torch.dtype, torch.device, Path, type(None))
 _COUNTING = (*(key for keys in COUNTS.values() for key in keys), *GRIDS)  # what counts rows by its name
 _Path = tuple[str, ...]  # of keys, from the batch inwards
+NO_LENGTHS = (
+    "nothing tells the lengths of these inputs: they have no two-dimensional attention_mask, or hold a tensor of "
+    "unknown meaning with an axis as long as it"
+)
 
 
 @dataclass(frozen=True)
@@ -59,35 +63,31 @@ class RowSlicer:
 
     In a mapping, tensors, arrays, lists and tuples with B entries are cut; numbers, words, None and zero-dimensional
     tensors go to every micro-batch, and so does what is wrapped in `Shared`. Two forms without one entry per row are
-    known: words one after the other with `offsets` `(B,)`, as an embedding bag takes them, and images counted by
-    image (`image_grid_thw` with flattened `pixel_values`, or `pixel_values` alone), with `num_images_per_sample`
-    `(B,)`; the same for videos. Anything else is refused by its name.
+    known: words one after the other with `offsets` `(B,)`, as an embedding bag takes them, and images or videos counted
+    by image (`image_grid_thw` with flattened `pixel_values`, or `pixel_values` alone), with `num_images_per_sample`
+    `(B,)`. Anything else is refused by its name.
 
-    Trailing columns are cut where no chosen row has a token: in a mapping with a two-dimensional `attention_mask`
-    `(B, T)`, sequences by their name (`input_ids`, `token_type_ids`, `position_ids` and the like, all `(B, T)`, and
-    `inputs_embeds` `(B, T, D)`) lose the columns past the last one in which the mask, or a boolean tensor among them,
+    Trailing columns are cut where no chosen row has a token: with a two-dimensional `attention_mask` `(B, T)`,
+    sequences known by their name lose the columns past the last one in which the mask, or a boolean tensor among them,
     is set. Leading padding is cut where `position_ids` are given, or where it was seen to change no embedding
-    (`row_check`); else it stays, because positions are often counted from the left. A mapping that holds another tensor
-    (but `pixel_values`) with an axis of length T keeps its full width: that axis may be the sequence.
+    (`row_check`). A mapping that holds another tensor (but `pixel_values`) with an axis of length T keeps its full
+    width.
 
     Args:
         inputs: A Tensor or array `(B, ...)`; a mapping, named tuple or dataclass as above, nested at will; or a list
             with one item per row. A tuple (or list) of tensors of several dtypes and equal length holds columns.
-        pad_to_multiple: Widths are rounded up to multiples of it, so that a compiled encoder sees few: columns are cut,
-            or added behind with a mask of 0. It should divide the encoder's longest input. None: the longest row's.
+        pad_to_multiple: Widths are rounded up to multiples of it: columns are cut, or added behind with a mask of 0. It
+            should divide the encoder's longest input. None: the longest row's.
 
     Attributes:
         num_rows: B.
         lengths: `(B,)` int64 on the CPU, the tokens a row needs, rounded up (summed over nested mappings), or None
             where nothing tells.
-        images: Whether the rows are images: a mapping with `pixel_values` and without a two-dimensional
-            `attention_mask`, whose rows cost the same.
+        images: Whether the rows are images, which cost the same each.
 
     Raises:
         AnybatchError: What is neither cut nor shared, by its key; flattened (unpadded) sequences; nothing to cut at
-            all; `pad_to_multiple` below 1, or for inputs, other than images, of which nothing tells the lengths.
-
-    Cost: one copy of each attention mask to the host.
+            all; `pad_to_multiple` for inputs, other than images, of which nothing tells the lengths.
 
     Example:
         >>> mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -110,9 +110,7 @@ class RowSlicer:
         self.images = pixels and self.lengths is None
         if pad_to_multiple is not None and not self._spans and not self.images:
             raise AnybatchError(
-                f"pad_to_multiple is {pad_to_multiple}, but nothing tells the lengths of these inputs: they have no "
-                "two-dimensional attention_mask, or hold a tensor of unknown meaning with an axis as long as it. Pad "
-                "in the tokenizer instead."
+                f"pad_to_multiple is {pad_to_multiple}, but {NO_LENGTHS}. Pad in the tokenizer instead."
             )
 
     def trim_to(self, trim: Trim) -> None:
@@ -200,18 +198,17 @@ class RowSlicer:
             problem = f"is a {type(value).__name__}, which cannot be cut"
         if problem is not None:
             raise AnybatchError(
-                f"{name} {problem}, but the batch has {self.num_rows} rows. Caching cuts the batch by rows: give one "
-                "entry per row; for images or patches that are counted by themselves (image_grid_thw and the like) "
-                "add num_images_per_sample, one number per row; wrap what all rows share in "
-                "anybatch.caching.Shared(...)."
+                f"{name} {problem}, but the batch has {self.num_rows} rows. Caching cuts by rows: give one entry per "
+                "row; for images or patches that are counted by themselves (image_grid_thw and the like) add "
+                "num_images_per_sample, one number per row; wrap what all rows share in anybatch.caching.Shared(...)."
             )
 
     def _check_columns(self, columns: Mapping[str, Any], path: _Path, name: str) -> None:
         for key in _FLATTENED:
             if columns.get(key) is not None:
                 raise AnybatchError(
-                    f"{name} holds {key!r}: flattened (unpadded) sequences are not supported by caching, which "
-                    "cuts by rows. Use a collator that pads; the padding is trimmed for every micro-batch."
+                    f"{name} holds {key!r}: caching cuts by rows, and cannot cut flattened (unpadded) sequences. Use a "
+                    "collator that pads; the padding is trimmed for every micro-batch."
                 )
         self._pieces |= {(*path, key): part for key, part in pieces_of(columns, self.num_rows, name).items()}
         spans = spans_of(columns, self.num_rows, self.pad_to_multiple or 1)
@@ -259,7 +256,7 @@ def _goes_whole(value: Any, path: _Path) -> bool:
     """Whether a value inside a mapping has nothing to cut."""
     if not path:
         return False
-    empty = _is_list(value) and len(value) == 0
+    empty = _is_list(value) and not len(value)
     function = callable(value) and not isinstance(value, (Tensor, Mapping))
     return empty or function or path[-1] in _SHARED_KEYS or isinstance(value, _SIMPLE)
 
@@ -267,8 +264,8 @@ def _goes_whole(value: Any, path: _Path) -> bool:
 def _refuse_history(value: Any, name: str) -> None:
     if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
         raise AnybatchError(
-            f"{name} requires a gradient and was computed by earlier operations, whose graph a replay would "
-            "run through several times. Move those operations into the encoder, or detach the input."
+            f"{name} requires a gradient and was computed by earlier operations, whose graph would be run through "
+            "several times. Move those operations into the encoder, or detach the input."
         )
 
 

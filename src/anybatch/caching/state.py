@@ -1,7 +1,4 @@
-"""What a forward pass depends on besides its inputs: random numbers, what earlier passes wrote, autocast, modes.
-
-Captured when a micro-batch is recorded, put back when it is replayed.
-"""
+"""What a forward pass depends on besides its inputs: random numbers, what earlier passes wrote, autocast, modes."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,10 +25,7 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class RandomState:
-    """The states of all generators that a forward pass may draw from: torch's, Python's, NumPy's, and those given.
-
-    Cost: copies of 13 kB and a few bytes per device, 40 microseconds; no synchronisation.
-    """
+    """The states of all generators that a forward pass may draw from: torch's, Python's, NumPy's, and those given."""
 
     def __init__(self, generators: Iterable[Generator] = ()) -> None:
         self.generators = tuple(generators)
@@ -99,8 +92,7 @@ class Place(NamedTuple):
         return f"{self.path}.{self.key}".lstrip(".")
 
 
-@dataclass
-class _Content:
+class _Content(NamedTuple):
     """A tensor, and what was in it at one moment."""
 
     tensor: Tensor
@@ -114,24 +106,18 @@ class WrittenState:
     `update` after every forward pass finds what it wrote (counters, running averages, teachers); `snapshot` before one,
     and `restore` with it later, bring back what was there. Frozen parameters are many and seldom written: they are
     copied from the moment that one is about to be written (`before_write`), or has been in an earlier step.
-
-    Cost: a copy of each buffer up to `LARGEST_BUFFER`, once per step; 50 nanoseconds for each place and forward pass.
     """
 
     def __init__(self, places: Iterable[Place] = (), frozen: Iterable[Place] = ()) -> None:
         self.places = list(places)
         self.values: dict[int, Any] = {n: _kept(place.holder[place.key]) for n, place in enumerate(self.places)}
         self.first: dict[int, Any] = {}  # what was there before the first forward pass that wrote to it
-        self._frozen = [
-            (place, value._version)
-            for place in frozen
-            if (value := place.holder[place.key]) is not None and not _unreadable(value)
-        ]
+        values = ((place, place.holder[place.key]) for place in frozen)
+        self._frozen = [(place, value._version) for place, value in values if not _unreadable(value)]
         self._watched_bytes = 0  # of frozen parameters
-        if _written_parameters:
-            for place, _ in self._frozen:
-                if place.holder[place.key] in _written_parameters:
-                    self._watch(place)
+        for place, _ in self._frozen if _written_parameters else ():
+            if place.holder[place.key] in _written_parameters:
+                self._watch(place)
 
     @property
     def too_large(self) -> list[str]:
@@ -148,16 +134,12 @@ class WrittenState:
             if value is not old and not _unchanged(old, value):
                 self.first.setdefault(number, old)
                 frozen = isinstance(value, nn.Parameter) and value in _written_parameters
-                self.values[number] = replace(_kept(value), version=-1) if frozen else _kept(value)
+                self.values[number] = _kept(value)._replace(version=-1) if frozen else _kept(value)
                 wrote = True
         return wrote
 
     def before_write(self, tensors: Iterable[Tensor]) -> None:
-        """Start to watch those of the frozen parameters that `tensors` are, or share memory with.
-
-        Raises:
-            AnybatchError: They are too large to be kept for every micro-batch.
-        """
+        """Start to watch those of the frozen parameters that `tensors` are, or share memory with."""
         for tensor in tensors:
             if not tensor.requires_grad and self._frozen and not is_traceable_wrapper_subclass(tensor):
                 memory = tensor.untyped_storage()._cdata
@@ -171,13 +153,12 @@ class WrittenState:
         self._watched_bytes += parameter.numel() * parameter.element_size()
         if self._watched_bytes > LARGEST_BUFFER:
             raise AnybatchError(
-                f"The forward pass writes to {place.name}, a parameter that does not train, and what it so writes is "
-                "too large to be brought back for every micro-batch. Update it (the moving average of a teacher) after "
-                "the step, outside the forward pass."
+                f"The forward pass writes to {place.name}, a parameter that does not train and is too large to be "
+                "brought back for every micro-batch. Update it (the moving average of a teacher) after the step."
             )
         _written_parameters[parameter] = True
         # Writes through `.data` move no version, so that it always counts as written.
-        self.values[len(self.places)] = replace(_kept(parameter), version=-1)
+        self.values[len(self.places)] = _kept(parameter)._replace(version=-1)
         self.places.append(place)
 
     def close(self) -> None:
@@ -267,11 +248,11 @@ def without_autocast() -> Iterator[None]:
 @contextlib.contextmanager
 def training_modes(flags: Mapping[nn.Module, bool]) -> Iterator[None]:
     """Run with these training flags, and put the present ones back afterwards."""
-    others = [(module, flag) for module, flag in flags.items() if module.training != flag]
+    others = {module: flag for module, flag in flags.items() if module.training != flag}
     try:
-        for module, flag in others:
+        for module, flag in others.items():
             module.training = flag
         yield
     finally:
-        for module, flag in others:
+        for module, flag in others.items():
             module.training = not flag

@@ -37,8 +37,7 @@ def cached_step(
         (scale * loss(anchors, candidates, **loss_kwargs)).backward()
 
     is what it computes exactly, up to rounding: `.grad` of the encoders and of the loss's own parameters receives the
-    same sum, once. What it does not hold is the activations of the whole batch. With dropout, the masks are those
-    of the micro-batches (a mask has the shape of what goes through together), drawn once and replayed.
+    same sum, once. With dropout, the masks are those of the micro-batches, drawn once and replayed.
 
     Args:
         loss: `loss(anchors (B, D), candidates (M, D), **loss_kwargs) -> scalar`; of anybatch.losses or any callable.
@@ -48,13 +47,12 @@ def cached_step(
         micro_batch: The most rows in a forward pass; None if `max_tokens` limits it; "auto" finds the padded tokens
             that `memory` has room for.
         max_tokens: The most padded tokens in a forward pass.
-        keep_graphs: How many micro-batches of each tower keep their graph instead of running twice: an int counts
-            them, a float is a fraction (1.0: plain training), "auto" keeps what `memory` has room for.
+        keep_graphs: How many micro-batches of each tower keep their graph instead of running twice: an int counts them,
+            a float is a fraction (1.0: plain training), "auto" keeps what `memory` has room for.
         memory: For "auto": the most memory in use on the device, "8GiB" or "80%". A `StepMemory` given to every step
             probes once and remembers what did not fit.
         sort_by_length: Group rows of like length; the embeddings keep the order of the batch.
-        pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled encoder sees few shapes; None
-            for the longest row's.
+        pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled encoder sees few shapes.
         loss_kwargs: Passed to the loss, for instance `{"index": rows}`.
         scale: Multiplies the loss before the backward pass (a gradient scaler, 1 / accumulation steps).
         modules: The modules that the encoders run, where they cannot be found by looking (see `modules_of`).
@@ -96,11 +94,7 @@ def cached_step(
 
 
 def paired_encoders(encoders: Encoder | Sequence[Encoder], inputs: Sequence[Any]) -> list[Encoder]:
-    """One encoder for each tower: the only one given for all, or as many as there are towers.
-
-    Raises:
-        AnybatchError: Neither.
-    """
+    """One encoder for each tower: the only one given for all, or as many as there are towers; else an AnybatchError."""
     shared = callable(encoders) and not isinstance(encoders, nn.ModuleList)
     towers: list[Encoder] = [encoders] * len(inputs) if shared else [*encoders]  # type: ignore[misc, list-item]
     if len(towers) != len(inputs) or not towers:
@@ -115,10 +109,8 @@ def _loss_of(
     leaves: Sequence[Tensor], loss: Callable[..., Tensor], loss_kwargs: Mapping[str, Any], scale: float
 ) -> Tensor:
     """The loss of recorded embeddings, outside autocast, back-propagated to them and to the loss's own parameters."""
-    if len(leaves) > 2:
-        candidates = [torch.cat(list(leaves[1:]))]
-    else:
-        candidates = list(leaves[1:])  # one tower only: the loss takes the embeddings alone
+    # One tower only: the loss takes the embeddings alone.
+    candidates = [torch.cat(list(leaves[1:]))] if len(leaves) > 2 else list(leaves[1:])
     with without_autocast():  # the leaves are float32 or better, and so is all that the loss does with them
         value = loss(leaves[0], *candidates, **loss_kwargs)
         if not isinstance(value, Tensor) or value.ndim != 0:
@@ -127,7 +119,7 @@ def _loss_of(
         if not value.requires_grad:
             raise AnybatchError(
                 "The loss needs no gradient: every encoder is frozen (or gradients are off) and the loss has no "
-                "parameter to train. Unfreeze something, or call the loss on the embeddings directly."
+                "parameter to train. Unfreeze something, or call the loss on the embeddings."
             )
         (value * scale).backward()
     unused = [str(tower) for tower, leaf in enumerate(leaves) if leaf.requires_grad and leaf.grad is None]

@@ -24,7 +24,7 @@ BASE = {
     "batch_size": SMALL,
     "data": {"anchor": "title", "positive": "abstract"},
     "teacher": {"max_length": 32},
-    "mining": {"cluster_size": 8, "skip": 2, "take": 24},
+    "mining": {"cluster_size": 8, "window": [2, 24]},
     "model": {"num_layers": 2, "max_length": 32, "device": "cpu"},
     # What fits is trained plainly (all graphs kept); the large batch runs in the memory of the small one.
     "train": {"learning_rate": 2e-4, "micro_batch": SMALL, "keep_graphs": 1.0, "save_steps": 10_000, "log_steps": 4},

@@ -19,44 +19,34 @@ def command(
 ) -> None:
     """Compare the methods' gradients with the exact one over all data, on the plan's batches and on random ones."""
     from anybatch.core.files import write_text
-    from anybatch.insight import render_gradient_page
-    from anybatch.insight.gradient_error import FrozenPairs
     from anybatch.insight.gradient_methods import compare_methods, comparison_rows, recommendation
+    from anybatch.insight.pages import render_gradient_page
     from anybatch.insight.tables import rich_table
 
     sources = PlanSources(options)
+    if direction not in (None, "one_way", "both"):
+        raise AnybatchError(f"--direction is {direction!r}; expected one_way or both.")
+    sources.direction = direction or sources.direction
     pairs, vectors = sources.pairs(), sources.embeddings()
     if vectors is None:
         raise AnybatchError(
             "The comparison needs embeddings of the data, and none are in the run's folder or named by its "
-            "configuration. Give them with --embeddings ANCHORS.npy POSITIVES.npy (any model's; `anybatch mine` "
-            "writes its teacher's)."
+            "configuration. Give them with --embeddings ANCHORS.npy POSITIVES.npy (any model's, best the student's at "
+            "its start; `anybatch mine` writes its teacher's)."
         )
-    loss = sources.loss
-    direction = direction or getattr(loss.example(), "direction", "one_way")
-    if direction not in ("one_way", "both"):
-        raise AnybatchError(f"--direction is {direction!r}; expected one_way or both.")
     with Bars() as bars:
-        bars("exact gradient", 0, 1)
-        frozen = FrozenPairs.prepare(
-            *vectors,
-            temperature=sources.temperature,
-            direction=direction,
-            anchor_id=None if pairs is None else pairs.anchor_id,
-            positive_id=None if pairs is None else pairs.positive_id,
-            num_probes=options.anchors,
-        )
-        bars("exact gradient", 1, 1)
+        bars("full-data gradient", 0, 1)
+        frozen = sources.frozen(vectors, pairs)
+        bars("full-data gradient", 1, 1)
         comparison = compare_methods(frozen, sources.plan, progress=lambda done, total: bars("methods", done, total))
     header, lines = comparison_rows(comparison)
-    both = ", both directions" if direction == "both" else ""
+    both = ", both directions" if comparison.direction == "both" else ""
     show(rich_table(header, lines, left=(0, 1), title=f"Distance to the gradient over all data{both}"))
     without = "Repeated texts: the data is not at hand, so that all rows count as different. Give it with --data."
     missing = [without] if pairs is None else []
     for sentence in (*recommendation(comparison), *(f"Not taken into account: {line}" for line in missing)):
         say(sentence)
     if options.html is not None:
-        write_text(
-            options.html, render_gradient_page(comparison, title=f"Gradients of {sources.path}", missing=missing)
-        )
+        page = render_gradient_page(comparison, title=f"Gradients of {sources.path}", missing=missing)
+        write_text(options.html, page)
         say(f"Page: {options.html}")

@@ -1,45 +1,58 @@
-"""`anybatch inspect plan`: what a plan's batches hold, on the terminal and as one HTML page."""
+"""`anybatch inspect plan`: the figures that decide whether a plan's batches help, on the terminal, as page and JSON."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.markup import escape
 
-from anybatch.cli.options import with_options
+from anybatch.cli.options import check_new, with_options
 from anybatch.cli.plan_options import PlanOptions, PlanSources
 from anybatch.cli.progress import Bars, say, show
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from anybatch.data.pairs import PairData
-    from anybatch.insight import Figure
-    from anybatch.insight.inspection import PlanInspection
+    from anybatch.insight.plan_figures import RowPair
 
 EXAMPLES = 3  # suspected false negatives of a data set whose texts are printed; the page has more
 WIDTH = 100  # characters of a printed text
 
 
 @with_options
-def command(options: PlanOptions) -> None:
+def command(
+    options: PlanOptions,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this JSON file; it must be new.")
+    ] = None,
+) -> None:
     """Show what a plan holds beside random batches, with warnings where mining is likely to hurt.
 
-    Data, embeddings and temperature are found in the run's folder; the options are for plans kept elsewhere.
+    Data, embeddings, loss and temperature are found in the run's folder; the options are for plans kept elsewhere.
     """
     from anybatch.core.files import write_text
-    from anybatch.insight import plan_sizes, render_plan_page, set_figures
-    from anybatch.insight.inspection import inspect_plan
-    from anybatch.insight.plan_figures import statistics_of, stored_of
+    from anybatch.insight.plan_figures import (
+        PlanGradients,
+        gradient_figures,
+        inspect_plan,
+        plan_sizes,
+        plan_warnings,
+        set_figures,
+    )
+    from anybatch.insight.plan_page import render_plan_page
+    from anybatch.insight.tables import rich_table
 
     # 1. Find what belongs to the plan.
+    check_new(json_file, "--json")
     sources = PlanSources(options)
     plan, missing = sources.plan, sources.missing
     pairs, vectors = sources.pairs(), sources.embeddings()
-    mining = sources.mining()
 
-    # 2. Measure it under the teacher's scores, each data set by itself.
-    inspections: dict[str, PlanInspection] = {}
+    # 2. Measure it under the teacher's scores, each data set by itself, and its gradient if there is one set.
+    inspections, gradients = {}, None
     if vectors is not None:
         if pairs is None:
             missing.append("Repeated texts are not recognised without the data: their rows count as different.")
@@ -47,63 +60,60 @@ def command(options: PlanOptions) -> None:
             inspections = inspect_plan(
                 plan,
                 *vectors,
-                sets=sources.windows(),
-                anchor_id=None if pairs is None else pairs.anchor_id,
-                positive_id=None if pairs is None else pairs.positive_id,
+                **sources.ids(pairs),
                 temperature=sources.temperature,
                 num_anchors=options.anchors,
-                progress=lambda fraction: bars("ranking", round(100 * fraction), 100),
+                progress=lambda fraction: bars("softmax mass", round(100 * fraction), 100),
             )
+            if len(plan.task_names) > 1:
+                missing.append("The gradient's error: of several data sets each has an own. Mine one by itself.")
+            else:
+                bars("gradient", 0, 1)
+                frozen = sources.frozen(vectors, pairs)
+                gradients = PlanGradients.measure(frozen, plan, sources.loss)
+                bars("gradient", 1, 1)
+    warnings = plan_warnings(plan, inspections.get("") if len(inspections) == 1 else None, gradients)
+    for name, seen in inspections.items():
+        if name:
+            warnings += [f"{name}: {warning}" for warning in plan_warnings(plan, seen, None)]
+    if not inspections:
+        warnings += sources.stored_warnings()
 
     # 3. Print warnings, figures, suspected false negatives, and what could not be shown.
-    stored = {name: stored_of(mining, name) for name in plan.set_rows}
-    for name, of_set in stored.items():
-        for warning in statistics_of(inspections.get(name), of_set).get("warnings") or ():
-            say(f"Warning{name and f' ({name})'}: {warning}")
-    tables = {
-        name: set_figures(plan, inspection=inspections.get(name), stored=of_set) for name, of_set in stored.items()
-    }
-    table = _table(f"Plan {sources.path}", [*plan_sizes(plan), *tables.pop("", [])])
-    for stage, seconds in (mining or {}).get("seconds", {}).items():
-        peak = (mining or {}).get("peak_bytes", {}).get(stage, 0)
-        table.add_row(f"mining: {stage}", f"{seconds:.1f} s", "", f"peak {peak / 2**30:.2f} GiB")
-    show(table)
-    for name, figures in tables.items():
-        if figures:
-            show(_table(f"Data set {name}", figures))
-    for name in stored:
-        _print_suspects(name, inspections.get(name), pairs)
+    tables = {f"Plan {sources.path}": plan_sizes(plan)}
+    tables |= {f"Data set {name}" if name else "Batches": set_figures(seen) for name, seen in inspections.items()}
+    if gradients is not None:
+        tables["Parameter gradient"] = gradient_figures(gradients)
+    for warning in warnings:
+        say(f"Warning: {warning}")
+    for title, figures in tables.items():
+        lines = [figure[:3] for figure in figures]
+        show(rich_table(["", "this plan", "random"], lines, left=(0,), title=escape(title)))
+    for name, seen in inspections.items():
+        if pairs is not None and seen.suspects:
+            _print_suspects(name, seen.suspects, pairs)
     for line in missing:
         say(f"Not shown: {line}")
 
-    # 4. Write the page.
+    # 4. Write page and figures.
     if options.html is not None:
         page = render_plan_page(
-            plan,
-            title=f"Plan {sources.path}",
-            pairs=pairs,
-            inspections=inspections,
-            mining=mining,
+            plan, title=f"Plan {sources.path}", tables=tables, warnings=warnings, inspections=inspections, pairs=pairs,
             missing=missing,
-        )
+        )  # fmt: skip
         write_text(options.html, page)
         say(f"Page: {options.html}")
+    if json_file is not None:
+        sets = {name: asdict(seen) for name, seen in inspections.items()}
+        found = {"sets": sets, "gradient": gradients and asdict(gradients), "warnings": warnings, "missing": missing}
+        write_text(json_file, json.dumps({"plan": plan.digest, **found}, indent=2))
 
 
-def _table(title: str, figures: list[Figure]) -> Table:
-    from anybatch.insight.tables import rich_table
-
-    lines = [(figure.name, figure.plan, figure.random, figure.good) for figure in figures]
-    return rich_table(["", "this plan", "random", "good"], lines, left=(0, 3), title=escape(title))
-
-
-def _print_suspects(name: str, inspection: PlanInspection | None, pairs: PairData | None) -> None:
+def _print_suspects(name: str, suspects: list[RowPair], pairs: PairData) -> None:
     from anybatch.data.images import describe
 
-    if inspection is None or pairs is None or not inspection.suspects:
-        return
-    say(f"The most suspect pairs{name and f' of {name}'} (is the second positive a right answer to the anchor?):")
-    for pair in inspection.suspects[:EXAMPLES]:
+    say(f"The most suspected pairs{name and f' of {name}'} (is the second positive a right answer to the anchor?):")
+    for pair in suspects[:EXAMPLES]:
         say(f"  row {pair.row} anchor: {describe(pairs.anchors[pair.row], pair.row)[:WIDTH]}")
         say(f"  own positive: {describe(pairs.positives[pair.row], pair.row)[:WIDTH]}")
         say(f"  row {pair.other} positive: {describe(pairs.positives[pair.other], pair.other)[:WIDTH]}\n")

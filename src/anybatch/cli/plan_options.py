@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from anybatch.data.pairs import PairData
-    from anybatch.mining import MiningSet
+    from anybatch.insight.gradient_error import FrozenPairs
+
+
+FULL = 8192  # anchors whose losses the full-data gradient is taken of, at least: of more rows it is an estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,7 @@ class PlanSources:
         self.loss = LossConfig() if self.config is None else self.config.loss
         given = options.temperature
         self.temperature = first_temperature(self.loss) if given is None else given
+        self.direction: Any = getattr(self.loss.example(), "direction", "one_way")
         self.missing: list[str] = []
 
     def pairs(self) -> PairData | None:
@@ -124,8 +128,8 @@ class PlanSources:
             files = self.config.teacher.embeddings
         if files is None:
             self.missing.append(
-                "Scores, expected loss, example clusters, and the comparison with random batches: they need the "
-                "teacher's embeddings. Give them with --embeddings ANCHORS.npy POSITIVES.npy."
+                "Softmax mass, gradient error, and the comparison with random batches: they need the teacher's "
+                "embeddings. Give them with --embeddings ANCHORS.npy POSITIVES.npy."
             )
             return None
         try:
@@ -133,39 +137,36 @@ class PlanSources:
         except AnybatchError as error:
             if given is not None:
                 raise
-            self.missing.append(
-                f"Scores, expected loss, example clusters: {error} Give the embeddings with --embeddings."
-            )
+            self.missing.append(f"Softmax mass, gradient error: {error} Give the embeddings with --embeddings.")
             return None
         return anchors, positives
 
-    def mining(self) -> dict[str, Any] | None:
-        """What mining left beside the plan, or beside the plan that the run was given, if it is this plan's."""
+    def ids(self, pairs: PairData | None) -> dict[str, Any]:
+        """Which texts are the same; without the data all rows count as different."""
+        return {name: None if pairs is None else getattr(pairs, name) for name in ("anchor_id", "positive_id")}
+
+    def frozen(self, vectors: tuple[np.ndarray, np.ndarray], pairs: PairData | None) -> FrozenPairs:
+        """The embeddings with the gradient over all data, of one encoder for both sides unless one side is images."""
+        from anybatch.data.images import ImageColumn
+        from anybatch.insight.gradient_error import FrozenPairs
+
+        images = [isinstance(side, ImageColumn) for side in (() if pairs is None else (pairs.anchors, pairs.positives))]
+        return FrozenPairs.prepare(
+            *vectors,
+            temperature=self.temperature,
+            direction=self.direction,
+            tied=len(set(images)) < 2,
+            num_anchors=max(self.options.anchors, FULL),
+            **self.ids(pairs),
+        )
+
+    def stored_warnings(self) -> list[str]:
+        """What mining warned of, where it lies beside this plan."""
         from anybatch.core.files import read_json
 
         path = self.path.with_name("mining.json")
-        if not path.exists() and self.config is not None and self.config.plan is not None:
-            path = Path(self.config.plan).with_name("mining.json")
-        remedy = "Delete it, or bring back the file that mining wrote."
-        stored = read_json(path, remedy, "plan", "audit") if path.exists() else None
-        if stored is not None and stored.get("plan", self.plan.digest) == self.plan.digest:
-            return stored
-        if self.plan.cluster_size > 1:
-            self.missing.append(
-                "Kept weight, isolated rows, exact hubs, time and memory of each stage: mining writes them to "
-                f"mining.json beside the plan, and {path} "
-                f"{'is missing' if stored is None else 'belongs to another plan'}. Keep the two files together."
-            )
-        return None
-
-    def windows(self) -> list[MiningSet]:
-        """The first ranks of the rows' windows that the run gave its data sets, which the plan does not keep."""
-        from anybatch.mining import MiningSet
-
-        names = self.plan.task_names
-        if self.config is None or len(self.config.data.sets) != len(names):
-            return []
-        return [
-            MiningSet(name=name, num_rows=0, skip=of_set.skip)
-            for name, of_set in zip(names, self.config.data.sets, strict=True)
-        ]
+        stored = (
+            read_json(path, "Delete it, or bring back the file that mining wrote.", "plan") if path.exists() else {}
+        )
+        parts = [stored, *(stored.get("sets") or {}).values()] if stored.get("plan") == self.plan.digest else []
+        return [warning for part in parts for warning in (part.get("statistics") or {}).get("warnings", ())]

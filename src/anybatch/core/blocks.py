@@ -24,29 +24,19 @@ class BlockArrays:
     """Named arrays and a record of which blocks of them are finished.
 
     In a folder each array is `NAME.npy`, `finished.npy` holds a digest of each finished block (zeros for the others),
-    and `identity.json` says of which inputs the work is. A block is recorded after its numbers were flushed; what is
-    found in the folder is compared with its record, and damaged blocks are done again. Ranks write different rows of
-    the same files: their file system must map files coherently (one machine always does). The space is taken from the
-    disk at once, because a full disk under a mapped file kills.
+    and `identity.json` says of which inputs the work is. A block is recorded after its numbers were flushed; damaged
+    blocks are done again. Ranks write different rows of the same files: their file system must map files coherently
+    (one machine always does). The space is taken from the disk at once, because a full disk under a mapped file kills.
 
     Args:
         shapes: Name to (shape, dtype) of each array.
         num_blocks: Blocks to finish.
         folder: Where the files are; made if absent. None: in memory, in one process only.
-        identity: Digest of everything that decides the numbers. Work of another identity is not resumed.
+        identity: Digest of everything that decides the numbers. Work of another identity is discarded, with a warning.
         rows: The rows of the arrays that make up a block, as an index; None where the one block is all rows.
 
-    Attributes:
-        arrays: The arrays by name; writable, memory-mapped where they are files.
-
-    Raises:
-        AnybatchError: Several ranks without a folder, or a folder that cannot be written.
-
-    Warns:
-        UserWarning: The folder holds work of other inputs, which is discarded, or damaged blocks, which are done again.
-
     Cost: two barriers under several ranks, one here and one in `wait`; one digest of all numbers, about 1 GB a second,
-    and one more of what is found.
+        and one more of what is found.
 
     >>> work = BlockArrays({"squares": ((4,), np.int64)}, num_blocks=4, rows=lambda block: [block])
     >>> for block in work.mine():
@@ -104,11 +94,7 @@ class BlockArrays:
         return [block for block in self.share() if not self.finished[block]]
 
     def finish(self, block: int) -> None:
-        """Record that the numbers of `block` are in the arrays.
-
-        Raises:
-            AnybatchError: They cannot be brought onto the disk.
-        """
+        """Record that the numbers of `block` are in the arrays, once they are on the disk."""
         if not self._in_files:
             self._records[block] = 1
             return
@@ -183,10 +169,8 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: type) -> bool:
 
 
 def release_pages(*arrays: object) -> None:
-    """Let the process drop the pages of mapped files, which it reads again when it needs them; others are left alone.
-
-    They would be reclaimed under pressure anyway, but count as the process's memory, and against a container's limit,
-    until then.
+    """Let the process drop the pages of mapped files, which would count against a container's limit; it reads them
+    again when it needs them. Others are left alone.
     """
     for array in arrays:
         mapped = array

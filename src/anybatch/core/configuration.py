@@ -1,8 +1,7 @@
 """Configuration: frozen dataclasses that check themselves, whether made in Python or from a file (`yaml_files`).
 
-The annotations of a configuration class are its one description: every field is checked against its own when an object
-is made, in Python as from a file. Choices are `Literal`s, ranges are `Annotated[int, Range(...)]`, and all numbers are
-finite. pydantic was tried in its place (docs/log.md): words and tolerances of these checks would have stayed.
+Every field is checked against its own annotation: choices are `Literal`s, ranges are `Annotated[int, Range(...)]`, and
+all numbers are finite.
 """
 
 from __future__ import annotations
@@ -60,11 +59,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 class Configuration:
     """Base of the configuration classes, which are frozen dataclasses. What every field may be is its annotation.
 
-    A class that checks more calls `super().__post_init__()` first. `section` is what messages put before the names. A
-    class whose fields depend on one of them says in `class_for` which of its subclasses some given values are for.
-
-    Raises:
-        AnybatchError: A field is not what its annotation says: its name, what was given and what was expected.
+    A class that checks more calls `super().__post_init__()` first. `section` is what messages put before the names.
 
     A field `rate: Positive` refuses a value in these words (a class made here would count as one of the library's):
 
@@ -133,11 +128,7 @@ def differences(old: Any, new: Any) -> list[str]:
 
 
 def convert(hint: Any, value: Any, name: str, *, text: bool = False) -> Any:
-    """`value` as the annotation `hint` wants it; `text` also reads numbers from text, as YAML hands over 1e-4.
-
-    Raises:
-        AnybatchError: It is none: what was given for `name`, and what the annotation expects.
-    """
+    """`value` as the annotation `hint` wants it; `text` also reads numbers from text, as YAML hands over 1e-4."""
     for choice in _choices(hint):
         try:
             return _converted(choice, value, name, text)
@@ -188,7 +179,6 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of an annotation."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 

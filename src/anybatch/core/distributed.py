@@ -45,10 +45,7 @@ def gather_sizes(num_rows: int, device: torch.device) -> list[int]:
 
 
 def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
-    """All ranks' rows, one rank after the other: (sum of sizes, ...), detached. One collective.
-
-    `rows` are (sizes[rank], ...) of any dtype, `sizes` from `gather_sizes`: ranks may hold unequal numbers.
-    """
+    """All ranks' rows, one rank after the other, detached: (sum of `sizes`, ...). One collective."""
     rows = rows.detach()
     if not is_active():
         return rows
@@ -79,12 +76,9 @@ def barrier() -> None:
 
 
 def agree(error: Exception | None = None) -> None:
-    """All ranks go on, or none does: what one rank alone found (`error`) is raised on every rank.
+    """All ranks go on, or none does: what one rank alone found (`error`) is raised on every rank. One collective.
 
-    A rank that raised by itself would leave the others waiting in their next collective. Cost: one, of pickled strings.
-
-    Raises:
-        AnybatchError: With the words of the first rank that refused. A rank with an error of its own raises that.
+    A rank that raised by itself would leave the others waiting in their next collective.
     """
     if is_active():
         words = "" if error is None else str(error) if isinstance(error, AnybatchError) else repr(error)
@@ -111,7 +105,7 @@ def agreed() -> Iterator[None]:
 def launched_ranks() -> Iterator[None]:
     """Join the processes that torchrun started, over gloo, for as long as this is open; nothing outside torchrun.
 
-    The others may wait for hours while one works, so that the limit on waiting is a week, not gloo's half hour.
+    The others may wait for hours while one works, so that the limit on waiting is a week.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield

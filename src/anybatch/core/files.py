@@ -31,13 +31,7 @@ SEAL = _MARK.decode() + "0" * _DIGITS  # stands in what `write_sealed` is given;
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it onto `path`.
-
-    A crash, a kill or a full disk leaves either the old file or the new one, never half of one.
-
-    Raises:
-        AnybatchError: The file could not be written (disk full, no permission); the old file, if any, is intact.
-    """
+    """Let `write` fill a temporary file beside `path`, then rename it onto `path`: never half of a file."""
     path = Path(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -81,11 +75,7 @@ def write_sealed(path: str | os.PathLike[str], content: bytes) -> str:
 
 
 def read_sealed(path: str | os.PathLike[str], remedy: str) -> bytes:
-    """The content of a file of `write_sealed`, if every bit of it is as it was written.
-
-    Raises:
-        AnybatchError: It cannot be read, or is damaged; `remedy`, the end of the message, says what to do.
-    """
+    """The content of a file of `write_sealed`, if every bit is as it was written; `remedy` ends the message if not."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -192,16 +182,9 @@ def _sync(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only writer of `folder`: hold the lock of its file `.lock`.
+    """Be the only writer of `folder`, between processes and machines on NFS (Linux): hold the lock of its file `.lock`.
 
-    The system releases it however a process ends. It holds between processes, between machines on NFS (Linux), and
-    between two runs of one process.
-
-    Raises:
-        AnybatchError: Somebody else holds it.
-
-    Warns:
-        UserWarning: The file system has no locks; there is none then.
+    The system releases it however a process ends. Warns where the file system has no locks.
     """
     path = folder / LOCK
     descriptor = _lock(path)
@@ -261,12 +244,7 @@ def _umask() -> int:
 
 
 def check_name(name: str, what: str) -> None:
-    """Refuse what cannot be the name of one file or folder in a given folder.
-
-    Raises:
-        AnybatchError: The name of `what` is empty, "." or "..", longer than 200 bytes (file systems take 255), or holds
-            a separator or a control character.
-    """
+    """Refuse what cannot be the name of one file or folder in a given folder. File systems take 255 bytes."""
     size = len(name.encode("utf-8", "surrogatepass"))
     if not name or name in (".", "..") or size > 200 or any(sign in "/\\" or ord(sign) < 32 for sign in name):
         shown = repr(name if size <= 200 else name[:40] + "...")

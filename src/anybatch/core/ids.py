@@ -19,16 +19,13 @@ def as_integers(
     high: int | None = None,
     remedy: str = "",
 ) -> Tensor:
-    """Row numbers, ids or the like as int64, so that none of another type acts as a mask.
+    """Row numbers, ids or the like as int64, so that none of another type acts as a mask; else an AnybatchError.
 
     Args:
         name: Of the argument, for the message; `remedy` says there what to do about a number out of range.
         values: Integers of any width.
         length, device: Wanted shape (length,), and where they must be; None for any.
         low, high: The smallest and largest number allowed; None for any. Looking costs one wait for the device.
-
-    Raises:
-        AnybatchError: Another type, bool among them, shape, device or range.
     """
     wanted = "integers" if length is None else f"integers of shape ({length},)"
     if not isinstance(values, Tensor):
@@ -50,11 +47,7 @@ def as_integers(
 
 
 def as_ids(name: str, values: np.ndarray | Tensor) -> np.ndarray:
-    """Ids of rows as int64, 0 or more.
-
-    Raises:
-        AnybatchError: Another type, bool among them, or negative ids.
-    """
+    """Ids of rows as int64, 0 or more; else an AnybatchError."""
     ids = np.asarray(values)
     if ids.dtype.kind not in "iu":
         raise AnybatchError(
@@ -72,17 +65,10 @@ def renumbered(ids: np.ndarray) -> np.ndarray:
 
 
 def known_positives(anchor_id: np.ndarray, positive_id: np.ndarray, width: int) -> np.ndarray:
-    """Keys anchor * width + positive of the pairs whose anchor has other rows as well.
+    """Keys anchor * width + positive, ascending and distinct, of the pairs whose anchor has other rows as well.
 
-    Only such a positive can come beside the anchor without being its own row's: as that of another row, or as a hard
-    negative.
-
-    Args:
-        anchor_id, positive_id: (n,) int64, 0 or more; equal for identical texts.
-        width: More than every id that keys are made of.
-
-    Returns:
-        (p,) int64, ascending and distinct.
+    Only such a positive can come beside the anchor without being its own row's. `width` is more than every id that keys
+    are made of; ids (n,) int64, 0 or more, are equal for identical texts.
     """
     _, inverse, count = np.unique(anchor_id, return_inverse=True, return_counts=True)
     shared = count[inverse] > 1

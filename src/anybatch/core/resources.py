@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+
+import psutil
+
+INTERVAL = 0.02  # seconds between two looks at the memory, of 20 microseconds
 
 
 class Measure:
     """Context manager that measures wall seconds and the peak resident memory of this process while it is open.
 
-    Memory is sampled every `interval` seconds from a thread, because the operating system's own peak never goes down
-    and so cannot tell one stage from the next. `peak_bytes` is absolute.
-
-    Cost: one read of the process's memory count per interval, about 20 microseconds.
+    Sampled from a thread, because the operating system's own peak never goes down. `peak_bytes` is absolute.
 
     >>> with Measure() as measure:
     ...     numbers = list(range(1000))
@@ -21,10 +21,8 @@ class Measure:
     (True, True)
     """
 
-    def __init__(self, interval: float = 0.02) -> None:
-        self.interval = interval
-        self.seconds = 0.0
-        self.peak_bytes = 0
+    def __init__(self) -> None:
+        self.seconds, self.peak_bytes = 0.0, 0
 
     def __enter__(self) -> Measure:
         self.peak_bytes = resident_bytes()
@@ -41,12 +39,10 @@ class Measure:
         self.peak_bytes = max(self.peak_bytes, resident_bytes())
 
     def _watch(self) -> None:
-        while not self._stop.wait(self.interval):
+        while not self._stop.wait(INTERVAL):
             self.peak_bytes = max(self.peak_bytes, resident_bytes())
 
 
 def resident_bytes() -> int:
     """Resident memory of this process in bytes."""
-    import psutil  # comes with accelerate, which sentence-transformers' trainer needs
-
-    return psutil.Process(os.getpid()).memory_info().rss
+    return psutil.Process().memory_info().rss

@@ -16,12 +16,7 @@ T = TypeVar("T")
 
 
 def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win.
-
-    Raises:
-        AnybatchError: No such file, not a mapping, an unknown key (names the nearest valid one), a wrong type, a value
-            that is missing.
-    """
+    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win."""
     tree: dict[str, Any] = {}
     if path is not None:
         try:
@@ -62,7 +57,6 @@ class _Loader(yaml.SafeLoader):
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Put the value of `--set section.key=value` into the tree."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise AnybatchError(f"Cannot read --set {override!r}: expected section.key=value.")

@@ -33,7 +33,7 @@ FEW = 0.02  # distinct texts per row, below which a column looks like labels
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The columns in use, in order: anchor, positive, negatives.
+    """The columns in use.
 
     >>> choose_columns(["id", "query", "pos", "neg"], None, None, None, "pairs.jsonl").names
     ['query', 'pos', 'neg']
@@ -52,13 +52,9 @@ class Chosen:
 def choose_columns(
     present: Sequence[str], anchor: str | None, positive: str | None, negatives: Sequence[str] | None, where: str
 ) -> Chosen:
-    """The columns of a file that were named, and the conventional ones where none was.
-
-    Those are the first of `CONVENTIONS` that is `present`, in small letters or others, and as negatives all that are
-    called negative, neg_1, hard_negative_2 and the like, in the order of their numbers.
-
-    Raises:
-        AnybatchError: A column that is not there (with the nearest name), no conventional ones, one column named twice.
+    """The columns of a file that were named; where none was, the first of `CONVENTIONS` that is present, in small
+    letters or others, and as negatives all that are called negative, neg_1, hard_negative_2 and the like, by their
+    numbers.
     """
     for name in (anchor, positive, *(negatives or ())):
         if name is not None and name not in present:
@@ -84,18 +80,12 @@ def choose_columns(
         negatives = sorted(named, key=lambda name: int(re.sub(r"\D", "", name) or 0))
     result = Chosen(anchor=chosen[0], positive=chosen[1], negatives=tuple(negatives))
     if len(set(result.names)) < len(result.names):
-        raise AnybatchError(
-            f"The columns {', '.join(result.names)} name one column twice; anchor, positive and negatives must differ."
-        )
+        raise AnybatchError(f"The columns {', '.join(result.names)} name one column twice; expected different ones.")
     return result
 
 
 def cell_of(record: Mapping[str, Any], name: str, row: int, where: str, *, negative: bool = False) -> Cell:
-    """The text of one cell, or its texts if it holds a list of several.
-
-    Raises:
-        AnybatchError: No such column in the row; nothing in it, or something else than texts.
-    """
+    """The text of one cell, or its texts if it holds a list of several; anything else is refused."""
     value = record.get(name)
     if isinstance(value, str) and value.strip():
         return value
@@ -118,11 +108,7 @@ def spread(
 ) -> tuple[dict[str, list[list[str]]], list[str]]:
     """One text a cell: several positives of a row are pairs of their own, several negatives are columns.
 
-    Returns:
-        The columns of texts of each name, one or (of negatives) several; and remarks on what was made of lists.
-
-    Raises:
-        AnybatchError: A list of anchors; a list of positives beside images.
+    Returns the columns of texts of each name, one or (of negatives) several; and remarks on what was made of lists.
     """
     remarks: list[str] = []
     lists = {
@@ -172,12 +158,7 @@ def say_columns(
 
 
 def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[str]]) -> None:
-    """Warn of columns of texts that are hardly meant.
-
-    One text in all rows or few in many, numbers, written lists, the words None and nan, equal sides.
-
-    Cost: a pass over the texts, 0.5 seconds a million.
-    """
+    """Warn of columns of texts that are hardly meant. One pass over the texts, 0.5 seconds a million."""
     for name, texts in columns.items():
         side = {chosen.anchor: "anchor", chosen.positive: "positive"}.get(name, "negative")
         distinct = len(set(texts))
@@ -185,15 +166,12 @@ def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[s
         if distinct == 1 < len(texts):
             doubt = f"all {len(texts)} {side}s are one text ({texts[0]!r:.40})"
         elif distinct < FEW * len(texts):
-            doubt = (
-                f"its {len(texts)} {side}s are {distinct} distinct texts, and equal ones are no negatives of each other"
-            )
+            doubt = f"its {len(texts)} {side}s are {distinct} distinct texts; equal ones are no negatives of each other"
         elif all(NUMBER.fullmatch(text) for text in texts):
             doubt = f"all {side}s are numbers, such as {texts[0]!r:.40}"
         elif all(text[0] == "[" and text[-1] == "]" for text in texts):
             doubt = (
-                f"all {side}s are written lists, such as {texts[0]!r:.40}, and are taken as they stand (JSON lines and "
-                "Parquet hold lists)"
+                f"all {side}s are written lists, such as {texts[0]!r:.40}, taken as they stand (JSON lines hold lists)"
             )
         elif words := sum(text in NO_TEXTS for text in texts):
             doubt = f"{words} of {len(texts)} {side}s are words such as None or nan, and are taken as texts"
@@ -211,11 +189,7 @@ def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[s
 
 
 def are_image_paths(name: str, texts: Sequence[str], folder: Path, where: str) -> bool:
-    """Whether all texts are names of image files that exist. Warns where most are.
-
-    Raises:
-        AnybatchError: They are such names, and one of the files is not there.
-    """
+    """Whether all texts are names of image files, which then must exist. Warns where most are."""
     paths = sum(IMAGE.search(text[-9:]) is not None for text in texts)
     if paths < len(texts):
         if paths > len(texts) / 2:

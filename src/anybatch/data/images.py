@@ -1,8 +1,4 @@
-"""Columns of images: lazy, undecoded, told apart by their encoded bytes.
-
-Cost: one pass over the encoded bytes for ids and digest (about 1 GB a second and the disk); 24 bytes per row and one
-block of rows in memory.
-"""
+"""Columns of images: lazy, undecoded, told apart by their encoded bytes, which ids and digest read once."""
 
 from __future__ import annotations
 
@@ -33,11 +29,7 @@ THUMBNAIL = 64  # pixels of the longer side
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedImage:
-    """One image as it was stored.
-
-    Attributes:
-        encoded: The bytes of its file (PNG, JPEG, WebP and so on).
-        where: Row and column, for messages.
+    """One image as it was stored: the bytes of its file, and row and column for messages.
 
     >>> describe(EncodedImage(encoded=b"no image", where="row 3, 'photo' of pairs.csv"), row=2)
     '[image, row 2]'
@@ -47,11 +39,7 @@ class EncodedImage:
     where: str
 
     def decode(self) -> Image:
-        """The image in RGB, turned upright, exactly as `datasets` gives it to the Trainer.
-
-        Raises:
-            AnybatchError: Pillow is not installed; bytes that are no image.
-        """
+        """The image in RGB, turned upright, exactly as `datasets` gives it to the Trainer."""
         _need_pillow()
         from datasets import Image as Feature
 
@@ -102,7 +90,7 @@ class ImageColumn(Sequence[EncodedImage]):
         """The column `name` of a data set, which has the feature `Image`."""
         from datasets import Image as Feature
 
-        column = _renamed(dataset.with_format(None).select_columns([name]), NAME)
+        column = dataset.with_format(None).select_columns([name]).rename_columns({name: NAME})
         return cls(column.cast_column(NAME, Feature(decode=False)), f"'{name}' of {where}")
 
     @classmethod
@@ -153,21 +141,14 @@ class ImageColumn(Sequence[EncodedImage]):
 
     @cached_property
     def keys(self) -> np.ndarray:
-        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image.
-
-        Raises:
-            AnybatchError: A row without an image.
-        """
+        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image."""
         keys = np.empty((len(self), KEY), np.uint8)
         for place, image in enumerate(self):
             keys[place] = np.frombuffer(hashlib.blake2b(image.encoded, digest_size=KEY).digest(), np.uint8)
         return keys
 
     def decoded(self, name: str) -> Dataset:
-        """A data set with the one column `name`, whose images are decoded as they are read: what the Trainer takes.
-
-        Of a selection the bytes are written out in its order, into a temporary file that goes when the process ends.
-        """
+        """A data set with the column `name`, decoded as it is read. A selection goes into a temporary file."""
         from datasets import Image as Feature
         from datasets.fingerprint import get_temporary_cache_files_directory
 
@@ -176,7 +157,7 @@ class ImageColumn(Sequence[EncodedImage]):
         if dataset._indices is not None:  # left to itself, `datasets` would write beside the user's data
             file = Path(get_temporary_cache_files_directory()) / f"{dataset._fingerprint}.arrow"
             dataset = dataset.flatten_indices(cache_file_name=str(file))
-        return _renamed(dataset, name).cast_column(name, Feature(mode=MODE))
+        return dataset.rename_columns({NAME: name}).cast_column(name, Feature(mode=MODE))
 
     def _image(self, value: dict[str, Any] | None, place: int) -> EncodedImage:
         where = f"row {int(self.rows[place]) + 1}, {self.where}"
@@ -186,8 +167,8 @@ class ImageColumn(Sequence[EncodedImage]):
                 encoded = Path(path).read_bytes()
             except OSError as error:
                 raise AnybatchError(
-                    f"Cannot read the image {path} ({where}): {error.strerror or error}. Every row needs an image: put "
-                    "the file back, or leave the row out."
+                    f"Cannot read the image {path} ({where}): {error.strerror or error}. Put it back, or leave the row "
+                    "out."
                 ) from error
         if not encoded:
             raise AnybatchError(f"There is no image in {where}. Every row needs one: fill it or leave the row out.")
@@ -239,12 +220,6 @@ def holds_images(dataset: Dataset, name: str) -> bool:
     from datasets import Image as Feature
 
     return isinstance(dataset.features.get(name), Feature)
-
-
-def _renamed(dataset: Dataset, name: str) -> Dataset:
-    """The data set with its one column called `name`."""
-    (old,) = dataset.column_names
-    return dataset if old == name else dataset.rename_column(old, name)
 
 
 def _need_pillow() -> None:

@@ -1,8 +1,4 @@
-"""Read training pairs, and refuse what cannot be trained on.
-
-Cost: the texts in memory once, and one pass for ids and digest (about 2 seconds a million short texts). Images stay in
-their files.
-"""
+"""Read training pairs, and refuse what cannot be trained on. Images stay in their files."""
 
 from __future__ import annotations
 
@@ -47,11 +43,7 @@ HELD_OUT = re.compile(rf"{_TESTS}(?![a-z])|.*(?<![a-z]){_TESTS}(?=$|\.)", re.IGN
 class PairSet:
     """One of several data sets, whose rows lie one after the other in a `PairData`.
 
-    Attributes:
-        name: For plans, reports and folders; a plain file name.
-        num_rows: Its rows.
-        anchor_prompt, positive_prompt: Instructions put before its texts in training; a teacher reads the texts
-            without them.
+    Prompts are instructions put before its texts in training; a teacher reads the texts without them.
 
     >>> PairSet(name="questions", num_rows=1000, anchor_prompt="Find the answer: ").num_rows
     1000
@@ -116,37 +108,26 @@ class PairData:
         columns = [self.anchors, self.positives, *self.negatives]
         if not any(part.anchor_prompt or part.positive_prompt for part in self.sets):
             return columns
-        prompts = {
-            side: [prompt for part in self.sets for prompt in [getattr(part, f"{side}_prompt")] * part.num_rows]
-            for side in ("anchor", "positive")
-        }
+        of_anchors = [part.anchor_prompt for part in self.sets for _ in range(part.num_rows)]
+        of_others = [part.positive_prompt for part in self.sets for _ in range(part.num_rows)]
         return [
             column
             if isinstance(column, ImageColumn)
-            else [
-                prompt + text for prompt, text in zip(prompts["positive" if number else "anchor"], column, strict=True)
-            ]
-            for number, column in enumerate(columns)
+            else list(map(str.__add__, of_others if place else of_anchors, column))
+            for place, column in enumerate(columns)
         ]
 
     def to_dataset(self) -> Dataset:
-        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included.
-
-        Images are decoded as they are read.
-
-        Raises:
-            AnybatchError: Images, and Pillow is not installed.
+        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included; images are
+        decoded as they are read.
         """
         from datasets import Dataset, concatenate_datasets
 
         names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(self.negatives) + 1))]
-        columns = dict(zip(names, self.prompted, strict=True))
-        if not any(isinstance(column, ImageColumn) for column in columns.values()):
-            return Dataset.from_dict({name: list(column) for name, column in columns.items()})
         # One by one: the order of the columns says who is the anchor, and `select_columns` changes it for some readers.
         parts = [
             column.decoded(name) if isinstance(column, ImageColumn) else Dataset.from_dict({name: list(column)})
-            for name, column in columns.items()
+            for name, column in zip(names, self.prompted, strict=True)
         ]
         return concatenate_datasets(parts, axis=1)
 
@@ -161,12 +142,7 @@ def text_digest(columns: Sequence[Column]) -> str:
 
 
 def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
-    """Several data sets, one after the other.
-
-    Raises:
-        AnybatchError: Names that occur twice; different numbers of negative columns; a column with texts in one and
-            images in another; an instruction for images.
-    """
+    """Several data sets, one after the other."""
     names = [part.name for part in sets]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -182,7 +158,7 @@ def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
             if isinstance(column, ImageColumn) and getattr(part, f"{side}_prompt"):
                 raise AnybatchError(
                     f"The data set '{part.name}' has an instruction for its {side}s ({side}_prompt), which are images. "
-                    "Instructions are put before texts: leave it out."
+                    "Leave it out."
                 )
     return PairData(
         anchors=_join([part.anchors for part in parts], "anchor"),
@@ -197,11 +173,7 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
     """The data sets that a path names, by their names; empty for one file or one saved data set.
 
     Of a folder its files and saved data sets, those of its folders (one a task), or the splits of a `DatasetDict`; of a
-    pattern such as data/*.jsonl what matches it.
-
-    Raises:
-        AnybatchError: A folder that holds neither, or something else beside; two of one name; splits that are meant for
-            testing.
+    pattern such as data/*.jsonl what matches it. Splits that are meant for testing are refused.
     """
     path = Path(path)
     if path.is_dir() and not (path / "state.json").exists():
@@ -221,10 +193,8 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name, file in sets:
         if name in found:
-            raise AnybatchError(
-                f"Two data sets are called '{name}': {found[name].name} and {file.name}. Rename one, or name them in "
-                "data.sets."
-            )
+            clash = f"{found[name].name} and {file.name}"
+            raise AnybatchError(f"Two data sets are called '{name}': {clash}. Rename one, or name them in data.sets.")
         found[name] = file
     return found
 
@@ -241,14 +211,12 @@ def _sets_of(path: Path) -> Iterator[tuple[str, Path]]:
             continue
         inner = list(_sets_in(folder))  # one folder a task
         if not inner and not folder.name.startswith("."):
-            raise AnybatchError(
-                f"{path} holds the folder {folder.name}, which is no data set. Name the data sets in data.sets."
-            )
+            found = f"{path} holds the folder {folder.name}, which is no data set"
+            raise AnybatchError(f"{found}. Name the data sets in data.sets.")
         yield from ((folder.name if len(inner) == 1 else f"{folder.name}-{name}", file) for name, file in inner)
 
 
 def _sets_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files of pairs and saved data sets right in a folder, with their names."""
     for path in sorted(folder.iterdir()):
         a_file = path.is_file() and path.name.removesuffix(".gz").lower().endswith(KINDS)
         if a_file or (path / "state.json").exists():
@@ -289,10 +257,9 @@ def read_pairs(
     own, several negatives are columns: as many as every row has, with a warning where some have more.
 
     Raises:
-        AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there
-            (with the nearest name), a text that is empty or no text (with its row, counted from 1), negatives in some
-            rows only, paths of images that are not there. A declared image that is not there is found when ids or
-            digest are asked for.
+        AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there, a
+            text that is empty or no text (with its row, counted from 1), paths of images that are not there. A declared
+            image that is not there is found when ids or digest are asked for.
 
     Cost: the texts in memory once; about 3 seconds a million rows of JSON.
     """
@@ -304,9 +271,7 @@ def read_pairs(
     chosen = choose_columns(present, anchor, positive, negatives, where)
     foreign = [name for name in images or () if name not in chosen.names]
     if foreign:
-        raise AnybatchError(
-            f"'{foreign[0]}' is said to hold images, but is none of the columns {', '.join(chosen.names)}."
-        )
+        raise AnybatchError(f"'{foreign[0]}' shall hold images, but is none of the columns {', '.join(chosen.names)}.")
     if limit is not None and limit < 1:
         raise AnybatchError(f"The limit is {limit}; expected at least 1 row.")
     limit = limit and min(limit, sys.maxsize)
@@ -350,7 +315,6 @@ def read_pairs(
 
 
 def _join(columns: Sequence[Column], name: str) -> Column:
-    """A column of several data sets."""
     images = [column for column in columns if isinstance(column, ImageColumn)]
     if not images:
         return [text for column in columns for text in column]  # pyright: ignore[reportReturnType]

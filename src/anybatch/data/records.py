@@ -1,8 +1,7 @@
 """Rows of CSV, TSV, JSON lines, Parquet and data sets as mappings: every row once, or a message that names the line.
 
-CSV and TSV follow one set of quoting rules, the usual ones (RFC 4180, as Python's csv and pandas read them). The text
-formats are read here and not by `datasets`, which fills short rows with None, takes "007" for 7 and "NA" for None,
-names no line, and keeps a copy of every file in the home folder (docs/log.md).
+The text formats are read here and not by `datasets`, which fills short rows with None, takes "007" for 7 and "NA" for
+None, names no line, and keeps a copy of every file in the home folder (docs/log.md).
 """
 
 from __future__ import annotations
@@ -44,11 +43,7 @@ RAW = (
 
 
 def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
-    """The columns of a file or data set; of JSON lines, the keys of its first 1,000 rows.
-
-    Raises:
-        AnybatchError: No such file; nothing in it; an unknown format; a name that occurs twice.
-    """
+    """The columns of a file or data set, each once; of JSON lines, the keys of its first 1,000 rows."""
     if quoting not in (None, *get_args(Quoting)):
         raise AnybatchError(f"The quoting is {quoting!r}; expected one of {', '.join(get_args(Quoting))}, or nothing.")
     kind = _kind(path)
@@ -72,16 +67,8 @@ def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
 def records(
     path: Path, names: Sequence[str] | None = None, quoting: Quoting | None = None
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file or data set as mappings.
-
-    Args:
-        path: See `FORMATS`.
-        names: Columns to read, which the file has; None for all. Rows of JSON lines come whole, and may lack some.
-        quoting: Of CSV and TSV: "standard" for the usual rules, "raw" where quotes are plain characters; None for the
-            usual rules, refusing a file that can be read both ways.
-
-    Raises:
-        AnybatchError: What `column_names` refuses; a row that cannot be read, with its line.
+    """The rows of a file or data set as mappings, `names` of their columns or all; rows of JSON lines come whole, and
+    may lack some. `quoting` as in `read_pairs`.
     """
     kind = _kind(path)
     if kind in (".csv", ".tsv"):
@@ -154,7 +141,6 @@ def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
-    """The JSON object that a line holds."""
     array = " The file seems to be one JSON array: write its objects one a line." if line[0] == "[" else ""
     try:
         record = _decode(line)
@@ -197,9 +183,8 @@ def _csv_records(path: Path, names: Sequence[str] | None, quoting: Quoting | Non
 
 
 def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
-    """Header and rows of one width.
-
-    A quote that opens a field and swallows rows is found: by what follows the closing one, or as ambiguous.
+    """Header and rows of one width. A quote that opens a field and swallows rows is found: by what follows the closing
+    one, or as ambiguous.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     delimiter = "\t" if _kind(path) == ".tsv" else ","
@@ -235,9 +220,7 @@ def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
 
 
 def _doubt(path: Path, first: int, last: int, *, certain: bool) -> None:
-    """Refuse a quoted field that may have swallowed rows, or warn: commas and line breaks do stand in texts, where tabs
-    hardly do.
-    """
+    """Refuse a quoted field that may have swallowed rows, or warn: commas and line breaks do stand in texts."""
     text = (
         f"Line {first} of {path} opens a quoted field that ends in line {last}, and each of these lines would be a row "
         "by itself. {}data.quoting=raw, quotes are plain characters and each line is a row; or data.quoting=standard, "
@@ -249,16 +232,13 @@ def _doubt(path: Path, first: int, last: int, *, certain: bool) -> None:
 
 
 def _could_be_rows(row: list[str], delimiter: str) -> bool:
-    """Whether each of the lines of a row would be a row by itself."""
     lines = re.split(r"\r\n|\r|\n", delimiter.join(row))
     return all(line.count(delimiter) == len(row) - 1 for line in lines)
 
 
 def _has_plain_lines(path: Path, delimiter: str, width: int) -> bool:
-    """Whether a file can be read without quoting: no name of a column is quoted, and every line has a row's number of
-    fields, or nearly.
-
-    A field that swallows rows is of a file where this holds; the few lines that do not (1 in 10) may be quoted ones.
+    """Whether a file can be read without quoting: no name of a column is quoted, and nearly every line (9 of 10; the
+    others may be quoted ones) has a row's number of fields.
     """
     with _open(path, newline="") as file:
         if file.readline().startswith('"'):
@@ -272,7 +252,6 @@ def _has_plain_lines(path: Path, delimiter: str, width: int) -> bool:
 
 @contextlib.contextmanager
 def _reading(path: Path, kind: str = "Parquet") -> Iterator[None]:
-    """Errors of pyarrow as messages."""
     import pyarrow
 
     try:
@@ -296,7 +275,6 @@ def _dataset_records(path: Path, names: Sequence[str] | None) -> Iterator[Mappin
 
 
 def _load_dataset(path: Path) -> Any:
-    """A folder of `save_to_disk`, or a data set of the hub."""
     from datasets import DatasetDict, load_from_disk
 
     if path.parts[0] == "hf:":
@@ -327,10 +305,7 @@ def _load_from_hub(owner: str, name: str = "", configuration: str | None = None,
 
 
 def image_dataset(path: Path, names: Iterable[str]) -> Any:
-    """The file or data set as a memory-mapped `datasets.Dataset` if any of these columns is an `Image`, else None.
-
-    Of a Parquet file `datasets` keeps a copy in its cache.
-    """
+    """The file or data set as a memory-mapped `datasets.Dataset` if any of these columns is an `Image`, else None."""
     kind = _kind(path)
     if kind not in ("dataset", ".parquet"):
         return None

@@ -20,12 +20,7 @@ logger = logging.getLogger("anybatch")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RetrievalData:
-    """Queries, documents and which documents are relevant to which query.
-
-    Attributes:
-        query_ids, query_texts: Queries, judged ones only.
-        corpus_ids, corpus_texts: Documents (title and text joined by a space).
-        relevance: Query id to document id to grade.
+    """Judged queries, documents (title and text joined by a space), and grades by query id and document id.
 
     >>> pets = {"query_ids": ["q1"], "query_texts": ["What purrs?"], "corpus_ids": ["d1"], "corpus_texts": ["A cat."]}
     >>> len(RetrievalData(**pets, relevance={"q1": {"d1": 1}}).digest)
@@ -53,22 +48,14 @@ def read_retrieval(
     split: str | None = None,
     quoting: Quoting | None = None,
 ) -> RetrievalData:
-    """Read a retrieval set in BEIR's layout.
+    """Read a retrieval set in BEIR's layout. Ids are compared as texts; what is not used is said to the log.
 
     Args:
         corpus: JSONL with `id` (or `_id`), `text` and optionally `title`.
-        queries: JSONL with `id` (or `_id`) and `text`, optionally `split`.
+        queries: JSONL with `id` (or `_id`) and `text`.
         qrels: TSV with a header: query id, document id, grade, optionally `split`.
         split: Keep only this split of `qrels`, which must then have a column `split`.
         quoting: Of TSV and CSV, see `read_pairs`.
-
-    Ids are compared as texts, digit by digit. What is not used (queries without judgements, other splits) is said to
-    the log.
-
-    Raises:
-        AnybatchError: Missing files or columns; an id twice, or one that is neither a text nor a whole number; a grade
-            that is no whole number; judgements of unknown queries or documents, or twice with different grades;
-            nothing left.
     """
     documents = {
         identity: f"{record.get('title') or ''} {record['text']}".strip()
@@ -90,14 +77,12 @@ def read_retrieval(
         if query not in texts or document not in documents:
             unknown = f"query {query}" if query not in texts else f"document {document}"
             raise AnybatchError(
-                f"Row {row} of {qrels} judges {unknown}, which is not in the set. Give the files of one set."
+                f"Row {row} of {qrels} judges {unknown}, which is not there. Give the files of one set."
             )
         grade = _grade(record, row, qrels)
         if relevance.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise AnybatchError(
-                f"Row {row} of {qrels} grades document {document} for query {query} a second time, and differently. "
-                "Keep one grade."
-            )
+            second = f"grades document {document} for query {query} a second time, and differently"
+            raise AnybatchError(f"Row {row} of {qrels} {second}. Keep one grade.")
     _check_judgements(relevance, splits, split, qrels)
     others = ", ".join(f"{name!r} ({count} judgements)" for name, count in splits.items() if name != split)
     unused = f"{len(texts) - len(relevance)} queries without judgements"
@@ -115,7 +100,6 @@ def read_retrieval(
 def _check_judgements(
     relevance: Mapping[str, Mapping[str, int]], splits: Counter[str], split: str | None, qrels: object
 ) -> None:
-    """Refuse a split that cannot be told, and judgements that say nothing."""
     present = ", ".join(sorted(splits))
     if split is not None and not splits:
         raise AnybatchError(f"Asked for split {split!r}, but {qrels} has no column 'split'. Leave split (--split) out.")
@@ -156,9 +140,7 @@ def _by_id(path: Path, quoting: Quoting | None) -> Iterator[tuple[str, Mapping[s
             if not isinstance(record.get(name), str) and not (name == "title" and record.get(name) is None):
                 raise AnybatchError(f"Row {row} of {path} has the {name} {record[name]!r:.60}; expected a text.")
         if identity in seen:
-            raise AnybatchError(
-                f"Row {row} of {path} has the id {identity} again. Ids must differ: keep one of the rows."
-            )
+            raise AnybatchError(f"Row {row} of {path} has the id {identity} again. Keep one of the rows.")
         seen.add(identity)
         yield identity, record
 
@@ -171,6 +153,4 @@ def _grade(record: Mapping[str, Any], row: int, where: object) -> int:
             return int(grade)
     except (TypeError, ValueError, KeyError):
         pass
-    raise AnybatchError(
-        f"Row {row} of {where} has the grade {record.get('score')!r}; expected a whole number such as 1."
-    )
+    raise AnybatchError(f"Row {row} of {where} has the grade {record.get('score')!r}; expected a whole number.")

@@ -29,9 +29,6 @@ def evaluate_run(
     Returns:
         `recall@k`, `mrr@k`, `ndcg@k` for each k, averaged over the queries that are in both and have a judgement, and
         `num_queries`. A query without a relevant document counts 0, as in trec_eval.
-
-    Raises:
-        AnybatchError: No query in common.
     """
     queries = [query for query in run if relevance.get(query)]
     if not queries:
@@ -54,17 +51,11 @@ def rank_embeddings(queries: np.ndarray, corpus: np.ndarray, *, top_k: int = 100
     """The best documents of each query by inner product, the lower row number first among equal scores.
 
     Args:
-        queries: (Q, D) float.
-        corpus: (N, D) float.
+        queries, corpus: (Q, D) and (N, D) float; NaN is refused.
         top_k: Documents a query, at most N.
 
     Returns:
         Row numbers (Q, top_k) int64 and scores (Q, top_k) float32, best first.
-
-    Raises:
-        AnybatchError: NaN or infinite embeddings, or widths that differ.
-
-    Cost: Q * N * D multiplications; scores are held for a block of queries at a time.
     """
     _check_embeddings(queries, corpus)
     top_k = min(top_k, len(corpus))
@@ -95,10 +86,8 @@ def retrieval_metrics(
     """Figures of embeddings on a retrieval set, documents ranked by inner product.
 
     Args:
-        queries: (Q, D) float, in the order of `query_ids`.
-        corpus: (N, D) float, in the order of `corpus_ids`.
+        queries, corpus: (Q, D) and (N, D) float, in the order of `query_ids` and `corpus_ids`.
         relevance: Query id to document id to grade.
-        query_ids, corpus_ids: Names of the rows.
         ks: Cut-offs.
     """
     # Documents in descending order of id, so that "the lower row first" is trec_eval's order among ties.
@@ -119,12 +108,9 @@ def pair_metrics(
     positive_id: np.ndarray,
     ks: Sequence[int] = KS,
 ) -> dict[str, float]:
-    """Figures of embeddings on pairs: each distinct anchor must find its positives among all distinct positives.
+    """Figures of embeddings (n, D) on pairs: each distinct anchor must find its positives among all distinct positives.
 
-    Args:
-        anchors, positives: (n, D) float.
-        anchor_id, positive_id: (n,) int; equal for identical texts. Repeated anchors have several relevant documents.
-        ks: Cut-offs.
+    Ids are equal for identical texts. Repeated anchors have several relevant documents.
     """
     _, queries = np.unique(anchor_id, return_index=True)
     _, documents = np.unique(positive_id, return_index=True)

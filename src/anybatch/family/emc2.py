@@ -63,7 +63,12 @@ class EMC2(SoftmaxLoss):
         8
     """
 
-    lacks: ClassVar = {"ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time"}
+    lacks: ClassVar = {
+        "ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time",
+        "joint": "looks at whole rows of scores",
+        "positives_by": "takes every candidate but one for a negative",
+        "hardness": "chooses its negatives by their scores already",
+    }
     denominator: Chains
 
     def __init__(

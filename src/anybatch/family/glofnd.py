@@ -57,7 +57,12 @@ class GloFND(SoftmaxLoss):
         8
     """
 
-    lacks: ClassVar = {"ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time"}
+    lacks: ClassVar = {
+        "ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time",
+        "joint": "looks at whole rows of scores",
+        "positives_by": "takes every candidate but one for a negative",
+        "hardness": "drops negatives by their scores already",
+    }
     denominator: RunningDenominator
 
     def __init__(

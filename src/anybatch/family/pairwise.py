@@ -26,6 +26,10 @@ class PairwiseLoss(ContrastiveLoss):
     lacks: ClassVar[Mapping[str, str]] = {
         "direction": "judges pairs, which have one direction",
         "ring": "gathers the candidates of all ranks",
+        "joint": "judges pairs, and has no softmax",
+        "positives_by": "judges pairs, of which each has one positive",
+        "hardness": "judges each pair on its own",
+        "mask_margin": "judges each pair on its own, with no own positive beside it",
     }
     _last: tuple[Tensor, float] | None = None
 

@@ -1,4 +1,4 @@
-"""Small charts as SVG text: bars, lines, a square of scores; readable in light and dark, titled for screen readers.
+"""Small charts as SVG text: bars and lines; readable in light and dark, titled for screen readers.
 
 No charting library was found that draws these without a script, fits both colour schemes and is permissive and light
 (docs/log.md).
@@ -12,7 +12,6 @@ from html import escape
 COLOURS = ("#2f6fde", "#d9730d", "#2a9d62", "#b5489a", "#7a6ff0", "#c0392b", "#4b8f9a", "#8a7a2b")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 64, 190, 16, 40
 LABELS, BAR = 250, 28  # of a bar chart: width of the labels, height of a line
-CELL = 12  # of a square of scores
 
 
 def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], *, baseline: float | None = None) -> str:
@@ -34,10 +33,8 @@ def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], *, bas
     return _drawing(title, WIDTH, height, parts)
 
 
-def line_chart(
-    title: str, x_title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], *, mark: float | None = None
-) -> str:
-    """Lines through (x, y) points, one a series, with a legend; a dashed line marks the x of `mark`.
+def line_chart(title: str, x_title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
+    """Lines through (x, y) points, one a series, with a legend.
 
     Series without points are left out; without any, the chart is "".
     """
@@ -58,11 +55,8 @@ def line_chart(
     parts = []
     for y in (low_y + span_y * step / 4 for step in range(5)):
         parts += [_line(LEFT, down(y), right, down(y), "grid"), _text(LEFT - 6, down(y) + 4, f"{y:.3g}", "end")]
-    if mark is not None and low_x <= mark <= max(xs):
-        parts.append(_line(across(mark), TOP, across(mark), bottom, "baseline"))
-    digits = 0 if span_x >= 10 else 2
     for x in (low_x, (low_x + max(xs)) / 2, max(xs)):
-        parts.append(_text(across(x), HEIGHT - 22, f"{x:,.{digits}f}", "middle"))
+        parts.append(_text(across(x), HEIGHT - 22, f"{x:,.0f}", "middle"))
     parts.append(_text((LEFT + right) / 2, HEIGHT - 5, x_title, "middle"))
     for row, (colour, name, points) in enumerate(shown):
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
@@ -73,20 +67,6 @@ def line_chart(
             _text(right + 30, y + 3, name),
         ]
     return _drawing(title, WIDTH, HEIGHT, parts)
-
-
-def heat_map(title: str, scores: Sequence[Sequence[float]], low: float, high: float) -> str:
-    """A square of scores: the stronger the colour, the higher between `low` and `high`; the diagonal is outlined."""
-    parts = []
-    for row, line in enumerate(scores):
-        for column, score in enumerate(line):
-            depth = min(1.0, max(0.0, (score - low) / ((high - low) or 1.0)))
-            outline = f' stroke="{COLOURS[1]}" stroke-width="2"' if row == column else ""
-            parts.append(
-                f'<rect x="{column * CELL}" y="{row * CELL}" width="{CELL}" height="{CELL}" fill="{COLOURS[0]}" '
-                f'fill-opacity="{depth:.2f}"{outline}/>'
-            )
-    return _drawing(title, CELL * len(scores), CELL * len(scores), parts)
 
 
 def _drawing(title: str, width: float, height: float, parts: Sequence[str]) -> str:

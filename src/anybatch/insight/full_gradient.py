@@ -1,4 +1,4 @@
-"""Exact gradients of InfoNCE over a whole set of pairs, in closed form, for some rows: one direction, or both."""
+"""The gradient of InfoNCE over a whole set of pairs, in a linear map on frozen embeddings, in blocks of anchors."""
 
 from __future__ import annotations
 
@@ -21,72 +21,53 @@ def full_gradient(
     rows: Tensor | None = None,
     masks: LogWeights | None = None,
     tile_bytes: int = TILE_BYTES,
-) -> Tensor:
-    """The exact gradient of full-data InfoNCE with respect to the embeddings, in closed form.
+) -> tuple[Tensor, Tensor]:
+    """The gradient of full-data InfoNCE in two linear maps, W of the anchors and V of the positives, at the identity.
 
-        p_ij  = exp(s_ij / tau) / sum_k exp(s_ik / tau)       anchor i among all positives
-        q_ij  = exp(s_ij / tau) / sum_k exp(s_kj / tau)       positive j among all anchors
+        a_i = W x_i / |W x_i|,  c_j = V y_j / |V y_j|,  p_ij = exp(s_ij / tau) / sum_k exp(s_ik / tau)
 
-        one way:  F = sum_i L_i,               L_i = -log p_ii
-            dF/da_i = 1 / tau * (sum_j p_ij c_j - c_i)
-        both:     F = sum_i (L_i + L'_i) / 2,  L'_i = -log q_ii
-            dF/da_i = 1 / tau * (sum_j (p_ij + q_ij) / 2 c_j - c_i)
-            dF/dc_j = 1 / tau * (sum_i (p_ij + q_ij) / 2 a_i - a_j)
+        one way:  F = mean_i L_i,               L_i = -log p_ii               anchor i among all positives
+        both:     F = mean_i (L_i + L'_i) / 2,  L'_i = -log q_ii              positive i among all anchors
 
-    An anchor is a query in one direction and a candidate of every positive in the other; both parts are its gradient.
+        d L_i / d a_i = (sum_j p_ij c_j - c_i) / tau,     d L_i / d c_j = (p_ij - [i = j]) a_i / tau
+        dF / dW = sum_i (g_i - (g_i . a_i) a_i) x_i^T     with g_i = dF / d a_i; likewise V
 
     Args:
         anchors, positives: (n, D) float, unit rows.
         temperature: tau.
         direction: "one_way", or "both" for both directions' losses.
-        rows: (P,) int64, whose gradient; None for all.
+        rows: (P,) int64, whose losses are averaged, against all n candidates; None for all.
         masks: Over all rows, such as `content_masks`; None if all texts differ.
         tile_bytes: Memory for scores at a time.
 
     Returns:
-        (P, D) of the rows' anchors; of both directions (P, 2 D), then of their positives. Each without its component
-        along the embedding, which never passes the normalisation, and not divided by n.
+        Two (D, D), of W and of V. A map that both sides share has their sum.
 
-    Cost: two products of P x n x D; of both directions four, and one of n x n x D for the denominators. One tile of
-        scores.
+    Cost: three products of P x n x D, of both directions six; one tile of scores.
 
     Reference: van den Oord et al. 2018, arXiv 1807.03748, equation 4, and Radford et al. 2021, arXiv 2103.00020, figure
         3, with the whole data set as one batch.
 
     Example:
         >>> full_gradient(torch.eye(3), torch.eye(3), temperature=1.0)[0]
-        tensor([0.0000, 0.2119, 0.2119])
+        tensor([[0.0000, 0.0706, 0.0706],
+                [0.0706, 0.0000, 0.0706],
+                [0.0706, 0.0706, 0.0000]])
     """
     rows = torch.arange(len(anchors)) if rows is None else rows
-    height = max(1, tile_bytes // (len(positives) * anchors.element_size()))
-    sides = [(anchors, positives, masks)]
-    log_sums = [torch.empty(0)] * 2
-    # 1. Both directions' denominators: log sum_k exp(s_ik / tau), and log sum_k exp(s_kj / tau) over the tiles so far.
-    if direction == "both":
-        sides.append((positives, anchors, None if masks is None else masks.reversed(len(anchors))))
-        log_sums = [anchors.new_empty(len(anchors)), anchors.new_full((len(anchors),), -torch.inf)]
-        for tile in torch.arange(len(anchors)).split(height):
-            logits = _logits(anchors, positives, tile, temperature, masks)
-            log_sums[0][tile] = logits.logsumexp(dim=1)
-            log_sums[1] = torch.logaddexp(log_sums[1], logits.logsumexp(dim=0))
-    # 2. The gradient of one side at a time, in tiles of rows.
-    parts = []
-    for side, (own, others, own_masks) in enumerate(sides):
-        gradient = own.new_empty(len(rows), own.shape[1])
-        for start in range(0, len(rows), height):
-            tile = rows[start : start + height]
-            logits = _logits(own, others, tile, temperature, own_masks)
-            share = torch.softmax(logits, dim=1)
-            if direction == "both":
-                share = (share + (logits - log_sums[1 - side]).exp_()) / 2
-            gradient[start : start + height] = (share @ others - others[tile]) / temperature
-        parts.append(tangent(gradient, own[rows]))
-    return torch.cat(parts, dim=1)
+    settings = {"temperature": temperature, "rows": rows, "tile_bytes": tile_bytes}
+    forth = _one_way(anchors, positives, masks=masks, **settings)
+    if direction == "one_way":
+        return forth
+    masks = None if masks is None else masks.reversed(len(anchors))
+    back = _one_way(positives, anchors, masks=masks, **settings)
+    return (forth[0] + back[1]) / 2, (forth[1] + back[0]) / 2
 
 
-def tangent(gradient: Tensor, embeddings: Tensor) -> Tensor:
-    """(P, D) the gradient without its component along the unit embeddings, which never passes the normalisation."""
-    return gradient - (gradient * embeddings).sum(dim=1, keepdim=True) * embeddings
+def in_map(gradient: Tensor, embeddings: Tensor) -> Tensor:
+    """(D, D) the gradient in a linear map of what is (n, D) the gradient in its normalised outputs, at the identity."""
+    along = (gradient * embeddings).sum(dim=1, keepdim=True)  # never passes the normalisation
+    return (gradient - along * embeddings).T @ embeddings
 
 
 def content_masks(anchor_id: Tensor, positive_id: Tensor) -> LogWeights:
@@ -105,12 +86,28 @@ def content_masks(anchor_id: Tensor, positive_id: Tensor) -> LogWeights:
     return LogWeights.of(examples, len(anchors), same_content, matching)
 
 
-def _logits(queries: Tensor, candidates: Tensor, rows: Tensor, temperature: float, masks: LogWeights | None) -> Tensor:
-    """(rows, n) scores over the temperature; a row's own pair is never masked."""
-    logits = (queries[rows] @ candidates.T).mul_(1 / temperature)
-    if masks is not None:
-        own = torch.arange(len(rows)), rows
-        kept = logits[own]
-        logits += masks.tile(rows, slice(None))
-        logits[own] = kept
-    return logits
+def _one_way(
+    queries: Tensor,
+    candidates: Tensor,
+    *,
+    rows: Tensor,
+    temperature: float,
+    masks: LogWeights | None,
+    tile_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the mean loss of these queries, in the map of the queries and in that of the candidates."""
+    of_queries = queries.new_zeros(queries.shape[1], queries.shape[1])
+    of_candidates = torch.zeros_like(candidates)
+    for tile in rows.split(max(1, tile_bytes // (len(candidates) * candidates.element_size()))):
+        own = torch.arange(len(tile)), tile
+        logits = (queries[tile] @ candidates.T).mul_(1 / temperature)
+        if masks is not None:  # a row's own pair is never masked
+            kept = logits[own]
+            logits += masks.tile(tile, slice(None))
+            logits[own] = kept
+        share = torch.softmax(logits, dim=1)
+        share[own] -= 1
+        of_queries += in_map(share @ candidates, queries[tile])
+        of_candidates.addmm_(share.T, queries[tile])
+    factor = 1 / (temperature * len(rows))
+    return of_queries * factor, in_map(of_candidates, candidates) * factor

@@ -68,7 +68,6 @@ def render_report(report: Report) -> str:
     names = [result.name for result in report.results]
     ndcg = [result.metrics["ndcg@10"] for result in report.results]
     timed = {result.name: result.seconds for result in report.results if result.seconds is not None}
-    curves = [(result.name, result.curve) for result in report.results]
     losses = [(result.name, result.loss) for result in report.results]
     charts = drawings(
         (
@@ -76,7 +75,6 @@ def render_report(report: Report) -> str:
             bar_chart("nDCG@10 of each method", names, ndcg, baseline=ndcg[names.index(report.baseline)]),
         ),
         ("Training time in seconds", bar_chart("Training seconds of each method", list(timed), list(timed.values()))),
-        ("nDCG@10 along the way", line_chart("nDCG@10 by pairs seen", "pairs seen", curves)),
         (
             "Training loss (each method has its own scale: compare shapes, not heights)",
             line_chart("Training loss by pairs seen", "pairs seen", losses),
@@ -93,31 +91,21 @@ def render_gradient_page(comparison: GradientComparison, *, title: str, missing:
         title: Heading, such as the plan's path.
         missing: What could not be taken into account, in words.
     """
+    from anybatch.insight.gradient_methods import ERRORS, recommendation
     from anybatch.insight.gradient_methods import comparison_rows as method_rows
-    from anybatch.insight.gradient_methods import plain_line, recommendation
 
     header, lines = method_rows(comparison)
     names = [f"{line.method} ({line.batches})" for line in comparison.lines]
-    cosines = [max(0.0, line.error.shared_cosine) for line in comparison.lines]
-    plain = max(0.0, plain_line(comparison).error.shared_cosine)
-    sizes = [f"batch of {size:,}" for size in comparison.curve]
-    charts = drawings(
-        (
-            "Shared direction, 1 is exact; dashed: plain InfoNCE on random batches of this size.",
-            bar_chart("Shared direction of each method", names, cosines, baseline=plain),
-        ),
-        (
-            "The measure of single anchors' error: plain InfoNCE on random batches of each size.",
-            bar_chart("Error of random InfoNCE by batch size", sizes, list(comparison.curve.values())),
-        ),
-    )
+    errors = [line.error.epoch_error for line in comparison.lines]
+    chart = bar_chart("Error of each method", names, errors, baseline=comparison.plain.error.epoch_error)
     return render(
         "gradient.html",
         title=title,
         comparison=comparison,
+        meanings=ERRORS,
         header=header,
         lines=lines,
         sentences=recommendation(comparison),
         missing=missing,
-        drawings=charts,
+        drawings=drawings(("Error of an epoch; dashed: plain InfoNCE on random batches of this size.", chart)),
     )

@@ -1,272 +1,369 @@
-"""The figures of a plan with what each means and what a good value is: for the terminal and for the page."""
+"""The few figures that decide whether a plan's batches help: softmax mass, suspected false negatives, gradient error.
+
+A plan stores clusters and suspected pairs, not scores: all figures follow from a teacher's embeddings again, on a
+sample of anchors, each data set ranked by itself as in mining, and beside random batches of the same size.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from anybatch.insight.inspection import PlanInspection
-    from anybatch.plans.plan import BatchPlan
+import numpy as np
+
+from anybatch.core.errors import AnybatchError
+from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs, GradientError
+from anybatch.insight.gradient_methods import ERRORS, error_cells, method_error, name_of, on_random_batches
+from anybatch.losses.registry import LossConfig
+from anybatch.mining.inputs import check_embeddings, compact_ids
+from anybatch.plans.plan import BatchPlan
+
+MARGIN = 0.95  # of the own positive's score, from which a negative is suspected to be false (NV-Retriever)
+SHOWN = 20  # pairs kept, the most suspected first
+LOOKED_AT = 200  # pairs of a block of anchors, of which many may have the same two positives
+BLOCK = 2**22  # scores held at once
+MANY_SUSPECTS = 1.0  # an anchor: .1 to .4 were measured at the default conflict weight, 1.3 in the published recipe
+LITTLE_MASS = 3.0  # times that of random batches
+WEAK_TEACHER = 0.4  # own positives first; about midway between teachers of .70 and .21 (docs/benchmarks/teachers.md)
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table.
+@dataclass(frozen=True, kw_only=True)
+class RowPair:
+    """A negative in the batch of `row`, which may be right as well.
 
     Attributes:
-        name: What was counted.
-        plan: Its value in this plan.
-        meaning: What it is, in a sentence for a reader who knows nothing of it.
-        random: Its value in random batches, where there is one.
-        good: What to wish for.
+        row, other: Row numbers.
+        score: The cosine of `row`'s anchor with `other`'s positive over that with its own.
+    """
+
+    row: int
+    other: int
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchMass:
+    """Where the negatives' softmax mass is, exp(s_ij / tau) over its sum over all rows that are negatives of i.
+
+    Attributes:
+        in_cluster, in_batch: Share in the anchor's own cluster, and in its batch, hard negatives included.
+        masked: Share in its cluster that the plan suspects to be false negatives, which `loss.mask_suspects` removes.
+        suspects: Negatives in the batch that score above `MARGIN` of the own positive.
+    """
+
+    in_cluster: float
+    in_batch: float
+    masked: float
+    suspects: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInspection:
+    """What `inspect_plan` measured of one data set.
+
+    Attributes:
+        num_anchors: Anchors looked at, drawn at random from those in the batches of epoch 0.
+        own_first: Share of anchors whose own positive the teacher scores above every negative of the data set.
+        planned, random: In the plan's batches, and expected of random ones of the same size.
+        suspects: The negatives in the plan's batches that score highest against the own positive (of the same two
+            positives one pair), above `MARGIN` or not.
 
     Example:
-        >>> from anybatch.plans.plan import BatchPlan
-        >>> [(figure.name, figure.plan) for figure in plan_sizes(BatchPlan.random(10, 4, seed=0))][:2]
-        [('batches an epoch', '2 of 4'), ('remainder rows', '0')]
+        >>> embeddings = np.random.default_rng(0).normal(size=(2, 64, 8))
+        >>> seen = inspect_plan(BatchPlan.random(64, 8), *embeddings)[""]
+        >>> seen.num_anchors, round(seen.random.in_batch, 3)  # 7 of 63 others
+        (64, 0.111)
     """
 
-    name: str
-    plan: str
-    meaning: str
-    random: str = ""
-    good: str = ""
+    num_anchors: int
+    own_first: float
+    planned: BatchMass
+    random: BatchMass
+    suspects: list[RowPair]
 
 
-def stored_of(mining: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
-    """What mining stored of the data set called `name` ("": of the only one); empty where nothing."""
-    mining = mining or {}
-    return (mining.get("sets") or {}).get(name) or {} if name else mining
+@dataclass(frozen=True, kw_only=True)
+class PlanGradients:
+    """The parameter-gradient error of one loss on the plan's batches and on random ones of the same size.
+
+    Attributes:
+        loss: The method, in the words of the configuration.
+        planned, random: See `GradientError`.
+
+    Example:
+        >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)))
+        >>> clusters = np.repeat(np.arange(8), 4).astype(np.int32)
+        >>> plan = BatchPlan(
+        ...     num_rows=32, batch_size=8, cluster_size=4, cluster=clusters, seed=0, data_digest=""
+        ... )
+        >>> PlanGradients.measure(pairs, plan, LossConfig()).loss
+        'infonce'
+    """
+
+    loss: str
+    planned: GradientError
+    random: GradientError
+
+    @classmethod
+    def measure(
+        cls, pairs: FrozenPairs, plan: BatchPlan, loss: LossConfig, *, num_batches: int = NUM_BATCHES
+    ) -> PlanGradients:
+        """See `method_error`."""
+        random = on_random_batches(pairs, plan, loss, num_batches=num_batches)
+        chosen = plan.cluster_size > 1 or plan.negatives_per_row
+        planned = method_error(pairs, plan, loss, num_batches=num_batches) if chosen else random
+        return cls(loss=name_of(loss), planned=planned, random=random)
+
+    @property
+    def loses(self) -> bool:
+        """Whether an epoch's error is higher than on random batches, by two standard errors."""
+        spread = math.hypot(self.planned.epoch_error_se, self.random.epoch_error_se)
+        return self.planned.epoch_error - self.random.epoch_error > 2 * spread
 
 
-def statistics_of(inspection: PlanInspection | None, stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The figures of `BatchStatistics`, measured anew or as mining stored them; empty where neither is known."""
-    return asdict(inspection.statistics) if inspection is not None else stored.get("statistics") or {}
-
-
-def set_figures(plan: BatchPlan, *, inspection: PlanInspection | None, stored: Mapping[str, Any]) -> list[Figure]:
-    """What is known of one data set.
+def inspect_plan(
+    plan: BatchPlan,
+    anchor_embeddings: np.ndarray,
+    positive_embeddings: np.ndarray,
+    *,
+    anchor_id: np.ndarray | None = None,
+    positive_id: np.ndarray | None = None,
+    temperature: float = 0.05,
+    num_anchors: int = 2000,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, PlanInspection]:
+    """Where the negatives' softmax mass is under a teacher's scores, and how many may be false.
 
     Args:
-        plan: The plan.
-        inspection: What was measured from the embeddings, or None.
-        stored: What mining stored (`stored_of`).
+        plan: Mined or random.
+        anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped.
+        anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all
+            differ.
+        temperature: Of the softmax.
+        num_anchors: Anchors looked at in each set; a share measured on 2,000 of them has a standard error of at most
+            1.1 points.
+        seed: Of the draw.
+        progress: Called with the fraction done.
+
+    Returns:
+        What was measured, by the data set's name, "" where the plan has one. Sets of which no row is in a batch are
+        left out.
+
+    Raises:
+        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of
+            anchors below 1.
+
+    Cost, summed over sets of n rows: num_anchors * n * D multiplications.
     """
-    statistics = statistics_of(inspection, stored)
-    return [
-        *(_batches(plan, inspection) if inspection is not None else []),
-        *(_teacher(statistics) if statistics else []),
-        *(_clusters(statistics) if statistics and plan.cluster_size > 1 else []),
-        *_stored(stored),
-        *(_repeats(inspection) if inspection is not None else []),
-    ]
+    check_embeddings("anchor", anchor_embeddings, plan.num_rows)
+    check_embeddings("positive", positive_embeddings, plan.num_rows)
+    if not 0 < temperature < np.inf or num_anchors < 1:
+        raise AnybatchError(
+            f"The temperature is {temperature} and the number of anchors {num_anchors}; expected above 0, and at least "
+            "1."
+        )
+    ids = compact_ids(plan.num_rows, anchor_id=anchor_id, positive_id=positive_id)
+    batches = plan.epoch_batches(0)
+    home = np.full(plan.num_rows, -1)
+    home[batches] = np.arange(len(batches))[:, None]
+    shown = {name: rows for name, rows in plan.set_rows.items() if (home[rows] >= 0).any() and len(rows) > 1}
+    return {
+        name: _inspect_set(
+            plan, batches, home, members, (anchor_embeddings, positive_embeddings), ids, temperature, num_anchors, seed,
+            lambda done, place=place: progress((place + done) / len(shown)) if progress else None,
+        )
+        for place, (name, members) in enumerate(shown.items())
+    }  # fmt: skip
+
+
+def _inspect_set(
+    plan: BatchPlan,
+    batches: np.ndarray,
+    home: np.ndarray,
+    members: np.ndarray,
+    sides: tuple[np.ndarray, np.ndarray],
+    ids: tuple[np.ndarray, ...],
+    temperature: float,
+    num_anchors: int,
+    seed: int,
+    progress: Callable[[float], None],
+) -> PlanInspection:
+    """`members`: the rows that are ranked among each other, ascending; `home`: each row's batch, -1 for none."""
+    # 1. Some anchors, and what the plan says of their rows.
+    placed = members[home[members] >= 0]
+    chosen = np.sort(np.random.default_rng(seed).choice(placed, min(num_anchors, len(placed)), replace=False))
+    positives = _unit(sides[1][members])
+    suspected = _pair_keys(plan)
+    sums, pairs, near, above, first = np.zeros(3), [], 0, 0, 0
+    height = max(1, BLOCK // len(members))
+    for start in range(0, len(chosen), height):
+        # 2. The softmax over each anchor's negatives.
+        rows = chosen[start : start + height]
+        scores = _unit(sides[0][rows]) @ positives.T
+        own = scores[np.arange(len(rows)), np.searchsorted(members, rows)][:, None]
+        negative = np.logical_and.reduce([side[rows][:, None] != side[members] for side in ids])
+        best = np.where(negative, scores, -np.inf).max(axis=1, keepdims=True)
+        mass = np.exp(np.where(negative, (scores - np.maximum(best, -2)) / temperature, -np.inf))
+        mass /= np.maximum(mass.sum(axis=1, keepdims=True), 1e-30)  # 0 where an anchor has no negative
+        # 3. Which of them share the cluster, the batch, and are suspected.
+        in_cluster = (plan.cluster[rows][:, None] == plan.cluster[members]) & (plan.cluster[rows] >= 0)[:, None]
+        in_batch = home[rows][:, None] == home[members]
+        if plan.negatives is not None:
+            for place, row in enumerate(rows):
+                brought = plan.negatives[batches[home[row]]]
+                in_batch[place] |= np.isin(members, brought[brought >= 0])
+        line, column = np.nonzero(in_cluster)
+        listed = np.isin(rows[line] * plan.num_rows + members[column], suspected)
+        masked = float(mass[line, column][listed].sum())
+        sums += [float(mass[in_cluster].sum()), float(mass[in_batch].sum()), masked]
+        ratio = np.where(negative & (own > 0), scores / own, -np.inf)
+        first += int((best[:, 0] <= own[:, 0]).sum())
+        above += int((ratio >= MARGIN).sum())
+        line, column = np.nonzero(in_batch & np.isfinite(ratio))
+        beside = ratio[line, column]
+        near += int((beside >= MARGIN).sum())
+        most = np.argsort(-beside, kind="stable")[:LOOKED_AT]
+        pairs += zip(rows[line[most]], members[column[most]], beside[most], strict=True)
+        progress((start + len(rows)) / len(chosen))
+    # 4. That a given row of theirs is in an anchor's random batch: by how many of them such a batch holds.
+    sizes = np.bincount(home[placed]).astype(np.float64)
+    by_chance = float(np.sum(sizes * (sizes - 1))) / len(placed) / (len(members) - 1)
+    in_cluster, in_batch, masked = sums / len(chosen)
+    return PlanInspection(
+        num_anchors=len(chosen),
+        own_first=first / len(chosen),
+        planned=BatchMass(in_cluster=in_cluster, in_batch=in_batch, masked=masked, suspects=near / len(chosen)),
+        random=BatchMass(
+            in_cluster=(plan.cluster_size - 1) / (len(members) - 1),
+            in_batch=by_chance,
+            masked=0.0,
+            suspects=above / len(chosen) * by_chance,
+        ),
+        suspects=_most_suspected(pairs, ids[1]),
+    )
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.asarray(vectors, dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def _pair_keys(plan: BatchPlan) -> np.ndarray:
+    """Keys row * n + other of the plan's suspected pairs, in both orders."""
+    if plan.suspects is None:
+        return np.zeros(0, np.int64)
+    first, second = plan.suspects.astype(np.int64).T
+    return np.concatenate([first * plan.num_rows + second, second * plan.num_rows + first])
+
+
+def _most_suspected(pairs: Sequence[tuple[int, int, float]], positive_id: np.ndarray) -> list[RowPair]:
+    """The first `SHOWN`, no two with the same two positives: one caption of many images would fill the list."""
+    kinds: dict[frozenset[int], RowPair] = {}
+    for row, other, score in sorted(pairs, key=lambda pair: -pair[2]):
+        kind = frozenset(map(int, positive_id[[row, other]]))
+        kinds.setdefault(kind, RowPair(row=int(row), other=int(other), score=float(score)))
+        if len(kinds) == SHOWN:
+            break
+    return list(kinds.values())
+
+
+Figure = tuple[str, str, str, str]  # name, its value in the plan, in random batches, what it is in a sentence
 
 
 def plan_sizes(plan: BatchPlan) -> list[Figure]:
     """What the plan itself says."""
     stats = plan.stats()
-    batches = Figure(
-        "batches an epoch",
-        f"{plan.num_batches:,} of {plan.batch_size}",
-        f"The {plan.num_rows:,} rows, each at most once an epoch, in batches of equal size.",
-    )
-    clusters = Figure(
-        "clusters",
-        f"{plan.num_clusters:,} of {plan.cluster_size}",
-        f"Rows that always sit together; a batch is {plan.clusters_per_batch} of them, drawn anew every epoch.",
-        good="all of one size (others are refused)",
-    )
-    rest = [
-        Figure(
-            "remainder rows",
-            f"{stats['remainder_rows']:,}",
-            "Rows in no cluster, as the rows do not divide evenly. They take turns with others: none is lost.",
-            good=f"below {plan.cluster_size}",
+    sizes = {
+        "batches an epoch": (f"{plan.num_batches:,} of {plan.batch_size}", "Each row is in one of them at most."),
+        "clusters": (
+            f"{plan.num_clusters:,} of {plan.cluster_size}",
+            f"Rows that always sit together; a batch is {plan.clusters_per_batch} of them, drawn anew every epoch.",
         ),
-        Figure(
-            "rows that sit out an epoch",
+        "rows that sit out an epoch": (
             f"{stats['rows_left_out_each_epoch']:,}",
             "What does not fill a whole batch; other rows the next epoch.",
-            good=f"below {plan.batch_size}",
         ),
-        Figure(
-            "suspect pairs",
+        "suspected pairs": (
             f"{stats['suspect_pairs']:,}",
-            "Pairs in one cluster where one may be a right answer to the other too (a false negative).",
-            good="few",
+            "Pairs that mining suspects of being right answers to each other, which loss.mask_suspects removes.",
         ),
-    ]
-    return [batches, *([clusters] if plan.cluster_size > 1 else []), *rest]
+    }
+    return [(name, value, "", meaning) for name, (value, meaning) in sizes.items()]
 
 
-def _batches(plan: BatchPlan, seen: PlanInspection) -> list[Figure]:
-    """What was measured in the plan's batches and in random ones."""
-    guess = math.log(plan.batch_size)
-    window = f"ranks {seen.skip + 1} to {seen.skip + seen.take}"
+def set_figures(seen: PlanInspection) -> list[Figure]:
+    """What was measured of one data set."""
+    plan, random = seen.planned, seen.random
+
+    def share(name: str, field: str, meaning: str) -> Figure:
+        return name, f"{getattr(plan, field):.1%}", f"{getattr(random, field):.1%}", meaning
+
+    mass = "of the negatives' softmax mass over the whole data set under the teacher"
     return [
-        Figure(
-            "wanted negatives in the batch",
-            f"{seen.window_in_batch:.2f}",
-            f"Rows beside an anchor that are hard but probably wrong ({window} of all rows): what mining is for.",
-            random=f"{seen.random_window_in_batch:.2f}",
-            good="many times random",
+        share(
+            "mass in the cluster", "in_cluster", f"Share {mass} that is in the anchor's own cluster, in every epoch."
         ),
-        Figure(
-            "conflicts in the batch",
-            f"{seen.conflicts_in_batch:.2f}",
-            f"Rows beside an anchor among its first {seen.skip} ranks or above the margin: probably right answers.",
-            random=f"{seen.random_conflicts_in_batch:.2f}",
-            good="well below the wanted negatives",
+        share("mass in the batch", "in_batch", f"Share {mass} that its batch holds: what mining is for."),
+        share("mass masked", "masked", "Share that mining suspects in its cluster, which loss.mask_suspects removes."),
+        (
+            "suspected false negatives an anchor",
+            f"{plan.suspects:.2f}",
+            f"{random.suspects:.2f}",
+            f"Negatives in its batch that the teacher scores above {MARGIN:g} of the own positive: perhaps right.",
         ),
-        Figure(
-            f"expected loss at temperature {seen.temperature:g}",
-            f"{seen.planned.loss:.3f}",
-            "InfoNCE, in nats, of the teacher itself. Hard batches teach; those that it cannot solve teach noise.",
-            random=f"{seen.random.loss:.3f}",
-            good=f"above random, well below {guess:.2f} (guessing)",
-        ),
-        Figure(
-            "own positive first in the batch",
-            f"{seen.planned.own_first:.1%}",
-            "How often the teacher scores an anchor's own positive above all others of its batch.",
-            random=f"{seen.random.own_first:.1%}",
-            good="below random, above 50%",
-        ),
-        Figure(
-            "negatives above the own positive",
-            f"{seen.planned.above_own:.2%}",
-            "Share of all negatives in the batch that the teacher scores above the right answer.",
-            random=f"{seen.random.above_own:.2%}",
-            good="a few per cent at most",
+        (
+            "own positive first",
+            f"{seen.own_first:.1%}",
+            "",
+            "How well the teacher knows the pairs: how often the right answer is its best of all rows.",
         ),
     ]
 
 
-def _teacher(statistics: Mapping[str, Any]) -> list[Figure]:
-    """How well the teacher knows the pairs."""
-    from anybatch.mining.statistics import LIMITS
-
-    return [
-        Figure(
-            "own positive first among all rows",
-            f"{statistics['own_first']:.1%}",
-            "How well the teacher knows the data: how often the right answer is its best. Falls as the data grow.",
-            good=f"{LIMITS.own_first:.0%} or more",
-        ),
-        Figure(
-            "own positive behind the skipped ranks",
-            f"{statistics['own_behind_skip']:.1%}",
-            "Anchors whose wanted negatives begin above their own positive: for them the teacher misleads.",
-            good=f"{LIMITS.own_behind_skip:.0%} or less",
-        ),
-    ]
+def gradient_figures(gradients: PlanGradients) -> list[Figure]:
+    """The parameter-gradient error, against the gradient over all data."""
+    cells = zip(ERRORS.items(), error_cells(gradients.planned), error_cells(gradients.random), strict=True)
+    of = f"gradient of {gradients.loss}: "
+    return [(of + name, plan, random, meaning) for (name, meaning), plan, random in cells]
 
 
-def _clusters(statistics: Mapping[str, Any]) -> list[Figure]:
-    """What is beside an anchor in every epoch."""
-    from anybatch.mining.statistics import LIMITS, NEAR
-
-    gain = statistics["window_gain"]
-    return [
-        Figure(
-            "wanted negatives in the cluster",
-            f"{statistics['window_per_anchor']:.2f}",
-            "As above, in the anchor's own cluster alone, which stays the same in every epoch.",
-            good=f"{LIMITS.window_gain:g} times random clusters or more (here {gain:.0f} times)",
-        ),
-        Figure(
-            "conflicts in the cluster",
-            f"{statistics['suspects_per_anchor']:.2f}",
-            "Probably right answers in the anchor's own cluster.",
-            good=f"{LIMITS.suspects_per_anchor:g} or less",
-        ),
-        Figure(
-            "wanted negatives above the own positive",
-            f"{statistics['negatives_above_own']:.1%}",
-            "Share of the wanted negatives in the cluster that score above the own positive.",
-            good=f"{LIMITS.negatives_above_own:.0%} or less",
-        ),
-        Figure(
-            f"wanted negatives above {NEAR:g} of the own positive",
-            f"{statistics['negatives_near_own']:.1%}",
-            "The same with a margin: what comes this near is often right too.",
-            good="little more than the line above",
-        ),
-        Figure(
-            "score of wanted negatives against own positives",
-            f"{statistics['relative_score']:.2f}",
-            "Ratio of their mean scores: near 0 the wanted negatives are easy, near 1 they may be right.",
-            good="0.5 to 0.8",
-        ),
-        Figure(
-            "anchors without a wanted negative",
-            f"{statistics['isolated']:.1%}",
-            "For these the cluster is as good as random.",
-            good=f"{LIMITS.isolated:.0%} or less",
-        ),
-    ]
-
-
-def _stored(mining: Mapping[str, Any]) -> list[Figure]:
-    """What mining counted over all rows."""
-    audit = mining.get("audit")
-    if not audit:
-        return []
-    kept = audit["kept_weight"]
-    return [
-        Figure(
-            "kept weight",
-            f"{kept:.1%}",
-            f"Share of the graph of wanted pairs that lies inside clusters; the other {1 - kept:.1%} were cut.",
-            good="compare plans of the same data; a cluster has room for few",
-        ),
-        Figure(
-            "isolated rows",
-            f"{audit['isolated_rows']:,}",
-            "Rows without any edge in the graph of wanted pairs: nobody's negatives, placed where there was room.",
-            good="near 0",
-        ),
-        Figure(
-            "identical texts in one cluster",
-            f"{audit['hard_pairs']:,}",
-            "Pairs with the same anchor or positive that could not be kept apart. Our losses leave them out.",
-            good="0",
-        ),
-        Figure(
-            "windows of the greatest hub",
-            f"{audit['largest_in_degree']:,}",
-            "How many anchors want the most wanted row. Rows that everybody wants are often empty of content.",
-            good="a small multiple of the window",
-        ),
-        Figure(
-            "recall of the neighbour search",
-            f"{mining.get('recall', 1.0):.3f}",
-            "Share of the true nearest rows that were found; 1 for exact search.",
-            good="0.95 or more",
-        ),
-    ]
-
-
-def _repeats(seen: PlanInspection) -> list[Figure]:
-    """Rows that say the same."""
-    return [
-        Figure(
-            "rows that repeat an anchor",
-            f"{seen.repeated_anchors:,}",
-            "Their positives are all right for the anchor; they are never each other's negatives.",
-        ),
-        Figure(
-            "rows that repeat a positive",
-            f"{seen.repeated_positives:,}",
-            "The same text letter by letter; never a negative of its own anchors.",
-        ),
-        Figure(
-            "rows with a near duplicate",
-            f"{seen.duplicate_share:.1%}",
-            "Another positive, of the anchor's eight nearest rows, says nearly the same: remove such rows.",
-            good="below 5%",
-        ),
-    ]
+def plan_warnings(plan: BatchPlan, seen: PlanInspection | None, gradients: PlanGradients | None) -> list[str]:
+    """What these figures advise against, in words."""
+    found = []
+    if gradients is not None and gradients.loses:
+        planned, random = gradients.planned, gradients.random
+        found.append(
+            f"This plan is not recommended: with loss.name={gradients.loss} its batches' parameter gradient is further "
+            f"from the full-data gradient than that of random batches of {plan.batch_size} (error of an epoch "
+            f"{planned.epoch_error:.2f} against {random.epoch_error:.2f}). The anchors of a cluster are alike, so a "
+            "batch of few clusters says little of the data. Mine smaller clusters (mining.cluster_size), or use "
+            "mining.method=random."
+        )
+        if planned.bias + planned.bias_se < random.bias - random.bias_se:
+            found.append(
+                f"Its bias is the smaller one ({planned.bias:.2f} against {random.bias:.2f}), its noise decides "
+                f"({planned.noise:.2f} against {random.noise:.2f}): larger batches lower the noise alone."
+            )
+    if seen is None:
+        return found
+    if seen.own_first < WEAK_TEACHER:
+        found.append(
+            f"The teacher finds the own positive first for only {seen.own_first:.1%} of the anchors (good: "
+            f"{WEAK_TEACHER:.0%} or more; it falls as data grow). What it takes for hard may be easy, or right. Use a "
+            "better teacher, or random batches."
+        )
+    if plan.cluster_size == 1:
+        return found  # nothing was chosen that could hurt
+    if seen.planned.suspects > MANY_SUSPECTS:
+        found.append(
+            f"{seen.planned.suspects:.2f} suspected false negatives sit beside an anchor (good: {MANY_SUSPECTS:g} or "
+            "less). Read the pairs below; raise mining.conflict_weight, or set loss.mask_suspects."
+        )
+    if seen.planned.in_batch < LITTLE_MASS * seen.random.in_batch:
+        found.append(
+            f"The batches hold {seen.planned.in_batch:.1%} of the negatives' mass, random ones "
+            f"{seen.random.in_batch:.1%}: mining changes little here. Save the time and use mining.method=random."
+        )
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.table import Table
 
@@ -20,7 +20,6 @@ class MethodResult:
         metrics: Figures by name.
         seconds: Wall time of training; None where nothing was trained.
         peak_bytes: Peak resident memory while training.
-        curve: (pairs seen, value) of a held-out figure along the way.
         loss: (pairs seen, training loss) along the way.
 
     Example:
@@ -35,8 +34,7 @@ class MethodResult:
     metrics: Mapping[str, float]
     seconds: float | None = None
     peak_bytes: int | None = None
-    curve: Sequence[tuple[float, float]] = field(default_factory=tuple)
-    loss: Sequence[tuple[float, float]] = field(default_factory=tuple)
+    loss: Sequence[tuple[float, float]] = ()
 
 
 def metrics_table(results: Mapping[str, Mapping[str, float]]) -> Table:

@@ -11,20 +11,23 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypedDict, TypeVar, Unpack, cast
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from anybatch.core import distributed
-from anybatch.core.configuration import Positive, unknown_key
+from anybatch.core.configuration import NotNegative, Positive, unknown_key
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_integers
 from anybatch.losses.engine import TILE_BYTES, Side, SoftmaxStats, differentiable_once, softmax_loss
+from anybatch.losses.engine.joint import Kind, check_kinds, joint_softmax_loss
 from anybatch.losses.log_weights import LogWeights, as_log_weights, behind, plus, same_content, same_row
 from anybatch.losses.parts import MIN_TEMPERATURE, Batch, Denominator, GlobalTemperature, Part, Temperature
 from anybatch.losses.state import State
+from anybatch.plans.examples import Examples
 
 Direction = Literal["one_way", "both"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,12 +49,15 @@ class Scoring(TypedDict, total=False):
         ring: Under several ranks hold two ranks' candidates (and their gradients) at a time instead of all: they travel
             from rank to rank instead of being gathered. The same loss, with one matrix product and one ring pass more.
             Not for losses that look at whole rows of scores (GloFND, EMC2).
+        mask_margin: Candidates that score more than this above the own positive, s_ij > s_ip + margin, are suspected
+            false negatives, and no negatives. Published: .1 (Qwen3-Embedding); a negative margin masks more.
     """
 
     direction: Direction
     normalize: bool
     tile_bytes: int
     ring: bool
+    mask_margin: float | None
 
 
 class OneTemperature(Scoring, total=False):
@@ -62,11 +68,21 @@ class OneTemperature(Scoring, total=False):
         learnable_temperature: Train it, through its logarithm, so that it stays positive.
         min_temperature: A learned temperature is put back to it at the start of a training step, so that its gradient
             stays alive; what is read is never below it.
+        joint: Further kinds of pairs in each anchor's softmax, by the names of sentence-transformers' `directions`:
+            "query_to_query", the other anchors; "doc_to_query", the own positive against all anchors; "doc_to_doc",
+            the own positive against other rows' texts. Qwen3-Embedding: the first and the last, with `mask_margin` .1.
+        positives_by: Column of the examples' records ("anchor_id", "text_id", or one given to `RowTable`) whose equal
+            values are positives of each other: the mean of their logits is raised (SupCon). None: the own alone.
+        hardness: Weigh each negative by exp(hardness s_ij / tau) over the mean of that over the anchor's negatives; 0
+            for all alike. Published: .5 to 2 (Robinson et al. 2021, beta).
     """
 
     temperature: Positive
     learnable_temperature: bool
     min_temperature: float
+    joint: tuple[Kind, ...]
+    positives_by: str | None
+    hardness: NotNegative
 
 
 DEFAULTS = OneTemperature(
@@ -74,9 +90,13 @@ DEFAULTS = OneTemperature(
     normalize=True,
     tile_bytes=TILE_BYTES,
     ring=False,
+    mask_margin=None,
     temperature=0.05,
     learnable_temperature=False,
     min_temperature=MIN_TEMPERATURE,
+    joint=(),
+    positives_by=None,
+    hardness=0.0,
 )
 
 
@@ -118,12 +138,21 @@ class ContrastiveLoss(State):
         chosen = self.scoring(scoring)
         if chosen["direction"] not in ("one_way", "both"):
             raise AnybatchError(f"direction is {chosen['direction']!r}; expected 'one_way' or 'both'.")
+        margin = chosen["mask_margin"]
+        if margin is not None and not math.isfinite(margin):
+            raise AnybatchError(f"mask_margin is {margin}; expected a number such as 0.1, or None to mask nothing.")
+        check_kinds(chosen["joint"], chosen["direction"])
+        _check_one_of(chosen)
         if tau is None:
             limits = (chosen["min_temperature"], math.inf)
             tau = GlobalTemperature(chosen["temperature"], learnable=chosen["learnable_temperature"], limits=limits)
         self.temperatures = tau
         self.direction: Direction = chosen["direction"]
         self.normalize, self.tile_bytes, self.ring = chosen["normalize"], chosen["tile_bytes"], chosen["ring"]
+        self.mask_margin: float | None = margin
+        self.joint: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind in chosen["joint"])
+        self.positives_by: str | None = chosen["positives_by"]
+        self.hardness: float = chosen["hardness"]
 
     @classmethod
     def scoring(cls, given: Scoring) -> dict[str, Any]:
@@ -164,7 +193,9 @@ class ContrastiveLoss(State):
         """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked."""
         parts = [part for part in self.modules() if isinstance(part, Part)]
         denominators = [part for part in parts if isinstance(part, Denominator)]
-        return denominators[0] if denominators and all(part.plain for part in parts) else None
+        changed = self.joint or self.positives_by or self.hardness or self.mask_margin is not None
+        plain = not changed and all(part.plain for part in parts)
+        return denominators[0] if denominators and plain else None
 
     @property
     def temperature(self) -> float:
@@ -225,6 +256,14 @@ class ContrastiveLoss(State):
     @property
     def _parts(self) -> list[State]:
         return [part for part in self.children() if isinstance(part, State)]
+
+    def _side(self, denominator: Denominator, batch: Batch, direction: int) -> Side:
+        """What the engine is asked in one direction, before other parts change it."""
+        weight = batch.log_weight_of(direction)
+        rule = denominator.rule(batch, direction, normalised=weight is not None and weight.normalised)
+        temperature = self.temperatures.of(batch, direction)
+        options = {"mask_margin": self.mask_margin, "hardness": self.hardness}
+        return Side(rule=rule, temperature=temperature, log_weight=weight, **options)
 
     def _prepare(self, anchors: Tensor, candidates: Tensor, **known: Unpack[Known]) -> Batch:
         """The arguments of `forward`, checked, in float32 or better, normalised if wanted, ids turned into masks."""
@@ -287,6 +326,10 @@ class ContrastiveLoss(State):
             masks = (same_row,) if len(rows.unique()) < len(rows) else ()  # of all ranks, and so the same on each
             if masks or weights is not None:
                 weights = plus(weights, num_rows, *masks, row=behind(index, num_columns))
+        if self.positives_by is not None:
+            weights = weights or LogWeights(queries=Examples(), candidates=Examples())
+            _ = weights.candidates[self.positives_by]  # says what is missing
+            weights = replace(weights, positives_by=self.positives_by)
         return index, weights
 
 
@@ -321,14 +364,14 @@ class SoftmaxLoss(ContrastiveLoss):
         super().__init__(tau, **scoring)
         self.denominator = denominator
         self.others = nn.ModuleList(others)
-        self._last: tuple[Tensor, SoftmaxStats] | None = None
+        self._last: tuple[Tensor, SoftmaxStats, Tensor] | None = None
 
     @property
     def last_stats(self) -> dict[str, float]:
         """Figures of the last call as plain floats: objective, log_denominator, negatives per anchor, temperature.
         Empty before it.
         """
-        return {} if self._last is None else figures_of(*self._last, self.temperature)
+        return {} if self._last is None else figures_of(*self._last)
 
     @property
     def _others(self) -> list[Part]:
@@ -337,33 +380,44 @@ class SoftmaxLoss(ContrastiveLoss):
     def _of(self, batch: Batch) -> Tensor:
         # 1. What the engine is asked: each part in turn, in each direction.
         parts = (self.temperatures, self.denominator, *self._others)
-        sides = tuple(side_of(self.temperatures, self.denominator, batch, direction) for direction in self.directions)
+        sides = tuple(self._side(self.denominator, batch, direction) for direction in self.directions)
         for part in parts:
             sides = tuple(part.ask(side, batch, direction) for direction, side in enumerate(sides))
         # 2. The loss and its gradients.
-        loss, stats = softmax_loss(batch.anchors, batch.candidates, *sides, tile_bytes=self.tile_bytes, ring=self.ring)
+        how = {"tile_bytes": self.tile_bytes, "ring": self.ring}
+        if self.joint:
+            how["over_data"] = self.over_data
+            loss, stats = joint_softmax_loss(batch.anchors, batch.candidates, sides[0], self.joint, **how)
+        else:
+            loss, stats = softmax_loss(batch.anchors, batch.candidates, *sides, **how)
         # 3. Each part learns.
         for part in parts:
             loss = part.learn(batch, sides, stats, loss)
-        self._last = loss.detach(), stats[0]
+        self._last = loss.detach(), stats[0], torch.cat([side.temperature.detach().view(-1) for side in sides])
         return loss
 
 
-def side_of(temperature: Temperature, denominator: Denominator, batch: Batch, direction: int) -> Side:
-    """What the engine is asked in one direction, before other parts change it."""
-    weight = batch.log_weight_of(direction)
-    rule = denominator.rule(batch, direction, normalised=weight is not None and weight.normalised)
-    return Side(rule=rule, temperature=temperature.of(batch, direction), log_weight=weight)
+def _check_one_of(chosen: Mapping[str, Any]) -> None:
+    """Refuse a negative hardness, and options that have no meaning beside each other."""
+    if not 0 <= chosen["hardness"] < math.inf:
+        raise AnybatchError(f"hardness is {chosen['hardness']}; expected a number of 0 or more, such as 1.0.")
+    given = [name for name in ("joint", "positives_by", "hardness") if chosen[name]]
+    if len(given) > 1:
+        raise AnybatchError(
+            f"{' and '.join(f'{name}={chosen[name]!r}' for name in given)} are given; expected at most one of joint, "
+            "positives_by and hardness. Leave out the others; for several positives among both views of a batch see "
+            "docs/losses.md."
+        )
 
 
-def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: float) -> dict[str, float]:
-    """Figures of a call for logs."""
+def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: Tensor) -> dict[str, float]:
+    """Figures of a call for logs; of temperatures that differ by row the batch's mean."""
     seen = stats.log_denominator[(stats.num_negatives > 0) & stats.log_denominator.isfinite()]
     return {
         "objective": loss.item(),
         "log_denominator": seen.mean().item() if len(seen) else 0.0,
         "num_negatives": stats.num_negatives.mean().item(),
-        "temperature": temperature,
+        "temperature": round(temperature.mean().item(), 7),  # 0.05, not its float32
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from anybatch.core import distributed
 from anybatch.core.configuration import Count
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.base import ContrastiveLoss, OneTemperature, figures_of, side_of
+from anybatch.losses.base import ContrastiveLoss, OneTemperature, figures_of
 from anybatch.losses.denominators import CountCorrected, WithPositive
 from anybatch.losses.embedding_queue import EmbeddingQueue
 from anybatch.losses.engine import Side, SoftmaxStats, softmax_loss
@@ -90,7 +90,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
     """
 
-    lacks: ClassVar = {"ring": "scores a memory beside the candidates of all ranks"}
+    lacks: ClassVar = {
+        "ring": "scores a memory beside the candidates of all ranks",
+        "joint": "remembers pairs for anchors against candidates",
+        "positives_by": "remembers one positive an anchor",
+        "hardness": "remembers the denominator of an anchor without its negatives' weights",
+    }
 
     def __init__(
         self,
@@ -120,7 +125,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             )
         self.memory_size, self.corrected, self.centred = memory_size, corrected, centred
         self.max_staleness, self.mean_rows = max_staleness, mean_rows
-        self._last: tuple[Tensor, SoftmaxStats] | None = None
+        self._last: tuple[Tensor, SoftmaxStats, Tensor] | None = None
         self._num_used = 0
         self.denominator: Denominator = CountCorrected(num_rows) if corrected else WithPositive()
         self.queue = EmbeddingQueue(memory_size, num_rows)
@@ -138,7 +143,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         """See `SoftmaxLoss.last_stats`; and `remembered`, the pairs of the memory that were used."""
         if self._last is None:
             return {}
-        return {**figures_of(*self._last, self.temperature), "remembered": float(self._num_used)}
+        return {**figures_of(*self._last), "remembered": float(self._num_used)}
 
     def _of(self, batch: Batch) -> Tensor:
         with torch.autocast(batch.anchors.device.type, enabled=False):
@@ -152,14 +157,14 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             others = batch.candidates if direction == 0 else batch.anchors
             sizes = recalled.layout.row_sizes if direction else recalled.layout.column_sizes
             num_drawn = torch.full((len(queries),), sum(sizes) - 1 + len(recalled.memory), device=queries.device)
-            side = replace(side_of(self.temperatures, self.denominator, batch, direction), num_drawn=num_drawn)
+            side = replace(self._side(self.denominator, batch, direction), num_drawn=num_drawn)
             weight = recalled.log_weights[direction].beside(recalled.memory, recalled.share)
             columns = torch.cat([others, recalled.used[1 - direction, recalled.share]])
             loss, (one,) = softmax_loss(queries, columns, replace(side, log_weight=weight), tile_bytes=self.tile_bytes)
             losses.append(loss + self._term_of_remembered_queries(batch, recalled, direction, side))
             stats.append((one, side))
         loss = torch.stack(losses).mean()
-        self._last = loss.detach(), stats[0][0]
+        self._last = loss.detach(), stats[0][0], stats[0][1].temperature.detach()
         self._num_used = len(recalled.memory)
         if batch.updating:
             self._remember(batch, recalled, stats)
@@ -301,11 +306,15 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             if not reverse.normalised:
                 correction -= side.num_drawn.to(own.dtype).clamp(min=1).log()
         log_denominator = self.queue.log_denominator[direction, recalled.places].to(own.dtype)
+        highest = (queries * recalled.used[1 - direction]).sum(dim=1) + (self.mask_margin or 0.0)
         gradient = torch.zeros_like(own)
         height = max(1, self.tile_bytes // max(1, num_queries * own.element_size()))
         for start in range(0, len(own), height):
             rows = slice(start, min(start + height, len(own)))
-            logits = (own[rows] @ queries.T).div_(temperature).sub_(log_denominator).add_(correction[rows, None])
+            scores = own[rows] @ queries.T
+            if self.mask_margin is not None:
+                scores.masked_fill_(scores > highest, -torch.inf)
+            logits = scores.div_(temperature).sub_(log_denominator).add_(correction[rows, None])
             logits += weight.tile(rows, columns).to(logits.dtype)
             gradient[rows] = logits.clamp_(max=0).exp_() @ queries  # a share is at most 1, whatever moved since
         return gradient / temperature

@@ -50,11 +50,17 @@ class LateInteraction(ContrastiveLoss):
     temperatures: GlobalTemperature
 
     defaults: ClassVar[OneTemperature] = {"temperature": 1.0}
-    lacks: ClassVar = {"direction": "scores anchors against candidates", "ring": "gathers the candidates of all ranks"}
+    lacks: ClassVar = {
+        "direction": "scores anchors against candidates",
+        "joint": "scores anchors against candidates",
+        "positives_by": "has one positive an anchor",
+        "hardness": "has one weight for all negatives",
+        "ring": "gathers the candidates of all ranks",
+    }
 
     def __init__(self, **scoring: Unpack[OneTemperature]) -> None:
         super().__init__(**scoring)
-        self._objective: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
     @outside_the_graph
     def forward(
@@ -94,16 +100,19 @@ class LateInteraction(ContrastiveLoss):
             _, weight = self._weight(anchors, candidates, **known)
             temperature = self.temperatures.like(sides[0], updating=self._updating)
             with torch.no_grad():
-                loss, gradients = _solve(sides[0], sides[1], temperature, masks, weight, self.tile_bytes)
-        self._objective = loss
+                loss, gradients = _solve(
+                    sides[0], sides[1], temperature, masks, weight, self.tile_bytes, self.mask_margin
+                )
+        self._last = loss, temperature.detach()
         return differentiable_once(with_gradients(loss, (*sides, temperature), gradients))
 
     @property
     def last_stats(self) -> dict[str, float]:
         """Figures of the last call as plain floats: objective and temperature. Empty before it."""
-        if self._objective is None:
+        if self._last is None:
             return {}
-        return {"objective": self._objective.item(), "temperature": self.temperature}
+        objective, temperature = (figure.item() for figure in self._last)
+        return {"objective": objective, "temperature": round(temperature, 7)}
 
 
 def _solve(
@@ -113,6 +122,7 @@ def _solve(
     masks: tuple[Tensor, Tensor],
     weight: LogWeights | None,
     tile_bytes: int,
+    mask_margin: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss, and its gradients by anchors, candidates and temperature."""
     # 1. The candidates of all ranks, padded to the longest, and the sizes of a tile: one row's best tokens against all
@@ -150,6 +160,8 @@ def _solve(
             logits += weight.tile(layout.shifted(rows), slice(0, num_columns)).to(logits.dtype)
         local = torch.arange(len(live), device=anchors.device)
         positive = layout.first_column + start + local
+        if mask_margin is not None:
+            logits.masked_fill_(scores > scores[local, positive][:, None] + mask_margin, -torch.inf)
         logits[local, positive] = scores[local, positive] / temperature  # a log-weight never touches the positive
         log_sum = logits.logsumexp(dim=1)
         loss = loss + (log_sum - logits[local, positive]).sum()

@@ -42,6 +42,10 @@ class Term(Protocol):
         ...
 
 
+def _is_normalised(term: Term) -> bool:
+    return getattr(term, "normalised", False)
+
+
 def removed(where: Tensor) -> Tensor:
     """-inf where True, 0 elsewhere: a mask from (q, c) bool."""
     return torch.zeros(where.shape, device=where.device).masked_fill_(where, -torch.inf)
@@ -201,6 +205,8 @@ class LogWeights:
         pairs: (B, M) further values, one a pair, which mean nothing for other candidates; None for none.
         pairs_normalised: See `Term`, for `pairs`.
         back: Queries are positives and candidates anchors.
+        positives_by: Column whose equal values, 0 or more, make a candidate a further positive of the query, not the
+            query's own row again. No mask removes it; weights that stand for the data hold. None for the own alone.
 
     Example:
         >>> import torch
@@ -217,6 +223,7 @@ class LogWeights:
     pairs: Tensor | None = None
     pairs_normalised: bool = False
     back: bool = False
+    positives_by: str | None = None
 
     @classmethod
     def of(cls, candidates: Examples, num_rows: int, *terms: Term) -> LogWeights:
@@ -226,19 +233,40 @@ class LogWeights:
     @property
     def empty(self) -> bool:
         """Whether all of them are 0."""
-        return not self.terms and self.pairs is None
+        return not self.terms and self.pairs is None and self.positives_by is None
 
     @property
     def normalised(self) -> bool:
         """Whether they estimate a mean over the data, see `Term`: one such term is enough, masks only remove."""
-        return self.pairs_normalised or any(getattr(term, "normalised", False) for term in self.terms)
+        return self.pairs_normalised or any(_is_normalised(term) for term in self.terms)
 
     def tile(self, rows: slice | Tensor, columns: slice) -> Tensor:
         """The log-weights of these queries and candidates, broadcastable to (rows, columns)."""
-        queries, candidates = self.queries.take(rows), self.candidates.take(columns)
-        parts = [] if self.pairs is None else [self.pairs[rows, columns]]
-        parts += [self._asked(term, queries, candidates) for term in self.terms]
+        known = self._parts(rows, columns)
+        parts = [part for part, _ in known]
+        if self.positives_by is not None:
+            kept = self.further_positives(rows, columns)
+            parts = [part if fixed else torch.where(kept & part.isneginf(), 0.0, part) for part, fixed in known]
         return sum(parts[1:], parts[0]) if parts else torch.zeros(())
+
+    def further_positives(self, rows: slice | Tensor, columns: slice) -> Tensor:
+        """(rows, columns) bool, see `positives_by`."""
+        assert self.positives_by is not None
+        queries, candidates = self.queries.take(rows), self.candidates.take(columns)
+        ids = queries[self.positives_by][:, None]
+        further = (ids >= 0) & (ids == candidates[self.positives_by])
+        if "row" in queries:
+            further &= queries["row"][:, None] != candidates["row"]
+        for part, normalised in self._parts(rows, columns):
+            if normalised:
+                further &= ~part.isneginf()
+        return further
+
+    def _parts(self, rows: slice | Tensor, columns: slice) -> list[tuple[Tensor, bool]]:
+        """What is summed, broadcastable to (rows, columns), and whether each is normalised."""
+        queries, candidates = self.queries.take(rows), self.candidates.take(columns)
+        parts = [] if self.pairs is None else [(self.pairs[rows, columns], self.pairs_normalised)]
+        return parts + [(self._asked(term, queries, candidates), _is_normalised(term)) for term in self.terms]
 
     def _asked(self, term: Term, queries: Examples, candidates: Examples) -> Tensor:
         weights = term(queries, candidates, back=self.back)
@@ -258,7 +286,7 @@ class LogWeights:
         Raises:
             AnybatchError: A (B, M) tensor, which says nothing of the pairs across ranks.
         """
-        self._refuse_pairs("the other ranks")
+        self.refuse_pairs("the other ranks")
         return replace(
             self, queries=self.queries.gathered(row_sizes), candidates=self.candidates.gathered(column_sizes)
         )
@@ -283,7 +311,7 @@ class LogWeights:
         Raises:
             AnybatchError: A (B, M) tensor, which says nothing of them; examples of which other things are known.
         """
-        self._refuse_pairs("earlier batches")
+        self.refuse_pairs("earlier batches")
         task, device = self.queries.get("task"), memory["row"].device
         num_remembered = torch.full((len(self.queries),), len(memory), device=device)
         if task is not None:
@@ -299,7 +327,8 @@ class LogWeights:
             candidates=fresh.followed_by(old),
         )
 
-    def _refuse_pairs(self, elsewhere: str) -> None:
+    def refuse_pairs(self, elsewhere: str) -> None:
+        """Refuse a tensor with a value a pair."""
         if self.pairs is not None:
             raise AnybatchError(
                 f"log_weight is a tensor of shape {tuple(self.pairs.shape)}, which does not cover the candidates of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack, final
+from typing import ClassVar, Unpack, final
 
 from anybatch.core.configuration import NotNegative, Share
 from anybatch.losses.base import OneTemperature, SoftmaxLoss
@@ -62,6 +62,8 @@ class DecoupledInfoNCE(SoftmaxLoss):
         >>> round(DecoupledInfoNCE(temperature=0.5)(torch.eye(2), torch.eye(2)).item(), 6)
         -2.0
     """
+
+    lacks: ClassVar = {"positives_by": "has no positive in its denominator, and so no place for several"}
 
     def __init__(self, **scoring: Unpack[OneTemperature]) -> None:
         super().__init__(None, WithoutPositive(), **scoring)

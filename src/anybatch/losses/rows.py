@@ -26,7 +26,10 @@ from anybatch.plans.examples import Examples
 from anybatch.plans.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
-RESERVED = ("anchor_id", "text_id", "row", "cluster", "task", "log_ways", "remembered", "num_remembered")
+RESERVED = (
+    *("anchor_id", "text_id", "row", "cluster", "task", "log_ways"),
+    *("remembered", "num_remembered", "pair_number", "pair_side"),
+)
 NEVER = 1e-300  # a chance whose inverse is still a number
 
 

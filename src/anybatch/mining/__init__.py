@@ -1,7 +1,7 @@
 """Choose the batch: teacher embeddings to neighbours, signed graph, equal clusters, plan. No training code."""
 
 from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
-from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
+from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, RankWindow
 from anybatch.mining.graph import MiningGraph, Window, build_graph
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.mine import MiningResult, check_sizes, mine_plan, mine_shared, random_plan
@@ -20,6 +20,7 @@ __all__ = [
     "MiningResult",
     "MiningSet",
     "Neighbors",
+    "RankWindow",
     "StatisticsLimits",
     "Window",
     "audit_clusters",

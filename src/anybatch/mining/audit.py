@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from anybatch.mining.graph import MiningGraph
+from anybatch.mining.inputs import first_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Audit:
     Example:
         >>> from anybatch.mining import MiningConfig, mine_plan
         >>> vectors = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
-        >>> config = MiningConfig(batch_size=16, cluster_size=8, skip=2, take=16)
+        >>> config = MiningConfig(batch_size=16, cluster_size=8)
         >>> audit = mine_plan(vectors, vectors, config=config).report.audit
         >>> audit.smallest, audit.largest, audit.window_per_anchor > audit.random_window_per_anchor
         (8, 8, True)
@@ -57,22 +58,22 @@ def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.nda
 
     Cost: one pass over the edges.
     """
-    num_rows = len(cluster)
+    num_rows, beside = len(cluster), Beside(cluster, first_rows(positive_id))
     sizes = np.bincount(cluster[cluster >= 0])
     sizes = sizes[sizes > 0]
     by_chance = together_by_chance(cluster)
     total_weight = float(graph.weight.sum())
     return Audit(
-        window_per_anchor=_inside(graph.window, cluster).nnz / num_rows,
-        conflicts_per_anchor=_inside(graph.conflict, cluster).nnz / num_rows,
-        random_window_per_anchor=graph.window.nnz / num_rows * by_chance,
-        random_conflicts_per_anchor=graph.conflict.nnz / num_rows * by_chance,
+        window_per_anchor=beside.edges(graph.window) / num_rows,
+        conflicts_per_anchor=beside.edges(graph.conflict) / num_rows,
+        random_window_per_anchor=int(beside.rows_of_text[graph.window.indices].sum()) / num_rows * by_chance,
+        random_conflicts_per_anchor=int(beside.rows_of_text[graph.conflict.indices].sum()) / num_rows * by_chance,
         hard_pairs=_hard_pairs(cluster, anchor_id, positive_id),
         smallest=int(sizes.min(initial=num_rows)),
         largest=int(sizes.max(initial=0)),
         remainder_rows=int((cluster < 0).sum()),
         isolated_rows=int((np.diff(graph.weight.indptr) == 0).sum()),
-        kept_weight=float(_inside(graph.weight, cluster).data.sum()) / total_weight if total_weight else 0.0,
+        kept_weight=_kept_weight(graph.weight, cluster) / total_weight if total_weight else 0.0,
         largest_in_degree=int(np.bincount(graph.window.indices, minlength=1).max(initial=0)),
     )
 
@@ -83,11 +84,47 @@ def together_by_chance(cluster: np.ndarray) -> float:
     return float(np.sum(sizes * (sizes - 1.0))) / len(cluster) / max(1, len(cluster) - 1)
 
 
-def suspect_pairs(graph: MiningGraph, cluster: np.ndarray) -> np.ndarray:
-    """Suspected false negatives that share a cluster all the same: (p, 2) int32, lower row first, distinct, sorted."""
-    inside = _inside(graph.conflict, cluster).tocoo()
-    pairs = np.stack([np.minimum(inside.row, inside.col), np.maximum(inside.row, inside.col)], axis=1)
-    return np.unique(pairs, axis=0).astype(np.int32)
+class Beside:
+    """Who sits beside an anchor: how many rows of a cluster have a text.
+
+    Args:
+        cluster: (n,) int; -1 for none.
+        text: (n,) int, of each row the row that was ranked for its text (`first_rows`).
+    """
+
+    def __init__(self, cluster: np.ndarray, text: np.ndarray) -> None:
+        self.cluster, self.rows_of_text = cluster, np.bincount(text, minlength=len(text))
+        self._num_rows, self._counts = len(text), None
+        placed = np.flatnonzero(cluster >= 0)
+        if np.any(self.rows_of_text > 1):
+            keys = cluster[placed].astype(np.int64) * self._num_rows + text[placed]
+            self._keys, self._counts = np.unique(np.append(keys, np.iinfo(np.int64).max), return_counts=True)
+
+    def count(self, home: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """For each text (a row that was ranked) the rows of cluster `home` that have it; 0 where either is -1."""
+        if self._counts is None:
+            found = self.cluster[texts] == home
+        else:
+            keys = home.astype(np.int64) * self._num_rows + texts
+            place = np.searchsorted(self._keys, keys)
+            found = np.where(self._keys[place] == keys, self._counts[place], 0)
+        return np.where((home >= 0) & (texts >= 0), found, 0)
+
+    def edges(self, matrix: sparse.csr_matrix) -> int:
+        """Pairs of a row and one beside it that has a text which the matrix lists for the row."""
+        rows = np.repeat(np.arange(self._num_rows), np.diff(matrix.indptr))
+        return int(self.count(self.cluster[rows], matrix.indices).sum())
+
+
+def suspect_pairs(conflict: sparse.csr_matrix) -> np.ndarray:
+    """All suspected false negatives: (p, 2) int32, lower row first, distinct, sorted.
+
+    Those of other clusters too: they meet in a batch, and a loss that stands for the whole data would weigh them most.
+    """
+    num_rows = len(conflict.indptr) - 1
+    rows, others = np.repeat(np.arange(num_rows), np.diff(conflict.indptr)), conflict.indices
+    keys = np.unique(np.minimum(rows, others) * num_rows + np.maximum(rows, others))
+    return np.stack(np.divmod(keys, max(1, num_rows)), axis=1).astype(np.int32)
 
 
 def most_wanted(wanted: np.ndarray, num: int = 20) -> list[tuple[int, int]]:
@@ -101,13 +138,10 @@ def most_wanted(wanted: np.ndarray, num: int = 20) -> list[tuple[int, int]]:
     return [(int(row), int(counts[row])) for row in order if counts[row]]
 
 
-def _inside(matrix: sparse.csr_matrix, cluster: np.ndarray) -> sparse.csr_matrix:
-    """The entries whose row and column share a cluster."""
-    num_rows = len(matrix.indptr) - 1
-    rows = np.repeat(np.arange(num_rows), np.diff(matrix.indptr))
-    keep = (cluster[rows] == cluster[matrix.indices]) & (cluster[rows] >= 0)
-    pointers = np.concatenate([[0], np.cumsum(np.bincount(rows[keep], minlength=num_rows))])
-    return sparse.csr_matrix((matrix.data[keep], matrix.indices[keep], pointers), shape=(num_rows, num_rows))
+def _kept_weight(weight: sparse.csr_matrix, cluster: np.ndarray) -> float:
+    """Sum of the weights inside clusters."""
+    rows = np.repeat(np.arange(len(cluster)), np.diff(weight.indptr))
+    return float(weight.data[(cluster[rows] == cluster[weight.indices]) & (cluster[rows] >= 0)].sum())
 
 
 def _hard_pairs(cluster: np.ndarray, anchor_id: np.ndarray, positive_id: np.ndarray) -> int:

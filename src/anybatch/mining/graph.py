@@ -1,4 +1,8 @@
-"""From rankings to one signed graph: wanted edges positive, suspected false negatives negative. Imports neighbours."""
+"""From rankings to one signed graph: wanted edges positive, suspected false negatives negative. Imports neighbours.
+
+Ranks are of distinct positives (texts). A text that several rows have is one rank; only the edges of the graph, which
+join rows, lead to some of its rows.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ import numpy as np
 from scipy import sparse
 
 from anybatch.core.errors import AnybatchError
-from anybatch.mining.inputs import check_at_least
+from anybatch.mining.inputs import BLOCK_ROWS, check_at_least
 from anybatch.mining.neighbors import Neighbors
+
+EDGES = 128  # about as many lead from a row whose ranks are texts of several rows: of 50 rows of a label a few do
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Window:
     Example:
         >>> Window(skip=30, take=64).depth
         94
-        >>> Window(skip=30, take=64).fitted(100)  # what 100 rows can fill
+        >>> Window(skip=30, take=64).fitted(100)  # what 100 texts can fill
         Window(skip=10, take=50, margin=None)
     """
 
@@ -39,9 +45,9 @@ class Window:
         """Neighbours that are needed."""
         return self.skip + self.take
 
-    def fitted(self, num_rows: int) -> Window:
-        """One that the data can fill: skip at most a tenth of the rows, take at most half of them."""
-        return Window(min(self.skip, num_rows // 10), min(self.take, max(1, num_rows // 2)), self.margin)
+    def fitted(self, num_texts: int) -> Window:
+        """One that the data can fill: skip at most a tenth of the distinct positives, take at most half of them."""
+        return Window(min(self.skip, num_texts // 10), min(self.take, max(1, num_texts // 2)), self.margin)
 
     def cut(self, neighbors: Neighbors) -> tuple[np.ndarray, np.ndarray]:
         """Which of each row's neighbours are wanted negatives, and which are suspected to be false ones.
@@ -65,9 +71,11 @@ class MiningGraph:
     """Who wants to sit beside whom, and who must not.
 
     Attributes:
-        window: (n, n) CSR, 1.0 where j is in i's rank window: a wanted negative of i.
-        conflict: (n, n) CSR, 1.0 where j is among i's excluded top ranks: suspected to be a false negative.
+        window: (n, n) CSR, 1.0 where text j is in i's rank window: a wanted negative of i. Of a text that several rows
+            have, j is the row that was ranked.
+        conflict: (n, n) CSR, 1.0 where text j is among i's excluded ranks: suspected to be a false negative.
         weight: (n, n) symmetric CSR of what a partitioner maximises inside clusters: the number of wanted edges.
+        apart: (n, n) symmetric CSR: the number of conflicts between two rows.
 
     Example:
         >>> ids = np.array([[1, 2], [0, 2], [0, 1]], np.int32)  # of each row the nearest others, best first
@@ -79,11 +87,11 @@ class MiningGraph:
     window: sparse.csr_matrix
     conflict: sparse.csr_matrix
     weight: sparse.csr_matrix
+    apart: sparse.csr_matrix
 
     def signed(self, conflict_weight: float) -> sparse.csr_matrix:
-        """The one objective's matrix: `weight - conflict_weight * (conflict + its transpose)`, symmetric, float32."""
-        total = self.weight - conflict_weight * (self.conflict + self.conflict.T)
-        total = sparse.csr_matrix(total, dtype=np.float32)
+        """The one objective's matrix: `weight - conflict_weight * apart`, symmetric, float32."""
+        total = sparse.csr_matrix(self.weight - conflict_weight * self.apart, dtype=np.float32)
         total.sort_indices()
         return total
 
@@ -95,16 +103,25 @@ class MiningGraph:
         return total
 
 
-def build_graph(neighbors: Neighbors, window: Window, *, edges: Literal["union", "mutual"] = "union") -> MiningGraph:
+def build_graph(
+    neighbors: Neighbors,
+    window: Window,
+    *,
+    text: np.ndarray | None = None,
+    edges: Literal["union", "mutual"] = "union",
+    seed: int = 0,
+) -> MiningGraph:
     """Cut the rank windows and join them.
 
     Args:
         neighbors: At least as many ranks as the window is deep.
         window: Which ranks are wanted, which suspected.
+        text: (n,) int, of each row the row that was ranked for its text (`first_rows`); None: each row itself.
         edges: "union": wanted by either side (twice the weight if by both); "mutual": wanted by both sides, as
             published.
+        seed: Of which rows of a text that several rows have an edge leads to.
 
-    Cost: 12 bytes an edge and side.
+    Cost: 12 bytes an edge and side; of `EDGES` edges a row, or one for each rank where these are more.
     """
     num_rows = len(neighbors.ids)
     ids = neighbors.ids[:, : window.depth]
@@ -113,19 +130,55 @@ def build_graph(neighbors: Neighbors, window: Window, *, edges: Literal["union",
             f"A neighbour is row {int(ids.max())} of {num_rows}. Search the neighbours of these rows anew."
         )
     wanted, conflict = (_csr(ids, chosen, num_rows) for chosen in window.cut(neighbors))
-    both = wanted + wanted.T
+    text = np.arange(num_rows) if text is None else np.asarray(text)
+    joined, conflicts = (_to_rows(matrix, text, seed) for matrix in (wanted, conflict))
     if edges == "mutual":
-        both = both.multiply(wanted.multiply(wanted.T))
-    weight = sparse.csr_matrix(both, dtype=np.float32)
+        joined = _mutual(joined, wanted, text)
+    weight = sparse.csr_matrix(joined + joined.T, dtype=np.float32)
     weight.sort_indices()
-    return MiningGraph(window=wanted, conflict=conflict, weight=weight)
+    return MiningGraph(window=wanted, conflict=conflict, weight=weight, apart=conflicts + conflicts.T)
 
 
 def _csr(ids: np.ndarray, chosen: np.ndarray, num_rows: int) -> sparse.csr_matrix:
+    return _matrix(ids[chosen], chosen.sum(axis=1), num_rows)
+
+
+def _matrix(indices: np.ndarray, counts: np.ndarray, num_rows: int) -> sparse.csr_matrix:
+    """(num_rows, num_rows) CSR of ones, `counts` of them in each row."""
     pointers = np.zeros(num_rows + 1, np.int64)
-    np.cumsum(chosen.sum(axis=1), out=pointers[1:])
-    matrix = sparse.csr_matrix(
-        (np.ones(int(pointers[-1]), np.float32), ids[chosen], pointers), shape=(num_rows, num_rows)
-    )
+    np.cumsum(counts, out=pointers[1:])
+    matrix = sparse.csr_matrix((np.ones(len(indices), np.float32), indices, pointers), shape=(num_rows, num_rows))
     matrix.sort_indices()
     return matrix
+
+
+def _to_rows(matrix: sparse.csr_matrix, text: np.ndarray, seed: int) -> sparse.csr_matrix:
+    """From texts to rows that have them: to all, or to some where a row's edges would be more than `EDGES`."""
+    num_rows, generator = len(text), np.random.default_rng(seed)
+    if len(np.unique(text)) == num_rows:
+        return matrix
+    order = np.argsort(text, kind="stable").astype(np.int32)  # the rows of a text, one after the other
+    size = np.bincount(text, minlength=num_rows)
+    first = np.cumsum(size) - size
+    found, counts = [], []
+    for start in range(0, num_rows, BLOCK_ROWS):
+        pointers = matrix.indptr[start : start + BLOCK_ROWS + 1]
+        texts, ranks = matrix.indices[pointers[0] : pointers[-1]], np.diff(pointers)
+        copies = np.minimum(size[texts], np.repeat(np.maximum(1, EDGES // np.maximum(1, ranks)), ranks))
+        ends = np.cumsum(copies)
+        turn = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - copies, copies)
+        turn += np.repeat(generator.integers(size[texts]), copies)  # a run of them, from a random one on
+        found.append(order[np.repeat(first[texts], copies) + turn % np.repeat(size[texts], copies)])
+        counts.append(np.diff(np.concatenate([[0], ends])[pointers - pointers[0]]))
+    return _matrix(np.concatenate(found), np.concatenate(counts), num_rows)
+
+
+def _mutual(joined: sparse.csr_matrix, wanted: sparse.csr_matrix, text: np.ndarray) -> sparse.csr_matrix:
+    """The edges between two rows of which each wants the other's text."""
+    num_rows = len(text)
+    rows = np.repeat(np.arange(num_rows), np.diff(joined.indptr))
+    back = joined.indices.astype(np.int64) * num_rows + text[rows]
+    keys = np.repeat(np.arange(num_rows), np.diff(wanted.indptr)) * num_rows + wanted.indices  # ascending
+    keys = np.append(keys, num_rows**2)  # above them all, so that a search ends in the array
+    keep = keys[np.searchsorted(keys, back)] == back
+    return _matrix(joined.indices[keep], np.bincount(rows[keep], minlength=num_rows), num_rows)

@@ -96,3 +96,9 @@ def identity_of(*inputs: object) -> str:
                 yield np.ascontiguousarray(given[start : start + BLOCK_ROWS]).tobytes()
 
     return digest_of(parts())
+
+
+def first_rows(ids: np.ndarray) -> np.ndarray:
+    """(n,) int64, of each row the first one with the same id."""
+    _, first, which = np.unique(ids, return_index=True, return_inverse=True)
+    return first[which]

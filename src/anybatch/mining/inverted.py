@@ -35,6 +35,7 @@ def ivf_neighbors(
     *,
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
+    columns: np.ndarray | None = None,
     target_recall: float = 0.95,
     seed: int = 0,
     device: str | None = None,
@@ -44,11 +45,12 @@ def ivf_neighbors(
 ) -> Neighbors:
     """As `exact_neighbors`, approximately, with as many cells visited as the wanted recall needs on a sample.
 
-        C = 4 sqrt(n) unit centroids, by k-means; a document belongs to the cell whose centroid it has the largest inner
+        C = 4 sqrt(d) unit centroids, by k-means; a document belongs to the cell whose centroid it has the largest inner
         product with, a query visits the num_probes cells whose centroids it has the largest inner products with
 
     Args:
-        queries, documents, num_neighbors, anchor_id, positive_id, device, progress, unit_rows: See `exact_neighbors`.
+        queries, documents, num_neighbors, anchor_id, positive_id, columns, device, progress, unit_rows: See
+            `exact_neighbors`.
         target_recall: Wanted share of the true top k. For a sample of queries the true neighbours are searched; the
             cells that they lie in say what recall any number of visited cells gives, without another search. The least
             number is taken whose recall is a standard error above the target.
@@ -66,11 +68,12 @@ def ivf_neighbors(
         makes the cells.
     """
     ids = {"anchor_id": anchor_id, "positive_id": positive_id}
-    search = Search.checked(queries, documents, num_neighbors, device, **ids)
+    search = Search.checked(queries, documents, num_neighbors, columns, device, **ids)
     identity = "" if folder is None else search.identity("ivf", target_recall, seed)
     cells = _Cells(search, seed=seed, folder=folder, identity=identity)
     recall, num_probes = cells.probes(target_recall)
-    units = [cells.order[start : start + unit_rows] for start in range(0, len(queries), unit_rows)]
+    order = cells.query_order(search)
+    units = [order[start : start + unit_rows] for start in range(0, len(queries), unit_rows)]
     found = search_units(
         search,
         [(unit, unit) for unit in units],
@@ -86,13 +89,13 @@ class _Cells:
     """Documents in the order of their cells, in memory or in files (`folder`, `identity`: see `BlockArrays`)."""
 
     def __init__(self, search: Search, *, seed: int, folder: Path | None, identity: str) -> None:
-        num_rows, width = search.documents.shape
+        num_columns, width = len(search.columns), search.documents.shape[1]
         self.device = search.device
-        self.num_cells = max(1, min(int(4 * np.sqrt(num_rows)), num_rows))
+        self.num_cells = max(1, min(int(4 * np.sqrt(num_columns)), num_columns))
         shapes = {
             "centroids": ((self.num_cells, width), np.float32),
-            "documents": ((num_rows, width), search.documents.dtype.type),
-            "order": ((num_rows,), np.int32),
+            "documents": ((num_columns, width), search.documents.dtype.type),
+            "order": ((num_columns,), np.int32),
             "starts": ((self.num_cells + 1,), np.int64),
             "recall": ((2, self.num_cells), np.float64),
         }
@@ -101,7 +104,7 @@ class _Cells:
         self.order, self.starts = kept.arrays["order"], kept.arrays["starts"]
         with distributed.alone() as chosen:
             if chosen and kept.mine():
-                self._sort(search.documents, seed)
+                self._sort(search, seed)
                 self.arrays["recall"][:] = self._recall(search, seed)
                 kept.finish(0)
         kept.wait()
@@ -129,18 +132,28 @@ class _Cells:
                 documents = as_tensor(self.arrays["documents"][run], self.device)
                 yield Piece(self.order[run], documents, lines[first:last])
 
-    def _sort(self, documents: np.ndarray, seed: int) -> None:
+    def query_order(self, search: Search) -> np.ndarray:
+        """(n,) int32 all rows, cell after cell of their own documents, which may be searched under another row."""
+        if len(self.order) == len(search.queries):
+            return self.order
+        place = np.full(len(search.queries), len(self.order), np.int32)  # of each positive in the order of the cells
+        place[search.ids[1][self.order]] = np.arange(len(self.order), dtype=np.int32)
+        return np.argsort(place[search.ids[1]], kind="stable").astype(np.int32)
+
+    def _sort(self, search: Search, seed: int) -> None:
+        documents = search.documents_of(slice(None))
         centroids = spherical_kmeans(documents, self.num_cells, seed, self.device)
         self.arrays["centroids"][:] = centroids.cpu().numpy()
         cell = assign_cells(documents, centroids, self.device)
-        self.order[:] = np.argsort(cell, kind="stable")
+        order = np.argsort(cell, kind="stable")
+        self.order[:] = search.columns[order]
         self.starts[1:] = np.cumsum(np.bincount(cell, minlength=self.num_cells))
         for start in range(0, len(documents), PIECE_ROWS):
-            self.arrays["documents"][start : start + PIECE_ROWS] = documents[self.order[start : start + PIECE_ROWS]]
+            self.arrays["documents"][start : start + PIECE_ROWS] = documents[order[start : start + PIECE_ROWS]]
 
     def _recall(self, search: Search, seed: int) -> np.ndarray:
         """(2, C): for every number of visited cells the recall on a sample, and that less its standard error."""
-        num_rows = len(self.order)
+        num_rows = len(search.queries)
         rows = np.sort(np.random.default_rng(seed).choice(num_rows, min(SAMPLE, num_rows), replace=False))
         truth = exact_neighbors(
             search.queries,
@@ -149,6 +162,7 @@ class _Cells:
             anchor_id=search.ids[0],
             positive_id=search.ids[1],
             rows=rows,
+            columns=search.columns,
             device=self.device,
         )
         cell = np.empty(num_rows, np.int32)

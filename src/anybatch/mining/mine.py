@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.core.resources import Measure
 from anybatch.mining.audit import audit_clusters, most_wanted, suspect_pairs
-from anybatch.mining.config import MiningConfig, MiningReport, MiningSet
+from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
 from anybatch.mining.graph import MiningGraph, Window, build_graph
-from anybatch.mining.inputs import check_embeddings, compact_ids
+from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, exact_neighbors
@@ -39,7 +39,7 @@ class MiningResult:
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
-        >>> result = mine_plan(vectors, vectors, config=MiningConfig(batch_size=16, cluster_size=8, skip=2, take=16))
+        >>> result = mine_plan(vectors, vectors, config=MiningConfig(batch_size=16))
         >>> result.plan.num_rows, result.report.recall
         (64, 1.0)
     """
@@ -86,18 +86,19 @@ def mine_plan(
     Warns:
         UserWarning: The rank window is wider than the data and was cut.
 
-    Cost: neighbours n * n * D (exact); then a few seconds for each 100,000 rows. Memory 8 bytes * (skip + take) a row,
-        and about as much again three times for the graph.
+    Cost: neighbours n * d * D for d distinct positives (exact); then a few seconds for each 100,000 rows. Memory 8
+        bytes a row and rank of the window, and about as much again three times for the graph.
 
     Reference: B3, arXiv 2505.11293, section 3, and what this library does differently in docs/mining.md.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
-        >>> config = MiningConfig(batch_size=16, cluster_size=8, skip=2, take=16)
+        >>> config = MiningConfig(batch_size=16, cluster_size=8, window=(2, 16))
         >>> mine_plan(vectors, vectors, config=config).plan.epoch_batches(0).shape
         (12, 16)
     """
     # 1. Refuse what no search can mend, before it.
+    settled = config.settled()
     _check_both(anchor_embeddings, positive_embeddings)
     num_rows, report = len(anchor_embeddings), MiningReport()
     _given_sets(sets, num_rows)
@@ -110,28 +111,29 @@ def mine_plan(
     # 2. Mine each data set by itself.
     cluster = np.full(num_rows, -1, np.int32)
     negatives = np.full((num_rows, config.num_negatives), -1, np.int32) if config.num_negatives else None
-    suspects, graph = [], None
-    for one in _each_set(anchor_embeddings, positive_embeddings, ids, config, sets, folder, progress):
+    suspects, graph, windows = [], None, {}
+    for one in _each_set(anchor_embeddings, positive_embeddings, ids, settled, sets, folder, progress):
         part = report if not sets else report.sets.setdefault(one.name, MiningReport())
-        if len(one.anchors) < config.cluster_size:
-            _note_small_set(one, config, part)
+        if len(one.anchors) < settled.cluster_size:
+            _note_small_set(one, settled, part)
             continue
-        mined = _mine_set(one, config, device, part)
+        mined = _mine_set(one, settled, device, part)
         graph = mined.graph
         cluster[one.rows] = np.where(mined.cluster >= 0, mined.cluster + cluster.max() + 1, -1)
+        windows[one.name if sets else ""] = [one.window.skip, one.window.take]
         suspects.append(mined.suspects + one.rows.start)
         if negatives is not None and mined.negatives is not None:
             negatives[one.rows] = np.where(mined.negatives >= 0, mined.negatives + one.rows.start, -1)
 
     # 3. Put them together.
-    window = config.window if sets else config.window.fitted(num_rows)
-    settings = {name: getattr(config, name) for name in ("method", "conflict_weight", "neighbors", "num_negatives")}
+    names = ("method", "margin", "conflict_weight", "neighbors", "num_negatives")
+    settings = {name: getattr(settled, name) for name in names} | {"windows": windows}
     plan = BatchPlan(
-        cluster_size=config.cluster_size,
+        cluster_size=settled.cluster_size,
         cluster=cluster,
         suspects=np.concatenate(suspects) if suspects else None,
         negatives=negatives,
-        meta=settings | asdict(window),
+        meta=settings,
         **_plan_settings(num_rows, config, sets, data_digest),
     )
     _note_single_rows(plan, report)
@@ -157,15 +159,15 @@ def mine_shared(
     Raises:
         AnybatchError: What `mine_plan` refuses, on every rank and before the search.
     """
-    num_rows = len(anchor_embeddings)
+    num_rows, settled = len(anchor_embeddings), config.settled()
     check_sizes(num_rows, config=config, sets=sets)
     with alone() as chosen:
         if chosen:
             _check_both(anchor_embeddings, positive_embeddings)
     ids = compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)
-    for one in _each_set(anchor_embeddings, positive_embeddings, ids, config, sets, folder, progress):
-        if len(one.anchors) >= config.cluster_size:
-            _rank(one, config, device, MiningReport())
+    for one in _each_set(anchor_embeddings, positive_embeddings, ids, settled, sets, folder, progress):
+        if len(one.anchors) >= settled.cluster_size:
+            _rank(one, settled, device, MiningReport())
 
 
 def random_plan(
@@ -176,7 +178,7 @@ def random_plan(
     Raises:
         AnybatchError: See `check_sizes`; `config.method` is taken for "random", whatever it is.
     """
-    check_sizes(num_rows, config=replace(config, method="random"), sets=sets)
+    check_sizes(num_rows, config=replace(config, method="random", conflict_weight="auto", num_negatives=0), sets=sets)
     return BatchPlan(
         cluster=np.arange(num_rows, dtype=np.int32),
         cluster_size=1,
@@ -192,12 +194,12 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
         AnybatchError: A batch that is no whole number of clusters, more than the rows, or more than an epoch's
             clusters.
     """
-    given = [one for one, _ in _given_sets(sets, num_rows)]
+    settled, given = config.settled(), [one for one, _ in _given_sets(sets, num_rows)]
     if num_rows < config.batch_size:
         raise AnybatchError(
             f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
         )
-    size = 1 if config.method == "random" else config.cluster_size
+    size = 1 if config.method == "random" else settled.cluster_size
     if config.batch_size % size:
         raise AnybatchError(
             f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
@@ -225,24 +227,45 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
 
 
 class _Set(NamedTuple):
-    """One data set on its way to clusters; `window` as its rows allow it, `asked` as the configuration says."""
+    """One data set on its way to clusters.
+
+    Attributes:
+        ids: anchor_id and positive_id, (rows,) int.
+        text: Of each row the first one with its positive, which stands for it where positives are ranked.
+        window, asked: As its texts allow it, and as the configuration says.
+    """
 
     name: str
     rows: slice
     anchors: np.ndarray
     positives: np.ndarray
     ids: dict[str, np.ndarray]
+    text: np.ndarray
     window: Window
     asked: Window
     folder: Path | None
     progress: Progress
+
+    @property
+    def texts(self) -> np.ndarray:
+        """The rows that stand for the distinct positives, ascending."""
+        return np.flatnonzero(self.text == np.arange(len(self.text)))
+
+    @property
+    def apart(self) -> dict[str, np.ndarray]:
+        """The ids that rows of one cluster must not share; of labels, which it may hold twice, the anchors' alone.
+
+        A place of a label that is there already is lost, as the loss masks it; but what is beside it is harder.
+        """
+        labels = label_like(len(self.text), len(self.texts))
+        return self.ids | ({"positive_id": np.arange(len(self.text))} if labels else {})
 
 
 def _each_set(
     anchors: np.ndarray,
     positives: np.ndarray,
     ids: tuple[np.ndarray, ...],
-    config: MiningConfig,
+    config: SettledConfig,
     sets: Sequence[MiningSet],
     folder: Path | None,
     progress: Progress | None,
@@ -252,14 +275,16 @@ def _each_set(
             progress(prefix + stage, fraction)
 
     for one, rows in _given_sets(sets, len(anchors)):
-        asked = one.windowed(config.window)
+        text = first_rows(ids[1][rows])
+        asked, window = config.window_for(len(text), len(np.unique(text)), one.window)
         yield _Set(
             name=one.name,
             rows=rows,
             anchors=anchors[rows],
             positives=positives[rows],
             ids={"anchor_id": ids[0][rows], "positive_id": ids[1][rows]},
-            window=asked.fitted(one.num_rows),
+            text=text,
+            window=window,
             asked=asked,
             folder=folder / one.name if sets and folder is not None else folder,
             progress=partial(named, prefix=f"{one.name}: " if sets else ""),
@@ -275,7 +300,7 @@ class _Mined(NamedTuple):
     graph: MiningGraph
 
 
-def _mine_set(one: _Set, config: MiningConfig, device: str | None, report: MiningReport) -> _Mined:
+def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> _Mined:
     """Mine one data set; what was found and what it cost goes into `report`."""
     if one.window != one.asked:
         _note_window(one, report)
@@ -286,7 +311,8 @@ def _mine_set(one: _Set, config: MiningConfig, device: str | None, report: Minin
 
     # 2. Join: who wants to sit beside whom, and who must not.
     with _stage(report, "graph", one.progress):
-        graph = build_graph(neighbors, one.window, edges="mutual" if config.method == "published" else "union")
+        edges = "mutual" if config.method == "published" else "union"
+        graph = build_graph(neighbors, one.window, text=one.text, edges=edges, seed=config.seed)
         release_pages(neighbors.ids, neighbors.scores, one.anchors, one.positives)
 
     # 3. Cut into clusters, of any sizes at first, then of equal ones.
@@ -296,35 +322,35 @@ def _mine_set(one: _Set, config: MiningConfig, device: str | None, report: Minin
         ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
         cluster = equal_clusters(
             begun,
-            graph.signed(config.conflict_weight if ours else 0.0),
+            graph.signed(config.conflict_weight),
             config.cluster_size,
             sweeps=SWEEPS if ours else 0,
             seed=config.seed,
             progress=advance,
-            **one.ids,
+            **one.apart,
         )
 
     # 4. Look at them; name suspected false negatives, draw hard ones.
     with _stage(report, "audit", one.progress):
         report.audit = audit_clusters(graph, cluster, **one.ids)
-        report.statistics = batch_statistics(neighbors, cluster, one.window)
+        report.statistics = batch_statistics(neighbors, cluster, one.window, text=one.text)
         report.hubs = most_wanted(graph.window.indices)
         negatives = None
         if config.num_negatives:
             negatives = sample_negatives(graph, cluster, config.num_negatives, seed=config.seed, **one.ids)
-        return _Mined(cluster, suspect_pairs(graph, cluster), negatives, graph)
+        return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph)
 
 
-def _rank(one: _Set, config: MiningConfig, device: str | None, report: MiningReport) -> Neighbors:
+def _rank(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> Neighbors:
     """The neighbours, by exact or by approximate search."""
     exact = config.neighbors == "exact" or (config.neighbors == "auto" and len(one.anchors) <= EXACT_ROWS)
     search = exact_neighbors if exact else partial(ivf_neighbors, seed=config.seed)
     with _stage(report, "neighbors", one.progress) as advance:
         where: dict[str, Any] = {"device": device, "folder": one.folder, "progress": advance}
-        return search(one.anchors, one.positives, one.window.depth, **one.ids, **where)
+        return search(one.anchors, one.positives, one.window.depth, columns=one.texts, **one.ids, **where)
 
 
-def _begin(one: _Set, config: MiningConfig, graph: MiningGraph, neighbors: Neighbors) -> np.ndarray:
+def _begin(one: _Set, config: SettledConfig, graph: MiningGraph, neighbors: Neighbors) -> np.ndarray:
     """(rows,) clusters of any sizes, as the method has them."""
     num_clusters = len(one.anchors) // config.cluster_size
     if config.method == "kmeans":
@@ -378,7 +404,7 @@ def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:
         )
 
 
-def _note_small_set(one: _Set, config: MiningConfig, report: MiningReport) -> None:
+def _note_small_set(one: _Set, config: SettledConfig, report: MiningReport) -> None:
     beside = "come one by one in the batches of others"
     report.notes.append(f"{len(one.anchors)} rows make no cluster of {config.cluster_size}; they {beside}.")
     warnings.warn(
@@ -401,9 +427,8 @@ def _note_single_rows(plan: BatchPlan, report: MiningReport) -> None:
 
 def _note_window(one: _Set, report: MiningReport) -> None:
     report.notes.append(
-        f"The rank window (skip {one.asked.skip}, take {one.asked.take}) is wider than {len(one.anchors)} rows allow; "
-        f"using skip {one.window.skip}, take {one.window.take}. Set mining.skip to at most a tenth of the rows and "
-        "mining.take to at most half of them."
+        f"The rank window [{one.asked.skip}, {one.asked.take}] is wider than {len(one.texts)} distinct positives "
+        f"allow; using [{one.window.skip}, {one.window.take}]. Set mining.window to at most a tenth and a half of them."
     )
     warnings.warn(report.notes[-1], stacklevel=4)
 

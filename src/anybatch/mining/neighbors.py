@@ -66,6 +66,7 @@ class Search:
         queries, documents: (n, D), row i's own document being document i.
         num_neighbors: k.
         ids: Anchor and positive ids, (n,) int64 below n each: the compiled search checks no index.
+        columns: (d,) int32, the documents that are searched, ascending.
         device: Where to compute; None for the compiled search.
     """
 
@@ -73,6 +74,7 @@ class Search:
     documents: np.ndarray
     num_neighbors: int
     ids: tuple[np.ndarray, ...]
+    columns: np.ndarray
     device: str | None
 
     @classmethod
@@ -81,10 +83,11 @@ class Search:
         queries: np.ndarray,
         documents: np.ndarray,
         num_neighbors: int,
+        columns: np.ndarray | None,
         device: str | None,
         **ids: np.ndarray,
     ) -> Search:
-        """With any integers as ids.
+        """With any integers as ids; columns of None are all documents.
 
         Raises:
             AnybatchError: Embeddings without a ranking; sizes that do not fit together.
@@ -96,11 +99,25 @@ class Search:
             raise AnybatchError(
                 f"The queries have shape {queries.shape}, the documents {documents.shape}; expected the same."
             )
-        return cls(queries, documents, num_neighbors, compact_ids(len(queries), **ids), device)
+        chosen = checked_rows("columns", columns, len(documents)).astype(np.int32)
+        return cls(queries, documents, num_neighbors, compact_ids(len(queries), **ids), chosen, device)
 
     def identity(self, *settings: object) -> str:
         """Digest of everything that decides the result."""
-        return identity_of(self.num_neighbors, self.queries, self.documents, *self.ids, *settings)
+        return identity_of(self.num_neighbors, self.queries, self.documents, *self.ids, self.columns, *settings)
+
+    def documents_of(self, places: slice) -> np.ndarray:
+        """The documents of some of the columns; nothing is copied where these are all."""
+        every = len(self.columns) == len(self.documents)
+        return self.documents[places if every else self.columns[places]]
+
+
+def checked_rows(name: str, rows: np.ndarray | None, num_rows: int) -> np.ndarray:
+    """Row numbers, checked; None for all."""
+    rows = np.arange(num_rows) if rows is None else np.asarray(rows)
+    if rows.dtype.kind not in "iu" or (len(rows) and not 0 <= rows.min() <= rows.max() < num_rows):
+        raise AnybatchError(f"{name} are {rows.dtype}, {rows[:3]}...; expected whole numbers from 0 to {num_rows - 1}.")
+    return rows
 
 
 def exact_neighbors(
@@ -111,6 +128,7 @@ def exact_neighbors(
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
     rows: np.ndarray | None = None,
+    columns: np.ndarray | None = None,
     device: str | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -126,6 +144,8 @@ def exact_neighbors(
         num_neighbors: k.
         anchor_id, positive_id: (n,) int; a row that shares either with the query's row is left out.
         rows: Only these queries; None for all.
+        columns: (d,) int, only these documents, ascending; None for all. With `first_rows` a text counts once, however
+            many rows have it.
         device: Where to compute. None: the compiled search on the CPU. A torch device ("cuda"): products and topk
             there.
         folder: Finished blocks are kept here: a killed search goes on, a finished one is read, and under torchrun each
@@ -140,19 +160,15 @@ def exact_neighbors(
         their digest; two barriers under several ranks.
     """
     ids = {"anchor_id": anchor_id, "positive_id": positive_id}
-    search = Search.checked(queries, documents, num_neighbors, device, **ids)
-    rows = np.arange(len(queries)) if rows is None else np.asarray(rows)
-    if rows.dtype.kind not in "iu" or (len(rows) and not 0 <= rows.min() <= rows.max() < len(queries)):
-        raise AnybatchError(
-            f"rows are {rows.dtype}, {rows[:3]}...; expected whole numbers from 0 to {len(queries) - 1}."
-        )
+    search = Search.checked(queries, documents, num_neighbors, columns, device, **ids)
+    rows = checked_rows("rows", rows, len(queries))
     height = unit_rows or (UNIT_ROWS if device is None else DEVICE_ROWS)
     units = [slice(start, min(start + height, len(rows))) for start in range(0, len(rows), height)]
 
     def pieces(_: Tensor) -> Iterator[Piece]:
-        for first in range(0, len(documents), PIECE_ROWS):
-            last = min(first + PIECE_ROWS, len(documents))
-            yield Piece(np.arange(first, last, dtype=np.int32), as_tensor(documents[first:last], device))
+        for first in range(0, len(search.columns), PIECE_ROWS):
+            piece = slice(first, first + PIECE_ROWS)
+            yield Piece(search.columns[piece], as_tensor(search.documents_of(piece), device))
 
     return search_units(
         search,

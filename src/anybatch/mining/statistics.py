@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anybatch.mining.audit import together_by_chance
+from anybatch.mining.audit import Beside, together_by_chance
 from anybatch.mining.graph import Window
 from anybatch.mining.neighbors import Neighbors
 
@@ -80,7 +80,7 @@ class BatchStatistics:
     Example:
         >>> from anybatch.mining import MiningConfig, mine_plan
         >>> vectors = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
-        >>> config = MiningConfig(batch_size=16, cluster_size=8, skip=2, take=16)
+        >>> config = MiningConfig(batch_size=16, cluster_size=8)
         >>> mine_plan(vectors, vectors, config=config).report.statistics.num_anchors
         64
     """
@@ -103,6 +103,7 @@ def batch_statistics(
     cluster: np.ndarray,
     window: Window,
     *,
+    text: np.ndarray | None = None,
     rows: np.ndarray | None = None,
     limits: StatisticsLimits = LIMITS,
     block_rows: int = 65536,
@@ -113,6 +114,7 @@ def batch_statistics(
         neighbors: The teacher's ranking of `rows`, at least as deep as the window.
         cluster: (n,) int, each row's cluster; -1 for none.
         window: Which ranks are wanted, which suspected.
+        text: (n,) int, of each row the row that was ranked for its text (`first_rows`); None: each row itself.
         rows: (r,) the anchors that `neighbors` ranks; None if all rows.
         limits: Where figures become warnings.
         block_rows: Anchors looked at at once: some 60 MB at the default window.
@@ -123,6 +125,7 @@ def batch_statistics(
     Cost: r * depth comparisons, a block of rows at a time; no scores are computed.
     """
     rows = np.arange(len(cluster)) if rows is None else rows
+    beside = Beside(cluster, np.arange(len(cluster)) if text is None else text)
     count: Counter[str] = Counter()
     for start in range(0, len(rows), block_rows):
         part = slice(start, start + block_rows)
@@ -132,7 +135,7 @@ def batch_statistics(
             scores=neighbors.scores[part, : window.depth],
             own_score=neighbors.own_score[part],
         )
-        count.update(_counts(block, cluster, cluster[rows[part]], window))
+        count.update(_counts(block, beside, cluster[rows[part]], window))
     num_anchors, negatives = len(rows), max(1, count["negatives"])
     by_chance = together_by_chance(cluster)
     expected = count["wanted"] * by_chance
@@ -152,23 +155,23 @@ def batch_statistics(
     return BatchStatistics(num_anchors=num_anchors, **figures, warnings=warnings)
 
 
-def _counts(neighbors: Neighbors, cluster: np.ndarray, home: np.ndarray, window: Window) -> dict[str, Any]:
+def _counts(neighbors: Neighbors, beside: Beside, home: np.ndarray, window: Window) -> dict[str, Any]:
     """Numbers and sums over some anchors, whose clusters are `home`."""
     ids, scores, own = neighbors.ids, neighbors.scores, neighbors.own_score[:, None]
     wanted, suspected = window.cut(neighbors)
-    inside = (cluster[ids] == home[:, None]) & (home >= 0)[:, None]  # ids of -1 are neither wanted nor suspected
+    inside = beside.count(home[:, None], ids)
     above = (ids >= 0) & (scores > own)
-    negatives = wanted & inside
+    negatives = wanted * inside
     near = np.where(own > 0, scores > NEAR * own, above)
     return {
-        "wanted": int(wanted.sum()),
+        "wanted": int((wanted * beside.rows_of_text[ids]).sum()),
         "negatives": int(negatives.sum()),
-        "suspects": int((suspected & inside).sum()),
+        "suspects": int((suspected * inside).sum()),
         "own_first": int((~above.any(axis=1)).sum()),
         "own_behind_skip": int((above.sum(axis=1) > window.skip).sum()),
-        "above_own": int((negatives & above).sum()),
-        "near_own": int((negatives & near).sum()),
-        "score": float(scores[negatives].sum(dtype=np.float64)),
+        "above_own": int((negatives * above).sum()),
+        "near_own": int((negatives * near).sum()),
+        "score": float(np.sum(negatives * np.where(negatives > 0, scores, 0), dtype=np.float64)),
         "against": float((own[:, 0] * negatives.sum(axis=1)).sum(dtype=np.float64)),
         "isolated": int((~negatives.any(axis=1)).sum()),
     }
@@ -186,7 +189,7 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Sta
         found.append(
             f"For {figures['own_behind_skip']:.1%} of the anchors the teacher ranks the own positive behind the {skip} "
             f"skipped rows (good: {limits.own_behind_skip:.0%} or less): their wanted negatives begin above it. Raise "
-            "mining.skip, set mining.margin to 0.95, or use a better teacher."
+            "p of mining.window [p, m], set mining.margin to 0.95, or use a better teacher."
         )
     if not clustered:
         return found  # random batches: nothing was chosen that could hurt
@@ -194,7 +197,7 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Sta
         found.append(
             f"{figures['negatives_above_own']:.1%} of the wanted negatives beside an anchor score above its own "
             f"positive (good: {limits.negatives_above_own:.0%} or less): many are probably right answers. Set "
-            "mining.margin to 0.95, or raise mining.skip."
+            "mining.margin to 0.95, or raise p of mining.window [p, m]."
         )
     if figures["suspects_per_anchor"] > limits.suspects_per_anchor:
         found.append(
@@ -204,12 +207,12 @@ def _warnings(figures: dict[str, float], clustered: bool, skip: int, limits: Sta
     if figures["isolated"] > limits.isolated:
         found.append(
             f"{figures['isolated']:.1%} of the anchors have no wanted negative beside them (good: "
-            f"{limits.isolated:.0%} or less). Raise mining.take or mining.cluster_size."
+            f"{limits.isolated:.0%} or less). Raise m of mining.window [p, m] or mining.cluster_size."
         )
     if figures["window_gain"] < limits.window_gain:
         found.append(
             f"The clusters hold only {figures['window_gain']:.1f} times the wanted negatives of random ones (good: "
-            f"{limits.window_gain:g} or more): mining changes little here. Lower mining.take, or save the time and use "
-            "random batches."
+            f"{limits.window_gain:g} or more): mining changes little here. Lower m of mining.window [p, m], or save "
+            "the time and use random batches."
         )
     return found

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from anybatch.core.configuration import Configuration, Count, CountOrZero, Range, Seed, Share
+from anybatch.core.configuration import Configuration, Count, Range, Seed, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, read_sealed
 from anybatch.core.yaml_files import load_config
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import LossConfig
-from anybatch.mining import MiningConfig
+from anybatch.mining import MiningConfig, RankWindow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,11 @@ class SetConfig(Configuration):
         anchor, positive: As in `data`.
         anchor_prompt, positive_prompt: Instructions before its texts (not images) in training, behind the model's
             own.
-        skip: The first ranks of its rows, taken for false negatives, as `mining.skip`.
+        window: Its own rank window, as `mining.window`.
         share: Of its clusters, how many an epoch samples, in (0, 1]: a large set at .25 weighs a quarter.
 
     Example:
-        >>> SetConfig(path="questions.jsonl", anchor_prompt="question: ", share=0.25).skip
+        >>> SetConfig(path="questions.jsonl", anchor_prompt="question: ", share=0.25).window
     """
 
     path: str
@@ -39,7 +39,7 @@ class SetConfig(Configuration):
     positive: str | None = None
     anchor_prompt: str = ""
     positive_prompt: str = ""
-    skip: CountOrZero | None = None
+    window: RankWindow | None = None
     share: Share = 1.0
 
     section: ClassVar[str] = "data.sets[]"
@@ -142,6 +142,16 @@ class TeacherConfig(Configuration):
 
     section: ClassVar[str] = "teacher"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = (field.name for field in fields(self) if field.name != "embeddings")
+        unused = [name for name in names if getattr(self, name) != getattr(TeacherConfig, name)]
+        if self.embeddings is not None and unused:
+            raise AnybatchError(
+                f"teacher.{unused[0]} is for a teacher that embeds the data, and teacher.embeddings are given. Leave "
+                "one of them out."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Configuration):
@@ -181,6 +191,11 @@ class RunConfig(Configuration):
                     f"mining.{name} is {of_mining} and {name} is {of_run}; set {name} alone, which holds for the whole "
                     "run."
                 )
+        if self.train.eval_steps is not None and (self.evaluation.path or self.evaluation.retrieval) is None:
+            raise AnybatchError(
+                f"train.eval_steps is {self.train.eval_steps}, and there is no held-out data to evaluate on. Give "
+                "evaluation.path or evaluation.retrieval, or leave it out."
+            )
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -189,11 +204,7 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration kept in a run's folder, as it was written.
-
-    Raises:
-        AnybatchError: It was changed or damaged since.
-    """
+    """The configuration kept in a run's folder, refused if it was changed or damaged since."""
     path = folder / "config.yaml"
     read_sealed(
         path,
@@ -205,15 +216,9 @@ def read_config(folder: Path) -> RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run left behind.
-
-    Attributes:
-        metrics: Figures of the trained model on the held-out data; empty without such data.
-        metrics_untrained: The same of the model before training.
-        log: The lines of `log.jsonl`.
-        train_seconds: Wall time of training, without embedding, mining and evaluation; of the last session if resumed.
-        train_peak_bytes: Peak resident memory while training.
-        num_steps: Optimiser steps.
+    """What a run left behind: figures of the trained and of the untrained model on the held-out data (none without such
+    data), the lines of `log.jsonl`, wall time of training alone (of the last session if resumed), peak resident memory
+    meanwhile.
     """
 
     metrics: dict[str, float]

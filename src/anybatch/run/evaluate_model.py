@@ -26,12 +26,9 @@ if TYPE_CHECKING:
 def evaluate_model(
     model: SentenceTransformer, data: PairData | RetrievalData | None, *, progress: Progress = no_progress
 ) -> dict[str, float]:
-    """Retrieval figures of a model: recall@1, recall@10, MRR@10, nDCG@10 and so on; none without data.
+    """Retrieval figures of a model, with its own prompts and routes: recall@1, MRR@10, nDCG@10 and so on.
 
-    Args:
-        model: Any sentence-transformers model. Its own prompts and routes are used.
-        data: Pairs (each anchor must find its positive among all distinct ones) or a retrieval set.
-        progress: Told how many texts are embedded.
+    Of pairs each anchor must find its positive among all distinct ones. None without data.
     """
 
     def embed(stage: str, texts: Column, side: Side) -> np.ndarray:
@@ -55,11 +52,7 @@ def untrained_figures(
     held_out: PairData | RetrievalData | None,
     evaluate: Callable[[SentenceTransformer], dict[str, float]],
 ) -> dict[str, float]:
-    """The figures that the run began with: measured once on `held_out` by `evaluate`, kept in its folder.
-
-    Raises:
-        AnybatchError: The run is resumed with another model or with other held-out data.
-    """
+    """The figures that the run began with: measured once on `held_out` by `evaluate`, kept in its folder."""
     path, run = folder / "metrics_untrained.json", run_digest(folder)
     made_from = {"the weights of model.name": weights_digest(model)}
     if held_out is not None:

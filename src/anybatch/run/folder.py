@@ -21,15 +21,8 @@ LITTER = ("desktop.ini", "Thumbs.db")  # beside hidden files, what file managers
 def open_run(config: RunConfig, *, resume: bool = False) -> Iterator[Path]:
     """The run's folder with the resolved configuration in it, for as long as this is open held against all others.
 
-    A start that fails with nothing done leaves nothing: the folder can be used by the next.
-
-    Args:
-        config: The run.
-        resume: The folder may hold this very run.
-
-    Raises:
-        AnybatchError: The folder holds a run (and `resume` is off), something else or a run of another configuration,
-            or is in use.
+    A start that fails with nothing done leaves nothing: the folder can be used by the next. Refused are a folder that
+    holds a run (and `resume` is off), something else or a run of another configuration, or is in use.
     """
     folder = Path(config.output)
     with ExitStack() as stack:

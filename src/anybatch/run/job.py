@@ -1,7 +1,4 @@
-"""The main job from one configuration, as named steps: read, try, plan, train, evaluate, all in one run folder.
-
-The command line calls `train`; each step can be called from Python as well.
-"""
+"""The main job from one configuration, as named steps: read, try, plan, train, evaluate, all in one run folder."""
 
 from __future__ import annotations
 
@@ -31,18 +28,10 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
     """The whole run: read, mine, train, save, evaluate.
 
     Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), warm_start* (if asked for),
-    log.jsonl, checkpoints/, model/, metrics.json.
+    log.jsonl, checkpoints/, model/, metrics.json. `resume` goes on with the run in the folder; a finished one is read.
 
     Under torchrun the ranks share each batch of `config.batch_size` rows; rank 0 mines, evaluates and writes, the
     others wait. `train_peak_bytes` is then rank 0's.
-
-    Args:
-        config: The run.
-        resume: Go on with the run in the folder; a finished one is only read.
-        progress: Told where the work is.
-
-    Raises:
-        AnybatchError: See `open_run`, `read_training_pairs`, `make_plan`.
     """
     with distributed.launched_ranks():
         progress = progress if distributed.rank() == 0 else no_progress

@@ -72,7 +72,7 @@ def mining_sets(config: RunConfig, pairs: PairData) -> list[MiningSet]:
     """The data sets of `pairs` as mining takes them; none for one data set."""
     configured = training_sets(config.data) if pairs.sets else []
     return [
-        MiningSet(name=of_pairs.name, num_rows=of_pairs.num_rows, skip=of_set.skip, share=of_set.share)
+        MiningSet(name=of_pairs.name, num_rows=of_pairs.num_rows, window=of_set.window, share=of_set.share)
         for of_pairs, of_set in zip(pairs.sets, configured, strict=True)
     ]
 

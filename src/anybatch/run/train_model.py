@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, seal_folder
 from anybatch.core.progress import Progress
@@ -42,12 +41,9 @@ def train_on_plan(
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None,
     progress: Progress,
 ) -> tuple[TrainResult, Measure]:
-    """Train `model` in place on the batches of `plan`, in the folder of the run. Arguments as in `train_model`.
-
-    Returns:
-        What the training did, and what it cost; the warm start is not in it.
+    """Train `model` in place on the batches of `plan`, in the folder of the run: what it did, and what it cost without
+    the warm start. Arguments as in `train_model`.
     """
-    warn_of_mined_batches(config, plan)
     rows = RowTable(
         pairs.anchor_id,
         pairs.positive_id,
@@ -84,18 +80,6 @@ def train_on_plan(
             run=run_digest(Path(config.output)),
         )
     return trained, measure
-
-
-def warn_of_mined_batches(config: RunConfig, plan: BatchPlan) -> None:
-    """Warn where mined batches meet a loss that stands for the whole data set."""
-    stands_for_all = config.loss.example().over_data
-    if stands_for_all and plan.cluster_size > 1 and not plan.negatives_per_row and distributed.rank() == 0:
-        logger.warning(
-            "Before you train: mined batches with a loss that stands for the whole data set ('%s') did no better than "
-            "random ones in any of our measurements, and worse in half of them (docs/mining.md). Compare with "
-            "mining.method=random, or use loss.name=infonce.",
-            config.loss.name,
-        )
 
 
 def start_warm(

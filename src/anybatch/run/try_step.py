@@ -22,13 +22,7 @@ TRIED_ROWS = 4
 
 
 def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> None:
-    """One training step on a few rows.
-
-    Raises:
-        AnybatchError: The cached step refuses the model or the loss, on every rank.
-
-    Cost: four forward and two backward passes of two rows, for each column.
-    """
+    """One training step on a few rows: what the cached step refuses is refused here, on every rank."""
     with distributed.alone() as chosen, forgotten(model):
         if not chosen:
             return

@@ -31,12 +31,8 @@ Sets = TypeVar("Sets", bound="Dataset | dict[str, Dataset]")
 def with_index(dataset: Sets, *, first: int = 0) -> Sets:
     """`dataset` with a column `label` that holds each row's number, which is how the row index reaches the loss.
 
-    Args:
-        dataset: A data set, or several as the Trainer takes them: a `DatasetDict` or a dictionary. Their numbers run
-            through all of them, in their order, so that each row has its own: one loss is for all of them.
-        first: The first number.
-
-    Select, shuffle, split or filter after it as you like: a row keeps its number.
+    Of several, a `DatasetDict` or a dictionary, the numbers run through all, from `first`, so that each row has its
+    own: one loss is for all of them. Select, shuffle, split or filter after it as you like: a row keeps its number.
 
     Raises:
         AnybatchError: A label or score column, which these losses would never read; a stream, whose rows have no fixed
@@ -54,17 +50,15 @@ def with_index(dataset: Sets, *, first: int = 0) -> Sets:
         numbered = {}
         for name, part in dataset.items():
             if isinstance(part, dict):
-                raise AnybatchError(
-                    f"'{name}' is a dictionary of data sets itself; expected a data set. Give the splits to train on."
-                )
+                raise AnybatchError(f"'{name}' is a dictionary of data sets itself. Give the splits to train on.")
             numbered[name] = with_index(part, first=first)
             first += len(part)
         return type(dataset)(numbered)  # pyright: ignore[reportReturnType] - DatasetDict and dict alike
     if not isinstance(dataset, Dataset):
         raise AnybatchError(
             f"Got a {type(dataset).__name__}; expected a Dataset of the package datasets, or a dictionary of them. "
-            "Rows of a stream have no fixed numbers: let it yield a column 'label' with a whole number that is always "
-            "the same for a row, from 0 to the loss's num_rows - 1, or read it into a Dataset first."
+            "Rows of a stream have no fixed numbers: read it into a Dataset first, or let it yield a column 'label', "
+            "the row's own number from 0 to the loss's num_rows - 1."
         )
     taken = [name for name in DEFAULT_LABEL_COLUMNS if name in dataset.column_names]
     if taken:
@@ -78,16 +72,8 @@ def with_index(dataset: Sets, *, first: int = 0) -> Sets:
 
 
 def check_numbers(sets: Sequence[Dataset], num_rows: int | None) -> None:
-    """Refuse, before training, a column of labels, scores or classes in the place of row numbers.
-
-    Args:
-        sets: The data sets that one loss is for.
-        num_rows: Of the loss; None where it takes any.
-
-    Raises:
-        AnybatchError: No whole numbers; numbers that the loss has no rows for; one number for different rows.
-
-    Cost: a sort of the numbers. Rows are read where numbers repeat, 100 of them.
+    """Refuse, before training, a column of labels, scores or classes in the place of row numbers: of the data sets that
+    one loss is for, which has `num_rows` (None: any). Rows are read where numbers repeat, 100 of them.
     """
     from sentence_transformers.util.dataset import DEFAULT_LABEL_COLUMNS
 
@@ -120,7 +106,6 @@ def check_numbers(sets: Sequence[Dataset], num_rows: int | None) -> None:
 
 
 def _check_range(low: int, high: int, num_rows: int | None) -> None:
-    """Refuse numbers that a loss or a row table has no rows for."""
     if low < 0 or (num_rows is not None and high >= num_rows):
         expected = "0 or more" if num_rows is None else f"0 to {num_rows - 1}, the rows of the loss or its row table"
         raise AnybatchError(
@@ -139,8 +124,7 @@ def num_rows_of(loss: nn.Module, rows: RowTable | None) -> int | None:
 def row_numbers(labels: Tensor, features: Sequence[dict[str, Any]], num_rows: int | None) -> Tensor:
     """The labels of a batch as row numbers: whole numbers in range, and rows with the same number have the same texts.
 
-    A column of scores or classes in their place would train to nothing without a word. Cost: a sort of B numbers, one
-    wait for the device.
+    A column of scores or classes would train to nothing without a word. A sort of B numbers, one wait for the device.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
         raise AnybatchError(f"The labels are {labels.dtype} of shape {tuple(labels.shape)}. {NUMBERS}")
@@ -163,18 +147,15 @@ class PlanBatches:
     """`batch_sampler=PlanBatches(plan)`: batches of the plan for the training set, plain ones for anything else.
 
     The Trainer sends its evaluation sets through the same argument; they are told from the training set by the row
-    numbers that `with_index` put into it, not by trust. `LossStateCallback` checks that the training set did get the
-    plan.
+    numbers that `with_index` put into it. `LossStateCallback` checks that the training set did get the plan.
 
     Args:
         plan, more_plans: A plan's rows are those of the training set. Several training sets, numbered by one call of
             `with_index`, have a plan each, in their order.
 
     Raises:
-        AnybatchError: A training set with other texts or images than the plan was made for, where the plan knows them
-            (`data_digest`) and the columns are texts or images; shares that do not add up to the plan's batch.
-
-    Cost: one pass over the texts (about 2 seconds a million short ones) and images (1 GB a second), once.
+        AnybatchError: A training set with other texts or images than the plan was made for (`data_digest`), shares that
+            do not add up to the plan's batch.
 
     Example:
         >>> from datasets import Dataset
@@ -222,7 +203,7 @@ class PlanBatches:
 
 
 def _data_digest(dataset: Dataset, expected: str) -> str:
-    """The digest of the rows; `expected` itself where nothing can be compared (no digest, columns of other things).
+    """The digest of the rows; `expected` itself where nothing can be compared.
 
     Columns may have been added after mining, such as mined negatives: the first two or more of them decide.
     """

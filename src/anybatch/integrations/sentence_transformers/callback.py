@@ -40,9 +40,8 @@ class LossStateCallback(TrainerCallback):
         checked: A checkpoint that was found whole just now (`last_whole_checkpoint`), which is not read a second time.
 
     Raises:
-        AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state (memory would
-            silently start from nothing), or of a run with another plan; the plan given as `batch_sampler` did not reach
-            the training set.
+        AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state, or of a run with
+            another plan; the plan given as `batch_sampler` did not reach the training set.
 
     Example:
         >>> from anybatch.integrations.sentence_transformers import CachedLoss
@@ -64,12 +63,11 @@ class LossStateCallback(TrainerCallback):
         if isinstance(getattr(args, "batch_sampler", None), PlanBatches):
             unplanned = max(1, len(sets)) - sum(isinstance(sampler, PlanSampler) for sampler in samplers(loader))
             if unplanned > 0:
+                of_sets = f" for {unplanned} of {len(sets)} training sets" if len(sets) > 1 else ""
                 raise AnybatchError(
-                    "The plan was not "
-                    f"used{f' for {unplanned} of {len(sets)} training sets' if len(sets) > 1 else ''}: a training set "
-                    "is not the one it was made for, or has no row numbers. Give the Trainer with_index(dataset), with "
-                    "the rows in the plan's order; of several data sets, with_index(dictionary) and PlanBatches(plan, "
-                    "another plan, ...), a plan each."
+                    f"The plan was not used{of_sets}: a training set is not the one it was made for, or has no row "
+                    "numbers. Give the Trainer with_index(dataset), with the rows in the plan's order; of several data "
+                    "sets, with_index(dictionary) and PlanBatches(plan, another plan, ...), a plan each."
                 )
         for loss in self.losses.values():
             check_numbers(sets, num_rows_of(loss.loss, loss.rows))
@@ -90,8 +88,8 @@ class LossStateCallback(TrainerCallback):
             _check_checkpoint(folder)
         if not (folder / LOSS_STATE).exists():
             raise AnybatchError(
-                f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and going on "
-                "would restart the memory of the loss from nothing. Resume from an older checkpoint."
+                f"{folder} has no {LOSS_STATE}: it was cut short or saved without LossStateCallback, and the memory of "
+                "the loss would start from nothing. Resume from an older checkpoint."
             )
         with safe_open(folder / LOSS_STATE, framework="pt") as file:
             saved = (file.metadata() or {}).get("plan")
@@ -113,10 +111,7 @@ class LossStateCallback(TrainerCallback):
                 set_epoch(epoch)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint; at last, after every rank has written, the list of its contents. One barrier.
-
-        Of a memory that is sharded each rank adds its own part, and the file of the first rank tells their number.
-        """
+        """Add the loss to the checkpoint (of a sharded memory each rank its part), and last the list of contents."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         module = _state_of(self.losses)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
@@ -152,14 +147,6 @@ def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:
     Make the loss for the new number of rows, start from the old model, and call this before `trainer.train()`, on every
     rank: it is not a resume, the new run counts its steps from 0. The old rows get their states back, the new ones
     begin fresh. A memory that was sharded over any number of ranks is joined from their files.
-
-    Args:
-        loss: What is given to the new Trainer: a loss, or a dictionary of losses.
-        checkpoint: A folder that `LossStateCallback` wrote to, `checkpoint-500` or the like.
-
-    Raises:
-        AnybatchError: The checkpoint has no loss state, not all of its shards, one of more rows, or that of another
-            loss.
     """
     folder, module = Path(checkpoint), _state_of(loss)
     if not (folder / LOSS_STATE).exists():
@@ -171,20 +158,14 @@ def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:
         module.load_state_dict(grown_state(state, module))
     except RuntimeError as error:
         raise AnybatchError(
-            f"The state in {folder} does not fit {type(module).__name__}: {error} Make the loss that the checkpoint "
-            "was saved with."
+            f"The state in {folder} does not fit {type(module).__name__}: {error} Make the loss that was saved."
         ) from error
 
 
 def read_loss_state(folder: Path, *, whole: bool = True) -> dict[str, torch.Tensor]:
     """The state of the loss in a checkpoint; of a sharded memory all shards joined.
 
-    Args:
-        folder: The checkpoint.
-        whole: Without it the shard of this rank is enough, where there are as many as ranks.
-
-    Raises:
-        AnybatchError: A shard is missing.
+    Without `whole` the shard of this rank is enough, where there are as many as ranks.
     """
     state = load_file(folder / LOSS_STATE)
     if "num_shards" not in state:
@@ -209,18 +190,9 @@ def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
 
 
 def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path | None:
-    """The newest checkpoint whose every file is as it was written; None if there is none or all were cut short.
-
-    Newer ones that are not whole are named in the log.
-
-    Args:
-        folder: Of the checkpoints.
-        run: As it was given to `LossStateCallback`; None for the checkpoints of any run.
-
-    Raises:
-        AnybatchError: There were whole ones, but all of them are damaged.
-
-    Cost: one pass over the files of one checkpoint, about 1 GB a second.
+    """The newest checkpoint, of this `run` or any, whose every file is as it was written; None if there is none or all
+    were cut short. Newer ones that are not whole are named in the log; where all are damaged, an AnybatchError names
+    them.
     """
     steps = checkpoint_steps(folder)
     flaws: dict[Path, str] = {}
@@ -234,8 +206,7 @@ def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path
     if len(flaws) > 1 or any((path / CONTENTS).exists() for path in flaws):  # a kill cuts one short
         told = "; ".join(f"{path.name} {flaw}" for path, flaw in flaws.items())
         raise AnybatchError(
-            f"No checkpoint in {folder} is whole: {told}. Delete that folder to train from the beginning, or bring "
-            "back its files."
+            f"No checkpoint in {folder} is whole: {told}. Bring back its files, or delete it to train from the start."
         )
     for path, flaw in flaws.items():
         logger.warning("%s %s. Training begins anew.", path, flaw)
@@ -243,12 +214,10 @@ def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path
 
 
 def _check_checkpoint(folder: Path) -> None:
-    """Refuse a checkpoint that was cut short or damaged."""
     flaw = flaw_of(folder)
     if flaw is not None:
         raise AnybatchError(
-            f"{folder} {flaw}. It cannot be trusted (a checkpoint of LossStateCallback has that list); give an older "
-            "checkpoint."
+            f"{folder} {flaw}. It cannot be trusted (LossStateCallback leaves that list); give an older checkpoint."
         )
 
 
@@ -258,8 +227,7 @@ def _warn_of_changes(folder: Path) -> None:
     threads, now = read_json(folder / CONTENTS, "").get("threads"), torch.get_num_threads()
     if ranks != world_size:
         logger.warning(
-            "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would have "
-            "been.",
+            "%s was saved by %d processes, and %d go on: random numbers (dropout) are others than they would be.",
             *(folder.name, ranks, world_size),
         )
     if threads not in (None, now):
@@ -271,18 +239,13 @@ def _warn_of_changes(folder: Path) -> None:
 
 
 def _state_of(losses: Losses) -> nn.Module:
-    """All that is to be saved, as one module."""
-    if not isinstance(losses, Mapping):
-        return losses.loss
-    if list(losses) == [""]:
-        return losses[""].loss
-    return nn.ModuleDict({name: loss.loss for name, loss in losses.items()})
+    losses = losses if isinstance(losses, Mapping) else {"": losses}
+    modules = {name: loss.loss for name, loss in losses.items()}
+    return modules[""] if list(modules) == [""] else nn.ModuleDict(modules)
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Whether ranks hold different states of it."""
-    sharded = any(isinstance(part, State) and part.sharded for part in module.modules())
-    return sharded and distributed.is_active()
+    return distributed.is_active() and any(isinstance(part, State) and part.sharded for part in module.modules())
 
 
 def _shard_file(rank: int, ranks: int) -> str:
@@ -315,11 +278,7 @@ def training_sets(dataloader: Any) -> list[Dataset]:
 
 
 def check_first_step(loss: CachedTrainerLoss) -> None:
-    """In a first step: warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample.
-
-    Raises:
-        AnybatchError: Several `LossStateCallback`, which would overwrite each other's file.
-    """
+    """Warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample."""
     frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "compute_loss")
     owners = (frame.f_locals.get("self") for frame in frames)  # to look at a frame's variables keeps them alive
     trainer = next((owner for owner in owners if isinstance(owner, Trainer)), None)

@@ -1,7 +1,6 @@
 """Embed texts or images with a sentence-transformers model: in shards, onto disk, resumable, over several ranks.
 
-Replaces one long `encode` call. Cost: one forward pass per text; memory is one shard of texts, or one forward pass of
-decoded images, whatever their number.
+Memory is one shard of texts, or one forward pass of decoded images, whatever their number.
 """
 
 from __future__ import annotations
@@ -35,41 +34,33 @@ def embed_texts(
     *,
     side: Side | None = None,
     batch_size: int = 64,
-    prompt: str | None = None,
     shared: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """L2-normalised embeddings of `texts`, in memory.
+    """L2-normalised embeddings of `texts`, in memory: float32 (N, D).
 
     Args:
         model: Any sentence-transformers model whose output is one vector a text.
         texts: N texts; or a column of images, for a model that takes them.
         side: "query" for anchors, "document" for positives and negatives: the prompt and the route (tower) of
-            `encode_query` and `encode_document`. None: those of `encode`.
+            `encode_query` and `encode_document`, from `model.prompts`. None: those of `encode`.
         batch_size: Texts or images per forward pass; inside a shard texts are sorted by length.
-        prompt: Text put in front of each; None for the model's own, "" for none. Not for images.
+
         shared: Under several ranks each embeds its share, and all get all. Otherwise each embeds what it is given.
         progress: Called with the number of texts embedded here since the last call.
-
-    Returns:
-        float32 (N, D).
-
-    Raises:
-        AnybatchError: Images for a model that takes none, or with a prompt; an image that cannot be decoded; Pillow is
-            not installed.
     """
-    _check(model, texts, prompt)
-    settings = _settings(model, side, prompt)
+    _check(model, texts)
+    settings = _settings(model, side)
     sizes = distributed.shares(len(texts)) if shared else [len(texts)]
     place = distributed.rank() if shared else 0
     first, end = sum(sizes[:place]), sum(sizes[: place + 1])
-    parts = [np.zeros((0, model.get_embedding_dimension() or 0), np.float32)]
+    parts: list[np.ndarray] = []
     for start in range(first, end, SHARD):
         shard = texts[start : min(start + SHARD, end)]
         parts.append(_encode(model, shard, batch_size, settings))
         if progress is not None:
             progress(len(shard))
-    embeddings = np.concatenate(parts[1:] or parts)
+    embeddings = np.concatenate(parts or [np.zeros((0, model.get_embedding_dimension() or 0), np.float32)])
     if not shared or not distributed.is_active():
         return embeddings
     return distributed.gather_rows(torch.from_numpy(embeddings).to(model.device), sizes).cpu().numpy()
@@ -83,33 +74,24 @@ def embed_to_file(
     identity: dict[str, Any],
     side: Side | None = None,
     batch_size: int = 64,
-    prompt: str | None = None,
     precision: Literal["float32", "float16"] = "float32",
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """As `embed_texts`, onto `path` (.npy), going on where a killed run stopped; ranks share the shards.
 
     Args:
-        model, texts, side, batch_size, prompt, progress: See `embed_texts`.
+        model, texts, side, batch_size, progress: See `embed_texts`.
         path: The final file; `path.origin` says what made it, and its digest. While work is under way it is in the
             folder `path.partial`.
         identity: What made the embeddings (name, lengths, data digest), beside what is seen here: texts, prompt, route
             and the model's weights. Work of another identity is not resumed, and a finished file of another is refused.
         precision: Of the file.
 
-    Returns:
-        The memory-mapped array (N, D).
-
-    Raises:
-        AnybatchError: `path` exists and was made by another model or of other texts, or is damaged; what `embed_texts`
-            refuses.
-
-    Cost: as `embed_texts`, and one digest of the model's weights (about 1 GB a second).
+    Returns the memory-mapped array (N, D).
     """
     # 1. What made the embeddings; a finished file must be of it.
-    _check(model, texts, prompt)
-    path = Path(path)
-    settings = _settings(model, side, prompt)
+    _check(model, texts)
+    path, settings = Path(path), _settings(model, side)
     seen = {**settings, "texts": digest_of(row_keys(texts)), "weights": weights_digest(model)}
     stored_as = {} if precision == "float32" else {"precision": precision}
     identity = json.loads(json.dumps({**identity, **seen, **stored_as}))
@@ -124,9 +106,7 @@ def embed_to_file(
     # 2. This rank's shards, but for those that a killed run has left.
     width = model.get_embedding_dimension()
     if width is None:
-        raise AnybatchError(
-            "The teacher does not state its embedding dimension; give precomputed embeddings (.npy) instead."
-        )
+        raise AnybatchError("The teacher does not state its embedding dimension; give precomputed embeddings (.npy).")
     partial = path.with_name(path.name + ".partial")
     kept = BlockArrays(
         {"embeddings": ((len(texts), width), np.dtype(precision).type)},
@@ -160,8 +140,6 @@ def check_embedded(path: Path, identity: dict[str, Any] | None = None) -> None:
     """Refuse a file of `embed_to_file` that is not what was written, or not of this `identity`.
 
     A file of somebody else's, which has no record of its origin, is refused only if an identity is given.
-
-    Cost: one digest of the file, about 1 GB a second.
     """
     origin, remedy = _origin(path), f"Delete {path}; it is made anew then."
     record: dict[str, Any] = {}
@@ -171,8 +149,7 @@ def check_embedded(path: Path, identity: dict[str, Any] | None = None) -> None:
             raise AnybatchError(f"{path} is damaged: it is not what was written there. {remedy}")
     if identity is not None and record.get("identity") != identity:
         raise AnybatchError(
-            f"{path} holds embeddings of another model or of other texts. Choose another output folder, or delete that "
-            "file."
+            f"{path} holds embeddings of another model or of other texts. Choose another output folder, or delete it."
         )
 
 
@@ -180,12 +157,8 @@ def _origin(path: Path) -> Path:
     return path.with_name(path.name + ".origin")
 
 
-def _check(model: SentenceTransformer, column: Column, prompt: str | None) -> None:
-    if not isinstance(column, ImageColumn):
-        return
-    if prompt:
-        raise AnybatchError(f"The prompt {prompt!r} was given for images. Prompts are put before texts: leave it out.")
-    if not model.supports("image"):
+def _check(model: SentenceTransformer, column: Column) -> None:
+    if isinstance(column, ImageColumn) and not model.supports("image"):
         raise AnybatchError(
             f"The column {column.where} holds images, and the model takes {', '.join(map(str, model.modalities))} "
             "only. Choose a model for images and texts (CLIP, SigLIP and the like), or give precomputed embeddings "
@@ -193,10 +166,10 @@ def _check(model: SentenceTransformer, column: Column, prompt: str | None) -> No
         )
 
 
-def _settings(model: SentenceTransformer, side: Side | None, prompt: str | None) -> dict[str, Any]:
+def _settings(model: SentenceTransformer, side: Side | None) -> dict[str, Any]:
     """What `encode` would look up itself. The prompt is a text, "" too: for None it would take the model's default."""
     task = side_task(model, side)
-    return {"prompt": side_prompt(model, side) if prompt is None else prompt} | ({} if task is None else {"task": task})
+    return {"prompt": side_prompt(model, side)} | ({} if task is None else {"task": task})
 
 
 def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings: dict[str, Any]) -> np.ndarray:
@@ -209,15 +182,8 @@ def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings
 
 def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, settings: dict[str, Any]) -> np.ndarray:
     # encode() sorts by length itself, so a shard costs little more than its real tokens.
-    vectors = model.encode(
-        inputs,
-        batch_size=batch_size,
-        normalize_embeddings=True,
-        convert_to_numpy=True,
-        show_progress_bar=False,
-        **settings,
-    )
-    return np.asarray(vectors, dtype=np.float32)
+    settings = settings | {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": False}
+    return np.asarray(model.encode(inputs, batch_size=batch_size, **settings), dtype=np.float32)
 
 
 def weights_digest(model: SentenceTransformer) -> str:

@@ -1,11 +1,8 @@
 """Our cached step behind sentence-transformers' protocol for cached losses: one embedding per text, or one per token.
 
-What it replaces: `CachedMultipleNegativesRankingLoss` and `CachedMultiVectorMultipleNegativesRankingLoss`. The Trainer,
+It replaces `CachedMultipleNegativesRankingLoss` and `CachedMultiVectorMultipleNegativesRankingLoss`: the Trainer,
 `MatryoshkaLoss`, PEFT and trackers see the same protocol (`uses_gradient_cache`, `calculate_loss`, a backward pass
-deferred to a hook on the returned loss); underneath are length-sorted micro-batches, replay inside the caller's
-autocast, graphs kept while asked, and any loss of `anybatch.losses`.
-
-Cost: one more forward pass than the plain step for the micro-batches whose graph is not kept.
+deferred to a hook on the returned loss).
 """
 
 from __future__ import annotations
@@ -63,7 +60,6 @@ class CachedTrainerLoss(nn.Module):
 
     @abstractmethod
     def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
-        """The encoder of each column."""
         raise NotImplementedError
 
     @abstractmethod
@@ -122,11 +118,7 @@ class CachedTrainerLoss(nn.Module):
         return value
 
     def _arguments(self, labels: Tensor | None, device: torch.device, num_negatives: int) -> dict[str, Any]:
-        """What the loss is told of the batch's rows. Rows of an evaluation set are not in the table.
-
-        Raises:
-            AnybatchError: Row numbers are missing.
-        """
+        """What the loss is told of the batch's rows. Rows of an evaluation set are not in the table."""
         if labels is None and self.rows is not None:
             raise AnybatchError(
                 "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
@@ -156,24 +148,12 @@ class CachedLoss(CachedTrainerLoss):
         model: The model that is trained. It must be the one given to the Trainer.
         loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
         rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
-        micro_batch: Rows per forward pass; the memory of the encoder is that of this many rows, whatever the batch
-            size. "auto" finds the padded tokens that `memory` has room for, once, and halves them when memory runs out.
-        max_tokens: Padded tokens per forward pass, in place of a fixed number of rows; None to go by `micro_batch`
-            alone.
-        keep_graphs: Fraction of the micro-batches, longest first, whose graph is kept so that no second forward pass is
-            needed: 0.0 is GradCache, 1.0 is plain training, "auto" keeps what `memory` has room for. The gradient is
-            the same to the last bit.
-        memory: For "auto": the most memory in use on the device, "8GiB" or "80%".
-        pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled model sees few shapes; None for
-            the longest row's.
+        micro_batch, max_tokens, keep_graphs, memory, pad_to_multiple: See `cached_step`. The gradient is the same to
+            the last bit whatever is kept: 0.0 is GradCache, 1.0 is plain training.
 
     Inputs:
         Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label`
         column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
-
-    Raises:
-        AnybatchError: A limit that no batch could use; fewer than two columns; row numbers missing where they are
-            needed.
 
     Warns:
         UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data
@@ -184,9 +164,7 @@ class CachedLoss(CachedTrainerLoss):
         except that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does
         not enlarge the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
 
-    Reference:
-        Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983, section
-        3.
+    Reference: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
 
     Example:
         >>> class Model(nn.Module):  # or a SentenceTransformer
@@ -204,12 +182,9 @@ class CachedLoss(CachedTrainerLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss on embeddings already computed: one list of blocks a column. `MatryoshkaLoss` wraps this method.
+        """The loss on embeddings computed already: blocks (rows, D) of each column. `MatryoshkaLoss` wraps this method.
 
-        Args:
-            reps: For each column the blocks of its embeddings, (rows, D) each.
-            labels: (B,) row numbers, or None.
-            with_backward: Leave the gradient in the blocks' `.grad` and return the loss detached.
+        `with_backward` leaves the gradient in the blocks' `.grad` and returns the loss detached.
         """
         columns = [torch.cat(blocks) if len(blocks) > 1 else blocks[0] for blocks in reps]
         anchors, candidates = columns[0], torch.cat(columns[1:])
@@ -237,21 +212,9 @@ class CachedLoss(CachedTrainerLoss):
 class CachedLateInteraction(CachedTrainerLoss):
     """`LateInteraction` as a loss of sentence-transformers' MultiVectorEncoderTrainer (ColBERT), with gradient caching.
 
-    Args:
-        model: The multi-vector model that is trained. It must be the one given to the Trainer.
-        loss: The loss on token embeddings.
-        rows, micro_batch, max_tokens, keep_graphs, memory, pad_to_multiple: As in `CachedLoss`.
-
-    Inputs:
-        Columns as in `CachedLoss`. A column is encoded as a query if it is the first and as a document otherwise,
-        unless the collator has stamped another `task` on it.
-
-    Raises:
-        AnybatchError: As `CachedLoss`; inputs without an attention mask.
-
-    Relations:
-        With `LateInteraction(temperature=1.0)` the gradients are those of
-        `MultiVectorMultipleNegativesRankingLoss(scale=1.0)`.
+    Arguments and columns as in `CachedLoss`. A column is encoded as a query if it is the first and as a document
+    otherwise, unless the collator has stamped another `task` on it. With `LateInteraction(temperature=1.0)` the
+    gradients are those of `MultiVectorMultipleNegativesRankingLoss(scale=1.0)`.
 
     Cost: as `CachedLoss`; 4 bytes times rows, tokens and dimensions for the leaves of a column, and as much for their
         gradient.

@@ -33,21 +33,15 @@ def warm_start_from_model(
     """Encode all pairs with the model as it is now, without dropout, and fill the loss's denominators from them.
 
     Args:
-        model: The model that is trained. Anchors are its queries and positives its documents, with its own prompts and
-            routes.
-        pairs: The training pairs, in the order of the rows that the loss remembers; equal texts are no negatives of
-            each other.
+        model: The model that is trained. Anchors are its queries and positives its documents.
+        pairs: The training pairs, in the order of the rows that the loss remembers.
         loss: A loss of `anybatch.losses` with running denominators (not the `CachedLoss` around it).
         batch_size: Texts per forward pass.
         folder: Keep embeddings there (warm_start*.npy): after a kill no text is encoded twice, and memory holds one
-            shard of texts. None: in memory, nothing is kept.
+            shard of texts. Every process must see it. None: in memory.
         progress: Called with (stage, done, total).
 
-    Raises:
-        AnybatchError: A loss without running denominators; files of other weights in `folder`.
-
-    Cost: one forward pass per text, then the warm start. Under several processes each encodes its share; without
-        `folder` the embeddings are then gathered, with it every process must see the folder.
+    Cost: one forward pass per text, shared over processes, then the warm start.
     """
     running_denominator_of(loss)
     sides = []

@@ -1,9 +1,7 @@
-"""Load a sentence-transformers model, whole or only its first layers; and what the model knows of queries and
-documents.
+"""Load a sentence-transformers model, whole or only its first layers; and what it knows of queries and documents.
 
 An anchor is a query, positives and negatives are documents: prompts and routes (two towers) are those that
-`encode_query` and `encode_document` use. The prompts of a configuration go into the model, so that all that embeds or
-trains finds them there, and `save_pretrained` saves them.
+`encode_query` and `encode_document` use. The prompts of a configuration go into the model, which saves them.
 """
 
 from __future__ import annotations
@@ -59,13 +57,7 @@ class ModelConfig(Configuration):
 
 
 def load_model(config: ModelConfig) -> SentenceTransformer:
-    """Load `config.name`, keep `config.num_layers` layers, set the length and the prompts; say the prompts and routes
-    to the log.
-
-    Raises:
-        AnybatchError: No name; the model cannot be found or loaded; it has no list of layers to cut; too few layers; no
-            length to set.
-    """
+    """Load `config.name`, cut to `config.num_layers` layers, set length and prompts; log prompts and routes."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -112,22 +104,13 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
 
 
 def side_prompt(model: SentenceTransformer, side: Side | None) -> str:
-    """What the model puts before the texts of a side, as `encode_query` and `encode_document` choose it; "" for
-    nothing.
-
-    Of None: as `encode` chooses it.
-    """
+    """What the model puts before a side's texts, as `encode_query` and `encode_document` choose it; "" for nothing."""
     name = next((name for name in NAMES.get(side or "", ()) if name in model.prompts), model.default_prompt_name)
     return (model.prompts.get(name) if name is not None else None) or ""
 
 
 def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
-    """The `task` that leads a side's inputs through the model's own tower (`Router`); None for a model that knows no
-    tasks.
-
-    Raises:
-        AnybatchError: The model has towers, and none for this side.
-    """
+    """The `task` that leads a side's inputs through the model's own tower (`Router`); None without tasks."""
     from sentence_transformers.base.modules import Router
 
     if side is None or "task" not in model.get_model_kwargs():
@@ -167,11 +150,6 @@ def warn_of_instructions(model: SentenceTransformer, sets: Sequence[PairSet]) ->
         )
 
 
-def column_sides(names: Sequence[str]) -> dict[str, Side]:
-    """The side of each column of a training set: the first is the query."""
-    return {name: "query" if place == 0 else "document" for place, name in enumerate(names)}
-
-
 def lengths_of(model: SentenceTransformer) -> list[Any]:
     """The length that each of the model's input modules (one, or one a route) cuts texts at."""
     return [getattr(module, "max_seq_length", None) for module in _input_modules(model)]
@@ -199,7 +177,6 @@ def _set_length(model: SentenceTransformer, max_length: int) -> None:
 
 
 def _say_sides(model: SentenceTransformer, name: str, own: dict[str, str]) -> None:
-    """One line to the log on prompts and routes, where there are any."""
     sides = []
     for side in get_args(Side):
         prompt, task = side_prompt(model, side), side_task(model, side)
@@ -215,35 +192,25 @@ def _say_sides(model: SentenceTransformer, name: str, own: dict[str, str]) -> No
 
 
 def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
-    """Cut the transformer inside `model` down to its first `num_layers` layers, in place; a saved copy stays cut.
-
-    Raises:
-        AnybatchError: `num_layers` is not between 1 and the number of layers, or the layers cannot be found.
-    """
+    """Cut the transformer inside `model` down to its first `num_layers` layers, in place; a saved copy stays cut."""
     from torch import nn
 
     backbone: Any = model[0].model if hasattr(model[0], "model") else getattr(model[0], "auto_model", None)
     config: Any = getattr(backbone, "config", None)
-    total = getattr(config, "num_hidden_layers", None)
-    if backbone is None or total is None:
-        raise AnybatchError(
-            "model.num_layers needs a transformer with a 'num_hidden_layers' setting; this model has none. Leave it "
-            "unset."
-        )
-    if not 1 <= num_layers <= total:
-        raise AnybatchError(
-            f"model.num_layers is {num_layers}; expected 1 to {total}, the number of layers of this model."
-        )
+    total: int = getattr(config, "num_hidden_layers", None) or 0
     stacks = [
         (parent, name)
-        for parent in backbone.modules()
+        for parent in (backbone.modules() if total else ())
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == total
     ]
     if len(stacks) != 1:
         raise AnybatchError(
-            f"Found {len(stacks)} stacks of {total} layers in this model, expected one. Leave model.num_layers unset."
+            "model.num_layers needs a transformer with one list of 'num_hidden_layers' layers; this model has "
+            f"{len(stacks)}. Leave it unset."
         )
+    if not 1 <= num_layers <= total:
+        raise AnybatchError(f"model.num_layers is {num_layers}; expected 1 to {total}, the layers of this model.")
     parent, name = stacks[0]
     setattr(parent, name, getattr(parent, name)[:num_layers])
     config.num_hidden_layers = num_layers

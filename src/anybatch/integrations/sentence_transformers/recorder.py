@@ -17,10 +17,6 @@ from anybatch.core.files import write_text
 class Recorder(TrainerCallback, ExportableState):
     """Writes the log, runs the evaluations, reports progress. The log's lines go into the checkpoints, and come back.
 
-    Args:
-        path: The log, a line of JSON each.
-        eval_steps, evaluate, progress: See `train_model`; None for none.
-
     Example:
         >>> callbacks = [Recorder(Path("log.jsonl"))]  # the last one, so that the log has the figures of the others
     """
@@ -32,8 +28,7 @@ class Recorder(TrainerCallback, ExportableState):
         evaluate: Callable[[Any], dict[str, float]] | None = None,
         progress: Callable[[int, int, dict[str, float]], None] | None = None,
     ) -> None:
-        self.path, self.evaluate, self.progress = path, evaluate, progress
-        self.eval_steps = eval_steps if evaluate is not None else None
+        self.path, self.eval_steps, self.evaluate, self.progress = path, eval_steps, evaluate, progress
         self.lines: list[dict[str, Any]] = []
         self.latest: dict[str, float] = {}
         self.evaluation_seconds = 0.0

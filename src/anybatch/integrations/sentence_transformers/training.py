@@ -75,13 +75,7 @@ class TrainConfig(Configuration):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What `train_model` did.
-
-    Attributes:
-        log: The lines of `log.jsonl`: one dictionary a line, with `step` and `epoch`. Empty on all ranks but the first,
-            which alone writes.
-        num_steps: Optimiser steps, those before a resume included.
-        evaluation_seconds: Wall time spent in `evaluate`, in this session.
+    """What `train_model` did. Only the first rank has the lines of `log.jsonl`.
 
     Example:
         >>> TrainResult(log=[{"step": 1, "loss": 2.1}], num_steps=1, evaluation_seconds=0.0).log[-1]["loss"]
@@ -113,25 +107,18 @@ def train_model(
     On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
 
     Args:
-        model, loss: The encoder, and the loss around it. Prompts and routes are the model's own (`model.prompts`): the
-            first column is its query, the others its documents.
+        model, loss: The encoder, and the loss around it. The first column is a query, the others documents, with the
+            model's own prompts and routes.
         dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here.
         plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
         config: See `TrainConfig`.
-        output: Folder of the run; must exist.
+        output: Folder of the run; must exist, without checkpoints or a log of another.
         seed: Dropout and the like. The batches follow the plan's own seed.
         resume: Go on from the last whole checkpoint; with none, start from the beginning.
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
         progress: Called after every step with (steps done, steps in all, latest figures).
         callbacks: Further callbacks, which run before the loss is restored or saved and before the log is written.
         run: Tells the checkpoints of this run from those of others, which are not resumed.
-
-    Returns:
-        The log, the steps and the cost of evaluating.
-
-    Raises:
-        AnybatchError: Batch size not divisible by the number of processes; a plan for other data; a folder that holds
-            checkpoints or a log, and `resume` is off; checkpoints that are all damaged.
     """
     from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
     from anybatch.integrations.sentence_transformers.callback import LossStateCallback
@@ -139,6 +126,8 @@ def train_model(
 
     # 1. What can be refused before anything is written.
     output = Path(output)
+    if config.eval_steps is not None and evaluate is None:
+        raise AnybatchError(f"train.eval_steps is {config.eval_steps}; give something to evaluate, or leave it out.")
     check_shared_equally(plan.batch_size)
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed, plan)
@@ -172,18 +161,14 @@ def train_model(
 
 
 def _checkpoint_to_resume(output: Path, resume: bool, run: str) -> Path | None:
-    """The last whole checkpoint of the run, for whoever resumes; what a kill left unfinished after it is deleted.
-
-    Nothing in it can be trusted, and the Trainer counts it.
-    """
+    """The last whole checkpoint of the run, for whoever resumes; what a kill left unfinished after it is deleted."""
     from anybatch.integrations.sentence_transformers.callback import checkpoint_steps, last_whole_checkpoint
 
     checkpoints = output / "checkpoints"
     steps = checkpoint_steps(checkpoints)
     if not resume and (steps or (output / "log.jsonl").exists()):
         raise AnybatchError(
-            f"{output} already holds checkpoints or a log. Go on with that training (resume=True), or choose another "
-            "folder."
+            f"{output} already holds checkpoints or a log. Go on with it (resume=True), or choose another folder."
         )
     checkpoint = last_whole_checkpoint(checkpoints, run=run) if resume else None
     if distributed.rank() == 0:
@@ -197,13 +182,12 @@ def _checkpoint_to_resume(output: Path, resume: bool, run: str) -> Path | None:
 def _arguments(
     model: SentenceTransformer, columns: list[str], batches: PlanBatches, config: TrainConfig, output: Path, seed: int
 ) -> Any:
-    """The Trainer's arguments."""
     from sentence_transformers import SentenceTransformerTrainingArguments
 
-    from anybatch.integrations.sentence_transformers.model import column_sides, side_prompt, side_task
+    from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 
     world_size, on_cpu = distributed.world_size(), model.device.type == "cpu"
-    sides = column_sides(columns)
+    sides: dict[str, Side] = {name: "document" if place else "query" for place, name in enumerate(columns)}
     return SentenceTransformerTrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=batches.plans[0].batch_size // world_size,
@@ -267,16 +251,11 @@ def forgotten(model: torch.nn.Module) -> Iterator[None]:
 
 
 def check_shared_equally(batch_size: int) -> None:
-    """Refuse a batch that the processes cannot share.
-
-    Raises:
-        AnybatchError: It is no multiple of their number.
-    """
+    """Refuse a batch that the processes cannot share."""
     world_size = distributed.world_size()
     if batch_size % world_size:
         raise AnybatchError(
-            f"The batch size {batch_size} cannot be shared equally by {world_size} processes. Use a multiple of "
-            f"{world_size}."
+            f"{world_size} processes cannot share a batch of {batch_size} equally. Use a multiple of {world_size}."
         )
 
 

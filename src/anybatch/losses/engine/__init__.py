@@ -55,8 +55,8 @@ def softmax_loss(
     """The loss of this batch over all ranks, in one direction, or the mean of both from the same scores.
 
     Both directions cost 4 matrix products (3 when one tile holds everything) instead of the 6 to 8 of two runs.
-    Explicit negatives take part in the first only. A second side that adjusts logits or asks for the gradient weights
-    of candidates needs whole rows in its own direction, so then two runs are what is done.
+    Explicit negatives take part in the first only. A second side that needs rows of its own (`Side.needs_rows`) takes a
+    second run.
 
     Args:
         anchors: (B, D), this rank's. Row i's positive is candidate i.
@@ -71,7 +71,7 @@ def softmax_loss(
         averaging of DDP gives the gradient of one process; a scalar temperature receives the whole gradient on every
         rank.
     """
-    if len(sides) == 2 and (sides[1].adjust is not None or sides[1].column_weight is not None):
+    if len(sides) == 2 and sides[1].needs_rows:
         loss, stats = softmax_loss(anchors, candidates, sides[0], tile_bytes=tile_bytes, ring=ring)
         positives = candidates[: len(anchors)]
         loss_back, stats_back = softmax_loss(positives, anchors, sides[1], tile_bytes=tile_bytes, ring=ring)

@@ -23,22 +23,40 @@ class Direction:
     All (B,): `log_sum`, `num_negatives`, `log_denominator`, `objective`, `positive_weight`.
     """
 
-    def __init__(self, side: Side, layout: Layout, positive_B: Tensor, *, num_columns: int) -> None:
+    def __init__(self, side: Side, layout: Layout, positive_B: Tensor, column_sizes: list[int]) -> None:
         self.side, self.layout, self.positive = side, layout, positive_B
         self.num_rows = len(positive_B)
+        self.log_weight = _gathered(side.log_weight, layout.row_sizes, column_sizes)
+        self.removing = any(given is not None for given in (self.log_weight, side.mask_margin, side.adjust))
         self.temperature = side.temperature.detach().expand(self.num_rows)
         self.log_sum, self.num_negatives = torch.full_like(positive_B, -torch.inf), torch.zeros_like(positive_B)
-        drawn = torch.full_like(positive_B, num_columns - 1) if side.num_drawn is None else side.num_drawn
+        drawn = torch.full_like(positive_B, sum(column_sizes) - 1) if side.num_drawn is None else side.num_drawn
         self.num_drawn = drawn.to(positive_B.dtype)
         self.log_denominator, self.objective = torch.empty_like(positive_B), torch.empty_like(positive_B)
         self.positive_weight: Tensor | None = None
+        self.log_hardness: Tensor | None = None  # (B,) log of the mean factor of the negatives, see `Side.hardness`
         self.d_temperature_rows = torch.zeros_like(positive_B)
         self.learning = side.temperature.requires_grad or side.temperature.ndim > 0
 
+    def relative(
+        self, scores: Tensor, positive: Tensor, temperature: Tensor, workspace: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
+        """Logits relative to the positive, in the workspace; -inf above the margin but for those `kept`."""
+        logits = torch.sub(scores, positive, out=workspace)
+        if self.side.mask_margin is not None:
+            above = logits > self.side.mask_margin
+            logits.masked_fill_(above if kept is None else above & ~kept, -torch.inf)
+        return logits.div_(temperature)
+
     def answer(self, rows: slice) -> None:
         """Ask the rule for some rows."""
-        answer = self.side.rule(self.log_sum[rows], self.num_drawn[rows], rows)
+        log_sum_b = self.log_sum[rows]
+        if self.log_hardness is not None:
+            log_sum_b = log_sum_b - self.log_hardness[rows]
+        answer = self.side.rule(log_sum_b, self.num_drawn[rows], rows)
         self.log_denominator[rows], self.objective[rows] = answer.log_denominator, answer.objective
+        if self.log_hardness is not None:
+            self.log_denominator[rows] += self.log_hardness[rows]
         if answer.positive_weight is not None:
             if self.positive_weight is None:
                 self.positive_weight = torch.empty_like(self.positive)
@@ -74,9 +92,12 @@ class Direction:
 
     def stats(self, *, gradients: bool) -> SoftmaxStats:
         """The figures of the call."""
+        log_sum, log_denominator = self.log_sum, self.log_denominator
+        if self.log_hardness is not None:
+            log_sum, log_denominator = log_sum - self.log_hardness, log_denominator - self.log_hardness
         return SoftmaxStats(
-            log_sum=self.log_sum,
-            log_denominator=self.log_denominator,
+            log_sum=log_sum,
+            log_denominator=log_denominator,
             objective=self.objective,
             num_negatives=self.num_negatives,
             temperature_gradient=self.d_temperature_rows if gradients and self.learning else None,
@@ -88,30 +109,78 @@ class AnchorDirection(Direction):
     """Anchors of this rank against the candidates of all, the rows of a tile. `alone`: there is no other direction."""
 
     def __init__(self, side: Side, layout: Layout, positive_B: Tensor, *, alone: bool) -> None:
-        super().__init__(side, layout, positive_B, num_columns=sum(layout.column_sizes))
+        super().__init__(side, layout, positive_B, layout.column_sizes)
         self.alone = alone
         self.difference = torch.zeros_like(positive_B)  # sum_j p_ij s_ij, where it cannot be read from d anchors
-        self.log_weight = _gathered(side.log_weight, layout.row_sizes, layout.column_sizes)
-        self.removing = self.log_weight is not None or side.adjust is not None
         self.column_gradient_C = positive_B.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
+        self.several = self.log_weight is not None and self.log_weight.positives_by is not None
+        if self.several:  # over further positives: their number, and the sum of their logits
+            self.num_further, self.sum_further = torch.zeros_like(positive_B), torch.zeros_like(positive_B)
+        if side.hardness:  # over negatives: log-sums of their factors, and of ones
+            self.factors = positive_B.new_full((2, self.num_rows), -torch.inf)
+            self.log_hardness = torch.empty_like(positive_B)
 
     def logits(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
         """(b, m) relative to the positive, -inf where there is no negative; in the workspace (perhaps the scores)."""
-        logits_bm = torch.sub(scores_bm, self.positive[rows, None], out=workspace_bm).div_(self.temperature[rows, None])
+        positive_b1, temperature_b1 = self.positive[rows, None], self.temperature[rows, None]
+        further_bm = self.further(rows, block) if self.several else None
+        logits_bm = self.relative(scores_bm, positive_b1, temperature_b1, workspace_bm, further_bm)
         if self.log_weight is not None:
             logits_bm += self.log_weight.tile(self.layout.shifted(rows), block.columns).to(logits_bm.dtype)
         if block.own:
-            local = torch.arange(rows.start, rows.stop, device=logits_bm.device)
-            logits_bm[local - rows.start, self.layout.first_column - block.columns.start + local] = -torch.inf
+            logits_bm[self.own(rows, block)] = -torch.inf
+        if self.side.hardness:
+            logits_bm += self.side.hardness * (scores_bm - positive_b1) / temperature_b1
         return logits_bm if self.side.adjust is None else self.side.adjust(rows, scores_bm, logits_bm)
+
+    def own(self, rows: slice, block: Block) -> tuple[Tensor, Tensor]:
+        """Where the rows' own positives are in a tile of their block."""
+        local = torch.arange(rows.start, rows.stop, device=self.positive.device)
+        return local - rows.start, self.layout.first_column - block.columns.start + local
+
+    def further(self, rows: slice, block: Block) -> Tensor:
+        """(b, m) bool: candidates that are positives of the row beside its own."""
+        assert self.log_weight is not None
+        further_bm = self.log_weight.further_positives(self.layout.shifted(rows), block.columns)
+        if block.own:
+            further_bm[self.own(rows, block)] = False
+        return further_bm
 
     def measure(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the block to the log-sums; returns exp (b, m) and peak (b,): exp(logit) = exp * exp(peak)."""
         logits_bm = self.logits(rows, block, scores_bm, workspace_bm)
         self.num_negatives[rows] += count(logits_bm, 1) if self.removing else logits_bm.shape[1] - block.own
+        if self.several:
+            further_bm = self.further(rows, block)
+            number_b = further_bm.sum(dim=1).to(logits_bm.dtype)
+            self.num_further[rows] += number_b
+            self.num_negatives[rows] -= number_b
+            sum_b = (further_bm * scores_bm).sum(dim=1) - number_b * self.positive[rows]
+            self.sum_further[rows] += sum_b / self.temperature[rows]
+        if self.side.hardness:
+            plain_bm = (scores_bm - self.positive[rows, None]) / self.temperature[rows, None]
+            for sums, power in zip(self.factors, (1.0, 1.0 + self.side.hardness), strict=True):
+                sums[rows] = torch.logaddexp(sums[rows], (logits_bm - power * plain_bm).logsumexp(dim=1))
         exp_bm, peak_b, log_sum_b = exp_of(logits_bm, 1)
         self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], log_sum_b)
         return exp_bm, peak_b
+
+    def answer(self, rows: slice) -> None:
+        """See `Direction.answer`; the positives' mean logit off the objective, where there are several."""
+        if self.log_hardness is not None:
+            self.log_hardness[rows] = finite(self.factors[0, rows]) - finite(self.factors[1, rows])
+        super().answer(rows)
+        if self.several:
+            self.objective[rows] -= self.sum_further[rows] / (1 + self.num_further[rows])
+
+    def share(self) -> Tensor:
+        """(B,) what each of several positives takes off its derivative in the score."""
+        share = 1 / (self.temperature * (1 + self.num_further))
+        return share if self.side.row_weight is None else share * self.side.row_weight.detach()
+
+    def total(self) -> Tensor:
+        """See `Direction.total`; the objective's mean logit is relative to the own positive as well."""
+        return super().total() - self.num_further * self.share() if self.several else super().total()
 
     def factor(self, rows: slice, peak_b: Tensor) -> Tensor:
         """(b,) what turns `exp` of `measure` into the derivative of the rows' terms in the scores."""
@@ -148,14 +217,12 @@ class PositiveDirection(Direction):
     """
 
     def __init__(self, side: Side, layout: Layout, positive_B: Tensor) -> None:
-        super().__init__(side, layout, positive_B, num_columns=sum(layout.row_sizes))
+        super().__init__(side, layout, positive_B, layout.row_sizes)
         assert side.adjust is None
         assert side.column_weight is None
-        sizes = layout.row_sizes
-        self.log_weight = _gathered(side.log_weight, sizes, sizes)
-        both = distributed.gather_rows(torch.stack([positive_B, self.temperature], dim=1), sizes)
+        both = distributed.gather_rows(torch.stack([positive_B, self.temperature], dim=1), layout.row_sizes)
         self.positive_A, self.temperature_A = both[:, 0], both[:, 1]
-        self.parts = positive_B.new_empty(2, sum(sizes))  # log-sum and number of negatives over this rank's rows
+        self.parts = positive_B.new_empty(2, len(both))  # log-sum and number of negatives over this rank's rows
         self.parts[0], self.parts[1] = -torch.inf, 0
         self.difference_A = torch.zeros_like(self.positive_A)
         self.workspace: Workspace | None = None
@@ -167,8 +234,8 @@ class PositiveDirection(Direction):
         if self.workspace is None or self.workspace.size < scores_bp.numel():
             self.workspace = Workspace(scores_bp, scores_bp.numel())
         workspace_bp = self.workspace.view((scores_bp.shape[0], scores_bp.shape[1]))
-        logits_bp = torch.sub(scores_bp, self.positive_A[block.rows], out=workspace_bp)
-        logits_bp.div_(self.temperature_A[block.rows])
+        positive_p, temperature_p = self.positive_A[block.rows], self.temperature_A[block.rows]
+        logits_bp = self.relative(scores_bp, positive_p, temperature_p, workspace_bp)
         if self.log_weight is not None:
             logits_bp += self.log_weight.tile(block.rows, self.layout.shifted(rows)).to(logits_bp.dtype).T
         if block.own:
@@ -180,7 +247,7 @@ class PositiveDirection(Direction):
         """Adds the tile to its columns' log-sums."""
         logits_bp = self.logits(rows, block, scores_bm)
         log_sums, counts = self.parts[:, block.rows]
-        if self.log_weight is None:
+        if not self.removing:
             counts += len(logits_bp)
             if block.own:
                 self.parts[1, self.layout.shifted(rows)] -= 1  # each row's own

@@ -82,6 +82,10 @@ class Side:
         rule: The method.
         temperature: Scalar, or (B,) one for each row of this rank. Receives a gradient if it requires one.
         log_weight: b_ij for this rank's rows and columns; None for 0.
+        mask_margin: Pairs whose score is above the own positive's by more than this are no negatives, which is a
+            constant of the derivative; None to keep them.
+        hardness: Negatives are weighed by exp(hardness (s_ij - s_ip) / tau_i) over its mean, which are constants of the
+            derivative; 0 for all alike.
         row_weight: (B,) factor of each row's objective, a constant; None for 1.
         adjust: Rewrites logits; None to leave them.
         column_weight: Weight (b,) of some rows in `SoftmaxStats.column_gradient`, asked after the rule has answered
@@ -92,10 +96,23 @@ class Side:
     rule: Rule
     temperature: Tensor
     log_weight: LogWeights | None = None
+    mask_margin: float | None = None
+    hardness: float = 0.0
     row_weight: Tensor | None = None
     adjust: Adjust | None = None
     column_weight: Callable[[slice], Tensor] | None = None
     num_drawn: Tensor | None = None
+
+    @property
+    def rereads_scores(self) -> bool:
+        """Whether a tile's scores are needed beside its logits."""
+        several = self.log_weight is not None and self.log_weight.positives_by is not None
+        return self.adjust is not None or several or self.hardness > 0
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the columns of the other direction's scores do not do."""
+        return self.rereads_scores or self.column_weight is not None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

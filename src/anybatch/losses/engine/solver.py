@@ -145,7 +145,7 @@ class _Tiles:
         self.rows = [slice(start, min(start + height, len(anchors))) for start in range(0, len(anchors), height)]
         size = min(height, len(anchors)) * source.widest
         self._scores, self._logits = Workspace(anchors, size), Workspace(anchors, size)
-        self._keeping = back is not None or forward.side.adjust is not None
+        self._keeping = back is not None or forward.side.rereads_scores
 
     def one_pass(self, *, gradients: bool) -> None:
         """Each tile's log-sums, answers and gradients while its scores are there."""
@@ -195,11 +195,13 @@ class _Tiles:
         """From exp * factor, the derivative of the rows' terms in the scores; `exp_bm` is consumed."""
         assert block.gradient is not None
         self.forward.add_sums(rows, block, scores_bm, exp_bm, factor_b)
-        if self.back is not None:
-            if factor_b is not None:
-                exp_bm.mul_(factor_b[:, None])
-            exp_bm[:, block.positives] += self.back.weights(rows, block, scores_bm)
+        if factor_b is not None and (self.back is not None or self.forward.several):
+            exp_bm.mul_(factor_b[:, None])
             factor_b = None
+        if self.back is not None:
+            exp_bm[:, block.positives] += self.back.weights(rows, block, scores_bm)
+        if self.forward.several:
+            exp_bm -= self.forward.further(rows, block) * self.forward.share()[rows, None]
         anchors_bD = self.anchors[rows]
         if factor_b is None:
             self.d_anchors[rows].addmm_(exp_bm, block.candidates)

@@ -1,0 +1,231 @@
+"""The figures of a plan against loops over all pairs; its warnings; its page: whole, alone, escaped."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from anybatch.core.errors import AnybatchError
+from anybatch.data.pairs import PairData
+from anybatch.insight.gradient_error import FrozenPairs
+from anybatch.insight.plan_figures import (
+    MARGIN,
+    PlanGradients,
+    gradient_figures,
+    inspect_plan,
+    plan_sizes,
+    plan_warnings,
+    set_figures,
+)
+from anybatch.insight.plan_page import render_plan_page
+from anybatch.losses.registry import LossConfig
+from anybatch.mining import MiningConfig, MiningSet, mine_plan
+from anybatch.plans.plan import BatchPlan
+from tests.insight.test_gradient_error import clusters
+from tests.mining.test_mining import embeddings
+
+from .test_report import Checker
+
+EVIL = "<script>alert('x')</script> & \"quoted\""
+SIZES = {"first": 70, "second": 45}
+TAU = 0.2
+
+
+def data(num_rows=115):
+    """Clustered embeddings with repeated anchors and positives, of any length."""
+    anchors, positives = embeddings(num_rows, seed=5)
+    positives = positives + 0.3 * np.random.default_rng(6).normal(size=positives.shape).astype(np.float32)
+    anchor_id, positive_id = np.arange(num_rows), np.arange(num_rows)
+    anchor_id[40:44], positive_id[60:62] = 7, 9
+    for ids, side in ((anchor_id, anchors), (positive_id, positives)):
+        for row, first in enumerate(ids):
+            side[row] = side[first]
+    return 3 * anchors, positives, {"anchor_id": anchor_id, "positive_id": positive_id}
+
+
+def make_plan(kind, anchors, positives, same):
+    if kind == "random":
+        return BatchPlan.random(115, 16, seed=3)
+    config = MiningConfig(
+        batch_size=16, cluster_size=8, conflict_weight=0.0, num_negatives=int(kind == "negatives"), seed=2
+    )
+    sets = ()
+    if kind in ("within", "mixed"):
+        config = replace(config, mixing=kind)
+        sets = [MiningSet(name=name, num_rows=size) for name, size in SIZES.items()]
+    return mine_plan(anchors, positives, config=config, sets=sets, **same).plan
+
+
+@pytest.mark.filterwarnings("ignore:The rank window")
+@pytest.mark.parametrize("kind", ["mined", "negatives", "random", "within", "mixed"])
+def test_figures_equal_a_loop(kind):
+    anchors, positives, same = data()
+    plan = make_plan(kind, anchors, positives, same)
+    seen = inspect_plan(plan, anchors, positives, temperature=TAU, num_anchors=10**6, **same)
+    assert set(seen) == (set(SIZES) if kind in ("within", "mixed") else {""})
+    units = [side.astype(np.float64) / np.linalg.norm(side, axis=1, keepdims=True) for side in (anchors, positives)]
+    scores = units[0] @ units[1].T
+    listed = np.zeros((0, 2), int) if plan.suspects is None else plan.suspects
+    suspected = {tuple(pair) for pair in np.concatenate([listed, listed[:, ::-1]]).tolist()}
+    for name, members in plan.set_rows.items():
+        sums, near, near_all, first, mates, count = np.zeros(3), 0, 0, 0, 0, 0
+        worst = []
+        for batch in plan.epoch_batches(0):
+            rows = set(batch.tolist())
+            brought = set() if plan.negatives is None else set(plan.negatives[batch].ravel().tolist()) - {-1}
+            for row in rows & set(members.tolist()):
+                count += 1
+                mates += len(rows & set(members.tolist())) - 1
+                negatives = [j for j in members if all(ids[row] != ids[j] for ids in same.values())]
+                mass = {j: np.exp(scores[row, j] / TAU) for j in negatives}
+                inside = [j for j in negatives if plan.cluster[j] == plan.cluster[row] >= 0]
+                beside = [j for j in negatives if j in rows | brought]
+                masked = [j for j in inside if (row, j) in suspected]
+                sums += [sum(mass[j] for j in part) / sum(mass.values()) for part in (inside, beside, masked)]
+                high = [j for j in negatives if 0 < MARGIN * scores[row, row] <= scores[row, j]]
+                near, near_all = near + len(set(high) & set(beside)), near_all + len(high)
+                first += max(scores[row, j] for j in negatives) <= scores[row, row]
+                worst += [scores[row, j] / scores[row, row] for j in beside if scores[row, row] > 0]
+        result = seen[name]
+        chance = mates / count / (len(members) - 1)
+        assert result.num_anchors == count
+        assert result.own_first == pytest.approx(first / count)
+        assert asdict(result.planned) == pytest.approx(
+            dict(zip(("in_cluster", "in_batch", "masked"), sums / count, strict=True), suspects=near / count), rel=1e-4
+        )
+        assert result.random.in_batch == pytest.approx(chance)
+        assert result.random.suspects == pytest.approx(near_all / count * chance)
+        assert result.suspects[0].score == pytest.approx(max(worst), rel=1e-5)
+        assert (result.planned.in_cluster > result.random.in_cluster) == (kind != "random")
+
+
+def test_one_positive_of_many_rows_is_shown_once():
+    """One caption of many images: pairs of the same two captions differ by nothing that could be read."""
+    anchors, positives = embeddings(64, seed=4)
+    positive_id = np.arange(64) // 4
+    positives = positives[positive_id * 4]
+    seen = inspect_plan(BatchPlan.random(64, 32), anchors, positives, positive_id=positive_id)[""]
+    shown = [frozenset((positive_id[pair.row], positive_id[pair.other])) for pair in seen.suspects]
+    assert len(shown) == len(set(shown)) == 20
+    scores = [pair.score for pair in seen.suspects]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_sample_is_near_the_whole_and_repeatable():
+    anchors, positives = embeddings(1500, seed=1, width=16)
+    plan = mine_plan(anchors, positives, config=MiningConfig(batch_size=32, cluster_size=8)).plan
+    whole, part, again = (
+        inspect_plan(plan, anchors, positives, num_anchors=count, seed=3)[""] for count in (5000, 400, 400)
+    )
+    assert part == again
+    assert (whole.num_anchors, part.num_anchors) == (plan.num_batches * 32, 400)
+    assert part.planned.in_batch == pytest.approx(whole.planned.in_batch, rel=0.15)
+
+
+def test_mistakes():
+    anchors, positives, _ = data()
+    plan = BatchPlan.random(115, 16)
+    with pytest.raises(AnybatchError, match=r"expected \(115, dim"):
+        inspect_plan(plan, anchors[:-1], positives[:-1])
+    with pytest.raises(AnybatchError, match="temperature is 0"):
+        inspect_plan(plan, anchors, positives, temperature=0)
+    with pytest.raises(AnybatchError, match="number of anchors 0"):
+        inspect_plan(plan, anchors, positives, num_anchors=0)
+
+
+@pytest.fixture(scope="module")
+def mined():
+    """A plan whose figures give no cause for a warning, with what was measured of it."""
+    anchors, positives = embeddings(120, width=32)
+    plan = clusters(120, 8, 16, suspects=np.array([[0, 15], [3, 33]], np.int32))
+    seen = inspect_plan(plan, anchors, positives)[""]
+    gradients = PlanGradients.measure(FrozenPairs.prepare(anchors, positives), plan, LossConfig(), num_batches=28)
+    quiet = replace(seen, own_first=0.9, planned=replace(seen.planned, suspects=0.1, in_batch=0.9))
+    equal = replace(gradients, planned=gradients.random)
+    return plan, quiet, equal
+
+
+def test_each_warning_has_its_cause(mined):
+    plan, seen, gradients = mined
+    assert plan_warnings(plan, seen, gradients) == []
+    assert plan_warnings(plan, None, None) == []
+    error = gradients.random
+    worse = replace(gradients, planned=replace(error, epoch_error=error.epoch_error + 3 * error.epoch_error_se))
+    (warning,) = plan_warnings(plan, seen, worse)
+    assert warning.startswith("This plan is not recommended: with loss.name=infonce")
+    less_bias = replace(worse, planned=replace(worse.planned, bias=error.bias / 2, noise=2 * error.noise))
+    assert "larger batches lower the noise alone" in plan_warnings(plan, seen, less_bias)[1]
+    for changed, words in (
+        (replace(seen, own_first=0.1), "own positive first for only 10.0%"),
+        (replace(seen, planned=replace(seen.planned, suspects=1.5)), "1.50 suspected false negatives"),
+        (replace(seen, planned=replace(seen.planned, in_batch=2 * seen.random.in_batch)), "mining changes little"),
+    ):
+        (warning,) = plan_warnings(plan, changed, gradients)
+        assert words in warning
+    random = BatchPlan.random(120, 16)  # nothing was chosen that could hurt
+    assert plan_warnings(random, replace(seen, planned=replace(seen.planned, suspects=9.0)), None) == []
+
+
+def test_a_plan_of_alike_anchors_loses_in_the_parameter_gradient():
+    """Each batch a single cluster of near duplicates: hard negatives, and anchors that say the same."""
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(30, 16)).repeat(8, axis=0)
+    sides = [centres + 0.2 * generator.normal(size=centres.shape) for _ in range(2)]
+    plan = BatchPlan(
+        num_rows=240, batch_size=8, cluster_size=8, cluster=np.arange(240, dtype=np.int32) // 8, seed=0, data_digest=""
+    )
+    measured = PlanGradients.measure(FrozenPairs.prepare(*sides, temperature=0.1), plan, LossConfig(), num_batches=60)
+    assert measured.planned.noise > measured.random.noise
+    assert measured.loses
+
+
+def check(page):
+    checker = Checker()
+    checker.feed(page)
+    assert checker.stack == []
+    assert checker.scripts == 0
+    assert checker.external == []
+    assert re.findall(r"https?://|//\w|@import|url\(", page) == []
+
+
+def test_the_page_is_escaped_and_stands_alone(mined):
+    plan, seen, gradients = mined
+    pairs = PairData(
+        anchors=[f"anchor {row} {EVIL}" for row in range(120)],
+        positives=[f"positive {row} {EVIL} {'long ' * 100}" for row in range(120)],
+    )
+    anchors, positives = embeddings(120, width=32)
+    positives[1] = positives[16]  # a suspected pair in one cluster
+    seen = inspect_plan(plan, anchors, positives)[""]
+    tables = {"Plan": plan_sizes(plan), "Batches": set_figures(seen), "Gradient": gradient_figures(gradients)}
+    given = {"tables": tables, "inspections": {"": seen}, "pairs": pairs}
+    page = render_plan_page(plan, title=f"Plan {EVIL}", warnings=["Look & see"], **given)
+    check(page)
+    assert "<script" not in page
+    assert '<p class="warning">Look &amp; see</p>' in page
+    assert page.index("Look &amp; see") < page.index("mass in the batch")
+    for words in ("suspected false negatives an anchor", "gradient of infonce: direction", f"{seen.own_first:.1%}"):
+        assert words in page
+    pair = seen.suspects[0]
+    for side, row in (("anchor", pair.row), ("positive", pair.row), ("positive", pair.other)):
+        assert f"row {row}: {side} {row} &lt;script" in page
+    assert "long " * 50 not in page  # texts are cut
+    assert "Not shown" not in page
+
+
+def test_a_page_without_embeddings_and_texts(mined):
+    plan, _, _ = mined
+    missing = ["Texts: give --data & more."]
+    page = render_plan_page(
+        plan, title="Plan", tables={"Plan": plan_sizes(plan)}, warnings=[], inspections={}, missing=missing
+    )
+    check(page)
+    assert "<li>Texts: give --data &amp; more.</li>" in page
+    assert "row 0: " in page
+    assert "row 15: " in page
+    random = BatchPlan.random(60, 8)
+    page = render_plan_page(random, title="Plan", tables={}, warnings=[], inspections={})
+    assert "nothing was chosen" in page
