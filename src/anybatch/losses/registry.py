@@ -46,7 +46,7 @@ METHODS: dict[str, str] = {
 # Parameters that no file sets: the run knows them, or no other value than the default won in a benchmark (docs/log.md).
 IN_PYTHON_ONLY = (
     *("num_rows", "normalize", "tile_bytes", "min_temperature", "seed", "hidden"),
-    *("centred", "corrected", "mean_rows", "max_staleness"),
+    *("centred", "mean_rows"),
     *("temperature_momentum", "temperature_clip", "margin_momentum", "threshold_lr", "burn_in", "bias"),
 )
 FIRST_TEMPERATURE = 0.05  # to look at data with, for a loss that has none
