@@ -31,7 +31,6 @@ from anybatch.losses import ContrastiveLoss, CountCorrectedInfoNCE, SogCLR
 from anybatch.losses.rows import RowTable
 from anybatch.losses.warm_start import warm_start
 from anybatch.plans.plan import BatchPlan
-from benchmarks.global_training import batches
 from benchmarks.small_models import WIDTH, PairModel, Split, Task, evaluate, load_task
 
 TAU, BATCH, ROWS, SEEDS = 0.05, 64, 6000, (0, 1)
@@ -162,7 +161,8 @@ def _steps(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (total / 10), (total - step) / (total * 0.9))
     )
-    for step, batch in enumerate(batches(plan, total), start=1):
+    epochs_of = (plan.epoch_batches(epoch) for epoch in range(epochs))
+    for step, batch in enumerate(itertools.chain.from_iterable(epochs_of), start=1):
         sides, known = model(train, batch), table.arguments(torch.from_numpy(batch))
         value = loss(*sides, **known)
         optimizer.zero_grad()

@@ -31,7 +31,7 @@ SETTINGS = {
 PREFIXES = {"matryoshka": ("isogclr", 2), "matryoshka nuclr": ("nuclr", 3)}
 NAMES = [*TABLE, *PREFIXES]
 # The buffers with an entry a row, named here a second time so that one forgotten by the library shows.
-PER_ROW = {"log_mean", "made_at", "log_weight", "values", "velocity", "states"}
+PER_ROW = {"log_mean", "made_at", "log_weight", "values", "velocity"}
 
 
 def of_the_size(loss):

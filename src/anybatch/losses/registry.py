@@ -280,14 +280,13 @@ def _build(config: LossConfig, num_rows: int, width: int | None) -> ContrastiveL
     """One loss; `width` is that of the prefix which it is for, None for whole embeddings."""
     arguments = config.options
     for name, option in options_of(config.name).items():
-        if (option.default is inspect.Parameter.empty or name == "dimensions") and width is not None:
+        if option.default is inspect.Parameter.empty and width is not None:  # it needs that of its embeddings
             if arguments[name] is not None:
                 raise AnybatchError(
                     f"{name} is {arguments[name]} and loss.matryoshka {list(config.matryoshka or ())}, which says the "
                     f"widths already. Leave out loss.{name}."
                 )
-            if option.default is inspect.Parameter.empty:  # it needs to know the width of its embeddings
-                arguments[name] = width
+            arguments[name] = width
     steps = arguments.pop("gamma_steps", None)
     if steps is not None:
         arguments["gamma"] = GammaSchedule(arguments["gamma"], num_steps=steps)
