@@ -15,8 +15,9 @@ Budgets: "pairs", as many training pairs for every batch size (`PASSES`); "steps
 Transformers see LARGE pairs of 32 tokens once, and search 500 queries in some 2,000 documents.
 
 An arm is BATCHES/LOSS, see `BATCHES` and `LOSSES`. Mined batches have inclusion weights under every loss that is
-corrected; "+half": large clusters, and as many independent rows beside them. `fresh` is no method but a ceiling: a
-memory of 1,024 random rows, embedded anew at every step. Temperatures are the task's for all arms.
+corrected, and ours have suspected pairs masked; "+half": large clusters, and as many independent rows beside them.
+`fresh` is no method but a ceiling: a memory of 1,024 random rows, embedded anew at every step. Temperatures are the
+task's for all arms.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ LARGE = 6_000  # pairs that a transformer is trained on
 BATCHES: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "mixing": "mixed"},
     "within": {"method": "random"},
-    "published": {"method": "published", "window": (30, 100)},
-    "ours-hand": {"window": (5, 64), "margin": None},
-    "ours-hand+half": {"window": (5, 64), "margin": None},
-    "ours-hand+negatives": {"window": (5, 64), "margin": None, "num_negatives": 2},
-    "published+negatives": {"method": "published", "window": (30, 100), "num_negatives": 2},
+    "published": {"method": "published"},
+    "published+negatives": {"method": "published", "num_negatives": 2},
+    "ours": {},
+    "ours+half": {},
+    "ours+negatives": {"num_negatives": 2},
 }
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "infonce": ("infonce", {}),
@@ -69,11 +70,11 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "sogclr-relative": ("sogclr", {"state": "relative"}),  # as it was: and the positive as minus the sum
     "fresh": ("cross_batch", {"memory_size": FRESH, "centred": False}),
 }
-MAIN = ("random/infonce", "random/corrected", "random/cross_batch", "ours-hand/infonce", "ours-hand/corrected")
+MAIN = ("random/infonce", "random/corrected", "random/cross_batch", "ours/infonce", "ours/corrected")
 REST = (
-    *("published/infonce", "published/corrected", "ours-hand/cross_batch", "random/sogclr", "random/sogclr-relative"),
-    *("ours-hand+negatives/infonce", "ours-hand+negatives/corrected", "ours-hand+negatives/cross_batch"),
-    *("ours-hand+half/infonce", "ours-hand+half/corrected", "published+negatives/infonce", "random/fresh"),
+    *("published/infonce", "published/corrected", "ours/cross_batch", "random/sogclr", "random/sogclr-relative"),
+    *("ours+negatives/infonce", "ours+negatives/corrected", "ours+negatives/cross_batch"),
+    *("ours+half/infonce", "ours+half/corrected", "published+negatives/infonce", "random/fresh"),
 )
 WITHIN = ("within/infonce", "within/corrected", "within/cross_batch")  # of the mixture: elsewhere it is "random"
 TASKS = ("arxiv", "docstrings", "snli", "scifact", "emoji", "mixture")
@@ -122,9 +123,8 @@ class Study:
         """The batches of an arm; of one with independent rows, the mined half of them."""
         task, settings = self.task(name), dict(BATCHES[batches])
         half = batches.endswith("+half")
-        if settings.get("method") != "random":
-            large = half or settings.get("method") == "published"
-            settings["cluster_size"] = min(32, batch_size // 2) if large else max(2, batch_size // 16)
+        if half or settings.get("method") == "published":
+            settings["cluster_size"] = min(32, batch_size // 2)
         if half:
             batch_size //= 2
         config = MiningConfig(batch_size=batch_size, **settings)
@@ -182,6 +182,7 @@ class Study:
             negative_id=task.ids["positive_id"][negatives],
             plan=plan,
             weights="inclusion" if corrected and not half else "none",
+            mask_suspects=batches.startswith("ours"),
         )
         halves = Halves(plan) if half else None
         loss = registry.make_loss(method, len(task), temperature=task.temperature, direction=task.direction, **settings)
@@ -225,6 +226,8 @@ class Study:
         return {
             **{split: round(figure, 5) for split, figure in figures.items()},
             "steps": steps,
+            "cluster_size": plan.cluster_size,
+            "window": [plan.meta.get(name) for name in ("skip", "take", "margin")],
             "rows": len(task),
             "train_seconds": round(trained, 2),
             "seconds": round(time.perf_counter() - begun, 2),

@@ -20,11 +20,11 @@ DRAWN = {
     "random/infonce": "InfoNCE",
     "random/corrected": "count-corrected",
     "random/cross_batch": "cross-batch",
-    "{ours}/infonce": "ours, InfoNCE",
-    "{ours}/corrected": "ours, corrected",
+    "ours/infonce": "ours, InfoNCE",
+    "ours/corrected": "ours, corrected",
 }
 # What is recommended to each student (docs/methods.md): it must not be worse than InfoNCE anywhere.
-RECOMMENDED = {"small": "random/cross_batch", "words": "random/cross_batch", "layers1": "{ours}/infonce"}
+RECOMMENDED = {"small": "random/cross_batch", "words": "random/cross_batch", "layers1": "ours/infonce"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +74,11 @@ class Results:
             for where, (tests, edge) in found.items()
         }
         arms = {arm for _, _, _, arm, _ in self.figures}
-        self.ours = "ours" if any(arm.startswith("ours/") for arm in arms) else "ours-hand"
         self.arms = sorted(arms, key=lambda arm: (arm.split("/")[1], arm))
 
     def of(self, student: str, task: str, arm: str, size: int, budget: str = "pairs") -> Figure | None:
         """A cell's figure, if it is done."""
-        return self.figures.get((student, budget, task, arm.format(ours=self.ours), size))
+        return self.figures.get((student, budget, task, arm, size))
 
     def base(self, task: str, loss: str) -> str:
         """Random batches, within one task each."""
@@ -149,17 +148,17 @@ def _aims(results: Results, students: Sequence[str]) -> str:
             return None if None in found else max(found, key=lambda f: f.mean)  # pyright: ignore
 
         for loss in ("infonce", "corrected", "cross_batch"):
-            pairs = {t: (cell(t, f"{{ours}}/{loss}"), cell(t, f"random/{loss}")) for t in single}
+            pairs = {t: (cell(t, f"ours/{loss}"), cell(t, f"random/{loss}")) for t in single}
             rows.append(
                 [student, f"mined > random within task, {loss}, at 64, on 3 of {len(single)}", *_verdict(pairs, 3)]
             )
         for budget in ("pairs", "steps"):
             for loss in ("infonce", "corrected") if large else ():
-                pairs = {t: (cell(t, f"{{ours}}/{loss}"), cell(t, "random/infonce", 1024, budget)) for t in large}
+                pairs = {t: (cell(t, f"ours/{loss}"), cell(t, "random/infonce", 1024, budget)) for t in large}
                 name = f"mined ({loss}) at 64 >= InfoNCE at 1,024, equal {budget}, on 3"
                 rows.append([student, name, *_verdict(pairs, 3, at_least=True)])
-        together = "{ours}+negatives/cross_batch"
-        levers = ("{ours}/infonce", "{ours}/corrected", "random/corrected", "random/cross_batch")
+        together = "ours+negatives/cross_batch"
+        levers = ("ours/infonce", "ours/corrected", "random/corrected", "random/cross_batch")
         pairs = {t: (cell(t, together), best(t, levers)) for t in single}
         rows.append([student, "everything together >= best single lever, on 4", *_verdict(pairs, 4, at_least=True)])
         pairs = {t: (cell(t, "random/sogclr"), cell(t, "random/corrected")) for t in ("docstrings", "snli")}
@@ -168,7 +167,7 @@ def _aims(results: Results, students: Sequence[str]) -> str:
         pairs = {
             f"{t} {size}": (cell(t, recipe, size), cell(t, results.base(t, "infonce"), size)) for t, size in places
         }
-        name = f"{recipe.format(ours=results.ours)} nowhere below InfoNCE by one error"
+        name = f"{recipe} nowhere below InfoNCE by one error"
         rows.append([student, name, *_verdict(pairs, len(pairs), at_least=True, errors=1.0)])
     return markdown_table(["student", "aim", "verdict", "higher", "lower", "tasks (difference)"], rows)
 
@@ -256,8 +255,9 @@ def _drawing(results: Results, student: str = "small", budget: str = "pairs") ->
             x = at(size, low).split(",")[0]
             parts.append(f'<text x="{x}" y="{y0 + deep + 14}" text-anchor="middle">{size:,}</text>')
         for number, points in enumerate(series):
+            aside = f'transform="translate({(number - 2) * 3} 0)"'  # so that no error bar hides another
             line = " ".join(at(size, figure.mean) for size, figure in points)
             bars = "".join(f"M{at(s, f.mean - f.error)}L{at(s, f.mean + f.error)}" for s, f in points)
-            style = f'fill="none" stroke="{COLOURS[number]}"'
+            style = f'{aside} fill="none" stroke="{COLOURS[number]}"'
             parts.append(f'<polyline points="{line}" {style} stroke-width="2"/><path d="{bars}" {style}/>')
     return "".join([*parts, "</svg>\n"])

@@ -90,10 +90,10 @@ def call(monkeypatch, folder, *arguments):
 
 def test_every_task_and_arm_runs_and_resumes(data, monkeypatch):
     small = ["--students", "small", "--sizes", "16", "--budgets", "pairs", "--steps", "1"]
-    lines = call(monkeypatch, data, *small, "--arms", "random/infonce", "ours-hand/corrected", "within/cross_batch")
+    lines = call(monkeypatch, data, *small, "--arms", "random/infonce", "ours/corrected", "within/cross_batch")
     assert {line["task"] for line in lines} == set(study.TASKS)
     for task in study.TASKS:
-        for arm in ("random/infonce", "ours-hand/corrected"):
+        for arm in ("random/infonce", "ours/corrected"):
             runs = [line for line in lines if (line["task"], line["arm"]) == (task, arm)]
             rates = {line["rate"] for line in runs}
             assert 3 <= len(rates) <= 5
@@ -101,7 +101,7 @@ def test_every_task_and_arm_runs_and_resumes(data, monkeypatch):
     assert {line["task"] for line in lines if line["arm"] == "within/cross_batch"} == {"mixture"}
     before = (data / "study.jsonl").read_bytes()
     (data / "study.jsonl").write_bytes(before[:-30])  # a kill in the middle of a line loses one run
-    again = call(monkeypatch, data, *small, "--arms", "random/infonce", "ours-hand/corrected", "within/cross_batch")
+    again = call(monkeypatch, data, *small, "--arms", "random/infonce", "ours/corrected", "within/cross_batch")
     drop = ("seconds", "train_seconds")
     kept = [{key: value for key, value in line.items() if key not in drop} for line in lines]
     assert len(again) == len(lines)
@@ -189,7 +189,7 @@ def lines_of(**figures):
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.1, "held"), (0.0005, "not held"), (-0.1, "not held")])
 def test_aims_are_read_off_the_lines(gain, verdict, tmp_path):
-    lines = lines_of(**{"random/infonce": 0.3, "ours-hand/infonce": 0.3 + gain})
+    lines = lines_of(**{"random/infonce": 0.3, "ours/infonce": 0.3 + gain})
     tasks = ("arxiv", "snli", "emoji")
     asked = [("small", "pairs", task, "random/infonce", 64) for task in tasks]
     study_report.write(lines, seeds=(0, 1, 2), tasks=tasks, asked=asked, out=tmp_path)

@@ -82,10 +82,11 @@ def test_mining_with_a_model_and_looking_at_the_plan(saved, clip_folder, tmp_pat
     assert "[image 20x20, row " in re.sub("<img[^>]*>", "", small)
 
 
-def test_prompts_are_for_texts(saved, tmp_path):
-    for prompt in ("model.anchor_prompt=see", "teacher.anchor_prompt=see"):
+def test_prompts_are_for_texts(saved, clip_folder, tmp_path):
+    teacher = f"teacher.name={clip_folder}"
+    for given in (["model.anchor_prompt=see", *vectors(tmp_path)], ["teacher.anchor_prompt=see", teacher]):
         with pytest.raises(AnybatchError, match=r"anchor_prompt is set, and the anchors are images"):
-            run("mine", *settings(saved, tmp_path / "run", *vectors(tmp_path), prompt))
+            run("mine", *settings(saved, tmp_path / "run", *given))
         assert not (tmp_path / "run").exists()
 
 

@@ -83,7 +83,7 @@ def test_figures_equal_a_loop(kind):
                 mass = {j: np.exp(scores[row, j] / TAU) for j in negatives}
                 inside = [j for j in negatives if plan.cluster[j] == plan.cluster[row] >= 0]
                 beside = [j for j in negatives if j in rows | brought]
-                masked = [j for j in inside if (row, j) in suspected]
+                masked = [j for j in negatives if (row, j) in suspected]
                 sums += [sum(mass[j] for j in part) / sum(mass.values()) for part in (inside, beside, masked)]
                 high = [j for j in negatives if 0 < MARGIN * scores[row, row] <= scores[row, j]]
                 near, near_all = near + len(set(high) & set(beside)), near_all + len(high)
@@ -142,7 +142,7 @@ def mined():
     anchors, positives = embeddings(120, width=32)
     plan = clusters(120, 8, 16, suspects=np.array([[0, 15], [3, 33]], np.int32))
     seen = inspect_plan(plan, anchors, positives)[""]
-    gradients = PlanGradients.measure(FrozenPairs.prepare(anchors, positives), plan, LossConfig(), num_batches=28)
+    gradients = PlanGradients.measure(FrozenPairs.prepare(anchors, positives), plan, LossConfig(name="infonce"), num_batches=28)
     quiet = replace(seen, own_first=0.9, planned=replace(seen.planned, suspects=0.1, in_batch=0.9))
     equal = replace(gradients, planned=gradients.random)
     return plan, quiet, equal
@@ -177,7 +177,7 @@ def test_a_plan_of_alike_anchors_loses_in_the_parameter_gradient():
     plan = BatchPlan(
         num_rows=240, batch_size=8, cluster_size=8, cluster=np.arange(240, dtype=np.int32) // 8, seed=0, data_digest=""
     )
-    measured = PlanGradients.measure(FrozenPairs.prepare(*sides, temperature=0.1), plan, LossConfig(), num_batches=60)
+    measured = PlanGradients.measure(FrozenPairs.prepare(*sides, temperature=0.1), plan, LossConfig(name="infonce"), num_batches=60)
     assert measured.planned.noise > measured.random.noise
     assert measured.loses
 

@@ -16,8 +16,9 @@ def command(options: RunOptions, resume: ResumeOption = False) -> None:
     from anybatch.run.folder import open_run
     from anybatch.run.make_plan import check_start, make_plan
     from anybatch.run.read_data import read_training_pairs
+    from anybatch.run.recipe import with_recipe
 
-    config = options.resolve(resume=resume)
+    config = with_recipe(options.resolve(resume=resume))
     with launched_ranks():
         pairs = read_training_pairs(config)
         if not resume:

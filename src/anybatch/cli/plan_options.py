@@ -73,7 +73,7 @@ class PlanSources:
         self.config = load_config(RunConfig, written) if written.exists() else None
         self.path = folder / "plan.safetensors" if options.path.is_dir() else options.path
         self.plan = BatchPlan.load(self.path)
-        self.loss = LossConfig() if self.config is None else self.config.loss
+        self.loss = LossConfig(name="infonce") if self.config is None else self.config.loss
         given = options.temperature
         self.temperature = first_temperature(self.loss) if given is None else given
         self.direction: Any = getattr(self.loss.example(), "direction", "one_way")

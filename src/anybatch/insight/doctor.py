@@ -16,6 +16,7 @@ from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.run.config import RunConfig
 from anybatch.run.read_data import read_training_pairs
+from anybatch.run.recipe import with_recipe
 from anybatch.run.try_step import first_inputs
 
 
@@ -41,6 +42,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
         raise AnybatchError(
             f"The check was asked for {num_rows} rows; it needs at least 8 to split them into micro-batches."
         )
+    config = with_recipe(config)
     pairs = read_training_pairs(config)
     rows = min(num_rows, len(pairs))
     model = load_model(config.model).train()

@@ -85,7 +85,7 @@ class GradientError:
     @property
     def bias_to_remove(self) -> bool:
         """Whether the mean over batches points elsewhere than the full-data gradient."""
-        return self.cosine + 2 * self.cosine_se < STRAIGHT
+        return not self.cosine + 2 * self.cosine_se >= STRAIGHT  # NaN, where noise hides the mean, counts as elsewhere
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

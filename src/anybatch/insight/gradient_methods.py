@@ -66,7 +66,7 @@ class GradientComparison:
     Example:
         >>> import numpy as np
         >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)))
-        >>> compare_methods(pairs, BatchPlan.random(32, 8), methods=[LossConfig()]).recommended.method
+        >>> compare_methods(pairs, BatchPlan.random(32, 8), methods=[LossConfig(name="infonce")]).recommended.method
         'infonce'
     """
 
@@ -193,9 +193,11 @@ ERRORS = {
 
 
 def error_cells(error: GradientError) -> list[str]:
-    """The figures of `ERRORS`."""
-    names = ("epoch_error", "cosine", "bias", "noise")
-    return [f"{getattr(error, name):.2f} ± {getattr(error, f'{name}_se'):.2f}" for name in names]
+    """The figures of `ERRORS`, with their standard errors."""
+    figures = [
+        (getattr(error, name), getattr(error, f"{name}_se")) for name in ("epoch_error", "cosine", "bias", "noise")
+    ]
+    return [f"{value:.2f} ± {se:.2f}" if math.isfinite(value + se) else "hidden by noise" for value, se in figures]
 
 
 def recommendation(comparison: GradientComparison) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import sparse
 
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs, GradientError
@@ -48,7 +49,7 @@ class BatchMass:
 
     Attributes:
         in_cluster, in_batch: Share in the anchor's own cluster, and in its batch, hard negatives included.
-        masked: Share in its cluster that the plan suspects to be false negatives, which `loss.mask_suspects` removes.
+        masked: Share that the plan suspects to be false negatives, wherever it is; `loss.mask_suspects` removes it.
         suspects: Negatives in the batch that score above `MARGIN` of the own positive.
     """
 
@@ -97,7 +98,7 @@ class PlanGradients:
         >>> plan = BatchPlan(
         ...     num_rows=32, batch_size=8, cluster_size=4, cluster=clusters, seed=0, data_digest=""
         ... )
-        >>> PlanGradients.measure(pairs, plan, LossConfig()).loss
+        >>> PlanGradients.measure(pairs, plan, LossConfig(name="infonce")).loss
         'infonce'
     """
 
@@ -195,7 +196,7 @@ def _inspect_set(
     placed = members[home[members] >= 0]
     chosen = np.sort(np.random.default_rng(seed).choice(placed, min(num_anchors, len(placed)), replace=False))
     positives = _unit(sides[1][members])
-    suspected = _pair_keys(plan)
+    suspected = _suspected(plan)
     sums, pairs, near, above, first = np.zeros(3), [], 0, 0, 0
     height = max(1, BLOCK // len(members))
     for start in range(0, len(chosen), height):
@@ -214,9 +215,7 @@ def _inspect_set(
             for place, row in enumerate(rows):
                 brought = plan.negatives[batches[home[row]]]
                 in_batch[place] |= np.isin(members, brought[brought >= 0])
-        line, column = np.nonzero(in_cluster)
-        listed = np.isin(rows[line] * plan.num_rows + members[column], suspected)
-        masked = float(mass[line, column][listed].sum())
+        masked = float(mass[suspected[rows][:, members].nonzero()].sum())
         sums += [float(mass[in_cluster].sum()), float(mass[in_batch].sum()), masked]
         ratio = np.where(negative & (own > 0), scores / own, -np.inf)
         first += int((best[:, 0] <= own[:, 0]).sum())
@@ -250,12 +249,11 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def _pair_keys(plan: BatchPlan) -> np.ndarray:
-    """Keys row * n + other of the plan's suspected pairs, in both orders."""
-    if plan.suspects is None:
-        return np.zeros(0, np.int64)
-    first, second = plan.suspects.astype(np.int64).T
-    return np.concatenate([first * plan.num_rows + second, second * plan.num_rows + first])
+def _suspected(plan: BatchPlan) -> sparse.csr_matrix:
+    """(n, n) where the plan suspects a pair, in both orders."""
+    pairs = np.zeros((0, 2), np.int32) if plan.suspects is None else plan.suspects
+    rows, others = np.concatenate([pairs, pairs[:, ::-1]]).T
+    return sparse.csr_matrix((np.ones(len(rows), bool), (rows, others)), shape=(plan.num_rows, plan.num_rows))
 
 
 def _most_suspected(pairs: Sequence[tuple[int, int, float]], positive_id: np.ndarray) -> list[RowPair]:
@@ -306,7 +304,7 @@ def set_figures(seen: PlanInspection) -> list[Figure]:
             "mass in the cluster", "in_cluster", f"Share {mass} that is in the anchor's own cluster, in every epoch."
         ),
         share("mass in the batch", "in_batch", f"Share {mass} that its batch holds: what mining is for."),
-        share("mass masked", "masked", "Share that mining suspects in its cluster, which loss.mask_suspects removes."),
+        share("mass masked", "masked", "Share that mining suspects of being right, which loss.mask_suspects removes."),
         (
             "suspected false negatives an anchor",
             f"{plan.suspects:.2f}",

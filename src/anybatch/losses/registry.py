@@ -43,6 +43,9 @@ METHODS: dict[str, str] = {
     "auc_cl": "anybatch.family.pairwise.AUCCL",
     "debiased": "anybatch.family.debiased.DebiasedInfoNCE",
 }
+AUTO = "auto"  # a method by rule: the run, which knows its data, says which (`LossConfig.named`)
+# Options of every method that the rule may choose: given beside "auto" they hold for it.
+AUTO_OPTIONS = ("temperature", "learnable_temperature", "direction", "mask_margin")
 # Parameters that no file sets: the run knows them, or no other value than the default won in a benchmark (docs/log.md).
 IN_PYTHON_ONLY = (
     *("num_rows", "normalize", "tile_bytes", "min_temperature", "seed", "hidden"),
@@ -72,6 +75,9 @@ def method_of(name: str) -> type[ContrastiveLoss]:
 @functools.cache
 def options_of(name: str) -> dict[str, Option]:
     """What a file can set of a method: its constructor's parameters that are numbers, words, truth values or lists."""
+    if name == AUTO:
+        shared = options_of("infonce")
+        return {key: shared[key] for key in AUTO_OPTIONS}
     method = method_of(name)
     hints = typing.get_type_hints(method.__init__, include_extras=True)
     parameters = {
@@ -109,7 +115,7 @@ class LossConfig(Configuration):
     its options.
 
     Attributes:
-        name: The method, see docs/methods.md.
+        name: The method, see docs/methods.md; "auto": the recommended one, see docs/recipe.md.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact
             weight.
@@ -127,7 +133,7 @@ class LossConfig(Configuration):
     True
     """
 
-    name: str = "infonce"
+    name: str = AUTO
     weights: Literal["none", "inclusion"] = "none"
     weight_cap: Annotated[float, Range(1)] | None = None
     mask_suspects: bool = False
@@ -138,7 +144,7 @@ class LossConfig(Configuration):
 
     if TYPE_CHECKING:
 
-        def __init__(self, *, name: str = "infonce", **options: Any) -> None: ...
+        def __init__(self, *, name: str = AUTO, **options: Any) -> None: ...
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -156,13 +162,18 @@ class LossConfig(Configuration):
         Raises:
             AnybatchError: No such method, or a setting of another one.
         """
-        name = convert(Literal[tuple(METHODS)], given.get("name", "infonce"), "loss.name")
+        name = convert(Literal[(AUTO, *METHODS)], given.get("name", AUTO), "loss.name")
         kind = _class_of(name)
         known = {field.name for field in dataclasses.fields(kind)}
         for key in sorted(key for key in given if key not in known):
             knowing = ", ".join(sorted(other for other in METHODS if key in options_of(other)))
-            if key in method_of(name).lacks:
+            if name != AUTO and key in method_of(name).lacks:
                 raise AnybatchError(f"loss.{key} is given, and '{name}' {method_of(name).lacks[key]}. Remove it.")
+            if knowing and name == AUTO:
+                raise AnybatchError(
+                    f"loss.{key} is given, which the recommended loss ('auto') does not have: it is for {knowing}. Say "
+                    "which of them with loss.name, or remove it."
+                )
             if knowing:
                 raise AnybatchError(
                     f"loss.{key} is given, which '{name}' does not know: it is for {knowing}. "
@@ -171,10 +182,16 @@ class LossConfig(Configuration):
             raise unknown_key("loss." + key, key, sorted(known))
         return kind
 
+    def named(self, name: str, **matching: Any) -> LossConfig:
+        """The method that a rule chose, with what was given beside "auto"; `matching` holds for what was not given."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        standing = {key: value for key, value in given.items() if value == getattr(LossConfig(), key)}
+        return LossConfig(**{**given, **{key: matching[key] for key in matching if key in standing}, "name": name})
+
     @property
     def method(self) -> type[ContrastiveLoss]:
-        """The class of the method."""
-        return method_of(self.name)
+        """The class of the method; of "auto" plain InfoNCE, which shares its options."""
+        return method_of("infonce" if self.name == AUTO else self.name)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -215,7 +232,7 @@ class LossConfig(Configuration):
 
     def _check_shared(self, example: ContrastiveLoss) -> None:
         """What the method does not define of the options that all methods share."""
-        if self.weights == "inclusion" and not example.inclusion:
+        if self.weights == "inclusion" and self.name != AUTO and not example.inclusion:
             raise AnybatchError(
                 f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own."
                 " Use loss.name=count_corrected (no memory) or sogclr."
@@ -261,7 +278,13 @@ def first_temperature(config: LossConfig) -> float:
 
 
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:
-    """The Module that `config` names, for a data set of `num_rows` rows."""
+    """The Module that `config` names, for a data set of `num_rows` rows.
+
+    Raises:
+        AnybatchError: It names "auto", which only a run can settle.
+    """
+    if config.name == AUTO:
+        raise AnybatchError("loss.name is 'auto', which a run settles when it has read its data. Name a method here.")
     if config.matryoshka is not None:
         losses = [_build(config, num_rows, width) for width in config.matryoshka]
         return Matryoshka(losses, config.matryoshka)
@@ -290,4 +313,4 @@ def _build(config: LossConfig, num_rows: int, width: int | None) -> ContrastiveL
     steps = arguments.pop("gamma_steps", None)
     if steps is not None:
         arguments["gamma"] = GammaSchedule(arguments["gamma"], num_steps=steps)
-    return make_loss(config.name, num_rows, **arguments)
+    return make_loss("infonce" if config.name == AUTO else config.name, num_rows, **arguments)

@@ -28,7 +28,7 @@ class MiningConfig(Configuration):
         method: "anybatch" (union of windows, recursive bisection, search by exchanges with conflicts), "published" (B3
             as released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal
             sizes, which plans need), "random"; to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth"
-            (GCBS), "loss_ordered" (OSGD under the teacher).
+            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run without a teacher "random".
         batch_size: Rows of a batch, over all ranks.
         cluster_size: Rows that sit together; the batch is a multiple of it. "auto": so many that a batch has 16
             clusters or more, 2 to 32; 32 for "published".
@@ -48,7 +48,7 @@ class MiningConfig(Configuration):
         16
     """
 
-    method: Literal["anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "anybatch"
+    method: Literal["auto", "anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "auto"
     batch_size: Count = 64
     cluster_size: Literal["auto"] | Annotated[int, Range(2)] = "auto"
     window: RankWindow = "auto"
@@ -68,7 +68,7 @@ class MiningConfig(Configuration):
                 f"mining.num_negatives is {self.num_negatives}, and mining.method 'random' ranks nothing to draw them "
                 "from. Remove it, or choose another method."
             )
-        if self.method != "anybatch" and self.conflict_weight not in ("auto", 0.0):
+        if self.method not in ("auto", "anybatch") and self.conflict_weight not in ("auto", 0.0):
             raise AnybatchError(
                 f"mining.conflict_weight is {self.conflict_weight}, and mining.method '{self.method}' has no conflict "
                 "term. Remove it, or choose method 'anybatch'."
@@ -79,9 +79,10 @@ class MiningConfig(Configuration):
         """The same with numbers for "auto", but for the window, which depends on the data (`window_for`)."""
         published = self.method == "published"
         numbers = {
+            "method": "anybatch",
             "cluster_size": auto_cluster_size(self.batch_size, MOST if published else self.batch_size // 16),
             "margin": None if published else MARGIN,
-            "conflict_weight": CONFLICT_WEIGHT if self.method == "anybatch" else 0.0,
+            "conflict_weight": CONFLICT_WEIGHT if self.method in ("auto", "anybatch") else 0.0,
         }
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return SettledConfig(**given | {name: value for name, value in numbers.items() if given[name] == "auto"})
@@ -97,6 +98,7 @@ class SettledConfig(MiningConfig):
         (32, None, 0.0)
     """
 
+    method: Literal["anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "anybatch"
     cluster_size: Annotated[int, Range(2)] = MOST
     margin: NotNegative | None = MARGIN
     conflict_weight: Annotated[float, Range(0, 1e6)] = CONFLICT_WEIGHT

@@ -18,6 +18,7 @@ from anybatch.run.folder import open_run, read_record, run_digest
 from anybatch.run.hard_negatives import with_mined_negatives
 from anybatch.run.make_plan import check_start, make_plan
 from anybatch.run.read_data import read_held_out, read_training_pairs
+from anybatch.run.recipe import with_recipe
 from anybatch.run.train_model import save_model, train_on_plan
 from anybatch.run.try_step import try_step
 
@@ -37,6 +38,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         progress = progress if distributed.rank() == 0 else no_progress
 
         # 1. Read everything before the folder is touched: bad input leaves nothing behind.
+        config = with_recipe(config)
         pairs = read_training_pairs(config)
         check_shared_equally(config.batch_size)
         held_out = read_held_out(config)

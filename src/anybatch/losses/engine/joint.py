@@ -82,17 +82,17 @@ def joint_softmax_loss(
             f"joint has doc_to_doc, and the batch {num_columns - num_rows} explicit negatives for {num_rows} anchors; "
             "expected the same number for each, so that a text's own are known: they are not its negatives."
         )
-    counts = {"query_to_query": sum(row_sizes) - 1, "doc_to_query": sum(row_sizes) - 1}
-    counts["doc_to_doc"] = num_drawn - own_negatives
     normalised = side.log_weight is not None and side.log_weight.normalised
-    weights = {
-        kind: math.log(max(1, num_drawn) / max(1, count)) if over_data and not normalised else 0.0
-        for kind, count in counts.items()
-        if kind in kinds
-    }
-    of_kinds = [
-        [weights.get("query_to_query", -math.inf), 0.0],
-        [weights.get("doc_to_query", -math.inf), weights.get("doc_to_doc", -math.inf)],
+
+    def weight_of(kind: Kind, count: int) -> float:
+        if kind not in kinds:
+            return -math.inf
+        return math.log(max(1, num_drawn) / max(1, count)) if over_data and not normalised else 0.0
+
+    other_anchors, other_texts = sum(row_sizes) - 1, num_drawn - own_negatives
+    weights = [
+        [weight_of("query_to_query", other_anchors), 0.0],
+        [weight_of("doc_to_query", other_anchors), weight_of("doc_to_doc", other_texts)],
     ]
     # 2. The records of rows and candidates.
     known = side.log_weight or LogWeights(queries=Examples(), candidates=Examples())
@@ -106,7 +106,7 @@ def joint_softmax_loss(
     log_weight = LogWeights(
         queries=as_anchor.followed_by(positives) if twice else as_anchor,
         candidates=positives.followed_by(as_anchor).followed_by(negatives),
-        terms=(Kinds(torch.tensor(of_kinds, dtype=torch.float64, device=device), known.terms, normalised),),
+        terms=(Kinds(torch.tensor(weights, dtype=torch.float64, device=device), known.terms, normalised),),
     )
     # 3. The engine.
     texts = candidates[:num_rows]
