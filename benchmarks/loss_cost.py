@@ -24,7 +24,7 @@ NUM_ROWS = 100_000
 CONFIGS: dict[str, dict[str, object]] = {
     "InfoNCE": {"name": "infonce"},
     "count-corrected": {"name": "count_corrected"},
-    "cross-batch, 1,024 remembered": {"name": "cross_batch"},
+    "cross-batch, 1,024 remembered": {"name": "cross_batch", "memory_size": 1024},
     "SogCLR": {"name": "sogclr"},
     "SCENT": {"name": "scent"},
     "FastCLIP v2": {"name": "fastclip", "version": "v2"},
@@ -34,7 +34,6 @@ CONFIGS: dict[str, dict[str, object]] = {
     "NUCLR": {"name": "nuclr"},
     "GloFND": {"name": "glofnd"},
     "EMC2": {"name": "emc2"},
-    "EMC2, states kept": {"name": "emc2"},
 }
 
 
@@ -87,7 +86,7 @@ def main() -> None:
     def build(direction: str) -> Callable[[str], nn.Module]:
         def make(name: str) -> nn.Module:
             known = dict(CONFIGS[name])
-            if name in ("TempNet", "EMC2, states kept"):
+            if name == "TempNet":
                 known["dimensions"] = width
             return build_loss(LossConfig(**known, direction=direction), num_rows=NUM_ROWS)
 

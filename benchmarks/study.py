@@ -72,7 +72,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "cross_batch": ("cross_batch", {"memory_size": 256}),
     "sogclr": ("sogclr", {}),
     "sogclr-relative": ("sogclr", {"state": "relative"}),  # as it was: and the positive as minus the sum
-    "fresh": ("cross_batch", {"memory_size": FRESH, "centred": False, "max_staleness": None}),
+    "fresh": ("cross_batch", {"memory_size": FRESH, "centred": False}),
 }
 MAIN = (
     *("random/infonce", "random/corrected", "random/cross_batch"),

@@ -149,7 +149,7 @@ def test_a_fresh_memory_of_all_rows_is_the_full_gradient():
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randn(20, 6, generator=generator) for _ in range(2)]
     table = RowTable(np.arange(20), np.arange(20))
-    loss = CrossBatchInfoNCE(20, memory_size=20, centred=False, max_staleness=None, temperature=0.2)
+    loss = CrossBatchInfoNCE(20, memory_size=20, centred=False, temperature=0.2)
     whole, part = ([side.clone().requires_grad_() for side in sides] for _ in range(2))
     CountCorrectedInfoNCE(20, temperature=0.2)(*whole, **table.arguments(torch.arange(20))).backward()
     rows = torch.arange(5)

@@ -168,18 +168,18 @@ class TestGloFND:
 
 
 class TestEMC2:
-    def test_the_mean_gradient_goes_to_that_of_all_the_data(self):
-        """Frozen embeddings, batches of 5 of 20 at a low temperature: the chains are nearer to the truth than the
-        batches are.
+    def test_the_mean_gradient_beside_that_of_all_the_data(self):
+        """Frozen embeddings, batches of 5 of 20 at a low temperature: the chains' mean points nearer to the truth than
+        the batches' does, and is too short, as they stay in earlier batches.
         """
+        temperature = 0.1
         generator = torch.Generator().manual_seed(0)
         n, size = 20, 5
         anchors, candidates = draw(4, n, 0, noise=0.4)
-        exact = torch.autograd.grad(DecoupledInfoNCE(temperature=0.1)(anchors, candidates) * n, anchors)[0]
+        exact = torch.autograd.grad(DecoupledInfoNCE(temperature=temperature)(anchors, candidates) * n, anchors)[0]
         losses = {
-            "chains": EMC2(n, dimensions=WIDTH, temperature=0.1).double(),
-            "without states": EMC2(n, temperature=0.1).double(),
-            "batches": DecoupledInfoNCE(temperature=0.1),
+            "chains": EMC2(n, temperature=temperature).double(),
+            "batches": DecoupledInfoNCE(temperature=temperature),
         }
         total = {name: torch.zeros_like(exact) for name in losses}
         visits = torch.zeros(n, 1, dtype=torch.float64)
@@ -192,10 +192,13 @@ class TestEMC2:
                     total[name][index] += mine.grad
             if step >= 50:
                 visits[index] += 1
-        error = {name: ((value / visits - exact).norm() / exact.norm()).item() for name, value in total.items()}
-        assert error["chains"] < 0.2
-        assert error["batches"] > 2 * error["chains"]
-        assert error["without states"] > error["batches"]  # the documented price of not keeping them
+        means = {name: value / visits for name, value in total.items()}
+        length = {name: (mean.norm() / exact.norm()).item() for name, mean in means.items()}
+        cosine = {
+            name: torch.cosine_similarity(mean.flatten(), exact.flatten(), dim=0).item() for name, mean in means.items()
+        }
+        assert cosine["chains"] > cosine["batches"]
+        assert length["chains"] < 0.7 < length["batches"]
 
     @pytest.mark.parametrize("burn_in", [0.0, 0.5, 0.8])
     def test_the_chain_is_metropolis_hastings(self, burn_in):
@@ -232,9 +235,8 @@ class TestEMC2:
             held = held[math.floor(burn_in * len(held)) :]
             expected = [held.count(j) / len(held) for j in range(columns)]
             assert shares[i].tolist() == pytest.approx(expected, abs=1e-12)
-            assert chain.outside[i].item() == pytest.approx(held.count(None) / len(held), abs=1e-12)
             assert chain.state[i].item() == pytest.approx(state)
-        assert chain.outside[3] == 1  # nothing comes near the state of the fourth row
+        assert shares[3].sum() == 0  # nothing comes near the state of the fourth row
 
     def test_draws_look_uniform(self):
         loss, points = EMC2(4000), torch.zeros(300, 2)
@@ -251,14 +253,12 @@ class TestEMC2:
 
     def test_the_state_is_a_score_that_was_seen(self):
         anchors, candidates = draw(6)
-        loss = EMC2(20, temperature=0.3, dimensions=WIDTH).double()
+        loss = EMC2(20, temperature=0.3).double()
         loss(anchors, candidates, index=torch.arange(7))
         scores, _ = gaps(anchors, candidates)
         for i in range(7):
-            kept = loss.denominator.states[0, i] @ reference.unit(anchors)[i]
-            assert kept.item() / 0.3 == pytest.approx(loss.denominator.log_weight[0, i].item(), rel=1e-10)
             others = torch.cat([scores[i, :i], scores[i, i + 1 :]])
-            assert (others - kept).abs().min() < 1e-12
+            assert (others / 0.3 - loss.denominator.log_weight[0, i]).abs().min() < 1e-12
 
     def test_seeds(self):
         anchors, candidates = draw(7)
@@ -348,8 +348,6 @@ def test_mistakes():
     ):
         with pytest.raises(AnybatchError, match=match):
             make()
-    with pytest.raises(AnybatchError, match="keep embeddings of 3"):
-        EMC2(20, dimensions=3)(*draw(0), index=torch.arange(7))
 
 
 @pytest.mark.parametrize("make", [lambda: family.ISogCLR(20), lambda: family.FastCLIP(20, version="v2")])

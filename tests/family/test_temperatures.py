@@ -22,7 +22,8 @@ class NaiveRobust:
     """tau_i (log(eps + u_i) + rho) in the linear domain, one Python float an example; one direction.
 
     The state is a mean of exp(s_ij / tau_i) and the positive receives u_i / (eps + u_i), or, as released for two
-    modalities, it is a mean of exp((s_ij - s_ii) / tau_i) and the positive receives what the batch's negatives do.
+    modalities, it is a mean of exp((s_ij - s_ii) / tau_i) and the positive receives what the batch's negatives do. When
+    tau_i moves, an absolute state keeps tau_i log u_i.
     """
 
     def __init__(
@@ -41,7 +42,11 @@ class NaiveRobust:
             level = own.item() if self.absolute else 0.0
             terms = [math.exp((scores[i, j] - own).item() / tau) / len(negatives) for j in negatives]
             mean = sum(terms) * math.exp(level / tau)
-            new = mean if row not in self.u else (1 - self.gamma) * self.u[row] + self.gamma * mean
+            new = mean
+            if row in self.u:
+                old, made_at = self.u[row]
+                moved = math.exp(math.log(old) * made_at / tau) if self.absolute else old
+                new = (1 - self.gamma) * moved + self.gamma * mean
             visits.setdefault(row, []).append(new)
             u = new / math.exp(level / tau)
             total = self.eps + u
@@ -53,7 +58,7 @@ class NaiveRobust:
             derivative = math.log(total) + self.rho - logits.item() / tau
             derivatives.setdefault(row, []).append(max(-self.clip, min(self.clip, derivative)))
         for row, values in visits.items():
-            self.u[row] = sum(values) / len(values)
+            self.u[row] = sum(values) / len(values), self.tau[row]
         for row, values in derivatives.items():
             mean = sum(values) / len(values)
             self.velocity[row] = self.momentum * self.velocity[row] + (1 - self.momentum) * mean

@@ -30,18 +30,16 @@ TABLE = {  # the name in the registry, and settings
     "nuclr": ("nuclr", {"gamma": 0.4, "margin_lr": 0.05, "margin_start": 1}),
     "glofnd": ("glofnd", {"gamma": 0.4, "alpha": 0.3, "threshold_start": 1}),
     "emc2": ("emc2", LEARNED),
-    "emc2 with states": ("emc2", LEARNED),
     "cross batch": ("cross_batch", {"memory_size": 11, **LEARNED}),
     "scent": ("scent", {"alpha": 0.3}),
 }
-OF_A_WIDTH = ("tempnet", "emc2 with states")
 
 
 def make(name: str, num_rows: int = ROWS, width: int = WIDTH, **options: object) -> ContrastiveLoss:
     """A loss of the table, with these settings in place of its own."""
     method, settings = TABLE[name]
     settings = {key: copy.deepcopy(value) for key, value in settings.items()}  # a schedule has a position
-    if name in OF_A_WIDTH:
+    if name == "tempnet":
         settings["dimensions"] = width
     return make_loss(method, num_rows, **{**settings, **options})
 

@@ -83,14 +83,12 @@ class Twin:
     batch.
     """
 
-    def __init__(self, world, *, corrected=True, centred=True, both=False, size=SIZE, margin=math.inf):
-        self.world, self.corrected, self.centred, self.both, self.size = world, corrected, centred, both, size
+    def __init__(self, world, *, centred=True, both=False, size=SIZE, margin=math.inf):
+        self.world, self.centred, self.both, self.size = world, centred, both, size
         self.margin = margin
         self.pairs, self.means = [], None
 
     def _shift(self, k):
-        if not self.corrected:
-            return 0.0
         return math.log(N - 1) if self.world.clusters else math.log((N - 1) / max(1, k))
 
     def _direction(self, back, index, queries, others, memory):
@@ -180,7 +178,6 @@ def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
         N,
         memory_size=SIZE,
         temperature=TAU,
-        max_staleness=None,
         direction="both" if both else "one_way",
         tile_bytes=tile_bytes,
     ).double()
@@ -201,15 +198,13 @@ def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
 @pytest.mark.parametrize(
     "options",
     [
-        {"corrected": False},
         {"centred": False},
-        {"corrected": False, "centred": False},
         {"mask_margin": 0.1},
         {"mask_margin": 0.3, "centred": False},
     ],
 )
 def test_options_equal_the_twin(options, direction):
-    settings = {"memory_size": SIZE, "temperature": TAU, "max_staleness": None, "direction": direction}
+    settings = {"memory_size": SIZE, "temperature": TAU, "direction": direction}
     loss = CrossBatchInfoNCE(N, **settings, **options).double()
     margin = options.get("mask_margin", math.inf)
     known = {name: value for name, value in options.items() if name != "mask_margin"}
@@ -223,14 +218,9 @@ def test_options_equal_the_twin(options, direction):
 
 
 @pytest.mark.parametrize("direction", ["one_way", "both"])
-@pytest.mark.parametrize(
-    ("corrected", "plain"), [(True, lambda **k: CountCorrectedInfoNCE(N, **k)), (False, lambda **k: InfoNCE(**k))]
-)
-def test_the_first_batch_is_that_of_the_loss_without_memory(corrected, plain, direction):
-    loss = CrossBatchInfoNCE(
-        N, memory_size=SIZE, temperature=TAU, max_staleness=None, direction=direction, corrected=corrected
-    ).double()
-    other = plain(temperature=TAU, direction=direction).double()
+def test_the_first_batch_is_that_of_the_loss_without_memory(direction):
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, direction=direction).double()
+    other = CountCorrectedInfoNCE(N, temperature=TAU, direction=direction).double()
     anchors, positives, index = draw(0)
     mine, theirs = loss(anchors, positives, index=index), other(anchors, positives, index=index)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
@@ -247,9 +237,7 @@ def test_embeddings_that_stand_still_give_the_gradient_of_all_data(direction):
     """
     generator = torch.Generator().manual_seed(1)
     sides = [unit(torch.randn(N, WIDTH, generator=generator, dtype=torch.float64)) for _ in range(2)]
-    loss = CrossBatchInfoNCE(
-        N, memory_size=N, temperature=TAU, direction=direction, centred=False, max_staleness=None
-    ).double()
+    loss = CrossBatchInfoNCE(N, memory_size=N, temperature=TAU, direction=direction, centred=False).double()
     full = [side.clone().requires_grad_() for side in sides]
     InfoNCE(temperature=TAU, direction=direction)(*full).mul(N).backward()
     for epoch in range(5):
@@ -273,9 +261,7 @@ def test_a_common_drift_is_taken_away(rows, rate):
     points[64 : 64 + rows] -= points[64 : 64 + rows].mean(dim=0)
     drift = torch.arange(8, dtype=torch.float64)
     for centred, expected in ((True, rate * drift), (False, 0 * drift)):
-        loss = CrossBatchInfoNCE(
-            128, memory_size=64, max_staleness=None, centred=centred, normalize=False, temperature=TAU
-        ).double()
+        loss = CrossBatchInfoNCE(128, memory_size=64, centred=centred, normalize=False, temperature=TAU).double()
         loss(points[:64, 0], points[:64, 1], index=torch.arange(64))
         moved = points[64 : 64 + rows] + drift
         index = torch.arange(64, 64 + rows)
@@ -284,7 +270,7 @@ def test_a_common_drift_is_taken_away(rows, rate):
 
 
 def test_explicit_negatives_are_the_batchs_alone():
-    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, max_staleness=None).double()
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU).double()
     anchors, positives, index = draw(0)
     negatives = torch.randn(4, WIDTH, dtype=torch.float64)
     loss(anchors, torch.cat([positives, negatives]), index=index)
@@ -303,7 +289,7 @@ def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
     remembered queries.
     """
     known, negatives = World(ids=True), torch.randn(5, WIDTH, dtype=torch.float64)
-    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, max_staleness=None, direction=direction).double()
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, direction=direction).double()
     anchors, positives, index = draw(0)
     arguments = known.arguments(index)
     arguments["candidate_id"] = torch.cat([arguments["candidate_id"], 100 + torch.arange(5)])
@@ -341,14 +327,12 @@ def test_explicit_negatives_with_log_weights_equal_the_twins_columns(direction):
 
 
 def test_the_pull_of_queries_takes_the_temperature_of_this_moment():
-    loss = CrossBatchInfoNCE(
-        N, memory_size=SIZE, temperature=TAU, max_staleness=None, learnable_temperature=True
-    ).double()
+    loss = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=TAU, learnable_temperature=True).double()
     loss(*draw(0)[:2], index=draw(0)[2])
     with torch.no_grad():
         loss.temperatures.log_temperature.fill_(math.log(0.7))
     loss.eval()  # gradients are wanted in evaluation mode too
-    fixed = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=0.7, max_staleness=None).double()
+    fixed = CrossBatchInfoNCE(N, memory_size=SIZE, temperature=0.7).double()
     fixed.load_state_dict(
         {key: value for key, value in loss.state_dict().items() if key != "temperatures.log_temperature"}
     )
@@ -384,52 +368,6 @@ def test_a_state_of_more_rows_is_refused():
     loss(*draw(0)[:2], index=draw(0)[2])
     with pytest.raises(AnybatchError, match="for 50 rows, this loss for 12"):
         CrossBatchInfoNCE(12, memory_size=SIZE).load_state_dict(loss.state_dict())
-
-
-@pytest.mark.parametrize("direction", ["one_way", "both"])
-def test_what_moved_on_its_own_is_left_out_by_age(direction):
-    """Embeddings jump: what was remembered before is not used; with embeddings that stand still all is. Equal to the
-    shares computed here.
-    """
-    generator = torch.Generator().manual_seed(5)
-    centres = torch.randn(6, WIDTH, generator=generator, dtype=torch.float64)
-
-    def points(row, turn):
-        base = centres[row % 6] + 0.1 * torch.randn(len(row), WIDTH, generator=generator, dtype=torch.float64)
-        return base.roll(turn, 1)
-
-    loss = CrossBatchInfoNCE(400, memory_size=160, temperature=0.1, direction=direction).double()
-    for step in range(4):
-        row = torch.arange(40) + 40 * step
-        loss(points(row, 0), points(row, 0), index=row)
-    assert loss.last_stats["remembered"] == 120
-    still = loss.mean_share.clone()
-    ways = 2 if direction == "both" else 1
-    assert (still[:ways].log() - still[:ways, :1].log()).abs().max() < 0.1
-    row = torch.arange(40) + 160
-    moved = points(row, 2)
-    batch = loss._prepare(moved, moved.clone(), index=row)
-    recalled = loss._recall(batch)
-    places = torch.nonzero(loss.queue.rows >= 0)[:, 0]
-    fresh_group = loss.queue.age_groups(8)[places]
-    used = loss.queue.embeddings[:, places] + recalled.mean[:, None]
-    used = unit(used)
-    for way in range(ways):
-        logits = batch.anchors @ torch.cat([batch.anchors, used[1 - way]]).T / 0.1
-        logits[:, :40].fill_diagonal_(-torch.inf)
-        share = logits.softmax(dim=1) * (39 + 160)
-        now = [share[:, :40].sum() / (40 * 39)] + [share[:, 40:][:, fresh_group == k].mean() for k in range(8)]
-        now = torch.stack(now)
-        assert still[way, 7:].tolist() == [1.0, 1.0]  # the oldest were never old before
-        expected = still[way] + 40 / 640 * (now - still[way])
-        torch.testing.assert_close(recalled.mean_share[way], expected)
-    for step in range(40):
-        row = torch.arange(40) + 40 * ((4 + step) % 10)
-        turned = points(row, step // 2)  # turns on and on
-        loss(turned, turned.clone(), index=row)
-    assert loss.last_stats["remembered"] < 80
-    everything = CrossBatchInfoNCE(400, memory_size=160, temperature=0.1, max_staleness=None).double()
-    assert everything._recall(everything._prepare(moved, moved.clone(), index=torch.arange(40))).mean_share is None
 
 
 def test_a_batch_larger_than_the_memory_leaves_its_last_rows():
@@ -482,7 +420,6 @@ def test_a_new_loss_takes_the_width_of_a_saved_state():
     [
         ({"num_rows": 1}, "num_rows is 1"),
         ({"memory_size": 0}, "memory_size is 0"),
-        ({"max_staleness": 0.0}, "max_staleness is 0.0"),
         ({"mean_rows": 0}, "mean_rows is 0"),
     ],
 )

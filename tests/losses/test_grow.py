@@ -31,7 +31,7 @@ SETTINGS = {
 PREFIXES = {"matryoshka": ("isogclr", 2), "matryoshka nuclr": ("nuclr", 3)}
 NAMES = [*TABLE, *PREFIXES]
 # The buffers with an entry a row, named here a second time so that one forgotten by the library shows.
-PER_ROW = {"log_mean", "log_weight", "values", "velocity", "states"}
+PER_ROW = {"log_mean", "made_at", "log_weight", "values", "velocity"}
 
 
 def of_the_size(loss):
@@ -194,7 +194,8 @@ SHARED_OUT = ("sogclr", "fastclip v2", "isogclr", "tempnet", "nuclr", "glofnd", 
 def sharded(name, num_rows):
     loss = make(name, num_rows)
     whole = loss.denominator
-    loss.denominator = RunningDenominator(num_rows, 2, gamma=whole.gamma, eps=whole._eps, sharded=True).double()
+    settings = {"gamma": whole.gamma, "eps": whole._eps, "moving": whole.moving, "sharded": True}
+    loss.denominator = RunningDenominator(num_rows, 2, **settings).double()
     return loss
 
 

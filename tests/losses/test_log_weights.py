@@ -19,7 +19,6 @@ from anybatch.losses.log_weights import (
     as_log_weights,
     plus,
     remembered_of_other_tasks,
-    same_cluster,
     same_content,
     same_row,
 )
@@ -106,7 +105,6 @@ TERMS = {
         mask(lambda i, j, back: i["text_id"] == j["text_id"] or i["anchor_id"] == j["anchor_id"]),
     ),
     "same row": (same_row, mask(lambda i, j, back: i["row"] == j["row"])),
-    "same cluster": (same_cluster, mask(lambda i, j, back: i["cluster"] == j["cluster"])),
     "same author": (same_author, mask(lambda i, j, back: i["author"] == j["author"])),
     "tasks": (
         remembered_of_other_tasks,

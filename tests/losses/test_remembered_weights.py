@@ -51,7 +51,7 @@ def test_the_sum_over_the_data_is_unbiased(name):
     drawn, negative = CASES[name]
     ids, per_row = np.arange(N), 0 if negative is None else negative.shape[1]
     table = RowTable(ids, ids, negative_id=negative, plan=drawn, weights="inclusion")
-    loss = CrossBatchInfoNCE(N, memory_size=64, max_staleness=None).double()
+    loss = CrossBatchInfoNCE(N, memory_size=64).double()
     values = torch.distributions.Gamma(1.0, 1.0).sample((N, N)).double()
     points = torch.randn(N, 3, dtype=torch.float64)
     task = torch.zeros(N) if drawn.task is None else torch.from_numpy(drawn.task)
@@ -83,7 +83,7 @@ def arguments_of(arguments):
 
 def test_a_cap_limits_what_a_remembered_row_stands_for():
     table = RowTable(np.arange(N), np.arange(N), plan=plan(), weights="inclusion", weight_cap=3.0)
-    loss = CrossBatchInfoNCE(N, memory_size=64, max_staleness=None).double()
+    loss = CrossBatchInfoNCE(N, memory_size=64).double()
     points = torch.randn(N, 3, dtype=torch.float64)
     for rows in plan().epoch_batches(0)[:4]:
         index = torch.from_numpy(rows).long()
@@ -104,7 +104,7 @@ def test_all_data_remembered_is_the_exact_gradient_on_mined_batches_too():
     for cluster_size in (4, 16):
         drawn = plan(cluster_size, 32)
         table = RowTable(np.arange(N), np.arange(N), plan=drawn, weights="inclusion")
-        loss = CrossBatchInfoNCE(N, memory_size=N, temperature=0.3, centred=False, max_staleness=None)
+        loss = CrossBatchInfoNCE(N, memory_size=N, temperature=0.3, centred=False)
         for epoch in range(5):
             for rows in drawn.epoch_batches(epoch):
                 index = torch.from_numpy(rows).long()
@@ -126,9 +126,7 @@ def test_batches_within_data_sets_remember_their_own_set_without_weights_too():
         torch.nn.functional.normalize(torch.randn(N, 5, generator=generator, dtype=torch.float64), dim=1)
         for _ in range(2)
     ]
-    loss = CrossBatchInfoNCE(
-        N, memory_size=N, max_staleness=None, centred=False, corrected=False, temperature=0.3
-    ).double()
+    loss = CrossBatchInfoNCE(N, memory_size=N, centred=False, temperature=0.3).double()
     whole = [side.clone().requires_grad_() for side in sides]
     for number in range(3):
         rows = torch.from_numpy(drawn.task == number)
@@ -156,24 +154,3 @@ def test_a_mask_of_data_sets_leaves_other_losses_alone():
     for rows in mixed:
         arguments = table.arguments(torch.from_numpy(rows).long())
         assert not arguments["log_weight"].tile(slice(0, 16), slice(0, 16)).any()
-
-
-def test_mined_batches_do_not_make_the_memory_look_stale():
-    """Clusters of near neighbours, embeddings that stand still: what is remembered is used, because only other
-    clusters are compared.
-    """
-    generator = torch.Generator().manual_seed(3)
-    centres = torch.randn(N // 4, 12, generator=generator)
-    points = centres.repeat_interleave(4, dim=0) + 0.2 * torch.randn(N, 12, generator=generator)
-    drawn = plan(4, 32)
-    used = {}
-    for weights in ("inclusion", "none"):
-        table = RowTable(np.arange(N), np.arange(N), plan=drawn, weights=weights)
-        loss = CrossBatchInfoNCE(N, memory_size=160, mean_rows=256, max_staleness=0.25, temperature=0.5)
-        for epoch in range(4):
-            for rows in drawn.epoch_batches(epoch):
-                index = torch.from_numpy(rows).long()
-                loss(points[index], points[index], **table.arguments(index))
-        used[weights] = loss.last_stats["remembered"]
-    assert used["inclusion"] > 100
-    assert used["none"] == 0  # as documented

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
-from anybatch.core.configuration import Count
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import OneTemperature, SoftmaxLoss
 from anybatch.losses.engine import Answer, Rule, Side, SoftmaxStats
@@ -29,16 +28,14 @@ class EMC2(SoftmaxLoss):
         p_ij = share of the steps after the burn-in at which Z_i = j
 
     whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the
-    drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one. With
-    `dimensions` the embedding it had is kept, a constant in the gradient; without, the anchor has no negative while the
-    chain stays there, which costs most of the gradient when the temperature is low (docs/methods.md has figures).
+    drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one: the
+    anchor has no negative while the chain stays there, which costs most of the gradient when the temperature is low
+    (docs/methods.md has figures).
     The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
     not the gradient of that.
 
     Args:
         num_rows: n, rows of the data set.
-        dimensions: Width of the embeddings, to keep the embedding of each chain's state; None to keep its log-weight
-            alone.
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
         seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as
             if uninterrupted, and several ranks draw what one process would (with explicit negatives another sample,
@@ -50,10 +47,9 @@ class EMC2(SoftmaxLoss):
     Raises:
         AnybatchError: Numbers out of range; in a call: `index` missing or out of range.
 
-    Cost: 4 bytes a row and direction, with `dimensions` D 4 D more and a second gather of the candidates; M steps one
-    after the other for all rows of a tile at once; "both" directions cost two runs of the engine. Reference: Yau et al.
-    2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive Learning with Global Convergence", arXiv 2404.10575,
-    algorithm 1.
+    Cost: 4 bytes a row and direction; M steps one after the other for all rows of a tile at once; "both" directions
+    cost two runs of the engine. Reference: Yau et al. 2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive
+    Learning with Global Convergence", arXiv 2404.10575, algorithm 1.
 
     Example:
         >>> import torch
@@ -75,12 +71,11 @@ class EMC2(SoftmaxLoss):
         self,
         num_rows: int,
         *,
-        dimensions: Count | None = None,
         burn_in: float = 0.5,
         seed: int = 0,
         **scoring: Unpack[OneTemperature],
     ) -> None:
-        chains = Chains(num_rows, self.num_directions(scoring), embeddings=dimensions, burn_in=burn_in, seed=seed)
+        chains = Chains(num_rows, self.num_directions(scoring), burn_in=burn_in, seed=seed)
         super().__init__(None, chains, **scoring)
 
 
@@ -90,26 +85,20 @@ class Chains(Denominator):
     Args:
         num_rows: n.
         directions: Chains per row.
-        embeddings: Width of the embeddings, to keep that of each chain's state; None for the log-weight alone.
         burn_in, seed: See `EMC2`.
     """
 
     plain = False
     needs_index = True
     log_weight: Tensor  # l_i, of the chain's state; NaN for a chain that was never started
-    states: Tensor | None
     num_steps: Tensor
 
-    def __init__(self, num_rows: int, directions: int, *, embeddings: int | None, burn_in: float, seed: int) -> None:
+    def __init__(self, num_rows: int, directions: int, *, burn_in: float, seed: int) -> None:
         super().__init__(num_rows)
         if not 0 <= burn_in < 1:
             raise AnybatchError(f"burn_in is {burn_in}; expected a share of the steps, at least 0 and below 1.")
         self.burn_in, self.seed = burn_in, seed
         self.register_rows("log_weight", fresh=torch.nan, directions=directions)
-        if embeddings is None:
-            self.states = None
-        else:
-            self.register_rows("states", fresh=0.0, directions=directions, width=(embeddings,))
         self.register_buffer("num_steps", torch.tensor(0))
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
@@ -120,11 +109,6 @@ class Chains(Denominator):
     def ask(self, side: Side, batch: Batch, direction: int) -> Side:
         """See `Part.ask`."""
         assert isinstance(side.rule, _Chained)
-        if self.states is not None and self.states.shape[2] != batch.anchors.shape[1]:
-            raise AnybatchError(
-                f"The chains keep embeddings of {self.states.shape[2]} dimensions, these have "
-                f"{batch.anchors.shape[1]}. Give EMC2 the dimensions of the model's embeddings."
-            )
         queries, others = batch.queries(direction), batch.others(direction)
         chain = _Chain(
             rule=side.rule,
@@ -139,10 +123,6 @@ class Chains(Denominator):
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
-        for direction, side in enumerate(sides):
-            assert isinstance(side.adjust, _Chain)
-            if self.states is not None and torch.is_grad_enabled():
-                loss = loss + self._gradient_of_states(batch, side, side.adjust, direction) / len(sides)
         if not batch.updating:
             return loss
         self.num_steps += 1
@@ -151,19 +131,6 @@ class Chains(Denominator):
             assert isinstance(side.adjust, _Chain)
             self._keep(batch, side.adjust, direction)
         return loss
-
-    def _gradient_of_states(self, batch: Batch, side: Side, chain: _Chain, direction: int) -> Tensor:
-        """A term of value 0 whose derivative is what the states give that are not in this batch."""
-        assert self.states is not None
-        queries = batch.queries(direction)
-        positives = batch.queries(1 - direction)
-        states = self.states[direction, batch.rows].to(queries.dtype)
-        difference = ((states - positives) * queries).sum(dim=1)
-        tau = side.temperature
-        num_rows_all = sum(chain.layout.row_sizes)
-        term = (chain.outside * difference).sum() * distributed.world_size() / tau.detach()
-        slope = -distributed.sum_over_ranks((chain.outside * difference).sum()) / tau.detach() ** 2
-        return (term - term.detach() + slope * (tau - tau.detach())) / num_rows_all
 
     def _keep(self, batch: Batch, chain: _Chain, direction: int) -> None:
         """Store where the chains of all ranks' rows ended."""
@@ -176,13 +143,6 @@ class Chains(Denominator):
         ends, fine = ends[last].to(self.log_weight.dtype), ends[last].isfinite()
         # A step that has diverged leaves no state that nothing could replace.
         self.log_weight[direction, rows] = torch.where(fine, ends, self.log_weight[direction, rows])
-        if self.states is None:
-            return
-        others = batch.others(direction)
-        others_all = distributed.gather_rows(others, chain.layout.column_sizes)
-        place = distributed.gather_rows(chain.place, sizes)[last]
-        moved = (place >= 0) & fine
-        self.states[direction, rows[moved]] = others_all[place[moved]].to(self.states.dtype)
 
 
 class _Chained:
@@ -203,8 +163,6 @@ class _Chain:
 
     Attributes:
         state: (B,) log-weight of the state at the end; NaN for a chain that has not started.
-        place: (B,) column of the state at the end; -1 for one of an earlier batch.
-        outside: (B,) share of the steps at which it was one of an earlier batch.
     """
 
     def __init__(
@@ -220,8 +178,6 @@ class _Chain:
     ) -> None:
         self.rule, self.state, self.positive, self.temperature = rule, start.clone(), positive, temperature
         self.burn_in, self.layout = burn_in, layout
-        self.place = torch.full_like(start, -1, dtype=torch.int64)
-        self.outside, self.started = torch.zeros_like(start), ~start.isnan()
         rule.batch_log_sum = torch.full_like(start, -torch.inf)
         # Columns in an order that does not depend on how they are spread over ranks: positives, then explicit
         # negatives.
@@ -254,15 +210,11 @@ class _Chain:
             place = torch.where(accepted, column, place)
             places[step] = place
         self.state[rows] = torch.where(state.isneginf(), torch.nan, state)
-        self.place[rows] = place
         count = offered.sum(dim=0)
         counted = offered & (offered.cumsum(dim=0) > self.burn_in * count)
         total = counted.sum(dim=0).clamp(min=1)
         shares = (counted & (places >= 0)).to(logits.dtype) / total
         visits = torch.zeros_like(logits).scatter_add_(1, places.clamp(min=0).T, shares.T)
-        self.outside[rows] = torch.where(
-            self.started[rows], (counted & (places < 0)).sum(dim=0).to(logits.dtype) / total, 0.0
-        )
         return visits.log_()
 
     def _uniform(self, rows: slice, num_steps: int, device: torch.device) -> Tensor:

@@ -77,7 +77,8 @@ class GloFND(SoftmaxLoss):
         **scoring: Unpack[OneTemperature],
     ) -> None:
         directions = self.num_directions(scoring)
-        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps)
+        moving = self.scoring(scoring)["learnable_temperature"]
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, moving=moving)
         thresholds = Thresholds(num_rows, directions, alpha=alpha, lr=threshold_lr, start=threshold_start)
         super().__init__(None, running, thresholds, **scoring)
 

@@ -54,8 +54,8 @@ class FastCLIP(SoftmaxLoss):
     Raises:
         AnybatchError: An unknown version, numbers out of range; in a call as `SogCLR`.
 
-    Cost: 4 bytes a row and direction; v2 12. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques
-    to Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
+    Cost: 8 bytes a row and direction; v1 4, v2 16. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization
+    Techniques to Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
 
     Example:
         >>> import torch
@@ -114,7 +114,9 @@ class FastCLIP(SoftmaxLoss):
             check_limits(temperature_range, temperature)
             factor = rho if version == "v3" else None
             tau = GlobalTemperature(temperature, learnable=True, limits=temperature_range, rho=factor)
-        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, sharded=sharded)
+        running = RunningDenominator(
+            num_rows, directions, gamma=gamma, eps=eps, state=state, moving=version != "v1", sharded=sharded
+        )
         super().__init__(tau, running, **scoring)
 
 
@@ -152,7 +154,7 @@ class ISogCLR(SoftmaxLoss):
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
-    Cost: 12 bytes a row and direction; three collectives more a direction. Reference: Qiu et al. 2023, "Not All
+    Cost: 16 bytes a row and direction; three collectives more a direction. Reference: Qiu et al. 2023, "Not All
     Semantics are Created Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization",
     arXiv 2305.11965, algorithm 1.
 
@@ -193,7 +195,9 @@ class ISogCLR(SoftmaxLoss):
             momentum=temperature_momentum,
             clip=temperature_clip,
         )
-        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, sharded=sharded)
+        running = RunningDenominator(
+            num_rows, directions, gamma=gamma, eps=eps, state=state, moving=True, sharded=sharded
+        )
         super().__init__(tau, running, **scoring)
 
 
@@ -220,7 +224,7 @@ class TempNet(SoftmaxLoss):
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
-    Cost: 4 bytes a row and direction, and the networks. Reference: Qiu et al. 2024, "To Cool or not to Cool?
+    Cost: 8 bytes a row and direction, and the networks. Reference: Qiu et al. 2024, "To Cool or not to Cool?
     Temperature Network Meets Large Foundation Models via DRO", arXiv 2404.04575, section 4.
 
     Example:
@@ -254,5 +258,7 @@ class TempNet(SoftmaxLoss):
         tau = NetworkTemperature(
             dimensions, directions, initial=temperature, limits=temperature_range, rho=rho, hidden=hidden, net=net
         )
-        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, sharded=sharded)
+        running = RunningDenominator(
+            num_rows, directions, gamma=gamma, eps=eps, state=state, moving=True, sharded=sharded
+        )
         super().__init__(tau, running, **scoring)

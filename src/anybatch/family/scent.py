@@ -57,7 +57,7 @@ class SCENT(SoftmaxLoss):
         gamma_i = alpha exp(nu_i) / (1 + alpha exp(nu_i)),    u_i <- (1 - gamma_i) u_i + gamma_i exp(L_i)
 
     so a row with a large denominator, whose batches vary most, follows them faster. The loss and its gradient are those
-    of `SogCLR`.
+    of `SogCLR`, absolute state and exact weight of the positive included; u_i in the step is relative to the positive.
 
     Args:
         num_rows: n, rows of the data set.
@@ -101,6 +101,13 @@ class SCENT(SoftmaxLoss):
         sharded: bool = False,
         **scoring: Unpack[OneTemperature],
     ) -> None:
-        gamma = ProximalGamma(num_rows, alpha)
-        running = RunningDenominator(num_rows, self.num_directions(scoring), gamma=gamma, eps=eps, sharded=sharded)
+        moving = self.scoring(scoring)["learnable_temperature"]
+        running = RunningDenominator(
+            num_rows,
+            self.num_directions(scoring),
+            gamma=ProximalGamma(num_rows, alpha),
+            eps=eps,
+            moving=moving,
+            sharded=sharded,
+        )
         super().__init__(None, running, **scoring)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import ClassVar, Unpack, final
 
 import torch
@@ -14,17 +13,13 @@ from anybatch.core import distributed
 from anybatch.core.configuration import Count
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss, OneTemperature, figures_of
-from anybatch.losses.denominators import CountCorrected, WithPositive
+from anybatch.losses.denominators import CountCorrected
 from anybatch.losses.embedding_queue import EmbeddingQueue
 from anybatch.losses.engine import Side, SoftmaxStats, softmax_loss
 from anybatch.losses.engine.candidates import Layout
-from anybatch.losses.log_weights import LogWeights, behind, plus, same_cluster
+from anybatch.losses.log_weights import LogWeights, behind, plus
 from anybatch.losses.parts import Batch, Denominator
 from anybatch.plans.examples import Examples
-
-GROUPS = 8  # of remembered pairs, by age, that are used or left out together
-PROBES = 256  # rows of a batch, at most, that age is measured on
-ROWS_AVERAGED = 640  # that the measure remembers, about, and no fewer than two batches
 
 
 @final
@@ -47,18 +42,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
     Args:
         num_rows: n, rows of the data set.
-        memory_size: S, pairs remembered: the newest. A row's older pair leaves when the row comes again.
-        corrected: Weight the negatives to stand for the n - 1 other rows, as `CountCorrectedInfoNCE` does; False for
-            the softmax over what is there.
+        memory_size: S, pairs remembered: the newest. A row's older pair leaves when the row comes again. More than some
+            1,024 are too old: what moved on its own is near no longer, and nothing takes that away.
         centred: Take away the common drift; False for the plain memory of the publications.
         mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows
             are less noise, above all in mined batches, and a mean that is older: 64 was best from scratch, 256 on
             embeddings that stand still (docs/methods.md).
-        max_staleness: What moved on its own is seen in the softmax: old negatives are less near than new ones. For
-            each eighth of the memory, by age, the log of a new negative's mean share over an old one's is measured;
-            from the first two in a row above this limit on, nothing is used until the embeddings move more slowly.
-            None to use all. Mined batches need inclusion weights for it: without, their own clusters make all that is
-            remembered look stale.
         scoring: See `OneTemperature`.
 
     Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for
@@ -80,8 +69,8 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         >>> loss.last_stats["remembered"]
         8.0
 
-    Cost: 8 D S bytes and some 100 S; 3 products of B x (B + S) x D, two of B x S x D and one of min(B, 256) x (B + S)
-    x D, twice for "both"; under ranks four gathers and two small sums besides the engine's collectives.
+    Cost: 8 D S bytes and some 100 S; 3 products of B x (B + S) x D and two of B x S x D, twice for "both"; under ranks
+    three gathers and a small sum besides the engine's collectives.
 
     Reference:
     Wang et al. 2020, "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et
@@ -101,11 +90,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         self,
         num_rows: int,
         *,
-        memory_size: Count = 1024,
-        corrected: bool = True,
+        memory_size: Count = 256,
         centred: bool = True,
         mean_rows: int = 64,
-        max_staleness: float | None = 0.1,
         **scoring: Unpack[OneTemperature],
     ) -> None:
         super().__init__(**scoring)
@@ -114,27 +101,17 @@ class CrossBatchInfoNCE(ContrastiveLoss):
                 f"memory_size is {memory_size}; expected the number of pairs to remember, at least 1. Without "
                 "memory use CountCorrectedInfoNCE."
             )
-        if max_staleness is not None and not max_staleness > 0:
-            raise AnybatchError(
-                f"max_staleness is {max_staleness}; expected a positive number such as 0.1, or None to use all that "
-                "is remembered."
-            )
         if mean_rows < 1:
             raise AnybatchError(
                 f"mean_rows is {mean_rows}; expected the number of rows that the mean is of, at least 1."
             )
-        self.memory_size, self.corrected, self.centred = memory_size, corrected, centred
-        self.max_staleness, self.mean_rows = max_staleness, mean_rows
+        self.memory_size, self.centred, self.mean_rows = memory_size, centred, mean_rows
         self._last: tuple[Tensor, SoftmaxStats, Tensor] | None = None
         self._num_used = 0
-        self.denominator: Denominator = CountCorrected(num_rows) if corrected else WithPositive()
+        self.denominator: Denominator = CountCorrected(num_rows)
         self.queue = EmbeddingQueue(memory_size, num_rows)
         self.mean: Tensor
-        self.mean_share: Tensor
         self.register_buffer("mean", torch.zeros(2, 0))  # running, of anchors and positives
-        # Running mean share of a fresh negative, and of one of each group, in an anchor's softmax, in units of an
-        # equal share; by direction.
-        self.register_buffer("mean_share", torch.ones(2, 1 + GROUPS))
 
     widths = ("mean",)
 
@@ -191,15 +168,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         if self.normalize:
             used = nn.functional.normalize(used, dim=2)
 
-        # 3. Of that, what is not stale.
-        shares = None
-        if self.max_staleness is not None:
-            group = queue.age_groups(GROUPS)[places]
-            shares = self._measure(batch, layout, both, pairs, memory, used, group)
-            kept = torch.nonzero(group < self._fresh_groups(shares))[:, 0]
-            places, memory, used = places[kept], memory.take(kept), used[:, kept]
-
-        # 4. Which of it are candidates on this rank.
+        # 3. Which of it are candidates on this rank.
         sizes = distributed.shares(len(places))
         first = sum(sizes[: distributed.rank()])
         return _Recalled(
@@ -211,7 +180,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             memory=memory,
             used=used,
             share=slice(first, first + sizes[distributed.rank()]),
-            mean_share=shares,
         )
 
     def _mean(self, anchors: Tensor, positives: Tensor, num_rows: int) -> Tensor:
@@ -224,61 +192,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             return mean
         before = self.mean.to(mean.dtype)
         return before + min(1.0, num_rows / self.mean_rows) * (mean - before)
-
-    def _fresh_groups(self, shares: Tensor) -> int:
-        """How many groups, from the newest on, are not stale."""
-        assert self.max_staleness is not None
-        over = ((shares[:, :1].log() - shares[:, 1:].log()).amax(dim=0) > self.max_staleness).tolist()
-        stale = [one and two for one, two in pairwise([*over, True])]  # a single one is noise: age only adds to it
-        return stale.index(True) if True in stale else GROUPS
-
-    def _measure(
-        self,
-        batch: Batch,
-        layout: Layout,
-        log_weights: tuple[LogWeights, LogWeights],
-        pairs: Examples,
-        memory: Examples,
-        used: Tensor,
-        group: Tensor,
-    ) -> Tensor:
-        """(2, 1 + GROUPS) running mean shares with this batch in them.
-
-        The batch's own pairs are weighed as if they were remembered, and without those of a query's own cluster, so
-        that all differ in age alone. One sum over ranks, and a gather of the batch.
-        """
-        first, num_rows, device = layout.first_row, len(pairs), used.device
-        probes = slice(0, min(len(batch.anchors), max(0, PROBES - first)))  # the first of all ranks' rows
-        pool = pairs.followed_by(memory)
-        kind = torch.cat([torch.zeros(num_rows, dtype=torch.int64, device=device), group + 1])
-        kind_of = nn.functional.one_hot(kind, 1 + GROUPS).to(used.dtype)
-        totals = used.new_zeros(2, 2, 1 + GROUPS)  # share, number of pairs
-        for direction in self.directions:
-            # 1. The probes' logits against the batch's pairs and the remembered ones.
-            fresh = distributed.gather_rows(batch.queries(1 - direction), layout.row_sizes)
-            weight = log_weights[direction]
-            if "cluster" in pairs:
-                weight = replace(weight, terms=(*weight.terms, same_cluster))
-            own = len(weight.candidates)
-            weight = weight.beside(pool, slice(0, len(pool)))
-            temperature = self.temperatures.of(batch, direction).detach()
-            logits = batch.queries(direction)[probes] @ torch.cat([fresh, used[1 - direction]]).T / temperature
-            logits += weight.tile(probes, slice(own, own + len(pool))).to(logits.dtype)
-            number = torch.arange(len(logits), device=device)
-            logits[number, first + number] = -torch.inf
-
-            # 2. Their shares, in units of an equal one, as the number of candidates changes.
-            there = ~logits.isneginf()
-            share = torch.softmax(logits, dim=1).nan_to_num(0.0)  # a row without any negative
-            share *= there.sum(dim=1, keepdim=True)
-            totals[direction, 0] = share.sum(dim=0) @ kind_of
-            totals[direction, 1] = there.to(used.dtype).sum(dim=0) @ kind_of
-
-        # 3. Into the running mean.
-        totals = distributed.sum_over_ranks(totals)
-        known, rate = self.mean_share.to(used.dtype), min(0.5, num_rows / ROWS_AVERAGED)
-        now = totals[:, 0] / totals[:, 1]  # NaN where there was no pair
-        return torch.where(now.isnan(), known, known + rate * (now - known))
 
     def _term_of_remembered_queries(self, batch: Batch, recalled: _Recalled, direction: int, side: Side) -> Tensor:
         """A term of value 0; its derivative is what remembered queries give the batch's positives (back: anchors)."""
@@ -300,11 +213,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         weight = reverse.beside(recalled.memory, slice(0, num_queries))
         columns = slice(num_columns, num_columns + num_queries)
         assert side.num_drawn is not None
-        correction = own.new_zeros(len(own))
-        if self.corrected:
-            correction += math.log((self.queue.num_rows or 0) - 1)
-            if not reverse.normalised:
-                correction -= side.num_drawn.to(own.dtype).clamp(min=1).log()
+        correction = own.new_full((len(own),), math.log((self.queue.num_rows or 0) - 1))
+        if not reverse.normalised:
+            correction -= side.num_drawn.to(own.dtype).clamp(min=1).log()
         log_denominator = self.queue.log_denominator[direction, recalled.places].to(own.dtype)
         highest = (queries * recalled.used[1 - direction]).sum(dim=1) + (self.mask_margin or 0.0)
         gradient = torch.zeros_like(own)
@@ -338,8 +249,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             recalled.pairs,
         )
         self.mean = recalled.mean.to(self.mean.dtype)
-        if recalled.mean_share is not None:
-            self.mean_share.copy_(recalled.mean_share)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -351,11 +260,10 @@ class _Recalled:
         log_weights: Of the batch alone, by direction.
         pairs: (B_all,) records of all ranks' pairs.
         mean: (2, D) of all ranks' anchors and positives; zeros where embeddings are not centred.
-        places: (K,) of the remembered pairs that are used: not in the batch, and not stale.
+        places: (K,) of the remembered pairs that are used: those not in the batch.
         memory: (K,) their records.
         used: (2, K, D) their anchors and positives, moved to this batch's mean.
         share: Which of the K are candidates on this rank.
-        mean_share: (2, 1 + GROUPS), with this batch in it; None where staleness is not measured.
     """
 
     layout: Layout
@@ -366,4 +274,3 @@ class _Recalled:
     memory: Examples
     used: Tensor
     share: slice
-    mean_share: Tensor | None

@@ -105,16 +105,18 @@ class RunningDenominator(Denominator):
         gamma: Weight of the new batch, in (0, 1], or a module that says it, such as a `GammaSchedule`.
         eps: Added to u_i; None for 1 / (n - 1).
         state: "absolute": u_i is a mean of exp(s_ij / tau), and what it stands for moves with the negatives alone.
-            "relative": of exp((s_ij - s_ip) / tau), which goes stale as the positive moves, and not when the
-            temperature does.
+            "relative": of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
         positive: Gradient weight of the positive's logit. "exact": -u_i / (eps + u_i), the derivative with u_i held.
             "batch": minus the sum of what the batch's negatives receive, whose mean over batches is the same where u_i
             is right. None: exact beside an absolute state, as released for images; of the batch beside a relative one,
             as released for two modalities.
+        moving: The temperature changes, or differs between rows: beside an absolute state that at which it was made is
+            kept, in `made_at`, and the state used as log_mean * made_at / tau. That keeps tau * log_mean, a similarity,
+            as it was, which moves by no more than log n per unit of tau.
         sharded: Each rank stores one W-th of the rows, see `State`.
 
-    Cost: 4 bytes a row and direction, divided by the ranks if sharded; an update touches B of them. Collectives a call
-    with W ranks: one of sizes, two gathers of B numbers; sharded: one sum of B numbers more.
+    Cost: 4 bytes a row and direction, 8 if moving, divided by the ranks if sharded; an update touches B of them.
+    Collectives a call with W ranks: one of sizes, two gathers of B numbers; sharded: a sum or two of B numbers more.
 
     Example:
         >>> import torch
@@ -138,6 +140,7 @@ class RunningDenominator(Denominator):
         eps: float | None = None,
         state: Reference = "absolute",
         positive: PositiveWeight | None = None,
+        moving: bool = False,
         sharded: bool = False,
     ) -> None:
         super().__init__(num_rows, sharded=sharded)
@@ -153,6 +156,9 @@ class RunningDenominator(Denominator):
         self.absolute = state == "absolute"
         self.exact_positive = self.absolute if positive is None else positive == "exact"
         self.register_rows("log_mean", fresh=torch.nan, directions=directions)
+        self.moving = moving and self.absolute
+        if self.moving:
+            self.register_rows("made_at", fresh=torch.nan, directions=directions)
 
     @property
     def eps(self) -> float:
@@ -189,8 +195,10 @@ class RunningDenominator(Denominator):
             return side
         assert isinstance(side.rule, RunningRule)
         queries = batch.queries(direction).detach()
-        level = (queries * batch.others(direction)[: len(queries)].detach()).sum(dim=1) / side.temperature.detach()
-        return replace(side, rule=replace(side.rule, level=level))
+        positive = (queries * batch.others(direction)[: len(queries)].detach()).sum(dim=1)
+        temperature = side.temperature.detach().expand(len(queries))
+        rule = replace(side.rule, level=positive / temperature, temperature=temperature if self.moving else None)
+        return replace(side, rule=rule)
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
@@ -204,6 +212,7 @@ class RunningDenominator(Denominator):
         batch: Tensor,
         *,
         level: Tensor | None = None,
+        temperature: Tensor | None = None,
         heard: Tensor | None = None,
         direction: int,
         update: bool,
@@ -215,6 +224,7 @@ class RunningDenominator(Denominator):
             visits: The rows.
             batch: (B,) what this batch says: the log of a mean; -inf for a mean of 0, all of whose terms are masked.
             level: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
+            temperature: (B,) that of each, if it is moving.
             heard: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
             direction: Which state.
             update: Store the result.
@@ -228,35 +238,50 @@ class RunningDenominator(Denominator):
         # 1. What the batches of all ranks say.
         heard = torch.ones_like(batch) if heard is None else heard.to(batch.dtype)
         level = torch.zeros_like(batch) if level is None else level.to(batch.dtype)
-        figures = distributed.gather_rows(torch.stack([batch, level, heard], dim=1), visits.sizes)
-        batch, level, heard = figures.unbind(dim=1)
+        temperature = torch.ones_like(batch) if temperature is None else temperature.to(batch.dtype)
+        figures = torch.stack([batch, level, heard, temperature], dim=1)
+        batch, level, heard, temperature = distributed.gather_rows(figures, visits.sizes).unbind(dim=1)
         # 2. With what is known. The state is float32; the arithmetic is the batch's, so that float64 checks see no
         # rounding but the state's own, and relative to the positive: a first visit is the batch's value exactly.
         stored = self.read("log_mean", visits.rows, direction=direction).to(batch.dtype)
-        old = stored[visits.inverse] - level
+        made_at = torch.ones_like(stored)
+        if self.moving:
+            made_at = self.read("made_at", visits.rows, direction=direction).to(batch.dtype)
+        old = (stored * made_at)[visits.inverse] / temperature - level
         if isinstance(self.gamma, Gamma):
             log_gamma, log_stay = self.gamma.log_shares(old)
         else:
             log_gamma, log_stay = log_shares(self.gamma)
         new = torch.where(old.isnan(), batch, torch.logaddexp(old + log_stay, batch + log_gamma))
         new = torch.where(heard > 0, new, torch.where(old.isnan(), -torch.inf, old))
-        # 3. A step that has diverged (NaN, +inf) is the trainer's to skip.
+        # 3. The mean of a row's visits, at one temperature. A step that has diverged (NaN, +inf) is the trainer's to
+        # skip.
         if update:
-            mean, some = _combine(new + level, heard, visits.inverse, len(visits.rows))
-            mean = torch.where(mean.isneginf(), torch.nan, torch.where(mean.isfinite(), mean, stored))
-            self.fill(visits.rows, torch.where(some, mean, stored), direction=direction, dimensions=dimensions)
+            now = torch.zeros_like(stored).scatter_reduce(0, visits.inverse, temperature, "amax")
+            at_one = (new + level) * (temperature / now[visits.inverse])
+            mean, some = _combine(at_one, heard, visits.inverse, len(visits.rows))
+            some &= mean.isfinite() | mean.isneginf()
+            mean = torch.where(some, torch.where(mean.isneginf(), torch.nan, mean), stored)
+            now = torch.where(some, now, made_at)
+            self.fill(visits.rows, mean, temperature=now, direction=direction, dimensions=dimensions)
         return new[visits.own]
 
-    def fill(self, rows: Tensor, log_mean: Tensor, *, direction: int, dimensions: int) -> None:
+    def fill(
+        self, rows: Tensor, log_mean: Tensor, *, temperature: Tensor | None = None, direction: int, dimensions: int
+    ) -> None:
         """Replace the state of some rows, such as by the exact log-mean.
 
         Args:
             rows: (R,) int64, **the same on every rank**.
             log_mean: (R,), absolute or relative as the state is; NaN for never visited.
+            temperature: (R,) at which; needed by a state whose temperature moves.
             direction: Which state.
             dimensions: Width of the embeddings the values come from.
         """
         self.write("log_mean", rows, log_mean, direction=direction)
+        if self.moving:
+            assert temperature is not None
+            self.write("made_at", rows, temperature, direction=direction)
         self.embedding_width.fill_(dimensions)
 
 
@@ -266,6 +291,7 @@ class RunningRule:
 
     Attributes:
         level: (B,) logits of the positives, s_ip / tau, of an absolute state; None of a relative one.
+        temperature: (B,) of an absolute state whose temperature moves; else None.
         constant: Added to the objective.
         dropped: (B,) candidates that the method takes out of the data set, so that the mean is not over them; None for
             none.
@@ -280,6 +306,7 @@ class RunningRule:
     update: bool
     dimensions: int
     level: Tensor | None = None
+    temperature: Tensor | None = None
     constant: float = 0.0
     dropped: Tensor | None = None
     row_wise: bool = False
@@ -299,6 +326,7 @@ class RunningRule:
             self.visits,
             log_sum - correction,
             level=self.level,
+            temperature=self.temperature,
             heard=drawn > 0,
             direction=self.direction,
             update=self.update,

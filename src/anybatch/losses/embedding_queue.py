@@ -72,12 +72,6 @@ class EmbeddingQueue(State):
             )
         return self.embeddings if known else self.embeddings.new_zeros(2, self.size, width)
 
-    def age_groups(self, number: int) -> Tensor:
-        """(S,) int64: 0 for the newest S / number places, and so on; empty ones are the oldest."""
-        order = torch.argsort(self.stamps, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(self.size, device=order.device))
-        return rank * number // self.size
-
     def examples(self, like: Examples, places: Tensor) -> Examples:
         """(K,) what is known of the pairs in some places.
 

@@ -63,11 +63,6 @@ def same_row(queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
     return removed(queries["row"][:, None] == candidates["row"])
 
 
-def same_cluster(queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
-    """Rows of the query's own cluster."""
-    return removed(queries["cluster"][:, None] == candidates["cluster"])
-
-
 def remembered_of_other_tasks(queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
     """Remembered examples of other data sets; those of the batch itself stay, wherever they come from."""
     remembered = candidates.get("remembered")

@@ -136,8 +136,8 @@ class SogCLR(SoftmaxLoss):
         AnybatchError: gamma or eps out of range; in a call: `index` missing or out of range, embeddings of another
             width.
 
-    Cost: 4 bytes a row and direction. Reference: Yuan et al. 2022, "Provable Stochastic Optimization for Global
-    Contrastive Learning", arXiv 2202.12387, algorithm 1.
+    Cost: 4 bytes a row and direction, 8 if the temperature is learned. Reference: Yuan et al. 2022, "Provable
+    Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387, algorithm 1.
 
     Example:
         >>> import torch
@@ -177,6 +177,7 @@ class SogCLR(SoftmaxLoss):
             eps=eps,
             state=state,
             positive=positive,
+            moving=self.scoring(scoring)["learnable_temperature"],
             sharded=sharded,
         )
         super().__init__(None, running, **scoring)

@@ -49,7 +49,7 @@ AUTO_OPTIONS = ("temperature", "learnable_temperature", "direction", "mask_margi
 # Parameters that no file sets: the run knows them, or no other value than the default won in a benchmark (docs/log.md).
 IN_PYTHON_ONLY = (
     *("num_rows", "normalize", "tile_bytes", "min_temperature", "seed", "hidden"),
-    *("centred", "corrected", "mean_rows", "max_staleness"),
+    *("centred", "mean_rows"),
     *("temperature_momentum", "temperature_clip", "margin_momentum", "threshold_lr", "burn_in", "bias"),
 )
 FIRST_TEMPERATURE = 0.05  # to look at data with, for a loss that has none
@@ -125,7 +125,6 @@ class LossConfig(Configuration):
             given. None for the embeddings as they are.
         warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once
             (docs/memory.md).
-        probe_steps: Every so many steps compare it with the exact one on a few rows; the figures go into the log.
 
     Raises:
         AnybatchError: A value out of range, an option of another method, options that exclude each other.
@@ -140,7 +139,6 @@ class LossConfig(Configuration):
     mask_suspects: bool = False
     matryoshka: tuple[Count, ...] | None = None
     warm_start: bool = False
-    probe_steps: Count | None = None
 
     section: ClassVar[str] = "loss"
 
@@ -243,17 +241,16 @@ class LossConfig(Configuration):
             raise AnybatchError(
                 "loss.weight_cap is given, which loss.weights 'none' does not use. Remove it, or set inclusion."
             )
-        for name, value in (("warm_start", self.warm_start), ("probe_steps", self.probe_steps)):
-            if value and not isinstance(example.running, RunningDenominator):
-                raise AnybatchError(
-                    f"loss.{name} is {value}, but '{self.name}' has no running denominator of all negatives. It is for "
-                    "methods that have one, such as sogclr."
-                )
-            if value and self.matryoshka is not None:
-                raise AnybatchError(
-                    f"loss.{name} is {value} and loss.matryoshka {list(self.matryoshka)}: a warm start and a probe are "
-                    "for one memory, and each prefix has its own. Leave out one of the two."
-                )
+        if self.warm_start and not isinstance(example.running, RunningDenominator):
+            raise AnybatchError(
+                f"loss.warm_start is given, but '{self.name}' has no running denominator of all negatives. It is for "
+                "methods that have one, such as sogclr."
+            )
+        if self.warm_start and self.matryoshka is not None:
+            raise AnybatchError(
+                f"loss.warm_start is given and loss.matryoshka {list(self.matryoshka)}: a warm start is for one "
+                "memory, and each prefix has its own. Leave out one of the two."
+            )
 
 
 @functools.cache
@@ -306,14 +303,13 @@ def _build(config: LossConfig, num_rows: int, width: int | None) -> ContrastiveL
     """One loss; `width` is that of the prefix which it is for, None for whole embeddings."""
     arguments = config.options
     for name, option in options_of(config.name).items():
-        if (option.default is inspect.Parameter.empty or name == "dimensions") and width is not None:
+        if option.default is inspect.Parameter.empty and width is not None:  # it needs that of its embeddings
             if arguments[name] is not None:
                 raise AnybatchError(
                     f"{name} is {arguments[name]} and loss.matryoshka {list(config.matryoshka or ())}, which says the "
                     f"widths already. Leave out loss.{name}."
                 )
-            if option.default is inspect.Parameter.empty:  # it needs to know the width of its embeddings
-                arguments[name] = width
+            arguments[name] = width
     steps = arguments.pop("gamma_steps", None)
     if steps is not None:
         arguments["gamma"] = GammaSchedule(arguments["gamma"], num_steps=steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from anybatch.core.progress import Progress
 from anybatch.core.resources import Measure
 from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
-from anybatch.integrations.sentence_transformers.memory import MemoryCallback, warm_start_from_model
+from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
 from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
 from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
@@ -27,7 +27,6 @@ from anybatch.run.folder import run_digest
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from transformers import TrainerCallback
 
 logger = logging.getLogger("anybatch")
 
@@ -65,7 +64,7 @@ def train_on_plan(
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
     )
-    memory = memory_callbacks(config, model, pairs, loss, resume=resume, progress=progress)
+    start_warm(config, model, pairs, loss, resume=resume, progress=progress)
     with Measure() as measure:
         trained = train_model(
             model,
@@ -78,13 +77,12 @@ def train_on_plan(
             resume=resume,
             evaluate=evaluate,
             progress=lambda done, total, figures: progress("training", done, total, figures),
-            callbacks=memory,
             run=run_digest(Path(config.output)),
         )
     return trained, measure
 
 
-def memory_callbacks(
+def start_warm(
     config: RunConfig,
     model: SentenceTransformer,
     pairs: PairData,
@@ -92,18 +90,13 @@ def memory_callbacks(
     *,
     resume: bool,
     progress: Progress,
-) -> Sequence[TrainerCallback]:
-    """Fill the running denominators as `config.loss` asks, unless a checkpoint will bring them; the callback that
-    measures them while training, if it is asked for.
-    """
-    settings, folder = config.loss, Path(config.output)
-    resumed = resume and any((folder / "checkpoints").glob(f"*/{CONTENTS}"))
-    inner: Any = loss.loss  # one without running denominators is refused by name
-    if settings.warm_start and not resumed:
+) -> None:
+    """Fill the running denominators if `config.loss` asks for it, unless a checkpoint will bring them."""
+    folder = Path(config.output)
+    if config.loss.warm_start and not (resume and any((folder / "checkpoints").glob(f"*/{CONTENTS}"))):
         loss.to(model.device)
+        inner: Any = loss.loss  # one without running denominators is refused by name
         warm_start_from_model(model, pairs, inner, folder=folder, progress=progress)
-    steps = settings.probe_steps
-    return [] if steps is None else [MemoryCallback(model, pairs, inner, probe_steps=steps)]
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:

@@ -13,8 +13,6 @@ _HOME = {
     "LossStateCallback": "callback",
     "last_whole_checkpoint": "callback",
     "load_grown_loss": "callback",
-    "MemoryCallback": "memory",
-    "probe_memory": "memory",
     "warm_start_from_model": "memory",
     "TrainConfig": "training",
     "TrainResult": "training",
