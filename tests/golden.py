@@ -64,6 +64,7 @@ Case = dict[str, Tensor]  # label -> tensor
 # Names of buffers and parameters in a state, by what they hold. An order matters only in that the first match counts.
 STATE_NAMES = {
     r"denominator\.(log_mean|log_weight)": "denominator",
+    r"denominator\.made_at": "denominator made at",
     r"temperatures\.log_temperature": "log temperature",
     r"(temperatures\.rows|others\.0\.(margins|thresholds))\.values": "learned values",
     r"(temperatures\.rows|others\.0\.(margins|thresholds))\.velocity": "velocities",
