@@ -1,4 +1,4 @@
-"""What a running denominator knows, and what its gradient is worth, on embeddings that stand still.
+"""What a running denominator knows of embeddings that stand still, and what a warm start costs.
 
 Usage: python -m benchmarks.memory [--device cuda] [--rows 10000]
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import time
 from pathlib import Path
 
@@ -21,10 +20,8 @@ from torch import Tensor
 from anybatch import sample
 from anybatch.data.pairs import PairData
 from anybatch.insight import markdown_table
-from anybatch.insight.gradient_error import FrozenPairs, gradient_error
 from anybatch.losses import SogCLR
 from anybatch.losses.warm_start import warm_start
-from anybatch.plans.plan import BatchPlan
 
 TAU, BATCH = 0.05, 64
 
@@ -48,10 +45,6 @@ def main() -> None:
         f"`python -m benchmarks.memory --rows {options.rows}`. {len(pairs):,} title and abstract pairs of the packed "
         f"sample, all-MiniLM-L6-v2, temperature {TAU}; the cost on random vectors. Machine: {options.device}, "
         f"{torch.get_num_threads()} thread(s) of a shared 2-core x86.",
-        "## What the positive receives\n\nEmbeddings that stand still: bias / RMSE / RMSE after the best common factor "
-        "of the gradient, relative to the exact one (`anybatch.insight.gradient_error`), of `SogCLR` whose positive "
-        'receives minus the sum of what the batch\'s negatives do (`positive="batch"`), and -u / (eps + u) ("exact").'
-        "\n\n" + _positives(pairs, anchors, positives),
         "## What epochs of moving average know\n\nFrozen embeddings, random batches of "
         f"{BATCH}, log rmse of the states against the exact ones, over visited rows, from an empty memory and from a "
         "warm start (which begins at 0).\n\n" + _epochs(pairs, anchors, positives),
@@ -70,21 +63,6 @@ def _encode(pairs: PairData) -> tuple[np.ndarray, np.ndarray]:
     sides = (model.encode(list(texts), normalize_embeddings=True) for texts in (pairs.anchors, pairs.positives))
     anchors, positives = (np.asarray(side, dtype=np.float32) for side in sides)
     return anchors, positives
-
-
-def _positives(pairs: PairData, anchors: np.ndarray, positives: np.ndarray) -> str:
-    frozen = FrozenPairs.prepare(
-        anchors, positives, temperature=TAU, anchor_id=pairs.anchor_id, positive_id=pairs.positive_id, num_probes=512
-    )
-    rows = []
-    for size, gamma in itertools.product((32, 64), (0.9, 0.5, 0.2)):
-        plan, cells = BatchPlan.random(len(pairs), size), [str(size), str(gamma)]
-        for weight in ("batch", "exact"):
-            loss = SogCLR(len(pairs), gamma=gamma, positive=weight, temperature=TAU)
-            error = gradient_error(frozen, loss, plan=plan, run_in=round(3 / gamma), epochs=8)
-            cells.append(f"{error.bias:.3f} / {error.rmse:.3f} / {error.scaled_rmse:.3f}")
-        rows.append(cells)
-    return markdown_table(["batch", "gamma", "batch", "exact"], rows)
 
 
 def _error(loss: SogCLR, anchors: Tensor, positives: Tensor, pairs: PairData) -> tuple[float, float]:

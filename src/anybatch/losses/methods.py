@@ -125,7 +125,7 @@ class SogCLR(SoftmaxLoss):
             of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
         positive: "exact" as above, released for images. "batch", released for two modalities: minus the sum of what the
             batch's negatives receive, noisier, and balanced also where u_i is stale. None for "exact" beside an
-            absolute state, "batch" beside a relative one. docs/memory.md says which trained better.
+            absolute state, "batch" beside a relative one. docs/methods.md says which trained better.
         sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
 
