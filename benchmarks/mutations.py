@@ -151,16 +151,16 @@ MUTATIONS = [
     *of(
         "losses/denominators.py",
         "losses/test_losses.py",
-        ("return Answer(objective + correction, torch.where", "return Answer(objective, torch.where"),
+        ("return Answer(objective + correction, value, weight)", "return Answer(objective, value, weight)"),
     ),
     *of(
         "losses/denominators.py",
         "losses/test_memory.py",
         (
-            "torch.logaddexp(old + log_stay, combined + log_gamma)",
-            "torch.logaddexp(old + log_gamma, combined + log_stay)",
+            "torch.logaddexp(old + log_stay, batch + log_gamma)",
+            "torch.logaddexp(old + log_gamma, batch + log_stay)",
         ),
-        ("torch.where(old.isnan(), combined, torch.logaddexp", "torch.where(old < -80, combined, torch.logaddexp"),
+        ("torch.where(old.isnan(), batch, torch.logaddexp", "torch.where(old < -80, batch, torch.logaddexp"),
         ("return total - count.clamp(min=1).log(), count", "return total, count"),
     ),
     *of(

@@ -77,7 +77,7 @@ LOSSES = {
     "scent": lambda **k: SCENT(24, temperature=0.2, **k),
     "nuclr": lambda **k: NUCLR(24, temperature=0.2, margin=0.0, margin_lr=1e-12, **k),
     "glofnd": lambda **k: GloFND(24, temperature=0.2, alpha=1e-3, threshold_start=100, **k),
-    "emc2": lambda **k: EMC2(24, dimensions=12, temperature=0.2, **k),
+    "emc2": lambda **k: EMC2(24, temperature=0.2, **k),
 }
 OTHER_OBJECTIVE = ("decoupled", "emc2")  # no positive in the denominator, and chains are not exact
 OWN_SCALE = ("fastclip v2", "isogclr", "tempnet", "nuclr", "glofnd")  # a factor of tau is the scale of some objectives

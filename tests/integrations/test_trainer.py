@@ -192,7 +192,8 @@ def test_a_new_run_on_appended_rows_begins_with_the_old_states(tiny_model_folder
     shards = tmp_path / "shards"
     shards.mkdir()
     for rank in range(2):
-        part = {**whole, "denominator.log_mean": whole["denominator.log_mean"][:, rank::2].contiguous()}
+        rows = {name: whole[f"denominator.{name}"][:, rank::2].contiguous() for name in ("log_mean", "made_at")}
+        part = {**whole, **{f"denominator.{name}": values for name, values in rows.items()}}
         part["denominator.shard"] = torch.tensor([rank, 2, ROWS])
         save_file(part, shards / f"anybatch_loss-{rank}-of-2.safetensors")
     save_file({"num_shards": torch.tensor(2)}, shards / "anybatch_loss.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -122,8 +123,11 @@ def auto_cluster_size(batch_size: int, most: int) -> int:
     A batch that is few clusters has the gradients of about as many independent places, however hard its negatives are:
     so clusters are many, and small. nDCG@10 at 64 with exact weights: .535, .564, .568 for clusters of 32, 8, 4.
     """
-    divisors = [size for size in range(2, batch_size + 1) if batch_size % size == 0]
-    return max((size for size in divisors if size <= min(max(most, 2), MOST)), default=divisors[0] if divisors else 2)
+    wanted = range(min(max(most, 2), MOST), 1, -1)
+    beyond = range(MOST + 1, math.isqrt(batch_size) + 1)
+    return next((size for size in (*wanted, *range(2, MOST + 1)) if batch_size % size == 0), None) or next(
+        (size for size in beyond if batch_size % size == 0), max(2, batch_size)
+    )
 
 
 def label_like(num_rows: int, num_texts: int) -> bool:
