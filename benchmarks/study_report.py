@@ -86,7 +86,7 @@ class Results:
     def recommended(self, task: str, size: int, teacher: bool) -> str:
         """What `loss: auto` and `mining: auto` take (`anybatch.run.recipe`)."""
         loss = "cross_batch" if size <= LARGEST_REMEMBERING else "corrected"
-        return f"ours/{loss}" if teacher else self.base(task, loss)
+        return f"ours/{loss}" if teacher and task != "emoji" else self.base(task, loss)
 
 
 def _pooled(found: Mapping[Where, tuple[list[float], bool]], where: Where) -> float:

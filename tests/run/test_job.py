@@ -61,8 +61,8 @@ def save_embeddings(folder: Path, seed: int = 0, rows: int = 97) -> TeacherConfi
 
 
 def mine(config: RunConfig, *, resume: bool = False) -> BatchPlan:
-    config = with_recipe(config)
     pairs = read_training_pairs(config)
+    config = with_recipe(config, pairs)
     with open_run(config, resume=resume):
         return make_plan(config, pairs)
 

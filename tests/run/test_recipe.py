@@ -1,11 +1,14 @@
 """The rule behind "auto": what a run takes when it is not told."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from anybatch.core.errors import AnybatchError
+from anybatch.data.images import ImageColumn
+from anybatch.data.pairs import PairData
 from anybatch.losses.registry import LossConfig, build_loss
 from anybatch.mining import MiningConfig
 from anybatch.plans.plan import BatchPlan
@@ -15,29 +18,39 @@ from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
 
 CONFIG = RunConfig(output="run", data=DataConfig(path="pairs.jsonl"))
+PAIRS = PairData(anchors=["a", "b"], positives=["c", "d"])
 TEACHER = TeacherConfig(name="teacher")
 
 
 @pytest.mark.parametrize(("batch_size", "name"), [(2, "cross_batch"), (256, "cross_batch"), (512, "count_corrected")])
 def test_the_batch_decides_the_loss(batch_size, name):
-    config = with_recipe(replace(CONFIG, batch_size=batch_size))
+    config = with_recipe(replace(CONFIG, batch_size=batch_size), PAIRS)
     assert (config.loss.name, config.mining.method, config.loss.weights) == (name, "random", "none")
-    assert with_recipe(config) == config
+    assert with_recipe(config, PAIRS) == config
 
 
 def test_the_teacher_decides_the_batches_and_the_loss_agrees():
-    config = with_recipe(replace(CONFIG, teacher=TEACHER))
+    config = with_recipe(replace(CONFIG, teacher=TEACHER), PAIRS)
     assert config.mining.method == "anybatch"
     assert (config.loss.weights, config.loss.mask_suspects) == ("inclusion", True)
     chosen = replace(CONFIG, teacher=TEACHER, mining=MiningConfig(method="random"))
-    assert with_recipe(chosen).loss.weights == "none"
+    assert with_recipe(chosen, PAIRS).loss.weights == "none"
+
+
+@pytest.mark.skipif(find_spec("PIL") is None, reason="images need Pillow")
+def test_images_are_not_mined_and_the_unused_teacher_is_named(caplog, tmp_path):
+    caplog.set_level("INFO", "anybatch")
+    pairs = PairData(anchors=ImageColumn.of_paths(["a.png", "b.png"], tmp_path, "pairs"), positives=["c", "d"])
+    config = with_recipe(replace(CONFIG, teacher=TEACHER), pairs)
+    assert (config.mining.method, config.loss.name, config.loss.weights) == ("random", "cross_batch", "none")
+    assert "the teacher is not used" in caplog.text
 
 
 def test_what_is_given_beside_auto_holds():
-    config = with_recipe(replace(CONFIG, loss=LossConfig(temperature=0.02, mask_suspects=True), teacher=TEACHER))
+    config = with_recipe(replace(CONFIG, loss=LossConfig(temperature=0.02, mask_suspects=True), teacher=TEACHER), PAIRS)
     assert (config.loss.temperature, config.loss.mask_suspects, config.loss.weights) == (0.02, True, "inclusion")
     named = replace(CONFIG, loss=LossConfig(name="infonce"), teacher=TEACHER)
-    assert with_recipe(named).loss == named.loss
+    assert with_recipe(named, PAIRS).loss == named.loss
 
 
 def test_a_given_plan_says_whether_it_is_mined(tmp_path):
@@ -45,7 +58,7 @@ def test_a_given_plan_says_whether_it_is_mined(tmp_path):
     cluster = np.repeat(np.arange(4, dtype=np.int32), 2)
     plan = BatchPlan(num_rows=8, batch_size=4, cluster_size=2, cluster=cluster, seed=0, data_digest="")
     plan.save(path)
-    assert with_recipe(replace(CONFIG, plan=path)).loss.weights == "inclusion"
+    assert with_recipe(replace(CONFIG, plan=path), PAIRS).loss.weights == "inclusion"
 
 
 def test_what_nobody_settled_is_refused():

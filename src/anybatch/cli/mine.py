@@ -18,9 +18,10 @@ def command(options: RunOptions, resume: ResumeOption = False) -> None:
     from anybatch.run.read_data import read_training_pairs
     from anybatch.run.recipe import with_recipe
 
-    config = with_recipe(options.resolve(resume=resume))
+    config = options.resolve(resume=resume)
     with launched_ranks():
         pairs = read_training_pairs(config)
+        config = with_recipe(config, pairs)
         if not resume:
             check_start(config, pairs)
         with open_run(config, resume=resume) as folder, Bars(quiet=rank() > 0) as bars:

@@ -42,8 +42,8 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
         raise AnybatchError(
             f"The check was asked for {num_rows} rows; it needs at least 8 to split them into micro-batches."
         )
-    config = with_recipe(config)
     pairs = read_training_pairs(config)
+    config = with_recipe(config, pairs)
     rows = min(num_rows, len(pairs))
     model = load_model(config.model).train()
     inputs = first_inputs(model, pairs, rows)

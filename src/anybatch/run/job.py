@@ -38,8 +38,8 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         progress = progress if distributed.rank() == 0 else no_progress
 
         # 1. Read everything before the folder is touched: bad input leaves nothing behind.
-        config = with_recipe(config)
         pairs = read_training_pairs(config)
+        config = with_recipe(config, pairs)
         check_shared_equally(config.batch_size)
         held_out = read_held_out(config)
         model = load_model(config.model)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from anybatch.core import distributed
+from anybatch.data.images import ImageColumn
+from anybatch.data.pairs import PairData
 from anybatch.losses.registry import AUTO
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig
@@ -18,10 +20,10 @@ logger = logging.getLogger("anybatch")
 LARGEST_REMEMBERING = 256  # rows of a batch: larger ones change the model so much that what is remembered is old
 
 
-def with_recipe(config: RunConfig) -> RunConfig:
+def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
     """The configuration with a method in place of each "auto", said aloud by the first rank.
 
-    The same configuration gives the same recipe, so that a run is resumed with it.
+    The same configuration and data give the same recipe, so that a run is resumed with it.
 
     Raises:
         AnybatchError: Settings given beside "auto" that what is chosen does not have.
@@ -29,9 +31,12 @@ def with_recipe(config: RunConfig) -> RunConfig:
     reasons = []
     if config.plan is None and config.mining.method == AUTO:
         teacher = config.teacher.name is not None or config.teacher.embeddings is not None
-        method = "anybatch" if teacher else "random"
+        images = any(isinstance(side, ImageColumn) for side in (pairs.anchors, pairs.positives))
+        method = "anybatch" if teacher and not images else "random"
         config = replace(config, mining=replace(config.mining, method=method))
-        why = "a teacher is named" if teacher else "no teacher is named"
+        why = "no teacher is named"
+        if teacher:
+            why = "the teacher is not used: with images mined batches lost" if images else "a teacher is named"
         reasons.append(f"mining.method={method} ({why})")
     if config.loss.name == AUTO:
         small = config.batch_size <= LARGEST_REMEMBERING
