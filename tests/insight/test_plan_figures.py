@@ -7,10 +7,12 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.pairs import PairData
 from anybatch.insight.gradient_error import FrozenPairs
+from anybatch.insight.gradient_methods import method_error
 from anybatch.insight.plan_figures import (
     MARGIN,
     PlanGradients,
@@ -22,6 +24,7 @@ from anybatch.insight.plan_figures import (
 )
 from anybatch.insight.plan_page import render_plan_page
 from anybatch.losses.registry import LossConfig
+from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, MiningSet, mine_plan
 from anybatch.plans.plan import BatchPlan
 from tests.insight.test_gradient_error import clusters
@@ -68,8 +71,10 @@ def test_figures_equal_a_loop(kind):
     assert set(seen) == (set(SIZES) if kind in ("within", "mixed") else {""})
     units = [side.astype(np.float64) / np.linalg.norm(side, axis=1, keepdims=True) for side in (anchors, positives)]
     scores = units[0] @ units[1].T
-    listed = np.zeros((0, 2), int) if plan.suspects is None else plan.suspects
-    suspected = {tuple(pair) for pair in np.concatenate([listed, listed[:, ::-1]]).tolist()}
+    suspected = set()  # rows and texts, as the loss masks them
+    if plan.suspects is not None:
+        table = RowTable(*same.values(), plan=plan, mask_suspects=True)
+        suspected = set(zip(*(part.tolist() for part in np.divmod(table.suspects.numpy(), table.width)), strict=True))
     for name, members in plan.set_rows.items():
         sums, near, near_all, first, mates, count = np.zeros(3), 0, 0, 0, 0, 0
         worst = []
@@ -83,9 +88,11 @@ def test_figures_equal_a_loop(kind):
                 mass = {j: np.exp(scores[row, j] / TAU) for j in negatives}
                 inside = [j for j in negatives if plan.cluster[j] == plan.cluster[row] >= 0]
                 beside = [j for j in negatives if j in rows | brought]
-                masked = [j for j in negatives if (row, j) in suspected]
+                masked = [j for j in negatives if (row, same["positive_id"][j]) in suspected]
                 sums += [sum(mass[j] for j in part) / sum(mass.values()) for part in (inside, beside, masked)]
-                high = [j for j in negatives if 0 < MARGIN * scores[row, row] <= scores[row, j]]
+                high = masked
+                if plan.suspects is None:
+                    high = [j for j in negatives if 0 < MARGIN * scores[row, row] <= scores[row, j]]
                 near, near_all = near + len(set(high) & set(beside)), near_all + len(high)
                 first += max(scores[row, j] for j in negatives) <= scores[row, row]
                 worst += [scores[row, j] / scores[row, row] for j in beside if scores[row, row] > 0]
@@ -100,6 +107,26 @@ def test_figures_equal_a_loop(kind):
         assert result.random.suspects == pytest.approx(near_all / count * chance)
         assert result.suspects[0].score == pytest.approx(max(worst), rel=1e-5)
         assert (result.planned.in_cluster > result.random.in_cluster) == (kind != "random")
+
+
+@pytest.mark.parametrize("labels", [None, 30])
+def test_the_mass_masked_is_what_the_loss_masks(labels):
+    anchors, positives = embeddings(240, seed=5)
+    positive_id = np.arange(240) % (labels or 240)
+    positives = positives[positive_id]
+    anchors = positives + 0.4 * np.random.default_rng(1).normal(size=anchors.shape).astype(np.float32)
+    config = MiningConfig(batch_size=16, cluster_size=8)
+    plan = mine_plan(anchors, positives, config=config, positive_id=positive_id).plan
+    seen = inspect_plan(plan, anchors, positives, positive_id=positive_id, temperature=TAU)[""]
+    table = RowTable(np.arange(240), positive_id, plan=plan, mask_suspects=True)
+    anchors, positives = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (anchors, positives))
+    mass = np.exp(anchors @ positives.T / TAU) * (positive_id[:, None] != positive_id)
+    every = torch.arange(240)
+    kept = table.arguments(every)["log_weight"].tile(slice(None), slice(None)).exp().numpy()
+    share = (mass * (1 - kept)).sum(axis=1) / mass.sum(axis=1)
+    placed = np.unique(plan.epoch_batches(0))
+    assert seen.planned.masked == pytest.approx(share[placed].mean(), rel=1e-4)
+    assert seen.planned.masked > 0.01
 
 
 def test_one_positive_of_many_rows_is_shown_once():
@@ -163,10 +190,14 @@ def test_each_warning_has_its_cause(mined):
     for changed, words in (
         (replace(seen, own_first=0.1), "own positive first for only 10.0%"),
         (replace(seen, planned=replace(seen.planned, suspects=1.5)), "1.50 suspected false negatives"),
+        (replace(seen, planned=replace(seen.planned, masked=0.5)), "Compare with mining.method=random"),
         (replace(seen, planned=replace(seen.planned, in_batch=2 * seen.random.in_batch)), "mining changes little"),
     ):
         (warning,) = plan_warnings(plan, changed, gradients)
         assert words in warning
+    many = replace(seen, planned=replace(seen.planned, suspects=1.5))
+    assert "set loss.mask_suspects" in plan_warnings(plan, many, None)[0]
+    assert "set loss.mask_suspects" not in plan_warnings(plan, many, None, mask_suspects=True)[0]
     random = BatchPlan.random(120, 16)  # nothing was chosen that could hurt
     assert plan_warnings(random, replace(seen, planned=replace(seen.planned, suspects=9.0)), None) == []
 
@@ -184,6 +215,27 @@ def test_a_plan_of_alike_anchors_loses_in_the_parameter_gradient():
     )
     assert measured.planned.noise > measured.random.noise
     assert measured.loses
+
+
+def test_what_the_loss_masks_is_no_negative_of_the_objective_and_of_random_batches():
+    anchors, positives = embeddings(240, width=16, seed=3)
+    positives = positives + 0.25 * np.random.default_rng(4).normal(size=positives.shape).astype(np.float32)
+    plan = mine_plan(anchors, positives, config=MiningConfig(batch_size=32, cluster_size=4)).plan
+    assert len(plan.suspects)
+    loss = LossConfig(name="count_corrected", weights="inclusion", mask_suspects=True)
+    with pytest.raises(AnybatchError, match=r"suspects=plan\.suspects"):
+        PlanGradients.measure(FrozenPairs.prepare(anchors, positives), plan, loss)
+    given = {"temperature": 0.1, "suspects": plan.suspects}
+    masked = FrozenPairs.prepare(anchors, positives, **given)
+    # One batch of all rows is the objective, where it has the same masks.
+    whole = replace(BatchPlan.random(240, 240), suspects=plan.suspects)
+    infonce = replace(LossConfig(name="infonce"), mask_suspects=True)
+    assert method_error(masked, whole, infonce, num_batches=2).bias < 1e-3
+    assert method_error(masked, whole, replace(infonce, mask_suspects=False), num_batches=2).bias > 0.01
+    assert PlanGradients.measure(masked, whole, infonce, num_batches=2).random.bias < 1e-3
+    unmasked = FrozenPairs.prepare(anchors, positives, temperature=0.1)
+    biases = [method_error(pairs, plan, loss, num_batches=60).bias for pairs in (masked, unmasked)]
+    assert biases[0] < 0.8 * biases[1]
 
 
 def check(page):

@@ -9,6 +9,7 @@ import torch
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE
 from anybatch.losses.rows import RESERVED, RowTable
+from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
 
 
@@ -80,7 +81,7 @@ def test_mistakes():
 
 def test_suspected_pairs_are_no_negatives():
     torch.manual_seed(0)
-    suspects = np.array([[0, 1], [1, 5], [2, 7]], np.int32)
+    suspects = np.array([[0, 1], [1, 0], [1, 5], [2, 7]], np.int32)
     plan = BatchPlan(
         num_rows=8, batch_size=8, cluster_size=4, cluster=np.arange(8, dtype=np.int32) // 4, seed=0, data_digest="",
         suspects=suspects,
@@ -96,9 +97,9 @@ def test_suspected_pairs_are_no_negatives():
     mask = torch.zeros(5, 10, dtype=torch.float64)
     for i, row in enumerate(index.tolist()):
         for j, other in enumerate(index.tolist()):
-            if [min(row, other), max(row, other)] in suspects.tolist():
+            if [row, other] in suspects.tolist():
                 mask[i, j] = -torch.inf
-    assert mask.isinf().sum() == 4  # (5, 1), (0, 1) and back; 2 is not in the batch
+    assert mask.isinf().sum() == 3  # (0, 1), (1, 0) and (1, 5), which is no suspect the other way; 2 is not there
     forward = torch.nn.functional.cross_entropy(a @ c.T / 0.1 + mask, torch.arange(5))
     back = torch.nn.functional.cross_entropy((c[:5] @ a.T / 0.1) + mask[:, :5].T, torch.arange(5))
     torch.testing.assert_close(loss, (forward + back) / 2)
@@ -184,8 +185,24 @@ def test_suspects_are_masked_whoever_brings_them():
     table = RowTable(np.arange(10), np.arange(10), negative_id=negative_id, plan=plan, mask_suspects=True)
     arguments = table.arguments(torch.tensor([0, 1, 6]), num_negatives=1)
     masked = arguments["log_weight"].tile(slice(0, 3), slice(0, 6)) == -torch.inf
-    assert masked.nonzero().tolist() == [[0, 2], [0, 4], [2, 0]]
+    assert masked.nonzero().tolist() == [[0, 2], [0, 4]]  # and row 6 keeps row 0's text
     assert plan.digest != BatchPlan.random(10, 4).digest  # who masks them trains otherwise
+
+
+def test_of_labels_each_row_masks_the_texts_that_it_suspects_itself():
+    """Not those of all rows that suspect its own label, of which one row stands for the others."""
+    generator = np.random.default_rng(0)
+    labels, positive_id = generator.normal(size=(20, 8)), np.arange(400) % 20
+    positives = labels[positive_id]
+    sides = [positives + 1.2 * generator.normal(size=(400, 8)), positives]
+    sides = [(side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float32) for side in sides]
+    result = mine_plan(*sides, config=MiningConfig(batch_size=32, cluster_size=8), positive_id=positive_id)
+    table = RowTable(np.arange(400), positive_id, plan=result.plan, mask_suspects=True)
+    rows, texts = np.divmod(table.suspects.numpy(), table.width)
+    conflict = result.graph.conflict.tocoo()
+    assert set(zip(rows, texts, strict=True)) == set(zip(conflict.row, positive_id[conflict.col], strict=True))
+    counts = np.bincount(rows, minlength=400)
+    assert 0 < counts[:20].mean() < 1.3 * counts[20:].mean()  # the first row of each label, and the others
 
 
 def estimates(plan, epochs):

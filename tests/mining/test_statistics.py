@@ -73,7 +73,8 @@ def test_batch_statistics_equal_a_loop(margin):
     neighbors = replace(neighbors, mean_score=float(scores.mean()))
     blocks = batch_statistics(neighbors, cluster, window, text=text, block_rows=37)  # several, the last one ragged
     assert blocks.relative_score == pytest.approx(statistics.relative_score)
-    assert replace(blocks, relative_score=statistics.relative_score) == statistics
+    assert blocks.masked == pytest.approx(statistics.masked)
+    assert replace(blocks, relative_score=statistics.relative_score, masked=statistics.masked) == statistics
     assert statistics.num_anchors == num_rows
     assert statistics.own_first == pytest.approx(np.mean([count == 0 for count in better]))
     assert statistics.own_behind_skip == pytest.approx(np.mean([count > SKIP for count in better]))
@@ -90,6 +91,15 @@ def test_batch_statistics_equal_a_loop(margin):
     assert statistics.relative_score == pytest.approx(relative, rel=1e-5)
     assert statistics.isolated == pytest.approx(np.mean([not wanted[i] & beside[i] for i in range(num_rows)]))
     assert 0 < above < near < 1 or margin is not None
+    mean, own = scores.mean(), np.diagonal(scores)
+    limits = np.full(num_rows, np.inf) if margin is None else np.where(own > mean, mean + margin * (own - mean), np.inf)
+    shares = []
+    for i in range(num_rows):
+        mass = {j: np.exp(scores[i, j] / 0.05) for j in np.flatnonzero(np.isin(text, ranks[i]))}
+        high = [mass[j] for j in mass if scores[i, j] > limits[i]]
+        shares.append(sum(high) / sum(mass.values()))
+    assert statistics.masked == pytest.approx(np.mean(shares), rel=1e-4)
+    assert (statistics.masked > 0) == (margin is not None)
     assert result.report.audit is not None
     assert statistics.window_per_anchor == pytest.approx(result.report.audit.window_per_anchor)
     json.dumps(result.report.as_dict())
@@ -108,6 +118,19 @@ def test_a_teacher_that_knows_nothing_is_warned_of_and_a_good_one_is_not():
     assert "finds the own positive first for only" in bad.warnings[0]
 
 
+def test_a_teacher_that_suspects_most_of_the_mass_is_warned_of():
+    generator = np.random.default_rng(0)
+    positives = generator.normal(size=(2000, 32))
+    for noise, warned in ((1.0, False), (1.5, True)):
+        anchors = positives + noise * generator.normal(size=positives.shape)
+        sides = [
+            (side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float32) for side in (anchors, positives)
+        ]
+        statistics = mine_plan(*sides, config=MiningConfig(batch_size=64)).report.statistics
+        assert any("Compare with mining.method=random" in line for line in statistics.warnings) == warned
+        assert (statistics.masked > 1 / 3) == warned
+
+
 @pytest.mark.parametrize(
     ("limit", "value", "words"),
     [
@@ -115,6 +138,7 @@ def test_a_teacher_that_knows_nothing_is_warned_of_and_a_good_one_is_not():
         ("own_behind_skip", -1.0, "begin above it"),
         ("negatives_above_own", -1.0, "probably right answers"),
         ("suspects_per_anchor", -1.0, "conflict_weight"),
+        ("masked", -1.0, "Compare with mining.method=random"),
         ("isolated", -1.0, "no wanted negative beside them"),
         ("window_gain", 1e9, "mining changes little"),
     ],
@@ -123,7 +147,7 @@ def test_every_limit_has_its_warning(limit, value, words):
     result, anchors, positives, same = mined()
     neighbors = exact_neighbors(anchors, positives, SKIP + TAKE, **same)
     never = {"own_first": 0.0, "own_behind_skip": 1.0, "negatives_above_own": 1.0}
-    never |= {"suspects_per_anchor": 99.0, "isolated": 1.0, "window_gain": 0.0}
+    never |= {"suspects_per_anchor": 99.0, "masked": 1.0, "isolated": 1.0, "window_gain": 0.0}
     window = Window(SKIP, TAKE)
     quiet = batch_statistics(neighbors, result.plan.cluster, window, limits=StatisticsLimits(**never))
     assert quiet.warnings == ()

@@ -69,13 +69,16 @@ def command(
                 missing.append("The gradient's error: of several data sets each has an own. Mine one by itself.")
             else:
                 bars("gradient", 0, 1)
-                frozen = sources.frozen(vectors, pairs)
+                suspects = plan.suspects if sources.loss.mask_suspects else None
+                frozen = sources.frozen(vectors, pairs, suspects)
                 gradients = PlanGradients.measure(frozen, plan, sources.loss)
                 bars("gradient", 1, 1)
-    warnings = plan_warnings(plan, inspections.get("") if len(inspections) == 1 else None, gradients)
+    masks = sources.loss.mask_suspects
+    seen = inspections.get("") if len(inspections) == 1 else None
+    warnings = plan_warnings(plan, seen, gradients, mask_suspects=masks)
     for name, seen in inspections.items():
         if name:
-            warnings += [f"{name}: {warning}" for warning in plan_warnings(plan, seen, None)]
+            warnings += [f"{name}: {warning}" for warning in plan_warnings(plan, seen, None, mask_suspects=masks)]
     if not inspections:
         warnings += sources.stored_warnings()
 

@@ -145,7 +145,9 @@ class PlanSources:
         """Which texts are the same; without the data all rows count as different."""
         return {name: None if pairs is None else getattr(pairs, name) for name in ("anchor_id", "positive_id")}
 
-    def frozen(self, vectors: tuple[np.ndarray, np.ndarray], pairs: PairData | None) -> FrozenPairs:
+    def frozen(
+        self, vectors: tuple[np.ndarray, np.ndarray], pairs: PairData | None, suspects: np.ndarray | None = None
+    ) -> FrozenPairs:
         """The embeddings with the gradient over all data, of one encoder for both sides unless one side is images."""
         from anybatch.data.images import ImageColumn
         from anybatch.insight.gradient_error import FrozenPairs
@@ -157,6 +159,7 @@ class PlanSources:
             direction=self.direction,
             tied=len(set(images)) < 2,
             num_anchors=max(self.options.anchors, FULL),
+            suspects=suspects,
             **self.ids(pairs),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from anybatch.core.ids import known_positives, renumbered
 from anybatch.losses.base import Direction
 from anybatch.losses.engine import TILE_BYTES
 from anybatch.losses.log_weights import ListedPairs, LogWeights, same_content
+from anybatch.losses.rows import suspect_keys
 from anybatch.plans.examples import Examples
 
 
@@ -70,11 +72,12 @@ def in_map(gradient: Tensor, embeddings: Tensor) -> Tensor:
     return (gradient - along * embeddings).T @ embeddings
 
 
-def content_masks(anchor_id: Tensor, positive_id: Tensor) -> LogWeights:
-    """-inf for pairs of rows that are no negatives: the same anchor, the same positive, or a pair that another row has.
+def content_masks(anchor_id: Tensor, positive_id: Tensor, suspects: np.ndarray | None = None) -> LogWeights:
+    """-inf for pairs of rows that are no negatives: the same anchor or positive, a pair that another row has, suspects.
 
     Args:
         anchor_id, positive_id: (n,) int64 from 0 on; equal for identical texts.
+        suspects: (p, 2) int, see `BatchPlan`.
 
     >>> content_masks(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])).tile(slice(0, 1), slice(None)).tolist()
     [[-inf, -inf, 0.0]]
@@ -82,8 +85,11 @@ def content_masks(anchor_id: Tensor, positive_id: Tensor) -> LogWeights:
     anchors, positives = (renumbered(ids.numpy()) for ids in (anchor_id, positive_id))  # large products do not fit
     width = int(positives.max()) + 1
     matching = ListedPairs(torch.from_numpy(known_positives(anchors, positives, width)), width, key="anchor_id")
-    examples = Examples(anchor_id=torch.from_numpy(anchors), text_id=torch.from_numpy(positives))
-    return LogWeights.of(examples, len(anchors), same_content, matching)
+    ids = {"anchor_id": torch.from_numpy(anchors), "text_id": torch.from_numpy(positives)}
+    terms = [same_content, matching]
+    if suspects is not None:
+        terms.append(ListedPairs(suspect_keys(suspects, positives, width), width))
+    return LogWeights.of(Examples(**ids, row=torch.arange(len(anchors))), len(anchors), *terms)
 
 
 def _one_way(

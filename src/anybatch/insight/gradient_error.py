@@ -98,6 +98,7 @@ class FrozenPairs:
         temperature: Of the full-data objective.
         direction: Of it: "one_way", or "both" for the mean of both directions' losses.
         tied: Whether one map is shared by both sides, as where one encoder embeds both.
+        suspects: (p, 2) int, pairs that are no negatives in the full-data gradient; None: all are.
         full: (2, groups, P) two estimates of the full-data gradient in the P parameters, by group of anchors. Equal and
             of one group where all anchors were taken: then they are exact.
 
@@ -114,6 +115,7 @@ class FrozenPairs:
     temperature: float
     direction: Direction
     tied: bool
+    suspects: np.ndarray | None
     full: Tensor
 
     @classmethod
@@ -127,6 +129,7 @@ class FrozenPairs:
         tied: bool = True,
         anchor_id: np.ndarray | None = None,
         positive_id: np.ndarray | None = None,
+        suspects: np.ndarray | None = None,
         num_anchors: int | None = None,
         seed: int = 0,
     ) -> FrozenPairs:
@@ -138,6 +141,7 @@ class FrozenPairs:
             temperature: Similarities are divided by it.
             direction, tied: See above.
             anchor_id, positive_id: (n,) int; None: all texts differ.
+            suspects: (p, 2) int of a plan, where the loss masks them: no negatives in its objective either.
             num_anchors: Anchors whose losses (against all rows) stand for those of all; None for all, which is exact.
                 Some are drawn twice, independently, so that their choice does not count as bias.
             seed: Of the draw.
@@ -163,7 +167,7 @@ class FrozenPairs:
         sides = _unit(anchors), _unit(positives)
         ids = [torch.from_numpy(side) for side in compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)]
         repeated = any(len(side.unique()) < num_rows for side in ids)  # else only the own pair is no negative
-        masks = content_masks(*ids) if repeated else None
+        masks = content_masks(*ids, suspects) if repeated or suspects is not None else None
 
         def gradient(rows: Tensor) -> Tensor:
             parts = full_gradient(*sides, rows=rows, temperature=temperature, direction=direction, masks=masks)
@@ -184,6 +188,7 @@ class FrozenPairs:
             temperature=temperature,
             direction=direction,
             tied=tied,
+            suspects=suspects,
             full=full,
         )
 

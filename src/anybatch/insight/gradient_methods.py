@@ -126,9 +126,12 @@ def method_error(
 def on_random_batches(
     pairs: FrozenPairs, plan: BatchPlan, method: LossConfig, *, num_batches: int = NUM_BATCHES
 ) -> GradientError:
-    """The same on random batches of the same size, where weights and masks have no meaning."""
-    random = BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed)
-    plain = replace(method, weights="none", weight_cap=None, mask_suspects=False)
+    """The same on random batches of the same size, where weights have no meaning, and the plan's suspects are masked
+    if the method masks them.
+    """
+    random = replace(BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed), suspects=plan.suspects)
+    masks = method.mask_suspects and plan.suspects is not None
+    plain = replace(method, weights="none", weight_cap=None, mask_suspects=masks)
     return method_error(pairs, random, plain, num_batches=num_batches)
 
 

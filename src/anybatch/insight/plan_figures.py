@@ -18,6 +18,7 @@ from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs, GradientEr
 from anybatch.insight.gradient_methods import ERRORS, error_cells, method_error, name_of, on_random_batches
 from anybatch.losses.registry import LossConfig
 from anybatch.mining.inputs import check_embeddings, compact_ids
+from anybatch.mining.statistics import LIMITS
 from anybatch.plans.plan import BatchPlan
 
 MARGIN = 0.95  # of the own positive's score, from which a negative is suspected to be false (NV-Retriever)
@@ -25,6 +26,7 @@ SHOWN = 20  # pairs kept, the most suspected first
 LOOKED_AT = 200  # pairs of a block of anchors, of which many may have the same two positives
 BLOCK = 2**22  # scores held at once
 MANY_SUSPECTS = 1.0  # an anchor: .1 to .4 were measured at the default conflict weight, 1.3 in the published recipe
+MUCH_MASKED = LIMITS.masked
 LITTLE_MASS = 3.0  # times that of random batches
 WEAK_TEACHER = 0.4  # own positives first; about midway between teachers of .70 and .21 (docs/benchmarks/teachers.md)
 
@@ -50,7 +52,8 @@ class BatchMass:
     Attributes:
         in_cluster, in_batch: Share in the anchor's own cluster, and in its batch, hard negatives included.
         masked: Share that the plan suspects to be false negatives, wherever it is; `loss.mask_suspects` removes it.
-        suspects: Negatives in the batch that score above `MARGIN` of the own positive.
+        suspects: Negatives in the batch that the plan suspects; of a plan that did not look for them, those that score
+            above `MARGIN` of the own positive.
     """
 
     in_cluster: float
@@ -110,7 +113,18 @@ class PlanGradients:
     def measure(
         cls, pairs: FrozenPairs, plan: BatchPlan, loss: LossConfig, *, num_batches: int = NUM_BATCHES
     ) -> PlanGradients:
-        """See `method_error`."""
+        """See `method_error`; where the loss masks suspects, `pairs` were prepared without them too.
+
+        Raises:
+            AnybatchError: They were not.
+        """
+        masks = loss.mask_suspects and plan.suspects is not None
+        if masks != (pairs.suspects is not None):
+            raise AnybatchError(
+                f"The loss has mask_suspects={loss.mask_suspects}, and the full-data gradient is "
+                f"{'with' if masks else 'without'} the suspects. Make both alike: FrozenPairs.prepare(..., "
+                f"suspects={'plan.suspects' if masks else None})."
+            )
         random = on_random_batches(pairs, plan, loss, num_batches=num_batches)
         chosen = plan.cluster_size > 1 or plan.negatives_per_row
         planned = method_error(pairs, plan, loss, num_batches=num_batches) if chosen else random
@@ -196,7 +210,7 @@ def _inspect_set(
     placed = members[home[members] >= 0]
     chosen = np.sort(np.random.default_rng(seed).choice(placed, min(num_anchors, len(placed)), replace=False))
     positives = _unit(sides[1][members])
-    suspected = _suspected(plan)
+    suspected = _suspected(plan, ids[1])
     sums, pairs, near, above, first = np.zeros(3), [], 0, 0, 0
     height = max(1, BLOCK // len(members))
     for start in range(0, len(chosen), height):
@@ -215,14 +229,17 @@ def _inspect_set(
             for place, row in enumerate(rows):
                 brought = plan.negatives[batches[home[row]]]
                 in_batch[place] |= np.isin(members, brought[brought >= 0])
-        masked = float(mass[suspected[rows][:, members].nonzero()].sum())
-        sums += [float(mass[in_cluster].sum()), float(mass[in_batch].sum()), masked]
         ratio = np.where(negative & (own > 0), scores / own, -np.inf)
+        may_be_right = ratio >= MARGIN
+        if suspected is not None:
+            may_be_right = suspected[rows][:, ids[1][members]].toarray() & negative
+            sums[2] += float(mass[may_be_right].sum())
+        sums[:2] += float(mass[in_cluster].sum()), float(mass[in_batch].sum())
         first += int((best[:, 0] <= own[:, 0]).sum())
-        above += int((ratio >= MARGIN).sum())
+        above += int(may_be_right.sum())
+        near += int((may_be_right & in_batch).sum())
         line, column = np.nonzero(in_batch & np.isfinite(ratio))
         beside = ratio[line, column]
-        near += int((beside >= MARGIN).sum())
         most = np.argsort(-beside, kind="stable")[:LOOKED_AT]
         pairs += zip(rows[line[most]], members[column[most]], beside[most], strict=True)
         progress((start + len(rows)) / len(chosen))
@@ -249,11 +266,13 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def _suspected(plan: BatchPlan) -> sparse.csr_matrix:
-    """(n, n) where the plan suspects a pair, in both orders."""
-    pairs = np.zeros((0, 2), np.int32) if plan.suspects is None else plan.suspects
-    rows, others = np.concatenate([pairs, pairs[:, ::-1]]).T
-    return sparse.csr_matrix((np.ones(len(rows), bool), (rows, others)), shape=(plan.num_rows, plan.num_rows))
+def _suspected(plan: BatchPlan, positive_id: np.ndarray) -> sparse.csr_matrix | None:
+    """(n, n) by row and text, whoever brings it: what `RowTable` masks. None: the plan did not look for suspects."""
+    if plan.suspects is None:
+        return None
+    rows, others = plan.suspects.T
+    entries = np.ones(len(rows), bool), (rows, positive_id[others])
+    return sparse.csr_matrix(entries, shape=(plan.num_rows, plan.num_rows))
 
 
 def _most_suspected(pairs: Sequence[tuple[int, int, float]], positive_id: np.ndarray) -> list[RowPair]:
@@ -285,7 +304,7 @@ def plan_sizes(plan: BatchPlan) -> list[Figure]:
         ),
         "suspected pairs": (
             f"{stats['suspect_pairs']:,}",
-            "Pairs that mining suspects of being right answers to each other, which loss.mask_suspects removes.",
+            "Anchors with a text that mining suspects of being right for them, which loss.mask_suspects removes.",
         ),
     }
     return [(name, value, "", meaning) for name, (value, meaning) in sizes.items()]
@@ -309,7 +328,8 @@ def set_figures(seen: PlanInspection) -> list[Figure]:
             "suspected false negatives an anchor",
             f"{plan.suspects:.2f}",
             f"{random.suspects:.2f}",
-            f"Negatives in its batch that the teacher scores above {MARGIN:g} of the own positive: perhaps right.",
+            f"Negatives in its batch that mining suspects of being right; where it did not look, those that score "
+            f"above {MARGIN:g} of the own positive.",
         ),
         (
             "own positive first",
@@ -327,8 +347,14 @@ def gradient_figures(gradients: PlanGradients) -> list[Figure]:
     return [(of + name, plan, random, meaning) for (name, meaning), plan, random in cells]
 
 
-def plan_warnings(plan: BatchPlan, seen: PlanInspection | None, gradients: PlanGradients | None) -> list[str]:
-    """What these figures advise against, in words."""
+def plan_warnings(
+    plan: BatchPlan,
+    seen: PlanInspection | None,
+    gradients: PlanGradients | None,
+    *,
+    mask_suspects: bool = False,
+) -> list[str]:
+    """What these figures advise against, in words; `mask_suspects`: whether the loss masks suspects already."""
     found = []
     if gradients is not None and gradients.loses:
         planned, random = gradients.planned, gradients.random
@@ -355,9 +381,16 @@ def plan_warnings(plan: BatchPlan, seen: PlanInspection | None, gradients: PlanG
     if plan.cluster_size == 1:
         return found  # nothing was chosen that could hurt
     if seen.planned.suspects > MANY_SUSPECTS:
+        masks = "" if mask_suspects else ", or set loss.mask_suspects"
         found.append(
             f"{seen.planned.suspects:.2f} suspected false negatives sit beside an anchor (good: {MANY_SUSPECTS:g} or "
-            "less). Read the pairs below; raise mining.conflict_weight, or set loss.mask_suspects."
+            f"less). Read the pairs below; raise mining.conflict_weight{masks}."
+        )
+    if seen.planned.masked > MUCH_MASKED:
+        found.append(
+            f"The teacher suspects negatives that hold {seen.planned.masked:.1%} of the softmax mass (good: "
+            f"{MUCH_MASKED:.0%} or less) of being right; with loss.mask_suspects the model never learns to tell them "
+            "apart. Compare with mining.method=random, or use a better teacher."
         )
     if seen.planned.in_batch < LITTLE_MASS * seen.random.in_batch:
         found.append(

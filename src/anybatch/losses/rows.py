@@ -148,7 +148,7 @@ class RowTable(nn.Module):
             if negatives.shape[1]:
                 self.way_keys, self.ways = _ways(positives, negatives, plan.task, self.width)
         if mask_suspects and plan.suspects is not None:
-            self.suspects = _suspect_keys(plan.suspects, positives, self.width)
+            self.suspects = suspect_keys(plan.suspects, positives, self.width)
         elif mask_suspects:
             warnings.warn(
                 "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
@@ -322,7 +322,6 @@ def _ways(
     return torch.from_numpy(keys), torch.from_numpy((counts[0] + counts[1]) / np.maximum(counts[0], 1))
 
 
-def _suspect_keys(pairs: np.ndarray, positive_id: np.ndarray, width: int) -> Tensor:
-    """Keys row * width + text of these pairs, in both orders, ascending: the other's positive, whoever brings it."""
-    both = np.concatenate([pairs, pairs[:, ::-1]]).astype(np.int64)
-    return torch.from_numpy(np.unique(both[:, 0] * width + positive_id[both[:, 1]]))
+def suspect_keys(pairs: np.ndarray, positive_id: np.ndarray, width: int) -> Tensor:
+    """Keys row * width + text of these pairs, ascending: the other's positive, whoever brings it."""
+    return torch.from_numpy(np.unique(pairs[:, 0].astype(np.int64) * width + positive_id[pairs[:, 1]]))

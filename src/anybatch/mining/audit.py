@@ -107,14 +107,13 @@ class Beside:
 
 
 def suspect_pairs(conflict: sparse.csr_matrix) -> np.ndarray:
-    """All suspected false negatives: (p, 2) int32, lower row first, distinct, sorted.
+    """All suspected false negatives: (p, 2) int32, sorted: a row, and one whose text may be right for its anchor.
 
-    Those of other clusters too: they meet in a batch, and a loss that stands for the whole data would weigh them most.
+    The other way round is a pair of its own: a text that many anchors come near need not be near to theirs. Those of
+    other clusters too: they meet in a batch, and a loss that stands for the whole data would weigh them most.
     """
-    num_rows = len(conflict.indptr) - 1
-    rows, others = np.repeat(np.arange(num_rows), np.diff(conflict.indptr)), conflict.indices
-    keys = np.unique(np.minimum(rows, others) * num_rows + np.maximum(rows, others))
-    return np.stack(np.divmod(keys, max(1, num_rows)), axis=1).astype(np.int32)
+    rows = np.repeat(np.arange(len(conflict.indptr) - 1), np.diff(conflict.indptr))
+    return np.stack([rows, conflict.indices], axis=1).astype(np.int32)
 
 
 def _hard_pairs(cluster: np.ndarray, anchor_id: np.ndarray, positive_id: np.ndarray) -> int:

@@ -52,11 +52,13 @@ class Window:
 
     def to_conflicts(self, neighbors: Neighbors) -> Window:
         """One that skips only as many of its first ranks as conflicts go: ranks that the margin suspects of every third
-        row or more.
+        row or more. Without a margin nothing says how many: all are skipped.
 
         Where the teacher is unsure of that many, it is likely to overlook others; elsewhere the first ranks are the
         hardest negatives, and hold the most softmax mass.
         """
+        if self.margin is None:
+            return self
         first = replace(neighbors, ids=neighbors.ids[:, : self.skip], scores=neighbors.scores[:, : self.skip])
         _, suspected = replace(self, skip=0).cut(first)
         return replace(self, skip=int(np.cumprod(suspected.mean(axis=0) >= UNSURE).sum()))

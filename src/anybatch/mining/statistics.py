@@ -17,6 +17,7 @@ from anybatch.mining.audit import Beside, together_by_chance
 from anybatch.mining.graph import Window
 from anybatch.mining.neighbors import Neighbors
 
+TEMPERATURE = 0.05  # of the softmax mass, as that of `inspect_plan`
 NEAR = 0.95  # NV-Retriever's margin: above this share of the own positive's score a negative is suspected
 
 
@@ -38,6 +39,7 @@ class StatisticsLimits:
         negatives_above_own: Most `negatives_above_own`: what the teacher itself holds to be better answers.
         suspects_per_anchor: Most `suspects_per_anchor`. At the default conflict weight .1 to .4 were measured; 1.3 in
             the published recipe.
+        masked: Most `masked`. On made pairs a teacher that knows them has .06 and less, one that does not .5 to .8.
         isolated: Most `isolated`. Rows with nothing they want beside them train as in random batches; .05 was measured
             with a union of windows; mutual edges leave .38 of the rows without an edge.
         window_gain: Least `window_gain`. 20 to 60 were measured; below 3 the batches are hardly harder than random
@@ -52,6 +54,7 @@ class StatisticsLimits:
     own_behind_skip: float = 0.25
     negatives_above_own: float = 0.15
     suspects_per_anchor: float = 1.0
+    masked: float = 1 / 3
     isolated: float = 0.25
     window_gain: float = 3.0
 
@@ -71,6 +74,8 @@ class BatchStatistics:
         window_per_anchor: Negatives an anchor.
         window_gain: The same over what random clusters of this size would hold.
         suspects_per_anchor: Suspected false negatives in the anchor's own cluster.
+        masked: Share of the softmax mass (temperature .05) of an anchor's ranked texts that the margin suspects, of any
+            cluster.
         negatives_above_own: Share of negatives that the teacher scores above the own positive.
         negatives_near_own: Share above `NEAR` times the own positive's score.
         relative_score: Mean score of the negatives over the mean score of the positives that they stand against.
@@ -91,6 +96,7 @@ class BatchStatistics:
     window_per_anchor: float
     window_gain: float
     suspects_per_anchor: float
+    masked: float
     negatives_above_own: float
     negatives_near_own: float
     relative_score: float
@@ -145,6 +151,7 @@ def batch_statistics(
         "window_per_anchor": count["negatives"] / num_anchors,
         "window_gain": count["negatives"] / expected if expected else 0.0,
         "suspects_per_anchor": count["suspects"] / num_anchors,
+        "masked": count["masked"] / num_anchors,
         "negatives_above_own": count["above_own"] / negatives,
         "negatives_near_own": count["near_own"] / negatives,
         # A ratio of means: the mean of ratios is ruled by the few anchors whose own score is nearly 0.
@@ -159,6 +166,9 @@ def _counts(neighbors: Neighbors, beside: Beside, home: np.ndarray, window: Wind
     """Numbers and sums over some anchors, whose clusters are `home`."""
     ids, scores, own = neighbors.ids, neighbors.scores, neighbors.own_score[:, None]
     wanted, suspected = window.cut(neighbors)
+    _, by_margin = replace(window, skip=0, take=window.depth).cut(neighbors)
+    mass = np.exp((scores - np.maximum(scores[:, :1], -np.finfo(np.float32).max)) / TEMPERATURE)
+    mass *= beside.rows_of_text[ids]
     inside = beside.count(home[:, None], ids)
     above = (ids >= 0) & (scores > own)
     negatives = wanted * inside
@@ -167,6 +177,7 @@ def _counts(neighbors: Neighbors, beside: Beside, home: np.ndarray, window: Wind
         "wanted": int((wanted * beside.rows_of_text[ids]).sum()),
         "negatives": int(negatives.sum()),
         "suspects": int((suspected * inside).sum()),
+        "masked": float(((mass * by_margin).sum(axis=1) / np.maximum(mass.sum(axis=1), 1e-30)).sum()),
         "own_first": int((~above.any(axis=1)).sum()),
         "own_behind_skip": int((above.sum(axis=1) > window.skip).sum()),
         "above_own": int((negatives * above).sum()),
@@ -204,6 +215,12 @@ def _warnings(figures: dict[str, float], clustered: bool, window: Window, limits
         found.append(
             f"{figures['suspects_per_anchor']:.2f} suspected false negatives sit beside an anchor (good: "
             f"{limits.suspects_per_anchor:g} or less). Raise mining.conflict_weight."
+        )
+    if figures["masked"] > limits.masked:
+        found.append(
+            f"The teacher suspects {figures['masked']:.1%} of the softmax mass of an anchor's hardest negatives of "
+            f"being right (good: {limits.masked:.0%} or less): with loss.mask_suspects the model never learns to tell "
+            "them apart. Compare with mining.method=random, or use a better teacher."
         )
     if figures["isolated"] > limits.isolated:
         found.append(

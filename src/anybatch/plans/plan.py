@@ -23,7 +23,7 @@ from anybatch.core.files import SEAL, digest_of, read_sealed, tensors_metadata, 
 from anybatch.plans.sampling import ClusterSampling
 
 FORMAT = "anybatch-plan"
-VERSION = 5
+VERSION = 6
 ARRAYS = ("cluster", "suspects", "negatives", "task")
 
 
@@ -43,7 +43,8 @@ class BatchPlan:
         cluster: (num_rows,) int32, each row's cluster 0, 1, ...; -1 for rows in none.
         seed: Of the combination of clusters.
         data_digest: Digest of the texts (`PairData.digest`).
-        suspects: (p, 2) int32 suspected false negatives, pairs of rows of any clusters; None: not looked for.
+        suspects: (p, 2) int32 suspected false negatives: a row, and one of any cluster whose text may be right for it;
+            None: not looked for.
         negatives: (num_rows, h) int32 rows mined as hard negatives of each anchor, -1 for none; None for none at all.
         task: (num_rows,) int32, each row's data set; None for one data set.
         task_names: Their names.

@@ -38,8 +38,7 @@ def _suspected_texts(pairs: PairData, plan: BatchPlan, lacking: np.ndarray) -> d
     """For the rows that lack a negative, the texts that may be right answers."""
     texts: dict[int, set[int]] = {}
     if plan.suspects is not None:
-        both = np.concatenate([plan.suspects, plan.suspects[:, ::-1]])
-        for row, suspect in both[lacking[both[:, 0]]].tolist():
+        for row, suspect in plan.suspects[lacking[plan.suspects[:, 0]]].tolist():
             texts.setdefault(row, set()).add(int(pairs.positive_id[suspect]))
     return texts
 
