@@ -252,7 +252,7 @@ MUTATIONS = [
         ("torch.where(cluster < 0, -2 - index, cluster)", "cluster"),
         ("-log_others - math.log(chance_same)", "-log_others + math.log(chance_same)"),
         ("if cap is None else min(ratio, cap)", "if cap is None else max(ratio, cap)"),
-        ("np.concatenate([pairs, pairs[:, ::-1]])", "np.concatenate([pairs, pairs])"),
+        ("* width + positive_id[pairs[:, 1]]", "* width + pairs[:, 1]"),
     ),
     *of(
         "mining/exchange.py",

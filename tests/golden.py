@@ -151,7 +151,8 @@ def plan_of_rows(mixing: str | None) -> BatchPlan:
         placed = begin + generator.permutation(size)[: 3 * count]
         cluster[placed] = first + np.arange(3 * count) // 3
         begin, first = begin + size, first + count
-    suspects = np.unique(np.sort(generator.integers(0, ROWS, (40, 2)), axis=1), axis=0)
+    suspects = generator.integers(0, ROWS, (40, 2))
+    suspects = np.unique(np.concatenate([suspects, suspects[:, ::-1]]), axis=0)  # each in both directions
     sets: dict[str, Any] = {}
     if mixing is not None:
         task = np.repeat(np.arange(2, dtype=np.int32), sizes)

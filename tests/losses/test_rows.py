@@ -192,7 +192,7 @@ def test_suspects_are_masked_whoever_brings_them():
 def test_of_labels_each_row_masks_the_texts_that_it_suspects_itself():
     """Not those of all rows that suspect its own label, of which one row stands for the others."""
     generator = np.random.default_rng(0)
-    labels, positive_id = generator.normal(size=(20, 8)), np.arange(400) % 20
+    labels, positive_id = generator.normal(size=(20, 8)), 19 - np.arange(400) % 20
     positives = labels[positive_id]
     sides = [positives + 1.2 * generator.normal(size=(400, 8)), positives]
     sides = [(side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float32) for side in sides]

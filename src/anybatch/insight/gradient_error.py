@@ -167,7 +167,7 @@ class FrozenPairs:
         sides = _unit(anchors), _unit(positives)
         ids = [torch.from_numpy(side) for side in compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)]
         repeated = any(len(side.unique()) < num_rows for side in ids)  # else only the own pair is no negative
-        masks = content_masks(*ids, suspects) if repeated or suspects is not None else None
+        masks = content_masks(ids[0], ids[1], suspects) if repeated or suspects is not None else None
 
         def gradient(rows: Tensor) -> Tensor:
             parts = full_gradient(*sides, rows=rows, temperature=temperature, direction=direction, masks=masks)
