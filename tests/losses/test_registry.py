@@ -80,7 +80,7 @@ def test_settings_reach_their_method():
         ({"name": "fastclip", "version": ""}, "loss.version is ''"),
         ({"name": "clip"}, "loss.name is 'clip'; expected one of auto, infonce, "),
         ({"name": "tempnet", "dimensions": 8, "matryoshka": (8, 4)}, "Leave out loss.dimensions"),
-        ({"name": "sogclr", "weight_cap": 4.0}, "loss.weight_cap is given, which loss.weights 'none' does not use"),
+        ({"name": "sogclr", "weights": "none", "weight_cap": 4.0}, "loss.weight_cap is given, which loss.weights 'none' does not use"),
         ({"name": "isogclr", "temperature_lr": 0.0}, "loss.temperature_lr is 0.0; expected"),
         ({"name": "sogclr", "learnable_temperature": True, "temperature": 0.005}, "Begin higher"),
         ({"name": "tempnet", "dimensions": 8, "ring": True}, "loss.ring is given, and 'tempnet' asks its network"),
