@@ -49,7 +49,7 @@ def command(
     check_new(json_file, "--json")
     sources = PlanSources(options)
     plan, missing = sources.plan, sources.missing
-    pairs, vectors = sources.pairs(), sources.embeddings()
+    pairs, vectors, masks = sources.pairs(), sources.embeddings(), sources.loss.mask_suspects is True
 
     # 2. Measure it under the teacher's scores, each data set by itself, and its gradient if there is one set.
     inspections, gradients = {}, None
@@ -69,11 +69,10 @@ def command(
                 missing.append("The gradient's error: of several data sets each has an own. Mine one by itself.")
             else:
                 bars("gradient", 0, 1)
-                suspects = plan.suspects if sources.loss.mask_suspects else None
+                suspects = plan.suspects if masks else None
                 frozen = sources.frozen(vectors, pairs, suspects)
                 gradients = PlanGradients.measure(frozen, plan, sources.loss)
                 bars("gradient", 1, 1)
-    masks = sources.loss.mask_suspects
     seen = inspections.get("") if len(inspections) == 1 else None
     warnings = plan_warnings(plan, seen, gradients, mask_suspects=masks)
     for name, seen in inspections.items():

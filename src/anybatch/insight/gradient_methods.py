@@ -130,7 +130,7 @@ def on_random_batches(
     if the method masks them.
     """
     random = replace(BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed), suspects=plan.suspects)
-    masks = method.mask_suspects and plan.suspects is not None
+    masks = method.mask_suspects is True and plan.suspects is not None
     plain = replace(method, weights="none", weight_cap=None, mask_suspects=masks)
     return method_error(pairs, random, plain, num_batches=num_batches)
 

@@ -118,7 +118,7 @@ class PlanGradients:
         Raises:
             AnybatchError: They were not.
         """
-        masks = loss.mask_suspects and plan.suspects is not None
+        masks = loss.mask_suspects is True and plan.suspects is not None
         if masks != (pairs.suspects is not None):
             raise AnybatchError(
                 f"The loss has mask_suspects={loss.mask_suspects}, and the full-data gradient is "
