@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
-VERSION = 4  # 4: named by parts
+VERSION = 5  # 5: running denominators are absolute or relative, and say so
 JOIN = "Join the shards with anybatch.losses.state.join_shards and load the whole state."
 OTHER_LOSS = (
     "Make the loss with the settings and the data set that the state was saved with, or, if rows were appended, pass "
