@@ -274,8 +274,8 @@ class RunningDenominator(Denominator):
             self.fill(visits.rows, mean, temperature=now, direction=direction, dimensions=dimensions)
         return new[visits.own]
 
-    def _check_state(self, state: Mapping[str, Any], prefix: str) -> None:
-        super()._check_state(state, prefix)
+    def refuse_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """See `State.refuse_state`: one of the other reference."""
         saved = state.get(prefix + "relative")
         if saved is not None and bool(saved) == self.absolute:
             given, own = ("relative", "absolute") if self.absolute else ("absolute", "relative")

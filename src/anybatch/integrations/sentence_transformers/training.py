@@ -214,9 +214,7 @@ def _arguments(
 
 
 def _make_trainer(**settings: Any) -> Any:
-    """A Trainer that decays the encoder alone, trains no step beyond the last, and prints nothing: our progress replaces
-    its lines.
-    """
+    """A Trainer that decays the encoder alone, ends with the last step, and prints nothing, as our progress does."""
     from sentence_transformers import SentenceTransformerTrainer
     from transformers import PrinterCallback, ProgressCallback
 
