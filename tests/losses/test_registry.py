@@ -80,7 +80,10 @@ def test_settings_reach_their_method():
         ({"name": "fastclip", "version": ""}, "loss.version is ''"),
         ({"name": "clip"}, "loss.name is 'clip'; expected one of auto, infonce, "),
         ({"name": "tempnet", "dimensions": 8, "matryoshka": (8, 4)}, "Leave out loss.dimensions"),
-        ({"name": "sogclr", "weight_cap": 4.0}, "loss.weight_cap is given, which loss.weights 'none' does not use"),
+        (
+            {"name": "sogclr", "weights": "none", "weight_cap": 4.0},
+            "loss.weight_cap is given, which loss.weights 'none' does not use",
+        ),
         (
             {"name": "sogclr", "warm_start": True, "mask_margin": 0.1},
             "loss.mask_margin, which a warm start does not know",

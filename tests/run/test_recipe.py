@@ -50,7 +50,7 @@ def test_what_is_given_beside_auto_holds():
     config = with_recipe(replace(CONFIG, loss=LossConfig(temperature=0.02, mask_suspects=True), teacher=TEACHER), PAIRS)
     assert (config.loss.temperature, config.loss.mask_suspects, config.loss.weights) == (0.02, True, "inclusion")
     named = replace(CONFIG, loss=LossConfig(name="infonce"), teacher=TEACHER)
-    assert with_recipe(named, PAIRS).loss == named.loss
+    assert with_recipe(named, PAIRS).loss.name == "infonce"
 
 
 def test_a_given_plan_says_whether_it_is_mined(tmp_path):
@@ -59,6 +59,23 @@ def test_a_given_plan_says_whether_it_is_mined(tmp_path):
     plan = BatchPlan(num_rows=8, batch_size=4, cluster_size=2, cluster=cluster, seed=0, data_digest="")
     plan.save(path)
     assert with_recipe(replace(CONFIG, plan=path), PAIRS).loss.weights == "inclusion"
+
+
+def test_mined_batches_are_weighed_and_masked_for_any_loss_unless_told_otherwise(caplog):
+    caplog.set_level("INFO", "anybatch")
+    mined = replace(CONFIG, teacher=TEACHER)
+    settled = [
+        with_recipe(replace(mined, loss=LossConfig(**given)), PAIRS).loss
+        for given in (
+            {"name": "infonce"},
+            {"name": "sogclr"},
+            {"weights": "none", "mask_suspects": False},
+            {"weight_cap": 4.0},
+        )
+    ]
+    expected = [("none", True), ("inclusion", True), ("none", False), ("inclusion", True)]
+    assert [(loss.weights, loss.mask_suspects) for loss in settled] == expected
+    assert "loss.mask_suspects=true (what mining suspects is no negative)" in caplog.text
 
 
 def test_what_nobody_settled_is_refused():

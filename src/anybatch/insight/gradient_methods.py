@@ -32,9 +32,9 @@ def name_of(method: LossConfig) -> str:
         for name, value in method.options.items()
         if value != known[name].default and name not in ("temperature", "direction")
     }
-    if method.weights != "none":
+    if method.weights == "inclusion":
         given["weights"] = method.weights
-    if method.mask_suspects:
+    if method.mask_suspects is True:
         given["mask_suspects"] = True
     return ", ".join([method.name, *(f"{name}={value}" for name, value in given.items())])
 
@@ -116,9 +116,9 @@ def method_error(
         pairs,
         loss,
         plan=plan,
-        weights=method.weights,
+        weights="inclusion" if method.weights == "inclusion" else "none",
         weight_cap=method.weight_cap,
-        mask_suspects=method.mask_suspects,
+        mask_suspects=method.mask_suspects is True,
         num_batches=num_batches,
     )
 
@@ -157,10 +157,10 @@ def compare_methods(
     """
     # A batch of one cluster never meets the others: no weight can stand for that.
     methods = core_methods() if methods is None else methods
-    wanted = [("random", method) for method in methods if method.weights == "none"]
+    wanted = [("random", method) for method in methods if method.weights != "inclusion"]
     if plan.cluster_size > 1:
         weighable = plan.clusters_per_batch > 1
-        wanted += [("plan", method) for method in methods if method.weights == "none" or weighable]
+        wanted += [("plan", method) for method in methods if method.weights != "inclusion" or weighable]
     lines = []
     for number, (batches, method) in enumerate(wanted, start=1):
         measure = method_error if batches == "plan" else on_random_batches

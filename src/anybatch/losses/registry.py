@@ -117,9 +117,11 @@ class LossConfig(Configuration):
     Attributes:
         name: The method, see docs/methods.md; "auto": the recommended one, see docs/recipe.md.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
+            "auto": inclusion on mined batches, for a method that defines it.
         weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact
             weight.
-        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives.
+        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. "auto": on mined
+            batches.
         matryoshka: Widths of prefixes of the embeddings that must be good embeddings themselves: the loss is the sum
             over them, each with a memory and a learned temperature of its own. The full width is among them only if
             given. None for the embeddings as they are.
@@ -134,9 +136,9 @@ class LossConfig(Configuration):
     """
 
     name: str = AUTO
-    weights: Literal["none", "inclusion"] = "none"
+    weights: Literal["auto", "none", "inclusion"] = AUTO
     weight_cap: Annotated[float, Range(1)] | None = None
-    mask_suspects: bool = False
+    mask_suspects: Literal["auto"] | bool = AUTO
     matryoshka: tuple[Count, ...] | None = None
     warm_start: bool = False
 
@@ -182,11 +184,10 @@ class LossConfig(Configuration):
             raise unknown_key("loss." + key, key, sorted(known))
         return kind
 
-    def named(self, name: str, **matching: Any) -> LossConfig:
-        """The method that a rule chose, with what was given beside "auto"; `matching` holds for what was not given."""
+    def named(self, name: str) -> LossConfig:
+        """The method that a rule chose for "auto", with what was given beside it."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        standing = {key: value for key, value in given.items() if value == getattr(LossConfig(), key)}
-        return LossConfig(**{**given, **{key: matching[key] for key in matching if key in standing}, "name": name})
+        return LossConfig(**{**given, "name": name})
 
     @property
     def method(self) -> type[ContrastiveLoss]:

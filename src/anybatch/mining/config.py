@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -81,10 +80,12 @@ class MiningConfig(Configuration):
         published = self.method == "published"
         numbers = {
             "method": "anybatch",
-            "cluster_size": auto_cluster_size(self.batch_size, MOST if published else self.batch_size // 16),
+            "cluster_size": MOST,
             "margin": None if published else MARGIN,
             "conflict_weight": CONFLICT_WEIGHT if self.method in ("auto", "anybatch") else 0.0,
         }
+        if self.cluster_size == "auto" and self.method != "random":
+            numbers["cluster_size"] = auto_cluster_size(self.batch_size, MOST if published else self.batch_size // 16)
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return SettledConfig(**given | {name: value for name, value in numbers.items() if given[name] == "auto"})
 
@@ -123,10 +124,13 @@ def auto_cluster_size(batch_size: int, most: int) -> int:
     A batch that is few clusters has the gradients of about as many independent places, however hard its negatives are:
     so clusters are many, and small. nDCG@10 at 64 with exact weights: .535, .564, .568 for clusters of 32, 8, 4.
     """
-    wanted = range(min(max(most, 2), MOST), 1, -1)
-    beyond = range(MOST + 1, math.isqrt(batch_size) + 1)
-    return next((size for size in (*wanted, *range(2, MOST + 1)) if batch_size % size == 0), None) or next(
-        (size for size in beyond if batch_size % size == 0), max(2, batch_size)
+    most = min(max(most, 2), MOST)
+    for size in (*range(most, 1, -1), *range(most + 1, MOST + 1)):
+        if batch_size % size == 0:
+            return size
+    raise AnybatchError(
+        f"batch_size is {batch_size}, which no cluster of 2 to {MOST} rows divides; mined batches are whole clusters. "
+        "Choose another batch_size, such as a multiple of 16, or mining.method 'random'."
     )
 
 

@@ -29,6 +29,7 @@ def check_start(config: RunConfig, pairs: PairData) -> None:
     """
     if config.plan is not None:
         _load_plan(Path(config.plan), config, pairs)
+        _name_unused(config)
         return
     check_sizes(len(pairs), config=resolved(config).mining, sets=mining_sets(config, pairs))
     if config.mining.method == "random":
@@ -38,13 +39,14 @@ def check_start(config: RunConfig, pairs: PairData) -> None:
 
 
 def _name_unused(config: RunConfig) -> None:
-    """Say what random batches take no notice of: a run is often compared with random batches by one setting."""
+    """Say what random batches, or a plan that is given, take no notice of: runs are compared by one setting."""
     default = MiningConfig()
-    names = ("cluster_size", "window", "margin", "neighbors")
+    names = ("cluster_size", "window", "margin", "neighbors", "conflict_weight", "num_negatives")
     unused = [f"mining.{name}" for name in names if getattr(config.mining, name) != getattr(default, name)]
     unused += [f"teacher.{name}" for name in ("name", "embeddings") if getattr(config.teacher, name) is not None]
     if unused and distributed.rank() == 0:
-        logger.warning("Not used: %s. mining.method is 'random', which ranks nothing.", ", ".join(unused))
+        why = "mining.method is 'random', which ranks nothing" if config.plan is None else "A plan is given"
+        logger.warning("Not used: %s. %s.", ", ".join(unused), why)
 
 
 def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progress) -> BatchPlan:
@@ -75,6 +77,9 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
 
 def _use_given(given: Path, path: Path, exists: bool, config: RunConfig, pairs: PairData) -> BatchPlan:
     """The plan that the configuration names; the run keeps a copy in `path`, as the file given may change or go."""
+    if exists and not given.exists():
+        logger.warning("%s is gone; the run's copy, %s, is used.", given, path)
+        return _load_plan(path, config, pairs)
     plan = _load_plan(given, config, pairs)
     if not exists:
         with distributed.alone() as chosen:

@@ -38,20 +38,30 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
         if teacher:
             why = "the teacher is not used: with images mined batches lost" if images else "a teacher is named"
         reasons.append(f"mining.method={method} ({why})")
-    if config.loss.name == AUTO:
+    loss = config.loss
+    if loss.name == AUTO:
         small = config.batch_size <= LARGEST_REMEMBERING
-        name = "cross_batch" if small else "count_corrected"
-        config = replace(config, loss=config.loss.named(name, **_matching(config)))
+        loss = loss.named("cross_batch" if small else "count_corrected")
         why = "recent pairs serve as further negatives" if small else "its negatives stand for all rows"
-        reasons.append(f"loss.name={name} (batches of {config.batch_size}: {why})")
+        reasons.append(f"loss.name={loss.name} (batches of {config.batch_size}: {why})")
+    mined = _is_mined(config)
+    if loss.weights == AUTO:
+        weights = "inclusion" if mined and loss.example().inclusion else "none"
+        loss = replace(loss, weights=weights)
+        if weights == "inclusion":
+            reasons.append("loss.weights=inclusion (mined batches are no uniform sample)")
+    if loss.mask_suspects == AUTO:
+        loss = replace(loss, mask_suspects=mined)
+        if mined:
+            reasons.append("loss.mask_suspects=true (what mining suspects is no negative)")
     if reasons and distributed.rank() == 0:
         logger.info("Recommended: %s. See docs/recipe.md.", "; ".join(reasons))
-    return config
+    return replace(config, loss=loss)
 
 
-def _matching(config: RunConfig) -> dict[str, object]:
-    """On mined batches the loss masks what mining suspects, and counts the rest as the plan draws it."""
-    mined = (
-        config.mining.method != "random" if config.plan is None else BatchPlan.load(Path(config.plan)).cluster_size > 1
-    )
-    return {"weights": "inclusion", "mask_suspects": True} if mined else {}
+def _is_mined(config: RunConfig) -> bool:
+    if config.plan is None:
+        return config.mining.method != "random"
+    path = Path(config.plan)
+    copy = Path(config.output) / "plan.safetensors"  # of the run, where the file given is gone since
+    return BatchPlan.load(path if path.exists() or not copy.exists() else copy).cluster_size > 1

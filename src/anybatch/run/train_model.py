@@ -49,9 +49,9 @@ def train_on_plan(
         pairs.positive_id,
         negative_id=pairs.negative_id,
         plan=plan,
-        weights=config.loss.weights,
+        weights="inclusion" if config.loss.weights == "inclusion" else "none",
         weight_cap=config.loss.weight_cap,
-        mask_suspects=config.loss.mask_suspects,
+        mask_suspects=config.loss.mask_suspects is True,
     )
     with torch.random.fork_rng():  # a network of the loss begins with the same weights in each run, on every rank
         torch.manual_seed(config.seed)
