@@ -80,7 +80,7 @@ STATE_NAMES = {
     r"queue\.stamps": "queue stamps",
 }
 # Not compared: constants of the format, and how the queue encodes what it knows of its rows.
-STATE_IGNORED = r".*\.(version|embedding_width|shard)|queue\.(records|kinds)"
+STATE_IGNORED = r".*\.(version|relative|embedding_width|shard)|queue\.(records|kinds)"
 
 
 def build(name: str, *, num_rows: int = ROWS, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:

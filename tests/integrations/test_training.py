@@ -264,6 +264,23 @@ def test_steps_and_seconds_are_those_of_training(tiny_model_folder, tmp_path):
     assert 0.4 <= result.evaluation_seconds < 5.0
 
 
+@pytest.mark.parametrize("limit", [{"max_steps": 2}, {"max_steps": 4, "epochs": 2}, {"epochs": 1}])
+def test_a_training_that_is_done_trains_no_more(tiny_model_folder, tmp_path, limit):
+    """Resumed from the checkpoint of its last step, in the middle of an epoch (of three steps) or at its end."""
+    result, model, cached = train(tiny_model_folder, tmp_path, **limit)
+    log, steps = (
+        (tmp_path / "log.jsonl").read_text(),
+        sorted(path.name for path in (tmp_path / "checkpoints").iterdir()),
+    )
+    again, resumed, its_loss = train(tiny_model_folder, tmp_path, resume=True, **limit)
+    assert (again.num_steps, again.log) == (result.num_steps, result.log)
+    assert (tmp_path / "log.jsonl").read_text() == log
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == steps
+    for one, other in ((model, resumed), (cached.loss, its_loss.loss)):
+        for name, value in one.state_dict().items():
+            assert torch.equal(value.nan_to_num(0.5), other.state_dict()[name].nan_to_num(0.5)), name
+
+
 @pytest.mark.parametrize(
     ("warmup", "expected"), [(1.0, [0, 1 / 3, 2 / 3]), (0.5, [0, 1 / 2, 1]), (0.0, [1, 2 / 3, 1 / 3])]
 )

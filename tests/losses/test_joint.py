@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -15,7 +16,9 @@ from anybatch.caching import cached_step
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.log_weights import LogWeights, Values, removed
+from anybatch.losses.rows import RowTable
 from anybatch.plans.examples import Examples
+from anybatch.plans.plan import BatchPlan
 from tests.ranks import on_ranks
 
 from .. import reference
@@ -57,9 +60,10 @@ def test_equals_sentence_transformers(kinds, rows, negatives, tile_bytes):
 class Pairs:
     """All pairs of embeddings of a batch, one by one: what each kind's negatives of a row are."""
 
-    def __init__(self, anchors, candidates, kinds, *, allowed=lambda i, j: True, margin=math.inf, tau=TAU):
+    def __init__(self, anchors, candidates, kinds, *, allowed=lambda i, j: True, margin=math.inf, tau=TAU, repeated=()):
         self.q, self.d = reference.unit(anchors), reference.unit(candidates)
         self.rows, self.kinds, self.allowed, self.margin, self.tau = len(anchors), kinds, allowed, margin, tau
+        self.repeated = repeated  # rows that come a second time: that place is no draw of another row
 
     def positive(self, i):
         return self.q[i] @ self.d[i]
@@ -77,7 +81,7 @@ class Pairs:
         highest = (self.positive(i) + self.margin).detach()
         for query, others, places in kinds.values():
             scores = [query @ others[j] for j in places if self.allowed(i, j) and query @ others[j] <= highest]
-            yield [score / self.tau for score in scores], len(places)
+            yield [score / self.tau for score in scores], len(places) - (i in self.repeated)
 
     def mean(self, scale=lambda count: 1.0, own=1.0):
         """InfoNCE with each kind's sum times its scale."""
@@ -108,7 +112,7 @@ def test_masks_and_counts(kinds, rows, negatives):
         same_pair = j < rows and (anchor_id[i] == anchor_id[j] or index[i] == index[j])
         return candidate_id[i] != candidate_id[j] and not same_pair
 
-    pairs = lambda: Pairs(*leaves, kinds, allowed=allowed, margin=0.1)  # noqa: E731
+    pairs = lambda: Pairs(*leaves, kinds, allowed=allowed, margin=0.1, repeated=(1, 3))  # noqa: E731
     options = {"temperature": TAU, "joint": kinds, "mask_margin": 0.1, "tile_bytes": 200}
     assert_equal(InfoNCE(**options)(*leaves, **ids), pairs().mean(), leaves)
     corrected = pairs().mean(lambda count: 49 / count)
@@ -150,6 +154,35 @@ def test_normalised_weights_are_each_kinds_own(kinds):
     weight = LogWeights.of(Examples(share=share), 6, Values("share", "text", normalised=True))
     value = CountCorrectedInfoNCE(50, temperature=TAU, joint=kinds)(*leaves, log_weight=weight)
     assert_equal(value, CountCorrectedInfoNCE(50, temperature=TAU, joint=kinds)(*leaves), leaves)
+
+
+def test_inclusion_weights_are_unbiased_beside_mined_negatives():
+    """A row's ways to a text count its own mined negative, so its text meets it too: over all batches of two rows the
+    weighted sum of each kind is the mean over all other rows.
+    """
+    rows, generator = 6, torch.Generator().manual_seed(0)
+    anchors, texts = reference.unit(torch.randn(2 * rows, 5, generator=generator, dtype=torch.float64)).split(rows)
+    mined = torch.tensor([1, 2, 3, 4, 5, 0])
+    plan = BatchPlan.random(rows, 2, seed=0, data_digest="")
+    table = RowTable(
+        np.arange(rows), np.arange(rows), negative_id=mined.numpy()[:, None], plan=plan, weights="inclusion"
+    )
+    sums = {(): torch.zeros(rows, dtype=torch.float64)}
+    sums["doc_to_doc",] = sums[()].clone()
+    for batch in itertools.combinations(range(rows), 2):
+        index = torch.tensor(batch)
+        for kinds, total in sums.items():
+            loss = CountCorrectedInfoNCE(rows, temperature=TAU, joint=kinds)
+            loss(
+                anchors[index],
+                torch.cat([texts[index], texts[mined[index]]]),
+                **table.arguments(index, num_negatives=1),
+            )
+            total[index] += loss._last[1].log_sum.exp() / (rows - 1)
+    positive = (anchors * texts).sum(1, keepdim=True)
+    for queries, sum_of_kind in ((anchors, sums[()]), (texts, sums["doc_to_doc",] - sums[()])):
+        terms = ((queries @ texts.T - positive) / TAU).exp().fill_diagonal_(0)
+        torch.testing.assert_close(sum_of_kind, terms.sum(1) / (rows - 1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kinds", SUBSETS)

@@ -168,6 +168,32 @@ def test_gamma_one_needs_no_memory(eps_of):
         close(gradients(memory(anchors, candidates, index=torch.arange(rows)), anchors), theirs, 1e-10)
 
 
+@pytest.mark.parametrize("direction", ["one_way", "both"])
+def test_a_row_that_comes_again_is_no_draw(direction):
+    """Rows that come once to three times, in any views: what is without memory is one method under three names, and so
+    the estimate of the sum is that of SogCLR. Without `index` nothing says that a row came again.
+    """
+    anchors, candidates, *_ = draw_batch(6, 6, 0, repeated=False)
+    anchors, candidates = anchors.requires_grad_(), candidates.requires_grad_()
+    index, options = torch.tensor([3, 7, 3, 9, 3, 7]), {"temperature": 0.3, "direction": direction}
+    sogclr = SogCLR(50, gamma=1.0, **options)(anchors, candidates, index=index)
+    expected = gradients(sogclr, anchors, candidates)
+    for tile_bytes in (100, 2**20):
+        for make in (CountCorrectedInfoNCE, CrossBatchInfoNCE):
+            value = make(50, tile_bytes=tile_bytes, **options)(anchors, candidates, index=index)
+            assert value.item() == pytest.approx(sogclr.item() + math.log(49), rel=1e-12)
+            close(gradients(value, anchors, candidates), expected)
+    unit = reference.unit
+    logits = unit(anchors) @ unit(candidates).T / 0.3
+    shares = (logits - logits.diagonal()[:, None]).exp() * (index[:, None] != index)
+    once = CountCorrectedInfoNCE(50, temperature=0.3)(anchors, candidates, index=index)
+    expected = torch.log1p(49 * shares.sum(1) / (index[:, None] != index).sum(1)).mean()
+    assert once.item() == pytest.approx(expected.item(), rel=1e-12)
+    distinct = torch.arange(6)
+    plain = CountCorrectedInfoNCE(50, **options)
+    assert torch.equal(plain(anchors, candidates), plain(anchors, candidates, index=distinct))
+
+
 def test_infonce_is_cross_entropy():
     anchors, candidates, *_ = draw_batch(2, 6, 4)
     scores = reference.unit(anchors) @ reference.unit(candidates).T / 0.07
@@ -225,7 +251,7 @@ class TestState:
             SogCLR(8).load_state_dict(SogCLR(9).state_dict())
         newer = SogCLR(8).state_dict()
         newer["denominator.version"] += 1
-        with pytest.raises(AnybatchError, match="version 5"):
+        with pytest.raises(AnybatchError, match="version 6"):
             SogCLR(8).load_state_dict(newer)
 
     def test_memory_stays_float32_under_bfloat16(self):

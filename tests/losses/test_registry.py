@@ -80,7 +80,20 @@ def test_settings_reach_their_method():
         ({"name": "fastclip", "version": ""}, "loss.version is ''"),
         ({"name": "clip"}, "loss.name is 'clip'; expected one of auto, infonce, "),
         ({"name": "tempnet", "dimensions": 8, "matryoshka": (8, 4)}, "Leave out loss.dimensions"),
-        ({"name": "sogclr", "weights": "none", "weight_cap": 4.0}, "loss.weight_cap is given, which loss.weights 'none' does not use"),
+        (
+            {"name": "sogclr", "weights": "none", "weight_cap": 4.0},
+            "loss.weight_cap is given, which loss.weights 'none' does not use",
+        ),
+        (
+            {"name": "sogclr", "warm_start": True, "mask_margin": 0.1},
+            "loss.mask_margin, which a warm start does not know",
+        ),
+        (
+            {"name": "sogclr", "warm_start": True, "joint": ("doc_to_doc",)},
+            "and loss.joint, which a warm start does not",
+        ),
+        ({"name": "sogclr", "warm_start": True, "hardness": 1.0}, "and loss.hardness, which a warm start does not"),
+        ({"name": "infonce", "warm_start": True, "mask_margin": 0.1}, "'infonce' has no running denominator"),
         ({"name": "isogclr", "temperature_lr": 0.0}, "loss.temperature_lr is 0.0; expected"),
         ({"name": "sogclr", "learnable_temperature": True, "temperature": 0.005}, "Begin higher"),
         ({"name": "tempnet", "dimensions": 8, "ring": True}, "loss.ring is given, and 'tempnet' asks its network"),

@@ -99,6 +99,7 @@ def test_mistakes():
         (lambda: InfoNCE(), {}, "InfoNCE has no memory"),
         (lambda: EMC2(N), {}, "EMC2 has no memory of plain"),
         (lambda: NUCLR(N), {}, "NUCLR has no memory of plain"),
+        (lambda: SogCLR(N, mask_margin=0.1), {}, "SogCLR has mask_margin, by which"),
         (lambda: SogCLR(N + 1), {}, f"Got embeddings of {N} rows; the memory was made for {N + 1}"),
         (lambda: SogCLR(N), {"anchor_id": anchor_id}, "go together"),
     ):

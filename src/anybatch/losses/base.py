@@ -191,11 +191,21 @@ class ContrastiveLoss(State):
     @property
     def running(self) -> Denominator | None:
         """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked."""
+        return None if self.changing else self.running_without_options
+
+    @property
+    def running_without_options(self) -> Denominator | None:
+        """`running`, were it not for the options `changing`."""
         parts = [part for part in self.modules() if isinstance(part, Part)]
         denominators = [part for part in parts if isinstance(part, Denominator)]
-        changed = self.joint or self.positives_by or self.hardness or self.mask_margin is not None
-        plain = not changed and all(part.plain for part in parts)
-        return denominators[0] if denominators and plain else None
+        return denominators[0] if denominators and all(part.plain for part in parts) else None
+
+    @property
+    def changing(self) -> list[str]:
+        """The options given by which the denominator is not the mean over all negatives."""
+        options = {"joint": self.joint, "positives_by": self.positives_by, "hardness": self.hardness}
+        options["mask_margin"] = self.mask_margin is not None
+        return [name for name, given in options.items() if given]
 
     @property
     def temperature(self) -> float:
@@ -386,7 +396,7 @@ class SoftmaxLoss(ContrastiveLoss):
         # 2. The loss and its gradients.
         how = {"tile_bytes": self.tile_bytes, "ring": self.ring}
         if self.joint:
-            how["over_data"] = self.over_data
+            how |= {"over_data": self.over_data, "repeated": getattr(sides[0].rule, "repeated", None)}
             loss, stats = joint_softmax_loss(batch.anchors, batch.candidates, sides[0], self.joint, **how)
         else:
             loss, stats = softmax_loss(batch.anchors, batch.candidates, *sides, **how)

@@ -9,8 +9,9 @@ Running           log(eps + u_i), u_i the mean over visits    SogCLR and its fam
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -47,12 +48,18 @@ class WithoutPositive(Denominator):
 
 
 class CountCorrected(Denominator):
-    """The softmax over the n - 1 other rows, for which the batch's candidates stand."""
+    """The softmax over the n - 1 other rows, for which the batch's candidates stand; with `index` also where a row
+    comes twice.
+    """
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
         assert self.num_rows is not None
-        return _CountCorrectedRule(log_num_others=math.log(self.num_rows - 1), normalised=normalised)
+        return _CountCorrectedRule(
+            log_num_others=math.log(self.num_rows - 1),
+            normalised=normalised,
+            repeated=None if batch.index is None else Visits.of(batch.index).repeated,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,6 +163,7 @@ class RunningDenominator(Denominator):
         self.absolute = state == "absolute"
         self.exact_positive = self.absolute if positive is None else positive == "exact"
         self.register_rows("log_mean", fresh=torch.nan, directions=directions)
+        self.register_buffer("relative", torch.tensor(int(not self.absolute)))  # goes with the saved state
         self.moving = moving and self.absolute
         if self.moving:
             self.register_rows("made_at", fresh=torch.nan, directions=directions)
@@ -266,6 +274,16 @@ class RunningDenominator(Denominator):
             self.fill(visits.rows, mean, temperature=now, direction=direction, dimensions=dimensions)
         return new[visits.own]
 
+    def refuse_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """See `State.refuse_state`: one of the other reference."""
+        saved = state.get(prefix + "relative")
+        if saved is not None and bool(saved) == self.absolute:
+            given, own = ("relative", "absolute") if self.absolute else ("absolute", "relative")
+            raise AnybatchError(
+                f"The saved state is {given} ({prefix}relative), this loss's {own}: each would be wrong by the "
+                f"positive's logit. Make the loss with state={given!r}, or begin with a new state."
+            )
+
     def fill(
         self, rows: Tensor, log_mean: Tensor, *, temperature: Tensor | None = None, direction: int, dimensions: int
     ) -> None:
@@ -311,13 +329,18 @@ class RunningRule:
     dropped: Tensor | None = None
     row_wise: bool = False
 
+    @property
+    def repeated(self) -> Tensor:
+        """(B,) see `Visits.repeated`."""
+        return self.visits.repeated
+
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
         """See `Rule`."""
         return self.remember(log_sum, num_drawn)[0]
 
     def remember(self, log_sum: Tensor, num_drawn: Tensor) -> tuple[Answer, Tensor]:
         """The answer for all rows of the batch, and their running log-means, relative to the positive, (B,)."""
-        drawn = num_drawn - self.visits.repeated  # the row itself is none of the n - 1 others
+        drawn = num_drawn - self.repeated  # the row itself is none of the n - 1 others
         if self.dropped is not None:
             drawn = drawn - self.dropped
         # What takes a log-mean to a log-sum over the batch.
@@ -359,6 +382,7 @@ class _WithoutPositiveRule:
 class _CountCorrectedRule:
     log_num_others: float
     normalised: bool
+    repeated: Tensor | None
     row_wise: bool = True
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
@@ -366,6 +390,8 @@ class _CountCorrectedRule:
         if self.normalised:
             correction = torch.full_like(log_sum, self.log_num_others)
         else:
+            if self.repeated is not None:
+                num_drawn = num_drawn - self.repeated[rows]  # the row itself is none of the n - 1 others
             correction = self.log_num_others - num_drawn.clamp(min=1).log()
         objective = torch.logaddexp(log_sum + correction, torch.zeros_like(log_sum))
         return Answer(objective - correction, objective)

@@ -242,7 +242,14 @@ class LossConfig(Configuration):
             raise AnybatchError(
                 "loss.weight_cap is given, which loss.weights 'none' does not use. Remove it, or set inclusion."
             )
-        if self.warm_start and not isinstance(example.running, RunningDenominator):
+        running = isinstance(example.running_without_options, RunningDenominator)
+        if self.warm_start and running and example.changing:
+            names = " and ".join(f"loss.{name}" for name in example.changing)
+            raise AnybatchError(
+                f"loss.warm_start is given and {names}, which a warm start does not know of: it fills in the mean over "
+                "all negatives as they are. Leave out one of the two."
+            )
+        if self.warm_start and not running:
             raise AnybatchError(
                 f"loss.warm_start is given, but '{self.name}' has no running denominator of all negatives. It is for "
                 "methods that have one, such as sogclr."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
-VERSION = 4  # 4: named by parts
+VERSION = 5  # 5: running denominators are absolute or relative, and say so
 JOIN = "Join the shards with anybatch.losses.state.join_shards and load the whole state."
 OTHER_LOSS = (
     "Make the loss with the settings and the data set that the state was saved with, or, if rows were appended, pass "
@@ -154,6 +154,9 @@ class State(nn.Module):
         super()._apply(careful, recurse)
         return self
 
+    def refuse_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Refuse a saved state whose entries fit and mean something else: a hook, which does nothing here."""
+
     def _settle(self) -> None:
         """Decide, from the process group at this moment, which rows of a sharded state this rank stores. Every use does
         so.
@@ -224,6 +227,7 @@ class State(nn.Module):
         self._settle()
         if "shard" not in self._buffers or prefix + "shard" not in state:
             _check_entries(self, state, prefix)
+            self.refuse_state(state, prefix)
             return
         rank, ranks, num_rows = state[prefix + "shard"].tolist()
         own = self.shard.tolist()
@@ -234,6 +238,7 @@ class State(nn.Module):
                 f"The saved state is shard {rank} of {ranks}, wanted is shard {own[0]} of {own[1]}. {JOIN}"
             )
         _check_entries(self, state, prefix, stored=_stored(num_rows, rank, ranks))
+        self.refuse_state(state, prefix)
         width, own_width = (int(number) for number in (state.get(prefix + "embedding_width", 0), self.embedding_width))
         if width and own_width and width != own_width:
             raise AnybatchError(

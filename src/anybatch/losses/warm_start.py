@@ -34,9 +34,14 @@ def running_denominator_of(loss: nn.Module) -> RunningDenominator:
 
     Raises:
         AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives
-            (GloFND).
+            (GloFND); or options change which negatives count.
     """
-    running = loss.running if isinstance(loss, ContrastiveLoss) else None
+    running = loss.running_without_options if isinstance(loss, ContrastiveLoss) else None
+    if isinstance(loss, ContrastiveLoss) and isinstance(running, RunningDenominator) and loss.changing:
+        raise AnybatchError(
+            f"{type(loss).__name__} has {' and '.join(loss.changing)}, by which its denominators are not the means "
+            "over all negatives that are computed here. Leave that out."
+        )
     if not isinstance(running, RunningDenominator):
         raise AnybatchError(
             f"{type(loss).__name__} has no memory of plain denominators; this is for losses that have one, such as "

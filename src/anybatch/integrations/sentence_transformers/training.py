@@ -214,18 +214,22 @@ def _arguments(
 
 
 def _make_trainer(**settings: Any) -> Any:
-    """A Trainer that decays the encoder alone and prints nothing: our progress replaces its lines."""
+    """A Trainer that decays the encoder alone, ends with the last step, and prints nothing, as our progress does."""
     from sentence_transformers import SentenceTransformerTrainer
     from transformers import PrinterCallback, ProgressCallback
 
     of_loss = {id(parameter) for parameter in settings["loss"].loss.parameters()}
 
     class Trainer(SentenceTransformerTrainer):
-        """Decay would pull a learned log-temperature to 0, the temperature to 1."""
-
         def get_decay_parameter_names(self, model: Any) -> list[str]:
+            """Decay would pull a learned log-temperature to 0, the temperature to 1."""
             free = {name for name, parameter in model.named_parameters() if id(parameter) in of_loss}
             return [name for name in super().get_decay_parameter_names(model) if name not in free]
+
+        def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+            """None after a resume from the last step in mid-epoch, where the base class would train one more."""
+            done = self.state.global_step >= self.state.max_steps
+            return ([], None) if done else super().get_batch_samples(*arguments, **options)
 
     trainer = Trainer(**settings)
     for callback in (PrinterCallback, ProgressCallback):

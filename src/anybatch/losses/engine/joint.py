@@ -51,6 +51,7 @@ def joint_softmax_loss(
     kinds: tuple[Kind, ...],
     *,
     over_data: bool,
+    repeated: Tensor | None = None,
     tile_bytes: int,
     ring: bool,
 ) -> tuple[Tensor, tuple[SoftmaxStats, ...]]:
@@ -62,6 +63,7 @@ def joint_softmax_loss(
         kinds: Which pairs are negatives besides.
         over_data: The rule takes the candidates for a sample of all rows. Then each kind is one of its own: its
             k negatives stand for as many rows as the candidates do.
+        repeated: (B,) how often a row comes at other places, which the rule leaves out of k; None for never.
         tile_bytes, ring: See `softmax_loss`.
 
     Raises:
@@ -84,23 +86,31 @@ def joint_softmax_loss(
         )
     normalised = side.log_weight is not None and side.log_weight.normalised
 
-    def weight_of(kind: Kind, count: int) -> float:
+    def weight_of(kind: Kind, count: int, again: int) -> float:
         if kind not in kinds:
             return -math.inf
-        return math.log(max(1, num_drawn) / max(1, count)) if over_data and not normalised else 0.0
+        counts = max(1, num_drawn - again), max(1, count - again)
+        return math.log(counts[0] / counts[1]) if over_data and not normalised else 0.0
 
+    again = torch.zeros(num_rows, dtype=torch.int64, device=device) if repeated is None else repeated
     other_anchors, other_texts = sum(row_sizes) - 1, num_drawn - own_negatives
     weights = [
-        [weight_of("query_to_query", other_anchors), 0.0],
-        [weight_of("doc_to_query", other_anchors), weight_of("doc_to_doc", other_texts)],
+        [
+            [weight_of("query_to_query", other_anchors, times), 0.0],
+            [weight_of("doc_to_query", other_anchors, times), weight_of("doc_to_doc", other_texts, times)],
+        ]
+        for times in range(1 + max([0, *again.tolist()]))
     ]
     # 2. The records of rows and candidates.
     known = side.log_weight or LogWeights(queries=Examples(), candidates=Examples())
     known.refuse_pairs("other kinds of pairs (joint)")
     pair = torch.arange(num_rows, device=device) + sum(row_sizes[: distributed.rank()])
-    owner = behind(pair.repeat(1 + own_negatives), num_columns)
-    as_anchor = known.queries.with_columns(pair_number=pair, pair_side=torch.full_like(pair, ANCHOR))
-    as_text = known.candidates.with_columns(pair_number=owner, pair_side=torch.full_like(owner, TEXT))
+    # Weights count every way by which a text comes to a row, its own explicit negatives too: none may be left out.
+    owner = behind(pair.repeat(1 if normalised else 1 + own_negatives), num_columns)
+    as_anchor = known.queries.with_columns(pair_number=pair, pair_side=torch.full_like(pair, ANCHOR), pair_again=again)
+    as_text = known.candidates.with_columns(
+        pair_number=owner, pair_side=torch.full_like(owner, TEXT), pair_again=behind(again, num_columns)
+    )
     positives, negatives = as_text.take(slice(0, num_rows)), as_text.take(slice(num_rows, num_columns))
     twice = kinds != ("query_to_query",)
     log_weight = LogWeights(
@@ -126,17 +136,20 @@ class Kinds:
     """Which pairs count, by what the two are of their pairs; the other terms, as each kind of pair needs them.
 
     Args:
-        weights: (2, 2) log-weights by side of the query and of the candidate; -inf for kinds that do not count.
+        weights: (R, 2, 2) log-weights by how often the query's row comes again, its side and the candidate's; -inf for
+            kinds that do not count.
         terms: Those of the anchors and their candidates. Candidates that are anchors are asked about as in the
             candidate-to-anchor direction. Of two anchors or two texts what is masked in either order is masked.
         normalised: See `Term`.
 
-    An anchor is no negative of itself, nor a text of itself and of its row's explicit negatives.
+    What has the same side and number is no negative: an anchor of itself, a text of itself and, but with normalised
+    weights, of its row's explicit negatives.
 
     Example:
         >>> import torch
-        >>> pairs = Examples(pair_number=torch.tensor([0, 1, 0, 1]), pair_side=torch.tensor([0, 0, 1, 1]))
-        >>> kinds = Kinds(torch.tensor([[0.0, 0.0], [-torch.inf, 0.0]]), (), False)
+        >>> number, side = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]])
+        >>> pairs = Examples(pair_number=number, pair_side=side, pair_again=torch.zeros_like(side))
+        >>> kinds = Kinds(torch.tensor([[[0.0, 0.0], [-torch.inf, 0.0]]]), (), False)
         >>> kinds(pairs.take(slice(0, 3)), pairs, back=False).tolist()
         [[-inf, 0.0, 0.0, 0.0], [0.0, -inf, 0.0, 0.0], [-inf, -inf, -inf, 0.0]]
     """
@@ -147,7 +160,7 @@ class Kinds:
 
     def __call__(self, queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
         """See `Term`."""
-        weights = self.weights[queries["pair_side"]][:, candidates["pair_side"]]
+        weights = self.weights[queries["pair_again"], queries["pair_side"]][:, candidates["pair_side"]]
         same_side = queries["pair_side"][:, None] == candidates["pair_side"]
         weights.masked_fill_(same_side & (queries["pair_number"][:, None] == candidates["pair_number"]), -torch.inf)
         for term in self.terms:
