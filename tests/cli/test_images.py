@@ -35,7 +35,8 @@ def saved(tmp_path_factory):
 
 
 def settings(saved, output, *more):
-    chosen = ("mining.cluster_size=4", "mining.window=[2, 8]", "mining.conflict_weight=0", *more)
+    mined = ("mining.method=anybatch", "mining.cluster_size=4", "mining.window=[2, 8]", "mining.conflict_weight=0")
+    chosen = (*mined, *more)
     data = ("--data", str(saved), "--anchor", "image", "--positive", "caption", "--batch-size", "8")
     return [*data, "--output", str(output), *(item for value in chosen for item in ("--set", value))]
 

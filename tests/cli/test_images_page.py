@@ -12,7 +12,13 @@ from tests.cli.test_cli import run
 from tests.images import caption, image, save_clip
 
 PAGE = Path(__file__).parents[2] / "docs" / "images.md"
-SMALLER = ["mining.cluster_size=4", "mining.window=[2, 8]", "model.device=cpu", "train.learning_rate=0.001"]
+SMALLER = [
+    "mining.method=anybatch",
+    "mining.cluster_size=4",
+    "mining.window=[2, 8]",
+    "model.device=cpu",
+    "train.learning_rate=0.001",
+]
 
 
 def test_page(tmp_path, monkeypatch):

@@ -64,6 +64,7 @@ class TestGrowth:
 def test_a_state_without_its_share_of_entries_or_of_another_version_is_refused():
     state = {
         "log_mean": torch.tensor([[0.5, math.nan, 2.0]]),
+        "relative": Running(3).relative,
         "version": torch.tensor(VERSION),
         "embedding_width": torch.tensor(4),
         "shard": torch.tensor([0, 1, 3]),

@@ -32,11 +32,12 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
     if config.plan is None and config.mining.method == AUTO:
         teacher = config.teacher.name is not None or config.teacher.embeddings is not None
         images = any(isinstance(side, ImageColumn) for side in (pairs.anchors, pairs.positives))
-        method = "anybatch" if teacher and not images else "random"
+        idle = teacher and images and not config.mining.num_negatives  # hard negatives are ranked in any case
+        method = "anybatch" if teacher and not idle else "random"
         config = replace(config, mining=replace(config.mining, method=method))
-        why = "no teacher is named"
-        if teacher:
-            why = "the teacher is not used: with images mined batches lost" if images else "a teacher is named"
+        why = "a teacher is named" if teacher else "no teacher is named"
+        if idle:
+            why = "the teacher is not used: with images mined batches lost"
         reasons.append(f"mining.method={method} ({why})")
     loss = config.loss
     if loss.name == AUTO:
