@@ -41,28 +41,33 @@ class Method(NamedTuple):
 
 
 METHODS = (
-    Method(f"InfoNCE {SMALL}", "Plain in-batch negatives: the baseline.", {}),
+    Method(f"InfoNCE {SMALL}", "Plain in-batch negatives: the baseline.", {"loss": {"name": "infonce"}}),
     Method(
         f"InfoNCE {LARGE} (grown)",
         f"The same loss at {LARGE // SMALL} times the batch, in the memory of the small one through caching. It takes "
         f"{LARGE // SMALL} times fewer steps for the same pairs, so its learning rate is higher.",
-        {"batch_size": LARGE, "train": {"learning_rate": 5e-4, "keep_graphs": 0.0}},
+        {"loss": {"name": "infonce"}, "batch_size": LARGE, "train": {"learning_rate": 5e-4, "keep_graphs": 0.0}},
     ),
     Method(
         f"count-corrected {SMALL}",
         "The batch's negatives stand for the whole data set. No memory: the bar that memory must clear.",
         {"loss": {"name": "count_corrected"}},
     ),
-    Method(f"InfoNCE {SMALL}, mined (chosen)", "InfoNCE on batches chosen by the teacher.", {}, mined=True),
+    Method(
+        f"InfoNCE {SMALL}, mined (chosen)",
+        "InfoNCE on batches chosen by the teacher.",
+        {"loss": {"name": "infonce"}},
+        mined=True,
+    ),
     Method(
         f"SogCLR {SMALL} (outlived)",
         "Each example remembers its denominator.",
         {"loss": {"name": "sogclr", "gamma": 0.8}},
     ),
     Method(
-        f"SogCLR {SMALL}, mined (both)",
-        "Chosen batches and remembered denominators, with inclusion weights for the mined batches.",
-        {"loss": {"name": "sogclr", "gamma": 0.8, "weights": "inclusion"}},
+        f"recommended {SMALL} (all)",
+        "What `anybatch train` takes by itself: chosen batches, and the embeddings of recent pairs remembered.",
+        {},
         mined=True,
     ),
 )
