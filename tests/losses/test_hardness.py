@@ -96,6 +96,7 @@ def on_rank(rank, world_size, options):
     return [value.detach(), *(leaf.grad for leaf in leaves)]
 
 
+@pytest.mark.distributed
 def test_ranks_equal_one_process():
     for options in ({"direction": "both"}, {"ring": True, "tile_bytes": 100}):
         alone, ranks = on_rank(0, 1, options), on_ranks(on_rank, 3, options)

@@ -247,6 +247,7 @@ def test_the_cached_step_equals_the_plain_one(corrected):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("kinds", "corrected"), [(("query_to_query",), False), (KINDS, True)])
 def test_ranks_equal_one_process(kinds, corrected):
     """Three, one without a row; gathered and in a ring, in one tile and in many."""

@@ -498,6 +498,7 @@ def test_a_log_weight_that_wants_a_gradient_is_refused():
         InfoNCE()(torch.ones(2, 2), torch.ones(2, 2), log_weight=torch.zeros(2, 2, requires_grad=True))
 
 
+@pytest.mark.distributed
 def test_scores_above_the_margin_are_no_negatives():
     formula = lambda positive, negatives, _: torch.cat([positive[None], negatives]).logsumexp(0) - positive  # noqa: E731
     twin.check(InfoNCE, formula, temperature=0.5, mask_margin=0.1)

@@ -181,6 +181,7 @@ def on_rank(rank, world_size, options):
     return [value.detach(), *(leaf.grad for leaf in leaves)]
 
 
+@pytest.mark.distributed
 def test_ranks_equal_one_process():
     """Three, one without a row; gathered in both directions, and in a ring."""
     for options in ({"direction": "both", "tile_bytes": 200}, {"ring": True}):
