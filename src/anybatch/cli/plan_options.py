@@ -81,7 +81,6 @@ class PlanSources:
 
     def pairs(self) -> PairData | None:
         """The plan's data: that of `--data`, in the run's columns where the options name none, or the run's."""
-        from anybatch.data.images import ImageColumn
         from anybatch.run.config import DataConfig
         from anybatch.run.read_data import read_data
 
@@ -112,8 +111,7 @@ class PlanSources:
                 raise
             self.missing.append(f"Texts: {error} Give the data with --data.")
             return None
-        images = any(isinstance(side, ImageColumn) for side in (pairs.anchors, pairs.positives))
-        if images and find_spec("PIL") is None:
+        if pairs.has_images and find_spec("PIL") is None:
             self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[images]'")
         return pairs
 

@@ -79,6 +79,11 @@ class PairData:
     source: str = ""
     sets: tuple[PairSet, ...] = ()
 
+    @property
+    def has_images(self) -> bool:
+        """Whether either side is images."""
+        return any(isinstance(side, ImageColumn) for side in (self.anchors, self.positives))
+
     def __len__(self) -> int:
         return len(self.anchors)
 

@@ -17,11 +17,11 @@ from anybatch.core.errors import AnybatchError
 from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs, GradientError
 from anybatch.insight.gradient_methods import ERRORS, error_cells, method_error, name_of, on_random_batches
 from anybatch.losses.registry import LossConfig
+from anybatch.mining.config import MARGIN
 from anybatch.mining.inputs import check_embeddings, compact_ids
 from anybatch.mining.statistics import LIMITS
 from anybatch.plans.plan import BatchPlan
 
-MARGIN = 0.95  # of the own positive's score, from which a negative is suspected to be false (NV-Retriever)
 SHOWN = 20  # pairs kept, the most suspected first
 LOOKED_AT = 200  # pairs of a block of anchors, of which many may have the same two positives
 BLOCK = 2**22  # scores held at once

@@ -14,7 +14,7 @@ from anybatch.mining.statistics import BatchStatistics
 
 RankWindow = Literal["auto"] | tuple[CountOrZero, CountOrZero]
 MOST = 32  # rows of a cluster: published
-MARGIN = 0.95  # NV-Retriever's
+MARGIN = 0.95  # of the own positive's score, from which a pair is suspected: NV-Retriever's
 CONFLICT_WEIGHT = 30.0
 LABEL_ROWS = 5  # rows of a positive, in the mean, from which positives are labels
 LABEL_SHARE = 0.3  # of the wrong labels, the hardest, are an anchor's window: published

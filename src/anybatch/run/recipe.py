@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from anybatch.core import distributed
-from anybatch.data.images import ImageColumn
 from anybatch.data.pairs import PairData
 from anybatch.losses.registry import AUTO
 from anybatch.plans.plan import BatchPlan
@@ -31,8 +30,7 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
     reasons = []
     if config.plan is None and config.mining.method == AUTO:
         teacher = config.teacher.name is not None or config.teacher.embeddings is not None
-        images = any(isinstance(side, ImageColumn) for side in (pairs.anchors, pairs.positives))
-        idle = teacher and images and not config.mining.num_negatives  # hard negatives are ranked in any case
+        idle = teacher and pairs.has_images and not config.mining.num_negatives  # hard negatives are ranked in any case
         method = "anybatch" if teacher and not idle else "random"
         config = replace(config, mining=replace(config.mining, method=method))
         why = "a teacher is named" if teacher else "no teacher is named"
