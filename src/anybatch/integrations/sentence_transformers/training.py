@@ -44,6 +44,8 @@ class TrainConfig(Configuration):
             keeps what `memory` has room for. The gradient is the same to the last bit.
         memory: The most memory in use on the device, such as "8GiB" or "80%".
         bf16: Run the encoder under bfloat16 autocast.
+        gradient_checkpointing: Of the transformer: a graph keeps the inputs of its layers alone, and its backward pass
+            computes the layers again.
         save_steps: Steps between checkpoints (the two newest whole ones are kept).
         log_steps: Steps between lines of the log; the last step has one as well.
         eval_steps: Steps between evaluations on the held-out pairs; None for the end only.
@@ -62,6 +64,7 @@ class TrainConfig(Configuration):
     keep_graphs: Fraction | Literal["auto"] = "auto"
     memory: str | int = "80%"
     bf16: bool = False
+    gradient_checkpointing: bool = False
     save_steps: Count = 200
     log_steps: Count = 10
     eval_steps: Count | None = None
@@ -122,6 +125,7 @@ def train_model(
     """
     from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
     from anybatch.integrations.sentence_transformers.callback import LossStateCallback
+    from anybatch.integrations.sentence_transformers.model import checkpoint_layers
     from anybatch.integrations.sentence_transformers.recorder import Recorder
 
     # 1. What can be refused before anything is written.
@@ -129,6 +133,8 @@ def train_model(
     if config.eval_steps is not None and evaluate is None:
         raise AnybatchError(f"train.eval_steps is {config.eval_steps}; give something to evaluate, or leave it out.")
     check_shared_equally(plan.batch_size)
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed, plan)
     checkpoint = _checkpoint_to_resume(output, resume, run)
