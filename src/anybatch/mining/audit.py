@@ -155,8 +155,8 @@ def advice(
     """What figures of a plan advise against, in words; nothing where they are good.
 
     A mined batch trusts the teacher twice: that what it ranks high is hard, and that what it ranks just below the top
-    is not also right. The limits are rules of thumb: in a later study (docs/log.md) batches of a weak teacher trained no
-    worse than those of a good one. So a warning is a question to look into, not a verdict.
+    is not also right. The limits are rules of thumb: in a later study (docs/log.md) batches of a weak teacher trained
+    no worse than those of a good one. So a warning is a question to look into, not a verdict.
 
     Args:
         own_first, masked: See `teacher_figures`.
