@@ -53,7 +53,7 @@ def merge_lora(model: SentenceTransformer) -> None:
             if isinstance(layer, BaseTunerLayer):
                 layer.merge()
                 setattr(parent, name, layer.get_base_layer())
-    for module in model.modules():
-        if getattr(module, "_hf_peft_config_loaded", False):
-            module._hf_peft_config_loaded = False
-            del module.peft_config
+    transformer: Any = model.transformers_model
+    if getattr(transformer, "_hf_peft_config_loaded", False):
+        transformer._hf_peft_config_loaded = False
+        del transformer.peft_config
