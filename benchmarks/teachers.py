@@ -15,7 +15,8 @@ import numpy as np
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from anybatch.data.pairs import PairData, read_pairs
+from anybatch.data.pairs import PairData
+from anybatch.data.reading import read_pairs
 from anybatch.insight import markdown_table
 from anybatch.insight.plan_figures import inspect_plan
 from anybatch.mining import MiningConfig, mine_plan
