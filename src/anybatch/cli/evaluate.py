@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from anybatch.cli.options import AnchorOption, DataOption, ImageOption, LimitOption, PositiveOption, check_new
+from anybatch.cli.options import AnchorOption, DataOption, ImagesOption, LimitOption, PositiveOption, check_new
 from anybatch.cli.progress import Bars, show
 from anybatch.core.errors import AnybatchError
 
@@ -20,7 +20,7 @@ def command(
     data: DataOption = None,
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
-    image: ImageOption = None,
+    images: ImagesOption = None,
     limit: LimitOption = None,
     retrieval: Annotated[
         tuple[str, str, str] | None,
@@ -44,14 +44,14 @@ def command(
 ) -> None:
     """Measure a model: recall, MRR and nDCG on held-out pairs or on a retrieval set."""
     from anybatch.core.files import write_text
-    from anybatch.data.pairs import read_pairs
+    from anybatch.data.reading import read_pairs
     from anybatch.data.retrieval import read_retrieval
     from anybatch.insight.tables import metrics_table
     from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
     from anybatch.run.evaluate_model import evaluate_model
 
     check_new(output, "--output")
-    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--image": image, "--limit": limit}
+    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--images": images, "--limit": limit}
     of_retrieval = {"--retrieval": retrieval, "--split": split}
     given = [[name for name, value in kind.items() if value is not None] for kind in (of_pairs, of_retrieval)]
     if all(given):
@@ -60,7 +60,6 @@ def command(
             f"pairs ({', '.join(of_pairs)}) or a retrieval set ({', '.join(of_retrieval)})."
         )
     if data is not None:
-        images = None if image is None else [name for name in image if name]
         held_out = read_pairs(
             data, anchor=anchor, positive=positive, negatives=(), images=images, quoting=quoting, limit=limit
         )

@@ -33,13 +33,18 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", help="Pairs: JSONL(.gz), CSV, TSV, Parquet, a folder of `datasets`, or hf://OWNER/NAME."),
 ]
-AnchorOption = Annotated[str | None, typer.Option("--anchor", help="Name of the anchor column.")]
-PositiveOption = Annotated[str | None, typer.Option("--positive", help="Name of the positive column.")]
+AnchorOption = Annotated[
+    list[str] | None,
+    typer.Option("--anchor", help="Name of the anchor column; twice for a text and its image."),
+]
+PositiveOption = Annotated[
+    list[str] | None, typer.Option("--positive", help="Name of the positive column; twice for a text and its image.")
+]
 NegativeOption = Annotated[
     list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")
 ]
-ImageOption = Annotated[
-    list[str] | None, typer.Option("--image", help='Name of a column with paths of images; "" for none. Repeatable.')
+ImagesOption = Annotated[
+    str | None, typer.Option("--images", help='Folder that paths of images start from; "" where there are none.')
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
@@ -59,6 +64,7 @@ class RunOptions:
     anchor: AnchorOption = None
     positive: PositiveOption = None
     negative: NegativeOption = None
+    images: ImagesOption = None
     model: ModelOption = None
     teacher: TeacherOption = None
     batch_size: BatchSizeOption = None
@@ -80,6 +86,7 @@ class RunOptions:
             "data.anchor": self.anchor,
             "data.positive": self.positive,
             "data.negatives": self.negative,
+            "data.images": self.images,
             "model.name": self.model,
             "teacher.name": self.teacher,
             "batch_size": self.batch_size,

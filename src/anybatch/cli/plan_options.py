@@ -12,7 +12,7 @@ import typer
 from anybatch.cli.options import (
     AnchorOption,
     DataOption,
-    ImageOption,
+    ImagesOption,
     LimitOption,
     NegativeOption,
     PositiveOption,
@@ -39,7 +39,7 @@ class PlanOptions:
     anchor: AnchorOption = None
     positive: PositiveOption = None
     negative: NegativeOption = None
-    image: ImageOption = None
+    images: ImagesOption = None
     limit: LimitOption = None
     embeddings: Annotated[
         tuple[Path, Path] | None,
@@ -86,10 +86,10 @@ class PlanSources:
 
         options, source = self.options, self.config.data if self.config is not None else None
         columns = {
-            "anchor": options.anchor,
-            "positive": options.positive,
+            "anchor": tuple(options.anchor or ()),
+            "positive": tuple(options.positive or ()),
             "negatives": tuple(options.negative or ()),
-            "images": tuple(options.image or ()),
+            "images": options.images,
             "limit": options.limit,
         }
         chosen: dict[str, Any] = {name: value for name, value in columns.items() if value not in (None, ())}
@@ -97,7 +97,7 @@ class PlanSources:
             source = replace(source or DataConfig(path=options.data), path=options.data, sets=(), **chosen)
         elif chosen:
             raise AnybatchError(
-                "--anchor, --positive, --negative, --image and --limit describe the file of --data, which is not "
+                "--anchor, --positive, --negative, --images and --limit describe the file of --data, which is not "
                 "given. Add --data."
             )
         if source is None:

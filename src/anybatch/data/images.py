@@ -152,6 +152,13 @@ class ImageColumn(Sequence[EncodedImage]):
         """File and column; of several all of them."""
         return ", ".join(self.files)
 
+    @property
+    def absent(self) -> np.ndarray:
+        """(n,) bool: rows that hold nothing. No image is read."""
+        missing = np.asarray(self.dataset.data.column(NAME).is_null())
+        indices = self.dataset._indices
+        return missing if indices is None else missing[np.asarray(indices.column(0))]
+
     def __len__(self) -> int:
         return len(self.dataset)
 

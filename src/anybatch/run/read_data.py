@@ -6,8 +6,10 @@ from pathlib import Path
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import ImageColumn
-from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
+from anybatch.data.pairs import PairData, PairSet, join_pairs
+from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import RetrievalData, read_retrieval
+from anybatch.data.sets import find_sets
 from anybatch.mining import MiningSet
 from anybatch.run.config import DataConfig, RunConfig, SetConfig
 
@@ -39,7 +41,7 @@ def read_data(data: DataConfig) -> PairData:
             anchor=of_set.anchor or data.anchor,
             positive=of_set.positive or data.positive,
             negatives=data.negatives,
-            images=data.images,
+            images=data.images if of_set.images is None else of_set.images,
             quoting=data.quoting,
             limit=data.limit,
         )
@@ -84,12 +86,11 @@ def read_held_out(config: RunConfig) -> PairData | RetrievalData | None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path is None:
         return None
-    negatives = data.negatives or ()
     return read_pairs(
         held_out.path,
         anchor=data.anchor,
         positive=data.positive,
         negatives=(),
-        images=data.images and [name for name in data.images if name not in negatives],
+        images=data.images,
         quoting=data.quoting,
     )
