@@ -41,6 +41,9 @@ NegativeOption = Annotated[
 ImageOption = Annotated[
     list[str] | None, typer.Option("--image", help='Name of a column with paths of images; "" for none. Repeatable.')
 ]
+ViewsOption = Annotated[
+    int | None, typer.Option("--views", help="2: the data are images without labels, of which two random views are made.")
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
@@ -59,6 +62,7 @@ class RunOptions:
     anchor: AnchorOption = None
     positive: PositiveOption = None
     negative: NegativeOption = None
+    views: ViewsOption = None
     model: ModelOption = None
     teacher: TeacherOption = None
     batch_size: BatchSizeOption = None
@@ -80,6 +84,7 @@ class RunOptions:
             "data.anchor": self.anchor,
             "data.positive": self.positive,
             "data.negatives": self.negative,
+            "data.views": self.views,
             "model.name": self.model,
             "teacher.name": self.teacher,
             "batch_size": self.batch_size,

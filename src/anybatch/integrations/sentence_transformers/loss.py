@@ -31,6 +31,7 @@ class CachedTrainerLoss(nn.Module):
     """Abstract: a cached step as a loss of sentence-transformers' Trainer. See `CachedLoss` for the arguments."""
 
     uses_gradient_cache = True
+    step: int | None = None  # of the Trainer, as `LossStateCallback` tells it
 
     def __init__(
         self,
@@ -200,9 +201,10 @@ class CachedLoss(CachedTrainerLoss):
         return value
 
     def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
-        return [self._encode] * len(features)
+        return [self.encode] * len(features)
 
-    def _encode(self, features: dict[str, Any]) -> Tensor:
+    def encode(self, features: dict[str, Any]) -> Tensor:
+        """The embeddings of a micro-batch, (B, D)."""
         return self.model(features)["sentence_embedding"]
 
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:

@@ -33,7 +33,8 @@ class ModelConfig(Configuration):
     """Which encoder, and how much of it.
 
     Attributes:
-        name: A folder, or a name on the Hugging Face hub; None where no model is loaded, as in mining.
+        name: A folder, or a name on the Hugging Face hub; "small-resnet", an untrained network for images of 32 x 32;
+            None where no model is loaded, as in mining.
         num_layers: Keep only the first layers of the transformer (a fast student); None keeps all.
         max_length: Tokens a text is cut at; None keeps the model's own limit.
         anchor_prompt: Text put before each anchor or query (an instruction, with its final space); None for the model's
@@ -61,6 +62,8 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from anybatch.vision.encoders import small_resnet
+
     # 1. What can be refused before anything is loaded.
     if config.name is None:
         raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
@@ -81,7 +84,11 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     try:
         with torch.random.fork_rng(devices=()):  # weights that the files lack are drawn, the same ones at every load
             torch.default_generator.manual_seed(0)
-            model = SentenceTransformer(config.name, device=config.device)
+            own = small_resnet(config.name)
+            if own is not None:
+                model = SentenceTransformer(modules=[own], device=config.device)
+            else:
+                model = SentenceTransformer(config.name, device=config.device)
     except Exception as error:  # broken, cut or pickled files fail in four libraries' readers with nearly anything
         reason = next(iter(str(error).splitlines()), "")
         if type(error).__name__ == "UnpicklingError":  # whose message advises to run what is in the file
