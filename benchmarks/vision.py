@@ -1,4 +1,4 @@
-"""Images without labels: SimCLR, SogCLR and the cross-batch loss at several batch sizes, by equal epochs and equal steps.
+"""Images without labels: SimCLR, SogCLR and the cross-batch loss by batch size, at equal epochs and at equal steps.
 
 Usage: python -m benchmarks.vision --data FOLDER [--results FILE] [--arms ...]
        python -m benchmarks.vision --report
@@ -22,8 +22,9 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class Pictures:
         with gzip.open(folder / "meta.jsonl.gz", "rt", encoding="utf-8") as file:
             meta = [json.loads(line) for line in file]
         pixels = np.empty((len(meta), SIDE, SIDE, 3), np.uint8)
-        for place, ends in enumerate(zip(offsets, offsets[1:])):
+        for place, ends in enumerate(pairwise(offsets)):
             picture = Image.open(io.BytesIO(data[slice(*ends)])).convert("RGB")
             pixels[place] = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
         split = np.array([line["split"] for line in meta])

@@ -42,7 +42,8 @@ ImageOption = Annotated[
     list[str] | None, typer.Option("--image", help='Name of a column with paths of images; "" for none. Repeatable.')
 ]
 ViewsOption = Annotated[
-    int | None, typer.Option("--views", help="2: the data are images without labels, of which two random views are made.")
+    int | None,
+    typer.Option("--views", help="2: the data are images without labels, of which two random views are made."),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]

@@ -22,7 +22,7 @@ from anybatch.run.config import RunConfig
 from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
 from anybatch.run.try_step import first_inputs
-from anybatch.vision.views import both_ways
+from anybatch.vision.views import KEYS, both_ways
 
 
 def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
@@ -59,8 +59,9 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     if config.data.views is not None:
         views = TwoViewLoss(model, loss)
         views.step = 0
-        inputs, encode, index = views.prepared(inputs[:1], index), views.encode, index.repeat(2)
-        of_batch = partial(_of_views, loss)
+        [column] = views.prepared(inputs[:1], index)
+        inputs = [{**column, KEYS: key[:, None]} for key in column[KEYS].unbind(dim=1)]  # each view a column
+        encode, of_batch, index = views.encode, _OfViews(loss), index.repeat(2)
     wanted = config.train.micro_batch
     most = max(1, rows // 4)
     precision = (
@@ -84,5 +85,12 @@ def _embedding(model: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
     return model(batch)["sentence_embedding"]
 
 
-def _of_views(loss: torch.nn.Module, first: Tensor, second: Tensor, **known: Any) -> Tensor:
-    return loss(*both_ways(first, second), **known)
+class _OfViews(torch.nn.Module):
+    """A loss of two views, whose state is put back between the two ways."""
+
+    def __init__(self, loss: torch.nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, first: Tensor, second: Tensor, **known: Any) -> Tensor:
+        return self.loss(*both_ways(first, second), **known)

@@ -67,7 +67,8 @@ class DataConfig(Configuration):
             throughout, [] for none.
         quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain
             characters); None for the usual rules, refusing a file that can be read both ways.
-        views: 2 for one column of images without labels, two random views of which are a pair (docs/self_supervised.md).
+        views: 2: the data are one column of images without labels, of which two random views are a pair
+            (docs/self_supervised.md).
         limit: Use only the first rows of each data set; None for all.
 
     Example:
@@ -94,8 +95,8 @@ class DataConfig(Configuration):
         of_pairs = [name for name in ("sets", "positive", "negatives", "images", "quoting") if getattr(self, name)]
         if self.views is not None and of_pairs:
             raise AnybatchError(
-                f"data.{of_pairs[0]} is given, and data.views, whose data are one column of images (data.anchor). Leave "
-                "out one of the two."
+                f"data.{of_pairs[0]} is given, and data.views, whose data are one column of images (data.anchor). "
+                "Leave out one of the two."
             )
 
 

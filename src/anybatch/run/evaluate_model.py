@@ -42,8 +42,7 @@ def evaluate_model(
         return {}
     if isinstance(data, LabelledImages):
         known, test = (embed(f"{name} images", part.images, "query") for name, part in vars(data).items())
-        assert data.known.classes is not None and data.test.classes is not None
-        return class_metrics(known, data.known.classes, test, data.test.classes)
+        return class_metrics(known, data.known.labels, test, data.test.labels)
     if isinstance(data, PairData):
         anchors = embed("anchors", data.anchors, "query")
         positives = embed("positives", data.positives, "document")

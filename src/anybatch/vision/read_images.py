@@ -26,6 +26,16 @@ class Images:
     classes: np.ndarray | None
     source: str
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The classes, which must be there."""
+        if self.classes is None:
+            raise AnybatchError(
+                f"The images of {self.source} have no classes, by which a model is measured. Put the files into a "
+                f"folder for each class, or the classes into a column '{LABELS[0]}'."
+            )
+        return self.classes
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelledImages:
@@ -36,17 +46,14 @@ class LabelledImages:
 
     def __post_init__(self) -> None:
         for part in (self.known, self.test):
-            if part.classes is None:
-                raise AnybatchError(
-                    f"The images of {part.source} have no classes, by which a model is measured. Put the files into a "
-                    f"folder for each class, or the classes into a column '{LABELS[0]}'."
-                )
+            if len(part.labels) == 0:
+                raise AnybatchError(f"{part.source} holds no images.")
 
     @property
     def digest(self) -> str:
         """Over all images and classes."""
         parts = (self.known, self.test)
-        words = ["\n".join([] if part.classes is None else part.classes.tolist()).encode() for part in parts]
+        words = ["\n".join(part.labels.tolist()).encode() for part in parts]
         return digest_of([*words, *(key for part in parts for key in row_keys(part.images))])
 
 
@@ -77,7 +84,7 @@ def read_images(path: str, *, column: str | None = None, limit: int | None = Non
     dataset = image_dataset(folder, present)
     holding = [] if dataset is None else [name for name in present if holds_images(dataset, name)]
     chosen = [column] if column is not None else holding
-    if len(chosen) != 1 or chosen[0] not in holding:
+    if dataset is None or len(chosen) != 1 or chosen[0] not in holding:
         raise AnybatchError(
             f"Cannot tell the images of {path}: its columns of images are {listed(holding)}. Expected one (the feature "
             "datasets.Image), or its name in data.anchor (--anchor); or a folder of image files."

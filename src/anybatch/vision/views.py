@@ -7,7 +7,6 @@ run and any number of ranks see the same pixels, and no generator is advanced.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +37,12 @@ def both_ways(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([first, second]), torch.cat([second, first])
 
 
-def viewed(features: dict[str, Any], mean: Tensor, std: Tensor) -> dict[str, Any]:
-    """The features with a view in place of their pixels, which are normalised by `mean` and `std` (3,)."""
-    mean, std = (values.to(features[PIXELS])[:, None, None] for values in (mean, std))
-    rest = {name: value for name, value in features.items() if name != KEYS}
-    with torch.no_grad(), torch.autocast(mean.device.type, enabled=False):
-        views = random_views((features[PIXELS] * std + mean).clamp(0, 1), features[KEYS])
-        return rest | {PIXELS: (views - mean) / std}
+def views_of(pixels: Tensor, keys: Tensor, mean: Tensor, std: Tensor) -> list[Tensor]:
+    """Views, one for each column of `keys` (B, V), of pixels that are normalised by `mean` and `std` (3,)."""
+    mean, std = (values.to(pixels)[:, None, None] for values in (mean, std))
+    with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        plain = (pixels * std + mean).clamp(0, 1)
+        return [(random_views(plain, of_view) - mean) / std for of_view in keys.unbind(dim=1)]
 
 
 def view_keys(rows: Tensor, *, seed: int, step: int, view: int) -> Tensor:
@@ -57,7 +55,9 @@ def view_keys(rows: Tensor, *, seed: int, step: int, view: int) -> Tensor:
 
 def random_numbers(keys: Tensor, count: int) -> Tensor:
     """(B, count) float32 in [0, 1), the same on every device: `count` numbers of each key's own stream."""
-    stream = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * -7046029254386353131  # 2^64 / golden ratio
+    stream = (
+        keys[:, None] + torch.arange(1, count + 1, device=keys.device) * -7046029254386353131
+    )  # 2^64 / golden ratio
     return ((_mixed(stream) >> 40) & (2**24 - 1)).to(torch.float32) / 2**24
 
 

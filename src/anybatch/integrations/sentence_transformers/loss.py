@@ -31,6 +31,7 @@ class CachedTrainerLoss(nn.Module):
     """Abstract: a cached step as a loss of sentence-transformers' Trainer. See `CachedLoss` for the arguments."""
 
     uses_gradient_cache = True
+    fewest_columns = 2
     step: int | None = None  # of the Trainer, as `LossStateCallback` tells it
 
     def __init__(
@@ -72,7 +73,7 @@ class CachedTrainerLoss(nn.Module):
         """The loss of one batch; its backward pass replays the encoder. Without gradients nothing is remembered."""
         # 1. What can be refused before any forward pass.
         features = list(sentence_features)
-        if len(features) < 2:
+        if len(features) < self.fewest_columns:
             raise AnybatchError(
                 f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this "
                 "order."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
-from anybatch.vision.views import KEYS, PIXELS, both_ways, view_keys, viewed
+from anybatch.vision.views import KEYS, PIXELS, both_ways, view_keys, views_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -23,7 +23,8 @@ class TwoViewLoss(CachedLoss):
     """A loss on two random views of each image: each view against all views of other rows (SimCLR, SogCLR for images).
 
     A view is a function of run, step and row (`anybatch.vision.views`): replays and resumed runs see the same pixels,
-    and views are made micro-batch by micro-batch, on the device. A BatchNorm is frozen, as caching needs.
+    and views are made micro-batch by micro-batch, on the device: of `micro_batch` rows two views each. A BatchNorm is
+    frozen, as caching needs.
 
     Args:
         model, loss, options: See `CachedLoss`.
@@ -51,6 +52,8 @@ class TwoViewLoss(CachedLoss):
         torch.Size([2, 192])
     """
 
+    fewest_columns = 1
+
     def __init__(self, model: Any, loss: nn.Module, *, seed: int = 0, **options: Any) -> None:
         super().__init__(model, loss, **options)
         self.seed = seed
@@ -64,7 +67,7 @@ class TwoViewLoss(CachedLoss):
         return super().forward(self.prepared(list(sentence_features), labels), labels)
 
     def prepared(self, features: list[dict[str, Any]], labels: Tensor | None) -> list[dict[str, Any]]:
-        """Two columns for each, which share its pixels and differ in the keys of their views; BatchNorm frozen."""
+        """The columns with the keys of two views of each row, (B, 2); BatchNorm frozen."""
         for module in self.frozen:
             module.eval()  # the Trainer has just put the whole model into training mode
         if labels is None or self.step is None:
@@ -74,24 +77,30 @@ class TwoViewLoss(CachedLoss):
             raise AnybatchError(
                 f"Views are made of images, and a column holds {', '.join(map(repr, unfit))}; expected '{PIXELS}'."
             )
-        return [
-            {**column, KEYS: view_keys(labels.to(column[PIXELS].device), seed=self.seed, step=self.step, view=view)}
-            for place, column in enumerate(features)
-            for view in (2 * place, 2 * place + 1)
-        ]
+        views = [view_keys(labels, seed=self.seed, step=self.step, view=view) for view in range(2 * len(features))]
+        keys = [torch.stack(pair, dim=1) for pair in zip(views[::2], views[1::2])]
+        return [{**column, KEYS: of_rows.to(column[PIXELS].device)} for column, of_rows in zip(features, keys)]
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """See `CachedLoss.calculate_loss`: twice as many rows."""
-        columns = [torch.cat(blocks) for blocks in reps]
-        pairs = [torch.cat(columns[place : place + 2]) for place in range(2, len(columns), 2)]
-        joined = [[column] for column in (*both_ways(columns[0], columns[1]), *pairs)]
-        return super().calculate_loss(joined, labels if labels is None else labels.repeat(2), with_backward=with_backward)
+        """See `CachedLoss.calculate_loss`, with two columns for each of the data set: twice as many rows."""
+        (first, second), *negatives = [tuple(map(torch.cat, pair)) for pair in zip(reps[::2], reps[1::2])]
+        joined = [[column] for column in (*both_ways(first, second), *map(torch.cat, negatives))]
+        return super().calculate_loss(
+            joined, labels if labels is None else labels.repeat(2), with_backward=with_backward
+        )
 
-    def encode(self, features: dict[str, Any]) -> Tensor:
-        """The embeddings of views, (B, D)."""
-        return super().encode(viewed(features, self.mean, self.std))
+    def encode(self, features: dict[str, Any]) -> Any:
+        """The embeddings of two views, (B, D) each."""
+        rest = {name: value for name, value in features.items() if name != KEYS}
+        return tuple(
+            super(TwoViewLoss, self).encode(rest | {PIXELS: view})
+            for view in views_of(features[PIXELS], features[KEYS], self.mean, self.std)
+        )
+
+    def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
+        return self.calculate_loss([[view] for of_column in leaves for view in of_column], labels, with_backward=True)
 
 
 def pixel_scale(model: nn.Module) -> tuple[Tensor, Tensor]:
