@@ -21,6 +21,10 @@ def command(
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
     images: ImagesOption = None,
+    labelled: Annotated[
+        str | None,
+        typer.Option(help="Images with classes (folders, or a column 'label') from which those of --data are told."),
+    ] = None,
     limit: LimitOption = None,
     retrieval: Annotated[
         tuple[str, str, str] | None,
@@ -42,13 +46,14 @@ def command(
         Path | None, typer.Option(help="Also write the figures to this JSON file; it must be new.")
     ] = None,
 ) -> None:
-    """Measure a model: recall, MRR and nDCG on held-out pairs or on a retrieval set."""
+    """Measure a model: recall, MRR and nDCG on held-out pairs or on a retrieval set, or classes of images."""
     from anybatch.core.files import write_text
     from anybatch.data.reading import read_pairs
     from anybatch.data.retrieval import read_retrieval
     from anybatch.insight.tables import metrics_table
     from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
     from anybatch.run.evaluate_model import evaluate_model
+    from anybatch.vision.read_images import LabelledImages, read_images
 
     check_new(output, "--output")
     of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--images": images, "--limit": limit}
@@ -59,7 +64,16 @@ def command(
             f"Got {given[0][0]}, which belongs to pairs, and {given[1][0]}, which belongs to a retrieval set. Give "
             f"pairs ({', '.join(of_pairs)}) or a retrieval set ({', '.join(of_retrieval)})."
         )
-    if data is not None:
+    if labelled is not None:
+        unfit = [name for name in ("--positive", "--images", *of_retrieval) if name in (*given[0], *given[1])]
+        if data is None or unfit:
+            raise AnybatchError(
+                f"--labelled is given {f'with {unfit[0]}' if unfit else 'without --data'}: it is for images with "
+                "classes, which --data are told by. Expected --labelled TRAIN --data TEST."
+            )
+        known, test = (read_images(path, column=anchor, limit=limit) for path in (labelled, data))
+        held_out = LabelledImages(known=known, test=test)
+    elif data is not None:
         held_out = read_pairs(
             data, anchor=anchor, positive=positive, negatives=(), images=images, quoting=quoting, limit=limit
         )

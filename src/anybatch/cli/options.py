@@ -46,6 +46,10 @@ NegativeOption = Annotated[
 ImagesOption = Annotated[
     str | None, typer.Option("--images", help='Folder that paths of images start from; "" where there are none.')
 ]
+ViewsOption = Annotated[
+    int | None,
+    typer.Option("--views", help="2: the data are images without labels, of which two random views are made."),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
@@ -65,6 +69,7 @@ class RunOptions:
     positive: PositiveOption = None
     negative: NegativeOption = None
     images: ImagesOption = None
+    views: ViewsOption = None
     model: ModelOption = None
     teacher: TeacherOption = None
     batch_size: BatchSizeOption = None
@@ -87,6 +92,7 @@ class RunOptions:
             "data.positive": self.positive,
             "data.negatives": self.negative,
             "data.images": self.images,
+            "data.views": self.views,
             "model.name": self.model,
             "teacher.name": self.teacher,
             "batch_size": self.batch_size,

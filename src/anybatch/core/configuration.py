@@ -165,7 +165,7 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
             raise TypeError
         return tuple(convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
     if origin is typing.Literal or choice in (bool, type(None)):
-        allowed = isinstance(value, str) and value in arguments if origin else isinstance(value, choice)
+        allowed = type(value) in (str, int) and value in arguments if origin else isinstance(value, choice)
         if not allowed:
             raise TypeError
         return value

@@ -13,22 +13,25 @@ from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, counter, no_progress
 from anybatch.data.inputs import Column
 from anybatch.data.pairs import PairData
-from anybatch.data.retrieval import RetrievalData
+from anybatch.evaluation.classes import class_metrics
 from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
 from anybatch.integrations.sentence_transformers.embed import embed_texts, weights_digest
 from anybatch.integrations.sentence_transformers.model import Side
 from anybatch.run.folder import read_record, run_digest
+from anybatch.run.read_data import HeldOut
+from anybatch.vision.read_images import LabelledImages
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
 def evaluate_model(
-    model: SentenceTransformer, data: PairData | RetrievalData | None, *, progress: Progress = no_progress
+    model: SentenceTransformer, data: HeldOut | None, *, progress: Progress = no_progress
 ) -> dict[str, float]:
-    """Retrieval figures of a model, with its own prompts and routes: recall@1, MRR@10, nDCG@10 and so on.
+    """Figures of a model, with its own prompts and routes: recall@1, MRR@10, nDCG@10 and so on.
 
-    Of pairs each anchor must find its positive among all distinct ones. None without data.
+    Of pairs each anchor must find its positive among all distinct ones. Images with classes: see `class_metrics`. None
+    without data.
     """
 
     def embed(stage: str, texts: Column, side: Side) -> np.ndarray:
@@ -37,6 +40,9 @@ def evaluate_model(
 
     if data is None:
         return {}
+    if isinstance(data, LabelledImages):
+        known, test = (embed(f"{name} images", part.images, "query") for name, part in vars(data).items())
+        return class_metrics(known, data.known.labels, test, data.test.labels)
     if isinstance(data, PairData):
         anchors = embed("anchors", data.anchors, "query")
         positives = embed("positives", data.positives, "document")
@@ -49,7 +55,7 @@ def evaluate_model(
 def untrained_figures(
     folder: Path,
     model: SentenceTransformer,
-    held_out: PairData | RetrievalData | None,
+    held_out: HeldOut | None,
     evaluate: Callable[[SentenceTransformer], dict[str, float]],
 ) -> dict[str, float]:
     """The figures that the run began with: measured once on `held_out` by `evaluate`, kept in its folder."""

@@ -12,6 +12,9 @@ from anybatch.data.retrieval import RetrievalData, read_retrieval
 from anybatch.data.sets import find_sets
 from anybatch.mining import MiningSet
 from anybatch.run.config import DataConfig, RunConfig, SetConfig
+from anybatch.vision.read_images import Images, LabelledImages, read_images
+
+HeldOut = PairData | RetrievalData | LabelledImages
 
 
 def read_training_pairs(config: RunConfig) -> PairData:
@@ -33,7 +36,10 @@ def read_training_pairs(config: RunConfig) -> PairData:
 
 
 def read_data(data: DataConfig) -> PairData:
-    """The pairs of one data set, or of several, one after the other."""
+    """The pairs of one data set, or of several, one after the other; of views, images that are both sides."""
+    if data.views is not None:
+        images = _read_images(data).images
+        return PairData(anchors=images, positives=images, source=images.where)
     sets = training_sets(data)
     parts = [
         read_pairs(
@@ -79,13 +85,20 @@ def mining_sets(config: RunConfig, pairs: PairData) -> list[MiningSet]:
     ]
 
 
-def read_held_out(config: RunConfig) -> PairData | RetrievalData | None:
+def _read_images(data: DataConfig) -> Images:
+    assert data.path is not None
+    return read_images(data.path, column=data.anchor, limit=data.limit)
+
+
+def read_held_out(config: RunConfig) -> HeldOut | None:
     """The held-out data of the configuration, or None if it names none."""
     data, held_out = config.data, config.evaluation
     if held_out.retrieval is not None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path is None:
         return None
+    if data.views is not None:
+        return LabelledImages(known=_read_images(data), test=read_images(held_out.path, column=data.anchor))
     return read_pairs(
         held_out.path,
         anchor=data.anchor,

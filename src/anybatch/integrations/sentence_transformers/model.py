@@ -34,7 +34,8 @@ class ModelConfig(Configuration):
     """Which encoder, and how much of it.
 
     Attributes:
-        name: A folder, or a name on the Hugging Face hub; None where no model is loaded, as in mining.
+        name: A folder, or a name on the Hugging Face hub; "small-resnet", an untrained network for images of 32 x 32;
+            None where no model is loaded, as in mining.
         num_layers: Keep only the first layers of the transformer (a fast student); None keeps all.
         max_length: Tokens a text is cut at; None keeps the model's own limit.
         anchor_prompt: Text put before each anchor or query (an instruction, with its final space); None for the model's
@@ -77,6 +78,8 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from anybatch.vision.encoders import small_resnet
+
     # 1. What can be refused before anything is loaded.
     if config.name is None:
         raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
@@ -97,8 +100,10 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     try:
         with torch.random.fork_rng(devices=()):  # weights that the files lack are drawn, the same ones at every load
             torch.default_generator.manual_seed(0)
+            own = small_resnet(config.name)
             model = SentenceTransformer(
-                config.name,
+                None if own is not None else config.name,
+                modules=None if own is None else [own],
                 device=config.device,
                 model_kwargs=dict(config.kwargs or {}),
                 processor_kwargs=dict(config.processor or {}),
