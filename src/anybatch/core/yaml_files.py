@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +15,16 @@ from anybatch.core.errors import AnybatchError
 T = TypeVar("T")
 
 
-def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win."""
+def load_config(
+    kind: type[T],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> T:
+    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win.
+
+    `complete` is given both together, as nested dictionaries, and may add what they leave open.
+    """
     tree: dict[str, Any] = {}
     if path is not None:
         try:
@@ -32,7 +40,7 @@ def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ())
             )
     for override in overrides:
         _apply(tree, override)
-    return from_mapping(kind, tree)
+    return from_mapping(kind, complete(tree))
 
 
 def to_yaml(config: Any) -> str:
