@@ -213,10 +213,11 @@ class StepMemory:
                 'micro_batch="auto" tries rows on each rank alone, and a sharded encoder (fully_shard) runs '
                 "on all ranks together. Give micro_batch or max_tokens a number."
             )
-        lengths = tower.slicer.lengths
-        length = 1 if lengths is None else int(lengths.max())
+        costs = tower.slicer.costs
+        length = 1 if costs is None else int(costs.max())
         # A function may be made anew for every step, its modules are not. One model may take texts and images.
-        key = (tower.visible or tower.modules or (tower.encode,), lengths is None)
+        kind = "rows" if costs is None else "tokens" if tower.slicer.patches is None else "patches"
+        key = (tower.visible or tower.modules or (tower.encode,), kind)
         known = self._found.get(key)
         if known is None or length > known[0]:
             known = self._found[key] = length, self._probe(tower, num_rows)
@@ -226,8 +227,8 @@ class StepMemory:
         # 1. The longest row, and the longest two, with a graph.
         slicer = tower.slicer
         order = torch.arange(slicer.num_rows)
-        if slicer.lengths is not None:
-            order = torch.sort(slicer.lengths, descending=True, stable=True).indices
+        if slicer.costs is not None:
+            order = torch.sort(slicer.costs, descending=True, stable=True).indices
         one, leaves = graph_bytes(tower, order[:1], num_rows)
         two, _ = graph_bytes(tower, order[:2], num_rows)
         if one is None:
@@ -236,7 +237,7 @@ class StepMemory:
         if two is None:
             return tokens
         # 2. What there is room for.
-        slope = (two - one) / tokens if len(order) > 1 else one / tokens
+        slope = (two - one) / max(1, slicer.padded_tokens(order[:2]) - tokens) if len(order) > 1 else one / tokens
         fixed = max(0.0, one - slope * tokens)
         device = device_of([*tower.modules, slicer.inputs])
         limit = parse_memory(self.memory, total_memory(device))

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import numbers
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.caching.spans import (
-    COUNTS,
-    GRIDS,
-    MASK,
-    PIXELS,
-    Pieces,
-    Spans,
-    Trim,
-    has_mask,
-    is_bag,
-    pieces_of,
-    spans_of,
-)
+from anybatch.caching.pieces import COUNTS, GRIDS, PIXELS, Pieces, is_bag, pieces_of
+from anybatch.caching.spans import MASK, Spans, Trim, has_mask, spans_of
 from anybatch.core.errors import AnybatchError
 
 _FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
@@ -64,8 +53,8 @@ class RowSlicer:
     In a mapping, tensors, arrays, lists and tuples with B entries are cut; numbers, words, None and zero-dimensional
     tensors go to every micro-batch, and so does what is wrapped in `Shared`. Two forms without one entry per row are
     known: words one after the other with `offsets` `(B,)`, as an embedding bag takes them, and images or videos counted
-    by image (`image_grid_thw` with flattened `pixel_values`, or `pixel_values` alone), with `num_images_per_sample`
-    `(B,)`. Anything else is refused by its name.
+    by image (`image_grid_thw` with flattened `pixel_values`, or `pixel_values` alone), where `num_images_per_sample`
+    `(B,)` or the tokens of images say whose they are. Anything else is refused by its name.
 
     Trailing columns are cut where no chosen row has a token: with a two-dimensional `attention_mask` `(B, T)`,
     sequences known by their name lose the columns past the last one in which the mask, or a boolean tensor among them,
@@ -78,11 +67,14 @@ class RowSlicer:
             with one item per row. A tuple (or list) of tensors of several dtypes and equal length holds columns.
         pad_to_multiple: Widths are rounded up to multiples of it: columns are cut, or added behind with a mask of 0. It
             should divide the encoder's longest input. None: the longest row's.
+        image_tokens: Ids that stand for images, where no count per row is given.
 
     Attributes:
         num_rows: B.
         lengths: `(B,)` int64 on the CPU, the tokens a row needs, rounded up (summed over nested mappings), or None
             where nothing tells.
+        patches: `(B,)` int64, what the row's images cost beside its tokens, in tokens: patches of a grid, else one per
+            256 pixels. None without images, or without lengths.
         images: Whether the rows are images, which cost the same each.
 
     Raises:
@@ -95,11 +87,14 @@ class RowSlicer:
         tensor([[7]])
     """
 
-    def __init__(self, inputs: Any, *, pad_to_multiple: int | None = None) -> None:
+    def __init__(
+        self, inputs: Any, *, pad_to_multiple: int | None = None, image_tokens: Collection[int] = ()
+    ) -> None:
         if pad_to_multiple is not None and pad_to_multiple < 1:
             raise AnybatchError(f"pad_to_multiple is {pad_to_multiple}; expected at least 1, such as 32, or None.")
         self.inputs = inputs
         self.pad_to_multiple = pad_to_multiple
+        self._image_tokens = image_tokens
         self.num_rows = _count_rows(inputs)
         self._spans: dict[_Path, Spans] = {}
         self._pieces: dict[_Path, Pieces] = {}
@@ -108,7 +103,7 @@ class RowSlicer:
         self.trim_to("trailing")
         pixels = isinstance(inputs, Mapping) and PIXELS in inputs and not has_mask(inputs)
         self.images = pixels and self.lengths is None
-        if pad_to_multiple is not None and not self._spans and not self.images:
+        if pad_to_multiple is not None and not self._spans and not pixels:
             raise AnybatchError(
                 f"pad_to_multiple is {pad_to_multiple}, but {NO_LENGTHS}. Pad in the tokenizer instead."
             )
@@ -118,7 +113,11 @@ class RowSlicer:
         self.trim: Trim = trim
         parts = [spans.lengths(trim) for spans in self._spans.values()]
         parts += [pieces.sizes for path, pieces in self._pieces.items() if path[-1] == "offsets"]
+        grids = [pieces for path, pieces in self._pieces.items() if path[-1] in GRIDS]
+        parts += [torch.zeros_like(pieces.sizes) for pieces in grids]  # their patches have a number all the same
         self.lengths: Tensor | None = torch.stack(parts).sum(dim=0) if parts else None
+        costs = [(pieces.sizes * pieces.cost).ceil().long() for pieces in self._pieces.values() if pieces.cost]
+        self.patches: Tensor | None = torch.stack(costs).sum(dim=0) if parts and costs else None
 
     @property
     def padded(self) -> tuple[Tensor, bool] | None:
@@ -130,9 +129,15 @@ class RowSlicer:
         rows = torch.sort(torch.stack(lengths).sum(dim=0), stable=True).indices[:2]
         return rows, any(bool(spans.first[rows].any()) and not spans.positions for spans in self._spans.values())
 
+    @property
+    def costs(self) -> Tensor | None:
+        """(B,) tokens and patches of each row; None where there are no lengths."""
+        return self.lengths if self.patches is None or self.lengths is None else self.lengths + self.patches
+
     def padded_tokens(self, rows: Tensor) -> int:
-        """Of a micro-batch; rows, where there are no lengths."""
-        return len(rows) * (1 if self.lengths is None else max(1, int(self.lengths[rows].max())))
+        """Of a micro-batch, patches of its images included; rows, where there are no lengths."""
+        padded = len(rows) * (1 if self.lengths is None else max(1, int(self.lengths[rows].max())))
+        return padded if self.patches is None else padded + int(self.patches[rows].sum())
 
     def take(self, rows: Tensor) -> Any:
         """The rows `rows` `(b,)` int64 (on the CPU) of the batch, in that order, trimmed."""
@@ -154,7 +159,7 @@ class RowSlicer:
             taken = {key: self._take(item, rows, (*path, str(key)), here) for key, item in columns.items()}
             # A micro-batch without images has no keys of theirs, as if its processor had seen none.
             pieces = {key: self._pieces.get((*path, str(key))) for key in columns} if self._pieces else {}
-            empty = [key for key, part in pieces.items() if part is not None and part.optional and not len(taken[key])]
+            empty = [key for key, part in pieces.items() if part is not None and part.absent(rows)]
             return _rebuilt(value, {key: item for key, item in taken.items() if key not in empty}, dropped=empty)
         if _is_list(value) and not _goes_whole(value, path):
             items = [value[row] for row in rows.tolist()]
@@ -210,8 +215,15 @@ class RowSlicer:
                     f"{name} holds {key!r}: caching cuts by rows, and cannot cut flattened (unpadded) sequences. Use a "
                     "collator that pads; the padding is trimmed for every micro-batch."
                 )
-        self._pieces |= {(*path, key): part for key, part in pieces_of(columns, self.num_rows, name).items()}
-        spans = spans_of(columns, self.num_rows, self.pad_to_multiple or 1)
+        positions = columns.get("position_ids")
+        if isinstance(positions, Tensor) and positions.ndim > 2:
+            raise AnybatchError(
+                f"{name} holds position_ids of shape {tuple(positions.shape)}: positions in several axes are not cut by "
+                "rows. Leave them out; the model computes them from input_ids, masks and grids."
+            )
+        pieces = pieces_of(columns, self.num_rows, name, self._image_tokens)
+        self._pieces |= {(*path, key): part for key, part in pieces.items()}
+        spans = spans_of(columns, self.num_rows, self.pad_to_multiple or 1, pieces)
         if spans is not None:
             self._spans[path] = spans
             if self.pad_to_multiple is not None:
