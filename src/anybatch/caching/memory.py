@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from anybatch.caching.device_memory import device_of, memory_in_use, parse_memory, total_memory, unless_out_of_memory
 from anybatch.caching.encoder import Tower, parameters_of
-from anybatch.caching.rows import RowSlicer
+from anybatch.caching.rows import Rows
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
@@ -74,7 +74,7 @@ class GraphBudget:
         # Storages that cost nothing more: parameters, and what kept graphs hold. All alive: no address comes twice.
         self._there = _storages(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
-    def will_fit(self, slicer: RowSlicer, rows: Tensor) -> bool:
+    def will_fit(self, slicer: Rows, rows: Tensor) -> bool:
         """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
         per_token = self.bytes_per_token
         return per_token is not None and self._fits(int(per_token * slicer.padded_tokens(rows)))
@@ -93,7 +93,7 @@ class GraphBudget:
         self.leaves = max(self.leaves, leaf_bytes(outputs, self.num_rows * distributed.world_size()))
 
     @contextlib.contextmanager
-    def measure(self, slicer: RowSlicer, rows: Tensor) -> Iterator[None]:
+    def measure(self, slicer: Rows, rows: Tensor) -> Iterator[None]:
         """Count the bytes that autograd saves inside."""
         sizes: dict[int, int] = {}
 

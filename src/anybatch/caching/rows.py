@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import enum
 import numbers
+from abc import abstractmethod
 from collections import UserDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,66 @@ class Shared:
     value: Any
 
 
-class RowSlicer:
+class Rows:
+    """Abstract: a batch of which any subset of rows can be taken.
+
+    Attributes:
+        inputs: What its form is known from.
+        num_rows: B.
+        lengths: `(B,)` int64 on the CPU, the tokens a row needs, rounded up (summed over nested mappings), or None
+            where nothing tells.
+        patches: `(B,)` int64, what the row's images cost beside its tokens, in tokens: patches of a grid, else one per
+            256 pixels. None without images, or without lengths.
+        images: Whether the rows are images, which cost the same each.
+        trim: Which padding is cut.
+
+    Example:
+        >>> rows_of({"ids": torch.arange(3)}).num_rows
+        3
+    """
+
+    inputs: Any
+    num_rows: int
+    lengths: Tensor | None
+    patches: Tensor | None
+    images: bool
+    trim: Trim
+    untested_trim: Trim = "trailing"  # where no passes can tell what an encoder depends on
+    pad_to_multiple: int | None = None
+    image_tokens: Collection[int] = ()
+
+    @abstractmethod
+    def take(self, rows: Tensor) -> Any:
+        """The rows `rows` `(b,)` int64 (on the CPU) of the batch, in that order, trimmed."""
+
+    @abstractmethod
+    def trim_to(self, trim: Trim) -> None:
+        """Cut the padding of both ends, the trailing one (and the leading where positions are given), or none."""
+
+    @property
+    @abstractmethod
+    def padded(self) -> tuple[Tensor, bool] | None:
+        """The two rows `(2,)` with the fewest tokens and whether padding leads in them; None where no row is padded."""
+
+    def prepare(self, rows: Tensor) -> None:  # noqa: B027 - most have nothing to do
+        """These rows are taken next."""
+
+    def settled(self) -> Rows:
+        """The rows, now that it is known which padding is cut."""
+        return self
+
+    @property
+    def costs(self) -> Tensor | None:
+        """(B,) tokens and patches of each row; None where there are no lengths."""
+        return self.lengths if self.patches is None or self.lengths is None else self.lengths + self.patches
+
+    def padded_tokens(self, rows: Tensor) -> int:
+        """Of a micro-batch, patches of its images included; rows, where there are no lengths."""
+        padded = len(rows) * (1 if self.lengths is None else max(1, int(self.lengths[rows].max())))
+        return padded if self.patches is None else padded + int(self.patches[rows].sum())
+
+
+class RowSlicer(Rows):
     """Reads the shape of a batch once, then hands out any subset of its rows.
 
     In a mapping, tensors, arrays, lists and tuples with B entries are cut; numbers, words, None and zero-dimensional
@@ -69,14 +129,6 @@ class RowSlicer:
             should divide the encoder's longest input. None: the longest row's.
         image_tokens: Ids that stand for images, where no count per row is given.
 
-    Attributes:
-        num_rows: B.
-        lengths: `(B,)` int64 on the CPU, the tokens a row needs, rounded up (summed over nested mappings), or None
-            where nothing tells.
-        patches: `(B,)` int64, what the row's images cost beside its tokens, in tokens: patches of a grid, else one per
-            256 pixels. None without images, or without lengths.
-        images: Whether the rows are images, which cost the same each.
-
     Raises:
         AnybatchError: What is neither cut nor shared, by its key; flattened (unpadded) sequences; nothing to cut at
             all; `pad_to_multiple` for inputs, other than images, of which nothing tells the lengths.
@@ -94,7 +146,7 @@ class RowSlicer:
             raise AnybatchError(f"pad_to_multiple is {pad_to_multiple}; expected at least 1, such as 32, or None.")
         self.inputs = inputs
         self.pad_to_multiple = pad_to_multiple
-        self._image_tokens = image_tokens
+        self.image_tokens = image_tokens
         self.num_rows = _count_rows(inputs)
         self._spans: dict[_Path, Spans] = {}
         self._pieces: dict[_Path, Pieces] = {}
@@ -109,19 +161,19 @@ class RowSlicer:
             )
 
     def trim_to(self, trim: Trim) -> None:
-        """Cut the padding of both ends, the trailing one (and the leading where positions are given), or none."""
-        self.trim: Trim = trim
+        """See `Rows.trim_to`."""
+        self.trim = trim
         parts = [spans.lengths(trim) for spans in self._spans.values()]
         parts += [pieces.sizes for path, pieces in self._pieces.items() if path[-1] == "offsets"]
         grids = [pieces for path, pieces in self._pieces.items() if path[-1] in GRIDS]
         parts += [torch.zeros_like(pieces.sizes) for pieces in grids]  # their patches have a number all the same
-        self.lengths: Tensor | None = torch.stack(parts).sum(dim=0) if parts else None
+        self.lengths = torch.stack(parts).sum(dim=0) if parts else None
         costs = [(pieces.sizes * pieces.cost).ceil().long() for pieces in self._pieces.values() if pieces.cost]
-        self.patches: Tensor | None = torch.stack(costs).sum(dim=0) if parts and costs else None
+        self.patches = torch.stack(costs).sum(dim=0) if parts and costs else None
 
     @property
     def padded(self) -> tuple[Tensor, bool] | None:
-        """The two rows `(2,)` with the fewest tokens and whether padding leads in them; None where no row is padded."""
+        """See `Rows.padded`."""
         lengths = [spans.lengths("both") for spans in self._spans.values()]
         widths = [spans.lengths("none") for spans in self._spans.values()]
         if not lengths or all(map(torch.equal, lengths, widths)):
@@ -129,18 +181,8 @@ class RowSlicer:
         rows = torch.sort(torch.stack(lengths).sum(dim=0), stable=True).indices[:2]
         return rows, any(bool(spans.first[rows].any()) and not spans.positions for spans in self._spans.values())
 
-    @property
-    def costs(self) -> Tensor | None:
-        """(B,) tokens and patches of each row; None where there are no lengths."""
-        return self.lengths if self.patches is None or self.lengths is None else self.lengths + self.patches
-
-    def padded_tokens(self, rows: Tensor) -> int:
-        """Of a micro-batch, patches of its images included; rows, where there are no lengths."""
-        padded = len(rows) * (1 if self.lengths is None else max(1, int(self.lengths[rows].max())))
-        return padded if self.patches is None else padded + int(self.patches[rows].sum())
-
     def take(self, rows: Tensor) -> Any:
-        """The rows `rows` `(b,)` int64 (on the CPU) of the batch, in that order, trimmed."""
+        """See `Rows.take`."""
         return self._take(self.inputs, rows, (), None)
 
     def _take(self, value: Any, rows: Tensor, path: _Path, window: tuple[int, int, int] | None) -> Any:
@@ -221,7 +263,7 @@ class RowSlicer:
                 f"{name} holds position_ids of shape {tuple(positions.shape)}: positions in several axes are not cut by "
                 "rows. Leave them out; the model computes them from input_ids, masks and grids."
             )
-        pieces = pieces_of(columns, self.num_rows, name, self._image_tokens)
+        pieces = pieces_of(columns, self.num_rows, name, self.image_tokens)
         self._pieces |= {(*path, key): part for key, part in pieces.items()}
         spans = spans_of(columns, self.num_rows, self.pad_to_multiple or 1, pieces)
         if spans is not None:
@@ -238,6 +280,16 @@ class RowSlicer:
             if isinstance(ids, Tensor) and ids.shape == mask.shape:
                 padded = ids[mask == 0]
                 self._padding[*path, key] = int(padded[0]) if len(padded) else 0
+
+
+def rows_of(inputs: Any, *, pad_to_multiple: int | None = None, image_tokens: Collection[int] = ()) -> Rows:
+    """A batch as rows; what is one already is told the settings it still lacks."""
+    if isinstance(inputs, RowSlicer):
+        return inputs
+    if isinstance(inputs, Rows):
+        inputs.pad_to_multiple, inputs.image_tokens = pad_to_multiple, image_tokens
+        return inputs
+    return RowSlicer(inputs, pad_to_multiple=pad_to_multiple, image_tokens=image_tokens)
 
 
 def _columns(value: Any) -> Mapping[str, Any] | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.caching.rows import NO_LENGTHS, RowSlicer
+from anybatch.caching.rows import NO_LENGTHS, rows_of
 from anybatch.core.errors import AnybatchError
 
 
@@ -29,7 +29,7 @@ def plan_micro_batches(
     Raises:
         AnybatchError: No limit given, a limit below one, or `max_tokens` for inputs of which nothing tells the lengths.
     """
-    slicer = inputs if isinstance(inputs, RowSlicer) else RowSlicer(inputs)
+    slicer = rows_of(inputs)
     check_limits(micro_batch=micro_batch, max_tokens=max_tokens)
     lengths = slicer.lengths
     if max_tokens is not None and lengths is None and not (slicer.images and micro_batch is not None):
