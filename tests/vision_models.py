@@ -1,10 +1,10 @@
 """Tiny models for images and texts, made from configuration, one of each way in which pixels lie in a batch.
 
-    clip, siglip        a row is an image or a text
-    vit                 images alone
-    qwen2vl, qwen3vl    patches of all images one after the other, counted by grids; positions in three axes (M-RoPE)
-    llava, gemma3       images of all rows one after the other
-    idefics3            images of a row padded to the most images of any
+clip, siglip        a row is an image or a text
+vit                 images alone
+qwen2vl, qwen3vl    patches of all images one after the other, counted by grids; positions in three axes (M-RoPE)
+llava, gemma3       images of all rows one after the other
+idefics3            images of a row padded to the most images of any
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 CHAT_MODELS = ("qwen2vl", "qwen3vl", "llava", "gemma3", "idefics3")
 PAIR_MODELS = ("clip", "siglip")
 KINDS = (*PAIR_MODELS, "vit", *CHAT_MODELS)
-LORA_TARGETS = {"vit": ["q_proj", "v_proj"]}  # others too: all models call them so
+LORA_TARGETS = ["q_proj", "v_proj"]  # of texts in all, of pictures in most
 WIDTH = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 IMAGE = {"qwen2vl": "<|image_pad|>", "qwen3vl": "<|image_pad|>", "gemma3": "<start_of_image>"}
-WORDS = "a an red green blue square dot on field what is shown in the picture find user assistant".split()
+SENTENCES = ("a red square", "find the blue dot on a green field", "what is shown in the picture")
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{% if c['type'] == 'image' %}"
     "BEFOREIMAGEAFTER{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
@@ -40,7 +40,12 @@ def tokenizer(kind: str) -> Any:
     special = [*SPECIAL, "<|image_pad|>", "<|video_pad|>", "<image>", "<fake_token_around_image>", "<global-img>"]
     special += ["<start_of_image>", "<image_soft_token>", "<end_of_image>"]
     special += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    words = [*special, *WORDS, *map(str, range(100))]
+    words = [
+        *special,
+        *sorted({word for sentence in SENTENCES for word in sentence.split()}),
+        "user",
+        *map(str, range(100)),
+    ]
     made = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     if kind in PAIR_MODELS:
@@ -233,7 +238,7 @@ def load(kind: str, *, dropout: float = 0.0, lora: bool = False, checkpointing: 
 
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            model.add_adapter(LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+            model.add_adapter(LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=LORA_TARGETS))
         model.double()
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
@@ -258,7 +263,7 @@ def image(number: int) -> Any:
 
 def text(number: int) -> str:
     """A text of one of several lengths."""
-    return " ".join(["a red square", "find the blue dot on a green field", "what is shown in the picture"][: 1 + number % 3]) + f" {number % 100}"
+    return " ".join(SENTENCES[: 1 + number % 3]) + f" {number % 100}"
 
 
 def rows(form: str, count: int, *, first: int = 0) -> Sequence[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.caching.rows import RowSlicer, Rows
+from anybatch.caching.rows import Rows, RowSlicer
 from anybatch.caching.spans import Trim
 from anybatch.core.errors import AnybatchError
 

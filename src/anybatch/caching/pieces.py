@@ -1,9 +1,9 @@
 """Where the images, videos and words of each row are, in tensors that have any number of entries per row.
 
-    image_grid_thw      (images, 3)              patches of an image; pixel_values (patches, ...) lie one after the other
-    pixel_values        (images, C, H, W)        images one after the other, where num_images_per_sample or tokens tell
-    pixel_values        (B, most images, ...)    padded to the most images of a row, with pixel_attention_mask
-    input_ids, offsets  (words,), (B,)           bags of words
+* `image_grid_thw` (images, 3): the patches of each image; those of all lie one after the other in `pixel_values`.
+* `pixel_values` (images, ...) one after the other, where `num_images_per_sample` or tokens tell whose they are.
+* `pixel_values` (B, most images, ...) padded to the most images of a row, with `pixel_attention_mask`.
+* `input_ids` (words,) with `offsets` (B,): bags of words.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Pieces:
         """The entries of `rows`, or their new starts."""
         sizes = self.sizes[rows]
         if self.padded:
-            return value.index_select(0, rows.to(value.device))[:, : int(sizes.max())]
+            return value.index_select(0, rows.to(value.device))[:, : int(sizes.max())].contiguous()
         starts = sizes.cumsum(0) - sizes
         if self.offsets:
             return starts.to(value.device, value.dtype)
@@ -125,9 +125,7 @@ def _by_grid(
     return found
 
 
-def _by_image(
-    columns: Mapping[str, Any], num_rows: int, name: str, image_tokens: Collection[int]
-) -> dict[str, Pieces]:
+def _by_image(columns: Mapping[str, Any], num_rows: int, name: str, image_tokens: Collection[int]) -> dict[str, Pieces]:
     """Images without grids: padded to the most of a row, or one after the other, or one per row."""
     mask, pixels = columns.get(_PADDED), columns[PIXELS]
     if isinstance(mask, Tensor) and mask.ndim == 4 and isinstance(pixels, Tensor) and len(mask) == num_rows:
@@ -168,9 +166,7 @@ def _counts(columns: Mapping[str, Any], grid_key: str, num_rows: int, name: str)
     return None
 
 
-def _tokens(
-    columns: Mapping[str, Any], grid_key: str, num_rows: int, image_tokens: Collection[int]
-) -> Tensor | None:
+def _tokens(columns: Mapping[str, Any], grid_key: str, num_rows: int, image_tokens: Collection[int]) -> Tensor | None:
     """(B,) tokens that stand for images (or videos) in each row, or None where nothing tells."""
     types, ids = columns.get(_TYPES), columns.get("input_ids")
     if isinstance(types, Tensor) and types.ndim == 2 and len(types) == num_rows:

@@ -89,7 +89,7 @@ class Rows:
     def padded(self) -> tuple[Tensor, bool] | None:
         """The two rows `(2,)` with the fewest tokens and whether padding leads in them; None where no row is padded."""
 
-    def prepare(self, rows: Tensor) -> None:  # noqa: B027 - most have nothing to do
+    def prepare(self, rows: Tensor) -> None:
         """These rows are taken next."""
 
     def settled(self) -> Rows:
@@ -139,9 +139,7 @@ class RowSlicer(Rows):
         tensor([[7]])
     """
 
-    def __init__(
-        self, inputs: Any, *, pad_to_multiple: int | None = None, image_tokens: Collection[int] = ()
-    ) -> None:
+    def __init__(self, inputs: Any, *, pad_to_multiple: int | None = None, image_tokens: Collection[int] = ()) -> None:
         if pad_to_multiple is not None and pad_to_multiple < 1:
             raise AnybatchError(f"pad_to_multiple is {pad_to_multiple}; expected at least 1, such as 32, or None.")
         self.inputs = inputs
@@ -260,8 +258,8 @@ class RowSlicer(Rows):
         positions = columns.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim > 2:
             raise AnybatchError(
-                f"{name} holds position_ids of shape {tuple(positions.shape)}: positions in several axes are not cut by "
-                "rows. Leave them out; the model computes them from input_ids, masks and grids."
+                f"{name} holds position_ids of shape {tuple(positions.shape)}; positions of several axes are not cut "
+                "by rows. Leave them out; the model computes them from input_ids, masks and grids."
             )
         pieces = pieces_of(columns, self.num_rows, name, self.image_tokens)
         self._pieces |= {(*path, key): part for key, part in pieces.items()}
