@@ -120,6 +120,7 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
         ) from error
 
     # 3. What the configuration changes in it.
+    pool_at_the_end(model, config.name)
     if config.num_layers is not None:
         keep_first_layers(model, config.num_layers)
     if config.max_length is not None:
@@ -131,6 +132,23 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     model.prompts |= {side: prompt for side, prompt in given.items() if prompt is not None}
     _say_sides(model, config.name, own)
     return model
+
+
+def pool_at_the_end(model: SentenceTransformer, name: str) -> None:
+    """Let a plain chat model (no sentence-transformers folder) be pooled at its last token, in place.
+
+    sentence-transformers does so for causal language models alone, and takes the mean for vision-language models, whose
+    first tokens have seen next to nothing.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    is_folder, listed = Path(name).is_dir(), "modules.json"
+    own = (Path(name) / listed).exists() if is_folder else isinstance(try_to_load_from_cache(name, listed), str)
+    last = model[-1] if len(model) else None
+    if not own and "message" in model.modalities and isinstance(last, Pooling) and last.pooling_mode == "mean":
+        model[-1] = Pooling(last.embedding_dimension, "lasttoken")
+        logger.info("%s is a plain chat model: its embeddings are those of the last token.", name)
 
 
 def checkpoint_layers(model: SentenceTransformer) -> None:
