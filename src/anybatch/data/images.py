@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -34,7 +34,7 @@ class EncodedImage:
     >>> EncodedImage(encoded=b"no image", where="row 3, 'photo' of pairs.csv").size  # None where it is no image
     """
 
-    encoded: bytes
+    encoded: bytes = field(repr=False)
     where: str
 
     def decode(self) -> Image:
@@ -128,7 +128,7 @@ class ImageColumn(Sequence[EncodedImage]):
         files = [{"bytes": None, "path": str(folder / path)} for path in paths]
         stored = {"bytes": Value("binary"), "path": Value("string")}  # made as an Image, it would need Pillow
         dataset = Dataset.from_dict({NAME: files}, features=Features({NAME: stored}))
-        return cls(dataset.cast(Features({NAME: Feature(decode=False)})), where, rows, source)
+        return cls(dataset.cast_column(NAME, Feature(decode=False)), where, rows, source)
 
     @classmethod
     def join(cls, columns: Sequence[ImageColumn]) -> ImageColumn:

@@ -129,7 +129,7 @@ def _read_file(
     paths = {name for name in cells if images != "" and are_image_paths(name, _texts_of(cells[name]), where)}
     chosen = chosen.without(chosen.supposed - paths - stored.keys())
     root = Path(images) if images else path if path.is_dir() else path.parent
-    pool = _Pool(root, where, stored)
+    pool = ImagePool(root, where, stored)
     sides: dict[str, Any] = {}
     for place, names in enumerate(chosen.sides):
         kind = ("anchor", "positive", "negative")[min(place, 2)]
@@ -168,8 +168,12 @@ def _texts_of(cells: Sequence[Cell]) -> list[str]:
     return [text for texts in found for text in texts if text]
 
 
-class _Pool:
-    """The images of a file: those stored in it, then the files that it names, each once."""
+class ImagePool:
+    """The images of a file: those stored in it, then the files that it names, each once.
+
+    >>> ImagePool(Path("photos"), "pairs.csv", {}).column([("a cat", ()), None])
+    ['a cat', None]
+    """
 
     def __init__(self, root: Path, where: str, stored: Mapping[str, ImageColumn]) -> None:
         self.root, self.where, self.stored = root, where, stored
@@ -218,6 +222,8 @@ class _Pool:
         if not any(isinstance(content, tuple) for content in contents):
             return contents
         pairs: list[Content] = [(None, ()) if content is None else content for content in contents]
+        if not any(places for _, places in pairs):
+            return [text for text, _ in pairs]  # pyright: ignore[reportReturnType] - None for negatives alone
         alone = [places[0] for text, places in pairs if text is None and len(places) == 1]
         if len(alone) == len(pairs) and min(alone) >= self.first:  # each a file
             files, rows = list(self.files), np.arange(len(pairs))
@@ -253,7 +259,7 @@ def _side(
     kind: str,
     cells: Mapping[str, Sequence[Cell]],
     paths: set[str],
-    pool: _Pool,
+    pool: ImagePool,
     where: str,
 ) -> ImageColumn | list[Any]:
     """One side in row order: texts or lists of them; an `ImageColumn`; or contents, or lists of them."""
