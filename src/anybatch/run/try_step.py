@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anybatch.core import distributed
+from anybatch.data.inputs import guest_input
 from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.model import checkpoint_layers, side_inputs
@@ -42,8 +43,7 @@ def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> 
 def first_inputs(model: SentenceTransformer, pairs: PairData, num_rows: int) -> list[dict[str, Any]]:
     """What the model is given of the first rows: a dictionary of tensors on its device for each column."""
     columns = [
-        [value if isinstance(value, str) else value.decode() for value in islice(column, num_rows)]
-        for column in pairs.prompted
+        [guest_input(value) for value in islice(column, num_rows) if value is not None] for column in pairs.prompted
     ]
     return [
         {

@@ -20,7 +20,7 @@ from anybatch.core.blocks import BlockArrays
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, read_json, write_json
 from anybatch.data.images import ImageColumn
-from anybatch.data.inputs import Column, row_keys
+from anybatch.data.inputs import Column, MixedColumn, guest_input, row_keys
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def _origin(path: Path) -> Path:
 
 
 def _check(model: SentenceTransformer, column: Column) -> None:
-    if isinstance(column, ImageColumn) and not model.supports("image"):
+    holds_images = isinstance(column, ImageColumn) or (isinstance(column, MixedColumn) and column.images is not None)
+    if holds_images and not model.supports("image"):
         raise AnybatchError(
             f"The column {column.where} holds images, and the model takes {', '.join(map(str, model.modalities))} "
             "only. Choose a model for images and texts (CLIP, SigLIP and the like), or give precomputed embeddings "
@@ -174,10 +175,10 @@ def _settings(model: SentenceTransformer, side: Side | None) -> dict[str, Any]:
 
 
 def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings: dict[str, Any]) -> np.ndarray:
-    if isinstance(texts, ImageColumn):  # decoded, a shard of photographs would take gigabytes
+    if isinstance(texts, (ImageColumn, MixedColumn)):  # decoded, a shard of photographs would take gigabytes
         starts = range(0, len(texts), batch_size)
-        images = ([image.decode() for image in texts[start : start + batch_size]] for start in starts)
-        return np.concatenate([_forward(model, part, batch_size, settings) for part in images])
+        parts = ([guest_input(value) for value in texts[start : start + batch_size]] for start in starts)
+        return np.concatenate([_forward(model, part, batch_size, settings) for part in parts])
     return _forward(model, list(texts), batch_size, settings)
 
 
