@@ -60,9 +60,10 @@ def train_on_plan(
     with torch.random.fork_rng():  # a network of the loss begins with the same weights in each run, on every rank
         torch.manual_seed(config.seed)
         inner = build_loss(config.loss, num_rows=len(pairs))
-    dataset, settings, kind = pairs.to_dataset(), config.train, CachedLoss
+    (dataset, columns), settings, kind = as_columns(pairs), config.train, CachedLoss
     if config.data.views is not None:
         dataset, kind = dataset.remove_columns("positive"), partial(TwoViewLoss, seed=config.seed)
+        columns.pop("positive", None)
         settings = replace(settings, schedule=settings.schedule or "cosine")
     loss = kind(
         model,
@@ -73,7 +74,6 @@ def train_on_plan(
         memory=config.train.memory,
     )
     start_warm(config, model, pairs, loss, resume=resume, progress=progress)
-    dataset, columns = as_columns(pairs)
     with Measure() as measure:
         trained = train_model(
             model,
