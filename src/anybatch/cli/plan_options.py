@@ -112,7 +112,7 @@ class PlanSources:
             self.missing.append(f"Texts: {error} Give the data with --data.")
             return None
         if pairs.has_images and find_spec("PIL") is None:
-            self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[images]'")
+            self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[vision]'")
         return pairs
 
     def embeddings(self) -> tuple[np.ndarray, np.ndarray] | None:

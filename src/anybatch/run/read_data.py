@@ -95,9 +95,7 @@ def _read_images(data: DataConfig) -> Images:
     return read_images(data.path, column=data.anchor, limit=data.limit)
 
 
-def read_candidate_sets(
-    tasks: Mapping[str, Path], images: str | None, *, prompts: Mapping[str, str]
-) -> CandidateSets:
+def read_candidate_sets(tasks: Mapping[str, Path], images: str | None, *, prompts: Mapping[str, str]) -> CandidateSets:
     """Evaluation sets with candidates; `prompts`, by their names, are put before candidates as before positives."""
     sets = {}
     for name, path in tasks.items():
