@@ -118,14 +118,14 @@ def _held_out(
     # 1. The kind, and its options.
     limit, tasks = others["limit"], {} if data is None or labelled or template else find_candidates(data)
     kinds = {
-        "a retrieval set (--retrieval)": (retrieval, ("retrieval", "split", "quoting")),
-        "images with classes, told by others (--labelled)": (labelled, ("data", "labelled", "anchor", "limit")),
-        "images with classes, told by their names (--template)": (
+        "--retrieval (a retrieval set)": (retrieval, ("retrieval", "split", "quoting")),
+        "--labelled (images with classes, told by others)": (labelled, ("data", "labelled", "anchor", "limit")),
+        "--template (images with classes, told by their names)": (
             template,
             ("data", "template", "class_names", "anchor", "limit"),
         ),
-        f"{data}, queries with candidates of their own": (tasks or None, ("data", "images", "recipe")),
-        "pairs (--data)": (data, ("data", "anchor", "positive", "images", "limit", "quoting")),
+        "--data (queries with candidates of their own)": (tasks or None, ("data", "images", "recipe")),
+        "--data (pairs)": (data, ("data", "anchor", "positive", "images", "limit", "quoting")),
     }
     values = {**locals(), **others}
     options = ("data", "retrieval", "labelled", "template", "anchor", "images", "recipe", "class_names", *others)
@@ -136,7 +136,7 @@ def _held_out(
     unfit = [f"--{name.replace('_', '-')}" for name in given if name not in kinds[kind][1]]
     if unfit:
         known = ", ".join(f"--{name.replace('_', '-')}" for name in kinds[kind][1])
-        raise AnybatchError(f"Got {unfit[0]}, and {kind}, which has the options {known}. Leave out one of them.")
+        raise AnybatchError(f"Got {unfit[0]} and {kind}, which has the options {known}. Leave one of them out.")
 
     # 2. Read it.
     if retrieval is not None:

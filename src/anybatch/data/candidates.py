@@ -16,9 +16,10 @@ from anybatch.core.files import digest_of
 from anybatch.data.columns import cell_of
 from anybatch.data.inputs import Column, row_keys
 from anybatch.data.reading import ImagePool
-from anybatch.data.records import KINDS, column_names, no_column, records
+from anybatch.data.records import column_names, no_column, records
 from anybatch.data.sets import files_of
 
+LISTS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose cells may be lists
 QUERY, TARGET = ("qry_text", "qry_img_path"), ("tgt_text", "tgt_img_path")
 
 
@@ -82,9 +83,9 @@ def find_candidates(path: str | os.PathLike[str]) -> dict[str, Path]:
 def _has_targets(path: Path) -> bool:
     """Whether a file, or the first of a folder, has the columns of such a set."""
     if path.is_dir() and not (path / "state.json").exists():
-        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name.lower().endswith(KINDS)]
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name.lower().endswith(LISTS)]
         return bool(files) and _has_targets(files[0])
-    return path.name.lower().endswith(KINDS) and {QUERY[0], TARGET[0]} <= set(column_names(path))
+    return path.name.lower().endswith(LISTS) and {QUERY[0], TARGET[0]} <= set(column_names(path))
 
 
 def read_candidates(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> CandidateData:
@@ -144,8 +145,8 @@ def _sides(record: Mapping[str, Any], names: tuple[str, str], row: int, where: s
     num = max(map(len, listed))
     if any(len(cells) not in (num, 1) or (len(cells) < num and cells[0]) for cells in listed):
         raise AnybatchError(
-            f"Row {row} of {where}: '{names[0]}' and '{names[1]}' hold {len(listed[0])} and {len(listed[1])}; expected as "
-            "many (empty where one is missing)."
+            f"Row {row} of {where}: '{names[0]}' and '{names[1]}' hold {len(listed[0])} and {len(listed[1])}; expected "
+            "as many (empty where one is missing)."
         )
     texts_of, paths_of = ((cells if len(cells) == num else [""] * num) for cells in listed)
     sides = []
