@@ -309,12 +309,11 @@ def _content(text: Cell, images: list[int], listed: list[int | None] | None) -> 
     """
     if listed is None and not isinstance(text, list):
         return None if text is None and not images else (text, tuple(images))
-    if listed is None:
-        listed = [None] * len(text or ())
-    texts = text if isinstance(text, list) else [text] * (len(listed) if text is None else 1)
-    if len(texts) != len(listed):
-        raise ValueError(f"{len(texts)} texts and {len(listed)} images")
+    texts = text if isinstance(text, list) else [text] * (len(listed or ()) if text is None else 1)
+    places = [None] * len(texts) if listed is None else listed
+    if len(texts) != len(places):
+        raise ValueError(f"{len(texts)} texts and {len(places)} images")
     several = [
-        (one or None, (*images, *(() if place is None else (place,)))) for one, place in zip(texts, listed, strict=True)
+        (one or None, (*images, *(() if place is None else (place,)))) for one, place in zip(texts, places, strict=True)
     ]
     return [content for content in several if content[0] is not None or content[1]] or None

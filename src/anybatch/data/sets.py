@@ -18,8 +18,8 @@ _TESTS = "(test|testing|dev|devel|development|val|valid|validation|eval|evaluati
 # Names of splits not to train on.
 HELD_OUT = re.compile(rf"{_TESTS}(?![a-z])|.*(?<![a-z]){_TESTS}(?=$|\.)", re.IGNORECASE)
 SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})(?P<kind>\..+)")  # one of the files of a data set
-# Two splits of MMEB's tasks: the same rows with one instruction a task, and with many. The first is the one used.
-WORDINGS = ("original", "diverse_instruction")
+# Splits of MMEB's tasks: the same rows with one instruction a task, with many, and as first released.
+WORDINGS = ("original", "diverse_instruction", "train")
 IMAGES = re.compile(r"\.|images?\b|images?_", re.IGNORECASE)  # folders beside those of the tasks that hold no data
 
 
@@ -28,9 +28,9 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
 
     Of a folder its files and saved data sets, those of its folders (one a task), or the splits of a `DatasetDict`; of a
     pattern such as data/*.jsonl what matches it. Splits that are meant for testing are refused. Files such as
-    train-00000-of-00002.parquet are one data set, for which a pattern stands. Of MMEB's two splits of a task,
+    train-00000-of-00002.parquet are one data set, for which a pattern stands. Of MMEB's splits of a task,
     `original` and `diverse_instruction`, the first is used; a pattern such as MMEB-train/*/diverse_instruction-* names
-    the other.
+    the second.
     """
     path = Path(path)
     if _is_plain_folder(path):
@@ -97,10 +97,11 @@ def _sets_of(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _one_wording(sets: list[tuple[str, Path]], folder: Path) -> list[tuple[str, Path]]:
-    kept, other = WORDINGS
-    if {name for name, _ in sets} != {kept, other}:
+    kept, names = WORDINGS[0], [name for name, _ in sets]
+    if len(names) < 2 or kept not in names or not set(WORDINGS).issuperset(names):
         return sets
-    logger.info("%s: the split '%s' is used, '%s' is not.", folder, kept, other)
+    others = ", ".join(name for name in names if name != kept)
+    logger.info("%s: the split %s is used; not used: %s.", folder, kept, others)
     return [(name, file) for name, file in sets if name == kept]
 
 
