@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anybatch.core import distributed
+from anybatch.data.inputs import guest_input
 from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.model import side_inputs
@@ -33,10 +34,11 @@ def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> 
 
 
 def first_inputs(model: SentenceTransformer, pairs: PairData, num_rows: int) -> list[dict[str, Any]]:
-    """What the model is given of the first rows: a dictionary of tensors on its device for each column."""
+    """What the model is given of the first rows: a dictionary of tensors on its device for each column, of its rows
+    that there are.
+    """
     columns = [
-        [value if isinstance(value, str) else value.decode() for value in islice(column, num_rows)]
-        for column in pairs.prompted
+        [guest_input(value) for value in islice(column, num_rows) if value is not None] for column in pairs.prompted
     ]
     return [
         {
@@ -44,4 +46,5 @@ def first_inputs(model: SentenceTransformer, pairs: PairData, num_rows: int) -> 
             for key, value in side_inputs(model, column, "document" if place else "query").items()
         }
         for place, column in enumerate(columns)
+        if column
     ]
