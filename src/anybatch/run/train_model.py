@@ -16,6 +16,7 @@ from anybatch.core.files import CONTENTS, seal_folder
 from anybatch.core.progress import Progress
 from anybatch.core.resources import Measure
 from anybatch.data.pairs import PairData
+from anybatch.integrations.sentence_transformers.collating import as_columns
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
 from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
@@ -65,11 +66,12 @@ def train_on_plan(
         memory=config.train.memory,
     )
     start_warm(config, model, pairs, loss, resume=resume, progress=progress)
+    dataset, columns = as_columns(pairs)
     with Measure() as measure:
         trained = train_model(
             model,
             loss,
-            pairs.to_dataset(),
+            dataset,
             plan,
             config.train,
             output=config.output,
@@ -78,6 +80,7 @@ def train_on_plan(
             evaluate=evaluate,
             progress=lambda done, total, figures: progress("training", done, total, figures),
             run=run_digest(Path(config.output)),
+            columns=columns,
         )
     return trained, measure
 

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from anybatch.caching.encoder import Encoder, modules_of, parameters_of
 from anybatch.caching.memory import StepMemory
+from anybatch.caching.on_demand import RowsOnDemand
+from anybatch.caching.pieces import PIXELS
 from anybatch.caching.recording import Auto, Recording, record_towers
 from anybatch.caching.replay import Aside, replay
 from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
+from anybatch.integrations.sentence_transformers.collating import UndecodedRows
 from anybatch.losses import InfoNCE
 from anybatch.losses.rows import RowTable
 
@@ -59,8 +62,15 @@ class CachedTrainerLoss(nn.Module):
         self._looked = False  # whether the Trainer saves the state, in the first step
 
     @abstractmethod
-    def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
+    def _encoders(self, features: list[Any]) -> list[Encoder]:
         raise NotImplementedError
+
+    def _rows(self, column: dict[str, Any]) -> Any:
+        """What the cached step takes of a column."""
+        undecoded = column.get(PIXELS)
+        if not isinstance(undecoded, UndecodedRows):
+            return column
+        return undecoded.on_demand(self.model, {key: value for key, value in column.items() if key != PIXELS})
 
     @abstractmethod
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
@@ -85,7 +95,8 @@ class CachedTrainerLoss(nn.Module):
         if labels is not None and training:
             labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
 
-        # 2. Forward passes, micro-batch by micro-batch.
+        # 2. Forward passes, micro-batch by micro-batch; images are decoded as they are taken.
+        features = [self._rows(column) for column in features]
         recordings = record_towers(
             self._encoders(features),
             features,
@@ -200,7 +211,7 @@ class CachedLoss(CachedTrainerLoss):
                 return value.detach()
         return value
 
-    def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
+    def _encoders(self, features: list[Any]) -> list[Encoder]:
         return [self._encode] * len(features)
 
     def _encode(self, features: dict[str, Any]) -> Tensor:
@@ -235,7 +246,12 @@ class CachedLateInteraction(CachedTrainerLoss):
         torch.Size([9, 4])
     """
 
-    def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
+    def _rows(self, column: dict[str, Any]) -> Any:
+        """Token embeddings are padded to the batch's width, for which it is made at once."""
+        rows = super()._rows(column)
+        return rows.whole().inputs if isinstance(rows, RowsOnDemand) else rows
+
+    def _encoders(self, features: list[Any]) -> list[Encoder]:
         tasks = ["query", *["document"] * (len(features) - 1)]
         return [
             partial(_encode_tokens, self.model, task=task, width=_width(column))
