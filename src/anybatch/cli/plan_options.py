@@ -146,7 +146,9 @@ class PlanSources:
     def frozen(
         self, vectors: tuple[np.ndarray, np.ndarray], pairs: PairData | None, suspects: np.ndarray | None = None
     ) -> FrozenPairs:
-        """The embeddings with the gradient over all data, of one encoder for both sides unless one is texts and one images."""
+        """The embeddings with the gradient over all data, of one encoder for both sides unless one is texts and one is
+        images.
+        """
         from anybatch.data.inputs import kind_of
         from anybatch.insight.gradient_error import FrozenPairs
 
