@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +21,7 @@ from anybatch.data.sets import files_of, find_sets
 from anybatch.run.config import DataConfig, SetConfig
 from anybatch.run.read_data import read_data
 from tests.images import image
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "synthetic_mmeb.py"
+from tests.mmeb import write_mmeb
 
 
 @pytest.fixture
@@ -38,12 +35,7 @@ def photos(tmp_path):
 
 @pytest.fixture(scope="session")
 def mmeb(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("synthetic_mmeb", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    folder = tmp_path_factory.mktemp("mmeb")
-    module.write_mmeb(folder, 12)
-    return folder
+    return write_mmeb(tmp_path_factory.mktemp("mmeb"), 12)
 
 
 def write(folder, rows, name="pairs.jsonl"):
