@@ -148,16 +148,18 @@ class PlanSources:
     def frozen(
         self, vectors: tuple[np.ndarray, np.ndarray], pairs: PairData | None, suspects: np.ndarray | None = None
     ) -> FrozenPairs:
-        """The embeddings with the gradient over all data, of one encoder for both sides unless one side is images."""
-        from anybatch.data.images import ImageColumn
+        """The embeddings with the gradient over all data, of one encoder for both sides unless one is texts and one is
+        images.
+        """
+        from anybatch.data.inputs import kind_of
         from anybatch.insight.gradient_error import FrozenPairs
 
-        images = [isinstance(side, ImageColumn) for side in (() if pairs is None else (pairs.anchors, pairs.positives))]
+        kinds = {kind_of(side) for side in (() if pairs is None else (pairs.anchors, pairs.positives))}
         return FrozenPairs.prepare(
             *vectors,
             temperature=self.temperature,
             direction=self.direction,
-            tied=len(set(images)) < 2,
+            tied=kinds != {"text", "image"},
             num_anchors=max(self.options.anchors, FULL),
             suspects=suspects,
             **self.ids(pairs),

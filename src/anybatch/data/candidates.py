@@ -144,10 +144,8 @@ def _sides(record: Mapping[str, Any], names: tuple[str, str], row: int, where: s
     listed = [cell if isinstance(cell, list) else [cell or ""] for cell in (texts, paths)]
     num = max(map(len, listed))
     if any(len(cells) not in (num, 1) or (len(cells) < num and cells[0]) for cells in listed):
-        raise AnybatchError(
-            f"Row {row} of {where}: '{names[0]}' and '{names[1]}' hold {len(listed[0])} and {len(listed[1])}; expected "
-            "as many (empty where one is missing)."
-        )
+        given = f"'{names[0]}' and '{names[1]}' hold {len(listed[0])} and {len(listed[1])}"
+        raise AnybatchError(f"Row {row} of {where}: {given}; expected as many (empty where one is missing).")
     texts_of, paths_of = ((cells if len(cells) == num else [""] * num) for cells in listed)
     sides = []
     for text, image in zip(texts_of, paths_of, strict=True):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -120,8 +120,9 @@ class MixedColumn(Sequence[MixedInput]):
         return (self[row] for row in range(len(self)))
 
     def select(self, rows: np.ndarray) -> MixedColumn:
-        """These rows, in this order."""
-        return MixedColumn([self.texts[int(row)] for row in rows], self.images, self.places[rows])
+        """These rows, in this order; nothing in the place of a row -1."""
+        texts = [self.texts[row] if row >= 0 else None for row in rows.tolist()]
+        return MixedColumn(texts, self.images, np.where(rows[:, None] < 0, NONE, self.places[rows]))
 
     def instructed(self, prompts: Sequence[str]) -> MixedColumn:
         """See the function of this name."""
@@ -160,11 +161,13 @@ def row_keys(column: Column | NegativeColumn, *, stripped: bool = False) -> Iter
     return (ABSENT if text is None else (text.strip() if stripped else text).encode() for text in column)
 
 
-def pick(column: Column, rows: np.ndarray) -> Column:
-    """These rows of a column, in this order; of images without reading them."""
+def pick(column: NegativeColumn, rows: np.ndarray) -> Any:
+    """These rows of a column, in this order, nothing in the place of a row -1; of images without reading them."""
+    if isinstance(column, ImageColumn) and rows.min(initial=0) < 0:
+        return MixedColumn.of(column).select(rows)
     if isinstance(column, (ImageColumn, MixedColumn)):
         return column.select(rows)
-    return [column[int(row)] for row in rows]
+    return [column[row] if row >= 0 else None for row in rows.tolist()]
 
 
 def join_columns(columns: Sequence[NegativeColumn]) -> Any:
@@ -181,6 +184,15 @@ def instructed(column: NegativeColumn, prompts: Sequence[str]) -> Any:
     if isinstance(column, (ImageColumn, MixedColumn)):
         return MixedColumn.of(column).instructed(prompts) if any(prompts) else column
     return [text and prompt + text for prompt, text in zip(prompts, column, strict=True)]
+
+
+def kind_of(column: Column) -> Literal["text", "image", "both"]:
+    """What its rows hold: all a text, all an image alone, or else."""
+    if not isinstance(column, MixedColumn):
+        return "image" if isinstance(column, ImageColumn) else "text"
+    if not column.has_images.any():
+        return "text"
+    return "both" if column.has_text.any() else "image"
 
 
 def describe(value: str | EncodedImage | MixedInput, row: int) -> str:

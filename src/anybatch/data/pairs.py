@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -91,9 +91,11 @@ class PairData:
         return text_digest(self.prompted)
 
     @cached_property
-    def prompted(self) -> list[NegativeColumn]:
-        """Anchors, positives and negatives as the model reads them: texts with the instructions of their data sets."""
-        columns = [self.anchors, self.positives, *self.negatives]
+    def prompted(self) -> list[Column]:
+        """Anchors, positives and negatives (None where a row has fewer) as the model reads them, with the instructions
+        of their data sets.
+        """
+        columns: list[Any] = [self.anchors, self.positives, *self.negatives]
         if not any(part.anchor_prompt or part.positive_prompt for part in self.sets):
             return columns
         of_anchors = [part.anchor_prompt for part in self.sets for _ in range(part.num_rows)]

@@ -177,9 +177,12 @@ class ImagePool:
 
     def __init__(self, root: Path, where: str, stored: Mapping[str, ImageColumn]) -> None:
         self.root, self.where, self.stored = root, where, stored
-        starts = np.cumsum([0, *map(len, stored.values())]).tolist()
-        self.start = dict(zip(stored, starts, strict=False))
-        self.first = starts[-1]  # place of the first file
+        self.there: dict[str, np.ndarray] = {}  # place of each stored image; -1 where there is none
+        self.first = 0  # place of the first file
+        for name, column in stored.items():
+            present = ~column.absent
+            self.there[name] = np.where(present, self.first + np.cumsum(present) - 1, -1)
+            self.first += int(present.sum())
         self.files: dict[str, tuple[int, str]] = {}  # path: row and column in which it was first named
         self.places: dict[str, int] = {}
         self._images: ImageColumn | None = None
@@ -202,7 +205,10 @@ class ImagePool:
     def images(self) -> ImageColumn | None:
         """All of them, for all sides."""
         if self._images is None:
-            parts = list(self.stored.values())
+            parts = [
+                pick(column, np.flatnonzero(self.there[name] >= 0)) if (self.there[name] < 0).any() else column
+                for name, column in self.stored.items()
+            ]
             if self.files:
                 names = list(dict.fromkeys(name for _, name in self.files.values()))
                 parts.append(
@@ -268,16 +274,15 @@ def _side(
         return list(cells[texts[0]])
     if len(texts) > 1:
         raise AnybatchError(f"The {kind} has {len(texts)} columns of texts, {', '.join(texts)}; expected one at most.")
-    stored = {name: pool.stored[name] for name in names if name in pool.stored}
-    if len(names) == 1 and stored and (kind != "negative" or not stored[names[0]].absent.any()):
-        return stored[names[0]]
-    absent = {name: column.absent for name, column in stored.items()}
+    stored = [pool.there[name] for name in names if name in pool.there]
+    if len(names) == 1 and stored and (kind != "negative" or stored[0].min(initial=0) >= 0):
+        return pool.stored[names[0]]  # of another side than a negative a missing one is refused when it is read
     of_paths = [name for name in names if name in paths]
-    num_rows = len(next(iter(cells.values()))) if cells else len(next(iter(stored.values())))
+    num_rows = len(next(iter(cells.values()))) if cells else len(stored[0])
     side: list[Any] = []
     for row in range(num_rows):
         text = cells[texts[0]][row] if texts else None
-        images = [pool.start[name] + row for name in stored if not absent[name][row]]
+        images = [int(places[row]) for places in stored if places[row] >= 0]
         listed: list[int | None] | None = None  # one image of each text
         for name in of_paths:
             cell = cells[name][row]
@@ -309,12 +314,11 @@ def _content(text: Cell, images: list[int], listed: list[int | None] | None) -> 
     """
     if listed is None and not isinstance(text, list):
         return None if text is None and not images else (text, tuple(images))
-    if listed is None:
-        listed = [None] * len(text or ())
-    texts = text if isinstance(text, list) else [text] * (len(listed) if text is None else 1)
-    if len(texts) != len(listed):
-        raise ValueError(f"{len(texts)} texts and {len(listed)} images")
+    texts = text if isinstance(text, list) else [text] * (len(listed or ()) if text is None else 1)
+    places = [None] * len(texts) if listed is None else listed
+    if len(texts) != len(places):
+        raise ValueError(f"{len(texts)} texts and {len(places)} images")
     several = [
-        (one or None, (*images, *(() if place is None else (place,)))) for one, place in zip(texts, listed, strict=True)
+        (one or None, (*images, *(() if place is None else (place,)))) for one, place in zip(texts, places, strict=True)
     ]
     return [content for content in several if content[0] is not None or content[1]] or None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,13 +12,12 @@ from pathlib import Path
 from anybatch.core.errors import AnybatchError
 from anybatch.data.records import FORMATS, KINDS
 
-logger = logging.getLogger("anybatch")
 _TESTS = "(test|testing|dev|devel|development|val|valid|validation|eval|evaluation)"
 # Names of splits not to train on.
 HELD_OUT = re.compile(rf"{_TESTS}(?![a-z])|.*(?<![a-z]){_TESTS}(?=$|\.)", re.IGNORECASE)
 SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})(?P<kind>\..+)")  # one of the files of a data set
-# Two splits of MMEB's tasks: the same rows with one instruction a task, and with many. The first is the one used.
-WORDINGS = ("original", "diverse_instruction")
+# Splits of MMEB's tasks: the same rows with one instruction a task, with many, and as first released.
+WORDINGS = ("original", "diverse_instruction", "train")
 IMAGES = re.compile(r"\.|images?\b|images?_", re.IGNORECASE)  # folders beside those of the tasks that hold no data
 
 
@@ -28,9 +26,9 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
 
     Of a folder its files and saved data sets, those of its folders (one a task), or the splits of a `DatasetDict`; of a
     pattern such as data/*.jsonl what matches it. Splits that are meant for testing are refused. Files such as
-    train-00000-of-00002.parquet are one data set, for which a pattern stands. Of MMEB's two splits of a task,
+    train-00000-of-00002.parquet are one data set, for which a pattern stands. Of MMEB's splits of a task,
     `original` and `diverse_instruction`, the first is used; a pattern such as MMEB-train/*/diverse_instruction-* names
-    the other.
+    the second.
     """
     path = Path(path)
     if _is_plain_folder(path):
@@ -58,7 +56,7 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
 def files_of(path: Path) -> list[Path]:
     """The files of one data set, in order: itself; those that a pattern matches, or that are all in a folder."""
     if _is_plain_folder(path):
-        inner = _one_wording(_sets_in(path), path)
+        inner = _one_wording(_sets_in(path))
         if len(inner) > 1:
             names = ", ".join(name for name, _ in inner)
             raise AnybatchError(f"{path} holds the data sets {names}; expected one. Name its file.")
@@ -85,22 +83,21 @@ def _sets_of(path: Path) -> Iterator[tuple[str, Path]]:
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         yield from ((name, path / name) for name in splits)
         return
-    yield from _one_wording(_sets_in(path), path)
+    yield from _one_wording(_sets_in(path))
     for folder in sorted(path.iterdir()):
         if not _is_plain_folder(folder):
             continue
-        inner = _one_wording(_sets_in(folder), folder)  # one folder a task
+        inner = _one_wording(_sets_in(folder))  # one folder a task
         if not inner and not IMAGES.match(folder.name):
             found = f"{path} holds the folder {folder.name}, which is no data set"
             raise AnybatchError(f"{found}. Name the data sets in data.sets.")
         yield from ((folder.name if len(inner) == 1 else f"{folder.name}-{name}", file) for name, file in inner)
 
 
-def _one_wording(sets: list[tuple[str, Path]], folder: Path) -> list[tuple[str, Path]]:
-    kept, other = WORDINGS
-    if {name for name, _ in sets} != {kept, other}:
+def _one_wording(sets: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    kept, names = WORDINGS[0], [name for name, _ in sets]
+    if len(names) < 2 or kept not in names or not set(WORDINGS).issuperset(names):
         return sets
-    logger.info("%s: the split '%s' is used, '%s' is not.", folder, kept, other)
     return [(name, file) for name, file in sets if name == kept]
 
 

@@ -30,7 +30,7 @@ def read_training_pairs(config: RunConfig) -> PairData:
             if isinstance(column, ImageColumn) and getattr(settings, f"{side}_prompt"):
                 raise AnybatchError(
                     f"{section}.{side}_prompt is set, and the {side}s are images. Prompts are put before texts: "
-                    "leave it out."
+                    f"leave it out; an instruction of the data set, data.sets[].{side}_prompt, stands beside images."
                 )
     if len(pairs) < config.batch_size:
         raise AnybatchError(

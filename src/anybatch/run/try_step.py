@@ -41,7 +41,9 @@ def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> 
 
 
 def first_inputs(model: SentenceTransformer, pairs: PairData, num_rows: int) -> list[dict[str, Any]]:
-    """What the model is given of the first rows: a dictionary of tensors on its device for each column."""
+    """What the model is given of the first rows: a dictionary of tensors on its device for each column, of its rows
+    that there are.
+    """
     columns = [
         [guest_input(value) for value in islice(column, num_rows) if value is not None] for column in pairs.prompted
     ]
@@ -51,4 +53,5 @@ def first_inputs(model: SentenceTransformer, pairs: PairData, num_rows: int) -> 
             for key, value in side_inputs(model, column, "document" if place else "query").items()
         }
         for place, column in enumerate(columns)
+        if column
     ]

@@ -130,7 +130,7 @@ class CachedTrainerLoss(nn.Module):
         value.register_hook(partial(_deferred_backward, recordings=recordings, gradients=gradients, beside=beside))
         return value
 
-    def _arguments(self, labels: Tensor | None, device: torch.device, num_negatives: int) -> dict[str, Any]:
+    def _arguments(self, labels: Tensor | None, device: torch.device, num_candidates: int) -> dict[str, Any]:
         """What the loss is told of the batch's rows. Rows of an evaluation set are not in the table."""
         if labels is None and self.rows is not None:
             raise AnybatchError(
@@ -139,7 +139,7 @@ class CachedTrainerLoss(nn.Module):
         if labels is None:
             return {}
         index = labels.to(device, torch.int64)
-        return {"index": index} if self.rows is None else self.rows.arguments(index, num_negatives=num_negatives)
+        return {"index": index} if self.rows is None else self.rows.arguments(index, num_candidates=num_candidates)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""
@@ -165,8 +165,9 @@ class CachedLoss(CachedTrainerLoss):
             the last bit whatever is kept: 0.0 is GradCache, 1.0 is plain training.
 
     Inputs:
-        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label`
-        column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
+        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A column of
+        negatives holds those of its rows that have one, in their order; with `rows` it may hold fewer than the batch.
+        A `label` column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
 
     Warns:
         UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data
@@ -204,7 +205,7 @@ class CachedLoss(CachedTrainerLoss):
         if not torch.is_grad_enabled():  # row numbers of an evaluation set mean nothing to the memory or to the table
             plain = InfoNCE(temperature=float(getattr(self.loss, "temperature", 0.05)), normalize=True)
             return plain(anchors, candidates)
-        arguments = self._arguments(labels, anchors.device, len(columns) - 2)
+        arguments = self._arguments(labels, anchors.device, len(candidates))
         with without_autocast():  # the embeddings are float32 or better, and so is all that the loss does with them
             value = self.loss(anchors, candidates, **arguments)
             if with_backward:
@@ -268,7 +269,7 @@ class CachedLateInteraction(CachedTrainerLoss):
         training = torch.is_grad_enabled()
         arguments = {}
         if training and self.rows is not None:
-            arguments = self._arguments(labels, anchors.device, len(others) - 1)
+            arguments = self._arguments(labels, anchors.device, len(candidates))
         with without_autocast():
             value = self.loss(anchors, candidates, anchor_mask=anchor_mask, candidate_mask=candidate_mask, **arguments)
             if training:
