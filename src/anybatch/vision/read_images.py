@@ -11,7 +11,8 @@ import numpy as np
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of
 from anybatch.data.columns import IMAGE
-from anybatch.data.images import ImageColumn, holds_images, row_keys
+from anybatch.data.images import ImageColumn, holds_images
+from anybatch.data.inputs import row_keys
 from anybatch.data.records import column_names, image_dataset, listed, no_column
 
 logger = logging.getLogger("anybatch")
