@@ -48,7 +48,7 @@ CENTRE = 2e-3  # rate at a batch of 64
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "simclr": ("infonce", {}),
     "sogclr": ("sogclr", {"gamma": 0.9}),
-    "sogclr .5": ("sogclr", {"gamma": 0.5}),
+    "sogclr .3": ("sogclr", {"gamma": 0.3}),
     "cross-batch": ("cross_batch", {"memory_size": 256}),
 }
 # Arm, batch size, budget: in this order. "epochs": EPOCHS each; "steps": as many steps as 128 makes in EPOCHS.
@@ -57,11 +57,11 @@ ORDER: tuple[tuple[str, int, str], ...] = (
     ("simclr", 64, "epochs"),
     ("simclr", 512, "epochs"),
     ("sogclr", 128, "epochs"),
-    ("simclr", 128, "epochs"),
+    ("sogclr .3", 64, "epochs"),
     ("cross-batch", 64, "epochs"),
+    ("simclr", 128, "epochs"),
     ("simclr", 32, "epochs"),
     ("sogclr", 32, "epochs"),
-    ("sogclr .5", 64, "epochs"),
     ("simclr", 64, "steps"),
     ("sogclr", 64, "steps"),
     ("simclr", 512, "steps"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -54,9 +55,8 @@ def test_training_measures_and_drops_the_head(trained, pictures, heard, tmp_path
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_knn" in line] == [4, 8]
     rates = [line["learning_rate"] for line in lines if "loss" in line]
-    assert rates[1:] == pytest.approx(
-        [3e-3 * (1 + torch.cos(torch.tensor(torch.pi * k / 7)).item()) / 2 for k in range(1, 8)]
-    )
+    cosine = [3e-3 * (1 + math.cos(math.pi * step / 7)) / 2 for step in range(7)]
+    assert rates == pytest.approx([0, *cosine])
     kinds = [part["type"] for part in json.loads((trained / "model" / "modules.json").read_text())]
     assert kinds == ["anybatch.vision.encoders.SmallResNet"]
     sides = ("--labelled", str(pictures / "train"), "--data", str(pictures / "test"))
@@ -120,8 +120,12 @@ def test_two_ranks_equal_one(pictures, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run("train", *settings(pictures, one))
     launch("train", *settings(pictures, two))
+    losses = [
+        [line["loss"] for line in json.loads((folder / "metrics.json").read_text())["log"]] for folder in (one, two)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     for name, value in weights(one).items():
-        torch.testing.assert_close(weights(two)[name], value, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(weights(two)[name], value, rtol=1e-3, atol=3e-4)  # Adam magnifies rounding
 
 
 @pytest.mark.parametrize(
@@ -149,6 +153,6 @@ def test_refused(message, arguments, pictures, tmp_path):
 def test_evaluate_refuses(pictures, trained):
     with pytest.raises(AnybatchError, match="--labelled is given without --data"):
         run("evaluate", str(trained / "model"), "--labelled", str(pictures / "train"))
+    sides = ("--labelled", str(pictures / "train"), "--data", str(pictures / "test"))
     with pytest.raises(AnybatchError, match="--labelled is given with --positive"):
-        sides = ("--labelled", str(pictures / "train"), "--data", str(pictures / "test"))
         run("evaluate", str(trained / "model"), *sides, "--positive", "caption")
