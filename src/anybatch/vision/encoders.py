@@ -23,12 +23,10 @@ class _Saved(Module):
         self.save_torch_weights(output_path)
 
     @classmethod
-    def load(cls, model_name_or_path: str, **kwargs: Any) -> Any:
+    def load(cls, model_name_or_path: str, subfolder: str = "", *args: Any, **kwargs: Any) -> Any:
         """From such a folder."""
-        places = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
-        place = {name: kwargs[name] for name in places if name in kwargs}
-        module = cls(**cls.load_config(model_name_or_path, **place))
-        return cls.load_torch_weights(model_name_or_path, model=module, **place)
+        module = cls(**cls.load_config(model_name_or_path, subfolder=subfolder))
+        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module)
 
 
 class SmallResNet(_Saved, InputModule):

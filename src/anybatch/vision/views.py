@@ -47,8 +47,8 @@ def views_of(pixels: Tensor, keys: Tensor, mean: Tensor, std: Tensor) -> list[Te
 
 def view_keys(rows: Tensor, *, seed: int, step: int, view: int) -> Tensor:
     """(B,) int64 keys of one view of these rows at one step: another key for each row, step, view and seed."""
-    key = torch.full_like(rows, seed)
-    for part in (step, view, rows):
+    key = torch.zeros_like(rows)
+    for part in (seed, step, view, rows):
         key = _mixed(key + part)
     return key
 

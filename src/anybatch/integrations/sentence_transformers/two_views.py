@@ -108,7 +108,7 @@ def pixel_scale(model: nn.Module) -> tuple[Tensor, Tensor]:
     for module in model.modules():
         processor = getattr(module, "processor", None)
         processor = getattr(processor, "image_processor", processor)
-        if getattr(processor, "do_normalize", False):
+        if processor is not None and getattr(processor, "do_normalize", False):
             return torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     return torch.zeros(3), torch.ones(3)
 
