@@ -45,7 +45,7 @@ def train(
         mining=mining,
         loss=LossConfig(name="infonce", temperature=0.05, weights="none", mask_suspects=False),
         train=TrainConfig(epochs=EPOCHS, learning_rate=rate, save_steps=10_000, micro_batch=BATCH),
-        evaluation=EvaluationConfig(path=str(folder / "tasks" / "eval")),
+        evaluation=EvaluationConfig(path=str(folder / data / "eval")),
     )
     return job.train(config, resume=output.exists()).metrics["hit@1"]
 
@@ -88,9 +88,9 @@ def main() -> None:
     text = [
         "# A mixture in MMEB's layout",
         "",
-        f"`python -m benchmarks.vision_mixture`: six drawn tasks of {ROWS} rows, {ROWS // 3} queries each to evaluate with "
-        f"candidates of their own,",
-        f"a LLaVA of two layers from scratch, batches of {BATCH}, {EPOCHS} epochs, InfoNCE; {arguments.seeds} seeds. The "
+        f"`python -m benchmarks.vision_mixture`: six drawn tasks of {ROWS} rows, {ROWS // 3} queries each to evaluate with",
+        f"candidates of their own, a LLaVA of two layers from scratch, batches of {BATCH}, {EPOCHS} epochs, InfoNCE;",
+        f"{arguments.seeds} seeds, rates tuned for each arm on a seed of its own. Equal epochs are equal steps here. The",
         f"teacher's hit@1 is {taught:.3f}.",
         "",
         "| batches | rate | hit@1, mean of the tasks | standard error |",
