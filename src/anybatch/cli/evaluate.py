@@ -15,6 +15,18 @@ from anybatch.core.errors import AnybatchError
 if TYPE_CHECKING:
     from anybatch.run.read_data import HeldOut
 
+# What --data and the others name: in words, and the options that it has.
+KINDS = {
+    "retrieval": ("--retrieval (a retrieval set)", ("retrieval", "split", "quoting")),
+    "labelled": ("--labelled (images with classes, told by others)", ("data", "labelled", "anchor", "limit")),
+    "template": (
+        "--template (images with classes, told by their names)",
+        ("data", "template", "class_names", "anchor", "limit"),
+    ),
+    "candidates": ("--data (queries with candidates of their own)", ("data", "images", "recipe")),
+    "data": ("--data (pairs)", ("data", "anchor", "positive", "images", "limit", "quoting")),
+}
+
 
 def command(
     model: Annotated[
@@ -94,18 +106,7 @@ def command(
         write_text(output, json.dumps(metrics, indent=2))
 
 
-def _held_out(
-    *,
-    data: str | None,
-    retrieval: tuple[str, str, str] | None,
-    labelled: str | None,
-    template: list[str] | None,
-    anchor: list[str] | None,
-    images: str | None,
-    recipe: str | None,
-    class_names: Path | None,
-    **others: Any,
-) -> HeldOut:
+def _held_out(**options: Any) -> HeldOut:
     """The data to measure on, of the kind that the options name; options of another kind are refused."""
     from anybatch.core.yaml_files import read_yaml
     from anybatch.data.candidates import find_candidates
@@ -116,41 +117,32 @@ def _held_out(
     from anybatch.vision.read_images import LabelledImages, NamedClasses, prompts_of, read_images
 
     # 1. The kind, and its options.
-    limit, tasks = others["limit"], {} if data is None or labelled or template else find_candidates(data)
-    kinds = {
-        "--retrieval (a retrieval set)": (retrieval, ("retrieval", "split", "quoting")),
-        "--labelled (images with classes, told by others)": (labelled, ("data", "labelled", "anchor", "limit")),
-        "--template (images with classes, told by their names)": (
-            template,
-            ("data", "template", "class_names", "anchor", "limit"),
-        ),
-        "--data (queries with candidates of their own)": (tasks or None, ("data", "images", "recipe")),
-        "--data (pairs)": (data, ("data", "anchor", "positive", "images", "limit", "quoting")),
-    }
-    values = {**locals(), **others}
-    options = ("data", "retrieval", "labelled", "template", "anchor", "images", "recipe", "class_names", *others)
-    given = [name for name in options if values[name] not in (None, [])]
-    kind = next((kind for kind, (chosen, _) in kinds.items() if chosen is not None), None)
-    if kind is None or (data is None and retrieval is None):
+    options = {name: value for name, value in options.items() if value not in (None, [])}
+    kind = next((name for name in ("retrieval", "labelled", "template", "data") if name in options), None)
+    data: Any = options.get("data")
+    anchor, limit = options.get("anchor"), options.get("limit")
+    if kind is None or (data is None and kind != "retrieval"):
         raise AnybatchError("Nothing to measure on: give --data, or --retrieval with its three files.")
-    unfit = [f"--{name.replace('_', '-')}" for name in given if name not in kinds[kind][1]]
+    tasks = find_candidates(data) if kind == "data" else {}
+    what, known = KINDS["candidates" if tasks else kind]
+    unfit = [f"--{name.replace('_', '-')}" for name in options if name not in known]
     if unfit:
-        known = ", ".join(f"--{name.replace('_', '-')}" for name in kinds[kind][1])
-        raise AnybatchError(f"Got {unfit[0]} and {kind}, which has the options {known}. Leave one of them out.")
+        fitting = ", ".join(f"--{name.replace('_', '-')}" for name in known)
+        raise AnybatchError(f"Got {unfit[0]} and {what}, which has the options {fitting}. Leave one of them out.")
 
     # 2. Read it.
-    if retrieval is not None:
-        return read_retrieval(*retrieval, split=others["split"], quoting=others["quoting"])
-    assert data is not None
-    if labelled is not None:
-        known, test = (read_images(path, column=anchor, limit=limit) for path in (labelled, data))
-        return LabelledImages(known=known, test=test)
-    if template is not None and template:
+    if kind == "retrieval":
+        return read_retrieval(*options["retrieval"], split=options.get("split"), quoting=options.get("quoting"))
+    if kind == "labelled":
+        learned, test = (read_images(path, column=anchor, limit=limit) for path in (options["labelled"], data))
+        return LabelledImages(known=learned, test=test)
+    if kind == "template":
         test = read_images(data, column=anchor, limit=limit)
-        names = None if class_names is None else {str(key): str(value) for key, value in read_yaml(class_names).items()}
-        return NamedClasses(images=test, prompts=prompts_of(sorted({*test.labels.tolist()}), template, names))
+        names = read_yaml(options["class_names"]) if "class_names" in options else None
+        return NamedClasses(
+            images=test, prompts=prompts_of(sorted({*test.labels.tolist()}), options["template"], names)
+        )
     if tasks:
-        prompts = {name: task.target_prompt for name, task in TASKS.items()} if recipe == "b3" else {}
-        return read_candidate_sets(tasks, images, prompts=prompts)
-    others.pop("split")
-    return read_pairs(data, anchor=anchor, negatives=(), images=images, **others)
+        prompts = {name: task.target_prompt for name, task in TASKS.items()} if "recipe" in options else {}
+        return read_candidate_sets(tasks, options.get("images"), prompts=prompts)
+    return read_pairs(options.pop("data"), negatives=(), **options)

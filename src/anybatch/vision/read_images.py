@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class NamedClasses:
 
 
 def prompts_of(
-    classes: Sequence[str], templates: Sequence[str], names: Mapping[str, str] | None = None
+    classes: Sequence[str], templates: Sequence[str], names: Mapping[Any, Any] | None = None
 ) -> dict[str, list[str]]:
     """Each class's name in each template, in place of its "{}".
 
@@ -95,6 +96,7 @@ def prompts_of(
     if wrong is not None or not templates:
         found = "There are none" if wrong is None else f"One is {wrong!r}"
         raise AnybatchError(f'Templates hold "{{}}" where the class goes, such as "a photo of a {{}}.". {found}.')
+    names = None if names is None else {str(label): str(name) for label, name in names.items()}
     missing = [label for label in classes if names is not None and label not in names]
     if missing:
         raise AnybatchError(f"{len(missing)} of {len(classes)} classes have no name, such as '{missing[0]}'. Add them.")
