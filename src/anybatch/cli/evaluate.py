@@ -119,11 +119,10 @@ def _held_out(**options: Any) -> HeldOut:
     # 1. The kind, and its options.
     options = {name: value for name, value in options.items() if value not in (None, [])}
     kind = next((name for name in ("retrieval", "labelled", "template", "data") if name in options), None)
-    data: Any = options.get("data")
     anchor, limit = options.get("anchor"), options.get("limit")
-    if kind is None or (data is None and kind != "retrieval"):
+    if kind is None or (kind != "retrieval" and "data" not in options):
         raise AnybatchError("Nothing to measure on: give --data, or --retrieval with its three files.")
-    tasks = find_candidates(data) if kind == "data" else {}
+    tasks = find_candidates(options["data"]) if kind == "data" else {}
     what, known = KINDS["candidates" if tasks else kind]
     unfit = [f"--{name.replace('_', '-')}" for name in options if name not in known]
     if unfit:
@@ -134,10 +133,12 @@ def _held_out(**options: Any) -> HeldOut:
     if kind == "retrieval":
         return read_retrieval(*options["retrieval"], split=options.get("split"), quoting=options.get("quoting"))
     if kind == "labelled":
-        learned, test = (read_images(path, column=anchor, limit=limit) for path in (options["labelled"], data))
+        learned, test = (
+            read_images(path, column=anchor, limit=limit) for path in (options["labelled"], options["data"])
+        )
         return LabelledImages(known=learned, test=test)
     if kind == "template":
-        test = read_images(data, column=anchor, limit=limit)
+        test = read_images(options["data"], column=anchor, limit=limit)
         names = read_yaml(options["class_names"]) if "class_names" in options else None
         return NamedClasses(
             images=test, prompts=prompts_of(sorted({*test.labels.tolist()}), options["template"], names)
