@@ -9,8 +9,7 @@ idefics3            images of a row padded to the most images of any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -113,9 +112,13 @@ def _tokens(text: Any) -> dict[str, int]:
     return {name: text.convert_tokens_to_ids(token) for name, token in names.items()}
 
 
-def _images_only(processor: type, config: type) -> type:
-    """The processor of a Qwen without its part for videos, which needs torchvision."""
-    from transformers import AutoProcessor
+@cache
+def images_only(kind: str) -> type:
+    """The processor of a Qwen without its part for videos, which needs torchvision; loading a folder finds it then."""
+    from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLProcessor, Qwen3VLConfig, Qwen3VLProcessor
+
+    processor = Qwen2VLProcessor if kind == "qwen2vl" else Qwen3VLProcessor
+    config = Qwen2VLConfig if kind == "qwen2vl" else Qwen3VLConfig
 
     class ImagesOnly(processor):
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
@@ -127,18 +130,17 @@ def _images_only(processor: type, config: type) -> type:
 
 
 def _qwen2vl(text: Any) -> tuple[Any, Any]:
-    from transformers import Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor
+    from transformers import Qwen2VLConfig, Qwen2VLModel
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
     config = Qwen2VLConfig(text_config=_rope(text), vision_config=vision, **_tokens(text))
     images = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=8 * 8, max_pixels=32 * 32)
-    processor = _images_only(Qwen2VLProcessor, Qwen2VLConfig)
-    return Qwen2VLModel(config), processor(images, text, chat_template=chat("qwen2vl"))
+    return Qwen2VLModel(config), images_only("qwen2vl")(images, text, chat_template=chat("qwen2vl"))
 
 
 def _qwen3vl(text: Any) -> tuple[Any, Any]:
-    from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor
+    from transformers import Qwen3VLConfig, Qwen3VLModel
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4}
@@ -146,8 +148,7 @@ def _qwen3vl(text: Any) -> tuple[Any, Any]:
     of_text = _rope(text, mrope_interleaved=True) | {"head_dim": 16}
     config = Qwen3VLConfig(text_config=of_text, vision_config=vision, **_tokens(text))
     images = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=8 * 8, max_pixels=32 * 32)
-    processor = _images_only(Qwen3VLProcessor, Qwen3VLConfig)
-    return Qwen3VLModel(config), processor(images, text, chat_template=chat("qwen3vl"))
+    return Qwen3VLModel(config), images_only("qwen3vl")(images, text, chat_template=chat("qwen3vl"))
 
 
 def _llava(text: Any) -> tuple[Any, Any]:
@@ -227,12 +228,16 @@ def folder_of(kind: str) -> Path:
     return folder / "model"
 
 
-def load(kind: str, *, dropout: float = 0.0, lora: bool = False, checkpointing: bool = False) -> Any:
-    """The model in float64 and training mode; dropout only where asked for."""
+def load(
+    kind: str, *, dropout: float = 0.0, lora: bool = False, checkpointing: bool = False, folder: Path | None = None
+) -> Any:
+    """The model in float64 and training mode; dropout only where asked for. Ranks are given its folder."""
     import torch
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder_of(kind)), device="cpu").double().train()
+    if kind.startswith("qwen"):
+        images_only(kind)
+    model = SentenceTransformer(str(folder or folder_of(kind)), device="cpu").double().train()
     if lora:
         from peft import LoraConfig
 
@@ -241,13 +246,21 @@ def load(kind: str, *, dropout: float = 0.0, lora: bool = False, checkpointing: 
             model.add_adapter(LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=LORA_TARGETS))
         model.double()
     for part in model.modules():
+        if type(part).__name__ == "Gemma3RMSNorm":
+            part.forward = partial(_wide_norm, part)
         if isinstance(part, torch.nn.Dropout):
             part.p = dropout
-        if hasattr(part, "attention_dropout"):
-            part.attention_dropout = dropout
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, dropout)
         if checkpointing and hasattr(part, "gradient_checkpointing_enable"):
             part.gradient_checkpointing_enable()
     return model
+
+
+def _wide_norm(norm: Any, x: Any) -> Any:
+    """Gemma's norm, which is computed in float32 whatever it is given, in float64."""
+    return norm._norm(x) * (1.0 + norm.weight)
 
 
 def image(number: int) -> Any:
@@ -266,13 +279,18 @@ def text(number: int) -> str:
     return " ".join(SENTENCES[: 1 + number % 3]) + f" {number % 100}"
 
 
-def rows(form: str, count: int, *, first: int = 0) -> Sequence[Any]:
+def forms(kind: str) -> tuple[str, ...]:
+    """What the kind takes."""
+    if kind == "vit":
+        return ("image",)
+    return ("text", "image") if kind in PAIR_MODELS else ("text", "image", "both", "several", "mixed")
+
+
+def rows(form: str, count: int, *, first: int = 0) -> list[Any]:
     """Inputs of one form: `text`, `image`, `both`, `several` (0 to 3 images and a text), `mixed` (all of them)."""
     made: list[Any] = []
     for number in range(first, first + count):
-        of_row = {"text": number % 3, "image": 1, "both": 2, "several": 3}
         kind = form if form != "mixed" else ("text", "image", "both", "several")[number % 4]
-        assert kind in of_row
         if kind == "text":
             made.append(text(number))
         elif kind == "image":

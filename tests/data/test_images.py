@@ -218,7 +218,7 @@ def test_without_pillow(pairs, monkeypatch):
     assert describe(pairs.anchors[0], 0) == "[image, row 0]"
     assert pairs.anchors[0].thumbnail() is None
     for decode in (pairs.to_dataset, pairs.anchors[0].decode):
-        with pytest.raises(AnybatchError, match=r"pip install 'anybatch\[images\]'"):
+        with pytest.raises(AnybatchError, match=r"pip install 'anybatch\[vision\]'"):
             decode()
 
 

@@ -112,7 +112,7 @@ class PlanSources:
             self.missing.append(f"Texts: {error} Give the data with --data.")
             return None
         if pairs.has_images and find_spec("PIL") is None:
-            self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[images]'")
+            self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[vision]'")
         return pairs
 
     def embeddings(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -120,7 +120,9 @@ class PlanSources:
         from anybatch.run.teacher import read_embeddings
 
         given = self.options.embeddings
-        kept = (self.path.with_name("teacher_anchor.npy"), self.path.with_name("teacher_positive.npy"))
+        one_column = self.config is not None and self.config.data.views is not None
+        names = ("teacher_anchor.npy", "teacher_anchor.npy" if one_column else "teacher_positive.npy")
+        kept = tuple(map(self.path.with_name, names))
         files = given or (kept if all(path.exists() for path in kept) else None)
         if files is None and self.config is not None:
             files = self.config.teacher.embeddings

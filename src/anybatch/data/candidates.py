@@ -19,6 +19,7 @@ from anybatch.data.reading import ImagePool
 from anybatch.data.records import column_names, no_column, records
 from anybatch.data.sets import files_of
 
+LISTS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose cells may be lists
 QUERY, TARGET = ("qry_text", "qry_img_path"), ("tgt_text", "tgt_img_path")
 
 
@@ -50,6 +51,41 @@ class CandidateData:
         """Of all of it."""
         sides = [*row_keys(self.queries), b"", *row_keys(self.candidates), b"", self.query.tobytes()]
         return digest_of([*sides, *(row.tobytes() for row in self.of_row)])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CandidateSets:
+    """Several sets by their names.
+
+    >>> CandidateSets(sets={}).digest == CandidateSets(sets={}).digest
+    True
+    """
+
+    sets: dict[str, CandidateData]
+
+    @property
+    def digest(self) -> str:
+        """Of all of them."""
+        return digest_of(f"{name} {data.digest}".encode() for name, data in self.sets.items())
+
+
+def find_candidates(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """The evaluation sets in MMEB's layout that a path names, by their names: a folder a task, or one; else none."""
+    folder = Path(path)
+    plain = folder.is_dir() and not (folder / "state.json").exists()
+    if not plain:
+        return {folder.name.split(".")[0]: folder} if folder.exists() and _has_targets(folder) else {}
+    if _has_targets(folder):
+        return {folder.name: folder}
+    return {task.name: task for task in sorted(folder.iterdir()) if task.is_dir() and _has_targets(task)}
+
+
+def _has_targets(path: Path) -> bool:
+    """Whether a file, or the first of a folder, has the columns of such a set."""
+    if path.is_dir() and not (path / "state.json").exists():
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name.lower().endswith(LISTS)]
+        return bool(files) and _has_targets(files[0])
+    return path.name.lower().endswith(LISTS) and {QUERY[0], TARGET[0]} <= set(column_names(path))
 
 
 def read_candidates(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> CandidateData:

@@ -15,6 +15,7 @@ import numpy as np
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.records import image_dataset
+from anybatch.data.shards import read_part
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -213,7 +214,7 @@ class ImageColumn(Sequence[EncodedImage]):
         encoded, path = (value or {}).get("bytes"), (value or {}).get("path")
         if encoded is None and path:
             try:
-                encoded = Path(path).read_bytes()
+                encoded = read_part(path)
             except OSError as error:
                 raise AnybatchError(
                     f"Cannot read the image {path} ({where}): {error.strerror or error}. Put it back, or leave the row "
@@ -246,5 +247,5 @@ def _need_pillow() -> None:
         import PIL  # noqa: F401
     except ImportError as error:
         raise AnybatchError(
-            "Images have to be decoded here, which needs Pillow. Install it with: pip install 'anybatch[images]'"
+            "Images have to be decoded here, which needs Pillow. Install it with: pip install 'anybatch[vision]'"
         ) from error

@@ -110,9 +110,12 @@ def _sets_in(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _grouped(files: Iterable[Path]) -> list[tuple[str, Path]]:
-    """Data sets with their names; the files of one as a pattern."""
+    """Data sets with their names; the files of one as a pattern. The tars of a folder are one data set."""
     sets: dict[Path, str] = {}
     for file in files:
+        if file.suffix.lower() == ".tar":
+            sets[Path(glob.escape(str(file.parent))) / "*.tar"] = file.parent.name or "shards"
+            continue
         shard = SHARD.fullmatch(file.name)
         if shard is None:
             sets[file] = file.name if file.is_dir() else Path(file.name.removesuffix(".gz")).stem

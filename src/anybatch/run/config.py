@@ -68,6 +68,8 @@ class DataConfig(Configuration):
         images: The folder that paths of images start from; None for that of the file, "" where no column holds paths.
         quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain
             characters); None for the usual rules, refusing a file that can be read both ways.
+        views: 2: the data are one column of images without labels, of which two random views are a pair
+            (docs/self_supervised.md).
         limit: Use only the first rows of each data set; None for all.
 
     Example:
@@ -81,6 +83,7 @@ class DataConfig(Configuration):
     negatives: tuple[str, ...] | None = None
     images: str | None = None
     quoting: Literal["standard", "raw"] | None = None
+    views: Literal[2] | None = None
     limit: Count | None = None
 
     section: ClassVar[str] = "data"
@@ -90,6 +93,12 @@ class DataConfig(Configuration):
         if (self.path is None) == (not self.sets):
             given = "both" if self.sets else "neither"
             raise AnybatchError(f"The training data need data.path or data.sets; {given} was given.")
+        of_pairs = [name for name in ("sets", "positive", "negatives", "images", "quoting") if getattr(self, name)]
+        if self.views is not None and of_pairs:
+            raise AnybatchError(
+                f"data.{of_pairs[0]} is given, and data.views, whose data are one column of images (data.anchor). "
+                "Leave out one of the two."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,8 @@ class EvaluationConfig(Configuration):
     """The held-out data: pairs in the training columns, or a retrieval set with relevance judgements.
 
     Attributes:
-        path: Held-out pairs; each anchor must find its positive among all of them.
+        path: Held-out pairs; each anchor must find its positive among all of them. With `data.views` images with
+            classes, which are told by those of the training images.
         retrieval: The three files of a retrieval set instead of pairs (BEIR's layout): corpus, queries, judgements.
         split: Which split of the judgements, if they have several.
 
@@ -185,6 +195,11 @@ class RunConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.views is not None and self.loss.warm_start:
+            raise AnybatchError(
+                "loss.warm_start is given, and data.views: it would fill in what the images say as they are, and "
+                "training sees random views of them. Leave out one of the two."
+            )
         for name in ("batch_size", "seed"):
             of_mining, of_run = getattr(self.mining, name), getattr(self, name)
             if of_mining not in (getattr(MiningConfig(), name), of_run):

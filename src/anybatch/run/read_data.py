@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from anybatch.core.errors import AnybatchError
+from anybatch.data.candidates import CandidateSets, find_candidates, read_candidates
 from anybatch.data.images import ImageColumn
+from anybatch.data.inputs import instructed
 from anybatch.data.pairs import PairData, PairSet, join_pairs
 from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import RetrievalData, read_retrieval
 from anybatch.data.sets import find_sets
 from anybatch.mining import MiningSet
 from anybatch.run.config import DataConfig, RunConfig, SetConfig
+from anybatch.vision.mmeb import TASKS
+from anybatch.vision.read_images import Images, LabelledImages, NamedClasses, read_images
+
+HeldOut = PairData | RetrievalData | LabelledImages | NamedClasses | CandidateSets
 
 
 def read_training_pairs(config: RunConfig) -> PairData:
@@ -33,7 +41,10 @@ def read_training_pairs(config: RunConfig) -> PairData:
 
 
 def read_data(data: DataConfig) -> PairData:
-    """The pairs of one data set, or of several, one after the other."""
+    """The pairs of one data set, or of several, one after the other; of views, images that are both sides."""
+    if data.views is not None:
+        images = _read_images(data).images
+        return PairData(anchors=images, positives=images, source=images.where)
     sets = training_sets(data)
     parts = [
         read_pairs(
@@ -79,13 +90,34 @@ def mining_sets(config: RunConfig, pairs: PairData) -> list[MiningSet]:
     ]
 
 
-def read_held_out(config: RunConfig) -> PairData | RetrievalData | None:
+def _read_images(data: DataConfig) -> Images:
+    assert data.path is not None
+    return read_images(data.path, column=data.anchor, limit=data.limit)
+
+
+def read_candidate_sets(tasks: Mapping[str, Path], images: str | None, *, prompts: Mapping[str, str]) -> CandidateSets:
+    """Evaluation sets with candidates; `prompts`, by their names, are put before candidates as before positives."""
+    sets = {}
+    for name, path in tasks.items():
+        data, prompt = read_candidates(path, images), prompts.get(name, "")
+        sets[name] = replace(data, candidates=instructed(data.candidates, [prompt] * len(data.candidates)))
+    return CandidateSets(sets=sets)
+
+
+def read_held_out(config: RunConfig) -> HeldOut | None:
     """The held-out data of the configuration, or None if it names none."""
     data, held_out = config.data, config.evaluation
     if held_out.retrieval is not None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path is None:
         return None
+    if data.views is not None:
+        return LabelledImages(known=_read_images(data), test=read_images(held_out.path, column=data.anchor))
+    tasks = find_candidates(held_out.path)
+    if tasks:
+        prompts = {of_set.name or "": of_set.positive_prompt for of_set in data.sets}
+        known = {name: task.target_prompt for name, task in TASKS.items()} if any(prompts.values()) else {}
+        return read_candidate_sets(tasks, data.images, prompts=known | prompts)
     return read_pairs(
         held_out.path,
         anchor=data.anchor,

@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from anybatch.integrations.sentence_transformers.collating import as_columns
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
 from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
+from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan
@@ -57,7 +60,12 @@ def train_on_plan(
     with torch.random.fork_rng():  # a network of the loss begins with the same weights in each run, on every rank
         torch.manual_seed(config.seed)
         inner = build_loss(config.loss, num_rows=len(pairs))
-    loss = CachedLoss(
+    (dataset, columns), settings, kind = as_columns(pairs), config.train, CachedLoss
+    if config.data.views is not None:
+        dataset, kind = dataset.remove_columns("positive"), partial(TwoViewLoss, seed=config.seed)
+        columns.pop("positive", None)
+        settings = replace(settings, schedule=settings.schedule or "cosine")
+    loss = kind(
         model,
         inner,
         rows=rows.to(model.device),
@@ -66,14 +74,13 @@ def train_on_plan(
         memory=config.train.memory,
     )
     start_warm(config, model, pairs, loss, resume=resume, progress=progress)
-    dataset, columns = as_columns(pairs)
     with Measure() as measure:
         trained = train_model(
             model,
             loss,
             dataset,
             plan,
-            config.train,
+            settings,
             output=config.output,
             seed=config.seed,
             resume=resume,

@@ -34,6 +34,8 @@ class CachedTrainerLoss(nn.Module):
     """Abstract: a cached step as a loss of sentence-transformers' Trainer. See `CachedLoss` for the arguments."""
 
     uses_gradient_cache = True
+    fewest_columns = 2
+    step: int | None = None  # of the Trainer, as `LossStateCallback` tells it
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class CachedTrainerLoss(nn.Module):
         """The loss of one batch; its backward pass replays the encoder. Without gradients nothing is remembered."""
         # 1. What can be refused before any forward pass.
         features = list(sentence_features)
-        if len(features) < 2:
+        if len(features) < self.fewest_columns:
             raise AnybatchError(
                 f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this "
                 "order."
@@ -212,9 +214,10 @@ class CachedLoss(CachedTrainerLoss):
         return value
 
     def _encoders(self, features: list[Any]) -> list[Encoder]:
-        return [self._encode] * len(features)
+        return [self.encode] * len(features)
 
-    def _encode(self, features: dict[str, Any]) -> Tensor:
+    def encode(self, features: dict[str, Any]) -> Tensor:
+        """The embeddings of a micro-batch, (B, D)."""
         return self.model(features)["sentence_embedding"]
 
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
