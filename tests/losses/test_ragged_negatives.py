@@ -12,6 +12,7 @@ from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan
+from tests.ranks import on_ranks
 
 ROWS, WIDTH = 8, 3
 LACKING = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 0]]) == 0
@@ -123,6 +124,29 @@ def test_cached_step_takes_columns_of_different_lengths():
     arguments = table().arguments(index, num_negatives=WIDTH)
     InfoNCE(temperature=0.05)(embedded[0], torch.cat(embedded[1:]), **arguments).backward()
     torch.testing.assert_close(cached, model.layer.weight.grad, rtol=1e-12, atol=1e-14)
+
+
+def gradient_of_share(rank, world_size):
+    """Rank 0 has rows without any negative, and so fewer columns than rank 1."""
+    index = torch.tensor([[2, 7], [1, 4]])[rank] if world_size == 2 else torch.tensor([2, 7, 1, 4])
+    anchors, positives, negatives = embeddings()
+    there = ~torch.from_numpy(LACKING)[index]
+    columns = [anchors[index], positives[index], *(negatives[index, place][there[:, place]] for place in range(WIDTH))]
+    columns = [column for column in columns if len(column)]
+    model = Model()
+    loss = CachedLoss(model, InfoNCE(temperature=0.05), rows=table(), micro_batch=2, keep_graphs=0.0)
+    value = loss([{"x": column} for column in columns], index)
+    value.backward()
+    return len(columns), model.layer.weight.grad
+
+
+@pytest.mark.distributed
+def test_ranks_may_have_other_columns():
+    shares = on_ranks(gradient_of_share, 2)
+    assert [count for count, _ in shares] == [2, 4]
+    _, alone = gradient_of_share(0, 1)
+    mean = sum(gradient for _, gradient in shares) / 2  # what DDP makes of them
+    torch.testing.assert_close(mean, alone, rtol=1e-12, atol=1e-14)
 
 
 def test_columns_that_do_not_fit_are_refused():

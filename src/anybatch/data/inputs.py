@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from anybatch.data.images import KEY, EncodedImage, ImageColumn
+from anybatch.data.images import KEY, NAME, EncodedImage, ImageColumn
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from PIL.Image import Image
 
 PLACEHOLDER = re.compile(r"<\|image_\d+\|>\s*")  # where an image stands in a text of MMEB
@@ -123,6 +124,24 @@ class MixedColumn(Sequence[MixedInput]):
         """These rows, in this order; nothing in the place of a row -1."""
         texts = [self.texts[row] if row >= 0 else None for row in rows.tolist()]
         return MixedColumn(texts, self.images, np.where(rows[:, None] < 0, NONE, self.places[rows]))
+
+    def records(self, name: str) -> Dataset:
+        """A data set with the column `name` of {"text", "image"}, the second a list, as it is stored; None for nothing.
+
+        Cost: the bytes of images that are stored in a data set lie in memory; files do not.
+        """
+        from datasets import Dataset, Features, Value
+        from datasets import Image as Feature
+
+        def images(places: np.ndarray) -> list[Any]:
+            return [self.images.dataset[int(place)][NAME] for place in places if place != NONE] if self.images else []
+
+        rows = [
+            {"text": text, "image": images(places)} if has else None
+            for text, places, has in zip(self.texts, self.places, self.has_text | self.has_images, strict=True)
+        ]
+        both = {"text": Value("string"), "image": [Feature(decode=False)]}
+        return Dataset.from_dict({name: rows}, features=Features({name: both}))
 
     def instructed(self, prompts: Sequence[str]) -> MixedColumn:
         """See the function of this name."""

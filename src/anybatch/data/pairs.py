@@ -103,15 +103,19 @@ class PairData:
         return [instructed(column, of_others if place else of_anchors) for place, column in enumerate(columns)]
 
     def to_dataset(self) -> Dataset:
-        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included; images are
-        decoded as they are read.
+        """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included: images are
+        decoded as they are read; sides of a text with images are {"text", "image"}, undecoded (`ImageCollator`).
         """
         from datasets import Dataset, concatenate_datasets
 
         names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(self.negatives) + 1))]
         # One by one: the order of the columns says who is the anchor, and `select_columns` changes it for some readers.
         parts = [
-            column.decoded(name) if isinstance(column, ImageColumn) else Dataset.from_dict({name: list(column)})
+            column.decoded(name)
+            if isinstance(column, ImageColumn)
+            else column.records(name)
+            if isinstance(column, MixedColumn)
+            else Dataset.from_dict({name: list(column)})
             for name, column in zip(names, self.prompted, strict=True)
         ]
         return concatenate_datasets(parts, axis=1)
