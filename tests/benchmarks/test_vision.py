@@ -54,13 +54,13 @@ def test_the_report_takes_the_best_rate_and_says_which_aims_hold():
     lines = [line("simclr", 64, seed, value) for seed, value in enumerate((0.20, 0.22, 0.24))]
     lines += [line("sogclr", 64, seed, value) for seed, value in enumerate((0.30, 0.32, 0.34))]
     lines += [line("sogclr", 64, 0, 0.9, rate=2.0, dev=0.4)]  # better on test, and not chosen
-    lines += [line("sogclr", 128, 0, 0.3), line("simclr", 512, 0, 0.31)]
+    lines += [line("sogclr", 128, 0, 0.9, dev=0.4), line("sogclr batch", 128, 0, 0.3), line("simclr", 512, 0, 0.31)]
     page = vision.report(lines)
     assert "| simclr | 64 | 1 | 3 | 0.220 ± 0.012 | 0.220 ± 0.012 |" in page
     assert "| sogclr | 64 | 1 | 3 | 0.320 ± 0.012 | 0.320 ± 0.012 |" in page
     assert (
-        "k-NN: SogCLR at 64 +0.100 against\n  SimCLR at 64, standard error 0.016. Aim (more than two standard errors"
+        "k-NN: sogclr at 64 +0.100\n  against SimCLR at 64, standard error 0.016. Aim (more than two standard errors"
         in page
     )
     assert "better): holds." in page
-    assert "SogCLR at 128 -0.010 against\n  SimCLR at 512, one seed. Aim (as good): does not hold." in page
+    assert "sogclr batch at 128 -0.010\n  against SimCLR at 512, one seed. Aim (as good): does not hold." in page
