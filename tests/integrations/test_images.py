@@ -9,7 +9,8 @@ from sentence_transformers import SentenceTransformer
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import EncodedImage
-from anybatch.data.pairs import PairData, read_pairs
+from anybatch.data.pairs import PairData
+from anybatch.data.reading import read_pairs
 from anybatch.integrations.sentence_transformers import embed as module
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.loss import CachedLoss

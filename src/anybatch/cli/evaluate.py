@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from anybatch.cli.options import AnchorOption, DataOption, ImageOption, LimitOption, PositiveOption, check_new
+from anybatch.cli.options import AnchorOption, DataOption, ImagesOption, LimitOption, PositiveOption, check_new
 from anybatch.cli.progress import Bars, show
 from anybatch.core.errors import AnybatchError
+
+if TYPE_CHECKING:
+    from anybatch.run.read_data import HeldOut
 
 
 def command(
@@ -20,10 +23,22 @@ def command(
     data: DataOption = None,
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
-    image: ImageOption = None,
+    images: ImagesOption = None,
     labelled: Annotated[
         str | None,
         typer.Option(help="Images with classes (folders, or a column 'label') from which those of --data are told."),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Tell the classes of the images of --data by their names: such as "a photo of a {}.". Repeatable.'
+        ),
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="For --template: a YAML file with the name of each class, label: name.")
+    ] = None,
+    recipe: Annotated[
+        Literal["b3"] | None, typer.Option(help="b3: MMEB's candidates with the prompts that B3 trains with.")
     ] = None,
     limit: LimitOption = None,
     retrieval: Annotated[
@@ -46,47 +61,96 @@ def command(
         Path | None, typer.Option(help="Also write the figures to this JSON file; it must be new.")
     ] = None,
 ) -> None:
-    """Measure a model: recall, MRR and nDCG on held-out pairs or on a retrieval set, or classes of images."""
+    """Measure a model: recall, MRR, nDCG on held-out pairs or a retrieval set; classes of images; hit@1 on MMEB."""
     from anybatch.core.files import write_text
-    from anybatch.data.pairs import read_pairs
-    from anybatch.data.retrieval import read_retrieval
     from anybatch.insight.tables import metrics_table
     from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
     from anybatch.run.evaluate_model import evaluate_model
-    from anybatch.vision.read_images import LabelledImages, read_images
 
     check_new(output, "--output")
-    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--image": image, "--limit": limit}
-    of_retrieval = {"--retrieval": retrieval, "--split": split}
-    given = [[name for name, value in kind.items() if value is not None] for kind in (of_pairs, of_retrieval)]
-    if all(given):
-        raise AnybatchError(
-            f"Got {given[0][0]}, which belongs to pairs, and {given[1][0]}, which belongs to a retrieval set. Give "
-            f"pairs ({', '.join(of_pairs)}) or a retrieval set ({', '.join(of_retrieval)})."
-        )
-    if labelled is not None:
-        unfit = [name for name in ("--positive", "--image", *of_retrieval) if name in (*given[0], *given[1])]
-        if data is None or unfit:
-            raise AnybatchError(
-                f"--labelled is given {f'with {unfit[0]}' if unfit else 'without --data'}: it is for images with "
-                "classes, which --data are told by. Expected --labelled TRAIN --data TEST."
-            )
-        known, test = (read_images(path, column=anchor, limit=limit) for path in (labelled, data))
-        held_out = LabelledImages(known=known, test=test)
-    elif data is not None:
-        images = None if image is None else [name for name in image if name]
-        held_out = read_pairs(
-            data, anchor=anchor, positive=positive, negatives=(), images=images, quoting=quoting, limit=limit
-        )
-    elif retrieval is not None:
-        held_out = read_retrieval(*retrieval, split=split, quoting=quoting)
-    else:
-        raise AnybatchError("Nothing to measure on: give --data, or --retrieval with its three files.")
+    held_out = _held_out(
+        data=data,
+        anchor=anchor,
+        positive=positive,
+        images=images,
+        labelled=labelled,
+        template=template,
+        class_names=class_names,
+        recipe=recipe,
+        limit=limit,
+        retrieval=retrieval,
+        split=split,
+        quoting=quoting,
+    )
     loaded = load_model(
         ModelConfig(name=model, max_length=max_length, anchor_prompt=anchor_prompt, positive_prompt=positive_prompt)
     )
     with Bars() as bars:
         metrics = evaluate_model(loaded, held_out, progress=bars)
-    show(metrics_table({Path(model).name or model: metrics}))
+    name, by_task = Path(model).name or model, "hit@1 "
+    tasks = {key.removeprefix(by_task): {"hit@1": hit} for key, hit in metrics.items() if key.startswith(by_task)}
+    show(metrics_table({**tasks, ("mean" if tasks else name): metrics}))
     if output is not None:
         write_text(output, json.dumps(metrics, indent=2))
+
+
+def _held_out(
+    *,
+    data: str | None,
+    retrieval: tuple[str, str, str] | None,
+    labelled: str | None,
+    template: list[str] | None,
+    anchor: list[str] | None,
+    images: str | None,
+    recipe: str | None,
+    class_names: Path | None,
+    **others: Any,
+) -> HeldOut:
+    """The data to measure on, of the kind that the options name; options of another kind are refused."""
+    from anybatch.core.yaml_files import read_yaml
+    from anybatch.data.candidates import find_candidates
+    from anybatch.data.reading import read_pairs
+    from anybatch.data.retrieval import read_retrieval
+    from anybatch.run.read_data import read_candidate_sets
+    from anybatch.vision.mmeb import TASKS
+    from anybatch.vision.read_images import LabelledImages, NamedClasses, prompts_of, read_images
+
+    # 1. The kind, and its options.
+    limit, tasks = others["limit"], {} if data is None or labelled or template else find_candidates(data)
+    kinds = {
+        "--retrieval (a retrieval set)": (retrieval, ("retrieval", "split", "quoting")),
+        "--labelled (images with classes, told by others)": (labelled, ("data", "labelled", "anchor", "limit")),
+        "--template (images with classes, told by their names)": (
+            template,
+            ("data", "template", "class_names", "anchor", "limit"),
+        ),
+        "--data (queries with candidates of their own)": (tasks or None, ("data", "images", "recipe")),
+        "--data (pairs)": (data, ("data", "anchor", "positive", "images", "limit", "quoting")),
+    }
+    values = {**locals(), **others}
+    options = ("data", "retrieval", "labelled", "template", "anchor", "images", "recipe", "class_names", *others)
+    given = [name for name in options if values[name] not in (None, [])]
+    kind = next((kind for kind, (chosen, _) in kinds.items() if chosen is not None), None)
+    if kind is None or (data is None and retrieval is None):
+        raise AnybatchError("Nothing to measure on: give --data, or --retrieval with its three files.")
+    unfit = [f"--{name.replace('_', '-')}" for name in given if name not in kinds[kind][1]]
+    if unfit:
+        known = ", ".join(f"--{name.replace('_', '-')}" for name in kinds[kind][1])
+        raise AnybatchError(f"Got {unfit[0]} and {kind}, which has the options {known}. Leave one of them out.")
+
+    # 2. Read it.
+    if retrieval is not None:
+        return read_retrieval(*retrieval, split=others["split"], quoting=others["quoting"])
+    assert data is not None
+    if labelled is not None:
+        known, test = (read_images(path, column=anchor, limit=limit) for path in (labelled, data))
+        return LabelledImages(known=known, test=test)
+    if template is not None and template:
+        test = read_images(data, column=anchor, limit=limit)
+        names = None if class_names is None else {str(key): str(value) for key, value in read_yaml(class_names).items()}
+        return NamedClasses(images=test, prompts=prompts_of(sorted({*test.labels.tolist()}), template, names))
+    if tasks:
+        prompts = {name: task.target_prompt for name, task in TASKS.items()} if recipe == "b3" else {}
+        return read_candidate_sets(tasks, images, prompts=prompts)
+    others.pop("split")
+    return read_pairs(data, anchor=anchor, negatives=(), images=images, **others)

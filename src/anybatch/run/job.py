@@ -10,6 +10,7 @@ from pathlib import Path
 from anybatch.core import distributed
 from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, no_progress
+from anybatch.integrations.sentence_transformers.lora import merge_lora
 from anybatch.integrations.sentence_transformers.model import load_model, warn_of_instructions
 from anybatch.integrations.sentence_transformers.training import check_shared_equally, optimizer_of
 from anybatch.integrations.sentence_transformers.two_views import add_head
@@ -78,6 +79,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             # 7. Leave the model and the figures; metrics.json is last, its presence says that the run is finished.
             with distributed.alone() as chosen:
                 if chosen:
+                    merge_lora(model)
                     if config.data.views is not None:
                         del model[-1]
                     save_model(model, folder / "model")

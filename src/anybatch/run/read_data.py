@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from anybatch.core.errors import AnybatchError
+from anybatch.data.candidates import CandidateSets, find_candidates, read_candidates
 from anybatch.data.images import ImageColumn
-from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
+from anybatch.data.inputs import instructed
+from anybatch.data.pairs import PairData, PairSet, join_pairs
+from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import RetrievalData, read_retrieval
+from anybatch.data.sets import find_sets
 from anybatch.mining import MiningSet
 from anybatch.run.config import DataConfig, RunConfig, SetConfig
-from anybatch.vision.read_images import Images, LabelledImages, read_images
+from anybatch.vision.mmeb import TASKS
+from anybatch.vision.read_images import Images, LabelledImages, NamedClasses, read_images
 
-HeldOut = PairData | RetrievalData | LabelledImages
+HeldOut = PairData | RetrievalData | LabelledImages | NamedClasses | CandidateSets
 
 
 def read_training_pairs(config: RunConfig) -> PairData:
@@ -23,7 +30,7 @@ def read_training_pairs(config: RunConfig) -> PairData:
             if isinstance(column, ImageColumn) and getattr(settings, f"{side}_prompt"):
                 raise AnybatchError(
                     f"{section}.{side}_prompt is set, and the {side}s are images. Prompts are put before texts: "
-                    "leave it out."
+                    f"leave it out; an instruction of the data set, data.sets[].{side}_prompt, stands beside images."
                 )
     if len(pairs) < config.batch_size:
         raise AnybatchError(
@@ -45,7 +52,7 @@ def read_data(data: DataConfig) -> PairData:
             anchor=of_set.anchor or data.anchor,
             positive=of_set.positive or data.positive,
             negatives=data.negatives,
-            images=data.images,
+            images=data.images if of_set.images is None else of_set.images,
             quoting=data.quoting,
             limit=data.limit,
         )
@@ -88,6 +95,15 @@ def _read_images(data: DataConfig) -> Images:
     return read_images(data.path, column=data.anchor, limit=data.limit)
 
 
+def read_candidate_sets(tasks: Mapping[str, Path], images: str | None, *, prompts: Mapping[str, str]) -> CandidateSets:
+    """Evaluation sets with candidates; `prompts`, by their names, are put before candidates as before positives."""
+    sets = {}
+    for name, path in tasks.items():
+        data, prompt = read_candidates(path, images), prompts.get(name, "")
+        sets[name] = replace(data, candidates=instructed(data.candidates, [prompt] * len(data.candidates)))
+    return CandidateSets(sets=sets)
+
+
 def read_held_out(config: RunConfig) -> HeldOut | None:
     """The held-out data of the configuration, or None if it names none."""
     data, held_out = config.data, config.evaluation
@@ -97,12 +113,16 @@ def read_held_out(config: RunConfig) -> HeldOut | None:
         return None
     if data.views is not None:
         return LabelledImages(known=_read_images(data), test=read_images(held_out.path, column=data.anchor))
-    negatives = data.negatives or ()
+    tasks = find_candidates(held_out.path)
+    if tasks:
+        prompts = {of_set.name or "": of_set.positive_prompt for of_set in data.sets}
+        known = {name: task.target_prompt for name, task in TASKS.items()} if any(prompts.values()) else {}
+        return read_candidate_sets(tasks, data.images, prompts=known | prompts)
     return read_pairs(
         held_out.path,
         anchor=data.anchor,
         positive=data.positive,
         negatives=(),
-        images=data.images and [name for name in data.images if name not in negatives],
+        images=data.images,
         quoting=data.quoting,
     )

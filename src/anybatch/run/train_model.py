@@ -18,6 +18,7 @@ from anybatch.core.files import CONTENTS, seal_folder
 from anybatch.core.progress import Progress
 from anybatch.core.resources import Measure
 from anybatch.data.pairs import PairData
+from anybatch.integrations.sentence_transformers.collating import as_columns
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
 from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
@@ -59,9 +60,10 @@ def train_on_plan(
     with torch.random.fork_rng():  # a network of the loss begins with the same weights in each run, on every rank
         torch.manual_seed(config.seed)
         inner = build_loss(config.loss, num_rows=len(pairs))
-    dataset, settings, kind = pairs.to_dataset(), config.train, CachedLoss
+    (dataset, columns), settings, kind = as_columns(pairs), config.train, CachedLoss
     if config.data.views is not None:
         dataset, kind = dataset.remove_columns("positive"), partial(TwoViewLoss, seed=config.seed)
+        columns.pop("positive", None)
         settings = replace(settings, schedule=settings.schedule or "cosine")
     loss = kind(
         model,
@@ -85,6 +87,7 @@ def train_on_plan(
             evaluate=evaluate,
             progress=lambda done, total, figures: progress("training", done, total, figures),
             run=run_digest(Path(config.output)),
+            columns=columns,
         )
     return trained, measure
 

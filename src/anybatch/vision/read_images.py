@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,50 @@ class LabelledImages:
         return digest_of([*words, *(key for part in parts for key in row_keys(part.images))])
 
 
-def read_images(path: str, *, column: str | None = None, limit: int | None = None) -> Images:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NamedClasses:
+    """Images with classes, and for each class its name in templates, by which it is to be told.
+
+    >>> prompts_of(["sea_lion"], ["a photo of a {}.", "a drawing of a {}."])
+    {'sea_lion': ['a photo of a sea lion.', 'a drawing of a sea lion.']}
+    """
+
+    images: Images
+    prompts: dict[str, list[str]]
+
+    @property
+    def digest(self) -> str:
+        """Over images, classes and prompts."""
+        texts = [text.encode() for of_class in self.prompts.values() for text in of_class]
+        return digest_of([*texts, *(label.encode() for label in self.images.labels), *row_keys(self.images.images)])
+
+
+def prompts_of(
+    classes: Sequence[str], templates: Sequence[str], names: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """Each class's name in each template, in place of its "{}".
+
+    Args:
+        classes: The labels.
+        templates: At least one.
+        names: Of the labels, for those that are none themselves (n02077923); None: a label is the name, its underscores
+            are spaces.
+
+    Raises:
+        AnybatchError: No templates, or one without "{}"; a class without a name.
+    """
+    wrong = next((template for template in templates if "{}" not in template), None)
+    if wrong is not None or not templates:
+        found = "There are none" if wrong is None else f"One is {wrong!r}"
+        raise AnybatchError(f'Templates hold "{{}}" where the class goes, such as "a photo of a {{}}.". {found}.')
+    missing = [label for label in classes if names is not None and label not in names]
+    if missing:
+        raise AnybatchError(f"{len(missing)} of {len(classes)} classes have no name, such as '{missing[0]}'. Add them.")
+    named = {label: label.replace("_", " ") for label in classes} if names is None else {x: names[x] for x in classes}
+    return {label: [text.replace("{}", name) for text in templates] for label, name in named.items()}
+
+
+def read_images(path: str, *, column: str | Sequence[str] | None = None, limit: int | None = None) -> Images:
     """The images of a folder of files, of a Parquet file or of a data set saved by `datasets` (or on the hub).
 
     Args:
@@ -70,6 +114,10 @@ def read_images(path: str, *, column: str | None = None, limit: int | None = Non
     Raises:
         AnybatchError: No images; several columns of them, and none is named.
     """
+    if column is not None and not isinstance(column, str):
+        if len(column) > 1:
+            raise AnybatchError(f"The columns {', '.join(column)} are named; expected one, of images.")
+        column = column[0]
     folder = Path(path)
     if folder.is_dir() and not (folder / "state.json").exists():
         files = sorted(file.relative_to(folder) for file in folder.rglob("*") if IMAGE.search(file.name))[:limit]
