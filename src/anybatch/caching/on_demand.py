@@ -32,7 +32,8 @@ class RowsOnDemand(Rows):
             run in another thread.
         lengths: `(B,)` int64, the tokens of each row; None where rows cost the same each.
         patches: `(B,)` int64, what its images cost beside them.
-        form: Words that all inputs have, such as a task.
+        form: Further inputs: of tensors `(B, ...)` each micro-batch has its rows; all else, such as a task, goes into
+            each.
         device: Where the inputs go.
 
     Example:
@@ -79,15 +80,11 @@ class RowsOnDemand(Rows):
 
     def take(self, rows: Tensor) -> Any:
         """The inputs of `rows` `(b,)`, trimmed."""
+        places = torch.arange(len(rows))
         if self.trim == "both" or self.lengths is None:
-            inputs = self._made(rows)
-        else:  # as wide as the whole batch: the longest row goes with them
-            inputs = self._make(torch.cat([rows, self.lengths.argmax()[None]]))
-        slicer = RowSlicer(
-            _on(self.device, inputs), pad_to_multiple=self.pad_to_multiple, image_tokens=self.image_tokens
-        )
-        slicer.trim_to(self.trim)
-        return slicer.take(torch.arange(len(rows)))
+            return self._slicer(self._made(rows), rows).take(places)
+        rows = torch.cat([rows, self.lengths.argmax()[None]])  # as wide as the whole batch
+        return self._slicer(self._make(rows), rows).take(places)
 
     def settled(self) -> Rows:
         """All rows at once, where the encoder depends on the padding of the whole batch."""
@@ -102,7 +99,18 @@ class RowsOnDemand(Rows):
 
     def whole(self) -> RowSlicer:
         """All rows made at once."""
-        inputs = _on(self.device, self._make(torch.arange(self.num_rows)))
+        rows = torch.arange(self.num_rows)
+        return self._slicer(self._make(rows), rows)
+
+    def _slicer(self, inputs: Any, rows: Tensor) -> RowSlicer:
+        """What was made of `rows`, on the device, with what goes beside it."""
+        if self.inputs:
+            of_rows = {
+                key: value.index_select(0, rows.to(value.device)) if _has_rows(value, self.num_rows) else value
+                for key, value in self.inputs.items()
+            }
+            inputs = {**inputs, **of_rows}
+        inputs = _on(self.device, inputs)
         slicer = RowSlicer(inputs, pad_to_multiple=self.pad_to_multiple, image_tokens=self.image_tokens)
         slicer.trim_to(self.trim)
         return slicer
@@ -119,6 +127,10 @@ class RowsOnDemand(Rows):
         if not inputs:
             raise AnybatchError(f"Nothing was made of {len(rows)} rows.")
         return inputs
+
+
+def _has_rows(value: Any, num_rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == num_rows
 
 
 def _on(device: torch.device | None, value: Any) -> Any:
