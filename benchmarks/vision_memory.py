@@ -128,9 +128,9 @@ def write_page(figures: dict[str, dict[int, dict[str, float]]]) -> None:
     lines = [
         "# Memory of a batch of images",
         "",
-        "`python -m benchmarks.vision memory` on a 2-core x86 CPU, one thread. One step of a tiny CLIP on pairs of an",
-        f"image ({SIZE} x {SIZE}, JPEG) and a caption, micro-batches of {MICRO_BATCH}, every graph replayed; each point",
-        "is a process of its own. Peak of resident memory above what it was before the step, in MiB:",
+        "`python -m benchmarks.vision memory` on a 2-core x86 CPU, one thread. One step of a tiny CLIP on pairs of",
+        f"an image ({SIZE} x {SIZE}, JPEG) and a caption, micro-batches of {MICRO_BATCH}, every graph replayed; each",
+        "point is a process of its own. Peak of resident memory above what it was before the step, in MiB:",
         "",
         "| batch | pixels alone (float32) | " + " | ".join(WAYS[way] for way in figures) + " |",
         "|--:|--:|" + "--:|" * len(figures),
@@ -145,9 +145,9 @@ def write_page(figures: dict[str, dict[int, dict[str, float]]]) -> None:
         lines.append(f"| {size:,} | " + " | ".join(f"{figures[way][size]['seconds']:.1f}" for way in figures) + " |")
     lines += [
         "",
-        "Decoded per micro-batch, an image is decoded twice, for the recording and for its replay; a kept graph needs no",
-        "second time. A thread decodes the next micro-batch meanwhile, which an encoder on a GPU leaves a core for; this",
-        "one is so small that decoding is nearly all of the time.",
+        "Decoded per micro-batch, an image is decoded twice, for the recording and for its replay; a kept graph needs",
+        "no second time. A thread decodes the next micro-batch meanwhile. This encoder is so small that decoding is",
+        "nearly all of the time.",
         "",
     ]
     write_text(PAGE, "\n".join(lines))

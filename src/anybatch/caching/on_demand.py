@@ -116,10 +116,10 @@ class RowsOnDemand(Rows):
         return slicer
 
     def _made(self, rows: Tensor) -> Any:
-        prepared, self._next = self._next, None
-        if prepared is not None and torch.equal(prepared[0], rows):
-            return prepared[1].result()
-        return self._make(rows)
+        if self._next is None or not torch.equal(self._next[0], rows):
+            return self._make(rows)
+        (_, made), self._next = self._next, None
+        return made.result()
 
     def _make(self, rows: Tensor) -> Any:
         with _making:
