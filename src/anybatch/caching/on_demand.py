@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -60,7 +61,8 @@ class RowsOnDemand(Rows):
         self.lengths, self.patches = lengths, patches
         self.images = lengths is None
         self.trim: Trim = "both"
-        self._next: tuple[Tensor, Future[Any]] | None = None
+        # The micro-batch that is taken now, and the next one; what is never taken drops out.
+        self._prepared: deque[tuple[Tensor, Future[Any]]] = deque(maxlen=2)
 
     def trim_to(self, trim: Trim) -> None:
         """See `RowSlicer.trim_to`. Whatever is kept, a micro-batch is first padded by itself."""
@@ -75,8 +77,8 @@ class RowsOnDemand(Rows):
 
     def prepare(self, rows: Tensor) -> None:
         """Make the inputs of `rows` in a thread, for the next `take` of the same rows."""
-        if self._next is None or not torch.equal(self._next[0], rows):
-            self._next = rows, _ahead.submit(self._make, rows)
+        if not any(torch.equal(prepared, rows) for prepared, _ in self._prepared):
+            self._prepared.append((rows, _ahead.submit(self._make, rows)))
 
     def take(self, rows: Tensor) -> Any:
         """The inputs of `rows` `(b,)`, trimmed."""
@@ -116,10 +118,11 @@ class RowsOnDemand(Rows):
         return slicer
 
     def _made(self, rows: Tensor) -> Any:
-        if self._next is None or not torch.equal(self._next[0], rows):
-            return self._make(rows)
-        (_, made), self._next = self._next, None
-        return made.result()
+        for place, (prepared, made) in enumerate(self._prepared):
+            if torch.equal(prepared, rows):
+                del self._prepared[place]
+                return made.result()
+        return self._make(rows)
 
     def _make(self, rows: Tensor) -> Any:
         with _making:
