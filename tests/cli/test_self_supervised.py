@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from anybatch.plans.plan import BatchPlan
 from tests.cli.test_cli import run
 from tests.cli.test_train_ranks import launch
 from tests.images import image
+
+PAGE = Path(__file__).parents[2] / "docs" / "self_supervised.md"
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,27 @@ def test_doctor(pictures, heard):
         "loss.name=sogclr",
     )
     assert "Exact" in heard()
+
+
+def test_the_page(pictures, tmp_path, monkeypatch):
+    """The commands of docs/self_supervised.md, with a small model and few steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(pictures)
+    [block] = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    smaller = {
+        "facebook/dinov2-small": "small-resnet",
+        "256": "8",
+        "epochs=100": "epochs=1",
+        "eval_steps=500": "eval_steps=2",
+    }
+    for name, value in smaller.items():
+        assert name in block
+        block = block.replace(name, value)
+    _, train, evaluate = block.replace("\\\n", " ").strip().splitlines()
+    for line in (train, evaluate):
+        program, *arguments = shlex.split(line)
+        assert program == "anybatch"
+        run(*arguments)
 
 
 @pytest.mark.distributed

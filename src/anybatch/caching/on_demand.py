@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -32,7 +33,8 @@ class RowsOnDemand(Rows):
             run in another thread.
         lengths: `(B,)` int64, the tokens of each row; None where rows cost the same each.
         patches: `(B,)` int64, what its images cost beside them.
-        form: Words that all inputs have, such as a task.
+        form: Further inputs: of tensors `(B, ...)` each micro-batch has its rows; all else, such as a task, goes into
+            each.
         device: Where the inputs go.
 
     Example:
@@ -59,7 +61,8 @@ class RowsOnDemand(Rows):
         self.lengths, self.patches = lengths, patches
         self.images = lengths is None
         self.trim: Trim = "both"
-        self._next: tuple[Tensor, Future[Any]] | None = None
+        # The micro-batch that is taken now, and the next one; what is never taken drops out.
+        self._prepared: deque[tuple[Tensor, Future[Any]]] = deque(maxlen=2)
 
     def trim_to(self, trim: Trim) -> None:
         """See `RowSlicer.trim_to`. Whatever is kept, a micro-batch is first padded by itself."""
@@ -74,20 +77,16 @@ class RowsOnDemand(Rows):
 
     def prepare(self, rows: Tensor) -> None:
         """Make the inputs of `rows` in a thread, for the next `take` of the same rows."""
-        if self._next is None or not torch.equal(self._next[0], rows):
-            self._next = rows, _ahead.submit(self._make, rows)
+        if not any(torch.equal(prepared, rows) for prepared, _ in self._prepared):
+            self._prepared.append((rows, _ahead.submit(self._make, rows)))
 
     def take(self, rows: Tensor) -> Any:
         """The inputs of `rows` `(b,)`, trimmed."""
+        places = torch.arange(len(rows))
         if self.trim == "both" or self.lengths is None:
-            inputs = self._made(rows)
-        else:  # as wide as the whole batch: the longest row goes with them
-            inputs = self._make(torch.cat([rows, self.lengths.argmax()[None]]))
-        slicer = RowSlicer(
-            _on(self.device, inputs), pad_to_multiple=self.pad_to_multiple, image_tokens=self.image_tokens
-        )
-        slicer.trim_to(self.trim)
-        return slicer.take(torch.arange(len(rows)))
+            return self._slicer(self._made(rows), rows).take(places)
+        rows = torch.cat([rows, self.lengths.argmax()[None]])  # as wide as the whole batch
+        return self._slicer(self._make(rows), rows).take(places)
 
     def settled(self) -> Rows:
         """All rows at once, where the encoder depends on the padding of the whole batch."""
@@ -102,15 +101,27 @@ class RowsOnDemand(Rows):
 
     def whole(self) -> RowSlicer:
         """All rows made at once."""
-        inputs = _on(self.device, self._make(torch.arange(self.num_rows)))
+        rows = torch.arange(self.num_rows)
+        return self._slicer(self._make(rows), rows)
+
+    def _slicer(self, inputs: Any, rows: Tensor) -> RowSlicer:
+        """What was made of `rows`, on the device, with what goes beside it."""
+        if self.inputs:
+            of_rows = {
+                key: value.index_select(0, rows.to(value.device)) if _has_rows(value, self.num_rows) else value
+                for key, value in self.inputs.items()
+            }
+            inputs = {**inputs, **of_rows}
+        inputs = _on(self.device, inputs)
         slicer = RowSlicer(inputs, pad_to_multiple=self.pad_to_multiple, image_tokens=self.image_tokens)
         slicer.trim_to(self.trim)
         return slicer
 
     def _made(self, rows: Tensor) -> Any:
-        prepared, self._next = self._next, None
-        if prepared is not None and torch.equal(prepared[0], rows):
-            return prepared[1].result()
+        for place, (prepared, made) in enumerate(self._prepared):
+            if torch.equal(prepared, rows):
+                del self._prepared[place]
+                return made.result()
         return self._make(rows)
 
     def _make(self, rows: Tensor) -> Any:
@@ -119,6 +130,10 @@ class RowsOnDemand(Rows):
         if not inputs:
             raise AnybatchError(f"Nothing was made of {len(rows)} rows.")
         return inputs
+
+
+def _has_rows(value: Any, num_rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == num_rows
 
 
 def _on(device: torch.device | None, value: Any) -> Any:

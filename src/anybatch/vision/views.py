@@ -42,7 +42,7 @@ def views_of(pixels: Tensor, keys: Tensor, mean: Tensor, std: Tensor) -> list[Te
     mean, std = (values.to(pixels)[:, None, None] for values in (mean, std))
     with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
         plain = (pixels * std + mean).clamp(0, 1)
-        return [(random_views(plain, of_view) - mean) / std for of_view in keys.unbind(dim=1)]
+        return [(random_views(plain, of_view) - mean) / std for of_view in keys.to(pixels.device).unbind(dim=1)]
 
 
 def view_keys(rows: Tensor, *, seed: int, step: int, view: int) -> Tensor:

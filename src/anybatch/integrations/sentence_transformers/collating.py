@@ -109,10 +109,10 @@ class UndecodedRows:
         return self
 
     def on_demand(self, model: Any, form: Mapping[str, Any]) -> RowsOnDemand:
-        """The rows as the cached step takes them; `form` goes into every micro-batch."""
+        """The rows as the cached step takes them; `form` goes with them, see `RowsOnDemand`."""
 
         def make(values: list[Any]) -> dict[str, Any]:
-            return {**model.preprocess([_decoded(value) for value in values], **self.settings), **form}
+            return dict(model.preprocess([_decoded(value) for value in values], **self.settings))
 
         lengths, patches = lengths_of_rows(model, self.values, self.settings)
         device = self.device or next((parameter.device for parameter in model.parameters()), None)
