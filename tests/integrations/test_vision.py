@@ -18,6 +18,7 @@ from tests.caching.helpers import gradients, relative_error
 from tests.ranks import on_ranks
 
 ROWS = 7
+OF_RANKS = ("clip", *vision.CHAT_MODELS)
 
 
 def columns_of(kind: str, form: str, count: int = ROWS) -> list[list]:
@@ -163,6 +164,6 @@ def _of_ranks(rank, world_size, folders):
 
 @pytest.mark.distributed
 def test_two_ranks_are_one_process():
-    folders = {kind: vision.folder_of(kind) for kind in ("clip", *vision.CHAT_MODELS)}
+    folders = {kind: vision.folder_of(kind) for kind in OF_RANKS}
     for errors in on_ranks(_of_ranks, 2, folders):
         assert max(errors.values()) < 1e-12, errors
