@@ -64,16 +64,14 @@ def make_model(folder: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "mmeb-b3")
-    write_mmeb(folder, 32)
+    write_mmeb(folder, 24)
     make_model(folder)
     model, data = str(folder / "model"), ["--images", str(folder / "images"), "--recipe", "b3"]
-    small = (
-        "batch_size=16 mining.cluster_size=4 train.max_steps=4 train.micro_batch=8 train.bf16=false model.device=cpu"
-    )
+    small = "batch_size=16 mining.cluster_size=4 train.max_steps=3 train.micro_batch=8 train.bf16=false".split()
     run = ["--data", str(folder / "train"), "--model", model, "--teacher", model, "--output", str(folder / "run")]
     anybatch = [sys.executable, "-m", "anybatch"]
-    settings = [word for value in small.split() for word in ("--set", value)]
+    settings = [word for value in (*small, "model.device=cpu") for word in ("--set", value)]
     subprocess.run([*anybatch, "train", *run, *data, *settings], check=True)
-    subprocess.run(
-        [*anybatch, "evaluate", str(folder / "run/model"), "--data", str(folder / "eval"), *data], check=True
-    )
+    tasks = ["--data", str(folder / "eval"), "--output", str(folder / "figures.json")]
+    subprocess.run([*anybatch, "evaluate", str(folder / "run/model"), *tasks, *data], check=True)
+    print((folder / "figures.json").read_text())
