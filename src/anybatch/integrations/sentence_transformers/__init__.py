@@ -10,6 +10,8 @@ _HOME = {
     "CachedLateInteraction": "loss",
     "PlanBatches": "batches",
     "with_index": "batches",
+    "ImageCollator": "collating",
+    "undecoded": "collating",
     "LossStateCallback": "callback",
     "last_whole_checkpoint": "callback",
     "load_grown_loss": "callback",
