@@ -248,7 +248,7 @@ def load(
         model.double()
     for part in model.modules():
         if type(part).__name__ == "Gemma3RMSNorm":
-            part.forward = partial(_wide_norm, part)
+            part.forward = partial(_wide_norm, part)  # pyright: ignore
         if isinstance(part, torch.nn.Dropout):
             part.p = dropout
         for name in ("attention_dropout", "dropout"):
