@@ -80,10 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in vision.KINDS:
         for form in vision.forms(kind):
             found = errors(kind, form)
-            ranks = max((of_rank[kind] for of_rank in by_rank if kind in of_rank), default=None)
-            shown = form == vision.forms(kind)[-1] and ranks is not None
-            worst = max([worst, *(found[way] for way in WAYS), *([ranks] if shown else [])])
-            cells = [f"{found[way]:.0e}" for way in WAYS] + [f"{ranks:.0e}" if shown else "", f"{found['peer']:.0e}"]
+            of_ranks = [of_rank[kind] for of_rank in by_rank if kind in of_rank and form == vision.forms(kind)[-1]]
+            worst = max(worst, *(found[way] for way in WAYS), *of_ranks)
+            ranks = f"{max(of_ranks):.0e}" if of_ranks else ""
+            cells = [f"{found[way]:.0e}" for way in WAYS] + [ranks, f"{found['peer']:.0e}"]
             lines.append(f"| {NAMES[kind]} | {FORMS[form]} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     lines += [

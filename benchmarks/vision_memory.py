@@ -147,7 +147,7 @@ def write_page(figures: dict[str, dict[int, dict[str, float]]]) -> None:
         "",
         "Decoded per micro-batch, an image is decoded twice, for the recording and for its replay; a kept graph needs",
         "no second time. A thread decodes the next micro-batch meanwhile. This encoder is so small that decoding is",
-        "nearly all of the time.",
+        "nearly all of the time. The seconds are rough: other work shared the machine.",
         "",
     ]
     write_text(PAGE, "\n".join(lines))

@@ -18,7 +18,7 @@ CHAT_MODELS = ("qwen2vl", "qwen3vl", "llava", "gemma3", "idefics3")
 PAIR_MODELS = ("clip", "siglip")
 KINDS = (*PAIR_MODELS, "vit", *CHAT_MODELS)
 LORA_TARGETS = ["q_proj", "v_proj"]  # of texts in all, of pictures in most
-WIDTH = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+WIDTH: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 IMAGE = {"qwen2vl": "<|image_pad|>", "qwen3vl": "<|image_pad|>", "gemma3": "<start_of_image>"}
 SENTENCES = ("a red square", "find the blue dot on a green field", "what is shown in the picture")
@@ -106,7 +106,7 @@ def _rope(text: Any, **more: Any) -> dict[str, Any]:
     return of_text | {"pad_token_id": 0, "rope_parameters": rope, "rope_scaling": rope}
 
 
-def _tokens(text: Any) -> dict[str, int]:
+def _tokens(text: Any) -> dict[str, Any]:
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
     return {name: text.convert_tokens_to_ids(token) for name, token in names.items()}
@@ -120,7 +120,7 @@ def images_only(kind: str) -> type:
     processor = Qwen2VLProcessor if kind == "qwen2vl" else Qwen3VLProcessor
     config = Qwen2VLConfig if kind == "qwen2vl" else Qwen3VLConfig
 
-    class ImagesOnly(processor):
+    class ImagesOnly(processor):  # pyright: ignore[reportGeneralTypeIssues]
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
             super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
@@ -194,12 +194,13 @@ def _idefics3(text: Any) -> tuple[Any, Any]:
     from transformers import Idefics3Config, Idefics3Model, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+    more: dict[str, Any] = {"pad_token_id": 0}
     config = Idefics3Config(
         vision_config={**WIDTH, "image_size": 16, "patch_size": 4},
         text_config={"model_type": "llama", **WIDTH, "vocab_size": len(text), "max_position_embeddings": 512},
         image_token_id=text.convert_tokens_to_ids("<image>"),
         scale_factor=2,
-        pad_token_id=0,
+        **more,
     )
     images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     return Idefics3Model(config), Idefics3Processor(images, text, image_seq_len=4, chat_template=chat("idefics3"))
@@ -237,7 +238,7 @@ def load(
 
     if kind.startswith("qwen"):
         images_only(kind)
-    model = SentenceTransformer(str(folder or folder_of(kind)), device="cpu").double().train()
+    model: Any = SentenceTransformer(str(folder or folder_of(kind)), device="cpu").double().train()
     if lora:
         from peft import LoraConfig
 
@@ -247,7 +248,7 @@ def load(
         model.double()
     for part in model.modules():
         if type(part).__name__ == "Gemma3RMSNorm":
-            part.forward = partial(_wide_norm, part)
+            part.forward = partial(_wide_norm, part)  # pyright: ignore
         if isinstance(part, torch.nn.Dropout):
             part.p = dropout
         for name in ("attention_dropout", "dropout"):

@@ -142,7 +142,7 @@ def trained(model_folder, pairs, output, collate):
     dataset = undecoded(dataset) if collate else dataset
     trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)
     if collate:
-        trainer.data_collator = ImageCollator(trainer.data_collator)
+        trainer.data_collator = ImageCollator(trainer.data_collator)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.train()
     return model.state_dict()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
@@ -31,7 +33,7 @@ def ranking(anchors, candidates):
     return cross_entropy(scores, torch.arange(len(anchors)))
 
 
-def plain(model, features, *, micro_batch=None, trim="trailing"):
+def plain(model, features, *, micro_batch=None, trim: Any = "trailing"):
     """One graph over whole columns, or over their micro-batches: what dropout must be compared with."""
     model.zero_grad()
     torch.manual_seed(3)
@@ -98,7 +100,7 @@ def test_equals_the_plain_step_and_the_peers(kind, form):
 @pytest.mark.parametrize("kind", vision.KINDS)
 @pytest.mark.parametrize("way", ["lora", "checkpointing", "dropout", "bf16"])
 def test_with(kind, way):
-    options = {"dropout": 0.2} if way == "dropout" else {way: True} if way != "bf16" else {}
+    options: dict[str, Any] = {"dropout": 0.2} if way == "dropout" else {way: True} if way != "bf16" else {}
     model = vision.load(kind, **options)
     if way == "bf16":
         model.float()
@@ -124,6 +126,10 @@ def test_tokens_and_patches_are_known_without_decoding(kind, monkeypatch):
     lengths_of_rows(model, values, {})  # measures its figures once
     monkeypatch.setattr(model[0].processor.image_processor, "preprocess", None)
     lengths, patches = lengths_of_rows(model, values, {})
+    assert lengths is not None
+    assert patches is not None
+    assert slicer.lengths is not None
+    assert slicer.patches is not None
     assert lengths.tolist() == slicer.lengths.tolist()
     assert patches.tolist() == slicer.patches.tolist()
     assert patches[0] == 0 < patches[1]

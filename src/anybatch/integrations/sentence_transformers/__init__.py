@@ -11,6 +11,8 @@ _HOME = {
     "TwoViewLoss": "two_views",
     "PlanBatches": "batches",
     "with_index": "batches",
+    "ImageCollator": "collating",
+    "undecoded": "collating",
     "LossStateCallback": "callback",
     "last_whole_checkpoint": "callback",
     "load_grown_loss": "callback",

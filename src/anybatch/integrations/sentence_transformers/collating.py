@@ -141,7 +141,9 @@ def as_columns(pairs: PairData) -> tuple[Dataset, dict[str, Column]]:
 
     names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(pairs.negatives) + 1))]
     by_name = dict(zip(names, pairs.prompted, strict=True))
-    columns = {name: column for name, column in by_name.items() if isinstance(column, (ImageColumn, MixedColumn))}
+    columns: dict[str, Column] = {
+        name: column for name, column in by_name.items() if isinstance(column, (ImageColumn, MixedColumn))
+    }
     cells = {name: np.arange(len(pairs)) if name in columns else list(column) for name, column in by_name.items()}
     return Dataset.from_dict(cells), columns
 
