@@ -67,6 +67,15 @@ def test_images_are_read_once(column, photos, monkeypatch):
     assert sorted(read) == [0, 1, 2, 3]
 
 
+def test_a_file_that_many_rows_name_is_read_once(photos, tmp_path, monkeypatch):
+    again = ImageColumn.of_paths(["1.png", "0.png", "1.png", "1.png"], tmp_path, "'photo' of pairs.csv")
+    read = []
+    original = ImageColumn._image
+    monkeypatch.setattr(ImageColumn, "_image", lambda self, value, at: read.append(at) or original(self, value, at))
+    assert np.array_equal(again.keys, photos.keys[[1, 0, 1, 1]])
+    assert read == [0, 1, 0, 1, 2, 3]
+
+
 def test_ids_and_keys_are_of_the_content(column, photos):
     assert len(set(row_keys(column))) == 4
     assert next(row_keys(MixedColumn.of(photos[2:]))) == next(row_keys(photos[2:])) == list(row_keys(column))[3]

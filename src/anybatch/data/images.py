@@ -176,9 +176,7 @@ class ImageColumn(Sequence[EncodedImage]):
         return self._image(self.dataset[place][NAME], place)
 
     def __iter__(self) -> Iterator[EncodedImage]:
-        for start in range(0, len(self), BLOCK):
-            for place, value in enumerate(self.dataset[start : start + BLOCK][NAME], start=start):
-                yield self._image(value, place)
+        return (self._image(value, place) for place, value in self._values())
 
     def select(self, rows: np.ndarray) -> ImageColumn:
         """These places of the column, in this order."""
@@ -193,8 +191,11 @@ class ImageColumn(Sequence[EncodedImage]):
         if self._parts:
             return np.concatenate([part.keys for part in self._parts])
         keys = np.empty((len(self), KEY), np.uint8)
-        for place, image in enumerate(self):
-            keys[place] = np.frombuffer(hashlib.blake2b(image.encoded, digest_size=KEY).digest(), np.uint8)
+        places: dict[str, int] = {}  # of files; one that many rows name is read once
+        for place, value in self._values():
+            file = value["path"] if value is not None and value["bytes"] is None else None
+            first = place if file is None else places.setdefault(file, place)
+            keys[place] = keys[first] if first < place else _key(self._image(value, place))
         return keys
 
     def decoded(self, name: str) -> Dataset:
@@ -208,6 +209,11 @@ class ImageColumn(Sequence[EncodedImage]):
             file = Path(get_temporary_cache_files_directory()) / f"{dataset._fingerprint}.arrow"
             dataset = dataset.flatten_indices(cache_file_name=str(file))
         return dataset.rename_columns({NAME: name}).cast_column(name, Feature(mode=MODE))
+
+    def _values(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Each place with what is stored there."""
+        for start in range(0, len(self), BLOCK):
+            yield from enumerate(self.dataset[start : start + BLOCK][NAME], start=start)
 
     def _image(self, value: dict[str, Any] | None, place: int) -> EncodedImage:
         where = f"row {int(self.rows[place]) + 1}, {self.files[int(self.source[place])]}"
@@ -223,6 +229,10 @@ class ImageColumn(Sequence[EncodedImage]):
         if not encoded:
             raise AnybatchError(f"There is no image in {where}. Every row needs one: fill it or leave the row out.")
         return EncodedImage(encoded=encoded, where=where)
+
+
+def _key(image: EncodedImage) -> np.ndarray:
+    return np.frombuffer(hashlib.blake2b(image.encoded, digest_size=KEY).digest(), np.uint8)
 
 
 def find_images(path: Path, names: Sequence[str], limit: int | None = None) -> dict[str, ImageColumn]:

@@ -135,7 +135,7 @@ def undecoded(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def as_columns(pairs: PairData) -> tuple[Dataset, dict[str, Column]]:
+def as_columns(pairs: PairData) -> tuple[Dataset, Mapping[str, Column]]:
     """A data set for the Trainer, with texts as they are and row numbers for all else; and the columns of those."""
     from datasets import Dataset
 
