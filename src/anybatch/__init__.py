@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from anybatch.core.errors import AnybatchError as AnybatchError
     from anybatch.data import sample as sample
     from anybatch.data.pairs import PairData as PairData
-    from anybatch.data.pairs import read_pairs as read_pairs
+    from anybatch.data.reading import read_pairs as read_pairs
     from anybatch.evaluation.retrieval import retrieval_metrics as retrieval_metrics
     from anybatch.integrations.sentence_transformers.loss import CachedLoss as CachedLoss
     from anybatch.integrations.sentence_transformers.trainer import Trainer as Trainer
@@ -43,7 +43,7 @@ _HOME = {
     "Trainer": "integrations.sentence_transformers",
     "cached_step": "caching",
     "mine_plan": "mining",
-    "read_pairs": "data.pairs",
+    "read_pairs": "data.reading",
     "retrieval_metrics": "evaluation.retrieval",
 }
 __all__ = [*sorted(_HOME), "sample"]

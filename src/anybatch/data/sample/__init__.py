@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.pairs import PairData, read_pairs
+from anybatch.data.pairs import PairData
+from anybatch.data.reading import read_pairs
 
 Split = Literal["train", "test"]
 

@@ -9,6 +9,7 @@ _HOME = {
     "Trainer": "trainer",
     "CachedLoss": "loss",
     "CachedLateInteraction": "loss",
+    "TwoViewLoss": "two_views",
     "PlanBatches": "batches",
     "with_index": "batches",
     "LossStateCallback": "callback",

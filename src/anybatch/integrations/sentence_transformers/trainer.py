@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from anybatch.integrations.sentence_transformers.callback import (
     checkpoint_steps,
     last_whole_checkpoint,
 )
+from anybatch.integrations.sentence_transformers.collating import ImageCollator, undecoded
 from anybatch.integrations.sentence_transformers.loss import CachedLoss, CachedTrainerLoss
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 from anybatch.losses import InfoNCE
@@ -44,8 +45,8 @@ class Trainer(SentenceTransformerTrainer):
     """sentence-transformers' Trainer for contrastive training at any batch size: same arguments, one line changed.
 
     What a loss of ours needs beside the Trainer is added here: row numbers; which rows have equal inputs and are no
-    negatives of each other; the cached step; the state of the loss, in checkpoints and in the best one; the prompts and
-    routes that the model has for queries and documents.
+    negatives of each other; the cached step, which decodes images micro-batch by micro-batch; the state of the loss, in
+    checkpoints and in the best one; the prompts and routes that the model has for queries and documents.
 
     Args:
         model, args, train_dataset, eval_dataset: As for `SentenceTransformerTrainer`. Columns: anchor, positive and
@@ -59,6 +60,7 @@ class Trainer(SentenceTransformerTrainer):
         mini_batch_size: Rows that are encoded at once, for losses of ours; "auto" finds it under `memory`. The gradient
             is the same.
         memory: The most memory in use on the device, such as "8GiB" or "80%".
+        columns: By name, columns of `train_dataset` that hold row numbers, and what is in those rows (`as_columns`).
         callbacks, options: Further arguments of `SentenceTransformerTrainer`.
 
     Raises:
@@ -83,6 +85,7 @@ class Trainer(SentenceTransformerTrainer):
         plan: BatchPlan | str | Path | Sequence[BatchPlan | str | Path] | None = None,
         mini_batch_size: int | Literal["auto"] = 32,
         memory: str | int = "80%",
+        columns: Mapping[str, Column] | None = None,
         callbacks: Sequence[Any] | None = None,
         **options: Any,
     ) -> None:
@@ -97,15 +100,20 @@ class Trainer(SentenceTransformerTrainer):
             streamed: dict[str, list[str]] = {"": list(getattr(train_dataset, "column_names", None) or ())}
             _take_sides(args, model, {name: _columns_of(one) for name, one in sets.items()} or streamed)
 
-        # 2. For losses of ours, row numbers and what is known of the rows.
+        # 2. For losses of ours, row numbers, what is known of the rows, and images as they are stored.
         self.mini_batch_size: int | Literal["auto"] = mini_batch_size
-        self.memory = memory
+        self.memory, self._columns = memory, columns
         self._ids: dict[str, Any] | None = None
-        losses = loss.values() if isinstance(loss, dict) else [loss]
-        if sets and (self.plans or any(one is None or _is_ours(one) for one in losses)):
+        losses = list(loss.values()) if isinstance(loss, dict) else [loss]
+        ours = [one is None or _is_ours(one) for one in losses]
+        self._undecoded = all(ours)
+        if sets and any(one is None or isinstance(one, ContrastiveLoss) for one in losses):
             self._ids = _ids_of(sets)
+        if sets and (self.plans or any(ours)):
             if not all("label" in one.column_names for one in sets.values()):
                 train_dataset = with_index(train_dataset)
+            if self._undecoded:
+                train_dataset = _mapped(undecoded, train_dataset)
         super().__init__(model, args, train_dataset, eval_dataset, loss, callbacks=list(callbacks or ()), **options)
 
         # 3. Checkpoints keep the state of the losses.
@@ -156,6 +164,11 @@ class Trainer(SentenceTransformerTrainer):
         weights = "inclusion" if loss.inclusion else "none"
         return RowTable(**self._ids, plan=plan, weights=weights, mask_suspects=plan.suspects is not None)
 
+    def get_data_collator(self, *arguments: Any, **options: Any) -> Any:
+        """For losses of ours images are left to the cached step."""
+        collator = super().get_data_collator(*arguments, **options)
+        return ImageCollator(collator, self._columns) if self._undecoded else collator
+
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Decay would pull a learned log-temperature to 0, the temperature to 1."""
         losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
@@ -174,6 +187,12 @@ def _sets_of(dataset: Any) -> dict[str, Dataset]:
     """The training sets that have rows with numbers, by name; none for a stream."""
     sets = dataset if isinstance(dataset, dict) else {"": dataset}
     return dict(sets) if sets and all(isinstance(one, Dataset) for one in sets.values()) else {}
+
+
+def _mapped(change: Callable[[Dataset], Dataset], dataset: Any) -> Any:
+    if isinstance(dataset, dict):
+        return type(dataset)({name: change(one) for name, one in dataset.items()})
+    return change(dataset)
 
 
 def _columns_of(dataset: Dataset) -> list[str]:
