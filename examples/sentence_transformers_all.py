@@ -5,16 +5,10 @@ Usage: python examples/sentence_transformers_all.py MODEL [PAIRS], where MODEL i
 
 import sys
 
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
-from anybatch import MiningConfig, RowTable, SogCLR, mine_plan, sample
-from anybatch.integrations.sentence_transformers import (
-    CachedLoss,
-    LossStateCallback,
-    PlanBatches,
-    embed_texts,
-    with_index,
-)
+from anybatch import MiningConfig, SogCLR, Trainer, mine_plan, sample
+from anybatch.integrations.sentence_transformers import embed_texts
 
 model = SentenceTransformer(sys.argv[1], device="cpu")
 pairs = sample.load("train", limit=int(sys.argv[2]) if len(sys.argv) > 2 else 512)
@@ -29,22 +23,18 @@ plan = mine_plan(
     data_digest=pairs.digest,
 ).plan
 
-# Outlive: a remembered denominator per row, corrected for mined batches. Grow: 16 rows at a time through the encoder.
-rows = RowTable(pairs.anchor_id, pairs.positive_id, plan=plan, weights="inclusion")
-loss = CachedLoss(model, SogCLR(num_rows=len(pairs), temperature=0.05, gamma=0.8), rows=rows, micro_batch=16)
+# Outlive: a remembered denominator per row, which the Trainer corrects for mined batches.
+loss = SogCLR(num_rows=len(pairs), temperature=0.05, gamma=0.8)
 
+# Grow: 16 rows at a time through the encoder.
 args = SentenceTransformerTrainingArguments(
     output_dir="st-run",
     num_train_epochs=1,
     learning_rate=1e-4,
-    per_device_train_batch_size=plan.batch_size,
-    batch_sampler=PlanBatches(plan),
     logging_steps=2,
     report_to="none",
     use_cpu=True,
     dataloader_pin_memory=False,
 )
-trainer = SentenceTransformerTrainer(
-    model=model, args=args, train_dataset=with_index(pairs.to_dataset()), loss=loss, callbacks=[LossStateCallback(loss)]
-)
+trainer = Trainer(model, args, pairs.to_dataset(), loss=loss, plan=plan, mini_batch_size=16)
 trainer.train()  # resume_from_checkpoint=True goes on where a killed run stopped, memory included

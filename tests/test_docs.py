@@ -45,3 +45,14 @@ def test_what_the_architecture_page_adds_works():
     assert scheduled.temperature == pytest.approx(0.075)
     resumed.load_state_dict(scheduled.state_dict())
     assert torch.equal(resumed(*sides), scheduled(*sides))
+
+
+def test_the_readme_opens_with_a_script_that_runs(tmp_path, monkeypatch):
+    """As it stands, in at most 15 lines."""
+    monkeypatch.chdir(tmp_path)
+    script = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    assert len(script.splitlines()) <= 15
+    names = {}
+    exec(script, names)
+    assert names["trainer"].state.global_step == 2
+    assert (tmp_path / "out/model/model.safetensors").exists()

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from anybatch.data.pairs import PairData as PairData
     from anybatch.data.reading import read_pairs as read_pairs
     from anybatch.evaluation.retrieval import retrieval_metrics as retrieval_metrics
+    from anybatch.integrations.sentence_transformers.loss import CachedLoss as CachedLoss
+    from anybatch.integrations.sentence_transformers.trainer import Trainer as Trainer
     from anybatch.losses import CountCorrectedInfoNCE as CountCorrectedInfoNCE
+    from anybatch.losses import CrossBatchInfoNCE as CrossBatchInfoNCE
     from anybatch.losses import DecoupledInfoNCE as DecoupledInfoNCE
     from anybatch.losses import InfoNCE as InfoNCE
     from anybatch.losses import SogCLR as SogCLR
@@ -27,7 +30,9 @@ __version__ = "0.1.0"
 _HOME = {
     "AnybatchError": "core.errors",
     "BatchPlan": "plans.plan",
+    "CachedLoss": "integrations.sentence_transformers",
     "CountCorrectedInfoNCE": "losses",
+    "CrossBatchInfoNCE": "losses",
     "DecoupledInfoNCE": "losses",
     "InfoNCE": "losses",
     "MiningConfig": "mining",
@@ -35,6 +40,7 @@ _HOME = {
     "PlanSampler": "plans.plan",
     "RowTable": "losses.rows",
     "SogCLR": "losses",
+    "Trainer": "integrations.sentence_transformers",
     "cached_step": "caching",
     "mine_plan": "mining",
     "read_pairs": "data.reading",

@@ -43,6 +43,7 @@ METHODS: dict[str, str] = {
     "auc_cl": "anybatch.family.pairwise.AUCCL",
     "debiased": "anybatch.family.debiased.DebiasedInfoNCE",
 }
+LARGEST_REMEMBERING = 256  # rows of a batch: larger ones change the model so much that what is remembered is old
 AUTO = "auto"  # a method by rule: the run, which knows its data, says which (`LossConfig.named`)
 # Options of every method that the rule may choose: given beside "auto" they hold for it.
 AUTO_OPTIONS = ("temperature", "learnable_temperature", "direction", "mask_margin")
@@ -105,6 +106,17 @@ def _plain(hint: Any) -> Any:
     if not plain:
         return None
     return typing.Union[tuple(plain + [choice for choice in choices if choice is type(None)])]  # noqa: UP007
+
+
+def recommended(batch_size: int) -> tuple[str, str]:
+    """The method for "auto" at a batch over all ranks, and why; the evidence is in docs/recipe.md.
+
+    >>> recommended(64)
+    ('cross_batch', 'recent pairs serve as further negatives')
+    """
+    if batch_size <= LARGEST_REMEMBERING:
+        return "cross_batch", "recent pairs serve as further negatives"
+    return "count_corrected", "its negatives stand for all rows"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False)

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from anybatch.core import distributed
 from anybatch.data.pairs import PairData
-from anybatch.losses.registry import AUTO
+from anybatch.losses.registry import AUTO, recommended
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig
 
 logger = logging.getLogger("anybatch")
-LARGEST_REMEMBERING = 256  # rows of a batch: larger ones change the model so much that what is remembered is old
 
 
 def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
@@ -39,9 +38,8 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
         reasons.append(f"mining.method={method} ({why})")
     loss = config.loss
     if loss.name == AUTO:
-        small = config.batch_size <= LARGEST_REMEMBERING
-        loss = loss.named("cross_batch" if small else "count_corrected")
-        why = "recent pairs serve as further negatives" if small else "its negatives stand for all rows"
+        name, why = recommended(config.batch_size)
+        loss = loss.named(name)
         reasons.append(f"loss.name={loss.name} (batches of {config.batch_size}: {why})")
     mined = _is_mined(config)
     if loss.weights == AUTO:

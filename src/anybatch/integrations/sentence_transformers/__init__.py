@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "Trainer": "trainer",
     "CachedLoss": "loss",
     "CachedLateInteraction": "loss",
     "TwoViewLoss": "two_views",

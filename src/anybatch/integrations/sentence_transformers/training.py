@@ -132,11 +132,13 @@ def train_model(
         run: Tells the checkpoints of this run from those of others, which are not resumed.
         columns: By name, the columns of `dataset` that hold row numbers instead of texts, and what is in those rows.
     """
+    from transformers import PrinterCallback, ProgressCallback
+
     from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
     from anybatch.integrations.sentence_transformers.callback import LossStateCallback
-    from anybatch.integrations.sentence_transformers.collating import undecoded
     from anybatch.integrations.sentence_transformers.model import checkpoint_layers
     from anybatch.integrations.sentence_transformers.recorder import Recorder
+    from anybatch.integrations.sentence_transformers.trainer import Trainer
 
     # 1. What can be refused before anything is written.
     output = Path(output)
@@ -152,15 +154,17 @@ def train_model(
 
     # 2. The Trainer.
     recorder = Recorder(output / "log.jsonl", config.eval_steps, evaluate, progress)
-    trainer = _make_trainer(
+    trainer = Trainer(
         model=model,
         args=_arguments(model, dataset.column_names, batches, config, output / "checkpoints", seed),
-        train_dataset=undecoded(indexed),
+        train_dataset=indexed,
         loss=loss,
         optimizer_cls_and_kwargs=optimizer,
         columns=columns,
         callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder],
     )
+    for callback in (PrinterCallback, ProgressCallback):  # progress is shown by ours
+        trainer.remove_callback(callback)
 
     # 3. Training.
     try:
@@ -231,37 +235,6 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def _make_trainer(**settings: Any) -> Any:
-    """A Trainer that decays the encoder alone, ends with the last step, and prints nothing, as our progress does."""
-    from sentence_transformers import SentenceTransformerTrainer
-    from transformers import PrinterCallback, ProgressCallback
-
-    from anybatch.integrations.sentence_transformers.collating import ImageCollator
-
-    columns = settings.pop("columns")
-    of_loss = {id(parameter) for parameter in settings["loss"].loss.parameters()}
-
-    class Trainer(SentenceTransformerTrainer):
-        def get_decay_parameter_names(self, model: Any) -> list[str]:
-            """Decay would pull a learned log-temperature to 0, the temperature to 1."""
-            free = {name for name, parameter in model.named_parameters() if id(parameter) in of_loss}
-            return [name for name in super().get_decay_parameter_names(model) if name not in free]
-
-        def get_data_collator(self, *arguments: Any, **options: Any) -> Any:
-            """Images are left to the cached step."""
-            return ImageCollator(super().get_data_collator(*arguments, **options), columns)
-
-        def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
-            """None after a resume from the last step in mid-epoch, where the base class would train one more."""
-            done = self.state.global_step >= self.state.max_steps
-            return ([], None) if done else super().get_batch_samples(*arguments, **options)
-
-    trainer = Trainer(**settings)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
 
 
 def optimizer_of(config: TrainConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:

@@ -1,0 +1,193 @@
+"""`anybatch.Trainer`: one line in place of the guest's Trainer and all that a loss of ours needs beside it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+
+from anybatch import BatchPlan, CachedLoss, CrossBatchInfoNCE, InfoNCE, SogCLR, Trainer
+from anybatch.core.errors import AnybatchError
+from anybatch.integrations.sentence_transformers import LossStateCallback, PlanBatches, with_index
+from anybatch.losses.methods import CountCorrectedInfoNCE
+from anybatch.losses.rows import RowTable
+
+from .test_trainer import BATCH, ROWS, arguments, dataset
+
+
+def load(folder):
+    model = SentenceTransformer(str(folder), device="cpu")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def mined(rows=ROWS, batch_size=BATCH):
+    cluster = np.repeat(np.arange(rows // 4), 4).astype(np.int32)
+    suspects = np.array([[0, 1], [4, 6]], np.int32)
+    return BatchPlan(
+        num_rows=rows, batch_size=batch_size, cluster_size=4, cluster=cluster, seed=3, data_digest="", suspects=suspects
+    )
+
+
+def test_with_nothing_named_it_is_the_recommended_loss_assembled_by_hand(tiny_model_folder, tmp_path, caplog):
+    data = dataset().map(lambda row, place: {"positive": "one answer"} if place < 3 else row, with_indices=True)
+    with caplog.at_level(logging.INFO, logger="anybatch"):
+        ours = Trainer(load(tiny_model_folder), arguments(tmp_path / "a"), data)
+    assert "Recommended: cross_batch, temperature 0.05 (batches of 8" in caplog.text
+    ours.train()
+    model = load(tiny_model_folder)
+    ids = np.arange(ROWS)
+    positive_id = np.where(ids < 3, 0, ids)
+    loss = CachedLoss(model, CrossBatchInfoNCE(ROWS, temperature=0.05), rows=RowTable(ids, positive_id))
+    hand = SentenceTransformerTrainer(
+        model, arguments(tmp_path / "b"), with_index(data), loss=loss, callbacks=[LossStateCallback(loss)]
+    )
+    hand.train()
+    assert same(weights(ours.model), weights(model))
+    assert "anybatch" in ours.model.model_card_data.tags
+    plain = Trainer(load(tiny_model_folder), arguments(tmp_path / "c"), data, loss=InfoNCE(temperature=0.05))
+    plain.train()
+    assert not same(weights(plain.model), weights(model))
+
+
+def test_large_batches_have_the_corrected_loss(tiny_model_folder, tmp_path):
+    training = Trainer(load(tiny_model_folder), arguments(tmp_path, per_device_train_batch_size=512), dataset(600))
+    assert isinstance(training.loss.loss, CountCorrectedInfoNCE)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_guests_losses_are_left_as_they_are(tiny_model_folder, tmp_path, wrapped):
+    def loss(model):
+        plain = MultipleNegativesRankingLoss(model)
+        return MatryoshkaLoss(model, plain, [8, 4]) if wrapped else plain
+
+    found = []
+    for kind, name in ((Trainer, "a"), (SentenceTransformerTrainer, "b")):
+        model = load(tiny_model_folder)
+        training = kind(model, arguments(tmp_path / name), dataset(), loss=loss(model))
+        assert training.train_dataset.column_names == ["anchor", "positive"]
+        assert not any(isinstance(one, LossStateCallback) for one in training.callback_handler.callbacks)
+        training.train()
+        found.append(weights(model))
+    assert same(*found)
+
+
+def test_a_wrapper_of_the_guest_round_a_loss_of_ours(tiny_model_folder, tmp_path):
+    model = load(tiny_model_folder)
+    inner = CachedLoss(model, InfoNCE(temperature=0.05))
+    training = Trainer(model, arguments(tmp_path), dataset(), loss=MatryoshkaLoss(model, inner, [8, 4]))
+    training.train()
+    assert sum(isinstance(one, LossStateCallback) for one in training.callback_handler.callbacks) == 1
+
+
+def test_a_plan_brings_its_batches_weights_and_masks(tiny_model_folder, tmp_path):
+    plan, file = mined(), tmp_path / "plan.safetensors"
+    plan.save(file)
+    for given in (plan, file, str(file)):
+        args = arguments(tmp_path / "out", per_device_train_batch_size=8)
+        training = Trainer(load(tiny_model_folder), args, dataset(), plan=given)
+        assert isinstance(training.args.batch_sampler, PlanBatches)
+        assert not isinstance(args.batch_sampler, PlanBatches)  # the user's stay as they are
+        assert training.loss.rows.weights == "inclusion"
+        assert training.loss.rows.suspects is not None
+    training.train()
+    plain = Trainer(
+        load(tiny_model_folder), arguments(tmp_path / "b"), dataset(), loss=InfoNCE(temperature=0.05), plan=plan
+    )
+    assert plain.loss.rows.weights == "none"
+    args = arguments(tmp_path / "c")
+    args.per_device_train_batch_size = 16
+    wrong = Trainer(load(tiny_model_folder), args, dataset(), plan=plan)
+    with pytest.raises(AnybatchError, match="Set per_device_train_batch_size to 8"):
+        wrong.train()
+
+
+def test_the_batch_size_of_the_plan_is_taken_where_none_was_given(tiny_model_folder, tmp_path):
+    training = Trainer(load(tiny_model_folder), arguments(tmp_path), dataset(), plan=mined(batch_size=16))
+    assert training.args.per_device_train_batch_size == 16
+    training.train()
+
+
+def test_several_data_sets(tiny_model_folder, tmp_path):
+    sets = {"a": dataset(), "b": dataset(24, offset=100).add_column("negative", ["no answer"] * 24)}
+    one = Trainer(load(tiny_model_folder), arguments(tmp_path / "a"), sets)
+    one.train()
+    assert len(one.loss.rows.anchor_id) == ROWS + 24
+    model = load(tiny_model_folder)
+    losses = {"a": SogCLR(ROWS + 24, temperature=0.05), "b": MultipleNegativesRankingLoss(model)}
+    mixed = Trainer(model, arguments(tmp_path / "b", save_strategy="steps", save_steps=4), sets, loss=losses)
+    mixed.train()
+    state = load_file(tmp_path / "b" / f"checkpoint-{mixed.state.global_step}" / "anybatch_loss.safetensors")
+    assert any(name.startswith("a.") for name in state)
+    planned = Trainer(load(tiny_model_folder), arguments(tmp_path / "c"), sets, plan=[mined(), mined(24)])
+    assert isinstance(planned.loss.loss, InfoNCE)
+    planned.train()
+    with pytest.raises(AnybatchError, match="Got 1 plans for 2 data sets"):
+        Trainer(load(tiny_model_folder), arguments(tmp_path / "d"), sets, plan=mined())
+
+
+def test_a_stream_has_a_loss_without_state(tiny_model_folder, tmp_path):
+    stream = dataset().to_iterable_dataset()
+    training = Trainer(load(tiny_model_folder), arguments(tmp_path / "a", max_steps=3), stream)
+    assert isinstance(training.loss.loss, InfoNCE)
+    training.train()
+    with pytest.raises(AnybatchError, match="a stream, whose rows have no numbers"):
+        Trainer(load(tiny_model_folder), arguments(tmp_path / "b", max_steps=3), stream, plan=mined())
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_resuming_goes_on_with_model_and_loss(tiny_model_folder, tmp_path, damaged):
+    settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    whole = Trainer(load(tiny_model_folder), arguments(tmp_path / "a", **settings), dataset())
+    whole.train()
+    shutil.copytree(
+        tmp_path / "a", tmp_path / "b", ignore=lambda _, names: {"checkpoint-8", "checkpoint-10"} & set(names)
+    )
+    if damaged:
+        (tmp_path / "b" / "checkpoint-6" / "anybatch_loss.safetensors").write_bytes(b"cut")
+    again = Trainer(load(tiny_model_folder), arguments(tmp_path / "b", **settings), dataset())
+    again.train(resume_from_checkpoint=True)
+    assert same(weights(whole.model), weights(again.model))
+    states = [training.loss.loss.state_dict() for training in (whole, again)]
+    assert states[0]
+    assert same(*states)
+    elsewhere = Trainer(load(tiny_model_folder), arguments(tmp_path / "c", **settings), dataset())
+    elsewhere.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert same(weights(whole.model), weights(elsewhere.model))
+
+
+def test_the_models_prompts_are_used_unless_others_are_given(tiny_model_folder, tmp_path):
+    model = load(tiny_model_folder)
+    model.prompts = {"query": "find: ", "document": "text: "}
+    training = Trainer(model, arguments(tmp_path), dataset())
+    assert training.args.prompts == {"anchor": "find: ", "positive": "text: "}
+    given = Trainer(model, arguments(tmp_path, prompts={"anchor": "other: "}), dataset())
+    assert given.args.prompts == {"anchor": "other: "}
+    sets = Trainer(model, arguments(tmp_path), {"a": dataset(), "b": dataset()})
+    assert sets.args.prompts == {name: {"anchor": "find: ", "positive": "text: "} for name in "ab"}
+
+
+def test_data_that_cannot_be_used(tiny_model_folder, tmp_path):
+    one = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    with pytest.raises(AnybatchError, match="has the columns text, label; expected an anchor"):
+        Trainer(load(tiny_model_folder), arguments(tmp_path), one)
+    scores = dataset().add_column("score", [0.5] * ROWS)
+    with pytest.raises(AnybatchError, match="the column 'score'"):
+        Trainer(load(tiny_model_folder), arguments(tmp_path), scores)
