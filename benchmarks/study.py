@@ -70,7 +70,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "infonce": ("infonce", {}),
     "corrected": ("count_corrected", {}),
     "cross_batch": ("cross_batch", {"memory_size": 256}),
-    "sogclr": ("sogclr", {}),
+    "sogclr": ("sogclr", {"positive": "exact"}),
     "sogclr-batch": ("sogclr", {"positive": "batch"}),  # the positive as minus the sum
     "sogclr-relative": ("sogclr", {"state": "relative"}),  # as it was: and the positive as minus the sum
     "fresh": ("cross_batch", {"memory_size": FRESH, "centred": False}),
