@@ -175,8 +175,8 @@ def test_refused(message, arguments, pictures, tmp_path):
 
 
 def test_evaluate_refuses(pictures, trained):
-    with pytest.raises(AnybatchError, match="--labelled is given without --data"):
+    with pytest.raises(AnybatchError, match="Nothing to measure on: give --data"):
         run("evaluate", str(trained / "model"), "--labelled", str(pictures / "train"))
     sides = ("--labelled", str(pictures / "train"), "--data", str(pictures / "test"))
-    with pytest.raises(AnybatchError, match="--labelled is given with --positive"):
+    with pytest.raises(AnybatchError, match="Got --positive and --labelled"):
         run("evaluate", str(trained / "model"), *sides, "--positive", "caption")

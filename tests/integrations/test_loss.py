@@ -117,8 +117,8 @@ def test_prefixes_in_one_pass_equal_the_wrapper_around_a_plain_loss(model):
 def test_prefixes_with_memory_replay_the_encoder_once(model, monkeypatch):
     calls = []
     loss = CachedLoss(model, Matryoshka(SogCLR(num_rows=30), [32, 8]), micro_batch=100, keep_graphs=0.0)
-    encode = loss._encode
-    monkeypatch.setattr(loss, "_encode", lambda features: calls.append(len(features["input_ids"])) or encode(features))
+    encode = loss.encode
+    monkeypatch.setattr(loss, "encode", lambda features: calls.append(len(features["input_ids"])) or encode(features))
     gradients(loss, columns(model, negatives=0), torch.arange(11))
     assert calls.count(11) == 4  # two columns: recorded, then replayed
     assert [int(part.denominator.visited.sum()) for part in loss.loss.losses] == [11, 11]
@@ -148,8 +148,8 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_one(model, monkeypatch)
         return inner(graph, inputs)
 
     loss = CachedLoss(model, InfoNCE(), keep_graphs=0.5, **known)
-    encode = loss._encode
-    monkeypatch.setattr(loss, "_encode", lambda batch: shapes.add(tuple(batch["input_ids"].shape)) or encode(batch))
+    encode = loss.encode
+    monkeypatch.setattr(loss, "encode", lambda batch: shapes.add(tuple(batch["input_ids"].shape)) or encode(batch))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         model.compile(backend=backend, dynamic=False)
@@ -324,7 +324,7 @@ def test_lora_with_gradient_checkpointing(model):
 
 def replays(loss, monkeypatch):
     """What the encoder returns: first when it is recorded, then when it is replayed."""
-    seen, encode = {"recorded": [], "replayed": []}, loss._encode
+    seen, encode = {"recorded": [], "replayed": []}, loss.encode
 
     def watched(features):
         out = encode(features)
@@ -332,7 +332,7 @@ def replays(loss, monkeypatch):
         return out
 
     phase: list[str] = []
-    monkeypatch.setattr(loss, "_encode", watched)
+    monkeypatch.setattr(loss, "encode", watched)
     return seen, phase
 
 
