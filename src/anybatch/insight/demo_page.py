@@ -1,0 +1,85 @@
+"""The page of `anybatch demo`, and its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anybatch.insight.charts import bar_chart, error_chart
+from anybatch.insight.curves import Curves
+from anybatch.insight.pages import drawings, render
+from anybatch.insight.plan_page import Texts
+
+if TYPE_CHECKING:
+    from anybatch.data.pairs import PairData
+    from anybatch.insight.plan_figures import PlanInspection
+    from anybatch.plans.plan import BatchPlan
+
+BASELINE, METHOD = "InfoNCE", "recommended"
+SUSPECTS, CLUSTERS = 5, 4  # shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one training step on a large batch took, in a process of its own.
+
+    Example:
+        >>> Cost(peak_bytes=2**30, seconds=8.0).gibibytes
+        1.0
+    """
+
+    peak_bytes: int
+    seconds: float
+
+    @property
+    def gibibytes(self) -> float:
+        """The peak in GiB."""
+        return self.peak_bytes / 2**30
+
+
+def quality_chart(curves: Curves) -> str:
+    """nDCG@10 against the batch size, as SVG."""
+    title = " ".join(["nDCG@10 against batch size.", *curves.sentences(METHOD, BASELINE)])
+    return error_chart(title, "pairs in a batch", "nDCG@10 on held-out pairs", curves.means, error=curves.error)
+
+
+def render_demo_page(
+    curves: Curves,
+    *,
+    intro: Sequence[str],
+    costs: Mapping[str, Cost],
+    plan: BatchPlan,
+    seen: PlanInspection,
+    pairs: PairData,
+) -> str:
+    """The page as text; all texts are escaped.
+
+    Args:
+        curves: Of the methods `BASELINE` and `METHOD`.
+        intro: Paragraphs: what was trained and measured.
+        costs: Of one and the same batch, by how it was trained.
+        plan, seen, pairs: A mined plan, what a teacher says of it, and its data.
+    """
+    header, lines = curves.rows(METHOD, BASELINE)
+    bars = [(way, way, cost.gibibytes) for way, cost in costs.items()]
+    mined = np.concatenate([np.flatnonzero(plan.cluster == cluster) for cluster in range(CLUSTERS)])
+    others = np.random.default_rng(0).permutation(len(pairs))
+    texts = Texts(pairs)
+    return render(
+        "demo.html",
+        title="anybatch demo: quality against batch size",
+        intro=intro,
+        sentences=curves.sentences(METHOD, BASELINE),
+        header=header,
+        lines=lines,
+        quality=drawings(("Bars: one standard error.", quality_chart(curves))),
+        memory=drawings(("Memory of the process at its peak, in GiB.", bar_chart("Memory at its peak in GiB", bars))),
+        costs=costs,
+        plan=plan,
+        seen=seen,
+        suspects=[(f"{pair.score:.2f}", *texts.cells(pair.row, pair.other)) for pair in seen.suspects[:SUSPECTS]],
+        clusters=[[texts.cells(int(row), int(row))[0] for row in side] for side in zip(mined, others)],
+    )
