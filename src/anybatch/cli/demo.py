@@ -23,8 +23,8 @@ from anybatch.core.errors import AnybatchError
 if TYPE_CHECKING:
     from anybatch.run.config import RunConfig, RunResult
 
-SIZES = (16, 64, 256, 1_024)
-SEEDS = (0, 1, 2)
+SIZES: tuple[int, ...] = (16, 64, 256, 1_024)
+SEEDS: tuple[int, ...] = (0, 1, 2)
 PAIRS, PASSES = 9_216, 3  # nine of the largest batches, so that every size sees the same pairs as often
 # Nothing is set of "recommended": it is what `anybatch train` takes by itself.
 LOSSES: dict[str, dict[str, Any]] = {"InfoNCE": {"name": "infonce"}, "recommended": {}}
@@ -33,7 +33,7 @@ MINING: dict[str, dict[str, Any]] = {"InfoNCE": {"method": "random"}, "recommend
 # (python -m benchmarks.demo_rates).
 RATES = {
     "InfoNCE": {16: 0.005, 64: 0.01, 256: 0.02, 1_024: 0.05},
-    "recommended": {16: 0.005, 64: 0.01, 256: 0.04, 1_024: 0.05},
+    "recommended": {16: 0.01, 64: 0.02, 256: 0.04, 1_024: 0.05},
 }
 WORDS, WIDTH = 8_192, 128  # of the students: their vocabulary and the numbers of an embedding
 MINED = 1_024  # pairs whose batches are mined, to be looked at

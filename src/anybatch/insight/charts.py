@@ -6,14 +6,15 @@ No charting library was found that draws these without a script, fits both colou
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
 
 COLOURS = ("#2f6fde", "#d9730d", "#2a9d62", "#b5489a", "#7a6ff0", "#c0392b", "#4b8f9a", "#8a7a2b")
-METHODS = ("InfoNCE", "recommended", "count-corrected", "cross-batch")  # have a colour of their own on all pages
+METHODS = ("InfoNCE", "recommended", "count-corrected", "cross-batch", "memory")  # each with a colour of its own
 NAMES = {"infonce": "InfoNCE", "count_corrected": "count-corrected", "cross_batch": "cross-batch"}
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 340, 62, 20, 62, 54
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 330, 54, 8, 62, 54
 BAR = 46  # height of a bar with its label above it
 STYLE = (
     "<style>:root{color-scheme:light dark;--ink:#1c1e21;--line:#d9dde1;--paper:#fff}"
@@ -83,9 +84,9 @@ def error_chart(
         return bottom - (value - low) / span * (bottom - TOP)
 
     parts = [_text(4, 18, y_title)]
-    for value in (low + span * part / 4 for part in range(5)):
+    for value, label in _round_values(low, high):
         parts += [_line(LEFT, down(value), right, down(value), "grid")]
-        parts += [_text(LEFT - 6, down(value) + 5, f"{value:.3f}".lstrip("0"), "end")]
+        parts += [_text(LEFT - 6, down(value) + 5, label, "end")]
     parts += [_text(across(number), bottom + 20, f"{number:,}", "middle") for number in numbers]
     parts.append(_text((LEFT + right) / 2, HEIGHT - 8, x_title, "middle"))
     place = LEFT
@@ -109,6 +110,15 @@ def as_file(drawing: str) -> str:
     """A chart that stands alone, with the colours and the paper that a page gives to those in it."""
     head, _, rest = drawing.partition("</title>")
     return f"{head}</title>{STYLE}{rest}\n"
+
+
+def _round_values(low: float, high: float) -> list[tuple[float, str]]:
+    """A few round numbers from `low` to `high`, and how they are written."""
+    power = math.floor(math.log10((high - low) or 1.0)) - 1
+    part = next(part for part in (1, 2, 5, 10, 20) if high - low <= 6 * part * 10.0**power)  # 20: the span is below 100
+    step, digits = part * 10.0**power, max(0, -power - (part >= 10))
+    values = [step * place for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [(value, f"{value:.{digits}f}".removeprefix("0") or "0") for value in values]
 
 
 def _mark(row: int, x: float, y: float, colour: str) -> str:

@@ -64,7 +64,7 @@ def render_demo_page(
         plan, seen, pairs: A mined plan, what a teacher says of it, and its data.
     """
     header, lines = curves.rows(METHOD, BASELINE)
-    bars = [(way, way, cost.gibibytes) for way, cost in costs.items()]
+    bars = [(way, "memory", cost.gibibytes) for way, cost in costs.items()]
     mined = np.concatenate([np.flatnonzero(plan.cluster == cluster) for cluster in range(CLUSTERS)])
     others = np.random.default_rng(0).permutation(len(pairs))
     texts = Texts(pairs)

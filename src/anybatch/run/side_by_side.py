@@ -42,11 +42,11 @@ def train_all(
     )
     results: dict[Key, RunResult] = {}
     try:
-        progress(stage, 0, len(runs), {})
+        progress(stage, 0, len(runs))
         futures = {pool.submit(_train, config): key for key, config in runs.items()}
         for future in as_completed(futures):
             results[futures[future]] = future.result()
-            progress(stage, len(results), len(runs), {})
+            progress(stage, len(results), len(runs))
     except BrokenProcessPool as error:
         raise AnybatchError(
             f"A process ({stage}) was ended from outside, most likely because memory ran out. Close other programs, "
