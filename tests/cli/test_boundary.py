@@ -203,7 +203,6 @@ def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]
         "doctor no rows": ["doctor", "--data", pairs, "--model", model, "--rows", 0],
         "doctor fewer than no rows": ["doctor", "--data", pairs, "--model", model, "--rows", -3],
         "demo in a file": ["demo", "--output", a_file],
-        "demo of no pairs": ["demo", "--pairs", 0],
     }
 
 
@@ -363,15 +362,12 @@ def test_numbers_of_options(main, tiny_model_folder, pairs_file, tmp_path):
         "mine": ["--data", pairs_file, "--set", "mining.method=random", "--output", tmp_path / "mined"],
         "inspect plan": [run],
         "inspect gradient": [run],
-        "demo": ["--output", tmp_path / "demo"],
     }
     wrong, tried = {}, 0
     for name in usual:
         help_page = main(*name.split(), "--help")[1]
         for option in re.findall(r"(--[a-z-]+) +<?(?:int|float)", help_page, re.IGNORECASE):
             for value in ("nan", "inf", "-1", "0", "-0.0", "1e400", str(10**20), "x", ""):
-                if name == "demo" and value == str(10**20):
-                    continue  # all pairs of the sample, twice: right, and minutes long
                 code, said = main(*name.split(), *usual[name], option, value)
                 shutil.rmtree(tmp_path / "mined", ignore_errors=True)
                 tried += 1
