@@ -16,10 +16,12 @@ METHODS = ("InfoNCE", "recommended", "count-corrected", "cross-batch", "memory")
 NAMES = {"infonce": "InfoNCE", "count_corrected": "count-corrected", "cross_batch": "cross-batch"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 330, 54, 8, 62, 54
 BAR = 46  # height of a bar with its label above it
+LONG = 52  # characters that fit into the width
 STYLE = (
     "<style>:root{color-scheme:light dark;--ink:#1c1e21;--line:#d9dde1;--paper:#fff}"
     "@media (prefers-color-scheme:dark){:root{--ink:#e7e9ea;--line:#3a3f44;--paper:#16181a}}"
-    "text{font:16px system-ui,sans-serif;fill:var(--ink)}.grid{stroke:var(--line)}.paper{fill:var(--paper)}</style>"
+    "text{font:16px system-ui,sans-serif;fill:var(--ink)}.grid{stroke:var(--line)}"
+    ".baseline{stroke:var(--ink);stroke-dasharray:4 4}.paper{fill:var(--paper)}</style>"
     '<rect class="paper" width="100%" height="100%"/>'
 )
 
@@ -134,7 +136,8 @@ def _drawing(title: str, width: float, height: float, parts: Sequence[str]) -> s
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    squeezed = f' textLength="{WIDTH}" lengthAdjust="spacingAndGlyphs"' if len(text) > LONG else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{squeezed}>{escape(text)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
