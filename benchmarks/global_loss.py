@@ -59,9 +59,9 @@ class Method:
     batch_sizes: tuple[int, ...] = (8, 32, 64, 128)
 
 
-def sogclr(gamma: float) -> Callable[[Setting], nn.Module]:
+def sogclr(gamma: float, **settings: Any) -> Callable[[Setting], nn.Module]:
     """The full-data InfoNCE with memory."""
-    return lambda s: SogCLR(s.num_rows, gamma=gamma, temperature=s.temperature, direction=s.direction)
+    return lambda s: SogCLR(s.num_rows, gamma=gamma, temperature=s.temperature, direction=s.direction, **settings)
 
 
 def count_corrected(s: Setting) -> nn.Module:
@@ -94,6 +94,27 @@ METHODS = (
     Method(name="decoupled", make=lambda s: DecoupledInfoNCE(temperature=s.temperature, direction=s.direction)),
     Method(name="count-corrected", make=count_corrected),
     Method(name="SogCLR .9", make=sogclr(0.9), run_in=3),
+    Method(
+        name="SogCLR .9, positive as minus the sum",
+        make=sogclr(0.9, positive="batch"),
+        run_in=3,
+        batches=("random",),
+        batch_sizes=SLOW,
+    ),
+    Method(
+        name="SogCLR .5, positive as minus the sum",
+        make=sogclr(0.5, positive="batch"),
+        run_in=5,
+        batches=("random",),
+        batch_sizes=SLOW,
+    ),
+    Method(
+        name="SogCLR .5, relative state",
+        make=sogclr(0.5, state="relative"),
+        run_in=5,
+        batches=("random",),
+        batch_sizes=SLOW,
+    ),
     Method(name="SogCLR .5", make=sogclr(0.5), run_in=5, batches=("random",), batch_sizes=SLOW),
     Method(name="SogCLR .2", make=sogclr(0.2), run_in=10, batch_sizes=SLOW),
     Method(name="count-corrected, weights", make=count_corrected, weights="inclusion", batches=CLUSTERED),

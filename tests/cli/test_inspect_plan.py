@@ -77,7 +77,7 @@ def test_without_embeddings_the_warnings_of_mining_are_shown(mined, tmp_path, he
         (tmp_path / f"{name}.npy").unlink()
     path = mined / "mining.json"
     stored = read_json(path, "")
-    write_json(path, {**stored, "statistics": {**stored["statistics"], "warnings": ["Look twice."]}})
+    write_json(path, {**stored, "warnings": ["Look twice."]})
     run("inspect", "plan", str(mined))
     assert "Warning: Look twice." in heard()
     write_json(path, {**read_json(path, ""), "plan": "another"})

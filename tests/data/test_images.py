@@ -15,7 +15,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.images import EncodedImage, ImageColumn, describe, pick
+from anybatch.data.images import EncodedImage, ImageColumn
+from anybatch.data.inputs import describe, pick
 from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
 from anybatch.plans.plan import BatchPlan

@@ -112,7 +112,7 @@ def command(
 
 
 def _print_suspects(name: str, suspects: list[RowPair], pairs: PairData) -> None:
-    from anybatch.data.images import describe
+    from anybatch.data.inputs import describe
 
     say(f"The most suspected pairs{name and f' of {name}'} (is the second positive a right answer to the anchor?):")
     for pair in suspects[:EXAMPLES]:

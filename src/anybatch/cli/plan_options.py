@@ -170,4 +170,4 @@ class PlanSources:
             read_json(path, "Delete it, or bring back the file that mining wrote.", "plan") if path.exists() else {}
         )
         parts = [stored, *(stored.get("sets") or {}).values()] if stored.get("plan") == self.plan.digest else []
-        return [warning for part in parts for warning in (part.get("statistics") or {}).get("warnings", ())]
+        return [warning for part in parts for warning in part.get("warnings", ())]

@@ -31,8 +31,7 @@ THUMBNAIL = 64  # pixels of the longer side
 class EncodedImage:
     """One image as it was stored: the bytes of its file, and row and column for messages.
 
-    >>> describe(EncodedImage(encoded=b"no image", where="row 3, 'photo' of pairs.csv"), row=2)
-    '[image, row 2]'
+    >>> EncodedImage(encoded=b"no image", where="row 3, 'photo' of pairs.csv").size  # None where it is no image
     """
 
     encoded: bytes
@@ -49,6 +48,17 @@ class EncodedImage:
             raise AnybatchError(
                 f"The image in {self.where} cannot be decoded ({error}). Replace it, or leave the row out."
             ) from error
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height, without decoding; None without Pillow or where it is no image."""
+        try:
+            from PIL import Image
+
+            with Image.open(BytesIO(self.encoded)) as image:
+                return image.size
+        except Exception:
+            return None
 
     def thumbnail(self) -> str | None:
         """A small JPEG on white as a data: URI, some 2 kB; None without Pillow or where it is no image."""
@@ -72,18 +82,27 @@ class ImageColumn(Sequence[EncodedImage]):
 
     Args:
         dataset: One column, `image`, of the feature `Image(decode=False)`.
-        where: File and column, for messages.
-        rows: Row number of each in that file; None if it is all of it.
+        where: File and column, for messages; several, of columns that were joined.
+        rows: Row number of each in its file; None for one file, all of it.
+        source: Which of the files each is from; None for one file.
 
     >>> column = ImageColumn.of_paths(["a.png", "b.png", "c.png"], Path("photos"), "'photo' of pairs.csv")
     >>> len(column), len(column[1:])
     (3, 2)
     """
 
-    def __init__(self, dataset: Dataset, where: str, rows: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        where: str | Sequence[str],
+        rows: np.ndarray | None = None,
+        source: np.ndarray | None = None,
+    ) -> None:
         self.dataset = dataset
-        self.where = where
+        self.files = (where,) if isinstance(where, str) else tuple(where)
         self.rows = np.arange(len(dataset)) if rows is None else rows
+        self.source = np.zeros(len(dataset), np.int32) if source is None else source
+        self._parts: Sequence[ImageColumn] = ()  # joined here: what was read of them is not read again
 
     @classmethod
     def of(cls, dataset: Dataset, name: str, where: str) -> ImageColumn:
@@ -94,23 +113,44 @@ class ImageColumn(Sequence[EncodedImage]):
         return cls(column.cast_column(NAME, Feature(decode=False)), f"'{name}' of {where}")
 
     @classmethod
-    def of_paths(cls, paths: Sequence[str], folder: Path, where: str) -> ImageColumn:
-        """Files; a relative path starts at `folder`."""
+    def of_paths(
+        cls,
+        paths: Sequence[str],
+        folder: Path,
+        where: str | Sequence[str],
+        rows: np.ndarray | None = None,
+        source: np.ndarray | None = None,
+    ) -> ImageColumn:
+        """Files; a relative path starts at `folder`. The other arguments as of the class."""
         from datasets import Dataset, Features, Value
         from datasets import Image as Feature
 
         files = [{"bytes": None, "path": str(folder / path)} for path in paths]
         stored = {"bytes": Value("binary"), "path": Value("string")}  # made as an Image, it would need Pillow
         dataset = Dataset.from_dict({NAME: files}, features=Features({NAME: stored}))
-        return cls(dataset.cast(Features({NAME: Feature(decode=False)})), where)
+        return cls(dataset.cast(Features({NAME: Feature(decode=False)})), where, rows, source)
 
     @classmethod
     def join(cls, columns: Sequence[ImageColumn]) -> ImageColumn:
         """Several columns, one after the other."""
         from datasets import concatenate_datasets
 
-        where = ", ".join(column.where for column in columns)
-        return cls(concatenate_datasets([column.dataset for column in columns]), where)
+        if len(columns) == 1:
+            return columns[0]
+        first = np.cumsum([0, *(len(column.files) for column in columns)])
+        joined = cls(
+            concatenate_datasets([column.dataset for column in columns]),
+            [where for column in columns for where in column.files],
+            np.concatenate([column.rows for column in columns]),
+            np.concatenate([column.source + start for column, start in zip(columns, first[:-1], strict=True)]),
+        )
+        joined._parts = tuple(columns)
+        return joined
+
+    @property
+    def where(self) -> str:
+        """File and column; of several all of them."""
+        return ", ".join(self.files)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -134,7 +174,7 @@ class ImageColumn(Sequence[EncodedImage]):
 
     def select(self, rows: np.ndarray) -> ImageColumn:
         """These places of the column, in this order."""
-        chosen = ImageColumn(self.dataset.select(rows), self.where, self.rows[rows])
+        chosen = ImageColumn(self.dataset.select(rows), self.files, self.rows[rows], self.source[rows])
         if "keys" in vars(self):
             vars(chosen)["keys"] = self.keys[rows]
         return chosen
@@ -142,6 +182,8 @@ class ImageColumn(Sequence[EncodedImage]):
     @cached_property
     def keys(self) -> np.ndarray:
         """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image."""
+        if self._parts:
+            return np.concatenate([part.keys for part in self._parts])
         keys = np.empty((len(self), KEY), np.uint8)
         for place, image in enumerate(self):
             keys[place] = np.frombuffer(hashlib.blake2b(image.encoded, digest_size=KEY).digest(), np.uint8)
@@ -160,7 +202,7 @@ class ImageColumn(Sequence[EncodedImage]):
         return dataset.rename_columns({NAME: name}).cast_column(name, Feature(mode=MODE))
 
     def _image(self, value: dict[str, Any] | None, place: int) -> EncodedImage:
-        where = f"row {int(self.rows[place]) + 1}, {self.where}"
+        where = f"row {int(self.rows[place]) + 1}, {self.files[int(self.source[place])]}"
         encoded, path = (value or {}).get("bytes"), (value or {}).get("path")
         if encoded is None and path:
             try:
@@ -173,36 +215,6 @@ class ImageColumn(Sequence[EncodedImage]):
         if not encoded:
             raise AnybatchError(f"There is no image in {where}. Every row needs one: fill it or leave the row out.")
         return EncodedImage(encoded=encoded, where=where)
-
-
-Column = Sequence[str] | ImageColumn  # of a `PairData`
-
-
-def row_keys(column: Column) -> Iterator[bytes]:
-    """What stands for each row in a digest of the data: the text, or the digest of the image's bytes."""
-    if isinstance(column, ImageColumn):
-        return (b"image " + key.tobytes() for key in column.keys)
-    return (text.encode() for text in column)
-
-
-def pick(column: Column, rows: np.ndarray) -> Column:
-    """These rows of a column, in this order; of images without reading them."""
-    if isinstance(column, ImageColumn):
-        return column.select(rows)
-    return [column[int(row)] for row in rows]
-
-
-def describe(value: str | EncodedImage, row: int) -> str:
-    """One line for the terminal: the text with its white space tamed, or such as "[image 48x48, row 17]"."""
-    if isinstance(value, str):
-        return " ".join(value.split())
-    try:
-        from PIL import Image
-
-        with Image.open(BytesIO(value.encoded)) as image:
-            return f"[image {image.width}x{image.height}, row {row}]"
-    except Exception:  # without Pillow, or where it is no image
-        return f"[image, row {row}]"
 
 
 def find_images(path: Path, names: Sequence[str], limit: int | None = None) -> dict[str, ImageColumn]:

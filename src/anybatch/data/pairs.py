@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -28,7 +28,8 @@ from anybatch.data.columns import (
     spread,
     warn_of_columns,
 )
-from anybatch.data.images import Column, ImageColumn, find_images, row_keys
+from anybatch.data.images import ImageColumn, find_images
+from anybatch.data.inputs import Column, instructed, row_keys
 from anybatch.data.records import FORMATS, KINDS, Quoting, column_names, records
 
 if TYPE_CHECKING:
@@ -115,12 +116,7 @@ class PairData:
             return columns
         of_anchors = [part.anchor_prompt for part in self.sets for _ in range(part.num_rows)]
         of_others = [part.positive_prompt for part in self.sets for _ in range(part.num_rows)]
-        return [
-            column
-            if isinstance(column, ImageColumn)
-            else list(map(str.__add__, of_others if place else of_anchors, column))
-            for place, column in enumerate(columns)
-        ]
+        return [instructed(column, of_others if place else of_anchors) for place, column in enumerate(columns)]
 
     def to_dataset(self) -> Dataset:
         """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included; images are
@@ -333,12 +329,10 @@ def _join(columns: Sequence[Column], name: str) -> Column:
 
 def _identify(columns: Sequence[Column]) -> list[np.ndarray]:
     """Number the distinct texts and images of all columns together, in order of first appearance."""
-    numbers: dict[str | bytes, int] = {}
+    numbers: dict[bytes, int] = {}
 
     def number(column: Column) -> np.ndarray:
-        keys: Iterable[str | bytes] = (
-            row_keys(column) if isinstance(column, ImageColumn) else (text.strip() for text in column)
-        )
+        keys = row_keys(column, stripped=True)
         return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(column))
 
     return [number(column) for column in columns]

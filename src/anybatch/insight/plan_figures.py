@@ -17,18 +17,14 @@ from anybatch.core.errors import AnybatchError
 from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs, GradientError
 from anybatch.insight.gradient_methods import ERRORS, error_cells, method_error, name_of, on_random_batches
 from anybatch.losses.registry import LossConfig
+from anybatch.mining.audit import advice
 from anybatch.mining.config import MARGIN
 from anybatch.mining.inputs import check_embeddings, compact_ids
-from anybatch.mining.statistics import LIMITS
 from anybatch.plans.plan import BatchPlan
 
 SHOWN = 20  # pairs kept, the most suspected first
 LOOKED_AT = 200  # pairs of a block of anchors, of which many may have the same two positives
 BLOCK = 2**22  # scores held at once
-MANY_SUSPECTS = 1.0  # an anchor: .1 to .4 were measured at the default conflict weight, 1.3 in the published recipe
-MUCH_MASKED = LIMITS.masked
-LITTLE_MASS = 3.0  # times that of random batches
-WEAK_TEACHER = 0.4  # own positives first; about midway between teachers of .70 and .21 (docs/benchmarks/teachers.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,29 +368,11 @@ def plan_warnings(
             )
     if seen is None:
         return found
-    if seen.own_first < WEAK_TEACHER:
-        found.append(
-            f"The teacher finds the own positive first for only {seen.own_first:.1%} of the anchors (good: "
-            f"{WEAK_TEACHER:.0%} or more; it falls as data grow). What it takes for hard may be easy, or right. Use a "
-            "better teacher, or random batches."
-        )
-    if plan.cluster_size == 1:
-        return found  # nothing was chosen that could hurt
-    if seen.planned.suspects > MANY_SUSPECTS:
-        masks = "" if mask_suspects else ", or set loss.mask_suspects"
-        found.append(
-            f"{seen.planned.suspects:.2f} suspected false negatives sit beside an anchor (good: {MANY_SUSPECTS:g} or "
-            f"less). Read the pairs below; raise mining.conflict_weight{masks}."
-        )
-    if seen.planned.masked > MUCH_MASKED:
-        found.append(
-            f"The teacher suspects negatives that hold {seen.planned.masked:.1%} of the softmax mass (good: "
-            f"{MUCH_MASKED:.0%} or less) of being right; with loss.mask_suspects the model never learns to tell them "
-            "apart. Compare with mining.method=random, or use a better teacher."
-        )
-    if seen.planned.in_batch < LITTLE_MASS * seen.random.in_batch:
-        found.append(
-            f"The batches hold {seen.planned.in_batch:.1%} of the negatives' mass, random ones "
-            f"{seen.random.in_batch:.1%}: mining changes little here. Save the time and use mining.method=random."
-        )
-    return found
+    planned, random = seen.planned, seen.random
+    return found + advice(
+        own_first=seen.own_first,
+        suspects=planned.suspects,
+        masked=planned.masked,
+        gain=None if plan.cluster_size == 1 else planned.in_batch / max(random.in_batch, 1e-30),
+        mask_suspects=mask_suspects,
+    )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from anybatch.data.images import EncodedImage, describe
+from anybatch.data.images import EncodedImage
+from anybatch.data.inputs import describe
 from anybatch.insight.pages import render
 
 if TYPE_CHECKING:

@@ -8,12 +8,9 @@ from anybatch.mining.mine import MiningResult, check_sizes, mine_plan, mine_shar
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, exact_neighbors
 from anybatch.mining.partition import equal_clusters, metis_clusters
-from anybatch.mining.statistics import LIMITS, BatchStatistics, StatisticsLimits, batch_statistics
 
 __all__ = [
-    "LIMITS",
     "Audit",
-    "BatchStatistics",
     "MiningConfig",
     "MiningGraph",
     "MiningReport",
@@ -21,10 +18,8 @@ __all__ = [
     "MiningSet",
     "Neighbors",
     "RankWindow",
-    "StatisticsLimits",
     "Window",
     "audit_clusters",
-    "batch_statistics",
     "build_graph",
     "check_sizes",
     "equal_clusters",

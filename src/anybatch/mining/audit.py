@@ -1,14 +1,22 @@
-"""What mined clusters hold, beside random ones: the figures that tell whether mining did its work."""
+"""What mined clusters hold, beside random ones, how far the teacher can be trusted, and what that advises against."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
 
-from anybatch.mining.graph import MiningGraph
+from anybatch.mining.graph import MiningGraph, Window
 from anybatch.mining.inputs import first_rows
+from anybatch.mining.neighbors import Neighbors
+
+TEMPERATURE = 0.05  # of the softmax mass, as that of `inspect_plan`
+BLOCK_ROWS = 65536
+WEAK_TEACHER = 0.4  # own positives first: midway between MiniLM, .70, and LSA of 128 dimensions, .21, on 10,000 pairs
+MUCH_MASKED = 1 / 3  # of made pairs a teacher that knows them has .06 and less, one that does not .5 to .8
+MANY_SUSPECTS = 1.0  # an anchor: .1 to .4 were measured at the default conflict weight, 1.3 in the published recipe
+LITTLE_GAIN = 3.0  # over random clusters: 20 to 60 were measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,11 @@ class Audit:
     smallest: int
     largest: int
     remainder_rows: int
+
+    @property
+    def gain(self) -> float:
+        """Wanted negatives beside an anchor, over what random clusters would hold; 0 where these hold none."""
+        return self.window_per_anchor / self.random_window_per_anchor if self.random_window_per_anchor else 0.0
 
 
 def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.ndarray, positive_id: np.ndarray) -> Audit:
@@ -104,6 +117,80 @@ class Beside:
         """Pairs of a row and one beside it that has a text which the matrix lists for the row."""
         rows = np.repeat(np.arange(self._num_rows), np.diff(matrix.indptr))
         return int(self.count(self.cluster[rows], matrix.indices).sum())
+
+
+def teacher_figures(
+    neighbors: Neighbors, window: Window, *, text: np.ndarray, block_rows: int = BLOCK_ROWS
+) -> tuple[float, float]:
+    """How far the teacher can be trusted.
+
+    Args:
+        neighbors: Its ranking of all rows, at least as deep as the window.
+        window: Whose margin suspects.
+        text: (n,) int, of each row the row that was ranked for its text (`first_rows`).
+        block_rows: Anchors looked at at once: some 60 MB at the default window.
+
+    Returns:
+        The share of anchors whose own positive scores above every other row's, its recall@1; and the share of the
+        softmax mass of an anchor's ranked texts that the margin suspects, of any cluster.
+    """
+    rows_of_text, sums = np.bincount(text, minlength=len(text)), np.zeros(2)
+    everything = replace(window, skip=0, take=window.depth)
+    for start in range(0, len(text), block_rows):
+        part = slice(start, start + block_rows)
+        ids, scores = neighbors.ids[part, : window.depth], neighbors.scores[part, : window.depth]
+        own = neighbors.own_score[part]
+        _, suspected = everything.cut(replace(neighbors, ids=ids, scores=scores, own_score=own))
+        mass = np.exp((scores - np.maximum(scores[:, :1], -np.finfo(np.float32).max)) / TEMPERATURE)
+        mass *= rows_of_text[ids]
+        sums[0] += (~((ids >= 0) & (scores > own[:, None])).any(axis=1)).sum()
+        sums[1] += ((mass * suspected).sum(axis=1) / np.maximum(mass.sum(axis=1), 1e-30)).sum()
+    first, masked = sums / len(text)
+    return float(first), float(masked)
+
+
+def advice(
+    *, own_first: float, suspects: float, masked: float, gain: float | None, mask_suspects: bool = False
+) -> list[str]:
+    """What figures of a plan advise against, in words; nothing where they are good.
+
+    A mined batch trusts the teacher twice: that what it ranks high is hard, and that what it ranks just below the top
+    is not also right. The limits are rules of thumb: in a later study (docs/log.md) batches of a weak teacher trained
+    no worse than those of a good one. So a warning is a question to look into, not a verdict.
+
+    Args:
+        own_first, masked: See `teacher_figures`.
+        suspects: Suspected false negatives beside an anchor.
+        gain: What the batches hold of the hard negatives, over what random ones do; None of random batches.
+        mask_suspects: Whether the loss is known to mask them.
+    """
+    found = []
+    if own_first < WEAK_TEACHER:
+        found.append(
+            f"The teacher finds the own positive first for only {own_first:.1%} of the anchors (good: "
+            f"{WEAK_TEACHER:.0%} or more; it falls as data grow). What it takes for hard may be easy, or right. Use a "
+            "better teacher, or random batches."
+        )
+    if gain is None:
+        return found  # nothing was chosen that could hurt
+    if suspects > MANY_SUSPECTS:
+        masks = "" if mask_suspects else ", or set loss.mask_suspects"
+        found.append(
+            f"{suspects:.2f} suspected false negatives sit beside an anchor (good: {MANY_SUSPECTS:g} or less). Read "
+            f"some of them (anybatch inspect plan); raise mining.conflict_weight{masks}."
+        )
+    if masked > MUCH_MASKED:
+        found.append(
+            f"The teacher suspects negatives that hold {masked:.1%} of the softmax mass (good: {MUCH_MASKED:.0%} or "
+            "less) of being right; with loss.mask_suspects the model never learns to tell them apart. Compare with "
+            "mining.method=random, or use a better teacher."
+        )
+    if gain < LITTLE_GAIN:
+        found.append(
+            f"The batches hold {gain:.1f} times what random ones hold of the hard negatives (good: {LITTLE_GAIN:g} or "
+            "more): mining changes little here. Save the time and use mining.method=random."
+        )
+    return found
 
 
 def suspect_pairs(conflict: sparse.csr_matrix) -> np.ndarray:

@@ -10,7 +10,6 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name
 from anybatch.mining.audit import Audit
 from anybatch.mining.graph import Window
-from anybatch.mining.statistics import BatchStatistics
 
 RankWindow = Literal["auto"] | tuple[CountOrZero, CountOrZero]
 MOST = 32  # rows of a cluster: published
@@ -195,7 +194,8 @@ class MiningReport:
 
     Attributes:
         audit: What the clusters hold; None for random batches and for several data sets.
-        statistics: Whether mining is likely to help, with warnings; None as `audit`.
+        own_first, masked: See `teacher_figures`; None as `audit`.
+        warnings: What is likely to hurt, in words.
         recall: Of the neighbours, measured; 1.0 if exact.
         seconds, peak_bytes: Wall time and peak resident memory of each stage.
         notes: What had to be changed, in words.
@@ -207,7 +207,9 @@ class MiningReport:
     """
 
     audit: Audit | None = None
-    statistics: BatchStatistics | None = None
+    own_first: float | None = None
+    masked: float | None = None
+    warnings: list[str] = field(default_factory=list)
     recall: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from anybatch.core.blocks import release_pages
 from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.core.resources import Measure
-from anybatch.mining.audit import audit_clusters, suspect_pairs
+from anybatch.mining.audit import advice, audit_clusters, suspect_pairs, teacher_figures
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
 from anybatch.mining.graph import MiningGraph, Window, build_graph
 from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
@@ -25,7 +25,6 @@ from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, exact_neighbors
 from anybatch.mining.partition import SWEEPS, equal_clusters, metis_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
-from anybatch.mining.statistics import batch_statistics
 from anybatch.plans.plan import BatchPlan
 from anybatch.plans.sampling import ClusterSampling
 
@@ -343,8 +342,11 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
 
     # 4. Look at them; name suspected false negatives, draw hard ones.
     with _stage(report, "audit", one.progress):
-        report.audit = audit_clusters(graph, cluster, **one.ids)
-        report.statistics = batch_statistics(neighbors, cluster, one.window, text=one.text)
+        report.audit = audit = audit_clusters(graph, cluster, **one.ids)
+        report.own_first, report.masked = teacher_figures(neighbors, one.window, text=one.text)
+        report.warnings = advice(
+            own_first=report.own_first, suspects=audit.conflicts_per_anchor, masked=report.masked, gain=audit.gain
+        )
         negatives = None
         if config.num_negatives:
             published = config.method == "published"

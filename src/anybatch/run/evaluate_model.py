@@ -11,7 +11,7 @@ import numpy as np
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, counter, no_progress
-from anybatch.data.images import Column
+from anybatch.data.inputs import Column
 from anybatch.data.pairs import PairData
 from anybatch.data.retrieval import RetrievalData
 from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from anybatch.data.images import pick
+from anybatch.data.inputs import pick
 from anybatch.data.pairs import PairData
 from anybatch.plans.plan import BatchPlan
 

@@ -157,7 +157,7 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
             progress=report_stage,
         )
         for name, report in {"": result.report, **result.report.sets}.items():
-            for warning in report.statistics.warnings if report.statistics is not None else ():
+            for warning in report.warnings:
                 logger.warning("Before you train%s: %s", name and f" on {name}", warning)
         write_json(path.with_name("mining.json"), {"plan": result.plan.digest, **result.report.as_dict()})
         _save(result.plan, path, inputs)

@@ -12,7 +12,8 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.data.images import Column, ImageColumn, holds_images
+from anybatch.data.images import ImageColumn, holds_images
+from anybatch.data.inputs import Column
 from anybatch.data.pairs import text_digest
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan, PlanSampler

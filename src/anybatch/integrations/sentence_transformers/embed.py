@@ -19,7 +19,8 @@ from anybatch.core import distributed
 from anybatch.core.blocks import BlockArrays
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, read_json, write_json
-from anybatch.data.images import Column, ImageColumn, row_keys
+from anybatch.data.images import ImageColumn
+from anybatch.data.inputs import Column, row_keys
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 
 if TYPE_CHECKING:

@@ -1,0 +1,213 @@
+"""What a side of a pair is: a text, an image, or both; and what a sentence-transformers model takes for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from anybatch.data.images import KEY, EncodedImage, ImageColumn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PLACEHOLDER = re.compile(r"<\|image_\d+\|>\s*")  # where an image stands in a text of MMEB
+NONE = -1  # in `MixedColumn.places`
+ABSENT = b"\xff"  # key of an explicit negative that is not there; no text has it, it is not UTF-8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixedInput:
+    """One side of a pair: a text, images, or both; at least one of them.
+
+    >>> cat = EncodedImage(encoded=b"...", where="row 1, 'photo' of pets.parquet")
+    >>> MixedInput(text="What is it?", images=(cat,)).text
+    'What is it?'
+    """
+
+    text: str | None
+    images: tuple[EncodedImage, ...] = ()
+
+
+class MixedColumn(Sequence[MixedInput]):
+    """Sides in row order, each with a text, images, or both. Images stay in their files; slices are columns again.
+
+    Args:
+        texts: One a row; None for none.
+        images: The images of all rows, each once, in any order; None for none at all.
+        places: (n, k) int: which of them a row has, in its order, and -1 behind the last.
+
+    >>> from pathlib import Path
+    >>> photos = ImageColumn.of_paths(["a.png", "b.png"], Path("photos"), "'photo' of pairs.csv")
+    >>> column = MixedColumn(["both", "text alone", "two images"], photos, np.array([[1, -1], [-1, -1], [0, 1]]))
+    >>> len(column[1:]), column[1].text, len(column[1].images)
+    (2, 'text alone', 0)
+    """
+
+    def __init__(self, texts: Sequence[str | None], images: ImageColumn | None, places: np.ndarray) -> None:
+        self.texts, self.images, self.places = texts, images, places
+
+    @classmethod
+    def of(cls, column: Column) -> MixedColumn:
+        """Any column as a mixed one."""
+        if isinstance(column, MixedColumn):
+            return column
+        if isinstance(column, ImageColumn):
+            return cls([None] * len(column), column, np.arange(len(column))[:, None])
+        return cls(column, None, np.empty((len(column), 0), np.int64))
+
+    @classmethod
+    def join(cls, columns: Sequence[MixedColumn]) -> MixedColumn:
+        """Several columns, one after the other. Columns of one collection of images share it afterwards as well."""
+        collections = list({id(column.images): column.images for column in columns if column.images}.values())
+        first = np.cumsum([0, *map(len, collections)])
+        start = {id(images): int(place) for images, place in zip(collections, first, strict=False)}
+        width = max((column.places.shape[1] for column in columns), default=0)
+        places = [
+            np.pad(
+                np.where(column.places == NONE, NONE, column.places + start.get(id(column.images), 0)),
+                ((0, 0), (0, width - column.places.shape[1])),
+                constant_values=NONE,
+            )
+            for column in columns
+        ]
+        return cls(
+            [text for column in columns for text in column.texts],
+            ImageColumn.join(collections) if collections else None,
+            np.concatenate(places),
+        )
+
+    @property
+    def where(self) -> str:
+        """Files and columns of its images."""
+        return "" if self.images is None else self.images.where
+
+    @cached_property
+    def has_images(self) -> np.ndarray:
+        """(n,) bool."""
+        return (self.places != NONE).any(axis=1)
+
+    @cached_property
+    def has_text(self) -> np.ndarray:
+        """(n,) bool."""
+        return np.fromiter((text is not None for text in self.texts), bool, len(self))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, index: int) -> MixedInput: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> MixedColumn: ...
+
+    def __getitem__(self, index: int | slice) -> MixedInput | MixedColumn:
+        if isinstance(index, slice):
+            return self.select(np.arange(*index.indices(len(self))))
+        places = [int(place) for place in self.places[index] if place != NONE]
+        images = tuple(self.images[place] for place in places) if self.images is not None else ()
+        return MixedInput(text=self.texts[index], images=images)
+
+    def __iter__(self) -> Iterator[MixedInput]:
+        return (self[row] for row in range(len(self)))
+
+    def select(self, rows: np.ndarray) -> MixedColumn:
+        """These rows, in this order."""
+        return MixedColumn([self.texts[int(row)] for row in rows], self.images, self.places[rows])
+
+    def instructed(self, prompts: Sequence[str]) -> MixedColumn:
+        """See the function of this name."""
+        texts = [
+            text and prompt + text if text is not None else prompt.strip() or None
+            for prompt, text in zip(prompts, self.texts, strict=True)
+        ]
+        return MixedColumn(texts, self.images, self.places)
+
+    def row_keys(self, *, stripped: bool = False) -> Iterator[bytes]:
+        """See the function of this name; images are read once, whatever columns have them in common."""
+        for text, places in zip(self.texts, self.places, strict=True):
+            keys = b"" if self.images is None else self.images.keys[places[places != NONE]].tobytes()
+            written = None if text is None else (text.strip() if stripped else text).encode()
+            if not keys:
+                yield ABSENT if written is None else written
+            elif written is None and len(keys) == KEY:
+                yield b"image " + keys
+            else:
+                yield b"%d images " % (len(keys) // KEY) + keys + (b"" if written is None else b" " + written)
+
+
+Column = Sequence[str] | ImageColumn | MixedColumn  # of a `PairData`
+
+
+def row_keys(column: Column, *, stripped: bool = False) -> Iterator[bytes]:
+    """What stands for each row in a digest of the data: the text, the digests of the images' bytes, or both.
+
+    `stripped`: for ids, of which those of texts that differ in the white space at their ends are the same.
+    """
+    if isinstance(column, MixedColumn):
+        return column.row_keys(stripped=stripped)
+    if isinstance(column, ImageColumn):
+        return (b"image " + key.tobytes() for key in column.keys)
+    return ((text.strip() if stripped else text).encode() for text in column)
+
+
+def pick(column: Column, rows: np.ndarray) -> Column:
+    """These rows of a column, in this order; of images without reading them."""
+    if isinstance(column, (ImageColumn, MixedColumn)):
+        return column.select(rows)
+    return [column[int(row)] for row in rows]
+
+
+def instructed(column: Column, prompts: Sequence[str]) -> Column:
+    """A column with a text before each row's own; where there is an image alone it is the text."""
+    if isinstance(column, (ImageColumn, MixedColumn)):
+        return MixedColumn.of(column).instructed(prompts) if any(prompts) else column
+    return list(map(str.__add__, prompts, column))
+
+
+def describe(value: str | EncodedImage | MixedInput, row: int) -> str:
+    """One line for the terminal: the text with its white space tamed, or such as "[image 48x48, row 17]", or both.
+
+    >>> describe(EncodedImage(encoded=b"no image", where="row 3, 'photo' of pairs.csv"), row=2)
+    '[image, row 2]'
+    """
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, EncodedImage):
+        size = value.size
+        return f"[image, row {row}]" if size is None else f"[image {size[0]}x{size[1]}, row {row}]"
+    shown = [describe(image, row) for image in value.images]
+    return " ".join([*shown, *([] if value.text is None else [describe(value.text, row)])])
+
+
+def guest_input(value: str | EncodedImage | MixedInput) -> str | Image | dict[str, Any]:
+    """What a sentence-transformers model takes for a row: the text, the image (RGB), or {"image": ..., "text": ...}.
+
+    So says sentence-transformers 6.2 (`base/modality.py`): such a dictionary may hold one image or a list of them. A
+    model with a chat template makes one user message of it, whose parts are in the dictionary's order; one without
+    takes it if it has the modality ("image", "text"), else it refuses it by name. Rows of several kinds share a forward
+    pass in a model with a chat template alone.
+
+    The placeholders `<|image_1|>` of MMEB's texts are left out, with the white space behind them: the images come
+    before the text, or behind a text that ends with a placeholder. (The dictionary has no place for images amid a
+    text.) A text without images stays as it is.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, EncodedImage):
+        return value.decode()
+    if not value.images:
+        assert value.text is not None
+        return value.text
+    images: Any = [image.decode() for image in value.images]
+    images = images[0] if len(images) == 1 else images
+    text = None if value.text is None else PLACEHOLDER.sub("", value.text)
+    if not text or value.text is None:
+        return {"image": images} if isinstance(images, list) else images
+    first = PLACEHOLDER.search(value.text)
+    behind = first is not None and first.start() > 0 and not PLACEHOLDER.sub("", value.text[first.start() :])
+    return {"text": text, "image": images} if behind else {"image": images, "text": text}
