@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -67,11 +68,14 @@ def command(
         # 3. One step on a large batch, plainly and cached, each in a new process: memory that is free is kept there.
         large = _memory_runs(folder / "memory", transformer)
         memory = train_all(large, stage="runs of one large batch", progress=bars, new_processes=True)
+        shutil.rmtree(folder / "memory")
 
         # 4. Train.
         save_students(folder / "students")
         runs = {cell: from_mapping(RunConfig, settings(folder, *cell)) for cell in cells}
         results = train_all(runs, stage="training runs", progress=bars)
+        for checkpoints in (folder / "runs").glob("*/checkpoints"):  # three times as large as the models
+            shutil.rmtree(checkpoints)
 
     # 5. Compare.
     _report(folder, results, memory, mined, started)
@@ -82,7 +86,7 @@ def settings(folder: Path, name: str, size: int, seed: int) -> dict[str, Any]:
     from anybatch.data import sample
 
     return {
-        "output": folder / f"{name}-{size}-{seed}",
+        "output": folder / "runs" / f"{name}-{size}-{seed}",
         "batch_size": size,
         "seed": seed,
         "data": _data(PAIRS),
@@ -162,7 +166,7 @@ def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
         plan = make_plan(config, pairs, bars)
         vectors = teacher_embeddings(config, pairs, bars)
     seen = inspect_plan(plan, *vectors, anchor_id=pairs.anchor_id, positive_id=pairs.positive_id)
-    return {"plan": plan, "seen": seen[""], "pairs": pairs}
+    return {"plan": plan, "seen": seen[""], "pairs": pairs, "vectors": vectors}
 
 
 def _transformer() -> str:

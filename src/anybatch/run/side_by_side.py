@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -64,9 +65,11 @@ def train_all(
 def _begin() -> None:
     """One thread; and Ctrl-C, which a terminal sends to all, is left to the process that started this one."""
     import torch
+    from tqdm import tqdm
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and stays behind where one is ended
 
 
 def _train(config: RunConfig) -> RunResult:
