@@ -34,7 +34,7 @@ MINING: dict[str, dict[str, Any]] = {"InfoNCE": {"method": "random"}, "recommend
 # (python -m benchmarks.demo_rates).
 RATES = {
     "InfoNCE": {16: 0.005, 64: 0.01, 256: 0.02, 1_024: 0.05},
-    "recommended": {16: 0.01, 64: 0.02, 256: 0.04, 1_024: 0.05},
+    "recommended": {16: 0.01, 64: 0.04, 256: 0.04, 1_024: 0.05},
 }
 WORDS, WIDTH = 8_192, 128  # of the students: their vocabulary and the numbers of an embedding
 MINED = 1_024  # pairs whose batches are mined, to be looked at
