@@ -10,7 +10,7 @@ import pytest
 from anybatch.cli import demo
 from anybatch.core.errors import AnybatchError
 from anybatch.run import job, side_by_side
-from tests.insight.test_pages import check_page
+from tests.insight.test_report import check_page
 
 
 @pytest.fixture
