@@ -61,7 +61,9 @@ class Method:
 
 def sogclr(gamma: float, **settings: Any) -> Callable[[Setting], nn.Module]:
     """The full-data InfoNCE with memory."""
-    return lambda s: SogCLR(s.num_rows, gamma=gamma, temperature=s.temperature, direction=s.direction, **settings)
+    return lambda s: SogCLR(
+        s.num_rows, gamma=gamma, temperature=s.temperature, direction=s.direction, **{"positive": "exact", **settings}
+    )
 
 
 def count_corrected(s: Setting) -> nn.Module:

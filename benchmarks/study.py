@@ -70,7 +70,8 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "infonce": ("infonce", {}),
     "corrected": ("count_corrected", {}),
     "cross_batch": ("cross_batch", {"memory_size": 256}),
-    "sogclr": ("sogclr", {}),
+    "sogclr": ("sogclr", {"positive": "exact"}),
+    "sogclr-batch": ("sogclr", {"positive": "batch"}),  # the positive as minus the sum
     "sogclr-relative": ("sogclr", {"state": "relative"}),  # as it was: and the positive as minus the sum
     "fresh": ("cross_batch", {"memory_size": FRESH, "centred": False}),
 }
@@ -79,7 +80,8 @@ MAIN = (
     *("ours/infonce", "ours/corrected", "ours/cross_batch"),
 )
 REST = (
-    *("published/infonce", "published/corrected", "random/sogclr", "random/sogclr-relative"),
+    *("published/infonce", "published/corrected", "random/sogclr", "random/sogclr-batch"),
+    "random/sogclr-relative",
     *("ours+negatives/infonce", "ours+negatives/corrected", "ours+negatives/cross_batch"),
     *("ours+half/infonce", "ours+half/corrected", "published+negatives/infonce", "random/fresh"),
     *("ours+unpenalised/infonce", "ours+unpenalised/corrected"),

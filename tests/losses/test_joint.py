@@ -188,7 +188,7 @@ def test_inclusion_weights_are_unbiased_beside_mined_negatives():
 @pytest.mark.parametrize("kinds", SUBSETS)
 def test_a_running_denominator_follows_all_kinds(kinds):
     """SogCLR over two batches with some rows in common: the weights are those of the moving average, held."""
-    loss = SogCLR(20, gamma=0.4, temperature=TAU, joint=kinds, tile_bytes=300).double()
+    loss = SogCLR(20, gamma=0.4, positive="exact", temperature=TAU, joint=kinds, tile_bytes=300).double()
     u, eps, own = {}, 1 / 19, 2.0 if "doc_to_query" in kinds else 1.0
     data = [side.detach() for side in draw(9, 0)]
     for rows in (range(6), range(3, 9)):

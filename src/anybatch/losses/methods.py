@@ -106,7 +106,7 @@ class SogCLR(SoftmaxLoss):
         u_i  = v_i / exp(s_ip / tau)
         loss = mean_i log(eps + u_i)
         gradient weight of negative j, in s_ij / tau:    exp((s_ij - s_ip) / tau) / (k (eps + u_i))
-                    and of the positive, in s_ip / tau:  -u_i / (eps + u_i)
+                    and of the positive, in s_ip / tau:  minus their sum, or -u_i / (eps + u_i)
 
     in the log domain; k are the candidates but the positive, of which masked ones add nothing. With normalised
     log-weights (mined batches) the mean is the weighted sum. The published loss is tau times this; with a fixed
@@ -123,9 +123,10 @@ class SogCLR(SoftmaxLoss):
         eps: Added to u_i; None for 1 / (n - 1), the full-data InfoNCE; 0 is SogCLR's own objective.
         state: "absolute" as above, released for images. "relative", released for two modalities: the moving average is
             of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
-        positive: "exact" as above, released for images. "batch", released for two modalities: minus the sum of what the
-            batch's negatives receive, noisier, and balanced also where u_i is stale. None for "exact" beside an
-            absolute state, "batch" beside a relative one. docs/methods.md says which trained better.
+        positive: "batch", released for two modalities: minus the sum of what the batch's negatives receive, balanced
+            also where u_i is stale. "exact", released for images: -u_i / (eps + u_i), less noisy where embeddings stand
+            still. None for what trained better (docs/methods.md): exact beside an absolute state with a learned
+            temperature, else of the batch.
         sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
 
@@ -149,7 +150,7 @@ class SogCLR(SoftmaxLoss):
         Images without labels, the released loss for two views: each view against all others of both views, one state
         an image.
 
-        >>> images = SogCLR(1000, gamma=0.9, eps=0.0, temperature=0.1)
+        >>> images = SogCLR(1000, gamma=0.9, eps=0.0, positive="exact", temperature=0.1)
         >>> first, second = torch.randn(2, 8, 16, requires_grad=True)
         >>> index = torch.arange(8).repeat(2)  # an image's other view is its positive, and no negative
         >>> images(torch.cat([first, second]), torch.cat([second, first]), index=index).backward()
@@ -170,14 +171,15 @@ class SogCLR(SoftmaxLoss):
         sharded: bool = False,
         **scoring: Unpack[OneTemperature],
     ) -> None:
+        learned = self.scoring(scoring)["learnable_temperature"]
         running = RunningDenominator(
             num_rows,
             self.num_directions(scoring),
             gamma=gamma,
             eps=eps,
             state=state,
-            positive=positive,
-            moving=self.scoring(scoring)["learnable_temperature"],
+            positive=positive if learned or positive is not None else "batch",
+            moving=learned,
             sharded=sharded,
         )
         super().__init__(None, running, **scoring)
