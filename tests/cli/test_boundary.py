@@ -206,6 +206,18 @@ def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]
     }
 
 
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(main, monkeypatch):
+    """Spinning threads made the demo five times slower on a machine with other work; torch reads this when loaded."""
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert main("--help")[0] == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert main("--help")[0] == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    code = "import sys, anybatch.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_mistakes_end_with_code_2_and_one_message(main, tiny_model_folder, pairs_file, tmp_path):
     (tmp_path / "empty").mkdir()
     wrong = {}
