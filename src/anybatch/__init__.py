@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from anybatch.core.errors import AnybatchError as AnybatchError
     from anybatch.data import sample as sample
     from anybatch.data.pairs import PairData as PairData
-    from anybatch.data.pairs import read_pairs as read_pairs
+    from anybatch.data.reading import read_pairs as read_pairs
     from anybatch.evaluation.retrieval import retrieval_metrics as retrieval_metrics
     from anybatch.losses import CountCorrectedInfoNCE as CountCorrectedInfoNCE
     from anybatch.losses import DecoupledInfoNCE as DecoupledInfoNCE
@@ -37,7 +37,7 @@ _HOME = {
     "SogCLR": "losses",
     "cached_step": "caching",
     "mine_plan": "mining",
-    "read_pairs": "data.pairs",
+    "read_pairs": "data.reading",
     "retrieval_metrics": "evaluation.retrieval",
 }
 __all__ = [*sorted(_HOME), "sample"]

@@ -253,7 +253,7 @@ def test_mistakes_end_with_code_2_and_one_message(main, tiny_model_folder, pairs
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "Memory ran out"),
         (AssertionError("Torch not compiled with CUDA enabled"), 2, "model.device"),
         (RuntimeError("No CUDA GPUs are available"), 2, "model.device"),
-        (ModuleNotFoundError("No module named 'PIL'", name="PIL"), 2, "pip install 'anybatch[images]'"),
+        (ModuleNotFoundError("No module named 'PIL'", name="PIL"), 2, "pip install 'anybatch[vision]'"),
         (ModuleNotFoundError("No module named 'einops'", name="einops.layers"), 2, "pip install einops"),
         (
             KeyboardInterrupt(),

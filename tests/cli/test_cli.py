@@ -345,7 +345,14 @@ class TestMistakes:
         for option in ("--limit", "--anchor", "--positive"):
             self.refuse(f"Got {option}.* and --retrieval", "evaluate", model, *retrieval, option, "5")
         for option in (retrieval, ("--split", "x")):
-            self.refuse(f"Got --data.* and {option[0]}", "evaluate", model, "--data", str(pairs_file), *option)
+            self.refuse(
+                r"Got --data and --retrieval|Got --split and --data \(pairs\)",
+                "evaluate",
+                model,
+                "--data",
+                str(pairs_file),
+                *option,
+            )
         output = tmp_path / "nowhere" / "figures.json"
         self.refuse("There is no folder", "evaluate", "no-model", "--data", str(pairs_file), "--output", str(output))
 

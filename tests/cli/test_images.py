@@ -97,7 +97,7 @@ def test_paths_in_a_file(clip_folder, tmp_path):
         for row in range(20):
             (tmp_path / "files" / f"{row}.png").write_bytes(image(row))
             file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
-    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.images=[image]")
+    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run")
     run("mine", *given, "--teacher", str(clip_folder))
     assert np.load(tmp_path / "run" / "teacher_anchor.npy").shape == (20, 16)
 
@@ -141,18 +141,18 @@ def test_files_of_images_are_named_to_every_verb(clip_folder, tmp_path):
             (tmp_path / "files" / f"{row}.png").write_bytes(image(row))
             file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
     columns = ["--data", str(tmp_path / "pairs.jsonl"), "--anchor", "image", "--positive", "caption"]
-    run("evaluate", str(clip_folder), *columns, "--image", "image", "--output", str(tmp_path / "images.json"))
+    run("evaluate", str(clip_folder), *columns, "--images", str(tmp_path), "--output", str(tmp_path / "images.json"))
     run("evaluate", str(clip_folder), *columns, "--output", str(tmp_path / "found.json"))
-    run("evaluate", str(clip_folder), *columns, "--image", "", "--output", str(tmp_path / "names.json"))
+    run("evaluate", str(clip_folder), *columns, "--images", "", "--output", str(tmp_path / "names.json"))
     images, found, names = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("images", "found", "names")
     )
     assert found == images  # paths of files that exist are images, also where nobody says so
     assert names != images
-    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run", "data.images=[image]")
-    run("mine", *given, "--teacher", str(clip_folder))
+    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run")
+    run("mine", *given, "--images", str(tmp_path), "--teacher", str(clip_folder))
     shutil.copy(tmp_path / "run" / "plan.safetensors", tmp_path / "copy.safetensors")
-    run("inspect", "plan", str(tmp_path / "copy.safetensors"), *columns, "--image", "image")
+    run("inspect", "plan", str(tmp_path / "copy.safetensors"), *columns, "--images", str(tmp_path))
 
 
 def test_images_as_hard_negatives(saved, clip_folder, tmp_path):

@@ -25,6 +25,7 @@ class Inner(Configuration):
     names: tuple[str, ...] = ()
     limit: int | None = None
     flag: bool = False
+    free: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +184,7 @@ def fits(hint: Any, value: object) -> bool:
         bool: isinstance(value, bool),
         str: isinstance(value, str) and value.isprintable(),
         type(None): value is None,
+        dict[str, Any]: value == {},
     }[hint]
 
 
@@ -217,6 +219,22 @@ def test_differences_name_the_keys():
     old, new = Outer(path="x"), Outer(path="x", size=9, inner=Inner(kind="two"))
     assert differences(old, new) == ["size: 8 -> 9", "inner.kind: 'one' -> 'two'"]
     assert differences(old, old) == []
+
+
+def test_free_mappings(tmp_path):
+    free = {"rank": 8, "parts": ("a", "b"), "deep": {"on": True, "rate": 0.5, "none": None}}
+    config = Outer(path="x", inner=Inner(free=free))
+    path = tmp_path / "written.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(Outer, path) == config
+    assert config.inner.free == free | {"parts": ["a", "b"]}
+    assert load_config(Outer, path, ["inner.free.rank=4"]).inner.free["rank"] == 4
+    less = Outer(path="x", inner=Inner(free={"rank": 8, "parts": ["a"], "deep": {"on": True, "rate": 0.5}}))
+    assert differences(config, less) == ["inner.free.parts: ['a', 'b'] -> ['a']"]
+    assert differences(config, Outer(path="x"))[0] == "inner.free.rank: 8 -> None"
+    for wrong in (8, ["rank"], {3: 1}, {"rank": np.float32(1)}, {"rank": {1, 2}}):
+        with pytest.raises(AnybatchError, match=r"free is .*; expected a mapping such as {key: value}, or nothing"):
+            Inner(free=wrong)  # pyright: ignore
 
 
 def test_words_beside_numbers():

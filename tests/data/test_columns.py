@@ -11,8 +11,9 @@ import pytest
 from anybatch.core.errors import AnybatchError
 from anybatch.data.columns import choose_columns
 from anybatch.data.images import ImageColumn
-from anybatch.data.pairs import find_sets, read_pairs
+from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import read_retrieval
+from anybatch.data.sets import find_sets
 from tests.images import image
 
 
@@ -115,11 +116,12 @@ def test_lists_of_several_positives_and_of_varying_negatives(tmp_path, said):
     data = read_pairs(write(tmp_path / "p.jsonl", rows))
     assert (data.anchors, data.positives) == (["a", "a", "b"], ["p", "q", "r"])
     assert data.anchor_id.tolist() == [0, 0, 1]  # so that they are no negatives of each other
-    assert data.negatives == (["n1", "n1", "m1"], ["n2", "n2", "m2"])
+    assert data.negatives == (["n1", "n1", "m1"], ["n2", "n2", "m2"], ["n3", "n3", None])
+    assert data.negative_id[:, 2].tolist() == [data.negative_id[0, 2], data.negative_id[0, 2], -1]
     info, warning = said()
     assert "1 rows have several positives, which are pairs of their own" in info
-    assert "'neg' has 2 to 3 texts a row" in warning
-    assert "the first 2, so that 2 of 8 texts are not used" in warning
+    assert "'neg' holds 2 to 3 texts a row" in info
+    assert warning == ""
     with pytest.raises(AnybatchError, match="holds lists of several texts"):
         read_pairs(write(tmp_path / "q.jsonl", [{"anchor": ["a", "b"], "positive": "p"}]))
 
@@ -129,20 +131,28 @@ def test_lists_of_several_positives_and_of_varying_negatives(tmp_path, said):
 def test_cells_without_a_text_are_never_trained_on(tmp_path, name, cell):
     rows = [{"anchor": f"a{n}", "positive": f"p{n}", "negative": f"n{n}"} for n in range(4)]
     rows[2][name] = cell
+    path = write(tmp_path / "p.jsonl", rows)
+    if name == "negative" and cell not in (["a", 3], 7, {"text": "a"}):  # the row has fewer, or none
+        negative = read_pairs(path).negatives[0][2]
+        assert negative == ("a" if cell == ["a", None] else None)
+        return
     remedy = r"data\.negatives=\[\]" if name == "negative" else "leave the row out"
     with pytest.raises(AnybatchError, match=f"Row 3 .*'{name}' is (empty|.*no text).*{remedy}"):
-        read_pairs(write(tmp_path / "p.jsonl", rows))
-
-
-@pytest.mark.parametrize("first", [1, 3000])
-def test_negatives_in_some_rows_only(tmp_path, first):
-    rows = [
-        {"anchor": f"a{n}", "positive": f"p{n}", **({"negative": "x"} if n >= first else {})} for n in range(first + 2)
-    ]
-    path = write(tmp_path / "p.jsonl", rows)
-    with pytest.raises(AnybatchError, match=r"'negative' .*data\.negatives=\[\]"):
         read_pairs(path)
-    assert len(read_pairs(path, negatives=())) == len(rows)
+
+
+def test_negatives_in_some_rows_only(tmp_path):
+    def rows(first):
+        return [
+            {"anchor": f"a{n}", "positive": f"p{n}", **({"negative": "x"} if n >= first else {})}
+            for n in range(first + 2)
+        ]
+
+    assert read_pairs(write(tmp_path / "p.jsonl", rows(1))).negatives == ([None, "x", "x"],)
+    path = write(tmp_path / "p.jsonl", rows(3000))
+    with pytest.raises(AnybatchError, match=r"'negative' only in rows behind .*data\.negatives=\[\]"):
+        read_pairs(path)
+    assert len(read_pairs(path, negatives=())) == 3002
 
 
 def column(name, values):
@@ -189,7 +199,7 @@ def test_paths_of_images(tmp_path, said):
     rows[1]["anchor"] = "absent.jpeg"
     with pytest.raises(AnybatchError, match=r"'anchor' .*seems to hold paths of images.*absent\.jpeg \(row 2\)"):
         read_pairs(write(tmp_path / "p.jsonl", rows))
-    assert read_pairs(tmp_path / "p.jsonl", images=()).anchors[1] == "absent.jpeg"
+    assert read_pairs(tmp_path / "p.jsonl", images="").anchors[1] == "absent.jpeg"
 
 
 def test_lists_of_images_are_all_used(tmp_path):
@@ -202,7 +212,7 @@ def test_lists_of_images_are_all_used(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("images", [None, ()])
+@pytest.mark.parametrize("images", [None, ""])
 def test_a_few_words_among_paths_of_images_are_doubted(tmp_path, said, images):
     (tmp_path / "0.png").write_bytes(image(0))
     rows = [{"anchor": "no image" if n == 2 else "0.png ", "positive": f"p{n}"} for n in range(5)]

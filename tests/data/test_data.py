@@ -9,8 +9,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs, text_digest
+from anybatch.data.pairs import PairData, PairSet, join_pairs, text_digest
+from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import read_retrieval
+from anybatch.data.sets import find_sets
 
 ROWS = [
     {"q": "first question", "a": "an answer, with a comma", "n": "wrong"},
@@ -215,8 +217,10 @@ def test_several_data_sets_lie_one_after_the_other(tmp_path):
     assert joined.digest != join_pairs([first, second], [replace(one, anchor_prompt="") for one in sets]).digest
     with pytest.raises(AnybatchError, match="called 'one'"):
         join_pairs([first, second], [sets[0], replace(sets[1], name="one")])
-    with pytest.raises(AnybatchError, match=r"0 and 1 columns of negatives.*data\.negatives=\[\]"):
-        join_pairs([first, replace(second, negatives=())], sets)
+    without = join_pairs([first, replace(second, negatives=())], sets)
+    assert without.negatives == (["n", "m", None],)
+    assert without.negative_id.tolist() == [[2], [3], [-1]]
+    assert without.digest not in (joined.digest, join_pairs([first, second], sets).digest)
 
 
 def test_data_sets_of_a_folder(tmp_path):

@@ -17,7 +17,9 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_dis
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import EncodedImage, ImageColumn
 from anybatch.data.inputs import describe, pick
-from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
+from anybatch.data.pairs import PairData, PairSet, join_pairs
+from anybatch.data.reading import read_pairs
+from anybatch.data.sets import find_sets
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.hard_negatives import with_mined_negatives
@@ -87,19 +89,19 @@ def test_parquet_and_paths_give_the_same(pairs, folder, tmp_path, monkeypatch):
             (tmp_path / "files" / f"{row}.png").write_bytes(image(number))
             file.write(json.dumps({"image": f"files/{row}.png", "caption": caption(number)}) + "\n")
     named = {"anchor": "image", "positive": "caption"}
-    paths = read_pairs(tmp_path / "pairs.jsonl", **named, images=["image"])
+    paths = read_pairs(tmp_path / "pairs.jsonl", **named)
     assert paths.digest == pairs.digest
-    assert read_pairs(tmp_path / "pairs.jsonl", **named).digest == pairs.digest  # files that exist need not be declared
-    assert isinstance(read_pairs(tmp_path / "pairs.jsonl", **named, images=()).anchors[0], str)
+    assert isinstance(read_pairs(tmp_path / "pairs.jsonl", **named, images="").anchors[0], str)
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "pairs.jsonl").rename(tmp_path / "elsewhere" / "pairs.jsonl")
+    assert read_pairs(moved, **named, images=tmp_path).digest == pairs.digest
     (tmp_path / "files" / "3.png").unlink()
     with pytest.raises(AnybatchError, match=r"3\.png \(row 4, 'image' of .*No such file"):
-        _ = read_pairs(tmp_path / "pairs.jsonl", **named, images=["image"]).digest
+        _ = paths.digest, list(paths.anchors)
     with pytest.raises(
-        AnybatchError, match=r"'image' .*seems to hold paths.*no file .*3\.png \(row 4\).*data\.images=\[\]"
+        AnybatchError, match=r"'image' .*seems to hold paths.*no file .*3\.png \(row 4\).*data\.images=\"\""
     ):
-        read_pairs(tmp_path / "pairs.jsonl", **named)
-    with pytest.raises(AnybatchError, match="'photo' shall hold images"):
-        read_pairs(tmp_path / "pairs.jsonl", **named, images=["photo"])
+        read_pairs(moved, **named, images=tmp_path)
 
 
 def test_both_sides_and_negatives(tmp_path):
@@ -171,11 +173,13 @@ def test_several_sets(tmp_path):
     prompted = join_pairs(parts, instructed).prompted
     assert isinstance(prompted[0], ImageColumn)
     assert list(prompted[1][3:5]) == [f"find: {caption(3)}", caption(3)]
-    with pytest.raises(AnybatchError, match=r"'two' has an instruction for its anchors .* which are images"):
-        join_pairs(parts, [sets[0], PairSet(name="two", num_rows=6, anchor_prompt="see: ")])
+    beside = join_pairs(parts, [sets[0], PairSet(name="two", num_rows=6, anchor_prompt="see: ")])
+    assert [row.text for row in beside.prompted[0][3:5]] == [None, "see:"]
     swapped = PairData(anchors=parts[1].positives, positives=parts[1].anchors)
-    with pytest.raises(AnybatchError, match="anchor is an image in some data sets and a text in others"):
-        join_pairs([parts[0], swapped], sets)
+    mixed = join_pairs([parts[0], swapped], sets)
+    assert mixed.has_images
+    assert mixed.anchors[3].images[0].encoded == mixed.positives[4].images[0].encoded == image(3)
+    assert mixed.anchors[4].text == caption(3)
 
 
 def test_rows_without_an_image(tmp_path):
@@ -214,7 +218,7 @@ def test_without_pillow(pairs, monkeypatch):
     assert describe(pairs.anchors[0], 0) == "[image, row 0]"
     assert pairs.anchors[0].thumbnail() is None
     for decode in (pairs.to_dataset, pairs.anchors[0].decode):
-        with pytest.raises(AnybatchError, match=r"pip install 'anybatch\[images\]'"):
+        with pytest.raises(AnybatchError, match=r"pip install 'anybatch\[vision\]'"):
             decode()
 
 

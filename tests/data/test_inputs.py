@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL.Image import Image
+from sentence_transformers.base.data_collator import BaseDataCollator
 from sentence_transformers.base.modality import InputFormatter
 
 from anybatch.data.images import EncodedImage, ImageColumn
 from anybatch.data.inputs import MixedColumn, MixedInput, describe, guest_input, pick, row_keys
 from anybatch.data.pairs import PairData
+from anybatch.integrations.sentence_transformers.collating import ImageCollator
 from tests.images import image
 
 FORMATTER = InputFormatter("qwen2_vl", message_format="structured")
@@ -90,6 +92,20 @@ def test_described(column):
     assert describe(column[0], 7) == "[image 20x20, row 7] a cat"
     assert describe(column[1], 7) == "a dog"
     assert describe(column[3], 7) == "[image 24x16, row 7]"
+
+
+def test_as_a_data_set(column, photos):
+    absent = MixedColumn([None, *column.texts[1:]], photos, np.array([[-1, -1], *column.places[1:]]))
+    dataset = PairData(anchors=column, positives=list("abcd"), negatives=(absent,)).to_dataset()
+    assert dataset.column_names == ["anchor", "positive", "negative_1"]
+    assert [row and (row["text"], len(row["image"])) for row in dataset["negative_1"]] == [
+        None, ("a dog ", 0), ("both", 2), (None, 1),
+    ]  # fmt: skip
+    assert dataset[2]["anchor"]["image"][1]["path"].endswith("3.png")
+    collate = ImageCollator(BaseDataCollator(preprocess_fn=lambda values, **_: {"values": values}))
+    batch = collate(list(dataset))
+    assert len(batch["negative_1_pixel_values"].values) == 3
+    assert contents(absent[1:]) == contents(column[1:])
 
 
 def encoded(number):

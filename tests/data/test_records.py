@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.pairs import read_pairs
+from anybatch.data.reading import read_pairs
 from anybatch.data.records import column_names, records
 
 LETTERS = "ab \"',\t\n\r\\[]{}:0é😀\x0b\x0c\x1c\x85\u2028\u2029\ufeff\x00"
@@ -27,7 +27,7 @@ FAST = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], dea
 
 
 def pairs_of(path, **options):
-    data = read_pairs(path, negatives=(), images=(), **options)
+    data = read_pairs(path, negatives=(), images="", **options)
     return list(zip(data.anchors, data.positives, strict=True))
 
 

@@ -214,8 +214,8 @@ def test_hard_negatives_of_the_plan_are_candidates():
     plan = clusters(8, 4, 8, negatives=negatives)
     pairs = FrozenPairs.prepare(anchors, positives, temperature=0.3)
     result = gradient_error(pairs, InfoNCE(temperature=0.3), plan=plan, num_batches=2)
-    rows = [*range(8), *negatives[:, 0], *range(8)]  # the missing ones are the own positives, no negatives
-    allowed = reference.pairs_allowed(8, 24, candidate_id=rows)
+    rows = [*range(8), *negatives[:, 0]]  # without the missing ones
+    allowed = reference.pairs_allowed(8, 16, candidate_id=rows)
     maps = [torch.eye(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     value = reference.infonce(
         torch.tensor(anchors) @ maps[0].T, torch.tensor(positives[rows]) @ maps[1].T, 0.3, allowed
@@ -223,7 +223,7 @@ def test_hard_negatives_of_the_plan_are_candidates():
     with_negatives = parameters(torch.autograd.grad(value, maps), True)
     exact = pairs.full[0][0]
     assert result.bias == pytest.approx(float((with_negatives - exact).norm() / exact.norm()), rel=1e-3)
-    assert result.bias > 0.1
+    assert result.bias > 0.05
 
 
 def test_a_memory_beside_a_naive_one():

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.data_collator import BaseDataCollator
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import EncodedImage
-from anybatch.data.pairs import PairData, read_pairs
+from anybatch.data.inputs import MixedColumn
+from anybatch.data.pairs import PairData
+from anybatch.data.reading import read_pairs
 from anybatch.integrations.sentence_transformers import embed as module
+from anybatch.integrations.sentence_transformers.collating import ImageCollator, UndecodedRows, as_columns, undecoded
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.losses import InfoNCE
@@ -123,3 +127,72 @@ def test_cached_step_equals_the_plain_one(model, pairs, settings):
     for name, parameter in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def trained(model_folder, pairs, output, collate):
+    """The weights after three steps of a user's own Trainer on image-caption pairs."""
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    model = SentenceTransformer(str(model_folder), device="cpu")
+    arguments = SentenceTransformerTrainingArguments(
+        str(output), per_device_train_batch_size=6, max_steps=3, learning_rate=1e-3, use_cpu=True, report_to="none"
+    )
+    loss = CachedLoss(model, InfoNCE(temperature=0.1), micro_batch=2, keep_graphs=0.4)
+    dataset = pairs.to_dataset()
+    dataset = undecoded(dataset) if collate else dataset
+    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)
+    if collate:
+        trainer.data_collator = ImageCollator(trainer.data_collator)
+    trainer.train()
+    return model.state_dict()
+
+
+def test_a_trainer_decodes_by_micro_batch(clip_folder, pairs, tmp_path, monkeypatch):
+    """Dropout is on: the weights are those of decoded batches, to the last bit."""
+    whole = trained(clip_folder, pairs, tmp_path / "whole", collate=False)
+    sizes, decode = [], EncodedImage.decode
+    preprocess = SentenceTransformer.preprocess
+
+    def counted(self, inputs, **settings):
+        sizes.append(len(inputs))
+        return preprocess(self, inputs, **settings)
+
+    seen = []
+    monkeypatch.setattr(EncodedImage, "decode", lambda image: seen.append(image) or decode(image))
+    monkeypatch.setattr(SentenceTransformer, "preprocess", counted)
+    parts = trained(clip_folder, pairs, tmp_path / "parts", collate=True)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert seen
+    assert sizes.count(6) <= 3  # the captions' columns (the last batch of an epoch has one row)
+    assert sizes.count(2) >= 2 * (3 + 2)  # twice three micro-batches, of which two are replayed
+
+
+def test_what_cannot_be_decoded_is_named_in_training(model):
+    rows = [{"bytes": b"no image", "path": "broken.png"}] * 4
+    loss = CachedLoss(model, InfoNCE(temperature=0.1), micro_batch=2)
+    with pytest.raises(AnybatchError, match=r"training set \(broken.png\) cannot be decoded"):
+        loss([{"pixel_values": UndecodedRows(rows)}, dict(model.preprocess(["a dot"] * 4))])
+    missing = [{"bytes": None, "path": "nowhere.png"}] * 4
+    with pytest.raises(AnybatchError, match=r"Cannot read the image nowhere\.png"):
+        loss([{"pixel_values": UndecodedRows(missing)}, dict(model.preprocess(["a dot"] * 4))])
+
+
+def test_columns_of_every_kind_reach_the_model(model, pairs):
+    """Texts as they are, all else by row number; absent negatives are left out, and a column without any."""
+    absent = MixedColumn([None] * 13, pairs.anchors, np.where(np.arange(13) % 3 == 0, np.arange(13), -1)[:, None])
+    dataset, columns = as_columns(
+        PairData(anchors=pairs.anchors, positives=pairs.positives, negatives=(absent,), source="")
+    )
+    assert list(columns) == ["anchor", "negative_1"]
+    assert dataset[3]["positive"] == pairs.positives[3]
+    collate = ImageCollator(BaseDataCollator(preprocess_fn=model.preprocess), columns)
+    batch = collate([dataset[row] for row in (3, 4, 6)])
+    assert [image.encoded for image in batch["anchor_pixel_values"].values] == [
+        pairs.anchors[row].encoded for row in (3, 4, 6)
+    ]
+    assert len(batch["positive_input_ids"]) == 3
+    assert [side.images[0].encoded for side in batch["negative_1_pixel_values"].values] == [
+        pairs.anchors[row].encoded for row in (3, 6)
+    ]
+    assert not any(key.startswith("negative") for key in collate([dataset[4]]))

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.data.pairs import read_pairs
+from anybatch.data.reading import read_pairs
 from anybatch.integrations.sentence_transformers import (
     CachedLoss,
     LossStateCallback,

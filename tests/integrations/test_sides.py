@@ -15,7 +15,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.pairs import PairSet, read_pairs
+from anybatch.data.pairs import PairSet
+from anybatch.data.reading import read_pairs
 from anybatch.integrations.sentence_transformers import CachedLoss, ModelConfig, embed_texts, load_model
 from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
 from anybatch.integrations.sentence_transformers.model import side_inputs, side_prompt, side_task, warn_of_instructions

@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from anybatch.core.errors import AnybatchError
+from anybatch.data.shards import KeyMap
 from anybatch.family import FastCLIP
 from anybatch.losses import InfoNCE
+
+from ..data.test_shards import write_shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
@@ -26,16 +29,16 @@ def recipe() -> dict[str, Any]:
     return names
 
 
-def test_map_from_keys(recipe):
-    keys = [f"{shard:05d}/{number:04d}" for shard in range(3) for number in range(50)]
-    hashes = recipe["make_map"](keys)
-    assert hashes.dtype == np.int64
-    assert sorted(recipe["row_of"](key, hashes) for key in keys) == list(range(150))
-    assert np.array_equal(hashes, recipe["make_map"](keys[::-1]))
-    with pytest.raises(KeyError, match="was not there"):
-        recipe["row_of"]("00009/0000", hashes)
-    with pytest.raises(ValueError, match="one key occurs twice"):
-        recipe["make_map"]([*keys, keys[7]])
+def test_map_from_keys(recipe, tmp_path):
+    """Keys of two shards have the rows in which the command line reads their samples."""
+    for shard, keys in {"a": ["0003", "0001"], "b": ["0002"]}.items():
+        write_shard(tmp_path / f"{shard}.tar", {key: {"txt": f"caption {key}".encode()} for key in keys})
+    made = recipe["key_map"](str(tmp_path / "*.tar"))
+    assert [made.row_of(key) for key in ("0003", "0001", "0002")] == [0, 1, 2]
+    with pytest.raises(AnybatchError, match="no sample '0009'"):
+        made.row_of("0009")
+    with pytest.raises(AnybatchError, match="'0001' occurs twice"):
+        KeyMap(["0001", "0002", "0001"])
 
 
 def features(seed: int) -> list[torch.Tensor]:

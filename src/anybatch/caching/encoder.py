@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.caching.ranks import Wrapped, broadcast_buffers, refuse_wrapper
-from anybatch.caching.rows import RowSlicer
+from anybatch.caching.rows import Rows, rows_of
 from anybatch.caching.state import Generator, Place, RandomState, WrittenState
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
@@ -113,6 +113,7 @@ class ModuleFacts:
         flags: The training flag of every module at or below them.
         wrapped: Every DistributedDataParallel, and every outermost `fully_shard`ed module.
         trained: The parameters that train.
+        image_tokens: Ids that stand for images, as the models' configurations name them.
         generators: Generator objects that encoders and modules visibly hold, or that the methods of their classes name.
         written: What forward passes may write to; nothing is watched where gradients are off.
 
@@ -124,6 +125,7 @@ class ModuleFacts:
         self.given = modules is not None
         self.flags: dict[nn.Module, bool] = {}
         self.visible: dict[int, tuple[nn.Module, ...]] = {}
+        self.image_tokens: set[int] = set()
         self._places: list[Place] = []
         self._frozen: list[Place] = []
         self._generators: dict[int, Generator] = {}
@@ -142,6 +144,9 @@ class ModuleFacts:
                 self.flags[module] = module.training
                 _refuse_batch_statistics(module, path)
                 refuse_wrapper(module)
+                config = getattr(module, "config", None)
+                ids = (getattr(config, key, None) for key in ("image_token_id", "image_token_index"))
+                self.image_tokens.update(number for number in ids if isinstance(number, int))
                 self._add_state(module, path)
                 parts = reversed(module._modules.items())
                 waiting += [(f"{path}.{name}".lstrip("."), part) for name, part in parts if part is not None]
@@ -187,7 +192,7 @@ class Tower:
     """An encoder, its batch, and what the step knows of the modules behind all encoders."""
 
     encode: Encoder
-    slicer: RowSlicer
+    slicer: Rows
     facts: ModuleFacts
 
     @property
@@ -248,11 +253,16 @@ class Tower:
 
 
 def towers_of(
-    encoders: Sequence[Encoder], slicers: Sequence[RowSlicer], modules: Sequence[nn.Module] | None = None
+    encoders: Sequence[Encoder],
+    inputs: Sequence[Any],
+    modules: Sequence[nn.Module] | None = None,
+    *,
+    pad_to_multiple: int | None = None,
 ) -> list[Tower]:
     """The towers of one step."""
     facts = ModuleFacts(encoders, modules)
-    return [Tower(encode, slicer, facts) for encode, slicer in zip(encoders, slicers, strict=True)]
+    rows = [rows_of(batch, pad_to_multiple=pad_to_multiple, image_tokens=facts.image_tokens) for batch in inputs]
+    return [Tower(encode, slicer, facts) for encode, slicer in zip(encoders, rows, strict=True)]
 
 
 def _refuse_batch_statistics(module: nn.Module, path: str) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from anybatch.caching.device_memory import device_of, memory_in_use, parse_memory, total_memory, unless_out_of_memory
 from anybatch.caching.encoder import Tower, parameters_of
-from anybatch.caching.rows import RowSlicer
+from anybatch.caching.rows import Rows
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
@@ -74,7 +74,7 @@ class GraphBudget:
         # Storages that cost nothing more: parameters, and what kept graphs hold. All alive: no address comes twice.
         self._there = _storages(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
-    def will_fit(self, slicer: RowSlicer, rows: Tensor) -> bool:
+    def will_fit(self, slicer: Rows, rows: Tensor) -> bool:
         """Whether the graph of these rows fits beside what is kept and one working set; no before a measurement."""
         per_token = self.bytes_per_token
         return per_token is not None and self._fits(int(per_token * slicer.padded_tokens(rows)))
@@ -93,7 +93,7 @@ class GraphBudget:
         self.leaves = max(self.leaves, leaf_bytes(outputs, self.num_rows * distributed.world_size()))
 
     @contextlib.contextmanager
-    def measure(self, slicer: RowSlicer, rows: Tensor) -> Iterator[None]:
+    def measure(self, slicer: Rows, rows: Tensor) -> Iterator[None]:
         """Count the bytes that autograd saves inside."""
         sizes: dict[int, int] = {}
 
@@ -213,10 +213,11 @@ class StepMemory:
                 'micro_batch="auto" tries rows on each rank alone, and a sharded encoder (fully_shard) runs '
                 "on all ranks together. Give micro_batch or max_tokens a number."
             )
-        lengths = tower.slicer.lengths
-        length = 1 if lengths is None else int(lengths.max())
+        costs = tower.slicer.costs
+        length = 1 if costs is None else int(costs.max())
         # A function may be made anew for every step, its modules are not. One model may take texts and images.
-        key = (tower.visible or tower.modules or (tower.encode,), lengths is None)
+        kind = "rows" if costs is None else "tokens" if tower.slicer.patches is None else "patches"
+        key = (tower.visible or tower.modules or (tower.encode,), kind)
         known = self._found.get(key)
         if known is None or length > known[0]:
             known = self._found[key] = length, self._probe(tower, num_rows)
@@ -226,8 +227,8 @@ class StepMemory:
         # 1. The longest row, and the longest two, with a graph.
         slicer = tower.slicer
         order = torch.arange(slicer.num_rows)
-        if slicer.lengths is not None:
-            order = torch.sort(slicer.lengths, descending=True, stable=True).indices
+        if slicer.costs is not None:
+            order = torch.sort(slicer.costs, descending=True, stable=True).indices
         one, leaves = graph_bytes(tower, order[:1], num_rows)
         two, _ = graph_bytes(tower, order[:2], num_rows)
         if one is None:
@@ -236,7 +237,7 @@ class StepMemory:
         if two is None:
             return tokens
         # 2. What there is room for.
-        slope = (two - one) / tokens if len(order) > 1 else one / tokens
+        slope = (two - one) / max(1, slicer.padded_tokens(order[:2]) - tokens) if len(order) > 1 else one / tokens
         fixed = max(0.0, one - slope * tokens)
         device = device_of([*tower.modules, slicer.inputs])
         limit = parse_memory(self.memory, total_memory(device))

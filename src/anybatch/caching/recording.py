@@ -19,7 +19,6 @@ from anybatch.caching.encoder import Encoder, Tower, towers_of
 from anybatch.caching.memory import NO_ROOM, GraphBudget, StepMemory
 from anybatch.caching.ranks import Wrapped, no_reduction, refuse_hidden_wrappers, same_number_on_all_ranks
 from anybatch.caching.row_check import refuse_neighbours, settle_trimming
-from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import check_limits, count_kept, plan_micro_batches
 from anybatch.caching.state import AutocastState, RandomState
 from anybatch.core.errors import AnybatchError
@@ -138,11 +137,10 @@ def record_towers(
     check_limits(
         micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs, pad_to_multiple=pad_to_multiple
     )
-    slicers = [RowSlicer(batch, pad_to_multiple=pad_to_multiple) for batch in inputs]
-    if not all(slicer.num_rows for slicer in slicers):
+    towers = towers_of(encoders, inputs, modules, pad_to_multiple=pad_to_multiple)
+    if not all(tower.slicer.num_rows for tower in towers):
         raise AnybatchError("The batch has no rows; skip the step.")
-    num_rows = sum(slicer.num_rows for slicer in slicers)
-    towers = towers_of(encoders, slicers, modules)
+    num_rows = sum(tower.slicer.num_rows for tower in towers)
     step_memory, budget = memory if isinstance(memory, StepMemory) else StepMemory(memory), None
     if keep_graphs == "auto":
         budget, keep_graphs = step_memory.next_step(towers[0].facts.modules, inputs, num_rows=num_rows), 0
@@ -152,6 +150,7 @@ def record_towers(
         with _recording(tower) as called:
             # 2. The micro-batches: no padding beyond what the encoder needs, sizes that memory has room for.
             settle_trimming(tower)
+            tower.slicer = tower.slicer.settled()
             rows, tokens = step_memory.limits(tower, micro_batch, max_tokens, num_rows=num_rows)
             plan = plan_micro_batches(tower.slicer, micro_batch=rows, max_tokens=tokens, sort_by_length=sort_by_length)
             if tower.sharded:
@@ -212,6 +211,8 @@ class _Recorder:
 
     def _record_next(self) -> None:
         rows, budget, slicer, written = self.queue.popleft(), self.budget, self.tower.slicer, self.tower.facts.written
+        if self.queue:
+            slicer.prepare(self.queue[0])
         before, there = self.random, written.snapshot()
         # 1. One forward pass. Until an output needs a gradient a graph is asked for: it costs nothing where nothing
         #    trains, and tells so. In an encoder's first step always, and dropped: what it keeps for later passes

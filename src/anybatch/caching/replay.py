@@ -179,6 +179,8 @@ def _replay_next(
             if piece.random is not None:
                 piece.random.restore()
                 tower.facts.written.restore(piece.written)
+            if queue and queue[0].outputs is None:
+                tower.slicer.prepare(queue[0].rows)
             outputs, error = unless_out_of_memory(partial(tower.embed, piece.rows))
             if outputs is None:
                 _split(recording, queue, piece, error)

@@ -73,7 +73,7 @@ def settle_trimming(tower: Tower) -> None:
         trim = _constant_in_some_mode(passes, lambda: _harmless_trim(passes, *padded))
         if trim is not None:
             _remember(answers, key, trim)
-    tower.slicer.trim_to("trailing" if trim is None else trim)
+    tower.slicer.trim_to(tower.slicer.untested_trim if trim is None else trim)
 
 
 def refuse_neighbours(tower: Tower, micro_batches: Sequence[Tensor]) -> bool:

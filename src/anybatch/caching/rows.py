@@ -10,8 +10,9 @@ import copy
 import dataclasses
 import enum
 import numbers
+from abc import abstractmethod
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.caching.spans import (
-    COUNTS,
-    GRIDS,
-    MASK,
-    PIXELS,
-    Pieces,
-    Spans,
-    Trim,
-    has_mask,
-    is_bag,
-    pieces_of,
-    spans_of,
-)
+from anybatch.caching.pieces import COUNTS, GRIDS, PIXELS, Pieces, is_bag, pieces_of
+from anybatch.caching.spans import MASK, Spans, Trim, has_mask, spans_of
 from anybatch.core.errors import AnybatchError
 
 _FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
@@ -58,14 +48,73 @@ class Shared:
     value: Any
 
 
-class RowSlicer:
+class Rows:
+    """Abstract: a batch of which any subset of rows can be taken.
+
+    Attributes:
+        inputs: What its form is known from.
+        num_rows: B.
+        lengths: `(B,)` int64 on the CPU, the tokens a row needs, rounded up (summed over nested mappings), or None
+            where nothing tells.
+        patches: `(B,)` int64, what the row's images cost beside its tokens, in tokens: patches of a grid, else one per
+            256 pixels. None without images, or without lengths.
+        images: Whether the rows are images, which cost the same each.
+        trim: Which padding is cut.
+
+    Example:
+        >>> rows_of({"ids": torch.arange(3)}).num_rows
+        3
+    """
+
+    inputs: Any
+    num_rows: int
+    lengths: Tensor | None
+    patches: Tensor | None
+    images: bool
+    trim: Trim
+    untested_trim: Trim = "trailing"  # where no passes can tell what an encoder depends on
+    pad_to_multiple: int | None = None
+    image_tokens: Collection[int] = ()
+
+    @abstractmethod
+    def take(self, rows: Tensor) -> Any:
+        """The rows `rows` `(b,)` int64 (on the CPU) of the batch, in that order, trimmed."""
+
+    @abstractmethod
+    def trim_to(self, trim: Trim) -> None:
+        """Cut the padding of both ends, the trailing one (and the leading where positions are given), or none."""
+
+    @property
+    @abstractmethod
+    def padded(self) -> tuple[Tensor, bool] | None:
+        """The two rows `(2,)` with the fewest tokens and whether padding leads in them; None where no row is padded."""
+
+    def prepare(self, rows: Tensor) -> None:
+        """These rows are taken next."""
+
+    def settled(self) -> Rows:
+        """The rows, now that it is known which padding is cut."""
+        return self
+
+    @property
+    def costs(self) -> Tensor | None:
+        """(B,) tokens and patches of each row; None where there are no lengths."""
+        return self.lengths if self.patches is None or self.lengths is None else self.lengths + self.patches
+
+    def padded_tokens(self, rows: Tensor) -> int:
+        """Of a micro-batch, patches of its images included; rows, where there are no lengths."""
+        padded = len(rows) * (1 if self.lengths is None else max(1, int(self.lengths[rows].max())))
+        return padded if self.patches is None else padded + int(self.patches[rows].sum())
+
+
+class RowSlicer(Rows):
     """Reads the shape of a batch once, then hands out any subset of its rows.
 
     In a mapping, tensors, arrays, lists and tuples with B entries are cut; numbers, words, None and zero-dimensional
     tensors go to every micro-batch, and so does what is wrapped in `Shared`. Two forms without one entry per row are
     known: words one after the other with `offsets` `(B,)`, as an embedding bag takes them, and images or videos counted
-    by image (`image_grid_thw` with flattened `pixel_values`, or `pixel_values` alone), with `num_images_per_sample`
-    `(B,)`. Anything else is refused by its name.
+    by image (`image_grid_thw` with flattened `pixel_values`, or `pixel_values` alone), where `num_images_per_sample`
+    `(B,)` or the tokens of images say whose they are. Anything else is refused by its name.
 
     Trailing columns are cut where no chosen row has a token: with a two-dimensional `attention_mask` `(B, T)`,
     sequences known by their name lose the columns past the last one in which the mask, or a boolean tensor among them,
@@ -78,12 +127,7 @@ class RowSlicer:
             with one item per row. A tuple (or list) of tensors of several dtypes and equal length holds columns.
         pad_to_multiple: Widths are rounded up to multiples of it: columns are cut, or added behind with a mask of 0. It
             should divide the encoder's longest input. None: the longest row's.
-
-    Attributes:
-        num_rows: B.
-        lengths: `(B,)` int64 on the CPU, the tokens a row needs, rounded up (summed over nested mappings), or None
-            where nothing tells.
-        images: Whether the rows are images, which cost the same each.
+        image_tokens: Ids that stand for images, where no count per row is given.
 
     Raises:
         AnybatchError: What is neither cut nor shared, by its key; flattened (unpadded) sequences; nothing to cut at
@@ -95,11 +139,12 @@ class RowSlicer:
         tensor([[7]])
     """
 
-    def __init__(self, inputs: Any, *, pad_to_multiple: int | None = None) -> None:
+    def __init__(self, inputs: Any, *, pad_to_multiple: int | None = None, image_tokens: Collection[int] = ()) -> None:
         if pad_to_multiple is not None and pad_to_multiple < 1:
             raise AnybatchError(f"pad_to_multiple is {pad_to_multiple}; expected at least 1, such as 32, or None.")
         self.inputs = inputs
         self.pad_to_multiple = pad_to_multiple
+        self.image_tokens = image_tokens
         self.num_rows = _count_rows(inputs)
         self._spans: dict[_Path, Spans] = {}
         self._pieces: dict[_Path, Pieces] = {}
@@ -108,21 +153,25 @@ class RowSlicer:
         self.trim_to("trailing")
         pixels = isinstance(inputs, Mapping) and PIXELS in inputs and not has_mask(inputs)
         self.images = pixels and self.lengths is None
-        if pad_to_multiple is not None and not self._spans and not self.images:
+        if pad_to_multiple is not None and not self._spans and not pixels:
             raise AnybatchError(
                 f"pad_to_multiple is {pad_to_multiple}, but {NO_LENGTHS}. Pad in the tokenizer instead."
             )
 
     def trim_to(self, trim: Trim) -> None:
-        """Cut the padding of both ends, the trailing one (and the leading where positions are given), or none."""
-        self.trim: Trim = trim
+        """See `Rows.trim_to`."""
+        self.trim = trim
         parts = [spans.lengths(trim) for spans in self._spans.values()]
         parts += [pieces.sizes for path, pieces in self._pieces.items() if path[-1] == "offsets"]
-        self.lengths: Tensor | None = torch.stack(parts).sum(dim=0) if parts else None
+        grids = [pieces for path, pieces in self._pieces.items() if path[-1] in GRIDS]
+        parts += [torch.zeros_like(pieces.sizes) for pieces in grids]  # their patches have a number all the same
+        self.lengths = torch.stack(parts).sum(dim=0) if parts else None
+        costs = [(pieces.sizes * pieces.cost).ceil().long() for pieces in self._pieces.values() if pieces.cost]
+        self.patches = torch.stack(costs).sum(dim=0) if parts and costs else None
 
     @property
     def padded(self) -> tuple[Tensor, bool] | None:
-        """The two rows `(2,)` with the fewest tokens and whether padding leads in them; None where no row is padded."""
+        """See `Rows.padded`."""
         lengths = [spans.lengths("both") for spans in self._spans.values()]
         widths = [spans.lengths("none") for spans in self._spans.values()]
         if not lengths or all(map(torch.equal, lengths, widths)):
@@ -130,12 +179,8 @@ class RowSlicer:
         rows = torch.sort(torch.stack(lengths).sum(dim=0), stable=True).indices[:2]
         return rows, any(bool(spans.first[rows].any()) and not spans.positions for spans in self._spans.values())
 
-    def padded_tokens(self, rows: Tensor) -> int:
-        """Of a micro-batch; rows, where there are no lengths."""
-        return len(rows) * (1 if self.lengths is None else max(1, int(self.lengths[rows].max())))
-
     def take(self, rows: Tensor) -> Any:
-        """The rows `rows` `(b,)` int64 (on the CPU) of the batch, in that order, trimmed."""
+        """See `Rows.take`."""
         return self._take(self.inputs, rows, (), None)
 
     def _take(self, value: Any, rows: Tensor, path: _Path, window: tuple[int, int, int] | None) -> Any:
@@ -154,7 +199,7 @@ class RowSlicer:
             taken = {key: self._take(item, rows, (*path, str(key)), here) for key, item in columns.items()}
             # A micro-batch without images has no keys of theirs, as if its processor had seen none.
             pieces = {key: self._pieces.get((*path, str(key))) for key in columns} if self._pieces else {}
-            empty = [key for key, part in pieces.items() if part is not None and part.optional and not len(taken[key])]
+            empty = [key for key, part in pieces.items() if part is not None and part.absent(rows)]
             return _rebuilt(value, {key: item for key, item in taken.items() if key not in empty}, dropped=empty)
         if _is_list(value) and not _goes_whole(value, path):
             items = [value[row] for row in rows.tolist()]
@@ -210,8 +255,15 @@ class RowSlicer:
                     f"{name} holds {key!r}: caching cuts by rows, and cannot cut flattened (unpadded) sequences. Use a "
                     "collator that pads; the padding is trimmed for every micro-batch."
                 )
-        self._pieces |= {(*path, key): part for key, part in pieces_of(columns, self.num_rows, name).items()}
-        spans = spans_of(columns, self.num_rows, self.pad_to_multiple or 1)
+        positions = columns.get("position_ids")
+        if isinstance(positions, Tensor) and positions.ndim > 2:
+            raise AnybatchError(
+                f"{name} holds position_ids of shape {tuple(positions.shape)}; positions of several axes are not cut "
+                "by rows. Leave them out; the model computes them from input_ids, masks and grids."
+            )
+        pieces = pieces_of(columns, self.num_rows, name, self.image_tokens)
+        self._pieces |= {(*path, key): part for key, part in pieces.items()}
+        spans = spans_of(columns, self.num_rows, self.pad_to_multiple or 1, pieces)
         if spans is not None:
             self._spans[path] = spans
             if self.pad_to_multiple is not None:
@@ -226,6 +278,16 @@ class RowSlicer:
             if isinstance(ids, Tensor) and ids.shape == mask.shape:
                 padded = ids[mask == 0]
                 self._padding[*path, key] = int(padded[0]) if len(padded) else 0
+
+
+def rows_of(inputs: Any, *, pad_to_multiple: int | None = None, image_tokens: Collection[int] = ()) -> Rows:
+    """A batch as rows; what is one already is told the settings it still lacks."""
+    if isinstance(inputs, RowSlicer):
+        return inputs
+    if isinstance(inputs, Rows):
+        inputs.pad_to_multiple, inputs.image_tokens = pad_to_multiple, image_tokens
+        return inputs
+    return RowSlicer(inputs, pad_to_multiple=pad_to_multiple, image_tokens=image_tokens)
 
 
 def _columns(value: Any) -> Mapping[str, Any] | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.caching.rows import NO_LENGTHS, RowSlicer
+from anybatch.caching.rows import NO_LENGTHS, rows_of
 from anybatch.core.errors import AnybatchError
 
 
@@ -22,13 +22,14 @@ def plan_micro_batches(
     """Split the rows of a batch into micro-batches, the longest rows first; int64 on the CPU, every row exactly once.
 
     A micro-batch is closed when it has `micro_batch` rows, or when another row would take `rows * longest row` (its
-    padded tokens) past `max_tokens`; a single longer row still gets one of its own. Rows of equal length keep their
-    order. Where there are no lengths the order is kept, and images are limited by `micro_batch` alone.
+    padded tokens) and the patches of its images past `max_tokens`; a single longer row still gets one of its own. Rows
+    of equal length keep their order. Where there are no lengths the order is kept, and images are limited by
+    `micro_batch` alone.
 
     Raises:
         AnybatchError: No limit given, a limit below one, or `max_tokens` for inputs of which nothing tells the lengths.
     """
-    slicer = inputs if isinstance(inputs, RowSlicer) else RowSlicer(inputs)
+    slicer = rows_of(inputs)
     check_limits(micro_batch=micro_batch, max_tokens=max_tokens)
     lengths = slicer.lengths
     if max_tokens is not None and lengths is None and not (slicer.images and micro_batch is not None):
@@ -40,15 +41,17 @@ def plan_micro_batches(
     if sort_by_length:
         order = torch.sort(lengths, descending=True, stable=True).indices
     sizes: list[int] = []
-    longest = count = 0
-    for length in lengths[order].tolist():
+    longest = count = visual = 0
+    patches = [0] * len(order) if slicer.patches is None else slicer.patches[order].tolist()
+    for length, of_images in zip(lengths[order].tolist(), patches):
         wider = max(longest, length)
         full = micro_batch is not None and count == micro_batch
-        heavy = max_tokens is not None and count > 0 and wider * (count + 1) > max_tokens
+        tokens = wider * (count + 1) + visual + of_images
+        heavy = max_tokens is not None and count > 0 and tokens > max_tokens
         if full or heavy:
             sizes.append(count)
-            wider, count = length, 0
-        longest, count = wider, count + 1
+            wider, count, visual = length, 0, 0
+        longest, count, visual = wider, count + 1, visual + of_images
     return list(order.split([*sizes, count])) if count else []
 
 

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from anybatch.cli.options import AnchorOption, DataOption, ImageOption, LimitOption, PositiveOption, check_new
+from anybatch.cli.options import AnchorOption, DataOption, ImagesOption, LimitOption, PositiveOption, check_new
 from anybatch.cli.progress import Bars, show
 from anybatch.core.errors import AnybatchError
+
+if TYPE_CHECKING:
+    from anybatch.run.read_data import HeldOut
+
+# What --data and the others name: in words, and the options that it has.
+KINDS = {
+    "retrieval": ("--retrieval (a retrieval set)", ("retrieval", "split", "quoting")),
+    "labelled": ("--labelled (images with classes, told by others)", ("data", "labelled", "anchor", "limit")),
+    "template": (
+        "--template (images with classes, told by their names)",
+        ("data", "template", "class_names", "anchor", "limit"),
+    ),
+    "candidates": ("--data (queries with candidates of their own)", ("data", "images", "recipe")),
+    "data": ("--data (pairs)", ("data", "anchor", "positive", "images", "limit", "quoting")),
+}
 
 
 def command(
@@ -20,7 +35,23 @@ def command(
     data: DataOption = None,
     anchor: AnchorOption = None,
     positive: PositiveOption = None,
-    image: ImageOption = None,
+    images: ImagesOption = None,
+    labelled: Annotated[
+        str | None,
+        typer.Option(help="Images with classes (folders, or a column 'label') from which those of --data are told."),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Tell the classes of the images of --data by their names: such as "a photo of a {}.". Repeatable.'
+        ),
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="For --template: a YAML file with the name of each class, label: name.")
+    ] = None,
+    recipe: Annotated[
+        Literal["b3"] | None, typer.Option(help="b3: MMEB's candidates with the prompts that B3 trains with.")
+    ] = None,
     limit: LimitOption = None,
     retrieval: Annotated[
         tuple[str, str, str] | None,
@@ -42,37 +73,77 @@ def command(
         Path | None, typer.Option(help="Also write the figures to this JSON file; it must be new.")
     ] = None,
 ) -> None:
-    """Measure a model: recall, MRR and nDCG on held-out pairs or on a retrieval set."""
+    """Measure a model: recall, MRR, nDCG on held-out pairs or a retrieval set; classes of images; hit@1 on MMEB."""
     from anybatch.core.files import write_text
-    from anybatch.data.pairs import read_pairs
-    from anybatch.data.retrieval import read_retrieval
     from anybatch.insight.tables import metrics_table
     from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
     from anybatch.run.evaluate_model import evaluate_model
 
     check_new(output, "--output")
-    of_pairs = {"--data": data, "--anchor": anchor, "--positive": positive, "--image": image, "--limit": limit}
-    of_retrieval = {"--retrieval": retrieval, "--split": split}
-    given = [[name for name, value in kind.items() if value is not None] for kind in (of_pairs, of_retrieval)]
-    if all(given):
-        raise AnybatchError(
-            f"Got {given[0][0]}, which belongs to pairs, and {given[1][0]}, which belongs to a retrieval set. Give "
-            f"pairs ({', '.join(of_pairs)}) or a retrieval set ({', '.join(of_retrieval)})."
-        )
-    if data is not None:
-        images = None if image is None else [name for name in image if name]
-        held_out = read_pairs(
-            data, anchor=anchor, positive=positive, negatives=(), images=images, quoting=quoting, limit=limit
-        )
-    elif retrieval is not None:
-        held_out = read_retrieval(*retrieval, split=split, quoting=quoting)
-    else:
-        raise AnybatchError("Nothing to measure on: give --data, or --retrieval with its three files.")
+    held_out = _held_out(
+        data=data,
+        anchor=anchor,
+        positive=positive,
+        images=images,
+        labelled=labelled,
+        template=template,
+        class_names=class_names,
+        recipe=recipe,
+        limit=limit,
+        retrieval=retrieval,
+        split=split,
+        quoting=quoting,
+    )
     loaded = load_model(
         ModelConfig(name=model, max_length=max_length, anchor_prompt=anchor_prompt, positive_prompt=positive_prompt)
     )
     with Bars() as bars:
         metrics = evaluate_model(loaded, held_out, progress=bars)
-    show(metrics_table({Path(model).name or model: metrics}))
+    name, by_task = Path(model).name or model, "hit@1 "
+    tasks = {key.removeprefix(by_task): {"hit@1": hit} for key, hit in metrics.items() if key.startswith(by_task)}
+    show(metrics_table({**tasks, ("mean" if tasks else name): metrics}))
     if output is not None:
         write_text(output, json.dumps(metrics, indent=2))
+
+
+def _held_out(**options: Any) -> HeldOut:
+    """The data to measure on, of the kind that the options name; options of another kind are refused."""
+    from anybatch.core.yaml_files import read_yaml
+    from anybatch.data.candidates import find_candidates
+    from anybatch.data.reading import read_pairs
+    from anybatch.data.retrieval import read_retrieval
+    from anybatch.run.read_data import read_candidate_sets
+    from anybatch.vision.mmeb import TASKS
+    from anybatch.vision.read_images import LabelledImages, NamedClasses, prompts_of, read_images
+
+    # 1. The kind, and its options.
+    options = {name: value for name, value in options.items() if value not in (None, [])}
+    kind = next((name for name in ("retrieval", "labelled", "template", "data") if name in options), None)
+    anchor, limit = options.get("anchor"), options.get("limit")
+    if kind is None or (kind != "retrieval" and "data" not in options):
+        raise AnybatchError("Nothing to measure on: give --data, or --retrieval with its three files.")
+    tasks = find_candidates(options["data"]) if kind == "data" else {}
+    what, known = KINDS["candidates" if tasks else kind]
+    unfit = [f"--{name.replace('_', '-')}" for name in options if name not in known]
+    if unfit:
+        fitting = ", ".join(f"--{name.replace('_', '-')}" for name in known)
+        raise AnybatchError(f"Got {unfit[0]} and {what}, which has the options {fitting}. Leave one of them out.")
+
+    # 2. Read it.
+    if kind == "retrieval":
+        return read_retrieval(*options["retrieval"], split=options.get("split"), quoting=options.get("quoting"))
+    if kind == "labelled":
+        learned, test = (
+            read_images(path, column=anchor, limit=limit) for path in (options["labelled"], options["data"])
+        )
+        return LabelledImages(known=learned, test=test)
+    if kind == "template":
+        test = read_images(options["data"], column=anchor, limit=limit)
+        names = read_yaml(options["class_names"]) if "class_names" in options else None
+        return NamedClasses(
+            images=test, prompts=prompts_of(sorted({*test.labels.tolist()}), options["template"], names)
+        )
+    if tasks:
+        prompts = {name: task.target_prompt for name, task in TASKS.items()} if "recipe" in options else {}
+        return read_candidate_sets(tasks, options.get("images"), prompts=prompts)
+    return read_pairs(options.pop("data"), negatives=(), **options)

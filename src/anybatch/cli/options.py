@@ -33,18 +33,31 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", help="Pairs: JSONL(.gz), CSV, TSV, Parquet, a folder of `datasets`, or hf://OWNER/NAME."),
 ]
-AnchorOption = Annotated[str | None, typer.Option("--anchor", help="Name of the anchor column.")]
-PositiveOption = Annotated[str | None, typer.Option("--positive", help="Name of the positive column.")]
+AnchorOption = Annotated[
+    list[str] | None,
+    typer.Option("--anchor", help="Name of the anchor column; twice for a text and its image."),
+]
+PositiveOption = Annotated[
+    list[str] | None, typer.Option("--positive", help="Name of the positive column; twice for a text and its image.")
+]
 NegativeOption = Annotated[
     list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")
 ]
-ImageOption = Annotated[
-    list[str] | None, typer.Option("--image", help='Name of a column with paths of images; "" for none. Repeatable.')
+ImagesOption = Annotated[
+    str | None, typer.Option("--images", help='Folder that paths of images start from; "" where there are none.')
+]
+ViewsOption = Annotated[
+    int | None,
+    typer.Option("--views", help="2: the data are images without labels, of which two random views are made."),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="The contrastive batch, over all processes.")]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A published run's settings where you set none: b3 (B3 on MMEB)."),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
 
 
@@ -59,9 +72,12 @@ class RunOptions:
     anchor: AnchorOption = None
     positive: PositiveOption = None
     negative: NegativeOption = None
+    images: ImagesOption = None
+    views: ViewsOption = None
     model: ModelOption = None
     teacher: TeacherOption = None
     batch_size: BatchSizeOption = None
+    recipe: RecipeOption = None
 
     def resolve(self, *, resume: bool = False, plan: str | None = None) -> RunConfig:
         """The configuration from file, `--set` and short cuts (which win).
@@ -72,7 +88,10 @@ class RunOptions:
         """
         from anybatch.core.yaml_files import load_config
         from anybatch.run.config import RunConfig
+        from anybatch.run.recipes import RECIPES
 
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise AnybatchError(f"--recipe is {self.recipe!r}; expected one of: {', '.join(RECIPES)}.")
         config = resumed(self.output) if resume and self.config is None else self.config
         short_cuts: dict[str, Any] = {
             "output": self.output,
@@ -80,6 +99,8 @@ class RunOptions:
             "data.anchor": self.anchor,
             "data.positive": self.positive,
             "data.negatives": self.negative,
+            "data.images": self.images,
+            "data.views": self.views,
             "model.name": self.model,
             "teacher.name": self.teacher,
             "batch_size": self.batch_size,
@@ -90,7 +111,7 @@ class RunOptions:
             if value not in (None, []):
                 text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
                 overrides.append(f"{key}={text}")
-        return load_config(RunConfig, config, overrides)
+        return load_config(RunConfig, config, overrides, RECIPES[self.recipe] if self.recipe is not None else dict)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

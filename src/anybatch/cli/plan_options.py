@@ -12,7 +12,7 @@ import typer
 from anybatch.cli.options import (
     AnchorOption,
     DataOption,
-    ImageOption,
+    ImagesOption,
     LimitOption,
     NegativeOption,
     PositiveOption,
@@ -39,7 +39,7 @@ class PlanOptions:
     anchor: AnchorOption = None
     positive: PositiveOption = None
     negative: NegativeOption = None
-    image: ImageOption = None
+    images: ImagesOption = None
     limit: LimitOption = None
     embeddings: Annotated[
         tuple[Path, Path] | None,
@@ -86,10 +86,10 @@ class PlanSources:
 
         options, source = self.options, self.config.data if self.config is not None else None
         columns = {
-            "anchor": options.anchor,
-            "positive": options.positive,
+            "anchor": tuple(options.anchor or ()),
+            "positive": tuple(options.positive or ()),
             "negatives": tuple(options.negative or ()),
-            "images": tuple(options.image or ()),
+            "images": options.images,
             "limit": options.limit,
         }
         chosen: dict[str, Any] = {name: value for name, value in columns.items() if value not in (None, ())}
@@ -97,7 +97,7 @@ class PlanSources:
             source = replace(source or DataConfig(path=options.data), path=options.data, sets=(), **chosen)
         elif chosen:
             raise AnybatchError(
-                "--anchor, --positive, --negative, --image and --limit describe the file of --data, which is not "
+                "--anchor, --positive, --negative, --images and --limit describe the file of --data, which is not "
                 "given. Add --data."
             )
         if source is None:
@@ -112,7 +112,7 @@ class PlanSources:
             self.missing.append(f"Texts: {error} Give the data with --data.")
             return None
         if pairs.has_images and find_spec("PIL") is None:
-            self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[images]'")
+            self.missing.append("Images: they need Pillow. Install it with: pip install 'anybatch[vision]'")
         return pairs
 
     def embeddings(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -120,7 +120,9 @@ class PlanSources:
         from anybatch.run.teacher import read_embeddings
 
         given = self.options.embeddings
-        kept = (self.path.with_name("teacher_anchor.npy"), self.path.with_name("teacher_positive.npy"))
+        one_column = self.config is not None and self.config.data.views is not None
+        names = ("teacher_anchor.npy", "teacher_anchor.npy" if one_column else "teacher_positive.npy")
+        kept = tuple(map(self.path.with_name, names))
         files = given or (kept if all(path.exists() for path in kept) else None)
         if files is None and self.config is not None:
             files = self.config.teacher.embeddings
@@ -146,16 +148,18 @@ class PlanSources:
     def frozen(
         self, vectors: tuple[np.ndarray, np.ndarray], pairs: PairData | None, suspects: np.ndarray | None = None
     ) -> FrozenPairs:
-        """The embeddings with the gradient over all data, of one encoder for both sides unless one side is images."""
-        from anybatch.data.images import ImageColumn
+        """The embeddings with the gradient over all data, of one encoder for both sides unless one is texts and one is
+        images.
+        """
+        from anybatch.data.inputs import kind_of
         from anybatch.insight.gradient_error import FrozenPairs
 
-        images = [isinstance(side, ImageColumn) for side in (() if pairs is None else (pairs.anchors, pairs.positives))]
+        kinds = {kind_of(side) for side in (() if pairs is None else (pairs.anchors, pairs.positives))}
         return FrozenPairs.prepare(
             *vectors,
             temperature=self.temperature,
             direction=self.direction,
-            tied=len(set(images)) < 2,
+            tied=kinds != {"text", "image"},
             num_anchors=max(self.options.anchors, FULL),
             suspects=suspects,
             **self.ids(pairs),

@@ -124,7 +124,8 @@ def unknown_key(name: str, key: str, known: Sequence[str]) -> AnybatchError:
 def differences(old: Any, new: Any) -> list[str]:
     """The dotted keys in which two configurations of one kind differ, with both values."""
     before, after = (_flatten(dataclasses.asdict(config)) for config in (old, new))
-    return [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in after.items() if before.get(key) != value]
+    keys = {**after, **before}  # a mapping may have lost some
+    return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 
 
 def convert(hint: Any, value: Any, name: str, *, text: bool = False) -> Any:
@@ -154,13 +155,17 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
         if value is not None and not isinstance(value, Mapping):
             raise AnybatchError(f"'{name}' is a section; got the value {value!r}.")
         return from_mapping(choice, value or {}, name)
+    if origin is dict:  # a free mapping, checked by the library that it is for
+        if not isinstance(value, Mapping):
+            raise TypeError
+        return {_converted(str, key, name, text): _plain(item) for key, item in value.items()}
     if origin is tuple:
         items = [value] if text and isinstance(value, (str, int, float)) else value
         if not isinstance(items, (list, tuple)) or (arguments[-1] is not ... and len(items) != len(arguments)):
             raise TypeError
         return tuple(convert(arguments[0], item, f"{name}[{place}]", text=text) for place, item in enumerate(items))
     if origin is typing.Literal or choice in (bool, type(None)):
-        allowed = isinstance(value, str) and value in arguments if origin else isinstance(value, choice)
+        allowed = type(value) in (str, int) and value in arguments if origin else isinstance(value, choice)
         if not allowed:
             raise TypeError
         return value
@@ -178,6 +183,17 @@ def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
     return number
 
 
+def _plain(value: Any) -> Any:
+    """A value of a free mapping as YAML writes it. Raises TypeError for what YAML cannot say."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise TypeError
+    return value
+
+
 def _choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
@@ -191,6 +207,8 @@ def _expected(hint: Any) -> str:
             words.append(f"{_expected(arguments[0])} {arguments[1]}")
         elif origin is typing.Literal:
             words.append(("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments)))
+        elif origin is dict:
+            words.append("a mapping such as {key: value}")
         elif origin is tuple and arguments[-1] is not ...:
             number = {2: "two", 3: "three"}.get(len(arguments), len(arguments))
             words.append(f"{number} {'texts' if arguments[0] is str else 'numbers'}")

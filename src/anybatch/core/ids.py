@@ -46,16 +46,16 @@ def as_integers(
     return values
 
 
-def as_ids(name: str, values: np.ndarray | Tensor) -> np.ndarray:
-    """Ids of rows as int64, 0 or more; else an AnybatchError."""
+def as_ids(name: str, values: np.ndarray | Tensor, *, low: int = 0) -> np.ndarray:
+    """Ids of rows as int64, `low` or more; else an AnybatchError."""
     ids = np.asarray(values)
     if ids.dtype.kind not in "iu":
         raise AnybatchError(
             f"{name} is {ids.dtype} of shape {ids.shape}; expected integers, equal for identical texts."
         )
     ids = ids.astype(np.int64)
-    if ids.size and int(ids.min()) < 0:
-        raise AnybatchError(f"{name} goes down to {int(ids.min())}; expected 0 or more.")
+    if ids.size and int(ids.min()) < low:
+        raise AnybatchError(f"{name} goes down to {int(ids.min())}; expected {low} or more.")
     return ids
 
 

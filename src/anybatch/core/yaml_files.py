@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,24 +15,35 @@ from anybatch.core.errors import AnybatchError
 T = TypeVar("T")
 
 
-def load_config(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win."""
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-        except OSError as error:
-            message = f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
-            raise AnybatchError(message) from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such date, nested too deeply
-            raise AnybatchError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise AnybatchError(
-                f"{path} holds a {type(tree).__name__}; expected sections such as 'data:' and 'model:'."
-            )
+def load_config(
+    kind: type[T],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> T:
+    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win.
+
+    `complete` is given both together, as nested dictionaries, and may add what they leave open.
+    """
+    tree = {} if path is None else read_yaml(path)
     for override in overrides:
         _apply(tree, override)
-    return from_mapping(kind, tree)
+    return from_mapping(kind, complete(tree))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except OSError as error:
+        raise AnybatchError(
+            f"Cannot read the configuration {path}: {error.strerror}. Check the path given to --config."
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such date, nested too deeply
+        raise AnybatchError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise AnybatchError(f"{path} holds a {type(tree).__name__}; expected sections such as 'data:' and 'model:'.")
+    return tree
 
 
 def to_yaml(config: Any) -> str:

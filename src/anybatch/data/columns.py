@@ -1,73 +1,98 @@
-"""Which columns of a file are used for what: conventional names, the texts of a cell, doubts about the choice."""
+"""Which columns of a file are used for what: conventional names, the cells of a side, doubts about the choice."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.records import listed, no_column
 
 logger = logging.getLogger("anybatch")
 
-# Anchor and positive as sentence-transformers' data sets, FlagEmbedding, BEIR and MS MARCO name them, the most telling
-# first.
+# Anchor and positive as sentence-transformers' data sets, FlagEmbedding, BEIR, MS MARCO and MMEB name them, the most
+# telling first.
 CONVENTIONS = (
     ("anchor", "positive"),
     *(("query", name) for name in ("positive", "pos", "document", "passage", "answer", "response")),
     *(("question", name) for name in ("answer", "positive")),
     ("sentence1", "sentence2"),
     ("text1", "text2"),
+    ("qry", "pos"),
 )
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_?\d+)?", re.IGNORECASE)
 IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)\s*$", re.IGNORECASE)
 NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?\s*")
 NO_TEXTS = frozenset(("None", "none", "nan", "NaN", "null", "NULL", "<NA>", "\\N"))
-Cell = str | list[str]
+# Of one side: "qry" and "qry_image_path", "pos_text" and "pos_image_path".
+PART = re.compile(r"(?P<side>.+?)((?P<image>_(image|img)s?(_paths?)?)|_text)?", re.IGNORECASE)
+Cell = str | list[str] | None
 FEW = 0.02  # distinct texts per row, below which a column looks like labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The columns in use.
+    """The columns in use: of each side one or several, a text and images beside it.
 
-    >>> choose_columns(["id", "query", "pos", "neg"], None, None, None, "pairs.jsonl").names
-    ['query', 'pos', 'neg']
+    Attributes:
+        anchor, positive: Their columns.
+        negatives: Those of each explicit negative.
+        supposed: Columns that nobody named, which belong to a side if they hold images.
+
+    >>> chosen = choose_columns(["qry", "qry_image_path", "pos_text", "neg"], None, None, None, "pairs.parquet")
+    >>> chosen.anchor, chosen.positive, chosen.negatives
+    (('qry', 'qry_image_path'), ('pos_text',), (('neg',),))
     """
 
-    anchor: str
-    positive: str
-    negatives: tuple[str, ...]
+    anchor: tuple[str, ...]
+    positive: tuple[str, ...]
+    negatives: tuple[tuple[str, ...], ...]
+    supposed: frozenset[str] = frozenset()
+
+    @property
+    def sides(self) -> tuple[tuple[str, ...], ...]:
+        """Anchor, positive, negatives."""
+        return (self.anchor, self.positive, *self.negatives)
 
     @property
     def names(self) -> list[str]:
-        """All of them."""
-        return [self.anchor, self.positive, *self.negatives]
+        """All columns."""
+        return [name for side in self.sides for name in side]
+
+    def without(self, names: Collection[str]) -> Chosen:
+        """Without these columns."""
+        anchor, positive, *negatives = (tuple(name for name in side if name not in names) for side in self.sides)
+        return Chosen(anchor=anchor, positive=positive, negatives=tuple(filter(None, negatives)))
 
 
 def choose_columns(
-    present: Sequence[str], anchor: str | None, positive: str | None, negatives: Sequence[str] | None, where: str
+    present: Sequence[str],
+    anchor: Sequence[str] | str | None,
+    positive: Sequence[str] | str | None,
+    negatives: Sequence[str] | None,
+    where: str,
 ) -> Chosen:
     """The columns of a file that were named; where none was, the first of `CONVENTIONS` that is present, in small
     letters or others, and as negatives all that are called negative, neg_1, hard_negative_2 and the like, by their
-    numbers.
+    numbers. Beside a column that nobody named go those of its side's images, such as query_image and pos_image_path.
     """
-    for name in (anchor, positive, *(negatives or ())):
-        if name is not None and name not in present:
+    given = [(name,) if isinstance(name, str) else tuple(name or ()) for name in (anchor, positive)]
+    for name in (*given[0], *given[1], *(negatives or ())):
+        if name not in present:
             raise no_column(name, present, where)
-    written = {name.strip().lower(): name for name in present} | {name: name for name in present}  # "Query" is a query
-    pairs = [
-        (anchor or written.get(first, first), positive or written.get(second, second)) for first, second in CONVENTIONS
-    ]
-    usable = (pair for pair in pairs if set(pair) <= set(present) and ((anchor and positive) or pair[0] != pair[1]))
-    chosen = next(usable, None)
+    # 1. Anchor and positive.
+    grouped = _sides_of([name for name in present if name not in given[0] + given[1]])
+    sides = {side.strip().lower(): side for side in reversed(grouped)} | {side: side for side in grouped}
+    pairs = [(given[0] or sides.get(first), given[1] or sides.get(second)) for first, second in CONVENTIONS]
+    chosen = next((pair for pair in pairs if all(pair) and ((given[0] and given[1]) or pair[0] != pair[1])), None)
     if chosen is None:
-        for name in dict.fromkeys(pairs[0]):  # what a slip of the pen is nearest to
-            if name not in present and (anchor or positive or {"anchor", "positive"} & set(written)):
+        for name, named in zip(CONVENTIONS[0], given, strict=True):  # what a slip of the pen is nearest to
+            if not named and name not in sides and (any(given) or set(CONVENTIONS[0]) & set(sides)):
                 raise no_column(name, present, where)
         separator = re.search(r"[;|\t,]", present[0]) if len(present) == 1 else None
         hint = separator and f", one column with {separator[0]!r} in its name: .csv wants commas, .tsv tabs"
@@ -75,24 +100,55 @@ def choose_columns(
             f"Cannot tell anchor and positive in {where}; it has {listed(present)}{hint or ''}. "
             "Name the columns: data.anchor (--anchor) and data.positive (--positive)."
         )
+    both = [grouped[side] if isinstance(side, str) else side for side in chosen if side is not None]
+    # 2. Explicit negatives.
     if negatives is None:
-        named = [name for name in present if NEGATIVE.fullmatch(name.strip()) and name not in chosen]
-        negatives = sorted(named, key=lambda name: int(re.sub(r"\D", "", name) or 0))
-    result = Chosen(anchor=chosen[0], positive=chosen[1], negatives=tuple(negatives))
+        others = [side for side in grouped if NEGATIVE.fullmatch(side.strip()) and grouped[side] not in both]
+        of_negatives = [grouped[side] for side in sorted(others, key=lambda side: int(re.sub(r"\D", "", side) or 0))]
+    else:
+        of_negatives = list(_sides_of(negatives).values())
+    named = {*given[0], *given[1], *(negatives or ())}
+    result = Chosen(
+        anchor=both[0],
+        positive=both[1],
+        negatives=tuple(of_negatives),
+        supposed=frozenset(name for side in (*both, *of_negatives) for name in side[1:] if name not in named),
+    )
     if len(set(result.names)) < len(result.names):
         raise AnybatchError(f"The columns {', '.join(result.names)} name one column twice; expected different ones.")
     return result
 
 
-def cell_of(record: Mapping[str, Any], name: str, row: int, where: str, *, negative: bool = False) -> Cell:
-    """The text of one cell, or its texts if it holds a list of several; anything else is refused."""
+def _sides_of(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The columns that belong together, a text before images, by the name of their side."""
+    texts: dict[str, list[str]] = {}
+    images: dict[str, list[str]] = {}
+    known = set(names)
+    for name in names:
+        part = PART.fullmatch(name)
+        side = name if part is None or (not part["image"] and part["side"] in known) else part["side"]
+        (images if part is not None and part["image"] else texts).setdefault(side, []).append(name)
+    return {side: (*texts.get(side, ()), *images.get(side, ())) for side in texts | images}
+
+
+def cell_of(
+    record: Mapping[str, Any], name: str, row: int, where: str, *, optional: bool = False, negative: bool = False
+) -> Cell:
+    """The text of one cell, or its texts if it holds a list of several; anything else is refused.
+
+    `optional`: there may be none, or empty ones in a list, which then are "". Of a list of none comes None.
+    """
     value = record.get(name)
     if isinstance(value, str) and value.strip():
         return value
-    if name not in record and not negative:
+    if name not in record and not optional:
         raise no_column(name, list(record), f"row {row} of {where}")
     texts: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
-    bad = [text for text in texts if not isinstance(text, str) or not text.strip()]
+    if optional:
+        texts = ["" if text is None or (isinstance(text, str) and not text.strip()) else text for text in texts]
+    bad = [text for text in texts if not isinstance(text, str) or not (optional or text.strip())]
+    if not bad and optional and not any(texts):
+        return None
     if texts and not bad:
         return texts[0] if len(texts) == 1 else texts
     empty = not bad or bad[0] is None or isinstance(bad[0], str)
@@ -104,52 +160,52 @@ def cell_of(record: Mapping[str, Any], name: str, row: int, where: str, *, negat
 
 
 def spread(
-    cells: Mapping[str, Sequence[Cell]], chosen: Chosen, where: str
-) -> tuple[dict[str, list[list[str]]], list[str]]:
-    """One text a cell: several positives of a row are pairs of their own, several negatives are columns.
+    sides: Mapping[str, Sequence[Any]], anchor: str, positive: str, where: str
+) -> tuple[dict[str, list[list[Any]]], np.ndarray | None, list[str]]:
+    """One text (or other content) a cell: several positives of a row are pairs of their own, several negatives are
+    columns, in which a row that has fewer has None.
 
-    Returns the columns of texts of each name, one or (of negatives) several; and remarks on what was made of lists.
+    Args:
+        sides: The cells of each side in row order: one content, a list of several, or None for no negative.
+        anchor, positive: Which of the sides they are; one that is not among them has one content a row.
+
+    Returns:
+        The columns of each side, one or (of negatives) several; the rows that the pairs are of, None for all, each
+        once; and remarks on what was made of lists.
     """
     remarks: list[str] = []
     lists = {
-        name: [[cell] if isinstance(cell, str) else cell for cell in column]
-        for name, column in cells.items()
-        if any(isinstance(cell, list) for cell in column)
+        name: [[] if cell is None else cell if isinstance(cell, list) else [cell] for cell in column]
+        for name, column in sides.items()
+        if any(cell is None or isinstance(cell, list) for cell in column)
     }
-    if chosen.anchor in lists:
-        raise AnybatchError(f"'{chosen.anchor}' of {where} holds lists of several texts. An anchor is one text.")
-    positives = lists.pop(chosen.positive, None)
+    if anchor in lists:
+        raise AnybatchError(f"'{anchor}' of {where} holds lists of several texts. An anchor is one text.")
+    positives, rows = lists.pop(positive, None), None
     if positives is not None:
-        if len(cells) < len(chosen.names):
-            raise AnybatchError(f"{where}: lists of positives cannot stand beside images. Write one pair a row.")
         several = sum(len(texts) > 1 for texts in positives)
         remarks.append(f"{several} rows have several positives, which are pairs of their own")
         times = [row for row, texts in enumerate(positives) for _ in texts]
-        cells = {name: [column[row] for row in times] for name, column in cells.items()}
-        lists = {name: [rows[row] for row in times] for name, rows in lists.items()}
-        cells[chosen.positive] = [text for texts in positives for text in texts]
-    columns: dict[str, list[Any]] = {name: [column] for name, column in cells.items()}
-    for name, rows in lists.items():
-        widths = [len(row) for row in rows]
-        fewest, most, total = min(widths), max(widths), sum(widths)
-        columns[name] = [[row[place] for row in rows] for place in range(fewest)]
+        sides = {name: [column[row] for row in times] for name, column in sides.items()}
+        lists = {name: [of_rows[row] for row in times] for name, of_rows in lists.items()}
+        sides[positive] = [text for texts in positives for text in texts]
+        rows = np.asarray(times, np.int64)
+    columns: dict[str, list[Any]] = {name: [column] for name, column in sides.items()}
+    for name, of_rows in lists.items():
+        widths = [len(row) for row in of_rows]
+        fewest, most = min(widths), max(widths)
+        columns[name] = [[row[place] if place < len(row) else None for row in of_rows] for place in range(most)]
         remarks.append(f"'{name}' holds {'' if most == fewest else f'{fewest} to '}{most} texts a row")
-        if most > fewest:
-            logger.warning(
-                "%s: '%s' has %d to %d texts a row, and a batch needs as many of each row: the first %d, so that "
-                "%d of %d texts are not used. Give each row the same number to use all.",
-                where, name, fewest, most, fewest, total - fewest * len(widths), total,
-            )  # fmt: skip
-    return columns, remarks
+    return columns, rows, remarks
 
 
 def say_columns(
-    where: str, chosen: Chosen, images: Sequence[str], unused: Sequence[str], num_rows: int, remarks: Sequence[str]
+    where: str, chosen: Chosen, images: Collection[str], unused: Sequence[str], num_rows: int, remarks: Sequence[str]
 ) -> None:
     """One line to the log: which columns are used for what, and which are not."""
 
-    def shown(name: str) -> str:
-        return f"'{name}' (images)" if name in images else f"'{name}'"
+    def shown(side: Sequence[str]) -> str:
+        return " with ".join(f"'{name}' (images)" if name in images else f"'{name}'" for name in side)
 
     negatives = f"negatives {', '.join(map(shown, chosen.negatives))}" if chosen.negatives else "no negatives"
     others = f"not used: {listed(unused)}" if unused else "no other columns"
@@ -157,10 +213,11 @@ def say_columns(
     logger.info("%s: %d pairs; %s.", where, num_rows, "; ".join([uses, others, *remarks]))
 
 
-def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[str]]) -> None:
+def warn_of_columns(where: str, anchor: str, positive: str, columns: Mapping[str, Sequence[str | None]]) -> None:
     """Warn of columns of texts that are hardly meant. One pass over the texts, 0.5 seconds a million."""
-    for name, texts in columns.items():
-        side = {chosen.anchor: "anchor", chosen.positive: "positive"}.get(name, "negative")
+    for name, cells in columns.items():
+        side = {anchor: "anchor", positive: "positive"}.get(name, "negative")
+        texts = [text for text in cells if text is not None]
         distinct = len(set(texts))
         doubt = None
         if distinct == 1 < len(texts):
@@ -177,32 +234,24 @@ def warn_of_columns(where: str, chosen: Chosen, columns: Mapping[str, Sequence[s
             doubt = f"{words} of {len(texts)} {side}s are words such as None or nan, and are taken as texts"
         if doubt is not None:
             logger.warning("%s, column '%s': %s. Is it the right column, and is it filled?", where, name, doubt)
-    if chosen.anchor in columns and chosen.positive in columns:
-        anchors, positives = columns[chosen.anchor], columns[chosen.positive]
+    if anchor in columns and positive in columns:
+        anchors, positives = columns[anchor], columns[positive]
         equal = sum(anchor == positive for anchor, positive in zip(anchors, positives, strict=True))
         if equal > len(anchors) / 2:
             logger.warning(
                 "%s: in %d of %d rows '%s' and '%s' are the same text, from which nothing is learned. Are they the "
                 "right columns?",
-                where, equal, len(anchors), chosen.anchor, chosen.positive,
+                where, equal, len(anchors), anchor, positive,
             )  # fmt: skip
 
 
-def are_image_paths(name: str, texts: Sequence[str], folder: Path, where: str) -> bool:
-    """Whether all texts are names of image files, which then must exist. Warns where most are."""
+def are_image_paths(name: str, texts: Sequence[str], where: str) -> bool:
+    """Whether all texts are names of image files. Warns where most are."""
     paths = sum(IMAGE.search(text[-9:]) is not None for text in texts)
-    if paths < len(texts):
-        if paths > len(texts) / 2:
-            logger.warning(
-                "%s, column '%s': %d of %d texts look like paths of images, and all are taken as texts. If they are "
-                "images: data.images=[%s], and leave out the rows without.",
-                where, name, paths, len(texts), name,
-            )  # fmt: skip
-        return False
-    for row, text in enumerate(texts, start=1):
-        if not (folder / text).is_file():
-            raise AnybatchError(
-                f"'{name}' of {where} seems to hold paths of images, and there is no file {folder / text} (row {row}). "
-                "Put the files there, or say that these are texts: data.images=[]"
-            )
-    return True
+    if len(texts) / 2 < paths < len(texts):
+        logger.warning(
+            "%s, column '%s': %d of %d texts look like paths of images, and all are taken as texts. If they are "
+            "images, give the files such names, and leave out the rows without.",
+            where, name, paths, len(texts),
+        )  # fmt: skip
+    return 0 < paths == len(texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.records import image_dataset
+from anybatch.data.shards import read_part
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +35,7 @@ class EncodedImage:
     >>> EncodedImage(encoded=b"no image", where="row 3, 'photo' of pairs.csv").size  # None where it is no image
     """
 
-    encoded: bytes
+    encoded: bytes = field(repr=False)
     where: str
 
     def decode(self) -> Image:
@@ -128,7 +129,7 @@ class ImageColumn(Sequence[EncodedImage]):
         files = [{"bytes": None, "path": str(folder / path)} for path in paths]
         stored = {"bytes": Value("binary"), "path": Value("string")}  # made as an Image, it would need Pillow
         dataset = Dataset.from_dict({NAME: files}, features=Features({NAME: stored}))
-        return cls(dataset.cast(Features({NAME: Feature(decode=False)})), where, rows, source)
+        return cls(dataset.cast_column(NAME, Feature(decode=False)), where, rows, source)
 
     @classmethod
     def join(cls, columns: Sequence[ImageColumn]) -> ImageColumn:
@@ -151,6 +152,13 @@ class ImageColumn(Sequence[EncodedImage]):
     def where(self) -> str:
         """File and column; of several all of them."""
         return ", ".join(self.files)
+
+    @property
+    def absent(self) -> np.ndarray:
+        """(n,) bool: rows that hold nothing. No image is read."""
+        missing = np.asarray(self.dataset.data.column(NAME).is_null())
+        indices = self.dataset._indices
+        return missing if indices is None else missing[np.asarray(indices.column(0))]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -206,7 +214,7 @@ class ImageColumn(Sequence[EncodedImage]):
         encoded, path = (value or {}).get("bytes"), (value or {}).get("path")
         if encoded is None and path:
             try:
-                encoded = Path(path).read_bytes()
+                encoded = read_part(path)
             except OSError as error:
                 raise AnybatchError(
                     f"Cannot read the image {path} ({where}): {error.strerror or error}. Put it back, or leave the row "
@@ -239,5 +247,5 @@ def _need_pillow() -> None:
         import PIL  # noqa: F401
     except ImportError as error:
         raise AnybatchError(
-            "Images have to be decoded here, which needs Pillow. Install it with: pip install 'anybatch[images]'"
+            "Images have to be decoded here, which needs Pillow. Install it with: pip install 'anybatch[vision]'"
         ) from error

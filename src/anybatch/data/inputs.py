@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from anybatch.data.images import KEY, EncodedImage, ImageColumn
+from anybatch.data.images import KEY, NAME, EncodedImage, ImageColumn
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from PIL.Image import Image
 
 PLACEHOLDER = re.compile(r"<\|image_\d+\|>\s*")  # where an image stands in a text of MMEB
@@ -36,10 +37,12 @@ class MixedInput:
 class MixedColumn(Sequence[MixedInput]):
     """Sides in row order, each with a text, images, or both. Images stay in their files; slices are columns again.
 
+    Of explicit negatives a row may have neither; None is there then.
+
     Args:
         texts: One a row; None for none.
         images: The images of all rows, each once, in any order; None for none at all.
-        places: (n, k) int: which of them a row has, in its order, and -1 behind the last.
+        places: (n, k) int: which of them a row has, in its order; -1 for none.
 
     >>> from pathlib import Path
     >>> photos = ImageColumn.of_paths(["a.png", "b.png"], Path("photos"), "'photo' of pairs.csv")
@@ -52,7 +55,7 @@ class MixedColumn(Sequence[MixedInput]):
         self.texts, self.images, self.places = texts, images, places
 
     @classmethod
-    def of(cls, column: Column) -> MixedColumn:
+    def of(cls, column: NegativeColumn) -> MixedColumn:
         """Any column as a mixed one."""
         if isinstance(column, MixedColumn):
             return column
@@ -110,20 +113,41 @@ class MixedColumn(Sequence[MixedInput]):
             return self.select(np.arange(*index.indices(len(self))))
         places = [int(place) for place in self.places[index] if place != NONE]
         images = tuple(self.images[place] for place in places) if self.images is not None else ()
+        if self.texts[index] is None and not images:
+            return None  # pyright: ignore[reportReturnType] - of negatives alone, which say so by their type
         return MixedInput(text=self.texts[index], images=images)
 
     def __iter__(self) -> Iterator[MixedInput]:
         return (self[row] for row in range(len(self)))
 
     def select(self, rows: np.ndarray) -> MixedColumn:
-        """These rows, in this order."""
-        return MixedColumn([self.texts[int(row)] for row in rows], self.images, self.places[rows])
+        """These rows, in this order; nothing in the place of a row -1."""
+        texts = [self.texts[row] if row >= 0 else None for row in rows.tolist()]
+        return MixedColumn(texts, self.images, np.where(rows[:, None] < 0, NONE, self.places[rows]))
+
+    def records(self, name: str) -> Dataset:
+        """A data set with the column `name` of {"text", "image"}, the second a list, as it is stored; None for nothing.
+
+        Cost: the bytes of images that are stored in a data set lie in memory; files do not.
+        """
+        from datasets import Dataset, Features, Value
+        from datasets import Image as Feature
+
+        def images(places: np.ndarray) -> list[Any]:
+            return [self.images.dataset[int(place)][NAME] for place in places if place != NONE] if self.images else []
+
+        rows = [
+            {"text": text, "image": images(places)} if has else None
+            for text, places, has in zip(self.texts, self.places, self.has_text | self.has_images, strict=True)
+        ]
+        both = {"text": Value("string"), "image": [Feature(decode=False)]}
+        return Dataset.from_dict({name: rows}, features=Features({name: both}))
 
     def instructed(self, prompts: Sequence[str]) -> MixedColumn:
         """See the function of this name."""
         texts = [
-            text and prompt + text if text is not None else prompt.strip() or None
-            for prompt, text in zip(prompts, self.texts, strict=True)
+            prompt + text if text is not None else (prompt.strip() or None if has_images else None)
+            for prompt, text, has_images in zip(prompts, self.texts, self.has_images, strict=True)
         ]
         return MixedColumn(texts, self.images, self.places)
 
@@ -141,9 +165,10 @@ class MixedColumn(Sequence[MixedInput]):
 
 
 Column = Sequence[str] | ImageColumn | MixedColumn  # of a `PairData`
+NegativeColumn = Column | Sequence[str | None]  # None, or a mixed row without content: no negative
 
 
-def row_keys(column: Column, *, stripped: bool = False) -> Iterator[bytes]:
+def row_keys(column: Column | NegativeColumn, *, stripped: bool = False) -> Iterator[bytes]:
     """What stands for each row in a digest of the data: the text, the digests of the images' bytes, or both.
 
     `stripped`: for ids, of which those of texts that differ in the white space at their ends are the same.
@@ -152,21 +177,41 @@ def row_keys(column: Column, *, stripped: bool = False) -> Iterator[bytes]:
         return column.row_keys(stripped=stripped)
     if isinstance(column, ImageColumn):
         return (b"image " + key.tobytes() for key in column.keys)
-    return ((text.strip() if stripped else text).encode() for text in column)
+    return (ABSENT if text is None else (text.strip() if stripped else text).encode() for text in column)
 
 
-def pick(column: Column, rows: np.ndarray) -> Column:
-    """These rows of a column, in this order; of images without reading them."""
+def pick(column: NegativeColumn, rows: np.ndarray) -> Any:
+    """These rows of a column, in this order, nothing in the place of a row -1; of images without reading them."""
+    if isinstance(column, ImageColumn) and rows.min(initial=0) < 0:
+        return MixedColumn.of(column).select(rows)
     if isinstance(column, (ImageColumn, MixedColumn)):
         return column.select(rows)
-    return [column[int(row)] for row in rows]
+    return [column[row] if row >= 0 else None for row in rows.tolist()]
 
 
-def instructed(column: Column, prompts: Sequence[str]) -> Column:
+def join_columns(columns: Sequence[NegativeColumn]) -> Any:
+    """Several columns, one after the other: a mixed one where they are of different kinds."""
+    if all(isinstance(column, ImageColumn) for column in columns):
+        return ImageColumn.join(columns)  # pyright: ignore[reportArgumentType]
+    if any(isinstance(column, (ImageColumn, MixedColumn)) for column in columns):
+        return MixedColumn.join([MixedColumn.of(column) for column in columns])
+    return [text for column in columns for text in column]
+
+
+def instructed(column: NegativeColumn, prompts: Sequence[str]) -> Any:
     """A column with a text before each row's own; where there is an image alone it is the text."""
     if isinstance(column, (ImageColumn, MixedColumn)):
         return MixedColumn.of(column).instructed(prompts) if any(prompts) else column
-    return list(map(str.__add__, prompts, column))
+    return [text and prompt + text for prompt, text in zip(prompts, column, strict=True)]
+
+
+def kind_of(column: Column) -> Literal["text", "image", "both"]:
+    """What its rows hold: all a text, all an image alone, or else."""
+    if not isinstance(column, MixedColumn):
+        return "image" if isinstance(column, ImageColumn) else "text"
+    if not column.has_images.any():
+        return "text"
+    return "both" if column.has_text.any() else "image"
 
 
 def describe(value: str | EncodedImage | MixedInput, row: int) -> str:

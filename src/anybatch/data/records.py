@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 from anybatch.core.errors import AnybatchError
+from anybatch.data.shards import tar_dataset
 
 logger = logging.getLogger("anybatch")
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".tar")
 FORMATS = (
-    ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, a folder saved by datasets' save_to_disk, or "
-    "hf://OWNER/NAME of the Hugging Face hub"
+    ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, .tar (webdataset), a folder saved by datasets' "
+    "save_to_disk, or hf://OWNER/NAME of the Hugging Face hub"
 )
 Quoting = Literal["standard", "raw"]
 PEEK = 1000  # rows of a JSON file whose keys say what columns it has
@@ -103,7 +104,7 @@ def _kind(path: Path) -> str:
         raise AnybatchError(f"Cannot tell the format of {path} from its name. Expected {FORMATS}.")
     if path.stat().st_size == 0:
         raise AnybatchError(f"{path} is empty (0 bytes). Expected {FORMATS}.")
-    return kind
+    return "dataset" if kind == ".tar" else kind
 
 
 def _open(path: Path, newline: str | None = None) -> IO[str]:
@@ -279,6 +280,8 @@ def _load_dataset(path: Path) -> Any:
 
     if path.parts[0] == "hf:":
         return _load_from_hub(*path.parts[1:5])
+    if path.is_file():
+        return tar_dataset(path)
     try:
         dataset = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:

@@ -6,18 +6,23 @@ The command line calls it.
 from __future__ import annotations
 
 import contextlib
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.verify import Verification, verify
 from anybatch.integrations.sentence_transformers.model import load_model
+from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.run.config import RunConfig
 from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
 from anybatch.run.try_step import first_inputs
+from anybatch.vision.views import KEYS, both_ways
 
 
 def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
@@ -50,6 +55,13 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     table = RowTable(pairs.anchor_id, pairs.positive_id, negative_id=pairs.negative_id).to(model.device)
     index = torch.arange(rows, device=model.device)
     loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device).train()
+    encode, of_batch = partial(_embedding, model), loss
+    if config.data.views is not None:
+        views = TwoViewLoss(model, loss)
+        views.step = 0
+        [column] = views.prepared(inputs[:1], index)
+        inputs = [{**column, KEYS: key[:, None]} for key in column[KEYS].unbind(dim=1)]  # each view a column
+        encode, of_batch, index = views.encode, _OfViews(loss), index.repeat(2)
     wanted = config.train.micro_batch
     most = max(1, rows // 4)
     precision = (
@@ -58,12 +70,27 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     try:
         with precision:
             return verify(
-                lambda batch: model(batch)["sentence_embedding"],
+                encode,
                 inputs,
-                loss,
+                of_batch,
                 micro_batch=most if wanted == "auto" else min(wanted, most),
                 loss_kwargs=table.arguments(index, num_negatives=len(pairs.negatives)),
                 modules=[model],
             )
     except AnybatchError as error:  # what the cached step refuses is the diagnosis
         return Verification.refused(str(error))
+
+
+def _embedding(model: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
+    return model(batch)["sentence_embedding"]
+
+
+class _OfViews(torch.nn.Module):
+    """A loss of two views, whose state is put back between the two ways."""
+
+    def __init__(self, loss: torch.nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, first: Tensor, second: Tensor, **known: Any) -> Tensor:
+        return self.loss(*both_ways(first, second), **known)

@@ -267,9 +267,9 @@ def _table(pairs: FrozenPairs, plan: BatchPlan, **settings: Any) -> tuple[RowTab
     ids = pairs.anchor_id.numpy(), pairs.positive_id.numpy()
     if plan.negatives is None or not plan.negatives_per_row:
         return RowTable(*ids, plan=plan, **settings), None
-    own = np.arange(len(pairs))[:, None]  # for a missing one: the own positive, which is no negative
-    rows = np.where(plan.negatives < 0, own, plan.negatives).astype(np.int64)
-    return RowTable(*ids, negative_id=ids[1][rows], plan=plan, **settings), torch.from_numpy(rows)
+    rows = plan.negatives.astype(np.int64)  # -1 where one is missing
+    negative_id = np.where(rows < 0, -1, ids[1][rows])
+    return RowTable(*ids, negative_id=negative_id, plan=plan, **settings), torch.from_numpy(rows)
 
 
 def _batches(plan: BatchPlan) -> Iterator[Tensor]:
@@ -283,7 +283,8 @@ def _batch_gradient(
 ) -> Tensor:
     """(P,) the gradient of the loss of one batch; `negatives` (n, h) rows whose positives are candidates too."""
     per_row = 0 if negatives is None else negatives.shape[1]
-    rows = batch if negatives is None else torch.cat([batch, negatives[batch].T.reshape(-1)])
+    explicit = batch[:0] if negatives is None else negatives[batch].T.reshape(-1)
+    rows = torch.cat([batch, explicit[explicit >= 0]])
     leaves = pairs.anchors[batch].requires_grad_(), pairs.positives[rows].requires_grad_()
     value = loss(*leaves, **table.arguments(batch, num_negatives=per_row))
     gradients = torch.autograd.grad(value, leaves)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from anybatch.data.images import EncodedImage
-from anybatch.data.inputs import describe
+from anybatch.data.inputs import MixedInput, describe
 from anybatch.insight.pages import render
 
 if TYPE_CHECKING:
@@ -80,9 +80,14 @@ class Texts:
     def _show(self, side: str, row: int) -> str | Markup:
         if self.pairs is None:
             return ""
-        value: str | EncodedImage = getattr(self.pairs, side)[row]
+        return self._shown(getattr(self.pairs, side)[row], row)
+
+    def _shown(self, value: str | EncodedImage | MixedInput, row: int) -> str | Markup:
         if isinstance(value, str):
             return value if len(value) <= TEXT_LENGTH else value[:TEXT_LENGTH].rstrip() + " …"
+        if isinstance(value, MixedInput):
+            parts = [*value.images, *(() if value.text is None else (value.text,))]
+            return Markup(" ").join(self._shown(part, row) for part in parts)
         name, thumbnail = describe(value, row), value.thumbnail() if self.left > 0 else None
         if thumbnail is None:
             return name

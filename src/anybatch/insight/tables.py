@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 SHOWN = {"recall@1": "recall@1", "recall@10": "recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10"}
+OF_CLASSES = {"knn": "k-NN", "linear": "linear probe", "top1": "top-1", "top5": "top-5"}
+OF_CAPTIONS = {f"{way}@{k}": f"{way} R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
 
 
 def metrics_table(results: Mapping[str, Mapping[str, float]]) -> Table:
     """Figures of several models, one line each."""
+    shown = {"hit@1": "hit@1"} | SHOWN | OF_CLASSES | OF_CAPTIONS
+    names = [name for name in shown if any(name in metrics for metrics in results.values())]
     lines = [
-        [label, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in SHOWN)]
+        [label, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names)]
         for label, metrics in results.items()
     ]
-    return rich_table(["", *SHOWN.values()], lines, left=(0,))
+    return rich_table(["", *(shown[name] for name in names)], lines, left=(0,))
 
 
 def rich_table(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.caching.encoder import Encoder, Tower, towers_of
-from anybatch.caching.rows import RowSlicer
 from anybatch.caching.schedule import plan_micro_batches
 from anybatch.caching.state import without_autocast
 from anybatch.caching.step import cached_step, paired_encoders
@@ -91,9 +90,8 @@ def verify(
     Cost: two steps, and a copy of the gradients and of the buffers.
     """
     # 1. What both ways start from.
-    slicers = [RowSlicer(batch) for batch in inputs]
-    towers = towers_of(paired_encoders(encoders, inputs), slicers, modules)
-    plans = [plan_micro_batches(slicer, micro_batch=micro_batch) for slicer in slicers]
+    towers = towers_of(paired_encoders(encoders, inputs), inputs, modules)
+    plans = [plan_micro_batches(tower.slicer, micro_batch=micro_batch) for tower in towers]
     if all(len(plan) == 1 for plan in plans):
         raise AnybatchError(
             f"Every tower fits in one micro-batch of {micro_batch} rows, so there is nothing to compare. Pass more "
@@ -120,7 +118,7 @@ def verify(
         cached = _take_gradients(names)
     # 3. The plain step; the whole batch in one pass says more, where it may be compared.
     with _untouched(parts, list(names)):
-        split = plans if by_piece else [[torch.arange(slicer.num_rows)] for slicer in slicers]
+        split = plans if by_piece else [[torch.arange(tower.slicer.num_rows)] for tower in towers]
         embedded = [_embedded(tower, plan) for tower, plan in zip(towers, split)]
         precise = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in embedded]
         with without_autocast():  # as in the cached step: the loss sees float32 or better, and no autocast

@@ -43,7 +43,8 @@ class RowTable(nn.Module):
     Args:
         anchor_id: (n,) int, 0 or more; equal where the anchors are the same text.
         positive_id: (n,) int; equal where the positives are the same text.
-        negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives; None for none.
+        negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives, -1 where a row has fewer; None
+            for none.
         plan: Of these rows; needed by `weights="inclusion"`.
         weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined
             batches).
@@ -119,6 +120,7 @@ class RowTable(nn.Module):
         # 1. Ids and further facts.
         self.plan, self.weights, self.weight_cap, self.mask_suspects = plan, weights, weight_cap, mask_suspects
         self.columns, self.terms = tuple(columns or ()), tuple(terms)
+        self.ragged = bool(negatives.min(initial=0) < 0)  # some rows have fewer explicit negatives than others
         self.width = 1 + int(max(side.max(initial=0) for side in (positives, negatives)))
         known = known_positives(anchors, positives, self.width)
         ids = {"anchor_id": anchors, "positive_id": positives, "negative_id": negatives, "known": known}
@@ -165,22 +167,19 @@ class RowTable(nn.Module):
         return self
 
     @outside_the_graph
-    def arguments(self, index: Tensor, *, num_negatives: int = 0) -> dict[str, Any]:
+    def arguments(self, index: Tensor, *, num_negatives: int = 0, num_candidates: int | None = None) -> dict[str, Any]:
         """Arguments for a batch.
 
         Args:
             index: (B,) int row numbers.
             num_negatives: Explicit negatives a row in this batch; their columns come one after the other behind the
-                positives.
+                positives, each without the rows that lack it.
+            num_candidates: M, positives and explicit negatives of the batch, instead of `num_negatives`.
 
         Raises:
             AnybatchError: Row numbers that are none, or not of this table; more explicit negatives than the table
                 knows of.
         """
-        if num_negatives > self.negative_id.shape[1]:
-            raise AnybatchError(
-                f"The batch has {num_negatives} negatives a row; the table was made for {self.negative_id.shape[1]}."
-            )
         index = as_integers(
             "index",
             index,
@@ -190,7 +189,17 @@ class RowTable(nn.Module):
             high=len(self.anchor_id) - 1,
             remedy="Give the rows of the data set that the table was made of.",
         )
+        if num_candidates is not None:
+            num_negatives = self._num_negatives(index, num_candidates)
+        elif num_negatives > self.negative_id.shape[1]:
+            raise AnybatchError(
+                f"The batch has {num_negatives} negatives a row; the table was made for {self.negative_id.shape[1]}."
+            )
         negatives = self.negative_id[index, :num_negatives].T.reshape(-1)
+        place = torch.arange(len(index), device=index.device).repeat(1 + num_negatives)
+        if self.ragged:
+            present = negatives >= 0
+            negatives, place = negatives[present], torch.cat([place[: len(index)], place[len(index) :][present]])
         arguments: dict[str, Any] = {
             "index": index,
             "anchor_id": self.anchor_id[index],
@@ -198,9 +207,27 @@ class RowTable(nn.Module):
         }
         terms = self._terms()
         if terms:
-            examples = self._examples(index, num_negatives, arguments["candidate_id"])
+            examples = self._examples(index, place, arguments["candidate_id"])
             arguments["log_weight"] = LogWeights.of(examples, len(index), *terms)
         return arguments
+
+    def _num_negatives(self, index: Tensor, num_candidates: int) -> int:
+        """How many of the table's columns of negatives make up so many candidates."""
+        if not self.ragged:
+            num_negatives, left = divmod(num_candidates - len(index), max(1, len(index)))
+            if not left and num_negatives <= self.negative_id.shape[1]:
+                return num_negatives
+            known = f"{self.negative_id.shape[1]} a row"
+        else:
+            totals = len(index) + (self.negative_id[index] >= 0).sum(dim=0).cumsum(dim=0)
+            found = (torch.cat([totals.new_tensor([len(index)]), totals]) == num_candidates).nonzero()
+            if len(found):
+                return int(found[0])
+            known = f"{int(totals[-1]) - len(index)} of these rows"
+        raise AnybatchError(
+            f"The batch has {num_candidates - len(index)} explicit negatives of {len(index)} rows; the table was made "
+            f"for {known}. Give a column's rows in the batch's order, without those that lack it."
+        )
 
     def _terms(self) -> list[Term]:
         """What this table knows of negatives, besides identical texts and rows."""
@@ -216,22 +243,23 @@ class RowTable(nn.Module):
             terms.append(remembered_of_other_tasks)
         return terms
 
-    def _examples(self, index: Tensor, num_negatives: int, candidate_id: Tensor) -> Examples:
-        """The record of each pair, and behind them of the explicit negatives that they bring.
+    def _examples(self, index: Tensor, place: Tensor, candidate_id: Tensor) -> Examples:
+        """The record of each pair, and behind them of the explicit negatives that they bring; `place` says which pair
+        each candidate is of.
 
         An explicit negative has the cluster and the data set of its row, as it is certain to be there beside it; a
         remainder row's weigh as its cluster does, which is such a row's chance of pushing one out too much.
         """
-        repeat, cluster, task, log_ways = 1 + num_negatives, None, None, None
+        cluster, task, log_ways = None, None, None
         if self.task is not None:
-            task = self.task[index].repeat(repeat)
+            task = self.task[index][place]
         if self.log_weights is not None and self.cluster is not None:
             cluster = self.cluster[index]
-            cluster = torch.where(cluster < 0, -2 - index, cluster).repeat(repeat)  # a remainder row belongs to itself
+            cluster = torch.where(cluster < 0, -2 - index, cluster)[place]  # a remainder row belongs to itself
             if self.ways is not None and self.way_keys is not None:
                 keys = candidate_id if task is None else task * self.width + candidate_id
                 log_ways = self.ways[torch.searchsorted(self.way_keys, keys)].log()
-                if not num_negatives:  # no row brings another's text here
+                if len(place) == len(index):  # no row brings another's text here
                     log_ways.zero_()
         further = {name: self.get_buffer(f"column_{name}")[index] for name in self.columns}
         of_pairs = {**further, "anchor_id": self.anchor_id[index], "row": index}
@@ -251,14 +279,17 @@ def _checked_ids(
     if negative_id is None:
         negative_id = np.empty((len(anchor_id), 0), np.int64)
     given = {"anchor_id": anchor_id, "positive_id": positive_id, "negative_id": negative_id}
-    anchors, positives, negatives = (as_ids(name, values) for name, values in given.items())
+    lowest = {"negative_id": -1}
+    anchors, positives, negatives = (as_ids(name, values, low=lowest.get(name, 0)) for name, values in given.items())
     if not anchors.shape == positives.shape == negatives.shape[:1] or negatives.ndim != 2:
         raise AnybatchError(
             f"The ids have shapes {anchors.shape} (anchors), {positives.shape} (positives) and {negatives.shape} "
             "(negatives); expected (n,), (n,) and (n, h): one anchor, one positive and h negatives a row."
         )
     if max(int(side.max(initial=0)) for side in (anchors, positives, negatives)) >= 2**31:
-        texts = renumbered(np.concatenate([positives[:, None], negatives], axis=1))
+        texts = renumbered(np.concatenate([positives[:, None], negatives], axis=1)) + int(
+            min(0, negatives.min(initial=0))
+        )
         anchors, positives, negatives = renumbered(anchors), texts[:, 0], texts[:, 1:]
     return anchors, positives, negatives
 
@@ -316,7 +347,7 @@ def _ways(
         (k,) int64 ascending keys data set * width + id, and (k,) float64 ways.
     """
     first = np.zeros(len(positive_id), np.int64) if task is None else task.astype(np.int64) * width
-    own, explicit = first + positive_id, (first[:, None] + negative_id).reshape(-1)
+    own, explicit = first + positive_id, (first[:, None] + negative_id)[negative_id >= 0]
     keys = np.unique(np.concatenate([own, explicit]))
     counts = [np.bincount(np.searchsorted(keys, some), minlength=len(keys)) for some in (own, explicit)]
     return torch.from_numpy(keys), torch.from_numpy((counts[0] + counts[1]) / np.maximum(counts[0], 1))

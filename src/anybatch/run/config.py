@@ -23,9 +23,9 @@ class SetConfig(Configuration):
     Attributes:
         path: As `data.path`, one data set.
         name: For plans, reports and folders, a plain file name; None for the file's.
-        anchor, positive: As in `data`.
-        anchor_prompt, positive_prompt: Instructions before its texts (not images) in training, behind the model's
-            own.
+        anchor, positive, images: As in `data`.
+        anchor_prompt, positive_prompt: Instructions before its texts in training, behind the model's own; where there
+            is an image alone, its text.
         window: Its own rank window, as `mining.window`.
         share: Of its clusters, how many an epoch samples, in (0, 1]: a large set at .25 weighs a quarter.
 
@@ -35,8 +35,9 @@ class SetConfig(Configuration):
 
     path: str
     name: str | None = None
-    anchor: str | None = None
-    positive: str | None = None
+    anchor: str | tuple[str, ...] | None = None
+    positive: str | tuple[str, ...] | None = None
+    images: str | None = None
     anchor_prompt: str = ""
     positive_prompt: str = ""
     window: RankWindow | None = None
@@ -56,17 +57,19 @@ class DataConfig(Configuration):
 
     Attributes:
         path: JSONL(.gz), CSV, TSV, Parquet, a folder saved by `datasets`, or hf://OWNER/NAME/CONFIGURATION/SPLIT of the
-            hub. A folder of such files, a pattern, or a saved `DatasetDict`, is several data sets with the same
-            columns.
+            hub. A folder of such files, or of one folder a task, a pattern, or a saved `DatasetDict`, is several data
+            sets with the same columns.
         sets: Several data sets, each with its own columns and instructions, instead of `path`.
-        anchor, positive: Names of the columns, of texts or (in Parquet and saved folders) of images; None for
-            conventional ones (anchor and positive, query and pos, question and answer and the like), which are said.
-        negatives: Names of columns with explicit negatives; None for those called negative, neg_1 and the like, [] for
-            none.
-        images: Which of these columns hold paths of images, relative to the file's folder; None for those that do
-            throughout, [] for none.
+        anchor, positive: Names of the columns, a text, images, or a text with images; None for conventional ones
+            (anchor and positive, query and pos, question and answer and the like, with query_image, pos_image_path and
+            the like beside them), which are said.
+        negatives: Names of columns with explicit negatives; None for those called negative, neg_1, neg_image_path and
+            the like, [] for none.
+        images: The folder that paths of images start from; None for that of the file, "" where no column holds paths.
         quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain
             characters); None for the usual rules, refusing a file that can be read both ways.
+        views: 2: the data are one column of images without labels, of which two random views are a pair
+            (docs/self_supervised.md).
         limit: Use only the first rows of each data set; None for all.
 
     Example:
@@ -75,11 +78,12 @@ class DataConfig(Configuration):
 
     path: str | None = None
     sets: tuple[SetConfig, ...] = ()
-    anchor: str | None = None
-    positive: str | None = None
+    anchor: str | tuple[str, ...] | None = None
+    positive: str | tuple[str, ...] | None = None
     negatives: tuple[str, ...] | None = None
-    images: tuple[str, ...] | None = None
+    images: str | None = None
     quoting: Literal["standard", "raw"] | None = None
+    views: Literal[2] | None = None
     limit: Count | None = None
 
     section: ClassVar[str] = "data"
@@ -89,6 +93,12 @@ class DataConfig(Configuration):
         if (self.path is None) == (not self.sets):
             given = "both" if self.sets else "neither"
             raise AnybatchError(f"The training data need data.path or data.sets; {given} was given.")
+        of_pairs = [name for name in ("sets", "positive", "negatives", "images", "quoting") if getattr(self, name)]
+        if self.views is not None and of_pairs:
+            raise AnybatchError(
+                f"data.{of_pairs[0]} is given, and data.views, whose data are one column of images (data.anchor). "
+                "Leave out one of the two."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +106,8 @@ class EvaluationConfig(Configuration):
     """The held-out data: pairs in the training columns, or a retrieval set with relevance judgements.
 
     Attributes:
-        path: Held-out pairs; each anchor must find its positive among all of them.
+        path: Held-out pairs; each anchor must find its positive among all of them. With `data.views` images with
+            classes, which are told by those of the training images.
         retrieval: The three files of a retrieval set instead of pairs (BEIR's layout): corpus, queries, judgements.
         split: Which split of the judgements, if they have several.
 
@@ -184,6 +195,11 @@ class RunConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.views is not None and self.loss.warm_start:
+            raise AnybatchError(
+                "loss.warm_start is given, and data.views: it would fill in what the images say as they are, and "
+                "training sees random views of them. Leave out one of the two."
+            )
         for name in ("batch_size", "seed"):
             of_mining, of_run = getattr(self.mining, name), getattr(self, name)
             if of_mining not in (getattr(MiningConfig(), name), of_run):

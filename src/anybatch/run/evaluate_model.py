@@ -11,24 +11,32 @@ import numpy as np
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, counter, no_progress
+from anybatch.data.candidates import CandidateSets
+from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import Column
 from anybatch.data.pairs import PairData
-from anybatch.data.retrieval import RetrievalData
+from anybatch.evaluation.candidates import hit_at_1
+from anybatch.evaluation.classes import class_metrics
 from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
+from anybatch.evaluation.zero_shot import two_way_recall, zero_shot_metrics
 from anybatch.integrations.sentence_transformers.embed import embed_texts, weights_digest
 from anybatch.integrations.sentence_transformers.model import Side
 from anybatch.run.folder import read_record, run_digest
+from anybatch.run.read_data import HeldOut
+from anybatch.vision.read_images import LabelledImages, NamedClasses
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
 def evaluate_model(
-    model: SentenceTransformer, data: PairData | RetrievalData | None, *, progress: Progress = no_progress
+    model: SentenceTransformer, data: HeldOut | None, *, progress: Progress = no_progress
 ) -> dict[str, float]:
-    """Retrieval figures of a model, with its own prompts and routes: recall@1, MRR@10, nDCG@10 and so on.
+    """Figures of a model, with its own prompts and routes: recall@1, MRR@10, nDCG@10 and so on.
 
-    Of pairs each anchor must find its positive among all distinct ones. None without data.
+    Of pairs each anchor must find its positive among all distinct ones; of images with captions, see `two_way_recall`
+    besides. Images with classes: see `class_metrics` and `zero_shot_metrics`; queries with candidates of their own:
+    `hit_at_1` of each set, and the mean of the sets. None without data.
     """
 
     def embed(stage: str, texts: Column, side: Side) -> np.ndarray:
@@ -37,10 +45,31 @@ def evaluate_model(
 
     if data is None:
         return {}
+    if isinstance(data, CandidateSets):
+        hits = {}
+        for name, part in data.sets.items():
+            queries = embed(f"{name}, queries", part.queries, "query")
+            candidates = embed(f"{name}, candidates", part.candidates, "document")
+            hits[f"hit@1 {name}"] = hit_at_1(queries, candidates, query=part.query, of_row=part.of_row)
+        return {"hit@1": sum(hits.values()) / len(hits), **hits}
+    if isinstance(data, NamedClasses):
+        images = embed("images", data.images.images, "query")
+        texts = embed("class names", [text for of_class in data.prompts.values() for text in of_class], "document")
+        parts = np.split(texts, np.cumsum([len(of_class) for of_class in data.prompts.values()])[:-1])
+        return zero_shot_metrics(images, data.images.labels, dict(zip(data.prompts, parts, strict=True)))
+    if isinstance(data, LabelledImages):
+        known, test = (embed(f"{name} images", part.images, "query") for name, part in vars(data).items())
+        return class_metrics(known, data.known.labels, test, data.test.labels)
     if isinstance(data, PairData):
         anchors = embed("anchors", data.anchors, "query")
         positives = embed("positives", data.positives, "document")
-        return pair_metrics(anchors, positives, anchor_id=data.anchor_id, positive_id=data.positive_id)
+        figures = pair_metrics(anchors, positives, anchor_id=data.anchor_id, positive_id=data.positive_id)
+        sides = [(anchors, data.anchor_id), (positives, data.positive_id)]
+        are_images = [isinstance(column, ImageColumn) for column in (data.anchors, data.positives)]
+        if are_images[0] == are_images[1]:
+            return figures
+        (images, image_id), (texts, text_id) = sides if are_images[0] else sides[::-1]
+        return figures | two_way_recall(images, texts, image_id=image_id, text_id=text_id)
     queries = embed("queries", data.query_texts, "query")
     corpus = embed("documents", data.corpus_texts, "document")
     return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
@@ -49,7 +78,7 @@ def evaluate_model(
 def untrained_figures(
     folder: Path,
     model: SentenceTransformer,
-    held_out: PairData | RetrievalData | None,
+    held_out: HeldOut | None,
     evaluate: Callable[[SentenceTransformer], dict[str, float]],
 ) -> dict[str, float]:
     """The figures that the run began with: measured once on `held_out` by `evaluate`, kept in its folder."""

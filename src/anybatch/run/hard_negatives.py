@@ -17,7 +17,7 @@ def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
     """The pairs with the plan's hard negatives as further negative columns; the pairs themselves if it has none.
 
     Where a window had too few, the positives of the next rows of the same data set stand in, all different: ordinary
-    candidates. Where there are none, the row's own positive does, which is no negative of it.
+    candidates. Where there are none, the row has fewer negatives.
     """
     if plan.negatives is None or plan.negatives.shape[1] == 0:
         return pairs
@@ -27,9 +27,9 @@ def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
     task = np.zeros(len(rows), np.int64) if plan.task is None else plan.task
     members = [np.flatnonzero(task == number) for number in range(int(task.max(initial=0)) + 1)]
     for row in np.flatnonzero(lacking).tolist():
-        stand_ins = _stand_ins(pairs, row, rows[row], members[task[row]], suspected.get(row, set()))
         missing = np.flatnonzero(rows[row] < 0)
-        rows[row, missing] = [*stand_ins, *[row] * len(missing)][: len(missing)]
+        stand_ins = _stand_ins(pairs, row, rows[row], members[task[row]], suspected.get(row, set()))[: len(missing)]
+        rows[row, missing[: len(stand_ins)]] = stand_ins
     mined = [pick(pairs.positives, column) for column in rows.T]
     return replace(pairs, negatives=(*pairs.negatives, *mined))
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from anybatch.core import distributed
 from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, no_progress
+from anybatch.integrations.sentence_transformers.lora import merge_lora
 from anybatch.integrations.sentence_transformers.model import load_model, warn_of_instructions
-from anybatch.integrations.sentence_transformers.training import check_shared_equally
+from anybatch.integrations.sentence_transformers.training import check_shared_equally, optimizer_of
+from anybatch.integrations.sentence_transformers.two_views import add_head
 from anybatch.run.config import RunConfig, RunResult
 from anybatch.run.evaluate_model import evaluate_model, untrained_figures
 from anybatch.run.folder import open_run, read_record, run_digest
@@ -42,7 +44,10 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         config = with_recipe(config, pairs)
         check_shared_equally(config.batch_size)
         held_out = read_held_out(config)
+        optimizer_of(config.train)
         model = load_model(config.model)
+        if config.data.views is not None:
+            add_head(model, seed=config.seed)
         warn_of_instructions(model, pairs.sets)
 
         # 2. Of a new run, refuse now what mining or the cached step would refuse hours later.
@@ -74,6 +79,9 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             # 7. Leave the model and the figures; metrics.json is last, its presence says that the run is finished.
             with distributed.alone() as chosen:
                 if chosen:
+                    merge_lora(model)
+                    if config.data.views is not None:
+                        del model[-1]
                     save_model(model, folder / "model")
                     result = RunResult(
                         metrics=evaluate(model),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from anybatch.core.errors import AnybatchError
+from anybatch.data.candidates import CandidateSets, find_candidates, read_candidates
 from anybatch.data.images import ImageColumn
-from anybatch.data.pairs import PairData, PairSet, find_sets, join_pairs, read_pairs
+from anybatch.data.inputs import instructed
+from anybatch.data.pairs import PairData, PairSet, join_pairs
+from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import RetrievalData, read_retrieval
+from anybatch.data.sets import find_sets
 from anybatch.mining import MiningSet
 from anybatch.run.config import DataConfig, RunConfig, SetConfig
+from anybatch.vision.mmeb import TASKS
+from anybatch.vision.read_images import Images, LabelledImages, NamedClasses, read_images
+
+HeldOut = PairData | RetrievalData | LabelledImages | NamedClasses | CandidateSets
 
 
 def read_training_pairs(config: RunConfig) -> PairData:
@@ -20,7 +30,7 @@ def read_training_pairs(config: RunConfig) -> PairData:
             if isinstance(column, ImageColumn) and getattr(settings, f"{side}_prompt"):
                 raise AnybatchError(
                     f"{section}.{side}_prompt is set, and the {side}s are images. Prompts are put before texts: "
-                    "leave it out."
+                    f"leave it out; an instruction of the data set, data.sets[].{side}_prompt, stands beside images."
                 )
     if len(pairs) < config.batch_size:
         raise AnybatchError(
@@ -31,7 +41,10 @@ def read_training_pairs(config: RunConfig) -> PairData:
 
 
 def read_data(data: DataConfig) -> PairData:
-    """The pairs of one data set, or of several, one after the other."""
+    """The pairs of one data set, or of several, one after the other; of views, images that are both sides."""
+    if data.views is not None:
+        images = _read_images(data).images
+        return PairData(anchors=images, positives=images, source=images.where)
     sets = training_sets(data)
     parts = [
         read_pairs(
@@ -39,7 +52,7 @@ def read_data(data: DataConfig) -> PairData:
             anchor=of_set.anchor or data.anchor,
             positive=of_set.positive or data.positive,
             negatives=data.negatives,
-            images=data.images,
+            images=data.images if of_set.images is None else of_set.images,
             quoting=data.quoting,
             limit=data.limit,
         )
@@ -77,19 +90,39 @@ def mining_sets(config: RunConfig, pairs: PairData) -> list[MiningSet]:
     ]
 
 
-def read_held_out(config: RunConfig) -> PairData | RetrievalData | None:
+def _read_images(data: DataConfig) -> Images:
+    assert data.path is not None
+    return read_images(data.path, column=data.anchor, limit=data.limit)
+
+
+def read_candidate_sets(tasks: Mapping[str, Path], images: str | None, *, prompts: Mapping[str, str]) -> CandidateSets:
+    """Evaluation sets with candidates; `prompts`, by their names, are put before candidates as before positives."""
+    sets = {}
+    for name, path in tasks.items():
+        data, prompt = read_candidates(path, images), prompts.get(name, "")
+        sets[name] = replace(data, candidates=instructed(data.candidates, [prompt] * len(data.candidates)))
+    return CandidateSets(sets=sets)
+
+
+def read_held_out(config: RunConfig) -> HeldOut | None:
     """The held-out data of the configuration, or None if it names none."""
     data, held_out = config.data, config.evaluation
     if held_out.retrieval is not None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path is None:
         return None
-    negatives = data.negatives or ()
+    if data.views is not None:
+        return LabelledImages(known=_read_images(data), test=read_images(held_out.path, column=data.anchor))
+    tasks = find_candidates(held_out.path)
+    if tasks:
+        prompts = {of_set.name or "": of_set.positive_prompt for of_set in data.sets}
+        known = {name: task.target_prompt for name, task in TASKS.items()} if any(prompts.values()) else {}
+        return read_candidate_sets(tasks, data.images, prompts=known | prompts)
     return read_pairs(
         held_out.path,
         anchor=data.anchor,
         positive=data.positive,
         negatives=(),
-        images=data.images and [name for name in data.images if name not in negatives],
+        images=data.images,
         quoting=data.quoting,
     )

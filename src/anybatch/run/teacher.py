@@ -43,7 +43,9 @@ def teacher_embeddings(
             device=config.model.device,
         )
     )
-    anchors, positives = (
+    sides = list(zip(("anchor", "positive"), get_args(Side), (pairs.anchors, pairs.positives), strict=True))
+    same = pairs.anchors is pairs.positives  # one column of images
+    embedded = [
         embed_to_file(
             model,
             texts,
@@ -53,11 +55,9 @@ def teacher_embeddings(
             precision=teacher.precision,
             progress=counter(progress, f"teacher: {name}s", len(texts)),
         )
-        for name, side, texts in zip(
-            ("anchor", "positive"), get_args(Side), (pairs.anchors, pairs.positives), strict=True
-        )
-    )
-    return anchors, positives
+        for name, side, texts in sides[: 1 if same else 2]
+    ]
+    return embedded[0], embedded[-1]
 
 
 def read_embeddings(path: str, num_rows: int) -> np.ndarray:

@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +18,11 @@ from anybatch.core.files import CONTENTS, seal_folder
 from anybatch.core.progress import Progress
 from anybatch.core.resources import Measure
 from anybatch.data.pairs import PairData
+from anybatch.integrations.sentence_transformers.collating import as_columns
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
 from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
+from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan
@@ -56,7 +60,12 @@ def train_on_plan(
     with torch.random.fork_rng():  # a network of the loss begins with the same weights in each run, on every rank
         torch.manual_seed(config.seed)
         inner = build_loss(config.loss, num_rows=len(pairs))
-    loss = CachedLoss(
+    (dataset, columns), settings, kind = as_columns(pairs), config.train, CachedLoss
+    if config.data.views is not None:
+        dataset, kind = dataset.remove_columns("positive"), partial(TwoViewLoss, seed=config.seed)
+        columns.pop("positive", None)
+        settings = replace(settings, schedule=settings.schedule or "cosine")
+    loss = kind(
         model,
         inner,
         rows=rows.to(model.device),
@@ -69,15 +78,16 @@ def train_on_plan(
         trained = train_model(
             model,
             loss,
-            pairs.to_dataset(),
+            dataset,
             plan,
-            config.train,
+            settings,
             output=config.output,
             seed=config.seed,
             resume=resume,
             evaluate=evaluate,
             progress=lambda done, total, figures: progress("training", done, total, figures),
             run=run_digest(Path(config.output)),
+            columns=columns,
         )
     return trained, measure
 

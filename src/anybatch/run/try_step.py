@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anybatch.core import distributed
+from anybatch.data.inputs import guest_input
 from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
-from anybatch.integrations.sentence_transformers.model import side_inputs
+from anybatch.integrations.sentence_transformers.model import checkpoint_layers, side_inputs
 from anybatch.integrations.sentence_transformers.training import forgotten
+from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
 from anybatch.run.config import RunConfig
 
@@ -26,17 +28,24 @@ def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> 
     with distributed.alone() as chosen, forgotten(model):
         if not chosen:
             return
+        if config.train.gradient_checkpointing:
+            checkpoint_layers(model)
         inputs = first_inputs(model, pairs, TRIED_ROWS)
         loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device)
-        cached = CachedLoss(model.train(), loss, micro_batch=TRIED_ROWS // 2, keep_graphs=0.0)
+        kind = CachedLoss
+        if config.data.views is not None:
+            kind, inputs = TwoViewLoss, inputs[:1]
+        cached = kind(model.train(), loss, micro_batch=TRIED_ROWS // 2, keep_graphs=0.0)
+        cached.step = 0
         cached(inputs, torch.arange(min(TRIED_ROWS, len(pairs)), device=model.device)).backward()
 
 
 def first_inputs(model: SentenceTransformer, pairs: PairData, num_rows: int) -> list[dict[str, Any]]:
-    """What the model is given of the first rows: a dictionary of tensors on its device for each column."""
+    """What the model is given of the first rows: a dictionary of tensors on its device for each column, of its rows
+    that there are.
+    """
     columns = [
-        [value if isinstance(value, str) else value.decode() for value in islice(column, num_rows)]
-        for column in pairs.prompted
+        [guest_input(value) for value in islice(column, num_rows) if value is not None] for column in pairs.prompted
     ]
     return [
         {
@@ -44,4 +53,5 @@ def first_inputs(model: SentenceTransformer, pairs: PairData, num_rows: int) -> 
             for key, value in side_inputs(model, column, "document" if place else "query").items()
         }
         for place, column in enumerate(columns)
+        if column
     ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from anybatch.data.pairs import PairData, read_pairs
+from anybatch.data.pairs import PairData
+from anybatch.data.reading import read_pairs
 
 Split = Literal["train", "test"]
 

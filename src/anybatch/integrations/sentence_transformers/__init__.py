@@ -8,6 +8,7 @@ from typing import Any
 _HOME = {
     "CachedLoss": "loss",
     "CachedLateInteraction": "loss",
+    "TwoViewLoss": "two_views",
     "PlanBatches": "batches",
     "with_index": "batches",
     "LossStateCallback": "callback",

@@ -110,6 +110,11 @@ class LossStateCallback(TrainerCallback):
             if callable(set_epoch):
                 set_epoch(epoch)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the loss which step this is: random views are drawn by it."""
+        for loss in self.losses.values():
+            loss.step = state.global_step
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the loss to the checkpoint (of a sharded memory each rank its part), and last the list of contents."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

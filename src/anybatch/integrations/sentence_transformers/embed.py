@@ -20,7 +20,7 @@ from anybatch.core.blocks import BlockArrays
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, read_json, write_json
 from anybatch.data.images import ImageColumn
-from anybatch.data.inputs import Column, row_keys
+from anybatch.data.inputs import Column, MixedColumn, guest_input, row_keys
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 
 if TYPE_CHECKING:
@@ -159,12 +159,22 @@ def _origin(path: Path) -> Path:
 
 
 def _check(model: SentenceTransformer, column: Column) -> None:
-    if isinstance(column, ImageColumn) and not model.supports("image"):
-        raise AnybatchError(
-            f"The column {column.where} holds images, and the model takes {', '.join(map(str, model.modalities))} "
-            "only. Choose a model for images and texts (CLIP, SigLIP and the like), or give precomputed embeddings "
-            "(.npy) where they are enough."
-        )
+    """Refuse a column with content that the model does not take; one with a chat template takes all together."""
+    both = isinstance(column, MixedColumn) and bool((column.has_images & column.has_text).any())
+    alone = isinstance(column, ImageColumn) or (isinstance(column, MixedColumn) and bool(column.has_images.any()))
+    if both and not (model.supports("message") or model.supports(("image", "text"))):
+        what = "images with texts in one input, and the model takes one of them at a time"
+    elif alone and not model.supports("image"):
+        what = f"images, and the model takes {', '.join(map(str, model.modalities))} only"
+    else:
+        return
+    kinds = (
+        "images and texts together (Qwen2-VL and the like)" if both else "images and texts (CLIP, SigLIP and the like)"
+    )
+    raise AnybatchError(
+        f"The column {getattr(column, 'where', '')} holds {what}. Choose a model for {kinds}, or give precomputed "
+        "embeddings (.npy) where they are enough."
+    )
 
 
 def _settings(model: SentenceTransformer, side: Side | None) -> dict[str, Any]:
@@ -174,11 +184,23 @@ def _settings(model: SentenceTransformer, side: Side | None) -> dict[str, Any]:
 
 
 def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings: dict[str, Any]) -> np.ndarray:
-    if isinstance(texts, ImageColumn):  # decoded, a shard of photographs would take gigabytes
-        starts = range(0, len(texts), batch_size)
-        images = ([image.decode() for image in texts[start : start + batch_size]] for start in starts)
-        return np.concatenate([_forward(model, part, batch_size, settings) for part in images])
-    return _forward(model, list(texts), batch_size, settings)
+    if not isinstance(texts, (ImageColumn, MixedColumn)):
+        return _forward(model, list(texts), batch_size, settings)
+    # Rows of one kind after the other, as a model without a chat template wants them; decoded by the forward pass, as a
+    # shard of photographs would take gigabytes.
+    kinds = MixedColumn.of(texts)
+    order = np.lexsort((np.arange(len(texts)), kinds.has_text, kinds.has_images))
+    changes = np.flatnonzero(np.diff(2 * kinds.has_images[order] + kinds.has_text[order])) + 1
+    found = np.empty((len(texts), 0), np.float32)
+    for rows in np.split(order, changes):
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            inputs = [guest_input(texts[int(row)]) for row in part]
+            embeddings = _forward(model, inputs, batch_size, settings)
+            if not found.shape[1]:
+                found = np.empty((len(texts), embeddings.shape[1]), np.float32)
+            found[part] = embeddings
+    return found
 
 
 def _forward(model: SentenceTransformer, inputs: list[Any], batch_size: int, settings: dict[str, Any]) -> np.ndarray:

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from anybatch.caching.encoder import Encoder, modules_of, parameters_of
 from anybatch.caching.memory import StepMemory
+from anybatch.caching.on_demand import RowsOnDemand
+from anybatch.caching.pieces import PIXELS
 from anybatch.caching.recording import Auto, Recording, record_towers
 from anybatch.caching.replay import Aside, replay
 from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
+from anybatch.integrations.sentence_transformers.collating import UndecodedRows
 from anybatch.losses import InfoNCE
 from anybatch.losses.rows import RowTable
 
@@ -31,6 +34,8 @@ class CachedTrainerLoss(nn.Module):
     """Abstract: a cached step as a loss of sentence-transformers' Trainer. See `CachedLoss` for the arguments."""
 
     uses_gradient_cache = True
+    fewest_columns = 2
+    step: int | None = None  # of the Trainer, as `LossStateCallback` tells it
 
     def __init__(
         self,
@@ -59,8 +64,15 @@ class CachedTrainerLoss(nn.Module):
         self._looked = False  # whether the Trainer saves the state, in the first step
 
     @abstractmethod
-    def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
+    def _encoders(self, features: list[Any]) -> list[Encoder]:
         raise NotImplementedError
+
+    def _rows(self, column: dict[str, Any]) -> Any:
+        """What the cached step takes of a column."""
+        undecoded = column.get(PIXELS)
+        if not isinstance(undecoded, UndecodedRows):
+            return column
+        return undecoded.on_demand(self.model, {key: value for key, value in column.items() if key != PIXELS})
 
     @abstractmethod
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
@@ -71,7 +83,7 @@ class CachedTrainerLoss(nn.Module):
         """The loss of one batch; its backward pass replays the encoder. Without gradients nothing is remembered."""
         # 1. What can be refused before any forward pass.
         features = list(sentence_features)
-        if len(features) < 2:
+        if len(features) < self.fewest_columns:
             raise AnybatchError(
                 f"Got {len(features)} input column; expected an anchor, a positive and optionally negatives, in this "
                 "order."
@@ -85,7 +97,8 @@ class CachedTrainerLoss(nn.Module):
         if labels is not None and training:
             labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
 
-        # 2. Forward passes, micro-batch by micro-batch.
+        # 2. Forward passes, micro-batch by micro-batch; images are decoded as they are taken.
+        features = [self._rows(column) for column in features]
         recordings = record_towers(
             self._encoders(features),
             features,
@@ -117,7 +130,7 @@ class CachedTrainerLoss(nn.Module):
         value.register_hook(partial(_deferred_backward, recordings=recordings, gradients=gradients, beside=beside))
         return value
 
-    def _arguments(self, labels: Tensor | None, device: torch.device, num_negatives: int) -> dict[str, Any]:
+    def _arguments(self, labels: Tensor | None, device: torch.device, num_candidates: int) -> dict[str, Any]:
         """What the loss is told of the batch's rows. Rows of an evaluation set are not in the table."""
         if labels is None and self.rows is not None:
             raise AnybatchError(
@@ -126,7 +139,7 @@ class CachedTrainerLoss(nn.Module):
         if labels is None:
             return {}
         index = labels.to(device, torch.int64)
-        return {"index": index} if self.rows is None else self.rows.arguments(index, num_negatives=num_negatives)
+        return {"index": index} if self.rows is None else self.rows.arguments(index, num_candidates=num_candidates)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""
@@ -152,8 +165,9 @@ class CachedLoss(CachedTrainerLoss):
             the last bit whatever is kept: 0.0 is GradCache, 1.0 is plain training.
 
     Inputs:
-        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A `label`
-        column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
+        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A column of
+        negatives holds those of its rows that have one, in their order; with `rows` it may hold fewer than the batch.
+        A `label` column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
 
     Warns:
         UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data
@@ -191,7 +205,7 @@ class CachedLoss(CachedTrainerLoss):
         if not torch.is_grad_enabled():  # row numbers of an evaluation set mean nothing to the memory or to the table
             plain = InfoNCE(temperature=float(getattr(self.loss, "temperature", 0.05)), normalize=True)
             return plain(anchors, candidates)
-        arguments = self._arguments(labels, anchors.device, len(columns) - 2)
+        arguments = self._arguments(labels, anchors.device, len(candidates))
         with without_autocast():  # the embeddings are float32 or better, and so is all that the loss does with them
             value = self.loss(anchors, candidates, **arguments)
             if with_backward:
@@ -199,10 +213,11 @@ class CachedLoss(CachedTrainerLoss):
                 return value.detach()
         return value
 
-    def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
-        return [self._encode] * len(features)
+    def _encoders(self, features: list[Any]) -> list[Encoder]:
+        return [self.encode] * len(features)
 
-    def _encode(self, features: dict[str, Any]) -> Tensor:
+    def encode(self, features: dict[str, Any]) -> Tensor:
+        """The embeddings of a micro-batch, (B, D)."""
         return self.model(features)["sentence_embedding"]
 
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
@@ -234,7 +249,12 @@ class CachedLateInteraction(CachedTrainerLoss):
         torch.Size([9, 4])
     """
 
-    def _encoders(self, features: list[dict[str, Any]]) -> list[Encoder]:
+    def _rows(self, column: dict[str, Any]) -> Any:
+        """Token embeddings are padded to the batch's width, for which it is made at once."""
+        rows = super()._rows(column)
+        return rows.whole().inputs if isinstance(rows, RowsOnDemand) else rows
+
+    def _encoders(self, features: list[Any]) -> list[Encoder]:
         tasks = ["query", *["document"] * (len(features) - 1)]
         return [
             partial(_encode_tokens, self.model, task=task, width=_width(column))
@@ -249,7 +269,7 @@ class CachedLateInteraction(CachedTrainerLoss):
         training = torch.is_grad_enabled()
         arguments = {}
         if training and self.rows is not None:
-            arguments = self._arguments(labels, anchors.device, len(others) - 1)
+            arguments = self._arguments(labels, anchors.device, len(candidates))
         with without_autocast():
             value = self.loss(anchors, candidates, anchor_mask=anchor_mask, candidate_mask=candidate_mask, **arguments)
             if training:

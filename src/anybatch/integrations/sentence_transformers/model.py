@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from anybatch.core.configuration import Configuration, Count, Range
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, flaw_of
+from anybatch.integrations.sentence_transformers.lora import add_lora
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,17 +34,22 @@ class ModelConfig(Configuration):
     """Which encoder, and how much of it.
 
     Attributes:
-        name: A folder, or a name on the Hugging Face hub; None where no model is loaded, as in mining.
+        name: A folder, or a name on the Hugging Face hub; "small-resnet", an untrained network for images of 32 x 32;
+            None where no model is loaded, as in mining.
         num_layers: Keep only the first layers of the transformer (a fast student); None keeps all.
         max_length: Tokens a text is cut at; None keeps the model's own limit.
         anchor_prompt: Text put before each anchor or query (an instruction, with its final space); None for the model's
             own, "" for none.
         positive_prompt: Text put before each positive, negative or document.
         device: Where it runs; None chooses a GPU if there is one.
+        kwargs: For the loader of transformers, such as {dtype: bfloat16, attn_implementation: sdpa}.
+        processor: For its processor, such as {min_pixels: 3136, max_pixels: 1003520}.
+        lora: Train low-rank adapters alone: peft's `LoraConfig`, such as {r: 8, lora_alpha: 64, target_modules:
+            [q_proj, v_proj]}. The saved model has them merged into its weights.
 
     Example:
-        >>> ModelConfig(name="my/model", max_length=128).num_layers is None
-        True
+        >>> ModelConfig(name="my/model", max_length=128, lora={"r": 8}).lora
+        {'r': 8}
     """
 
     name: str | None = None
@@ -52,14 +58,27 @@ class ModelConfig(Configuration):
     anchor_prompt: str | None = None
     positive_prompt: str | None = None
     device: Literal["cpu", "cuda", "mps"] | None = None
+    kwargs: dict[str, Any] | None = None
+    processor: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
 
     section: ClassVar[str] = "model"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is not None and self.num_layers is not None:
+            raise AnybatchError(
+                "model.lora and model.num_layers are given: checkpoints of adapters belong to the whole model. Cut the "
+                "model first, in a run without model.lora, or leave out one of them."
+            )
+
 
 def load_model(config: ModelConfig) -> SentenceTransformer:
-    """Load `config.name`, cut to `config.num_layers` layers, set length and prompts; log prompts and routes."""
+    """Load `config.name`, cut to its first layers, set length, adapters and prompts; log prompts and routes."""
     import torch
     from sentence_transformers import SentenceTransformer
+
+    from anybatch.vision.encoders import small_resnet
 
     # 1. What can be refused before anything is loaded.
     if config.name is None:
@@ -81,26 +100,65 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     try:
         with torch.random.fork_rng(devices=()):  # weights that the files lack are drawn, the same ones at every load
             torch.default_generator.manual_seed(0)
-            model = SentenceTransformer(config.name, device=config.device)
+            own = small_resnet(config.name)
+            model = SentenceTransformer(
+                None if own is not None else config.name,
+                modules=None if own is None else [own],
+                device=config.device,
+                model_kwargs=dict(config.kwargs or {}),
+                processor_kwargs=dict(config.processor or {}),
+            )
     except Exception as error:  # broken, cut or pickled files fail in four libraries' readers with nearly anything
         reason = next(iter(str(error).splitlines()), "")
         if type(error).__name__ == "UnpicklingError":  # whose message advises to run what is in the file
             reason = "its weights are pickled Python objects, which are not run here; have them saved as safetensors"
+        passed = [f"model.{name} {value}" for name in ("kwargs", "processor") if (value := getattr(config, name))]
+        with_these = f" with {' and '.join(passed)}, which transformers has to know" if passed else ""
         raise AnybatchError(
-            f"Cannot load the model {config.name!r}: {reason} ({type(error).__name__}). Expected the folder of a "
-            "sentence-transformers model with whole files, or a hub name that this machine can reach."
+            f"Cannot load the model {config.name!r}{with_these}: {reason} ({type(error).__name__}). Expected the "
+            "folder of a sentence-transformers model with whole files, or a hub name that this machine can reach."
         ) from error
 
     # 3. What the configuration changes in it.
+    pool_at_the_end(model, config.name)
     if config.num_layers is not None:
         keep_first_layers(model, config.num_layers)
     if config.max_length is not None:
         _set_length(model, config.max_length)
+    if config.lora is not None:
+        add_lora(model, config.lora)
     own = {side: side_prompt(model, side) for side in get_args(Side)}
     given = {"query": config.anchor_prompt, "document": config.positive_prompt}
     model.prompts |= {side: prompt for side, prompt in given.items() if prompt is not None}
     _say_sides(model, config.name, own)
     return model
+
+
+def pool_at_the_end(model: SentenceTransformer, name: str) -> None:
+    """Let a plain chat model (no sentence-transformers folder) be pooled at its last token, in place.
+
+    sentence-transformers does so for causal language models alone, and takes the mean for vision-language models, whose
+    first tokens have seen next to nothing.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    is_folder, listed = Path(name).is_dir(), "modules.json"
+    own = (Path(name) / listed).exists() if is_folder else isinstance(try_to_load_from_cache(name, listed), str)
+    last = model[-1] if len(model) else None
+    if not own and "message" in model.modalities and isinstance(last, Pooling) and last.pooling_mode == "mean":
+        model[-1] = Pooling(last.embedding_dimension, "lasttoken")
+        logger.info("%s is a plain chat model: its embeddings are those of the last token.", name)
+
+
+def checkpoint_layers(model: SentenceTransformer) -> None:
+    """Let the transformer keep the inputs of its layers alone, and compute each layer again in its backward pass."""
+    try:
+        model.gradient_checkpointing_enable()
+    except ValueError as error:
+        raise AnybatchError(f"train.gradient_checkpointing is on: {error} Leave it out.") from error
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise AnybatchError("train.gradient_checkpointing is on, and this model has no layers for it. Leave it out.")
 
 
 def side_prompt(model: SentenceTransformer, side: Side | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
+    from anybatch.data.inputs import Column
     from anybatch.integrations.sentence_transformers.batches import PlanBatches
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.plans.plan import BatchPlan
@@ -36,14 +37,19 @@ class TrainConfig(Configuration):
     Attributes:
         epochs: Passes over the data.
         max_steps: Stop after this many steps; None for `epochs`.
-        learning_rate: Peak learning rate of AdamW. Tune it for each batch size.
-        warmup: Fraction of the steps over which the learning rate rises; then it falls linearly to 0.
-        weight_decay: AdamW's, on the encoder's matrices; never on the loss's own parameters.
+        optimizer: "adamw", or "lars" (momentum .9), whose steps follow the norms of the weights: published for SimCLR
+            and SogCLR on images, at rates of .1 to 5.
+        learning_rate: Peak learning rate. Tune it for each batch size.
+        warmup: Fraction of the steps over which the learning rate rises; then it falls to 0.
+        schedule: How it falls; None for "cosine" of views of images (`data.views`), "linear" else.
+        weight_decay: On the encoder's matrices; never on the loss's own parameters.
         micro_batch: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
         keep_graphs: Fraction of the micro-batches whose graph is kept, so that they need no second forward pass; "auto"
             keeps what `memory` has room for. The gradient is the same to the last bit.
         memory: The most memory in use on the device, such as "8GiB" or "80%".
         bf16: Run the encoder under bfloat16 autocast.
+        gradient_checkpointing: Of the transformer: a graph keeps the inputs of its layers alone, and its backward pass
+            computes the layers again.
         save_steps: Steps between checkpoints (the two newest whole ones are kept).
         log_steps: Steps between lines of the log; the last step has one as well.
         eval_steps: Steps between evaluations on the held-out pairs; None for the end only.
@@ -55,13 +61,16 @@ class TrainConfig(Configuration):
 
     epochs: Count = 1
     max_steps: Count | None = None
+    optimizer: Literal["adamw", "lars"] = "adamw"
     learning_rate: Positive = 5e-5
     warmup: Fraction = 0.1
+    schedule: Literal["linear", "cosine"] | None = None
     weight_decay: NotNegative = 0.0
     micro_batch: Count | Literal["auto"] = 32
     keep_graphs: Fraction | Literal["auto"] = "auto"
     memory: str | int = "80%"
     bf16: bool = False
+    gradient_checkpointing: bool = False
     save_steps: Count = 200
     log_steps: Count = 10
     eval_steps: Count | None = None
@@ -101,6 +110,7 @@ def train_model(
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     run: str = "",
+    columns: Mapping[str, Column] | None = None,
 ) -> TrainResult:
     """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
 
@@ -109,7 +119,8 @@ def train_model(
     Args:
         model, loss: The encoder, and the loss around it. The first column is a query, the others documents, with the
             model's own prompts and routes.
-        dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here.
+        dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here. Images
+            are decoded micro-batch by micro-batch.
         plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
         config: See `TrainConfig`.
         output: Folder of the run; must exist, without checkpoints or a log of another.
@@ -119,9 +130,12 @@ def train_model(
         progress: Called after every step with (steps done, steps in all, latest figures).
         callbacks: Further callbacks, which run before the loss is restored or saved and before the log is written.
         run: Tells the checkpoints of this run from those of others, which are not resumed.
+        columns: By name, the columns of `dataset` that hold row numbers instead of texts, and what is in those rows.
     """
     from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
     from anybatch.integrations.sentence_transformers.callback import LossStateCallback
+    from anybatch.integrations.sentence_transformers.collating import undecoded
+    from anybatch.integrations.sentence_transformers.model import checkpoint_layers
     from anybatch.integrations.sentence_transformers.recorder import Recorder
 
     # 1. What can be refused before anything is written.
@@ -129,8 +143,11 @@ def train_model(
     if config.eval_steps is not None and evaluate is None:
         raise AnybatchError(f"train.eval_steps is {config.eval_steps}; give something to evaluate, or leave it out.")
     check_shared_equally(plan.batch_size)
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed, plan)
+    optimizer = optimizer_of(config)
     checkpoint = _checkpoint_to_resume(output, resume, run)
 
     # 2. The Trainer.
@@ -138,8 +155,10 @@ def train_model(
     trainer = _make_trainer(
         model=model,
         args=_arguments(model, dataset.column_names, batches, config, output / "checkpoints", seed),
-        train_dataset=indexed,
+        train_dataset=undecoded(indexed),
         loss=loss,
+        optimizer_cls_and_kwargs=optimizer,
+        columns=columns,
         callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder],
     )
 
@@ -195,6 +214,7 @@ def _arguments(
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
         warmup_steps=min(config.warmup, math.nextafter(1, 0)),  # the Trainer takes 1 for one step, less for a fraction
+        lr_scheduler_type=config.schedule or "linear",
         weight_decay=config.weight_decay,
         bf16=config.bf16,
         logging_steps=config.log_steps,
@@ -218,6 +238,9 @@ def _make_trainer(**settings: Any) -> Any:
     from sentence_transformers import SentenceTransformerTrainer
     from transformers import PrinterCallback, ProgressCallback
 
+    from anybatch.integrations.sentence_transformers.collating import ImageCollator
+
+    columns = settings.pop("columns")
     of_loss = {id(parameter) for parameter in settings["loss"].loss.parameters()}
 
     class Trainer(SentenceTransformerTrainer):
@@ -225,6 +248,10 @@ def _make_trainer(**settings: Any) -> Any:
             """Decay would pull a learned log-temperature to 0, the temperature to 1."""
             free = {name for name, parameter in model.named_parameters() if id(parameter) in of_loss}
             return [name for name in super().get_decay_parameter_names(model) if name not in free]
+
+        def get_data_collator(self, *arguments: Any, **options: Any) -> Any:
+            """Images are left to the cached step."""
+            return ImageCollator(super().get_data_collator(*arguments, **options), columns)
 
         def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
             """None after a resume from the last step in mid-epoch, where the base class would train one more."""
@@ -235,6 +262,20 @@ def _make_trainer(**settings: Any) -> Any:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
+
+
+def optimizer_of(config: TrainConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Class and arguments of an optimiser that the Trainer does not know by itself; None for its AdamW."""
+    if config.optimizer == "adamw":
+        return None
+    try:
+        from pytorch_optimizer import LARS
+    except ImportError as error:
+        raise AnybatchError(
+            "train.optimizer is 'lars', which is in the package pytorch_optimizer. Install it with: pip install "
+            "'anybatch[vision]'"
+        ) from error
+    return LARS, {"lr": config.learning_rate, "momentum": 0.9}
 
 
 @contextmanager

@@ -1,0 +1,59 @@
+"""Low-rank adapters by peft: added to a model before training, merged into its weights when it is saved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from anybatch.core.errors import AnybatchError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def add_lora(model: SentenceTransformer, settings: dict[str, Any]) -> None:
+    """Add adapters to the transformer of `model`, in place: it is frozen, they are trained.
+
+    Args:
+        model: Its other modules (a projection, say) stay as they are, trained.
+        settings: Of peft's `LoraConfig`. The adapters begin with the same weights at every call.
+
+    Raises:
+        AnybatchError: What peft does not accept, or finds no layers for.
+    """
+    from peft import LoraConfig
+
+    try:
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)
+            model.add_adapter(LoraConfig(**settings))
+    except Exception as error:  # peft and transformers raise nearly anything for a setting they do not accept
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise AnybatchError(
+            f"model.lora is {settings}, and peft says: {reason}. Expected settings of peft's LoraConfig, such as "
+            "{r: 8, target_modules: [q_proj, v_proj]}."
+        ) from error
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # in bfloat16, steps of a small learning rate would be rounded away
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def merge_lora(model: SentenceTransformer) -> None:
+    """Add what the adapters learned to the weights, in place, and remove them: a plain model again, or still.
+
+    The result differs from the adapters' by rounding in the weights' own type.
+    """
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+                setattr(parent, name, layer.get_base_layer())
+    transformer: Any = model.transformers_model
+    if getattr(transformer, "_hf_peft_config_loaded", False):
+        transformer._hf_peft_config_loaded = False
+        del transformer.peft_config

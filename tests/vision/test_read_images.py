@@ -1,0 +1,85 @@
+"""One column of images and its classes, from a folder of files, from Parquet and from a saved data set."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as Feature
+
+from anybatch.core.errors import AnybatchError
+from anybatch.vision.read_images import LabelledImages, read_images
+from tests.images import image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(6):
+        place = tmp_path / "pictures" / ("cat", "dog")[number % 2] / "more"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.png").write_bytes(image(number))
+    (tmp_path / "pictures" / "readme.txt").write_text("no image")
+    return tmp_path / "pictures"
+
+
+def stored(path, **columns):
+    features = {
+        "photo": Feature(),
+        "label": ClassLabel(names=["cat", "dog"]),
+        "second": Feature(),
+        "label_word": Value("string"),
+    }
+    rows = {"photo": [{"bytes": image(number), "path": None} for number in range(4)], **columns}
+    dataset = Dataset.from_dict(rows, features=Features({name: features[name] for name in rows}))
+    if path.suffix:
+        dataset.to_parquet(str(path))
+    else:
+        dataset.save_to_disk(str(path))
+    return str(path)
+
+
+def test_a_folder_a_class(folder):
+    images = read_images(str(folder))
+    assert images.labels.tolist() == ["cat"] * 3 + ["dog"] * 3
+    assert [one.encoded for one in images.images] == [image(number) for number in (0, 2, 4, 1, 3, 5)]
+    assert len(read_images(str(folder), limit=4).images) == 4
+    flat = read_images(str(folder / "cat" / "more"))
+    assert flat.classes is None
+    assert len(flat.images) == 3
+    (folder / "beside.jpg").write_bytes(image(7))
+    assert read_images(str(folder)).classes is None  # not every image has a class
+
+
+@pytest.mark.parametrize("name", ["photos.parquet", "photos"])
+def test_stored_images(tmp_path, name):
+    images = read_images(stored(tmp_path / name, label=[0, 1, 1, 0]))
+    assert images.labels.tolist() == ["cat", "dog", "dog", "cat"]
+    assert [one.encoded for one in images.images] == [image(number) for number in range(4)]
+    assert read_images(str(tmp_path / name), limit=3).labels.tolist() == ["cat", "dog", "dog"]
+    assert read_images(stored(tmp_path / f"plain-{name}")).classes is None
+
+
+def test_messages(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AnybatchError, match="no file named as an image"):
+        read_images(str(tmp_path / "empty"))
+    two = stored(tmp_path / "two.parquet", second=[{"bytes": image(9), "path": None}] * 4)
+    with pytest.raises(AnybatchError, match=r"its columns of images are 'photo', 'second'. Expected one"):
+        read_images(two)
+    assert len(read_images(two, column="second").images) == 4
+    with pytest.raises(AnybatchError, match=r"There is no column 'foto'.*Did you mean 'photo'"):
+        read_images(two, column="foto")
+    (tmp_path / "words.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(AnybatchError, match="its columns of images are none"):
+        read_images(str(tmp_path / "words.jsonl"))
+    plain = read_images(str(folder / "cat" / "more"))
+    with pytest.raises(AnybatchError, match="have no classes, by which a model is measured"):
+        LabelledImages(known=read_images(str(folder)), test=plain)
+
+
+def test_the_digest_is_of_images_and_classes(tmp_path):
+    first, second = (
+        read_images(stored(tmp_path / f"{n}.parquet", label=labels))
+        for n, labels in enumerate(([0, 1, 1, 0], [0, 1, 1, 1]))
+    )
+    digests = {LabelledImages(known=a, test=b).digest for a, b in ((first, second), (second, first), (first, first))}
+    assert len(digests) == 3
