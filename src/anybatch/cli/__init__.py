@@ -36,6 +36,8 @@ def main() -> None:
     """Entry point of the `anybatch` command."""
     _open_streams()
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below would cut into ours
+    # Before torch is loaded: its threads then sleep while they wait, and leave a shared machine to others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # Under torchrun SIGTERM ends a rank at once, as it must where one waits for another that has gone.
     signals = (signal.SIGINT,) if launched else (signal.SIGINT, signal.SIGTERM)

