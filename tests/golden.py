@@ -224,10 +224,10 @@ LOSSES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "fastclip v0": ("fastclip", {"version": "v0", "gamma": 0.4}, FEW),
     "isogclr": ("isogclr", {"gamma": 0.4, "temperature_lr": 0.05, "rho": 0.5}, tuple(ARGUMENTS)),
     "tempnet": ("tempnet", {"gamma": 0.4, "dimensions": WIDTH, "temperature_range": (0.05, 1.0)}, tuple(ARGUMENTS)),
-    "nuclr": ("nuclr", {"gamma": 0.4, "margin_lr": 0.05, "margin_start": 1}, tuple(ARGUMENTS)),
+    "nuclr": ("nuclr", {"gamma": 0.4, "margin_lr": 0.05, "learn_from": 1}, tuple(ARGUMENTS)),
     "glofnd": (
         "glofnd",
-        {"gamma": 0.4, "alpha": 0.3, "threshold_lr": 0.1, "threshold_start": 1, **LEARNED},
+        {"gamma": 0.4, "alpha": 0.3, "threshold_lr": 0.1, "learn_from": 1, **LEARNED},
         tuple(ARGUMENTS),
     ),
     "emc2": ("emc2", LEARNED, tuple(ARGUMENTS)),

@@ -99,7 +99,7 @@ class TestNUCLR:
 
     def test_margins_wait_and_explicit_negatives_have_none(self):
         anchors, candidates = draw(3)
-        loss = self.make(20, margin_lr=0.1, margin_start=2, direction="both")
+        loss = self.make(20, margin_lr=0.1, learn_from=2, direction="both")
         seen = []
         for _ in range(3):
             loss(anchors, candidates, index=torch.arange(7))
@@ -158,7 +158,7 @@ class TestGloFND:
 
     def test_it_waits(self):
         anchors, candidates = draw(3)
-        loss = GloFND(20, alpha=0.3, threshold_start=2, temperature=0.3)
+        loss = GloFND(20, alpha=0.3, learn_from=2, temperature=0.3)
         plain = SogCLR(20, gamma=0.9, temperature=0.3)
         index = torch.arange(7)
         for step in range(4):
@@ -339,10 +339,10 @@ class TestSCENT:
 
 def test_mistakes():
     for make, match in (
-        (lambda: NUCLR(20, margin_start=-1), "margin_start is -1"),
+        (lambda: NUCLR(20, learn_from=-1), "learn_from is -1"),
         (lambda: NUCLR(20, margin_lr=0.0), "learning rate"),
         (lambda: GloFND(20, alpha=1.0), "alpha is 1"),
-        (lambda: GloFND(20, threshold_start=-1), "threshold_start"),
+        (lambda: GloFND(20, learn_from=-1), "learn_from"),
         (lambda: EMC2(20, burn_in=1.0), "burn_in is 1"),
         (lambda: SCENT(20, alpha=0.0), "alpha is 0"),
     ):

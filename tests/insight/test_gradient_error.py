@@ -76,7 +76,7 @@ LOSSES = {
     "tempnet": lambda **k: TempNet(24, 12, temperature=0.2, temperature_range=(0.1, 0.5), eps=None, **k),
     "scent": lambda **k: SCENT(24, temperature=0.2, **k),
     "nuclr": lambda **k: NUCLR(24, temperature=0.2, margin=0.0, margin_lr=1e-12, **k),
-    "glofnd": lambda **k: GloFND(24, temperature=0.2, alpha=1e-3, threshold_start=100, **k),
+    "glofnd": lambda **k: GloFND(24, temperature=0.2, alpha=1e-3, learn_from=100, **k),
     "emc2": lambda **k: EMC2(24, temperature=0.2, **k),
 }
 OTHER_OBJECTIVE = ("decoupled", "emc2")  # no positive in the denominator, and chains are not exact

@@ -25,7 +25,7 @@ SETTINGS = {
     **{name: {"temperature_lr": 0.1, "eps": None} for name in ("fastclip v2", "isogclr")},
     "nuclr": {"margin": 0.25},
     "cross batch": {"memory_size": 9},
-    "glofnd": {"threshold_start": 0},
+    "glofnd": {"learn_from": 0},
     "scent": {"alpha": None},
 }
 PREFIXES = {"matryoshka": ("isogclr", 2), "matryoshka nuclr": ("nuclr", 3)}

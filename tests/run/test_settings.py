@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST = 90
+MOST = 94  # 90, and what vision-language models need of their own libraries: adapters, loader, processor, checkpointing
 
 
 def test_the_page_is_up_to_date():

@@ -36,7 +36,7 @@ class GloFND(SoftmaxLoss):
         num_rows: n, rows of the data set.
         alpha: Share of the data that is dropped, in (0, 1). Published: .01 (100,000 images), .001 (3 million pairs).
         threshold_lr: Step, in units of similarity.
-        threshold_start: Steps before thresholds are learned and used. Published: a third of all.
+        learn_from: Steps before thresholds are learned and used. Published: a third of all.
         gamma, eps: See `SogCLR`.
         scoring: See `OneTemperature`.
 
@@ -71,7 +71,7 @@ class GloFND(SoftmaxLoss):
         *,
         alpha: Positive = 0.01,
         threshold_lr: Positive = 0.05,
-        threshold_start: CountOrZero = 0,
+        learn_from: CountOrZero = 0,
         gamma: Share | Gamma = 0.9,
         eps: NotNegative | None = None,
         **scoring: Unpack[OneTemperature],
@@ -79,7 +79,7 @@ class GloFND(SoftmaxLoss):
         directions = self.num_directions(scoring)
         moving = self.scoring(scoring)["learnable_temperature"]
         running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, moving=moving)
-        thresholds = Thresholds(num_rows, directions, alpha=alpha, lr=threshold_lr, start=threshold_start)
+        thresholds = Thresholds(num_rows, directions, alpha=alpha, lr=threshold_lr, start=learn_from)
         super().__init__(None, running, thresholds, **scoring)
 
 
@@ -103,7 +103,7 @@ class Thresholds(Part):
         if not 0 < alpha < 1:
             raise AnybatchError(f"alpha is {alpha}; expected the share of negatives to drop, between 0 and 1.")
         if start < 0:
-            raise AnybatchError(f"threshold_start is {start}; expected a number of steps, 0 or more.")
+            raise AnybatchError(f"learn_from is {start}; expected a number of steps, 0 or more.")
         self.alpha, self.start = alpha, start
         everything = (-torch.inf, torch.inf)
         self.thresholds = PerRowValues(num_rows, directions, initial=torch.nan, limits=everything, lr=lr)

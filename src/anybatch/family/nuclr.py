@@ -40,7 +40,7 @@ class NUCLR(SoftmaxLoss):
         margin: The first margin of every row, and that of explicit negatives. Published: -.05.
         margin_lr: Published: 5e-6 for text, more for images.
         margin_momentum: Weight of the old velocity.
-        margin_start: Steps before margins are learned. Published: those of 5 epochs.
+        learn_from: Steps before margins are learned. Published: those of 5 epochs.
         temperature: Fixed.
         scoring: See `Scoring`.
 
@@ -72,13 +72,13 @@ class NUCLR(SoftmaxLoss):
         margin: float = -0.05,
         margin_lr: Positive = 5e-6,
         margin_momentum: float = 0.1,
-        margin_start: CountOrZero = 0,
+        learn_from: CountOrZero = 0,
         temperature: Positive = 0.05,
         **scoring: Unpack[Scoring],
     ) -> None:
         directions = self.num_directions(scoring)
         margins = Margins(
-            num_rows, directions, initial=margin, lr=margin_lr, momentum=margin_momentum, start=margin_start
+            num_rows, directions, initial=margin, lr=margin_lr, momentum=margin_momentum, start=learn_from
         )
         running = RunningDenominator(num_rows, directions, gamma=gamma)
         super().__init__(GlobalTemperature(temperature), running, margins, **scoring)
@@ -105,7 +105,7 @@ class Margins(Part):
     ) -> None:
         super().__init__(num_rows)
         if start < 0:
-            raise AnybatchError(f"margin_start is {start}; expected a number of steps, 0 or more.")
+            raise AnybatchError(f"learn_from is {start}; expected a number of steps, 0 or more.")
         self.margins = PerRowValues(num_rows, directions, initial=initial, limits=(-1.0, 1.0), lr=lr, momentum=momentum)
         self.initial, self.start = initial, start
         self.register_buffer("num_steps", torch.tensor(0))

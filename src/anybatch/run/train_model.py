@@ -63,7 +63,7 @@ def train_on_plan(
     (dataset, columns), settings, kind = as_columns(pairs), config.train, CachedLoss
     if config.data.views is not None:
         dataset, kind = dataset.remove_columns("positive"), partial(TwoViewLoss, seed=config.seed)
-        columns.pop("positive", None)
+        columns = {name: column for name, column in columns.items() if name != "positive"}
         settings = replace(settings, schedule=settings.schedule or "cosine")
     loss = kind(
         model,
