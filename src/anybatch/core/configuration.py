@@ -114,6 +114,14 @@ def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     return kind(**values)
 
 
+def choices_of(kind: type, key: str) -> tuple[Any, ...]:
+    """The alternatives of the annotation of a dotted key; (None,) where `kind` has none of that name."""
+    hint: Any = kind
+    for name in key.split("."):
+        hint = _hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return _choices(hint)
+
+
 def unknown_key(name: str, key: str, known: Sequence[str]) -> AnybatchError:
     """The refusal of a key that is none of `known`, with the nearest of them; `name` is its dotted name."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
