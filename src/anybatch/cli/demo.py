@@ -118,7 +118,7 @@ def _memory_runs(folder: Path, transformer: str) -> dict[str, RunConfig]:
     from anybatch.run.config import RunConfig
 
     size = SIZES[-1]
-    shared = settings(folder, "InfoNCE", size, SEEDS[0]) | {"data": _data(size), "evaluation": {}}
+    shared = settings(folder, "InfoNCE", size, SEEDS[0]) | {"data": _data(size), "evaluation": {"path": None}}
     shared["model"] = {"name": transformer, "num_layers": 1, "max_length": 32, "device": "cpu"}
     ways = {"without caching": {}, "with caching": {"micro_batch": 32, "keep_graphs": 0.0}}
     runs = {}

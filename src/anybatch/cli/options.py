@@ -21,9 +21,7 @@ from anybatch.core.errors import AnybatchError
 if TYPE_CHECKING:
     from anybatch.run.config import RunConfig
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="A YAML file; `anybatch config` prints every key.")
-]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML file; `anybatch config` prints every key.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one value, such as loss.name=sogclr. Repeatable."),

@@ -23,11 +23,12 @@ def load_config(
     overrides: Sequence[str | tuple[str, Any]] = (),
     complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> T:
-    """Build the dataclass `kind` from a YAML file (None: the defaults) and overrides, which win: `"section.key=value"` as
-    the command line has it, or the key and the value itself.
+    """Build the dataclass `kind` from a YAML file (None: the defaults) and overrides, which win.
 
-    A text is taken as it is written, final spaces and colons as well; only null, ~, what stands in quotes, and a list
-    of texts in brackets are read as YAML, as all other values are. `complete` is given both together, as nested dictionaries, and may add what they leave open.
+    An override is `"section.key=value"`, as the command line has it, or the key with the value itself. In the first a
+    text is taken as it is written, final spaces and colons as well; only null, ~, what stands in quotes, and a list in
+    brackets are read as YAML, as all other values are. `complete` is given all together, as nested dictionaries, and
+    may add what is left open.
     """
     tree = {} if path is None else read_yaml(path)
     for override in overrides:
