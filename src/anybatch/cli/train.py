@@ -28,9 +28,10 @@ def command(
 
     if show_config:
         if options.config is None and not resume:  # the defaults; a run has to name these two
-            named = any(value.startswith(("data.path", "data.sets")) for value in options.sets or [])
-            data = options.data or (None if named else "DATA")
-            options = replace(options, output=options.output or "OUTPUT", data=data)
+            named = {value.partition("=")[0].strip() for value in options.sets or []}
+            output = options.output or (None if "output" in named else "OUTPUT")
+            data = options.data or (None if {"data.path", "data.sets"} & named else "DATA")
+            options = replace(options, output=output, data=data)
         typer.echo(to_yaml(resolved(options.resolve(resume=resume))))
         return
     config = options.resolve(resume=resume)
