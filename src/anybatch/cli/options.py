@@ -137,7 +137,7 @@ class RunOptions:
         def complete(tree: dict[str, Any]) -> dict[str, Any]:
             tree = RECIPES[self.recipe](tree) if self.recipe is not None else tree
             alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes could choose different folders
-            if "output" not in tree and alone and not resume:
+            if "output" not in tree and tree.get("data") and alone and not resume:
                 tree["output"] = str(free_name(Path("runs") / _data_name(tree)))
                 say(f"Everything goes into {tree['output']} (--output names another folder).")
             return tree
