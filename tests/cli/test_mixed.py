@@ -191,3 +191,14 @@ def test_a_model_of_one_kind_at_a_time_trains_on_sets_of_one_kind(mmeb, tmp_path
     with pytest.raises(AnybatchError, match="Some anchors are texts, others images, and this model reads each"):
         run("train", *given, "--output", str(tmp_path / "mixed"), "--set", "mining.mixing=mixed")
     assert not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.parametrize("loss", ["count_corrected", "cross_batch"])
+def test_texts_with_fewer_negatives_in_some_rows(tiny_model_folder, tmp_path, loss):
+    rows = [{"query": f"mata {row}", "pos": f"grao {row}", "neg": [f"sofis {row}"] * (row % 3)} for row in range(12)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = ["--data", str(path), "--model", str(tiny_model_folder), "--batch-size", "4", "--set", f"loss.name={loss}"]
+    run("train", *given, "--output", str(tmp_path / "run"), "--set", "train.log_steps=1", "--set", "model.device=cpu")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]

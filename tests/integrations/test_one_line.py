@@ -16,7 +16,6 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, Mu
 from anybatch import BatchPlan, CachedLoss, CrossBatchInfoNCE, InfoNCE, SogCLR, Trainer
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import LossStateCallback, PlanBatches, with_index
-from anybatch.integrations.sentence_transformers.trainer import _ids_of
 from anybatch.losses.methods import CountCorrectedInfoNCE
 from anybatch.losses.rows import RowTable
 
@@ -189,15 +188,10 @@ def test_data_that_cannot_be_used(tiny_model_folder, tmp_path):
     one = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
     with pytest.raises(AnybatchError, match="has the columns text, label; expected an anchor"):
         Trainer(load(tiny_model_folder), arguments(tmp_path), one)
-    hole = dataset().map(lambda row, place: {"positive": None} if place == 2 else row, with_indices=True)
-    with pytest.raises(AnybatchError, match="Row 3 of the column 'positive' is None"):
-        Trainer(load(tiny_model_folder), arguments(tmp_path), hole)
+    holes = dataset().map(lambda row, place: {"neg": None if place == 2 else f"no {place}"}, with_indices=True)
+    for data in (holes, holes.select_columns(["anchor", "neg"])):
+        with pytest.raises(AnybatchError, match="Row 3 of the column 'neg' is None"):
+            Trainer(load(tiny_model_folder), arguments(tmp_path), data)
     scores = dataset().add_column("score", [0.5] * ROWS)
     with pytest.raises(AnybatchError, match="the column 'score'"):
         Trainer(load(tiny_model_folder), arguments(tmp_path), scores)
-
-
-def test_rows_without_a_negative_have_no_id_for_it():
-    """A None is left out of its column of the batch, and so it must be of the ids that stand for the column."""
-    rows = {"anchor": ["a", "b", "c"], "positive": ["A", "B", "C"], "one": ["x", None, "A"], "two": [None] * 3}
-    assert _ids_of({"": Dataset.from_dict(rows)})["negative_id"].tolist() == [[3, -1], [-1, -1], [0, -1]]

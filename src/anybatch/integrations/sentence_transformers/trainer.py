@@ -245,21 +245,19 @@ def _pairs_of(name: str, dataset: Dataset) -> PairData:
             f"The data set {name or 'to train on'} has the columns {', '.join(dataset.column_names)}; expected an "
             "anchor, a positive and optionally negatives, in this order, besides labels."
         )
-    anchors, positives, *negatives = (
-        _column(name, dataset, column, negative=place > 1) for place, column in enumerate(names)
-    )
+    anchors, positives, *negatives = (_column(name, dataset, column) for column in names)
     return PairData(anchors=anchors, positives=positives, negatives=tuple(negatives))
 
 
-def _column(name: str, dataset: Dataset, column: str, *, negative: bool) -> Column:
+def _column(name: str, dataset: Dataset, column: str) -> Column:
     if holds_images(dataset, column):
         return ImageColumn.of(dataset, column, "the training set")
     if getattr(dataset.features[column], "dtype", None) in ("string", "large_string", "null"):
-        texts: list[Any] = dataset.with_format(None)[column][:]  # None: a row without this negative
-        if not negative and None in texts:
+        texts: list[str] = dataset.with_format(None)[column][:]
+        if None in texts:
             raise AnybatchError(
-                f"Row {texts.index(None) + 1} of the column '{column}' is None; expected a text. Fill it, or leave the "
-                "row out."
+                f"Row {texts.index(None) + 1} of the column '{column}' is None; expected a text in every row. Fill it, "
+                "or leave the row out. (Rows with fewer negatives than others: anybatch train.)"
             )
         return texts
     return [f"{name} {column} {row}" for row in range(len(dataset))]
