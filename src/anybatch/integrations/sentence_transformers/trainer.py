@@ -253,7 +253,7 @@ def _column(name: str, dataset: Dataset, column: str) -> Column:
     if holds_images(dataset, column):
         return ImageColumn.of(dataset, column, "the training set")
     if getattr(dataset.features[column], "dtype", None) in ("string", "large_string", "null"):
-        texts: list[str] = dataset.with_format(None)[column][:]
+        texts: list[Any] = dataset.with_format(None)[column][:]
         if None in texts:
             raise AnybatchError(
                 f"Row {texts.index(None) + 1} of the column '{column}' is None; expected a text in every row. Fill it, "
