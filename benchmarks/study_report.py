@@ -13,7 +13,7 @@ from typing import Any
 
 from anybatch.insight import markdown_table
 from anybatch.insight.charts import COLOURS
-from anybatch.run.recipe import LARGEST_REMEMBERING
+from anybatch.losses.registry import LARGEST_REMEMBERING
 
 Where = tuple[str, str, str, str, int]  # student, budget, task, arm, batch size
 SIZES = (16, 64, 256, 1024)
