@@ -18,7 +18,7 @@ from anybatch.integrations.sentence_transformers.model import ModelConfig, load_
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig
 from anybatch.run.read_data import read_data
-from anybatch.run.try_step import first_inputs
+from anybatch.run.try_step import inputs_of, telling_rows
 from tests.cli.test_cli import run
 from tests.images import save_clip
 from tests.mmeb import write_mmeb
@@ -115,7 +115,7 @@ def test_doctor(mmeb, chat_model, heard):
 def test_first_rows_as_written_by_hand(mmeb, chat_model):
     pairs = read_pairs(mmeb / "train" / "CIRR", images=mmeb / "images")
     model = load_model(ModelConfig(name=chat_model, device="cpu"))
-    inputs = first_inputs(model, pairs, 6)
+    inputs = inputs_of(model, pairs, np.arange(6))
     columns = [MixedColumn.of(column) for column in (pairs.anchors, pairs.positives, *pairs.negatives)]
     there = [[row for row in range(6) if column[row] is not None] for column in columns]
     assert [len(rows) for rows in there] != [6] * len(columns)
@@ -148,3 +148,57 @@ def test_a_model_of_one_kind_at_a_time(mmeb, tmp_path):
     embedded = embed_texts(model, column)
     alone = [model.encode(value, normalize_embeddings=True) for value in ("a red circle", column[1].images[0].decode())]
     np.testing.assert_allclose(embedded[:2], np.stack(alone), atol=1e-6)
+
+
+def test_late_images_are_tried_before_anything_is_done(mmeb, tiny_model_folder, tmp_path, chat_model):
+    """Images of the anchors from row 9 on, of the positives in row 11: a model is refused before the folder is made."""
+    file = next((mmeb / "images" / "MSCOCO_t2i").iterdir())
+    rows = [{"query": f"mata {row}", "query_image": "", "pos": f"grao {row}", "pos_image": ""} for row in range(12)]
+    for row in (8, 9, 10, 11):
+        rows[row]["query_image"] = str(file)
+    rows[9]["query"], rows[11]["pos_image"] = "", [str(file), str(file)]
+    path, output = tmp_path / "pairs.jsonl", tmp_path / "run"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = ["--data", str(path), "--batch-size", "4", "--output", str(output), "--set", "model.device=cpu"]
+    for model, match in (
+        (tiny_model_folder, "holds images with texts in one input"),
+        (save_clip(tmp_path), "holds images with texts in one input"),
+    ):
+        with pytest.raises(AnybatchError, match=match):
+            run("train", *given, "--model", str(model))
+        with pytest.raises(AnybatchError, match=match):
+            run("doctor", *given[:4], "--model", str(model))
+    assert not output.exists()
+    pairs = read_pairs(path)
+    (tried,) = telling_rows(load_model(ModelConfig(name=chat_model, device="cpu")), pairs, 4)
+    assert {8, 9, 11} <= set(tried.tolist())
+    assert len(tried) == 4
+
+
+def test_a_model_of_one_kind_at_a_time_trains_on_sets_of_one_kind(mmeb, tmp_path):
+    clip, files = save_clip(tmp_path), sorted((mmeb / "images" / "MSCOCO_t2i").iterdir())
+    for name, key in (("texts", "query"), ("images", "query_image")):
+        cells = {
+            "query": [f"a red bar {row}" for row in range(8)],
+            "query_image": [str(files[row]) for row in range(8)],
+        }
+        rows = [{key: cells[key][row], "pos": f"at place {row}"} for row in range(8)]
+        (tmp_path / "sets").mkdir(exist_ok=True)
+        (tmp_path / "sets" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--data", str(tmp_path / "sets"), "--model", str(clip), "--batch-size", "4", "--set", "model.device=cpu"]
+    given += ["--set", "train.max_steps=3"]
+    run("train", *given, "--output", str(tmp_path / "within"))
+    with pytest.raises(AnybatchError, match="Some anchors are texts, others images, and this model reads each"):
+        run("train", *given, "--output", str(tmp_path / "mixed"), "--set", "mining.mixing=mixed")
+    assert not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.parametrize("loss", ["count_corrected", "cross_batch"])
+def test_texts_with_fewer_negatives_in_some_rows(tiny_model_folder, tmp_path, loss):
+    rows = [{"query": f"mata {row}", "pos": f"grao {row}", "neg": [f"sofis {row}"] * (row % 3)} for row in range(12)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = ["--data", str(path), "--model", str(tiny_model_folder), "--batch-size", "4", "--set", f"loss.name={loss}"]
+    run("train", *given, "--output", str(tmp_path / "run"), "--set", "train.log_steps=1", "--set", "model.device=cpu")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]

@@ -253,3 +253,20 @@ def test_stand_ins_are_of_the_own_set_and_all_different():
         assert {first[row], second[row]} <= own - {texts[row]}
         assert first[row] != second[row]
     assert (first[5], second[5]) == ("p2", "p3")  # row 0 is a suspect of row 5, and row 1 has the same text
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_pixels_of_16_bits_are_scaled_and_of_32_refused(kind):
+    from PIL import Image as Pillow
+
+    def stored(pixels, kind):
+        file = BytesIO()
+        Pillow.fromarray(pixels).save(file, kind)
+        return EncodedImage(encoded=file.getvalue(), where="row 3, 'image' of here")
+
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    decoded = np.asarray(stored(grey, kind).decode())
+    assert decoded.tolist() == np.repeat((grey // 256)[..., None], 3, axis=2).tolist()
+    for wide in (np.float32, np.int32):
+        with pytest.raises(AnybatchError, match="row 3, 'image' of here has numbers of 32 bits"):
+            stored(grey.astype(wide), "TIFF").decode()

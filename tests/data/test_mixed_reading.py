@@ -198,7 +198,7 @@ def test_training_folders_of_mmeb(mmeb):
     texts = [row and row.text for row in pairs.anchors[72 - 12 :]]
     assert all(text.startswith("Find me an image") for text in texts)
     assert not MixedColumn.of(pairs.anchors).has_images[by_set["MSCOCO_t2i"]].any()
-    assert pairs.anchors[0].images[0].where.endswith("'qry_image_path' of " + str(found["A-OKVQA"]))
+    assert pairs.anchors[0].images[0].where.startswith(f"row 1, 'qry_image_path' of {found['A-OKVQA']} (")
     assert pairs.positives[by_set["CIRR"][5]].images[0].where.startswith("row 6, 'pos_image_path' of ")
     (mmeb / "train" / "images_zip").mkdir(exist_ok=True)
     parquet.write_table(pa.table({"qry": ["x"]}), mmeb / "train" / "CIRR" / "train-00000-of-00001.parquet")
@@ -260,6 +260,12 @@ def test_evaluation_folders_of_mmeb(mmeb, tmp_path):
 def test_bad_rows_of_evaluation_are_named(photos, row, match):
     with pytest.raises(AnybatchError, match=match):
         read_candidates(write(photos, [row]))
+
+
+def test_a_right_candidate_alone_is_said(photos, caplog):
+    row = {"qry_text": "x", "qry_img_path": "", "tgt_text": ["y", "y"], "tgt_img_path": ["", ""]}
+    read_candidates(write(photos, [row, {**row, "tgt_text": ["y", "z"]}]))
+    assert "1 of 2 rows have the right candidate alone" in caplog.text
 
 
 def test_repeated_candidates_count_once(photos):

@@ -73,3 +73,21 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path, damage, match):
     damage(path)
     with pytest.raises(AnybatchError, match=match):
         list(read_pairs(path, anchor="image", positive="txt").anchors)
+
+
+def test_the_tars_of_a_pattern_and_no_others(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for name in ("cc-train-0000", "cc-train-0001", "cc-validation-0000"):
+        write_shard(tmp_path / "shards" / f"{name}.tar", {name: {"png": image(1), "txt": name.encode()}})
+    (found,) = find_sets(tmp_path / "shards" / "cc-train-*.tar").values()
+    assert read_pairs(found, anchor="image", positive="txt").positives == ["cc-train-0000", "cc-train-0001"]
+    for path in ("shards", "shards/*.tar"):
+        with pytest.raises(AnybatchError, match=r"cc-validation-0000\.tar would be trained on"):
+            find_sets(tmp_path / path)
+
+
+def test_a_pattern_that_leaves_out_files_of_a_set(tmp_path):
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(AnybatchError, match=r"matches 1 of the 2 files of the data set 'train', and not train-00001"):
+        find_sets(tmp_path / "train-00000*")

@@ -19,6 +19,7 @@ from anybatch.losses.registry import LossConfig
 from anybatch.run import job
 from anybatch.run.config import DataConfig, RunConfig
 
+from .. import vision_models
 from ..conftest import sentence
 
 TEXTS = [sentence(number, 2 + number % 5) for number in range(8)]
@@ -126,3 +127,44 @@ def test_checkpointing_of_a_model_without_layers_is_refused(tiny_model_folder):
     model[0].model.supports_gradient_checkpointing = False
     with pytest.raises(AnybatchError, match=r"train.gradient_checkpointing is on"):
         checkpoint_layers(model)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"modules_to_save": ["LayerNorm"]}, {"bias": "all"}, {"trainable_token_indices": {"word_embeddings": [5, 6, 7]}}],
+)
+def test_what_is_trained_beside_the_adapters_is_saved_as_well(pairs_file, tiny_model_folder, tmp_path, beside):
+    config = RunConfig(
+        output=str(tmp_path / "whole"),
+        data=DataConfig(path=str(pairs_file)),
+        model=ModelConfig(name=str(tiny_model_folder), device="cpu", lora={"r": 2, **beside}),
+        batch_size=16,
+        loss=LossConfig(name="infonce"),
+        train=TrainConfig(max_steps=3, save_steps=2, learning_rate=0.01, micro_batch=4),
+    )
+    job.train(config)
+
+    def kill(stage, done, total, figures=None):
+        if stage == "training" and done == 3:
+            raise Killed
+
+    killed = replace(config, output=str(tmp_path / "killed"))
+    with pytest.raises(Killed):
+        job.train(killed, progress=kill)
+    job.train(killed, resume=True)
+    folders = (tiny_model_folder, tmp_path / "whole" / "model", tmp_path / "killed" / "model")
+    before, after, resumed = (load_file(folder / "model.safetensors") for folder in folders)
+    assert before.keys() == after.keys()
+    part = {"modules_to_save": "LayerNorm", "bias": "LayerNorm.bias"}.get(next(iter(beside)), "word_embeddings")
+    assert any(part in name and not torch.equal(value, after[name]) for name, value in before.items())
+    assert all(torch.equal(value, resumed[name]) for name, value in after.items())
+
+
+def test_a_setting_that_the_processor_does_not_have_is_said(caplog):
+    folder = str(vision_models.folder_of("vit"))
+    load_model(
+        ModelConfig(name=folder, device="cpu", processor={"do_resize": True, "size": {"height": 16, "width": 16}})
+    )
+    assert "model.processor" not in caplog.text
+    load_model(ModelConfig(name=folder, device="cpu", processor={"max_pixel": 256}))
+    assert "model.processor has 'max_pixel', which is no attribute of the model's ViTImageProcessorPil" in caplog.text

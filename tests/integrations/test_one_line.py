@@ -188,6 +188,10 @@ def test_data_that_cannot_be_used(tiny_model_folder, tmp_path):
     one = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
     with pytest.raises(AnybatchError, match="has the columns text, label; expected an anchor"):
         Trainer(load(tiny_model_folder), arguments(tmp_path), one)
+    holes = dataset().map(lambda row, place: {"neg": None if place == 2 else f"no {place}"}, with_indices=True)
+    for data in (holes, holes.select_columns(["anchor", "neg"])):
+        with pytest.raises(AnybatchError, match="Row 3 of the column 'neg' is None"):
+            Trainer(load(tiny_model_folder), arguments(tmp_path), data)
     scores = dataset().add_column("score", [0.5] * ROWS)
     with pytest.raises(AnybatchError, match="the column 'score'"):
         Trainer(load(tiny_model_folder), arguments(tmp_path), scores)

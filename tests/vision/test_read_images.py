@@ -83,3 +83,18 @@ def test_the_digest_is_of_images_and_classes(tmp_path):
     )
     digests = {LabelledImages(known=a, test=b).digest for a, b in ((first, second), (second, first), (first, first))}
     assert len(digests) == 3
+
+
+def test_classes_that_cannot_be_learned_are_said(folder, tmp_path, caplog):
+    known = read_images(str(folder))
+    (tmp_path / "test" / "owl").mkdir(parents=True)
+    (tmp_path / "test" / "owl" / "1.png").write_bytes(image(1))
+    LabelledImages(known=known, test=read_images(str(tmp_path / "test")))
+    assert "1 of 1 classes of" in caplog.text
+    assert "such as 'owl'" in caplog.text
+
+
+def test_a_broken_file_is_named(folder):
+    (folder / "dog" / "more" / "1.png").write_bytes(b"<html>")
+    with pytest.raises(AnybatchError, match=r"dog/more/1\.png\) cannot be decoded \(it is none that Pillow knows"):
+        [image.decode() for image in read_images(str(folder)).images]

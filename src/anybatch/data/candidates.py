@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from anybatch.data.reading import ImagePool
 from anybatch.data.records import column_names, no_column, records
 from anybatch.data.sets import files_of
 
+logger = logging.getLogger("anybatch")
 LISTS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose cells may be lists
 QUERY, TARGET = ("qry_text", "qry_img_path"), ("tgt_text", "tgt_img_path")
 
@@ -129,6 +131,12 @@ def read_candidates(path: str | os.PathLike[str], images: str | os.PathLike[str]
             of_row.append(np.fromiter(numbers, np.int64))
     if pool is None or not of_row:
         raise AnybatchError(f"{path} has no rows. Expected queries with candidates.")
+    alone = sum(len(row) == 1 for row in of_row)
+    if alone:
+        logger.warning(
+            "%s: %d of %d rows have the right candidate alone, which is always a hit. Is it the right folder?",
+            path, alone, len(of_row),
+        )  # fmt: skip
     return CandidateData(
         queries=pool.column(list(queries)),
         candidates=pool.column(list(candidates)),

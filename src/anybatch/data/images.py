@@ -25,6 +25,7 @@ BLOCK = 64  # rows read at once: a third of a gigabyte of large photographs
 KEY = 16  # bytes of an image's digest
 NAME = "image"  # the one column of the data set inside an `ImageColumn`
 MODE = "RGB"  # of decoded images: most processors refuse batches of several modes
+UNBOUNDED = ("I", "F")  # modes that Pillow would clip at 255
 THUMBNAIL = 64  # pixels of the longer side
 
 
@@ -39,16 +40,27 @@ class EncodedImage:
     where: str
 
     def decode(self) -> Image:
-        """The image in RGB, turned upright, exactly as `datasets` gives it to the Trainer."""
+        """The image in RGB, turned upright, as `datasets` gives it to the Trainer; of 16 bits a grey value its upper 8,
+        where `datasets` has white for nearly all.
+        """
         _need_pillow()
         from datasets import Image as Feature
 
         try:
-            return Feature(mode=MODE).decode_example({"bytes": self.encoded, "path": None})
+            image = Feature().decode_example({"bytes": self.encoded, "path": None})
+            if image.mode.startswith("I;16"):
+                image = image.point(lambda value: value / 256, "L")
         except Exception as error:  # a broken file fails in Pillow's decoders with nearly anything
+            reason = "it is none that Pillow knows" if type(error).__name__ == "UnidentifiedImageError" else error
             raise AnybatchError(
-                f"The image in {self.where} cannot be decoded ({error}). Replace it, or leave the row out."
+                f"The image in {self.where} cannot be decoded ({reason}). Replace it, or leave the row out."
             ) from error
+        if image.mode in UNBOUNDED:
+            raise AnybatchError(
+                f"The image in {self.where} has numbers of 32 bits as pixels, of which nothing tells what is white. "
+                "Save it with 8 or 16 bits a channel, or leave the row out."
+            )
+        return image if image.mode == MODE else image.convert(MODE)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -218,6 +230,7 @@ class ImageColumn(Sequence[EncodedImage]):
     def _image(self, value: dict[str, Any] | None, place: int) -> EncodedImage:
         where = f"row {int(self.rows[place]) + 1}, {self.files[int(self.source[place])]}"
         encoded, path = (value or {}).get("bytes"), (value or {}).get("path")
+        named = f"{where} ({path})" if encoded is None and path else where
         if encoded is None and path:
             try:
                 encoded = read_part(path)
@@ -227,8 +240,8 @@ class ImageColumn(Sequence[EncodedImage]):
                     "out."
                 ) from error
         if not encoded:
-            raise AnybatchError(f"There is no image in {where}. Every row needs one: fill it or leave the row out.")
-        return EncodedImage(encoded=encoded, where=where)
+            raise AnybatchError(f"There is no image in {named}. Every row needs one: fill it or leave the row out.")
+        return EncodedImage(encoded=encoded, where=named)
 
 
 def _key(image: EncodedImage) -> np.ndarray:

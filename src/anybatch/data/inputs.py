@@ -214,6 +214,19 @@ def kind_of(column: Column) -> Literal["text", "image", "both"]:
     return "both" if column.has_text.any() else "image"
 
 
+def kinds_of_rows(column: NegativeColumn) -> np.ndarray:
+    """(n,) int: 1 a text, 2 images, 3 both, 0 nothing.
+
+    >>> kinds_of_rows(["a cat", None]).tolist()
+    [1, 0]
+    """
+    if isinstance(column, ImageColumn):
+        return np.full(len(column), 2)
+    if isinstance(column, MixedColumn):
+        return 2 * column.has_images + column.has_text
+    return np.fromiter((text is not None for text in column), np.int64, len(column))
+
+
 def describe(value: str | EncodedImage | MixedInput, row: int) -> str:
     """One line for the terminal: the text with its white space tamed, or such as "[image 48x48, row 17]", or both.
 

@@ -14,7 +14,7 @@ from anybatch.data.records import FORMATS, KINDS
 
 _TESTS = "(test|testing|dev|devel|development|val|valid|validation|eval|evaluation)"
 # Names of splits not to train on.
-HELD_OUT = re.compile(rf"{_TESTS}(?![a-z])|.*(?<![a-z]){_TESTS}(?=$|\.)", re.IGNORECASE)
+HELD_OUT = re.compile(rf"{_TESTS}(?![a-z])|.*(?<![a-z]){_TESTS}(?=$|\.|[-_]\d)", re.IGNORECASE)
 SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})(?P<kind>\..+)")  # one of the files of a data set
 # Splits of MMEB's tasks: the same rows with one instruction a task, with many, and as first released.
 WORDINGS = ("original", "diverse_instruction", "train")
@@ -37,12 +37,12 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
             raise AnybatchError(f"{path} is a folder without data sets. Expected files or folders of these: {FORMATS}.")
     else:
         sets = [] if path.exists() else list(_matching(path))
-    held_out = [name for name, file in sets if HELD_OUT.match(file.name)]
-    if held_out:
-        example = next((f", such as {file}" for _, file in sets if not HELD_OUT.match(file.name)), "")
+    tests = [test for name, file in sets if (test := _held_out(name, file)) is not None]
+    if tests:
+        example = next((f", such as {file}" for name, file in sets if _held_out(name, file) is None), "")
         raise AnybatchError(
-            f"{path} holds {', '.join(name for name, _ in sets)}; {', '.join(held_out)} would be trained on. Give one "
-            f"of them{example}, or name those to train on in data.sets."
+            f"{path} holds {', '.join(name for name, _ in sets)}; {', '.join(tests)} would be trained on. Give one "
+            f"of them{example}, a pattern of those to train on, or name them in data.sets."
         )
     found: dict[str, Path] = {}
     for name, file in sets:
@@ -66,12 +66,29 @@ def files_of(path: Path) -> list[Path]:
     return sorted(map(Path, glob.glob(str(path), recursive=True))) or [path]
 
 
+def _held_out(name: str, path: Path) -> str | None:
+    """What of a data set is meant for testing: all of it, by its name, or one of its tars."""
+    if HELD_OUT.match(path.name):
+        return name
+    tars = files_of(path) if path.suffix == ".tar" else []
+    return next((tar.name for tar in tars if HELD_OUT.match(tar.name)), None)
+
+
 def _is_plain_folder(path: Path) -> bool:
     return path.is_dir() and not (path / "state.json").exists()
 
 
 def _matching(pattern: Path) -> Iterator[tuple[str, Path]]:
-    sets = _grouped(sorted(map(Path, glob.glob(str(pattern), recursive=True))))
+    files = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+    sets = _grouped(files, pattern.name if pattern.suffix == ".tar" else "*.tar")
+    matched = set(files)
+    for name, path in sets:
+        of_set = [] if path.exists() else files_of(path)
+        if left := [file for file in of_set if file not in matched]:
+            raise AnybatchError(
+                f"{pattern} matches {len(of_set) - len(left)} of the {len(of_set)} files of the data set '{name}', and "
+                f"not {left[0].name}. Match all of them, or name the pattern in data.sets, as the path of one set."
+            )
     names = [name for name, _ in sets]
     one_a_folder = len(set(names)) < len(names)
     yield from ((file.parent.name if one_a_folder else name, file) for name, file in sets)
@@ -109,12 +126,14 @@ def _sets_in(folder: Path) -> list[tuple[str, Path]]:
     return _grouped(filter(is_data, sorted(folder.iterdir())))
 
 
-def _grouped(files: Iterable[Path]) -> list[tuple[str, Path]]:
-    """Data sets with their names; the files of one as a pattern. The tars of a folder are one data set."""
+def _grouped(files: Iterable[Path], tars: str = "*.tar") -> list[tuple[str, Path]]:
+    """Data sets with their names; the files of one as a pattern. Of a folder the tars, those that the pattern `tars`
+    names, are one data set.
+    """
     sets: dict[Path, str] = {}
     for file in files:
         if file.suffix.lower() == ".tar":
-            sets[Path(glob.escape(str(file.parent))) / "*.tar"] = file.parent.name or "shards"
+            sets[Path(glob.escape(str(file.parent))) / tars] = file.parent.name or "shards"
             continue
         shard = SHARD.fullmatch(file.name)
         if shard is None:

@@ -21,15 +21,15 @@ from anybatch.losses.rows import RowTable
 from anybatch.run.config import RunConfig
 from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
-from anybatch.run.try_step import first_inputs
+from anybatch.run.try_step import check_kinds, inputs_of, telling_rows
 from anybatch.vision.views import KEYS, both_ways
 
 
 def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     """One small batch of the run both ways, plain and cached: the errors of every parameter, and what is in the way.
 
-    The model trains (dropout on) in the precision of the run, on the first rows of its data, under its loss. Nothing is
-    written.
+    The model trains (dropout on) in the precision of the run, on rows of each kind that its data have, under its loss.
+    Nothing is written.
 
     Args:
         config: The run. Of `config.train`, `micro_batch` (at most a quarter of the rows) and `bf16` are used.
@@ -49,11 +49,12 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
         )
     pairs = read_training_pairs(config)
     config = with_recipe(config, pairs)
-    rows = min(num_rows, len(pairs))
     model = load_model(config.model).train()
-    inputs = first_inputs(model, pairs, rows)
+    check_kinds(config, pairs, model)
+    chosen = telling_rows(model, pairs, num_rows)[0]
+    rows, inputs = len(chosen), inputs_of(model, pairs, chosen)
     table = RowTable(pairs.anchor_id, pairs.positive_id, negative_id=pairs.negative_id).to(model.device)
-    index = torch.arange(rows, device=model.device)
+    index = torch.from_numpy(chosen).to(model.device)
     loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device).train()
     encode, of_batch = partial(_embedding, model), loss
     if config.data.views is not None:

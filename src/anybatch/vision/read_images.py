@@ -51,6 +51,12 @@ class LabelledImages:
         for part in (self.known, self.test):
             if len(part.labels) == 0:
                 raise AnybatchError(f"{part.source} holds no images.")
+        known, test = ({*part.labels.tolist()} for part in (self.known, self.test))
+        if unknown := sorted(test - known):
+            logger.warning(
+                "%d of %d classes of %s are not among those of %s, such as '%s': their images count as wrong.",
+                len(unknown), len(test), self.test.source, self.known.source, unknown[0],
+            )  # fmt: skip
 
     @property
     def digest(self) -> str:

@@ -136,13 +136,18 @@ def undecoded(dataset: Dataset) -> Dataset:
 
 
 def as_columns(pairs: PairData) -> tuple[Dataset, Mapping[str, Column]]:
-    """A data set for the Trainer, with texts as they are and row numbers for all else; and the columns of those."""
+    """A data set for the Trainer, with texts as they are and row numbers for all else; and the columns of those.
+
+    Negatives that some rows lack are numbers as well: the guest's Trainer takes no None among texts.
+    """
     from datasets import Dataset
 
     names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(pairs.negatives) + 1))]
     by_name = dict(zip(names, pairs.prompted, strict=True))
     columns: dict[str, Column] = {
-        name: column for name, column in by_name.items() if isinstance(column, (ImageColumn, MixedColumn))
+        name: column if isinstance(column, ImageColumn) else MixedColumn.of(column)
+        for name, column in by_name.items()
+        if isinstance(column, (ImageColumn, MixedColumn)) or None in column
     }
     cells = {name: np.arange(len(pairs)) if name in columns else list(column) for name, column in by_name.items()}
     return Dataset.from_dict(cells), columns

@@ -20,7 +20,7 @@ from anybatch.core.blocks import BlockArrays
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, read_json, write_json
 from anybatch.data.images import ImageColumn
-from anybatch.data.inputs import Column, MixedColumn, guest_input, row_keys
+from anybatch.data.inputs import Column, MixedColumn, NegativeColumn, guest_input, kinds_of_rows, row_keys
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def embed_texts(
         shared: Under several ranks each embeds its share, and all get all. Otherwise each embeds what it is given.
         progress: Called with the number of texts embedded here since the last call.
     """
-    _check(model, texts)
+    check_content(model, texts)
     settings = _settings(model, side)
     sizes = distributed.shares(len(texts)) if shared else [len(texts)]
     place = distributed.rank() if shared else 0
@@ -91,7 +91,7 @@ def embed_to_file(
     Returns the memory-mapped array (N, D).
     """
     # 1. What made the embeddings; a finished file must be of it.
-    _check(model, texts)
+    check_content(model, texts)
     path, settings = Path(path), _settings(model, side)
     seen = {**settings, "texts": digest_of(row_keys(texts)), "weights": weights_digest(model)}
     stored_as = {} if precision == "float32" else {"precision": precision}
@@ -158,7 +158,7 @@ def _origin(path: Path) -> Path:
     return path.with_name(path.name + ".origin")
 
 
-def _check(model: SentenceTransformer, column: Column) -> None:
+def check_content(model: SentenceTransformer, column: NegativeColumn) -> None:
     """Refuse a column with content that the model does not take; one with a chat template takes all together."""
     both = isinstance(column, MixedColumn) and bool((column.has_images & column.has_text).any())
     alone = isinstance(column, ImageColumn) or (isinstance(column, MixedColumn) and bool(column.has_images.any()))
@@ -188,9 +188,9 @@ def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings
         return _forward(model, list(texts), batch_size, settings)
     # Rows of one kind after the other, as a model without a chat template wants them; decoded by the forward pass, as a
     # shard of photographs would take gigabytes.
-    kinds = MixedColumn.of(texts)
-    order = np.lexsort((np.arange(len(texts)), kinds.has_text, kinds.has_images))
-    changes = np.flatnonzero(np.diff(2 * kinds.has_images[order] + kinds.has_text[order])) + 1
+    kinds = kinds_of_rows(texts)
+    order = np.argsort(kinds, kind="stable")
+    changes = np.flatnonzero(np.diff(kinds[order])) + 1
     found = np.empty((len(texts), 0), np.float32)
     for rows in np.split(order, changes):
         for start in range(0, len(rows), batch_size):

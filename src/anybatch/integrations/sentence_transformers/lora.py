@@ -46,13 +46,17 @@ def merge_lora(model: SentenceTransformer) -> None:
     """
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
     except ImportError:
         return
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, BaseTunerLayer):
+            if isinstance(layer, BaseTunerLayer) and not isinstance(parent, AuxiliaryTrainingWrapper):
                 layer.merge()
                 setattr(parent, name, layer.get_base_layer())
+            elif isinstance(layer, AuxiliaryTrainingWrapper):  # modules_to_save, trainable_token_indices
+                trained = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+                setattr(parent, name, trained)
     transformer: Any = model.transformers_model
     if getattr(transformer, "_hf_peft_config_loaded", False):
         transformer._hf_peft_config_loaded = False

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("anybatch")
 Side = Literal["query", "document"]
+# Of the processor's settings, those of how it is loaded.
+LOADING = ("use_fast", "backend", "revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 # Of prompts and routes, the first that is there.
 NAMES = {"query": ("query",), "document": ("document", "passage", "corpus", "doc")}
 
@@ -120,6 +122,7 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
         ) from error
 
     # 3. What the configuration changes in it.
+    warn_of_unknown(model, config.processor or {})
     pool_at_the_end(model, config.name)
     if config.num_layers is not None:
         keep_first_layers(model, config.num_layers)
@@ -132,6 +135,20 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     model.prompts |= {side: prompt for side, prompt in given.items() if prompt is not None}
     _say_sides(model, config.name, own)
     return model
+
+
+def warn_of_unknown(model: SentenceTransformer, settings: dict[str, Any]) -> None:
+    """Warn of settings of the processor that none of its parts has: transformers drops them without a word."""
+    processor = getattr(model[0], "processor", None)
+    parts = [processor, *(getattr(processor, name, None) for name in ("image_processor", "tokenizer"))]
+    known = [getattr(getattr(part, "valid_kwargs", None), "__annotations__", {}) for part in parts]
+    unknown = [name for name in settings if not any(hasattr(part, name) for part in parts)]
+    unknown = [name for name in unknown if name not in LOADING and not any(name in names for names in known)]
+    if processor is not None and unknown:
+        logger.warning(
+            "model.processor has %s, which is no attribute of the model's %s: most likely it is not used.",
+            ", ".join(map(repr, unknown)), type(processor).__name__,
+        )  # fmt: skip
 
 
 def pool_at_the_end(model: SentenceTransformer, name: str) -> None:

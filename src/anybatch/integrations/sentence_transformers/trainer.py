@@ -252,8 +252,14 @@ def _pairs_of(name: str, dataset: Dataset) -> PairData:
 def _column(name: str, dataset: Dataset, column: str) -> Column:
     if holds_images(dataset, column):
         return ImageColumn.of(dataset, column, "the training set")
-    if getattr(dataset.features[column], "dtype", None) in ("string", "large_string"):
-        return [text or "" for text in dataset.with_format(None)[column][:]]
+    if getattr(dataset.features[column], "dtype", None) in ("string", "large_string", "null"):
+        texts: list[Any] = dataset.with_format(None)[column][:]
+        if None in texts:
+            raise AnybatchError(
+                f"Row {texts.index(None) + 1} of the column '{column}' is None; expected a text in every row. Fill it, "
+                "or leave the row out. (Rows with fewer negatives than others: anybatch train.)"
+            )
+        return texts
     return [f"{name} {column} {row}" for row in range(len(dataset))]
 
 
