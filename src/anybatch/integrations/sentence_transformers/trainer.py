@@ -181,9 +181,9 @@ class Trainer(SentenceTransformerTrainer):
                 getattr(part, "needs_index", False) for part in loss.modules()
             ):
                 raise AnybatchError(
-                    f"{type(loss).__name__} remembers rows by their numbers, and a stream has none. Give a Dataset, or "
-                    "a loss without a memory, such as InfoNCE(temperature=0.05), or let the stream yield a column 'label', "
-                    "each row's number."
+                    f"{type(loss).__name__} remembers rows by their numbers, and a stream has none. Give a Dataset, a "
+                    "loss without a memory, such as InfoNCE(temperature=0.05), or a stream that yields each row's "
+                    "number as a column 'label'."
                 )
             rows = None if self._ids is None else self._rows_for(loss).to(model.device)
             loss = CachedLoss(model, loss, rows=rows, micro_batch=self.mini_batch_size, memory=self.memory)
