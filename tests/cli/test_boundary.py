@@ -161,7 +161,6 @@ def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]
         "option without value": ["train", "--set"],
         "no number": ["train", "--batch-size", "many"],
         "no data": ["train", "--output", tmp_path / "out", "--model", model],
-        "no output": train,
         "config is a folder": ["train", "--config", tmp_path],
         "config not UTF-8": ["train", "--config", files(tmp_path, "a.yaml", b"\xff\xfe")],
         "config no YAML": ["train", "--config", files(tmp_path, "b.yaml", b"a: [")],

@@ -291,3 +291,33 @@ def test_splits_of_judgements_are_said(tmp_path, said):
     data = read_retrieval(corpus, queries, tmp_path / "qrels.tsv", split="test")
     assert data.relevance == {"0": {"1": 1}, "1": {"1": 0}}
     assert "not used: 1 queries without judgements, split 'train' (1 judgements)." in said()[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "ending"),
+    [
+        ([3], "fill it or leave the row out."),
+        ([3, 7], " In all 2 rows are refused: 3, 7."),
+        ([3, *range(40, 50)], " In all 11 rows are refused: 3, 40, 41, 42, 43 and 6 more."),
+    ],
+)
+def test_all_bad_rows_are_counted_and_the_first_named(bad, ending, tmp_path):
+    """Empty, of another type, and without the key at all."""
+    flaws = [{"anchor": "a", "positive": " "}, {"anchor": 3, "positive": None}, {"anchor": "a"}]
+    rows = [flaws[n % 3] if n in bad else {"anchor": f"a {n}", "positive": "p"} for n in range(1, 101)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(AnybatchError) as refused:
+        read_pairs(path)
+    assert str(refused.value).startswith(f"Row 3 of {path}: 'positive' is empty.")
+    assert str(refused.value).endswith(ending)
+
+
+def test_all_rows_without_their_images_are_counted(tmp_path):
+    names = [f"{n}.png" for n in range(8)]
+    for name in names[:5]:
+        (tmp_path / name).write_bytes(image(3))
+    path = tmp_path / "pairs.csv"
+    path.write_text("anchor,positive\n" + "".join(f"number {name[0]},{name}\n" for name in names))
+    with pytest.raises(AnybatchError, match=r"there is no file .*5\.png.*\. In all 3 rows are refused: 6, 7, 8\.$"):
+        read_pairs(path)

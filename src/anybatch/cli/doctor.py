@@ -24,8 +24,9 @@ def command(
     """
     from anybatch.insight.doctor import examine
 
-    if options.config is None:  # nothing is written, so no folder need be named, and no batch of the run be filled
-        options = replace(options, output=options.output or "unused", batch_size=options.batch_size or rows)
+    options = replace(options, output=options.output or "unused")  # nothing is written
+    if options.config is None:  # no batch of a run need be filled
+        options = replace(options, batch_size=options.batch_size or rows)
     result = examine(options.resolve(), num_rows=rows)
     if result.errors:
         worst = sorted(result.errors.items(), key=lambda item: -item[1])

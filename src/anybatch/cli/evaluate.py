@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from anybatch.cli.options import AnchorOption, DataOption, ImagesOption, LimitOption, PositiveOption, check_new
+from anybatch.cli.options import (
+    AnchorOption,
+    DataOption,
+    DeviceOption,
+    ImagesOption,
+    LimitOption,
+    PositiveOption,
+    check_new,
+)
 from anybatch.cli.progress import Bars, show
 from anybatch.core.errors import AnybatchError
 
@@ -58,6 +66,7 @@ def command(
         typer.Option(metavar="CORPUS QUERIES QRELS", help="A retrieval set (BEIR's layout), in place of --data."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Which split of the judgements.")] = None,
+    device: DeviceOption = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a text is cut at.")] = None,
     anchor_prompt: Annotated[
         str | None, typer.Option(help="Text put before each anchor or query, in place of the model's own.")
@@ -95,7 +104,13 @@ def command(
         quoting=quoting,
     )
     loaded = load_model(
-        ModelConfig(name=model, max_length=max_length, anchor_prompt=anchor_prompt, positive_prompt=positive_prompt)
+        ModelConfig(
+            name=model,
+            device=device,
+            max_length=max_length,
+            anchor_prompt=anchor_prompt,
+            positive_prompt=positive_prompt,
+        )
     )
     with Bars() as bars:
         metrics = evaluate_model(loaded, held_out, progress=bars)

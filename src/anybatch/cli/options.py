@@ -6,28 +6,29 @@ Nothing of the library is imported before a verb is called, so that `--help` ans
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
-import yaml
 
+from anybatch.cli.progress import say
 from anybatch.core.errors import AnybatchError
 
 if TYPE_CHECKING:
     from anybatch.run.config import RunConfig
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="A YAML file; `anybatch train --show-config` prints every key.")
-]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML file; `anybatch config` prints every key.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one value, such as loss.name=sogclr. Repeatable."),
 ]
 OutputOption = Annotated[
-    str | None, typer.Option("--output", help="Folder of the run. Must be new, or hold the run to resume.")
+    str | None,
+    typer.Option("--output", help="Folder of the run, new or of the run to resume; by default runs/NAME of the data."),
 ]
 DataOption = Annotated[
     str | None,
@@ -51,6 +52,19 @@ ViewsOption = Annotated[
     typer.Option("--views", help="2: the data are images without labels, of which two random views are made."),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
+DeviceOption = Annotated[
+    Literal["cpu", "cuda", "mps"] | None, typer.Option("--device", help="By default a GPU if there is one.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Fixes batches, initialisation and dropout.")]
+LossOption = Annotated[str | None, typer.Option("--loss", help="Its name, such as infonce; by default recommended.")]
+EpochsOption = Annotated[int | None, typer.Option("--epochs", help="Passes over the data.")]
+RateOption = Annotated[float | None, typer.Option("--learning-rate", help="Of the optimiser, at its peak.")]
+EvaluationOption = Annotated[
+    str | None, typer.Option("--eval", help="Held-out pairs; by default a part of --data (evaluation.path=null: none).")
+]
+PlanOption = Annotated[
+    str | None, typer.Option("--plan", help="A plan made by `anybatch mine`; without one it is made here.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="The contrastive batch, over all processes.")]
@@ -59,6 +73,28 @@ RecipeOption = Annotated[
     typer.Option("--recipe", help="A published run's settings where you set none: b3 (B3 on MMEB)."),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
+
+
+SHORT_CUTS = {  # options and the settings that they stand for
+    "output": "output",
+    "data": "data.path",
+    "anchor": "data.anchor",
+    "positive": "data.positive",
+    "negative": "data.negatives",
+    "images": "data.images",
+    "views": "data.views",
+    "limit": "data.limit",
+    "model": "model.name",
+    "device": "model.device",
+    "teacher": "teacher.name",
+    "batch_size": "batch_size",
+    "seed": "seed",
+    "loss": "loss.name",
+    "epochs": "train.epochs",
+    "learning_rate": "train.learning_rate",
+    "eval": "evaluation.path",
+    "plan": "plan",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +110,19 @@ class RunOptions:
     negative: NegativeOption = None
     images: ImagesOption = None
     views: ViewsOption = None
+    limit: LimitOption = None
     model: ModelOption = None
+    device: DeviceOption = None
     teacher: TeacherOption = None
     batch_size: BatchSizeOption = None
+    seed: SeedOption = None
+    loss: LossOption = None
     recipe: RecipeOption = None
 
-    def resolve(self, *, resume: bool = False, plan: str | None = None) -> RunConfig:
-        """The configuration from file, `--set` and short cuts (which win).
+    def resolve(self, *, resume: bool = False) -> RunConfig:
+        """The configuration from file, `--set` and short cuts (which win); a new run without a folder gets a free one.
 
-        Args:
-            resume: Without `--config`, take the configuration kept in the run's folder.
-            plan: The short cut of `train` alone.
+        `resume` without `--config` takes the configuration kept in the run's folder.
         """
         from anybatch.core.yaml_files import load_config
         from anybatch.run.config import RunConfig
@@ -93,25 +131,45 @@ class RunOptions:
         if self.recipe is not None and self.recipe not in RECIPES:
             raise AnybatchError(f"--recipe is {self.recipe!r}; expected one of: {', '.join(RECIPES)}.")
         config = resumed(self.output) if resume and self.config is None else self.config
-        short_cuts: dict[str, Any] = {
-            "output": self.output,
-            "data.path": self.data,
-            "data.anchor": self.anchor,
-            "data.positive": self.positive,
-            "data.negatives": self.negative,
-            "data.images": self.images,
-            "data.views": self.views,
-            "model.name": self.model,
-            "teacher.name": self.teacher,
-            "batch_size": self.batch_size,
-            "plan": plan,
-        }
-        overrides = list(self.sets or [])
-        for key, value in short_cuts.items():
-            if value not in (None, []):
-                text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-                overrides.append(f"{key}={text}")
-        return load_config(RunConfig, config, overrides, RECIPES[self.recipe] if self.recipe is not None else dict)
+        values = ((key, getattr(self, option, None)) for option, key in SHORT_CUTS.items())
+        overrides = [*(self.sets or []), *((key, value) for key, value in values if value not in (None, []))]
+
+        def complete(tree: dict[str, Any]) -> dict[str, Any]:
+            tree = RECIPES[self.recipe](tree) if self.recipe is not None else tree
+            alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes could choose different folders
+            if "output" not in tree and tree.get("data") and alone and not resume:
+                tree["output"] = str(free_name(Path("runs") / _data_name(tree)))
+                say(f"Everything goes into {tree['output']} (--output names another folder).")
+            return tree
+
+        return load_config(RunConfig, config, overrides, complete)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions):
+    """The options of a run that trains."""
+
+    epochs: EpochsOption = None
+    learning_rate: RateOption = None
+    eval: EvaluationOption = None
+    plan: PlanOption = None
+
+
+def free_name(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3 and so on that does not exist."""
+    number, free = 2, folder
+    while free.exists():
+        free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return free
+
+
+def _data_name(tree: dict[str, Any]) -> str:
+    """What to call a run on these data: as the file, the folder, or the data set of the hub."""
+    data = tree.get("data")
+    path = str((data.get("path") if isinstance(data, dict) else None) or "run")
+    parts = [part for part in Path(path).parts if part not in ("/", "..")]
+    name = parts[2] if parts[:1] == ["hf:"] and len(parts) > 2 else (parts or ["run"])[-1]
+    return re.sub(r"[^\w.-]+", "-", name.split(".")[0]).strip("-") or "run"
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

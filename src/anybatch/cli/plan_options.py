@@ -82,7 +82,7 @@ class PlanSources:
     def pairs(self) -> PairData | None:
         """The plan's data: that of `--data`, in the run's columns where the options name none, or the run's."""
         from anybatch.run.config import DataConfig
-        from anybatch.run.read_data import read_data
+        from anybatch.run.read_data import read_data, split_for_plan
 
         options, source = self.options, self.config.data if self.config is not None else None
         columns = {
@@ -105,6 +105,8 @@ class PlanSources:
             return None
         try:
             pairs = read_data(source)
+            if self.config is not None:
+                pairs, _ = split_for_plan(self.config, pairs, self.plan)
             self.plan.check(num_rows=len(pairs), data_digest=pairs.digest)
         except AnybatchError as error:
             if options.data is not None:

@@ -8,16 +8,13 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import ResumeOption, RunOptions, with_options
+from anybatch.cli.options import ResumeOption, TrainOptions, with_options
 from anybatch.cli.progress import Bars, say, show
 
 
 @with_options
 def command(
-    options: RunOptions,
-    plan: Annotated[
-        str | None, typer.Option("--plan", help="A plan made by `anybatch mine`; without one it is made here.")
-    ] = None,
+    options: TrainOptions,
     resume: ResumeOption = False,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every setting and its value, and stop.")
@@ -31,12 +28,13 @@ def command(
 
     if show_config:
         if options.config is None and not resume:  # the defaults; a run has to name these two
-            named = any(value.startswith(("data.path", "data.sets")) for value in options.sets or [])
-            data = options.data or (None if named else "DATA")
-            options = replace(options, output=options.output or "OUTPUT", data=data)
-        typer.echo(to_yaml(resolved(options.resolve(resume=resume, plan=plan))))
+            named = {value.partition("=")[0].strip() for value in options.sets or []}
+            output = options.output or (None if "output" in named else "OUTPUT")
+            data = options.data or (None if {"data.path", "data.sets"} & named else "DATA")
+            options = replace(options, output=output, data=data)
+        typer.echo(to_yaml(resolved(options.resolve(resume=resume))))
         return
-    config = options.resolve(resume=resume, plan=plan)
+    config = options.resolve(resume=resume)
     with Bars() as bars:
         result = job.train(config, resume=resume, progress=bars)
     if int(os.environ.get("RANK", "0")) > 0:

@@ -117,6 +117,14 @@ def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     return kind(**values)
 
 
+def choices_of(kind: type, key: str) -> tuple[Any, ...]:
+    """The alternatives of the annotation of a dotted key; (None,) where `kind` has none of that name."""
+    hint: Any = kind
+    for name in key.split("."):
+        hint = _hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return _choices(hint)
+
+
 def unknown_key(name: str, key: str, known: Sequence[str]) -> AnybatchError:
     """The refusal of a key that is none of `known`, with the nearest of them; `name` is its dotted name."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -142,7 +150,7 @@ def convert(hint: Any, value: Any, name: str, *, text: bool = False) -> Any:
     words = [word for choice in _choices(hint) for word in typing.get_args(choice) if isinstance(word, str)]
     close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
     ending = f" Did you mean '{close[0]}'?" if close else ""
-    raise AnybatchError(f"{name} is {value!r}; expected {_expected(hint)}.{ending}")
+    raise AnybatchError(f"{name} is {value!r}; expected {expected(hint)}.{ending}")
 
 
 def _converted(choice: Any, value: Any, name: str, text: bool) -> Any:
@@ -201,13 +209,13 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _expected(hint: Any) -> str:
+def expected(hint: Any) -> str:
     """An annotation in words: "a whole number of at least 1, or nothing"."""
     words = []
     for choice in _choices(hint):
         origin, arguments = typing.get_origin(choice), typing.get_args(choice)
         if origin is Annotated:
-            words.append(f"{_expected(arguments[0])} {arguments[1]}")
+            words.append(f"{expected(arguments[0])} {arguments[1]}")
         elif origin is typing.Literal:
             words.append(("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments)))
         elif origin is dict:
@@ -216,7 +224,7 @@ def _expected(hint: Any) -> str:
             number = {2: "two", 3: "three"}.get(len(arguments), len(arguments))
             words.append(f"{number} {'texts' if arguments[0] is str else 'numbers'}")
         elif origin is tuple:
-            words.append(f"a list, each of it {_expected(arguments[0])}")
+            words.append(f"a list, each of it {expected(arguments[0])}")
         else:
             words.append(WORDS.get(choice, "nothing"))
     return ", or ".join(words)

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from anybatch.core.configuration import from_mapping
+from anybatch.core.configuration import choices_of, from_mapping
 from anybatch.core.errors import AnybatchError
 
 T = TypeVar("T")
+NOT_AS_WRITTEN = re.compile(r'\s*(null|~)\s*|"([^"\\]|\\.)*"|\'[^\']*\'')  # what YAML reads of a text as well
 
 
 def load_config(
     kind: type[T],
     path: Path | None,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str | tuple[str, Any]] = (),
     complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> T:
-    """Build the dataclass `kind` from a YAML file (None: the defaults) and `"section.key=value"`, which win.
+    """Build the dataclass `kind` from a YAML file (None: the defaults) and overrides, which win.
 
-    `complete` is given both together, as nested dictionaries, and may add what they leave open.
+    An override is `"section.key=value"`, as the command line has it, or the key with the value itself. In the first a
+    text is taken as it is written, final spaces and colons as well; only null, ~, what stands in quotes, and a list in
+    brackets are read as YAML, as all other values are. `complete` is given all together, as nested dictionaries, and
+    may add what is left open.
     """
     tree = {} if path is None else read_yaml(path)
     for override in overrides:
-        _apply(tree, override)
+        if isinstance(override, tuple):
+            _set(tree, *override, f"{override[0]}={override[1]}")
+        else:
+            _set(tree, *_parsed(kind, override), override)
     return from_mapping(kind, complete(tree))
 
 
@@ -67,15 +75,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _parsed(kind: type, override: str) -> tuple[str, Any]:
+    """Key and value of `"section.key=value"`."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise AnybatchError(f"Cannot read --set {override!r}: expected section.key=value.")
+    key = key.strip()
+    choices = choices_of(kind, key)
+    lists = tuple[str, ...] in choices
+    as_yaml = NOT_AS_WRITTEN.fullmatch(text) or (lists and text.lstrip().startswith("["))
+    if (lists or str in choices) and int not in choices and not as_yaml:
+        return key, text
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AnybatchError(f"Cannot read the value of --set {override!r} as YAML: {error}") from error
-    *parents, last = key.strip().split(".")
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
     for depth, parent in enumerate(parents, start=1):
         if tree.get(parent) is None:
             tree[parent] = {}

@@ -159,6 +159,38 @@ def cell_of(
     )
 
 
+class BadRows:
+    """Rows of a file that are refused, all at once when everything is read.
+
+    >>> bad = BadRows()
+    >>> for row in (3, 3, 8, 9):
+    ...     bad.add(row, AnybatchError(f"Row {row} is empty."))
+    >>> bad.check()
+    Traceback (most recent call last):
+    anybatch.core.errors.AnybatchError: Row 3 is empty. In all 3 rows are refused: 3, 8, 9.
+    """
+
+    def __init__(self) -> None:
+        self.first: AnybatchError | None = None
+        self.rows: dict[int, None] = {}
+
+    def add(self, row: int, error: AnybatchError) -> None:
+        """Remember a row, counted from 1, and why it is refused."""
+        self.first = self.first or error
+        self.rows[row] = None
+
+    def check(self) -> None:
+        """Raise what was said of the first, with the number of all and the first five of them."""
+        if self.first is None:
+            return
+        rows = [f"{row}" for row in sorted(self.rows)]
+        named = ", ".join(rows[:5]) + (f" and {len(rows) - 5:,} more" if rows[5:] else "")
+        if not rows[1:]:
+            raise self.first
+        first = str(self.first).removesuffix(".")
+        raise AnybatchError(f"{first}. In all {len(rows):,} rows are refused: {named}.") from self.first
+
+
 def spread(
     sides: Mapping[str, Sequence[Any]], anchor: str, positive: str, where: str
 ) -> tuple[dict[str, list[list[Any]]], np.ndarray | None, list[str]]:

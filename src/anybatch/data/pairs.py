@@ -80,6 +80,12 @@ class PairData:
         """(n,) int64: equal where the positives are the same text or image."""
         return self._candidate_ids[0]
 
+    @cached_property
+    def shared_id(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of anchors and positives in one id space: equal where an anchor is another pair's positive as well."""
+        anchors, positives = _identify([self.anchors, self.positives])
+        return anchors, positives
+
     @property
     def negative_id(self) -> np.ndarray | None:
         """(n, h) int64 in the id space of `positive_id`, -1 where a row has fewer; None without explicit negatives."""

@@ -14,6 +14,7 @@ import numpy as np
 from anybatch.core.errors import AnybatchError
 from anybatch.data.columns import (
     NEGATIVE,
+    BadRows,
     Cell,
     are_image_paths,
     cell_of,
@@ -109,12 +110,18 @@ def _read_file(
     cells: dict[str, list[Cell]] = {name: [] for name in chosen.names if name not in stored}
     of_negatives = {name for side in chosen.negatives for name in side}
     optional = of_negatives | {name for side in chosen.sides if len(side) > 1 for name in side}
-    later = dict.fromkeys(present)
+    later, bad = dict.fromkeys(present), BadRows()
     for row, record in enumerate(islice(records(path, list(cells), quoting), limit) if cells else (), start=1):
         for name, column in cells.items():
-            column.append(cell_of(record, name, row, where, optional=name in optional, negative=name in of_negatives))
+            try:
+                cell = cell_of(record, name, row, where, optional=name in optional, negative=name in of_negatives)
+            except AnybatchError as error:
+                bad.add(row, error)
+            else:
+                column.append(cell)
         if not later.keys() >= record.keys():
             later.update(dict.fromkeys(record))
+    bad.check()
     late = [name for name in later if NEGATIVE.fullmatch(name) and name not in present]
     if late and negatives is None:
         raise AnybatchError(
@@ -280,31 +287,36 @@ def _side(
     of_paths = [name for name in names if name in paths]
     num_rows = len(next(iter(cells.values()))) if cells else len(stored[0])
     side: list[Any] = []
+    bad = BadRows()
     for row in range(num_rows):
-        text = cells[texts[0]][row] if texts else None
-        images = [int(places[row]) for places in stored if places[row] >= 0]
-        listed: list[int | None] | None = None  # one image of each text
-        for name in of_paths:
-            cell = cells[name][row]
-            written = cell if isinstance(cell, list) else [cell or ""]
-            places = [pool.place(path, row, name) if path else None for path in written]
-            if isinstance(cell, list) and (kind == "negative" or isinstance(text, list)):
-                listed = places
-            else:
-                images += [place for place in places if place is not None]
         try:
-            content = _content(text, images, listed)
-        except ValueError as error:
-            raise AnybatchError(
-                f"Row {row + 1} of {where}: '{_label(names)}' hold {error}; expected as many (empty where one is "
-                "missing)."
-            ) from None
-        if content is None and kind != "negative":
-            raise AnybatchError(
-                f"Row {row + 1} of {where}: '{_label(names)}' are empty. Every row needs a text or an image there: "
-                "fill it or leave the row out."
-            )
-        side.append(content)
+            text = cells[texts[0]][row] if texts else None
+            images = [int(places[row]) for places in stored if places[row] >= 0]
+            listed: list[int | None] | None = None  # one image of each text
+            for name in of_paths:
+                cell = cells[name][row]
+                written = cell if isinstance(cell, list) else [cell or ""]
+                places = [pool.place(path, row, name) if path else None for path in written]
+                if isinstance(cell, list) and (kind == "negative" or isinstance(text, list)):
+                    listed = places
+                else:
+                    images += [place for place in places if place is not None]
+            try:
+                content = _content(text, images, listed)
+            except ValueError as error:
+                raise AnybatchError(
+                    f"Row {row + 1} of {where}: '{_label(names)}' hold {error}; expected as many (empty where one is "
+                    "missing)."
+                ) from None
+            if content is None and kind != "negative":
+                raise AnybatchError(
+                    f"Row {row + 1} of {where}: '{_label(names)}' are empty. Every row needs a text or an image there: "
+                    "fill it or leave the row out."
+                )
+            side.append(content)
+        except AnybatchError as error:
+            bad.add(row + 1, error)
+    bad.check()
     return side
 
 

@@ -12,7 +12,7 @@ from anybatch.core.files import check_name, read_sealed
 from anybatch.core.yaml_files import load_config
 from anybatch.integrations.sentence_transformers.model import ModelConfig
 from anybatch.integrations.sentence_transformers.training import TrainConfig
-from anybatch.losses.registry import LossConfig
+from anybatch.losses.registry import AUTO, LossConfig
 from anybatch.mining import MiningConfig, RankWindow
 
 
@@ -107,7 +107,9 @@ class EvaluationConfig(Configuration):
 
     Attributes:
         path: Held-out pairs; each anchor must find its positive among all of them. With `data.views` images with
-            classes, which are told by those of the training images.
+            classes, which are told by those of the training images. "auto" holds out 5% of the training pairs, at least
+            50 and at most 1,000, that share no text or image with the others (none of fewer than 250 pairs, beside
+            `retrieval`, `data.views` or `teacher.embeddings`, or where the plan is one of all pairs); None for none.
         retrieval: The three files of a retrieval set instead of pairs (BEIR's layout): corpus, queries, judgements.
         split: Which split of the judgements, if they have several.
 
@@ -115,7 +117,7 @@ class EvaluationConfig(Configuration):
         >>> EvaluationConfig(retrieval=("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")).split
     """
 
-    path: str | None = None
+    path: str | None = AUTO
     retrieval: tuple[str, str, str] | None = None
     split: str | None = None
 
@@ -125,7 +127,7 @@ class EvaluationConfig(Configuration):
         super().__post_init__()
         if self.retrieval is None and self.split is not None:
             raise AnybatchError("evaluation.split is for a retrieval set (evaluation.retrieval). Leave it out.")
-        if self.retrieval is not None and self.path is not None:
+        if self.retrieval is not None and self.path not in (None, AUTO):
             raise AnybatchError("evaluation names pairs (path) and a retrieval set (retrieval); give one of them.")
 
 

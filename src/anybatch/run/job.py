@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from anybatch.core import distributed
+from anybatch.core.errors import AnybatchError
 from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, no_progress
 from anybatch.integrations.sentence_transformers.lora import merge_lora
@@ -19,7 +20,7 @@ from anybatch.run.evaluate_model import evaluate_model, untrained_figures
 from anybatch.run.folder import open_run, read_record, run_digest
 from anybatch.run.hard_negatives import with_mined_negatives
 from anybatch.run.make_plan import check_start, make_plan
-from anybatch.run.read_data import read_held_out, read_training_pairs
+from anybatch.run.read_data import hold_out, read_held_out, read_training_pairs
 from anybatch.run.recipe import with_recipe
 from anybatch.run.train_model import save_model, train_on_plan
 from anybatch.run.try_step import try_step
@@ -40,10 +41,12 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         progress = progress if distributed.rank() == 0 else no_progress
 
         # 1. Read everything before the folder is touched: bad input leaves nothing behind.
-        pairs = read_training_pairs(config)
+        pairs, split = hold_out(config, read_training_pairs(config))
         config = with_recipe(config, pairs)
         check_shared_equally(config.batch_size)
-        held_out = read_held_out(config)
+        held_out = split or read_held_out(config)
+        if held_out is None and config.train.eval_steps is not None:
+            raise AnybatchError("train.eval_steps is given, and nothing is held out to evaluate on. Name it: --eval.")
         optimizer_of(config.train)
         model = load_model(config.model)
         if config.data.views is not None:

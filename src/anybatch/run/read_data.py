@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.data.candidates import CandidateSets, find_candidates, read_candidates
+from anybatch.data.held_out import held_out_rows, split_pairs
 from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import instructed
 from anybatch.data.pairs import PairData, PairSet, join_pairs
 from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import RetrievalData, read_retrieval
 from anybatch.data.sets import find_sets
+from anybatch.losses.registry import AUTO
 from anybatch.mining import MiningSet
+from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, RunConfig, SetConfig
 from anybatch.vision.mmeb import TASKS
 from anybatch.vision.read_images import Images, LabelledImages, NamedClasses, read_images
 
+logger = logging.getLogger("anybatch")
 HeldOut = PairData | RetrievalData | LabelledImages | NamedClasses | CandidateSets
 
 
@@ -104,12 +110,59 @@ def read_candidate_sets(tasks: Mapping[str, Path], images: str | None, *, prompt
     return CandidateSets(sets=sets)
 
 
+def hold_out(config: RunConfig, pairs: PairData) -> tuple[PairData, PairData | None]:
+    """The pairs to train on and, with evaluation.path=auto, those held out of them. Said aloud by the first rank."""
+    if not _holds_out(config):
+        return pairs, None
+    plan = existing_plan(config)
+    left, held_out = split_for_plan(config, pairs, plan)
+    if distributed.rank() > 0:
+        return left, held_out
+    if held_out is not None:
+        logger.info(
+            "Held out for evaluation: %s of %s pairs, which share no text or image with the others. --eval FILE names "
+            "other pairs, --set evaluation.path=null holds out none.",
+            f"{len(held_out):,}", f"{len(pairs):,}",
+        )  # fmt: skip
+    else:
+        bound = "the plan is" if plan is not None else "teacher.embeddings are" if config.teacher.embeddings else None
+        why = f"{bound} of all pairs" if bound else f"too few of {len(pairs):,} pairs share no text with the others"
+        logger.info("Nothing is held out for evaluation: %s. --eval FILE names pairs.", why)
+    return left, held_out
+
+
+def split_for_plan(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> tuple[PairData, PairData | None]:
+    """The pairs that a run trains on, and those that it holds out.
+
+    A plan that exists decides, which is of all pairs or of those that are left; so a run is resumed with its own.
+    """
+    if not _holds_out(config) or config.teacher.embeddings is not None:
+        return pairs, None
+    rows = held_out_rows(pairs, config.batch_size, config.seed)
+    if not len(rows) or (plan is not None and plan.num_rows != len(pairs) - len(rows)):
+        return pairs, None
+    return split_pairs(pairs, rows)
+
+
+def _holds_out(config: RunConfig) -> bool:
+    held_out = config.evaluation
+    return held_out.path == AUTO and held_out.retrieval is None and config.data.views is None
+
+
+def existing_plan(config: RunConfig) -> BatchPlan | None:
+    """The plan that the configuration names; the run's own where that is gone, or none is named; None for none."""
+    named = None if config.plan is None else Path(config.plan)
+    kept = Path(config.output) / "plan.safetensors"
+    path = kept if named is None or (kept.exists() and not named.exists()) else named
+    return BatchPlan.load(path) if named is not None or kept.exists() else None
+
+
 def read_held_out(config: RunConfig) -> HeldOut | None:
-    """The held-out data of the configuration, or None if it names none."""
+    """The held-out data that the configuration names, or None if it names none."""
     data, held_out = config.data, config.evaluation
     if held_out.retrieval is not None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
-    if held_out.path is None:
+    if held_out.path in (None, AUTO):
         return None
     if data.views is not None:
         return LabelledImages(known=_read_images(data), test=read_images(held_out.path, column=data.anchor))

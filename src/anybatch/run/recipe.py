@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 from anybatch.core import distributed
 from anybatch.data.pairs import PairData
 from anybatch.losses.registry import AUTO, recommended
-from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig
+from anybatch.run.read_data import existing_plan
 
 logger = logging.getLogger("anybatch")
 
@@ -59,6 +58,5 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
 def _is_mined(config: RunConfig) -> bool:
     if config.plan is None:
         return config.mining.method != "random"
-    path = Path(config.plan)
-    copy = Path(config.output) / "plan.safetensors"  # of the run, where the file given is gone since
-    return BatchPlan.load(path if path.exists() or not copy.exists() else copy).cluster_size > 1
+    plan = existing_plan(config)
+    return plan is not None and plan.cluster_size > 1

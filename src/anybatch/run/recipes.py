@@ -23,6 +23,7 @@ Tree = dict[str, Any]
 # r from the command, the rest its code's defaults. Pixels: as the processor has them, 4 to 1,280 patches of 28 x 28.
 B3: Tree = {
     "batch_size": 1024,
+    "evaluation": {"path": None},  # all pairs are trained on
     "data": {"negatives": []},  # those of the files are not used: hard negatives are mined
     "model": {
         "lora": {
