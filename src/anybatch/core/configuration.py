@@ -110,10 +110,7 @@ def from_mapping(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
         elif field.default_factory is dataclasses.MISSING:
             missing.append(_dotted(where, field.name))
     if missing:
-        raise AnybatchError(
-            f"Missing configuration value: {', '.join(missing)}. Give it in the file, by its option (such as --output), "
-            "or with --set."
-        )
+        raise AnybatchError(f"Missing configuration value: {', '.join(missing)}. Give it in the file or with --set.")
     return kind(**values)
 
 
