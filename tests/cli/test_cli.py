@@ -233,20 +233,20 @@ def test_resume_after_the_end_only_reads(pairs_file, tiny_model_folder, tmp_path
 
 
 def test_explicit_negatives(pairs_file, tiny_model_folder, tmp_path):
-    """A negative column reaches the loss, and one that is the positive's own text is no negative."""
+    """A negative column reaches the loss, one that is the positive's own text is no negative, and rows may lack one."""
     rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
     losses = []
-    for name, offset in (("own", 0), ("other", 5)):
+    for name, offset, every in (("own", 0, 1), ("other", 5, 1), ("some", 5, 3)):
         path = tmp_path / f"{name}.jsonl"
+        wrong = [rows[(n + offset) % 97]["positive"] if n % every == 0 else None for n in range(len(rows))]
         path.write_text(
-            "".join(
-                json.dumps({**row, "wrong": rows[(n + offset) % 97]["positive"]}) + "\n" for n, row in enumerate(rows)
-            )
+            "".join(json.dumps({**row, "wrong": text}) + "\n" for row, text in zip(rows, wrong, strict=True))
         )
         more = ("mining.method=random", "train.max_steps=1", "train.warmup=0")
         run("train", *settings(path, tiny_model_folder, tmp_path / name, *more), "--negative", "wrong")
         losses.append(json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["num_negatives"])
     assert losses[1] > losses[0] >= 7
+    assert losses[1] > losses[2] > 7
 
 
 def test_mine_from_a_file_without_a_model_and_with_the_plan_of_another_folder(pairs_file, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.evaluation import SequentialEvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from transformers.trainer_utils import HPSearchBackend
 
 from anybatch import BatchPlan, CachedLoss, CrossBatchInfoNCE, InfoNCE, SogCLR, Trainer
 from anybatch.core.errors import AnybatchError
@@ -195,3 +198,94 @@ def test_data_that_cannot_be_used(tiny_model_folder, tmp_path):
     scores = dataset().add_column("score", [0.5] * ROWS)
     with pytest.raises(AnybatchError, match="the column 'score'"):
         Trainer(load(tiny_model_folder), arguments(tmp_path), scores)
+
+
+def test_the_guests_arguments_by_place(tiny_model_folder, tmp_path):
+    found = []
+
+    def evaluator(model, *_):
+        found.append(model)
+        return {"score": 1.0}
+
+    sequence = SequentialEvaluator([evaluator])
+    training = Trainer(load(tiny_model_folder), arguments(tmp_path), dataset(), dataset(8), None, sequence)
+    assert training.evaluate()["eval_score"] == 1.0
+    assert found == [training.model]
+
+
+def test_the_recommended_loss_is_said_to_whoever_set_no_level_of_logging(tiny_model_folder, tmp_path, caplog):
+    Trainer(load(tiny_model_folder), arguments(tmp_path), dataset())
+    Trainer(load(tiny_model_folder), arguments(tmp_path, max_steps=3), dataset().to_iterable_dataset())
+    said = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.getMessage().split(",")[0] for record in said] == [
+        "Recommended: cross_batch",
+        "Recommended: InfoNCE",
+    ]
+
+
+def test_a_function_that_makes_the_loss(tiny_model_folder, tmp_path):
+    data = dataset().map(lambda row, place: {"positive": "one answer"} if place < 3 else row, with_indices=True)
+    found = []
+    for name, loss in (("a", InfoNCE(temperature=0.05)), ("b", lambda _: InfoNCE(temperature=0.05))):
+        training = Trainer(load(tiny_model_folder), arguments(tmp_path / name), data, loss=loss)
+        training.train()
+        found.append(weights(training.model))
+    assert same(*found)
+    with pytest.raises(AnybatchError, match="expected the loss itself"):
+        Trainer(None, arguments(tmp_path), data, loss=lambda _: InfoNCE(), model_init=lambda: load(tiny_model_folder))
+
+
+def test_the_loss_begins_anew_with_each_model(tiny_model_folder, tmp_path):
+    def model():
+        made = load(tiny_model_folder)
+        made.prompts = {"query": "find: ", "document": "text: "}
+        return made
+
+    training = Trainer(args=arguments(tmp_path), train_dataset=dataset(), model_init=model)
+    assert training.args.prompts == {"anchor": "find: ", "positive": "text: "}
+    found = []
+    for _ in range(2):
+        training.train()
+        found.append((weights(training.model), training.loss.loss.state_dict()))
+    (first, state), (second, again) = found
+    assert same(first, second)
+    assert state
+    assert same(state, again)
+
+
+def test_a_trial_of_a_search_keeps_the_loss_in_its_own_checkpoints(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # optuna's is one
+    args = arguments(tmp_path, save_strategy="epoch")
+    training = Trainer(args=args, train_dataset=dataset(), model_init=lambda: load(tiny_model_folder))
+    training.hp_search_backend, training.hp_space = HPSearchBackend.OPTUNA, lambda _: {"learning_rate": 1e-3}
+    training.hp_name = None
+    training.train(trial=SimpleNamespace(number=3, params={}))
+    folders = list(tmp_path.glob("run-3/checkpoint-*"))
+    assert folders
+    for folder in folders:
+        assert (folder / "anybatch_loss.safetensors").exists()
+        assert (folder / "model.safetensors").exists()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_rows_that_lack_something(tiny_model_folder, tmp_path):
+    negatives = [None if row % 3 else f"no answer {row}" for row in range(ROWS)]
+    data = dataset().add_column("negative", negatives)
+    training = Trainer(load(tiny_model_folder), arguments(tmp_path / "a"), data, data)
+    ids = training.loss.rows.negative_id[:, 0]
+    assert (ids < 0).tolist() == [text is None for text in negatives]
+    training.train()
+    assert np.isfinite(training.evaluate()["eval_loss"])
+    for column in ("anchor", "positive"):
+        rows = dataset().to_dict()
+        rows[column][5] = None
+        with pytest.raises(AnybatchError, match=f"nothing in column '{column}' in row 5"):
+            Trainer(load(tiny_model_folder), arguments(tmp_path / "b"), Dataset.from_dict(rows))
+
+
+def test_a_stream_and_a_loss_that_remembers_rows(tiny_model_folder, tmp_path):
+    args = arguments(tmp_path, max_steps=3)
+    with pytest.raises(AnybatchError, match="a stream has none"):
+        Trainer(load(tiny_model_folder), args, dataset().to_iterable_dataset(), loss=CrossBatchInfoNCE(ROWS))
+    numbered = with_index(dataset()).to_iterable_dataset()
+    Trainer(load(tiny_model_folder), args, numbered, loss=CrossBatchInfoNCE(ROWS)).train()

@@ -213,7 +213,7 @@ def _data_digest(dataset: Dataset, expected: str) -> str:
     if not expected or len(names) < 2 or not all(name in texts or holds_images(dataset, name) for name in names):
         return expected
     columns: list[Column] = [
-        [text or "" for text in dataset.with_format(None)[name][:]]
+        dataset.with_format(None)[name][:]  # None is a negative that a row lacks
         if name in texts
         else ImageColumn.of(dataset, name, "the training set")
         for name in names

@@ -55,6 +55,7 @@ class LossStateCallback(TrainerCallback):
     ) -> None:
         self.losses = dict(loss) if isinstance(loss, Mapping) else {"": loss}
         self.resume_from, self.run, self.checked = resume_from, run, checked
+        self.folder: str | None = None  # where the checkpoints are, if not in the Trainer's output folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the plan; restore the loss."""
@@ -117,7 +118,7 @@ class LossStateCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the loss to the checkpoint (of a sharded memory each rank its part), and last the list of contents."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        folder = Path(self.folder or str(args.output_dir)) / f"checkpoint-{state.global_step}"
         module = _state_of(self.losses)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
         if _is_sharded(module):

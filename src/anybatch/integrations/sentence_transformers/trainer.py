@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.util.dataset import DEFAULT_LABEL_COLUMNS
 from torch import nn
@@ -55,16 +55,17 @@ class Trainer(SentenceTransformerTrainer):
         loss: A loss of anybatch, such as `InfoNCE(temperature=0.05)`; sentence-transformers' losses call its inverse
             `scale=20`. Or any of theirs, which is left as it is. None: the recommended one (docs/recipe.md), which is
             said. Several data sets, a dictionary, have one loss or a dictionary of losses; a stream has `InfoNCE`, or
-            any other loss without a state.
+            any other loss without a state. With `model_init` a loss of ours begins anew with each model.
+        more, options: The further arguments of `SentenceTransformerTrainer`, by place or by name.
         plan: Batches of `anybatch mine` or `mine_plan`, an object or a file; of several data sets a list, one each.
         mini_batch_size: Rows that are encoded at once, for losses of ours; "auto" finds it under `memory`. The gradient
             is the same.
         memory: The most memory in use on the device, such as "8GiB" or "80%".
         columns: By name, columns of `train_dataset` that hold row numbers, and what is in those rows (`as_columns`).
-        callbacks, options: Further arguments of `SentenceTransformerTrainer`.
 
     Raises:
-        AnybatchError: A plan for a stream, for other data, or of another batch size; columns that cannot be used.
+        AnybatchError: A plan for a stream, for other data, or of another batch size; columns that cannot be used; a row
+            without an anchor or a positive (a negative may be missing, None).
 
     Example:
         >>> from sentence_transformers import SentenceTransformer
@@ -81,12 +82,11 @@ class Trainer(SentenceTransformerTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         loss: Any = None,
-        *,
+        *more: Any,
         plan: BatchPlan | str | Path | Sequence[BatchPlan | str | Path] | None = None,
         mini_batch_size: int | Literal["auto"] = 32,
         memory: str | int = "80%",
         columns: Mapping[str, Column] | None = None,
-        callbacks: Sequence[Any] | None = None,
         **options: Any,
     ) -> None:
         # 1. The guest's arguments, completed in a copy.
@@ -96,17 +96,23 @@ class Trainer(SentenceTransformerTrainer):
         sets = _sets_of(train_dataset)
         if self.plans:
             _take_plans(args, self.plans, sets)
-        if model is not None:
-            streamed: dict[str, list[str]] = {"": list(getattr(train_dataset, "column_names", None) or ())}
-            _take_sides(args, model, {name: _columns_of(one) for name, one in sets.items()} or streamed)
+        parts = train_dataset if isinstance(train_dataset, dict) else {"": train_dataset}
+        self._column_names = {name: _columns_of(one) for name, one in parts.items()}
 
         # 2. For losses of ours, row numbers, what is known of the rows, and images as they are stored.
         self.mini_batch_size: int | Literal["auto"] = mini_batch_size
         self.memory, self._columns = memory, columns
         self._ids: dict[str, Any] | None = None
+        self._fresh: list[tuple[CachedTrainerLoss, nn.Module]] = []
+        if model is not None:
+            loss = (
+                {name: _made(one, model) for name, one in loss.items()}
+                if isinstance(loss, dict)
+                else _made(loss, model)
+            )
         losses = list(loss.values()) if isinstance(loss, dict) else [loss]
         ours = [one is None or _is_ours(one) for one in losses]
-        self._undecoded = all(ours)
+        self._undecoded = all(ours) and options.get("data_collator", more[1] if len(more) > 1 else None) is None
         if sets and any(one is None or isinstance(one, ContrastiveLoss) for one in losses):
             self._ids = _ids_of(sets)
         if sets and (self.plans or any(ours)):
@@ -114,7 +120,7 @@ class Trainer(SentenceTransformerTrainer):
                 train_dataset = with_index(train_dataset)
             if self._undecoded:
                 train_dataset = _mapped(undecoded, train_dataset)
-        super().__init__(model, args, train_dataset, eval_dataset, loss, callbacks=list(callbacks or ()), **options)
+        super().__init__(model, args, train_dataset, eval_dataset, loss, *more, **options)
 
         # 3. Checkpoints keep the state of the losses.
         named = self.loss if isinstance(self.loss, dict) else {"": self.loss}
@@ -125,6 +131,21 @@ class Trainer(SentenceTransformerTrainer):
             self.add_callback(self._keeper)
         if kept:
             self.model.model_card_data.add_tags("anybatch")
+        if self.model_init is not None:
+            self._fresh = [(cached, copy.deepcopy(cached.loss)) for cached in kept.values()]
+
+    def call_model_init(self, *arguments: Any, **options: Any) -> Any:
+        """A new model, for a new run; the losses begin anew with it: what they remember was embedded by the old one."""
+        for cached, fresh in self._fresh:
+            cached.loss = copy.deepcopy(fresh)
+        return super().call_model_init(*arguments, **options)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The guest's; the trials of a search have a folder each, where the state of the losses goes too."""
+        folder = super()._get_output_dir(trial)
+        if self._keeper is not None:
+            self._keeper.folder = folder
+        return folder
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """As the guest's. `resume_from_checkpoint=True` goes on from the newest checkpoint that is whole."""
@@ -139,18 +160,31 @@ class Trainer(SentenceTransformerTrainer):
         """The recommended loss for the batch size, and for the plan."""
         if self._ids is None or len(self.plans) > 1:
             why = "a stream has no row numbers" if self._ids is None else "each data set has its own plan"
-            logger.info("Recommended: InfoNCE, temperature 0.05 (%s).", why)
+            _say("Recommended: InfoNCE, temperature 0.05 (%s). See docs/recipe.md.", why)
             return InfoNCE(temperature=0.05)
         batch = self.args.per_device_train_batch_size * distributed.world_size()
         name, why = recommended(batch)
-        logger.info("Recommended: %s, temperature 0.05 (batches of %d: %s). See docs/recipe.md.", name, batch, why)
+        _say("Recommended: %s, temperature 0.05 (batches of %d: %s). See docs/recipe.md.", name, batch, why)
         return build_loss(LossConfig(name=name), num_rows=len(self._ids["anchor_id"]))
 
     def prepare_loss(self, loss: Any, model: Any) -> nn.Module:
         """A loss of ours is put behind the cached step."""
-        if not isinstance(loss, nn.Module):
-            loss = loss(model)
+        function = not isinstance(loss, nn.Module)
+        loss = _made(loss, model)
+        if function and _is_ours(loss):  # only with model_init: it was not known when the rows were numbered
+            raise AnybatchError(
+                f"With model_init, got a function that makes {type(loss).__name__}; expected the loss itself, such as "
+                "loss=InfoNCE(temperature=0.05). It begins anew with each model."
+            )
         if isinstance(loss, ContrastiveLoss):
+            if _has_no_numbers(self.train_dataset) and any(
+                getattr(part, "needs_index", False) for part in loss.modules()
+            ):
+                raise AnybatchError(
+                    f"{type(loss).__name__} remembers rows by their numbers, and a stream has none. Give a Dataset, a "
+                    "loss without a memory, such as InfoNCE(temperature=0.05), or a stream that yields each row's "
+                    "number as a column 'label'."
+                )
             rows = None if self._ids is None else self._rows_for(loss).to(model.device)
             loss = CachedLoss(model, loss, rows=rows, micro_batch=self.mini_batch_size, memory=self.memory)
         return super().prepare_loss(loss, model)
@@ -164,10 +198,18 @@ class Trainer(SentenceTransformerTrainer):
         weights = "inclusion" if loss.inclusion else "none"
         return RowTable(**self._ids, plan=plan, weights=weights, mask_suspects=plan.suspects is not None)
 
-    def get_data_collator(self, *arguments: Any, **options: Any) -> Any:
-        """For losses of ours images are left to the cached step."""
-        collator = super().get_data_collator(*arguments, **options)
+    def get_data_collator(self, model: Any, args: Any, *arguments: Any, **options: Any) -> Any:
+        """With the model's own prompts and routes. For losses of ours images are left to the cached step."""
+        _take_sides(args, model, self._column_names)
+        collator = super().get_data_collator(model, args, *arguments, **options)
         return ImageCollator(collator, self._columns) if self._undecoded else collator
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """The card reads every cell as a text; to it a negative that a row lacks is an empty one."""
+        sets = self.train_dataset, self.eval_dataset
+        self.train_dataset, self.eval_dataset = (one and _mapped(_without_gaps, one) for one in sets)
+        super().add_model_card_callback(default_args_dict)
+        self.train_dataset, self.eval_dataset = sets
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Decay would pull a learned log-temperature to 0, the temperature to 1."""
@@ -195,8 +237,39 @@ def _mapped(change: Callable[[Dataset], Dataset], dataset: Any) -> Any:
     return change(dataset)
 
 
-def _columns_of(dataset: Dataset) -> list[str]:
-    return [name for name in dataset.column_names if name not in (*DEFAULT_LABEL_COLUMNS, "dataset_name")]
+def _without_gaps(dataset: Any) -> Any:
+    """With "" for None where columns of texts have any; a stream and a data set that has a transform stay."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return dataset
+    if not any(_holds_texts(dataset, name) and dataset.data.column(name).null_count for name in dataset.column_names):
+        return dataset
+    return dataset.with_transform(
+        lambda cells: {name: ["" if cell is None else cell for cell in column] for name, column in cells.items()}
+    )
+
+
+def _holds_texts(dataset: Dataset, column: str) -> bool:
+    return getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
+
+
+def _say(line: str, *values: Any) -> None:
+    """To whoever set no level of logging as well."""
+    if distributed.rank() == 0:
+        logger.warning(line, *values)
+
+
+def _made(loss: Any, model: Any) -> Any:
+    """The loss itself, where the guest takes a function of the model that makes it."""
+    return loss if loss is None or isinstance(loss, nn.Module) else loss(model)
+
+
+def _has_no_numbers(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset) and "label" not in (dataset.column_names or ())
+
+
+def _columns_of(dataset: Any) -> list[str]:
+    names = getattr(dataset, "column_names", None) or ()
+    return [name for name in names if name not in (*DEFAULT_LABEL_COLUMNS, "dataset_name")]
 
 
 def _take_plans(args: Any, plans: Sequence[BatchPlan], sets: dict[str, Dataset]) -> None:
@@ -246,20 +319,20 @@ def _pairs_of(name: str, dataset: Dataset) -> PairData:
             "anchor, a positive and optionally negatives, in this order, besides labels."
         )
     anchors, positives, *negatives = (_column(name, dataset, column) for column in names)
+    for column, cells in zip(names, (anchors, positives), strict=False):
+        if isinstance(cells, list) and None in cells:
+            raise AnybatchError(
+                f"The data set {name or 'to train on'} has nothing in column '{column}' in row {cells.index(None)}; "
+                "expected an anchor and a positive in every row. Leave such rows out (Dataset.filter)."
+            )
     return PairData(anchors=anchors, positives=positives, negatives=tuple(negatives))
 
 
-def _column(name: str, dataset: Dataset, column: str) -> Column:
+def _column(name: str, dataset: Dataset, column: str) -> Any:
     if holds_images(dataset, column):
         return ImageColumn.of(dataset, column, "the training set")
-    if getattr(dataset.features[column], "dtype", None) in ("string", "large_string", "null"):
-        texts: list[Any] = dataset.with_format(None)[column][:]
-        if None in texts:
-            raise AnybatchError(
-                f"Row {texts.index(None) + 1} of the column '{column}' is None; expected a text in every row. Fill it, "
-                "or leave the row out. (Rows with fewer negatives than others: anybatch train.)"
-            )
-        return texts
+    if _holds_texts(dataset, column):
+        return dataset.with_format(None)[column][:]
     return [f"{name} {column} {row}" for row in range(len(dataset))]
 
 
