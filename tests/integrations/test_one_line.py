@@ -192,9 +192,8 @@ def test_data_that_cannot_be_used(tiny_model_folder, tmp_path):
     with pytest.raises(AnybatchError, match="has the columns text, label; expected an anchor"):
         Trainer(load(tiny_model_folder), arguments(tmp_path), one)
     holes = dataset().map(lambda row, place: {"neg": None if place == 2 else f"no {place}"}, with_indices=True)
-    for data in (holes, holes.select_columns(["anchor", "neg"])):
-        with pytest.raises(AnybatchError, match="Row 3 of the column 'neg' is None"):
-            Trainer(load(tiny_model_folder), arguments(tmp_path), data)
+    with pytest.raises(AnybatchError, match="nothing in column 'neg' in row 3"):
+        Trainer(load(tiny_model_folder), arguments(tmp_path), holes.select_columns(["anchor", "neg"]))
     scores = dataset().add_column("score", [0.5] * ROWS)
     with pytest.raises(AnybatchError, match="the column 'score'"):
         Trainer(load(tiny_model_folder), arguments(tmp_path), scores)
@@ -279,7 +278,7 @@ def test_rows_that_lack_something(tiny_model_folder, tmp_path):
     for column in ("anchor", "positive"):
         rows = dataset().to_dict()
         rows[column][5] = None
-        with pytest.raises(AnybatchError, match=f"nothing in column '{column}' in row 5"):
+        with pytest.raises(AnybatchError, match=f"nothing in column '{column}' in row 6"):
             Trainer(load(tiny_model_folder), arguments(tmp_path / "b"), Dataset.from_dict(rows))
 
 
