@@ -322,8 +322,8 @@ def _pairs_of(name: str, dataset: Dataset) -> PairData:
     for column, cells in zip(names, (anchors, positives), strict=False):
         if isinstance(cells, list) and None in cells:
             raise AnybatchError(
-                f"The data set {name or 'to train on'} has nothing in column '{column}' in row {cells.index(None) + 1}; "
-                "expected an anchor and a positive in every row. Leave such rows out (Dataset.filter)."
+                f"The data set {name or 'to train on'} has nothing in column '{column}' in row {cells.index(None) + 1}"
+                "; expected an anchor and a positive in every row. Leave such rows out (Dataset.filter)."
             )
     return PairData(anchors=anchors, positives=positives, negatives=tuple(negatives))
 
