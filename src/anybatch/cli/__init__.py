@@ -138,7 +138,19 @@ def _open_streams() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    if _loads_torch(frame):  # before any work; an exception that comes out of its C++ modules would abort the process
+        print(outcome(Stopped(number))[1], file=sys.stderr, flush=True)
+        os._exit(128 + number)
     raise Stopped(number)
+
+
+def _loads_torch(frame: FrameType | None) -> bool:
+    """Whether a module of torch is being imported for the first time."""
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and str(frame.f_globals.get("__name__")).partition(".")[0] == "torch":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _verb() -> str:
