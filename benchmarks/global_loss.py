@@ -96,28 +96,15 @@ METHODS = (
     Method(name="decoupled", make=lambda s: DecoupledInfoNCE(temperature=s.temperature, direction=s.direction)),
     Method(name="count-corrected", make=count_corrected),
     Method(name="SogCLR .9", make=sogclr(0.9), run_in=3),
-    Method(
-        name="SogCLR .9, positive as minus the sum",
-        make=sogclr(0.9, positive="batch"),
-        run_in=3,
-        batches=("random",),
-        batch_sizes=SLOW,
+    *(
+        Method(name=name, make=make, run_in=run_in, batches=("random",), batch_sizes=SLOW)
+        for name, make, run_in in (
+            ("SogCLR .9, positive as minus the sum", sogclr(0.9, positive="batch"), 3),
+            ("SogCLR .5, positive as minus the sum", sogclr(0.5, positive="batch"), 5),
+            ("SogCLR .5, relative state", sogclr(0.5, state="relative"), 5),
+            ("SogCLR .5", sogclr(0.5), 5),
+        )
     ),
-    Method(
-        name="SogCLR .5, positive as minus the sum",
-        make=sogclr(0.5, positive="batch"),
-        run_in=5,
-        batches=("random",),
-        batch_sizes=SLOW,
-    ),
-    Method(
-        name="SogCLR .5, relative state",
-        make=sogclr(0.5, state="relative"),
-        run_in=5,
-        batches=("random",),
-        batch_sizes=SLOW,
-    ),
-    Method(name="SogCLR .5", make=sogclr(0.5), run_in=5, batches=("random",), batch_sizes=SLOW),
     Method(name="SogCLR .2", make=sogclr(0.2), run_in=10, batch_sizes=SLOW),
     Method(name="count-corrected, weights", make=count_corrected, weights="inclusion", batches=CLUSTERED),
     Method(

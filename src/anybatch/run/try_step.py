@@ -50,14 +50,16 @@ def check_kinds(config: RunConfig, pairs: PairData, model: SentenceTransformer) 
     names = ("anchors", "positives", *["negatives"] * len(pairs.negatives))
     for column in pairs.prompted:
         check_content(model, column)
-    if _reads_all_together(model):
+    of_columns = [(name, kinds_of_rows(column)) for name, column in zip(names, pairs.prompted, strict=True)]
+    mixed = [(name, kinds) for name, kinds in of_columns if len(np.unique(kinds[kinds > 0])) > 1]
+    if not mixed or _reads_all_together(model):
         return
     # One data set after the other, where batches are of one.
     mixing = config.mining.mixing if config.plan is None else BatchPlan.load(config.plan).mixing
     apart = mixing == "within" and pairs.sets
     ends = np.cumsum([of_set.num_rows for of_set in pairs.sets])[:-1] if apart else []
-    for name, column in zip(names, pairs.prompted, strict=True):
-        for of_set in np.split(kinds_of_rows(column), ends):
+    for name, of_column in mixed:
+        for of_set in np.split(of_column, ends):
             kinds = [KINDS[kind] for kind in np.unique(of_set).tolist() if kind]
             if len(kinds) > 1:
                 raise AnybatchError(

@@ -156,7 +156,7 @@ def train_model(
     recorder = Recorder(output / "log.jsonl", config.eval_steps, evaluate, progress)
     trainer = Trainer(
         model=model,
-        args=_arguments(model, dataset.column_names, batches, config, output / "checkpoints", seed),
+        args=_arguments(model, batches, config, output / "checkpoints", seed),
         train_dataset=indexed,
         loss=loss,
         optimizer_cls_and_kwargs=optimizer,
@@ -202,15 +202,11 @@ def _checkpoint_to_resume(output: Path, resume: bool, run: str) -> Path | None:
     return checkpoint
 
 
-def _arguments(
-    model: SentenceTransformer, columns: list[str], batches: PlanBatches, config: TrainConfig, output: Path, seed: int
-) -> Any:
+def _arguments(model: SentenceTransformer, batches: PlanBatches, config: TrainConfig, output: Path, seed: int) -> Any:
+    """Those of the configuration; prompts and routes are added by `Trainer`."""
     from sentence_transformers import SentenceTransformerTrainingArguments
 
-    from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
-
     world_size, on_cpu = distributed.world_size(), model.device.type == "cpu"
-    sides: dict[str, Side] = {name: "document" if place else "query" for place, name in enumerate(columns)}
     return SentenceTransformerTrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=batches.plans[0].batch_size // world_size,
@@ -226,8 +222,6 @@ def _arguments(
         save_steps=config.save_steps,
         save_total_limit=3,  # the newest may be cut short, so one more than two
         batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any such callable is accepted
-        prompts={name: prompt for name, side in sides.items() if (prompt := side_prompt(model, side))} or None,
-        router_mapping={name: task for name, side in sides.items() if (task := side_task(model, side)) is not None},
         seed=seed,
         use_cpu=on_cpu,
         ddp_backend="gloo" if world_size > 1 and on_cpu else None,
