@@ -40,9 +40,6 @@ class GammaSchedule(Gamma):
         num_steps: Steps that the cosine takes; published: half of all.
         steps_per_epoch: gamma changes only after so many steps; published: one epoch.
 
-    Raises:
-        AnybatchError: Numbers out of range.
-
     Cost: nothing. Reference: Wei et al. 2024, FastCLIP, arXiv 2407.01445, section 4.
 
     Example:

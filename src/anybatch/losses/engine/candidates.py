@@ -94,10 +94,7 @@ class Block:
 
 
 class Gathered:
-    """All candidates in one block.
-
-    Cost: M_all x D numbers on every rank, twice with gradients; one gather, one sum of that size.
-    """
+    """All candidates in one block: M_all x D numbers on every rank, twice with gradients."""
 
     num_blocks = 1
 
@@ -128,10 +125,8 @@ class Gathered:
 class Ring:
     """A rank's candidates at a time: a block goes from rank to rank + 1, with its gradient, until both are home.
 
-    Each rank must take every ring pass to its end: W - 1 exchanges of candidates, with gradients also W of gradients.
-    The candidates of the next block arrive while the block at hand is scored.
-
-    Cost: at most two blocks of candidates beside the rank's own, and two of gradients, whatever the number of ranks.
+    Each rank must take every ring pass to its end. It holds at most two blocks of candidates beside its own, and two of
+    gradients, whatever the number of ranks.
     """
 
     def __init__(self, candidates: Tensor, layout: Layout) -> None:
