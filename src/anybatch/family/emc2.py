@@ -16,6 +16,7 @@ from anybatch.losses.base import OneTemperature, SoftmaxLoss
 from anybatch.losses.engine import Answer, Rule, Side, SoftmaxStats
 from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.parts import Batch, Denominator
+from anybatch.losses.state import last_places
 
 
 @final
@@ -129,14 +130,12 @@ class Chains(Denominator):
     def _keep(self, batch: Batch, chain: _Chain, direction: int) -> None:
         """Store where the chains of all ranks' rows ended."""
         sizes = chain.layout.row_sizes
-        index = distributed.gather_rows(batch.rows, sizes)
-        ends = distributed.gather_rows(chain.state, sizes)
-        rows, inverse = torch.unique(index, return_inverse=True)
-        occurrence = torch.arange(len(index), device=index.device)
-        last = torch.zeros_like(rows).scatter_reduce(0, inverse, occurrence, "amax")  # of several, the last one goes on
-        ends, fine = ends[last].to(self.log_weight.dtype), ends[last].isfinite()
+        rows = distributed.gather_rows(batch.rows, sizes)
+        ends = distributed.gather_rows(chain.state, sizes).to(self.log_weight.dtype)
+        last = last_places(rows)  # of several chains of a row the last one goes on
+        rows, ends = rows[last], ends[last]
         # A step that has diverged leaves no state that nothing could replace.
-        self.log_weight[direction, rows] = torch.where(fine, ends, self.log_weight[direction, rows])
+        self.log_weight[direction, rows] = torch.where(ends.isfinite(), ends, self.log_weight[direction, rows])
 
 
 class _Chained:
@@ -207,7 +206,7 @@ class _Chain:
 
     def _uniform(self, rows: slice, num_steps: int, device: torch.device) -> Tensor:
         """(b, num_steps) numbers in (0, 1) by the row's place among all ranks' rows, whatever rank and tile."""
-        row = torch.arange(rows.start, rows.stop, device=device) + self.layout.first_row
+        row = torch.arange(rows.start, rows.stop, device=device) + self.layout.own_rows.start
         step = torch.arange(num_steps, device=device)
         mixed = (row[:, None] * 0x9E3779B97F4A7C1 + self.draws[0]) ^ (step[None] * 0x2545F4914F6CDD1D + self.draws[1])
         for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB), (31, 1)):

@@ -129,7 +129,7 @@ class PairwiseLoss(ContrastiveLoss):
             weight = anchors.new_ones((len(local), num_columns))
             if log_weight is not None:
                 weight = weight * log_weight.tile(layout.shifted(rows), slice(0, num_columns)).to(weight.dtype).exp()
-            weight[local - start, layout.first_column + local] = 0.0
+            weight[local - start, layout.own_columns.start + local] = 0.0
             scores = anchors[rows] @ candidates_all.T
             sums, slope = self._of_negatives(parameters, scores, weight, positive_sums / num_rows_all)
             negative_sums = negative_sums + sums

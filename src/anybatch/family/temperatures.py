@@ -118,8 +118,7 @@ class NetworkTemperature(Temperature):
         with torch.autocast(embeddings.device.type, enabled=False):
             raw = self.net[direction](embeddings_all.to(parameter.dtype)).reshape(-1)
         batch.kept[direction] = (low + (high - low) * raw.sigmoid()).to(embeddings.dtype)
-        first = sum(sizes[: distributed.rank()])
-        return batch.kept[direction][first : first + len(embeddings)].detach()
+        return batch.kept[direction][distributed.own_part(sizes)].detach()
 
     def ask(self, side: Side, batch: Batch, direction: int) -> Side:
         """See `Part.ask`."""

@@ -213,12 +213,10 @@ class ContrastiveLoss(State):
     @abstractmethod
     def last_stats(self) -> dict[str, float]:
         """Figures of the last call as plain floats. Empty before it."""
-        raise NotImplementedError
 
     @abstractmethod
     def _of(self, batch: Batch) -> Tensor:
         """The loss of a batch that is checked and normalised."""
-        raise NotImplementedError
 
     @outside_the_graph
     def forward(

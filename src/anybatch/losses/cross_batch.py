@@ -169,8 +169,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             used = nn.functional.normalize(used, dim=2)
 
         # 3. Which of it are candidates on this rank.
-        sizes = distributed.shares(len(places))
-        first = sum(sizes[: distributed.rank()])
         return _Recalled(
             layout=layout,
             log_weights=both,
@@ -179,7 +177,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             places=places,
             memory=memory,
             used=used,
-            share=slice(first, first + sizes[distributed.rank()]),
+            share=distributed.own_part(distributed.shares(len(places))),
         )
 
     def _mean(self, anchors: Tensor, positives: Tensor, num_rows: int) -> Tensor:

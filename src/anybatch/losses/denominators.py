@@ -83,8 +83,7 @@ class Visits:
         """Of this rank's rows, (B,) int64."""
         sizes = distributed.gather_sizes(len(index), index.device)
         rows, inverse = torch.unique(distributed.gather_rows(index, sizes), return_inverse=True)
-        first = sum(sizes[: distributed.rank()])
-        return cls(rows=rows, inverse=inverse, sizes=sizes, own=slice(first, first + len(index)))
+        return cls(rows=rows, inverse=inverse, sizes=sizes, own=distributed.own_part(sizes))
 
     @property
     def repeated(self) -> Tensor:

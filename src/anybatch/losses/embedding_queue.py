@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.state import State
+from anybatch.losses.state import State, last_places
 from anybatch.plans.examples import Examples
 
 
@@ -74,13 +74,9 @@ class EmbeddingQueue(State):
     def put(self, rows: Tensor, embeddings: Tensor, log_denominator: Tensor, examples: Examples) -> None:
         """Put pairs in, the last S of them: `embeddings` (2, B, D), `log_denominator` (2, B), `examples` (B,)."""
         # 1. Of a row that came several times the last pair stays, so that no row is among the negatives twice.
-        numbers = torch.arange(len(rows), device=rows.device)
-        _, inverse = torch.unique(rows, return_inverse=True)
-        last = torch.zeros_like(rows).scatter_reduce_(0, inverse, numbers, "amax")
-        new = torch.nonzero(last[inverse] == numbers)[:, 0]
         superseded = torch.isin(self.rows, rows)
         self.rows[superseded], self.stamps[superseded] = -1, -1
-        new = new[-self.size :]
+        new = last_places(rows)[-self.size :]
 
         # 2. Their places: empty ones, then those of the oldest.
         place = torch.argsort(self.stamps, stable=True)[: len(new)]

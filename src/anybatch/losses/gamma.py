@@ -18,12 +18,10 @@ class Gamma(State):
     @abstractmethod
     def log_shares(self, old: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """Log gamma and log(1 - gamma) for rows whose log-means are `old`, (R,)."""
-        raise NotImplementedError
 
     @abstractmethod
     def advance(self) -> None:
         """Count one step: a call of the loss in training mode with gradients enabled."""
-        raise NotImplementedError
 
 
 class GammaSchedule(Gamma):

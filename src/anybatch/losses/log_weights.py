@@ -39,7 +39,6 @@ class Term(Protocol):
             back: Queries are positives and candidates anchors; False: queries are anchors, candidates positives and
                 explicit negatives.
         """
-        ...
 
 
 def _is_normalised(term: Term) -> bool:

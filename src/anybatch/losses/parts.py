@@ -102,12 +102,10 @@ class Temperature(Part):
     @abstractmethod
     def value(self) -> float:
         """At this moment; where rows differ a mean."""
-        raise NotImplementedError
 
     @abstractmethod
     def of(self, batch: Batch, direction: int) -> Tensor:
         """A scalar, attached to autograd if it is learned there, or (B,) one per row."""
-        raise NotImplementedError
 
 
 class GlobalTemperature(Temperature):
@@ -203,4 +201,3 @@ class Denominator(Part):
 
         `normalised`: the log-weights already make the log-sum an estimate of the log-mean over the data.
         """
-        raise NotImplementedError

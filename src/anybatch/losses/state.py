@@ -289,6 +289,13 @@ def occurrences(inverse: Tensor, num_groups: int) -> Iterator[Tensor]:
         yield order[place == number]
 
 
+def last_places(rows: Tensor) -> Tensor:
+    """The place of the last occurrence of each of these rows, ascending."""
+    distinct, inverse = torch.unique(rows, return_inverse=True)
+    numbers = torch.arange(len(rows), device=rows.device)
+    return torch.zeros_like(distinct).scatter_reduce_(0, inverse, numbers, "amax").sort().values
+
+
 def _check_entries(module: nn.Module, state: Mapping[str, Any], prefix: str, *, stored: int | None = None) -> None:
     """Refuse entries of another shape or kind; those per row may be whole or this rank's, `stored` rows."""
     fresh, widths = (module.fresh, module.widths) if isinstance(module, State) else ({}, ())

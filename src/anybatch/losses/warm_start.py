@@ -101,8 +101,8 @@ def warm_start(
             # 1. This rank's share of a block of rows.
             stop = min(start + height, num_rows)
             sizes = distributed.shares(stop - start)
-            first = start + sum(sizes[: distributed.rank()])
-            rows = slice(first, first + sizes[distributed.rank()])
+            own = distributed.own_part(sizes)
+            rows = slice(start + own.start, start + own.stop)
             temperature = _temperature(loss, table, rows, direction).double()
             log_mean, positive = exact_log_mean(
                 table.reversed() if direction else table, rows, temperature=temperature, tile_bytes=tile_bytes

@@ -99,7 +99,7 @@ def joint_softmax_loss(
     # 2. The records of rows and candidates.
     known = side.log_weight or LogWeights(queries=Examples(), candidates=Examples())
     known.refuse_pairs("other kinds of pairs (joint)")
-    pair = torch.arange(num_rows, device=device) + sum(row_sizes[: distributed.rank()])
+    pair = torch.arange(num_rows, device=device) + distributed.own_part(row_sizes).start
     # Weights count every way by which a text comes to a row, its own explicit negatives too: none may be left out.
     owner = behind(pair.repeat(1 if normalised else 1 + own_negatives), num_columns)
     as_anchor = known.queries.with_columns(pair_number=pair, pair_side=torch.full_like(pair, ANCHOR), pair_again=again)
