@@ -164,11 +164,10 @@ class RunningDenominator(Denominator):
             self.register_rows("made_at", fresh=torch.nan, directions=directions)
 
     @property
-    def log_eps(self) -> float:
-        """Log of what is added to u_i, relative to the positive."""
+    def eps(self) -> float:
+        """What is added to u_i, relative to the positive."""
         assert self.num_rows is not None
-        eps = 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
-        return math.log(eps) if eps > 0 else -math.inf
+        return 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
 
     @property
     def visited(self) -> Tensor:
@@ -182,7 +181,7 @@ class RunningDenominator(Denominator):
             denominator=self,
             visits=Visits.of(batch.rows),
             direction=direction,
-            log_eps=self.log_eps,
+            log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
             normalised=normalised,
             update=batch.updating,
             dimensions=batch.anchors.shape[1],
