@@ -161,18 +161,12 @@ def _derivative(side: Side, figures: SoftmaxStats) -> Tensor:
 class _MarginedRule:
     """A running log-mean with the largest margin in the positive's place; records the shares that each positive's own
     margin gives.
-
-    Attributes:
-        running: The rule of the running denominator.
-        log_own: (B,) log of the positive's term with its own margin.
-        factor: (B,) filled in a call: p_ij times this is the share of j among the k candidates and the positive.
-        positive: (B,) filled in a call: the share of the positive.
     """
 
     running: RunningRule
-    log_own: Tensor
-    factor: Tensor
-    positive: Tensor
+    log_own: Tensor  # (B,) log of the positive's term with its own margin
+    factor: Tensor  # (B,) filled in a call: p_ij times this is the share of j among the k candidates and the positive
+    positive: Tensor  # (B,) filled in a call: the share of the positive
     row_wise: bool = False
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:

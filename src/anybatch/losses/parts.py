@@ -29,23 +29,14 @@ MIN_TEMPERATURE = 0.01
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """The arguments of one call, checked and normalised.
+    """The arguments of one call, checked and normalised."""
 
-    Attributes:
-        anchors: (B, D) float32 or float64.
-        candidates: (M, D).
-        index: (B,) int64 rows of the data set, or None.
-        log_weight: Log-weights and masks from the anchors to the candidates; None for 0.
-        updating: Whether this call may change state.
-        kept: By direction, what a part made at the start of the call and needs at its end.
-    """
-
-    anchors: Tensor
-    candidates: Tensor
-    index: Tensor | None
-    log_weight: LogWeights | None
-    updating: bool = False
-    kept: dict[int, Tensor] = field(default_factory=dict)
+    anchors: Tensor  # (B, D) float32 or float64
+    candidates: Tensor  # (M, D)
+    index: Tensor | None  # (B,) int64 rows of the data set
+    log_weight: LogWeights | None  # log-weights and masks from the anchors to the candidates; None for 0
+    updating: bool = False  # whether this call may change state
+    kept: dict[int, Tensor] = field(default_factory=dict)  # by direction, what a part needs again at the call's end
 
     @property
     def rows(self) -> Tensor:
