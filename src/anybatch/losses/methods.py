@@ -125,7 +125,7 @@ class SogCLR(SoftmaxLoss):
             of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
         positive: "batch", released for two modalities: minus the sum of what the batch's negatives receive, balanced
             also where u_i is stale. "exact", released for images: -u_i / (eps + u_i), less noisy where embeddings stand
-            still. None for what trained better (docs/methods.md): exact beside an absolute state with a learned
+            still. None for what trained better (docs/log.md): exact beside an absolute state with a learned
             temperature, else of the batch.
         sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
