@@ -72,12 +72,6 @@ class ClusterSampling:
         return min(sum(self.single_quotas), self._num_places // 2)
 
     @property
-    def single_rows(self) -> list[float]:
-        """For each data set without a cluster its rows in an epoch, on average."""
-        kept = self.num_single_rows / max(1, sum(self.single_quotas))
-        return [quota * kept for quota in self.single_quotas]
-
-    @property
     def sampled_shares(self) -> list[float]:
         """For each data set the part of its clusters that is in an epoch, on average; 0 for those without."""
         return [
