@@ -44,12 +44,6 @@ class NUCLR(SoftmaxLoss):
         temperature: Fixed.
         scoring: See `Scoring`.
 
-    Margins, their momentum and the number of steps are buffers, updated once a call in training mode with gradients
-    enabled.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call as `SogCLR`.
-
     Cost: 12 bytes a row and direction, and a maximum over the margins a call; "both" directions cost two runs of the
     engine. Reference: Wang et al. 2024, "On Discriminative Probabilistic Modeling for Self-Supervised Representation
     Learning", arXiv 2410.09156, section 5 and algorithm 1.

@@ -49,9 +49,6 @@ class FastCLIP(SoftmaxLoss):
     v0 and v3 learn a parameter, for the caller's optimizer. Published for v3: a third of the learning rate once tau is
     below .03.
 
-    Raises:
-        AnybatchError: An unknown version, numbers out of range; in a call as `SogCLR`.
-
     Cost: 8 bytes a row and direction; v1 4, v2 16. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization
     Techniques to Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
 
@@ -139,9 +136,6 @@ class ISogCLR(SoftmaxLoss):
         temperature_clip: Limit of a derivative. Released: 5 and 3.
         scoring: See `Scoring`.
 
-    Raises:
-        AnybatchError: Numbers out of range; in a call as `SogCLR`.
-
     Cost: 16 bytes a row and direction; three collectives more a direction. Reference: Qiu et al. 2023, "Not All
     Semantics are Created Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization",
     arXiv 2305.11965, algorithm 1.
@@ -200,9 +194,6 @@ class TempNet(SoftmaxLoss):
         scoring: See `Scoring`.
 
     The networks' parameters are the loss's own, for the caller's optimizer.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
     Cost: 8 bytes a row and direction, and the networks. Reference: Qiu et al. 2024, "To Cool or not to Cool?
     Temperature Network Meets Large Foundation Models via DRO", arXiv 2404.04575, section 4.

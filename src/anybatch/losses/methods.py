@@ -130,12 +130,7 @@ class SogCLR(SoftmaxLoss):
         sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
 
-    The running denominators are updated once a call, in training mode with gradients enabled, and are part of
-    `state_dict`.
-
-    Raises:
-        AnybatchError: gamma or eps out of range; in a call: `index` missing or out of range, embeddings of another
-            width.
+    Calls need `index`, and refuse embeddings of another width.
 
     Cost: 4 bytes a row and direction, 8 if the temperature is learned. Reference: Yuan et al. 2022, "Provable
     Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387, algorithm 1.
