@@ -35,6 +35,7 @@ class Rule(Protocol):
     @property
     def row_wise(self) -> bool:
         """See the class."""
+        ...
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
         """Answer for some of this rank's rows.
@@ -43,6 +44,7 @@ class Rule(Protocol):
         counts the candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is over. A
         masked one is a draw that adds nothing, in the batch as in the data set.
         """
+        ...
 
 
 class Adjust(Protocol):
@@ -58,6 +60,7 @@ class Adjust(Protocol):
         `scores` are not to be changed, `logits` (relative to the positive's) may be, in place. What is new of them
         counts as a constant in the derivative.
         """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
