@@ -130,7 +130,8 @@ class ISogCLR(SoftmaxLoss):
         rho: Radius: larger lets a row's weight concentrate on fewer negatives, and lowers its temperature. Published: 6
             to 8.
         gamma, eps, state, sharded: See `SogCLR`. Published: eps 0.
-        temperature, temperature_range: The first temperature, and what temperatures are kept in.
+        temperature: The first temperature.
+        temperature_range: Temperatures are kept in it.
         temperature_lr: Published: .01 to .03.
         temperature_momentum: Weight of the old velocity. Released: .5 for two modalities, .1 for one.
         temperature_clip: Limit of a derivative. Released: 5 and 3.
