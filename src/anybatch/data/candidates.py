@@ -115,7 +115,7 @@ def read_candidates(path: str | os.PathLike[str], images: str | os.PathLike[str]
         if missing:
             raise no_column(missing[0], present, where)
         folder = file if file.is_dir() else file.parent
-        pool = pool or ImagePool(Path(images) if images else folder, where, {})
+        pool = pool or ImagePool(Path(images) if images else folder, where)
         names = [name for name in (*QUERY, *TARGET) if name in present]
         for row, record in enumerate(records(file, names), start=1):
             query = _sides(record, QUERY, row, where, pool)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.records import image_dataset
+from anybatch.data.records import has_images, image_dataset, is_image
 from anybatch.data.shards import read_part
 
 if TYPE_CHECKING:
@@ -118,12 +118,12 @@ class ImageColumn(Sequence[EncodedImage]):
         self._parts: Sequence[ImageColumn] = ()  # joined here: what was read of them is not read again
 
     @classmethod
-    def of(cls, dataset: Dataset, name: str, where: str) -> ImageColumn:
-        """The column `name` of a data set, which has the feature `Image`."""
+    def of(cls, dataset: Dataset, name: str, where: str, *, shown: str | None = None) -> ImageColumn:
+        """The column `name` of a data set, which holds images; `shown`: what messages call it."""
         from datasets import Image as Feature
 
         column = dataset.with_format(None).select_columns([name]).rename_columns({name: NAME})
-        return cls(column.cast_column(NAME, Feature(decode=False)), f"'{name}' of {where}")
+        return cls(column.cast_column(NAME, Feature(decode=False)), f"'{shown or name}' of {where}")
 
     @classmethod
     def of_paths(
@@ -164,13 +164,6 @@ class ImageColumn(Sequence[EncodedImage]):
     def where(self) -> str:
         """File and column; of several all of them."""
         return ", ".join(self.files)
-
-    @property
-    def absent(self) -> np.ndarray:
-        """(n,) bool: rows that hold nothing. No image is read."""
-        missing = np.asarray(self.dataset.data.column(NAME).is_null())
-        indices = self.dataset._indices
-        return missing if indices is None else missing[np.asarray(indices.column(0))]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -248,14 +241,61 @@ def _key(image: EncodedImage) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(image.encoded, digest_size=KEY).digest(), np.uint8)
 
 
-def find_images(path: Path, names: Sequence[str], limit: int | None = None) -> dict[str, ImageColumn]:
-    """The columns among `names` that hold images: the feature `datasets.Image`, in Parquet or a data set."""
+def find_images(
+    path: Path, names: Sequence[str], limit: int | None = None
+) -> dict[str, tuple[ImageColumn, list[Any]]]:
+    """The columns among `names` that hold images, alone, in lists or beside texts, in Parquet or a data set: their
+    images, each once, and their cells, in which the place of an image among them stands instead of it.
+    """
     dataset = image_dataset(path, names)
     if dataset is None:
         return {}
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    return {name: ImageColumn.of(dataset, name, str(path)) for name in names if holds_images(dataset, name)}
+    return {name: _apart(dataset, name, str(path)) for name in names if has_images(dataset.features[name])}
+
+
+def _apart(dataset: Dataset, name: str, where: str) -> tuple[ImageColumn, list[Any]]:
+    """The images of a column, and its cells with places. No image is read."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    found: list[tuple[Any, np.ndarray, np.ndarray]] = []  # images, their rows, which of them are there
+    row, cells = 0, []
+    for chunk in dataset.with_format(None).data.column(name).chunks:
+        cells += _with_places(dataset.features[name], chunk, np.arange(row, row + len(chunk)), found).to_pylist()
+        row += len(chunk)
+    arrays, rows, there = (list(parts) for parts in zip(*found, strict=True))
+    there = np.concatenate(there)
+    if is_image(dataset.features[name]):
+        images = ImageColumn.of(dataset, name, where)
+    else:
+        images = ImageColumn.of(Dataset(pa.table({NAME: pa.chunked_array(arrays)})), NAME, where, shown=name)
+        images.rows = np.concatenate(rows)
+    return images if there.all() else images.select(np.flatnonzero(there)), cells
+
+
+def _with_places(feature: Any, array: Any, rows: np.ndarray, found: list[tuple[Any, np.ndarray, np.ndarray]]) -> Any:
+    """An array of `rows` with the places of images instead of them; the images are added to `found`."""
+    import pyarrow as pa
+    import pyarrow.compute as compute
+
+    if is_image(feature):
+        there = np.asarray(array.is_valid())
+        places = sum(int(part.sum()) for _, _, part in found) + np.cumsum(there) - 1
+        found.append((array, rows, there))
+        return pa.array(places, mask=~there)
+    if isinstance(feature, dict):
+        names = [field.name for field in array.type]
+        parts = [
+            _with_places(feature[name], part, rows, found) for name, part in zip(names, array.flatten(), strict=True)
+        ]
+        return pa.StructArray.from_arrays(parts, names, mask=array.is_null())
+    if not pa.types.is_nested(array.type):
+        return array
+    lengths = np.asarray(compute.fill_null(compute.list_value_length(array), 0))
+    inner = _with_places(feature.feature, array.flatten(), np.repeat(rows, lengths), found)
+    return pa.LargeListArray.from_arrays(pa.array(np.cumsum([0, *lengths])), inner)
 
 
 def holds_images(dataset: Dataset, name: str) -> bool:
