@@ -137,7 +137,9 @@ def test_cells_without_a_text_are_never_trained_on(tmp_path, name, cell):
         assert negative == ("a" if cell == ["a", None] else None)
         return
     remedy = r"data\.negatives=\[\]" if name == "negative" else "leave the row out"
-    with pytest.raises(AnybatchError, match=f"Row 3 .*'{name}' is (empty|.*no text|an object with the key 'id').*{remedy}"):
+    with pytest.raises(
+        AnybatchError, match=f"Row 3 .*'{name}' is (empty|.*no text|an object with the key 'id').*{remedy}"
+    ):
         read_pairs(path)
 
 

@@ -184,16 +184,16 @@ def _entry(value: Any, stored: bool) -> Any:
         return value
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.60}, which is no text")
-    unknown = [key for key in value if key not in (TEXT, *IMAGES)]
     held = [image for key in IMAGES for image in as_list(value.get(key)) if image not in (None, "")]
     images = [image.get("path") if isinstance(image, dict) and not image.get("bytes") else image for image in held]
-    wrong = next((image for image in images if not isinstance(image, str) and not (stored and type(image) is int)), None)
+    known = (str, int) if stored else str
+    wrong = [f"{image!r:.40} as an image" for image in images if not isinstance(image, known)]
+    wrong += [f"the key '{key}'" for key in value if key not in (TEXT, *IMAGES)]
     text = _entry(value.get(TEXT), stored=False)
-    if unknown or wrong is not None or isinstance(text, tuple):
-        what = f"{wrong!r:.40} as an image" if wrong is not None else f"the key '{unknown[0]}'" if unknown else "objects"
+    if wrong or isinstance(text, tuple):
         raise ValueError(
-            f'an object with {what}; expected {{"text": ..., "image": ...}}, a text and the path of an image or a list '
-            "of them"
+            f'an object with {wrong[0] if wrong else "an object"}; expected {{"text": ..., "image": ...}}, a text and '
+            "the path of an image or a list of them"
         )
     return (text or None, tuple(images)) if text or images else ""
 

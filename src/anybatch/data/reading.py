@@ -300,7 +300,7 @@ def _side(
     bad = BadRows()
     for row in range(len(cells[names[0]])):
         try:
-            main = [_content(entry, row, name, pool) for name in mains for entry in as_list(cells[name][row])]
+            main = [content_of(entry, row, name, pool) for name in mains for entry in as_list(cells[name][row])]
             several = any(isinstance(cells[name][row], list) for name in mains)
             images: list[int] = []  # parts of each content
             listed: list[int | None] | None = None  # one of each
@@ -323,7 +323,7 @@ def _side(
     return side
 
 
-def _content(entry: Any, row: int, name: str, pool: ImagePool) -> Content:
+def content_of(entry: Any, row: int, name: str, pool: ImagePool) -> Content:
     """A text, or a text with images, whose places are looked up."""
     text, images = entry if isinstance(entry, tuple) else (entry or None, ())
     return text, tuple(pool.place(image, row, name) for image in images)
