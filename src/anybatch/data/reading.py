@@ -25,7 +25,7 @@ from anybatch.data.columns import (
     warn_of_columns,
 )
 from anybatch.data.images import ImageColumn, find_images
-from anybatch.data.inputs import NONE, PLACEHOLDER, Column, MixedColumn, join_columns, pick
+from anybatch.data.inputs import NONE, PLACEHOLDER, Column, MixedColumn, join_columns
 from anybatch.data.pairs import PairData
 from anybatch.data.records import PEEK, Quoting, column_names, records
 from anybatch.data.sets import files_of
@@ -160,8 +160,9 @@ def _read_file(
     }
 
     # 4. Lists become pairs and columns.
-    spreading, _, remarks = spread(sides, labels[0], labels[1], where)
-    columns = {label: list(map(pool.column, parts)) for label, parts in spreading.items()}
+    spreading, times, remarks = spread(sides, labels[0], labels[1], where)
+    rows = np.arange(len(sides[labels[0]])) if times is None else times
+    columns = {label: [pool.column(part, rows) for part in parts] for label, parts in spreading.items()}
     pairs = PairData(
         anchors=columns[labels[0]][0],
         positives=columns[labels[1]][0],
@@ -248,8 +249,10 @@ class ImagePool:
             self._images = ImageColumn.join(parts) if parts else None
         return self._images
 
-    def column(self, contents: list[Any]) -> Column:
-        """A column of one content a row: texts as they are, images alone as such, else both."""
+    def column(self, contents: list[Any], rows: np.ndarray | None = None) -> Column:
+        """A column of one content a row: texts as they are, images alone as such, else both. `rows`: of the file, for
+        messages; None for those in which an image was first named.
+        """
         if not any(isinstance(content, tuple) for content in contents):
             return contents
         pairs: list[Content] = [(None, ()) if content is None else content for content in contents]
@@ -262,7 +265,9 @@ class ImagePool:
                 first = 0 if column is images else sum(map(len, self.stored[: self.stored.index(column)]))
                 if len(column) == len(alone) and np.array_equal(alone, np.arange(first, first + len(alone))):
                     return column
-            return pick(images, alone)
+            chosen = images.select(alone)
+            chosen.rows = chosen.rows if rows is None else rows
+            return chosen
         places = np.full((len(pairs), max(len(images) for _, images in pairs)), NONE)
         for row, (_, of_row) in enumerate(pairs):
             places[row, : len(of_row)] = of_row

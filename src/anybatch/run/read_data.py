@@ -164,6 +164,7 @@ def existing_plan(config: RunConfig) -> BatchPlan | None:
 def read_held_out(config: RunConfig) -> HeldOut | None:
     """The held-out data that the configuration names, or None if it names none."""
     data, held_out = config.data, config.evaluation
+    images = data.images if held_out.images is None else held_out.images
     if held_out.retrieval is not None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path in (None, AUTO):
@@ -174,12 +175,12 @@ def read_held_out(config: RunConfig) -> HeldOut | None:
     if tasks:
         prompts = {of_set.name or "": of_set.positive_prompt for of_set in data.sets}
         known = {name: task.target_prompt for name, task in TASKS.items()} if any(prompts.values()) else {}
-        return read_candidate_sets(tasks, data.images, prompts=known | prompts)
+        return read_candidate_sets(tasks, images, prompts=known | prompts)
     return read_pairs(
         held_out.path,
         anchor=data.anchor,
         positive=data.positive,
         negatives=(),
-        images=data.images,
+        images=images,
         quoting=data.quoting,
     )
