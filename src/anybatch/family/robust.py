@@ -45,11 +45,13 @@ class FastCLIP(SoftmaxLoss):
         sharded: Each rank stores the running denominators of one W-th of the rows.
         temperature: The first (v1: the only) temperature; None for .07 (v0, v3) or .03 (v1, v2).
         temperature_range: Range of a learned temperature.
-        temperature_lr, temperature_momentum: v2: step of each row's temperature, see `PerRowValues`.
+        temperature_lr: v2: step of each row's temperature, see `PerRowValues`; None for .01. v0, v3: a rate of the
+            temperature's own, see `GlobalTemperature`; None for that of the encoder. Published for v3: 2e-4 (3 million
+            pairs).
+        temperature_momentum: v2: see `PerRowValues`.
         scoring: See `Scoring`.
 
-    v0 and v3 learn a parameter, for the caller's optimizer. Published for v3: a third of the learning rate once tau is
-    below .03.
+    v0 and v3 learn a parameter, for the caller's optimizer.
 
     Raises:
         AnybatchError: An unknown version, numbers out of range; in a call as `SogCLR`.
@@ -68,10 +70,10 @@ class FastCLIP(SoftmaxLoss):
     defaults: ClassVar[OneTemperature] = {"direction": "both"}
     unused: ClassVar = {
         "version": {
-            "v0": ("rho", "temperature_lr"),
+            "v0": ("rho",),
             "v1": ("rho", "temperature_lr", "temperature_range"),
             "v2": (),
-            "v3": ("temperature_lr",),
+            "v3": (),
         }
     }
     denominator: RunningDenominator
@@ -88,7 +90,7 @@ class FastCLIP(SoftmaxLoss):
         sharded: bool = False,
         temperature: Positive | None = None,
         temperature_range: Range = (0.01, 1.0),
-        temperature_lr: Positive = 0.01,
+        temperature_lr: Positive | None = None,
         temperature_momentum: float = 0.5,
         **scoring: Unpack[Scoring],
     ) -> None:
@@ -104,7 +106,7 @@ class FastCLIP(SoftmaxLoss):
                 initial=temperature,
                 limits=temperature_range,
                 rho=rho,
-                lr=temperature_lr,
+                lr=0.01 if temperature_lr is None else temperature_lr,
                 momentum=temperature_momentum,
                 clip=5.0,
             )
@@ -113,7 +115,9 @@ class FastCLIP(SoftmaxLoss):
         else:
             check_limits(temperature_range, temperature)
             factor = rho if version == "v3" else None
-            tau = GlobalTemperature(temperature, learnable=True, limits=temperature_range, rho=factor)
+            tau = GlobalTemperature(
+                temperature, learnable=True, limits=temperature_range, rho=factor, lr=temperature_lr
+            )
         running = RunningDenominator(
             num_rows, directions, gamma=gamma, eps=eps, state=state, moving=version != "v1", sharded=sharded
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from anybatch.integrations.sentence_transformers.callback import (
     LossStateCallback,
     checkpoint_steps,
     last_whole_checkpoint,
+    own_rates,
 )
 from anybatch.integrations.sentence_transformers.collating import ImageCollator, undecoded
 from anybatch.integrations.sentence_transformers.loss import CachedLoss, CachedTrainerLoss
@@ -210,6 +212,14 @@ class Trainer(SentenceTransformerTrainer):
         self.train_dataset, self.eval_dataset = (one and _mapped(_without_gaps, one) for one in sets)
         super().add_model_card_callback(default_args_dict)
         self.train_dataset, self.eval_dataset = sets
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """A learned temperature with a rate of its own is a group of its own."""
+        named = nn.ModuleDict(self.loss) if isinstance(self.loss, dict) else self.loss
+        own = {f"^{re.escape(name)}$": part.lr for name, part in own_rates(named)}
+        args = copy.copy(args)
+        args.learning_rate_mapping = own | args.learning_rate_mapping
+        return super().get_optimizer_cls_and_kwargs(args, model)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Decay would pull a learned log-temperature to 0, the temperature to 1."""
