@@ -343,13 +343,6 @@ def _with_places(feature: Any, array: Any, rows: np.ndarray, found: list[tuple[A
     return pa.LargeListArray.from_arrays(pa.array(np.cumsum([0, *lengths])), inner)
 
 
-def holds_images(dataset: Dataset, name: str) -> bool:
-    """Whether the column has the feature `datasets.Image`."""
-    from datasets import Image as Feature
-
-    return isinstance(dataset.features.get(name), Feature)
-
-
 def need_pillow() -> None:
     """Refuse to go on without it."""
     try:

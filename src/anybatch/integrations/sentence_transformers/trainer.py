@@ -17,9 +17,10 @@ from torch import nn
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.data.images import ImageColumn, holds_images
+from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import Column
 from anybatch.data.pairs import PairData, PairSet, join_pairs
+from anybatch.data.records import is_image
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
 from anybatch.integrations.sentence_transformers.callback import (
     LossStateCallback,
@@ -339,7 +340,7 @@ def _pairs_of(name: str, dataset: Dataset) -> PairData:
 
 
 def _column(name: str, dataset: Dataset, column: str) -> Any:
-    if holds_images(dataset, column):
+    if is_image(dataset.features.get(column)):
         return ImageColumn.of(dataset, column, "the training set")
     if _holds_texts(dataset, column):
         return dataset.with_format(None)[column][:]
