@@ -96,6 +96,10 @@ def command(
     from anybatch.run.evaluate_model import evaluate_model
 
     check_new(output, "--output")
+    others = [setting for setting in sets or () if not setting.startswith("model.")]
+    if others:
+        raise AnybatchError(f"Got --set {others[0]}; expected a setting of the model here, model.NAME=VALUE.")
+    further = [setting.removeprefix("model.") for setting in sets or ()]
     held_out = _held_out(
         data=data,
         anchor=anchor,
@@ -117,10 +121,6 @@ def command(
         "anchor_prompt": anchor_prompt,
         "positive_prompt": positive_prompt,
     }
-    others = [setting for setting in sets or () if not setting.startswith("model.")]
-    if others:
-        raise AnybatchError(f"Got --set {others[0]}; expected a setting of the model here, model.NAME=VALUE.")
-    further = [setting.removeprefix("model.") for setting in sets or ()]
     config = load_config(ModelConfig, None, [*given.items(), *further])
     _ = held_out.digest  # reads every image: all that are broken are named before anything is embedded
     loaded = load_model(config)
