@@ -43,11 +43,13 @@ class FastCLIP(SoftmaxLoss):
         eps, state, sharded: See `SogCLR`. Published: state "relative".
         temperature: The first (v1: the only) temperature; None for .07 (v0, v3) or .03 (v1, v2).
         temperature_range: Range of a learned temperature.
-        temperature_lr, temperature_momentum: v2: step of each row's temperature, see `PerRowValues`.
+        temperature_lr: v2: step of each row's temperature, see `PerRowValues`; None for .01. v0, v3: a rate of the
+            temperature's own, see `GlobalTemperature`; None for that of the encoder. Published for v3: 2e-4 (3 million
+            pairs).
+        temperature_momentum: v2: see `PerRowValues`.
         scoring: See `Scoring`.
 
-    v0 and v3 learn a parameter, for the caller's optimizer. Published for v3: a third of the learning rate once tau is
-    below .03.
+    v0 and v3 learn a parameter, for the caller's optimizer.
 
     Cost: 8 bytes a row and direction; v1 4, v2 16. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization
     Techniques to Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
@@ -63,10 +65,10 @@ class FastCLIP(SoftmaxLoss):
     defaults: ClassVar[OneTemperature] = {"direction": "both"}
     unused: ClassVar = {
         "version": {
-            "v0": ("rho", "temperature_lr"),
+            "v0": ("rho",),
             "v1": ("rho", "temperature_lr", "temperature_range"),
             "v2": (),
-            "v3": ("temperature_lr",),
+            "v3": (),
         }
     }
     denominator: RunningDenominator
@@ -83,7 +85,7 @@ class FastCLIP(SoftmaxLoss):
         sharded: bool = False,
         temperature: Positive | None = None,
         temperature_range: Range = (0.01, 1.0),
-        temperature_lr: Positive = 0.01,
+        temperature_lr: Positive | None = None,
         temperature_momentum: float = 0.5,
         **scoring: Unpack[Scoring],
     ) -> None:
@@ -93,7 +95,8 @@ class FastCLIP(SoftmaxLoss):
             temperature = 0.07 if version in ("v0", "v3") else 0.03
         directions, tau = self.num_directions(scoring), None
         if version == "v2":
-            steps = {"lr": temperature_lr, "momentum": temperature_momentum, "clip": 5.0}
+            rate = 0.01 if temperature_lr is None else temperature_lr
+            steps = {"lr": rate, "momentum": temperature_momentum, "clip": 5.0}
             tau = PerRowTemperature(
                 num_rows, directions, initial=temperature, limits=temperature_range, rho=rho, **steps
             )
@@ -102,7 +105,9 @@ class FastCLIP(SoftmaxLoss):
         else:
             check_limits(temperature_range, temperature)
             factor = rho if version == "v3" else None
-            tau = GlobalTemperature(temperature, learnable=True, limits=temperature_range, rho=factor)
+            tau = GlobalTemperature(
+                temperature, learnable=True, limits=temperature_range, rho=factor, lr=temperature_lr
+            )
         running = RunningDenominator(
             num_rows, directions, gamma=gamma, eps=eps, state=state, moving=version != "v1", sharded=sharded
         )

@@ -12,9 +12,10 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.data.images import ImageColumn, holds_images
+from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import Column
 from anybatch.data.pairs import text_digest
+from anybatch.data.records import is_image
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
@@ -210,7 +211,7 @@ def _data_digest(dataset: Dataset, expected: str) -> str:
     """
     names = [name for name in dataset.column_names if name != "label"]
     texts = [name for name in names if getattr(dataset.features[name], "dtype", None) in ("string", "large_string")]
-    if not expected or len(names) < 2 or not all(name in texts or holds_images(dataset, name) for name in names):
+    if not expected or len(names) < 2 or not all(name in texts or is_image(dataset.features[name]) for name in names):
         return expected
     columns: list[Column] = [
         dataset.with_format(None)[name][:]  # None is a negative that a row lacks

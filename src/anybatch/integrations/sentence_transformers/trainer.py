@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,16 @@ from torch import nn
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.data.images import ImageColumn, holds_images
+from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import Column
 from anybatch.data.pairs import PairData, PairSet, join_pairs
+from anybatch.data.records import is_image
 from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
 from anybatch.integrations.sentence_transformers.callback import (
     LossStateCallback,
     checkpoint_steps,
     last_whole_checkpoint,
+    own_rates,
 )
 from anybatch.integrations.sentence_transformers.collating import ImageCollator, undecoded
 from anybatch.integrations.sentence_transformers.loss import CachedLoss, CachedTrainerLoss
@@ -211,6 +214,14 @@ class Trainer(SentenceTransformerTrainer):
         super().add_model_card_callback(default_args_dict)
         self.train_dataset, self.eval_dataset = sets
 
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """A learned temperature with a rate of its own is a group of its own."""
+        named = nn.ModuleDict(self.loss) if isinstance(self.loss, dict) else self.loss
+        own = {f"^{re.escape(name)}$": part.lr for name, part in own_rates(named)}
+        args = copy.copy(args)
+        args.learning_rate_mapping = own | args.learning_rate_mapping
+        return super().get_optimizer_cls_and_kwargs(args, model)
+
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Decay would pull a learned log-temperature to 0, the temperature to 1."""
         losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
@@ -329,7 +340,7 @@ def _pairs_of(name: str, dataset: Dataset) -> PairData:
 
 
 def _column(name: str, dataset: Dataset, column: str) -> Any:
-    if holds_images(dataset, column):
+    if is_image(dataset.features.get(column)):
         return ImageColumn.of(dataset, column, "the training set")
     if _holds_texts(dataset, column):
         return dataset.with_format(None)[column][:]
