@@ -49,7 +49,12 @@ def worst(ours, theirs):
 
 @pytest.mark.parametrize("negatives", [0, 1])
 @pytest.mark.parametrize(
-    "options", [{"micro_batch": 2, "keep_graphs": 0.0}, {"micro_batch": 4, "keep_graphs": 0.5}, {"micro_batch": "auto"}]
+    "options",
+    [
+        {"mini_batch_size": 2, "keep_graphs": 0.0},
+        {"mini_batch_size": 4, "keep_graphs": 0.5},
+        {"mini_batch_size": "auto"},
+    ],
 )
 def test_equals_the_plain_loss(model, negatives, options):
     model.eval()
@@ -64,7 +69,7 @@ def test_equals_the_cached_loss_it_replaces(model):
     model.eval()
     features = columns(model)
     _, ours = gradients(
-        CachedLateInteraction(model, LateInteraction(normalize=False), micro_batch=3), features, outer=0.25
+        CachedLateInteraction(model, LateInteraction(normalize=False), mini_batch_size=3), features, outer=0.25
     )
     _, theirs = gradients(CachedMultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=3), features, outer=0.25)
     assert worst(ours, theirs) < 1e-5
@@ -77,7 +82,7 @@ def test_dropout_is_replayed_and_the_temperature_waits(model):
     found = {}
     for keep, outer in ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (0.0, 0.5)):
         loss = CachedLateInteraction(
-            model, LateInteraction(learnable_temperature=True), micro_batch=4, keep_graphs=keep
+            model, LateInteraction(learnable_temperature=True), mini_batch_size=4, keep_graphs=keep
         )
         found[keep, outer] = gradients(loss, features, outer)[1]
     for keep in (0.5, 1.0):
@@ -88,7 +93,7 @@ def test_dropout_is_replayed_and_the_temperature_waits(model):
 
 
 def test_evaluation_and_mistakes(model):
-    loss = CachedLateInteraction(model.eval(), LateInteraction(), micro_batch=4)
+    loss = CachedLateInteraction(model.eval(), LateInteraction(), mini_batch_size=4)
     with torch.no_grad():
         assert torch.isfinite(loss(columns(model)))
     with pytest.raises(AnybatchError, match="1 input column"):

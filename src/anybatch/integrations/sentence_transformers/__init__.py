@@ -11,7 +11,7 @@ _HOME = {
     "CachedLateInteraction": "loss",
     "TwoViewLoss": "two_views",
     "PlanBatches": "batches",
-    "with_index": "batches",
+    "with_index": "sets",
     "ImageCollator": "collating",
     "undecoded": "collating",
     "LossStateCallback": "callback",
