@@ -416,7 +416,7 @@ def test_a_column_that_the_loss_ignores_is_named(model):
 
 LIMITS = [
     {"pad_to_multiple": 0}, {"pad_to_multiple": 1.5},
-    {"mini_batch_size": 0}, {"mini_batch_size": -3}, {"mini_batch_size": True}, {"mini_batch_size": 2.5}, {"mini_batch_size": "all"},
+    *({"mini_batch_size": size} for size in (0, -3, True, 2.5, "all")),
     {"max_tokens": 0}, {"max_tokens": True}, {"keep_graphs": 2.0}, {"keep_graphs": -1}, {"keep_graphs": True},
     {"keep_graphs": float("nan")}, {"keep_graphs": "some"}, {"keep_graphs": None}, {"mini_batch_size": None},
     {"memory": "much"},
