@@ -502,8 +502,16 @@ training, loss = trainer(Path(sys.argv[1]), Path(sys.argv[2]), seen=seen, world_
 training.train()
 rank = os.environ.get("RANK", "0")
 from safetensors.torch import save_file
-model = training.accelerator.unwrap_model(training.model)
-for name, part in (("model", model), ("loss", loss.loss)):
+
+# The one-line Trainer, with all that it adds.
+from anybatch import Trainer
+from tests.integrations.test_one_line import load, with_duplicates
+settings = {"per_device_train_batch_size": BATCH // ranks, "ddp_backend": "gloo" if ranks > 1 else None}
+line = Trainer(load(sys.argv[1]), arguments(sys.argv[2], learning_rate=1e-3, **settings), with_duplicates())
+line.train()
+models = [one.accelerator.unwrap_model(one.model) for one in (training, line)]
+parts = ("model", models[0]), ("loss", loss.loss), ("line_model", models[1]), ("line_loss", line.loss.loss)
+for name, part in parts:
     state = {key: tensor.clone() for key, tensor in part.state_dict().items()}
     save_file(state, f"{sys.argv[2]}/{name}-{rank}.safetensors")
 Path(f"{sys.argv[2]}/seen-{rank}.json").write_text(json.dumps(seen))
@@ -532,7 +540,7 @@ def test_two_processes_equal_one(tiny_model_folder, tmp_path):
     ranks = [json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())
     assert [a[1] + b[1] for a, b in zip(*ranks, strict=True)] == [rows for _, rows in alone]
-    for part in ("model", "loss"):
+    for part in ("model", "loss", "line_model", "line_loss"):
         expected = load_file(tmp_path / "one" / f"{part}-0.safetensors")
         for rank in (0, 1):
             state = load_file(tmp_path / "two" / f"{part}-{rank}.safetensors")
