@@ -20,14 +20,14 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
 from anybatch.integrations.sentence_transformers.batches import PlanBatches
-from anybatch.integrations.sentence_transformers.loss import CachedTrainerLoss
+from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.sets import check_numbers, num_rows_of
 from anybatch.losses.state import State, grown_state, join_shards
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
 logger = logging.getLogger("anybatch")
 LOSS_STATE = "anybatch_loss.safetensors"
-Losses = CachedTrainerLoss | Mapping[str, CachedTrainerLoss]
+Losses = CachedLoss | Mapping[str, CachedLoss]
 
 
 class LossStateCallback(TrainerCallback):
@@ -285,7 +285,7 @@ def training_sets(dataloader: Any) -> list[Dataset]:
     return [part for part in getattr(dataset, "datasets", [dataset]) if isinstance(part, Dataset)]
 
 
-def check_first_step(loss: CachedTrainerLoss) -> None:
+def check_first_step(loss: CachedLoss) -> None:
     """Warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample."""
     frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "compute_loss")
     owners = (frame.f_locals.get("self") for frame in frames)  # to look at a frame's variables keeps them alive
@@ -305,7 +305,7 @@ def check_first_step(loss: CachedTrainerLoss) -> None:
         )
 
 
-def _check_is_saved(loss: CachedTrainerLoss, trainer: Trainer) -> None:
+def _check_is_saved(loss: CachedLoss, trainer: Trainer) -> None:
     saving = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossStateCallback)]
     if len(saving) > 1:
         raise AnybatchError(

@@ -6,7 +6,6 @@ It replaces `CachedMultipleNegativesRankingLoss`: the Trainer, `MatryoshkaLoss`,
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.caching.encoder import Encoder, modules_of, parameters_of
+from anybatch.caching.encoder import modules_of, parameters_of
 from anybatch.caching.memory import StepMemory
 from anybatch.caching.pieces import PIXELS
 from anybatch.caching.recording import Auto, Recording, record_towers
@@ -28,8 +27,46 @@ from anybatch.losses import InfoNCE
 from anybatch.losses.rows import RowTable
 
 
-class CachedTrainerLoss(nn.Module):
-    """Abstract: a cached step as a loss of sentence-transformers' Trainer. See `CachedLoss` for the arguments."""
+class CachedLoss(nn.Module):
+    """Any anybatch loss as a sentence-transformers loss, with gradient caching.
+
+    Args:
+        model: The model that is trained. It must be the one given to the Trainer.
+        loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
+        rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
+        mini_batch_size: Rows that are encoded at once: the `micro_batch` of `cached_step`.
+        max_tokens, keep_graphs, memory, pad_to_multiple: See `cached_step`. The gradient is the same to the last bit
+            whatever is kept: 0.0 is GradCache, 1.0 is plain training.
+
+    Inputs:
+        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A column of
+        negatives holds those of its rows that have one, in their order; with `rows` it may hold fewer than the batch.
+        A `label` column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
+
+    Warns:
+        UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data
+            set on mined batches without inclusion weights.
+
+    Relations:
+        With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`,
+        except that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does
+        not enlarge the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
+
+    Reference: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv
+    2101.06983.
+
+    Example:
+        >>> class Model(nn.Module):  # or a SentenceTransformer
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(3, 2)
+        ...     def forward(self, features):
+        ...         return {"sentence_embedding": self.layer(features["x"])}
+        >>> loss = CachedLoss(Model(), InfoNCE(temperature=0.05), mini_batch_size=2)
+        >>> loss([{"x": torch.eye(3)}, {"x": torch.eye(3)}]).backward()
+        >>> loss.model.layer.weight.grad.shape
+        torch.Size([2, 3])
+    """
 
     uses_gradient_cache = True
     fewest_columns = 2
@@ -65,10 +102,6 @@ class CachedTrainerLoss(nn.Module):
         self.pad_to_multiple = pad_to_multiple
         self._looked = False  # whether the Trainer saves the state, in the first step
 
-    @abstractmethod
-    def _encoders(self, features: list[Any]) -> list[Encoder]:
-        raise NotImplementedError
-
     def _rows(self, column: dict[str, Any]) -> Any:
         """What the cached step takes of a column."""
         undecoded = column.get(PIXELS)
@@ -76,10 +109,9 @@ class CachedTrainerLoss(nn.Module):
             return column
         return undecoded.on_demand(self.model, {key: value for key, value in column.items() if key != PIXELS})
 
-    @abstractmethod
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
         """The loss of what the encoders returned; where gradients are on, detached, its gradient left in the leaves."""
-        raise NotImplementedError
+        return self.calculate_loss([[embeddings] for (embeddings,) in leaves], labels, with_backward=True)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The loss of one batch; its backward pass replays the encoder. Without gradients nothing is remembered."""
@@ -102,7 +134,7 @@ class CachedTrainerLoss(nn.Module):
         # 2. Forward passes, micro-batch by micro-batch; images are decoded as they are taken.
         features = [self._rows(column) for column in features]
         recordings = record_towers(
-            self._encoders(features),
+            [self.encode] * len(features),
             features,
             micro_batch=self.mini_batch_size,
             max_tokens=self.max_tokens,
@@ -156,48 +188,6 @@ class CachedTrainerLoss(nn.Module):
 
         return bibtex(CachedLoss, *map(type, self.loss.modules()))
 
-
-class CachedLoss(CachedTrainerLoss):
-    """Any anybatch loss as a sentence-transformers loss, with gradient caching.
-
-    Args:
-        model: The model that is trained. It must be the one given to the Trainer.
-        loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
-        rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
-        mini_batch_size: Rows that are encoded at once: the `micro_batch` of `cached_step`.
-        max_tokens, keep_graphs, memory, pad_to_multiple: See `cached_step`. The gradient is the same to the last bit
-            whatever is kept: 0.0 is GradCache, 1.0 is plain training.
-
-    Inputs:
-        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A column of
-        negatives holds those of its rows that have one, in their order; with `rows` it may hold fewer than the batch.
-        A `label` column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
-
-    Warns:
-        UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data
-            set on mined batches without inclusion weights.
-
-    Relations:
-        With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`,
-        except that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does
-        not enlarge the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
-
-    Reference: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv
-    2101.06983.
-
-    Example:
-        >>> class Model(nn.Module):  # or a SentenceTransformer
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = nn.Linear(3, 2)
-        ...     def forward(self, features):
-        ...         return {"sentence_embedding": self.layer(features["x"])}
-        >>> loss = CachedLoss(Model(), InfoNCE(temperature=0.05), mini_batch_size=2)
-        >>> loss([{"x": torch.eye(3)}, {"x": torch.eye(3)}]).backward()
-        >>> loss.model.layer.weight.grad.shape
-        torch.Size([2, 3])
-    """
-
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
@@ -218,15 +208,9 @@ class CachedLoss(CachedTrainerLoss):
                 return value.detach()
         return value
 
-    def _encoders(self, features: list[Any]) -> list[Encoder]:
-        return [self.encode] * len(features)
-
     def encode(self, features: dict[str, Any]) -> Tensor:
         """The embeddings of a micro-batch, (B, D)."""
         return self.model(features)["sentence_embedding"]
-
-    def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
-        return self.calculate_loss([[embeddings] for (embeddings,) in leaves], labels, with_backward=True)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from anybatch.integrations.sentence_transformers.callback import (
     last_whole_checkpoint,
 )
 from anybatch.integrations.sentence_transformers.collating import ImageCollator, undecoded
-from anybatch.integrations.sentence_transformers.loss import CachedLoss, CachedTrainerLoss
+from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 from anybatch.integrations.sentence_transformers.sets import by_name, input_columns, row_ids, with_index
 from anybatch.losses import Matryoshka
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("anybatch")
 GUEST_BATCH = 8  # rows of a process where the guest's arguments say nothing
-OURS = (ContrastiveLoss, Matryoshka, CachedTrainerLoss)
+OURS = (ContrastiveLoss, Matryoshka, CachedLoss)
 
 
 class Trainer(SentenceTransformerTrainer):
@@ -261,9 +261,9 @@ def _is_ours(loss: Any) -> bool:
     return isinstance(loss, nn.Module) and any(isinstance(part, OURS) for part in loss.modules())
 
 
-def _cached_in(loss: Any) -> CachedTrainerLoss | None:
+def _cached_in(loss: Any) -> CachedLoss | None:
     """The cached loss itself, or inside a wrapper such as `MatryoshkaLoss`."""
-    return next((part for part in loss.modules() if isinstance(part, CachedTrainerLoss)), None)
+    return next((part for part in loss.modules() if isinstance(part, CachedLoss)), None)
 
 
 def _has_no_numbers(dataset: Any) -> bool:
@@ -282,7 +282,7 @@ def _check_wrappers(loss: nn.Module) -> None:
                 f"Got {kind} round {name}. It calls parts of the encoder again in each step, which a cached step does "
                 "not do. Expected a loss of sentence-transformers in it, such as MultipleNegativesRankingLoss."
             )
-        if not isinstance(inner, CachedTrainerLoss):
+        if not isinstance(inner, CachedLoss):
             raise AnybatchError(
                 f"Got {kind} round {name} itself; expected {kind}(model, CachedLoss(model, {name}(...)), ...), or "
                 f"anybatch.losses.Matryoshka({name}(...), [...]) without {kind}."
