@@ -30,6 +30,7 @@ class Teacher:
         self.model, self.side = SentenceTransformer(MODEL), side
 
     def __call__(self, batch):
+        """A batch of texts as their embeddings, with their row numbers."""
         return {"row": batch["row"], "embedding": embed_texts(self.model, list(batch["text"]), side=self.side)}
 
 

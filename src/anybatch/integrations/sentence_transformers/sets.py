@@ -37,7 +37,7 @@ def input_columns(dataset: Any) -> list[str]:
     return [name for name in names if name not in (*DEFAULT_LABEL_COLUMNS, "dataset_name")]
 
 
-def row_ids(sets: Mapping[str, Dataset]) -> dict[str, np.ndarray]:
+def row_ids(sets: Mapping[str, Dataset]) -> dict[str, Any]:
     """Ids of the inputs of all sets together, by row number (the column `label`): equal ones are no negatives of each
     other. They are `RowTable`'s first arguments.
     """
@@ -57,9 +57,11 @@ def row_ids(sets: Mapping[str, Dataset]) -> dict[str, np.ndarray]:
     numbers = np.concatenate([np.asarray(part.with_format("numpy")["label"]) for part in sets.values()])
     if np.array_equal(numbers, np.arange(len(numbers))):
         return ids
-    ordered = {name: np.zeros((numbers.max() + 1, *values.shape[1:]), np.int64) for name, values in ids.items()}
+    ordered = {}
     for name, values in ids.items():
-        ordered[name][numbers] = values
+        if values is not None:  # explicit negatives, where there are none
+            ordered[name] = np.zeros((numbers.max() + 1, *values.shape[1:]), np.int64)
+            ordered[name][numbers] = values
     return ordered
 
 
