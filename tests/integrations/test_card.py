@@ -11,8 +11,12 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 
 import anybatch
 from anybatch import InfoNCE, SogCLR, Trainer
+from anybatch.integrations.sentence_transformers import ModelConfig, TrainConfig
 from anybatch.integrations.sentence_transformers.card import bibtex, describe
-from anybatch.losses.registry import METHODS, method_of
+from anybatch.losses.registry import METHODS, LossConfig, method_of
+from anybatch.mining import MiningConfig
+from anybatch.run import job
+from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, TeacherConfig
 
 from .test_one_line import load, mined, with_duplicates
 from .test_trainer import ROWS, arguments, dataset
@@ -41,7 +45,7 @@ def test_what_was_trained_how_and_at_what_cost(tiny_model_folder, tmp_path):
     assert rows["Loss"] == f"CrossBatchInfoNCE, temperature 0.05 {why}"
     assert rows["Batch"].startswith("8 pairs, encoded 4 at a time")
     assert rows["Batches"] == "random"
-    assert rows["Schedule"] == "3.0 passes, learning rate 5e-05 (linear), seed 42"
+    assert rows["Schedule"] == "epochs: 3.0, learning rate 5e-05 (linear), seed 42"
     assert rows["Not negatives"] == "rows with equal inputs"
     assert re.fullmatch(r"15 steps; [\d.]+ seconds; peak memory of the process [\d.]+ GiB", rows["Cost"])
     assert "<code>label</code>" not in text
@@ -77,10 +81,16 @@ def test_mined_batches_and_their_teacher(tiny_model_folder, tmp_path):
 def test_figures_before_and_after(tiny_model_folder, tmp_path):
     model = load(tiny_model_folder)
     model.model_card_data.add_tags("generated_from_trainer")  # else the guest keeps the card that was loaded
-    describe(model, {"Loss": "InfoNCE"}, before={"recall@1": 0.25, "ndcg@10": 0.5}, after={"recall@1": 0.75})
+    describe(
+        model,
+        {"Loss": "InfoNCE"},
+        before={"recall@1": 0.25, "num_queries": 50.0},
+        after={"recall@1": 0.75, "num_queries": 50.0},
+    )
     text = card(model, tmp_path)
     assert "| recall@1 | 0.2500 | 0.7500 |" in text
-    assert "ndcg" not in text
+    assert "On 50 held-out queries:" in text
+    assert "num_queries" not in text
 
 
 def test_cards_that_are_not_ours_stay(tiny_model_folder, tmp_path):
@@ -119,3 +129,28 @@ def test_every_method_cites_its_paper(name):
     assert bool(entry) == (name not in WITHOUT_PAPER)
     if entry:
         assert re.search(r"title=\{.{8,}\},\n    author=\{[A-Za-z ]+\},\n    year=\{20\d\d\}", entry)
+
+
+def test_a_run_tells_its_recipe_its_teacher_and_its_figures(tiny_model_folder, pairs_file, tmp_path):
+    folder = str(tiny_model_folder)
+    result = job.train(
+        RunConfig(
+            output=str(tmp_path / "run"),
+            data=DataConfig(path=str(pairs_file)),
+            model=ModelConfig(name=folder, device="cpu"),
+            teacher=TeacherConfig(name=folder),
+            batch_size=8,
+            mining=MiningConfig(cluster_size=2, window=(1, 6)),
+            loss=LossConfig(name="sogclr", gamma=0.5),
+            train=TrainConfig(max_steps=2, save_steps=2, micro_batch=4),
+            evaluation=EvaluationConfig(path=str(pairs_file)),
+        )
+    )
+    text = (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    rows = table(text)
+    assert rows["Recipe"] == "loss.name=sogclr (given), loss.gamma=0.5, mining.method=anybatch (recommended)"
+    assert rows["Teacher"] == f"`{tiny_model_folder.name}`, which says what is similar"
+    assert str(tiny_model_folder.parent) not in text
+    before, after = (f"{figures['ndcg@10']:.4f}" for figures in (result.metrics_untrained, result.metrics))
+    assert f"| ndcg@10 | {before} | {after} |" in text
+    assert f"On {result.metrics['num_queries']:.0f} held-out queries" in text

@@ -96,7 +96,8 @@ def plan_lines(plan: BatchPlan | None, rows: RowTable | None) -> dict[str, str]:
         negatives = f"; {plan.negatives_per_row} hard negatives a row" if plan.negatives_per_row else ""
         lines["Batches"] = f"mined: clusters of {plan.cluster_size} similar rows{negatives} (plan {plan.digest[:12]})"
         if plan.meta.get("teacher"):
-            lines["Teacher"] = f"`{plan.meta['teacher']}`, which says what is similar"
+            name = str(plan.meta["teacher"])
+            lines["Teacher"] = f"`{Path(name).name if Path(name).exists() else name}`, which says what is similar"
     masked = [] if rows is None else ["rows with equal inputs"]
     if rows is not None and rows.suspects is not None:
         masked.append(f"{len(rows.suspects):,} pairs suspected by mining")
