@@ -23,8 +23,11 @@ from anybatch.caching.state import without_autocast
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.collating import UndecodedRows
 from anybatch.integrations.sentence_transformers.sets import num_rows_of, row_numbers
-from anybatch.losses import InfoNCE
+from anybatch.losses import InfoNCE, Matryoshka
+from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.rows import RowTable
+
+BARE = (ContrastiveLoss, Matryoshka)  # losses of embeddings, without a model
 
 
 class CachedLoss(nn.Module):
@@ -222,3 +225,38 @@ def _deferred_backward(
     beside: list[tuple[nn.Parameter, Tensor]],
 ) -> None:
     replay(recordings, gradients, scale=outer, beside=beside)
+
+
+def is_ours(loss: Any) -> bool:
+    """Whether it is a loss of this library, or holds one."""
+    return isinstance(loss, nn.Module) and any(isinstance(part, (*BARE, CachedLoss)) for part in loss.modules())
+
+
+def cached_in(loss: Any) -> CachedLoss | None:
+    """The cached loss itself, or inside a wrapper such as `MatryoshkaLoss`."""
+    return next((part for part in loss.modules() if isinstance(part, CachedLoss)), None)
+
+
+def check_wrappers(loss: nn.Module) -> None:
+    """Refuse what a loss of sentence-transformers round one of ours would compute wrongly, or not at all."""
+    for wrapper in loss.modules():
+        inner: Any = getattr(wrapper, "loss", None)
+        if not type(wrapper).__module__.startswith("sentence_transformers.") or not is_ours(inner):
+            continue
+        kind, name = type(wrapper).__name__, type(getattr(inner, "loss", inner)).__name__
+        if not hasattr(wrapper, "matryoshka_dims"):
+            raise AnybatchError(
+                f"Got {kind} round {name}. It calls parts of the encoder again in each step, which a cached step does "
+                "not do. Expected a loss of sentence-transformers in it, such as MultipleNegativesRankingLoss."
+            )
+        if not isinstance(inner, CachedLoss):
+            raise AnybatchError(
+                f"Got {kind} round {name} itself; expected {kind}(model, CachedLoss(model, {name}(...)), ...), or "
+                f"anybatch.losses.Matryoshka({name}(...), [...]) without {kind}."
+            )
+        if inner.loss.state_dict():
+            raise AnybatchError(
+                f"Got {kind} round {name}, which is called for each width and would mix what it learns of all. Give "
+                f"anybatch.losses.Matryoshka({name}(...), {list(wrapper.matryoshka_dims)}), whose widths have a state "
+                "each, as the loss."
+            )

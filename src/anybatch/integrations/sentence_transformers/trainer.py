@@ -25,11 +25,9 @@ from anybatch.integrations.sentence_transformers.callback import (
     last_whole_checkpoint,
 )
 from anybatch.integrations.sentence_transformers.collating import ImageCollator, undecoded
-from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.integrations.sentence_transformers.loss import BARE, CachedLoss, cached_in, check_wrappers, is_ours
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 from anybatch.integrations.sentence_transformers.sets import by_name, input_columns, row_ids, with_index
-from anybatch.losses import Matryoshka
-from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.registry import LossConfig, build_loss, recommended
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("anybatch")
 GUEST_BATCH = 8  # rows of a process where the guest's arguments say nothing
-OURS = (ContrastiveLoss, Matryoshka, CachedLoss)
 
 
 class Trainer(SentenceTransformerTrainer):
@@ -108,7 +105,7 @@ class Trainer(SentenceTransformerTrainer):
             made = {name: one(model) if _is_function(one) else one for name, one in by_name(loss).items()}
             loss = made if isinstance(loss, dict) else made[""]
         losses = by_name(loss)
-        ours = [name for name in sets if (one := losses.get(name, losses.get(""))) is None or _is_ours(one)]
+        ours = [name for name in sets if (one := losses.get(name, losses.get(""))) is None or is_ours(one)]
         self._undecoded = len(ours) == len(sets) and options.get("data_collator", (*more, None, None)[1]) is None
         self._numbered: dict[str, Dataset] = {name: sets[name] for name in (sets if self.plans else ours)}
         if not all(isinstance(part, Dataset) for part in self._numbered.values()):
@@ -122,7 +119,7 @@ class Trainer(SentenceTransformerTrainer):
         super().__init__(model, args, train_dataset, eval_dataset, loss, *more, **options)
 
         # 3. Checkpoints keep the state of the losses; a loss begins anew with each model of `model_init`.
-        self._cached = {name: cached for name, one in by_name(self.loss).items() if (cached := _cached_in(one))}
+        self._cached = {name: cached for name, one in by_name(self.loss).items() if (cached := cached_in(one))}
         states = [one for one in self.callback_handler.callbacks if isinstance(one, LossStateCallback)]
         self._keeper = states[0] if states else LossStateCallback(self._cached) if self._cached else None
         if self._keeper is not None and not states:
@@ -194,15 +191,15 @@ class Trainer(SentenceTransformerTrainer):
         """A loss of ours is put behind the cached step, and told what is known of the rows."""
         if _is_function(loss):
             loss = loss(model)
-            if _is_ours(loss):  # only with model_init: it was not known when the rows were numbered
+            if is_ours(loss):  # only with model_init: it was not known when the rows were numbered
                 raise AnybatchError(
                     f"With model_init, got a function that makes {type(loss).__name__}; expected the loss itself, such "
                     "as loss=InfoNCE(temperature=0.05). It begins anew with each model."
                 )
-        if isinstance(loss, (ContrastiveLoss, Matryoshka)):
+        if isinstance(loss, BARE):
             loss = CachedLoss(model, loss, mini_batch_size=self.mini_batch_size, memory=self.memory)
-        _check_wrappers(loss)
-        cached = _cached_in(loss)
+        check_wrappers(loss)
+        cached = cached_in(loss)
         if cached is not None and not self._numbered:
             remembers = any(getattr(part, "needs_index", False) for part in cached.loss.modules())
             if remembers and any(map(_has_no_numbers, by_name(self.train_dataset).values())):
@@ -257,42 +254,8 @@ def _is_function(loss: Any) -> bool:
     return loss is not None and not isinstance(loss, nn.Module)
 
 
-def _is_ours(loss: Any) -> bool:
-    return isinstance(loss, nn.Module) and any(isinstance(part, OURS) for part in loss.modules())
-
-
-def _cached_in(loss: Any) -> CachedLoss | None:
-    """The cached loss itself, or inside a wrapper such as `MatryoshkaLoss`."""
-    return next((part for part in loss.modules() if isinstance(part, CachedLoss)), None)
-
-
 def _has_no_numbers(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) and "label" not in (dataset.column_names or ())
-
-
-def _check_wrappers(loss: nn.Module) -> None:
-    """Refuse what a loss of sentence-transformers round one of ours would compute wrongly, or not at all."""
-    for wrapper in loss.modules():
-        inner: Any = getattr(wrapper, "loss", None)
-        if not type(wrapper).__module__.startswith("sentence_transformers.") or not _is_ours(inner):
-            continue
-        kind, name = type(wrapper).__name__, type(getattr(inner, "loss", inner)).__name__
-        if not hasattr(wrapper, "matryoshka_dims"):
-            raise AnybatchError(
-                f"Got {kind} round {name}. It calls parts of the encoder again in each step, which a cached step does "
-                "not do. Expected a loss of sentence-transformers in it, such as MultipleNegativesRankingLoss."
-            )
-        if not isinstance(inner, CachedLoss):
-            raise AnybatchError(
-                f"Got {kind} round {name} itself; expected {kind}(model, CachedLoss(model, {name}(...)), ...), or "
-                f"anybatch.losses.Matryoshka({name}(...), [...]) without {kind}."
-            )
-        if inner.loss.state_dict():
-            raise AnybatchError(
-                f"Got {kind} round {name}, which is called for each width and would mix what it learns of all. Give "
-                f"anybatch.losses.Matryoshka({name}(...), {list(wrapper.matryoshka_dims)}), whose widths have a state "
-                "each, as the loss."
-            )
 
 
 def _take_plans(args: Any, plans: Sequence[BatchPlan], sets: Mapping[str, Any]) -> None:
