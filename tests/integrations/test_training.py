@@ -43,7 +43,7 @@ def train(folder, output, *, loss=None, resume=False, evaluate=None, run="", cal
     """Train three steps (or as `settings` say); returns the result, the model and the loss."""
     torch.manual_seed(0)
     model = SentenceTransformer(str(folder), device="cpu")
-    cached = CachedLoss(model, SogCLR(ROWS) if loss is None else loss, micro_batch=8)
+    cached = CachedLoss(model, SogCLR(ROWS) if loss is None else loss, mini_batch_size=8)
     config = TrainConfig(**{"learning_rate": 1e-3, "save_steps": 2, "log_steps": 2, **settings})
     result = train_model(
         model,

@@ -19,15 +19,16 @@ from transformers import Trainer, TrainerCallback
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
-from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
-from anybatch.integrations.sentence_transformers.loss import CachedTrainerLoss
+from anybatch.integrations.sentence_transformers.batches import PlanBatches
+from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.integrations.sentence_transformers.sets import check_numbers, num_rows_of
 from anybatch.losses.parts import GlobalTemperature
 from anybatch.losses.state import State, grown_state, join_shards
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
 logger = logging.getLogger("anybatch")
 LOSS_STATE = "anybatch_loss.safetensors"
-Losses = CachedTrainerLoss | Mapping[str, CachedTrainerLoss]
+Losses = CachedLoss | Mapping[str, CachedLoss]
 
 
 class LossStateCallback(TrainerCallback):
@@ -71,8 +72,9 @@ class LossStateCallback(TrainerCallback):
                     "numbers. Give the Trainer with_index(dataset), with the rows in the plan's order; of several data "
                     "sets, with_index(dictionary) and PlanBatches(plan, another plan, ...), a plan each."
                 )
-        for loss in self.losses.values():
-            check_numbers(sets, num_rows_of(loss.loss, loss.rows))
+        for name, loss in self.losses.items():  # of several data sets, those that the loss is for
+            own = [part for part in sets if not name or part[0].get("dataset_name") == name]
+            check_numbers(own, num_rows_of(loss.loss, loss.rows))
         if state.global_step:
             folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._restore(folder, plans=plan_digests(loader))
@@ -302,7 +304,7 @@ def training_sets(dataloader: Any) -> list[Dataset]:
     return [part for part in getattr(dataset, "datasets", [dataset]) if isinstance(part, Dataset)]
 
 
-def check_first_step(loss: CachedTrainerLoss) -> None:
+def check_first_step(loss: CachedLoss) -> None:
     """Warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample."""
     frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "compute_loss")
     owners = (frame.f_locals.get("self") for frame in frames)  # to look at a frame's variables keeps them alive
@@ -322,7 +324,7 @@ def check_first_step(loss: CachedTrainerLoss) -> None:
         )
 
 
-def _check_is_saved(loss: CachedTrainerLoss, trainer: Trainer) -> None:
+def _check_is_saved(loss: CachedLoss, trainer: Trainer) -> None:
     saving = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossStateCallback)]
     if len(saving) > 1:
         raise AnybatchError(
