@@ -110,11 +110,10 @@ def read_candidate_sets(tasks: Mapping[str, Path], images: str | None, *, prompt
     return CandidateSets(sets=sets)
 
 
-def hold_out(config: RunConfig, pairs: PairData) -> tuple[PairData, PairData | None]:
+def hold_out(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> tuple[PairData, PairData | None]:
     """The pairs to train on and, with evaluation.path=auto, those held out of them. Said aloud by the first rank."""
     if not _holds_out(config):
         return pairs, None
-    plan = existing_plan(config)
     left, held_out = split_for_plan(config, pairs, plan)
     if distributed.rank() > 0:
         return left, held_out
@@ -147,14 +146,6 @@ def split_for_plan(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -
 def _holds_out(config: RunConfig) -> bool:
     held_out = config.evaluation
     return held_out.path == AUTO and held_out.retrieval is None and config.data.views is None
-
-
-def existing_plan(config: RunConfig) -> BatchPlan | None:
-    """The plan that the configuration names; the run's own where that is gone, or none is named; None for none."""
-    named = None if config.plan is None else Path(config.plan)
-    kept = Path(config.output) / "plan.safetensors"
-    path = kept if named is None or (kept.exists() and not named.exists()) else named
-    return BatchPlan.load(path) if named is not None or kept.exists() else None
 
 
 def read_held_out(config: RunConfig) -> HeldOut | None:

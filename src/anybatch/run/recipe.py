@@ -11,16 +11,17 @@ from dataclasses import replace
 from anybatch.core import distributed
 from anybatch.data.pairs import PairData
 from anybatch.losses.registry import AUTO, recommended
+from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig
-from anybatch.run.read_data import existing_plan
 
 logger = logging.getLogger("anybatch")
 
 
-def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
+def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> RunConfig:
     """The configuration with a method in place of each "auto", said aloud by the first rank.
 
-    The same configuration and data give the same recipe, so that a run is resumed with it.
+    `plan` is the one that exists already. The same configuration and data give the same recipe, so that a run is
+    resumed with it.
 
     Raises:
         AnybatchError: Settings given beside "auto" that what is chosen does not have.
@@ -40,7 +41,9 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
         name, why = recommended(config.batch_size)
         loss = loss.named(name)
         reasons.append(f"loss.name={loss.name} (batches of {config.batch_size}: {why})")
-    mined = _is_mined(config)
+    mined = config.mining.method != "random"
+    if config.plan is not None:
+        mined = plan is not None and plan.cluster_size > 1
     if loss.weights == AUTO:
         weights = "inclusion" if mined and loss.example().inclusion else "none"
         loss = replace(loss, weights=weights)
@@ -53,10 +56,3 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
     if reasons and distributed.rank() == 0:
         logger.info("Recommended: %s. See docs/recipe.md.", "; ".join(reasons))
     return replace(config, loss=loss)
-
-
-def _is_mined(config: RunConfig) -> bool:
-    if config.plan is None:
-        return config.mining.method != "random"
-    plan = existing_plan(config)
-    return plan is not None and plan.cluster_size > 1
