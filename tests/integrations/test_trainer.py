@@ -80,7 +80,7 @@ def trainer(
     model[0].model.config.attention_probs_dropout_prob = 0.0
     plan = BatchPlan.random(ROWS, BATCH, seed=plan_seed, data_digest="")
     table = RowTable(np.arange(ROWS), np.arange(ROWS) % 30)
-    loss = CachedLoss(model, SogCLR(ROWS, gamma=0.5, learnable_temperature=True), rows=table, micro_batch=3)
+    loss = CachedLoss(model, SogCLR(ROWS, gamma=0.5, learnable_temperature=True), rows=table, mini_batch_size=3)
     forward = loss.forward
 
     def watched(features, labels=None):
@@ -224,7 +224,7 @@ def one_trainer(folder, output, train, loss_of, *callbacks, evaluation=None, **s
 
 
 def sogclr(rows, **settings):
-    return lambda model: CachedLoss(model, SogCLR(rows, gamma=0.5, **settings), micro_batch=4)
+    return lambda model: CachedLoss(model, SogCLR(rows, gamma=0.5, **settings), mini_batch_size=4)
 
 
 class TestRowNumbers:
@@ -251,7 +251,7 @@ class TestRowNumbers:
         seen = []
 
         def watched(model):
-            loss = CachedLoss(model, SogCLR(40), micro_batch=4)
+            loss = CachedLoss(model, SogCLR(40), mini_batch_size=4)
             forward = loss.forward
             loss.forward = lambda features, labels=None: (seen.append(labels.tolist()), forward(features, labels))[1]
             return loss
@@ -309,7 +309,7 @@ class TestRowNumbers:
         known = RowTable(np.arange(ROWS), np.arange(ROWS))
         losses = {
             False: sogclr(ROWS),
-            True: lambda model: CachedLoss(model, InfoNCE(), rows=known, micro_batch=4),
+            True: lambda model: CachedLoss(model, InfoNCE(), rows=known, mini_batch_size=4),
         }
         training, _ = one_trainer(tiny_model_folder, tmp_path, train, losses[table])
         with pytest.raises(AnybatchError, match=match):
@@ -401,7 +401,7 @@ def test_a_state_that_no_checkpoint_holds_is_said(tiny_model_folder, tmp_path):
         run(sogclr(ROWS), LossStateCallback, LossStateCallback, save_strategy="steps")
     run(sogclr(ROWS), LossStateCallback, save_strategy="steps")  # warnings are errors here
     run(sogclr(ROWS), save_strategy="no")
-    run(lambda model: CachedLoss(model, InfoNCE(), micro_batch=4), save_strategy="steps")
+    run(lambda model: CachedLoss(model, InfoNCE(), mini_batch_size=4), save_strategy="steps")
 
 
 def test_several_losses_are_saved_and_restored_together(tiny_model_folder, tmp_path):
@@ -414,8 +414,8 @@ def test_several_losses_are_saved_and_restored_together(tiny_model_folder, tmp_p
         torch.manual_seed(0)
         model = SentenceTransformer(str(tiny_model_folder), device="cpu")
         losses = {
-            "a": CachedLoss(model, SogCLR(40, gamma=0.5), micro_batch=4),
-            "b": CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=4),
+            "a": CachedLoss(model, SogCLR(40, gamma=0.5), mini_batch_size=4),
+            "b": CachedLoss(model, InfoNCE(learnable_temperature=True), mini_batch_size=4),
         }
         args = arguments(
             folder,
@@ -466,7 +466,7 @@ def test_mined_batches_are_no_uniform_sample(table, tiny_model_folder, tmp_path,
             tiny_model_folder,
             tmp_path,
             with_index(dataset()),
-            lambda model: CachedLoss(model, loss, rows=rows, micro_batch=4),
+            lambda model: CachedLoss(model, loss, rows=rows, mini_batch_size=4),
             batch_sampler=PlanBatches(plan),
             max_steps=2,
         )

@@ -41,7 +41,7 @@ def train(folder, output, *, loss=None, resume=False, evaluate=None, run="", **s
     """Train three steps (or as `settings` say); returns the result, the model and the loss."""
     torch.manual_seed(0)
     model = SentenceTransformer(str(folder), device="cpu")
-    cached = CachedLoss(model, SogCLR(ROWS) if loss is None else loss, micro_batch=8)
+    cached = CachedLoss(model, SogCLR(ROWS) if loss is None else loss, mini_batch_size=8)
     ours = {name: settings.pop(name) for name in TrainConfig.__dataclass_fields__ if name in settings}
     config = TrainConfig(**{"learning_rate": 1e-3, "save_steps": 2, "args": {"logging_steps": 2, **settings}, **ours})
     result = train_model(

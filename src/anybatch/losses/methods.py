@@ -29,7 +29,8 @@ class InfoNCE(SoftmaxLoss):
 
     Log-weights are added to the logits as they are.
 
-    Cost: no state. Reference: van den Oord et al. 2018, arXiv 1807.03748, equation 4.
+    Cost: no state. Reference: van den Oord et al. 2018, "Representation Learning with Contrastive
+    Predictive Coding", arXiv 1807.03748, equation 4.
 
     Example:
         >>> import torch
@@ -84,7 +85,8 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
         num_rows: n, rows of the data set.
         scoring: See `OneTemperature`.
 
-    Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, arXiv 2202.12387.
+    Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, "Provable
+    Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387.
 
     Example:
         >>> import torch

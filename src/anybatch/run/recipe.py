@@ -6,7 +6,7 @@ The rule, its evidence and where it loses are one page, docs/recipe.md.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from anybatch.core import distributed
 from anybatch.data.pairs import PairData
@@ -56,3 +56,17 @@ def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> R
     if reasons and distributed.rank() == 0:
         logger.info("Recommended: %s. See docs/recipe.md.", "; ".join(reasons))
     return replace(config, loss=loss)
+
+
+def recipe_line(asked: RunConfig, chosen: RunConfig) -> str:
+    """What a model card says of the settings that make the method: by rule or as given, with the loss's own options."""
+    by_rule = AUTO in (asked.loss.name, asked.mining.method)
+    batches = f"the plan {chosen.plan}" if chosen.plan is not None else f"mining.method={chosen.mining.method}"
+    told_elsewhere = ("name", "temperature", "weights", "mask_suspects")
+    options = [
+        f"loss.{field.name}={getattr(chosen.loss, field.name)}"
+        for field in fields(chosen.loss)
+        if field.name not in told_elsewhere and getattr(chosen.loss, field.name) != field.default
+    ]
+    line = ", ".join([f"loss.name={chosen.loss.name}", *options, batches])
+    return f"{line} ({'the recommended recipe' if by_rule else 'as given'})"

@@ -19,8 +19,9 @@ from transformers import Trainer, TrainerCallback
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
-from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
+from anybatch.integrations.sentence_transformers.batches import PlanBatches
 from anybatch.integrations.sentence_transformers.loss import CachedTrainerLoss
+from anybatch.integrations.sentence_transformers.sets import check_numbers, num_rows_of
 from anybatch.losses.state import State, grown_state, join_shards
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
@@ -70,8 +71,9 @@ class LossStateCallback(TrainerCallback):
                     "numbers. Give the Trainer with_index(dataset), with the rows in the plan's order; of several data "
                     "sets, with_index(dictionary) and PlanBatches(plan, another plan, ...), a plan each."
                 )
-        for loss in self.losses.values():
-            check_numbers(sets, num_rows_of(loss.loss, loss.rows))
+        for name, loss in self.losses.items():  # of several data sets, those that the loss is for
+            own = [part for part in sets if not name or part[0].get("dataset_name") == name]
+            check_numbers(own, num_rows_of(loss.loss, loss.rows))
         if state.global_step:
             folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._restore(folder, plans=plan_digests(loader))

@@ -22,8 +22,8 @@ from anybatch.caching.replay import Aside, replay
 from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
 from anybatch.core.errors import AnybatchError
-from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
 from anybatch.integrations.sentence_transformers.collating import UndecodedRows
+from anybatch.integrations.sentence_transformers.sets import num_rows_of, row_numbers
 from anybatch.losses import InfoNCE
 from anybatch.losses.rows import RowTable
 
@@ -41,7 +41,7 @@ class CachedTrainerLoss(nn.Module):
         loss: nn.Module,
         *,
         rows: RowTable | None = None,
-        micro_batch: int | Auto = 32,
+        mini_batch_size: int | Auto = 32,
         max_tokens: int | None = None,
         keep_graphs: float | Auto = "auto",
         memory: str | int = "80%",
@@ -49,12 +49,16 @@ class CachedTrainerLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_limits(
-            micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs, pad_to_multiple=pad_to_multiple
+            micro_batch=mini_batch_size,
+            max_tokens=max_tokens,
+            keep_graphs=keep_graphs,
+            pad_to_multiple=pad_to_multiple,
+            called="mini_batch_size",
         )
         self.model = model  # a child, else the Trainer would not train it
         self.loss = loss
         self.rows = rows
-        self.micro_batch: int | Auto = micro_batch
+        self.mini_batch_size: int | Auto = mini_batch_size
         self.max_tokens = max_tokens
         self.keep_graphs: float | Auto = keep_graphs
         self.memory = StepMemory(memory)
@@ -100,7 +104,7 @@ class CachedTrainerLoss(nn.Module):
         recordings = record_towers(
             self._encoders(features),
             features,
-            micro_batch=self.micro_batch,
+            micro_batch=self.mini_batch_size,
             max_tokens=self.max_tokens,
             keep_graphs=self.keep_graphs,
             memory=self.memory,
@@ -141,15 +145,16 @@ class CachedTrainerLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""
-        return {"loss": type(self.loss).__name__, "micro_batch": self.micro_batch, "max_tokens": self.max_tokens}
+        temperature = getattr(self.loss, "temperature", None)
+        known = {} if temperature is None else {"temperature": round(float(temperature), 6)}
+        return {"loss": type(self.loss).__name__, **known, "mini_batch_size": self.mini_batch_size}
 
     @property
     def citation(self) -> str:
-        """BibTeX of the caching method."""
-        return (
-            "@misc{gao2021scaling, title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}, "
-            "author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan}, year={2021}, eprint={2101.06983}}"
-        )
+        """BibTeX of the papers behind the cached step and the loss."""
+        from anybatch.integrations.sentence_transformers.card import bibtex
+
+        return bibtex(CachedLoss, *map(type, self.loss.modules()))
 
 
 class CachedLoss(CachedTrainerLoss):
@@ -159,8 +164,9 @@ class CachedLoss(CachedTrainerLoss):
         model: The model that is trained. It must be the one given to the Trainer.
         loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
         rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
-        micro_batch, max_tokens, keep_graphs, memory, pad_to_multiple: See `cached_step`. The gradient is the same to
-            the last bit whatever is kept: 0.0 is GradCache, 1.0 is plain training.
+        mini_batch_size: Rows that are encoded at once: the `micro_batch` of `cached_step`.
+        max_tokens, keep_graphs, memory, pad_to_multiple: See `cached_step`. The gradient is the same to the last bit
+            whatever is kept: 0.0 is GradCache, 1.0 is plain training.
 
     Inputs:
         Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A column of
@@ -176,7 +182,8 @@ class CachedLoss(CachedTrainerLoss):
         except that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does
         not enlarge the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
 
-    Reference: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
+    Reference: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv
+    2101.06983.
 
     Example:
         >>> class Model(nn.Module):  # or a SentenceTransformer
@@ -185,7 +192,7 @@ class CachedLoss(CachedTrainerLoss):
         ...         self.layer = nn.Linear(3, 2)
         ...     def forward(self, features):
         ...         return {"sentence_embedding": self.layer(features["x"])}
-        >>> loss = CachedLoss(Model(), InfoNCE(temperature=0.05), micro_batch=2)
+        >>> loss = CachedLoss(Model(), InfoNCE(temperature=0.05), mini_batch_size=2)
         >>> loss([{"x": torch.eye(3)}, {"x": torch.eye(3)}]).backward()
         >>> loss.model.layer.weight.grad.shape
         torch.Size([2, 3])

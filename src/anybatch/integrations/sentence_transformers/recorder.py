@@ -81,7 +81,8 @@ class EvaluatedTrainer(Trainer):
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """The figures, measured by the first rank, logged as eval_..., the same on every rank."""
-        assert self.figures is not None and self.model is not None
+        assert self.figures is not None
+        assert self.model is not None
         started, shared = time.perf_counter(), [{}]
         with distributed.alone() as chosen:
             if chosen:

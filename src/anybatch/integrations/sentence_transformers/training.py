@@ -128,10 +128,11 @@ def train_model(
     from transformers import PrinterCallback, ProgressCallback
 
     from anybatch.integrations.sentence_transformers.arguments import PATIENCE, optimizer_of, training_arguments
-    from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
+    from anybatch.integrations.sentence_transformers.batches import PlanBatches
     from anybatch.integrations.sentence_transformers.callback import LossStateCallback
     from anybatch.integrations.sentence_transformers.model import checkpoint_layers
     from anybatch.integrations.sentence_transformers.recorder import EvaluatedTrainer, Recorder
+    from anybatch.integrations.sentence_transformers.sets import with_index
 
     # 1. What can be refused before anything is written.
     output = Path(output)
