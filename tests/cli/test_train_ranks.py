@@ -48,7 +48,7 @@ def test_two_processes_equal_one(pairs_file, tiny_model_folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert CliRunner().invoke(app, ["train", *given, "--output", str(one)]).exception is None
     said = launch("train", *given, "--output", str(two))
-    assert said.count("Model: ") == 1, "one of the ranks speaks"
+    assert said.count("Use the model: ") == 1, "one of the ranks speaks"
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
     assert figures[1]["num_steps"] == 6
     assert figures[1]["metrics_untrained"] == figures[0]["metrics_untrained"]

@@ -186,7 +186,7 @@ def test_rows_without_an_image(tmp_path):
     features = Features({"image": Image(), "caption": Value("string")})
     rows = {"image": [{"bytes": image(0), "path": None}, None], "caption": ["a", "b"]}
     Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "gap"))
-    with pytest.raises(AnybatchError, match="Row 2 of .*'image' is empty. Every row needs a text or an image there"):
+    with pytest.raises(AnybatchError, match=r"Row 2 of .*'image' is empty\. Every row needs a text or an image there"):
         read_pairs(tmp_path / "gap", anchor="image", positive="caption")
     with pytest.raises(AnybatchError, match=r"no column 'imag' .* Did you mean 'image'"):
         read_pairs(tmp_path / "gap", anchor="imag", positive="caption")

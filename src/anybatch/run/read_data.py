@@ -15,12 +15,12 @@ from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import check_images, instructed
 from anybatch.data.pairs import PairData, PairSet, join_pairs
 from anybatch.data.reading import read_pairs
-from anybatch.data.retrieval import RetrievalData, read_retrieval
+from anybatch.data.retrieval import RetrievalData, find_retrieval, read_retrieval
 from anybatch.data.sets import find_sets
 from anybatch.losses.registry import AUTO
 from anybatch.mining import MiningSet
 from anybatch.plans.plan import BatchPlan
-from anybatch.run.config import DataConfig, RunConfig, SetConfig
+from anybatch.run.config import SPLIT, DataConfig, RunConfig, SetConfig
 from anybatch.vision.mmeb import TASKS
 from anybatch.vision.read_images import Images, LabelledImages, NamedClasses, read_images
 
@@ -65,6 +65,7 @@ def read_data(data: DataConfig) -> PairData:
             images=data.images if of_set.images is None else of_set.images,
             quoting=data.quoting,
             limit=data.limit,
+            skip_bad=data.skip_bad,
         )
         for of_set in sets
     ]
@@ -159,6 +160,11 @@ def read_held_out(config: RunConfig) -> HeldOut | None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path in (None, AUTO):
         return None
+    judged = find_retrieval(held_out.path, held_out.split) if data.views is None else None
+    if judged is not None:
+        return read_retrieval(*judged, quoting=data.quoting)
+    if held_out.split is not None:
+        raise AnybatchError(SPLIT)
     if data.views is not None:
         return LabelledImages(known=_read_images(data), test=read_images(held_out.path, column=data.anchor))
     tasks = find_candidates(held_out.path)
@@ -173,4 +179,5 @@ def read_held_out(config: RunConfig) -> HeldOut | None:
         negatives=(),
         images=data.images,
         quoting=data.quoting,
+        skip_bad=data.skip_bad,
     )

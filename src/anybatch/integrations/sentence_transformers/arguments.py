@@ -45,6 +45,7 @@ DECIDED = {
     **dict.fromkeys(("remove_unused_columns", "label_names"), "Set data.anchor, data.positive and data.negatives"),
     "use_cpu": "Set model.device (--device)",
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push"), _PUSH),
+    "hub_token": "config.yaml would keep it. Log in with `hf auth login`, or set HF_TOKEN",
     "fp16": "Set train.args.bf16=true, which needs no gradient scaler: with one a step whose gradients overflow is "
     "left out, and the loss would have remembered it",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), "The ranks of torchrun share a batch, "
