@@ -306,8 +306,8 @@ def _load_from_hub(owner: str, name: str = "", configuration: str | None = None,
     except Exception as error:  # of the connection, of a name, of a builder: `datasets` has many
         raise AnybatchError(
             f"Cannot load {owner}/{name} from the Hugging Face hub ({error}). Check the connection and the name, "
-            "hf://OWNER/NAME, hf://OWNER/NAME:SPLIT or hf://OWNER/NAME/CONFIGURATION/SPLIT, or download it and give the "
-            "file."
+            "hf://OWNER/NAME, hf://OWNER/NAME:SPLIT or hf://OWNER/NAME/CONFIGURATION/SPLIT; or download it and "
+            "give the file."
         ) from error
 
 
