@@ -87,9 +87,9 @@ def test_a_folder_of_beir(beir, pairs_file, tiny_model_folder, tmp_path, caplog)
     more = ("mining.method=random", "train.args.max_steps=1", f"evaluation.path={beir}", "evaluation.split=dev")
     run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
     assert "5 judged queries, 20 documents" in caplog.text
+    given = settings(pairs_file, tiny_model_folder, tmp_path / "other", "mining.method=random", "evaluation.split=dev")
     with pytest.raises(AnybatchError, match=r"evaluation\.split is for a retrieval set"):
-        more = ("mining.method=random", "evaluation.split=dev")
-        run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "other", *more))
+        run("train", *given)
 
 
 def test_tasks_of_mteb(pairs_file, tiny_model_folder, tmp_path, monkeypatch, heard):
@@ -127,9 +127,9 @@ def test_tasks_of_mteb(pairs_file, tiny_model_folder, tmp_path, monkeypatch, hea
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == {"Small": {"ndcg_at_10": 0.25}, "Other": {"ndcg_at_10": 0.25}}
     assert "0.2500" in heard()
-    with pytest.raises(AnybatchError, match="no such task: 'Smal' not found. Did you mean: 'Small'"):
+    with pytest.raises(AnybatchError, match=r"no such task: 'Smal' not found. Did you mean: 'Small'"):
         run("evaluate", model, "--mteb", "Smal")
-    with pytest.raises(AnybatchError, match="Cannot measure the task Away of MTEB: no network .*connection"):
+    with pytest.raises(AnybatchError, match=r"Cannot measure the task Away of MTEB: no network .*connection"):
         run("evaluate", model, "--mteb", "Away")
     with pytest.raises(AnybatchError, match=r"Got --data and --mteb \(tasks of MTEB\)"):
         run("evaluate", model, "--mteb", "Small", "--data", str(pairs_file))
@@ -149,7 +149,7 @@ def test_pushing(pairs_file, tiny_model_folder, tmp_path, monkeypatch, heard):
 
     monkeypatch.setattr("sentence_transformers.SentenceTransformer.push_to_hub", push)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(AnybatchError, match="needs an account .* Log in with `hf auth login`"):
+    with pytest.raises(AnybatchError, match=r"needs an account .* Log in with `hf auth login`"):
         run("train", *given, "--push", "me/model")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
     with pytest.raises(AnybatchError, match="no name of a model on the hub"):

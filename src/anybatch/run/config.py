@@ -58,9 +58,9 @@ class DataConfig(Configuration):
     """The training pairs.
 
     Attributes:
-        path: JSONL(.gz), CSV, TSV, Parquet, a folder saved by `datasets`, or hf://OWNER/NAME/CONFIGURATION/SPLIT of the
-            hub. A folder of such files, or of one folder a task, a pattern, or a saved `DatasetDict`, is several data
-            sets with the same columns.
+        path: JSONL(.gz), CSV, TSV, Parquet, a folder saved by `datasets`, or of the hub hf://OWNER/NAME, with :SPLIT
+            or /CONFIGURATION/SPLIT behind it. A folder of such files, or of one folder a task, a pattern, or a saved
+            `DatasetDict`, is several data sets with the same columns.
         sets: Several data sets, each with its own columns and instructions, instead of `path`.
         anchor, positive: Names of the columns, a text, images, or a text with images; None for conventional ones
             (anchor and positive, query and pos, question and answer and the like, with query_image, pos_image_path and
