@@ -29,10 +29,11 @@ def flag_file(tmp_path, monkeypatch):
     return "flag.jsonl"
 
 
-def test_a_run_on_a_file_of_flagembedding_and_what_comes_after(flag_file, tiny_model_folder, tmp_path, heard):
+def test_a_run_on_a_file_of_flagembedding_and_what_comes_after(flag_file, tiny_model_folder, tmp_path, heard, caplog):
     """Two names alone; the report says what to do next, and that works."""
+    caplog.set_level("INFO", logger="anybatch")
     run("train", "--data", flag_file, "--model", str(tiny_model_folder))
-    said = heard()
+    said = caplog.text + heard()
     assert "anchor 'query', positive 'pos', negatives 'neg'" in said
     assert "'neg' holds 0 to 2 texts a row" in said
     assert "Held out for evaluation: 50 of 320 pairs" in said

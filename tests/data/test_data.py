@@ -297,7 +297,7 @@ def test_bad_rows_are_left_out_where_asked(tmp_path, caplog):
     with pytest.raises(AnybatchError, match=r"In all 3 rows are refused: 1, 6, 12\."):
         read_pairs(mixed)
     left, whole = read_pairs(mixed, skip_bad=True), read_pairs(good)
-    assert "mixed.jsonl: 3 rows are left out (data.skip_bad): 1, 6, 12. The first: Row 1 of" in caplog.text
+    assert "mixed.jsonl: 3 rows left out (data.skip_bad): 1, 6, 12. The first: Row 1 of" in caplog.text
     assert (left.anchors, left.positives, left.digest) == (whole.anchors, whole.positives, whole.digest)
     assert left.negative_id.tolist() == whole.negative_id.tolist()
     mixed.write_text("".join(json.dumps(row) + "\n" for row in bad))
@@ -312,8 +312,8 @@ def test_bad_rows_with_images_are_left_out_by_their_numbers_in_the_file(tmp_path
     path.write_text("query,pos\n" + "".join(f"{text},{image}\n" for text, image in rows))
     left = read_pairs(path, skip_bad=True)
     assert (left.anchors, len(left.positives)) == (["t1", "t3"], 2)
-    assert "1 rows are left out (data.skip_bad): 1. The first: Row 1" in caplog.text
-    assert "1 rows are left out (data.skip_bad): 3. The first: 'pos' of" in caplog.text
+    assert "1 row left out (data.skip_bad): 1. The first: Row 1" in caplog.text
+    assert "1 row left out (data.skip_bad): 3. The first: 'pos' of" in caplog.text
 
 
 def test_a_folder_in_the_layout_of_beir(tmp_path):

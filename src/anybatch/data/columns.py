@@ -170,7 +170,7 @@ def cell_of(
     wanted = "a text or an image" if stored or any(isinstance(entry, dict) for entry in given) else "a text"
     raise AnybatchError(
         f"Row {row} of {where}: '{name}' is {bad[0] if bad else 'empty'}. Every row needs {wanted} there: fill it or "
-        f"leave the row out{remedy}."
+        f"leave the row out (in training data.skip_bad=true does){remedy}."
     )
 
 
@@ -231,8 +231,8 @@ class BadRows:
         first = self.errors[rows[0]]
         named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5:,} more" if rows[5:] else "")
         if left_out_of:
-            text = "%s: %s rows are left out (data.skip_bad): %s. The first: %s"
-            logger.warning(text, left_out_of, f"{len(rows):,}", named, first)
+            counted = f"{len(rows):,} row{'s' if rows[1:] else ''}"
+            logger.warning("%s: %s left out (data.skip_bad): %s. The first: %s", left_out_of, counted, named, first)
             return
         if not rows[1:]:
             raise first

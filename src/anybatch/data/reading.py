@@ -344,7 +344,8 @@ def _side(
             side[row] = _whole(main, several, images, listed, found)
             if side[row] is None and kind != "negative":
                 raise AnybatchError(
-                    f"{found} are empty. Every row needs a text or an image there: fill it or leave the row out."
+                    f"{found} are empty. Every row needs a text or an image there: fill it or leave the row "
+                    "out (in training data.skip_bad=true does)."
                 )
         except AnybatchError as error:
             bad.add(number, error)
