@@ -112,7 +112,13 @@ def test_paths_in_a_file(clip_folder, tmp_path):
 
 def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
     more = (
-        *("mining.num_negatives=1", "train.epochs=2", "train.save_steps=3", "train.log_steps=1", "model.device=cpu"),
+        *(
+            "mining.num_negatives=1",
+            "train.epochs=2",
+            "train.save_steps=3",
+            "train.args.logging_steps=1",
+            "model.device=cpu",
+        ),
         *("train.micro_batch=3", "train.learning_rate=0.001", f"evaluation.path={saved}"),
         *vectors(tmp_path),
     )
@@ -161,7 +167,7 @@ def test_files_of_images_are_named_to_every_verb(clip_folder, tmp_path):
 def test_images_as_hard_negatives(saved, clip_folder, tmp_path):
     more = (
         "mining.num_negatives=1",
-        "train.log_steps=1",
+        "train.args.logging_steps=1",
         "model.device=cpu",
         "train.micro_batch=auto",
         *vectors(tmp_path),

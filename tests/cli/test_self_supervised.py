@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
 
 def settings(pictures, output, *more):
     values = ("loss.name=sogclr", "loss.temperature=0.1", "train.learning_rate=3e-3", "train.epochs=2", "seed=3")
-    values += ("train.micro_batch=3", "train.log_steps=1", "train.save_steps=4", "model.device=cpu", *more)
+    values += ("train.micro_batch=3", "train.args.logging_steps=1", "train.save_steps=4", "model.device=cpu", *more)
     given = ("--data", str(pictures / "train"), "--views", "2", "--model", "small-resnet", "--batch-size", "8")
     return [*given, "--output", str(output), *(item for value in values for item in ("--set", value))]
 
@@ -83,7 +83,12 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tmp_path):
 
 
 def test_the_schedule_and_lars(pictures, tmp_path):
-    more = ("train.optimizer=lars", "train.learning_rate=0.5", "train.schedule=linear", "train.warmup=0")
+    more = (
+        "train.optimizer=lars",
+        "train.learning_rate=0.5",
+        "train.args.lr_scheduler_type=linear",
+        "train.args.warmup_steps=0",
+    )
     run("train", *settings(pictures, tmp_path / "run", *more))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["learning_rate"] for line in lines] == pytest.approx([0.5 * k / 8 for k in range(8, 0, -1)])

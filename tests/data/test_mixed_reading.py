@@ -275,7 +275,7 @@ def test_repeated_candidates_count_once(photos):
     assert [numbers.tolist() for numbers in data.of_row] == [[0, 1], [1, 2]]
 
 
-# A text alone, an image alone, both, two images; negatives are lists of any length.
+# Sides as {"text": ..., "image": ...}: a text, an image, both, two images; negatives are lists of any length.
 SIDES = [
     {"query": ("a cat", [1]), "pos": ("p0", []), "neg": [("n0", [2]), ("n1", [])]},
     {"query": (None, [2]), "pos": ("p1", [3]), "neg": []},

@@ -44,7 +44,8 @@ def train(folder, output, *, loss=None, resume=False, evaluate=None, run="", cal
     torch.manual_seed(0)
     model = SentenceTransformer(str(folder), device="cpu")
     cached = CachedLoss(model, SogCLR(ROWS) if loss is None else loss, mini_batch_size=8)
-    config = TrainConfig(**{"learning_rate": 1e-3, "save_steps": 2, "log_steps": 2, **settings})
+    ours = {name: settings.pop(name) for name in TrainConfig.__dataclass_fields__ if name in settings}
+    config = TrainConfig(**{"learning_rate": 1e-3, "save_steps": 2, "args": {"logging_steps": 2, **settings}, **ours})
     result = train_model(
         model,
         cached,
@@ -249,7 +250,9 @@ def test_weight_decay_leaves_the_temperature_alone(tiny_model_folder, tmp_path):
         output = tmp_path / str(decay)
         output.mkdir()
         loss = InfoNCE(temperature=0.05, learnable_temperature=True)
-        _, model, cached = train(tiny_model_folder, output, loss=loss, weight_decay=decay, max_steps=1, warmup=0.0)
+        _, model, cached = train(
+            tiny_model_folder, output, loss=loss, weight_decay=decay, max_steps=1, warmup_steps=0.0
+        )
         temperatures.append(cached.loss.temperatures.log_temperature.item())
         weights.append(model[0].model.encoder.layer[0].output.dense.weight.norm().item())
     assert temperatures[0] == temperatures[1] != torch.tensor(0.05).log().item()
@@ -317,12 +320,3 @@ def test_a_training_that_is_done_trains_no_more(tiny_model_folder, tmp_path, lim
     for one, other in ((model, resumed), (cached.loss, its_loss.loss)):
         for name, value in one.state_dict().items():
             assert torch.equal(value.nan_to_num(0.5), other.state_dict()[name].nan_to_num(0.5)), name
-
-
-@pytest.mark.parametrize(
-    ("warmup", "expected"), [(1.0, [0, 1 / 3, 2 / 3]), (0.5, [0, 1 / 2, 1]), (0.0, [1, 2 / 3, 1 / 3])]
-)
-def test_warmup_is_a_fraction_also_when_it_is_one(tiny_model_folder, tmp_path, warmup, expected):
-    """Three steps; all of them of warm-up, two, none."""
-    result, _, _ = train(tiny_model_folder, tmp_path, warmup=warmup, log_steps=1)
-    assert [line["learning_rate"] / 1e-3 for line in result.log if "loss" in line] == pytest.approx(expected)

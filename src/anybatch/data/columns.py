@@ -170,7 +170,7 @@ def cell_of(
     wanted = "a text or an image" if stored or any(isinstance(entry, dict) for entry in given) else "a text"
     raise AnybatchError(
         f"Row {row} of {where}: '{name}' is {bad[0] if bad else 'empty'}. Every row needs {wanted} there: fill it or "
-        f"leave the row out{remedy}."
+        f"leave the row out (in training data.skip_bad=true does){remedy}."
     )
 
 
@@ -221,15 +221,21 @@ class BadRows:
         """Remember a row, counted from 1, and why it is refused."""
         self.errors.setdefault(row, error)
 
-    def check(self) -> None:
-        """Raise what was said of the first, with the number of all and the first five of them."""
+    def check(self, left_out_of: str = "") -> None:
+        """Raise what was said of the first, with the number of all and the first five of them; or warn, where they are
+        left out of a file.
+        """
         rows = sorted(self.errors)
         if not rows:
             return
         first = self.errors[rows[0]]
+        named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5:,} more" if rows[5:] else "")
+        if left_out_of:
+            counted = f"{len(rows):,} row{'s' if rows[1:] else ''}"
+            logger.warning("%s: %s left out (data.skip_bad): %s. The first: %s", left_out_of, counted, named, first)
+            return
         if not rows[1:]:
             raise first
-        named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5:,} more" if rows[5:] else "")
         said = str(first).removesuffix(".")
         raise AnybatchError(f"{said}. In all {len(rows):,} rows are refused: {named}.") from first
 

@@ -43,13 +43,14 @@ def read_pairs(
     images: str | os.PathLike[str] | None = None,
     quoting: Quoting | None = None,
     limit: int | None = None,
+    skip_bad: bool = False,
 ) -> PairData:
     """Read pairs from a file or data set, and say to the log (`anybatch`, INFO) which columns are used for what.
 
     Args:
         path: JSONL, CSV or TSV (each also `.gz`), Parquet, a folder saved by `datasets`, or a data set of the Hugging
-            Face hub: hf://OWNER/NAME, and where needed /CONFIGURATION and /SPLIT ("train" if left out). Several files
-            of one data set: a pattern, or the folder in which they are all.
+            Face hub: hf://OWNER/NAME, hf://OWNER/NAME:SPLIT ("train" if left out) or hf://OWNER/NAME/CONFIGURATION/SPLIT.
+            Several files of one data set: a pattern, or the folder in which they are all.
         anchor, positive: Names of the columns: a text, or images (the feature `datasets.Image` of Parquet files and
             data sets, or paths of files), or several, a text with images. None for conventional ones: anchor and
             positive, query and pos, question and answer, and others (`anybatch.data.columns.CONVENTIONS`), with the
@@ -61,6 +62,8 @@ def read_pairs(
         quoting: Of CSV and TSV. None for the usual rules (RFC 4180), refusing a file that can also be read without;
             "standard" to insist on them, "raw" where quotes are plain characters.
         limit: Read only the first rows; None for all.
+        skip_bad: Leave out rows with an empty side, a value that is no text, or a path without its image, and say how
+            many and which. A line that cannot be read at all is refused all the same.
 
     In JSON lines, Parquet and data sets a cell may hold a list. Several positives of a row are pairs of their own.
     Several negatives of a row are columns, in which rows with fewer have none. Several images of an anchor, or of a
@@ -77,7 +80,7 @@ def read_pairs(
     parts: list[PairData] = []
     left = limit and min(limit, sys.maxsize)
     for file in files_of(Path(path)):
-        parts.append(_read_file(file, anchor, positive, negatives, images, quoting, left))
+        parts.append(_read_file(file, anchor, positive, negatives, images, quoting, left, skip_bad))
         if left is not None and (left := left - len(parts[-1])) <= 0:
             break
     if len(parts) == 1:
@@ -98,6 +101,7 @@ def _read_file(
     images: str | os.PathLike[str] | None,
     quoting: Quoting | None,
     limit: int | None,
+    skip_bad: bool,
 ) -> PairData:
     # 1. Which columns are used for what.
     where = str(path)
@@ -121,9 +125,9 @@ def _read_file(
                     optional=name in optional, negative=name in of_negatives, stored=name in stored,
                 )  # fmt: skip
             except AnybatchError as error:
+                cell = None
                 bad.add(row, error)
-            else:
-                cells[name].append(cell)
+            cells[name].append(cell)
 
     for name, (_, found) in stored.items():
         for row, value in enumerate(found, start=1):
@@ -133,7 +137,10 @@ def _read_file(
         read(record, row, others)
         if not later.keys() >= record.keys():
             later.update(dict.fromkeys(record))
-    bad.check()
+    every: Sequence[int] = range(1, 1 + max(map(len, cells.values())))  # the rows' numbers in the file
+    rows = _kept(every, bad, where, skip_bad)
+    if bad.errors:
+        cells = {name: [column[row - 1] for row in rows] for name, column in cells.items()}
     late = [name for name in later if NEGATIVE.fullmatch(name) and name not in present]
     if late and negatives is None:
         raise AnybatchError(
@@ -154,10 +161,13 @@ def _read_file(
     labels = [_label(names) for names in chosen.sides]
     alone = paths | (stored.keys() - beside)
     kinds = ("anchor", "positive", *["negative"] * len(chosen.negatives))
-    sides = {
-        label: _side(names, kind, cells, alone, pool)
-        for label, names, kind in zip(labels, chosen.sides, kinds, strict=True)
-    }
+    sides, bad = {}, BadRows()
+    for label, names, kind in zip(labels, chosen.sides, kinds, strict=True):
+        sides[label] = _side(names, kind, cells, rows, alone, pool, bad)
+    kept = _kept(rows, bad, where, skip_bad)
+    if bad.errors:
+        places = np.searchsorted(rows, kept).tolist()
+        sides = {label: [side[place] for place in places] for label, side in sides.items()}
 
     # 4. Lists become pairs and columns.
     spreading, times, remarks = spread(sides, labels[0], labels[1], where)
@@ -177,6 +187,15 @@ def _read_file(
     warn_of_columns(where, labels[0], labels[1], texts)
     pool.warn_of_placeholders(pairs)
     return pairs
+
+
+def _kept(rows: Sequence[int], bad: BadRows, where: str, skip_bad: bool) -> Sequence[int]:
+    """The rows that are not bad, if these may be left out and some are left; else the bad ones are refused."""
+    if not bad.errors:
+        return rows
+    kept = [row for row in rows if row not in bad.errors]
+    bad.check(left_out_of=where if skip_bad and kept else "")
+    return kept
 
 
 def _label(names: Sequence[str]) -> str:
@@ -293,38 +312,48 @@ class ImagePool:
 
 
 def _side(
-    names: Sequence[str], kind: str, cells: Mapping[str, Sequence[Cell]], alone: set[str], pool: ImagePool
+    names: Sequence[str],
+    kind: str,
+    cells: Mapping[str, Sequence[Cell]],
+    rows: Sequence[int],
+    alone: set[str],
+    pool: ImagePool,
+    bad: BadRows,
 ) -> list[Any]:
-    """One side in row order: texts or lists of them; or contents, or lists of them. `alone`: columns of images."""
+    """One side in row order: texts or lists of them; or contents, or lists of them; None for those that go to `bad`.
+
+    `rows`: their numbers in the file. `alone`: columns of images.
+    """
     mains = [name for name in names if name not in alone]
     if len(mains) > 1:
         raise AnybatchError(f"The {kind} has {len(mains)} columns of texts, {', '.join(mains)}; expected one at most.")
     if len(names) == 1 and mains and not any(isinstance(entry, tuple) for entry in _entries_of(cells[mains[0]])):
         return list(cells[mains[0]])
-    side: list[Any] = []
-    bad = BadRows()
-    for row in range(len(cells[names[0]])):
+    side: list[Any] = [None] * len(rows)
+    for row, number in enumerate(rows):
         try:
-            main = [content_of(entry, row, name, pool) for name in mains for entry in as_list(cells[name][row])]
+            main = [content_of(entry, number - 1, name, pool) for name in mains for entry in as_list(cells[name][row])]
             several = any(isinstance(cells[name][row], list) for name in mains)
             images: list[int] = []  # parts of each content
             listed: list[int | None] | None = None  # one of each
             for name in (name for name in names if name in alone):
                 cell: Any = cells[name][row]
-                places = [pool.place(image, row, name) if image not in (None, "") else None for image in as_list(cell)]
+                places = [
+                    pool.place(image, number - 1, name) if image not in (None, "") else None for image in as_list(cell)
+                ]
                 if isinstance(cell, list) and (kind == "negative" or several):
                     listed = places
                 else:
                     images += [place for place in places if place is not None]
-            found = f"Row {row + 1} of {pool.where}: '{_label(names)}'"
-            side.append(_whole(main, several, images, listed, found))
-            if side[-1] is None and kind != "negative":
+            found = f"Row {number} of {pool.where}: '{_label(names)}'"
+            side[row] = _whole(main, several, images, listed, found)
+            if side[row] is None and kind != "negative":
                 raise AnybatchError(
-                    f"{found} are empty. Every row needs a text or an image there: fill it or leave the row out."
+                    f"{found} are empty. Every row needs a text or an image there: fill it or leave the row "
+                    "out (in training data.skip_bad=true does)."
                 )
         except AnybatchError as error:
-            bad.add(row + 1, error)
-    bad.check()
+            bad.add(number, error)
     return side
 
 

@@ -32,6 +32,7 @@ FORMATS = (
     ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, .tar (webdataset), a folder saved by datasets' "
     "save_to_disk, or hf://OWNER/NAME of the Hugging Face hub"
 )
+NAME_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 Quoting = Literal["standard", "raw"]
 PEEK = 1000  # rows of a JSON file whose keys say what columns it has
 LONG = 10  # lines of one field with commas that all look like rows: more than chance
@@ -98,7 +99,8 @@ def _kind(path: Path) -> str:
     if path.parts[:1] == ("hf:",) or path.is_dir():
         return "dataset"
     if not path.exists():
-        raise AnybatchError(f"There is no file {path}. Check the path; expected {FORMATS}.")
+        of_hub = f" A data set of the hub is named hf://{path}." if NAME_ON_HUB.fullmatch(str(path)) else ""
+        raise AnybatchError(f"There is no file {path}. Check the path; expected {FORMATS}.{of_hub}")
     kind = Path(path.name.removesuffix(".gz")).suffix.lower()
     if kind not in KINDS:
         raise AnybatchError(f"Cannot tell the format of {path} from its name. Expected {FORMATS}.")
@@ -298,12 +300,14 @@ def _load_dataset(path: Path) -> Any:
 def _load_from_hub(owner: str, name: str = "", configuration: str | None = None, split: str = "train") -> Any:
     from datasets import load_dataset
 
+    name, _, of_name = name.partition(":")
     try:
-        return load_dataset(f"{owner}/{name}", configuration, split=split)
+        return load_dataset(f"{owner}/{name}", configuration, split=of_name or split)
     except Exception as error:  # of the connection, of a name, of a builder: `datasets` has many
         raise AnybatchError(
             f"Cannot load {owner}/{name} from the Hugging Face hub ({error}). Check the connection and the name, "
-            "hf://OWNER/NAME/CONFIGURATION/SPLIT (the last two may be left out), or download it and give the file."
+            "hf://OWNER/NAME, hf://OWNER/NAME:SPLIT or hf://OWNER/NAME/CONFIGURATION/SPLIT; or download it and "
+            "give the file."
         ) from error
 
 

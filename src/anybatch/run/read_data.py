@@ -15,12 +15,12 @@ from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import check_images, instructed
 from anybatch.data.pairs import PairData, PairSet, join_pairs
 from anybatch.data.reading import read_pairs
-from anybatch.data.retrieval import RetrievalData, read_retrieval
+from anybatch.data.retrieval import RetrievalData, find_retrieval, read_retrieval
 from anybatch.data.sets import find_sets
 from anybatch.losses.registry import AUTO
 from anybatch.mining import MiningSet
 from anybatch.plans.plan import BatchPlan
-from anybatch.run.config import DataConfig, RunConfig, SetConfig
+from anybatch.run.config import SPLIT, DataConfig, RunConfig, SetConfig
 from anybatch.vision.mmeb import TASKS
 from anybatch.vision.read_images import Images, LabelledImages, NamedClasses, read_images
 
@@ -65,6 +65,7 @@ def read_data(data: DataConfig) -> PairData:
             images=data.images if of_set.images is None else of_set.images,
             quoting=data.quoting,
             limit=data.limit,
+            skip_bad=data.skip_bad,
         )
         for of_set in sets
     ]
@@ -114,11 +115,10 @@ def read_candidate_sets(tasks: Mapping[str, Path], images: str | None, *, prompt
     return CandidateSets(sets=sets)
 
 
-def hold_out(config: RunConfig, pairs: PairData) -> tuple[PairData, PairData | None]:
+def hold_out(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> tuple[PairData, PairData | None]:
     """The pairs to train on and, with evaluation.path=auto, those held out of them. Said aloud by the first rank."""
     if not _holds_out(config):
         return pairs, None
-    plan = existing_plan(config)
     left, held_out = split_for_plan(config, pairs, plan)
     if distributed.rank() > 0:
         return left, held_out
@@ -153,14 +153,6 @@ def _holds_out(config: RunConfig) -> bool:
     return held_out.path == AUTO and held_out.retrieval is None and config.data.views is None
 
 
-def existing_plan(config: RunConfig) -> BatchPlan | None:
-    """The plan that the configuration names; the run's own where that is gone, or none is named; None for none."""
-    named = None if config.plan is None else Path(config.plan)
-    kept = Path(config.output) / "plan.safetensors"
-    path = kept if named is None or (kept.exists() and not named.exists()) else named
-    return BatchPlan.load(path) if named is not None or kept.exists() else None
-
-
 def read_held_out(config: RunConfig) -> HeldOut | None:
     """The held-out data that the configuration names, or None if it names none."""
     data, held_out = config.data, config.evaluation
@@ -169,6 +161,11 @@ def read_held_out(config: RunConfig) -> HeldOut | None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path in (None, AUTO):
         return None
+    judged = find_retrieval(held_out.path, held_out.split) if data.views is None else None
+    if judged is not None:
+        return read_retrieval(*judged, quoting=data.quoting)
+    if held_out.split is not None:
+        raise AnybatchError(SPLIT)
     if data.views is not None:
         return LabelledImages(known=_read_images(data), test=read_images(held_out.path, column=data.anchor))
     tasks = find_candidates(held_out.path)
@@ -183,4 +180,5 @@ def read_held_out(config: RunConfig) -> HeldOut | None:
         negatives=(),
         images=images,
         quoting=data.quoting,
+        skip_bad=data.skip_bad,
     )

@@ -255,8 +255,10 @@ class Trainer(SentenceTransformerTrainer):
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """None after a resume from the last step in mid-epoch, where the base class would train one more."""
-        done = self.state.global_step >= self.state.max_steps
-        return ([], None) if done else super().get_batch_samples(*arguments, **options)
+        return ([], None) if self._has_ended() else super().get_batch_samples(*arguments, **options)
+
+    def _has_ended(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
 
 
 def _is_function(loss: Any) -> bool:
