@@ -19,6 +19,7 @@ import argparse
 import math
 import statistics
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -138,14 +139,15 @@ def report(figures: dict[tuple[str, float], list[Any]], *, num_pairs: int, passe
     bars = [
         (way, "cross-batch" if "memory" in way else "InfoNCE", round(statistics.fmean(tests[way]), 3)) for way in WAYS
     ]
-    page = (
-        "# Gradient accumulation against a large batch\n\n"
+    text = (
         f"`python -m benchmarks.accumulation`, 2-core x86 CPU, one thread. {num_pairs:,} titles and abstracts, "
         f"{passes} passes, word vectors from scratch, InfoNCE at temperature {TEMPERATURE:g} (the last line: "
         "cross-batch memory). nDCG@10 on 1,000 held-out pairs, mean of "
         f"{len(tests[next(iter(WAYS))])} seeds; ±: one standard error, pooled. The rate is the best on development "
-        "pairs.\n\n" + markdown_table(header, lines) + "\n\n![The same as bars](accumulation.svg)\n"
+        "pairs."
     )
+    parts = ["# Gradient accumulation against a large batch", textwrap.fill(text, 120), markdown_table(header, lines)]
+    page = "\n\n".join([*parts, "![The same as bars](accumulation.svg)\n"])
     return page, as_file(bar_chart("nDCG@10 of four ways to train on the same pairs", bars))
 
 

@@ -23,7 +23,6 @@ from anybatch.cli.app import app
 from anybatch.integrations import sentence_transformers as integration
 from anybatch.losses.base import OneTemperature, Scoring
 from anybatch.losses.gamma import GammaSchedule
-from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.matryoshka import Matryoshka
 from anybatch.losses.registry import METHODS, method_of
 
@@ -51,7 +50,7 @@ def methods() -> str:
         summary = " ".join(next(_blocks(inspect.getdoc(kind) or ""))).rstrip(".:")
         lines.append(f"| [{kind.__name__}]({page}#{kind.__name__.lower()}) | `{name}` | {summary} |")
     lines += ["", *_wrapped(NOTATION), ""]
-    for kind in (*map(method_of, CORE), GammaSchedule, Matryoshka, LateInteraction):
+    for kind in (*map(method_of, CORE), GammaSchedule, Matryoshka):
         lines += _class(kind)
     lines += ["## Options of every loss", ""]
     for kind in (Scoring, OneTemperature):
