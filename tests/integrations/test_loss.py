@@ -17,9 +17,8 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from anybatch.caching import cached_step
 from anybatch.core.errors import AnybatchError
-from anybatch.integrations.sentence_transformers import CachedLateInteraction, CachedLoss
+from anybatch.integrations.sentence_transformers import CachedLoss
 from anybatch.losses import InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import RowTable
 
 from ..conftest import sentence
@@ -425,9 +424,8 @@ LIMITS = [
 
 @pytest.mark.parametrize("limits", LIMITS)
 def test_limits_of_no_use_are_refused_at_construction(model, limits):
-    for kind, loss in ((CachedLoss, InfoNCE()), (CachedLateInteraction, LateInteraction())):
-        with pytest.raises(AnybatchError, match=next(iter(limits))):
-            kind(model, loss, **limits)
+    with pytest.raises(AnybatchError, match=next(iter(limits))):
+        CachedLoss(model, InfoNCE(), **limits)
     with pytest.raises(AnybatchError, match=next(iter(limits))):
         cached_step(InfoNCE(), lambda x: pytest.fail("encoded"), [torch.ones(4, 2)] * 2, **limits)
 

@@ -35,7 +35,6 @@ from anybatch.integrations.sentence_transformers import (
     with_index,
 )
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
@@ -481,7 +480,7 @@ def test_mined_batches_are_no_uniform_sample(table, tiny_model_folder, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "make", [InfoNCE, lambda: SogCLR(ROWS), SigLIP, lambda: Matryoshka([InfoNCE(), InfoNCE()], [8, 4]), LateInteraction]
+    "make", [InfoNCE, lambda: SogCLR(ROWS), SigLIP, lambda: Matryoshka([InfoNCE(), InfoNCE()], [8, 4])]
 )
 def test_a_loss_without_the_cached_step_says_what_is_missing(make, tiny_model_folder, tmp_path):
     training, _ = one_trainer(tiny_model_folder, tmp_path, with_index(dataset()), lambda model: make())

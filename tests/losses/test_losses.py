@@ -21,7 +21,6 @@ from anybatch.losses import (
     InfoNCE,
     SogCLR,
 )
-from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import inclusion_log_weights
 from anybatch.plans.plan import BatchPlan
 
@@ -506,11 +505,11 @@ def test_scores_above_the_margin_are_no_negatives():
     twin.check_ranks(InfoNCE, temperature=0.5, mask_margin=0.1, ring=True)
 
 
-@pytest.mark.parametrize("make", [InfoNCE, LateInteraction, lambda **k: CrossBatchInfoNCE(9, **k)])
+@pytest.mark.parametrize("make", [InfoNCE, lambda **k: CrossBatchInfoNCE(9, **k)])
 def test_the_figures_show_the_temperature_of_the_call(make):
     """And not that which the optimizer has made since."""
     loss = make(temperature=0.25, learnable_temperature=True)
-    sides = torch.randn(2, 4, 3, 5) if isinstance(loss, LateInteraction) else torch.randn(2, 4, 5)
+    sides = torch.randn(2, 4, 5)
     loss(*sides, index=torch.arange(4))
     with torch.no_grad():
         loss.temperatures.log_temperature.add_(1.0)

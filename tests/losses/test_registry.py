@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def test_settings_reach_their_method():
     assert (loss.temperatures.per_row, loss.temperatures.rho, loss.temperatures.limits) == (True, 7.0, (0.01, 0.2))
     assert (loss.denominator.gamma.gamma, loss.denominator.gamma.num_steps) == (0.3, 8)
     assert build_loss(LossConfig(name="sogclr", gamma=0.3), num_rows=10).denominator.gamma == 0.3
-    assert build_loss(LossConfig(name="sogclr"), num_rows=11).denominator.eps == pytest.approx(0.1)
+    assert build_loss(LossConfig(name="sogclr"), num_rows=11).denominator.log_eps == pytest.approx(math.log(0.1))
 
 
 @pytest.mark.parametrize(

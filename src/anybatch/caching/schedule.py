@@ -25,9 +25,6 @@ def plan_micro_batches(
     padded tokens) and the patches of its images past `max_tokens`; a single longer row still gets one of its own. Rows
     of equal length keep their order. Where there are no lengths the order is kept, and images are limited by
     `micro_batch` alone.
-
-    Raises:
-        AnybatchError: No limit given, a limit below one, or `max_tokens` for inputs of which nothing tells the lengths.
     """
     slicer = rows_of(inputs)
     check_limits(micro_batch=micro_batch, max_tokens=max_tokens)

@@ -84,15 +84,7 @@ class GloFND(SoftmaxLoss):
 
 
 class Thresholds(Part):
-    """A threshold per row as an anchor, beside a running denominator.
-
-    Args:
-        num_rows: n.
-        directions: Thresholds per row.
-        alpha: Share of the data above it.
-        lr: Step, in units of similarity.
-        start: Steps before thresholds are learned and used.
-    """
+    """A threshold per row as an anchor, beside a running denominator; see `GloFND`."""
 
     plain = False
     needs_index = True

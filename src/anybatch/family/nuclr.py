@@ -85,16 +85,7 @@ class NUCLR(SoftmaxLoss):
 
 
 class Margins(Part):
-    """A margin per row as a candidate, beside a running denominator. Works at one temperature for all rows, which is
-    fixed.
-
-    Args:
-        num_rows: n.
-        directions: Margins per row.
-        initial: The first margin of every row, and that of explicit negatives.
-        lr, momentum: See `PerRowValues`.
-        start: Steps before margins are learned.
-    """
+    """A margin per row as a candidate, beside a running denominator, at one fixed temperature; see `NUCLR`."""
 
     plain = False
     needs_index = True

@@ -40,9 +40,7 @@ class FastCLIP(SoftmaxLoss):
         gamma: Weight of the new batch, or a `GammaSchedule`; published: `GammaSchedule(0.2, num_steps=half of all,
             steps_per_epoch=...)`.
         rho: v2, v3: published 6.5 (3 million pairs), 8.5 (12 million), 16 (400 million).
-        eps: Added to u_i; None for 1 / (n - 1).
-        state: "relative" is the published form; see `SogCLR`.
-        sharded: Each rank stores the running denominators of one W-th of the rows.
+        eps, state, sharded: See `SogCLR`. Published: state "relative".
         temperature: The first (v1: the only) temperature; None for .07 (v0, v3) or .03 (v1, v2).
         temperature_range: Range of a learned temperature.
         temperature_lr, temperature_momentum: v2: step of each row's temperature, see `PerRowValues`.
@@ -98,15 +96,9 @@ class FastCLIP(SoftmaxLoss):
             temperature = 0.07 if version in ("v0", "v3") else 0.03
         directions, tau = self.num_directions(scoring), None
         if version == "v2":
+            steps = {"lr": temperature_lr, "momentum": temperature_momentum, "clip": 5.0}
             tau = PerRowTemperature(
-                num_rows,
-                directions,
-                initial=temperature,
-                limits=temperature_range,
-                rho=rho,
-                lr=temperature_lr,
-                momentum=temperature_momentum,
-                clip=5.0,
+                num_rows, directions, initial=temperature, limits=temperature_range, rho=rho, **steps
             )
         elif version == "v1":
             tau = GlobalTemperature(temperature, limits=temperature_range, rho=0.0)
@@ -140,12 +132,8 @@ class ISogCLR(SoftmaxLoss):
         num_rows: n, rows of the data set.
         rho: Radius: larger lets a row's weight concentrate on fewer negatives, and lowers its temperature. Published: 6
             to 8.
-        gamma: Weight of the new batch, or a `GammaSchedule`.
-        eps: Added to u_i; 0 is the published objective, None is 1 / (n - 1).
-        state: "relative" is the published form for two modalities, "absolute" that for images; see `SogCLR`.
-        sharded: Each rank stores the running denominators of one W-th of the rows.
-        temperature: The first temperature.
-        temperature_range: Temperatures are kept in it.
+        gamma, eps, state, sharded: See `SogCLR`. Published: eps 0.
+        temperature, temperature_range: The first temperature, and what temperatures are kept in.
         temperature_lr: Published: .01 to .03.
         temperature_momentum: Weight of the old velocity. Released: .5 for two modalities, .1 for one.
         temperature_clip: Limit of a derivative. Released: 5 and 3.
@@ -185,16 +173,8 @@ class ISogCLR(SoftmaxLoss):
         **scoring: Unpack[Scoring],
     ) -> None:
         directions = self.num_directions(scoring)
-        tau = PerRowTemperature(
-            num_rows,
-            directions,
-            initial=temperature,
-            limits=temperature_range,
-            rho=rho,
-            lr=temperature_lr,
-            momentum=temperature_momentum,
-            clip=temperature_clip,
-        )
+        steps = {"lr": temperature_lr, "momentum": temperature_momentum, "clip": temperature_clip}
+        tau = PerRowTemperature(num_rows, directions, initial=temperature, limits=temperature_range, rho=rho, **steps)
         running = RunningDenominator(
             num_rows, directions, gamma=gamma, eps=eps, state=state, moving=True, sharded=sharded
         )

@@ -66,7 +66,7 @@ class SCENT(SoftmaxLoss):
             released code takes e^10. None for n - 1: one half where the negatives of the whole data set weigh as much
             as the positive.
         eps: Added to u_i in the loss; None is 1 / (n - 1), the full-data InfoNCE; 0 is the published objective.
-        sharded: Each rank stores one W-th of the rows.
+        sharded: See `SogCLR`.
         scoring: See `OneTemperature`.
 
     An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the

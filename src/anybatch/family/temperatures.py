@@ -28,38 +28,19 @@ from anybatch.losses.parts import Batch, Temperature, check_rho, times_temperatu
 
 class PerRowTemperature(Temperature):
     """A temperature per row and direction, stepped with momentum, by its own rate, after the gradient was taken at the
-    old temperatures.
-
-    Args:
-        num_rows: n.
-        directions: Temperatures per row.
-        initial: The first temperature.
-        limits: (low, high).
-        rho: Radius.
-        lr, momentum, clip: See `PerRowValues`.
+    old temperatures. `steps`: see `PerRowValues`.
     """
 
     needs_index = True
 
     def __init__(
-        self,
-        num_rows: int,
-        directions: int,
-        *,
-        initial: float,
-        limits: Range,
-        rho: float,
-        lr: float,
-        momentum: float,
-        clip: float,
+        self, num_rows: int, directions: int, *, initial: float, limits: Range, rho: float, **steps: float
     ) -> None:
         super().__init__(num_rows)
         check_limits(limits, initial)
         check_rho(rho)
         self.limits, self.rho = limits, rho
-        self.rows = PerRowValues(
-            num_rows, directions, initial=initial, limits=limits, lr=lr, momentum=momentum, clip=clip
-        )
+        self.rows = PerRowValues(num_rows, directions, initial=initial, limits=limits, **steps)
 
     @property
     def value(self) -> float:
@@ -88,15 +69,6 @@ class NetworkTemperature(Temperature):
     The embedding is a constant to the network: it learns from the temperatures' derivatives alone. Every rank evaluates
     it on the rows of all ranks, so that its parameters receive the full gradient without a collective in the backward
     pass.
-
-    Args:
-        dimensions: Width of the embeddings.
-        directions: Networks.
-        initial: The temperature that every embedding has at first.
-        limits: (low, high).
-        rho: Radius.
-        hidden: Width of the hidden layer.
-        net: One module a direction that takes (B, D) to (B, 1), in place of the default of two layers.
 
     A network that draws random numbers, for dropout, is asked once a call. Under several ranks each rank draws its own,
     and the gradients of its parameters then differ from rank to rank: average them, as DDP does.
@@ -146,8 +118,7 @@ class NetworkTemperature(Temperature):
         with torch.autocast(embeddings.device.type, enabled=False):
             raw = self.net[direction](embeddings_all.to(parameter.dtype)).reshape(-1)
         batch.kept[direction] = (low + (high - low) * raw.sigmoid()).to(embeddings.dtype)
-        first = sum(sizes[: distributed.rank()])
-        return batch.kept[direction][first : first + len(embeddings)].detach()
+        return batch.kept[direction][distributed.own_part(sizes)].detach()
 
     def ask(self, side: Side, batch: Batch, direction: int) -> Side:
         """See `Part.ask`."""

@@ -169,8 +169,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             used = nn.functional.normalize(used, dim=2)
 
         # 3. Which of it are candidates on this rank.
-        sizes = distributed.shares(len(places))
-        first = sum(sizes[: distributed.rank()])
         return _Recalled(
             layout=layout,
             log_weights=both,
@@ -179,7 +177,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             places=places,
             memory=memory,
             used=used,
-            share=slice(first, first + sizes[distributed.rank()]),
+            share=distributed.own_part(distributed.shares(len(places))),
         )
 
     def _mean(self, anchors: Tensor, positives: Tensor, num_rows: int) -> Tensor:
@@ -253,24 +251,13 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Recalled:
-    """The memory beside one batch.
+    """The memory beside one batch: the K remembered pairs that are not in it."""
 
-    Attributes:
-        layout: Of the batch alone, over all ranks.
-        log_weights: Of the batch alone, by direction.
-        pairs: (B_all,) records of all ranks' pairs.
-        mean: (2, D) of all ranks' anchors and positives; zeros where embeddings are not centred.
-        places: (K,) of the remembered pairs that are used: those not in the batch.
-        memory: (K,) their records.
-        used: (2, K, D) their anchors and positives, moved to this batch's mean.
-        share: Which of the K are candidates on this rank.
-    """
-
-    layout: Layout
-    log_weights: tuple[LogWeights, LogWeights]
-    pairs: Examples
-    mean: Tensor
-    places: Tensor
-    memory: Examples
-    used: Tensor
-    share: slice
+    layout: Layout  # of the batch alone, over all ranks
+    log_weights: tuple[LogWeights, LogWeights]  # of the batch alone, by direction
+    pairs: Examples  # (B_all,) records of all ranks' pairs
+    mean: Tensor  # (2, D) of all ranks' anchors and positives; zeros where embeddings are not centred
+    places: Tensor  # (K,)
+    memory: Examples  # (K,) their records
+    used: Tensor  # (2, K, D) their anchors and positives, moved to this batch's mean
+    share: slice  # which of the K are candidates on this rank

@@ -34,7 +34,7 @@ class WithPositive(Denominator):
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
-        return _WithPositiveRule()
+        return _BatchRule(with_positive=True)
 
 
 class WithoutPositive(Denominator):
@@ -44,7 +44,7 @@ class WithoutPositive(Denominator):
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
-        return _WithoutPositiveRule()
+        return _BatchRule(with_positive=False)
 
 
 class CountCorrected(Denominator):
@@ -71,10 +71,6 @@ class Visits:
         inverse: (B_all,) which of them each place of the batch holds.
         sizes: Places by rank.
         own: This rank's places.
-
-    Example:
-        >>> Visits.of(torch.tensor([7, 2, 7])).repeated.tolist()
-        [1, 0, 1]
     """
 
     rows: Tensor
@@ -87,8 +83,7 @@ class Visits:
         """Of this rank's rows, (B,) int64."""
         sizes = distributed.gather_sizes(len(index), index.device)
         rows, inverse = torch.unique(distributed.gather_rows(index, sizes), return_inverse=True)
-        first = sum(sizes[: distributed.rank()])
-        return cls(rows=rows, inverse=inverse, sizes=sizes, own=slice(first, first + len(index)))
+        return cls(rows=rows, inverse=inverse, sizes=sizes, own=distributed.own_part(sizes))
 
     @property
     def repeated(self) -> Tensor:
@@ -169,15 +164,11 @@ class RunningDenominator(Denominator):
             self.register_rows("made_at", fresh=torch.nan, directions=directions)
 
     @property
-    def eps(self) -> float:
-        """What is added to u_i, relative to the positive."""
-        assert self.num_rows is not None
-        return 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
-
-    @property
     def log_eps(self) -> float:
-        """Its logarithm."""
-        return math.log(self.eps) if self.eps > 0 else -math.inf
+        """Log of what is added to u_i, relative to the positive."""
+        assert self.num_rows is not None
+        eps = 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
+        return math.log(eps) if eps > 0 else -math.inf
 
     @property
     def visited(self) -> Tensor:
@@ -226,7 +217,7 @@ class RunningDenominator(Denominator):
         update: bool,
         dimensions: int,
     ) -> Tensor:
-        """The moving average at each of the batch's rows; their mean per row is stored if `update`.
+        """The moving average at each of the batch's rows, (B,); their mean per row is stored if `update`.
 
         Args:
             visits: The rows.
@@ -234,14 +225,10 @@ class RunningDenominator(Denominator):
             level: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
             temperature: (B,) that of each, if it is moving.
             heard: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
-            direction: Which state.
-            update: Store the result.
-            dimensions: Width of the embeddings.
+            direction, update, dimensions: Which state; whether to store the result; width of the embeddings.
 
-        Returns:
-            (B,) relative as `batch` is, and in its dtype; -inf for rows never visited of which the batch says nothing.
-            Such rows, and those whose mean is 0, stay unvisited. Rows of which the batch says NaN or +inf keep what
-            they knew, in the memory but not in what is returned.
+        Rows never visited of which the batch says nothing are -inf; they, and those whose mean is 0, stay unvisited.
+        Rows of which the batch says NaN or +inf keep what they knew, in the memory but not in what is returned.
         """
         # 1. What the batches of all ranks say.
         heard = torch.ones_like(batch) if heard is None else heard.to(batch.dtype)
@@ -287,14 +274,10 @@ class RunningDenominator(Denominator):
     def fill(
         self, rows: Tensor, log_mean: Tensor, *, temperature: Tensor | None = None, direction: int, dimensions: int
     ) -> None:
-        """Replace the state of some rows, such as by the exact log-mean.
+        """Replace the state of some rows, (R,) int64, **the same on every rank**, such as by the exact log-mean.
 
-        Args:
-            rows: (R,) int64, **the same on every rank**.
-            log_mean: (R,), absolute or relative as the state is; NaN for never visited.
-            temperature: (R,) at which; needed by a state whose temperature moves.
-            direction: Which state.
-            dimensions: Width of the embeddings the values come from.
+        `log_mean` (R,) is absolute or relative as the state is, NaN for never visited; `temperature` (R,), at which, is
+        needed by a state whose temperature moves.
         """
         self.write("log_mean", rows, log_mean, direction=direction)
         if self.moving:
@@ -363,18 +346,15 @@ class RunningRule:
         return Answer(objective + correction, value, weight), log_mean
 
 
-class _WithPositiveRule:
-    row_wise = True
+@dataclass(frozen=True, kw_only=True)
+class _BatchRule:
+    with_positive: bool
+    row_wise: bool = True
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
-        log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
-        return Answer(log_denominator, log_denominator)
-
-
-class _WithoutPositiveRule:
-    row_wise = True
-
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
+        if self.with_positive:
+            log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
+            return Answer(log_denominator, log_denominator)
         return Answer(log_sum, torch.where(log_sum.isneginf(), 0.0, log_sum))
 
 

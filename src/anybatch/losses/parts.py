@@ -102,12 +102,10 @@ class Temperature(Part):
     @abstractmethod
     def value(self) -> float:
         """At this moment; where rows differ a mean."""
-        raise NotImplementedError
 
     @abstractmethod
     def of(self, batch: Batch, direction: int) -> Tensor:
         """A scalar, attached to autograd if it is learned there, or (B,) one per row."""
-        raise NotImplementedError
 
 
 class GlobalTemperature(Temperature):
@@ -154,21 +152,14 @@ class GlobalTemperature(Temperature):
 
     def of(self, batch: Batch, direction: int) -> Tensor:
         """See `Temperature.of`."""
-        return self.like(batch.anchors, updating=batch.updating)
-
-    def like(self, tensor: Tensor, *, updating: bool) -> Tensor:
-        """The temperature as a scalar in the dtype and on the device of `tensor`, attached to autograd where it is
-        learned.
-        """
         if self.log_temperature is None:
-            return tensor.new_tensor(self.initial)
+            return batch.anchors.new_tensor(self.initial)
         limited = self.log_temperature.detach().clamp(*(math.log(limit) for limit in self.limits))
-        if (
-            updating
-        ):  # a projection, where the optimizer finds it: it need not come back from where its momentum had carried it
+        if batch.updating:
+            # A projection, where the optimizer finds it, which need not come back from where its momentum carried it.
             self.log_temperature.data.copy_(limited)
         # The value of the projected one, and a derivative at the edge as well.
-        return (self.log_temperature + (limited - self.log_temperature.detach())).to(tensor).exp()
+        return (self.log_temperature + (limited - self.log_temperature.detach())).to(batch.anchors).exp()
 
     def ask(self, side: Side, batch: Batch, direction: int) -> Side:
         """See `Part.ask`."""
@@ -206,12 +197,7 @@ class Denominator(Part):
 
     @abstractmethod
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
-        """The rule for one call and direction. It answers for the weight of the positive as well as for that of the
-        negatives, see `Rule`.
+        """The rule for one call and direction (1: positives against anchors).
 
-        Args:
-            batch: The arguments of the call.
-            direction: 0 for anchors against candidates, 1 for candidates against anchors.
-            normalised: Whether the log-weights already make the log-sum an estimate of the log-mean over the data.
+        `normalised`: the log-weights already make the log-sum an estimate of the log-mean over the data.
         """
-        raise NotImplementedError

@@ -8,7 +8,6 @@ from typing import Any
 _HOME = {
     "Trainer": "trainer",
     "CachedLoss": "loss",
-    "CachedLateInteraction": "loss",
     "TwoViewLoss": "two_views",
     "PlanBatches": "batches",
     "with_index": "batches",

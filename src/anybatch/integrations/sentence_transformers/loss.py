@@ -1,8 +1,7 @@
-"""Our cached step behind sentence-transformers' protocol for cached losses: one embedding per text, or one per token.
+"""Our cached step behind sentence-transformers' protocol for cached losses.
 
-It replaces `CachedMultipleNegativesRankingLoss` and `CachedMultiVectorMultipleNegativesRankingLoss`: the Trainer,
-`MatryoshkaLoss`, PEFT and trackers see the same protocol (`uses_gradient_cache`, `calculate_loss`, a backward pass
-deferred to a hook on the returned loss).
+It replaces `CachedMultipleNegativesRankingLoss`: the Trainer, `MatryoshkaLoss`, PEFT and trackers see the same protocol
+(`uses_gradient_cache`, `calculate_loss`, a backward pass deferred to a hook on the returned loss).
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from anybatch.caching.encoder import Encoder, modules_of, parameters_of
 from anybatch.caching.memory import StepMemory
-from anybatch.caching.on_demand import RowsOnDemand
 from anybatch.caching.pieces import PIXELS
 from anybatch.caching.recording import Auto, Recording, record_towers
 from anybatch.caching.replay import Aside, replay
@@ -222,82 +220,6 @@ class CachedLoss(CachedTrainerLoss):
 
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
         return self.calculate_loss([[embeddings] for (embeddings,) in leaves], labels, with_backward=True)
-
-
-class CachedLateInteraction(CachedTrainerLoss):
-    """`LateInteraction` as a loss of sentence-transformers' MultiVectorEncoderTrainer (ColBERT), with gradient caching.
-
-    Arguments and columns as in `CachedLoss`. A column is encoded as a query if it is the first and as a document
-    otherwise, unless the collator has stamped another `task` on it. With `LateInteraction(temperature=1.0)` the
-    gradients are those of `MultiVectorMultipleNegativesRankingLoss(scale=1.0)`.
-
-    Cost: as `CachedLoss`; 4 bytes times rows, tokens and dimensions for the leaves of a column, and as much for their
-        gradient.
-
-    Example:
-        >>> class Model(nn.Module):  # or a MultiVectorEncoder
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.embed = nn.Embedding(9, 4)
-        ...     def forward(self, features, task):
-        ...         return {"token_embeddings": self.embed(features["input_ids"]), **features}
-        >>> from anybatch.losses.late_interaction import LateInteraction
-        >>> loss = CachedLateInteraction(Model(), LateInteraction(), micro_batch=2)
-        >>> texts = {"input_ids": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
-        >>> loss([texts, texts]).backward()
-        >>> loss.model.embed.weight.grad.shape
-        torch.Size([9, 4])
-    """
-
-    def _rows(self, column: dict[str, Any]) -> Any:
-        """Token embeddings are padded to the batch's width, for which it is made at once."""
-        rows = super()._rows(column)
-        return rows.whole().inputs if isinstance(rows, RowsOnDemand) else rows
-
-    def _encoders(self, features: list[Any]) -> list[Encoder]:
-        tasks = ["query", *["document"] * (len(features) - 1)]
-        return [
-            partial(_encode_tokens, self.model, task=task, width=_width(column))
-            for task, column in zip(tasks, features, strict=True)
-        ]
-
-    def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
-        (anchors, anchor_mask), *others = leaves
-        width = max(tokens.shape[1] for tokens, _ in others)
-        candidates = torch.cat([_padded(tokens, width) for tokens, _ in others])
-        candidate_mask = torch.cat([_padded(mask, width) for _, mask in others])
-        training = torch.is_grad_enabled()
-        arguments = {}
-        if training and self.rows is not None:
-            arguments = self._arguments(labels, anchors.device, len(candidates))
-        with without_autocast():
-            value = self.loss(anchors, candidates, anchor_mask=anchor_mask, candidate_mask=candidate_mask, **arguments)
-            if training:
-                value.backward()
-        return value.detach()
-
-
-def _encode_tokens(model: nn.Module, features: dict[str, Any], *, task: str, width: int) -> tuple[Tensor, ...]:
-    """Token embeddings and mask `(b, width, ...)`; rows cut narrower are padded to the batch's width."""
-    output = model(features, task=features.get("task", task))
-    tokens, mask = output["token_embeddings"], output["attention_mask"]
-    tokens = tokens * mask[..., None].to(tokens.dtype)  # what is masked counts for nothing, as beyond the width
-    return _padded(tokens, width), _padded(mask.to(torch.float32), width)
-
-
-def _width(features: dict[str, Any]) -> int:
-    mask = features.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise AnybatchError(
-            "Late interaction needs padded inputs with a two-dimensional attention_mask. Use a collator that pads."
-        )
-    return mask.shape[1]
-
-
-def _padded(value: Tensor, width: int) -> Tensor:
-    """`(b, T, ...)` with zeros up to `(b, width, ...)`."""
-    missing = width - value.shape[1]
-    return nn.functional.pad(value, (*[0, 0] * (value.ndim - 2), 0, missing)) if missing else value
 
 
 @torch.no_grad()

@@ -39,18 +39,14 @@ class Rule(Protocol):
     @property
     def row_wise(self) -> bool:
         """See the class."""
-        ...
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
-        """Answer for some rows.
+        """Answer for some of this rank's rows.
 
-        Args:
-            log_sum: (b,) log-sum over the negatives, relative to the positive's logit; -inf without negatives.
-            num_drawn: (b,) candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is
-                over. A masked one is a draw that adds nothing, in the batch as in the data set.
-            rows: Which of this rank's rows they are.
+        `log_sum` (b,) is over the negatives, relative to the positive's logit; -inf without negatives. `num_drawn` (b,)
+        counts the candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is over. A
+        masked one is a draw that adds nothing, in the batch as in the data set.
         """
-        ...
 
 
 class Adjust(Protocol):
@@ -61,17 +57,11 @@ class Adjust(Protocol):
     """
 
     def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
-        """New logits of these rows against the candidates of all ranks.
+        """New logits (b, M) of some of this rank's rows against the candidates of all ranks, -inf wherever `logits` is.
 
-        Args:
-            rows: Which of this rank's rows they are.
-            scores: (b, M) similarities s_ij. Not to be changed.
-            logits: (b, M) relative to the positive's; -inf where there is no negative. May be changed in place.
-
-        Returns:
-            (b, M), -inf wherever `logits` is. They count as constants in the derivative, except through s_ij / tau_i.
+        `scores` are not to be changed, `logits` (relative to the positive's) may be, in place. What is new of them
+        counts as a constant in the derivative.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,9 +114,8 @@ class SoftmaxStats:
         log_denominator: (B,) the rule's answer.
         objective: (B,) the rule's answer, before the row weight.
         num_negatives: (B,) negatives not removed.
-        temperature_gradient: (B,) derivative of row_weight_i * objective_i with respect to tau_i through the logits,
-            `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted, or the temperature
-            is a scalar that needs none.
+        temperature_gradient: (B,) `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`, by tau_i through the logits; None
+            when no gradient was wanted, or the temperature is a scalar that needs none.
         column_gradient: (M,) `sum_i column_weight_i p_ij` over the rows of all ranks for each candidate of this rank;
             None unless asked for.
     """
