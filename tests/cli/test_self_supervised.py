@@ -121,7 +121,7 @@ def test_doctor(pictures, heard):
 
 
 def test_the_page(pictures, tmp_path, monkeypatch):
-    """The commands of docs/self_supervised.md, with a small model and few steps."""
+    """The commands of docs/images.md, with a small model and few steps."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(pictures)
     [block] = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)

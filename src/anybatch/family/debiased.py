@@ -39,6 +39,9 @@ class DebiasedInfoNCE(SoftmaxLoss):
     Raises:
         AnybatchError: A share out of range.
 
+    When: a known share of the negatives is false, and no ids tell which. Evidence: the formula is tested; no training
+    of ours.
+
     Cost: no state. Reference: Chuang et al. 2020, "Debiased Contrastive Learning", arXiv 2007.00224, equations 7 and 8
     with one positive (M = 1).
 

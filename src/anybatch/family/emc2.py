@@ -31,7 +31,7 @@ class EMC2(SoftmaxLoss):
     whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the
     drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one: the
     anchor has no negative while the chain stays there, which costs most of the gradient when the temperature is low
-    (docs/methods.md has figures).
+    (docs/benchmarks/global_loss.md).
     The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
     not the gradient of that.
 
@@ -47,6 +47,9 @@ class EMC2(SoftmaxLoss):
 
     Raises:
         AnybatchError: Numbers out of range; in a call: `index` missing or out of range.
+
+    When: to study it. When not: low temperatures, where its gradient is too short. Evidence:
+    docs/benchmarks/global_loss.md.
 
     Cost: 4 bytes a row and direction; M steps one after the other for all rows of a tile at once; "both" directions
     cost two runs of the engine. Reference: Yau et al. 2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive

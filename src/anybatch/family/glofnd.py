@@ -45,6 +45,9 @@ class GloFND(SoftmaxLoss):
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
+    When: false negatives are likely and no ids tell them. When not: ids are known; use them. Evidence: one small run in
+    docs/log.md, what training says.
+
     Cost: 12 bytes a row and direction; a comparison a score; "both" directions cost two runs of the engine. Reference:
     Balmaseda et al. 2025, "Discovering Global False Negatives On the Fly for Self-supervised Contrastive Learning",
     arXiv 2502.20612, algorithm 1.

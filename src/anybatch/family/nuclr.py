@@ -50,6 +50,8 @@ class NUCLR(SoftmaxLoss):
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
+    When: some candidates are close to everything. Evidence: one small run in docs/log.md, what training says.
+
     Cost: 12 bytes a row and direction, and a maximum over the margins a call; "both" directions cost two runs of the
     engine. Reference: Wang et al. 2024, "On Discriminative Probabilistic Modeling for Self-Supervised Representation
     Learning", arXiv 2410.09156, section 5 and algorithm 1.

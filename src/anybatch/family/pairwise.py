@@ -165,6 +165,8 @@ class SigLIP(PairwiseLoss):
         bias: The bias at first; trained.
         scoring: See `OneTemperature`; `temperature` is tau at first.
 
+    When: image-text pairs, as published. Evidence: one small run in docs/log.md, what training says.
+
     Cost: no state. Reference: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343,
     equation 1 and algorithm 1.
 
@@ -226,6 +228,8 @@ class AUCCL(PairwiseLoss):
     Args:
         margin: Wanted lead of a positive, in units of cosine similarity.
         scoring: See `Scoring`.
+
+    When: to study it. Evidence: the formula is tested; no training of ours.
 
     Cost: no state. Reference: the square AUC loss of Ying et al. 2016, "Stochastic Online AUC Maximization", theorem 1,
     on pairs of embeddings as proposed by Sharma et al. 2024, "AUC-CL" (ICLR); that paper follows the inner variables by

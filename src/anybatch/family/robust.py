@@ -52,6 +52,9 @@ class FastCLIP(SoftmaxLoss):
     Raises:
         AnybatchError: An unknown version, numbers out of range; in a call as `SogCLR`.
 
+    When: two modalities, or a temperature that is not known (v3). Evidence: small runs in docs/log.md, what training
+    says.
+
     Cost: 8 bytes a row and direction; v1 4, v2 16. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization
     Techniques to Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
 
@@ -142,6 +145,9 @@ class ISogCLR(SoftmaxLoss):
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
+    When: long-tailed data; an anchor with many close negatives gets a high temperature. Evidence: small runs in
+    docs/log.md, what training says.
+
     Cost: 16 bytes a row and direction; three collectives more a direction. Reference: Qiu et al. 2023, "Not All
     Semantics are Created Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization",
     arXiv 2305.11965, algorithm 1.
@@ -203,6 +209,9 @@ class TempNet(SoftmaxLoss):
 
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
+
+    When: as `ISogCLR`, and temperatures are wanted for new rows. Evidence: small runs in docs/log.md, what training
+    says.
 
     Cost: 8 bytes a row and direction, and the networks. Reference: Qiu et al. 2024, "To Cool or not to Cool?
     Temperature Network Meets Large Foundation Models via DRO", arXiv 2404.04575, section 4.

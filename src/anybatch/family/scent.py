@@ -79,6 +79,9 @@ class SCENT(SoftmaxLoss):
     Raises:
         AnybatchError: alpha or eps out of range; in a call as `SogCLR`.
 
+    When: as `SogCLR`; rows with a large denominator follow their batches faster. Evidence: docs/log.md, what training
+    says.
+
     Cost: that of `SogCLR`. Reference: "SCENT", stochastic optimization of compositional entropic risks, arXiv
     2602.02877.
 

@@ -36,6 +36,8 @@ class Matryoshka(State):
         AnybatchError: Dimensions or weights that make no sense; in a call: embeddings narrower than a prefix; what the
             loss refuses.
 
+    When: shortened embeddings must be good too. Evidence: the formula is tested; no training of ours.
+
     Cost: that of the losses: matrix products over sum_k d_k dimensions, the pointwise part once a dimension, memory and
     collectives once a dimension. Four prefixes of 384 dimensions cost about two plain losses.
 

@@ -29,6 +29,9 @@ class InfoNCE(SoftmaxLoss):
 
     Log-weights are added to the logits as they are.
 
+    When: the baseline, and large batches. When not: small batches, where its gradient is biased. Evidence:
+    docs/recipe.md.
+
     Cost: no state. Reference: van den Oord et al. 2018, arXiv 1807.03748, equation 4.
 
     Example:
@@ -54,6 +57,8 @@ class DecoupledInfoNCE(SoftmaxLoss):
         scoring: See `OneTemperature`.
 
     An anchor without any negative contributes 0.
+
+    When: small batches, where the number of rows is not known. Evidence: docs/log.md, what training says.
 
     Cost: no state. Reference: Yeh et al. 2022, "Decoupled Contrastive Learning", arXiv 2110.06848, equation 6.
 
@@ -83,6 +88,9 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
     Args:
         num_rows: n, rows of the data set.
         scoring: See `OneTemperature`.
+
+    When: batches above 256, and small batches where no state is wanted. When not: mined batches without inclusion
+    weights. Evidence: docs/recipe.md.
 
     Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, arXiv 2202.12387.
 
@@ -125,7 +133,7 @@ class SogCLR(SoftmaxLoss):
             of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
         positive: "batch", released for two modalities: minus the sum of what the batch's negatives receive, balanced
             also where u_i is stale. "exact", released for images: -u_i / (eps + u_i), less noisy where embeddings stand
-            still. None for what trained better (docs/methods.md): exact beside an absolute state with a learned
+            still. None for what trained better (docs/log.md): exact beside an absolute state with a learned
             temperature, else of the batch.
         sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
@@ -136,6 +144,9 @@ class SogCLR(SoftmaxLoss):
     Raises:
         AnybatchError: gamma or eps out of range; in a call: `index` missing or out of range, embeddings of another
             width.
+
+    When: small batches and many visits of each row. When not: one to three passes, where there is little to average.
+    Evidence: at eight visits level with the count correction; docs/log.md, what training says.
 
     Cost: 4 bytes a row and direction, 8 if the temperature is learned. Reference: Yuan et al. 2022, "Provable
     Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387, algorithm 1.
