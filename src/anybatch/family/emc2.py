@@ -35,6 +35,9 @@ class EMC2(SoftmaxLoss):
     The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
     not the gradient of that.
 
+    When: to study it. When not: low temperatures, where its gradient is too short. Evidence:
+    docs/benchmarks/global_loss.md.
+
     Args:
         num_rows: n, rows of the data set.
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
@@ -47,9 +50,6 @@ class EMC2(SoftmaxLoss):
 
     Raises:
         AnybatchError: Numbers out of range; in a call: `index` missing or out of range.
-
-    When: to study it. When not: low temperatures, where its gradient is too short. Evidence:
-    docs/benchmarks/global_loss.md.
 
     Cost: 4 bytes a row and direction; M steps one after the other for all rows of a tile at once; "both" directions
     cost two runs of the engine. Reference: Yau et al. 2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive

@@ -34,6 +34,8 @@ class NUCLR(SoftmaxLoss):
     in the discriminative model. The sum over all anchors is estimated by the batch's, times (n - 1) / (B - 1). The
     loss's value leaves out the mean of the margins over tau, which is the same for all embeddings.
 
+    When: some candidates are close to everything. Evidence: one small run in docs/log.md, what training says.
+
     Args:
         num_rows: n, rows of the data set.
         gamma: Weight of the new batch, or a `GammaSchedule`.
@@ -49,8 +51,6 @@ class NUCLR(SoftmaxLoss):
 
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
-
-    When: some candidates are close to everything. Evidence: one small run in docs/log.md, what training says.
 
     Cost: 12 bytes a row and direction, and a maximum over the margins a call; "both" directions cost two runs of the
     engine. Reference: Wang et al. 2024, "On Discriminative Probabilistic Modeling for Self-Supervised Representation

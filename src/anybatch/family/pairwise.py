@@ -161,11 +161,11 @@ class SigLIP(PairwiseLoss):
     The paper's t is 1 / tau, trained through its logarithm, t' = log 10 at first; the bias starts at -10, because
     almost all pairs are negatives. Both are parameters of this Module: see that your optimizer trains them.
 
+    When: image-text pairs, as published. Evidence: one small run in docs/log.md, what training says.
+
     Args:
         bias: The bias at first; trained.
         scoring: See `OneTemperature`; `temperature` is tau at first.
-
-    When: image-text pairs, as published. Evidence: one small run in docs/log.md, what training says.
 
     Cost: no state. Reference: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343,
     equation 1 and algorithm 1.
@@ -225,11 +225,11 @@ class AUCCL(PairwiseLoss):
     second optimizer. A mean over negative pairs does not grow with the batch, which is why its optimum moves little
     with the batch size. Log-weights weigh the mean.
 
+    When: to study it. Evidence: the formula is tested; no training of ours.
+
     Args:
         margin: Wanted lead of a positive, in units of cosine similarity.
         scoring: See `Scoring`.
-
-    When: to study it. Evidence: the formula is tested; no training of ours.
 
     Cost: no state. Reference: the square AUC loss of Ying et al. 2016, "Stochastic Online AUC Maximization", theorem 1,
     on pairs of embeddings as proposed by Sharma et al. 2024, "AUC-CL" (ICLR); that paper follows the inner variables by

@@ -34,6 +34,9 @@ class FastCLIP(SoftmaxLoss):
     counts the derivative through the similarities twice against the other two terms, and divides v2's Adam step by the
     second moment in place of its root; neither is reproduced. v2 here steps with momentum, as iSogCLR does.
 
+    When: two modalities, or a temperature that is not known (v3). Evidence: small runs in docs/log.md, what training
+    says.
+
     Args:
         num_rows: n, rows of the data set.
         version: "v0" to "v3".
@@ -51,9 +54,6 @@ class FastCLIP(SoftmaxLoss):
 
     Raises:
         AnybatchError: An unknown version, numbers out of range; in a call as `SogCLR`.
-
-    When: two modalities, or a temperature that is not known (v3). Evidence: small runs in docs/log.md, what training
-    says.
 
     Cost: 8 bytes a row and direction; v1 4, v2 16. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization
     Techniques to Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
@@ -131,6 +131,9 @@ class ISogCLR(SoftmaxLoss):
     Temperatures and their momentum are buffers: saved in `state_dict`, updated once a call in training mode with
     gradients enabled, by their own rate, after the gradient of the embeddings was taken at the old temperatures.
 
+    When: long-tailed data; an anchor with many close negatives gets a high temperature. Evidence: small runs in
+    docs/log.md, what training says.
+
     Args:
         num_rows: n, rows of the data set.
         rho: Radius: larger lets a row's weight concentrate on fewer negatives, and lowers its temperature. Published: 6
@@ -144,9 +147,6 @@ class ISogCLR(SoftmaxLoss):
 
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
-
-    When: long-tailed data; an anchor with many close negatives gets a high temperature. Evidence: small runs in
-    docs/log.md, what training says.
 
     Cost: 16 bytes a row and direction; three collectives more a direction. Reference: Qiu et al. 2023, "Not All
     Semantics are Created Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization",
@@ -195,6 +195,9 @@ class TempNet(SoftmaxLoss):
         F          = mean_i tau_i (log(eps + u_i) + rho)
         dF/d theta = mean_i (log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i) d tau_i / d theta
 
+    When: as `ISogCLR`, and temperatures are wanted for new rows. Evidence: small runs in docs/log.md, what training
+    says.
+
     Args:
         num_rows: n, rows of the data set.
         dimensions: Width of the embeddings.
@@ -209,9 +212,6 @@ class TempNet(SoftmaxLoss):
 
     Raises:
         AnybatchError: Numbers out of range; in a call as `SogCLR`.
-
-    When: as `ISogCLR`, and temperatures are wanted for new rows. Evidence: small runs in docs/log.md, what training
-    says.
 
     Cost: 8 bytes a row and direction, and the networks. Reference: Qiu et al. 2024, "To Cool or not to Cool?
     Temperature Network Meets Large Foundation Models via DRO", arXiv 2404.04575, section 4.

@@ -40,6 +40,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     used relative to the mean of this one, which takes that common drift away: unit(x~ - mean(its batch) + mean(this
     batch)). Without, training from scratch loses what the memory gains, or collapses (docs/log.md).
 
+    When: batches of up to 256, where it is recommended. When not: steps that move embeddings far (batches of 1,024 from
+    scratch), or batches of an eighth of the data. Evidence: docs/recipe.md; each part alone: docs/log.md.
+
     Args:
         num_rows: n, rows of the data set.
         memory_size: S, pairs remembered: the newest. A row's older pair leaves when the row comes again. More than some
@@ -68,9 +71,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         ...     loss(anchors, positives, index=torch.arange(8) + 8 * step).backward()
         >>> loss.last_stats["remembered"]
         8.0
-
-    When: batches of up to 256, where it is recommended. When not: steps that move embeddings far (batches of 1,024 from
-    scratch), or batches of an eighth of the data. Evidence: docs/recipe.md; each part alone: docs/log.md.
 
     Cost: 8 D S bytes and some 100 S; 3 products of B x (B + S) x D and two of B x S x D, twice for "both"; under ranks
     three gathers and a small sum besides the engine's collectives.
