@@ -31,7 +31,7 @@ class EMC2(SoftmaxLoss):
     whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the
     drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one: the
     anchor has no negative while the chain stays there, which costs most of the gradient when the temperature is low
-    (docs/benchmarks/global_loss.md).
+    (docs/log.md has figures).
     The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
     not the gradient of that.
 
