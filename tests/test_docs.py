@@ -114,6 +114,16 @@ def test_commands_exist_with_their_options_and_settings(page):
                 assert assignment.partition("=")[0] in keys, assignment
 
 
+@by_name
+def test_settings_that_a_page_names_exist(page):
+    keys = {re.sub(r"\[\]", "", setting.key) for setting in settings_of()}
+    named = re.findall(
+        r"`((?:data|teacher|mining|model|loss|train|evaluation)\.[a-z_.\[\]]+)(?![a-z_.(])", text_of(page)
+    )
+    named = {re.sub(r"\[\]", "", name) for name in named if not name.endswith((".py", ".json", ".jsonl", ".NAME"))}
+    assert not {name for name in named if not any(f"{name}.".startswith(f"{key}.") for key in keys)}
+
+
 def encoder_and_sides(rows: int = 8) -> dict[str, object]:
     """What the code of a guide finds at hand: an encoder, inputs, ids, embeddings."""
     generator = torch.Generator().manual_seed(0)
