@@ -78,17 +78,28 @@ def command(
         Literal["standard", "raw"] | None,
         typer.Option(help="Of CSV and TSV: standard, or raw where quotes are plain characters."),
     ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the model: 'model.kwargs={dtype: bfloat16}'. Repeatable."
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Also write the figures to this JSON file; it must be new.")
     ] = None,
 ) -> None:
     """Measure a model: recall, MRR, nDCG on held-out pairs or a retrieval set; classes of images; hit@1 on MMEB."""
     from anybatch.core.files import write_text
+    from anybatch.core.yaml_files import load_config
     from anybatch.insight.tables import metrics_table
     from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
     from anybatch.run.evaluate_model import evaluate_model
 
     check_new(output, "--output")
+    others = [setting for setting in sets or () if not setting.startswith("model.")]
+    if others:
+        raise AnybatchError(f"Got --set {others[0]}; expected a setting of the model here, model.NAME=VALUE.")
+    further = [setting.removeprefix("model.") for setting in sets or ()]
     held_out = _held_out(
         data=data,
         anchor=anchor,
@@ -103,15 +114,16 @@ def command(
         split=split,
         quoting=quoting,
     )
-    loaded = load_model(
-        ModelConfig(
-            name=model,
-            device=device,
-            max_length=max_length,
-            anchor_prompt=anchor_prompt,
-            positive_prompt=positive_prompt,
-        )
-    )
+    given = {
+        "name": model,
+        "device": device,
+        "max_length": max_length,
+        "anchor_prompt": anchor_prompt,
+        "positive_prompt": positive_prompt,
+    }
+    config = load_config(ModelConfig, None, [*given.items(), *further])
+    _ = held_out.digest  # reads every image: all that are broken are named before anything is embedded
+    loaded = load_model(config)
     with Bars() as bars:
         metrics = evaluate_model(loaded, held_out, progress=bars)
     name, by_task = Path(model).name or model, "hit@1 "

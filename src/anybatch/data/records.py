@@ -307,23 +307,36 @@ def _load_from_hub(owner: str, name: str = "", configuration: str | None = None,
         ) from error
 
 
+def is_image(feature: Any) -> bool:
+    """Whether it is the feature `datasets.Image`, or what is stored of one: bytes and a path."""
+    from datasets import Image
+
+    return isinstance(feature, Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
+
+
+def has_images(feature: Any) -> bool:
+    """Whether a column of this feature holds images: alone, in lists, beside texts."""
+    within = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return is_image(feature) or any(has_images(inner) for inner in within if inner is not None)
+
+
 def image_dataset(path: Path, names: Iterable[str]) -> Any:
-    """The file or data set as a memory-mapped `datasets.Dataset` if any of these columns is an `Image`, else None."""
+    """The file or data set as a memory-mapped `datasets.Dataset` if any of these columns holds images, else None."""
     kind = _kind(path)
     if kind not in ("dataset", ".parquet"):
         return None
     import pyarrow.parquet
-    from datasets import Dataset, Features, Image
+    from datasets import Dataset, Features
 
     if kind == "dataset":
         dataset = _load_dataset(path)
-        return dataset if any(isinstance(dataset.features.get(name), Image) for name in names) else None
+        return dataset if any(has_images(dataset.features.get(name)) for name in names) else None
     with _reading(path):
         schema, num_rows = pyarrow.parquet.read_schema(path), pyarrow.parquet.read_metadata(path).num_rows
-    if b'"Image"' not in (schema.metadata or {}).get(b"huggingface", b""):
+    if not any(pyarrow.types.is_nested(schema.field(name).type) for name in names):
         return None
     features = Features.from_arrow_schema(schema)
-    if not any(isinstance(features.get(name), Image) for name in names):
+    if not any(has_images(features.get(name)) for name in names):
         return None
     try:
         dataset: Any = Dataset.from_parquet(glob.escape(str(path)))  # which takes names for patterns

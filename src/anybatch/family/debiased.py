@@ -39,9 +39,6 @@ class DebiasedInfoNCE(SoftmaxLoss):
 
     Log-weights are added to the logits as they are.
 
-    Raises:
-        AnybatchError: A share out of range.
-
     Cost: no state. Reference: Chuang et al. 2020, "Debiased Contrastive Learning", arXiv 2007.00224, equations 7 and 8
     with one positive (M = 1).
 

@@ -46,11 +46,6 @@ class EMC2(SoftmaxLoss):
             whose order follows the ranks).
         scoring: See `OneTemperature`.
 
-    The chains and the number of steps are buffers, updated once a call in training mode with gradients enabled.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call: `index` missing or out of range.
-
     Cost: 4 bytes a row and direction; M steps one after the other for all rows of a tile at once; "both" directions
     cost two runs of the engine. Reference: Yau et al. 2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive
     Learning with Global Convergence", arXiv 2404.10575, algorithm 1.

@@ -43,11 +43,6 @@ class GloFND(SoftmaxLoss):
         gamma, eps: See `SogCLR`.
         scoring: See `OneTemperature`.
 
-    Thresholds and the number of steps are buffers, updated once a call in training mode with gradients enabled.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call as `SogCLR`.
-
     Cost: 12 bytes a row and direction; a comparison a score; "both" directions cost two runs of the engine. Reference:
     Balmaseda et al. 2025, "Discovering Global False Negatives On the Fly for Self-supervised Contrastive Learning",
     arXiv 2502.20612, algorithm 1.

@@ -32,19 +32,12 @@ from anybatch.losses.parts import Batch, GlobalTemperature
 
 
 class Outcome(NamedTuple):
-    """What a method makes of the sums over all ranks.
-
-    Attributes:
-        loss: Scalar.
-        d_positive: (B,) derivative of the loss by this rank's positive scores.
-        negative_scale: Scalar by which the derivatives that `of_negatives` gave are multiplied.
-        d_parameters: (P,) derivative of the loss by the method's parameters.
-    """
+    """What a method makes of the sums over all ranks: the loss, and derivatives of it."""
 
     loss: Tensor
-    d_positive: Tensor
-    negative_scale: Tensor
-    d_parameters: Tensor
+    d_positive: Tensor  # (B,) by this rank's positive scores
+    negative_scale: Tensor  # by which what `_of_negatives` gave is multiplied
+    d_parameters: Tensor  # (P,) by the method's parameters
 
 
 class PairwiseLoss(ContrastiveLoss):

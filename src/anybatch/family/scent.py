@@ -79,9 +79,6 @@ class SCENT(SoftmaxLoss):
     A row's first visit takes the batch's value whole; that is a flag of its own (the released code takes nu = 0 for
     it).
 
-    Raises:
-        AnybatchError: alpha or eps out of range; in a call as `SogCLR`.
-
     Cost: that of `SogCLR`. Reference: "SCENT", stochastic optimization of compositional entropic risks, arXiv
     2602.02877.
 

@@ -112,6 +112,9 @@ class Known(TypedDict, total=False):
 class ContrastiveLoss(State):
     """Abstract base of all losses: one call for all of them. A subclass supplies `_of`.
 
+    A constructor refuses values out of range, and options that the loss does not have, with an AnybatchError. What a
+    loss remembers is in `state_dict`; it changes once a call, in training mode with gradients enabled.
+
     Args:
         tau: The temperature; None for one for all rows, made from `scoring`.
         scoring: See `Scoring`; without `tau` `OneTemperature`.

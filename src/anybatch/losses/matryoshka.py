@@ -34,10 +34,6 @@ class Matryoshka(State):
 
     The embeddings are one leaf and receive one gradient, so that a cached step replays the encoder once.
 
-    Raises:
-        AnybatchError: Dimensions or weights that make no sense; in a call: embeddings narrower than a prefix; what the
-            loss refuses.
-
     Cost: that of the losses: matrix products over sum_k d_k dimensions, the pointwise part once a dimension, memory and
     collectives once a dimension. Four prefixes of 384 dimensions cost about two plain losses.
 

@@ -32,7 +32,8 @@ class InfoNCE(SoftmaxLoss):
 
     Log-weights are added to the logits as they are.
 
-    Cost: no state. Reference: van den Oord et al. 2018, arXiv 1807.03748, equation 4.
+    Cost: no state. Reference: van den Oord et al. 2018, "Representation Learning with Contrastive
+    Predictive Coding", arXiv 1807.03748, equation 4.
 
     Example:
         >>> import torch
@@ -92,7 +93,8 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
         num_rows: n, rows of the data set.
         scoring: See `OneTemperature`.
 
-    Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, arXiv 2202.12387.
+    Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, "Provable
+    Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387.
 
     Example:
         >>> import torch
@@ -141,12 +143,7 @@ class SogCLR(SoftmaxLoss):
         sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
 
-    The running denominators are updated once a call, in training mode with gradients enabled, and are part of
-    `state_dict`.
-
-    Raises:
-        AnybatchError: gamma or eps out of range; in a call: `index` missing or out of range, embeddings of another
-            width.
+    Calls need `index`, and refuse embeddings of another width.
 
     Cost: 4 bytes a row and direction, 8 if the temperature is learned. Reference: Yuan et al. 2022, "Provable
     Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387, algorithm 1.

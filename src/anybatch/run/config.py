@@ -10,7 +10,7 @@ from anybatch.core.configuration import Configuration, Count, Range, Seed, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, read_sealed
 from anybatch.core.yaml_files import load_config
-from anybatch.integrations.sentence_transformers.model import ModelConfig
+from anybatch.integrations.sentence_transformers.model import ModelConfig, check_kwargs
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import AUTO, LossConfig
 from anybatch.mining import MiningConfig, RankWindow
@@ -110,6 +110,7 @@ class EvaluationConfig(Configuration):
             classes, which are told by those of the training images. "auto" holds out 5% of the training pairs, at least
             50 and at most 1,000, that share no text or image with the others (none of fewer than 250 pairs, beside
             `retrieval`, `data.views` or `teacher.embeddings`, or where the plan is one of all pairs); None for none.
+        images: The folder that its paths of images start from; None for `data.images`, or that of its file.
         retrieval: The three files of a retrieval set instead of pairs (BEIR's layout): corpus, queries, judgements.
         split: Which split of the judgements, if they have several.
 
@@ -118,6 +119,7 @@ class EvaluationConfig(Configuration):
     """
 
     path: str | None = AUTO
+    images: str | None = None
     retrieval: tuple[str, str, str] | None = None
     split: str | None = None
 
@@ -127,6 +129,11 @@ class EvaluationConfig(Configuration):
         super().__post_init__()
         if self.retrieval is None and self.split is not None:
             raise AnybatchError("evaluation.split is for a retrieval set (evaluation.retrieval). Leave it out.")
+        if self.images is not None and self.path in (None, AUTO):
+            raise AnybatchError(
+                "evaluation.images is given, the folder of the images of evaluation.path, which names no data. Leave "
+                "it out, or name them (--eval)."
+            )
         if self.retrieval is not None and self.path not in (None, AUTO):
             raise AnybatchError("evaluation names pairs (path) and a retrieval set (retrieval); give one of them.")
 
@@ -138,7 +145,7 @@ class TeacherConfig(Configuration):
     Attributes:
         name: A sentence-transformers model; None with precomputed embeddings, or when no mining is asked for.
         max_length: Tokens a text is cut at.
-        anchor_prompt, positive_prompt: As in `model`.
+        anchor_prompt, positive_prompt, kwargs: As in `model`.
         precision: Of the embeddings on disk; "float16" halves them and ranks the same but for near ties.
         embeddings: Two `.npy` files, of anchors and of positives, each (rows, dimensions) in the rows' order.
 
@@ -150,6 +157,7 @@ class TeacherConfig(Configuration):
     max_length: Annotated[int, Range(2)] | None = None
     anchor_prompt: str | None = None
     positive_prompt: str | None = None
+    kwargs: dict[str, Any] | None = None
     precision: Literal["float32", "float16"] = "float32"
     embeddings: tuple[str, str] | None = None
 
@@ -157,6 +165,7 @@ class TeacherConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kwargs(self.kwargs, "teacher.kwargs")
         names = (field.name for field in fields(self) if field.name != "embeddings")
         unused = [name for name in names if getattr(self, name) != getattr(TeacherConfig, name)]
         if self.embeddings is not None and unused:

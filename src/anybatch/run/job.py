@@ -21,7 +21,7 @@ from anybatch.run.folder import open_run, read_record, run_digest
 from anybatch.run.hard_negatives import with_mined_negatives
 from anybatch.run.make_plan import check_start, make_plan
 from anybatch.run.read_data import hold_out, read_held_out, read_training_pairs
-from anybatch.run.recipe import with_recipe
+from anybatch.run.recipe import recipe_line, with_recipe
 from anybatch.run.train_model import save_model, train_on_plan
 from anybatch.run.try_step import try_step
 
@@ -42,7 +42,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
 
         # 1. Read everything before the folder is touched: bad input leaves nothing behind.
         pairs, split = hold_out(config, read_training_pairs(config))
-        config = with_recipe(config, pairs)
+        asked, config = config, with_recipe(config, pairs)
         check_shared_equally(config.batch_size)
         held_out = split or read_held_out(config)
         if held_out is None and config.train.eval_steps is not None:
@@ -82,12 +82,16 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             # 7. Leave the model and the figures; metrics.json is last, its presence says that the run is finished.
             with distributed.alone() as chosen:
                 if chosen:
+                    from anybatch.integrations.sentence_transformers.card import describe
+
                     merge_lora(model)
                     if config.data.views is not None:
                         del model[-1]
+                    metrics = evaluate(model)
+                    describe(model, {"Recipe": recipe_line(asked, config)}, before=untrained, after=metrics)
                     save_model(model, folder / "model")
                     result = RunResult(
-                        metrics=evaluate(model),
+                        metrics=metrics,
                         metrics_untrained=untrained,
                         log=trained.log,
                         train_seconds=measure.seconds - trained.evaluation_seconds,

@@ -160,7 +160,7 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
             for warning in report.warnings:
                 logger.warning("Before you train%s: %s", name and f" on {name}", warning)
         write_json(path.with_name("mining.json"), {"plan": result.plan.digest, **result.report.as_dict()})
-        _save(result.plan, path, inputs)
+        _save(result.plan, path, inputs, teacher=config.teacher.name or "embeddings from files")
         shutil.rmtree(neighbors, ignore_errors=True)  # larger than all else in the folder
 
 
@@ -182,8 +182,8 @@ def mining_inputs(config: RunConfig, pairs: PairData) -> dict[str, str]:
     return digests
 
 
-def _save(plan: BatchPlan, path: Path, inputs: dict[str, str]) -> None:
-    replace(plan, meta={**plan.meta, "inputs": inputs}).save(path)
+def _save(plan: BatchPlan, path: Path, inputs: dict[str, str], **facts: str) -> None:
+    replace(plan, meta={**plan.meta, "inputs": inputs, **facts}).save(path)
 
 
 def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:

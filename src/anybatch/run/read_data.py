@@ -12,7 +12,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.data.candidates import CandidateSets, find_candidates, read_candidates
 from anybatch.data.held_out import held_out_rows, split_pairs
 from anybatch.data.images import ImageColumn
-from anybatch.data.inputs import instructed
+from anybatch.data.inputs import check_images, instructed
 from anybatch.data.pairs import PairData, PairSet, join_pairs
 from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import RetrievalData, read_retrieval
@@ -29,8 +29,12 @@ HeldOut = PairData | RetrievalData | LabelledImages | NamedClasses | CandidateSe
 
 
 def read_training_pairs(config: RunConfig) -> PairData:
-    """The training pairs of `config.data`, checked to be enough for one batch and to fit the prompts."""
+    """The training pairs of `config.data`, checked to be enough for one batch and to fit the prompts. Images are read
+    once: those that are broken are refused here, all rows at once.
+    """
     pairs = read_data(config.data)
+    for column in (pairs.anchors, pairs.positives, *pairs.negatives):
+        check_images(column)
     for side, column in (("anchor", pairs.anchors), ("positive", pairs.positives)):
         for section, settings in (("model", config.model), ("teacher", config.teacher)):
             if isinstance(column, ImageColumn) and getattr(settings, f"{side}_prompt"):
@@ -160,6 +164,7 @@ def existing_plan(config: RunConfig) -> BatchPlan | None:
 def read_held_out(config: RunConfig) -> HeldOut | None:
     """The held-out data that the configuration names, or None if it names none."""
     data, held_out = config.data, config.evaluation
+    images = data.images if held_out.images is None else held_out.images
     if held_out.retrieval is not None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path in (None, AUTO):
@@ -170,12 +175,12 @@ def read_held_out(config: RunConfig) -> HeldOut | None:
     if tasks:
         prompts = {of_set.name or "": of_set.positive_prompt for of_set in data.sets}
         known = {name: task.target_prompt for name, task in TASKS.items()} if any(prompts.values()) else {}
-        return read_candidate_sets(tasks, data.images, prompts=known | prompts)
+        return read_candidate_sets(tasks, images, prompts=known | prompts)
     return read_pairs(
         held_out.path,
         anchor=data.anchor,
         positive=data.positive,
         negatives=(),
-        images=data.images,
+        images=images,
         quoting=data.quoting,
     )

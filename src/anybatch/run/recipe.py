@@ -6,7 +6,7 @@ The rule, its evidence and where it loses are one page, docs/recipe.md.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from anybatch.core import distributed
 from anybatch.data.pairs import PairData
@@ -53,6 +53,23 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
     if reasons and distributed.rank() == 0:
         logger.info("Recommended: %s. See docs/recipe.md.", "; ".join(reasons))
     return replace(config, loss=loss)
+
+
+def recipe_line(asked: RunConfig, chosen: RunConfig) -> str:
+    """What a model card says of the settings that make the method: by rule or given, with the loss's own options."""
+
+    def shown(setting: str, value: str, given: str) -> str:
+        return f"{setting}={value} ({'recommended' if given == AUTO else 'given'})"
+
+    plan = chosen.plan is not None
+    batches = "a plan (given)" if plan else shown("mining.method", chosen.mining.method, asked.mining.method)
+    told_elsewhere = ("name", "temperature", "weights", "mask_suspects")
+    options = [
+        f"loss.{field.name}={getattr(chosen.loss, field.name)}"
+        for field in fields(chosen.loss)
+        if field.name not in told_elsewhere and getattr(chosen.loss, field.name) != field.default
+    ]
+    return ", ".join([shown("loss.name", chosen.loss.name, asked.loss.name), *options, batches])
 
 
 def _is_mined(config: RunConfig) -> bool:

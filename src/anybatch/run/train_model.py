@@ -69,7 +69,7 @@ def train_on_plan(
         model,
         inner,
         rows=rows.to(model.device),
-        micro_batch=config.train.micro_batch,
+        mini_batch_size=config.train.micro_batch,
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
     )

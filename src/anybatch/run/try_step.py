@@ -37,7 +37,7 @@ def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> 
             checkpoint_layers(model)
         loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device)
         kind = CachedLoss if config.data.views is None else TwoViewLoss
-        cached = kind(model.train(), loss, micro_batch=TRIED_ROWS // 2, keep_graphs=0.0)
+        cached = kind(model.train(), loss, mini_batch_size=TRIED_ROWS // 2, keep_graphs=0.0)
         cached.step = 0
         for rows in telling_rows(model, pairs, TRIED_ROWS):
             inputs = inputs_of(model, pairs, rows)

@@ -10,7 +10,7 @@ _HOME = {
     "CachedLoss": "loss",
     "TwoViewLoss": "two_views",
     "PlanBatches": "batches",
-    "with_index": "batches",
+    "with_index": "sets",
     "ImageCollator": "collating",
     "undecoded": "collating",
     "LossStateCallback": "callback",

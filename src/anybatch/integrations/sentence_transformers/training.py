@@ -134,10 +134,11 @@ def train_model(
     """
     from transformers import PrinterCallback, ProgressCallback
 
-    from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
+    from anybatch.integrations.sentence_transformers.batches import PlanBatches
     from anybatch.integrations.sentence_transformers.callback import LossStateCallback
     from anybatch.integrations.sentence_transformers.model import checkpoint_layers
     from anybatch.integrations.sentence_transformers.recorder import Recorder
+    from anybatch.integrations.sentence_transformers.sets import with_index
     from anybatch.integrations.sentence_transformers.trainer import Trainer
 
     # 1. What can be refused before anything is written.
