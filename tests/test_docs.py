@@ -118,7 +118,7 @@ def test_commands_exist_with_their_options_and_settings(page):
 def test_settings_that_a_page_names_exist(page):
     keys = {re.sub(r"\[\]", "", setting.key) for setting in settings_of()}
     named = re.findall(
-        r"`((?:data|teacher|mining|model|loss|train|evaluation)\.[a-z_.\[\]]+)(?![a-z_.(])", text_of(page)
+        r"`((?:data|teacher|mining|model|loss|train|evaluation)\.[a-z0-9_.\[\]]+)(?![a-z0-9_.(])", text_of(page)
     )
     named = {re.sub(r"\[\]", "", name) for name in named if not name.endswith((".py", ".json", ".jsonl", ".NAME"))}
     assert not {name for name in named if not any(f"{name}.".startswith(f"{key}.") for key in keys)}

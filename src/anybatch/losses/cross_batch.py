@@ -59,10 +59,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     whole memory, and shares the work by rows. A learned temperature has the derivative of the batch's own terms. The
     mean stands for the data's: batches of few clusters shift it by what they have in common.
 
-    Raises:
-        AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width,
-            log-weights that cannot be remembered.
-
     Example:
         >>> import torch
         >>> loss = CrossBatchInfoNCE(1000, memory_size=64)
