@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,8 @@ def test_commands_exist_with_their_options_and_settings(page):
             words = shlex.split(line, comments=True)
             if "anybatch" not in words or words[0] == "pip":
                 continue
-            command, rest = typer.main.get_command(app), words[words.index("anybatch") + 1 :]
+            command: Any = typer.main.get_command(app)
+            rest = words[words.index("anybatch") + 1 :]
             while hasattr(command, "commands"):
                 command, rest = command.commands[rest[0]], rest[1:]
             context = command.make_context("anybatch", rest)  # which refuses unknown options
@@ -124,7 +126,7 @@ def test_settings_that_a_page_names_exist(page):
     assert not {name for name in named if not any(f"{name}.".startswith(f"{key}.") for key in keys)}
 
 
-def encoder_and_sides(rows: int = 8) -> dict[str, object]:
+def encoder_and_sides(rows: int = 8) -> dict[str, Any]:
     """What the code of a guide finds at hand: an encoder, inputs, ids, embeddings."""
     generator = torch.Generator().manual_seed(0)
     anchors, positives = torch.randn(2, rows, 12, generator=generator)
@@ -167,7 +169,7 @@ def test_the_code_for_outliving_runs():
 def test_the_code_for_inspection_runs():
     from anybatch import BatchPlan
 
-    names = encoder_and_sides() | {"plan": BatchPlan.random(64, 8)}
+    names: dict[str, Any] = encoder_and_sides() | {"plan": BatchPlan.random(64, 8)}
     (code,) = blocks(ROOT / "docs/inspect.md", "python")
     exec(code, names)
     assert names["error"].epoch_error > 0
@@ -175,7 +177,7 @@ def test_the_code_for_inspection_runs():
 
 def test_what_the_architecture_page_adds_works():
     """Its mask removes pairs, its schedule moves, counts training steps only and resumes, its loss halves negatives."""
-    names = {"anchor_id": np.arange(4), "positive_id": np.arange(4), "author": np.array([0, 0, 0, 1])}
+    names: dict[str, Any] = {"anchor_id": np.arange(4), "positive_id": np.arange(4), "author": np.array([0, 0, 0, 1])}
     for block in blocks(ROOT / "docs/architecture.md", "python"):
         exec(block, names)
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +198,7 @@ def test_what_the_architecture_page_adds_works():
     logits = one @ other.T / 0.05
     halved = torch.where(torch.eye(4, dtype=torch.bool), logits, logits - torch.tensor(2.0).log())
     both = [nn.functional.cross_entropy(scores, torch.arange(4)) for scores in (halved, halved.T)]
-    assert names["loss"](one, other).item() == pytest.approx(sum(both).item() / 2, abs=1e-5)
+    assert names["loss"](one, other).item() == pytest.approx(float(sum(both)) / 2, abs=1e-5)
 
 
 def test_the_readme_opens_with_a_script_that_runs(tmp_path, monkeypatch, caplog):
@@ -207,7 +209,7 @@ def test_the_readme_opens_with_a_script_that_runs(tmp_path, monkeypatch, caplog)
     assert len(script.splitlines()) <= 15
     start = ROOT / "docs/index.md"
     assert blocks(start, "python") == [script]
-    names = {}
+    names: dict[str, Any] = {}
     exec(script, names)
     assert names["trainer"].state.global_step == 2
     assert (tmp_path / "out/model/model.safetensors").exists()
