@@ -19,7 +19,7 @@ from tests.cli.test_cli import run
 from tests.cli.test_train_ranks import launch
 from tests.images import image
 
-PAGE = Path(__file__).parents[2] / "docs" / "self_supervised.md"
+PAGE = Path(__file__).parents[2] / "docs" / "images.md"
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +126,14 @@ def test_doctor(pictures, heard):
 
 
 def test_the_page(pictures, tmp_path, monkeypatch):
-    """The commands of docs/self_supervised.md, with a small model and few steps."""
+    """The commands of docs/images.md, with a small model and few steps."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(pictures)
-    [block] = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    [block] = [
+        code
+        for code in re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+        if "--views" in code
+    ]
     smaller = {
         "facebook/dinov2-small": "small-resnet",
         "256": "8",

@@ -35,6 +35,9 @@ class EMC2(SoftmaxLoss):
     The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
     not the gradient of that.
 
+    When: to study it. When not: low temperatures, where its gradient is too short. Evidence:
+    docs/benchmarks/global_loss.md.
+
     Args:
         num_rows: n, rows of the data set.
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.

@@ -32,6 +32,9 @@ class GloFND(SoftmaxLoss):
     shows too little. Its first value is the batch's quantile. Negatives removed by masks count for no share, and add
     nothing to the mean, as everywhere.
 
+    When: false negatives are likely and no ids tell them. When not: ids are known; use them. Evidence: one small run in
+    docs/log.md, what training says.
+
     Args:
         num_rows: n, rows of the data set.
         alpha: Share of the data that is dropped, in (0, 1). Published: .01 (100,000 images), .001 (3 million pairs).

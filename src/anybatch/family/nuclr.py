@@ -34,6 +34,8 @@ class NUCLR(SoftmaxLoss):
     in the discriminative model. The sum over all anchors is estimated by the batch's, times (n - 1) / (B - 1). The
     loss's value leaves out the mean of the margins over tau, which is the same for all embeddings.
 
+    When: some candidates are close to everything. Evidence: one small run in docs/log.md, what training says.
+
     Args:
         num_rows: n, rows of the data set.
         gamma: Weight of the new batch, or a `GammaSchedule`.

@@ -154,6 +154,8 @@ class SigLIP(PairwiseLoss):
     The paper's t is 1 / tau, trained through its logarithm, t' = log 10 at first; the bias starts at -10, because
     almost all pairs are negatives. Both are parameters of this Module: see that your optimizer trains them.
 
+    When: image-text pairs, as published. Evidence: one small run in docs/log.md, what training says.
+
     Args:
         bias: The bias at first; trained.
         scoring: See `OneTemperature`; `temperature` is tau at first.
@@ -215,6 +217,8 @@ class AUCCL(PairwiseLoss):
     multiplier margin - mean s+ + mean s-) at their exact optimum for the batch, so there are no extra parameters and no
     second optimizer. A mean over negative pairs does not grow with the batch, which is why its optimum moves little
     with the batch size. Log-weights weigh the mean.
+
+    When: to study it. Evidence: the formula is tested; no training of ours.
 
     Args:
         margin: Wanted lead of a positive, in units of cosine similarity.

@@ -34,6 +34,9 @@ class FastCLIP(SoftmaxLoss):
     counts the derivative through the similarities twice against the other two terms, and divides v2's Adam step by the
     second moment in place of its root; neither is reproduced. v2 here steps with momentum, as iSogCLR does.
 
+    When: two modalities, or a temperature that is not known (v3). Evidence: small runs in docs/log.md, what training
+    says.
+
     Args:
         num_rows: n, rows of the data set.
         version: "v0" to "v3".
@@ -130,6 +133,9 @@ class ISogCLR(SoftmaxLoss):
     Temperatures and their momentum are buffers: saved in `state_dict`, updated once a call in training mode with
     gradients enabled, by their own rate, after the gradient of the embeddings was taken at the old temperatures.
 
+    When: long-tailed data; an anchor with many close negatives gets a high temperature. Evidence: small runs in
+    docs/log.md, what training says.
+
     Args:
         num_rows: n, rows of the data set.
         rho: Radius: larger lets a row's weight concentrate on fewer negatives, and lowers its temperature. Published: 6
@@ -188,6 +194,9 @@ class TempNet(SoftmaxLoss):
         tau_i      = low + (high - low) sigmoid(net(embedding_i)),     the embedding taken as a constant
         F          = mean_i tau_i (log(eps + u_i) + rho)
         dF/d theta = mean_i (log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i) d tau_i / d theta
+
+    When: as `ISogCLR`, and temperatures are wanted for new rows. Evidence: small runs in docs/log.md, what training
+    says.
 
     Args:
         num_rows: n, rows of the data set.

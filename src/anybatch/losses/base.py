@@ -400,7 +400,7 @@ def _check_one_of(chosen: Mapping[str, Any]) -> None:
         raise AnybatchError(
             f"{' and '.join(f'{name}={chosen[name]!r}' for name in given)} are given; expected at most one of joint, "
             "positives_by and hardness. Leave out the others; for several positives among both views of a batch see "
-            "docs/losses.md."
+            "docs/outlive.md."
         )
 
 

@@ -40,6 +40,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     used relative to the mean of this one, which takes that common drift away: unit(x~ - mean(its batch) + mean(this
     batch)). Without, training from scratch loses what the memory gains, or collapses (docs/log.md).
 
+    When: batches of up to 256, where it is recommended. When not: steps that move embeddings far (batches of 1,024 from
+    scratch), or batches of an eighth of the data. Evidence: docs/recipe.md; each part alone: docs/log.md.
+
     Args:
         num_rows: n, rows of the data set.
         memory_size: S, pairs remembered: the newest. A row's older pair leaves when the row comes again. More than some

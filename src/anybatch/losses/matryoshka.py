@@ -24,6 +24,8 @@ class Matryoshka(State):
     products). Every prefix has a loss of its own: its own memory, thresholds and learned temperature, because a
     denominator of one width says nothing of another.
 
+    When: shortened embeddings must be good too. Evidence: the formula is tested; no training of ours.
+
     Args:
         loss: A loss of `anybatch.losses`, copied once a dimension as it stands; or one loss a dimension, for those that
             are made for a width (`TempNet`, `EMC2` with states).

@@ -3,7 +3,7 @@
 A moving average over few epochs has little to average, so `warm_start` computes every row's log-mean.
 
 Cost: encoding the data once (not done here), then n x n x D multiply-adds and as many exponentials a direction. With W
-ranks each takes its share of the rows. docs/memory.md has measured figures.
+ranks each takes its share of the rows. docs/benchmarks/memory.md has measured figures.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class DataConfig(Configuration):
         quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain
             characters); None for the usual rules, refusing a file that can be read both ways.
         views: 2: the data are one column of images without labels, of which two random views are a pair
-            (docs/self_supervised.md).
+            (docs/images.md).
         limit: Use only the first rows of each data set; None for all.
         skip_bad: Leave out rows that would be refused (an empty side, a value that is no text), and say which.
 
