@@ -491,7 +491,9 @@ def small_run() -> Case:
             loss=registry.LossConfig(
                 name="sogclr", direction="both", gamma=0.5, weights="inclusion", weight_cap=4.0, mask_suspects=True
             ),
-            train=TrainConfig(max_steps=6, micro_batch=5, log_steps=1, save_steps=6, learning_rate=1e-3),
+            train=TrainConfig(
+                micro_batch=5, save_steps=6, learning_rate=1e-3, args={"max_steps": 6, "logging_steps": 1}
+            ),
         )
         log = job.train(config).log
         trained = SentenceTransformer(str(folder / "run" / "model"), device="cpu").state_dict()

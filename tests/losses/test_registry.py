@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import pickle
 import subprocess
 import sys
@@ -52,7 +51,7 @@ def test_settings_reach_their_method():
     assert (loss.temperatures.per_row, loss.temperatures.rho, loss.temperatures.limits) == (True, 7.0, (0.01, 0.2))
     assert (loss.denominator.gamma.gamma, loss.denominator.gamma.num_steps) == (0.3, 8)
     assert build_loss(LossConfig(name="sogclr", gamma=0.3), num_rows=10).denominator.gamma == 0.3
-    assert build_loss(LossConfig(name="sogclr"), num_rows=11).denominator.log_eps == pytest.approx(math.log(0.1))
+    assert build_loss(LossConfig(name="sogclr"), num_rows=11).denominator.eps == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +69,8 @@ def test_settings_reach_their_method():
         ({"name": "infonce", "weights": "inclusion"}, "does not define"),
         ({"temperature": 0.0}, "loss.temperature"),
         (
-            {"name": "fastclip", "temperature_lr": 0.1},
-            "loss.temperature_lr is given, which fastclip's v3 does not use: it is for v2. Remove it",
+            {"name": "fastclip", "version": "v1", "temperature_lr": 0.1},
+            "loss.temperature_lr is given, which fastclip's v1 does not use: it is for v0, v2, v3. Remove it",
         ),
         ({"name": "fastclip", "version": "v0", "rho": 7.0}, "fastclip's v0 does not use: it is for v2, v3"),
         ({"name": "fastclip", "version": "v1", "rho": 7.0}, "loss.rho is given"),

@@ -31,9 +31,12 @@ class EMC2(SoftmaxLoss):
     whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the
     drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one: the
     anchor has no negative while the chain stays there, which costs most of the gradient when the temperature is low
-    (docs/methods.md has figures).
+    (docs/log.md has figures).
     The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
     not the gradient of that.
+
+    When: to study it. When not: low temperatures, where its gradient is too short. Evidence:
+    docs/benchmarks/global_loss.md.
 
     Args:
         num_rows: n, rows of the data set.
@@ -42,11 +45,6 @@ class EMC2(SoftmaxLoss):
             if uninterrupted, and several ranks draw what one process would (with explicit negatives another sample,
             whose order follows the ranks).
         scoring: See `OneTemperature`.
-
-    The chains and the number of steps are buffers, updated once a call in training mode with gradients enabled.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call: `index` missing or out of range.
 
     Cost: 4 bytes a row and direction; M steps one after the other for all rows of a tile at once; "both" directions
     cost two runs of the engine. Reference: Yau et al. 2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive

@@ -32,19 +32,12 @@ from anybatch.losses.parts import Batch, GlobalTemperature
 
 
 class Outcome(NamedTuple):
-    """What a method makes of the sums over all ranks.
-
-    Attributes:
-        loss: Scalar.
-        d_positive: (B,) derivative of the loss by this rank's positive scores.
-        negative_scale: Scalar by which the derivatives that `of_negatives` gave are multiplied.
-        d_parameters: (P,) derivative of the loss by the method's parameters.
-    """
+    """What a method makes of the sums over all ranks: the loss, and derivatives of it."""
 
     loss: Tensor
-    d_positive: Tensor
-    negative_scale: Tensor
-    d_parameters: Tensor
+    d_positive: Tensor  # (B,) by this rank's positive scores
+    negative_scale: Tensor  # by which what `_of_negatives` gave is multiplied
+    d_parameters: Tensor  # (P,) by the method's parameters
 
 
 class PairwiseLoss(ContrastiveLoss):
@@ -161,6 +154,8 @@ class SigLIP(PairwiseLoss):
     The paper's t is 1 / tau, trained through its logarithm, t' = log 10 at first; the bias starts at -10, because
     almost all pairs are negatives. Both are parameters of this Module: see that your optimizer trains them.
 
+    When: image-text pairs, as published. Evidence: one small run in docs/log.md, what training says.
+
     Args:
         bias: The bias at first; trained.
         scoring: See `OneTemperature`; `temperature` is tau at first.
@@ -222,6 +217,8 @@ class AUCCL(PairwiseLoss):
     multiplier margin - mean s+ + mean s-) at their exact optimum for the batch, so there are no extra parameters and no
     second optimizer. A mean over negative pairs does not grow with the batch, which is why its optimum moves little
     with the batch size. Log-weights weigh the mean.
+
+    When: to study it. Evidence: the formula is tested; no training of ours.
 
     Args:
         margin: Wanted lead of a positive, in units of cosine similarity.

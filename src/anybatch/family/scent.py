@@ -59,6 +59,9 @@ class SCENT(SoftmaxLoss):
     so a row with a large denominator, whose batches vary most, follows them faster. The loss and its gradient are those
     of `SogCLR`, absolute state and exact weight of the positive included; u_i in the step is relative to the positive.
 
+    When: as `SogCLR`; rows with a large denominator follow their batches faster. Evidence: docs/log.md, what training
+    says.
+
     Args:
         num_rows: n, rows of the data set.
         alpha: Step, above 0: gamma is one half where u_i = 1 / alpha. u_i has no natural scale: at temperature .05 it
@@ -75,9 +78,6 @@ class SCENT(SoftmaxLoss):
 
     A row's first visit takes the batch's value whole; that is a flag of its own (the released code takes nu = 0 for
     it).
-
-    Raises:
-        AnybatchError: alpha or eps out of range; in a call as `SogCLR`.
 
     Cost: that of `SogCLR`. Reference: "SCENT", stochastic optimization of compositional entropic risks, arXiv
     2602.02877.

@@ -26,7 +26,21 @@ from anybatch.losses.engine import Side, SoftmaxStats
 from anybatch.losses.parts import Batch, Temperature, check_rho, times_temperature
 
 
-class PerRowTemperature(Temperature):
+class RobustTemperature(Temperature):
+    """Abstract: temperatures in a range, of which each is a factor of its row's objective."""
+
+    def __init__(self, num_rows: int | None, *, initial: float, limits: Range, rho: float) -> None:
+        super().__init__(num_rows)
+        check_limits(limits, initial)
+        check_rho(rho)
+        self.limits, self.rho = limits, rho
+
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """See `Part.ask`."""
+        return times_temperature(side, self.rho, len(batch.anchors))
+
+
+class PerRowTemperature(RobustTemperature):
     """A temperature per row and direction, stepped with momentum, by its own rate, after the gradient was taken at the
     old temperatures. `steps`: see `PerRowValues`.
     """
@@ -36,10 +50,7 @@ class PerRowTemperature(Temperature):
     def __init__(
         self, num_rows: int, directions: int, *, initial: float, limits: Range, rho: float, **steps: float
     ) -> None:
-        super().__init__(num_rows)
-        check_limits(limits, initial)
-        check_rho(rho)
-        self.limits, self.rho = limits, rho
+        super().__init__(num_rows, initial=initial, limits=limits, rho=rho)
         self.rows = PerRowValues(num_rows, directions, initial=initial, limits=limits, **steps)
 
     @property
@@ -51,10 +62,6 @@ class PerRowTemperature(Temperature):
         """See `Temperature.of`."""
         return self.rows.of(batch.rows, direction=direction, dtype=batch.anchors.dtype)
 
-    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
-        """See `Part.ask`."""
-        return times_temperature(side, self.rho, len(batch.anchors))
-
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
         for direction, figures in enumerate(stats) if batch.updating else ():
@@ -63,7 +70,7 @@ class PerRowTemperature(Temperature):
         return loss
 
 
-class NetworkTemperature(Temperature):
+class NetworkTemperature(RobustTemperature):
     """A temperature from the embedding: low + (high - low) * sigmoid(net(embedding)), one network a direction.
 
     The embedding is a constant to the network: it learns from the temperatures' derivatives alone. Every rank evaluates
@@ -88,12 +95,10 @@ class NetworkTemperature(Temperature):
         hidden: int = 64,
         net: nn.ModuleList | None = None,
     ) -> None:
-        super().__init__()
-        check_limits(limits, initial)
-        check_rho(rho)
+        super().__init__(None, initial=initial, limits=limits, rho=rho)
         if net is not None and len(net) != directions:
             raise AnybatchError(f"net holds {len(net)} modules; expected one a direction, {directions}.")
-        self.limits, self.rho, self._mean = limits, rho, initial
+        self._mean = initial
         low, high = limits
         share = min(max((initial - low) / (high - low), 1e-3), 1 - 1e-3)
         self.net = nn.ModuleList() if net is None else net
@@ -119,10 +124,6 @@ class NetworkTemperature(Temperature):
             raw = self.net[direction](embeddings_all.to(parameter.dtype)).reshape(-1)
         batch.kept[direction] = (low + (high - low) * raw.sigmoid()).to(embeddings.dtype)
         return batch.kept[direction][distributed.own_part(sizes)].detach()
-
-    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
-        """See `Part.ask`."""
-        return times_temperature(side, self.rho, len(batch.anchors))
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""

@@ -112,6 +112,9 @@ class Known(TypedDict, total=False):
 class ContrastiveLoss(State):
     """Abstract base of all losses: one call for all of them. A subclass supplies `_of`.
 
+    A constructor refuses values out of range, and options that the loss does not have, with an AnybatchError. What a
+    loss remembers is in `state_dict`; it changes once a call, in training mode with gradients enabled.
+
     Args:
         tau: The temperature; None for one for all rows, made from `scoring`.
         scoring: See `Scoring`; without `tau` `OneTemperature`.
@@ -397,7 +400,7 @@ def _check_one_of(chosen: Mapping[str, Any]) -> None:
         raise AnybatchError(
             f"{' and '.join(f'{name}={chosen[name]!r}' for name in given)} are given; expected at most one of joint, "
             "positives_by and hardness. Leave out the others; for several positives among both views of a batch see "
-            "docs/losses.md."
+            "docs/outlive.md."
         )
 
 

@@ -64,19 +64,12 @@ class CountCorrected(Denominator):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Visits:
-    """Which rows the batches of all ranks visit. `of` costs a gather of sizes and one of the rows.
+    """Which rows the batches of all ranks visit. `of` costs a gather of sizes and one of the rows."""
 
-    Attributes:
-        rows: (R,) int64, distinct and ascending; the same on every rank.
-        inverse: (B_all,) which of them each place of the batch holds.
-        sizes: Places by rank.
-        own: This rank's places.
-    """
-
-    rows: Tensor
-    inverse: Tensor
-    sizes: list[int]
-    own: slice
+    rows: Tensor  # (R,) int64, distinct and ascending; the same on every rank
+    inverse: Tensor  # (B_all,) which of them each place of the batch holds
+    sizes: list[int]  # places by rank
+    own: slice  # this rank's places
 
     @classmethod
     def of(cls, index: Tensor) -> Visits:
@@ -164,11 +157,10 @@ class RunningDenominator(Denominator):
             self.register_rows("made_at", fresh=torch.nan, directions=directions)
 
     @property
-    def log_eps(self) -> float:
-        """Log of what is added to u_i, relative to the positive."""
+    def eps(self) -> float:
+        """What is added to u_i, relative to the positive."""
         assert self.num_rows is not None
-        eps = 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
-        return math.log(eps) if eps > 0 else -math.inf
+        return 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
 
     @property
     def visited(self) -> Tensor:
@@ -182,7 +174,7 @@ class RunningDenominator(Denominator):
             denominator=self,
             visits=Visits.of(batch.rows),
             direction=direction,
-            log_eps=self.log_eps,
+            log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
             normalised=normalised,
             update=batch.updating,
             dimensions=batch.anchors.shape[1],
@@ -288,16 +280,7 @@ class RunningDenominator(Denominator):
 
 @dataclass(frozen=True, kw_only=True)
 class RunningRule:
-    """A running log-mean, plus eps.
-
-    Attributes:
-        level: (B,) logits of the positives, s_ip / tau, of an absolute state; None of a relative one.
-        temperature: (B,) of an absolute state whose temperature moves; else None.
-        constant: Added to the objective.
-        dropped: (B,) candidates that the method takes out of the data set, so that the mean is not over them; None for
-            none.
-        row_wise: False: asked for all rows of the batch at once, among which a row may occur twice.
-    """
+    """A running log-mean, plus eps."""
 
     denominator: RunningDenominator
     visits: Visits
@@ -306,11 +289,11 @@ class RunningRule:
     normalised: bool
     update: bool
     dimensions: int
-    level: Tensor | None = None
-    temperature: Tensor | None = None
-    constant: float = 0.0
-    dropped: Tensor | None = None
-    row_wise: bool = False
+    level: Tensor | None = None  # (B,) logits of the positives, s_ip / tau, of an absolute state
+    temperature: Tensor | None = None  # (B,) of an absolute state whose temperature moves
+    constant: float = 0.0  # added to the objective
+    dropped: Tensor | None = None  # (B,) candidates that are taken out of the data set: the mean is not over them
+    row_wise: bool = False  # asked for all rows of the batch at once, among which a row may occur twice
 
     @property
     def repeated(self) -> Tensor:

@@ -39,6 +39,7 @@ class Term(Protocol):
             back: Queries are positives and candidates anchors; False: queries are anchors, candidates positives and
                 explicit negatives.
         """
+        ...
 
 
 def _is_normalised(term: Term) -> bool:

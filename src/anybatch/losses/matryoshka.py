@@ -24,6 +24,8 @@ class Matryoshka(State):
     products). Every prefix has a loss of its own: its own memory, thresholds and learned temperature, because a
     denominator of one width says nothing of another.
 
+    When: shortened embeddings must be good too. Evidence: the formula is tested; no training of ours.
+
     Args:
         loss: A loss of `anybatch.losses`, copied once a dimension as it stands; or one loss a dimension, for those that
             are made for a width (`TempNet`, `EMC2` with states).
@@ -31,10 +33,6 @@ class Matryoshka(State):
         weights: One a dimension, 0 or more; None for 1 each. The sum is not divided by them.
 
     The embeddings are one leaf and receive one gradient, so that a cached step replays the encoder once.
-
-    Raises:
-        AnybatchError: Dimensions or weights that make no sense; in a call: embeddings narrower than a prefix; what the
-            loss refuses.
 
     Cost: that of the losses: matrix products over sum_k d_k dimensions, the pointwise part once a dimension, memory and
     collectives once a dimension. Four prefixes of 384 dimensions cost about two plain losses.

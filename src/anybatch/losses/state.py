@@ -63,9 +63,8 @@ class State(nn.Module):
         """Bind the saved state to the number of rows, a version and a width."""
         self.register_buffer("version", torch.tensor(VERSION))
         self.register_buffer("embedding_width", torch.tensor(0))
-        self.register_buffer(
-            "shard", torch.tensor([0, 0 if self.sharded else 1, self.num_rows])
-        )  # 0 ranks: not yet known
+        ranks = 0 if self.sharded else 1  # 0: not yet known
+        self.register_buffer("shard", torch.tensor([0, ranks, self.num_rows]))
 
     def register_rows(self, name: str, *, fresh: float, directions: int, width: tuple[int, ...] = ()) -> None:
         """Register a float32 buffer (directions, rows, *width) that holds `fresh`."""
@@ -179,10 +178,8 @@ class State(nn.Module):
         missing, unexpected = (
             sorted(name.removeprefix(prefix) for name in names) for names in (wanted - saved, saved - wanted)
         )
-        elsewhere = (
-            prefix and not saved
-        )  # a part of a model, whose state may have its own file; strictly, torch refuses it
-        if (missing or unexpected) and not elsewhere:
+        # Of a part of a model the state may have its own file; strictly, torch refuses that.
+        if (missing or unexpected) and (saved or not prefix):
             raise AnybatchError(
                 f"The saved state is of another loss than this {type(self).__name__}: missing are {_listed(missing)}, "
                 "unknown here are "

@@ -3,7 +3,7 @@
 A moving average over few epochs has little to average, so `warm_start` computes every row's log-mean.
 
 Cost: encoding the data once (not done here), then n x n x D multiply-adds and as many exponentials a direction. With W
-ranks each takes its share of the rows. docs/memory.md has measured figures.
+ranks each takes its share of the rows. docs/benchmarks/memory.md has measured figures.
 """
 
 from __future__ import annotations
@@ -119,21 +119,14 @@ def warm_start(
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The two sides of a data set, from one direction's point of view; `make_table` checks them.
+    """The two sides of a data set, from one direction's point of view; `make_table` checks them."""
 
-    Attributes:
-        queries, targets: (n, D) arrays, memory maps or tensors; row i of the one belongs to row i of the other.
-        query_id, target_id: (n,) int64; equal for equal content. None if all differ.
-        normalize: L2-normalise rows when they are read.
-        device: Where to compute.
-    """
-
-    queries: Embeddings
-    targets: Embeddings
-    query_id: Tensor | None
+    queries: Embeddings  # (n, D) array, memory map or tensor
+    targets: Embeddings  # (n, D), row i belongs to row i of the queries
+    query_id: Tensor | None  # (n,) int64; equal for equal content; None if all differ
     target_id: Tensor | None
-    normalize: bool
-    device: torch.device
+    normalize: bool  # L2-normalise rows when they are read
+    device: torch.device  # where to compute
 
     def reversed(self) -> Table:
         """The candidate-to-anchor direction."""

@@ -90,7 +90,7 @@ def mine_plan(
         bytes a row and rank of the window, and about as much again three times for the graph.
 
     Reference: Thirukovalluru et al. 2025, "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch
-    Mining", arXiv 2505.11293, section 3, and what this library does differently in docs/mining.md.
+    Mining", arXiv 2505.11293, section 3, and what this library does differently in docs/choose.md.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)

@@ -91,20 +91,15 @@ def best_columns(
 class _Reservoirs(NamedTuple):
     """What is kept of each row of a block.
 
-    Attributes:
-        keys: (B, capacity) uint64: a score's bits, made monotone, above the complement of the column number.
-            Comparing keys compares scores, and column numbers where scores are equal: the order of pieces is no matter.
-        counts, bars: (B,) keys in use, and the score that a column must reach.
-        rows: (B,) row numbers.
-        anchor_id, positive_id: Of all rows.
-        num_kept: k.
+    A key is a score's bits, made monotone, above the complement of the column number: comparing keys compares scores,
+    and column numbers where scores are equal, so that the order of pieces is no matter.
     """
 
-    keys: np.ndarray
-    counts: np.ndarray
-    bars: np.ndarray
-    rows: np.ndarray
-    anchor_id: np.ndarray
+    keys: np.ndarray  # (B, capacity) uint64
+    counts: np.ndarray  # (B,) keys in use
+    bars: np.ndarray  # (B,) the score that a column must reach
+    rows: np.ndarray  # (B,) row numbers
+    anchor_id: np.ndarray  # of all rows
     positive_id: np.ndarray
     num_kept: int
 

@@ -11,17 +11,13 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Chances:
-    """That a given other row of the same data set is in the batch of an anchor that is sampled.
+    """That a given other row of the same data set is in the batch of an anchor that is sampled."""
 
-    Attributes:
-        same, other, remainder: The anchor is in a cluster, the other row in the same, in another, in none. `same` is 1
-            where no other row can be in the same: clusters of one row, a data set without clusters.
-        from_remainder, between_remainders: The anchor is in no cluster, the other row is in one, in none.
-    """
-
+    # The anchor is in a cluster, the other row in the same (1 where none can be), in another, in none.
     same: float = 0.0
     other: float = 0.0
     remainder: float = 0.0
+    # The anchor is in no cluster, the other row is in one, in none.
     from_remainder: float = 0.0
     between_remainders: float = 0.0
 
@@ -74,12 +70,6 @@ class ClusterSampling:
     def num_single_rows(self) -> int:
         """Rows of small data sets in an epoch: at most half of its places."""
         return min(sum(self.single_quotas), self._num_places // 2)
-
-    @property
-    def single_rows(self) -> list[float]:
-        """For each data set without a cluster its rows in an epoch, on average."""
-        kept = self.num_single_rows / max(1, sum(self.single_quotas))
-        return [quota * kept for quota in self.single_quotas]
 
     @property
     def sampled_shares(self) -> list[float]:

@@ -11,16 +11,17 @@ from dataclasses import fields, replace
 from anybatch.core import distributed
 from anybatch.data.pairs import PairData
 from anybatch.losses.registry import AUTO, recommended
+from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig
-from anybatch.run.read_data import existing_plan
 
 logger = logging.getLogger("anybatch")
 
 
-def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
+def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> RunConfig:
     """The configuration with a method in place of each "auto", said aloud by the first rank.
 
-    The same configuration and data give the same recipe, so that a run is resumed with it.
+    `plan` is the one that exists already. The same configuration and data give the same recipe, so that a run is
+    resumed with it.
 
     Raises:
         AnybatchError: Settings given beside "auto" that what is chosen does not have.
@@ -40,7 +41,9 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
         name, why = recommended(config.batch_size)
         loss = loss.named(name)
         reasons.append(f"loss.name={loss.name} (batches of {config.batch_size}: {why})")
-    mined = _is_mined(config)
+    mined = config.mining.method != "random"
+    if config.plan is not None:
+        mined = plan is not None and plan.cluster_size > 1
     if loss.weights == AUTO:
         weights = "inclusion" if mined and loss.example().inclusion else "none"
         loss = replace(loss, weights=weights)
@@ -56,24 +59,14 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
 
 
 def recipe_line(asked: RunConfig, chosen: RunConfig) -> str:
-    """What a model card says of the settings that make the method: by rule or given, with the loss's own options."""
-
-    def shown(setting: str, value: str, given: str) -> str:
-        return f"{setting}={value} ({'recommended' if given == AUTO else 'given'})"
-
-    plan = chosen.plan is not None
-    batches = "a plan (given)" if plan else shown("mining.method", chosen.mining.method, asked.mining.method)
+    """What a model card says of the settings that make the method: by rule or as given, with the loss's own options."""
+    by_rule = AUTO in (asked.loss.name, asked.mining.method)
+    batches = f"the plan {chosen.plan}" if chosen.plan is not None else f"mining.method={chosen.mining.method}"
     told_elsewhere = ("name", "temperature", "weights", "mask_suspects")
     options = [
         f"loss.{field.name}={getattr(chosen.loss, field.name)}"
         for field in fields(chosen.loss)
         if field.name not in told_elsewhere and getattr(chosen.loss, field.name) != field.default
     ]
-    return ", ".join([shown("loss.name", chosen.loss.name, asked.loss.name), *options, batches])
-
-
-def _is_mined(config: RunConfig) -> bool:
-    if config.plan is None:
-        return config.mining.method != "random"
-    plan = existing_plan(config)
-    return plan is not None and plan.cluster_size > 1
+    line = ", ".join([f"loss.name={chosen.loss.name}", *options, batches])
+    return f"{line} ({'the recommended recipe' if by_rule else 'as given'})"

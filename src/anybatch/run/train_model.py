@@ -64,7 +64,7 @@ def train_on_plan(
     if config.data.views is not None:
         dataset, kind = dataset.remove_columns("positive"), partial(TwoViewLoss, seed=config.seed)
         columns = {name: column for name, column in columns.items() if name != "positive"}
-        settings = replace(settings, schedule=settings.schedule or "cosine")
+        settings = replace(settings, args={"lr_scheduler_type": "cosine", **settings.args})
     loss = kind(
         model,
         inner,

@@ -27,12 +27,12 @@ TRIED_ROWS = 4
 KINDS = {1: "texts", 2: "images", 3: "texts with images"}  # of rows, as `kinds_of_rows` numbers them
 
 
-def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> None:
+def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer, plan: BatchPlan | None = None) -> None:
     """One training step on a few rows of each kind: what the cached step refuses is refused here, on every rank."""
     with distributed.alone() as chosen, forgotten(model):
         if not chosen:
             return
-        check_kinds(config, pairs, model)
+        check_kinds(config, pairs, model, plan)
         if config.train.gradient_checkpointing:
             checkpoint_layers(model)
         loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device)
@@ -45,7 +45,7 @@ def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> 
             cached(inputs, torch.from_numpy(rows).to(model.device)).backward()
 
 
-def check_kinds(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> None:
+def check_kinds(config: RunConfig, pairs: PairData, model: SentenceTransformer, plan: BatchPlan | None) -> None:
     """Refuse sides that the model does not read, or not in one batch."""
     names = ("anchors", "positives", *["negatives"] * len(pairs.negatives))
     for column in pairs.prompted:
@@ -55,7 +55,7 @@ def check_kinds(config: RunConfig, pairs: PairData, model: SentenceTransformer) 
     if not mixed or _reads_all_together(model):
         return
     # One data set after the other, where batches are of one.
-    mixing = config.mining.mixing if config.plan is None else BatchPlan.load(config.plan).mixing
+    mixing = config.mining.mixing if plan is None else plan.mixing
     apart = mixing == "within" and pairs.sets
     ends = np.cumsum([of_set.num_rows for of_set in pairs.sets])[:-1] if apart else []
     for name, of_column in mixed:

@@ -22,6 +22,7 @@ from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write
 from anybatch.integrations.sentence_transformers.batches import PlanBatches
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.sets import check_numbers, num_rows_of
+from anybatch.losses.parts import GlobalTemperature
 from anybatch.losses.state import State, grown_state, join_shards
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
@@ -118,6 +119,14 @@ class LossStateCallback(TrainerCallback):
         for loss in self.losses.values():
             loss.step = state.global_step
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give learned temperatures the rate of their own, in place of the schedule's."""
+        rates = {id(part.log_temperature): part.current_lr for _, part in own_rates(_state_of(self.losses))}
+        for group in kwargs["optimizer"].param_groups if rates else ():
+            found = {rates.get(id(parameter)) for parameter in group["params"]}
+            if len(found) == 1 and None not in found:
+                group["lr"] = found.pop()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the loss to the checkpoint (of a sharded memory each rank its part), and last the list of contents."""
         folder = Path(self.folder or str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -138,6 +147,16 @@ class LossStateCallback(TrainerCallback):
         for name, loss in self.losses.items():
             figures = getattr(loss.loss, "last_stats", None) or {}
             add_to_log(state, logs, {f"{name}_{key}" if name else key: value for key, value in figures.items()})
+
+
+def own_rates(losses: nn.Module) -> list[tuple[str, GlobalTemperature]]:
+    """The learned temperatures with a rate of their own, and the names of their parameters."""
+    parts = [(name, part) for name, part in losses.named_modules() if isinstance(part, GlobalTemperature)]
+    return [
+        (f"{name}.log_temperature", part)
+        for name, part in parts
+        if part.log_temperature is not None and part.lr is not None
+    ]
 
 
 def add_to_log(state: Any, logs: dict[str, Any] | None, figures: Mapping[str, float]) -> bool:

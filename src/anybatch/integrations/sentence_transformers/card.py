@@ -48,12 +48,12 @@ class ModelCard(SentenceTransformerModelCardData):
 
 def card_of(model: Any) -> ModelCard | None:
     """The model's card, made one of ours and tagged; None where it is of a user's own class, which is tagged alone."""
-    card: Any = model.model_card_data
+    card = model.model_card_data
     card.version["anybatch"] = __version__
     card.add_tags(["anybatch", f"anybatch:{__version__}"])
     if type(card) is SentenceTransformerModelCardData:
         card.__class__ = ModelCard
-        card.training, card.figures, card.template_path = {}, {}, TEMPLATE
+        vars(card).update(training={}, figures={}, template_path=TEMPLATE)
     return card if isinstance(card, ModelCard) else None
 
 

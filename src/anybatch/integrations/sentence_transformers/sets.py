@@ -13,9 +13,10 @@ from sentence_transformers.util.dataset import DEFAULT_LABEL_COLUMNS
 from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.images import ImageColumn, holds_images
+from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import Column
 from anybatch.data.pairs import PairData, PairSet, join_pairs
+from anybatch.data.records import is_image
 from anybatch.losses.rows import RowTable
 
 REPEATS = 100  # rows with a number that another row has: so many are compared with it
@@ -88,7 +89,7 @@ def _pairs_of(name: str, dataset: Dataset) -> PairData:
 
 def cells_of(dataset: Dataset, column: str) -> Column | None:
     """Texts (None for a negative that a row lacks), or images as they are stored; None for anything else."""
-    if holds_images(dataset, column):
+    if is_image(dataset.features.get(column)):
         return ImageColumn.of(dataset, column, "the training set")
     if getattr(dataset.features[column], "dtype", None) in ("string", "large_string"):
         return dataset.with_format(None)[column][:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from anybatch.integrations.sentence_transformers.callback import (
     LossStateCallback,
     checkpoint_steps,
     last_whole_checkpoint,
+    own_rates,
 )
 from anybatch.integrations.sentence_transformers.collating import ImageCollator, undecoded
 from anybatch.integrations.sentence_transformers.loss import BARE, CachedLoss, cached_in, check_wrappers, is_ours
@@ -237,6 +239,14 @@ class Trainer(SentenceTransformerTrainer):
         super().add_model_card_callback(default_args_dict)
         self.train_dataset, self.eval_dataset = sets
 
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """A learned temperature with a rate of its own is a group of its own."""
+        named = nn.ModuleDict(self.loss) if isinstance(self.loss, dict) else self.loss
+        own = {f"^{re.escape(name)}$": part.lr for name, part in own_rates(named)}
+        args = copy.copy(args)
+        args.learning_rate_mapping = own | args.learning_rate_mapping
+        return super().get_optimizer_cls_and_kwargs(args, model)
+
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Decay would pull a learned log-temperature to 0, the temperature to 1."""
         free = {id(parameter) for one in self._cached.values() for parameter in one.loss.parameters()}
@@ -245,8 +255,10 @@ class Trainer(SentenceTransformerTrainer):
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """None after a resume from the last step in mid-epoch, where the base class would train one more."""
-        done = self.state.global_step >= self.state.max_steps
-        return ([], None) if done else super().get_batch_samples(*arguments, **options)
+        return ([], None) if self._has_ended() else super().get_batch_samples(*arguments, **options)
+
+    def _has_ended(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
 
 
 def _is_function(loss: Any) -> bool:

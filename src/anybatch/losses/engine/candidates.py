@@ -58,23 +58,14 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """Candidates that are scored at once.
+    """Candidates that are scored at once."""
 
-    Attributes:
-        candidates: (m, D).
-        gradient: (m, D), to be added to; None in a pass without gradients.
-        columns: Where they are among the columns of all ranks.
-        rows: The rows among all whose positives are in the block.
-        positives: Which of the block's columns those are, in the order of the rows.
-        own: Whether the positives of this rank's rows are in the block.
-    """
-
-    candidates: Tensor
-    gradient: Tensor | None
-    columns: slice
-    rows: slice
-    positives: Tensor | slice
-    own: bool
+    candidates: Tensor  # (m, D)
+    gradient: Tensor | None  # (m, D), to be added to; None in a pass without gradients
+    columns: slice  # where they are among the columns of all ranks
+    rows: slice  # the rows among all whose positives are in the block
+    positives: Tensor | slice  # which of the block's columns those are, in the order of the rows
+    own: bool  # whether the positives of this rank's rows are in the block
 
 
 class Gathered:

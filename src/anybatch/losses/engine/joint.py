@@ -164,14 +164,10 @@ class JointRule:
     """One denominator for the two rows of a pair, of which the first states the objective.
 
     Each row's factor is 2: the mean is over twice as many rows as there are pairs.
-
-    Attributes:
-        rule: Of the pairs.
-        num_positives: Terms of the own positive in the denominator: "doc_to_query" has it a second time.
     """
 
-    rule: Rule
-    num_positives: int
+    rule: Rule  # of the pairs
+    num_positives: int  # terms of the own positive in the denominator: "doc_to_query" has it a second time
     row_wise: bool = False
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
