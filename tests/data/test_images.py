@@ -20,7 +20,7 @@ from anybatch.data.inputs import describe, pick
 from anybatch.data.pairs import PairData, PairSet, join_pairs
 from anybatch.data.reading import read_pairs
 from anybatch.data.sets import find_sets
-from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
+from anybatch.integrations.sentence_transformers import PlanBatches, with_index
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.hard_negatives import with_mined_negatives
 from tests.images import caption, image, save_pairs

@@ -142,7 +142,7 @@ def test_a_run_tells_its_recipe_its_teacher_and_its_figures(tiny_model_folder, p
             batch_size=8,
             mining=MiningConfig(cluster_size=2, window=(1, 6)),
             loss=LossConfig(name="sogclr", gamma=0.5),
-            train=TrainConfig(max_steps=2, save_steps=2, micro_batch=4),
+            train=TrainConfig(save_steps=2, micro_batch=4, args={"max_steps": 2}),
             evaluation=EvaluationConfig(path=str(pairs_file)),
         )
     )

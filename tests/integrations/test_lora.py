@@ -123,8 +123,8 @@ def test_what_the_library_refuses_is_one_message(tiny_model_folder, settings, ma
 
 
 def test_settings_reach_loader_and_processor(tiny_model_folder):
-    given = {"kwargs": {"attn_implementation": "eager"}, "processor": {"model_max_length": 9}}
-    model = load_model(ModelConfig(name=str(tiny_model_folder), device="cpu", **given))
+    given = {"attn_implementation": "eager", "processor": {"model_max_length": 9}}
+    model = load_model(ModelConfig(name=str(tiny_model_folder), device="cpu", kwargs=given))
     assert model[0].model.config._attn_implementation == "eager"
     assert model.preprocess([sentence(1, 20)])["input_ids"].shape == (1, 9)
     assert given["processor"] == {"model_max_length": 9}, "the library writes into what it is given"

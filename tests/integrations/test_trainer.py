@@ -494,7 +494,7 @@ SCRIPT = """
 import json, os, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from tests.integrations.test_trainer import trainer
+from tests.integrations.test_trainer import BATCH, arguments, trainer
 seen = []
 ranks = int(os.environ.get("WORLD_SIZE", 1))
 training, loss = trainer(Path(sys.argv[1]), Path(sys.argv[2]), seen=seen, world_size=ranks)

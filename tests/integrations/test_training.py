@@ -274,7 +274,7 @@ def test_fastclips_temperature_has_its_published_rate(temperature, tiny_model_fo
     """Constant while the encoder's has a schedule, a third of it at .03 and less: the steps of an AdamW of its own."""
     loss = FastCLIP(24, version="v3", temperature=temperature, temperature_range=(0.001, 1.0), temperature_lr=0.006)
     seen = Seen(loss)
-    train(tiny_model_folder, tmp_path, loss=loss, callbacks=[seen], epochs=3, warmup=0.5)
+    train(tiny_model_folder, tmp_path, loss=loss, callbacks=[seen], epochs=3, warmup_steps=0.5)
     twin = torch.nn.Parameter(torch.tensor(temperature).log())
     optimizer = torch.optim.AdamW([twin], lr=0.006 if temperature > 0.03 else 0.002, weight_decay=0.0)
     for value, gradient in seen.steps:

@@ -12,7 +12,7 @@ import torch
 from anybatch.cli.options import RunOptions
 from anybatch.core.errors import AnybatchError
 from anybatch.core.yaml_files import load_config, to_yaml
-from anybatch.integrations.sentence_transformers.training import optimizer_of
+from anybatch.integrations.sentence_transformers.arguments import optimizer_of
 from anybatch.losses.registry import build_loss
 from anybatch.run.config import RunConfig, resolved
 from anybatch.run.read_data import read_held_out, read_training_pairs

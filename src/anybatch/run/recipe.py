@@ -59,14 +59,17 @@ def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> R
 
 
 def recipe_line(asked: RunConfig, chosen: RunConfig) -> str:
-    """What a model card says of the settings that make the method: by rule or as given, with the loss's own options."""
-    by_rule = AUTO in (asked.loss.name, asked.mining.method)
-    batches = f"the plan {chosen.plan}" if chosen.plan is not None else f"mining.method={chosen.mining.method}"
+    """What a model card says of the settings that make the method: by rule or given, with the loss's own options."""
+
+    def shown(setting: str, value: str, given: str) -> str:
+        return f"{setting}={value} ({'recommended' if given == AUTO else 'given'})"
+
+    plan = chosen.plan is not None
+    batches = "a plan (given)" if plan else shown("mining.method", chosen.mining.method, asked.mining.method)
     told_elsewhere = ("name", "temperature", "weights", "mask_suspects")
     options = [
         f"loss.{field.name}={getattr(chosen.loss, field.name)}"
         for field in fields(chosen.loss)
         if field.name not in told_elsewhere and getattr(chosen.loss, field.name) != field.default
     ]
-    line = ", ".join([f"loss.name={chosen.loss.name}", *options, batches])
-    return f"{line} ({'the recommended recipe' if by_rule else 'as given'})"
+    return ", ".join([shown("loss.name", chosen.loss.name, asked.loss.name), *options, batches])

@@ -33,6 +33,7 @@ class PlanBatches:
 
     Example:
         >>> from datasets import Dataset
+        >>> from anybatch.integrations.sentence_transformers import with_index
         >>> numbered = with_index(Dataset.from_dict({"anchor": list("abcd"), "positive": list("ABCD")}))
         >>> batches = PlanBatches(BatchPlan.random(4, 2, seed=0))
         >>> [sorted(rows) for rows in batches(numbered, batch_size=2, drop_last=True)]

@@ -254,9 +254,10 @@ def check_wrappers(loss: nn.Module) -> None:
                 f"Got {kind} round {name} itself; expected {kind}(model, CachedLoss(model, {name}(...)), ...), or "
                 f"anybatch.losses.Matryoshka({name}(...), [...]) without {kind}."
             )
+        dimensions: Any = wrapper.matryoshka_dims
         if inner.loss.state_dict():
             raise AnybatchError(
                 f"Got {kind} round {name}, which is called for each width and would mix what it learns of all. Give "
-                f"anybatch.losses.Matryoshka({name}(...), {wrapper.matryoshka_dims}), whose widths have a state "
+                f"anybatch.losses.Matryoshka({name}(...), {[*dimensions]}), whose widths have a state "
                 "each, as the loss."
             )
