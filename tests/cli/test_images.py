@@ -224,7 +224,7 @@ def test_held_out_images_have_their_own_root(clip_folder, tmp_path):
     for name, folder in (("own", "held"), ("training's", "data")):
         output = tmp_path / name
         given = [*settings(data, output), "--images", str(tmp_path / "data"), "--eval", str(held_out)]
-        more = [f"evaluation.images={tmp_path / folder}", "mining.method=random", "train.max_steps=1"]
+        more = [f"evaluation.images={tmp_path / folder}", "mining.method=random", "train.args.max_steps=1"]
         run("train", *given, "--model", str(clip_folder), *(item for value in more for item in ("--set", value)))
         figures[name] = json.loads((output / "metrics.json").read_text())["metrics_untrained"]
     run(

@@ -49,7 +49,7 @@ def test_sets_train_with_their_own_instructions(tiny_model_folder, tmp_path):
         "batch_size": 8,
         "mining": {"cluster_size": 4, "window": [1, 6]},
         "loss": {"name": "count_corrected", "mask_suspects": True},
-        "train": {"epochs": 2, "log_steps": 1},
+        "train": {"epochs": 2, "args": {"logging_steps": 1}},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     run("train", "--config", str(tmp_path / "run.yaml"))
