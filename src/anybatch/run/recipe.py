@@ -18,7 +18,15 @@ logger = logging.getLogger("anybatch")
 
 
 def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
-    """The configuration with a method in place of each "auto", said aloud by the first rank.
+    """The configuration with a method in place of each "auto", said aloud by the first rank. See `recipe`."""
+    config, reasons = recipe(config, pairs)
+    if reasons and distributed.rank() == 0:
+        logger.info("Recommended: %s. See docs/recipe.md.", "; ".join(reasons))
+    return config
+
+
+def recipe(config: RunConfig, pairs: PairData) -> tuple[RunConfig, list[str]]:
+    """The configuration with a method in place of each "auto", and what was chosen, each with its reason.
 
     The same configuration and data give the same recipe, so that a run is resumed with it.
 
@@ -50,9 +58,7 @@ def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
         loss = replace(loss, mask_suspects=mined)
         if mined:
             reasons.append("loss.mask_suspects=true (what mining suspects is no negative)")
-    if reasons and distributed.rank() == 0:
-        logger.info("Recommended: %s. See docs/recipe.md.", "; ".join(reasons))
-    return replace(config, loss=loss)
+    return replace(config, loss=loss), reasons
 
 
 def _is_mined(config: RunConfig) -> bool:
