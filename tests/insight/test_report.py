@@ -10,7 +10,7 @@ from anybatch.data.pairs import PairData
 from anybatch.insight import Curves, markdown_table
 from anybatch.insight.charts import METHODS, as_file, bar_chart, colour_of, error_chart
 from anybatch.insight.curves import NOISE
-from anybatch.insight.demo_page import BASELINE, METHOD, Cost, nearest_suspects, quality_chart, render_demo_page
+from anybatch.insight.demo_page import BASELINE, METHOD, Cost, quality_chart, render_demo_page
 from anybatch.insight.plan_figures import inspect_plan
 from anybatch.plans.plan import BatchPlan
 
@@ -88,15 +88,12 @@ def test_the_page_of_the_demo():
         num_rows=16, batch_size=8, cluster_size=4, cluster=np.repeat(np.arange(4), 4).astype(np.int32), seed=0,
         data_digest="", suspects=np.array([[0, 1], [0, 2], [5, 4]], np.int32),
     )  # fmt: skip
-    vectors = tuple(np.random.default_rng(0).normal(size=(2, 16, 8)))
-    seen = inspect_plan(plan, *vectors)[""]
+    seen = inspect_plan(plan, *np.random.default_rng(0).normal(size=(2, 16, 8)))[""]
     costs = {
         "without caching": Cost(peak_bytes=3 * 2**30, seconds=8),
         "with caching": Cost(peak_bytes=2**30, seconds=11),
     }
-    page = render_demo_page(
-        CURVES, intro=["One & two"], costs=costs, plan=plan, seen=seen, pairs=pairs, vectors=vectors
-    )
+    page = render_demo_page(CURVES, intro=["One & two"], costs=costs, plan=plan, seen=seen, pairs=pairs)
     check_page(page)
     assert page.count("<svg") == 2
     assert "<script>" not in page
@@ -108,22 +105,6 @@ def test_the_page_of_the_demo():
     ):
         assert text in page
     assert page.index("Suspected pairs") < page.index("sit together in mined batches")
-
-
-def test_the_nearest_suspects_of_a_batch():
-    plan = BatchPlan(
-        num_rows=8, batch_size=4, cluster_size=4, cluster=np.array([0] * 4 + [1] * 4, np.int32), seed=0,
-        data_digest="", suspects=np.array([[0, 1], [0, 2], [0, 5], [4, 6]], np.int32),
-    )  # fmt: skip
-    positives = np.eye(8)
-    anchors = 0.5 * positives.copy()
-    anchors[0, [1, 2, 5]] = 0.3, 0.4, 9.0  # row 5 is in the other batch
-    anchors[4, 6] = 2.0
-    found = nearest_suspects(plan, anchors, positives)
-    assert [pair[:2] for pair in found] == [(4, 6), (0, 2)]
-    length = (0.5**2 + 0.3**2 + 0.4**2 + 9.0**2) ** 0.5
-    assert found[1][2:] == pytest.approx((0.5 / length, 0.4 / length))
-    assert nearest_suspects(BatchPlan.random(8, 4), anchors, positives) == []
 
 
 def test_a_chart_with_error_bars():

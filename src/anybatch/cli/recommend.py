@@ -6,7 +6,7 @@ import json
 import shlex
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -87,11 +87,10 @@ def train_command(options: TrainOptions, found: Recommendation) -> str:
     if found.config.train.micro_batch == "auto" and not any(item.startswith("train.micro_batch") for item in sets):
         sets.append("train.micro_batch=auto")
     chosen = replace(options, batch_size=found.config.batch_size, sets=sets or None)
-    hints: dict[str, Any] = get_type_hints(TrainOptions, include_extras=True)
     words = ["anybatch", "train"]
     for field in fields(chosen):
         value = getattr(chosen, field.name)
-        (flag,) = hints[field.name].__metadata__[0].param_decls
+        flag = "--set" if field.name == "sets" else "--" + field.name.replace("_", "-")
         for item in value if isinstance(value, list) else [] if value is None else [value]:
             words += [flag, str(item)]
     return shlex.join(words)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
 from anybatch.core.errors import AnybatchError
+from anybatch.core.files import read_json
 from anybatch.insight.figures import Figure
 from anybatch.insight.gradient_methods import GradientComparison, is_further
 from anybatch.mining.audit import LITTLE_GAIN, MANY_SUSPECTS, MUCH_MASKED, WEAK_TEACHER, advice
@@ -317,3 +319,11 @@ def plan_warnings(
         gain=None if plan.cluster_size == 1 else seen.planned.in_batch / max(seen.random.in_batch, 1e-30),
         mask_suspects=mask_suspects,
     )
+
+
+def stored_warnings(folder: Path, plan: BatchPlan) -> list[str]:
+    """What mining warned of, where that lies in the plan's folder."""
+    path = folder / "mining.json"
+    stored = read_json(path, "Delete it, or bring back the file that mining wrote.", "plan") if path.exists() else {}
+    parts = [stored, *(stored.get("sets") or {}).values()] if stored.get("plan") == plan.digest else []
+    return [warning for part in parts for warning in part.get("warnings", ())]
