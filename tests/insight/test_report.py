@@ -66,8 +66,8 @@ def test_what_is_within_noise_is_no_gain():
         ["64", ".400 ± .006", ".405 ± .006", NOISE],
     ]
     assert CURVES.sentences(METHOD, BASELINE) == [
-        "InfoNCE, batches of 16 against 64: -.100.",
-        "recommended, batches of 16 against 64: within noise.",
+        "InfoNCE: .100 lower in batches of 16 than in batches of 64.",
+        "recommended: batches of 16 and 64 differ within noise.",
         "recommended is above InfoNCE at batches of 16 (+.120).",
         "recommended and InfoNCE differ within noise at batches of 64.",
     ]
@@ -104,7 +104,7 @@ def test_the_page_of_the_demo():
         *CURVES.sentences(METHOD, BASELINE),
     ):
         assert text in page
-    assert page.index("Suspected pairs") < page.index("sit together in mined batches")
+    assert page.index("Suspected false negatives") < page.index("sit together in mined batches")
 
 
 def test_a_chart_with_error_bars():
@@ -124,7 +124,7 @@ def test_a_chart_that_stands_alone():
     chart = as_file(quality_chart(CURVES))
     ElementTree.fromstring(chart)
     assert "prefers-color-scheme:dark" in chart
-    assert "recommended, batches of 16 against 64: within noise." in chart  # for screen readers
+    assert "recommended: batches of 16 and 64 differ within noise." in chart  # for screen readers
 
 
 def test_one_colour_a_method_throughout():

@@ -193,11 +193,11 @@ def comparison_rows(comparison: GradientComparison) -> tuple[list[str], list[lis
             _cell(line.error.epoch_error, line.error.epoch_error_se),
             "as near as any" if comparison.is_near(line) else "further away",
             _cell(line.error.cosine, line.error.cosine_se),
-            "biased" if line.error.bias_to_remove else "straight",
+            "yes" if line.error.bias_to_remove else "little",
         ]
         for line in comparison.lines
     ]
-    return ["method", "batches", "error of an epoch", "", "direction", ""], lines
+    return ["method", "batches", "error of an epoch", "beside the best", "direction", "bias"], lines
 
 
 def gradient_figures(name: str, error: GradientError, other_name: str, other: GradientError) -> list[Figure]:
@@ -209,7 +209,7 @@ def gradient_figures(name: str, error: GradientError, other_name: str, other: Gr
             name=f"gradient, error of an epoch: {name}",
             value=_cell(error.epoch_error, error.epoch_error_se),
             beside=f"{other_name}: {_cell(other.epoch_error, other.epoch_error_se)}",
-            good="lower",
+            good=f"lower than {other_name}",
             passed=nearer,
             why="How far the mean gradient of an epoch's batches is from the gradient over all rows, at the best "
             "learning rate, in shared parameters; 1 is no better than no gradient. Within a loss its order was that of "

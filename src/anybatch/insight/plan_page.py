@@ -67,7 +67,8 @@ def render_plan_page(
 def suspect_lines(seen: PlanInspection, texts: Texts, number: int | None = None) -> list[tuple[str | Markup, ...]]:
     """The nearest suspected false negatives: both cosines, and the texts."""
     return [
-        (f"{pair.own:.2f}, {pair.score:.2f}", *texts.cells(pair.row, pair.other)) for pair in seen.suspects[:number]
+        (f"{pair.own:.2f},\N{NO-BREAK SPACE}{pair.score:.2f}", *texts.cells(pair.row, pair.other))
+        for pair in seen.suspects[:number]
     ]
 
 
