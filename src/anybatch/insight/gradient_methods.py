@@ -116,7 +116,7 @@ def compare_methods(
         pairs: The embeddings and their full-data gradient; where the methods mask suspects, prepared without them too.
         plan: Made for these rows.
         methods: What to compare, the simplest first; None for the core's. On random batches inclusion weights have no
-            meaning and are left out, and the plan's suspects are masked where the method masks them.
+            meaning: the method is taken without, unless that is listed too. Suspects are masked there as on the plan's.
         num_batches: See `gradient_error`.
         progress: Called with (done, total).
 
@@ -143,15 +143,18 @@ def compare_methods(
             )
     # 2. The lines. A batch of one cluster never meets the others: no weight can stand for that.
     random = replace(BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed), suspects=plan.suspects)
-    unweighted = [replace(method, weights="none", weight_cap=None) for method in methods]
-    wanted = [
-        ("random", random, bare, name_of(method))
-        for bare, method in zip(unweighted, methods, strict=True)
-        if bare == method or bare not in methods
-    ]
+    names, wanted = [name_of(method) for method in methods], []
+    for method, name in zip(methods, names, strict=True):
+        bare = replace(method, weights="none", weight_cap=None)
+        if name_of(bare) == name or name_of(bare) not in names:
+            wanted.append(("random", random, bare, name))
     if plan.cluster_size > 1 or plan.negatives_per_row:
         weighable = plan.clusters_per_batch > 1
-        wanted += [("plan", plan, m, name_of(m)) for m in methods if m.weights != "inclusion" or weighable]
+        wanted += [
+            ("plan", plan, method, name)
+            for method, name in zip(methods, names, strict=True)
+            if method.weights != "inclusion" or weighable
+        ]
     # 3. Measure.
     lines = []
     for number, (batches, chosen, method, name) in enumerate(wanted, start=1):
@@ -160,7 +163,7 @@ def compare_methods(
         progress(number, len(wanted))
     return GradientComparison(
         lines=tuple(sorted(lines, key=lambda line: (math.isnan(line.error.epoch_error), line.error.epoch_error))),
-        order=tuple(map(name_of, methods)),
+        order=tuple(names),
         batch_size=plan.batch_size,
         num_rows=len(pairs),
         temperature=pairs.temperature,

@@ -43,7 +43,9 @@ def render_gradient_page(comparison: GradientComparison, *, title: str, missing:
     from anybatch.insight.gradient_methods import comparison_rows, recommendation
 
     header, lines = comparison_rows(comparison)
-    bars = [(f"{line.method} ({line.batches})", line.method, line.error.epoch_error) for line in comparison.lines]
+    bars = [
+        (f"{line.method} ({line.batches})", line.method, round(line.error.epoch_error, 2)) for line in comparison.lines
+    ]
     chart = bar_chart("Error of each method", bars, baseline=comparison.plain.epoch_error)
     return render(
         "gradient.html",

@@ -20,7 +20,7 @@ from anybatch.data.inputs import kind_of
 from anybatch.data.pairs import PairData
 from anybatch.insight.cost import StepCost, step_cost
 from anybatch.insight.figures import Figure
-from anybatch.insight.gradient_error import FrozenPairs
+from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs
 from anybatch.insight.gradient_methods import (
     bias_sentence,
     compare_methods,
@@ -284,10 +284,11 @@ def _look_at_gradients(
         frozen,
         plan,
         methods=[plain, *([loss] if loss.name != "infonce" else [])],
+        num_batches=NUM_BATCHES // 2,
         progress=lambda done, total: progress("gradients", done, total),
     )
-    of_recipe = comparison.of(comparison.order[-1], "random" if plan.cluster_size == 1 else "plan")
-    assert of_recipe is not None
+    last = comparison.order[-1]
+    of_recipe = comparison.of(last, "plan") or comparison.of(last, "random") or comparison.plain
     if of_recipe is not comparison.plain:
         found.figures += gradient_figures("this recipe", of_recipe, "InfoNCE", comparison.plain)
     found.notes.append(bias_sentence(comparison.plain, comparison.batch_size))
