@@ -108,7 +108,7 @@ def test_a_larger_batch_where_it_is_faster_by_far(monkeypatch):
 def test_equal_texts_are_counted():
     pairs = PairData(anchors=["a", "a", "b", "c"], positives=["p", "q", "q", "r"])
     figure = recommend._equal_texts(pairs, 64)
-    assert (figure.value, figure.passed) == ("33.3%", False)  # 2 of the 6 pairs of rows
+    assert (figure.value, figure.passed) == ("33.33%", False)  # 2 of the 6 pairs of rows
 
 
 def test_refusals(pairs_file, tiny_model_folder, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from anybatch.data.images import ImageColumn
 from anybatch.data.pairs import PairData
 from anybatch.insight.demo_page import Cost, render_demo_page
 from anybatch.insight.gradient_error import FrozenPairs
@@ -16,6 +17,7 @@ from anybatch.insight.plan_figures import inspect_plan, set_figures
 from anybatch.insight.plan_page import render_plan_page
 from anybatch.losses.registry import LossConfig
 from tests.browser import CHROMIUM, PRINTED, WIDTHS, look
+from tests.images import caption, image
 from tests.mining.test_mining import embeddings
 
 from .test_gradient_error import clusters
@@ -24,8 +26,8 @@ from .test_report import CURVES
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 
-def pages():
-    """All pages, with texts that no line break helps."""
+def pages(folder):
+    """All pages, with texts that no line break helps, and with images in `folder`."""
     anchors, positives = embeddings(120, width=32)
     positives[1] = positives[16]
     plan = clusters(120, 8, 16, suspects=np.array([[0, 15], [1, 16], [16, 1]], np.int32))
@@ -42,6 +44,10 @@ def pages():
         "without caching": Cost(peak_bytes=3 * 2**30, seconds=8),
         "with caching": Cost(peak_bytes=2**30, seconds=11),
     }
+    for row in range(120):
+        (folder / f"{row}.png").write_bytes(image(row))
+    images = ImageColumn.of_paths([f"{row}.png" for row in range(120)], folder, "'image' of pairs.csv")
+    of_images = PairData(anchors=images, positives=[caption(row) for row in range(120)])
     title = f"Plan /a/{'long/' * 20}plan.safetensors"
     return {
         "demo": render_demo_page(CURVES, intro=["One " * 80], costs=costs, plan=plan, seen=seen, pairs=pairs),
@@ -49,14 +55,16 @@ def pages():
             plan, title=title, tables={"Figures": figures}, warnings=["Look twice."],
             inspections={"": seen}, pairs=pairs, missing=["Texts: give --data."],
         ),
+        "images": render_plan_page(
+            plan, title="Plan of images", tables={}, warnings=[], inspections={"": seen}, pairs=of_images
+        ),
         "gradient": render_gradient_page(comparison, title="Gradients of a plan", missing=["Repeated texts"]),
     }  # fmt: skip
 
 
 def test_pages_in_a_browser(tmp_path):
-    made = pages()
-    for name, page in made.items():
-        (tmp_path / f"{name}.html").write_text(page, encoding="utf-8")
+    made = pages(tmp_path)
+    assert made["images"].count("<img") == 2
     report = look(made, tmp_path)
     ways = [f"{width} {way}" for width in WIDTHS for way in ("light", "dark")] + [f"{PRINTED} print"]
     assert set(report) == {f"{name} {way}" for name in made for way in ways}

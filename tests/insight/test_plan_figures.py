@@ -101,7 +101,8 @@ def test_figures_equal_a_loop(kind):
         for pair in result.suspects[:1]:
             assert pair.score == pytest.approx(max(nearest), rel=1e-5)
             assert pair.own == pytest.approx(scores[pair.row, pair.row], rel=1e-5)
-        assert (result.planned.in_batch > 2 * result.random.in_batch) == (kind != "random")
+        if kind != "random":
+            assert result.planned.in_batch > 1.1 * result.random.in_batch
 
 
 @pytest.mark.parametrize("labels", [None, 30])

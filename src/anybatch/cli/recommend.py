@@ -43,10 +43,11 @@ def command(
         found = recommend(config, keep_batch_size=keep, seconds=seconds, progress=bars)
     line = train_command(options, found)
     # 1. What to take; what it costs; what speaks for and against it.
-    choices = [[choice.name, choice.value, choice.reason] for choice in found.choices]
-    show(rich_table(["setting", "value", "why"], choices, left=(0, 1, 2), title="Recommended"))
-    for sentence in cost_sentences(found):
-        say(sentence)
+    show(rich_table(["setting", "value", "why"], found.choices, left=(0, 1, 2), title="Recommended"))
+    say(
+        f"Cost: {found.step_seconds:.2g} s per step and {found.step.peak_bytes / 2**30:.1f} GiB of memory; "
+        f"{found.num_steps:,} steps, {_duration(found.run_seconds)} in all with embedding and evaluation."
+    )
     header, lines = figure_lines(found.figures)
     show(rich_table(header, lines, left=range(len(header)), title="Measured"))
     for figure in found.figures:
@@ -61,18 +62,9 @@ def command(
     if json_file is not None:
         figures = [asdict(figure) | {"verdict": figure.verdict} for figure in found.figures]
         kept = {name: getattr(found, name) for name in ("against", "notes", "num_steps", "step_seconds", "run_seconds")}
-        choices = [asdict(choice) for choice in found.choices]
+        choices = [choice._asdict() for choice in found.choices]
         whole = {"command": line, "choices": choices, "figures": figures, "step": asdict(found.step), **kept}
         write_text(json_file, json.dumps(whole, indent=2))
-
-
-def cost_sentences(found: Recommendation) -> list[str]:
-    """What a run costs, in words."""
-    peak = found.step.peak_bytes / 2**30
-    return [
-        f"Cost: {found.step_seconds:.2g} s per step, {found.num_steps:,} steps ({found.config.train.epochs} epochs); "
-        f"{_duration(found.run_seconds)} in all with embedding and evaluation; {peak:.1f} GiB of memory."
-    ]
 
 
 def _duration(seconds: float) -> str:

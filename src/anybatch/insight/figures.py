@@ -17,7 +17,7 @@ class Figure:
         good: The pass mark, in words.
         passed: Whether the value meets it; None where noise hides it.
         why: What the figure is, and what follows where it is not good.
-        beside: The same figure of random batches, where that is what it is compared with.
+        beside: What it is compared with, such as the same figure of random batches.
 
     Example:
         >>> Figure(name="own positive first", value="54%", good="40% or more", passed=True, why="...").verdict
@@ -38,11 +38,6 @@ class Figure:
 
 
 def figure_lines(figures: Sequence[Figure]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table; a column for random batches where a figure has them."""
-    with_random = any(figure.beside for figure in figures)
-    header = ["", "value", *(["random batches"] if with_random else []), "good is", ""]
-    lines = [
-        [figure.name, figure.value, *([figure.beside] if with_random else []), figure.good, figure.verdict]
-        for figure in figures
-    ]
-    return header, lines
+    """Header and lines of a table."""
+    lines = [[figure.name, figure.value, figure.beside, figure.good, figure.verdict] for figure in figures]
+    return ["", "value", "compared with", "good is", ""], lines

@@ -190,7 +190,7 @@ def _inspect_set(
     # 4. That a given row of theirs is in an anchor's random batch: by how many of them such a batch holds.
     sizes = np.bincount(home[placed]).astype(np.float64)
     by_chance = float(np.sum(sizes * (sizes - 1))) / len(placed) / (len(members) - 1)
-    in_batch, masked = sums / len(chosen)
+    in_batch, masked = (sums / len(chosen)).tolist()
     return PlanInspection(
         num_anchors=len(chosen),
         own_first=first / len(chosen),

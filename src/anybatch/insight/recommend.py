@@ -35,7 +35,7 @@ from anybatch.mining import mine_plan
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, resolved
 from anybatch.run.read_data import hold_out, mining_sets, read_data
-from anybatch.run.recipe import recipe
+from anybatch.run.recipe import Choice, recipe
 from anybatch.run.teacher import load_teacher, read_embeddings
 from anybatch.run.try_step import inputs_of
 
@@ -50,15 +50,6 @@ MOST_ROWS = 2048  # looked at: their gradients take seconds
 MOST_WIDTH = 1024  # of embeddings whose gradients are compared: the map is as wide and as high
 FIRST_ROWS = 64  # embedded to see how many there is time for
 MUCH_EQUAL, MUCH_CUT, MUCH_MEMORY = 0.1, 0.1, 0.8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What to set, in the words of the configuration, and why."""
-
-    name: str
-    value: str
-    reason: str
 
 
 @dataclass(kw_only=True)
@@ -77,7 +68,7 @@ class Recommendation:
 
     config: RunConfig
     step: StepCost
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Choice]
     figures: list[Figure] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -114,23 +105,13 @@ def recommend(
 
     # 2. The machine decides on larger batches, a rule on the recipe.
     config, step, why_size = _sized(config, pairs, student, keep_batch_size, seconds / 3, progress)
-    config, reasons = recipe(config, pairs)
-    found = Recommendation(config=config, step=step)
-    found.choices.append(Choice(name="batch_size", value=str(config.batch_size), reason=why_size))
+    config, chosen = recipe(config, pairs)
+    found = Recommendation(config=config, step=step, choices=[Choice("batch_size", str(config.batch_size), why_size)])
     if config.train.micro_batch == "auto":
-        why = "as many rows at once through the model as memory has room for: larger batches were faster with it"
-        found.choices.append(Choice(name="train.micro_batch", value="auto", reason=why))
-    for reason in reasons:
-        setting, _, why = reason.removesuffix(")").partition(" (")
-        name, _, value = setting.partition("=")
-        found.choices.append(Choice(name=name, value=value, reason=why))
-    found.choices.append(
-        Choice(
-            name="loss.temperature",
-            value=f"{first_temperature(config.loss):g}",
-            reason="the recipe was measured at .05, and no figure from before training tells a better one",
-        )
-    )
+        why = "as many rows at once through the model as memory has room for"
+        found.choices.append(Choice("train.micro_batch", "auto", why))
+    why = "the recipe was measured at .05, and no figure from before training tells a better one"
+    found.choices += [*chosen, Choice("loss.temperature", f"{first_temperature(config.loss):g}", why)]
 
     # 3. A sample, seen by student and teacher.
     rows, vectors, ranked, rates = _embedded(config, pairs, student, seconds / 3, progress)
@@ -143,9 +124,7 @@ def recommend(
     found.run_seconds = found.num_steps * found.step_seconds + 4 * texts / rates[0]
     if len(rates) > 1:
         found.run_seconds += 2 * len(pairs) / rates[1]
-    found.notes.append(
-        f"Looked at {len(sample):,} of {len(pairs):,} pairs: all have more hard negatives and more bias."
-    )
+    found.notes.append(f"Looked at {len(sample):,} of {len(pairs):,} pairs. Among all of them there is more bias.")
     if step.rows < config.batch_size:
         found.notes.append(f"Cost: of steps on {step.rows} rows, the time scaled to {config.batch_size}.")
     if len(sample) < 2 * config.batch_size:
@@ -312,7 +291,7 @@ def _equal_texts(pairs: PairData, batch_size: int) -> Figure:
     share = min(1.0, sum(float((count * (count - 1.0)).sum()) for count in counts) / pairs_of)
     return Figure(
         name="negatives that are equal texts",
-        value=f"{share:.1%}",
+        value=f"{share:.2%}",
         good=f"{MUCH_EQUAL:.0%} or less",
         passed=share <= MUCH_EQUAL,
         why="Of the other rows of a random batch, those with the same anchor or positive. They are masked, never "
