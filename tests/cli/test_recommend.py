@@ -79,6 +79,7 @@ def test_pairs_of_images(tmp_path):
     asked = ["--data", saved, "--anchor", "image", "--positive", "caption", "--model", clip]
     found = recommended(tmp_path, *asked, "--device", "cpu")
     assert {choice["name"]: choice["value"] for choice in found["choices"]}["batch_size"] == "4"
+    assert any("knows nothing of such pairs yet" in note for note in found["notes"])  # random weights
     run(*shlex.split(found["command"])[1:], "--output", str(tmp_path / "run"))
 
 

@@ -48,6 +48,7 @@ BATCHES = 8  # of an epoch at least: where a batch is more of the data, there is
 FASTER = 1.5  # times as fast per row, from which a larger batch is taken: other work on a machine fakes less
 MOST_ROWS = 2048  # looked at: their gradients take seconds
 MOST_WIDTH = 1024  # of embeddings whose gradients are compared: the map is as wide and as high
+UNTRAINED = 0.05  # own positives first: of fewer a gradient says how a model starts, not how it goes on
 FIRST_ROWS = 64  # embedded to see how many there is time for
 MUCH_EQUAL, MUCH_CUT, MUCH_MEMORY = 0.1, 0.1, 0.8
 
@@ -247,6 +248,14 @@ def _look_at_gradients(
     found: Recommendation, sample: PairData, vectors: tuple[np.ndarray, ...], plan: BatchPlan, progress: Progress
 ) -> None:
     """The recipe's gradient beside that of plain InfoNCE on random batches, at the student's start."""
+    known = _own_first(vectors)
+    if known < UNTRAINED:
+        found.notes.append(
+            f"The student finds the own positive first for {known:.1%} of the anchors: it knows nothing of such pairs "
+            "yet, all negatives weigh alike, and the gradient at its start says nothing of later. Ask again with a "
+            "checkpoint."
+        )
+        return
     loss = found.config.loss
     suspects = plan.suspects if loss.mask_suspects is True else None
     plain = LossConfig(name="infonce", mask_suspects=suspects is not None)
@@ -282,6 +291,13 @@ def _look_at_gradients(
             f"{loss.name} brings the gradient no nearer to that over all pairs than plain InfoNCE on random batches "
             "does. Train both for a while (--loss infonce --set mining.method=random) and compare on held-out pairs."
         )
+
+
+def _own_first(vectors: tuple[np.ndarray, ...]) -> float:
+    """The share of anchors that score their own positive above all others."""
+    scores = vectors[0] @ vectors[1].T
+    own = scores.diagonal()[:, None]
+    return float(((scores > own).sum(axis=1) == 0).mean())
 
 
 def _equal_texts(pairs: PairData, batch_size: int) -> Figure:
