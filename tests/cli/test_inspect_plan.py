@@ -160,7 +160,7 @@ def test_several_data_sets_have_figures_of_their_own(pairs_file, tmp_path, heard
     assert "Not shown: The gradient's error: of several data sets" in said
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     for name in ("first", "second"):
-        assert re.search(rf"^{name}\n", said, re.MULTILINE)
+        assert re.search(rf"^{name} *$", said, re.MULTILINE)
         assert f"<h2>{name}</h2>" in page
     assert said.count("mass in the batch") == 2
     checker = Checker()
