@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests benchmarks examples tools
 
-.PHONY: demo test test-all lint docs wheel clean
+.PHONY: demo test test-all test-lowest lint docs wheel clean
 demo: $(VENV)/.installed-demo
 	$(BIN)/anybatch demo
 
@@ -13,6 +13,15 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# The core's tests with the lowest versions that pyproject.toml claims, but torch, which is the pinned one.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install -q $$(grep '^torch==' constraints.txt)
+	$(VENV)-lowest/bin/pip install -q $$($(PYTHON) tools/lowest.py) pytest hypothesis pillow
+	PYTHONPATH=src:. HF_HUB_OFFLINE=1 $(VENV)-lowest/bin/python -m pytest -m 'not slow and not distributed' \
+	    tests/core tests/plans tests/mining/test_mining.py tests/mining/test_compiled.py tests/integrations/test_card.py \
+	    tests/cli/test_options.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/pip install -q -c constraints.txt -e '.[lint]'
@@ -42,4 +51,4 @@ $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-lowest

@@ -205,7 +205,12 @@ class Faults:
     def arguments(self, verb: str, output: Path, *, teacher: str = "teacher", more: Sequence[str] = ()) -> list[str]:
         """A whole command."""
         values = ["mining.cluster_size=4", "mining.window=[1, 6]", "loss.name=sogclr", "loss.gamma=0.6"]
-        values += ["train.save_steps=3", "train.log_steps=1", "train.micro_batch=6", "train.learning_rate=1e-3"]
+        values += [
+            "train.save_steps=3",
+            "train.args.logging_steps=1",
+            "train.micro_batch=6",
+            "train.learning_rate=1e-3",
+        ]
         values += ["model.device=cpu", f"evaluation.path={self.scratch / 'pairs.jsonl'}"]
         given = ["--data", str(self.scratch / "pairs.jsonl"), "--model", str(self.scratch / "model")]
         given += ["--teacher", str(self.scratch / teacher), "--batch-size", "12", "--output", str(output)]

@@ -121,7 +121,7 @@ MUTATIONS = [
     *of(
         "losses/engine/directions.py",
         "losses/test_ranks.py",
-        ("self.layout.first_column - block.columns.start + local", "local"),
+        ("self.layout.own_columns.start - block.columns.start + local", "local"),
     ),
     *of(
         "losses/engine/candidates.py",
@@ -138,7 +138,7 @@ MUTATIONS = [
         ("together &= ~remembered.bool()", "pass"),
         ("None if back else candidates.get(", "candidates.get("),
         ("torch.where(cluster < 0, loose, other)", "torch.where(cluster < 0, other, loose)"),
-        ("foreign &= remembered.bool()", "pass"),
+        ("_of_other_tasks(queries, candidates) & remembered.bool()", "_of_other_tasks(queries, candidates)"),
         ('(self.of == "anchor") != back', 'self.of == "anchor"'),
         ("any(_is_normalised(term", "all(_is_normalised(term"),
         ('(task[:, None] == memory["task"]).sum(dim=1)', "num_remembered"),

@@ -99,6 +99,7 @@ ORDER: tuple[tuple[str, tuple[int, ...], tuple[str, ...], str], ...] = (
     ("words", (64,), REST, "pairs"),
     ("small", (256, 1024), MAIN, "steps"),
     ("layers1", (64,), (*MAIN, *REST), "pairs"),
+    ("small", (32,), MAIN, "pairs"),  # of emoji alone
 )
 
 
@@ -236,7 +237,8 @@ class Study:
 
         # 4. Search.
         trained = time.perf_counter() - begun
-        figures = {split: score(student, self.searches(cell.task, split, large)) for split in ("dev", "test")}
+        searches = {split: self.searches(cell.task, split, large) for split in ("dev", "test")} | dict(task.others)
+        figures = {split: score(student, of_split) for split, of_split in searches.items()}
         return {
             **{split: round(figure, 5) for split, figure in figures.items()},
             "steps": steps,
@@ -322,6 +324,8 @@ def cells(options: argparse.Namespace | None) -> Iterator[Cell]:
         for size in sizes:
             for task in TASKS:
                 if (task in SMALL_TASKS and size > 64) or (task == "emoji" and student != "small"):
+                    continue
+                if size == 32 and task != "emoji":
                     continue
                 of_task = (*(WITHIN if task == "mixture" else ()), *arms)
                 for arm in of_task:

@@ -4,7 +4,8 @@ arxiv        title -> abstract; searched among the abstracts of all splits
 scifact      title or claim -> abstract; the claims are searched for among all abstracts (without their titles)
 snli         premise -> what it entails, of dev; those of test are searched among the hypotheses of both
 docstrings   first paragraph of a docstring -> body of the function, from the library of the running CPython
-emoji        picture <-> caption, both ways; concepts never seen, among those of their split
+emoji        picture <-> caption, both ways; concepts never seen, among those of their split; and, told beside it, a
+             style never seen, of known concepts ("style") and of unseen ones ("both")
 mixture      the four text tasks, at most MIXED pairs of each; the figure is the mean over the four
 """
 
@@ -16,8 +17,8 @@ import io
 import json
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +56,7 @@ class Search:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
     """Training pairs with ids, equal for identical texts, and searches; `labels` are what the teacher reads in place of
-    pictures. A mixture has one task number a row.
+    pictures, `others` further searches to report. A mixture has one task number a row.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task:
     temperature: float = 0.05
     labels: Sequence[str] | None = None
     parts: tuple[tuple[str, int], ...] = ()
+    others: Mapping[str, Sequence[Search]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.positives)
@@ -280,6 +282,7 @@ def _emoji(folder: Path) -> Task:
         test=searches("test_concept"),
         direction="both",
         temperature=0.07,
+        others={"style": searches("test_style"), "both": searches("test_both")},
     )
 
 

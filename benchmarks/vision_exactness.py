@@ -46,7 +46,7 @@ def errors(kind: str, form: str) -> dict[str, float]:
         _, wanted = parts.plain(model, features, micro_batch=3 if way == "dropout" else None, trim=trim)
         given = features if form == "text" else [parts.undecoded(columns[0]), features[1]]
         for keep in (0.0, 0.5):
-            _, got = parts.cached(model, given, micro_batch=3, keep_graphs=keep)
+            _, got = parts.cached(model, given, mini_batch_size=3, keep_graphs=keep)
             found[way] = max(found.get(way, 0.0), relative_error(got, wanted))
         if way == "plain":
             _, peers = parts.stepped(model, features, CachedMultipleNegativesRankingLoss(model, mini_batch_size=3))

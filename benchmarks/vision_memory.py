@@ -102,7 +102,7 @@ def measure(way: str, count: int) -> dict[str, float]:
         model = make_model(Path(folder)).train()
     collate: Any = BaseDataCollator(preprocess_fn=model.preprocess)
     collate = ImageCollator(collate) if way == "on demand" else collate
-    loss: Any = CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=MICRO_BATCH, keep_graphs=0.0)
+    loss: Any = CachedLoss(model, InfoNCE(temperature=0.05), mini_batch_size=MICRO_BATCH, keep_graphs=0.0)
     if way == "peer":
         loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=MICRO_BATCH)
     rows = make_rows(count)

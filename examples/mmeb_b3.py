@@ -67,7 +67,8 @@ if __name__ == "__main__":
     write_mmeb(folder, 24)
     make_model(folder)
     model, data = str(folder / "model"), ["--images", str(folder / "images"), "--recipe", "b3"]
-    small = ["batch_size=16", "mining.cluster_size=4", "train.max_steps=3", "train.micro_batch=8", "train.bf16=false"]
+    small = ["batch_size=16", "mining.cluster_size=4", "train.args.max_steps=3", "train.micro_batch=8"]
+    small += ["train.args.bf16=false"]
     run = ["--data", str(folder / "train"), "--model", model, "--teacher", model, "--output", str(folder / "run")]
     anybatch = [sys.executable, "-m", "anybatch"]
     settings = [word for value in (*small, "model.device=cpu") for word in ("--set", value)]

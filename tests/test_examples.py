@@ -21,10 +21,13 @@ SLOW = ("sentence_transformers_all.py", "two_towers_sogclr.py")
     ],
 )
 def test_example_runs(name, tmp_path, tiny_model_folder):
-    arguments = [str(tiny_model_folder), "256"] if "sentence_transformers" in name else []
+    if name.startswith("ray"):
+        pytest.importorskip("ray")
+    folder = str(tiny_model_folder)
+    arguments = {"sentence_transformers_all.py": [folder, "256"], "ray_embed.py": [folder]}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
+        [sys.executable, str(EXAMPLES / name), *arguments.get(name, [])],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -75,26 +75,41 @@ def check(make: Callable[..., Any], formula: Formula, *, temperature: float, **o
             torch.testing.assert_close(mine, torch.zeros_like(mine) if other is None else other, rtol=1e-9, atol=1e-10)
 
 
-def on_rank(rank: int, world_size: int, make: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
-    """Value and gradients of a rank's share; alone, of everything."""
+Known = Callable[[slice, slice], dict[str, Any]]  # from a share of the rows and of the explicit negatives
+
+
+def on_rank(
+    rank: int, world_size: int, make: Callable[..., Any], cases: list[dict[str, Any]], known: Known | None
+) -> list[list[Tensor]]:
+    """Value and gradients of a rank's share, of each case; alone, of everything."""
     anchors, candidates, anchor_id, candidate_id = draw(9, 3, near=1.0, seed=0)
     own = SHARES[rank] if world_size > 1 else slice(0, 9)
     first = 9 + sum(EXTRA[:rank])
     explicit = slice(first, first + EXTRA[rank]) if world_size > 1 else slice(9, 12)
-    sides = [anchors[own].requires_grad_(), torch.cat([candidates[own], candidates[explicit]]).requires_grad_()]
     ids = {"anchor_id": anchor_id[own], "candidate_id": torch.cat([candidate_id[own], candidate_id[explicit]])}
-    value = make(**arguments)(*sides, **ids)
-    value.backward()
-    gradients = [torch.zeros_like(side) if side.grad is None else side.grad for side in sides]
-    return [value.detach(), *gradients]
+    results = []
+    for arguments in cases:
+        mine = anchors[own].clone(), torch.cat([candidates[own], candidates[explicit]])
+        sides = [side.requires_grad_() for side in mine]
+        value = make(**arguments)(*sides, **(ids if known is None else known(own, explicit)))
+        value.backward()
+        gradients = [torch.zeros_like(side) if side.grad is None else side.grad for side in sides]
+        results.append([value.detach(), *gradients])
+    return results
 
 
-def check_ranks(make: Callable[..., Any], *, temperature: float, **options: Any) -> None:
-    """Three ranks, one without a row, give what one process does."""
-    for direction, tile_bytes in itertools.product(("one_way", "both"), (1, 10**7)):
-        arguments = {"temperature": temperature, "direction": direction, "tile_bytes": tile_bytes, **options}
-        value, d_anchors, d_candidates = on_rank(0, 1, make, arguments)
-        ranks = on_ranks(on_rank, 3, make, arguments)
+def check_ranks(make: Callable[..., Any], *, temperature: float, known: Known | None = None, **options: Any) -> None:
+    """Three ranks, one without a row, give what one process does: gathered and, if the loss has one, in a ring.
+
+    `make` and `known` must pickle; `known` takes the place of ids.
+    """
+    forms = itertools.product(("one_way", "both"), (1, 10**7), (False, True))
+    cases = [
+        {"temperature": temperature, "direction": direction, "tile_bytes": tile_bytes, "ring": ring, **options}
+        for direction, tile_bytes, ring in forms
+    ]
+    alone, on_each = on_rank(0, 1, make, cases, known), on_ranks(on_rank, 3, make, cases, known)
+    for (value, d_anchors, d_candidates), *ranks in zip(alone, *on_each, strict=True):
         numbers = [len(rank[1]) for rank in ranks]
         together = torch.cat([rank[1] for rank in ranks]) / 3
         torch.testing.assert_close(together, d_anchors, rtol=1e-10, atol=1e-12)

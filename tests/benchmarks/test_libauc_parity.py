@@ -51,7 +51,7 @@ def test_a_fault_would_show():
 
 
 def test_their_first_visit_is_by_epoch():
-    """A row left out of epoch 0 gets a share of its batch's value only; ours decides row by row (docs/methods.md,
+    """A row left out of epoch 0 gets a share of its batch's value only; ours decides row by row (docs/log.md,
     faults of released codes).
     """
     case = next(case for case in CASES if case.name == "SogCLR, two modalities, gamma .2")

@@ -26,6 +26,9 @@ def write_lines(path, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+EMOJI = (*("train",) * 4, "dev_concept", "test_concept", "test_style", "test_both")  # of ten pictures each
+
+
 def emoji(number, split):
     drawn = io.BytesIO()
     Image.new("RGB", (20, 20), (number % 250, 7 * number % 250, 90)).save(drawn, "PNG")
@@ -50,9 +53,7 @@ def data(tmp_path, monkeypatch):
     write_lines(tmp_path / "scifact" / "queries.jsonl.gz", [{"id": str(n), "text": sentence(n, 3)} for n in range(20)])
     judged = [f"{n}\t{n}\t1\t{'train' if n < 12 else 'test'}" for n in range(20)]
     (tmp_path / "scifact" / "qrels.tsv").write_text("\n".join(["query_id\tdoc_id\tscore\tsplit", *judged]))
-    pictures, meta = zip(
-        *(emoji(n, "train" if n < 40 else "dev_concept" if n < 50 else "test_concept") for n in range(60)), strict=True
-    )
+    pictures, meta = zip(*(emoji(10 * n + m, split) for n, split in enumerate(EMOJI) for m in range(10)), strict=True)
     write_lines(tmp_path / "emoji-captions" / "meta.jsonl.gz", meta)
     offsets = np.cumsum([0, *map(len, pictures)])
     stored = np.frombuffer(b"".join(pictures), np.uint8)
@@ -99,6 +100,10 @@ def test_every_task_and_arm_runs_and_resumes(data, monkeypatch):
             assert 3 <= len(rates) <= 5
             assert {(line["rate"], line["seed"]) for line in runs} == {(r, s) for r in rates for s in study.SEEDS}
     assert {line["task"] for line in lines if line["arm"] == "within/cross_batch"} == {"mixture"}
+    of_styles = [[line[name] for name in ("style", "both")] for line in lines if line["task"] == "emoji"]
+    assert of_styles
+    assert all(0 < figure <= 1 for figures in of_styles for figure in figures)
+    assert not any("style" in line for line in lines if line["task"] != "emoji")
     before = (data / "study.jsonl").read_bytes()
     (data / "study.jsonl").write_bytes(before[:-30])  # a kill in the middle of a line loses one run
     again = call(monkeypatch, data, *small, "--arms", "random/infonce", "ours/corrected", "within/cross_batch")

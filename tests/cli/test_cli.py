@@ -41,7 +41,7 @@ def settings(pairs: Path, model: Path, output: Path, *more: str) -> list[str]:
             "--set",
             "train.save_steps=3",
             "--set",
-            "train.log_steps=1",
+            "train.args.logging_steps=1",
             "--set",
             "model.device=cpu",
             "--set",
@@ -99,7 +99,7 @@ def test_the_folder_is_named_whole(pairs_file, tiny_model_folder, tmp_path, monk
     for verb, model in (("mine", []), ("train", ["--model", str(tiny_model_folder)])):
         run(
             verb, "--data", str(pairs_file), *model, "--output", str(folder / verb), "--batch-size", "16",
-            "--set", "mining.method=random", "--set", "train.max_steps=1",
+            "--set", "mining.method=random", "--set", "train.args.max_steps=1",
         )  # fmt: skip
         assert f"{folder / verb}/" in heard.export_text()
 
@@ -125,7 +125,7 @@ def test_the_defaults_are_shown_without_any_other_option():
 
 
 def test_a_short_run_leaves_a_line_in_its_log(pairs_file, tiny_model_folder, tmp_path):
-    more = ("mining.method=random", "train.max_steps=2", "train.log_steps=50")
+    more = ("mining.method=random", "train.args.max_steps=2", "train.args.logging_steps=50")
     run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
     (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 2
@@ -215,7 +215,7 @@ def test_figures_of_a_run(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
         return {"ndcg@10": 0.5}
 
     monkeypatch.setattr(job, "evaluate_model", slow)
-    more = ("mining.method=random", "train.max_steps=5", "train.log_steps=4", "train.eval_steps=2")
+    more = ("mining.method=random", "train.args.max_steps=5", "train.args.logging_steps=4", "train.eval_steps=2")
     started = time.monotonic()
     run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))
     seconds = time.monotonic() - started
@@ -242,7 +242,7 @@ def test_explicit_negatives(pairs_file, tiny_model_folder, tmp_path):
         path.write_text(
             "".join(json.dumps({**row, "wrong": text}) + "\n" for row, text in zip(rows, wrong, strict=True))
         )
-        more = ("mining.method=random", "train.max_steps=1", "train.warmup=0")
+        more = ("mining.method=random", "train.args.max_steps=1", "train.args.warmup_steps=0")
         run("train", *settings(path, tiny_model_folder, tmp_path / name, *more), "--negative", "wrong")
         losses.append(json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["num_negatives"])
     assert losses[1] > losses[0] >= 7
@@ -365,7 +365,7 @@ class TestMistakes:
         run("mine", *settings(pairs_file, tiny_model_folder, tmp_path / "mined", "mining.method=random"))
         path = tmp_path / "mined" / "plan.safetensors"
         first = BatchPlan.load(path)
-        run("train", *settings(pairs_file, tiny_model_folder, out, "train.max_steps=3"), "--plan", str(path))
+        run("train", *settings(pairs_file, tiny_model_folder, out, "train.args.max_steps=3"), "--plan", str(path))
         run("inspect", "run", str(out))
         assert BatchPlan.load(out / "plan.safetensors").digest == first.digest
         (out / "metrics.json").unlink()  # as if the run had been cut short

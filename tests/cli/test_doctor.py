@@ -55,7 +55,7 @@ def test_names_of_parameters_are_whole(run, monkeypatch):
 
 
 def test_half_precision_has_its_own_tolerance(run):
-    code, output = doctor(*run, "--set", "train.bf16=true")
+    code, output = doctor(*run, "--set", "train.args.bf16=true")
     assert code == 0, output
     assert "tolerance 1e-01" in output
 

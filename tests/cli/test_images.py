@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import EncodedImage
+from anybatch.data.reading import read_pairs
 from anybatch.insight import plan_page
+from anybatch.integrations.sentence_transformers.embed import embed_texts
+from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.plans.plan import BatchPlan
 from tests.cli.test_cli import run
 from tests.images import image, save_clip, save_pairs
@@ -39,6 +42,16 @@ def settings(saved, output, *more):
     chosen = (*mined, *more)
     data = ("--data", str(saved), "--anchor", "image", "--positive", "caption", "--batch-size", "8")
     return [*data, "--output", str(output), *(item for value in chosen for item in ("--set", value))]
+
+
+def write_files(folder, numbers, name="pairs.jsonl"):
+    """Images as files in `folder`/files, and a file of pairs that names them."""
+    (folder / "files").mkdir(parents=True, exist_ok=True)
+    for row, number in enumerate(numbers):
+        (folder / "files" / f"{row}.png").write_bytes(image(number))
+    rows = [{"image": f"files/{row}.png", "caption": f"a dot at place {row}"} for row in range(len(numbers))]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
 
 
 def vectors(folder):
@@ -92,19 +105,20 @@ def test_prompts_are_for_texts(saved, clip_folder, tmp_path):
 
 
 def test_paths_in_a_file(clip_folder, tmp_path):
-    (tmp_path / "files").mkdir()
-    with (tmp_path / "pairs.jsonl").open("w") as file:
-        for row in range(20):
-            (tmp_path / "files" / f"{row}.png").write_bytes(image(row))
-            file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
-    given = settings(tmp_path / "pairs.jsonl", tmp_path / "run")
+    given = settings(write_files(tmp_path, range(20)), tmp_path / "run")
     run("mine", *given, "--teacher", str(clip_folder))
     assert np.load(tmp_path / "run" / "teacher_anchor.npy").shape == (20, 16)
 
 
 def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
     more = (
-        *("mining.num_negatives=1", "train.epochs=2", "train.save_steps=3", "train.log_steps=1", "model.device=cpu"),
+        *(
+            "mining.num_negatives=1",
+            "train.epochs=2",
+            "train.save_steps=3",
+            "train.args.logging_steps=1",
+            "model.device=cpu",
+        ),
         *("train.micro_batch=3", "train.learning_rate=0.001", f"evaluation.path={saved}"),
         *vectors(tmp_path),
     )
@@ -135,12 +149,7 @@ def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
 
 
 def test_files_of_images_are_named_to_every_verb(clip_folder, tmp_path):
-    (tmp_path / "files").mkdir()
-    with (tmp_path / "pairs.jsonl").open("w") as file:
-        for row in range(20):
-            (tmp_path / "files" / f"{row}.png").write_bytes(image(row))
-            file.write(json.dumps({"image": f"files/{row}.png", "caption": f"a dot at place {row}"}) + "\n")
-    columns = ["--data", str(tmp_path / "pairs.jsonl"), "--anchor", "image", "--positive", "caption"]
+    columns = ["--data", str(write_files(tmp_path, range(20))), "--anchor", "image", "--positive", "caption"]
     run("evaluate", str(clip_folder), *columns, "--images", str(tmp_path), "--output", str(tmp_path / "images.json"))
     run("evaluate", str(clip_folder), *columns, "--output", str(tmp_path / "found.json"))
     run("evaluate", str(clip_folder), *columns, "--images", "", "--output", str(tmp_path / "names.json"))
@@ -158,7 +167,7 @@ def test_files_of_images_are_named_to_every_verb(clip_folder, tmp_path):
 def test_images_as_hard_negatives(saved, clip_folder, tmp_path):
     more = (
         "mining.num_negatives=1",
-        "train.log_steps=1",
+        "train.args.logging_steps=1",
         "model.device=cpu",
         "train.micro_batch=auto",
         *vectors(tmp_path),
@@ -172,3 +181,59 @@ def test_images_as_hard_negatives(saved, clip_folder, tmp_path):
     plan = BatchPlan.load(tmp_path / "run" / "plan.safetensors")
     assert plan.negatives_per_row == 1
     run("doctor", *(sides.get(value, value) for value in given[:8]), "--model", str(clip_folder))
+
+
+def test_broken_images_are_refused_before_anything_is_done(clip_folder, tmp_path):
+    path = write_files(tmp_path, range(20))
+    (tmp_path / "files" / "7.png").write_bytes(b"<html>not found</html>")
+    (tmp_path / "files" / "9.png").write_bytes(image(9)[:60])
+    given, model = settings(path, tmp_path / "run"), str(clip_folder)
+    named = r"image in row 8, 'image' of .*7\.png\) cannot be decoded .*In all 2 rows are refused: 8, 10\."
+    for verb in (
+        ("mine", *given, "--teacher", model),
+        ("train", *given, "--teacher", model, "--model", model),
+        ("doctor", "--data", str(path), "--anchor", "image", "--positive", "caption", "--model", model),
+        ("evaluate", model, "--data", str(path), "--anchor", "image", "--positive", "caption"),
+    ):
+        with pytest.raises(AnybatchError, match=named):
+            run(*verb)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_teacher_has_its_own_kwargs(saved, clip_folder, tmp_path):
+    """The embeddings that the loader's and the processor's settings give; files of others are refused."""
+    kwargs = {"dtype": "float64", "processor": {"image_mean": [0.1, 0.2, 0.3]}}
+    given = settings(saved, tmp_path / "run", f"teacher.kwargs={json.dumps(kwargs)}")
+    run("mine", *given, "--teacher", str(clip_folder))
+    found = np.load(tmp_path / "run" / "teacher_anchor.npy")
+    pairs = read_pairs(saved, anchor="image", positive="caption")
+    model = load_model(ModelConfig(name=str(clip_folder), kwargs=kwargs, device="cpu"))
+    assert next(model.parameters()).dtype == torch.float64
+    np.testing.assert_allclose(found, embed_texts(model, pairs.anchors, side="query"), atol=1e-6)
+    plain = load_model(ModelConfig(name=str(clip_folder), device="cpu"))
+    assert np.abs(found - embed_texts(plain, pairs.anchors, side="query")).max() > 0.01
+    record = json.loads((tmp_path / "run" / "teacher_anchor.npy.origin").read_text())
+    assert record["identity"]["kwargs"] == kwargs
+
+
+def test_held_out_images_have_their_own_root(clip_folder, tmp_path):
+    """The same paths below two folders: the training's and the evaluation's."""
+    data = write_files(tmp_path / "data", range(20))
+    held_out = write_files(tmp_path / "held", range(20, 36))
+    figures = {}
+    for name, folder in (("own", "held"), ("training's", "data")):
+        output = tmp_path / name
+        given = [*settings(data, output), "--images", str(tmp_path / "data"), "--eval", str(held_out)]
+        more = [f"evaluation.images={tmp_path / folder}", "mining.method=random", "train.max_steps=1"]
+        run("train", *given, "--model", str(clip_folder), *(item for value in more for item in ("--set", value)))
+        figures[name] = json.loads((output / "metrics.json").read_text())["metrics_untrained"]
+    run(
+        "evaluate", str(clip_folder), "--data", str(held_out), "--anchor", "image", "--positive", "caption",
+        "--set", "model.kwargs={dtype: float32}", "--output", str(tmp_path / "alone.json"),
+    )  # fmt: skip
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    assert figures["own"] == alone != figures["training's"]
+    with pytest.raises(AnybatchError, match=r"evaluation\.images is given, .* names no data"):
+        run("train", *settings(data, tmp_path / "x"), "--model", "m", "--set", "evaluation.images=held")
+    with pytest.raises(AnybatchError, match=r"Got --set loss\.name=infonce; expected a setting of the model"):
+        run("evaluate", str(clip_folder), "--data", str(held_out), "--set", "loss.name=infonce")

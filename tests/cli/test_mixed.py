@@ -80,7 +80,7 @@ def test_mined_and_looked_at(mmeb, chat_model, tmp_path, heard):
 
 def test_training_resumes(mmeb, chat_model, tmp_path):
     more = (
-        *("mining.num_negatives=1", "train.epochs=1", "train.save_steps=4", "train.log_steps=1"),
+        *("mining.num_negatives=1", "train.epochs=1", "train.save_steps=4", "train.args.logging_steps=1"),
         *("train.micro_batch=3", "train.learning_rate=0.001", *vectors(tmp_path)),
     )
     whole = [*settings(mmeb, tmp_path / "whole", *more), "--model", chat_model]
@@ -186,7 +186,7 @@ def test_a_model_of_one_kind_at_a_time_trains_on_sets_of_one_kind(mmeb, tmp_path
         (tmp_path / "sets").mkdir(exist_ok=True)
         (tmp_path / "sets" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = ["--data", str(tmp_path / "sets"), "--model", str(clip), "--batch-size", "4", "--set", "model.device=cpu"]
-    given += ["--set", "train.max_steps=3"]
+    given += ["--set", "train.args.max_steps=3"]
     run("train", *given, "--output", str(tmp_path / "within"))
     with pytest.raises(AnybatchError, match="Some anchors are texts, others images, and this model reads each"):
         run("train", *given, "--output", str(tmp_path / "mixed"), "--set", "mining.mixing=mixed")
@@ -199,6 +199,15 @@ def test_texts_with_fewer_negatives_in_some_rows(tiny_model_folder, tmp_path, lo
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     given = ["--data", str(path), "--model", str(tiny_model_folder), "--batch-size", "4", "--set", f"loss.name={loss}"]
-    run("train", *given, "--output", str(tmp_path / "run"), "--set", "train.log_steps=1", "--set", "model.device=cpu")
+    run(
+        "train",
+        *given,
+        "--output",
+        str(tmp_path / "run"),
+        "--set",
+        "train.args.logging_steps=1",
+        "--set",
+        "model.device=cpu",
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]

@@ -149,7 +149,16 @@ def test_a_run_from_two_names_alone(csv, tiny_model_folder, tmp_path, heard):
 
 def test_a_given_plan_says_what_is_held_out(csv, tiny_model_folder, tmp_path, caplog):
     caplog.set_level("INFO", logger="anybatch")
-    few = ["--data", csv.name, "--model", str(tiny_model_folder), "--batch-size", "32", "--set", "train.max_steps=1"]
+    few = [
+        "--data",
+        csv.name,
+        "--model",
+        str(tiny_model_folder),
+        "--batch-size",
+        "32",
+        "--set",
+        "train.args.max_steps=1",
+    ]
     run("mine", *few, "--output", "mined")
     run("train", *few, "--plan", "mined/plan.safetensors", "--output", "all")
     assert "Nothing is held out for evaluation: the plan is of all pairs." in caplog.text
@@ -165,7 +174,7 @@ def test_a_given_plan_says_what_is_held_out(csv, tiny_model_folder, tmp_path, ca
 
 def test_nothing_is_held_out(csv, pairs_file, tiny_model_folder, tmp_path, caplog):
     caplog.set_level("INFO", logger="anybatch")
-    more = ["--model", str(tiny_model_folder), "--batch-size", "32", "--set", "train.max_steps=1"]
+    more = ["--model", str(tiny_model_folder), "--batch-size", "32", "--set", "train.args.max_steps=1"]
     run("train", "--data", csv.name, *more, "--output", "off", "--set", "evaluation.path=null")
     assert "held out" not in caplog.text
     run("train", "--data", str(pairs_file), *more, "--output", "few")

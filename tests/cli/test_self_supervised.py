@@ -19,7 +19,7 @@ from tests.cli.test_cli import run
 from tests.cli.test_train_ranks import launch
 from tests.images import image
 
-PAGE = Path(__file__).parents[2] / "docs" / "self_supervised.md"
+PAGE = Path(__file__).parents[2] / "docs" / "images.md"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
 
 def settings(pictures, output, *more):
     values = ("loss.name=sogclr", "loss.temperature=0.1", "train.learning_rate=3e-3", "train.epochs=2", "seed=3")
-    values += ("train.micro_batch=3", "train.log_steps=1", "train.save_steps=4", "model.device=cpu", *more)
+    values += ("train.micro_batch=3", "train.args.logging_steps=1", "train.save_steps=4", "model.device=cpu", *more)
     given = ("--data", str(pictures / "train"), "--views", "2", "--model", "small-resnet", "--batch-size", "8")
     return [*given, "--output", str(output), *(item for value in values for item in ("--set", value))]
 
@@ -83,7 +83,12 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tmp_path):
 
 
 def test_the_schedule_and_lars(pictures, tmp_path):
-    more = ("train.optimizer=lars", "train.learning_rate=0.5", "train.schedule=linear", "train.warmup=0")
+    more = (
+        "train.optimizer=lars",
+        "train.learning_rate=0.5",
+        "train.args.lr_scheduler_type=linear",
+        "train.args.warmup_steps=0",
+    )
     run("train", *settings(pictures, tmp_path / "run", *more))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["learning_rate"] for line in lines] == pytest.approx([0.5 * k / 8 for k in range(8, 0, -1)])
@@ -121,10 +126,14 @@ def test_doctor(pictures, heard):
 
 
 def test_the_page(pictures, tmp_path, monkeypatch):
-    """The commands of docs/self_supervised.md, with a small model and few steps."""
+    """The commands of docs/images.md, with a small model and few steps."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(pictures)
-    [block] = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    [block] = [
+        code
+        for code in re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+        if "--views" in code
+    ]
     smaller = {
         "facebook/dinov2-small": "small-resnet",
         "256": "8",

@@ -41,14 +41,14 @@ def test_two_processes_equal_one(pairs_file, tiny_model_folder, tmp_path):
     (model / "config.json").write_text(json.dumps(config))
     values = ["mining.method=random", "loss.name=sogclr", "loss.gamma=0.6", "loss.learnable_temperature=true"]
     values += ["loss.sharded=true", "loss.warm_start=true"]  # each rank stores, and encodes, its share
-    values += ["train.max_steps=6", "train.save_steps=4", "train.log_steps=1", "train.micro_batch=3"]
+    values += ["train.args.max_steps=6", "train.save_steps=4", "train.args.logging_steps=1", "train.micro_batch=3"]
     values += ["train.learning_rate=1e-3", "model.device=cpu", f"evaluation.path={pairs_file}"]
     given = ["--data", str(pairs_file), "--model", str(model), "--batch-size", "8"]
     given += [item for value in values for item in ("--set", value)]
     one, two = tmp_path / "one", tmp_path / "two"
     assert CliRunner().invoke(app, ["train", *given, "--output", str(one)]).exception is None
     said = launch("train", *given, "--output", str(two))
-    assert said.count("Model: ") == 1, "one of the ranks speaks"
+    assert said.count("Use the model: ") == 1, "one of the ranks speaks"
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
     assert figures[1]["num_steps"] == 6
     assert figures[1]["metrics_untrained"] == figures[0]["metrics_untrained"]

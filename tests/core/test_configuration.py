@@ -105,8 +105,6 @@ RUN = {"output": "o", "data": {"path": "d"}, "model": {"name": "m"}}
     ("key", "value"),
     [
         *(("train.learning_rate", value) for value in ("nan", "inf", "0", "-1")),
-        *(("train.weight_decay", value) for value in ("nan", "-5", "inf")),
-        *(("train.warmup", value) for value in ("nan", "1.5", "-0.1")),
         *(("loss.temperature", value) for value in ("nan", "0", "inf")),
         *(("loss.gamma", value) for value in ("nan", "0", "1.1")),
         *(("loss.eps", value) for value in ("nan", "-1")),

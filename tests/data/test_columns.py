@@ -126,18 +126,20 @@ def test_lists_of_several_positives_and_of_varying_negatives(tmp_path, said):
         read_pairs(write(tmp_path / "q.jsonl", [{"anchor": ["a", "b"], "positive": "p"}]))
 
 
-@pytest.mark.parametrize("cell", [None, "", "  ", [], [""], [None], ["a", None], ["a", 3], 7, {"text": "a"}])
+@pytest.mark.parametrize("cell", [None, "", "  ", [], [""], [None], ["a", None], ["a", 3], 7, {"id": "a"}])
 @pytest.mark.parametrize("name", ["anchor", "positive", "negative"])
 def test_cells_without_a_text_are_never_trained_on(tmp_path, name, cell):
     rows = [{"anchor": f"a{n}", "positive": f"p{n}", "negative": f"n{n}"} for n in range(4)]
     rows[2][name] = cell
     path = write(tmp_path / "p.jsonl", rows)
-    if name == "negative" and cell not in (["a", 3], 7, {"text": "a"}):  # the row has fewer, or none
+    if name == "negative" and cell not in (["a", 3], 7, {"id": "a"}):  # the row has fewer, or none
         negative = read_pairs(path).negatives[0][2]
         assert negative == ("a" if cell == ["a", None] else None)
         return
     remedy = r"data\.negatives=\[\]" if name == "negative" else "leave the row out"
-    with pytest.raises(AnybatchError, match=f"Row 3 .*'{name}' is (empty|.*no text).*{remedy}"):
+    with pytest.raises(
+        AnybatchError, match=f"Row 3 .*'{name}' is (empty|.*no text|an object with the key 'id').*{remedy}"
+    ):
         read_pairs(path)
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -11,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from anybatch.core.errors import AnybatchError
 from anybatch.data.pairs import PairData, PairSet, join_pairs, text_digest
 from anybatch.data.reading import read_pairs
-from anybatch.data.retrieval import read_retrieval
+from anybatch.data.retrieval import find_retrieval, read_retrieval
 from anybatch.data.sets import find_sets
 
 ROWS = [
@@ -271,14 +273,64 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     assert list(data.anchors) == [row["q"] for row in ROWS[:2]]
     assert read_pairs("hf://owner/name", anchor="q", positive="a").digest != data.digest
     read_pairs("hf://owner/name/pairs/more", anchor="q", positive="a")
+    read_pairs("hf://owner/name:test", anchor="q", positive="a")
     assert asked == [
         ("owner/name", "pairs", "train"),
         ("owner/name", None, "train"),
         ("owner/name", "pairs", "more"),
+        ("owner/name", None, "test"),
     ]  # each once
     assert find_sets("hf://owner/name") == {}
     with pytest.raises(AnybatchError, match=r"Cannot load owner/name .*no network.*hf://OWNER/NAME.*download it"):
         read_pairs("hf://owner/name/away")
+    with pytest.raises(AnybatchError, match=r"no file owner/name.* A data set of the hub is named hf://owner/name\."):
+        read_pairs("owner/name")
+
+
+def test_bad_rows_are_left_out_where_asked(tmp_path, caplog):
+    """Counted and said; what is left is the data of a file without them: the same ids, negatives and digest."""
+    rows = [{"query": f"q{n}", "pos": f"p{n}", "neg": [f"n{n}"] * (n % 3)} for n in range(9)]
+    good, mixed = tmp_path / "good.jsonl", tmp_path / "mixed.jsonl"
+    good.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad = [{"query": "", "pos": "x"}, {"query": "x", "pos": 7}, {"query": "y", "pos": "y", "neg": [3]}]
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in [bad[0], *rows[:4], bad[1], *rows[4:], bad[2]]))
+    with pytest.raises(AnybatchError, match=r"In all 3 rows are refused: 1, 6, 12\."):
+        read_pairs(mixed)
+    left, whole = read_pairs(mixed, skip_bad=True), read_pairs(good)
+    assert "mixed.jsonl: 3 rows left out (data.skip_bad): 1, 6, 12. The first: Row 1 of" in caplog.text
+    assert (left.anchors, left.positives, left.digest) == (whole.anchors, whole.positives, whole.digest)
+    assert left.negative_id.tolist() == whole.negative_id.tolist()
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    with pytest.raises(AnybatchError, match="In all 3 rows are refused"):
+        read_pairs(mixed, skip_bad=True)
+
+
+def test_bad_rows_with_images_are_left_out_by_their_numbers_in_the_file(tmp_path, caplog):
+    (tmp_path / "a.png").write_bytes(b"")
+    rows = [("", "a.png"), ("t1", "a.png"), ("t2", "gone.png"), ("t3", "a.png")]
+    path = tmp_path / "pairs.csv"
+    path.write_text("query,pos\n" + "".join(f"{text},{image}\n" for text, image in rows))
+    left = read_pairs(path, skip_bad=True)
+    assert (left.anchors, len(left.positives)) == (["t1", "t3"], 2)
+    assert "1 row left out (data.skip_bad): 1. The first: Row 1" in caplog.text
+    assert "1 row left out (data.skip_bad): 3. The first: 'pos' of" in caplog.text
+
+
+def test_a_folder_in_the_layout_of_beir(tmp_path):
+    assert find_retrieval(tmp_path) is None
+    for name in ("corpus", "queries"):
+        (tmp_path / f"{name}.jsonl").write_text('{"_id": "1", "title": "", "text": "words"}\n')
+    with pytest.raises(AnybatchError, match=r"no judgements qrels/test\.tsv; there are none"):
+        find_retrieval(tmp_path)
+    (tmp_path / "qrels").mkdir()
+    for split in ("dev", "train"):
+        (tmp_path / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n1\t1\t1\n")
+    with pytest.raises(AnybatchError, match=r"no judgements qrels/test\.tsv; there are dev, train\. Choose one"):
+        find_retrieval(tmp_path)
+    files = find_retrieval(tmp_path, "dev")
+    assert files is not None
+    assert [Path(file).name for file in files] == ["corpus.jsonl", "queries.jsonl", "dev.tsv"]
+    assert read_retrieval(*files).relevance == {"1": {"1": 1}}
 
 
 def test_data_sets_of_a_pattern(tmp_path):

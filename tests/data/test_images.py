@@ -186,8 +186,8 @@ def test_rows_without_an_image(tmp_path):
     features = Features({"image": Image(), "caption": Value("string")})
     rows = {"image": [{"bytes": image(0), "path": None}, None], "caption": ["a", "b"]}
     Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "gap"))
-    with pytest.raises(AnybatchError, match="There is no image in row 2, 'image' of "):
-        _ = read_pairs(tmp_path / "gap", anchor="image", positive="caption").digest
+    with pytest.raises(AnybatchError, match=r"Row 2 of .*'image' is empty\. Every row needs a text or an image there"):
+        read_pairs(tmp_path / "gap", anchor="image", positive="caption")
     with pytest.raises(AnybatchError, match=r"no column 'imag' .* Did you mean 'image'"):
         read_pairs(tmp_path / "gap", anchor="imag", positive="caption")
 
@@ -270,3 +270,63 @@ def test_pixels_of_16_bits_are_scaled_and_of_32_refused(kind):
     for wide in (np.float32, np.int32):
         with pytest.raises(AnybatchError, match="row 3, 'image' of here has numbers of 32 bits"):
             stored(grey.astype(wide), "TIFF").decode()
+
+
+def encoded_as(kind, **options):
+    from PIL import Image as Pillow
+
+    file = BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    Pillow.fromarray(noise).save(file, kind, **options)
+    return file.getvalue()
+
+
+WHOLE = {kind: encoded_as(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_cannot_be_decoded_is_found_without_decoding(kind, monkeypatch):
+    whole = WHOLE[kind]
+    EncodedImage(encoded=whole + b"\0" * 8, where="here").check()
+    for length in (0, 5, len(whole) // 3, len(whole) * 9 // 10):
+        cut = EncodedImage(encoded=whole[:length], where="row 3, 'image' of here")
+        with pytest.raises(AnybatchError, match="row 3, 'image' of here cannot be decoded"):
+            cut.check()
+        with pytest.raises(AnybatchError, match="row 3, 'image' of here cannot be decoded"):
+            cut.decode()
+    if kind in ("JPEG", "PNG", "WEBP"):  # what data sets are made of
+        monkeypatch.setattr(EncodedImage, "decode", lambda self: pytest.fail("decoded"))
+        EncodedImage(encoded=whole, where="here").check()
+
+
+def test_a_file_with_more_behind_its_end_is_taken():
+    image = EncodedImage(encoded=WHOLE["JPEG"] + b"more" * 99, where="here")  # as some cameras write
+    image.check()
+    assert image.decode().size == (40, 40)
+
+
+def test_all_broken_images_are_named_at_once(tmp_path):
+    files = {
+        "fine.jpg": WHOLE["JPEG"],
+        "cut.jpg": WHOLE["JPEG"][:300],
+        "page.jpg": b"<html>not found</html>",
+        "no.png": b"",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    names = ["fine.jpg", "cut.jpg", "page.jpg", "cut.jpg", "fine.jpg", "no.png"]
+    rows = [{"image": name, "caption": f"c{row}"} for row, name in enumerate(names)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = read_pairs(tmp_path / "pairs.jsonl", anchor="image", positive="caption")
+    match = r"image in row 2, .*cut\.jpg\) cannot be decoded .*In all 4 rows are refused: 2, 3, 4, 6\."
+    with pytest.raises(AnybatchError, match=match):
+        _ = pairs.digest
+
+
+def test_a_thumbnail_shows_16_bits():
+    from PIL import Image as Pillow
+
+    file = BytesIO()
+    Pillow.fromarray(np.full((8, 8), 0x4000, np.uint16)).save(file, "PNG")
+    shown = EncodedImage(encoded=file.getvalue(), where="here").thumbnail().partition(",")[2]
+    assert abs(Pillow.open(BytesIO(base64.b64decode(shown))).getpixel((4, 4))[0] - 0x40) < 3

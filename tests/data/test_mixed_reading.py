@@ -273,3 +273,97 @@ def test_repeated_candidates_count_once(photos):
     data = read_candidates(write(photos, [row, {**row, "tgt_text": ["y", "z"]}]))
     assert (data.queries, data.candidates, data.query.tolist()) == (["a"], ["x", "y", "z"], [0, 0])
     assert [numbers.tolist() for numbers in data.of_row] == [[0, 1], [1, 2]]
+
+
+# Sides as {"text": ..., "image": ...}: a text, an image, both, two images; negatives are lists of any length.
+SIDES = [
+    {"query": ("a cat", [1]), "pos": ("p0", []), "neg": [("n0", [2]), ("n1", [])]},
+    {"query": (None, [2]), "pos": ("p1", [3]), "neg": []},
+    {"query": ("two", [3, 1]), "pos": (None, [4]), "neg": [(None, [5])]},
+    {"query": ("text", []), "pos": ("p3", [0]), "neg": [("n3", [1]), (None, [0]), ("n5", [])]},
+]
+
+
+def as_objects(stored, *, several):
+    """`SIDES` with objects as cells; `stored`: an image's number as it lies in the file."""
+
+    def cell(text, numbers):
+        images = [stored(number) for number in numbers]
+        return {"text": text, "image": images if several else images[0] if images else None}
+
+    rows = [{"query": cell(*row["query"]), "pos": cell(*row["pos"])} for row in SIDES]
+    return [
+        {**cells, "neg": [cell(*negative) for negative in row["neg"]]} for cells, row in zip(rows, SIDES, strict=True)
+    ]
+
+
+def expected(side):
+    found = [(text, [image(number) for number in numbers]) for text, numbers in side]
+    return [content if content != (None, []) else None for content in found]
+
+
+@pytest.mark.parametrize("form", ["json", "datasets", "parquet", "without metadata"])
+def test_objects_of_a_text_and_images(form, photos, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "anybatch")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    paths = as_objects(lambda number: f"{number}.png", several=True)
+    by_path = read_pairs(write(photos, paths))
+    path = photos / "pairs.jsonl"
+    if form != "json":
+        rows = as_objects(lambda number: {"bytes": image(number), "path": None}, several=True)
+        both = {"text": Value("string"), "image": [Image()]}
+        path = tmp_path / "pairs.parquet"
+        if form == "without metadata":
+            parquet.write_table(pa.Table.from_pylist(rows, pa.schema([
+                *((name, pa.struct([("text", pa.string()), ("image", pa.list_(STORED))])) for name in ("query", "pos")),
+                ("neg", pa.list_(pa.struct([("text", pa.string()), ("image", pa.list_(STORED))]))),
+            ])), path)  # fmt: skip
+        else:
+            dataset = Dataset.from_list(rows, features=Features({"query": both, "pos": both, "neg": [both]}))
+            dataset.to_parquet(path) if form == "parquet" else dataset.save_to_disk(str(path := tmp_path / "saved"))
+    pairs = read_pairs(path)
+    assert contents(pairs.anchors) == expected(row["query"] for row in SIDES)
+    assert contents(pairs.positives) == expected(row["pos"] for row in SIDES)
+    for place, column in enumerate(pairs.negatives):
+        wanted = [row["neg"][place] if place < len(row["neg"]) else (None, []) for row in SIDES]
+        assert contents(column) == expected(wanted)
+    assert len(pairs.negatives) == 3
+    assert pairs.digest == by_path.digest
+    assert pairs.anchors.images is pairs.positives.images  # read once for all sides
+    assert pairs.positives[2].images[0].where.startswith(f"row 3, 'pos' of {path}")
+    assert "anchor 'query' (images), positive 'pos' (images), negatives 'neg' (images)" in caplog.text
+    assert read_pairs(path, limit=2).digest == read_pairs(photos / "pairs.jsonl", limit=2).digest
+
+
+STORED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def test_objects_of_one_image_and_columns_of_lists(photos, tmp_path):
+    rows = [{"query": {"text": "a", "image": "1.png"}, "pos": "p"}, {"query": "text alone", "pos": {"image": "2.png"}}]
+    pairs = read_pairs(write(photos, rows))
+    assert contents(pairs.anchors) == [("a", [image(1)]), ("text alone", [])]
+    assert contents(pairs.positives) == [("p", []), (None, [image(2)])]
+    stored = [{"bytes": image(number), "path": None} for number in range(4)]
+    columns = {"query_images": [stored[:2], stored[3:]], "query": ["a", "b"], "pos": [stored[1:2], stored[:3]]}
+    features = Features({"query_images": [Image()], "query": Value("string"), "pos": [Image()]})
+    Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "lists"))
+    pairs = read_pairs(tmp_path / "lists")
+    assert contents(pairs.anchors) == [("a", [image(0), image(1)]), ("b", [image(3)])]
+    assert contents(pairs.positives) == [(None, [image(1)]), (None, [image(number) for number in range(3)])]
+
+
+@pytest.mark.parametrize(
+    ("cell", "match"),
+    [
+        ({"txt": "a"}, "'query' is an object with the key 'txt'; expected"),
+        ({"text": 3}, "'query' is 3, which is no text"),
+        ({"text": "a", "image": 3}, "'query' is an object with 3 as an image"),
+        ({"text": "", "image": []}, "'query' is empty. Every row needs a text or an image there"),
+        ({"image": "gone.png"}, r"no file .*gone\.png \(row 2\)"),
+        ([{"text": "a"}, {"text": "b"}], "An anchor is one text"),
+    ],
+)
+def test_bad_objects_are_named(photos, cell, match):
+    rows = [{"query": {"text": "a", "image": "1.png"}, "pos": "p"}, {"query": cell, "pos": "q"}]
+    with pytest.raises(AnybatchError, match=match):
+        read_pairs(write(photos, rows))

@@ -98,7 +98,7 @@ def test_images_for_a_model_of_texts_are_refused(pairs, tiny_model_folder):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"micro_batch": 3}, {"micro_batch": 4, "max_tokens": 20}, {"micro_batch": "auto"}]
+    "settings", [{"mini_batch_size": 3}, {"mini_batch_size": 4, "max_tokens": 20}, {"mini_batch_size": "auto"}]
 )
 def test_cached_step_equals_the_plain_one(model, pairs, settings):
     """Pixels have no lengths: they are cut by rows, also where `max_tokens` limits the texts."""
@@ -137,7 +137,7 @@ def trained(model_folder, pairs, output, collate):
     arguments = SentenceTransformerTrainingArguments(
         str(output), per_device_train_batch_size=6, max_steps=3, learning_rate=1e-3, use_cpu=True, report_to="none"
     )
-    loss = CachedLoss(model, InfoNCE(temperature=0.1), micro_batch=2, keep_graphs=0.4)
+    loss = CachedLoss(model, InfoNCE(temperature=0.1), mini_batch_size=2, keep_graphs=0.4)
     dataset = pairs.to_dataset()
     dataset = undecoded(dataset) if collate else dataset
     trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)
@@ -170,7 +170,7 @@ def test_a_trainer_decodes_by_micro_batch(clip_folder, pairs, tmp_path, monkeypa
 
 def test_what_cannot_be_decoded_is_named_in_training(model):
     rows = [{"bytes": b"no image", "path": "broken.png"}] * 4
-    loss = CachedLoss(model, InfoNCE(temperature=0.1), micro_batch=2)
+    loss = CachedLoss(model, InfoNCE(temperature=0.1), mini_batch_size=2)
     with pytest.raises(AnybatchError, match=r"training set \(broken.png\) cannot be decoded"):
         loss([{"pixel_values": UndecodedRows(rows)}, dict(model.preprocess(["a dot"] * 4))])
     missing = [{"bytes": None, "path": "nowhere.png"}] * 4

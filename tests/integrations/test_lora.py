@@ -55,7 +55,12 @@ def test_a_killed_run_with_adapters_ends_as_if_nothing_had_happened(pairs_file, 
         batch_size=16,
         loss=LossConfig(name="infonce"),
         train=TrainConfig(
-            max_steps=4, save_steps=2, learning_rate=0.01, micro_batch=4, keep_graphs=0.5, gradient_checkpointing=True
+            save_steps=2,
+            learning_rate=0.01,
+            micro_batch=4,
+            keep_graphs=0.5,
+            gradient_checkpointing=True,
+            args={"max_steps": 4},
         ),
     )
     train_whole_and_killed(config, tmp_path)
@@ -104,9 +109,10 @@ def test_merged_adapters_compute_what_they_did_beside_the_weights(tiny_model_fol
         ({"lora": {"r": 0}}, "peft says: .*positive"),
         ({"lora": {"target_modules": ["nothing"]}}, "peft says: .*not found"),
         ({"lora": {"r": 8}, "num_layers": 1}, "model.lora and model.num_layers"),
-        ({"kwargs": {"dtype": "float33"}}, "with model.kwargs {'dtype': 'float33'}, which transformers"),
-        ({"kwargs": {"heads": 3}}, "with model.kwargs {'heads': 3}.*'heads'"),
-        ({"processor": {"padding_side": "up"}}, "with model.processor {'padding_side': 'up'}"),
+        ({"kwargs": {"dtype": "float33"}}, "with the kwargs {'dtype': 'float33'}, which transformers"),
+        ({"kwargs": {"heads": 3}}, "with the kwargs {'heads': 3}.*'heads'"),
+        ({"kwargs": {"processor": {"padding_side": "up"}}}, "with the kwargs {'processor': {'padding_side': 'up'}}"),
+        ({"kwargs": {"processor": 3}}, r"model\.kwargs\.processor is 3; expected a mapping"),
         ({"lora": 8}, "model.lora is 8; expected a mapping such as {key: value}, or nothing"),
         ({"kwargs": {"dtype": torch.float16}}, "model.kwargs is .*; expected a mapping"),
     ],
@@ -145,7 +151,7 @@ def test_what_is_trained_beside_the_adapters_is_saved_as_well(pairs_file, tiny_m
         model=ModelConfig(name=str(tiny_model_folder), device="cpu", lora={"r": 2, **beside}),
         batch_size=16,
         loss=LossConfig(name="infonce"),
-        train=TrainConfig(max_steps=3, save_steps=2, learning_rate=0.01, micro_batch=4),
+        train=TrainConfig(save_steps=2, learning_rate=0.01, micro_batch=4, args={"max_steps": 3}),
     )
     train_whole_and_killed(config, tmp_path)
     folders = (tiny_model_folder, tmp_path / "whole" / "model", tmp_path / "killed" / "model")
@@ -159,8 +165,10 @@ def test_what_is_trained_beside_the_adapters_is_saved_as_well(pairs_file, tiny_m
 def test_a_setting_that_the_processor_does_not_have_is_said(caplog):
     folder = str(vision_models.folder_of("vit"))
     load_model(
-        ModelConfig(name=folder, device="cpu", processor={"do_resize": True, "size": {"height": 16, "width": 16}})
+        ModelConfig(
+            name=folder, device="cpu", kwargs={"processor": {"do_resize": True, "size": {"height": 16, "width": 16}}}
+        )
     )
-    assert "model.processor" not in caplog.text
-    load_model(ModelConfig(name=folder, device="cpu", processor={"max_pixel": 256}))
-    assert "model.processor has 'max_pixel', which is no attribute of the model's ViTImageProcessorPil" in caplog.text
+    assert "kwargs.processor" not in caplog.text
+    load_model(ModelConfig(name=folder, device="cpu", kwargs={"processor": {"max_pixel": 256}}))
+    assert "kwargs.processor has 'max_pixel', which is no attribute of the model's ViTImageProcessorPil" in caplog.text

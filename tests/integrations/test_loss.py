@@ -17,9 +17,8 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from anybatch.caching import cached_step
 from anybatch.core.errors import AnybatchError
-from anybatch.integrations.sentence_transformers import CachedLateInteraction, CachedLoss
+from anybatch.integrations.sentence_transformers import CachedLoss
 from anybatch.losses import InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import RowTable
 
 from ..conftest import sentence
@@ -70,13 +69,13 @@ def equals_plain(model, features, *, limit=1e-12, **options):
 @pytest.mark.parametrize("micro_batch", [1, 4, 100])
 def test_equals_the_plain_loss_without_dropout(model, negatives, micro_batch):
     model.eval()  # the plain loss draws other dropout masks, so compare without them
-    equals_plain(model, columns(model, negatives=negatives), micro_batch=micro_batch)
+    equals_plain(model, columns(model, negatives=negatives), mini_batch_size=micro_batch)
 
 
 def test_equals_the_cached_loss_it_replaces(model):
     model.eval()
     features = columns(model)
-    _, ours = gradients(CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=3), features, outer=0.25)
+    _, ours = gradients(CachedLoss(model, InfoNCE(temperature=0.05), mini_batch_size=3), features, outer=0.25)
     _, theirs = gradients(
         CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=3), features, outer=0.25
     )
@@ -87,8 +86,8 @@ def test_equals_the_cached_loss_it_replaces(model):
 def test_dropout_is_replayed(model, keep_graphs):
     model.train()
     features = columns(model)
-    _, all_replayed = gradients(CachedLoss(model, InfoNCE(), micro_batch=4), features)
-    _, ours = gradients(CachedLoss(model, InfoNCE(), micro_batch=4, keep_graphs=keep_graphs), features)
+    _, all_replayed = gradients(CachedLoss(model, InfoNCE(), mini_batch_size=4), features)
+    _, ours = gradients(CachedLoss(model, InfoNCE(), mini_batch_size=4, keep_graphs=keep_graphs), features)
     assert worst(ours, all_replayed) < 1e-12
 
 
@@ -97,7 +96,7 @@ def test_matryoshka(model):
     features = columns(model)
     dims = [32, 16, 8]
     _, ours = gradients(
-        MatryoshkaLoss(model, CachedLoss(model, InfoNCE(temperature=0.05), micro_batch=4), dims), features
+        MatryoshkaLoss(model, CachedLoss(model, InfoNCE(temperature=0.05), mini_batch_size=4), dims), features
     )
     _, theirs = gradients(MatryoshkaLoss(model, MultipleNegativesRankingLoss(model, scale=20.0), dims), features)
     assert worst(ours, theirs) < 1e-12
@@ -108,7 +107,7 @@ def test_prefixes_in_one_pass_equal_the_wrapper_around_a_plain_loss(model):
     features, dims, weights = columns(model), [32, 16, 8], [1.0, 0.5, 2.0]
     plain = MatryoshkaLoss(model, MultipleNegativesRankingLoss(model, scale=20.0), dims, matryoshka_weights=weights)
     expected, theirs = gradients(plain, features)
-    loss = CachedLoss(model, Matryoshka(InfoNCE(temperature=0.05), dims, weights=weights), micro_batch=4)
+    loss = CachedLoss(model, Matryoshka(InfoNCE(temperature=0.05), dims, weights=weights), mini_batch_size=4)
     value, ours = gradients(loss, features)
     assert value == pytest.approx(expected, rel=1e-12)
     assert worst(ours, {name.removeprefix("loss."): gradient for name, gradient in theirs.items()}) < 1e-12
@@ -116,7 +115,7 @@ def test_prefixes_in_one_pass_equal_the_wrapper_around_a_plain_loss(model):
 
 def test_prefixes_with_memory_replay_the_encoder_once(model, monkeypatch):
     calls = []
-    loss = CachedLoss(model, Matryoshka(SogCLR(num_rows=30), [32, 8]), micro_batch=100, keep_graphs=0.0)
+    loss = CachedLoss(model, Matryoshka(SogCLR(num_rows=30), [32, 8]), mini_batch_size=100, keep_graphs=0.0)
     encode = loss.encode
     monkeypatch.setattr(loss, "encode", lambda features: calls.append(len(features["input_ids"])) or encode(features))
     gradients(loss, columns(model, negatives=0), torch.arange(11))
@@ -128,8 +127,8 @@ def test_prefixes_with_memory_replay_the_encoder_once(model, monkeypatch):
 def test_padded_widths_change_no_gradient(model, multiple):
     model.eval()
     features = columns(model)
-    _, plain = gradients(CachedLoss(model, InfoNCE(), micro_batch=4), features)
-    _, ours = gradients(CachedLoss(model, InfoNCE(), micro_batch=4, pad_to_multiple=multiple), features)
+    _, plain = gradients(CachedLoss(model, InfoNCE(), mini_batch_size=4), features)
+    _, ours = gradients(CachedLoss(model, InfoNCE(), mini_batch_size=4, pad_to_multiple=multiple), features)
     assert worst(ours, plain) < 1e-12
 
 
@@ -139,7 +138,7 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_one(model, monkeypatch)
     """
     model.train()
     features = columns(model, rows=6, negatives=0)
-    known = {"micro_batch": 3, "pad_to_multiple": 8}
+    known = {"mini_batch_size": 3, "pad_to_multiple": 8}
     _, plain = gradients(CachedLoss(model, InfoNCE(), keep_graphs=1.0, **known), features)
     inner, shapes, graphs = torch._dynamo.lookup_backend("aot_eager"), set(), []
 
@@ -164,7 +163,7 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_one(model, monkeypatch)
 
 
 def test_evaluation_leaves_memory_alone(model):
-    loss = CachedLoss(model, SogCLR(num_rows=30), micro_batch=4)
+    loss = CachedLoss(model, SogCLR(num_rows=30), mini_batch_size=4)
     features = columns(model, negatives=0)
     before = {name: value.clone() for name, value in loss.loss.state_dict().items()}
     with torch.no_grad():
@@ -182,7 +181,7 @@ def test_memory_does_not_depend_on_micro_batches(model):
     features = columns(model, negatives=0)
     states = []
     for micro_batch in (2, 50):
-        loss = CachedLoss(model, SogCLR(num_rows=30, gamma=0.5), micro_batch=micro_batch)
+        loss = CachedLoss(model, SogCLR(num_rows=30, gamma=0.5), mini_batch_size=micro_batch)
         for _ in range(2):
             gradients(loss, features, torch.arange(11))
         states.append(loss.loss.state_dict())
@@ -196,8 +195,8 @@ def test_identical_texts_are_not_negatives(model):
     ids = np.arange(11)
     same = ids.copy()
     same[7] = same[3]
-    plain = CachedLoss(model, InfoNCE(), rows=RowTable(ids, ids), micro_batch=4)
-    masked = CachedLoss(model, InfoNCE(), rows=RowTable(ids, same), micro_batch=4)
+    plain = CachedLoss(model, InfoNCE(), rows=RowTable(ids, ids), mini_batch_size=4)
+    masked = CachedLoss(model, InfoNCE(), rows=RowTable(ids, same), mini_batch_size=4)
     full, _ = gradients(plain, features, torch.arange(11))
     less, _ = gradients(masked, features, torch.arange(11))
     assert less < full - 1e-6
@@ -226,7 +225,7 @@ def test_learned_temperature_follows_the_outer_gradient(model):
     """
     model.eval()
     batches = [columns(model, negatives=1), columns(model, rows=7, negatives=1)]
-    cached = CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=3)
+    cached = CachedLoss(model, InfoNCE(learnable_temperature=True), mini_batch_size=3)
     ours = accumulated(cached, batches)
 
     class Plain(torch.nn.Module):
@@ -247,7 +246,7 @@ def test_learned_temperature_follows_the_outer_gradient(model):
 
 
 def test_nothing_reaches_the_temperature_before_backward(model):
-    loss = CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=4)
+    loss = CachedLoss(model, InfoNCE(learnable_temperature=True), mini_batch_size=4)
     value = loss([dict(column) for column in columns(model)])
     assert loss.loss.temperatures.log_temperature.grad is None
     value.backward()
@@ -264,7 +263,7 @@ def test_the_loss_is_computed_outside_autocast(model):
             return super().forward(anchors, candidates, **arguments)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        CachedLoss(model, Watching(), micro_batch=4)(columns(model))
+        CachedLoss(model, Watching(), mini_batch_size=4)(columns(model))
     assert seen == [(torch.float32,) * 3]
 
 
@@ -273,7 +272,7 @@ def test_auto_is_plain_training_where_it_fits(model):
     model.train()
     calls = []
     model.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0]["input_ids"])))
-    loss = CachedLoss(model, InfoNCE(), micro_batch="auto")
+    loss = CachedLoss(model, InfoNCE(), mini_batch_size="auto")
     features = columns(model)
     gradients(loss, features)
     calls.clear()
@@ -292,7 +291,7 @@ def test_running_out_of_memory_is_survived(model):
     features = columns(model)
     _, theirs = gradients(MultipleNegativesRankingLoss(model, scale=20.0), features)
     model.register_forward_pre_hook(crowded)
-    loss = CachedLoss(model, InfoNCE(temperature=0.05), micro_batch="auto")
+    loss = CachedLoss(model, InfoNCE(temperature=0.05), mini_batch_size="auto")
     with pytest.warns(UserWarning, match="split"):
         _, ours = gradients(loss, features)
     assert worst(ours, theirs) < 1e-12
@@ -318,7 +317,7 @@ def test_lora_with_gradient_checkpointing(model):
     inner.enable_input_require_grads()
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    ours = equals_plain(model, columns(model), micro_batch=4, keep_graphs=0.5, limit=1e-11)
+    ours = equals_plain(model, columns(model), mini_batch_size=4, keep_graphs=0.5, limit=1e-11)
     assert all("lora_" in name for name in ours)
 
 
@@ -336,7 +335,7 @@ def replays(loss, monkeypatch):
     return seen, phase
 
 
-@pytest.mark.parametrize("limits", [{"micro_batch": 3}, {"micro_batch": None, "max_tokens": 30}])
+@pytest.mark.parametrize("limits", [{"mini_batch_size": 3}, {"mini_batch_size": None, "max_tokens": 30}])
 def test_every_embedding_is_the_same_to_the_last_bit_in_its_replay(model, monkeypatch, limits):
     model.train()
     loss, features = CachedLoss(model, InfoNCE(), keep_graphs=0.0, **limits), columns(model)
@@ -368,7 +367,7 @@ def test_two_batches_before_one_backward_pass(model):
 @pytest.mark.parametrize("keep_graphs", [0.0, 1.0, "auto"])
 def test_nothing_of_a_step_stays_alive_after_it(model, keep_graphs):
     model.train()
-    loss, features = CachedLoss(model, InfoNCE(), micro_batch=4, keep_graphs=keep_graphs), columns(model)
+    loss, features = CachedLoss(model, InfoNCE(), mini_batch_size=4, keep_graphs=keep_graphs), columns(model)
     inputs = [weakref.ref(value) for f in features for value in f.values() if isinstance(value, torch.Tensor)]
     assert inputs
     value = loss(features)
@@ -389,7 +388,7 @@ def test_an_encoder_in_half_precision_at_its_end(model):
     model.float().eval()
     model.append(Dense(32, 8).float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = CachedLoss(model, InfoNCE(), micro_batch=4, keep_graphs=0.0)(columns(model))
+        value = CachedLoss(model, InfoNCE(), mini_batch_size=4, keep_graphs=0.0)(columns(model))
     assert value.dtype == torch.float32
     value.backward()
     assert all(p.grad.isfinite().all() and p.dtype == p.grad.dtype for p in model.parameters() if p.grad is not None)
@@ -401,7 +400,7 @@ def test_prompts_left_out_of_the_pooling(model):
     model[1].include_prompt = False
     features = [{**feature, "prompt_length": 2} for feature in columns(model)]
     before = [feature["attention_mask"].clone() for feature in features]
-    equals_plain(model, features, micro_batch=3, keep_graphs=0.0)
+    equals_plain(model, features, mini_batch_size=3, keep_graphs=0.0)
     assert all(torch.equal(feature["attention_mask"], mask) for feature, mask in zip(features, before))
 
 
@@ -411,23 +410,23 @@ def test_a_column_that_the_loss_ignores_is_named(model):
             return anchors.pow(2).mean()
 
     with pytest.raises(AnybatchError, match="Input column 1 received no gradient"):
-        CachedLoss(model, First(), micro_batch=4)(columns(model, negatives=0))
+        CachedLoss(model, First(), mini_batch_size=4)(columns(model, negatives=0))
 
 
 LIMITS = [
     {"pad_to_multiple": 0}, {"pad_to_multiple": 1.5},
-    {"micro_batch": 0}, {"micro_batch": -3}, {"micro_batch": True}, {"micro_batch": 2.5}, {"micro_batch": "all"},
+    *({"mini_batch_size": size} for size in (0, -3, True, 2.5, "all")),
     {"max_tokens": 0}, {"max_tokens": True}, {"keep_graphs": 2.0}, {"keep_graphs": -1}, {"keep_graphs": True},
-    {"keep_graphs": float("nan")}, {"keep_graphs": "some"}, {"keep_graphs": None}, {"micro_batch": None},
+    {"keep_graphs": float("nan")}, {"keep_graphs": "some"}, {"keep_graphs": None}, {"mini_batch_size": None},
     {"memory": "much"},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("limits", LIMITS)
 def test_limits_of_no_use_are_refused_at_construction(model, limits):
-    for kind, loss in ((CachedLoss, InfoNCE()), (CachedLateInteraction, LateInteraction())):
-        with pytest.raises(AnybatchError, match=next(iter(limits))):
-            kind(model, loss, **limits)
+    with pytest.raises(AnybatchError, match=next(iter(limits))):
+        CachedLoss(model, InfoNCE(), **limits)
+    limits = {"micro_batch" if name == "mini_batch_size" else name: value for name, value in limits.items()}
     with pytest.raises(AnybatchError, match=next(iter(limits))):
         cached_step(InfoNCE(), lambda x: pytest.fail("encoded"), [torch.ones(4, 2)] * 2, **limits)
 
@@ -451,7 +450,7 @@ def test_parts_of_the_model_that_the_loss_reads(model, keep_graphs):
     model[0].head = torch.nn.Linear(32, 6).double()
     model[0].log_scale = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
     loss, features = WithHead(model), columns(model)
-    cached = CachedLoss(model, loss, micro_batch=4, keep_graphs=keep_graphs)
+    cached = CachedLoss(model, loss, mini_batch_size=4, keep_graphs=keep_graphs)
     value = cached([dict(feature) for feature in features])
     assert all(parameter.grad is None for parameter in model.parameters())
     (value * 0.25).backward()
@@ -465,7 +464,9 @@ def test_parts_of_the_model_that_the_loss_reads(model, keep_graphs):
     assert ours["0.log_scale"] == pytest.approx(theirs["0.log_scale"].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("limits", [{"micro_batch": 3}, {"micro_batch": 50, "max_tokens": 12}, {"micro_batch": "auto"}])
+@pytest.mark.parametrize(
+    "limits", [{"mini_batch_size": 3}, {"mini_batch_size": 50, "max_tokens": 12}, {"mini_batch_size": "auto"}]
+)
 @pytest.mark.parametrize("keep_graphs", [0.0, "auto"])
 def test_a_static_embedding_trains(model, limits, keep_graphs):
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -491,4 +492,4 @@ def test_a_router_trains_both_of_its_ways(model, tiny_model_folder, frozen):
     texts = [[sentence(row + 40 * column, 2 + row % 7) for row in range(9)] for column in range(3)]
     tasks = ("query", "document", "document")
     features = [{**router.preprocess(t, task=task), "task": task} for t, task in zip(texts, tasks)]
-    equals_plain(router, features, micro_batch=4, keep_graphs=0.3)
+    equals_plain(router, features, mini_batch_size=4, keep_graphs=0.3)

@@ -90,7 +90,9 @@ def run_config(pairs_file, folder, output, *, max_steps=12, **loss):
         batch_size=8,
         mining=MiningConfig(method="random"),
         loss=LossConfig(name="sogclr", gamma=0.6, direction="both", **loss),
-        train=TrainConfig(max_steps=max_steps, learning_rate=1e-3, micro_batch=4, save_steps=3, log_steps=1),
+        train=TrainConfig(
+            learning_rate=1e-3, micro_batch=4, save_steps=3, args={"max_steps": max_steps, "logging_steps": 1}
+        ),
     )
 
 

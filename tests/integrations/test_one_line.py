@@ -13,12 +13,19 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.evaluation import SequentialEvaluator
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    AdaptiveLayerLoss,
+    CoSENTLoss,
+    Matryoshka2dLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
 from transformers.trainer_utils import HPSearchBackend
 
 from anybatch import BatchPlan, CachedLoss, CrossBatchInfoNCE, InfoNCE, SogCLR, Trainer
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import LossStateCallback, PlanBatches, with_index
+from anybatch.losses import Matryoshka
 from anybatch.losses.methods import CountCorrectedInfoNCE
 from anybatch.losses.rows import RowTable
 
@@ -49,8 +56,12 @@ def mined(rows=ROWS, batch_size=BATCH):
     )
 
 
+def with_duplicates():
+    return dataset().map(lambda row, place: {"positive": "one answer"} if place < 3 else row, with_indices=True)
+
+
 def test_with_nothing_named_it_is_the_recommended_loss_assembled_by_hand(tiny_model_folder, tmp_path, caplog):
-    data = dataset().map(lambda row, place: {"positive": "one answer"} if place < 3 else row, with_indices=True)
+    data = with_duplicates()
     with caplog.at_level(logging.INFO, logger="anybatch"):
         ours = Trainer(load(tiny_model_folder), arguments(tmp_path / "a"), data)
     assert "Recommended: cross_batch, temperature 0.05 (batches of 8" in caplog.text
@@ -92,12 +103,59 @@ def test_the_guests_losses_are_left_as_they_are(tiny_model_folder, tmp_path, wra
     assert same(*found)
 
 
-def test_a_wrapper_of_the_guest_round_a_loss_of_ours(tiny_model_folder, tmp_path):
-    model = load(tiny_model_folder)
-    inner = CachedLoss(model, InfoNCE(temperature=0.05))
-    training = Trainer(model, arguments(tmp_path), dataset(), loss=MatryoshkaLoss(model, inner, [8, 4]))
+def test_a_wrapper_of_the_guest_round_a_loss_of_ours_knows_which_rows_are_equal(tiny_model_folder, tmp_path):
+    data, dims, model = with_duplicates(), [8, 4], load(tiny_model_folder).double()
+    inner = CachedLoss(model, InfoNCE(temperature=0.05), mini_batch_size=3)
+    training = Trainer(model, arguments(tmp_path), data, loss=MatryoshkaLoss(model, inner, dims, [1.0, 0.5]))
     training.train()
     assert sum(isinstance(one, LossStateCallback) for one in training.callback_handler.callbacks) == 1
+    index = torch.arange(BATCH)
+    sides = [model.preprocess(data[name][:BATCH]) for name in ("anchor", "positive")]
+    found = []
+    for plain in (False, True):
+        model.zero_grad()
+        if plain:
+            anchors, positives = (model(dict(side))["sentence_embedding"] for side in sides)
+            known = inner.rows.arguments(index)
+            wide, narrow = (InfoNCE(temperature=0.05)(anchors[:, :d], positives[:, :d], **known) for d in dims)
+            (wide + 0.5 * narrow).backward()
+        else:
+            training.loss(sides, index).backward()
+        found.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+    ours, theirs = found
+    scale = max(gradient.abs().max() for gradient in theirs.values())
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-12 * scale for name in theirs)
+    assert inner.rows.positive_id[:4].unique().numel() == 2
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "inner", "match"),
+    [
+        (AdaptiveLayerLoss, lambda _: InfoNCE(), "AdaptiveLayerLoss round InfoNCE. It calls parts of the encoder"),
+        (
+            lambda *two: MatryoshkaLoss(*two, [8]),
+            lambda _: InfoNCE(),
+            r"expected MatryoshkaLoss\(model, Cached",
+        ),
+        (
+            lambda *two: MatryoshkaLoss(*two, [8, 4]),
+            lambda model: CachedLoss(model, SogCLR(ROWS)),
+            r"would mix what it learns of all. Give anybatch.losses.Matryoshka\(SogCLR\(...\), \[8, 4\]\)",
+        ),
+        (lambda *two: Matryoshka2dLoss(*two, [8]), lambda _: InfoNCE(), "Matryoshka2dLoss round"),
+    ],
+)
+def test_a_wrapper_that_would_compute_wrongly_is_refused(tiny_model_folder, tmp_path, wrapper, inner, match):
+    model = load(tiny_model_folder)
+    with pytest.raises(AnybatchError, match=match):
+        Trainer(model, arguments(tmp_path), dataset(), loss=wrapper(model, inner(model)))
+
+
+def test_prefixes_of_ours_have_a_state_each(tiny_model_folder, tmp_path):
+    loss = Matryoshka(SogCLR(ROWS), [8, 4])
+    training = Trainer(load(tiny_model_folder), arguments(tmp_path), dataset(), loss=loss)
+    training.train()
+    assert all(bool(part.denominator.visited.all()) for part in training.loss.loss.losses)
 
 
 def test_a_plan_brings_its_batches_weights_and_masks(tiny_model_folder, tmp_path):
@@ -144,6 +202,44 @@ def test_several_data_sets(tiny_model_folder, tmp_path):
     planned.train()
     with pytest.raises(AnybatchError, match="Got 1 plans for 2 data sets"):
         Trainer(load(tiny_model_folder), arguments(tmp_path / "d"), sets, plan=mined())
+
+
+def test_a_data_set_with_scores_for_a_loss_of_the_guest_beside_pairs_for_one_of_ours(tiny_model_folder, tmp_path):
+    model = load(tiny_model_folder)
+    sets = {"pairs": dataset(), "scored": dataset(24, offset=100).add_column("score", [row / 24 for row in range(24)])}
+    losses = {"pairs": CrossBatchInfoNCE(ROWS, temperature=0.05), "scored": CoSENTLoss(model)}
+    training = Trainer(model, arguments(tmp_path), sets, loss=losses)
+    assert len(training.loss["pairs"].rows.anchor_id) == ROWS
+    assert "label" not in training.train_dataset["scored"].column_names
+    training.train()
+
+
+def test_rows_that_were_numbered_and_shuffled_keep_their_numbers(tiny_model_folder, tmp_path):
+    numbered = with_index(with_duplicates()).shuffle(seed=1).select(range(20))
+    training = Trainer(load(tiny_model_folder), arguments(tmp_path), numbered, loss=InfoNCE(temperature=0.05))
+    ids = training.loss.rows.positive_id
+    same = [number for number, text in zip(numbered["label"], numbered["positive"]) if text == "one answer"]
+    others = [number for number in numbered["label"] if number not in same]
+    assert len(same) > 1
+    assert ids[same].unique().numel() == 1
+    assert ids[others].unique().numel() == len(others)
+    training.train()
+
+
+def test_the_best_model_comes_back_with_the_loss_of_its_step(tiny_model_folder, tmp_path):
+    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    args = arguments(
+        tmp_path, **settings, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True
+    )
+    training = Trainer(
+        load(tiny_model_folder), args, dataset(), evaluator=SequentialEvaluator([lambda *_: {"score": next(scores)}])
+    )
+    training.train()
+    assert training.state.best_model_checkpoint.endswith("checkpoint-4")
+    best = tmp_path / "checkpoint-4"
+    assert same(load_file(best / "anybatch_loss.safetensors"), training.loss.loss.state_dict())
+    assert same(weights(SentenceTransformer(str(best), device="cpu")), weights(training.model))
 
 
 def test_a_stream_has_a_loss_without_state(tiny_model_folder, tmp_path):
@@ -223,7 +319,7 @@ def test_the_recommended_loss_is_said_to_whoever_set_no_level_of_logging(tiny_mo
 
 
 def test_a_function_that_makes_the_loss(tiny_model_folder, tmp_path):
-    data = dataset().map(lambda row, place: {"positive": "one answer"} if place < 3 else row, with_indices=True)
+    data = with_duplicates()
     found = []
     for name, loss in (("a", InfoNCE(temperature=0.05)), ("b", lambda _: InfoNCE(temperature=0.05))):
         training = Trainer(load(tiny_model_folder), arguments(tmp_path / name), data, loss=loss)

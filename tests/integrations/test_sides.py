@@ -135,7 +135,7 @@ def test_training_reads_what_evaluation_reads(tiny_model_folder, pairs_file, tmp
         return forward(self, features, labels)
 
     monkeypatch.setattr(CachedLoss, "forward", compared)
-    given = settings(pairs_file, folder, tmp_path / "run", "mining.method=random", "train.max_steps=2")
+    given = settings(pairs_file, folder, tmp_path / "run", "mining.method=random", "train.args.max_steps=2")
     run("train", *given)
     assert len(seen) == 2
     assert max(seen) < 1e-5
@@ -174,7 +174,7 @@ def test_prompts_of_the_configuration_are_saved_with_the_model_and_said(
     folder = tmp_path / "start"
     variant(tiny_model_folder, "prompts").save_pretrained(str(folder))
     caplog.set_level(logging.INFO, "anybatch")
-    more = ("mining.method=random", "train.max_steps=1", 'model.anchor_prompt="gra "', "model.positive_prompt=''")
+    more = ("mining.method=random", "train.args.max_steps=1", 'model.anchor_prompt="gra "', "model.positive_prompt=''")
     run("train", *settings(pairs_file, folder, tmp_path / "run", *more))
     assert f"queries with the prompt 'gra ' (given; its own is {QUERY!r})" in caplog.text
     assert f"documents without a prompt (given; its own is {DOCUMENT!r})" in caplog.text

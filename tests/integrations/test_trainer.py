@@ -35,7 +35,6 @@ from anybatch.integrations.sentence_transformers import (
     with_index,
 )
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
@@ -81,7 +80,7 @@ def trainer(
     model[0].model.config.attention_probs_dropout_prob = 0.0
     plan = BatchPlan.random(ROWS, BATCH, seed=plan_seed, data_digest="")
     table = RowTable(np.arange(ROWS), np.arange(ROWS) % 30)
-    loss = CachedLoss(model, SogCLR(ROWS, gamma=0.5, learnable_temperature=True), rows=table, micro_batch=3)
+    loss = CachedLoss(model, SogCLR(ROWS, gamma=0.5, learnable_temperature=True), rows=table, mini_batch_size=3)
     forward = loss.forward
 
     def watched(features, labels=None):
@@ -225,7 +224,7 @@ def one_trainer(folder, output, train, loss_of, *callbacks, evaluation=None, **s
 
 
 def sogclr(rows, **settings):
-    return lambda model: CachedLoss(model, SogCLR(rows, gamma=0.5, **settings), micro_batch=4)
+    return lambda model: CachedLoss(model, SogCLR(rows, gamma=0.5, **settings), mini_batch_size=4)
 
 
 class TestRowNumbers:
@@ -252,7 +251,7 @@ class TestRowNumbers:
         seen = []
 
         def watched(model):
-            loss = CachedLoss(model, SogCLR(40), micro_batch=4)
+            loss = CachedLoss(model, SogCLR(40), mini_batch_size=4)
             forward = loss.forward
             loss.forward = lambda features, labels=None: (seen.append(labels.tolist()), forward(features, labels))[1]
             return loss
@@ -310,7 +309,7 @@ class TestRowNumbers:
         known = RowTable(np.arange(ROWS), np.arange(ROWS))
         losses = {
             False: sogclr(ROWS),
-            True: lambda model: CachedLoss(model, InfoNCE(), rows=known, micro_batch=4),
+            True: lambda model: CachedLoss(model, InfoNCE(), rows=known, mini_batch_size=4),
         }
         training, _ = one_trainer(tiny_model_folder, tmp_path, train, losses[table])
         with pytest.raises(AnybatchError, match=match):
@@ -402,7 +401,7 @@ def test_a_state_that_no_checkpoint_holds_is_said(tiny_model_folder, tmp_path):
         run(sogclr(ROWS), LossStateCallback, LossStateCallback, save_strategy="steps")
     run(sogclr(ROWS), LossStateCallback, save_strategy="steps")  # warnings are errors here
     run(sogclr(ROWS), save_strategy="no")
-    run(lambda model: CachedLoss(model, InfoNCE(), micro_batch=4), save_strategy="steps")
+    run(lambda model: CachedLoss(model, InfoNCE(), mini_batch_size=4), save_strategy="steps")
 
 
 def test_several_losses_are_saved_and_restored_together(tiny_model_folder, tmp_path):
@@ -415,8 +414,8 @@ def test_several_losses_are_saved_and_restored_together(tiny_model_folder, tmp_p
         torch.manual_seed(0)
         model = SentenceTransformer(str(tiny_model_folder), device="cpu")
         losses = {
-            "a": CachedLoss(model, SogCLR(40, gamma=0.5), micro_batch=4),
-            "b": CachedLoss(model, InfoNCE(learnable_temperature=True), micro_batch=4),
+            "a": CachedLoss(model, SogCLR(40, gamma=0.5), mini_batch_size=4),
+            "b": CachedLoss(model, InfoNCE(learnable_temperature=True), mini_batch_size=4),
         }
         args = arguments(
             folder,
@@ -467,7 +466,7 @@ def test_mined_batches_are_no_uniform_sample(table, tiny_model_folder, tmp_path,
             tiny_model_folder,
             tmp_path,
             with_index(dataset()),
-            lambda model: CachedLoss(model, loss, rows=rows, micro_batch=4),
+            lambda model: CachedLoss(model, loss, rows=rows, mini_batch_size=4),
             batch_sampler=PlanBatches(plan),
             max_steps=2,
         )
@@ -481,7 +480,7 @@ def test_mined_batches_are_no_uniform_sample(table, tiny_model_folder, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "make", [InfoNCE, lambda: SogCLR(ROWS), SigLIP, lambda: Matryoshka([InfoNCE(), InfoNCE()], [8, 4]), LateInteraction]
+    "make", [InfoNCE, lambda: SogCLR(ROWS), SigLIP, lambda: Matryoshka([InfoNCE(), InfoNCE()], [8, 4])]
 )
 def test_a_loss_without_the_cached_step_says_what_is_missing(make, tiny_model_folder, tmp_path):
     training, _ = one_trainer(tiny_model_folder, tmp_path, with_index(dataset()), lambda model: make())
@@ -502,8 +501,16 @@ training, loss = trainer(Path(sys.argv[1]), Path(sys.argv[2]), seen=seen, world_
 training.train()
 rank = os.environ.get("RANK", "0")
 from safetensors.torch import save_file
-model = training.accelerator.unwrap_model(training.model)
-for name, part in (("model", model), ("loss", loss.loss)):
+
+# The one-line Trainer, with all that it adds.
+from anybatch import Trainer
+from tests.integrations.test_one_line import load, with_duplicates
+settings = {"per_device_train_batch_size": BATCH // ranks, "ddp_backend": "gloo" if ranks > 1 else None}
+line = Trainer(load(sys.argv[1]), arguments(sys.argv[2], learning_rate=1e-3, **settings), with_duplicates())
+line.train()
+models = [one.accelerator.unwrap_model(one.model) for one in (training, line)]
+parts = ("model", models[0]), ("loss", loss.loss), ("line_model", models[1]), ("line_loss", line.loss.loss)
+for name, part in parts:
     state = {key: tensor.clone() for key, tensor in part.state_dict().items()}
     save_file(state, f"{sys.argv[2]}/{name}-{rank}.safetensors")
 Path(f"{sys.argv[2]}/seen-{rank}.json").write_text(json.dumps(seen))
@@ -532,7 +539,7 @@ def test_two_processes_equal_one(tiny_model_folder, tmp_path):
     ranks = [json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())
     assert [a[1] + b[1] for a, b in zip(*ranks, strict=True)] == [rows for _, rows in alone]
-    for part in ("model", "loss"):
+    for part in ("model", "loss", "line_model", "line_loss"):
         expected = load_file(tmp_path / "one" / f"{part}-0.safetensors")
         for rank in (0, 1):
             state = load_file(tmp_path / "two" / f"{part}-{rank}.safetensors")

@@ -17,9 +17,11 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback
 
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CARD, CONTENTS, seal_folder
+from anybatch.family import FastCLIP
 from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig, last_whole_checkpoint, train_model
 from anybatch.integrations.sentence_transformers import callback as callback_module
 from anybatch.integrations.sentence_transformers.recorder import Recorder
@@ -37,14 +39,24 @@ DATA = {
 }
 
 
-def train(folder, output, *, loss=None, resume=False, evaluate=None, run="", **settings):
+def train(folder, output, *, loss=None, resume=False, evaluate=None, run="", callbacks=(), **settings):
     """Train three steps (or as `settings` say); returns the result, the model and the loss."""
     torch.manual_seed(0)
     model = SentenceTransformer(str(folder), device="cpu")
-    cached = CachedLoss(model, SogCLR(ROWS) if loss is None else loss, micro_batch=8)
-    config = TrainConfig(**{"learning_rate": 1e-3, "save_steps": 2, "log_steps": 2, **settings})
+    cached = CachedLoss(model, SogCLR(ROWS) if loss is None else loss, mini_batch_size=8)
+    ours = {name: settings.pop(name) for name in TrainConfig.__dataclass_fields__ if name in settings}
+    config = TrainConfig(**{"learning_rate": 1e-3, "save_steps": 2, "args": {"logging_steps": 2, **settings}, **ours})
     result = train_model(
-        model, cached, Dataset.from_dict(DATA), PLAN, config, output=output, resume=resume, evaluate=evaluate, run=run
+        model,
+        cached,
+        Dataset.from_dict(DATA),
+        PLAN,
+        config,
+        output=output,
+        resume=resume,
+        evaluate=evaluate,
+        run=run,
+        callbacks=callbacks,
     )
     return result, model, cached
 
@@ -238,11 +250,40 @@ def test_weight_decay_leaves_the_temperature_alone(tiny_model_folder, tmp_path):
         output = tmp_path / str(decay)
         output.mkdir()
         loss = InfoNCE(temperature=0.05, learnable_temperature=True)
-        _, model, cached = train(tiny_model_folder, output, loss=loss, weight_decay=decay, max_steps=1, warmup=0.0)
+        _, model, cached = train(
+            tiny_model_folder, output, loss=loss, weight_decay=decay, max_steps=1, warmup_steps=0.0
+        )
         temperatures.append(cached.loss.temperatures.log_temperature.item())
         weights.append(model[0].model.encoder.layer[0].output.dense.weight.norm().item())
     assert temperatures[0] == temperatures[1] != torch.tensor(0.05).log().item()
     assert weights[1] < 0.97 * weights[0], "the encoder does decay"
+
+
+class Seen(TrainerCallback):
+    """The temperature and its gradient before every step."""
+
+    def __init__(self, loss):
+        self.parameter, self.steps = loss.temperatures.log_temperature, []
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.steps.append((self.parameter.item(), self.parameter.grad.clone()))
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.02])
+def test_fastclips_temperature_has_its_published_rate(temperature, tiny_model_folder, tmp_path):
+    """Constant while the encoder's has a schedule, a third of it at .03 and less: the steps of an AdamW of its own."""
+    loss = FastCLIP(24, version="v3", temperature=temperature, temperature_range=(0.001, 1.0), temperature_lr=0.006)
+    seen = Seen(loss)
+    train(tiny_model_folder, tmp_path, loss=loss, callbacks=[seen], epochs=3, warmup=0.5)
+    twin = torch.nn.Parameter(torch.tensor(temperature).log())
+    optimizer = torch.optim.AdamW([twin], lr=0.006 if temperature > 0.03 else 0.002, weight_decay=0.0)
+    for value, gradient in seen.steps:
+        assert value == pytest.approx(twin.item(), abs=1e-6)
+        twin.grad = gradient
+        optimizer.step()
+    assert loss.temperatures.log_temperature.item() == pytest.approx(twin.item(), abs=1e-6)
+    assert len(seen.steps) > 4
+    assert abs(twin.item() - torch.tensor(temperature).log().item()) > 0.001
 
 
 def test_steps_of_evaluations_without_an_evaluation_are_refused(tiny_model_folder, tmp_path):
@@ -279,12 +320,3 @@ def test_a_training_that_is_done_trains_no_more(tiny_model_folder, tmp_path, lim
     for one, other in ((model, resumed), (cached.loss, its_loss.loss)):
         for name, value in one.state_dict().items():
             assert torch.equal(value.nan_to_num(0.5), other.state_dict()[name].nan_to_num(0.5)), name
-
-
-@pytest.mark.parametrize(
-    ("warmup", "expected"), [(1.0, [0, 1 / 3, 2 / 3]), (0.5, [0, 1 / 2, 1]), (0.0, [1, 2 / 3, 1 / 3])]
-)
-def test_warmup_is_a_fraction_also_when_it_is_one(tiny_model_folder, tmp_path, warmup, expected):
-    """Three steps; all of them of warm-up, two, none."""
-    result, _, _ = train(tiny_model_folder, tmp_path, warmup=warmup, log_steps=1)
-    assert [line["learning_rate"] / 1e-3 for line in result.log if "loss" in line] == pytest.approx(expected)

@@ -57,7 +57,7 @@ def test_equals_the_plain_step(keep_graphs, num_negatives):
     ids = torch.arange(12).numpy()
     table = RowTable(ids, ids, negative_id=20 + ids[:, None] if num_negatives else None)
     for make_loss in (lambda: InfoNCE(temperature=0.1), lambda: SogCLR(12, temperature=0.1)):
-        cached = make(make_loss(), rows=table, micro_batch=2, keep_graphs=keep_graphs)
+        cached = make(make_loss(), rows=table, mini_batch_size=2, keep_graphs=keep_graphs)
         cached(columns, ROWS).backward()
         plain = make(make_loss())
         embedded = []
@@ -74,7 +74,7 @@ def test_equals_the_plain_step(keep_graphs, num_negatives):
 
 def test_views_follow_row_step_and_seed():
     def gradient(rows=ROWS, step=9, seed=4):
-        loss = make(InfoNCE(temperature=0.1), seed=seed, micro_batch=5)
+        loss = make(InfoNCE(temperature=0.1), seed=seed, mini_batch_size=5)
         loss.step = step
         loss([features(5, dtype=torch.float64)], rows).backward()
         return gradients(loss.model)[0]
@@ -86,7 +86,7 @@ def test_views_follow_row_step_and_seed():
 
 def test_batch_norm_is_frozen(caplog):
     caplog.set_level("INFO", "anybatch")
-    loss = make(InfoNCE(temperature=0.1), norm=nn.BatchNorm2d(4), micro_batch=2)
+    loss = make(InfoNCE(temperature=0.1), norm=nn.BatchNorm2d(4), mini_batch_size=2)
     assert "1 BatchNorm layers keep the statistics" in caplog.text
     norm = loss.model.layers[1]
     before = norm.running_mean.clone()
@@ -101,7 +101,7 @@ def test_a_model_without_a_processor_takes_pixels_as_they_are():
 
 
 def test_messages():
-    loss = make(InfoNCE(temperature=0.1), micro_batch=2)
+    loss = make(InfoNCE(temperature=0.1), mini_batch_size=2)
     with pytest.raises(AnybatchError, match=r"row numbers \(with_index\) did not arrive"):
         loss([features(5)])
     with pytest.raises(AnybatchError, match="a column holds 'input_ids'; expected 'pixel_values'"):

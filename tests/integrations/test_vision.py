@@ -81,15 +81,15 @@ def test_equals_the_plain_step_and_the_peers(kind, form):
     features = features_of(model, columns)
     value, wanted = plain(model, features)
     for settings in (
-        {"micro_batch": 2, "keep_graphs": 0.0},
-        {"micro_batch": 3, "keep_graphs": 0.5},
-        {"micro_batch": 4, "max_tokens": 70},
-        {"micro_batch": "auto"},
+        {"mini_batch_size": 2, "keep_graphs": 0.0},
+        {"mini_batch_size": 3, "keep_graphs": 0.5},
+        {"mini_batch_size": 4, "max_tokens": 70},
+        {"mini_batch_size": "auto"},
     ):
         got = cached(model, features, **settings)
         torch.testing.assert_close(got[0], value, rtol=1e-12, atol=0)
         assert relative_error(got[1], wanted) < 1e-12
-        if form != "text" and settings["micro_batch"] != "auto":
+        if form != "text" and settings["mini_batch_size"] != "auto":
             again = cached(model, [undecoded(columns[0]), features[1]], **settings)
             assert relative_error(again[1], got[1]) == 0  # not a bit
     if kind != "siglip":  # whose texts the peer cuts where padding counts
@@ -109,8 +109,8 @@ def test_with(kind, way):
     trim = "none" if kind == "siglip" else "trailing"  # which of SigLIP's embeddings depend on padding
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16"):
         _, wanted = plain(model, features, micro_batch=3 if way in ("dropout", "bf16") else None, trim=trim)
-        one = cached(model, features, micro_batch=3, keep_graphs=0.0)[1]
-        two = cached(model, [undecoded(columns[0]), features[1]], micro_batch=3, keep_graphs=0.4)[1]
+        one = cached(model, features, mini_batch_size=3, keep_graphs=0.0)[1]
+        two = cached(model, [undecoded(columns[0]), features[1]], mini_batch_size=3, keep_graphs=0.4)[1]
     assert relative_error(two, one) == 0  # not a bit
     # One graph adds the gradients of its weights in bfloat16.
     tolerance = 0.05 if way == "bf16" else 1e-12
@@ -159,7 +159,7 @@ def _of_ranks(rank, world_size, folders):
         model = vision.load(kind, folder=folder)
         _, wanted = plain(model, features_of(model, columns))
         model.zero_grad()
-        loss = CachedLoss(Whole(model), InfoNCE(temperature=0.05), micro_batch=2)
+        loss = CachedLoss(Whole(model), InfoNCE(temperature=0.05), mini_batch_size=2)
         mine = [column[rank * 3 : rank * 3 + 3] for column in columns]
         first = undecoded(mine[0]) if kind == "clip" or rank == 0 else dict(model.preprocess(mine[0]))
         loss([first, dict(model.preprocess(mine[1]))]).backward()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, InfoNCE, SogCLR
-from tests.ranks import on_ranks
 
-from .. import reference
+from .. import reference, twin
 from .methods import cluster_weights
 
 TAU, BETA, N = 0.4, 0.7, 50
@@ -85,26 +85,9 @@ def test_figures_are_those_of_the_weighed_sum():
     assert loss.last_stats["log_denominator"] == pytest.approx(value.item())
 
 
-SHARES = [slice(0, 4), slice(4, 4), slice(4, 7)]
-
-
-def on_rank(rank, world_size, options):
-    rows = SHARES[rank] if world_size > 1 else slice(0, 7)
-    leaves = [side.detach()[rows].requires_grad_() for side in draw(7, 0)]
-    value = CountCorrectedInfoNCE(N, temperature=TAU, hardness=BETA, **options)(*leaves)
-    value.backward()
-    return [value.detach(), *(leaf.grad for leaf in leaves)]
-
-
 @pytest.mark.distributed
 def test_ranks_equal_one_process():
-    for options in ({"direction": "both"}, {"ring": True, "tile_bytes": 100}):
-        alone, ranks = on_rank(0, 1, options), on_ranks(on_rank, 3, options)
-        for place in (1, 2):
-            together = torch.cat([rank[place] for rank in ranks]) / 3
-            torch.testing.assert_close(together, alone[place], rtol=1e-10, atol=1e-12)
-        for rank in ranks:
-            torch.testing.assert_close(rank[0], alone[0], rtol=1e-12, atol=1e-12)
+    twin.check_ranks(partial(CountCorrectedInfoNCE, N), temperature=TAU, hardness=BETA)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from anybatch.losses import (
     SogCLR,
     removed,
 )
-from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.log_weights import ListedPairs, same_row
 from anybatch.losses.rows import RowTable
 from anybatch.losses.warm_start import exact_log_mean, make_table
@@ -34,16 +33,14 @@ EVERY = {
     "siglip": lambda: SigLIP(temperature=0.3),
     "auc_cl": AUCCL,
     "matryoshka": lambda: Matryoshka(SogCLR(ROWS, temperature=0.3), [WIDTH, 3]),
-    "late interaction": lambda: LateInteraction(temperature=0.3, learnable_temperature=True),
 }
 
 
-def draw(seed, name="", rows=6, extra=2, dtype=torch.float64):
-    """Distinct rows; for late interaction three tokens a text."""
+def draw(seed, rows=6, extra=2, dtype=torch.float64):
+    """Distinct rows."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = (3,) if name == "late interaction" else ()
-    anchors = torch.randn(rows, *tokens, WIDTH, generator=generator, dtype=dtype)
-    candidates = torch.randn(rows + extra, *tokens, WIDTH, generator=generator, dtype=dtype)
+    anchors = torch.randn(rows, WIDTH, generator=generator, dtype=dtype)
+    candidates = torch.randn(rows + extra, WIDTH, generator=generator, dtype=dtype)
     index = torch.randperm(ROWS, generator=generator)[:rows]
     return anchors.requires_grad_(), candidates.requires_grad_(), index
 
@@ -64,7 +61,7 @@ class TestDifferentiatedOnce:
     def test_every_second_derivative_is_refused(self, name):
         torch.manual_seed(0)
         loss = EVERY[name]().double()
-        anchors, candidates, index = draw(0, name)
+        anchors, candidates, index = draw(0)
         for leaf in (anchors, candidates, *loss.parameters()):
             value = loss(anchors, candidates, index=index)
             torch.autograd.grad(value, leaf, retain_graph=True)  # the first is no trouble
@@ -79,7 +76,7 @@ class TestDifferentiatedOnce:
     @pytest.mark.parametrize("name", EVERY)
     def test_transforms_are_refused(self, name):
         loss = EVERY[name]().double().eval()
-        anchors, candidates, index = draw(0, name)
+        anchors, candidates, index = draw(0)
         call = lambda side: loss(side, candidates.detach(), index=index)  # noqa: E731
         inside = {
             "grad": lambda: torch.func.grad(call)(anchors.detach()),
@@ -109,7 +106,7 @@ def test_compiled_with_an_encoder_it_is_the_same(name, backend):
 
         call, alone = (torch.compile(one, backend=backend) if compiled else one for one in (step, loss))
         for seed in range(2):
-            anchors, candidates, index = draw(seed, name, extra=0, dtype=torch.float32)
+            anchors, candidates, index = draw(seed, extra=0, dtype=torch.float32)
             value = call(anchors, candidates, index)
             value.backward()
         last = alone(anchors, candidates, **table.arguments(index))
@@ -126,7 +123,7 @@ class TestIntegers:
             torch.manual_seed(0)
             loss = EVERY[name]()
             for seed in range(2):
-                anchors, candidates, index = draw(seed, name, dtype=torch.float32)
+                anchors, candidates, index = draw(seed, dtype=torch.float32)
                 ids = torch.tensor([7, 7, 1, 2, 3, 4, 5, 1])  # an explicit negative that is another's positive
                 value = loss(
                     anchors,
@@ -143,7 +140,7 @@ class TestIntegers:
     @pytest.mark.parametrize("name", EVERY)
     def test_what_is_none_is_refused_by_name(self, name):
         loss = EVERY[name]()
-        anchors, candidates, index = draw(0, name, dtype=torch.float32)
+        anchors, candidates, index = draw(0, dtype=torch.float32)
         before = state(loss)
         for wrong, match in (
             (index > 3, "index is torch.bool"),
@@ -261,12 +258,12 @@ class TestRepeatedRows:
         for key, ours in results[0].items():
             torch.testing.assert_close(ours, results[1][key], rtol=1e-12, atol=1e-12, equal_nan=True)
 
-    @pytest.mark.parametrize("name", ["siglip", "auc_cl", "late interaction", "matryoshka"])
+    @pytest.mark.parametrize("name", ["siglip", "auc_cl", "matryoshka"])
     def test_nor_for_the_others(self, name):
         values = []
         for masked in (False, True):
             loss = EVERY[name]().double()
-            anchors, candidates, index = draw(0, name)
+            anchors, candidates, index = draw(0)
             index[-1] = index[0]
             mask = torch.zeros(6, 8, dtype=torch.float64)
             mask[0, 5] = mask[5, 0] = -torch.inf
@@ -464,7 +461,7 @@ class TestShapes:
     @pytest.mark.parametrize("name", EVERY)
     def test_empty_single_and_fully_masked_batches(self, name):
         loss = EVERY[name]()
-        anchors, candidates, index = draw(0, name, dtype=torch.float32)
+        anchors, candidates, index = draw(0, dtype=torch.float32)
         with pytest.raises(AnybatchError, match="no rows"):
             loss(anchors[:0], candidates[:0], index=index[:0])
         assert loss(anchors[:1], candidates[:1], index=index[:1]).isfinite()
@@ -475,7 +472,7 @@ class TestShapes:
 
     @pytest.mark.parametrize("name", EVERY)
     def test_mixed_inputs(self, name):
-        anchors, candidates, index = draw(0, name)
+        anchors, candidates, index = draw(0)
         value = EVERY[name]().double()(anchors, candidates, index=index)
         gradient = torch.autograd.grad(value, candidates)[0]
         for side in (anchors.float(), anchors.detach().float()):  # float64 on one side, a gradient wanted on one
@@ -497,11 +494,11 @@ class TestShapes:
     def test_inference_mode_changes_nothing_and_training_goes_on(self, name):
         loss = EVERY[name]()
         before = state(loss)
-        anchors, candidates, index = draw(0, name, dtype=torch.float32)
+        anchors, candidates, index = draw(0, dtype=torch.float32)
         with torch.inference_mode():
             loss(anchors, candidates, index=index)
         assert same(state(loss), before)
         for seed in range(2):
-            anchors, candidates, index = draw(seed, name, dtype=torch.float32)
+            anchors, candidates, index = draw(seed, dtype=torch.float32)
             loss(anchors, candidates, index=index).backward()
         assert anchors.grad.isfinite().all()

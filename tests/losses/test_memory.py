@@ -11,9 +11,8 @@ import torch
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import RunningDenominator as Running
-from anybatch.losses import SogCLR
 from anybatch.losses.denominators import Visits
-from anybatch.losses.state import VERSION, grown_state, join_shards
+from anybatch.losses.state import VERSION, join_shards
 from tests.ranks import on_ranks
 
 
@@ -35,30 +34,6 @@ def test_each_occurrence_uses_its_own_average_and_their_mean_is_stored():
         [5.0, 2.5, 4.75]
     )
     assert running.log_mean.exp().nan_to_num(-1).tolist() == [pytest.approx([2.5, 4.875, -1.0, -1.0])]
-
-
-class TestGrowth:
-    def test_grow_keeps_old_rows(self):
-        running = Running(3)
-        visit(running, [0, 2], [1.0, 2.0])
-        running.grow(5)
-        assert running.log_mean.nan_to_num(-9).tolist() == [[1.0, -9, 2.0, -9, -9]]
-        visit(running, [4], [3.0])
-        assert running.state_dict()["log_mean"].shape == (1, 5)
-        with pytest.raises(AnybatchError, match="only grow"):
-            running.grow(4)
-
-    def test_older_state_only_when_asked(self):
-        old = SogCLR(6)
-        old(torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), index=torch.arange(4))
-        new = SogCLR(9)
-        with pytest.raises(AnybatchError, match="grown_state"):
-            new.load_state_dict(old.state_dict())
-        new.load_state_dict(grown_state(old.state_dict(), new))
-        assert same(new.denominator.log_mean[:, :6], old.denominator.log_mean)
-        assert not new.denominator.visited[:, 6:].any()
-        with pytest.raises(AnybatchError, match="only grow"):
-            grown_state(old.state_dict(), SogCLR(5))
 
 
 def test_a_state_without_its_share_of_entries_or_of_another_version_is_refused():

@@ -116,7 +116,7 @@ def test_cached_step_takes_columns_of_different_lengths():
     columns = [column for column in columns if len(column)]
     assert [len(column) for column in columns] == [4, 4, 2, 1]
     model = Model()
-    loss = CachedLoss(model, InfoNCE(temperature=0.05), rows=table(), micro_batch=2, keep_graphs=0.0)
+    loss = CachedLoss(model, InfoNCE(temperature=0.05), rows=table(), mini_batch_size=2, keep_graphs=0.0)
     loss([{"x": column} for column in columns], index).backward()
     cached = model.layer.weight.grad.clone()
     model.zero_grad()
@@ -134,7 +134,7 @@ def gradient_of_share(rank, world_size):
     columns = [anchors[index], positives[index], *(negatives[index, place][there[:, place]] for place in range(WIDTH))]
     columns = [column for column in columns if len(column)]
     model = Model()
-    loss = CachedLoss(model, InfoNCE(temperature=0.05), rows=table(), micro_batch=2, keep_graphs=0.0)
+    loss = CachedLoss(model, InfoNCE(temperature=0.05), rows=table(), mini_batch_size=2, keep_graphs=0.0)
     value = loss([{"x": column} for column in columns], index)
     value.backward()
     return len(columns), model.layer.weight.grad
@@ -150,7 +150,7 @@ def test_ranks_may_have_other_columns():
 
 
 def test_columns_that_do_not_fit_are_refused():
-    loss = CachedLoss(Model(), InfoNCE(temperature=0.05), rows=table(), micro_batch=2)
+    loss = CachedLoss(Model(), InfoNCE(temperature=0.05), rows=table(), mini_batch_size=2)
     columns = [{"x": torch.randn(2, 6, dtype=torch.float64)} for _ in range(3)]
     with pytest.raises(AnybatchError, match="2 explicit negatives of 2 rows; the table was made for 0 of these rows"):
         loss(columns, torch.tensor([2, 7]))

@@ -11,8 +11,7 @@ from tests.ranks import on_ranks
 
 from .methods import ALL, cluster_weights
 
-SHARES = {2: [3, 5], 3: [4, 1, 3]}
-EXTRA = {2: [2, 1], 3: [0, 2, 1]}
+SHARES = {2: [(3, 2), (5, 1)], 3: [(4, 0), (1, 2), (3, 1)]}  # rows and explicit negatives of each rank
 MAKE = {
     "infonce": lambda tile: InfoNCE(temperature=0.2, learnable_temperature=True, tile_bytes=tile),
     "infonce both": lambda tile: InfoNCE(
@@ -50,12 +49,18 @@ def batch(step):
     return anchors, positives, negatives, index, anchor_id, positive_id, negative_id, cluster
 
 
-def run(name, tile, rows, extras):
+def share_of(rank, shares):
+    """Which rows and which explicit negatives are a rank's."""
+    first = [sum(share[kind] for share in shares[:rank]) for kind in (0, 1)]
+    return tuple(slice(start, start + size) for start, size in zip(first, shares[rank], strict=True))
+
+
+def run(make, rows, extras, *, weighted=False):
     """Three steps on the share `rows` of the rows and `extras` of the negatives; with slices of everything this is
-    one process.
+    one process. Values and gradients of each; the state; a value without gradients.
     """
     torch.manual_seed(0)  # a network starts the same everywhere
-    loss = {**MAKE, **METHODS}[name](tile).double()
+    loss = make().double()
     results = []
     for step in range(3):
         anchors, positives, negatives, index, anchor_id, positive_id, negative_id, cluster = batch(step)
@@ -63,7 +68,7 @@ def run(name, tile, rows, extras):
             negatives[extras].clone().requires_grad_()
         ]
         known = {"anchor_id": anchor_id[rows], "candidate_id": torch.cat([positive_id[rows], negative_id[extras]])}
-        if name == "sogclr weights":
+        if weighted:
             columns = torch.cat([cluster[rows], torch.full((len(mine[2]),), -2)])
             known["log_weight"] = cluster_weights(columns, len(mine[0]), same=-3.0, other=-1.5)
         loss.zero_grad()
@@ -71,10 +76,12 @@ def run(name, tile, rows, extras):
         value.backward()
         own = [parameter.grad.clone() for parameter in loss.parameters()]
         results.append((value.detach(), [side.grad for side in mine], own))
-    return results, {key: item.clone() for key, item in loss.state_dict().items()}
+    with torch.no_grad():
+        quiet = loss(mine[0], torch.cat(mine[1:]), index=index[rows], **known)
+    return results, {key: item.clone() for key, item in loss.state_dict().items()}, quiet
 
 
-def run_engine(tile, rows, extras):
+def run_engine(tile, rows, extras, *, ring=False):
     """The engine itself, with a learned temperature for each row and direction, row weights, column gradients."""
     anchors, positives, negatives, *_, cluster = batch(0)
     generator = torch.Generator().manual_seed(9)
@@ -90,14 +97,14 @@ def run_engine(tile, rows, extras):
         Side(rule=Halved(), temperature=tau, log_weight=b, row_weight=row_weight[rows])
         for tau, b in zip(mine[2:], weights, strict=True)
     ]
-    both, stats = softmax_loss(mine[0], candidates, *sides, tile_bytes=tile)
+    both, stats = softmax_loss(mine[0], candidates, *sides, tile_bytes=tile, ring=ring)
     side = Side(
         rule=Halved(),
         temperature=mine[2],
         log_weight=weight,
         column_weight=lambda part: row_weight[rows][part],
     )
-    one, (pulls,) = softmax_loss(mine[0], candidates, side, tile_bytes=tile)
+    one, (pulls,) = softmax_loss(mine[0], candidates, side, tile_bytes=tile, ring=ring)
     (both + 0.5 * one).backward()
     figures = [stats[1].log_sum, stats[1].num_negatives, stats[1].temperature_gradient]
     gradients = [side.grad for side in (*mine, explicit)]
@@ -113,12 +120,15 @@ class Halved:
         return Answer(log_sum + 0.5, log_sum + 0.1 * num_negatives)
 
 
+def run_named(name, tile, rows, extras):
+    make = {**MAKE, **METHODS}[name]
+    return run(lambda: make(tile), rows, extras, weighted=name == "sogclr weights")
+
+
 def worker(rank, world_size):
-    first, first_extra = sum(SHARES[world_size][:rank]), sum(EXTRA[world_size][:rank])
-    rows = slice(first, first + SHARES[world_size][rank])
-    extras = slice(first_extra, first_extra + EXTRA[world_size][rank])
-    engines = {tile: run_engine(tile, rows, extras) for tile in (1, 10**7)}
-    losses = {(name, tile): run(name, tile, rows, extras) for name in named(world_size) for tile in (1, 10**7)}
+    mine = share_of(rank, SHARES[world_size])
+    engines = {tile: run_engine(tile, *mine) for tile in (1, 10**7)}
+    losses = {(name, tile): run_named(name, tile, *mine) for name in named(world_size) for tile in (1, 10**7)}
     return losses, engines
 
 
@@ -136,12 +146,12 @@ def test_ranks_equal_one_process(world_size):
         for place, expected in enumerate(figures):
             together = torch.cat([rank[tile][3][place] for rank in engines])
             torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
-        starts = [sum(SHARES[world_size][:rank]) for rank in range(world_size)]
-        for rank, (start, size) in enumerate(zip(starts, SHARES[world_size], strict=True)):
-            mine = engines[rank][tile][4][:size]
-            torch.testing.assert_close(mine, pull[start : start + size], rtol=1e-12, atol=1e-12)
+        for rank in range(world_size):
+            rows, _ = share_of(rank, SHARES[world_size])
+            mine = engines[rank][tile][4][: rows.stop - rows.start]
+            torch.testing.assert_close(mine, pull[rows], rtol=1e-12, atol=1e-12)
     for name in named(world_size):
-        alone, alone_state = run(name, 10**7, slice(0, 8), slice(0, 3))
+        alone, alone_state, _ = run_named(name, 10**7, slice(0, 8), slice(0, 3))
         for tile in (1, 10**7):
             for step in range(3):
                 value, gradients, own = alone[step]

@@ -69,8 +69,8 @@ def test_settings_reach_their_method():
         ({"name": "infonce", "weights": "inclusion"}, "does not define"),
         ({"temperature": 0.0}, "loss.temperature"),
         (
-            {"name": "fastclip", "temperature_lr": 0.1},
-            "loss.temperature_lr is given, which fastclip's v3 does not use: it is for v2. Remove it",
+            {"name": "fastclip", "version": "v1", "temperature_lr": 0.1},
+            "loss.temperature_lr is given, which fastclip's v1 does not use: it is for v0, v2, v3. Remove it",
         ),
         ({"name": "fastclip", "version": "v0", "rho": 7.0}, "fastclip's v0 does not use: it is for v2, v3"),
         ({"name": "fastclip", "version": "v1", "rho": 7.0}, "loss.rho is given"),

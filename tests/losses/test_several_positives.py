@@ -5,6 +5,7 @@ the published form on all views of a batch.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,9 +16,8 @@ from anybatch.core.errors import AnybatchError
 from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.log_weights import LogWeights
 from anybatch.plans.examples import Examples
-from tests.ranks import on_ranks
 
-from .. import reference
+from .. import reference, twin
 from .methods import cluster_weights
 
 TAU = 0.4
@@ -165,35 +165,15 @@ def test_figures_and_a_temperature_that_learns():
     assert loss.last_stats["num_negatives"] == pytest.approx(expected)
 
 
-SHARES = [slice(0, 5), slice(5, 5), slice(5, 9)]
-
-
-def on_rank(rank, world_size, options):
-    (anchors, candidates), labels = draw(9, 3, seed=7)
-    rows = SHARES[rank] if world_size > 1 else slice(0, 9)
-    first = 9 + rank if world_size > 1 else 9
-    explicit = slice(first, first + 1) if world_size > 1 else slice(9, 12)
-    mine = [anchors.detach()[rows], torch.cat([candidates.detach()[rows], candidates.detach()[explicit]])]
-    leaves = [side.requires_grad_() for side in mine]
-    loss = CountCorrectedInfoNCE(50, temperature=TAU, positives_by="label", **options)
-    value = loss(*leaves, log_weight=records(labels[rows], explicit.stop - explicit.start))
-    value.backward()
-    return [value.detach(), *(leaf.grad for leaf in leaves)]
+def labelled(own, explicit):
+    """What a rank knows of its share."""
+    return {"log_weight": records(draw(9, 3, seed=7)[1][own], explicit.stop - explicit.start)}
 
 
 @pytest.mark.distributed
 def test_ranks_equal_one_process():
-    """Three, one without a row; gathered in both directions, and in a ring."""
-    for options in ({"direction": "both", "tile_bytes": 200}, {"ring": True}):
-        value, d_anchors, d_candidates = on_rank(0, 1, options)
-        ranks = on_ranks(on_rank, 3, options)
-        torch.testing.assert_close(torch.cat([rank[1] for rank in ranks]) / 3, d_anchors, rtol=1e-10, atol=1e-12)
-        sizes = [len(rank[1]) for rank in ranks]
-        parts = [rank[2][:size] for rank, size in zip(ranks, sizes, strict=True)]
-        parts += [rank[2][size:] for rank, size in zip(ranks, sizes, strict=True)]
-        torch.testing.assert_close(torch.cat(parts) / 3, d_candidates, rtol=1e-10, atol=1e-12)
-        for rank in ranks:
-            torch.testing.assert_close(rank[0], value, rtol=1e-12, atol=1e-12)
+    make = partial(CountCorrectedInfoNCE, 50)
+    twin.check_ranks(make, temperature=TAU, positives_by="label", known=labelled)
 
 
 @pytest.mark.parametrize(

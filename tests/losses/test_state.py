@@ -13,7 +13,6 @@ from torch import nn
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, NUCLR, FastCLIP, ISogCLR, SigLIP, TempNet
 from anybatch.losses import CrossBatchInfoNCE, GammaSchedule, InfoNCE, Matryoshka, SogCLR
-from anybatch.losses.late_interaction import LateInteraction
 from anybatch.losses.registry import METHODS, LossConfig, build_loss, make_loss, options_of
 from anybatch.losses.state import grown_state, join_shards
 
@@ -199,7 +198,6 @@ LEARNED = {
 }
 LEARNED |= {f"fastclip {v}": (lambda v=v: FastCLIP(64, version=v)) for v in ("v0", "v2", "v3")}
 LEARNED |= {"isogclr": lambda: ISogCLR(64), "tempnet": lambda: TempNet(64, 16)}
-LEARNED |= {"late interaction": lambda: LateInteraction(temperature=0.05, learnable_temperature=True)}
 PUBLISHED = {"isogclr": 0.005, "tempnet": 0.005}
 
 
@@ -209,8 +207,6 @@ def test_a_learned_temperature_has_a_floor_and_comes_back_from_it(name):
     unit = nn.functional.normalize
     anchors = unit(torch.randn(64, 16), dim=1)
     positives = unit(anchors + 0.1 * torch.randn(64, 16), dim=1)
-    if name == "late interaction":
-        anchors, positives = anchors[:, None], positives[:, None]
     loss, floor = LEARNED[name](), PUBLISHED.get(name, 0.01)
     parameters = list(loss.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0) if parameters else None

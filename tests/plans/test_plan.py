@@ -327,7 +327,7 @@ def test_small_sets_that_outnumber_the_places_leave_everybody_a_chance():
         seen[plan.epoch_batches(epoch).reshape(-1)] += 1 / 4000
     np.testing.assert_allclose(seen[:8], 4 / 8, atol=0.04)
     np.testing.assert_allclose(seen[8:], 4 / 12, atol=0.04)
-    assert plan.sampling.single_rows == pytest.approx([0, 1, 1, 1, 1])
+    assert (plan.sampling.single_quotas, plan.sampling.num_single_rows) == ([0, 3, 3, 3, 3], 4)
 
 
 def test_a_remainder_larger_than_its_clusters_leaves_them_a_chance():

@@ -30,7 +30,7 @@ from anybatch.plans.plan import BatchPlan
 from anybatch.run import job
 from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, TeacherConfig
 from anybatch.run.folder import open_run
-from anybatch.run.make_plan import make_plan
+from anybatch.run.make_plan import existing_plan, make_plan
 from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
 from anybatch.run.teacher import read_embeddings
@@ -47,7 +47,7 @@ def config(pairs_file, tiny_model_folder, tmp_path):
         model=ModelConfig(name=str(tiny_model_folder), device="cpu"),
         batch_size=8,
         mining=MiningConfig(method="random"),
-        train=TrainConfig(max_steps=2, save_steps=1, log_steps=1, micro_batch=4),
+        train=TrainConfig(save_steps=1, micro_batch=4, args={"max_steps": 2, "logging_steps": 1}),
         evaluation=EvaluationConfig(path=str(pairs_file)),
     )
 
@@ -61,9 +61,10 @@ def save_embeddings(folder: Path, seed: int = 0, rows: int = 97) -> TeacherConfi
 
 def mine(config: RunConfig, *, resume: bool = False) -> BatchPlan:
     pairs = read_training_pairs(config)
-    config = with_recipe(config, pairs)
+    plan = existing_plan(config)
+    config = with_recipe(config, pairs, plan)
     with open_run(config, resume=resume):
-        return make_plan(config, pairs)
+        return make_plan(config, pairs, plan=plan)
 
 
 class TestOneWriter:

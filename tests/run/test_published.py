@@ -54,7 +54,7 @@ def test_b3_is_the_papers_run(mmeb):
     assert (config.loss.name, config.loss.temperature, config.loss.direction) == ("infonce", 0.02, "one_way")
     assert (config.loss.weights, config.loss.mask_suspects) == ("none", False)
     assert config.model.lora is not None
-    assert (config.model.lora["r"], config.train.max_steps, config.train.learning_rate) == (8, 2000, 1e-4)
+    assert (config.model.lora["r"], config.train.args["max_steps"], config.train.learning_rate) == (8, 2000, 1e-4)
     by_name = {of_set.name: (of_set.window, of_set.positive_prompt) for of_set in config.data.sets}
     assert by_name == {
         "A-OKVQA": ((70, 100), "Represent the answer: "),
@@ -83,13 +83,13 @@ def in_a_folder(tmp_path, monkeypatch):
 
 def test_what_the_user_sets_holds(mmeb):
     config = configure(
-        mmeb, "model.lora={r: 16}", "mining.window=[5, 50]", "train.max_steps=3", "loss.name=sogclr", batch_size=64
+        mmeb, "model.lora={r: 16}", "mining.window=[5, 50]", "train.args.max_steps=3", "loss.name=sogclr", batch_size=64
     )
     assert config.model.lora is not None
     assert (config.model.lora["r"], config.model.lora["lora_alpha"]) == (16, 64)
     assert {of_set.window for of_set in config.data.sets} == {None}
     assert config.mining.window == (5, 50)
-    assert (config.train.max_steps, config.loss.name, config.loss.temperature) == (3, "sogclr", 0.02)
+    assert (config.train.args["max_steps"], config.loss.name, config.loss.temperature) == (3, "sogclr", 0.02)
     assert resolved(config).mining.settled().cluster_size == 32
     assert configure(mmeb, "model.lora=null").model.lora is None
     path = str(mmeb / "train" / "CIRR" / "original-00000-of-00001.parquet")

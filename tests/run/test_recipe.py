@@ -13,7 +13,7 @@ from anybatch.losses.registry import LossConfig, build_loss
 from anybatch.mining import MiningConfig
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
-from anybatch.run.make_plan import check_start
+from anybatch.run.make_plan import check_start, existing_plan
 from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
 
@@ -24,33 +24,35 @@ TEACHER = TeacherConfig(name="teacher")
 
 @pytest.mark.parametrize(("batch_size", "name"), [(2, "cross_batch"), (256, "cross_batch"), (512, "count_corrected")])
 def test_the_batch_decides_the_loss(batch_size, name):
-    config = with_recipe(replace(CONFIG, batch_size=batch_size), PAIRS)
+    config = with_recipe(replace(CONFIG, batch_size=batch_size), PAIRS, None)
     assert (config.loss.name, config.mining.method, config.loss.weights) == (name, "random", "none")
-    assert with_recipe(config, PAIRS) == config
+    assert with_recipe(config, PAIRS, None) == config
 
 
 def test_the_teacher_decides_the_batches_and_the_loss_agrees():
-    config = with_recipe(replace(CONFIG, teacher=TEACHER), PAIRS)
+    config = with_recipe(replace(CONFIG, teacher=TEACHER), PAIRS, None)
     assert config.mining.method == "anybatch"
     assert (config.loss.weights, config.loss.mask_suspects) == ("inclusion", True)
     chosen = replace(CONFIG, teacher=TEACHER, mining=MiningConfig(method="random"))
-    assert with_recipe(chosen, PAIRS).loss.weights == "none"
+    assert with_recipe(chosen, PAIRS, None).loss.weights == "none"
 
 
 @pytest.mark.skipif(find_spec("PIL") is None, reason="images need Pillow")
 def test_images_are_not_mined_and_the_unused_teacher_is_named(caplog, tmp_path):
     caplog.set_level("INFO", "anybatch")
     pairs = PairData(anchors=ImageColumn.of_paths(["a.png", "b.png"], tmp_path, "pairs"), positives=["c", "d"])
-    config = with_recipe(replace(CONFIG, teacher=TEACHER), pairs)
+    config = with_recipe(replace(CONFIG, teacher=TEACHER), pairs, None)
     assert (config.mining.method, config.loss.name, config.loss.weights) == ("random", "cross_batch", "none")
     assert "the teacher is not used" in caplog.text
 
 
 def test_what_is_given_beside_auto_holds():
-    config = with_recipe(replace(CONFIG, loss=LossConfig(temperature=0.02, mask_suspects=True), teacher=TEACHER), PAIRS)
+    config = with_recipe(
+        replace(CONFIG, loss=LossConfig(temperature=0.02, mask_suspects=True), teacher=TEACHER), PAIRS, None
+    )
     assert (config.loss.temperature, config.loss.mask_suspects, config.loss.weights) == (0.02, True, "inclusion")
     named = replace(CONFIG, loss=LossConfig(name="infonce"), teacher=TEACHER)
-    assert with_recipe(named, PAIRS).loss.name == "infonce"
+    assert with_recipe(named, PAIRS, None).loss.name == "infonce"
 
 
 def test_a_given_plan_says_whether_it_is_mined(tmp_path):
@@ -58,14 +60,14 @@ def test_a_given_plan_says_whether_it_is_mined(tmp_path):
     cluster = np.repeat(np.arange(4, dtype=np.int32), 2)
     plan = BatchPlan(num_rows=8, batch_size=4, cluster_size=2, cluster=cluster, seed=0, data_digest="")
     plan.save(path)
-    assert with_recipe(replace(CONFIG, plan=path), PAIRS).loss.weights == "inclusion"
+    assert with_recipe(replace(CONFIG, plan=path), PAIRS, BatchPlan.load(path)).loss.weights == "inclusion"
 
 
 def test_mined_batches_are_weighed_and_masked_for_any_loss_unless_told_otherwise(caplog):
     caplog.set_level("INFO", "anybatch")
     mined = replace(CONFIG, teacher=TEACHER)
     settled = [
-        with_recipe(replace(mined, loss=LossConfig(**given)), PAIRS).loss
+        with_recipe(replace(mined, loss=LossConfig(**given)), PAIRS, None).loss
         for given in (
             {"name": "infonce"},
             {"name": "sogclr"},
@@ -90,5 +92,5 @@ def test_what_random_batches_do_not_use_is_named(pairs_file, tmp_path, caplog):
     mining = MiningConfig(method="random", window=(3, 9), margin=None)
     config = replace(CONFIG, data=DataConfig(path=str(pairs_file)), batch_size=8, mining=mining)
     config = replace(config, teacher=TeacherConfig(embeddings=paths))
-    check_start(config, read_training_pairs(config))
+    check_start(config, read_training_pairs(config), existing_plan(config))
     assert "Not used: mining.window, mining.margin, teacher.embeddings. mining.method is 'random'" in caplog.text

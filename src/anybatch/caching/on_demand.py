@@ -97,10 +97,6 @@ class RowsOnDemand(Rows):
             "at once. Pad on the other side (processor.tokenizer.padding_side), or to a fixed length.",
             stacklevel=2,
         )
-        return self.whole()
-
-    def whole(self) -> RowSlicer:
-        """All rows made at once."""
         rows = torch.arange(self.num_rows)
         return self._slicer(self._make(rows), rows)
 

@@ -120,18 +120,14 @@ def record_towers(
 ) -> list[Recording]:
     """Run every encoder over the micro-batches of its batch and keep the embeddings, but not (all of) the graphs.
 
-    Args:
-        encoders: One for each tower. Takes a micro-batch in the form of its input, returns a floating tensor `(b, ...)`
-            or a tuple of them. A row's embedding must not depend on the other rows.
-        inputs: One batch for each tower.
-        micro_batch, max_tokens, keep_graphs, memory, sort_by_length, pad_to_multiple, modules: See `cached_step`.
+    Arguments as in `cached_step`; an encoder may also return a floating tensor `(b, ...)` or a tuple of them, and a
+    row's embedding must not depend on the other rows.
 
     Returns:
         One recording for each tower, to be replayed together. Under `torch.no_grad()` their leaves need no gradient.
 
     Raises:
-        AnybatchError: What `ModuleFacts`, `RowSlicer`, `plan_micro_batches` and `refuse_neighbours` refuse; outputs of
-            another shape than promised.
+        AnybatchError: What `ModuleFacts`, `RowSlicer`, `plan_micro_batches` and `refuse_neighbours` refuse.
     """
     # 1. What the step must know before any pass: the form of the inputs, the modules, the memory there is.
     check_limits(

@@ -60,10 +60,6 @@ class Rows:
             256 pixels. None without images, or without lengths.
         images: Whether the rows are images, which cost the same each.
         trim: Which padding is cut.
-
-    Example:
-        >>> rows_of({"ids": torch.arange(3)}).num_rows
-        3
     """
 
     inputs: Any

@@ -25,9 +25,6 @@ def plan_micro_batches(
     padded tokens) and the patches of its images past `max_tokens`; a single longer row still gets one of its own. Rows
     of equal length keep their order. Where there are no lengths the order is kept, and images are limited by
     `micro_batch` alone.
-
-    Raises:
-        AnybatchError: No limit given, a limit below one, or `max_tokens` for inputs of which nothing tells the lengths.
     """
     slicer = rows_of(inputs)
     check_limits(micro_batch=micro_batch, max_tokens=max_tokens)
@@ -61,17 +58,20 @@ def check_limits(
     max_tokens: int | None = None,
     keep_graphs: int | float | str = 0,
     pad_to_multiple: int | None = None,
+    called: str = "micro_batch",
 ) -> None:
-    """Refuse settings of the cached step that no batch could use, before there is one."""
-    for name, value in (("micro_batch", micro_batch), ("keep_graphs", keep_graphs)):
+    """Refuse settings of the cached step that no batch could use, before there is one; `micro_batch` may be `called`
+    otherwise.
+    """
+    for name, value in ((called, micro_batch), ("keep_graphs", keep_graphs)):
         if isinstance(value, str) and value != "auto":
             raise AnybatchError(f'{name} is {value!r}; give a number, or "auto".')
-    for name, value in (("micro_batch", micro_batch), ("max_tokens", max_tokens), ("pad_to_multiple", pad_to_multiple)):
+    for name, value in ((called, micro_batch), ("max_tokens", max_tokens), ("pad_to_multiple", pad_to_multiple)):
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
         if value not in (None, "auto") and not whole:
             raise AnybatchError(f"{name} is {value!r}; expected a whole number of at least 1.")
     if micro_batch is None and max_tokens is None:
-        raise AnybatchError("micro_batch and max_tokens are both None: give at least one limit to the micro-batch.")
+        raise AnybatchError(f"{called} and max_tokens are both None: give at least one limit to the micro-batch.")
     if keep_graphs != "auto":
         count_kept(keep_graphs, 1)  # type: ignore[arg-type]
 

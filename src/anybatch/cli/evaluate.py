@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # What --data and the others name: in words, and the options that it has.
 KINDS = {
+    "mteb": ("--mteb (tasks of MTEB)", ("mteb",)),
     "retrieval": ("--retrieval (a retrieval set)", ("retrieval", "split", "quoting")),
     "labelled": ("--labelled (images with classes, told by others)", ("data", "labelled", "anchor", "limit")),
     "template": (
@@ -32,13 +34,17 @@ KINDS = {
         ("data", "template", "class_names", "anchor", "limit"),
     ),
     "candidates": ("--data (queries with candidates of their own)", ("data", "images", "recipe")),
+    "beir": ("--data (a folder in BEIR's layout)", ("data", "split", "quoting")),
     "data": ("--data (pairs)", ("data", "anchor", "positive", "images", "limit", "quoting")),
 }
 
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="A sentence-transformers model: a folder (such as RUN/model) or a hub name.")
+        str,
+        typer.Argument(
+            help="A model, a folder or a hub name; or the folder of a run, by default on the run's own held-out data."
+        ),
     ],
     data: DataOption = None,
     anchor: AnchorOption = None,
@@ -66,6 +72,9 @@ def command(
         typer.Option(metavar="CORPUS QUERIES QRELS", help="A retrieval set (BEIR's layout), in place of --data."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Which split of the judgements.")] = None,
+    mteb: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="A task of MTEB, such as NFCorpus. Repeatable.")
+    ] = None,
     device: DeviceOption = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a text is cut at.")] = None,
     anchor_prompt: Annotated[
@@ -78,18 +87,33 @@ def command(
         Literal["standard", "raw"] | None,
         typer.Option(help="Of CSV and TSV: standard, or raw where quotes are plain characters."),
     ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the model: 'model.kwargs={dtype: bfloat16}'. Repeatable."
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Also write the figures to this JSON file; it must be new.")
     ] = None,
 ) -> None:
-    """Measure a model: recall, MRR, nDCG on held-out pairs or a retrieval set; classes of images; hit@1 on MMEB."""
+    """Measure a model: recall, MRR, nDCG on held-out pairs or a retrieval set; classes of images; MMEB; MTEB."""
     from anybatch.core.files import write_text
-    from anybatch.insight.tables import metrics_table
+    from anybatch.core.yaml_files import load_config
+    from anybatch.insight.tables import metrics_table, rich_table
     from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
-    from anybatch.run.evaluate_model import evaluate_model
+    from anybatch.run.evaluate_model import evaluate_model, evaluate_tasks, model_of
 
     check_new(output, "--output")
+    others = [setting for setting in sets or () if not setting.startswith("model.")]
+    if others:
+        raise AnybatchError(f"Got --set {others[0]}; expected a setting of the model here, model.NAME=VALUE.")
+    further = [setting.removeprefix("model.") for setting in sets or ()]
+    if mteb and find_spec("mteb") is None:
+        raise ModuleNotFoundError(name="mteb")
     held_out = _held_out(
+        model,
+        mteb=mteb,
         data=data,
         anchor=anchor,
         positive=positive,
@@ -103,48 +127,71 @@ def command(
         split=split,
         quoting=quoting,
     )
-    loaded = load_model(
-        ModelConfig(
-            name=model,
-            device=device,
-            max_length=max_length,
-            anchor_prompt=anchor_prompt,
-            positive_prompt=positive_prompt,
+    given = {
+        "name": model_of(model),
+        "device": device,
+        "max_length": max_length,
+        "anchor_prompt": anchor_prompt,
+        "positive_prompt": positive_prompt,
+    }
+    config = load_config(ModelConfig, None, [*given.items(), *further])
+    if not mteb:
+        _ = held_out.digest  # reads every image: all that are broken are named before anything is embedded
+    loaded = load_model(config)
+    if mteb:
+        metrics: dict[str, Any] = evaluate_tasks(loaded, mteb)
+        show(
+            rich_table(
+                ["task", "figure", ""],
+                [[task, name, f"{score:.4f}"] for task, of_task in metrics.items() for name, score in of_task.items()],
+                left=(0, 1),
+            )
         )
-    )
-    with Bars() as bars:
-        metrics = evaluate_model(loaded, held_out, progress=bars)
-    name, by_task = Path(model).name or model, "hit@1 "
-    tasks = {key.removeprefix(by_task): {"hit@1": hit} for key, hit in metrics.items() if key.startswith(by_task)}
-    show(metrics_table({**tasks, ("mean" if tasks else name): metrics}))
+    else:
+        with Bars() as bars:
+            metrics = evaluate_model(loaded, held_out, progress=bars)
+        name, by_task = Path(model).name or model, "hit@1 "
+        tasks = {key.removeprefix(by_task): {"hit@1": hit} for key, hit in metrics.items() if key.startswith(by_task)}
+        show(metrics_table({**tasks, ("mean" if tasks else name): metrics}))
     if output is not None:
         write_text(output, json.dumps(metrics, indent=2))
 
 
-def _held_out(**options: Any) -> HeldOut:
-    """The data to measure on, of the kind that the options name; options of another kind are refused."""
+def _held_out(model: str, **options: Any) -> HeldOut | None:
+    """The data to measure on, of the kind that the options name, or a run's own; options of another kind are refused.
+
+    None for tasks of MTEB, which bring their data.
+    """
     from anybatch.core.yaml_files import read_yaml
     from anybatch.data.candidates import find_candidates
     from anybatch.data.reading import read_pairs
-    from anybatch.data.retrieval import read_retrieval
+    from anybatch.data.retrieval import find_retrieval, read_retrieval
+    from anybatch.run.evaluate_model import held_out_of, model_of
     from anybatch.run.read_data import read_candidate_sets
     from anybatch.vision.mmeb import TASKS
     from anybatch.vision.read_images import LabelledImages, NamedClasses, prompts_of, read_images
 
     # 1. The kind, and its options.
     options = {name: value for name, value in options.items() if value not in (None, [])}
-    kind = next((name for name in ("retrieval", "labelled", "template", "data") if name in options), None)
+    if not options and model_of(model) != model:
+        return held_out_of(Path(model))
+    kind = next((name for name in ("mteb", "retrieval", "labelled", "template", "data") if name in options), None)
     anchor, limit = options.get("anchor"), options.get("limit")
-    if kind is None or (kind != "retrieval" and "data" not in options):
-        raise AnybatchError("Nothing to measure on: give --data, or --retrieval with its three files.")
-    tasks = find_candidates(options["data"]) if kind == "data" else {}
-    what, known = KINDS["candidates" if tasks else kind]
+    if kind is None or (kind not in ("mteb", "retrieval") and "data" not in options):
+        raise AnybatchError("Nothing to measure on: give --data, --retrieval with its three files, or --mteb TASK.")
+    judged = find_retrieval(options["data"], options.get("split")) if kind == "data" else None
+    tasks = find_candidates(options["data"]) if kind == "data" and judged is None else {}
+    what, known = KINDS["beir" if judged else "candidates" if tasks else kind]
     unfit = [f"--{name.replace('_', '-')}" for name in options if name not in known]
     if unfit:
         fitting = ", ".join(f"--{name.replace('_', '-')}" for name in known)
         raise AnybatchError(f"Got {unfit[0]} and {what}, which has the options {fitting}. Leave one of them out.")
 
     # 2. Read it.
+    if kind == "mteb":
+        return None
+    if judged is not None:
+        return read_retrieval(*judged, quoting=options.get("quoting"))
     if kind == "retrieval":
         return read_retrieval(*options["retrieval"], split=options.get("split"), quoting=options.get("quoting"))
     if kind == "labelled":

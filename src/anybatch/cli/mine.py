@@ -14,18 +14,19 @@ def command(options: RunOptions, resume: ResumeOption = False) -> None:
     """
     from anybatch.core.distributed import launched_ranks, rank
     from anybatch.run.folder import open_run
-    from anybatch.run.make_plan import check_start, make_plan
+    from anybatch.run.make_plan import check_start, existing_plan, make_plan
     from anybatch.run.read_data import read_training_pairs
     from anybatch.run.recipe import with_recipe
 
     config = options.resolve(resume=resume)
     with launched_ranks():
         pairs = read_training_pairs(config)
-        config = with_recipe(config, pairs)
+        plan = existing_plan(config)
+        config = with_recipe(config, pairs, plan)
         if not resume:
-            check_start(config, pairs)
+            check_start(config, pairs, plan)
         with open_run(config, resume=resume) as folder, Bars(quiet=rank() > 0) as bars:
-            plan = make_plan(config, pairs, bars)
+            plan = make_plan(config, pairs, bars, plan=plan)
         if rank() > 0:
             return  # one of several ranks speaks
     batches = f"{plan.num_batches} batches of {plan.batch_size} over {plan.num_rows} rows an epoch"

@@ -61,6 +61,12 @@ def shares(num_rows: int) -> list[int]:
     return [num_rows // world_size() + (number < num_rows % world_size()) for number in range(world_size())]
 
 
+def own_part(sizes: list[int]) -> slice:
+    """Where this rank's rows are among those of all ranks, each of which has `sizes[rank]`."""
+    first = sum(sizes[: rank()])
+    return slice(first, first + sizes[rank()])
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum over all ranks, in a new tensor. One collective."""
     value = value.detach().clone()

@@ -95,11 +95,7 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: str | os.PathLike[str], remedy: str, *keys: str) -> dict[str, Any]:
-    """What `write_json` wrote, without the digest; `keys` tell this kind of file from the others that are sealed.
-
-    Raises:
-        AnybatchError: See `read_sealed`; a whole file of another kind.
-    """
+    """What `write_json` wrote, without the digest; `keys` tell this kind of file from the others that are sealed."""
     content, value = read_sealed(path, remedy), None
     with contextlib.suppress(ValueError):
         value = json.loads(content)
@@ -138,10 +134,7 @@ def seal_folder(folder: Path, **facts: Any) -> None:
 
 
 def flaw_of(folder: Path, **facts: Any) -> str | None:
-    """What is wrong with a folder of `seal_folder`, in words that end a sentence; None if all is as it was written.
-
-    The list must say the same `facts`.
-    """
+    """What is wrong with a folder of `seal_folder` of these facts, in words that end a sentence; None if nothing is."""
     if not (folder / CONTENTS).exists():
         return f"was cut short: it has no {CONTENTS}"
     try:

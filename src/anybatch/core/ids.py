@@ -21,11 +21,8 @@ def as_integers(
 ) -> Tensor:
     """Row numbers, ids or the like as int64, so that none of another type acts as a mask; else an AnybatchError.
 
-    Args:
-        name: Of the argument, for the message; `remedy` says there what to do about a number out of range.
-        values: Integers of any width.
-        length, device: Wanted shape (length,), and where they must be; None for any.
-        low, high: The smallest and largest number allowed; None for any. Looking costs one wait for the device.
+    `length`, `device`, `low` and `high` are what is allowed, None for any; to look at numbers costs a wait for the
+    device. `remedy` says in the message what to do about a number out of range.
     """
     wanted = "integers" if length is None else f"integers of shape ({length},)"
     if not isinstance(values, Tensor):

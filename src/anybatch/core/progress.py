@@ -7,17 +7,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """How long work tells where it is: `progress(stage, done, total, figures)`; None figures when there are none.
-
-    >>> def show(stage, done, total, figures=None):
-    ...     print(f"{stage}: {done} of {total}")
-    >>> counter(show, "embedding", total=10)(4)
-    embedding: 4 of 10
-    """
+    """How long work tells where it is: `progress(stage, done, total, figures)`; None figures when there are none."""
 
     def __call__(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
         """Work in `stage` is at `done` of `total`."""
-        ...
 
 
 def no_progress(stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:

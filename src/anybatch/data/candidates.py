@@ -16,7 +16,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of
 from anybatch.data.columns import cell_of
 from anybatch.data.inputs import Column, row_keys
-from anybatch.data.reading import ImagePool
+from anybatch.data.reading import ImagePool, content_of
 from anybatch.data.records import column_names, no_column, records
 from anybatch.data.sets import files_of
 
@@ -115,7 +115,7 @@ def read_candidates(path: str | os.PathLike[str], images: str | os.PathLike[str]
         if missing:
             raise no_column(missing[0], present, where)
         folder = file if file.is_dir() else file.parent
-        pool = pool or ImagePool(Path(images) if images else folder, where, {})
+        pool = pool or ImagePool(Path(images) if images else folder, where)
         names = [name for name in (*QUERY, *TARGET) if name in present]
         for row, record in enumerate(records(file, names), start=1):
             query = _sides(record, QUERY, row, where, pool)
@@ -157,7 +157,12 @@ def _sides(record: Mapping[str, Any], names: tuple[str, str], row: int, where: s
     texts_of, paths_of = ((cells if len(cells) == num else [""] * num) for cells in listed)
     sides = []
     for text, image in zip(texts_of, paths_of, strict=True):
-        if not text and not image:
+        words, places = content_of(text, row - 1, names[0], pool)
+        if not isinstance(image, str):
+            raise AnybatchError(f"Row {row} of {where}: '{names[1]}' holds an object; expected the path of an image.")
+        if image:
+            places = (*places, pool.place(image, row - 1, names[1]))
+        if words is None and not places:
             raise AnybatchError(f"Row {row} of {where}: an entry of '{names[0]}' is empty, and has no image. Fill it.")
-        sides.append((text or None, (pool.place(image, row - 1, names[1]),) if image else ()))
+        sides.append((words, places))
     return sides

@@ -31,7 +31,9 @@ NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?\s*")
 NO_TEXTS = frozenset(("None", "none", "nan", "NaN", "null", "NULL", "<NA>", "\\N"))
 # Of one side: "qry" and "qry_image_path", "pos_text" and "pos_image_path".
 PART = re.compile(r"(?P<side>.+?)((?P<image>_(image|img)s?(_paths?)?)|_text)?", re.IGNORECASE)
-Cell = str | list[str] | None
+TEXT, IMAGES = "text", ("image", "images")  # keys of a cell that holds both
+Both = tuple[str | None, tuple[Any, ...]]  # a text and its images: paths, or places
+Cell = str | Both | list[str | Both] | None
 FEW = 0.02  # distinct texts per row, below which a column looks like labels
 
 
@@ -132,31 +134,73 @@ def _sides_of(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def cell_of(
-    record: Mapping[str, Any], name: str, row: int, where: str, *, optional: bool = False, negative: bool = False
+    record: Mapping[str, Any],
+    name: str,
+    row: int,
+    where: str,
+    *,
+    optional: bool = False,
+    negative: bool = False,
+    stored: bool = False,
 ) -> Cell:
-    """The text of one cell, or its texts if it holds a list of several; anything else is refused.
+    """What one cell holds: a text, a text with images (`Both`), or a list of several; anything else is refused.
 
-    `optional`: there may be none, or empty ones in a list, which then are "". Of a list of none comes None.
+    `optional`: there may be none, or empty ones in a list, which then are "". Of a list of none comes None. `stored`:
+    numbers are the places of images.
     """
     value = record.get(name)
     if isinstance(value, str) and value.strip():
         return value
     if name not in record and not optional:
         raise no_column(name, list(record), f"row {row} of {where}")
-    texts: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
-    if optional:
-        texts = ["" if text is None or (isinstance(text, str) and not text.strip()) else text for text in texts]
-    bad = [text for text in texts if not isinstance(text, str) or not (optional or text.strip())]
-    if not bad and optional and not any(texts):
+    given: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    entries, bad = [], []
+    for entry in given:
+        try:
+            entries.append(_entry(entry, stored))
+            if entries[-1] == "" and not optional:
+                bad.append("empty")
+        except ValueError as error:
+            bad.append(str(error))
+    if not bad and optional and all(entry == "" for entry in entries):
         return None
-    if texts and not bad:
-        return texts[0] if len(texts) == 1 else texts
-    empty = not bad or bad[0] is None or isinstance(bad[0], str)
-    what = "empty" if empty else f"{bad[0]!r:.60}, which is no text"
+    if entries and not bad:
+        return entries[0] if len(entries) == 1 else entries
     remedy = ", or train without explicit negatives: data.negatives=[]" if negative else ""
+    wanted = "a text or an image" if stored or any(isinstance(entry, dict) for entry in given) else "a text"
     raise AnybatchError(
-        f"Row {row} of {where}: '{name}' is {what}. Every row needs a text there: fill it or leave the row out{remedy}."
+        f"Row {row} of {where}: '{name}' is {bad[0] if bad else 'empty'}. Every row needs {wanted} there: fill it or "
+        f"leave the row out (in training data.skip_bad=true does){remedy}."
     )
+
+
+def _entry(value: Any, stored: bool) -> Any:
+    """One content: a text, the place of an image, or of {"text": ..., "image": ...} both; "" for nothing. ValueError
+    says what else it is.
+    """
+    if value is None or isinstance(value, str):
+        return value if value and value.strip() else ""
+    if stored and isinstance(value, int):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.60}, which is no text")
+    held = [image for key in IMAGES for image in as_list(value.get(key)) if image not in (None, "")]
+    images = [image.get("path") if isinstance(image, dict) and not image.get("bytes") else image for image in held]
+    known = (str, int) if stored else str
+    wrong = [f"{image!r:.40} as an image" for image in images if not isinstance(image, known)]
+    wrong += [f"the key '{key}'" for key in value if key not in (TEXT, *IMAGES)]
+    text = _entry(value.get(TEXT), stored=False)
+    if wrong or isinstance(text, tuple):
+        raise ValueError(
+            f'an object with {wrong[0] if wrong else "an object"}; expected {{"text": ..., "image": ...}}, a text and '
+            "the path of an image or a list of them"
+        )
+    return (text or None, tuple(images)) if text or images else ""
+
+
+def as_list(value: Any) -> list[Any]:
+    """The entries of a cell, one or several."""
+    return value if isinstance(value, list) else [value]
 
 
 class BadRows:
@@ -171,24 +215,29 @@ class BadRows:
     """
 
     def __init__(self) -> None:
-        self.first: AnybatchError | None = None
-        self.rows: dict[int, None] = {}
+        self.errors: dict[int, AnybatchError] = {}
 
     def add(self, row: int, error: AnybatchError) -> None:
         """Remember a row, counted from 1, and why it is refused."""
-        self.first = self.first or error
-        self.rows[row] = None
+        self.errors.setdefault(row, error)
 
-    def check(self) -> None:
-        """Raise what was said of the first, with the number of all and the first five of them."""
-        if self.first is None:
+    def check(self, left_out_of: str = "") -> None:
+        """Raise what was said of the first, with the number of all and the first five of them; or warn, where they are
+        left out of a file.
+        """
+        rows = sorted(self.errors)
+        if not rows:
             return
-        rows = [f"{row}" for row in sorted(self.rows)]
-        named = ", ".join(rows[:5]) + (f" and {len(rows) - 5:,} more" if rows[5:] else "")
+        first = self.errors[rows[0]]
+        named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5:,} more" if rows[5:] else "")
+        if left_out_of:
+            counted = f"{len(rows):,} row{'s' if rows[1:] else ''}"
+            logger.warning("%s: %s left out (data.skip_bad): %s. The first: %s", left_out_of, counted, named, first)
+            return
         if not rows[1:]:
-            raise self.first
-        first = str(self.first).removesuffix(".")
-        raise AnybatchError(f"{first}. In all {len(rows):,} rows are refused: {named}.") from self.first
+            raise first
+        said = str(first).removesuffix(".")
+        raise AnybatchError(f"{said}. In all {len(rows):,} rows are refused: {named}.") from first
 
 
 def spread(

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.records import image_dataset
+from anybatch.data.columns import BadRows
+from anybatch.data.records import has_images, image_dataset, is_image
 from anybatch.data.shards import read_part
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
+Content = TypeVar("Content", covariant=True)
 BLOCK = 64  # rows read at once: a third of a gigabyte of large photographs
 KEY = 16  # bytes of an image's digest
 NAME = "image"  # the one column of the data set inside an `ImageColumn`
 MODE = "RGB"  # of decoded images: most processors refuse batches of several modes
 UNBOUNDED = ("I", "F")  # modes that Pillow would clip at 255
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what a whole file has among its last bytes
+TAIL = 64
 THUMBNAIL = 64  # pixels of the longer side
 
 
@@ -40,16 +45,10 @@ class EncodedImage:
     where: str
 
     def decode(self) -> Image:
-        """The image in RGB, turned upright, as `datasets` gives it to the Trainer; of 16 bits a grey value its upper 8,
-        where `datasets` has white for nearly all.
-        """
-        _need_pillow()
-        from datasets import Image as Feature
-
+        """The image in RGB, turned upright; of 16 bits a grey value its upper 8."""
+        need_pillow()
         try:
-            image = Feature().decode_example({"bytes": self.encoded, "path": None})
-            if image.mode.startswith("I;16"):
-                image = image.point(lambda value: value / 256, "L")
+            image = _opened(self.encoded)
         except Exception as error:  # a broken file fails in Pillow's decoders with nearly anything
             reason = "it is none that Pillow knows" if type(error).__name__ == "UnidentifiedImageError" else error
             raise AnybatchError(
@@ -61,6 +60,26 @@ class EncodedImage:
                 "Save it with 8 or 16 bits a channel, or leave the row out."
             )
         return image if image.mode == MODE else image.convert(MODE)
+
+    def check(self) -> None:
+        """Refuse what `decode` would, by the head and the end of the file; a file without its end is decoded. Damage
+        within it is not seen. Nothing without Pillow. Cost: 0.03 ms.
+        """
+        try:
+            from PIL import Image
+        except ImportError:
+            return
+        try:
+            with Image.open(BytesIO(self.encoded)) as image:
+                kind, fine = str(image.format), image.mode not in UNBOUNDED
+        except Exception:  # which `decode` meets as well, and says
+            kind, fine = "", False
+        if kind == "WEBP":
+            fine &= len(self.encoded) >= 8 + int.from_bytes(self.encoded[4:8], "little")
+        elif fine:
+            fine = kind in ENDS and ENDS[kind] in self.encoded[-TAIL:]
+        if not fine:
+            self.decode()
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -76,11 +95,9 @@ class EncodedImage:
     def thumbnail(self) -> str | None:
         """A small JPEG on white as a data: URI, some 2 kB; None without Pillow or where it is no image."""
         try:
-            from PIL import Image, ImageOps
+            from PIL import Image
 
-            with Image.open(BytesIO(self.encoded)) as image:
-                image.draft("RGB", (THUMBNAIL, THUMBNAIL))  # of a JPEG, no more is decoded than is shown
-                small = ImageOps.exif_transpose(image).convert("RGBA")
+            small = _opened(self.encoded, draft=True).convert("RGBA")
         except Exception:
             return None
         small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -90,8 +107,31 @@ class EncodedImage:
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-class ImageColumn(Sequence[EncodedImage]):
-    """Images in row order that stay in their files. Slices and selections are columns again; nothing is decoded.
+class Rows(Sequence[Content]):
+    """Abstract: a column that reads its rows when asked; slices and selections are columns again."""
+
+    @abstractmethod
+    def select(self, rows: np.ndarray) -> Self:
+        """These rows, in this order."""
+
+    @abstractmethod
+    def _at(self, row: int) -> Content:
+        """What is in a row, counted from 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> Content: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> Content | Self:
+        if isinstance(index, slice):
+            return self.select(np.arange(*index.indices(len(self))))
+        return self._at(range(len(self))[index])
+
+
+class ImageColumn(Rows[EncodedImage]):
+    """Images in row order that stay in their files. Nothing is decoded.
 
     Args:
         dataset: One column, `image`, of the feature `Image(decode=False)`.
@@ -118,12 +158,12 @@ class ImageColumn(Sequence[EncodedImage]):
         self._parts: Sequence[ImageColumn] = ()  # joined here: what was read of them is not read again
 
     @classmethod
-    def of(cls, dataset: Dataset, name: str, where: str) -> ImageColumn:
-        """The column `name` of a data set, which has the feature `Image`."""
+    def of(cls, dataset: Dataset, name: str, where: str, *, shown: str | None = None) -> ImageColumn:
+        """The column `name` of a data set, which holds images; `shown`: what messages call it."""
         from datasets import Image as Feature
 
         column = dataset.with_format(None).select_columns([name]).rename_columns({name: NAME})
-        return cls(column.cast_column(NAME, Feature(decode=False)), f"'{name}' of {where}")
+        return cls(column.cast_column(NAME, Feature(decode=False)), f"'{shown or name}' of {where}")
 
     @classmethod
     def of_paths(
@@ -165,27 +205,11 @@ class ImageColumn(Sequence[EncodedImage]):
         """File and column; of several all of them."""
         return ", ".join(self.files)
 
-    @property
-    def absent(self) -> np.ndarray:
-        """(n,) bool: rows that hold nothing. No image is read."""
-        missing = np.asarray(self.dataset.data.column(NAME).is_null())
-        indices = self.dataset._indices
-        return missing if indices is None else missing[np.asarray(indices.column(0))]
-
     def __len__(self) -> int:
         return len(self.dataset)
 
-    @overload
-    def __getitem__(self, index: int) -> EncodedImage: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> ImageColumn: ...
-
-    def __getitem__(self, index: int | slice) -> EncodedImage | ImageColumn:
-        if isinstance(index, slice):
-            return self.select(np.arange(*index.indices(len(self))))
-        place = range(len(self))[index]
-        return self._image(self.dataset[place][NAME], place)
+    def _at(self, row: int) -> EncodedImage:
+        return self._image(self.dataset[row][NAME], row)
 
     def __iter__(self) -> Iterator[EncodedImage]:
         return (self._image(value, place) for place, value in self._values())
@@ -199,28 +223,37 @@ class ImageColumn(Sequence[EncodedImage]):
 
     @cached_property
     def keys(self) -> np.ndarray:
-        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image."""
+        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image.
+
+        Raises:
+            AnybatchError: Images that are missing or broken, all rows at once (`EncodedImage.check`).
+        """
         if self._parts:
             return np.concatenate([part.keys for part in self._parts])
-        keys = np.empty((len(self), KEY), np.uint8)
-        places: dict[str, int] = {}  # of files; one that many rows name is read once
+        keys, bad = np.empty((len(self), KEY), np.uint8), BadRows()
+        known: dict[str, bytes | AnybatchError] = {}  # of files; one that many rows name is read once
         for place, value in self._values():
             file = value["path"] if value is not None and value["bytes"] is None else None
-            first = place if file is None else places.setdefault(file, place)
-            keys[place] = keys[first] if first < place else _key(self._image(value, place))
+            found = known.get(file) if file is not None else None
+            if found is None:
+                try:
+                    image = self._image(value, place)
+                    image.check()
+                    found = hashlib.blake2b(image.encoded, digest_size=KEY).digest()
+                except AnybatchError as error:
+                    found = error
+                if file is not None:
+                    known[file] = found
+            if isinstance(found, AnybatchError):
+                bad.add(int(self.rows[place]) + 1, found)
+            else:
+                keys[place] = np.frombuffer(found, np.uint8)
+        bad.check()
         return keys
 
-    def decoded(self, name: str) -> Dataset:
-        """A data set with the column `name`, decoded as it is read. A selection goes into a temporary file."""
-        from datasets import Image as Feature
-        from datasets.fingerprint import get_temporary_cache_files_directory
-
-        _need_pillow()
-        dataset = self.dataset
-        if dataset._indices is not None:  # left to itself, `datasets` would write beside the user's data
-            file = Path(get_temporary_cache_files_directory()) / f"{dataset._fingerprint}.arrow"
-            dataset = dataset.flatten_indices(cache_file_name=str(file))
-        return dataset.rename_columns({NAME: name}).cast_column(name, Feature(mode=MODE))
+    def stored(self) -> list[dict[str, Any] | None]:
+        """What is stored of each: bytes, or a path."""
+        return [value for _, value in self._values()]
 
     def _values(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """Each place with what is stored there."""
@@ -244,28 +277,74 @@ class ImageColumn(Sequence[EncodedImage]):
         return EncodedImage(encoded=encoded, where=named)
 
 
-def _key(image: EncodedImage) -> np.ndarray:
-    return np.frombuffer(hashlib.blake2b(image.encoded, digest_size=KEY).digest(), np.uint8)
+def _opened(encoded: bytes, *, draft: bool = False) -> Image:
+    """Decoded and turned upright, 16 bits as 8, in any mode; `draft`: of a JPEG no more than a thumbnail shows."""
+    from PIL import Image, ImageOps
+
+    with Image.open(BytesIO(encoded)) as image:
+        if draft:
+            image.draft(MODE, (THUMBNAIL, THUMBNAIL))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image.point(lambda value: value / 256, "L") if image.mode.startswith("I;16") else image
 
 
-def find_images(path: Path, names: Sequence[str], limit: int | None = None) -> dict[str, ImageColumn]:
-    """The columns among `names` that hold images: the feature `datasets.Image`, in Parquet or a data set."""
+def find_images(path: Path, names: Sequence[str], limit: int | None = None) -> dict[str, tuple[ImageColumn, list[Any]]]:
+    """The columns among `names` that hold images, alone, in lists or beside texts, in Parquet or a data set: their
+    images, each once, and their cells, in which the place of an image among them stands instead of it.
+    """
     dataset = image_dataset(path, names)
     if dataset is None:
         return {}
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    return {name: ImageColumn.of(dataset, name, str(path)) for name in names if holds_images(dataset, name)}
+    return {name: _apart(dataset, name, str(path)) for name in names if has_images(dataset.features[name])}
 
 
-def holds_images(dataset: Dataset, name: str) -> bool:
-    """Whether the column has the feature `datasets.Image`."""
-    from datasets import Image as Feature
+def _apart(dataset: Dataset, name: str, where: str) -> tuple[ImageColumn, list[Any]]:
+    """The images of a column, and its cells with places. No image is read."""
+    import pyarrow as pa
+    from datasets import Dataset
 
-    return isinstance(dataset.features.get(name), Feature)
+    found: list[tuple[Any, np.ndarray, np.ndarray]] = []  # images, their rows, which of them are there
+    row, cells = 0, []
+    for chunk in dataset.with_format(None).data.column(name).chunks:
+        cells += _with_places(dataset.features[name], chunk, np.arange(row, row + len(chunk)), found).to_pylist()
+        row += len(chunk)
+    arrays, rows, there = (list(parts) for parts in zip(*found, strict=True))
+    there = np.concatenate(there)
+    if is_image(dataset.features[name]):
+        images = ImageColumn.of(dataset, name, where)
+    else:
+        images = ImageColumn.of(Dataset(pa.table({NAME: pa.chunked_array(arrays)})), NAME, where, shown=name)
+        images.rows = np.concatenate(rows)
+    return images if there.all() else images.select(np.flatnonzero(there)), cells
 
 
-def _need_pillow() -> None:
+def _with_places(feature: Any, array: Any, rows: np.ndarray, found: list[tuple[Any, np.ndarray, np.ndarray]]) -> Any:
+    """An array of `rows` with the places of images instead of them; the images are added to `found`."""
+    import pyarrow as pa
+
+    if is_image(feature):
+        there = np.asarray(array.is_valid())
+        places = sum(int(part.sum()) for _, _, part in found) + np.cumsum(there) - 1
+        found.append((array, rows, there))
+        return pa.array(places, mask=~there)
+    if isinstance(feature, dict):
+        names = [field.name for field in array.type]
+        parts = [
+            _with_places(feature[name], part, rows, found) for name, part in zip(names, array.flatten(), strict=True)
+        ]
+        return pa.StructArray.from_arrays(parts, names, mask=array.is_null())
+    if not pa.types.is_nested(array.type):
+        return array
+    lengths = np.asarray(array.value_lengths().fill_null(0))
+    inner = _with_places(feature.feature, array.flatten(), np.repeat(rows, lengths), found)
+    return pa.LargeListArray.from_arrays(pa.array(np.cumsum([0, *lengths])), inner)
+
+
+def need_pillow() -> None:
+    """Refuse to go on without it."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:

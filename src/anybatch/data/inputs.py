@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from anybatch.data.images import KEY, NAME, EncodedImage, ImageColumn
+from anybatch.data.images import KEY, EncodedImage, ImageColumn, Rows
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from PIL.Image import Image
 
 PLACEHOLDER = re.compile(r"<\|image_\d+\|>\s*")  # where an image stands in a text of MMEB
@@ -34,8 +33,8 @@ class MixedInput:
     images: tuple[EncodedImage, ...] = ()
 
 
-class MixedColumn(Sequence[MixedInput]):
-    """Sides in row order, each with a text, images, or both. Images stay in their files; slices are columns again.
+class MixedColumn(Rows[MixedInput]):
+    """Sides in row order, each with a text, images, or both. Images stay in their files.
 
     Of explicit negatives a row may have neither; None is there then.
 
@@ -102,46 +101,25 @@ class MixedColumn(Sequence[MixedInput]):
     def __len__(self) -> int:
         return len(self.texts)
 
-    @overload
-    def __getitem__(self, index: int) -> MixedInput: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> MixedColumn: ...
-
-    def __getitem__(self, index: int | slice) -> MixedInput | MixedColumn:
-        if isinstance(index, slice):
-            return self.select(np.arange(*index.indices(len(self))))
-        places = [int(place) for place in self.places[index] if place != NONE]
+    def _at(self, row: int) -> MixedInput:
+        places = [int(place) for place in self.places[row] if place != NONE]
         images = tuple(self.images[place] for place in places) if self.images is not None else ()
-        if self.texts[index] is None and not images:
+        if self.texts[row] is None and not images:
             return None  # pyright: ignore[reportReturnType] - of negatives alone, which say so by their type
-        return MixedInput(text=self.texts[index], images=images)
-
-    def __iter__(self) -> Iterator[MixedInput]:
-        return (self[row] for row in range(len(self)))
+        return MixedInput(text=self.texts[row], images=images)
 
     def select(self, rows: np.ndarray) -> MixedColumn:
         """These rows, in this order; nothing in the place of a row -1."""
         texts = [self.texts[row] if row >= 0 else None for row in rows.tolist()]
         return MixedColumn(texts, self.images, np.where(rows[:, None] < 0, NONE, self.places[rows]))
 
-    def records(self, name: str) -> Dataset:
-        """A data set with the column `name` of {"text", "image"}, the second a list, as it is stored; None for nothing.
-
-        Cost: the bytes of images that are stored in a data set lie in memory; files do not.
-        """
-        from datasets import Dataset, Features, Value
-        from datasets import Image as Feature
-
-        def images(places: np.ndarray) -> list[Any]:
-            return [self.images.dataset[int(place)][NAME] for place in places if place != NONE] if self.images else []
-
-        rows = [
-            {"text": text, "image": images(places)} if has else None
-            for text, places, has in zip(self.texts, self.places, self.has_text | self.has_images, strict=True)
+    def stored(self) -> list[dict[str, Any] | None]:
+        """Each row as {"text", "image"}, the second a list of what is stored; None for nothing."""
+        images = [] if self.images is None else self.images.stored()
+        return [
+            {"text": text, "image": [images[place] for place in places if place != NONE]} if has else None
+            for text, places, has in zip(self.texts, self.places.tolist(), self.has_text | self.has_images, strict=True)
         ]
-        both = {"text": Value("string"), "image": [Feature(decode=False)]}
-        return Dataset.from_dict({name: rows}, features=Features({name: both}))
 
     def instructed(self, prompts: Sequence[str]) -> MixedColumn:
         """See the function of this name."""
@@ -178,6 +156,13 @@ def row_keys(column: Column | NegativeColumn, *, stripped: bool = False) -> Iter
     if isinstance(column, ImageColumn):
         return (b"image " + key.tobytes() for key in column.keys)
     return (ABSENT if text is None else (text.strip() if stripped else text).encode() for text in column)
+
+
+def check_images(column: Column | NegativeColumn) -> None:
+    """Refuse images that are missing or broken, all rows of a file at once. Cost: one pass over their bytes, once."""
+    images = column.images if isinstance(column, MixedColumn) else column
+    if isinstance(images, ImageColumn):
+        _ = images.keys
 
 
 def pick(column: NegativeColumn, rows: np.ndarray) -> Any:

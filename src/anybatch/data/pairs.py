@@ -12,7 +12,7 @@ import numpy as np
 
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, digest_of
-from anybatch.data.images import ImageColumn
+from anybatch.data.images import MODE, ImageColumn, need_pillow
 from anybatch.data.inputs import ABSENT, Column, MixedColumn, NegativeColumn, instructed, join_columns, row_keys
 
 if TYPE_CHECKING:
@@ -111,20 +111,23 @@ class PairData:
     def to_dataset(self) -> Dataset:
         """A `datasets.Dataset` with the columns anchor, positive, negative_1, ..., instructions included: images are
         decoded as they are read; sides of a text with images are {"text", "image"}, undecoded (`ImageCollator`).
-        """
-        from datasets import Dataset, concatenate_datasets
 
+        Cost: what lies in a data set, images too, is copied into memory; files are not read.
+        """
+        from datasets import Dataset, Features, Image, Value
+
+        cells, features = {}, {}
         names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(self.negatives) + 1))]
-        # One by one: the order of the columns says who is the anchor, and `select_columns` changes it for some readers.
-        parts = [
-            column.decoded(name)
-            if isinstance(column, ImageColumn)
-            else column.records(name)
-            if isinstance(column, MixedColumn)
-            else Dataset.from_dict({name: list(column)})
-            for name, column in zip(names, self.prompted, strict=True)
-        ]
-        return concatenate_datasets(parts, axis=1)
+        for name, column in zip(names, self.prompted, strict=True):
+            if isinstance(column, ImageColumn):
+                need_pillow()
+                cells[name], features[name] = column.stored(), Image(mode=MODE)
+            elif isinstance(column, MixedColumn):
+                cells[name] = column.stored()
+                features[name] = {"text": Value("string"), "image": [Image(decode=False)]}
+            else:
+                cells[name], features[name] = list(column), Value("string")
+        return Dataset.from_dict(cells, features=Features(features))
 
     @cached_property
     def _candidate_ids(self) -> list[np.ndarray]:

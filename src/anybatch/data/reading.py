@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from anybatch.data.columns import (
     BadRows,
     Cell,
     are_image_paths,
+    as_list,
     cell_of,
     choose_columns,
     say_columns,
@@ -24,7 +25,7 @@ from anybatch.data.columns import (
     warn_of_columns,
 )
 from anybatch.data.images import ImageColumn, find_images
-from anybatch.data.inputs import PLACEHOLDER, Column, MixedColumn, join_columns, pick
+from anybatch.data.inputs import NONE, PLACEHOLDER, Column, MixedColumn, join_columns
 from anybatch.data.pairs import PairData
 from anybatch.data.records import PEEK, Quoting, column_names, records
 from anybatch.data.sets import files_of
@@ -42,13 +43,14 @@ def read_pairs(
     images: str | os.PathLike[str] | None = None,
     quoting: Quoting | None = None,
     limit: int | None = None,
+    skip_bad: bool = False,
 ) -> PairData:
     """Read pairs from a file or data set, and say to the log (`anybatch`, INFO) which columns are used for what.
 
     Args:
         path: JSONL, CSV or TSV (each also `.gz`), Parquet, a folder saved by `datasets`, or a data set of the Hugging
-            Face hub: hf://OWNER/NAME, and where needed /CONFIGURATION and /SPLIT ("train" if left out). Several files
-            of one data set: a pattern, or the folder in which they are all.
+            Face hub: hf://OWNER/NAME, hf://OWNER/NAME:SPLIT ("train" if left out) or hf://OWNER/NAME/CONFIGURATION/SPLIT.
+            Several files of one data set: a pattern, or the folder in which they are all.
         anchor, positive: Names of the columns: a text, or images (the feature `datasets.Image` of Parquet files and
             data sets, or paths of files), or several, a text with images. None for conventional ones: anchor and
             positive, query and pos, question and answer, and others (`anybatch.data.columns.CONVENTIONS`), with the
@@ -60,6 +62,8 @@ def read_pairs(
         quoting: Of CSV and TSV. None for the usual rules (RFC 4180), refusing a file that can also be read without;
             "standard" to insist on them, "raw" where quotes are plain characters.
         limit: Read only the first rows; None for all.
+        skip_bad: Leave out rows with an empty side, a value that is no text, or a path without its image, and say how
+            many and which. A line that cannot be read at all is refused all the same.
 
     In JSON lines, Parquet and data sets a cell may hold a list. Several positives of a row are pairs of their own.
     Several negatives of a row are columns, in which rows with fewer have none. Several images of an anchor, or of a
@@ -76,7 +80,7 @@ def read_pairs(
     parts: list[PairData] = []
     left = limit and min(limit, sys.maxsize)
     for file in files_of(Path(path)):
-        parts.append(_read_file(file, anchor, positive, negatives, images, quoting, left))
+        parts.append(_read_file(file, anchor, positive, negatives, images, quoting, left, skip_bad))
         if left is not None and (left := left - len(parts[-1])) <= 0:
             break
     if len(parts) == 1:
@@ -97,6 +101,7 @@ def _read_file(
     images: str | os.PathLike[str] | None,
     quoting: Quoting | None,
     limit: int | None,
+    skip_bad: bool,
 ) -> PairData:
     # 1. Which columns are used for what.
     where = str(path)
@@ -105,50 +110,69 @@ def _read_file(
         raise AnybatchError(f"{path} is empty: it has no rows. Expected pairs of anchor and positive.")
     chosen = choose_columns(present, anchor, positive, negatives, where)
 
-    # 2. Stored images stay where they are; texts are read cell by cell.
+    # 2. Stored images stay where they are; all else is read cell by cell.
     stored = find_images(path, chosen.names, limit)
-    cells: dict[str, list[Cell]] = {name: [] for name in chosen.names if name not in stored}
+    cells: dict[str, list[Cell]] = {name: [] for name in chosen.names}
     of_negatives = {name for side in chosen.negatives for name in side}
     optional = of_negatives | {name for side in chosen.sides if len(side) > 1 for name in side}
     later, bad = dict.fromkeys(present), BadRows()
-    for row, record in enumerate(islice(records(path, list(cells), quoting), limit) if cells else (), start=1):
-        for name, column in cells.items():
+
+    def read(record: Mapping[str, Any], row: int, names: Iterable[str]) -> None:
+        for name in names:
             try:
-                cell = cell_of(record, name, row, where, optional=name in optional, negative=name in of_negatives)
+                cell = cell_of(
+                    record, name, row, where,
+                    optional=name in optional, negative=name in of_negatives, stored=name in stored,
+                )  # fmt: skip
             except AnybatchError as error:
+                cell = None
                 bad.add(row, error)
-            else:
-                column.append(cell)
+            cells[name].append(cell)
+
+    for name, (_, found) in stored.items():
+        for row, value in enumerate(found, start=1):
+            read({name: value}, row, [name])
+    others = [name for name in cells if name not in stored]
+    for row, record in enumerate(islice(records(path, others, quoting), limit) if others else (), start=1):
+        read(record, row, others)
         if not later.keys() >= record.keys():
             later.update(dict.fromkeys(record))
-    bad.check()
+    every: Sequence[int] = range(1, 1 + max(map(len, cells.values())))  # the rows' numbers in the file
+    rows = _kept(every, bad, where, skip_bad)
+    if bad.errors:
+        cells = {name: [column[row - 1] for row in rows] for name, column in cells.items()}
     late = [name for name in later if NEGATIVE.fullmatch(name) and name not in present]
     if late and negatives is None:
         raise AnybatchError(
             f"{path} has '{late[0]}' only in rows behind the first {PEEK}. Move one of them to the front, or set "
             "data.negatives=[]."
         )
-    if not all(cells.values()) or not all(map(len, stored.values())):
+    if not all(cells.values()):
         used = "' and '".join([*chosen.anchor, *chosen.positive])
         raise AnybatchError(f"{path} is empty: it has no rows. Expected pairs in the columns '{used}'.")
 
     # 3. Paths become images; columns that were only supposed to hold some are let go.
-    paths = {name for name in cells if images != "" and are_image_paths(name, _texts_of(cells[name]), where)}
+    beside = {name for name in cells if any(isinstance(entry, tuple) for entry in _entries_of(cells[name]))}
+    paths = {name for name in others if images != "" and name not in beside and _are_paths(cells[name], name, where)}
     chosen = chosen.without(chosen.supposed - paths - stored.keys())
-    root = Path(images) if images else path if path.is_dir() else path.parent
-    pool = ImagePool(root, where, stored)
-    sides: dict[str, Any] = {}
-    for place, names in enumerate(chosen.sides):
-        kind = ("anchor", "positive", "negative")[min(place, 2)]
-        sides[_label(names)] = _side(names, kind, cells, paths, pool, where)
+    pool = ImagePool(Path(images) if images else path if path.is_dir() else path.parent, where)
+    for name, (column, _) in stored.items():
+        pool.add(name, column)
+    labels = [_label(names) for names in chosen.sides]
+    alone = paths | (stored.keys() - beside)
+    kinds = ("anchor", "positive", *["negative"] * len(chosen.negatives))
+    sides, bad = {}, BadRows()
+    for label, names, kind in zip(labels, chosen.sides, kinds, strict=True):
+        sides[label] = _side(names, kind, cells, rows, alone, pool, bad)
+    kept = _kept(rows, bad, where, skip_bad)
+    if bad.errors:
+        places = np.searchsorted(rows, kept).tolist()
+        sides = {label: [side[place] for place in places] for label, side in sides.items()}
 
     # 4. Lists become pairs and columns.
-    labels = [_label(names) for names in chosen.sides]
-    whole = {label: side for label, side in sides.items() if isinstance(side, ImageColumn)}
-    spreading = {label: side for label, side in sides.items() if label not in whole}
-    found, times, remarks = spread(spreading, labels[0], labels[1], where)
-    of_images = {label: [side if times is None else pick(side, times)] for label, side in whole.items()}
-    columns: dict[str, list[Any]] = {label: list(map(pool.column, parts)) for label, parts in found.items()} | of_images
+    spreading, times, remarks = spread(sides, labels[0], labels[1], where)
+    rows = np.arange(len(sides[labels[0]])) if times is None else times
+    columns = {label: [pool.column(part, rows) for part in parts] for label, parts in spreading.items()}
     pairs = PairData(
         anchors=columns[labels[0]][0],
         positives=columns[labels[1]][0],
@@ -158,45 +182,62 @@ def _read_file(
 
     # 5. Say it, and what looks wrong.
     unused = [name for name in later if name not in chosen.names]
-    say_columns(where, chosen, paths | stored.keys(), unused, len(pairs), remarks)
+    say_columns(where, chosen, alone | beside, unused, len(pairs), remarks)
     texts = {label: parts[0] for label, parts in columns.items() if parts and isinstance(parts[0], list)}
     warn_of_columns(where, labels[0], labels[1], texts)
     pool.warn_of_placeholders(pairs)
     return pairs
 
 
+def _kept(rows: Sequence[int], bad: BadRows, where: str, skip_bad: bool) -> Sequence[int]:
+    """The rows that are not bad, if these may be left out and some are left; else the bad ones are refused."""
+    if not bad.errors:
+        return rows
+    kept = [row for row in rows if row not in bad.errors]
+    bad.check(left_out_of=where if skip_bad and kept else "")
+    return kept
+
+
 def _label(names: Sequence[str]) -> str:
     return "' with '".join(names)
 
 
-def _texts_of(cells: Sequence[Cell]) -> list[str]:
-    """The texts of a column, those in lists as well, without empty ones."""
-    found = (cell if isinstance(cell, list) else [cell] for cell in cells if cell)
-    return [text for texts in found for text in texts if text]
+def _entries_of(cells: Sequence[Cell]) -> Iterator[Any]:
+    """What the cells hold, those of lists as well, without empty ones."""
+    return (entry for cell in cells if cell for entry in as_list(cell) if entry)
+
+
+def _are_paths(cells: Sequence[Cell], name: str, where: str) -> bool:
+    return are_image_paths(name, list(_entries_of(cells)), where)
 
 
 class ImagePool:
     """The images of a file: those stored in it, then the files that it names, each once.
 
-    >>> ImagePool(Path("photos"), "pairs.csv", {}).column([("a cat", ()), None])
+    >>> ImagePool(Path("photos"), "pairs.csv").column([("a cat", ()), None])
     ['a cat', None]
     """
 
-    def __init__(self, root: Path, where: str, stored: Mapping[str, ImageColumn]) -> None:
-        self.root, self.where, self.stored = root, where, stored
-        self.there: dict[str, np.ndarray] = {}  # place of each stored image; -1 where there is none
+    def __init__(self, root: Path, where: str) -> None:
+        self.root, self.where = root, where
+        self.stored: list[ImageColumn] = []
+        self.start: dict[str, int] = {}  # of each column, the place of its first stored image
         self.first = 0  # place of the first file
-        for name, column in stored.items():
-            present = ~column.absent
-            self.there[name] = np.where(present, self.first + np.cumsum(present) - 1, -1)
-            self.first += int(present.sum())
         self.files: dict[str, tuple[int, str]] = {}  # path: row and column in which it was first named
         self.places: dict[str, int] = {}
         self._images: ImageColumn | None = None
 
-    def place(self, path: str, row: int, name: str) -> int:
-        """The place of a file, which must exist."""
-        path = path.strip()
+    def add(self, name: str, images: ImageColumn) -> None:
+        """The images that are stored in a column; before any file."""
+        self.stored.append(images)
+        self.start[name] = self.first
+        self.first += len(images)
+
+    def place(self, image: str | int, row: int, name: str) -> int:
+        """The place of a column's image: of a file, which must exist, or of a stored one by its place in the column."""
+        if isinstance(image, int):
+            return self.start[name] + image
+        path = image.strip()
         if path not in self.places:
             if not (self.root / path).is_file():
                 raise AnybatchError(
@@ -212,10 +253,7 @@ class ImagePool:
     def images(self) -> ImageColumn | None:
         """All of them, for all sides."""
         if self._images is None:
-            parts = [
-                pick(column, np.flatnonzero(self.there[name] >= 0)) if (self.there[name] < 0).any() else column
-                for name, column in self.stored.items()
-            ]
+            parts = list(self.stored)
             if self.files:
                 names = list(dict.fromkeys(name for _, name in self.files.values()))
                 parts.append(
@@ -230,23 +268,29 @@ class ImagePool:
             self._images = ImageColumn.join(parts) if parts else None
         return self._images
 
-    def column(self, contents: list[Any]) -> Column:
-        """A column of one content a row: texts as they are, images alone as such, else both."""
+    def column(self, contents: list[Any], rows: np.ndarray | None = None) -> Column:
+        """A column of one content a row: texts as they are, images alone as such, else both. `rows`: of the file, for
+        messages; None for those in which an image was first named.
+        """
         if not any(isinstance(content, tuple) for content in contents):
             return contents
         pairs: list[Content] = [(None, ()) if content is None else content for content in contents]
-        if not any(places for _, places in pairs):
+        images = self.images
+        if images is None or not any(places for _, places in pairs):
             return [text for text, _ in pairs]  # pyright: ignore[reportReturnType] - None for negatives alone
-        alone = [places[0] for text, places in pairs if text is None and len(places) == 1]
-        if len(alone) == len(pairs) and min(alone) >= self.first:  # each a file
-            files, rows = list(self.files), np.arange(len(pairs))
-            name = self.files[files[alone[0] - self.first]][1]
-            paths = [files[place - self.first] for place in alone]
-            return ImageColumn.of_paths(paths, self.root, f"'{name}' of {self.where}", rows)
-        places = np.full((len(pairs), max(len(images) for _, images in pairs)), -1)
-        for row, (_, images) in enumerate(pairs):
-            places[row, : len(images)] = images
-        return MixedColumn([text for text, _ in pairs], self.images, places)
+        if all(text is None and len(places) == 1 for text, places in pairs):
+            alone = np.array([places[0] for _, places in pairs])
+            for column in (images, *self.stored):  # as it is, where it is one whole column
+                first = 0 if column is images else sum(map(len, self.stored[: self.stored.index(column)]))
+                if len(column) == len(alone) and np.array_equal(alone, np.arange(first, first + len(alone))):
+                    return column
+            chosen = images.select(alone)
+            chosen.rows = chosen.rows if rows is None else rows
+            return chosen
+        places = np.full((len(pairs), max(len(images) for _, images in pairs)), NONE)
+        for row, (_, of_row) in enumerate(pairs):
+            places[row, : len(of_row)] = of_row
+        return MixedColumn([text for text, _ in pairs], images, places)
 
     def warn_of_placeholders(self, pairs: PairData) -> None:
         """Warn of texts that speak of an image and have none."""
@@ -271,66 +315,70 @@ def _side(
     names: Sequence[str],
     kind: str,
     cells: Mapping[str, Sequence[Cell]],
-    paths: set[str],
+    rows: Sequence[int],
+    alone: set[str],
     pool: ImagePool,
-    where: str,
-) -> ImageColumn | list[Any]:
-    """One side in row order: texts or lists of them; an `ImageColumn`; or contents, or lists of them."""
-    texts = [name for name in names if name in cells and name not in paths]
-    if len(names) == 1 and texts:
-        return list(cells[texts[0]])
-    if len(texts) > 1:
-        raise AnybatchError(f"The {kind} has {len(texts)} columns of texts, {', '.join(texts)}; expected one at most.")
-    stored = [pool.there[name] for name in names if name in pool.there]
-    if len(names) == 1 and stored and (kind != "negative" or stored[0].min(initial=0) >= 0):
-        return pool.stored[names[0]]  # of another side than a negative a missing one is refused when it is read
-    of_paths = [name for name in names if name in paths]
-    num_rows = len(next(iter(cells.values()))) if cells else len(stored[0])
-    side: list[Any] = []
-    bad = BadRows()
-    for row in range(num_rows):
+    bad: BadRows,
+) -> list[Any]:
+    """One side in row order: texts or lists of them; or contents, or lists of them; None for those that go to `bad`.
+
+    `rows`: their numbers in the file. `alone`: columns of images.
+    """
+    mains = [name for name in names if name not in alone]
+    if len(mains) > 1:
+        raise AnybatchError(f"The {kind} has {len(mains)} columns of texts, {', '.join(mains)}; expected one at most.")
+    if len(names) == 1 and mains and not any(isinstance(entry, tuple) for entry in _entries_of(cells[mains[0]])):
+        return list(cells[mains[0]])
+    side: list[Any] = [None] * len(rows)
+    for row, number in enumerate(rows):
         try:
-            text = cells[texts[0]][row] if texts else None
-            images = [int(places[row]) for places in stored if places[row] >= 0]
-            listed: list[int | None] | None = None  # one image of each text
-            for name in of_paths:
-                cell = cells[name][row]
-                written = cell if isinstance(cell, list) else [cell or ""]
-                places = [pool.place(path, row, name) if path else None for path in written]
-                if isinstance(cell, list) and (kind == "negative" or isinstance(text, list)):
+            main = [content_of(entry, number - 1, name, pool) for name in mains for entry in as_list(cells[name][row])]
+            several = any(isinstance(cells[name][row], list) for name in mains)
+            images: list[int] = []  # parts of each content
+            listed: list[int | None] | None = None  # one of each
+            for name in (name for name in names if name in alone):
+                cell: Any = cells[name][row]
+                places = [
+                    pool.place(image, number - 1, name) if image not in (None, "") else None for image in as_list(cell)
+                ]
+                if isinstance(cell, list) and (kind == "negative" or several):
                     listed = places
                 else:
                     images += [place for place in places if place is not None]
-            try:
-                content = _content(text, images, listed)
-            except ValueError as error:
+            found = f"Row {number} of {pool.where}: '{_label(names)}'"
+            side[row] = _whole(main, several, images, listed, found)
+            if side[row] is None and kind != "negative":
                 raise AnybatchError(
-                    f"Row {row + 1} of {where}: '{_label(names)}' hold {error}; expected as many (empty where one is "
-                    "missing)."
-                ) from None
-            if content is None and kind != "negative":
-                raise AnybatchError(
-                    f"Row {row + 1} of {where}: '{_label(names)}' are empty. Every row needs a text or an image there: "
-                    "fill it or leave the row out."
+                    f"{found} are empty. Every row needs a text or an image there: fill it or leave the row "
+                    "out (in training data.skip_bad=true does)."
                 )
-            side.append(content)
         except AnybatchError as error:
-            bad.add(row + 1, error)
-    bad.check()
+            bad.add(number, error)
     return side
 
 
-def _content(text: Cell, images: list[int], listed: list[int | None] | None) -> Content | list[Content] | None:
-    """What a cell with images holds: one content, or several where its text is a list, or there is a list of images
-    with one for each; None for nothing. ValueError where the two lists differ.
+def content_of(entry: Any, row: int, name: str, pool: ImagePool) -> Content:
+    """A text, or a text with images, whose places are looked up."""
+    text, images = entry if isinstance(entry, tuple) else (entry or None, ())
+    return text, tuple(pool.place(image, row, name) for image in images)
+
+
+def _whole(
+    main: list[Content], several: bool, images: list[int], listed: list[int | None] | None, found: str
+) -> Content | list[Content] | None:
+    """What a row's cells hold together: one content, or several where there is a list of them, or of images with one
+    for each; None for nothing.
     """
-    if listed is None and not isinstance(text, list):
-        return None if text is None and not images else (text, tuple(images))
-    texts = text if isinstance(text, list) else [text] * (len(listed or ()) if text is None else 1)
-    places = [None] * len(texts) if listed is None else listed
-    if len(texts) != len(places):
-        raise ValueError(f"{len(texts)} texts and {len(places)} images")
-    several = [
-        (one or None, (*images, *(() if place is None else (place,)))) for one, place in zip(texts, places, strict=True)
+    main = main or [(None, ())]
+    if listed is not None and len(main) == 1 and main[0] == (None, ()):
+        main = main * len(listed)
+    places = [None] * len(main) if listed is None else listed
+    if len(main) != len(places):
+        counts = f"{len(main)} texts and {len(places)} images"
+        raise AnybatchError(f"{found} hold {counts}; expected as many (empty where one is missing).")
+    contents = [
+        (text, (*own, *images, *(() if place is None else (place,))))
+        for (text, own), place in zip(main, places, strict=True)
     ]
-    return [content for content in several if content[0] is not None or content[1]] or None
+    there = [content for content in contents if content[0] is not None or content[1]]
+    return there[0] if there and listed is None and not several else there or None

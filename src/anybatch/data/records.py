@@ -32,6 +32,7 @@ FORMATS = (
     ".jsonl, .jsonl.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, .tar (webdataset), a folder saved by datasets' "
     "save_to_disk, or hf://OWNER/NAME of the Hugging Face hub"
 )
+NAME_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 Quoting = Literal["standard", "raw"]
 PEEK = 1000  # rows of a JSON file whose keys say what columns it has
 LONG = 10  # lines of one field with commas that all look like rows: more than chance
@@ -98,7 +99,8 @@ def _kind(path: Path) -> str:
     if path.parts[:1] == ("hf:",) or path.is_dir():
         return "dataset"
     if not path.exists():
-        raise AnybatchError(f"There is no file {path}. Check the path; expected {FORMATS}.")
+        of_hub = f" A data set of the hub is named hf://{path}." if NAME_ON_HUB.fullmatch(str(path)) else ""
+        raise AnybatchError(f"There is no file {path}. Check the path; expected {FORMATS}.{of_hub}")
     kind = Path(path.name.removesuffix(".gz")).suffix.lower()
     if kind not in KINDS:
         raise AnybatchError(f"Cannot tell the format of {path} from its name. Expected {FORMATS}.")
@@ -298,32 +300,47 @@ def _load_dataset(path: Path) -> Any:
 def _load_from_hub(owner: str, name: str = "", configuration: str | None = None, split: str = "train") -> Any:
     from datasets import load_dataset
 
+    name, _, of_name = name.partition(":")
     try:
-        return load_dataset(f"{owner}/{name}", configuration, split=split)
+        return load_dataset(f"{owner}/{name}", configuration, split=of_name or split)
     except Exception as error:  # of the connection, of a name, of a builder: `datasets` has many
         raise AnybatchError(
             f"Cannot load {owner}/{name} from the Hugging Face hub ({error}). Check the connection and the name, "
-            "hf://OWNER/NAME/CONFIGURATION/SPLIT (the last two may be left out), or download it and give the file."
+            "hf://OWNER/NAME, hf://OWNER/NAME:SPLIT or hf://OWNER/NAME/CONFIGURATION/SPLIT; or download it and "
+            "give the file."
         ) from error
 
 
+def is_image(feature: Any) -> bool:
+    """Whether it is the feature `datasets.Image`, or what is stored of one: bytes and a path."""
+    from datasets import Image
+
+    return isinstance(feature, Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
+
+
+def has_images(feature: Any) -> bool:
+    """Whether a column of this feature holds images: alone, in lists, beside texts."""
+    within = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return is_image(feature) or any(has_images(inner) for inner in within if inner is not None)
+
+
 def image_dataset(path: Path, names: Iterable[str]) -> Any:
-    """The file or data set as a memory-mapped `datasets.Dataset` if any of these columns is an `Image`, else None."""
+    """The file or data set as a memory-mapped `datasets.Dataset` if any of these columns holds images, else None."""
     kind = _kind(path)
     if kind not in ("dataset", ".parquet"):
         return None
     import pyarrow.parquet
-    from datasets import Dataset, Features, Image
+    from datasets import Dataset, Features
 
     if kind == "dataset":
         dataset = _load_dataset(path)
-        return dataset if any(isinstance(dataset.features.get(name), Image) for name in names) else None
+        return dataset if any(has_images(dataset.features.get(name)) for name in names) else None
     with _reading(path):
         schema, num_rows = pyarrow.parquet.read_schema(path), pyarrow.parquet.read_metadata(path).num_rows
-    if b'"Image"' not in (schema.metadata or {}).get(b"huggingface", b""):
+    if not any(pyarrow.types.is_nested(schema.field(name).type) for name in names):
         return None
     features = Features.from_arrow_schema(schema)
-    if not any(isinstance(features.get(name), Image) for name in names):
+    if not any(has_images(features.get(name)) for name in names):
         return None
     try:
         dataset: Any = Dataset.from_parquet(glob.escape(str(path)))  # which takes names for patterns

@@ -40,6 +40,22 @@ class RetrievalData:
         return text_digest((self.query_ids, self.query_texts, self.corpus_ids, self.corpus_texts, judged))
 
 
+def find_retrieval(path: str | os.PathLike[str], split: str | None = None) -> tuple[str, str, str] | None:
+    """The files of a folder in BEIR's layout: corpus.jsonl, queries.jsonl, and of qrels/ that of `split`, by default
+    test.tsv or the only one; None for any other path.
+    """
+    folder = Path(path)
+    parts = [next(iter(sorted(folder.glob(f"{name}.jsonl*"))), None) for name in ("corpus", "queries")]
+    if None in parts:
+        return None
+    judgements = {file.stem: file for file in sorted((folder / "qrels").glob("*.tsv"))}
+    split = split or (next(iter(judgements)) if len(judgements) == 1 else "test")
+    if split not in judgements:
+        there = f"there are {', '.join(judgements)}" if judgements else "there are none"
+        raise AnybatchError(f"{folder} has no judgements qrels/{split}.tsv; {there}. Choose one with split (--split).")
+    return str(parts[0]), str(parts[1]), str(judgements[split])
+
+
 def read_retrieval(
     corpus: str | os.PathLike[str],
     queries: str | os.PathLike[str],

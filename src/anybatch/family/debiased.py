@@ -29,15 +29,15 @@ class DebiasedInfoNCE(SoftmaxLoss):
     masked candidate is one of the N and adds nothing, so `tau_plus` is the share of false negatives that no mask
     removes. A row without any negative contributes 0.
 
+    When: a known share of the negatives is false, and no ids tell which. Evidence: the formula is tested; no training
+    of ours.
+
     Args:
         tau_plus: Share of false negatives, 0 for InfoNCE. Published: .1 on CIFAR-10, .01 to .05 where classes are many.
         temperature: Fixed, because the clamp has a derivative by it that the engine does not take. Published: .5.
         scoring: See `Scoring`.
 
     Log-weights are added to the logits as they are.
-
-    Raises:
-        AnybatchError: A share out of range.
 
     Cost: no state. Reference: Chuang et al. 2020, "Debiased Contrastive Learning", arXiv 2007.00224, equations 7 and 8
     with one positive (M = 1).

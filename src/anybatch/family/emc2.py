@@ -16,6 +16,7 @@ from anybatch.losses.base import OneTemperature, SoftmaxLoss
 from anybatch.losses.engine import Answer, Rule, Side, SoftmaxStats
 from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.parts import Batch, Denominator
+from anybatch.losses.state import last_places
 
 
 @final
@@ -30,9 +31,12 @@ class EMC2(SoftmaxLoss):
     whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the
     drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one: the
     anchor has no negative while the chain stays there, which costs most of the gradient when the temperature is low
-    (docs/methods.md has figures).
+    (docs/log.md has figures).
     The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
     not the gradient of that.
+
+    When: to study it. When not: low temperatures, where its gradient is too short. Evidence:
+    docs/benchmarks/global_loss.md.
 
     Args:
         num_rows: n, rows of the data set.
@@ -41,11 +45,6 @@ class EMC2(SoftmaxLoss):
             if uninterrupted, and several ranks draw what one process would (with explicit negatives another sample,
             whose order follows the ranks).
         scoring: See `OneTemperature`.
-
-    The chains and the number of steps are buffers, updated once a call in training mode with gradients enabled.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call: `index` missing or out of range.
 
     Cost: 4 bytes a row and direction; M steps one after the other for all rows of a tile at once; "both" directions
     cost two runs of the engine. Reference: Yau et al. 2024, "EMC2: Efficient MCMC Negative Sampling for Contrastive
@@ -80,13 +79,7 @@ class EMC2(SoftmaxLoss):
 
 
 class Chains(Denominator):
-    """A chain per row and direction, in place of a denominator.
-
-    Args:
-        num_rows: n.
-        directions: Chains per row.
-        burn_in, seed: See `EMC2`.
-    """
+    """A chain per row and direction, in place of a denominator; see `EMC2`."""
 
     plain = False
     needs_index = True
@@ -135,14 +128,12 @@ class Chains(Denominator):
     def _keep(self, batch: Batch, chain: _Chain, direction: int) -> None:
         """Store where the chains of all ranks' rows ended."""
         sizes = chain.layout.row_sizes
-        index = distributed.gather_rows(batch.rows, sizes)
-        ends = distributed.gather_rows(chain.state, sizes)
-        rows, inverse = torch.unique(index, return_inverse=True)
-        occurrence = torch.arange(len(index), device=index.device)
-        last = torch.zeros_like(rows).scatter_reduce(0, inverse, occurrence, "amax")  # of several, the last one goes on
-        ends, fine = ends[last].to(self.log_weight.dtype), ends[last].isfinite()
+        rows = distributed.gather_rows(batch.rows, sizes)
+        ends = distributed.gather_rows(chain.state, sizes).to(self.log_weight.dtype)
+        last = last_places(rows)  # of several chains of a row the last one goes on
+        rows, ends = rows[last], ends[last]
         # A step that has diverged leaves no state that nothing could replace.
-        self.log_weight[direction, rows] = torch.where(fine, ends, self.log_weight[direction, rows])
+        self.log_weight[direction, rows] = torch.where(ends.isfinite(), ends, self.log_weight[direction, rows])
 
 
 class _Chained:
@@ -159,11 +150,7 @@ class _Chained:
 
 
 class _Chain:
-    """Runs the chains of a tile's rows; asked once for each row.
-
-    Attributes:
-        state: (B,) log-weight of the state at the end; NaN for a chain that has not started.
-    """
+    """Runs the chains of a tile's rows; asked once for each row. `state` (B,) is where they end, NaN if not started."""
 
     def __init__(
         self,
@@ -198,9 +185,7 @@ class _Chain:
         proposals = (logits + (self.positive[rows] / self.temperature)[:, None])[:, self.order].T.contiguous()
         offered = ~proposals.isneginf()
         log_uniform = self._uniform(rows, len(self.order), scores.device).to(scores.dtype).log_().T
-        enough = torch.where(
-            offered, proposals - log_uniform, torch.nan
-        )  # comparisons with NaN are false: never accepted
+        enough = torch.where(offered, proposals - log_uniform, torch.nan)  # no comparison with NaN is true
         state = self.state[rows].nan_to_num(-torch.inf)  # a chain that has not started accepts what comes first
         place = torch.full((len(state),), -1, device=state.device)
         places = place.new_empty(proposals.shape)
@@ -218,14 +203,10 @@ class _Chain:
         return visits.log_()
 
     def _uniform(self, rows: slice, num_steps: int, device: torch.device) -> Tensor:
-        """(b, num_steps) numbers in (0, 1) that depend on the place of the row among all ranks' rows, not on rank or
-        tile.
-        """
-        row = torch.arange(rows.start, rows.stop, device=device) + self.layout.first_row
+        """(b, num_steps) numbers in (0, 1) by the row's place among all ranks' rows, whatever rank and tile."""
+        row = torch.arange(rows.start, rows.stop, device=device) + self.layout.own_rows.start
         step = torch.arange(num_steps, device=device)
         mixed = (row[:, None] * 0x9E3779B97F4A7C1 + self.draws[0]) ^ (step[None] * 0x2545F4914F6CDD1D + self.draws[1])
         for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB), (31, 1)):
-            mixed = (
-                mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))
-            ) * factor  # integers wrap around, as hashes do
+            mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor  # wraps around, as hashes do
         return ((mixed & ((1 << 23) - 1)).float() + 0.5) / 2**23

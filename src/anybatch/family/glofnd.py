@@ -32,6 +32,9 @@ class GloFND(SoftmaxLoss):
     shows too little. Its first value is the batch's quantile. Negatives removed by masks count for no share, and add
     nothing to the mean, as everywhere.
 
+    When: false negatives are likely and no ids tell them. When not: ids are known; use them. Evidence: one small run in
+    docs/log.md, what training says.
+
     Args:
         num_rows: n, rows of the data set.
         alpha: Share of the data that is dropped, in (0, 1). Published: .01 (100,000 images), .001 (3 million pairs).
@@ -39,11 +42,6 @@ class GloFND(SoftmaxLoss):
         learn_from: Steps before thresholds are learned and used. Published: a third of all.
         gamma, eps: See `SogCLR`.
         scoring: See `OneTemperature`.
-
-    Thresholds and the number of steps are buffers, updated once a call in training mode with gradients enabled.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
     Cost: 12 bytes a row and direction; a comparison a score; "both" directions cost two runs of the engine. Reference:
     Balmaseda et al. 2025, "Discovering Global False Negatives On the Fly for Self-supervised Contrastive Learning",
@@ -84,15 +82,7 @@ class GloFND(SoftmaxLoss):
 
 
 class Thresholds(Part):
-    """A threshold per row as an anchor, beside a running denominator.
-
-    Args:
-        num_rows: n.
-        directions: Thresholds per row.
-        alpha: Share of the data above it.
-        lr: Step, in units of similarity.
-        start: Steps before thresholds are learned and used.
-    """
+    """A threshold per row as an anchor, beside a running denominator; see `GloFND`."""
 
     plain = False
     needs_index = True

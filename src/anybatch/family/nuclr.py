@@ -34,6 +34,8 @@ class NUCLR(SoftmaxLoss):
     in the discriminative model. The sum over all anchors is estimated by the batch's, times (n - 1) / (B - 1). The
     loss's value leaves out the mean of the margins over tau, which is the same for all embeddings.
 
+    When: some candidates are close to everything. Evidence: one small run in docs/log.md, what training says.
+
     Args:
         num_rows: n, rows of the data set.
         gamma: Weight of the new batch, or a `GammaSchedule`.
@@ -43,12 +45,6 @@ class NUCLR(SoftmaxLoss):
         learn_from: Steps before margins are learned. Published: those of 5 epochs.
         temperature: Fixed.
         scoring: See `Scoring`.
-
-    Margins, their momentum and the number of steps are buffers, updated once a call in training mode with gradients
-    enabled.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
     Cost: 12 bytes a row and direction, and a maximum over the margins a call; "both" directions cost two runs of the
     engine. Reference: Wang et al. 2024, "On Discriminative Probabilistic Modeling for Self-Supervised Representation
@@ -85,16 +81,7 @@ class NUCLR(SoftmaxLoss):
 
 
 class Margins(Part):
-    """A margin per row as a candidate, beside a running denominator. Works at one temperature for all rows, which is
-    fixed.
-
-    Args:
-        num_rows: n.
-        directions: Margins per row.
-        initial: The first margin of every row, and that of explicit negatives.
-        lr, momentum: See `PerRowValues`.
-        start: Steps before margins are learned.
-    """
+    """A margin per row as a candidate, beside a running denominator, at one fixed temperature; see `NUCLR`."""
 
     plain = False
     needs_index = True
@@ -170,18 +157,12 @@ def _derivative(side: Side, figures: SoftmaxStats) -> Tensor:
 class _MarginedRule:
     """A running log-mean with the largest margin in the positive's place; records the shares that each positive's own
     margin gives.
-
-    Attributes:
-        running: The rule of the running denominator.
-        log_own: (B,) log of the positive's term with its own margin.
-        factor: (B,) filled in a call: p_ij times this is the share of j among the k candidates and the positive.
-        positive: (B,) filled in a call: the share of the positive.
     """
 
     running: RunningRule
-    log_own: Tensor
-    factor: Tensor
-    positive: Tensor
+    log_own: Tensor  # (B,) log of the positive's term with its own margin
+    factor: Tensor  # (B,) filled in a call: p_ij times this is the share of j among the k candidates and the positive
+    positive: Tensor  # (B,) filled in a call: the share of the positive
     row_wise: bool = False
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:

@@ -29,20 +29,9 @@ class PerRowValues(State):
         momentum: Weight of the old velocity, in [0, 1).
         clip: Derivatives are limited to [-clip, clip].
 
-    Under several ranks every rank holds all values, and all make the same update. An update happens in float32 or
-    better.
-
-    Raises:
-        AnybatchError: Numbers out of range.
+    Under several ranks every rank holds all values, and all make the same update, in float32 or better.
 
     Cost: 8 bytes a row and direction. Collectives of an update: one of sizes, two gathers of B numbers.
-
-    Example:
-        >>> import torch
-        >>> values = PerRowValues(4, 1, initial=0.5, limits=(0.0, 1.0), lr=0.1)
-        >>> values.update(torch.tensor([2, 2]), torch.tensor([1.0, 3.0]), direction=0)
-        >>> [round(value, 3) for value in values.values[0].tolist()]
-        [0.5, 0.5, 0.3, 0.5]
     """
 
     values: Tensor
@@ -74,12 +63,9 @@ class PerRowValues(State):
         return self.values[direction, index].to(dtype)
 
     def update(self, index: Tensor, gradient: Tensor, *, direction: int) -> None:
-        """One step for these rows; a row that occurs several times takes the mean of its derivatives.
+        """One step for rows (b,), of any number on each rank, by the derivatives (b,) of their own objectives.
 
-        Args:
-            index: (b,) int64; ranks may hold different numbers of them.
-            gradient: (b,) derivative of each row's own objective.
-            direction: Which values.
+        A row that occurs several times takes the mean of its derivatives.
         """
         gradient = torch.where(gradient.isfinite(), gradient.clamp(-self.clip, self.clip), torch.nan)
         rows, mean = _mean_by_row(index, gradient.to(self.values.dtype))
@@ -96,13 +82,7 @@ class PerRowValues(State):
 def _mean_by_row(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of each row's values over its occurrences on all ranks, added in a fixed order; the same on every rank.
 
-    Args:
-        index: (b,) int64 rows; ranks may hold different numbers of them.
-        values: (b,) float.
-
-    Returns:
-        rows (r,), ascending and distinct, and means (r,), of those whose mean is a number: a step that has diverged is
-        the trainer's to skip, and must leave no NaN behind.
+    Of rows (r,), ascending and distinct, whose mean is a number: a step that has diverged must leave no NaN behind.
     """
     sizes = distributed.gather_sizes(len(index), index.device)
     index_all, values_all = distributed.gather_rows(index, sizes), distributed.gather_rows(values, sizes)

@@ -34,25 +34,25 @@ class FastCLIP(SoftmaxLoss):
     counts the derivative through the similarities twice against the other two terms, and divides v2's Adam step by the
     second moment in place of its root; neither is reproduced. v2 here steps with momentum, as iSogCLR does.
 
+    When: two modalities, or a temperature that is not known (v3). Evidence: small runs in docs/log.md, what training
+    says.
+
     Args:
         num_rows: n, rows of the data set.
         version: "v0" to "v3".
         gamma: Weight of the new batch, or a `GammaSchedule`; published: `GammaSchedule(0.2, num_steps=half of all,
             steps_per_epoch=...)`.
         rho: v2, v3: published 6.5 (3 million pairs), 8.5 (12 million), 16 (400 million).
-        eps: Added to u_i; None for 1 / (n - 1).
-        state: "relative" is the published form; see `SogCLR`.
-        sharded: Each rank stores the running denominators of one W-th of the rows.
+        eps, state, sharded: See `SogCLR`. Published: state "relative".
         temperature: The first (v1: the only) temperature; None for .07 (v0, v3) or .03 (v1, v2).
         temperature_range: Range of a learned temperature.
-        temperature_lr, temperature_momentum: v2: step of each row's temperature, see `PerRowValues`.
+        temperature_lr: v2: step of each row's temperature, see `PerRowValues`; None for .01. v0, v3: a rate of the
+            temperature's own, see `GlobalTemperature`; None for that of the encoder. Published for v3: 2e-4 (3 million
+            pairs).
+        temperature_momentum: v2: see `PerRowValues`.
         scoring: See `Scoring`.
 
-    v0 and v3 learn a parameter, for the caller's optimizer. Published for v3: a third of the learning rate once tau is
-    below .03.
-
-    Raises:
-        AnybatchError: An unknown version, numbers out of range; in a call as `SogCLR`.
+    v0 and v3 learn a parameter, for the caller's optimizer.
 
     Cost: 8 bytes a row and direction; v1 4, v2 16. Reference: Wei et al. 2024, "FastCLIP: A Suite of Optimization
     Techniques to Accelerate CLIP Training with Limited Resources", arXiv 2407.01445, table 1 and algorithm 1.
@@ -68,10 +68,10 @@ class FastCLIP(SoftmaxLoss):
     defaults: ClassVar[OneTemperature] = {"direction": "both"}
     unused: ClassVar = {
         "version": {
-            "v0": ("rho", "temperature_lr"),
+            "v0": ("rho",),
             "v1": ("rho", "temperature_lr", "temperature_range"),
             "v2": (),
-            "v3": ("temperature_lr",),
+            "v3": (),
         }
     }
     denominator: RunningDenominator
@@ -88,7 +88,7 @@ class FastCLIP(SoftmaxLoss):
         sharded: bool = False,
         temperature: Positive | None = None,
         temperature_range: Range = (0.01, 1.0),
-        temperature_lr: Positive = 0.01,
+        temperature_lr: Positive | None = None,
         temperature_momentum: float = 0.5,
         **scoring: Unpack[Scoring],
     ) -> None:
@@ -98,22 +98,19 @@ class FastCLIP(SoftmaxLoss):
             temperature = 0.07 if version in ("v0", "v3") else 0.03
         directions, tau = self.num_directions(scoring), None
         if version == "v2":
+            rate = 0.01 if temperature_lr is None else temperature_lr
+            steps = {"lr": rate, "momentum": temperature_momentum, "clip": 5.0}
             tau = PerRowTemperature(
-                num_rows,
-                directions,
-                initial=temperature,
-                limits=temperature_range,
-                rho=rho,
-                lr=temperature_lr,
-                momentum=temperature_momentum,
-                clip=5.0,
+                num_rows, directions, initial=temperature, limits=temperature_range, rho=rho, **steps
             )
         elif version == "v1":
             tau = GlobalTemperature(temperature, limits=temperature_range, rho=0.0)
         else:
             check_limits(temperature_range, temperature)
             factor = rho if version == "v3" else None
-            tau = GlobalTemperature(temperature, learnable=True, limits=temperature_range, rho=factor)
+            tau = GlobalTemperature(
+                temperature, learnable=True, limits=temperature_range, rho=factor, lr=temperature_lr
+            )
         running = RunningDenominator(
             num_rows, directions, gamma=gamma, eps=eps, state=state, moving=version != "v1", sharded=sharded
         )
@@ -136,23 +133,20 @@ class ISogCLR(SoftmaxLoss):
     Temperatures and their momentum are buffers: saved in `state_dict`, updated once a call in training mode with
     gradients enabled, by their own rate, after the gradient of the embeddings was taken at the old temperatures.
 
+    When: long-tailed data; an anchor with many close negatives gets a high temperature. Evidence: small runs in
+    docs/log.md, what training says.
+
     Args:
         num_rows: n, rows of the data set.
         rho: Radius: larger lets a row's weight concentrate on fewer negatives, and lowers its temperature. Published: 6
             to 8.
-        gamma: Weight of the new batch, or a `GammaSchedule`.
-        eps: Added to u_i; 0 is the published objective, None is 1 / (n - 1).
-        state: "relative" is the published form for two modalities, "absolute" that for images; see `SogCLR`.
-        sharded: Each rank stores the running denominators of one W-th of the rows.
+        gamma, eps, state, sharded: See `SogCLR`. Published: eps 0.
         temperature: The first temperature.
         temperature_range: Temperatures are kept in it.
         temperature_lr: Published: .01 to .03.
         temperature_momentum: Weight of the old velocity. Released: .5 for two modalities, .1 for one.
         temperature_clip: Limit of a derivative. Released: 5 and 3.
         scoring: See `Scoring`.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
     Cost: 16 bytes a row and direction; three collectives more a direction. Reference: Qiu et al. 2023, "Not All
     Semantics are Created Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization",
@@ -185,16 +179,8 @@ class ISogCLR(SoftmaxLoss):
         **scoring: Unpack[Scoring],
     ) -> None:
         directions = self.num_directions(scoring)
-        tau = PerRowTemperature(
-            num_rows,
-            directions,
-            initial=temperature,
-            limits=temperature_range,
-            rho=rho,
-            lr=temperature_lr,
-            momentum=temperature_momentum,
-            clip=temperature_clip,
-        )
+        steps = {"lr": temperature_lr, "momentum": temperature_momentum, "clip": temperature_clip}
+        tau = PerRowTemperature(num_rows, directions, initial=temperature, limits=temperature_range, rho=rho, **steps)
         running = RunningDenominator(
             num_rows, directions, gamma=gamma, eps=eps, state=state, moving=True, sharded=sharded
         )
@@ -209,6 +195,9 @@ class TempNet(SoftmaxLoss):
         F          = mean_i tau_i (log(eps + u_i) + rho)
         dF/d theta = mean_i (log(eps + u_i) + rho - sum_j p_ij d_ij / tau_i) d tau_i / d theta
 
+    When: as `ISogCLR`, and temperatures are wanted for new rows. Evidence: small runs in docs/log.md, what training
+    says.
+
     Args:
         num_rows: n, rows of the data set.
         dimensions: Width of the embeddings.
@@ -220,9 +209,6 @@ class TempNet(SoftmaxLoss):
         scoring: See `Scoring`.
 
     The networks' parameters are the loss's own, for the caller's optimizer.
-
-    Raises:
-        AnybatchError: Numbers out of range; in a call as `SogCLR`.
 
     Cost: 8 bytes a row and direction, and the networks. Reference: Qiu et al. 2024, "To Cool or not to Cool?
     Temperature Network Meets Large Foundation Models via DRO", arXiv 2404.04575, section 4.

@@ -59,6 +59,9 @@ class SCENT(SoftmaxLoss):
     so a row with a large denominator, whose batches vary most, follows them faster. The loss and its gradient are those
     of `SogCLR`, absolute state and exact weight of the positive included; u_i in the step is relative to the positive.
 
+    When: as `SogCLR`; rows with a large denominator follow their batches faster. Evidence: docs/log.md, what training
+    says.
+
     Args:
         num_rows: n, rows of the data set.
         alpha: Step, above 0: gamma is one half where u_i = 1 / alpha. u_i has no natural scale: at temperature .05 it
@@ -66,7 +69,7 @@ class SCENT(SoftmaxLoss):
             released code takes e^10. None for n - 1: one half where the negatives of the whole data set weigh as much
             as the positive.
         eps: Added to u_i in the loss; None is 1 / (n - 1), the full-data InfoNCE; 0 is the published objective.
-        sharded: Each rank stores one W-th of the rows.
+        sharded: See `SogCLR`.
         scoring: See `OneTemperature`.
 
     An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the
@@ -75,9 +78,6 @@ class SCENT(SoftmaxLoss):
 
     A row's first visit takes the batch's value whole; that is a flag of its own (the released code takes nu = 0 for
     it).
-
-    Raises:
-        AnybatchError: alpha or eps out of range; in a call as `SogCLR`.
 
     Cost: that of `SogCLR`. Reference: "SCENT", stochastic optimization of compositional entropic risks, arXiv
     2602.02877.

@@ -26,40 +26,32 @@ from anybatch.losses.engine import Side, SoftmaxStats
 from anybatch.losses.parts import Batch, Temperature, check_rho, times_temperature
 
 
-class PerRowTemperature(Temperature):
-    """A temperature per row and direction, stepped with momentum, by its own rate, after the gradient was taken at the
-    old temperatures.
+class RobustTemperature(Temperature):
+    """Abstract: temperatures in a range, of which each is a factor of its row's objective."""
 
-    Args:
-        num_rows: n.
-        directions: Temperatures per row.
-        initial: The first temperature.
-        limits: (low, high).
-        rho: Radius.
-        lr, momentum, clip: See `PerRowValues`.
+    def __init__(self, num_rows: int | None, *, initial: float, limits: Range, rho: float) -> None:
+        super().__init__(num_rows)
+        check_limits(limits, initial)
+        check_rho(rho)
+        self.limits, self.rho = limits, rho
+
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """See `Part.ask`."""
+        return times_temperature(side, self.rho, len(batch.anchors))
+
+
+class PerRowTemperature(RobustTemperature):
+    """A temperature per row and direction, stepped with momentum, by its own rate, after the gradient was taken at the
+    old temperatures. `steps`: see `PerRowValues`.
     """
 
     needs_index = True
 
     def __init__(
-        self,
-        num_rows: int,
-        directions: int,
-        *,
-        initial: float,
-        limits: Range,
-        rho: float,
-        lr: float,
-        momentum: float,
-        clip: float,
+        self, num_rows: int, directions: int, *, initial: float, limits: Range, rho: float, **steps: float
     ) -> None:
-        super().__init__(num_rows)
-        check_limits(limits, initial)
-        check_rho(rho)
-        self.limits, self.rho = limits, rho
-        self.rows = PerRowValues(
-            num_rows, directions, initial=initial, limits=limits, lr=lr, momentum=momentum, clip=clip
-        )
+        super().__init__(num_rows, initial=initial, limits=limits, rho=rho)
+        self.rows = PerRowValues(num_rows, directions, initial=initial, limits=limits, **steps)
 
     @property
     def value(self) -> float:
@@ -70,10 +62,6 @@ class PerRowTemperature(Temperature):
         """See `Temperature.of`."""
         return self.rows.of(batch.rows, direction=direction, dtype=batch.anchors.dtype)
 
-    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
-        """See `Part.ask`."""
-        return times_temperature(side, self.rho, len(batch.anchors))
-
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
         for direction, figures in enumerate(stats) if batch.updating else ():
@@ -82,21 +70,12 @@ class PerRowTemperature(Temperature):
         return loss
 
 
-class NetworkTemperature(Temperature):
+class NetworkTemperature(RobustTemperature):
     """A temperature from the embedding: low + (high - low) * sigmoid(net(embedding)), one network a direction.
 
     The embedding is a constant to the network: it learns from the temperatures' derivatives alone. Every rank evaluates
     it on the rows of all ranks, so that its parameters receive the full gradient without a collective in the backward
     pass.
-
-    Args:
-        dimensions: Width of the embeddings.
-        directions: Networks.
-        initial: The temperature that every embedding has at first.
-        limits: (low, high).
-        rho: Radius.
-        hidden: Width of the hidden layer.
-        net: One module a direction that takes (B, D) to (B, 1), in place of the default of two layers.
 
     A network that draws random numbers, for dropout, is asked once a call. Under several ranks each rank draws its own,
     and the gradients of its parameters then differ from rank to rank: average them, as DDP does.
@@ -116,12 +95,10 @@ class NetworkTemperature(Temperature):
         hidden: int = 64,
         net: nn.ModuleList | None = None,
     ) -> None:
-        super().__init__()
-        check_limits(limits, initial)
-        check_rho(rho)
+        super().__init__(None, initial=initial, limits=limits, rho=rho)
         if net is not None and len(net) != directions:
             raise AnybatchError(f"net holds {len(net)} modules; expected one a direction, {directions}.")
-        self.limits, self.rho, self._mean = limits, rho, initial
+        self._mean = initial
         low, high = limits
         share = min(max((initial - low) / (high - low), 1e-3), 1 - 1e-3)
         self.net = nn.ModuleList() if net is None else net
@@ -146,12 +123,7 @@ class NetworkTemperature(Temperature):
         with torch.autocast(embeddings.device.type, enabled=False):
             raw = self.net[direction](embeddings_all.to(parameter.dtype)).reshape(-1)
         batch.kept[direction] = (low + (high - low) * raw.sigmoid()).to(embeddings.dtype)
-        first = sum(sizes[: distributed.rank()])
-        return batch.kept[direction][first : first + len(embeddings)].detach()
-
-    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
-        """See `Part.ask`."""
-        return times_temperature(side, self.rho, len(batch.anchors))
+        return batch.kept[direction][distributed.own_part(sizes)].detach()
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""

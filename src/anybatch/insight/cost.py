@@ -58,11 +58,15 @@ def step_cost(
     batch_size = config.batch_size
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-    precision = torch.autocast(device.type, dtype=torch.bfloat16) if config.train.bf16 else contextlib.nullcontext()
+    precision = (
+        torch.autocast(device.type, dtype=torch.bfloat16) if config.train.args.get("bf16") else contextlib.nullcontext()
+    )
     begun = time.perf_counter()
 
     with forgotten(model):
-        step = step_of(config, pairs, model, micro_batch=config.train.micro_batch, keep_graphs=config.train.keep_graphs)
+        step = step_of(
+            config, pairs, model, mini_batch_size=config.train.micro_batch, keep_graphs=config.train.keep_graphs
+        )
 
         def timed(rows: np.ndarray) -> float:
             start = time.perf_counter()

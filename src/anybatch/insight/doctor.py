@@ -19,6 +19,7 @@ from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
 from anybatch.run.config import RunConfig
+from anybatch.run.make_plan import existing_plan
 from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
 from anybatch.run.try_step import check_kinds, inputs_of, telling_rows
@@ -32,7 +33,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     Nothing is written.
 
     Args:
-        config: The run. Of `config.train`, `micro_batch` (at most a quarter of the rows) and `bf16` are used.
+        config: The run. Of `config.train`, `micro_batch` (at most a quarter of the rows) and `args.bf16` are used.
         num_rows: Rows of the batch.
 
     Returns:
@@ -48,9 +49,10 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
             f"The check was asked for {num_rows} rows; it needs at least 8 to split them into micro-batches."
         )
     pairs = read_training_pairs(config)
-    config = with_recipe(config, pairs)
+    plan = existing_plan(config)
+    config = with_recipe(config, pairs, plan)
     model = load_model(config.model).train()
-    check_kinds(config, pairs, model)
+    check_kinds(config, pairs, model, plan)
     chosen = telling_rows(model, pairs, num_rows)[0]
     rows, inputs = len(chosen), inputs_of(model, pairs, chosen)
     table = RowTable(pairs.anchor_id, pairs.positive_id, negative_id=pairs.negative_id).to(model.device)
@@ -66,7 +68,9 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     wanted = config.train.micro_batch
     most = max(1, rows // 4)
     precision = (
-        torch.autocast(model.device.type, dtype=torch.bfloat16) if config.train.bf16 else contextlib.nullcontext()
+        torch.autocast(model.device.type, dtype=torch.bfloat16)
+        if config.train.args.get("bf16")
+        else contextlib.nullcontext()
     )
     try:
         with precision:

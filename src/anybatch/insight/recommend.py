@@ -96,12 +96,12 @@ def recommend(
     if config.plan is not None or config.data.views is not None:
         raise AnybatchError(
             "A recommendation is for pairs whose batches are not chosen yet, and --plan or --views is given. See a "
-            "plan with anybatch inspect plan; for images without labels see docs/self_supervised.md."
+            "plan with anybatch inspect plan; for images without labels see docs/images.md."
         )
     pairs = read_data(config.data)
     if not keep_batch_size:
         config = replace(config, batch_size=_first_size(len(pairs)))
-    pairs, held_out = hold_out(config, pairs)
+    pairs, held_out = hold_out(config, pairs, None)
     student = load_model(config.model)
 
     # 2. The machine decides on larger batches, a rule on the recipe.
@@ -119,8 +119,8 @@ def recommend(
     sample = select_pairs(pairs, rows)
     found.figures += [_equal_texts(pairs, config.batch_size), *_cut_texts(student, sample), _memory(step)]
     texts = len(held_out) if isinstance(held_out, PairData) else 0
-    per_epoch = len(pairs) // config.batch_size
-    found.num_steps = config.train.max_steps or config.train.epochs * per_epoch
+    most = config.train.args.get("max_steps") or 0
+    found.num_steps = most if most > 0 else config.train.epochs * (len(pairs) // config.batch_size)
     found.step_seconds = step.seconds_per_row * config.batch_size
     found.run_seconds = found.num_steps * found.step_seconds + 4 * texts / rates[0]
     if len(rates) > 1:

@@ -112,12 +112,12 @@ class Known(TypedDict, total=False):
 class ContrastiveLoss(State):
     """Abstract base of all losses: one call for all of them. A subclass supplies `_of`.
 
+    A constructor refuses values out of range, and options that the loss does not have, with an AnybatchError. What a
+    loss remembers is in `state_dict`; it changes once a call, in training mode with gradients enabled.
+
     Args:
         tau: The temperature; None for one for all rows, made from `scoring`.
         scoring: See `Scoring`; without `tau` `OneTemperature`.
-
-    Raises:
-        AnybatchError: An option that the loss does not have.
 
     Example:
         >>> from anybatch.losses import InfoNCE, SogCLR  # two subclasses, asked what they are
@@ -216,12 +216,10 @@ class ContrastiveLoss(State):
     @abstractmethod
     def last_stats(self) -> dict[str, float]:
         """Figures of the last call as plain floats. Empty before it."""
-        raise NotImplementedError
 
     @abstractmethod
     def _of(self, batch: Batch) -> Tensor:
         """The loss of a batch that is checked and normalised."""
-        raise NotImplementedError
 
     @outside_the_graph
     def forward(
@@ -287,51 +285,37 @@ class ContrastiveLoss(State):
         anchors, candidates = anchors.to(dtype), candidates.to(dtype)
         if self.normalize:
             anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
-        index, weight = self._weight(anchors, candidates, **known)
+        index = self._rows_of(known.get("index"), anchors)
+        weight = self._weights(anchors, candidates, index, known)
         return Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight, updating=self._updating)
 
-    def _weight(
-        self,
-        anchors: Tensor,
-        candidates: Tensor,
-        *,
-        index: Tensor | None = None,
-        log_weight: LogWeights | Tensor | None = None,
-        anchor_id: Tensor | None = None,
-        candidate_id: Tensor | None = None,
-    ) -> tuple[Tensor | None, LogWeights | None]:
-        """The index as int64, and all log-weights and masks."""
+    def _rows_of(self, index: Tensor | None, anchors: Tensor) -> Tensor | None:
+        """The index, checked, as int64."""
+        if index is None:
+            if any(part.needs_index for part in self._parts):
+                raise AnybatchError(
+                    "This loss remembers each row: give index=, the row numbers of the batch in the data set."
+                )
+            return None
+        known = next((part.num_rows for part in self._parts if part.num_rows is not None), None)
+        high = None if known is None else known - 1
+        remedy = "Make the loss with the num_rows of this data set." if known else "Give row numbers."
+        return as_integers("index", index, length=len(anchors), device=anchors.device, low=0, high=high, remedy=remedy)
+
+    def _weights(self, anchors: Tensor, candidates: Tensor, index: Tensor | None, known: Known) -> LogWeights | None:
+        """All log-weights and masks."""
         num_rows, num_columns, device = len(anchors), len(candidates), anchors.device
+        anchor_id, candidate_id, log_weight = known.get("anchor_id"), known.get("candidate_id"), known.get("log_weight")
         if (anchor_id is None) != (candidate_id is None):
             raise AnybatchError("anchor_id and candidate_id go together; one of them is missing.")
-        if index is None and any(part.needs_index for part in self._parts):
-            raise AnybatchError(
-                "This loss remembers each row: give index=, the row numbers of the batch in the data set."
-            )
         weights = None if log_weight is None else as_log_weights(log_weight, num_rows, num_columns)
         if anchor_id is not None and candidate_id is not None:
-            anchor_id = as_integers(
-                "anchor_id",
-                anchor_id,
-                length=num_rows,
-                device=device,
-                low=0,
-                remedy="-1 marks explicit negatives, which have no anchor.",
-            )
+            remedy = "-1 marks explicit negatives, which have no anchor."
+            anchor_id = as_integers("anchor_id", anchor_id, length=num_rows, device=device, low=0, remedy=remedy)
             candidate_id = as_integers("candidate_id", candidate_id, length=num_columns, device=device)
             owner = behind(anchor_id, num_columns)
             weights = plus(weights, num_rows, same_content, anchor_id=owner, text_id=candidate_id)
         if index is not None:
-            known = next((part.num_rows for part in self._parts if part.num_rows is not None), None)
-            index = as_integers(
-                "index",
-                index,
-                length=num_rows,
-                device=device,
-                low=0,
-                high=None if known is None else known - 1,
-                remedy="Make the loss with the num_rows of this data set." if known else "Give row numbers.",
-            )
             rows = distributed.gather_rows(index, distributed.gather_sizes(num_rows, device))
             masks = (same_row,) if len(rows.unique()) < len(rows) else ()  # of all ranks, and so the same on each
             if masks or weights is not None:
@@ -340,7 +324,7 @@ class ContrastiveLoss(State):
             weights = weights or LogWeights(queries=Examples(), candidates=Examples())
             _ = weights.candidates[self.positives_by]  # says what is missing
             weights = replace(weights, positives_by=self.positives_by)
-        return index, weights
+        return weights
 
 
 class SoftmaxLoss(ContrastiveLoss):
@@ -416,7 +400,7 @@ def _check_one_of(chosen: Mapping[str, Any]) -> None:
         raise AnybatchError(
             f"{' and '.join(f'{name}={chosen[name]!r}' for name in given)} are given; expected at most one of joint, "
             "positives_by and hardness. Leave out the others; for several positives among both views of a batch see "
-            "docs/losses.md."
+            "docs/outlive.md."
         )
 
 
@@ -432,12 +416,7 @@ def figures_of(loss: Tensor, stats: SoftmaxStats, temperature: Tensor) -> dict[s
 
 
 def check_embeddings(anchors: Tensor, candidates: Tensor) -> torch.dtype:
-    """The dtype to compute in: float64 if either side is, else float32.
-
-    Raises:
-        AnybatchError: No tensors, but what sentence-transformers' Trainer hands to a loss; other numbers than floats,
-            two devices, a transform that a loss does not know.
-    """
+    """The dtype to compute in: float64 if either side is, else float32. Refuses what no loss can take."""
     wrong = [type(given).__name__ for given in (anchors, candidates) if not isinstance(given, Tensor)]
     if wrong:
         raise AnybatchError(

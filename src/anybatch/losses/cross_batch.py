@@ -32,13 +32,16 @@ class CrossBatchInfoNCE(ContrastiveLoss):
                                   D_i the denominator that a~_i had in its own batch
 
     Both parts are needed. With the remembered positives alone an anchor is pushed from n rows, and a positive by no
-    more than the batch: the two sides' gradients no longer balance, and training goes wrong (docs/methods.md). The
+    more than the batch: the two sides' gradients no longer balance, and training goes wrong (docs/log.md). The
     value of the second part is 0; its gradient goes to the batch's candidates.
 
     Embeddings drift, and a remembered batch stays behind: what is new is pushed from where everything was, in one
     direction, which feeds on itself. With `centred` an embedding is remembered relative to the mean of its batch and
     used relative to the mean of this one, which takes that common drift away: unit(x~ - mean(its batch) + mean(this
-    batch)). Without, training from scratch loses what the memory gains, or collapses (docs/methods.md).
+    batch)). Without, training from scratch loses what the memory gains, or collapses (docs/log.md).
+
+    When: batches of up to 256, where it is recommended. When not: steps that move embeddings far (batches of 1,024 from
+    scratch), or batches of an eighth of the data. Evidence: docs/recipe.md; each part alone: docs/log.md.
 
     Args:
         num_rows: n, rows of the data set.
@@ -47,7 +50,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         centred: Take away the common drift; False for the plain memory of the publications.
         mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows
             are less noise, above all in mined batches, and a mean that is older: 64 was best from scratch, 256 on
-            embeddings that stand still (docs/methods.md).
+            embeddings that stand still (docs/log.md).
         scoring: See `OneTemperature`.
 
     Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for
@@ -55,10 +58,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     with a value a pair is refused. A step that is not finite is not remembered. Under several ranks each has the
     whole memory, and shares the work by rows. A learned temperature has the derivative of the batch's own terms. The
     mean stands for the data's: batches of few clusters shift it by what they have in common.
-
-    Raises:
-        AnybatchError: Sizes out of range; in a call: `index` missing or out of range, embeddings of another width,
-            log-weights that cannot be remembered.
 
     Example:
         >>> import torch
@@ -169,8 +168,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             used = nn.functional.normalize(used, dim=2)
 
         # 3. Which of it are candidates on this rank.
-        sizes = distributed.shares(len(places))
-        first = sum(sizes[: distributed.rank()])
         return _Recalled(
             layout=layout,
             log_weights=both,
@@ -179,7 +176,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             places=places,
             memory=memory,
             used=used,
-            share=slice(first, first + sizes[distributed.rank()]),
+            share=distributed.own_part(distributed.shares(len(places))),
         )
 
     def _mean(self, anchors: Tensor, positives: Tensor, num_rows: int) -> Tensor:
@@ -253,24 +250,13 @@ class CrossBatchInfoNCE(ContrastiveLoss):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Recalled:
-    """The memory beside one batch.
+    """The memory beside one batch: the K remembered pairs that are not in it."""
 
-    Attributes:
-        layout: Of the batch alone, over all ranks.
-        log_weights: Of the batch alone, by direction.
-        pairs: (B_all,) records of all ranks' pairs.
-        mean: (2, D) of all ranks' anchors and positives; zeros where embeddings are not centred.
-        places: (K,) of the remembered pairs that are used: those not in the batch.
-        memory: (K,) their records.
-        used: (2, K, D) their anchors and positives, moved to this batch's mean.
-        share: Which of the K are candidates on this rank.
-    """
-
-    layout: Layout
-    log_weights: tuple[LogWeights, LogWeights]
-    pairs: Examples
-    mean: Tensor
-    places: Tensor
-    memory: Examples
-    used: Tensor
-    share: slice
+    layout: Layout  # of the batch alone, over all ranks
+    log_weights: tuple[LogWeights, LogWeights]  # of the batch alone, by direction
+    pairs: Examples  # (B_all,) records of all ranks' pairs
+    mean: Tensor  # (2, D) of all ranks' anchors and positives; zeros where embeddings are not centred
+    places: Tensor  # (K,)
+    memory: Examples  # (K,) their records
+    used: Tensor  # (2, K, D) their anchors and positives, moved to this batch's mean
+    share: slice  # which of the K are candidates on this rank

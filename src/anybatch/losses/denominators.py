@@ -34,7 +34,7 @@ class WithPositive(Denominator):
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
-        return _WithPositiveRule()
+        return _BatchRule(with_positive=True)
 
 
 class WithoutPositive(Denominator):
@@ -44,7 +44,7 @@ class WithoutPositive(Denominator):
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
-        return _WithoutPositiveRule()
+        return _BatchRule(with_positive=False)
 
 
 class CountCorrected(Denominator):
@@ -64,31 +64,19 @@ class CountCorrected(Denominator):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Visits:
-    """Which rows the batches of all ranks visit. `of` costs a gather of sizes and one of the rows.
+    """Which rows the batches of all ranks visit. `of` costs a gather of sizes and one of the rows."""
 
-    Attributes:
-        rows: (R,) int64, distinct and ascending; the same on every rank.
-        inverse: (B_all,) which of them each place of the batch holds.
-        sizes: Places by rank.
-        own: This rank's places.
-
-    Example:
-        >>> Visits.of(torch.tensor([7, 2, 7])).repeated.tolist()
-        [1, 0, 1]
-    """
-
-    rows: Tensor
-    inverse: Tensor
-    sizes: list[int]
-    own: slice
+    rows: Tensor  # (R,) int64, distinct and ascending; the same on every rank
+    inverse: Tensor  # (B_all,) which of them each place of the batch holds
+    sizes: list[int]  # places by rank
+    own: slice  # this rank's places
 
     @classmethod
     def of(cls, index: Tensor) -> Visits:
         """Of this rank's rows, (B,) int64."""
         sizes = distributed.gather_sizes(len(index), index.device)
         rows, inverse = torch.unique(distributed.gather_rows(index, sizes), return_inverse=True)
-        first = sum(sizes[: distributed.rank()])
-        return cls(rows=rows, inverse=inverse, sizes=sizes, own=slice(first, first + len(index)))
+        return cls(rows=rows, inverse=inverse, sizes=sizes, own=distributed.own_part(sizes))
 
     @property
     def repeated(self) -> Tensor:
@@ -175,11 +163,6 @@ class RunningDenominator(Denominator):
         return 1.0 / (self.num_rows - 1) if self._eps is None else self._eps
 
     @property
-    def log_eps(self) -> float:
-        """Its logarithm."""
-        return math.log(self.eps) if self.eps > 0 else -math.inf
-
-    @property
     def visited(self) -> Tensor:
         """(directions, stored rows) bool: of this rank's rows."""
         return ~self.log_mean.isnan()
@@ -191,7 +174,7 @@ class RunningDenominator(Denominator):
             denominator=self,
             visits=Visits.of(batch.rows),
             direction=direction,
-            log_eps=self.log_eps,
+            log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
             normalised=normalised,
             update=batch.updating,
             dimensions=batch.anchors.shape[1],
@@ -226,7 +209,7 @@ class RunningDenominator(Denominator):
         update: bool,
         dimensions: int,
     ) -> Tensor:
-        """The moving average at each of the batch's rows; their mean per row is stored if `update`.
+        """The moving average at each of the batch's rows, (B,); their mean per row is stored if `update`.
 
         Args:
             visits: The rows.
@@ -234,14 +217,10 @@ class RunningDenominator(Denominator):
             level: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
             temperature: (B,) that of each, if it is moving.
             heard: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
-            direction: Which state.
-            update: Store the result.
-            dimensions: Width of the embeddings.
+            direction, update, dimensions: Which state; whether to store the result; width of the embeddings.
 
-        Returns:
-            (B,) relative as `batch` is, and in its dtype; -inf for rows never visited of which the batch says nothing.
-            Such rows, and those whose mean is 0, stay unvisited. Rows of which the batch says NaN or +inf keep what
-            they knew, in the memory but not in what is returned.
+        Rows never visited of which the batch says nothing are -inf; they, and those whose mean is 0, stay unvisited.
+        Rows of which the batch says NaN or +inf keep what they knew, in the memory but not in what is returned.
         """
         # 1. What the batches of all ranks say.
         heard = torch.ones_like(batch) if heard is None else heard.to(batch.dtype)
@@ -287,14 +266,10 @@ class RunningDenominator(Denominator):
     def fill(
         self, rows: Tensor, log_mean: Tensor, *, temperature: Tensor | None = None, direction: int, dimensions: int
     ) -> None:
-        """Replace the state of some rows, such as by the exact log-mean.
+        """Replace the state of some rows, (R,) int64, **the same on every rank**, such as by the exact log-mean.
 
-        Args:
-            rows: (R,) int64, **the same on every rank**.
-            log_mean: (R,), absolute or relative as the state is; NaN for never visited.
-            temperature: (R,) at which; needed by a state whose temperature moves.
-            direction: Which state.
-            dimensions: Width of the embeddings the values come from.
+        `log_mean` (R,) is absolute or relative as the state is, NaN for never visited; `temperature` (R,), at which, is
+        needed by a state whose temperature moves.
         """
         self.write("log_mean", rows, log_mean, direction=direction)
         if self.moving:
@@ -305,16 +280,7 @@ class RunningDenominator(Denominator):
 
 @dataclass(frozen=True, kw_only=True)
 class RunningRule:
-    """A running log-mean, plus eps.
-
-    Attributes:
-        level: (B,) logits of the positives, s_ip / tau, of an absolute state; None of a relative one.
-        temperature: (B,) of an absolute state whose temperature moves; else None.
-        constant: Added to the objective.
-        dropped: (B,) candidates that the method takes out of the data set, so that the mean is not over them; None for
-            none.
-        row_wise: False: asked for all rows of the batch at once, among which a row may occur twice.
-    """
+    """A running log-mean, plus eps."""
 
     denominator: RunningDenominator
     visits: Visits
@@ -323,11 +289,11 @@ class RunningRule:
     normalised: bool
     update: bool
     dimensions: int
-    level: Tensor | None = None
-    temperature: Tensor | None = None
-    constant: float = 0.0
-    dropped: Tensor | None = None
-    row_wise: bool = False
+    level: Tensor | None = None  # (B,) logits of the positives, s_ip / tau, of an absolute state
+    temperature: Tensor | None = None  # (B,) of an absolute state whose temperature moves
+    constant: float = 0.0  # added to the objective
+    dropped: Tensor | None = None  # (B,) candidates that are taken out of the data set: the mean is not over them
+    row_wise: bool = False  # asked for all rows of the batch at once, among which a row may occur twice
 
     @property
     def repeated(self) -> Tensor:
@@ -363,18 +329,15 @@ class RunningRule:
         return Answer(objective + correction, value, weight), log_mean
 
 
-class _WithPositiveRule:
-    row_wise = True
+@dataclass(frozen=True, kw_only=True)
+class _BatchRule:
+    with_positive: bool
+    row_wise: bool = True
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
-        log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
-        return Answer(log_denominator, log_denominator)
-
-
-class _WithoutPositiveRule:
-    row_wise = True
-
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
+        if self.with_positive:
+            log_denominator = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
+            return Answer(log_denominator, log_denominator)
         return Answer(log_sum, torch.where(log_sum.isneginf(), 0.0, log_sum))
 
 

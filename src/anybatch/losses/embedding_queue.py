@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
-from anybatch.losses.state import State
+from anybatch.losses.state import State, last_places
 from anybatch.plans.examples import Examples
 
 
@@ -28,13 +28,6 @@ class EmbeddingQueue(State):
         kinds: A number for the names of what is known; -1 before the first pair.
 
     Cost: 8 D S bytes and some 30 + 8 F S.
-
-    Example:
-        >>> import torch
-        >>> queue, pairs = EmbeddingQueue(2, num_rows=9), Examples(row=torch.tensor([5, 3, 8]))
-        >>> queue.put(pairs["row"], torch.ones(2, 3, 4), torch.zeros(2, 3), pairs)
-        >>> queue.rows.tolist()  # the last two
-        [3, 8]
     """
 
     embeddings: Tensor
@@ -59,11 +52,7 @@ class EmbeddingQueue(State):
         self.register_buffer("kinds", torch.tensor(-1))
 
     def beside(self, width: int) -> Tensor:
-        """The embeddings, of this width also while there are none.
-
-        Raises:
-            AnybatchError: They are of another width.
-        """
+        """The embeddings, which must be of this width, also while there are none."""
         known = self.embeddings.shape[2]
         if known not in (0, width):
             raise AnybatchError(
@@ -73,15 +62,7 @@ class EmbeddingQueue(State):
         return self.embeddings if known else self.embeddings.new_zeros(2, self.size, width)
 
     def examples(self, like: Examples, places: Tensor) -> Examples:
-        """(K,) what is known of the pairs in some places.
-
-        Args:
-            like: Of this batch, of which the same must be known.
-            places: (K,) int64.
-
-        Raises:
-            AnybatchError: Something else is known of it.
-        """
+        """(K,) what is known of the pairs in `places` (K,); of this batch, `like`, the same must be known."""
         if int(self.kinds) not in (-1, _kinds(like)):
             raise AnybatchError(
                 "The ids, masks or weights of this batch are of other kinds than those of the remembered batches. Give "
@@ -91,22 +72,11 @@ class EmbeddingQueue(State):
         return like.unpacked(records[places])
 
     def put(self, rows: Tensor, embeddings: Tensor, log_denominator: Tensor, examples: Examples) -> None:
-        """Put pairs in, the last S of them.
-
-        Args:
-            rows: (B,) int64.
-            embeddings: (2, B, D).
-            log_denominator: (2, B).
-            examples: (B,) their records.
-        """
+        """Put pairs in, the last S of them: `embeddings` (2, B, D), `log_denominator` (2, B), `examples` (B,)."""
         # 1. Of a row that came several times the last pair stays, so that no row is among the negatives twice.
-        numbers = torch.arange(len(rows), device=rows.device)
-        _, inverse = torch.unique(rows, return_inverse=True)
-        last = torch.zeros_like(rows).scatter_reduce_(0, inverse, numbers, "amax")
-        new = torch.nonzero(last[inverse] == numbers)[:, 0]
         superseded = torch.isin(self.rows, rows)
         self.rows[superseded], self.stamps[superseded] = -1, -1
-        new = new[-self.size :]
+        new = last_places(rows)[-self.size :]
 
         # 2. Their places: empty ones, then those of the oldest.
         place = torch.argsort(self.stamps, stable=True)[: len(new)]

@@ -18,12 +18,10 @@ class Gamma(State):
     @abstractmethod
     def log_shares(self, old: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """Log gamma and log(1 - gamma) for rows whose log-means are `old`, (R,)."""
-        raise NotImplementedError
 
     @abstractmethod
     def advance(self) -> None:
         """Count one step: a call of the loss in training mode with gradients enabled."""
-        raise NotImplementedError
 
 
 class GammaSchedule(Gamma):
@@ -39,9 +37,6 @@ class GammaSchedule(Gamma):
         gamma: The final weight of a new batch, in (0, 1].
         num_steps: Steps that the cosine takes; published: half of all.
         steps_per_epoch: gamma changes only after so many steps; published: one epoch.
-
-    Raises:
-        AnybatchError: Numbers out of range.
 
     Cost: nothing. Reference: Wei et al. 2024, FastCLIP, arXiv 2407.01445, section 4.
 

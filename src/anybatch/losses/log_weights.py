@@ -68,9 +68,11 @@ def remembered_of_other_tasks(queries: Examples, candidates: Examples, *, back: 
     remembered = candidates.get("remembered")
     if remembered is None:
         return torch.zeros(1, 1, device=queries["task"].device)
-    foreign = queries["task"][:, None] != candidates["task"]
-    foreign &= remembered.bool()
-    return removed(foreign)
+    return removed(_of_other_tasks(queries, candidates) & remembered.bool())
+
+
+def _of_other_tasks(queries: Examples, candidates: Examples) -> Tensor:
+    return queries["task"][:, None] != candidates["task"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +86,6 @@ class ListedPairs:
         key: Column of the anchor that its key is.
 
     Cost: a binary search a pair, in a list of p.
-
-    Example:
-        >>> import torch
-        >>> pairs = Examples(row=torch.tensor([3, 5]), text_id=torch.tensor([0, 1]))
-        >>> ListedPairs(torch.tensor([3 * 10 + 1]), 10)(pairs, pairs, back=False).tolist()
-        [[0.0, -inf], [0.0, 0.0]]
     """
 
     keys: Tensor
@@ -112,14 +108,7 @@ class ListedPairs:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """Log-weights that are a column of the examples themselves: by anchor, or by text (positive or explicit negative).
-
-    Example:
-        >>> import torch
-        >>> pairs = Examples(popularity=torch.tensor([0.5, 2.0]))
-        >>> Values("popularity", of="text")(pairs, pairs, back=False).tolist()
-        [[0.5, 2.0]]
-    """
+    """Log-weights that are a column of the examples: by anchor, or by text (positive or explicit negative)."""
 
     name: str
     of: Literal["anchor", "text"]
@@ -144,13 +133,6 @@ class Inclusion:
     Beside a memory a row of another cluster comes in the batch with chance q by each of its ways, and is one of the m
     remembered of N: it stands for 1 / (ways q + m / N) rows. Those of the own cluster come with the batch itself; a
     remembered row is never one of them.
-
-    Example:
-        >>> import torch
-        >>> weights = Inclusion(torch.tensor([[[0.0, 1.0, 2.0, 1.0, 2.0, 0.0]] * 2], dtype=torch.float64))
-        >>> candidates = Examples(cluster=torch.tensor([0, 3, -7]))
-        >>> weights(Examples(cluster=torch.tensor([0])), candidates, back=False).tolist()
-        [[0.0, 1.0, 2.0]]
     """
 
     table: Tensor
@@ -182,11 +164,7 @@ class Inclusion:
         if remembered is not None:
             together &= ~remembered.bool()
         weights = torch.where(together, same, elsewhere)
-        return (
-            weights
-            if query_task is None
-            else weights.masked_fill_(query_task[:, None] != candidates["task"], -torch.inf)
-        )
+        return weights if query_task is None else weights.masked_fill_(_of_other_tasks(queries, candidates), -torch.inf)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -276,11 +254,7 @@ class LogWeights:
         )
 
     def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> LogWeights:
-        """The same over the queries and candidates of all ranks. Two collectives, whatever the terms.
-
-        Raises:
-            AnybatchError: A (B, M) tensor, which says nothing of the pairs across ranks.
-        """
+        """The same over the queries and candidates of all ranks. Two collectives, whatever the terms."""
         self.refuse_pairs("the other ranks")
         return replace(
             self, queries=self.queries.gathered(row_sizes), candidates=self.candidates.gathered(column_sizes)
@@ -299,12 +273,7 @@ class LogWeights:
     def beside(self, memory: Examples, share: slice) -> LogWeights:
         """With remembered examples behind the candidates; the record then says which ones they are.
 
-        Args:
-            memory: (S,) all that is remembered.
-            share: Which of them are candidates here (under several ranks, this rank's).
-
-        Raises:
-            AnybatchError: A (B, M) tensor, which says nothing of them; examples of which other things are known.
+        Of all that is remembered, `memory` (S,), this rank's candidates are its `share`.
         """
         self.refuse_pairs("earlier batches")
         task, device = self.queries.get("task"), memory["row"].device
@@ -335,17 +304,9 @@ class LogWeights:
 def plus(
     log_weight: LogWeights | None, num_rows: int, *terms: Term, back: bool = False, **columns: Tensor
 ) -> LogWeights:
-    """Further terms, and what the candidates' records must know for them.
+    """Further terms, and the columns (M,) that the candidates' records must have for them.
 
-    Args:
-        log_weight: What there is already, or None.
-        num_rows: B; the first B candidates are the queries' own pairs.
-        terms: See `Term`.
-        back: Where `log_weight` is None: see `LogWeights`.
-        columns: (M,) each.
-
-    Raises:
-        AnybatchError: A column is there already, with other values.
+    The first `num_rows` candidates are the queries' own pairs; `back` says where `log_weight` is None what it is of.
     """
     known = log_weight or LogWeights(queries=Examples(), candidates=Examples(), back=back)
     for name, column in columns.items():
@@ -373,13 +334,7 @@ def behind(values: Tensor, num_columns: int) -> Tensor:
 def as_log_weights(log_weight: LogWeights | Tensor, num_rows: int, num_columns: int) -> LogWeights:
     """A tensor in place of `LogWeights`: one that holds only 0 and -inf is a mask, any other is taken as normalised.
 
-    Args:
-        log_weight: A tensor broadcastable to (B, M); by row or by column it holds under several ranks and beside a
-            memory too. `LogWeights` stay as they are.
-        num_rows, num_columns: B and M.
-
-    Raises:
-        AnybatchError: A shape that does not fit, NaN or +inf.
+    One by row or by column holds under several ranks and beside a memory too. `LogWeights` stay as they are.
     """
     if isinstance(log_weight, LogWeights):
         for name, examples, expected in (

@@ -24,12 +24,16 @@ class InfoNCE(SoftmaxLoss):
         log_denominator_i = logaddexp(log_sum_i, 0)
         loss = mean_i log(1 + sum_j exp((s_ij - s_ip) / tau + b_ij))
 
+    When: the baseline, and large batches. When not: small batches, where its gradient is biased. Evidence:
+    docs/recipe.md.
+
     Args:
         scoring: See `OneTemperature`.
 
     Log-weights are added to the logits as they are.
 
-    Cost: no state. Reference: van den Oord et al. 2018, arXiv 1807.03748, equation 4.
+    Cost: no state. Reference: van den Oord et al. 2018, "Representation Learning with Contrastive
+    Predictive Coding", arXiv 1807.03748, equation 4.
 
     Example:
         >>> import torch
@@ -49,6 +53,8 @@ class DecoupledInfoNCE(SoftmaxLoss):
     """InfoNCE without the positive in the denominator, which takes away its weight on easy positives in small batches.
 
         log_denominator_i = log_sum_i
+
+    When: small batches, where the number of rows is not known. Evidence: docs/log.md, what training says.
 
     Args:
         scoring: See `OneTemperature`.
@@ -80,11 +86,15 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
     normalised log-weights (mined batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself.
     It needs no memory, and is the baseline that every memory has to beat.
 
+    When: batches above 256, and small batches where no state is wanted. When not: mined batches without inclusion
+    weights. Evidence: docs/recipe.md.
+
     Args:
         num_rows: n, rows of the data set.
         scoring: See `OneTemperature`.
 
-    Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, arXiv 2202.12387.
+    Cost: no state. Reference: SogCLR's estimator with gamma = 1, eps = 1 / (n - 1); Yuan et al. 2022, "Provable
+    Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387.
 
     Example:
         >>> import torch
@@ -116,6 +126,9 @@ class SogCLR(SoftmaxLoss):
     gamma = 1 gives, without memory, InfoNCE for eps = 1 / k, decoupled InfoNCE for eps = 0 and count-corrected InfoNCE
     for eps = 1 / (n - 1) (gradients; the values differ by a constant).
 
+    When: small batches and many visits of each row. When not: one to three passes, where there is little to average.
+    Evidence: at eight visits level with the count correction; docs/log.md, what training says.
+
     Args:
         num_rows: n, rows of the data set.
         gamma: Weight of the new batch, in (0, 1], or a `GammaSchedule`. Published: .9 constant; FastCLIP lowers it to
@@ -125,17 +138,12 @@ class SogCLR(SoftmaxLoss):
             of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
         positive: "batch", released for two modalities: minus the sum of what the batch's negatives receive, balanced
             also where u_i is stale. "exact", released for images: -u_i / (eps + u_i), less noisy where embeddings stand
-            still. None for what trained better (docs/methods.md): exact beside an absolute state with a learned
+            still. None for what trained better (docs/log.md): exact beside an absolute state with a learned
             temperature, else of the batch.
         sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
 
-    The running denominators are updated once a call, in training mode with gradients enabled, and are part of
-    `state_dict`.
-
-    Raises:
-        AnybatchError: gamma or eps out of range; in a call: `index` missing or out of range, embeddings of another
-            width.
+    Calls need `index`, and refuse embeddings of another width.
 
     Cost: 4 bytes a row and direction, 8 if the temperature is learned. Reference: Yuan et al. 2022, "Provable
     Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387, algorithm 1.

@@ -25,27 +25,19 @@ from anybatch.losses.state import State
 # Of a learned temperature: below, a cosine's float32 error is seen in the loss, and a step of its log doubles the
 # gradient.
 MIN_TEMPERATURE = 0.01
+SLOW = 0.03  # the temperature from which on FastCLIP takes a third of its rate
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """The arguments of one call, checked and normalised.
+    """The arguments of one call, checked and normalised."""
 
-    Attributes:
-        anchors: (B, D) float32 or float64.
-        candidates: (M, D).
-        index: (B,) int64 rows of the data set, or None.
-        log_weight: Log-weights and masks from the anchors to the candidates; None for 0.
-        updating: Whether this call may change state.
-        kept: By direction, what a part made at the start of the call and needs at its end.
-    """
-
-    anchors: Tensor
-    candidates: Tensor
-    index: Tensor | None
-    log_weight: LogWeights | None
-    updating: bool = False
-    kept: dict[int, Tensor] = field(default_factory=dict)
+    anchors: Tensor  # (B, D) float32 or float64
+    candidates: Tensor  # (M, D)
+    index: Tensor | None  # (B,) int64 rows of the data set
+    log_weight: LogWeights | None  # log-weights and masks from the anchors to the candidates; None for 0
+    updating: bool = False  # whether this call may change state
+    kept: dict[int, Tensor] = field(default_factory=dict)  # by direction, what a part needs again at the call's end
 
     @property
     def rows(self) -> Tensor:
@@ -102,12 +94,10 @@ class Temperature(Part):
     @abstractmethod
     def value(self) -> float:
         """At this moment; where rows differ a mean."""
-        raise NotImplementedError
 
     @abstractmethod
     def of(self, batch: Batch, direction: int) -> Tensor:
         """A scalar, attached to autograd if it is learned there, or (B,) one per row."""
-        raise NotImplementedError
 
 
 class GlobalTemperature(Temperature):
@@ -120,6 +110,8 @@ class GlobalTemperature(Temperature):
             gradient stays alive; what is read is never outside.
         rho: The loss is tau (mean_i objective_i + rho), whose factor has a derivative of its own; None for the loss as
             it is.
+        lr: A learning rate of its own, constant, and a third of it at a temperature of .03 and less (FastCLIP, as
+            published): for whoever makes the optimizer, as our Trainer does. None for that of the encoder.
     """
 
     per_row = False
@@ -131,6 +123,7 @@ class GlobalTemperature(Temperature):
         learnable: bool = False,
         limits: tuple[float, float] = (MIN_TEMPERATURE, math.inf),
         rho: float | None = None,
+        lr: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 < limits[0] < math.inf or (learnable and initial < limits[0]):
@@ -141,7 +134,7 @@ class GlobalTemperature(Temperature):
         if not initial > 0:
             raise AnybatchError(f"temperature is {initial}; expected a positive number such as 0.05.")
         check_rho(rho)
-        self.initial, self.limits, self.rho = initial, limits, rho
+        self.initial, self.limits, self.rho, self.lr = initial, limits, rho, lr
         self.log_temperature = nn.Parameter(torch.tensor(math.log(initial))) if learnable else None
 
     @property
@@ -152,23 +145,21 @@ class GlobalTemperature(Temperature):
         value = math.exp(min(self.log_temperature.item(), 700.0))  # finite, though it may have diverged
         return min(max(value, self.limits[0]), self.limits[1])
 
+    @property
+    def current_lr(self) -> float | None:
+        """Of the next step; None without a rate of its own."""
+        return self.lr if self.lr is None or self.value > SLOW else self.lr / 3
+
     def of(self, batch: Batch, direction: int) -> Tensor:
         """See `Temperature.of`."""
-        return self.like(batch.anchors, updating=batch.updating)
-
-    def like(self, tensor: Tensor, *, updating: bool) -> Tensor:
-        """The temperature as a scalar in the dtype and on the device of `tensor`, attached to autograd where it is
-        learned.
-        """
         if self.log_temperature is None:
-            return tensor.new_tensor(self.initial)
+            return batch.anchors.new_tensor(self.initial)
         limited = self.log_temperature.detach().clamp(*(math.log(limit) for limit in self.limits))
-        if (
-            updating
-        ):  # a projection, where the optimizer finds it: it need not come back from where its momentum had carried it
+        if batch.updating:
+            # A projection, where the optimizer finds it, which need not come back from where its momentum carried it.
             self.log_temperature.data.copy_(limited)
         # The value of the projected one, and a derivative at the edge as well.
-        return (self.log_temperature + (limited - self.log_temperature.detach())).to(tensor).exp()
+        return (self.log_temperature + (limited - self.log_temperature.detach())).to(batch.anchors).exp()
 
     def ask(self, side: Side, batch: Batch, direction: int) -> Side:
         """See `Part.ask`."""
@@ -206,12 +197,7 @@ class Denominator(Part):
 
     @abstractmethod
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
-        """The rule for one call and direction. It answers for the weight of the positive as well as for that of the
-        negatives, see `Rule`.
+        """The rule for one call and direction (1: positives against anchors).
 
-        Args:
-            batch: The arguments of the call.
-            direction: 0 for anchors against candidates, 1 for candidates against anchors.
-            normalised: Whether the log-weights already make the log-sum an estimate of the log-mean over the data.
+        `normalised`: the log-weights already make the log-sum an estimate of the log-mean over the data.
         """
-        raise NotImplementedError

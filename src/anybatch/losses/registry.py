@@ -138,7 +138,7 @@ class LossConfig(Configuration):
             over them, each with a memory and a learned temperature of its own. The full width is among them only if
             given. None for the embeddings as they are.
         warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once
-            (docs/memory.md).
+            (docs/outlive.md).
 
     Raises:
         AnybatchError: A value out of range, an option of another method, options that exclude each other.

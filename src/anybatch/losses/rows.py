@@ -175,10 +175,6 @@ class RowTable(nn.Module):
             num_negatives: Explicit negatives a row in this batch; their columns come one after the other behind the
                 positives, each without the rows that lack it.
             num_candidates: M, positives and explicit negatives of the batch, instead of `num_negatives`.
-
-        Raises:
-            AnybatchError: Row numbers that are none, or not of this table; more explicit negatives than the table
-                knows of.
         """
         index = as_integers(
             "index",
@@ -302,17 +298,8 @@ def inclusion_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
 
     With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows,
     to which those of other data sets add nothing: a loss that multiplies it by n - 1 has the sum over the anchor's
-    data set. Rows that never come (chance 0) weigh as the same cluster's, as no weight can stand for them.
-
-    Args:
-        plan: Its sampling knows the chances.
-        cap: Trades variance for bias; None for the exact weights.
-
-    Returns:
-        (data sets, 2, 6) float64, see `Inclusion`.
-
-    Raises:
-        AnybatchError: A cap below 1.
+    data set. Rows that never come (chance 0) weigh as the same cluster's, as no weight can stand for them. A `cap`
+    trades variance for bias; None for the exact weights. Returns (data sets, 2, 6) float64.
     """
     if cap is not None and cap < 1:
         raise AnybatchError(
@@ -343,8 +330,7 @@ def _ways(
 ) -> tuple[Tensor, Tensor]:
     """The ways of each candidate into a batch (rows that bring it) over the rows that it stands for, in its data set.
 
-    Returns:
-        (k,) int64 ascending keys data set * width + id, and (k,) float64 ways.
+    By keys data set * width + id, (k,) int64 ascending: (k,) float64.
     """
     first = np.zeros(len(positive_id), np.int64) if task is None else task.astype(np.int64) * width
     own, explicit = first + positive_id, (first[:, None] + negative_id)[negative_id >= 0]

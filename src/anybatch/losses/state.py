@@ -63,9 +63,8 @@ class State(nn.Module):
         """Bind the saved state to the number of rows, a version and a width."""
         self.register_buffer("version", torch.tensor(VERSION))
         self.register_buffer("embedding_width", torch.tensor(0))
-        self.register_buffer(
-            "shard", torch.tensor([0, 0 if self.sharded else 1, self.num_rows])
-        )  # 0 ranks: not yet known
+        ranks = 0 if self.sharded else 1  # 0: not yet known
+        self.register_buffer("shard", torch.tensor([0, ranks, self.num_rows]))
 
     def register_rows(self, name: str, *, fresh: float, directions: int, width: tuple[int, ...] = ()) -> None:
         """Register a float32 buffer (directions, rows, *width) that holds `fresh`."""
@@ -76,13 +75,7 @@ class State(nn.Module):
         self.fresh[name] = fresh
 
     def read(self, name: str, rows: Tensor, *, direction: int) -> Tensor:
-        """The entries of some rows: (R, ...).
-
-        Args:
-            name: Of the buffer.
-            rows: (R,) int64, where the state is sharded **the same on every rank**.
-            direction: Which of the row's entries.
-        """
+        """The entries of some rows, (R, ...); where the state is sharded `rows` is **the same on every rank**."""
         self._settle()
         stored = self.get_buffer(name)
         if not self.sharded:
@@ -94,9 +87,7 @@ class State(nn.Module):
         return distributed.sum_over_ranks(values)
 
     def write(self, name: str, rows: Tensor, values: Tensor, *, direction: int) -> None:
-        """Replace the entries of some rows, see `read`. A number beyond the buffer's type becomes its largest: infinity
-        would be for ever.
-        """
+        """Replace the entries of some rows. A number beyond the buffer's type becomes its largest, not infinity."""
         self._settle()
         stored = self.get_buffer(name)
         limits = torch.finfo(stored.dtype)
@@ -105,11 +96,7 @@ class State(nn.Module):
         stored[direction, place] = values[own]
 
     def check_width(self, width: int) -> None:
-        """Refuse embeddings of another width than the state was made from.
-
-        Raises:
-            AnybatchError: They are.
-        """
+        """Refuse embeddings of another width than the state was made from."""
         if int(self.embedding_width) not in (0, width):
             raise AnybatchError(
                 f"The loss remembers rows by embeddings of {int(self.embedding_width)} dimensions, these have {width}. "
@@ -121,13 +108,9 @@ class State(nn.Module):
         """Make room for rows appended to the data set: the loss becomes that for `num_rows` rows, and the old ones keep
         their states.
 
-        Whatever is remembered per row gets entries behind the old ones, as in a loss just made; what follows from the
-        number of rows (`eps=None`, ...) follows from the new one. Nothing to do for a loss that depends on no number of
-        rows. Parameters, which an optimizer may hold, are neither replaced nor resized. Buffers are replaced; grow
-        before the loss is wrapped in DDP, on every rank.
-
-        Raises:
-            AnybatchError: Fewer rows than before.
+        The new ones are as in a loss just made, and what follows from the number of rows (`eps=None`, ...) follows from
+        the new one. Buffers are replaced, parameters, which an optimizer may hold, are not; grow before the loss is
+        wrapped in DDP, on every rank.
         """
         growing = [part for part in self.modules() if isinstance(part, State) and part.num_rows is not None]
         for part in growing:
@@ -138,9 +121,8 @@ class State(nn.Module):
                 continue
             part.shard[2] = num_rows
             rank, ranks = part.shard[:2].tolist()
-            for name, fresh in (
-                part.fresh.items() if ranks else ()
-            ):  # row r is its owner's number r // ranks: none moves
+            for name, fresh in part.fresh.items() if ranks else ():
+                # Row r is its owner's number r // ranks: none moves.
                 setattr(part, name, _extended(part.get_buffer(name), _stored(num_rows, rank, ranks), fresh))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
@@ -158,12 +140,7 @@ class State(nn.Module):
         """Refuse a saved state whose entries fit and mean something else: a hook, which does nothing here."""
 
     def _settle(self) -> None:
-        """Decide, from the process group at this moment, which rows of a sharded state this rank stores. Every use does
-        so.
-
-        Raises:
-            AnybatchError: It was decided before, for another number of ranks, and something is stored.
-        """
+        """Decide, from the process group at this moment, which rows of a sharded state this rank stores."""
         if not self.sharded:
             return
         rank, ranks = distributed.rank(), distributed.world_size()
@@ -201,10 +178,8 @@ class State(nn.Module):
         missing, unexpected = (
             sorted(name.removeprefix(prefix) for name in names) for names in (wanted - saved, saved - wanted)
         )
-        elsewhere = (
-            prefix and not saved
-        )  # a part of a model, whose state may have its own file; strictly, torch refuses it
-        if (missing or unexpected) and not elsewhere:
+        # Of a part of a model the state may have its own file; strictly, torch refuses that.
+        if (missing or unexpected) and (saved or not prefix):
             raise AnybatchError(
                 f"The saved state is of another loss than this {type(self).__name__}: missing are {_listed(missing)}, "
                 "unknown here are "
@@ -250,11 +225,7 @@ class State(nn.Module):
 def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One whole state from the state dictionaries of all ranks of a loss whose state is sharded, in any order.
 
-    It loads into a whole state, and into a sharded one of any number of ranks. Needs no process group: read the ranks'
-    files.
-
-    Raises:
-        AnybatchError: A shard is missing or comes twice.
+    It loads into a whole state, and into a sharded one of any number of ranks.
     """
     whole = dict(states[0])
     for prefix in [name.removesuffix("shard") for name in whole if name.split(".")[-1] == "shard"]:
@@ -285,14 +256,8 @@ def grown_state(state: Mapping[str, Tensor], loss: nn.Module) -> dict[str, Tenso
     """A whole saved state, made to fit a loss for a data set to which rows were appended.
 
     `loss.load_state_dict(grown_state(torch.load(path), loss))` is the explicit request without which a state of another
-    size is refused. The old rows come back as they were saved; the new ones are as in a loss just made.
-
-    Args:
-        state: What `loss.state_dict()` gave, of fewer rows or as many.
-        loss: Any loss of the library, or a module that holds some: made for the new number of rows, or grown to it.
-
-    Raises:
-        AnybatchError: The state has more rows, or is a shard (join them first).
+    size is refused. The old rows come back as they were saved; the new ones are as in a loss just made. `loss` (or a
+    module that holds some) is made for the new number of rows, or grown to it.
     """
     grown = dict(state)
     for path, module in loss.named_modules(remove_duplicate=False):  # a state has an entry for every name
@@ -312,17 +277,20 @@ def grown_state(state: Mapping[str, Tensor], loss: nn.Module) -> dict[str, Tenso
 
 def occurrences(inverse: Tensor, num_groups: int) -> Iterator[Tensor]:
     """Positions of the first member of each group, of the second, and so on: one of each group at a time, so that
-    additions have a fixed order.
-
-    Args:
-        inverse: (b,) int64, the group of each position.
-        num_groups: Groups, 0 to num_groups - 1.
+    additions have a fixed order. `inverse` (b,) says the group of each position.
     """
     count = torch.bincount(inverse, minlength=num_groups)
     order = torch.argsort(inverse, stable=True)
     place = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[inverse[order]]
     for number in range(int(count.max()) if len(order) else 0):
         yield order[place == number]
+
+
+def last_places(rows: Tensor) -> Tensor:
+    """The place of the last occurrence of each of these rows, ascending."""
+    distinct, inverse = torch.unique(rows, return_inverse=True)
+    numbers = torch.arange(len(rows), device=rows.device)
+    return torch.zeros_like(distinct).scatter_reduce_(0, inverse, numbers, "amax").sort().values
 
 
 def _check_entries(module: nn.Module, state: Mapping[str, Any], prefix: str, *, stored: int | None = None) -> None:

@@ -3,7 +3,7 @@
 A moving average over few epochs has little to average, so `warm_start` computes every row's log-mean.
 
 Cost: encoding the data once (not done here), then n x n x D multiply-adds and as many exponentials a direction. With W
-ranks each takes its share of the rows. docs/memory.md has measured figures.
+ranks each takes its share of the rows. docs/benchmarks/memory.md has measured figures.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ BLOCK_ROWS = 4096  # rows a rank answers between two gathers
 
 
 def running_denominator_of(loss: nn.Module) -> RunningDenominator:
-    """The running denominator of a loss, if it holds the log-mean over all negatives.
-
-    Raises:
-        AnybatchError: It has none, or one that means something else: chains (EMC2), margins (NUCLR), dropped negatives
-            (GloFND); or options change which negatives count.
-    """
+    """The running denominator of a loss; refuses one that holds something else than the log-mean over all negatives."""
     running = loss.running_without_options if isinstance(loss, ContrastiveLoss) else None
     if isinstance(loss, ContrastiveLoss) and isinstance(running, RunningDenominator) and loss.changing:
         raise AnybatchError(
@@ -106,8 +101,8 @@ def warm_start(
             # 1. This rank's share of a block of rows.
             stop = min(start + height, num_rows)
             sizes = distributed.shares(stop - start)
-            first = start + sum(sizes[: distributed.rank()])
-            rows = slice(first, first + sizes[distributed.rank()])
+            own = distributed.own_part(sizes)
+            rows = slice(start + own.start, start + own.stop)
             temperature = _temperature(loss, table, rows, direction).double()
             log_mean, positive = exact_log_mean(
                 table.reversed() if direction else table, rows, temperature=temperature, tile_bytes=tile_bytes
@@ -124,21 +119,14 @@ def warm_start(
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The two sides of a data set, from one direction's point of view; `make_table` checks them.
+    """The two sides of a data set, from one direction's point of view; `make_table` checks them."""
 
-    Attributes:
-        queries, targets: (n, D) arrays, memory maps or tensors; row i of the one belongs to row i of the other.
-        query_id, target_id: (n,) int64; equal for equal content. None if all differ.
-        normalize: L2-normalise rows when they are read.
-        device: Where to compute.
-    """
-
-    queries: Embeddings
-    targets: Embeddings
-    query_id: Tensor | None
+    queries: Embeddings  # (n, D) array, memory map or tensor
+    targets: Embeddings  # (n, D), row i belongs to row i of the queries
+    query_id: Tensor | None  # (n,) int64; equal for equal content; None if all differ
     target_id: Tensor | None
-    normalize: bool
-    device: torch.device
+    normalize: bool  # L2-normalise rows when they are read
+    device: torch.device  # where to compute
 
     def reversed(self) -> Table:
         """The candidate-to-anchor direction."""
@@ -162,11 +150,7 @@ def make_table(
     normalize: bool,
     device: torch.device,
 ) -> Table:
-    """A table of anchors against positives.
-
-    Raises:
-        AnybatchError: Shapes that do not fit, or one kind of id without the other.
-    """
+    """A table of anchors against positives."""
     if anchors.ndim != 2 or tuple(anchors.shape) != tuple(positives.shape):
         raise AnybatchError(
             f"anchors have shape {tuple(anchors.shape)} and positives {tuple(positives.shape)}; "
@@ -190,11 +174,7 @@ def exact_log_mean(
 ) -> tuple[Tensor, Tensor]:
     """Log of the mean of exp(relative logit) over all other rows' targets, of which those of equal content add 0.
 
-    Args:
-        table: The data set.
-        rows: Which rows; few enough that (rows, D) and a column or so of scores fit.
-        temperature: Similarities are divided by it: a number, or (R,) one a row.
-        tile_bytes: See `warm_start`.
+    For R `rows`, few enough that (R, D) and a column or so of scores fit, at a temperature or (R,) one a row.
 
     Returns:
         (R,) float64, -inf without negatives; and the logits of the rows' own targets, that it is relative to.

@@ -8,11 +8,10 @@ import numpy as np
 from scipy import sparse
 
 from anybatch.mining.graph import MiningGraph, Window
-from anybatch.mining.inputs import first_rows
+from anybatch.mining.inputs import BLOCK_ROWS, first_rows
 from anybatch.mining.neighbors import Neighbors
 
 TEMPERATURE = 0.05  # of the softmax mass, as that of `inspect_plan`
-BLOCK_ROWS = 65536
 WEAK_TEACHER = 0.4  # own positives first: midway between MiniLM, .70, and LSA of 128 dimensions, .21, on 10,000 pairs
 MUCH_MASKED = 1 / 3  # of made pairs a teacher that knows them has .06 and less, one that does not .5 to .8
 MANY_SUSPECTS = 1.0  # an anchor: .1 to .4 were measured at the default conflict weight, 1.3 in the published recipe
@@ -56,15 +55,7 @@ class Audit:
 
 
 def audit_clusters(graph: MiningGraph, cluster: np.ndarray, *, anchor_id: np.ndarray, positive_id: np.ndarray) -> Audit:
-    """Count.
-
-    Args:
-        graph: From `build_graph`.
-        cluster: (n,) int; -1 for none.
-        anchor_id, positive_id: (n,) int, equal for identical texts.
-
-    Cost: one pass over the edges.
-    """
+    """Count, in one pass over the edges: `cluster` (n,) int, -1 for none; ids (n,) int, equal for identical texts."""
     num_rows, beside = len(cluster), Beside(cluster, first_rows(positive_id))
     sizes = np.bincount(cluster[cluster >= 0])
     sizes = sizes[sizes > 0]
@@ -88,12 +79,7 @@ def together_by_chance(cluster: np.ndarray) -> float:
 
 
 class Beside:
-    """Who sits beside an anchor: how many rows of a cluster have a text.
-
-    Args:
-        cluster: (n,) int; -1 for none.
-        text: (n,) int, of each row the row that was ranked for its text (`first_rows`).
-    """
+    """Who sits beside an anchor: how many rows of a `cluster` (n,) have a `text` (n,), as `first_rows` numbers them."""
 
     def __init__(self, cluster: np.ndarray, text: np.ndarray) -> None:
         self.cluster, self.rows_of_text = cluster, np.bincount(text, minlength=len(text))
@@ -122,17 +108,11 @@ class Beside:
 def teacher_figures(
     neighbors: Neighbors, window: Window, *, text: np.ndarray, block_rows: int = BLOCK_ROWS
 ) -> tuple[float, float]:
-    """How far the teacher can be trusted.
-
-    Args:
-        neighbors: Its ranking of all rows, at least as deep as the window.
-        window: Whose margin suspects.
-        text: (n,) int, of each row the row that was ranked for its text (`first_rows`).
-        block_rows: Anchors looked at at once: some 60 MB at the default window.
+    """How far the teacher can be trusted, from its ranking of all rows; `text` (n,) as `first_rows` numbers them.
 
     Returns:
         The share of anchors whose own positive scores above every other row's, its recall@1; and the share of the
-        softmax mass of an anchor's ranked texts that the margin suspects, of any cluster.
+        softmax mass of an anchor's ranked texts that the window's margin suspects, of any cluster.
     """
     rows_of_text, sums = np.bincount(text, minlength=len(text)), np.zeros(2)
     everything = replace(window, skip=0, take=window.depth)

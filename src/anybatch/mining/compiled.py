@@ -1,4 +1,4 @@
-"""Compiled loops, and a cache of them on disk that may be missing. Imports nothing of ours."""
+"""Compiled loops, and a cache of them on disk that may be missing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ class _Cache(FunctionCache):
 
 
 def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """`numba.njit`, with the machine code kept where numba finds a place: beside this file, or in the user's cache
-    folder.
+    """`numba.njit`, with the machine code kept where numba finds a place: beside this file, or in the user's cache.
 
-    With `cache=True` instead, numba refuses to define the function where it finds none: in a read-only installation
-    without a home.
+    With `cache=True` numba refuses to define the function where it finds none: a read-only installation without a home.
     """
     if function is None:
         return lambda given: compiled(given, **options)

@@ -105,12 +105,7 @@ class SettledConfig(MiningConfig):
     conflict_weight: Annotated[float, Range(0, 1e6)] = CONFLICT_WEIGHT
 
     def window_for(self, num_rows: int, num_texts: int, asked: RankWindow | None = None) -> tuple[Window, Window]:
-        """The window as asked for, and as a data set can fill it.
-
-        Args:
-            num_rows, num_texts: Of the data set: its rows, and their distinct positives.
-            asked: Its own window; None for the configuration's.
-        """
+        """The window as asked for by a data set (None: by the configuration), and as its distinct texts can fill it."""
         asked = self.window if asked is None else asked
         ranks = auto_window(self.method, self.cluster_size, num_rows, num_texts) if asked == "auto" else asked
         window = Window(*ranks, self.margin)

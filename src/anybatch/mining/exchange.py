@@ -16,36 +16,23 @@ TRIALS = 8  # members looked at before an exchange
 
 
 class SearchGraph(NamedTuple):
-    """The signed graph, and which rows must be kept apart.
+    """The signed graph, a symmetric CSR matrix, and which rows must be kept apart."""
 
-    Attributes:
-        indptr, indices, data: (n + 1,) int64, (e,) int32, (e,) float32: symmetric CSR of the signed weights.
-        duplicates: (n,) bool, rows that share an anchor or a positive with another.
-        anchor_id, positive_id: (n,) int64, equal for identical texts.
-        known: Ascending keys anchor * width + positive of pairs that other rows know to match; at the end the width.
-    """
-
-    indptr: np.ndarray
-    indices: np.ndarray
-    data: np.ndarray
-    duplicates: np.ndarray
-    anchor_id: np.ndarray
+    indptr: np.ndarray  # (n + 1,) int64
+    indices: np.ndarray  # (e,) int32
+    data: np.ndarray  # (e,) float32, the signed weights
+    duplicates: np.ndarray  # (n,) bool, rows that share an anchor or a positive with another
+    anchor_id: np.ndarray  # (n,) int64, equal for identical texts
     positive_id: np.ndarray
-    known: np.ndarray
+    known: np.ndarray  # ascending keys anchor * width + positive of pairs that other rows know; at the end the width
 
 
 class Clusters(NamedTuple):
-    """Where each row is.
+    """Where each row is."""
 
-    Attributes:
-        cluster: (n,) int32, 0 to C; C is the pool.
-        members: (C + 1, K) int32, the rows of each cluster and of the pool; -1 for nobody.
-        tie: (n,) float32, each row's signed weight into its own cluster, 0 in the pool; only `anneal` reads it.
-    """
-
-    cluster: np.ndarray
-    members: np.ndarray
-    tie: np.ndarray
+    cluster: np.ndarray  # (n,) int32, 0 to C; C is the pool
+    members: np.ndarray  # (C + 1, K) int32, the rows of each cluster and of the pool; -1 for nobody
+    tie: np.ndarray  # (n,) float32, each row's signed weight into its own cluster, 0 in the pool; for `anneal`
 
 
 @compiled

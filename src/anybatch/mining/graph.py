@@ -1,4 +1,4 @@
-"""From rankings to one signed graph: wanted edges positive, suspected false negatives negative. Imports neighbours.
+"""From rankings to one signed graph: wanted edges positive, suspected false negatives negative.
 
 Ranks are of distinct positives (texts). A text that several rows have is one rank; only the edges of the graph, which
 join rows, lead to some of its rows.
@@ -64,11 +64,7 @@ class Window:
         return replace(self, skip=int(np.cumprod(suspected.mean(axis=0) >= UNSURE).sum()))
 
     def cut(self, neighbors: Neighbors) -> tuple[np.ndarray, np.ndarray]:
-        """Which of each row's neighbours are wanted negatives, and which are suspected to be false ones.
-
-        Returns:
-            Two bool arrays (rows, depth): wanted, suspected. Missing neighbours are neither.
-        """
+        """(rows, depth) bool twice: which neighbours are wanted negatives, and which suspected to be false ones."""
         check_at_least("skip", self.skip, 0)
         check_at_least("take", self.take, 1)
         present = neighbors.ids[:, : self.depth] >= 0
@@ -144,7 +140,7 @@ def build_graph(
         raise AnybatchError(
             f"A neighbour is row {int(ids.max())} of {num_rows}. Search the neighbours of these rows anew."
         )
-    wanted, conflict = (_csr(ids, chosen, num_rows) for chosen in window.cut(neighbors))
+    wanted, conflict = (_matrix(ids[chosen], chosen.sum(axis=1), num_rows) for chosen in window.cut(neighbors))
     text = np.arange(num_rows) if text is None else np.asarray(text)
     joined, conflicts = (_to_rows(matrix, text, seed) for matrix in (wanted, conflict))
     if edges == "mutual":
@@ -152,10 +148,6 @@ def build_graph(
     weight = sparse.csr_matrix(joined + joined.T, dtype=np.float32)
     weight.sort_indices()
     return MiningGraph(window=wanted, conflict=conflict, weight=weight, apart=conflicts + conflicts.T)
-
-
-def _csr(ids: np.ndarray, chosen: np.ndarray, num_rows: int) -> sparse.csr_matrix:
-    return _matrix(ids[chosen], chosen.sum(axis=1), num_rows)
 
 
 def _matrix(indices: np.ndarray, counts: np.ndarray, num_rows: int) -> sparse.csr_matrix:

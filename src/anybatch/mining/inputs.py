@@ -22,30 +22,18 @@ def check_at_least(name: str, value: int, least: int) -> None:
 
 
 def compact_ids(num_rows: int, **ids: np.ndarray | None) -> tuple[np.ndarray, ...]:
-    """Ids of any size as (num_rows,) int64 numbers below num_rows, equal where the ids are equal; None: all differ.
-
-    Raises:
-        AnybatchError: Not one whole number for each row; negative ones.
-    """
-    return tuple(
-        np.arange(num_rows) if given is None else _compact(name, given, num_rows) for name, given in ids.items()
-    )
-
-
-def _compact(name: str, given: np.ndarray, num_rows: int) -> np.ndarray:
-    found = as_ids(name, given)
-    if found.shape != (num_rows,):
-        raise AnybatchError(f"{name} has shape {found.shape}; expected ({num_rows},), one id for each row.")
-    return renumbered(found)
+    """Ids of any size as (num_rows,) int64 numbers below num_rows, equal where the ids are equal; None: all differ."""
+    found = []
+    for name, given in ids.items():
+        numbers = np.arange(num_rows) if given is None else as_ids(name, given)
+        if numbers.shape != (num_rows,):
+            raise AnybatchError(f"{name} has shape {numbers.shape}; expected ({num_rows},), one id for each row.")
+        found.append(numbers if given is None else renumbered(numbers))
+    return tuple(found)
 
 
 def check_embeddings(name: str, embeddings: np.ndarray, num_rows: int | None = None, *, zeros: bool = False) -> None:
-    """Refuse embeddings that cannot be ranked.
-
-    Raises:
-        AnybatchError: No array of numbers; wrong shape or number of rows; NaN, infinite or (without `zeros`) all-zero
-            rows, with the first of them.
-    """
+    """Refuse embeddings that cannot be ranked; rows of all zeros too, without `zeros`."""
     if not isinstance(embeddings, np.ndarray) or embeddings.dtype.kind not in "fiu":
         given = f"an array of {embeddings.dtype}" if isinstance(embeddings, np.ndarray) else type(embeddings).__name__
         raise AnybatchError(

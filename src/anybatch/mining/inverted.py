@@ -1,7 +1,7 @@
 """The teacher's ranking, approximately: documents in k-means cells, of which each query visits the nearest.
 
 A query block visits cell after cell: the queries that want a cell are compared with all of its documents at once, so
-the work is matrix products, as in `exact_neighbors`. Imports distributed and blocks.
+the work is matrix products, as in `exact_neighbors`.
 """
 
 from __future__ import annotations
@@ -48,20 +48,13 @@ def ivf_neighbors(
         C = 4 sqrt(d) unit centroids, by k-means; a document belongs to the cell whose centroid it has the largest inner
         product with, a query visits the num_probes cells whose centroids it has the largest inner products with
 
+    Further arguments and errors as in `exact_neighbors`; `folder` holds the cells and the sorted documents too.
+
     Args:
-        queries, documents, num_neighbors, anchor_id, positive_id, columns, device, progress, unit_rows: See
-            `exact_neighbors`.
         target_recall: Wanted share of the true top k. For a sample of queries the true neighbours are searched; the
             cells that they lie in say what recall any number of visited cells gives, without another search. The least
             number is taken whose recall is a standard error above the target.
         seed: Of k-means and of the sample.
-        folder: See `exact_neighbors`; it holds the cells and the sorted documents too.
-
-    Returns:
-        The neighbours; `recall` is that of the sample with the cells visited, `num_probes` their number.
-
-    Raises:
-        AnybatchError: See `exact_neighbors`.
 
     Cost: multiplications: k-means TRAIN_ROWS * ROUNDS * C * C * D, finding cells 2 n C D, the sample SAMPLE * n * D,
         the search n * n * D * (share of the documents visited). Under several ranks only the search is shared; rank 0
@@ -121,7 +114,9 @@ class _Cells:
         every = np.arange(self.num_cells + 1, dtype=np.int32)
         centroids = Piece(every[:-1], as_tensor(self.arrays["centroids"], self.device))
         nobody = np.full(len(block), self.num_cells)  # no centroid is any query's own
-        visits, _ = best_columns(block, nobody, [centroids], num_probes, ids=(every, every))
+        visits, _ = best_columns(
+            block, nobody, [centroids], num_probes, ids=(every, every), by_loop=block.device.type == "cpu"
+        )
         order = np.argsort(visits, axis=None, kind="stable")
         lines, cells = order // num_probes, visits.ravel()
         ends = np.cumsum(np.bincount(cells, minlength=self.num_cells)).tolist()

@@ -89,7 +89,8 @@ def mine_plan(
     Cost: neighbours n * d * D for d distinct positives (exact); then a few seconds for each 100,000 rows. Memory 8
         bytes a row and rank of the window, and about as much again three times for the graph.
 
-    Reference: B3, arXiv 2505.11293, section 3, and what this library does differently in docs/mining.md.
+    Reference: Thirukovalluru et al. 2025, "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch
+    Mining", arXiv 2505.11293, section 3, and what this library does differently in docs/choose.md.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
@@ -152,12 +153,9 @@ def mine_shared(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """What all ranks share of `mine_plan`: the neighbours.
+    """What all ranks share of `mine_plan`: the neighbours. Rank 0 then finds them in `folder`, and does the rest.
 
-    Rank 0 then finds them finished in `folder`, and does the rest by itself. Arguments as in `mine_plan`.
-
-    Raises:
-        AnybatchError: What `mine_plan` refuses, on every rank and before the search.
+    Arguments and errors as in `mine_plan`; every rank refuses, before the search.
     """
     num_rows, settled = len(anchor_embeddings), config.settled()
     check_sizes(num_rows, config=config, sets=sets)
@@ -173,11 +171,7 @@ def mine_shared(
 def random_plan(
     num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = (), data_digest: str = ""
 ) -> BatchPlan:
-    """Random batches with the data sets, shares and mixing of `config`; every row is its own cluster. See `mine_plan`.
-
-    Raises:
-        AnybatchError: See `check_sizes`; `config.method` is taken for "random", whatever it is.
-    """
+    """Random batches with the data sets, shares and mixing of `config`, whatever its method. See `mine_plan`."""
     check_sizes(num_rows, config=replace(config, method="random", conflict_weight="auto", num_negatives=0), sets=sets)
     return BatchPlan(
         cluster=np.arange(num_rows, dtype=np.int32),
@@ -188,12 +182,7 @@ def random_plan(
 
 
 def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = ()) -> None:
-    """Refuse what no search can mend, before it: the same on every rank, because it reads nothing but sizes.
-
-    Raises:
-        AnybatchError: A batch that is no whole number of clusters, more than the rows, or more than an epoch's
-            clusters.
-    """
+    """Refuse what no search can mend, before it: the same on every rank, because it reads nothing but sizes."""
     settled, given = config.settled(), [one for one, _ in _given_sets(sets, num_rows)]
     if num_rows < config.batch_size:
         raise AnybatchError(
@@ -227,24 +216,17 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
 
 
 class _Set(NamedTuple):
-    """One data set on its way to clusters.
-
-    Attributes:
-        ids: anchor_id and positive_id, (rows,) int.
-        text: Of each row the first one with its positive, which stands for it where positives are ranked.
-        window, asked: As its texts allow it, and as the configuration says.
-        auto: Whether the teacher's scores say how many ranks are skipped.
-    """
+    """One data set on its way to clusters."""
 
     name: str
     rows: slice
     anchors: np.ndarray
     positives: np.ndarray
-    ids: dict[str, np.ndarray]
-    text: np.ndarray
-    window: Window
-    asked: Window
-    auto: bool
+    ids: dict[str, np.ndarray]  # anchor_id and positive_id, (rows,) int
+    text: np.ndarray  # of each row the first one with its positive, which stands for it where positives are ranked
+    window: Window  # as its texts allow it
+    asked: Window  # as the configuration says
+    auto: bool  # whether the teacher's scores say how many ranks are skipped
     folder: Path | None
     progress: Progress
 
@@ -384,11 +366,7 @@ def _begin(one: _Set, config: SettledConfig, graph: MiningGraph, neighbors: Neig
 
 
 def _given_sets(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSet, slice]]:
-    """Each data set with its rows.
-
-    Raises:
-        AnybatchError: Names that occur twice; sizes that do not add up to the rows.
-    """
+    """Each data set with its rows."""
     given = list(sets) or [MiningSet(name="data", num_rows=num_rows)]
     if len({one.name for one in given}) < len(given) or sum(one.num_rows for one in given) != num_rows:
         sizes = ", ".join(f"{one.name}: {one.num_rows}" for one in given)

@@ -23,7 +23,7 @@ from torch import Tensor
 from anybatch.core.blocks import BlockArrays
 from anybatch.core.errors import AnybatchError
 from anybatch.mining.inputs import as_tensor, check_at_least, check_embeddings, compact_ids, identity_of
-from anybatch.mining.top import Piece, best_columns, best_columns_on_device, workers
+from anybatch.mining.top import Piece, best_columns, workers
 
 UNIT_ROWS = 512  # queries whose reservoirs a thread holds at once
 DEVICE_ROWS = 4096  # the same on an accelerator
@@ -63,22 +63,14 @@ class Neighbors:
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """What is searched, checked: of each query the `num_neighbors` best documents that share no text with its row.
+    """What is searched, checked: of each query the `num_neighbors` best documents that share no text with its row."""
 
-    Attributes:
-        queries, documents: (n, D), row i's own document being document i.
-        num_neighbors: k.
-        ids: Anchor and positive ids, (n,) int64 below n each: the compiled search checks no index.
-        columns: (d,) int32, the documents that are searched, ascending.
-        device: Where to compute; None for the compiled search.
-    """
-
-    queries: np.ndarray
-    documents: np.ndarray
+    queries: np.ndarray  # (n, D)
+    documents: np.ndarray  # (n, D), document i being row i's own
     num_neighbors: int
-    ids: tuple[np.ndarray, ...]
-    columns: np.ndarray
-    device: str | None
+    ids: tuple[np.ndarray, ...]  # of anchors and positives, (n,) int64 below n: the compiled search checks no index
+    columns: np.ndarray  # (d,) int32, the documents that are searched, ascending
+    device: str | None  # None for the compiled search
 
     @classmethod
     def checked(
@@ -90,11 +82,7 @@ class Search:
         device: str | None,
         **ids: np.ndarray,
     ) -> Search:
-        """With any integers as ids; columns of None are all documents.
-
-        Raises:
-            AnybatchError: Embeddings without a ranking; sizes that do not fit together.
-        """
+        """With any integers as ids; columns of None are all documents."""
         check_at_least("num_neighbors", num_neighbors, 1)
         check_embeddings("query", queries, zeros=True)
         check_embeddings("document", documents, zeros=True)
@@ -157,7 +145,7 @@ def exact_neighbors(
         unit_rows: Queries that are searched together; None for what the caches hold.
 
     Raises:
-        AnybatchError: Several ranks without a folder; a folder that cannot be written.
+        AnybatchError: Embeddings without a ranking; several ranks without a folder; a folder that cannot be written.
 
     Cost: n * n * D multiplications; see the module for memory. With `folder` also one pass over the embeddings for
         their digest; two barriers under several ranks.
@@ -194,12 +182,7 @@ def search_units(
 ) -> Neighbors:
     """What exact and approximate search share: units of queries, several at once, recorded block by block.
 
-    Args:
-        search: What is searched.
-        units: All queries of the result.
-        pieces: From a unit's query embeddings to the documents that they are compared with, a few thousand at a time.
-        folder, progress: See `exact_neighbors`.
-        identity: Of the folder's contents; see `BlockArrays`.
+    `pieces` leads from a unit's query embeddings to the documents that they are compared with, some thousand at a time.
     """
     num_results, k = sum(len(rows) for _, rows in units), search.num_neighbors
     blocks = [units[start : start + BLOCK_UNITS] for start in range(0, len(units), BLOCK_UNITS)]
@@ -215,17 +198,17 @@ def search_units(
         rows=lambda block: np.concatenate([np.arange(num_results)[places] for places, _ in blocks[block]]),
     )
     ids, scores, own_score = (kept.arrays[name] for name in ("ids", "scores", "own_score"))
-    best = best_columns if search.device is None else best_columns_on_device
+    by_loop = search.device is None
 
     def run(unit: Unit) -> None:
         places, rows = unit
         block = as_tensor(search.queries[rows], search.device)
-        ids[places], scores[places] = best(block, rows, pieces(block), k, ids=search.ids)
+        ids[places], scores[places] = best_columns(block, rows, pieces(block), k, ids=search.ids, by_loop=by_loop)
         own = (block * as_tensor(search.documents[rows], search.device)).sum(dim=1)
         own_score[places] = own.cpu().numpy()
 
     share, left = kept.share(), kept.mine()
-    with workers() if search.device is None else nullcontext(map) as spread:
+    with workers() if by_loop else nullcontext(map) as spread:
         for number, block in enumerate(left, start=len(share) - len(left) + 1):
             list(spread(run, blocks[block]))
             kept.finish(block)

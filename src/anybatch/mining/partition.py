@@ -23,16 +23,9 @@ HOT, COLD = 1.2, 0.35
 
 
 def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: bool, seed: int = 0) -> np.ndarray:
-    """METIS on a graph with positive weights.
+    """METIS on a graph, (n, n) symmetric CSR with weights >= 0: (n,) int32 clusters of roughly equal size.
 
-    Args:
-        weight: (n, n) symmetric CSR, weights >= 0.
-        num_clusters: C.
-        recursive: Recursive bisection (ours), or k-way with default options (the published call).
-        seed: METIS's.
-
-    Returns:
-        (n,) int32; sizes are roughly, not exactly, equal.
+    By recursive bisection (ours), or k-way with default options (the published call).
     """
     import pymetis
 
@@ -53,11 +46,7 @@ def metis_clusters(weight: sparse.csr_matrix, num_clusters: int, *, recursive: b
 
 
 def whole_weights(weight: sparse.csr_matrix) -> np.ndarray:
-    """METIS takes whole numbers: sixteenths of the mean weight.
-
-    Raises:
-        AnybatchError: Weights that are negative or no numbers, or none above 0.
-    """
+    """METIS takes whole numbers: sixteenths of the mean weight."""
     if not len(weight.data):
         return np.zeros(0, np.int32)
     mean = weight.data.mean(dtype=np.float64)
@@ -89,7 +78,7 @@ def equal_clusters(
     The first and the last sweep take, for each row, the best exchange with the two clusters that attract it most. Those
     between anneal: a row is drawn to a cluster by its ties there, changes places with a member that holds little to it,
     and losses are taken with a chance that falls from sweep to sweep. A single pair of rows is moved at a time; moving
-    groups of 2, 4 or 8 gained nothing over that (docs/mining.md).
+    groups of 2, 4 or 8 gained nothing over that (docs/log.md).
 
     Args:
         start: (n,) int clusters 0 .. n // cluster_size - 1 of any sizes.

@@ -12,13 +12,7 @@ from anybatch.mining.neighbors import Neighbors
 def kmeans_clusters(anchors: np.ndarray, positives: np.ndarray, num_clusters: int, *, seed: int = 0) -> np.ndarray:
     """Cells of k-means over the doubled vectors [anchor; positive]: near anchors or near positives sit together.
 
-    Args:
-        anchors, positives: (n, D) float.
-        num_clusters: Cells.
-        seed: Of the first centroids.
-
-    Returns:
-        (n,) int32 of any sizes.
+    (n,) int32 of any sizes.
 
     Cost: n * num_clusters * 2 D multiplications, and as many for each round of k-means; a float32 copy of both sides.
     Reference: TAS-Balanced, arXiv 2104.06967; the doubled vectors are CDE's, arXiv 2410.02525.
@@ -29,9 +23,6 @@ def kmeans_clusters(anchors: np.ndarray, positives: np.ndarray, num_clusters: in
 
 def bandwidth_clusters(weight: sparse.csr_matrix, num_clusters: int) -> np.ndarray:
     """Consecutive rows of the order that gathers the graph's edges round the diagonal (reverse Cuthill-McKee).
-
-    Returns:
-        (n,) int32; all of equal size but for the last rows, which join the last cluster.
 
     Reference: GCBS, Sachidananda et al. 2023, "Global Selection of Contrastive Batches via Optimization on Sample
     Permutations".
@@ -45,9 +36,6 @@ def loss_ordered_clusters(neighbors: Neighbors, num_clusters: int, *, temperatur
 
     The loss of row i is logsumexp over its neighbours of (s_ij - s_ii) / temperature.
 
-    Returns:
-        (n,) int32; all of equal size but for the last rows, which join the last cluster.
-
     Reference: ordered SGD over batches of contrastive losses, arXiv 2307.05906.
     """
     relative = (neighbors.scores - neighbors.own_score[:, None]) / temperature
@@ -55,6 +43,7 @@ def loss_ordered_clusters(neighbors: Neighbors, num_clusters: int, *, temperatur
 
 
 def _consecutive(order: np.ndarray, num_clusters: int) -> np.ndarray:
+    """(n,) int32; all of equal size but for the last rows, which join the last cluster."""
     cluster = np.empty(len(order), np.int32)
     cluster[order] = np.minimum(np.arange(len(order)) // (len(order) // num_clusters), num_clusters - 1)
     return cluster

@@ -33,21 +33,21 @@ Unit = TypeVar("Unit")
 
 
 class Piece(NamedTuple):
-    """Some columns, and the rows of the block that they are compared with.
+    """Some columns, and the rows of the block that they are compared with."""
 
-    Attributes:
-        columns: (w,) int32 column numbers.
-        documents: (w, D) float32 on the block's device.
-        lines: (b,) int64 places in the block; None for all.
-    """
-
-    columns: np.ndarray
-    documents: Tensor
-    lines: np.ndarray | None = None
+    columns: np.ndarray  # (w,) int32 column numbers
+    documents: Tensor  # (w, D) float32 on the block's device
+    lines: np.ndarray | None = None  # (b,) int64 places in the block; None for all
 
 
 def best_columns(
-    block: Tensor, rows: np.ndarray, pieces: Iterable[Piece], num_kept: int, *, ids: tuple[np.ndarray, ...]
+    block: Tensor,
+    rows: np.ndarray,
+    pieces: Iterable[Piece],
+    num_kept: int,
+    *,
+    ids: tuple[np.ndarray, ...],
+    by_loop: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best of all pieces for each query, without those that share an anchor or positive with it.
 
@@ -60,6 +60,7 @@ def best_columns(
         pieces: What to compare with; no column twice for a row.
         num_kept: k.
         ids: Anchor and positive ids, (n,) int64 each, of all rows.
+        by_loop: By the compiled loop, for a block on the CPU; else by torch operations alone.
 
     Returns:
         ids (B, k) int32, -1 where there are fewer; scores (B, k) float32, -inf there. On an accelerator, which of
@@ -67,18 +68,7 @@ def best_columns(
 
     Cost: B * D multiplications a column; B * max(2k, k + 64) * 8 bytes and one tile.
     """
-    keep = _Compiled if block.device.type == "cpu" else _OnDevice
-    return _search(keep(rows, num_kept, ids, block.device), block, pieces)
-
-
-def best_columns_on_device(
-    block: Tensor, rows: np.ndarray, pieces: Iterable[Piece], num_kept: int, *, ids: tuple[np.ndarray, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `best_columns` by torch operations alone, as on an accelerator, whatever the block's device."""
-    return _search(_OnDevice(rows, num_kept, ids, block.device), block, pieces)
-
-
-def _search(kept: _Compiled | _OnDevice, block: Tensor, pieces: Iterable[Piece]) -> tuple[np.ndarray, np.ndarray]:
+    kept = (_Compiled if by_loop else _OnDevice)(rows, num_kept, ids, block.device)
     height, width = kept.tile
     workspace = torch.empty(height * width, device=block.device)
     every = np.arange(len(block))
@@ -101,20 +91,15 @@ def _search(kept: _Compiled | _OnDevice, block: Tensor, pieces: Iterable[Piece])
 class _Reservoirs(NamedTuple):
     """What is kept of each row of a block.
 
-    Attributes:
-        keys: (B, capacity) uint64: a score's bits, made monotone, above the complement of the column number.
-            Comparing keys compares scores, and column numbers where scores are equal: the order of pieces is no matter.
-        counts, bars: (B,) keys in use, and the score that a column must reach.
-        rows: (B,) row numbers.
-        anchor_id, positive_id: Of all rows.
-        num_kept: k.
+    A key is a score's bits, made monotone, above the complement of the column number: comparing keys compares scores,
+    and column numbers where scores are equal, so that the order of pieces is no matter.
     """
 
-    keys: np.ndarray
-    counts: np.ndarray
-    bars: np.ndarray
-    rows: np.ndarray
-    anchor_id: np.ndarray
+    keys: np.ndarray  # (B, capacity) uint64
+    counts: np.ndarray  # (B,) keys in use
+    bars: np.ndarray  # (B,) the score that a column must reach
+    rows: np.ndarray  # (B,) row numbers
+    anchor_id: np.ndarray  # of all rows
     positive_id: np.ndarray
     num_kept: int
 

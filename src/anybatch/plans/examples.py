@@ -70,11 +70,7 @@ class Examples:
         return name in self.columns
 
     def __getitem__(self, name: str) -> Tensor:
-        """(N,) a column.
-
-        Raises:
-            AnybatchError: It is not there.
-        """
+        """(N,) a column, which must be there."""
         if name not in self.columns:
             raise AnybatchError(
                 f"A mask or weight asks for the column {name!r} of the examples, which has "
@@ -96,11 +92,7 @@ class Examples:
         return Examples(**{**self.columns, **columns})
 
     def followed_by(self, others: Examples) -> Examples:
-        """These examples and then others, of which the same is known.
-
-        Raises:
-            AnybatchError: Something else is known of them.
-        """
+        """These examples and then others, of which the same must be known."""
         if self.columns.keys() != others.columns.keys():
             raise AnybatchError(
                 f"Examples with the columns {', '.join(self.columns)} stand beside examples with "

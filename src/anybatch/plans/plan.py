@@ -1,6 +1,6 @@
 """Batches chosen before training: `BatchPlan`, on disk and bound to its data, and `PlanSampler`, which gives them out.
 
-Cost: 4 bytes a row, and one permutation of the clusters an epoch. Imports errors and files.
+Cost: 4 bytes a row, and one permutation of the clusters an epoch.
 """
 
 from __future__ import annotations
@@ -162,11 +162,7 @@ class BatchPlan:
         return np.setdiff1d(np.arange(self.num_rows), self.epoch_batches(epoch))
 
     def check(self, *, num_rows: int, data_digest: str) -> None:
-        """Refuse the plan for other data.
-
-        Raises:
-            AnybatchError: Another number of rows, or other texts.
-        """
+        """Refuse the plan for other data: another number of rows, or other texts."""
         if num_rows != self.num_rows:
             raise AnybatchError(
                 f"The plan was made for other data: it has {self.num_rows} rows, the data has {num_rows}. "
@@ -207,11 +203,7 @@ class BatchPlan:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan: safetensors with a JSON header, atomically.
-
-        Raises:
-            AnybatchError: It cannot be written; a file that was there is unchanged.
-        """
+        """Write the plan: safetensors with a JSON header, atomically."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         arrays = {name: np.ascontiguousarray(values[name], np.int32) for name in ARRAYS if values[name] is not None}
         header = {name: value for name, value in values.items() if name not in ARRAYS} | {"meta": dict(self.meta)}
@@ -221,11 +213,7 @@ class BatchPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BatchPlan:
-        """Read a plan.
-
-        Raises:
-            AnybatchError: No such file, no plan, damaged, or of another version.
-        """
+        """Read a plan; refuses one that is damaged, or of another version."""
         if not Path(path).is_file():
             folder = Path(path).is_dir()
             what = "is a folder: give the plan.safetensors in it" if folder else "is not there: check the path"
@@ -368,11 +356,7 @@ class PlanSampler(BatchSampler):
         return {"plan": self.plan.digest, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; the next `iter` gives exactly the rest of its epoch.
-
-        Raises:
-            AnybatchError: The state of another plan, or a position outside it.
-        """
+        """Go on from a state of the same plan; the next `iter` gives exactly the rest of its epoch."""
         if state["plan"] != self.plan.digest:
             raise AnybatchError(
                 "The state belongs to another plan. Resume with the plan that the run was started with."

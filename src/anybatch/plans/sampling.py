@@ -1,4 +1,4 @@
-"""Which clusters and rows make an epoch's batches, and with what chance two rows share one. Imports nothing of ours."""
+"""Which clusters and rows make an epoch's batches, and with what chance two rows share one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Chances:
-    """That a given other row of the same data set is in the batch of an anchor that is sampled.
+    """That a given other row of the same data set is in the batch of an anchor that is sampled."""
 
-    Attributes:
-        same, other, remainder: The anchor is in a cluster, the other row in the same, in another, in none. `same` is 1
-            where no other row can be in the same: clusters of one row, a data set without clusters.
-        from_remainder, between_remainders: The anchor is in no cluster, the other row is in one, in none.
-    """
-
+    # The anchor is in a cluster, the other row in the same (1 where none can be), in another, in none.
     same: float = 0.0
     other: float = 0.0
     remainder: float = 0.0
+    # The anchor is in no cluster, the other row is in one, in none.
     from_remainder: float = 0.0
     between_remainders: float = 0.0
 
@@ -76,12 +72,6 @@ class ClusterSampling:
         return min(sum(self.single_quotas), self._num_places // 2)
 
     @property
-    def single_rows(self) -> list[float]:
-        """For each data set without a cluster its rows in an epoch, on average."""
-        kept = self.num_single_rows / max(1, sum(self.single_quotas))
-        return [quota * kept for quota in self.single_quotas]
-
-    @property
     def sampled_shares(self) -> list[float]:
         """For each data set the part of its clusters that is in an epoch, on average; 0 for those without."""
         return [
@@ -104,15 +94,9 @@ class ClusterSampling:
         return generator.permutation(np.concatenate(full))
 
     def batches(self, members: np.ndarray, loose: Sequence[np.ndarray], generator: np.random.Generator) -> np.ndarray:
-        """The batches of one epoch.
+        """The batches of one epoch: (num_batches, m K) int row numbers, cluster after cluster within a batch.
 
-        Args:
-            members: (C, K) int rows of each cluster.
-            loose: For each data set its rows in no cluster.
-            generator: Of everything random.
-
-        Returns:
-            (num_batches, m K) int row numbers, cluster after cluster within a batch.
+        `members` (C, K) are the rows of each cluster, `loose` for each data set its rows in no cluster.
         """
         members, order = members.copy(), self.order(generator)
         # Only clusters that are in this epoch give up places, so every row that takes one is really trained on.
@@ -144,11 +128,10 @@ class ClusterSampling:
         at home, and M ordered pairs of its clusters in one batch, and S = N K (K - 1) + M K^2 ordered pairs of places
         in one:
 
-            anchor at home       E[H] / (C K)   and a row of its cluster      E[N / C  H (H - 1) / (T (T - 1))]
-                                                and a row of another cluster  E[M / (C (C - 1))  H (H - 1) / (T (T -
-                                                1))] and a remainder row           E[p / r  S / (T (T - 1))  H] / (C K)
-            remainder anchor     E[p] / r       and another one               E[p (p - 1) / (r (r - 1))  S / (T (T -
-            1))]
+            anchor at home     E[H] / (C K)   and a row of its cluster      E[N / C  H (H - 1) / (T (T - 1))]
+                                              and a row of another cluster  E[M / (C (C - 1))  H (H - 1) / (T (T - 1))]
+                                              and a remainder row           E[p / r  S / (T (T - 1))  H] / (C K)
+            remainder anchor   E[p] / r       and another one               E[p (p - 1) / (r (r - 1))  S / (T (T - 1))]
 
         The expectations are over N and p. Then G rows of small data sets take places among all T' of the epoch. Beside
         a row that keeps its place another one does with the chance (T' - G - 1) / (T' - 1). Beside a row of a small
@@ -232,10 +215,8 @@ def _draw(rows: np.ndarray, count: int, generator: np.random.Generator) -> np.nd
 def _drawn_without_return(pool: int, own: int, out: int) -> list[tuple[int, float]]:
     """(k, chance that k of `own` are among `out` drawn of `pool` without return), for all k of a chance above 0.
 
-    From the likeliest k outwards by the ratio of neighbours, (own - k) (out - k) / ((k + 1) (pool - own - out + k +
-    1)),
-    and divided by their sum: no binomial coefficient, which would have thousands of digits, and no logarithm of one,
-    which would lose as many digits as it has.
+    From the likeliest k outwards by the ratio of neighbours, and divided by their sum: no binomial coefficient, which
+    would have thousands of digits, and no logarithm of one, which would lose as many digits as it has.
     """
     least, most = max(0, own + out - pool), min(own, out)
     k = np.arange(least, most, dtype=np.float64)

@@ -10,10 +10,12 @@ from anybatch.core.configuration import Configuration, Count, Range, Seed, Share
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, read_sealed
 from anybatch.core.yaml_files import load_config
-from anybatch.integrations.sentence_transformers.model import ModelConfig
+from anybatch.integrations.sentence_transformers.model import ModelConfig, check_kwargs
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import AUTO, LossConfig
 from anybatch.mining import MiningConfig, RankWindow
+
+SPLIT = "evaluation.split is for a retrieval set (evaluation.retrieval, or a folder in BEIR's layout). Leave it out."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,9 @@ class DataConfig(Configuration):
     """The training pairs.
 
     Attributes:
-        path: JSONL(.gz), CSV, TSV, Parquet, a folder saved by `datasets`, or hf://OWNER/NAME/CONFIGURATION/SPLIT of the
-            hub. A folder of such files, or of one folder a task, a pattern, or a saved `DatasetDict`, is several data
-            sets with the same columns.
+        path: JSONL(.gz), CSV, TSV, Parquet, a folder saved by `datasets`, or of the hub hf://OWNER/NAME, with :SPLIT
+            or /CONFIGURATION/SPLIT behind it. A folder of such files, or of one folder a task, a pattern, or a saved
+            `DatasetDict`, is several data sets with the same columns.
         sets: Several data sets, each with its own columns and instructions, instead of `path`.
         anchor, positive: Names of the columns, a text, images, or a text with images; None for conventional ones
             (anchor and positive, query and pos, question and answer and the like, with query_image, pos_image_path and
@@ -69,8 +71,9 @@ class DataConfig(Configuration):
         quoting: Of CSV and TSV, the held-out ones too: "standard" (the usual rules), "raw" (quotes are plain
             characters); None for the usual rules, refusing a file that can be read both ways.
         views: 2: the data are one column of images without labels, of which two random views are a pair
-            (docs/self_supervised.md).
+            (docs/images.md).
         limit: Use only the first rows of each data set; None for all.
+        skip_bad: Leave out rows that would be refused (an empty side, a value that is no text), and say which.
 
     Example:
         >>> DataConfig(path="pairs.jsonl.gz", anchor="title", positive="abstract").limit
@@ -85,6 +88,7 @@ class DataConfig(Configuration):
     quoting: Literal["standard", "raw"] | None = None
     views: Literal[2] | None = None
     limit: Count | None = None
+    skip_bad: bool = False
 
     section: ClassVar[str] = "data"
 
@@ -106,18 +110,21 @@ class EvaluationConfig(Configuration):
     """The held-out data: pairs in the training columns, or a retrieval set with relevance judgements.
 
     Attributes:
-        path: Held-out pairs; each anchor must find its positive among all of them. With `data.views` images with
-            classes, which are told by those of the training images. "auto" holds out 5% of the training pairs, at least
-            50 and at most 1,000, that share no text or image with the others (none of fewer than 250 pairs, beside
-            `retrieval`, `data.views` or `teacher.embeddings`, or where the plan is one of all pairs); None for none.
+        path: Held-out pairs: each anchor must find its positive among all of them; or a folder in BEIR's layout. With
+            `data.views` images with classes, which are told by those of the training images. "auto" holds out 5% of the
+            training pairs, at least 50 and at most 1,000, that share no text or image with the others (none of fewer
+            than 250 pairs, beside `retrieval`, `data.views` or `teacher.embeddings`, or where the plan is one of all
+            pairs); None for none.
+        images: The folder that its paths of images start from; None for `data.images`, or that of its file.
         retrieval: The three files of a retrieval set instead of pairs (BEIR's layout): corpus, queries, judgements.
-        split: Which split of the judgements, if they have several.
+        split: Which split of the judgements, if they have several: a column, or a file of BEIR's qrels/.
 
     Example:
         >>> EvaluationConfig(retrieval=("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")).split
     """
 
     path: str | None = AUTO
+    images: str | None = None
     retrieval: tuple[str, str, str] | None = None
     split: str | None = None
 
@@ -125,8 +132,13 @@ class EvaluationConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.retrieval is None and self.split is not None:
-            raise AnybatchError("evaluation.split is for a retrieval set (evaluation.retrieval). Leave it out.")
+        if self.retrieval is None and self.split is not None and self.path in (None, AUTO):
+            raise AnybatchError(SPLIT)
+        if self.images is not None and self.path in (None, AUTO):
+            raise AnybatchError(
+                "evaluation.images is given, the folder of the images of evaluation.path, which names no data. Leave "
+                "it out, or name them (--eval)."
+            )
         if self.retrieval is not None and self.path not in (None, AUTO):
             raise AnybatchError("evaluation names pairs (path) and a retrieval set (retrieval); give one of them.")
 
@@ -138,7 +150,7 @@ class TeacherConfig(Configuration):
     Attributes:
         name: A sentence-transformers model; None with precomputed embeddings, or when no mining is asked for.
         max_length: Tokens a text is cut at.
-        anchor_prompt, positive_prompt: As in `model`.
+        anchor_prompt, positive_prompt, kwargs: As in `model`.
         precision: Of the embeddings on disk; "float16" halves them and ranks the same but for near ties.
         embeddings: Two `.npy` files, of anchors and of positives, each (rows, dimensions) in the rows' order.
 
@@ -150,6 +162,7 @@ class TeacherConfig(Configuration):
     max_length: Annotated[int, Range(2)] | None = None
     anchor_prompt: str | None = None
     positive_prompt: str | None = None
+    kwargs: dict[str, Any] | None = None
     precision: Literal["float32", "float16"] = "float32"
     embeddings: tuple[str, str] | None = None
 
@@ -157,6 +170,7 @@ class TeacherConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kwargs(self.kwargs, "teacher.kwargs")
         names = (field.name for field in fields(self) if field.name != "embeddings")
         unused = [name for name in names if getattr(self, name) != getattr(TeacherConfig, name)]
         if self.embeddings is not None and unused:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,10 @@ from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
 from anybatch.evaluation.zero_shot import two_way_recall, zero_shot_metrics
 from anybatch.integrations.sentence_transformers.embed import embed_texts, weights_digest
 from anybatch.integrations.sentence_transformers.model import Side
+from anybatch.run.config import read_config
 from anybatch.run.folder import read_record, run_digest
-from anybatch.run.read_data import HeldOut
+from anybatch.run.make_plan import existing_plan
+from anybatch.run.read_data import HeldOut, read_held_out, read_training_pairs, split_for_plan
 from anybatch.vision.read_images import LabelledImages, NamedClasses
 
 if TYPE_CHECKING:
@@ -73,6 +76,52 @@ def evaluate_model(
     queries = embed("queries", data.query_texts, "query")
     corpus = embed("documents", data.corpus_texts, "document")
     return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
+
+
+def held_out_of(folder: Path) -> HeldOut:
+    """The held-out data of a run: what its configuration names, or what it held out itself."""
+    config = replace(read_config(folder), output=str(folder))
+    held_out = read_held_out(config) or split_for_plan(config, read_training_pairs(config), existing_plan(config))[1]
+    if held_out is None:
+        raise AnybatchError(f"The run in {folder} held out nothing to measure on. Give --data or --retrieval.")
+    return held_out
+
+
+def model_of(name: str) -> str:
+    """The folder or hub name of a model; of the folder of a run its trained model."""
+    folder = Path(name)
+    if not (folder / "config.yaml").exists() or (folder / "modules.json").exists():
+        return name
+    if not (folder / "model").exists():
+        raise AnybatchError(
+            f"The run in {folder} has no model yet. Go on with it: anybatch train --resume --output {folder}"
+        )
+    return str(folder / "model")
+
+
+def evaluate_tasks(model: SentenceTransformer, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The main score of each task of MTEB, by its name, with the model's own prompts. Needs the package mteb.
+
+    Raises:
+        AnybatchError: A task that MTEB does not know, or whose data cannot be had.
+    """
+    import mteb
+
+    scores = {}
+    for name in names:
+        try:
+            task = mteb.get_task(name)
+        except KeyError as error:
+            raise AnybatchError(f"MTEB has no such task: {error.args[0]}") from error
+        try:  # without the cache of results, which knows a model by its folder's name
+            result = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
+        except (OSError, ValueError) as error:  # no connection, no such data set
+            raise AnybatchError(
+                f"Cannot measure the task {name} of MTEB: {next(iter(str(error).splitlines()), '')} Its data come from "
+                "the Hugging Face hub: check the connection (and HF_HUB_OFFLINE)."
+            ) from error
+        scores[name] = {task.metadata.main_score: float(result.task_results[0].get_score())}
+    return scores
 
 
 def untrained_figures(

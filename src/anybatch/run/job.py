@@ -11,17 +11,18 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, no_progress
+from anybatch.integrations.sentence_transformers.arguments import check_arguments, check_best
 from anybatch.integrations.sentence_transformers.lora import merge_lora
 from anybatch.integrations.sentence_transformers.model import load_model, warn_of_instructions
-from anybatch.integrations.sentence_transformers.training import check_shared_equally, optimizer_of
+from anybatch.integrations.sentence_transformers.training import check_shared_equally
 from anybatch.integrations.sentence_transformers.two_views import add_head
 from anybatch.run.config import RunConfig, RunResult
 from anybatch.run.evaluate_model import evaluate_model, untrained_figures
 from anybatch.run.folder import open_run, read_record, run_digest
 from anybatch.run.hard_negatives import with_mined_negatives
-from anybatch.run.make_plan import check_start, make_plan
+from anybatch.run.make_plan import check_start, existing_plan, make_plan
 from anybatch.run.read_data import hold_out, read_held_out, read_training_pairs
-from anybatch.run.recipe import with_recipe
+from anybatch.run.recipe import recipe_line, with_recipe
 from anybatch.run.train_model import save_model, train_on_plan
 from anybatch.run.try_step import try_step
 
@@ -41,22 +42,23 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         progress = progress if distributed.rank() == 0 else no_progress
 
         # 1. Read everything before the folder is touched: bad input leaves nothing behind.
-        pairs, split = hold_out(config, read_training_pairs(config))
-        config = with_recipe(config, pairs)
+        pairs, plan = read_training_pairs(config), existing_plan(config)
+        pairs, split = hold_out(config, pairs, plan)
+        asked, config = config, with_recipe(config, pairs, plan)
         check_shared_equally(config.batch_size)
         held_out = split or read_held_out(config)
         if held_out is None and config.train.eval_steps is not None:
             raise AnybatchError("train.eval_steps is given, and nothing is held out to evaluate on. Name it: --eval.")
-        optimizer_of(config.train)
         model = load_model(config.model)
+        check_arguments(config.train, on_cpu=model.device.type == "cpu")
         if config.data.views is not None:
             add_head(model, seed=config.seed)
         warn_of_instructions(model, pairs.sets)
 
         # 2. Of a new run, refuse now what mining or the cached step would refuse hours later.
         if not resume:
-            check_start(config, pairs)
-            try_step(config, pairs, model)
+            check_start(config, pairs, plan)
+            try_step(config, pairs, model, plan)
 
         # 3. Hold the folder against all others.
         with open_run(config, resume=resume) as folder:
@@ -64,7 +66,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
                 return read_result(folder)
 
             # 4. Choose the batches.
-            plan = make_plan(config, pairs, progress)
+            plan = make_plan(config, pairs, progress, plan=plan)
             pairs = with_mined_negatives(pairs, plan)
 
             # 5. Measure the model as it is.
@@ -73,6 +75,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             with distributed.alone() as chosen:
                 if chosen:
                     untrained = untrained_figures(folder, model, held_out, evaluate)
+                    check_best(config.train, untrained)
 
             # 6. Train.
             trained, measure = train_on_plan(
@@ -82,12 +85,16 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             # 7. Leave the model and the figures; metrics.json is last, its presence says that the run is finished.
             with distributed.alone() as chosen:
                 if chosen:
+                    from anybatch.integrations.sentence_transformers.card import describe
+
                     merge_lora(model)
                     if config.data.views is not None:
                         del model[-1]
+                    metrics = evaluate(model)
+                    describe(model, {"Recipe": recipe_line(asked, config)}, before=untrained, after=metrics)
                     save_model(model, folder / "model")
                     result = RunResult(
-                        metrics=evaluate(model),
+                        metrics=metrics,
                         metrics_untrained=untrained,
                         log=trained.log,
                         train_seconds=measure.seconds - trained.evaluation_seconds,

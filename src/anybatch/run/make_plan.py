@@ -19,16 +19,31 @@ from anybatch.run.read_data import mining_sets
 from anybatch.run.teacher import teacher_embeddings
 
 logger = logging.getLogger("anybatch")
+KEPT = "plan.safetensors"  # in the run's folder
 
 
-def check_start(config: RunConfig, pairs: PairData) -> None:
-    """Refuse, before anything is written, what a new run could not get a plan from.
+def existing_plan(config: RunConfig) -> BatchPlan | None:
+    """The plan that the configuration names; the run's own where that is gone, or none is named; None for none."""
+    path = _existing(config)
+    return None if path is None else BatchPlan.load(path)
+
+
+def _existing(config: RunConfig) -> Path | None:
+    kept = Path(config.output) / KEPT
+    if config.plan is not None:
+        return kept if kept.exists() and not Path(config.plan).exists() else Path(config.plan)
+    return kept if kept.exists() else None
+
+
+def check_start(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> None:
+    """Refuse, before anything is written, what a new run could not get a plan from. `plan`: the one that it is given.
 
     Raises:
         AnybatchError: A plan of other data; sizes that do not fit; no teacher, or embeddings of other data.
     """
     if config.plan is not None:
-        _load_plan(Path(config.plan), config, pairs)
+        assert plan is not None
+        _check_plan(plan, config.plan, config, pairs)
         _name_unused(config)
         return
     check_sizes(len(pairs), config=resolved(config).mining, sets=mining_sets(config, pairs))
@@ -49,21 +64,26 @@ def _name_unused(config: RunConfig) -> None:
         logger.warning("Not used: %s. %s.", ", ".join(unused), why)
 
 
-def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progress) -> BatchPlan:
+def make_plan(
+    config: RunConfig, pairs: PairData, progress: Progress = no_progress, *, plan: BatchPlan | None = None
+) -> BatchPlan:
     """The plan of the run: the one given (copied into the folder), the one in the folder, or a new one, saved there.
 
-    Under torchrun every rank embeds and searches its share; rank 0 does the rest, and all return the same plan.
+    `plan` is what `existing_plan` gave, if that was asked before. Under torchrun every rank embeds and searches its
+    share; rank 0 does the rest, and all return the same plan.
 
     Raises:
         AnybatchError: A plan made for other data or another batch size; another plan than the run was started with.
     """
-    path = Path(config.output) / "plan.safetensors"
+    path = Path(config.output) / KEPT
     exists = path.exists()
     distributed.barrier()  # before any rank can have written it
-    if config.plan is not None:
-        return _use_given(Path(config.plan), path, exists, config, pairs)
-    if exists:
-        return _use_kept(path, config, pairs)
+    if config.plan is not None or exists:
+        plan = existing_plan(config) if plan is None else plan
+        assert plan is not None
+        _check_plan(plan, _existing(config), config, pairs)
+        (_keep_given if config.plan is not None else _check_kept)(plan, path, exists, config, pairs)
+        return plan
     if config.mining.method != "random":
         _mine(path, config, pairs, progress)
         return BatchPlan.load(path)
@@ -75,13 +95,12 @@ def make_plan(config: RunConfig, pairs: PairData, progress: Progress = no_progre
     return BatchPlan.load(path)
 
 
-def _use_given(given: Path, path: Path, exists: bool, config: RunConfig, pairs: PairData) -> BatchPlan:
-    """The plan that the configuration names; the run keeps a copy in `path`, as the file given may change or go."""
+def _keep_given(plan: BatchPlan, path: Path, exists: bool, config: RunConfig, pairs: PairData) -> None:
+    """Keep a copy, in `path`, of the plan that the configuration names, as the file given may change or go."""
+    given = Path(str(config.plan))
     if exists and not given.exists():
         logger.warning("%s is gone; the run's copy, %s, is used.", given, path)
-        return _load_plan(path, config, pairs)
-    plan = _load_plan(given, config, pairs)
-    if not exists:
+    elif not exists:
         with distributed.alone() as chosen:
             if chosen:
                 plan.save(path)
@@ -91,15 +110,13 @@ def _use_given(given: Path, path: Path, exists: bool, config: RunConfig, pairs: 
             f"{plan.digest[:12]}, the run's {digest[:12]}). Put the old plan back, or start a new run in another "
             "output folder."
         )
-    return plan
 
 
-def _use_kept(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
-    """The plan in the run's folder, if what it was mined from is what would be mined from now."""
-    plan = _load_plan(path, config, pairs)
+def _check_kept(plan: BatchPlan, path: Path, exists: bool, config: RunConfig, pairs: PairData) -> None:
+    """Refuse the plan in the run's folder if what it was mined from is not what would be mined from now."""
     with distributed.alone() as chosen:
         if not chosen:
-            return plan
+            return
         made_from = plan.meta.get("inputs") or {}
         inputs = mining_inputs(config, pairs)
         changed = [name for name, digest in inputs.items() if made_from.get(name) != digest]
@@ -110,7 +127,6 @@ def _use_kept(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
             )
         for name in sorted(made_from.keys() - inputs.keys()):
             logger.warning("%s is gone; %s, which was made from it, is kept.", name, path)
-    return plan
 
 
 def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) -> None:
@@ -160,7 +176,7 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
             for warning in report.warnings:
                 logger.warning("Before you train%s: %s", name and f" on {name}", warning)
         write_json(path.with_name("mining.json"), {"plan": result.plan.digest, **result.report.as_dict()})
-        _save(result.plan, path, inputs)
+        _save(result.plan, path, inputs, teacher=config.teacher.name or "embeddings from files")
         shutil.rmtree(neighbors, ignore_errors=True)  # larger than all else in the folder
 
 
@@ -182,16 +198,14 @@ def mining_inputs(config: RunConfig, pairs: PairData) -> dict[str, str]:
     return digests
 
 
-def _save(plan: BatchPlan, path: Path, inputs: dict[str, str]) -> None:
-    replace(plan, meta={**plan.meta, "inputs": inputs}).save(path)
+def _save(plan: BatchPlan, path: Path, inputs: dict[str, str], **facts: str) -> None:
+    replace(plan, meta={**plan.meta, "inputs": inputs, **facts}).save(path)
 
 
-def _load_plan(path: Path, config: RunConfig, pairs: PairData) -> BatchPlan:
-    plan = BatchPlan.load(path)
+def _check_plan(plan: BatchPlan, path: str | Path | None, config: RunConfig, pairs: PairData) -> None:
     plan.check(num_rows=len(pairs), data_digest=pairs.digest)
     if plan.batch_size != config.batch_size:
         raise AnybatchError(
             f"{path} has batches of {plan.batch_size}; the configuration says batch_size {config.batch_size}. Make "
             "them equal."
         )
-    return plan

@@ -12,15 +12,15 @@ from anybatch.core.errors import AnybatchError
 from anybatch.data.candidates import CandidateSets, find_candidates, read_candidates
 from anybatch.data.held_out import held_out_rows, split_pairs
 from anybatch.data.images import ImageColumn
-from anybatch.data.inputs import instructed
+from anybatch.data.inputs import check_images, instructed
 from anybatch.data.pairs import PairData, PairSet, join_pairs
 from anybatch.data.reading import read_pairs
-from anybatch.data.retrieval import RetrievalData, read_retrieval
+from anybatch.data.retrieval import RetrievalData, find_retrieval, read_retrieval
 from anybatch.data.sets import find_sets
 from anybatch.losses.registry import AUTO
 from anybatch.mining import MiningSet
 from anybatch.plans.plan import BatchPlan
-from anybatch.run.config import DataConfig, RunConfig, SetConfig
+from anybatch.run.config import SPLIT, DataConfig, RunConfig, SetConfig
 from anybatch.vision.mmeb import TASKS
 from anybatch.vision.read_images import Images, LabelledImages, NamedClasses, read_images
 
@@ -29,8 +29,12 @@ HeldOut = PairData | RetrievalData | LabelledImages | NamedClasses | CandidateSe
 
 
 def read_training_pairs(config: RunConfig) -> PairData:
-    """The training pairs of `config.data`, checked to be enough for one batch and to fit the prompts."""
+    """The training pairs of `config.data`, checked to be enough for one batch and to fit the prompts. Images are read
+    once: those that are broken are refused here, all rows at once.
+    """
     pairs = read_data(config.data)
+    for column in (pairs.anchors, pairs.positives, *pairs.negatives):
+        check_images(column)
     for side, column in (("anchor", pairs.anchors), ("positive", pairs.positives)):
         for section, settings in (("model", config.model), ("teacher", config.teacher)):
             if isinstance(column, ImageColumn) and getattr(settings, f"{side}_prompt"):
@@ -61,6 +65,7 @@ def read_data(data: DataConfig) -> PairData:
             images=data.images if of_set.images is None else of_set.images,
             quoting=data.quoting,
             limit=data.limit,
+            skip_bad=data.skip_bad,
         )
         for of_set in sets
     ]
@@ -110,11 +115,10 @@ def read_candidate_sets(tasks: Mapping[str, Path], images: str | None, *, prompt
     return CandidateSets(sets=sets)
 
 
-def hold_out(config: RunConfig, pairs: PairData) -> tuple[PairData, PairData | None]:
+def hold_out(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> tuple[PairData, PairData | None]:
     """The pairs to train on and, with evaluation.path=auto, those held out of them. Said aloud by the first rank."""
     if not _holds_out(config):
         return pairs, None
-    plan = existing_plan(config)
     left, held_out = split_for_plan(config, pairs, plan)
     if distributed.rank() > 0:
         return left, held_out
@@ -149,33 +153,32 @@ def _holds_out(config: RunConfig) -> bool:
     return held_out.path == AUTO and held_out.retrieval is None and config.data.views is None
 
 
-def existing_plan(config: RunConfig) -> BatchPlan | None:
-    """The plan that the configuration names; the run's own where that is gone, or none is named; None for none."""
-    named = None if config.plan is None else Path(config.plan)
-    kept = Path(config.output) / "plan.safetensors"
-    path = kept if named is None or (kept.exists() and not named.exists()) else named
-    return BatchPlan.load(path) if named is not None or kept.exists() else None
-
-
 def read_held_out(config: RunConfig) -> HeldOut | None:
     """The held-out data that the configuration names, or None if it names none."""
     data, held_out = config.data, config.evaluation
+    images = data.images if held_out.images is None else held_out.images
     if held_out.retrieval is not None:
         return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path in (None, AUTO):
         return None
+    judged = find_retrieval(held_out.path, held_out.split) if data.views is None else None
+    if judged is not None:
+        return read_retrieval(*judged, quoting=data.quoting)
+    if held_out.split is not None:
+        raise AnybatchError(SPLIT)
     if data.views is not None:
         return LabelledImages(known=_read_images(data), test=read_images(held_out.path, column=data.anchor))
     tasks = find_candidates(held_out.path)
     if tasks:
         prompts = {of_set.name or "": of_set.positive_prompt for of_set in data.sets}
         known = {name: task.target_prompt for name, task in TASKS.items()} if any(prompts.values()) else {}
-        return read_candidate_sets(tasks, data.images, prompts=known | prompts)
+        return read_candidate_sets(tasks, images, prompts=known | prompts)
     return read_pairs(
         held_out.path,
         anchor=data.anchor,
         positive=data.positive,
         negatives=(),
-        images=data.images,
+        images=images,
         quoting=data.quoting,
+        skip_bad=data.skip_bad,
     )

@@ -6,21 +6,21 @@ The rule, its evidence and where it loses are one page, docs/recipe.md.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 from anybatch.core import distributed
 from anybatch.data.pairs import PairData
 from anybatch.losses.registry import AUTO, recommended
+from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig
-from anybatch.run.read_data import existing_plan
 
 logger = logging.getLogger("anybatch")
 
 
-def with_recipe(config: RunConfig, pairs: PairData) -> RunConfig:
+def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> RunConfig:
     """The configuration with a method in place of each "auto", said aloud by the first rank. See `recipe`."""
-    config, choices = recipe(config, pairs)
+    config, choices = recipe(config, pairs, plan)
     if choices and distributed.rank() == 0:
         said = "; ".join(f"{name}={value} ({reason})" for name, value, reason in choices)
         logger.info("Recommended: %s. See docs/recipe.md.", said)
@@ -35,10 +35,11 @@ class Choice(NamedTuple):
     reason: str
 
 
-def recipe(config: RunConfig, pairs: PairData) -> tuple[RunConfig, list[Choice]]:
+def recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None = None) -> tuple[RunConfig, list[Choice]]:
     """The configuration with a method in place of each "auto", and what was chosen.
 
-    The same configuration and data give the same recipe, so that a run is resumed with it.
+    `plan` is the one that exists already. The same configuration and data give the same recipe, so that a run is
+    resumed with it.
 
     Raises:
         AnybatchError: Settings given beside "auto" that what is chosen does not have.
@@ -58,7 +59,9 @@ def recipe(config: RunConfig, pairs: PairData) -> tuple[RunConfig, list[Choice]]
         name, why = recommended(config.batch_size)
         loss = loss.named(name)
         choices.append(Choice("loss.name", loss.name, f"batches of {config.batch_size}: {why}"))
-    mined = _is_mined(config)
+    mined = config.mining.method != "random"
+    if config.plan is not None:
+        mined = plan is not None and plan.cluster_size > 1
     if loss.weights == AUTO:
         weights = "inclusion" if mined and loss.example().inclusion else "none"
         loss = replace(loss, weights=weights)
@@ -71,8 +74,15 @@ def recipe(config: RunConfig, pairs: PairData) -> tuple[RunConfig, list[Choice]]
     return replace(config, loss=loss), choices
 
 
-def _is_mined(config: RunConfig) -> bool:
-    if config.plan is None:
-        return config.mining.method != "random"
-    plan = existing_plan(config)
-    return plan is not None and plan.cluster_size > 1
+def recipe_line(asked: RunConfig, chosen: RunConfig) -> str:
+    """What a model card says of the settings that make the method: by rule or as given, with the loss's own options."""
+    by_rule = AUTO in (asked.loss.name, asked.mining.method)
+    batches = f"the plan {chosen.plan}" if chosen.plan is not None else f"mining.method={chosen.mining.method}"
+    told_elsewhere = ("name", "temperature", "weights", "mask_suspects")
+    options = [
+        f"loss.{field.name}={getattr(chosen.loss, field.name)}"
+        for field in fields(chosen.loss)
+        if field.name not in told_elsewhere and getattr(chosen.loss, field.name) != field.default
+    ]
+    line = ", ".join([f"loss.name={chosen.loss.name}", *options, batches])
+    return f"{line} ({'the recommended recipe' if by_rule else 'as given'})"

@@ -35,7 +35,11 @@ B3: Tree = {
     },
     "mining": {"method": "published", "num_negatives": 5, "mixing": "within"},
     "loss": {"name": "infonce", "temperature": 0.02, "weights": "none", "mask_suspects": False},
-    "train": {"max_steps": 2000, "learning_rate": 1e-4, "warmup": 0.1, "bf16": True, "micro_batch": "auto"},
+    "train": {
+        "learning_rate": 1e-4,
+        "micro_batch": "auto",
+        "args": {"max_steps": 2000, "warmup_steps": 0.1, "bf16": True},
+    },
 }
 
 
@@ -77,8 +81,8 @@ RECIPES: dict[str, Callable[[Tree], Tree]] = {"b3": b3}
 def under(defaults: Mapping[str, Any], tree: Mapping[str, Any]) -> Tree:
     """Nested settings, with defaults where the user says nothing.
 
-    >>> under({"train": {"max_steps": 2000, "warmup": 0.1}}, {"seed": 1, "train": {"max_steps": 5}})
-    {'train': {'max_steps': 5, 'warmup': 0.1}, 'seed': 1}
+    >>> under({"train": {"epochs": 9, "memory": "50%"}}, {"seed": 1, "train": {"epochs": 5}})
+    {'train': {'epochs': 5, 'memory': '50%'}, 'seed': 1}
     """
     joined = dict(defaults) | dict(tree)
     for key, value in defaults.items():

@@ -40,12 +40,14 @@ def teacher_embeddings(
     model = load_teacher(config)
     sides = list(zip(("anchor", "positive"), get_args(Side), (pairs.anchors, pairs.positives), strict=True))
     same = pairs.anchors is pairs.positives  # one column of images
+    identity = {"model": teacher.name, "max_length": lengths_of(model), "data": pairs.digest}
+    identity |= {"kwargs": teacher.kwargs} if teacher.kwargs else {}
     embedded = [
         embed_to_file(
             model,
             texts,
             Path(config.output) / f"teacher_{name}.npy",
-            identity={"model": teacher.name, "max_length": lengths_of(model), "data": pairs.digest},
+            identity=identity,
             side=side,
             precision=teacher.precision,
             progress=counter(progress, f"teacher: {name}s", len(texts)),
@@ -64,6 +66,7 @@ def load_teacher(config: RunConfig) -> SentenceTransformer:
             max_length=teacher.max_length,
             anchor_prompt=teacher.anchor_prompt,
             positive_prompt=teacher.positive_prompt,
+            kwargs=teacher.kwargs,
             device=config.model.device,
         )
     )

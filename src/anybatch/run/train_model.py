@@ -64,12 +64,12 @@ def train_on_plan(
     if config.data.views is not None:
         dataset, kind = dataset.remove_columns("positive"), partial(TwoViewLoss, seed=config.seed)
         columns = {name: column for name, column in columns.items() if name != "positive"}
-        settings = replace(settings, schedule=settings.schedule or "cosine")
+        settings = replace(settings, args={"lr_scheduler_type": "cosine", **settings.args})
     loss = kind(
         model,
         inner,
         rows=rows.to(model.device),
-        micro_batch=config.train.micro_batch,
+        mini_batch_size=config.train.micro_batch,
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
     )

@@ -29,12 +29,12 @@ TRIED_ROWS = 4
 KINDS = {1: "texts", 2: "images", 3: "texts with images"}  # of rows, as `kinds_of_rows` numbers them
 
 
-def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> None:
+def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer, plan: BatchPlan | None = None) -> None:
     """One training step on a few rows of each kind: what the cached step refuses is refused here, on every rank."""
     with distributed.alone() as chosen, forgotten(model):
         if not chosen:
             return
-        step = step_of(config, pairs, model, micro_batch=TRIED_ROWS // 2, keep_graphs=0.0)
+        step = step_of(config, pairs, model, plan, mini_batch_size=TRIED_ROWS // 2, keep_graphs=0.0)
         for rows in telling_rows(model, pairs, TRIED_ROWS):
             step(rows)
 
@@ -43,8 +43,9 @@ def step_of(
     config: RunConfig,
     pairs: PairData,
     model: SentenceTransformer,
+    plan: BatchPlan | None = None,
     *,
-    micro_batch: int | Auto,
+    mini_batch_size: int | Auto,
     keep_graphs: float | Auto,
 ) -> Callable[[np.ndarray], None]:
     """What takes rows through the cached step under the run's loss, as training does, and leaves their gradients.
@@ -52,12 +53,13 @@ def step_of(
     Raises:
         AnybatchError: See `check_kinds`.
     """
-    check_kinds(config, pairs, model)
+    check_kinds(config, pairs, model, plan)
     if config.train.gradient_checkpointing:
         checkpoint_layers(model)
     loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device)
     kind = CachedLoss if config.data.views is None else TwoViewLoss
-    cached = kind(model.train(), loss, micro_batch=micro_batch, keep_graphs=keep_graphs, memory=config.train.memory)
+    settings = {"mini_batch_size": mini_batch_size, "keep_graphs": keep_graphs, "memory": config.train.memory}
+    cached = kind(model.train(), loss, **settings)
     cached.step = 0
 
     def step(rows: np.ndarray) -> None:
@@ -68,7 +70,7 @@ def step_of(
     return step
 
 
-def check_kinds(config: RunConfig, pairs: PairData, model: SentenceTransformer) -> None:
+def check_kinds(config: RunConfig, pairs: PairData, model: SentenceTransformer, plan: BatchPlan | None) -> None:
     """Refuse sides that the model does not read, or not in one batch."""
     names = ("anchors", "positives", *["negatives"] * len(pairs.negatives))
     for column in pairs.prompted:
@@ -78,7 +80,7 @@ def check_kinds(config: RunConfig, pairs: PairData, model: SentenceTransformer) 
     if not mixed or _reads_all_together(model):
         return
     # One data set after the other, where batches are of one.
-    mixing = config.mining.mixing if config.plan is None else BatchPlan.load(config.plan).mixing
+    mixing = config.mining.mixing if plan is None else plan.mixing
     apart = mixing == "within" and pairs.sets
     ends = np.cumsum([of_set.num_rows for of_set in pairs.sets])[:-1] if apart else []
     for name, of_column in mixed:

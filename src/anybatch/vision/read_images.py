@@ -13,9 +13,9 @@ import numpy as np
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of
 from anybatch.data.columns import IMAGE
-from anybatch.data.images import ImageColumn, holds_images
+from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import row_keys
-from anybatch.data.records import column_names, image_dataset, listed, no_column
+from anybatch.data.records import column_names, image_dataset, is_image, listed, no_column
 
 logger = logging.getLogger("anybatch")
 LABELS = ("label", "labels", "class", "category")  # columns that hold the classes, the most telling first
@@ -139,7 +139,7 @@ def read_images(path: str, *, column: str | Sequence[str] | None = None, limit: 
     if column is not None and column not in present:
         raise no_column(column, present, path)
     dataset = image_dataset(folder, present)
-    holding = [] if dataset is None else [name for name in present if holds_images(dataset, name)]
+    holding = [] if dataset is None else [name for name in present if is_image(dataset.features.get(name))]
     chosen = [column] if column is not None else holding
     if dataset is None or len(chosen) != 1 or chosen[0] not in holding:
         raise AnybatchError(

@@ -8,10 +8,9 @@ from typing import Any
 _HOME = {
     "Trainer": "trainer",
     "CachedLoss": "loss",
-    "CachedLateInteraction": "loss",
     "TwoViewLoss": "two_views",
     "PlanBatches": "batches",
-    "with_index": "batches",
+    "with_index": "sets",
     "ImageCollator": "collating",
     "undecoded": "collating",
     "LossStateCallback": "callback",

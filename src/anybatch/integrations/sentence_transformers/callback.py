@@ -19,14 +19,16 @@ from transformers import Trainer, TrainerCallback
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, flaw_of, read_json, seal_folder, write_bytes
-from anybatch.integrations.sentence_transformers.batches import PlanBatches, check_numbers, num_rows_of
-from anybatch.integrations.sentence_transformers.loss import CachedTrainerLoss
+from anybatch.integrations.sentence_transformers.batches import PlanBatches
+from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.integrations.sentence_transformers.sets import check_numbers, num_rows_of
+from anybatch.losses.parts import GlobalTemperature
 from anybatch.losses.state import State, grown_state, join_shards
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
 logger = logging.getLogger("anybatch")
 LOSS_STATE = "anybatch_loss.safetensors"
-Losses = CachedTrainerLoss | Mapping[str, CachedTrainerLoss]
+Losses = CachedLoss | Mapping[str, CachedLoss]
 
 
 class LossStateCallback(TrainerCallback):
@@ -70,8 +72,9 @@ class LossStateCallback(TrainerCallback):
                     "numbers. Give the Trainer with_index(dataset), with the rows in the plan's order; of several data "
                     "sets, with_index(dictionary) and PlanBatches(plan, another plan, ...), a plan each."
                 )
-        for loss in self.losses.values():
-            check_numbers(sets, num_rows_of(loss.loss, loss.rows))
+        for name, loss in self.losses.items():  # of several data sets, those that the loss is for
+            own = [part for part in sets if not name or part[0].get("dataset_name") == name]
+            check_numbers(own, num_rows_of(loss.loss, loss.rows))
         if state.global_step:
             folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._restore(folder, plans=plan_digests(loader))
@@ -116,6 +119,14 @@ class LossStateCallback(TrainerCallback):
         for loss in self.losses.values():
             loss.step = state.global_step
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give learned temperatures the rate of their own, in place of the schedule's."""
+        rates = {id(part.log_temperature): part.current_lr for _, part in own_rates(_state_of(self.losses))}
+        for group in kwargs["optimizer"].param_groups if rates else ():
+            found = {rates.get(id(parameter)) for parameter in group["params"]}
+            if len(found) == 1 and None not in found:
+                group["lr"] = found.pop()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the loss to the checkpoint (of a sharded memory each rank its part), and last the list of contents."""
         folder = Path(self.folder or str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -136,6 +147,16 @@ class LossStateCallback(TrainerCallback):
         for name, loss in self.losses.items():
             figures = getattr(loss.loss, "last_stats", None) or {}
             add_to_log(state, logs, {f"{name}_{key}" if name else key: value for key, value in figures.items()})
+
+
+def own_rates(losses: nn.Module) -> list[tuple[str, GlobalTemperature]]:
+    """The learned temperatures with a rate of their own, and the names of their parameters."""
+    parts = [(name, part) for name, part in losses.named_modules() if isinstance(part, GlobalTemperature)]
+    return [
+        (f"{name}.log_temperature", part)
+        for name, part in parts
+        if part.log_temperature is not None and part.lr is not None
+    ]
 
 
 def add_to_log(state: Any, logs: dict[str, Any] | None, figures: Mapping[str, float]) -> bool:
@@ -283,7 +304,7 @@ def training_sets(dataloader: Any) -> list[Dataset]:
     return [part for part in getattr(dataset, "datasets", [dataset]) if isinstance(part, Dataset)]
 
 
-def check_first_step(loss: CachedTrainerLoss) -> None:
+def check_first_step(loss: CachedLoss) -> None:
     """Warn of a Trainer that does not save the loss, and of mined batches taken for a uniform sample."""
     frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "compute_loss")
     owners = (frame.f_locals.get("self") for frame in frames)  # to look at a frame's variables keeps them alive
@@ -303,7 +324,7 @@ def check_first_step(loss: CachedTrainerLoss) -> None:
         )
 
 
-def _check_is_saved(loss: CachedTrainerLoss, trainer: Trainer) -> None:
+def _check_is_saved(loss: CachedLoss, trainer: Trainer) -> None:
     saving = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossStateCallback)]
     if len(saving) > 1:
         raise AnybatchError(

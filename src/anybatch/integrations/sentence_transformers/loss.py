@@ -1,13 +1,11 @@
-"""Our cached step behind sentence-transformers' protocol for cached losses: one embedding per text, or one per token.
+"""Our cached step behind sentence-transformers' protocol for cached losses.
 
-It replaces `CachedMultipleNegativesRankingLoss` and `CachedMultiVectorMultipleNegativesRankingLoss`: the Trainer,
-`MatryoshkaLoss`, PEFT and trackers see the same protocol (`uses_gradient_cache`, `calculate_loss`, a backward pass
-deferred to a hook on the returned loss).
+It replaces `CachedMultipleNegativesRankingLoss`: the Trainer, `MatryoshkaLoss`, PEFT and trackers see the same protocol
+(`uses_gradient_cache`, `calculate_loss`, a backward pass deferred to a hook on the returned loss).
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -15,23 +13,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.caching.encoder import Encoder, modules_of, parameters_of
+from anybatch.caching.encoder import modules_of, parameters_of
 from anybatch.caching.memory import StepMemory
-from anybatch.caching.on_demand import RowsOnDemand
 from anybatch.caching.pieces import PIXELS
 from anybatch.caching.recording import Auto, Recording, record_towers
 from anybatch.caching.replay import Aside, replay
 from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
 from anybatch.core.errors import AnybatchError
-from anybatch.integrations.sentence_transformers.batches import num_rows_of, row_numbers
 from anybatch.integrations.sentence_transformers.collating import UndecodedRows
-from anybatch.losses import InfoNCE
+from anybatch.integrations.sentence_transformers.sets import num_rows_of, row_numbers
+from anybatch.losses import InfoNCE, Matryoshka
+from anybatch.losses.base import ContrastiveLoss
 from anybatch.losses.rows import RowTable
 
+BARE = (ContrastiveLoss, Matryoshka)  # losses of embeddings, without a model
 
-class CachedTrainerLoss(nn.Module):
-    """Abstract: a cached step as a loss of sentence-transformers' Trainer. See `CachedLoss` for the arguments."""
+
+class CachedLoss(nn.Module):
+    """Any anybatch loss as a sentence-transformers loss, with gradient caching.
+
+    Args:
+        model: The model that is trained. It must be the one given to the Trainer.
+        loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
+        rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
+        mini_batch_size: Rows that are encoded at once: the `micro_batch` of `cached_step`.
+        max_tokens, keep_graphs, memory, pad_to_multiple: See `cached_step`. The gradient is the same to the last bit
+            whatever is kept: 0.0 is GradCache, 1.0 is plain training.
+
+    Inputs:
+        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A column of
+        negatives holds those of its rows that have one, in their order; with `rows` it may hold fewer than the batch.
+        A `label` column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
+
+    Warns:
+        UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data
+            set on mined batches without inclusion weights.
+
+    Relations:
+        With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`,
+        except that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does
+        not enlarge the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
+
+    Reference: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv
+    2101.06983.
+
+    Example:
+        >>> class Model(nn.Module):  # or a SentenceTransformer
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(3, 2)
+        ...     def forward(self, features):
+        ...         return {"sentence_embedding": self.layer(features["x"])}
+        >>> loss = CachedLoss(Model(), InfoNCE(temperature=0.05), mini_batch_size=2)
+        >>> loss([{"x": torch.eye(3)}, {"x": torch.eye(3)}]).backward()
+        >>> loss.model.layer.weight.grad.shape
+        torch.Size([2, 3])
+    """
 
     uses_gradient_cache = True
     fewest_columns = 2
@@ -43,7 +81,7 @@ class CachedTrainerLoss(nn.Module):
         loss: nn.Module,
         *,
         rows: RowTable | None = None,
-        micro_batch: int | Auto = 32,
+        mini_batch_size: int | Auto = 32,
         max_tokens: int | None = None,
         keep_graphs: float | Auto = "auto",
         memory: str | int = "80%",
@@ -51,21 +89,21 @@ class CachedTrainerLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_limits(
-            micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs, pad_to_multiple=pad_to_multiple
+            micro_batch=mini_batch_size,
+            max_tokens=max_tokens,
+            keep_graphs=keep_graphs,
+            pad_to_multiple=pad_to_multiple,
+            called="mini_batch_size",
         )
         self.model = model  # a child, else the Trainer would not train it
         self.loss = loss
         self.rows = rows
-        self.micro_batch: int | Auto = micro_batch
+        self.mini_batch_size: int | Auto = mini_batch_size
         self.max_tokens = max_tokens
         self.keep_graphs: float | Auto = keep_graphs
         self.memory = StepMemory(memory)
         self.pad_to_multiple = pad_to_multiple
         self._looked = False  # whether the Trainer saves the state, in the first step
-
-    @abstractmethod
-    def _encoders(self, features: list[Any]) -> list[Encoder]:
-        raise NotImplementedError
 
     def _rows(self, column: dict[str, Any]) -> Any:
         """What the cached step takes of a column."""
@@ -74,10 +112,9 @@ class CachedTrainerLoss(nn.Module):
             return column
         return undecoded.on_demand(self.model, {key: value for key, value in column.items() if key != PIXELS})
 
-    @abstractmethod
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
         """The loss of what the encoders returned; where gradients are on, detached, its gradient left in the leaves."""
-        raise NotImplementedError
+        return self.calculate_loss([[embeddings] for (embeddings,) in leaves], labels, with_backward=True)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The loss of one batch; its backward pass replays the encoder. Without gradients nothing is remembered."""
@@ -100,9 +137,9 @@ class CachedTrainerLoss(nn.Module):
         # 2. Forward passes, micro-batch by micro-batch; images are decoded as they are taken.
         features = [self._rows(column) for column in features]
         recordings = record_towers(
-            self._encoders(features),
+            [self.encode] * len(features),
             features,
-            micro_batch=self.micro_batch,
+            micro_batch=self.mini_batch_size,
             max_tokens=self.max_tokens,
             keep_graphs=self.keep_graphs,
             memory=self.memory,
@@ -143,55 +180,16 @@ class CachedTrainerLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""
-        return {"loss": type(self.loss).__name__, "micro_batch": self.micro_batch, "max_tokens": self.max_tokens}
+        temperature = getattr(self.loss, "temperature", None)
+        known = {} if temperature is None else {"temperature": round(float(temperature), 6)}
+        return {"loss": type(self.loss).__name__, **known, "mini_batch_size": self.mini_batch_size}
 
     @property
     def citation(self) -> str:
-        """BibTeX of the caching method."""
-        return (
-            "@misc{gao2021scaling, title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}, "
-            "author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan}, year={2021}, eprint={2101.06983}}"
-        )
+        """BibTeX of the papers behind the cached step and the loss."""
+        from anybatch.integrations.sentence_transformers.card import bibtex
 
-
-class CachedLoss(CachedTrainerLoss):
-    """Any anybatch loss as a sentence-transformers loss, with gradient caching.
-
-    Args:
-        model: The model that is trained. It must be the one given to the Trainer.
-        loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
-        rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
-        micro_batch, max_tokens, keep_graphs, memory, pad_to_multiple: See `cached_step`. The gradient is the same to
-            the last bit whatever is kept: 0.0 is GradCache, 1.0 is plain training.
-
-    Inputs:
-        Columns (anchor, positive) or (anchor, positive, negative, ...), texts or anything the model takes. A column of
-        negatives holds those of its rows that have one, in their order; with `rows` it may hold fewer than the batch.
-        A `label` column holding the row number (`with_index`) is required by a loss with memory and by `rows`.
-
-    Warns:
-        UserWarning: In the first step, of a Trainer whose checkpoints leave out the loss, or of a loss over the data
-            set on mined batches without inclusion weights.
-
-    Relations:
-        With `InfoNCE(temperature=0.05)` the gradients are those of `CachedMultipleNegativesRankingLoss(scale=20)`,
-        except that identical texts are never negatives of each other when `rows` is given. Gradient accumulation does
-        not enlarge the set of negatives: raise `per_device_train_batch_size`, which costs no encoder memory here.
-
-    Reference: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
-
-    Example:
-        >>> class Model(nn.Module):  # or a SentenceTransformer
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = nn.Linear(3, 2)
-        ...     def forward(self, features):
-        ...         return {"sentence_embedding": self.layer(features["x"])}
-        >>> loss = CachedLoss(Model(), InfoNCE(temperature=0.05), micro_batch=2)
-        >>> loss([{"x": torch.eye(3)}, {"x": torch.eye(3)}]).backward()
-        >>> loss.model.layer.weight.grad.shape
-        torch.Size([2, 3])
-    """
+        return bibtex(CachedLoss, *map(type, self.loss.modules()))
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -213,91 +211,9 @@ class CachedLoss(CachedTrainerLoss):
                 return value.detach()
         return value
 
-    def _encoders(self, features: list[Any]) -> list[Encoder]:
-        return [self.encode] * len(features)
-
     def encode(self, features: dict[str, Any]) -> Tensor:
         """The embeddings of a micro-batch, (B, D)."""
         return self.model(features)["sentence_embedding"]
-
-    def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
-        return self.calculate_loss([[embeddings] for (embeddings,) in leaves], labels, with_backward=True)
-
-
-class CachedLateInteraction(CachedTrainerLoss):
-    """`LateInteraction` as a loss of sentence-transformers' MultiVectorEncoderTrainer (ColBERT), with gradient caching.
-
-    Arguments and columns as in `CachedLoss`. A column is encoded as a query if it is the first and as a document
-    otherwise, unless the collator has stamped another `task` on it. With `LateInteraction(temperature=1.0)` the
-    gradients are those of `MultiVectorMultipleNegativesRankingLoss(scale=1.0)`.
-
-    Cost: as `CachedLoss`; 4 bytes times rows, tokens and dimensions for the leaves of a column, and as much for their
-        gradient.
-
-    Example:
-        >>> class Model(nn.Module):  # or a MultiVectorEncoder
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.embed = nn.Embedding(9, 4)
-        ...     def forward(self, features, task):
-        ...         return {"token_embeddings": self.embed(features["input_ids"]), **features}
-        >>> from anybatch.losses.late_interaction import LateInteraction
-        >>> loss = CachedLateInteraction(Model(), LateInteraction(), micro_batch=2)
-        >>> texts = {"input_ids": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
-        >>> loss([texts, texts]).backward()
-        >>> loss.model.embed.weight.grad.shape
-        torch.Size([9, 4])
-    """
-
-    def _rows(self, column: dict[str, Any]) -> Any:
-        """Token embeddings are padded to the batch's width, for which it is made at once."""
-        rows = super()._rows(column)
-        return rows.whole().inputs if isinstance(rows, RowsOnDemand) else rows
-
-    def _encoders(self, features: list[Any]) -> list[Encoder]:
-        tasks = ["query", *["document"] * (len(features) - 1)]
-        return [
-            partial(_encode_tokens, self.model, task=task, width=_width(column))
-            for task, column in zip(tasks, features, strict=True)
-        ]
-
-    def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
-        (anchors, anchor_mask), *others = leaves
-        width = max(tokens.shape[1] for tokens, _ in others)
-        candidates = torch.cat([_padded(tokens, width) for tokens, _ in others])
-        candidate_mask = torch.cat([_padded(mask, width) for _, mask in others])
-        training = torch.is_grad_enabled()
-        arguments = {}
-        if training and self.rows is not None:
-            arguments = self._arguments(labels, anchors.device, len(candidates))
-        with without_autocast():
-            value = self.loss(anchors, candidates, anchor_mask=anchor_mask, candidate_mask=candidate_mask, **arguments)
-            if training:
-                value.backward()
-        return value.detach()
-
-
-def _encode_tokens(model: nn.Module, features: dict[str, Any], *, task: str, width: int) -> tuple[Tensor, ...]:
-    """Token embeddings and mask `(b, width, ...)`; rows cut narrower are padded to the batch's width."""
-    output = model(features, task=features.get("task", task))
-    tokens, mask = output["token_embeddings"], output["attention_mask"]
-    tokens = tokens * mask[..., None].to(tokens.dtype)  # what is masked counts for nothing, as beyond the width
-    return _padded(tokens, width), _padded(mask.to(torch.float32), width)
-
-
-def _width(features: dict[str, Any]) -> int:
-    mask = features.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise AnybatchError(
-            "Late interaction needs padded inputs with a two-dimensional attention_mask. Use a collator that pads."
-        )
-    return mask.shape[1]
-
-
-def _padded(value: Tensor, width: int) -> Tensor:
-    """`(b, T, ...)` with zeros up to `(b, width, ...)`."""
-    missing = width - value.shape[1]
-    return nn.functional.pad(value, (*[0, 0] * (value.ndim - 2), 0, missing)) if missing else value
 
 
 @torch.no_grad()
@@ -309,3 +225,38 @@ def _deferred_backward(
     beside: list[tuple[nn.Parameter, Tensor]],
 ) -> None:
     replay(recordings, gradients, scale=outer, beside=beside)
+
+
+def is_ours(loss: Any) -> bool:
+    """Whether it is a loss of this library, or holds one."""
+    return isinstance(loss, nn.Module) and any(isinstance(part, (*BARE, CachedLoss)) for part in loss.modules())
+
+
+def cached_in(loss: Any) -> CachedLoss | None:
+    """The cached loss itself, or inside a wrapper such as `MatryoshkaLoss`."""
+    return next((part for part in loss.modules() if isinstance(part, CachedLoss)), None)
+
+
+def check_wrappers(loss: nn.Module) -> None:
+    """Refuse what a loss of sentence-transformers round one of ours would compute wrongly, or not at all."""
+    for wrapper in loss.modules():
+        inner: Any = getattr(wrapper, "loss", None)
+        if not type(wrapper).__module__.startswith("sentence_transformers.") or not is_ours(inner):
+            continue
+        kind, name = type(wrapper).__name__, type(getattr(inner, "loss", inner)).__name__
+        if not hasattr(wrapper, "matryoshka_dims"):
+            raise AnybatchError(
+                f"Got {kind} round {name}. It calls parts of the encoder again in each step, which a cached step does "
+                "not do. Expected a loss of sentence-transformers in it, such as MultipleNegativesRankingLoss."
+            )
+        if not isinstance(inner, CachedLoss):
+            raise AnybatchError(
+                f"Got {kind} round {name} itself; expected {kind}(model, CachedLoss(model, {name}(...)), ...), or "
+                f"anybatch.losses.Matryoshka({name}(...), [...]) without {kind}."
+            )
+        if inner.loss.state_dict():
+            raise AnybatchError(
+                f"Got {kind} round {name}, which is called for each width and would mix what it learns of all. Give "
+                f"anybatch.losses.Matryoshka({name}(...), {list(wrapper.matryoshka_dims)}), whose widths have a state "
+                "each, as the loss."
+            )

@@ -44,8 +44,8 @@ class ModelConfig(Configuration):
             own, "" for none.
         positive_prompt: Text put before each positive, negative or document.
         device: Where it runs; None chooses a GPU if there is one.
-        kwargs: For the loader of transformers, such as {dtype: bfloat16, attn_implementation: sdpa}.
-        processor: For its processor, such as {min_pixels: 3136, max_pixels: 1003520}.
+        kwargs: For the loader of transformers, such as {dtype: bfloat16, attn_implementation: sdpa}; what is under
+            `processor` is for its processor, such as {processor: {min_pixels: 3136, max_pixels: 1003520}}.
         lora: Train low-rank adapters alone: peft's `LoraConfig`, such as {r: 8, lora_alpha: 64, target_modules:
             [q_proj, v_proj]}. The saved model has them merged into its weights.
 
@@ -61,18 +61,25 @@ class ModelConfig(Configuration):
     positive_prompt: str | None = None
     device: Literal["cpu", "cuda", "mps"] | None = None
     kwargs: dict[str, Any] | None = None
-    processor: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
 
     section: ClassVar[str] = "model"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kwargs(self.kwargs, "model.kwargs")
         if self.lora is not None and self.num_layers is not None:
             raise AnybatchError(
                 "model.lora and model.num_layers are given: checkpoints of adapters belong to the whole model. Cut the "
                 "model first, in a run without model.lora, or leave out one of them."
             )
+
+
+def check_kwargs(kwargs: dict[str, Any] | None, name: str) -> None:
+    """Refuse settings of a processor that are no mapping."""
+    processor = (kwargs or {}).get("processor", {})
+    if not isinstance(processor, dict):
+        raise AnybatchError(f"{name}.processor is {processor!r}; expected a mapping, such as {{max_pixels: 501760}}.")
 
 
 def load_model(config: ModelConfig) -> SentenceTransformer:
@@ -99,6 +106,8 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
         ) from error
 
     # 2. The model.
+    kwargs = dict(config.kwargs or {})
+    of_processor = kwargs.pop("processor", {})
     try:
         with torch.random.fork_rng(devices=()):  # weights that the files lack are drawn, the same ones at every load
             torch.default_generator.manual_seed(0)
@@ -107,22 +116,21 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
                 None if own is not None else config.name,
                 modules=None if own is None else [own],
                 device=config.device,
-                model_kwargs=dict(config.kwargs or {}),
-                processor_kwargs=dict(config.processor or {}),
+                model_kwargs=kwargs,
+                processor_kwargs=dict(of_processor),
             )
     except Exception as error:  # broken, cut or pickled files fail in four libraries' readers with nearly anything
         reason = next(iter(str(error).splitlines()), "")
         if type(error).__name__ == "UnpicklingError":  # whose message advises to run what is in the file
             reason = "its weights are pickled Python objects, which are not run here; have them saved as safetensors"
-        passed = [f"model.{name} {value}" for name in ("kwargs", "processor") if (value := getattr(config, name))]
-        with_these = f" with {' and '.join(passed)}, which transformers has to know" if passed else ""
+        with_these = f" with the kwargs {config.kwargs}, which transformers has to know" if config.kwargs else ""
         raise AnybatchError(
             f"Cannot load the model {config.name!r}{with_these}: {reason} ({type(error).__name__}). Expected the "
             "folder of a sentence-transformers model with whole files, or a hub name that this machine can reach."
         ) from error
 
     # 3. What the configuration changes in it.
-    warn_of_unknown(model, config.processor or {})
+    warn_of_unknown(model, of_processor)
     pool_at_the_end(model, config.name)
     if config.num_layers is not None:
         keep_first_layers(model, config.num_layers)
@@ -146,7 +154,7 @@ def warn_of_unknown(model: SentenceTransformer, settings: dict[str, Any]) -> Non
     unknown = [name for name in unknown if name not in LOADING and not any(name in names for names in known)]
     if processor is not None and unknown:
         logger.warning(
-            "model.processor has %s, which is no attribute of the model's %s: most likely it is not used.",
+            "kwargs.processor has %s, which is no attribute of the model's %s: most likely it is not used.",
             ", ".join(map(repr, unknown)), type(processor).__name__,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: its log, its evaluations, its progress."""
+"""What a run does while it trains, beside training: its log, its progress, its evaluations and what follows of them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from anybatch.core import distributed
 from anybatch.core.files import write_text
+from anybatch.integrations.sentence_transformers.trainer import Trainer
 
 
 class Recorder(TrainerCallback, ExportableState):
-    """Writes the log, runs the evaluations, reports progress. The log's lines go into the checkpoints, and come back.
+    """Writes the log, reports progress. The log's lines go into the checkpoints, and come back.
 
     Example:
         >>> callbacks = [Recorder(Path("log.jsonl"))]  # the last one, so that the log has the figures of the others
     """
 
-    def __init__(
-        self,
-        path: Path,
-        eval_steps: int | None = None,
-        evaluate: Callable[[Any], dict[str, float]] | None = None,
-        progress: Callable[[int, int, dict[str, float]], None] | None = None,
-    ) -> None:
-        self.path, self.eval_steps, self.evaluate, self.progress = path, eval_steps, evaluate, progress
+    def __init__(self, path: Path, progress: Callable[[int, int, dict[str, float]], None] | None = None) -> None:
+        self.path, self.progress = path, progress
         self.lines: list[dict[str, Any]] = []
         self.latest: dict[str, float] = {}
-        self.evaluation_seconds = 0.0
 
     def state(self) -> dict[str, Any]:
         """What the checkpoints keep."""
@@ -46,27 +42,65 @@ class Recorder(TrainerCallback, ExportableState):
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """A line of the training loss."""
-        if logs and "loss" in logs:
-            self._write(state, {name: value for name, value in logs.items() if isinstance(value, (int, float))})
+        """A line of the training loss, or of an evaluation."""
+        if not state.is_world_process_zero or not any(
+            name == "loss" or name.startswith("eval_") for name in logs or ()
+        ):
+            return
+        figures = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        self.latest = {**self.latest, **figures}
+        self.lines.append({"step": state.global_step, **figures, "epoch": state.epoch})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.lines[-1]) + "\n")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Evaluate if it is time; report progress; a short run leaves a line as well."""
-        if self.eval_steps and state.global_step % self.eval_steps == 0 and state.is_world_process_zero:
-            assert self.evaluate is not None
-            training, started = model.training, time.perf_counter()
-            model.eval()
-            self._write(state, {f"eval_{name}": value for name, value in self.evaluate(model).items()})
-            model.train(training)
-            self.evaluation_seconds += time.perf_counter() - started
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report progress; a short run leaves a line as well."""
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps, self.latest)
         control.should_log |= state.global_step >= state.max_steps
 
-    def _write(self, state: Any, figures: dict[str, Any]) -> None:
-        if not state.is_world_process_zero:
-            return
-        self.latest = {**self.latest, **figures}
-        self.lines.append({"step": state.global_step, "epoch": state.epoch, **figures})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.lines[-1]) + "\n")
+
+class EvaluatedTrainer(Trainer):
+    """The Trainer of a run: evaluations are the run's own figures, and training stops where they rise no more.
+
+    Args:
+        arguments, options: As for `Trainer`.
+        figures: Of the model, on the held-out data; None to evaluate nothing.
+        patience: Evaluations without a better figure (`args.metric_for_best_model`) after which training stops.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        figures: Callable[[Any], dict[str, float]] | None = None,
+        patience: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.figures, self.patience, self.evaluation_seconds = figures, patience, 0.0
+        super().__init__(*arguments, evaluator=[] if figures is not None else None, **options)
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """The figures, measured by the first rank, logged as eval_..., the same on every rank."""
+        assert self.figures is not None
+        assert self.model is not None
+        started, shared = time.perf_counter(), [{}]
+        with distributed.alone() as chosen:
+            if chosen:
+                self.model.eval()
+                shared = [{f"eval_{name}": value for name, value in self.figures(self.model).items()}]
+        [figures] = broadcast_object_list(shared)
+        self.log(dict(figures))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        self.evaluation_seconds += time.perf_counter() - started
+        return figures
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_training_stop |= self._has_ended()
+        return is_best
+
+    def _has_ended(self) -> bool:
+        """Also known of a run that is resumed from where it stopped."""
+        best, now = self.state.best_global_step, self.state.global_step
+        patient = self.patience is None or not best or now - best < self.patience * self.state.eval_steps
+        return super()._has_ended() or not patient

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from datasets import Dataset, IterableDataset
 from sentence_transformers import SentenceTransformerTrainer
-from sentence_transformers.util.dataset import DEFAULT_LABEL_COLUMNS
 from torch import nn
 
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.data.images import ImageColumn, holds_images
+from anybatch.core.resources import Measure
 from anybatch.data.inputs import Column
-from anybatch.data.pairs import PairData, PairSet, join_pairs
-from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
+from anybatch.integrations.sentence_transformers import card
+from anybatch.integrations.sentence_transformers.batches import PlanBatches
 from anybatch.integrations.sentence_transformers.callback import (
     LossStateCallback,
     checkpoint_steps,
     last_whole_checkpoint,
+    own_rates,
 )
 from anybatch.integrations.sentence_transformers.collating import ImageCollator, undecoded
-from anybatch.integrations.sentence_transformers.loss import CachedLoss, CachedTrainerLoss
+from anybatch.integrations.sentence_transformers.loss import BARE, CachedLoss, cached_in, check_wrappers, is_ours
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
-from anybatch.losses import InfoNCE
-from anybatch.losses.base import ContrastiveLoss
+from anybatch.integrations.sentence_transformers.sets import by_name, input_columns, row_ids, with_index
 from anybatch.losses.registry import LossConfig, build_loss, recommended
 from anybatch.losses.rows import RowTable
 from anybatch.plans.plan import BatchPlan
@@ -46,7 +46,8 @@ class Trainer(SentenceTransformerTrainer):
 
     What a loss of ours needs beside the Trainer is added here: row numbers; which rows have equal inputs and are no
     negatives of each other; the cached step, which decodes images micro-batch by micro-batch; the state of the loss, in
-    checkpoints and in the best one; the prompts and routes that the model has for queries and documents.
+    checkpoints and in the best one; the prompts and routes that the model has for queries and documents; a model card
+    that says how the model was trained.
 
     Args:
         model, args, train_dataset, eval_dataset: As for `SentenceTransformerTrainer`. Columns: anchor, positive and
@@ -65,7 +66,8 @@ class Trainer(SentenceTransformerTrainer):
 
     Raises:
         AnybatchError: A plan for a stream, for other data, or of another batch size; columns that cannot be used; a row
-            without an anchor or a positive (a negative may be missing, None).
+            without an anchor or a positive (a negative may be missing, None); a wrapper of sentence-transformers round
+            a loss of ours that cannot be in it.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer
@@ -91,54 +93,52 @@ class Trainer(SentenceTransformerTrainer):
     ) -> None:
         # 1. The guest's arguments, completed in a copy.
         args = self.training_args_class(output_dir="tmp_trainer") if args is None else copy.copy(args)
+        sets = by_name(train_dataset)
         given = [] if plan is None else [plan] if isinstance(plan, (BatchPlan, str, Path)) else plan
         self.plans = [one if isinstance(one, BatchPlan) else BatchPlan.load(one) for one in given]
-        sets = _sets_of(train_dataset)
         if self.plans:
             _take_plans(args, self.plans, sets)
-        parts = train_dataset if isinstance(train_dataset, dict) else {"": train_dataset}
-        self._column_names = {name: _columns_of(one) for name, one in parts.items()}
-
-        # 2. For losses of ours, row numbers, what is known of the rows, and images as they are stored.
         self.mini_batch_size: int | Literal["auto"] = mini_batch_size
         self.memory, self._columns = memory, columns
-        self._ids: dict[str, Any] | None = None
-        self._fresh: list[tuple[CachedTrainerLoss, nn.Module]] = []
-        if model is not None:
-            loss = (
-                {name: _made(one, model) for name, one in loss.items()}
-                if isinstance(loss, dict)
-                else _made(loss, model)
-            )
-        losses = list(loss.values()) if isinstance(loss, dict) else [loss]
-        ours = [one is None or _is_ours(one) for one in losses]
-        self._undecoded = all(ours) and options.get("data_collator", more[1] if len(more) > 1 else None) is None
-        if sets and any(one is None or isinstance(one, ContrastiveLoss) for one in losses):
-            self._ids = _ids_of(sets)
-        if sets and (self.plans or any(ours)):
-            if not all("label" in one.column_names for one in sets.values()):
-                train_dataset = with_index(train_dataset)
-            if self._undecoded:
-                train_dataset = _mapped(undecoded, train_dataset)
+        self._inputs = {name: input_columns(part) for name, part in sets.items()}
+
+        # 2. For losses of ours row numbers, and images as they are stored.
+        if model is not None:  # the guest takes functions of the model as well
+            made = {name: one(model) if _is_function(one) else one for name, one in by_name(loss).items()}
+            loss = made if isinstance(loss, dict) else made[""]
+        losses = by_name(loss)
+        ours = [name for name in sets if (one := losses.get(name, losses.get(""))) is None or is_ours(one)]
+        self._undecoded = len(ours) == len(sets) and options.get("data_collator", (*more, None, None)[1]) is None
+        self._numbered: dict[str, Dataset] = {name: sets[name] for name in (sets if self.plans else ours)}
+        if not all(isinstance(part, Dataset) for part in self._numbered.values()):
+            self._numbered = {}
+        if not all("label" in part.column_names for part in self._numbered.values()):
+            self._numbered = with_index(self._numbered)
+        changed = {**sets, **self._numbered}
+        if self._undecoded:
+            changed = {name: undecoded(part) if isinstance(part, Dataset) else part for name, part in changed.items()}
+        train_dataset = type(train_dataset)(changed) if isinstance(train_dataset, dict) else changed[""]
         super().__init__(model, args, train_dataset, eval_dataset, loss, *more, **options)
 
-        # 3. Checkpoints keep the state of the losses.
-        named = self.loss if isinstance(self.loss, dict) else {"": self.loss}
-        kept = {name: cached for name, one in named.items() if (cached := _cached_in(one)) is not None}
+        # 3. Checkpoints keep the state of the losses; a loss begins anew with each model of `model_init`.
+        self._cached = {name: cached for name, one in by_name(self.loss).items() if (cached := cached_in(one))}
         states = [one for one in self.callback_handler.callbacks if isinstance(one, LossStateCallback)]
-        self._keeper = states[0] if states else LossStateCallback(kept) if kept else None
+        self._keeper = states[0] if states else LossStateCallback(self._cached) if self._cached else None
         if self._keeper is not None and not states:
             self.add_callback(self._keeper)
-        if kept:
-            self.model.model_card_data.add_tags("anybatch")
-        if self.model_init is not None:
-            self._fresh = [(cached, copy.deepcopy(cached.loss)) for cached in kept.values()]
+        self._fresh = {name: copy.deepcopy(one.loss) for name, one in self._cached.items() if self.model_init}
+        self._describe({})
 
     def call_model_init(self, *arguments: Any, **options: Any) -> Any:
         """A new model, for a new run; the losses begin anew with it: what they remember was embedded by the old one."""
-        for cached, fresh in self._fresh:
-            cached.loss = copy.deepcopy(fresh)
-        return super().call_model_init(*arguments, **options)
+        for name, fresh in getattr(self, "_fresh", {}).items():
+            self._cached[name].loss = copy.deepcopy(fresh)
+        old, model = getattr(self, "model", None), super().call_model_init(*arguments, **options)
+        if old is not None and self._cached:  # the card knows the data, which the guest reads once
+            model.model_card_data = copy.copy(old.model_card_data)
+            model.model_card_data.training_logs = []
+            model.model_card_data.register_model(model)
+        return model
 
     def _get_output_dir(self, trial: Any) -> str:
         """The guest's; the trials of a search have a folder each, where the state of the losses goes too."""
@@ -154,128 +154,127 @@ class Trainer(SentenceTransformerTrainer):
             resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         if self._keeper is not None and isinstance(resume_from_checkpoint, str):
             self._keeper.resume_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, *arguments, **options)
+        with Measure() as measure:
+            output = super().train(resume_from_checkpoint, *arguments, **options)
+        cost = card.cost_line(self.state.global_step, measure, self.args.device, resumed=bool(resume_from_checkpoint))
+        self._describe({"Cost": cost})
+        return output
+
+    def _describe(self, further: Mapping[str, str]) -> None:
+        """Tell the model's card what is known now, of losses of ours: a learned temperature changes."""
+        if not self._cached or self.model is None:
+            return
+        lines = {}
+        for name, cached in self._cached.items():
+            lines[f"Loss of {name}" if name else "Loss"] = card.loss_line(cached) + self._recommended
+        cached = next(iter(self._cached.values()))
+        lines["Batch"] = card.batch_line(self.args.per_device_train_batch_size, cached)
+        plan = self.plans[0] if self.plans else getattr(cached.rows, "plan", None)
+        card.describe(self.model, {**lines, **card.plan_lines(plan, cached.rows), **further})
+        if plan is not None and plan.cluster_size > 1:
+            card.cite_mining(self.model)
+
+    _recommended = ""
 
     def get_default_loss(self, model: Any) -> nn.Module:
         """The recommended loss for the batch size, and for the plan."""
-        if self._ids is None or len(self.plans) > 1:
-            why = "a stream has no row numbers" if self._ids is None else "each data set has its own plan"
-            _say("Recommended: InfoNCE, temperature 0.05 (%s). See docs/recipe.md.", why)
-            return InfoNCE(temperature=0.05)
         batch = self.args.per_device_train_batch_size * distributed.world_size()
         name, why = recommended(batch)
-        _say("Recommended: %s, temperature 0.05 (batches of %d: %s). See docs/recipe.md.", name, batch, why)
-        return build_loss(LossConfig(name=name), num_rows=len(self._ids["anchor_id"]))
+        why = f"batches of {batch}: {why}"
+        if not self._numbered or len(self.plans) > 1:
+            name = "InfoNCE"
+            why = "each data set has its own plan" if self._numbered else "a stream has no row numbers"
+        if distributed.rank() == 0:  # to whoever set no level of logging as well
+            logger.warning("Recommended: %s, temperature 0.05 (%s). See docs/recipe.md.", name, why)
+        self._recommended = f" (recommended: {why})"
+        return build_loss(LossConfig(name=name.lower()), num_rows=len(self._ids["anchor_id"]) if self._numbered else 2)
 
     def prepare_loss(self, loss: Any, model: Any) -> nn.Module:
-        """A loss of ours is put behind the cached step."""
-        function = not isinstance(loss, nn.Module)
-        loss = _made(loss, model)
-        if function and _is_ours(loss):  # only with model_init: it was not known when the rows were numbered
-            raise AnybatchError(
-                f"With model_init, got a function that makes {type(loss).__name__}; expected the loss itself, such as "
-                "loss=InfoNCE(temperature=0.05). It begins anew with each model."
-            )
-        if isinstance(loss, ContrastiveLoss):
-            if _has_no_numbers(self.train_dataset) and any(
-                getattr(part, "needs_index", False) for part in loss.modules()
-            ):
+        """A loss of ours is put behind the cached step, and told what is known of the rows."""
+        if _is_function(loss):
+            loss = loss(model)
+            if is_ours(loss):  # only with model_init: it was not known when the rows were numbered
                 raise AnybatchError(
-                    f"{type(loss).__name__} remembers rows by their numbers, and a stream has none. Give a Dataset, a "
-                    "loss without a memory, such as InfoNCE(temperature=0.05), or a stream that yields each row's "
-                    "number as a column 'label'."
+                    f"With model_init, got a function that makes {type(loss).__name__}; expected the loss itself, such "
+                    "as loss=InfoNCE(temperature=0.05). It begins anew with each model."
                 )
-            rows = None if self._ids is None else self._rows_for(loss).to(model.device)
-            loss = CachedLoss(model, loss, rows=rows, micro_batch=self.mini_batch_size, memory=self.memory)
+        if isinstance(loss, BARE):
+            loss = CachedLoss(model, loss, mini_batch_size=self.mini_batch_size, memory=self.memory)
+        check_wrappers(loss)
+        cached = cached_in(loss)
+        if cached is not None and not self._numbered:
+            remembers = any(getattr(part, "needs_index", False) for part in cached.loss.modules())
+            if remembers and any(map(_has_no_numbers, by_name(self.train_dataset).values())):
+                raise AnybatchError(
+                    f"{type(cached.loss).__name__} remembers rows by their numbers, and a stream has none. Give a "
+                    "Dataset, a loss without a memory, such as InfoNCE(temperature=0.05), or a stream that yields each "
+                    "row's number as a column 'label'."
+                )
+        elif cached is not None and cached.rows is None and cached.fewest_columns > 1:
+            cached.rows = self._row_table(cached.loss)
         return super().prepare_loss(loss, model)
 
-    def _rows_for(self, loss: ContrastiveLoss) -> RowTable:
+    @cached_property
+    def _ids(self) -> dict[str, Any]:
+        return row_ids(self._numbered)
+
+    def _row_table(self, loss: Any) -> RowTable:
         """What is known of the rows; of one mined plan also its weights and what it suspects."""
-        assert self._ids is not None
         plan = self.plans[0] if len(self.plans) == 1 and self.plans[0].cluster_size > 1 else None
         if plan is None:
             return RowTable(**self._ids)
-        weights = "inclusion" if loss.inclusion else "none"
+        weights = "inclusion" if getattr(loss, "inclusion", False) else "none"
         return RowTable(**self._ids, plan=plan, weights=weights, mask_suspects=plan.suspects is not None)
 
     def get_data_collator(self, model: Any, args: Any, *arguments: Any, **options: Any) -> Any:
         """With the model's own prompts and routes. For losses of ours images are left to the cached step."""
-        _take_sides(args, model, self._column_names)
+        _take_sides(args, model, self._inputs)
         collator = super().get_data_collator(model, args, *arguments, **options)
         return ImageCollator(collator, self._columns) if self._undecoded else collator
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """The card reads every cell as a text; to it a negative that a row lacks is an empty one."""
+        """The card reads the data here: without row numbers, and every cell as a text."""
         sets = self.train_dataset, self.eval_dataset
-        self.train_dataset, self.eval_dataset = (one and _mapped(_without_gaps, one) for one in sets)
+        self.train_dataset, self.eval_dataset = (card.shown(one, numbered=bool(self._numbered)) for one in sets)
         super().add_model_card_callback(default_args_dict)
         self.train_dataset, self.eval_dataset = sets
 
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """A learned temperature with a rate of its own is a group of its own."""
+        named = nn.ModuleDict(self.loss) if isinstance(self.loss, dict) else self.loss
+        own = {f"^{re.escape(name)}$": part.lr for name, part in own_rates(named)}
+        args = copy.copy(args)
+        args.learning_rate_mapping = own | args.learning_rate_mapping
+        return super().get_optimizer_cls_and_kwargs(args, model)
+
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Decay would pull a learned log-temperature to 0, the temperature to 1."""
-        losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
-        cached = [one for one in map(_cached_in, losses) if one is not None]
-        free = {id(parameter) for one in cached for parameter in one.loss.parameters()}
+        free = {id(parameter) for one in self._cached.values() for parameter in one.loss.parameters()}
         names = {name for name, parameter in model.named_parameters() if id(parameter) in free}
         return [name for name in super().get_decay_parameter_names(model) if name not in names]
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """None after a resume from the last step in mid-epoch, where the base class would train one more."""
-        done = self.state.global_step >= self.state.max_steps
-        return ([], None) if done else super().get_batch_samples(*arguments, **options)
+        return ([], None) if self._has_ended() else super().get_batch_samples(*arguments, **options)
+
+    def _has_ended(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
 
 
-def _sets_of(dataset: Any) -> dict[str, Dataset]:
-    """The training sets that have rows with numbers, by name; none for a stream."""
-    sets = dataset if isinstance(dataset, dict) else {"": dataset}
-    return dict(sets) if sets and all(isinstance(one, Dataset) for one in sets.values()) else {}
-
-
-def _mapped(change: Callable[[Dataset], Dataset], dataset: Any) -> Any:
-    if isinstance(dataset, dict):
-        return type(dataset)({name: change(one) for name, one in dataset.items()})
-    return change(dataset)
-
-
-def _without_gaps(dataset: Any) -> Any:
-    """With "" for None where columns of texts have any; a stream and a data set that has a transform stay."""
-    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
-        return dataset
-    if not any(_holds_texts(dataset, name) and dataset.data.column(name).null_count for name in dataset.column_names):
-        return dataset
-    return dataset.with_transform(
-        lambda cells: {name: ["" if cell is None else cell for cell in column] for name, column in cells.items()}
-    )
-
-
-def _holds_texts(dataset: Dataset, column: str) -> bool:
-    return getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
-
-
-def _say(line: str, *values: Any) -> None:
-    """To whoever set no level of logging as well."""
-    if distributed.rank() == 0:
-        logger.warning(line, *values)
-
-
-def _made(loss: Any, model: Any) -> Any:
-    """The loss itself, where the guest takes a function of the model that makes it."""
-    return loss if loss is None or isinstance(loss, nn.Module) else loss(model)
+def _is_function(loss: Any) -> bool:
+    """Of the model, that makes the loss."""
+    return loss is not None and not isinstance(loss, nn.Module)
 
 
 def _has_no_numbers(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) and "label" not in (dataset.column_names or ())
 
 
-def _columns_of(dataset: Any) -> list[str]:
-    names = getattr(dataset, "column_names", None) or ()
-    return [name for name in names if name not in (*DEFAULT_LABEL_COLUMNS, "dataset_name")]
-
-
-def _take_plans(args: Any, plans: Sequence[BatchPlan], sets: dict[str, Dataset]) -> None:
+def _take_plans(args: Any, plans: Sequence[BatchPlan], sets: Mapping[str, Any]) -> None:
     """The plans as batch sampler, and their batch size where none was given."""
-    if len(plans) != len(sets):
-        what = f"{len(sets)} data set{'s' if len(sets) > 1 else ''}" if sets else "a stream, whose rows have no numbers"
+    stream = not all(isinstance(part, Dataset) for part in sets.values())
+    if stream or len(plans) != len(sets):
+        what = "a stream, whose rows have no numbers" if stream else f"{len(sets)} data set{'s' * (len(sets) > 1)}"
         raise AnybatchError(f"Got {len(plans)} plans for {what}; expected one for each data set.")
     args.batch_sampler = PlanBatches(*plans)
     if args.per_device_train_batch_size == GUEST_BATCH:
@@ -295,52 +294,3 @@ def _take_sides(args: Any, model: Any, columns: dict[str, list[str]]) -> None:
     for key, of_sets in found.items():
         if not getattr(args, key) and any(of_sets.values()):
             setattr(args, key, of_sets.get("", of_sets))
-
-
-def _ids_of(sets: dict[str, Dataset]) -> dict[str, Any]:
-    """Ids of the inputs of all data sets together: equal ones are no negatives of each other."""
-    parts = [_pairs_of(name, one) for name, one in sets.items()]
-    width = max(len(part.negatives) for part in parts)
-    # Of a set with fewer negatives the others are never asked for: any ids will do.
-    parts = [
-        replace(part, negatives=(*part.negatives, *[part.positives] * (width - len(part.negatives)))) for part in parts
-    ]
-    named = [PairSet(name=f"set {number}", num_rows=len(part)) for number, part in enumerate(parts)]
-    pairs = parts[0] if len(parts) == 1 else join_pairs(parts, named)
-    return {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id, "negative_id": pairs.negative_id}
-
-
-def _pairs_of(name: str, dataset: Dataset) -> PairData:
-    """The columns of a data set; what is neither text nor image counts as different in every row."""
-    names = _columns_of(dataset)
-    if len(names) < 2:
-        raise AnybatchError(
-            f"The data set {name or 'to train on'} has the columns {', '.join(dataset.column_names)}; expected an "
-            "anchor, a positive and optionally negatives, in this order, besides labels."
-        )
-    anchors, positives, *negatives = (_column(name, dataset, column) for column in names)
-    for column, cells in zip(names, (anchors, positives), strict=False):
-        if isinstance(cells, list) and None in cells:
-            raise AnybatchError(
-                f"The data set {name or 'to train on'} has nothing in column '{column}' in row {cells.index(None) + 1}"
-                "; expected an anchor and a positive in every row. Leave such rows out (Dataset.filter)."
-            )
-    return PairData(anchors=anchors, positives=positives, negatives=tuple(negatives))
-
-
-def _column(name: str, dataset: Dataset, column: str) -> Any:
-    if holds_images(dataset, column):
-        return ImageColumn.of(dataset, column, "the training set")
-    if _holds_texts(dataset, column):
-        return dataset.with_format(None)[column][:]
-    return [f"{name} {column} {row}" for row in range(len(dataset))]
-
-
-def _is_ours(loss: Any) -> bool:
-    ours = (ContrastiveLoss, CachedTrainerLoss)
-    return isinstance(loss, nn.Module) and any(isinstance(part, ours) for part in loss.modules())
-
-
-def _cached_in(loss: nn.Module) -> CachedTrainerLoss | None:
-    """The cached loss itself, or inside a wrapper such as `MatryoshkaLoss`."""
-    return next((part for part in loss.modules() if isinstance(part, CachedTrainerLoss)), None)

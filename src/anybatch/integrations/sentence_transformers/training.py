@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,7 +15,7 @@ import torch
 from anybatch.caching.device_memory import parse_memory
 from anybatch.caching.state import RandomState
 from anybatch.core import distributed
-from anybatch.core.configuration import Configuration, Count, Fraction, NotNegative, Positive
+from anybatch.core.configuration import Configuration, Count, Fraction, Positive
 from anybatch.core.errors import AnybatchError
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from anybatch.data.inputs import Column
-    from anybatch.integrations.sentence_transformers.batches import PlanBatches
     from anybatch.integrations.sentence_transformers.loss import CachedLoss
     from anybatch.plans.plan import BatchPlan
 
@@ -36,23 +34,23 @@ class TrainConfig(Configuration):
 
     Attributes:
         epochs: Passes over the data.
-        max_steps: Stop after this many steps; None for `epochs`.
         optimizer: "adamw", or "lars" (momentum .9), whose steps follow the norms of the weights: published for SimCLR
             and SogCLR on images, at rates of .1 to 5.
         learning_rate: Peak learning rate. Tune it for each batch size.
-        warmup: Fraction of the steps over which the learning rate rises; then it falls to 0.
-        schedule: How it falls; None for "cosine" of views of images (`data.views`), "linear" else.
-        weight_decay: On the encoder's matrices; never on the loss's own parameters.
         micro_batch: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
         keep_graphs: Fraction of the micro-batches whose graph is kept, so that they need no second forward pass; "auto"
             keeps what `memory` has room for. The gradient is the same to the last bit.
         memory: The most memory in use on the device, such as "8GiB" or "80%".
-        bf16: Run the encoder under bfloat16 autocast.
         gradient_checkpointing: Of the transformer: a graph keeps the inputs of its layers alone, and its backward pass
             computes the layers again.
         save_steps: Steps between checkpoints (the two newest whole ones are kept).
-        log_steps: Steps between lines of the log; the last step has one as well.
         eval_steps: Steps between evaluations on the held-out pairs; None for the end only.
+        args: Further arguments of sentence-transformers' Trainer, such as {bf16: true, max_steps: 1000, weight_decay:
+            .01, max_grad_norm: .5, report_to: tensorboard}. Ours, unless given: warmup_steps .1 (a fraction of the
+            steps, over which the learning rate rises), lr_scheduler_type linear (cosine for `data.views`),
+            logging_steps 10. With `eval_steps`: load_best_model_at_end (a checkpoint at each evaluation then),
+            metric_for_best_model (ndcg@10), and early_stopping_patience, evaluations without a better figure after
+            which training stops.
 
     Example:
         >>> TrainConfig(epochs=2, learning_rate=2e-5).save_steps
@@ -60,20 +58,15 @@ class TrainConfig(Configuration):
     """
 
     epochs: Count = 1
-    max_steps: Count | None = None
     optimizer: Literal["adamw", "lars"] = "adamw"
     learning_rate: Positive = 5e-5
-    warmup: Fraction = 0.1
-    schedule: Literal["linear", "cosine"] | None = None
-    weight_decay: NotNegative = 0.0
     micro_batch: Count | Literal["auto"] = 32
     keep_graphs: Fraction | Literal["auto"] = "auto"
     memory: str | int = "80%"
-    bf16: bool = False
     gradient_checkpointing: bool = False
     save_steps: Count = 200
-    log_steps: Count = 10
     eval_steps: Count | None = None
+    args: dict[str, Any] = field(default_factory=dict)
 
     section: ClassVar[str] = "train"
 
@@ -134,11 +127,12 @@ def train_model(
     """
     from transformers import PrinterCallback, ProgressCallback
 
-    from anybatch.integrations.sentence_transformers.batches import PlanBatches, with_index
+    from anybatch.integrations.sentence_transformers.arguments import PATIENCE, optimizer_of, training_arguments
+    from anybatch.integrations.sentence_transformers.batches import PlanBatches
     from anybatch.integrations.sentence_transformers.callback import LossStateCallback
     from anybatch.integrations.sentence_transformers.model import checkpoint_layers
-    from anybatch.integrations.sentence_transformers.recorder import Recorder
-    from anybatch.integrations.sentence_transformers.trainer import Trainer
+    from anybatch.integrations.sentence_transformers.recorder import EvaluatedTrainer, Recorder
+    from anybatch.integrations.sentence_transformers.sets import with_index
 
     # 1. What can be refused before anything is written.
     output = Path(output)
@@ -149,18 +143,22 @@ def train_model(
         checkpoint_layers(model)
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed, plan)
-    optimizer = optimizer_of(config)
+    optimizer, patience = optimizer_of(config), config.args.get(PATIENCE)
     checkpoint = _checkpoint_to_resume(output, resume, run)
 
     # 2. The Trainer.
-    recorder = Recorder(output / "log.jsonl", config.eval_steps, evaluate, progress)
-    trainer = Trainer(
+    recorder = Recorder(output / "log.jsonl", progress)
+    trainer = EvaluatedTrainer(
         model=model,
-        args=_arguments(model, batches, config, output / "checkpoints", seed),
+        args=training_arguments(
+            config, output / "checkpoints", batches=batches, seed=seed, on_cpu=model.device.type == "cpu"
+        ),
         train_dataset=indexed,
         loss=loss,
         optimizer_cls_and_kwargs=optimizer,
         columns=columns,
+        figures=evaluate,
+        patience=patience,
         callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder],
     )
     for callback in (PrinterCallback, ProgressCallback):  # progress is shown by ours
@@ -179,7 +177,7 @@ def train_model(
             "on with --resume."
         ) from error
     return TrainResult(
-        log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=recorder.evaluation_seconds
+        log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=trainer.evaluation_seconds
     )
 
 
@@ -200,49 +198,6 @@ def _checkpoint_to_resume(output: Path, resume: bool, run: str) -> Path | None:
             shutil.rmtree(path)
     distributed.barrier()  # nobody trains, or writes, before all have looked
     return checkpoint
-
-
-def _arguments(model: SentenceTransformer, batches: PlanBatches, config: TrainConfig, output: Path, seed: int) -> Any:
-    """Those of the configuration; prompts and routes are added by `Trainer`."""
-    from sentence_transformers import SentenceTransformerTrainingArguments
-
-    world_size, on_cpu = distributed.world_size(), model.device.type == "cpu"
-    return SentenceTransformerTrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=batches.plans[0].batch_size // world_size,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate,
-        warmup_steps=min(config.warmup, math.nextafter(1, 0)),  # the Trainer takes 1 for one step, less for a fraction
-        lr_scheduler_type=config.schedule or "linear",
-        weight_decay=config.weight_decay,
-        bf16=config.bf16,
-        logging_steps=config.log_steps,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=3,  # the newest may be cut short, so one more than two
-        batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any such callable is accepted
-        seed=seed,
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if world_size > 1 and on_cpu else None,
-        dataloader_pin_memory=model.device.type == "cuda",
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def optimizer_of(config: TrainConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Class and arguments of an optimiser that the Trainer does not know by itself; None for its AdamW."""
-    if config.optimizer == "adamw":
-        return None
-    try:
-        from pytorch_optimizer import LARS
-    except ImportError as error:
-        raise AnybatchError(
-            "train.optimizer is 'lars', which is in the package pytorch_optimizer. Install it with: pip install "
-            "'anybatch[vision]'"
-        ) from error
-    return LARS, {"lr": config.learning_rate, "momentum": 0.9}
 
 
 @contextmanager

@@ -24,8 +24,8 @@ class TwoViewLoss(CachedLoss):
     """A loss on two random views of each image: each view against all views of other rows (SimCLR, SogCLR for images).
 
     A view is a function of run, step and row (`anybatch.vision.views`): replays and resumed runs see the same pixels,
-    and views are made micro-batch by micro-batch, on the device: of `micro_batch` rows two views each. A BatchNorm is
-    frozen, as caching needs.
+    and views are made micro-batch by micro-batch, on the device: of `mini_batch_size` rows two views each. A
+    BatchNorm is frozen, as caching needs.
 
     Args:
         model, loss, options: See `CachedLoss`.
@@ -46,7 +46,7 @@ class TwoViewLoss(CachedLoss):
         ...         self.layer = nn.Linear(3 * 8 * 8, 2)
         ...     def forward(self, features):
         ...         return {"sentence_embedding": self.layer(features["pixel_values"].flatten(1))}
-        >>> loss = TwoViewLoss(Model(), InfoNCE(temperature=0.1), micro_batch=2)
+        >>> loss = TwoViewLoss(Model(), InfoNCE(temperature=0.1), mini_batch_size=2)
         >>> loss.step = 0  # which the callback does
         >>> loss([{"pixel_values": torch.rand(4, 3, 8, 8)}], torch.arange(4)).backward()
         >>> loss.model.layer.weight.grad.shape

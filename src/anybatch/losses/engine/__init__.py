@@ -86,8 +86,7 @@ def softmax_loss(
         solution = solve(anchors, candidates, sides, tile_bytes=tile_bytes, gradients=wanted, ring=ring)
     # 3. The one as a function with the others.
     leaves = (anchors, candidates, *(side.temperature for side in sides))
-    gradients = (solution.d_anchors, solution.d_candidates, *solution.d_temperatures)
-    return with_gradients(solution.loss, leaves, gradients), solution.stats
+    return with_gradients(solution.loss, leaves, solution.gradients), solution.stats
 
 
 class Twice(AnybatchError, RuntimeError):
@@ -95,12 +94,9 @@ class Twice(AnybatchError, RuntimeError):
 
 
 def refuse_twice() -> None:
-    """In a backward pass: refuse one that is recorded to be differentiated itself.
+    """In a backward pass: refuse one that is recorded to be differentiated itself (`create_graph=True`).
 
     What is in closed form, or held fixed, is a constant to autograd.
-
-    Raises:
-        Twice: It is (`create_graph=True`).
     """
     if torch.is_grad_enabled():
         raise Twice(
@@ -112,18 +108,7 @@ def refuse_twice() -> None:
 
 def differentiable_once(loss: Tensor) -> Tensor:
     """The same loss, whatever it is made of, with `refuse_twice` at the start of its backward pass."""
-    return _Once.apply(loss)
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        refuse_twice()
-        return grad_output
+    return with_gradients(loss.detach(), (loss,), (torch.ones_like(loss),))
 
 
 def with_gradients(value: Tensor, leaves: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:

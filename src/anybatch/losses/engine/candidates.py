@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,13 @@ from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(NamedTuple):
     """Where this rank's rows and columns are among those of all ranks."""
 
     row_sizes: list[int]
     column_sizes: list[int]
-    first_row: int
-    first_column: int
+    own_rows: slice
+    own_columns: slice
     positive_columns: Tensor | slice  # (B_all,) the columns that are positives, in the order of the rows
 
     @classmethod
@@ -48,56 +48,28 @@ class Layout:
         if len(row_sizes) > 1:
             parts = [torch.arange(start, start + size) for start, size in zip(starts, row_sizes, strict=True)]
             positive_columns = torch.cat(parts).to(device)
-        rank = distributed.rank()
-        return cls(
-            row_sizes=row_sizes,
-            column_sizes=column_sizes,
-            first_row=sum(row_sizes[:rank]),
-            first_column=starts[rank],
-            positive_columns=positive_columns,
-        )
-
-    @property
-    def own_rows(self) -> slice:
-        """This rank's rows among all."""
-        return slice(self.first_row, self.first_row + self.row_sizes[distributed.rank()])
-
-    @property
-    def own_columns(self) -> slice:
-        """This rank's columns among all."""
-        return slice(self.first_column, self.first_column + self.column_sizes[distributed.rank()])
+        own = distributed.own_part(row_sizes), distributed.own_part(column_sizes)
+        return cls(row_sizes, column_sizes, *own, positive_columns)
 
     def shifted(self, rows: slice) -> slice:
         """Rows of this rank, numbered among all."""
-        return slice(self.first_row + rows.start, self.first_row + rows.stop)
+        return slice(self.own_rows.start + rows.start, self.own_rows.start + rows.stop)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """Candidates that are scored at once.
+    """Candidates that are scored at once."""
 
-    Attributes:
-        candidates: (m, D).
-        gradient: (m, D), to be added to; None in a pass without gradients.
-        columns: Where they are among the columns of all ranks.
-        rows: The rows among all whose positives are in the block.
-        positives: Which of the block's columns those are, in the order of the rows.
-        own: Whether the positives of this rank's rows are in the block.
-    """
-
-    candidates: Tensor
-    gradient: Tensor | None
-    columns: slice
-    rows: slice
-    positives: Tensor | slice
-    own: bool
+    candidates: Tensor  # (m, D)
+    gradient: Tensor | None  # (m, D), to be added to; None in a pass without gradients
+    columns: slice  # where they are among the columns of all ranks
+    rows: slice  # the rows among all whose positives are in the block
+    positives: Tensor | slice  # which of the block's columns those are, in the order of the rows
+    own: bool  # whether the positives of this rank's rows are in the block
 
 
 class Gathered:
-    """All candidates in one block.
-
-    Cost: M_all x D numbers on every rank, twice with gradients; one gather, one sum of that size.
-    """
+    """All candidates in one block: M_all x D numbers on every rank, twice with gradients."""
 
     num_blocks = 1
 
@@ -128,10 +100,8 @@ class Gathered:
 class Ring:
     """A rank's candidates at a time: a block goes from rank to rank + 1, with its gradient, until both are home.
 
-    Each rank must take every ring pass to its end: W - 1 exchanges of candidates, with gradients also W of gradients.
-    The candidates of the next block arrive while the block at hand is scored.
-
-    Cost: at most two blocks of candidates beside the rank's own, and two of gradients, whatever the number of ranks.
+    Each rank must take every ring pass to its end. It holds at most two blocks of candidates beside its own, and two of
+    gradients, whatever the number of ranks.
     """
 
     def __init__(self, candidates: Tensor, layout: Layout) -> None:

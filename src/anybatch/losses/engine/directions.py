@@ -136,7 +136,7 @@ class AnchorDirection(Direction):
     def own(self, rows: slice, block: Block) -> tuple[Tensor, Tensor]:
         """Where the rows' own positives are in a tile of their block."""
         local = torch.arange(rows.start, rows.stop, device=self.positive.device)
-        return local - rows.start, self.layout.first_column - block.columns.start + local
+        return local - rows.start, self.layout.own_columns.start - block.columns.start + local
 
     def further(self, rows: slice, block: Block) -> Tensor:
         """(b, m) bool: candidates that are positives of the row beside its own."""
@@ -240,7 +240,7 @@ class PositiveDirection(Direction):
             logits_bp += self.log_weight.tile(block.rows, self.layout.shifted(rows)).to(logits_bp.dtype).T
         if block.own:
             local = torch.arange(rows.start, rows.stop, device=logits_bp.device)
-            logits_bp[local - rows.start, self.layout.first_row - block.rows.start + local] = -torch.inf
+            logits_bp[local - rows.start, self.layout.own_rows.start - block.rows.start + local] = -torch.inf
         return logits_bp
 
     def measure(self, rows: slice, block: Block, scores_bm: Tensor) -> None:

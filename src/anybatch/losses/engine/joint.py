@@ -58,17 +58,12 @@ def joint_softmax_loss(
     """`softmax_loss` in one direction, with further kinds of negatives in each anchor's softmax.
 
     Args:
-        anchors, candidates: See `softmax_loss`.
+        anchors, candidates, tile_bytes, ring: See `softmax_loss`.
         side: Anchors against candidates alone.
         kinds: Which pairs are negatives besides.
         over_data: The rule takes the candidates for a sample of all rows. Then each kind is one of its own: its
             k negatives stand for as many rows as the candidates do.
         repeated: (B,) how often a row comes at other places, which the rule leaves out of k; None for never.
-        tile_bytes, ring: See `softmax_loss`.
-
-    Raises:
-        AnybatchError: The loss looks at whole rows of scores; a (B, M) tensor of log-weights; "doc_to_doc" with
-            explicit negatives that are not the same number for each row.
     """
     if side.adjust is not None or side.column_weight is not None:
         raise AnybatchError(
@@ -104,7 +99,7 @@ def joint_softmax_loss(
     # 2. The records of rows and candidates.
     known = side.log_weight or LogWeights(queries=Examples(), candidates=Examples())
     known.refuse_pairs("other kinds of pairs (joint)")
-    pair = torch.arange(num_rows, device=device) + sum(row_sizes[: distributed.rank()])
+    pair = torch.arange(num_rows, device=device) + distributed.own_part(row_sizes).start
     # Weights count every way by which a text comes to a row, its own explicit negatives too: none may be left out.
     owner = behind(pair.repeat(1 if normalised else 1 + own_negatives), num_columns)
     as_anchor = known.queries.with_columns(pair_number=pair, pair_side=torch.full_like(pair, ANCHOR), pair_again=again)
@@ -144,14 +139,6 @@ class Kinds:
 
     What has the same side and number is no negative: an anchor of itself, a text of itself and, but with normalised
     weights, of its row's explicit negatives.
-
-    Example:
-        >>> import torch
-        >>> number, side = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]])
-        >>> pairs = Examples(pair_number=number, pair_side=side, pair_again=torch.zeros_like(side))
-        >>> kinds = Kinds(torch.tensor([[[0.0, 0.0], [-torch.inf, 0.0]]]), (), False)
-        >>> kinds(pairs.take(slice(0, 3)), pairs, back=False).tolist()
-        [[-inf, 0.0, 0.0, 0.0], [0.0, -inf, 0.0, 0.0], [-inf, -inf, -inf, 0.0]]
     """
 
     weights: Tensor
@@ -177,14 +164,10 @@ class JointRule:
     """One denominator for the two rows of a pair, of which the first states the objective.
 
     Each row's factor is 2: the mean is over twice as many rows as there are pairs.
-
-    Attributes:
-        rule: Of the pairs.
-        num_positives: Terms of the own positive in the denominator: "doc_to_query" has it a second time.
     """
 
-    rule: Rule
-    num_positives: int
+    rule: Rule  # of the pairs
+    num_positives: int  # terms of the own positive in the denominator: "doc_to_query" has it a second time
     row_wise: bool = False
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:

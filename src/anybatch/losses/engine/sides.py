@@ -14,18 +14,14 @@ TILE_BYTES = 32 * 2**20
 
 
 class Answer(NamedTuple):
-    """What a rule says of some rows, all (b,).
+    """What a rule says of some rows, all (b,)."""
 
-    Attributes:
-        log_denominator: The denominator estimate, relative to the positive's logit: the gradient weight of negative j
-            is exp(logit_ij - log_denominator_i).
-        objective: The value of the row.
-        positive_weight: Gradient weight of the positive's logit s_ip / tau_i, negative where it is drawn near; None for
-            minus the sum of the negatives', as where the objective depends on differences to the positive alone.
-    """
-
+    # The denominator estimate, relative to the positive's logit: the gradient weight of negative j is
+    # exp(logit_ij - log_denominator_i).
     log_denominator: Tensor
-    objective: Tensor
+    objective: Tensor  # the value of the row
+    # Gradient weight of the positive's logit s_ip / tau_i, negative where it is drawn near; None for minus the sum of
+    # the negatives', as where the objective depends on differences to the positive alone.
     positive_weight: Tensor | None = None
 
 
@@ -42,13 +38,11 @@ class Rule(Protocol):
         ...
 
     def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
-        """Answer for some rows.
+        """Answer for some of this rank's rows.
 
-        Args:
-            log_sum: (b,) log-sum over the negatives, relative to the positive's logit; -inf without negatives.
-            num_drawn: (b,) candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is
-                over. A masked one is a draw that adds nothing, in the batch as in the data set.
-            rows: Which of this rank's rows they are.
+        `log_sum` (b,) is over the negatives, relative to the positive's logit; -inf without negatives. `num_drawn` (b,)
+        counts the candidates but for the positive, masked or not, in the dtype of `log_sum`: what a mean is over. A
+        masked one is a draw that adds nothing, in the batch as in the data set.
         """
         ...
 
@@ -61,47 +55,30 @@ class Adjust(Protocol):
     """
 
     def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
-        """New logits of these rows against the candidates of all ranks.
+        """New logits (b, M) of some of this rank's rows against the candidates of all ranks, -inf wherever `logits` is.
 
-        Args:
-            rows: Which of this rank's rows they are.
-            scores: (b, M) similarities s_ij. Not to be changed.
-            logits: (b, M) relative to the positive's; -inf where there is no negative. May be changed in place.
-
-        Returns:
-            (b, M), -inf wherever `logits` is. They count as constants in the derivative, except through s_ij / tau_i.
+        `scores` are not to be changed, `logits` (relative to the positive's) may be, in place. What is new of them
+        counts as a constant in the derivative.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Side:
-    """One direction of a loss.
+    """One direction of a loss."""
 
-    Attributes:
-        rule: The method.
-        temperature: Scalar, or (B,) one for each row of this rank. Receives a gradient if it requires one.
-        log_weight: b_ij for this rank's rows and columns; None for 0.
-        mask_margin: Pairs whose score is above the own positive's by more than this are no negatives, which is a
-            constant of the derivative; None to keep them.
-        hardness: Negatives are weighed by exp(hardness (s_ij - s_ip) / tau_i) over its mean, which are constants of the
-            derivative; 0 for all alike.
-        row_weight: (B,) factor of each row's objective, a constant; None for 1.
-        adjust: Rewrites logits; None to leave them.
-        column_weight: Weight (b,) of some rows in `SoftmaxStats.column_gradient`, asked after the rule has answered
-            for them; None if that is not wanted.
-        num_drawn: (B,) candidates but for the positive, see `Rule`; None for all columns but one.
-    """
-
-    rule: Rule
-    temperature: Tensor
-    log_weight: LogWeights | None = None
+    rule: Rule  # the method
+    temperature: Tensor  # scalar, or (B,) one for each row of this rank; receives a gradient if it requires one
+    log_weight: LogWeights | None = None  # b_ij for this rank's rows and columns; None for 0
+    # Pairs whose score is above the own positive's by more than this are no negatives, a constant of the derivative.
     mask_margin: float | None = None
+    # Negatives are weighed by exp(hardness (s_ij - s_ip) / tau_i) over its mean, which are constants of the derivative.
     hardness: float = 0.0
-    row_weight: Tensor | None = None
-    adjust: Adjust | None = None
+    row_weight: Tensor | None = None  # (B,) factor of each row's objective, a constant; None for 1
+    adjust: Adjust | None = None  # rewrites logits
+    # Weight (b,) of some rows in `SoftmaxStats.column_gradient`, asked after the rule has answered for them.
     column_weight: Callable[[slice], Tensor] | None = None
-    num_drawn: Tensor | None = None
+    num_drawn: Tensor | None = None  # (B,) candidates but for the positive, see `Rule`; None for all columns but one
 
     @property
     def rereads_scores(self) -> bool:
@@ -117,23 +94,14 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SoftmaxStats:
-    """What the loss did in its last call, for logs and for methods that learn from it. Detached.
+    """What the loss did in its last call, for logs and for methods that learn from it. Detached."""
 
-    Attributes:
-        log_sum: (B,) relative to the positive's logit; -inf without negatives.
-        log_denominator: (B,) the rule's answer.
-        objective: (B,) the rule's answer, before the row weight.
-        num_negatives: (B,) negatives not removed.
-        temperature_gradient: (B,) derivative of row_weight_i * objective_i with respect to tau_i through the logits,
-            `-row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2`; None when no gradient was wanted, or the temperature
-            is a scalar that needs none.
-        column_gradient: (M,) `sum_i column_weight_i p_ij` over the rows of all ranks for each candidate of this rank;
-            None unless asked for.
-    """
-
-    log_sum: Tensor
-    log_denominator: Tensor
-    objective: Tensor
-    num_negatives: Tensor
+    log_sum: Tensor  # (B,) relative to the positive's logit; -inf without negatives
+    log_denominator: Tensor  # (B,) the rule's answer
+    objective: Tensor  # (B,) the rule's answer, before the row weight
+    num_negatives: Tensor  # (B,) negatives not removed
+    # (B,) -row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2, by tau_i through the logits; None when no gradient was
+    # wanted, or the temperature is a scalar that needs none.
     temperature_gradient: Tensor | None = None
+    # (M,) sum_i column_weight_i p_ij over the rows of all ranks for each candidate of this rank; None unless asked for.
     column_gradient: Tensor | None = None

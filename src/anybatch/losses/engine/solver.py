@@ -21,7 +21,7 @@ Suffixes of names: see `directions`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,21 +33,16 @@ from anybatch.losses.engine.directions import AnchorDirection, PositiveDirection
 from anybatch.losses.engine.sides import Side, SoftmaxStats
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Solution:
-    """Gradients of the mean objective of all ranks, and figures.
+class Solution(NamedTuple):
+    """The mean objective of all ranks, the same on every rank, its gradients, and figures, one a side.
 
     Attributes:
-        loss: Scalar, the same on every rank.
-        d_anchors: (B, D), world_size times the gradient; None when not wanted. `d_candidates` (M, D) likewise.
-        d_temperatures: One a side: scalar (the whole gradient) or (B,) (world_size times it).
-        stats: One a side.
+        gradients: By anchors (B, D), candidates (M, D) and each side's temperature, a scalar or (B,): the whole
+            gradient by a scalar, world_size times it by others. None where there is none, or none was wanted.
     """
 
     loss: Tensor
-    d_anchors: Tensor | None
-    d_candidates: Tensor | None
-    d_temperatures: tuple[Tensor | None, ...]
+    gradients: tuple[Tensor | None, ...]
     stats: tuple[SoftmaxStats, ...]
 
 
@@ -87,8 +82,7 @@ def solve(
     num_rows_all = sum(layout.row_sizes) * len(sides)
     loss = distributed.sum_over_ranks(torch.stack([side.objective_sum() for side in directions]).sum()) / num_rows_all
     if not gradients:
-        stats = tuple(side.stats(gradients=False) for side in directions)
-        return Solution(loss=loss, d_anchors=None, d_candidates=None, d_temperatures=(None,) * len(sides), stats=stats)
+        return Solution(loss, (None,) * (2 + len(sides)), tuple(side.stats(gradients=False) for side in directions))
 
     # 5. The positives' part of the gradients.
     d_anchors, d_candidates = tiles.d_anchors, source.gradient()
@@ -103,13 +97,9 @@ def solve(
     else:
         forward.d_temperature_rows = -(forward.difference - forward.total() * positive_B) / forward.temperature
     scale = distributed.world_size() / num_rows_all
-    return Solution(
-        loss=loss,
-        d_anchors=d_anchors.mul_(scale),
-        d_candidates=d_candidates.mul_(scale),
-        d_temperatures=tuple(side.d_temperature(scale, num_rows_all) for side in directions),
-        stats=tuple(side.stats(gradients=True) for side in directions),
-    )
+    d_temperatures = [side.d_temperature(scale, num_rows_all) for side in directions]
+    stats = tuple(side.stats(gradients=True) for side in directions)
+    return Solution(loss, (d_anchors.mul_(scale), d_candidates.mul_(scale), *d_temperatures), stats)
 
 
 def _source(candidates: Tensor, layout: Layout, sides: tuple[Side, ...], *, ring: bool) -> Gathered | Ring:

@@ -1,4 +1,4 @@
-"""The code of docs/recipes.md is executed: maps from keys to rows, and what stands in for open_clip's loss."""
+"""The code of docs/switching.md is executed: every "after", keys to rows, what stands in for open_clip's loss."""
 
 from __future__ import annotations
 
@@ -14,19 +14,66 @@ from anybatch.data.shards import KeyMap
 from anybatch.family import FastCLIP
 from anybatch.losses import InfoNCE
 
-from ..data.test_shards import write_shard
+from .data.test_shards import write_shard
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[1] / "docs" / "switching.md"
 
 
 @pytest.fixture(scope="module")
 def recipe() -> dict[str, Any]:
     names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
+    for block in section("open_clip"):
         exec(block, names)
     return names
+
+
+def section(title: str) -> list[str]:
+    """The Python code of a section."""
+    text = PAGE.read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_from_sentence_transformers(tiny_model_folder, tmp_path):
+    """Both ways train: with our Trainer, and with theirs and our parts, which keep the memory."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+
+    texts = [f"a{number} b{number}" for number in range(16)]
+    ours, parts = section("sentence-transformers")
+    for name, code in (("ours", ours), ("parts", parts)):
+        names: dict[str, Any] = {
+            "model": SentenceTransformer(str(tiny_model_folder), device="cpu"),
+            "dataset": Dataset.from_dict({"anchor": texts, "positive": texts[::-1]}),
+            "args": SentenceTransformerTrainingArguments(
+                str(tmp_path / name), per_device_train_batch_size=8, num_train_epochs=1, report_to="none", use_cpu=True
+            ),
+        }
+        exec(code, names)
+        names["trainer"].train()
+        assert names["trainer"].state.global_step == 2
+    assert list((tmp_path / "parts").glob("checkpoint-2/anybatch_loss*"))
+
+
+def test_from_gradcache():
+    """The gradient of `SimpleContrastiveLoss`: cross-entropy of raw dot products."""
+    encoder = torch.nn.Linear(6, 4)
+    queries, passages = torch.randn(2, 64, 6, generator=torch.Generator().manual_seed(0))
+    (code,) = section("GradCache")
+    exec(code, {"encoder": encoder, "queries": queries, "passages": passages})
+    scores = encoder(queries) @ encoder(passages).T
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(scores, torch.arange(64)), [encoder.weight])
+    torch.testing.assert_close(encoder.weight.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_from_libauc():
+    """The three losses take a batch; that they agree is tests/benchmarks/test_libauc_parity.py's."""
+    (code,) = section("LibAUC")
+    names: dict[str, Any] = {"num_images": 40, "num_pairs": 40, "index": torch.arange(12)}
+    names["first"], names["second"] = features(0)
+    exec(code, names)
+    (gradient,) = torch.autograd.grad(names["loss"], [names["first"]])
+    assert gradient.abs().sum() > 0
+    assert names["loss_fn"].denominator.visited.sum() == 2 * 12
 
 
 def test_map_from_keys(recipe, tmp_path):
