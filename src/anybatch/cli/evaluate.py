@@ -135,7 +135,7 @@ def command(
         "positive_prompt": positive_prompt,
     }
     config = load_config(ModelConfig, None, [*given.items(), *further])
-    if not mteb:
+    if held_out is not None:
         _ = held_out.digest  # reads every image: all that are broken are named before anything is embedded
     loaded = load_model(config)
     if mteb:

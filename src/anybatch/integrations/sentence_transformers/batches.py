@@ -81,8 +81,9 @@ def _data_digest(dataset: Dataset, expected: str) -> str:
 
     Columns may have been added after mining, such as mined negatives: the first two or more of them decide.
     """
-    columns = [cells_of(dataset, name) for name in input_columns(dataset)] if expected else []
-    if len(columns) < 2 or any(column is None for column in columns):
+    names = input_columns(dataset) if expected else []
+    columns = [cells for name in names if (cells := cells_of(dataset, name)) is not None]
+    if len(columns) < max(2, len(names)):
         return expected
     digests = (text_digest(columns[:count]) for count in range(len(columns), 1, -1))
     first = next(digests)

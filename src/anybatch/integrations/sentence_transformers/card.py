@@ -53,7 +53,7 @@ def card_of(model: Any) -> ModelCard | None:
     card.add_tags(["anybatch", f"anybatch:{__version__}"])
     if type(card) is SentenceTransformerModelCardData:
         card.__class__ = ModelCard
-        card.training, card.figures, card.template_path = {}, {}, TEMPLATE
+        vars(card).update(training={}, figures={}, template_path=TEMPLATE)
     return card if isinstance(card, ModelCard) else None
 
 

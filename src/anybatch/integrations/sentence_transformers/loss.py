@@ -257,6 +257,6 @@ def check_wrappers(loss: nn.Module) -> None:
         if inner.loss.state_dict():
             raise AnybatchError(
                 f"Got {kind} round {name}, which is called for each width and would mix what it learns of all. Give "
-                f"anybatch.losses.Matryoshka({name}(...), {list(wrapper.matryoshka_dims)}), whose widths have a state "
+                f"anybatch.losses.Matryoshka({name}(...), {wrapper.matryoshka_dims}), whose widths have a state "
                 "each, as the loss."
             )
