@@ -29,7 +29,7 @@ def recommended(tmp_path, *arguments):
 
 def test_the_command_runs_with_the_recommended_recipe(pairs_file, tiny_model_folder, tmp_path, heard, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = ["--data", pairs_file, "--model", tiny_model_folder, "--device", "cpu", "--set", "train.log_steps=2"]
+    asked = ["--data", pairs_file, "--model", tiny_model_folder, "--device", "cpu", "--set", "train.save_steps=90"]
     found = recommended(tmp_path, *asked)
     words = shlex.split(found["command"])
     assert words[:2] == ["anybatch", "train"]
