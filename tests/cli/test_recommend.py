@@ -54,7 +54,7 @@ def test_the_command_runs_with_the_recommended_recipe(pairs_file, tiny_model_fol
     assert all(figure["good"] and figure["why"] for figure in found["figures"])
 
 
-def test_a_teacher_is_looked_at_too(pairs_file, tiny_model_folder, tmp_path):
+def test_a_teacher_is_looked_at_too(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
     asked = ["--data", pairs_file, "--model", tiny_model_folder, "--teacher", tiny_model_folder, "--batch-size", 16]
     found = recommended(tmp_path, *asked)
     chosen = {choice["name"]: choice for choice in found["choices"]}
@@ -63,6 +63,14 @@ def test_a_teacher_is_looked_at_too(pairs_file, tiny_model_folder, tmp_path):
     assert chosen["loss.weights"]["value"] == "inclusion"
     assert (chosen["batch_size"]["value"], chosen["batch_size"]["reason"]) == ("16", "given")
     assert {"own positive first", "softmax mass in the batch"} <= {figure["name"] for figure in found["figures"]}
+    # Of a sample that is much smaller than the data the teacher is judged, not what mining would do.
+    (tmp_path / "found.json").unlink()
+    monkeypatch.setattr(recommend, "MOST_ROWS", 40)
+    found = recommended(tmp_path, *asked)
+    names = {figure["name"] for figure in found["figures"]}
+    assert "own positive first" in names
+    assert "softmax mass in the batch" not in names
+    assert any("anybatch inspect plan" in note for note in found["notes"])
 
 
 def test_what_speaks_against_the_rule_is_said(pairs_file, tiny_model_folder, tmp_path, heard):

@@ -46,7 +46,8 @@ def command(
     show(rich_table(["setting", "value", "why"], found.choices, left=(0, 1, 2), title="Recommended"))
     say(
         f"Cost: {found.step_seconds:.2g} s per step and {found.step.peak_bytes / 2**30:.1f} GiB of memory; "
-        f"{found.num_steps:,} steps, {_duration(found.run_seconds)} in all with embedding and evaluation."
+        f"{found.num_steps:,} steps, {_duration(found.run_seconds)} in all with embedding and evaluation, with the "
+        "machine as busy as it is now."
     )
     header, lines = figure_lines(found.figures)
     show(rich_table(header, lines, left=range(len(header)), title="Measured"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from anybatch.caching.device_memory import total_memory
+from anybatch.caching.device_memory import parse_memory, total_memory
 from anybatch.core.resources import Measure
 from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.training import forgotten
@@ -30,7 +30,7 @@ class StepCost:
     Attributes:
         rows: Of the steps that were taken; fewer than the batch where time was short.
         seconds_per_row: Of a step, the tokenising of its rows included.
-        peak_bytes: In use at most: on a CPU by this process, on a GPU by its tensors.
+        peak_bytes: In use at most in a step of the whole batch: on a CPU by this process, on a GPU by its tensors.
         total_bytes: What the device has.
     """
 
@@ -79,21 +79,28 @@ def step_cost(
                 torch.cuda.synchronize(device)
             return time.perf_counter() - start
 
-        # 1. The first step loads and compiles; the second one says how many rows there is time for.
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with Measure() as measure:
-            for rows in telling_rows(model, pairs, 2 * TRIED_ROWS):
-                timed(rows)
-            size = min(2 * TRIED_ROWS, batch_size)
-            taken = timed(np.sort(random.choice(len(pairs), size, replace=False))) / size
-            while size < batch_size and 2 * size * taken < seconds - (time.perf_counter() - begun):
-                size = min(2 * size, batch_size)
-            # 2. The step itself.
+        def steps(size: int, most: int) -> tuple[list[float], int]:
+            """Seconds per row of up to `most` steps while there is time, and the memory at their peak."""
             times = []
-            while not times or (len(times) < STEPS and times[-1] * size < seconds - (time.perf_counter() - begun)):
-                times.append(timed(np.sort(random.choice(len(pairs), size, replace=False))) / size)
-    of_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else measure.peak_bytes
-    return StepCost(
-        rows=size, seconds_per_row=float(np.median(times)), peak_bytes=of_device, total_bytes=total_memory(device)
-    )
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            with Measure() as measure:
+                while not times or (len(times) < most and times[-1] * size < seconds - (time.perf_counter() - begun)):
+                    times.append(timed(np.sort(random.choice(len(pairs), size, replace=False))) / size)
+            on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else measure.peak_bytes
+            return times, on_device
+
+        # 1. The first steps load and compile; then a small one says how many rows there is time for.
+        for rows in telling_rows(model, pairs, 2 * TRIED_ROWS):
+            timed(rows)
+        size = small = min(2 * TRIED_ROWS, batch_size)
+        (taken,), small_peak = steps(small, 1)
+        while size < batch_size and 2 * size * taken < seconds - (time.perf_counter() - begun):
+            size = min(2 * size, batch_size)
+        # 2. The step itself. More rows keep more graphs, as far as the budget goes.
+        times, peak = steps(size, STEPS)
+    total = total_memory(device)
+    if small < size < batch_size and config.train.keep_graphs != 0:
+        more = max(0, peak - small_peak) * (batch_size - size) // (size - small)
+        peak = max(peak, min(peak + more, parse_memory(config.train.memory, total)))
+    return StepCost(rows=size, seconds_per_row=float(np.median(times)), peak_bytes=peak, total_bytes=total)

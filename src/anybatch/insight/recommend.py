@@ -47,6 +47,7 @@ SMALLEST = 4
 BATCHES = 8  # of an epoch at least: where a batch is more of the data, there is little to correct (docs/recipe.md)
 FASTER = 1.5  # times as fast per row, from which a larger batch is taken: other work on a machine fakes less
 MOST_ROWS = 2048  # looked at: their gradients take seconds
+DENSE = 2  # times as many rows as the sample: of more, near ones are missing from it, and mining is another
 MOST_WIDTH = 1024  # of embeddings whose gradients are compared: the map is as wide and as high
 UNTRAINED = 0.05  # own positives first: of fewer a gradient says how a model starts, not how it goes on
 FIRST_ROWS = 64  # embedded to see how many there is time for
@@ -127,17 +128,24 @@ def recommend(
         found.run_seconds += 2 * len(pairs) / rates[1]
     found.notes.append(f"Looked at {len(sample):,} of {len(pairs):,} pairs. Among all of them there is more bias.")
     if step.rows < config.batch_size:
-        found.notes.append(f"Cost: of steps on {step.rows} rows, the time scaled to {config.batch_size}.")
+        found.notes.append(f"Time and memory: of steps on {step.rows} rows, scaled to {config.batch_size}.")
     if len(sample) < 2 * config.batch_size:
         found.notes.append("These are too few for the other figures. Give more time: --seconds.")
         return found
 
-    # 4. What mining would put into the batches; how near they bring the gradient.
+    # 4. What mining would put into the batches, where the sample can tell; how near they bring the gradient.
     plan = BatchPlan.random(len(sample), config.batch_size, seed=config.seed)
     if ranked is not None:
-        progress("mining", 0, 1)
-        plan = _mined(found, sample, ranked)
-        progress("mining", 1, 1)
+        progress("teacher", 0, 1)
+        if len(pairs) <= DENSE * len(sample):
+            plan = _mined(config, sample, ranked)
+        else:
+            found.notes.append(
+                "What mined batches hold depends on all rows, and so is not shown: run anybatch mine with these "
+                "options, then anybatch inspect plan on its folder."
+            )
+        _look_at_teacher(found, sample, ranked, plan)
+        progress("teacher", 1, 1)
     if sample.sets or vectors[0].shape[1] > MOST_WIDTH:
         why = "each data set has an own, look at one by itself" if sample.sets else "the embeddings are too wide for it"
         found.notes.append(f"No gradient was measured: {why}.")
@@ -232,16 +240,17 @@ def _embedded(
     return rows, vectors, ranked, rates
 
 
-def _mined(found: Recommendation, sample: PairData, ranked: tuple[np.ndarray, ...]) -> BatchPlan:
-    """The plan of the sample, and what its figures say."""
-    config, ids = found.config, {"anchor_id": sample.anchor_id, "positive_id": sample.positive_id}
-    sets = mining_sets(config, sample)
-    plan = mine_plan(*ranked, config=resolved(config).mining, sets=sets, **ids).plan
-    seen = inspect_plan(plan, *ranked, temperature=first_temperature(config.loss), **ids)
-    for name, of_set in seen.items():
-        found.figures += [replace(f, name=f"{name} {f.name}".lstrip()) for f in set_figures(of_set, plan)]
-        found.against += plan_warnings(plan, of_set, mask_suspects=config.loss.mask_suspects is True)
-    return plan
+def _mined(config: RunConfig, sample: PairData, ranked: tuple[np.ndarray, ...]) -> BatchPlan:
+    ids = {"anchor_id": sample.anchor_id, "positive_id": sample.positive_id}
+    return mine_plan(*ranked, config=resolved(config).mining, sets=mining_sets(config, sample), **ids).plan
+
+
+def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.ndarray, ...], plan: BatchPlan) -> None:
+    """How well it knows the pairs, and what mined batches hold."""
+    loss, ids = found.config.loss, {"anchor_id": sample.anchor_id, "positive_id": sample.positive_id}
+    for name, seen in inspect_plan(plan, *ranked, temperature=first_temperature(loss), **ids).items():
+        found.figures += [replace(f, name=f"{name} {f.name}".lstrip()) for f in set_figures(seen, plan)]
+        found.against += plan_warnings(plan, seen, mask_suspects=loss.mask_suspects is True)
 
 
 def _look_at_gradients(
@@ -257,6 +266,8 @@ def _look_at_gradients(
         )
         return
     loss = found.config.loss
+    if plan.suspects is None:
+        loss = replace(loss, mask_suspects=False)
     suspects = plan.suspects if loss.mask_suspects is True else None
     plain = LossConfig(name="infonce", mask_suspects=suspects is not None)
     frozen = FrozenPairs.prepare(
