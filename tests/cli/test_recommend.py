@@ -66,7 +66,7 @@ def test_a_teacher_is_looked_at_too(pairs_file, tiny_model_folder, tmp_path, mon
     # Of a sample that is much smaller than the data the teacher is judged, not what mining would do.
     (tmp_path / "found.json").unlink()
     monkeypatch.setattr(recommend, "MOST_ROWS", 40)
-    found = recommended(tmp_path, *asked)
+    found = recommended(tmp_path, *asked[:-1], 4)
     names = {figure["name"] for figure in found["figures"]}
     assert "own positive first" in names
     assert "softmax mass in the batch" not in names

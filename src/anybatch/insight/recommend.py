@@ -129,15 +129,16 @@ def recommend(
     found.notes.append(f"Looked at {len(sample):,} of {len(pairs):,} pairs. Among all of them there is more bias.")
     if step.rows < config.batch_size:
         found.notes.append(f"Time and memory: of steps on {step.rows} rows, scaled to {config.batch_size}.")
-    if len(sample) < 2 * config.batch_size:
-        found.notes.append("These are too few for the other figures. Give more time: --seconds.")
+    if len(sample) < min(BATCHES * config.batch_size, len(pairs)):
+        found.notes.append("These are too few for the gradient's figures and the teacher's. Give more time: --seconds.")
         return found
+    telling = len(pairs) <= DENSE * len(sample)
 
     # 4. What mining would put into the batches, where the sample can tell; how near they bring the gradient.
     plan = BatchPlan.random(len(sample), config.batch_size, seed=config.seed)
     if ranked is not None:
         progress("teacher", 0, 1)
-        if len(pairs) <= DENSE * len(sample):
+        if telling:
             plan = _mined(config, sample, ranked)
         else:
             found.notes.append(
@@ -150,7 +151,7 @@ def recommend(
         why = "each data set has an own, look at one by itself" if sample.sets else "the embeddings are too wide for it"
         found.notes.append(f"No gradient was measured: {why}.")
         return found
-    _look_at_gradients(found, sample, vectors, plan, progress)
+    _look_at_gradients(found, sample, vectors, plan, telling or len(sample) >= MOST_ROWS, progress)
     return found
 
 
@@ -254,9 +255,16 @@ def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.n
 
 
 def _look_at_gradients(
-    found: Recommendation, sample: PairData, vectors: tuple[np.ndarray, ...], plan: BatchPlan, progress: Progress
+    found: Recommendation,
+    sample: PairData,
+    vectors: tuple[np.ndarray, ...],
+    plan: BatchPlan,
+    telling: bool,
+    progress: Progress,
 ) -> None:
-    """The recipe's gradient beside that of plain InfoNCE on random batches, at the student's start."""
+    """The recipe's gradient beside that of plain InfoNCE on random batches, at the student's start. A sample that is
+    not `telling` shows less bias than there is, and so speaks against nothing.
+    """
     known = _own_first(vectors)
     if known < UNTRAINED:
         found.notes.append(
@@ -290,7 +298,12 @@ def _look_at_gradients(
     of_recipe = comparison.of(last, "plan") or comparison.of(last, "random") or comparison.plain
     if of_recipe is not comparison.plain:
         found.figures += gradient_figures("this recipe", of_recipe, "InfoNCE", comparison.plain)
+    if not telling and not comparison.plain.bias_to_remove:
+        found.notes.append("So few rows show too little bias to tell. Give more time: --seconds.")
+        return
     found.notes.append(bias_sentence(comparison.plain, comparison.batch_size))
+    if not telling:
+        return
     found.against += plan_warnings(plan, None, comparison)
     if loss.name != "infonce" and not comparison.plain.bias_to_remove:
         found.against.append(
