@@ -30,7 +30,8 @@ def pages(folder):
     """All pages, with texts that no line break helps, and with images in `folder`."""
     anchors, positives = embeddings(120, width=32)
     positives[1] = positives[16]
-    plan = clusters(120, 8, 16, suspects=np.array([[0, 15], [1, 16], [16, 1]], np.int32))
+    meta = {"method": "anybatch", "windows": {"a" * 70: [5, 32]}, "inputs": {"the settings": "0123456789abcdef" * 4}}
+    plan = clusters(120, 8, 16, suspects=np.array([[0, 15], [1, 16], [16, 1]], np.int32), meta=meta)
     texts = [f"What is {row}? " + "word " * (row % 60) + "x" * (row % 90) for row in range(120)]
     pairs = PairData(anchors=texts, positives=[f"{text} & more" for text in texts])
     seen = inspect_plan(plan, anchors, positives)[""]

@@ -55,6 +55,7 @@ def render_plan_page(
         title=title,
         plan=plan,
         summary=plan_sentence(plan),
+        settings={name: value for name, value in plan.meta.items() if name != "inputs"},  # digests tell nobody anything
         warnings=warnings,
         missing=missing,
         tables=tables,
