@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,7 @@ import torch
 from torch import nn
 
 from anybatch.insight import markdown_table
-from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs, GradientError, gradient_error
-from anybatch.insight.gradient_methods import ERRORS, error_cells
+from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs, gradient_error
 from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 from anybatch.losses.base import Direction
 from anybatch.losses.registry import LossConfig, build_loss
@@ -32,7 +32,7 @@ from anybatch.mining import MiningConfig, mine_plan
 from anybatch.plans.plan import BatchPlan
 
 FOLDER = Path("docs/benchmarks")
-FIGURES = [field.name for field in fields(GradientError)]
+ERRORS = {"error of an epoch": "epoch_error", "direction": "cosine", "bias": "bias", "noise": "noise"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ def main() -> None:
                     }
                 )
                 print(
-                    f"B={batch_size} {batches}: {method.name}: {', '.join(error_cells(error))} ({seconds:.0f} s)",
+                    f"B={batch_size} {batches}: {method.name}: {', '.join(_cells(asdict(error)))} ({seconds:.0f} s)",
                     flush=True,
                 )
     write_table(options.out, tuple(common.values()))
@@ -282,7 +282,8 @@ def write_table(results: Path, common: tuple[Any, ...]) -> None:
 
 
 def _cells(line: dict[str, Any]) -> list[str]:
-    return error_cells(GradientError(**{name: line[name] for name in FIGURES}))
+    figures = [(line[name], line[f"{name}_se"]) for name in ERRORS.values()]
+    return [f"{value:.2f} ± {se:.2f}" if math.isfinite(value + se) else "hidden by noise" for value, se in figures]
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_texts_are_taken_as_they_are_written(written, value):
 
 def test_version_and_help():
     assert runner.invoke(app, ["--version"]).stdout == f"anybatch {__version__}\n"
-    verbs = ["demo", "mine", "train", "evaluate", "doctor", "config", "inspect"]
+    verbs = ["demo", "recommend", "mine", "train", "evaluate", "doctor", "config", "inspect"]
     assert all(verb in runner.invoke(app, ["-h"]).stdout for verb in verbs)
     for verb in [[verb] for verb in verbs] + [["inspect", "plan"], ["inspect", "gradient"], ["inspect", "run"]]:
         short, long = (runner.invoke(app, [*verb, option]) for option in ("-h", "--help"))

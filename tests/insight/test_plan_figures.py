@@ -11,18 +11,11 @@ import torch
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.pairs import PairData
-from anybatch.insight.gradient_error import FrozenPairs
-from anybatch.insight.gradient_methods import method_error
-from anybatch.insight.plan_figures import (
-    MARGIN,
-    PlanGradients,
-    gradient_figures,
-    inspect_plan,
-    plan_sizes,
-    plan_warnings,
-    set_figures,
-)
+from anybatch.insight.gradient_error import FrozenPairs, gradient_error
+from anybatch.insight.gradient_methods import compare_methods, gradient_figures, name_of
+from anybatch.insight.plan_figures import MARGIN, inspect_plan, plan_sentence, plan_warnings, set_figures
 from anybatch.insight.plan_page import render_plan_page
+from anybatch.losses import CountCorrectedInfoNCE, InfoNCE
 from anybatch.losses.registry import LossConfig
 from anybatch.losses.rows import RowTable
 from anybatch.mining import MiningConfig, MiningSet, mine_plan
@@ -76,8 +69,8 @@ def test_figures_equal_a_loop(kind):
         table = RowTable(*same.values(), plan=plan, mask_suspects=True)
         suspected = set(zip(*(part.tolist() for part in np.divmod(table.suspects.numpy(), table.width)), strict=True))
     for name, members in plan.set_rows.items():
-        sums, near, near_all, first, mates, count = np.zeros(3), 0, 0, 0, 0, 0
-        worst = []
+        sums, near, near_all, first, mates, count = np.zeros(2), 0, 0, 0, 0, 0
+        nearest = [-1.0]
         for batch in plan.epoch_batches(0):
             rows = set(batch.tolist())
             brought = set() if plan.negatives is None else set(plan.negatives[batch].ravel().tolist()) - {-1}
@@ -86,27 +79,30 @@ def test_figures_equal_a_loop(kind):
                 mates += len(rows & set(members.tolist())) - 1
                 negatives = [j for j in members if all(ids[row] != ids[j] for ids in same.values())]
                 mass = {j: np.exp(scores[row, j] / TAU) for j in negatives}
-                inside = [j for j in negatives if plan.cluster[j] == plan.cluster[row] >= 0]
                 beside = [j for j in negatives if j in rows | brought]
                 masked = [j for j in negatives if (row, same["positive_id"][j]) in suspected]
-                sums += [sum(mass[j] for j in part) / sum(mass.values()) for part in (inside, beside, masked)]
+                sums += [sum(mass[j] for j in part) / sum(mass.values()) for part in (beside, masked)]
                 high = masked
                 if plan.suspects is None:
                     high = [j for j in negatives if 0 < MARGIN * scores[row, row] <= scores[row, j]]
                 near, near_all = near + len(set(high) & set(beside)), near_all + len(high)
                 first += max(scores[row, j] for j in negatives) <= scores[row, row]
-                worst += [scores[row, j] / scores[row, row] for j in beside if scores[row, row] > 0]
+                nearest += [scores[row, j] for j in set(high) & set(beside)]
         result = seen[name]
         chance = mates / count / (len(members) - 1)
         assert result.num_anchors == count
         assert result.own_first == pytest.approx(first / count)
         assert asdict(result.planned) == pytest.approx(
-            dict(zip(("in_cluster", "in_batch", "masked"), sums / count, strict=True), suspects=near / count), rel=1e-4
+            dict(zip(("in_batch", "masked"), sums / count, strict=True), suspects=near / count), rel=1e-4
         )
         assert result.random.in_batch == pytest.approx(chance)
         assert result.random.suspects == pytest.approx(near_all / count * chance)
-        assert result.suspects[0].score == pytest.approx(max(worst), rel=1e-5)
-        assert (result.planned.in_cluster > result.random.in_cluster) == (kind != "random")
+        assert bool(result.suspects) == (near > 0)
+        for pair in result.suspects[:1]:
+            assert pair.score == pytest.approx(max(nearest), rel=1e-5)
+            assert pair.own == pytest.approx(scores[pair.row, pair.row], rel=1e-5)
+        if kind != "random":
+            assert result.planned.in_batch > result.random.in_batch
 
 
 @pytest.mark.parametrize("labels", [None, 30])
@@ -131,12 +127,12 @@ def test_the_mass_masked_is_what_the_loss_masks(labels):
 
 def test_one_positive_of_many_rows_is_shown_once():
     """One caption of many images: pairs of the same two captions differ by nothing that could be read."""
-    anchors, positives = embeddings(64, seed=4)
-    positive_id = np.arange(64) // 4
-    positives = positives[positive_id * 4]
-    seen = inspect_plan(BatchPlan.random(64, 32), anchors, positives, positive_id=positive_id)[""]
+    positives = 1 + 0.05 * np.random.default_rng(4).normal(size=(64, 8))
+    positive_id = np.arange(64) // 2
+    positives = positives[positive_id * 2]
+    seen = inspect_plan(BatchPlan.random(64, 32), positives, positives, positive_id=positive_id)[""]
     shown = [frozenset((positive_id[pair.row], positive_id[pair.other])) for pair in seen.suspects]
-    assert len(shown) == len(set(shown)) == 20
+    assert len(shown) == len(set(shown)) == len({pair.row for pair in seen.suspects}) == 20
     scores = [pair.score for pair in seen.suspects]
     assert scores == sorted(scores, reverse=True)
 
@@ -169,23 +165,30 @@ def mined():
     anchors, positives = embeddings(120, width=32)
     plan = clusters(120, 8, 16, suspects=np.array([[0, 15], [3, 33]], np.int32))
     seen = inspect_plan(plan, anchors, positives)[""]
-    gradients = PlanGradients.measure(
-        FrozenPairs.prepare(anchors, positives), plan, LossConfig(name="infonce"), num_batches=28
-    )
+    gradients = measured(FrozenPairs.prepare(anchors, positives), plan, LossConfig(name="infonce"), num_batches=28)
     quiet = replace(seen, own_first=0.9, planned=replace(seen.planned, suspects=0.1, in_batch=0.9))
-    equal = replace(gradients, planned=gradients.random)
-    return plan, quiet, equal
+    return plan, quiet, with_planned(gradients, gradients.plain)
+
+
+def measured(pairs, plan, loss, **settings):
+    return compare_methods(pairs, plan, methods=[loss], **settings)
+
+
+def with_planned(gradients, error):
+    """The same with another error on the plan's batches."""
+    lines = [replace(line, error=error) if line.batches == "plan" else line for line in gradients.lines]
+    return replace(gradients, lines=tuple(lines))
 
 
 def test_each_warning_has_its_cause(mined):
     plan, seen, gradients = mined
     assert plan_warnings(plan, seen, gradients) == []
     assert plan_warnings(plan, None, None) == []
-    error = gradients.random
-    worse = replace(gradients, planned=replace(error, epoch_error=error.epoch_error + 3 * error.epoch_error_se))
-    (warning,) = plan_warnings(plan, seen, worse)
+    error = gradients.plain
+    worse = replace(error, epoch_error=error.epoch_error + 3 * error.epoch_error_se)
+    (warning,) = plan_warnings(plan, seen, with_planned(gradients, worse))
     assert warning.startswith("This plan is not recommended: with loss.name=infonce")
-    less_bias = replace(worse, planned=replace(worse.planned, bias=error.bias / 2, noise=2 * error.noise))
+    less_bias = with_planned(gradients, replace(worse, bias=error.bias / 2, noise=2 * error.noise))
     assert "larger batches lower the noise alone" in plan_warnings(plan, seen, less_bias)[1]
     for changed, words in (
         (replace(seen, own_first=0.1), "own positive first for only 10.0%"),
@@ -200,6 +203,25 @@ def test_each_warning_has_its_cause(mined):
     assert "set loss.mask_suspects" not in plan_warnings(plan, many, None, mask_suspects=True)[0]
     random = BatchPlan.random(120, 16)  # nothing was chosen that could hurt
     assert plan_warnings(random, replace(seen, planned=replace(seen.planned, suspects=9.0)), None) == []
+    assert [figure.name for figure in set_figures(seen, random)] == ["own positive first"]
+
+
+def test_a_figure_passes_where_there_is_no_warning(mined):
+    """The pass marks of the page are those of the warnings."""
+    plan, seen, gradients = mined
+    assert [figure.passed for figure in set_figures(seen, plan)] == [True] * 4
+    changes = [{"own_first": 0.1}] + [
+        {"planned": replace(seen.planned, **change)}
+        for change in ({"in_batch": 2 * seen.random.in_batch}, {"masked": 0.5}, {"suspects": 1.5})
+    ]
+    for place, change in enumerate(changes):
+        changed = replace(seen, **change)
+        assert [figure.passed for figure in set_figures(changed, plan)].index(False) == place
+        assert len(plan_warnings(plan, changed)) == 1
+    error = gradients.plain
+    for difference, passed in ((3, False), (0, None), (-3, True)):
+        other = replace(error, epoch_error=error.epoch_error + difference * error.epoch_error_se)
+        assert gradient_figures("a", other, "b", error)[0].passed is passed
 
 
 def test_a_plan_of_alike_anchors_loses_in_the_parameter_gradient():
@@ -210,11 +232,9 @@ def test_a_plan_of_alike_anchors_loses_in_the_parameter_gradient():
     plan = BatchPlan(
         num_rows=240, batch_size=8, cluster_size=8, cluster=np.arange(240, dtype=np.int32) // 8, seed=0, data_digest=""
     )
-    measured = PlanGradients.measure(
-        FrozenPairs.prepare(*sides, temperature=0.1), plan, LossConfig(name="infonce"), num_batches=60
-    )
-    assert measured.planned.noise > measured.random.noise
-    assert measured.loses
+    gradients = measured(FrozenPairs.prepare(*sides, temperature=0.1), plan, LossConfig(name="infonce"), num_batches=60)
+    assert gradients.of("infonce", "plan").noise > gradients.plain.noise
+    assert plan_warnings(plan, None, gradients)[0].startswith("This plan is not recommended")
 
 
 def test_what_the_loss_masks_is_no_negative_of_the_objective_and_of_random_batches():
@@ -224,18 +244,21 @@ def test_what_the_loss_masks_is_no_negative_of_the_objective_and_of_random_batch
     assert len(plan.suspects)
     loss = LossConfig(name="count_corrected", weights="inclusion", mask_suspects=True)
     with pytest.raises(AnybatchError, match=r"suspects=plan\.suspects"):
-        PlanGradients.measure(FrozenPairs.prepare(anchors, positives), plan, loss)
+        measured(FrozenPairs.prepare(anchors, positives), plan, loss)
     given = {"temperature": 0.1, "suspects": plan.suspects}
     masked = FrozenPairs.prepare(anchors, positives, **given)
     # One batch of all rows is the objective, where it has the same masks.
     whole = replace(BatchPlan.random(240, 240), suspects=plan.suspects)
     infonce = replace(LossConfig(name="infonce"), mask_suspects=True)
-    assert method_error(masked, whole, infonce, num_batches=2).bias < 1e-3
-    assert method_error(masked, whole, replace(infonce, mask_suspects=False), num_batches=2).bias > 0.01
-    assert PlanGradients.measure(masked, whole, infonce, num_batches=2).random.bias < 1e-3
+    assert measured(masked, whole, infonce, num_batches=2).plain.bias < 1e-3
+    bare = gradient_error(masked, InfoNCE(temperature=0.1), plan=whole, num_batches=2)
+    assert bare.bias > 0.01
     unmasked = FrozenPairs.prepare(anchors, positives, temperature=0.1)
-    biases = [method_error(pairs, plan, loss, num_batches=60).bias for pairs in (masked, unmasked)]
+    corrected = CountCorrectedInfoNCE(240, temperature=0.1)
+    settings = {"plan": plan, "weights": "inclusion", "mask_suspects": True, "num_batches": 60}
+    biases = [gradient_error(pairs, corrected, **settings).bias for pairs in (masked, unmasked)]
     assert biases[0] < 0.8 * biases[1]
+    assert measured(masked, plan, loss, num_batches=60).of(name_of(loss), "plan").bias == biases[0]
 
 
 def check(page):
@@ -256,14 +279,18 @@ def test_the_page_is_escaped_and_stands_alone(mined):
     anchors, positives = embeddings(120, width=32)
     positives[1] = positives[16]  # a suspected pair in one cluster
     seen = inspect_plan(plan, anchors, positives)[""]
-    tables = {"Plan": plan_sizes(plan), "Batches": set_figures(seen), "Gradient": gradient_figures(gradients)}
+    of_gradient = gradient_figures("infonce", gradients.of("infonce", "plan"), "random batches", gradients.plain)
+    tables = {"Figures": set_figures(seen, plan) + of_gradient}
     given = {"tables": tables, "inspections": {"": seen}, "pairs": pairs}
     page = render_plan_page(plan, title=f"Plan {EVIL}", warnings=["Look & see"], **given)
     check(page)
     assert "<script" not in page
     assert '<p class="warning">Look &amp; see</p>' in page
-    assert page.index("Look &amp; see") < page.index("mass in the batch")
-    for words in ("suspected false negatives an anchor", "gradient of infonce: direction", f"{seen.own_first:.1%}"):
+    # Warnings first, then texts of suspects, then figures, each with its pass mark.
+    places = [page.index(words) for words in ("Look &amp; see", "its own positive", "softmax mass in the batch")]
+    assert places == sorted(places)
+    assert page.count('data-label="good is"') == len(tables["Figures"])
+    for words in ("suspected false negatives per anchor", "gradient, direction: infonce", f"{seen.own_first:.1%}"):
         assert words in page
     pair = seen.suspects[0]
     for side, row in (("anchor", pair.row), ("positive", pair.row), ("positive", pair.other)):
@@ -275,9 +302,7 @@ def test_the_page_is_escaped_and_stands_alone(mined):
 def test_a_page_without_embeddings_and_texts(mined):
     plan, _, _ = mined
     missing = ["Texts: give --data & more."]
-    page = render_plan_page(
-        plan, title="Plan", tables={"Plan": plan_sizes(plan)}, warnings=[], inspections={}, missing=missing
-    )
+    page = render_plan_page(plan, title="Plan", tables={}, warnings=[], inspections={}, missing=missing)
     check(page)
     assert "<li>Texts: give --data &amp; more.</li>" in page
     assert "row 0: " in page
@@ -285,3 +310,8 @@ def test_a_page_without_embeddings_and_texts(mined):
     random = BatchPlan.random(60, 8)
     page = render_plan_page(random, title="Plan", tables={}, warnings=[], inspections={})
     assert "nothing was chosen" in page
+    assert "Nobody looked" in page
+    assert plan_sentence(random) in page
+    assert plan_sentence(random) == (
+        "60 rows; an epoch is 7 batches of 8; 4 rows that do not fill a batch sit out, other ones each epoch."
+    )

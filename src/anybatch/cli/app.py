@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from anybatch import __version__
-from anybatch.cli import config, demo, doctor, evaluate, inspect, mine, train
+from anybatch.cli import config, demo, doctor, evaluate, inspect, mine, recommend, train
 
 app = typer.Typer(
     name="anybatch",
@@ -33,6 +33,6 @@ def command(
     """Contrastive training at any batch size: choose the batch, grow it, outlive it."""
 
 
-for verb in (demo, mine, train, evaluate, doctor, config):
+for verb in (demo, recommend, mine, train, evaluate, doctor, config):
     app.command(name=verb.__name__.rsplit(".", 1)[1])(verb.command)
 app.add_typer(inspect.verbs, name="inspect")

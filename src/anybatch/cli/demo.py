@@ -168,7 +168,7 @@ def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
         plan = make_plan(config, pairs, bars)
         vectors = teacher_embeddings(config, pairs, bars)
     seen = inspect_plan(plan, *vectors, anchor_id=pairs.anchor_id, positive_id=pairs.positive_id)
-    return {"plan": plan, "seen": seen[""], "pairs": pairs, "vectors": vectors}
+    return {"plan": plan, "seen": seen[""], "pairs": pairs}
 
 
 def _report(

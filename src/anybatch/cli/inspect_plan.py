@@ -1,4 +1,4 @@
-"""`anybatch inspect plan`: the figures that decide whether a plan's batches help, on the terminal, as page and JSON."""
+"""`anybatch inspect plan`: whether a plan's batches help, in figures with pass marks and in texts."""
 
 from __future__ import annotations
 
@@ -34,14 +34,9 @@ def command(
     Data, embeddings, loss and temperature are found in the run's folder; the options are for plans kept elsewhere.
     """
     from anybatch.core.files import write_text
-    from anybatch.insight.plan_figures import (
-        PlanGradients,
-        gradient_figures,
-        inspect_plan,
-        plan_sizes,
-        plan_warnings,
-        set_figures,
-    )
+    from anybatch.insight.figures import figure_lines
+    from anybatch.insight.gradient_methods import compare_methods, gradient_figures, name_of
+    from anybatch.insight.plan_figures import inspect_plan, plan_sentence, plan_warnings, set_figures, stored_warnings
     from anybatch.insight.plan_page import render_plan_page
     from anybatch.insight.tables import rich_table
 
@@ -70,8 +65,7 @@ def command(
             else:
                 bars("gradient", 0, 1)
                 suspects = plan.suspects if masks else None
-                frozen = sources.frozen(vectors, pairs, suspects)
-                gradients = PlanGradients.measure(frozen, plan, sources.loss)
+                gradients = compare_methods(sources.frozen(vectors, pairs, suspects), plan, methods=[sources.loss])
                 bars("gradient", 1, 1)
     seen = inspections.get("") if len(inspections) == 1 else None
     warnings = plan_warnings(plan, seen, gradients, mask_suspects=masks)
@@ -79,18 +73,19 @@ def command(
         if name:
             warnings += [f"{name}: {warning}" for warning in plan_warnings(plan, seen, None, mask_suspects=masks)]
     if not inspections:
-        warnings += sources.stored_warnings()
+        warnings += stored_warnings(sources.path.parent, plan)
 
     # 3. Print warnings, figures, suspected false negatives, and what could not be shown.
-    tables = {f"Plan {sources.path}": plan_sizes(plan)}
-    tables |= {f"Data set {name}" if name else "Batches": set_figures(seen) for name, seen in inspections.items()}
-    if gradients is not None:
-        tables["Parameter gradient"] = gradient_figures(gradients)
+    tables = {name or "Figures": set_figures(seen, plan) for name, seen in inspections.items()}
+    name = name_of(sources.loss)
+    if gradients is not None and (planned := gradients.of(name, "plan")) is not None:
+        tables["Figures"] += gradient_figures(name, planned, "random batches", gradients.plain)
+    say(plan_sentence(plan))
     for warning in warnings:
         say(f"Warning: {warning}")
     for title, figures in tables.items():
-        lines = [figure[:3] for figure in figures]
-        show(rich_table(["", "this plan", "random"], lines, left=(0,), title=escape(title)))
+        header, lines = figure_lines(figures)
+        show(rich_table(header, lines, left=range(len(header)), title=escape(title)))
     for name, seen in inspections.items():
         if pairs is not None and seen.suspects:
             _print_suspects(name, seen.suspects, pairs)
@@ -107,14 +102,15 @@ def command(
         say(f"Page: {options.html}")
     if json_file is not None:
         sets = {name: asdict(seen) for name, seen in inspections.items()}
-        found = {"sets": sets, "gradient": gradients and asdict(gradients), "warnings": warnings, "missing": missing}
+        errors = [] if gradients is None else [asdict(line) for line in gradients.lines]
+        found = {"sets": sets, "gradient": errors, "warnings": warnings, "missing": missing}
         write_text(json_file, json.dumps({"plan": plan.digest, **found}, indent=2))
 
 
 def _print_suspects(name: str, suspects: list[RowPair], pairs: PairData) -> None:
     from anybatch.data.inputs import describe
 
-    say(f"The most suspected pairs{name and f' of {name}'} (is the second positive a right answer to the anchor?):")
+    say(f"Suspected false negatives{name and f' of {name}'} (is the second positive a right answer to the anchor?):")
     for pair in suspects[:EXAMPLES]:
         say(f"  row {pair.row} anchor: {describe(pairs.anchors[pair.row], pair.row)[:WIDTH]}")
         say(f"  own positive: {describe(pairs.positives[pair.row], pair.row)[:WIDTH]}")

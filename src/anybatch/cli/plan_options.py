@@ -166,14 +166,3 @@ class PlanSources:
             suspects=suspects,
             **self.ids(pairs),
         )
-
-    def stored_warnings(self) -> list[str]:
-        """What mining warned of, where it lies beside this plan."""
-        from anybatch.core.files import read_json
-
-        path = self.path.with_name("mining.json")
-        stored = (
-            read_json(path, "Delete it, or bring back the file that mining wrote.", "plan") if path.exists() else {}
-        )
-        parts = [stored, *(stored.get("sets") or {}).values()] if stored.get("plan") == self.plan.digest else []
-        return [warning for part in parts for warning in part.get("warnings", ())]

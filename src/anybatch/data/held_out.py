@@ -56,15 +56,19 @@ def held_out_rows(pairs: PairData, batch_size: int, seed: int) -> np.ndarray:
 
 def split_pairs(pairs: PairData, rows: np.ndarray) -> tuple[PairData, PairData]:
     """The pairs without `rows`, and those of `rows` as a model reads them: with instructions, without negatives."""
-    kept = np.setdiff1d(np.arange(len(pairs)), rows)
+    anchors, positives = (pick(column, rows) for column in pairs.prompted[:2])
+    left = select_pairs(pairs, np.setdiff1d(np.arange(len(pairs)), rows))
+    return left, PairData(anchors=anchors, positives=positives, source=pairs.source)
+
+
+def select_pairs(pairs: PairData, rows: np.ndarray) -> PairData:
+    """The pairs of some rows, ascending, in their data sets."""
     last = np.cumsum([part.num_rows for part in pairs.sets])
-    counts = np.diff(np.searchsorted(kept, last), prepend=0).tolist()
-    left = PairData(
-        anchors=pick(pairs.anchors, kept),
-        positives=pick(pairs.positives, kept),
-        negatives=tuple(pick(column, kept) for column in pairs.negatives),
+    counts = np.diff(np.searchsorted(rows, last), prepend=0).tolist()
+    return PairData(
+        anchors=pick(pairs.anchors, rows),
+        positives=pick(pairs.positives, rows),
+        negatives=tuple(pick(column, rows) for column in pairs.negatives),
         source=pairs.source,
         sets=tuple(replace(part, num_rows=count) for part, count in zip(pairs.sets, counts, strict=True)),
     )
-    anchors, positives = (pick(column, rows) for column in pairs.prompted[:2])
-    return left, PairData(anchors=anchors, positives=positives, source=pairs.source)

@@ -73,7 +73,12 @@ class Curves:
         sentences = []
         for name in (baseline, method):
             change = self.verdict((name, small), (name, large))
-            sentences.append(f"{name}, batches of {small:,} against {large:,}: {change}.")
+            words = {"+": "higher", "-": "lower"}.get(change[0])
+            sentences.append(
+                f"{name}: batches of {small:,} and {large:,} differ {NOISE}."
+                if words is None
+                else f"{name}: {change[1:]} {words} in batches of {small:,} than in batches of {large:,}."
+            )
         verdicts = {size: self.verdict((method, size), (baseline, size)) for size in sizes}
         for sign, words in (("+", "above"), ("-", "below")):
             found = [f"{size:,} ({verdict})" for size, verdict in verdicts.items() if verdict.startswith(sign)]

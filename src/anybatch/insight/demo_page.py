@@ -11,7 +11,7 @@ import numpy as np
 from anybatch.insight.charts import bar_chart, error_chart
 from anybatch.insight.curves import Curves
 from anybatch.insight.pages import drawings, render
-from anybatch.insight.plan_page import Texts
+from anybatch.insight.plan_page import Texts, suspect_lines
 
 if TYPE_CHECKING:
     from anybatch.data.pairs import PairData
@@ -54,7 +54,6 @@ def render_demo_page(
     plan: BatchPlan,
     seen: PlanInspection,
     pairs: PairData,
-    vectors: tuple[np.ndarray, np.ndarray],
 ) -> str:
     """The page as text; all texts are escaped.
 
@@ -62,7 +61,7 @@ def render_demo_page(
         curves: Of the methods `BASELINE` and `METHOD`.
         intro: Paragraphs: what was trained and measured.
         costs: Of one and the same batch, by how it was trained.
-        plan, seen, pairs, vectors: A mined plan, what a teacher says of it, its data, and the teacher's embeddings.
+        plan, seen, pairs: A mined plan, what a teacher says of it, and its data.
     """
     header, lines = curves.rows(METHOD, BASELINE)
     bars = [(way, "memory", round(cost.gibibytes, 2)) for way, cost in costs.items()]
@@ -81,30 +80,6 @@ def render_demo_page(
         costs=costs,
         plan=plan,
         seen=seen,
-        suspects=[
-            (f"{own:.2f}, {score:.2f}", *texts.cells(row, other))
-            for row, other, own, score in nearest_suspects(plan, *vectors)[:SUSPECTS]
-        ],
+        suspects=suspect_lines(seen, texts, SUSPECTS),
         clusters=[[texts.cells(int(row), int(row))[0] for row in side] for side in zip(mined, others)],
     )
-
-
-def nearest_suspects(
-    plan: BatchPlan, anchors: np.ndarray, positives: np.ndarray
-) -> list[tuple[int, int, float, float]]:
-    """Suspected false negatives in the batches of epoch 0, the nearest first, one an anchor.
-
-    Returns:
-        Row, other row, and the cosines of the row's anchor with its own and with the other's positive.
-    """
-    if plan.suspects is None:
-        return []
-    batches, home = plan.epoch_batches(0), np.full(plan.num_rows, -1)
-    home[batches] = np.arange(len(batches))[:, None]
-    batch, other_batch = home[plan.suspects].T
-    rows, others = plan.suspects[(batch == other_batch) & (batch >= 0)].T
-    unit = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in (anchors, positives)]
-    own, score = ((unit[0][rows] * unit[1][place]).sum(axis=1) for place in (rows, others))
-    order = np.argsort(-score, kind="stable")
-    first = order[np.sort(np.unique(rows[order], return_index=True)[1])]
-    return [(int(rows[at]), int(others[at]), float(own[at]), float(score[at])) for at in first]

@@ -11,7 +11,6 @@ Over the batches b of a plan, relative to the length of the full-data gradient G
 
     bias        = |E G_b - G*|                         what no number of steps averages away
     noise       = rms_b |G_b - E G_b|                  of one batch, the choice of its anchors included
-    rmse        = rms_b |G_b - G*|                     rmse^2 = bias^2 + noise^2
     cosine      = cos(E G_b, G*)                       1: no bias but in length, which the learning rate takes away
     epoch_error = min_s rms |s mean_b G_b - G*|        of the mean of M batches, as many as an epoch has, drawn
                                                        independently, at the best learning rate: the noise counts as
@@ -50,9 +49,7 @@ class GradientError:
     Attributes:
         bias, bias_se: Of the mean over batches. 0 where the noise hides it.
         noise, noise_se: Of one batch around that mean.
-        rmse, rmse_se: Of one batch, both together.
         cosine, cosine_se: Of the mean over batches with the full-data gradient.
-        length: Of the mean over batches. Another than 1 asks for another learning rate.
         epoch_error, epoch_error_se: Of an epoch's batches together, at the best learning rate; 1 is no better than no
             gradient at all.
         num_batches: Batches measured.
@@ -73,13 +70,10 @@ class GradientError:
     bias_se: float
     noise: float
     noise_se: float
-    rmse: float
-    rmse_se: float
     epoch_error: float
     epoch_error_se: float
     cosine: float
     cosine_se: float
-    length: float
     num_batches: int
 
     @property
@@ -315,7 +309,7 @@ def _summarise(
     products = (stacked @ stacked.T).view(4, groups, 4, groups)
 
     def figures(kept: Tensor) -> Tensor:
-        """Squares of bias, noise, rmse, epoch error and length; cosine."""
+        """Squares of bias, noise and epoch error; cosine."""
         of_batches, of_full = kept / (kept * counts).sum(), kept / kept.sum()
         weights = [of_batches, of_batches, of_full, of_full]
 
@@ -325,21 +319,20 @@ def _summarise(
         mean, along, whole = product(0, 1), (product(0, 3) + product(1, 2)) / 2, product(2, 3)
         square = (kept * squares).sum() / (kept * counts).sum()
         of_epoch = mean + (square - mean) / per_epoch
-        errors = [mean - 2 * along + whole, square - mean, square - 2 * along + whole, whole - along**2 / of_epoch]
+        errors = [mean - 2 * along + whole, square - mean, whole - along**2 / of_epoch]
         cosine = along / (mean * whole).sqrt()  # NaN where noise hides the mean
-        return torch.stack([*(part / whole for part in (*errors, mean)), cosine])
+        return torch.stack([*(part / whole for part in errors), cosine])
 
     estimate = figures(torch.ones(groups, dtype=torch.float64))
     left_out = torch.stack([figures(one) for one in 1.0 - torch.eye(groups, dtype=torch.float64)])
     spread = ((left_out - left_out.mean(dim=0)).square().sum(dim=0) * (groups - 1) / groups).sqrt()
     values: dict[str, float] = {}
-    for number, name in enumerate(("bias", "noise", "rmse", "epoch_error")):
+    for number, name in enumerate(("bias", "noise", "epoch_error")):
         values[name], values[f"{name}_se"] = _root(float(estimate[number]), float(spread[number]))
     return GradientError(
         **values,
-        cosine=float(estimate[5]),
-        cosine_se=float(spread[5]),
-        length=_root(float(estimate[4]), 0.0)[0],
+        cosine=float(estimate[3]),
+        cosine_se=float(spread[3]),
         num_batches=2 * int(counts.sum()),
     )
 

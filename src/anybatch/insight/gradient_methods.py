@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from anybatch.core.errors import AnybatchError
-from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs, GradientError, gradient_error
+from anybatch.insight.figures import Figure
+from anybatch.insight.gradient_error import NUM_BATCHES, STRAIGHT, FrozenPairs, GradientError, gradient_error
 from anybatch.losses.registry import METHODS, LossConfig, build_loss, options_of
 from anybatch.plans.plan import BatchPlan
 
@@ -77,38 +78,101 @@ class GradientComparison:
     temperature: float
     direction: str
 
+    def of(self, method: str, batches: str) -> GradientError | None:
+        """What was measured of a method on one kind of batches; None where it was not."""
+        return next((line.error for line in self.lines if (line.method, line.batches) == (method, batches)), None)
+
+    @property
+    def plain(self) -> GradientError:
+        """Of the simplest method on random batches."""
+        error = self.of(self.order[0], "random")
+        assert error is not None
+        return error
+
+    def is_near(self, line: MethodError) -> bool:
+        """Whether the error of a line is within two standard errors of the best, and within `CLOSE`."""
+        best = self.lines[0].error
+        difference = line.error.epoch_error - best.epoch_error
+        return line.error is best or difference <= min(_noise(line.error, best), CLOSE)  # no NaN is near
+
     @property
     def recommended(self) -> MethodError:
-        """The simplest line whose error is within two standard errors of the best, and within `CLOSE`."""
-        best = self.lines[0].error
-
-        def close(line: MethodError) -> bool:
-            spread = math.hypot(line.error.epoch_error_se, best.epoch_error_se)
-            difference = line.error.epoch_error - best.epoch_error
-            return line.error is best or difference <= min(2 * spread, CLOSE)  # no NaN is close
-
-        candidates = [line for line in self.lines if close(line)]
-        return min(candidates, key=lambda line: (self.order.index(line.method), line.batches == "plan"))
-
-    @property
-    def plain(self) -> MethodError:
-        """Plain InfoNCE on random batches."""
-        return next(line for line in self.lines if (line.method, line.batches) == ("infonce", "random"))
+        """The simplest of the lines that are near the best."""
+        near = filter(self.is_near, self.lines)
+        return min(near, key=lambda line: (self.order.index(line.method), line.batches == "plan"))
 
 
-def method_error(
-    pairs: FrozenPairs, plan: BatchPlan, method: LossConfig, *, num_batches: int = NUM_BATCHES
-) -> GradientError:
-    """The gradient error of a method by name, at the temperature and in the direction of `pairs`.
+def compare_methods(
+    pairs: FrozenPairs,
+    plan: BatchPlan,
+    *,
+    methods: Sequence[LossConfig] | None = None,
+    num_batches: int = NUM_BATCHES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> GradientComparison:
+    """Measure every method, in the direction of `pairs`, on the plan's batches and on random ones of the same size.
+
+    Args:
+        pairs: The embeddings and their full-data gradient; where the methods mask suspects, prepared without them too.
+        plan: Made for these rows.
+        methods: What to compare, the simplest first; None for the core's. On random batches inclusion weights have no
+            meaning: the method is taken without, unless that is listed too. Suspects are masked there as on the plan's.
+        num_batches: See `gradient_error`.
+        progress: Called with (done, total).
 
     Raises:
-        AnybatchError: See `gradient_error`; a plan over several data sets, whose full-data gradients are not one.
+        AnybatchError: A plan over several data sets, whose full-data gradients are not one, or for other rows; suspects
+            masked by a method and not in the full-data gradient, or the other way round.
+
+    Cost: see `gradient_error`, once a line.
     """
+    # 1. What can be compared.
+    methods = core_methods() if methods is None else methods
     if len(plan.task_names) > 1:
         raise AnybatchError(
             f"The plan is over the data sets {', '.join(plan.task_names)}, each with a full-data gradient of its own. "
             "Mine one of them by itself, and compare the methods on that plan."
         )
+    for method in methods:
+        masks = method.mask_suspects is True and plan.suspects is not None
+        if masks != (pairs.suspects is not None):
+            raise AnybatchError(
+                f"The loss has mask_suspects={method.mask_suspects}, and the full-data gradient is "
+                f"{'with' if masks else 'without'} the suspects. Make both alike: FrozenPairs.prepare(..., "
+                f"suspects={'plan.suspects' if masks else None})."
+            )
+    # 2. The lines. A batch of one cluster never meets the others: no weight can stand for that.
+    random = replace(BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed), suspects=plan.suspects)
+    names, wanted = [name_of(method) for method in methods], []
+    for method, name in zip(methods, names, strict=True):
+        bare = replace(method, weights="none", weight_cap=None)
+        if name_of(bare) == name or name_of(bare) not in names:
+            wanted.append(("random", random, bare, name))
+    if plan.cluster_size > 1 or plan.negatives_per_row:
+        weighable = plan.clusters_per_batch > 1
+        wanted += [
+            ("plan", plan, method, name)
+            for method, name in zip(methods, names, strict=True)
+            if method.weights != "inclusion" or weighable
+        ]
+    # 3. Measure.
+    lines = []
+    for number, (batches, chosen, method, name) in enumerate(wanted, start=1):
+        error = _method_error(pairs, chosen, method, num_batches)
+        lines.append(MethodError(method=name, batches=batches, error=error))
+        progress(number, len(wanted))
+    return GradientComparison(
+        lines=tuple(sorted(lines, key=lambda line: (math.isnan(line.error.epoch_error), line.error.epoch_error))),
+        order=tuple(names),
+        batch_size=plan.batch_size,
+        num_rows=len(pairs),
+        temperature=pairs.temperature,
+        direction=pairs.direction,
+    )
+
+
+def _method_error(pairs: FrozenPairs, plan: BatchPlan, method: LossConfig, num_batches: int) -> GradientError:
+    """The gradient error of a method by name, at the temperature and in the direction of `pairs`."""
     objective = {"temperature": pairs.temperature, "direction": pairs.direction}
     chosen = {name: value for name, value in objective.items() if name in method.options}
     loss = build_loss(replace(method, matryoshka=None, **chosen), num_rows=len(pairs))
@@ -123,89 +187,66 @@ def method_error(
     )
 
 
-def on_random_batches(
-    pairs: FrozenPairs, plan: BatchPlan, method: LossConfig, *, num_batches: int = NUM_BATCHES
-) -> GradientError:
-    """The same on random batches of the same size, where weights have no meaning, and the plan's suspects are masked
-    if the method masks them.
-    """
-    random = replace(BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed), suspects=plan.suspects)
-    masks = method.mask_suspects is True and plan.suspects is not None
-    plain = replace(method, weights="none", weight_cap=None, mask_suspects=masks)
-    return method_error(pairs, random, plain, num_batches=num_batches)
-
-
-def compare_methods(
-    pairs: FrozenPairs,
-    plan: BatchPlan,
-    *,
-    methods: Sequence[LossConfig] | None = None,
-    num_batches: int = NUM_BATCHES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> GradientComparison:
-    """Measure every method, in the direction of `pairs`, on the plan's batches and on random ones of the same size.
-
-    Args:
-        pairs: The embeddings and their full-data gradient.
-        plan: Made for these rows.
-        methods: What to compare, the simplest first, InfoNCE among them; None for the core's. On random batches
-            inclusion weights change nothing and are left out.
-        num_batches: See `gradient_error`.
-        progress: Called with (done, total).
-
-    Raises:
-        AnybatchError: A plan over several data sets, or for other rows.
-
-    Cost: see `gradient_error`, once a line.
-    """
-    # A batch of one cluster never meets the others: no weight can stand for that.
-    methods = core_methods() if methods is None else methods
-    wanted = [("random", method) for method in methods if method.weights != "inclusion"]
-    if plan.cluster_size > 1:
-        weighable = plan.clusters_per_batch > 1
-        wanted += [("plan", method) for method in methods if method.weights != "inclusion" or weighable]
-    lines = []
-    for number, (batches, method) in enumerate(wanted, start=1):
-        measure = method_error if batches == "plan" else on_random_batches
-        error = measure(pairs, plan, method, num_batches=num_batches)
-        lines.append(MethodError(method=name_of(method), batches=batches, error=error))
-        progress(number, len(wanted))
-    return GradientComparison(
-        lines=tuple(sorted(lines, key=lambda line: (math.isnan(line.error.epoch_error), line.error.epoch_error))),
-        order=tuple(map(name_of, methods)),
-        batch_size=plan.batch_size,
-        num_rows=len(pairs),
-        temperature=pairs.temperature,
-        direction=pairs.direction,
-    )
-
-
 def comparison_rows(comparison: GradientComparison) -> tuple[list[str], list[list[str]]]:
     """Header and lines, for a table on the terminal or on a page."""
-    lines = [[line.method, line.batches, *error_cells(line.error)] for line in comparison.lines]
-    return ["method", "batches", *ERRORS], lines
-
-
-ERRORS = {
-    "error of an epoch": "Of the mean gradient of an epoch's batches, at the best learning rate. Low is good; 1 is no "
-    "better than no gradient. The methods are ordered by it.",
-    "direction": "Cosine of the mean gradient over batches with the full-data gradient; 1: no bias but in length.",
-    "bias": "Of that mean, in length and direction. No number of steps averages it away.",
-    "noise": "Of one batch around its mean, the choice of its anchors included. Steps average it away.",
-}
-
-
-def error_cells(error: GradientError) -> list[str]:
-    """The figures of `ERRORS`, with their standard errors."""
-    figures = [
-        (getattr(error, name), getattr(error, f"{name}_se")) for name in ("epoch_error", "cosine", "bias", "noise")
+    lines = [
+        [
+            line.method,
+            line.batches,
+            _cell(line.error.epoch_error, line.error.epoch_error_se),
+            "as near as any" if comparison.is_near(line) else "further away",
+            _cell(line.error.cosine, line.error.cosine_se),
+            "yes" if line.error.bias_to_remove else "little",
+        ]
+        for line in comparison.lines
     ]
-    return [f"{value:.2f} ± {se:.2f}" if math.isfinite(value + se) else "hidden by noise" for value, se in figures]
+    return ["method", "batches", "error of an epoch", "beside the best", "direction", "bias"], lines
+
+
+def gradient_figures(name: str, error: GradientError, other_name: str, other: GradientError) -> list[Figure]:
+    """A method's figures beside those of another, against which it is to hold its own."""
+    difference = error.epoch_error - other.epoch_error
+    nearer = None if not abs(difference) > _noise(error, other) else difference < 0
+    return [
+        Figure(
+            name=f"gradient, error of an epoch: {name}",
+            value=_cell(error.epoch_error, error.epoch_error_se),
+            beside=f"{other_name}: {_cell(other.epoch_error, other.epoch_error_se)}",
+            good=f"lower than {other_name}",
+            passed=nearer,
+            why="How far the mean gradient of an epoch's batches is from the gradient over all rows, at the best "
+            "learning rate, in shared parameters; 1 is no better than no gradient. Within a loss its order was that of "
+            "training.",
+        ),
+        Figure(
+            name=f"gradient, direction: {name}",
+            value=_cell(error.cosine, error.cosine_se),
+            beside=f"{other_name}: {_cell(other.cosine, other.cosine_se)}",
+            good=f"{STRAIGHT:g} or more",
+            passed=None if math.isnan(error.cosine) else not error.bias_to_remove,
+            why="Cosine of the mean gradient over batches with the gradient over all rows. What is missing to 1 is "
+            "bias: no number of steps averages it away, a correction or a memory does.",
+        ),
+    ]
+
+
+def is_further(error: GradientError, other: GradientError) -> bool:
+    """Whether an epoch's error is higher than another, by two standard errors."""
+    return error.epoch_error - other.epoch_error > _noise(error, other)
+
+
+def _noise(one: GradientError, other: GradientError) -> float:
+    """Two standard errors of the difference of two errors of an epoch: what is less is no difference."""
+    return 2 * math.hypot(one.epoch_error_se, other.epoch_error_se)
+
+
+def _cell(value: float, se: float) -> str:
+    return f"{value:.2f} ± {se:.2f}" if math.isfinite(value + se) else "hidden by noise"
 
 
 def recommendation(comparison: GradientComparison) -> list[str]:
     """What follows from the comparison, and what does not, in sentences."""
-    chosen, plain = comparison.recommended, comparison.plain.error
+    chosen, plain = comparison.recommended, comparison.plain
     if math.isnan(chosen.error.epoch_error):
         return [
             "The full-data gradient has no direction on these embeddings (are all positives alike?), so nothing can be "
@@ -232,7 +273,7 @@ def bias_sentence(plain: GradientError, batch_size: int) -> str:
     """Whether there is bias to remove, which is what a correction or a memory is for."""
     figures = (
         f"the mean gradient of plain InfoNCE on random batches of {batch_size} has cosine {plain.cosine:.2f} with the "
-        f"full-data gradient (bias {plain.bias:.2f}, noise {plain.noise:.2f} a batch)"
+        f"full-data gradient (bias {plain.bias:.2f}, noise {plain.noise:.2f} per batch)"
     )
     if plain.bias_to_remove:
         return f"There is bias to remove: {figures}. That is what a correction or a memory is for (loss.name)."

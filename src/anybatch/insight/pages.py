@@ -40,16 +40,17 @@ def render_gradient_page(comparison: GradientComparison, *, title: str, missing:
         title: Heading, such as the plan's path.
         missing: What could not be taken into account, in words.
     """
-    from anybatch.insight.gradient_methods import ERRORS, comparison_rows, recommendation
+    from anybatch.insight.gradient_methods import comparison_rows, recommendation
 
     header, lines = comparison_rows(comparison)
-    bars = [(f"{line.method} ({line.batches})", line.method, line.error.epoch_error) for line in comparison.lines]
-    chart = bar_chart("Error of each method", bars, baseline=comparison.plain.error.epoch_error)
+    bars = [
+        (f"{line.method} ({line.batches})", line.method, round(line.error.epoch_error, 2)) for line in comparison.lines
+    ]
+    chart = bar_chart("Error of each method", bars, baseline=comparison.plain.epoch_error)
     return render(
         "gradient.html",
         title=title,
         comparison=comparison,
-        meanings=ERRORS,
         header=header,
         lines=lines,
         sentences=recommendation(comparison),

@@ -1,4 +1,4 @@
-"""The few figures that decide whether a plan's batches help: softmax mass, suspected false negatives, gradient error.
+"""The few figures that decide whether a plan's batches help: softmax mass, suspected false negatives, the teacher.
 
 A plan stores clusters and suspected pairs, not scores: all figures follow from a teacher's embeddings again, on a
 sample of anchors, each data set ranked by itself as in mining, and beside random batches of the same size.
@@ -6,38 +6,39 @@ sample of anchors, each data set ranked by itself as in mining, and beside rando
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
 from anybatch.core.errors import AnybatchError
-from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs, GradientError
-from anybatch.insight.gradient_methods import ERRORS, error_cells, method_error, name_of, on_random_batches
-from anybatch.losses.registry import LossConfig
-from anybatch.mining.audit import advice
+from anybatch.core.files import read_json
+from anybatch.insight.figures import Figure
+from anybatch.insight.gradient_methods import GradientComparison, is_further
+from anybatch.mining.audit import LITTLE_GAIN, MANY_SUSPECTS, MUCH_MASKED, WEAK_TEACHER, advice
 from anybatch.mining.config import MARGIN
 from anybatch.mining.inputs import check_embeddings, compact_ids
 from anybatch.plans.plan import BatchPlan
 
-SHOWN = 20  # pairs kept, the most suspected first
-LOOKED_AT = 200  # pairs of a block of anchors, of which many may have the same two positives
+SHOWN = 20  # pairs kept, the nearest first
+LOOKED_AT = 200  # pairs of a block of anchors, of which many may have the same anchor or the same two positives
 BLOCK = 2**22  # scores held at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowPair:
-    """A negative in the batch of `row`, which may be right as well.
+    """A suspected false negative: the positive of `other`, in the batch of `row`, may answer its anchor as well.
 
     Attributes:
         row, other: Row numbers.
-        score: The cosine of `row`'s anchor with `other`'s positive over that with its own.
+        own, score: Cosines of `row`'s anchor with its own positive and with `other`'s.
     """
 
     row: int
     other: int
+    own: float
     score: float
 
 
@@ -46,13 +47,12 @@ class BatchMass:
     """Where the negatives' softmax mass is, exp(s_ij / tau) over its sum over all rows that are negatives of i.
 
     Attributes:
-        in_cluster, in_batch: Share in the anchor's own cluster, and in its batch, hard negatives included.
+        in_batch: Share in the anchor's batch, hard negatives included.
         masked: Share that the plan suspects to be false negatives, wherever it is; `loss.mask_suspects` removes it.
         suspects: Negatives in the batch that the plan suspects; of a plan that did not look for them, those that score
             above `MARGIN` of the own positive.
     """
 
-    in_cluster: float
     in_batch: float
     masked: float
     suspects: float
@@ -66,8 +66,8 @@ class PlanInspection:
         num_anchors: Anchors looked at, drawn at random from those in the batches of epoch 0.
         own_first: Share of anchors whose own positive the teacher scores above every negative of the data set.
         planned, random: In the plan's batches, and expected of random ones of the same size.
-        suspects: The negatives in the plan's batches that score highest against the own positive (of the same two
-            positives one pair), above `MARGIN` or not.
+        suspects: Of the suspected false negatives in the plan's batches the nearest, one an anchor, and of the same two
+            positives one pair.
 
     Example:
         >>> embeddings = np.random.default_rng(0).normal(size=(2, 64, 8))
@@ -81,56 +81,6 @@ class PlanInspection:
     planned: BatchMass
     random: BatchMass
     suspects: list[RowPair]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanGradients:
-    """The parameter-gradient error of one loss on the plan's batches and on random ones of the same size.
-
-    Attributes:
-        loss: The method, in the words of the configuration.
-        planned, random: See `GradientError`.
-
-    Example:
-        >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)))
-        >>> clusters = np.repeat(np.arange(8), 4).astype(np.int32)
-        >>> plan = BatchPlan(
-        ...     num_rows=32, batch_size=8, cluster_size=4, cluster=clusters, seed=0, data_digest=""
-        ... )
-        >>> PlanGradients.measure(pairs, plan, LossConfig(name="infonce")).loss
-        'infonce'
-    """
-
-    loss: str
-    planned: GradientError
-    random: GradientError
-
-    @classmethod
-    def measure(
-        cls, pairs: FrozenPairs, plan: BatchPlan, loss: LossConfig, *, num_batches: int = NUM_BATCHES
-    ) -> PlanGradients:
-        """See `method_error`; where the loss masks suspects, `pairs` were prepared without them too.
-
-        Raises:
-            AnybatchError: They were not.
-        """
-        masks = loss.mask_suspects is True and plan.suspects is not None
-        if masks != (pairs.suspects is not None):
-            raise AnybatchError(
-                f"The loss has mask_suspects={loss.mask_suspects}, and the full-data gradient is "
-                f"{'with' if masks else 'without'} the suspects. Make both alike: FrozenPairs.prepare(..., "
-                f"suspects={'plan.suspects' if masks else None})."
-            )
-        random = on_random_batches(pairs, plan, loss, num_batches=num_batches)
-        chosen = plan.cluster_size > 1 or plan.negatives_per_row
-        planned = method_error(pairs, plan, loss, num_batches=num_batches) if chosen else random
-        return cls(loss=name_of(loss), planned=planned, random=random)
-
-    @property
-    def loses(self) -> bool:
-        """Whether an epoch's error is higher than on random batches, by two standard errors."""
-        spread = math.hypot(self.planned.epoch_error_se, self.random.epoch_error_se)
-        return self.planned.epoch_error - self.random.epoch_error > 2 * spread
 
 
 def inspect_plan(
@@ -207,7 +157,7 @@ def _inspect_set(
     chosen = np.sort(np.random.default_rng(seed).choice(placed, min(num_anchors, len(placed)), replace=False))
     positives = _unit(sides[1][members])
     suspected = _suspected(plan, ids[1])
-    sums, pairs, near, above, first = np.zeros(3), [], 0, 0, 0
+    sums, pairs, near, above, first = np.zeros(2), [], 0, 0, 0
     height = max(1, BLOCK // len(members))
     for start in range(0, len(chosen), height):
         # 2. The softmax over each anchor's negatives.
@@ -218,41 +168,34 @@ def _inspect_set(
         best = np.where(negative, scores, -np.inf).max(axis=1, keepdims=True)
         mass = np.exp(np.where(negative, (scores - np.maximum(best, -2)) / temperature, -np.inf))
         mass /= np.maximum(mass.sum(axis=1, keepdims=True), 1e-30)  # 0 where an anchor has no negative
-        # 3. Which of them share the cluster, the batch, and are suspected.
-        in_cluster = (plan.cluster[rows][:, None] == plan.cluster[members]) & (plan.cluster[rows] >= 0)[:, None]
+        # 3. Which of them share the batch, and are suspected.
         in_batch = home[rows][:, None] == home[members]
         if plan.negatives is not None:
             for place, row in enumerate(rows):
                 brought = plan.negatives[batches[home[row]]]
                 in_batch[place] |= np.isin(members, brought[brought >= 0])
-        ratio = np.where(negative & (own > 0), scores / own, -np.inf)
-        may_be_right = ratio >= MARGIN
+        may_be_right = negative & (own > 0) & (scores >= MARGIN * own)
         if suspected is not None:
             may_be_right = suspected[rows][:, ids[1][members]].toarray() & negative
-            sums[2] += float(mass[may_be_right].sum())
-        sums[:2] += float(mass[in_cluster].sum()), float(mass[in_batch].sum())
+            sums[1] += float(mass[may_be_right].sum())
+        sums[0] += float(mass[in_batch].sum())
         first += int((best[:, 0] <= own[:, 0]).sum())
         above += int(may_be_right.sum())
-        near += int((may_be_right & in_batch).sum())
-        line, column = np.nonzero(in_batch & np.isfinite(ratio))
-        beside = ratio[line, column]
-        most = np.argsort(-beside, kind="stable")[:LOOKED_AT]
-        pairs += zip(rows[line[most]], members[column[most]], beside[most], strict=True)
+        line, column = np.nonzero(may_be_right & in_batch)
+        near += len(line)
+        most = np.argsort(-scores[line, column], kind="stable")[:LOOKED_AT]
+        line, column = line[most], column[most]
+        pairs += zip(rows[line], members[column], own[line, 0], scores[line, column], strict=True)
         progress((start + len(rows)) / len(chosen))
     # 4. That a given row of theirs is in an anchor's random batch: by how many of them such a batch holds.
     sizes = np.bincount(home[placed]).astype(np.float64)
     by_chance = float(np.sum(sizes * (sizes - 1))) / len(placed) / (len(members) - 1)
-    in_cluster, in_batch, masked = sums / len(chosen)
+    in_batch, masked = (sums / len(chosen)).tolist()
     return PlanInspection(
         num_anchors=len(chosen),
         own_first=first / len(chosen),
-        planned=BatchMass(in_cluster=in_cluster, in_batch=in_batch, masked=masked, suspects=near / len(chosen)),
-        random=BatchMass(
-            in_cluster=(plan.cluster_size - 1) / (len(members) - 1),
-            in_batch=by_chance,
-            masked=0.0,
-            suspects=above / len(chosen) * by_chance,
-        ),
+        planned=BatchMass(in_batch=in_batch, masked=masked, suspects=near / len(chosen)),
+        random=BatchMass(in_batch=by_chance, masked=0.0, suspects=above / len(chosen) * by_chance),
         suspects=_most_suspected(pairs, ids[1]),
     )
 
@@ -271,92 +214,93 @@ def _suspected(plan: BatchPlan, positive_id: np.ndarray) -> sparse.csr_matrix | 
     return sparse.csr_matrix(entries, shape=(plan.num_rows, plan.num_rows))
 
 
-def _most_suspected(pairs: Sequence[tuple[int, int, float]], positive_id: np.ndarray) -> list[RowPair]:
-    """The first `SHOWN`, no two with the same two positives: one caption of many images would fill the list."""
-    kinds: dict[frozenset[int], RowPair] = {}
-    for row, other, score in sorted(pairs, key=lambda pair: -pair[2]):
-        kind = frozenset(map(int, positive_id[[row, other]]))
-        kinds.setdefault(kind, RowPair(row=int(row), other=int(other), score=float(score)))
-        if len(kinds) == SHOWN:
-            break
-    return list(kinds.values())
+def _most_suspected(pairs: Sequence[tuple[int, int, float, float]], positive_id: np.ndarray) -> list[RowPair]:
+    """The first `SHOWN`, one an anchor, no two with the same two positives: one caption of many images would fill the
+    list.
+    """
+    shown: list[RowPair] = []
+    seen: set[object] = set()
+    for row, other, own, score in sorted(pairs, key=lambda pair: -pair[3]):
+        keys = int(row), frozenset(map(int, positive_id[[row, other]]))
+        if len(shown) < SHOWN and not seen.intersection(keys):
+            shown.append(RowPair(row=int(row), other=int(other), own=float(own), score=float(score)))
+            seen.update(keys)
+    return shown
 
 
-Figure = tuple[str, str, str, str]  # name, its value in the plan, in random batches, what it is in a sentence
+def plan_sentence(plan: BatchPlan) -> str:
+    """What an epoch of it is."""
+    chosen = f", each of {plan.clusters_per_batch} clusters of {plan.cluster_size}" if plan.cluster_size > 1 else ""
+    left_out = plan.stats()["rows_left_out_each_epoch"]
+    rest = f"; {left_out:,} rows that do not fill a batch sit out, other ones each epoch" if left_out else ""
+    return f"{plan.num_rows:,} rows; an epoch is {plan.num_batches:,} batches of {plan.batch_size}{chosen}{rest}."
 
 
-def plan_sizes(plan: BatchPlan) -> list[Figure]:
-    """What the plan itself says."""
-    stats = plan.stats()
-    sizes = {
-        "batches an epoch": (f"{plan.num_batches:,} of {plan.batch_size}", "Each row is in one of them at most."),
-        "clusters": (
-            f"{plan.num_clusters:,} of {plan.cluster_size}",
-            f"Rows that always sit together; a batch is {plan.clusters_per_batch} of them, drawn anew every epoch.",
-        ),
-        "rows that sit out an epoch": (
-            f"{stats['rows_left_out_each_epoch']:,}",
-            "What does not fill a whole batch; other rows the next epoch.",
-        ),
-        "suspected pairs": (
-            f"{stats['suspect_pairs']:,}",
-            "Anchors with a text that mining suspects of being right for them, which loss.mask_suspects removes.",
-        ),
-    }
-    return [(name, value, "", meaning) for name, (value, meaning) in sizes.items()]
-
-
-def set_figures(seen: PlanInspection) -> list[Figure]:
-    """What was measured of one data set."""
-    plan, random = seen.planned, seen.random
-
-    def share(name: str, field: str, meaning: str) -> Figure:
-        return name, f"{getattr(plan, field):.1%}", f"{getattr(random, field):.1%}", meaning
-
-    mass = "of the negatives' softmax mass over the whole data set under the teacher"
+def set_figures(seen: PlanInspection, plan: BatchPlan) -> list[Figure]:
+    """What was measured of one data set, with the pass marks of `advice`; of random batches the teacher alone."""
+    planned, random = seen.planned, seen.random
+    of_teacher = Figure(
+        name="own positive first",
+        value=f"{seen.own_first:.1%}",
+        good=f"{WEAK_TEACHER:.0%} or more",
+        passed=seen.own_first >= WEAK_TEACHER,
+        why="How often the right answer is the teacher's best of all rows: what it ranks high is only hard if it knows "
+        "the pairs. It falls as data grow. A question, no verdict: a weak teacher's batches once trained no worse.",
+    )
+    if plan.cluster_size == 1:
+        return [of_teacher]
     return [
-        share(
-            "mass in the cluster", "in_cluster", f"Share {mass} that is in the anchor's own cluster, in every epoch."
+        of_teacher,
+        Figure(
+            name="softmax mass in the batch",
+            value=f"{planned.in_batch:.1%}",
+            beside=f"random batches: {random.in_batch:.1%}",
+            good=f"{LITTLE_GAIN:g} times random or more",
+            passed=planned.in_batch >= LITTLE_GAIN * random.in_batch,
+            why="Share of the negatives' softmax mass over the whole data set, under the teacher, that an anchor's "
+            "batch holds: what mining is for. Good plans had 20 to 60 times.",
         ),
-        share("mass in the batch", "in_batch", f"Share {mass} that its batch holds: what mining is for."),
-        share("mass masked", "masked", "Share that mining suspects of being right, which loss.mask_suspects removes."),
-        (
-            "suspected false negatives an anchor",
-            f"{plan.suspects:.2f}",
-            f"{random.suspects:.2f}",
-            f"Negatives in its batch that mining suspects of being right; where it did not look, those that score "
-            f"above {MARGIN:g} of the own positive.",
+        Figure(
+            name="softmax mass masked",
+            value=f"{planned.masked:.1%}",
+            good=f"{MUCH_MASKED:.0%} or less",
+            passed=planned.masked <= MUCH_MASKED,
+            why="Share that mining suspects of being right, which loss.mask_suspects removes: of that the model learns "
+            "nothing. Teachers that knew their data had 6% and less.",
         ),
-        (
-            "own positive first",
-            f"{seen.own_first:.1%}",
-            "",
-            "How well the teacher knows the pairs: how often the right answer is its best of all rows.",
+        Figure(
+            name="suspected false negatives per anchor",
+            value=f"{planned.suspects:.2f}",
+            beside=f"random batches: {random.suspects:.2f}",
+            good=f"{MANY_SUSPECTS:g} or less",
+            passed=planned.suspects <= MANY_SUSPECTS,
+            why="Negatives in its batch that mining suspects of being right (where it did not look, those that score "
+            f"above {MARGIN:g} of the own positive). Read some of them. Plans at the default had .1 to .4.",
         ),
     ]
-
-
-def gradient_figures(gradients: PlanGradients) -> list[Figure]:
-    """The parameter-gradient error, against the gradient over all data."""
-    cells = zip(ERRORS.items(), error_cells(gradients.planned), error_cells(gradients.random), strict=True)
-    of = f"gradient of {gradients.loss}: "
-    return [(of + name, plan, random, meaning) for (name, meaning), plan, random in cells]
 
 
 def plan_warnings(
     plan: BatchPlan,
     seen: PlanInspection | None,
-    gradients: PlanGradients | None,
+    gradients: GradientComparison | None = None,
     *,
     mask_suspects: bool = False,
 ) -> list[str]:
-    """What these figures advise against, in words; `mask_suspects`: whether the loss masks suspects already."""
+    """What these figures advise against, in words.
+
+    Args:
+        plan, seen: The plan, and what was measured of it or of one of its data sets.
+        gradients: Of the plan's loss, the last of the methods compared.
+        mask_suspects: Whether the loss masks suspects already.
+    """
     found = []
-    if gradients is not None and gradients.loses:
-        planned, random = gradients.planned, gradients.random
+    loss = "" if gradients is None else gradients.order[-1]
+    planned, random = (None if gradients is None else gradients.of(loss, batches) for batches in ("plan", "random"))
+    if planned is not None and random is not None and is_further(planned, random):
         found.append(
-            f"This plan is not recommended: with loss.name={gradients.loss} its batches' parameter gradient is further "
-            f"from the full-data gradient than that of random batches of {plan.batch_size} (error of an epoch "
+            f"This plan is not recommended: with loss.name={loss} its batches' parameter gradient is further from the "
+            f"full-data gradient than that of random batches of {plan.batch_size} (error of an epoch "
             f"{planned.epoch_error:.2f} against {random.epoch_error:.2f}). The anchors of a cluster are alike, so a "
             "batch of few clusters says little of the data. Mine smaller clusters (mining.cluster_size), or use "
             "mining.method=random."
@@ -368,11 +312,18 @@ def plan_warnings(
             )
     if seen is None:
         return found
-    planned, random = seen.planned, seen.random
     return found + advice(
         own_first=seen.own_first,
-        suspects=planned.suspects,
-        masked=planned.masked,
-        gain=None if plan.cluster_size == 1 else planned.in_batch / max(random.in_batch, 1e-30),
+        suspects=seen.planned.suspects,
+        masked=seen.planned.masked,
+        gain=None if plan.cluster_size == 1 else seen.planned.in_batch / max(seen.random.in_batch, 1e-30),
         mask_suspects=mask_suspects,
     )
+
+
+def stored_warnings(folder: Path, plan: BatchPlan) -> list[str]:
+    """What mining warned of, where that lies in the plan's folder."""
+    path = folder / "mining.json"
+    stored = read_json(path, "Delete it, or bring back the file that mining wrote.", "plan") if path.exists() else {}
+    parts = [stored, *(stored.get("sets") or {}).values()] if stored.get("plan") == plan.digest else []
+    return [warning for part in parts for warning in part.get("warnings", ())]

@@ -10,15 +10,17 @@ from markupsafe import Markup
 from anybatch.data.images import EncodedImage
 from anybatch.data.inputs import MixedInput, describe
 from anybatch.insight.pages import render
+from anybatch.insight.plan_figures import PlanInspection, plan_sentence
 
 if TYPE_CHECKING:
     from anybatch.data.pairs import PairData
-    from anybatch.insight.plan_figures import Figure, PlanInspection
+    from anybatch.insight.figures import Figure
     from anybatch.plans.plan import BatchPlan
 
 TEXT_LENGTH = 220  # characters of a text that are shown
 UNSCORED = 20  # suspected pairs shown where there are no scores to order them
 IMAGE_CHARACTERS = 2**21  # of all thumbnails of a page; further images are named, not shown
+HEADER = ("cosine", "anchor", "its own positive", "positive of another row")
 
 
 def render_plan_page(
@@ -45,24 +47,30 @@ def render_plan_page(
     All texts are escaped. Images are shown small, re-encoded, `IMAGE_CHARACTERS` in all at most.
     """
     texts = Texts(pairs)
-    suspects = {
-        f"Suspected false negatives{name and f' of {name}'}": [
-            (f"{pair.score:.3f}", *texts.cells(pair.row, pair.other)) for pair in seen.suspects
-        ]
-        for name, seen in inspections.items()
-    }
+    suspects = {name: suspect_lines(seen, texts) for name, seen in inspections.items()}
     if not inspections and plan.suspects is not None:
-        listed = plan.suspects[:UNSCORED].tolist()
-        suspects = {"Suspected false negatives": [("", *texts.cells(row, other)) for row, other in listed]}
+        suspects[""] = [("", *texts.cells(row, other)) for row, other in plan.suspects[:UNSCORED].tolist()]
     return render(
         "plan.html",
         title=title,
         plan=plan,
+        summary=plan_sentence(plan),
+        settings={name: value for name, value in plan.meta.items() if name != "inputs"},  # digests tell nobody anything
         warnings=warnings,
         missing=missing,
         tables=tables,
-        suspects={heading: found for heading, found in suspects.items() if found},
+        header=HEADER,
+        suspects={name: lines for name, lines in suspects.items() if lines},
+        looked=bool(inspections) or plan.suspects is not None,
     )
+
+
+def suspect_lines(seen: PlanInspection, texts: Texts, number: int | None = None) -> list[tuple[str | Markup, ...]]:
+    """The nearest suspected false negatives: both cosines, and the texts."""
+    return [
+        (f"{pair.own:.2f},\N{NO-BREAK SPACE}{pair.score:.2f}", *texts.cells(pair.row, pair.other))
+        for pair in seen.suspects[:number]
+    ]
 
 
 class Texts:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields, replace
+from typing import NamedTuple
 
 from anybatch.core import distributed
 from anybatch.data.pairs import PairData
@@ -18,7 +19,24 @@ logger = logging.getLogger("anybatch")
 
 
 def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> RunConfig:
-    """The configuration with a method in place of each "auto", said aloud by the first rank.
+    """The configuration with a method in place of each "auto", said aloud by the first rank. See `recipe`."""
+    config, choices = recipe(config, pairs, plan)
+    if choices and distributed.rank() == 0:
+        said = "; ".join(f"{name}={value} ({reason})" for name, value, reason in choices)
+        logger.info("Recommended: %s. See docs/recipe.md.", said)
+    return config
+
+
+class Choice(NamedTuple):
+    """A setting, its value, and why."""
+
+    name: str
+    value: str
+    reason: str
+
+
+def recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None = None) -> tuple[RunConfig, list[Choice]]:
+    """The configuration with a method in place of each "auto", and what was chosen.
 
     `plan` is the one that exists already. The same configuration and data give the same recipe, so that a run is
     resumed with it.
@@ -26,7 +44,7 @@ def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> R
     Raises:
         AnybatchError: Settings given beside "auto" that what is chosen does not have.
     """
-    reasons = []
+    choices = []
     if config.plan is None and config.mining.method == AUTO:
         teacher = config.teacher.name is not None or config.teacher.embeddings is not None
         idle = teacher and pairs.has_images and not config.mining.num_negatives  # hard negatives are ranked in any case
@@ -35,12 +53,12 @@ def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> R
         why = "a teacher is named" if teacher else "no teacher is named"
         if idle:
             why = "the teacher is not used: with images mined batches lost"
-        reasons.append(f"mining.method={method} ({why})")
+        choices.append(Choice("mining.method", method, why))
     loss = config.loss
     if loss.name == AUTO:
         name, why = recommended(config.batch_size)
         loss = loss.named(name)
-        reasons.append(f"loss.name={loss.name} (batches of {config.batch_size}: {why})")
+        choices.append(Choice("loss.name", loss.name, f"batches of {config.batch_size}: {why}"))
     mined = config.mining.method != "random"
     if config.plan is not None:
         mined = plan is not None and plan.cluster_size > 1
@@ -48,14 +66,12 @@ def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> R
         weights = "inclusion" if mined and loss.example().inclusion else "none"
         loss = replace(loss, weights=weights)
         if weights == "inclusion":
-            reasons.append("loss.weights=inclusion (mined batches are no uniform sample)")
+            choices.append(Choice("loss.weights", "inclusion", "mined batches are no uniform sample"))
     if loss.mask_suspects == AUTO:
         loss = replace(loss, mask_suspects=mined)
         if mined:
-            reasons.append("loss.mask_suspects=true (what mining suspects is no negative)")
-    if reasons and distributed.rank() == 0:
-        logger.info("Recommended: %s. See docs/recipe.md.", "; ".join(reasons))
-    return replace(config, loss=loss)
+            choices.append(Choice("loss.mask_suspects", "true", "what mining suspects is no negative"))
+    return replace(config, loss=loss), choices
 
 
 def recipe_line(asked: RunConfig, chosen: RunConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.embed import check_embedded, embed_to_file
 from anybatch.integrations.sentence_transformers.model import ModelConfig, Side, lengths_of, load_model
 from anybatch.run.config import RunConfig
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 def teacher_embeddings(
@@ -34,16 +37,7 @@ def teacher_embeddings(
             f"mining.method is '{config.mining.method}', which needs a teacher: set teacher.name to a "
             "sentence-transformers model, or teacher.embeddings to two .npy files, or mining.method to 'random'."
         )
-    model = load_model(
-        ModelConfig(
-            name=teacher.name,
-            max_length=teacher.max_length,
-            anchor_prompt=teacher.anchor_prompt,
-            positive_prompt=teacher.positive_prompt,
-            kwargs=teacher.kwargs,
-            device=config.model.device,
-        )
-    )
+    model = load_teacher(config)
     sides = list(zip(("anchor", "positive"), get_args(Side), (pairs.anchors, pairs.positives), strict=True))
     same = pairs.anchors is pairs.positives  # one column of images
     identity = {"model": teacher.name, "max_length": lengths_of(model), "data": pairs.digest}
@@ -61,6 +55,21 @@ def teacher_embeddings(
         for name, side, texts in sides[: 1 if same else 2]
     ]
     return embedded[0], embedded[-1]
+
+
+def load_teacher(config: RunConfig) -> SentenceTransformer:
+    """The model that ranks the data."""
+    teacher = config.teacher
+    return load_model(
+        ModelConfig(
+            name=teacher.name,
+            max_length=teacher.max_length,
+            anchor_prompt=teacher.anchor_prompt,
+            positive_prompt=teacher.positive_prompt,
+            kwargs=teacher.kwargs,
+            device=config.model.device,
+        )
+    )
 
 
 def read_embeddings(path: str, num_rows: int) -> np.ndarray:

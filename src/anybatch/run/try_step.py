@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from anybatch.caching.recording import Auto
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.data.inputs import NONE, MixedColumn, guest_input, kinds_of_rows, pick
@@ -32,17 +34,40 @@ def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer, pla
     with distributed.alone() as chosen, forgotten(model):
         if not chosen:
             return
-        check_kinds(config, pairs, model, plan)
-        if config.train.gradient_checkpointing:
-            checkpoint_layers(model)
-        loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device)
-        kind = CachedLoss if config.data.views is None else TwoViewLoss
-        cached = kind(model.train(), loss, mini_batch_size=TRIED_ROWS // 2, keep_graphs=0.0)
-        cached.step = 0
+        step = step_of(config, pairs, model, plan, mini_batch_size=TRIED_ROWS // 2, keep_graphs=0.0)
         for rows in telling_rows(model, pairs, TRIED_ROWS):
-            inputs = inputs_of(model, pairs, rows)
-            inputs = inputs if config.data.views is None else inputs[:1]
-            cached(inputs, torch.from_numpy(rows).to(model.device)).backward()
+            step(rows)
+
+
+def step_of(
+    config: RunConfig,
+    pairs: PairData,
+    model: SentenceTransformer,
+    plan: BatchPlan | None = None,
+    *,
+    mini_batch_size: int | Auto,
+    keep_graphs: float | Auto,
+) -> Callable[[np.ndarray], None]:
+    """What takes rows through the cached step under the run's loss, as training does, and leaves their gradients.
+
+    Raises:
+        AnybatchError: See `check_kinds`.
+    """
+    check_kinds(config, pairs, model, plan)
+    if config.train.gradient_checkpointing:
+        checkpoint_layers(model)
+    loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device)
+    kind = CachedLoss if config.data.views is None else TwoViewLoss
+    settings = {"mini_batch_size": mini_batch_size, "keep_graphs": keep_graphs, "memory": config.train.memory}
+    cached = kind(model.train(), loss, **settings)
+    cached.step = 0
+
+    def step(rows: np.ndarray) -> None:
+        inputs = inputs_of(model, pairs, rows)
+        inputs = inputs if config.data.views is None else inputs[:1]
+        cached(inputs, torch.from_numpy(rows).to(model.device)).backward()
+
+    return step
 
 
 def check_kinds(config: RunConfig, pairs: PairData, model: SentenceTransformer, plan: BatchPlan | None) -> None:

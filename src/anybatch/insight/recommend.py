@@ -1,0 +1,371 @@
+"""What to train with, before any training: batch size, recipe and temperature with their reasons, the cost.
+
+The recipe is the one that a run takes by itself (`run/recipe.py`). What is measured here chooses no other one: it may
+speak against it, and then says so.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anybatch.core.errors import AnybatchError
+from anybatch.core.progress import Progress, counter, no_progress
+from anybatch.data.held_out import select_pairs
+from anybatch.data.inputs import kind_of
+from anybatch.data.pairs import PairData
+from anybatch.insight.cost import StepCost, step_cost
+from anybatch.insight.figures import Figure
+from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs
+from anybatch.insight.gradient_methods import (
+    bias_sentence,
+    compare_methods,
+    gradient_figures,
+    is_further,
+)
+from anybatch.insight.plan_figures import inspect_plan, plan_warnings, set_figures
+from anybatch.integrations.sentence_transformers.embed import embed_texts
+from anybatch.integrations.sentence_transformers.model import load_model
+from anybatch.losses.registry import LossConfig, first_temperature
+from anybatch.mining import mine_plan
+from anybatch.plans.plan import BatchPlan
+from anybatch.run.config import RunConfig, resolved
+from anybatch.run.read_data import hold_out, mining_sets, read_data
+from anybatch.run.recipe import Choice, recipe
+from anybatch.run.teacher import load_teacher, read_embeddings
+from anybatch.run.try_step import inputs_of
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+SIZES = (64, 256, 1024)
+SMALLEST = 4
+BATCHES = 8  # of an epoch at least: where a batch is more of the data, there is little to correct (docs/recipe.md)
+FASTER = 1.5  # times as fast per row, from which a larger batch is taken: other work on a machine fakes less
+MOST_ROWS = 2048  # looked at: their gradients take seconds
+DENSE = 2  # times as many rows as the sample: of more, near ones are missing from it, and mining is another
+MOST_WIDTH = 1024  # of embeddings whose gradients are compared: the map is as wide and as high
+UNTRAINED = 0.05  # own positives first: of fewer a gradient says how a model starts, not how it goes on
+FIRST_ROWS = 64  # embedded to see how many there is time for
+MUCH_EQUAL, MUCH_CUT, MUCH_MEMORY = 0.1, 0.1, 0.8
+
+
+@dataclass(kw_only=True)
+class Recommendation:
+    """What `recommend` found.
+
+    Attributes:
+        config: The run's configuration with the recipe in it.
+        choices: Each with its reason.
+        figures: What was measured, with pass marks.
+        against: What the measurements say against the choices, in sentences.
+        notes: What they rest on.
+        step: What a step costs.
+        num_steps, step_seconds, run_seconds: Of the whole run; embedding and evaluation are in `run_seconds`.
+    """
+
+    config: RunConfig
+    step: StepCost
+    choices: list[Choice]
+    figures: list[Figure] = field(default_factory=list)
+    against: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    num_steps: int = 0
+    step_seconds: float = 0.0
+    run_seconds: float = 0.0
+
+
+def recommend(
+    config: RunConfig, *, keep_batch_size: bool = False, seconds: float = 60.0, progress: Progress = no_progress
+) -> Recommendation:
+    """Look at data, models and machine of a run that is not begun; nothing is written.
+
+    Args:
+        config: The run.
+        keep_batch_size: Whether its batch size is settled.
+        seconds: To spend, about, once data and models are loaded: with more of them more rows are looked at.
+        progress: Told of the stages.
+
+    Raises:
+        AnybatchError: What training would refuse of data and models; a plan, or images without labels (`data.views`).
+    """
+    # 1. Data and student.
+    if config.plan is not None or config.data.views is not None:
+        raise AnybatchError(
+            "A recommendation is for pairs whose batches are not chosen yet, and --plan or --views is given. See a "
+            "plan with anybatch inspect plan; for images without labels see docs/images.md."
+        )
+    pairs = read_data(config.data)
+    if not keep_batch_size:
+        config = replace(config, batch_size=_first_size(len(pairs)))
+    pairs, held_out = hold_out(config, pairs, None)
+    student = load_model(config.model)
+
+    # 2. The machine decides on larger batches, a rule on the recipe.
+    config, step, why_size = _sized(config, pairs, student, keep_batch_size, seconds / 3, progress)
+    config, chosen = recipe(config, pairs)
+    found = Recommendation(config=config, step=step, choices=[Choice("batch_size", str(config.batch_size), why_size)])
+    if config.train.micro_batch == "auto":
+        why = "as many rows at once through the model as memory has room for"
+        found.choices.append(Choice("train.micro_batch", "auto", why))
+    why = "the recipe was measured at .05, and no figure from before training tells a better one"
+    found.choices += [*chosen, Choice("loss.temperature", f"{first_temperature(config.loss):g}", why)]
+
+    # 3. A sample, seen by student and teacher.
+    rows, vectors, ranked, rates = _embedded(config, pairs, student, seconds / 3, progress)
+    sample = select_pairs(pairs, rows)
+    found.figures += [_equal_texts(pairs, config.batch_size), *_cut_texts(student, sample), _memory(step)]
+    texts = len(held_out) if isinstance(held_out, PairData) else 0
+    most = config.train.args.get("max_steps") or 0
+    found.num_steps = most if most > 0 else config.train.epochs * (len(pairs) // config.batch_size)
+    found.step_seconds = step.seconds_per_row * config.batch_size
+    found.run_seconds = found.num_steps * found.step_seconds + 4 * texts / rates[0]
+    if len(rates) > 1:
+        found.run_seconds += 2 * len(pairs) / rates[1]
+    found.notes.append(f"Looked at {len(sample):,} of {len(pairs):,} pairs. Among all of them there is more bias.")
+    if step.rows < config.batch_size:
+        found.notes.append(f"Time and memory: of steps on {step.rows} rows, scaled to {config.batch_size}.")
+    if len(sample) < min(BATCHES * config.batch_size, len(pairs)):
+        found.notes.append("These are too few for the gradient's figures and the teacher's. Give more time: --seconds.")
+        return found
+    telling = len(pairs) <= DENSE * len(sample)
+
+    # 4. What mining would put into the batches, where the sample can tell; how near they bring the gradient.
+    plan = BatchPlan.random(len(sample), config.batch_size, seed=config.seed)
+    if ranked is not None:
+        progress("teacher", 0, 1)
+        if telling:
+            plan = _mined(config, sample, ranked)
+        else:
+            found.notes.append(
+                "What mined batches hold depends on all rows, and so is not shown: run anybatch mine with these "
+                "options, then anybatch inspect plan on its folder."
+            )
+        _look_at_teacher(found, sample, ranked, plan)
+        progress("teacher", 1, 1)
+    if sample.sets or vectors[0].shape[1] > MOST_WIDTH:
+        why = "each data set has an own, look at one by itself" if sample.sets else "the embeddings are too wide for it"
+        found.notes.append(f"No gradient was measured: {why}.")
+        return found
+    _look_at_gradients(found, sample, vectors, plan, telling or len(sample) >= MOST_ROWS, progress)
+    return found
+
+
+def _first_size(num_rows: int) -> int:
+    """The smallest batch size in question: 64, less of fewer rows."""
+    if num_rows < BATCHES * SMALLEST:
+        raise AnybatchError(
+            f"The data have {num_rows} rows; a recommendation needs at least {BATCHES * SMALLEST}. Give more of them, "
+            "or a batch size with --batch-size."
+        )
+    return min(SIZES[0], 2 ** int(math.log2(num_rows // BATCHES)))
+
+
+def _sized(
+    config: RunConfig,
+    pairs: PairData,
+    model: SentenceTransformer,
+    keep: bool,
+    seconds: float,
+    progress: Progress,
+) -> tuple[RunConfig, StepCost, str]:
+    """The batch size, what its step costs, and why it was taken: the smallest, unless a larger one is faster by far."""
+
+    def cost_of(config: RunConfig, seconds: float) -> StepCost:
+        progress("steps", 0, 1)
+        cost = step_cost(recipe(config, pairs)[0], pairs, model, seconds=seconds)
+        progress("steps", 1, 1)
+        return cost
+
+    begun = time.perf_counter()
+    cost = cost_of(config, seconds if keep else seconds / 2)
+    if keep:
+        return config, cost, "given"
+    smallest = config.batch_size
+    why = (
+        "by this recipe small batches train as well as large ones (docs/recipe.md)"
+        if smallest == SIZES[0]
+        else f"larger batches would be more than an eighth of {len(pairs):,} rows, which leaves little to correct"
+    )
+    for size in SIZES[1:]:
+        left = seconds - (time.perf_counter() - begun)
+        if smallest < SIZES[0] or size * BATCHES > len(pairs) or 3 * cost.seconds_per_row * size > left:
+            break
+        larger = replace(config, batch_size=size, train=replace(config.train, micro_batch="auto"))
+        of_larger = cost_of(larger, left)
+        if cost.seconds_per_row < FASTER * of_larger.seconds_per_row:
+            break
+        times = cost.seconds_per_row / of_larger.seconds_per_row
+        why = f"on this machine {times:.1f} times as fast per row as batches of {config.batch_size}"
+        config, cost = larger, of_larger
+    return config, cost, why
+
+
+def _embedded(
+    config: RunConfig, pairs: PairData, student: SentenceTransformer, seconds: float, progress: Progress
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...] | None, list[float]]:
+    """Rows of a sample, ascending; their embeddings by the student, and by the teacher where mining asks one; sides per
+    second of each model.
+    """
+    random = np.random.default_rng(config.seed)
+    mines, files = config.mining.method != "random", config.teacher.embeddings
+    models = {"student": student} | ({"teacher": load_teacher(config)} if mines and files is None else {})
+
+    def embed(name: str, part: PairData, report: Progress) -> tuple[np.ndarray, ...]:
+        sides = part.prompted[:2] if name == "student" else [part.anchors, part.positives]
+        count = counter(report, f"embedding: {name}", 2 * len(part))
+        return tuple(
+            embed_texts(models[name].eval(), side, side=kind, batch_size=128, progress=count)
+            for kind, side in zip(("query", "document"), sides, strict=True)
+        )
+
+    # 1. How many there is time for.
+    few, rates = select_pairs(pairs, np.sort(random.permutation(len(pairs))[:FIRST_ROWS])), []
+    for name in models:
+        begun = time.perf_counter()
+        embed(name, few, no_progress)
+        rates.append(2 * len(few) / (time.perf_counter() - begun))
+    fitting = int(seconds / sum(2 / rate for rate in rates))
+    rows = np.sort(random.permutation(len(pairs))[: min(MOST_ROWS, max(fitting, FIRST_ROWS))])
+    # 2. These.
+    sample, ranked = select_pairs(pairs, rows), None
+    vectors = embed("student", sample, progress)
+    if "teacher" in models:
+        ranked = embed("teacher", sample, progress)
+    elif mines and files is not None:
+        ranked = tuple(np.asarray(read_embeddings(path, len(pairs))[rows]) for path in files)
+    return rows, vectors, ranked, rates
+
+
+def _mined(config: RunConfig, sample: PairData, ranked: tuple[np.ndarray, ...]) -> BatchPlan:
+    ids = {"anchor_id": sample.anchor_id, "positive_id": sample.positive_id}
+    return mine_plan(*ranked, config=resolved(config).mining, sets=mining_sets(config, sample), **ids).plan
+
+
+def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.ndarray, ...], plan: BatchPlan) -> None:
+    """How well it knows the pairs, and what mined batches hold."""
+    loss, ids = found.config.loss, {"anchor_id": sample.anchor_id, "positive_id": sample.positive_id}
+    for name, seen in inspect_plan(plan, *ranked, temperature=first_temperature(loss), **ids).items():
+        found.figures += [replace(f, name=f"{name} {f.name}".lstrip()) for f in set_figures(seen, plan)]
+        found.against += plan_warnings(plan, seen, mask_suspects=loss.mask_suspects is True)
+
+
+def _look_at_gradients(
+    found: Recommendation,
+    sample: PairData,
+    vectors: tuple[np.ndarray, ...],
+    plan: BatchPlan,
+    telling: bool,
+    progress: Progress,
+) -> None:
+    """The recipe's gradient beside that of plain InfoNCE on random batches, at the student's start. A sample that is
+    not `telling` shows less bias than there is, and so speaks against nothing.
+    """
+    known = _own_first(vectors)
+    if known < UNTRAINED:
+        found.notes.append(
+            f"The student finds the own positive first for {known:.1%} of the anchors: it knows nothing of such pairs "
+            "yet, all negatives weigh alike, and the gradient at its start says nothing of later. Ask again with a "
+            "checkpoint."
+        )
+        return
+    loss = found.config.loss
+    if plan.suspects is None:
+        loss = replace(loss, mask_suspects=False)
+    suspects = plan.suspects if loss.mask_suspects is True else None
+    plain = LossConfig(name="infonce", mask_suspects=suspects is not None)
+    frozen = FrozenPairs.prepare(
+        *vectors,
+        temperature=first_temperature(loss),
+        direction=getattr(loss.example(), "direction", "one_way"),
+        tied={kind_of(sample.anchors), kind_of(sample.positives)} != {"text", "image"},
+        anchor_id=sample.anchor_id,
+        positive_id=sample.positive_id,
+        suspects=suspects,
+    )
+    comparison = compare_methods(
+        frozen,
+        plan,
+        methods=[plain, *([loss] if loss.name != "infonce" else [])],
+        num_batches=NUM_BATCHES // 2,
+        progress=lambda done, total: progress("gradients", done, total),
+    )
+    last = comparison.order[-1]
+    of_recipe = comparison.of(last, "plan") or comparison.of(last, "random") or comparison.plain
+    if of_recipe is not comparison.plain:
+        found.figures += gradient_figures("this recipe", of_recipe, "InfoNCE", comparison.plain)
+    if not telling and not comparison.plain.bias_to_remove:
+        found.notes.append("So few rows show too little bias to tell. Give more time: --seconds.")
+        return
+    found.notes.append(bias_sentence(comparison.plain, comparison.batch_size))
+    if not telling:
+        return
+    found.against += plan_warnings(plan, None, comparison)
+    if loss.name != "infonce" and not comparison.plain.bias_to_remove:
+        found.against.append(
+            f"There is little bias to remove (above), and {loss.name} is for removing it: plain InfoNCE, which is "
+            "simpler, may train as well. Train both for a while (--loss infonce) and compare on held-out pairs."
+        )
+    elif loss.name != "infonce" and is_further(of_recipe, comparison.plain):
+        found.against.append(
+            f"{loss.name} brings the gradient no nearer to that over all pairs than plain InfoNCE on random batches "
+            "does. Train both for a while (--loss infonce --set mining.method=random) and compare on held-out pairs."
+        )
+
+
+def _own_first(vectors: tuple[np.ndarray, ...]) -> float:
+    """The share of anchors that score their own positive above all others."""
+    scores = vectors[0] @ vectors[1].T
+    own = scores.diagonal()[:, None]
+    return float(((scores > own).sum(axis=1) == 0).mean())
+
+
+def _equal_texts(pairs: PairData, batch_size: int) -> Figure:
+    """How much of a random batch is masked as equal."""
+    pairs_of = len(pairs) * (len(pairs) - 1)
+    counts = [np.unique(ids, return_counts=True)[1] for ids in (pairs.anchor_id, pairs.positive_id)]
+    share = min(1.0, sum(float((count * (count - 1.0)).sum()) for count in counts) / pairs_of)
+    return Figure(
+        name="negatives that are equal texts",
+        value=f"{share:.2%}",
+        good=f"{MUCH_EQUAL:.0%} or less",
+        passed=share <= MUCH_EQUAL,
+        why="Of the other rows of a random batch, those with the same anchor or positive. They are masked, never "
+        f"pushed away; a batch of {batch_size} counts as {1 + (1 - share) * (batch_size - 1):.0f}.",
+    )
+
+
+def _cut_texts(model: SentenceTransformer, sample: PairData) -> list[Figure]:
+    """How many texts are longer than the model reads; none where it reads no tokens."""
+    longest = getattr(model, "max_seq_length", None)
+    inputs = inputs_of(model, sample, np.arange(min(len(sample), 4 * FIRST_ROWS)))
+    lengths = [side["attention_mask"].sum(dim=-1) for side in inputs if "attention_mask" in side]
+    if not lengths or not longest or kind_of(sample.anchors) != "text" or kind_of(sample.positives) != "text":
+        return []
+    share = float(np.mean([(length >= longest).float().mean().item() for length in lengths]))
+    mean = " and ".join(f"{length.float().mean().item():.0f}" for length in lengths)
+    return [
+        Figure(
+            name=f"texts cut at {longest} tokens",
+            value=f"{share:.1%}",
+            good=f"{MUCH_CUT:.0%} or less",
+            passed=share <= MUCH_CUT,
+            why=f"What is cut is not learned; --set model.max_length=N moves the limit. Tokens in the mean: {mean}.",
+        )
+    ]
+
+
+def _memory(step: StepCost) -> Figure:
+    return Figure(
+        name="memory of a step",
+        value=f"{step.peak_bytes / 2**30:.2f} GiB",
+        beside=f"there are {step.total_bytes / 2**30:.1f} GiB",
+        good=f"{MUCH_MEMORY:.0%} or less",
+        passed=step.peak_bytes <= MUCH_MEMORY * step.total_bytes,
+        why="At its peak, the optimiser's state included. If it does not fit, lower train.memory or train.micro_batch: "
+        "the batch size costs next to nothing.",
+    )

@@ -1,0 +1,131 @@
+"""`anybatch recommend`: its recipe is that of `anybatch train`, its command runs, what speaks against it is said."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from anybatch.core.errors import AnybatchError
+from anybatch.core.yaml_files import load_config
+from anybatch.data.pairs import PairData
+from anybatch.insight import recommend
+from anybatch.insight.cost import StepCost
+from anybatch.run.config import DataConfig, ModelConfig, RunConfig
+from anybatch.run.recipe import recipe
+from tests.images import save_clip, save_pairs
+
+from .test_cli import run
+
+
+def recommended(tmp_path, *arguments):
+    """What is written for programs."""
+    file = tmp_path / "found.json"
+    run("recommend", *map(str, arguments), "--seconds", "4", "--json", str(file))
+    return json.loads(file.read_text())
+
+
+def test_the_command_runs_with_the_recommended_recipe(pairs_file, tiny_model_folder, tmp_path, heard, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--data", pairs_file, "--model", tiny_model_folder, "--device", "cpu", "--set", "train.save_steps=90"]
+    found = recommended(tmp_path, *asked)
+    words = shlex.split(found["command"])
+    assert words[:2] == ["anybatch", "train"]
+    assert found["command"] in heard()
+    assert not (tmp_path / "unused").exists()  # nothing is kept
+    run(*words[1:])
+    config = load_config(RunConfig, tmp_path / "runs" / pairs_file.stem / "config.yaml")
+    chosen = {choice["name"]: choice["value"] for choice in found["choices"]}
+    assert chosen == {
+        "batch_size": "8",  # an eighth of 97 rows at most
+        "mining.method": "random",
+        "loss.name": "cross_batch",
+        "loss.temperature": "0.05",
+    }
+    settled, _ = recipe(config, PairData(anchors=["a"], positives=["b"]))
+    assert (settled.batch_size, settled.loss.name, settled.mining.method) == (8, "cross_batch", "random")
+    steps = json.loads((tmp_path / "runs" / pairs_file.stem / "metrics.json").read_text())["num_steps"]
+    assert found["num_steps"] == steps == 97 // 8
+    assert found["run_seconds"] >= steps * found["step_seconds"] > 0
+    names = {figure["name"] for figure in found["figures"]}
+    assert {"negatives that are equal texts", "memory of a step", "gradient, direction: this recipe"} <= names
+    assert all(figure["good"] and figure["why"] for figure in found["figures"])
+
+
+def test_a_teacher_is_looked_at_too(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
+    asked = ["--data", pairs_file, "--model", tiny_model_folder, "--teacher", tiny_model_folder, "--batch-size", 16]
+    found = recommended(tmp_path, *asked)
+    chosen = {choice["name"]: choice for choice in found["choices"]}
+    assert chosen["mining.method"]["value"] == "anybatch"
+    assert chosen["mining.method"]["reason"] == "a teacher is named"
+    assert chosen["loss.weights"]["value"] == "inclusion"
+    assert (chosen["batch_size"]["value"], chosen["batch_size"]["reason"]) == ("16", "given")
+    assert {"own positive first", "softmax mass in the batch"} <= {figure["name"] for figure in found["figures"]}
+    # Of a sample that is much smaller than the data the teacher is judged, not what mining would do.
+    (tmp_path / "found.json").unlink()
+    monkeypatch.setattr(recommend, "MOST_ROWS", 40)
+    found = recommended(tmp_path, *asked[:-1], 4)
+    names = {figure["name"] for figure in found["figures"]}
+    assert "own positive first" in names
+    assert "softmax mass in the batch" not in names
+    assert any("anybatch inspect plan" in note for note in found["notes"])
+
+
+def test_what_speaks_against_the_rule_is_said(pairs_file, tiny_model_folder, tmp_path, heard):
+    """At a high temperature all negatives weigh alike, and a batch points where all data do."""
+    asked = ["--data", pairs_file, "--model", tiny_model_folder, "--set", "loss.temperature=5", "--batch-size", 32]
+    found = recommended(tmp_path, *asked)
+    assert {choice["name"]: choice["value"] for choice in found["choices"]}["loss.name"] == "cross_batch"
+    assert any("little bias to remove" in line for line in found["against"])
+    assert "Speaks against it: There is little bias to remove" in heard()
+
+
+def test_pairs_of_images(tmp_path):
+    saved, clip = save_pairs(tmp_path / "pairs", range(40)), save_clip(tmp_path / "clip")
+    asked = ["--data", saved, "--anchor", "image", "--positive", "caption", "--model", clip]
+    found = recommended(tmp_path, *asked, "--device", "cpu")
+    assert {choice["name"]: choice["value"] for choice in found["choices"]}["batch_size"] == "4"
+    assert any("knows nothing of such pairs yet" in note for note in found["notes"])  # random weights
+    run(*shlex.split(found["command"])[1:], "--output", str(tmp_path / "run"))
+
+
+def test_a_larger_batch_where_it_is_faster_by_far(monkeypatch):
+    seconds = {64: 0.1, 256: 0.01, 1024: 0.009}
+    seen = []
+
+    def step_cost(config, pairs, model, *, seconds: float):
+        seen.append((config.batch_size, config.train.micro_batch))
+        return StepCost(rows=64, seconds_per_row=rates[config.batch_size], peak_bytes=1, total_bytes=9)
+
+    monkeypatch.setattr(recommend, "step_cost", step_cost)
+    pairs = PairData(anchors=[str(row) for row in range(9000)], positives=[str(row) for row in range(9000)])
+    config = RunConfig(output="x", data=DataConfig(path="x"), model=ModelConfig(name="x"), batch_size=64)
+    rates = seconds
+    chosen, cost, why = recommend._sized(config, pairs, None, False, 1e4, lambda *_: None)
+    assert (chosen.batch_size, chosen.train.micro_batch, cost.seconds_per_row) == (256, "auto", 0.01)
+    assert why.startswith("on this machine 10.0 times as fast per row")
+    assert seen == [(64, 32), (256, "auto"), (1024, "auto")]
+    rates = dict.fromkeys(seconds, 0.1)
+    chosen, _, why = recommend._sized(config, pairs, None, False, 1e4, lambda *_: None)
+    assert (chosen, "small batches train as well" in why) == (config, True)
+    rates, few = seconds, replace(pairs, anchors=pairs.anchors[:900], positives=pairs.positives[:900])
+    assert recommend._sized(config, few, None, False, 1e4, lambda *_: None)[0] == config
+
+
+def test_equal_texts_are_counted():
+    pairs = PairData(anchors=["a", "a", "b", "c"], positives=["p", "q", "q", "r"])
+    figure = recommend._equal_texts(pairs, 64)
+    assert (figure.value, figure.passed) == ("33.33%", False)  # 2 of the 6 pairs of rows
+
+
+def test_refusals(pairs_file, tiny_model_folder, tmp_path):
+    given = ("--data", str(pairs_file), "--model", str(tiny_model_folder))
+    with pytest.raises(AnybatchError, match="anybatch inspect plan"):
+        run("recommend", *given, "--plan", "plan.safetensors")
+    with pytest.raises(AnybatchError, match="at least 32"):
+        run("recommend", *given, "--limit", "20")
+    (tmp_path / "found.json").write_text("")
+    with pytest.raises(AnybatchError, match=r"found\.json exists"):
+        run("recommend", *given, "--json", str(tmp_path / "found.json"))
