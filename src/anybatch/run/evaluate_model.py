@@ -112,7 +112,7 @@ def evaluate_tasks(model: SentenceTransformer, names: Sequence[str]) -> dict[str
         try:
             task = mteb.get_task(name)
         except KeyError as error:
-            raise AnybatchError(f"MTEB has no such task: {error.args[0]}") from error
+            raise AnybatchError(f"MTEB has no such task: {str(error.args[0]).removeprefix('KeyError: ')}") from error
         try:  # without the cache of results, which knows a model by its folder's name
             result = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
         except (OSError, ValueError) as error:  # no connection, no such data set
