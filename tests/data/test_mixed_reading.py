@@ -331,7 +331,10 @@ def test_objects_of_a_text_and_images(form, photos, tmp_path, monkeypatch, caplo
     assert pairs.digest == by_path.digest
     assert pairs.anchors.images is pairs.positives.images  # read once for all sides
     assert pairs.positives[2].images[0].where.startswith(f"row 3, 'pos' of {path}")
-    assert "anchor 'query' (images), positive 'pos' (images), negatives 'neg' (images)" in caplog.text
+    assert (
+        "anchor 'query' (texts and images), positive 'pos' (texts and images), negatives 'neg' (texts and images)"
+        in caplog.text
+    )
     assert read_pairs(path, limit=2).digest == read_pairs(photos / "pairs.jsonl", limit=2).digest
 
 

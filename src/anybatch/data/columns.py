@@ -281,12 +281,12 @@ def spread(
 
 
 def say_columns(
-    where: str, chosen: Chosen, images: Collection[str], unused: Sequence[str], num_rows: int, remarks: Sequence[str]
+    where: str, chosen: Chosen, kinds: Mapping[str, str], unused: Sequence[str], num_rows: int, remarks: Sequence[str]
 ) -> None:
-    """One line to the log: which columns are used for what, and which are not."""
+    """One line to the log: which columns are used for what, and which are not. `kinds`: of those that hold images."""
 
     def shown(side: Sequence[str]) -> str:
-        return " with ".join(f"'{name}' (images)" if name in images else f"'{name}'" for name in side)
+        return " with ".join(f"'{name}' ({kinds[name]})" if name in kinds else f"'{name}'" for name in side)
 
     negatives = f"negatives {', '.join(map(shown, chosen.negatives))}" if chosen.negatives else "no negatives"
     others = f"not used: {listed(unused)}" if unused else "no other columns"

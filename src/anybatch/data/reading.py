@@ -182,7 +182,8 @@ def _read_file(
 
     # 5. Say it, and what looks wrong.
     unused = [name for name in later if name not in chosen.names]
-    say_columns(where, chosen, alone | beside, unused, len(pairs), remarks)
+    said = dict.fromkeys(alone, "images") | dict.fromkeys(beside, "texts and images")
+    say_columns(where, chosen, said, unused, len(pairs), remarks)
     texts = {label: parts[0] for label, parts in columns.items() if parts and isinstance(parts[0], list)}
     warn_of_columns(where, labels[0], labels[1], texts)
     pool.warn_of_placeholders(pairs)
