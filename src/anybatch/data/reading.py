@@ -49,8 +49,9 @@ def read_pairs(
 
     Args:
         path: JSONL, CSV or TSV (each also `.gz`), Parquet, a folder saved by `datasets`, or a data set of the Hugging
-            Face hub: hf://OWNER/NAME, hf://OWNER/NAME:SPLIT ("train" if left out) or hf://OWNER/NAME/CONFIGURATION/SPLIT.
-            Several files of one data set: a pattern, or the folder in which they are all.
+            Face hub: hf://OWNER/NAME, hf://OWNER/NAME:SPLIT ("train" if left out), or with a configuration
+            hf://OWNER/NAME/CONFIGURATION/SPLIT. Several files of one data set: a pattern, or the folder in which they
+            are all.
         anchor, positive: Names of the columns: a text, or images (the feature `datasets.Image` of Parquet files and
             data sets, or paths of files), or several, a text with images. None for conventional ones: anchor and
             positive, query and pos, question and answer, and others (`anybatch.data.columns.CONVENTIONS`), with the

@@ -242,14 +242,18 @@ def _embedded(
 
 
 def _mined(config: RunConfig, sample: PairData, ranked: tuple[np.ndarray, ...]) -> BatchPlan:
-    ids = {"anchor_id": sample.anchor_id, "positive_id": sample.positive_id}
-    return mine_plan(*ranked, config=resolved(config).mining, sets=mining_sets(config, sample), **ids).plan
+    mining = resolved(config).mining
+    return mine_plan(*ranked, config=mining, sets=mining_sets(config, sample), **_ids(sample)).plan
+
+
+def _ids(sample: PairData) -> dict[str, np.ndarray]:
+    return {"anchor_id": sample.anchor_id, "positive_id": sample.positive_id}
 
 
 def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.ndarray, ...], plan: BatchPlan) -> None:
     """How well it knows the pairs, and what mined batches hold."""
-    loss, ids = found.config.loss, {"anchor_id": sample.anchor_id, "positive_id": sample.positive_id}
-    for name, seen in inspect_plan(plan, *ranked, temperature=first_temperature(loss), **ids).items():
+    loss = found.config.loss
+    for name, seen in inspect_plan(plan, *ranked, temperature=first_temperature(loss), **_ids(sample)).items():
         found.figures += [replace(f, name=f"{name} {f.name}".lstrip()) for f in set_figures(seen, plan)]
         found.against += plan_warnings(plan, seen, mask_suspects=loss.mask_suspects is True)
 
@@ -265,7 +269,7 @@ def _look_at_gradients(
     """The recipe's gradient beside that of plain InfoNCE on random batches, at the student's start. A sample that is
     not `telling` shows less bias than there is, and so speaks against nothing.
     """
-    known = _own_first(vectors)
+    known = inspect_plan(BatchPlan.random(len(sample), plan.batch_size), *vectors, **_ids(sample))[""].own_first
     if known < UNTRAINED:
         found.notes.append(
             f"The student finds the own positive first for {known:.1%} of the anchors: it knows nothing of such pairs "
@@ -283,9 +287,8 @@ def _look_at_gradients(
         temperature=first_temperature(loss),
         direction=getattr(loss.example(), "direction", "one_way"),
         tied={kind_of(sample.anchors), kind_of(sample.positives)} != {"text", "image"},
-        anchor_id=sample.anchor_id,
-        positive_id=sample.positive_id,
         suspects=suspects,
+        **_ids(sample),
     )
     comparison = compare_methods(
         frozen,
@@ -315,13 +318,6 @@ def _look_at_gradients(
             f"{loss.name} brings the gradient no nearer to that over all pairs than plain InfoNCE on random batches "
             "does. Train both for a while (--loss infonce --set mining.method=random) and compare on held-out pairs."
         )
-
-
-def _own_first(vectors: tuple[np.ndarray, ...]) -> float:
-    """The share of anchors that score their own positive above all others."""
-    scores = vectors[0] @ vectors[1].T
-    own = scores.diagonal()[:, None]
-    return float(((scores > own).sum(axis=1) == 0).mean())
 
 
 def _equal_texts(pairs: PairData, batch_size: int) -> Figure:
