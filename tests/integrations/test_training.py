@@ -304,7 +304,8 @@ def test_another_optimiser_trains_the_temperature_too(kind, rate, tiny_model_fol
     loss = FastCLIP(24, version="v3", temperature=0.07, temperature_range=(0.001, 1.0), temperature_lr=rate)
     seen = Seen(loss)
     if kind == "lars":
-        train(tiny_model_folder, tmp_path, loss=loss, optimizer="lars", learning_rate=0.5, callbacks=[seen])
+        its = {"optimizer": "lars", "learning_rate": 0.5, "warmup_steps": 0.0}
+        train(tiny_model_folder, tmp_path, loss=loss, callbacks=[seen], **its)
     else:
         choice = {"optimizer_cls_and_kwargs": (kind, {"lr": 0.5})}
         trainer_of(tiny_model_folder, tmp_path, loss, callbacks=[seen], **choice).train()
