@@ -311,7 +311,8 @@ def test_another_optimiser_trains_the_temperature_too(kind, rate, tiny_model_fol
         trainer_of(tiny_model_folder, tmp_path, loss, callbacks=[seen], **choice).train()
     values = [value for value, _ in seen.steps] + [loss.temperatures.log_temperature.item()]
     steps = [before - after for before, after in pairwise(values)]
-    assert len(steps) == 3 and all(steps)
+    assert len(steps) == 3
+    assert all(steps)
     if rate and kind != "lars":  # plain descent, at a constant rate
         assert steps == pytest.approx([rate * gradient.item() for _, gradient in seen.steps], rel=0.05)
 
