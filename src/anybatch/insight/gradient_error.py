@@ -282,7 +282,7 @@ def _batch_gradient(
     leaves = pairs.anchors[batch].requires_grad_(), pairs.positives[rows].requires_grad_()
     value = loss(*leaves, **table.arguments(batch, num_negatives=per_row))
     gradients = torch.autograd.grad(value, leaves)
-    return _parameters([in_map(part, leaf.detach()) for part, leaf in zip(gradients, leaves, strict=True)], pairs.tied)
+    return _parameters([in_map(*pair) for pair in zip(gradients, leaves, strict=True)], pairs.tied)
 
 
 def _parameters(maps: Sequence[Tensor], tied: bool) -> Tensor:
