@@ -55,7 +55,7 @@ TOLERANCES = {
     torch.float16: 2e-3,
 }  # relative to the norm; other types exactly
 RUN_TOLERANCE = 1e-4  # of the training run, whose every step carries the rounding of the one before it
-REMOVED = "loss: late_interaction"  # a loss that is no more (docs/log.md); the file is as it was written
+REMOVED = ("loss: late_interaction", "loss: auc_cl")  # losses that are no more (docs/log.md)
 Case = dict[str, Tensor]  # label -> tensor
 
 
@@ -182,7 +182,7 @@ class Arguments:
 
 
 INCLUSION = {"weights": "inclusion"}
-EVERYTHING: dict[str, Any] = {"weights": "inclusion", "weight_cap": 1.5, "mask_suspects": True}
+EVERYTHING: dict[str, Any] = {"weights": "inclusion", "mask_suspects": True}
 ARGUMENTS = {
     "plain": Arguments(),
     "matrix": Arguments(matrix=True, negatives=1),
@@ -190,7 +190,6 @@ ARGUMENTS = {
     "negatives": Arguments(table={}, negatives=2),
     "suspects": Arguments(table={"mask_suspects": True}, planned=True),
     "inclusion": Arguments(table=INCLUSION, planned=True),
-    "capped": Arguments(table={**INCLUSION, "weight_cap": 1.5}, planned=True, negatives=1),
     "inclusion, mixed": Arguments(table=INCLUSION, planned=True, mixing="mixed"),
     "inclusion, within": Arguments(table=INCLUSION, planned=True, mixing="within"),
     "sets within": Arguments(table={}, planned=True, mixing="within", negatives=1),
@@ -229,11 +228,10 @@ LOSSES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "emc2": ("emc2", LEARNED, tuple(ARGUMENTS)),
     "scent": ("scent", {"alpha": 0.3, **LEARNED}, tuple(ARGUMENTS)),
     "siglip": ("siglip", {"bias": -2.0}, tuple(ARGUMENTS)),
-    "auc_cl": ("auc_cl", {}, tuple(ARGUMENTS)),
     "matryoshka of infonce": ("infonce", {"matryoshka": (6, 3), "matryoshka_weights": (1.0, 0.5), **LEARNED}, FEW),
     "matryoshka of sogclr": ("sogclr", {"matryoshka": (4, 2), "gamma": 0.4, **LEARNED}, (*FEW, "grown")),
 }
-ONE_WAY = ("siglip", "auc_cl")
+ONE_WAY = ("siglip",)
 OWN_DENOMINATOR = ("infonce", "decoupled", "siglip")  # inclusion weights are not defined for them
 FLOAT32 = ("infonce, learned", "sogclr", "fastclip v3", "cross_batch", "siglip")
 
@@ -246,10 +244,8 @@ def loss_cases() -> Iterator[tuple[str, Callable[[], Case]]]:
             dtypes = (torch.float64, torch.float32) if label in FLOAT32 and form == "plain" else (torch.float64,)
             for dtype in dtypes:
                 case = f"loss: {label}, {direction}, {form}{'' if dtype == torch.float64 else ', float32'}"
-                settings = {**options, "direction": direction}
-                if name not in ("auc_cl",):
-                    settings["temperature"] = 0.2
-                if name in ("siglip", "auc_cl"):
+                settings = {**options, "direction": direction, "temperature": 0.2}
+                if name == "siglip":
                     del settings["direction"]
                 yield case, _bound(loss_case, name, settings, form, dtype)
 
@@ -489,7 +485,7 @@ def small_run() -> Case:
             teacher=TeacherConfig(embeddings=(paths[0], paths[1])),
             mining=MiningConfig(cluster_size=4, window=(1, 6), margin=None, conflict_weight=3.0, num_negatives=1),
             loss=registry.LossConfig(
-                name="sogclr", direction="both", gamma=0.5, weights="inclusion", weight_cap=4.0, mask_suspects=True
+                name="sogclr", direction="both", gamma=0.5, weights="inclusion", mask_suspects=True
             ),
             train=TrainConfig(
                 micro_batch=5, save_steps=6, learning_rate=1e-3, args={"max_steps": 6, "logging_steps": 1}

@@ -28,10 +28,9 @@ def test_every_name_builds_and_runs(name):
     extra = {"dimensions": 4} if name == "tempnet" else {}
     loss = build_loss(LossConfig(name=name, **extra), num_rows=10)
     config = LossConfig(name=name, **extra)
-    if name != "auc_cl":  # it has none
-        assert loss.temperature == pytest.approx({"fastclip": 0.07, "siglip": 0.1, "debiased": 0.5}.get(name, 0.05))
-        assert first_temperature(config) == pytest.approx(loss.temperature)
-        assert first_temperature(LossConfig(name=name, temperature=0.06, **extra)) == pytest.approx(0.06)
+    assert loss.temperature == pytest.approx({"fastclip": 0.07, "siglip": 0.1, "debiased": 0.5}.get(name, 0.05))
+    assert first_temperature(config) == pytest.approx(loss.temperature)
+    assert first_temperature(LossConfig(name=name, temperature=0.06, **extra)) == pytest.approx(0.06)
     assert getattr(loss, "direction", "one_way") == ("both" if name == "fastclip" else "one_way")
     value = loss(torch.randn(3, 4, requires_grad=True), torch.randn(5, 4), index=torch.arange(3))
     value.backward()
@@ -80,23 +79,8 @@ def test_settings_reach_their_method():
         ({"name": "fastclip", "version": ""}, "loss.version is ''"),
         ({"name": "clip"}, "loss.name is 'clip'; expected one of auto, infonce, "),
         ({"name": "tempnet", "dimensions": 8, "matryoshka": (8, 4)}, "Leave out loss.dimensions"),
-        (
-            {"name": "sogclr", "weights": "none", "weight_cap": 4.0},
-            "loss.weight_cap is given, which loss.weights 'none' does not use",
-        ),
-        (
-            {"name": "sogclr", "warm_start": True, "mask_margin": 0.1},
-            "loss.mask_margin, which a warm start does not know",
-        ),
-        (
-            {"name": "sogclr", "warm_start": True, "joint": ("doc_to_doc",)},
-            "and loss.joint, which a warm start does not",
-        ),
-        ({"name": "sogclr", "warm_start": True, "hardness": 1.0}, "and loss.hardness, which a warm start does not"),
-        ({"name": "infonce", "warm_start": True, "mask_margin": 0.1}, "'infonce' has no running denominator"),
         ({"name": "isogclr", "temperature_lr": 0.0}, "loss.temperature_lr is 0.0; expected"),
         ({"name": "sogclr", "learnable_temperature": True, "temperature": 0.005}, "Begin higher"),
-        ({"name": "tempnet", "dimensions": 8, "ring": True}, "loss.ring is given, and 'tempnet' asks its network"),
     ],
 )
 def test_mistakes(given, match):
@@ -112,7 +96,7 @@ def test_mistakes(given, match):
         (lambda: SogCLR(9, gama=0.5), "'SogCLR.gama': did you mean 'gamma'"),
         (lambda: InfoNCE(directions="both"), "'InfoNCE.directions': did you mean 'direction'"),
         (lambda: family.FastCLIP(9, min_temperature=0.1), "'FastCLIP.min_temperature': did you mean 'temperature"),
-        (lambda: family.GloFND(9, ring=True), "ring is given, and GloFND looks at whole rows"),
+        (lambda: family.GloFND(9, hardness=1.0), "hardness is given, and GloFND drops negatives"),
         (lambda: family.SigLIP(direction="both"), "direction is given, and SigLIP judges pairs"),
         (lambda: InfoNCE(direction="sideways"), "direction is 'sideways'"),
     ],
@@ -187,4 +171,3 @@ def test_a_name_alone_is_the_class_alone(version):
 
 def test_first_temperature_of_prefixes():
     assert first_temperature(LossConfig(name="tempnet", matryoshka=(4, 2))) == pytest.approx(0.05)
-    assert first_temperature(LossConfig(name="auc_cl")) == 0.05

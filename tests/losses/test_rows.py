@@ -42,10 +42,6 @@ def test_ids_and_weights_of_a_batch():
     from_remainder = 12 / 5 / 12  # the others are on 11 of 12 places, 5 beside it
     own = 1 / 12  # what it brings itself is there
     assert weight[3].tolist() == pytest.approx([*[from_remainder] * 3, own] * 3)
-    capped = RowTable(ids, ids, plan=plan(), weights="inclusion", weight_cap=2.0).arguments(index)["log_weight"]
-    capped = capped.tile(slice(0, 4), slice(0, 4)).exp()
-    assert capped[0].tolist() == pytest.approx([same, same, 2 * same, 2 * same])
-    assert capped[3].tolist() == pytest.approx([2 / 12] * 3 + [1 / 12])
     assert "log_weight" not in RowTable(ids, ids, plan=plan()).arguments(index)
 
 

@@ -211,11 +211,6 @@ class RunConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data.views is not None and self.loss.warm_start:
-            raise AnybatchError(
-                "loss.warm_start is given, and data.views: it would fill in what the images say as they are, and "
-                "training sees random views of them. Leave out one of the two."
-            )
         for name in ("batch_size", "seed"):
             of_mining, of_run = getattr(self.mining, name), getattr(self, name)
             if of_mining not in (getattr(MiningConfig(), name), of_run):
