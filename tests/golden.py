@@ -152,7 +152,7 @@ def plan_of_rows(mixing: str | None) -> BatchPlan:
     sets: dict[str, Any] = {}
     if mixing is not None:
         task = np.repeat(np.arange(2, dtype=np.int32), sizes)
-        sets = {"task": task, "task_names": names, "task_shares": (1.0, 1.0), "mixing": mixing}
+        sets = {"task": task, "task_names": names, "mixing": mixing}
     return BatchPlan(
         num_rows=ROWS,
         batch_size=6,
@@ -385,7 +385,7 @@ def mined(options: dict[str, Any], mixing: str | None) -> BatchPlan:
         first, second = SET_ROWS
         sets = [
             MiningSet(name="first", num_rows=first),
-            MiningSet(name="second", num_rows=second, window=(2, 12), share=0.7),
+            MiningSet(name="second", num_rows=second, window=(2, 12)),
         ]
     rows = np.arange(MINING_ROWS)
     options = {"margin": None, "conflict_weight": 3.0 if options["method"] == "anybatch" else "auto", **options}

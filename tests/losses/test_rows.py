@@ -237,7 +237,7 @@ def test_inclusion_weights_are_unbiased_with_remainder_rows(per_batch, remainder
 
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
-def test_inclusion_weights_are_unbiased_with_remainders_shares_and_a_small_set(mixing):
+def test_inclusion_weights_are_unbiased_with_remainders_and_a_small_set(mixing):
     """Sets of 15 rows (3 in no cluster), of 23 at half their share (3), and a small set of 3; 3 + 2 clusters make two
     batches, and one sits out.
     """
@@ -251,7 +251,7 @@ def test_inclusion_weights_are_unbiased_with_remainders_shares_and_a_small_set(m
     cluster = np.concatenate(cluster).astype(np.int32)
     plan = BatchPlan(
         num_rows=41, batch_size=8, cluster_size=size, cluster=cluster, seed=0, data_digest="",
-        task=task.astype(np.int32), task_names=("a", "b", "c"), task_shares=(1.0, 0.5, 0.5), mixing=mixing,
+        task=task.astype(np.int32), task_names=("a", "b", "c"), mixing=mixing,
     )  # fmt: skip
     found, truth = estimates(plan, 10_000)
     kinds = [cluster < 0, cluster >= 0]
