@@ -129,6 +129,9 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
             "folder of a sentence-transformers model with whole files, or a hub name that this machine can reach."
         ) from error
 
+    if own is not None and config.kwargs:
+        raise AnybatchError(f"kwargs are given, for the loader of transformers, which {config.name} has none of.")
+
     # 3. What the configuration changes in it.
     warn_of_unknown(model, of_processor)
     pool_at_the_end(model, config.name)
