@@ -82,6 +82,11 @@ class EncodedImage:
             self.decode()
 
     @property
+    def key(self) -> bytes:
+        """Digest of the bytes; equal bytes are the same image."""
+        return hashlib.blake2b(self.encoded, digest_size=KEY).digest()
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """Width and height, without decoding; None without Pillow or where it is no image."""
         try:
@@ -184,6 +189,13 @@ class ImageColumn(Rows[EncodedImage]):
         return cls(dataset.cast_column(NAME, Feature(decode=False)), where, rows, source)
 
     @classmethod
+    def of_keys(cls, keys: Sequence[bytes]) -> ImageColumn:
+        """Images of which the digests alone are at hand, for ids."""
+        column = cls.of_paths([""] * len(keys), Path(), "")
+        vars(column)["_read"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY), {}
+        return column
+
+    @classmethod
     def join(cls, columns: Sequence[ImageColumn]) -> ImageColumn:
         """Several columns, one after the other."""
         from datasets import concatenate_datasets
@@ -225,7 +237,7 @@ class ImageColumn(Rows[EncodedImage]):
 
     @cached_property
     def keys(self) -> np.ndarray:
-        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image.
+        """(n, 16) uint8: `EncodedImage.key` of each.
 
         Raises:
             AnybatchError: Images that are missing or broken, all rows at once (`EncodedImage.check`).
@@ -262,7 +274,7 @@ class ImageColumn(Rows[EncodedImage]):
                 try:
                     image = self._image(value, place)
                     image.check()
-                    found = hashlib.blake2b(image.encoded, digest_size=KEY).digest()
+                    found = image.key
                 except AnybatchError as error:
                     found = error
                 if file is not None:

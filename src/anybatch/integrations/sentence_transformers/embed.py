@@ -160,12 +160,17 @@ def _origin(path: Path) -> Path:
 
 def check_content(model: SentenceTransformer, column: NegativeColumn) -> None:
     """Refuse a column with content that the model does not take; one with a chat template takes all together."""
+    from transformers import PreTrainedTokenizerBase
+
     both = isinstance(column, MixedColumn) and bool((column.has_images & column.has_text).any())
     alone = isinstance(column, ImageColumn) or (isinstance(column, MixedColumn) and bool(column.has_images.any()))
     if both and not (model.supports("message") or model.supports(("image", "text"))):
         what = "images with texts in one input, and the model takes one of them at a time"
     elif alone and not model.supports("image"):
         what = f"images, and the model takes {', '.join(map(str, model.modalities))} only"
+    elif alone and isinstance(getattr(model[0], "processor", None), PreTrainedTokenizerBase):
+        # What transformers falls back to; sentence-transformers would leave all images out without a word.
+        what = "images, and the model has a tokenizer alone: files of its processor, or a package for it, are missing"
     else:
         return
     kinds = (
