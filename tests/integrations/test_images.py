@@ -20,9 +20,10 @@ from anybatch.integrations.sentence_transformers import embed as module
 from anybatch.integrations.sentence_transformers.collating import ImageCollator, UndecodedRows, as_columns, undecoded
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.integrations.sentence_transformers.model import side_inputs
 from anybatch.integrations.sentence_transformers.sets import cells_of, row_ids, with_index
 from anybatch.losses import InfoNCE
-from tests.images import image, save_clip, save_pairs
+from tests.images import caption, image, save_clip, save_pairs
 from tests.vision_models import folder_of
 
 
@@ -111,6 +112,26 @@ def test_images_for_a_processor_without_a_part_for_them_are_refused(pairs):
     assert model.supports("image")
     with pytest.raises(AnybatchError, match="holds images, and the model has a tokenizer alone"):
         embed_texts(model, pairs.anchors)
+
+
+def test_an_image_that_the_processor_refuses_is_named(tmp_path):
+    """Qwen's takes no image that is 200 times as wide as high; with the tiny ones' settings, none of 1 x 600 pixels."""
+    from PIL import Image as Pillow
+
+    model = SentenceTransformer(str(folder_of("qwen3vl")), device="cpu")
+    saved = save_pairs(tmp_path / "saved", list(range(5)))
+    rows = [{**row, "image": row["image"] if row["caption"] != caption(3) else Pillow.new("RGB", (600, 1))}
+            for row in Dataset.load_from_disk(str(saved))]  # fmt: skip
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "wide"))
+    anchors = read_pairs(tmp_path / "wide", anchor="image", positive="caption").anchors
+    match = "processor refuses the image in row 4, 'image' of .*: absolute aspect ratio must be smaller than 200"
+    with pytest.raises(AnybatchError, match=match):
+        embed_texts(model, anchors)
+    collated = UndecodedRows(anchors).on_demand(model, {})
+    with pytest.raises(AnybatchError, match=match):
+        collated.take(torch.arange(5))
+    with pytest.raises(AnybatchError, match=match):
+        side_inputs(model, list(anchors), "query")
 
 
 def test_objects_of_a_data_set_have_the_ids_and_the_digest_of_a_file_and_stay_undecoded(tmp_path):

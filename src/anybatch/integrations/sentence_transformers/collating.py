@@ -113,11 +113,30 @@ class UndecodedRows:
         """The rows as the cached step takes them; `form` goes with them, see `RowsOnDemand`."""
 
         def make(values: list[Any]) -> dict[str, Any]:
-            return dict(model.preprocess([_decoded(value) for value in values], **self.settings))
+            return preprocess_rows(model, values, **self.settings)
 
         lengths, patches = lengths_of_rows(model, self.values, self.settings)
         device = self.device or next((parameter.device for parameter in model.parameters()), None)
         return RowsOnDemand(self.values, make, lengths=lengths, patches=patches, form=form, device=device)
+
+
+def preprocess_rows(model: Any, values: Sequence[Any], **settings: Any) -> dict[str, Any]:
+    """The model's features of rows; what its processor refuses (a line of 1 x 600 pixels, say) is named by its row."""
+    try:
+        return dict(model.preprocess([_decoded(value) for value in values], **settings))
+    except ValueError:
+        for value in values:
+            images, decoded = _images(value), _decoded(value)
+            try:
+                model.preprocess([decoded], **settings)
+            except ValueError as error:
+                if not images:
+                    raise
+                where = f" in {images[0].where}" if isinstance(images[0], EncodedImage) else ""
+                raise AnybatchError(
+                    f"The model's processor refuses the image{where}: {error}. Replace it, or leave the row out."
+                ) from error
+        raise
 
 
 def undecoded(dataset: Dataset) -> Dataset:

@@ -21,6 +21,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, read_json, write_json
 from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import Column, MixedColumn, NegativeColumn, guest_input, kinds_of_rows, row_keys
+from anybatch.integrations.sentence_transformers.collating import preprocess_rows
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 
 if TYPE_CHECKING:
@@ -200,8 +201,12 @@ def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings
     for rows in np.split(order, changes):
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            inputs = [guest_input(texts[int(row)]) for row in part]
-            embeddings = _forward(model, inputs, batch_size, settings)
+            values = [texts[int(row)] for row in part]
+            try:
+                embeddings = _forward(model, [guest_input(value) for value in values], batch_size, settings)
+            except ValueError:
+                preprocess_rows(model, values, **settings)  # which names the row that a processor refuses
+                raise
             if not found.shape[1]:
                 found = np.empty((len(texts), embeddings.shape[1]), np.float32)
             found[part] = embeddings

@@ -219,8 +219,10 @@ def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
 
 def side_inputs(model: SentenceTransformer, inputs: list[Any], side: Side) -> dict[str, Any]:
     """Texts or images of a side as the model's features, prompt and route included, as in the Trainer's collator."""
+    from anybatch.integrations.sentence_transformers.collating import preprocess_rows
+
     task = side_task(model, side)
-    features = dict(model.preprocess(inputs, prompt=side_prompt(model, side), task=task))
+    features = preprocess_rows(model, inputs, prompt=side_prompt(model, side), task=task)
     return features if task is None else features | {"task": task}
 
 
