@@ -159,7 +159,7 @@ def _held_out(model: str, **options: Any) -> HeldOut | None:
     from anybatch.data.candidates import find_candidates
     from anybatch.data.reading import read_pairs
     from anybatch.data.retrieval import find_retrieval, read_retrieval
-    from anybatch.run.evaluate_model import held_out_of, model_of
+    from anybatch.run.evaluate_model import columns_of, held_out_of, model_of
     from anybatch.run.read_data import read_candidate_sets
     from anybatch.vision.mmeb import TASKS
     from anybatch.vision.read_images import LabelledImages, NamedClasses, prompts_of, read_images
@@ -199,4 +199,6 @@ def _held_out(model: str, **options: Any) -> HeldOut | None:
     if tasks:
         prompts = {name: task.target_prompt for name, task in TASKS.items()} if "recipe" in options else {}
         return read_candidate_sets(tasks, options.get("images"), prompts=prompts)
+    if model_of(model) != model and not {"anchor", "positive"} & options.keys():
+        options |= columns_of(Path(model), options["data"], options.get("quoting"))
     return read_pairs(options.pop("data"), negatives=(), **options)
