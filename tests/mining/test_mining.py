@@ -553,9 +553,7 @@ def test_sets_whose_clusters_fill_no_batch_are_refused_before_any_work():
         lambda: check_sizes(80, config=config, sets=sets),
         lambda: mine_plan(anchors, positives, config=config, sets=sets),
     ):
-        with pytest.raises(
-            AnybatchError, match="8 clusters of 8 rows, which do not fill one batch of 72"
-        ):
+        with pytest.raises(AnybatchError, match="8 clusters of 8 rows, which do not fill one batch of 72"):
             refuse()
     check_sizes(80, config=replace(config, batch_size=32, mixing="mixed"), sets=sets)
 
