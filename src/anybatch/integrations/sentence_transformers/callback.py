@@ -337,7 +337,7 @@ def check_first_step(loss: CachedLoss) -> None:
         plans += batches.plans
     mined = any(plan is not None and plan.cluster_size > 1 for plan in plans)
     weighted = loss.rows is not None and loss.rows.weights == "inclusion"
-    if mined and not weighted and getattr(loss.loss, "inclusion", False) and distributed.rank() == 0:
+    if mined and not weighted and getattr(loss.loss, "over_data", False) and distributed.rank() == 0:
         logger.warning(
             "%s takes the batch's negatives for a uniform sample of the data, and the plan's batches are mined. Give "
             "it rows=RowTable(..., plan=plan, weights='inclusion'), or use random batches or InfoNCE.",

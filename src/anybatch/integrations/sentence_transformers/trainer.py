@@ -224,7 +224,7 @@ class Trainer(SentenceTransformerTrainer):
         plan = self.plans[0] if len(self.plans) == 1 and self.plans[0].cluster_size > 1 else None
         if plan is None:
             return RowTable(**self._ids)
-        weights = "inclusion" if getattr(loss, "inclusion", False) else "none"
+        weights = "inclusion" if getattr(loss, "over_data", False) else "none"
         return RowTable(**self._ids, plan=plan, weights=weights, mask_suspects=plan.suspects is not None)
 
     def get_data_collator(self, model: Any, args: Any, *arguments: Any, **options: Any) -> Any:
