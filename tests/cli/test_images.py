@@ -197,7 +197,30 @@ def test_broken_images_are_refused_before_anything_is_done(clip_folder, tmp_path
     ):
         with pytest.raises(AnybatchError, match=named):
             run(*verb)
+    fine = write_files(tmp_path / "fine", range(20))
+    columns = ("--anchor", "image", "--positive", "caption", "--batch-size", "8", "--output", str(tmp_path / "run"))
+    with pytest.raises(AnybatchError, match=named):  # of what is held out as well
+        run("train", "--data", str(fine), *columns, "--teacher", model, "--model", model, "--eval", str(path))
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_data_that_the_model_does_not_read_are_refused_before_mining(saved, clip_folder, tmp_path):
+    (tmp_path / "both.jsonl").write_text('{"image": {"text": "a dot", "image": "files/0.png"}, "caption": "a dot"}\n')
+    write_files(tmp_path, range(2))
+    sides = ("--model", str(clip_folder), "--teacher", str(clip_folder), "--eval", str(tmp_path / "both.jsonl"))
+    with pytest.raises(AnybatchError, match="images with texts in one input, and the model takes one of them"):
+        run("train", *settings(saved, tmp_path / "run"), *sides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_texts_embeds_no_captions_of_images(saved, tiny_model_folder, clip_folder, tmp_path):
+    given = [
+        "caption" if value == "image" else "image" if value == "caption" else value
+        for value in settings(saved, tmp_path / "run")
+    ]
+    with pytest.raises(AnybatchError, match="holds images, and the model takes text only"):
+        run("train", *given, "--model", str(clip_folder), "--teacher", str(tiny_model_folder))
+    assert not list((tmp_path / "run").glob("teacher_*"))
 
 
 def test_the_teacher_has_its_own_kwargs(saved, clip_folder, tmp_path):

@@ -169,6 +169,7 @@ def test_two_ranks_equal_one(pictures, tmp_path):
         ("data.positive is given, and data.views", ("--positive", "caption")),
         ("have no classes, by which a model is measured", ("--set", "evaluation.path=FLAT")),
         ("no column 'photo' in it", ("--anchor", "photo")),
+        ("evaluation.images is given, .* holds no such paths", ("--eval", "FLAT", "--set", "evaluation.images=x")),
         ("has 32 rows, fewer than one batch of 64", ("--batch-size", "64")),
     ],
 )

@@ -15,6 +15,7 @@ from anybatch.data.pairs import PairData, PairSet, join_pairs, text_digest
 from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import find_retrieval, read_retrieval
 from anybatch.data.sets import find_sets
+from tests.images import image
 
 ROWS = [
     {"q": "first question", "a": "an answer, with a comma", "n": "wrong"},
@@ -306,14 +307,16 @@ def test_bad_rows_are_left_out_where_asked(tmp_path, caplog):
 
 
 def test_bad_rows_with_images_are_left_out_by_their_numbers_in_the_file(tmp_path, caplog):
-    (tmp_path / "a.png").write_bytes(b"")
-    rows = [("", "a.png"), ("t1", "a.png"), ("t2", "gone.png"), ("t3", "a.png")]
+    (tmp_path / "a.png").write_bytes(image(1))
+    (tmp_path / "cut.png").write_bytes(image(2)[:60])
+    rows = [("", "a.png"), ("t1", "a.png"), ("t2", "gone.png"), ("t3", "a.png"), ("t4", "cut.png")]
     path = tmp_path / "pairs.csv"
-    path.write_text("query,pos\n" + "".join(f"{text},{image}\n" for text, image in rows))
+    path.write_text("query,pos\n" + "".join(f"{text},{name}\n" for text, name in rows))
     left = read_pairs(path, skip_bad=True)
     assert (left.anchors, len(left.positives)) == (["t1", "t3"], 2)
     assert "1 row left out (data.skip_bad): 1. The first: Row 1" in caplog.text
-    assert "1 row left out (data.skip_bad): 3. The first: 'pos' of" in caplog.text
+    assert "2 rows left out (data.skip_bad): 3, 5. The first: 'pos' of" in caplog.text
+    assert len(left.digest) == 32  # which reads the images
 
 
 def test_a_folder_in_the_layout_of_beir(tmp_path):

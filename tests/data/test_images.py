@@ -267,6 +267,11 @@ def test_pixels_of_16_bits_are_scaled_and_of_32_refused(kind):
     grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     decoded = np.asarray(stored(grey, kind).decode())
     assert decoded.tolist() == np.repeat((grey // 256)[..., None], 3, axis=2).tolist()
+    if kind == "TIFF":  # of the other byte order
+        file = BytesIO()
+        Pillow.frombytes("I;16B", (8, 8), grey.astype(">u2").tobytes()).save(file, kind)
+        decoded = np.asarray(EncodedImage(encoded=file.getvalue(), where="here").decode())
+        assert decoded[..., 0].tolist() == (grey // 256).tolist()
     for wide in (np.float32, np.int32):
         with pytest.raises(AnybatchError, match="row 3, 'image' of here has numbers of 32 bits"):
             stored(grey.astype(wide), "TIFF").decode()

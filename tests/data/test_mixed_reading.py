@@ -132,6 +132,8 @@ def test_stored_images_beside_texts(tmp_path):
         ({"pos": "", "pos_image": []}, "Row 2 of .*'pos' with 'pos_image' are empty"),
         ({"query": 7}, "Row 2 of .*'query' is 7, which is no text"),
         ({"neg": ["x"], "neg_image": ["1.png", "2.png"]}, "Row 2 of .* hold 1 texts and 2 images"),
+        ({"neg": ["x", "y"], "neg_image": ["1.png"]}, "Row 2 of .* hold 2 texts and 1 images"),
+        ({"query_image": "x" * 300 + ".png"}, r"no file .*x \(row 2\)"),
     ],
 )
 def test_bad_rows_are_named(photos, cells, match):
@@ -363,6 +365,7 @@ def test_objects_of_one_image_and_columns_of_lists(photos, tmp_path):
         ({"text": "a", "image": 3}, "'query' is an object with 3 as an image"),
         ({"text": "", "image": []}, "'query' is empty. Every row needs a text or an image there"),
         ({"image": "gone.png"}, r"no file .*gone\.png \(row 2\)"),
+        ({"image": "iVBORw0KGgo" * 500}, r"no file .{1,300} \(row 2\)"),
         ([{"text": "a"}, {"text": "b"}], "An anchor is one text"),
     ],
 )
@@ -370,3 +373,35 @@ def test_bad_objects_are_named(photos, cell, match):
     rows = [{"query": {"text": "a", "image": "1.png"}, "pos": "p"}, {"query": cell, "pos": "q"}]
     with pytest.raises(AnybatchError, match=match):
         read_pairs(write(photos, rows))
+
+
+@pytest.mark.parametrize("form", ["files", "stored"])
+def test_rows_with_broken_images_are_left_out(form, photos, tmp_path, caplog):
+    """Whatever side they are on; what is left is as if they had never been there."""
+    contents_of = {number: image(number) for number in range(6)} | {3: image(3)[:60], 4: b"<html>"}
+    for number, content in contents_of.items():
+        (photos / f"{number}.png").write_bytes(content)
+    numbers = [(0, 1, []), (3, 1, []), (2, 0, [5, 4]), (5, 2, [1])]
+    rows = [
+        {"query": {"text": f"q{row}", "image": f"{anchor}.png"}, "pos": {"image": f"{positive}.png"},
+         "neg": [{"image": f"{number}.png"} for number in negatives]}
+        for row, (anchor, positive, negatives) in enumerate(numbers)
+    ]  # fmt: skip
+    path, fine = write(photos, rows), write(photos, [rows[0], rows[3]], "fine.jsonl")
+    if form == "stored":
+        of_file = lambda name: {"bytes": (photos / name).read_bytes(), "path": None}  # noqa: E731
+        sides = [[row["query"], row["pos"], *row["neg"]] for row in rows]
+        for cell in (cell for row in sides for cell in row):
+            cell["image"] = of_file(cell["image"])
+        both = {"text": Value("string"), "image": Image()}
+        one = {"image": Image()}
+        dataset = Dataset.from_list(rows, features=Features({"query": both, "pos": one, "neg": [one]}))
+        dataset.save_to_disk(str(path := tmp_path / "saved"))
+    with pytest.raises(AnybatchError, match="cannot be decoded"):
+        _ = read_pairs(path).digest
+    left = read_pairs(path, skip_bad=True)
+    assert "2 rows left out (data.skip_bad): 2, 3. The first: The image in row 2, 'query' of" in caplog.text
+    assert contents(left.anchors) == [("q0", [image(0)]), ("q3", [image(5)])]
+    assert contents(left.positives) == [(None, [image(1)]), (None, [image(2)])]
+    assert [contents(column) for column in left.negatives] == [[None, (None, [image(1)])]]
+    assert left.digest == read_pairs(fine).digest

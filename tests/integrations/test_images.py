@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.data_collator import BaseDataCollator
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import EncodedImage
 from anybatch.data.inputs import MixedColumn
-from anybatch.data.pairs import PairData
+from anybatch.data.pairs import PairData, text_digest
 from anybatch.data.reading import read_pairs
 from anybatch.integrations.sentence_transformers import embed as module
 from anybatch.integrations.sentence_transformers.collating import ImageCollator, UndecodedRows, as_columns, undecoded
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
+from anybatch.integrations.sentence_transformers.model import side_inputs
+from anybatch.integrations.sentence_transformers.sets import cells_of, row_ids, with_index
 from anybatch.losses import InfoNCE
-from tests.images import save_clip, save_pairs
+from tests.images import caption, image, save_clip, save_pairs
+from tests.vision_models import folder_of
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,60 @@ def test_images_for_a_model_of_texts_are_refused(pairs, tiny_model_folder):
     reader = SentenceTransformer(str(tiny_model_folder), device="cpu")
     with pytest.raises(AnybatchError, match="holds images, and the model takes text"):
         embed_texts(reader, pairs.anchors)
+
+
+def test_images_for_a_processor_without_a_part_for_them_are_refused(pairs):
+    """transformers gives a tokenizer alone where it does not know the class, and images would be left out silently."""
+    model = SentenceTransformer(str(folder_of("llava")), device="cpu")
+    embed_texts(model, pairs.anchors)
+    module: Any = model[0]
+    module.processor = module.processor.tokenizer
+    assert model.supports("image")
+    with pytest.raises(AnybatchError, match="holds images, and the model has a tokenizer alone"):
+        embed_texts(model, pairs.anchors)
+
+
+def test_an_image_that_the_processor_refuses_is_named(tmp_path):
+    """Qwen's takes no image that is 200 times as wide as high; with the tiny ones' settings, none of 1 x 600 pixels."""
+    from PIL import Image as Pillow
+
+    model = SentenceTransformer(str(folder_of("qwen3vl")), device="cpu")
+    saved = save_pairs(tmp_path / "saved", list(range(5)))
+    rows = [{**row, "image": row["image"] if row["caption"] != caption(3) else Pillow.new("RGB", (600, 1))}
+            for row in Dataset.load_from_disk(str(saved))]  # fmt: skip
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "wide"))
+    anchors = read_pairs(tmp_path / "wide", anchor="image", positive="caption").anchors
+    match = "processor refuses the image in row 4, 'image' of .*: absolute aspect ratio must be smaller than 200"
+    with pytest.raises(AnybatchError, match=match):
+        embed_texts(model, anchors)
+    collated = UndecodedRows(anchors).on_demand(model, {})
+    with pytest.raises(AnybatchError, match=match):
+        collated.take(torch.arange(5))
+    with pytest.raises(AnybatchError, match=match):
+        side_inputs(model, list(anchors), "query")
+
+
+def test_objects_of_a_data_set_have_the_ids_and_the_digest_of_a_file_and_stay_undecoded(tmp_path):
+    """The same photograph in two rows is no negative of itself, whichever way the rows were shuffled since."""
+    features = Features({"anchor": {"text": Value("string"), "image": Image()}, "positive": {"image": [Image()]}})
+    photo = [{"bytes": image(number), "path": None} for number in range(4)]
+    rows = [
+        {
+            "anchor": {"text": f"q{row}", "image": photo[row] if row % 2 else None},
+            "positive": {"image": [photo[row % 2]]},
+        }
+        for row in range(4)
+    ]
+    dataset = Dataset.from_list(rows, features=features)
+    ids = row_ids({"": with_index(dataset).shuffle(seed=1)})
+    assert ids["positive_id"].tolist() in ([0, 1, 0, 1], [1, 0, 1, 0])
+    assert len(set(ids["anchor_id"].tolist())) == 4
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    pairs = read_pairs(tmp_path / "saved")
+    columns: list[Any] = [cells_of(dataset, name) for name in ("anchor", "positive")]
+    assert text_digest(columns) == pairs.digest
+    first: Any = undecoded(dataset)[0]
+    assert first["positive"] == {"image": [photo[0]]}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from anybatch.core.errors import AnybatchError
-from anybatch.family import SCENT, FastCLIP, SigLIP
+from anybatch.family import AUCCL, SCENT, FastCLIP, SigLIP
 from anybatch.losses import (
     CountCorrectedInfoNCE,
     CrossBatchInfoNCE,
@@ -31,6 +31,7 @@ DIRECTIONS = ["one_way", "both"]
 EVERY = {
     **{name: lambda name=name: ALL[name](temperature=0.3, direction="both") for name in ALL},
     "siglip": lambda: SigLIP(temperature=0.3),
+    "auc_cl": AUCCL,
     "matryoshka": lambda: Matryoshka(SogCLR(ROWS, temperature=0.3), [WIDTH, 3]),
 }
 
@@ -257,7 +258,7 @@ class TestRepeatedRows:
         for key, ours in results[0].items():
             torch.testing.assert_close(ours, results[1][key], rtol=1e-12, atol=1e-12, equal_nan=True)
 
-    @pytest.mark.parametrize("name", ["siglip", "matryoshka"])
+    @pytest.mark.parametrize("name", ["siglip", "auc_cl", "matryoshka"])
     def test_nor_for_the_others(self, name):
         values = []
         for masked in (False, True):

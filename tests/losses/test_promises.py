@@ -10,7 +10,7 @@ import torch
 
 from anybatch.caching import cached_step
 from anybatch.core.errors import AnybatchError
-from anybatch.family import SigLIP
+from anybatch.family import AUCCL, SigLIP
 from anybatch.losses import Examples, LogWeights, removed
 
 from .methods import ALL, ROWS, STATEFUL, WIDTH, floor
@@ -239,9 +239,9 @@ def test_figures_are_plain_floats(name):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", [*ALL, "siglip"])
+@pytest.mark.parametrize("name", [*ALL, "siglip", "auc_cl"])
 def test_an_empty_batch_is_refused_in_one_way(name, direction):
-    others = {"siglip": SigLIP}
+    others = {"siglip": SigLIP, "auc_cl": AUCCL}
     loss = others[name]() if name in others else ALL[name](temperature=0.3, direction=direction)
     before = state(loss)
     for negatives in (0, 2):

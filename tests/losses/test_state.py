@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from anybatch.core.errors import AnybatchError
-from anybatch.family import NUCLR, FastCLIP, ISogCLR, SigLIP, TempNet
+from anybatch.family import AUCCL, NUCLR, FastCLIP, ISogCLR, SigLIP, TempNet
 from anybatch.losses import CrossBatchInfoNCE, GammaSchedule, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.registry import METHODS, LossConfig, build_loss, make_loss, options_of
 from anybatch.losses.state import grown_state, join_shards
@@ -163,7 +163,7 @@ class TestEveryStatefulLoss:
             r"\(2, 6\).*\(2, 4\)",
         ),
         (lambda: SogCLR(40), lambda: InfoNCE(), "unknown here are denominator"),
-        (lambda: SogCLR(40), lambda: SigLIP(), "unknown here are denominator"),
+        (lambda: SogCLR(40), lambda: AUCCL(), "unknown here are denominator"),
     ],
 )
 def test_other_settings_are_refused(saved, loss, match):

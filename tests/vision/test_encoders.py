@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.integrations.sentence_transformers.two_views import add_head
 from anybatch.vision.encoders import ProjectionHead, SmallResNet, small_resnet
@@ -48,6 +50,16 @@ def test_a_model_is_measured_without_its_head():
     assert torch.equal(model[1].layers[0].weight, model[2].layers[0].weight)
     del model[1:]
     np.testing.assert_array_equal(model.encode(pictures()), plain)
+
+
+def test_the_head_takes_what_an_encoder_in_bfloat16_gives():
+    embeddings = torch.ones(2, 4, dtype=torch.bfloat16)
+    assert ProjectionHead(4, 3).train()({"sentence_embedding": embeddings})["sentence_embedding"].dtype == torch.float32
+
+
+def test_kwargs_of_a_loader_that_the_small_network_lacks_are_refused():
+    with pytest.raises(AnybatchError, match="kwargs are given, for the loader of transformers, which small-resnet"):
+        load_model(ModelConfig(name="small-resnet", device="cpu", kwargs={"dtype": "bfloat16"}))
 
 
 def test_the_head_is_saved_with_checkpoints(tmp_path):

@@ -98,3 +98,30 @@ def test_a_broken_file_is_named(folder):
     (folder / "dog" / "more" / "1.png").write_bytes(b"<html>")
     with pytest.raises(AnybatchError, match=r"dog/more/1\.png\) cannot be decoded \(it is none that Pillow knows"):
         [image.decode() for image in read_images(str(folder)).images]
+
+
+def test_images_without_a_class_train_and_are_not_measured(tmp_path, caplog):
+    """-1 is how data sets on the hub say that a label is not told, None how tables do."""
+    for name, labels in (("a", [-1, 1, 1, 0]), ("b", [None, 1, 1, 0]), ("c", [-1] * 4)):
+        images = read_images(stored(tmp_path / f"{name}.parquet", label=labels))
+        assert len(images.images) == 4
+        with pytest.raises(AnybatchError, match=f"{labels.count(labels[0])} of the images of .* have no classes"):
+            _ = images.labels
+
+
+@pytest.mark.parametrize("kind", ["a pattern", "a folder"])
+def test_several_files_are_one_data_set(kind, tmp_path):
+    for part in range(2):
+        stored(tmp_path / f"train-{part:05}-of-00002.parquet", label=[part, 1, 1, 0])
+    images = read_images(str(tmp_path / "train-*.parquet" if kind == "a pattern" else tmp_path))
+    assert images.labels.tolist() == ["cat", "dog", "dog", "cat", "dog", "dog", "dog", "cat"]
+    assert [one.encoded for one in images.images] == [image(number) for number in range(4)] * 2
+    assert len(read_images(str(tmp_path), limit=5).images) == 5
+
+
+def test_broken_images_are_left_out(folder, caplog):
+    (folder / "dog" / "more" / "1.png").write_bytes(b"<html>")
+    images = read_images(str(folder), skip_bad=True)
+    assert images.labels.tolist() == ["cat"] * 3 + ["dog"] * 2
+    assert len(images.images.keys) == 5
+    assert "1 row left out (data.skip_bad): 4. The first: The image in row 4" in caplog.text

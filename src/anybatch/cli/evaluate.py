@@ -97,7 +97,7 @@ def command(
     from anybatch.core.yaml_files import load_config
     from anybatch.insight.tables import metrics_table, rich_table
     from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
-    from anybatch.run.evaluate_model import evaluate_model, evaluate_tasks, model_of
+    from anybatch.run.evaluate_model import check_held_out, evaluate_model, evaluate_tasks, model_of
 
     check_new(output, "--output")
     others = [setting for setting in sets or () if not setting.startswith("model.")]
@@ -129,9 +129,8 @@ def command(
         "positive_prompt": positive_prompt,
     }
     config = load_config(ModelConfig, None, [*given.items(), *further])
-    if held_out is not None:
-        _ = held_out.digest  # reads every image: all that are broken are named before anything is embedded
     loaded = load_model(config)
+    check_held_out(loaded, held_out)
     if mteb:
         metrics: dict[str, Any] = evaluate_tasks(loaded, mteb)
         show(

@@ -165,7 +165,7 @@ def cell_of(
     if not bad and optional and all(entry == "" for entry in entries):
         return None
     if entries and not bad:
-        return entries[0] if len(entries) == 1 else entries
+        return entries if isinstance(value, (list, tuple)) else entries[0]
     remedy = ", or train without explicit negatives: data.negatives=[]" if negative else ""
     wanted = "a text or an image" if stored or any(isinstance(entry, dict) for entry in given) else "a text"
     raise AnybatchError(

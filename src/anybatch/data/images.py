@@ -82,6 +82,11 @@ class EncodedImage:
             self.decode()
 
     @property
+    def key(self) -> bytes:
+        """Digest of the bytes; equal bytes are the same image."""
+        return hashlib.blake2b(self.encoded, digest_size=KEY).digest()
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """Width and height, without decoding; None without Pillow or where it is no image."""
         try:
@@ -184,6 +189,13 @@ class ImageColumn(Rows[EncodedImage]):
         return cls(dataset.cast_column(NAME, Feature(decode=False)), where, rows, source)
 
     @classmethod
+    def of_keys(cls, keys: Sequence[bytes]) -> ImageColumn:
+        """Images of which the digests alone are at hand, for ids."""
+        column = cls.of_paths([""] * len(keys), Path(), "")
+        vars(column)["_read"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY), {}
+        return column
+
+    @classmethod
     def join(cls, columns: Sequence[ImageColumn]) -> ImageColumn:
         """Several columns, one after the other."""
         from datasets import concatenate_datasets
@@ -217,20 +229,43 @@ class ImageColumn(Rows[EncodedImage]):
     def select(self, rows: np.ndarray) -> ImageColumn:
         """These places of the column, in this order."""
         chosen = ImageColumn(self.dataset.select(rows), self.files, self.rows[rows], self.source[rows])
-        if "keys" in vars(self):
-            vars(chosen)["keys"] = self.keys[rows]
+        if "_read" in vars(self) or "keys" in vars(self):
+            keys, broken = self._read
+            of_rows = enumerate(rows.tolist()) if broken else ()
+            vars(chosen)["_read"] = keys[rows], {new: broken[old] for new, old in of_rows if old in broken}
         return chosen
 
     @cached_property
     def keys(self) -> np.ndarray:
-        """(n, 16) uint8: digest of each image's encoded bytes; equal bytes are the same image.
+        """(n, 16) uint8: `EncodedImage.key` of each.
 
         Raises:
             AnybatchError: Images that are missing or broken, all rows at once (`EncodedImage.check`).
         """
         if self._parts:
             return np.concatenate([part.keys for part in self._parts])
-        keys, bad = np.empty((len(self), KEY), np.uint8), BadRows()
+        keys, broken = self._read
+        bad = BadRows()
+        for place, error in broken.items():
+            bad.add(int(self.rows[place]) + 1, error)
+        bad.check()
+        return keys
+
+    @property
+    def broken(self) -> dict[int, AnybatchError]:
+        """The places of images that are missing or broken, and why."""
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[np.ndarray, dict[int, AnybatchError]]:
+        """`keys` and `broken`, by one pass over the files."""
+        keys, broken = np.empty((len(self), KEY), np.uint8), {}
+        if self._parts:
+            first = np.cumsum([0, *map(len, self._parts)]).tolist()
+            for start, part in zip(first, self._parts, strict=False):
+                keys[start : start + len(part)] = part._read[0]
+                broken |= {start + place: error for place, error in part.broken.items()}
+            return keys, broken
         known: dict[str, bytes | AnybatchError] = {}  # of files; one that many rows name is read once
         for place, value in self._values():
             file = value["path"] if value is not None and value["bytes"] is None else None
@@ -239,17 +274,16 @@ class ImageColumn(Rows[EncodedImage]):
                 try:
                     image = self._image(value, place)
                     image.check()
-                    found = hashlib.blake2b(image.encoded, digest_size=KEY).digest()
+                    found = image.key
                 except AnybatchError as error:
                     found = error
                 if file is not None:
                     known[file] = found
             if isinstance(found, AnybatchError):
-                bad.add(int(self.rows[place]) + 1, found)
+                broken[place] = found
             else:
                 keys[place] = np.frombuffer(found, np.uint8)
-        bad.check()
-        return keys
+        return keys, broken
 
     def stored(self) -> list[dict[str, Any] | None]:
         """What is stored of each: bytes, or a path."""
@@ -286,7 +320,9 @@ def _opened(encoded: bytes, *, draft: bool = False) -> Image:
             image.draft(MODE, (THUMBNAIL, THUMBNAIL))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return image.point(lambda value: value / 256, "L") if image.mode.startswith("I;16") else image
+        if image.mode.startswith("I;16"):
+            return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        return image
 
 
 def find_images(path: Path, names: Sequence[str], limit: int | None = None) -> dict[str, tuple[ImageColumn, list[Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from anybatch.data.pairs import PairData
 from anybatch.data.records import PEEK, Quoting, column_names, records
 from anybatch.data.sets import files_of
 
+LONG = 300  # letters of a path in a message: it may be an image itself, as text (base64)
 Names = str | Sequence[str]
 Content = tuple[str | None, tuple[int, ...]]  # of one side of one row: its text, and the places of its images
 
@@ -63,8 +64,8 @@ def read_pairs(
         quoting: Of CSV and TSV. None for the usual rules (RFC 4180), refusing a file that can also be read without;
             "standard" to insist on them, "raw" where quotes are plain characters.
         limit: Read only the first rows; None for all.
-        skip_bad: Leave out rows with an empty side, a value that is no text, or a path without its image, and say how
-            many and which. A line that cannot be read at all is refused all the same.
+        skip_bad: Leave out rows with an empty side, a value that is no text, or an image that is missing or broken, and
+            say how many and which. A line that cannot be read at all is refused all the same.
 
     In JSON lines, Parquet and data sets a cell may hold a list. Several positives of a row are pairs of their own.
     Several negatives of a row are columns, in which rows with fewer have none. Several images of an anchor, or of a
@@ -165,6 +166,7 @@ def _read_file(
     sides, bad = {}, BadRows()
     for label, names, kind in zip(labels, chosen.sides, kinds, strict=True):
         sides[label] = _side(names, kind, cells, rows, alone, pool, bad)
+    _leave_broken(sides.values() if skip_bad else (), rows, pool, bad)
     kept = _kept(rows, bad, where, skip_bad)
     if bad.errors:
         places = np.searchsorted(rows, kept).tolist()
@@ -200,6 +202,17 @@ def _kept(rows: Sequence[int], bad: BadRows, where: str, skip_bad: bool) -> Sequ
     return kept
 
 
+def _leave_broken(sides: Collection[Sequence[Any]], rows: Sequence[int], pool: ImagePool, bad: BadRows) -> None:
+    """Add the rows of `sides` with broken images to the bad ones, and leave these images out of the pool."""
+    broken = pool.images.broken if sides and pool.images is not None else {}
+    for side in sides if broken else ():
+        for number, cell in zip(rows, side, strict=True):
+            contents = [content for content in as_list(cell) if isinstance(content, tuple)]
+            for place in broken.keys() & {place for _, places in contents for place in places}:
+                bad.add(number, broken[place])
+    pool.leave_out(broken)
+
+
 def _label(names: Sequence[str]) -> str:
     return "' with '".join(names)
 
@@ -228,6 +241,7 @@ class ImagePool:
         self.files: dict[str, tuple[int, str]] = {}  # path: row and column in which it was first named
         self.places: dict[str, int] = {}
         self._images: ImageColumn | None = None
+        self._moved: np.ndarray | None = None  # where images are now that others were left out
 
     def add(self, name: str, images: ImageColumn) -> None:
         """The images that are stored in a column; before any file."""
@@ -241,9 +255,10 @@ class ImagePool:
             return self.start[name] + image
         path = image.strip()
         if path not in self.places:
-            if not (self.root / path).is_file():
+            if not os.path.isfile(self.root / path):  # which a text of any length and kind may be asked
                 raise AnybatchError(
-                    f"'{name}' of {self.where} seems to hold paths of images, and there is no file {self.root / path} "
+                    f"'{name}' of {self.where} seems to hold paths of images, and there is no file "
+                    f"{self.root / path!s:.{LONG}} "
                     f"(row {row + 1}). Put the files there, say which folder the paths start from: data.images "
                     '(--images), or that these are texts: data.images=""'
                 )
@@ -270,6 +285,12 @@ class ImagePool:
             self._images = ImageColumn.join(parts) if parts else None
         return self._images
 
+    def leave_out(self, places: Collection[int]) -> None:
+        """Hold images no longer that no row has any more."""
+        if self.images is not None and places:
+            kept = ~np.isin(np.arange(len(self.images)), list(places))
+            self._images, self._moved, self.stored = self.images.select(np.flatnonzero(kept)), kept.cumsum() - 1, []
+
     def column(self, contents: list[Any], rows: np.ndarray | None = None) -> Column:
         """A column of one content a row: texts as they are, images alone as such, else both. `rows`: of the file, for
         messages; None for those in which an image was first named.
@@ -277,6 +298,8 @@ class ImagePool:
         if not any(isinstance(content, tuple) for content in contents):
             return contents
         pairs: list[Content] = [(None, ()) if content is None else content for content in contents]
+        if self._moved is not None:
+            pairs = [(text, tuple(self._moved[[*places]])) for text, places in pairs]
         images = self.images
         if images is None or not any(places for _, places in pairs):
             return [text for text, _ in pairs]  # pyright: ignore[reportReturnType] - None for negatives alone
@@ -330,12 +353,12 @@ def _side(
     if len(mains) > 1:
         raise AnybatchError(f"The {kind} has {len(mains)} columns of texts, {', '.join(mains)}; expected one at most.")
     if len(names) == 1 and mains and not any(isinstance(entry, tuple) for entry in _entries_of(cells[mains[0]])):
-        return list(cells[mains[0]])
+        return [cell[0] if isinstance(cell, list) and len(cell) == 1 else cell for cell in cells[mains[0]]]
     side: list[Any] = [None] * len(rows)
     for row, number in enumerate(rows):
         try:
             main = [content_of(entry, number - 1, name, pool) for name in mains for entry in as_list(cells[name][row])]
-            several = any(isinstance(cells[name][row], list) for name in mains)
+            several = len(main) > 1
             images: list[int] = []  # parts of each content
             listed: list[int | None] | None = None  # one of each
             for name in (name for name in names if name in alone):
@@ -348,7 +371,7 @@ def _side(
                 else:
                     images += [place for place in places if place is not None]
             found = f"Row {number} of {pool.where}: '{_label(names)}'"
-            side[row] = _whole(main, several, images, listed, found)
+            side[row] = _whole(main, images, listed, found)
             if side[row] is None and kind != "negative":
                 raise AnybatchError(
                     f"{found} are empty. Every row needs a text or an image there: fill it or leave the row "
@@ -366,7 +389,7 @@ def content_of(entry: Any, row: int, name: str, pool: ImagePool) -> Content:
 
 
 def _whole(
-    main: list[Content], several: bool, images: list[int], listed: list[int | None] | None, found: str
+    main: list[Content], images: list[int], listed: list[int | None] | None, found: str
 ) -> Content | list[Content] | None:
     """What a row's cells hold together: one content, or several where there is a list of them, or of images with one
     for each; None for nothing.
@@ -383,4 +406,4 @@ def _whole(
         for (text, own), place in zip(main, places, strict=True)
     ]
     there = [content for content in contents if content[0] is not None or content[1]]
-    return there[0] if there and listed is None and not several else there or None
+    return there[0] if len(there) == 1 else there or None

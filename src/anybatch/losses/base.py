@@ -120,6 +120,7 @@ class ContrastiveLoss(State):
     # Shared options whose default is another one here; those that this loss does not have, and why.
     defaults: ClassVar[OneTemperature] = {}
     lacks: ClassVar[Mapping[str, str]] = {}
+    weighs_pairs: ClassVar[bool] = False  # over the data though it has no denominator
     # For the rooms that use losses by name: of an option with a few values, the options that each value leaves unused.
     unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
 
@@ -174,7 +175,7 @@ class ContrastiveLoss(State):
         """Whether the loss stands for the data set, and not for the batch alone: if so, inclusion log-weights of mined
         batches mean something to it.
         """
-        return any(isinstance(part, Denominator) and part.over_data for part in self._parts)
+        return self.weighs_pairs or any(isinstance(part, Denominator) and part.over_data for part in self._parts)
 
     @property
     def temperature(self) -> float:

@@ -34,7 +34,8 @@ METHODS: dict[str, str] = {
     "glofnd": "anybatch.family.glofnd.GloFND",
     "emc2": "anybatch.family.emc2.EMC2",
     "scent": "anybatch.family.scent.SCENT",
-    "siglip": "anybatch.family.siglip.SigLIP",
+    "siglip": "anybatch.family.pairwise.SigLIP",
+    "auc_cl": "anybatch.family.pairwise.AUCCL",
     "debiased": "anybatch.family.debiased.DebiasedInfoNCE",
 }
 LARGEST_REMEMBERING = 256  # rows of a batch: larger ones change the model so much that what is remembered is old
@@ -253,8 +254,8 @@ def _remade(values: dict[str, Any]) -> LossConfig:
 
 
 def first_temperature(config: LossConfig) -> float:
-    """The temperature that training begins with."""
-    return config.example().temperature
+    """The temperature that training begins with; 0.05 for a loss without one, to look at data with."""
+    return 0.05 if "temperature" not in config.options else config.example().temperature
 
 
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:

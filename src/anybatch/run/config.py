@@ -71,7 +71,8 @@ class DataConfig(Configuration):
         views: 2: the data are one column of images without labels, of which two random views are a pair
             (docs/images.md).
         limit: Use only the first rows of each data set; None for all.
-        skip_bad: Leave out rows that would be refused (an empty side, a value that is no text), and say which.
+        skip_bad: Leave out rows that would be refused (an empty side, a value that is no text, a broken image), and say
+            which.
 
     Example:
         >>> DataConfig(path="pairs.jsonl.gz", anchor="title", positive="abstract").limit

@@ -14,13 +14,13 @@ from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, counter, no_progress
 from anybatch.data.candidates import CandidateSets
 from anybatch.data.images import ImageColumn
-from anybatch.data.inputs import Column
+from anybatch.data.inputs import Column, check_images
 from anybatch.data.pairs import PairData
 from anybatch.evaluation.candidates import hit_at_1
 from anybatch.evaluation.classes import class_metrics
 from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
 from anybatch.evaluation.zero_shot import two_way_recall, zero_shot_metrics
-from anybatch.integrations.sentence_transformers.embed import embed_texts, weights_digest
+from anybatch.integrations.sentence_transformers.embed import check_content, embed_texts, weights_digest
 from anybatch.integrations.sentence_transformers.model import Side
 from anybatch.run.config import read_config
 from anybatch.run.folder import read_record, run_digest
@@ -76,6 +76,22 @@ def evaluate_model(
     queries = embed("queries", data.query_texts, "query")
     corpus = embed("documents", data.corpus_texts, "document")
     return retrieval_metrics(queries, corpus, data.relevance, query_ids=data.query_ids, corpus_ids=data.corpus_ids)
+
+
+def check_held_out(model: SentenceTransformer, data: HeldOut | None) -> None:
+    """Refuse, before any work, held-out images that are broken, all at once, and what the model does not read."""
+    columns: list[Column] = []
+    if isinstance(data, PairData):
+        columns = [data.anchors, data.positives]
+    elif isinstance(data, CandidateSets):
+        columns = [column for part in data.sets.values() for column in (part.queries, part.candidates)]
+    elif isinstance(data, LabelledImages):
+        columns = [data.known.images, data.test.images]
+    elif isinstance(data, NamedClasses):
+        columns = [data.images.images]
+    for column in columns:
+        check_images(column)
+        check_content(model, column)
 
 
 def held_out_of(folder: Path) -> HeldOut:

@@ -17,7 +17,7 @@ from anybatch.integrations.sentence_transformers.model import load_model, warn_o
 from anybatch.integrations.sentence_transformers.training import check_shared_equally
 from anybatch.integrations.sentence_transformers.two_views import add_head
 from anybatch.run.config import RunConfig, RunResult
-from anybatch.run.evaluate_model import evaluate_model, untrained_figures
+from anybatch.run.evaluate_model import check_held_out, evaluate_model, untrained_figures
 from anybatch.run.folder import open_run, read_record, run_digest
 from anybatch.run.hard_negatives import with_mined_negatives
 from anybatch.run.make_plan import check_start, existing_plan, make_plan
@@ -54,6 +54,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         if config.data.views is not None:
             add_head(model, seed=config.seed)
         warn_of_instructions(model, pairs.sets)
+        check_held_out(model, held_out)
 
         # 2. Of a new run, refuse now what mining or the cached step would refuse hours later.
         if not resume:

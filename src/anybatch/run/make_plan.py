@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from anybatch.core import distributed
@@ -14,7 +14,7 @@ from anybatch.core.progress import Progress, no_progress
 from anybatch.data.pairs import PairData
 from anybatch.mining import MiningConfig, check_sizes, mine_plan, mine_shared, random_plan
 from anybatch.plans.plan import BatchPlan
-from anybatch.run.config import RunConfig, resolved
+from anybatch.run.config import RunConfig, TeacherConfig, resolved
 from anybatch.run.read_data import mining_sets
 from anybatch.run.teacher import teacher_embeddings
 
@@ -58,7 +58,10 @@ def _name_unused(config: RunConfig) -> None:
     default = MiningConfig()
     names = ("cluster_size", "window", "margin", "neighbors", "conflict_weight", "num_negatives")
     unused = [f"mining.{name}" for name in names if getattr(config.mining, name) != getattr(default, name)]
-    unused += [f"teacher.{name}" for name in ("name", "embeddings") if getattr(config.teacher, name) is not None]
+    of_teacher = (field.name for field in fields(config.teacher))
+    unused += [
+        f"teacher.{name}" for name in of_teacher if getattr(config.teacher, name) != getattr(TeacherConfig, name)
+    ]
     if unused and distributed.rank() == 0:
         why = "mining.method is 'random', which ranks nothing" if config.plan is None else "A plan is given"
         logger.warning("Not used: %s. %s.", ", ".join(unused), why)

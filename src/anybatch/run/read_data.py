@@ -103,7 +103,7 @@ def mining_sets(config: RunConfig, pairs: PairData) -> list[MiningSet]:
 
 def _read_images(data: DataConfig) -> Images:
     assert data.path is not None
-    return read_images(data.path, column=data.anchor, limit=data.limit)
+    return read_images(data.path, column=data.anchor, limit=data.limit, skip_bad=data.skip_bad)
 
 
 def read_candidate_sets(tasks: Mapping[str, Path], images: str | None, *, prompts: Mapping[str, str]) -> CandidateSets:
@@ -159,12 +159,19 @@ def read_held_out(config: RunConfig) -> HeldOut | None:
     if held_out.path in (None, AUTO):
         return None
     judged = find_retrieval(held_out.path, held_out.split) if data.views is None else None
+    if held_out.images is not None and (judged is not None or data.views is not None):
+        raise AnybatchError(
+            f"evaluation.images is given, where paths of images start from, and {held_out.path} holds no such paths. "
+            "Leave it out."
+        )
     if judged is not None:
         return read_retrieval(*judged, quoting=data.quoting)
     if held_out.split is not None:
         raise AnybatchError(SPLIT)
     if data.views is not None:
-        return LabelledImages(known=_read_images(data), test=read_images(held_out.path, column=data.anchor))
+        return LabelledImages(
+            known=_read_images(data), test=read_images(held_out.path, column=data.anchor, skip_bad=data.skip_bad)
+        )
     tasks = find_candidates(held_out.path)
     if tasks:
         prompts = {of_set.name or "": of_set.positive_prompt for of_set in data.sets}

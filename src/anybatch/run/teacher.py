@@ -10,7 +10,7 @@ import numpy as np
 from anybatch.core.errors import AnybatchError
 from anybatch.core.progress import Progress, counter, no_progress
 from anybatch.data.pairs import PairData
-from anybatch.integrations.sentence_transformers.embed import check_embedded, embed_to_file
+from anybatch.integrations.sentence_transformers.embed import check_content, check_embedded, embed_to_file
 from anybatch.integrations.sentence_transformers.model import ModelConfig, Side, lengths_of, load_model
 from anybatch.run.config import RunConfig
 
@@ -40,6 +40,8 @@ def teacher_embeddings(
     model = load_teacher(config)
     sides = list(zip(("anchor", "positive"), get_args(Side), (pairs.anchors, pairs.positives), strict=True))
     same = pairs.anchors is pairs.positives  # one column of images
+    for _, _, texts in sides:
+        check_content(model, texts)  # of both, before hours of one
     identity = {"model": teacher.name, "max_length": lengths_of(model), "data": pairs.digest}
     identity |= {"kwargs": teacher.kwargs} if teacher.kwargs else {}
     embedded = [

@@ -11,7 +11,7 @@ import torch
 from anybatch.caching.recording import Auto
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
-from anybatch.data.inputs import NONE, MixedColumn, guest_input, kinds_of_rows, pick
+from anybatch.data.inputs import NONE, MixedColumn, kinds_of_rows, pick
 from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.embed import check_content
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
@@ -122,7 +122,7 @@ def inputs_of(model: SentenceTransformer, pairs: PairData, rows: np.ndarray) -> 
     """What the model is given of some rows: a dictionary of tensors on its device for each column, of its rows that
     there are.
     """
-    columns = [[guest_input(value) for value in pick(column, rows) if value is not None] for column in pairs.prompted]
+    columns = [[value for value in pick(column, rows) if value is not None] for column in pairs.prompted]
     return [
         {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value

@@ -112,7 +112,8 @@ class ProjectionHead(_Saved):
         """Projects the embeddings while training."""
         if not self.training:
             return features
-        return {**features, "sentence_embedding": self.layers(features["sentence_embedding"])}
+        embeddings = features["sentence_embedding"].to(self.layers[0].weight.dtype)  # of an encoder in bfloat16
+        return {**features, "sentence_embedding": self.layers(embeddings)}
 
 
 class ResidualBlock(nn.Module):

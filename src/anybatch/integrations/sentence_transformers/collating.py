@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,7 +23,8 @@ from anybatch.caching.rows import RowSlicer
 from anybatch.caching.spans import MASK
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import EncodedImage, ImageColumn
-from anybatch.data.inputs import Column, MixedColumn, MixedInput, guest_input, pick
+from anybatch.data.inputs import NONE, Column, MixedColumn, MixedInput, guest_input, pick
+from anybatch.data.records import has_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,27 +113,69 @@ class UndecodedRows:
         """The rows as the cached step takes them; `form` goes with them, see `RowsOnDemand`."""
 
         def make(values: list[Any]) -> dict[str, Any]:
-            return dict(model.preprocess([_decoded(value) for value in values], **self.settings))
+            return preprocess_rows(model, values, **self.settings)
 
         lengths, patches = lengths_of_rows(model, self.values, self.settings)
         device = self.device or next((parameter.device for parameter in model.parameters()), None)
         return RowsOnDemand(self.values, make, lengths=lengths, patches=patches, form=form, device=device)
 
 
+def preprocess_rows(model: Any, values: Sequence[Any], **settings: Any) -> dict[str, Any]:
+    """The model's features of rows; what its processor refuses (a line of 1 x 600 pixels, say) is named by its row."""
+    try:
+        return dict(model.preprocess([_decoded(value) for value in values], **settings))
+    except ValueError:
+        for value in values:
+            images, decoded = _images(value), _decoded(value)
+            try:
+                model.preprocess([decoded], **settings)
+            except ValueError as error:
+                if not images:
+                    raise
+                where = f" in {images[0].where}" if isinstance(images[0], EncodedImage) else ""
+                raise AnybatchError(
+                    f"The model's processor refuses the image{where}: {error}. Replace it, or leave the row out."
+                ) from error
+        raise
+
+
 def undecoded(dataset: Dataset) -> Dataset:
-    """The data set with its images as they are stored, for `ImageCollator`.
+    """The data set with its images, those in objects and lists too, as they are stored, for `ImageCollator`.
 
     Example:
         >>> from datasets import Dataset
         >>> undecoded(Dataset.from_dict({"caption": ["a cat"]})).column_names
         ['caption']
     """
+    for name, feature in dataset.features.items():
+        if has_images(feature):
+            dataset = dataset.cast_column(name, _undecoded(feature))
+    return dataset
+
+
+def _undecoded(feature: Any) -> Any:
     from datasets import Image
 
-    for name, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-    return dataset
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    return replace(feature, feature=_undecoded(feature.feature)) if has_images(feature) else feature
+
+
+def object_column(dataset: Dataset, name: str) -> MixedColumn:
+    """A column of objects {"text", "image"} for ids and digest; its images are read here, once, and not kept."""
+    texts, keys, counts = [], [], []
+    for row in undecoded(dataset.with_format(None).select_columns([name])):
+        value: Any = row[name]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        images = _images(value)
+        texts.append(_text(value) or None)
+        keys += [_encoded(image).key for image in images]
+        counts.append(len(images))
+    places = np.full((len(counts), max(counts, default=0)), NONE)
+    for row, last in enumerate(np.cumsum(counts)):
+        places[row, : counts[row]] = np.arange(last - counts[row], last)
+    return MixedColumn(texts, ImageColumn.of_keys(keys), places)
 
 
 def as_columns(pairs: PairData) -> tuple[Dataset, Mapping[str, Column]]:

@@ -21,6 +21,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, read_json, write_json
 from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import Column, MixedColumn, NegativeColumn, guest_input, kinds_of_rows, row_keys
+from anybatch.integrations.sentence_transformers.collating import preprocess_rows
 from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
 
 if TYPE_CHECKING:
@@ -151,12 +152,17 @@ def _origin(path: Path) -> Path:
 
 def check_content(model: SentenceTransformer, column: NegativeColumn) -> None:
     """Refuse a column with content that the model does not take; one with a chat template takes all together."""
+    from transformers import PreTrainedTokenizerBase
+
     both = isinstance(column, MixedColumn) and bool((column.has_images & column.has_text).any())
     alone = isinstance(column, ImageColumn) or (isinstance(column, MixedColumn) and bool(column.has_images.any()))
     if both and not (model.supports("message") or model.supports(("image", "text"))):
         what = "images with texts in one input, and the model takes one of them at a time"
     elif alone and not model.supports("image"):
         what = f"images, and the model takes {', '.join(map(str, model.modalities))} only"
+    elif alone and isinstance(getattr(model[0], "processor", None), PreTrainedTokenizerBase):
+        # What transformers falls back to; sentence-transformers would leave all images out without a word.
+        what = "images, and the model has a tokenizer alone: files of its processor, or a package for it, are missing"
     else:
         return
     kinds = (
@@ -186,8 +192,12 @@ def _encode(model: SentenceTransformer, texts: Column, batch_size: int, settings
     for rows in np.split(order, changes):
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            inputs = [guest_input(texts[int(row)]) for row in part]
-            embeddings = _forward(model, inputs, batch_size, settings)
+            values = [texts[int(row)] for row in part]
+            try:
+                embeddings = _forward(model, [guest_input(value) for value in values], batch_size, settings)
+            except ValueError:
+                preprocess_rows(model, values, **settings)  # which names the row that a processor refuses
+                raise
             if not found.shape[1]:
                 found = np.empty((len(texts), embeddings.shape[1]), np.float32)
             found[part] = embeddings

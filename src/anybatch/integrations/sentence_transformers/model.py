@@ -129,6 +129,9 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
             "folder of a sentence-transformers model with whole files, or a hub name that this machine can reach."
         ) from error
 
+    if own is not None and config.kwargs:
+        raise AnybatchError(f"kwargs are given, for the loader of transformers, which {config.name} has none of.")
+
     # 3. What the configuration changes in it.
     warn_of_unknown(model, of_processor)
     pool_at_the_end(model, config.name)
@@ -216,8 +219,10 @@ def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
 
 def side_inputs(model: SentenceTransformer, inputs: list[Any], side: Side) -> dict[str, Any]:
     """Texts or images of a side as the model's features, prompt and route included, as in the Trainer's collator."""
+    from anybatch.integrations.sentence_transformers.collating import preprocess_rows
+
     task = side_task(model, side)
-    features = dict(model.preprocess(inputs, prompt=side_prompt(model, side), task=task))
+    features = preprocess_rows(model, inputs, prompt=side_prompt(model, side), task=task)
     return features if task is None else features | {"task": task}
 
 

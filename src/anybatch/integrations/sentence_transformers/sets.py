@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.images import ImageColumn
-from anybatch.data.inputs import Column
+from anybatch.data.inputs import NegativeColumn
 from anybatch.data.pairs import PairData, PairSet, join_pairs
-from anybatch.data.records import is_image
+from anybatch.data.records import has_images, is_image
+from anybatch.integrations.sentence_transformers.collating import object_column
 from anybatch.losses.rows import RowTable
 
 REPEATS = 100  # rows with a number that another row has: so many are compared with it
@@ -87,11 +88,14 @@ def _pairs_of(name: str, dataset: Dataset) -> PairData:
     return PairData(anchors=columns[0], positives=columns[1], negatives=tuple(columns[2:]))
 
 
-def cells_of(dataset: Dataset, column: str) -> Column | None:
-    """Texts (None for a negative that a row lacks), or images as they are stored; None for anything else."""
-    if is_image(dataset.features.get(column)):
+def cells_of(dataset: Dataset, column: str) -> NegativeColumn | None:
+    """Texts (None for a negative that a row lacks), images as they are stored, or both; None for anything else."""
+    feature = dataset.features[column]
+    if is_image(feature):
         return ImageColumn.of(dataset, column, "the training set")
-    if getattr(dataset.features[column], "dtype", None) in ("string", "large_string"):
+    if isinstance(feature, dict) and has_images(feature) and feature.keys() <= {"text", "image"}:
+        return object_column(dataset, column)
+    if getattr(feature, "dtype", None) in ("string", "large_string"):
         return dataset.with_format(None)[column][:]
     return None
 
