@@ -1,7 +1,5 @@
 """The few figures that decide whether a plan's batches help: softmax mass, suspected false negatives, the teacher.
-
-A plan stores clusters and suspected pairs, not scores: all figures follow from a teacher's embeddings again, on a
-sample of anchors, each data set ranked by itself as in mining, and beside random batches of the same size.
+All follow from a teacher's embeddings, on a sample of anchors, each data set ranked by itself, beside random batches.
 """
 
 from __future__ import annotations

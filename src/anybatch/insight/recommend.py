@@ -1,7 +1,5 @@
-"""What to train with, before any training: batch size, recipe and temperature with their reasons, the cost.
-
-The recipe is the one that a run takes by itself (`run/recipe.py`). What is measured here chooses no other one: it may
-speak against it, and then says so.
+"""What to train with, before any training: the recipe that a run takes by itself (`run/recipe.py`), what it costs, and
+what was measured that speaks against it.
 """
 
 from __future__ import annotations

@@ -146,35 +146,16 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
         progress(f"mining: {stage}", round(100 * fraction), 100)
 
     # 2. Search the neighbours, which the ranks share as well.
+    ids = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
+    search = {"config": settings, "sets": sets, "folder": neighbors, "device": device, "progress": report_stage, **ids}
     if distributed.is_active():
-        mine_shared(
-            anchors,
-            positives,
-            config=settings,
-            anchor_id=pairs.anchor_id,
-            positive_id=pairs.positive_id,
-            sets=sets,
-            folder=neighbors,
-            device=device,
-            progress=report_stage,
-        )
+        mine_shared(anchors, positives, **search)
     # 3. The first rank does the rest, and warns before the training, not after it.
     with distributed.alone() as chosen:
         if not chosen:
             return
         inputs = mining_inputs(config, pairs)
-        result = mine_plan(
-            anchors,
-            positives,
-            config=settings,
-            anchor_id=pairs.anchor_id,
-            positive_id=pairs.positive_id,
-            sets=sets,
-            data_digest=pairs.digest,
-            folder=neighbors,
-            device=device,
-            progress=report_stage,
-        )
+        result = mine_plan(anchors, positives, data_digest=pairs.digest, **search)
         for name, report in {"": result.report, **result.report.sets}.items():
             for warning in report.warnings:
                 logger.warning("Before you train%s: %s", name and f" on {name}", warning)
