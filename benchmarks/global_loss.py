@@ -54,7 +54,6 @@ class Method:
     make: Callable[[Setting], nn.Module]
     batches: tuple[str, ...] = ("random", "mined")
     weights: Literal["none", "inclusion"] = "none"
-    cap: float | None = None
     run_in: int = 0
     batch_sizes: tuple[int, ...] = (8, 32, 64, 128)
 
@@ -107,24 +106,11 @@ METHODS = (
     ),
     Method(name="SogCLR .2", make=sogclr(0.2), run_in=10, batch_sizes=SLOW),
     Method(name="count-corrected, weights", make=count_corrected, weights="inclusion", batches=CLUSTERED),
-    Method(
-        name="count-corrected, weights <= 30", make=count_corrected, weights="inclusion", cap=30, batches=("mined",)
-    ),
-    Method(name="count-corrected, weights <= 5", make=count_corrected, weights="inclusion", cap=5, batches=("mined",)),
     Method(name="SogCLR .9, weights", make=sogclr(0.9), weights="inclusion", run_in=3, batches=("mined",)),
     Method(
         name="SogCLR .2, weights",
         make=sogclr(0.2),
         weights="inclusion",
-        run_in=10,
-        batches=("mined",),
-        batch_sizes=SLOW,
-    ),
-    Method(
-        name="SogCLR .2, weights <= 30",
-        make=sogclr(0.2),
-        weights="inclusion",
-        cap=30,
         run_in=10,
         batches=("mined",),
         batch_sizes=SLOW,
@@ -225,7 +211,6 @@ def main() -> None:
                     method.make(setting),
                     plan=plan,
                     weights=method.weights,
-                    weight_cap=method.cap,
                     run_in=method.run_in,
                     num_batches=options.num_batches,
                 )

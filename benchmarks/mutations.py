@@ -80,8 +80,8 @@ MUTATIONS = [
         "losses/test_engine.py",
         ("reference - self.side.row_weight.detach().log()", "reference + self.side.row_weight.detach().log()"),
         ("else self.objective * self.side.row_weight).sum()", "else self.objective).sum()"),
-        ("if self.removing else logits_bm.shape[1] - block.own", "if self.removing else logits_bm.shape[1]"),
-        ("self.parts[1, self.layout.shifted(rows)] -= 1", "pass"),
+        ("if self.removing else logits_bm.shape[1] - 1", "if self.removing else logits_bm.shape[1]"),
+        ("counts[self.layout.shifted(rows)] -= 1", "pass"),
         ("torch.full_like(positive_B, sum(column_sizes) - 1)", "torch.full_like(positive_B, sum(column_sizes))"),
         ("peak = finite(logits.amax(dim=dim))", "peak = logits.amax(dim=dim)"),
         ("(difference_B - total_B * self.positive)", "difference_B"),
@@ -121,12 +121,7 @@ MUTATIONS = [
     *of(
         "losses/engine/directions.py",
         "losses/test_ranks.py",
-        ("self.layout.own_columns.start - block.columns.start + local", "local"),
-    ),
-    *of(
-        "losses/engine/candidates.py",
-        "losses/test_ring.py",
-        ("(rank - step) % world_size, (rank", "(rank + step) % world_size, (rank"),
+        ("self.layout.own_columns.start + local", "local"),
     ),
     *of(
         "losses/log_weights.py",
@@ -264,7 +259,7 @@ MUTATIONS = [
         ("log_ways = self.ways[", "log_ways = -self.ways["),
         ("torch.where(cluster < 0, -2 - index, cluster)", "cluster"),
         ("-log_others - math.log(chance_same)", "-log_others + math.log(chance_same)"),
-        ("if cap is None else min(ratio, cap)", "if cap is None else max(ratio, cap)"),
+        ("same + math.log(ratio)", "same - math.log(ratio)"),
         ("* width + positive_id[pairs[:, 1]]", "* width + pairs[:, 1]"),
     ),
     *of(

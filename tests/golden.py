@@ -152,7 +152,7 @@ def plan_of_rows(mixing: str | None) -> BatchPlan:
     sets: dict[str, Any] = {}
     if mixing is not None:
         task = np.repeat(np.arange(2, dtype=np.int32), sizes)
-        sets = {"task": task, "task_names": names, "task_shares": (1.0, 1.0), "mixing": mixing}
+        sets = {"task": task, "task_names": names, "mixing": mixing}
     return BatchPlan(
         num_rows=ROWS,
         batch_size=6,
@@ -182,7 +182,7 @@ class Arguments:
 
 
 INCLUSION = {"weights": "inclusion"}
-EVERYTHING: dict[str, Any] = {"weights": "inclusion", "weight_cap": 1.5, "mask_suspects": True}
+EVERYTHING: dict[str, Any] = {"weights": "inclusion", "mask_suspects": True}
 ARGUMENTS = {
     "plain": Arguments(),
     "matrix": Arguments(matrix=True, negatives=1),
@@ -190,7 +190,6 @@ ARGUMENTS = {
     "negatives": Arguments(table={}, negatives=2),
     "suspects": Arguments(table={"mask_suspects": True}, planned=True),
     "inclusion": Arguments(table=INCLUSION, planned=True),
-    "capped": Arguments(table={**INCLUSION, "weight_cap": 1.5}, planned=True, negatives=1),
     "inclusion, mixed": Arguments(table=INCLUSION, planned=True, mixing="mixed"),
     "inclusion, within": Arguments(table=INCLUSION, planned=True, mixing="within"),
     "sets within": Arguments(table={}, planned=True, mixing="within", negatives=1),
@@ -386,7 +385,7 @@ def mined(options: dict[str, Any], mixing: str | None) -> BatchPlan:
         first, second = SET_ROWS
         sets = [
             MiningSet(name="first", num_rows=first),
-            MiningSet(name="second", num_rows=second, window=(2, 12), share=0.7),
+            MiningSet(name="second", num_rows=second, window=(2, 12)),
         ]
     rows = np.arange(MINING_ROWS)
     options = {"margin": None, "conflict_weight": 3.0 if options["method"] == "anybatch" else "auto", **options}
@@ -489,7 +488,7 @@ def small_run() -> Case:
             teacher=TeacherConfig(embeddings=(paths[0], paths[1])),
             mining=MiningConfig(cluster_size=4, window=(1, 6), margin=None, conflict_weight=3.0, num_negatives=1),
             loss=registry.LossConfig(
-                name="sogclr", direction="both", gamma=0.5, weights="inclusion", weight_cap=4.0, mask_suspects=True
+                name="sogclr", direction="both", gamma=0.5, weights="inclusion", mask_suspects=True
             ),
             train=TrainConfig(
                 micro_batch=5, save_steps=6, learning_rate=1e-3, args={"max_steps": 6, "logging_steps": 1}

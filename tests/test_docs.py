@@ -25,7 +25,7 @@ WRITTEN = ("settings.md", *runpy.run_path(str(ROOT / "tools" / "reference.py"))[
 GUIDES = sorted(page for page in ROOT.glob("docs/*.md") if page.name not in (*WRITTEN, "log.md"))
 PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/benchmarks/*.md"))]
-WORDS, README_WORDS = 10_000, 900
+WORDS, README_WORDS = 10_000, 1_000
 WIDTH = 120
 UNBREAKABLE = re.compile(r"\s*(\||\S*\[[^\]]*\]\(\S+\)\S*$|\S+$)")  # a table, a link or a word alone
 by_name = pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
@@ -149,7 +149,7 @@ def encoder_and_sides(rows: int = 8) -> dict[str, Any]:
 
 def test_the_code_for_growing_runs():
     names = encoder_and_sides()
-    step, memory, _ = blocks(ROOT / "docs/grow.md", "python")  # the last is for torch.compile
+    step, memory = blocks(ROOT / "docs/grow.md", "python")
     exec(step, names)
     assert names["encoder"].weight.grad.abs().sum() > 0
     exec(memory, names)
@@ -158,12 +158,10 @@ def test_the_code_for_growing_runs():
 
 def test_the_code_for_outliving_runs():
     names = encoder_and_sides()
-    first, table, warm = blocks(ROOT / "docs/outlive.md", "python")
+    first, table = blocks(ROOT / "docs/outlive.md", "python")
     exec(first, names)
     assert names["encoder"].weight.grad.abs().sum() > 0
     exec(table, names)
-    exec(warm, names)
-    assert names["loss"].denominator.visited.all()
 
 
 def test_the_code_for_inspection_runs():

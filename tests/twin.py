@@ -99,14 +99,14 @@ def on_rank(
 
 
 def check_ranks(make: Callable[..., Any], *, temperature: float, known: Known | None = None, **options: Any) -> None:
-    """Three ranks, one without a row, give what one process does: gathered and, if the loss has one, in a ring.
+    """Three ranks, one without a row, give what one process does.
 
     `make` and `known` must pickle; `known` takes the place of ids.
     """
-    forms = itertools.product(("one_way", "both"), (1, 10**7), (False, True))
+    forms = itertools.product(("one_way", "both"), (1, 10**7))
     cases = [
-        {"temperature": temperature, "direction": direction, "tile_bytes": tile_bytes, "ring": ring, **options}
-        for direction, tile_bytes, ring in forms
+        {"temperature": temperature, "direction": direction, "tile_bytes": tile_bytes, **options}
+        for direction, tile_bytes in forms
     ]
     alone, on_each = on_rank(0, 1, make, cases, known), on_ranks(on_rank, 3, make, cases, known)
     for (value, d_anchors, d_candidates), *ranks in zip(alone, *on_each, strict=True):

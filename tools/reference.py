@@ -36,7 +36,7 @@ NOTATION = (
     "Notation: anchor i, candidate j, positive p(i) or p, similarity `s_ij`, `d_ij = s_ij - s_ip`, temperature `tau`, "
     "log-weight `b_ij` (a mask is -inf), n rows of data, B pairs in the batch, k candidates but the positive."
 )
-MORE_NAMES = ("LossStateCallback", "PlanBatches", "with_index", "warm_start_from_model", "last_whole_checkpoint")
+MORE_NAMES = ("LossStateCallback", "PlanBatches", "with_index", "last_whole_checkpoint")
 
 
 def methods() -> str:

@@ -10,8 +10,6 @@ from anybatch.caching import RowSlicer, cached_step, plan_micro_batches
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Softmax, gradients, plain_step_in_pieces, relative_error, texts
 
-MULTIPLE = 8
-
 
 class Words(nn.Module):
     """Token embeddings through a layer with dropout, their mean; small, so that it compiles in a moment."""
@@ -53,73 +51,38 @@ def batches(num_steps, rows=18):
     return [[texts(rows, 13, 2 * step), texts(rows, 30, 2 * step + 1)] for step in range(num_steps)]
 
 
-def cached(encoder, loss, inputs, *, micro_batch=4, keep_graphs=0.0, multiple=MULTIPLE):
+def cached(encoder, loss, inputs, *, micro_batch=4, keep_graphs=0.0):
     torch.manual_seed(7)
     for one in inputs:
-        cached_step(loss, encoder, one, micro_batch=micro_batch, keep_graphs=keep_graphs, pad_to_multiple=multiple)
+        cached_step(loss, encoder, one, micro_batch=micro_batch, keep_graphs=keep_graphs)
     return gradients(getattr(encoder, "_orig_mod", encoder), loss)
 
 
-def plain(encoder, loss, inputs, *, multiple=MULTIPLE):
+def plain(encoder, loss, inputs):
     """One graph a step, made of the same micro-batches, because masks belong to them."""
     torch.manual_seed(7)
 
     def cut(batch, rows):
-        return RowSlicer(batch, pad_to_multiple=multiple).take(rows)
+        return RowSlicer(batch).take(rows)
 
     for one in inputs:
-        plans = [plan_micro_batches(RowSlicer(batch, pad_to_multiple=multiple), micro_batch=4) for batch in one]
+        plans = [plan_micro_batches(RowSlicer(batch), micro_batch=4) for batch in one]
         plain_step_in_pieces(loss, [encoder] * 2, one, plans, cut)
     return gradients(encoder, loss)
-
-
-def shapes_of(inputs, micro_batch=4):
-    found = set()
-    for batch in (batch for one in inputs for batch in one):
-        slicer = RowSlicer(batch, pad_to_multiple=MULTIPLE)
-        for rows in plan_micro_batches(slicer, micro_batch=micro_batch):
-            found.add(tuple(slicer.take(rows)["input_ids"].shape))
-    return found
 
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keep_graphs", [0.0, 0.5, 1.0, "auto"])
 def test_gradients_of_the_plain_step_and_few_graphs(inner, keep_graphs):
-    inputs, backend = batches(3), Counting(inner)
-    expected = plain(Words().double(), Softmax().double(), inputs)
-    compiled = torch.compile(Words().double(), backend=backend, dynamic=False)
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-        got = cached(compiled, Softmax().double(), inputs, keep_graphs=keep_graphs)
-        once = backend.graphs
-        cached(compiled, Softmax().double(), inputs, keep_graphs=keep_graphs)
-    assert relative_error(got, expected) < 1e-12
-    shapes = shapes_of(inputs)
-    assert len(shapes) > 4
-    assert once <= 2 * len(shapes)  # with a graph and without
-    assert backend.graphs == once, "the same shapes again compile nothing"
-
-
-def test_a_micro_batch_that_divides_the_batch_halves_the_shapes():
-    inputs = batches(4, rows=16)
-    backend = Counting("eager")
-    compiled = torch.compile(Words(), backend=backend, dynamic=False)
-    cached(compiled, Softmax(), inputs)
-    assert {rows for rows, _ in shapes_of(inputs)} == {4}
-    assert backend.graphs <= 2 * 4  # widths 8, 16, 24, 32
-
-
-@pytest.mark.slow
-def test_dynamic_sizes_need_no_multiple():
-    """Without `pad_to_multiple`, and with dynamic=True: a handful of graphs for any width and any number of rows."""
-    backend = Counting("aot_eager")
+    """With sizes that are dynamic a handful of graphs for any width and any number of rows."""
+    inputs, loss, backend = batches(3), Softmax().double(), Counting(inner)
     compiled = torch.compile(Words().double(), backend=backend, dynamic=True)
-    inputs, loss = batches(3), Softmax().double()
-    got = cached(compiled, loss, inputs, multiple=None)
-    assert relative_error(got, plain(Words().double(), Softmax().double(), inputs, multiple=None)) < 1e-12
-    once = backend.graphs
-    assert once <= 6
-    cached(compiled, loss, batches(6, rows=17)[3:], micro_batch=5, multiple=None)
-    assert backend.graphs == once
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        got = cached(compiled, loss, inputs, keep_graphs=keep_graphs)
+        once = backend.graphs
+        cached(compiled, loss, batches(6, rows=17)[3:], micro_batch=5, keep_graphs=keep_graphs)
+    assert relative_error(got, plain(Words().double(), Softmax().double(), inputs)) < 1e-12
+    assert once == backend.graphs <= 6
 
 
 def test_a_compiler_that_draws_otherwise_without_a_graph_is_found_out():

@@ -78,10 +78,9 @@ def test_images_beside_a_text_leave_it_its_lengths(width):
     assert slicer.lengths.tolist() == [2, 1, 3, 2]
     assert not slicer.images
     assert [part.tolist() for part in plan_micro_batches(slicer, micro_batch=4, max_tokens=4)] == [[2], [0, 3], [1]]
-    for wide, rows in ((slicer, [1, 0]), (RowSlicer(batch, pad_to_multiple=4), [3, 1])):
-        part = wide.take(torch.tensor(rows))
-        assert torch.equal(part["pixel_values"], images[rows])
-        assert part["input_ids"].shape == (2, 2 if wide is slicer else 4)
+    part = slicer.take(torch.tensor([1, 0]))
+    assert torch.equal(part["pixel_values"], images[[1, 0]])
+    assert part["input_ids"].shape == (2, 2)
     unknown = RowSlicer(padded([2, 1, 3, 2], width, pixel_values=images, other=torch.zeros(4, width)))
     with pytest.raises(AnybatchError, match="max_tokens"):
         plan_micro_batches(unknown, micro_batch=4, max_tokens=4)

@@ -200,15 +200,13 @@ def test_few_images_where_there_is_little_room(device, monkeypatch):
 
 
 def test_images_have_no_tokens_to_limit():
-    slicer = RowSlicer(images(7), pad_to_multiple=8)
+    slicer = RowSlicer(images(7))
     assert slicer.lengths is None
     assert [len(rows) for rows in plan_micro_batches(slicer, micro_batch=3, max_tokens=20)] == [3, 3, 1]
     part = slicer.take(torch.tensor([5, 2]))
     assert torch.equal(part["pixel_values"], images(7)["pixel_values"][[5, 2]])
     with pytest.raises(AnybatchError, match="Use micro_batch"):
         plan_micro_batches(slicer, micro_batch=None, max_tokens=20)
-    with pytest.raises(AnybatchError, match="nothing tells the lengths"):
-        RowSlicer({"features": torch.zeros(4, 6)}, pad_to_multiple=8)
 
 
 def test_a_budget_that_holds_no_row_says_so(device):

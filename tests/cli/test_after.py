@@ -40,7 +40,7 @@ def test_a_run_on_a_file_of_flagembedding_and_what_comes_after(flag_file, tiny_m
     for line in (
         'Use the model: SentenceTransformer("runs/flag/model")',
         "anybatch evaluate runs/flag",
-        "anybatch inspect run runs/flag",
+        "figures: runs/flag/metrics.json",
     ):
         assert line in said
     assert "untrained" in said

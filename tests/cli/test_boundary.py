@@ -192,7 +192,6 @@ def mistakes(tmp_path: Path, model: Path, pairs: Path) -> dict[str, list[object]
         "plan a folder": [*train, "--output", tmp_path / "out", "--plan", tmp_path],
         "plan no plan": [*train, "--output", tmp_path / "out", "--plan", files(tmp_path, "p.safetensors", b"no")],
         "inspect nothing": ["inspect", "plan", tmp_path / "nothing"],
-        "inspect no run": ["inspect", "run", tmp_path],
         "inspect no report": ["inspect", "plan", a_file, "--html", tmp_path / "x" / "y.html"],
         "gradient of nothing": ["inspect", "gradient", "--data", tmp_path / "nothing.jsonl"],
         "evaluate nothing": ["evaluate", tmp_path / "no-model", "--data", pairs],

@@ -68,7 +68,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder, tmp_path):
+def test_train_then_evaluate(method, pairs_file, tiny_model_folder, tmp_path):
     out = tmp_path / "run"
     teacher = [] if "random" in method else ["--teacher", str(tiny_model_folder)]
     run("train", *settings(pairs_file, tiny_model_folder, out, *METHODS[method]), *teacher)
@@ -77,7 +77,6 @@ def test_train_then_inspect_then_evaluate(method, pairs_file, tiny_model_folder,
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == sorted(line["step"] for line in log)
     assert all(np.isfinite(line["loss"]) for line in log if "loss" in line)
-    run("inspect", "run", str(out))
     run("evaluate", str(out / "model"), "--data", str(pairs_file), "--output", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     trained = json.loads((out / "metrics.json").read_text())["metrics"]
@@ -292,9 +291,7 @@ class TestMistakes:
             ("Cannot load the model", "--model {tmp}/no-model"),
             ("did you mean 'temperature'", "--set loss.temprature=0.1"),
             ("set batch_size alone", "--set mining.batch_size=16"),
-            ("give one of them", "--set evaluation.retrieval=[c,q,r]"),
             (r"evaluation\.split is for", "--set evaluation.split=test"),
-            (r"evaluation\.retrieval is .*three texts", "--set evaluation.retrieval=[c,q]"),
             (r"teacher\.embeddings is .*two texts", "--set teacher.embeddings=[a.npy]"),
             ("does not define", "--set loss.name=infonce --set loss.weights=inclusion"),
         ],
@@ -341,18 +338,10 @@ class TestMistakes:
 
     def test_evaluate_refuses_what_it_would_ignore(self, pairs_file, tiny_model_folder, tmp_path):
         model = str(tiny_model_folder)
-        retrieval = ("--retrieval", "c.jsonl", "q.jsonl", "r.tsv")
-        for option in ("--limit", "--anchor", "--positive"):
-            self.refuse(f"Got {option}.* and --retrieval", "evaluate", model, *retrieval, option, "5")
-        for option in (retrieval, ("--split", "x")):
-            self.refuse(
-                r"Got --data and --retrieval|Got --split and --data \(pairs\)",
-                "evaluate",
-                model,
-                "--data",
-                str(pairs_file),
-                *option,
-            )
+        given = ("evaluate", model, "--data", str(pairs_file))
+        for option in ("--split", "--positive", "--images"):
+            self.refuse(f"Got {option} and --labelled", *given, "--labelled", str(pairs_file), option, "x")
+        self.refuse(r"Got --split and --data \(pairs\)", *given, "--split", "x")
         output = tmp_path / "nowhere" / "figures.json"
         self.refuse("There is no folder", "evaluate", "no-model", "--data", str(pairs_file), "--output", str(output))
 
@@ -366,7 +355,6 @@ class TestMistakes:
         path = tmp_path / "mined" / "plan.safetensors"
         first = BatchPlan.load(path)
         run("train", *settings(pairs_file, tiny_model_folder, out, "train.args.max_steps=3"), "--plan", str(path))
-        run("inspect", "run", str(out))
         assert BatchPlan.load(out / "plan.safetensors").digest == first.digest
         (out / "metrics.json").unlink()  # as if the run had been cut short
         BatchPlan.random(first.num_rows, first.batch_size, seed=5, data_digest=first.data_digest).save(path)

@@ -80,8 +80,7 @@ def test_without_embeddings_the_warnings_of_mining_are_shown(mined, tmp_path, he
     stored = read_json(path, "")
     write_json(path, {**stored, "warnings": ["Look twice."]})
     run("inspect", "plan", str(mined))
-    run("inspect", "run", str(mined))
-    assert heard().count("Warning: Look twice.") == 2
+    assert heard().count("Warning: Look twice.") == 1
     write_json(path, {**read_json(path, ""), "plan": "another"})
     said = heard()
     run("inspect", "plan", str(mined))
@@ -120,8 +119,6 @@ def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
         run("inspect", "plan", str(mined), "--anchor", "anchor")
     with pytest.raises(AnybatchError, match="There is no plan"):
         run("inspect", "plan", str(tmp_path / "absent"))
-    with pytest.raises(AnybatchError, match="holds no run"):
-        run("inspect", "run", str(tmp_path / "absent"))
 
 
 def test_teacher_embeddings_of_the_run(pairs_file, tiny_model_folder, tmp_path, heard):

@@ -85,7 +85,7 @@ def test_version_and_help():
     assert runner.invoke(app, ["--version"]).stdout == f"anybatch {__version__}\n"
     verbs = ["demo", "recommend", "mine", "train", "evaluate", "doctor", "config", "inspect"]
     assert all(verb in runner.invoke(app, ["-h"]).stdout for verb in verbs)
-    for verb in [[verb] for verb in verbs] + [["inspect", "plan"], ["inspect", "gradient"], ["inspect", "run"]]:
+    for verb in [[verb] for verb in verbs] + [["inspect", "plan"], ["inspect", "gradient"]]:
         short, long = (runner.invoke(app, [*verb, option]) for option in ("-h", "--help"))
         assert short.exit_code == long.exit_code == 0
         assert short.stdout == long.stdout

@@ -167,7 +167,6 @@ def test_two_ranks_equal_one(pictures, tmp_path):
         ("data.views is 3; expected 2", ("--views", "3")),
         ("no file named as an image", ("--data", "EMPTY")),
         ("data.positive is given, and data.views", ("--positive", "caption")),
-        ("loss.warm_start is given, and data.views", ("--set", "loss.warm_start=true")),
         ("have no classes, by which a model is measured", ("--set", "evaluation.path=FLAT")),
         ("no column 'photo' in it", ("--anchor", "photo")),
         ("evaluation.images is given, .* holds no such paths", ("--eval", "FLAT", "--set", "evaluation.images=x")),

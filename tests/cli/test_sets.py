@@ -41,7 +41,7 @@ def test_sets_train_with_their_own_instructions(tiny_model_folder, tmp_path):
         "data": {
             "sets": [
                 {"path": str(tmp_path / "a.jsonl"), "name": "alpha", "anchor_prompt": "find: "},
-                {"path": str(tmp_path / "b.jsonl"), "window": [2, 6], "share": 0.5},
+                {"path": str(tmp_path / "b.jsonl"), "window": [2, 6]},
             ]
         },
         "model": {"name": str(tiny_model_folder), "device": "cpu"},
@@ -55,5 +55,5 @@ def test_sets_train_with_their_own_instructions(tiny_model_folder, tmp_path):
     run("train", "--config", str(tmp_path / "run.yaml"))
     plan = BatchPlan.load(tmp_path / "run" / "plan.safetensors")
     assert plan.task_names == ("alpha", "b")
-    assert plan.num_batches == (4 + 3) // 2
+    assert plan.num_batches == (4 + 6) // 2
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["num_steps"] == 2 * plan.num_batches

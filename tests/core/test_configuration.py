@@ -108,7 +108,6 @@ RUN = {"output": "o", "data": {"path": "d"}, "model": {"name": "m"}}
         *(("loss.temperature", value) for value in ("nan", "0", "inf")),
         *(("loss.gamma", value) for value in ("nan", "0", "1.1")),
         *(("loss.eps", value) for value in ("nan", "-1")),
-        *(("loss.weight_cap", value) for value in ("nan", "0.1", "-2")),
         *(("seed", value) for value in ("-1", str(2**32))),
     ],
 )

@@ -12,7 +12,6 @@ from anybatch.data.pairs import PairData
 from anybatch.insight.demo_page import Cost, render_demo_page
 from anybatch.insight.gradient_error import FrozenPairs
 from anybatch.insight.gradient_methods import compare_methods, gradient_figures
-from anybatch.insight.pages import render_gradient_page
 from anybatch.insight.plan_figures import inspect_plan, set_figures
 from anybatch.insight.plan_page import render_plan_page
 from anybatch.losses.registry import LossConfig
@@ -59,7 +58,6 @@ def pages(folder):
         "images": render_plan_page(
             plan, title="Plan of images", tables={}, warnings=[], inspections={"": seen}, pairs=of_images
         ),
-        "gradient": render_gradient_page(comparison, title="Gradients of a plan", missing=["Repeated texts"]),
     }  # fmt: skip
 
 

@@ -18,9 +18,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.data.pairs import PairSet
 from anybatch.data.reading import read_pairs
 from anybatch.integrations.sentence_transformers import CachedLoss, ModelConfig, embed_texts, load_model
-from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
 from anybatch.integrations.sentence_transformers.model import side_inputs, side_prompt, side_task, warn_of_instructions
-from anybatch.losses import SogCLR
 from anybatch.mining import MiningConfig
 from anybatch.run import job
 from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
@@ -147,7 +145,7 @@ def test_training_reads_what_evaluation_reads(tiny_model_folder, pairs_file, tmp
     assert json.loads((tmp_path / "again.json").read_text()) == pytest.approx(result["metrics"])
 
 
-def test_two_towers_are_mined_measured_and_remembered_through_their_own(tiny_model_folder, pairs_file, tmp_path):
+def test_two_towers_are_mined_through_their_own(tiny_model_folder, pairs_file, tmp_path):
     folder = tmp_path / "towers"
     towers(tiny_model_folder, prompts=True).save_pretrained(str(folder))
     model = SentenceTransformer(str(folder), device="cpu")
@@ -163,9 +161,6 @@ def test_two_towers_are_mined_measured_and_remembered_through_their_own(tiny_mod
     )
     np.testing.assert_allclose(teacher_embeddings(config, pairs)[0], anchors, atol=1e-6)
     np.testing.assert_allclose(np.load(tmp_path / "run" / "teacher_positive.npy"), positives, atol=1e-6)
-    warm_start_from_model(model, pairs, SogCLR(len(pairs)), folder=tmp_path)
-    np.testing.assert_allclose(np.load(tmp_path / "warm_start_anchor.npy"), anchors, atol=1e-6)
-    np.testing.assert_allclose(np.load(tmp_path / "warm_start_positive.npy"), positives, atol=1e-6)
 
 
 def test_prompts_of_the_configuration_are_saved_with_the_model_and_said(

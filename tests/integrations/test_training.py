@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import TrainerCallback
 
 from anybatch.core.errors import AnybatchError
@@ -25,6 +26,7 @@ from anybatch.family import FastCLIP
 from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig, last_whole_checkpoint, train_model
 from anybatch.integrations.sentence_transformers import callback as callback_module
 from anybatch.integrations.sentence_transformers.recorder import Recorder
+from anybatch.integrations.sentence_transformers.trainer import Trainer
 from anybatch.integrations.sentence_transformers.training import _is_write_failure, forgotten
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.plans.plan import BatchPlan
@@ -284,6 +286,47 @@ def test_fastclips_temperature_has_its_published_rate(temperature, tiny_model_fo
     assert loss.temperatures.log_temperature.item() == pytest.approx(twin.item(), abs=1e-6)
     assert len(seen.steps) > 4
     assert abs(twin.item() - torch.tensor(temperature).log().item()) > 0.001
+
+
+def trainer_of(folder, output, loss, **options):
+    model = SentenceTransformer(str(folder), device="cpu")
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=8, learning_rate=0.5, max_steps=3, report_to="none",
+        use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    return Trainer(model, args, Dataset.from_dict(DATA), loss=loss, **options)
+
+
+@pytest.mark.parametrize("rate", [None, 0.006])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, "lars"])
+def test_another_optimiser_trains_the_temperature_too(kind, rate, tiny_model_folder, tmp_path):
+    """It had the encoder's parameters alone: a learned temperature stayed as it was, without a word."""
+    loss = FastCLIP(24, version="v3", temperature=0.07, temperature_range=(0.001, 1.0), temperature_lr=rate)
+    seen = Seen(loss)
+    if kind == "lars":
+        its = {"optimizer": "lars", "learning_rate": 0.5, "warmup_steps": 0.0}
+        train(tiny_model_folder, tmp_path, loss=loss, callbacks=[seen], **its)
+    else:
+        choice = {"optimizer_cls_and_kwargs": (kind, {"lr": 0.5})}
+        trainer_of(tiny_model_folder, tmp_path, loss, callbacks=[seen], **choice).train()
+    values = [value for value, _ in seen.steps] + [loss.temperatures.log_temperature.item()]
+    steps = [before - after for before, after in pairwise(values)]
+    assert len(steps) == 3
+    assert all(steps)
+    if rate and kind != "lars":  # plain descent, at a constant rate
+        assert steps == pytest.approx([rate * gradient.item() for _, gradient in seen.steps], rel=0.05)
+
+
+def test_an_optimiser_made_without_the_temperature_is_refused(tiny_model_folder, tmp_path):
+    for makes, message in (
+        (lambda trainer: trainer.model.parameters(), r"does not have the loss's parameter .*log_temperature"),
+        (lambda trainer: trainer.loss.parameters(), r"has a learning rate of its own .* a group of its own"),
+    ):
+        loss = FastCLIP(24, version="v3", temperature=0.07, temperature_lr=0.006)
+        trainer = trainer_of(tiny_model_folder, tmp_path, loss)
+        trainer.optimizer = torch.optim.SGD(makes(trainer), lr=0.1)
+        with pytest.raises(AnybatchError, match=message):
+            trainer.train()
 
 
 def test_steps_of_evaluations_without_an_evaluation_are_refused(tiny_model_folder, tmp_path):

@@ -48,11 +48,11 @@ ALL = {name: partial(make, name) for name in TABLE}
 STATEFUL = {name: ALL[name] for name in TABLE if name not in ("infonce", "decoupled", "count corrected")}
 
 
-def cluster_weights(cluster, num_rows, *, same, other, loose=None, cap=None, **columns):
+def cluster_weights(cluster, num_rows, *, same, other, loose=None, **columns):
     """Inclusion weights that are the same for every query; `loose` (None: `other`) of candidates in no cluster."""
     row = [same, other, other if loose is None else loose, other, other if loose is None else loose, 0.0]
     table = torch.tensor([[row, row]] * 2, dtype=torch.float64)
-    return LogWeights.of(Examples(cluster=cluster, **columns), num_rows, Inclusion(table, cap))
+    return LogWeights.of(Examples(cluster=cluster, **columns), num_rows, Inclusion(table))
 
 
 def floor(name: str, temperature: float) -> dict[str, float]:

@@ -71,7 +71,6 @@ def test_weights_of_mined_batches_and_a_running_denominator():
     assert_equal(CountCorrectedInfoNCE(N, temperature=TAU, hardness=BETA)(*leaves, log_weight=weight), expected, leaves)
     # The first visit is that of the batch.
     running = SogCLR(N, temperature=TAU, hardness=BETA).double()
-    assert running.running is None
     losses = running, CountCorrectedInfoNCE(N, temperature=TAU, hardness=BETA)
     pairs = [torch.autograd.grad(loss(*leaves, index=torch.arange(8)), leaves) for loss in losses]
     for mine, wanted in zip(*pairs, strict=True):

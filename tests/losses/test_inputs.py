@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,6 @@ from anybatch.losses import (
 )
 from anybatch.losses.log_weights import ListedPairs, same_row
 from anybatch.losses.rows import RowTable
-from anybatch.losses.warm_start import exact_log_mean, make_table
 
 from .methods import ALL, ROWS, STATEFUL, WIDTH
 
@@ -306,6 +306,13 @@ class TestCounts:
     def arguments(self, index, label):
         return {"index": index, "anchor_id": index, "candidate_id": label[index]}
 
+    def exact_log_mean(self):
+        """(N,) of all negatives of each row, relative to its positive; and the positives' logits."""
+        anchors, positives, label = self.data()
+        logits = anchors @ positives.T / 0.3
+        relative = (logits - logits.diag()[:, None]).masked_fill(label[:, None] == label, -torch.inf)
+        return relative.logsumexp(dim=1) - math.log(self.N - 1), logits.diag()
+
     @pytest.mark.parametrize("explicit", [False, True])
     def test_the_sum_of_count_corrected_losses(self, explicit):
         anchors, positives, label = self.data()
@@ -339,15 +346,7 @@ class TestCounts:
     def test_what_a_memory_is_told(self, make):
         """A batch without any negative of the row says 0, not nothing."""
         anchors, positives, label = self.data()
-        table = make_table(
-            anchors,
-            positives,
-            anchor_id=torch.arange(self.N),
-            positive_id=label,
-            normalize=True,
-            device=torch.device("cpu"),
-        )
-        log_mean, positive = exact_log_mean(table, slice(0, self.N), temperature=0.3)
+        log_mean, positive = self.exact_log_mean()
         for row in range(self.N):
             told = []
             for index in self.batches(row):
@@ -368,18 +367,17 @@ class TestCounts:
         ],
     )
     def test_the_gradient_of_a_loss_whose_memory_is_right(self, make, factor):
-        from anybatch.losses.warm_start import warm_start
-
         anchors, positives, label = self.data()
         leaf = anchors.clone().requires_grad_()
         ids = {"anchor_id": torch.arange(self.N), "candidate_id": label}
-        whole = InfoNCE(temperature=0.3)(leaf, positives, **ids)
+        whole, (log_mean, positive) = InfoNCE(temperature=0.3)(leaf, positives, **ids), self.exact_log_mean()
         exact = torch.autograd.grad(whole * self.N, leaf)[0]
         for row in range(self.N):
             gradients = []
             for index in self.batches(row):
                 loss = make(self.N).double().eval()
-                warm_start(loss, anchors, positives, positive_id=label, anchor_id=torch.arange(self.N))
+                state = log_mean + positive * loss.denominator.absolute
+                loss.denominator.write("log_mean", torch.arange(self.N), state, direction=0)
                 leaf = anchors[index].clone().requires_grad_()
                 value = loss(leaf, positives[index], **self.arguments(index, label))
                 gradients.append(torch.autograd.grad(value * self.BATCH / factor, leaf)[0][0])

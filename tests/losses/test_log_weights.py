@@ -69,7 +69,7 @@ KEYS = torch.unique(torch.randint(6 * 9, (20,), generator=torch.Generator().manu
 TABLE = -torch.rand(2, 2, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64) - 0.5
 
 
-def inclusion(cap, with_task):
+def inclusion(with_task):
     """The loop over one pair: query i, candidate j, as plain numbers."""
 
     def value(i, j, back, memory):
@@ -84,8 +84,7 @@ def inclusion(cap, with_task):
             return (loose if j["cluster"] < 0 else other) - ways
         among = sum(not with_task or m["task"] == task for m in memory)
         chance = math.exp(-((exact_loose if j["cluster"] < 0 else exact_other) - ways))
-        value = -max(0.0, math.log(chance + among * math.exp(log_spread)))
-        return value if cap is None else min(value, same - ways + math.log(cap))
+        return -max(0.0, math.log(chance + among * math.exp(log_spread)))
 
     return value
 
@@ -121,9 +120,8 @@ TERMS = {
     ),
     "by text": (Values("log_ways", of="text"), lambda i, j, back, memory: (i if back else j)["log_ways"]),
     "by anchor": (Values("log_ways", of="anchor"), lambda i, j, back, memory: (j if back else i)["log_ways"]),
-    "inclusion": (Inclusion(TABLE), inclusion(None, True)),
-    "inclusion, capped": (Inclusion(TABLE, 1.25), inclusion(1.25, True)),
-    "inclusion, one set": (Inclusion(TABLE, 1.25), inclusion(1.25, False)),
+    "inclusion": (Inclusion(TABLE), inclusion(True)),
+    "inclusion, one set": (Inclusion(TABLE), inclusion(False)),
 }
 
 

@@ -313,7 +313,7 @@ class TestNumbers:
                 make()
 
 
-def inclusion_weights(num_clusters, size, per_batch, cap=None):
+def inclusion_weights(num_clusters, size, per_batch):
     """Of a row of the same cluster and of another one, for a plan without remainder rows."""
     cluster = np.repeat(np.arange(num_clusters, dtype=np.int32), size)
     plan = BatchPlan(
@@ -324,7 +324,7 @@ def inclusion_weights(num_clusters, size, per_batch, cap=None):
         seed=0,
         data_digest="",
     )
-    return inclusion_log_weights(plan, cap)[0, 0, :2].tolist()
+    return inclusion_log_weights(plan)[0, 0, :2].tolist()
 
 
 def test_inclusion_weights_are_unbiased_on_mined_batches():
@@ -355,11 +355,8 @@ def test_inclusion_weights_at_the_edges():
     same, other = inclusion_weights(2, 5, 2)  # every cluster in every batch
     assert same == other == pytest.approx(-math.log(9))
     assert inclusion_weights(100, 1, 10)[1] == pytest.approx(-math.log(9))  # clusters of one row: random batches
-    assert inclusion_weights(10, 10, 2, cap=3.0) == pytest.approx([-math.log(99), math.log(3 / 99)])
-    assert inclusion_weights(10, 10, 2, cap=1000.0) == pytest.approx([-math.log(99), math.log(9 / 99)])
+    assert inclusion_weights(10, 10, 2) == pytest.approx([-math.log(99), math.log(9 / 99)])
     assert inclusion_weights(10, 10, 1) == [-math.log(99), -math.log(99)]  # never together
-    with pytest.raises(AnybatchError, match=r"The cap on the weights is 0\.5; expected at least 1"):
-        inclusion_weights(10, 10, 2, cap=0.5)
 
 
 def test_weighted_sogclr_and_count_corrected_equal_their_twins():

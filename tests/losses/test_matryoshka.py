@@ -128,7 +128,6 @@ def test_by_configuration():
     assert tempnet.double()(*embeddings(0), index=torch.arange(7)).isfinite()
     for given, match in [
         ({"matryoshka": (4, 4)}, "different positive widths"),
-        ({"name": "sogclr", "matryoshka": (4,), "warm_start": True}, "each prefix has its own"),
         ({"name": "tempnet", "matryoshka": (4,), "dimensions": 4}, "says the widths already"),
     ]:
         with pytest.raises(AnybatchError, match=match):

@@ -86,7 +86,7 @@ def worker(rank, world_size):
     rows, values = torch.tensor([25, 0, 7, 7, 3]), torch.tensor([1.0, 2.0, math.nan, math.nan, 4.0])
     assert same(part.read("log_mean", rows, direction=1), whole.read("log_mean", rows, direction=1))
     for running in (part, whole):
-        running.fill(rows, values, direction=0, dimensions=4)
+        running.write("log_mean", rows, values, direction=0)
     assert same(part.log_mean, whole.log_mean[:, rank::world_size])
     resumed = Running(26, 2, sharded=True)
     for state in (part.state_dict(), whole.state_dict()):  # its own shard, and its part of a whole state

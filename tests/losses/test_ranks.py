@@ -81,7 +81,7 @@ def run(make, rows, extras, *, weighted=False):
     return results, {key: item.clone() for key, item in loss.state_dict().items()}, quiet
 
 
-def run_engine(tile, rows, extras, *, ring=False):
+def run_engine(tile, rows, extras):
     """The engine itself, with a learned temperature for each row and direction, row weights, column gradients."""
     anchors, positives, negatives, *_, cluster = batch(0)
     generator = torch.Generator().manual_seed(9)
@@ -97,14 +97,14 @@ def run_engine(tile, rows, extras, *, ring=False):
         Side(rule=Halved(), temperature=tau, log_weight=b, row_weight=row_weight[rows])
         for tau, b in zip(mine[2:], weights, strict=True)
     ]
-    both, stats = softmax_loss(mine[0], candidates, *sides, tile_bytes=tile, ring=ring)
+    both, stats = softmax_loss(mine[0], candidates, *sides, tile_bytes=tile)
     side = Side(
         rule=Halved(),
         temperature=mine[2],
         log_weight=weight,
         column_weight=lambda part: row_weight[rows][part],
     )
-    one, (pulls,) = softmax_loss(mine[0], candidates, side, tile_bytes=tile, ring=ring)
+    one, (pulls,) = softmax_loss(mine[0], candidates, side, tile_bytes=tile)
     (both + 0.5 * one).backward()
     figures = [stats[1].log_sum, stats[1].num_negatives, stats[1].temperature_gradient]
     gradients = [side.grad for side in (*mine, explicit)]

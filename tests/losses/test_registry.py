@@ -80,23 +80,8 @@ def test_settings_reach_their_method():
         ({"name": "fastclip", "version": ""}, "loss.version is ''"),
         ({"name": "clip"}, "loss.name is 'clip'; expected one of auto, infonce, "),
         ({"name": "tempnet", "dimensions": 8, "matryoshka": (8, 4)}, "Leave out loss.dimensions"),
-        (
-            {"name": "sogclr", "weights": "none", "weight_cap": 4.0},
-            "loss.weight_cap is given, which loss.weights 'none' does not use",
-        ),
-        (
-            {"name": "sogclr", "warm_start": True, "mask_margin": 0.1},
-            "loss.mask_margin, which a warm start does not know",
-        ),
-        (
-            {"name": "sogclr", "warm_start": True, "joint": ("doc_to_doc",)},
-            "and loss.joint, which a warm start does not",
-        ),
-        ({"name": "sogclr", "warm_start": True, "hardness": 1.0}, "and loss.hardness, which a warm start does not"),
-        ({"name": "infonce", "warm_start": True, "mask_margin": 0.1}, "'infonce' has no running denominator"),
         ({"name": "isogclr", "temperature_lr": 0.0}, "loss.temperature_lr is 0.0; expected"),
         ({"name": "sogclr", "learnable_temperature": True, "temperature": 0.005}, "Begin higher"),
-        ({"name": "tempnet", "dimensions": 8, "ring": True}, "loss.ring is given, and 'tempnet' asks its network"),
     ],
 )
 def test_mistakes(given, match):
@@ -112,7 +97,7 @@ def test_mistakes(given, match):
         (lambda: SogCLR(9, gama=0.5), "'SogCLR.gama': did you mean 'gamma'"),
         (lambda: InfoNCE(directions="both"), "'InfoNCE.directions': did you mean 'direction'"),
         (lambda: family.FastCLIP(9, min_temperature=0.1), "'FastCLIP.min_temperature': did you mean 'temperature"),
-        (lambda: family.GloFND(9, ring=True), "ring is given, and GloFND looks at whole rows"),
+        (lambda: family.GloFND(9, hardness=1.0), "hardness is given, and GloFND drops negatives"),
         (lambda: family.SigLIP(direction="both"), "direction is given, and SigLIP judges pairs"),
         (lambda: InfoNCE(direction="sideways"), "direction is 'sideways'"),
     ],

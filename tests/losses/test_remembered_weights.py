@@ -81,21 +81,6 @@ def arguments_of(arguments):
     return {"log_weight": None, "anchor_id": None, "candidate_id": None, **arguments}
 
 
-def test_a_cap_limits_what_a_remembered_row_stands_for():
-    table = RowTable(np.arange(N), np.arange(N), plan=plan(), weights="inclusion", weight_cap=3.0)
-    loss = CrossBatchInfoNCE(N, memory_size=64).double()
-    points = torch.randn(N, 3, dtype=torch.float64)
-    for rows in plan().epoch_batches(0)[:4]:
-        index = torch.from_numpy(rows).long()
-        arguments = table.arguments(index)
-        batch = loss._prepare(points[index], points[index], **arguments_of(arguments))
-        memory = loss._recall(batch).memory
-        tile = batch.log_weight.beside(memory, slice(0, len(memory))).tile(slice(0, 16), slice(0, 16 + len(memory)))
-        loss(points[index], points[index], **arguments)
-    finite = tile[~tile.isneginf()].exp() * (N - 1)
-    assert finite.unique().numpy() == pytest.approx([1.0, 3.0])
-
-
 def test_all_data_remembered_is_the_exact_gradient_on_mined_batches_too():
     generator = torch.Generator().manual_seed(1)
     sides = [torch.randn(N, 6, generator=generator) for _ in range(2)]

@@ -27,7 +27,6 @@ from anybatch.mining import (
     ivf_neighbors,
     metis_clusters,
     mine_plan,
-    random_plan,
     sample_negatives,
     suspect_pairs,
 )
@@ -500,7 +499,7 @@ def test_several_data_sets_make_one_plan():
     anchors = generator.standard_normal((310, 16)).astype(np.float32)
     positives = anchors + 0.3 * generator.standard_normal((310, 16)).astype(np.float32)
     sets = [
-        MiningSet(name="large", num_rows=203, window=(2, 20), share=0.5),
+        MiningSet(name="large", num_rows=203, window=(2, 20)),
         MiningSet(name="small", num_rows=101),
         MiningSet(name="tiny", num_rows=6),
     ]
@@ -510,7 +509,7 @@ def test_several_data_sets_make_one_plan():
     plan = result.plan
     assert plan.num_clusters == 25 + 12
     assert plan.task_names == ("large", "small", "tiny")
-    assert plan.num_batches == (round(12.5) + 12) // 2
+    assert plan.num_batches == (25 + 12) // 2
     # Each set is mined as it would be alone.
     alone = mine_plan(anchors[203:304], positives[203:304], config=config).plan
     np.testing.assert_array_equal(plan.cluster[203:304], np.where(alone.cluster >= 0, alone.cluster + 25, -1))
@@ -546,18 +545,19 @@ def test_a_data_set_that_would_never_be_sampled_is_refused():
     check_sizes(20, config=config, sets=[replace(sets[0], num_rows=12), replace(sets[1], num_rows=8)])
 
 
-def test_random_batches_are_refused_by_the_shares_before_any_work():
+def test_sets_whose_clusters_fill_no_batch_are_refused_before_any_work():
     anchors, positives = embeddings(80)
-    sets = [MiningSet(name=name, num_rows=40, share=0.1) for name in "ab"]
-    config = MiningConfig(method="random", batch_size=16)
+    sets = [MiningSet(name=name, num_rows=10) for name in "abcdefgh"]
+    config = MiningConfig(batch_size=72, cluster_size=8)
     for refuse in (
         lambda: check_sizes(80, config=config, sets=sets),
         lambda: mine_plan(anchors, positives, config=config, sets=sets),
-        lambda: random_plan(80, config=config, sets=sets),
     ):
-        with pytest.raises(AnybatchError, match=r"An epoch has 8 of 80 rows.*raise the shares"):
+        with pytest.raises(
+            AnybatchError, match="8 clusters of 8 rows, which do not fill one batch of 72"
+        ):
             refuse()
-    check_sizes(80, config=replace(config, batch_size=8, mixing="mixed"), sets=sets)
+    check_sizes(80, config=replace(config, batch_size=32, mixing="mixed"), sets=sets)
 
 
 def test_the_name_of_a_data_set_cannot_lead_out_of_the_run(tmp_path):

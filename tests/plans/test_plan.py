@@ -260,14 +260,13 @@ def several(sizes=(24, 41, 3), cluster_size=4, per_batch=3, **settings) -> Batch
 
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
-@pytest.mark.parametrize("shares", [(), (1.0, 0.5, 1.0)])
-def test_several_data_sets(mixing, shares, tmp_path):
-    plan = several(mixing=mixing, task_shares=shares)
+def test_several_data_sets(mixing, tmp_path):
+    plan = several(mixing=mixing)
     seen = np.zeros(plan.num_rows, int)
     for epoch in range(60):
         batches = plan.epoch_batches(epoch)
         assert batches.shape == (plan.num_batches, 12)
-        assert plan.num_batches == (6 + (5 if shares else 10)) // 3
+        assert plan.num_batches == (6 + 10) // 3
         rows = batches.reshape(-1)
         assert len(np.unique(rows)) == len(rows)
         seen[rows] += 1
@@ -277,8 +276,6 @@ def test_several_data_sets(mixing, shares, tmp_path):
         if mixing == "within":
             assert (~pure).sum() <= 1  # 10 clusters by 3 leave 1, and 6 none
     assert seen.min() > 0
-    if shares:
-        assert seen[24:65].mean() < 0.65 * seen[:24].mean()
     plan.save(tmp_path / "plan")
     again = BatchPlan.load(tmp_path / "plan")
     assert again.digest == plan.digest
@@ -287,9 +284,8 @@ def test_several_data_sets(mixing, shares, tmp_path):
 
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
-@pytest.mark.parametrize("shares", [(), (1.0, 0.5)])
-def test_chance_of_sharing_a_batch(mixing, shares):
-    plan = several(sizes=(20, 44), mixing=mixing, task_shares=shares)
+def test_chance_of_sharing_a_batch(mixing):
+    plan = several(sizes=(20, 44), mixing=mixing)
     beside, present = np.zeros((16, 16)), np.zeros(16)
     for epoch in range(3000):
         clusters = plan.cluster[plan.epoch_batches(epoch)][:, ::4]
@@ -303,22 +299,6 @@ def test_chance_of_sharing_a_batch(mixing, shares):
         assert measured == pytest.approx(plan.sampling.chances(task).other, rel=0.05)
 
 
-@pytest.mark.parametrize("mixing", ["mixed", "within"])
-def test_shares_hold_for_rows_in_no_cluster(mixing):
-    """A set with clusters and a remainder, and two smaller than a cluster, whose shares are rounded to whole rows."""
-    sizes, shares = (43, 27, 3, 1), (1.0, 0.5, 0.4, 1.0)
-    plan = several(sizes=sizes, mixing=mixing, task_shares=shares)
-    seen = np.zeros(plan.num_rows)
-    for epoch in range(1500):
-        seen[plan.epoch_batches(epoch).reshape(-1)] += 1 / 1500
-    ends = np.cumsum(sizes)
-    loose = plan.cluster < 0
-    for task, share in enumerate((1.0, 0.5, 1 / 3, 1.0)):
-        rows = (np.arange(plan.num_rows) >= ends[task] - sizes[task]) & (np.arange(plan.num_rows) < ends[task])
-        np.testing.assert_allclose(seen[rows & loose], share, atol=0.05)
-    assert seen.sum() == pytest.approx(plan.num_batches * plan.batch_size)  # and the others give up the places
-
-
 def test_small_sets_that_outnumber_the_places_leave_everybody_a_chance():
     """8 places, one set of two clusters, 12 rows of small sets: 4 of them come in an epoch, drawn from all alike."""
     plan = several(sizes=(8, 3, 3, 3, 3), per_batch=2)
@@ -327,7 +307,7 @@ def test_small_sets_that_outnumber_the_places_leave_everybody_a_chance():
         seen[plan.epoch_batches(epoch).reshape(-1)] += 1 / 4000
     np.testing.assert_allclose(seen[:8], 4 / 8, atol=0.04)
     np.testing.assert_allclose(seen[8:], 4 / 12, atol=0.04)
-    assert (plan.sampling.single_quotas, plan.sampling.num_single_rows) == ([0, 3, 3, 3, 3], 4)
+    assert (plan.sampling.single_rows, plan.sampling.num_single_rows) == ([0, 3, 3, 3, 3], 4)
 
 
 def test_a_remainder_larger_than_its_clusters_leaves_them_a_chance():
@@ -346,17 +326,16 @@ def test_a_remainder_larger_than_its_clusters_leaves_them_a_chance():
 
 @pytest.mark.parametrize("mixing", ["mixed", "within"])
 @pytest.mark.parametrize(
-    ("sizes", "cluster_size", "shares"),
+    ("sizes", "cluster_size"),
     [
-        ((8, 3, 3, 3, 3), 4, ()),  # rows of small sets outnumber the places
-        # One cluster and up to three rows in none; small sets with shares, and of one of them a single row an epoch.
-        ((7, 6, 7, 3, 2), 4, (1.0, 1.0, 1.0, 0.7, 0.35)),
-        ((10, 17, 5, 2, 2), 3, (1.0, 0.5, 1.0, 0.8, 1.0)),
-        ((3, 5, 3, 1), 2, (1.0, 1.0, 1.0, 0.6)),
+        ((8, 3, 3, 3, 3), 4),  # rows of small sets outnumber the places
+        ((7, 6, 7, 3, 2), 4),  # one cluster and up to three rows in none; small sets
+        ((10, 17, 5, 2, 2), 3),
+        ((3, 5, 3, 1), 2),
     ],
 )
-def test_every_chance_is_what_the_batches_show(mixing, sizes, cluster_size, shares):
-    plan = several(sizes=sizes, cluster_size=cluster_size, per_batch=2, mixing=mixing, task_shares=shares)
+def test_every_chance_is_what_the_batches_show(mixing, sizes, cluster_size):
+    plan = several(sizes=sizes, cluster_size=cluster_size, per_batch=2, mixing=mixing)
     epochs, n = 8000, plan.num_rows
     together = np.zeros((n, n))
     for epoch in range(epochs):
@@ -401,7 +380,7 @@ def test_chances_of_drawing_without_return_are_exact(pool):
 def test_chances_over_very_many_clusters_come_at_once(within):
     """With exact binomial coefficients a data set took 8 s; the mean number of clusters is known without a sum."""
     deal = ClusterSampling(
-        cluster_task=np.repeat([0, 1], [130_000, 73_000]), shares=(1.0, 1.0), clusters_per_batch=4095, within=within
+        cluster_task=np.repeat([0, 1], [130_000, 73_000]), num_sets=2, clusters_per_batch=4095, within=within
     )
     begun = time.perf_counter()
     chances = [deal.chances(task) for task in (0, 1)]
@@ -418,7 +397,7 @@ def test_chances_over_very_many_clusters_come_at_once(within):
 def test_no_chance_is_above_one():
     """As rounding makes one of ten clusters of two, where a row in none takes a place."""
     deal = ClusterSampling(
-        cluster_task=np.repeat([0, 1], [10, 3]), shares=(1.0, 1.0), clusters_per_batch=3, within=False, cluster_size=2,
+        cluster_task=np.repeat([0, 1], [10, 3]), num_sets=2, clusters_per_batch=3, within=False, cluster_size=2,
         remainders=(1, 0),
     )  # fmt: skip
     for task in (0, 1):
@@ -426,12 +405,6 @@ def test_no_chance_is_above_one():
 
 
 def test_mistakes_with_several_data_sets():
-    for settings_, match in (
-        ({"task_shares": (1.0, 2.0, 1.0)}, "above 0 and at most 1"),
-        ({"task_shares": (1.0,)}, "1 task_shares for 3"),
-    ):
-        with pytest.raises(AnybatchError, match=match):
-            several(**settings_)
     with pytest.raises(AnybatchError, match="several data sets"):
         BatchPlan(
             num_rows=8, batch_size=8, cluster_size=4, cluster=np.repeat([0, 1], 4), seed=0, data_digest="",

@@ -253,15 +253,11 @@ class Tower:
 
 
 def towers_of(
-    encoders: Sequence[Encoder],
-    inputs: Sequence[Any],
-    modules: Sequence[nn.Module] | None = None,
-    *,
-    pad_to_multiple: int | None = None,
+    encoders: Sequence[Encoder], inputs: Sequence[Any], modules: Sequence[nn.Module] | None = None
 ) -> list[Tower]:
     """The towers of one step."""
     facts = ModuleFacts(encoders, modules)
-    rows = [rows_of(batch, pad_to_multiple=pad_to_multiple, image_tokens=facts.image_tokens) for batch in inputs]
+    rows = [rows_of(batch, image_tokens=facts.image_tokens) for batch in inputs]
     return [Tower(encode, slicer, facts) for encode, slicer in zip(encoders, rows, strict=True)]
 
 

@@ -109,7 +109,7 @@ class RowsOnDemand(Rows):
             }
             inputs = {**inputs, **of_rows}
         inputs = _on(self.device, inputs)
-        slicer = RowSlicer(inputs, pad_to_multiple=self.pad_to_multiple, image_tokens=self.image_tokens)
+        slicer = RowSlicer(inputs, image_tokens=self.image_tokens)
         slicer.trim_to(self.trim)
         return slicer
 

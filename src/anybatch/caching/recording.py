@@ -115,7 +115,6 @@ def record_towers(
     keep_graphs: int | float | Auto = 0,
     memory: str | int | StepMemory = "80%",
     sort_by_length: bool = True,
-    pad_to_multiple: int | None = None,
     modules: Sequence[nn.Module] | None = None,
 ) -> list[Recording]:
     """Run every encoder over the micro-batches of its batch and keep the embeddings, but not (all of) the graphs.
@@ -130,10 +129,8 @@ def record_towers(
         AnybatchError: What `ModuleFacts`, `RowSlicer`, `plan_micro_batches` and `refuse_neighbours` refuse.
     """
     # 1. What the step must know before any pass: the form of the inputs, the modules, the memory there is.
-    check_limits(
-        micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs, pad_to_multiple=pad_to_multiple
-    )
-    towers = towers_of(encoders, inputs, modules, pad_to_multiple=pad_to_multiple)
+    check_limits(micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs)
+    towers = towers_of(encoders, inputs, modules)
     if not all(tower.slicer.num_rows for tower in towers):
         raise AnybatchError("The batch has no rows; skip the step.")
     num_rows = sum(tower.slicer.num_rows for tower in towers)

@@ -256,7 +256,7 @@ def _refuse_different(differences: Sequence[Tensor], too_large: Sequence[str]) -
             "the global generators of torch, NumPy and Python, generator objects that the encoder visibly holds, "
             "buffers and numbers of its modules: keep such state there. If the encoder is compiled, set "
             "torch._inductor.config.fallback_random = True before compiling, and torch._dynamo.config.recompile_limit "
-            "to more than twice the number of shapes (pad_to_multiple keeps them few), or use keep_graphs=1.0. "
+            "to more than twice the number of shapes (dynamic=True keeps them few), or use keep_graphs=1.0. "
             f"{UNCHANGED}"
         )
 

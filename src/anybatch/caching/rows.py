@@ -54,7 +54,7 @@ class Rows:
     Attributes:
         inputs: What its form is known from.
         num_rows: B.
-        lengths: `(B,)` int64 on the CPU, the tokens a row needs, rounded up (summed over nested mappings), or None
+        lengths: `(B,)` int64 on the CPU, the tokens a row needs (summed over nested mappings), or None
             where nothing tells.
         patches: `(B,)` int64, what the row's images cost beside its tokens, in tokens: patches of a grid, else one per
             256 pixels. None without images, or without lengths.
@@ -69,7 +69,6 @@ class Rows:
     images: bool
     trim: Trim
     untested_trim: Trim = "trailing"  # where no passes can tell what an encoder depends on
-    pad_to_multiple: int | None = None
     image_tokens: Collection[int] = ()
 
     @abstractmethod
@@ -121,13 +120,11 @@ class RowSlicer(Rows):
     Args:
         inputs: A Tensor or array `(B, ...)`; a mapping, named tuple or dataclass as above, nested at will; or a list
             with one item per row. A tuple (or list) of tensors of several dtypes and equal length holds columns.
-        pad_to_multiple: Widths are rounded up to multiples of it: columns are cut, or added behind with a mask of 0. It
-            should divide the encoder's longest input. None: the longest row's.
         image_tokens: Ids that stand for images, where no count per row is given.
 
     Raises:
         AnybatchError: What is neither cut nor shared, by its key; flattened (unpadded) sequences; nothing to cut at
-            all; `pad_to_multiple` for inputs, other than images, of which nothing tells the lengths.
+            all.
 
     Example:
         >>> mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -135,24 +132,16 @@ class RowSlicer(Rows):
         tensor([[7]])
     """
 
-    def __init__(self, inputs: Any, *, pad_to_multiple: int | None = None, image_tokens: Collection[int] = ()) -> None:
-        if pad_to_multiple is not None and pad_to_multiple < 1:
-            raise AnybatchError(f"pad_to_multiple is {pad_to_multiple}; expected at least 1, such as 32, or None.")
+    def __init__(self, inputs: Any, *, image_tokens: Collection[int] = ()) -> None:
         self.inputs = inputs
-        self.pad_to_multiple = pad_to_multiple
         self.image_tokens = image_tokens
         self.num_rows = _count_rows(inputs)
         self._spans: dict[_Path, Spans] = {}
         self._pieces: dict[_Path, Pieces] = {}
-        self._padding: dict[_Path, int] = {}  # the ids that added columns hold
         self._check(inputs, ())
         self.trim_to("trailing")
         pixels = isinstance(inputs, Mapping) and PIXELS in inputs and not has_mask(inputs)
         self.images = pixels and self.lengths is None
-        if pad_to_multiple is not None and not self._spans and not pixels:
-            raise AnybatchError(
-                f"pad_to_multiple is {pad_to_multiple}, but {NO_LENGTHS}. Pad in the tokenizer instead."
-            )
 
     def trim_to(self, trim: Trim) -> None:
         """See `Rows.trim_to`."""
@@ -205,18 +194,9 @@ class RowSlicer(Rows):
     def _take_tensor(self, value: Tensor, rows: Tensor, path: _Path, window: tuple[int, int, int] | None) -> Tensor:
         if value.ndim == 0:
             return value
-        part = value.index_select(0, rows.to(value.device))
         if window is not None and value.ndim >= 2 and value.shape[1] == window[0] and path[-1] != PIXELS:
-            _, start, end = window
-            part = part[:, start:end]
-            missing = end - start - part.shape[1]
-            if missing > 0:
-                fill = self._padding.get(path, 0)
-                part = torch.cat([part, part.new_full((len(part), missing, *part.shape[2:]), fill)], dim=1)
-            elif self.pad_to_multiple is not None:
-                # A view has the strides of the whole batch, and a compiled encoder is compiled anew for them.
-                part = part.contiguous()
-        return part
+            value = value[:, window[1] : window[2]]
+        return value.index_select(0, rows.to(value.device))
 
     def _check(self, value: Any, path: _Path) -> None:
         """Refuse what can be neither cut nor shared, and note the spans and pieces of what can."""
@@ -259,31 +239,21 @@ class RowSlicer(Rows):
             )
         pieces = pieces_of(columns, self.num_rows, name, self.image_tokens)
         self._pieces |= {(*path, key): part for key, part in pieces.items()}
-        spans = spans_of(columns, self.num_rows, self.pad_to_multiple or 1, pieces)
+        spans = spans_of(columns, self.num_rows, pieces)
         if spans is not None:
             self._spans[path] = spans
-            if self.pad_to_multiple is not None:
-                self._record_padding(columns, path)
         for key, item in columns.items():
             self._check(item, (*path, str(key)))
 
-    def _record_padding(self, columns: Mapping[str, Any], path: _Path) -> None:
-        """The id that the tokenizer pads with: some encoders count positions from it. 0 where no row is padded."""
-        for key in ("input_ids", "token_ids"):
-            ids, mask = columns.get(key), columns[MASK]
-            if isinstance(ids, Tensor) and ids.shape == mask.shape:
-                padded = ids[mask == 0]
-                self._padding[*path, key] = int(padded[0]) if len(padded) else 0
 
-
-def rows_of(inputs: Any, *, pad_to_multiple: int | None = None, image_tokens: Collection[int] = ()) -> Rows:
+def rows_of(inputs: Any, *, image_tokens: Collection[int] = ()) -> Rows:
     """A batch as rows; what is one already is told the settings it still lacks."""
     if isinstance(inputs, RowSlicer):
         return inputs
     if isinstance(inputs, Rows):
-        inputs.pad_to_multiple, inputs.image_tokens = pad_to_multiple, image_tokens
+        inputs.image_tokens = image_tokens
         return inputs
-    return RowSlicer(inputs, pad_to_multiple=pad_to_multiple, image_tokens=image_tokens)
+    return RowSlicer(inputs, image_tokens=image_tokens)
 
 
 def _columns(value: Any) -> Mapping[str, Any] | None:

@@ -57,7 +57,6 @@ def check_limits(
     micro_batch: int | str | None = None,
     max_tokens: int | None = None,
     keep_graphs: int | float | str = 0,
-    pad_to_multiple: int | None = None,
     called: str = "micro_batch",
 ) -> None:
     """Refuse settings of the cached step that no batch could use, before there is one; `micro_batch` may be `called`
@@ -66,7 +65,7 @@ def check_limits(
     for name, value in ((called, micro_batch), ("keep_graphs", keep_graphs)):
         if isinstance(value, str) and value != "auto":
             raise AnybatchError(f'{name} is {value!r}; give a number, or "auto".')
-    for name, value in ((called, micro_batch), ("max_tokens", max_tokens), ("pad_to_multiple", pad_to_multiple)):
+    for name, value in ((called, micro_batch), ("max_tokens", max_tokens)):
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
         if value not in (None, "auto") and not whole:
             raise AnybatchError(f"{name} is {value!r}; expected a whole number of at least 1.")

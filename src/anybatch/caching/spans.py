@@ -29,27 +29,23 @@ class Spans:
     last: Tensor
     width: int
     positions: bool = False  # given with the tokens, so that they need not be counted from the first column
-    multiple: int = 1  # of every width
 
     def lengths(self, trim: Trim) -> Tensor:
         """(B,) columns that a row alone would take."""
         if trim == "none":
             return torch.full_like(self.last, self.width)
         first = self.first if self._cuts_leading(trim) else 0
-        return self._up((self.last - first).clamp(min=1 if self.multiple > 1 else 0))
+        return (self.last - first).clamp(min=0)
 
     def window(self, rows: Tensor, trim: Trim) -> tuple[int, int, int]:
         """The width, and the first and last column that these rows need."""
         if trim == "none":
             return self.width, 0, self.width
         start = int(self.first[rows].min()) if self._cuts_leading(trim) else 0
-        return self.width, start, start + self._up(max(1, int(self.last[rows].max()) - start))
+        return self.width, start, max(start + 1, int(self.last[rows].max()))
 
     def _cuts_leading(self, trim: Trim) -> bool:
         return trim == "both" or self.positions
-
-    def _up(self, sizes: Any) -> Any:
-        return -(-sizes // self.multiple) * self.multiple
 
 
 def has_mask(columns: Mapping[str, Any]) -> bool:
@@ -58,9 +54,7 @@ def has_mask(columns: Mapping[str, Any]) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
-def spans_of(
-    columns: Mapping[str, Any], num_rows: int, multiple: int = 1, pieces: Collection[str] = ()
-) -> Spans | None:
+def spans_of(columns: Mapping[str, Any], num_rows: int, pieces: Collection[str] = ()) -> Spans | None:
     """The columns that each row needs, or None where trimming is not known to be safe. `pieces` are no sequences."""
     if not has_mask(columns) or len(columns[MASK]) != num_rows or columns[MASK].shape[1] == 0:
         return None
@@ -82,4 +76,4 @@ def spans_of(
     first = torch.minimum(torch.where(active, numbers - 1, width).amin(dim=1).cpu(), last)
     positions = columns.get("position_ids")
     given = isinstance(positions, Tensor) and positions.shape == mask.shape
-    return Spans(first, last, width, positions=given, multiple=multiple)
+    return Spans(first, last, width, positions=given)

@@ -26,7 +26,6 @@ def cached_step(
     keep_graphs: int | float | Auto = 0,
     memory: str | int | StepMemory = "80%",
     sort_by_length: bool = True,
-    pad_to_multiple: int | None = None,
     loss_kwargs: Mapping[str, Any] | None = None,
     scale: float = 1.0,
     modules: Sequence[nn.Module] | None = None,
@@ -52,7 +51,6 @@ def cached_step(
         memory: For "auto": the most memory in use on the device, "8GiB" or "80%". A `StepMemory` given to every step
             probes once and remembers what did not fit.
         sort_by_length: Group rows of like length; the embeddings keep the order of the batch.
-        pad_to_multiple: Widths of micro-batches are multiples of it, so that a compiled encoder sees few shapes.
         loss_kwargs: Passed to the loss, for instance `{"index": rows}`.
         scale: Multiplies the loss before the backward pass (a gradient scaler, 1 / accumulation steps).
         modules: The modules that the encoders run, where they cannot be found by looking (see `modules_of`).
@@ -78,7 +76,6 @@ def cached_step(
         keep_graphs=keep_graphs,
         memory=memory,
         sort_by_length=sort_by_length,
-        pad_to_multiple=pad_to_multiple,
         modules=modules,
     )
     leaves = [recording.embeddings for recording in recordings]

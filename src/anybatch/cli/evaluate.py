@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 # What --data and the others name: in words, and the options that it has.
 KINDS = {
     "mteb": ("--mteb (tasks of MTEB)", ("mteb",)),
-    "retrieval": ("--retrieval (a retrieval set)", ("retrieval", "split", "quoting")),
     "labelled": ("--labelled (images with classes, told by others)", ("data", "labelled", "anchor", "limit")),
     "template": (
         "--template (images with classes, told by their names)",
@@ -67,11 +66,7 @@ def command(
         Literal["b3"] | None, typer.Option(help="b3: MMEB's candidates with the prompts that B3 trains with.")
     ] = None,
     limit: LimitOption = None,
-    retrieval: Annotated[
-        tuple[str, str, str] | None,
-        typer.Option(metavar="CORPUS QUERIES QRELS", help="A retrieval set (BEIR's layout), in place of --data."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of the judgements.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of a folder in BEIR's layout: judgements qrels/SPLIT.tsv.")] = None,
     mteb: Annotated[
         list[str] | None, typer.Option(metavar="TASK", help="A task of MTEB, such as NFCorpus. Repeatable.")
     ] = None,
@@ -123,7 +118,6 @@ def command(
         class_names=class_names,
         recipe=recipe,
         limit=limit,
-        retrieval=retrieval,
         split=split,
         quoting=quoting,
     )
@@ -174,10 +168,10 @@ def _held_out(model: str, **options: Any) -> HeldOut | None:
     options = {name: value for name, value in options.items() if value not in (None, [])}
     if not options and model_of(model) != model:
         return held_out_of(Path(model))
-    kind = next((name for name in ("mteb", "retrieval", "labelled", "template", "data") if name in options), None)
+    kind = next((name for name in ("mteb", "labelled", "template", "data") if name in options), None)
     anchor, limit = options.get("anchor"), options.get("limit")
-    if kind is None or (kind not in ("mteb", "retrieval") and "data" not in options):
-        raise AnybatchError("Nothing to measure on: give --data, --retrieval with its three files, or --mteb TASK.")
+    if kind is None or (kind != "mteb" and "data" not in options):
+        raise AnybatchError("Nothing to measure on: give --data or --mteb TASK.")
     judged = find_retrieval(options["data"], options.get("split")) if kind == "data" else None
     tasks = find_candidates(options["data"]) if kind == "data" and judged is None else {}
     what, known = KINDS["beir" if judged else "candidates" if tasks else kind]
@@ -191,8 +185,6 @@ def _held_out(model: str, **options: Any) -> HeldOut | None:
         return None
     if judged is not None:
         return read_retrieval(*judged, quoting=options.get("quoting"))
-    if kind == "retrieval":
-        return read_retrieval(*options["retrieval"], split=options.get("split"), quoting=options.get("quoting"))
     if kind == "labelled":
         learned, test = (
             read_images(path, column=anchor, limit=limit) for path in (options["labelled"], options["data"])

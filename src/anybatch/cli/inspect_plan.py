@@ -25,6 +25,9 @@ WIDTH = 100  # characters of a printed text
 @with_options
 def command(
     options: PlanOptions,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page that explains itself; the file must be new.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures to this JSON file; it must be new.")
     ] = None,
@@ -41,6 +44,7 @@ def command(
     from anybatch.insight.tables import rich_table
 
     # 1. Find what belongs to the plan.
+    check_new(html, "--html")
     check_new(json_file, "--json")
     sources = PlanSources(options)
     plan, missing = sources.plan, sources.missing
@@ -93,13 +97,13 @@ def command(
         say(f"Not shown: {line}")
 
     # 4. Write page and figures.
-    if options.html is not None:
+    if html is not None:
         page = render_plan_page(
             plan, title=f"Plan {sources.path}", tables=tables, warnings=warnings, inspections=inspections, pairs=pairs,
             missing=missing,
         )  # fmt: skip
-        write_text(options.html, page)
-        say(f"Page: {options.html}")
+        write_text(html, page)
+        say(f"Page: {html}")
     if json_file is not None:
         sets = {name: asdict(seen) for name, seen in inspections.items()}
         errors = [] if gradients is None else [asdict(line) for line in gradients.lines]

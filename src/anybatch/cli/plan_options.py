@@ -16,7 +16,6 @@ from anybatch.cli.options import (
     LimitOption,
     NegativeOption,
     PositiveOption,
-    check_new,
 )
 from anybatch.core.errors import AnybatchError
 
@@ -49,9 +48,6 @@ class PlanOptions:
     anchors: Annotated[
         int, typer.Option(help="Anchors looked at, drawn at random. More is slower and more exact.", min=2)
     ] = 2000
-    html: Annotated[Path | None, typer.Option(help="Also write a page that explains itself; the file must be new.")] = (
-        None
-    )
 
 
 class PlanSources:
@@ -66,7 +62,6 @@ class PlanSources:
         from anybatch.plans.plan import BatchPlan
         from anybatch.run.config import RunConfig
 
-        check_new(options.html, "--html")
         self.options = options
         folder = options.path if options.path.is_dir() else options.path.parent
         written = folder / "config.yaml"

@@ -54,6 +54,6 @@ def command(
     )
     say(f'Use the model: SentenceTransformer("{folder}/model")')
     say(f"Measure it on other data: anybatch evaluate {folder} --data FILE")
-    say(f"Look at the run: anybatch inspect run {folder}   log: {folder}/log.jsonl   figures: {folder}/metrics.json")
+    say(f"Log: {folder}/log.jsonl   figures: {folder}/metrics.json")
     if push is not None:
         say(f"Pushed: {push_model(config, push)}")

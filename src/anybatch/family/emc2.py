@@ -59,7 +59,6 @@ class EMC2(SoftmaxLoss):
     """
 
     lacks: ClassVar = {
-        "ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time",
         "joint": "looks at whole rows of scores",
         "positives_by": "takes every candidate but one for a negative",
         "hardness": "chooses its negatives by their scores already",
@@ -81,7 +80,6 @@ class EMC2(SoftmaxLoss):
 class Chains(Denominator):
     """A chain per row and direction, in place of a denominator; see `EMC2`."""
 
-    plain = False
     needs_index = True
     log_weight: Tensor  # l_i, of the chain's state; NaN for a chain that was never started
     num_steps: Tensor

@@ -56,7 +56,6 @@ class GloFND(SoftmaxLoss):
     """
 
     lacks: ClassVar = {
-        "ring": "looks at whole rows of scores, and a ring has the candidates of one rank at a time",
         "joint": "looks at whole rows of scores",
         "positives_by": "takes every candidate but one for a negative",
         "hardness": "drops negatives by their scores already",
@@ -84,7 +83,6 @@ class GloFND(SoftmaxLoss):
 class Thresholds(Part):
     """A threshold per row as an anchor, beside a running denominator; see `GloFND`."""
 
-    plain = False
     needs_index = True
     num_steps: Tensor
 

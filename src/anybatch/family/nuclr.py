@@ -83,7 +83,6 @@ class NUCLR(SoftmaxLoss):
 class Margins(Part):
     """A margin per row as a candidate, beside a running denominator, at one fixed temperature; see `NUCLR`."""
 
-    plain = False
     needs_index = True
     num_steps: Tensor
 

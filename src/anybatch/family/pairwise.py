@@ -49,7 +49,6 @@ class PairwiseLoss(ContrastiveLoss):
 
     lacks: ClassVar[Mapping[str, str]] = {
         "direction": "judges pairs, which have one direction",
-        "ring": "gathers the candidates of all ranks",
         "joint": "judges pairs, and has no softmax",
         "positives_by": "judges pairs, of which each has one positive",
         "hardness": "judges each pair on its own",
@@ -101,13 +100,10 @@ class PairwiseLoss(ContrastiveLoss):
         # 1. The candidates of all ranks, and the sums over positives, on which a negative's term may depend.
         anchors, candidates, log_weight = batch.anchors, batch.candidates, batch.log_weight
         layout = Layout.of(len(anchors), len(candidates), anchors.device)
-        source = Gathered(candidates, layout)
-        (block,) = source.blocks(gradients=True)
-        candidates_all, d_candidates_all = block.candidates, block.gradient
-        assert d_candidates_all is not None
+        source = Gathered(candidates, layout, gradients=wanted)
         if distributed.is_active() and log_weight is not None:
             log_weight = log_weight.gathered(layout.row_sizes, layout.column_sizes)
-        num_rows, num_rows_all, num_columns = len(anchors), sum(layout.row_sizes), len(candidates_all)
+        num_rows, num_rows_all, num_columns = len(anchors), sum(layout.row_sizes), len(source.candidates)
         own_positive = candidates[:num_rows]
         positive = (anchors * own_positive).sum(dim=1)
         positive_sums = distributed.sum_over_ranks(self._of_positives(parameters, positive))
@@ -123,14 +119,14 @@ class PairwiseLoss(ContrastiveLoss):
             if log_weight is not None:
                 weight = weight * log_weight.tile(layout.shifted(rows), slice(0, num_columns)).to(weight.dtype).exp()
             weight[local - start, layout.own_columns.start + local] = 0.0
-            scores = anchors[rows] @ candidates_all.T
+            scores = anchors[rows] @ source.candidates.T
             sums, slope = self._of_negatives(parameters, scores, weight, positive_sums / num_rows_all)
             negative_sums = negative_sums + sums
             total_weight = total_weight + weight.sum()
             num_negatives += int((weight > 0).sum())
             if wanted:
-                d_anchors[rows] = slope @ candidates_all
-                d_candidates_all.addmm_(slope.T, anchors[rows])
+                d_anchors[rows] = slope @ source.candidates
+                source.d_candidates.addmm_(slope.T, anchors[rows])
         # 3. The loss of all ranks, and with it what the derivatives are multiplied by.
         assert isinstance(negative_sums, Tensor)
         totals = distributed.sum_over_ranks(torch.cat([negative_sums, total_weight[None]]))

@@ -221,7 +221,6 @@ class TempNet(SoftmaxLoss):
         0.05
     """
 
-    lacks: ClassVar = {"ring": "asks its network of all embeddings, which a ring does not bring together"}
     denominator: RunningDenominator
 
     def __init__(

@@ -21,7 +21,7 @@ STYLE = (
     "<style>:root{color-scheme:light dark;--ink:#1c1e21;--line:#d9dde1;--paper:#fff}"
     "@media (prefers-color-scheme:dark){:root{--ink:#e7e9ea;--line:#3a3f44;--paper:#16181a}}"
     "text{font:16px system-ui,sans-serif;fill:var(--ink)}.grid{stroke:var(--line)}"
-    ".baseline{stroke:var(--ink);stroke-dasharray:4 4}.paper{fill:var(--paper)}</style>"
+    ".paper{fill:var(--paper)}</style>"
     '<rect class="paper" width="100%" height="100%"/>'
 )
 
@@ -36,29 +36,23 @@ def colour_of(method: str) -> str:
     return rest[zlib.crc32(name.encode()) % len(rest)]
 
 
-def bar_chart(
-    title: str, bars: Sequence[tuple[str, str, float]], *, unit: str = "", baseline: float | None = None
-) -> str:
-    """Horizontal bars, one a line, each with its label above it; a dashed line marks the baseline.
+def bar_chart(title: str, bars: Sequence[tuple[str, str, float]]) -> str:
+    """Horizontal bars, one a line, each with its label above it.
 
     Args:
         title: For screen readers.
         bars: Label, method (which decides the colour) and value of each.
-        unit: Stands behind the values.
-        baseline: A value.
     """
     height = BAR * len(bars) + 8
-    scale = (WIDTH - 110) / (max([*(value for _, _, value in bars), baseline or 0.0]) or 1.0)
+    scale = (WIDTH - 110) / (max(value for _, _, value in bars) or 1.0)
     parts = []
     for number, (label, method, value) in enumerate(bars):
         y, length = number * BAR + 22, max(0.0, value * scale)
         parts += [
             _text(0, y - 6, label),
             f'<rect x="0" y="{y}" width="{length:.1f}" height="{BAR - 28}" fill="{colour_of(method)}"/>',
-            _text(length + 6, y + 15, f"{value:.4g}{unit and ' ' + unit}"),
+            _text(length + 6, y + 15, f"{value:.4g}"),
         ]
-    if baseline is not None:
-        parts.append(_line(baseline * scale, 0, baseline * scale, height, "baseline"))
     return _drawing(title, WIDTH, height, parts)
 
 

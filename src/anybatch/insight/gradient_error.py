@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.full_gradient import content_masks, full_gradient, in_map
 from anybatch.losses.base import Direction
+from anybatch.losses.denominators import RunningDenominator
 from anybatch.losses.rows import RowTable, Weights
 from anybatch.mining.inputs import check_embeddings, compact_ids
 from anybatch.plans.plan import BatchPlan
@@ -196,7 +197,6 @@ def gradient_error(
     *,
     plan: BatchPlan,
     weights: Weights = "none",
-    weight_cap: float | None = None,
     mask_suspects: bool = False,
     run_in: int | None = None,
     num_batches: int = NUM_BATCHES,
@@ -211,7 +211,7 @@ def gradient_error(
         loss: Any loss of the library's contract in the direction of `pairs`; copied, so its own state is where both
             copies start.
         plan: Its batches, combined anew every epoch, and its hard negatives.
-        weights, weight_cap, mask_suspects: See `RowTable`.
+        weights, mask_suspects: See `RowTable`.
         run_in: Epochs before measuring, in which what the loss remembers settles. None: 3 for denominators (gamma .9;
             about 3 / gamma), 1 for a queue, 0 for a loss that remembers nothing.
         num_batches: Batches measured in each copy; rounded up to whole epochs where an epoch has no more.
@@ -232,13 +232,13 @@ def gradient_error(
             f"The loss has direction={direction!r}, the full-data gradient {pairs.direction!r}. Make both alike: "
             f"FrozenPairs.prepare(..., direction={direction!r}), or a loss with direction={pairs.direction!r}."
         )
-    table, negatives = _table(pairs, plan, weights=weights, weight_cap=weight_cap, mask_suspects=mask_suspects)
+    table, negatives = _table(pairs, plan, weights=weights, mask_suspects=mask_suspects)
     if num_batches >= plan.num_batches:
         num_batches = max(2, math.ceil(num_batches / plan.num_batches) * plan.num_batches)
     groups = min(GROUPS, num_batches)
     if run_in is None:
         remembers = any(True for _ in loss.buffers())
-        run_in = 3 if getattr(loss, "running", None) is not None else int(remembers)
+        run_in = 3 if any(isinstance(part, RunningDenominator) for part in loss.modules()) else int(remembers)
     halves, squares = [], torch.zeros(groups, dtype=torch.float64)
     counts = torch.bincount(torch.arange(num_batches) * groups // num_batches).double()
     for shift in (0, 1):
@@ -282,7 +282,7 @@ def _batch_gradient(
     leaves = pairs.anchors[batch].requires_grad_(), pairs.positives[rows].requires_grad_()
     value = loss(*leaves, **table.arguments(batch, num_negatives=per_row))
     gradients = torch.autograd.grad(value, leaves)
-    return _parameters([in_map(part, leaf.detach()) for part, leaf in zip(gradients, leaves, strict=True)], pairs.tied)
+    return _parameters([in_map(*pair) for pair in zip(gradients, leaves, strict=True)], pairs.tied)
 
 
 def _parameters(maps: Sequence[Tensor], tied: bool) -> Tensor:

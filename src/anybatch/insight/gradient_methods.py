@@ -21,7 +21,7 @@ def core_methods() -> list[LossConfig]:
     for name, path in METHODS.items():
         if path.startswith("anybatch.losses."):
             plain = LossConfig(name=name)
-            methods += [plain, replace(plain, weights="inclusion")] if plain.example().inclusion else [plain]
+            methods += [plain, replace(plain, weights="inclusion")] if plain.example().over_data else [plain]
     return methods
 
 
@@ -145,7 +145,7 @@ def compare_methods(
     random = replace(BatchPlan.random(plan.num_rows, plan.batch_size, seed=plan.seed), suspects=plan.suspects)
     names, wanted = [name_of(method) for method in methods], []
     for method, name in zip(methods, names, strict=True):
-        bare = replace(method, weights="none", weight_cap=None)
+        bare = replace(method, weights="none")
         if name_of(bare) == name or name_of(bare) not in names:
             wanted.append(("random", random, bare, name))
     if plan.cluster_size > 1 or plan.negatives_per_row:
@@ -181,7 +181,6 @@ def _method_error(pairs: FrozenPairs, plan: BatchPlan, method: LossConfig, num_b
         loss,
         plan=plan,
         weights="inclusion" if method.weights == "inclusion" else "none",
-        weight_cap=method.weight_cap,
         mask_suspects=method.mask_suspects is True,
         num_batches=num_batches,
     )

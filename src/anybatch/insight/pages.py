@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
-
-from anybatch.insight.charts import bar_chart
-
-if TYPE_CHECKING:
-    from anybatch.insight.gradient_methods import GradientComparison
 
 
 def render(template: str, **values: Any) -> str:
@@ -30,30 +24,3 @@ def render(template: str, **values: Any) -> str:
 def drawings(*charts: tuple[str, str]) -> list[tuple[str, Markup]]:
     """Charts with their captions, as a page takes them; what could not be drawn is left out."""
     return [(caption, Markup(drawing)) for caption, drawing in charts if drawing]
-
-
-def render_gradient_page(comparison: GradientComparison, *, title: str, missing: Sequence[str] = ()) -> str:
-    """The page of `anybatch inspect gradient` as text; all texts are escaped.
-
-    Args:
-        comparison: What was measured.
-        title: Heading, such as the plan's path.
-        missing: What could not be taken into account, in words.
-    """
-    from anybatch.insight.gradient_methods import comparison_rows, recommendation
-
-    header, lines = comparison_rows(comparison)
-    bars = [
-        (f"{line.method} ({line.batches})", line.method, round(line.error.epoch_error, 2)) for line in comparison.lines
-    ]
-    chart = bar_chart("Error of each method", bars, baseline=comparison.plain.epoch_error)
-    return render(
-        "gradient.html",
-        title=title,
-        comparison=comparison,
-        header=header,
-        lines=lines,
-        sentences=recommendation(comparison),
-        missing=missing,
-        drawings=drawings(("Error of an epoch; dashed: plain InfoNCE on random batches of this size.", chart)),
-    )

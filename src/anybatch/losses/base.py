@@ -46,9 +46,6 @@ class Scoring(TypedDict, total=False):
         direction: "one_way": anchors against candidates. "both": the mean of that and of positives against anchors.
         normalize: L2-normalise the embeddings first, in float32 or better.
         tile_bytes: Memory for scores at a time.
-        ring: Under several ranks hold two ranks' candidates (and their gradients) at a time instead of all: they travel
-            from rank to rank instead of being gathered. The same loss, with one matrix product and one ring pass more.
-            Not for losses that look at whole rows of scores (GloFND, EMC2).
         mask_margin: Candidates that score more than this above the own positive, s_ij > s_ip + margin, are suspected
             false negatives, and no negatives. Published: .1 (Qwen3-Embedding); a negative margin masks more.
     """
@@ -56,7 +53,6 @@ class Scoring(TypedDict, total=False):
     direction: Direction
     normalize: bool
     tile_bytes: int
-    ring: bool
     mask_margin: float | None
 
 
@@ -89,7 +85,6 @@ DEFAULTS = OneTemperature(
     direction="one_way",
     normalize=True,
     tile_bytes=TILE_BYTES,
-    ring=False,
     mask_margin=None,
     temperature=0.05,
     learnable_temperature=False,
@@ -128,9 +123,9 @@ class ContrastiveLoss(State):
     # Shared options whose default is another one here; those that this loss does not have, and why.
     defaults: ClassVar[OneTemperature] = {}
     lacks: ClassVar[Mapping[str, str]] = {}
+    weighs_pairs: ClassVar[bool] = False  # over the data though it has no denominator
     # For the rooms that use losses by name: of an option with a few values, the options that each value leaves unused.
     unused: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
-    weighs_pairs: ClassVar[bool] = False  # inclusion log-weights mean something to it though it is not `over_data`
 
     def __init__(self, tau: Temperature | None = None, **scoring: Unpack[OneTemperature]) -> None:
         super().__init__()
@@ -148,7 +143,7 @@ class ContrastiveLoss(State):
             tau = GlobalTemperature(chosen["temperature"], learnable=chosen["learnable_temperature"], limits=limits)
         self.temperatures = tau
         self.direction: Direction = chosen["direction"]
-        self.normalize, self.tile_bytes, self.ring = chosen["normalize"], chosen["tile_bytes"], chosen["ring"]
+        self.normalize, self.tile_bytes = chosen["normalize"], chosen["tile_bytes"]
         self.mask_margin: float | None = margin
         self.joint: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind in chosen["joint"])
         self.positives_by: str | None = chosen["positives_by"]
@@ -180,32 +175,10 @@ class ContrastiveLoss(State):
 
     @property
     def over_data(self) -> bool:
-        """Whether the loss stands for the data set, and not for the batch alone."""
-        return any(isinstance(part, Denominator) and part.over_data for part in self._parts)
-
-    @property
-    def inclusion(self) -> bool:
-        """Whether inclusion log-weights of mined batches mean something to it."""
-        return self.over_data or self.weighs_pairs
-
-    @property
-    def running(self) -> Denominator | None:
-        """The denominator, if it is the mean over all negatives of each row, which can be filled in and checked."""
-        return None if self.changing else self.running_without_options
-
-    @property
-    def running_without_options(self) -> Denominator | None:
-        """`running`, were it not for the options `changing`."""
-        parts = [part for part in self.modules() if isinstance(part, Part)]
-        denominators = [part for part in parts if isinstance(part, Denominator)]
-        return denominators[0] if denominators and all(part.plain for part in parts) else None
-
-    @property
-    def changing(self) -> list[str]:
-        """The options given by which the denominator is not the mean over all negatives."""
-        options = {"joint": self.joint, "positives_by": self.positives_by, "hardness": self.hardness}
-        options["mask_margin"] = self.mask_margin is not None
-        return [name for name, given in options.items() if given]
+        """Whether the loss stands for the data set, and not for the batch alone: if so, inclusion log-weights of mined
+        batches mean something to it.
+        """
+        return self.weighs_pairs or any(isinstance(part, Denominator) and part.over_data for part in self._parts)
 
     @property
     def temperature(self) -> float:
@@ -378,12 +351,12 @@ class SoftmaxLoss(ContrastiveLoss):
         for part in parts:
             sides = tuple(part.ask(side, batch, direction) for direction, side in enumerate(sides))
         # 2. The loss and its gradients.
-        how = {"tile_bytes": self.tile_bytes, "ring": self.ring}
+        embeddings = batch.anchors, batch.candidates
         if self.joint:
-            how |= {"over_data": self.over_data, "repeated": getattr(sides[0].rule, "repeated", None)}
-            loss, stats = joint_softmax_loss(batch.anchors, batch.candidates, sides[0], self.joint, **how)
+            how = {"over_data": self.over_data, "repeated": getattr(sides[0].rule, "repeated", None)}
+            loss, stats = joint_softmax_loss(*embeddings, sides[0], self.joint, tile_bytes=self.tile_bytes, **how)
         else:
-            loss, stats = softmax_loss(batch.anchors, batch.candidates, *sides, **how)
+            loss, stats = softmax_loss(*embeddings, *sides, tile_bytes=self.tile_bytes)
         # 3. Each part learns.
         for part in parts:
             loss = part.learn(batch, sides, stats, loss)

@@ -79,7 +79,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     """
 
     lacks: ClassVar = {
-        "ring": "scores a memory beside the candidates of all ranks",
         "joint": "remembers pairs for anchors against candidates",
         "positives_by": "remembers one positive an anchor",
         "hardness": "remembers the denominator of an anchor without its negatives' weights",

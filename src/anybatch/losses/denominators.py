@@ -250,7 +250,10 @@ class RunningDenominator(Denominator):
             some &= mean.isfinite() | mean.isneginf()
             mean = torch.where(some, torch.where(mean.isneginf(), torch.nan, mean), stored)
             now = torch.where(some, now, made_at)
-            self.fill(visits.rows, mean, temperature=now, direction=direction, dimensions=dimensions)
+            self.write("log_mean", visits.rows, mean, direction=direction)
+            if self.moving:
+                self.write("made_at", visits.rows, now, direction=direction)
+            self.embedding_width.fill_(dimensions)
         return new[visits.own]
 
     def refuse_state(self, state: Mapping[str, Any], prefix: str) -> None:
@@ -262,20 +265,6 @@ class RunningDenominator(Denominator):
                 f"The saved state is {given} ({prefix}relative), this loss's {own}: each would be wrong by the "
                 f"positive's logit. Make the loss with state={given!r}, or begin with a new state."
             )
-
-    def fill(
-        self, rows: Tensor, log_mean: Tensor, *, temperature: Tensor | None = None, direction: int, dimensions: int
-    ) -> None:
-        """Replace the state of some rows, (R,) int64, **the same on every rank**, such as by the exact log-mean.
-
-        `log_mean` (R,) is absolute or relative as the state is, NaN for never visited; `temperature` (R,), at which, is
-        needed by a state whose temperature moves.
-        """
-        self.write("log_mean", rows, log_mean, direction=direction)
-        if self.moving:
-            assert temperature is not None
-            self.write("made_at", rows, temperature, direction=direction)
-        self.embedding_width.fill_(dimensions)
 
 
 @dataclass(frozen=True, kw_only=True)

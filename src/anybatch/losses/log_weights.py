@@ -11,7 +11,6 @@ your own is a function:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -126,9 +125,8 @@ class Inclusion:
 
     Args:
         table: (data sets, 2, 6) float64 log-weights for a query in a cluster, and for one in none: of a candidate of
-            the same cluster, of another, of none; of the latter two without the cap; and the log of n - 1 over the
+            the same cluster, of another, of none; of the latter two beside a memory; and the log of n - 1 over the
             rows that a candidate of another cluster stands for (of the query's data set, outside its cluster).
-        cap: Upper limit on the weights relative to that of the same cluster; it has been applied to columns 1 and 2.
 
     Beside a memory a row of another cluster comes in the batch with chance q by each of its ways, and is one of the m
     remembered of N: it stands for 1 / (ways q + m / N) rows. Those of the own cluster come with the batch itself; a
@@ -136,7 +134,6 @@ class Inclusion:
     """
 
     table: Tensor
-    cap: float | None = None
     normalised: bool = True
 
     def __call__(self, queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
@@ -156,8 +153,6 @@ class Inclusion:
         if remembered is not None:
             among = queries["num_remembered"][:, None].double() * log_spread.exp()
             elsewhere = -((-elsewhere).exp() + among).log().clamp(min=0)  # no row stands for more than all
-            if self.cap is not None:
-                elsewhere = torch.minimum(elsewhere, same + math.log(self.cap))
 
         # 3. Those inside it, and those of other data sets.
         together = query_cluster[:, None] == cluster

@@ -61,14 +61,7 @@ class Batch:
 
 
 class Part(State):
-    """Abstract: a part of a loss. Both methods are hooks, which do nothing here.
-
-    Attributes:
-        plain: Whether beside it a running denominator is the mean over all negatives, which `warm_start` can fill and a
-            probe can check.
-    """
-
-    plain = True
+    """Abstract: a part of a loss. Both methods are hooks, which do nothing here."""
 
     def ask(self, side: Side, batch: Batch, direction: int) -> Side:
         """Change what the engine is asked in one direction: log-weights, logits, the weight of rows."""

@@ -13,15 +13,14 @@ import inspect
 import types
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from anybatch.core.configuration import Configuration, Count, Range, convert, unknown_key
+from anybatch.core.configuration import Configuration, Count, convert, unknown_key
 from anybatch.core.errors import AnybatchError
 from anybatch.losses.base import ContrastiveLoss
-from anybatch.losses.denominators import RunningDenominator
 from anybatch.losses.gamma import GammaSchedule
 from anybatch.losses.matryoshka import Matryoshka, check_prefixes
 
@@ -53,7 +52,6 @@ IN_PYTHON_ONLY = (
     *("centred", "mean_rows"),
     *("temperature_momentum", "temperature_clip", "margin_momentum", "threshold_lr", "burn_in", "bias"),
 )
-FIRST_TEMPERATURE = 0.05  # to look at data with, for a loss that has none
 
 
 class Option(typing.NamedTuple):
@@ -130,15 +128,11 @@ class LossConfig(Configuration):
         name: The method, see docs/methods.md; "auto": the recommended one, see docs/recipe.md.
         weights: "inclusion" corrects for mined batches not being a uniform sample; "none" leaves them as they are.
             "auto": inclusion on mined batches, for a method that defines it.
-        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact
-            weight.
         mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. "auto": on mined
             batches.
         matryoshka: Widths of prefixes of the embeddings that must be good embeddings themselves: the loss is the sum
             over them, each with a memory and a learned temperature of its own. The full width is among them only if
             given. None for the embeddings as they are.
-        warm_start: Methods with a running denominator: fill it before the first step, from all rows encoded once
-            (docs/outlive.md).
 
     Raises:
         AnybatchError: A value out of range, an option of another method, options that exclude each other.
@@ -149,10 +143,8 @@ class LossConfig(Configuration):
 
     name: str = AUTO
     weights: Literal["auto", "none", "inclusion"] = AUTO
-    weight_cap: Annotated[float, Range(1)] | None = None
     mask_suspects: Literal["auto"] | bool = AUTO
     matryoshka: tuple[Count, ...] | None = None
-    warm_start: bool = False
 
     section: ClassVar[str] = "loss"
 
@@ -221,7 +213,11 @@ class LossConfig(Configuration):
         except AnybatchError as error:
             first = str(error).split(maxsplit=1)[0]
             raise AnybatchError(f"loss{'.' if first in self.options else ': '}{error}") from error
-        self._check_shared(example)
+        if self.weights == "inclusion" and self.name != AUTO and not example.over_data:
+            raise AnybatchError(
+                f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own."
+                " Use loss.name=count_corrected (no memory) or sogclr."
+            )
 
     def example(self) -> ContrastiveLoss:
         """The loss for a data set of two rows (the first of several prefixes'), of which it can be asked what it is."""
@@ -243,35 +239,6 @@ class LossConfig(Configuration):
                         f"{using}. Remove it, or change loss.{chooser}."
                     )
 
-    def _check_shared(self, example: ContrastiveLoss) -> None:
-        """What the method does not define of the options that all methods share."""
-        if self.weights == "inclusion" and self.name != AUTO and not example.inclusion:
-            raise AnybatchError(
-                f"loss.weights is 'inclusion', which '{self.name}' does not define: its denominator is the batch's own."
-                " Use loss.name=count_corrected (no memory) or sogclr."
-            )
-        if self.weight_cap is not None and self.weights == "none":
-            raise AnybatchError(
-                "loss.weight_cap is given, which loss.weights 'none' does not use. Remove it, or set inclusion."
-            )
-        running = isinstance(example.running_without_options, RunningDenominator)
-        if self.warm_start and running and example.changing:
-            names = " and ".join(f"loss.{name}" for name in example.changing)
-            raise AnybatchError(
-                f"loss.warm_start is given and {names}, which a warm start does not know of: it fills in the mean over "
-                "all negatives as they are. Leave out one of the two."
-            )
-        if self.warm_start and not running:
-            raise AnybatchError(
-                f"loss.warm_start is given, but '{self.name}' has no running denominator of all negatives. It is for "
-                "methods that have one, such as sogclr."
-            )
-        if self.warm_start and self.matryoshka is not None:
-            raise AnybatchError(
-                f"loss.warm_start is given and loss.matryoshka {list(self.matryoshka)}: a warm start is for one "
-                "memory, and each prefix has its own. Leave out one of the two."
-            )
-
 
 @functools.cache
 def _class_of(name: str) -> type[LossConfig]:
@@ -292,9 +259,7 @@ def _remade(values: dict[str, Any]) -> LossConfig:
 
 def first_temperature(config: LossConfig) -> float:
     """The temperature that training begins with; 0.05 for a loss without one, to look at data with."""
-    if "temperature" not in config.options:
-        return FIRST_TEMPERATURE
-    return config.example().temperature
+    return 0.05 if "temperature" not in config.options else config.example().temperature
 
 
 def build_loss(config: LossConfig, *, num_rows: int) -> nn.Module:

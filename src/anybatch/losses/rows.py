@@ -48,8 +48,6 @@ class RowTable(nn.Module):
         plan: Of these rows; needed by `weights="inclusion"`.
         weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined
             batches).
-        weight_cap: Upper limit on the weight of another cluster's row relative to one of the own; None for the exact,
-            unbiased weights.
         columns: (n,) int each: further facts on the rows, by name, for terms of your own. An explicit negative has -1.
         terms: Further masks and weights (`anybatch.losses.log_weights`), functions of the records.
         mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights
@@ -93,7 +91,6 @@ class RowTable(nn.Module):
         negative_id: np.ndarray | None = None,
         plan: BatchPlan | None = None,
         weights: Weights = "none",
-        weight_cap: float | None = None,
         mask_suspects: bool = False,
         columns: Mapping[str, np.ndarray] | None = None,
         terms: Sequence[Term] = (),
@@ -118,7 +115,7 @@ class RowTable(nn.Module):
                 stacklevel=2,
             )
         # 1. Ids and further facts.
-        self.plan, self.weights, self.weight_cap, self.mask_suspects = plan, weights, weight_cap, mask_suspects
+        self.plan, self.weights, self.mask_suspects = plan, weights, mask_suspects
         self.columns, self.terms = tuple(columns or ()), tuple(terms)
         self.ragged = bool(negatives.min(initial=0) < 0)  # some rows have fewer explicit negatives than others
         self.width = 1 + int(max(side.max(initial=0) for side in (positives, negatives)))
@@ -146,7 +143,7 @@ class RowTable(nn.Module):
         self.cluster = torch.from_numpy(plan.cluster.astype(np.int64))
         self.task = None if plan.task is None else torch.from_numpy(plan.task.astype(np.int64))
         if weights == "inclusion":
-            self.log_weights = inclusion_log_weights(plan, weight_cap)
+            self.log_weights = inclusion_log_weights(plan)
             if negatives.shape[1]:
                 self.way_keys, self.ways = _ways(positives, negatives, plan.task, self.width)
         if mask_suspects and plan.suspects is not None:
@@ -233,7 +230,7 @@ class RowTable(nn.Module):
         if len(self.known):
             terms.append(ListedPairs(self.known, self.width, key="anchor_id"))
         if self.log_weights is not None:
-            terms.append(Inclusion(self.log_weights, self.weight_cap))
+            terms.append(Inclusion(self.log_weights))
         elif self.task is not None and self.plan is not None and self.plan.mixing == "within":
             # Says nothing of the batch itself: for a loss that remembers earlier ones, of other data sets.
             terms.append(remembered_of_other_tasks)
@@ -290,21 +287,17 @@ def _checked_ids(
     return anchors, positives, negatives
 
 
-def inclusion_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
+def inclusion_log_weights(plan: BatchPlan) -> Tensor:
     """Log of one over the chance of sharing a batch, divided by n - 1, for each data set: what `Inclusion` asks for.
 
         same cluster:   -log(n - 1) - log(chance_same)
-        elsewhere:      -log(n - 1) - log(chance_beside),      at most log(cap) above the same cluster's
+        elsewhere:      -log(n - 1) - log(chance_beside)
 
     With them `sum_j exp(b_ij) x_j` over the batch is an unbiased estimate of the mean of x over the n - 1 other rows,
     to which those of other data sets add nothing: a loss that multiplies it by n - 1 has the sum over the anchor's
-    data set. Rows that never come (chance 0) weigh as the same cluster's, as no weight can stand for them. A `cap`
-    trades variance for bias; None for the exact weights. Returns (data sets, 2, 6) float64.
+    data set. Rows that never come (chance 0) weigh as the same cluster's, as no weight can stand for them.
+    Returns (data sets, 2, 6) float64.
     """
-    if cap is not None and cap < 1:
-        raise AnybatchError(
-            f"The cap on the weights is {cap}; expected at least 1, the weight of a row of the own cluster."
-        )
     table = []
     log_others = math.log(max(2, plan.num_rows) - 1)
     for number in range(max(1, len(plan.task_names))):
@@ -317,10 +310,10 @@ def inclusion_log_weights(plan: BatchPlan, cap: float | None) -> Tensor:
         ):
             same = -log_others - math.log(chance_same)
             ratios = [chance_same / chance if chance > 0 else 1.0 for chance in elsewhere]
-            capped = [same + math.log(ratio if cap is None else min(ratio, cap)) for ratio in ratios]
-            exact = [-log_others - math.log(max(chance, NEVER)) for chance in elsewhere]
+            coming = [same + math.log(ratio) for ratio in ratios]
+            beside_memory = [-log_others - math.log(max(chance, NEVER)) for chance in elsewhere]
             spread = math.log((max(2, plan.num_rows) - 1) / max(1, of_set - own))
-            lines.append([same, *capped, *exact, spread])
+            lines.append([same, *coming, *beside_memory, spread])
         table.append(lines)
     return torch.tensor(table, dtype=torch.float64)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed, Share
+from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name
 from anybatch.mining.audit import Audit
@@ -162,18 +162,15 @@ class MiningSet(Configuration):
         name: For the plan, the report and the folder of its neighbours; a plain file name.
         num_rows: Its rows.
         window: Its own rank window; None for the configuration's.
-        share: Of its clusters, how many are in an epoch (rounded, at least one), and of its rows in no cluster, how
-            many on average; in (0, 1].
 
     Example:
-        >>> MiningSet(name="questions", num_rows=1000, window=(70, 100)).share
-        1.0
+        >>> MiningSet(name="questions", num_rows=1000, window=(70, 100)).num_rows
+        1000
     """
 
     name: str
     num_rows: CountOrZero
     window: RankWindow | None = None
-    share: Share = 1.0
 
     section: ClassVar[str] = "sets[]"
 

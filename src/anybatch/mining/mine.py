@@ -171,7 +171,7 @@ def mine_shared(
 def random_plan(
     num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = (), data_digest: str = ""
 ) -> BatchPlan:
-    """Random batches with the data sets, shares and mixing of `config`, whatever its method. See `mine_plan`."""
+    """Random batches with the data sets and mixing of `config`, whatever its method. See `mine_plan`."""
     check_sizes(num_rows, config=replace(config, method="random", conflict_weight="auto", num_negatives=0), sets=sets)
     return BatchPlan(
         cluster=np.arange(num_rows, dtype=np.int32),
@@ -196,15 +196,15 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
     counts = [one.num_rows // size for one in given]
     sampling = ClusterSampling(
         cluster_task=np.repeat(np.arange(len(given)), counts),
-        shares=tuple(one.share for one in given),
+        num_sets=len(given),
         clusters_per_batch=config.batch_size // size,
         within=config.mixing == "within",
     )
     rows = "rows" if size == 1 else f"clusters of {size} rows"
     if sampling.num_batches < 1:
         raise AnybatchError(
-            f"An epoch has {sum(sampling.quotas)} of {sum(counts)} {rows}, which do not fill one batch of "
-            f"{config.batch_size}. Lower the batch size, or raise the shares of the data sets."
+            f"An epoch has {sum(counts)} {rows}, which do not fill one batch of {config.batch_size}. Lower the batch "
+            "size."
         )
     for one, share in zip(given, sampling.sampled_shares, strict=True):
         if one.num_rows >= size and not share:
@@ -386,7 +386,6 @@ def _plan_settings(num_rows: int, config: MiningConfig, sets: Sequence[MiningSet
         settings |= {
             "task": np.repeat(np.arange(len(sets), dtype=np.int32), [one.num_rows for one in sets]),
             "task_names": tuple(one.name for one in sets),
-            "task_shares": tuple(one.share for one in sets),
             "mixing": config.mixing,
         }
     return settings
@@ -412,8 +411,8 @@ def _note_small_set(one: _Set, config: SettledConfig, report: MiningReport) -> N
 
 
 def _note_single_rows(plan: BatchPlan, report: MiningReport) -> None:
-    """Say so where the rows of small data sets are too many for their shares."""
-    wanted, sampled = sum(plan.sampling.single_quotas), plan.sampling.num_single_rows
+    """Say so where the rows of small data sets are too many."""
+    wanted, sampled = sum(plan.sampling.single_rows), plan.sampling.num_single_rows
     if sampled < wanted:
         report.notes.append(
             f"The data sets without a cluster have more rows than half of the places of an epoch: {sampled} of their "

@@ -48,7 +48,6 @@ class BatchPlan:
         negatives: (num_rows, h) int32 rows mined as hard negatives of each anchor, -1 for none; None for none at all.
         task: (num_rows,) int32, each row's data set; None for one data set.
         task_names: Their names.
-        task_shares: For each data set the share of its clusters in an epoch, in (0, 1]; () for all.
         mixing: Of several data sets: batches "within" one each, or "mixed".
         meta: How the plan was made; anything that JSON holds.
 
@@ -75,7 +74,6 @@ class BatchPlan:
     negatives: np.ndarray | None = None
     task: np.ndarray | None = None
     task_names: tuple[str, ...] = ()
-    task_shares: tuple[float, ...] = ()
     mixing: Literal["mixed", "within"] = "mixed"
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -134,7 +132,7 @@ class BatchPlan:
             cluster_task = self.task[self._members[:, 0]]
         return ClusterSampling(
             cluster_task=cluster_task,
-            shares=self.task_shares or (1.0,) * len(self._loose),
+            num_sets=len(self._loose),
             clusters_per_batch=self.clusters_per_batch,
             within=self.mixing == "within",
             cluster_size=self.cluster_size,
@@ -146,7 +144,7 @@ class BatchPlan:
         """Identifies what the plan makes of its data: sizes, clusters, seed, data, hard negatives and suspects."""
         parts = [json.dumps([self.num_rows, self.batch_size, self.cluster_size, self.seed, self.data_digest]).encode()]
         if self.task is not None:
-            parts.append(json.dumps([self.task_names, self.task_shares, self.mixing]).encode())
+            parts.append(json.dumps([self.task_names, self.mixing]).encode())
         for name in ARRAYS:
             array = getattr(self, name)
             if array is not None and len(array):
@@ -272,12 +270,8 @@ class BatchPlan:
     def _check_tasks(self) -> None:
         if self.mixing not in ("mixed", "within"):
             raise AnybatchError(f"mixing is {self.mixing!r}; expected 'mixed' or 'within'.")
-        if any(not 0 < share <= 1 for share in self.task_shares):
-            raise AnybatchError(f"task_shares are {self.task_shares}; expected numbers above 0 and at most 1.")
         if self.task is None:
             return
-        if self.task_shares and len(self.task_shares) != len(self.task_names):
-            raise AnybatchError(f"There are {len(self.task_shares)} task_shares for {len(self.task_names)} data sets.")
         tasks = self.task[self._members]
         if np.any(tasks != tasks[:, :1]):
             raise AnybatchError("A cluster holds rows of several data sets; expected each within one.")

@@ -26,15 +26,15 @@ class Chances:
 class ClusterSampling:
     """How an epoch's batches are sampled from the clusters of a plan.
 
-    1. Of each data set as many clusters as its share says are drawn, and combined at random, m of them to a batch.
-    2. Rows in no cluster take places of the drawn clusters of their data set: as many as its share says on average, but
-       on average at most (T - 1) / 2 of the T places that it has this epoch, so that every row keeps a chance.
-    3. Rows of data sets without a cluster (small ones) take single places anywhere, whoever has them: as many as their
-       shares say, rounded; where that is more than half of the epoch's places, half of them, drawn from all such rows.
+    1. The clusters are combined at random, m of them to a batch; those that are left over sit out.
+    2. Rows in no cluster take places of the clusters of their data set: on average at most (T - 1) / 2 of the T places
+       that it has this epoch, so that every row keeps a chance.
+    3. Rows of data sets without a cluster (small ones) take single places anywhere, whoever has them; where they are
+       more than half of the epoch's places, half of these, drawn from all such rows.
 
     Attributes:
         cluster_task: (C,) int, the data set of each cluster.
-        shares: For each data set the share of its clusters in an epoch, in (0, 1].
+        num_sets: Data sets.
         clusters_per_batch: m.
         within: Batches of one data set each, but for the clusters that are left over of every set, which share batches;
             otherwise all sets are mixed.
@@ -43,33 +43,26 @@ class ClusterSampling:
     """
 
     cluster_task: np.ndarray
-    shares: tuple[float, ...]
+    num_sets: int
     clusters_per_batch: int
     within: bool
     cluster_size: int = 1
     remainders: tuple[int, ...] = ()
 
     @property
-    def quotas(self) -> list[int]:
-        """Clusters of each data set in an epoch."""
-        counts = zip(self.shares, self._num_clusters, strict=True)
-        return [max(1, round(share * count)) if count else 0 for share, count in counts]
-
-    @property
     def num_batches(self) -> int:
         """Batches an epoch."""
-        return sum(self.quotas) // self.clusters_per_batch
+        return len(self.cluster_task) // self.clusters_per_batch
 
     @cached_property
-    def single_quotas(self) -> list[int]:
-        """For each data set without a cluster the rows that its share says, at least one; 0 for the others."""
-        counts = [0 if clusters else self._num_loose(task) for task, clusters in enumerate(self._num_clusters)]
-        return [max(1, round(share * rows)) if rows else 0 for share, rows in zip(self.shares, counts, strict=True)]
+    def single_rows(self) -> list[int]:
+        """For each data set without a cluster its rows; 0 for the others."""
+        return [0 if clusters else self._num_loose(task) for task, clusters in enumerate(self._num_clusters)]
 
     @property
     def num_single_rows(self) -> int:
         """Rows of small data sets in an epoch: at most half of its places."""
-        return min(sum(self.single_quotas), self._num_places // 2)
+        return min(sum(self.single_rows), self._num_places // 2)
 
     @property
     def sampled_shares(self) -> list[float]:
@@ -82,10 +75,7 @@ class ClusterSampling:
     def order(self, generator: np.random.Generator) -> np.ndarray:
         """(num_batches, m) cluster numbers, each at most once."""
         m = self.clusters_per_batch
-        drawn = [
-            generator.permutation(np.flatnonzero(self.cluster_task == task))[:quota]
-            for task, quota in enumerate(self.quotas)
-        ]
+        drawn = [generator.permutation(np.flatnonzero(self.cluster_task == task)) for task in range(self.num_sets)]
         if not self.within:
             return generator.permutation(np.concatenate(drawn))[: self.num_batches * m].reshape(-1, m)
         full = [clusters[: len(clusters) // m * m].reshape(-1, m) for clusters in drawn]
@@ -109,7 +99,7 @@ class ClusterSampling:
             if count:
                 self._replace(members, clusters, _draw(loose[task], count, generator), generator)
         if self.num_single_rows:
-            drawn = [_draw(rows, count, generator) for rows, count in zip(loose, self.single_quotas, strict=True)]
+            drawn = [_draw(rows, count, generator) for rows, count in zip(loose, self.single_rows, strict=True)]
             rows = _draw(np.concatenate(drawn), self.num_single_rows, generator)
             self._replace(members, sampled, rows, generator)
         return members[order].reshape(len(order), -1)
@@ -135,10 +125,9 @@ class ClusterSampling:
 
         The expectations are over N and p. Then G rows of small data sets take places among all T' of the epoch. Beside
         a row that keeps its place another one does with the chance (T' - G - 1) / (T' - 1). Beside a row of a small
-        data set, c of whose r rows are among the Q of which G come, another one of them is in the batch of B places
-        with
+        data set, among the Q such rows of which G come, another one of them is in the batch of B places with
 
-            (c - 1) / (r - 1)  (G - 1) / (Q - 1)  (B - 1) / (T' - 1).
+            (G - 1) / (Q - 1)  (B - 1) / (T' - 1).
         """
         num_clusters, num_loose, size = self._num_clusters[task], self._num_loose(task), self.cluster_size
         if not num_clusters:
@@ -168,13 +157,12 @@ class ClusterSampling:
         return Chances(**{name: min(1.0, value) for name, value in asdict(found).items()})  # rounding goes a hair above
 
     def _chance_between_single_rows(self, task: int) -> float:
-        drawn, rows, pool = self.single_quotas[task], self._num_loose(task), sum(self.single_quotas)
-        both = (drawn - 1) * (self.num_single_rows - 1) / max(1, (rows - 1) * (pool - 1))
+        both = (self.num_single_rows - 1) / max(1, sum(self.single_rows) - 1)
         return both * (self.clusters_per_batch * self.cluster_size - 1) / max(1, self._num_places - 1)
 
     @cached_property
     def _num_clusters(self) -> list[int]:
-        return np.bincount(self.cluster_task, minlength=len(self.shares)).tolist()
+        return np.bincount(self.cluster_task, minlength=self.num_sets).tolist()
 
     @property
     def _num_places(self) -> int:
@@ -184,7 +172,7 @@ class ClusterSampling:
         return self.remainders[task] if self.remainders else 0
 
     def _expected_remainder(self, task: int, places: int) -> float:
-        return min(self.shares[task] * self._num_loose(task), max(0, places - 1) / 2)
+        return min(self._num_loose(task), max(0, places - 1) / 2)
 
     def _outcomes(self, task: int) -> Iterator[tuple[float, int, float, int]]:
         """(chance, N clusters, M ordered pairs of them that share a batch, p remainder rows): all that can happen."""
@@ -196,13 +184,13 @@ class ClusterSampling:
 
     def _draws(self, task: int) -> list[tuple[float, int, float]]:
         """(chance, N clusters of this set, M ordered pairs of them that share a batch): all that can happen."""
-        quotas, m = self.quotas, self.clusters_per_batch
-        left = [quota % m for quota in quotas] if self.within else quotas
+        counts, m = self._num_clusters, self.clusters_per_batch
+        left = [count % m for count in counts] if self.within else counts
         own, pool = left[task], sum(left)
         out = pool % m  # of the pool, those that find no batch
         found = []
         for missing, chance in _drawn_without_return(pool, own, out):
-            drawn, whole = own - missing, quotas[task] - own
+            drawn, whole = own - missing, counts[task] - own
             mates = whole * (m - 1) + drawn * (drawn - 1) * (m - 1) / max(1, pool - out - 1)
             found.append((chance, whole + drawn, mates))
         return found

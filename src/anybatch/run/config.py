@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from anybatch.core.configuration import Configuration, Count, Range, Seed, Share
+from anybatch.core.configuration import Configuration, Count, Range, Seed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, read_sealed
 from anybatch.core.yaml_files import load_config
@@ -15,7 +15,7 @@ from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import AUTO, LossConfig
 from anybatch.mining import MiningConfig, RankWindow
 
-SPLIT = "evaluation.split is for a retrieval set (evaluation.retrieval, or a folder in BEIR's layout). Leave it out."
+SPLIT = "evaluation.split is for a retrieval set, a folder in BEIR's layout. Leave it out."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,9 @@ class SetConfig(Configuration):
         anchor_prompt, positive_prompt: Instructions before its texts in training, behind the model's own; where there
             is an image alone, its text.
         window: Its own rank window, as `mining.window`.
-        share: Of its clusters, how many an epoch samples, in (0, 1]: a large set at .25 weighs a quarter.
 
     Example:
-        >>> SetConfig(path="questions.jsonl", anchor_prompt="question: ", share=0.25).window
+        >>> SetConfig(path="questions.jsonl", anchor_prompt="question: ").window
     """
 
     path: str
@@ -43,7 +42,6 @@ class SetConfig(Configuration):
     anchor_prompt: str = ""
     positive_prompt: str = ""
     window: RankWindow | None = None
-    share: Share = 1.0
 
     section: ClassVar[str] = "data.sets[]"
 
@@ -114,34 +112,30 @@ class EvaluationConfig(Configuration):
         path: Held-out pairs: each anchor must find its positive among all of them; or a folder in BEIR's layout. With
             `data.views` images with classes, which are told by those of the training images. "auto" holds out 5% of the
             training pairs, at least 50 and at most 1,000, that share no text or image with the others (none of fewer
-            than 250 pairs, beside `retrieval`, `data.views` or `teacher.embeddings`, or where the plan is one of all
-            pairs); None for none.
+            than 250 pairs, beside `data.views` or `teacher.embeddings`, or where the plan is one of all pairs); None
+            for none.
         images: The folder that its paths of images start from; None for `data.images`, or that of its file.
-        retrieval: The three files of a retrieval set instead of pairs (BEIR's layout): corpus, queries, judgements.
-        split: Which split of the judgements, if they have several: a column, or a file of BEIR's qrels/.
+        split: Which judgements of a folder in BEIR's layout: a file of its qrels/.
 
     Example:
-        >>> EvaluationConfig(retrieval=("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")).split
+        >>> EvaluationConfig(path="scifact").split
     """
 
     path: str | None = AUTO
     images: str | None = None
-    retrieval: tuple[str, str, str] | None = None
     split: str | None = None
 
     section: ClassVar[str] = "evaluation"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.retrieval is None and self.split is not None and self.path in (None, AUTO):
+        if self.split is not None and self.path in (None, AUTO):
             raise AnybatchError(SPLIT)
         if self.images is not None and self.path in (None, AUTO):
             raise AnybatchError(
                 "evaluation.images is given, the folder of the images of evaluation.path, which names no data. Leave "
                 "it out, or name them (--eval)."
             )
-        if self.retrieval is not None and self.path not in (None, AUTO):
-            raise AnybatchError("evaluation names pairs (path) and a retrieval set (retrieval); give one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +206,6 @@ class RunConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data.views is not None and self.loss.warm_start:
-            raise AnybatchError(
-                "loss.warm_start is given, and data.views: it would fill in what the images say as they are, and "
-                "training sees random views of them. Leave out one of the two."
-            )
         for name in ("batch_size", "seed"):
             of_mining, of_run = getattr(self.mining, name), getattr(self, name)
             if of_mining not in (getattr(MiningConfig(), name), of_run):
@@ -224,10 +213,10 @@ class RunConfig(Configuration):
                     f"mining.{name} is {of_mining} and {name} is {of_run}; set {name} alone, which holds for the whole "
                     "run."
                 )
-        if self.train.eval_steps is not None and (self.evaluation.path or self.evaluation.retrieval) is None:
+        if self.train.eval_steps is not None and self.evaluation.path is None:
             raise AnybatchError(
                 f"train.eval_steps is {self.train.eval_steps}, and there is no held-out data to evaluate on. Give "
-                "evaluation.path or evaluation.retrieval, or leave it out."
+                "evaluation.path, or leave it out."
             )
 
 

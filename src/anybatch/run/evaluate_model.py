@@ -99,7 +99,7 @@ def held_out_of(folder: Path) -> HeldOut:
     config = replace(read_config(folder), output=str(folder))
     held_out = read_held_out(config) or split_for_plan(config, read_training_pairs(config), existing_plan(config))[1]
     if held_out is None:
-        raise AnybatchError(f"The run in {folder} held out nothing to measure on. Give --data or --retrieval.")
+        raise AnybatchError(f"The run in {folder} held out nothing to measure on. Give --data.")
     return held_out
 
 

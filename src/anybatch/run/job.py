@@ -32,8 +32,8 @@ logger = logging.getLogger("anybatch")
 def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_progress) -> RunResult:
     """The whole run: read, mine, train, save, evaluate.
 
-    Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), warm_start* (if asked for),
-    log.jsonl, checkpoints/, model/, metrics.json. `resume` goes on with the run in the folder; a finished one is read.
+    Leaves in `config.output`: config.yaml, plan.safetensors, mining.json (if mined), log.jsonl, checkpoints/, model/,
+    metrics.json. `resume` goes on with the run in the folder; a finished one is read.
 
     Under torchrun the ranks share each batch of `config.batch_size` rows; rank 0 mines, evaluates and writes, the
     others wait. `train_peak_bytes` is then rank 0's.

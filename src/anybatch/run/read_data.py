@@ -96,7 +96,7 @@ def mining_sets(config: RunConfig, pairs: PairData) -> list[MiningSet]:
     """The data sets of `pairs` as mining takes them; none for one data set."""
     configured = training_sets(config.data) if pairs.sets else []
     return [
-        MiningSet(name=of_pairs.name, num_rows=of_pairs.num_rows, window=of_set.window, share=of_set.share)
+        MiningSet(name=of_pairs.name, num_rows=of_pairs.num_rows, window=of_set.window)
         for of_pairs, of_set in zip(pairs.sets, configured, strict=True)
     ]
 
@@ -149,16 +149,13 @@ def split_for_plan(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -
 
 
 def _holds_out(config: RunConfig) -> bool:
-    held_out = config.evaluation
-    return held_out.path == AUTO and held_out.retrieval is None and config.data.views is None
+    return config.evaluation.path == AUTO and config.data.views is None
 
 
 def read_held_out(config: RunConfig) -> HeldOut | None:
     """The held-out data that the configuration names, or None if it names none."""
     data, held_out = config.data, config.evaluation
     images = data.images if held_out.images is None else held_out.images
-    if held_out.retrieval is not None:
-        return read_retrieval(*held_out.retrieval, split=held_out.split, quoting=data.quoting)
     if held_out.path in (None, AUTO):
         return None
     judged = find_retrieval(held_out.path, held_out.split) if data.views is None else None

@@ -63,7 +63,7 @@ def recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None = None) ->
     if config.plan is not None:
         mined = plan is not None and plan.cluster_size > 1
     if loss.weights == AUTO:
-        weights = "inclusion" if mined and loss.example().inclusion else "none"
+        weights = "inclusion" if mined and loss.example().over_data else "none"
         loss = replace(loss, weights=weights)
         if weights == "inclusion":
             choices.append(Choice("loss.weights", "inclusion", "mined batches are no uniform sample"))

@@ -19,7 +19,7 @@ logger = logging.getLogger("anybatch")
 Tree = dict[str, Any]
 
 # B3++ on MMEB (arXiv 2505.11293, and the command that its README gives): Qwen2-VL, 2,000 steps of 1,024 rows. Clusters
-# of 32, published windows (by task: vision/mmeb.py) and equal shares are what mining.method=published stands for. LoRA:
+# of 32, published windows (by task: vision/mmeb.py) are what mining.method=published stands for. LoRA:
 # r from the command, the rest its code's defaults. Pixels: as the processor has them, 4 to 1,280 patches of 28 x 28.
 B3: Tree = {
     "batch_size": 1024,

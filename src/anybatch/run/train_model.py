@@ -9,18 +9,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from anybatch.core.errors import AnybatchError
-from anybatch.core.files import CONTENTS, seal_folder
+from anybatch.core.files import seal_folder
 from anybatch.core.progress import Progress
 from anybatch.core.resources import Measure
 from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.collating import as_columns
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
-from anybatch.integrations.sentence_transformers.memory import warm_start_from_model
 from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
 from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
@@ -45,8 +44,8 @@ def train_on_plan(
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None,
     progress: Progress,
 ) -> tuple[TrainResult, Measure]:
-    """Train `model` in place on the batches of `plan`, in the folder of the run: what it did, and what it cost without
-    the warm start. Arguments as in `train_model`.
+    """Train `model` in place on the batches of `plan`, in the folder of the run: what it did, and what it cost.
+    Arguments as in `train_model`.
     """
     rows = RowTable(
         pairs.anchor_id,
@@ -54,7 +53,6 @@ def train_on_plan(
         negative_id=pairs.negative_id,
         plan=plan,
         weights="inclusion" if config.loss.weights == "inclusion" else "none",
-        weight_cap=config.loss.weight_cap,
         mask_suspects=config.loss.mask_suspects is True,
     )
     with torch.random.fork_rng():  # a network of the loss begins with the same weights in each run, on every rank
@@ -73,7 +71,6 @@ def train_on_plan(
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
     )
-    start_warm(config, model, pairs, loss, resume=resume, progress=progress)
     with Measure() as measure:
         trained = train_model(
             model,
@@ -90,23 +87,6 @@ def train_on_plan(
             columns=columns,
         )
     return trained, measure
-
-
-def start_warm(
-    config: RunConfig,
-    model: SentenceTransformer,
-    pairs: PairData,
-    loss: CachedLoss,
-    *,
-    resume: bool,
-    progress: Progress,
-) -> None:
-    """Fill the running denominators if `config.loss` asks for it, unless a checkpoint will bring them."""
-    folder = Path(config.output)
-    if config.loss.warm_start and not (resume and any((folder / "checkpoints").glob(f"*/{CONTENTS}"))):
-        loss.to(model.device)
-        inner: Any = loss.loss  # one without running denominators is refused by name
-        warm_start_from_model(model, pairs, inner, folder=folder, progress=progress)
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:

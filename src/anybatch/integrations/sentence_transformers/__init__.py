@@ -16,7 +16,6 @@ _HOME = {
     "LossStateCallback": "callback",
     "last_whole_checkpoint": "callback",
     "load_grown_loss": "callback",
-    "warm_start_from_model": "memory",
     "TrainConfig": "training",
     "TrainResult": "training",
     "train_model": "training",

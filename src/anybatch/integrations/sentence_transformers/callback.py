@@ -43,7 +43,8 @@ class LossStateCallback(TrainerCallback):
 
     Raises:
         AnybatchError: Resuming from a checkpoint that was cut short or damaged, without a loss state, or of a run with
-            another plan; the plan given as `batch_sampler` did not reach the training set.
+            another plan; the plan given as `batch_sampler` did not reach the training set; an optimiser without the
+            parameters of the loss, or with a temperature that has its own rate in a group with others.
 
     Example:
         >>> from anybatch.integrations.sentence_transformers import CachedLoss
@@ -60,7 +61,7 @@ class LossStateCallback(TrainerCallback):
         self.folder: str | None = None  # where the checkpoints are, if not in the Trainer's output folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the plan; restore the loss."""
+        """Check the plan and the optimiser; restore the loss."""
         loader = kwargs.get("train_dataloader")
         sets = training_sets(loader)
         if isinstance(getattr(args, "batch_sampler", None), PlanBatches):
@@ -75,6 +76,7 @@ class LossStateCallback(TrainerCallback):
         for name, loss in self.losses.items():  # of several data sets, those that the loss is for
             own = [part for part in sets if not name or part[0].get("dataset_name") == name]
             check_numbers(own, num_rows_of(loss.loss, loss.rows))
+        _check_optimized(self.losses, kwargs.get("optimizer"))
         if state.global_step:
             folder = Path(self.resume_from or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._restore(folder, plans=plan_digests(loader))
@@ -157,6 +159,25 @@ def own_rates(losses: nn.Module) -> list[tuple[str, GlobalTemperature]]:
         for name, part in parts
         if part.log_temperature is not None and part.lr is not None
     ]
+
+
+def _check_optimized(losses: Losses, optimizer: Any) -> None:
+    """Refuse an optimiser that would leave a parameter of a loss as it is, or give a temperature another's rate."""
+    module = _state_of(losses)
+    groups = [{id(one) for one in group["params"]} for group in getattr(optimizer, "param_groups", ())]
+    own = {id(part.log_temperature) for _, part in own_rates(module)}
+    for name, parameter in module.named_parameters() if groups else ():
+        found = [group for group in groups if id(parameter) in group]
+        if parameter.requires_grad and not found:
+            raise AnybatchError(
+                f"The optimiser does not have the loss's parameter {name!r}, which would stay as it is. Make the "
+                "optimiser of loss.parameters(): they are the model's and the loss's."
+            )
+        if id(parameter) in own and not found[0] <= own:
+            raise AnybatchError(
+                f"{name!r} has a learning rate of its own (temperature_lr), and the optimiser has it in a group with "
+                "other parameters. Give it a group of its own, or train with anybatch.Trainer and the arguments' optim."
+            )
 
 
 def add_to_log(state: Any, logs: dict[str, Any] | None, figures: Mapping[str, float]) -> bool:
@@ -316,7 +337,7 @@ def check_first_step(loss: CachedLoss) -> None:
         plans += batches.plans
     mined = any(plan is not None and plan.cluster_size > 1 for plan in plans)
     weighted = loss.rows is not None and loss.rows.weights == "inclusion"
-    if mined and not weighted and getattr(loss.loss, "inclusion", False) and distributed.rank() == 0:
+    if mined and not weighted and getattr(loss.loss, "over_data", False) and distributed.rank() == 0:
         logger.warning(
             "%s takes the batch's negatives for a uniform sample of the data, and the plan's batches are mined. Give "
             "it rows=RowTable(..., plan=plan, weights='inclusion'), or use random batches or InfoNCE.",

@@ -38,7 +38,7 @@ class CachedLoss(nn.Module):
         loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
         rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
         mini_batch_size: Rows that are encoded at once: the `micro_batch` of `cached_step`.
-        max_tokens, keep_graphs, memory, pad_to_multiple: See `cached_step`. The gradient is the same to the last bit
+        max_tokens, keep_graphs, memory: See `cached_step`. The gradient is the same to the last bit
             whatever is kept: 0.0 is GradCache, 1.0 is plain training.
 
     Inputs:
@@ -85,14 +85,12 @@ class CachedLoss(nn.Module):
         max_tokens: int | None = None,
         keep_graphs: float | Auto = "auto",
         memory: str | int = "80%",
-        pad_to_multiple: int | None = None,
     ) -> None:
         super().__init__()
         check_limits(
             micro_batch=mini_batch_size,
             max_tokens=max_tokens,
             keep_graphs=keep_graphs,
-            pad_to_multiple=pad_to_multiple,
             called="mini_batch_size",
         )
         self.model = model  # a child, else the Trainer would not train it
@@ -102,7 +100,6 @@ class CachedLoss(nn.Module):
         self.max_tokens = max_tokens
         self.keep_graphs: float | Auto = keep_graphs
         self.memory = StepMemory(memory)
-        self.pad_to_multiple = pad_to_multiple
         self._looked = False  # whether the Trainer saves the state, in the first step
 
     def _rows(self, column: dict[str, Any]) -> Any:
@@ -143,7 +140,6 @@ class CachedLoss(nn.Module):
             max_tokens=self.max_tokens,
             keep_graphs=self.keep_graphs,
             memory=self.memory,
-            pad_to_multiple=self.pad_to_multiple,
             modules=[self.model],
         )
         leaves = [recording.leaves for recording in recordings]

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from datasets import Dataset, IterableDataset
 from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
@@ -223,7 +224,7 @@ class Trainer(SentenceTransformerTrainer):
         plan = self.plans[0] if len(self.plans) == 1 and self.plans[0].cluster_size > 1 else None
         if plan is None:
             return RowTable(**self._ids)
-        weights = "inclusion" if getattr(loss, "inclusion", False) else "none"
+        weights = "inclusion" if getattr(loss, "over_data", False) else "none"
         return RowTable(**self._ids, plan=plan, weights=weights, mask_suspects=plan.suspects is not None)
 
     def get_data_collator(self, model: Any, args: Any, *arguments: Any, **options: Any) -> Any:
@@ -238,6 +239,17 @@ class Trainer(SentenceTransformerTrainer):
         self.train_dataset, self.eval_dataset = (card.shown(one, numbered=bool(self._numbered)) for one in sets)
         super().add_model_card_callback(default_args_dict)
         self.train_dataset, self.eval_dataset = sets
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """A class of optimiser that was given has the parameters of the loss and the groups of the Trainer's own."""
+        kind, options = self.optimizer_cls_and_kwargs or (None, {})
+        plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+        if plain and self._cached and not {"params", "model", "optimizer_dict"} & options.keys():
+            args = copy.copy(self.args)
+            args.optim = "adamw_torch"  # whose groups are taken
+            _, made = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer_cls_and_kwargs = kind, {**options, "optimizer_dict": made["optimizer_dict"]}
+        return super().create_optimizer(model)
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """A learned temperature with a rate of its own is a group of its own."""

@@ -17,9 +17,8 @@ number; nothing is kept for the backward pass but the two gradients.
 
 Collectives, all in the forward pass: two gathers of sizes, a gather of the candidates (M x D numbers a rank), a sum
 of their gradient (all M x D), a sum of one number for the loss, and one for a scalar temperature that learns. Both
-directions: three gathers of (B,) numbers more, and with temperatures that learn a sum of them. In a ring W - 1 sends
-of a block of candidates and again, with W of their gradient, take the place of the gather and the sum of candidates,
-always with four products. The log-weights have two gathers a direction; the rule's are its own.
+directions: three gathers of (B,) numbers more, and with temperatures that learn a sum of them. The log-weights have two
+gathers a direction; the rule's are its own.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ __all__ = [
 
 
 def softmax_loss(
-    anchors: Tensor, candidates: Tensor, *sides: Side, tile_bytes: int = TILE_BYTES, ring: bool = False
+    anchors: Tensor, candidates: Tensor, *sides: Side, tile_bytes: int = TILE_BYTES
 ) -> tuple[Tensor, tuple[SoftmaxStats, ...]]:
     """The loss of this batch over all ranks, in one direction, or the mean of both from the same scores.
 
@@ -63,7 +62,6 @@ def softmax_loss(
         candidates: (M, D), M >= B, this rank's: positives, then explicit negatives.
         sides: Anchors against candidates; and, for the mean of both directions, positives against anchors.
         tile_bytes: Memory for scores; the height of a tile follows from it.
-        ring: Under several ranks let the candidates travel from rank to rank, where all of them would not fit on one.
 
     Returns:
         The mean objective over the rows of all ranks, a scalar, and figures of each direction. Each rank's
@@ -72,9 +70,9 @@ def softmax_loss(
         rank.
     """
     if len(sides) == 2 and sides[1].needs_rows:
-        loss, stats = softmax_loss(anchors, candidates, sides[0], tile_bytes=tile_bytes, ring=ring)
+        loss, stats = softmax_loss(anchors, candidates, sides[0], tile_bytes=tile_bytes)
         positives = candidates[: len(anchors)]
-        loss_back, stats_back = softmax_loss(positives, anchors, sides[1], tile_bytes=tile_bytes, ring=ring)
+        loss_back, stats_back = softmax_loss(positives, anchors, sides[1], tile_bytes=tile_bytes)
         return (loss + loss_back) / 2, (*stats, *stats_back)
     # 1. In float32 or better, still attached to autograd.
     dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
@@ -83,7 +81,7 @@ def softmax_loss(
     # 2. The value and its gradients, outside it.
     wanted = torch.is_grad_enabled()
     with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):
-        solution = solve(anchors, candidates, sides, tile_bytes=tile_bytes, gradients=wanted, ring=ring)
+        solution = solve(anchors, candidates, sides, tile_bytes=tile_bytes, gradients=wanted)
     # 3. The one as a function with the others.
     leaves = (anchors, candidates, *(side.temperature for side in sides))
     return with_gradients(solution.loss, leaves, solution.gradients), solution.stats

@@ -3,7 +3,7 @@
 Shapes, as suffixes of names (`A` and `C`: of all ranks together):
 
     B anchors of this rank     b rows of a tile                          D dimensions
-    M candidates of this rank  m candidates of a block, p its positives
+    M candidates of this rank  m candidates of a tile, p its positives
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
-from anybatch.losses.engine.candidates import Block, Layout
+from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.engine.sides import Side, SoftmaxStats
 from anybatch.losses.log_weights import LogWeights
 
@@ -110,7 +110,7 @@ class AnchorDirection(Direction):
 
     def __init__(self, side: Side, layout: Layout, positive_B: Tensor, *, alone: bool) -> None:
         super().__init__(side, layout, positive_B, layout.column_sizes)
-        self.alone = alone
+        self.alone, self.columns = alone, slice(0, sum(layout.column_sizes))
         self.difference = torch.zeros_like(positive_B)  # sum_j p_ij s_ij, where it cannot be read from d anchors
         self.column_gradient_C = positive_B.new_zeros(sum(layout.column_sizes)) if side.column_weight else None
         self.several = self.log_weight is not None and self.log_weight.positives_by is not None
@@ -120,38 +120,36 @@ class AnchorDirection(Direction):
             self.factors = positive_B.new_full((2, self.num_rows), -torch.inf)
             self.log_hardness = torch.empty_like(positive_B)
 
-    def logits(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
+    def logits(self, rows: slice, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
         """(b, m) relative to the positive, -inf where there is no negative; in the workspace (perhaps the scores)."""
         positive_b1, temperature_b1 = self.positive[rows, None], self.temperature[rows, None]
-        further_bm = self.further(rows, block) if self.several else None
+        further_bm = self.further(rows) if self.several else None
         logits_bm = self.relative(scores_bm, positive_b1, temperature_b1, workspace_bm, further_bm)
         if self.log_weight is not None:
-            logits_bm += self.log_weight.tile(self.layout.shifted(rows), block.columns).to(logits_bm.dtype)
-        if block.own:
-            logits_bm[self.own(rows, block)] = -torch.inf
+            logits_bm += self.log_weight.tile(self.layout.shifted(rows), self.columns).to(logits_bm.dtype)
+        logits_bm[self.own(rows)] = -torch.inf
         if self.side.hardness:
             logits_bm += self.side.hardness * (scores_bm - positive_b1) / temperature_b1
         return logits_bm if self.side.adjust is None else self.side.adjust(rows, scores_bm, logits_bm)
 
-    def own(self, rows: slice, block: Block) -> tuple[Tensor, Tensor]:
-        """Where the rows' own positives are in a tile of their block."""
+    def own(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Where the rows' own positives are in a tile."""
         local = torch.arange(rows.start, rows.stop, device=self.positive.device)
-        return local - rows.start, self.layout.own_columns.start - block.columns.start + local
+        return local - rows.start, self.layout.own_columns.start + local
 
-    def further(self, rows: slice, block: Block) -> Tensor:
+    def further(self, rows: slice) -> Tensor:
         """(b, m) bool: candidates that are positives of the row beside its own."""
         assert self.log_weight is not None
-        further_bm = self.log_weight.further_positives(self.layout.shifted(rows), block.columns)
-        if block.own:
-            further_bm[self.own(rows, block)] = False
+        further_bm = self.log_weight.further_positives(self.layout.shifted(rows), self.columns)
+        further_bm[self.own(rows)] = False
         return further_bm
 
-    def measure(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds the block to the log-sums; returns exp (b, m) and peak (b,): exp(logit) = exp * exp(peak)."""
-        logits_bm = self.logits(rows, block, scores_bm, workspace_bm)
-        self.num_negatives[rows] += count(logits_bm, 1) if self.removing else logits_bm.shape[1] - block.own
+    def measure(self, rows: slice, scores_bm: Tensor, workspace_bm: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-sums; returns exp (b, m) and peak (b,): exp(logit) = exp * exp(peak)."""
+        logits_bm = self.logits(rows, scores_bm, workspace_bm)
+        self.num_negatives[rows] += count(logits_bm, 1) if self.removing else logits_bm.shape[1] - 1
         if self.several:
-            further_bm = self.further(rows, block)
+            further_bm = self.further(rows)
             number_b = further_bm.sum(dim=1).to(logits_bm.dtype)
             self.num_further[rows] += number_b
             self.num_negatives[rows] -= number_b
@@ -186,11 +184,11 @@ class AnchorDirection(Direction):
         """(b,) what turns `exp` of `measure` into the derivative of the rows' terms in the scores."""
         return (peak_b - self.reference()[rows]).exp()
 
-    def weights(self, rows: slice, block: Block, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
+    def weights(self, rows: slice, scores_bm: Tensor, workspace_bm: Tensor) -> Tensor:
         """(b, m) derivative of the rows' terms in the scores, from the scores anew."""
-        return self.logits(rows, block, scores_bm, workspace_bm).sub_(self.reference()[rows, None]).exp_()
+        return self.logits(rows, scores_bm, workspace_bm).sub_(self.reference()[rows, None]).exp_()
 
-    def add_sums(self, rows: slice, block: Block, scores_bm: Tensor, exp_bm: Tensor, factor_b: Tensor | None) -> None:
+    def add_sums(self, rows: slice, scores_bm: Tensor, exp_bm: Tensor, factor_b: Tensor | None) -> None:
         """What else is learned from the derivative in the scores, exp * factor."""
         if self.learning and not self.alone:
             difference_b = (exp_bm * scores_bm).sum(dim=1)
@@ -201,7 +199,7 @@ class AnchorDirection(Direction):
             reference_b = self.reference()[rows]
             weight_b = self.side.column_weight(rows).to(exp_bm.dtype)
             weight_b = weight_b * (reference_b - finite(self.log_denominator[rows])).exp()
-            self.column_gradient_C[block.columns] += (weight_b if factor_b is None else weight_b * factor_b) @ exp_bm
+            self.column_gradient_C += (weight_b if factor_b is None else weight_b * factor_b) @ exp_bm
 
     def column_gradient(self) -> Tensor | None:
         """See `SoftmaxStats`. One sum over ranks."""
@@ -228,29 +226,27 @@ class PositiveDirection(Direction):
         self.workspace: Workspace | None = None
         self.reference_A = self.positive_A
 
-    def logits(self, rows: slice, block: Block, scores_bm: Tensor) -> Tensor:
-        """(b, p), transposed: entry (i, j) belongs to the block's positive j."""
-        scores_bp = scores_bm[:, block.positives]
+    def logits(self, rows: slice, scores_bm: Tensor) -> Tensor:
+        """(b, p), transposed: entry (i, j) belongs to positive j."""
+        scores_bp = scores_bm[:, self.layout.positive_columns]
         if self.workspace is None or self.workspace.size < scores_bp.numel():
             self.workspace = Workspace(scores_bp, scores_bp.numel())
         workspace_bp = self.workspace.view((scores_bp.shape[0], scores_bp.shape[1]))
-        positive_p, temperature_p = self.positive_A[block.rows], self.temperature_A[block.rows]
-        logits_bp = self.relative(scores_bp, positive_p, temperature_p, workspace_bp)
+        logits_bp = self.relative(scores_bp, self.positive_A, self.temperature_A, workspace_bp)
         if self.log_weight is not None:
-            logits_bp += self.log_weight.tile(block.rows, self.layout.shifted(rows)).to(logits_bp.dtype).T
-        if block.own:
-            local = torch.arange(rows.start, rows.stop, device=logits_bp.device)
-            logits_bp[local - rows.start, self.layout.own_rows.start - block.rows.start + local] = -torch.inf
+            weight_pb = self.log_weight.tile(slice(0, len(self.positive_A)), self.layout.shifted(rows))
+            logits_bp += weight_pb.to(logits_bp.dtype).T
+        local = torch.arange(rows.start, rows.stop, device=logits_bp.device)
+        logits_bp[local - rows.start, self.layout.own_rows.start + local] = -torch.inf
         return logits_bp
 
-    def measure(self, rows: slice, block: Block, scores_bm: Tensor) -> None:
+    def measure(self, rows: slice, scores_bm: Tensor) -> None:
         """Adds the tile to its columns' log-sums."""
-        logits_bp = self.logits(rows, block, scores_bm)
-        log_sums, counts = self.parts[:, block.rows]
+        logits_bp = self.logits(rows, scores_bm)
+        log_sums, counts = self.parts
         if not self.removing:
             counts += len(logits_bp)
-            if block.own:
-                self.parts[1, self.layout.shifted(rows)] -= 1  # each row's own
+            counts[self.layout.shifted(rows)] -= 1  # each row's own
         else:
             counts += count(logits_bp, 0)
         torch.logaddexp(log_sums, exp_of(logits_bp, 0)[2], out=log_sums)
@@ -265,11 +261,11 @@ class PositiveDirection(Direction):
         super().answer(slice(0, self.num_rows))
         self.reference_A = distributed.gather_rows(self.reference(), self.layout.row_sizes)
 
-    def weights(self, rows: slice, block: Block, scores_bm: Tensor) -> Tensor:
+    def weights(self, rows: slice, scores_bm: Tensor) -> Tensor:
         """(b, p) derivative of the columns' terms in the scores."""
-        weight_bp = self.logits(rows, block, scores_bm).sub_(self.reference_A[block.rows]).exp_()
+        weight_bp = self.logits(rows, scores_bm).sub_(self.reference_A).exp_()
         if self.learning:
-            self.difference_A[block.rows] += (weight_bp * scores_bm[:, block.positives]).sum(dim=0)
+            self.difference_A += (weight_bp * scores_bm[:, self.layout.positive_columns]).sum(dim=0)
         return weight_bp
 
     def total(self) -> Tensor:

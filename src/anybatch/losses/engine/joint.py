@@ -53,12 +53,11 @@ def joint_softmax_loss(
     over_data: bool,
     repeated: Tensor | None = None,
     tile_bytes: int,
-    ring: bool,
 ) -> tuple[Tensor, tuple[SoftmaxStats, ...]]:
     """`softmax_loss` in one direction, with further kinds of negatives in each anchor's softmax.
 
     Args:
-        anchors, candidates, tile_bytes, ring: See `softmax_loss`.
+        anchors, candidates, tile_bytes: See `softmax_loss`.
         side: Anchors against candidates alone.
         kinds: Which pairs are negatives besides.
         over_data: The rule takes the candidates for a sample of all rows. Then each kind is one of its own: its
@@ -122,7 +121,7 @@ def joint_softmax_loss(
         weight = rows.new_ones(num_rows) if side.row_weight is None else side.row_weight
         rule = JointRule(side.rule, num_positives=2 if "doc_to_query" in kinds else 1)
         side = replace(side, rule=rule, row_weight=2 * weight.repeat(2))
-    loss, (stats,) = softmax_loss(rows, columns, side, tile_bytes=tile_bytes, ring=ring)
+    loss, (stats,) = softmax_loss(rows, columns, side, tile_bytes=tile_bytes)
     return loss, (_by_pair(stats, num_rows) if twice else stats,)
 
 

@@ -8,8 +8,7 @@ A rank computes the block of its own rows against the candidates of all ranks, f
 
 The passes are one when a single tile holds everything, or when there is one direction whose rule works row by row: 3
 products in place of 4. With W ranks the candidates are gathered first and the gradient of all candidates is summed
-over the ranks last, or both travel in a ring (`candidates`); no row's temperature, threshold or weight has to travel,
-because no block is computed on two ranks.
+over the ranks last; no row's temperature, threshold or weight has to travel, because no tile is computed on two ranks.
 
 What is not a product is kept cheap: tiles live in workspaces that are made once, a pair has one exponential,
 exp(logit - peak of its row), and what turns that into its gradient weight is a number a row, which is put on the
@@ -27,8 +26,7 @@ import torch
 from torch import Tensor
 
 from anybatch.core import distributed
-from anybatch.core.errors import AnybatchError
-from anybatch.losses.engine.candidates import Block, Gathered, Layout, Ring
+from anybatch.losses.engine.candidates import Gathered, Layout
 from anybatch.losses.engine.directions import AnchorDirection, PositiveDirection, Workspace
 from anybatch.losses.engine.sides import Side, SoftmaxStats
 
@@ -53,16 +51,11 @@ def solve(
     *,
     tile_bytes: int,
     gradients: bool,
-    ring: bool = False,
 ) -> Solution:
-    """Loss and gradients of one direction (one side), or of the mean of both (anchors first, then positives).
-
-    With `ring` and several ranks the candidates are not gathered; four products, because no rank sees whole rows at
-    once.
-    """
+    """Loss and gradients of one direction (one side), or of the mean of both (anchors first, then positives)."""
     # 1. Where the candidates of all ranks are.
     layout = Layout.of(len(anchors), len(candidates), anchors.device)
-    source = _source(candidates, layout, sides, ring=ring)
+    source = Gathered(candidates, layout, gradients=gradients)
 
     # 2. The directions, and the tiles over both.
     own_BD = candidates[: len(anchors)]
@@ -73,7 +66,7 @@ def solve(
     tiles = _Tiles(anchors, source, forward, back, tile_bytes)
 
     # 3. Log-sums, the rules' answers, and the negatives' part of the gradients.
-    if source.num_blocks == 1 and (len(tiles.rows) == 1 or (back is None and sides[0].rule.row_wise)):
+    if len(tiles.rows) == 1 or (back is None and sides[0].rule.row_wise):
         tiles.one_pass(gradients=gradients)
     else:
         tiles.two_passes(gradients=gradients)
@@ -102,19 +95,8 @@ def solve(
     return Solution(loss, (d_anchors.mul_(scale), d_candidates.mul_(scale), *d_temperatures), stats)
 
 
-def _source(candidates: Tensor, layout: Layout, sides: tuple[Side, ...], *, ring: bool) -> Gathered | Ring:
-    if not (ring and distributed.is_active()):
-        return Gathered(candidates, layout)
-    if any(side.adjust is not None for side in sides):
-        raise AnybatchError(
-            "ring=True with a loss that looks at whole rows of scores (GloFND, EMC2): the ring has the candidates of "
-            "one rank at a time. Use ring=False, which gathers the candidates, or another loss."
-        )
-    return Ring(candidates, layout)
-
-
 class _Tiles:
-    """This rank's rows, some at a time, against each block of candidates.
+    """This rank's rows, some at a time, against the candidates of all ranks.
 
     Attributes:
         rows: Which rows a tile has.
@@ -124,78 +106,71 @@ class _Tiles:
     def __init__(
         self,
         anchors: Tensor,
-        source: Gathered | Ring,
+        source: Gathered,
         forward: AnchorDirection,
         back: PositiveDirection | None,
         tile_bytes: int,
     ) -> None:
         self.anchors, self.source, self.forward, self.back = anchors, source, forward, back
         self.d_anchors = torch.zeros_like(anchors)
-        height = max(1, tile_bytes // max(1, source.widest * anchors.element_size()))
+        height = max(1, tile_bytes // max(1, len(source.candidates) * anchors.element_size()))
         self.rows = [slice(start, min(start + height, len(anchors))) for start in range(0, len(anchors), height)]
-        size = min(height, len(anchors)) * source.widest
+        size = min(height, len(anchors)) * len(source.candidates)
         self._scores, self._logits = Workspace(anchors, size), Workspace(anchors, size)
         self._keeping = back is not None or forward.side.rereads_scores
 
     def one_pass(self, *, gradients: bool) -> None:
         """Each tile's log-sums, answers and gradients while its scores are there."""
         forward, back = self.forward, self.back
-        for block in self.source.blocks(gradients=gradients):
-            for rows in self.rows:
-                scores_bm, workspace_bm = self._score(rows, block)
-                exp_bm, peak_b = forward.measure(rows, block, scores_bm, workspace_bm)
-                if back is not None:
-                    back.measure(rows, block, scores_bm)
-                forward.answer(rows)
-                if back is not None:
-                    back.answer()
-                if gradients:
-                    self._add_gradient(rows, block, scores_bm, exp_bm, forward.factor(rows, peak_b))
-            if not self.rows:  # a rank without rows still takes part in the rule's collectives
-                forward.answer(slice(0, 0))
+        for rows in self.rows:
+            scores_bm, workspace_bm = self._score(rows)
+            exp_bm, peak_b = forward.measure(rows, scores_bm, workspace_bm)
+            if back is not None:
+                back.measure(rows, scores_bm)
+            forward.answer(rows)
+            if back is not None:
+                back.answer()
+            if gradients:
+                self._add_gradient(rows, scores_bm, exp_bm, forward.factor(rows, peak_b))
+        if not self.rows:  # a rank without rows still takes part in the rule's collectives
+            forward.answer(slice(0, 0))
 
     def two_passes(self, *, gradients: bool) -> None:
         """All log-sums, then the answers, then all gradients from the scores anew."""
         forward, back = self.forward, self.back
-        for block in self.source.blocks(gradients=False):
-            for rows in self.rows:
-                scores_bm, workspace_bm = self._score(rows, block)
-                if back is not None:
-                    back.measure(rows, block, scores_bm)
-                forward.measure(rows, block, scores_bm, workspace_bm)
+        for rows in self.rows:
+            scores_bm, workspace_bm = self._score(rows)
+            if back is not None:
+                back.measure(rows, scores_bm)
+            forward.measure(rows, scores_bm, workspace_bm)
         forward.answer(slice(0, len(self.anchors)))
         if back is not None:
             back.answer()
-        for block in self.source.blocks(gradients=True) if gradients else ():
-            for rows in self.rows:
-                scores_bm, workspace_bm = self._score(rows, block)
-                weight_bm = forward.weights(rows, block, scores_bm, workspace_bm)
-                self._add_gradient(rows, block, scores_bm, weight_bm, None)
+        for rows in self.rows if gradients else ():
+            scores_bm, workspace_bm = self._score(rows)
+            self._add_gradient(rows, scores_bm, forward.weights(rows, scores_bm, workspace_bm), None)
 
-    def _score(self, rows: slice, block: Block) -> tuple[Tensor, Tensor]:
+    def _score(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(b, m) scores, and where their logits may be put: over them if nobody needs the scores any more."""
-        shape = (rows.stop - rows.start, len(block.candidates))
+        shape = (rows.stop - rows.start, len(self.source.candidates))
         scores_bm = self._scores.view(shape)
-        torch.mm(self.anchors[rows], block.candidates.T, out=scores_bm)
+        torch.mm(self.anchors[rows], self.source.candidates.T, out=scores_bm)
         return scores_bm, self._logits.view(shape) if self._keeping else scores_bm
 
-    def _add_gradient(
-        self, rows: slice, block: Block, scores_bm: Tensor, exp_bm: Tensor, factor_b: Tensor | None
-    ) -> None:
+    def _add_gradient(self, rows: slice, scores_bm: Tensor, exp_bm: Tensor, factor_b: Tensor | None) -> None:
         """From exp * factor, the derivative of the rows' terms in the scores; `exp_bm` is consumed."""
-        assert block.gradient is not None
-        self.forward.add_sums(rows, block, scores_bm, exp_bm, factor_b)
+        self.forward.add_sums(rows, scores_bm, exp_bm, factor_b)
         if factor_b is not None and (self.back is not None or self.forward.several):
             exp_bm.mul_(factor_b[:, None])
             factor_b = None
         if self.back is not None:
-            exp_bm[:, block.positives] += self.back.weights(rows, block, scores_bm)
+            exp_bm[:, self.source.layout.positive_columns] += self.back.weights(rows, scores_bm)
         if self.forward.several:
-            exp_bm -= self.forward.further(rows, block) * self.forward.share()[rows, None]
-        anchors_bD = self.anchors[rows]
+            exp_bm -= self.forward.further(rows) * self.forward.share()[rows, None]
+        anchors_bD, candidates, d_candidates = self.anchors[rows], self.source.candidates, self.source.d_candidates
         if factor_b is None:
-            self.d_anchors[rows].addmm_(exp_bm, block.candidates)
-            block.gradient.addmm_(exp_bm.T, anchors_bD)
+            self.d_anchors[rows].addmm_(exp_bm, candidates)
+            d_candidates.addmm_(exp_bm.T, anchors_bD)
         else:
-            self.d_anchors[rows] += (exp_bm @ block.candidates).mul_(factor_b[:, None])
-            block.gradient.addmm_(exp_bm.T, anchors_bD * factor_b[:, None])
+            self.d_anchors[rows] += (exp_bm @ candidates).mul_(factor_b[:, None])
+            d_candidates.addmm_(exp_bm.T, anchors_bD * factor_b[:, None])

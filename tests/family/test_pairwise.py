@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, SigLIP
 from anybatch.losses.registry import LossConfig, build_loss, make_loss
+from tests import reference
+from tests.losses.methods import cluster_weights
+from tests.losses.test_losses import close, draw_batch, gradients
 from tests.ranks import on_ranks
-
-from .. import reference
-from .methods import cluster_weights
-from .test_losses import close, draw_batch, gradients
 
 
 def naive_siglip(anchors, candidates, tau, bias, allowed, weight=None):
