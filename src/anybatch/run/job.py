@@ -57,7 +57,9 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         if config.data.views is not None:
             add_head(model, seed=config.seed)
         warn_of_instructions(model, pairs.sets)
-        check_held_out(model, held_out)
+        with distributed.alone() as chosen:
+            if chosen:
+                check_held_out(model, held_out)
 
         # 2. Of a new run, refuse now what mining or the cached step would refuse hours later.
         if not resume:
