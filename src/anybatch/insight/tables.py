@@ -13,23 +13,25 @@ OF_CAPTIONS = {f"{way}@{k}": f"{way} R@{k}" for way in ("i2t", "t2i") for k in (
 
 
 def metrics_table(results: Mapping[str, Mapping[str, float]]) -> Table:
-    """Figures of several models, one line each; below it the queries, and what their number leaves open."""
+    """Figures of several models, one line each."""
     shown = {"hit@1": "hit@1"} | SHOWN | OF_CLASSES | OF_CAPTIONS
     names = [name for name in shown if any(name in metrics for metrics in results.values())]
     lines = [
         [label, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names)]
         for label, metrics in results.items()
     ]
-    table = rich_table(["", *(shown[name] for name in names)], lines, left=(0,))
+    return rich_table(["", *(shown[name] for name in names)], lines, left=(0,))
+
+
+def what_is_open(results: Mapping[str, Mapping[str, float]]) -> str:
+    """How far chance may have moved retrieval figures, by the number of queries; "" for figures of another kind."""
     sizes = {metrics["num_queries"] for metrics in results.values() if metrics.get("num_queries")}
-    if len(sizes) == 1:
-        (size,) = sizes
-        means = [metrics[name] for metrics in results.values() for name in SHOWN if name in metrics]
-        error = math.sqrt(
-            max(mean * (1 - mean) for mean in means) / size
-        )  # of what lies in [0, 1] the variance is less
-        table.caption = f"{size:,.0f} queries; the standard error of a figure is at most {error:.3f}."
-    return table
+    means = [metrics[name] for metrics in results.values() for name in SHOWN if name in metrics]
+    if len(sizes) != 1 or not means:
+        return ""
+    (size,) = sizes
+    error = math.sqrt(max(mean * (1 - mean) for mean in means) / size)  # of what lies in [0, 1] the variance is less
+    return f"{size:,.0f} queries; the standard error of a figure is at most {error:.3f}."
 
 
 def rich_table(
