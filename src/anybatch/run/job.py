@@ -84,7 +84,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
                     check_best(config.train, untrained)
 
             # 6. Train.
-            trained, measure = train_on_plan(
+            trained = train_on_plan(
                 config, model, pairs, plan, resume=resume, evaluate=evaluate if held_out else None, progress=progress
             )
 
@@ -103,8 +103,8 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
                         metrics=metrics,
                         metrics_untrained=untrained,
                         log=trained.log,
-                        train_seconds=measure.seconds - trained.evaluation_seconds,
-                        train_peak_bytes=measure.peak_bytes,
+                        train_seconds=trained.seconds,
+                        train_peak_bytes=trained.peak_bytes,
                         num_steps=trained.num_steps,
                     )
                     write_json(folder / "metrics.json", {"run": run_digest(folder), **asdict(result)})

@@ -16,7 +16,6 @@ import torch
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import seal_folder
 from anybatch.core.progress import Progress
-from anybatch.core.resources import Measure
 from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.collating import as_columns
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
@@ -43,7 +42,7 @@ def train_on_plan(
     resume: bool,
     evaluate: Callable[[SentenceTransformer], dict[str, float]] | None,
     progress: Progress,
-) -> tuple[TrainResult, Measure]:
+) -> TrainResult:
     """Train `model` in place on the batches of `plan`, in the folder of the run: what it did, and what it cost.
     Arguments as in `train_model`.
     """
@@ -75,22 +74,20 @@ def train_on_plan(
         logger.info(
             "The loss stands for all %s rows: its values cannot be compared with those over a batch.", len(pairs)
         )
-    with Measure() as measure:
-        trained = train_model(
-            model,
-            loss,
-            dataset,
-            plan,
-            settings,
-            output=config.output,
-            seed=config.seed,
-            resume=resume,
-            evaluate=evaluate,
-            progress=lambda done, total, figures: progress("training", done, total, figures),
-            run=run_digest(Path(config.output)),
-            columns=columns,
-        )
-    return trained, measure
+    return train_model(
+        model,
+        loss,
+        dataset,
+        plan,
+        settings,
+        output=config.output,
+        seed=config.seed,
+        resume=resume,
+        evaluate=evaluate,
+        progress=lambda done, total, figures: progress("training", done, total, figures),
+        run=run_digest(Path(config.output)),
+        columns=columns,
+    )
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:

@@ -157,9 +157,11 @@ class Trainer(SentenceTransformerTrainer):
             resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         if self._keeper is not None and isinstance(resume_from_checkpoint, str):
             self._keeper.resume_from = resume_from_checkpoint
-        with Measure() as measure:
+        with Measure() as self.measure:
             output = super().train(resume_from_checkpoint, *arguments, **options)
-        cost = card.cost_line(self.state.global_step, measure, self.args.device, resumed=bool(resume_from_checkpoint))
+        cost = card.cost_line(
+            self.state.global_step, self.measure, self.args.device, resumed=bool(resume_from_checkpoint)
+        )
         self._describe({"Cost": cost})
         return output
 

@@ -77,16 +77,18 @@ class TrainConfig(Configuration):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What `train_model` did. Only the first rank has the lines of `log.jsonl`.
+    """What `train_model` did. Only the first rank has the lines of `log.jsonl`. `seconds` are those of training, without
+    evaluations; `peak_bytes` is the process's memory.
 
     Example:
-        >>> TrainResult(log=[{"step": 1, "loss": 2.1}], num_steps=1, evaluation_seconds=0.0).log[-1]["loss"]
+        >>> TrainResult(log=[{"step": 1, "loss": 2.1}], num_steps=1, seconds=4.0, peak_bytes=2**30).log[-1]["loss"]
         2.1
     """
 
     log: list[dict[str, Any]]
     num_steps: int
-    evaluation_seconds: float
+    seconds: float
+    peak_bytes: int
 
 
 def train_model(
@@ -177,7 +179,10 @@ def train_model(
             "on with --resume."
         ) from error
     return TrainResult(
-        log=recorder.lines, num_steps=trainer.state.global_step, evaluation_seconds=trainer.evaluation_seconds
+        log=recorder.lines,
+        num_steps=trainer.state.global_step,
+        seconds=trainer.measure.seconds - trainer.evaluation_seconds,
+        peak_bytes=trainer.measure.peak_bytes,
     )
 
 
