@@ -77,8 +77,8 @@ class TrainConfig(Configuration):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What `train_model` did. Only the first rank has the lines of `log.jsonl`. `seconds` are those of training, without
-    evaluations; `peak_bytes` is the process's memory.
+    """What `train_model` did. Only the first rank has the lines of `log.jsonl`. `seconds` are without evaluations,
+    `peak_bytes` is the memory of the process.
 
     Example:
         >>> TrainResult(log=[{"step": 1, "loss": 2.1}], num_steps=1, seconds=4.0, peak_bytes=2**30).log[-1]["loss"]
