@@ -13,12 +13,13 @@ from anybatch.core.errors import AnybatchError
 from anybatch.data.pairs import PairData
 from anybatch.insight.gradient_error import FrozenPairs, gradient_error
 from anybatch.insight.gradient_methods import compare_methods, gradient_figures, name_of
-from anybatch.insight.plan_figures import MARGIN, inspect_plan, plan_sentence, plan_warnings, set_figures
+from anybatch.insight.plan_figures import plan_sentence, plan_warnings, set_figures
 from anybatch.insight.plan_page import render_plan_page
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE
 from anybatch.losses.registry import LossConfig
 from anybatch.losses.rows import RowTable
-from anybatch.mining import MiningConfig, MiningSet, mine_plan
+from anybatch.mining import MiningConfig, MiningSet, inspection, mine_plan
+from anybatch.mining.inspection import MARGIN, inspect_plan
 from anybatch.plans.plan import BatchPlan
 from tests.insight.test_gradient_error import clusters
 from tests.mining.test_mining import embeddings
@@ -123,6 +124,19 @@ def test_the_mass_masked_is_what_the_loss_masks(labels):
     placed = np.unique(plan.epoch_batches(0))
     assert seen.planned.masked == pytest.approx(share[placed].mean(), rel=1e-4)
     assert seen.planned.masked > 0.01
+
+
+def test_positives_are_read_in_pieces(monkeypatch):
+    anchors, positives, same = data()
+    for kind in ("mined", "negatives", "mixed", "random"):
+        plan = make_plan(kind, anchors, positives, same)
+        whole = inspect_plan(plan, anchors, positives, temperature=TAU, **same)
+        with monkeypatch.context() as patched:
+            patched.setattr(inspection, "BLOCK", 115 * 7)
+            pieces = inspect_plan(plan, anchors, positives, temperature=TAU, **same)
+        for name, seen in whole.items():
+            assert pieces[name].figures == pytest.approx(seen.figures)
+            assert [pair.row for pair in pieces[name].suspects] == [pair.row for pair in seen.suspects]
 
 
 def test_one_positive_of_many_rows_is_shown_once():

@@ -365,7 +365,7 @@ def test_mine_plan(method):
     json.dumps(results[0].report.as_dict())
     if method == "random":
         return
-    assert {name for name, _ in stages} == {"neighbors", "graph", "communities", "refinement", "audit"}
+    assert {name for name, _ in stages} == {"neighbors", "graph", "communities", "refinement", "audit", "figures"}
     assert all(0 <= done <= 1 for _, done in stages)
     audit = results[0].report.audit
     assert audit.smallest == audit.largest == 8
@@ -553,9 +553,7 @@ def test_sets_whose_clusters_fill_no_batch_are_refused_before_any_work():
         lambda: check_sizes(80, config=config, sets=sets),
         lambda: mine_plan(anchors, positives, config=config, sets=sets),
     ):
-        with pytest.raises(
-            AnybatchError, match="8 clusters of 8 rows, which do not fill one batch of 72"
-        ):
+        with pytest.raises(AnybatchError, match="8 clusters of 8 rows, which do not fill one batch of 72"):
             refuse()
     check_sizes(80, config=replace(config, batch_size=32, mixing="mixed"), sets=sets)
 

@@ -154,7 +154,7 @@ def save_students(folder: Path) -> None:
 def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
     """Mine the batches of some pairs as `anybatch mine` does: the plan, what the teacher says of it, the pairs."""
     from anybatch.core.configuration import from_mapping
-    from anybatch.insight.plan_figures import inspect_plan
+    from anybatch.mining.inspection import inspect_plan
     from anybatch.run.config import RunConfig
     from anybatch.run.folder import open_run
     from anybatch.run.make_plan import make_plan

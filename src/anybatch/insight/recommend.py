@@ -27,11 +27,12 @@ from anybatch.insight.gradient_methods import (
     gradient_figures,
     is_further,
 )
-from anybatch.insight.plan_figures import inspect_plan, plan_warnings, set_figures
+from anybatch.insight.plan_figures import plan_warnings, set_figures
 from anybatch.integrations.sentence_transformers.embed import embed_texts
 from anybatch.integrations.sentence_transformers.model import load_model
 from anybatch.losses.registry import LossConfig, first_temperature
 from anybatch.mining import mine_plan
+from anybatch.mining.inspection import inspect_plan
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, resolved
 from anybatch.run.read_data import hold_out, mining_sets, read_data

@@ -186,7 +186,7 @@ class MiningReport:
 
     Attributes:
         audit: What the clusters hold; None for random batches and for several data sets.
-        own_first, masked: See `teacher_figures`; None as `audit`.
+        figures: See `PlanInspection.figures`; none where `audit` is None.
         warnings: What is likely to hurt, in words.
         recall: Of the neighbours, measured; 1.0 if exact.
         seconds, peak_bytes: Wall time and peak resident memory of each stage.
@@ -199,8 +199,7 @@ class MiningReport:
     """
 
     audit: Audit | None = None
-    own_first: float | None = None
-    masked: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     recall: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)

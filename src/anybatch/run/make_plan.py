@@ -12,6 +12,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, write_json
 from anybatch.core.progress import Progress, no_progress
 from anybatch.data.pairs import PairData
+from anybatch.losses.registry import first_temperature
 from anybatch.mining import MiningConfig, check_sizes, mine_plan, mine_shared, random_plan
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, TeacherConfig, resolved
@@ -173,6 +174,7 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
             data_digest=pairs.digest,
             folder=neighbors,
             device=device,
+            temperature=first_temperature(config.loss),
             progress=report_stage,
         )
         for name, report in {"": result.report, **result.report.sets}.items():
