@@ -162,7 +162,7 @@ def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
     from anybatch.run.teacher import teacher_embeddings
 
     settings = {"output": folder, "data": _data(MINED), "teacher": {"name": teacher, "max_length": 32}}
-    config = from_mapping(RunConfig, settings | {"model": {"device": "cpu"}})
+    config = from_mapping(RunConfig, settings | {"model": {"device": "cpu"}, "mining": {"method": "anybatch"}})
     pairs = read_training_pairs(config)
     with open_run(config):
         plan = make_plan(config, pairs, bars)

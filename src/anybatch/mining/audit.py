@@ -145,6 +145,19 @@ def advice(
     return found
 
 
+def marks(*, own_first: float, suspects: float, masked: float, gain: float) -> list[tuple[str, bool]]:
+    """The same figures beside their pass marks, and whether each passes: all do where `advice` says nothing."""
+    return [
+        (f"own positive first {own_first:.1%} (good: {WEAK_TEACHER:.0%} or more)", own_first >= WEAK_TEACHER),
+        (f"softmax mass in the batch {gain:.1f} times random (good: {LITTLE_GAIN:g} or more)", gain >= LITTLE_GAIN),
+        (f"softmax mass masked {masked:.1%} (good: {MUCH_MASKED:.0%} or less)", masked <= MUCH_MASKED),
+        (
+            f"suspected false negatives per anchor {suspects:.2f} (good: {MANY_SUSPECTS:g} or less)",
+            suspects <= MANY_SUSPECTS,
+        ),
+    ]
+
+
 def suspect_pairs(conflict: sparse.csr_matrix) -> np.ndarray:
     """All suspected false negatives: (p, 2) int32, sorted: a row, and one whose text may be right for its anchor.
 
