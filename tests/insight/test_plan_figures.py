@@ -201,7 +201,7 @@ def test_each_warning_has_its_cause(mined):
     error = gradients.plain
     worse = replace(error, epoch_error=error.epoch_error + 3 * error.epoch_error_se)
     (warning,) = plan_warnings(plan, seen, with_planned(gradients, worse))
-    assert warning.startswith("This plan is not recommended: with loss.name=infonce")
+    assert warning.startswith("The gradient speaks against this plan: with loss.name=infonce")
     less_bias = with_planned(gradients, replace(worse, bias=error.bias / 2, noise=2 * error.noise))
     assert "larger batches lower the noise alone" in plan_warnings(plan, seen, less_bias)[1]
     for changed, words in (
@@ -248,7 +248,7 @@ def test_a_plan_of_alike_anchors_loses_in_the_parameter_gradient():
     )
     gradients = measured(FrozenPairs.prepare(*sides, temperature=0.1), plan, LossConfig(name="infonce"), num_batches=60)
     assert gradients.of("infonce", "plan").noise > gradients.plain.noise
-    assert plan_warnings(plan, None, gradients)[0].startswith("This plan is not recommended")
+    assert plan_warnings(plan, None, gradients)[0].startswith("The gradient speaks against this plan")
 
 
 def test_what_the_loss_masks_is_no_negative_of_the_objective_and_of_random_batches():
