@@ -22,6 +22,7 @@ from anybatch.cli import inspect
 from anybatch.cli.options import resumed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, SEAL, read_json, write_json
+from anybatch.insight.plan_figures import plan_sentence
 from anybatch.integrations.sentence_transformers import last_whole_checkpoint
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.integrations.sentence_transformers.training import TrainConfig
@@ -100,6 +101,7 @@ class TestAuto:
         card = (folder / "model" / "README.md").read_text(encoding="utf-8")
         assert "mining.method=random (recommended)" in card
         assert "own positive first" in card
+        assert why in plan_sentence(plan)  # of `anybatch inspect plan`
         # 2. The batches and the model are those of a run with random ones.
         random = replace(config, output=str(tmp_path / "random"))
         job.train(random)

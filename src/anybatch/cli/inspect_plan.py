@@ -86,8 +86,6 @@ def command(
     if gradients is not None and (planned := gradients.of(name, "plan")) is not None:
         tables["Figures"] += gradient_figures(name, planned, "random batches", gradients.plain)
     say(plan_sentence(plan))
-    if "decision" in plan.meta:
-        say(str(plan.meta["decision"]))
     for warning in warnings:
         say(f"Warning: {warning}")
     for title, figures in tables.items():

@@ -17,11 +17,12 @@ from anybatch.plans.plan import BatchPlan
 
 
 def plan_sentence(plan: BatchPlan) -> str:
-    """What an epoch of it is."""
+    """What an epoch of it is, and why a run took it where "auto" decided."""
     chosen = f", each of {plan.clusters_per_batch} clusters of {plan.cluster_size}" if plan.cluster_size > 1 else ""
     left_out = plan.stats()["rows_left_out_each_epoch"]
+    why = f" {plan.meta['decision']}" if "decision" in plan.meta else ""
     rest = f"; {left_out:,} rows that do not fill a batch sit out, other ones each epoch" if left_out else ""
-    return f"{plan.num_rows:,} rows; an epoch is {plan.num_batches:,} batches of {plan.batch_size}{chosen}{rest}."
+    return f"{plan.num_rows:,} rows; an epoch is {plan.num_batches:,} batches of {plan.batch_size}{chosen}{rest}.{why}"
 
 
 def set_figures(seen: PlanInspection, plan: BatchPlan) -> list[Figure]:
@@ -87,12 +88,12 @@ def plan_warnings(
     planned, random = (None if gradients is None else gradients.of(loss, batches) for batches in ("plan", "random"))
     if planned is not None and random is not None and is_further(planned, random):
         found.append(
-            f"The gradient speaks against this plan: with loss.name={loss} its batches' parameter gradient is further from the "
-            f"full-data gradient than that of random batches of {plan.batch_size} (error of an epoch "
+            f"The gradient speaks against this plan: with loss.name={loss} its batches' parameter gradient is further "
+            f"from the full-data gradient than that of random batches of {plan.batch_size} (error of an epoch "
             f"{planned.epoch_error:.2f} against {random.epoch_error:.2f}). The anchors of a cluster are alike, so a "
             "batch of few clusters says little of the data. A question, no verdict: so it was on all five tasks of the "
-            "study, and on one of them mined batches trained better (docs/recipe.md). Compare with mining.method=random "
-            "on held-out pairs, or mine smaller clusters (mining.cluster_size)."
+            "study, and on one of them mined batches trained better (docs/recipe.md). Compare with "
+            "mining.method=random on held-out pairs, or mine smaller clusters (mining.cluster_size)."
         )
         if planned.bias + planned.bias_se < random.bias - random.bias_se:
             found.append(

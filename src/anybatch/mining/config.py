@@ -27,8 +27,8 @@ class MiningConfig(Configuration):
         method: "anybatch" (union of windows, recursive bisection, search by exchanges with conflicts), "published" (B3
             as released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal
             sizes, which plans need), "random"; to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth"
-            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run "random" without a teacher, or where
-            a figure of the mined plan is not good (docs/recipe.md).
+            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run "random"
+            without a teacher, or where a figure of the mined plan is not good (docs/recipe.md).
         batch_size: Rows of a batch, over all ranks.
         cluster_size: Rows that sit together; the batch is a multiple of it. "auto": so many that a batch has 16
             clusters or more, 2 to 32; 32 for "published".

@@ -89,8 +89,7 @@ def mine_plan(
     Warns:
         UserWarning: The rank window is wider than the data and was cut.
 
-    Cost: neighbours n * d * D for d distinct positives (exact); then a few seconds for each 100,000 rows, those of
-        `inspect_plan` included. Memory 8
+    Cost: neighbours n * d * D for d distinct positives (exact); then a few seconds for each 100,000 rows. Memory 8
         bytes a row and rank of the window, and about as much again three times for the graph.
 
     Reference: Thirukovalluru et al. 2025, "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch
