@@ -31,7 +31,7 @@ from anybatch.insight import markdown_table
 from anybatch.mining import MiningConfig, exact_neighbors, mine_plan
 
 FOLDER = Path("docs/benchmarks")
-STAGES = ("neighbors", "graph", "communities", "refinement", "audit")
+STAGES = ("neighbors", "graph", "communities", "refinement", "audit", "figures")
 STEP = 20_000  # rows made at once
 SKIP, TAKE = 30, 70  # a hundred neighbours
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from anybatch.core.errors import AnybatchError
 from anybatch.core.yaml_files import load_config
 from anybatch.data.pairs import PairData
-from anybatch.insight import recommend
+from anybatch.insight import recommend, sample
 from anybatch.insight.cost import StepCost
+from anybatch.mining import MiningConfig
 from anybatch.run.config import DataConfig, ModelConfig, RunConfig
 from anybatch.run.recipe import recipe
 from tests.images import save_clip, save_pairs
@@ -58,19 +61,21 @@ def test_a_teacher_is_looked_at_too(pairs_file, tiny_model_folder, tmp_path, mon
     asked = ["--data", pairs_file, "--model", tiny_model_folder, "--teacher", tiny_model_folder, "--batch-size", 16]
     found = recommended(tmp_path, *asked)
     chosen = {choice["name"]: choice for choice in found["choices"]}
-    assert chosen["mining.method"]["value"] == "anybatch"
-    assert chosen["mining.method"]["reason"] == "a teacher is named"
-    assert chosen["loss.weights"]["value"] == "inclusion"
+    assert chosen["mining.method"]["value"] == "auto"
+    assert chosen["mining.method"]["reason"].startswith("a teacher is named: mined batches if all their figures")
+    assert any("the run takes random batches (mining.method=auto)" in note for note in found["notes"])
+    assert "Looked at all 97 pairs." in found["notes"]
     assert (chosen["batch_size"]["value"], chosen["batch_size"]["reason"]) == ("16", "given")
     assert {"own positive first", "softmax mass in the batch"} <= {figure["name"] for figure in found["figures"]}
     # Of a sample that is much smaller than the data the teacher is judged, not what mining would do.
     (tmp_path / "found.json").unlink()
-    monkeypatch.setattr(recommend, "MOST_ROWS", 40)
+    monkeypatch.setattr(sample, "MOST_ROWS", 40)
     found = recommended(tmp_path, *asked[:-1], 4)
     names = {figure["name"] for figure in found["figures"]}
     assert "own positive first" in names
     assert "softmax mass in the batch" not in names
     assert any("anybatch inspect plan" in note for note in found["notes"])
+    assert any("bias that is found here speaks for the recommended loss" in note for note in found["notes"])
 
 
 def test_what_speaks_against_the_rule_is_said(pairs_file, tiny_model_folder, tmp_path, heard):
@@ -80,6 +85,88 @@ def test_what_speaks_against_the_rule_is_said(pairs_file, tiny_model_folder, tmp
     assert {choice["name"]: choice["value"] for choice in found["choices"]}["loss.name"] == "cross_batch"
     assert any("little bias to remove" in line for line in found["against"])
     assert "Speaks against it: There is little bias to remove" in heard()
+
+
+RANDOM = RunConfig(output="x", data=DataConfig(path="x"), mining=MiningConfig(method="random"))
+
+
+class Slow:
+    """A model that takes a virtual second for so many tokens; its texts have 400."""
+
+    def __init__(self, tokens_per_second, longest=400):
+        self.max_seq_length, self.speed, self.longest = 512, tokens_per_second, longest
+
+    def eval(self):
+        return self
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Virtual seconds, which embedding alone takes."""
+    now = [0.0]
+
+    def embed_texts(model, texts, *, side, batch_size, progress):
+        now[0] += len(texts) * min(model.max_seq_length, model.longest) / model.speed
+        return np.random.default_rng(len(texts)).normal(size=(len(texts), 4)).astype(np.float32)
+
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(sample, "embed_texts", embed_texts)
+    return now
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_second", "seconds", "cut", "fewest"),
+    [
+        (1e6, 40, None, 2048),  # all that is ever looked at
+        (2e4, 40, None, 512),
+        (1e4, 40, 128, 512),
+        (6e3, 40, 64, 512),
+        (3e3, 40, 64, 64),
+    ],
+)
+def test_a_sample_uses_its_time_and_cuts_texts_where_it_is_short(tokens_per_second, seconds, cut, fewest, clock):
+    rows = [str(row) for row in range(2500)]
+    pairs = PairData(anchors=rows, positives=rows)
+
+    def look(seconds):
+        clock[0], student = 0.0, Slow(tokens_per_second)
+        looked = sample.look_at(RANDOM, pairs, student, seconds, lambda *_: None)
+        assert student.max_seq_length == 512
+        assert len(looked.rows) == len(looked.vectors[0]) == len(np.unique(looked.rows))
+        return looked
+
+    looked = look(seconds)
+    assert looked.cut == cut
+    assert fewest <= len(looked.rows)
+    assert looked.wanted == 512
+    if len(looked.rows) < looked.most:
+        assert 0.7 * seconds < clock[0] < 0.9 * seconds  # what is left is for the gradients
+    # The seconds that it says are enough, of which steps take a third.
+    for asked, count in ((looked.seconds_needed, looked.wanted), (looked.seconds_most, looked.most)):
+        assert len(look(asked * 2 / 3).rows) >= count
+    whole = look(looked.seconds_whole * 2 / 3)
+    assert (whole.cut, len(whole.rows) >= 512) == (None, True)
+
+
+def test_short_texts_are_not_cut(clock):
+    rows = [str(row) for row in range(2500)]
+    pairs, student = PairData(anchors=rows, positives=rows), Slow(1e3, longest=20)
+    assert sample.look_at(RANDOM, pairs, student, 20, lambda *_: None).cut is None
+    assert student.max_seq_length == 512
+
+
+def test_where_the_time_is_too_short_the_seconds_needed_are_said(pairs_file, tiny_model_folder, tmp_path, monkeypatch):
+    look_at = recommend.look_at
+
+    def few(config, pairs, *rest):
+        looked = look_at(config, pairs, *rest)
+        return looked._replace(rows=looked.rows[:9], vectors=tuple(side[:9] for side in looked.vectors), cut=64)
+
+    monkeypatch.setattr(recommend, "look_at", few)
+    asked = ["--data", pairs_file, "--model", tiny_model_folder, "--batch-size", 8]
+    notes = recommended(tmp_path, *asked)["notes"]
+    assert any("they need 64 pairs, about --seconds " in note for note in notes)
+    assert any("their texts were cut at 64 tokens here; the run reads" in note for note in notes)
 
 
 def test_pairs_of_images(tmp_path):

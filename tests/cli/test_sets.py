@@ -47,7 +47,7 @@ def test_sets_train_with_their_own_instructions(tiny_model_folder, tmp_path):
         "model": {"name": str(tiny_model_folder), "device": "cpu"},
         "teacher": {"name": str(tiny_model_folder)},
         "batch_size": 8,
-        "mining": {"cluster_size": 4, "window": [1, 6]},
+        "mining": {"method": "anybatch", "cluster_size": 4, "window": [1, 6]},
         "loss": {"name": "count_corrected", "mask_suspects": True},
         "train": {"epochs": 2, "args": {"logging_steps": 1}},
     }

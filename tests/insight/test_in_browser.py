@@ -12,9 +12,10 @@ from anybatch.data.pairs import PairData
 from anybatch.insight.demo_page import Cost, render_demo_page
 from anybatch.insight.gradient_error import FrozenPairs
 from anybatch.insight.gradient_methods import compare_methods, gradient_figures
-from anybatch.insight.plan_figures import inspect_plan, set_figures
+from anybatch.insight.plan_figures import set_figures
 from anybatch.insight.plan_page import render_plan_page
 from anybatch.losses.registry import LossConfig
+from anybatch.mining.inspection import inspect_plan
 from tests.browser import CHROMIUM, PRINTED, WIDTHS, look
 from tests.images import caption, image
 from tests.mining.test_mining import embeddings

@@ -13,12 +13,13 @@ from anybatch.core.errors import AnybatchError
 from anybatch.data.pairs import PairData
 from anybatch.insight.gradient_error import FrozenPairs, gradient_error
 from anybatch.insight.gradient_methods import compare_methods, gradient_figures, name_of
-from anybatch.insight.plan_figures import MARGIN, inspect_plan, plan_sentence, plan_warnings, set_figures
+from anybatch.insight.plan_figures import plan_sentence, plan_warnings, set_figures
 from anybatch.insight.plan_page import render_plan_page
 from anybatch.losses import CountCorrectedInfoNCE, InfoNCE
 from anybatch.losses.registry import LossConfig
 from anybatch.losses.rows import RowTable
-from anybatch.mining import MiningConfig, MiningSet, mine_plan
+from anybatch.mining import MiningConfig, MiningSet, inspection, mine_plan
+from anybatch.mining.inspection import MARGIN, inspect_plan
 from anybatch.plans.plan import BatchPlan
 from tests.insight.test_gradient_error import clusters
 from tests.mining.test_mining import embeddings
@@ -125,6 +126,19 @@ def test_the_mass_masked_is_what_the_loss_masks(labels):
     assert seen.planned.masked > 0.01
 
 
+def test_positives_are_read_in_pieces(monkeypatch):
+    anchors, positives, same = data()
+    for kind in ("mined", "negatives", "mixed", "random"):
+        plan = make_plan(kind, anchors, positives, same)
+        whole = inspect_plan(plan, anchors, positives, temperature=TAU, **same)
+        with monkeypatch.context() as patched:
+            patched.setattr(inspection, "BLOCK", 115 * 7)
+            pieces = inspect_plan(plan, anchors, positives, temperature=TAU, **same)
+        for name, seen in whole.items():
+            assert pieces[name].figures == pytest.approx(seen.figures)
+            assert [pair.row for pair in pieces[name].suspects] == [pair.row for pair in seen.suspects]
+
+
 def test_one_positive_of_many_rows_is_shown_once():
     """One caption of many images: pairs of the same two captions differ by nothing that could be read."""
     positives = 1 + 0.05 * np.random.default_rng(4).normal(size=(64, 8))
@@ -187,7 +201,7 @@ def test_each_warning_has_its_cause(mined):
     error = gradients.plain
     worse = replace(error, epoch_error=error.epoch_error + 3 * error.epoch_error_se)
     (warning,) = plan_warnings(plan, seen, with_planned(gradients, worse))
-    assert warning.startswith("This plan is not recommended: with loss.name=infonce")
+    assert warning.startswith("The gradient speaks against this plan: with loss.name=infonce")
     less_bias = with_planned(gradients, replace(worse, bias=error.bias / 2, noise=2 * error.noise))
     assert "larger batches lower the noise alone" in plan_warnings(plan, seen, less_bias)[1]
     for changed, words in (
@@ -234,7 +248,7 @@ def test_a_plan_of_alike_anchors_loses_in_the_parameter_gradient():
     )
     gradients = measured(FrozenPairs.prepare(*sides, temperature=0.1), plan, LossConfig(name="infonce"), num_batches=60)
     assert gradients.of("infonce", "plan").noise > gradients.plain.noise
-    assert plan_warnings(plan, None, gradients)[0].startswith("This plan is not recommended")
+    assert plan_warnings(plan, None, gradients)[0].startswith("The gradient speaks against this plan")
 
 
 def test_what_the_loss_masks_is_no_negative_of_the_objective_and_of_random_batches():

@@ -11,7 +11,7 @@ from anybatch.insight import Curves, markdown_table
 from anybatch.insight.charts import METHODS, as_file, bar_chart, colour_of, error_chart
 from anybatch.insight.curves import NOISE
 from anybatch.insight.demo_page import BASELINE, METHOD, Cost, quality_chart, render_demo_page
-from anybatch.insight.plan_figures import inspect_plan
+from anybatch.mining.inspection import inspect_plan
 from anybatch.plans.plan import BatchPlan
 
 # Means .30 and .40 of the baseline, .42 and .405 of the method; standard deviation .01 everywhere, so an error of

@@ -140,7 +140,7 @@ def test_a_run_tells_its_recipe_its_teacher_and_its_figures(tiny_model_folder, p
             model=ModelConfig(name=folder, device="cpu"),
             teacher=TeacherConfig(name=folder),
             batch_size=8,
-            mining=MiningConfig(cluster_size=2, window=(1, 6)),
+            mining=MiningConfig(method="anybatch", cluster_size=2, window=(1, 6)),
             loss=LossConfig(name="sogclr", gamma=0.5),
             train=TrainConfig(save_steps=2, micro_batch=4, args={"max_steps": 2}),
             evaluation=EvaluationConfig(path=str(pairs_file)),
@@ -148,7 +148,7 @@ def test_a_run_tells_its_recipe_its_teacher_and_its_figures(tiny_model_folder, p
     )
     text = (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
     rows = table(text)
-    assert rows["Recipe"] == "loss.name=sogclr (given), loss.gamma=0.5, mining.method=anybatch (recommended)"
+    assert rows["Recipe"] == "loss.name=sogclr (given), loss.gamma=0.5, mining.method=anybatch (given)"
     assert rows["Teacher"] == f"`{tiny_model_folder.name}`, which says what is similar"
     assert str(tiny_model_folder.parent) not in text
     before, after = (f"{figures['ndcg@10']:.4f}" for figures in (result.metrics_untrained, result.metrics))

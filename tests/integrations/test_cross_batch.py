@@ -27,7 +27,7 @@ def test_a_killed_run_goes_on_with_what_it_remembered(pairs_file, tiny_model_fol
             model=ModelConfig(name=str(tiny_model_folder), device="cpu"),
             teacher=TeacherConfig(name=str(tiny_model_folder)),
             batch_size=8,
-            mining=MiningConfig(cluster_size=4, window=(1, 6)),
+            mining=MiningConfig(method="anybatch", cluster_size=4, window=(1, 6)),
             loss=loss,
             train=TrainConfig(epochs=4, save_steps=3, micro_batch=4, learning_rate=1e-2, args={"logging_steps": 1}),
         )

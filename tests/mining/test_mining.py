@@ -365,7 +365,7 @@ def test_mine_plan(method):
     json.dumps(results[0].report.as_dict())
     if method == "random":
         return
-    assert {name for name, _ in stages} == {"neighbors", "graph", "communities", "refinement", "audit"}
+    assert {name for name, _ in stages} == {"neighbors", "graph", "communities", "refinement", "audit", "figures"}
     assert all(0 <= done <= 1 for _, done in stages)
     audit = results[0].report.audit
     assert audit.smallest == audit.largest == 8

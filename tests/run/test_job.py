@@ -5,6 +5,7 @@ taken on trust from what an earlier command left.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,21 +20,22 @@ from sentence_transformers import SentenceTransformer
 
 from anybatch.cli.options import resumed
 from anybatch.core.errors import AnybatchError
-from anybatch.core.files import CONTENTS, SEAL, write_json
-from anybatch.insight.plan_figures import stored_warnings
+from anybatch.core.files import CONTENTS, SEAL, read_json, write_json
+from anybatch.insight.plan_figures import plan_sentence, stored_warnings
 from anybatch.integrations.sentence_transformers import last_whole_checkpoint
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import LossConfig
-from anybatch.mining import MiningConfig, mine_plan
+from anybatch.mining import MiningConfig, MiningReport, mine_plan
 from anybatch.plans.plan import BatchPlan
 from anybatch.run import job
-from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, TeacherConfig
+from anybatch.run.config import DataConfig, EvaluationConfig, RunConfig, TeacherConfig, read_config
 from anybatch.run.folder import open_run
-from anybatch.run.make_plan import existing_plan, make_plan
+from anybatch.run.make_plan import decision, existing_plan, make_plan
 from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
 from anybatch.run.teacher import read_embeddings
+from tests.ranks import on_ranks
 
 MARK = SEAL.rstrip("0").encode()
 MINED = MiningConfig(method="anybatch", cluster_size=4, window=(1, 6))
@@ -59,12 +61,101 @@ def save_embeddings(folder: Path, seed: int = 0, rows: int = 97) -> TeacherConfi
     return TeacherConfig(embeddings=(paths[0], paths[1]))
 
 
+def save_good_embeddings(folder: Path) -> TeacherConfig:
+    """Of a teacher that knows the pairs: topics of four rows."""
+    random = np.random.default_rng(0)
+    anchors = np.repeat(random.normal(size=(25, 16)), 4, axis=0)[:97] + 0.5 * random.normal(size=(97, 16))
+    paths = [str(folder / f"{side}.npy") for side in ("anchors", "positives")]
+    for path, side in zip(paths, (anchors, anchors + 0.1 * random.normal(size=anchors.shape)), strict=True):
+        np.save(path, side.astype(np.float32))
+    return TeacherConfig(embeddings=(paths[0], paths[1]))
+
+
 def mine(config: RunConfig, *, resume: bool = False) -> BatchPlan:
     pairs = read_training_pairs(config)
     plan = existing_plan(config)
     config = with_recipe(config, pairs, plan)
     with open_run(config, resume=resume):
         return make_plan(config, pairs, plan=plan)
+
+
+class TestAuto:
+    """With a teacher and no method named the mined plan's own figures decide on the batches."""
+
+    AUTO = MiningConfig(cluster_size=4, window=(0, 6))
+
+    def test_random_batches_where_a_figure_is_not_good(self, config, tmp_path, caplog):
+        caplog.set_level("INFO", "anybatch")
+        auto = replace(config, mining=self.AUTO, teacher=save_embeddings(tmp_path))
+        job.train(auto)
+        folder = Path(auto.output)
+        plan, told = BatchPlan.load(folder / "plan.safetensors"), read_json(folder / "mining.json", "", "plan")
+        # 1. One message, which the folder and the model card keep; no warning of batches that are not used.
+        why = told["decision"]
+        assert "takes random batches" in why
+        assert re.search(r"own positive first \d\.\d% \(good: 40% or more\)", why)
+        assert caplog.text.count(why) == 1
+        assert "Before you train" not in caplog.text
+        assert (told["plan"], told["warnings"], plan.meta["decision"]) == (plan.digest, [], why)
+        card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+        assert "mining.method=random (recommended)" in card
+        assert "own positive first" in card
+        assert why in plan_sentence(plan)  # of `anybatch inspect plan`
+        # 2. The batches and the model are those of a run with random ones.
+        random = replace(config, output=str(tmp_path / "random"))
+        job.train(random)
+        assert BatchPlan.load(tmp_path / "random" / "plan.safetensors").digest == plan.digest
+        weights = [load_file(path / "model" / "model.safetensors") for path in (folder, tmp_path / "random")]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+        # 3. Resumed before and after the plan was kept, the decision is the same.
+        (folder / "metrics.json").unlink()
+        job.train(auto, resume=True)
+        assert caplog.text.count(why) == 2
+        kept = read_config(folder)  # "auto" still
+        job.train(replace(kept, output=str(tmp_path / "again")))
+        again = BatchPlan.load(tmp_path / "again" / "plan.safetensors")
+        assert (again.digest, again.meta["decision"]) == (plan.digest, why)
+        # 4. A method that is named is kept, and warned of.
+        named = replace(auto, output=str(tmp_path / "named"), mining=replace(self.AUTO, method="anybatch"))
+        assert mine(named).cluster_size == 4
+        assert "Before you train: The teacher finds the own positive first" in caplog.text
+
+    def test_mined_batches_where_all_are_good(self, config, tmp_path, caplog):
+        caplog.set_level("INFO", "anybatch")
+        auto = replace(config, mining=self.AUTO, teacher=save_good_embeddings(tmp_path))
+        job.train(auto)
+        plan = BatchPlan.load(Path(auto.output) / "plan.safetensors")
+        assert "takes the mined batches, whose figures are all good" in plan.meta["decision"]
+        assert plan.meta["decision"] in caplog.text
+        named = replace(auto, output=str(tmp_path / "named"), mining=replace(self.AUTO, method="anybatch"))
+        job.train(named)
+        folders = (Path(auto.output), tmp_path / "named")
+        weights = [load_file(folder / "model" / "model.safetensors") for folder in folders]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+    @pytest.mark.parametrize("good", [False, True])
+    def test_ranks_decide_as_one_process_does(self, config, tmp_path, good):
+        auto = replace(config, mining=self.AUTO, teacher=(save_good_embeddings if good else save_embeddings)(tmp_path))
+        plan = mine(auto)
+        assert (plan.cluster_size > 1) == good
+        shared = replace(auto, output=str(tmp_path / "ranks"))
+        assert on_ranks(_mined_by_rank, 2, shared) == [(plan.digest, plan.meta["decision"])] * 2
+
+
+def _mined_by_rank(rank: int, world_size: int, config: RunConfig) -> tuple[str, str]:
+    plan = mine(config)
+    return plan.digest, plan.meta["decision"]
+
+
+def test_one_bad_figure_of_one_data_set_is_enough():
+    good = {"own_first": 0.4, "suspects": 1.0, "masked": 1 / 3, "gain": 3.0}
+    reports = {"": MiningReport(), "a": MiningReport(figures=good), "b": MiningReport(figures=good)}
+    assert decision(reports)[0]
+    for name, value in {"own_first": 0.39, "suspects": 1.1, "masked": 0.34, "gain": 2.9}.items():
+        taken, why = decision({**reports, "b": MiningReport(figures={**good, name: value})})
+        assert not taken
+        assert re.search(r"not good: b: [^;]*\. Good are: a: own positive first 40\.0%", why)
+    assert not decision({"": MiningReport()})[0]
 
 
 class TestOneWriter:

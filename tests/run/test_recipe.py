@@ -15,11 +15,12 @@ from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, RunConfig, TeacherConfig
 from anybatch.run.make_plan import check_start, existing_plan
 from anybatch.run.read_data import read_training_pairs
-from anybatch.run.recipe import with_recipe
+from anybatch.run.recipe import with_batches, with_recipe
 
 CONFIG = RunConfig(output="run", data=DataConfig(path="pairs.jsonl"))
 PAIRS = PairData(anchors=["a", "b"], positives=["c", "d"])
 TEACHER = TeacherConfig(name="teacher")
+MINED = MiningConfig(method="anybatch")
 
 
 @pytest.mark.parametrize(("batch_size", "name"), [(2, "cross_batch"), (256, "cross_batch"), (512, "count_corrected")])
@@ -29,10 +30,16 @@ def test_the_batch_decides_the_loss(batch_size, name):
     assert with_recipe(config, PAIRS, None) == config
 
 
-def test_the_teacher_decides_the_batches_and_the_loss_agrees():
+def test_with_a_teacher_the_mined_plan_decides_and_the_loss_agrees():
+    """The mined plan decides, so the configuration that is kept, and resumed with, says "auto"."""
     config = with_recipe(replace(CONFIG, teacher=TEACHER), PAIRS, None)
-    assert config.mining.method == "anybatch"
-    assert (config.loss.weights, config.loss.mask_suspects) == ("inclusion", True)
+    assert (config.mining.method, config.loss.weights, config.loss.mask_suspects) == ("auto",) * 3
+    assert with_recipe(config, PAIRS, None) == config
+    for mined, settled in ((True, ("anybatch", "inclusion", True)), (False, ("random", "none", False))):
+        after = with_batches(config, mined=mined)
+        assert (after.mining.method, after.loss.weights, after.loss.mask_suspects) == settled
+    negatives = replace(CONFIG, teacher=TEACHER, mining=MiningConfig(num_negatives=2))  # random batches bring none
+    assert with_recipe(negatives, PAIRS, None).mining.method == "anybatch"
     chosen = replace(CONFIG, teacher=TEACHER, mining=MiningConfig(method="random"))
     assert with_recipe(chosen, PAIRS, None).loss.weights == "none"
 
@@ -48,7 +55,9 @@ def test_images_are_not_mined_and_the_unused_teacher_is_named(caplog, tmp_path):
 
 def test_what_is_given_beside_auto_holds():
     config = with_recipe(
-        replace(CONFIG, loss=LossConfig(temperature=0.02, mask_suspects=True), teacher=TEACHER), PAIRS, None
+        replace(CONFIG, loss=LossConfig(temperature=0.02, mask_suspects=True), mining=MINED, teacher=TEACHER),
+        PAIRS,
+        None,
     )
     assert (config.loss.temperature, config.loss.mask_suspects, config.loss.weights) == (0.02, True, "inclusion")
     named = replace(CONFIG, loss=LossConfig(name="infonce"), teacher=TEACHER)
@@ -65,7 +74,7 @@ def test_a_given_plan_says_whether_it_is_mined(tmp_path):
 
 def test_mined_batches_are_weighed_and_masked_for_any_loss_unless_told_otherwise(caplog):
     caplog.set_level("INFO", "anybatch")
-    mined = replace(CONFIG, teacher=TEACHER)
+    mined = replace(CONFIG, mining=MINED, teacher=TEACHER)
     settled = [
         with_recipe(replace(mined, loss=LossConfig(**given)), PAIRS, None).loss
         for given in (

@@ -152,7 +152,7 @@ def save_students(folder: Path) -> None:
 def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
     """Mine the batches of some pairs as `anybatch mine` does: the plan, what the teacher says of it, the pairs."""
     from anybatch.core.configuration import from_mapping
-    from anybatch.insight.plan_figures import inspect_plan
+    from anybatch.mining.inspection import inspect_plan
     from anybatch.run.config import RunConfig
     from anybatch.run.folder import open_run
     from anybatch.run.make_plan import make_plan
@@ -160,7 +160,7 @@ def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
     from anybatch.run.teacher import teacher_embeddings
 
     settings = {"output": folder, "data": _data(MINED), "teacher": {"name": teacher, "max_length": 32}}
-    config = from_mapping(RunConfig, settings | {"model": {"device": "cpu"}})
+    config = from_mapping(RunConfig, settings | {"model": {"device": "cpu"}, "mining": {"method": "anybatch"}})
     pairs = read_training_pairs(config)
     with open_run(config):
         plan = make_plan(config, pairs, bars)

@@ -16,7 +16,7 @@ from anybatch.cli.progress import Bars, say, show
 
 if TYPE_CHECKING:
     from anybatch.data.pairs import PairData
-    from anybatch.insight.plan_figures import RowPair
+    from anybatch.mining.inspection import RowPair
 
 EXAMPLES = 3  # suspected false negatives of a data set whose texts are printed; the page has more
 WIDTH = 100  # characters of a printed text
@@ -39,9 +39,10 @@ def command(
     from anybatch.core.files import write_text
     from anybatch.insight.figures import figure_lines
     from anybatch.insight.gradient_methods import compare_methods, gradient_figures, name_of
-    from anybatch.insight.plan_figures import inspect_plan, plan_sentence, plan_warnings, set_figures, stored_warnings
+    from anybatch.insight.plan_figures import plan_sentence, plan_warnings, set_figures, stored_warnings
     from anybatch.insight.plan_page import render_plan_page
     from anybatch.insight.tables import rich_table
+    from anybatch.mining.inspection import inspect_plan
 
     # 1. Find what belongs to the plan.
     check_new(html, "--html")

@@ -16,13 +16,13 @@ def command(options: RunOptions, resume: ResumeOption = False) -> None:
     from anybatch.run.folder import open_run
     from anybatch.run.make_plan import check_start, existing_plan, make_plan
     from anybatch.run.read_data import read_training_pairs
-    from anybatch.run.recipe import with_recipe
+    from anybatch.run.recipe import with_batches, with_recipe
 
     config = options.resolve(resume=resume)
     with launched_ranks():
         pairs = read_training_pairs(config)
         plan = existing_plan(config)
-        config = with_recipe(config, pairs, plan)
+        config = with_batches(with_recipe(config, pairs, plan), mined=True)  # who asks for mining gets it
         if not resume:
             check_start(config, pairs, plan)
         with open_run(config, resume=resume) as folder, Bars(quiet=rank() > 0) as bars:

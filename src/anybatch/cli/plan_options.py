@@ -49,6 +49,7 @@ class PlanSources:
         from anybatch.losses.registry import LossConfig, first_temperature
         from anybatch.plans.plan import BatchPlan
         from anybatch.run.config import RunConfig
+        from anybatch.run.recipe import with_batches
 
         self.options = options
         folder = options.path if options.path.is_dir() else options.path.parent
@@ -56,7 +57,9 @@ class PlanSources:
         self.config = load_config(RunConfig, written) if written.exists() else None
         self.path = folder / "plan.safetensors" if options.path.is_dir() else options.path
         self.plan = BatchPlan.load(self.path)
-        self.loss = LossConfig(name="infonce") if self.config is None else self.config.loss
+        self.loss = LossConfig(name="infonce")
+        if self.config is not None:
+            self.loss = with_batches(self.config, mined=self.plan.cluster_size > 1).loss
         given = options.temperature
         self.temperature = first_temperature(self.loss) if given is None else given
         self.direction: Any = getattr(self.loss.example(), "direction", "one_way")

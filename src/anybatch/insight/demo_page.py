@@ -15,7 +15,7 @@ from anybatch.insight.plan_page import Texts, suspect_lines
 
 if TYPE_CHECKING:
     from anybatch.data.pairs import PairData
-    from anybatch.insight.plan_figures import PlanInspection
+    from anybatch.mining.inspection import PlanInspection
     from anybatch.plans.plan import BatchPlan
 
 BASELINE, METHOD = "InfoNCE", "recommended"

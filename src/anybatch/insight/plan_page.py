@@ -10,7 +10,8 @@ from markupsafe import Markup
 from anybatch.data.images import EncodedImage
 from anybatch.data.inputs import MixedInput, describe
 from anybatch.insight.pages import render
-from anybatch.insight.plan_figures import PlanInspection, plan_sentence
+from anybatch.insight.plan_figures import plan_sentence
+from anybatch.mining.inspection import PlanInspection
 
 if TYPE_CHECKING:
     from anybatch.data.pairs import PairData

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
-from anybatch.core.progress import Progress, counter, no_progress
+from anybatch.core.progress import Progress, no_progress
 from anybatch.data.held_out import select_pairs
 from anybatch.data.inputs import kind_of
 from anybatch.data.pairs import PairData
@@ -25,16 +25,17 @@ from anybatch.insight.gradient_methods import (
     gradient_figures,
     is_further,
 )
-from anybatch.insight.plan_figures import inspect_plan, plan_warnings, set_figures
-from anybatch.integrations.sentence_transformers.embed import embed_texts
+from anybatch.insight.plan_figures import plan_warnings, set_figures
+from anybatch.insight.sample import BATCHES, FIRST_ROWS, Looked, look_at
 from anybatch.integrations.sentence_transformers.model import load_model
-from anybatch.losses.registry import LossConfig, first_temperature
+from anybatch.losses.registry import AUTO, LossConfig, first_temperature
 from anybatch.mining import mine_plan
+from anybatch.mining.audit import marks
+from anybatch.mining.inspection import inspect_plan
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, resolved
 from anybatch.run.read_data import hold_out, mining_sets, read_data
-from anybatch.run.recipe import Choice, recipe
-from anybatch.run.teacher import load_teacher, read_embeddings
+from anybatch.run.recipe import Choice, recipe, with_batches
 from anybatch.run.try_step import inputs_of
 
 if TYPE_CHECKING:
@@ -42,13 +43,11 @@ if TYPE_CHECKING:
 
 SIZES = (64, 256, 1024)
 SMALLEST = 4
-BATCHES = 8  # of an epoch at least: where a batch is more of the data, there is little to correct (docs/recipe.md)
 FASTER = 1.5  # times as fast per row, from which a larger batch is taken: other work on a machine fakes less
-MOST_ROWS = 2048  # looked at: their gradients take seconds
+LEAST = 2  # batches, of which a sample holds fewer than `BATCHES`: below them nothing is measured
 DENSE = 2  # times as many rows as the sample: of more, near ones are missing from it, and mining is another
 MOST_WIDTH = 1024  # of embeddings whose gradients are compared: the map is as wide and as high
 UNTRAINED = 0.05  # own positives first: of fewer a gradient says how a model starts, not how it goes on
-FIRST_ROWS = 64  # embedded to see how many there is time for
 MUCH_EQUAL, MUCH_CUT, MUCH_MEMORY = 0.1, 0.1, 0.8
 
 
@@ -102,6 +101,7 @@ def recommend(
         config = replace(config, batch_size=_first_size(len(pairs)))
     pairs, held_out = hold_out(config, pairs, None)
     student = load_model(config.model)
+    begun = time.perf_counter()
 
     # 2. The machine decides on larger batches, a rule on the recipe.
     config, step, why_size = _sized(config, pairs, student, keep_batch_size, seconds / 3, progress)
@@ -114,8 +114,9 @@ def recommend(
     found.choices += [*chosen, Choice("loss.temperature", f"{first_temperature(config.loss):g}", why)]
 
     # 3. A sample, seen by student and teacher.
-    rows, vectors, ranked, rates = _embedded(config, pairs, student, seconds / 3, progress)
-    sample = select_pairs(pairs, rows)
+    looked = look_at(config, pairs, student, seconds - (time.perf_counter() - begun), progress)
+    vectors, ranked, rates = looked.vectors, looked.ranked, looked.rates
+    sample = select_pairs(pairs, looked.rows)
     found.figures += [_equal_texts(pairs, config.batch_size), *_cut_texts(student, sample), _memory(step)]
     texts = len(held_out) if isinstance(held_out, PairData) else 0
     most = config.train.args.get("max_steps") or 0
@@ -124,11 +125,26 @@ def recommend(
     found.run_seconds = found.num_steps * found.step_seconds + 4 * texts / rates[0]
     if len(rates) > 1:
         found.run_seconds += 2 * len(pairs) / rates[1]
-    found.notes.append(f"Looked at {len(sample):,} of {len(pairs):,} pairs. Among all of them there is more bias.")
+    if len(sample) == len(pairs):
+        found.notes.append(f"Looked at all {len(pairs):,} pairs.")
+    else:
+        found.notes.append(
+            f"Looked at {len(sample):,} of {len(pairs):,} pairs. Among all of them the own positive comes first less "
+            "often, and batches have more bias than is measured here: bias that is found here speaks for the "
+            "recommended loss, little bias here does not speak against it."
+        )
+    if looked.cut is not None:
+        found.notes.append(
+            f"To look at more of them, their texts were cut at {looked.cut} tokens here; the run reads "
+            f"{student.max_seq_length}. For whole texts: --seconds {looked.seconds_whole}."
+        )
     if step.rows < config.batch_size:
         found.notes.append(f"Time and memory: of steps on {step.rows} rows, scaled to {config.batch_size}.")
-    if len(sample) < min(BATCHES * config.batch_size, len(pairs)):
-        found.notes.append("These are too few for the gradient's figures and the teacher's. Give more time: --seconds.")
+    if len(sample) < min(LEAST * config.batch_size, len(pairs)):
+        found.notes.append(
+            f"These are too few for the gradient's figures and the teacher's: they need {looked.wanted:,} pairs, about "
+            f"--seconds {looked.seconds_needed}."
+        )
         return found
     telling = len(pairs) <= DENSE * len(sample)
 
@@ -149,7 +165,7 @@ def recommend(
         why = "each data set has an own, look at one by itself" if sample.sets else "the embeddings are too wide for it"
         found.notes.append(f"No gradient was measured: {why}.")
         return found
-    _look_at_gradients(found, sample, vectors, plan, telling or len(sample) >= MOST_ROWS, progress)
+    _look_at_gradients(found, sample, vectors, plan, telling or len(sample) >= looked.most, looked, progress)
     return found
 
 
@@ -203,42 +219,6 @@ def _sized(
     return config, cost, why
 
 
-def _embedded(
-    config: RunConfig, pairs: PairData, student: SentenceTransformer, seconds: float, progress: Progress
-) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...] | None, list[float]]:
-    """Rows of a sample, ascending; their embeddings by the student, and by the teacher where mining asks one; sides per
-    second of each model.
-    """
-    random = np.random.default_rng(config.seed)
-    mines, files = config.mining.method != "random", config.teacher.embeddings
-    models = {"student": student} | ({"teacher": load_teacher(config)} if mines and files is None else {})
-
-    def embed(name: str, part: PairData, report: Progress) -> tuple[np.ndarray, ...]:
-        sides = part.prompted[:2] if name == "student" else [part.anchors, part.positives]
-        count = counter(report, f"embedding: {name}", 2 * len(part))
-        return tuple(
-            embed_texts(models[name].eval(), side, side=kind, batch_size=128, progress=count)
-            for kind, side in zip(("query", "document"), sides, strict=True)
-        )
-
-    # 1. How many there is time for.
-    few, rates = select_pairs(pairs, np.sort(random.permutation(len(pairs))[:FIRST_ROWS])), []
-    for name in models:
-        begun = time.perf_counter()
-        embed(name, few, no_progress)
-        rates.append(2 * len(few) / (time.perf_counter() - begun))
-    fitting = int(seconds / sum(2 / rate for rate in rates))
-    rows = np.sort(random.permutation(len(pairs))[: min(MOST_ROWS, max(fitting, FIRST_ROWS))])
-    # 2. These.
-    sample, ranked = select_pairs(pairs, rows), None
-    vectors = embed("student", sample, progress)
-    if "teacher" in models:
-        ranked = embed("teacher", sample, progress)
-    elif mines and files is not None:
-        ranked = tuple(np.asarray(read_embeddings(path, len(pairs))[rows]) for path in files)
-    return rows, vectors, ranked, rates
-
-
 def _mined(config: RunConfig, sample: PairData, ranked: tuple[np.ndarray, ...]) -> BatchPlan:
     mining = resolved(config).mining
     return mine_plan(*ranked, config=mining, sets=mining_sets(config, sample), **_ids(sample)).plan
@@ -250,10 +230,18 @@ def _ids(sample: PairData) -> dict[str, np.ndarray]:
 
 def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.ndarray, ...], plan: BatchPlan) -> None:
     """How well it knows the pairs, and what mined batches hold."""
-    loss = found.config.loss
-    for name, seen in inspect_plan(plan, *ranked, temperature=first_temperature(loss), **_ids(sample)).items():
+    mined = plan.cluster_size > 1
+    loss = with_batches(found.config, mined=mined).loss
+    parts = inspect_plan(plan, *ranked, temperature=first_temperature(loss), **_ids(sample))
+    for name, seen in parts.items():
         found.figures += [replace(f, name=f"{name} {f.name}".lstrip()) for f in set_figures(seen, plan)]
         found.against += plan_warnings(plan, seen, mask_suspects=loss.mask_suspects is True)
+    if mined and found.config.mining.method == AUTO:
+        taken = all(passed for seen in parts.values() for _, passed in marks(**seen.figures))
+        found.notes.append(
+            f"By these figures the run takes {'the mined' if taken else 'random'} batches (mining.method=auto); it "
+            "decides by those of all rows."
+        )
 
 
 def _look_at_gradients(
@@ -262,6 +250,7 @@ def _look_at_gradients(
     vectors: tuple[np.ndarray, ...],
     plan: BatchPlan,
     telling: bool,
+    looked: Looked,
     progress: Progress,
 ) -> None:
     """The recipe's gradient beside that of plain InfoNCE on random batches, at the student's start. A sample that is
@@ -275,7 +264,7 @@ def _look_at_gradients(
             "checkpoint."
         )
         return
-    loss = found.config.loss
+    loss = with_batches(found.config, mined=plan.cluster_size > 1).loss
     if plan.suspects is None:
         loss = replace(loss, mask_suspects=False)
     suspects = plan.suspects if loss.mask_suspects is True else None
@@ -300,7 +289,10 @@ def _look_at_gradients(
     if of_recipe is not comparison.plain:
         found.figures += gradient_figures("this recipe", of_recipe, "InfoNCE", comparison.plain)
     if not telling and not comparison.plain.bias_to_remove:
-        found.notes.append("So few rows show too little bias to tell. Give more time: --seconds.")
+        found.notes.append(
+            "So few pairs show too little bias to tell; the recommended loss stands. More are looked at with "
+            f"--seconds {looked.seconds_most}."
+        )
         return
     found.notes.append(bias_sentence(comparison.plain, comparison.batch_size))
     if not telling:
@@ -348,7 +340,8 @@ def _cut_texts(model: SentenceTransformer, sample: PairData) -> list[Figure]:
             value=f"{share:.1%}",
             good=f"{MUCH_CUT:.0%} or less",
             passed=share <= MUCH_CUT,
-            why=f"What is cut is not learned; --set model.max_length=N moves the limit. Tokens in the mean: {mean}.",
+            why="What is cut is not learned; --set model.max_length=N moves the limit. The saved model keeps it "
+            f"and is measured with it: a low one saves time and loses the rest of a text. Tokens in the mean: {mean}.",
         )
     ]
 

@@ -1,21 +1,19 @@
-"""What mined clusters hold, beside random ones, how far the teacher can be trusted, and what that advises against."""
+"""What mined clusters hold, beside random ones, and what figures of a plan advise against."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
-from anybatch.mining.graph import MiningGraph, Window
-from anybatch.mining.inputs import BLOCK_ROWS, first_rows
-from anybatch.mining.neighbors import Neighbors
+from anybatch.mining.graph import MiningGraph
+from anybatch.mining.inputs import first_rows
 
-TEMPERATURE = 0.05  # of the softmax mass, as that of `inspect_plan`
 WEAK_TEACHER = 0.4  # own positives first: midway between MiniLM, .70, and LSA of 128 dimensions, .21, on 10,000 pairs
-MUCH_MASKED = 1 / 3  # of made pairs a teacher that knows them has .06 and less, one that does not .5 to .8
-MANY_SUSPECTS = 1.0  # an anchor: .1 to .4 were measured at the default conflict weight, 1.3 in the published recipe
-LITTLE_GAIN = 3.0  # over random clusters: 20 to 60 were measured
+MUCH_MASKED = 1 / 3  # .14 to .49 on the study's text tasks
+MANY_SUSPECTS = 1.0  # an anchor: .03 to .4 were measured at the default conflict weight, 1.3 in the published recipe
+LITTLE_GAIN = 3.0  # over random batches: 1.6 to 7.4 on the study's text tasks in batches of 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,30 +103,6 @@ class Beside:
         return int(self.count(self.cluster[rows], matrix.indices).sum())
 
 
-def teacher_figures(
-    neighbors: Neighbors, window: Window, *, text: np.ndarray, block_rows: int = BLOCK_ROWS
-) -> tuple[float, float]:
-    """How far the teacher can be trusted, from its ranking of all rows; `text` (n,) as `first_rows` numbers them.
-
-    Returns:
-        The share of anchors whose own positive scores above every other row's, its recall@1; and the share of the
-        softmax mass of an anchor's ranked texts that the window's margin suspects, of any cluster.
-    """
-    rows_of_text, sums = np.bincount(text, minlength=len(text)), np.zeros(2)
-    everything = replace(window, skip=0, take=window.depth)
-    for start in range(0, len(text), block_rows):
-        part = slice(start, start + block_rows)
-        ids, scores = neighbors.ids[part, : window.depth], neighbors.scores[part, : window.depth]
-        own = neighbors.own_score[part]
-        _, suspected = everything.cut(replace(neighbors, ids=ids, scores=scores, own_score=own))
-        mass = np.exp((scores - np.maximum(scores[:, :1], -np.finfo(np.float32).max)) / TEMPERATURE)
-        mass *= rows_of_text[ids]
-        sums[0] += (~((ids >= 0) & (scores > own[:, None])).any(axis=1)).sum()
-        sums[1] += ((mass * suspected).sum(axis=1) / np.maximum(mass.sum(axis=1), 1e-30)).sum()
-    first, masked = sums / len(text)
-    return float(first), float(masked)
-
-
 def advice(
     *, own_first: float, suspects: float, masked: float, gain: float | None, mask_suspects: bool = False
 ) -> list[str]:
@@ -139,9 +113,7 @@ def advice(
     no worse than those of a good one. So a warning is a question to look into, not a verdict.
 
     Args:
-        own_first, masked: See `teacher_figures`.
-        suspects: Suspected false negatives beside an anchor.
-        gain: What the batches hold of the hard negatives, over what random ones do; None of random batches.
+        own_first, suspects, masked, gain: See `PlanInspection.figures`; no gain of random batches.
         mask_suspects: Whether the loss is known to mask them.
     """
     found = []
@@ -156,8 +128,8 @@ def advice(
     if suspects > MANY_SUSPECTS:
         masks = "" if mask_suspects else ", or set loss.mask_suspects"
         found.append(
-            f"{suspects:.2f} suspected false negatives sit beside an anchor (good: {MANY_SUSPECTS:g} or less). Read "
-            f"some of them (anybatch inspect plan); raise mining.conflict_weight{masks}."
+            f"{suspects:.2f} suspected false negatives are in an anchor's batch (good: {MANY_SUSPECTS:g} or less). "
+            f"Read some of them (anybatch inspect plan); raise mining.conflict_weight{masks}."
         )
     if masked > MUCH_MASKED:
         found.append(
@@ -167,10 +139,23 @@ def advice(
         )
     if gain < LITTLE_GAIN:
         found.append(
-            f"The batches hold {gain:.1f} times what random ones hold of the hard negatives (good: {LITTLE_GAIN:g} or "
+            f"The batches hold {gain:.1f} times the softmax mass that random ones hold (good: {LITTLE_GAIN:g} or "
             "more): mining changes little here. Save the time and use mining.method=random."
         )
     return found
+
+
+def marks(*, own_first: float, suspects: float, masked: float, gain: float) -> list[tuple[str, bool]]:
+    """The same figures beside their pass marks, and whether each passes: all do where `advice` says nothing."""
+    return [
+        (f"own positive first {own_first:.1%} (good: {WEAK_TEACHER:.0%} or more)", own_first >= WEAK_TEACHER),
+        (f"softmax mass in the batch {gain:.1f} times random (good: {LITTLE_GAIN:g} or more)", gain >= LITTLE_GAIN),
+        (f"softmax mass masked {masked:.1%} (good: {MUCH_MASKED:.0%} or less)", masked <= MUCH_MASKED),
+        (
+            f"suspected false negatives per anchor {suspects:.2f} (good: {MANY_SUSPECTS:g} or less)",
+            suspects <= MANY_SUSPECTS,
+        ),
+    ]
 
 
 def suspect_pairs(conflict: sparse.csr_matrix) -> np.ndarray:

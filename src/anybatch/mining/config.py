@@ -27,7 +27,8 @@ class MiningConfig(Configuration):
         method: "anybatch" (union of windows, recursive bisection, search by exchanges with conflicts), "published" (B3
             as released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal
             sizes, which plans need), "random"; to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth"
-            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run without a teacher "random".
+            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run "random"
+            without a teacher, or where a figure of the mined plan is not good (docs/recipe.md).
         batch_size: Rows of a batch, over all ranks.
         cluster_size: Rows that sit together; the batch is a multiple of it. "auto": so many that a batch has 16
             clusters or more, 2 to 32; 32 for "published".
@@ -186,7 +187,7 @@ class MiningReport:
 
     Attributes:
         audit: What the clusters hold; None for random batches and for several data sets.
-        own_first, masked: See `teacher_figures`; None as `audit`.
+        figures: See `PlanInspection.figures`; none where `audit` is None.
         warnings: What is likely to hurt, in words.
         recall: Of the neighbours, measured; 1.0 if exact.
         seconds, peak_bytes: Wall time and peak resident memory of each stage.
@@ -199,8 +200,7 @@ class MiningReport:
     """
 
     audit: Audit | None = None
-    own_first: float | None = None
-    masked: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     recall: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)

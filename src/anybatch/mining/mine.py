@@ -16,10 +16,11 @@ from anybatch.core.blocks import release_pages
 from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.core.resources import Measure
-from anybatch.mining.audit import advice, audit_clusters, suspect_pairs, teacher_figures
+from anybatch.mining.audit import advice, audit_clusters, suspect_pairs
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
 from anybatch.mining.graph import MiningGraph, Window, build_graph
 from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
+from anybatch.mining.inspection import inspect_plan
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, exact_neighbors
@@ -60,6 +61,7 @@ def mine_plan(
     data_digest: str = "",
     device: str | None = None,
     folder: Path | None = None,
+    temperature: float = 0.05,
     progress: Progress | None = None,
 ) -> MiningResult:
     """Choose the batches.
@@ -75,6 +77,7 @@ def mine_plan(
         device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
         folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not
             repeated.
+        temperature: Of the softmax whose mass is reported; it decides nothing.
         progress: Called with (stage, fraction done).
 
     Returns:
@@ -138,6 +141,17 @@ def mine_plan(
         **_plan_settings(num_rows, config, sets, data_digest),
     )
     _note_single_rows(plan, report)
+
+    # 4. Look at its batches.
+    with _stage(report, "figures", progress or (lambda *_: None)) as advance:
+        seen = inspect_plan(
+            plan, anchor_embeddings, positive_embeddings, anchor_id=ids[0], positive_id=ids[1], temperature=temperature,
+            progress=advance,
+        )  # fmt: skip
+    for name, part in report.sets.items() if sets else [("", report)]:
+        if part.audit is not None and name in seen:
+            part.figures = seen[name].figures
+            part.warnings = advice(**part.figures)
     return MiningResult(plan=plan, report=report, graph=None if sets else graph)
 
 
@@ -324,11 +338,7 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
 
     # 4. Look at them; name suspected false negatives, draw hard ones.
     with _stage(report, "audit", one.progress):
-        report.audit = audit = audit_clusters(graph, cluster, **one.ids)
-        report.own_first, report.masked = teacher_figures(neighbors, one.window, text=one.text)
-        report.warnings = advice(
-            own_first=report.own_first, suspects=audit.conflicts_per_anchor, masked=report.masked, gain=audit.gain
-        )
+        report.audit = audit_clusters(graph, cluster, **one.ids)
         negatives = None
         if config.num_negatives:
             published = config.method == "published"

@@ -22,7 +22,7 @@ from anybatch.run.folder import check_vacant, open_run, read_record, run_digest
 from anybatch.run.hard_negatives import with_mined_negatives
 from anybatch.run.make_plan import check_start, existing_plan, make_plan
 from anybatch.run.read_data import hold_out, read_held_out, read_training_pairs
-from anybatch.run.recipe import recipe_line, with_recipe
+from anybatch.run.recipe import recipe_line, with_batches, with_recipe
 from anybatch.run.train_model import save_model, train_on_plan
 from anybatch.run.try_step import try_step
 
@@ -73,6 +73,10 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
 
             # 4. Choose the batches.
             plan = make_plan(config, pairs, progress, plan=plan)
+            why = plan.meta.get("decision") if config.plan is None else None
+            if why and distributed.rank() == 0:
+                logger.info("%s See docs/recipe.md.", why)
+            config = with_batches(config, mined=plan.cluster_size > 1)
             pairs = with_mined_negatives(pairs, plan)
 
             # 5. Measure the model as it is.
@@ -97,7 +101,8 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
                     if config.data.views is not None:
                         del model[-1]
                     metrics = evaluate(model)
-                    describe(model, {"Recipe": recipe_line(asked, config)}, before=untrained, after=metrics)
+                    facts = {"Recipe": recipe_line(asked, config)} | ({"Why these batches": why} if why else {})
+                    describe(model, facts, before=untrained, after=metrics)
                     save_model(model, folder / "model")
                     result = RunResult(
                         metrics=metrics,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import digest_of, file_digest, write_json
 from anybatch.core.progress import Progress, no_progress
 from anybatch.data.pairs import PairData
-from anybatch.mining import MiningConfig, check_sizes, mine_plan, mine_shared, random_plan
+from anybatch.losses.registry import AUTO, first_temperature
+from anybatch.mining import MiningConfig, MiningReport, check_sizes, mine_plan, mine_shared, random_plan
+from anybatch.mining.audit import marks
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, TeacherConfig, resolved
 from anybatch.run.read_data import mining_sets
@@ -155,13 +158,44 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
         if not chosen:
             return
         inputs = mining_inputs(config, pairs)
-        result = mine_plan(anchors, positives, data_digest=pairs.digest, **search)
-        for name, report in {"": result.report, **result.report.sets}.items():
+        result = mine_plan(
+            anchors, positives, data_digest=pairs.digest, temperature=first_temperature(config.loss), **search
+        )
+        # 4. Of "auto" the figures decide; of a method that was named they warn.
+        plan, facts = result.plan, {"teacher": config.teacher.name or "embeddings from files"}
+        reports = {"": result.report, **result.report.sets}
+        if config.mining.method == AUTO:
+            taken, facts["decision"] = decision(reports)
+            if not taken:
+                plan = random_plan(len(pairs), config=settings, sets=sets, data_digest=pairs.digest)
+                del facts["teacher"]
+                for report in reports.values():
+                    report.warnings.clear()  # of batches that are not used; the decision has their figures
+        for name, report in reports.items():
             for warning in report.warnings:
                 logger.warning("Before you train%s: %s", name and f" on {name}", warning)
-        write_json(path.with_name("mining.json"), {"plan": result.plan.digest, **result.report.as_dict()})
-        _save(result.plan, path, inputs, teacher=config.teacher.name or "embeddings from files")
+        kept = {"plan": plan.digest, "decision": facts.get("decision"), **result.report.as_dict()}
+        write_json(path.with_name("mining.json"), kept)
+        _save(plan, path, inputs, **facts)
         shutil.rmtree(neighbors, ignore_errors=True)  # larger than all else in the folder
+
+
+def decision(reports: Mapping[str, MiningReport]) -> tuple[bool, str]:
+    """Whether "auto" takes the mined batches, and why: all figures of every data set pass. See docs/recipe.md."""
+    found = [
+        (f"{name}: {text}" if name else text, passed)
+        for name, report in reports.items()
+        if report.figures
+        for text, passed in marks(**report.figures)
+    ]
+    good, bad = ("; ".join(text for text, passed in found if passed == wanted) for wanted in (True, False))
+    if found and not bad:
+        return True, f"mining.method=auto takes the mined batches, whose figures are all good: {good}."
+    return False, (
+        "mining.method=auto takes random batches, as figures of the mined ones are not good: "
+        f"{bad or 'no data set fills a cluster'}.{f' Good are: {good}.' if good else ''} To train on the mined ones "
+        "all the same, set mining.method=anybatch."
+    )
 
 
 def mining_inputs(config: RunConfig, pairs: PairData) -> dict[str, str]:

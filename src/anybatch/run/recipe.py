@@ -19,7 +19,7 @@ logger = logging.getLogger("anybatch")
 
 
 def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> RunConfig:
-    """The configuration with a method in place of each "auto", said aloud by the first rank. See `recipe`."""
+    """The configuration with what is known for each "auto", said aloud by the first rank. See `recipe`."""
     config, choices = recipe(config, pairs, plan)
     if choices and distributed.rank() == 0:
         said = "; ".join(f"{name}={value} ({reason})" for name, value, reason in choices)
@@ -38,8 +38,8 @@ class Choice(NamedTuple):
 def recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None = None) -> tuple[RunConfig, list[Choice]]:
     """The configuration with a method in place of each "auto", and what was chosen.
 
-    `plan` is the one that exists already. The same configuration and data give the same recipe, so that a run is
-    resumed with it.
+    `plan` is the one that the configuration names. With a teacher "auto" stays where the mined plan's figures decide,
+    see `with_batches`. The same configuration and data give the same recipe, so that a run is resumed with it.
 
     Raises:
         AnybatchError: Settings given beside "auto" that what is chosen does not have.
@@ -48,30 +48,41 @@ def recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None = None) ->
     if config.plan is None and config.mining.method == AUTO:
         teacher = config.teacher.name is not None or config.teacher.embeddings is not None
         idle = teacher and pairs.has_images and not config.mining.num_negatives  # hard negatives are ranked in any case
-        method = "anybatch" if teacher and not idle else "random"
-        config = replace(config, mining=replace(config.mining, method=method))
-        why = "a teacher is named" if teacher else "no teacher is named"
+        method, why = "random", "no teacher is named"
         if idle:
             why = "the teacher is not used: with images mined batches lost"
+        elif teacher and config.mining.num_negatives:
+            method, why = "anybatch", "a teacher is named, and hard negatives are mined"
+        elif teacher:
+            method, why = AUTO, "a teacher is named: mined batches if all their figures are good, else random ones"
+        config = replace(config, mining=replace(config.mining, method=method))
         choices.append(Choice("mining.method", method, why))
     loss = config.loss
     if loss.name == AUTO:
         name, why = recommended(config.batch_size)
         loss = loss.named(name)
         choices.append(Choice("loss.name", loss.name, f"batches of {config.batch_size}: {why}"))
-    mined = config.mining.method != "random"
-    if config.plan is not None:
-        mined = plan is not None and plan.cluster_size > 1
-    if loss.weights == AUTO:
-        weights = "inclusion" if mined and loss.example().over_data else "none"
-        loss = replace(loss, weights=weights)
-        if weights == "inclusion":
+    config, asked = replace(config, loss=loss), loss
+    if config.plan is not None or config.mining.method != AUTO:
+        mined = config.mining.method != "random" if config.plan is None else plan is not None and plan.cluster_size > 1
+        config = with_batches(config, mined=mined)
+        if asked.weights == AUTO and config.loss.weights == "inclusion":
             choices.append(Choice("loss.weights", "inclusion", "mined batches are no uniform sample"))
+        if asked.mask_suspects == AUTO and mined:
+            choices.append(Choice("loss.mask_suspects", "true", "what mining suspects is no negative"))
+    return config, choices
+
+
+def with_batches(config: RunConfig, *, mined: bool) -> RunConfig:
+    """The configuration with what follows from its batches being mined or random, where "auto" still stands."""
+    loss, mining = config.loss, config.mining
+    if mining.method == AUTO:
+        mining = replace(mining, method="anybatch" if mined else "random")
+    if loss.weights == AUTO:
+        loss = replace(loss, weights="inclusion" if mined and loss.example().over_data else "none")
     if loss.mask_suspects == AUTO:
         loss = replace(loss, mask_suspects=mined)
-        if mined:
-            choices.append(Choice("loss.mask_suspects", "true", "what mining suspects is no negative"))
-    return replace(config, loss=loss), choices
+    return replace(config, loss=loss, mining=mining)
 
 
 def recipe_line(asked: RunConfig, chosen: RunConfig) -> str:
