@@ -251,7 +251,7 @@ MUTATIONS = [
         "plans/test_plan.py",
         ("self._replace(members, clusters, _draw(", "(members, clusters, _draw("),
         ("mates = whole * (m - 1) +", "mates = whole * m +"),
-        ("both = (drawn - 1) * (self.num_single_rows - 1)", "both = drawn * (self.num_single_rows - 1)"),
+        ("both = (self.num_single_rows - 1)", "both = self.num_single_rows"),
     ),
     *of(
         "losses/rows.py",

@@ -56,6 +56,30 @@ def test_a_run_on_a_file_of_flagembedding_and_what_comes_after(flag_file, tiny_m
         run("evaluate", "moved")
 
 
+def test_the_columns_and_the_length_of_a_run(tiny_model_folder, tmp_path, heard, caplog):
+    """Other data have the run's columns where they can; a lower limit of tokens stays in the model, which is said."""
+    caplog.set_level("INFO", logger="anybatch")
+    rows = [
+        {"summary": f"{sentence(n, 3)} {n}", "details": sentence(n + 5, 6), "text1": "a", "text2": n} for n in range(60)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "usual.csv").write_text("anchor,positive\na,b\nc,d\n")
+    run_folder = str(tmp_path / "run")
+    own = ("--data", str(tmp_path / "own.jsonl"), "--anchor", "summary", "--positive", "details")
+    more = ("--batch-size", "8", "--set", "train.args.max_steps=1", "--set", "model.max_length=6")
+    run("train", *own, *more, "--model", str(tiny_model_folder), "--output", run_folder)
+    assert "texts are cut at 6 tokens, not at its own 24" in caplog.text
+    assert "cannot be compared with those over a batch" in caplog.text
+    for file, num_queries in (("own.jsonl", 60), ("usual.csv", 2)):
+        run("evaluate", run_folder, "--data", str(tmp_path / file), "--output", str(tmp_path / f"{file}.json"))
+        assert json.loads((tmp_path / f"{file}.json").read_text())["num_queries"] == num_queries
+    assert "60 queries; the standard error of a figure is at most 0.0" in heard()
+    with pytest.raises(AnybatchError, match="already holds a run"):  # before the data are read
+        run("train", "--data", "gone.csv", "--model", str(tiny_model_folder), "--output", run_folder)
+    with pytest.raises(AnybatchError, match="there is no such folder"):
+        run("train", "--data", "gone.csv", "--model", "./no/model", "--output", str(tmp_path / "new"))
+
+
 def test_a_run_that_held_out_nothing(pairs_file, tiny_model_folder, tmp_path):
     more = ("mining.method=random", "train.args.max_steps=1", "evaluation.path=null")
     run("train", *settings(pairs_file, tiny_model_folder, tmp_path / "run", *more))

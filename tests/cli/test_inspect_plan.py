@@ -115,8 +115,6 @@ def test_what_is_given_must_fit(mined, tmp_path, pairs_file):
     np.save(tmp_path / "short.npy", np.ones((96, 8), np.float32))
     with pytest.raises(AnybatchError, match=r"shape \(96, 8\); expected floats of shape \(97"):
         run("inspect", "plan", str(mined), "--embeddings", str(tmp_path / "a.npy"), str(tmp_path / "short.npy"))
-    with pytest.raises(AnybatchError, match="Add --data"):
-        run("inspect", "plan", str(mined), "--anchor", "anchor")
     with pytest.raises(AnybatchError, match="There is no plan"):
         run("inspect", "plan", str(tmp_path / "absent"))
 

@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from anybatch.cli import inspect
 from anybatch.cli.options import resumed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CONTENTS, SEAL, read_json, write_json
-from anybatch.insight.plan_figures import plan_sentence
+from anybatch.insight.plan_figures import plan_sentence, stored_warnings
 from anybatch.integrations.sentence_transformers import last_whole_checkpoint
 from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
 from anybatch.integrations.sentence_transformers.training import TrainConfig
@@ -414,7 +413,7 @@ class TestDamage:
             "metrics_untrained.json": lambda: unfinished(config),
             "plan.safetensors": lambda: BatchPlan.load(folder / "plan.safetensors"),
             "config.yaml": lambda: resumed(config.output),
-            "mining.json": lambda: inspect.command(folder),
+            "mining.json": lambda: stored_warnings(folder, BatchPlan.load(folder / "plan.safetensors")),
             CONTENTS: lambda: load_model(ModelConfig(name=str(folder / "model"))),
         }
 

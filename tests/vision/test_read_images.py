@@ -76,6 +76,12 @@ def test_messages(tmp_path, folder):
         LabelledImages(known=read_images(str(folder)), test=plain)
 
 
+def test_one_class_is_refused_before_anything_is_embedded(tmp_path):
+    one = read_images(stored(tmp_path / "one.parquet", label=[1] * 4))
+    with pytest.raises(AnybatchError, match=r"one\.parquet are of one class; expected 2 or more"):
+        LabelledImages(known=one, test=one)
+
+
 def test_the_digest_is_of_images_and_classes(tmp_path):
     first, second = (
         read_images(stored(tmp_path / f"{n}.parquet", label=labels))

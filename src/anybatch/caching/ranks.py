@@ -1,8 +1,7 @@
 """Gradients over ranks: encoders that reduce their own are found, kept from it until the end of the step, or refused.
 
-A DistributedDataParallel reduces what its last backward pass used, under caching what the last micro-batch used. So all
-passes of a step accumulate locally, and one pass without a gradient through every parameter follows: the wrapper then
-reduces by its own rules (buckets, communication hooks, groups) what any micro-batch of any rank has left.
+A DistributedDataParallel would reduce what the last micro-batch used. So all passes accumulate locally, and one pass
+without a gradient through every parameter follows: the wrapper then reduces by its own rules what any rank has left.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""The second half of a cached step: the gradients of the embeddings go back through the encoders.
-
-The loss depends on an encoder only through its embeddings, so that d loss / d theta is the sum over micro-batches of (d
-embeddings_m / d theta)^T (d loss / d embeddings_m): what the whole batch in one pass would have left in `.grad`.
+"""The second half of a cached step: the gradients of the embeddings go back through the encoders. Micro-batch by
+micro-batch, they add up to what the whole batch in one pass would have left in `.grad`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""Whether a row's embedding depends on the rows beside it, or on its padding: looked at once for each encoder.
-
-Batch statistics by functional calls, attention over the batch, experts with a capacity: no type of module tells. What
-goes in twice with other neighbours does.
+"""Whether a row's embedding depends on the rows beside it, or on its padding: no type of module tells, what goes in
+twice with other neighbours does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""Cut a batch of inputs by rows, without the padding that the chosen rows do not need.
-
-A batch is a Tensor or array, a (nested) mapping of what has one entry per row, or a list with one item per row. Cutting
-copies, so an encoder that writes into its inputs cannot change what the replay will see.
+"""Cut a batch of inputs by rows, without the padding that the chosen rows do not need. Cutting copies, so an encoder
+that writes into its inputs cannot change what the replay will see.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""Which rows go through the encoder together, and how many graphs stay alive.
-
-Sorting by length takes padded over real tokens from 2-5 down to about 1, worth more than the forward passes that
-caching adds.
+"""Which rows go through the encoder together, and how many graphs stay alive. Sorting by length takes padded over
+real tokens from 2-5 down to about 1, worth more than the forward passes that caching adds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """`anybatch demo`: what a small batch costs plain InfoNCE and not the recommended recipe, on real pairs, offline.
-
-A first thing to read: `settings` is what all runs share, in the settings of any configuration file, `LOSSES` and
-`RATES` say how they differ, and `_train` is what `anybatch train` calls.
+`settings` is what all runs share; `LOSSES` and `RATES` say how they differ.
 """
 
 from __future__ import annotations

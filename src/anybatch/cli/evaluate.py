@@ -18,7 +18,7 @@ from anybatch.cli.options import (
     PositiveOption,
     check_new,
 )
-from anybatch.cli.progress import Bars, show
+from anybatch.cli.progress import Bars, say, show
 from anybatch.core.errors import AnybatchError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def command(
     """Measure a model: recall, MRR, nDCG on held-out pairs or a retrieval set; classes of images; MMEB; MTEB."""
     from anybatch.core.files import write_text
     from anybatch.core.yaml_files import load_config
-    from anybatch.insight.tables import metrics_table, rich_table
+    from anybatch.insight.tables import metrics_table, rich_table, what_is_open
     from anybatch.integrations.sentence_transformers.model import ModelConfig, load_model
     from anybatch.run.evaluate_model import check_held_out, evaluate_model, evaluate_tasks, model_of
 
@@ -145,7 +145,10 @@ def command(
             metrics = evaluate_model(loaded, held_out, progress=bars)
         name, by_task = Path(model).name or model, "hit@1 "
         tasks = {key.removeprefix(by_task): {"hit@1": hit} for key, hit in metrics.items() if key.startswith(by_task)}
-        show(metrics_table({**tasks, ("mean" if tasks else name): metrics}))
+        measured = {**tasks, ("mean" if tasks else name): metrics}
+        show(metrics_table(measured))
+        if doubt := what_is_open(measured):
+            say(doubt)
     if output is not None:
         write_text(output, json.dumps(metrics, indent=2))
 
@@ -159,7 +162,7 @@ def _held_out(model: str, **options: Any) -> HeldOut | None:
     from anybatch.data.candidates import find_candidates
     from anybatch.data.reading import read_pairs
     from anybatch.data.retrieval import find_retrieval, read_retrieval
-    from anybatch.run.evaluate_model import held_out_of, model_of
+    from anybatch.run.evaluate_model import columns_of, held_out_of, model_of
     from anybatch.run.read_data import read_candidate_sets
     from anybatch.vision.mmeb import TASKS
     from anybatch.vision.read_images import LabelledImages, NamedClasses, prompts_of, read_images
@@ -199,4 +202,6 @@ def _held_out(model: str, **options: Any) -> HeldOut | None:
     if tasks:
         prompts = {name: task.target_prompt for name, task in TASKS.items()} if "recipe" in options else {}
         return read_candidate_sets(tasks, options.get("images"), prompts=prompts)
+    if model_of(model) != model and not {"anchor", "positive"} & options.keys():
+        options |= columns_of(Path(model), options["data"], options.get("quoting"))
     return read_pairs(options.pop("data"), negatives=(), **options)

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anybatch.cli.options import (
-    AnchorOption,
-    DataOption,
-    ImagesOption,
-    LimitOption,
-    NegativeOption,
-    PositiveOption,
-)
+from anybatch.cli.options import DataOption
 from anybatch.core.errors import AnybatchError
 
 if TYPE_CHECKING:
@@ -35,11 +28,6 @@ class PlanOptions:
 
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan (.safetensors), or the folder of its run.")]
     data: DataOption = None
-    anchor: AnchorOption = None
-    positive: PositiveOption = None
-    negative: NegativeOption = None
-    images: ImagesOption = None
-    limit: LimitOption = None
     embeddings: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="ANCHORS POSITIVES", help="Embeddings of the data, two .npy files in row order."),
@@ -78,28 +66,15 @@ class PlanSources:
         self.missing: list[str] = []
 
     def pairs(self) -> PairData | None:
-        """The plan's data: that of `--data`, in the run's columns where the options name none, or the run's."""
+        """The plan's data: that of `--data`, read as the run's is, or the run's."""
         from anybatch.run.config import DataConfig
         from anybatch.run.read_data import read_data, split_for_plan
 
         options, source = self.options, self.config.data if self.config is not None else None
-        columns = {
-            "anchor": tuple(options.anchor or ()),
-            "positive": tuple(options.positive or ()),
-            "negatives": tuple(options.negative or ()),
-            "images": options.images,
-            "limit": options.limit,
-        }
-        chosen: dict[str, Any] = {name: value for name, value in columns.items() if value not in (None, ())}
         if options.data is not None:
-            source = replace(source or DataConfig(path=options.data), path=options.data, sets=(), **chosen)
-        elif chosen:
-            raise AnybatchError(
-                "--anchor, --positive, --negative, --images and --limit describe the file of --data, which is not "
-                "given. Add --data."
-            )
+            source = replace(source or DataConfig(path=options.data), path=options.data, sets=())
         if source is None:
-            self.missing.append("Texts: the data is not known. Give it with --data (and --anchor, --positive).")
+            self.missing.append("Texts: the data is not known. Give it with --data.")
             return None
         try:
             pairs = read_data(source)

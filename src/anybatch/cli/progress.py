@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -71,6 +72,7 @@ class Bars(AbstractContextManager["Bars"]):
         self.quiet = quiet
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, float] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
@@ -101,6 +103,13 @@ class Bars(AbstractContextManager["Bars"]):
             if name not in self._tasks:
                 self._tasks[name] = self._progress.add_task(name, total=total, figures="")
             self._progress.update(self._tasks[name], completed=done, total=total, figures=text)
-        elif done >= total or time.monotonic() - self._printed.get(name, -EVERY) >= EVERY:
-            self._printed[name] = time.monotonic()
-            say(f"{name}: {done}/{total} {text}".rstrip())
+            return
+        now = time.monotonic()
+        begun, first = self._begun.setdefault(name, (now, done))
+        if done >= total or now - self._printed.get(name, -EVERY) >= EVERY:
+            self._printed[name] = now
+            left = (now - begun) / (done - first) * (total - done) if first < done < total else 0
+            say(
+                f"{name}: {done}/{total} {text}".rstrip()
+                + (f"  about {timedelta(seconds=round(left))} left" if left else "")
+            )

@@ -1,7 +1,5 @@
 """Configuration: frozen dataclasses that check themselves, whether made in Python or from a file (`yaml_files`).
-
-Every field is checked against its own annotation: choices are `Literal`s, ranges are `Annotated[int, Range(...)]`, and
-all numbers are finite.
+Choices are `Literal`s, ranges `Annotated[int, Range(...)]`, and all numbers are finite.
 """
 
 from __future__ import annotations

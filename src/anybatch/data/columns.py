@@ -170,7 +170,7 @@ def cell_of(
     wanted = "a text or an image" if stored or any(isinstance(entry, dict) for entry in given) else "a text"
     raise AnybatchError(
         f"Row {row} of {where}: '{name}' is {bad[0] if bad else 'empty'}. Every row needs {wanted} there: fill it or "
-        f"leave the row out (in training data.skip_bad=true does){remedy}."
+        f"leave the row out (in training: --set data.skip_bad=true){remedy}."
     )
 
 

@@ -375,7 +375,7 @@ def _side(
             if side[row] is None and kind != "negative":
                 raise AnybatchError(
                     f"{found} are empty. Every row needs a text or an image there: fill it or leave the row "
-                    "out (in training data.skip_bad=true does)."
+                    "out (in training: --set data.skip_bad=true)."
                 )
         except AnybatchError as error:
             bad.add(number, error)

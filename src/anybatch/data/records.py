@@ -1,7 +1,5 @@
 """Rows of CSV, TSV, JSON lines, Parquet and data sets as mappings: every row once, or a message that names the line.
-
-The text formats are read here and not by `datasets`, which fills short rows with None, takes "007" for 7 and "NA" for
-None, names no line, and keeps a copy of every file in the home folder (docs/log.md).
+The text formats are not read by `datasets`, which fills short rows with None and takes "007" for 7 (docs/log.md).
 """
 
 from __future__ import annotations

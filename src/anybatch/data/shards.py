@@ -1,7 +1,5 @@
-"""Samples of webdataset's tar files: read where they lie, and numbered by their keys.
-
-The members of a sample are neighbours whose names differ in their extension: `000012.jpg`, `000012.txt`. Its image is
-the column `image`, any other member a column named by its extension (`txt`, `json`, `cls`), its key `__key__`.
+"""Samples of webdataset's tar files: read where they lie, and numbered by their keys. `000012.jpg` is the column
+`image`, any other member of its sample a column named by its extension (`txt`, `json`, `cls`), its key `__key__`.
 """
 
 from __future__ import annotations

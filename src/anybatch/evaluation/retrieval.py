@@ -1,7 +1,5 @@
-"""Retrieval figures: recall, MRR and nDCG as trec_eval defines them.
-
-Ties are broken as trec_eval breaks them: scores are compared in float32, and among equal ones the document whose id is
-greater as a string goes first. So the figures agree with pytrec-eval-terrier, ties included.
+"""Retrieval figures: recall, MRR and nDCG as trec_eval defines them, ties included: scores are compared in float32, and
+among equal ones the document whose id is greater as a string goes first.
 """
 
 from __future__ import annotations

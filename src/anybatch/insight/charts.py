@@ -1,8 +1,4 @@
-"""Small charts as SVG text: bars, lines with error bars; for light and dark, narrow windows and screen readers.
-
-No charting library was found that draws these without a script, fits both colour schemes and is permissive and light
-(docs/log.md).
-"""
+"""Small charts as SVG text: bars, lines with error bars; for light and dark, narrow windows and screen readers."""
 
 from __future__ import annotations
 

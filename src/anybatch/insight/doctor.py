@@ -1,7 +1,4 @@
-"""Check on the model, data and loss of a run that caching is exact for them, before time is spent on training.
-
-The command line calls it.
-"""
+"""Check on the model, data and loss of a run that caching is exact for them, before time is spent on training."""
 
 from __future__ import annotations
 

@@ -90,10 +90,8 @@ class FrozenPairs:
     Attributes:
         anchors, positives: (n, D) float32 or float64, unit rows.
         anchor_id, positive_id: (n,) int64; equal for identical texts, which are never negatives of each other.
-        temperature: Of the full-data objective.
-        direction: Of it: "one_way", or "both" for the mean of both directions' losses.
+        temperature, direction, suspects: Of the full-data objective, see `prepare`.
         tied: Whether one map is shared by both sides, as where one encoder embeds both.
-        suspects: (p, 2) int, pairs that are no negatives in the full-data gradient; None: all are.
         full: (2, groups, P) two estimates of the full-data gradient in the P parameters, by group of anchors. Equal and
             of one group where all anchors were taken: then they are exact.
 
@@ -134,7 +132,8 @@ class FrozenPairs:
             anchors, positives: (n, D) float; rows need not be of unit length. float64 is kept, all else becomes
                 float32.
             temperature: Similarities are divided by it.
-            direction, tied: See above.
+            direction: "one_way", or "both" for the mean of both directions' losses.
+            tied: See above.
             anchor_id, positive_id: (n,) int; None: all texts differ.
             suspects: (p, 2) int of a plan, where the loss masks them: no negatives in its objective either.
             num_anchors: Anchors whose losses (against all rows) stand for those of all; None for all, which is exact.

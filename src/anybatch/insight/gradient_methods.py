@@ -1,4 +1,4 @@
-"""Methods side by side before training: their parameter-gradient errors on frozen embeddings, and what follows."""
+"""Methods side by side before training: their parameter-gradient errors on frozen embeddings, beside plain InfoNCE."""
 
 from __future__ import annotations
 
@@ -9,20 +9,8 @@ from dataclasses import dataclass, replace
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.figures import Figure
 from anybatch.insight.gradient_error import NUM_BATCHES, STRAIGHT, FrozenPairs, GradientError, gradient_error
-from anybatch.losses.registry import METHODS, LossConfig, build_loss, options_of
+from anybatch.losses.registry import LossConfig, build_loss, options_of
 from anybatch.plans.plan import BatchPlan
-
-CLOSE = 0.05  # further from the best is worse, however uncertain: a bad measurement recommends nothing
-
-
-def core_methods() -> list[LossConfig]:
-    """The core's methods as they are by default, the simplest first; with inclusion weights too where they have any."""
-    methods = []
-    for name, path in METHODS.items():
-        if path.startswith("anybatch.losses."):
-            plain = LossConfig(name=name)
-            methods += [plain, replace(plain, weights="inclusion")] if plain.example().over_data else [plain]
-    return methods
 
 
 def name_of(method: LossConfig) -> str:
@@ -57,26 +45,23 @@ class MethodError:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientComparison:
-    """All lines, best first.
+    """All lines.
 
     Attributes:
-        lines: By `error.epoch_error`, the best first.
-        order: Names of the methods, the simplest first.
-        batch_size, num_rows, temperature, direction: Of the plan, and of the objective.
+        lines: On random batches, then on the plan's.
+        order: Names of the methods, as they were given.
+        batch_size: Of the plan.
 
     Example:
         >>> import numpy as np
         >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)))
-        >>> compare_methods(pairs, BatchPlan.random(32, 8), methods=[LossConfig(name="infonce")]).recommended.method
-        'infonce'
+        >>> compare_methods(pairs, BatchPlan.random(32, 8), methods=[LossConfig(name="infonce")]).lines[0].batches
+        'random'
     """
 
     lines: tuple[MethodError, ...]
     order: tuple[str, ...]
     batch_size: int
-    num_rows: int
-    temperature: float
-    direction: str
 
     def of(self, method: str, batches: str) -> GradientError | None:
         """What was measured of a method on one kind of batches; None where it was not."""
@@ -84,29 +69,17 @@ class GradientComparison:
 
     @property
     def plain(self) -> GradientError:
-        """Of the simplest method on random batches."""
+        """Of the first method on random batches."""
         error = self.of(self.order[0], "random")
         assert error is not None
         return error
-
-    def is_near(self, line: MethodError) -> bool:
-        """Whether the error of a line is within two standard errors of the best, and within `CLOSE`."""
-        best = self.lines[0].error
-        difference = line.error.epoch_error - best.epoch_error
-        return line.error is best or difference <= min(_noise(line.error, best), CLOSE)  # no NaN is near
-
-    @property
-    def recommended(self) -> MethodError:
-        """The simplest of the lines that are near the best."""
-        near = filter(self.is_near, self.lines)
-        return min(near, key=lambda line: (self.order.index(line.method), line.batches == "plan"))
 
 
 def compare_methods(
     pairs: FrozenPairs,
     plan: BatchPlan,
     *,
-    methods: Sequence[LossConfig] | None = None,
+    methods: Sequence[LossConfig],
     num_batches: int = NUM_BATCHES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GradientComparison:
@@ -115,8 +88,8 @@ def compare_methods(
     Args:
         pairs: The embeddings and their full-data gradient; where the methods mask suspects, prepared without them too.
         plan: Made for these rows.
-        methods: What to compare, the simplest first; None for the core's. On random batches inclusion weights have no
-            meaning: the method is taken without, unless that is listed too. Suspects are masked there as on the plan's.
+        methods: What to compare, plain InfoNCE first. On random batches inclusion weights have no meaning: the method
+            is taken without, unless that is listed too. Suspects are masked there as on the plan's.
         num_batches: See `gradient_error`.
         progress: Called with (done, total).
 
@@ -127,7 +100,6 @@ def compare_methods(
     Cost: see `gradient_error`, once a line.
     """
     # 1. What can be compared.
-    methods = core_methods() if methods is None else methods
     if len(plan.task_names) > 1:
         raise AnybatchError(
             f"The plan is over the data sets {', '.join(plan.task_names)}, each with a full-data gradient of its own. "
@@ -161,14 +133,7 @@ def compare_methods(
         error = _method_error(pairs, chosen, method, num_batches)
         lines.append(MethodError(method=name, batches=batches, error=error))
         progress(number, len(wanted))
-    return GradientComparison(
-        lines=tuple(sorted(lines, key=lambda line: (math.isnan(line.error.epoch_error), line.error.epoch_error))),
-        order=tuple(names),
-        batch_size=plan.batch_size,
-        num_rows=len(pairs),
-        temperature=pairs.temperature,
-        direction=pairs.direction,
-    )
+    return GradientComparison(lines=tuple(lines), order=tuple(names), batch_size=plan.batch_size)
 
 
 def _method_error(pairs: FrozenPairs, plan: BatchPlan, method: LossConfig, num_batches: int) -> GradientError:
@@ -184,22 +149,6 @@ def _method_error(pairs: FrozenPairs, plan: BatchPlan, method: LossConfig, num_b
         mask_suspects=method.mask_suspects is True,
         num_batches=num_batches,
     )
-
-
-def comparison_rows(comparison: GradientComparison) -> tuple[list[str], list[list[str]]]:
-    """Header and lines, for a table on the terminal or on a page."""
-    lines = [
-        [
-            line.method,
-            line.batches,
-            _cell(line.error.epoch_error, line.error.epoch_error_se),
-            "as near as any" if comparison.is_near(line) else "further away",
-            _cell(line.error.cosine, line.error.cosine_se),
-            "yes" if line.error.bias_to_remove else "little",
-        ]
-        for line in comparison.lines
-    ]
-    return ["method", "batches", "error of an epoch", "beside the best", "direction", "bias"], lines
 
 
 def gradient_figures(name: str, error: GradientError, other_name: str, other: GradientError) -> list[Figure]:
@@ -241,31 +190,6 @@ def _noise(one: GradientError, other: GradientError) -> float:
 
 def _cell(value: float, se: float) -> str:
     return f"{value:.2f} ± {se:.2f}" if math.isfinite(value + se) else "hidden by noise"
-
-
-def recommendation(comparison: GradientComparison) -> list[str]:
-    """What follows from the comparison, and what does not, in sentences."""
-    chosen, plain = comparison.recommended, comparison.plain
-    if math.isnan(chosen.error.epoch_error):
-        return [
-            "The full-data gradient has no direction on these embeddings (are all positives alike?), so nothing can be "
-            "recommended. Look at the embeddings with `anybatch inspect plan`."
-        ]
-    where = "the plan's batches" if chosen.batches == "plan" else "random batches"
-    sentences = [
-        bias_sentence(plain, comparison.batch_size),
-        f"Nearest to the gradient over all {comparison.num_rows:,} rows: loss.name={chosen.method} on {where} (of "
-        f"what is no worse within two standard errors, the simplest). Error of an epoch {chosen.error.epoch_error:.2f};"
-        f" plain InfoNCE on random batches {plain.epoch_error:.2f}.",
-    ]
-    if chosen.batches == "random" and any(line.batches == "plan" for line in comparison.lines):
-        sentences.append("The plan's batches do not bring the gradient nearer than random ones.")
-    sentences.append(
-        "This compares gradients on embeddings that stand still. It does not know that a model moves, that hard "
-        "negatives may be false, or that memory grows stale: take it for a first choice, and measure the two best on "
-        "held-out data."
-    )
-    return sentences
 
 
 def bias_sentence(plain: GradientError, batch_size: int) -> str:

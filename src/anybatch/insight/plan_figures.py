@@ -102,8 +102,7 @@ def plan_warnings(
             )
     if seen is None:
         return found
-    chosen = {} if plan.cluster_size > 1 else {"gain": None}
-    return found + advice(**seen.figures | chosen, mask_suspects=mask_suspects)
+    return found + advice(seen.figures, mined=plan.cluster_size > 1, mask_suspects=mask_suspects)
 
 
 def stored_warnings(folder: Path, plan: BatchPlan) -> list[str]:

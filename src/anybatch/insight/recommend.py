@@ -1,7 +1,5 @@
-"""What to train with, before any training: batch size, recipe and temperature with their reasons, the cost.
-
-The recipe is the one that a run takes by itself (`run/recipe.py`). What is measured here chooses no other one: it may
-speak against it, and then says so.
+"""What to train with, before any training: the recipe that a run takes by itself (`run/recipe.py`), what it costs, and
+what was measured that speaks against it.
 """
 
 from __future__ import annotations
@@ -239,7 +237,7 @@ def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.n
         found.figures += [replace(f, name=f"{name} {f.name}".lstrip()) for f in set_figures(seen, plan)]
         found.against += plan_warnings(plan, seen, mask_suspects=loss.mask_suspects is True)
     if mined and found.config.mining.method == AUTO:
-        taken = all(passed for seen in parts.values() for _, passed in marks(**seen.figures))
+        taken = all(passed for seen in parts.values() for _, passed in marks(seen.figures))
         found.notes.append(
             f"By these figures the run takes {'the mined' if taken else 'random'} batches (mining.method=auto); it "
             "decides by those of all rows."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
@@ -20,6 +21,17 @@ def metrics_table(results: Mapping[str, Mapping[str, float]]) -> Table:
         for label, metrics in results.items()
     ]
     return rich_table(["", *(shown[name] for name in names)], lines, left=(0,))
+
+
+def what_is_open(results: Mapping[str, Mapping[str, float]]) -> str:
+    """How far chance may have moved retrieval figures, by the number of queries; "" for figures of another kind."""
+    sizes = {metrics["num_queries"] for metrics in results.values() if metrics.get("num_queries")}
+    means = [metrics[name] for metrics in results.values() for name in SHOWN if name in metrics]
+    if len(sizes) != 1 or not means:
+        return ""
+    (size,) = sizes
+    error = math.sqrt(max(mean * (1 - mean) for mean in means) / size)  # of what lies in [0, 1] the variance is less
+    return f"{size:,.0f} queries; the standard error of a figure is at most {error:.3f}."
 
 
 def rich_table(

@@ -1,8 +1,5 @@
 """What all losses share: arguments checked, embeddings normalised, ids turned into masks, parts asked in one or two
-directions.
-
-A loss is a composition of `parts`. Classes are abstract or final: a published method is a final `SoftmaxLoss` whose
-constructor puts parts together, and nothing else.
+directions. A loss is a composition of `parts`: a final `SoftmaxLoss` whose constructor puts them together.
 """
 
 from __future__ import annotations

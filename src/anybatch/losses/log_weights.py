@@ -1,12 +1,7 @@
 """Log-weights of pairs, b_ij: masks and weights as functions of two records, never all of them at once.
 
-A log-weight is added to the logit of a pair; -inf removes it. What is known of an example is one record (`Examples`),
-and a term is a function of the queries' and the candidates' records. So gathering over ranks, the other direction,
-tiles and a memory beside the batch are written once, here and in the record, and no term knows of them. A mask of
-your own is a function:
-
-    def same_author(queries, candidates, *, back):
-        return removed(queries["author"][:, None] == candidates["author"])
+A log-weight is added to the logit of a pair; -inf removes it. Gathering over ranks, the other direction, tiles and a
+memory beside the batch are written once, here and in the record (`Examples`), and no term knows of them.
 """
 
 from __future__ import annotations

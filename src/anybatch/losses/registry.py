@@ -1,8 +1,4 @@
-"""Losses by name. A method is one line of `METHODS`: its settings are its constructor's: types, defaults, checks.
-
-What a method is (whether it stands for the data set, whether a warm start can fill it) the loss itself says, see
-`ContrastiveLoss`.
-"""
+"""Losses by name. A method is one line of `METHODS`: its settings are its constructor's: types, defaults, checks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """What a loss remembers: buffers with an entry per row of the data set. Saved, refused, grown and shared over ranks
-here, and nowhere else.
-
-A saved state is what `state_dict` gives. A module with entries per row (directions, rows, ...) has beside them
-`version`, `embedding_width` (of the embeddings that they follow from, 0 before the first) and `shard` (rank, ranks,
-rows). Nothing but a sharded `read` needs a process group.
+here, and nowhere else. Nothing but a sharded `read` needs a process group.
 """
 
 from __future__ import annotations

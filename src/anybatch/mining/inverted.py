@@ -1,7 +1,5 @@
-"""The teacher's ranking, approximately: documents in k-means cells, of which each query visits the nearest.
-
-A query block visits cell after cell: the queries that want a cell are compared with all of its documents at once, so
-the work is matrix products, as in `exact_neighbors`.
+"""The teacher's ranking, approximately: documents in k-means cells, of which each query visits the nearest. A block of
+queries visits cell after cell, so the work is matrix products, as in `exact_neighbors`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""Clusters of exactly equal size: METIS begins, a search by exchanges on the signed objective finishes.
-
-Published B3 stops at METIS k-way, whose 3% of balance slack cripples it at 32 rows a cluster; recursive bisection is
-the start here. Leaving conflicts out of the graph does not keep such rows apart, so they are in the objective.
+"""Clusters of exactly equal size: METIS begins, a search by exchanges on the signed objective finishes. METIS k-way,
+where published B3 stops, has 3% of slack, which cripples it at 32 rows a cluster; recursive bisection is the start.
 """
 
 from __future__ import annotations

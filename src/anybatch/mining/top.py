@@ -1,15 +1,9 @@
 """The best columns of each row of a score matrix that is made tile by tile and never held whole.
 
 A row's candidates gather in a reservoir of twice the wanted number; when it is full, a quickselect keeps the better
-half, and the worst kept score becomes the bar that a score must pass. So a tile is read once, 64 numbers at a time
-against one bar, and few numbers are looked at twice. A heap per row cost a third of the multiplications' time at 130
-neighbours of 100,000 rows.
-
-Each call runs on one thread, without Python's lock: callers search several blocks of rows at once (`workers`). Compiled
-loops on threads of their own beside torch's made both pools wait for each other, and changed torch's number of threads
-for the rest of the process.
-
-On an accelerator the same is done with torch.topk on each tile, merged with what was kept before.
+half, and the worst kept score becomes the bar that a score must pass. A heap per row cost a third of the
+multiplications' time at 130 neighbours of 100,000 rows. Each call runs on one thread, without Python's lock: compiled
+loops on threads of their own beside torch's made both pools wait. On an accelerator torch.topk does it tile by tile.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from anybatch.core.files import SEAL, digest_of, read_sealed, tensors_metadata, 
 from anybatch.plans.sampling import ClusterSampling
 
 FORMAT = "anybatch-plan"
-VERSION = 6
+VERSION = 7
 ARRAYS = ("cluster", "suspects", "negatives", "task")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from anybatch.data.candidates import CandidateSets
 from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import Column, check_images
 from anybatch.data.pairs import PairData
+from anybatch.data.records import column_names
+from anybatch.data.sets import files_of
 from anybatch.evaluation.candidates import hit_at_1
 from anybatch.evaluation.classes import class_metrics
 from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
@@ -101,6 +103,15 @@ def held_out_of(folder: Path) -> HeldOut:
     if held_out is None:
         raise AnybatchError(f"The run in {folder} held out nothing to measure on. Give --data.")
     return held_out
+
+
+def columns_of(folder: Path, data: str, quoting: Literal["standard", "raw"] | None) -> dict[str, Any]:
+    """The columns that a run was trained on, by name, where `data` has all of them; else none."""
+    named = read_config(folder).data
+    chosen = {"anchor": named.anchor, "positive": named.positive}
+    chosen = {side: (names,) if isinstance(names, str) else names for side, names in chosen.items() if names}
+    present = set(column_names(next(iter(files_of(Path(data)))), quoting)) if chosen else set()
+    return chosen if all(present.issuperset(names) for names in chosen.values()) else {}
 
 
 def model_of(name: str) -> str:

@@ -56,6 +56,27 @@ def _held(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
                 path.rmdir()
 
 
+def check_vacant(config: RunConfig) -> None:
+    """Refuse, before a new run reads anything, a folder that `open_run` would refuse."""
+    folder = Path(config.output)
+    with distributed.alone() as chosen:
+        if chosen and folder.is_dir():
+            with locked(folder):
+                _refuse_taken(folder, resume=False)
+
+
+def _refuse_taken(folder: Path, *, resume: bool) -> None:
+    names = _names(folder)
+    if names and "config.yaml" not in names:
+        raise AnybatchError(
+            f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
+        )
+    if names - {"config.yaml"} and not resume:
+        raise AnybatchError(
+            f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it."
+        )
+
+
 def _names(folder: Path) -> set[str]:
     """What is in a run's folder but the lock, what a killed run was about to write, and what file managers leave."""
     return {
@@ -67,17 +88,10 @@ def _names(folder: Path) -> set[str]:
 
 def _begin(folder: Path, config: RunConfig, resume: bool) -> None:
     written = folder / "config.yaml"
-    if not written.exists() and _names(folder):
-        raise AnybatchError(
-            f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
-        )
+    _refuse_taken(folder, resume=resume)
     for path in folder.glob(".*.tmp"):
         path.unlink()
     if _names(folder) - {"config.yaml"}:
-        if not resume:
-            raise AnybatchError(
-                f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it."
-            )
         changed = [
             line
             for line in differences(resolved(read_config(folder)), resolved(config))

@@ -13,12 +13,12 @@ from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, no_progress
 from anybatch.integrations.sentence_transformers.arguments import check_arguments, check_best
 from anybatch.integrations.sentence_transformers.lora import merge_lora
-from anybatch.integrations.sentence_transformers.model import load_model, warn_of_instructions
+from anybatch.integrations.sentence_transformers.model import check_model, load_model, warn_of_instructions
 from anybatch.integrations.sentence_transformers.training import check_shared_equally
 from anybatch.integrations.sentence_transformers.two_views import add_head
 from anybatch.run.config import RunConfig, RunResult
 from anybatch.run.evaluate_model import check_held_out, evaluate_model, untrained_figures
-from anybatch.run.folder import open_run, read_record, run_digest
+from anybatch.run.folder import check_vacant, open_run, read_record, run_digest
 from anybatch.run.hard_negatives import with_mined_negatives
 from anybatch.run.make_plan import check_start, existing_plan, make_plan
 from anybatch.run.read_data import hold_out, read_held_out, read_training_pairs
@@ -42,6 +42,9 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         progress = progress if distributed.rank() == 0 else no_progress
 
         # 1. Read everything before the folder is touched: bad input leaves nothing behind.
+        check_model(config.model)
+        if not resume:
+            check_vacant(config)
         pairs, plan = read_training_pairs(config), existing_plan(config)
         pairs, split = hold_out(config, pairs, plan)
         asked, config = config, with_recipe(config, pairs, plan)
@@ -54,7 +57,9 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         if config.data.views is not None:
             add_head(model, seed=config.seed)
         warn_of_instructions(model, pairs.sets)
-        check_held_out(model, held_out)
+        with distributed.alone() as chosen:
+            if chosen:
+                check_held_out(model, held_out)
 
         # 2. Of a new run, refuse now what mining or the cached step would refuse hours later.
         if not resume:

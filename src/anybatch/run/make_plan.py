@@ -149,35 +149,24 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
         progress(f"mining: {stage}", round(100 * fraction), 100)
 
     # 2. Search the neighbours, which the ranks share as well.
+    ids = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
+    search = {
+        "config": settings,
+        "sets": sets,
+        "folder": neighbors,
+        "device": device,
+        "progress": report_stage,
+        **ids,
+    }
     if distributed.is_active():
-        mine_shared(
-            anchors,
-            positives,
-            config=settings,
-            anchor_id=pairs.anchor_id,
-            positive_id=pairs.positive_id,
-            sets=sets,
-            folder=neighbors,
-            device=device,
-            progress=report_stage,
-        )
+        mine_shared(anchors, positives, **search)
     # 3. The first rank does the rest, and warns before the training, not after it.
     with distributed.alone() as chosen:
         if not chosen:
             return
         inputs = mining_inputs(config, pairs)
         result = mine_plan(
-            anchors,
-            positives,
-            config=settings,
-            anchor_id=pairs.anchor_id,
-            positive_id=pairs.positive_id,
-            sets=sets,
-            data_digest=pairs.digest,
-            folder=neighbors,
-            device=device,
-            temperature=first_temperature(config.loss),
-            progress=report_stage,
+            anchors, positives, data_digest=pairs.digest, temperature=first_temperature(config.loss), **search
         )
         # 4. Of "auto" the figures decide; of a method that was named they warn.
         plan, facts = result.plan, {"teacher": config.teacher.name or "embeddings from files"}
@@ -204,7 +193,7 @@ def decision(reports: Mapping[str, MiningReport]) -> tuple[bool, str]:
         (f"{name}: {text}" if name else text, passed)
         for name, report in reports.items()
         if report.figures
-        for text, passed in marks(**report.figures)
+        for text, passed in marks(report.figures)
     ]
     good, bad = ("; ".join(text for text, passed in found if passed == wanted) for wanted in (True, False))
     if found and not bad:

@@ -1,7 +1,5 @@
-"""Published runs as sets of defaults under what a user sets: `anybatch train --recipe NAME`.
-
-A recipe is applied before the configuration is made, so that the run's config.yaml holds every value, and a run is
-resumed without it.
+"""Published runs as sets of defaults under what a user sets: `anybatch train --recipe NAME`. The run's config.yaml
+holds every value, so that it is resumed without the recipe.
 """
 
 from __future__ import annotations

@@ -71,6 +71,10 @@ def train_on_plan(
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
     )
+    if getattr(inner, "over_data", False):
+        logger.info(
+            "The loss stands for all %s rows: its values cannot be compared with those over a batch.", len(pairs)
+        )
     with Measure() as measure:
         trained = train_model(
             model,

@@ -56,6 +56,8 @@ class LabelledImages:
             if len(part.labels) == 0:
                 raise AnybatchError(f"{part.source} holds no images.")
         known, test = ({*part.labels.tolist()} for part in (self.known, self.test))
+        if len(known) < 2:
+            raise AnybatchError(f"The images of {self.known.source} are of one class; expected 2 or more.")
         if unknown := sorted(test - known):
             logger.warning(
                 "%d of %d classes of %s are not among those of %s, such as '%s': their images count as wrong.",

@@ -36,7 +36,6 @@ def embed_texts(
     *,
     side: Side | None = None,
     batch_size: int = 64,
-    shared: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """L2-normalised embeddings of `texts`, in memory: float32 (N, D).
@@ -47,25 +46,17 @@ def embed_texts(
         side: "query" for anchors, "document" for positives and negatives: the prompt and the route (tower) of
             `encode_query` and `encode_document`, from `model.prompts`. None: those of `encode`.
         batch_size: Texts or images per forward pass; inside a shard texts are sorted by length.
-
-        shared: Under several ranks each embeds its share, and all get all. Otherwise each embeds what it is given.
         progress: Called with the number of texts embedded here since the last call.
     """
     check_content(model, texts)
     settings = _settings(model, side)
-    sizes = distributed.shares(len(texts)) if shared else [len(texts)]
-    place = distributed.rank() if shared else 0
-    first, end = sum(sizes[:place]), sum(sizes[: place + 1])
     parts: list[np.ndarray] = []
-    for start in range(first, end, SHARD):
-        shard = texts[start : min(start + SHARD, end)]
+    for start in range(0, len(texts), SHARD):
+        shard = texts[start : start + SHARD]
         parts.append(_encode(model, shard, batch_size, settings))
         if progress is not None:
             progress(len(shard))
-    embeddings = np.concatenate(parts or [np.zeros((0, model.get_embedding_dimension() or 0), np.float32)])
-    if not shared or not distributed.is_active():
-        return embeddings
-    return distributed.gather_rows(torch.from_numpy(embeddings).to(model.device), sizes).cpu().numpy()
+    return np.concatenate(parts or [np.zeros((0, model.get_embedding_dimension() or 0), np.float32)])
 
 
 def embed_to_file(

@@ -1,7 +1,5 @@
-"""Our cached step behind sentence-transformers' protocol for cached losses.
-
-It replaces `CachedMultipleNegativesRankingLoss`: the Trainer, `MatryoshkaLoss`, PEFT and trackers see the same protocol
-(`uses_gradient_cache`, `calculate_loss`, a backward pass deferred to a hook on the returned loss).
+"""Our cached step behind sentence-transformers' protocol for cached losses: it replaces
+`CachedMultipleNegativesRankingLoss` for the Trainer, `MatryoshkaLoss`, PEFT and trackers.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class ModelConfig(Configuration):
         name: A folder, or a name on the Hugging Face hub; "small-resnet", an untrained network for images of 32 x 32;
             None where no model is loaded, as in mining.
         num_layers: Keep only the first layers of the transformer (a fast student); None keeps all.
-        max_length: Tokens a text is cut at; None keeps the model's own limit.
+        max_length: Tokens a text is cut at, in the saved model as well; None keeps the model's own limit.
         anchor_prompt: Text put before each anchor or query (an instruction, with its final space); None for the model's
             own, "" for none.
         positive_prompt: Text put before each positive, negative or document.
@@ -82,20 +82,21 @@ def check_kwargs(kwargs: dict[str, Any] | None, name: str) -> None:
         raise AnybatchError(f"{name}.processor is {processor!r}; expected a mapping, such as {{max_pixels: 501760}}.")
 
 
-def load_model(config: ModelConfig) -> SentenceTransformer:
-    """Load `config.name`, cut to its first layers, set length, adapters and prompts; log prompts and routes."""
+def check_model(config: ModelConfig) -> None:
+    """Refuse what can be refused before anything is loaded: no name, a folder that is gone or damaged, the device."""
     import torch
-    from sentence_transformers import SentenceTransformer
 
-    from anybatch.vision.encoders import small_resnet
-
-    # 1. What can be refused before anything is loaded.
     if config.name is None:
         raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
     if (Path(config.name) / CONTENTS).exists() and (flaw := flaw_of(Path(config.name))) is not None:
         raise AnybatchError(
             f"{config.name} {flaw}. If you changed it yourself, delete {CONTENTS} there; else bring back the files "
             "that were saved."
+        )
+    if not Path(config.name).exists() and (config.name.count("/") > 1 or config.name.startswith((".", "/", "~"))):
+        raise AnybatchError(
+            f"Cannot load the model {config.name!r}: there is no such folder. Expected the folder of a "
+            "sentence-transformers model, or a hub name."
         )
     try:
         torch.empty(0, device=config.device)
@@ -105,7 +106,17 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
             f"({str(error).splitlines()[0]}). Leave it out, or set it to cpu."
         ) from error
 
-    # 2. The model.
+
+def load_model(config: ModelConfig) -> SentenceTransformer:
+    """Load `config.name`, cut to its first layers, set length, adapters and prompts; log what differs from its own."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from anybatch.vision.encoders import small_resnet
+
+    # 1. The model.
+    check_model(config)
+    assert config.name is not None
     kwargs = dict(config.kwargs or {})
     of_processor = kwargs.pop("processor", {})
     try:
@@ -132,13 +143,13 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     if own is not None and config.kwargs:
         raise AnybatchError(f"kwargs are given, for the loader of transformers, which {config.name} has none of.")
 
-    # 3. What the configuration changes in it.
+    # 2. What the configuration changes in it.
     warn_of_unknown(model, of_processor)
     pool_at_the_end(model, config.name)
     if config.num_layers is not None:
         keep_first_layers(model, config.num_layers)
     if config.max_length is not None:
-        _set_length(model, config.max_length)
+        _set_length(model, config.max_length, config.name)
     if config.lora is not None:
         add_lora(model, config.lora)
     own = {side: side_prompt(model, side) for side in get_args(Side)}
@@ -252,7 +263,8 @@ def _input_modules(model: SentenceTransformer) -> list[Any]:
     )
 
 
-def _set_length(model: SentenceTransformer, max_length: int) -> None:
+def _set_length(model: SentenceTransformer, max_length: int, name: str) -> None:
+    own = model.max_seq_length
     for module in _input_modules(model):
         if hasattr(module, "max_seq_length"):
             with contextlib.suppress(AttributeError):  # StaticEmbedding has one that cannot be set
@@ -262,6 +274,12 @@ def _set_length(model: SentenceTransformer, max_length: int) -> None:
                 f"A length of {max_length} tokens was asked for, and a {type(module).__name__} does not cut its "
                 "texts. Leave max_length unset."
             )
+    if own is not None and own != max_length:
+        logger.info(
+            "Model %s: texts are cut at %s tokens, not at its own %s, in all that is measured here, and in the model "
+            "that is saved. To measure with another limit: anybatch evaluate --max-length.",
+            *(name, max_length, own),
+        )
 
 
 def _say_sides(model: SentenceTransformer, name: str, own: dict[str, str]) -> None:

@@ -102,6 +102,7 @@ class Trainer(SentenceTransformerTrainer):
         self.mini_batch_size: int | Literal["auto"] = mini_batch_size
         self.memory, self._columns = memory, columns
         self._inputs = {name: input_columns(part) for name, part in sets.items()}
+        args.dataloader_pin_memory &= torch.accelerator.is_available()
 
         # 2. For losses of ours row numbers, and images as they are stored.
         if model is not None:  # the guest takes functions of the model as well
@@ -109,6 +110,7 @@ class Trainer(SentenceTransformerTrainer):
             loss = made if isinstance(loss, dict) else made[""]
         losses = by_name(loss)
         ours = [name for name in sets if (one := losses.get(name, losses.get(""))) is None or is_ours(one)]
+        _say_roles({name: self._inputs[name] for name in ours})
         self._undecoded = len(ours) == len(sets) and options.get("data_collator", (*more, None, None)[1]) is None
         self._numbered: dict[str, Dataset] = {name: sets[name] for name in (sets if self.plans else ours)}
         if not all(isinstance(part, Dataset) for part in self._numbered.values()):
@@ -280,6 +282,18 @@ def _is_function(loss: Any) -> bool:
 
 def _has_no_numbers(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) and "label" not in (dataset.column_names or ())
+
+
+def _say_roles(columns: Mapping[str, list[str]]) -> None:
+    """Columns count by their order: one that is taken for negatives, and is not called so, is said."""
+    for name, of_set in columns.items():
+        others = [other for other in of_set[2:] if "neg" not in other.lower()]
+        if others and distributed.rank() == 0:
+            logger.warning(
+                "Columns%s are taken in their order: %r is the anchor, %r the positive, and %s explicit negatives. "
+                "Remove those that are none: dataset.remove_columns(...).",
+                *(name and f" of {name}", *of_set[:2], " and ".join(map(repr, others))),
+            )
 
 
 def _take_plans(args: Any, plans: Sequence[BatchPlan], sets: Mapping[str, Any]) -> None:

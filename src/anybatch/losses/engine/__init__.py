@@ -53,7 +53,6 @@ def softmax_loss(
 ) -> tuple[Tensor, tuple[SoftmaxStats, ...]]:
     """The loss of this batch over all ranks, in one direction, or the mean of both from the same scores.
 
-    Both directions cost 4 matrix products (3 when one tile holds everything) instead of the 6 to 8 of two runs.
     Explicit negatives take part in the first only. A second side that needs rows of its own (`Side.needs_rows`) takes a
     second run.
 

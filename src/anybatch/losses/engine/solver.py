@@ -6,16 +6,9 @@ A rank computes the block of its own rows against the candidates of all ranks, f
     rules    log-denominators of rows and of columns
     pass 2   the tile again, then d anchors and d candidates  3 products
 
-The passes are one when a single tile holds everything, or when there is one direction whose rule works row by row: 3
-products in place of 4. With W ranks the candidates are gathered first and the gradient of all candidates is summed
-over the ranks last; no row's temperature, threshold or weight has to travel, because no tile is computed on two ranks.
-
-What is not a product is kept cheap: tiles live in workspaces that are made once, a pair has one exponential,
-exp(logit - peak of its row), and what turns that into its gradient weight is a number a row, which is put on the
-(rows, D) side of the products. The derivative of a temperature of one direction is read from d anchors: scores are
-linear in the anchor, so d / d tau_i = -(anchor_i . d / d anchor_i) / tau_i.
-
-Suffixes of names: see `directions`.
+The passes are one when a single tile holds everything, or when there is one direction whose rule works row by row. No
+row's temperature, threshold or weight has to travel, because no tile is computed on two ranks. Workspaces are made
+once, and a pair has one exponential. Suffixes of names: see `directions`.
 """
 
 from __future__ import annotations
@@ -86,6 +79,7 @@ def solve(
 
     # 6. The temperatures.
     if back is None:
+        # Scores are linear in the anchor: d / d tau_i = -(anchor_i . d / d anchor_i) / tau_i.
         forward.d_temperature_rows = -(anchors * d_anchors).sum(dim=1) / forward.temperature
     else:
         forward.d_temperature_rows = -(forward.difference - forward.total() * positive_B) / forward.temperature
