@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from anybatch.core.files import read_json
-from anybatch.insight.figures import Figure
 from anybatch.insight.gradient_methods import GradientComparison, is_further
+from anybatch.insight.tables import Figure
 from anybatch.mining.audit import LITTLE_GAIN, MANY_SUSPECTS, MUCH_MASKED, WEAK_TEACHER, advice
 from anybatch.mining.config import MARGIN
 from anybatch.mining.inspection import PlanInspection

@@ -17,7 +17,6 @@ from anybatch.data.held_out import select_pairs
 from anybatch.data.inputs import kind_of
 from anybatch.data.pairs import PairData
 from anybatch.insight.cost import StepCost, step_cost
-from anybatch.insight.figures import Figure
 from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs
 from anybatch.insight.gradient_methods import (
     bias_sentence,
@@ -27,6 +26,7 @@ from anybatch.insight.gradient_methods import (
 )
 from anybatch.insight.plan_figures import plan_warnings, set_figures
 from anybatch.insight.sample import BATCHES, LEAST, Looked, look_at
+from anybatch.insight.tables import Figure
 from anybatch.integrations.sentence_transformers.model import load_model
 from anybatch.losses.registry import AUTO, LossConfig, first_temperature
 from anybatch.mining import mine_plan
