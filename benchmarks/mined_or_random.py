@@ -15,6 +15,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ HEADER = ["task", "rows", "own first", "mass, times random", "masked", "suspects
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--work", type=Path, default=Path("teacher"))
@@ -65,15 +66,16 @@ def gained(lines: list[dict], task: str) -> str:
 def line_of(name: str, options: argparse.Namespace, gain: str) -> list[str]:
     """Mine the task and measure."""
     task = load_task(name, options.data)
+    ids: dict[str, Any] = task.ids
     sides = teacher_embeddings(task, options.model, options.work)
-    mined = mine_plan(*sides, config=MiningConfig(batch_size=64), temperature=task.temperature, **task.ids)
+    mined = mine_plan(*sides, config=MiningConfig(batch_size=64), temperature=task.temperature, **ids)
     pairs = FrozenPairs.prepare(
         *sides,
         temperature=task.temperature,
         direction=task.direction,
         tied=name != "emoji",
         suspects=mined.plan.suspects,
-        **task.ids,
+        **ids,
     )
     loss = LossConfig(name="cross_batch", weights="inclusion", mask_suspects=True)
     compared = compare_methods(pairs, mined.plan, methods=[loss])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from anybatch.mining import MiningConfig, mine_plan
-from anybatch.mining.audit import advice
+from anybatch.mining.audit import advice, marks
 from anybatch.mining.inputs import first_rows
 from anybatch.mining.inspection import inspect_plan
 
@@ -134,9 +135,12 @@ def test_a_teacher_that_suspects_most_of_the_mass_is_warned_of():
 )
 def test_every_limit_has_its_advice(figure, value, words):
     good = {"own_first": 0.4, "suspects": 1.0, "masked": 1 / 3, "gain": 3.0}
-    assert advice(**good) == []
-    (found,) = advice(**{**good, figure: value})
+    assert advice(good) == []
+    (found,) = advice({**good, figure: value})
     assert words in found
-    random = advice(**{**good, figure: value, "gain": None})  # of random batches nothing was chosen
+    assert [passed for _, passed in marks(good)] == [True] * 4
+    ((text, _),) = [mark for mark in marks({**good, figure: value}) if not mark[1]]
+    assert re.search(r"\(good: .* or (more|less)\)", text)
+    random = advice({**good, figure: value}, mined=False)  # of random batches nothing was chosen
     assert len(random) == (figure == "own_first")
-    assert "set loss.mask_suspects" not in " ".join(advice(**{**good, figure: value}, mask_suspects=True))
+    assert "set loss.mask_suspects" not in " ".join(advice({**good, figure: value}, mask_suspects=True))

@@ -14,9 +14,8 @@ def command(options: PlanOptions) -> None:
 
     Beside it plain InfoNCE on random batches, whose bias is what a correction or a memory is for.
     """
-    from anybatch.insight.figures import figure_lines
     from anybatch.insight.gradient_methods import bias_sentence, compare_methods, gradient_figures, name_of
-    from anybatch.insight.tables import rich_table
+    from anybatch.insight.tables import figure_lines, rich_table
     from anybatch.losses.registry import LossConfig
 
     sources = PlanSources(options)

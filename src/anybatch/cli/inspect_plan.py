@@ -37,11 +37,10 @@ def command(
     Data, embeddings, loss and temperature are found in the run's folder; the options are for plans kept elsewhere.
     """
     from anybatch.core.files import write_text
-    from anybatch.insight.figures import figure_lines
     from anybatch.insight.gradient_methods import compare_methods, gradient_figures, name_of
     from anybatch.insight.plan_figures import plan_sentence, plan_warnings, set_figures, stored_warnings
     from anybatch.insight.plan_page import render_plan_page
-    from anybatch.insight.tables import rich_table
+    from anybatch.insight.tables import figure_lines, rich_table
     from anybatch.mining.inspection import inspect_plan
 
     # 1. Find what belongs to the plan.

@@ -32,9 +32,8 @@ def command(
     Takes the options of `anybatch train`; what you set is kept. Nothing is trained or kept.
     """
     from anybatch.core.files import write_text
-    from anybatch.insight.figures import figure_lines
     from anybatch.insight.recommend import recommend
-    from anybatch.insight.tables import rich_table
+    from anybatch.insight.tables import figure_lines, rich_table
 
     check_new(json_file, "--json")
     config = replace(options, output=options.output or "unused").resolve()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from anybatch.core.errors import AnybatchError
-from anybatch.insight.figures import Figure
 from anybatch.insight.gradient_error import NUM_BATCHES, STRAIGHT, FrozenPairs, GradientError, gradient_error
+from anybatch.insight.tables import Figure
 from anybatch.losses.registry import LossConfig, build_loss, options_of
 from anybatch.plans.plan import BatchPlan
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from anybatch.core.files import read_json
-from anybatch.insight.figures import Figure
 from anybatch.insight.gradient_methods import GradientComparison, is_further
+from anybatch.insight.tables import Figure
 from anybatch.mining.audit import LITTLE_GAIN, MANY_SUSPECTS, MUCH_MASKED, WEAK_TEACHER, advice
 from anybatch.mining.config import MARGIN
 from anybatch.mining.inspection import PlanInspection
@@ -102,8 +102,7 @@ def plan_warnings(
             )
     if seen is None:
         return found
-    chosen = {} if plan.cluster_size > 1 else {"gain": None}
-    return found + advice(**seen.figures | chosen, mask_suspects=mask_suspects)
+    return found + advice(seen.figures, mined=plan.cluster_size > 1, mask_suspects=mask_suspects)
 
 
 def stored_warnings(folder: Path, plan: BatchPlan) -> list[str]:

@@ -15,7 +15,7 @@ from anybatch.mining.inspection import PlanInspection
 
 if TYPE_CHECKING:
     from anybatch.data.pairs import PairData
-    from anybatch.insight.figures import Figure
+    from anybatch.insight.tables import Figure
     from anybatch.plans.plan import BatchPlan
 
 TEXT_LENGTH = 220  # characters of a text that are shown

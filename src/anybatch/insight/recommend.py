@@ -17,7 +17,6 @@ from anybatch.data.held_out import select_pairs
 from anybatch.data.inputs import kind_of
 from anybatch.data.pairs import PairData
 from anybatch.insight.cost import StepCost, step_cost
-from anybatch.insight.figures import Figure
 from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs
 from anybatch.insight.gradient_methods import (
     bias_sentence,
@@ -26,7 +25,8 @@ from anybatch.insight.gradient_methods import (
     is_further,
 )
 from anybatch.insight.plan_figures import plan_warnings, set_figures
-from anybatch.insight.sample import BATCHES, FIRST_ROWS, Looked, look_at
+from anybatch.insight.sample import BATCHES, LEAST, Looked, look_at
+from anybatch.insight.tables import Figure
 from anybatch.integrations.sentence_transformers.model import load_model
 from anybatch.losses.registry import AUTO, LossConfig, first_temperature
 from anybatch.mining import mine_plan
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 SIZES = (64, 256, 1024)
 SMALLEST = 4
 FASTER = 1.5  # times as fast per row, from which a larger batch is taken: other work on a machine fakes less
-LEAST = 2  # batches, of which a sample holds fewer than `BATCHES`: below them nothing is measured
 DENSE = 2  # times as many rows as the sample: of more, near ones are missing from it, and mining is another
 MOST_WIDTH = 1024  # of embeddings whose gradients are compared: the map is as wide and as high
 UNTRAINED = 0.05  # own positives first: of fewer a gradient says how a model starts, not how it goes on
+TOKENISED = 256  # rows whose texts' lengths are looked at
 MUCH_EQUAL, MUCH_CUT, MUCH_MEMORY = 0.1, 0.1, 0.8
 
 
@@ -114,10 +114,11 @@ def recommend(
     found.choices += [*chosen, Choice("loss.temperature", f"{first_temperature(config.loss):g}", why)]
 
     # 3. A sample, seen by student and teacher.
-    looked = look_at(config, pairs, student, seconds - (time.perf_counter() - begun), progress)
+    left = max(seconds - (time.perf_counter() - begun), seconds / 3)
+    looked = look_at(config, pairs, student, left, progress)
     vectors, ranked, rates = looked.vectors, looked.ranked, looked.rates
     sample = select_pairs(pairs, looked.rows)
-    found.figures += [_equal_texts(pairs, config.batch_size), *_cut_texts(student, sample), _memory(step)]
+    found.figures += [_equal_texts(pairs, config.batch_size), *_cut_texts(student, pairs), _memory(step)]
     texts = len(held_out) if isinstance(held_out, PairData) else 0
     most = config.train.args.get("max_steps") or 0
     found.num_steps = most if most > 0 else config.train.epochs * (len(pairs) // config.batch_size)
@@ -237,7 +238,7 @@ def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.n
         found.figures += [replace(f, name=f"{name} {f.name}".lstrip()) for f in set_figures(seen, plan)]
         found.against += plan_warnings(plan, seen, mask_suspects=loss.mask_suspects is True)
     if mined and found.config.mining.method == AUTO:
-        taken = all(passed for seen in parts.values() for _, passed in marks(**seen.figures))
+        taken = all(passed for seen in parts.values() for _, passed in marks(seen.figures))
         found.notes.append(
             f"By these figures the run takes {'the mined' if taken else 'random'} batches (mining.method=auto); it "
             "decides by those of all rows."
@@ -325,12 +326,12 @@ def _equal_texts(pairs: PairData, batch_size: int) -> Figure:
     )
 
 
-def _cut_texts(model: SentenceTransformer, sample: PairData) -> list[Figure]:
+def _cut_texts(model: SentenceTransformer, pairs: PairData) -> list[Figure]:
     """How many texts are longer than the model reads; none where it reads no tokens."""
     longest = getattr(model, "max_seq_length", None)
-    inputs = inputs_of(model, sample, np.arange(min(len(sample), 4 * FIRST_ROWS)))
+    inputs = inputs_of(model, pairs, np.sort(np.random.default_rng(0).permutation(len(pairs))[:TOKENISED]))
     lengths = [side["attention_mask"].sum(dim=-1) for side in inputs if "attention_mask" in side]
-    if not lengths or not longest or kind_of(sample.anchors) != "text" or kind_of(sample.positives) != "text":
+    if not lengths or not longest or kind_of(pairs.anchors) != "text" or kind_of(pairs.positives) != "text":
         return []
     share = float(np.mean([(length >= longest).float().mean().item() for length in lengths]))
     mean = " and ".join(f"{length.float().mean().item():.0f}" for length in lengths)

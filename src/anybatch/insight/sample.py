@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 BATCHES = 8  # of an epoch at least: where a batch is more of the data, there is little to correct (docs/recipe.md)
 MOST_ROWS = 2048  # looked at, or as many batches as above: their gradients take seconds
-FIRST_ROWS = 64  # embedded to see how many there is time for
-SHORT = (128, 64)  # tokens at which texts are cut where there is no time for enough whole ones
+LEAST = 2  # batches, of which fewer say nothing; for them the time may double
+FIRST_ROWS = 16  # embedded to see how many there is time for
+SHORT = (128, 64, 32)  # tokens at which texts are cut where there is no time for enough whole ones
 HELPS = 0.8  # of the time: where texts are short, a cut saves less, and is left
 SHARE = 0.8  # of the time that steps leave is for embedding; the rest is for gradients
 
@@ -110,7 +111,10 @@ def look_at(
                     limit(cut or math.inf)
         asked = to_ask(wanted, cost), to_ask(wanted, whole), to_ask(most, whole)
         # 2. These.
-        rows = np.sort(random.permutation(len(pairs))[: min(most, max(fitting(), FIRST_ROWS))])
+        least, count = min(LEAST * config.batch_size, len(pairs)), max(fitting(), FIRST_ROWS)
+        if count < least and least * cost < 2 * seconds:
+            count = least
+        rows = np.sort(random.permutation(len(pairs))[: min(most, count)])
         sample, ranked = select_pairs(pairs, rows), None
         vectors = embed("student", sample, progress)
         if "teacher" in models:

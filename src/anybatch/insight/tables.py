@@ -1,15 +1,52 @@
-"""Results as tables: on the terminal (rich) and as Markdown."""
+"""Results as tables, on the terminal (rich) and as Markdown; figures with pass marks, without which none is shown."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
 
 SHOWN = {"recall@1": "recall@1", "recall@10": "recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10"}
 OF_CLASSES = {"knn": "k-NN", "linear": "linear probe", "top1": "top-1", "top5": "top-5"}
 OF_CAPTIONS = {f"{way}@{k}": f"{way} R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
+VERDICTS = {True: "good", False: "not good", None: "within noise"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What was measured, what is good, and why.
+
+    Attributes:
+        name, value: As they are shown.
+        good: The pass mark, in words.
+        passed: Whether the value meets it; None where noise hides it.
+        why: What the figure is, and what follows where it is not good.
+        beside: What it is compared with, such as the same figure of random batches.
+
+    Example:
+        >>> Figure(name="own positive first", value="54%", good="40% or more", passed=True, why="...").verdict
+        'good'
+    """
+
+    name: str
+    value: str
+    good: str
+    passed: bool | None
+    why: str
+    beside: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """In words, for those who see no colours."""
+        return VERDICTS[self.passed]
+
+
+def figure_lines(figures: Sequence[Figure]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table."""
+    lines = [[figure.name, figure.value, figure.beside, figure.good, figure.verdict] for figure in figures]
+    return ["", "value", "compared with", "good is", ""], lines
 
 
 def metrics_table(results: Mapping[str, Mapping[str, float]]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,9 +104,7 @@ class Beside:
         return int(self.count(self.cluster[rows], matrix.indices).sum())
 
 
-def advice(
-    *, own_first: float, suspects: float, masked: float, gain: float | None, mask_suspects: bool = False
-) -> list[str]:
+def advice(figures: Mapping[str, float], *, mined: bool = True, mask_suspects: bool = False) -> list[str]:
     """What figures of a plan advise against, in words; nothing where they are good.
 
     A mined batch trusts the teacher twice: that what it ranks high is hard, and that what it ranks just below the top
@@ -113,9 +112,11 @@ def advice(
     no worse than those of a good one. So a warning is a question to look into, not a verdict.
 
     Args:
-        own_first, suspects, masked, gain: See `PlanInspection.figures`; no gain of random batches.
+        figures: See `PlanInspection.figures`.
+        mined: Whether the batches are; of random ones the teacher alone is judged.
         mask_suspects: Whether the loss is known to mask them.
     """
+    own_first, suspects, masked, gain = (figures[name] for name in ("own_first", "suspects", "masked", "gain"))
     found = []
     if own_first < WEAK_TEACHER:
         found.append(
@@ -123,7 +124,7 @@ def advice(
             f"{WEAK_TEACHER:.0%} or more; it falls as data grow). What it takes for hard may be easy, or right. Use a "
             "better teacher, or random batches."
         )
-    if gain is None:
+    if not mined:
         return found  # nothing was chosen that could hurt
     if suspects > MANY_SUSPECTS:
         masks = "" if mask_suspects else ", or set loss.mask_suspects"
@@ -145,8 +146,9 @@ def advice(
     return found
 
 
-def marks(*, own_first: float, suspects: float, masked: float, gain: float) -> list[tuple[str, bool]]:
+def marks(figures: Mapping[str, float]) -> list[tuple[str, bool]]:
     """The same figures beside their pass marks, and whether each passes: all do where `advice` says nothing."""
+    own_first, suspects, masked, gain = (figures[name] for name in ("own_first", "suspects", "masked", "gain"))
     return [
         (f"own positive first {own_first:.1%} (good: {WEAK_TEACHER:.0%} or more)", own_first >= WEAK_TEACHER),
         (f"softmax mass in the batch {gain:.1f} times random (good: {LITTLE_GAIN:g} or more)", gain >= LITTLE_GAIN),

@@ -151,7 +151,7 @@ def mine_plan(
     for name, part in report.sets.items() if sets else [("", report)]:
         if part.audit is not None and name in seen:
             part.figures = seen[name].figures
-            part.warnings = advice(**part.figures)
+            part.warnings = advice(part.figures)
     return MiningResult(plan=plan, report=report, graph=None if sets else graph)
 
 

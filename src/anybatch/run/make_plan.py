@@ -186,7 +186,7 @@ def decision(reports: Mapping[str, MiningReport]) -> tuple[bool, str]:
         (f"{name}: {text}" if name else text, passed)
         for name, report in reports.items()
         if report.figures
-        for text, passed in marks(**report.figures)
+        for text, passed in marks(report.figures)
     ]
     good, bad = ("; ".join(text for text, passed in found if passed == wanted) for wanted in (True, False))
     if found and not bad:
