@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
 
 from anybatch.core.errors import AnybatchError
 from anybatch.core.yaml_files import load_config
@@ -44,11 +46,11 @@ def test_the_command_runs_with_the_recommended_recipe(pairs_file, tiny_model_fol
     assert chosen == {
         "batch_size": "8",  # an eighth of 97 rows at most
         "mining.method": "random",
-        "loss.name": "cross_batch",
+        "loss.name": "count_corrected",
         "loss.temperature": "0.05",
     }
-    settled, _ = recipe(config, PairData(anchors=["a"], positives=["b"]))
-    assert (settled.batch_size, settled.loss.name, settled.mining.method) == (8, "cross_batch", "random")
+    settled, _ = recipe(config, PairData(anchors=["a"], positives=["b"]), pretrained=True)
+    assert (settled.batch_size, settled.loss.name, settled.mining.method) == (8, "count_corrected", "random")
     steps = json.loads((tmp_path / "runs" / pairs_file.stem / "metrics.json").read_text())["num_steps"]
     assert found["num_steps"] == steps == 97 // 8
     assert found["run_seconds"] >= steps * found["step_seconds"] > 0
@@ -82,7 +84,7 @@ def test_what_speaks_against_the_rule_is_said(pairs_file, tiny_model_folder, tmp
     """At a high temperature all negatives weigh alike, and a batch points where all data do."""
     asked = ["--data", pairs_file, "--model", tiny_model_folder, "--set", "loss.temperature=5", "--batch-size", 32]
     found = recommended(tmp_path, *asked)
-    assert {choice["name"]: choice["value"] for choice in found["choices"]}["loss.name"] == "cross_batch"
+    assert {choice["name"]: choice["value"] for choice in found["choices"]}["loss.name"] == "count_corrected"
     assert any("little bias to remove" in line for line in found["against"])
     assert "Speaks against it: There is little bias to remove" in heard()
 
@@ -191,16 +193,16 @@ def test_a_larger_batch_where_it_is_faster_by_far(monkeypatch):
     monkeypatch.setattr(recommend, "step_cost", step_cost)
     pairs = PairData(anchors=[str(row) for row in range(9000)], positives=[str(row) for row in range(9000)])
     config = RunConfig(output="x", data=DataConfig(path="x"), model=ModelConfig(name="x"), batch_size=64)
-    rates = seconds
-    chosen, cost, why = recommend._sized(config, pairs, None, False, 1e4, lambda *_: None)
+    rates, model = seconds, SentenceTransformer(modules=[torch.nn.Identity()])
+    chosen, cost, why = recommend._sized(config, pairs, model, False, 1e4, lambda *_: None)
     assert (chosen.batch_size, chosen.train.micro_batch, cost.seconds_per_row) == (256, "auto", 0.01)
     assert why.startswith("on this machine 10.0 times as fast per row")
     assert seen == [(64, 32), (256, "auto"), (1024, "auto")]
     rates = dict.fromkeys(seconds, 0.1)
-    chosen, _, why = recommend._sized(config, pairs, None, False, 1e4, lambda *_: None)
+    chosen, _, why = recommend._sized(config, pairs, model, False, 1e4, lambda *_: None)
     assert (chosen, "small batches train as well" in why) == (config, True)
     rates, few = seconds, replace(pairs, anchors=pairs.anchors[:900], positives=pairs.positives[:900])
-    assert recommend._sized(config, few, None, False, 1e4, lambda *_: None)[0] == config
+    assert recommend._sized(config, few, model, False, 1e4, lambda *_: None)[0] == config
 
 
 def test_equal_texts_are_counted():

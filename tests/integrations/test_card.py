@@ -41,8 +41,8 @@ def test_what_was_trained_how_and_at_what_cost(tiny_model_folder, tmp_path):
     for tag in ("anybatch", f"anybatch:{anybatch.__version__}", "generated_from_trainer"):
         assert f"- {tag}\n" in text
     rows = table(text)
-    why = "(recommended: batches of 8: recent pairs serve as further negatives)"
-    assert rows["Loss"] == f"CrossBatchInfoNCE, temperature 0.05 {why}"
+    why = "(recommended: batches of 8: a transformer: the batch's negatives stand for all rows, none is remembered)"
+    assert rows["Loss"] == f"CountCorrectedInfoNCE, temperature 0.05 {why}"
     assert rows["Batch"].startswith("8 pairs, encoded 4 at a time")
     assert rows["Batches"] == "random"
     assert rows["Schedule"] == "epochs: 3.0, learning rate 5e-05 (linear), seed 42"

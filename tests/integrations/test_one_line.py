@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.trainer_utils import HPSearchBackend
 
 from anybatch import BatchPlan, CachedLoss, CrossBatchInfoNCE, InfoNCE, SogCLR, Trainer
@@ -64,12 +65,12 @@ def test_with_nothing_named_it_is_the_recommended_loss_assembled_by_hand(tiny_mo
     data = with_duplicates()
     with caplog.at_level(logging.INFO, logger="anybatch"):
         ours = Trainer(load(tiny_model_folder), arguments(tmp_path / "a"), data)
-    assert "Recommended: cross_batch, temperature 0.05 (batches of 8" in caplog.text
+    assert "Recommended: count_corrected, temperature 0.05 (batches of 8" in caplog.text
     ours.train()
     model = load(tiny_model_folder)
     ids = np.arange(ROWS)
     positive_id = np.where(ids < 3, 0, ids)
-    loss = CachedLoss(model, CrossBatchInfoNCE(ROWS, temperature=0.05), rows=RowTable(ids, positive_id))
+    loss = CachedLoss(model, CountCorrectedInfoNCE(ROWS, temperature=0.05), rows=RowTable(ids, positive_id))
     hand = SentenceTransformerTrainer(
         model, arguments(tmp_path / "b"), with_index(data), loss=loss, callbacks=[LossStateCallback(loss)]
     )
@@ -81,9 +82,16 @@ def test_with_nothing_named_it_is_the_recommended_loss_assembled_by_hand(tiny_mo
     assert not same(weights(plain.model), weights(model))
 
 
-def test_large_batches_have_the_corrected_loss(tiny_model_folder, tmp_path):
-    training = Trainer(load(tiny_model_folder), arguments(tmp_path, per_device_train_batch_size=512), dataset(600))
-    assert isinstance(training.loss.loss, CountCorrectedInfoNCE)
+def remembering():
+    return CrossBatchInfoNCE(ROWS, temperature=0.05)
+
+
+@pytest.mark.parametrize(("batch_size", "kind"), [(8, CrossBatchInfoNCE), (512, CountCorrectedInfoNCE)])
+def test_word_vectors_remember_earlier_batches_if_these_are_small(batch_size, kind, tiny_model_folder, tmp_path):
+    words = StaticEmbedding(load(tiny_model_folder).tokenizer, embedding_dim=4)
+    model = SentenceTransformer(modules=[words], device="cpu")
+    training = Trainer(model, arguments(tmp_path, per_device_train_batch_size=batch_size), dataset(600))
+    assert isinstance(training.loss.loss, kind)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -254,20 +262,20 @@ def test_a_stream_has_a_loss_without_state(tiny_model_folder, tmp_path):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_resuming_goes_on_with_model_and_loss(tiny_model_folder, tmp_path, damaged):
     settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
-    whole = Trainer(load(tiny_model_folder), arguments(tmp_path / "a", **settings), dataset())
+    whole = Trainer(load(tiny_model_folder), arguments(tmp_path / "a", **settings), dataset(), loss=remembering())
     whole.train()
     shutil.copytree(
         tmp_path / "a", tmp_path / "b", ignore=lambda _, names: {"checkpoint-8", "checkpoint-10"} & set(names)
     )
     if damaged:
         (tmp_path / "b" / "checkpoint-6" / "anybatch_loss.safetensors").write_bytes(b"cut")
-    again = Trainer(load(tiny_model_folder), arguments(tmp_path / "b", **settings), dataset())
+    again = Trainer(load(tiny_model_folder), arguments(tmp_path / "b", **settings), dataset(), loss=remembering())
     again.train(resume_from_checkpoint=True)
     assert same(weights(whole.model), weights(again.model))
     states = [training.loss.loss.state_dict() for training in (whole, again)]
     assert states[0]
     assert same(*states)
-    elsewhere = Trainer(load(tiny_model_folder), arguments(tmp_path / "c", **settings), dataset())
+    elsewhere = Trainer(load(tiny_model_folder), arguments(tmp_path / "c", **settings), dataset(), loss=remembering())
     elsewhere.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     assert same(weights(whole.model), weights(elsewhere.model))
 
@@ -313,7 +321,7 @@ def test_the_recommended_loss_is_said_to_whoever_set_no_level_of_logging(tiny_mo
     Trainer(load(tiny_model_folder), arguments(tmp_path, max_steps=3), dataset().to_iterable_dataset())
     said = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert [record.getMessage().split(",")[0] for record in said] == [
-        "Recommended: cross_batch",
+        "Recommended: count_corrected",
         "Recommended: InfoNCE",
     ]
 
@@ -336,7 +344,8 @@ def test_the_loss_begins_anew_with_each_model(tiny_model_folder, tmp_path):
         made.prompts = {"query": "find: ", "document": "text: "}
         return made
 
-    training = Trainer(args=arguments(tmp_path), train_dataset=dataset(), model_init=model)
+    options = {"train_dataset": dataset(), "model_init": model, "loss": remembering()}
+    training = Trainer(args=arguments(tmp_path), **options)
     assert training.args.prompts == {"anchor": "find: ", "positive": "text: "}
     found = []
     for _ in range(2):

@@ -74,7 +74,7 @@ def save_good_embeddings(folder: Path) -> TeacherConfig:
 def mine(config: RunConfig, *, resume: bool = False) -> BatchPlan:
     pairs = read_training_pairs(config)
     plan = existing_plan(config)
-    config = with_recipe(config, pairs, plan)
+    config = with_recipe(config, pairs, plan, pretrained=True)
     with open_run(config, resume=resume):
         return make_plan(config, pairs, plan=plan)
 

@@ -23,32 +23,37 @@ TEACHER = TeacherConfig(name="teacher")
 MINED = MiningConfig(method="anybatch")
 
 
+def test_a_transformer_remembers_nothing():
+    config = with_recipe(replace(CONFIG, batch_size=64), PAIRS, None, pretrained=True)
+    assert (config.loss.name, config.mining.method, config.loss.weights) == ("count_corrected", "random", "none")
+
+
 @pytest.mark.parametrize(("batch_size", "name"), [(2, "cross_batch"), (256, "cross_batch"), (512, "count_corrected")])
 def test_the_batch_decides_the_loss(batch_size, name):
-    config = with_recipe(replace(CONFIG, batch_size=batch_size), PAIRS, None)
+    config = with_recipe(replace(CONFIG, batch_size=batch_size), PAIRS, None, pretrained=False)
     assert (config.loss.name, config.mining.method, config.loss.weights) == (name, "random", "none")
-    assert with_recipe(config, PAIRS, None) == config
+    assert with_recipe(config, PAIRS, None, pretrained=False) == config
 
 
 def test_with_a_teacher_the_mined_plan_decides_and_the_loss_agrees():
     """The mined plan decides, so the configuration that is kept, and resumed with, says "auto"."""
-    config = with_recipe(replace(CONFIG, teacher=TEACHER), PAIRS, None)
+    config = with_recipe(replace(CONFIG, teacher=TEACHER), PAIRS, None, pretrained=False)
     assert (config.mining.method, config.loss.weights, config.loss.mask_suspects) == ("auto",) * 3
-    assert with_recipe(config, PAIRS, None) == config
+    assert with_recipe(config, PAIRS, None, pretrained=False) == config
     for mined, settled in ((True, ("anybatch", "inclusion", True)), (False, ("random", "none", False))):
         after = with_batches(config, mined=mined)
         assert (after.mining.method, after.loss.weights, after.loss.mask_suspects) == settled
     negatives = replace(CONFIG, teacher=TEACHER, mining=MiningConfig(num_negatives=2))  # random batches bring none
-    assert with_recipe(negatives, PAIRS, None).mining.method == "anybatch"
+    assert with_recipe(negatives, PAIRS, None, pretrained=False).mining.method == "anybatch"
     chosen = replace(CONFIG, teacher=TEACHER, mining=MiningConfig(method="random"))
-    assert with_recipe(chosen, PAIRS, None).loss.weights == "none"
+    assert with_recipe(chosen, PAIRS, None, pretrained=False).loss.weights == "none"
 
 
 @pytest.mark.skipif(find_spec("PIL") is None, reason="images need Pillow")
 def test_images_are_not_mined_and_the_unused_teacher_is_named(caplog, tmp_path):
     caplog.set_level("INFO", "anybatch")
     pairs = PairData(anchors=ImageColumn.of_paths(["a.png", "b.png"], tmp_path, "pairs"), positives=["c", "d"])
-    config = with_recipe(replace(CONFIG, teacher=TEACHER), pairs, None)
+    config = with_recipe(replace(CONFIG, teacher=TEACHER), pairs, None, pretrained=False)
     assert (config.mining.method, config.loss.name, config.loss.weights) == ("random", "cross_batch", "none")
     assert "the teacher is not used" in caplog.text
 
@@ -58,10 +63,11 @@ def test_what_is_given_beside_auto_holds():
         replace(CONFIG, loss=LossConfig(temperature=0.02, mask_suspects=True), mining=MINED, teacher=TEACHER),
         PAIRS,
         None,
+        pretrained=False,
     )
     assert (config.loss.temperature, config.loss.mask_suspects, config.loss.weights) == (0.02, True, "inclusion")
     named = replace(CONFIG, loss=LossConfig(name="infonce"), teacher=TEACHER)
-    assert with_recipe(named, PAIRS, None).loss.name == "infonce"
+    assert with_recipe(named, PAIRS, None, pretrained=False).loss.name == "infonce"
 
 
 def test_a_given_plan_says_whether_it_is_mined(tmp_path):
@@ -69,14 +75,17 @@ def test_a_given_plan_says_whether_it_is_mined(tmp_path):
     cluster = np.repeat(np.arange(4, dtype=np.int32), 2)
     plan = BatchPlan(num_rows=8, batch_size=4, cluster_size=2, cluster=cluster, seed=0, data_digest="")
     plan.save(path)
-    assert with_recipe(replace(CONFIG, plan=path), PAIRS, BatchPlan.load(path)).loss.weights == "inclusion"
+    assert (
+        with_recipe(replace(CONFIG, plan=path), PAIRS, BatchPlan.load(path), pretrained=False).loss.weights
+        == "inclusion"
+    )
 
 
 def test_mined_batches_are_weighed_and_masked_for_any_loss_unless_told_otherwise(caplog):
     caplog.set_level("INFO", "anybatch")
     mined = replace(CONFIG, mining=MINED, teacher=TEACHER)
     settled = [
-        with_recipe(replace(mined, loss=LossConfig(**given)), PAIRS, None).loss
+        with_recipe(replace(mined, loss=LossConfig(**given)), PAIRS, None, pretrained=False).loss
         for given in (
             {"name": "infonce"},
             {"name": "sogclr"},

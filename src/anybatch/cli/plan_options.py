@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anybatch.cli.options import DataOption
+from anybatch.cli.options import AnchorOption, DataOption, ImagesOption, PositiveOption
 from anybatch.core.errors import AnybatchError
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ class PlanOptions:
 
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan (.safetensors), or the folder of its run.")]
     data: DataOption = None
+    anchor: AnchorOption = None
+    positive: PositiveOption = None
+    images: ImagesOption = None
     embeddings: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="ANCHORS POSITIVES", help="Embeddings of the data, two .npy files in row order."),
@@ -72,7 +75,9 @@ class PlanSources:
 
         options, source = self.options, self.config.data if self.config is not None else None
         if options.data is not None:
-            source = replace(source or DataConfig(path=options.data), path=options.data, sets=())
+            columns = {name: getattr(options, name) for name in ("anchor", "positive", "images")}
+            given = {name: value for name, value in columns.items() if value not in (None, [])}
+            source = replace(source or DataConfig(path=options.data), path=options.data, sets=(), **given)
         if source is None:
             self.missing.append("Texts: the data is not known. Give it with --data.")
             return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.verify import Verification, verify
-from anybatch.integrations.sentence_transformers.model import load_model
+from anybatch.integrations.sentence_transformers.model import is_pretrained, load_model
 from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
@@ -47,8 +47,8 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
         )
     pairs = read_training_pairs(config)
     plan = existing_plan(config)
-    config = with_recipe(config, pairs, plan)
     model = load_model(config.model).train()
+    config = with_recipe(config, pairs, plan, pretrained=is_pretrained(model))
     check_kinds(config, pairs, model, plan)
     chosen = telling_rows(model, pairs, num_rows)[0]
     rows, inputs = len(chosen), inputs_of(model, pairs, chosen)

@@ -27,7 +27,7 @@ from anybatch.insight.gradient_methods import (
 from anybatch.insight.plan_figures import plan_warnings, set_figures
 from anybatch.insight.sample import BATCHES, LEAST, Looked, look_at
 from anybatch.insight.tables import Figure
-from anybatch.integrations.sentence_transformers.model import load_model
+from anybatch.integrations.sentence_transformers.model import is_pretrained, load_model
 from anybatch.losses.registry import AUTO, LossConfig, first_temperature
 from anybatch.mining import mine_plan
 from anybatch.mining.audit import marks
@@ -105,7 +105,7 @@ def recommend(
 
     # 2. The machine decides on larger batches, a rule on the recipe.
     config, step, why_size = _sized(config, pairs, student, keep_batch_size, seconds / 3, progress)
-    config, chosen = recipe(config, pairs)
+    config, chosen = recipe(config, pairs, pretrained=is_pretrained(student))
     found = Recommendation(config=config, step=step, choices=[Choice("batch_size", str(config.batch_size), why_size)])
     if config.train.micro_batch == "auto":
         why = "as many rows at once through the model as memory has room for"
@@ -192,7 +192,7 @@ def _sized(
 
     def cost_of(config: RunConfig, seconds: float) -> StepCost:
         progress("steps", 0, 1)
-        cost = step_cost(recipe(config, pairs)[0], pairs, model, seconds=seconds)
+        cost = step_cost(recipe(config, pairs, pretrained=is_pretrained(model))[0], pairs, model, seconds=seconds)
         progress("steps", 1, 1)
         return cost
 

@@ -102,12 +102,14 @@ def _plain(hint: Any) -> Any:
     return typing.Union[tuple(plain + [choice for choice in choices if choice is type(None)])]  # noqa: UP007
 
 
-def recommended(batch_size: int) -> tuple[str, str]:
+def recommended(batch_size: int, *, pretrained: bool) -> tuple[str, str]:
     """The method for "auto" at a batch over all ranks, and why; the evidence is in docs/recipe.md.
 
-    >>> recommended(64)
+    >>> recommended(64, pretrained=False)
     ('cross_batch', 'recent pairs serve as further negatives')
     """
+    if pretrained:
+        return "count_corrected", "a transformer: the batch's negatives stand for all rows, none is remembered"
     if batch_size <= LARGEST_REMEMBERING:
         return "cross_batch", "recent pairs serve as further negatives"
     return "count_corrected", "its negatives stand for all rows"

@@ -13,7 +13,12 @@ from anybatch.core.files import write_json
 from anybatch.core.progress import Progress, no_progress
 from anybatch.integrations.sentence_transformers.arguments import check_arguments, check_best
 from anybatch.integrations.sentence_transformers.lora import merge_lora
-from anybatch.integrations.sentence_transformers.model import check_model, load_model, warn_of_instructions
+from anybatch.integrations.sentence_transformers.model import (
+    check_model,
+    is_pretrained,
+    load_model,
+    warn_of_instructions,
+)
 from anybatch.integrations.sentence_transformers.training import check_shared_equally
 from anybatch.integrations.sentence_transformers.two_views import add_head
 from anybatch.run.config import RunConfig, RunResult
@@ -47,12 +52,12 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             check_vacant(config)
         pairs, plan = read_training_pairs(config), existing_plan(config)
         pairs, split = hold_out(config, pairs, plan)
-        asked, config = config, with_recipe(config, pairs, plan)
+        model = load_model(config.model)
+        asked, config = config, with_recipe(config, pairs, plan, pretrained=is_pretrained(model))
         check_shared_equally(config.batch_size)
         held_out = split or read_held_out(config)
         if held_out is None and config.train.eval_steps is not None:
             raise AnybatchError("train.eval_steps is given, and nothing is held out to evaluate on. Name it: --eval.")
-        model = load_model(config.model)
         check_arguments(config.train, on_cpu=model.device.type == "cpu")
         if config.data.views is not None:
             add_head(model, seed=config.seed)

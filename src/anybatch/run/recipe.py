@@ -18,9 +18,9 @@ from anybatch.run.config import RunConfig
 logger = logging.getLogger("anybatch")
 
 
-def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> RunConfig:
+def with_recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None, *, pretrained: bool) -> RunConfig:
     """The configuration with what is known for each "auto", said aloud by the first rank. See `recipe`."""
-    config, choices = recipe(config, pairs, plan)
+    config, choices = recipe(config, pairs, plan, pretrained=pretrained)
     if choices and distributed.rank() == 0:
         said = "; ".join(f"{name}={value} ({reason})" for name, value, reason in choices)
         logger.info("Recommended: %s. See docs/recipe.md.", said)
@@ -35,11 +35,14 @@ class Choice(NamedTuple):
     reason: str
 
 
-def recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None = None) -> tuple[RunConfig, list[Choice]]:
+def recipe(
+    config: RunConfig, pairs: PairData, plan: BatchPlan | None = None, *, pretrained: bool
+) -> tuple[RunConfig, list[Choice]]:
     """The configuration with a method in place of each "auto", and what was chosen.
 
-    `plan` is the one that the configuration names. With a teacher "auto" stays where the mined plan's figures decide,
-    see `with_batches`. The same configuration and data give the same recipe, so that a run is resumed with it.
+    `plan` is the one that the configuration names; `pretrained` tells of the model, see `is_pretrained`. With a teacher
+    "auto" stays where the mined plan's figures decide, see `with_batches`. The same configuration and data give the
+    same recipe, so that a run is resumed with it.
 
     Raises:
         AnybatchError: Settings given beside "auto" that what is chosen does not have.
@@ -59,7 +62,7 @@ def recipe(config: RunConfig, pairs: PairData, plan: BatchPlan | None = None) ->
         choices.append(Choice("mining.method", method, why))
     loss = config.loss
     if loss.name == AUTO:
-        name, why = recommended(config.batch_size)
+        name, why = recommended(config.batch_size, pretrained=pretrained)
         loss = loss.named(name)
         choices.append(Choice("loss.name", loss.name, f"batches of {config.batch_size}: {why}"))
     config, asked = replace(config, loss=loss), loss

@@ -159,6 +159,13 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     return model
 
 
+def is_pretrained(model: SentenceTransformer) -> bool:
+    """Whether it has a network of transformers, which is pretrained as a rule: for these "auto" takes another loss."""
+    from transformers import PreTrainedModel
+
+    return any(isinstance(part, PreTrainedModel) for part in model.modules())
+
+
 def warn_of_unknown(model: SentenceTransformer, settings: dict[str, Any]) -> None:
     """Warn of settings of the processor that none of its parts has: transformers drops them without a word."""
     processor = getattr(model[0], "processor", None)

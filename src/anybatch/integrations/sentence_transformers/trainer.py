@@ -29,7 +29,7 @@ from anybatch.integrations.sentence_transformers.callback import (
 )
 from anybatch.integrations.sentence_transformers.collating import ImageCollator, undecoded
 from anybatch.integrations.sentence_transformers.loss import BARE, CachedLoss, cached_in, check_wrappers, is_ours
-from anybatch.integrations.sentence_transformers.model import Side, side_prompt, side_task
+from anybatch.integrations.sentence_transformers.model import Side, is_pretrained, side_prompt, side_task
 from anybatch.integrations.sentence_transformers.sets import by_name, input_columns, row_ids, with_index
 from anybatch.losses.registry import LossConfig, build_loss, recommended
 from anybatch.losses.rows import RowTable
@@ -184,7 +184,7 @@ class Trainer(SentenceTransformerTrainer):
     def get_default_loss(self, model: Any) -> nn.Module:
         """The recommended loss for the batch size, and for the plan."""
         batch = self.args.per_device_train_batch_size * distributed.world_size()
-        name, why = recommended(batch)
+        name, why = recommended(batch, pretrained=is_pretrained(model))
         why = f"batches of {batch}: {why}"
         if not self._numbered or len(self.plans) > 1:
             name = "InfoNCE"
