@@ -74,6 +74,8 @@ def test_the_columns_and_the_length_of_a_run(tiny_model_folder, tmp_path, heard,
         run("evaluate", run_folder, "--data", str(tmp_path / file), "--output", str(tmp_path / f"{file}.json"))
         assert json.loads((tmp_path / f"{file}.json").read_text())["num_queries"] == num_queries
     assert "60 queries; the standard error of a figure is at most 0.0" in heard()
+    run("train", *own, *more, "--model", str(tiny_model_folder), "--output", f"{run_folder}-2", "--eval", own[1])
+    assert "60 of 60 held-out pairs are training pairs as well" in caplog.text
     with pytest.raises(AnybatchError, match="already holds a run"):  # before the data are read
         run("train", "--data", "gone.csv", "--model", str(tiny_model_folder), "--output", run_folder)
     with pytest.raises(AnybatchError, match="there is no such folder"):

@@ -256,7 +256,7 @@ def test_mistakes_end_with_code_2_and_one_message(main, tiny_model_folder, pairs
         (
             KeyboardInterrupt(),
             130,
-            "stopped by Ctrl-C; finished work is kept. Go on with the same command and --resume",
+            "stopped by Ctrl-C; finished work is kept, of training the last checkpoint",
         ),
         (cli.Stopped(signal.SIGTERM), 143, "stopped by SIGTERM; finished work is kept"),
         (KeyError("cluster"), 1, "Please report it"),
@@ -296,7 +296,7 @@ def test_signals_say_what_is_kept(number, pairs_file, tiny_model_folder, tmp_pat
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
-    assert "finished work is kept. Go on with the same command and --resume" in said
+    assert "(one every train.save_steps steps). Go on with the same command and --resume" in said
     assert "Traceback" not in said
 
 

@@ -174,7 +174,7 @@ def _held_out(model: str, **options: Any) -> HeldOut | None:
     kind = next((name for name in ("mteb", "labelled", "template", "data") if name in options), None)
     anchor, limit = options.get("anchor"), options.get("limit")
     if kind is None or (kind != "mteb" and "data" not in options):
-        raise AnybatchError("Nothing to measure on: give --data or --mteb TASK.")
+        raise AnybatchError(f"Nothing to measure on: {model} is no folder of a run. Give --data or --mteb TASK.")
     judged = find_retrieval(options["data"], options.get("split")) if kind == "data" else None
     tasks = find_candidates(options["data"]) if kind == "data" and judged is None else {}
     what, known = KINDS["beir" if judged else "candidates" if tasks else kind]

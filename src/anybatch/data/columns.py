@@ -232,7 +232,8 @@ class BadRows:
         named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5:,} more" if rows[5:] else "")
         if left_out_of:
             counted = f"{len(rows):,} row{'s' if rows[1:] else ''}"
-            logger.warning("%s: %s left out (data.skip_bad): %s. The first: %s", left_out_of, counted, named, first)
+            why = str(first).partition(" Every row needs")[0]  # what to do was done
+            logger.warning("%s: %s left out (data.skip_bad): %s. The first: %s", left_out_of, counted, named, why)
             return
         if not rows[1:]:
             raise first

@@ -26,7 +26,7 @@ from anybatch.run.evaluate_model import check_held_out, evaluate_model, untraine
 from anybatch.run.folder import check_vacant, open_run, read_record, run_digest
 from anybatch.run.hard_negatives import with_mined_negatives
 from anybatch.run.make_plan import check_start, existing_plan, make_plan
-from anybatch.run.read_data import hold_out, read_held_out, read_training_pairs
+from anybatch.run.read_data import hold_out, read_held_out, read_training_pairs, warn_of_shared
 from anybatch.run.recipe import recipe_line, with_batches, with_recipe
 from anybatch.run.train_model import save_model, train_on_plan
 from anybatch.run.try_step import try_step
@@ -56,6 +56,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         asked, config = config, with_recipe(config, pairs, plan, pretrained=is_pretrained(model))
         check_shared_equally(config.batch_size)
         held_out = split or read_held_out(config)
+        warn_of_shared(pairs, held_out)
         if held_out is None and config.train.eval_steps is not None:
             raise AnybatchError("train.eval_steps is given, and nothing is held out to evaluate on. Name it: --eval.")
         check_arguments(config.train, on_cpu=model.device.type == "cpu")

@@ -12,7 +12,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.data.candidates import CandidateSets, find_candidates, read_candidates
 from anybatch.data.held_out import held_out_rows, split_pairs
 from anybatch.data.images import ImageColumn
-from anybatch.data.inputs import check_images, instructed
+from anybatch.data.inputs import check_images, instructed, row_keys
 from anybatch.data.pairs import PairData, PairSet, join_pairs
 from anybatch.data.reading import read_pairs
 from anybatch.data.retrieval import RetrievalData, find_retrieval, read_retrieval
@@ -133,6 +133,19 @@ def hold_out(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> tupl
         why = f"{bound} of all pairs" if bound else f"too few of {len(pairs):,} pairs share no text with the others"
         logger.info("Nothing is held out for evaluation: %s. --eval FILE names pairs.", why)
     return left, held_out
+
+
+def warn_of_shared(pairs: PairData, held_out: HeldOut | None) -> None:
+    """Warn of held-out pairs of texts that are training pairs as well."""
+    if not isinstance(held_out, PairData) or pairs.has_images or held_out.has_images or distributed.rank() > 0:
+        return
+    known = set(zip(row_keys(pairs.anchors), row_keys(pairs.positives), strict=True))
+    shared = sum(pair in known for pair in zip(row_keys(held_out.anchors), row_keys(held_out.positives), strict=True))
+    if shared:
+        logger.warning(
+            "%s of %s held-out pairs are training pairs as well: their figures say little of other data.",
+            *(f"{shared:,}", f"{len(held_out):,}"),
+        )
 
 
 def split_for_plan(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> tuple[PairData, PairData | None]:
