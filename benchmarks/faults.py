@@ -204,7 +204,8 @@ class Faults:
 
     def arguments(self, verb: str, output: Path, *, teacher: str = "teacher", more: Sequence[str] = ()) -> list[str]:
         """A whole command."""
-        values = ["mining.cluster_size=4", "mining.window=[1, 6]", "loss.name=sogclr", "loss.gamma=0.6"]
+        values = ["mining.method=anybatch", "mining.cluster_size=4", "mining.window=[1, 6]"]
+        values += ["loss.name=sogclr", "loss.gamma=0.6"]
         values += [
             "train.save_steps=3",
             "train.args.logging_steps=1",
