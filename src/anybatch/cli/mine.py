@@ -22,9 +22,8 @@ def command(options: RunOptions, resume: ResumeOption = False) -> None:
     with launched_ranks():
         pairs = read_training_pairs(config)
         plan = existing_plan(config)
-        config = with_batches(
-            with_recipe(config, pairs, plan, pretrained=True), mined=True
-        )  # who asks for mining gets it
+        config = with_recipe(config, pairs, plan, pretrained=True)
+        config = with_batches(config, mined=True)  # who asks for mining gets it
         if not resume:
             check_start(config, pairs, plan)
         with open_run(config, resume=resume) as folder, Bars(quiet=rank() > 0) as bars:

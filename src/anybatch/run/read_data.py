@@ -139,8 +139,10 @@ def warn_of_shared(pairs: PairData, held_out: HeldOut | None) -> None:
     """Warn of held-out pairs of texts that are training pairs as well."""
     if not isinstance(held_out, PairData) or pairs.has_images or held_out.has_images or distributed.rank() > 0:
         return
-    known = set(zip(row_keys(pairs.anchors), row_keys(pairs.positives), strict=True))
-    shared = sum(pair in known for pair in zip(row_keys(held_out.anchors), row_keys(held_out.positives), strict=True))
+    asked, trained = (zip(row_keys(part.anchors), row_keys(part.positives), strict=True) for part in (held_out, pairs))
+    asked = list(asked)
+    known = set(asked).intersection(trained)
+    shared = sum(pair in known for pair in asked)
     if shared:
         logger.warning(
             "%s of %s held-out pairs are training pairs as well: their figures say little of other data.",

@@ -83,16 +83,11 @@ def check_kwargs(kwargs: dict[str, Any] | None, name: str) -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Refuse what can be refused before anything is loaded: no name, a folder that is gone or damaged, the device."""
+    """Refuse what can be refused before anything is read: no name, a folder that is not there, the device."""
     import torch
 
     if config.name is None:
         raise AnybatchError("Missing configuration value: model.name (--model), the model to train.")
-    if (Path(config.name) / CONTENTS).exists() and (flaw := flaw_of(Path(config.name))) is not None:
-        raise AnybatchError(
-            f"{config.name} {flaw}. If you changed it yourself, delete {CONTENTS} there; else bring back the files "
-            "that were saved."
-        )
     if not Path(config.name).exists() and (config.name.count("/") > 1 or config.name.startswith((".", "/", "~"))):
         raise AnybatchError(
             f"Cannot load the model {config.name!r}: there is no such folder. Expected the folder of a "
@@ -117,6 +112,11 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     # 1. The model.
     check_model(config)
     assert config.name is not None
+    if (Path(config.name) / CONTENTS).exists() and (flaw := flaw_of(Path(config.name))) is not None:
+        raise AnybatchError(
+            f"{config.name} {flaw}. If you changed it yourself, delete {CONTENTS} there; else bring back the files "
+            "that were saved."
+        )
     kwargs = dict(config.kwargs or {})
     of_processor = kwargs.pop("processor", {})
     try:
