@@ -73,10 +73,10 @@ def make_cases() -> dict[str, Callable[[], Any]]:
     topics = torch.randn(400, 64, generator=generator)[torch.arange(4096) % 400]
     anchors, positives = ((topics + torch.randn(4096, 64, generator=generator)).numpy() for _ in range(2))
     return {
-        "cached step": step(plain, micro_batch=16),
-        "cached step, graphs kept": step(plain, micro_batch=16, keep_graphs=1.0),
-        "cached step, dropout": step(dropout, micro_batch=16),
-        "cached step, auto": step(plain, micro_batch="auto", keep_graphs="auto", memory=memory),
+        "cached step": step(plain, mini_batch_size=16),
+        "cached step, graphs kept": step(plain, mini_batch_size=16, keep_graphs=1.0),
+        "cached step, dropout": step(dropout, mini_batch_size=16),
+        "cached step, auto": step(plain, mini_batch_size="auto", keep_graphs="auto", memory=memory),
         "loss, 4,096 rows": alone(loss, 4096),
         "loss both ways, 4,096 rows": alone(InfoNCE(temperature=0.05, direction="both"), 4096),
         "loss, 256 rows": alone(loss, 256),

@@ -37,18 +37,18 @@ from benchmarks import loss_stage
 
 PLAIN = "sentence-transformers, plain"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "anybatch, micro_batch 32": {"micro_batch": 32},
-    "anybatch, token budget": {"micro_batch": None},
-    "anybatch, token budget, 2 graphs a tower kept": {"micro_batch": None, "keep_graphs": 2},
-    "anybatch, token budget, 1/4 kept": {"micro_batch": None, "keep_graphs": 0.25},
-    "anybatch, token budget, all kept": {"micro_batch": None, "keep_graphs": 1.0},
-    "anybatch, auto": {"micro_batch": "auto", "keep_graphs": "auto"},
+    "anybatch, mini_batch_size 32": {"mini_batch_size": 32},
+    "anybatch, token budget": {"mini_batch_size": None},
+    "anybatch, token budget, 2 graphs a tower kept": {"mini_batch_size": None, "keep_graphs": 2},
+    "anybatch, token budget, 1/4 kept": {"mini_batch_size": None, "keep_graphs": 0.25},
+    "anybatch, token budget, all kept": {"mini_batch_size": None, "keep_graphs": 1.0},
+    "anybatch, auto": {"mini_batch_size": "auto", "keep_graphs": "auto"},
 }
 PEERS = ("sentence-transformers, cached, 32", "sentence-transformers, cached, token budget")
 NAMES = (PLAIN, *PEERS, *OPTIONS)
 IN_MEMORY = (
     *(PLAIN, *PEERS),
-    *("anybatch, micro_batch 32", "anybatch, token budget", "anybatch, token budget, 2 graphs a tower kept"),
+    *("anybatch, mini_batch_size 32", "anybatch, token budget", "anybatch, token budget, 2 graphs a tower kept"),
 )
 PLAIN_LIMIT = 1024  # rows; the plain step's memory grows with every row, and past this it only takes time
 
@@ -126,7 +126,7 @@ def make_steps(
 
     def ours(options: dict[str, Any]) -> Callable[[], float]:
         budget: dict[str, Any] = {"memory": StepMemory("80%")}
-        if options["micro_batch"] is None:
+        if options["mini_batch_size"] is None:
             budget["max_tokens"] = args.max_tokens
         return lambda: float(
             cached_step(loss, lambda batch: model(batch)["sentence_embedding"], features, **options, **budget)

@@ -22,7 +22,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from anybatch.caching import RowSlicer, cached_step, plan_micro_batches
+from anybatch.caching import RowSlicer, cached_step, plan_mini_batches
 from anybatch.core.files import write_text
 from anybatch.losses import CountCorrectedInfoNCE, DecoupledInfoNCE, InfoNCE, SogCLR
 
@@ -43,7 +43,7 @@ class Case:
     lora: bool = False
     dropout: float = 0.0
     ids: bool = False
-    options: dict[str, Any] = field(default_factory=lambda: {"micro_batch": 4})
+    options: dict[str, Any] = field(default_factory=lambda: {"mini_batch_size": 4})
     ranks: tuple[int, ...] = (1, 2, 3)
 
 
@@ -65,18 +65,18 @@ CASES = (
     Case(name="decoupled", make_loss=lambda: DecoupledInfoNCE(temperature=0.1)),
     Case(name="count-corrected", make_loss=lambda: CountCorrectedInfoNCE(NUM_ROWS, temperature=0.1)),
     Case(name="SogCLR, both directions", make_loss=lambda: SogCLR(NUM_ROWS, gamma=0.4, direction="both")),
-    Case(name="half of the graphs kept", options={"micro_batch": 4, "keep_graphs": 0.5}),
-    Case(name="all graphs kept", options={"micro_batch": 4, "keep_graphs": 1.0}),
-    Case(name="token budget", options={"micro_batch": None, "max_tokens": 40}),
-    Case(name="not sorted by length", options={"micro_batch": 4, "sort_by_length": False}),
-    Case(name="one row at a time", options={"micro_batch": 1}),
+    Case(name="half of the graphs kept", options={"mini_batch_size": 4, "keep_graphs": 0.5}),
+    Case(name="all graphs kept", options={"mini_batch_size": 4, "keep_graphs": 1.0}),
+    Case(name="token budget", options={"mini_batch_size": None, "max_tokens": 40}),
+    Case(name="not sorted by length", options={"mini_batch_size": 4, "sort_by_length": False}),
+    Case(name="one row at a time", options={"mini_batch_size": 1}),
     Case(name="loss in plain torch", make_loss=plain_torch_loss, ranks=(1,)),
     Case(name="dropout 0.1", dropout=0.1, ranks=(1,)),
     Case(
         name="dropout 0.1, half kept, untied",
         dropout=0.1,
         tied=False,
-        options={"micro_batch": 4, "keep_graphs": 0.5},
+        options={"mini_batch_size": 4, "keep_graphs": 0.5},
         ranks=(1,),
     ),
 )
@@ -163,7 +163,7 @@ def outcome(encoders: Sequence[nn.Module], loss: nn.Module) -> dict[str, dict[st
 
 
 def run_plain(case: Case, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    """The reference; with dropout, one graph over the same micro-batches, so that the masks have the same shapes."""
+    """The reference; with dropout, one graph over the same mini-batches, so that the masks have the same shapes."""
     encoders, loss = build(case, dtype)
     torch.manual_seed(9)
     for step in range(STEPS):
@@ -173,7 +173,7 @@ def run_plain(case: Case, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
         for tower, encoder in enumerate(encoders):
             slicer = RowSlicer(texts(step, tower))
             if case.dropout:
-                plan = plan_micro_batches(slicer, micro_batch=case.options["micro_batch"])
+                plan = plan_mini_batches(slicer, mini_batch_size=case.options["mini_batch_size"])
                 parts = torch.cat([encoder(slicer.take(rows)) for rows in plan])
                 outputs.append(parts[torch.argsort(torch.cat(plan))])
             else:
@@ -266,7 +266,7 @@ def page(errors: dict[tuple[str, str, str, int], float]) -> str:
         "The reference is the plain step in float64 (each tower whole, one graph, one process). Ranks hold uneven",
         "shares (8 + 5 and 5 + 2 + 6 of 13 rows) under DistributedDataParallel; the worst rank counts. The column",
         "*float32 plain* is what float32 itself costs without caching. With dropout the reference is one graph over",
-        "the same micro-batches, because a mask has the shape of what goes through together; one rank.",
+        "the same mini-batches, because a mask has the shape of what goes through together; one rank.",
         "",
         f"Largest float64 error: **{worst:.1e}**. Made by `python -m benchmarks.exactness` on a "
         f"{os.cpu_count()}-core {platform.machine().replace('_64', '')} CPU, torch {torch.__version__.split('+')[0]}.",

@@ -209,7 +209,7 @@ class Faults:
         values += [
             "train.save_steps=3",
             "train.args.logging_steps=1",
-            "train.micro_batch=6",
+            "train.mini_batch_size=6",
             "train.learning_rate=1e-3",
         ]
         values += ["model.device=cpu", f"evaluation.path={self.scratch / 'pairs.jsonl'}"]

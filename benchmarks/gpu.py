@@ -52,7 +52,7 @@ PLAIN, PEER, TOKENS, ROWS_, AUTO = (
     "plain PyTorch",
     "sentence-transformers, cached",
     "anybatch, token budget",
-    "anybatch, micro-batch",
+    "anybatch, mini-batch",
     "anybatch, auto",
 )
 STEPS = (TOKENS, PEER, ROWS_, AUTO, PLAIN)
@@ -67,7 +67,7 @@ class Sizes:
         loss_rows, width: Of the loss alone.
         peer_rows: The most rows that the peer's loss alone is given.
         steps: Encoder, pairs.
-        micro_batch: Rows that go through the encoder together.
+        mini_batch_size: Rows that go through the encoder together.
         lengths: Longest anchor and positive, in tokens.
         rounds: Of all methods.
     """
@@ -77,7 +77,7 @@ class Sizes:
     width: int
     peer_rows: int
     steps: tuple[tuple[str, int], ...]
-    micro_batch: int
+    mini_batch_size: int
     lengths: tuple[int, int]
     rounds: int
 
@@ -88,7 +88,7 @@ LARGE = Sizes(
     width=768,
     peer_rows=8192,
     steps=(("MiniLM", 4096), ("BERT-base", 4096), ("MiniLM", 32_768)),
-    micro_batch=256,
+    mini_batch_size=256,
     lengths=(32, 128),
     rounds=3,
 )
@@ -98,7 +98,7 @@ TOY = Sizes(
     width=8,
     peer_rows=64,
     steps=(("toy", 9),),
-    micro_batch=4,
+    mini_batch_size=4,
     lengths=(5, 11),
     rounds=1,
 )
@@ -225,12 +225,12 @@ def batch_of(rows: int, sizes: Sizes, device: torch.device) -> list[dict[str, Te
     return [features_of(rows, longest, device, seed) for seed, longest in enumerate(sizes.lengths)]
 
 
-def peer_module(model: nn.Module, micro_batch: int) -> Any:
+def peer_module(model: nn.Module, mini_batch_size: int) -> Any:
     """sentence-transformers' cached loss, wherever this release keeps it."""
     for name in ("sentence_transformers.sentence_transformer.losses", "sentence_transformers.losses"):
         with contextlib.suppress(ImportError):
             loss = importlib.import_module(name).CachedMultipleNegativesRankingLoss
-            return loss(model, scale=SCALE, mini_batch_size=micro_batch)
+            return loss(model, scale=SCALE, mini_batch_size=mini_batch_size)
     raise ImportError("sentence-transformers with a cached loss is not installed")
 
 
@@ -242,7 +242,7 @@ def plain_loss(anchors: Tensor, candidates: Tensor) -> Tensor:
 
 
 def step_of(
-    name: str, model: nn.Module, features: list[dict[str, Tensor]], precision: torch.dtype, micro_batch: int
+    name: str, model: nn.Module, features: list[dict[str, Tensor]], precision: torch.dtype, mini_batch_size: int
 ) -> Callable[[], Any]:
     """One step's gradients; bf16 by autocast."""
     device = features[0]["input_ids"].device
@@ -264,7 +264,7 @@ def step_of(
 
         return plain
     if name == PEER:
-        loss = peer_module(model, micro_batch)
+        loss = peer_module(model, mini_batch_size)
 
         def peer() -> None:
             with casting():
@@ -276,9 +276,9 @@ def step_of(
     from anybatch.losses import InfoNCE
 
     options: dict[str, Any] = {
-        TOKENS: {"micro_batch": None, "max_tokens": micro_batch * longest},
-        ROWS_: {"micro_batch": micro_batch},
-        AUTO: {"micro_batch": "auto", "keep_graphs": "auto", "memory": StepMemory("80%")},
+        TOKENS: {"mini_batch_size": None, "max_tokens": mini_batch_size * longest},
+        ROWS_: {"mini_batch_size": mini_batch_size},
+        AUTO: {"mini_batch_size": "auto", "keep_graphs": "auto", "memory": StepMemory("80%")},
     }[name]
     ours = InfoNCE(temperature=1 / SCALE)
 
@@ -310,7 +310,7 @@ def exactness(report: Report, sizes: Sizes) -> None:
     def of_float64() -> dict[str, Any]:
         model.double()
         try:
-            reference.append(gradient(model, step_of(PLAIN, model, features, torch.float64, sizes.micro_batch)))
+            reference.append(gradient(model, step_of(PLAIN, model, features, torch.float64, sizes.mini_batch_size)))
         finally:
             model.float()  # the weights were float32 and are so again
         return {"norm": float(reference[0].norm())}
@@ -320,7 +320,7 @@ def exactness(report: Report, sizes: Sizes) -> None:
         plain: list[Tensor] = []
 
         def distances(name: str, precision: torch.dtype = precision, plain: list[Tensor] = plain) -> dict[str, Any]:
-            found = gradient(model, step_of(name, model, features, precision, sizes.micro_batch))
+            found = gradient(model, step_of(name, model, features, precision, sizes.mini_batch_size))
             if name == PLAIN:
                 plain.append(found)
             return {
@@ -386,8 +386,8 @@ def loss_contenders(sizes: Sizes) -> dict[str, Callable[[list[Tensor]], Any]]:
         return lambda leaves: loss(*leaves).backward()
 
     def peer(leaves: list[Tensor]) -> None:
-        loss: Any = peer_module(nn.Sequential(nn.Identity()), sizes.micro_batch)
-        chunks = [[part.detach().requires_grad_() for part in leaf.split(sizes.micro_batch)] for leaf in leaves]
+        loss: Any = peer_module(nn.Sequential(nn.Identity()), sizes.mini_batch_size)
+        chunks = [[part.detach().requires_grad_() for part in leaf.split(sizes.mini_batch_size)] for leaf in leaves]
         if hasattr(loss, "calculate_loss"):
             loss.calculate_loss(chunks, None, with_backward=True)
         else:  # its name in earlier releases
@@ -421,10 +421,10 @@ def steps(report: Report, sizes: Sizes, size: str, rows: int) -> None:
 
     def measurement(name: str) -> dict[str, Any]:
         if name not in made:
-            made[name] = step_of(name, model, features, torch.bfloat16, sizes.micro_batch)
-            small = [{key: value[: 2 * sizes.micro_batch] for key, value in column.items()} for column in features]
+            made[name] = step_of(name, model, features, torch.bfloat16, sizes.mini_batch_size)
+            small = [{key: value[: 2 * sizes.mini_batch_size] for key, value in column.items()} for column in features]
             step_of(
-                name, model, small, torch.bfloat16, sizes.micro_batch
+                name, model, small, torch.bfloat16, sizes.mini_batch_size
             )()  # warms up kernels; then all shapes of the real step
             model.zero_grad(set_to_none=True)
             made[name]()

@@ -234,7 +234,7 @@ MUTATIONS = [
         "caching/schedule.py",
         "caching/test_schedule.py",
         ("tokens = wider * (count + 1) + visual", "tokens = wider * count + visual"),
-        ("return int(keep_graphs * num_micro_batches + 0.5)", "return int(keep_graphs * num_micro_batches)"),
+        ("return int(keep_graphs * num_mini_batches + 0.5)", "return int(keep_graphs * num_mini_batches)"),
     ),
     *of(
         "plans/plan.py",

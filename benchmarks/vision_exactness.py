@@ -1,8 +1,8 @@
 """How far the cached step is from the plain step for images: `python -m benchmarks.vision exactness`, some minutes.
 
 Tiny models from configuration, one of each way in which pixels lie in a batch, in float64: the relative error of the
-gradient against the plain step (one graph over the whole batch; with dropout, over its micro-batches). Images decoded
-per micro-batch. Writes docs/benchmarks/vision_exactness.md. Run it from the repository: the models are those of
+gradient against the plain step (one graph over the whole batch; with dropout, over its mini-batches). Images decoded
+per mini-batch. Writes docs/benchmarks/vision_exactness.md. Run it from the repository: the models are those of
 tests/vision_models.py.
 """
 
@@ -43,7 +43,7 @@ def errors(kind: str, form: str) -> dict[str, float]:
         model, columns = vision.load(kind, **options), parts.columns_of(kind, form)
         features = parts.features_of(model, columns)
         trim = "none" if kind == "siglip" else "trailing"
-        _, wanted = parts.plain(model, features, micro_batch=3 if way == "dropout" else None, trim=trim)
+        _, wanted = parts.plain(model, features, mini_batch_size=3 if way == "dropout" else None, trim=trim)
         given = features if form == "text" else [parts.undecoded(columns[0]), features[1]]
         for keep in (0.0, 0.5):
             _, got = parts.cached(model, given, mini_batch_size=3, keep_graphs=keep)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# Exactness with images",
         "",
         "`python -m benchmarks.vision exactness` on a 2-core x86 CPU. Tiny models from configuration, float64, 7 rows,",
-        "micro-batches of 3, images decoded per micro-batch, graphs replayed and half of them kept: the largest",
+        "mini-batches of 3, images decoded per mini-batch, graphs replayed and half of them kept: the largest",
         "relative error of the gradient against the plain step. Two ranks: gloo, the first with images, the second",
         "with texts alone. The last column is sentence-transformers' cached loss against the same plain step.",
         "",

@@ -1,6 +1,6 @@
 """Peak memory against batch size for images: `python -m benchmarks.vision memory`, some minutes on two cores.
 
-One step of a tiny CLIP on pairs of an image (JPEG, 224 x 224) and a caption, micro-batches of 32, as a Trainer makes
+One step of a tiny CLIP on pairs of an image (JPEG, 224 x 224) and a caption, mini-batches of 32, as a Trainer makes
 it: rows through the collator, the loss, its backward pass. Every point is a process of its own; what is shown is the
 peak of its resident memory above what it was after a first small step. Writes docs/benchmarks/vision_memory.md.
 """
@@ -23,9 +23,9 @@ from anybatch.core.files import write_text
 
 SIZE = 224
 DIFFERENT = 64  # pictures
-MICRO_BATCH = 32
+MINI_BATCH = 32
 WAYS = {
-    "on demand": "anybatch, decoded per micro-batch",
+    "on demand": "anybatch, decoded per mini-batch",
     "whole": "anybatch, decoded per batch",
     "peer": "sentence-transformers' cached loss",
 }
@@ -102,9 +102,9 @@ def measure(way: str, count: int) -> dict[str, float]:
         model = make_model(Path(folder)).train()
     collate: Any = BaseDataCollator(preprocess_fn=model.preprocess)
     collate = ImageCollator(collate) if way == "on demand" else collate
-    loss: Any = CachedLoss(model, InfoNCE(temperature=0.05), mini_batch_size=MICRO_BATCH, keep_graphs=0.0)
+    loss: Any = CachedLoss(model, InfoNCE(temperature=0.05), mini_batch_size=MINI_BATCH, keep_graphs=0.0)
     if way == "peer":
-        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=MICRO_BATCH)
+        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=MINI_BATCH)
     rows = make_rows(count)
 
     def step(part: list[dict[str, Any]]) -> None:
@@ -115,7 +115,7 @@ def measure(way: str, count: int) -> dict[str, float]:
         ]
         loss(columns, None).backward()
 
-    step(rows[: 2 * MICRO_BATCH])
+    step(rows[: 2 * MINI_BATCH])
     start, begun = psutil.Process(os.getpid()).memory_info().rss, time.perf_counter()
     step(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -129,7 +129,7 @@ def write_page(figures: dict[str, dict[int, dict[str, float]]]) -> None:
         "# Memory of a batch of images",
         "",
         "`python -m benchmarks.vision memory` on a 2-core x86 CPU, one thread. One step of a tiny CLIP on pairs of",
-        f"an image ({SIZE} x {SIZE}, JPEG) and a caption, micro-batches of {MICRO_BATCH}, every graph replayed; each",
+        f"an image ({SIZE} x {SIZE}, JPEG) and a caption, mini-batches of {MINI_BATCH}, every graph replayed; each",
         "point is a process of its own. Peak of resident memory above what it was before the step, in MiB:",
         "",
         "| batch | pixels alone (float32) | " + " | ".join(WAYS[way] for way in figures) + " |",
@@ -145,8 +145,8 @@ def write_page(figures: dict[str, dict[int, dict[str, float]]]) -> None:
         lines.append(f"| {size:,} | " + " | ".join(f"{figures[way][size]['seconds']:.1f}" for way in figures) + " |")
     lines += [
         "",
-        "Decoded per micro-batch, an image is decoded twice, for the recording and for its replay; a kept graph needs",
-        "no second time. A thread decodes the next micro-batch meanwhile. This encoder is so small that decoding is",
+        "Decoded per mini-batch, an image is decoded twice, for the recording and for its replay; a kept graph needs",
+        "no second time. A thread decodes the next mini-batch meanwhile. This encoder is so small that decoding is",
         "nearly all of the time. The seconds are rough: other work shared the machine.",
         "",
     ]

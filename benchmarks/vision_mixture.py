@@ -44,7 +44,7 @@ def train(
         teacher=TeacherConfig(name=teacher),
         mining=mining,
         loss=LossConfig(name="infonce", temperature=0.05, weights="none", mask_suspects=False),
-        train=TrainConfig(epochs=EPOCHS, learning_rate=rate, save_steps=10_000, micro_batch=BATCH),
+        train=TrainConfig(epochs=EPOCHS, learning_rate=rate, save_steps=10_000, mini_batch_size=BATCH),
         evaluation=EvaluationConfig(path=str(folder / data / "eval")),
     )
     return job.train(config, resume=output.exists()).metrics["hit@1"]

@@ -32,7 +32,7 @@ for batch in loader:
     # In place of accelerator.backward(loss(encoder(a), encoder(p))). The prepared encoder carries DDP and autocast.
     # With an fp16 scaler give scale=accelerator.scaler.get_scale(); when accumulating, scale=1 / steps under
     # accelerator.accumulate.
-    value = cached_step(loss, encoder, list(batch), micro_batch="auto", keep_graphs="auto", memory=memory)
+    value = cached_step(loss, encoder, list(batch), mini_batch_size="auto", keep_graphs="auto", memory=memory)
     accelerator.clip_grad_norm_(encoder.parameters(), 1.0)
     optimizer.step()
     accelerator.print(f"loss {value.item():.3f}, temperature {loss.temperature:.4f}")

@@ -18,6 +18,6 @@ positives = torch.where(torch.rand(512, 12) < 0.5, anchors, torch.randint(5_000,
 for step in range(5):
     optimizer.zero_grad()
     # The lever itself: instead of loss(encoder(anchors), encoder(positives)).backward()
-    value = cached_step(loss, encoder, [anchors, positives], micro_batch=16)
+    value = cached_step(loss, encoder, [anchors, positives], mini_batch_size=16)
     optimizer.step()
     print(f"step {step}: loss {value.item():.3f}")

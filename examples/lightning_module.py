@@ -40,7 +40,7 @@ class Contrastive(lightning.LightningModule):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         value = cached_step(
-            self.loss, self.encoder, list(batch), micro_batch="auto", keep_graphs="auto", memory=self.memory
+            self.loss, self.encoder, list(batch), mini_batch_size="auto", keep_graphs="auto", memory=self.memory
         )
         self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
         optimizer.step()

@@ -67,7 +67,7 @@ if __name__ == "__main__":
     write_mmeb(folder, 24)
     make_model(folder)
     model, data = str(folder / "model"), ["--images", str(folder / "images"), "--recipe", "b3"]
-    small = ["batch_size=16", "mining.cluster_size=4", "train.args.max_steps=3", "train.micro_batch=8"]
+    small = ["batch_size=16", "mining.cluster_size=4", "train.args.max_steps=3", "train.mini_batch_size=8"]
     small += ["train.args.bf16=false"]
     run = ["--data", str(folder / "train"), "--model", model, "--teacher", model, "--output", str(folder / "run")]
     anybatch = [sys.executable, "-m", "anybatch"]

@@ -14,7 +14,7 @@ positives = torch.randint(1_000, (32, 12))
 encoder = nn.Sequential(nn.EmbeddingBag(1_000, 64), nn.Linear(64, 128), nn.GELU(), nn.Dropout(0.1), nn.Linear(128, 32))
 loss = InfoNCE(temperature=0.05, learnable_temperature=True)
 
-sound = verify(encoder, [anchors, positives], loss, micro_batch=8)
+sound = verify(encoder, [anchors, positives], loss, mini_batch_size=8)
 print(sound)
 assert sound.exact
 
@@ -27,7 +27,7 @@ def augmented(tokens):
     return encoder(tokens.roll(system.randrange(3), dims=1)) * system.uniform(0.5, 1.0)
 
 
-faulty = verify(augmented, [anchors, positives], loss, micro_batch=8)
+faulty = verify(augmented, [anchors, positives], loss, mini_batch_size=8)
 print(faulty)
 assert not faulty.exact
 # For a run of the command line: anybatch doctor --config run.yaml

@@ -417,10 +417,10 @@ def teacher_embeddings(num_rows: int, seed: int = 0) -> tuple[np.ndarray, np.nda
 # --- 4. The cached step ----------------------------------------------------------------------------------------------
 
 CACHED: dict[str, dict[str, Any]] = {
-    "plain": {"micro_batch": 4},
-    "kept graphs": {"micro_batch": 4, "keep_graphs": 0.5},
-    "tokens": {"micro_batch": None, "max_tokens": 20, "sort_by_length": False},
-    "dropout": {"micro_batch": 3},
+    "plain": {"mini_batch_size": 4},
+    "kept graphs": {"mini_batch_size": 4, "keep_graphs": 0.5},
+    "tokens": {"mini_batch_size": None, "max_tokens": 20, "sort_by_length": False},
+    "dropout": {"mini_batch_size": 3},
 }
 
 
@@ -491,7 +491,7 @@ def small_run() -> Case:
                 name="sogclr", direction="both", gamma=0.5, weights="inclusion", mask_suspects=True
             ),
             train=TrainConfig(
-                micro_batch=5, save_steps=6, learning_rate=1e-3, args={"max_steps": 6, "logging_steps": 1}
+                mini_batch_size=5, save_steps=6, learning_rate=1e-3, args={"max_steps": 6, "logging_steps": 1}
             ),
         )
         log = job.train(config).log

@@ -115,7 +115,7 @@ def plain_step(loss, encoders, inputs, *, loss_kwargs=None, scale: float = 1.0) 
 
 
 def plain_step_in_pieces(loss, encoders, inputs, plans, cut) -> Tensor:
-    """One graph over all micro-batches: what dropout must be compared with, since masks follow the micro-batches."""
+    """One graph over all mini-batches: what dropout must be compared with, since masks follow the mini-batches."""
     towers = []
     for encode, batch, plan in zip(encoders, inputs, plans):
         parts = [encode(cut(batch, rows)) for rows in plan]
@@ -164,9 +164,9 @@ def clone(module):
     return same
 
 
-def recorded(encode, inputs, micro_batch=3, **options):
+def recorded(encode, inputs, mini_batch_size=3, **options):
     """One tower's recording."""
-    return record_towers([encode], [inputs], micro_batch=micro_batch, **options)[0]
+    return record_towers([encode], [inputs], mini_batch_size=mini_batch_size, **options)[0]
 
 
 def send_back(recording, *grads, scale=1.0):

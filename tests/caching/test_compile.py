@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from anybatch.caching import RowSlicer, cached_step, plan_micro_batches
+from anybatch.caching import RowSlicer, cached_step, plan_mini_batches
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import Softmax, gradients, plain_step_in_pieces, relative_error, texts
 
@@ -47,26 +47,26 @@ def fresh():
 
 
 def batches(num_steps, rows=18):
-    """Anchors and positives of other lengths in every step; 18 rows in micro-batches of 4 leave 2."""
+    """Anchors and positives of other lengths in every step; 18 rows in mini-batches of 4 leave 2."""
     return [[texts(rows, 13, 2 * step), texts(rows, 30, 2 * step + 1)] for step in range(num_steps)]
 
 
-def cached(encoder, loss, inputs, *, micro_batch=4, keep_graphs=0.0):
+def cached(encoder, loss, inputs, *, mini_batch_size=4, keep_graphs=0.0):
     torch.manual_seed(7)
     for one in inputs:
-        cached_step(loss, encoder, one, micro_batch=micro_batch, keep_graphs=keep_graphs)
+        cached_step(loss, encoder, one, mini_batch_size=mini_batch_size, keep_graphs=keep_graphs)
     return gradients(getattr(encoder, "_orig_mod", encoder), loss)
 
 
 def plain(encoder, loss, inputs):
-    """One graph a step, made of the same micro-batches, because masks belong to them."""
+    """One graph a step, made of the same mini-batches, because masks belong to them."""
     torch.manual_seed(7)
 
     def cut(batch, rows):
         return RowSlicer(batch).take(rows)
 
     for one in inputs:
-        plans = [plan_micro_batches(RowSlicer(batch), micro_batch=4) for batch in one]
+        plans = [plan_mini_batches(RowSlicer(batch), mini_batch_size=4) for batch in one]
         plain_step_in_pieces(loss, [encoder] * 2, one, plans, cut)
     return gradients(encoder, loss)
 
@@ -80,7 +80,7 @@ def test_gradients_of_the_plain_step_and_few_graphs(inner, keep_graphs):
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         got = cached(compiled, loss, inputs, keep_graphs=keep_graphs)
         once = backend.graphs
-        cached(compiled, loss, batches(6, rows=17)[3:], micro_batch=5, keep_graphs=keep_graphs)
+        cached(compiled, loss, batches(6, rows=17)[3:], mini_batch_size=5, keep_graphs=keep_graphs)
     assert relative_error(got, plain(Words().double(), Softmax().double(), inputs)) < 1e-12
     assert once == backend.graphs <= 6
 

@@ -54,18 +54,18 @@ def reference(shares: list[int], *, tied: bool):
 
 
 CASES = {
-    "ddp": (True, {"micro_batch": 2}, "ddp"),
-    "ddp, all kept": (True, {"micro_batch": 2, "keep_graphs": 1.0}, "ddp"),
-    "ddp, one rank keeps all, others not": (True, {"micro_batch": 2, "keep_graphs": 2}, "ddp"),
-    "ddp, half kept": (True, {"micro_batch": 2, "keep_graphs": 0.5}, "ddp"),
-    "ddp, memory budget": (True, {"micro_batch": "auto", "keep_graphs": "auto"}, "ddp"),
-    "ddp, micro-batches found": (False, {"micro_batch": "auto", "max_tokens": 20}, "ddp"),
-    "ddp, untied": (False, {"micro_batch": 3, "keep_graphs": 1}, "ddp"),
-    "ddp in a function, token budget": (True, {"micro_batch": None, "max_tokens": 20}, "lambda"),
-    "ddp that looks for unused parameters": (True, {"micro_batch": 2}, "find_unused"),
-    "ddp out of sight": (True, {"micro_batch": 2}, "hidden"),
-    "the caller reduces": (False, {"micro_batch": 2}, "none"),
-    "ddp, gradient accumulation": (True, {"micro_batch": 2}, "no_sync first"),
+    "ddp": (True, {"mini_batch_size": 2}, "ddp"),
+    "ddp, all kept": (True, {"mini_batch_size": 2, "keep_graphs": 1.0}, "ddp"),
+    "ddp, one rank keeps all, others not": (True, {"mini_batch_size": 2, "keep_graphs": 2}, "ddp"),
+    "ddp, half kept": (True, {"mini_batch_size": 2, "keep_graphs": 0.5}, "ddp"),
+    "ddp, memory budget": (True, {"mini_batch_size": "auto", "keep_graphs": "auto"}, "ddp"),
+    "ddp, mini-batches found": (False, {"mini_batch_size": "auto", "max_tokens": 20}, "ddp"),
+    "ddp, untied": (False, {"mini_batch_size": 3, "keep_graphs": 1}, "ddp"),
+    "ddp in a function, token budget": (True, {"mini_batch_size": None, "max_tokens": 20}, "lambda"),
+    "ddp that looks for unused parameters": (True, {"mini_batch_size": 2}, "find_unused"),
+    "ddp out of sight": (True, {"mini_batch_size": 2}, "hidden"),
+    "the caller reduces": (False, {"mini_batch_size": 2}, "none"),
+    "ddp, gradient accumulation": (True, {"mini_batch_size": 2}, "no_sync first"),
 }
 
 
@@ -172,13 +172,13 @@ EXPERT_CASES = {
     "ignored": ({}, {}),
     "frozen later": ({}, {}),
     "own group": ({}, {}),
-    "unequal micro-batches": ({}, {}),
+    "unequal mini-batches": ({}, {}),
     "hook in half precision": ({}, {}),
 }
 
 
 def expert_rows(rank, shares):
-    """Sorted by expert, so that the ranks, and the last micro-batches, use different ones."""
+    """Sorted by expert, so that the ranks, and the last mini-batches, use different ones."""
     model, generator = Experts(), torch.Generator().manual_seed(8)
     whole = torch.randn(sum(shares), 6, generator=generator), torch.randn(sum(shares), 6, generator=generator)
     order = model.gate(whole[0]).argmax(1).argsort()
@@ -210,15 +210,15 @@ def run_experts(rank, shares, name):
             module.other.requires_grad_(False)
         reference.other.zero_grad()
     loss, encoders = ReadsTheModel(bare, shares), [lambda x: model(x, 0), lambda x: model(x, 1)]
-    micro_batch = 2 if name != "unequal micro-batches" or rank == 0 else 5
+    mini_batch_size = 2 if name != "unequal mini-batches" or rank == 0 else 5
     for _ in range(2):
         bare.zero_grad()
         if name == "accumulation":
             with model.no_sync():
-                cached_step(loss, encoders, mine, micro_batch=micro_batch, scale=0.25)
-            cached_step(loss, encoders, mine, micro_batch=micro_batch, scale=0.75)
+                cached_step(loss, encoders, mine, mini_batch_size=mini_batch_size, scale=0.25)
+            cached_step(loss, encoders, mine, mini_batch_size=mini_batch_size, scale=0.75)
         else:
-            cached_step(loss, encoders, mine, micro_batch=micro_batch, **options)
+            cached_step(loss, encoders, mine, mini_batch_size=mini_batch_size, **options)
     got, wanted = gradients(bare), gradients(reference)
     if name == "ignored":  # left to the caller
         del got["0.experts.1.weight"], wanted["0.experts.1.weight"]
@@ -239,10 +239,10 @@ def refused_on_all_ranks(rank, shares):
 
     messages = []
     with pytest.raises(AnybatchError) as caught:
-        cached_step(GatheringSoftmax(shares), [first, lambda x: model(x, 1)], mine, micro_batch=2, modules=[model])
+        cached_step(GatheringSoftmax(shares), [first, lambda x: model(x, 1)], mine, mini_batch_size=2, modules=[model])
     messages.append(str(caught.value))
     assert all(parameter.grad is None for parameter in bare.parameters())
-    cached_step(GatheringSoftmax(shares), [lambda x: model(x, 0), lambda x: model(x, 1)], mine, micro_batch=2)
+    cached_step(GatheringSoftmax(shares), [lambda x: model(x, 0), lambda x: model(x, 1)], mine, mini_batch_size=2)
     return messages, gradients(bare)
 
 
@@ -288,7 +288,7 @@ def test_ranks_equal_one_process(ranks, case):
 
 @pytest.mark.parametrize("case", EXPERT_CASES)
 def test_one_wrapper_around_towers_and_experts(ranks, case):
-    """Every rank, and every last micro-batch, leaves other parameters unused."""
+    """Every rank, and every last mini-batch, leaves other parameters unused."""
     _, results = ranks
     tolerance = 1e-2 if case == "hook in half precision" else 1e-12
     first = results[0][1][case][1]

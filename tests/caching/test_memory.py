@@ -1,11 +1,11 @@
-"""Graphs kept while memory allows; micro-batches split when it runs out."""
+"""Graphs kept while memory allows; mini-batches split when it runs out."""
 
 import gc
 
 import pytest
 import torch
 
-from anybatch.caching import StepMemory, cached_step, plan_micro_batches, record_towers
+from anybatch.caching import StepMemory, cached_step, plan_mini_batches, record_towers
 from anybatch.caching.device_memory import parse_memory
 from anybatch.caching.memory import GraphBudget
 from anybatch.core.errors import AnybatchError
@@ -45,25 +45,25 @@ def budget_of(spare: int) -> GraphBudget:
 
 def test_a_budget_keeps_what_fits():
     encoder, batch = TextEncoder(), texts(24, 30, 1)
-    plan = plan_micro_batches(batch, micro_batch=4)
-    everything = recorded(encoder, batch, micro_batch=4, **within(budget_of(2**40)))
+    plan = plan_mini_batches(batch, mini_batch_size=4)
+    everything = recorded(encoder, batch, mini_batch_size=4, **within(budget_of(2**40)))
     assert everything.num_kept == len(plan)  # when everything fits it is plain training
-    assert recorded(encoder, batch, micro_batch=4, **within(budget_of(0))).num_kept == 0
+    assert recorded(encoder, batch, mini_batch_size=4, **within(budget_of(0))).num_kept == 0
     probe = budget_of(2**40)
-    recorded(encoder, batch, micro_batch=4, **within(probe))
+    recorded(encoder, batch, mini_batch_size=4, **within(probe))
     middle = budget_of(int(probe.spent * 0.5) + probe.largest)
-    kept = recorded(encoder, batch, micro_batch=4, **within(middle)).num_kept
+    kept = recorded(encoder, batch, mini_batch_size=4, **within(middle)).num_kept
     assert 0 < kept < len(plan)
     assert middle.spent + middle.largest <= middle.limit - middle.start
 
 
 def test_one_budget_serves_all_towers():
     encoder, batch = TextEncoder(), texts(24, 30, 1)
-    plan = plan_micro_batches(batch, micro_batch=4)
+    plan = plan_mini_batches(batch, mini_batch_size=4)
     probe = budget_of(2**40)
-    recorded(encoder, batch, micro_batch=4, **within(probe))
+    recorded(encoder, batch, mini_batch_size=4, **within(probe))
     shared = budget_of(probe.spent + 2 * probe.largest)
-    recordings = record_towers([encoder] * 2, [batch] * 2, micro_batch=4, **within(shared))
+    recordings = record_towers([encoder] * 2, [batch] * 2, mini_batch_size=4, **within(shared))
     kept = [recording.num_kept for recording in recordings]
     assert kept[0] == len(plan)
     assert kept[1] < len(plan)
@@ -74,7 +74,7 @@ def test_the_measurement_counts_what_autograd_saves():
     layer = torch.nn.Linear(6, 5)
     budget = budget_of(2**40)
     batch = torch.randn(8, 6)
-    recorded(lambda x: layer(x).tanh(), batch, micro_batch=8, **within(budget))
+    recorded(lambda x: layer(x).tanh(), batch, mini_batch_size=8, **within(budget))
     assert budget.largest == 4 * 8 * (6 + 5)
 
 
@@ -94,13 +94,13 @@ class Limited(torch.nn.Module):
         return self.inner(x)
 
 
-def test_out_of_memory_splits_the_micro_batch_and_warns():
+def test_out_of_memory_splits_the_mini_batch_and_warns():
     encoder = Limited(2).double()
     reference, loss = clone(encoder.inner), Softmax().double()
     inputs = [vectors(9), vectors(9, seed=1)]
     plain_step(Softmax().double(), [reference] * 2, inputs)
     with pytest.warns(UserWarning, match="split into 2 and 2"):
-        cached_step(loss, encoder, inputs, micro_batch=4)
+        cached_step(loss, encoder, inputs, mini_batch_size=4)
     assert relative_error(gradients(encoder.inner), gradients(reference)) < 1e-12
 
 
@@ -110,7 +110,7 @@ def test_dropout_masks_survive_a_split_while_recording():
     batch = vectors(8)
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match="split"):
-        recording = recorded(encoder, batch, micro_batch=4)
+        recording = recorded(encoder, batch, mini_batch_size=4)
     send_back(recording, torch.ones_like(recording.embeddings))
     torch.manual_seed(1)
     torch.cat([reference(part) for part in batch.split(2)]).sum().backward()
@@ -122,28 +122,28 @@ def test_out_of_memory_while_replaying():
     encoder = Limited(2)
     encoder.only_replays = True
     reference = clone(encoder.inner)
-    recording = recorded(encoder, batch, micro_batch=3)
+    recording = recorded(encoder, batch, mini_batch_size=3)
     with pytest.warns(UserWarning, match="split"):
         send_back(recording, torch.ones_like(recording.embeddings))
     reference(batch).sum().backward()
     assert relative_error(gradients(encoder.inner), gradients(reference)) < 1e-12
     noisy = Limited(2, dropout=0.5).train()
     noisy.only_replays = True
-    recording = recorded(noisy, batch, micro_batch=3)
-    with pytest.raises(AnybatchError, match=r"dropout.*No gradient was changed.*lower micro_batch"):
+    recording = recorded(noisy, batch, mini_batch_size=3)
+    with pytest.raises(AnybatchError, match=r"dropout.*No gradient was changed.*lower mini_batch_size"):
         send_back(recording, torch.ones_like(recording.embeddings))
 
 
-def test_kept_graphs_give_way_before_the_micro_batch_does():
+def test_kept_graphs_give_way_before_the_mini_batch_does():
     crowded = Crowded(Mlp().double(), 2)
     with pytest.warns(UserWarning, match="with 2 graphs kept"):
-        recording = recorded(crowded, vectors(12), micro_batch=3, keep_graphs=1.0)
+        recording = recorded(crowded, vectors(12), mini_batch_size=3, keep_graphs=1.0)
     assert recording.num_kept == 1  # one gave way to the replays
 
 
 def test_no_room_for_the_graphs_of_the_first_step_beside_a_kept_one_splits_nothing():
     crowded = Crowded(Mlp().double(), 1)
-    recording = recorded(crowded, vectors(12), micro_batch=3, keep_graphs=1)
+    recording = recorded(crowded, vectors(12), mini_batch_size=3, keep_graphs=1)
     assert recording.num_kept == 1  # and no warning, which would be an error here
     send_back(recording, torch.ones_like(recording.embeddings))
 
@@ -153,7 +153,7 @@ def test_a_single_row_that_does_not_fit():
         pytest.warns(UserWarning, match="split"),
         pytest.raises(AnybatchError, match="single row"),
     ):
-        cached_step(Softmax().double(), Limited(0), [vectors(4), vectors(4)], micro_batch=2)
+        cached_step(Softmax().double(), Limited(0), [vectors(4), vectors(4)], mini_batch_size=2)
 
 
 def test_other_errors_pass():
@@ -161,7 +161,7 @@ def test_other_errors_pass():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        recorded(broken, vectors(4), micro_batch=4)
+        recorded(broken, vectors(4), mini_batch_size=4)
 
 
 class Unused(torch.nn.Module):
@@ -186,7 +186,7 @@ def test_measured_graphs_are_freed():
         return sum(isinstance(thing, torch.Tensor) and thing.shape == (3, 7) for thing in gc.get_objects())
 
     def step():
-        [recording] = record_towers([encoder], [batch], micro_batch=3, keep_graphs="auto", memory=StepMemory("80%"))
+        [recording] = record_towers([encoder], [batch], mini_batch_size=3, keep_graphs="auto", memory=StepMemory("80%"))
         send_back(recording, torch.ones_like(recording.embeddings))
 
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Rows made when they are taken: the same gradients, few at once, one micro-batch ahead."""
+"""Rows made when they are taken: the same gradients, few at once, one mini-batch ahead."""
 
 import threading
 import time
@@ -53,10 +53,10 @@ def step(encoder, inputs, **settings):
 @pytest.mark.parametrize("keep", [0.0, 0.5, 1.0, "auto"])
 def test_gradients_are_those_of_the_whole_batch(keep):
     encoder, batches = OfX().double(), [{"x": vectors(11, seed=seed)} for seed in (1, 2)]
-    wanted = step(encoder, batches, micro_batch=3, keep_graphs=keep)
+    wanted = step(encoder, batches, mini_batch_size=3, keep_graphs=keep)
     makers = [Maker(batch) for batch in batches]
     rows = [RowsOnDemand(range(11), maker) for maker in makers]
-    got = step(encoder, rows, micro_batch=3, keep_graphs=keep)
+    got = step(encoder, rows, mini_batch_size=3, keep_graphs=keep)
     assert relative_error(got, wanted) == 0  # not a bit, dropout included
     replayed = {0.0: (1, 1), 0.5: (0, 1), 1.0: (0, 0)}.get(keep)
     for maker in makers:
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_whole_batch(keep):
 
 def test_few_rows_are_in_memory_at_once():
     maker = Maker({"x": vectors(64)})
-    step(OfX().double(), [RowsOnDemand(range(64), maker), {"x": vectors(64, seed=1)}], micro_batch=4)
+    step(OfX().double(), [RowsOnDemand(range(64), maker), {"x": vectors(64, seed=1)}], mini_batch_size=4)
     assert 4 <= maker.most <= 3 * 4  # the one in the encoder (and a copy of it), and the next
 
 
@@ -87,12 +87,12 @@ def test_the_next_is_made_while_one_is_encoded():
     assert rows.take(torch.tensor([4]))["x"].equal(maker.batch["x"][4:5])  # something else after all
 
 
-def test_tokens_are_padded_by_micro_batch_or_with_the_whole():
+def test_tokens_are_padded_by_mini_batch_or_with_the_whole():
     """An encoder that reads its padding is given the whole batch; any other one never."""
     batch = texts(9, 12, 3)
     lengths = batch["attention_mask"].sum(1)
     encoder = TextEncoder().double()
-    wanted = step(encoder, [batch, texts(9, 5, 4)], micro_batch=2)
+    wanted = step(encoder, [batch, texts(9, 5, 4)], mini_batch_size=2)
 
     class Trimming(Maker):
         def __call__(self, numbers):
@@ -100,7 +100,7 @@ def test_tokens_are_padded_by_micro_batch_or_with_the_whole():
             return {key: value[:, :width] for key, value in super().__call__(numbers).items()}
 
     maker = Trimming(batch)
-    got = step(encoder, [RowsOnDemand(range(9), maker, lengths=lengths), texts(9, 5, 4)], micro_batch=2)
+    got = step(encoder, [RowsOnDemand(range(9), maker, lengths=lengths), texts(9, 5, 4)], mini_batch_size=2)
     assert relative_error(got, wanted) < 1e-12
     assert max(map(len, maker.calls)) == 3  # to see whether padding counts, the longest row goes with two
 
@@ -115,9 +115,9 @@ def test_tokens_are_padded_by_micro_batch_or_with_the_whole():
             return self.embed(batch["input_ids"]).sum(1)
 
     encoder, maker = Padded().double(), Trimming(batch)
-    wanted = step(encoder, [batch, texts(9, 5, 4)], micro_batch=2)
+    wanted = step(encoder, [batch, texts(9, 5, 4)], mini_batch_size=2)
     with pytest.warns(UserWarning, match="depend on the padding"):
-        got = step(encoder, [RowsOnDemand(range(9), maker, lengths=lengths), texts(9, 5, 4)], micro_batch=2)
+        got = step(encoder, [RowsOnDemand(range(9), maker, lengths=lengths), texts(9, 5, 4)], mini_batch_size=2)
     assert relative_error(got, wanted) < 1e-12
     assert max(map(len, maker.calls)) == 9
 
@@ -138,5 +138,5 @@ def test_errors_of_either_thread_reach_the_caller():
 
     encoder = OfX().double()
     with pytest.raises(AnybatchError, match="row 6"):
-        step(encoder, [RowsOnDemand(range(8), make), {"x": vectors(8)}], micro_batch=2)
+        step(encoder, [RowsOnDemand(range(8), make), {"x": vectors(8)}], mini_batch_size=2)
     assert all(parameter.grad is None for parameter in encoder.parameters())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybatch.caching import RowSlicer, plan_micro_batches
+from anybatch.caching import RowSlicer, plan_mini_batches
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import padded
 
@@ -75,7 +75,7 @@ def test_tokens_that_end_within_an_image_are_refused():
 
 
 def test_images_padded_to_the_most_of_a_row_are_trimmed():
-    """As Idefics gives them: (B, images, ...) with a mask; a micro-batch of texts has no pixels at all."""
+    """As Idefics gives them: (B, images, ...) with a mask; a mini-batch of texts has no pixels at all."""
     pixels = torch.arange(4 * 3).view(4, 3, 1, 1, 1).expand(-1, -1, 3, 16, 16).float()
     there = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]])
     mask = there[:, :, None, None].expand(-1, -1, 16, 16)
@@ -89,11 +89,11 @@ def test_images_padded_to_the_most_of_a_row_are_trimmed():
     assert list_of(slicer.patches) == [2, 0, 3, 0]
 
 
-def test_patches_fill_micro_batches():
+def test_patches_fill_mini_batches():
     inputs, _ = batch([3, 3, 0, 0, 0, 0], grids=False, types=True)  # 8 or 2 tokens, and 6 patches
     slicer = RowSlicer(inputs)
     assert list_of(slicer.costs) == [8 + 6, 8 + 6, 2, 2, 2, 2]
-    assert [rows.tolist() for rows in plan_micro_batches(slicer, micro_batch=None, max_tokens=14)] == [
+    assert [rows.tolist() for rows in plan_mini_batches(slicer, mini_batch_size=None, max_tokens=14)] == [
         [0],
         [1],
         [2, 3, 4, 5],

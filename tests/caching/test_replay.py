@@ -86,12 +86,12 @@ def test_replay_runs_in_the_autocast_of_the_recording(keep, cached_casts_of_the_
         out = torch.cat([reference(part) for part in batch.split(3)])
     out.float().sin().sum().backward()
     torch.testing.assert_close(recording.embeddings.detach(), out.float().detach(), rtol=0, atol=0)
-    # Same micro-batches, same casts: only the order of float32 additions differs.
+    # Same mini-batches, same casts: only the order of float32 additions differs.
     assert relative_error(gradients(encoder), gradients(reference)) < 1e-2
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_bf16_gradients_equal_those_of_one_graph_over_the_same_micro_batches():
+def test_bf16_gradients_equal_those_of_one_graph_over_the_same_mini_batches():
     encoder = Mlp()
     reference = clone(encoder)
     batch = rows()
@@ -185,7 +185,7 @@ def test_frozen_encoders_are_not_replayed():
 
 
 def test_a_tower_that_trains_only_on_some_rows():
-    """The first micro-batch needs no gradient, a later one does: found out, not assumed."""
+    """The first mini-batch needs no gradient, a later one does: found out, not assumed."""
     encoder = Mlp().double()
     batch = rows(9).double()
     batch[:, 0] = torch.arange(9)
@@ -223,7 +223,7 @@ def test_misuse():
     with pytest.raises(AnybatchError, match="for 3 rows"):
         recorded(lambda x: x[:1], rows())
     with pytest.raises(AnybatchError, match="same shape"):
-        recorded(lambda x: x[:, : len(x)], rows(10), micro_batch=4)
+        recorded(lambda x: x[:, : len(x)], rows(10), mini_batch_size=4)
 
 
 @pytest.mark.parametrize("keep", [0, 1])
@@ -232,7 +232,7 @@ def test_several_recordings_share_one_encoder(keep):
     reference = clone(encoder)
     batches = [rows(7).double(), rows(5, seed=1).double()]
     torch.manual_seed(2)
-    recordings = record_towers([encoder] * 2, batches, micro_batch=3, keep_graphs=keep)
+    recordings = record_towers([encoder] * 2, batches, mini_batch_size=3, keep_graphs=keep)
     loss = nn.functional.cosine_similarity(recordings[0].embeddings[:5], recordings[1].embeddings).sum()
     loss.backward()
     replay(recordings, [[r.embeddings.grad] for r in recordings])

@@ -60,18 +60,18 @@ SEEING = {
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("mini_batch_size", [1, 4])
 @pytest.mark.parametrize("kind", SEEING)
-def test_rows_that_see_each_other_are_refused(kind, micro_batch, dropout):
-    if kind == "expert capacity" and micro_batch == 1:
+def test_rows_that_see_each_other_are_refused(kind, mini_batch_size, dropout):
+    if kind == "expert capacity" and mini_batch_size == 1:
         pytest.skip("a capacity of no rows")
     encoder = Around(SEEING[kind], dropout=dropout).train()
     inputs = [vectors(12), vectors(12, seed=1)]
     for _ in range(2):  # it is not forgotten
         with pytest.raises(AnybatchError, match="depends on the rows"):
-            cached_step(Softmax(), encoder, inputs, micro_batch=micro_batch)
+            cached_step(Softmax(), encoder, inputs, mini_batch_size=mini_batch_size)
     assert all(parameter.grad is None for parameter in encoder.parameters())
-    cached_step(Softmax(), encoder, inputs, micro_batch=12)  # the whole batch in one pass is the plain step
+    cached_step(Softmax(), encoder, inputs, mini_batch_size=12)  # the whole batch in one pass is the plain step
 
 
 def top_one(h, training):
@@ -103,7 +103,7 @@ ALONE = {
 def test_rows_by_themselves_run(kind):
     encoder = Around(ALONE[kind], dropout=0.2).train()
     before = torch.get_rng_state()
-    cached_step(Softmax(), encoder, [vectors(12), vectors(12, seed=1)], micro_batch=4)
+    cached_step(Softmax(), encoder, [vectors(12), vectors(12, seed=1)], mini_batch_size=4)
     assert all(parameter.grad is not None for parameter in encoder.parameters())
     assert not torch.equal(before, torch.get_rng_state())
 
@@ -112,7 +112,7 @@ def test_rows_by_themselves_run(kind):
 def test_rounding_of_half_precision_is_no_dependence(dtype):
     encoder = TextEncoder(dropout=0.1, layers=4).float().train()
     with torch.autocast("cpu", dtype=dtype):
-        cached_step(Softmax().float(), encoder, [texts(16, 20, 1), texts(16, 30, 2)], micro_batch=4)
+        cached_step(Softmax().float(), encoder, [texts(16, 20, 1), texts(16, 30, 2)], mini_batch_size=4)
 
 
 class TwoSided(nn.Module):
@@ -148,10 +148,10 @@ def test_each_tower_of_one_model_is_looked_at(told, options):
     mark = {"tensor": torch.tensor, "word": str}.get(told, int)
     inputs = [{"x": vectors(9, seed=k), "number": mark(k)} for k in (0, 1)]
     cached_step(
-        Softmax(), encoders[0], [{**inputs[0], "x": vectors(9, seed=k)} for k in (0, 1)], micro_batch=3, **options
+        Softmax(), encoders[0], [{**inputs[0], "x": vectors(9, seed=k)} for k in (0, 1)], mini_batch_size=3, **options
     )
     with pytest.raises(AnybatchError, match="depends on the rows"):
-        cached_step(Softmax(), encoders, inputs, micro_batch=3, **options)
+        cached_step(Softmax(), encoders, inputs, mini_batch_size=3, **options)
 
 
 class Picking(nn.Module):
@@ -165,8 +165,8 @@ def test_a_number_that_changes_every_step_does_not_cost_a_look_each():
     for step in range(MOST_ANSWERS + 2):
         passes.clear()
         inputs = [{"x": vectors(4, seed=k), "number": 0, "step": step} for k in (0, 1)]
-        cached_step(Softmax(), model, inputs, micro_batch=2)
-    assert len(passes) == 8  # two towers, two micro-batches, recorded and replayed
+        cached_step(Softmax(), model, inputs, mini_batch_size=2)
+    assert len(passes) == 8  # two towers, two mini-batches, recorded and replayed
 
 
 class Convolving(TextEncoder):
@@ -214,11 +214,11 @@ def test_padding_is_cut_where_it_has_no_effect(kind, padding, keep):
     plain_step(clone(loss), [reference] * 2, inputs)
     for _ in range(2):
         encoder.zero_grad()
-        cached_step(loss, encoder, inputs, micro_batch=4, keep_graphs=keep)
+        cached_step(loss, encoder, inputs, mini_batch_size=4, keep_graphs=keep)
         assert relative_error(gradients(encoder), gradients(reference)) < 1e-12
     if kind is Relative:
         encoder.widths.clear()
-        cached_step(loss, encoder, inputs, micro_batch=4, keep_graphs=1.0)
+        cached_step(loss, encoder, inputs, mini_batch_size=4, keep_graphs=1.0)
         assert len(set(encoder.widths)) > 4  # sorted by length, and cut
         assert max(encoder.widths) == 21
 
@@ -240,7 +240,11 @@ def test_given_positions_let_leading_padding_go():
     encoder.zero_grad()
     widths = []
     cached_step(
-        loss, lambda b: widths.append(b["input_ids"].shape[1]) or encode(b), inputs, micro_batch=4, modules=[encoder]
+        loss,
+        lambda b: widths.append(b["input_ids"].shape[1]) or encode(b),
+        inputs,
+        mini_batch_size=4,
+        modules=[encoder],
     )
     assert relative_error(gradients(encoder), wanted) < 1e-12
     assert min(widths) < 5

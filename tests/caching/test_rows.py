@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from anybatch.caching import RowSlicer, Shared, plan_micro_batches
+from anybatch.caching import RowSlicer, Shared, plan_mini_batches
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import padded
 
@@ -77,13 +77,13 @@ def test_images_beside_a_text_leave_it_its_lengths(width):
     slicer = RowSlicer(batch)
     assert slicer.lengths.tolist() == [2, 1, 3, 2]
     assert not slicer.images
-    assert [part.tolist() for part in plan_micro_batches(slicer, micro_batch=4, max_tokens=4)] == [[2], [0, 3], [1]]
+    assert [part.tolist() for part in plan_mini_batches(slicer, mini_batch_size=4, max_tokens=4)] == [[2], [0, 3], [1]]
     part = slicer.take(torch.tensor([1, 0]))
     assert torch.equal(part["pixel_values"], images[[1, 0]])
     assert part["input_ids"].shape == (2, 2)
     unknown = RowSlicer(padded([2, 1, 3, 2], width, pixel_values=images, other=torch.zeros(4, width)))
     with pytest.raises(AnybatchError, match="max_tokens"):
-        plan_micro_batches(unknown, micro_batch=4, max_tokens=4)
+        plan_mini_batches(unknown, mini_batch_size=4, max_tokens=4)
     assert RowSlicer({"pixel_values": images, "attention_mask": torch.ones(4, 2, 2)}).images
 
 
@@ -318,7 +318,7 @@ def test_bags_of_words_are_cut(sizes, data):
     part = slicer.take(torch.tensor(chosen))
     torch.testing.assert_close(bag(part["input_ids"], part["offsets"]), bag(ids, offsets)[chosen])
     assert slicer.lengths.tolist() == sizes
-    assert sorted(torch.cat(plan_micro_batches(slicer, max_tokens=5)).tolist()) == list(range(len(sizes)))
+    assert sorted(torch.cat(plan_mini_batches(slicer, max_tokens=5)).tolist()) == list(range(len(sizes)))
 
 
 def test_broken_offsets_are_refused():

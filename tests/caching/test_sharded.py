@@ -18,7 +18,7 @@ from tests.caching.helpers import Mlp, TextEncoder, recorded, relative_error
 from tests.caching.test_distributed import GatheringSoftmax, reference, share, whole_batch
 from tests.ranks import on_ranks
 
-SHARES = [7, 4]  # three micro-batches of three on one rank, two on the other
+SHARES = [7, 4]  # three mini-batches of three on one rank, two on the other
 CASES = {
     "all replayed": {"keep_graphs": 0},
     "two kept": {"keep_graphs": 2},
@@ -57,12 +57,12 @@ def run_case(rank, name, options):
             warnings.simplefilter("always")
             if name == "accumulation":
                 encoder.set_requires_gradient_sync(False)
-                cached_step(loss, encoder, inputs, micro_batch=3, scale=0.25)
+                cached_step(loss, encoder, inputs, mini_batch_size=3, scale=0.25)
                 assert seen.count == 0
                 encoder.set_requires_gradient_sync(True)
-                value = cached_step(loss, encoder, inputs, micro_batch=3, scale=0.75)
+                value = cached_step(loss, encoder, inputs, mini_batch_size=3, scale=0.75)
             else:
-                value = cached_step(loss, encoder, inputs, micro_batch=3, **options)
+                value = cached_step(loss, encoder, inputs, mini_batch_size=3, **options)
         ignored = [str(warning.message) for warning in said if "ignored for a sharded encoder" in str(warning.message)]
         assert bool(ignored) == (name == "auto")
         reductions.append(seen.count)
@@ -95,7 +95,7 @@ def looks_at_rows_on_one_rank():
     for what in (lambda h: h * (1 + random.random()), lambda h: h - h.mean(0)):
         inputs = [torch.randn(12, 6), torch.randn(12, 6)]
         try:
-            cached_step(GatheringSoftmax([12, 12]), UnlikeOnOneRank(what), inputs, micro_batch=4)
+            cached_step(GatheringSoftmax([12, 12]), UnlikeOnOneRank(what), inputs, mini_batch_size=4)
             said.append("")
         except AnybatchError as error:
             said.append(str(error))
@@ -107,7 +107,7 @@ def on_rank(rank, _):
     results = {name: run_case(rank, name, options) for name, options in CASES.items()}
     inputs = [share(batch, rank, SHARES) for batch in whole_batch(SHARES)]
     messages = []
-    for options in ({"micro_batch": "auto"}, {"micro_batch": 1}):
+    for options in ({"mini_batch_size": "auto"}, {"mini_batch_size": 1}):
         # Seven rows one by one on one rank are seven passes, and the other has four rows.
         with pytest.raises(AnybatchError) as caught:
             cached_step(GatheringSoftmax(SHARES), sharded_encoder(), inputs, **options)
@@ -139,7 +139,7 @@ def test_sharded_ranks_equal_one_process(ranks, case):
 def test_ranks_that_cannot_run_equally_often(ranks):
     for _, (auto, uneven, *_) in ranks:
         assert "on all ranks together" in auto
-        assert "One rank has 7 micro-batches and another 4 rows" in uneven
+        assert "One rank has 7 mini-batches and another 4 rows" in uneven
 
 
 @pytest.mark.distributed
@@ -166,7 +166,7 @@ def test_zero_is_refused_with_what_to_use():
     partitioned = Mlp()
     partitioned.layers[0].weight.ds_id = 0  # what ZeRO-3 leaves on every parameter
     with pytest.raises(AnybatchError, match="ZeRO-3"):
-        recorded(partitioned, torch.randn(4, 6), micro_batch=4)
+        recorded(partitioned, torch.randn(4, 6), mini_batch_size=4)
 
 
 def test_the_older_fsdp_is_refused():

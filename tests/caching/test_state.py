@@ -27,10 +27,10 @@ def seed_all():
 
 
 def error_to_one_graph(encode, modules, *, rows=11, start=seed_all, **options):
-    """The cached step against one graph over the same micro-batches, in the same order, from the same start."""
+    """The cached step against one graph over the same mini-batches, in the same order, from the same start."""
     inputs, loss = [vectors(rows), vectors(rows, seed=1)], Softmax()
     start()
-    cached_step(loss, encode, inputs, micro_batch=3, **options)
+    cached_step(loss, encode, inputs, mini_batch_size=3, **options)
     got = gradients(*modules, loss)
     for module in (*modules, loss):
         module.zero_grad()
@@ -108,7 +108,7 @@ def test_generators_go_on_where_the_forward_passes_left_them(source):
     encoder, start = sources()[source]
     inputs = [vectors(9), vectors(9, seed=1)]
     start()
-    cached_step(Softmax(), encoder, inputs, micro_batch=3)
+    cached_step(Softmax(), encoder, inputs, mini_batch_size=3)
     following = encoder.draw(encoder, 1)
     start()
     for part in [part for batch in inputs for part in batch.split(3)]:
@@ -155,7 +155,7 @@ def test_what_a_forward_pass_counts_is_counted_once(kind, keep):
 
     assert error_to_one_graph(encoder, [encoder], start=start, keep_graphs=keep) < EXACT
     start()
-    cached_step(Softmax(), encoder, [vectors(9), vectors(9, seed=1)], micro_batch=3, keep_graphs=keep)
+    cached_step(Softmax(), encoder, [vectors(9), vectors(9, seed=1)], mini_batch_size=3, keep_graphs=keep)
     assert encoder.calls + float(encoder.count) == 6
 
 
@@ -167,7 +167,7 @@ def test_a_tower_reads_what_another_writes(writer):
     if writer == 1:
         towers.reverse()
     inputs, loss = [vectors(8), vectors(8, seed=1)], Softmax()
-    cached_step(loss, towers, inputs, micro_batch=3)
+    cached_step(loss, towers, inputs, mini_batch_size=3)
     got = gradients(shared, loss)
     shared.count.zero_()
     for module in (shared, loss):
@@ -191,10 +191,12 @@ def test_what_cannot_be_brought_back_is_refused_and_changes_no_gradient():
         parameter.grad = before[name].clone()
     loss = Softmax()
     with pytest.raises(AnybatchError, match="differs from its recording"):
-        cached_step(loss, encoder, [vectors(9), vectors(9, seed=1)], micro_batch=3)
+        cached_step(loss, encoder, [vectors(9), vectors(9, seed=1)], mini_batch_size=3)
     assert all(torch.equal(p.grad, before[name]) for name, p in encoder.named_parameters())
     assert loss.log_temperature.grad is None
-    cached_step(loss, encoder, [vectors(9), vectors(9, seed=1)], micro_batch=3, keep_graphs=1.0)  # nothing to replay
+    cached_step(
+        loss, encoder, [vectors(9), vectors(9, seed=1)], mini_batch_size=3, keep_graphs=1.0
+    )  # nothing to replay
 
 
 TOO_LARGE = LARGEST_BUFFER // 8 + 1  # numbers in float64
@@ -204,7 +206,9 @@ def test_a_buffer_too_large_to_keep_is_named():
     encoder = Counter("in place")
     encoder.count = torch.zeros(TOO_LARGE)
     with pytest.raises(AnybatchError, match="It writes to count, too large"):
-        cached_step(Softmax(), lambda x: encoder.inner(x) * encoder.count.add_(1)[0], [vectors(9)] * 2, micro_batch=3)
+        cached_step(
+            Softmax(), lambda x: encoder.inner(x) * encoder.count.add_(1)[0], [vectors(9)] * 2, mini_batch_size=3
+        )
 
 
 def test_another_dtype_in_the_replay_is_refused():
@@ -215,7 +219,7 @@ def test_another_dtype_in_the_replay_is_refused():
         return out.float() if torch.is_grad_enabled() else out
 
     with pytest.raises(AnybatchError, match=r"float64.*recorded.*float32"):
-        cached_step(Softmax(), split, [vectors(9), vectors(9, seed=1)], micro_batch=3)
+        cached_step(Softmax(), split, [vectors(9), vectors(9, seed=1)], mini_batch_size=3)
 
 
 @pytest.mark.parametrize("hook", [lambda g: g.clamp(-1e-3, 1e-3), lambda g: g * 0.5, lambda g: None])
@@ -226,7 +230,7 @@ def test_hooks_of_parameters_see_the_whole_gradient_once(hook):
     for module in (encoder, reference):
         module.layers[0].weight.register_hook(lambda g: seen.append(g.clone()) or hook(g))
         module.layers[0].weight.grad = torch.ones_like(module.layers[0].weight)
-    cached_step(loss, encoder, inputs, micro_batch=3)
+    cached_step(loss, encoder, inputs, mini_batch_size=3)
     assert len(seen) == 1
     loss(reference(inputs[0]), reference(inputs[1])).backward()
     assert len(seen) == 2
@@ -243,7 +247,7 @@ def test_optimizers_in_the_backward_pass_are_refused_before_it():
     for encoder in (by_hook, by_torch):
         before = clone(encoder).state_dict()
         with pytest.raises(AnybatchError, match=r"layers.0.weight has a hook"):
-            cached_step(Softmax(), encoder, [vectors(9), vectors(9, seed=1)], micro_batch=3, keep_graphs=1.0)
+            cached_step(Softmax(), encoder, [vectors(9), vectors(9, seed=1)], mini_batch_size=3, keep_graphs=1.0)
         assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
 
@@ -258,7 +262,7 @@ def test_a_saved_tensor_changed_in_place_raises_as_in_autograd(keep):
         return out
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        cached_step(Softmax(), in_place, [vectors(9), vectors(9, seed=1)], micro_batch=3, keep_graphs=keep)
+        cached_step(Softmax(), in_place, [vectors(9), vectors(9, seed=1)], mini_batch_size=3, keep_graphs=keep)
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
@@ -271,7 +275,7 @@ def test_gradients_of_a_failed_replay_are_taken_back():
             raise ValueError("broken in the second replay")
         return encoder(x)
 
-    recording = recorded(failing, vectors(9), micro_batch=3)
+    recording = recorded(failing, vectors(9), mini_batch_size=3)
     calls[:] = [1] * 5
     with pytest.raises(ValueError, match="broken"):
         send_back(recording, torch.ones_like(recording.embeddings))
@@ -306,7 +310,7 @@ class Remembering(nn.Module):
 def test_a_memo_of_a_weight_never_loses_its_gradient(kind, keep):
     encoder, inputs = Remembering(kind), [vectors(11), vectors(11, seed=1)]
     with pytest.raises(AnybatchError, match="computed from its parameters"):
-        cached_step(Softmax(), encoder, inputs, micro_batch=3, keep_graphs=keep)
+        cached_step(Softmax(), encoder, inputs, mini_batch_size=3, keep_graphs=keep)
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
@@ -318,7 +322,7 @@ def test_memos_used_once_have_their_gradient():
     def with_half(embeddings):
         return loss(embeddings, embeddings.flip(0))
 
-    recording = recorded(encoder, inputs[0], micro_batch=4)
+    recording = recorded(encoder, inputs[0], mini_batch_size=4)
     with_half(recording.embeddings).backward()
     send_back(recording, recording.embeddings.grad)
     got = gradients(encoder, loss)
@@ -364,7 +368,7 @@ def test_a_frozen_parameter_is_written_as_often_as_it_would_be(how, read, keep):
     inputs = [vectors(11), vectors(11, seed=1)]
     for _ in range(2):  # the second step knows of it, and the gradients of both accumulate
         loss.zero_grad()
-        cached_step(loss, encoder, inputs, micro_batch=3, keep_graphs=keep)
+        cached_step(loss, encoder, inputs, mini_batch_size=3, keep_graphs=keep)
         got = gradients(encoder, loss)
         loss.zero_grad()
         first, second = (torch.cat([reference(part) for part in batch.split(3)]) for batch in inputs)
@@ -374,9 +378,9 @@ def test_a_frozen_parameter_is_written_as_often_as_it_would_be(how, read, keep):
             torch.testing.assert_close(encoder.state_dict()[name], tensor, rtol=1e-12, atol=1e-14)
 
 
-def test_one_micro_batch_writes_a_teacher_once():
+def test_one_mini_batch_writes_a_teacher_once():
     encoder, reference = Teacher("in place", False), Teacher("in place", False)
-    cached_step(Softmax(), encoder, [vectors(4), vectors(4, seed=1)], micro_batch=4)
+    cached_step(Softmax(), encoder, [vectors(4), vectors(4, seed=1)], mini_batch_size=4)
     for _ in range(2):
         reference(vectors(4))
     torch.testing.assert_close(encoder.state_dict(), reference.state_dict(), rtol=1e-12, atol=1e-14)
@@ -387,7 +391,10 @@ def test_a_teacher_too_large_to_keep_is_named():
     encoder.teacher.register_parameter("table", nn.Parameter(torch.zeros(TOO_LARGE), requires_grad=False))
     with pytest.raises(AnybatchError, match=r"writes to teacher\..*after the step"):
         cached_step(
-            Softmax(), lambda x: encoder.student(x) + encoder.teacher.table.add_(1)[0], [vectors(9)] * 2, micro_batch=3
+            Softmax(),
+            lambda x: encoder.student(x) + encoder.teacher.table.add_(1)[0],
+            [vectors(9)] * 2,
+            mini_batch_size=3,
         )
 
 
@@ -396,7 +403,7 @@ def test_a_frozen_embedding_with_a_largest_norm_runs():
     encoder = nn.Sequential(table, Mlp())
     ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     reference, loss = clone(encoder), Softmax()
-    cached_step(loss, encoder, list(ids), micro_batch=3)
+    cached_step(loss, encoder, list(ids), mini_batch_size=3)
     got = gradients(encoder, loss)
     loss.zero_grad()
     loss(reference(ids[0]), reference(ids[1])).backward()
@@ -411,7 +418,7 @@ def test_sparse_and_dense_gradients_of_one_parameter_add_up(first):
     if first == "dense":
         ways.reverse()
     for way in ways:
-        cached_step(loss, way, ids, micro_batch=4, modules=[table])
+        cached_step(loss, way, ids, mini_batch_size=4, modules=[table])
     got, table.weight.grad = table.weight.grad.clone(), None
     for way in ways if first == "dense" else ways[::-1]:  # torch itself adds in this order only
         loss(way(ids[0]), way(ids[1])).backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from anybatch.caching import cached_step, plan_micro_batches
+from anybatch.caching import cached_step, plan_mini_batches
 from anybatch.core.errors import AnybatchError
 from tests.caching.helpers import (
     Mlp,
@@ -50,11 +50,11 @@ def both_ways(loss, encoders, inputs, *, plain_kwargs=None, **options):
 def test_tied_text_towers(rows, keep):
     encoder = TextEncoder()
     inputs = [texts(rows, 7, 1), texts(rows, 15, 2)]
-    assert both_ways(Softmax(), [encoder, encoder], inputs, micro_batch=4, keep_graphs=keep) < EXACT
+    assert both_ways(Softmax(), [encoder, encoder], inputs, mini_batch_size=4, keep_graphs=keep) < EXACT
 
 
 @pytest.mark.parametrize("sort", [True, False])
-@pytest.mark.parametrize("options", [{"micro_batch": 5}, {"micro_batch": None, "max_tokens": 40}])
+@pytest.mark.parametrize("options", [{"mini_batch_size": 5}, {"mini_batch_size": None, "max_tokens": 40}])
 def test_untied_towers(sort, options):
     encoders = [TextEncoder(seed=1), TextEncoder(seed=2, layers=1)]
     inputs = [texts(12, 9, 1), texts(12, 16, 2)]
@@ -65,7 +65,7 @@ def test_untied_towers(sort, options):
 def test_explicit_negatives_with_a_tail(towers):
     encoder = Mlp()
     inputs = [vectors(11, seed=0), vectors(11, seed=1), *[vectors(7 + k, seed=2 + k) for k in range(towers - 2)]]
-    assert both_ways(Softmax(), [encoder] * towers, inputs, micro_batch=4) < EXACT
+    assert both_ways(Softmax(), [encoder] * towers, inputs, mini_batch_size=4) < EXACT
 
 
 def test_one_tower():
@@ -73,7 +73,7 @@ def test_one_tower():
         def forward(self, embeddings):
             return nn.functional.pdist(embeddings).neg().exp().mean()
 
-    assert both_ways(Spread(), [Mlp()], [vectors(9)], micro_batch=2) < EXACT
+    assert both_ways(Spread(), [Mlp()], [vectors(9)], mini_batch_size=2) < EXACT
 
 
 def test_a_mask_and_the_outer_scale():
@@ -81,7 +81,7 @@ def test_a_mask_and_the_outer_scale():
     encoder = Mlp()
     log_weight = torch.zeros(10, 10)
     log_weight[0, 1] = log_weight[3, 7] = -torch.inf
-    options = {"loss_kwargs": {"log_weight": log_weight}, "scale": 1024.0, "micro_batch": 3}
+    options = {"loss_kwargs": {"log_weight": log_weight}, "scale": 1024.0, "mini_batch_size": 3}
     assert both_ways(Softmax(), [encoder, encoder], [vectors(10), vectors(10, seed=1)], **options) < EXACT
 
 
@@ -96,11 +96,13 @@ def test_a_frozen_tower_runs_once(frozen, keep):
     inputs = [vectors(9), vectors(9, seed=1)]
     reference = [clone(encoder) for encoder in encoders]
     plain_step(Softmax(), reference, inputs)
-    cached_step(Softmax(), encoders, inputs, micro_batch=3)  # the first step also looks at half of a micro-batch alone
+    cached_step(
+        Softmax(), encoders, inputs, mini_batch_size=3
+    )  # the first step also looks at half of a mini-batch alone
     calls[:] = [0, 0]
     for encoder in encoders:
         encoder.zero_grad()
-    cached_step(Softmax(), encoders, inputs, micro_batch=3, keep_graphs=keep)
+    cached_step(Softmax(), encoders, inputs, mini_batch_size=3, keep_graphs=keep)
     assert relative_error(gradients(*encoders), gradients(*reference)) < EXACT
     assert calls[frozen] == 3
     assert calls[1 - frozen] == (3 if keep == 1.0 else 6)
@@ -115,7 +117,7 @@ def test_lora():
         if "lora_B" in name:
             nn.init.normal_(parameter)
     inputs = [texts(10, 7, 1), texts(10, 12, 2)]
-    assert both_ways(Softmax(), [encoder, encoder], inputs, micro_batch=4) < EXACT
+    assert both_ways(Softmax(), [encoder, encoder], inputs, mini_batch_size=4) < EXACT
     trained = {name for name, p in encoder.named_parameters() if p.grad is not None}
     assert trained
     assert all("lora_" in name for name in trained)
@@ -133,7 +135,7 @@ def test_gradient_checkpointing_inside_the_encoder(keep, reentrant):
             encoder.bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         encoder.bert.encoder.layer[0].intermediate.register_forward_hook(lambda *_, calls=calls: calls.append(True))
         torch.manual_seed(4)
-        cached_step(Softmax(), encoder, inputs, micro_batch=4, keep_graphs=keep)
+        cached_step(Softmax(), encoder, inputs, mini_batch_size=4, keep_graphs=keep)
         found.append((gradients(encoder), len(calls)))
     (plain, passes), (checkpointed, more) = found
     assert more > passes  # layers were recomputed
@@ -148,12 +150,12 @@ def test_dropout_is_replayed(keep, tied):
     reference = [clone(first)]
     reference.append(reference[0] if tied else clone(encoders[1]))
     inputs = [texts(11, 6, 1), texts(11, 14, 2)]
-    plans = [plan_micro_batches(batch, micro_batch=4) for batch in inputs]
+    plans = [plan_mini_batches(batch, mini_batch_size=4) for batch in inputs]
     torch.manual_seed(3)
     wanted = plain_step_in_pieces(Softmax(), reference, inputs, plans, cut_and_trim)
     after = torch.rand(4)
     torch.manual_seed(3)
-    value = cached_step(Softmax(), encoders, inputs, micro_batch=4, keep_graphs=keep)
+    value = cached_step(Softmax(), encoders, inputs, mini_batch_size=4, keep_graphs=keep)
     torch.testing.assert_close(torch.rand(4), after, rtol=0, atol=0)  # the generator ends where a plain step ends
     torch.testing.assert_close(value, wanted, rtol=EXACT, atol=0)
     assert relative_error(gradients(*dict.fromkeys(encoders)), gradients(*dict.fromkeys(reference))) < EXACT
@@ -169,7 +171,7 @@ def test_temperature_gradient_comes_once():
     inputs = [vectors(12), vectors(12, seed=1)]
     reference = clone(loss)
     plain_step(reference, [clone(encoder)] * 2, inputs)
-    cached_step(loss, encoder, inputs, micro_batch=3)
+    cached_step(loss, encoder, inputs, mini_batch_size=3)
     torch.testing.assert_close(loss.log_temperature.grad, reference.log_temperature.grad, rtol=EXACT, atol=0)
     assert loss.calls == 1  # sentence-transformers: once for every chunk of every column
 
@@ -183,7 +185,7 @@ def test_gradient_is_not_multiplied_by_the_batch_size():
         reference = clone(encoder)
         plain_step(Softmax(), [reference] * 2, inputs)
         encoder.zero_grad()
-        cached_step(Softmax(), encoder, inputs, micro_batch=4)
+        cached_step(Softmax(), encoder, inputs, mini_batch_size=4)
         norm = torch.cat([p.grad.flatten() for p in encoder.parameters()]).norm()
         ratios.append(norm / torch.cat([p.grad.flatten() for p in reference.parameters()]).norm())
     torch.testing.assert_close(torch.stack(ratios), torch.ones(2), rtol=EXACT, atol=0)
@@ -195,7 +197,7 @@ def test_gradients_accumulate_like_backward():
     reference = clone(encoder)
     for _ in range(2):
         plain_step(Softmax(), [reference] * 2, inputs)
-        cached_step(Softmax(), encoder, inputs, micro_batch=4, keep_graphs=1)
+        cached_step(Softmax(), encoder, inputs, mini_batch_size=4, keep_graphs=1)
     assert relative_error(gradients(encoder), gradients(reference)) < EXACT
 
 
@@ -203,12 +205,12 @@ def test_batch_norm_is_refused_by_name():
     encoder = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
     inputs = [vectors(6), vectors(6, seed=1)]
     with pytest.raises(AnybatchError, match=r"1 is a BatchNorm1d.*eval.*LayerNorm"):
-        cached_step(Softmax(), encoder, inputs, micro_batch=2)
+        cached_step(Softmax(), encoder, inputs, mini_batch_size=2)
     with pytest.raises(AnybatchError, match="BatchNorm1d"):
-        cached_step(Softmax(), lambda batch: encoder(batch), inputs, micro_batch=2)
+        cached_step(Softmax(), lambda batch: encoder(batch), inputs, mini_batch_size=2)
     assert encoder[1].num_batches_tracked == 0
     encoder[1].eval()
-    assert both_ways(Softmax(), [encoder, encoder], inputs, micro_batch=2) < EXACT
+    assert both_ways(Softmax(), [encoder, encoder], inputs, mini_batch_size=2) < EXACT
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_batch_norm_is_refused_by_name():
 )
 def test_what_makes_no_step(loss, encoders, towers, match):
     with pytest.raises(AnybatchError, match=match):
-        cached_step(loss, encoders, [vectors(4).float()] * towers, micro_batch=2)
+        cached_step(loss, encoders, [vectors(4).float()] * towers, mini_batch_size=2)
 
 
 def test_inputs_that_need_a_gradient():
@@ -231,5 +233,5 @@ def test_inputs_that_need_a_gradient():
     learned, fixed = vectors(7).requires_grad_(), vectors(7, seed=1)
     plain_step(Softmax(), [encoder, encoder], [learned, fixed])
     wanted, learned.grad = learned.grad, None
-    cached_step(Softmax(), encoder, [learned, fixed], micro_batch=3)
+    cached_step(Softmax(), encoder, [learned, fixed], mini_batch_size=3)
     torch.testing.assert_close(learned.grad, wanted, rtol=EXACT, atol=1e-16)

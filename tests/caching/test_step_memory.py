@@ -1,4 +1,4 @@
-"""A memory budget: micro-batches found by probing, failures learned from; no bit of the gradient depends on it."""
+"""A memory budget: mini-batches found by probing, failures learned from; no bit of the gradient depends on it."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anybatch.caching import StepMemory, cached_step, memory, plan_micro_batches, record_towers
+from anybatch.caching import StepMemory, cached_step, memory, plan_mini_batches, record_towers
 from anybatch.caching.device_memory import is_out_of_memory, memory_in_use, total_memory
 from anybatch.caching.encoder import towers_of
 from anybatch.caching.memory import LEAF_COPIES, GraphBudget, gradient_bytes, graph_bytes, leaf_bytes
@@ -82,29 +82,29 @@ def test_what_fits_is_plain_training(device):
     memory = StepMemory("80%")
     for step in range(2):
         encoder.rows.clear()
-        [recording] = record_towers([encoder], [batch], micro_batch="auto", keep_graphs="auto", memory=memory)
+        [recording] = record_towers([encoder], [batch], mini_batch_size="auto", keep_graphs="auto", memory=memory)
         send_back(recording, torch.ones_like(recording.embeddings))
         # Once: two short rows with their padding and without, then what a row takes.
         probes = [(2, True), (2, False), (1, True), (2, True)] if step == 0 else []
         assert encoder.rows == [*probes, (20, True)]  # one forward pass of everything, no replay, probed once
 
 
-def test_the_micro_batch_follows_the_memory(device):
+def test_the_mini_batch_follows_the_memory(device):
     encoder, batch = TextEncoder(), texts(64, 30, 1)
     tokens = []
     for megabytes in (64, 16, 4, 1):
         device.total = megabytes * 2**20
-        plan = record_towers([encoder], [batch], micro_batch="auto", memory=StepMemory("100%"))[0].pieces
+        plan = record_towers([encoder], [batch], mini_batch_size="auto", memory=StepMemory("100%"))[0].pieces
         tokens.append(max(len(piece.rows) for piece in plan))
     assert tokens == sorted(tokens, reverse=True)
     assert tokens[0] > tokens[-1] > 0
 
 
-def test_the_probed_micro_batch_fits_in_half_of_the_room(device):
+def test_the_probed_mini_batch_fits_in_half_of_the_room(device):
     encoder, batch = TextEncoder(), texts(64, 30, 1)
     device.total = 8 * 2**20
     memory = StepMemory("100%")
-    [recording] = record_towers([encoder], [batch], micro_batch="auto", memory=memory)
+    [recording] = record_towers([encoder], [batch], mini_batch_size="auto", memory=memory)
     largest = GraphBudget(1, modules=[encoder])
     slicer = RowSlicer(batch)
     for piece in recording.pieces:
@@ -128,10 +128,10 @@ def test_probing_leaves_no_trace(device):
             return super().forward(batch) * (self.calls + torch.rand((), generator=self.own))
 
     states = []
-    for micro_batch in ("auto", 9):
+    for mini_batch_size in ("auto", 9):
         encoder = Drawing().train()
         torch.manual_seed(3)
-        [recording] = record_towers([encoder], [texts(9, 12, 1)], micro_batch=micro_batch)
+        [recording] = record_towers([encoder], [texts(9, 12, 1)], mini_batch_size=mini_batch_size)
         states.append((recording.embeddings, torch.tensor(encoder.calls), encoder.own.get_state()))
     assert all(torch.equal(*pair) for pair in zip(*states))
 
@@ -141,7 +141,7 @@ def test_inputs_without_lengths(device):
     reference, loss = clone(encoder), Softmax().double()
     inputs = [vectors(9), vectors(9, seed=1)]
     plain_step(Softmax().double(), [reference] * 2, inputs)
-    cached_step(loss, encoder, inputs, micro_batch="auto", keep_graphs="auto")
+    cached_step(loss, encoder, inputs, mini_batch_size="auto", keep_graphs="auto")
     assert relative_error(gradients(encoder), gradients(reference)) < 1e-12
 
 
@@ -202,27 +202,27 @@ def test_few_images_where_there_is_little_room(device, monkeypatch):
 def test_images_have_no_tokens_to_limit():
     slicer = RowSlicer(images(7))
     assert slicer.lengths is None
-    assert [len(rows) for rows in plan_micro_batches(slicer, micro_batch=3, max_tokens=20)] == [3, 3, 1]
+    assert [len(rows) for rows in plan_mini_batches(slicer, mini_batch_size=3, max_tokens=20)] == [3, 3, 1]
     part = slicer.take(torch.tensor([5, 2]))
     assert torch.equal(part["pixel_values"], images(7)["pixel_values"][[5, 2]])
-    with pytest.raises(AnybatchError, match="Use micro_batch"):
-        plan_micro_batches(slicer, micro_batch=None, max_tokens=20)
+    with pytest.raises(AnybatchError, match="Use mini_batch_size"):
+        plan_mini_batches(slicer, mini_batch_size=None, max_tokens=20)
 
 
 def test_a_budget_that_holds_no_row_says_so(device):
     device.total = 1000
     with pytest.warns(UserWarning, match="will be exceeded"):
-        record_towers([TextEncoder()], [texts(5, 9, 1)], micro_batch="auto", memory=StepMemory("100%"))
+        record_towers([TextEncoder()], [texts(5, 9, 1)], mini_batch_size="auto", memory=StepMemory("100%"))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_no_bit_depends_on_what_is_kept(dropout):
-    """Two towers, so that the order of kept and replayed micro-batches could mix."""
+    """Two towers, so that the order of kept and replayed mini-batches could mix."""
     wanted = None
     for keep in (0, 0.25, 3, 1.0, "auto"):
         encoder, loss = TextEncoder(dropout=dropout).train(), Softmax()
         torch.manual_seed(2)
-        cached_step(loss, encoder, [texts(13, 9, 1), texts(13, 20, 2)], micro_batch=3, keep_graphs=keep)
+        cached_step(loss, encoder, [texts(13, 9, 1), texts(13, 20, 2)], mini_batch_size=3, keep_graphs=keep)
         found = gradients(encoder, loss)
         wanted = wanted or found
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), keep
@@ -259,13 +259,13 @@ def test_what_is_set_aside_for_the_loss_is_what_it_takes(loss, towers):
     encoder, kwargs = torch.nn.Linear(2, width), {"index": torch.arange(rows)} if loss == "sogclr" else {}
     inputs = [torch.randn(rows, 2) for _ in range(towers)]
     with LiveBytes() as twin:
-        cached_step(make(), encoder, inputs, micro_batch=8, loss_kwargs=kwargs)
+        cached_step(make(), encoder, inputs, mini_batch_size=8, loss_kwargs=kwargs)
     reserved = leaf_bytes([torch.empty(8, width)], towers * rows)
     assert twin.peak <= reserved <= 2 * twin.peak
 
 
 def test_wide_embeddings_leave_room_for_fewer_graphs(device):
-    """The rows of all towers count, from the first micro-batch on; half precision is held in float32."""
+    """The rows of all towers count, from the first mini-batch on; half precision is held in float32."""
     inner = torch.nn.Linear(6, 512)
     inputs = [torch.randn(64, 6) for _ in range(2)]
     leaves = leaf_bytes([torch.empty(8, 512)], 128)
@@ -275,7 +275,7 @@ def test_wide_embeddings_leave_room_for_fewer_graphs(device):
     def encode(x):
         return inner(x).tanh()
 
-    options = {"micro_batch": 8, "keep_graphs": "auto", "modules": [inner]}
+    options = {"mini_batch_size": 8, "keep_graphs": "auto", "modules": [inner]}
     a_graph = 4 * (8 * 512 + 8 * 6)  # tanh saves its result, the layer its input
     device.total = leaves + sum(4 * p.numel() for p in inner.parameters()) + 5 * a_graph
     kept = [one.num_kept for one in record_towers([encode] * 2, inputs, memory=StepMemory("100%"), **options)]
@@ -302,12 +302,12 @@ def test_later_steps_start_from_what_fitted(device):
     encoder = Tight(70, dropout=0.2).double().train()
     batch, memory = texts(16, 30, 1), StepMemory("80%")
     with pytest.warns(UserWarning, match="padded tokens"):
-        record_towers([encoder], [batch], micro_batch="auto", memory=memory)
+        record_towers([encoder], [batch], mini_batch_size="auto", memory=memory)
     assert encoder.failures
     assert memory.learned is not None
     assert 30 <= memory.learned <= 70
     encoder.failures.clear()
-    [recording] = record_towers([encoder], [batch], micro_batch="auto", memory=memory)
+    [recording] = record_towers([encoder], [batch], mini_batch_size="auto", memory=memory)
     assert not encoder.failures
     send_back(recording, torch.ones_like(recording.embeddings))
 
@@ -315,7 +315,7 @@ def test_later_steps_start_from_what_fitted(device):
 def test_overrun_lowers_what_later_steps_keep(device):
     crowded = Crowded(Mlp(), 3)
     memory, x = StepMemory("80%"), torch.randn(12, 6)
-    options = {"micro_batch": 2, "keep_graphs": "auto", "memory": memory}
+    options = {"mini_batch_size": 2, "keep_graphs": "auto", "memory": memory}
     with pytest.warns(UserWarning, match="with 3 graphs kept"):
         first = record_towers([crowded], [x], **options)[0].num_kept
     assert not crowded.alive()
@@ -335,8 +335,8 @@ def test_out_of_memory_in_the_backward_pass_is_explained():
             raise torch.OutOfMemoryError("no room")
 
     inner = Mlp()
-    recording = recorded(lambda x: Heavy.apply(inner(x)), torch.randn(4, 6), micro_batch=4)
-    with pytest.raises(AnybatchError, match=r"backward pass of a micro-batch of 4 rows.*No gradient was changed"):
+    recording = recorded(lambda x: Heavy.apply(inner(x)), torch.randn(4, 6), mini_batch_size=4)
+    with pytest.raises(AnybatchError, match=r"backward pass of a mini-batch of 4 rows.*No gradient was changed"):
         send_back(recording, torch.ones(4, 5))
 
 
@@ -349,7 +349,7 @@ def test_graphs_that_share_storage_are_counted_once():
     def encode(x):
         return torch.nn.functional.linear(first(x).tanh(), cast).tanh()
 
-    recorded(encode, torch.randn(8, 6), micro_batch=2, **within(budget))
+    recorded(encode, torch.randn(8, 6), mini_batch_size=2, **within(budget))
     # Every graph also saves its x (2 x 6) and the two tanh (2 x 7, 2 x 200).
     assert budget.spent == 4 * (200 * 7 + 4 * (2 * 6 + 2 * 7 + 2 * 200))
 
@@ -362,14 +362,14 @@ def test_what_says_that_memory_ran_out():
 def test_the_plan_of_a_mixed_limit():
     """A limit of the caller's own holds beside the probe's."""
     batch = texts(12, 9, 1)
-    recordings = record_towers([TextEncoder()], [batch], micro_batch="auto", max_tokens=18)
-    wanted = plan_micro_batches(batch, micro_batch=None, max_tokens=18)
+    recordings = record_towers([TextEncoder()], [batch], mini_batch_size="auto", max_tokens=18)
+    wanted = plan_mini_batches(batch, mini_batch_size=None, max_tokens=18)
     assert [piece.rows.tolist() for piece in recordings[0].pieces] == [rows.tolist() for rows in wanted]
 
 
 @pytest.mark.parametrize("place", ["replay", "backward"])
-@pytest.mark.parametrize("micro_batch", ["auto", 8])
-def test_running_out_in_a_replay_or_backward_pass_teaches_and_leaves_no_gradient(device, place, micro_batch):
+@pytest.mark.parametrize("mini_batch_size", ["auto", 8])
+def test_running_out_in_a_replay_or_backward_pass_teaches_and_leaves_no_gradient(device, place, mini_batch_size):
     """With dropout a replay cannot be split: the step raises, and the next one with the same memory takes half."""
     encoder, sizes = TextEncoder(dropout=0.2).train(), []
     crowded = [True]
@@ -393,7 +393,7 @@ def test_running_out_in_a_replay_or_backward_pass_teaches_and_leaves_no_gradient
         return Heavy.apply(out)
 
     memory, batch, start = StepMemory("80%"), texts(16, 12, 1), 10**9
-    options = {"micro_batch": micro_batch, "memory": memory, "modules": [encoder]}
+    options = {"mini_batch_size": mini_batch_size, "memory": memory, "modules": [encoder]}
     [recording] = record_towers([encode], [batch], **options)
     start = len(sizes)
     largest = max(sizes)

@@ -45,7 +45,7 @@ def settings(pairs: Path, model: Path, output: Path, *more: str) -> list[str]:
             "--set",
             "model.device=cpu",
             "--set",
-            "train.micro_batch=3",
+            "train.mini_batch_size=3",
         ),
         *("--set", "train.epochs=2", "--set", "train.learning_rate=1e-3", "--set", f"evaluation.path={pairs}"),
         *(item for value in more for item in ("--set", value)),

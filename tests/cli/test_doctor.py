@@ -33,7 +33,7 @@ def run(pairs_file, tiny_model_folder):
 
 @pytest.mark.parametrize(
     "loss",
-    [(), ("loss.name=sogclr", "loss.gamma=0.6"), ("loss.learnable_temperature=true",), ("train.micro_batch=auto",)],
+    [(), ("loss.name=sogclr", "loss.gamma=0.6"), ("loss.learnable_temperature=true",), ("train.mini_batch_size=auto",)],
 )
 def test_a_sound_run_is_exact(run, loss):
     code, output = doctor(*run, *(item for value in loss for item in ("--set", value)))

@@ -119,7 +119,7 @@ def test_training_resumes_and_evaluates(saved, clip_folder, tmp_path):
             "train.args.logging_steps=1",
             "model.device=cpu",
         ),
-        *("train.micro_batch=3", "train.learning_rate=0.001", f"evaluation.path={saved}"),
+        *("train.mini_batch_size=3", "train.learning_rate=0.001", f"evaluation.path={saved}"),
         *vectors(tmp_path),
     )
     whole = [*settings(saved, tmp_path / "whole", *more), "--model", str(clip_folder)]
@@ -169,7 +169,7 @@ def test_images_as_hard_negatives(saved, clip_folder, tmp_path):
         "mining.num_negatives=1",
         "train.args.logging_steps=1",
         "model.device=cpu",
-        "train.micro_batch=auto",
+        "train.mini_batch_size=auto",
         *vectors(tmp_path),
     )
     given = settings(saved, tmp_path / "run", *more)

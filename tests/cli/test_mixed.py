@@ -81,7 +81,7 @@ def test_mined_and_looked_at(mmeb, chat_model, tmp_path, heard):
 def test_training_resumes(mmeb, chat_model, tmp_path):
     more = (
         *("mining.num_negatives=1", "train.epochs=1", "train.save_steps=4", "train.args.logging_steps=1"),
-        *("train.micro_batch=3", "train.learning_rate=0.001", *vectors(tmp_path)),
+        *("train.mini_batch_size=3", "train.learning_rate=0.001", *vectors(tmp_path)),
     )
     whole = [*settings(mmeb, tmp_path / "whole", *more), "--model", chat_model]
     run("train", *whole)

@@ -73,7 +73,7 @@ def test_flags_are_settings_and_win(flag, written, key, value):
         ("data.negatives=no", ["no"]),
         ("data.negatives=[]", []),
         ("train.memory=1000", 1000),
-        ("train.micro_batch=auto", "auto"),
+        ("train.mini_batch_size=auto", "auto"),
         ("model.kwargs.trust=yes", True),
     ],
 )

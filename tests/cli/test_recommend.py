@@ -187,7 +187,7 @@ def test_a_larger_batch_where_it_is_faster_by_far(monkeypatch):
     seen = []
 
     def step_cost(config, pairs, model, *, seconds: float):
-        seen.append((config.batch_size, config.train.micro_batch))
+        seen.append((config.batch_size, config.train.mini_batch_size))
         return StepCost(rows=64, seconds_per_row=rates[config.batch_size], peak_bytes=1, total_bytes=9)
 
     monkeypatch.setattr(recommend, "step_cost", step_cost)
@@ -195,7 +195,7 @@ def test_a_larger_batch_where_it_is_faster_by_far(monkeypatch):
     config = RunConfig(output="x", data=DataConfig(path="x"), model=ModelConfig(name="x"), batch_size=64)
     rates, model = seconds, SentenceTransformer(modules=[torch.nn.Identity()])
     chosen, cost, why = recommend._sized(config, pairs, model, False, 1e4, lambda *_: None)
-    assert (chosen.batch_size, chosen.train.micro_batch, cost.seconds_per_row) == (256, "auto", 0.01)
+    assert (chosen.batch_size, chosen.train.mini_batch_size, cost.seconds_per_row) == (256, "auto", 0.01)
     assert why.startswith("on this machine 10.0 times as fast per row")
     assert seen == [(64, 32), (256, "auto"), (1024, "auto")]
     rates = dict.fromkeys(seconds, 0.1)

@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
 
 def settings(pictures, output, *more):
     values = ("loss.name=sogclr", "loss.temperature=0.1", "train.learning_rate=3e-3", "train.epochs=2", "seed=3")
-    values += ("train.micro_batch=3", "train.args.logging_steps=1", "train.save_steps=4", "model.device=cpu", *more)
+    values += ("train.mini_batch_size=3", "train.args.logging_steps=1", "train.save_steps=4", "model.device=cpu", *more)
     given = ("--data", str(pictures / "train"), "--views", "2", "--model", "small-resnet", "--batch-size", "8")
     return [*given, "--output", str(output), *(item for value in values for item in ("--set", value))]
 

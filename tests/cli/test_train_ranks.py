@@ -41,7 +41,7 @@ def test_two_processes_equal_one(pairs_file, tiny_model_folder, tmp_path):
     (model / "config.json").write_text(json.dumps(config))
     values = ["mining.method=random", "loss.name=sogclr", "loss.gamma=0.6", "loss.learnable_temperature=true"]
     values += ["loss.sharded=true"]  # each rank stores its share
-    values += ["train.args.max_steps=6", "train.save_steps=4", "train.args.logging_steps=1", "train.micro_batch=3"]
+    values += ["train.args.max_steps=6", "train.save_steps=4", "train.args.logging_steps=1", "train.mini_batch_size=3"]
     values += ["train.learning_rate=1e-3", "model.device=cpu", f"evaluation.path={pairs_file}"]
     given = ["--data", str(pairs_file), "--model", str(model), "--batch-size", "8"]
     given += [item for value in values for item in ("--set", value)]

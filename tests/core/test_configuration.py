@@ -236,9 +236,9 @@ def test_free_mappings(tmp_path):
 
 def test_words_beside_numbers():
     """Keys that take a number or "auto", and a memory budget in its own words."""
-    auto = from_mapping(TrainConfig, {"micro_batch": "auto", "keep_graphs": "auto", "memory": "8GiB"})
-    assert (auto.micro_batch, auto.keep_graphs, auto.memory) == ("auto", "auto", "8GiB")
-    assert from_mapping(TrainConfig, {"micro_batch": 8, "keep_graphs": 1}).keep_graphs == 1.0
-    for wrong in ({"memory": "lots"}, {"keep_graphs": 1.5}, {"micro_batch": "many"}, {"micro_batch": 0}):
+    auto = from_mapping(TrainConfig, {"mini_batch_size": "auto", "keep_graphs": "auto", "memory": "8GiB"})
+    assert (auto.mini_batch_size, auto.keep_graphs, auto.memory) == ("auto", "auto", "8GiB")
+    assert from_mapping(TrainConfig, {"mini_batch_size": 8, "keep_graphs": 1}).keep_graphs == 1.0
+    for wrong in ({"memory": "lots"}, {"keep_graphs": 1.5}, {"mini_batch_size": "many"}, {"mini_batch_size": 0}):
         with pytest.raises(AnybatchError):
             from_mapping(TrainConfig, wrong)

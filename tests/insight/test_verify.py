@@ -121,9 +121,9 @@ def test_batch_norm_is_refused():
         verify(encoder, [rows(), rows(seed=1)], Softmax())
 
 
-def test_a_batch_of_one_micro_batch_proves_nothing():
+def test_a_batch_of_one_mini_batch_proves_nothing():
     with pytest.raises(AnybatchError, match="nothing to compare"):
-        verify(Mlp(), [rows(4), rows(4, seed=1)], Softmax(), micro_batch=4)
+        verify(Mlp(), [rows(4), rows(4, seed=1)], Softmax(), mini_batch_size=4)
 
 
 def test_a_wrong_temperature_gradient_is_named():

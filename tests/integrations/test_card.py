@@ -142,7 +142,7 @@ def test_a_run_tells_its_recipe_its_teacher_and_its_figures(tiny_model_folder, p
             batch_size=8,
             mining=MiningConfig(method="anybatch", cluster_size=2, window=(1, 6)),
             loss=LossConfig(name="sogclr", gamma=0.5),
-            train=TrainConfig(save_steps=2, micro_batch=4, args={"max_steps": 2}),
+            train=TrainConfig(save_steps=2, mini_batch_size=4, args={"max_steps": 2}),
             evaluation=EvaluationConfig(path=str(pairs_file)),
         )
     )

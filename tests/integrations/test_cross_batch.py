@@ -29,7 +29,7 @@ def test_a_killed_run_goes_on_with_what_it_remembered(pairs_file, tiny_model_fol
             batch_size=8,
             mining=MiningConfig(method="anybatch", cluster_size=4, window=(1, 6)),
             loss=loss,
-            train=TrainConfig(epochs=4, save_steps=3, micro_batch=4, learning_rate=1e-2, args={"logging_steps": 1}),
+            train=TrainConfig(epochs=4, save_steps=3, mini_batch_size=4, learning_rate=1e-2, args={"logging_steps": 1}),
         )
         return job.train(settings, **k)
 

@@ -207,7 +207,7 @@ def trained(model_folder, pairs, output, collate):
     return model.state_dict()
 
 
-def test_a_trainer_decodes_by_micro_batch(clip_folder, pairs, tmp_path, monkeypatch):
+def test_a_trainer_decodes_by_mini_batch(clip_folder, pairs, tmp_path, monkeypatch):
     """Dropout is on: the weights are those of decoded batches, to the last bit."""
     whole = trained(clip_folder, pairs, tmp_path / "whole", collate=False)
     sizes, decode = [], EncodedImage.decode
@@ -225,7 +225,7 @@ def test_a_trainer_decodes_by_micro_batch(clip_folder, pairs, tmp_path, monkeypa
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert seen
     assert sizes.count(6) <= 3  # the captions' columns (the last batch of an epoch has one row)
-    assert sizes.count(2) >= 2 * (3 + 2)  # twice three micro-batches, of which two are replayed
+    assert sizes.count(2) >= 2 * (3 + 2)  # twice three mini-batches, of which two are replayed
 
 
 def test_what_cannot_be_decoded_is_named_in_training(model):

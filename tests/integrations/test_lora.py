@@ -57,7 +57,7 @@ def test_a_killed_run_with_adapters_ends_as_if_nothing_had_happened(pairs_file, 
         train=TrainConfig(
             save_steps=2,
             learning_rate=0.01,
-            micro_batch=4,
+            mini_batch_size=4,
             keep_graphs=0.5,
             gradient_checkpointing=True,
             args={"max_steps": 4},
@@ -151,7 +151,7 @@ def test_what_is_trained_beside_the_adapters_is_saved_as_well(pairs_file, tiny_m
         model=ModelConfig(name=str(tiny_model_folder), device="cpu", lora={"r": 2, **beside}),
         batch_size=16,
         loss=LossConfig(name="infonce"),
-        train=TrainConfig(save_steps=2, learning_rate=0.01, micro_batch=4, args={"max_steps": 3}),
+        train=TrainConfig(save_steps=2, learning_rate=0.01, mini_batch_size=4, args={"max_steps": 3}),
     )
     train_whole_and_killed(config, tmp_path)
     folders = (tiny_model_folder, tmp_path / "whole" / "model", tmp_path / "killed" / "model")

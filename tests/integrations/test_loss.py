@@ -66,10 +66,10 @@ def equals_plain(model, features, *, limit=1e-12, **options):
 
 
 @pytest.mark.parametrize("negatives", [0, 1, 2])
-@pytest.mark.parametrize("micro_batch", [1, 4, 100])
-def test_equals_the_plain_loss_without_dropout(model, negatives, micro_batch):
+@pytest.mark.parametrize("mini_batch_size", [1, 4, 100])
+def test_equals_the_plain_loss_without_dropout(model, negatives, mini_batch_size):
     model.eval()  # the plain loss draws other dropout masks, so compare without them
-    equals_plain(model, columns(model, negatives=negatives), mini_batch_size=micro_batch)
+    equals_plain(model, columns(model, negatives=negatives), mini_batch_size=mini_batch_size)
 
 
 def test_equals_the_cached_loss_it_replaces(model):
@@ -161,12 +161,12 @@ def test_evaluation_leaves_memory_alone(model):
     assert any(not torch.equal(value, before[name]) for name, value in loss.loss.state_dict().items())
 
 
-def test_memory_does_not_depend_on_micro_batches(model):
+def test_memory_does_not_depend_on_mini_batches(model):
     model.eval()
     features = columns(model, negatives=0)
     states = []
-    for micro_batch in (2, 50):
-        loss = CachedLoss(model, SogCLR(num_rows=30, gamma=0.5), mini_batch_size=micro_batch)
+    for mini_batch_size in (2, 50):
+        loss = CachedLoss(model, SogCLR(num_rows=30, gamma=0.5), mini_batch_size=mini_batch_size)
         for _ in range(2):
             gradients(loss, features, torch.arange(11))
         states.append(loss.loss.state_dict())
@@ -410,7 +410,7 @@ LIMITS = [
 def test_limits_of_no_use_are_refused_at_construction(model, limits):
     with pytest.raises(AnybatchError, match=next(iter(limits))):
         CachedLoss(model, InfoNCE(), **limits)
-    limits = {"micro_batch" if name == "mini_batch_size" else name: value for name, value in limits.items()}
+    limits = {"mini_batch_size" if name == "mini_batch_size" else name: value for name, value in limits.items()}
     with pytest.raises(AnybatchError, match=next(iter(limits))):
         cached_step(InfoNCE(), lambda x: pytest.fail("encoded"), [torch.ones(4, 2)] * 2, **limits)
 

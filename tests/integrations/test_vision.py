@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from anybatch.caching import RowSlicer, plan_micro_batches
+from anybatch.caching import RowSlicer, plan_mini_batches
 from anybatch.integrations.sentence_transformers import CachedLoss
 from anybatch.integrations.sentence_transformers.collating import UndecodedRows, lengths_of_rows
 from anybatch.losses import InfoNCE
@@ -33,18 +33,18 @@ def ranking(anchors, candidates):
     return cross_entropy(scores, torch.arange(len(anchors)))
 
 
-def plain(model, features, *, micro_batch=None, trim: Any = "trailing"):
-    """One graph over whole columns, or over their micro-batches: what dropout must be compared with."""
+def plain(model, features, *, mini_batch_size=None, trim: Any = "trailing"):
+    """One graph over whole columns, or over their mini-batches: what dropout must be compared with."""
     model.zero_grad()
     torch.manual_seed(3)
     sides = []
     for column in features:
-        if micro_batch is None:
+        if mini_batch_size is None:
             sides.append(model(dict(column))["sentence_embedding"])
             continue
         slicer = RowSlicer(column)
         slicer.trim_to(trim)
-        plan = plan_micro_batches(slicer, micro_batch=micro_batch)
+        plan = plan_mini_batches(slicer, mini_batch_size=mini_batch_size)
         parts = [model(slicer.take(rows))["sentence_embedding"] for rows in plan]
         sides.append(torch.cat(parts)[torch.argsort(torch.cat(plan))])
     value = ranking(*[side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides])
@@ -108,7 +108,7 @@ def test_with(kind, way):
     features = features_of(model, columns)
     trim = "none" if kind == "siglip" else "trailing"  # which of SigLIP's embeddings depend on padding
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16"):
-        _, wanted = plain(model, features, micro_batch=3 if way in ("dropout", "bf16") else None, trim=trim)
+        _, wanted = plain(model, features, mini_batch_size=3 if way in ("dropout", "bf16") else None, trim=trim)
         one = cached(model, features, mini_batch_size=3, keep_graphs=0.0)[1]
         two = cached(model, [undecoded(columns[0]), features[1]], mini_batch_size=3, keep_graphs=0.4)[1]
     assert relative_error(two, one) == 0  # not a bit
@@ -134,7 +134,7 @@ def test_tokens_and_patches_are_known_without_decoding(kind, monkeypatch):
     assert patches.tolist() == slicer.patches.tolist()
     assert patches[0] == 0 < patches[1]
     budget = 2 * int((lengths + patches).max())
-    for rows in plan_micro_batches(slicer, micro_batch=None, max_tokens=budget):
+    for rows in plan_mini_batches(slicer, mini_batch_size=None, max_tokens=budget):
         assert len(rows) * int(lengths[rows].max()) + int(patches[rows].sum()) <= budget
 
 

@@ -234,13 +234,13 @@ def test_the_cached_step_equals_the_plain_one(corrected):
     texts = [torch.randn(6, 7, generator=generator, dtype=torch.float64) for _ in range(3)]
     make = (lambda **k: CountCorrectedInfoNCE(50, **k)) if corrected else InfoNCE
     loss, gradients = make(temperature=TAU, joint=("query_to_query", "doc_to_doc"), mask_margin=0.1), []
-    for micro_batch in (None, 2):
+    for mini_batch_size in (None, 2):
         torch.manual_seed(0)
         encoder = torch.nn.Linear(7, 5).double()
-        if micro_batch is None:
+        if mini_batch_size is None:
             loss(encoder(texts[0]), torch.cat([encoder(text) for text in texts[1:]])).backward()
         else:
-            cached_step(loss, [encoder] * 3, texts, micro_batch=micro_batch)
+            cached_step(loss, [encoder] * 3, texts, mini_batch_size=mini_batch_size)
         gradients.append([parameter.grad for parameter in encoder.parameters()])
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)

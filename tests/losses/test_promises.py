@@ -177,7 +177,7 @@ def test_memory_is_updated_once_a_call(name):
 def test_the_cached_step_equals_the_plain_one(name):
     """Gradients of the encoder and of the loss's own parameters, and the state, over several steps."""
 
-    def train(micro_batch):
+    def train(mini_batch_size):
         torch.manual_seed(0)
         encoder = torch.nn.Linear(7, WIDTH).double()
         loss = ALL[name](temperature=0.3, direction="both").double()
@@ -187,10 +187,12 @@ def test_the_cached_step_equals_the_plain_one(name):
             texts = [torch.randn(6, 7, generator=generator, dtype=torch.float64) for _ in range(2)]
             encoder.zero_grad()
             loss.zero_grad()
-            if micro_batch is None:
+            if mini_batch_size is None:
                 loss(encoder(texts[0]), encoder(texts[1]), index=index).backward()
             else:
-                cached_step(loss, [encoder, encoder], texts, micro_batch=micro_batch, loss_kwargs={"index": index})
+                cached_step(
+                    loss, [encoder, encoder], texts, mini_batch_size=mini_batch_size, loss_kwargs={"index": index}
+                )
         return [p.grad for p in (*encoder.parameters(), *loss.parameters())], state(loss)
 
     (plain, plain_state), (cached, cached_state) = train(None), train(2)

@@ -49,7 +49,7 @@ def config(pairs_file, tiny_model_folder, tmp_path):
         model=ModelConfig(name=str(tiny_model_folder), device="cpu"),
         batch_size=8,
         mining=MiningConfig(method="random"),
-        train=TrainConfig(save_steps=1, micro_batch=4, args={"max_steps": 2, "logging_steps": 1}),
+        train=TrainConfig(save_steps=1, mini_batch_size=4, args={"max_steps": 2, "logging_steps": 1}),
         evaluation=EvaluationConfig(path=str(pairs_file)),
     )
 

@@ -23,7 +23,7 @@ def runs(tmp_path, tiny_model_folder):
         output=str(tmp_path / "first"),
         data=DataConfig(path=str(sample.path("train")), anchor="title", positive="abstract", limit=32),
         model=ModelConfig(name=str(tiny_model_folder), device="cpu"),
-        train=TrainConfig(micro_batch=8),
+        train=TrainConfig(mini_batch_size=8),
         batch_size=8,
     )
     return {"first": first, "second": replace(first, output=str(tmp_path / "second"), batch_size=32)}

@@ -6,7 +6,7 @@ from anybatch.caching.ranks import average_gradients
 from anybatch.caching.recording import record_towers
 from anybatch.caching.replay import replay
 from anybatch.caching.rows import RowSlicer, Shared
-from anybatch.caching.schedule import plan_micro_batches
+from anybatch.caching.schedule import plan_mini_batches
 from anybatch.caching.step import cached_step
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "StepMemory",
     "average_gradients",
     "cached_step",
-    "plan_micro_batches",
+    "plan_mini_batches",
     "record_towers",
     "replay",
 ]

@@ -40,7 +40,7 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return min(psutil.virtual_memory().total, _container_limit() or 2**63)
     raise AnybatchError(
-        f"The memory of a {device.type} device cannot be read; give micro_batch and keep_graphs numbers, not 'auto'."
+        f"The memory of a {device.type} device cannot be read. Give mini_batch_size and keep_graphs numbers."
     )
 
 

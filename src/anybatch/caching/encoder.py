@@ -180,7 +180,7 @@ class ModuleFacts:
                 raise AnybatchError(
                     f"{f'{path}.{key}'.lstrip('.')} has a hook that runs whenever a gradient is accumulated "
                     "(register_post_accumulate_grad_hook, an optimizer in the backward pass), under caching once per "
-                    "micro-batch, with a part of the gradient. Remove the hook and step after the cached step."
+                    "mini-batch, with a part of the gradient. Remove the hook and step after the cached step."
                 )
 
     def _add_generators(self, found: Iterable[nn.Module | Generator]) -> None:
@@ -266,6 +266,6 @@ def _refuse_batch_statistics(module: nn.Module, path: str) -> None:
         kind = type(module).__name__
         raise AnybatchError(
             f"{path or kind} is a {kind} that normalises with the statistics of its batch, under caching those of a "
-            f"micro-batch. Put it in evaluation mode (module.{path or 'bn'}.eval(), after every model.train()), use "
+            f"mini-batch. Put it in evaluation mode (module.{path or 'bn'}.eval(), after every model.train()), use "
             "LayerNorm or GroupNorm, or train without caching."
         )

@@ -1,4 +1,4 @@
-"""The memory budget of cached steps: finds the micro-batch by probing, keeps graphs, learns from what did not fit."""
+"""The memory budget of cached steps: finds the mini-batch by probing, keeps graphs, learns from what did not fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from anybatch.core.errors import AnybatchError
 # Tensors of the embeddings' size at the loss's peak: the leaf, its gradient, and in the loss the candidates in one
 # piece, the normalised rows and gradients on their way.
 LEAF_COPIES = 6
-# Larger micro-batches are not faster: on a CPU they leave the caches, on a GPU the units are busy.
+# Larger mini-batches are not faster: on a CPU they leave the caches, on a GPU the units are busy.
 MOST_TOKENS = {"cpu": 2048}
 MOST_TOKENS_ACCELERATOR = 32_768
 FEWEST_TOKENS = 64
@@ -36,7 +36,7 @@ LOSS_RESERVE = 2**26  # score tiles; the embeddings and their gradients come on 
 class GraphBudget:
     """Keeps the graphs of one step while they fit: all of a small batch (plain training), the first few of a large one.
 
-    What autograd saves for a micro-batch is counted (each storage once, parameters and what a kept graph holds already
+    What autograd saves for a mini-batch is counted (each storage once, parameters and what a kept graph holds already
     not). The next one is no longer, so it has no more bytes per padded token:
 
         predicted = bytes measured last * padded tokens / padded tokens measured last
@@ -156,7 +156,7 @@ class StepMemory:
             or bytes.
 
     Attributes:
-        learned: The most padded tokens of a micro-batch, known from running out of memory; None while it never did.
+        learned: The most padded tokens of a mini-batch, known from running out of memory; None while it never did.
         learned_samples: The same in rows, of inputs without lengths (images).
 
     Example:
@@ -164,7 +164,8 @@ class StepMemory:
         >>> encoder, memory = torch.nn.Linear(6, 4), StepMemory("80%")
         >>> for _ in range(2):
         ...     inputs = [torch.randn(8, 6), torch.randn(8, 6)]
-        ...     value = cached_step(InfoNCE(), encoder, inputs, micro_batch="auto", keep_graphs="auto", memory=memory)
+        ...     settings = {"mini_batch_size": "auto", "keep_graphs": "auto", "memory": memory}
+        ...     value = cached_step(InfoNCE(), encoder, inputs, **settings)
     """
 
     def __init__(self, memory: str | int = "80%") -> None:
@@ -188,15 +189,15 @@ class StepMemory:
         return self._budget
 
     def limits(
-        self, tower: Tower, micro_batch: int | str | None, max_tokens: int | None, *, num_rows: int
+        self, tower: Tower, mini_batch_size: int | str | None, max_tokens: int | None, *, num_rows: int
     ) -> tuple[int | None, int | None]:
-        """`micro_batch` and `max_tokens` of a tower in a step of `num_rows` rows: as wanted, probed, and learned."""
+        """`mini_batch_size` and `max_tokens` of a tower in a step of `num_rows` rows: as wanted, probed, learned."""
         by_rows = tower.slicer.lengths is None
         learned = self.learned_samples if by_rows else self.learned
-        if micro_batch == "auto":
+        if mini_batch_size == "auto":
             probed = _least(self._probed(tower, num_rows), learned)
             return (probed, None) if by_rows else (None, _least(probed, max_tokens))
-        rows: int | None = micro_batch  # type: ignore[assignment]
+        rows: int | None = mini_batch_size  # type: ignore[assignment]
         return (_least(rows, learned), max_tokens) if by_rows else (rows, _least(max_tokens, learned))
 
     def record_out_of_memory(self, tokens: int, *, by_rows: bool) -> None:
@@ -207,11 +208,11 @@ class StepMemory:
             self.learned = _least(tokens, self.learned)
 
     def _probed(self, tower: Tower, num_rows: int) -> int:
-        """Padded tokens of a micro-batch; rows, where there are no lengths."""
+        """Padded tokens of a mini-batch; rows, where there are no lengths."""
         if any(isinstance(module, FSDPModule) for module in tower.wrapped):
             raise AnybatchError(
-                'micro_batch="auto" tries rows on each rank alone, and a sharded encoder (fully_shard) runs '
-                "on all ranks together. Give micro_batch or max_tokens a number."
+                'mini_batch_size="auto" tries rows on each rank alone, and a sharded encoder (fully_shard) runs '
+                "on all ranks together. Give mini_batch_size or max_tokens a number."
             )
         costs = tower.slicer.costs
         length = 1 if costs is None else int(costs.max())

@@ -1,4 +1,4 @@
-"""A batch whose rows are made when they are taken: images are decoded micro-batch by micro-batch."""
+"""A batch whose rows are made when they are taken: images are decoded mini-batch by mini-batch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="anybatch-rows")
 
 
 class RowsOnDemand(Rows):
-    """A batch in which `make` turns the values of some rows into the inputs of the encoder, for each micro-batch anew.
+    """A batch in which `make` turns the values of some rows into the inputs of the encoder, for each mini-batch anew.
 
-    In memory are the inputs of one micro-batch and of the next one, which a thread makes ahead; a replay makes them
+    In memory are the inputs of one mini-batch and of the next one, which a thread makes ahead; a replay makes them
     again. Each is padded by itself, and trimmed like any other batch; an encoder whose embeddings depend on padding is
     given all rows at once, with a warning.
 
@@ -33,7 +33,7 @@ class RowsOnDemand(Rows):
             run in another thread.
         lengths: `(B,)` int64, the tokens of each row; None where rows cost the same each.
         patches: `(B,)` int64, what its images cost beside them.
-        form: Further inputs: of tensors `(B, ...)` each micro-batch has its rows; all else, such as a task, goes into
+        form: Further inputs: of tensors `(B, ...)` each mini-batch has its rows; all else, such as a task, goes into
             each.
         device: Where the inputs go.
 
@@ -61,11 +61,11 @@ class RowsOnDemand(Rows):
         self.lengths, self.patches = lengths, patches
         self.images = lengths is None
         self.trim: Trim = "both"
-        # The micro-batch that is taken now, and the next one; what is never taken drops out.
+        # The mini-batch that is taken now, and the next one; what is never taken drops out.
         self._prepared: deque[tuple[Tensor, Future[Any]]] = deque(maxlen=2)
 
     def trim_to(self, trim: Trim) -> None:
-        """See `RowSlicer.trim_to`. Whatever is kept, a micro-batch is first padded by itself."""
+        """See `RowSlicer.trim_to`. Whatever is kept, a mini-batch is first padded by itself."""
         self.trim = trim
 
     @property

@@ -45,7 +45,7 @@ class Pieces:
     cost: float = 0.0  # of an entry, in tokens
 
     def absent(self, rows: Tensor) -> bool:
-        """Whether a micro-batch of `rows` does without it, as if its processor had seen none."""
+        """Whether a mini-batch of `rows` does without it, as if its processor had seen none."""
         return self.optional and not bool(self.sizes[rows].any())
 
     def take(self, value: Any, rows: Tensor) -> Any:

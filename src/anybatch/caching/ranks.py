@@ -1,6 +1,6 @@
 """Gradients over ranks: encoders that reduce their own are found, kept from it until the end of the step, or refused.
 
-A DistributedDataParallel would reduce what the last micro-batch used. So all passes accumulate locally, and one pass
+A DistributedDataParallel would reduce what the last mini-batch used. So all passes accumulate locally, and one pass
 without a gradient through every parameter follows: the wrapper then reduces by its own rules what any rank has left.
 """
 
@@ -76,7 +76,7 @@ def no_reduction(wrapped: Iterable[Wrapped]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refuse_hidden_wrappers(known: Container[nn.Module]) -> Iterator[None]:
-    """Refuse, inside, the call of a module that reduces and is not `known`: it would do so after every micro-batch."""
+    """Refuse, inside, the call of a module that reduces and is not `known`: it would do so after every mini-batch."""
     if not distributed.is_active():
         yield
         return
@@ -203,16 +203,16 @@ def on_any_rank(flag: bool, *, ask: bool) -> bool:
     return _any_rank([flag], _collective_device())[0] if ask else flag
 
 
-def same_number_on_all_ranks(micro_batches: Sequence[Tensor]) -> list[Tensor]:
-    """Cut the largest micro-batches until every rank has as many: a sharded encoder gathers weights in each pass."""
-    pieces = list(micro_batches)
+def same_number_on_all_ranks(mini_batches: Sequence[Tensor]) -> list[Tensor]:
+    """Cut the largest mini-batches until every rank has as many: a sharded encoder gathers weights in each pass."""
+    pieces = list(mini_batches)
     extremes = torch.tensor([len(pieces), -sum(map(len, pieces))], device=_collective_device())
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     wanted, fewest = int(extremes[0]), -int(extremes[1])
     if wanted > fewest:
         raise AnybatchError(
-            f"One rank has {wanted} micro-batches and another {fewest} rows; a sharded encoder (fully_shard) must run "
-            "equally often on every rank. Give all ranks as many rows, or raise micro_batch or max_tokens."
+            f"One rank has {wanted} mini-batches and another {fewest} rows; a sharded encoder (fully_shard) must run "
+            "equally often on every rank. Give all ranks as many rows, or raise mini_batch_size or max_tokens."
         )
     while len(pieces) < wanted:
         largest = max(range(len(pieces)), key=lambda number: len(pieces[number]))

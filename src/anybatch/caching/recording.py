@@ -1,4 +1,4 @@
-"""The first half of a cached step: every micro-batch through its encoder; embeddings are kept, graphs mostly not."""
+"""The first half of a cached step: every mini-batch through its encoder; embeddings are kept, graphs mostly not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anybatch.caching.encoder import Encoder, Tower, towers_of
 from anybatch.caching.memory import NO_ROOM, GraphBudget, StepMemory
 from anybatch.caching.ranks import Wrapped, no_reduction, refuse_hidden_wrappers, same_number_on_all_ranks
 from anybatch.caching.row_check import refuse_neighbours, settle_trimming
-from anybatch.caching.schedule import check_limits, count_kept, plan_micro_batches
+from anybatch.caching.schedule import check_limits, count_kept, plan_mini_batches
 from anybatch.caching.state import AutocastState, RandomState
 from anybatch.core.errors import AnybatchError
 
@@ -28,7 +28,7 @@ Auto = Literal["auto"]
 
 @dataclass(kw_only=True)
 class Piece:
-    """One recorded micro-batch."""
+    """One recorded mini-batch."""
 
     rows: Tensor  # (b,) int64, CPU
     random: RandomState | None = None  # before its forward pass; None where nothing will be replayed
@@ -74,25 +74,25 @@ class Recording:
 
     @property
     def num_kept(self) -> int:
-        """How many micro-batches hold their graph at this moment."""
+        """How many mini-batches hold their graph at this moment."""
         return sum(piece.outputs is not None for piece in self.pieces)
 
     def refuse_if_sharded(self, rows: Tensor, error: BaseException | None) -> None:
-        """A micro-batch of a sharded encoder that ran out of memory ends the step."""
+        """A mini-batch of a sharded encoder that ran out of memory ends the step."""
         if self.tower.sharded:
             raise AnybatchError(
-                f"Out of memory with a micro-batch of {len(rows)} rows of a sharded encoder (fully_shard), which "
-                "cannot be split now: all ranks take part in it. Lower micro_batch, max_tokens or keep_graphs on all."
+                f"Out of memory with a mini-batch of {len(rows)} rows of a sharded encoder (fully_shard), which "
+                "cannot be split now: all ranks take part. Lower mini_batch_size, max_tokens or keep_graphs on all."
             ) from error
 
     def split(self, rows: Tensor, error: BaseException | None) -> list[Tensor]:
-        """The two halves of a micro-batch that did not fit; later steps start from their size."""
+        """The two halves of a mini-batch that did not fit; later steps start from their size."""
         if len(rows) == 1:
             raise AnybatchError(f"Out of memory with a single row: {NO_ROOM}") from error
         slicer, halves = self.tower.slicer, list(rows.tensor_split(2))
         warnings.warn(
-            f"Out of memory with a micro-batch of {len(rows)} rows ({slicer.padded_tokens(rows)} padded tokens): split "
-            f"into {len(halves[0])} and {len(halves[1])}. Lower micro_batch or max_tokens to avoid failed attempts.",
+            f"Out of memory with a mini-batch of {len(rows)} rows ({slicer.padded_tokens(rows)} padded tokens): split "
+            f"into {len(halves[0])} and {len(halves[1])}. Lower mini_batch_size or max_tokens to save failed attempts.",
             stacklevel=2,
         )
         self.memory.record_out_of_memory(max(map(slicer.padded_tokens, halves)), by_rows=slicer.lengths is None)
@@ -110,14 +110,14 @@ def record_towers(
     encoders: Sequence[Encoder],
     inputs: Sequence[Any],
     *,
-    micro_batch: int | Auto | None = 32,
+    mini_batch_size: int | Auto | None = 32,
     max_tokens: int | None = None,
     keep_graphs: int | float | Auto = 0,
     memory: str | int | StepMemory = "80%",
     sort_by_length: bool = True,
     modules: Sequence[nn.Module] | None = None,
 ) -> list[Recording]:
-    """Run every encoder over the micro-batches of its batch and keep the embeddings, but not (all of) the graphs.
+    """Run every encoder over the mini-batches of its batch and keep the embeddings, but not (all of) the graphs.
 
     Arguments as in `cached_step`; an encoder may also return a floating tensor `(b, ...)` or a tuple of them, and a
     row's embedding must not depend on the other rows.
@@ -126,10 +126,10 @@ def record_towers(
         One recording for each tower, to be replayed together. Under `torch.no_grad()` their leaves need no gradient.
 
     Raises:
-        AnybatchError: What `ModuleFacts`, `RowSlicer`, `plan_micro_batches` and `refuse_neighbours` refuse.
+        AnybatchError: What `ModuleFacts`, `RowSlicer`, `plan_mini_batches` and `refuse_neighbours` refuse.
     """
     # 1. What the step must know before any pass: the form of the inputs, the modules, the memory there is.
-    check_limits(micro_batch=micro_batch, max_tokens=max_tokens, keep_graphs=keep_graphs)
+    check_limits(mini_batch_size=mini_batch_size, max_tokens=max_tokens, keep_graphs=keep_graphs)
     towers = towers_of(encoders, inputs, modules)
     if not all(tower.slicer.num_rows for tower in towers):
         raise AnybatchError("The batch has no rows; skip the step.")
@@ -141,11 +141,13 @@ def record_towers(
     for tower in towers:
         recording = Recording(tower=tower, memory=step_memory, budget=budget)
         with _recording(tower) as called:
-            # 2. The micro-batches: no padding beyond what the encoder needs, sizes that memory has room for.
+            # 2. The mini-batches: no padding beyond what the encoder needs, sizes that memory has room for.
             settle_trimming(tower)
             tower.slicer = tower.slicer.settled()
-            rows, tokens = step_memory.limits(tower, micro_batch, max_tokens, num_rows=num_rows)
-            plan = plan_micro_batches(tower.slicer, micro_batch=rows, max_tokens=tokens, sort_by_length=sort_by_length)
+            rows, tokens = step_memory.limits(tower, mini_batch_size, max_tokens, num_rows=num_rows)
+            plan = plan_mini_batches(
+                tower.slicer, mini_batch_size=rows, max_tokens=tokens, sort_by_length=sort_by_length
+            )
             if tower.sharded:
                 plan, recording.budget = same_number_on_all_ranks(plan), None
                 if budget is not None:
@@ -197,7 +199,7 @@ class _Recorder:
         self.trains: list[bool] = []  # for each tensor that the encoder returns
 
     def run(self) -> None:
-        """Record every micro-batch of the queue."""
+        """Record every mini-batch of the queue."""
         while self.queue:
             self._record_next()  # a function of its own, so that no local name keeps a graph alive
         self.recording.leaves = tuple(flat.requires_grad_(trains) for flat, trains in zip(self.flats, self.trains))
@@ -250,7 +252,7 @@ class _Recorder:
     def _drop_graph(self, rows: Tensor) -> None:
         """There was no room beside the graphs kept so far: keep no more, and run these rows without one."""
         holding = [piece for piece in self.pieces if piece.outputs is not None]
-        if holding:  # the last one makes room for the replays, whose micro-batches are no larger
+        if holding:  # the last one makes room for the replays, whose mini-batches are no larger
             holding[-1].outputs = None
         warnings.warn(
             f"Out of memory with {len(holding)} graphs kept: no more are kept in this step. Lower memory or "
@@ -273,7 +275,7 @@ class _Recorder:
                 self.budget.record_embeddings(outputs)
         if [output.shape[1:] for output in outputs] != [flat.shape[1:] for flat in self.flats]:
             raise AnybatchError(
-                f"The encoder returned shapes {[tuple(o.shape) for o in outputs]} for one micro-batch and "
+                f"The encoder returned shapes {[tuple(o.shape) for o in outputs]} for one mini-batch and "
                 f"{[(len(rows), *flat.shape[1:]) for flat in self.flats]} would fit the first. Embeddings must have "
                 "the same shape; token embeddings must be padded to a fixed width inside the encoder."
             )

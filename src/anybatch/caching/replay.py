@@ -1,5 +1,5 @@
-"""The second half of a cached step: the gradients of the embeddings go back through the encoders. Micro-batch by
-micro-batch, they add up to what the whole batch in one pass would have left in `.grad`.
+"""The second half of a cached step: the gradients of the embeddings go back through the encoders. Mini-batch by
+mini-batch, they add up to what the whole batch in one pass would have left in `.grad`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from anybatch.caching.state import training_modes, without_autocast
 from anybatch.core.errors import AnybatchError
 
 UNCHANGED = "No gradient was changed."
-NEXT_STEP = "The next step takes less if it has the same StepMemory; or lower micro_batch, max_tokens"
+NEXT_STEP = "The next step takes less if it has the same StepMemory; or lower mini_batch_size, max_tokens"
 
 
 class Aside:
@@ -82,9 +82,9 @@ def replay(
     scale: Tensor | float = 1.0,
     beside: Iterable[tuple[nn.Parameter, Tensor]] = (),
 ) -> None:
-    """Send the gradients of the leaves into the encoders, micro-batch by micro-batch, in recorded order.
+    """Send the gradients of the leaves into the encoders, mini-batch by mini-batch, in recorded order.
 
-    Which graphs were kept changes not one bit of the gradient. A replayed micro-batch runs under the random state,
+    Which graphs were kept changes not one bit of the gradient. A replayed mini-batch runs under the random state,
     buffers, autocast and training mode of its recording, and its embeddings are compared with the recorded ones. All or
     nothing: a step that fails leaves every `.grad` as it was.
 
@@ -150,7 +150,7 @@ def _replay_all(recordings: Sequence[Recording], grads: Sequence[list[Tensor | N
 
 
 def _pieces_to_replay(recordings: Sequence[Recording], grads: Sequence[list[Tensor | None]]) -> list[deque[Piece]]:
-    """Every micro-batch in recorded order, kept or not: the sum of the gradients is the same to the last bit."""
+    """Every mini-batch in recorded order, kept or not: the sum of the gradients is the same to the last bit."""
     queues: list[deque[Piece]] = []
     reduced_later: set[nn.Module] = set()
     for recording, given in zip(reversed(recordings), reversed(grads)):
@@ -191,7 +191,7 @@ def _replay_next(
         recording.record_out_of_memory(piece.rows)
         incomplete = "The gradients of this step are incomplete: set them to zero."
         raise AnybatchError(
-            f"Out of memory in the backward pass of a micro-batch of {len(piece.rows)} rows. "
+            f"Out of memory in the backward pass of a mini-batch of {len(piece.rows)} rows. "
             f"{incomplete if tower.sharded else UNCHANGED} {NEXT_STEP}, memory or keep_graphs."
         ) from error
 
@@ -202,7 +202,7 @@ def _split(recording: Recording, queue: deque[Piece], piece: Piece, error: BaseE
     if piece.drew:
         recording.record_out_of_memory(piece.rows)
         raise AnybatchError(
-            f"Out of memory while replaying a micro-batch of {len(piece.rows)} rows, which cannot be split now: its "
+            f"Out of memory while replaying a mini-batch of {len(piece.rows)} rows, which cannot be split now: its "
             f"random numbers (dropout) belong to the whole. {UNCHANGED} {NEXT_STEP}."
         ) from error
     halves = recording.split(piece.rows, error)
@@ -247,7 +247,7 @@ def _refuse_different(differences: Sequence[Tensor], too_large: Sequence[str]) -
     difference = max(largest, default=0.0)
     if difference > 1:
         names = ", ".join(too_large[:3])
-        named = f" It writes to {names}, too large to be kept for every micro-batch." if names else ""
+        named = f" It writes to {names}, too large to be kept for every mini-batch." if names else ""
         raise AnybatchError(
             f"A replay differs from its recording by {difference:.1f} times what rounding allows: the encoder drew "
             f"other random numbers (dropout), or something else that it depends on has changed.{named} Replayed are "

@@ -58,7 +58,7 @@ def relative_difference(outputs: Sequence[Tensor], references: Sequence[Tensor])
 def settle_trimming(tower: Tower) -> None:
     """Cut no padding that this encoder depends on, and all that it does not: seen on two short rows, with and without.
 
-    Before micro-batches are planned, because lengths follow. Three forward passes of two rows, once for each encoder,
+    Before mini-batches are planned, because lengths follow. Three forward passes of two rows, once for each encoder,
     mode and form of inputs; a sharded encoder is not looked at.
     """
     padded = tower.slicer.padded
@@ -74,26 +74,26 @@ def settle_trimming(tower: Tower) -> None:
     tower.slicer.trim_to(tower.slicer.untested_trim if trim is None else trim)
 
 
-def refuse_neighbours(tower: Tower, micro_batches: Sequence[Tensor]) -> bool:
-    """Refuse an encoder that gives half of a micro-batch other embeddings without the other half; whether it was asked.
+def refuse_neighbours(tower: Tower, mini_batches: Sequence[Tensor]) -> bool:
+    """Refuse an encoder that gives half of a mini-batch other embeddings without the other half; whether it was asked.
 
-    One and a half forward passes of a micro-batch, once for each encoder, mode and form of inputs. Ranks of a sharded
+    One and a half forward passes of a mini-batch, once for each encoder, mode and form of inputs. Ranks of a sharded
     encoder agree on each, because they must run equally many.
     """
-    if len(micro_batches) < 2:
+    if len(mini_batches) < 2:
         return False
     key, answers = _key(tower), _answers(refuse_neighbours, tower)
     unknown = any(key not in known and len(known) < MOST_ANSWERS for known in answers)
     if not on_any_rank(unknown, ask=tower.sharded):
         return False
-    rows = micro_batches[0] if len(micro_batches[0]) > 1 else torch.cat([micro_batches[0], micro_batches[1][:1]])
+    rows = mini_batches[0] if len(mini_batches[0]) > 1 else torch.cat([mini_batches[0], mini_batches[1][:1]])
     if tower.slicer.lengths is not None:  # the longest row stays, and with it the width
         rows = rows[torch.sort(tower.slicer.lengths[rows], descending=True, stable=True).indices]
     passes = _Passes(tower)
     difference = _constant_in_some_mode(passes, lambda: _difference_alone(passes, rows))
     if passes.any_rank(difference is not None and difference > 2):
         raise AnybatchError(
-            "A row's embedding depends on the rows that go through the encoder with it: half of a micro-batch alone "
+            "A row's embedding depends on the rows that go through the encoder with it: half of a mini-batch alone "
             "has other embeddings. Look for statistics over the batch (batch normalisation, x - x.mean(0)), attention "
             "between rows, experts with a capacity; replace them (LayerNorm, GroupNorm), put them in evaluation mode, "
             "or train without caching."

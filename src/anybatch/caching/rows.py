@@ -36,7 +36,7 @@ NO_LENGTHS = (
 
 @dataclass(frozen=True)
 class Shared:
-    """Marks a value of a batch that all rows share: every micro-batch receives `value` whole.
+    """Marks a value of a batch that all rows share: every mini-batch receives `value` whole.
 
     Example:
         >>> RowSlicer({"ids": torch.arange(3), "bias": Shared([0.5])}).take(torch.tensor([2]))
@@ -95,7 +95,7 @@ class Rows:
         return self.lengths if self.patches is None or self.lengths is None else self.lengths + self.patches
 
     def padded_tokens(self, rows: Tensor) -> int:
-        """Of a micro-batch, patches of its images included; rows, where there are no lengths."""
+        """Of a mini-batch, patches of its images included; rows, where there are no lengths."""
         padded = len(rows) * (1 if self.lengths is None else max(1, int(self.lengths[rows].max())))
         return padded if self.patches is None else padded + int(self.patches[rows].sum())
 
@@ -104,7 +104,7 @@ class RowSlicer(Rows):
     """Reads the shape of a batch once, then hands out any subset of its rows.
 
     In a mapping, tensors, arrays, lists and tuples with B entries are cut; numbers, words, None and zero-dimensional
-    tensors go to every micro-batch, and so does what is wrapped in `Shared`. Two forms without one entry per row are
+    tensors go to every mini-batch, and so does what is wrapped in `Shared`. Two forms without one entry per row are
     known: words one after the other with `offsets` `(B,)`, as an embedding bag takes them, and images or videos counted
     by image (`image_grid_thw` with flattened `pixel_values`, or `pixel_values` alone), where `num_images_per_sample`
     `(B,)` or the tokens of images say whose they are. Anything else is refused by its name.
@@ -180,7 +180,7 @@ class RowSlicer(Rows):
             spans = self._spans.get(path)
             here = spans.window(rows, self.trim) if spans is not None else None
             taken = {key: self._take(item, rows, (*path, str(key)), here) for key, item in columns.items()}
-            # A micro-batch without images has no keys of theirs, as if its processor had seen none.
+            # A mini-batch without images has no keys of theirs, as if its processor had seen none.
             pieces = {key: self._pieces.get((*path, str(key))) for key in columns} if self._pieces else {}
             empty = [key for key, part in pieces.items() if part is not None and part.absent(rows)]
             return _rebuilt(value, {key: item for key, item in taken.items() if key not in empty}, dropped=empty)
@@ -227,7 +227,7 @@ class RowSlicer(Rows):
             if columns.get(key) is not None:
                 raise AnybatchError(
                     f"{name} holds {key!r}: caching cuts by rows, and cannot cut flattened (unpadded) sequences. Use a "
-                    "collator that pads; the padding is trimmed for every micro-batch."
+                    "collator that pads; the padding is trimmed for every mini-batch."
                 )
         positions = columns.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim > 2:
@@ -311,7 +311,7 @@ def _count_rows(inputs: Any) -> int:
             return rows
     raise AnybatchError(
         f"The batch ({type(inputs).__name__}) holds no tensor with a first dimension, so it cannot be cut into "
-        "micro-batches. Pass a Tensor, a mapping of Tensors, or a list with one item per row."
+        "mini-batches. Pass a Tensor, a mapping of Tensors, or a list with one item per row."
     )
 
 

@@ -154,7 +154,7 @@ class WrittenState:
         if self._watched_bytes > LARGEST_BUFFER:
             raise AnybatchError(
                 f"The forward pass writes to {place.name}, a parameter that does not train and is too large to be "
-                "brought back for every micro-batch. Update it (the moving average of a teacher) after the step."
+                "brought back for every mini-batch. Update it (the moving average of a teacher) after the step."
             )
         _written_parameters[parameter] = True
         # Writes through `.data` move no version, so that it always counts as written.

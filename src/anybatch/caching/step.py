@@ -21,7 +21,7 @@ def cached_step(
     encoders: Encoder | Sequence[Encoder],
     inputs: Sequence[Any],
     *,
-    micro_batch: int | Auto | None = 32,
+    mini_batch_size: int | Auto | None = 32,
     max_tokens: int | None = None,
     keep_graphs: int | float | Auto = 0,
     memory: str | int | StepMemory = "80%",
@@ -30,23 +30,23 @@ def cached_step(
     scale: float = 1.0,
     modules: Sequence[nn.Module] | None = None,
 ) -> Tensor:
-    """One step's gradients of a contrastive loss over the whole batch, in the memory of one micro-batch.
+    """One step's gradients of a contrastive loss over the whole batch, in the memory of one mini-batch.
 
         anchors = encode_0(inputs[0]);  candidates = cat([encode_k(inputs[k]) for k >= 1])
         (scale * loss(anchors, candidates, **loss_kwargs)).backward()
 
     is what it computes exactly, up to rounding: `.grad` of the encoders and of the loss's own parameters receives the
-    same sum, once. With dropout, the masks are those of the micro-batches, drawn once and replayed.
+    same sum, once. With dropout, the masks are those of the mini-batches, drawn once and replayed.
 
     Args:
         loss: `loss(anchors (B, D), candidates (M, D), **loss_kwargs) -> scalar`; of anybatch.losses or any callable.
-        encoders: One callable for all towers (shared weights), or one for each. Each takes a micro-batch of its tower
+        encoders: One callable for all towers (shared weights), or one for each. Each takes a mini-batch of its tower
             and returns `(b, D)`.
         inputs: One batch for each tower: anchors, positives, then explicit negatives (see `RowSlicer` for their form).
-        micro_batch: The most rows in a forward pass; None if `max_tokens` limits it; "auto" finds the padded tokens
+        mini_batch_size: The most rows in a forward pass; None if `max_tokens` limits it; "auto" finds the padded tokens
             that `memory` has room for.
         max_tokens: The most padded tokens in a forward pass.
-        keep_graphs: How many micro-batches of each tower keep their graph instead of running twice: an int counts them,
+        keep_graphs: How many mini-batches of each tower keep their graph instead of running twice: an int counts them,
             a float is a fraction (1.0: plain training), "auto" keeps what `memory` has room for.
         memory: For "auto": the most memory in use on the device, "8GiB" or "80%". A `StepMemory` given to every step
             probes once and remembers what did not fit.
@@ -62,16 +62,16 @@ def cached_step(
         AnybatchError: Towers and encoders differ in number, BatchNorm in training mode, a tower that the loss ignores.
 
     Cost: with f the fraction of kept graphs, 4 - f units where a plain step takes 3 (forward 1, backward 2), less what
-        sorting by length saves. Memory: embeddings of the batch, one micro-batch's graph and the kept ones.
+        sorting by length saves. Memory: embeddings of the batch, one mini-batch's graph and the kept ones.
         Collectives: those of the loss, and one gradient reduction for each DistributedDataParallel encoder.
 
     Reference: arXiv 2101.06983 (GradCache), section 3.2; keeping graphs and sorting are additions.
     """
-    # 1. Record: every micro-batch of every tower through its encoder, most without a graph.
+    # 1. Record: every mini-batch of every tower through its encoder, most without a graph.
     recordings = record_towers(
         paired_encoders(encoders, inputs),
         inputs,
-        micro_batch=micro_batch,
+        mini_batch_size=mini_batch_size,
         max_tokens=max_tokens,
         keep_graphs=keep_graphs,
         memory=memory,
@@ -85,7 +85,7 @@ def cached_step(
         value = _loss_of(leaves, loss, loss_kwargs or {}, scale)
     finally:
         beside = aside.put_back()
-    # 3. Replay: every micro-batch again, with a graph; the gradients of its embeddings go into the encoder.
+    # 3. Replay: every mini-batch again, with a graph; the gradients of its embeddings go into the encoder.
     replay(recordings, [[leaf.grad] for leaf in leaves], beside=beside)
     return value
 

@@ -96,7 +96,7 @@ def mendable(error: BaseException) -> str | None:
         package = f"'anybatch[{EXTRAS[name]}]'" if name in EXTRAS else name
         return f"This needs the package {name}, which is not installed. Install it with: pip install {package}"
     if isinstance(error, MemoryError) or "OutOfMemoryError" in _names(error) or "allocate memory" in lines[0]:
-        remedy = "Lower train.micro_batch, train.memory or batch_size, or use fewer rows (data.limit)."
+        remedy = "Lower train.mini_batch_size, train.memory or batch_size, or use fewer rows (data.limit)."
         return f"Memory ran out: {lines[0]}. {remedy}"
     if isinstance(error, BrokenPipeError):
         return "The reader of the output went away before all was written."

@@ -98,7 +98,7 @@ def settings(folder: Path, name: str, size: int, seed: int) -> dict[str, Any]:
         "train": {
             "epochs": PASSES,
             "learning_rate": RATES[name][size],
-            "micro_batch": size,
+            "mini_batch_size": size,
             "keep_graphs": 1.0,
             "save_steps": 10_000,
         },
@@ -119,7 +119,7 @@ def _memory_runs(folder: Path, transformer: str) -> dict[str, RunConfig]:
     size = SIZES[-1]
     shared = settings(folder, "InfoNCE", size, SEEDS[0]) | {"data": _data(size), "evaluation": {"path": None}}
     shared["model"] = {"name": transformer, "num_layers": 1, "max_length": 32, "device": "cpu"}
-    ways = {"without caching": {}, "with caching": {"micro_batch": 32, "keep_graphs": 0.0}}
+    ways = {"without caching": {}, "with caching": {"mini_batch_size": 32, "keep_graphs": 0.0}}
     runs = {}
     for way, changes in ways.items():
         train = shared["train"] | {"args": {"max_steps": 1}} | changes

@@ -76,8 +76,10 @@ def _duration(seconds: float) -> str:
 def train_command(options: TrainOptions, found: Recommendation) -> str:
     """`anybatch train` with the options that were given and what was chosen beside them."""
     sets = [*(options.sets or [])]
-    if found.config.train.micro_batch == "auto" and not any(item.startswith("train.micro_batch") for item in sets):
-        sets.append("train.micro_batch=auto")
+    if found.config.train.mini_batch_size == "auto" and not any(
+        item.startswith("train.mini_batch_size") for item in sets
+    ):
+        sets.append("train.mini_batch_size=auto")
     chosen = replace(options, batch_size=found.config.batch_size, sets=sets or None)
     words = ["anybatch", "train"]
     for field in fields(chosen):

@@ -65,7 +65,7 @@ def step_cost(
 
     with forgotten(model):
         step = step_of(
-            config, pairs, model, mini_batch_size=config.train.micro_batch, keep_graphs=config.train.keep_graphs
+            config, pairs, model, mini_batch_size=config.train.mini_batch_size, keep_graphs=config.train.keep_graphs
         )
 
         def timed(rows: np.ndarray) -> float:

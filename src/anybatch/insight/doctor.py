@@ -30,7 +30,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     Nothing is written.
 
     Args:
-        config: The run. Of `config.train`, `micro_batch` (at most a quarter of the rows) and `args.bf16` are used.
+        config: The run. Of `config.train`, `mini_batch_size` (at most a quarter of the rows) and `args.bf16` are used.
         num_rows: Rows of the batch.
 
     Returns:
@@ -43,7 +43,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     """
     if num_rows < 8:
         raise AnybatchError(
-            f"The check was asked for {num_rows} rows; it needs at least 8 to split them into micro-batches."
+            f"The check was asked for {num_rows} rows; it needs at least 8 to split them into mini-batches."
         )
     pairs = read_training_pairs(config)
     plan = existing_plan(config)
@@ -62,7 +62,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
         [column] = views.prepared(inputs[:1], index)
         inputs = [{**column, KEYS: key[:, None]} for key in column[KEYS].unbind(dim=1)]  # each view a column
         encode, of_batch, index = views.encode, _OfViews(loss), index.repeat(2)
-    wanted = config.train.micro_batch
+    wanted = config.train.mini_batch_size
     most = max(1, rows // 4)
     precision = (
         torch.autocast(model.device.type, dtype=torch.bfloat16)
@@ -75,7 +75,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
                 encode,
                 inputs,
                 of_batch,
-                micro_batch=most if wanted == "auto" else min(wanted, most),
+                mini_batch_size=most if wanted == "auto" else min(wanted, most),
                 loss_kwargs=table.arguments(index, num_negatives=len(pairs.negatives)),
                 modules=[model],
             )

@@ -107,9 +107,9 @@ def recommend(
     config, step, why_size = _sized(config, pairs, student, keep_batch_size, seconds / 3, progress)
     config, chosen = recipe(config, pairs, pretrained=is_pretrained(student))
     found = Recommendation(config=config, step=step, choices=[Choice("batch_size", str(config.batch_size), why_size)])
-    if config.train.micro_batch == "auto":
+    if config.train.mini_batch_size == "auto":
         why = "as many rows at once through the model as memory has room for"
-        found.choices.append(Choice("train.micro_batch", "auto", why))
+        found.choices.append(Choice("train.mini_batch_size", "auto", why))
     why = "the recipe was measured at .05, and no figure from before training tells a better one"
     found.choices += [*chosen, Choice("loss.temperature", f"{first_temperature(config.loss):g}", why)]
 
@@ -210,7 +210,7 @@ def _sized(
         left = seconds - (time.perf_counter() - begun)
         if smallest < SIZES[0] or size * BATCHES > len(pairs) or 3 * cost.seconds_per_row * size > left:
             break
-        larger = replace(config, batch_size=size, train=replace(config.train, micro_batch="auto"))
+        larger = replace(config, batch_size=size, train=replace(config.train, mini_batch_size="auto"))
         of_larger = cost_of(larger, left)
         if cost.seconds_per_row < FASTER * of_larger.seconds_per_row:
             break
@@ -354,6 +354,6 @@ def _memory(step: StepCost) -> Figure:
         beside=f"there are {step.total_bytes / 2**30:.1f} GiB",
         good=f"{MUCH_MEMORY:.0%} or less",
         passed=step.peak_bytes <= MUCH_MEMORY * step.total_bytes,
-        why="At its peak, the optimiser's state included. If it does not fit, lower train.memory or train.micro_batch: "
-        "the batch size costs next to nothing.",
+        why="At its peak, the optimiser's state included. If it does not fit, lower train.memory or "
+        "train.mini_batch_size: the batch size costs next to nothing.",
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.caching.encoder import Encoder, Tower, towers_of
-from anybatch.caching.schedule import plan_micro_batches
+from anybatch.caching.schedule import plan_mini_batches
 from anybatch.caching.state import without_autocast
 from anybatch.caching.step import cached_step, paired_encoders
 from anybatch.core.errors import AnybatchError
@@ -63,7 +63,7 @@ def verify(
     inputs: Sequence[Any],
     loss: Callable[..., Tensor],
     *,
-    micro_batch: int = 4,
+    mini_batch_size: int = 4,
     keep_graphs: int | float = 0,
     loss_kwargs: Mapping[str, Any] | None = None,
     modules: Sequence[nn.Module] | None = None,
@@ -71,13 +71,13 @@ def verify(
     """Take one batch both ways and compare every gradient.
 
     The plain way is the whole batch in one pass; where random numbers are drawn (dropout) or state is written it is
-    the same micro-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are
+    the same mini-batches in one graph, so that the masks are the same. Gradients, buffers and random generators are
     put back afterwards, those of the loss included.
 
     Args:
         encoders: As in `cached_step`.
-        inputs: One small batch for each tower, more rows than `micro_batch`.
-        micro_batch: Rows in a forward pass.
+        inputs: One small batch for each tower, more rows than `mini_batch_size`.
+        mini_batch_size: Rows in a forward pass.
         loss, keep_graphs, loss_kwargs, modules: As in `cached_step`.
 
     Returns:
@@ -85,17 +85,17 @@ def verify(
         finding; then there are no errors.
 
     Raises:
-        AnybatchError: Every tower fits in one micro-batch (the comparison would prove nothing), or batch statistics.
+        AnybatchError: Every tower fits in one mini-batch (the comparison would prove nothing), or batch statistics.
 
     Cost: two steps, and a copy of the gradients and of the buffers.
     """
     # 1. What both ways start from.
     towers = towers_of(paired_encoders(encoders, inputs), inputs, modules)
-    plans = [plan_micro_batches(tower.slicer, micro_batch=micro_batch) for tower in towers]
+    plans = [plan_mini_batches(tower.slicer, mini_batch_size=mini_batch_size) for tower in towers]
     if all(len(plan) == 1 for plan in plans):
         raise AnybatchError(
-            f"Every tower fits in one micro-batch of {micro_batch} rows, so there is nothing to compare. Pass more "
-            "rows or a smaller micro_batch."
+            f"Every tower fits in one mini-batch of {mini_batch_size} rows, so there is nothing to compare. Pass more "
+            "rows or a smaller mini_batch_size."
         )
     facts, start = towers[0].facts, towers[0].random_state()
     written = facts.written
@@ -104,14 +104,12 @@ def verify(
     # 2. The cached step.
     with _untouched(parts, list(names)):
         try:
-            cached_value = cached_step(
-                loss, encoders, inputs, micro_batch=micro_batch, keep_graphs=keep_graphs, loss_kwargs=loss_kwargs,
-                modules=modules,
-            )  # fmt: skip
+            limits = {"mini_batch_size": mini_batch_size, "keep_graphs": keep_graphs}
+            cached_value = cached_step(loss, encoders, inputs, **limits, loss_kwargs=loss_kwargs, modules=modules)
         except AnybatchError as error:
             return Verification.refused(str(error))
         finally:
-            # Where random numbers are drawn or state is written, what a row meets belongs to its micro-batch.
+            # Where random numbers are drawn or state is written, what a row meets belongs to its mini-batch.
             by_piece = written.update() or not start.equals(start.now())
             start.restore()
             written.restore({})
@@ -136,7 +134,7 @@ def verify(
 
 
 def _embedded(tower: Tower, plan: Sequence[Tensor]) -> Tensor:
-    """The embeddings of a batch, micro-batch by micro-batch, in the row order of the batch."""
+    """The embeddings of a batch, mini-batch by mini-batch, in the row order of the batch."""
     whole = torch.cat([tower.embed(rows)[0] for rows in plan])
     return whole[torch.argsort(torch.cat(list(plan))).to(whole.device)]
 
@@ -174,7 +172,7 @@ def _compare(
     elif error > tolerance and not found:
         found.append(
             "The gradients differ and nothing known explains it. Look for state that a forward pass changes (caches), "
-            "for generators out of sight, and for rows that see the other rows of their micro-batch."
+            "for generators out of sight, and for rows that see the other rows of their mini-batch."
         )
     loss_error = abs(float(cached_value) - float(value)) / max(abs(float(value)), torch.finfo(torch.float64).tiny)
     return Verification(

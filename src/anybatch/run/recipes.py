@@ -35,7 +35,7 @@ B3: Tree = {
     "loss": {"name": "infonce", "temperature": 0.02, "weights": "none", "mask_suspects": False},
     "train": {
         "learning_rate": 1e-4,
-        "micro_batch": "auto",
+        "mini_batch_size": "auto",
         "args": {"max_steps": 2000, "warmup_steps": 0.1, "bf16": True},
     },
 }

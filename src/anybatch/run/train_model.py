@@ -66,7 +66,7 @@ def train_on_plan(
         model,
         inner,
         rows=rows.to(model.device),
-        mini_batch_size=config.train.micro_batch,
+        mini_batch_size=config.train.mini_batch_size,
         keep_graphs=config.train.keep_graphs,
         memory=config.train.memory,
     )

@@ -27,7 +27,7 @@ _WHEN = "Set train.eval_steps: the run evaluates the held-out data at these step
 DECIDED = {
     "output_dir": "Set output (--output)",
     **dict.fromkeys(("per_device_train_batch_size", "auto_find_batch_size"), "Set batch_size (--batch-size)"),
-    "gradient_accumulation_steps": "Set batch_size: the cached step needs the memory of one micro-batch at any batch "
+    "gradient_accumulation_steps": "Set batch_size: the cached step needs the memory of one mini-batch at any batch "
     "size, and gives the exact gradient of the whole batch; accumulation would leave out negatives",
     **dict.fromkeys(("seed", "data_seed", "full_determinism"), "Set seed (--seed)"),
     "num_train_epochs": "Set train.epochs (--epochs)",

@@ -1,4 +1,4 @@
-"""Images that stay undecoded until the cached step takes their micro-batch: the Trainer's collator, and their lengths.
+"""Images that stay undecoded until the cached step takes their mini-batch: the Trainer's collator, and their lengths.
 
 A batch of 8,192 images of 224 x 224 is 5 GB of pixels, and a few hundred megabytes or (where they are read from files)
 nothing at all before it is decoded.
@@ -35,7 +35,7 @@ Preprocess = Callable[..., Any]
 
 
 class ImageCollator:
-    """A collator of sentence-transformers that leaves images to `CachedLoss`, which decodes each micro-batch by itself.
+    """A collator of sentence-transformers that leaves images to `CachedLoss`, which decodes each mini-batch by itself.
 
     Columns of texts go through it as before. Images may be anything that the model takes, and what is not decoded yet:
     cells of the feature `datasets.Image(decode=False)` (see `undecoded`), `EncodedImage`, `MixedInput`.
@@ -300,7 +300,7 @@ def _counted(module: nn.Module, sizes: Sequence[tuple[int, int]]) -> tuple[Tenso
         options = (getattr(module, "processing_kwargs", None) or {}).get("image") or {}
         found = processor._get_num_multimodal_tokens(image_sizes=sizes, **options)
         return torch.tensor(found["num_image_tokens"]).float(), torch.tensor(found["num_image_patches"]).float()
-    except Exception:  # not part of transformers' promises; lengths only sort rows and fill micro-batches
+    except Exception:  # not part of transformers' promises; lengths only sort rows and fill mini-batches
         return torch.zeros(len(sizes)), torch.ones(len(sizes))
 
 

@@ -35,7 +35,7 @@ class CachedLoss(nn.Module):
         model: The model that is trained. It must be the one given to the Trainer.
         loss: A loss of `anybatch.losses`: `loss(anchors, candidates, ...)`.
         rows: What is known of each training row (identical texts, mined clusters). None: only the batch itself counts.
-        mini_batch_size: Rows that are encoded at once: the `micro_batch` of `cached_step`.
+        mini_batch_size: Rows that are encoded at once: the `mini_batch_size` of `cached_step`.
         max_tokens, keep_graphs, memory: See `cached_step`. The gradient is the same to the last bit
             whatever is kept: 0.0 is GradCache, 1.0 is plain training.
 
@@ -86,10 +86,9 @@ class CachedLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_limits(
-            micro_batch=mini_batch_size,
+            mini_batch_size=mini_batch_size,
             max_tokens=max_tokens,
             keep_graphs=keep_graphs,
-            called="mini_batch_size",
         )
         self.model = model  # a child, else the Trainer would not train it
         self.loss = loss
@@ -129,12 +128,12 @@ class CachedLoss(nn.Module):
         if labels is not None and training:
             labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
 
-        # 2. Forward passes, micro-batch by micro-batch; images are decoded as they are taken.
+        # 2. Forward passes, mini-batch by mini-batch; images are decoded as they are taken.
         features = [self._rows(column) for column in features]
         recordings = record_towers(
             [self.encode] * len(features),
             features,
-            micro_batch=self.mini_batch_size,
+            mini_batch_size=self.mini_batch_size,
             max_tokens=self.max_tokens,
             keep_graphs=self.keep_graphs,
             memory=self.memory,
@@ -206,7 +205,7 @@ class CachedLoss(nn.Module):
         return value
 
     def encode(self, features: dict[str, Any]) -> Tensor:
-        """The embeddings of a micro-batch, (B, D)."""
+        """The embeddings of a mini-batch, (B, D)."""
         return self.model(features)["sentence_embedding"]
 
 

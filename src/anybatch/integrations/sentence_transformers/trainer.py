@@ -46,7 +46,7 @@ class Trainer(SentenceTransformerTrainer):
     """sentence-transformers' Trainer for contrastive training at any batch size: same arguments, one line changed.
 
     What a loss of ours needs beside the Trainer is added here: row numbers; which rows have equal inputs and are no
-    negatives of each other; the cached step, which decodes images micro-batch by micro-batch; the state of the loss, in
+    negatives of each other; the cached step, which decodes images mini-batch by mini-batch; the state of the loss, in
     checkpoints and in the best one; the prompts and routes that the model has for queries and documents; a model card
     that says how the model was trained.
 

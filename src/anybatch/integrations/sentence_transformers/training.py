@@ -37,8 +37,8 @@ class TrainConfig(Configuration):
         optimizer: "adamw", or "lars" (momentum .9), whose steps follow the norms of the weights: published for SimCLR
             and SogCLR on images, at rates of .1 to 5.
         learning_rate: Peak learning rate. Tune it for each batch size.
-        micro_batch: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
-        keep_graphs: Fraction of the micro-batches whose graph is kept, so that they need no second forward pass; "auto"
+        mini_batch_size: Rows per encoder forward pass; "auto" finds the padded tokens that `memory` has room for.
+        keep_graphs: Fraction of the mini-batches whose graph is kept, so that they need no second forward pass; "auto"
             keeps what `memory` has room for. The gradient is the same to the last bit.
         memory: The most memory in use on the device, such as "8GiB" or "80%".
         gradient_checkpointing: Of the transformer: a graph keeps the inputs of its layers alone, and its backward pass
@@ -60,7 +60,7 @@ class TrainConfig(Configuration):
     epochs: Count = 1
     optimizer: Literal["adamw", "lars"] = "adamw"
     learning_rate: Positive = 5e-5
-    micro_batch: Count | Literal["auto"] = 32
+    mini_batch_size: Count | Literal["auto"] = 32
     keep_graphs: Fraction | Literal["auto"] = "auto"
     memory: str | int = "80%"
     gradient_checkpointing: bool = False
@@ -115,7 +115,7 @@ def train_model(
         model, loss: The encoder, and the loss around it. The first column is a query, the others documents, with the
             model's own prompts and routes.
         dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here. Images
-            are decoded micro-batch by micro-batch.
+            are decoded mini-batch by mini-batch.
         plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
         config: See `TrainConfig`.
         output: Folder of the run; must exist, without checkpoints or a log of another.

@@ -24,7 +24,7 @@ class TwoViewLoss(CachedLoss):
     """A loss on two random views of each image: each view against all views of other rows (SimCLR, SogCLR for images).
 
     A view is a function of run, step and row (`anybatch.vision.views`): replays and resumed runs see the same pixels,
-    and views are made micro-batch by micro-batch, on the device: of `mini_batch_size` rows two views each. A
+    and views are made mini-batch by mini-batch, on the device: of `mini_batch_size` rows two views each. A
     BatchNorm is frozen, as caching needs.
 
     Args:
