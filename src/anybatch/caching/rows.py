@@ -257,9 +257,10 @@ def _columns(value: Any) -> Mapping[str, Any] | None:
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return dict(zip(value._fields, value))  # type: ignore[attr-defined]
-    tensors = isinstance(value, (list, tuple)) and all(isinstance(item, Tensor) and item.ndim > 0 for item in value)
-    if tensors and len({item.dtype for item in value}) > 1 and len({len(item) for item in value}) == 1:
-        return {str(number): item for number, item in enumerate(value)}  # one item per row would have one dtype
+    items = value if isinstance(value, (list, tuple)) else ()
+    tensors = all(isinstance(item, Tensor) and item.ndim > 0 for item in items)
+    if tensors and len({item.dtype for item in items}) > 1 and len({len(item) for item in items}) == 1:
+        return {str(number): item for number, item in enumerate(items)}  # one item per row would have one dtype
     return None
 
 

@@ -67,7 +67,7 @@ def retrieval_metrics(
     totals, judged = np.zeros((3, len(ks))), 0
     for place, ranked in enumerate(order[rows]):
         if grades := relevance.get(query_ids[place]):
-            gains = [max(grades.get(corpus_ids[row], 0), 0) for row in ranked]
+            gains = [max(grades.get(corpus_ids[int(row)], 0), 0) for row in ranked]
             relevant = [grade for grade in grades.values() if grade > 0]
             totals += _figures(np.array(gains, np.float64), np.array(relevant, np.float64), ks)
             judged += 1
