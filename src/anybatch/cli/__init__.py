@@ -69,8 +69,8 @@ def outcome(error: BaseException) -> tuple[int, str]:
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         number = error.args[0] if error.args else signal.SIGINT
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        kept = "; finished work is kept, of training the last checkpoint (one every train.save_steps steps). Go on with"
-        kept = f"{kept} the same command and --resume" if _verb() in RESUMABLE else ""
+        kept = "; finished work is kept, of training the last checkpoint. Go on with the same command and --resume"
+        kept = kept if _verb() in RESUMABLE else ""
         return 128 + number, f"anybatch: stopped by {name}{kept}."
     if isinstance(error, typer.Exit):
         return error.exit_code, ""
