@@ -10,7 +10,7 @@ from pathlib import Path
 from anybatch.core.files import read_json
 from anybatch.insight.gradient_methods import GradientComparison, is_further
 from anybatch.insight.tables import Figure
-from anybatch.mining.audit import LITTLE_GAIN, MANY_SUSPECTS, MUCH_MASKED, WEAK_TEACHER, advice
+from anybatch.mining.audit import advice, marks
 from anybatch.mining.config import MARGIN
 from anybatch.mining.inspection import PlanInspection
 from anybatch.plans.plan import BatchPlan
@@ -25,48 +25,32 @@ def plan_sentence(plan: BatchPlan) -> str:
     return f"{plan.num_rows:,} rows; an epoch is {plan.num_batches:,} batches of {plan.batch_size}{chosen}{rest}.{why}"
 
 
+WHY = {  # what a figure of `marks` is, and what it was in the study
+    "own positive first": "How often the right answer is the teacher's best of all rows: what it ranks high is only "
+    "hard if it knows the pairs. It falls as data grow. A question, no verdict: a weak teacher's batches once trained "
+    "no worse.",
+    "softmax mass in the batch": "Share of the negatives' softmax mass over the whole data set, under the teacher, "
+    "that an anchor's batch holds: what mining is for. The study's plans, batches of 64, had 1.6 to 7.4 times.",
+    "softmax mass masked": "Share that mining suspects of being right, which loss.mask_suspects removes: of that the "
+    "model learns nothing. The study's text tasks had 14% to 49%.",
+    "suspected false negatives per anchor": "Negatives in its batch that mining suspects of being right (where it did "
+    f"not look, those that score above {MARGIN:g} of the own positive). Read some of them. Plans at the default had .1 "
+    "to .4.",
+}
+
+
 def set_figures(seen: PlanInspection, plan: BatchPlan) -> list[Figure]:
-    """What was measured of one data set, with the pass marks of `advice`; of random batches the teacher alone."""
+    """What was measured of one data set, with its pass marks; of random batches the teacher alone."""
     planned, random = seen.planned, seen.random
-    of_teacher = Figure(
-        name="own positive first",
-        value=f"{seen.own_first:.1%}",
-        good=f"{WEAK_TEACHER:.0%} or more",
-        passed=seen.own_first >= WEAK_TEACHER,
-        why="How often the right answer is the teacher's best of all rows: what it ranks high is only hard if it knows "
-        "the pairs. It falls as data grow. A question, no verdict: a weak teacher's batches once trained no worse.",
-    )
-    if plan.cluster_size == 1:
-        return [of_teacher]
-    return [
-        of_teacher,
-        Figure(
-            name="softmax mass in the batch",
-            value=f"{planned.in_batch:.1%}",
-            beside=f"random batches: {random.in_batch:.1%}",
-            good=f"{LITTLE_GAIN:g} times random or more",
-            passed=planned.in_batch >= LITTLE_GAIN * random.in_batch,
-            why="Share of the negatives' softmax mass over the whole data set, under the teacher, that an anchor's "
-            "batch holds: what mining is for. The study's plans, batches of 64, had 1.6 to 7.4 times.",
-        ),
-        Figure(
-            name="softmax mass masked",
-            value=f"{planned.masked:.1%}",
-            good=f"{MUCH_MASKED:.0%} or less",
-            passed=planned.masked <= MUCH_MASKED,
-            why="Share that mining suspects of being right, which loss.mask_suspects removes: of that the model learns "
-            "nothing. The study's text tasks had 14% to 49%.",
-        ),
-        Figure(
-            name="suspected false negatives per anchor",
-            value=f"{planned.suspects:.2f}",
-            beside=f"random batches: {random.suspects:.2f}",
-            good=f"{MANY_SUSPECTS:g} or less",
-            passed=planned.suspects <= MANY_SUSPECTS,
-            why="Negatives in its batch that mining suspects of being right (where it did not look, those that score "
-            f"above {MARGIN:g} of the own positive). Read some of them. Plans at the default had .1 to .4.",
-        ),
-    ]
+    shown = {  # of a mark value and comparison, where the page has more room
+        "softmax mass in the batch": (f"{planned.in_batch:.1%}", f"random batches: {random.in_batch:.1%}"),
+        "suspected false negatives per anchor": (f"{planned.suspects:.2f}", f"random batches: {random.suspects:.2f}"),
+    }
+    figures = []
+    for name, value, good, passed, _ in marks(seen.figures)[: None if plan.cluster_size > 1 else 1]:
+        value, beside = shown.get(name, (value, ""))
+        figures.append(Figure(name=name, value=value, beside=beside, good=good, passed=passed, why=WHY[name]))
+    return figures
 
 
 def plan_warnings(

@@ -30,7 +30,7 @@ from anybatch.insight.tables import Figure
 from anybatch.integrations.sentence_transformers.model import is_pretrained, load_model
 from anybatch.losses.registry import AUTO, LossConfig, first_temperature
 from anybatch.mining import mine_plan
-from anybatch.mining.audit import marks
+from anybatch.mining.audit import advice
 from anybatch.mining.inspection import inspect_plan
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, resolved
@@ -238,7 +238,7 @@ def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.n
         found.figures += [replace(f, name=f"{name} {f.name}".lstrip()) for f in set_figures(seen, plan)]
         found.against += plan_warnings(plan, seen, mask_suspects=loss.mask_suspects is True)
     if mined and found.config.mining.method == AUTO:
-        taken = all(passed for seen in parts.values() for _, passed in marks(seen.figures))
+        taken = not any(advice(seen.figures) for seen in parts.values())
         found.notes.append(
             f"By these figures the run takes {'the mined' if taken else 'random'} batches (mining.method=auto); it "
             "decides by those of all rows."

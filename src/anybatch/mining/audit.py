@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -104,8 +105,18 @@ class Beside:
         return int(self.count(self.cluster[rows], matrix.indices).sum())
 
 
-def advice(figures: Mapping[str, float], *, mined: bool = True, mask_suspects: bool = False) -> list[str]:
-    """What figures of a plan advise against, in words; nothing where they are good.
+class Mark(NamedTuple):
+    """A figure of a plan, what is good, and what it advises against where it is not."""
+
+    name: str
+    value: str
+    good: str
+    passed: bool
+    advice: str
+
+
+def marks(figures: Mapping[str, float], *, mask_suspects: bool = False) -> list[Mark]:
+    """The figures that decide whether mined batches help, beside their pass marks; that of the teacher is first.
 
     A mined batch trusts the teacher twice: that what it ranks high is hard, and that what it ranks just below the top
     is not also right. The limits are rules of thumb: in a later study (docs/log.md) batches of a weak teacher trained
@@ -113,51 +124,42 @@ def advice(figures: Mapping[str, float], *, mined: bool = True, mask_suspects: b
 
     Args:
         figures: See `PlanInspection.figures`.
-        mined: Whether the batches are; of random ones the teacher alone is judged.
         mask_suspects: Whether the loss is known to mask them.
     """
     own_first, suspects, masked, gain = (figures[name] for name in ("own_first", "suspects", "masked", "gain"))
-    found = []
-    if own_first < WEAK_TEACHER:
-        found.append(
+    masks = "" if mask_suspects else ", or set loss.mask_suspects"
+    return [
+        Mark(
+            *("own positive first", f"{own_first:.1%}", f"{WEAK_TEACHER:.0%} or more", own_first >= WEAK_TEACHER),
             f"The teacher finds the own positive first for only {own_first:.1%} of the anchors (good: "
             f"{WEAK_TEACHER:.0%} or more; it falls as data grow). What it takes for hard may be easy, or right. Use a "
-            "better teacher, or random batches."
-        )
-    if not mined:
-        return found  # nothing was chosen that could hurt
-    if suspects > MANY_SUSPECTS:
-        masks = "" if mask_suspects else ", or set loss.mask_suspects"
-        found.append(
-            f"{suspects:.2f} suspected false negatives are in an anchor's batch (good: {MANY_SUSPECTS:g} or less). "
-            f"Read some of them (anybatch inspect plan); raise mining.conflict_weight{masks}."
-        )
-    if masked > MUCH_MASKED:
-        found.append(
+            "better teacher, or random batches.",
+        ),
+        Mark(
+            *("softmax mass in the batch", f"{gain:.1f} times random", f"{LITTLE_GAIN:g} times random or more"),
+            gain >= LITTLE_GAIN,
+            f"The batches hold {gain:.1f} times the softmax mass that random ones hold (good: {LITTLE_GAIN:g} or "
+            "more): mining changes little here. Save the time and use mining.method=random.",
+        ),
+        Mark(
+            *("softmax mass masked", f"{masked:.1%}", f"{MUCH_MASKED:.0%} or less", masked <= MUCH_MASKED),
             f"The teacher suspects negatives that hold {masked:.1%} of the softmax mass (good: {MUCH_MASKED:.0%} or "
             "less) of being right; with loss.mask_suspects the model never learns to tell them apart. Compare with "
-            "mining.method=random, or use a better teacher."
-        )
-    if gain < LITTLE_GAIN:
-        found.append(
-            f"The batches hold {gain:.1f} times the softmax mass that random ones hold (good: {LITTLE_GAIN:g} or "
-            "more): mining changes little here. Save the time and use mining.method=random."
-        )
-    return found
-
-
-def marks(figures: Mapping[str, float]) -> list[tuple[str, bool]]:
-    """The same figures beside their pass marks, and whether each passes: all do where `advice` says nothing."""
-    own_first, suspects, masked, gain = (figures[name] for name in ("own_first", "suspects", "masked", "gain"))
-    return [
-        (f"own positive first {own_first:.1%} (good: {WEAK_TEACHER:.0%} or more)", own_first >= WEAK_TEACHER),
-        (f"softmax mass in the batch {gain:.1f} times random (good: {LITTLE_GAIN:g} or more)", gain >= LITTLE_GAIN),
-        (f"softmax mass masked {masked:.1%} (good: {MUCH_MASKED:.0%} or less)", masked <= MUCH_MASKED),
-        (
-            f"suspected false negatives per anchor {suspects:.2f} (good: {MANY_SUSPECTS:g} or less)",
+            "mining.method=random, or use a better teacher.",
+        ),
+        Mark(
+            *("suspected false negatives per anchor", f"{suspects:.2f}", f"{MANY_SUSPECTS:g} or less"),
             suspects <= MANY_SUSPECTS,
+            f"{suspects:.2f} suspected false negatives are in an anchor's batch (good: {MANY_SUSPECTS:g} or less). "
+            f"Read some of them (anybatch inspect plan); raise mining.conflict_weight{masks}.",
         ),
     ]
+
+
+def advice(figures: Mapping[str, float], *, mined: bool = True, mask_suspects: bool = False) -> list[str]:
+    """What figures of a plan advise against, in words; of random batches, which chose nothing, the teacher alone."""
+    judged = marks(figures, mask_suspects=mask_suspects)
+    return [mark.advice for mark in (judged if mined else judged[:1]) if not mark.passed]
 
 
 def suspect_pairs(conflict: sparse.csr_matrix) -> np.ndarray:

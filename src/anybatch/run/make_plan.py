@@ -183,10 +183,9 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
 def decision(reports: Mapping[str, MiningReport]) -> tuple[bool, str]:
     """Whether "auto" takes the mined batches, and why: all figures of every data set pass. See docs/recipe.md."""
     found = [
-        (f"{name}: {text}" if name else text, passed)
+        (f"{name and f'{name}: '}{mark.name} {mark.value} (good: {mark.good})", mark.passed)
         for name, report in reports.items()
-        if report.figures
-        for text, passed in marks(report.figures)
+        for mark in (marks(report.figures) if report.figures else ())
     ]
     good, bad = ("; ".join(text for text, passed in found if passed == wanted) for wanted in (True, False))
     if found and not bad:
