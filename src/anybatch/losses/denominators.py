@@ -108,22 +108,22 @@ class RunningDenominator(Denominator):
         moving: The temperature changes, or differs between rows: beside an absolute state that at which it was made is
             kept, in `made_at`, and the state used as log_mean * made_at / tau. That keeps tau * log_mean, a similarity,
             as it was, which moves by no more than log n per unit of tau.
-        sharded: Each rank stores one W-th of the rows, see `State`.
 
-    Cost: 4 bytes a row and direction, 8 if moving, divided by the ranks if sharded; an update touches B of them.
-    Collectives a call with W ranks: one of sizes, two gathers of B numbers; sharded: a sum or two of B numbers more.
+    Cost: 4 bytes a row and direction, 8 if moving; an update touches B of them. Collectives a call: one of sizes, two
+    gathers of B numbers.
 
     Example:
         >>> import torch
         >>> running = RunningDenominator(3, gamma=0.5)
         >>> row = Visits.of(torch.tensor([1]))
         >>> for value in (2.0, 4.0):
-        ...     u = running.blend(row, torch.tensor([value]).log(), direction=0, update=True, dimensions=8).exp()
+        ...     u = running.blend(row, torch.tensor([value]).log(), direction=0, update=True).exp()
         >>> round(u.item(), 5)
         3.0
     """
 
     log_mean: Tensor
+    made_at: Tensor
     needs_index = True
 
     def __init__(
@@ -136,9 +136,8 @@ class RunningDenominator(Denominator):
         state: Reference = "absolute",
         positive: PositiveWeight | None = None,
         moving: bool = False,
-        sharded: bool = False,
     ) -> None:
-        super().__init__(num_rows, sharded=sharded)
+        super().__init__(num_rows)
         if not isinstance(gamma, Gamma) and not 0 < gamma <= 1:
             raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1, or a GammaSchedule.")
         if eps is not None and eps < 0:
@@ -164,7 +163,7 @@ class RunningDenominator(Denominator):
 
     @property
     def visited(self) -> Tensor:
-        """(directions, stored rows) bool: of this rank's rows."""
+        """(directions, n) bool."""
         return ~self.log_mean.isnan()
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> RunningRule:
@@ -177,7 +176,6 @@ class RunningDenominator(Denominator):
             log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
             normalised=normalised,
             update=batch.updating,
-            dimensions=batch.anchors.shape[1],
         )
 
     def ask(self, side: Side, batch: Batch, direction: int) -> Side:
@@ -193,8 +191,10 @@ class RunningDenominator(Denominator):
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
-        if batch.updating and isinstance(self.gamma, Gamma):
-            self.gamma.advance()
+        if batch.updating:
+            self.embedding_width.fill_(batch.anchors.shape[1])
+            if isinstance(self.gamma, Gamma):
+                self.gamma.advance()
         return loss
 
     def blend(
@@ -207,7 +207,6 @@ class RunningDenominator(Denominator):
         heard: Tensor | None = None,
         direction: int,
         update: bool,
-        dimensions: int,
     ) -> Tensor:
         """The moving average at each of the batch's rows, (B,); their mean per row is stored if `update`.
 
@@ -217,7 +216,7 @@ class RunningDenominator(Denominator):
             level: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
             temperature: (B,) that of each, if it is moving.
             heard: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
-            direction, update, dimensions: Which state; whether to store the result; width of the embeddings.
+            direction, update: Which state; whether to store the result.
 
         Rows never visited of which the batch says nothing are -inf; they, and those whose mean is 0, stay unvisited.
         Rows of which the batch says NaN or +inf keep what they knew, in the memory but not in what is returned.
@@ -230,10 +229,9 @@ class RunningDenominator(Denominator):
         batch, level, heard, temperature = distributed.gather_rows(figures, visits.sizes).unbind(dim=1)
         # 2. With what is known. The state is float32; the arithmetic is the batch's, so that float64 checks see no
         # rounding but the state's own, and relative to the positive: a first visit is the batch's value exactly.
-        stored = self.read("log_mean", visits.rows, direction=direction).to(batch.dtype)
-        made_at = torch.ones_like(stored)
-        if self.moving:
-            made_at = self.read("made_at", visits.rows, direction=direction).to(batch.dtype)
+        place = direction, visits.rows
+        stored = self.log_mean[place].to(batch.dtype)
+        made_at = self.made_at[place].to(batch.dtype) if self.moving else torch.ones_like(stored)
         old = (stored * made_at)[visits.inverse] / temperature - level
         if isinstance(self.gamma, Gamma):
             log_gamma, log_stay = self.gamma.log_shares(old)
@@ -249,11 +247,10 @@ class RunningDenominator(Denominator):
             mean, some = _combine(at_one, heard, visits.inverse, len(visits.rows))
             some &= mean.isfinite() | mean.isneginf()
             mean = torch.where(some, torch.where(mean.isneginf(), torch.nan, mean), stored)
-            now = torch.where(some, now, made_at)
-            self.write("log_mean", visits.rows, mean, direction=direction)
+            limits = torch.finfo(self.log_mean.dtype)  # beyond them: the largest number, not infinity
+            self.log_mean[place] = mean.to(self.log_mean.dtype).clamp(limits.min, limits.max)
             if self.moving:
-                self.write("made_at", visits.rows, now, direction=direction)
-            self.embedding_width.fill_(dimensions)
+                self.made_at[place] = torch.where(some, now, made_at).to(self.made_at.dtype)
         return new[visits.own]
 
     def refuse_state(self, state: Mapping[str, Any], prefix: str) -> None:
@@ -277,7 +274,6 @@ class RunningRule:
     log_eps: float
     normalised: bool
     update: bool
-    dimensions: int
     level: Tensor | None = None  # (B,) logits of the positives, s_ip / tau, of an absolute state
     temperature: Tensor | None = None  # (B,) of an absolute state whose temperature moves
     constant: float = 0.0  # added to the objective
@@ -308,7 +304,6 @@ class RunningRule:
             heard=drawn > 0,
             direction=self.direction,
             update=self.update,
-            dimensions=self.dimensions,
         )
         objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
         weight = None
