@@ -90,21 +90,17 @@ class RunningDenominator(Denominator):
         u_i <- (1 - gamma) u_i + gamma * mean over the row's occurrences in the batch of exp(x)
         denominator = log(eps + u_i),   u_i divided by exp(s_ip / tau) if the state is absolute
 
-    Rows never visited are NaN (a flag of its own, not a threshold) and take the batch's value whole. Each occurrence of
-    a row in a batch, such as a view of an image, uses its own moving average; what is stored is their mean, added in
-    their order, so that the result does not depend on the machine.
+    Rows never visited are NaN and take the batch's value whole. Each occurrence of a row in a batch, such as a view of
+    an image, uses its own moving average; what is stored is their mean, added in their order.
 
     Args:
         num_rows: n.
         directions: Independent states per row.
         gamma: Weight of the new batch, in (0, 1], or a module that says it, such as a `GammaSchedule`.
         eps: Added to u_i; None for 1 / (n - 1).
-        state: "absolute": u_i is a mean of exp(s_ij / tau), and what it stands for moves with the negatives alone.
-            "relative": of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
-        positive: Gradient weight of the positive's logit. "exact": -u_i / (eps + u_i), the derivative with u_i held.
-            "batch": minus the sum of what the batch's negatives receive, whose mean over batches is the same where u_i
-            is right. None: exact beside an absolute state, as released for images; of the batch beside a relative one,
-            as released for two modalities.
+        state: "absolute" or "relative", see `SogCLR`.
+        positive: Gradient weight of the positive's logit, see `SogCLR`. None: exact beside an absolute state, as
+            released for images; of the batch beside a relative one, as released for two modalities.
         moving: The temperature changes, or differs between rows: beside an absolute state that at which it was made is
             kept, in `made_at`, and the state used as log_mean * made_at / tau. That keeps tau * log_mean, a similarity,
             as it was, which moves by no more than log n per unit of tau.
@@ -183,10 +179,9 @@ class RunningDenominator(Denominator):
         if not self.absolute:
             return side
         assert isinstance(side.rule, RunningRule)
-        queries = batch.queries(direction).detach()
-        positive = (queries * batch.others(direction)[: len(queries)].detach()).sum(dim=1)
-        temperature = side.temperature.detach().expand(len(queries))
-        rule = replace(side.rule, level=positive / temperature, temperature=temperature if self.moving else None)
+        temperature = side.temperature.detach().expand(len(batch.anchors))
+        level = batch.similarity(direction) / temperature
+        rule = replace(side.rule, level=level, temperature=temperature if self.moving else None)
         return replace(side, rule=rule)
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
@@ -215,7 +210,7 @@ class RunningDenominator(Denominator):
             batch: (B,) what this batch says: the log of a mean; -inf for a mean of 0, all of whose terms are masked.
             level: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
             temperature: (B,) that of each, if it is moving.
-            heard: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
+            heard: (B,) bool, false where the mean is over nothing; None for none.
             direction, update: Which state; whether to store the result.
 
         Rows never visited of which the batch says nothing are -inf; they, and those whose mean is 0, stay unvisited.
@@ -227,8 +222,7 @@ class RunningDenominator(Denominator):
         temperature = torch.ones_like(batch) if temperature is None else temperature.to(batch.dtype)
         figures = torch.stack([batch, level, heard, temperature], dim=1)
         batch, level, heard, temperature = distributed.gather_rows(figures, visits.sizes).unbind(dim=1)
-        # 2. With what is known. The state is float32; the arithmetic is the batch's, so that float64 checks see no
-        # rounding but the state's own, and relative to the positive: a first visit is the batch's value exactly.
+        # 2. With what is known, in the batch's precision, relative to the positive: a first visit is its value exactly.
         place = direction, visits.rows
         stored = self.log_mean[place].to(batch.dtype)
         made_at = self.made_at[place].to(batch.dtype) if self.moving else torch.ones_like(stored)
@@ -239,8 +233,7 @@ class RunningDenominator(Denominator):
             log_gamma, log_stay = log_shares(self.gamma)
         new = torch.where(old.isnan(), batch, torch.logaddexp(old + log_stay, batch + log_gamma))
         new = torch.where(heard > 0, new, torch.where(old.isnan(), -torch.inf, old))
-        # 3. The mean of a row's visits, at one temperature. A step that has diverged (NaN, +inf) is the trainer's to
-        # skip.
+        # 3. The mean of a row's visits, at one temperature; nothing of a step that has diverged (NaN, +inf).
         if update:
             now = torch.zeros_like(stored).scatter_reduce(0, visits.inverse, temperature, "amax")
             at_one = (new + level) * (temperature / now[visits.inverse])
