@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import TrainerControl
 
 from anybatch import cli
 from anybatch.core.errors import AnybatchError
+from anybatch.integrations.sentence_transformers.recorder import StopAfterStep
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -283,21 +285,52 @@ def test_errors_wherever_they_arise(error, code, said, main, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_signals_say_what_is_kept(number, pairs_file, tiny_model_folder, tmp_path):
-    """In the middle of training, in a process of its own."""
-    out = tmp_path / "run"
-    given = ["--data", pairs_file, "--model", tiny_model_folder, "--output", out, "--batch-size", 8]
-    values = ["mining.method=random", "train.epochs=300", "train.save_steps=3", "model.device=cpu"]
-    given += [item for value in values for item in ("--set", value)]
-    process = anybatch("train", *given)
+def test_signals_leave_a_checkpoint(number, pairs_file, tiny_model_folder, tmp_path):
+    """In the middle of training, in a process of its own; the resumed run is the uninterrupted one, bit for bit."""
+
+    def train(name, *more):
+        given = ["--data", pairs_file, "--model", tiny_model_folder, "--output", tmp_path / name, "--batch-size", 8]
+        values = ["mining.method=random", "train.epochs=40", "model.device=cpu", "train.args.logging_steps=1"]
+        return anybatch("train", *given, *(item for value in values for item in ("--set", value)), *more)
+
+    process, log = train("run"), tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/checkpoint-*/anybatch_loss.safetensors")) and time.monotonic() < deadline:
+    while not (log.exists() and log.read_text().count("\n") > 4) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
-    assert "(one every train.save_steps steps). Go on with the same command and --resume" in said
+    assert "the same again stops at once" in said
+    assert "Go on with the same command and --resume" in said
     assert "Traceback" not in said
+    [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(checkpoint.name.removeprefix("checkpoint-")) == log.read_text().count("\n")
+
+    _, said = (resumed := train("run", "--resume")).communicate(timeout=120)
+    assert resumed.returncode == 0, said
+    _, said = (whole := train("whole")).communicate(timeout=120)
+    assert whole.returncode == 0, said
+    first, second = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "whole"))
+    assert first == second
+
+
+def test_a_second_signal_stops_at_once():
+    """The first one only asks; what is no function of Python's is left alone."""
+    before, control = signal.getsignal(signal.SIGINT), TrainerControl()
+    with StopAfterStep() as stop:
+        assert set(stop.handlers) == {signal.SIGINT}  # SIGTERM ends this process
+        stop.on_step_end(None, None, control)
+        assert not control.should_training_stop
+        signal.raise_signal(signal.SIGINT)
+        stop.on_step_end(None, None, control)
+        assert control.should_save
+        assert control.should_training_stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        stop.asked = None
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), StopAfterStep():
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 0.9, 1.2, 1.5])

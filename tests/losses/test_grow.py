@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from anybatch.core.errors import AnybatchError
 from anybatch.family import SCENT, FastCLIP, SigLIP
 from anybatch.losses import Matryoshka, RunningDenominator, SoftmaxLoss, SogCLR
-from anybatch.losses.state import grown_state, join_shards
+from anybatch.losses.state import grown_state
 from tests.ranks import on_ranks
 
 from . import methods
@@ -88,7 +87,7 @@ def copied_by_hand(old, name, direction):
         if key.rsplit(".", 1)[-1] in PER_ROW:
             assert value.shape[1] == NEW
             value[:, :OLD] = theirs[key]
-        elif not key.endswith(("shard", "version", "num_rows")):
+        elif not key.endswith(("data_rows", "version")):
             state[key] = theirs[key].clone()
     twin.load_state_dict(state)
     return twin
@@ -188,15 +187,7 @@ def test_one_denominator_under_two_names():
     assert new[1].denominator.visited.any()
 
 
-SHARED_OUT = ("sogclr", "fastclip v2", "isogclr", "tempnet", "nuclr", "glofnd", "scent")
-
-
-def sharded(name, num_rows):
-    loss = make(name, num_rows)
-    whole = loss.denominator
-    settings = {"gamma": whole.gamma, "eps": whole._eps, "moving": whole.moving, "sharded": True}
-    loss.denominator = RunningDenominator(num_rows, 2, **settings).double()
-    return loss
+RANKED = ("sogclr", "fastclip v2", "isogclr", "tempnet", "nuclr", "glofnd", "scent")
 
 
 def share(loss, seed, high, rank):
@@ -214,37 +205,20 @@ def share(loss, seed, high, rank):
 
 def worker(rank, world_size):
     states = {}
-    for name in SHARED_OUT:
-        loss = sharded(name, OLD)
+    for name in RANKED:
+        loss = make(name, OLD)
         for seed in range(3):
             share(loss, seed, OLD, rank)
-        states[name, "old"] = copy.deepcopy(loss.state_dict())
         loss.grow(NEW)
-        values = [share(loss, seed, NEW, rank) for seed in (3, 4)]
-        states[name, "new"], states[name, "values"] = copy.deepcopy(loss.state_dict()), values
-        with pytest.raises(AnybatchError, match="Join the shards"):
-            grown_state(states[name, "old"], loss)
-        early = sharded(name, OLD)
-        early.grow(NEW)  # before anything is stored
-        early.load_state_dict(loss.state_dict())
-        assert torch.equal(share(early, 5, NEW, rank), share(loss, 5, NEW, rank))
-    parts = [None] * world_size
-    dist.all_gather_object(parts, states)
-    # The whole of the old shards into larger sharded losses, each taking its own part.
-    for name in SHARED_OUT:
-        loaded = sharded(name, NEW)
-        loaded.load_state_dict(grown_state(join_shards([part[name, "old"] for part in parts]), loaded))
-        for seed, expected in zip((3, 4), states[name, "values"], strict=True):
-            assert torch.equal(share(loaded, seed, NEW, rank), expected)
-        for key, value in loaded.state_dict().items():
-            assert torch.equal(value.nan_to_num(-99), states[name, "new"][key].nan_to_num(-99))
+        states[name, "values"] = [share(loss, seed, NEW, rank) for seed in (3, 4)]
+        states[name, "state"] = copy.deepcopy(loss.state_dict())
     return states
 
 
 @pytest.mark.distributed
-def test_sharded_over_two_ranks_equals_one_process():
+def test_growing_on_two_ranks_equals_one_process():
     ranks = on_ranks(worker, 2)
-    for name in SHARED_OUT:
+    for name in RANKED:
         alone = make(name, OLD)
         for seed in range(3):
             step(alone, seed, OLD)
@@ -252,6 +226,5 @@ def test_sharded_over_two_ranks_equals_one_process():
         values = [step(alone, seed, NEW)[0] for seed in (3, 4)]
         for rank in ranks:
             torch.testing.assert_close(rank[name, "values"], values, rtol=1e-10, atol=1e-12)
-        joined, whole = join_shards([rank[name, "new"] for rank in ranks]), alone.state_dict()
-        for key, value in whole.items():
-            torch.testing.assert_close(joined[key], value, rtol=1e-9, atol=1e-12, equal_nan=True)
+            for key, value in alone.state_dict().items():
+                torch.testing.assert_close(rank[name, "state"][key], value, rtol=1e-9, atol=1e-12, equal_nan=True)

@@ -20,8 +20,6 @@ from anybatch.core.yaml_files import to_yaml
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.losses.registry import METHODS, LossConfig, build_loss, first_temperature, method_of, options_of
 
-SHARDED = [name for name in METHODS if "sharded" in options_of(name)]
-
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_name_builds_and_runs(name):
@@ -75,7 +73,7 @@ def test_settings_reach_their_method():
         ({"name": "fastclip", "version": "v0", "rho": 7.0}, "fastclip's v0 does not use: it is for v2, v3"),
         ({"name": "fastclip", "version": "v1", "rho": 7.0}, "loss.rho is given"),
         ({"name": "fastclip", "version": "v1", "temperature_range": (0.1, 0.2)}, "it is for v0, v2, v3"),
-        ({"name": "infonce", "sharded": True}, "loss.sharded is given"),
+        ({"name": "infonce", "gamma": 0.5}, "loss.gamma is given"),
         ({"name": "fastclip", "version": "v9"}, "loss.version is 'v9'; expected one of v0, v1, v2, v3"),
         ({"name": "fastclip", "version": ""}, "loss.version is ''"),
         ({"name": "clip"}, "loss.name is 'clip'; expected one of auto, infonce, "),
@@ -131,23 +129,6 @@ def test_the_core_does_not_import_a_method_of_the_family_before_it_is_asked_for(
     source += "print([m for m in sys.modules if m.startswith('anybatch.family')])"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_states_are_shared_out_as_asked(name):
-    extra = {"dimensions": 4} if name == "tempnet" else {}
-    losses = [
-        build_loss(LossConfig(name=name, direction="both", sharded=sharded, **extra), num_rows=10)
-        for sharded in (False, True)
-    ]
-    assert [loss.denominator.sharded for loss in losses] == [False, True]
-    losses[0].temperatures.load_state_dict(losses[1].temperatures.state_dict())  # a network begins at random
-    sides = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
-    for loss in losses:
-        loss(sides[0].clone().requires_grad_(), sides[1], index=torch.arange(5))
-        assert loss.denominator.visited.sum() == 10
-    states = [loss.denominator.log_mean for loss in losses]
-    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_temperature_that_is_not_to_be_learned_is_not():

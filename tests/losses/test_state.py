@@ -14,17 +14,14 @@ from anybatch.core.errors import AnybatchError
 from anybatch.family import AUCCL, NUCLR, FastCLIP, ISogCLR, SigLIP, TempNet
 from anybatch.losses import CrossBatchInfoNCE, GammaSchedule, InfoNCE, Matryoshka, SogCLR
 from anybatch.losses.registry import METHODS, LossConfig, build_loss, make_loss, options_of
-from anybatch.losses.state import grown_state, join_shards
+from anybatch.losses.state import grown_state
 
 from . import methods
 from .methods import ROWS
 
 WIDTH = 6
 STATEFUL = {name: partial(methods.make, name, width=WIDTH) for name in methods.STATEFUL}
-STATEFUL |= {
-    "sogclr sharded": lambda n: SogCLR(n, sharded=True),
-    "matryoshka": lambda n: Matryoshka(SogCLR(n), [WIDTH, 3]),
-}
+STATEFUL["matryoshka"] = lambda n: Matryoshka(SogCLR(n), [WIDTH, 3])
 
 
 def used(loss, width=WIDTH, steps=2):
@@ -147,7 +144,6 @@ class TestEveryStatefulLoss:
         (lambda: ISogCLR(40), lambda: TempNet(40, 6), "other loss"),
         (lambda: SogCLR(40, state="relative"), lambda: SogCLR(40), "state is relative .*, this loss's absolute"),
         (lambda: SogCLR(40), lambda: SogCLR(40, state="relative"), "state is absolute .*, this loss's relative"),
-        (lambda: SogCLR(40, state="relative"), lambda: SogCLR(40, sharded=True), "state is relative"),
         (lambda: Matryoshka(SogCLR(40, state="relative"), [6]), lambda: Matryoshka(SogCLR(40), [6]), "is relative"),
         (lambda: SogCLR(40), lambda: SogCLR(40, direction="both"), r"\(1, 40\).*\(2, 40\)"),
         (
@@ -170,16 +166,13 @@ def test_other_settings_are_refused(saved, loss, match):
     refuses(loss(), used(saved()).state_dict(), match)
 
 
-def test_a_relative_state_that_is_grown_or_joined_is_no_absolute_one():
+def test_a_relative_state_that_is_grown_is_no_absolute_one():
     saved = used(SogCLR(ROWS, state="relative")).state_dict()
     larger = SogCLR(ROWS + 9)
     refuses(larger, grown_state(saved, larger), "state is relative")
     grown = SogCLR(ROWS, state="relative")
     grown.grow(ROWS + 9)
     refuses(larger, grown.state_dict(), "state is relative")
-    shard = used(SogCLR(ROWS, state="relative", sharded=True)).state_dict()
-    refuses(SogCLR(ROWS), join_shards([shard]), "state is relative")
-    SogCLR(ROWS, state="relative").load_state_dict(join_shards([shard]))
 
 
 def test_numbers_of_another_kind_are_refused():

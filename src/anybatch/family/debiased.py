@@ -77,9 +77,7 @@ class Debiased(Denominator):
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
-        queries = batch.queries(direction)
-        similarity = (queries * batch.others(direction)[: len(queries)]).sum(dim=1).detach()
-        return _DebiasedRule(tau_plus=self.tau_plus, least=(-1 - similarity) / self.temperature)
+        return _DebiasedRule(tau_plus=self.tau_plus, least=(-1 - batch.similarity(direction)) / self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ class Chains(Denominator):
         chain = _Chain(
             rule=side.rule,
             start=self.log_weight[direction, batch.rows].to(queries.dtype),
-            positive=(queries * others[: len(queries)]).sum(dim=1).detach(),
+            positive=batch.similarity(direction),
             temperature=side.temperature.detach(),
             layout=Layout.of(len(queries), len(others), queries.device),
             burn_in=self.burn_in,

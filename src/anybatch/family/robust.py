@@ -43,7 +43,7 @@ class FastCLIP(SoftmaxLoss):
         gamma: Weight of the new batch, or a `GammaSchedule`; published: `GammaSchedule(0.2, num_steps=half of all,
             steps_per_epoch=...)`.
         rho: v2, v3: published 6.5 (3 million pairs), 8.5 (12 million), 16 (400 million).
-        eps, state, sharded: See `SogCLR`. Published: state "relative".
+        eps, state: See `SogCLR`. Published: state "relative".
         temperature: The first (v1: the only) temperature; None for .07 (v0, v3) or .03 (v1, v2).
         temperature_range: Range of a learned temperature.
         temperature_lr: v2: step of each row's temperature, see `PerRowValues`; None for .01. v0, v3: a rate of the
@@ -85,7 +85,6 @@ class FastCLIP(SoftmaxLoss):
         rho: NotNegative = 6.5,
         eps: NotNegative | None = 1e-14,
         state: Reference = "absolute",
-        sharded: bool = False,
         temperature: Positive | None = None,
         temperature_range: Range = (0.01, 1.0),
         temperature_lr: Positive | None = None,
@@ -111,9 +110,8 @@ class FastCLIP(SoftmaxLoss):
             tau = GlobalTemperature(
                 temperature, learnable=True, limits=temperature_range, rho=factor, lr=temperature_lr
             )
-        running = RunningDenominator(
-            num_rows, directions, gamma=gamma, eps=eps, state=state, moving=version != "v1", sharded=sharded
-        )
+        moving = version != "v1"
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, moving=moving)
         super().__init__(tau, running, **scoring)
 
 
@@ -140,7 +138,7 @@ class ISogCLR(SoftmaxLoss):
         num_rows: n, rows of the data set.
         rho: Radius: larger lets a row's weight concentrate on fewer negatives, and lowers its temperature. Published: 6
             to 8.
-        gamma, eps, state, sharded: See `SogCLR`. Published: eps 0.
+        gamma, eps, state: See `SogCLR`. Published: eps 0.
         temperature: The first temperature.
         temperature_range: Temperatures are kept in it.
         temperature_lr: Published: .01 to .03.
@@ -170,7 +168,6 @@ class ISogCLR(SoftmaxLoss):
         gamma: Share | Gamma = 0.8,
         eps: NotNegative | None = 0.0,
         state: Reference = "absolute",
-        sharded: bool = False,
         temperature: Positive = 0.05,
         temperature_range: Range = (0.005, 1.0),
         temperature_lr: Positive = 0.01,
@@ -181,9 +178,7 @@ class ISogCLR(SoftmaxLoss):
         directions = self.num_directions(scoring)
         steps = {"lr": temperature_lr, "momentum": temperature_momentum, "clip": temperature_clip}
         tau = PerRowTemperature(num_rows, directions, initial=temperature, limits=temperature_range, rho=rho, **steps)
-        running = RunningDenominator(
-            num_rows, directions, gamma=gamma, eps=eps, state=state, moving=True, sharded=sharded
-        )
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, moving=True)
         super().__init__(tau, running, **scoring)
 
 
@@ -201,7 +196,7 @@ class TempNet(SoftmaxLoss):
     Args:
         num_rows: n, rows of the data set.
         dimensions: Width of the embeddings.
-        rho, gamma, eps, state, sharded, temperature, temperature_range: See `ISogCLR`.
+        rho, gamma, eps, state, temperature, temperature_range: See `ISogCLR`.
         hidden: Width of the default network's hidden layer.
         net: Own networks, one module a direction that takes (B, D) to (B, 1). The published one pools over 256
             prototypes, which is reproduced by giving it here; the default has two layers and starts at `temperature`
@@ -232,7 +227,6 @@ class TempNet(SoftmaxLoss):
         gamma: Share | Gamma = 0.8,
         eps: NotNegative | None = 0.0,
         state: Reference = "absolute",
-        sharded: bool = False,
         temperature: Positive = 0.05,
         temperature_range: Range = (0.005, 0.1),
         hidden: int = 64,
@@ -243,7 +237,5 @@ class TempNet(SoftmaxLoss):
         tau = NetworkTemperature(
             dimensions, directions, initial=temperature, limits=temperature_range, rho=rho, hidden=hidden, net=net
         )
-        running = RunningDenominator(
-            num_rows, directions, gamma=gamma, eps=eps, state=state, moving=True, sharded=sharded
-        )
+        running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, moving=True)
         super().__init__(tau, running, **scoring)

@@ -69,7 +69,6 @@ class SCENT(SoftmaxLoss):
             released code takes e^10. None for n - 1: one half where the negatives of the whole data set weigh as much
             as the positive.
         eps: Added to u_i in the loss; None is 1 / (n - 1), the full-data InfoNCE; 0 is the published objective.
-        sharded: See `SogCLR`.
         scoring: See `OneTemperature`.
 
     An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the
@@ -98,16 +97,8 @@ class SCENT(SoftmaxLoss):
         *,
         alpha: Positive | None = None,
         eps: NotNegative | None = None,
-        sharded: bool = False,
         **scoring: Unpack[OneTemperature],
     ) -> None:
-        moving = self.scoring(scoring)["learnable_temperature"]
-        running = RunningDenominator(
-            num_rows,
-            self.num_directions(scoring),
-            gamma=ProximalGamma(num_rows, alpha),
-            eps=eps,
-            moving=moving,
-            sharded=sharded,
-        )
+        gamma, moving = ProximalGamma(num_rows, alpha), self.scoring(scoring)["learnable_temperature"]
+        running = RunningDenominator(num_rows, self.num_directions(scoring), gamma=gamma, eps=eps, moving=moving)
         super().__init__(None, running, **scoring)

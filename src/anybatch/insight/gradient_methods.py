@@ -212,9 +212,15 @@ def _cell(value: float, se: float) -> str:
 def bias_sentence(plain: GradientError, batch_size: int) -> str:
     """Whether there is bias to remove, which is what a correction or a memory is for."""
     figures = (
-        f"the mean gradient of plain InfoNCE on random batches of {batch_size} has cosine {plain.cosine:.2f} with the "
-        f"full-data gradient (bias {plain.bias:.2f}, noise {plain.noise:.2f} per batch)"
+        f"the mean gradient over random batches of {batch_size} has cosine {plain.cosine:.2f} with the gradient over "
+        "all rows; 1 is the same direction"
     )
     if plain.bias_to_remove:
-        return f"There is bias to remove: {figures}. That is what a correction or a memory is for (loss.name)."
-    return f"There is little bias to remove: {figures}. What is left is noise: larger batches and more steps lower it."
+        return (
+            f"Small batches change what plain InfoNCE learns here: {figures}. A correction or a memory (loss.name) is "
+            "for this difference, the bias."
+        )
+    return (
+        f"Small batches hardly change what plain InfoNCE learns here: {figures}. They add noise, and larger batches or "
+        "more steps lower that."
+    )

@@ -133,8 +133,8 @@ def recommend(
     else:
         found.notes.append(
             f"Looked at {len(sample):,} of {len(pairs):,} pairs. Among all of them the own positive comes first less "
-            "often, and batches have more bias than is measured here: bias that is found here speaks for the "
-            "recommended loss, little bias here does not speak against it."
+            "often, and small batches change more of what is learned than is measured here: a difference found here "
+            "speaks for the recommended loss, none found here does not speak against it."
         )
     if looked.cut is not None:
         found.notes.append(
@@ -205,7 +205,7 @@ def _sized(
         return config, cost, "given"
     smallest = config.batch_size
     why = (
-        "by this recipe small batches train as well as large ones (docs/recipe.md)"
+        "for small encoders 64 was as good as larger batches with this recipe (docs/recipe.md)"
         if smallest == SIZES[0]
         else f"larger batches would be more than an eighth of {len(pairs):,} rows, which leaves little to correct"
     )
@@ -273,8 +273,8 @@ def _look_at_gradients(
         found.figures += gradient_figures("this recipe", of_recipe, "InfoNCE", comparison.plain)
     if not telling and not comparison.plain.bias_to_remove:
         found.notes.append(
-            "So few pairs show too little bias to tell; the recommended loss stands. More are looked at with "
-            f"--seconds {looked.seconds_most}."
+            "So few pairs cannot tell whether small batches change what is learned; the recommended loss stands. More "
+            f"are looked at with --seconds {looked.seconds_most}."
         )
         return
     found.notes.append(bias_sentence(comparison.plain, comparison.batch_size))
@@ -283,8 +283,8 @@ def _look_at_gradients(
     found.against += plan_warnings(plan, None, comparison)
     if loss.name != "infonce" and not comparison.plain.bias_to_remove:
         found.against.append(
-            f"There is little bias to remove (above), and {loss.name} is for removing it: plain InfoNCE, which is "
-            "simpler, may train as well. Train both for a while (--loss infonce) and compare on held-out pairs."
+            f"Small batches hardly change what is learned (above), and {loss.name} is for that change: plain InfoNCE, "
+            "which is simpler, may train as well. Train both for a while (--loss infonce); compare on held-out pairs."
         )
     elif loss.name != "infonce" and is_further(of_recipe, comparison.plain):
         found.against.append(

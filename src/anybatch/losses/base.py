@@ -1,5 +1,5 @@
-"""What all losses share: arguments checked, embeddings normalised, ids turned into masks, parts asked in one or two
-directions. A loss is a composition of `parts`: a final `SoftmaxLoss` whose constructor puts them together.
+"""What all losses share: arguments checked, embeddings normalised, ids turned into masks, parts asked. A loss is a
+composition of `parts`: a final `SoftmaxLoss` whose constructor puts them together.
 """
 
 from __future__ import annotations
@@ -172,9 +172,7 @@ class ContrastiveLoss(State):
 
     @property
     def over_data(self) -> bool:
-        """Whether the loss stands for the data set, and not for the batch alone: if so, inclusion log-weights of mined
-        batches mean something to it.
-        """
+        """Whether the loss stands for the data set, so that inclusion log-weights mean something to it."""
         return self.weighs_pairs or any(isinstance(part, Denominator) and part.over_data for part in self._parts)
 
     @property
@@ -220,16 +218,10 @@ class ContrastiveLoss(State):
             AnybatchError: Shapes, types or devices that do not fit, a negative anchor_id, an index that is missing or
                 out of range; in the backward pass: a second derivative.
 
-        Cost and collectives: see `engine`, and with `index` two gathers of it; nothing is communicated in the backward
-        pass.
+        Cost and collectives: see `engine`, and with `index` two gathers of it; none in the backward pass.
         """
         known = Known(index=index, log_weight=log_weight, anchor_id=anchor_id, candidate_id=candidate_id)
         return differentiable_once(self._of(self._prepare(anchors, candidates, **known)))
-
-    @property
-    def _updating(self) -> bool:
-        """Whether this call may change state."""
-        return self.training and torch.is_grad_enabled()
 
     @property
     def _parts(self) -> list[State]:
@@ -240,11 +232,11 @@ class ContrastiveLoss(State):
         weight = batch.log_weight_of(direction)
         rule = denominator.rule(batch, direction, normalised=weight is not None and weight.normalised)
         temperature = self.temperatures.of(batch, direction)
-        options = {"mask_margin": self.mask_margin, "hardness": self.hardness}
-        return Side(rule=rule, temperature=temperature, log_weight=weight, **options)
+        further = {"mask_margin": self.mask_margin, "hardness": self.hardness}
+        return Side(rule=rule, temperature=temperature, log_weight=weight, **further)
 
     def _prepare(self, anchors: Tensor, candidates: Tensor, **known: Unpack[Known]) -> Batch:
-        """The arguments of `forward`, checked, in float32 or better, normalised if wanted, ids turned into masks."""
+        """The arguments of `forward`, checked, in float32 or better, ids turned into masks."""
         dtype = check_embeddings(anchors, candidates)
         fitting = anchors.ndim == candidates.ndim == 2 and anchors.shape[1] == candidates.shape[1]
         if not fitting or len(candidates) < len(anchors):
@@ -257,7 +249,8 @@ class ContrastiveLoss(State):
             anchors, candidates = (nn.functional.normalize(side, dim=1) for side in (anchors, candidates))
         index = self._rows_of(known.get("index"), anchors)
         weight = self._weights(anchors, candidates, index, known)
-        return Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight, updating=self._updating)
+        updating = self.training and torch.is_grad_enabled()
+        return Batch(anchors=anchors, candidates=candidates, index=index, log_weight=weight, updating=updating)
 
     def _rows_of(self, index: Tensor | None, anchors: Tensor) -> Tensor | None:
         """The index, checked, as int64."""
@@ -298,8 +291,7 @@ class ContrastiveLoss(State):
 
 
 class SoftmaxLoss(ContrastiveLoss):
-    """A softmax with a denominator of one's choice. A published method is a final subclass that puts the parts together
-    in its constructor.
+    """A softmax with a denominator of one's choice. A method is a final subclass whose constructor gives the parts.
 
         L_i      = log-sum over the batch's negatives of exp(logit_ij),   logit_ij = (s_ij - s_ip) / tau_i + b_ij
         loss     = mean_i objective_i,    (log_denominator_i, objective_i) = denominator(L_i)
@@ -319,11 +311,7 @@ class SoftmaxLoss(ContrastiveLoss):
     """
 
     def __init__(
-        self,
-        tau: Temperature | None,
-        denominator: Denominator,
-        *others: Part,
-        **scoring: Unpack[OneTemperature],
+        self, tau: Temperature | None, denominator: Denominator, *others: Part, **scoring: Unpack[OneTemperature]
     ) -> None:
         super().__init__(tau, **scoring)
         self.denominator = denominator
@@ -332,18 +320,12 @@ class SoftmaxLoss(ContrastiveLoss):
 
     @property
     def last_stats(self) -> dict[str, float]:
-        """Figures of the last call as plain floats: objective, log_denominator, negatives per anchor, temperature.
-        Empty before it.
-        """
+        """Figures of the last call: objective, log_denominator, negatives per anchor, temperature. Empty before it."""
         return {} if self._last is None else figures_of(*self._last)
-
-    @property
-    def _others(self) -> list[Part]:
-        return [part for part in self.others if isinstance(part, Part)]
 
     def _of(self, batch: Batch) -> Tensor:
         # 1. What the engine is asked: each part in turn, in each direction.
-        parts = (self.temperatures, self.denominator, *self._others)
+        parts = cast(tuple[Part, ...], (self.temperatures, self.denominator, *self.others))
         sides = tuple(self._side(self.denominator, batch, direction) for direction in self.directions)
         for part in parts:
             sides = tuple(part.ask(side, batch, direction) for direction, side in enumerate(sides))

@@ -90,40 +90,36 @@ class RunningDenominator(Denominator):
         u_i <- (1 - gamma) u_i + gamma * mean over the row's occurrences in the batch of exp(x)
         denominator = log(eps + u_i),   u_i divided by exp(s_ip / tau) if the state is absolute
 
-    Rows never visited are NaN (a flag of its own, not a threshold) and take the batch's value whole. Each occurrence of
-    a row in a batch, such as a view of an image, uses its own moving average; what is stored is their mean, added in
-    their order, so that the result does not depend on the machine.
+    Rows never visited are NaN and take the batch's value whole. Each occurrence of a row in a batch, such as a view of
+    an image, uses its own moving average; what is stored is their mean, added in their order.
 
     Args:
         num_rows: n.
         directions: Independent states per row.
         gamma: Weight of the new batch, in (0, 1], or a module that says it, such as a `GammaSchedule`.
         eps: Added to u_i; None for 1 / (n - 1).
-        state: "absolute": u_i is a mean of exp(s_ij / tau), and what it stands for moves with the negatives alone.
-            "relative": of exp((s_ij - s_ip) / tau), which goes stale as the positive moves.
-        positive: Gradient weight of the positive's logit. "exact": -u_i / (eps + u_i), the derivative with u_i held.
-            "batch": minus the sum of what the batch's negatives receive, whose mean over batches is the same where u_i
-            is right. None: exact beside an absolute state, as released for images; of the batch beside a relative one,
-            as released for two modalities.
+        state: "absolute" or "relative", see `SogCLR`.
+        positive: Gradient weight of the positive's logit, see `SogCLR`. None: exact beside an absolute state, as
+            released for images; of the batch beside a relative one, as released for two modalities.
         moving: The temperature changes, or differs between rows: beside an absolute state that at which it was made is
             kept, in `made_at`, and the state used as log_mean * made_at / tau. That keeps tau * log_mean, a similarity,
             as it was, which moves by no more than log n per unit of tau.
-        sharded: Each rank stores one W-th of the rows, see `State`.
 
-    Cost: 4 bytes a row and direction, 8 if moving, divided by the ranks if sharded; an update touches B of them.
-    Collectives a call with W ranks: one of sizes, two gathers of B numbers; sharded: a sum or two of B numbers more.
+    Cost: 4 bytes a row and direction, 8 if moving; an update touches B of them. Collectives a call: one of sizes, two
+    gathers of B numbers.
 
     Example:
         >>> import torch
         >>> running = RunningDenominator(3, gamma=0.5)
         >>> row = Visits.of(torch.tensor([1]))
         >>> for value in (2.0, 4.0):
-        ...     u = running.blend(row, torch.tensor([value]).log(), direction=0, update=True, dimensions=8).exp()
+        ...     u = running.blend(row, torch.tensor([value]).log(), direction=0, update=True).exp()
         >>> round(u.item(), 5)
         3.0
     """
 
     log_mean: Tensor
+    made_at: Tensor
     needs_index = True
 
     def __init__(
@@ -136,9 +132,8 @@ class RunningDenominator(Denominator):
         state: Reference = "absolute",
         positive: PositiveWeight | None = None,
         moving: bool = False,
-        sharded: bool = False,
     ) -> None:
-        super().__init__(num_rows, sharded=sharded)
+        super().__init__(num_rows)
         if not isinstance(gamma, Gamma) and not 0 < gamma <= 1:
             raise AnybatchError(f"gamma is {gamma}; expected a number above 0 and at most 1, or a GammaSchedule.")
         if eps is not None and eps < 0:
@@ -164,7 +159,7 @@ class RunningDenominator(Denominator):
 
     @property
     def visited(self) -> Tensor:
-        """(directions, stored rows) bool: of this rank's rows."""
+        """(directions, n) bool."""
         return ~self.log_mean.isnan()
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> RunningRule:
@@ -177,7 +172,6 @@ class RunningDenominator(Denominator):
             log_eps=math.log(self.eps) if self.eps > 0 else -math.inf,
             normalised=normalised,
             update=batch.updating,
-            dimensions=batch.anchors.shape[1],
         )
 
     def ask(self, side: Side, batch: Batch, direction: int) -> Side:
@@ -185,16 +179,17 @@ class RunningDenominator(Denominator):
         if not self.absolute:
             return side
         assert isinstance(side.rule, RunningRule)
-        queries = batch.queries(direction).detach()
-        positive = (queries * batch.others(direction)[: len(queries)].detach()).sum(dim=1)
-        temperature = side.temperature.detach().expand(len(queries))
-        rule = replace(side.rule, level=positive / temperature, temperature=temperature if self.moving else None)
+        temperature = side.temperature.detach().expand(len(batch.anchors))
+        level = batch.similarity(direction) / temperature
+        rule = replace(side.rule, level=level, temperature=temperature if self.moving else None)
         return replace(side, rule=rule)
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
-        if batch.updating and isinstance(self.gamma, Gamma):
-            self.gamma.advance()
+        if batch.updating:
+            self.embedding_width.fill_(batch.anchors.shape[1])
+            if isinstance(self.gamma, Gamma):
+                self.gamma.advance()
         return loss
 
     def blend(
@@ -207,7 +202,6 @@ class RunningDenominator(Denominator):
         heard: Tensor | None = None,
         direction: int,
         update: bool,
-        dimensions: int,
     ) -> Tensor:
         """The moving average at each of the batch's rows, (B,); their mean per row is stored if `update`.
 
@@ -216,8 +210,8 @@ class RunningDenominator(Denominator):
             batch: (B,) what this batch says: the log of a mean; -inf for a mean of 0, all of whose terms are masked.
             level: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
             temperature: (B,) that of each, if it is moving.
-            heard: (B,) bool, false where it says nothing, as the mean is over nothing; None for none.
-            direction, update, dimensions: Which state; whether to store the result; width of the embeddings.
+            heard: (B,) bool, false where the mean is over nothing; None for none.
+            direction, update: Which state; whether to store the result.
 
         Rows never visited of which the batch says nothing are -inf; they, and those whose mean is 0, stay unvisited.
         Rows of which the batch says NaN or +inf keep what they knew, in the memory but not in what is returned.
@@ -228,12 +222,10 @@ class RunningDenominator(Denominator):
         temperature = torch.ones_like(batch) if temperature is None else temperature.to(batch.dtype)
         figures = torch.stack([batch, level, heard, temperature], dim=1)
         batch, level, heard, temperature = distributed.gather_rows(figures, visits.sizes).unbind(dim=1)
-        # 2. With what is known. The state is float32; the arithmetic is the batch's, so that float64 checks see no
-        # rounding but the state's own, and relative to the positive: a first visit is the batch's value exactly.
-        stored = self.read("log_mean", visits.rows, direction=direction).to(batch.dtype)
-        made_at = torch.ones_like(stored)
-        if self.moving:
-            made_at = self.read("made_at", visits.rows, direction=direction).to(batch.dtype)
+        # 2. With what is known, in the batch's precision, relative to the positive: a first visit is its value exactly.
+        place = direction, visits.rows
+        stored = self.log_mean[place].to(batch.dtype)
+        made_at = self.made_at[place].to(batch.dtype) if self.moving else torch.ones_like(stored)
         old = (stored * made_at)[visits.inverse] / temperature - level
         if isinstance(self.gamma, Gamma):
             log_gamma, log_stay = self.gamma.log_shares(old)
@@ -241,19 +233,17 @@ class RunningDenominator(Denominator):
             log_gamma, log_stay = log_shares(self.gamma)
         new = torch.where(old.isnan(), batch, torch.logaddexp(old + log_stay, batch + log_gamma))
         new = torch.where(heard > 0, new, torch.where(old.isnan(), -torch.inf, old))
-        # 3. The mean of a row's visits, at one temperature. A step that has diverged (NaN, +inf) is the trainer's to
-        # skip.
+        # 3. The mean of a row's visits, at one temperature; nothing of a step that has diverged (NaN, +inf).
         if update:
             now = torch.zeros_like(stored).scatter_reduce(0, visits.inverse, temperature, "amax")
             at_one = (new + level) * (temperature / now[visits.inverse])
             mean, some = _combine(at_one, heard, visits.inverse, len(visits.rows))
             some &= mean.isfinite() | mean.isneginf()
             mean = torch.where(some, torch.where(mean.isneginf(), torch.nan, mean), stored)
-            now = torch.where(some, now, made_at)
-            self.write("log_mean", visits.rows, mean, direction=direction)
+            limits = torch.finfo(self.log_mean.dtype)  # beyond them: the largest number, not infinity
+            self.log_mean[place] = mean.to(self.log_mean.dtype).clamp(limits.min, limits.max)
             if self.moving:
-                self.write("made_at", visits.rows, now, direction=direction)
-            self.embedding_width.fill_(dimensions)
+                self.made_at[place] = torch.where(some, now, made_at).to(self.made_at.dtype)
         return new[visits.own]
 
     def refuse_state(self, state: Mapping[str, Any], prefix: str) -> None:
@@ -277,7 +267,6 @@ class RunningRule:
     log_eps: float
     normalised: bool
     update: bool
-    dimensions: int
     level: Tensor | None = None  # (B,) logits of the positives, s_ip / tau, of an absolute state
     temperature: Tensor | None = None  # (B,) of an absolute state whose temperature moves
     constant: float = 0.0  # added to the objective
@@ -308,7 +297,6 @@ class RunningRule:
             heard=drawn > 0,
             direction=self.direction,
             update=self.update,
-            dimensions=self.dimensions,
         )
         objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
         weight = None

@@ -56,8 +56,7 @@ class GammaSchedule(Gamma):
         if num_steps < 1 or steps_per_epoch < 1:
             raise AnybatchError(
                 f"num_steps is {num_steps} and steps_per_epoch {steps_per_epoch}; expected the steps that gamma takes "
-                f"from 1 to {gamma}, and those after which it changes, at least 1 each. Half of all steps is a good "
-                "choice for num_steps."
+                f"from 1 to {gamma} (half of all is a good choice), and those after which it changes, at least 1 each."
             )
         self.gamma, self.num_steps, self.steps_per_epoch = gamma, num_steps, steps_per_epoch
         self.register_buffer("position", torch.tensor(0))

@@ -22,7 +22,7 @@ class Term(Protocol):
     """A mask or a weight.
 
     One that makes `sum_j exp(b_ij) x_j` an estimate of the mean of x over the data set, so that a loss adds no
-    correction for the number of negatives, has an attribute `normalised` that is True. A mask needs none.
+    correction for their number, has an attribute `normalised` that is True. A mask needs none.
     """
 
     def __call__(self, queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
@@ -34,10 +34,6 @@ class Term(Protocol):
                 explicit negatives.
         """
         ...
-
-
-def _is_normalised(term: Term) -> bool:
-    return getattr(term, "normalised", False)
 
 
 def removed(where: Tensor) -> Tensor:
@@ -201,7 +197,7 @@ class LogWeights:
     @property
     def normalised(self) -> bool:
         """Whether they estimate a mean over the data, see `Term`: one such term is enough, masks only remove."""
-        return self.pairs_normalised or any(_is_normalised(term) for term in self.terms)
+        return self.pairs_normalised or any(getattr(term, "normalised", False) for term in self.terms)
 
     def tile(self, rows: slice | Tensor, columns: slice) -> Tensor:
         """The log-weights of these queries and candidates, broadcastable to (rows, columns)."""
@@ -229,7 +225,9 @@ class LogWeights:
         """What is summed, broadcastable to (rows, columns), and whether each is normalised."""
         queries, candidates = self.queries.take(rows), self.candidates.take(columns)
         parts = [] if self.pairs is None else [(self.pairs[rows, columns], self.pairs_normalised)]
-        return parts + [(self._asked(term, queries, candidates), _is_normalised(term)) for term in self.terms]
+        for term in self.terms:
+            parts.append((self._asked(term, queries, candidates), getattr(term, "normalised", False)))
+        return parts
 
     def _asked(self, term: Term, queries: Examples, candidates: Examples) -> Tensor:
         weights = term(queries, candidates, back=self.back)

@@ -140,7 +140,6 @@ class SogCLR(SoftmaxLoss):
             also where u_i is stale. "exact", released for images: -u_i / (eps + u_i), less noisy where embeddings stand
             still. None for what trained better (docs/log.md): exact beside an absolute state with a learned
             temperature, else of the batch.
-        sharded: Each rank stores one W-th of the rows.
         scoring: See `OneTemperature`.
 
     Calls need `index`, and refuse embeddings of another width.
@@ -176,7 +175,6 @@ class SogCLR(SoftmaxLoss):
         eps: NotNegative | None = None,
         state: Reference = "absolute",
         positive: PositiveWeight | None = None,
-        sharded: bool = False,
         **scoring: Unpack[OneTemperature],
     ) -> None:
         learned = self.scoring(scoring)["learnable_temperature"]
@@ -188,6 +186,5 @@ class SogCLR(SoftmaxLoss):
             state=state,
             positive=positive if learned or positive is not None else "batch",
             moving=learned,
-            sharded=sharded,
         )
         super().__init__(None, running, **scoring)

@@ -53,6 +53,11 @@ class Batch:
         """What the queries are scored against: the candidates, or the anchors."""
         return self.candidates if direction == 0 else self.anchors
 
+    def similarity(self, direction: int) -> Tensor:
+        """(B,) of each query with its positive, a constant."""
+        queries = self.queries(direction)
+        return (queries * self.others(direction)[: len(queries)]).sum(dim=1).detach()
+
     def log_weight_of(self, direction: int) -> LogWeights | None:
         """The log-weights as this direction sees them."""
         if direction == 0 or self.log_weight is None:
@@ -99,8 +104,7 @@ class GlobalTemperature(Temperature):
     Args:
         initial: The first value, or the only one.
         learnable: Train it: `log_temperature`, a parameter for the caller's optimizer.
-        limits: (low, high). A learned temperature is put back to them at the start of a training step, so that its
-            gradient stays alive; what is read is never outside.
+        limits: (low, high). A learned temperature is put back to them at the start of a training step.
         rho: The loss is tau (mean_i objective_i + rho), whose factor has a derivative of its own; None for the loss as
             it is.
         lr: A learning rate of its own, constant, and a third of it at a temperature of .03 and less (FastCLIP, as

@@ -1,11 +1,10 @@
-"""What a loss remembers: buffers with an entry per row of the data set. Saved, refused, grown and shared over ranks
-here, and nowhere else. Nothing but a sharded `read` needs a process group.
+"""What a loss remembers: buffers with an entry per row of the data set. Saved, refused and grown here, and nowhere
+else. Every rank holds all of them, and needs no process group.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 
-VERSION = 5  # 5: running denominators are absolute or relative, and say so
-JOIN = "Join the shards with anybatch.losses.state.join_shards and load the whole state."
+VERSION = 6  # 6: one whole state, which every rank has
 OTHER_LOSS = (
     "Make the loss with the settings and the data set that the state was saved with, or, if rows were appended, pass "
     "the state through anybatch.losses.state.grown_state(state, loss)."
@@ -30,66 +27,40 @@ class State(nn.Module):
 
     Args:
         num_rows: n, rows of the data set; None for what depends on no number of rows.
-        sharded: Each rank stores the rows r with r % world_size == rank. Decided when they are first used, because the
-            process group seldom exists when a loss is made. Equal to the whole state bit for bit.
 
     Attributes:
         fresh: For each buffer with entries per row, by name, what the entry holds before the row's first visit.
         widths: Buffers whose last dimension is the width of the embeddings, 0 before the first; it comes with the
             state.
         needs_index: Whether calls must say which rows of the data set they hold.
-
-    Cost: sharded, a read has one sum over ranks.
     """
 
     widths: tuple[str, ...] = ()
     needs_index = False
     version: Tensor
     embedding_width: Tensor
-    shard: Tensor
+    data_rows: Tensor
 
-    def __init__(self, num_rows: int | None = None, *, sharded: bool = False) -> None:
+    def __init__(self, num_rows: int | None = None) -> None:
         super().__init__()
         if num_rows is not None and num_rows < 2:
             raise AnybatchError(f"num_rows is {num_rows}; expected the number of rows of the data set, at least 2.")
-        self.num_rows, self.sharded = num_rows, sharded
+        self.num_rows = num_rows
         self.fresh: dict[str, float] = {}
 
     def register_header(self) -> None:
         """Bind the saved state to the number of rows, a version and a width."""
         self.register_buffer("version", torch.tensor(VERSION))
         self.register_buffer("embedding_width", torch.tensor(0))
-        ranks = 0 if self.sharded else 1  # 0: not yet known
-        self.register_buffer("shard", torch.tensor([0, ranks, self.num_rows]))
+        self.register_buffer("data_rows", torch.tensor(self.num_rows))
 
-    def register_rows(self, name: str, *, fresh: float, directions: int, width: tuple[int, ...] = ()) -> None:
-        """Register a float32 buffer (directions, rows, *width) that holds `fresh`."""
+    def register_rows(self, name: str, *, fresh: float, directions: int) -> None:
+        """Register a float32 buffer (directions, rows) that holds `fresh`."""
         if not self.fresh:
             self.register_header()
         assert self.num_rows is not None
-        self.register_buffer(name, torch.full((directions, 0 if self.sharded else self.num_rows, *width), fresh))
+        self.register_buffer(name, torch.full((directions, self.num_rows), fresh))
         self.fresh[name] = fresh
-
-    def read(self, name: str, rows: Tensor, *, direction: int) -> Tensor:
-        """The entries of some rows, (R, ...); where the state is sharded `rows` is **the same on every rank**."""
-        self._settle()
-        stored = self.get_buffer(name)
-        if not self.sharded:
-            return stored[direction, rows]
-        own, place = self._own(rows)
-        # One rank adds the number (or NaN), the others zeros: the sum is that number exactly.
-        values = stored.new_zeros(len(rows), *stored.shape[2:])
-        values[own] = stored[direction, place]
-        return distributed.sum_over_ranks(values)
-
-    def write(self, name: str, rows: Tensor, values: Tensor, *, direction: int) -> None:
-        """Replace the entries of some rows. A number beyond the buffer's type becomes its largest, not infinity."""
-        self._settle()
-        stored = self.get_buffer(name)
-        limits = torch.finfo(stored.dtype)
-        values = values.to(stored.dtype).clamp(limits.min, limits.max)
-        own, place = self._own(rows) if self.sharded else (slice(None), rows)
-        stored[direction, place] = values[own]
 
     def check_width(self, width: int) -> None:
         """Refuse embeddings of another width than the state was made from."""
@@ -113,13 +84,10 @@ class State(nn.Module):
             _check_growing(num_rows, part.num_rows or 0)
         for part in growing:
             part.num_rows = num_rows
-            if "shard" not in part._buffers:
-                continue
-            part.shard[2] = num_rows
-            rank, ranks = part.shard[:2].tolist()
-            for name, fresh in part.fresh.items() if ranks else ():
-                # Row r is its owner's number r // ranks: none moves.
-                setattr(part, name, _extended(part.get_buffer(name), _stored(num_rows, rank, ranks), fresh))
+            if "data_rows" in part._buffers:
+                part.data_rows.fill_(num_rows)
+            for name, fresh in part.fresh.items():
+                setattr(part, name, _extended(part.get_buffer(name), num_rows, fresh))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
         """A small step would not move a state, or what the loss learns itself, in half a float."""
@@ -134,33 +102,6 @@ class State(nn.Module):
 
     def refuse_state(self, state: Mapping[str, Any], prefix: str) -> None:
         """Refuse a saved state whose entries fit and mean something else: a hook, which does nothing here."""
-
-    def _settle(self) -> None:
-        """Decide, from the process group at this moment, which rows of a sharded state this rank stores."""
-        if not self.sharded:
-            return
-        rank, ranks = distributed.rank(), distributed.world_size()
-        before, number, num_rows = self.shard.tolist()
-        if (before, number) == (rank, ranks):
-            return
-        if number and any(bool((~_same(self.get_buffer(name), fresh)).any()) for name, fresh in self.fresh.items()):
-            raise AnybatchError(f"This state is shard {before} of {number}; this is rank {rank} of {ranks}. {JOIN}")
-        # Nothing is lost: at most somebody saved or copied it before the process group was there.
-        with torch.inference_mode(False):  # written to later, outside of one as well
-            for name, fresh in self.fresh.items():
-                old = self.get_buffer(name)
-                setattr(self, name, old.new_full((len(old), _stored(num_rows, rank, ranks), *old.shape[2:]), fresh))
-        self.shard[:2] = torch.tensor([rank, ranks])
-
-    def _own(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of `rows` this rank stores (bool), and where."""
-        rank, ranks = int(self.shard[0]), int(self.shard[1])
-        own = rows % ranks == rank
-        return own, rows[own] // ranks
-
-    def _save_to_state_dict(self, *arguments: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._settle()
-        super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
@@ -181,36 +122,22 @@ class State(nn.Module):
                 "unknown here are "
                 f"{_listed(unexpected)}. " + OTHER_LOSS
             )
-        # 2. What has the width of the saved embeddings takes it; of a whole state this rank takes its shard.
+        # 2. What has the width of the saved embeddings takes it.
         for name in self.widths:
             if prefix + name in state_dict:
                 setattr(self, name, self.get_buffer(name).new_zeros(state_dict[prefix + name].shape))
-        if self.sharded and prefix + "shard" in state_dict:
-            rank, ranks = self.shard[:2].tolist()
-            whole = int(state_dict[prefix + "shard"][1]) == 1
-            for name in self.fresh if whole else ():
-                state_dict[prefix + name] = state_dict[prefix + name][:, rank::ranks]
-            state_dict[prefix + "shard"] = self.shard.clone()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _check_state(self, state: Mapping[str, Any], prefix: str) -> None:
         """Refuse a saved state that is not of a module like this one; its own entries, without its children's."""
-        self._settle()
-        if "shard" not in self._buffers or prefix + "shard" not in state:
-            _check_entries(self, state, prefix)
-            self.refuse_state(state, prefix)
-            return
-        rank, ranks, num_rows = state[prefix + "shard"].tolist()
-        own = self.shard.tolist()
-        if num_rows != self.num_rows:
+        num_rows = state.get(prefix + "data_rows", self.num_rows)
+        if "data_rows" in self._buffers and num_rows != self.num_rows:
             raise AnybatchError(f"The saved state is for {num_rows} rows, this loss for {self.num_rows}. " + OTHER_LOSS)
-        if ranks != 1 and [rank, ranks] != own[:2]:
-            raise AnybatchError(
-                f"The saved state is shard {rank} of {ranks}, wanted is shard {own[0]} of {own[1]}. {JOIN}"
-            )
-        _check_entries(self, state, prefix, stored=_stored(num_rows, rank, ranks))
+        _check_entries(self, state, prefix)
         self.refuse_state(state, prefix)
-        width, own_width = (int(number) for number in (state.get(prefix + "embedding_width", 0), self.embedding_width))
+        if "embedding_width" not in self._buffers:
+            return
+        width, own_width = int(state.get(prefix + "embedding_width", 0)), int(self.embedding_width)
         if width and own_width and width != own_width:
             raise AnybatchError(
                 f"The saved state is of embeddings of {width} dimensions, this one of {own_width}. Load it into a loss "
@@ -218,38 +145,8 @@ class State(nn.Module):
             )
 
 
-def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One whole state from the state dictionaries of all ranks of a loss whose state is sharded, in any order.
-
-    It loads into a whole state, and into a sharded one of any number of ranks.
-    """
-    whole = dict(states[0])
-    for prefix in [name.removesuffix("shard") for name in whole if name.split(".")[-1] == "shard"]:
-        _, ranks, num_rows = whole[prefix + "shard"].tolist()
-        if (
-            ranks == 1
-            and len(states) > 1
-            and any(int(state[name][1]) > 1 for state in states for name in state if name.endswith("shard"))
-        ):
-            continue  # a part of the loss that every rank holds whole
-        parts = {int(state[prefix + "shard"][0]): state for state in states}
-        if sorted(parts) != list(range(ranks)) or len(states) != ranks:
-            raise AnybatchError(
-                f"Got the shards {sorted(parts)} from {len(states)} states; expected each of 0 to {ranks - 1} once."
-            )
-        for name in [name for name in whole if name.startswith(prefix) and "." not in name[len(prefix) :]]:
-            if whole[name].ndim < 2:
-                continue  # the header
-            joined = whole[name].new_empty((len(whole[name]), num_rows, *whole[name].shape[2:]))
-            for rank, part in parts.items():
-                joined[:, rank::ranks] = part[name]
-            whole[name] = joined
-        whole[prefix + "shard"] = torch.tensor([0, 1, num_rows])
-    return whole
-
-
 def grown_state(state: Mapping[str, Tensor], loss: nn.Module) -> dict[str, Tensor]:
-    """A whole saved state, made to fit a loss for a data set to which rows were appended.
+    """A saved state, made to fit a loss for a data set to which rows were appended.
 
     `loss.load_state_dict(grown_state(torch.load(path), loss))` is the explicit request without which a state of another
     size is refused. The old rows come back as they were saved; the new ones are as in a loss just made. `loss` (or a
@@ -258,16 +155,13 @@ def grown_state(state: Mapping[str, Tensor], loss: nn.Module) -> dict[str, Tenso
     grown = dict(state)
     for path, module in loss.named_modules(remove_duplicate=False):  # a state has an entry for every name
         prefix = path + "." if path else ""
-        if not isinstance(module, State) or module.num_rows is None or prefix + "shard" not in grown:
+        if not isinstance(module, State) or module.num_rows is None or prefix + "data_rows" not in grown:
             continue
-        _, ranks, num_rows = grown[prefix + "shard"].tolist()
-        if ranks > 1:
-            raise AnybatchError(f"Only a whole state can be grown. {JOIN}")
-        _check_growing(module.num_rows, num_rows)
+        _check_growing(module.num_rows, int(grown[prefix + "data_rows"]))
         for name, fresh in module.fresh.items():
             if prefix + name in grown:
                 grown[prefix + name] = _extended(grown[prefix + name], module.num_rows, fresh)
-        grown[prefix + "shard"] = torch.tensor([0, 1, module.num_rows])
+        grown[prefix + "data_rows"] = torch.tensor(module.num_rows)
     return grown
 
 
@@ -289,16 +183,14 @@ def last_places(rows: Tensor) -> Tensor:
     return torch.zeros_like(distinct).scatter_reduce_(0, inverse, numbers, "amax").sort().values
 
 
-def _check_entries(module: nn.Module, state: Mapping[str, Any], prefix: str, *, stored: int | None = None) -> None:
-    """Refuse entries of another shape or kind; those per row may be whole or this rank's, `stored` rows."""
-    fresh, widths = (module.fresh, module.widths) if isinstance(module, State) else ({}, ())
+def _check_entries(module: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Refuse entries of another shape or kind."""
+    widths = module.widths if isinstance(module, State) else ()
     for name, own in itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
         saved = state.get(prefix + name)
         if saved is None:
             continue
         expected, given = list(own.shape), list(saved.shape)
-        if name in fresh and stored is not None:
-            expected[1] = stored
         if name in widths and given and 0 in (expected[-1], given[-1]):
             expected[-1] = given[-1]
         if expected != given or saved.is_floating_point() != own.is_floating_point():
@@ -317,18 +209,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"
 
 
-def _same(values: Tensor, fresh: float) -> Tensor:
-    return values.isnan() if math.isnan(fresh) else values == fresh
-
-
-def _stored(num_rows: int, rank: int, ranks: int) -> int:
-    """How many rows r < num_rows have r % ranks == rank."""
-    return (num_rows - rank + ranks - 1) // ranks
-
-
 def _extended(values: Tensor, num_rows: int, fresh: float) -> Tensor:
-    """(directions, num_rows, ...): `values`, and `fresh` behind them."""
-    added = values.new_full((len(values), num_rows - values.shape[1], *values.shape[2:]), fresh)
+    """(directions, num_rows): `values`, and `fresh` behind them."""
+    added = values.new_full((len(values), num_rows - values.shape[1]), fresh)
     return torch.cat([values, added], dim=1)
 
 

@@ -115,6 +115,7 @@ def training_arguments(
         "save_total_limit": 3,  # the newest may be cut short, so one more than two
         "ddp_backend": "gloo" if world_size > 1 and on_cpu else None,
         "dataloader_pin_memory": not on_cpu,
+        "dataloader_drop_last": world_size > 1,  # batches of a plan are whole; else each rank has a word on it
         "metric_for_best_model": "ndcg@10" if tracked else None,
     }
     if "warmup_ratio" not in given:

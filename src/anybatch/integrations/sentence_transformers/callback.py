@@ -23,7 +23,7 @@ from anybatch.integrations.sentence_transformers.batches import PlanBatches
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.sets import check_numbers, num_rows_of
 from anybatch.losses.parts import GlobalTemperature
-from anybatch.losses.state import State, grown_state, join_shards
+from anybatch.losses.state import grown_state
 from anybatch.plans.plan import BatchPlan, PlanSampler
 
 logger = logging.getLogger("anybatch")
@@ -105,7 +105,7 @@ class LossStateCallback(TrainerCallback):
                 f"{folder} was trained {was}; the plan given now is {plans[:12]} (digests). "
                 "Resume with the plan that the run was started with, or start a new run."
             )
-        _state_of(self.losses).load_state_dict(read_loss_state(folder, whole=False))
+        _state_of(self.losses).load_state_dict(load_file(folder / LOSS_STATE))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the plan and the loss which epoch this is; after a resume in mid-epoch nobody else does."""
@@ -130,17 +130,12 @@ class LossStateCallback(TrainerCallback):
                 group["lr"] = found.pop()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the loss to the checkpoint (of a sharded memory each rank its part), and last the list of contents."""
+        """Add the loss to the checkpoint, and last the list of contents."""
         folder = Path(self.folder or str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        module = _state_of(self.losses)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-        sharded = (isinstance(part, State) and part.sharded for part in module.modules())
-        if distributed.is_active() and any(sharded):
-            folder.mkdir(parents=True, exist_ok=True)  # another rank makes it as well, perhaps on another machine
-            write_bytes(folder / _shard_file(distributed.rank(), distributed.world_size()), save(tensors))
-            tensors = {"num_shards": torch.tensor(distributed.world_size())}
+        entries = _state_of(self.losses).state_dict()
         distributed.barrier()
         if state.is_world_process_zero:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entries.items()}
             digests = plan_digests(kwargs.get("train_dataloader"))
             write_bytes(folder / LOSS_STATE, save(tensors, {"plan": digests} if digests else None))
             seal_folder(folder, run=self.run, threads=torch.get_num_threads())
@@ -187,41 +182,19 @@ def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:
 
     Make the loss for the new number of rows, start from the old model, and call this before `trainer.train()`, on every
     rank: it is not a resume, the new run counts its steps from 0. The old rows get their states back, the new ones
-    begin fresh. A memory that was sharded over any number of ranks is joined from their files.
+    begin fresh.
     """
     folder, module = Path(checkpoint), _state_of(loss)
     if not (folder / LOSS_STATE).exists():
         raise AnybatchError(f"{folder} has no {LOSS_STATE}. Give a checkpoint that was saved with LossStateCallback.")
-    if (folder / CONTENTS).exists():  # files of ranks that were brought together by hand have none
+    if (folder / CONTENTS).exists():  # a file that was brought here by hand has none
         _check_checkpoint(folder)
-    state = read_loss_state(folder)
     try:
-        module.load_state_dict(grown_state(state, module))
+        module.load_state_dict(grown_state(load_file(folder / LOSS_STATE), module))
     except RuntimeError as error:
         raise AnybatchError(
             f"The state in {folder} does not fit {type(module).__name__}: {error} Make the loss that was saved."
         ) from error
-
-
-def read_loss_state(folder: Path, *, whole: bool = True) -> dict[str, torch.Tensor]:
-    """The state of the loss in a checkpoint; of a sharded memory all shards joined.
-
-    Without `whole` the shard of this rank is enough, where there are as many as ranks.
-    """
-    state = load_file(folder / LOSS_STATE)
-    if "num_shards" not in state:
-        return state
-    ranks = int(state["num_shards"])
-    shards = [folder / _shard_file(rank, ranks) for rank in range(ranks)]
-    if not whole and ranks == distributed.world_size():
-        return load_file(shards[distributed.rank()])
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing:
-        raise AnybatchError(
-            f"{folder} holds a memory sharded over {ranks} ranks, without {', '.join(missing)}. Bring the files of all "
-            "ranks together in it."
-        )
-    return join_shards([load_file(shard) for shard in shards])
 
 
 def checkpoint_steps(folder: str | Path) -> dict[Path, int]:
@@ -283,10 +256,6 @@ def _state_of(losses: Losses) -> nn.Module:
     losses = losses if isinstance(losses, Mapping) else {"": losses}
     modules = {name: loss.loss for name, loss in losses.items()}
     return modules[""] if list(modules) == [""] else nn.ModuleDict(modules)
-
-
-def _shard_file(rank: int, ranks: int) -> str:
-    return f"anybatch_loss-{rank}-of-{ranks}.safetensors"
 
 
 def innermost_sampler(dataloader: Any) -> Any:

@@ -1,8 +1,11 @@
-"""What a run does while it trains, beside training: its log, its progress, its evaluations and what follows of them."""
+"""What a run does while it trains, beside training: its log, progress, evaluations, and how it is stopped."""
 
 from __future__ import annotations
 
 import json
+import logging
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,8 @@ from transformers.trainer_callback import ExportableState
 from anybatch.core import distributed
 from anybatch.core.files import write_text
 from anybatch.integrations.sentence_transformers.trainer import Trainer
+
+logger = logging.getLogger("anybatch")
 
 
 class Recorder(TrainerCallback, ExportableState):
@@ -57,6 +62,47 @@ class Recorder(TrainerCallback, ExportableState):
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps, self.latest)
         control.should_log |= state.global_step >= state.max_steps
+
+
+class StopAfterStep(TrainerCallback):
+    """Around training: Ctrl-C and SIGTERM let a step end and its checkpoint be written, and then do what they did
+    before; a second one does so at once. Several processes would end at different steps, and are left as they are.
+
+    Example:
+        >>> with StopAfterStep() as stop:
+        ...     callbacks = [stop]  # trainer.train() in here
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopAfterStep:
+        if distributed.world_size() == 1 and threading.current_thread() is threading.main_thread():
+            found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.handlers = {number: handler for number, handler in found.items() if callable(handler)}
+        for number in self.handlers:
+            signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        self._restore()
+        if self.asked is not None and kind is None:
+            self.handlers[self.asked](self.asked, None)
+
+    def _restore(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = number
+        self._restore()
+        logger.warning("This step is finished and a checkpoint written; the same again stops at once.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the Trainer for a checkpoint and its end."""
+        if self.asked is not None:
+            control.should_save = control.should_training_stop = True
 
 
 class EvaluatedTrainer(Trainer):

@@ -106,7 +106,8 @@ def train_model(
 ) -> TrainResult:
     """Train `model` in place; checkpoints under `output/checkpoints`, log lines in `output/log.jsonl`.
 
-    On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit.
+    On the CPU a killed and resumed run ends with the weights of the uninterrupted one, bit for bit. Ctrl-C ends the
+    step and writes a checkpoint first.
 
     Args:
         model, loss: The encoder, and the loss around it. The first column is a query, the others documents, with the
@@ -130,7 +131,7 @@ def train_model(
     from anybatch.integrations.sentence_transformers.batches import PlanBatches
     from anybatch.integrations.sentence_transformers.callback import LossStateCallback
     from anybatch.integrations.sentence_transformers.model import checkpoint_layers
-    from anybatch.integrations.sentence_transformers.recorder import EvaluatedTrainer, Recorder
+    from anybatch.integrations.sentence_transformers.recorder import EvaluatedTrainer, Recorder, StopAfterStep
     from anybatch.integrations.sentence_transformers.sets import with_index
 
     # 1. What can be refused before anything is written.
@@ -146,7 +147,7 @@ def train_model(
     checkpoint = _checkpoint_to_resume(output, resume, run)
 
     # 2. The Trainer.
-    recorder = Recorder(output / "log.jsonl", progress)
+    recorder, stop = Recorder(output / "log.jsonl", progress), StopAfterStep()
     trainer = EvaluatedTrainer(
         model=model,
         args=training_arguments(
@@ -158,14 +159,15 @@ def train_model(
         columns=columns,
         figures=evaluate,
         patience=patience,
-        callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder],
+        callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder, stop],
     )
     for callback in (PrinterCallback, ProgressCallback):  # progress is shown by ours
         trainer.remove_callback(callback)
 
     # 3. Training.
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except AnybatchError:
         raise
     except Exception as error:
