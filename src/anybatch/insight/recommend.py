@@ -184,12 +184,7 @@ def _first_size(num_rows: int) -> int:
 
 
 def _sized(
-    config: RunConfig,
-    pairs: PairData,
-    model: SentenceTransformer,
-    keep: bool,
-    seconds: float,
-    progress: Progress,
+    config: RunConfig, pairs: PairData, model: SentenceTransformer, keep: bool, seconds: float, progress: Progress
 ) -> tuple[RunConfig, StepCost, str]:
     """The batch size, what its step costs, and why it was taken: the smallest, unless a larger one is faster by far."""
 

@@ -146,11 +146,7 @@ def _tolerance(tensors: Sequence[Tensor]) -> float:
 
 
 def _compare(
-    cached: dict[str, Tensor],
-    plain: dict[str, Tensor],
-    values: tuple[float, float],
-    tolerance: float,
-    found: list[str],
+    cached: dict[str, Tensor], plain: dict[str, Tensor], values: tuple[float, float], tolerance: float, found: list[str]
 ) -> Verification:
     errors: dict[str, float] = {}
     floor = 1e-3 * sum(float(gradient.double().norm()) ** 2 for gradient in plain.values()) ** 0.5
